@@ -1,0 +1,65 @@
+"""The command line: words and exit codes. All work is done by the library.
+
+Exit codes: 0 done; 1 a stated failure; 2 wrong usage; 130 interrupted. An error is one short
+paragraph on standard error: what, where, how to mend; `--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from reshard._version import __version__
+from reshard.errors import ReshardError
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Group(click.Group):
+    """A command group that lists its commands in the order they are defined."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Group, context_settings=HELP)
+@click.version_option(__version__, prog_name="reshard")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def reshard(debug: bool) -> None:
+    """Convert checkpoints between DeepSpeed, FSDP/DCP and Hugging Face, and prove the result."""
+
+
+def run(command: click.Command, args: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; every stated failure becomes one paragraph."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in arguments or "-d" in arguments
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = command.main(args=arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; nothing was left under the output's name.", err=True)
+        return 130
+    except (ReshardError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"error: {error}", err=True)
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """End like Ctrl-C does, so that a partial output folder is removed on the way out."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The console command `reshard`."""
+    sys.exit(run(reshard))

@@ -1,0 +1,104 @@
+"""Every failure reshard states, as one tree.
+
+    ReshardError
+    ├── NotFoundError       nothing that can be read lies where the user pointed
+    ├── FormatError         a file breaks the rules of its own format
+    ├── IncompleteError     a part of the checkpoint is missing, short or from another save
+    ├── UnsupportedError    understood, but not handled; the message names what
+    ├── NamesError          the checkpoint's tensors and the base model's do not match
+    ├── PlanError           the conversion asked for cannot be planned
+    ├── WriteError          the output cannot be written
+    └── VerificationError   what was written is not what was read
+
+A message says what is wrong, `path` and `tensor` say where, `hint` says how to mend it. The
+command line prints exactly that and exits with 1; a traceback is shown only with `--debug`.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class ReshardError(Exception):
+    """The root of all stated failures.
+
+    Parameters
+    ----------
+    message: what is wrong, with both numbers where two numbers disagree.
+    path: the file or folder at fault.
+    tensor: the tensor's name in the checkpoint.
+    hint: what the user can do about it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = None if path is None else os.fspath(path)
+        self.tensor = tensor
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = ""
+        if self.tensor is not None:
+            where += f"tensor {self.tensor!r}: "
+        if self.path is not None:
+            where = f"{self.path}: {where}"
+        hint = f" {self.hint}" if self.hint else ""
+        return f"{where}{self.message}{hint}"
+
+
+class NotFoundError(ReshardError):
+    """Nothing that can be read lies where the user pointed."""
+
+
+class FormatError(ReshardError):
+    """A file breaks the rules of its own format."""
+
+
+class IncompleteError(ReshardError):
+    """A part of the checkpoint is missing, short, or from another save."""
+
+
+class UnsupportedError(ReshardError):
+    """The input is understood but not handled; the message names what is not."""
+
+
+class NamesError(ReshardError):
+    """The checkpoint's tensors and the base model's do not match, name for name and shape for shape.
+
+    `missing` are tensors of the base that the checkpoint does not have, `unexpected` are tensors
+    of the checkpoint that the base does not have.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, path=path, tensor=tensor, hint=hint)
+        self.missing = missing
+        self.unexpected = unexpected
+
+
+class PlanError(ReshardError):
+    """The conversion asked for cannot be planned."""
+
+
+class WriteError(ReshardError):
+    """The output cannot be written; nothing is left under its final name."""
+
+
+class VerificationError(ReshardError):
+    """What was written is not what was read."""

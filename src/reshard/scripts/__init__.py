@@ -1,0 +1,1 @@
+"""The user's commands: each parses its flags and calls the library."""
