@@ -32,10 +32,14 @@ class DType:
         """The numpy dtype with the same bytes (ml_dtypes supplies those numpy lacks)."""
         import numpy
 
+        if self.name == "float4_e2m1fn_x2":
+            # No numpy type packs two values in a byte; such tensors only pass through, as bytes.
+            return numpy.dtype("uint8")
         if self.name in _ML_DTYPES:
             import ml_dtypes
 
-            return numpy.dtype(getattr(ml_dtypes, _ML_DTYPES[self.name]))
+            scalar: type = getattr(ml_dtypes, _ML_DTYPES[self.name])
+            return numpy.dtype(scalar)
         return numpy.dtype(self.name)
 
     def __str__(self) -> str:
@@ -51,8 +55,6 @@ _ML_DTYPES = {
     "float8_e4m3fnuz": "float8_e4m3fnuz",
     "float8_e5m2fnuz": "float8_e5m2fnuz",
     "float8_e8m0fnu": "float8_e8m0fnu",
-    # No arithmetic type packs two values in a byte; such tensors only pass through, as bytes.
-    "float4_e2m1fn_x2": "uint8",
 }
 
 # safetensors/src/tensor.rs (0.8.0) and torch/storage.py (2.13.0).

@@ -71,7 +71,7 @@ class UnsupportedError(ReshardError):
 
 
 class NamesError(ReshardError):
-    """The checkpoint's tensors and the base model's do not match, name for name and shape for shape.
+    """The checkpoint's tensors and the base model's do not match, name for name.
 
     `missing` are tensors of the base that the checkpoint does not have, `unexpected` are tensors
     of the checkpoint that the base does not have.

@@ -6,7 +6,7 @@ plain data and pure functions; nothing opens a file.
 
     tensor [4, 6] over two ranks           box of rank 1                extent of rank 1
     FSDP, rows:      0 0 0 0 0 0           shape (4, 6)                 rank1.distcp
-                     0 0 0 0 0 0           offsets (2, 0)               [offset, offset + 12 * itemsize)
+                     0 0 0 0 0 0           offsets (2, 0)               [offset, offset + 12 * item)
                      1 1 1 1 1 1           sizes (2, 6)
                      1 1 1 1 1 1
     ZeRO, flat:      0 ... 0 1 ... 1       shape (24,) offsets (13,)    zero_pp_rank_1_...pt
@@ -45,7 +45,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class FileRef:
-    """A file of the checkpoint and how to open it. Offsets of an extent count in what opening gives.
+    """A file of the checkpoint and how to open it; extents count in what opening gives.
 
     `path` is absolute. `codec` is None for a plain file; otherwise bytes
     `[frame_offset, frame_offset + frame_nbytes)` of the file are one frame of that compression
