@@ -81,7 +81,7 @@ class Sources:
 
     def open(self, file: FileRef | str | Path) -> Source:
         """The file, opened. Raises `NotFoundError`, `FormatError` (not a regular file)."""
-        ref = file if isinstance(file, FileRef) else FileRef(os.path.abspath(file))
+        ref = file if isinstance(file, FileRef) else FileRef(str(Path(file).absolute()))
         with self._lock:
             source = self._open.get(ref)
             if source is None:
@@ -114,7 +114,7 @@ class Sources:
         """Raise `IncompleteError` if a file that was read is no longer the file it was."""
         for source in self._open.values():
             try:
-                status = os.stat(source.ref.path)
+                status = Path(source.ref.path).stat()
             except OSError:
                 raise _changed(source.ref.path) from None
             if _identity(status) != source.identity:
