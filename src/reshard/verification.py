@@ -130,3 +130,15 @@ def _stream(entry: Entry, sources: Sources) -> Iterator[Array]:
         part = buffer[: box.numel]
         fill(entry, box, part, reader)
         yield part.view(np.uint8)
+
+
+def read_array(entry: Entry, sources: Sources) -> Array:
+    """A tensor's elements as an array of its shape."""
+    spec = entry.spec
+    out = np.empty(spec.numel, spec.dtype.numpy)
+    start = 0
+    for part in _stream(entry, sources):
+        values = part.view(spec.dtype.numpy)
+        out[start : start + len(values)] = values
+        start += len(values)
+    return out.reshape(spec.shape)

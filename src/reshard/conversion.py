@@ -28,7 +28,7 @@ from reshard.tensors import Entry
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder, check_space, refuse_existing
 from reshard.transfer.engine import Engine, Outcome
-from reshard.verify import equal, verify_folder
+from reshard.verification import equal, verify_folder
 
 #: Called with (what is done: "write" or "verify", bytes done, bytes in all).
 Progress = Callable[[str, int, int], None]
