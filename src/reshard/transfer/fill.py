@@ -55,12 +55,12 @@ def fill(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
         shared = fragment.box.intersect(box)
         if shared is None:
             continue
-        where = tuple(
+        where = [
             slice(o - origin, o - origin + size)
             for o, origin, size in zip(shared.offsets, box.offsets, shared.sizes, strict=True)
-        )
+        ]
         # The ellipsis keeps a 0-d view a view; `view[()]` would be a copied scalar.
-        _copy(cut(fragment, shared), view[where + (...,)], reader)
+        _copy(cut(fragment, shared), view[(*where, ...)], reader)
 
 
 def _copy(part: Fragment, out: Array, reader: Reader) -> None:
