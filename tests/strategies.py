@@ -35,11 +35,11 @@ def _cuts(size: int) -> st.SearchStrategy[list[int]]:
 def torn(draw: st.DrawFn, shapes: st.SearchStrategy[tuple[int, ...]] = shapes) -> Torn:
     """A tensor torn into a grid of boxes or into flat ranges, some of them stored transposed."""
     shape = draw(shapes)
-    array = np.arange(1, 1 + int(np.prod(shape)), dtype=np.float32).reshape(shape)
-    if draw(st.booleans()):
-        over, view = (array.size,), array.reshape(-1)
-    else:
-        over, view = shape, array
+    array: np.ndarray[Any, Any] = np.arange(1, 1 + int(np.prod(shape)), dtype=np.float32).reshape(
+        shape
+    )
+    over = (array.size,) if draw(st.booleans()) else shape
+    view = array.reshape(over)
     grid = [list(itertools.pairwise(draw(_cuts(size)))) for size in over]
     files: dict[str, bytes] = {}
     fragments = []

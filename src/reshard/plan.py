@@ -21,7 +21,7 @@ class Slot:
     `spec` is what is written: its name, target dtype and shape; `source` holds the same elements
     as they lie in the checkpoint. The engine writes the tensor's row-major bytes at `offset`, and
     their CRC-32, four bytes little-endian, at each of `crc_offsets`. `reference`, where given, is
-    the base model's tensor, to see whether the values changed.
+    the base model's tensor with flat boxes, to see whether the values changed.
     """
 
     offset: int

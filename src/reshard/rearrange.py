@@ -142,6 +142,16 @@ def unflatten(entry: Entry) -> Entry:
     return replace(entry, fragments=tuple(fragments))
 
 
+def flatten(entry: Entry) -> Entry:
+    """The same tensor with boxes over the flattened tensor, for one stored in a single run."""
+    numel = entry.spec.numel
+    fragments = entry.fragments
+    if len(fragments) > 1 or any(f.strides is not None for f in fragments):
+        raise PlanError("it is not stored in one run.", tensor=entry.spec.name)
+    flat_box = Box((numel,), (0,), (numel,))
+    return replace(entry, fragments=tuple(replace(f, box=flat_box) for f in fragments))
+
+
 def _boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:
     """Elements `[start, stop)` of the flattened array as boxes, ascending; 2 * ndim - 1 at most."""
     if start >= stop:

@@ -2,10 +2,10 @@
 
     model.safetensors                                one shard, or
     model-00001-of-00002.safetensors, ...            several, and
-    model.safetensors.index.json                     {"metadata": {...}, "weight_map": {tensor: file}}
+    model.safetensors.index.json                     {"metadata": .., "weight_map": {tensor: file}}
 
     a shard:  [u64 header length][header: JSON, padded with spaces to 8 bytes][tensor bytes]
-    header:   {"__metadata__": {...}, name: {"dtype": "BF16", "shape": [..], "data_offsets": [a, b]}}
+    header:   {"__metadata__": .., name: {"dtype": "BF16", "shape": [..], "data_offsets": [a, b]}}
 
 Read off safetensors 0.8.0 (safetensors/src/tensor.rs), transformers 5.23 and huggingface_hub 2.4.
 """
