@@ -83,7 +83,9 @@ def _make(case: Case, folder: Path) -> None:
         model = shardings.build(case)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         if case.model != "odd":
-            models.train(model, optimizer, distributed.get_rank())
+            rank = distributed.get_rank()
+            # The two ranks of a tensor-parallel group work on the same data.
+            models.train(model, optimizer, rank // 2 if case.sharding == "fsdp-tp" else rank)
         layouts.save(layouts.Run(case, model, optimizer, checkpoint))
         truth = shardings.gather(model)
     if distributed.get_rank() == 0:

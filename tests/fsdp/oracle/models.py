@@ -126,9 +126,9 @@ class Odd(nn.Module):  # type: ignore[misc]
         yield from ()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:
-    """One real step, on data of this rank's own."""
-    generator = torch.Generator().manual_seed(100 + rank)
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """One real step, on the data that `seed` stands for."""
+    generator = torch.Generator().manual_seed(100 + seed)
     ids = torch.randint(VOCAB, (2, 6), generator=generator)
     model(ids).float().square().mean().backward()
     optimizer.step()
