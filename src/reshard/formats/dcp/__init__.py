@@ -26,8 +26,9 @@ from reshard.catalog import Catalog, Origin
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 from reshard.formats import Selection
 from reshard.formats.dcp import foreign, parts, shards
-from reshard.formats.dcp.items import Item, Items
+from reshard.formats.dcp.items import Items
 from reshard.formats.dcp.metadata import Chunk, Metadata, StoredTensor, merge, parse
+from reshard.formats.dcp.zips import StoredItem
 from reshard.storage import Sources
 from reshard.tensors import Box, Entry, Fragment, Record, TensorSpec, check_tiling
 
@@ -185,7 +186,7 @@ def _entry(
     return entry, records
 
 
-def _item(key: str, spec: TensorSpec, chunk: Chunk, items: Items, folder: Path) -> Item:
+def _item(key: str, spec: TensorSpec, chunk: Chunk, items: Items, folder: Path) -> StoredItem:
     """A chunk's bytes; where several ranks saved the same chunk, their checksums must agree."""
     if not chunk.copies:
         raise IncompleteError(
@@ -194,9 +195,8 @@ def _item(key: str, spec: TensorSpec, chunk: Chunk, items: Items, folder: Path) 
             tensor=spec.name,
             hint="The metadata is damaged, or the save did not finish.",
         )
-    found = [
-        items.locate(key, spec.dtype, chunk.offsets, chunk.sizes, copy) for copy in chunk.copies
-    ]
+    part = TensorSpec(key, spec.dtype, chunk.sizes)
+    found = [items.locate(part, chunk.offsets, copy) for copy in chunk.copies]
     checksums = {item.record.crc32 for item in found if item.record is not None}
     if len(checksums) > 1:
         raise FormatError(

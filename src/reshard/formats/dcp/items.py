@@ -1,44 +1,35 @@
 """Where the bytes of each chunk lie: inside a torch.save stream, a safetensors blob, a zstd frame.
 
-An item of a `.distcp` file is a complete torch.save zip of one tensor; only its first and last
-bytes are read to find the tensor in it. With `SerializationFormat.SAFETENSORS` the tensors of a
-file are one safetensors blob at its end instead, and every item's offset is the blob's start
-(torch 2.13, filesystem.py, `_write_item`). With the zstd extension each item is one zstd frame.
+An item of a `.distcp` file is a complete torch.save zip of one tensor. With
+`SerializationFormat.SAFETENSORS` the tensors of a file are one safetensors blob at its end
+instead, and every item's offset is the blob's start (torch 2.13, filesystem.py, `_write_item`).
+With the zstd extension each item is one zstd frame of such a zip.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from reshard import safetensors_file, torchfile
-from reshard.dtypes import DType
+from reshard import safetensors_file
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 from reshard.formats.dcp.metadata import Location
 from reshard.formats.dcp.shards import saved_offsets
+from reshard.formats.dcp.zips import StoredItem, Zips
 from reshard.storage import Source, Sources, child
-from reshard.tensors import Extent, FileRef, Record, Shape, TensorSpec
+from reshard.tensors import Extent, FileRef, Shape, TensorSpec
 
-# Bytes. torch.save puts about 700 before the tensor of an item and 600 behind it, its directory
-# included: one read of each end is all that an item takes.
-_END_NBYTES = 1024
 _ZIP = b"PK\3\4"
 _COPY_AGAIN = "Copy the whole folder again; each rank wrote files of its own."
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A chunk's bytes. `strides` as in `Fragment`; `record` is the checksum its zip states."""
-
-    extent: Extent
-    strides: Shape | None = None
-    record: Record | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class _Blob:
-    tensors: dict[str, tuple[TensorSpec, Extent]]
-    offsets: dict[str, Shape]
+    """The safetensors part of a file, and where each of its tensors begins in the whole one."""
+
+    tensors: Mapping[str, tuple[TensorSpec, Extent]]
+    offsets: Mapping[str, Shape]
 
 
 class Items:
@@ -49,30 +40,38 @@ class Items:
         self._sources = sources
         self._files: dict[str, Source] = {}
         self._blobs: dict[tuple[str, int], _Blob] = {}
+        self._zips = Zips()
 
-    def locate(
-        self, key: str, dtype: DType, offsets: Shape, sizes: Shape, location: Location
-    ) -> Item:
-        """The bytes of the chunk of tensor `key` that has `sizes` and begins at `offsets`.
+    def locate(self, chunk: TensorSpec, offsets: Shape, location: Location) -> StoredItem:
+        """The bytes of a chunk: `chunk` has its tensor's key, and its own shape.
 
         Raises `IncompleteError` (the file is missing or short), `FormatError` (the item is not
         what the metadata says), `UnsupportedError` (a transform that is not handled).
         """
         try:
-            source = self._file(location.file)
-            if location.transforms:
-                _check_end(source, location)
-                frame = self._sources.open(_frame(source, location))
-                return _in_zip(frame, 0, frame.size, dtype, sizes)
-            if source.read(location.offset, min(4, location.nbytes)) == _ZIP:
-                _check_end(source, location)
-                return _in_zip(source, location.offset, location.nbytes, dtype, sizes)
-            return self._in_blob(
-                source, location.offset, key, TensorSpec(key, dtype, sizes), offsets
-            )
+            item = self._find(chunk.name, offsets, location)
+            if (item.dtype, item.shape) != (chunk.dtype, chunk.shape):
+                raise FormatError(
+                    f"its item is {item.dtype} {list(item.shape)}; the metadata says "
+                    f"{chunk.dtype} {list(chunk.shape)}.",
+                    path=item.extent.file.path,
+                    hint="The folder holds files of different saves; copy one of them whole.",
+                )
         except ReshardError as error:
-            error.tensor = error.tensor or key
+            error.tensor = error.tensor or chunk.name
             raise
+        return item
+
+    def _find(self, key: str, offsets: Shape, location: Location) -> StoredItem:
+        source = self._file(location.file)
+        if location.transforms:
+            _check_end(source, location)
+            frame = self._sources.open(_frame(source, location))
+            return self._zips.locate(frame, 0, frame.size)
+        if source.read(location.offset, min(len(_ZIP), location.nbytes)) == _ZIP:
+            _check_end(source, location)
+            return self._zips.locate(source, location.offset, location.nbytes)
+        return self._in_blob(source, location.offset, key, offsets)
 
     def _file(self, name: str) -> Source:
         source = self._files.get(name)
@@ -87,19 +86,14 @@ class Items:
             source = self._files[name] = self._sources.open(path)
         return source
 
-    def _in_blob(
-        self, source: Source, start: int, key: str, chunk: TensorSpec, offsets: Shape
-    ) -> Item:
+    def _in_blob(self, source: Source, start: int, key: str, offsets: Shape) -> StoredItem:
         place = (source.ref.path, start)
         blob = self._blobs.get(place)
         if blob is None:
             file = safetensors_file.read(source, start)
-            blob = self._blobs[place] = _Blob(dict(file.tensors), saved_offsets(file, place[0]))
+            blob = self._blobs[place] = _Blob(file.tensors, saved_offsets(file, place[0]))
         if key not in blob.tensors:
             raise IncompleteError("the file does not hold it.", path=place[0], hint=_COPY_AGAIN)
-        spec, extent = blob.tensors[key]
-        if (spec.dtype, spec.shape) != (chunk.dtype, chunk.shape):
-            raise _other_tensor(place[0], spec.dtype, spec.shape, chunk.dtype, chunk.shape)
         if blob.offsets.get(key, offsets) != offsets:
             # Names are unique in a blob: of two chunks of one tensor, torch keeps the last.
             raise IncompleteError(
@@ -107,39 +101,8 @@ class Items:
                 "kept only one of the chunks that this rank held.",
                 path=place[0],
             )
-        return Item(extent)
-
-
-class _Ends(Source):
-    """A file of which the two ends of one item are in memory."""
-
-    def __init__(self, source: Source, offset: int, nbytes: int) -> None:
-        super().__init__(source.ref, None, source.identity, source.size)
-        self._source = source
-        head = min(nbytes, _END_NBYTES)
-        tail = min(nbytes - head, _END_NBYTES)
-        self._head = (offset, source.read(offset, head))
-        self._tail = (offset + nbytes - tail, source.read(offset + nbytes - tail, tail))
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        for start, data in (self._head, self._tail):
-            if start <= offset and offset + nbytes <= start + len(data):
-                return data[offset - start : offset - start + nbytes]
-        return self._source.read(offset, nbytes)
-
-
-def _in_zip(source: Source, offset: int, nbytes: int, dtype: DType, sizes: Shape) -> Item:
-    file = torchfile.read(_Ends(source, offset, nbytes), offset=offset, nbytes=nbytes)
-    tensor = file.value
-    if not isinstance(tensor, torchfile.TensorRef):
-        raise FormatError(
-            "its item holds no plain tensor.",
-            path=source.ref.path,
-            hint="The file is damaged, or was not written by torch.distributed.checkpoint.",
-        )
-    if (tensor.dtype, tensor.shape) != (dtype, sizes):
-        raise _other_tensor(source.ref.path, tensor.dtype, tensor.shape, dtype, sizes)
-    return Item(tensor.extent, tensor.strides, file.records[0] if file.records else None)
+        spec, extent = blob.tensors[key]
+        return StoredItem(spec.dtype, spec.shape, None, extent, None)
 
 
 def _frame(source: Source, location: Location) -> FileRef:
@@ -164,13 +127,3 @@ def _check_end(source: Source, location: Location) -> None:
             path=source.ref.path,
             hint="The file was cut off; copy it again or use another checkpoint.",
         )
-
-
-def _other_tensor(
-    path: str, dtype: DType, shape: Shape, wanted: DType, wanted_shape: Shape
-) -> FormatError:
-    return FormatError(
-        f"its item is {dtype} {list(shape)}; the metadata says {wanted} {list(wanted_shape)}.",
-        path=path,
-        hint="The folder holds files of different saves; copy one of them whole.",
-    )
