@@ -3,6 +3,7 @@
 Blocks are taken in output order, so files are written front to back. Each thread holds one block
 and one scratch buffer; no tensor is ever held whole. Bytes of one tensor are hashed in order: a
 thread whose block comes early waits for its turn, which the thread before it is already filling.
+A tensor written in several slots, one after another, has one hash over all of them.
 
 Memory: threads * (_BLOCK + _SCRATCH) bytes, four times that for tensors stored in another order.
 """
@@ -10,7 +11,7 @@ Memory: threads * (_BLOCK + _SCRATCH) bytes, four times that for tensors stored 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -40,12 +41,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the engine did: xxh3-128 of each slot in plan order, and bytes read.
+    """What the engine did.
 
-    `changed` counts the slots whose values differ from their reference, of `compared`.
+    `digests` are the xxh3-128 of each tensor's row-major bytes, by name. `records_checked` counts
+    the checksums of the source that were compared. `changed` counts the slots whose values differ
+    from their reference, of `compared`.
     """
 
-    digests: tuple[str, ...]
+    digests: Mapping[str, str]
     bytes_read: int
     records_checked: int
     compared: int
@@ -53,14 +56,22 @@ class Outcome:
 
 
 @dataclass(slots=True)
+class _Digest:
+    """The hash of a tensor on its way, over all its slots: `hashed` of `taken` blocks are in."""
+
+    hasher: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+    taken: int = 0
+    hashed: int = 0
+
+
+@dataclass(slots=True)
 class _Tensor:
-    """A slot on its way: how far it is hashed, and whether it differs from its reference."""
+    """A slot on its way; `changed` once it differs from its reference."""
 
     slot: Slot
     file: _File
-    hasher: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+    digest: _Digest
     crc: int = 0
-    hashed: int = 0
     changed: bool = False
 
 
@@ -75,10 +86,13 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """Block `index` of a tensor: the elements of `box`, from flat element `start` on."""
+    """A block of a slot: the elements of `box`, from flat element `start` on.
+
+    `turn` is its place in the hash of its tensor.
+    """
 
     tensor: _Tensor
-    index: int
+    turn: int
     box: Box
     start: int
 
@@ -109,6 +123,7 @@ class Engine:
         self._total = sum(slot.spec.nbytes for slot in plan.slots())
         self._written = 0
         self._tensors: list[_Tensor] = []
+        self._digests: dict[str, _Digest] = {}
         self._tasks = self._make_tasks()
         self._taking = threading.Lock()
         self._counting = threading.Lock()
@@ -129,7 +144,7 @@ class Engine:
         for failure in sorted(failures, key=lambda failure: isinstance(failure, _StoppedError)):
             raise failure
         return Outcome(
-            digests=tuple(tensor.hasher.hexdigest() for tensor in self._tensors),
+            digests={name: d.hasher.hexdigest() for name, d in self._digests.items()},
             bytes_read=sum(future.result() for future in futures),
             records_checked=self._ledger.check(self._sources),
             compared=sum(tensor.slot.reference is not None for tensor in self._tensors),
@@ -164,7 +179,8 @@ class Engine:
             for offset, literal in output.literals:
                 write_fully(file.fd, memoryview(literal), offset)
             for slot in output.slots:
-                tensor = _Tensor(slot, file)
+                digest = self._digests.setdefault(slot.spec.name, _Digest())
+                tensor = _Tensor(slot, file, digest)
                 self._tensors.append(tensor)
                 if not slot.spec.numel:
                     self._write_crc(tensor)
@@ -176,10 +192,11 @@ class Engine:
         strided = any(fragment.strides for fragment in tensor.slot.source.fragments)
         limit = (_STRIDED_BLOCK if strided else _BLOCK) // spec.dtype.itemsize
         start = 0
-        for index, box in enumerate(blocks(spec.shape, limit)):
+        for box in blocks(spec.shape, limit):
             with self._counting:
                 tensor.file.pending += 1
-            yield _Task(tensor, index, box, start)
+            yield _Task(tensor, tensor.digest.taken, box, start)
+            tensor.digest.taken += 1
             start += box.numel
 
     def _move(self, task: _Task, raw: Array, reader: Reader) -> None:
@@ -192,17 +209,17 @@ class Engine:
         start = task.start * slot.spec.dtype.itemsize
         write_fully(tensor.file.fd, raw.data, slot.offset + start)
         with self._turn:
-            self._turn.wait_for(lambda: tensor.hashed == task.index or self._stop.is_set())
+            self._turn.wait_for(lambda: tensor.digest.hashed == task.turn or self._stop.is_set())
             if self._stop.is_set():
                 raise _StoppedError
         # Only the thread whose turn it is comes here; the others may go on meanwhile.
-        tensor.hasher.update(raw.data)
+        tensor.digest.hasher.update(raw.data)
         if slot.crc_offsets:
             tensor.crc = zlib_ng.crc32(raw.data, tensor.crc)
             if start + len(raw) == slot.spec.nbytes:
                 self._write_crc(tensor)
         with self._turn:
-            tensor.hashed += 1
+            tensor.digest.hashed += 1
             self._turn.notify_all()
         self._count(len(raw))
         self._release(tensor.file)
@@ -234,7 +251,8 @@ class Engine:
 def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
     """Whether a block differs from the same elements of the slot's reference.
 
-    The reference's boxes are flat. Compares piece by piece and stops at the first difference, so that a trained tensor costs one
+    The reference has flat boxes. Compares piece by piece and stops at the first difference, so
+    that a trained tensor costs one
     small read of the base model.
     """
     if slot.reference is None:
