@@ -44,6 +44,7 @@ class Format(Protocol):
 
 
 FORMATS = {
+    "dcp": "reshard.formats.dcp",
     "deepspeed": "reshard.formats.deepspeed",
     "huggingface": "reshard.formats.huggingface",
     "torch": "reshard.formats.torch_state_dict",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -22,6 +23,10 @@ def save(state: State, folder: Path, writer: Writer, flatten: bool = True) -> No
     planner = DefaultSavePlanner(flatten_state_dict=flatten)
     if writer == "async":
         dcp.async_save(state, checkpoint_id=str(folder), planner=planner).result()
+    elif writer == "hf-full":
+        # This writer is for one rank: two would write the same file names over each other.
+        if distributed.get_rank() == 0:
+            dcp.save(state, storage_writer=_hugging_face(folder, state), no_dist=True)
     elif writer == "no-collectives":
         dcp.save(state, checkpoint_id=folder, planner=planner, use_collectives=False)
     else:
@@ -46,5 +51,4 @@ _WRITERS: dict[str, Callable[[Path, State], dcp.FileSystemWriter]] = {
     "hf-consolidated": lambda folder, state: _hugging_face(
         folder, state, save_distributed=True, enable_consolidation=True
     ),
-    "hf-full": _hugging_face,
 }

@@ -4,7 +4,8 @@ The file is a bare pickle of `torch.distributed.checkpoint.metadata.Metadata` (t
 metadata.py and filesystem.py). Nothing of it is executed: the restricted reader gives records of
 what was pickled, and `parse` turns those into the types below, or raises.
 
-    state_dict_metadata   key -> TensorStorageMetadata(properties, size, chunks) | BytesStorageMetadata
+    state_dict_metadata   key -> TensorStorageMetadata(properties, size, chunks), or
+                                 BytesStorageMetadata: an object that is not a tensor
     planner_data          key -> path in the nested state dict; None where it was not flattened
     storage_data          MetadataIndex(fqn, offset) -> _StorageInfo(relative_path, offset, length)
     version               "1.0.0"; older torch writes none

@@ -13,7 +13,8 @@ from reshard.dtypes import DType
 from reshard.errors import FormatError
 from reshard.storage import Source
 from reshard.tensors import Extent, Record, Shape
-from reshard.torchfile.archive import Archive, ArchiveEntry
+from reshard.torchfile.archive import Archive
+from reshard.torchfile.directory import ArchiveEntry
 
 # Bytes. torch.save puts about 700 before the tensor of an item and 600 behind it, its directory
 # included.
