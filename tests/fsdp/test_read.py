@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +139,8 @@ def test_reading_imports_no_torch(oracle: Oracle) -> None:
     )
     names = ("fsdp-tp", "titan", "zstd", "safetensors", "hf-sharded", "no-collectives")
     paths = [str(oracle[name].checkpoint) for name in names]
-    subprocess.run([sys.executable, "-c", code, *paths], check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, *paths], check=True, env=environment)
 
 
 def test_two_models_in_one_are_asked_about() -> None:
