@@ -69,7 +69,7 @@ def test_a_square_stack_needs_the_version() -> None:
     shapes = {"model.language_model.layers.0.mlp.experts.down_proj": (3, 8, 8),
               "model.language_model.norm.weight": (8,)}  # fmt: skip
     base = tables.schema(shapes, {"model_type": "qwen3_vl_moe"})
-    with pytest.raises(Exception, match="2 ways.*transformers-version"):
+    with pytest.raises(Exception, match=r"2 ways.*transformers-version"):
         fit(tables.entries(shapes), base)
     key = "model.language_model.layers.0.mlp.experts.down_proj"
     for version, strides in (((4, 57), None), ((5, 23), (64, 1, 8))):

@@ -1,4 +1,4 @@
-"""The proof that a value can be walked: its containers are neither deep nor cyclic."""
+"""The proof that a value is not nested too deeply."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from reshard.torchfile.limits import MAX_DEPTH
 
 
 def check_depth(value: object, *, path: str) -> None:
-    """Raise `UnsupportedError` where containers nest deeper than `MAX_DEPTH`, or in a circle.
+    """Raise `UnsupportedError` where containers nest deeper than `MAX_DEPTH`.
 
-    Looks into dicts, lists and tuples, not into records.
+    Looks into dicts, lists and tuples, not into records. A container that holds itself, as a
+    user's own state may, counts once.
     """
     # Depth first, without recursion: a container is open (0) until all in it have been seen,
     # then its height is known.
@@ -24,8 +25,6 @@ def check_depth(value: object, *, path: str) -> None:
         inner = _containers_in(container)
         if state is None:
             heights[id(container)] = 0
-            if any(heights.get(id(item)) == 0 for item in inner):
-                raise UnsupportedError("its pickle holds a container that holds itself.", path=path)
             todo.extend(item for item in inner if id(item) not in heights)
             continue
         todo.pop()

@@ -131,8 +131,9 @@ class TorchFile:
 
     `value` is what was saved: dict, list, tuple, str, bytes, int, float, bool and None as such
     (an OrderedDict is a dict, a torch.Size a tuple, a set a list), `DType`, `TensorRef`,
-    `Storage`, `Global`, and `Opaque` for all else. Its dicts, lists and tuples are not cyclic and
-    not nested deeper than `unpickler.MAX_DEPTH`; an Opaque's contents may be.
+    `Storage`, `Global`, and `Opaque` for all else. Its dicts, lists and tuples are not
+    nested deeper than `limits.MAX_DEPTH`, an Opaque's contents may be; either may hold itself, so
+    walk only what is known.
     `records` are the checksums of the storages that `value` names, `opaque` the sorted names that
     are not understood, `warnings` harmless findings.
     """
