@@ -26,8 +26,11 @@ from reshard.errors import FormatError, IncompleteError
 from reshard.formats import Selection
 from reshard.formats.dcp import foreign, parts, shards
 from reshard.formats.dcp.chunked import read_chunks
+from reshard.formats.dcp.layout import lay_out
 from reshard.formats.dcp.metadata import Metadata, merge, parse
 from reshard.storage import Sources
+
+__all__ = ["detect", "lay_out", "read"]
 
 METADATA = ".metadata"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
