@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ _MAX_JSON = 256 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
                     ".onnx", ".distcp", ".tflite", ".ot")  # fmt: skip
 _WEIGHT_INDEX = ".index.json"
+# torch/distributed/checkpoint/_hf_utils.py (torch 2.13): each rank's parts of tensors.
+_DCP_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 # Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
 _NOT_ASSETS = {".git", ".cache", "__pycache__"}
 
@@ -166,7 +169,9 @@ _RANK = {dtype: -_ENUM.index(dtype.safetensors) for dtype in dtypes.ALL}
 
 
 def _shards(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.safetensors"))
+    """The safetensors files of a folder, but for those of DCP's writer, which hold parts."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    return [name for name in names if not _DCP_SHARD.fullmatch(name)]
 
 
 def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
