@@ -8,6 +8,7 @@ otherwise they pass through a scratch buffer and are cast and spread from there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,15 @@ def fill(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
         shared = fragment.box.intersect(box)
         if shared is None:
             continue
-        where = [
-            slice(o - origin, o - origin + size)
-            for o, origin, size in zip(shared.offsets, box.offsets, shared.sizes, strict=True)
-        ]
         # The ellipsis keeps a 0-d view a view; `view[()]` would be a copied scalar.
-        _copy(cut(fragment, shared), view[(*where, ...)], reader)
+        where: tuple[slice | EllipsisType, ...] = (
+            *(
+                slice(o - origin, o - origin + size)
+                for o, origin, size in zip(shared.offsets, box.offsets, shared.sizes, strict=True)
+            ),
+            ...,
+        )
+        _copy(cut(fragment, shared), view[where], reader)
 
 
 def _copy(part: Fragment, out: Array, reader: Reader) -> None:
