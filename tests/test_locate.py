@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def test_an_incomplete_save_is_passed_over_and_said_so(oracle: Oracle, tmp_path:
     for step in (9, 10):
         shutil.copytree(oracle["two-tags"].root, tmp_path / f"checkpoint-{step}")
     broken = next((tmp_path / "checkpoint-10" / "global_step2").glob("*rank_1*optim*"))
-    os.remove(broken)
+    broken.unlink()
     checkpoint = reshard.open(tmp_path)
     assert checkpoint.catalog.origin.root.parent.name == "checkpoint-9"
     assert any("passed over as incomplete" in note for note in checkpoint.catalog.notes)
