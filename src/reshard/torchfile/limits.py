@@ -10,12 +10,13 @@ MAX_STACK = 1_000_000
 # a pickle can make a dict; DCP metadata makes 13 bytes a byte by the estimates below.
 MAX_MADE_NBYTES = 128 << 20
 MAX_MADE_PER_BYTE = 32
-# What an object takes in CPython 3.11, in bytes; a dict with its first item.
+# What an object takes in CPython 3.11, in bytes: a dict with its first item. A tensor takes 400,
+# and counts for more because it takes 10 us to check.
 DICT_NBYTES = 232
 LIST_NBYTES = 88
 TUPLE_NBYTES = 64
 CALL_NBYTES = 128
-TENSOR_NBYTES = 384
+TENSOR_NBYTES = 1024
 # Containers within containers. Training files nest fewer than 20; consumers may recurse.
 MAX_DEPTH = 128
 # Open marks: an object within an object takes up to three.

@@ -139,10 +139,9 @@ class Machine:
         )
 
     def _result(self) -> object:
-        value = self.stack.pop()
-        if self.stack or self.marks:
-            raise Malformed("values are left over at its end")
-        return value
+        if len(self.stack) != 1 or self.marks:
+            raise Malformed(f"it ends with {len(self.stack)} values and {len(self.marks)} marks")
+        return self.stack[0]
 
     def _check_budgets(self) -> None:
         if len(self.stack) > MAX_STACK:

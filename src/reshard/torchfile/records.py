@@ -94,8 +94,8 @@ class TensorRef:
     `extent` goes exactly from the first to the last element used, whatever else the storage
     holds. `strides` (elements, one a dimension) is None where the elements lie in row-major order
     without gaps; an expanded dimension has stride 0. `storage` is the storage's key and the byte
-    of the file where the tensor begins: tensors of one stream with equal `storage`, `dtype`, `shape`
-    and `strides` are the same weights.
+    of the file where the tensor begins: two tensors of one stream with equal `storage`, `dtype`,
+    `shape` and `strides` are the same weights.
     """
 
     dtype: DType
