@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from reshard.dtypes import DType
 from reshard.tensors import Extent, contiguous_strides
-from reshard.torchfile.records import Global, Malformed, Opaque, Storage, TensorRef
-from reshard.torchfile.unpickler import Handler
+from reshard.torchfile.limits import MAX_NAME
+from reshard.torchfile.machine import Handler
+from reshard.torchfile.records import Global, Malformed, Opaque, Storage, TensorRef, show
 
 # torch's own limit is 64 dimensions (c10/core/TensorImpl.h, kMaxDims of ATen's iterators).
 _MAX_DIMS = 64
@@ -44,14 +46,16 @@ def _tensor_v3(args: tuple[object, ...]) -> object:
 
 def _parameter(args: tuple[object, ...]) -> object:
     """`_rebuild_parameter(tensor, requires_grad, hooks)`: the tensor."""
-    tensor, _, _ = _exactly(args, 3)
+    tensor, grad, _ = _exactly(args, 3)
+    if isinstance(tensor, TensorRef):
+        return replace(tensor, requires_grad=grad is True)
     return tensor
 
 
 def _parameter_with_state(args: tuple[object, ...]) -> object:
     """`_rebuild_parameter_with_state(tensor, requires_grad, hooks, state)`: the tensor."""
-    tensor, _, _, _ = _exactly(args, 4)
-    return tensor
+    tensor, grad, hooks, _ = _exactly(args, 4)
+    return _parameter((tensor, grad, hooks))
 
 
 def _from_type(args: tuple[object, ...]) -> object:
@@ -75,13 +79,6 @@ def _from_type(args: tuple[object, ...]) -> object:
     return Opaque(cls.name, inner, state, reason=f"a tensor of class {cls.name}")
 
 
-def _unhandled(what: str) -> Handler:
-    def handler(args: tuple[object, ...]) -> object:
-        return Opaque(what, args, reason=what)
-
-    return handler
-
-
 def _make(
     storage: object,
     dtype: object,
@@ -100,7 +97,7 @@ def _make(
         return Opaque("torch.Tensor", (storage, dtype, offset, size, stride), reason=reason)
     shape, strides = _naturals(size, "size"), _naturals(stride, "stride")
     (first,) = _naturals((offset,), "storage offset")
-    if len(shape) != len(strides) or len(shape) > _MAX_DIMS:
+    if len(shape) != len(strides):
         raise Malformed(f"a tensor has {len(shape)} sizes and {len(strides)} strides")
     numel = math.prod(shape)
     span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if numel else 0
@@ -143,10 +140,12 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 def _naturals(values: object, what: str) -> tuple[int, ...]:
     if not isinstance(values, tuple | list):
         raise Malformed(f"a tensor's {what} is a {type(values).__name__}")
+    if len(values) > _MAX_DIMS:
+        raise Malformed(f"a tensor has {len(values)} dimensions")
     result: list[int] = []
     for value in values:
         if type(value) is not int or not 0 <= value < _MAX_NBYTES:
-            raise Malformed(f"a tensor's {what} is {value!r:.40}")
+            raise Malformed(f"a tensor's {what} is {show(value)}")
         result.append(value)
     return tuple(result)
 
@@ -187,17 +186,17 @@ def _mapping(args: tuple[object, ...]) -> object:
 
 
 def _items(args: tuple[object, ...]) -> object:
-    """`set(list)`, `frozenset(list)`, `deque(list, maximum)`, `list()`: a list."""
-    if not args:
+    """`set(list)`, `frozenset(list)`, `deque((), maximum)`, `list()`: the list, not copied."""
+    if not args or args[0] == ():
         return []
-    if isinstance(args[0], list | tuple):
-        return list(args[0])
-    return Opaque("builtins.set", args)
+    return args[0]
 
 
 def _device(args: tuple[object, ...]) -> object:
     """`torch.device("cuda", 0)`: the string `"cuda:0"`."""
-    return ":".join(f"{part}" for part in args if type(part) in (str, int))
+    if any(type(part) not in (str, int) or len(str(part)) > 32 for part in args[:2]):
+        return Opaque("torch.device", args)
+    return ":".join(str(part) for part in args[:2])
 
 
 def _layout(args: tuple[object, ...]) -> object:
@@ -225,6 +224,8 @@ def _getattr(args: tuple[object, ...]) -> object:
     """`getattr(class, "Nested")`: a longer name, looked up nowhere."""
     owner, name = _exactly(args, 2)
     if isinstance(owner, Global) and isinstance(name, str):
+        if len(owner.name) + len(name) > MAX_NAME:
+            raise Malformed("a global's name is longer than any name")
         return Global(f"{owner.name}.{name}")
     return Opaque("builtins.getattr", args)
 
@@ -253,20 +254,8 @@ _PLAIN_CLASSES = frozenset(
         "torch.nn.parameter.Buffer",
     }
 )
-_UNHANDLED = {
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
-    "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
-    "torch._utils._rebuild_nested_tensor": "a nested tensor",
-    "torch._utils._rebuild_qtensor": "a quantized tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor, which has no data",
-    "torch._utils._rebuild_wrapper_subclass": "a tensor of a class of its own",
-    "torch._utils._rebuild_xla_tensor": "an XLA tensor, stored as a numpy array",
-    "torch._utils._rebuild_device_tensor_from_numpy": "a tensor stored as a numpy array",
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of an unusual device",
-}
 HANDLERS: Mapping[str, Handler] = {
     **_REBUILD,
-    **{name: _unhandled(what) for name, what in _UNHANDLED.items()},
     "torch._tensor._rebuild_from_type": _from_type,
     "torch._tensor._rebuild_from_type_v2": _from_type,
     "torch.tensor._rebuild_from_type": _from_type,

@@ -20,9 +20,11 @@ from reshard.errors import FormatError, IncompleteError, ReshardError, Unsupport
 from reshard.storage import Source
 from reshard.tensors import Extent
 from reshard.torchfile.handlers import HANDLERS
+from reshard.torchfile.limits import MAX_NBYTES
+from reshard.torchfile.machine import BreaksOffError, Machine, PersistentId
+from reshard.torchfile.nesting import check_depth
 from reshard.torchfile.records import Malformed, Storage, TorchFile
 from reshard.torchfile.storages import StorageId, parse_storage_id
-from reshard.torchfile.unpickler import MAX_NBYTES, Machine, PersistentId, check_depth
 
 MAGIC = 0x1950A86A20F9469CFC6C
 VERSION = 1001
@@ -42,8 +44,7 @@ def read_legacy(source: Source, offset: int, nbytes: int) -> TorchFile:
     while True:
         try:
             return _Stream(source, offset, nbytes, source.read(offset, window)).parse()
-        except IncompleteError:
-            # The pickles may simply be longer than the window.
+        except BreaksOffError:
             if window == nbytes:
                 raise
             if window >= MAX_NBYTES:

@@ -17,6 +17,13 @@ class Malformed(Exception):  # noqa: N818 (it never leaves this room)
     """Arguments that a handler cannot use. The machine adds the file and raises `FormatError`."""
 
 
+def show(value: object) -> str:
+    """A value of a file, for a message: short, whatever the value is."""
+    if type(value) is str:
+        return repr(value[:40])
+    return f"{value}"[:40] if type(value) is int else f"a {type(value).__name__}"
+
+
 @dataclass(frozen=True, slots=True)
 class Global:
     """A dotted name that a pickle mentions (`torch.optim.adamw.AdamW`). It is never looked up."""
@@ -31,8 +38,8 @@ class Opaque:
     `name` is the dotted name of the class or function, `args` what it was to be called with,
     `state` what was to become its attributes (None: nothing; most often a dict), `items` what was
     to be appended to it, or the `(key, value)` pairs to be set in it (None: nothing). `reason`
-    says why a tensor is not a `TensorRef`. Compared and hashed by identity; may hold itself in
-    `state` or `items`.
+    says why a tensor is not a `TensorRef`, where `name` does not. Compared and hashed by
+    identity; may hold itself in `state` or `items`.
     """
 
     name: str
@@ -44,6 +51,22 @@ class Opaque:
     def __repr__(self) -> str:
         # The contents may be large, deep or cyclic.
         return f"<Opaque {self.name}>"
+
+    def describe(self) -> str:
+        """What this is, for a message: `"a sparse tensor"`, `"a record of numpy.dtype"`."""
+        return self.reason or _KINDS.get(self.name) or f"a record of {self.name}"
+
+
+_KINDS = {
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_qtensor": "a quantized tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor, which has no data",
+    "torch._utils._rebuild_xla_tensor": "a tensor stored as a numpy array",
+    "torch._utils._rebuild_device_tensor_from_numpy": "a tensor stored as a numpy array",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of a special device",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +131,9 @@ class TorchFile:
 
     `value` is what was saved: dict, list, tuple, str, bytes, int, float, bool and None as such
     (an OrderedDict is a dict, a torch.Size a tuple, a set a list), `DType`, `TensorRef`,
-    `Storage`, `Global`, and `Opaque` for all else. Its dicts, lists and tuples are not cyclic and
-    not nested deeper than `unpickler.MAX_DEPTH`; an Opaque's contents may be.
+    `Storage`, `Global`, and `Opaque` for all else. Its dicts, lists and tuples are not
+    nested deeper than `limits.MAX_DEPTH`, an Opaque's contents may be; either may hold itself, so
+    walk only what is known.
     `records` are the checksums of the storages that `value` names, `opaque` the sorted names that
     are not understood, `warnings` harmless findings.
     """

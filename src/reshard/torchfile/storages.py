@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from reshard import dtypes
 from reshard.dtypes import DType
-from reshard.torchfile.records import Global, Malformed
+from reshard.torchfile.records import Global, Malformed, show
 
 # Bytes an element of the storages whose dtypes reshard does not handle.
 _OTHER_CLASSES = {
@@ -27,6 +27,7 @@ _OTHER_CLASSES = {
     "QUInt4x2Storage": 1,
     "QUInt2x4Storage": 1,
 }
+_MODULES = frozenset({"torch", "torch.storage", "torch.cuda"})
 _UNTYPED = frozenset({"UntypedStorage", "_UntypedStorage"})
 _MAX_NBYTES = 1 << 63
 
@@ -54,7 +55,7 @@ def parse_storage_id(value: object) -> StorageId:
     if value[0] == "module":
         raise Malformed("it holds a whole module with its source code, which is not handled")
     if value[0] != "storage" or len(value) not in (5, 6):
-        raise Malformed(f"a persistent id is not of a storage, but {value[0]!r:.40}")
+        raise Malformed(f"a persistent id is not of a storage, but {show(value[0])}")
     _, cls, key, _, numel = value[:5]
     if not isinstance(cls, Global) or not isinstance(key, str):
         raise Malformed("a storage's class or key is not text")
@@ -69,8 +70,16 @@ def parse_storage_id(value: object) -> StorageId:
     )
 
 
+def is_storage_class(name: str) -> bool:
+    """Whether a global is the class of a storage that reshard reads."""
+    module, _, short = name.rpartition(".")
+    return module in _MODULES and (short in _UNTYPED or dtypes.from_storage(short) is not None)
+
+
 def _element(class_name: str) -> tuple[DType | None, int, str | None]:
-    short = class_name.rpartition(".")[2]
+    module, _, short = class_name.rpartition(".")
+    if module not in _MODULES:
+        raise Malformed(f"a storage is of the unknown class {show(class_name)}")
     if short in _UNTYPED:
         return None, 1, None
     dtype = dtypes.from_storage(short)
@@ -78,12 +87,12 @@ def _element(class_name: str) -> tuple[DType | None, int, str | None]:
         return dtype, dtype.itemsize, None
     if short in _OTHER_CLASSES:
         return None, _OTHER_CLASSES[short], f"a tensor of a {class_name}"
-    raise Malformed(f"a storage is of the unknown class {class_name!r}")
+    raise Malformed(f"a storage is of the unknown class {show(class_name)}")
 
 
 def _nbytes(numel: object, itemsize: int) -> int:
     if type(numel) is not int or not 0 <= numel * itemsize < _MAX_NBYTES:
-        raise Malformed(f"a storage has {numel!r:.40} elements")
+        raise Malformed(f"a storage has {show(numel)} elements")
     return numel * itemsize
 
 

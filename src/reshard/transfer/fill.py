@@ -59,7 +59,8 @@ def fill(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
             slice(o - origin, o - origin + size)
             for o, origin, size in zip(shared.offsets, box.offsets, shared.sizes, strict=True)
         )
-        _copy(cut(fragment, shared), view[where], reader)
+        # The ellipsis keeps a 0-d view a view; `view[()]` would be a copied scalar.
+        _copy(cut(fragment, shared), view[where + (...,)], reader)
 
 
 def _copy(part: Fragment, out: Array, reader: Reader) -> None:

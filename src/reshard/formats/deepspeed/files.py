@@ -71,13 +71,16 @@ class Saved:
     @property
     def records(self) -> tuple[Record, ...]:
         """The checksums of all files, a record once."""
-        return tuple(
-            dict.fromkeys(record for file in (*self.model, *self.optim) for record in file.records)
-        )
+        found = [record for file in self._files for record in file.records]
+        return tuple(dict.fromkeys(found))
 
     @property
     def opaque(self) -> list[str]:
-        return sorted({name for file in (*self.model, *self.optim) for name in file.opaque})
+        return sorted({name for file in self._files for name in file.opaque})
+
+    @property
+    def _files(self) -> tuple[ModelFile | OptimFile, ...]:
+        return (*self.model, *self.optim)
 
 
 def read(location: Location, sources: Sources) -> Saved:
@@ -173,8 +176,9 @@ def parse_optim(path: Path, file: TorchFile) -> OptimFile:
                 f"a flat group has dtype {flat.dtype} and shape {flat.shape}.", path=path
             )
     count = state.get("partition_count")
-    counts = count if isinstance(count, list) else [count]
-    if not counts or not all(type(n) is int and n > 0 for n in counts):
+    stated = count if isinstance(count, list) else [count]
+    counts = [n for n in stated if type(n) is int and n > 0]
+    if not counts or len(counts) != len(stated):
         raise FormatError(f"its partition_count is {count!r}.", path=path)
     step, moments = _base_state(state)
     return OptimFile(

@@ -78,7 +78,7 @@ def _check_lengths(groups: tuple[Shapes, ...], saved: Saved) -> None:
         matches = found == needed if len(found) == len(needed) else sum(found) == sum(needed)
         if matches:
             continue
-        if any(have == 0 for have in found) and sum(needed):
+        if 0 in found and any(needed):
             raise UnsupportedError(
                 f"rank {rank}'s fp32 weights are not in the file: the optimizer was offloaded to "
                 "NVMe, whose swap files are not handled.",

@@ -108,18 +108,22 @@ def _aliases(model: ModelFile, entries: Mapping[str, Entry]) -> dict[str, str]:
         return {
             alias: stored
             for alias, stored in model.shared.items()
-            if alias not in entries and (alias not in module or math.prod(module[alias].shape))
+            if alias not in entries and not (alias in module and _empty(module[alias]))
         }
     places: dict[tuple[object, ...], str] = {}
     for name in [*(name for name in module if name in entries), *module]:
         tensor = module[name]
-        if math.prod(tensor.shape):
+        if not _empty(tensor):
             places.setdefault(_place(tensor), name)
     return {
         name: places[_place(tensor)]
         for name, tensor in module.items()
         if places.get(_place(tensor), name) != name and name not in entries
     }
+
+
+def _empty(tensor: TensorRef) -> bool:
+    return 0 in tensor.shape
 
 
 def _place(tensor: TensorRef) -> tuple[tuple[str, int], DType, tuple[int, ...], object]:
