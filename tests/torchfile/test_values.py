@@ -18,7 +18,8 @@ from reshard import dtypes
 from reshard.dtypes import DType
 from reshard.errors import PlanError
 from reshard.tensors import flat, whole
-from reshard.torchfile import Global, Opaque, TensorRef
+from reshard.torchfile import Global, Opaque, TensorRef, read_pickle
+from tests.torchfile.handmade import pickle
 from tests.torchfile.support import OLD, read_bytes, same, saved, value_of
 
 CONTAINERS = pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
