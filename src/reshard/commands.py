@@ -93,9 +93,7 @@ def _tagged(tag: str | None) -> str:
 @_prefix
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_json
-def inspect(
-    src: Path, tag: str | None, prefix: str | None, tensors: bool, as_json: bool
-) -> None:
+def inspect(src: Path, tag: str | None, prefix: str | None, tensors: bool, as_json: bool) -> None:
     """Show what is in the checkpoint SRC, from its metadata alone."""
     from reshard.inspection import inspect as run
 

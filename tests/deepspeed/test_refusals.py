@@ -13,7 +13,6 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import reshard
-from reshard.transfer import commit
 from tests.oracle.cache import Oracle
 
 
@@ -316,7 +315,7 @@ def test_not_enough_space_is_known_before_writing(
     oracle: Oracle, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(workspace)._replace(free=1000)
-    monkeypatch.setattr(commit.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = refused(workspace, oracle["llama-zero2"].root, None, reshard.WriteError)
     assert "1,000 are free" in message
 

@@ -15,7 +15,7 @@ from reshard.catalog import Catalog
 from reshard.errors import FormatError, NotFoundError
 from reshard.plan import OutputFile
 from reshard.storage import Sources
-from reshard.tensors import Entry, TensorSpec
+from reshard.tensors import Entry, Made, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Writable(Protocol):
     """What the module of a format that can be written offers besides."""
 
     def lay_out(
-        self, slots: Sequence[tuple[TensorSpec, Entry, Entry | None]], max_file_nbytes: int, /
+        self, slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_file_nbytes: int, /
     ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
         """Tensor files and small files for tensors given as (target, source, reference)."""
 

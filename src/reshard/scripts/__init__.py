@@ -16,10 +16,10 @@ _WORDS = {
 }
 
 
-def expect(path: Path, wanted: str) -> None:
+def expect(path: Path, *wanted: str) -> None:
     """Raise `UnsupportedError` where `path` holds another format than the command converts."""
     found = formats.detect(path)
-    if found != wanted:
-        is_wanted, _ = _WORDS[wanted]
+    if found not in wanted:
+        is_wanted, _ = _WORDS[wanted[0]]
         is_found, hint = _WORDS[found]
         raise UnsupportedError(f"it is {is_found}, not {is_wanted}.", path=path, hint=hint)

@@ -20,8 +20,8 @@ from reshard.dtypes import DType
 from reshard.formats.dcp import pickling
 from reshard.formats.dcp.metadata import Chunk, Location, Metadata, StoredTensor
 from reshard.plan import OutputFile, Slot
-from reshard.rearrange import crop
-from reshard.tensors import Box, Entry, Shape, TensorSpec, whole
+from reshard.rearrange import part
+from reshard.tensors import Box, Entry, Made, Shape, TensorSpec, whole
 from reshard.torchfile.write import TensorArchive, lay_out_tensor
 
 # Bytes of a chunk, at most, where rows allow it. Smaller chunks cost 1.4 KB each and a line of
@@ -32,7 +32,7 @@ _ZIP_NBYTES = 2048
 
 
 def lay_out(
-    slots: Sequence[tuple[TensorSpec, Entry, Entry | None]], max_file_nbytes: int
+    slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_file_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Files and metadata for tensors given as (target, source, reference), in state dict order.
 
@@ -47,7 +47,7 @@ def lay_out(
             archive = _archive(spec.dtype, box.sizes)
             if files[-1].nbytes and files[-1].nbytes + archive.nbytes > max_file_nbytes:
                 files.append(_File(f"__0_{len(files)}.distcp"))
-            part = source if box.sizes == spec.shape else crop(source, box)
+            part = source if box.sizes == spec.shape else part(source, box)
             location = files[-1].add(TensorSpec(spec.name, spec.dtype, box.sizes), part, archive)
             chunks.append(Chunk(box.offsets, box.sizes, (location,)))
         tensors[spec.name] = StoredTensor(spec.dtype.name, spec.shape, tuple(chunks))
@@ -65,7 +65,7 @@ class _File:
     literals: list[tuple[int, bytes]] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
 
-    def add(self, spec: TensorSpec, source: Entry, archive: TensorArchive) -> Location:
+    def add(self, spec: TensorSpec, source: Made, archive: TensorArchive) -> Location:
         start = self.nbytes
         data = start + len(archive.before)
         rest = data + archive.data_nbytes
