@@ -27,17 +27,18 @@ from reshard.torchfile.write import TensorArchive, lay_out_tensor
 # Bytes of a chunk, at most, where rows allow it. Smaller chunks cost 1.4 KB each and a line of
 # metadata; larger ones make many ranks read what they do not need.
 MAX_CHUNK_NBYTES = 64 << 20
+# Bytes of a chunk's zip beside its tensor, rounded up.
+_ZIP_NBYTES = 2048
 
 
 def lay_out(
-    slots: Sequence[tuple[TensorSpec, Made, Entry | None]],
-    max_file_nbytes: int,
-    max_chunk_nbytes: int = MAX_CHUNK_NBYTES,
+    slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_file_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Files and metadata for tensors given as (target, source, reference), in state dict order.
 
-    A file holds at most `max_file_nbytes`, unless a single chunk is larger.
+    A file holds at most `max_file_nbytes`, unless a single row of a tensor does not fit.
     """
+    max_chunk_nbytes = min(MAX_CHUNK_NBYTES, max_file_nbytes - _ZIP_NBYTES)
     files: list[_File] = [_File("__0_0.distcp")]
     tensors: dict[str, StoredTensor] = {}
     for spec, source, _ in slots:
