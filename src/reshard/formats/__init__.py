@@ -77,6 +77,12 @@ def target(to: str) -> Writable:
     return cast(Writable, import_module(FORMATS[TARGETS[to]]))
 
 
+def claims(path: Path) -> dict[str, str]:
+    """The formats that `path` looks like, each with its reason."""
+    found = {name: load(name).detect(path) for name in FORMATS}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
 def detect(path: Path) -> str:
     """The name of the format of what lies at `path`.
 
@@ -84,8 +90,7 @@ def detect(path: Path) -> str:
     """
     if not path.exists():
         raise NotFoundError("there is no such file or folder.", path=path)
-    claims = {name: load(name).detect(path) for name in FORMATS}
-    reasons = {name: reason for name, reason in claims.items() if reason is not None}
+    reasons = claims(path)
     if not reasons:
         raise NotFoundError(
             f"no checkpoint was recognised here; it holds {_listing(path)}.",
