@@ -47,8 +47,8 @@ def lay_out(
             archive = _archive(spec.dtype, box.sizes)
             if files[-1].nbytes and files[-1].nbytes + archive.nbytes > max_file_nbytes:
                 files.append(_File(f"__0_{len(files)}.distcp"))
-            piece = source if box.sizes == spec.shape else part(source, box)
-            location = files[-1].add(TensorSpec(spec.name, spec.dtype, box.sizes), piece, archive)
+            held = source if box.sizes == spec.shape else part(source, box)
+            location = files[-1].add(TensorSpec(spec.name, spec.dtype, box.sizes), held, archive)
             chunks.append(Chunk(box.offsets, box.sizes, (location,)))
         tensors[spec.name] = StoredTensor(spec.dtype.name, spec.shape, tuple(chunks))
     paths = {name: (name,) for name in tensors}
