@@ -39,6 +39,7 @@ class Fit:
     """A checkpoint's tensors as the base has them. Names are the base's unless said otherwise.
 
     entries: by name; dtypes are the checkpoint's.
+    origins: name -> the checkpoint's name, of tensors that are one of its tensors as it stands.
     prefix, rules: what was stripped from the names, and what was done to them, in words.
     tied: a name that is not stored -> the name that its weights are stored under.
     filled: tensors to copy from the base. left_out: tensors of the base that are not written.
@@ -51,6 +52,7 @@ class Fit:
     """
 
     entries: Mapping[str, Entry]
+    origins: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     rules: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
@@ -116,6 +118,7 @@ class _Fitting:
         candidate = self._candidate
         return Fit(
             entries=outputs,
+            origins=self._origins(),
             prefix=candidate.prefix,
             rules=_rules(candidate),
             tied=self._tied,
@@ -145,6 +148,18 @@ class _Fitting:
                 missing=(name,),
             )
         return {name: build(name, pieces, self._by_name) for name, pieces in wanted.items()}
+
+    def _origins(self) -> dict[str, str]:
+        """Which tensors are one of the source's, whole and unturned."""
+        have = self._candidate.source.pieces
+        origins = {}
+        for hub, piece in self._candidate.base.pieces.items():
+            source = have.get(hub)
+            if source is None or piece.expert is not None or source.expert is not None:
+                continue
+            if piece.swapped == source.swapped:
+                origins[piece.name] = self._by_name[source.name].spec.name
+        return origins
 
     def _copy_heads(self, outputs: dict[str, Entry]) -> None:
         """Write a head that the base stores and the source does not, as its config ties them."""
