@@ -114,7 +114,7 @@ class _Fitting:
         self._copy_heads(outputs)
         self._judge_heads(outputs)
         dropped = self._sort_dropped()
-        resized = self._resize()
+        resized = self._resize(outputs)
         candidate = self._candidate
         return Fit(
             entries=outputs,
@@ -221,18 +221,22 @@ class _Fitting:
                 self._tied[candidate.base_view.name_here(hub)] = stored
         return tuple(dict.fromkeys(dropped))
 
-    def _resize(self) -> tuple[Resize, ...]:
-        have, want = self._candidate.source.pieces, self._candidate.base.pieces
-        resized = tuple(
-            Resize(want[hub].name, want[hub].shape[0], have[hub].shape[0])
-            for hub in self._candidate.of(Verdict.RESIZED)
-        )
+    def _resize(self, outputs: Mapping[str, Entry]) -> tuple[Resize, ...]:
+        """Tensors with another number of vocabulary rows, which the config must then state."""
+        want = self._candidate.base.pieces
+        hubs = (*self._candidate.of(Verdict.RESIZED), *self._candidate.of(Verdict.COPIED))
+        resized = []
+        for hub in hubs:
+            name, base_rows = want[hub].name, want[hub].shape[0]
+            rows = outputs[name].spec.shape[0]
+            if rows != base_rows:
+                resized.append(Resize(name, base_rows, rows))
         if resized:
-            levels = stating_levels(self._config)
-            stated = [level for level in levels if "vocab_size" in _at(self._config, level)]
-            for level in stated or levels[-1:]:
-                self._patches[f"{level}vocab_size"] = resized[0].rows
-        return resized
+            paths = stating_levels(self._config)
+            stated = [path for path in paths if "vocab_size" in _at(self._config, path)]
+            for path in stated or paths[-1:]:
+                self._patches[f"{path}vocab_size"] = resized[0].rows
+        return tuple(resized)
 
     def _base_names(self, verdict: Verdict) -> tuple[str, ...]:
         want = self._candidate.base.pieces
