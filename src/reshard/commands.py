@@ -8,9 +8,11 @@ from typing import Any
 import click
 
 from reshard import output
+from reshard.formats import TARGETS
 from reshard.targets import CHOICES
 
 _PATH = click.Path(path_type=Path)
+_prefix = click.option("--prefix", help="The model's part of a nested state dict (DCP).")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; default: `latest`.")
 
@@ -18,14 +20,15 @@ _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; defaul
 @click.command()
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
-@click.option("--to", type=click.Choice(["hf"]), default="hf", show_default=True,
+@click.option("--to", type=click.Choice(list(TARGETS)), default="hf", show_default=True,
               help="The target format.")  # fmt: skip
 @click.option("--base", type=_PATH, help="The Hugging Face model that training started from.")
 @_tag
+@_prefix
 @click.option("--dtype", type=click.Choice(CHOICES),
               help="base: as the base stores each tensor (default with --base); keep: as the "
                    "checkpoint does.")  # fmt: skip
-@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option("--max-shard-size", help="Default: 5GB; with --to dcp: 1GB.")
 @click.option("--exclude-frozen", is_flag=True, help="Leave out frozen parameters.")
 @click.option("--fill-from-base", is_flag=True,
               help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
@@ -87,13 +90,14 @@ def _tagged(tag: str | None) -> str:
 @click.command()
 @click.argument("src", type=_PATH)
 @_tag
+@_prefix
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_json
-def inspect(src: Path, tag: str | None, tensors: bool, as_json: bool) -> None:
+def inspect(src: Path, tag: str | None, prefix: str | None, tensors: bool, as_json: bool) -> None:
     """Show what is in the checkpoint SRC, from its metadata alone."""
     from reshard.inspection import inspect as run
 
-    inspection = run(src, tag=tag)
+    inspection = run(src, tag=tag, prefix=prefix)
     found = inspection.to_json(tensors=tensors)
     if as_json:
         output.print_json(found)

@@ -15,11 +15,10 @@ from typing import Any
 
 import xxhash
 
-from reshard import formats, manifest
+from reshard import formats, locate, manifest
 from reshard.base import CONFIG, Base, dtype_patches, patched_config, read_base
-from reshard.catalog import Catalog
+from reshard.catalog import Asset, Catalog
 from reshard.errors import PlanError, VerificationError, WriteError
-from reshard.formats import huggingface
 from reshard.naming import Fit, FitOptions, fit
 from reshard.plan import Plan, parse_size
 from reshard.storage import Sources
@@ -36,6 +35,9 @@ PathLike = str | os.PathLike[str]
 
 # More threads than this only compete for the memory bus.
 _MAX_THREADS = 4
+
+# As `save_pretrained` has it; for DCP small enough that many ranks read different files.
+_MAX_SHARD_SIZE = {"hf": "5GB", "dcp": "1GB"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +87,9 @@ def convert(
     to: str = "hf",
     base: PathLike | None = None,
     tag: str | None = None,
+    prefix: str | None = None,
     dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     exclude_frozen: bool = False,
     fill_from_base: bool = False,
     allow_unchanged: bool = False,
@@ -117,14 +120,17 @@ def convert(
         source=Path(source),
         target=Path(target),
         base=None if base is None else Path(base),
-        selection=formats.Selection(tag=tag, allow_step_mismatch=allow_step_mismatch),
+        to=to,
+        selection=formats.Selection(tag, prefix, allow_step_mismatch),
         dtype=_check_dtype(dtype, base),
-        max_shard_nbytes=parse_size(max_shard_size),
+        max_shard_nbytes=parse_size(max_shard_size or _MAX_SHARD_SIZE.get(to, "5GB")),
         exclude_frozen=exclude_frozen,
         fill_from_base=fill_from_base,
     )
-    if to != "hf":
-        raise PlanError(f"{to!r} is not a target format.", hint="Use hf.")
+    if to not in formats.TARGETS:
+        raise PlanError(
+            f"{to!r} is not a target format.", hint=f"Use one of {', '.join(formats.TARGETS)}."
+        )
     if fill_from_base and base is None:
         raise PlanError("--fill-from-base takes tensors from a base.", hint="Pass --base.")
     check_target(options.target, options.source, options.base, overwrite=overwrite)
@@ -154,6 +160,7 @@ class _Options:
     source: Path
     target: Path
     base: Path | None
+    to: str
     selection: formats.Selection
     dtype: str
     max_shard_nbytes: int
@@ -163,7 +170,7 @@ class _Options:
     def stated(self) -> dict[str, Any]:
         """The options as `reshard.json` records them."""
         return {
-            "to": "hf",
+            "to": self.to,
             "dtype": self.dtype,
             "max_shard_nbytes": self.max_shard_nbytes,
             "exclude_frozen": self.exclude_frozen,
@@ -207,7 +214,7 @@ def _check_dtype(dtype: str | None, base: PathLike | None) -> str:
 
 def _plan(options: _Options, sources: Sources, *, strict: bool) -> _Job:
     """Everything that can be decided, and every user's error, before a byte is written."""
-    catalog = formats.read(options.source, sources, options.selection)
+    catalog = locate.read(options.source, sources, options.selection)
     if strict and catalog.notes:
         raise PlanError(
             f"--strict was passed, and there is a finding: {catalog.notes[0]}", path=options.source
@@ -218,17 +225,18 @@ def _plan(options: _Options, sources: Sources, *, strict: bool) -> _Job:
     found, entries, filled, missing = _fitted(catalog, base, options, sources)
     targets = choose(list(entries.items()), base.entries if base else {}, options.dtype)
     slots = [(item.spec, item.source, item.reference) for item in targets]
-    files, texts = huggingface.lay_out(slots, options.max_shard_nbytes)
-    assets = base.assets if base else ()
+    files, texts = formats.target(options.to).lay_out(slots, options.max_shard_nbytes)
+    assets: tuple[Asset, ...] = ()
     warnings = [*catalog.notes, *found.warnings]
-    if base is not None:
+    if base is not None and options.to == "hf":
         patches = dict(found.config_patches)
         if options.dtype not in ("base", "keep"):
             patches.update(dtype_patches(base, options.dtype))
+        assets = base.assets
         if patches:
             texts = (*texts, (CONFIG, patched_config(base, patches)))
             assets = tuple(asset for asset in assets if asset.name != CONFIG)
-    else:
+    elif options.to == "hf":
         warnings.append(
             "no base was given: names are those of the checkpoint, and config, tokenizer and "
             "other files are not there."

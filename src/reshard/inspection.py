@@ -65,9 +65,11 @@ class Inspection:
         return result
 
 
-def inspect(path: str | os.PathLike[str], *, tag: str | None = None) -> Inspection:
-    """Summarise the checkpoint at `path`; no weights are read."""
-    checkpoint = open_checkpoint(path, tag=tag)
+def inspect(
+    path: str | os.PathLike[str], *, tag: str | None = None, prefix: str | None = None
+) -> Inspection:
+    """Summarise the checkpoint at `path`; no weights are read. Options as `open_checkpoint` has."""
+    checkpoint = open_checkpoint(path, tag=tag, prefix=prefix)
     entries = list(checkpoint.catalog.entries.values())
     return Inspection(
         checkpoint=checkpoint,

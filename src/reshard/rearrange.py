@@ -17,6 +17,8 @@ from reshard.tensors import (
     Entry,
     Extent,
     Fragment,
+    LowRank,
+    Made,
     Shape,
     TensorSpec,
     contiguous_strides,
@@ -41,6 +43,19 @@ def crop(entry: Entry, box: Box) -> Entry:
                 replace(cut(fragment, shared), box=Box(box.sizes, moved, shared.sizes))
             )
     return _entry(entry, box.sizes, fragments)
+
+
+def part(source: Made, box: Box) -> Made:
+    """The elements of `box` as `crop` takes them, of a low-rank update too."""
+    if not isinstance(source, LowRank):
+        return crop(source, box)
+    (row, column), (rows, columns) = box.offsets, box.sizes
+    rank = source.down.spec.shape[0]
+    up = Box(source.up.spec.shape, (row, 0), (rows, rank))
+    down = Box(source.down.spec.shape, (0, column), (rank, columns))
+    return LowRank(
+        crop(source.base, box), crop(source.up, up), crop(source.down, down), source.scaling
+    )
 
 
 def select(entry: Entry, index: int) -> Entry:

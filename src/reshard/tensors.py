@@ -165,6 +165,45 @@ class Entry:
         return replace(self, spec=replace(self.spec, name=name))
 
 
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A matrix with a low-rank update, as LoRA trains it: `base + scaling * up @ down`.
+
+    `base` is `[rows, columns]`, `up` (LoRA's B) `[rows, rank]`, `down` (LoRA's A)
+    `[rank, columns]`. The sum is computed in float32 and rounded once, to the target's dtype.
+    """
+
+    base: Entry
+    up: Entry
+    down: Entry
+    scaling: float
+
+    @property
+    def spec(self) -> TensorSpec:
+        return self.base.spec
+
+    @property
+    def kind(self) -> Kind:
+        return self.base.kind
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self.base.aliases
+
+    @property
+    def fragments(self) -> tuple[Fragment, ...]:
+        """Everything that is read for it."""
+        return self.base.fragments + self.up.fragments + self.down.fragments
+
+    def renamed(self, name: str) -> LowRank:
+        """The same tensor under another name."""
+        return replace(self, base=self.base.renamed(name))
+
+
+#: What a tensor of the output is made from.
+Made = Entry | LowRank
+
+
 def blocks(shape: Shape, max_numel: int) -> Iterator[Box]:
     """Cut a row-major array into boxes of at most `max_numel` elements, in ascending order.
 

@@ -5,6 +5,7 @@ Adding one is a module with the functions of `Format`, and a line in `FORMATS`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Protocol, cast
 
 from reshard.catalog import Catalog
 from reshard.errors import FormatError, NotFoundError
+from reshard.plan import OutputFile
 from reshard.storage import Sources
+from reshard.tensors import Entry, Made, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +46,41 @@ class Format(Protocol):
         """
 
 
+class Writable(Protocol):
+    """What the module of a format that can be written offers besides."""
+
+    def lay_out(
+        self, slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_file_nbytes: int, /
+    ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+        """Tensor files and small files for tensors given as (target, source, reference)."""
+
+
 FORMATS = {
+    "dcp": "reshard.formats.dcp",
     "deepspeed": "reshard.formats.deepspeed",
     "huggingface": "reshard.formats.huggingface",
     "torch": "reshard.formats.torch_state_dict",
 }
 
 
+# The values of `convert --to`.
+TARGETS = {"hf": "huggingface", "dcp": "dcp"}
+
+
 def load(name: str) -> Format:
     """The module of a format."""
     return cast(Format, import_module(FORMATS[name]))
+
+
+def target(to: str) -> Writable:
+    """The module that lays out the format which `--to` names."""
+    return cast(Writable, import_module(FORMATS[TARGETS[to]]))
+
+
+def claims(path: Path) -> dict[str, str]:
+    """The formats that `path` looks like, each with its reason."""
+    found = {name: load(name).detect(path) for name in FORMATS}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def detect(path: Path) -> str:
@@ -62,8 +90,7 @@ def detect(path: Path) -> str:
     """
     if not path.exists():
         raise NotFoundError("there is no such file or folder.", path=path)
-    claims = {name: load(name).detect(path) for name in FORMATS}
-    reasons = {name: reason for name, reason in claims.items() if reason is not None}
+    reasons = claims(path)
     if not reasons:
         raise NotFoundError(
             f"no checkpoint was recognised here; it holds {_listing(path)}.",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from reshard.errors import FormatError, IncompleteError, NotFoundError
 from reshard.formats import Selection
 from reshard.plan import OutputFile, Slot, pack
 from reshard.storage import Source, Sources, child
-from reshard.tensors import Entry, Extent, Fragment, TensorSpec, check_tiling, whole
+from reshard.tensors import Entry, Extent, Fragment, Made, TensorSpec, check_tiling, whole
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,6 +36,8 @@ _MAX_JSON = 256 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
                     ".onnx", ".distcp", ".tflite", ".ot")  # fmt: skip
 _WEIGHT_INDEX = ".index.json"
+# torch/distributed/checkpoint/_hf_utils.py (torch 2.13): each rank's parts of tensors.
+_DCP_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 # Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
 _NOT_ASSETS = {".git", ".cache", "__pycache__"}
 
@@ -101,7 +104,7 @@ def assets(folder: Path) -> tuple[Asset, ...]:
 
 
 def lay_out(
-    slots: Sequence[tuple[TensorSpec, Entry, Entry | None]], max_shard_nbytes: int
+    slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_shard_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Shards and index for tensors given as (target, source, reference), in state dict order.
 
@@ -133,7 +136,7 @@ def lay_out(
 
 
 def _shard(
-    name: str, specs: Sequence[TensorSpec], by_name: Mapping[str, tuple[Entry, Entry | None]]
+    name: str, specs: Sequence[TensorSpec], by_name: Mapping[str, tuple[Made, Entry | None]]
 ) -> OutputFile:
     # The order of safetensors' own writer: widest types first, so that every tensor is aligned.
     ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, _RANK[spec.dtype], spec.name))
@@ -166,7 +169,9 @@ _RANK = {dtype: -_ENUM.index(dtype.safetensors) for dtype in dtypes.ALL}
 
 
 def _shards(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.safetensors"))
+    """The safetensors files of a folder, but for those of DCP's writer, which hold parts."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    return [name for name in names if not _DCP_SHARD.fullmatch(name)]
 
 
 def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:

@@ -1,1 +1,30 @@
-"""The user's commands: each parses its flags and calls the library."""
+"""The user's four commands: each parses its flags and calls the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reshard import formats
+from reshard.errors import UnsupportedError
+
+# What a format is called, and the command that converts it.
+_WORDS = {
+    "dcp": ("a PyTorch DCP (FSDP) checkpoint", "Convert it with fsdp2hf."),
+    "deepspeed": ("a DeepSpeed checkpoint", "Convert it with ds2hf."),
+    "huggingface": ("a Hugging Face model", "Convert it with hf2fsdp."),
+    "torch": ("a torch.save file", "Convert it with: reshard convert SRC DST --base BASE."),
+}
+
+
+def expect(path: Path, *wanted: str) -> None:
+    """Raise `UnsupportedError` where `path` holds another format than the command converts.
+
+    A folder above checkpoints is left to `locate`.
+    """
+    if path.is_dir() and not formats.claims(path):
+        return
+    found = formats.detect(path)
+    if found not in wanted:
+        is_wanted, _ = _WORDS[wanted[0]]
+        is_found, hint = _WORDS[found]
+        raise UnsupportedError(f"it is {is_found}, not {is_wanted}.", path=path, hint=hint)

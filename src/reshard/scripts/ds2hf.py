@@ -9,6 +9,7 @@ import click
 
 from reshard import output
 from reshard.cli import HELP, run
+from reshard.scripts import expect
 
 _PATH = click.Path(path_type=Path)
 
@@ -36,6 +37,7 @@ def command(
     from reshard.commands import show_report
     from reshard.conversion import convert
 
+    expect(checkpoint_dir, "deepspeed", "torch")
     with output.progress_bar() as progress:
         report = convert(
             checkpoint_dir,

@@ -145,7 +145,7 @@ def _widen(extra: bytes, values: Sequence[int]) -> list[int]:
         field = extra[position + 4 : position + 4 + length]
         position += 4 + length
         if kind == 1:
-            wide = [number for (number,) in struct.iter_unpack("<Q", field[: length // 8 * 8])]
+            wide = [number for (number,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
             if len(wide) >= values.count(_U32):
                 numbers = iter(wide)
                 return [next(numbers) if value == _U32 else value for value in values]

@@ -6,11 +6,17 @@ MAX_NBYTES = 256 << 20
 MAX_OPCODES = 128_000_000
 # Entries of one stack. Only a tuple needs all its items there; lists come 1000 at a time.
 MAX_STACK = 1_000_000
-# Containers and records: this many, and one more for every 8 bytes of the pickle. The opcode of an
-# empty dict is one byte, the dict 64; DCP metadata has 18 bytes an object. Long bytes that a
-# handler makes count as one object for every 64.
-MAX_OBJECTS = 500_000
-NBYTES_PER_OBJECT = 8
+# Bytes of memory for what a pickle makes: this many, and 32 more for each byte of it. One byte of
+# a pickle can make a dict; DCP metadata makes 13 bytes a byte by the estimates below.
+MAX_MADE_NBYTES = 128 << 20
+MAX_MADE_PER_BYTE = 32
+# What an object takes in CPython 3.11, in bytes: a dict with its first item. A tensor takes 400,
+# and counts for more because it takes 10 us to check.
+DICT_NBYTES = 232
+LIST_NBYTES = 88
+TUPLE_NBYTES = 64
+CALL_NBYTES = 128
+TENSOR_NBYTES = 1024
 # Containers within containers. Training files nest fewer than 20; consumers may recurse.
 MAX_DEPTH = 128
 # Open marks: an object within an object takes up to three.

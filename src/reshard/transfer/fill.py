@@ -2,19 +2,32 @@
 
 A block is an unbroken run of the tensor's row-major bytes (`tensors.blocks`). Where a fragment is
 stored in that order and in the target's dtype, its bytes are read straight into the block;
-otherwise they pass through a scratch buffer and are cast and spread from there.
+otherwise they pass through a scratch buffer and are cast and spread from there. A low-rank update
+is merged block by block on the way.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
 
-from reshard.rearrange import cut
+from reshard.rearrange import crop, cut
 from reshard.storage import Sources
-from reshard.tensors import Box, Entry, Extent, Fragment, contiguous_strides, flat
+from reshard.tensors import (
+    Box,
+    Entry,
+    Extent,
+    Fragment,
+    LowRank,
+    Made,
+    Shape,
+    contiguous_strides,
+    flat,
+    whole,
+)
 from reshard.transfer.checksums import Ledger
 
 Array = np.ndarray[Any, Any]
@@ -40,11 +53,42 @@ class Reader:
         self.bytes_read += extent.nbytes
 
 
-def fill(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
+def fill(source: Made, box: Box, out: Array, reader: Reader) -> None:
     """Write the elements of `box` (over the tensor's shape) into `out`, cast to its dtype.
 
     `out` is one-dimensional and has `box.numel` elements.
     """
+    if isinstance(source, LowRank):
+        out[...] = _merged(source, box, reader).astype(out.dtype)
+    else:
+        _gather(source, box, out, reader)
+
+
+def _merged(update: LowRank, box: Box, reader: Reader) -> Array:
+    """The elements of `box` of a matrix with its low-rank update, in float32.
+
+    Holds three times the block in float32, and the columns of `down` that it meets.
+    """
+    (row, column), (rows, columns) = box.offsets, box.sizes
+    rank = update.down.spec.shape[0]
+    sum_ = _matrix(update.base, (row, column), (rows, columns), reader)
+    up = _matrix(update.up, (row, 0), (rows, rank), reader)
+    down = _matrix(update.down, (0, column), (rank, columns), reader)
+    delta = up @ down
+    delta *= np.float32(update.scaling)
+    sum_ += delta
+    return sum_.reshape(-1)
+
+
+def _matrix(entry: Entry, offsets: Shape, sizes: Shape, reader: Reader) -> Array:
+    """A part of a stored matrix, in float32."""
+    part = crop(entry, Box(entry.spec.shape, offsets, sizes))
+    out = np.empty(part.spec.numel, np.float32)
+    _gather(part, whole(sizes), out, reader)
+    return out.reshape(sizes)
+
+
+def _gather(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
     over = entry.fragments[0].box.shape
     if over != box.shape:
         strides = contiguous_strides(box.shape)
@@ -55,12 +99,15 @@ def fill(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
         shared = fragment.box.intersect(box)
         if shared is None:
             continue
-        where = tuple(
-            slice(o - origin, o - origin + size)
-            for o, origin, size in zip(shared.offsets, box.offsets, shared.sizes, strict=True)
-        )
         # The ellipsis keeps a 0-d view a view; `view[()]` would be a copied scalar.
-        _copy(cut(fragment, shared), view[where + (...,)], reader)
+        where: tuple[slice | EllipsisType, ...] = (
+            *(
+                slice(o - origin, o - origin + size)
+                for o, origin, size in zip(shared.offsets, box.offsets, shared.sizes, strict=True)
+            ),
+            ...,
+        )
+        _copy(cut(fragment, shared), view[where], reader)
 
 
 def _copy(part: Fragment, out: Array, reader: Reader) -> None:

@@ -1,0 +1,143 @@
+"""PyTorch distributed checkpoints (DCP): what FSDP1 and FSDP2 runs save.
+
+    .metadata         pickle: every tensor's shape, its chunks, and where each chunk lies
+    __0_0.distcp      items, back to back: a torch.save zip for each chunk, `__<rank>_<n>`
+    __1_0.distcp
+or, saved with use_collectives=False, one metadata for each rank:
+    __0.metadata __1.metadata __0_0.distcp __1_0.distcp
+or the DCP Hugging Face writer's shards (see `shards`):
+    shard-00001-model-00001-of-00001.safetensors ...
+
+`.metadata` is written last, under a temporary name until it is whole: without it the save is
+unfinished. Saving again into a folder leaves the files of a larger former world behind, so data
+files are never listed, only followed from the metadata. torch itself checks neither: a hole in a
+tensor becomes uninitialised memory. Read off torch 2.13 (torch/distributed/checkpoint/
+metadata.py, filesystem.py, default_planner.py, hf_storage.py) and files that it wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from reshard import torchfile
+from reshard.catalog import Catalog, Origin
+from reshard.errors import FormatError, IncompleteError
+from reshard.formats import Selection
+from reshard.formats.dcp import foreign, parts, shards
+from reshard.formats.dcp.chunked import read_chunks
+from reshard.formats.dcp.layout import lay_out
+from reshard.formats.dcp.metadata import Metadata, merge, parse
+from reshard.storage import Sources
+
+__all__ = ["detect", "lay_out", "read"]
+
+METADATA = ".metadata"
+_RANK_METADATA = re.compile(r"__(\d+)\.metadata")
+# Where accelerate and the HF Trainer put the model of a checkpoint folder.
+_ACCELERATE = "pytorch_model_fsdp_0"
+_NO_SHAPES = (
+    "Shards of DCP's Hugging Face writer state no whole shapes: if all files of the last ranks are "
+    "missing, this cannot be seen without a base model."
+)
+
+
+def detect(path: Path) -> str | None:
+    """A folder with `.metadata`, `.distcp` files or DCP's shards; also kinds that are refused."""
+    if not path.is_dir():
+        return None
+    names = {child.name for child in path.iterdir()}
+    if METADATA in names:
+        return f"it holds {METADATA}"
+    if _ACCELERATE in names and (path / _ACCELERATE).is_dir():
+        return f"it holds {_ACCELERATE}/"
+    for name in sorted(names):
+        if _RANK_METADATA.fullmatch(name) or name.endswith(".distcp"):
+            return f"it holds {name}"
+    if shards.names(path):
+        return "it holds shards of DCP's Hugging Face writer"
+    return foreign.why(path)
+
+
+def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
+    """The model's tensors, each proven to be tiled by its chunks; no weight is read.
+
+    `selection.prefix` names the model's part of a nested state dict; without it the part is found
+    by the names that frameworks use (see `parts`).
+
+    Raises `IncompleteError` (no metadata; a file missing or short; a hole), `FormatError`
+    (damaged, overlapping chunks, names that leave the folder), `UnsupportedError` (another kind
+    of checkpoint, an unknown transform), `NamesError` (several parts could be the model).
+    """
+    if not (path / METADATA).exists() and (path / _ACCELERATE).is_dir():
+        path = path / _ACCELERATE
+    foreign.refuse(path)
+    if shards.names(path) and not (path / METADATA).exists():
+        return _read_shards(path, sources, selection)
+    return read_chunks(path, sources, selection, _metadata(path, sources))
+
+
+def _metadata(folder: Path, sources: Sources) -> Metadata:
+    """The folder's metadata, that of all ranks merged where each wrote its own."""
+    names = {child.name for child in folder.iterdir()}
+    ranks = sorted(int(m[1]) for name in names if (m := _RANK_METADATA.fullmatch(name)))
+    if METADATA in names and ranks:
+        raise FormatError(
+            f"it holds both {METADATA} and __{ranks[0]}{METADATA}: two saves into one folder.",
+            path=folder,
+            hint=f"Move {METADATA}, or all files __*.metadata, away: those of the save that is "
+            "not meant.",
+        )
+    if METADATA in names:
+        return _parse(folder / METADATA, sources)
+    if not ranks:
+        raise _unfinished(folder, names)
+    if ranks != list(range(len(ranks))):
+        missing = min(set(range(max(ranks))) - set(ranks))
+        raise IncompleteError(
+            f"each rank wrote metadata of its own, up to rank {max(ranks)}, and "
+            f"__{missing}{METADATA} is missing.",
+            path=folder,
+            hint="Copy the whole folder again.",
+        )
+    found = [_parse(folder / f"__{rank}{METADATA}", sources) for rank in ranks]
+    return merge(found, str(folder))
+
+
+def _parse(path: Path, sources: Sources) -> Metadata:
+    source = sources.open(path)
+    if source.size == 0:
+        raise IncompleteError(
+            "the file is empty.", path=path, hint="The save did not finish; use another one."
+        )
+    data = source.read(0, source.size)
+    return parse(torchfile.read_pickle(data, path=str(path)).value, str(path))
+
+
+def _unfinished(folder: Path, names: set[str]) -> IncompleteError:
+    temporary = sorted(name for name in names if name.endswith(".metadata.tmp"))
+    there = f"; {temporary[0]} was begun" if temporary else ""
+    return IncompleteError(
+        f"it holds .distcp files and no {METADATA}, which is written last{there}: the save did "
+        "not finish.",
+        path=folder,
+        hint="Use an earlier checkpoint, or copy the folder again if the file was left behind "
+        "(its name begins with a dot).",
+    )
+
+
+def _read_shards(folder: Path, sources: Sources, selection: Selection) -> Catalog:
+    world = shards.ranks(folder)
+    found = shards.read(folder, sources)
+    part = parts.find({name: (name,) for name in found}, selection.prefix, str(folder))
+    return Catalog(
+        format="dcp",
+        origin=Origin(
+            root=folder,
+            framework="torch.distributed.checkpoint",
+            world_size=world,
+            details={"prefix": ".".join(part.path), "files": shards.names(folder)},
+        ),
+        entries={name: found[key].renamed(name) for key, name in part.names.items()},
+        notes=(_NO_SHAPES,),
+    )

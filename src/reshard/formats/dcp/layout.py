@@ -1,0 +1,101 @@
+"""Lay out a DCP checkpoint: which chunks, in which files, at which offsets. Pure, no I/O.
+
+    __0_0.distcp   torch.save zips, one a chunk, back to back; the next file once one is full
+    __0_1.distcp
+    .metadata      written by `pickling`
+
+As if one rank had saved with several writer threads. A large tensor is cut into rows, so that a
+rank that loads its part of it reads little more than that part: `dcp.load` reads chunks whole.
+The number of chunks is a power of two and each but the last has ceil(rows / chunks) rows, as
+FSDP cuts: for as many ranks, each chunk is exactly one rank's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from reshard.dtypes import DType
+from reshard.formats.dcp import pickling
+from reshard.formats.dcp.metadata import Chunk, Location, Metadata, StoredTensor
+from reshard.plan import OutputFile, Slot
+from reshard.rearrange import part
+from reshard.tensors import Box, Entry, Made, Shape, TensorSpec, whole
+from reshard.torchfile.write import TensorArchive, lay_out_tensor
+
+# Bytes of a chunk, at most, where rows allow it. Smaller chunks cost 1.4 KB each and a line of
+# metadata; larger ones make many ranks read what they do not need.
+MAX_CHUNK_NBYTES = 64 << 20
+# Bytes of a chunk's zip beside its tensor, rounded up.
+_ZIP_NBYTES = 2048
+
+
+def lay_out(
+    slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_file_nbytes: int
+) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+    """Files and metadata for tensors given as (target, source, reference), in state dict order.
+
+    A file holds at most `max_file_nbytes`, unless a single row of a tensor does not fit.
+    """
+    max_chunk_nbytes = min(MAX_CHUNK_NBYTES, max_file_nbytes - _ZIP_NBYTES)
+    files: list[_File] = [_File("__0_0.distcp")]
+    tensors: dict[str, StoredTensor] = {}
+    for spec, source, _ in slots:
+        chunks = []
+        for box in _cut(spec, max_chunk_nbytes):
+            archive = _archive(spec.dtype, box.sizes)
+            if files[-1].nbytes and files[-1].nbytes + archive.nbytes > max_file_nbytes:
+                files.append(_File(f"__0_{len(files)}.distcp"))
+            held = source if box.sizes == spec.shape else part(source, box)
+            location = files[-1].add(TensorSpec(spec.name, spec.dtype, box.sizes), held, archive)
+            chunks.append(Chunk(box.offsets, box.sizes, (location,)))
+        tensors[spec.name] = StoredTensor(spec.dtype.name, spec.shape, tuple(chunks))
+    paths = {name: (name,) for name in tensors}
+    metadata = pickling.dump(Metadata(tensors, (), paths, None))
+    return tuple(file.output() for file in files), ((".metadata", metadata),)
+
+
+@dataclass(slots=True)
+class _File:
+    """A file as it grows."""
+
+    name: str
+    nbytes: int = 0
+    literals: list[tuple[int, bytes]] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+
+    def add(self, spec: TensorSpec, source: Made, archive: TensorArchive) -> Location:
+        start = self.nbytes
+        data = start + len(archive.before)
+        rest = data + archive.data_nbytes
+        self.literals += [(start, archive.before), (rest, archive.rest)]
+        checksums = tuple(rest + offset for offset in archive.crc_offsets)
+        self.slots.append(Slot(data, spec, source, checksums))
+        self.nbytes += archive.nbytes
+        return Location(self.name, start, archive.nbytes)
+
+    def output(self) -> OutputFile:
+        return OutputFile(self.name, self.nbytes, tuple(self.literals), tuple(self.slots))
+
+
+def _cut(spec: TensorSpec, max_nbytes: int) -> Iterator[Box]:
+    """The tensor in chunks of rows, ascending; a tensor without rows to cut is one chunk."""
+    rows = spec.shape[0] if spec.shape else 1
+    count = 1
+    while spec.nbytes > max_nbytes * count and count < rows:
+        count *= 2
+    if count == 1:
+        yield whole(spec.shape)
+        return
+    step = -(-rows // count)
+    tail = (0,) * (len(spec.shape) - 1)
+    for start in range(0, rows, step):
+        sizes = (min(step, rows - start), *spec.shape[1:])
+        yield Box(spec.shape, (start, *tail), sizes)
+
+
+@functools.lru_cache(maxsize=256)
+def _archive(dtype: DType, shape: Shape) -> TensorArchive:
+    # Layers repeat: a model has a dozen different chunks.
+    return lay_out_tensor(dtype, shape)

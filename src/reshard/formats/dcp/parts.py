@@ -1,0 +1,127 @@
+"""Which part of a nested state dict is the model.
+
+DCP flattens what was saved, `{"model": {"a.b": t}, "optimizer": ..}`, and keeps each tensor's
+path, `("model", "a.b")`. Names contain dots themselves, so paths are never guessed from keys.
+
+    saved as                                       the model's part     written by
+    {"a.b": t}                                     ()                   LightRFT, hf2fsdp
+    {"model": {..}, "optimizer": ..}               ("model",)           accelerate, the HF Trainer
+    {"a.b": t, "optimizer": .., "train_state": ..} () without the rest  torchtitan
+    {"app": {"model": {..}, "optim": ..}}          ("app", "model")     torch's tutorial
+    {"state_dict": {..}, "optimizer_0": ..}        ("state_dict",)      Lightning
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from reshard.errors import NamesError, NotFoundError
+
+Path = tuple[str, ...]
+
+# What frameworks call the model's part.
+_MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
+# What they call everything else that may hold tensors.
+_NOT_MODEL = re.compile(
+    r"(.*_)?optim(izer)?s?(_.*|\d*)|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?|"
+    r"extra(_.*)?|ema(_.*)?"
+)
+# The top level of an optimizer's own state dict.
+_OPTIMIZER = frozenset({"state", "param_groups"})
+# Names listed in an error.
+_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The model's part: `names` maps each key of the checkpoint in it to the tensor's name."""
+
+    path: Path
+    names: Mapping[str, str]
+
+
+def find(tensors: Mapping[str, Path], prefix: str | None, root: str) -> Part:
+    """The part of the checkpoint that is the model; `tensors` maps keys to paths.
+
+    `prefix` names it (`"app.model"`); otherwise it is found by the names that frameworks use.
+    Raises `NotFoundError` where nothing is left, `NamesError` where it could be several.
+    """
+    if not tensors:
+        raise NotFoundError("it holds no tensor.", path=root, hint="There is nothing to convert.")
+    if prefix:
+        return _named(tensors, prefix, root)
+    start: Path = ()
+    while (step := _step(start, _below(tensors, start).values(), root)) is not None:
+        start = (*start, step)
+    names = {
+        key: ".".join(rest)
+        for key, rest in _below(tensors, start).items()
+        # Beside the model's own names, at the top, lie the other parts. Deeper, all is the model.
+        if start or len(rest) == 1 or not _NOT_MODEL.fullmatch(rest[0])
+    }
+    return Part(start, names)
+
+
+def _below(tensors: Mapping[str, Path], start: Path) -> dict[str, Path]:
+    """The tensors under `start`, each with the rest of its path."""
+    depth = len(start)
+    return {key: path[depth:] for key, path in tensors.items() if path[:depth] == start}
+
+
+def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
+    """The child of `start` to look into, or None where the tensors at `start` are the model."""
+    children = {path[0] for path in inside if len(path) > 1}
+    known = sorted(children & _MODEL)
+    if len(known) == 1:
+        return known[0]
+    if {path[0] for path in inside} <= _OPTIMIZER:
+        raise _only_optimizer(root)
+    if not known and any(len(path) == 1 for path in inside):
+        return None
+    candidates = known or sorted(c for c in children if not _NOT_MODEL.fullmatch(c))
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        raise _only_optimizer(root)
+    listed = ", ".join(
+        f"{'.'.join((*start, name))!r} ({sum(path[0] == name for path in inside)} tensors)"
+        for name in candidates[:_LISTED]
+    )
+    raise NamesError(
+        f"several parts of it could be the model: {listed}.",
+        path=root,
+        hint="Name the one that is meant with --prefix.",
+    )
+
+
+def _named(tensors: Mapping[str, Path], prefix: str, root: str) -> Part:
+    """The part whose path, joined by dots, is `prefix`; of a flat dict, the names below it."""
+    for path in tensors.values():
+        for depth in range(1, len(path)):
+            if ".".join(path[:depth]) == prefix:
+                below = _below(tensors, path[:depth])
+                return Part(path[:depth], {key: ".".join(rest) for key, rest in below.items()})
+    dotted = prefix.removesuffix(".") + "."
+    flat = {key: ".".join(path) for key, path in tensors.items()}
+    names = {
+        key: name.removeprefix(dotted) for key, name in flat.items() if name.startswith(dotted)
+    }
+    if not names:
+        tops = sorted({path[0].split(".")[0] for path in tensors.values()})
+        raise NotFoundError(
+            f"no tensor lies under the prefix {prefix!r}; the names begin with "
+            f"{', '.join(tops[:_LISTED])}.",
+            path=root,
+            hint="Correct --prefix, or leave it out.",
+        )
+    return Part((prefix,), names)
+
+
+def _only_optimizer(root: str) -> NotFoundError:
+    return NotFoundError(
+        "it holds the state of an optimizer and no model.",
+        path=root,
+        hint="The model's checkpoint lies beside it or in the folder above.",
+    )

@@ -1,0 +1,58 @@
+"""`fsdp2hf`: an FSDP checkpoint (PyTorch DCP) to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from reshard import output
+from reshard.cli import HELP, run
+from reshard.scripts import expect
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(context_settings=HELP)
+@click.option("--hf_base", type=_PATH, required=True,
+              help="The Hugging Face model that training started from.")  # fmt: skip
+@click.option("--checkpoint_dir", type=_PATH, required=True,
+              help="The folder with .metadata and the .distcp files.")  # fmt: skip
+@click.option("--output_dir", type=_PATH, required=True)
+@click.option("--prefix", help="The model's part of a nested state dict; default: found by itself.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@click.option("--debug", "-d", is_flag=True, help="Show the traceback of an error.")
+def command(
+    hf_base: Path,
+    checkpoint_dir: Path,
+    output_dir: Path,
+    prefix: str | None,
+    overwrite: bool,
+    debug: bool,
+) -> None:
+    """Convert an FSDP checkpoint (PyTorch DCP) to a Hugging Face folder.
+
+    Names, dtypes and all files but the weights are those of the base model, be it a language or a
+    vision-language model.
+    """
+    from reshard.commands import show_report
+    from reshard.conversion import convert
+
+    expect(checkpoint_dir, "dcp")
+    with output.progress_bar() as progress:
+        report = convert(
+            checkpoint_dir,
+            output_dir,
+            base=hf_base,
+            prefix=prefix,
+            allow_unchanged=True,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show_report(report)
+
+
+def main() -> None:
+    """The console command `fsdp2hf`."""
+    sys.exit(run(command))

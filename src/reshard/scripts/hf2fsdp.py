@@ -1,0 +1,40 @@
+"""`hf2fsdp`: Hugging Face safetensors to a PyTorch DCP checkpoint, which FSDP loads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from reshard import output
+from reshard.cli import HELP, run
+from reshard.scripts import expect
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(context_settings=HELP)
+@click.option("--hf_checkpoint", type=_PATH, required=True,
+              help="The Hugging Face model folder.")  # fmt: skip
+@click.option("--output", "target", type=_PATH, required=True)
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@click.option("--debug", "-d", is_flag=True, help="Show the traceback of an error.")
+def command(hf_checkpoint: Path, target: Path, overwrite: bool, debug: bool) -> None:
+    """Convert a Hugging Face model to a PyTorch DCP checkpoint.
+
+    `torch.distributed.checkpoint.load` reads it into plain tensors, FSDP1 and FSDP2 models, at any
+    world size. Names and dtypes stay as they stand in the safetensors files.
+    """
+    from reshard.commands import show_report
+    from reshard.conversion import convert
+
+    expect(hf_checkpoint, "huggingface")
+    with output.progress_bar() as progress:
+        report = convert(hf_checkpoint, target, to="dcp", overwrite=overwrite, progress=progress)
+    show_report(report)
+
+
+def main() -> None:
+    """The console command `hf2fsdp`."""
+    sys.exit(run(command))

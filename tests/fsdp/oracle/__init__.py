@@ -1,0 +1,1 @@
+"""The oracle: checkpoints that real FSDP processes wrote, each beside the truth gathered live."""
