@@ -7,8 +7,10 @@ fills the gaps with random numbers. What it says about that is kept here, in `Lo
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from reshard.errors import UnsupportedError
+from reshard.errors import NamesError, UnsupportedError
 from reshard.evaluate.device import Placement
 from reshard.evaluate.folder import Folder, Kind
 from reshard.evaluate.report import Model
@@ -31,7 +33,6 @@ class Gaps:
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    mismatched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,19 @@ class Loaded:
     inputs: str
     gaps: Gaps
     seconds: float
+
+    def place(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inputs on the model's first device, floating ones in its dtype.
+
+        Some tokenizers make `token_type_ids` for every model; those that a model does not take
+        are left out, as its `generate` would refuse them.
+        """
+        takes = inspect.signature(self.core.forward).parameters
+        return {
+            name: value.to(self.inputs, self.core.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if name != "token_type_ids" or name in takes
+        }
 
     def facts(self, chat_template: bool) -> Model:
         """What the report says about the model."""
@@ -68,8 +82,9 @@ def load_model(folder: Folder, placement: Placement, *, dtype: str, remote_code:
     """Load the model of `folder` for inference.
 
     `dtype` is one of `DTYPES`; `auto` is what the folder's config names. Raises
-    `UnsupportedError` for a class that the installed transformers does not have; whatever
-    `from_pretrained` raises passes through.
+    `UnsupportedError` for a class that the installed transformers does not have and `NamesError`
+    for weights whose shapes are not those of the config; whatever `from_pretrained` raises
+    passes through.
     """
     began = time.perf_counter()
     core, info = _class_of(folder, remote_code).from_pretrained(
@@ -77,9 +92,12 @@ def load_model(folder: Folder, placement: Placement, *, dtype: str, remote_code:
         device_map=placement.device_map,
         trust_remote_code=remote_code,
         output_loading_info=True,
+        # Otherwise the shapes that do not fit are only logged; _check_shapes raises with them.
+        ignore_mismatched_sizes=True,
         local_files_only=True,
         **{_dtype_argument(): dtype if dtype == "auto" else getattr(torch, dtype)},
     )
+    _check_shapes(folder, info)
     core.eval()
     reward = load_reward(folder.path, core) if folder.kind is Kind.REWARD else None
     gaps = _gaps(folder, info)
@@ -130,17 +148,28 @@ def _dtype_argument() -> str:
     return "dtype" if (int(major), int(minor)) >= (4, 56) else "torch_dtype"
 
 
-def _gaps(folder: Folder, info: dict[str, Any]) -> Gaps:
-    def names(key: str) -> tuple[str, ...]:
-        # Mismatched keys come as (name, shape in the file, shape in the class).
-        entries = (item if isinstance(item, str) else item[0] for item in info.get(key) or ())
-        return tuple(sorted(entries))
+def _check_shapes(folder: Folder, info: Mapping[str, Any]) -> None:
+    mismatched = sorted(info.get("mismatched_keys") or ())
+    if not mismatched:
+        return
+    shown = "; ".join(
+        f"{name} is {list(stored)} in the files, {list(wanted)} by the config"
+        for name, stored, wanted in mismatched[:3]
+    )
+    raise NamesError(
+        f"{len(mismatched)} weights have another shape than the config says: {shown}.",
+        unexpected=tuple(name for name, *_ in mismatched),
+        path=folder.path / "config.json",
+        hint="The config is that of another model.",
+    )
 
-    unexpected = names("unexpected_keys")
+
+def _gaps(folder: Folder, info: Mapping[str, Any]) -> Gaps:
+    unexpected = sorted(info.get("unexpected_keys") or ())
     if folder.kind is Kind.REWARD:
         # The backbone's class has no language head; an export may hold the base model's.
-        unexpected = tuple(name for name in unexpected if not name.endswith("lm_head.weight"))
-    return Gaps(names("missing_keys"), unexpected, names("mismatched_keys"))
+        unexpected = [name for name in unexpected if not name.endswith("lm_head.weight")]
+    return Gaps(tuple(sorted(info.get("missing_keys") or ())), tuple(unexpected))
 
 
 def load_tokenizer(path: Path, *, remote_code: bool) -> Any:

@@ -38,13 +38,14 @@ def peak_cpu_nbytes() -> int | None:
         import resource
     except ImportError:  # Windows has no such module.
         return None
-    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     # getrusage counts KiB on Linux, bytes on macOS.
-    return peak if platform.system() == "Darwin" else peak * 1024
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
 def peak_gpu_nbytes() -> int | None:
     """Largest memory that tensors took since `reset_peaks`, on all GPUs together, in bytes."""
     if not torch.cuda.is_available():
         return None
-    return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    peaks = (torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return int(sum(peaks))
