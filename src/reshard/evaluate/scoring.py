@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 
 from reshard.evaluate.encoding import Inputs
@@ -18,20 +22,27 @@ def score(loaded: Loaded, inputs: Inputs) -> list[dict[str, float]]:
     if loaded.reward is not None:
         columns = loaded.reward.score(placed)
     else:
-        _set_padding(loaded)
-        with torch.inference_mode():
+        with _padding(loaded.core.config, len(inputs["input_ids"])), torch.inference_mode():
             logits = loaded.core(**placed).logits.float().cpu()
         columns = {label: logits[:, i] for i, label in enumerate(_labels(loaded, logits.shape[1]))}
     rows = len(next(iter(columns.values())))
     return [{name: float(column[row]) for name, column in columns.items()} for row in range(rows)]
 
 
-def _set_padding(loaded: Loaded) -> None:
-    """Classifiers find the last token by the padding token, and refuse batches without one."""
-    config = loaded.core.config
-    if getattr(config, "pad_token_id", None) is None:
+@contextmanager
+def _padding(config: Any, rows: int) -> Iterator[None]:
+    """Name a padding token while a batch is scored: classifiers refuse a batch without one.
+
+    Not for a single row: there the last token counts, be it the end token or not.
+    """
+    before = getattr(config, "pad_token_id", None)
+    if before is None and rows > 1:
         end = config.eos_token_id
         config.pad_token_id = end[0] if isinstance(end, list) else end
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
 
 
 def _labels(loaded: Loaded, count: int) -> list[str]:

@@ -44,4 +44,4 @@ def read_text(path: Path) -> str:
 
 
 def _data(name: str) -> str:
-    return files("reshard.evaluate").joinpath("data", name).read_text(encoding="utf-8")
+    return (files("reshard.evaluate") / "data" / name).read_text(encoding="utf-8")

@@ -62,14 +62,12 @@ def benchmark(
 def summarise(batch_size: int, samples: Sequence[Sample]) -> Batch:
     """Median and spread of every figure."""
 
-    def spread(name: str) -> Spread | None:
-        values = [value for s in samples if (value := getattr(s, name)) is not None]
-        return _spread(values) if values else None
+    def known(name: str) -> list[Any]:
+        return [value for sample in samples if (value := getattr(sample, name)) is not None]
 
-    def largest(name: str) -> int | None:
-        return max(
-            (value for s in samples if (value := getattr(s, name)) is not None), default=None
-        )
+    def spread(name: str) -> Spread | None:
+        values = known(name)
+        return _spread(values) if values else None
 
     return Batch(
         batch_size=batch_size,
@@ -78,8 +76,8 @@ def summarise(batch_size: int, samples: Sequence[Sample]) -> Batch:
         time_per_output_token=spread("time_per_output_token"),
         tokens_per_second=spread("tokens_per_second"),
         prompt_tokens=_spread([float(sample.prompt_tokens) for sample in samples]),
-        peak_cpu_bytes=largest("peak_cpu_bytes"),
-        peak_gpu_bytes=largest("peak_gpu_bytes"),
+        peak_cpu_bytes=max(known("peak_cpu_bytes"), default=None),
+        peak_gpu_bytes=max(known("peak_gpu_bytes"), default=None),
         samples=tuple(samples),
     )
 
