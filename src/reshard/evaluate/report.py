@@ -256,7 +256,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
-        values: dict[str, Any] = _plain(self)
+        values: dict[str, Any] = plain(self)
         return values
 
     def write(self, path: Path) -> None:
@@ -280,13 +280,14 @@ def write_text(path: Path, text: str) -> None:
         raise WriteError(f"cannot write the file: {error.strerror}.", path=path) from error
 
 
-def _plain(value: object) -> Any:
+def plain(value: object) -> Any:
+    """Dataclasses, tuples and paths as JSON values; numbers that are not finite become null."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return finite(value)
     if isinstance(value, Path):

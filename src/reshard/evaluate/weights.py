@@ -74,9 +74,10 @@ def relate(here: Weights, there: Weights, name: str) -> Relation:
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether all values are equal; float64 holds every smaller type's exactly."""
-    if one.dtype == other.dtype:
-        return torch.equal(one, other)
-    return torch.equal(one.double(), other.double())
+    if one.dtype != other.dtype:
+        one, other = one.double(), other.double()
+    equal: bool = torch.equal(one, other)
+    return equal
 
 
 State = tuple[bool, bool, bool]
