@@ -10,7 +10,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from types import FrameType
+from typing import cast
 
 import click
 
@@ -20,11 +22,25 @@ from reshard.errors import ReshardError
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+# Where each command stands; its module is imported when the command is called or described.
+_COMMANDS = {
+    "convert": "reshard.commands:convert",
+    "inspect": "reshard.commands:inspect",
+    "verify": "reshard.commands:verify",
+}
+
+
 class Group(click.Group):
-    """A command group that lists its commands in the order they are defined."""
+    """The commands of `_COMMANDS`, in that order, each imported on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[cmd_name].partition(":")
+        return cast(click.Command, getattr(import_module(module), attribute))
 
 
 @click.group(cls=Group, context_settings=HELP)

@@ -1,0 +1,146 @@
+"""The commands of `reshard`: flags in, library calls, tables or JSON out. No other logic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reshard import output
+from reshard.targets import CHOICES
+
+_PATH = click.Path(path_type=Path)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; default: `latest`.")
+
+
+@click.command()
+@click.argument("src", type=_PATH)
+@click.argument("dst", type=_PATH)
+@click.option("--to", type=click.Choice(["hf"]), default="hf", show_default=True,
+              help="The target format.")  # fmt: skip
+@click.option("--base", type=_PATH, help="The Hugging Face model that training started from.")
+@_tag
+@click.option("--dtype", type=click.Choice(CHOICES),
+              help="base: as the base stores each tensor (default with --base); keep: as the "
+                   "checkpoint does.")  # fmt: skip
+@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option("--exclude-frozen", is_flag=True, help="Leave out frozen parameters.")
+@click.option("--fill-from-base", is_flag=True,
+              help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
+@click.option("--allow-unchanged", is_flag=True,
+              help="Accept a result whose every tensor equals the base's.")  # fmt: skip
+@click.option("--allow-step-mismatch", is_flag=True,
+              help="Accept a ZeRO-3 checkpoint whose optimizer was restarted.")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Refuse a checkpoint with any finding.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: the cores, at most 4.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists, in one step.")
+@click.option("--no-verify", is_flag=True, help="Do not read the output again.")
+@click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
+@_json
+def convert(src: Path, dst: Path, as_json: bool, no_verify: bool, **options: Any) -> None:
+    """Convert the checkpoint SRC into the folder DST."""
+    from reshard.conversion import convert as run
+
+    with output.progress_bar(quiet=as_json) as progress:
+        report = run(src, dst, verify=not no_verify, progress=progress, **options)
+    show_report(report, as_json=as_json)
+
+
+def show_report(report: Any, *, as_json: bool = False) -> None:
+    """A conversion's report, as JSON or as a table with its warnings."""
+    if as_json:
+        output.print_json(report.to_json())
+        return
+    for warning in report.warnings:
+        output.say(f"note: {warning}")
+    speed = report.bytes_written / max(report.seconds, 1e-3)
+    rows = [
+        ("source", f"{report.source} ({report.format}{_tagged(report.tag)})"),
+        ("target", f"{report.target}{' (dry run: nothing was written)' * report.dry_run}"),
+        ("tensors", f"{report.num_tensors} in {len(report.files)} file(s)"),
+        ("read", output.size(report.bytes_read)),
+        ("written", output.size(report.bytes_written)),
+    ]
+    if report.rules or report.prefix:
+        prefix = [f"prefix {report.prefix!r} stripped"] if report.prefix else []
+        rows.append(("names", "; ".join([*prefix, *report.rules])))
+    if report.tied:
+        rows.append(("tied", ", ".join(f"{a} = {b}" for a, b in report.tied.items())))
+    for what in ("filled", "missing", "unexpected"):
+        names = getattr(report, what)
+        if names:
+            rows.append((what, f"{len(names)}: {', '.join(names[:5])}"))
+    if report.compared:
+        rows.append(("changed", f"{report.changed} of {report.compared} differ from the base"))
+    if not report.dry_run:
+        rows.append(("verified", "yes, read back" if report.verified else "no"))
+        rows.append(("time", f"{report.seconds:.1f} s, {output.size(int(speed))}/s"))
+    output.print_table(rows)
+
+
+def _tagged(tag: str | None) -> str:
+    return f", tag {tag}" if tag else ""
+
+
+@click.command()
+@click.argument("src", type=_PATH)
+@_tag
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@_json
+def inspect(src: Path, tag: str | None, tensors: bool, as_json: bool) -> None:
+    """Show what is in the checkpoint SRC, from its metadata alone."""
+    from reshard.inspection import inspect as run
+
+    inspection = run(src, tag=tag)
+    found = inspection.to_json(tensors=tensors)
+    if as_json:
+        output.print_json(found)
+        return
+    sizes = ("total_bytes", "bytes_to_read")
+    hidden = ("tensors", "notes", "tied", "frozen")
+    rows = [
+        (name.replace("_", " "), output.size(value) if name in sizes else _shown(value))
+        for name, value in found.items()
+        if name not in hidden and value not in (None, [], {})
+    ]
+    for what in ("tied", "frozen"):
+        if found[what]:
+            rows.append((what, f"{len(found[what])}: {', '.join(list(found[what])[:5])}"))
+    output.print_table(rows)
+    for note in found["notes"]:
+        output.say(f"note: {note}")
+    if tensors:
+        listing = [
+            (t["name"], t["dtype"], str(tuple(t["shape"])), output.size(t["nbytes"]), t["kind"])
+            for t in found["tensors"]
+        ]
+        output.print_table(listing, header=("name", "dtype", "shape", "size", "kind"))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {count}" for name, count in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+@click.command()
+@click.argument("dst", type=_PATH)
+@_json
+def verify(dst: Path, as_json: bool) -> None:
+    """Read the converted folder DST again and compare every tensor, bit for bit."""
+    from reshard.verification import verify_folder
+
+    with output.progress_bar(quiet=as_json) as progress:
+        step = None if progress is None else lambda done, total: progress("verify", done, total)
+        verified = verify_folder(dst, progress=step)
+    if as_json:
+        output.print_json(verified.to_json())
+    else:
+        amount = output.size(verified.bytes_read)
+        click.echo(f"{dst}: {verified.num_tensors} tensors, {amount}, all as written.")

@@ -1,0 +1,95 @@
+"""The formats, by name. A format is one room: detect, read and, where it can be written, lay out.
+
+Adding one is a module with the functions of `Format`, and a line in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from reshard.catalog import Catalog
+from reshard.errors import FormatError, NotFoundError
+from reshard.storage import Sources
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which part of a checkpoint is meant.
+
+    `tag` names one of several saves in a folder (DeepSpeed), `prefix` the part of a nested state
+    dict that is the model (DCP). `allow_step_mismatch` accepts a ZeRO-3 checkpoint whose optimizer
+    was restarted on purpose, so that its step count is not the model's.
+    """
+
+    tag: str | None = None
+    prefix: str | None = None
+    allow_step_mismatch: bool = False
+
+
+class Format(Protocol):
+    """What a format's module offers."""
+
+    def detect(self, path: Path) -> str | None:
+        """Why `path` looks like this format, or None. Looks at names and first bytes only."""
+
+    def read(self, path: Path, sources: Sources, selection: Selection) -> Catalog:
+        """The table of the checkpoint's tensors, from its metadata alone.
+
+        Every entry's fragments are proven to tile it. Raises a `ReshardError` for anything that
+        is missing, damaged, mixed or not handled.
+        """
+
+
+FORMATS = {
+    "deepspeed": "reshard.formats.deepspeed",
+    "huggingface": "reshard.formats.huggingface",
+    "torch": "reshard.formats.torch_state_dict",
+}
+
+
+def load(name: str) -> Format:
+    """The module of a format."""
+    return cast(Format, import_module(FORMATS[name]))
+
+
+def detect(path: Path) -> str:
+    """The name of the format of what lies at `path`.
+
+    Raises `NotFoundError` where nothing is recognised, `FormatError` where two formats claim it.
+    """
+    if not path.exists():
+        raise NotFoundError("there is no such file or folder.", path=path)
+    claims = {name: load(name).detect(path) for name in FORMATS}
+    reasons = {name: reason for name, reason in claims.items() if reason is not None}
+    if not reasons:
+        raise NotFoundError(
+            f"no checkpoint was recognised here; it holds {_listing(path)}.",
+            path=path,
+            hint="Name the folder that holds the checkpoint's files, or the folder above it.",
+        )
+    if len(reasons) > 1:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise FormatError(
+            f"it looks like more than one format ({why}).",
+            path=path,
+            hint="Name the folder of the one that is meant.",
+        )
+    return next(iter(reasons))
+
+
+def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
+    """Detect the format of `path` and read its table of tensors."""
+    return load(detect(path)).read(path, sources, selection)
+
+
+def _listing(path: Path) -> str:
+    if path.is_file():
+        return "a file of an unknown kind"
+    names = sorted(child.name + ("/" if child.is_dir() else "") for child in path.iterdir())
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more

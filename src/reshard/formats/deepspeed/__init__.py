@@ -1,0 +1,43 @@
+"""DeepSpeed checkpoints: no ZeRO, ZeRO-1, 2 and 3, as `engine.save_checkpoint` writes them.
+
+    ROOT/latest                                       the tag of the last save
+    ROOT/<tag>/mp_rank_00_model_states.pt             stages 0 to 2: all weights, 16-bit or fp32
+    ROOT/<tag>/zero_pp_rank_0_mp_rank_00_model_states.pt   stage 3: shapes, buffers, one a rank
+    ROOT/<tag>/[bf16_]zero_pp_rank_0_mp_rank_00_optim_states.pt   fp32 masters, one a rank
+
+    stages 1 and 2: a group's parameters back to back, cut into equal partitions
+        |  a  |    b     | c |  d  |pad|
+        |   rank 0   |   rank 1   | rank 2 |
+    stage 3: every parameter cut into equal pieces; a rank's flat group is its pieces
+        rank 0: |a0|b0|c0|   rank 1: |a1|b1|c1|
+
+Weights are read from the fp32 masters; frozen parameters and buffers from the model file, which is
+the only place that has them. Moments are never read. Read off DeepSpeed 0.19.8
+(runtime/engine.py, runtime/zero/stage_1_and_2.py, stage3.py, utils/zero_to_fp32.py) and files that
+it wrote; older versions from their sources.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reshard.catalog import Catalog
+from reshard.formats import Selection
+from reshard.formats.deepspeed import files, place, stage3, stages012
+from reshard.storage import Sources
+
+
+def detect(path: Path) -> str | None:
+    """A tag folder, or a folder with `latest` or with tag folders."""
+    return place.reason(path)
+
+
+def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
+    """The tensors of the checkpoint that `selection.tag` (default: `latest`) names."""
+    location = place.locate(path, sources, selection.tag)
+    saved = files.read(location, sources)
+    if saved.stage == 3:
+        return stage3.catalog(
+            location, saved, sources, allow_step_mismatch=selection.allow_step_mismatch
+        )
+    return stages012.catalog(location, saved, sources)

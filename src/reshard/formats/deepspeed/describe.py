@@ -1,0 +1,48 @@
+"""What `inspect` says of a DeepSpeed checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from reshard.catalog import Catalog, Origin
+from reshard.formats.deepspeed.files import Saved
+from reshard.formats.deepspeed.place import Location
+from reshard.tensors import Entry
+
+
+def describe(
+    location: Location, saved: Saved, entries: Mapping[str, Entry], notes: Sequence[str] = ()
+) -> Catalog:
+    """The catalog of a save. `notes` are findings of its stage."""
+    model = saved.model[0]
+    found = list(notes)
+    if saved.opaque:
+        found.append(f"objects that were left unread: {', '.join(saved.opaque)}.")
+    if not saved.optim and any(not name.startswith("F32") for name in _codes(entries)):
+        found.append(
+            "without ZeRO the fp32 masters are stored without names; the weights are read from "
+            "the module, in the training dtype."
+        )
+    return Catalog(
+        format="deepspeed",
+        origin=Origin(
+            root=location.folder,
+            framework="deepspeed",
+            version=model.version,
+            tag=location.tag,
+            world_size=len(saved.optim) or model.world_size,
+            details={
+                "zero_stage": saved.stage,
+                "global_steps": model.steps,
+                "groups": [len(group) for group in model.groups],
+                "unread_objects": saved.opaque,
+            },
+        ),
+        entries=entries,
+        records=saved.records,
+        notes=tuple(found),
+    )
+
+
+def _codes(entries: Mapping[str, Entry]) -> set[str]:
+    return {entry.spec.dtype.safetensors for entry in entries.values() if entry.kind != "buffer"}

@@ -1,0 +1,210 @@
+"""Where a DeepSpeed checkpoint lies: the tag folder, and what each file's name says."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
+from reshard.storage import Sources, child
+
+# runtime/engine.py: _get_ckpt_name, _get_zero_ckpt_name, _get_optimizer_ckpt_name,
+# _get_expert_ckpt_name; runtime/pipe/module.py: ckpt_layer_path. "pp_rank" is the data parallel
+# rank; mp_rank counts tensor (and pipeline) parallel ranks.
+_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_MODEL_STAGE3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_PIPELINE = re.compile(r"layer_\d+(?:-model_\d+)?-model_states\.pt")
+_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_.*\.pt")
+
+LATEST = "latest"
+_LATEST_UNIVERSAL = "latest_universal"
+# A tag is a short name; anything longer is not DeepSpeed's file.
+_MAX_LATEST = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A tag folder and its files by rank: `model[(dp, mp)]`, with dp 0 below stage 3."""
+
+    folder: Path
+    tag: str
+    model: dict[tuple[int, int], Path] = field(default_factory=dict)
+    optim: dict[tuple[int, int], Path] = field(default_factory=dict)
+    partitioned_model: bool = False
+
+
+def reason(path: Path) -> str | None:
+    """Why a folder looks like DeepSpeed's, or None."""
+    if not path.is_dir():
+        return None
+    if _is_tag_folder(path):
+        return "it holds DeepSpeed's model_states files"
+    if (path / _LATEST_UNIVERSAL).is_file():
+        return f"it holds {_LATEST_UNIVERSAL}"
+    tags = _tags(path)
+    if (path / LATEST).is_file() and (tags or not _has_other_weights(path)):
+        return f"it holds {LATEST}"
+    return f"it holds the DeepSpeed checkpoint {tags[0]}" if tags else None
+
+
+def locate(path: Path, sources: Sources, tag: str | None) -> Location:
+    """The tag folder meant by a path and a tag, its files classified.
+
+    `path` is the folder with `latest` and the tag folders, or a tag folder itself. Raises
+    `NotFoundError` (the tags that are there are listed), `FormatError`, `UnsupportedError`.
+    """
+    if _is_tag_folder(path):
+        if tag not in (None, path.name):
+            raise NotFoundError(
+                f"it is itself a tag folder, {path.name!r}, and holds no tag {tag!r}.",
+                path=path,
+                hint=f"Name the folder above it: {path.parent}.",
+            )
+        return _classified(path, path.name)
+    name = tag if tag is not None else _latest(path, sources)
+    folder = path
+    for part in name.split("/"):
+        folder = child(folder, part)
+    if not _is_tag_folder(folder):
+        there = ", ".join(_tags(path)) or "none"
+        problem = "holds no model_states files" if folder.is_dir() else "is not there"
+        chosen = "" if tag is not None else f", which `{LATEST}` names,"
+        raise NotFoundError(
+            f"the checkpoint {name!r}{chosen} {problem}; the tags that are there: {there}.",
+            path=path,
+            hint="Name one of them with --tag." if there != "none" else "The save is incomplete.",
+        )
+    return _classified(folder, name)
+
+
+def _latest(path: Path, sources: Sources) -> str:
+    tags = _tags(path)
+    if (path / LATEST).is_file():
+        source = sources.open(child(path, LATEST))
+        try:
+            name = source.read(0, min(source.size, _MAX_LATEST)).decode().strip()
+        except UnicodeDecodeError:
+            name = ""
+        if not name:
+            raise FormatError("it names no tag.", path=path / LATEST, hint="Pass --tag.")
+        return name
+    if (path / _LATEST_UNIVERSAL).is_file():
+        raise UnsupportedError(
+            "it is a DeepSpeed universal checkpoint, which is not handled.",
+            path=path,
+            hint="Convert the checkpoint that it was made from.",
+        )
+    if len(tags) != 1:
+        raise NotFoundError(
+            f"there is no `{LATEST}` and more than one tag: {', '.join(tags)}.",
+            path=path,
+            hint="Name one of them with --tag.",
+        )
+    return tags[0]
+
+
+def _classified(folder: Path, tag: str) -> Location:
+    model: dict[tuple[int, int], Path] = {}
+    optim: dict[tuple[int, int], Path] = {}
+    partitioned = False
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if match := _MODEL.fullmatch(name):
+            _put(model, (0, int(match[1])), folder, name)
+        elif match := _MODEL_STAGE3.fullmatch(name):
+            partitioned = True
+            _put(model, (int(match[1]), int(match[2])), folder, name)
+        elif match := _OPTIM.fullmatch(name):
+            _put(optim, (int(match[1]), int(match[2])), folder, name)
+        elif _PIPELINE.fullmatch(name):
+            raise UnsupportedError(
+                f"it was trained with pipeline parallelism ({name}), whose files name layers by "
+                "number; there is no way back to a model's names.",
+                path=folder,
+            )
+        elif _EXPERT.fullmatch(name):
+            raise UnsupportedError(
+                f"it was trained with DeepSpeed's expert parallelism ({name}), which is not "
+                "handled.",
+                path=folder,
+            )
+    if (folder / "zero").is_dir() and not optim:
+        raise UnsupportedError(
+            "it is a DeepSpeed universal checkpoint, which is not handled.",
+            path=folder,
+            hint="Convert the checkpoint that it was made from.",
+        )
+    if partitioned and (0, 0) not in model:
+        raise _missing_rank(folder, "model_states", [0])
+    if any(_MODEL.fullmatch(path.name) for path in model.values()) and partitioned:
+        raise FormatError(
+            "it holds model files of two saves, with and without ZeRO-3.",
+            path=folder,
+            hint="Remove the files of the older save.",
+        )
+    return Location(folder, tag, model, optim, partitioned)
+
+
+def _put(
+    files: dict[tuple[int, int], Path], rank: tuple[int, int], folder: Path, name: str
+) -> None:
+    if rank in files:
+        raise FormatError(
+            f"two files are of the same rank: {files[rank].name} and {name}.",
+            path=folder,
+            hint="They are of different saves; remove the older.",
+        )
+    files[rank] = child(folder, name)
+
+
+def check_ranks(location: Location, kind: str, ranks: list[int], world_size: int) -> None:
+    """Data parallel ranks must be 0 to `world_size` - 1, each once. Raises `IncompleteError`."""
+    missing = sorted(set(range(world_size)) - set(ranks))
+    if missing:
+        raise _missing_rank(location.folder, kind, missing, world_size)
+    extra = sorted(set(ranks) - set(range(world_size)))
+    if extra:
+        raise FormatError(
+            f"its files are of {world_size} ranks, and there are {kind} files of ranks "
+            f"{_numbers(extra)} as well: files of different world sizes are mixed.",
+            path=location.folder,
+            hint="Remove the files that an older save left.",
+        )
+
+
+def _missing_rank(
+    folder: Path, kind: str, missing: list[int], world_size: int | None = None
+) -> IncompleteError:
+    of = f" of {world_size}" if world_size is not None else ""
+    return IncompleteError(
+        f"the {kind} file{'s' if len(missing) > 1 else ''} of rank {_numbers(missing)}{of} "
+        f"{'are' if len(missing) > 1 else 'is'} missing.",
+        path=folder,
+        hint="Copy every rank's files; on several nodes without shared storage, each node has "
+        "its own.",
+    )
+
+
+def _numbers(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:10]))
+    return f"{shown} and {len(numbers) - 10} more" if len(numbers) > 10 else shown
+
+
+def _is_tag_folder(path: Path) -> bool:
+    return path.is_dir() and any(
+        _MODEL.fullmatch(file.name)
+        or _MODEL_STAGE3.fullmatch(file.name)
+        or _OPTIM.fullmatch(file.name)
+        or _PIPELINE.fullmatch(file.name)
+        for file in path.iterdir()
+    )
+
+
+def _tags(path: Path) -> list[str]:
+    return sorted(folder.name for folder in path.iterdir() if _is_tag_folder(folder))
+
+
+def _has_other_weights(path: Path) -> bool:
+    return any(file.suffix in (".safetensors", ".distcp", ".bin") for file in path.iterdir())

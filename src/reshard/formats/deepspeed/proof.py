@@ -1,0 +1,151 @@
+"""Proof that the files of a folder are of one save, from what they hold.
+
+DeepSpeed writes each rank's file on its own, and nothing but the file's name says whose it is. A
+copied, renamed or stale file has the right shapes. What gives it away is read here: step counts,
+checksums that two ranks should not share, and for stages 1 and 2 a sample of the weights, which
+the model file holds a second time, rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from reshard.dtypes import DType
+from reshard.errors import FormatError
+from reshard.formats.deepspeed.files import OptimFile, Saved
+from reshard.storage import Sources
+from reshard.tensors import Entry, Extent
+from reshard.torchfile import TensorRef
+
+Array = np.ndarray[Any, Any]
+
+# Elements compared at the start and in the middle of each fragment.
+_SAMPLE = 32
+_ONE_SAVE = "Copy all files of one save."
+
+
+def check_steps(optim: tuple[OptimFile, ...], sources: Sources) -> None:
+    """All ranks' optimizers must have made the same number of steps."""
+    first = _step(optim[0], sources)
+    for other in optim[1:]:
+        step = _step(other, sources)
+        if step != first:
+            raise FormatError(
+                f"its optimizer is at step {step}, that of {optim[0].path.name} at step {first}: "
+                "files of different saves are mixed.",
+                path=other.path,
+                hint=_ONE_SAVE,
+            )
+
+
+def check_model_step(saved: Saved, sources: Sources) -> None:
+    """The model files' step count must be the optimizer's (stage 3: nothing else ties them)."""
+    model = saved.model[0]
+    step = _step(saved.optim[0], sources)
+    if model.steps is None or step is None or step == model.steps - model.skipped:
+        return
+    raise FormatError(
+        f"its optimizer is at step {step}, and {model.path.name} was saved after "
+        f"{model.steps - model.skipped} steps: files of different saves are mixed.",
+        path=saved.optim[0].path,
+        hint=f"{_ONE_SAVE} If the optimizer was restarted on purpose, pass --allow-step-mismatch.",
+    )
+
+
+def check_copies(optim: tuple[OptimFile, ...], sources: Sources) -> None:
+    """No two ranks may hold the same weights and moments: one file is then a copy of the other."""
+    seen: dict[tuple[tuple[int, int], ...], OptimFile] = {}
+    for file in optim:
+        crc = {record.extent.offset: record.crc32 for record in file.records}
+        tensors = [t for t in (*file.flats, *file.moments) if t.extent.nbytes]
+        key = tuple((t.extent.nbytes, crc.get(t.extent.offset, -1)) for t in tensors)
+        if not key or any(value == -1 for _, value in key):
+            continue
+        twin = seen.setdefault(key, file)
+        if twin is not file and not all(_constant(tensor, sources) for tensor in tensors):
+            raise FormatError(
+                f"it holds exactly what {twin.path.name} holds: it is a copy of another rank's "
+                "file.",
+                path=file.path,
+                hint="Copy each rank's own file.",
+            )
+
+
+def check_masters(saved: Saved, entries: Mapping[str, Entry], sources: Sources) -> None:
+    """The masters, rounded to the module's dtype, must be the module's weights (stages 1 and 2).
+
+    Compared is a sample of every fragment, so each rank's file vouches for its own part.
+    """
+    model = saved.model[0]
+    for name, entry in entries.items():
+        stored = model.module.get(name)
+        if stored is None:
+            continue
+        if stored.shape != entry.spec.shape:
+            raise FormatError(
+                f"its shape is {stored.shape} in the module and {entry.spec.shape} in the list "
+                "of parameters.",
+                path=model.path,
+                tensor=name,
+            )
+        if stored.strides is not None:
+            continue
+        for master, rounded in _samples(entry, stored):
+            values = _numbers(master, entry.spec.dtype, sources).astype(stored.dtype.numpy)
+            if not _same(values, _numbers(rounded, stored.dtype, sources)):
+                raise FormatError(
+                    f"its weights in {_file(master)} are not those in {model.path.name}: the "
+                    "files are of different saves or ranks.",
+                    path=saved.model[0].path.parent,
+                    tensor=name,
+                    hint=_ONE_SAVE,
+                )
+
+
+def _samples(entry: Entry, stored: TensorRef) -> Iterator[tuple[Extent, Extent]]:
+    """Pairs of places that hold the same elements, as master and as module weight."""
+    for fragment in entry.fragments:
+        (start,), (length,) = fragment.box.offsets, fragment.box.sizes
+        for at in {0, length // 2}:
+            count = min(_SAMPLE, length - at)
+            size, half = fragment.dtype.itemsize, stored.dtype.itemsize
+            yield (
+                Extent(fragment.extent.file, fragment.extent.offset + at * size, count * size),
+                Extent(
+                    stored.extent.file,
+                    stored.extent.offset + (start + at) * half,
+                    count * half,
+                ),
+            )
+
+
+def _step(file: OptimFile, sources: Sources) -> int | None:
+    """The step count, read from the file where it is stored as a tensor."""
+    if not isinstance(file.step, TensorRef):
+        return file.step
+    return int(_numbers(file.step.extent, file.step.dtype, sources)[0])
+
+
+def _constant(tensor: TensorRef, sources: Sources) -> bool:
+    """Whether the first values are all the same: such parts may well be equal on two ranks."""
+    size = tensor.dtype.itemsize
+    nbytes = min(tensor.extent.nbytes, 4096 * size)
+    extent = Extent(tensor.extent.file, tensor.extent.offset, nbytes)
+    values = _numbers(extent, tensor.dtype, sources)
+    return bool((values == values[0]).all())
+
+
+def _numbers(extent: Extent, dtype: DType, sources: Sources) -> Array:
+    data = sources.open(extent.file).read(extent.offset, extent.nbytes)
+    return np.frombuffer(data, dtype.numpy)
+
+
+def _same(one: Array, other: Array) -> bool:
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _file(extent: Extent) -> str:
+    return extent.file.path.rpartition("/")[2]

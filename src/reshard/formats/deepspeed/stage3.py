@@ -1,0 +1,118 @@
+"""Stage 3: every parameter cut into as many equal pieces as there are ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from reshard.catalog import Catalog
+from reshard.errors import FormatError, IncompleteError, UnsupportedError
+from reshard.formats.deepspeed import proof
+from reshard.formats.deepspeed.describe import describe
+from reshard.formats.deepspeed.files import Saved, Shapes
+from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
+from reshard.formats.deepspeed.place import Location
+from reshard.storage import Sources
+from reshard.tensors import Entry, TensorSpec
+
+
+def catalog(
+    location: Location, saved: Saved, sources: Sources, *, allow_step_mismatch: bool
+) -> Catalog:
+    """The masters of all sub-groups, frozen pieces and buffers from the model files."""
+    model = saved.model[0]
+    proof.check_steps(saved.optim, sources)
+    proof.check_copies(saved.optim, sources)
+    if not allow_step_mismatch:
+        proof.check_model_step(saved, sources)
+    entries = {entry.spec.name: entry for entry in _parameters(saved)}
+    entries.update((entry.spec.name, entry) for entry in _frozen(saved))
+    for name in model.buffers:
+        if name in model.module:
+            entries[name] = stored_entry(name, model.module[name], "buffer")
+    shared = model.shared or {}
+    aliases = {alias: stored for alias, stored in shared.items() if alias not in entries}
+    known = entries.keys() | aliases.keys()
+    notes = []
+    absent = [name for name in model.module if name not in known]
+    if absent:
+        notes.append(
+            f"{len(absent)} names have no weights in the checkpoint, as frozen parameters before "
+            f"DeepSpeed 0.9.1: {', '.join(absent[:5])}."
+        )
+    return describe(location, saved, in_module_order(entries, aliases, model.module), notes)
+
+
+def _parameters(saved: Saved) -> Iterator[Entry]:
+    """Walk the sub-groups: a rank's flat group is one piece of each of its parameters, in order."""
+    groups = saved.model[0].groups
+    _check_lengths(groups, saved)
+    world_size = len(saved.optim)
+    spaces = [FlatSpace(file.flats) for file in saved.optim]
+    dtype = saved.optim[0].flats[0].dtype
+    cursor = 0
+    for name, shape in (item for group in groups for item in group.items()):
+        spec = TensorSpec(name, dtype, shape)
+        piece = -(-spec.numel // world_size)
+        fragments = []
+        for rank, space in enumerate(spaces):
+            at = min(rank * piece, spec.numel)
+            length = min(piece, spec.numel - at)
+            fragments += space.fragments(cursor, length, spec.numel, at)
+        yield flat_entry(spec, fragments, "parameter")
+        cursor += piece
+
+
+def _check_lengths(groups: tuple[Shapes, ...], saved: Saved) -> None:
+    """Every rank's flat groups must be as long as the pieces they hold.
+
+    Since 0.5.4 the lists of shapes and the flat groups correspond one to one; before, only their
+    concatenations did.
+    """
+    world_size = len(saved.optim)
+    needed = [
+        sum(-(-math.prod(shape) // world_size) for shape in group.values()) for group in groups
+    ]
+    for rank, file in enumerate(saved.optim):
+        found = [flat.shape[0] for flat in file.flats]
+        matches = found == needed if len(found) == len(needed) else sum(found) == sum(needed)
+        if matches:
+            continue
+        if 0 in found and any(needed):
+            raise UnsupportedError(
+                f"rank {rank}'s fp32 weights are not in the file: the optimizer was offloaded to "
+                "NVMe, whose swap files are not handled.",
+                path=file.path,
+                hint="Save with DeepSpeed's save_16bit_model, or without NVMe offload.",
+            )
+        raise IncompleteError(
+            f"rank {rank} holds flat groups of {found} elements; {needed} follow from the "
+            f"parameters and {world_size} ranks.",
+            path=file.path,
+            hint="The files are of different runs or world sizes.",
+        )
+
+
+def _frozen(saved: Saved) -> Iterator[Entry]:
+    """Frozen parameters: each model file holds its rank's piece, in the training dtype."""
+    world_size = len(saved.model)
+    for name, shape in saved.model[0].frozen_shapes.items():
+        numel = math.prod(shape)
+        piece = -(-numel // world_size)
+        fragments = []
+        dtype = None
+        for rank, file in enumerate(saved.model):
+            part = file.frozen_fragments.get(name)
+            if part is None or part.shape != (piece,):
+                found = "none" if part is None else f"{part.shape[0] if part.shape else 1}"
+                raise FormatError(
+                    f"rank {rank} should hold {piece} of its elements and holds {found}.",
+                    path=file.path,
+                    tensor=name,
+                )
+            dtype = part.dtype
+            at = min(rank * piece, numel)
+            length = min(piece, numel - at)
+            fragments += FlatSpace([part]).fragments(0, length, numel, at)
+        if dtype is not None:
+            yield flat_entry(TensorSpec(name, dtype, shape), fragments, "frozen")

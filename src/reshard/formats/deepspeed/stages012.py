@@ -1,0 +1,136 @@
+"""Stages 0, 1 and 2, and BF16_Optimizer: flat parameter groups, cut into equal partitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from reshard.catalog import Catalog
+from reshard.dtypes import DType
+from reshard.errors import FormatError, IncompleteError
+from reshard.formats.deepspeed import proof
+from reshard.formats.deepspeed.describe import describe
+from reshard.formats.deepspeed.files import ModelFile, OptimFile, Saved, Shapes
+from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
+from reshard.formats.deepspeed.place import Location
+from reshard.storage import Sources
+from reshard.tensors import Entry, Kind, TensorSpec
+from reshard.torchfile import TensorRef
+
+
+def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
+    """The masters of all groups, and from the module what has no master."""
+    model = saved.model[0]
+    entries: dict[str, Entry] = {}
+    if saved.optim:
+        for number, shapes in enumerate(model.groups):
+            entries.update(_group(number, shapes, saved.optim))
+        proof.check_steps(saved.optim, sources)
+        proof.check_masters(saved, entries, sources)
+    aliases = _aliases(model, entries)
+    for name, tensor in model.module.items():
+        if name not in entries and name not in aliases:
+            kind = _kind(name, model, stage=saved.stage)
+            entries[name] = stored_entry(name, tensor, kind)
+    ordered = in_module_order(entries, aliases, model.module)
+    return describe(location, saved, ordered)
+
+
+def _group(number: int, shapes: Shapes, optim: tuple[OptimFile, ...]) -> dict[str, Entry]:
+    """The parameters of one group. `shapes` is in the order in which they lie in it."""
+    if number >= len(optim[0].flats):
+        raise FormatError(
+            f"it has {len(optim[0].flats)} flat groups, the model file lists {number + 1} or "
+            "more: files of different saves are mixed.",
+            path=optim[0].path,
+        )
+    paddings = (0,) * len(shapes)
+    if optim[0].paddings is not None:
+        paddings = optim[0].paddings[number]
+    if len(paddings) != len(shapes):
+        raise FormatError(
+            f"group {number} has {len(shapes)} parameters and {len(paddings)} paddings.",
+            path=optim[0].path,
+        )
+    needed = sum(math.prod(shape) for shape in shapes.values()) + sum(paddings)
+    _check_partitions(number, needed, optim)
+    space = FlatSpace([file.flats[number] for file in optim])
+    dtype = optim[0].flats[number].dtype
+    entries = {}
+    at = 0
+    for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
+        spec = TensorSpec(name, dtype, shape)
+        entries[name] = flat_entry(
+            spec, space.fragments(at, spec.numel, spec.numel, 0), "parameter"
+        )
+        at += spec.numel + padding
+    return entries
+
+
+def _check_partitions(number: int, needed: int, optim: tuple[OptimFile, ...]) -> None:
+    """Each rank's part must have the length that DeepSpeed gives it.
+
+    Partitions are equal, the group padded to a multiple of 2 * world size. ZeRO-1 and 2 drop the
+    padding when they save (stage_1_and_2.py, _get_groups_without_padding), so the last parts are
+    shorter or empty; BF16_Optimizer keeps it.
+    """
+    lengths = [file.flats[number].shape[0] for file in optim]
+    world_size = len(lengths)
+    full = lengths[0]
+    trimmed = [min(full, max(0, needed - rank * full)) for rank in range(world_size)]
+    aligned = -(-needed // (2 * world_size)) * 2 * world_size
+    padded = [full] * world_size if needed <= full * world_size <= aligned else trimmed
+    for rank, length in enumerate(lengths):
+        if lengths != padded and length != trimmed[rank]:
+            raise IncompleteError(
+                f"rank {rank} holds {length} elements of group {number}; {trimmed[rank]} follow "
+                f"from the {needed} elements of its parameters and {world_size} ranks.",
+                path=optim[rank].path,
+                hint="The files are of different runs or ranks were renamed.",
+            )
+    if sum(lengths) < needed:
+        raise IncompleteError(
+            f"the ranks hold {sum(lengths)} elements of group {number}, its parameters have "
+            f"{needed}.",
+            path=optim[0].path,
+            hint="The files are of different saves, or a rank's file is missing.",
+        )
+
+
+def _aliases(model: ModelFile, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Other names of stored weights: alias -> stored name.
+
+    Stated since DeepSpeed 0.9.2. Before, two names of one place in the module's storage. Before
+    0.19.6 empty parameters were stated to be tied to one another: those are not.
+    """
+    module = model.module
+    if model.shared is not None:
+        return {
+            alias: stored
+            for alias, stored in model.shared.items()
+            if alias not in entries and not (alias in module and _empty(module[alias]))
+        }
+    places: dict[tuple[object, ...], str] = {}
+    for name in [*(name for name in module if name in entries), *module]:
+        tensor = module[name]
+        if not _empty(tensor):
+            places.setdefault(_place(tensor), name)
+    return {
+        name: places[_place(tensor)]
+        for name, tensor in module.items()
+        if places.get(_place(tensor), name) != name and name not in entries
+    }
+
+
+def _empty(tensor: TensorRef) -> bool:
+    return 0 in tensor.shape
+
+
+def _place(tensor: TensorRef) -> tuple[tuple[str, int], DType, tuple[int, ...], object]:
+    return tensor.storage, tensor.dtype, tensor.shape, tensor.strides
+
+
+def _kind(name: str, model: ModelFile, *, stage: int) -> Kind:
+    if name in model.buffers:
+        return "buffer"
+    return "frozen" if stage else "parameter"

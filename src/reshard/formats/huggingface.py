@@ -1,0 +1,307 @@
+"""Hugging Face model folders: safetensors, whole or in shards with an index.
+
+    model.safetensors                                one shard, or
+    model-00001-of-00002.safetensors, ...            several, and
+    model.safetensors.index.json                     {"metadata": .., "weight_map": {tensor: file}}
+
+    a shard:  [u64 header length][header: JSON, padded with spaces to 8 bytes][tensor bytes]
+    header:   {"__metadata__": .., name: {"dtype": "BF16", "shape": [..], "data_offsets": [a, b]}}
+
+Read off safetensors 0.8.0 (safetensors/src/tensor.rs), transformers 5.23 and huggingface_hub 2.4.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reshard import dtypes
+from reshard.catalog import Asset, Catalog, Origin
+from reshard.errors import FormatError, IncompleteError, NotFoundError
+from reshard.formats import Selection
+from reshard.plan import OutputFile, Slot, pack
+from reshard.storage import Source, Sources, child
+from reshard.tensors import Entry, Extent, Fragment, TensorSpec, check_tiling, whole
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
+_MAX_HEADER = 100_000_000
+# Largest file read whole as JSON, in bytes: an index of a million tensors.
+_MAX_JSON = 256 << 20
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
+                    ".onnx", ".distcp", ".tflite", ".ot")  # fmt: skip
+_WEIGHT_INDEX = ".index.json"
+# Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
+_NOT_ASSETS = {".git", ".cache", "__pycache__"}
+
+
+def detect(path: Path) -> str | None:
+    """A `.safetensors` file, or a folder with one or with an index."""
+    if path.is_file():
+        return "a safetensors file" if path.suffix == ".safetensors" else None
+    if (path / INDEX).is_file():
+        return f"it holds {INDEX}"
+    if _shards(path):
+        return "it holds safetensors files"
+    return None
+
+
+def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
+    """The tensors of a model folder (or of one file), and its other files as assets."""
+    folder = path.parent if path.is_file() else path
+    located = {path.name: None} if path.is_file() else _located(path, sources)
+    entries: dict[str, Entry] = {}
+    versions: dict[str, str] = {}
+    for name, expected in located.items():
+        metadata, found = _read_shard(sources.open(child(folder, name)))
+        if expected is not None and expected != set(found):
+            raise _index_mismatch(folder / name, expected, set(found))
+        twice = entries.keys() & found.keys()
+        if twice:
+            raise FormatError("it is stored in two files.", path=folder / name, tensor=min(twice))
+        entries.update(found)
+        versions.update(metadata)
+    return Catalog(
+        format="huggingface",
+        origin=Origin(root=path, framework="safetensors", details={"files": sorted(located)}),
+        entries=entries,
+        assets=() if path.is_file() else assets(folder),
+    )
+
+
+def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
+    """The model's `config.json`. Raises `NotFoundError` where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise NotFoundError(
+            "the base model has no config.json.",
+            path=folder,
+            hint="Name the folder of the Hugging Face model that the training started from.",
+        )
+    return _read_json(path, sources)
+
+
+def assets(folder: Path) -> tuple[Asset, ...]:
+    """Every file of a model folder that holds no weights, sub-folders included, by name."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        weights = (
+            path.name.endswith((*_WEIGHT_SUFFIXES, _WEIGHT_INDEX)) or path.name == "reshard.json"
+        )
+        if path.is_file() and not weights and not _NOT_ASSETS & set(relative.parts):
+            if path.is_symlink():
+                child(path.parent, path.name)
+            found.append(Asset(relative.as_posix(), path))
+    return tuple(found)
+
+
+def lay_out(
+    slots: Sequence[tuple[TensorSpec, Entry, Entry | None]], max_shard_nbytes: int
+) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+    """Shards and index for tensors given as (target, source, reference), in state dict order.
+
+    Returns the shards and the small files (the index, where there is more than one shard). Names,
+    distribution and bytes are those of `save_pretrained` for the same state dict.
+    """
+    by_name = {spec.name: (source, reference) for spec, source, reference in slots}
+    shards = pack([spec for spec, _, _ in slots], max_shard_nbytes)
+    files = []
+    weight_map: dict[str, str] = {}
+    for number, specs in enumerate(shards, start=1):
+        name = SINGLE
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files.append(_shard(name, specs, by_name))
+        weight_map.update((spec.name, name) for spec in specs)
+    if len(shards) == 1:
+        return tuple(files), ()
+    everything = [spec for spec, _, _ in slots]
+    index = {
+        "metadata": {
+            "total_parameters": sum(spec.numel for spec in everything),
+            "total_size": sum(spec.nbytes for spec in everything),
+        },
+        "weight_map": weight_map,
+    }
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    return tuple(files), ((INDEX, text.encode()),)
+
+
+def _shard(
+    name: str, specs: Sequence[TensorSpec], by_name: Mapping[str, tuple[Entry, Entry | None]]
+) -> OutputFile:
+    # The order of safetensors' own writer: widest types first, so that every tensor is aligned.
+    ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, _RANK[spec.dtype], spec.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in ordered:
+        header[spec.name] = {
+            "dtype": spec.dtype.safetensors,
+            "shape": _stored_shape(spec),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    slots = []
+    offset = start
+    for spec in ordered:
+        source, reference = by_name[spec.name]
+        slots.append(Slot(offset, spec, source, reference=reference))
+        offset += spec.nbytes
+    return OutputFile(name, offset, ((0, len(text).to_bytes(8, "little") + text),), tuple(slots))
+
+
+# safetensors sorts by its Dtype enum, descending (tensor.rs: `BOOL` is the smallest).
+_ENUM = ("BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0",
+         "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64",
+         "F64", "I64", "U64")  # fmt: skip
+_RANK = {dtype: -_ENUM.index(dtype.safetensors) for dtype in dtypes.ALL}
+
+
+def _shards(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
+    """The shards of a folder, each with the tensors that the index says it holds."""
+    if not (folder / INDEX).is_file():
+        names = _shards(folder)
+        if SINGLE in names:
+            return {SINGLE: None}
+        return dict.fromkeys(names)
+    weight_map = _read_json(folder / INDEX, sources).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise FormatError("it has no weight_map of names to files.", path=folder / INDEX)
+    located: dict[str, set[str] | None] = {}
+    for tensor, name in weight_map.items():
+        tensors = located.setdefault(name, set())
+        if tensors is not None:
+            tensors.add(tensor)
+    for name in located:
+        if not child(folder, name).is_file():
+            raise IncompleteError(
+                f"{INDEX} lists it, and it is not there.",
+                path=folder / name,
+                hint="Download or copy the missing shard.",
+            )
+    return located
+
+
+def _read_shard(source: Source) -> tuple[dict[str, str], dict[str, Entry]]:
+    """One file's header, checked: the tensors lie one after another and fill the file."""
+    path = source.ref.path
+    start, header = _read_header(source)
+    metadata = header.pop("__metadata__", {})
+    specs = [(parse_tensor(path, name, raw), raw["data_offsets"]) for name, raw in header.items()]
+    expected = 0
+    entries: dict[str, Entry] = {}
+    for spec, (begin, end) in sorted(specs, key=lambda item: item[1]):
+        if begin != expected or end - begin != spec.nbytes:
+            raise FormatError(
+                f"its bytes are {begin} to {end}; {expected} to {expected + spec.nbytes} follow "
+                "from the header.",
+                path=path,
+                tensor=spec.name,
+            )
+        expected = end
+        fragment = Fragment(
+            whole(spec.shape), Extent(source.ref, start + begin, spec.nbytes), spec.dtype
+        )
+        entries[spec.name] = Entry(spec, (fragment,) if spec.numel else ())
+        check_tiling(entries[spec.name])
+    if start + expected != source.size:
+        problem = IncompleteError if source.size < start + expected else FormatError
+        raise problem(
+            f"its header describes {start + expected} bytes, the file has {source.size}.",
+            path=path,
+            hint="Copy or download the file again.",
+        )
+    return metadata, {name: entries[name] for name in header}
+
+
+def _read_header(source: Source) -> tuple[int, dict[str, Any]]:
+    path = source.ref.path
+    if source.size < 8:
+        raise IncompleteError(
+            f"a safetensors file has at least 8 bytes, this has {source.size}.",
+            path=path,
+            hint="Copy or download the file again.",
+        )
+    length = int.from_bytes(source.read(0, 8), "little")
+    if length > _MAX_HEADER:
+        raise FormatError(f"it is no safetensors file: a header of {length} bytes.", path=path)
+    text = source.read(8, length)
+    if not text.startswith(b"{"):
+        raise FormatError("it is no safetensors file: the header is not JSON.", path=path)
+    return 8 + length, _parse_json(text, path)
+
+
+def parse_tensor(path: str, name: str, raw: Any) -> TensorSpec:
+    """One tensor of a header, checked. Raises `FormatError`."""
+    try:
+        dtype = dtypes.from_safetensors(raw["dtype"])
+        shape = raw["shape"]
+        begin, end = raw["data_offsets"]
+        numbers = [*shape, begin, end]
+    except (KeyError, TypeError, ValueError):
+        raise FormatError("its entry in the header is malformed.", path=path, tensor=name) from None
+    sound = all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+    if not sound or math.prod(shape) * dtype.itemsize >= 1 << 62:
+        raise FormatError(
+            f"shape {shape} at bytes {begin} to {end} is impossible.", path=path, tensor=name
+        )
+    if dtype.name == "float4_e2m1fn_x2":
+        if not shape or shape[-1] % 2:
+            raise FormatError(f"shape {shape} packs no pairs of F4.", path=path, tensor=name)
+        shape = [*shape[:-1], shape[-1] // 2]
+    return TensorSpec(name, dtype, tuple(shape))
+
+
+def _stored_shape(spec: TensorSpec) -> list[int]:
+    if spec.dtype.name == "float4_e2m1fn_x2":
+        return [*spec.shape[:-1], spec.shape[-1] * 2]
+    return list(spec.shape)
+
+
+def _read_json(path: Path, sources: Sources) -> dict[str, Any]:
+    source = sources.open(path)
+    if source.size > _MAX_JSON:
+        raise FormatError(f"it has {source.size} bytes, too many for a JSON file.", path=path)
+    return _parse_json(source.read(0, source.size), str(path))
+
+
+def _parse_json(text: bytes, path: str) -> dict[str, Any]:
+    """A JSON object in which no key occurs twice."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            raise ValueError("a key occurs twice")
+        return result
+
+    try:
+        value = json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"its JSON cannot be read: {error}.", path=path) from None
+    if not isinstance(value, dict):
+        raise FormatError("its JSON is not an object.", path=path)
+    return value
+
+
+def _index_mismatch(path: Path, expected: set[str], found: set[str]) -> FormatError:
+    lost, extra = sorted(expected - found), sorted(found - expected)
+    return FormatError(
+        f"{INDEX} lists {len(expected)} tensors in it and it holds {len(found)}; "
+        f"not in the file: {lost[:5] or 'none'}; not in the index: {extra[:5] or 'none'}.",
+        path=path,
+        hint="The index belongs to other files; copy the folder again.",
+    )

@@ -1,0 +1,130 @@
+"""A state dict in a torch.save file: what `save_16bit_model` and `torch.save(model.state_dict())`
+write, and `save_pretrained(safe_serialization=False)` in shards.
+
+    pytorch_model.bin                       one file, or
+    pytorch_model-00001-of-00002.bin, ...   several, and
+    pytorch_model.bin.index.json            {"metadata": {...}, "weight_map": {tensor: file}}
+
+Names that share a storage (tied weights) are one tensor with aliases. Read off DeepSpeed 0.19.8
+(`save_16bit_model`, runtime/engine.py) and transformers 4.57.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from reshard.catalog import Catalog, Origin
+from reshard.errors import FormatError, IncompleteError, UnsupportedError
+from reshard.formats import Selection
+from reshard.storage import Sources, child
+from reshard.tensors import Entry, Record, TensorSpec, check_tiling
+from reshard.torchfile import TensorRef, TorchFile
+from reshard.torchfile import read as read_torch
+
+_SINGLE = "pytorch_model.bin"
+_INDEX = "pytorch_model.bin.index.json"
+_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# Where trainers put the state dict in a larger dict.
+_CONTAINERS = ("state_dict", "module", "model")
+_MAX_INDEX = 256 << 20
+
+
+def detect(path: Path) -> str | None:
+    """A torch.save file, or a folder with `pytorch_model.bin` and no safetensors."""
+    if path.is_file():
+        return "a torch.save file" if path.suffix in _SUFFIXES else None
+    if any(path.glob("*.safetensors")):
+        return None
+    found = next((name for name in (_INDEX, _SINGLE) if (path / name).is_file()), None)
+    return f"it holds {found}" if found else None
+
+
+def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
+    """The tensors of the state dict; what it holds besides is listed in the notes."""
+    entries: dict[str, Entry] = {}
+    records: list[Record] = []
+    notes: list[str] = []
+    for file in _files(path, sources):
+        content = read_torch(sources.open(file))
+        records += content.records
+        for name, entry in _entries(file, content).items():
+            if name in entries:
+                raise FormatError("it is stored in two files.", path=file, tensor=name)
+            entries[name] = entry
+        notes += content.warnings
+        if content.opaque:
+            notes.append(f"objects that were left unread: {', '.join(content.opaque)}.")
+    return Catalog(
+        format="torch",
+        origin=Origin(root=path, framework="torch"),
+        entries=entries,
+        records=tuple(dict.fromkeys(records)),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _files(path: Path, sources: Sources) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not (path / _INDEX).is_file():
+        return [child(path, _SINGLE)]
+    source = sources.open(child(path, _INDEX))
+    try:
+        weight_map = json.loads(source.read(0, min(source.size, _MAX_INDEX)))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        files = [child(path, name) for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FormatError("it has no weight_map of names to files.", path=path / _INDEX) from None
+    for file in files:
+        if not file.is_file():
+            raise IncompleteError(
+                f"{_INDEX} lists it, and it is not there.",
+                path=file,
+                hint="Copy the missing shard.",
+            )
+    return files
+
+
+def _entries(path: Path, content: TorchFile) -> dict[str, Entry]:
+    """Tensors by name, each storage once; later names of the same elements become aliases."""
+    entries: dict[str, Entry] = {}
+    stored: dict[tuple[object, ...], str] = {}
+    for name, tensor in _state_dict(path, content).items():
+        key = (tensor.storage, tensor.dtype, tensor.shape, tensor.strides)
+        first = stored.setdefault(key, name) if tensor.extent.nbytes else name
+        if first != name:
+            entries[first] = replace(entries[first], aliases=(*entries[first].aliases, name))
+            continue
+        spec = TensorSpec(name, tensor.dtype, tensor.shape)
+        entries[name] = Entry(spec, (tensor.fragment(),) if spec.numel else ())
+        check_tiling(entries[name])
+    return entries
+
+
+def _state_dict(path: Path, content: TorchFile) -> dict[str, TensorRef]:
+    value = content.value
+    if isinstance(value, dict):
+        for key in _CONTAINERS:
+            if isinstance(value.get(key), dict):
+                value = value[key]
+                break
+    found = _tensors(value)
+    if not found:
+        raise UnsupportedError(
+            "it holds no state dict: no dict of names to tensors.",
+            path=path,
+            hint="Name a file that torch.save(model.state_dict(), ...) wrote.",
+        )
+    return found
+
+
+def _tensors(value: object) -> dict[str, TensorRef]:
+    if not isinstance(value, dict):
+        return {}
+    return {
+        name: tensor
+        for name, tensor in value.items()
+        if isinstance(name, str) and isinstance(tensor, TensorRef)
+    }

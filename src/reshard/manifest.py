@@ -1,0 +1,90 @@
+"""`reshard.json`: where a folder's tensors came from, and the digest of each.
+
+    {"reshard": version, "source": {format, tag, framework, version, world_size},
+     "options": {...}, "names": {prefix, rules, tied, filled, ...},
+     "tensors": {name: {"dtype": ..., "shape": [...], "xxh3_128": ...}}}
+
+It holds no path and no time of day: the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reshard._version import __version__
+from reshard.catalog import Origin
+from reshard.errors import FormatError, NotFoundError
+from reshard.storage import Sources
+from reshard.tensors import TensorSpec
+
+MANIFEST = "reshard.json"
+# A million tensors' lines, in bytes.
+_MAX_NBYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """A tensor as `reshard.json` states it: dtype name, shape and xxh3-128 of its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+
+def state(specs: list[TensorSpec], digests: Mapping[str, str]) -> dict[str, Stated]:
+    """What will be stated of each tensor."""
+    return {
+        spec.name: Stated(spec.dtype.name, spec.shape, digests[spec.name])
+        for spec in sorted(specs, key=lambda spec: spec.name)
+    }
+
+
+def render(
+    source_format: str,
+    origin: Origin,
+    options: Mapping[str, Any],
+    names: Mapping[str, Any],
+    stated: Mapping[str, Stated],
+) -> bytes:
+    """The file's bytes."""
+    content = {
+        "reshard": __version__,
+        "source": {
+            "format": source_format,
+            "framework": origin.framework,
+            "version": origin.version,
+            "tag": origin.tag,
+            "world_size": origin.world_size,
+        },
+        "options": dict(options),
+        "names": dict(names),
+        "tensors": {
+            name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "xxh3_128": tensor.digest}
+            for name, tensor in stated.items()
+        },
+    }
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read(folder: Path, sources: Sources) -> dict[str, Stated]:
+    """The tensors that a folder's `reshard.json` states."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise NotFoundError(
+            f"it has no {MANIFEST}: it was not written by reshard.",
+            path=folder,
+            hint="Compare it with its source: reshard verify DST --against SRC.",
+        )
+    source = sources.open(path)
+    text = source.read(0, min(source.size, _MAX_NBYTES))
+    try:
+        return {
+            name: Stated(raw["dtype"], tuple(raw["shape"]), raw["xxh3_128"])
+            for name, raw in json.loads(text)["tensors"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FormatError("it is damaged.", path=path) from None

@@ -1,0 +1,15 @@
+"""Names as data: what the tensors of a checkpoint are called, and what its users need them called.
+
+The base model's own safetensors headers are the contract. Everything here only finds the map onto
+them: wrappers' prefixes, the layouts of model families (`families.py`, the table to extend), tied
+heads, adapters, reward heads. Nothing is opened, instantiated or imported for it.
+"""
+
+from __future__ import annotations
+
+from reshard.naming.fit import Fit, Resize, fit
+from reshard.naming.layouts import parse_version
+from reshard.naming.schema import Schema
+from reshard.naming.search import FitOptions
+
+__all__ = ["Fit", "FitOptions", "Resize", "Schema", "fit", "parse_version"]

@@ -1,0 +1,235 @@
+"""The fit of a checkpoint's tensors onto a base model's, name for name and shape for shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from reshard.errors import NamesError
+from reshard.naming.assemble import build
+from reshard.naming.layouts import Piece
+from reshard.naming.mismatch import refuse
+from reshard.naming.schema import Schema, says_tied, stating_levels, text_config
+from reshard.naming.search import (
+    Candidate,
+    FitOptions,
+    Sources,
+    Verdict,
+    embedding_of,
+    search,
+    sources,
+)
+from reshard.tensors import Entry
+
+#: Whether two tensors of one shape hold the same values; reads them, in a stream.
+Equal = Callable[[Entry, Entry], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """A vocabulary of `rows` rows where the base has `base_rows`."""
+
+    name: str
+    base_rows: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A checkpoint's tensors as the base has them. Names are the base's unless said otherwise.
+
+    entries: by name; dtypes are the checkpoint's.
+    prefix, rules: what was stripped from the names, and what was done to them, in words.
+    tied: a name that is not stored -> the name that its weights are stored under.
+    filled: tensors to copy from the base. left_out: tensors of the base that are not written.
+    dropped: tensors of the checkpoint (its own names) that are not written.
+    resized: tensors with another number of vocabulary rows than the base's.
+    config_patches: dotted path in `config.json` -> new value.
+    undecided: pairs of entries' names whose values decide a tie, where no `equal` was given; they
+    were taken to be equal.
+    warnings: what a user should read.
+    """
+
+    entries: Mapping[str, Entry]
+    prefix: str = ""
+    rules: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    filled: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    resized: tuple[Resize, ...] = ()
+    config_patches: Mapping[str, object] = field(default_factory=dict)
+    undecided: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def fit(
+    entries: Mapping[str, Entry],
+    schema: Schema,
+    *,
+    options: FitOptions | None = None,
+    equal: Equal | None = None,
+) -> Fit:
+    """Find the one map of the checkpoint's tensors onto the base's, and build the base's from them.
+
+    `equal` is called for a head that may be tied, with two entries of one shape, and only where
+    their bytes are not the same bytes already. Without it such pairs are taken to be equal and
+    listed in `Fit.undecided`.
+
+    Raises `NamesError` where there is no map, with what is missing and unexpected, or where there
+    are several.
+    """
+    options = options or FitOptions()
+    found = sources(entries, options.prefix)
+    candidate = search(found, schema, options)
+    if not candidate.complete:
+        raise refuse(candidate)
+    return _Fitting(entries, schema, found, candidate, equal).result()
+
+
+class _Fitting:
+    """The work that is left once the map is known: tensors, heads, vocabulary, report."""
+
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        schema: Schema,
+        found: Sources,
+        candidate: Candidate,
+        equal: Equal | None,
+    ) -> None:
+        self._by_name = {clean: entries[own] for clean, own in found.owners.items()}
+        self._config = schema.config
+        self._candidate = candidate
+        self._equal = equal
+        self._tied: dict[str, str] = {}
+        self._patches: dict[str, object] = {}
+        self._undecided: list[tuple[str, str]] = []
+        self._warnings: list[str] = []
+
+    def result(self) -> Fit:
+        outputs = self._outputs()
+        self._copy_heads(outputs)
+        self._judge_heads(outputs)
+        dropped = self._sort_dropped()
+        resized = self._resize()
+        candidate = self._candidate
+        return Fit(
+            entries=outputs,
+            prefix=candidate.prefix,
+            rules=_rules(candidate),
+            tied=self._tied,
+            filled=self._base_names(Verdict.FILLED),
+            left_out=self._base_names(Verdict.LEFT_OUT),
+            dropped=dropped,
+            resized=resized,
+            config_patches=self._patches,
+            undecided=tuple(self._undecided),
+            warnings=tuple(self._warnings),
+        )
+
+    def _outputs(self) -> dict[str, Entry]:
+        """The base's tensors that the source holds."""
+        have = self._candidate.source.pieces
+        wanted: dict[str, list[tuple[Piece, Piece]]] = {}
+        absent: dict[str, str] = {}
+        for hub, piece in self._candidate.base.pieces.items():
+            if hub in have:
+                wanted.setdefault(piece.name, []).append((piece, have[hub]))
+            else:
+                absent[piece.name] = hub
+        for name in wanted.keys() & absent.keys():
+            raise NamesError(
+                f"the checkpoint holds a part of it only: {absent[name]!r} is missing.",
+                tensor=name,
+                missing=(name,),
+            )
+        return {name: build(name, pieces, self._by_name) for name, pieces in wanted.items()}
+
+    def _copy_heads(self, outputs: dict[str, Entry]) -> None:
+        """Write a head that the base stores and the source does not, as its config ties them."""
+        have, want = self._candidate.source.pieces, self._candidate.base.pieces
+        for hub in self._candidate.of(Verdict.COPIED):
+            embedding = embedding_of(hub, have)
+            if embedding is not None:
+                entry = self._by_name[have[embedding].name]
+                outputs[want[hub].name] = replace(entry.renamed(want[hub].name), aliases=())
+
+    def _judge_heads(self, outputs: dict[str, Entry]) -> None:
+        """Compare heads with their embeddings where the base or its config says they are one."""
+        candidate = self._candidate
+        have = candidate.source.pieces
+        extra = candidate.of(Verdict.EXTRA_HEAD)
+        stored = candidate.of(Verdict.MATCHED) if says_tied(self._config) else ()
+        for hub in (*extra, *stored):
+            embedding = embedding_of(hub, have)
+            if embedding is None:
+                continue
+            head, other = self._by_name[have[hub].name], self._by_name[have[embedding].name]
+            name = candidate.base_view.name_here(hub)
+            if self._are_equal(head, other):
+                if hub in extra:
+                    self._tied[name] = candidate.base_view.name_here(embedding)
+                continue
+            outputs[name] = replace(head.renamed(name), aliases=())
+            for level in stating_levels(self._config):
+                self._patches[f"{level}tie_word_embeddings"] = False
+            self._warnings.append(
+                f"{name!r} differs from the embedding that the base ties it to: it is written, "
+                "and the config says so."
+            )
+
+    def _are_equal(self, head: Entry, embedding: Entry) -> bool:
+        if head.fragments == embedding.fragments:
+            return True
+        if self._equal is None:
+            self._undecided.append((head.spec.name, embedding.spec.name))
+            return True
+        return self._equal(head, embedding)
+
+    def _sort_dropped(self) -> tuple[str, ...]:
+        """What is not written: other names of written tensors are ties, the rest is returned."""
+        candidate = self._candidate
+        have = candidate.source.pieces
+        written = {
+            self._by_name[piece.name].spec.name: candidate.base_view.name_here(hub)
+            for hub, piece in have.items()
+            if hub in candidate.base.pieces
+        }
+        dropped = []
+        for hub in candidate.of(Verdict.DROPPED):
+            name = have[hub].name
+            stored = written.get(self._by_name[name].spec.name)
+            if stored is None:
+                dropped.append(name)
+            else:
+                self._tied[candidate.base_view.name_here(hub)] = stored
+        return tuple(dict.fromkeys(dropped))
+
+    def _resize(self) -> tuple[Resize, ...]:
+        have, want = self._candidate.source.pieces, self._candidate.base.pieces
+        resized = tuple(
+            Resize(want[hub].name, want[hub].shape[0], have[hub].shape[0])
+            for hub in self._candidate.of(Verdict.RESIZED)
+        )
+        if resized:
+            levels = stating_levels(self._config)
+            stated = [level for level in levels if "vocab_size" in _at(self._config, level)]
+            for level in stated or levels[-1:]:
+                self._patches[f"{level}vocab_size"] = resized[0].rows
+        return resized
+
+    def _base_names(self, verdict: Verdict) -> tuple[str, ...]:
+        want = self._candidate.base.pieces
+        return tuple(dict.fromkeys(want[hub].name for hub in self._candidate.of(verdict)))
+
+
+def _rules(candidate: Candidate) -> tuple[str, ...]:
+    """What was done to the names, in words, with the number of tensors each rule was used on."""
+    rules = [f"{rule} ({count})" for rule, count in candidate.source.rules.items()]
+    rules += [f"base: {rule} ({count})" for rule, count in candidate.base.rules.items()]
+    return tuple(rules)
+
+
+def _at(config: Mapping[str, object], level: str) -> Mapping[str, object]:
+    return text_config(config) if level else config

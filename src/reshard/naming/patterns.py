@@ -1,0 +1,63 @@
+"""Patterns on dotted tensor names, and rewriting one into another.
+
+`*` stands for one dotted part, `**` for one or more; everything else stands for itself. Two
+patterns with the same wildcards in the same order are two spellings of one name, and each can be
+rewritten into the other:
+
+    language_model.model.**   <->   model.language_model.**
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+
+@lru_cache(maxsize=4096)
+def _compile(pattern: str) -> re.Pattern[str]:
+    regex = {"*": r"([^.]+)", "**": r"(.+)"}
+    return re.compile(r"\.".join(regex.get(part, re.escape(part)) for part in pattern.split(".")))
+
+
+def match(pattern: str, name: str) -> tuple[str, ...] | None:
+    """What the wildcards stand for in `name`, or None where the name is not of that pattern.
+
+    >>> match("model.layers.*.mlp.**", "model.layers.3.mlp.experts.gate_up_proj")
+    ('3', 'experts.gate_up_proj')
+    """
+    found = _compile(pattern).fullmatch(name)
+    return None if found is None else found.groups()
+
+
+def fill(pattern: str, parts: Iterable[str]) -> str:
+    """The name that the pattern and its wildcards' values make.
+
+    >>> fill("layers.*.mlp.**", ("3", "gate.weight"))
+    'layers.3.mlp.gate.weight'
+    """
+    values = iter(parts)
+    return ".".join(next(values) if set(part) == {"*"} else part for part in pattern.split("."))
+
+
+def wildcards(pattern: str) -> tuple[str, ...]:
+    """The wildcards of a pattern, in order."""
+    return tuple(part for part in pattern.split(".") if part in ("*", "**"))
+
+
+def matches_any(patterns: Iterable[str], name: str) -> bool:
+    """Whether the name is of one of the patterns."""
+    return any(match(pattern, name) is not None for pattern in patterns)
+
+
+def rewrite(name: str, rules: Iterable[tuple[str, str]]) -> tuple[str, tuple[str, str] | None]:
+    """The name after the first rule (from, to) whose first pattern it is of, and that rule.
+
+    >>> rewrite("model.visual.proj", [("model.visual.**", "visual.**"), ("model.**", "text.**")])
+    ('visual.proj', ('model.visual.**', 'visual.**'))
+    """
+    for rule in rules:
+        parts = match(rule[0], name)
+        if parts is not None:
+            return fill(rule[1], parts), rule
+    return name, None

@@ -1,0 +1,280 @@
+"""The search for the map: prefixes and layouts, until the source's tensors are the base's.
+
+A candidate is a prefix to strip and a layout to read the rest through. It is complete where every
+hub tensor of the base has one of the source with the same shape, and the other way round, but for
+the exceptions that are declared: resized vocabularies, tied heads, constants, and what the user
+allowed. Exactly one complete candidate must remain.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from reshard.errors import NamesError
+from reshard.naming import families, patterns
+from reshard.naming.layouts import Piece, Reading, Version, View, read
+from reshard.naming.schema import Schema, says_tied, views
+from reshard.tensors import Entry, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class FitOptions:
+    """What the user declared.
+
+    `prefix`: take only the tensors under it, and strip it. `fill_from_base`: tensors that the
+    checkpoint does not hold are copied from the base. `headless`: the checkpoint is of a class
+    without an output head, the base's is left out. `allow`: patterns of names (on the base's or
+    the checkpoint's side) that may be missing or left over. `transformers_version`: what the
+    checkpoint was trained with; needed only where its layout cannot be told from shapes.
+    """
+
+    prefix: str | None = None
+    fill_from_base: bool = False
+    headless: bool = False
+    allow: tuple[str, ...] = ()
+    transformers_version: Version | None = None
+
+
+class Verdict(Enum):
+    """What becomes of one hub tensor; the last three are faults."""
+
+    MATCHED = "in both, with one shape"
+    RESIZED = "in both, with another number of vocabulary rows"
+    COPIED = "a head that the base stores and the source ties to its embedding"
+    FILLED = "taken from the base"
+    LEFT_OUT = "the base's, not written"
+    DROPPED = "the source's, not written"
+    EXTRA_HEAD = "a head that only the source stores"
+    MISSING = "the base's, without a source"
+    UNEXPECTED = "the source's, without a place"
+    MISMATCHED = "in both, with two shapes"
+
+
+FAULTS = (Verdict.MISSING, Verdict.UNEXPECTED, Verdict.MISMATCHED)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to read the source, compared with the base; verdicts are over hub names."""
+
+    prefix: str
+    view: View
+    base_view: View
+    source: Reading
+    base: Reading
+    verdicts: Mapping[Verdict, tuple[str, ...]]
+
+    def of(self, verdict: Verdict) -> tuple[str, ...]:
+        return self.verdicts.get(verdict, ())
+
+    @property
+    def faults(self) -> int:
+        return len(self.source.misfits) + sum(len(self.of(verdict)) for verdict in FAULTS)
+
+    @property
+    def complete(self) -> bool:
+        return self.faults == 0 and bool(self.of(Verdict.MATCHED))
+
+    def assignment(self) -> dict[str, Piece]:
+        """Hub name -> where the source holds it: two candidates with the same are one."""
+        return {hub: piece for hub, piece in self.source.pieces.items() if hub in self.base.pieces}
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The checkpoint's tensors by every name they have, wrappers' parts left out.
+
+    `owners`: cleaned name -> the entry's own name. `shapes`: cleaned name -> shape.
+    """
+
+    owners: Mapping[str, str]
+    shapes: Mapping[str, Shape]
+
+
+def sources(entries: Mapping[str, Entry], prefix: str | None) -> Sources:
+    """The names of all entries and aliases, without wrappers' parts; with `prefix`, those under it.
+
+    Raises `NamesError` where two tensors get the same name that way, or none has the prefix.
+    """
+    owners: dict[str, str] = {}
+    shapes: dict[str, Shape] = {}
+    for own, entry in entries.items():
+        for name in (own, *entry.aliases):
+            clean = unwrap(name)
+            if prefix is not None and not clean.startswith(prefix):
+                continue
+            if owners.setdefault(clean, own) != own:
+                raise NamesError(
+                    f"{owners[clean]!r} and {own!r} are both {clean!r} without wrappers' parts.",
+                    hint="Name the part that holds the model with --prefix.",
+                )
+            shapes[clean] = entry.spec.shape
+    if not shapes:
+        raise NamesError(
+            f"none of the checkpoint's {len(entries)} tensors has the prefix {prefix!r}."
+            if prefix
+            else "the checkpoint holds no tensor.",
+            unexpected=tuple(entries),
+        )
+    return Sources(owners, shapes)
+
+
+def unwrap(name: str) -> str:
+    """The name without the parts that wrappers insert.
+
+    >>> unwrap("module._orig_mod.model.norm._fsdp_wrapped_module.weight")
+    'model.norm.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in families.WRAPPERS)
+
+
+def search(found: Sources, schema: Schema, options: FitOptions) -> Candidate:
+    """The one complete candidate; where there is none, the best of the incomplete.
+
+    Raises `NamesError` where several are complete and differ in what goes where.
+    """
+    layouts = views(schema.config)
+    shapes = {name: spec.shape for name, spec in schema.specs.items()}
+    tried: list[Candidate] = []
+    readings = [
+        (prefix, view, read(found.shapes, view, prefix))
+        for prefix in prefixes(found.shapes, options.prefix)
+        for view in layouts
+    ]
+    # The base is taken to be as on the hub where that fits: released models are.
+    for base_view in layouts:
+        base = read(shapes, base_view)
+        judge = _Judge(found, schema, options)
+        candidates = [
+            Candidate(prefix, view, base_view, source, base, judge.verdicts(source, base))
+            for prefix, view, source in readings
+        ]
+        complete = [candidate for candidate in candidates if candidate.complete]
+        if complete:
+            return _unique(complete, options)
+        tried.extend(candidates)
+    return max(tried, key=lambda candidate: (len(candidate.of(Verdict.MATCHED)), -candidate.faults))
+
+
+def prefixes(names: Iterable[str], wanted: str | None) -> Iterator[str]:
+    """The prefixes worth a try: what all names share, part by part, and the trainers' known ones.
+
+    A known prefix needs half of the names behind it: fewer could not make a fit, only a bad guess
+    in an error message.
+    """
+    if wanted is not None:
+        yield wanted
+        return
+    split = [name.split(".")[:-1] for name in names]
+    shared: list[str] = [""]
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(f"{shared[-1]}{parts[0]}.")
+    yield from shared
+    for prefix in families.PREFIXES:
+        known = prefix.split(".")[:-1]
+        holders = sum(name[: len(known)] == known for name in split)
+        if prefix not in shared and 2 * holders > len(split):
+            yield prefix
+
+
+def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
+    """The one way to read the source, or an error that names the ways."""
+    different = [complete[0]]
+    for candidate in complete[1:]:
+        if all(candidate.assignment() != other.assignment() for other in different):
+            different.append(candidate)
+    version = options.transformers_version
+    if len(different) > 1 and version is not None:
+        different = [candidate for candidate in different if candidate.view.is_live(version)]
+    if len(different) == 1:
+        return different[0]
+    ways = "; ".join(f"prefix {c.prefix!r}, names {c.view.title}" for c in complete)
+    raise NamesError(
+        f"the checkpoint fits the base in {len(complete)} ways that put tensors in different "
+        f"places or orientations: {ways}.",
+        hint="Name the transformers version it was trained with: --transformers-version.",
+    )
+
+
+class _Judge:
+    """Compares readings of the source with readings of the base."""
+
+    def __init__(self, found: Sources, schema: Schema, options: FitOptions) -> None:
+        self._owners = found.owners
+        self._options = options
+        self._tied = says_tied(schema.config)
+
+    def verdicts(self, source: Reading, base: Reading) -> dict[Verdict, tuple[str, ...]]:
+        have, want = source.pieces, base.pieces
+        sorted_: defaultdict[Verdict, list[str]] = defaultdict(list)
+        used = set()
+        for hub, piece in want.items():
+            other = have.get(hub)
+            if other is None:
+                sorted_[self._absent(hub, piece, have)].append(hub)
+            else:
+                used.add(self._owners[other.name])
+                sorted_[_shapes(hub, other.shape, piece.shape)].append(hub)
+        for hub, piece in have.items():
+            if hub not in want:
+                sorted_[self._extra(hub, piece, have, used)].append(hub)
+        _demand_one_vocabulary(sorted_, have)
+        return {verdict: tuple(names) for verdict, names in sorted_.items()}
+
+    def _absent(self, hub: str, piece: Piece, have: Mapping[str, Piece]) -> Verdict:
+        """A tensor of the base that the source does not have."""
+        options = self._options
+        embedding = embedding_of(hub, have)
+        if options.headless and any(hub == head for head, _ in families.HEADS):
+            return Verdict.LEFT_OUT
+        if embedding is not None and self._tied and have[embedding].shape[1:] == piece.shape[1:]:
+            return Verdict.COPIED
+        if options.fill_from_base or patterns.matches_any(families.CONSTANTS, hub):
+            return Verdict.FILLED
+        if patterns.matches_any(options.allow, piece.name):
+            return Verdict.LEFT_OUT
+        return Verdict.MISSING
+
+    def _extra(self, hub: str, piece: Piece, have: Mapping[str, Piece], used: set[str]) -> Verdict:
+        """A tensor of the source that the base does not have."""
+        if self._owners[piece.name] in used or patterns.matches_any(families.CONSTANTS, hub):
+            return Verdict.DROPPED
+        if patterns.matches_any(self._options.allow, piece.name):
+            return Verdict.DROPPED
+        embedding = embedding_of(hub, have)
+        if embedding is not None and have[embedding].shape == piece.shape:
+            return Verdict.EXTRA_HEAD
+        return Verdict.UNEXPECTED
+
+
+def embedding_of(head: str, pieces: Mapping[str, Piece]) -> str | None:
+    """The input embedding (hub name) among `pieces` that a head may be tied to, or None."""
+    for name, embedding in families.HEADS:
+        if name == head and embedding in pieces:
+            return embedding
+    return None
+
+
+def _shapes(hub: str, have: Shape, want: Shape) -> Verdict:
+    if have == want:
+        return Verdict.MATCHED
+    vocabulary = any(hub in pair for pair in families.HEADS)
+    if vocabulary and have[1:] == want[1:]:
+        return Verdict.RESIZED
+    return Verdict.MISMATCHED
+
+
+def _demand_one_vocabulary(
+    verdicts: defaultdict[Verdict, list[str]], have: Mapping[str, Piece]
+) -> None:
+    """Head and embedding must have as many rows as each other, or neither is a resized one."""
+    both = [hub for hub in have if any(hub in pair for pair in families.HEADS)]
+    resized = verdicts[Verdict.RESIZED]
+    if resized and len({have[hub].shape[0] for hub in both}) > 1:
+        verdicts[Verdict.MISMATCHED].extend(resized)
+        verdicts[Verdict.RESIZED] = []

@@ -1,0 +1,92 @@
+"""What people see: results on standard output, talk and progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+Progress = Callable[[str, int, int], None]
+_VERBS = {"write": "writing", "verify": "verifying"}
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on standard output."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    """A remark on standard error."""
+    click.echo(text, err=True)
+
+
+def print_table(
+    rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), title: str | None = None
+) -> None:
+    """A table on standard output; numbers are aligned by the caller's choice of text."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD if header else None, show_header=bool(header), title=title)
+    width = max((len(row) for row in rows), default=len(header))
+    for column in range(width):
+        name = header[column] if header else ""
+        table.add_column(name, style="bold" if column == 0 and not header else None)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console.print(table)
+
+
+@contextmanager
+def progress_bar(*, quiet: bool = False) -> Iterator[Progress | None]:
+    """A bar with bytes, speed and time left on standard error; None where that is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:>9}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(_VERBS.get(what, what), total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield show
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people, in decimal units.
+
+    >>> size(1234567)
+    '1.23 MB'
+    """
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

@@ -1,0 +1,226 @@
+"""Opening and reading a checkpoint's files: positional reads, identities, names that stay inside.
+
+Files are read with `pread`, never mapped: a file that shrinks while it is read must give an
+error, not a SIGBUS. A file's identity (device, inode, size, modification time) is taken when it
+is first opened and checked again by `Sources.check_unchanged` when the work is done.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
+from reshard.tensors import FileRef
+
+# Descriptors kept open; a file beyond them is opened anew for each read (about 10 us).
+_MAX_OPEN = 256
+
+Identity = tuple[int, int, int, int]
+
+
+class Source:
+    """An open input file. Safe to use from several threads."""
+
+    def __init__(self, ref: FileRef, fd: int | None, identity: Identity, size: int) -> None:
+        self.ref = ref
+        self.size = size
+        self.identity = identity
+        self._fd = fd
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (writable, contiguous bytes) from `offset` on.
+
+        Raises `IncompleteError` where the file ends before the buffer is full.
+        """
+        fd = self._fd
+        if fd is None:
+            fd = _open_regular(self.ref.path)
+            try:
+                if _identity(os.fstat(fd)) != self.identity:
+                    raise _changed(self.ref.path)
+                _read_fully(fd, offset, buffer, self.ref.path)
+            finally:
+                os.close(fd)
+        else:
+            _read_fully(fd, offset, buffer, self.ref.path)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes `[offset, offset + nbytes)`; `IncompleteError` where the file is shorter."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise IncompleteError(
+                f"bytes {offset} to {offset + nbytes} are needed, the file has {self.size}.",
+                path=self.ref.path,
+                hint="The file was cut off; copy it again or use another checkpoint.",
+            )
+        buffer = bytearray(nbytes)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+class Sources:
+    """The input files of one run, each opened once and closed together.
+
+    Safe to use from several threads. A compressed frame is expanded into an unnamed temporary
+    file, so memory does not grow with it.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[FileRef, Source] = {}
+        self._lock = threading.Lock()
+
+    def open(self, file: FileRef | str | Path) -> Source:
+        """The file, opened. Raises `NotFoundError`, `FormatError` (not a regular file)."""
+        ref = file if isinstance(file, FileRef) else FileRef(str(Path(file).absolute()))
+        with self._lock:
+            source = self._open.get(ref)
+            if source is None:
+                source = self._expand(ref) if ref.codec else self._plain(ref)
+                self._open[ref] = source
+            return source
+
+    def _plain(self, ref: FileRef) -> Source:
+        fd = _open_regular(ref.path)
+        status = os.fstat(fd)
+        keep = len(self._open) < _MAX_OPEN
+        if not keep:
+            os.close(fd)
+        return Source(ref, fd if keep else None, _identity(status), status.st_size)
+
+    def _expand(self, ref: FileRef) -> Source:
+        if ref.codec not in _CODECS:
+            raise UnsupportedError(f"compression {ref.codec!r} is not handled.", path=ref.path)
+        fd = _open_regular(ref.path)
+        try:
+            identity = _identity(os.fstat(fd))
+            with tempfile.TemporaryFile() as out:
+                _CODECS[ref.codec](fd, ref, out.fileno())
+                expanded = os.dup(out.fileno())
+        finally:
+            os.close(fd)
+        return Source(ref, expanded, identity, os.fstat(expanded).st_size)
+
+    def check_unchanged(self) -> None:
+        """Raise `IncompleteError` if a file that was read is no longer the file it was."""
+        for source in self._open.values():
+            try:
+                status = Path(source.ref.path).stat()
+            except OSError:
+                raise _changed(source.ref.path) from None
+            if _identity(status) != source.identity:
+                raise _changed(source.ref.path)
+
+    def close(self) -> None:
+        for source in self._open.values():
+            source.close()
+        self._open.clear()
+
+    def __enter__(self) -> Sources:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def child(folder: Path, name: str) -> Path:
+    """`folder/name`, for a name that a file of the checkpoint states.
+
+    Raises `FormatError` unless `name` is one plain path component that stays inside the folder.
+    A link out of the folder is refused, save those of the Hugging Face cache, whose snapshots
+    link to `models--*/blobs`.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise FormatError(
+            f"it names the file {name!r}, which is not a plain file name.",
+            path=folder,
+            hint="The checkpoint is damaged or was made to mislead.",
+        )
+    path = folder / name
+    if path.is_symlink():
+        target = path.resolve()
+        cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if not cached and not target.is_relative_to(folder.resolve()):
+            raise FormatError(
+                f"it is a link that leaves the folder, to {target}.",
+                path=path,
+                hint="Put the file itself in the folder.",
+            )
+    return path
+
+
+def _open_regular(path: str) -> int:
+    try:
+        # O_NONBLOCK: opening a named pipe must not hang.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise NotFoundError("there is no such file.", path=path) from None
+    except OSError as error:
+        raise NotFoundError(f"it cannot be opened: {error.strerror}.", path=path) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FormatError("it is not a regular file.", path=path)
+    return fd
+
+
+def _read_fully(fd: int, offset: int, buffer: memoryview, path: str) -> None:
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], offset + done)
+        if got == 0:
+            raise IncompleteError(
+                f"the file ends at byte {offset + done}; bytes to {offset + len(buffer)} are "
+                "needed.",
+                path=path,
+                hint="The file was cut off; copy it again or use another checkpoint.",
+            )
+        done += got
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _changed(path: str) -> IncompleteError:
+    return IncompleteError(
+        "the file changed while it was read.",
+        path=path,
+        hint="Convert again once nothing writes to the checkpoint.",
+    )
+
+
+def _expand_zstd(fd: int, ref: FileRef, out: int) -> None:
+    try:
+        import zstandard
+    except ImportError:
+        raise UnsupportedError(
+            "the checkpoint is compressed with zstd.",
+            path=ref.path,
+            hint='Install the extra: pip install "reshard[zstd]".',
+        ) from None
+    piece = 1 << 20
+    decompressor = zstandard.ZstdDecompressor().decompressobj()
+    try:
+        for start in range(0, ref.frame_nbytes, piece):
+            length = min(piece, ref.frame_nbytes - start)
+            data = decompressor.decompress(os.pread(fd, length, ref.frame_offset + start))
+            os.write(out, data)
+    except zstandard.ZstdError as error:
+        raise FormatError(f"its zstd frame is damaged: {error}.", path=ref.path) from None
+
+
+_CODECS: dict[str, Callable[[int, FileRef, int], None]] = {"zstd": _expand_zstd}

@@ -1,0 +1,30 @@
+"""torch.save files and pickles, read without torch and without running anything in them.
+
+>>> from reshard.storage import Sources
+>>> from reshard.torchfile import read
+>>> with Sources() as sources:                                      # doctest: +SKIP
+...     file = read(sources.open("mp_rank_00_model_states.pt"))
+>>> file.value["module"]["lm_head.weight"].shape                    # doctest: +SKIP
+(32000, 4096)
+"""
+
+from reshard.torchfile.reader import read, read_pickle
+from reshard.torchfile.records import (
+    Global,
+    Opaque,
+    Pickled,
+    Storage,
+    TensorRef,
+    TorchFile,
+)
+
+__all__ = [
+    "Global",
+    "Opaque",
+    "Pickled",
+    "Storage",
+    "TensorRef",
+    "TorchFile",
+    "read",
+    "read_pickle",
+]

@@ -1,0 +1,240 @@
+"""The output folder: it appears whole, under its final name, or not at all.
+
+Everything is written into a sibling folder `.NAME.partial-DIGEST` on the same file system, each
+file under a temporary name, synced, and renamed inside it. `commit` syncs the folder and renames
+it once, in a way that refuses to replace; with `overwrite`, old and new exchange places in one
+step and the old is deleted afterwards. Anything that goes wrong before removes the sibling.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from reshard.catalog import Asset
+from reshard.errors import WriteError
+
+# renameat2(2), Linux 3.15: linux/fs.h and linux/fcntl.h.
+_RENAME_NOREPLACE, _RENAME_EXCHANGE, _AT_FDCWD = 1, 2, -100
+_COPY_PIECE = 4 << 20
+
+
+class OutputFolder:
+    """A folder being written. Use as a context manager; call `commit` last.
+
+    `digest` names the plan: two different conversions to one place do not meet in one partial
+    folder. Raises `WriteError`.
+    """
+
+    def __init__(self, target: Path, digest: str, *, overwrite: bool = False) -> None:
+        self.target = target.absolute()
+        self.overwrite = overwrite
+        self.partial = self.target.with_name(f".{self.target.name}.partial-{digest[:16]}")
+        self._lock = -1
+        self._made: list[Path] = []
+        self._open: set[int] = set()
+
+    def __enter__(self) -> OutputFolder:
+        refuse_existing(self.target, overwrite=self.overwrite)
+        try:
+            self._make_parents()
+            self.partial.mkdir(exist_ok=True)
+            self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise WriteError(
+                "another process is writing this very conversion.",
+                path=self.partial,
+                hint="Wait for it to end.",
+            ) from None
+        except OSError as error:
+            raise _cannot_write(self.partial, error) from None
+        self._empty()
+        return self
+
+    def create(self, name: str, nbytes: int) -> int:
+        """Open a new file of `nbytes` bytes for writing; returns its descriptor."""
+        path = self._temporary(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            os.truncate(fd, nbytes)
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+        self._open.add(fd)
+        return fd
+
+    def seal(self, name: str, fd: int) -> None:
+        """Sync and close a file made by `create`, and give it its name."""
+        path = self._temporary(name)
+        try:
+            os.fsync(fd)
+            self._close(fd)
+            path.rename(self.partial / name)
+            sync_folder((self.partial / name).parent)
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+        fd = self.create(name, 0)
+        try:
+            write_fully(fd, memoryview(data), 0)
+        except OSError as error:
+            raise _cannot_write(self.partial / name, error) from None
+        self.seal(name, fd)
+
+    def copy(self, asset: Asset) -> None:
+        """Copy a file of the base model."""
+        fd = self.create(asset.name, 0)
+        try:
+            with asset.path.open("rb") as source:
+                position = 0
+                while data := source.read(_COPY_PIECE):
+                    write_fully(fd, memoryview(data), position)
+                    position += len(data)
+        except OSError as error:
+            raise _cannot_write(self.partial / asset.name, error) from None
+        self.seal(asset.name, fd)
+
+    def commit(self) -> None:
+        """Give the folder its final name, in one step."""
+        try:
+            for folder in [self.partial, *(p for p in self.partial.rglob("*") if p.is_dir())]:
+                sync_folder(folder)
+            if self.overwrite and self.target.exists():
+                _rename(self.partial, self.target, _RENAME_EXCHANGE)
+                sync_folder(self.target.parent)
+                shutil.rmtree(self.partial)
+            else:
+                # An empty folder, which holds nothing to lose, may be replaced: rename(2) does.
+                empty = self.target.is_dir() and not any(self.target.iterdir())
+                _rename(self.partial, self.target, 0 if empty else _RENAME_NOREPLACE)
+            sync_folder(self.target.parent)
+        except OSError as error:
+            raise _cannot_write(self.target, error) from None
+        self._made.clear()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for fd in list(self._open):
+            self._close(fd)
+        if self.partial.is_dir():
+            shutil.rmtree(self.partial, ignore_errors=True)
+        os.close(self._lock)
+        for folder in reversed(self._made):
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+
+    def _close(self, fd: int) -> None:
+        self._open.discard(fd)
+        os.close(fd)
+
+    def _make_parents(self) -> None:
+        """Make the folders above the target, remembering them: a failed run removes them again."""
+        missing = []
+        folder = self.target.parent
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made.append(folder)
+
+    def _empty(self) -> None:
+        """Remove what a killed run of the same plan left; none of it is trusted."""
+        for path in self.partial.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _temporary(self, name: str) -> Path:
+        path = self.partial / name
+        return path.with_name(f".{path.name}.tmp")
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Raise `WriteError` where `target` exists and holds anything, unless it may be replaced."""
+    if target.is_dir():
+        if overwrite or not any(target.iterdir()):
+            return
+    elif not (target.exists() or target.is_symlink()):
+        return
+    kind = "folder exists and is not empty" if target.is_dir() else "is a file"
+    raise WriteError(
+        f"the output {kind}." if target.is_dir() else f"the output {kind}, not a folder.",
+        path=target,
+        hint="Name another output, remove it, or pass --overwrite."
+        if target.is_dir()
+        else "Name another output.",
+    )
+
+
+def check_space(target: Path, nbytes: int) -> None:
+    """Raise `WriteError` where the file system has no room for `nbytes` bytes."""
+    folder = target.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise WriteError(
+            f"{nbytes:,} bytes are to be written and {free:,} are free.",
+            path=folder,
+            hint="Make room or name an output on another disk.",
+        )
+
+
+def write_fully(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`; a plain `pwrite` may write less."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _rename(source: Path, target: Path, flags: int) -> None:
+    """rename with `flags` of renameat2; where the system has no such call, check and rename."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags)
+        if hasattr(libc, "renameat2"):
+            if libc.renameat2(*arguments) == 0:
+                return
+            code = ctypes.get_errno()
+            if code not in (errno.EINVAL, errno.ENOSYS):
+                raise OSError(code, os.strerror(code), os.fspath(target))
+    if flags == _RENAME_EXCHANGE:
+        aside = source.with_name(source.name + ".old")
+        target.rename(aside)
+        source.rename(target)
+        aside.rename(source)
+        return
+    if flags == _RENAME_NOREPLACE and target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(target))
+    source.rename(target)
+
+
+def _cannot_write(path: Path, error: OSError) -> WriteError:
+    return WriteError(f"it cannot be written: {error.strerror or error}.", path=path)

@@ -1,0 +1,269 @@
+"""The engine: fills the slots of a plan from the checkpoint, in small blocks, with a few threads.
+
+Blocks are taken in output order, so files are written front to back. Each thread holds one block
+and one scratch buffer; no tensor is ever held whole. Bytes of one tensor are hashed in order: a
+thread whose block comes early waits for its turn, which the thread before it is already filling.
+A tensor written in several slots, one after another, has one hash over all of them.
+
+Memory: threads * (_BLOCK + _SCRATCH) bytes, four times that for tensors stored in another order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+from zlib_ng import zlib_ng
+
+from reshard.plan import OutputFile, Plan, Slot
+from reshard.storage import Sources
+from reshard.tensors import Box, blocks, flat
+from reshard.transfer.checksums import Ledger
+from reshard.transfer.commit import OutputFolder, write_fully
+from reshard.transfer.fill import Array, Reader, fill
+
+# Bytes of an output block. 4 MiB of source and target stay in a core's cache; twice as much is no
+# faster, half as much costs 10% in calls.
+_BLOCK = 4 << 20
+# A tensor stored in another order is read over and over, once a block: fewer, larger blocks.
+_STRIDED_BLOCK = 4 * _BLOCK
+_SCRATCH = 2 * _BLOCK
+
+# Elements compared at a time with the base model's.
+_COMPARED = 16 << 10
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the engine did.
+
+    `digests` are the xxh3-128 of each tensor's row-major bytes, by name. `records_checked` counts
+    the checksums of the source that were compared. `changed` counts the slots whose values differ
+    from their reference, of `compared`.
+    """
+
+    digests: Mapping[str, str]
+    bytes_read: int
+    records_checked: int
+    compared: int
+    changed: int
+
+
+@dataclass(slots=True)
+class _Digest:
+    """The hash of a tensor on its way, over all its slots: `hashed` of `taken` blocks are in."""
+
+    hasher: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+    taken: int = 0
+    hashed: int = 0
+
+
+@dataclass(slots=True)
+class _Tensor:
+    """A slot on its way; `changed` once it differs from its reference."""
+
+    slot: Slot
+    file: _File
+    digest: _Digest
+    crc: int = 0
+    changed: bool = False
+
+
+@dataclass(slots=True)
+class _File:
+    """An output file on its way: sealed by whichever thread finishes its last block."""
+
+    output: OutputFile
+    fd: int
+    pending: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A block of a slot: the elements of `box`, from flat element `start` on.
+
+    `turn` is its place in the hash of its tensor.
+    """
+
+    tensor: _Tensor
+    turn: int
+    box: Box
+    start: int
+
+
+class _StoppedError(Exception):
+    """Another thread failed; this one ends quietly."""
+
+
+class Engine:
+    """One transfer. `progress` is called with (bytes written, bytes to write) after each block."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Sources,
+        ledger: Ledger,
+        folder: OutputFolder,
+        *,
+        threads: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self._plan = plan
+        self._sources = sources
+        self._ledger = ledger
+        self._folder = folder
+        self._threads = threads
+        self._progress = progress
+        self._total = sum(slot.spec.nbytes for slot in plan.slots())
+        self._written = 0
+        self._tensors: list[_Tensor] = []
+        self._digests: dict[str, _Digest] = {}
+        self._tasks = self._make_tasks()
+        self._taking = threading.Lock()
+        self._counting = threading.Lock()
+        self._turn = threading.Condition()
+        self._stop = threading.Event()
+
+    def run(self) -> Outcome:
+        """Write every file of the plan into the folder, synced and named."""
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="reshard") as pool:
+            futures = [pool.submit(self._work) for _ in range(self._threads)]
+            try:
+                wait(futures)
+            except BaseException:
+                # Ctrl-C: the pool waits for its threads, so they must end first.
+                self._halt()
+                raise
+        failures = [failure for future in futures if (failure := future.exception())]
+        for failure in sorted(failures, key=lambda failure: isinstance(failure, _StoppedError)):
+            raise failure
+        return Outcome(
+            digests={name: d.hasher.hexdigest() for name, d in self._digests.items()},
+            bytes_read=sum(future.result() for future in futures),
+            records_checked=self._ledger.check(self._sources),
+            compared=sum(tensor.slot.reference is not None for tensor in self._tensors),
+            changed=sum(tensor.changed for tensor in self._tensors),
+        )
+
+    def _work(self) -> int:
+        """Take blocks until there are none; returns the bytes read."""
+        reader = Reader(self._sources, self._ledger, memoryview(bytearray(_SCRATCH)))
+        buffer = np.empty(_BLOCK, np.uint8)
+        try:
+            while (task := self._take()) is not None:
+                nbytes = task.box.numel * task.tensor.slot.spec.dtype.itemsize
+                if nbytes > len(buffer):
+                    buffer = np.empty(_STRIDED_BLOCK, np.uint8)
+                self._move(task, buffer[:nbytes], reader)
+        except BaseException:
+            self._halt()
+            raise
+        return reader.bytes_read
+
+    def _take(self) -> _Task | None:
+        if self._stop.is_set():
+            raise _StoppedError
+        with self._taking:
+            return next(self._tasks, None)
+
+    def _make_tasks(self) -> Iterator[_Task]:
+        """Every block of every slot, in output order; each file is made as its turn comes."""
+        for output in self._plan.files:
+            file = _File(output, self._folder.create(output.name, output.nbytes), 1)
+            for offset, literal in output.literals:
+                write_fully(file.fd, memoryview(literal), offset)
+            for slot in output.slots:
+                digest = self._digests.setdefault(slot.spec.name, _Digest())
+                tensor = _Tensor(slot, file, digest)
+                self._tensors.append(tensor)
+                if not slot.spec.numel:
+                    self._write_crc(tensor)
+                yield from self._blocks(tensor)
+            self._release(file)
+
+    def _blocks(self, tensor: _Tensor) -> Iterator[_Task]:
+        spec = tensor.slot.spec
+        strided = any(fragment.strides for fragment in tensor.slot.source.fragments)
+        limit = (_STRIDED_BLOCK if strided else _BLOCK) // spec.dtype.itemsize
+        start = 0
+        for box in blocks(spec.shape, limit):
+            with self._counting:
+                tensor.file.pending += 1
+            yield _Task(tensor, tensor.digest.taken, box, start)
+            tensor.digest.taken += 1
+            start += box.numel
+
+    def _move(self, task: _Task, raw: Array, reader: Reader) -> None:
+        """One block: read and cast, compare, write, and hash when its turn comes."""
+        tensor = task.tensor
+        slot = tensor.slot
+        fill(slot.source, task.box, raw.view(slot.spec.dtype.numpy), reader)
+        if slot.reference is not None and not tensor.changed:
+            tensor.changed = differs(slot, task.start, raw, reader)
+        start = task.start * slot.spec.dtype.itemsize
+        write_fully(tensor.file.fd, raw.data, slot.offset + start)
+        with self._turn:
+            self._turn.wait_for(lambda: tensor.digest.hashed == task.turn or self._stop.is_set())
+            if self._stop.is_set():
+                raise _StoppedError
+        # Only the thread whose turn it is comes here; the others may go on meanwhile.
+        tensor.digest.hasher.update(raw.data)
+        if slot.crc_offsets:
+            tensor.crc = zlib_ng.crc32(raw.data, tensor.crc)
+            if start + len(raw) == slot.spec.nbytes:
+                self._write_crc(tensor)
+        with self._turn:
+            tensor.digest.hashed += 1
+            self._turn.notify_all()
+        self._count(len(raw))
+        self._release(tensor.file)
+
+    def _write_crc(self, tensor: _Tensor) -> None:
+        for offset in tensor.slot.crc_offsets:
+            write_fully(tensor.file.fd, memoryview(tensor.crc.to_bytes(4, "little")), offset)
+
+    def _count(self, nbytes: int) -> None:
+        with self._counting:
+            self._written += nbytes
+            if self._progress is not None:
+                self._progress(self._written, self._total)
+
+    def _release(self, file: _File) -> None:
+        """Let go of a file; whoever is last syncs it and gives it its name."""
+        with self._counting:
+            file.pending -= 1
+            last = file.pending == 0
+        if last:
+            self._folder.seal(file.output.name, file.fd)
+
+    def _halt(self) -> None:
+        self._stop.set()
+        with self._turn:
+            self._turn.notify_all()
+
+
+def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
+    """Whether a block differs from the same elements of the slot's reference.
+
+    The reference has flat boxes. Compares piece by piece and stops at the first difference, so
+    that a trained tensor costs one
+    small read of the base model.
+    """
+    if slot.reference is None:
+        return False
+    target = slot.spec.dtype.numpy
+    values = raw.view(target)
+    numel = slot.spec.numel
+    for at in range(0, len(values), _COMPARED):
+        part = values[at : at + _COMPARED]
+        other = np.empty(len(part), target)
+        fill(slot.reference, flat(numel, start + at, len(part)), other, reader)
+        if not np.array_equal(part.view(np.uint8), other.view(np.uint8)):
+            return True
+    return False

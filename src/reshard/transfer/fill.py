@@ -1,0 +1,99 @@
+"""Filling one block of an output tensor from the fragments that hold it.
+
+A block is an unbroken run of the tensor's row-major bytes (`tensors.blocks`). Where a fragment is
+stored in that order and in the target's dtype, its bytes are read straight into the block;
+otherwise they pass through a scratch buffer and are cast and spread from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from reshard.rearrange import cut
+from reshard.storage import Sources
+from reshard.tensors import Box, Entry, Extent, Fragment, contiguous_strides, flat
+from reshard.transfer.checksums import Ledger
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(slots=True)
+class Reader:
+    """Reads extents into a scratch buffer of bounded size; one a thread.
+
+    `scratch` bounds the bytes held for one read; a strided part that reaches further is read in
+    pieces. `bytes_read` counts what was read.
+    """
+
+    sources: Sources
+    ledger: Ledger
+    scratch: memoryview
+    bytes_read: int = 0
+
+    def read(self, extent: Extent, target: memoryview) -> None:
+        """Fill `target`, of the extent's size, and note the bytes for their checksum."""
+        self.sources.open(extent.file).read_into(extent.offset, target)
+        self.ledger.add(extent, target)
+        self.bytes_read += extent.nbytes
+
+
+def fill(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
+    """Write the elements of `box` (over the tensor's shape) into `out`, cast to its dtype.
+
+    `out` is one-dimensional and has `box.numel` elements.
+    """
+    over = entry.fragments[0].box.shape
+    if over != box.shape:
+        strides = contiguous_strides(box.shape)
+        start = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
+        box = flat(entry.spec.numel, start, box.numel)
+    view = out.reshape(box.sizes)
+    for fragment in entry.fragments:
+        shared = fragment.box.intersect(box)
+        if shared is None:
+            continue
+        where = [
+            slice(o - origin, o - origin + size)
+            for o, origin, size in zip(shared.offsets, box.offsets, shared.sizes, strict=True)
+        ]
+        # The ellipsis keeps a 0-d view a view; `view[()]` would be a copied scalar.
+        _copy(cut(fragment, shared), view[(*where, ...)], reader)
+
+
+def _copy(part: Fragment, out: Array, reader: Reader) -> None:
+    """Read a part of a fragment into an array of the same sizes."""
+    stored = part.dtype.numpy
+    if part.strides is None and stored == out.dtype and out.flags.c_contiguous:
+        reader.read(part.extent, out.reshape(-1).view(np.uint8).data)
+        return
+    if part.extent.nbytes > len(reader.scratch):
+        for half, place in _halves(part):
+            _copy(half, out[place], reader)
+        return
+    raw = reader.scratch[: part.extent.nbytes]
+    reader.read(part.extent, raw)
+    strides = part.strides or contiguous_strides(part.box.sizes)
+    array: Array = np.ndarray(
+        part.box.sizes, stored, raw, strides=[stride * stored.itemsize for stride in strides]
+    )
+    np.copyto(out, array, casting="unsafe")
+
+
+def _halves(part: Fragment) -> list[tuple[Fragment, tuple[slice, ...]]]:
+    """The part cut in two across its longest stride, each with its place in the whole."""
+    box = part.box
+    strides = part.strides or contiguous_strides(box.sizes)
+    reach = [(size > 1, stride) for size, stride in zip(box.sizes, strides, strict=True)]
+    dim = reach.index(max(reach))
+    middle = box.sizes[dim] // 2
+    halves = []
+    for start, stop in ((0, middle), (middle, box.sizes[dim])):
+        offsets, sizes = list(box.offsets), list(box.sizes)
+        offsets[dim] += start
+        sizes[dim] = stop - start
+        place = (slice(None),) * dim + (slice(start, stop),)
+        halves.append((cut(part, Box(box.shape, tuple(offsets), tuple(sizes))), place))
+    return halves

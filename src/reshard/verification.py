@@ -1,0 +1,144 @@
+"""Reading a written folder again, by a reader that does not share the plan, and comparing it.
+
+`reshard.json` holds the digest of every tensor, taken as its bytes were written. Verification
+reads the folder's own headers and every byte, and must find the same tensors and digests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from reshard import manifest
+from reshard.catalog import Catalog
+from reshard.errors import VerificationError
+from reshard.formats import Selection, read
+from reshard.manifest import Stated
+from reshard.storage import Sources
+from reshard.tensors import Entry, blocks
+from reshard.transfer.checksums import Ledger
+from reshard.transfer.fill import Array, Reader, fill
+
+_BLOCK = 4 << 20
+
+#: Called with (bytes compared, bytes in all).
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What a verification read: all of it was as stated. Sizes are bytes."""
+
+    num_tensors: int
+    bytes_read: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"verified": True, "num_tensors": self.num_tensors, "bytes_read": self.bytes_read}
+
+
+def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None = None) -> Verified:
+    """Compare every tensor of a converted folder with its digest in `reshard.json`.
+
+    Raises `VerificationError` naming the first that differs, or a tensor that is missing or was
+    added; `NotFoundError` where the folder has no `reshard.json`.
+    """
+    with Sources() as sources:
+        stated = manifest.read(folder, sources)
+        catalog = read(folder, sources, Selection())
+        return check_digests(catalog, stated, sources, threads=threads, progress=progress)
+
+
+def check_digests(
+    catalog: Catalog,
+    stated: Mapping[str, Stated],
+    sources: Sources,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> Verified:
+    """Read every tensor of a catalog and compare it with what is stated of it."""
+    folder = catalog.origin.root
+    for name in sorted(stated.keys() ^ catalog.entries.keys()):
+        where = "is stated and not there" if name in stated else "is there and not stated"
+        raise VerificationError(f"it {where}.", path=folder, tensor=name)
+    total = sum(entry.spec.nbytes for entry in catalog.entries.values())
+    done = 0
+    counting = threading.Lock()
+
+    def check(entry: Entry) -> None:
+        nonlocal done
+        _check(folder, entry, stated[entry.spec.name], sources)
+        with counting:
+            done += entry.spec.nbytes
+            if progress is not None:
+                progress(done, total)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(check, catalog.entries.values()):
+            pass
+    return Verified(len(catalog.entries), total)
+
+
+def _check(folder: Path, entry: Entry, want: Stated, sources: Sources) -> None:
+    spec = entry.spec
+    if (spec.dtype.name, spec.shape) != (want.dtype, want.shape):
+        raise VerificationError(
+            f"it is {spec.dtype} {spec.shape}, and {want.dtype} {want.shape} is stated.",
+            path=folder,
+            tensor=spec.name,
+        )
+    found = digest(entry, sources)
+    if found != want.digest:
+        raise VerificationError(
+            f"its digest is {found}, and {want.digest} is stated: the bytes on disk are not those "
+            "that were written.",
+            path=folder,
+            tensor=spec.name,
+            hint="Convert again; if it recurs, the disk is at fault.",
+        )
+
+
+def digest(entry: Entry, sources: Sources) -> str:
+    """xxh3-128 of a tensor's row-major bytes, read in blocks of 4 MiB."""
+    hasher = xxhash.xxh3_128()
+    for part in _stream(entry, sources):
+        hasher.update(part.data)
+    return hasher.hexdigest()
+
+
+def equal(one: Entry, other: Entry, sources: Sources) -> bool:
+    """Whether two tensors of one dtype and shape hold the same bytes; stops where they differ."""
+    if (one.spec.dtype, one.spec.shape) != (other.spec.dtype, other.spec.shape):
+        return False
+    pairs = zip(_stream(one, sources), _stream(other, sources), strict=True)
+    return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+
+
+def _stream(entry: Entry, sources: Sources) -> Iterator[Array]:
+    """The tensor's bytes in row-major order, a block at a time, in one buffer."""
+    reader = Reader(sources, Ledger(()), memoryview(bytearray(_BLOCK)))
+    dtype = entry.spec.dtype
+    buffer = np.empty(_BLOCK // dtype.itemsize, dtype.numpy)
+    for box in blocks(entry.spec.shape, len(buffer)):
+        part = buffer[: box.numel]
+        fill(entry, box, part, reader)
+        yield part.view(np.uint8)
+
+
+def read_array(entry: Entry, sources: Sources) -> Array:
+    """A tensor's elements as an array of its shape."""
+    spec = entry.spec
+    out = np.empty(spec.numel, spec.dtype.numpy)
+    start = 0
+    for part in _stream(entry, sources):
+        values = part.view(spec.dtype.numpy)
+        out[start : start + len(values)] = values
+        start += len(values)
+    return out.reshape(spec.shape)

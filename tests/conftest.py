@@ -1,0 +1,16 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.oracle.cache import Oracle, open_or_make
+
+
+@pytest.fixture(scope="session")
+def oracle(pytestconfig: pytest.Config) -> Oracle:
+    """Checkpoints that the real DeepSpeed wrote, each with its truth, by name.
+
+    The first use makes them all, in a minute or two; later runs find them in pytest's cache.
+    """
+    return open_or_make(pytestconfig.cache.mkdir("oracle"))

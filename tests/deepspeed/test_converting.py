@@ -1,0 +1,193 @@
+"""From the real DeepSpeed to a folder that the real transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import reshard
+from reshard.transfer import engine
+from tests.deepspeed.test_reading import same_bits
+from tests.oracle.cache import Oracle
+from tests.oracle.recipes import RECIPES
+
+LLAMAS = ["llama-zero2", "llama-zero3", "llama-tied-zero2", "llama-tied-zero3"]
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in RECIPES])
+def test_without_a_base_the_masters_are_written_as_they_are(
+    oracle: Oracle, name: str, tmp_path: Path
+) -> None:
+    saved = oracle[name].last
+    report = reshard.convert(saved.path, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    opened = reshard.open(saved.path)
+    stored = {n: t for n, t in opened.tensors.items() if t.kind != "tied"}
+    assert written.keys() == stored.keys() == set(saved.expected())
+    for tensor in stored.values():
+        assert same_bits(written[tensor.name], tensor.numpy()), tensor.name
+    assert report.verified
+    assert report.num_tensors == len(written)
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_the_converted_model_is_the_trained_one(oracle: Oracle, name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    case = oracle[name]
+    report = reshard.convert(case.root, tmp_path / "out", base=case.base)
+    assert report.changed == report.compared == report.num_tensors
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype="auto"
+    )
+    assert not any(info.values()), info
+    truth = case.last.module()
+    state = model.state_dict()
+    assert state.keys() == truth.keys()
+    for key, value in state.items():
+        expected = torch.from_numpy(truth[key].view(np.uint16)).view(torch.bfloat16)
+        assert torch.equal(value, expected), key
+    base_files = {path.name for path in case.base.iterdir() if path.suffix != ".safetensors"}
+    for file in base_files:
+        assert (tmp_path / "out" / file).read_bytes() == (case.base / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_shards_and_index_are_those_of_save_pretrained(
+    oracle: Oracle, name: str, size: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    case = oracle[name]
+    reshard.convert(case.root, tmp_path / "out", base=case.base, max_shard_size=size)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    model.save_pretrained(tmp_path / "again", max_shard_size=size)
+    shards = sorted(path.name for path in (tmp_path / "again").glob("model*"))
+    assert shards == sorted(path.name for path in (tmp_path / "out").glob("model*"))
+    assert len(shards) == 1 or len(shards) > 3
+    for shard in shards:
+        mine, theirs = tmp_path / "out" / shard, tmp_path / "again" / shard
+        if shard.endswith(".json"):
+            assert json.loads(mine.read_text()) == json.loads(theirs.read_text())
+        else:
+            assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_dtypes_follow_the_base_or_the_option(oracle: Oracle, tmp_path: Path) -> None:
+    case = oracle["llama-zero3"]
+    masters = case.last.masters()
+    for dtype, code in [("keep", "F32"), ("float32", "F32"), ("float16", "F16")]:
+        out = tmp_path / dtype
+        reshard.convert(case.root, out, base=case.base, dtype=dtype)
+        with safe_open(out / "model.safetensors", "pt") as file:
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {code}  # noqa: SIM118
+            for name in masters:
+                expected = torch.from_numpy(masters[name])
+                if code == "F16":
+                    expected = expected.to(torch.float16)
+                assert torch.equal(file.get_tensor(name), expected)
+    stated = json.loads((tmp_path / "float16" / "config.json").read_text())
+    assert stated["dtype"] == "float16"
+
+
+def test_the_bytes_do_not_depend_on_threads_place_or_block(
+    oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = oracle["llama-zero3"]
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(case.root, copy)
+    reshard.convert(case.root, tmp_path / "one", base=case.base, threads=1)
+    reshard.convert(copy, tmp_path / "four", base=case.base, threads=4)
+    monkeypatch.setattr(engine, "_BLOCK", 512)
+    reshard.convert(copy, tmp_path / "small", base=case.base, threads=3)
+    for other in ("four", "small"):
+        for file in sorted((tmp_path / "one").iterdir()):
+            assert file.read_bytes() == (tmp_path / other / file.name).read_bytes(), file
+
+
+def test_the_input_is_not_touched(oracle: Oracle, tmp_path: Path) -> None:
+    case = oracle["llama-zero2"]
+
+    def state() -> dict[str, tuple[int, int]]:
+        folders = (case.root, case.base)
+        files = [path for folder in folders for path in folder.rglob("*")]
+        return {str(f): (f.stat().st_mtime_ns, f.stat().st_size) for f in files}
+
+    before = state()
+    reshard.convert(case.root, tmp_path / "out", base=case.base)
+    assert state() == before
+
+
+def test_an_unchanged_result_is_an_error(oracle: Oracle, tmp_path: Path) -> None:
+    case = oracle["llama-zero2"]
+    reshard.convert(case.root, tmp_path / "trained", base=case.base)
+    with pytest.raises(reshard.VerificationError, match="no training"):
+        reshard.convert(case.root, tmp_path / "out", base=tmp_path / "trained")
+    assert not (tmp_path / "out").exists()
+    report = reshard.convert(
+        case.root, tmp_path / "out", base=tmp_path / "trained", allow_unchanged=True
+    )
+    assert (report.changed, report.compared) == (0, report.num_tensors)
+    assert any("equal the base" in warning for warning in report.warnings)
+
+
+def test_every_other_file_of_the_base_comes_along(oracle: Oracle, tmp_path: Path) -> None:
+    case = oracle["llama-zero2"]
+    base = tmp_path / "base"
+    shutil.copytree(case.base, base)
+    extras = {
+        "tokenizer.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "modeling_custom.py": "raise SystemExit",
+        "additional_chat_templates/tool.jinja": "x",
+        "1_Pooling/config.json": "{}",
+    }
+    for name, text in extras.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(text)
+    torch.save({"w": torch.zeros(2)}, base / "pytorch_model.bin")
+    reshard.convert(case.root, tmp_path / "out", base=base)
+    for name, text in extras.items():
+        assert (tmp_path / "out" / name).read_text() == text
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+def test_frozen_parameters_can_be_left_out_or_filled(oracle: Oracle, tmp_path: Path) -> None:
+    saved = oracle["zero3-bf16-w2"].last
+    frozen = set(saved.facts["frozen"]) - set(saved.facts["tied"])
+    assert frozen
+    reshard.convert(saved.path, tmp_path / "out", exclude_frozen=True)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == set(saved.expected()) - frozen
+
+
+def test_reshard_json_holds_the_digest_of_every_tensor(oracle: Oracle, tmp_path: Path) -> None:
+    import xxhash
+
+    case = oracle["llama-tied-zero3"]
+    reshard.convert(case.root, tmp_path / "out", base=case.base)
+    stated = json.loads((tmp_path / "out" / "reshard.json").read_text())
+    assert stated["source"] == {
+        "format": "deepspeed",
+        "framework": "deepspeed",
+        "version": case.last.facts["deepspeed"],
+        "tag": "global_step2",
+        "world_size": 2,
+    }
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert stated["tensors"].keys() == set(file.keys())
+        for name, tensor in stated["tensors"].items():
+            value = file.get_tensor(name)
+            assert tensor["dtype"] == "bfloat16"
+            assert tuple(tensor["shape"]) == tuple(value.shape)
+            data = value.view(torch.uint8).numpy().tobytes()
+            assert tensor["xxh3_128"] == xxhash.xxh3_128(data).hexdigest()
+    assert str(tmp_path) not in json.dumps(stated)

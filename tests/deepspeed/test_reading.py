@@ -1,0 +1,111 @@
+"""Every checkpoint of the real DeepSpeed, read without it, against the truth of the live engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import reshard
+from tests.oracle.cache import Case, Oracle, Saved
+from tests.oracle.recipes import RECIPES
+
+Array = np.ndarray[Any, Any]
+
+SAVES = [
+    pytest.param(recipe.name, number, id=f"{recipe.name}-{save.tag}")
+    for recipe in RECIPES
+    for number, save in enumerate(recipe.saves)
+]
+
+
+def same_bits(one: Array, other: Array) -> bool:
+    """Equal in shape, type and every bit: NaN and -0.0 included."""
+    return (one.shape, str(one.dtype)) == (other.shape, str(other.dtype)) and (
+        one.tobytes() == other.tobytes()
+    )
+
+
+def check_against_truth(checkpoint: reshard.Checkpoint, saved: Saved) -> None:
+    expected = saved.expected()
+    if checkpoint.catalog.origin.details["zero_stage"] == 0:
+        # Without ZeRO the masters are stored without names: the module's values are read.
+        module = saved.module()
+        expected = {name: module[name] for name in expected}
+    stored = {name: t for name, t in checkpoint.tensors.items() if t.kind != "tied"}
+    assert stored.keys() == expected.keys()
+    for name, tensor in stored.items():
+        assert same_bits(tensor.numpy(), expected[name]), name
+
+
+@pytest.mark.parametrize(("name", "number"), SAVES)
+def test_every_tensor_is_the_live_engines(oracle: Oracle, name: str, number: int) -> None:
+    saved = oracle[name].saves[number]
+    checkpoint = reshard.open(saved.path)
+    check_against_truth(checkpoint, saved)
+    tied = {t.name: t.entry.spec.name for t in checkpoint.tensors.values() if t.kind == "tied"}
+    facts = saved.facts
+    assert tied == {alias: name for alias, name in facts["tied"].items() if name not in tied}
+    kinds = {kind: {t.name for t in checkpoint.tensors.values() if t.kind == kind}
+             for kind in ("buffer", "frozen")}  # fmt: skip
+    assert kinds["buffer"] == set(facts["buffers"])
+    if oracle[name].recipe.stage and not saved.save.exclude_frozen:
+        assert kinds["frozen"] == set(facts["frozen"]) - set(facts["tied"])
+    assert checkpoint.format == "deepspeed"
+    assert checkpoint.tag == saved.path.name
+    assert checkpoint.world_size == oracle[name].recipe.world
+
+
+@pytest.mark.parametrize("name", [r.name for r in RECIPES if r.saves[-1].latest])
+def test_the_folder_above_leads_to_the_latest(oracle: Oracle, name: str) -> None:
+    case = oracle[name]
+    checkpoint = reshard.open(case.root)
+    assert checkpoint.catalog.origin.root == case.last.path
+    assert checkpoint.tag == case.last.save.tag
+
+
+def test_a_tag_names_an_older_save(oracle: Oracle) -> None:
+    case = oracle["two-tags"]
+    check_against_truth(reshard.open(case.root, tag="global_step1"), case.saves[0])
+    check_against_truth(reshard.open(case.root, tag="global_step2"), case.saves[1])
+
+
+def test_without_latest_the_only_tag_is_taken(oracle: Oracle) -> None:
+    case = oracle["no-latest"]
+    check_against_truth(reshard.open(case.root), case.last)
+
+
+def test_without_latest_several_tags_are_listed(oracle: Oracle) -> None:
+    with pytest.raises(reshard.NotFoundError, match="a, b") as caught:
+        reshard.open(oracle["no-latest-two-tags"].root)
+    assert "--tag" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["export-16bit-zero2", "export-16bit-zero3"])
+def test_save_16bit_model(oracle: Oracle, name: str) -> None:
+    case = oracle[name]
+    checkpoint = reshard.open(case.export)
+    module = case.last.module()
+    assert set(checkpoint.tensors) == set(module)
+    for tensor in checkpoint.tensors.values():
+        assert same_bits(tensor.numpy(), module[tensor.name]), tensor.name
+
+
+def test_objects_of_the_user_do_not_stand_in_the_way(oracle: Oracle) -> None:
+    checkpoint = reshard.open(oracle["client-state-zero2"].root)
+    assert checkpoint.catalog.origin.details["unread_objects"]
+    assert any("left unread" in note for note in checkpoint.catalog.notes)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_universal_checkpoint_is_refused_by_name(oracle: Oracle, stage: int) -> None:
+    case: Case = oracle[f"universal-zero{stage}"]
+    for path in _tag_folders(case.universal):
+        with pytest.raises(reshard.UnsupportedError, match="universal checkpoint"):
+            reshard.open(path)
+
+
+def _tag_folders(folder: Path) -> list[Path]:
+    return [path.parent for path in folder.rglob("zero") if path.is_dir()]

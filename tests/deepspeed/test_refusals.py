@@ -1,0 +1,379 @@
+"""Damaged, mixed and incomplete checkpoints: one clear error, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import reshard
+from tests.oracle.cache import Oracle
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+def refused(
+    workspace: Path, checkpoint: Path, base: Path | None, error: type[reshard.ReshardError]
+) -> str:
+    """Convert, expect the error, and check that nothing was left; returns the message."""
+    before = sorted(workspace.rglob("*"))
+    with pytest.raises(error) as caught:
+        reshard.convert(checkpoint, workspace / "deep" / "out", base=base)
+    assert sorted(workspace.rglob("*")) == before
+    return str(caught.value)
+
+
+def copied(oracle: Oracle, name: str, workspace: Path) -> Path:
+    """A copy of a recipe's folder with `latest`, to be damaged; its tag is global_step2."""
+    target = workspace / "run"
+    shutil.copytree(oracle[name].root, target)
+    return target
+
+
+def optim(root: Path, rank: int) -> Path:
+    return next((root / "global_step2").glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+
+
+def edit(path: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Change a file's content as torch would have written it."""
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+def test_no_checkpoint_there(workspace: Path) -> None:
+    message = refused(workspace, workspace / "nothing", None, reshard.NotFoundError)
+    assert "no such file or folder" in message
+    (workspace / "empty").mkdir()
+    assert "it holds nothing" in refused(
+        workspace, workspace / "empty", None, reshard.NotFoundError
+    )
+    (workspace / "empty" / "notes.txt").write_text("x")
+    assert "notes.txt" in refused(workspace, workspace / "empty", None, reshard.NotFoundError)
+
+
+def test_a_tag_that_is_not_there_lists_those_that_are(oracle: Oracle, tmp_path: Path) -> None:
+    with pytest.raises(reshard.NotFoundError, match="global_step1, global_step2"):
+        reshard.convert(oracle["two-tags"].root, tmp_path / "out", tag="global_step9")
+
+
+def test_latest_that_names_a_missing_tag(oracle: Oracle, workspace: Path) -> None:
+    root = copied(oracle, "two-tags", workspace)
+    (root / "latest").write_text("global_step7")
+    message = refused(workspace, root, None, reshard.NotFoundError)
+    assert "`latest`" in message
+    assert "global_step1, global_step2" in message
+
+
+@pytest.mark.parametrize("tag", ["..", "../run", "a/../../x", "/etc", "x\0y"])
+def test_latest_cannot_lead_out_of_the_folder(oracle: Oracle, workspace: Path, tag: str) -> None:
+    root = copied(oracle, "two-tags", workspace)
+    (root / "latest").write_text(tag)
+    refused(workspace, root, None, reshard.FormatError)
+
+
+@pytest.mark.parametrize("name", ["zero1-bf16-w3", "zero2-bf16-w3", "zero3-bf16-w3"])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_missing_rank_is_named(oracle: Oracle, workspace: Path, name: str, rank: int) -> None:
+    root = copied(oracle, name, workspace)
+    optim(root, rank).unlink()
+    message = refused(workspace, root, None, reshard.IncompleteError)
+    assert f"rank {rank} of 3 is missing" in message
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_missing_model_file_of_stage_3_is_named(
+    oracle: Oracle, workspace: Path, rank: int
+) -> None:
+    root = copied(oracle, "zero3-bf16-w3", workspace)
+    (root / "global_step2" / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").unlink()
+    message = refused(workspace, root, None, reshard.IncompleteError)
+    assert f"rank {rank}" in message
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_all_optimizer_files_missing(oracle: Oracle, workspace: Path, stage: int) -> None:
+    root = copied(oracle, f"zero{stage}-bf16-w2", workspace)
+    for path in (root / "global_step2").glob("*_optim_states.pt"):
+        path.unlink()
+    message = refused(workspace, root, None, reshard.IncompleteError)
+    assert "optim_states" in message
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_or_empty_file_is_named(
+    oracle: Oracle, workspace: Path, stage: int, kept: float
+) -> None:
+    root = copied(oracle, f"zero{stage}-bf16-w2", workspace)
+    path = optim(root, 1)
+    os.truncate(path, int(path.stat().st_size * kept))
+    message = refused(workspace, root, None, reshard.ReshardError)
+    assert path.name in message
+
+
+def test_a_flipped_bit_in_the_weights_is_found_by_the_files_own_checksum(
+    oracle: Oracle, workspace: Path
+) -> None:
+    root = copied(oracle, "llama-zero3", workspace)
+    checkpoint = reshard.open(root)
+    extent = checkpoint.tensors["model.embed_tokens.weight"].entry.fragments[1].extent
+    with open(extent.file.path, "r+b") as file:
+        file.seek(extent.offset + extent.nbytes // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    message = refused(workspace, root, None, reshard.FormatError)
+    assert "CRC-32" in message
+    assert Path(extent.file.path).name in message
+
+
+def test_ranks_of_two_steps(oracle: Oracle, workspace: Path) -> None:
+    root = copied(oracle, "two-tags", workspace)
+    shutil.copy(optim_of(root, "global_step1", 1), optim(root, 1))
+    message = refused(workspace, root, None, reshard.FormatError)
+    assert "step 1" in message
+    assert "step 2" in message
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_model_and_optimizer_of_two_steps(oracle: Oracle, workspace: Path, stage: int) -> None:
+    """The optimizer's step is turned back as well, so only the weights or the count can tell."""
+    root = copied(oracle, f"zero{stage}-bf16-w2", workspace)
+    for path in (root / "global_step2").glob("*_model_states.pt"):
+
+        def older(content: dict[str, object]) -> None:
+            content["global_steps"] = 1
+            module = content["module"]
+            assert isinstance(module, dict)
+            for value in module.values():
+                if value.is_floating_point():
+                    value.data.mul_(1.5).add_(0.25)
+
+        edit(path, older)
+    message = refused(workspace, root, None, reshard.FormatError)
+    assert "different saves" in message
+
+
+def test_a_restarted_optimizer_can_be_accepted(oracle: Oracle, workspace: Path) -> None:
+    root = copied(oracle, "zero3-bf16-w2", workspace)
+    for path in (root / "global_step2").glob("*_model_states.pt"):
+        edit(path, lambda content: content.update(global_steps=7))
+    message = refused(workspace, root, None, reshard.FormatError)
+    assert "--allow-step-mismatch" in message
+    reshard.convert(root, workspace / "out", allow_step_mismatch=True)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_rank_is_a_copy_of_another(oracle: Oracle, workspace: Path, stage: int) -> None:
+    root = copied(oracle, f"zero{stage}-bf16-w2", workspace)
+    shutil.copy(optim(root, 0), optim(root, 1))
+    refused(workspace, root, None, reshard.FormatError if stage == 3 else reshard.ReshardError)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_ranks_are_exchanged(oracle: Oracle, workspace: Path, stage: int) -> None:
+    root = copied(oracle, f"zero{stage}-bf16-w2", workspace)
+    one, other = optim(root, 0), optim(root, 1)
+    one.rename(root / "aside")
+    other.rename(one)
+    (root / "aside").rename(other)
+    refused(workspace, root, None, reshard.ReshardError)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_files_of_two_world_sizes(oracle: Oracle, workspace: Path, stage: int) -> None:
+    root = copied(oracle, f"zero{stage}-bf16-w2", workspace)
+    larger = oracle[f"zero{stage}-bf16-w3"].root
+    for path in (larger / "global_step2").glob("*zero_pp_rank_2*"):
+        shutil.copy(path, root / "global_step2")
+    message = refused(workspace, root, None, reshard.FormatError)
+    assert "different" in message
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3, [2, 3], 0, "two"])
+def test_a_partition_count_that_does_not_match(
+    oracle: Oracle, workspace: Path, stage: int, count: object
+) -> None:
+    root = copied(oracle, f"zero{stage}-bf16-w2", workspace)
+    for rank in (0, 1):
+
+        def change(content: dict[str, object]) -> None:
+            state = content["optimizer_state_dict"]
+            assert isinstance(state, dict)
+            state["partition_count"] = count
+
+        edit(optim(root, rank), change)
+    refused(workspace, root, None, reshard.ReshardError)
+
+
+def test_a_partition_count_wrong_in_one_rank(oracle: Oracle, workspace: Path) -> None:
+    root = copied(oracle, "zero2-bf16-w2", workspace)
+
+    def change(content: dict[str, object]) -> None:
+        state = content["optimizer_state_dict"]
+        assert isinstance(state, dict)
+        state["partition_count"] = [5, 5]
+
+    edit(optim(root, 1), change)
+    assert "partition count" in refused(workspace, root, None, reshard.FormatError)
+
+
+def test_ranks_0_and_9_of_2(oracle: Oracle, workspace: Path) -> None:
+    root = copied(oracle, "zero2-bf16-w2", workspace)
+    path = optim(root, 1)
+    path.rename(path.with_name(path.name.replace("rank_1", "rank_9")))
+    assert "rank 1 of 2 is missing" in refused(workspace, root, None, reshard.IncompleteError)
+
+
+def test_two_files_of_one_rank(oracle: Oracle, workspace: Path) -> None:
+    root = copied(oracle, "zero2-bf16-w2", workspace)
+    path = optim(root, 1)
+    shutil.copy(path, path.with_name(path.name.removeprefix("bf16_")))
+    assert "same rank" in refused(workspace, root, None, reshard.FormatError)
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "expert", "tensor"])
+def test_other_parallelisms_are_refused_by_name(oracle: Oracle, workspace: Path, kind: str) -> None:
+    root = copied(oracle, "zero1-bf16-w2", workspace)
+    names = {
+        "pipeline": "layer_00-model_states.pt",
+        "expert": "layer_0_expert_0_mp_rank_00_model_states.pt",
+        "tensor": "mp_rank_01_model_states.pt",
+    }
+    torch.save({}, root / "global_step2" / names[kind])
+    assert kind in refused(workspace, root, None, reshard.UnsupportedError)
+
+
+def test_names_the_base_does_not_have_are_listed_with_the_nearest(
+    oracle: Oracle, workspace: Path
+) -> None:
+    case = oracle["llama-zero2"]
+    base = workspace / "base"
+    shutil.copytree(case.base, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.down_projection.weight"] = tensors.pop(
+        "model.layers.0.mlp.down_proj.weight"
+    )
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    before = sorted(workspace.rglob("*"))
+    with pytest.raises(reshard.NamesError) as caught:
+        reshard.convert(case.root, workspace / "out", base=base)
+    assert sorted(workspace.rglob("*")) == before
+    assert caught.value.missing == ("model.layers.0.mlp.down_projection.weight",)
+    assert caught.value.unexpected == ("model.layers.0.mlp.down_proj.weight",)
+    assert "model.layers.0.mlp.down_proj.weight" in str(caught.value)
+
+
+def test_a_shape_the_base_does_not_have(oracle: Oracle, workspace: Path) -> None:
+    case = oracle["llama-zero2"]
+    base = workspace / "base"
+    shutil.copytree(case.base, base)
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name][:-1].copy()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    message = refused(workspace, case.root, base, reshard.NamesError)
+    assert name in message
+
+
+def test_a_base_without_config_weights_or_folder(oracle: Oracle, workspace: Path) -> None:
+    case = oracle["llama-zero2"]
+    message = refused(workspace, case.root, workspace / "nothing", reshard.NotFoundError)
+    assert "no such folder" in message
+    base = workspace / "base"
+    shutil.copytree(case.base, base)
+    (base / "config.json").rename(workspace / "config.json")
+    assert "no config.json" in refused(workspace, case.root, base, reshard.NotFoundError)
+    (workspace / "config.json").rename(base / "config.json")
+    (base / "model.safetensors").unlink()
+    assert "no safetensors" in refused(workspace, case.root, base, reshard.NotFoundError)
+
+
+def test_a_base_whose_shard_is_cut_off(oracle: Oracle, workspace: Path) -> None:
+    case = oracle["llama-zero2"]
+    base = workspace / "base"
+    shutil.copytree(case.base, base)
+    path = base / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 10)
+    message = refused(workspace, case.root, base, reshard.IncompleteError)
+    assert "model.safetensors" in message
+
+
+def test_not_enough_space_is_known_before_writing(
+    oracle: Oracle, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(workspace)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = refused(workspace, oracle["llama-zero2"].root, None, reshard.WriteError)
+    assert "1,000 are free" in message
+
+
+def test_an_output_that_exists_is_refused_and_replaced_with_overwrite(
+    oracle: Oracle, workspace: Path
+) -> None:
+    case = oracle["llama-zero2"]
+    out = workspace / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(reshard.WriteError, match="exists") as caught:
+        reshard.convert(case.root, out, base=case.base)
+    assert "--overwrite" in str(caught.value)
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    reshard.convert(case.root, out, base=case.base, overwrite=True)
+    assert not (out / "precious.txt").exists()
+    assert (out / "reshard.json").is_file()
+    assert [path.name for path in workspace.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_is_or_holds_an_input(
+    oracle: Oracle, workspace: Path, overwrite: bool
+) -> None:
+    root = copied(oracle, "llama-zero2", workspace)
+    for target in (root, root / "global_step2", workspace):
+        with pytest.raises(reshard.WriteError, match="is or holds"):
+            reshard.convert(root / "global_step2", target, overwrite=overwrite)
+
+
+def test_a_failed_overwrite_keeps_the_old_output(oracle: Oracle, workspace: Path) -> None:
+    root = copied(oracle, "llama-zero3", workspace)
+    reshard.convert(root, workspace / "out")
+    before = (workspace / "out" / "reshard.json").read_bytes()
+    path = optim(root, 1)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(reshard.ReshardError):
+        reshard.convert(root, workspace / "out", overwrite=True)
+    assert (workspace / "out" / "reshard.json").read_bytes() == before
+    assert sorted(p.name for p in workspace.iterdir()) == ["out", "run"]
+
+
+def test_verification_finds_a_changed_byte(oracle: Oracle, tmp_path: Path) -> None:
+    reshard.convert(oracle["llama-zero2"].root, tmp_path / "out")
+    assert reshard.verify(tmp_path / "out").num_tensors > 0
+    path = tmp_path / "out" / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x55")
+    with pytest.raises(reshard.VerificationError, match="digest"):
+        reshard.verify(tmp_path / "out")
+    stated = json.loads((tmp_path / "out" / "reshard.json").read_text())
+    del stated["tensors"]["model.norm.weight"]
+    (tmp_path / "out" / "reshard.json").write_text(json.dumps(stated))
+    with pytest.raises(reshard.VerificationError, match="there and not stated"):
+        reshard.verify(tmp_path / "out")
+
+
+def optim_of(root: Path, tag: str, rank: int) -> Path:
+    return next((root / tag).glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))

@@ -1,0 +1,16 @@
+"""Real checkpoints of the real DeepSpeed, with the truth gathered from the live engine.
+
+recipes.py   which training runs, as data
+models.py    the tiny models
+truth.py     gathering every tensor from a live engine
+worker.py    one rank: trains, saves, writes the truth
+launch.py    forks the ranks of each world size
+cache.py     makes everything once; `Case` and `Saved` say where it lies
+
+FOLDER/<recipe>/checkpoint/         given to save_checkpoint: latest, <tag>/...
+                truth-<n>/          of the n-th save: truth_fp32.safetensors,
+                                    truth_module.safetensors, truth.json
+                base/               the untrained model (llama)
+                export/             save_16bit_model (export-16bit)
+                universal/          ds_to_universal (universal)
+"""

@@ -1,0 +1,176 @@
+"""Making the oracle's checkpoints once, and finding them again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.oracle.recipes import BY_NAME, RECIPES, Recipe, Save
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_HERE = Path(__file__).parent
+_LOG = "oracle.log"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint and the truth of the live engine at that moment."""
+
+    save: Save
+    path: Path
+    truth: Path
+
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """`truth.json`: buffers, frozen, tied, groups, dtypes, shapes, versions."""
+        facts: dict[str, Any] = json.loads((self.truth / "truth.json").read_text("utf-8"))
+        return facts
+
+    def masters(self) -> dict[str, Array]:
+        """Every trainable parameter's master weights, in full shape; tied ones once."""
+        return _load(self.truth / "truth_fp32.safetensors")
+
+    def module(self) -> dict[str, Array]:
+        """What the module computes with, by every name of its state dict."""
+        return _load(self.truth / "truth_module.safetensors")
+
+    def expected(self) -> dict[str, Array]:
+        """The checkpoint's best values: masters, then frozen and buffers as the module has them.
+
+        Tied parameters once; frozen ones only where they were saved.
+        """
+        masters = self.masters()
+        tied = self.facts["tied"]
+        left_out = set(self.facts["frozen"]) if self.save.exclude_frozen else set()
+        return {
+            name: masters.get(name, value)
+            for name, value in self.module().items()
+            if name not in tied and name not in left_out
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe's results on disk."""
+
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def root(self) -> Path:
+        """The folder given to `save_checkpoint`: it holds `latest` and the tag folders."""
+        return self.folder / "checkpoint"
+
+    @cached_property
+    def saves(self) -> tuple[Saved, ...]:
+        """Every save of the run, in order."""
+        return tuple(
+            Saved(save, self.root / save.tag, self.folder / f"truth-{index}")
+            for index, save in enumerate(self.recipe.saves)
+        )
+
+    @property
+    def last(self) -> Saved:
+        """The last save, which `latest` names unless the recipe says otherwise."""
+        return self.saves[-1]
+
+    @property
+    def base(self) -> Path:
+        """The model before training, as `save_pretrained` wrote it (`llama*` models only)."""
+        return self.folder / "base"
+
+    @property
+    def export(self) -> Path:
+        """`save_16bit_model`'s folder (`export_16bit` recipes only)."""
+        return self.folder / "export"
+
+    @property
+    def universal(self) -> Path:
+        """`ds_to_universal`'s output folder (`universal` recipes only)."""
+        return self.folder / "universal"
+
+
+class Oracle(Mapping[str, Case]):
+    """Every recipe's case, by the recipe's name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, name: str) -> Case:
+        return Case(BY_NAME[name], self.folder / name)
+
+    def __iter__(self) -> Any:
+        return iter(BY_NAME)
+
+    def __len__(self) -> int:
+        return len(RECIPES)
+
+
+def open_or_make(parent: Path) -> Oracle:
+    """The oracle under `parent`: made now, unless the same sources and versions made it before.
+
+    Made in a temporary folder and renamed once complete, so that an interrupted run leaves nothing
+    that looks whole. Older ones are removed.
+    """
+    target = parent / _key()
+    if not target.is_dir():
+        for old in parent.iterdir():
+            shutil.rmtree(old, ignore_errors=True)
+        made = Path(tempfile.mkdtemp(prefix="partial-", dir=parent))
+        _make(made)
+        made.rename(target)
+    return Oracle(target)
+
+
+def _key() -> str:
+    """A digest of all that decides what is made."""
+    digest = hashlib.sha256()
+    for source in sorted(_HERE.glob("*.py")):
+        digest.update(source.read_bytes())
+    for package in ("torch", "deepspeed", "transformers", "safetensors"):
+        digest.update(f"{package}=={metadata.version(package)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _make(folder: Path) -> None:
+    root = _HERE.parent.parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.oracle.launch", str(folder)],
+        cwd=root,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    (folder / _LOG).write_text(done.stdout, encoding="utf-8")
+    if done.returncode != 0:
+        raise RuntimeError(f"the oracle failed; the end of {folder / _LOG}:\n{done.stdout[-4000:]}")
+
+
+def _load(path: Path) -> dict[str, Array]:
+    """A safetensors file as numpy arrays; bfloat16 through ml_dtypes, which safetensors lacks."""
+    import ml_dtypes
+    import torch
+    from safetensors.torch import load_file
+
+    return {
+        name: tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        if tensor.dtype == torch.bfloat16
+        else tensor.numpy()
+        for name, tensor in load_file(path).items()
+    }

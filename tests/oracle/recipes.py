@@ -1,0 +1,154 @@
+"""What the oracle makes: each `Recipe` is one training run with the real DeepSpeed, as data.
+
+A recipe is picked by name (`oracle["zero3-bf16-w2"]` in tests). Names of the classic grid are
+`zero<stage>-<fp32|bf16>-w<world>`; every other recipe bears the feature it is there for.
+
+Not made here, because DeepSpeed 0.19.8 cannot do it on a CPU machine (deepspeed/runtime):
+- fp16 runs: "Type fp16 is not supported on your device" (engine.py, `_do_sanity_check`). Only the
+  element type differs from bf16.
+- 0-d parameters with more than one rank: the engine's broadcast views each parameter as bytes,
+  which torch refuses for a 0-d tensor. 0-d buffers are in every recipe.
+- MiCS: removed in 0.19.8. NVMe offload, the Fast and Decoupled writers: need libaio. Nebula and
+  DataStates: need their services.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Stage = Literal[0, 1, 2, 3]
+DTypeName = Literal["float32", "bfloat16"]
+ModelName = Literal["rich", "empty", "many", "llama", "llama-tied", "lora", "pipeline", "moe"]
+# How the trainable parameters are split over the optimizer's parameter groups:
+# all in one; weight decay or none; the same with every one-element parameter in a third.
+Groups = Literal["one", "decay", "three"]
+Options = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """One `save_checkpoint`, after `steps` more steps of training."""
+
+    tag: str = "global_step2"
+    steps: int = 2
+    latest: bool = True
+    exclude_frozen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One training run: `world` ranks, ZeRO `stage`, and what is special about it.
+
+    `zero` and `config` are merged into the `zero_optimization` section and the top level of the
+    DeepSpeed configuration. `saves` are made one after the other under one root. `client_state`
+    asks for user objects of every awkward kind in the checkpoint. `export_16bit` also calls
+    `save_16bit_model`, `universal` also runs DeepSpeed's `ds_to_universal` on the last save.
+    """
+
+    name: str
+    world: int
+    stage: Stage
+    dtype: DTypeName
+    model: ModelName = "rich"
+    groups: Groups = "decay"
+    optimizer: str = "AdamW"
+    zero: Options = field(default_factory=dict)
+    config: Options = field(default_factory=dict)
+    saves: tuple[Save, ...] = (Save(),)
+    client_state: bool = False
+    zero_init: bool = False
+    export_16bit: bool = False
+    universal: bool = False
+
+
+def _grid() -> list[Recipe]:
+    """Every stage, element type and world size, on a model with every kind of tensor."""
+    stages: tuple[Stage, ...] = (0, 1, 2, 3)
+    kinds: tuple[tuple[DTypeName, str], ...] = (("float32", "fp32"), ("bfloat16", "bf16"))
+    return [
+        Recipe(f"zero{stage}-{short}-w{world}", world, stage, dtype)
+        for world in (1, 2, 3)
+        for stage in stages
+        for dtype, short in kinds
+    ]
+
+
+_OFFLOAD: Options = {"offload_optimizer": {"device": "cpu"}}
+_FP32_ACCUMULATION: Options = {"data_types": {"grad_accum_dtype": "fp32"}}
+_EXCLUDED = (Save(exclude_frozen=True),)
+_LEGACY: Options = {"checkpoint": {"checkpoint_serialization": False}}
+_ROUND_ROBIN: Options = {"round_robin_gradients": True}
+
+_LAYOUTS = [
+    Recipe("three-groups-zero1", 3, 1, "bfloat16", groups="three"),
+    Recipe("three-groups-zero2", 3, 2, "float32", groups="three"),
+    Recipe("three-groups-zero3", 3, 3, "bfloat16", groups="three"),
+    Recipe("sub-groups", 2, 3, "bfloat16", zero={"sub_group_size": 40}),
+    Recipe("sub-groups-w3", 3, 3, "float32", model="many", zero={"sub_group_size": 16}),
+    Recipe("round-robin-zero1", 2, 1, "bfloat16", model="many", zero=_ROUND_ROBIN),
+    Recipe("round-robin-zero2", 3, 2, "bfloat16", model="many", zero=_ROUND_ROBIN),
+    Recipe("elastic-zero1", 2, 1, "bfloat16", zero={"elastic_checkpoint": True}),
+    Recipe("elastic-zero2", 3, 2, "float32", zero={"elastic_checkpoint": True}),
+    Recipe("bf16-optimizer", 2, 1, "bfloat16", config=_FP32_ACCUMULATION),
+    Recipe("bf16-optimizer-w3", 3, 1, "bfloat16", groups="three", config=_FP32_ACCUMULATION),
+    Recipe("aligned-bf16", 2, 2, "bfloat16", zero={"parameter_alignment": True}),
+    Recipe("aligned-fp32", 3, 1, "float32", zero={"parameter_alignment": True}),
+    Recipe("muon-zero2", 2, 2, "bfloat16", optimizer="Muon"),
+    Recipe("muon-zero3", 2, 3, "bfloat16", optimizer="Muon", zero={"reduce_scatter": False}),
+    Recipe("offload-zero1", 2, 1, "bfloat16", zero=_OFFLOAD),
+    Recipe("offload-zero2", 2, 2, "bfloat16", zero=_OFFLOAD),
+    Recipe("offload-zero3", 2, 3, "bfloat16", zero=_OFFLOAD),
+    Recipe("hpz", 2, 3, "bfloat16", zero={"zero_hpz_partition_size": 2}),
+    Recipe("persistence-0", 2, 3, "bfloat16", zero={"stage3_param_persistence_threshold": 0}),
+    Recipe("zero-init", 2, 3, "bfloat16", zero_init=True),
+    Recipe("empty-zero1", 2, 1, "bfloat16", model="empty"),
+    Recipe("empty-zero2", 2, 2, "bfloat16", model="empty"),
+    # A forward with an empty parameter fails in ZeRO-3 (its status never becomes AVAILABLE).
+    Recipe("empty-zero3", 2, 3, "bfloat16", model="empty", saves=(Save(steps=0),)),
+]
+
+_SAVING = [
+    Recipe("excluded-zero0", 2, 0, "bfloat16", saves=_EXCLUDED),
+    Recipe("excluded-zero1", 2, 1, "bfloat16", saves=_EXCLUDED),
+    Recipe("excluded-zero2", 2, 2, "bfloat16", saves=_EXCLUDED),
+    Recipe("excluded-zero3", 2, 3, "bfloat16", saves=_EXCLUDED),
+    Recipe("two-tags", 2, 2, "bfloat16", saves=(Save("global_step1", 1), Save("global_step2", 1))),
+    Recipe("no-latest", 2, 2, "bfloat16", saves=(Save("only", latest=False),)),
+    Recipe(
+        "no-latest-two-tags",
+        2,
+        3,
+        "bfloat16",
+        saves=(Save("a", 1, latest=False), Save("b", 1, latest=False)),
+    ),
+    Recipe("odd-tag", 2, 3, "bfloat16", saves=(Save("épreuve 7, loss=0.5 [best].final"),)),
+    Recipe("nested-tag", 2, 2, "bfloat16", saves=(Save("run 7/step-2"),)),
+    Recipe("legacy-zero1", 2, 1, "bfloat16", config=_LEGACY),
+    Recipe("legacy-zero2", 2, 2, "bfloat16", config=_LEGACY),
+    Recipe("legacy-zero3", 2, 3, "bfloat16", config=_LEGACY),
+    Recipe("client-state-zero2", 2, 2, "bfloat16", client_state=True),
+    Recipe("client-state-zero3", 2, 3, "bfloat16", client_state=True),
+    Recipe("export-16bit-zero2", 2, 2, "bfloat16", export_16bit=True),
+    Recipe(
+        "export-16bit-zero3",
+        2,
+        3,
+        "bfloat16",
+        export_16bit=True,
+        zero={"stage3_gather_16bit_weights_on_model_save": True},
+    ),
+    Recipe("universal-zero2", 2, 2, "bfloat16", universal=True),
+    Recipe("universal-zero3", 2, 3, "bfloat16", universal=True),
+]
+
+_MODELS = [
+    Recipe("llama-zero2", 2, 2, "bfloat16", model="llama"),
+    Recipe("llama-zero3", 2, 3, "bfloat16", model="llama"),
+    Recipe("llama-tied-zero2", 2, 2, "bfloat16", model="llama-tied"),
+    Recipe("llama-tied-zero3", 2, 3, "bfloat16", model="llama-tied"),
+]
+
+RECIPES: tuple[Recipe, ...] = (*_grid(), *_LAYOUTS, *_SAVING, *_MODELS)
+BY_NAME: Mapping[str, Recipe] = {recipe.name: recipe for recipe in RECIPES}

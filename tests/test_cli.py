@@ -1,0 +1,255 @@
+"""The command line: exit codes, JSON, plain errors, and an environment without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from reshard.cli import reshard, run
+from reshard.scripts.ds2hf import command as ds2hf
+from tests.oracle.cache import Oracle
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_convert_prints_a_table_and_exits_with_0(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = oracle["llama-tied-zero3"]
+    out = tmp_path / "out"
+    assert run(reshard, ["convert", str(case.root), str(out), "--base", str(case.base)]) == 0
+    shown = capsys.readouterr()
+    assert "verified" in shown.out
+    assert "lm_head.weight = model.embed_tokens.weight" in shown.out
+    assert (out / "model.safetensors").is_file()
+
+
+def test_convert_json_is_one_object_with_the_contracts_keys(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = oracle["llama-zero2"]
+    arguments = ["convert", str(case.root), str(tmp_path / "out"), "--base", str(case.base)]
+    assert run(reshard, [*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    assert shown.err == ""
+    assert report.keys() >= {
+        "source", "target", "num_tensors", "bytes_read", "bytes_written", "seconds", "verified",
+        "missing", "unexpected", "tied",
+    }  # fmt: skip
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert report["bytes_written"] == written
+    assert report["verified"] is True
+    assert report["missing"] == report["unexpected"] == []
+
+
+def test_dry_run_writes_nothing(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = oracle["llama-zero2"]
+    arguments = ["convert", str(case.root), str(tmp_path / "out"), "--base", str(case.base)]
+    assert run(reshard, [*arguments, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dry_run"] is True
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_json_holds_what_the_contract_says(
+    oracle: Oracle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = oracle["zero2-bf16-w3"]
+    assert run(reshard, ["inspect", str(case.root), "--tensors", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    facts = case.last.facts
+    expected = case.last.expected()
+    assert found["format"] == "deepspeed"
+    assert found["version"] == facts["deepspeed"]
+    assert found["tag"] == "global_step2"
+    assert found["world_size"] == 3
+    assert found["zero_stage"] == 2
+    assert found["num_tensors"] == len(expected)
+    assert found["total_bytes"] == sum(value.nbytes for value in expected.values())
+    assert found["num_parameters"] == sum(
+        value.size for name, value in expected.items() if name not in facts["buffers"]
+    )
+    tensors = {tensor["name"]: tensor for tensor in found["tensors"]}
+    assert tensors.keys() == expected.keys() | facts["tied"].keys()
+    for name, value in expected.items():
+        assert tensors[name]["shape"] == list(value.shape)
+        assert tensors[name]["nbytes"] == value.nbytes
+    for name in facts["tied"]:
+        assert tensors[name]["kind"] == "tied"
+
+
+def test_inspect_prints_a_table(oracle: Oracle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(reshard, ["inspect", str(oracle["zero3-bf16-w2"].root), "--tensors"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"zero stage\s+3", shown)
+    assert re.search(r"world size\s+2", shown)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_users_mistake_is_one_paragraph_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], debug: bool
+) -> None:
+    arguments = ["convert", str(tmp_path / "nothing"), str(tmp_path / "out")]
+    assert run(reshard, ["--debug", *arguments] if debug else arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "nothing: there is no such file or folder." in shown.err
+    assert ("Traceback" in shown.err) == debug
+    assert len(shown.err.splitlines()) == 1 or debug
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["convert"], ["convert", "a", "b", "--threads", "0"], ["frobnicate"], ["inspect", "--x"]],
+)
+def test_wrong_usage_is_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(reshard, arguments) == 2
+    assert "Usage:" in capsys.readouterr().err
+
+
+def test_verify_finds_what_changed(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(reshard, ["convert", str(oracle["llama-zero2"].root), str(out)]) == 0
+    assert run(reshard, ["verify", str(out)]) == 0
+    with (out / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x77")
+    capsys.readouterr()
+    assert run(reshard, ["verify", str(out)]) == 1
+    assert "digest" in capsys.readouterr().err
+
+
+def test_ds2hf_takes_the_contracts_flags(oracle: Oracle, tmp_path: Path) -> None:
+    case = oracle["two-tags"]
+    oracle_base = oracle["llama-zero2"]
+    arguments = ["--checkpoint_dir", str(oracle_base.root), "--hf_base", str(oracle_base.base)]
+    assert run(ds2hf, [*arguments, "--output_dir", str(tmp_path / "a")]) == 0
+    tagged = [*arguments, "--output_dir", str(tmp_path / "b"), "-t", "global_step2"]
+    assert run(ds2hf, [*tagged, "--exclude_frozen_parameters"]) == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
+    wrong = ["--checkpoint_dir", str(case.root), "--hf_base", str(oracle_base.base)]
+    assert run(ds2hf, [*wrong, "--output_dir", str(tmp_path / "c"), "-t", "none"]) == 1
+    assert run(ds2hf, wrong) == 2
+
+
+@pytest.fixture(scope="module")
+def bare(pytestconfig: pytest.Config) -> Path:
+    """The Python of an environment with reshard's run-time dependencies and nothing else."""
+    folder = pytestconfig.cache.mkdir("bare")
+    python = folder / "bin" / "python"
+    if not (folder / "made").is_file():
+        venv.create(folder, with_pip=True, clear=True)
+        names = ("numpy", "ml_dtypes", "xxhash", "zlib-ng", "click", "rich")
+        install = [str(python), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
+        subprocess.run([*install, *names], check=True)
+        (folder / "made").touch()
+    return python
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), **more}
+
+
+def test_without_torch_and_deepspeed(oracle: Oracle, tmp_path: Path, bare: Path) -> None:
+    """inspect, convert and ds2hf, as a user types them, where neither is installed."""
+    check = "import importlib.util as u; print(u.find_spec('torch'), u.find_spec('deepspeed'))"
+    found = subprocess.run([bare, "-c", check], check=True, capture_output=True, text=True)
+    assert found.stdout.split() == ["None", "None"]
+    case = oracle["llama-zero3"]
+    script = ROOT / "lightrft" / "utils" / "ckpt_scripts" / "ds2hf.py"
+    commands = {
+        "door": [str(script), "--checkpoint_dir", str(case.last.path), "--output_dir",
+                 str(tmp_path / "door"), "--hf_base", str(case.base)],
+        "convert": ["-m", "reshard", "convert", str(case.root), str(tmp_path / "convert"),
+                    "--to", "hf", "--base", str(case.base)],
+        "inspect": ["-m", "reshard", "inspect", str(case.root), "--json"],
+    }  # fmt: skip
+    for arguments in commands.values():
+        done = subprocess.run(
+            [bare, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    one, other = (tmp_path / name / "model.safetensors" for name in ("door", "convert"))
+    assert one.read_bytes() == other.read_bytes()
+    masters = case.last.masters()
+    with safe_open(one, "pt") as file:
+        assert set(file.keys()) == set(masters)
+
+
+def test_importing_reshard_is_quick_and_brings_no_torch(bare: Path) -> None:
+    code = (
+        "import sys, time; began = time.process_time(); import reshard; "
+        "took = time.process_time() - began; "
+        "print(took, sorted(m for m in sys.modules if m in ('torch', 'numpy', 'rich')))"
+    )
+    runs = [
+        subprocess.run([bare, "-c", code], env=environment(), capture_output=True, text=True)
+        for _ in range(3)
+    ]
+    assert all(run.stdout.endswith("[]\n") for run in runs), runs
+    assert min(float(run.stdout.split()[0]) for run in runs) < 0.2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_conversion_leaves_nothing(
+    oracle: Oracle, tmp_path: Path, number: signal.Signals
+) -> None:
+    """A conversion slowed down to seconds is interrupted in its midst: exit code 130."""
+    code = (
+        "import sys, time, reshard.transfer.engine as e; fill = e.fill\n"
+        "def slow(*a):\n    time.sleep(0.3); return fill(*a)\n"
+        "e.fill = slow\n"
+        "from reshard.cli import main\nmain()"
+    )
+    source = str(oracle["llama-zero2"].root)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "convert", source, str(tmp_path / "deep" / "out")],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("deep/.out.partial-*/.*.tmp")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Interrupted" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_does_not_stand_in_the_way(oracle: Oracle, tmp_path: Path) -> None:
+    code = (
+        "import os, reshard.transfer.commit as c\n"
+        "c.OutputFolder.commit = lambda self: os.kill(os.getpid(), 9)\n"
+        "from reshard.cli import main\nmain()"
+    )
+    source = str(oracle["llama-zero2"].root)
+    arguments = ["convert", source, str(tmp_path / "out")]
+    killed = subprocess.run([sys.executable, "-c", code, *arguments], env=environment())
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    assert run(reshard, arguments) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
