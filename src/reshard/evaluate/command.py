@@ -1,4 +1,4 @@
-"""The words of `reshard try` and `test_model`: two doors to `run`, with the same options.
+"""The words of `reshard try`, which `test_model` shares: one set of options, one way to run.
 
 Imports no torch: the model's libraries are loaded when a command runs.
 """
@@ -57,21 +57,21 @@ def repeat_flags(args: Sequence[str], repeatable: set[str]) -> list[str]:
     return written
 
 
-def _option(name: str, field: str | None = None, **more: Any) -> Callable[[_F], _F]:
+def option(name: str, field: str | None = None, **more: Any) -> Callable[[_F], _F]:
     """An option under its name with underscores, as in LightRFT's script, and with dashes."""
     spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
     return click.option(*spellings, field or name, **more)
 
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    _option(
+    option(
         "test_prompts",
         "prompts",
         multiple=True,
         metavar="TEXT...",
         help="One or more prompts. Default: three of the shipped ones.",
     ),
-    _option(
+    option(
         "image",
         "images",
         multiple=True,
@@ -79,133 +79,118 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="PATH...",
         help="Images that go along with every prompt.",
     ),
-    _option(
+    option(
         "audio",
         multiple=True,
         type=_EXISTING,
         metavar="PATH...",
         help="Sounds (WAV) that go along with every prompt.",
     ),
-    _option(
+    option(
         "no_chat", is_flag=True, help="Give the prompts as raw text, without the chat template."
     ),
-    _option(
+    option(
         "max_new_tokens",
         type=click.IntRange(min=1),
         default=256,
         show_default=True,
         help="Most tokens of an answer.",
     ),
-    _option("do_sample", is_flag=True, help="Sample instead of greedy decoding."),
-    _option(
+    option("do_sample", is_flag=True, help="Sample instead of greedy decoding."),
+    option(
         "temperature",
         type=click.FloatRange(min=0),
         help="Sampling temperature. Implies --do_sample; 0 means greedy.",
     ),
-    _option(
+    option(
         "top_p",
         type=click.FloatRange(min=0, max=1, min_open=True),
         help="Sample from the likeliest tokens that make up this share. Implies --do_sample.",
     ),
-    _option(
+    option(
         "top_k",
         type=click.IntRange(min=1),
         help="Sample from the K likeliest tokens. Implies --do_sample.",
     ),
-    _option(
+    option(
         "repetition_penalty",
         type=click.FloatRange(min=0, min_open=True),
         help="Above 1 makes tokens that were said already less likely.",
     ),
-    _option("seed", type=int, default=0, show_default=True, help="Seed of the sampling."),
-    _option(
+    option("seed", type=int, default=0, show_default=True, help="Seed of the sampling."),
+    option(
         "device",
         default="cuda",
         show_default=True,
         help="cuda (all GPUs if one is too small; the CPU where there is none), auto, or a torch "
         "device such as cpu or cuda:1.",
     ),
-    _option(
+    option(
         "dtype",
         type=click.Choice(_DTYPES),
         default="auto",
         show_default=True,
         help="Type to run in; auto is what the model's config names.",
     ),
-    _option("benchmark", is_flag=True, help="Measure latency, throughput and memory."),
-    _option(
+    option("benchmark", is_flag=True, help="Measure latency, throughput and memory."),
+    option(
         "benchmark_samples",
         type=click.IntRange(min=1),
         default=5,
         show_default=True,
         help="Timed calls for each batch size.",
     ),
-    _option(
+    option(
         "batch_sizes",
         multiple=True,
         type=click.IntRange(min=1),
         metavar="N...",
         help="Batch sizes to measure. Default: 1.",
     ),
-    _option(
+    option(
         "compare",
         type=click.Path(path_type=Path),
         metavar="OTHER",
         help="Run a second model on the same prompts, and say whether it is the same model.",
     ),
-    _option(
+    option(
         "text",
         type=_EXISTING,
         help="Text for the perplexity and the comparison. Default: the shipped one.",
     ),
-    _option(
+    option(
         "output_file",
         type=click.Path(dir_okay=False, path_type=Path),
         default=Path("test_results.json"),
         show_default=True,
         help="Where the report goes (JSON).",
     ),
-    _option(
+    option(
         "html", type=click.Path(dir_okay=False, path_type=Path), help="The report as a web page."
     ),
-    _option(
+    option(
         "trust_remote_code", is_flag=True, help="Run Python code that lies in the model's folder."
     ),
 )
 
 
-def _all_options(function: _F) -> _F:
-    for option in reversed(_OPTIONS):
-        function = option(function)
+def shared_options(function: _F) -> _F:
+    """Every option of a run but the model itself."""
+    for add in reversed(_OPTIONS):
+        function = add(function)
     return function
 
 
 @click.command("try", cls=SeveralValues)
 @click.argument("model", type=click.Path(path_type=Path))
-@_all_options
+@shared_options
 def try_model(**given: Any) -> int:
     """Run a converted model: its answers, its speed, its health, and whether it is the same.
 
     MODEL is a Hugging Face folder. The report goes to a JSON file; the exit code is 0 only if the
     model loaded, every prompt was answered and nothing that was found is an error.
     """
-    return _run(**given)
-
-
-@click.command("test_model", cls=SeveralValues)
-@_option("model_path", "model", type=click.Path(path_type=Path), required=True, help="The model.")
-@_all_options
-def test_model(**given: Any) -> int:
-    """Try a converted model: its answers, its speed, its health, and whether it is the same.
-
-    The report goes to a JSON file; the exit code is 0 only if the model loaded, every prompt was
-    answered and nothing that was found is an error.
-    """
-    return _run(**given)
-
-
-# Not a test, whatever pytest thinks of its name.
-test_model.__test__ = False  # type: ignore[attr-defined]
+    return run_command(**given)
 
 
 def make_options(given: dict[str, Any]) -> Options:
@@ -236,7 +221,11 @@ def _samples(given: dict[str, Any]) -> bool:
     return bool(given["do_sample"]) or any(given[name] is not None for name in named)
 
 
-def _run(**given: Any) -> int:
+def run_command(**given: Any) -> int:
+    """Run a model as the command line asks, show what comes, and return the exit code.
+
+    Raises `UnsupportedError` where torch or transformers are not installed.
+    """
     options = make_options(given)
     try:
         import torch  # noqa: F401

@@ -241,8 +241,8 @@ class _Trial:
         with self._stage(name), tempfile.TemporaryDirectory() as spill:
             if self.loaded is None:
                 return
-            answers = self.report.answers or [None] * len(self.prompts)
-            asked = list(zip(self.prompts, answers, strict=True))
+            answers = dict(enumerate(self.report.answers))
+            asked = [(prompt, answers.get(index)) for index, prompt in enumerate(self.prompts)]
             heard = self._steps(name)
             first = record_first(
                 self.loaded, encoder, media, asked, self.options.text, Path(spill), heard

@@ -1,13 +1,21 @@
 """What two models are to each other, by thresholds that stand here and in every report.
 
-Measured on SmolLM2-135M (see docs/try.md).
+Measured on SmolLM2-135M, logits on the shipped text against float32 (relative difference, mean KL):
+
+    run in bfloat16                           0.0153    0.0012
+    run in float16                            0.0021    0.00002
+    weights rounded to 8 bits a row           0.0421    0.0057
+    20 steps of AdamW at 1e-6 on one sentence 0.0047    0.0001
+
+So the logits find what is further off than 16-bit rounding, but a short training hides below it:
+there only the weights tell the two apart, and they go first.
 """
 
 from __future__ import annotations
 
 from reshard.evaluate.report import Logits, Thresholds, Verdict, Weights
 
-THRESHOLDS = Thresholds(mean_kl=0.01, relative_difference=0.05, score_difference=0.02)
+THRESHOLDS = Thresholds(mean_kl=0.005, relative_difference=0.04, score_difference=0.02)
 
 
 def judge_logits(logits: Logits, weights: Weights | None) -> tuple[Verdict | None, str]:
