@@ -65,7 +65,8 @@ def tokenizer(*special: str, template: str | None = TEXT_TEMPLATE) -> PreTrained
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|pad|>",
-        additional_special_tokens=list(special),
+        # The tokenizer class of Qwen2 adds this token if it is not there.
+        additional_special_tokens=["<|endoftext|>", *special],
     )
     made.chat_template = template
     return made

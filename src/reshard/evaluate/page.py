@@ -30,7 +30,10 @@ def render_page(report: Report) -> str:
     environment.filters["pretty"] = _pretty
     template = (files("reshard.evaluate") / "data" / "page.html.jinja").read_text(encoding="utf-8")
     plots = benchmark_plots(report.benchmark.batches) if report.benchmark else []
-    return environment.from_string(template).render(report=report, plots=plots, plot_width=WIDTH)
+    page: str = environment.from_string(template).render(
+        report=report, plots=plots, plot_width=WIDTH
+    )
+    return page
 
 
 def _figure(value: float | None, digits: int = 4) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from reshard.evaluate.report import Answer, Finding, Json, Severity
 
@@ -16,45 +17,67 @@ _ONE_TOKEN_SHARE = 0.8
 _LONGEST_CYCLE = 32
 
 
-def check_answers(answers: Sequence[Answer], tokens: int, rows: int) -> list[Finding]:
-    """Findings about what was generated; `tokens` is the tokenizer's size, `rows` the embedding's.
+def check_answers(answers: Sequence[Answer], tokens: int) -> list[Finding]:
+    """Findings about what was generated; `tokens` is the tokenizer's size.
 
-    One repeated token is an error only if every long answer is that; a loop is a warning, as
-    small models fall into one on ordinary prompts.
+    In the evidence a prompt is named by its number, from 1.
     """
-    found: list[Finding] = []
+    long = {
+        str(number): answer.token_ids
+        for number, answer in enumerate(answers, start=1)
+        if len(answer.token_ids) >= _LONG_ANSWER
+    }
+    repeating = {
+        number: found
+        for number, new in long.items()
+        if (found := _commonest(new))[1] >= _ONE_TOKEN_SHARE
+    }
+    loops = {
+        number: length
+        for number, new in long.items()
+        if number not in repeating and (length := _cycle(new))
+    }
+    return [
+        *_outside(answers, tokens),
+        *_repeating(repeating, len(long)),
+        *_looping(loops, len(long)),
+    ]
+
+
+def _outside(answers: Sequence[Answer], tokens: int) -> list[Finding]:
     outside = {
-        answer.prompt: token for answer in answers for token in answer.token_ids if token >= tokens
+        str(number): max(answer.token_ids)
+        for number, answer in enumerate(answers, start=1)
+        if answer.token_ids and max(answer.token_ids) >= tokens
     }
-    if outside:
-        evidence: dict[str, Json] = {
-            "tokenizer_tokens": tokens,
-            "embedding_rows": rows,
-            "prompts": dict(list(outside.items())[:_SHOWN]),
-        }
-        message = f"{len(outside)} answers hold tokens that the tokenizer does not have."
-        found.append(Finding("generation-outside-vocabulary", "error", message, evidence))
-    long = [answer for answer in answers if len(answer.token_ids) >= _LONG_ANSWER]
-    repeating = {a.prompt: _commonest(a.token_ids) for a in long}
-    repeating = {p: c for p, c in repeating.items() if c[1] >= _ONE_TOKEN_SHARE}
-    if repeating:
-        shown: dict[str, Json] = {
-            prompt: {"token": token, "share": round(share, 3)}
-            for prompt, (token, share) in list(repeating.items())[:_SHOWN]
-        }
-        severity: Severity = "error" if len(repeating) == len(long) else "warning"
-        message = f"{len(repeating)} of {len(long)} long answers repeat one token."
-        found.append(Finding("generation-repeats-token", severity, message, {"prompts": shown}))
-    loops: dict[str, Json] = {
-        answer.prompt: cycle
-        for answer in long
-        if answer.prompt not in repeating and (cycle := _cycle(answer.token_ids))
-    }
-    if loops:
-        message = f"{len(loops)} of {len(long)} long answers end in a loop."
-        evidence = {"tokens_in_loop": dict(list(loops.items())[:_SHOWN])}
-        found.append(Finding("generation-loops", "warning", message, evidence))
-    return found
+    if not outside:
+        return []
+    message = f"{len(outside)} answers hold tokens that the tokenizer does not have."
+    evidence: dict[str, Json] = {"tokenizer_tokens": tokens, "prompts": _first(outside)}
+    return [Finding("generation-outside-vocabulary", "error", message, evidence)]
+
+
+def _repeating(repeating: Mapping[str, tuple[int, float]], long: int) -> list[Finding]:
+    """An error only if every long answer is one repeated token: a prompt may ask for one."""
+    if not repeating:
+        return []
+    severity: Severity = "error" if len(repeating) == long else "warning"
+    shown = {n: {"token": token, "share": share} for n, (token, share) in repeating.items()}
+    message = f"{len(repeating)} of {long} long answers repeat one token."
+    return [Finding("generation-repeats-token", severity, message, {"prompts": _first(shown)})]
+
+
+def _looping(loops: Mapping[str, int], long: int) -> list[Finding]:
+    """A warning: small models fall into a loop on ordinary prompts."""
+    if not loops:
+        return []
+    message = f"{len(loops)} of {long} long answers end in a loop."
+    evidence: dict[str, Json] = {"tokens_in_loop": _first(loops)}
+    return [Finding("generation-loops", "warning", message, evidence)]
+
+
+def _first(prompts: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(list(prompts.items())[:_SHOWN])
 
 
 def check_logits(bad_steps: int) -> list[Finding]:

@@ -154,22 +154,25 @@ class _Trial:
         return settings(options.sampling, options.max_new_tokens, encoder.tokenizer, loaded.core)
 
     def _ask(self, loaded: Loaded, encoder: Encoder, media: Media) -> None:
+        """Put every prompt to the model."""
         if not loaded.folder.kind.generates:
             for number, prompt in enumerate(self.prompts, start=1):
                 scored = self._score(loaded, encoder, media, prompt, number)
                 self.report.scores.append(scored)
                 self.listen(Event("score", number, len(self.prompts), scored))
             return
-        arguments = self._arguments(loaded, encoder)
-        self.report.generation = in_force(arguments, loaded.core)
+        with self._stage("prepare the answers") as stage:
+            arguments = self._arguments(loaded, encoder)
+            self.report.generation = in_force(arguments, loaded.core)
+        if stage.failure is not None:
+            return
         bad_steps = 0
         for number, prompt in enumerate(self.prompts, start=1):
             answer, bad = self._answer(loaded, encoder, media, prompt, number, arguments)
             bad_steps += bad
             self.report.answers.append(answer)
             self.listen(Event("answer", number, len(self.prompts), answer))
-        rows = int(loaded.core.get_input_embeddings().weight.shape[0])
-        self.report.findings += check_answers(self.report.answers, len(encoder.tokenizer), rows)
+        self.report.findings += check_answers(self.report.answers, len(encoder.tokenizer))
         self.report.findings += check_logits(bad_steps)
 
     def _answer(
