@@ -28,7 +28,7 @@ def shipped_prompts() -> tuple[Prompt, ...]:
 
 
 def shipped_text() -> str:
-    """About 700 words of prose in five languages, written for this project."""
+    """About 500 words of prose in five languages, written for this project."""
     return _data("perplexity.txt")
 
 
