@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from reshard.cli import reshard, run
-from reshard.evaluate.command import repeat_flags, try_model
+from reshard.evaluate.command import try_model
 from reshard.evaluate.options import Options
 from reshard.evaluate.report import Report
+from reshard.flags import repeat_flags
 from reshard.scripts.test_model import command
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
