@@ -25,7 +25,7 @@ def test_a_model_type_has_one_family() -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_types[0])
 def test_a_family_starts_with_the_hub_and_follows_the_versions(family: Family) -> None:
     hub = family.layouts[0]
-    assert not (hub.names or hub.stacked or hub.swapped)
+    assert (hub.names, hub.stacked, hub.swapped) == ((), (), ())
     live = [layout for layout in family.layouts if layout.since is not None]
     assert live[0] is hub
     assert any(layout.is_live(NEWEST) for layout in live)
