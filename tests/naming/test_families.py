@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reshard.naming import NEWEST, Schema, fit, patterns
@@ -42,6 +42,7 @@ def test_both_sides_of_a_rule_have_the_same_wildcards(layout: Layout) -> None:
             assert patterns.wildcards(part) == (*patterns.wildcards(stacked.name), "*")
 
 
+@settings(deadline=None)
 @given(st.lists(parts, min_size=1, max_size=3), st.lists(parts, min_size=1, max_size=4))
 def test_a_name_is_rewritten_there_and_back(one: list[str], many: list[str]) -> None:
     here, there = "model.*.language.**", "language.*.x.**"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reshard.dtypes import FLOAT32
@@ -244,6 +244,7 @@ def test_two_tensors_that_wrappers_alone_tell_apart() -> None:
         run({f"module.{NORM}": (2,), NORM: (2,)}, TIED)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(sorted(WRAPPERS)), max_size=3),
     st.sampled_from(["", "model.", "actor.", "model.base_model.model.", "some.where.deep."]),
@@ -285,6 +286,7 @@ def test_stacks_go_through_whole_where_the_base_stacks_too() -> None:
     assert tables.origin(found.entries[name]) == name
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3 * 4 * 5), max_size=5), st.booleans())
 def test_experts_out_of_flat_parts(cuts: list[int], fused_base: bool) -> None:
     """ZeRO keeps ranges of the flattened stack: they end inside experts, rows and columns."""
