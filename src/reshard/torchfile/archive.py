@@ -37,7 +37,7 @@ from reshard.torchfile.directory import (
     parse_end,
     parse_entries,
 )
-from reshard.torchfile.records import Malformed, show
+from reshard.torchfile.malformed import Malformed, show
 
 # Bytes. A directory takes about 70 bytes an entry: room for 900,000 storages.
 MAX_DIRECTORY_NBYTES = 64 << 20

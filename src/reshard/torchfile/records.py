@@ -13,21 +13,6 @@ from reshard.errors import PlanError
 from reshard.tensors import Box, Extent, Fragment, Record, whole
 
 
-class Malformed(Exception):  # noqa: N818 (it never leaves this room)
-    """Arguments that a handler cannot use. The machine adds the file and raises `FormatError`."""
-
-
-def show(value: object) -> str:
-    """A value of a file, for a message: short, whatever the value is."""
-    if type(value) is str:
-        return repr(value if len(value) <= 80 else value[:77] + "...")
-    return f"{value}"[:40] if type(value) is int else f"a {type(value).__name__}"
-
-
-class EndOfPickle(Exception):  # noqa: N818 (it never leaves this room)
-    """An opcode's argument goes past the end of the data."""
-
-
 @dataclass(frozen=True, slots=True)
 class Global:
     """A dotted name that a pickle mentions (`torch.optim.adamw.AdamW`). It is never looked up."""
