@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reshard.evaluate.report import Report
+from reshard.evaluate.texts import shipped_text
 from tests.evaluate.trying import attempt, names
 
 pytestmark = pytest.mark.slow
@@ -91,7 +92,7 @@ def test_a_scrambled_layer_is_seen(smollm2: Path, tmp_path: Path) -> None:
             tensors[name] = tensor[torch.randperm(len(tensor))]
     save_file(tensors, path, {"format": "pt"})
     text = tmp_path / "text.txt"
-    text.write_text("A river begins as almost nothing. Rain falls on a hill.")
+    text.write_text(shipped_text()[:1500], encoding="utf-8")
     report = attempt(other, tmp_path, compare=smollm2, text=text, prompts=QUESTIONS[:1])
     found = report.comparison
     assert found is not None

@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 import click
 
 from reshard.errors import UnsupportedError
-from reshard.evaluate.options import Options, Sampling
+from reshard.evaluate.options import DTYPES, Options, Sampling
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class SeveralValues(click.Command):
@@ -127,7 +126,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     option(
         "dtype",
-        type=click.Choice(_DTYPES),
+        type=click.Choice(DTYPES),
         default="auto",
         show_default=True,
         help="Type to run in; auto is what the model's config names.",
