@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from reshard.evaluate import compare, texts
 from reshard.evaluate.divergence import Divergence, Perplexity, score_difference
 from reshard.evaluate.report import Comparison
-from reshard.evaluate.scan import Weights
+from reshard.evaluate.scan import WeightFiles
 from reshard.evaluate.weights import relate
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
@@ -295,7 +295,7 @@ def test_relations_of_two_tensors(
     paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
     for path, values in zip(paths, (one, other), strict=True):
         save_file({"t": torch.tensor(values)}, path)
-    with Weights(paths[:1]) as here, Weights(paths[1:]) as there:
+    with WeightFiles(paths[:1]) as here, WeightFiles(paths[1:]) as there:
         assert relate(here, there, "t") == relation
         assert relate(there, here, "t") == relation
 
@@ -308,7 +308,7 @@ def test_the_relation_holds_over_all_blocks(
     paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
     save_file({"t": torch.tensor([[1.001], [2.0]]), "i": torch.tensor([1, 2])}, paths[0])
     save_file({"t": torch.tensor([[1.0], [2.001]]), "i": torch.tensor([1, 3])}, paths[1])
-    with Weights(paths[:1]) as here, Weights(paths[1:]) as there:
+    with WeightFiles(paths[:1]) as here, WeightFiles(paths[1:]) as there:
         assert relate(here, there, "t") == "different"
         assert relate(here, there, "i") == "different"
 

@@ -109,6 +109,7 @@ def test_the_page_in_a_browser(full: tuple[Report, str], tmp_path: Path, width: 
     for answer in report.answers:
         assert answer.prompt in found["text"]
     assert "another model" in found["text"]
+    assert not re.search(r"\d\.\d{7}", found["text"]), "a number with all its digits"
     assert "vectors-constant" in found["text"]
 
 

@@ -25,7 +25,7 @@ from reshard.evaluate.folder import Folder, read_folder
 from reshard.evaluate.loading import Loaded, load_model, load_tokenizer
 from reshard.evaluate.options import Options
 from reshard.evaluate.report import Answer, Comparison, Weights
-from reshard.evaluate.scan import Weights as WeightFiles
+from reshard.evaluate.scan import WeightFiles
 from reshard.evaluate.scoring import score
 from reshard.evaluate.texts import read_text, shipped_text
 from reshard.evaluate.verdict import THRESHOLDS, judge_logits, judge_scores

@@ -32,7 +32,8 @@ class Terminal:
             transient=True,
             disable=not Console(stderr=True).is_terminal,
         )
-        self._task = self._progress.add_task("start", total=None)
+        self._stage = "start"
+        self._task = self._progress.add_task(self._stage, total=None)
 
     def __enter__(self) -> Terminal:
         self._progress.start()
@@ -43,9 +44,12 @@ class Terminal:
 
     def listen(self, event: Event) -> None:
         """Show one event of the run."""
-        self._progress.update(
-            self._task, description=event.stage, completed=event.done, total=event.total
-        )
+        if event.stage != self._stage:
+            # rich takes a total of None for "as before": each stage gets a task of its own.
+            self._progress.remove_task(self._task)
+            self._stage = event.stage
+            self._task = self._progress.add_task(event.stage, total=event.total)
+        self._progress.update(self._task, completed=event.done, total=event.total)
         if event.result is not None:
             # The bar shares the screen with what is printed: take it off for a moment.
             self._progress.stop()

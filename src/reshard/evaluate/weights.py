@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-from reshard.evaluate.report import Weights as WeightsFound
-from reshard.evaluate.scan import Weights, rows_per_block
+from reshard.evaluate.report import Weights
+from reshard.evaluate.scan import WeightFiles, rows_per_block
 
 Relation = Literal["identical", "rounded", "different"]
 
@@ -23,8 +23,8 @@ _EXAMPLES = 10
 
 
 def compare_weights(
-    here: Weights, there: Weights, on_tensor: Callable[[int, int], None] | None = None
-) -> WeightsFound | None:
+    here: WeightFiles, there: WeightFiles, on_tensor: Callable[[int, int], None] | None = None
+) -> Weights | None:
     """Compare the tensors that both have; None if they share no name (another layout)."""
     ours, theirs = set(here.names()), set(there.names())
     shared = sorted(ours & theirs)
@@ -38,7 +38,7 @@ def compare_weights(
     found = list(relations.values())
     examples = [name for name in shared if relations[name] == "different"]
     examples += sorted(ours ^ theirs)
-    return WeightsFound(
+    return Weights(
         tensors=len(shared),
         identical=found.count("identical"),
         rounded=found.count("rounded"),
@@ -49,7 +49,7 @@ def compare_weights(
     )
 
 
-def relate(here: Weights, there: Weights, name: str) -> Relation:
+def relate(here: WeightFiles, there: WeightFiles, name: str) -> Relation:
     """What one tensor is to its namesake; a tensor of another shape is different.
 
     Reads both once if they are equal, and up to the first difference for each way in which one
