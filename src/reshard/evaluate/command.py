@@ -12,13 +12,12 @@ from typing import Any, TypeVar
 import click
 
 from reshard.errors import UnsupportedError
-from reshard.evaluate.options import Options, Sampling
+from reshard.evaluate.options import DTYPES, Options, Sampling
 from reshard.flags import SeveralValues, option
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
@@ -85,7 +84,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     option(
         "dtype",
-        type=click.Choice(_DTYPES),
+        type=click.Choice(DTYPES),
         default="auto",
         show_default=True,
         help="Type to run in; auto is what the model's config names.",
