@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 
 from reshard.errors import NamesError
 from reshard.naming import families, patterns
@@ -26,9 +27,10 @@ class FitOptions:
 
     `prefix`: take only the tensors under it, and strip it. `fill_from_base`: tensors that the
     checkpoint does not hold are copied from the base. `headless`: the checkpoint is of a class
-    without an output head, the base's is left out. `allow`: patterns of names (on the base's or
-    the checkpoint's side) that may be missing or left over. `transformers_version`: what the
-    checkpoint was trained with; needed only where its layout cannot be told from shapes.
+    without an output head, the base's is left out. `allow`: names (on the base's or the
+    checkpoint's side) that may be missing or left over, where `*` is any characters.
+    `transformers_version`: what the checkpoint was trained with; needed only where its layout
+    cannot be told from shapes.
     """
 
     prefix: str | None = None
@@ -36,6 +38,10 @@ class FitOptions:
     headless: bool = False
     allow: tuple[str, ...] = ()
     transformers_version: Version | None = None
+
+    def allows(self, name: str) -> bool:
+        """Whether a name may be missing or left over."""
+        return any(fnmatchcase(name, pattern) for pattern in self.allow)
 
 
 class Verdict(Enum):
@@ -250,7 +256,7 @@ class _Judge:
             return Verdict.COPIED
         if options.fill_from_base or patterns.matches_any(families.CONSTANTS, hub):
             return Verdict.FILLED
-        if patterns.matches_any(options.allow, piece.name):
+        if options.allows(piece.name):
             return Verdict.LEFT_OUT
         return Verdict.MISSING
 
@@ -258,7 +264,7 @@ class _Judge:
         """A tensor of the source that the base does not have."""
         if self._owners[piece.name] in used or patterns.matches_any(families.CONSTANTS, hub):
             return Verdict.DROPPED
-        if patterns.matches_any(self._options.allow, piece.name):
+        if self._options.allows(piece.name):
             return Verdict.DROPPED
         embedding = embedding_of(hub, have)
         if embedding is not None and have[embedding].shape == piece.shape:
