@@ -25,6 +25,7 @@ from reshard.errors import (
 )
 
 if TYPE_CHECKING:
+    from reshard.ailments.diagnosis import Diagnosis, doctor
     from reshard.checkpoint import Checkpoint
     from reshard.checkpoint import open_checkpoint as open
     from reshard.conversion import Report, convert
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "Diagnosis",
     "FormatError",
     "IncompleteError",
     "Inspection",
@@ -48,6 +50,7 @@ __all__ = [
     "WriteError",
     "__version__",
     "convert",
+    "doctor",
     "inspect",
     "open",
     "verify",
@@ -59,6 +62,8 @@ _LAZY = {
     "open": ("reshard.checkpoint", "open_checkpoint"),
     "Report": ("reshard.conversion", "Report"),
     "convert": ("reshard.conversion", "convert"),
+    "Diagnosis": ("reshard.ailments.diagnosis", "Diagnosis"),
+    "doctor": ("reshard.ailments.diagnosis", "doctor"),
     "Inspection": ("reshard.inspection", "Inspection"),
     "inspect": ("reshard.inspection", "inspect"),
     "Verified": ("reshard.verification", "Verified"),
