@@ -39,7 +39,7 @@ def doctor(folder: Path, base: Path | None, repair: Path | None, as_json: bool) 
 
 def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
     if diagnosis.findings:
-        header = ("ailment", "severity", "evidence", "repair")
+        header = ("finding", "evidence and repair")
         output.print_table([_row(finding) for finding in diagnosis.findings], header=header)
     amount = output.size(diagnosis.total_bytes)
     click.echo(f"{diagnosis.folder}: {diagnosis.num_tensors} tensors, {amount}: {_sum(diagnosis)}")
@@ -57,12 +57,14 @@ def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
         output.say(f"To mend it: reshard doctor {diagnosis.folder}{base} --repair OUT")
 
 
-def _row(finding: Finding) -> tuple[str, ...]:
+def _row(finding: Finding) -> tuple[str, str]:
     from rich.markup import escape
 
-    mend = f"no. {finding.advice}" if finding.repair is None else finding.repair.words
-    evidence = "\n".join(finding.evidence)
-    return finding.name, finding.severity, escape(evidence), escape(mend)
+    mend = f"no repair. {finding.advice}"
+    if finding.repair is not None:
+        mend = f"repair: {finding.repair.words}"
+    lines = [f"{finding.about}:", *(f"- {line}" for line in finding.evidence), mend]
+    return f"{finding.name}\n({finding.severity})", escape("\n".join(lines))
 
 
 def _sum(diagnosis: Diagnosis) -> str:
