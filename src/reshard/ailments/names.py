@@ -78,6 +78,7 @@ def memory_names(case: Case) -> Signs | None:
     return Signs(evidence, Repair(_FITTED) if case.fits else None, _WHERE_IT_FAILS)
 
 
+_INNER = "language_model"
 # Rules shown as evidence; a vision-language model needs four or five.
 _RULES = 6
 _WHERE_IT_FAILS = (
@@ -88,25 +89,28 @@ _WHERE_IT_FAILS = (
 
 def _guessed_memory_names(case: Case) -> Signs | None:
     """By the family of the config's model type alone."""
-    evidence = []
-    for layout in _memory_layouts(case):
+    for layout, names in _memory_layouts(case):
         here = [pattern for _, pattern in layout.names] + [rule.name for rule in layout.stacked]
-        found = [own for name, own in case.clean.items() if patterns.matches_any(here, name)]
+        found = [case.clean[name] for name in names if patterns.matches_any(here, name)]
         if found:
-            evidence.append(f"{len(found)} names are those of {layout.title}: {some(found)}")
-    if not evidence:
-        return None
-    return Signs(tuple(evidence[:1]), advice=f"{_WHERE_IT_FAILS} {_NAME_BASE}")
+            evidence = f"{len(found)} names are those of {layout.title}: {some(found)}"
+            return Signs((evidence,), advice=f"{_WHERE_IT_FAILS} {_NAME_BASE}")
+    return None
 
 
-def _memory_layouts(case: Case) -> Iterator[Layout]:
-    """The layouts of live modules that are not the hub's, newest first."""
-    settings = case.folder.settings
-    for model_type in (settings.get("model_type"), text_config(settings).get("model_type")):
-        known = family(model_type)
+def _memory_layouts(case: Case) -> Iterator[tuple[Layout, list[str]]]:
+    """The layouts of live modules that are not the hub's, newest first, with the names they name.
+
+    A language model inside another has its own family, and its names are those under
+    `language_model`.
+    """
+    settings, names = case.folder.settings, list(case.clean)
+    inner = [name for name in names if _INNER in name.split(".")]
+    for config, its_names in ((settings, names), (text_config(settings), inner)):
+        known = family(config.get("model_type"))
         for layout in reversed(known.layouts[1:] if known else ()):
             if layout.since is not None:
-                yield layout
+                yield layout, its_names
 
 
 def transposed_experts(case: Case) -> Signs | None:

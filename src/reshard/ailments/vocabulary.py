@@ -138,7 +138,7 @@ def head_is_lost(case: Case) -> bool:
     vocabulary = case.vocabulary
     if case.placeholders or vocabulary.embedding is None or vocabulary.head is not None:
         return False
-    classes = case.folder.settings.get("architectures") or ()
+    classes = [name for level in case.levels.values() for name in level.get("architectures") or ()]
     if not any(str(name).endswith(_GENERATING) for name in classes):
         return False
     error = case.fitted.misfit
