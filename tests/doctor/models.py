@@ -97,7 +97,7 @@ def save(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write the tensors as the folder's only weights."""
     for old in folder.glob("*.safetensors*"):
         old.unlink()
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -110,7 +110,7 @@ def load(folder: Path) -> Tensors:
 
 
 def live(folder: Path) -> Any:
-    """The model that the installed transformers loads from a folder, with every key in its place."""
+    """The model that transformers loads from a folder, with every key in its place."""
     (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
     model, info = getattr(transformers, architecture).from_pretrained(
         folder, dtype="auto", output_loading_info=True, local_files_only=True
@@ -138,7 +138,7 @@ def assert_same_weights(folder: Path, healthy: Path) -> None:
 
 
 def assert_same_model(folder: Path, healthy: Path) -> None:
-    """transformers loads both, with no key missing, unexpected or mismatched, and finds them equal."""
+    """transformers loads both, with every key in its place, and they are equal."""
     mine, theirs = live(folder).state_dict(), live(healthy).state_dict()
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():

@@ -15,7 +15,16 @@ from reshard.naming.schema import family, text_config
 from reshard.tensors import Shape
 
 _FITTED = "the tensors are written under the base's names"
+_WHERE_IT_FAILS = (
+    "Such a folder loads in the transformers version that has these names, and fails or starts "
+    "with random weights elsewhere."
+)
 _NAME_BASE = "Name the base model with --base: its files say what the names must be."
+
+# Rules shown as evidence; a vision-language model needs four or five.
+_RULES = 6
+# The part of a composite model's names under which its language model's lie.
+_INNER = "language_model"
 
 # Stacked experts on the hub are [experts, hidden, 2 * intermediate] and [experts, intermediate,
 # hidden] in these families (transformers 4.57): the dimension that must be the hidden size.
@@ -76,15 +85,6 @@ def memory_names(case: Case) -> Signs | None:
         *found.rules[:_RULES],
     )
     return Signs(evidence, Repair(_FITTED) if case.fits else None, _WHERE_IT_FAILS)
-
-
-_INNER = "language_model"
-# Rules shown as evidence; a vision-language model needs four or five.
-_RULES = 6
-_WHERE_IT_FAILS = (
-    "Such a folder loads in the transformers version that has these names, and fails or starts "
-    "with random weights elsewhere."
-)
 
 
 def _guessed_memory_names(case: Case) -> Signs | None:
