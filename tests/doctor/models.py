@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,14 @@ def assert_same_weights(folder: Path, healthy: Path) -> None:
 
 def assert_same_model(folder: Path, healthy: Path) -> None:
     """transformers loads both, with every key in its place, and they are equal."""
-    mine, theirs = live(folder).state_dict(), live(healthy).state_dict()
+    mine, theirs = live(folder).state_dict(), truth(healthy)
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(mine[name].float(), tensor.float()), name
+
+
+@cache
+def truth(healthy: Path) -> Tensors:
+    """The state dict of a healthy folder's live model."""
+    state: Tensors = live(healthy).state_dict()
+    return state

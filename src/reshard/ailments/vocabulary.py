@@ -18,10 +18,11 @@ _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 def head_stored_twice(case: Case) -> Signs | None:
     """A head that is the embedding, stored beside it."""
     vocabulary = case.vocabulary
-    if case.placeholders or vocabulary.head is None or not vocabulary.equal:
+    stored = vocabulary.head in case.folder.entries
+    if case.placeholders or vocabulary.head is None or not (stored and vocabulary.equal):
         return None
     if case.base is None:
-        spare = True in _stated(case) and vocabulary.head in case.folder.entries
+        spare = True in _stated(case)
     else:
         found = case.fitted.fit
         spare = found is not None and case.clean_name(vocabulary.head) in found.tied
