@@ -38,8 +38,12 @@ def doctor(folder: Path, base: Path | None, repair: Path | None, as_json: bool) 
 
 
 def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
+    for finding in diagnosis.findings:
+        click.echo(f"{finding.name}: {finding.about}")
+        # Names are not broken over lines as a table would: people search for them.
+        click.echo("".join(f"  {line}\n" for line in finding.evidence), nl=False)
     if diagnosis.findings:
-        header = ("finding", "evidence and repair")
+        header = ("finding", "severity", "repair")
         output.print_table([_row(finding) for finding in diagnosis.findings], header=header)
     amount = output.size(diagnosis.total_bytes)
     click.echo(f"{diagnosis.folder}: {diagnosis.num_tensors} tensors, {amount}: {_sum(diagnosis)}")
@@ -57,14 +61,11 @@ def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
         output.say(f"To mend it: reshard doctor {diagnosis.folder}{base} --repair OUT")
 
 
-def _row(finding: Finding) -> tuple[str, str]:
+def _row(finding: Finding) -> tuple[str, str, str]:
     from rich.markup import escape
 
-    mend = f"no repair. {finding.advice}"
-    if finding.repair is not None:
-        mend = f"repair: {finding.repair.words}"
-    lines = [f"{finding.about}:", *(f"- {line}" for line in finding.evidence), mend]
-    return f"{finding.name}\n({finding.severity})", escape("\n".join(lines))
+    mend = f"none. {finding.advice}" if finding.repair is None else finding.repair.words
+    return finding.name, finding.severity, escape(mend)
 
 
 def _sum(diagnosis: Diagnosis) -> str:

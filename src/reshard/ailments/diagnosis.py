@@ -70,7 +70,7 @@ def doctor(
 
     With `base`, the Hugging Face model that training started from, names, shapes, ties and values
     are compared with it. With `repair`, a mended copy is written there, as a new folder, if every
-    error that was found can be mended; `folder` itself is never touched. Every weight is read once,
+    error that was found can be mended; `folder` itself is never touched. The weights are streamed,
     in blocks.
 
     Raises a `ReshardError` where there is no model to look at or no base, and where the output

@@ -76,7 +76,9 @@ def memory_names(case: Case) -> Signs | None:
         return None
     known = {*case.base.entries, *found.entries, *found.tied}
     strange = [
-        own for clean, own in case.clean.items() if clean not in known and own not in found.dropped
+        clean
+        for clean, own in case.clean.items()
+        if clean not in known and own not in found.dropped
     ]
     if not strange:
         return None
@@ -91,7 +93,7 @@ def _guessed_memory_names(case: Case) -> Signs | None:
     """By the family of the config's model type alone."""
     for layout, names in _memory_layouts(case):
         here = [pattern for _, pattern in layout.names] + [rule.name for rule in layout.stacked]
-        found = [case.clean[name] for name in names if patterns.matches_any(here, name)]
+        found = [name for name in names if patterns.matches_any(here, name)]
         if found:
             evidence = f"{len(found)} names are those of {layout.title}: {some(found)}"
             return Signs((evidence,), advice=f"{_WHERE_IT_FAILS} {_NAME_BASE}")

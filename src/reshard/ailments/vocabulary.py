@@ -123,7 +123,7 @@ def dtype(case: Case) -> Signs | None:
     if case.base is not None and _main_dtype(case) == stated:
         return Signs(evidence, Repair(f"the weights are rounded to the base's {stated}", cast=True))
     patches = dtype_patches(case.folder.as_base(), have)
-    return Signs(evidence, Repair(f"the config says {have}", config=patches))
+    return Signs(evidence, Repair(f"the config's dtype is set to {have}", config=patches))
 
 
 def _main_dtype(case: Case) -> str:
@@ -139,14 +139,20 @@ def head_is_lost(case: Case) -> bool:
     vocabulary = case.vocabulary
     if case.placeholders or vocabulary.embedding is None or vocabulary.head is not None:
         return False
-    classes = [name for level in case.levels.values() for name in level.get("architectures") or ()]
-    if not any(str(name).endswith(_GENERATING) for name in classes):
+    if not _generates(case):
         return False
     error = case.fitted.misfit
     if error is None:
         return _says_untied(case)
     # Only the head is missing where all the other tensors fit.
     return isinstance(error, NamesError) and case.fitted.fit is not None
+
+
+def _generates(case: Case) -> bool:
+    """Whether the config names a class with an output head, at either level."""
+    named = [level.get("architectures") for level in case.levels.values()]
+    classes = [name for names in named if isinstance(names, list) for name in names]
+    return any(str(name).endswith(_GENERATING) for name in classes)
 
 
 def rows_disagree(case: Case) -> bool:
