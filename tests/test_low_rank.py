@@ -81,8 +81,23 @@ def test_an_update_of_nothing_changes_nothing(case: tuple[LowRank, Array]) -> No
     np.testing.assert_array_equal(same, base)
 
 
-def test_a_part_of_an_update(case: tuple[LowRank, Array]) -> None:
+def test_rows_of_an_update(case: tuple[LowRank, Array]) -> None:
     update, exact = case
-    box = Box((13, 9), (2, 3), (7, 5))
-    part = evaluate(rearrange.part(update, box), np.dtype(np.float32), 10)
-    np.testing.assert_allclose(part, exact[2:9, 3:8], rtol=1e-6, atol=1e-6)
+    box = Box((13, 9), (2, 0), (7, 9))
+    rows = evaluate(rearrange.part(update, box), np.dtype(np.float32), 10)
+    np.testing.assert_allclose(rows, exact[2:9], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1, 4, 27, 1000])
+def test_a_magnitude_scales_every_row_to_it(
+    case: tuple[LowRank, Array], tmp_path: Path, limit: int
+) -> None:
+    update, exact = case
+    magnitude = np.arange(1, 14, dtype=np.float32)
+    dora = replace(update, magnitude=stored(tmp_path, "m", magnitude))
+    merged = evaluate(dora, np.dtype(np.float32), limit)
+    wanted = exact / np.linalg.norm(exact, axis=1, keepdims=True) * magnitude[:, None]
+    np.testing.assert_allclose(merged, wanted, rtol=1e-5, atol=1e-6)
+    box = Box((13, 9), (2, 0), (7, 9))
+    rows = evaluate(rearrange.part(dora, box), np.dtype(np.float32), limit)
+    np.testing.assert_allclose(rows, wanted[2:9], rtol=1e-5, atol=1e-6)

@@ -46,15 +46,18 @@ def crop(entry: Entry, box: Box) -> Entry:
 
 
 def part(source: Made, box: Box) -> Made:
-    """The elements of `box` as `crop` takes them, of a low-rank update too."""
+    """The elements of `box` as `crop` takes them, of a low-rank update's rows too."""
     if not isinstance(source, LowRank):
         return crop(source, box)
     (row, column), (rows, columns) = box.offsets, box.sizes
-    rank = source.down.spec.shape[0]
-    up = Box(source.up.spec.shape, (row, 0), (rows, rank))
-    down = Box(source.down.spec.shape, (0, column), (rank, columns))
-    return LowRank(
-        crop(source.base, box), crop(source.up, up), crop(source.down, down), source.scaling
+    if columns != source.spec.shape[1]:
+        raise PlanError("a low-rank update is cut into rows only.", tensor=source.spec.name)
+    left = Box(source.left.spec.shape, (row, column), (rows, source.rank))
+    magnitude = source.magnitude
+    if magnitude is not None:
+        magnitude = crop(magnitude, Box(magnitude.spec.shape, (row,), (rows,)))
+    return replace(
+        source, base=crop(source.base, box), left=crop(source.left, left), magnitude=magnitude
     )
 
 

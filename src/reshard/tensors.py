@@ -167,16 +167,18 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """A matrix with a low-rank update, as LoRA trains it: `base + scaling * up @ down`.
+    """A matrix with a low-rank update, as LoRA trains it: `base + left @ right * scaling`.
 
-    `base` is `[rows, columns]`, `up` (LoRA's B) `[rows, rank]`, `down` (LoRA's A)
-    `[rank, columns]`. The sum is computed in float32 and rounded once, to the target's dtype.
+    `base` is `[rows, columns]`, `left` `[rows, rank]`, `right` `[rank, columns]` (for a linear
+    layer LoRA's B and A). With `magnitude` `[rows]` (DoRA) each row of the sum is then multiplied
+    by its magnitude and divided by its Euclidean norm. Computed in float32, rounded once.
     """
 
     base: Entry
-    up: Entry
-    down: Entry
+    left: Entry
+    right: Entry
     scaling: float
+    magnitude: Entry | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -193,7 +195,12 @@ class LowRank:
     @property
     def fragments(self) -> tuple[Fragment, ...]:
         """Everything that is read for it."""
-        return self.base.fragments + self.up.fragments + self.down.fragments
+        parts = (self.base, self.left, self.right, self.magnitude)
+        return tuple(f for part in parts if part is not None for f in part.fragments)
+
+    @property
+    def rank(self) -> int:
+        return self.right.spec.shape[0]
 
     def renamed(self, name: str) -> LowRank:
         """The same tensor under another name."""

@@ -254,6 +254,8 @@ FILES = (
                 torch_file(storage(key="../../etc/passwd")),
                 "lacks the entry 'data/../../etc/passwd'",
             ),
+            "storage of a long key": (torch_file(storage(key="k" * 9999)), "not a short text"),
+            "long name, compressed": (archive(Member("x" * 9999, method=8)), "compressed"),
             "storage as a view": (torch_file(storage(view=text("v") + b"NN\x87")), "elements"),
             "persistent id of a number": (torch_file(b"K\1Q"), "not a tuple"),
             "persistent id of a module": (torch_file(text("module") + b"\x85Q"), "whole module"),

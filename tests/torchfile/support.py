@@ -82,13 +82,17 @@ def same(have: object, want: Any, content: bytes) -> bool:
 def same_tensor(have: torch.Tensor, want: torch.Tensor) -> bool:
     """Equal dtype, shape and bytes."""
     want = want.detach()
-    return have.dtype == want.dtype and have.shape == want.shape and _bytes(have) == _bytes(want)
+    return (
+        have.dtype == want.dtype and have.shape == want.shape and raw_bytes(have) == raw_bytes(want)
+    )
 
 
-def _bytes(value: torch.Tensor) -> bytes:
+def raw_bytes(value: torch.Tensor) -> bytes:
+    """The elements of `value`, row-major."""
     if not value.numel():
         return b""
-    plain = value.contiguous().reshape(-1)
+    # A dimension of one element may keep any stride, which view() does not like.
+    plain = value.contiguous().as_strided((value.numel(),), (1,))
     if plain.dtype != torch.uint8:
         plain = plain.view(torch.uint8)
     return bytes(plain.numpy())

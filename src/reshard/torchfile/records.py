@@ -20,7 +20,7 @@ class Malformed(Exception):  # noqa: N818 (it never leaves this room)
 def show(value: object) -> str:
     """A value of a file, for a message: short, whatever the value is."""
     if type(value) is str:
-        return repr(value[:40])
+        return repr(value if len(value) <= 80 else value[:77] + "...")
     return f"{value}"[:40] if type(value) is int else f"a {type(value).__name__}"
 
 

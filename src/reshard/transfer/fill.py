@@ -67,17 +67,31 @@ def fill(source: Made, box: Box, out: Array, reader: Reader) -> None:
 def _merged(update: LowRank, box: Box, reader: Reader) -> Array:
     """The elements of `box` of a matrix with its low-rank update, in float32.
 
-    Holds three times the block in float32, and the columns of `down` that it meets.
+    Holds three times the block in float32, and the columns of `right` that it meets; with a
+    magnitude, whole rows of them.
     """
     (row, column), (rows, columns) = box.offsets, box.sizes
-    rank = update.down.spec.shape[0]
+    if update.magnitude is None:
+        return _sum(update, box, reader).reshape(-1)
+    width = update.spec.shape[1]
+    whole_rows = _sum(update, Box(box.shape, (row, 0), (rows, width)), reader)
+    scale = np.empty(rows, np.float32)
+    magnitude = flat(update.spec.shape[0], row, rows)
+    _gather(crop(update.magnitude, magnitude), whole((rows,)), scale, reader)
+    scale /= np.linalg.norm(whole_rows, axis=1)
+    return (whole_rows[:, column : column + columns] * scale[:, None]).reshape(-1)
+
+
+def _sum(update: LowRank, box: Box, reader: Reader) -> Array:
+    """The elements of `box` of the base and its update added up, in float32."""
+    (row, column), (rows, columns) = box.offsets, box.sizes
     sum_ = _matrix(update.base, (row, column), (rows, columns), reader)
-    up = _matrix(update.up, (row, 0), (rows, rank), reader)
-    down = _matrix(update.down, (0, column), (rank, columns), reader)
-    delta = up @ down
+    left = _matrix(update.left, (row, 0), (rows, update.rank), reader)
+    right = _matrix(update.right, (0, column), (update.rank, columns), reader)
+    delta = left @ right
     delta *= np.float32(update.scaling)
     sum_ += delta
-    return sum_.reshape(-1)
+    return sum_
 
 
 def _matrix(entry: Entry, offsets: Shape, sizes: Shape, reader: Reader) -> Array:
