@@ -16,7 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
 from tests.oracle.recipes import BY_NAME, RECIPES, Recipe, Save
 
@@ -115,6 +118,13 @@ class Oracle(Mapping[str, Case]):
     def __iter__(self) -> Any:
         return iter(BY_NAME)
 
+    def parallel(self, name: str) -> Path:
+        """The folder of a run with more than data parallelism: its `checkpoint/`, perhaps `base/`.
+
+        `name` is one of `recipes.PARALLEL`.
+        """
+        return self.folder / name
+
     def __len__(self) -> int:
         return len(RECIPES)
 
@@ -147,7 +157,11 @@ def _key() -> str:
 
 def _make(folder: Path) -> None:
     root = _HERE.parent.parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # compiling a few tiny optimizer steps takes longer than all
+    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.oracle.launch", str(folder)],
         cwd=root,
@@ -162,15 +176,15 @@ def _make(folder: Path) -> None:
         raise RuntimeError(f"the oracle failed; the end of {folder / _LOG}:\n{done.stdout[-4000:]}")
 
 
-def _load(path: Path) -> dict[str, Array]:
-    """A safetensors file as numpy arrays; bfloat16 through ml_dtypes, which safetensors lacks."""
-    import ml_dtypes
-    import torch
-    from safetensors.torch import load_file
+def to_numpy(tensor: torch.Tensor) -> Array:
+    """A torch tensor as a numpy array of the same bits; bfloat16 through ml_dtypes."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        bits: Array = tensor.view(torch.uint16).numpy()
+        return bits.view(ml_dtypes.bfloat16)
+    array: Array = tensor.numpy()
+    return array
 
-    return {
-        name: tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        if tensor.dtype == torch.bfloat16
-        else tensor.numpy()
-        for name, tensor in load_file(path).items()
-    }
+
+def _load(path: Path) -> dict[str, Array]:
+    return {name: to_numpy(tensor) for name, tensor in load_file(path).items()}

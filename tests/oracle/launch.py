@@ -6,64 +6,94 @@ each of them the seconds of importing. Ranks meet at a file: no port is needed.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
-from tests.oracle import worker
-from tests.oracle.recipes import BY_NAME, RECIPES, Recipe
+from tests.oracle import parallel, worker
+from tests.oracle.recipes import PARALLEL, RECIPES
+from tests.oracle.worker import Rank
 
 TIMEOUT_SECONDS = 300
 # Imported by torch, DeepSpeed and the recipes on first use; here once, before the ranks fork.
-PRELOADED = ("torch._dynamo", "torch._inductor", "torch.export", "transformers.models.llama")
+PRELOADED = (
+    "torch._dynamo",
+    "transformers.models.llama",
+    "peft",
+)
+
+Job = tuple[str, Callable[[Rank, Path], None]]
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(folder: Path, names: Iterable[str]) -> None:
     for module in PRELOADED:
         importlib.import_module(module)
-    recipes = [BY_NAME[name] for name in names] or list(RECIPES)
-    with tempfile.TemporaryDirectory() as rendezvous:
-        for world in sorted({recipe.world for recipe in recipes}):
-            mine = [recipe for recipe in recipes if recipe.world == world]
-            _run(mine, world, folder, Path(rendezvous, str(world)))
+    # DeepSpeed collects garbage all the time; frozen, the objects of the imports are passed over.
+    gc.freeze()
+    wanted = set(names)
+    for world, jobs in _runs():
+        chosen = [job for job in jobs if not wanted or job[0] in wanted]
+        if chosen:
+            _run(chosen, world, folder)
 
 
-def _run(recipes: list[Recipe], world: int, folder: Path, rendezvous: Path) -> None:
+def _runs() -> Iterator[tuple[int, list[Job]]]:
+    """World sizes and what is made in one set of ranks: recipes share one, of each world size.
+
+    The parallel ones get ranks of their own: they leave process groups behind in DeepSpeed.
+    """
+    for world in sorted({recipe.world for recipe in RECIPES}):
+        mine = [recipe for recipe in RECIPES if recipe.world == world]
+        yield world, [(recipe.name, partial(worker.make, recipe)) for recipe in mine]
+    for name in PARALLEL:
+        yield 2, [(name, partial(_parallel, name))]
+
+
+def _parallel(name: str, rank: Rank, folder: Path) -> None:
+    parallel.MAKERS[name](folder)
+
+
+def _run(jobs: list[Job], world: int, folder: Path) -> None:
+    """Does `jobs` in `world` new ranks, and ends them all as soon as one of them fails."""
     context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=_rank, args=(recipes, worker.Rank(i, world), folder, rendezvous))
-        for i in range(world)
-    ]
-    for rank in ranks:
-        rank.start()
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    try:
+    with tempfile.TemporaryDirectory() as scratch:
+        meeting = Path(scratch, "meeting")
+        ranks = [
+            context.Process(target=_rank, args=(jobs, Rank(index, world), folder, meeting))
+            for index in range(world)
+        ]
+        for rank in ranks:
+            rank.start()
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while any(rank.is_alive() for rank in ranks):
             if any(rank.exitcode for rank in ranks) or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-    finally:
         for rank in ranks:
             rank.kill()
             rank.join()
-    if any(rank.exitcode != 0 for rank in ranks):
-        sys.exit(f"world {world}: exit codes {[rank.exitcode for rank in ranks]}")
+    codes = [rank.exitcode for rank in ranks]
+    if any(codes):
+        sys.exit(f"{world} ranks doing {', '.join(name for name, _ in jobs)}: exit codes {codes}")
 
 
-def _rank(recipes: list[Recipe], rank: worker.Rank, folder: Path, rendezvous: Path) -> None:
-    worker.join(rank, rendezvous)
-    for recipe in recipes:
+def _rank(jobs: list[Job], rank: Rank, folder: Path, meeting: Path) -> None:
+    worker.join(rank, meeting)
+    for name, make in jobs:
         start = time.perf_counter()
         try:
-            worker.make(recipe, rank, folder / recipe.name)
+            make(rank, folder / name)
         except Exception:  # the process ends here: say which recipe it was
-            sys.exit(f"{recipe.name}, rank {rank.rank}:\n{traceback.format_exc()}")
+            sys.exit(f"{name}, rank {rank.rank}:\n{traceback.format_exc()}")
         if rank.rank == 0:
-            print(f"{time.perf_counter() - start:6.2f} s  {recipe.name}", flush=True)
+            print(f"{time.perf_counter() - start:6.2f} s  {name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Literal
 
 Stage = Literal[0, 1, 2, 3]
 DTypeName = Literal["float32", "bfloat16"]
-ModelName = Literal["rich", "empty", "many", "llama", "llama-tied", "lora", "pipeline", "moe"]
+ModelName = Literal["rich", "empty", "many", "llama", "llama-tied", "lora"]
 # How the trainable parameters are split over the optimizer's parameter groups:
 # all in one; weight decay or none; the same with every one-element parameter in a third.
 Groups = Literal["one", "decay", "three"]
@@ -81,11 +81,14 @@ _EXCLUDED = (Save(exclude_frozen=True),)
 _LEGACY: Options = {"checkpoint": {"checkpoint_serialization": False}}
 _ROUND_ROBIN: Options = {"round_robin_gradients": True}
 
+_LOW_MASTERS: Options = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+_AUTOCAST: Options = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+
 _LAYOUTS = [
     Recipe("three-groups-zero1", 3, 1, "bfloat16", groups="three"),
     Recipe("three-groups-zero2", 3, 2, "float32", groups="three"),
     Recipe("three-groups-zero3", 3, 3, "bfloat16", groups="three"),
-    Recipe("sub-groups", 2, 3, "bfloat16", zero={"sub_group_size": 40}),
+    Recipe("sub-groups", 2, 3, "bfloat16", zero={"sub_group_size": 8}),
     Recipe("sub-groups-w3", 3, 3, "float32", model="many", zero={"sub_group_size": 16}),
     Recipe("round-robin-zero1", 2, 1, "bfloat16", model="many", zero=_ROUND_ROBIN),
     Recipe("round-robin-zero2", 3, 2, "bfloat16", model="many", zero=_ROUND_ROBIN),
@@ -97,9 +100,23 @@ _LAYOUTS = [
     Recipe("aligned-fp32", 3, 1, "float32", zero={"parameter_alignment": True}),
     Recipe("muon-zero2", 2, 2, "bfloat16", optimizer="Muon"),
     Recipe("muon-zero3", 2, 3, "bfloat16", optimizer="Muon", zero={"reduce_scatter": False}),
-    Recipe("offload-zero1", 2, 1, "bfloat16", zero=_OFFLOAD),
-    Recipe("offload-zero2", 2, 2, "bfloat16", zero=_OFFLOAD),
-    Recipe("offload-zero3", 2, 3, "bfloat16", zero=_OFFLOAD),
+    Recipe("offload-zero1", 2, 1, "bfloat16", optimizer="CPUAdam", zero=_OFFLOAD),
+    Recipe("offload-zero2", 2, 2, "bfloat16", optimizer="CPUAdam", zero=_OFFLOAD),
+    Recipe("offload-zero3", 2, 3, "bfloat16", optimizer="CPUAdam", zero=_OFFLOAD),
+    *(
+        Recipe(
+            f"low-masters-zero{stage}",
+            2,
+            stage,
+            "bfloat16",
+            optimizer="CPUAdam",
+            zero=_OFFLOAD,
+            config=_LOW_MASTERS,
+        )
+        for stage in (2, 3)
+    ),
+    Recipe("autocast-zero2", 2, 2, "float32", config=_AUTOCAST),
+    Recipe("autocast-zero3", 2, 3, "float32", config=_AUTOCAST),
     Recipe("hpz", 2, 3, "bfloat16", zero={"zero_hpz_partition_size": 2}),
     Recipe("persistence-0", 2, 3, "bfloat16", zero={"stage3_param_persistence_threshold": 0}),
     Recipe("zero-init", 2, 3, "bfloat16", zero_init=True),
@@ -148,7 +165,17 @@ _MODELS = [
     Recipe("llama-zero3", 2, 3, "bfloat16", model="llama"),
     Recipe("llama-tied-zero2", 2, 2, "bfloat16", model="llama-tied"),
     Recipe("llama-tied-zero3", 2, 3, "bfloat16", model="llama-tied"),
+    Recipe("lora-zero2", 2, 2, "bfloat16", model="lora"),
+    Recipe("lora-zero3", 2, 3, "bfloat16", model="lora"),
 ]
 
 RECIPES: tuple[Recipe, ...] = (*_grid(), *_LAYOUTS, *_SAVING, *_MODELS)
 BY_NAME: Mapping[str, Recipe] = {recipe.name: recipe for recipe in RECIPES}
+
+# Runs with more than data parallelism, by name; parallel.py makes them.
+PARALLEL: tuple[str, ...] = (
+    "pipeline",
+    "experts",
+    "tensor-parallel-zero1",
+    "tensor-parallel-zero3",
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import importlib
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import groups as ds_groups
 from safetensors.torch import save_file
 from torch import distributed, nn
@@ -31,6 +33,44 @@ class Rank:
     world: int
 
 
+class TorchAdam:
+    """The operator of DeepSpeedCPUAdam in torch; the real one would have to be compiled first.
+
+    DeepSpeed allows bf16 masters with no other optimizer. How a step rounds is all the same to the
+    checkpoint's layout.
+    """
+
+    def load(self) -> TorchAdam:
+        return self
+
+    def create_adam(self, *_: object) -> None:
+        """The compiled operator keeps a table of optimizers; nothing to keep here."""
+
+    destroy_adam = create_adam
+
+    def adam_update(
+        self,
+        optimizer: int,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        decay: float,
+        correct_bias: bool,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        mean: torch.Tensor,
+        square: torch.Tensor,
+    ) -> None:
+        gradient = gradient.to(mean.dtype)
+        mean.lerp_(gradient, 1 - beta1)
+        square.lerp_(gradient**2, 1 - beta2)
+        corrections = (1 - beta1**step, 1 - beta2**step) if correct_bias else (1.0, 1.0)
+        update = mean / corrections[0] / ((square / corrections[1]).sqrt() + eps)
+        parameter.mul_(1 - lr * decay).sub_(lr * update.to(parameter.dtype))
+
+
 def join(rank: Rank, rendezvous: Path) -> None:
     """Enter the process group whose ranks meet at the file `rendezvous`."""
     # The shared-memory operator is compiled when first used, and hangs with several ranks on few
@@ -38,6 +78,8 @@ def join(rank: Rank, rendezvous: Path) -> None:
     # (`deepspeed.comm.torch` as an attribute is torch itself, hence the import by name.)
     backend = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    cpu_adam = importlib.import_module("deepspeed.ops.adam.cpu_adam")
+    cpu_adam.CPUAdamBuilder = TorchAdam  # type: ignore[attr-defined]
     os.environ["LOCAL_RANK"] = str(rank.rank)
     distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank.rank, world_size=rank.world
@@ -50,8 +92,8 @@ def make(recipe: Recipe, rank: Rank, folder: Path) -> None:
     torch.manual_seed(7)
     config = _config(recipe)
     module = _module(recipe, config)
-    if recipe.model.startswith("llama") and rank.rank == 0:
-        module.to(getattr(torch, recipe.dtype)).save_pretrained(folder / "base")
+    if rank.rank == 0:
+        _save_base(recipe, module, folder / "base")
     groups = _groups(recipe, module)
     named = dict(module.named_parameters())
     optimizer, parameters = _optimizer(recipe, groups, named)
@@ -81,8 +123,6 @@ def _config(recipe: Recipe) -> dict[str, Any]:
         "bf16": {"enabled": recipe.dtype == "bfloat16"},
         "zero_optimization": zero | dict(recipe.zero),
         "zero_allow_untested_optimizer": True,
-        # torch's Adam also steps on offloaded masters; DeepSpeed's own would have to be compiled.
-        "zero_force_ds_cpu_optimizer": False,
         **recipe.config,
     }
     if recipe.optimizer == "Muon":
@@ -95,6 +135,17 @@ def _module(recipe: Recipe, config: dict[str, Any]) -> nn.Module:
         with deepspeed.zero.Init(config_dict_or_path=config):
             return models.build(recipe.model)
     return models.build(recipe.model)
+
+
+def _save_base(recipe: Recipe, module: nn.Module, folder: Path) -> None:
+    """The model before training, in the training run's type, for those that transformers loads."""
+    if recipe.model.startswith("llama"):
+        plain = copy.deepcopy(module)
+    elif recipe.model == "lora":
+        plain = copy.deepcopy(module).unload()  # without the adapters, which begin as no change
+    else:
+        return
+    plain.to(getattr(torch, recipe.dtype)).save_pretrained(folder)
 
 
 def _groups(recipe: Recipe, module: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -120,6 +171,8 @@ def _optimizer(
         {"params": [named[n] for n in group], "weight_decay": 0.1 if i == 0 else 0.0}
         for i, group in enumerate(groups)
     ]
+    if recipe.optimizer == "CPUAdam":
+        return DeepSpeedCPUAdam(split, lr=0.01), None
     return torch.optim.AdamW(split, lr=0.01), None
 
 
