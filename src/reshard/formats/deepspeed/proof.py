@@ -15,7 +15,8 @@ import numpy as np
 
 from reshard.dtypes import DType
 from reshard.errors import FormatError
-from reshard.formats.deepspeed.files import OptimFile, Saved
+from reshard.formats.deepspeed.files import Saved
+from reshard.formats.deepspeed.parse import OptimFile
 from reshard.storage import Sources
 from reshard.tensors import Entry, Extent
 from reshard.torchfile import TensorRef

@@ -9,8 +9,9 @@ from reshard.catalog import Catalog
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed import proof
 from reshard.formats.deepspeed.describe import describe
-from reshard.formats.deepspeed.files import Saved, Shapes
+from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
+from reshard.formats.deepspeed.parse import Shapes
 from reshard.formats.deepspeed.place import Location
 from reshard.storage import Sources
 from reshard.tensors import Entry, TensorSpec

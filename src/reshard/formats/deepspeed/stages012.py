@@ -10,8 +10,9 @@ from reshard.dtypes import DType
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats.deepspeed import proof
 from reshard.formats.deepspeed.describe import describe
-from reshard.formats.deepspeed.files import ModelFile, OptimFile, Saved, Shapes
+from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
+from reshard.formats.deepspeed.parse import ModelFile, OptimFile, Shapes
 from reshard.formats.deepspeed.place import Location
 from reshard.storage import Sources
 from reshard.tensors import Entry, Kind, TensorSpec
