@@ -2,45 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
-from reshard.formats.deepspeed.parse import ModelFile, OptimFile, parse_model, parse_optim
-from reshard.formats.deepspeed.place import Location, check_ranks
+from reshard.formats.deepspeed.parse import (
+    ExpertFile,
+    ModelFile,
+    OptimFile,
+    parse_expert,
+    parse_model,
+    parse_optim,
+)
+from reshard.formats.deepspeed.place import Location, check_ranks, check_written_as
 from reshard.storage import Sources
 from reshard.tensors import Record
+from reshard.torchfile import TensorRef
 from reshard.torchfile import read as read_torch
+
+_ONE_SAVE = "Copy all files of one save."
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """All files of one save, of data parallel ranks 0 to W - 1, known to belong together."""
+    """The files of one save and one model parallel rank, known to belong together.
+
+    `model` and `optim` are of data parallel ranks 0 to W - 1; below stage 3 there is one model
+    file.
+    """
 
     model: tuple[ModelFile, ...]
     optim: tuple[OptimFile, ...]
+    experts: tuple[ExpertFile, ...] = ()
 
     @property
     def stage(self) -> int:
         return self.optim[0].stage if self.optim else 0
 
     @property
+    def module(self) -> Mapping[str, TensorRef]:
+        """The module's state dict in the training dtype, experts included, under global names."""
+        module = dict(self.model[0].module)
+        for file in self.experts:
+            module.update(file.module)
+        return module
+
+    @property
     def records(self) -> tuple[Record, ...]:
         """The checksums of all files, a record once."""
-        found = [record for file in self._files for record in file.records]
+        found = [record for file in self.files for record in file.records]
         return tuple(dict.fromkeys(found))
 
     @property
     def opaque(self) -> list[str]:
-        return sorted({name for file in self._files for name in file.opaque})
+        return sorted({name for file in self.files for name in file.opaque})
 
     @property
-    def _files(self) -> tuple[ModelFile | OptimFile, ...]:
-        return (*self.model, *self.optim)
+    def files(self) -> tuple[ModelFile | OptimFile | ExpertFile, ...]:
+        """Every file that was read."""
+        return (*self.model, *self.optim, *self.experts)
 
 
 def read(location: Location, sources: Sources) -> Saved:
-    """Parse every file of a tag folder and check that they belong to one save."""
-    _refuse_model_parallel(location)
+    """Parse every file of one model parallel rank and check that they belong to one save."""
     model = [
         parse_model(path, read_torch(sources.open(path)))
         for _, path in sorted(location.model.items())
@@ -49,39 +73,38 @@ def read(location: Location, sources: Sources) -> Saved:
         parse_optim(path, read_torch(sources.open(path)))
         for _, path in sorted(location.optim.items())
     ]
+    experts = [
+        parse_expert(path, read_torch(sources.open(path)))
+        for _, path in sorted(location.experts.items())
+    ]
     if not model:
         raise IncompleteError(
             "no model_states file is there.",
             path=location.folder,
             hint="Copy the files of every rank, mp_rank_*_model_states.pt included.",
         )
-    if not optim:
-        if model[0].groups:
-            raise IncompleteError(
-                f"it is a ZeRO-{model[0].stage} checkpoint and none of its optim_states files, "
-                "which hold the fp32 weights, is there.",
-                path=location.folder,
-                hint="Copy the files of every rank.",
-            )
-        return Saved(tuple(model), ())
-    _check_optim(location, optim)
-    world_size = max(optim[0].partition_count)
-    ranks = [dp for dp, _ in sorted(location.optim)]
-    check_ranks(location, "optim_states", ranks, world_size)
-    if location.partitioned_model:
-        check_ranks(location, "model_states", [dp for dp, _ in sorted(location.model)], world_size)
-    _check_model(model, optim[0])
-    return Saved(tuple(model), tuple(optim))
-
-
-def _refuse_model_parallel(location: Location) -> None:
-    ranks = {mp for _, mp in (*location.model, *location.optim)}
-    if len(ranks) > 1:
-        raise UnsupportedError(
-            f"it was trained with model parallelism over {len(ranks)} ranks (tensor or pipeline), "
-            "which is not handled.",
+    _check_agreement(model)
+    if optim:
+        _check_optim(location, optim)
+        _check_model(model[0], optim[0])
+        world_size: int | None = max(optim[0].partition_count)
+        check_ranks(location, "optim_states", [dp for dp, _ in location.optim], world_size)
+    elif model[0].groups and not location.universal:
+        raise IncompleteError(
+            f"it is a ZeRO-{model[0].stage} checkpoint and none of its optim_states files, "
+            "which hold the fp32 weights, is there.",
             path=location.folder,
+            hint="Copy the files of every rank.",
         )
+    else:
+        world_size = model[0].world_size
+    if location.partitioned_model:
+        check_ranks(location, "model_states", [dp for dp, _ in location.model], world_size)
+    _check_experts(location, model[0], optim)
+    saved = Saved(tuple(model), tuple(optim), tuple(experts))
+    for file in saved.files:
+        check_written_as(file.path, file.written_as)
+    return saved
 
 
 def _check_optim(location: Location, optim: list[OptimFile]) -> None:
@@ -100,18 +123,45 @@ def _check_optim(location: Location, optim: list[OptimFile]) -> None:
                     f"its {what} is {theirs}, that of {first.path.name} is {mine}: files of "
                     "different saves are mixed.",
                     path=other.path,
-                    hint="Copy all files of one save.",
+                    hint=_ONE_SAVE,
                 )
-    if len(set(first.partition_count)) > 1:
-        raise UnsupportedError(
-            f"its groups are partitioned over {first.partition_count} ranks, as experts are, "
-            "which is not handled.",
+    if len(set(first.partition_count)) > 1 and not location.experts:
+        raise IncompleteError(
+            f"its groups are partitioned over {first.partition_count} ranks, as only those of "
+            "experts are, and no layer_*_expert_*_model_states.pt file is there.",
             path=location.folder,
+            hint="Copy the files of every rank and expert.",
         )
 
 
-def _check_model(model: list[ModelFile], optim: OptimFile) -> None:
-    first = model[0]
+def _check_experts(location: Location, model: ModelFile, optim: list[OptimFile]) -> None:
+    """Layers 0 to L - 1 must each have as many experts as the model file states."""
+    if not location.experts:
+        return
+    if optim and optim[0].stage == 3:
+        raise UnsupportedError("experts under ZeRO-3 are not handled.", path=location.folder)
+    wanted = {
+        (layer, expert) for layer, count in enumerate(model.num_experts) for expert in range(count)
+    }
+    absent = sorted(wanted - location.experts.keys())
+    if absent:
+        layer, expert = absent[0]
+        raise IncompleteError(
+            f"the files of {len(absent)} of {len(wanted)} experts are missing, the first of "
+            f"expert {expert} of layer {layer}.",
+            path=location.folder,
+            hint="Copy the files of every rank and expert.",
+        )
+    if len(wanted) != len(location.experts):
+        raise FormatError(
+            f"it holds files of {len(location.experts)} experts, and {model.path.name} states "
+            f"{len(wanted)}: files of different saves are mixed.",
+            path=location.folder,
+            hint=_ONE_SAVE,
+        )
+
+
+def _check_model(first: ModelFile, optim: OptimFile) -> None:
     if not first.groups:
         raise UnsupportedError(
             "it does not state the parameters' shapes, as DeepSpeed before 0.6.0 did not.",
@@ -123,8 +173,13 @@ def _check_model(model: list[ModelFile], optim: OptimFile) -> None:
             f"its DeepSpeed version is {first.version}, that of {optim.path.name} is "
             f"{optim.version}: files of different saves are mixed.",
             path=first.path,
-            hint="Copy all files of one save.",
+            hint=_ONE_SAVE,
         )
+
+
+def _check_agreement(model: list[ModelFile]) -> None:
+    """The model files of all ranks must state the same step and parameters."""
+    first = model[0]
     for other in model[1:]:
         for what, mine, theirs in (
             ("global step", first.steps, other.steps),
@@ -138,5 +193,5 @@ def _check_model(model: list[ModelFile], optim: OptimFile) -> None:
                     f"its {what} is not that of {first.path.name}{numbers}: files of different "
                     "saves are mixed.",
                     path=other.path,
-                    hint="Copy all files of one save.",
+                    hint=_ONE_SAVE,
                 )

@@ -16,7 +16,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A `*_model_states.pt` file. Values of `module` that are no tensors are left out."""
+    """A `*_model_states.pt` file. Values of `module` that are no tensors are left out.
+
+    `parallel_info` is `universal_checkpoint_info`, as it stands: how tensor parallel ranks split
+    the parameters. `num_experts` has a number for each layer of experts.
+    """
 
     path: Path
     module: Mapping[str, TensorRef]
@@ -30,8 +34,14 @@ class ModelFile:
     skipped: int
     stage: int
     world_size: int | None
+    mp_world_size: int | None
+    pipeline_stages: int
+    parallel_info: Mapping[str, Any] | None
+    num_experts: tuple[int, ...]
+    data_before_experts: bool
     records: tuple[Record, ...]
     opaque: tuple[str, ...]
+    written_as: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,18 @@ class OptimFile:
     moments: tuple[TensorRef, ...]
     records: tuple[Record, ...]
     opaque: tuple[str, ...]
+    written_as: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFile:
+    """A `layer_*_expert_*_model_states.pt` file: an expert's weights in the training dtype."""
+
+    path: Path
+    module: Mapping[str, TensorRef]
+    records: tuple[Record, ...]
+    opaque: tuple[str, ...]
+    written_as: str | None
 
 
 def parse_model(path: Path, file: TorchFile) -> ModelFile:
@@ -62,12 +84,16 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
         raise UnsupportedError(
             "it has no module: the run was one of pipeline parallelism.", path=path
         )
+    if top.get("ds_autoep_layers"):
+        raise UnsupportedError("experts split by AutoEP are not handled.", path=path)
     groups = top.get("param_shapes")
     if isinstance(groups, dict):
         groups = [groups]
-    config = top.get("ds_config")
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    stage = zero.get("stage") if isinstance(zero, dict) else None
+    config = _settings(top.get("ds_config"))
+    stage = _settings(config.get("zero_optimization")).get("stage")
+    degrees = _settings(top.get("checkpoint_parallel_dimensions"))
+    info = top.get("universal_checkpoint_info")
+    experts = top.get("num_experts")
     shared = top.get("shared_params")
     return ModelFile(
         path=path,
@@ -84,9 +110,30 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
         skipped=_integer(top.get("skipped_steps")) or 0,
         stage=stage if isinstance(stage, int) else 0,
         world_size=_integer(top.get("dp_world_size")),
+        mp_world_size=_integer(top.get("mp_world_size")),
+        pipeline_stages=_integer(degrees.get("pp_degree")) or 1,
+        parallel_info=info if isinstance(info, dict) else None,
+        num_experts=tuple(n for n in experts if type(n) is int)
+        if isinstance(experts, list)
+        else (),
+        data_before_experts=config.get("use_data_before_expert_parallelism") is True,
         records=file.records,
         opaque=file.opaque,
+        written_as=file.written_as,
     )
+
+
+def parse_expert(path: Path, file: TorchFile) -> ExpertFile:
+    """An expert file's content as types: a state dict and nothing else."""
+    top = _mapping(file.value, path, "the file")
+    module = _tensors(top)
+    if len(module) != len(top):
+        raise UnsupportedError(
+            "it holds more than an expert's weights, as under AutoEP with tensor parallelism, "
+            "which is not handled.",
+            path=path,
+        )
+    return ExpertFile(path, module, file.records, file.opaque, file.written_as)
 
 
 def parse_optim(path: Path, file: TorchFile) -> OptimFile:
@@ -94,7 +141,7 @@ def parse_optim(path: Path, file: TorchFile) -> OptimFile:
     top = _mapping(file.value, path, "the file")
     state = _mapping(top.get("optimizer_state_dict"), path, "optimizer_state_dict")
     if "ds_zero_partition_groups" in state:
-        raise UnsupportedError("experts partitioned by AutoEP are not handled.", path=path)
+        raise UnsupportedError("experts split by AutoEP are not handled.", path=path)
     if "fp32_flat_groups" in state:
         key, stage = "fp32_flat_groups", 3
     elif "single_partition_of_fp32_groups" in state:
@@ -127,6 +174,7 @@ def parse_optim(path: Path, file: TorchFile) -> OptimFile:
         moments=moments,
         records=file.records,
         opaque=file.opaque,
+        written_as=file.written_as,
     )
 
 
@@ -161,6 +209,11 @@ def _mapping(value: object, path: Path, what: str) -> dict[str, Any]:
             path=path,
         )
     return value
+
+
+def _settings(value: object) -> dict[Any, Any]:
+    """A section of a configuration; empty where there is none."""
+    return value if isinstance(value, dict) else {}
 
 
 def _tensors(values: Mapping[Any, object]) -> dict[str, TensorRef]:
