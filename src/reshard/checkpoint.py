@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reshard import formats
+from reshard import formats, locate
 from reshard.catalog import Catalog
 from reshard.dtypes import DType
 from reshard.storage import Sources
@@ -101,4 +101,4 @@ def open_checkpoint(
     """
     selection = formats.Selection(tag=tag, prefix=prefix, allow_step_mismatch=True)
     with Sources() as sources:
-        return Checkpoint(formats.read(Path(path), sources, selection))
+        return Checkpoint(locate.read(Path(path), sources, selection))

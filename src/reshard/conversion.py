@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from reshard import formats, manifest
+from reshard import formats, locate, manifest
 from reshard.base import CONFIG, Base, dtype_patches, patched_config, read_base
 from reshard.catalog import Asset, Catalog
 from reshard.errors import PlanError, VerificationError, WriteError
@@ -214,7 +214,7 @@ def _check_dtype(dtype: str | None, base: PathLike | None) -> str:
 
 def _plan(options: _Options, sources: Sources, *, strict: bool) -> _Job:
     """Everything that can be decided, and every user's error, before a byte is written."""
-    catalog = formats.read(options.source, sources, options.selection)
+    catalog = locate.read(options.source, sources, options.selection)
     if strict and catalog.notes:
         raise PlanError(
             f"--strict was passed, and there is a finding: {catalog.notes[0]}", path=options.source

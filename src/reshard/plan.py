@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from reshard.catalog import Asset
 from reshard.errors import PlanError
-from reshard.tensors import Entry, TensorSpec
+from reshard.tensors import Entry, Made, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Slot:
 
     offset: int
     spec: TensorSpec
-    source: Entry
+    source: Made
     crc_offsets: tuple[int, ...] = ()
     reference: Entry | None = None
 

@@ -17,6 +17,8 @@ from reshard.tensors import (
     Entry,
     Extent,
     Fragment,
+    LowRank,
+    Made,
     Shape,
     TensorSpec,
     contiguous_strides,
@@ -41,6 +43,22 @@ def crop(entry: Entry, box: Box) -> Entry:
                 replace(cut(fragment, shared), box=Box(box.sizes, moved, shared.sizes))
             )
     return _entry(entry, box.sizes, fragments)
+
+
+def part(source: Made, box: Box) -> Made:
+    """The elements of `box` as `crop` takes them, of a low-rank update's rows too."""
+    if not isinstance(source, LowRank):
+        return crop(source, box)
+    (row, column), (rows, columns) = box.offsets, box.sizes
+    if columns != source.spec.shape[1]:
+        raise PlanError("a low-rank update is cut into rows only.", tensor=source.spec.name)
+    left = Box(source.left.spec.shape, (row, column), (rows, source.rank))
+    magnitude = source.magnitude
+    if magnitude is not None:
+        magnitude = crop(magnitude, Box(magnitude.spec.shape, (row,), (rows,)))
+    return replace(
+        source, base=crop(source.base, box), left=crop(source.left, left), magnitude=magnitude
+    )
 
 
 def select(entry: Entry, index: int) -> Entry:

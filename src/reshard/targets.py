@@ -9,7 +9,7 @@ from reshard import dtypes
 from reshard.dtypes import DType
 from reshard.errors import PlanError
 from reshard.rearrange import flatten
-from reshard.tensors import Entry, TensorSpec
+from reshard.tensors import Entry, Made, TensorSpec
 
 #: The values of `--dtype`.
 CHOICES = ("base", "keep", "float32", "bfloat16", "float16")
@@ -20,12 +20,12 @@ class Target:
     """A tensor of the output: what is written, what from, and the base's tensor to compare with."""
 
     spec: TensorSpec
-    source: Entry
+    source: Made
     reference: Entry | None = None
 
 
 def choose(
-    entries: Sequence[tuple[str, Entry]], base: Mapping[str, Entry], dtype: str
+    entries: Sequence[tuple[str, Made]], base: Mapping[str, Entry], dtype: str
 ) -> list[Target]:
     """A target for each entry, in the order given, with the dtype that `--dtype` asks for.
 
@@ -35,7 +35,7 @@ def choose(
     return [_target(name, entry, base.get(name), dtype) for name, entry in entries]
 
 
-def _target(name: str, entry: Entry, base: Entry | None, choice: str) -> Target:
+def _target(name: str, entry: Made, base: Entry | None, choice: str) -> Target:
     stored = entry.spec.dtype
     wanted = stored
     if choice == "base" and base is not None:

@@ -165,6 +165,52 @@ class Entry:
         return replace(self, spec=replace(self.spec, name=name))
 
 
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A matrix with a low-rank update, as LoRA trains it: `base + left @ right * scaling`.
+
+    `base` is `[rows, columns]`, `left` `[rows, rank]`, `right` `[rank, columns]` (for a linear
+    layer LoRA's B and A). With `magnitude` `[rows]` (DoRA) each row of the sum is then multiplied
+    by its magnitude and divided by its Euclidean norm. Computed in float32, rounded once.
+    """
+
+    base: Entry
+    left: Entry
+    right: Entry
+    scaling: float
+    magnitude: Entry | None = None
+
+    @property
+    def spec(self) -> TensorSpec:
+        return self.base.spec
+
+    @property
+    def kind(self) -> Kind:
+        return self.base.kind
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self.base.aliases
+
+    @property
+    def fragments(self) -> tuple[Fragment, ...]:
+        """Everything that is read for it."""
+        parts = (self.base, self.left, self.right, self.magnitude)
+        return tuple(f for part in parts if part is not None for f in part.fragments)
+
+    @property
+    def rank(self) -> int:
+        return self.right.spec.shape[0]
+
+    def renamed(self, name: str) -> LowRank:
+        """The same tensor under another name."""
+        return replace(self, base=self.base.renamed(name))
+
+
+#: What a tensor of the output is made from.
+Made = Entry | LowRank
+
+
 def blocks(shape: Shape, max_numel: int) -> Iterator[Box]:
     """Cut a row-major array into boxes of at most `max_numel` elements, in ascending order.
 

@@ -205,11 +205,10 @@ def build(class_name: str, config_name: str, arguments: dict[str, Any]) -> Any:
     else:
         model = getattr(transformers, class_name)(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.normal_()
+        # The state dict only: rotary frequencies are buffers too, and no one saves them.
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.normal_()
     return model
 
 

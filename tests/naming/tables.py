@@ -104,7 +104,7 @@ def origin(found: Entry) -> str:
 
 
 def values(found: Entry, content: Mapping[str, bytes]) -> Array:
-    """The entry's elements, which must be tiled by boxes over its own shape or over it flattened."""
+    """The entry's elements, once its boxes are proven to tile it."""
     check_tiling(found)
     out = np.empty(found.spec.shape, found.spec.dtype.numpy)
     for fragment in found.fragments:

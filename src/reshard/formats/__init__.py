@@ -15,7 +15,7 @@ from reshard.catalog import Catalog
 from reshard.errors import FormatError, NotFoundError
 from reshard.plan import OutputFile
 from reshard.storage import Sources
-from reshard.tensors import Entry, TensorSpec
+from reshard.tensors import Entry, Made, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Writable(Protocol):
     """What the module of a format that can be written offers besides."""
 
     def lay_out(
-        self, slots: Sequence[tuple[TensorSpec, Entry, Entry | None]], max_file_nbytes: int, /
+        self, slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_file_nbytes: int, /
     ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
         """Tensor files and small files for tensors given as (target, source, reference)."""
 
@@ -77,6 +77,12 @@ def target(to: str) -> Writable:
     return cast(Writable, import_module(FORMATS[TARGETS[to]]))
 
 
+def claims(path: Path) -> dict[str, str]:
+    """The formats that `path` looks like, each with its reason."""
+    found = {name: load(name).detect(path) for name in FORMATS}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
 def detect(path: Path) -> str:
     """The name of the format of what lies at `path`.
 
@@ -84,8 +90,7 @@ def detect(path: Path) -> str:
     """
     if not path.exists():
         raise NotFoundError("there is no such file or folder.", path=path)
-    claims = {name: load(name).detect(path) for name in FORMATS}
-    reasons = {name: reason for name, reason in claims.items() if reason is not None}
+    reasons = claims(path)
     if not reasons:
         raise NotFoundError(
             f"no checkpoint was recognised here; it holds {_listing(path)}.",

@@ -25,7 +25,7 @@ from reshard.errors import FormatError, IncompleteError, NotFoundError
 from reshard.formats import Selection
 from reshard.plan import OutputFile, Slot, pack
 from reshard.storage import Source, Sources, child
-from reshard.tensors import Entry, Extent, Fragment, TensorSpec, check_tiling, whole
+from reshard.tensors import Entry, Extent, Fragment, Made, TensorSpec, check_tiling, whole
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -104,7 +104,7 @@ def assets(folder: Path) -> tuple[Asset, ...]:
 
 
 def lay_out(
-    slots: Sequence[tuple[TensorSpec, Entry, Entry | None]], max_shard_nbytes: int
+    slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_shard_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Shards and index for tensors given as (target, source, reference), in state dict order.
 
@@ -136,7 +136,7 @@ def lay_out(
 
 
 def _shard(
-    name: str, specs: Sequence[TensorSpec], by_name: Mapping[str, tuple[Entry, Entry | None]]
+    name: str, specs: Sequence[TensorSpec], by_name: Mapping[str, tuple[Made, Entry | None]]
 ) -> OutputFile:
     # The order of safetensors' own writer: widest types first, so that every tensor is aligned.
     ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, _RANK[spec.dtype], spec.name))

@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from reshard.naming.fit import Fit, Resize, fit
 from reshard.naming.layouts import parse_version
+from reshard.naming.memory import NEWEST, to_memory
 from reshard.naming.schema import Schema
 from reshard.naming.search import FitOptions
 
-__all__ = ["Fit", "FitOptions", "Resize", "Schema", "fit", "parse_version"]
+__all__ = [
+    "NEWEST",
+    "Fit",
+    "FitOptions",
+    "Resize",
+    "Schema",
+    "fit",
+    "parse_version",
+    "to_memory",
+]

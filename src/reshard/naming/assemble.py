@@ -41,7 +41,7 @@ def build(name: str, wanted: Sequence[tuple[Piece, Piece]], entries: Mapping[str
 
 
 def _same_place(base: Piece, source: Piece, name: str) -> bool:
-    return source.name == name and replace(base, name=name) == source
+    return source.name == name and base._replace(name=name) == source
 
 
 def _stack(wanted: Sequence[tuple[Piece, Piece]], entries: Mapping[str, Entry]) -> Entry:

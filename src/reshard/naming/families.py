@@ -153,6 +153,12 @@ HEADS = (
     ("embed_out.weight", "gpt_neox.embed_in.weight"),
 )
 
+#: Which dimension of a hub tensor is the model's width: tells orientations apart.
+WIDTHS = (("**.mlp.experts.gate_up_proj", 1), ("**.mlp.experts.down_proj", 2))
+
+#: Vision towers (`vision_config.model_type`) whose hub names have the part `vision_model`.
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+
 #: Tensors that a module computes from its config: never trained, in some files and not in others.
 #: transformers ignores the same names on load (`_keys_to_ignore_on_load_unexpected`).
 CONSTANTS = (

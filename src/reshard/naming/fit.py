@@ -39,6 +39,7 @@ class Fit:
     """A checkpoint's tensors as the base has them. Names are the base's unless said otherwise.
 
     entries: by name; dtypes are the checkpoint's.
+    origins: name -> the checkpoint's name, of tensors that are one of its tensors as it stands.
     prefix, rules: what was stripped from the names, and what was done to them, in words.
     tied: a name that is not stored -> the name that its weights are stored under.
     filled: tensors to copy from the base. left_out: tensors of the base that are not written.
@@ -51,6 +52,7 @@ class Fit:
     """
 
     entries: Mapping[str, Entry]
+    origins: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     rules: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
@@ -112,10 +114,11 @@ class _Fitting:
         self._copy_heads(outputs)
         self._judge_heads(outputs)
         dropped = self._sort_dropped()
-        resized = self._resize()
+        resized = self._resize(outputs)
         candidate = self._candidate
         return Fit(
             entries=outputs,
+            origins=self._origins(),
             prefix=candidate.prefix,
             rules=_rules(candidate),
             tied=self._tied,
@@ -145,6 +148,18 @@ class _Fitting:
                 missing=(name,),
             )
         return {name: build(name, pieces, self._by_name) for name, pieces in wanted.items()}
+
+    def _origins(self) -> dict[str, str]:
+        """Which tensors are one of the source's, whole and unturned."""
+        have = self._candidate.source.pieces
+        origins = {}
+        for hub, piece in self._candidate.base.pieces.items():
+            source = have.get(hub)
+            if source is None or piece.expert is not None or source.expert is not None:
+                continue
+            if piece.swapped == source.swapped:
+                origins[piece.name] = self._by_name[source.name].spec.name
+        return origins
 
     def _copy_heads(self, outputs: dict[str, Entry]) -> None:
         """Write a head that the base stores and the source does not, as its config ties them."""
@@ -206,18 +221,22 @@ class _Fitting:
                 self._tied[candidate.base_view.name_here(hub)] = stored
         return tuple(dict.fromkeys(dropped))
 
-    def _resize(self) -> tuple[Resize, ...]:
-        have, want = self._candidate.source.pieces, self._candidate.base.pieces
-        resized = tuple(
-            Resize(want[hub].name, want[hub].shape[0], have[hub].shape[0])
-            for hub in self._candidate.of(Verdict.RESIZED)
-        )
+    def _resize(self, outputs: Mapping[str, Entry]) -> tuple[Resize, ...]:
+        """Tensors with another number of vocabulary rows, which the config must then state."""
+        want = self._candidate.base.pieces
+        hubs = (*self._candidate.of(Verdict.RESIZED), *self._candidate.of(Verdict.COPIED))
+        resized = []
+        for hub in hubs:
+            name, base_rows = want[hub].name, want[hub].shape[0]
+            rows = outputs[name].spec.shape[0]
+            if rows != base_rows:
+                resized.append(Resize(name, base_rows, rows))
         if resized:
-            levels = stating_levels(self._config)
-            stated = [level for level in levels if "vocab_size" in _at(self._config, level)]
-            for level in stated or levels[-1:]:
-                self._patches[f"{level}vocab_size"] = resized[0].rows
-        return resized
+            paths = stating_levels(self._config)
+            stated = [path for path in paths if "vocab_size" in _at(self._config, path)]
+            for path in stated or paths[-1:]:
+                self._patches[f"{path}vocab_size"] = resized[0].rows
+        return tuple(resized)
 
     def _base_names(self, verdict: Verdict) -> tuple[str, ...]:
         want = self._candidate.base.pieces

@@ -15,8 +15,10 @@ they fit where they hold the same hub tensors, whatever the layout of either.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 from reshard.errors import PlanError
 from reshard.naming import patterns
@@ -68,8 +70,7 @@ class Family:
     layouts: tuple[Layout, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Where one hub tensor lies: in tensor `name`, whole, or rows `[start, stop)` of one expert.
 
     `shape` is the hub tensor's. `swapped`: the last two dimensions are exchanged there.
@@ -84,6 +85,17 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Effect:
+    """What a view does to a name: the hub's name, the rules used in words, what to take apart."""
+
+    hub: str
+    rules: tuple[str, ...]
+    stacked: Stacked | None = None
+    wild: tuple[str, ...] = ()
+    swapped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """A layout of a whole model: the model's own, and that of the language model inside it."""
 
@@ -94,31 +106,32 @@ class View:
         return ", ".join(dict.fromkeys(layout.title for layout in self.layouts))
 
     def is_live(self, version: Version) -> bool:
+        """Whether live modules of this transformers version have this layout."""
         return all(layout.is_live(version) for layout in self.layouts)
 
-    def hub_name(self, name: str) -> tuple[str, tuple[str, ...]]:
-        """The name with the layouts' names rewritten, and the rules that did it, in words."""
+    def effect(self, name: str) -> Effect:
+        """How a name of this layout reads."""
         rules = []
         for layout in self.layouts:
             pairs = ((here, hub) for hub, here in layout.names)
             name, rule = patterns.rewrite(name, pairs)
             if rule is not None:
                 rules.append(f"{rule[0]} -> {rule[1]}")
-        return name, tuple(rules)
+        for stacked in (rule for layout in self.layouts for rule in layout.stacked):
+            wild = patterns.match(stacked.name, name)
+            if wild is not None:
+                rules.append(f"{stacked.name}: one tensor an expert")
+                return Effect(name, tuple(rules), stacked, wild)
+        swapped = any(patterns.matches_any(layout.swapped, name) for layout in self.layouts)
+        if swapped:
+            rules.append(f"{name}: last two dimensions exchanged")
+        return Effect(name, tuple(rules), swapped=swapped)
 
     def name_here(self, hub: str) -> str:
         """The name that this layout gives to a hub tensor (or to a stacked one)."""
         for layout in reversed(self.layouts):
             hub, _ = patterns.rewrite(hub, layout.names)
         return hub
-
-    @property
-    def stacked(self) -> tuple[Stacked, ...]:
-        return tuple(rule for layout in self.layouts for rule in layout.stacked)
-
-    @property
-    def swapped(self) -> tuple[str, ...]:
-        return tuple(rule for layout in self.layouts for rule in layout.swapped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,46 +147,89 @@ class Reading:
     misfits: tuple[str, ...]
 
 
-def read(shapes: Mapping[str, Shape], view: View, prefix: str = "") -> Reading:
-    """Read tensors, given by name and shape, through a view, once `prefix` is stripped.
+class Names:
+    """Names and shapes of tensors, ready to be read through many views.
 
-    The pieces' names keep the prefix.
+    Layers and experts differ only in numbers, so a view is asked once for each *template*, the
+    name with `NUMBER` for its numbers: a few dozen for a model of 36,000 tensors.
     """
-    pieces: dict[str, Piece] = {}
-    rules: dict[str, int] = {}
-    misfits = []
-    for name, shape in shapes.items():
-        hub, used = view.hub_name(name.removeprefix(prefix))
-        found, rule = _pieces(name, hub, shape, view)
-        if not name.startswith(prefix) or any(key in pieces for key in found):
-            misfits.append(name)
-            continue
-        pieces.update(found)
-        for text in (*used, rule) if rule else used:
-            rules[text] = rules.get(text, 0) + 1
-    return Reading(pieces, rules, tuple(misfits))
+
+    def __init__(self, shapes: Mapping[str, Shape], prefix: str = "") -> None:
+        self._rows = [
+            (name, shape, *_template(name.removeprefix(prefix)))
+            for name, shape in shapes.items()
+            if name.startswith(prefix)
+        ]
+        self._outside = tuple(name for name in shapes if not name.startswith(prefix))
+        self._templates = sorted({template for _, _, template, _ in self._rows})
+
+    def effects(self, view: View) -> tuple[Effect, ...]:
+        """What the view does to each template; two views that do the same read the same."""
+        return tuple(view.effect(template) for template in self._templates)
+
+    def read(self, effects: tuple[Effect, ...]) -> Reading:
+        """Read the tensors through a view, given by its effects. Pieces keep prefixes."""
+        by_template = dict(zip(self._templates, effects, strict=True))
+        pieces: dict[str, Piece] = {}
+        rules: dict[str, int] = {}
+        misfits = list(self._outside)
+        for name, shape, template, numbers in self._rows:
+            effect = by_template[template]
+            found = _pieces(name, shape, effect, numbers)
+            if found.keys() & pieces.keys():
+                misfits.append(name)
+                continue
+            pieces.update(found)
+            for rule in effect.rules:
+                rules[rule] = rules.get(rule, 0) + 1
+        return Reading(pieces, {_shown(rule): n for rule, n in rules.items()}, tuple(misfits))
 
 
-def _pieces(name: str, hub: str, shape: Shape, view: View) -> tuple[dict[str, Piece], str | None]:
-    """The hub tensors in one tensor, and the rule that took it apart, in words."""
-    for stacked in view.stacked:
-        wild = patterns.match(stacked.name, hub)
-        if wild is not None and len(shape) == 3 and shape[1] % len(stacked.parts) == 0:
-            return _unstack(name, shape, stacked, wild), f"{stacked.name}: one tensor an expert"
-    if len(shape) >= 2 and patterns.matches_any(view.swapped, hub):
+#: Stands for a part of a name that is a number; no file format allows it in a name.
+NUMBER = "\0"
+
+
+def _template(name: str) -> tuple[str, tuple[str, ...]]:
+    """The name with its numbers left out, and the numbers in order."""
+    parts = name.split(".")
+    numbers = tuple(part for part in parts if part.isdigit())
+    if numbers:
+        name = ".".join(NUMBER if part.isdigit() else part for part in parts)
+    return name, numbers
+
+
+def _number(template: str, numbers: Iterable[str]) -> str:
+    """The name that a template and its numbers make."""
+    between = template.split(NUMBER)
+    return "".join(chain.from_iterable(zip(between, (*numbers, ""), strict=True)))
+
+
+def _shown(rule: str) -> str:
+    return rule.replace(NUMBER, "*")
+
+
+def _pieces(name: str, shape: Shape, effect: Effect, numbers: tuple[str, ...]) -> dict[str, Piece]:
+    """The hub tensors in one tensor."""
+    stacked = effect.stacked
+    if stacked is not None and len(shape) == 3 and shape[1] % len(stacked.parts) == 0:
+        return _unstack(name, shape, effect, numbers)
+    hub = _number(effect.hub, numbers)
+    if effect.swapped and len(shape) >= 2:
         turned = (*shape[:-2], shape[-1], shape[-2])
-        return {hub: Piece(name, turned, swapped=True)}, "last two dimensions exchanged"
-    return {hub: Piece(name, shape)}, None
+        return {hub: Piece(name, turned, swapped=True)}
+    return {hub: Piece(name, shape)}
 
 
-def _unstack(name: str, shape: Shape, stacked: Stacked, wild: tuple[str, ...]) -> dict[str, Piece]:
+def _unstack(name: str, shape: Shape, effect: Effect, numbers: tuple[str, ...]) -> dict[str, Piece]:
     experts, total, columns = shape
-    rows = total // len(stacked.parts)
+    parts = effect.stacked.parts if effect.stacked is not None else ()
+    rows = total // len(parts)
+    templates = [patterns.fill(part, (*effect.wild, NUMBER)) for part in parts]
     pieces = {}
     for expert in range(experts):
-        for place, part in enumerate(stacked.parts):
+        for place, template in enumerate(templates):
             start = place * rows
-            hub = patterns.fill(part, (*wild, str(expert)))
+            hub = _number(template, (*numbers, str(expert)))
             pieces[hub] = Piece(name, (rows, columns), expert, start, start + rows)
     return pieces
 

@@ -27,8 +27,7 @@ def refuse(candidate: Candidate) -> NamesError:
         for hub in candidate.of(Verdict.MISMATCHED)
     ]
     matched = len(candidate.of(Verdict.MATCHED))
-    reading = f"prefix {candidate.prefix!r}, names {candidate.view.title}"
-    paragraphs = [f"{matched} of the base's {len(base)} tensors match ({reading})."]
+    paragraphs = [f"{matched} of the base's {len(base)} tensors match ({candidate.title})."]
     if missing:
         near = Nearest(unexpected)
         rows = [_row(name, near.to(name)) for name in missing[:_SHOWN]]

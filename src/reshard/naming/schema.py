@@ -23,15 +23,17 @@ class Schema:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def views(config: Mapping[str, Any]) -> tuple[View, ...]:
+def views(config: Mapping[str, Any], *, guess: bool = True) -> tuple[View, ...]:
     """The layouts that a model of this config may be met in, the hub's first.
 
-    A model type without a family has all families' layouts tried on it: names and shapes decide.
+    A model type without a family has all families' layouts tried on it, for names and shapes to
+    decide; without `guess` it has the hub's names only.
     """
     text = family(text_config(config).get("model_type"))
     inner = PLAIN.layouts[:1] if text is None else text.layouts
     known = family(config.get("model_type"))
-    outer = (PLAIN, *FAMILIES) if known is None else (known,)
+    guesses = (PLAIN, *FAMILIES) if guess else (PLAIN,)
+    outer = guesses if known is None else (known,)
     layouts = [layout for candidate in outer for layout in candidate.layouts]
     return tuple(View(pair) for pair in product(layouts, inner))
 
@@ -55,8 +57,13 @@ def says_tied(config: Mapping[str, Any]) -> bool:
 
     transformers 4 reads the language model's own config, transformers 5 the top level.
     """
-    levels = (config, text_config(config))
-    return any(level.get("tie_word_embeddings") is True for level in levels)
+    return any(level.get("tie_word_embeddings") is True for level in levels(config))
+
+
+def levels(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The configs that describe the language model: the top level's and the inner one."""
+    inner = text_config(config)
+    return (config, inner) if inner else (config,)
 
 
 def stating_levels(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from enum import Enum
 
 from reshard.errors import NamesError
 from reshard.naming import families, patterns
-from reshard.naming.layouts import Piece, Reading, Version, View, read
+from reshard.naming.layouts import Effect, Names, Piece, Reading, Version, View
 from reshard.naming.schema import Schema, says_tied, views
 from reshard.tensors import Entry, Shape
 
@@ -58,10 +58,13 @@ FAULTS = (Verdict.MISSING, Verdict.UNEXPECTED, Verdict.MISMATCHED)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to read the source, compared with the base; verdicts are over hub names."""
+    """One way to read the source, compared with the base; verdicts are over hub names.
+
+    `views` are the layouts that read it so, `base_view` one that reads the base.
+    """
 
     prefix: str
-    view: View
+    views: tuple[View, ...]
     base_view: View
     source: Reading
     base: Reading
@@ -77,6 +80,10 @@ class Candidate:
     @property
     def complete(self) -> bool:
         return self.faults == 0 and bool(self.of(Verdict.MATCHED))
+
+    @property
+    def title(self) -> str:
+        return f"prefix {self.prefix!r}, names {self.views[0].title}"
 
     def assignment(self) -> dict[str, Piece]:
         """Hub name -> where the source holds it: two candidates with the same are one."""
@@ -137,26 +144,33 @@ def search(found: Sources, schema: Schema, options: FitOptions) -> Candidate:
     Raises `NamesError` where several are complete and differ in what goes where.
     """
     layouts = views(schema.config)
-    shapes = {name: spec.shape for name, spec in schema.specs.items()}
-    tried: list[Candidate] = []
+    bases = _distinct(Names({name: spec.shape for name, spec in schema.specs.items()}), layouts)
     readings = [
-        (prefix, view, read(found.shapes, view, prefix))
+        (prefix, same, source)
         for prefix in prefixes(found.shapes, options.prefix)
-        for view in layouts
+        for same, source in _distinct(Names(found.shapes, prefix), layouts)
     ]
+    judge = _Judge(found, schema, options)
+    tried: list[Candidate] = []
     # The base is taken to be as on the hub where that fits: released models are.
-    for base_view in layouts:
-        base = read(shapes, base_view)
-        judge = _Judge(found, schema, options)
+    for (base_view, *_), base in bases:
         candidates = [
-            Candidate(prefix, view, base_view, source, base, judge.verdicts(source, base))
-            for prefix, view, source in readings
+            Candidate(prefix, same, base_view, source, base, judge.verdicts(source, base))
+            for prefix, same, source in readings
         ]
         complete = [candidate for candidate in candidates if candidate.complete]
         if complete:
             return _unique(complete, options)
         tried.extend(candidates)
     return max(tried, key=lambda candidate: (len(candidate.of(Verdict.MATCHED)), -candidate.faults))
+
+
+def _distinct(names: Names, layouts: Iterable[View]) -> list[tuple[tuple[View, ...], Reading]]:
+    """The different readings of the names, each with the views that give it."""
+    by_effects: dict[tuple[Effect, ...], list[View]] = {}
+    for view in layouts:
+        by_effects.setdefault(names.effects(view), []).append(view)
+    return [(tuple(same), names.read(effects)) for effects, same in by_effects.items()]
 
 
 def prefixes(names: Iterable[str], wanted: str | None) -> Iterator[str]:
@@ -190,10 +204,10 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
             different.append(candidate)
     version = options.transformers_version
     if len(different) > 1 and version is not None:
-        different = [candidate for candidate in different if candidate.view.is_live(version)]
+        different = [c for c in different if any(view.is_live(version) for view in c.views)]
     if len(different) == 1:
         return different[0]
-    ways = "; ".join(f"prefix {c.prefix!r}, names {c.view.title}" for c in complete)
+    ways = "; ".join(candidate.title for candidate in complete)
     raise NamesError(
         f"the checkpoint fits the base in {len(complete)} ways that put tensors in different "
         f"places or orientations: {ways}.",

@@ -17,7 +17,12 @@ _WORDS = {
 
 
 def expect(path: Path, *wanted: str) -> None:
-    """Raise `UnsupportedError` where `path` holds another format than the command converts."""
+    """Raise `UnsupportedError` where `path` holds another format than the command converts.
+
+    A folder above checkpoints is left to `locate`.
+    """
+    if path.is_dir() and not formats.claims(path):
+        return
     found = formats.detect(path)
     if found not in wanted:
         is_wanted, _ = _WORDS[wanted[0]]

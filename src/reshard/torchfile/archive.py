@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import bisect
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from zlib_ng import zlib_ng
 
@@ -37,7 +37,7 @@ from reshard.torchfile.directory import (
     parse_end,
     parse_entries,
 )
-from reshard.torchfile.records import Malformed
+from reshard.torchfile.malformed import Malformed, show
 
 # Bytes. A directory takes about 70 bytes an entry: room for 900,000 storages.
 MAX_DIRECTORY_NBYTES = 64 << 20
@@ -77,19 +77,19 @@ class Archive:
         """Where the data of an entry lies in the file."""
         entry = self.entries.get(name)
         if entry is None:
-            raise self._broken(f"it lacks the entry {name!r}.")
+            raise self._broken(f"it lacks the entry {show(name)}.")
         full = entry.name.encode()
         raw = self._read_header(entry.header, LOCAL_NBYTES + len(full))
         signature, _, flags, method, *_, name_nbytes, extra_nbytes = _LOCAL.unpack_from(raw)
         if signature != b"PK\3\4" or method or flags & ENCRYPTED or raw[LOCAL_NBYTES:] != full:
-            raise self._broken(f"the header of its entry {entry.name!r} is damaged.")
+            raise self._broken(f"the header of its entry {show(entry.name)} is damaged.")
         start = entry.header + LOCAL_NBYTES + name_nbytes + extra_nbytes
         end = start + entry.nbytes
         limit = self._starts[bisect.bisect_right(self._starts, entry.header)]
         if end > limit:
             raise self._broken(
-                f"its entry {entry.name!r} takes bytes {start} to {end}, and what follows begins "
-                f"at {limit}."
+                f"its entry {show(entry.name)} takes bytes {start} to {end}, and what follows "
+                f"begins at {limit}."
             )
         return Extent(self._source.ref, self._offset + start, entry.nbytes)
 
@@ -98,7 +98,7 @@ class Archive:
         extent = self.locate(name)
         if extent.nbytes > max_nbytes:
             raise UnsupportedError(
-                f"its entry {name!r} has {extent.nbytes} bytes; at most {max_nbytes} are read.",
+                f"its entry {show(name)} has {extent.nbytes} bytes; at most {max_nbytes} are read.",
                 path=self._source.ref.path,
             )
         data = self._source.read(extent.offset, extent.nbytes)
@@ -106,7 +106,7 @@ class Archive:
         found = zlib_ng.crc32(data)
         if stated is not None and found != stated:
             raise self._broken(
-                f"its entry {name!r} has CRC-32 {found:08x}, and should have {stated:08x}."
+                f"its entry {show(name)} has CRC-32 {found:08x}, and should have {stated:08x}."
             )
         return data
 
@@ -171,6 +171,6 @@ def _common_folder(names: list[str], path: str) -> str:
     return folder
 
 
-def _some(names: Iterable[str]) -> str:
-    shown = [f"{name[:40]!r}" for name in sorted(names)]
-    return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "") or "nothing"
+def _some(names: Sequence[str]) -> str:
+    shown = [show(name) for name in sorted(names)[:5]]
+    return ", ".join(shown) + (", ..." if len(names) > 5 else "") or "nothing"

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reshard.torchfile.records import Malformed
+from reshard.torchfile.malformed import Malformed, show
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -127,13 +127,13 @@ def _parse_entry(fields: Sequence[int], raw_name: bytes, extra: bytes) -> Archiv
     except UnicodeDecodeError:
         raise Malformed(f"the name of an entry, {raw_name[:40]!r}, is not UTF-8") from None
     if flags & ENCRYPTED:
-        raise Malformed(f"its entry {name!r} is encrypted; torch.save encrypts none")
+        raise Malformed(f"its entry {show(name)} is encrypted; torch.save encrypts none")
     if method:
-        raise Malformed(f"its entry {name!r} is compressed; torch.save compresses none")
+        raise Malformed(f"its entry {show(name)} is compressed; torch.save compresses none")
     if _U32 in (packed, nbytes, header):
         nbytes, packed, header = _widen(extra, (nbytes, packed, header))
     if packed != nbytes or disk:
-        raise Malformed(f"its entry {name!r} has {nbytes} bytes, stored in {packed}")
+        raise Malformed(f"its entry {show(name)} has {nbytes} bytes, stored in {packed}")
     return ArchiveEntry(name, header, nbytes, crc32 if crc32 or not nbytes else None)
 
 
@@ -145,7 +145,7 @@ def _widen(extra: bytes, values: Sequence[int]) -> list[int]:
         field = extra[position + 4 : position + 4 + length]
         position += 4 + length
         if kind == 1:
-            wide = [number for (number,) in struct.iter_unpack("<Q", field[: length // 8 * 8])]
+            wide = [number for (number,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
             if len(wide) >= values.count(_U32):
                 numbers = iter(wide)
                 return [next(numbers) if value == _U32 else value for value in values]
@@ -163,7 +163,7 @@ def check_places(entries: Sequence[ArchiveEntry], directory: Directory) -> list[
     for entry, following in zip(ordered, starts[1:], strict=True):
         if entry.least_end > following:
             raise Malformed(
-                f"its entry {entry.name!r} needs bytes {entry.header} to {entry.least_end}, and "
-                f"what follows begins at {following}"
+                f"its entry {show(entry.name)} needs bytes {entry.header} to {entry.least_end}, "
+                f"and what follows begins at {following}"
             )
     return starts

@@ -1,9 +1,11 @@
 """The few calls that are carried out, by handlers of ours: pure functions from data to data.
 
-Chosen by the dotted name that the pickle states (torch 1.0 to 2.13: torch/_utils.py,
-torch/_tensor.py, torch/serialization.py). A handler gets the call's arguments as they lie on the
-stack and returns a value, an `Opaque` where the call is understood and its result is not handled,
-or raises `Malformed` where no torch would write such arguments.
+Chosen by the dotted name that the pickle states. What torch 2.13 writes, and what it still reads of
+older versions, stands in torch/_utils.py, torch/_tensor.py and torch/serialization.py.
+
+A handler gets the call's arguments as they lie on the stack. It returns a value; or
+NotImplemented, and the machine records the call; or it raises `Malformed` where the arguments
+contradict the file or themselves.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from reshard.dtypes import DType
 from reshard.tensors import Extent, contiguous_strides
 from reshard.torchfile.limits import MAX_NAME
 from reshard.torchfile.machine import Handler
-from reshard.torchfile.records import Global, Malformed, Opaque, Storage, TensorRef, show
+from reshard.torchfile.malformed import Malformed, show
+from reshard.torchfile.records import Global, Opaque, Storage, TensorRef
 
-# torch's own limit is 64 dimensions (c10/core/TensorImpl.h, kMaxDims of ATen's iterators).
+# Dimensions. torch's reductions take no more (dim_bitset_size in ATen/WrapDimUtilsMulti.h).
 _MAX_DIMS = 64
 _MAX_NBYTES = 1 << 63
 
@@ -110,15 +113,13 @@ def _make(
             f"{storage.extent.nbytes}"
         )
     whole = storage.extent
-    extent = Extent(whole.file, whole.offset + (begin if span else 0), end - begin)
-    contiguous = not numel or _is_contiguous(shape, strides)
     return TensorRef(
-        dtype,
-        shape,
-        extent,
-        None if contiguous else strides,
-        (storage.key, begin),
-        requires_grad is True,
+        dtype=dtype,
+        shape=shape,
+        extent=Extent(whole.file, whole.offset + (begin if span else 0), end - begin),
+        strides=None if not numel or _is_contiguous(shape, strides) else strides,
+        storage=(storage.key, whole.offset + begin),
+        requires_grad=requires_grad is True,
     )
 
 
@@ -163,7 +164,7 @@ def _between(args: tuple[object, ...], least: int, most: int) -> tuple[object, .
     return args + (None,) * (most - len(args))
 
 
-# What lies around tensors.
+# What lies around tensors. None of these copies what it is given: a pickle may give it often.
 
 
 def _size(args: tuple[object, ...]) -> object:
@@ -173,30 +174,29 @@ def _size(args: tuple[object, ...]) -> object:
 
 
 def _mapping(args: tuple[object, ...]) -> object:
-    """`OrderedDict()`, `Counter(dict)`, `OrderedDict(pairs)` as Python 2 wrote it: a dict.
-
-    A `defaultdict`'s first argument, what it makes its defaults by, is dropped.
-    """
-    if not args or args == (None,) or isinstance(args[0], Global):
+    """`OrderedDict()`, `Counter(dict)`, `defaultdict(class)`: a dict."""
+    if not args or args == (None,):
         return {}
-    (content,) = _exactly(args, 1)
-    if isinstance(content, dict):
-        return content
-    return Opaque("collections.OrderedDict", args)
+    if len(args) > 1:
+        return NotImplemented
+    if isinstance(args[0], Global):
+        return {}
+    return args[0] if isinstance(args[0], dict) else NotImplemented
 
 
 def _items(args: tuple[object, ...]) -> object:
-    """`set(list)`, `frozenset(list)`, `deque((), maximum)`, `list()`: the list, not copied."""
+    """`set(list)`, `frozenset(list)`, `deque((), maximum)`, `list()`: a list."""
     if not args or args[0] == ():
         return []
-    return args[0]
+    return args[0] if isinstance(args[0], list) else NotImplemented
 
 
 def _device(args: tuple[object, ...]) -> object:
     """`torch.device("cuda", 0)`: the string `"cuda:0"`."""
-    if any(type(part) not in (str, int) or len(str(part)) > 32 for part in args[:2]):
-        return Opaque("torch.device", args)
-    return ":".join(str(part) for part in args[:2])
+    kind, index = _between(args, 1, 2)
+    if not isinstance(kind, str) or len(kind) > 32:
+        return NotImplemented
+    return f"{kind}:{index}" if isinstance(index, int) else kind
 
 
 def _layout(args: tuple[object, ...]) -> object:
@@ -212,30 +212,28 @@ def _bytes(args: tuple[object, ...]) -> object:
     text, encoding = _between(args, 1, 2)
     if isinstance(text, bytes):
         return text
-    if isinstance(text, str) and encoding in ("latin1", "latin-1"):
-        try:
-            return text.encode("latin-1")
-        except UnicodeEncodeError:
-            raise Malformed("bytes are spelt with characters above 255") from None
-    return Opaque("_codecs.encode", args)
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        return NotImplemented
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        raise Malformed("bytes are spelt with characters above 255") from None
 
 
 def _getattr(args: tuple[object, ...]) -> object:
     """`getattr(class, "Nested")`: a longer name, looked up nowhere."""
     owner, name = _exactly(args, 2)
-    if isinstance(owner, Global) and isinstance(name, str):
-        if len(owner.name) + len(name) > MAX_NAME:
-            raise Malformed("a global's name is longer than any name")
-        return Global(f"{owner.name}.{name}")
-    return Opaque("builtins.getattr", args)
+    if not isinstance(owner, Global) or not isinstance(name, str):
+        return NotImplemented
+    if len(owner.name) + len(name) >= MAX_NAME or not name.isprintable():
+        raise Malformed("a global's name is longer than any name, or not text")
+    return Global(f"{owner.name}.{name}")
 
 
 def _integer(args: tuple[object, ...]) -> object:
     """An enumeration's member by its value (`ZeroStageEnum(2)`): the integer."""
     (value,) = _exactly(args, 1)
-    if type(value) is not int:
-        raise Malformed(f"an enumeration's value is a {type(value).__name__}")
-    return value
+    return value if isinstance(value, int) else NotImplemented
 
 
 _REBUILD: Mapping[str, Handler] = {

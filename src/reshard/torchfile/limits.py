@@ -6,11 +6,17 @@ MAX_NBYTES = 256 << 20
 MAX_OPCODES = 128_000_000
 # Entries of one stack. Only a tuple needs all its items there; lists come 1000 at a time.
 MAX_STACK = 1_000_000
-# Containers and records: this many, and one more for every 8 bytes of the pickle. The opcode of an
-# empty dict is one byte, the dict 64; DCP metadata has 18 bytes an object. Long bytes that a
-# handler makes count as one object for every 64.
-MAX_OBJECTS = 500_000
-NBYTES_PER_OBJECT = 8
+# Bytes of memory for what a pickle makes: this many, and 32 for each byte of it so far. One byte of
+# a pickle can make a dict; DCP metadata makes 13 bytes a byte by the estimates below.
+MAX_MADE_NBYTES = 128 << 20
+MAX_MADE_PER_BYTE = 32
+# What an object takes in CPython 3.11, in bytes: a dict with its first item. A tensor takes 400,
+# and counts for more because it takes 10 us to check.
+DICT_NBYTES = 232
+LIST_NBYTES = 88
+TUPLE_NBYTES = 64
+CALL_NBYTES = 128
+TENSOR_NBYTES = 1024
 # Containers within containers. Training files nest fewer than 20; consumers may recurse.
 MAX_DEPTH = 128
 # Open marks: an object within an object takes up to three.
@@ -20,9 +26,11 @@ MAX_MARKS = 1000
 MAX_INT_NBYTES = 256
 # Characters of a dotted name.
 MAX_NAME = 1024
-# Python hashes strings with a secret seed, but numbers and tuples without: a file can choose
-# thousands of them that collide, and make a dict take quadratic time. Small integers are too few
-# to collide much; of other such keys, one dict may have this many (8 million probes, 30 ms).
+# Python hashes strings with a secret seed, but numbers and tuples without: a file can choose keys
+# that all collide, and a dict of n such keys takes n * n / 2 probes. Integers below MAX_SMALL_KEY
+# are too few for that (measured: below 1 us a key at worst). All dicts of a pickle together may
+# cost this many probes if all other keys collide: about a second, or 11,000 keys in one dict.
 MAX_SMALL_KEY = 1 << 24
-MAX_OTHER_KEYS = 4096
+MAX_PROBES = 64_000_000
+# Items of a tuple that is a key.
 MAX_KEY_ITEMS = 16

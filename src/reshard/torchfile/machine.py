@@ -9,8 +9,8 @@ No attribute of anything in the file is looked up, nothing is imported, nothing 
     machine.py    the loop, the stack, what opcodes share, the budgets (limits.py)
     handlers.py   the calls that are carried out
 
-Memory is bounded by the pickle's size: measured, 13 bytes a byte of DCP metadata; at worst 40
-bytes a byte, and 150 MB more. Time is linear in it: 3 million opcodes a second.
+Memory is bounded by the pickle's size: 13 bytes a byte of DCP metadata (measured), at worst 128 MB
+and 50 bytes a byte. Time is linear in it: 3 million opcodes a second.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ from reshard import dtypes
 from reshard.dtypes import DType
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 from reshard.torchfile.limits import (
+    CALL_NBYTES,
     MAX_KEY_ITEMS,
+    MAX_MADE_NBYTES,
+    MAX_MADE_PER_BYTE,
     MAX_NAME,
-    MAX_OBJECTS,
     MAX_OPCODES,
-    MAX_OTHER_KEYS,
+    MAX_PROBES,
     MAX_SMALL_KEY,
     MAX_STACK,
-    NBYTES_PER_OBJECT,
+    TENSOR_NBYTES,
+    TUPLE_NBYTES,
 )
+from reshard.torchfile.malformed import EndOfPickle, Malformed
 from reshard.torchfile.opcodes import TABLE
-from reshard.torchfile.records import Global, Malformed, Opaque, TensorRef
+from reshard.torchfile.records import Global, Opaque, TensorRef
 from reshard.torchfile.storages import is_storage_class
 
 Handler: TypeAlias = Callable[[tuple[object, ...]], object]
@@ -54,19 +58,20 @@ class Machine:
     """Runs one pickle. `handlers` maps dotted names to pure functions of the call's arguments.
 
     `persistent` turns a persistent id (a storage) into a value; None refuses them. After `run`,
-    `unknown` holds the names that no handler knows.
+    `unknown` holds the names that neither a handler nor reshard's types know.
     """
 
     __slots__ = (
         "data",
-        "globals",
         "handlers",
-        "made",
+        "made_nbytes",
         "marks",
         "memo",
+        "names",
         "other_keys",
         "path",
         "persistent",
+        "probes",
         "stack",
         "unknown",
     )
@@ -86,9 +91,11 @@ class Machine:
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: list[object] = []
-        self.globals: dict[tuple[str, str], object] = {}
+        self.names: dict[tuple[str, str], object] = {}
+        # By id of the dict: how many of its keys are neither text nor small.
         self.other_keys: dict[int, int] = {}
-        self.made = 0
+        self.probes = 0
+        self.made_nbytes = 0
         self.unknown: set[str] = set()
 
     def run(self, start: int = 0) -> tuple[object, int]:
@@ -106,15 +113,13 @@ class Machine:
                         if code == _STOP:
                             return self._result(), pos + 1
                         pos = table[code](self, pos + 1)
-                    self._check_budgets()
-        except (struct.error, IndexError) as problem:
-            # An IndexError is the end of the data, or else of the stack.
-            if isinstance(problem, struct.error) or pos + 1 >= len(data):
-                raise BreaksOffError(
-                    f"its pickle breaks off at byte {pos} of {len(data)}.",
-                    path=self.path,
-                    hint="The file was cut off; copy it again or use another checkpoint.",
-                ) from None
+                    self._check_budgets(pos)
+        except (EndOfPickle, struct.error):
+            raise self._breaks_off(pos) from None
+        except IndexError:
+            # The end of the data, or else of the stack.
+            if pos + 1 >= len(data):
+                raise self._breaks_off(pos) from None
             raise self.broken(f"an opcode at byte {pos} of its pickle lacks operands.") from None
         except Malformed as problem:
             raise self.broken(f"at byte {pos} of its pickle: {problem}.") from None
@@ -130,19 +135,25 @@ class Machine:
             message, path=self.path, hint="No training framework writes such a file."
         )
 
-    def _result(self) -> object:
-        value = self.stack.pop()
-        if self.stack or self.marks:
-            raise Malformed("values are left over at its end")
-        return value
+    def _breaks_off(self, pos: int) -> BreaksOffError:
+        return BreaksOffError(
+            f"its pickle breaks off at byte {pos} of {len(self.data)}.",
+            path=self.path,
+            hint="The file was cut off; copy it again or use another checkpoint.",
+        )
 
-    def _check_budgets(self) -> None:
+    def _result(self) -> object:
+        if len(self.stack) != 1 or self.marks:
+            raise Malformed(f"it ends with {len(self.stack)} values and {len(self.marks)} marks")
+        return self.stack[0]
+
+    def _check_budgets(self, pos: int) -> None:
         if len(self.stack) > MAX_STACK:
             raise self.refused(f"its pickle stacks more than {MAX_STACK} values.")
-        limit = MAX_OBJECTS + len(self.data) // NBYTES_PER_OBJECT
-        if self.made > limit:
+        limit = MAX_MADE_NBYTES + MAX_MADE_PER_BYTE * pos
+        if self.made_nbytes > limit:
             raise self.refused(
-                f"its pickle of {len(self.data)} bytes makes more than {limit} objects."
+                f"the first {pos} bytes of its pickle make objects of more than {limit}."
             )
 
     # What the opcodes share.
@@ -157,15 +168,15 @@ class Machine:
         """Bytes `[start, start + nbytes)`."""
         end = start + nbytes
         if end > len(self.data):
-            raise struct.error
+            raise EndOfPickle
         return self.data[start:end]
 
     def name(self, module: str, name: str) -> object:
         """What stands for the global `module.name`: a `DType`, or a `Global`."""
-        known = self.globals.get((module, name))
+        known = self.names.get((module, name))
         if known is None:
             known = self._name(_PYTHON2.get(module, module), name)
-            self.globals[module, name] = known
+            self.names[module, name] = known
         return known
 
     def _name(self, module: str, name: str) -> object:
@@ -178,18 +189,21 @@ class Machine:
             self.unknown.add(dotted)
         return Global(dotted)
 
-    def call(self, function: object, args: object) -> object:
-        """What a call gives: a handler's result, or a record of the call."""
+    def call(self, function: object, args: object, pos: int) -> object:
+        """What a call at byte `pos` gives: a handler's result, or a record of the call."""
         if not isinstance(args, tuple):
             raise Malformed("the arguments of a call are not a tuple")
-        self.made += 1
+        self.made_nbytes += CALL_NBYTES
         if isinstance(function, Global):
             handler = self.handlers.get(function.name)
-            if handler is None:
+            value = NotImplemented if handler is None else handler(args)
+            if value is NotImplemented:
                 return Opaque(function.name, args)
-            value = handler(args)
-            if type(value) is bytes:
-                self.made += len(value) // 64
+            if isinstance(value, TensorRef):
+                self.made_nbytes += TENSOR_NBYTES
+            elif isinstance(value, bytes):
+                self.made_nbytes += len(value)
+                self._check_budgets(pos)
             return value
         if isinstance(function, Opaque):
             return Opaque(function.name, (function, args))
@@ -198,7 +212,7 @@ class Machine:
     def set_items(self, target: object, flat: list[object]) -> None:
         """`target[flat[0]] = flat[1]`, and so on."""
         if len(flat) % 2:
-            raise IndexError
+            raise Malformed("a key lacks its value")
         pairs = zip(flat[::2], flat[1::2], strict=True)
         if type(target) is dict:
             for key, value in pairs:
@@ -206,23 +220,26 @@ class Machine:
                     self._check_key(target, key)
                 target[key] = value
         elif isinstance(target, Opaque):
-            self.made += len(flat) // 2
+            self.made_nbytes += len(flat) // 2 * TUPLE_NBYTES
             self.append(target, list(pairs))
         else:
             raise Malformed(f"it sets items of a {type(target).__name__}")
 
     def _check_key(self, target: dict[object, object], key: object) -> None:
-        kind = type(key)
-        if kind in _HARMLESS_KEYS or (kind is int and -MAX_SMALL_KEY < key < MAX_SMALL_KEY):  # type: ignore[operator]
+        if type(key) in _HARMLESS_KEYS:
+            return
+        if type(key) is int and -MAX_SMALL_KEY < key < MAX_SMALL_KEY:
             return
         if not _is_short_key(key):
-            raise self.refused(f"a dictionary of its pickle has a key of type {kind.__name__}.")
+            raise self.refused(
+                f"a dictionary of its pickle has a key that is a {type(key).__name__}."
+            )
         count = self.other_keys.get(id(target), 0) + 1
         self.other_keys[id(target)] = count
-        if count > MAX_OTHER_KEYS:
+        self.probes += count
+        if self.probes > MAX_PROBES:
             raise self.refused(
-                f"a dictionary of its pickle has more than {MAX_OTHER_KEYS} keys that are large "
-                "numbers or tuples."
+                f"a dictionary of its pickle has {count} keys that are large numbers or tuples."
             )
 
     def append(self, target: object, values: list[object]) -> None:

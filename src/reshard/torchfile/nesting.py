@@ -12,9 +12,10 @@ def check_depth(value: object, *, path: str) -> None:
     Looks into dicts, lists and tuples, not into records. A container that holds itself, as a
     user's own state may, counts once.
     """
-    # Depth first, without recursion: a container is open (0) until all in it have been seen,
-    # then its height is known.
+    # Depth first, without recursion. A container is open (height 0) until all in it have been
+    # seen; then its height is known. What is open is the path from the root.
     heights: dict[int, int] = {}
+    depth = 0
     todo: list[object] = [value]
     while todo:
         container = todo[-1]
@@ -25,13 +26,21 @@ def check_depth(value: object, *, path: str) -> None:
         inner = _containers_in(container)
         if state is None:
             heights[id(container)] = 0
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise _too_deep(path)
             todo.extend(item for item in inner if id(item) not in heights)
             continue
         todo.pop()
+        depth -= 1
         height = 1 + max((heights[id(item)] for item in inner), default=0)
         if height > MAX_DEPTH:
-            raise UnsupportedError(f"its pickle nests deeper than {MAX_DEPTH} levels.", path=path)
+            raise _too_deep(path)
         heights[id(container)] = height
+
+
+def _too_deep(path: str) -> UnsupportedError:
+    return UnsupportedError(f"its pickle nests deeper than {MAX_DEPTH} levels.", path=path)
 
 
 def _containers_in(value: object) -> list[object]:

@@ -10,8 +10,16 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
-from reshard.torchfile.limits import MAX_INT_NBYTES, MAX_MARKS, MAX_NAME
-from reshard.torchfile.records import Malformed
+from reshard.torchfile.limits import (
+    CALL_NBYTES,
+    DICT_NBYTES,
+    LIST_NBYTES,
+    MAX_INT_NBYTES,
+    MAX_MARKS,
+    MAX_NAME,
+    TUPLE_NBYTES,
+)
+from reshard.torchfile.malformed import EndOfPickle, Malformed
 
 if TYPE_CHECKING:
     from reshard.torchfile.machine import Machine
@@ -61,7 +69,7 @@ def _proto(m: Machine, pos: int) -> int:
 def _frame(m: Machine, pos: int) -> int:
     (nbytes,) = _U64(m.data, pos)
     if pos + 8 + nbytes > len(m.data):
-        raise struct.error
+        raise EndOfPickle
     return pos + 8
 
 
@@ -210,15 +218,15 @@ def _empty_tuple(m: Machine, pos: int) -> int:
 
 @_opcode("\x85")
 def _tuple1(m: Machine, pos: int) -> int:
-    m.made += 1
+    m.made_nbytes += TUPLE_NBYTES
     m.stack[-1] = (m.stack[-1],)
     return pos
 
 
 def _tuple_of(m: Machine, count: int) -> None:
     if len(m.stack) < count:
-        raise IndexError
-    m.made += 1
+        raise Malformed("a tuple lacks items")
+    m.made_nbytes += TUPLE_NBYTES
     m.stack[-count:] = [tuple(m.stack[-count:])]
 
 
@@ -236,7 +244,7 @@ def _tuple3(m: Machine, pos: int) -> int:
 
 @_opcode("t")
 def _tuple(m: Machine, pos: int) -> int:
-    m.made += 1
+    m.made_nbytes += TUPLE_NBYTES
     values = m.pop_mark()
     m.stack.append(tuple(values))
     return pos
@@ -244,14 +252,14 @@ def _tuple(m: Machine, pos: int) -> int:
 
 @_opcode("]")
 def _empty_list(m: Machine, pos: int) -> int:
-    m.made += 1
+    m.made_nbytes += LIST_NBYTES
     m.stack.append([])
     return pos
 
 
 @_opcode("}")
 def _empty_dict(m: Machine, pos: int) -> int:
-    m.made += 1
+    m.made_nbytes += DICT_NBYTES
     m.stack.append({})
     return pos
 
@@ -264,7 +272,7 @@ def _empty_set(m: Machine, pos: int) -> int:
 
 @_opcode("\x91")
 def _frozenset(m: Machine, pos: int) -> int:
-    m.made += 1
+    m.made_nbytes += LIST_NBYTES
     values = m.pop_mark()
     m.stack.append(values)
     return pos
@@ -361,7 +369,7 @@ def _global(m: Machine, pos: int) -> int:
     end = m.data.find(b"\n", middle + 1, middle + 1 + MAX_NAME)
     if middle < 0 or end < 0:
         if pos + 2 * MAX_NAME > len(m.data):
-            raise struct.error
+            raise EndOfPickle
         raise Malformed("a global's name is longer than any name")
     try:
         module, name = m.data[pos:middle].decode(), m.data[middle + 1 : end].decode()
@@ -385,7 +393,7 @@ def _stack_global(m: Machine, pos: int) -> int:
 @_opcode("R")
 def _reduce(m: Machine, pos: int) -> int:
     args = m.stack.pop()
-    m.stack[-1] = m.call(m.stack[-1], args)
+    m.stack[-1] = m.call(m.stack[-1], args, pos)
     return pos
 
 
@@ -400,6 +408,6 @@ def _build(m: Machine, pos: int) -> int:
 def _binpersid(m: Machine, pos: int) -> int:
     if m.persistent is None:
         raise m.refused("its pickle refers to data outside itself.")
-    m.made += 1
+    m.made_nbytes += CALL_NBYTES
     m.stack[-1] = m.persistent(m.stack[-1])
     return pos

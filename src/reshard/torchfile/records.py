@@ -13,17 +13,6 @@ from reshard.errors import PlanError
 from reshard.tensors import Box, Extent, Fragment, Record, whole
 
 
-class Malformed(Exception):  # noqa: N818 (it never leaves this room)
-    """Arguments that a handler cannot use. The machine adds the file and raises `FormatError`."""
-
-
-def show(value: object) -> str:
-    """A value of a file, for a message: short, whatever the value is."""
-    if type(value) is str:
-        return repr(value[:40])
-    return f"{value}"[:40] if type(value) is int else f"a {type(value).__name__}"
-
-
 @dataclass(frozen=True, slots=True)
 class Global:
     """A dotted name that a pickle mentions (`torch.optim.adamw.AdamW`). It is never looked up."""
@@ -90,8 +79,8 @@ class TensorRef:
     `extent` goes exactly from the first to the last element used, whatever else the storage
     holds. `strides` (elements, one a dimension) is None where the elements lie in row-major order
     without gaps; an expanded dimension has stride 0. `storage` is the storage's key and the byte
-    in it where the tensor begins: tensors of one stream with equal `storage`, `dtype`, `shape`
-    and `strides` are the same weights.
+    of the file where the tensor begins: two tensors of one stream with equal `storage`, `dtype`,
+    `shape` and `strides` are the same weights.
     """
 
     dtype: DType

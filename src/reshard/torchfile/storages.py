@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from reshard import dtypes
 from reshard.dtypes import DType
-from reshard.torchfile.records import Global, Malformed, show
+from reshard.torchfile.malformed import Malformed, show
+from reshard.torchfile.records import Global
 
 # Bytes an element of the storages whose dtypes reshard does not handle.
 _OTHER_CLASSES = {
@@ -30,6 +31,8 @@ _OTHER_CLASSES = {
 _MODULES = frozenset({"torch", "torch.storage", "torch.cuda"})
 _UNTYPED = frozenset({"UntypedStorage", "_UntypedStorage"})
 _MAX_NBYTES = 1 << 63
+# Characters. Keys are numbers: counted from 0, in the old container addresses.
+_MAX_KEY = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,8 @@ def parse_storage_id(value: object) -> StorageId:
     if value[0] != "storage" or len(value) not in (5, 6):
         raise Malformed(f"a persistent id is not of a storage, but {show(value[0])}")
     _, cls, key, _, numel = value[:5]
-    if not isinstance(cls, Global) or not isinstance(key, str):
-        raise Malformed("a storage's class or key is not text")
+    if not isinstance(cls, Global) or not isinstance(key, str) or len(key) > _MAX_KEY:
+        raise Malformed("a storage's class or key is not a short text")
     dtype, itemsize, reason = _element(cls.name)
     return StorageId(
         key,

@@ -1,4 +1,4 @@
-"""Laying out a torch.save archive of one contiguous tensor. Pure: no torch, no file.
+"""Laying out torch.save archives of contiguous tensors. Pure: no torch, no file.
 
     before ─► data.pkl, .format_version, .storage_alignment, byteorder, header of data/0
     data      the tensor's bytes, row-major, little-endian; at a multiple of 64 from the start
@@ -7,12 +7,14 @@
 The same entries in the same order as torch 2.13 writes them to a stream
 (torch/serialization.py, caffe2/serialize/inline_container.cc), less `.data/serialization_id`,
 which torch does not need to read a file. The checksum of the data stands only behind it, so the
-archive can be written front to back: `before`, the data, `after(crc32)`.
+archive can be written front to back: `before`, the data, `after(crc32)`. A dict of tensors has
+`data/0`, `data/1`, ... one after another.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zlib_ng import zlib_ng
@@ -72,7 +74,7 @@ def lay_out_tensor(dtype: DType, shape: Shape) -> TensorArchive:
     """
     spec = TensorSpec("", dtype, shape)
     zip_ = _Zip()
-    zip_.add("data.pkl", _pickle_tensor(spec))
+    zip_.add("data.pkl", b"\x80\x02" + _tensor(spec, "0") + b".")
     zip_.add(".format_version", b"1")
     zip_.add(".storage_alignment", str(ALIGNMENT).encode())
     zip_.add("byteorder", b"little")
@@ -89,6 +91,48 @@ def lay_out_tensor(dtype: DType, shape: Shape) -> TensorArchive:
         bytes(zip_.out[cut:]),
         (descriptor + 4 - cut, directory["data/0"] + 16 - cut),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class StateDictArchive:
+    """A torch.save archive of a dict of tensors, but for their data.
+
+    `literals` are the bytes around the data, each with its offset in the file. `places` say for
+    each tensor, in the order given, where its data begins and where its CRC-32 belongs.
+    """
+
+    nbytes: int
+    literals: tuple[tuple[int, bytes], ...]
+    places: tuple[tuple[int, tuple[int, int]], ...]
+
+
+def lay_out_state_dict(specs: Sequence[TensorSpec]) -> StateDictArchive:
+    """The archive that torch.save would write of `{spec.name: contiguous tensor}`."""
+    zip_ = _Zip()
+    items = (_text(spec.name) + _tensor(spec, str(i)) for i, spec in enumerate(specs))
+    zip_.add("data.pkl", b"\x80\x02}(" + b"".join(items) + b"u.")
+    zip_.add(".format_version", b"1")
+    zip_.add(".storage_alignment", str(ALIGNMENT).encode())
+    zip_.add("byteorder", b"little")
+    literals: list[tuple[int, bytes]] = []
+    starts: list[int] = []
+    descriptors: list[int] = []
+    at, cut = 0, 0
+    for index, spec in enumerate(specs):
+        zip_.begin(f"data/{index}", spec.nbytes)
+        literals.append((at, bytes(zip_.out[cut:])))
+        cut = len(zip_.out)
+        starts.append(at + len(literals[-1][1]))
+        zip_.skip(spec.nbytes)
+        at = starts[-1] + spec.nbytes
+        zip_.finish(spec.nbytes, 0)
+        descriptors.append(at + 4)
+    zip_.add("version", b"3\n")
+    directory = zip_.close()
+    literals.append((at, bytes(zip_.out[cut:])))
+    central = [at + directory[f"data/{i}"] - cut + 16 for i in range(len(specs))]
+    places = zip(starts, zip(descriptors, central, strict=True), strict=True)
+    return StateDictArchive(at + len(literals[-1][1]), tuple(literals), tuple(places))
 
 
 class _Zip:
@@ -165,7 +209,7 @@ class _Zip:
         self.out += name + extra
 
 
-def _pickle_tensor(spec: TensorSpec) -> bytes:
+def _tensor(spec: TensorSpec, key: str) -> bytes:
     """`_rebuild_tensor_v2(storage, 0, size, stride, False, OrderedDict())`, in protocol 2.
 
     A dtype without a storage class of its own: `_rebuild_tensor_v3(…, dtype)` of an untyped
@@ -176,12 +220,11 @@ def _pickle_tensor(spec: TensorSpec) -> bytes:
     storage = ("torch", spec.dtype.storage) if typed else ("torch.storage", "UntypedStorage")
     return b"".join(
         (
-            b"\x80\x02",
             _global("torch._utils", function),
             b"((",
             _text("storage"),
             _global(*storage),
-            _text("0"),
+            _text(key),
             _text("cpu"),
             _integer(spec.numel if typed else spec.nbytes),
             b"tQ",
@@ -192,7 +235,7 @@ def _pickle_tensor(spec: TensorSpec) -> bytes:
             _global("collections", "OrderedDict"),
             b")R",
             b"" if typed else _global("torch", spec.dtype.name),
-            b"tR.",
+            b"tR",
         )
     )
 

@@ -2,7 +2,8 @@
 
 A block is an unbroken run of the tensor's row-major bytes (`tensors.blocks`). Where a fragment is
 stored in that order and in the target's dtype, its bytes are read straight into the block;
-otherwise they pass through a scratch buffer and are cast and spread from there.
+otherwise they pass through a scratch buffer and are cast and spread from there. A low-rank update
+is merged block by block on the way.
 """
 
 from __future__ import annotations
@@ -13,9 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from reshard.rearrange import cut
+from reshard.rearrange import crop, cut
 from reshard.storage import Sources
-from reshard.tensors import Box, Entry, Extent, Fragment, contiguous_strides, flat
+from reshard.tensors import (
+    Box,
+    Entry,
+    Extent,
+    Fragment,
+    LowRank,
+    Made,
+    Shape,
+    contiguous_strides,
+    flat,
+    whole,
+)
 from reshard.transfer.checksums import Ledger
 
 Array = np.ndarray[Any, Any]
@@ -41,11 +53,56 @@ class Reader:
         self.bytes_read += extent.nbytes
 
 
-def fill(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
+def fill(source: Made, box: Box, out: Array, reader: Reader) -> None:
     """Write the elements of `box` (over the tensor's shape) into `out`, cast to its dtype.
 
     `out` is one-dimensional and has `box.numel` elements.
     """
+    if isinstance(source, LowRank):
+        out[...] = _merged(source, box, reader).astype(out.dtype)
+    else:
+        _gather(source, box, out, reader)
+
+
+def _merged(update: LowRank, box: Box, reader: Reader) -> Array:
+    """The elements of `box` of a matrix with its low-rank update, in float32.
+
+    Holds three times the block in float32, and the columns of `right` that it meets; with a
+    magnitude, whole rows of them.
+    """
+    (row, column), (rows, columns) = box.offsets, box.sizes
+    if update.magnitude is None:
+        return _sum(update, box, reader).reshape(-1)
+    width = update.spec.shape[1]
+    whole_rows = _sum(update, Box(box.shape, (row, 0), (rows, width)), reader)
+    scale = np.empty(rows, np.float32)
+    magnitude = flat(update.spec.shape[0], row, rows)
+    _gather(crop(update.magnitude, magnitude), whole((rows,)), scale, reader)
+    scale /= np.linalg.norm(whole_rows, axis=1)
+    return (whole_rows[:, column : column + columns] * scale[:, None]).reshape(-1)
+
+
+def _sum(update: LowRank, box: Box, reader: Reader) -> Array:
+    """The elements of `box` of the base and its update added up, in float32."""
+    (row, column), (rows, columns) = box.offsets, box.sizes
+    sum_ = _matrix(update.base, (row, column), (rows, columns), reader)
+    left = _matrix(update.left, (row, 0), (rows, update.rank), reader)
+    right = _matrix(update.right, (0, column), (update.rank, columns), reader)
+    delta = left @ right
+    delta *= np.float32(update.scaling)
+    sum_ += delta
+    return sum_
+
+
+def _matrix(entry: Entry, offsets: Shape, sizes: Shape, reader: Reader) -> Array:
+    """A part of a stored matrix, in float32."""
+    part = crop(entry, Box(entry.spec.shape, offsets, sizes))
+    out = np.empty(part.spec.numel, np.float32)
+    _gather(part, whole(sizes), out, reader)
+    return out.reshape(sizes)
+
+
+def _gather(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
     over = entry.fragments[0].box.shape
     if over != box.shape:
         strides = contiguous_strides(box.shape)

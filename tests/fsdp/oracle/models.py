@@ -22,12 +22,13 @@ class Attention(nn.Module):  # type: ignore[misc]
         self.q_proj = nn.Linear(hidden, hidden)
         self.k_proj = nn.Linear(hidden, hidden // 2)
         self.v_proj = nn.Linear(hidden, hidden // 2)
-        self.o_proj = nn.Linear(hidden // 2, hidden, bias=False)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Nothing here mixes channels, so each rank of a tensor-parallel group works on its own.
-        query = self.q_proj(x).unflatten(-1, (-1, 2)).sum(-1)
-        out: torch.Tensor = self.o_proj(query * functional.silu(self.k_proj(x)) + self.v_proj(x))
+        key = functional.silu(self.k_proj(x)).repeat_interleave(2, -1)
+        value = self.v_proj(x).repeat_interleave(2, -1)
+        out: torch.Tensor = self.o_proj(self.q_proj(x) * key + value)
         return out
 
 

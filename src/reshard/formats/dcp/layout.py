@@ -20,24 +20,25 @@ from reshard.dtypes import DType
 from reshard.formats.dcp import pickling
 from reshard.formats.dcp.metadata import Chunk, Location, Metadata, StoredTensor
 from reshard.plan import OutputFile, Slot
-from reshard.rearrange import crop
-from reshard.tensors import Box, Entry, Shape, TensorSpec, whole
+from reshard.rearrange import part
+from reshard.tensors import Box, Entry, Made, Shape, TensorSpec, whole
 from reshard.torchfile.write import TensorArchive, lay_out_tensor
 
 # Bytes of a chunk, at most, where rows allow it. Smaller chunks cost 1.4 KB each and a line of
 # metadata; larger ones make many ranks read what they do not need.
 MAX_CHUNK_NBYTES = 64 << 20
+# Bytes of a chunk's zip beside its tensor, rounded up.
+_ZIP_NBYTES = 2048
 
 
 def lay_out(
-    slots: Sequence[tuple[TensorSpec, Entry, Entry | None]],
-    max_file_nbytes: int,
-    max_chunk_nbytes: int = MAX_CHUNK_NBYTES,
+    slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_file_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Files and metadata for tensors given as (target, source, reference), in state dict order.
 
-    A file holds at most `max_file_nbytes`, unless a single chunk is larger.
+    A file holds at most `max_file_nbytes`, unless a single row of a tensor does not fit.
     """
+    max_chunk_nbytes = min(MAX_CHUNK_NBYTES, max_file_nbytes - _ZIP_NBYTES)
     files: list[_File] = [_File("__0_0.distcp")]
     tensors: dict[str, StoredTensor] = {}
     for spec, source, _ in slots:
@@ -46,8 +47,8 @@ def lay_out(
             archive = _archive(spec.dtype, box.sizes)
             if files[-1].nbytes and files[-1].nbytes + archive.nbytes > max_file_nbytes:
                 files.append(_File(f"__0_{len(files)}.distcp"))
-            part = source if box.sizes == spec.shape else crop(source, box)
-            location = files[-1].add(TensorSpec(spec.name, spec.dtype, box.sizes), part, archive)
+            held = source if box.sizes == spec.shape else part(source, box)
+            location = files[-1].add(TensorSpec(spec.name, spec.dtype, box.sizes), held, archive)
             chunks.append(Chunk(box.offsets, box.sizes, (location,)))
         tensors[spec.name] = StoredTensor(spec.dtype.name, spec.shape, tuple(chunks))
     paths = {name: (name,) for name in tensors}
@@ -64,7 +65,7 @@ class _File:
     literals: list[tuple[int, bytes]] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
 
-    def add(self, spec: TensorSpec, source: Entry, archive: TensorArchive) -> Location:
+    def add(self, spec: TensorSpec, source: Made, archive: TensorArchive) -> Location:
         start = self.nbytes
         data = start + len(archive.before)
         rest = data + archive.data_nbytes

@@ -105,13 +105,12 @@ def _parse(value: object, archive: Archive, path: str) -> _Parsed:
             path=path,
             hint="The file is damaged, or was not written by torch.distributed.checkpoint.",
         )
-    key, start = value.storage
-    storage = f"data/{key}"
+    storage = f"data/{value.storage[0]}"
     return _Parsed(
         value.dtype,
         value.shape,
         value.strides,
-        start if value.extent.nbytes else 0,
+        value.extent.offset - archive.locate(storage).offset if value.extent.nbytes else 0,
         value.extent.nbytes,
         storage,
         archive.entries[storage].nbytes,

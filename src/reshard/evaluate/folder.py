@@ -1,0 +1,169 @@
+"""A Hugging Face model folder as it lies on disk: its config, its weight files, what it is.
+
+    config.json                      which model: `architectures`, `model_type`, sub-configs
+    model.safetensors                the weights, or
+    model.safetensors.index.json     {"weight_map": {tensor: file}} over several files
+    reward_config.json               only in reshard's exports of scalar reward models
+
+Nothing here imports torch or reads a weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
+
+REWARD_CONFIG = "reward_config.json"
+REWARD_HEAD = "reward_head.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class Kind(str, Enum):
+    """What a model takes and gives, which decides its class and what is asked of it."""
+
+    CAUSAL = "causal language model"
+    VISION = "vision-language model"
+    AUDIO = "audio-language model"
+    CLASSIFIER = "sequence classifier"
+    REWARD = "scalar reward model"
+
+    @property
+    def generates(self) -> bool:
+        """Whether it answers with text; the others give scores."""
+        return self not in (Kind.CLASSIFIER, Kind.REWARD)
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A model folder. `architecture` is the class that its config names, None if it names none.
+
+    `takes_images` and `takes_audio` say what its config has a tower for; a reward model takes
+    what its backbone takes. `weights` are its safetensors files; empty if the weights lie in
+    another format.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    kind: Kind
+    architecture: str | None
+    weights: tuple[Path, ...]
+
+    @property
+    def model_type(self) -> str | None:
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def takes_images(self) -> bool:
+        return isinstance(self.config.get("vision_config"), dict)
+
+    @property
+    def takes_audio(self) -> bool:
+        return isinstance(self.config.get("audio_config"), dict)
+
+    @property
+    def tied(self) -> bool | None:
+        """Whether the config says that input and output embeddings are one; None if silent.
+
+        transformers 4 wrote the flag into `text_config`, transformers 5 reads the top level.
+        """
+        text = self.config.get("text_config")
+        for level in (self.config, text if isinstance(text, dict) else {}):
+            if isinstance(level.get("tie_word_embeddings"), bool):
+                return bool(level["tie_word_embeddings"])
+        return None
+
+
+def read_folder(path: Path) -> Folder:
+    """Read what a model folder is.
+
+    Raises `NotFoundError` (no folder, or no config in it), `FormatError` (a JSON file is broken),
+    `IncompleteError` (the index names a file that is not there) and `UnsupportedError` (a model
+    that neither generates nor scores text).
+    """
+    if not path.is_dir():
+        raise NotFoundError("there is no such model folder.", path=path)
+    if not (path / "config.json").is_file():
+        raise NotFoundError(
+            "the folder has no config.json, so it is not a Hugging Face model.",
+            path=path,
+            hint="A training checkpoint is converted first: reshard convert SRC DST --base BASE.",
+        )
+    config = parse_json(path / "config.json")
+    architecture = _architecture(config)
+    kind = _kind(path, config, architecture)
+    return Folder(path, config, kind, architecture, _weight_files(path))
+
+
+def parse_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; raises `FormatError` if it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"the file is not JSON: {error}.", path=path) from error
+    if not isinstance(value, dict):
+        raise FormatError(f"expected a JSON object, found {type(value).__name__}.", path=path)
+    return value
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    names = config.get("architectures")
+    if isinstance(names, list) and names and isinstance(names[0], str):
+        return names[0]
+    return None
+
+
+def _kind(path: Path, config: Mapping[str, Any], architecture: str | None) -> Kind:
+    if (path / REWARD_CONFIG).is_file():
+        return Kind.REWARD
+    if architecture is not None and architecture.endswith("ForSequenceClassification"):
+        return Kind.CLASSIFIER
+    if config.get("is_encoder_decoder") or _headless(architecture):
+        raise UnsupportedError(
+            f"{architecture or config.get('model_type')} neither generates text from a prompt "
+            "nor scores it.",
+            path=path / "config.json",
+            hint="Set `architectures` to the class that was trained, such as Qwen2ForCausalLM.",
+        )
+    if isinstance(config.get("vision_config"), dict):
+        return Kind.VISION
+    if isinstance(config.get("audio_config"), dict):
+        return Kind.AUDIO
+    return Kind.CAUSAL
+
+
+def _headless(architecture: str | None) -> bool:
+    """Whether the class is a bare backbone or has a head that no prompt can be put to."""
+    if architecture is None or architecture.endswith("LMHeadModel"):
+        return False
+    tasks = ("MaskedLM", "TokenClassification", "QuestionAnswering", "ImageClassification")
+    return architecture.endswith(("Model", *(f"For{task}" for task in tasks)))
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    index = path / _INDEX
+    if not index.is_file():
+        single = path / _SINGLE
+        return (single,) if single.is_file() else ()
+    weight_map = parse_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+        raise FormatError("`weight_map` is not a table of tensor and file.", path=index)
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise FormatError(f"the index names a file outside the folder: {outside[0]!r}.", path=index)
+    absent = [name for name in names if not (path / name).is_file()]
+    if absent:
+        raise IncompleteError(
+            f"{len(absent)} of {len(names)} weight files are missing: {', '.join(absent[:5])}.",
+            path=path,
+            hint="Copy the missing files, or convert again.",
+        )
+    return tuple(path / name for name in names)

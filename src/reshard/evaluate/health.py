@@ -1,0 +1,204 @@
+"""Findings about a model that need no reference: each a fixed name, a severity and its evidence.
+
+`docs/try.md` lists the names; a test holds the two together. The thresholds stand here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from reshard.evaluate.encoding import Encoder
+from reshard.evaluate.folder import Folder
+from reshard.evaluate.loading import Gaps, Loaded
+from reshard.evaluate.report import Finding, Json, Severity
+from reshard.evaluate.scan import TensorFacts
+
+# Names in a finding's evidence; a broken export can have thousands.
+_SHOWN = 10
+# Released models pad their embeddings to a round number: by up to about 900 rows.
+_PADDING_ROWS = 1024
+
+
+def check_weights(tensors: Iterable[TensorFacts]) -> list[Finding]:
+    """Findings about the values of the weights."""
+    broken: list[TensorFacts] = []
+    empty: list[TensorFacts] = []
+    zero: list[TensorFacts] = []
+    constant: list[TensorFacts] = []
+    plain: list[TensorFacts] = []
+    for tensor in tensors:
+        if tensor.nan or tensor.infinite:
+            broken.append(tensor)
+        elif not tensor.numel:
+            empty.append(tensor)
+        elif tensor.constant:
+            if len([size for size in tensor.shape if size > 1]) < 2:
+                plain.append(tensor)
+            else:
+                (constant if tensor.high else zero).append(tensor)
+    return [
+        *_about(
+            "weights-not-finite",
+            "error",
+            "{n} tensors hold NaN or infinity.",
+            broken,
+            {t.name: {"nan": t.nan, "infinite": t.infinite} for t in broken[:_SHOWN]},
+        ),
+        *_about(
+            "weights-empty",
+            "error",
+            "{n} tensors have no elements, as placeholders left by ZeRO-3 have.",
+            empty,
+            {t.name: list(t.shape) for t in empty[:_SHOWN]},
+        ),
+        *_about(
+            "weights-all-zero",
+            "error",
+            "{n} matrices are zero throughout: they were never filled.",
+            zero,
+            {t.name: list(t.shape) for t in zero[:_SHOWN]},
+        ),
+        *_about(
+            "weights-constant",
+            "error",
+            "{n} matrices hold one value throughout.",
+            constant,
+            {t.name: t.high for t in constant[:_SHOWN]},
+        ),
+        # Fresh biases are zero and fresh norms one: ordinary where training left them alone.
+        *_about(
+            "vectors-constant",
+            "info",
+            "{n} vectors hold one value throughout, as before training.",
+            plain,
+            {t.name: t.high for t in plain[:_SHOWN]},
+        ),
+    ]
+
+
+def _about(
+    name: str,
+    severity: Severity,
+    message: str,
+    tensors: Sequence[TensorFacts],
+    shown: dict[str, Json],
+) -> list[Finding]:
+    if not tensors:
+        return []
+    evidence: dict[str, Json] = {"count": len(tensors), "tensors": shown}
+    return [Finding(name, severity, message.format(n=len(tensors)), evidence)]
+
+
+def check_gaps(gaps: Gaps) -> list[Finding]:
+    """Findings about names and shapes that the model's class and its files do not share."""
+    found: list[Finding] = []
+    for name, names, message in (
+        (
+            "weights-missing",
+            gaps.missing,
+            "{n} weights are not in the files; transformers filled them with random numbers.",
+        ),
+        (
+            "weights-unexpected",
+            gaps.unexpected,
+            "{n} tensors of the files belong to no weight of the model and were left out.",
+        ),
+    ):
+        if names:
+            evidence: dict[str, Json] = {"count": len(names), "tensors": list(names[:_SHOWN])}
+            found.append(Finding(name, "error", message.format(n=len(names)), evidence))
+    return found
+
+
+def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
+    """Findings about files that a model of this kind should come with."""
+    found: list[Finding] = []
+    if not folder.weights:
+        found.append(
+            Finding(
+                "weights-not-safetensors",
+                "warning",
+                "The folder has no safetensors files, so its weights were not looked at.",
+                {"files": sorted(p.name for p in folder.path.iterdir() if p.is_file())[:50]},
+            )
+        )
+    if folder.kind.generates and not (folder.path / "generation_config.json").is_file():
+        found.append(
+            Finding(
+                "generation-config-missing",
+                "warning",
+                "There is no generation_config.json: end tokens and sampling are guessed from "
+                "the config.",
+            )
+        )
+    if encoder is None:
+        return found
+    if folder.kind.generates and not encoder.has_template:
+        found.append(
+            Finding(
+                "chat-template-missing",
+                "warning",
+                "The tokenizer has no chat template: prompts went in as raw text.",
+            )
+        )
+    if encoder.parts and encoder.processor is None:
+        found.append(
+            Finding(
+                "processor-missing",
+                "warning",
+                "There is no processor: the model can be given text alone.",
+            )
+        )
+    return found
+
+
+def check_vocabulary(loaded: Loaded, encoder: Encoder) -> list[Finding]:
+    """Findings about the sizes of the embedding and the tokenizer."""
+    rows = int(loaded.core.get_input_embeddings().weight.shape[0])
+    tokens = len(encoder.tokenizer)
+    evidence: dict[str, Json] = {"embedding_rows": rows, "tokenizer_tokens": tokens}
+    if tokens > rows:
+        message = f"The tokenizer makes {tokens} tokens, the embedding has only {rows} rows."
+        return [Finding("vocabulary-size", "error", message, evidence)]
+    if rows - tokens > _PADDING_ROWS:
+        message = (
+            f"The embedding has {rows} rows for {tokens} tokens: more than padding explains; "
+            "perhaps the tokenizer is another model's."
+        )
+        return [Finding("vocabulary-size", "warning", message, evidence)]
+    return []
+
+
+def check_tied(loaded: Loaded) -> list[Finding]:
+    """Findings about input and output embeddings that should be one tensor and are not."""
+    output = loaded.core.get_output_embeddings()
+    if not loaded.folder.tied or output is None or not loaded.folder.kind.generates:
+        return []
+    into = loaded.core.get_input_embeddings().weight
+    out = output.weight
+    if out is into or out.data_ptr() == into.data_ptr():
+        return []
+    difference = _largest_difference(into, out)
+    evidence: dict[str, Json] = {
+        "input_shape": list(into.shape),
+        "output_shape": list(out.shape),
+        "largest_difference": difference,
+    }
+    if difference == 0:
+        message = "The config ties the head to the embedding; they are equal but stored twice."
+        return [Finding("tied-stored-twice", "info", message, evidence)]
+    message = "The config ties the head to the embedding, but the files hold two that differ."
+    return [Finding("tied-not-tied", "error", message, evidence)]
+
+
+def _largest_difference(one: torch.Tensor, other: torch.Tensor) -> float | None:
+    """Largest absolute difference, by blocks of rows; None where the shapes differ."""
+    if one.shape != other.shape:
+        return None
+    largest = 0.0
+    for first, second in zip(one.detach().split(4096), other.detach().split(4096), strict=True):
+        block = (first.float().cpu() - second.float().cpu()).abs().max()
+        largest = max(largest, float(block))
+    return largest

@@ -1,0 +1,26 @@
+"""What a run tells while it goes. The library prints nothing: whoever listens draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reshard.evaluate.report import Answer, Score
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A step of a stage. `total` is None where it is not known; `result` is a prompt's outcome,
+    told once, as soon as it is there."""
+
+    stage: str
+    done: int = 0
+    total: int | None = None
+    result: Answer | Score | None = None
+
+
+Listener = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Listen to nothing."""

@@ -1,0 +1,83 @@
+"""The JSON schema (draft 2020-12) of the report, made from its types.
+
+`data/report.schema.json` is what this module makes; a test holds the two together:
+
+    python -m reshard.evaluate.schema > src/reshard/evaluate/data/report.schema.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from reshard.evaluate.report import Json, Report
+
+Schema = dict[str, Any]
+_PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+
+
+def report_schema() -> Schema:
+    """The schema of `Report.to_json()`; every other type of the report is one of its `$defs`."""
+    definitions: dict[str, Schema] = {}
+    root = _object(Report, definitions)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Report of reshard try",
+        **root,
+        "$defs": dict(sorted(definitions.items())),
+    }
+
+
+def _object(record: type, definitions: dict[str, Schema]) -> Schema:
+    properties: dict[str, Schema] = {}
+    hints = get_type_hints(record, include_extras=True)
+    for field in dataclasses.fields(record):
+        annotated = hints[field.name]
+        kind, description = get_args(annotated)
+        properties[field.name] = {"description": description, **_schema(kind, definitions)}
+    return {
+        "description": record.__doc__,
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:
+    if kind == Json:
+        return {}
+    if kind in _PLAIN:
+        return {"type": _PLAIN[kind]}
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if kind.__name__ not in definitions:
+            definitions[kind.__name__] = {}
+            definitions[kind.__name__] = _object(kind, definitions)
+        return {"$ref": f"#/$defs/{kind.__name__}"}
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _schema(arguments[0], definitions)
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_schema(argument, definitions) for argument in arguments]}
+    if origin is Mapping:
+        return {"type": "object", "additionalProperties": _schema(arguments[1], definitions)}
+    if origin in (tuple, list):
+        return _array(arguments, definitions)
+    raise TypeError(f"the report's schema has no form for {kind}")
+
+
+def _array(arguments: tuple[Any, ...], definitions: dict[str, Schema]) -> Schema:
+    items = [_schema(argument, definitions) for argument in arguments if argument is not Ellipsis]
+    schema: Schema = {"type": "array", "items": items[0]}
+    if Ellipsis not in arguments and len(items) > 1:
+        schema |= {"minItems": len(items), "maxItems": len(items)}
+    return schema
+
+
+if __name__ == "__main__":
+    print(json.dumps(report_schema(), indent=2))

@@ -1,0 +1,116 @@
+"""Finding the checkpoint that a person means by a folder above it.
+
+A path that a format claims is taken as it is. Otherwise the folders below it are searched, three
+levels down and never inside a checkpoint: `results/run` leads to
+`results/run/_actor/global_step6`. Of saves side by side the newest complete one is taken, and the
+catalog's notes say so; saves of different models are listed instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from reshard import formats
+from reshard.catalog import Catalog
+from reshard.errors import IncompleteError, NotFoundError
+from reshard.storage import Sources
+
+_DEPTH = 3
+# A run's folder has tens of entries; more than this is somebody's home directory.
+_MAX_FOLDERS = 10_000
+# What trainers call a save: global_step6, checkpoint-500, step-100, epoch_3, iter_0000010.
+_NUMBER = re.compile(r"(\d+)(?!.*\d)")
+# LightRFT keeps actor and critic side by side; without a word more, the actor is meant.
+_ACTOR = "_actor"
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    path: Path
+    format: str
+
+    @property
+    def age(self) -> tuple[int, float]:
+        """Ascending with time: the number in the save's name, then when it was written."""
+        number = _NUMBER.search(self.path.name)
+        return (int(number[1]) if number else -1, self.path.stat().st_mtime)
+
+
+def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
+    """The catalog of the checkpoint at `path`, or of the one that is meant below it.
+
+    Raises what the format's reader raises; `NotFoundError` where there is none, or several that
+    are not saves of one run.
+    """
+    if not path.is_dir() or formats.claims(path):
+        return formats.read(path, sources, selection)
+    saves = _saves(path)
+    if not saves:
+        return formats.read(path, sources, selection)  # which says what is there instead
+    chosen, passed_over = _choose(path, saves, selection.tag), []
+    for save in chosen:
+        below = selection
+        if selection.tag == save.path.name and save.format != "deepspeed":
+            below = replace(selection, tag=None)
+        try:
+            catalog = formats.load(save.format).read(save.path, sources, below)
+        except IncompleteError as error:
+            passed_over.append(error)
+            continue
+        return replace(catalog, notes=(*_said(path, save, saves, passed_over), *catalog.notes))
+    raise passed_over[0]
+
+
+def _saves(path: Path) -> list[_Found]:
+    """Checkpoints below a folder; converted models only where there is nothing else."""
+    found = list(_walk(path, _DEPTH, [_MAX_FOLDERS]))
+    training = [save for save in found if save.format not in ("huggingface", "torch")]
+    return training or found
+
+
+def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[_Found]:
+    for child in sorted(folder.iterdir()):
+        if not child.is_dir() or child.is_symlink() or child.name.startswith("."):
+            continue
+        budget[0] -= 1
+        if budget[0] < 0:
+            return
+        claims = list(formats.claims(child))
+        if claims:
+            yield _Found(child, claims[0] if len(claims) == 1 else "")
+        elif depth > 1:
+            yield from _walk(child, depth - 1, budget)
+
+
+def _choose(path: Path, saves: list[_Found], tag: str | None) -> list[_Found]:
+    """The saves to try, newest first."""
+    if tag is not None:
+        named = [s for s in saves if s.path.name == tag or s.format == "deepspeed"]
+        if not named:
+            raise _several(path, saves, f"none of its checkpoints is called {tag!r}")
+        saves = named
+    actors = [save for save in saves if _ACTOR in save.path.relative_to(path).parts]
+    saves = actors or saves
+    if len({save.path.parent for save in saves}) > 1:
+        raise _several(path, saves, "it holds checkpoints of several models or runs")
+    unclear = [save for save in saves if not save.format]
+    if unclear:
+        formats.detect(unclear[0].path)  # raises, naming both formats
+    return sorted(saves, key=lambda save: save.age, reverse=True)
+
+
+def _several(path: Path, saves: list[_Found], what: str) -> NotFoundError:
+    listed = ", ".join(str(save.path.relative_to(path)) for save in saves[:10])
+    return NotFoundError(f"{what}: {listed}.", path=path, hint="Name one of them.")
+
+
+def _said(
+    path: Path, save: _Found, saves: list[_Found], passed_over: list[IncompleteError]
+) -> list[str]:
+    notes = [f"of {path}, the checkpoint {save.path.relative_to(path)} was taken."]
+    if len(saves) > 1:
+        notes[0] = f"of the {len(saves)} checkpoints in {path}, {save.path.name} was taken."
+    return notes + [f"passed over as incomplete: {error}" for error in passed_over]

@@ -1,0 +1,176 @@
+"""The names and shapes that a live module has: from files, for `dcp.load` into a running model.
+
+The files are read as the hub's layout (or as the memory layout they were dumped in), and the hub
+tensors are placed in the layout of the wanted transformers version: experts stacked, names moved,
+the tied head added, since the state dict of a live module holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from reshard.errors import PlanError, UnsupportedError
+from reshard.naming import families, patterns
+from reshard.naming.assemble import build
+from reshard.naming.layouts import Effect, Names, Piece, Reading, Stacked, Version, View
+from reshard.naming.schema import levels, views
+from reshard.tensors import Entry, Shape
+
+#: The newest transformers version whose layouts were read (`families.py`).
+NEWEST: Version = (5, 23)
+
+# Classes that hold no output head, by the ends of their names in config.json's `architectures`.
+_GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+
+
+def to_memory(
+    entries: Mapping[str, Entry], config: Mapping[str, Any], version: Version = NEWEST
+) -> dict[str, Entry]:
+    """The tensors of a model's files as a live module of that transformers version names them.
+
+    `entries` are by the names in the files, `config` is the parsed `config.json`.
+
+    Raises `UnsupportedError` where that version has no such model, `PlanError` where the files
+    hold only some experts of a layer.
+    """
+    reading = _read(entries, config)
+    pieces = _towers(reading.pieces, config)
+    _add_head(pieces, config)
+    view = memory_view(config, version)
+    wanted: dict[str, list[tuple[Piece, Piece]]] = {}
+    for hub, piece in _place({hub: piece.shape for hub, piece in pieces.items()}, view).items():
+        wanted.setdefault(piece.name, []).append((piece, pieces[hub]))
+    return {name: build(name, pairs, entries) for name, pairs in wanted.items()}
+
+
+def memory_view(config: Mapping[str, Any], version: Version) -> View:
+    """The layout that live modules of this config have under that transformers version.
+
+    Raises `UnsupportedError` where that version has no such model.
+    """
+    live = [view for view in views(config, guess=False) if view.is_live(version)]
+    if not live:
+        text = ".".join(map(str, version))
+        raise UnsupportedError(
+            f"transformers {text} has no model of type {config.get('model_type')!r}.",
+            hint="Name another version with --transformers-version.",
+        )
+    return max(live, key=lambda view: [layout.since or () for layout in view.layouts])
+
+
+def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
+    """Read files through the layout they are in: the hub's, or a live one that they were dumped in.
+
+    A layout is theirs where each name is the one that it gives to the hub tensor read from it.
+    """
+    names = Names({name: entry.spec.shape for name, entry in entries.items()})
+    best = names.read(names.effects(views(config, guess=False)[0]))
+    for view in views(config, guess=False)[1:]:
+        if any(layout.since is None for layout in view.layouts):
+            continue
+        effects = names.effects(view)
+        reading = names.read(effects)
+        if (
+            not reading.misfits
+            and sum(reading.rules.values()) > sum(best.rules.values())
+            and _is_its_own(reading, view)
+            and _orientation_is_right(reading, effects, config)
+        ):
+            best = reading
+    return best
+
+
+def _is_its_own(reading: Reading, view: View) -> bool:
+    placed = _place({hub: piece.shape for hub, piece in reading.pieces.items()}, view)
+    return all(placed[hub].name == piece.name for hub, piece in reading.pieces.items())
+
+
+def _orientation_is_right(
+    reading: Reading, effects: tuple[Effect, ...], config: Mapping[str, Any]
+) -> bool:
+    """Whether tensors that the layout exchanges have, once turned back, the hub's orientation.
+
+    Told by the model's width; with a square tensor or no width stated, the files are the hub's.
+    """
+    if not any(effect.swapped for effect in effects):
+        return True
+    width = next((level["hidden_size"] for level in levels(config) if "hidden_size" in level), None)
+    turned = False
+    for hub, piece in reading.pieces.items():
+        if piece.swapped:
+            dim = next(d for pattern, d in families.WIDTHS if patterns.match(pattern, hub))
+            other = piece.shape[-1] if dim == len(piece.shape) - 2 else piece.shape[-2]
+            if piece.shape[dim] != width:
+                return False
+            turned = turned or other != width
+    return turned
+
+
+def _towers(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str, Piece]:
+    """The hub's names of a CLIP or SigLIP tower, also where the files left `vision_model` out."""
+    vision = config.get("vision_config")
+    kind = vision.get("model_type") if isinstance(vision, Mapping) else None
+    outer, inner = "vision_tower.", "vision_tower.vision_model."
+    if kind not in families.TOWERS or any(hub.startswith(inner) for hub in pieces):
+        return dict(pieces)
+    return {
+        inner + hub.removeprefix(outer) if hub.startswith(outer) else hub: piece
+        for hub, piece in pieces.items()
+    }
+
+
+def _add_head(pieces: dict[str, Piece], config: Mapping[str, Any]) -> None:
+    """Add the head that the files leave out because it is the embedding."""
+    stated = [level.get("tie_word_embeddings") for level in levels(config)]
+    classes = [name for level in levels(config) for name in level.get("architectures") or ()]
+    generates = not classes or any(str(name).endswith(_GENERATING) for name in classes)
+    # Unstated means tied: the default of transformers' configs is left out of config.json.
+    tied = True in stated or False not in stated
+    for head, embedding in families.HEADS:
+        if head in pieces:
+            return
+        if embedding in pieces and generates and tied:
+            pieces[head] = pieces[embedding]
+            return
+
+
+def _place(shapes: Mapping[str, Shape], view: View) -> dict[str, Piece]:
+    """Where each hub tensor, given by name and shape, lies in a model of this layout."""
+    stacked = [rule for layout in view.layouts for rule in layout.stacked]
+    swapped = [pattern for layout in view.layouts for pattern in layout.swapped]
+    groups: dict[str, list[tuple[int, int, str]]] = {}
+    rules: dict[str, Stacked] = {}
+    placed = {}
+    for hub, shape in shapes.items():
+        found = _stack_of(hub, stacked)
+        if found is None:
+            turned = len(shape) >= 2 and patterns.matches_any(swapped, hub)
+            placed[hub] = Piece(view.name_here(hub), shape, swapped=turned)
+        else:
+            rule, name, expert, part = found
+            groups.setdefault(name, []).append((expert, part, hub))
+            rules[name] = rule
+    for name, members in groups.items():
+        here = view.name_here(name)
+        width = len(rules[name].parts)
+        for index, (expert, part, hub) in enumerate(sorted(members)):
+            if (expert, part) != divmod(index, width) or len(members) % width:
+                raise PlanError(
+                    f"its experts are not numbered without gaps: {len(members)} tensors, "
+                    f"{hub!r} in place {index}.",
+                    tensor=name,
+                )
+            rows = shapes[hub][0]
+            placed[hub] = Piece(here, shapes[hub], expert, part * rows, (part + 1) * rows)
+    return placed
+
+
+def _stack_of(hub: str, rules: list[Stacked]) -> tuple[Stacked, str, int, int] | None:
+    """The stacked tensor that a hub tensor belongs in: rule, name, expert, place of the part."""
+    for rule in rules:
+        for place, part in enumerate(rule.parts):
+            wild = patterns.match(part, hub)
+            if wild is not None and wild[-1].isdigit():
+                return rule, patterns.fill(rule.name, wild[:-1]), int(wild[-1]), place
+    return None

@@ -1,0 +1,285 @@
+"""LightRFT's reward models and critics: the heads beside the backbone, and their export.
+
+A scalar reward model (SRM) keeps its backbone under `model.` and, for each head type t (`H`: the
+width of the language model):
+
+    {t}_head.0.weight [H, H]   {t}_head.0.bias [H]     linear, then
+    {t}_head.1.weight [H]                              RMSNorm, SiLU,
+    {t}_head.3.weight [1, H]                           linear, sigmoid
+    {t}_attnpool.query [H]   .k.weight [H, H]   .v.weight [H, H]     attention pooling, 4 heads
+    {t}_logit_scale [1]                                              scale_for_train
+
+A critic keeps one head, `score.weight [1, H]` (or another name), beside its backbone. Which heads
+there are, the pooling and the scale can be read from the names; the probing layer and the order
+of the heads cannot, so they are asked for. (lightrft/models: srm_vl.py, srm_al.py, critics.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from reshard.errors import IncompleteError, NamesError
+from reshard.naming import patterns
+from reshard.naming.schema import levels
+from reshard.naming.search import unwrap
+from reshard.tensors import Entry, Shape
+
+ModelType = Literal["vision2seq", "grm", "srm_vl", "srm_al", "critic"]
+Pooling = Literal["attn", "last"]
+
+#: Heads of the attention pooling; LightRFT fixes the number.
+POOLING_HEADS = 4
+
+# Suffix after the head type -> shape, where True is the width H and False one.
+_HEAD = {
+    "_head.0.weight": (True, True),
+    "_head.0.bias": (True,),
+    "_head.1.weight": (True,),
+    "_head.3.weight": (False, True),
+}
+_POOL = {
+    "_attnpool.query": (True,),
+    "_attnpool.k.weight": (True, True),
+    "_attnpool.v.weight": (True, True),
+}
+_SCALE = {"_logit_scale": (False,)}
+_SUFFIXES = (*_HEAD, *_POOL, *_SCALE)
+
+
+@dataclass(frozen=True, slots=True)
+class RewardHeads:
+    """The heads of a scalar reward model. `tensors` are by LightRFT's names, `width` is H."""
+
+    tensors: Mapping[str, Entry]
+    types: tuple[str, ...]
+    pooling: Pooling
+    scaled: bool
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A checkpoint split in its backbone, by the checkpoint's names, and what stands beside it.
+
+    `rewards` are the heads of a scalar reward model, `value` is that of a critic; one of them at
+    most is there.
+    """
+
+    backbone: Mapping[str, Entry]
+    rewards: RewardHeads | None = None
+    value: Entry | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RewardOptions:
+    """What the user said of a reward model or critic; None where nothing was said.
+
+    `types` also gives the order of the heads. `value_head` is the name of a critic's head without
+    `.weight`.
+    """
+
+    pooling: Pooling | None = None
+    scaled: bool | None = None
+    types: tuple[str, ...] | None = None
+    value_head: str | None = None
+
+
+def split(
+    entries: Mapping[str, Entry], base: Container[str] = (), value_head: str | None = None
+) -> Parts:
+    """Find the heads by their names and shapes, and take them off the backbone.
+
+    `base` are the names of the base model: a head that it has is a part of the backbone.
+
+    Raises `IncompleteError` for a head of which a tensor is missing, `NamesError` for shapes that
+    do not agree or a `value_head` that is not there.
+    """
+    heads: dict[str, Entry] = {}
+    backbone: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        clean = unwrap(name)
+        kind, suffix = _head_type(clean)
+        if suffix and "." not in kind and clean not in base:
+            heads[clean] = entry.renamed(clean)
+        else:
+            backbone[name] = entry
+    rewards = _rewards(heads) if heads else None
+    value = None if rewards else _value(backbone, base, value_head)
+    if value is not None:
+        backbone = {n: entry for n, entry in backbone.items() if unwrap(n) != value.spec.name}
+    return Parts(backbone, rewards, value)
+
+
+def _head_type(name: str) -> tuple[str, str]:
+    """The head type and the suffix of a reward head's tensor; the suffix is empty for others."""
+    for suffix in _SUFFIXES:
+        if name.endswith(suffix) and len(name) > len(suffix):
+            return name.removesuffix(suffix), suffix
+    return name, ""
+
+
+def _rewards(tensors: Mapping[str, Entry]) -> RewardHeads:
+    types = tuple(dict.fromkeys(_head_type(name)[0] for name in tensors))
+    pooled = any(_head_type(name)[1] in _POOL for name in tensors)
+    scaled = any(_head_type(name)[1] in _SCALE for name in tensors)
+    first = tensors.get(f"{types[0]}_head.0.weight")
+    width = 0 if first is None else first.spec.shape[-1]
+    for suffix, dims in {
+        **_HEAD,
+        **(_POOL if pooled else {}),
+        **(_SCALE if scaled else {}),
+    }.items():
+        wanted: Shape = tuple(width if wide else 1 for wide in dims)
+        for kind in types:
+            entry = tensors.get(kind + suffix)
+            if entry is None:
+                raise IncompleteError(
+                    f"the reward head {kind!r} has no such tensor; the heads are {types}.",
+                    tensor=kind + suffix,
+                )
+            if entry.spec.shape != wanted:
+                raise NamesError(
+                    f"its shape is {entry.spec.shape}, a reward head of width {width} has "
+                    f"{wanted} here.",
+                    tensor=kind + suffix,
+                )
+    return RewardHeads(tensors, types, "attn" if pooled else "last", scaled, width)
+
+
+def _value(entries: Mapping[str, Entry], base: Container[str], wanted: str | None) -> Entry | None:
+    """A critic's head: `score.weight`, or the named one, of shape `[1, H]`."""
+    found = {
+        unwrap(name): entry
+        for name, entry in entries.items()
+        if patterns.match("*.weight", unwrap(name))
+        and unwrap(name) not in base
+        and _is_row(entry.spec.shape)
+    }
+    name = f"{wanted or 'score'}.weight"
+    if name in found:
+        return found[name].renamed(name)
+    if wanted is not None:
+        raise NamesError(
+            f"there is no value head {name!r} of shape [1, H].",
+            unexpected=tuple(found),
+            hint=f"Tensors of such a shape are: {', '.join(found) or 'none'}.",
+        )
+    return None
+
+
+def _is_row(shape: Shape) -> bool:
+    return len(shape) == 2 and shape[0] == 1
+
+
+def check(parts: Parts, model_type: ModelType, options: RewardOptions) -> Parts:
+    """Hold what the names say against what the user said; the heads come in the user's order.
+
+    Raises `NamesError` where they disagree, with the flag that would agree.
+    """
+    fitting = _model_types(parts)
+    if model_type not in fitting:
+        held = "no reward or value head"
+        if parts.rewards is not None:
+            held = f"reward heads ({', '.join(parts.rewards.types)})"
+        elif parts.value is not None:
+            held = f"a value head ({parts.value.spec.name})"
+        raise NamesError(
+            f"the checkpoint holds {held}, which a model of type {model_type!r} does not.",
+            hint=f"Pass --model-type {' or '.join(fitting)}.",
+        )
+    if parts.rewards is None:
+        return parts
+    return Parts(parts.backbone, _check_heads(parts.rewards, options))
+
+
+def _model_types(parts: Parts) -> tuple[ModelType, ...]:
+    """The model types that a checkpoint with these parts can be of."""
+    if parts.rewards is not None:
+        audio = any("audio_tower" in name.split(".") for name in parts.backbone)
+        return ("srm_al",) if audio else ("srm_vl",)
+    return ("vision2seq", "grm") if parts.value is None else ("critic",)
+
+
+def _check_heads(heads: RewardHeads, options: RewardOptions) -> RewardHeads:
+    if options.pooling not in (None, heads.pooling):
+        raise NamesError(
+            f"the checkpoint {'has' if heads.pooling == 'attn' else 'has no'} attention pooling, "
+            f"and {options.pooling!r} was asked for.",
+            hint=f"Pass --pooling_method {heads.pooling}.",
+        )
+    if options.scaled not in (None, heads.scaled):
+        verb = "Pass" if heads.scaled else "Leave out"
+        raise NamesError(
+            f"the checkpoint has {'a' if heads.scaled else 'no'} logit scale.",
+            hint=f"{verb} --scale_for_train.",
+        )
+    types = heads.types if options.types is None else options.types
+    if sorted(types) != sorted(heads.types):
+        raise NamesError(
+            f"the checkpoint's heads are {', '.join(heads.types)}, asked for were "
+            f"{', '.join(types)}.",
+            hint=f"Pass --heads_types {' '.join(heads.types)}.",
+        )
+    return RewardHeads(heads.tensors, tuple(types), heads.pooling, heads.scaled, heads.width)
+
+
+def lightrft_state(parts: Parts) -> dict[str, Entry]:
+    """The state dict that LightRFT loads strictly: backbone and heads by the names of training."""
+    heads = {} if parts.rewards is None else parts.rewards.tensors
+    return {**{unwrap(n): e.renamed(unwrap(n)) for n, e in parts.backbone.items()}, **heads}
+
+
+def reward_config(
+    heads: RewardHeads, probing_layer: int, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of `reward_config.json`. `config` is the base's, to check the layer against.
+
+    Raises `NamesError` for a probing layer that the backbone does not have, or a width that is
+    not the backbone's.
+    """
+    layers = _stated(config, "num_hidden_layers")
+    if layers is not None and not -layers <= probing_layer <= layers:
+        raise NamesError(
+            f"the backbone has {layers} layers, probing layer {probing_layer} was asked for.",
+            hint=f"Pass --probing_layer between {-layers} and {layers}.",
+        )
+    width = _stated(config, "hidden_size")
+    if width not in (None, heads.width):
+        raise NamesError(
+            f"the heads are {heads.width} wide, the base model {width}.",
+            hint="Is it the base that the training started from?",
+        )
+    return {
+        "head_types": list(heads.types),
+        "pooling_method": heads.pooling,
+        "num_heads": POOLING_HEADS,
+        "probing_layer": probing_layer,
+        "scale_for_train": heads.scaled,
+        "hidden_size": heads.width,
+    }
+
+
+def _stated(config: Mapping[str, Any], key: str) -> int | None:
+    """A number of the language model's config: the inner config counts before the top level."""
+    for level in reversed(levels(config)):
+        if isinstance(level.get(key), int):
+            return int(level[key])
+    return None
+
+
+def classifier_patches(architectures: Sequence[str]) -> dict[str, object] | None:
+    """Config changes that make a causal model a `...ForSequenceClassification` of one label.
+
+    None where the base is no causal language model: its critic keeps the base's class, with the
+    value head in a file beside it.
+    """
+    stems = [name.removesuffix("ForCausalLM") for name in architectures]
+    if not stems or stems[0] == architectures[0]:
+        return None
+    return {
+        "architectures": [f"{stems[0]}ForSequenceClassification"],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+    }

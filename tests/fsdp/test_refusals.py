@@ -1,0 +1,375 @@
+"""What is missing, damaged, mixed or made to mislead is said plainly, and nothing is written."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
+import reshard
+from reshard.errors import (
+    FormatError,
+    IncompleteError,
+    NotFoundError,
+    ReshardError,
+    UnsupportedError,
+    WriteError,
+)
+from tests.fsdp.conftest import Oracle
+
+TENSOR = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folder(oracle: Oracle, tmp_path: Path) -> Path:
+    """A good checkpoint of two ranks, to be spoilt."""
+    return oracle.copy("fsdp2-w2", tmp_path)
+
+
+def edit(folder: Path, change: Callable[[Any], None]) -> None:
+    """Change a checkpoint's metadata as torch's own classes have it."""
+    metadata: Metadata = dcp.FileSystemReader(folder).read_metadata()
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def refused(
+    folder: Path, kind: type[ReshardError], words: str | None, hint: bool = True
+) -> ReshardError:
+    """Opening the folder raises `kind` with `words`; so does converting, which writes nothing."""
+    with pytest.raises(kind, match=words) as caught:
+        reshard.open(folder)
+    assert caught.value.path is not None
+    assert caught.value.hint or not hint
+    target = folder.parent / "out"
+    with pytest.raises(kind, match=words):
+        reshard.convert(folder, target)
+    assert not target.exists()
+    assert not list(folder.parent.glob(".out*"))
+    return caught.value
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", NotFoundError, "there is no such file or folder", hint=False)
+
+
+def test_not_a_checkpoint_says_what_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    refused(folder, NotFoundError, r"no checkpoint was recognised here; it holds notes\.txt")
+
+
+@pytest.mark.parametrize("temporary", [".metadata.tmp", None])
+def test_unfinished_save(folder: Path, temporary: str | None) -> None:
+    (folder / ".metadata").unlink()
+    if temporary:
+        (folder / temporary).touch()
+    words = r"no \.metadata, which is written last.*the save did not finish"
+    error = refused(folder, IncompleteError, words)
+    assert (".metadata.tmp was begun" in str(error)) == bool(temporary)
+
+
+def test_empty_metadata(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(b"")
+    refused(folder, IncompleteError, "the file is empty")
+
+
+def test_cut_off_metadata(folder: Path) -> None:
+    data = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(data[: len(data) // 2])
+    refused(folder, IncompleteError, "breaks off")
+
+
+def test_metadata_of_something_else(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
+    refused(folder, FormatError, "it has a dict where a Metadata belongs")
+
+
+def test_metadata_that_would_run_code(folder: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    edit(folder, lambda metadata: metadata.planner_data.update(x=Evil()))
+    reshard.open(folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    refused(folder, FormatError, "where a Metadata belongs")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_file(folder: Path) -> None:
+    (folder / "__1_0.distcp").unlink()
+    error = refused(folder, IncompleteError, "metadata names it, and it is not there")
+    assert str(error.path).endswith("__1_0.distcp")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 700, 0.5, 0.999])
+def test_short_file(folder: Path, kept: float) -> None:
+    file = folder / "__1_0.distcp"
+    size = file.stat().st_size
+    os.truncate(file, int(size * kept) if isinstance(kept, float) else kept)
+    error = refused(folder, IncompleteError, None)
+    assert error.tensor
+    assert str(error.path) == str(file)
+
+
+def test_flipped_bits_are_found_while_converting(folder: Path) -> None:
+    entry = reshard.open(folder).tensors[TENSOR].entry
+    extent = entry.fragments[0].extent
+    data = bytearray(Path(extent.file.path).read_bytes())
+    data[extent.offset] ^= 1
+    Path(extent.file.path).write_bytes(data)
+    with pytest.raises(FormatError, match="CRC"):
+        reshard.convert(folder, folder.parent / "out")
+    assert not (folder.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../other/__0_0.distcp", "not a plain file name"),
+        ("/etc/hostname", "not a plain file name"),
+        ("..", "not a plain file name"),
+        ("", "not a plain file name"),
+        ("a\0b", "not a plain file name"),
+        ("link.distcp", "a link that leaves the folder"),
+        ("pipe.distcp", "not a regular file"),
+    ],
+)
+def test_metadata_that_points_elsewhere(folder: Path, name: str, words: str) -> None:
+    (folder / "link.distcp").symlink_to("/etc/hostname")
+    os.mkfifo(folder / "pipe.distcp")
+    other = folder.parent / "other"
+    other.mkdir()
+    shutil.copy(folder / "__0_0.distcp", other)
+
+    def change(metadata: Metadata) -> None:
+        for info in metadata.storage_data.values():
+            info.relative_path = name
+
+    edit(folder, change)
+    refused(folder, FormatError, words, hint=name != "pipe.distcp")
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "kind"),
+    [
+        (1 << 40, 100, IncompleteError),
+        (0, 1 << 40, IncompleteError),
+        (-1, 100, FormatError),
+        (1 << 70, 100, FormatError),
+        (64, 2000, ReshardError),
+        (0, 10, ReshardError),
+    ],
+)
+def test_metadata_that_points_outside_a_file(
+    folder: Path, offset: int, length: int, kind: type[ReshardError]
+) -> None:
+    def change(metadata: Metadata) -> None:
+        metadata.storage_data[MetadataIndex(TENSOR, [0, 0])].offset = offset
+        metadata.storage_data[MetadataIndex(TENSOR, [0, 0])].length = length
+
+    edit(folder, change)
+    error = refused(folder, kind, None, hint=False)
+    assert error.tensor == TENSOR
+
+
+def test_items_exchanged(folder: Path) -> None:
+    def change(metadata: Metadata) -> None:
+        other = MetadataIndex("model.norm.weight", [0])
+        metadata.storage_data[MetadataIndex(TENSOR, [0, 0])] = metadata.storage_data[other]
+
+    edit(folder, change)
+    words = r"its item is float32 \[6\]; the metadata says float32 \[11, 12\]"
+    assert refused(folder, FormatError, words).tensor == TENSOR
+
+
+def test_another_dtype(folder: Path) -> None:
+    def change(metadata: Metadata) -> None:
+        metadata.state_dict_metadata[TENSOR].properties.dtype = torch.int32
+
+    edit(folder, change)
+    words = r"its item is float32 \[11, 12\]; the metadata says int32"
+    assert refused(folder, FormatError, words).tensor == TENSOR
+
+
+def test_unknown_dtype(folder: Path) -> None:
+    def change(metadata: Metadata) -> None:
+        metadata.state_dict_metadata[TENSOR].properties.dtype = torch.complex128
+
+    edit(folder, change)
+    words = "dtype 'torch.complex128' is not handled"
+    assert refused(folder, UnsupportedError, words, hint=False).tensor == TENSOR
+
+
+def test_item_that_is_no_tensor(folder: Path) -> None:
+    stream = io.BytesIO()
+    torch.save({"a": 1}, stream)
+    (folder / "__9_0.distcp").write_bytes(stream.getvalue())
+
+    def change(metadata: Metadata) -> None:
+        info = metadata.storage_data[MetadataIndex(TENSOR, [0, 0])]
+        info.relative_path, info.offset = "__9_0.distcp", 0
+        info.length = len(stream.getvalue())
+
+    edit(folder, change)
+    refused(folder, FormatError, "its item holds no plain tensor")
+
+
+def _chunks(metadata: Metadata) -> list[Any]:
+    chunks: list[Any] = metadata.state_dict_metadata[TENSOR].chunks
+    return chunks
+
+
+def test_hole(folder: Path) -> None:
+    edit(folder, lambda metadata: _chunks(metadata).pop())
+    words = "132 of its 264 elements are in the checkpoint"
+    assert refused(folder, IncompleteError, words).tensor == TENSOR
+
+
+def test_chunk_without_a_place(folder: Path) -> None:
+    edit(folder, lambda metadata: metadata.storage_data.pop(MetadataIndex(TENSOR, [11, 0])))
+    words = r"does not say where its chunk at \(11, 0\) lies"
+    assert refused(folder, IncompleteError, words).tensor == TENSOR
+
+
+def test_overlap(folder: Path) -> None:
+    def change(metadata: Metadata) -> None:
+        chunk = _chunks(metadata)[1]
+        old = metadata.storage_data.pop(MetadataIndex(TENSOR, [11, 0]))
+        chunk.offsets = torch.Size([10, 0])
+        metadata.storage_data[MetadataIndex(TENSOR, [10, 0])] = old
+
+    edit(folder, change)
+    words = r"two parts hold the same elements: \[0:11, 0:12\] and \[10:21, 0:12\]"
+    assert refused(folder, FormatError, words, hint=False).tensor == TENSOR
+
+
+def test_chunk_outside_the_tensor(folder: Path) -> None:
+    def change(metadata: Metadata) -> None:
+        metadata.state_dict_metadata[TENSOR].size = torch.Size([21, 12])
+
+    edit(folder, change)
+    assert refused(folder, FormatError, "does not lie inside", hint=False).tensor == TENSOR
+
+
+def test_chunk_of_another_rank(folder: Path) -> None:
+    def change(metadata: Metadata) -> None:
+        metadata.state_dict_metadata[TENSOR].size = torch.Size([264])
+
+    edit(folder, change)
+    assert refused(folder, FormatError, "is not of shape", hint=False).tensor == TENSOR
+
+
+def test_unknown_transform(oracle: Oracle, tmp_path: Path) -> None:
+    folder = oracle.copy("zstd", tmp_path)
+
+    def change(metadata: Metadata) -> None:
+        for info in metadata.storage_data.values():
+            info.transform_descriptors = ["stream.secret@corp/2"]
+
+    edit(folder, change)
+    refused(folder, UnsupportedError, "it went through stream.secret@corp/2")
+
+
+def test_damaged_zstd_frame(oracle: Oracle, tmp_path: Path) -> None:
+    folder = oracle.copy("zstd", tmp_path)
+    data = bytearray((folder / "__1_0.distcp").read_bytes())
+    data[2000:2600] = bytes(600)
+    (folder / "__1_0.distcp").write_bytes(data)
+    refused(folder, FormatError, "zstd", hint=False)
+
+
+def test_without_zstandard(oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    folder = oracle.copy("zstd", tmp_path)
+    error = refused(folder, UnsupportedError, "compressed with zstd")
+    assert "reshard[zstd]" in str(error.hint)
+
+
+def test_writers_without_collectives(oracle: Oracle, tmp_path: Path) -> None:
+    folder = oracle.copy("no-collectives", tmp_path)
+    (folder / "__0.metadata").unlink()
+    refused(folder, IncompleteError, r"up to rank 1, and __0\.metadata is missing")
+
+
+def test_last_writer_without_collectives_is_missed(oracle: Oracle, tmp_path: Path) -> None:
+    folder = oracle.copy("no-collectives", tmp_path)
+    (folder / "__1.metadata").unlink()
+    refused(folder, IncompleteError, "elements are in the checkpoint")
+
+
+def test_writers_of_different_saves(oracle: Oracle, tmp_path: Path) -> None:
+    folder = oracle.copy("no-collectives", tmp_path)
+    metadata: Metadata = dcp.FileSystemReader(folder).read_metadata(rank=1)
+    metadata.state_dict_metadata["long"].size = torch.Size([264, 3])
+    (folder / "__1.metadata").write_bytes(pickle.dumps(metadata))
+    refused(folder, FormatError, r"the ranks disagree.*\(263, 3\).*\(264, 3\)")
+
+
+def test_replicas_that_differ(oracle: Oracle, tmp_path: Path) -> None:
+    folder = oracle.copy("no-collectives", tmp_path)
+    reader = dcp.FileSystemReader(folder)
+    info = reader.read_metadata(rank=1).storage_data[MetadataIndex("positions", [0])]
+    stream = io.BytesIO()
+    torch.save(torch.arange(11) + 1, stream)
+    assert len(stream.getvalue()) == info.length
+    data = bytearray((folder / info.relative_path).read_bytes())
+    data[info.offset : info.offset + info.length] = stream.getvalue()
+    (folder / info.relative_path).write_bytes(data)
+    words = "2 ranks saved it, each for itself, and their values differ"
+    assert refused(folder, FormatError, words).tensor == "positions"
+
+
+def test_two_saves_in_one_folder(oracle: Oracle, tmp_path: Path) -> None:
+    folder = oracle.copy("no-collectives", tmp_path)
+    shutil.copy(folder / "__0.metadata", folder / ".metadata")
+    refused(folder, FormatError, r"both \.metadata and __0\.metadata")
+
+
+@pytest.mark.parametrize("number", ["00001", "00002"])
+def test_missing_shard_of_the_hugging_face_writer(
+    oracle: Oracle, tmp_path: Path, number: str
+) -> None:
+    folder = oracle.copy("hf-sharded", tmp_path)
+    name = f"shard-{number}-model-00002-of-00002.safetensors"
+    (folder / name).unlink()
+    refused(folder, IncompleteError, f"{name} is missing")
+
+
+def test_shards_of_different_saves(oracle: Oracle, tmp_path: Path) -> None:
+    folder = oracle.copy("hf-sharded", tmp_path)
+    old = folder / "shard-00002-model-00002-of-00002.safetensors"
+    old.rename(folder / "shard-00002-model-00002-of-00003.safetensors")
+    refused(folder, FormatError, "the model has 2 and 3 files")
+
+
+def test_short_shard(oracle: Oracle, tmp_path: Path) -> None:
+    folder = oracle.copy("hf-sharded", tmp_path)
+    file = folder / "shard-00002-model-00001-of-00002.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    refused(folder, IncompleteError, "its header describes")
+
+
+def test_output_that_exists(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(WriteError, match="exists"):
+        reshard.convert(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "mine").exists()
+
+
+def test_nothing_to_convert(tmp_path: Path) -> None:
+    folder = tmp_path / "none"
+    dcp.save({"step": 5}, checkpoint_id=folder, no_dist=True)
+    refused(folder, NotFoundError, "it holds no tensor")

@@ -1,0 +1,199 @@
+"""The commands that users type: fsdp2hf and hf2fsdp, on models that transformers then loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch.distributed import checkpoint as dcp
+
+from tests.fsdp.conftest import Oracle
+from tests.fsdp.oracle import models
+
+_SCRIPTS = Path(__file__).parents[2] / "lightrft" / "utils" / "ckpt_scripts"
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script the way its users do, from another folder."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(_SCRIPTS / f"{script}.py"), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose names and shapes are those of the oracle's decoder."""
+    config = transformers.Qwen2Config(
+        vocab_size=models.VOCAB,
+        hidden_size=models.HIDDEN,
+        intermediate_size=models.FFN,
+        num_hidden_layers=models.LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
+    folder = tmp_path_factory.mktemp("base")
+    transformers.Qwen2ForCausalLM(config).bfloat16().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"a": 1}\n', encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lightrft", "accelerate", "titan", "hf-sharded"])
+def test_fsdp2hf_of_a_language_model(
+    oracle: Oracle, qwen2: Path, tmp_path: Path, name: str
+) -> None:
+    made = oracle[name]
+    done = run(
+        "fsdp2hf", "--hf_base", qwen2, "--checkpoint_dir", made.checkpoint,
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert isinstance(loaded, transformers.Qwen2ForCausalLM)
+    truth = load_file(made.truth)
+    state = loaded.state_dict()
+    assert state.keys() == truth.keys()
+    for key, value in truth.items():
+        # The checkpoint may be float32; the base is bfloat16, and so is the output.
+        assert torch.equal(state[key], value.bfloat16()), key
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b'{"a": 1}\n'
+
+
+def _vision_language() -> Any:
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def test_fsdp2hf_of_a_vision_language_model(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    base = _vision_language()
+    base.save_pretrained(tmp_path / "base")
+    trained = _vision_language()
+    dcp.save(trained.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    done = run(
+        "fsdp2hf", "--hf_base", tmp_path / "base", "--checkpoint_dir", tmp_path / "dcp",
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert type(loaded) is type(trained)
+    for key, value in trained.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == names
+
+
+def test_tied_weights_are_stored_as_the_base_stores_them(
+    oracle: Oracle, qwen2: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    config = transformers.Qwen2Config.from_pretrained(qwen2)
+    config.tie_word_embeddings = True
+    transformers.Qwen2ForCausalLM(config).save_pretrained(base)
+    done = run(
+        "fsdp2hf", "--hf_base", base, "--checkpoint_dir", oracle["tied"].checkpoint,
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in written
+    assert written.keys() == load_file(base / "model.safetensors").keys()
+    embedding = load_file(oracle["tied"].truth)["model.embed_tokens.weight"]
+    assert torch.equal(written["model.embed_tokens.weight"], embedding)
+
+
+def test_hf2fsdp_and_back(qwen2: Path, tmp_path: Path) -> None:
+    done = run("hf2fsdp", "--hf_checkpoint", qwen2, "--output", tmp_path / "dcp")
+    assert done.returncode == 0, done.stderr
+    wanted = load_file(qwen2 / "model.safetensors")
+    state = {name: torch.empty_like(value) for name, value in wanted.items()}
+    dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    for name, value in wanted.items():
+        assert torch.equal(state[name], value), name
+    done = run(
+        "fsdp2hf", "--hf_base", qwen2, "--checkpoint_dir", tmp_path / "dcp",
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        qwen2 / "model.safetensors"
+    ).read_bytes()
+
+
+def test_hf2fsdp_needs_no_torch(qwen2: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules.update(torch=None, safetensors=None, transformers=None)\n"
+        "from reshard.scripts.hf2fsdp import main\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = ["--hf_checkpoint", str(qwen2), "--output", str(tmp_path / "dcp")]
+    subprocess.run([sys.executable, "-c", code, *arguments], env=environment, check=True)
+    assert (tmp_path / "dcp" / ".metadata").is_file()
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "case", "words"),
+    [
+        ("fsdp2hf", "--checkpoint_dir", "verl", "rank files of verl"),
+        ("fsdp2hf", "--checkpoint_dir", "hf-full", "Convert it with hf2fsdp."),
+        ("hf2fsdp", "--hf_checkpoint", "fsdp2-w2", "Convert it with fsdp2hf."),
+    ],
+)
+def test_the_wrong_command_names_the_right_one(
+    oracle: Oracle, qwen2: Path, tmp_path: Path, script: str, flag: str, case: str, words: str
+) -> None:
+    out = (
+        ["--output_dir", tmp_path / "out", "--hf_base", qwen2]
+        if script == "fsdp2hf"
+        else ["--output", tmp_path / "out"]
+    )
+    done = run(script, flag, oracle[case].checkpoint, *out)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_hf2fsdp_with_nothing_to_convert(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}), encoding="utf-8")
+    done = run("hf2fsdp", "--hf_checkpoint", tmp_path, "--output", tmp_path / "out")
+    assert done.returncode == 1
+    assert "no checkpoint was recognised here" in done.stderr
+    assert not (tmp_path / "out").exists()

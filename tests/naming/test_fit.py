@@ -1,0 +1,282 @@
+"""The fit's exceptions and refusals: ties, vocabularies, constants, what is missing or extra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reshard.errors import NamesError
+from reshard.naming import Fit, FitOptions, Resize, fit
+from reshard.naming.families import WRAPPERS
+from reshard.tensors import Entry, Shape
+from tests.naming import tables
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+TIED: dict[str, Shape] = {EMBEDDING: (6, 2), NORM: (2,)}
+UNTIED: dict[str, Shape] = {**TIED, HEAD: (6, 2)}
+
+
+def run(
+    source: Mapping[str, Entry | Shape],
+    base: Mapping[str, Shape],
+    config: dict[str, Any] | None = None,
+    same: bool = True,
+    **options: Any,
+) -> Fit:
+    """The fit of a source on a base; two tensors that are compared have the same values or not."""
+    entries = {
+        name: item if isinstance(item, Entry) else tables.entry(name, item)
+        for name, item in source.items()
+    }
+    return fit(
+        entries,
+        tables.schema(base, config),
+        options=FitOptions(**options),
+        equal=lambda one, other: same,
+    )
+
+
+# --- heads -------------------------------------------------------------------------------------
+
+
+def test_a_head_equal_to_the_embedding_is_left_out_as_the_base_does() -> None:
+    found = run(UNTIED, TIED, {"tie_word_embeddings": True})
+    assert found.entries.keys() == TIED.keys()
+    assert found.tied == {HEAD: EMBEDDING}
+    assert found.config_patches == {}
+
+
+def test_a_head_that_differs_is_written_and_the_config_says_so() -> None:
+    config = {"tie_word_embeddings": True, "text_config": {"model_type": "llama"}}
+    found = run(UNTIED, TIED, config, same=False)
+    assert tables.origin(found.entries[HEAD]) == HEAD
+    assert tables.origin(found.entries[EMBEDDING]) == EMBEDDING
+    assert found.tied == {}
+    assert found.config_patches == {
+        "tie_word_embeddings": False,
+        "text_config.tie_word_embeddings": False,
+    }
+    assert HEAD in found.warnings[0]
+
+
+def test_a_head_that_the_base_stores_is_stored() -> None:
+    found = run(UNTIED, UNTIED, {"tie_word_embeddings": False})
+    assert tables.origin(found.entries[HEAD]) == HEAD
+    assert found.tied == {}
+
+
+def test_a_config_that_contradicts_the_weights_is_corrected() -> None:
+    """InternVL's default config says tied; a converter that builds the model writes the head
+    into the embedding."""
+    shapes = tables.table("4.57", "internvl").disk_shapes()
+    config = {**tables.table("4.57", "internvl").config, "tie_word_embeddings": True}
+    memory = tables.table("5.23", "internvl").memory
+    found = run(dict(memory), shapes, config, same=False)
+    assert tables.origin(found.entries["language_model.lm_head.weight"]) == "lm_head.weight"
+    embedding = found.entries["language_model.model.embed_tokens.weight"]
+    assert tables.origin(embedding) == "model.language_model.embed_tokens.weight"
+    assert found.config_patches["tie_word_embeddings"] is False
+    assert found.config_patches["text_config.tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("stored", [EMBEDDING, HEAD])
+def test_one_tensor_with_two_names_is_stored_as_the_base_stores_it(stored: str) -> None:
+    (other,) = {EMBEDDING, HEAD} - {stored}
+    source = {
+        stored: tables.entry(stored, (6, 2), aliases=(other,)),
+        NORM: tables.entry(NORM, (2,)),
+    }
+    once = run(source, TIED, same=False)
+    assert tables.origin(once.entries[EMBEDDING]) == stored
+    assert once.tied == {HEAD: EMBEDDING}
+    assert once.entries[EMBEDDING].aliases == ()
+    twice = run(source, UNTIED, same=False)
+    assert tables.origin(twice.entries[HEAD]) == tables.origin(twice.entries[EMBEDDING]) == stored
+
+
+def test_a_stored_head_comes_from_the_embedding_where_the_config_ties_them() -> None:
+    found = run(TIED, UNTIED, {"tie_word_embeddings": True})
+    assert tables.origin(found.entries[HEAD]) == EMBEDDING
+    with pytest.raises(NamesError) as caught:
+        run(TIED, UNTIED, {"tie_word_embeddings": False})
+    assert caught.value.missing == (HEAD,)
+
+
+def test_a_tie_that_nobody_compared_is_listed() -> None:
+    found = fit(tables.entries(UNTIED), tables.schema(TIED))
+    assert found.undecided == ((HEAD, EMBEDDING),)
+    assert found.entries.keys() == TIED.keys()
+
+
+def test_a_class_without_a_head() -> None:
+    found = run(TIED, UNTIED, {"tie_word_embeddings": False}, headless=True)
+    assert found.left_out == (HEAD,)
+    assert found.entries.keys() == TIED.keys()
+
+
+# --- vocabularies ------------------------------------------------------------------------------
+
+
+def test_a_resized_vocabulary_is_written_into_the_config() -> None:
+    source = {**UNTIED, EMBEDDING: (9, 2), HEAD: (9, 2)}
+    found = run(source, UNTIED, {"vocab_size": 6, "text_config": {"vocab_size": 6}})
+    assert {(item.name, item.base_rows, item.rows) for item in found.resized} == {
+        (EMBEDDING, 6, 9),
+        (HEAD, 6, 9),
+    }
+    assert found.entries[HEAD].spec.shape == (9, 2)
+    assert found.config_patches == {"vocab_size": 9, "text_config.vocab_size": 9}
+    inner = run(source, UNTIED, {"text_config": {"vocab_size": 6}})
+    assert inner.config_patches == {"text_config.vocab_size": 9}
+
+
+def test_a_resized_embedding_resizes_the_head_that_is_copied_from_it() -> None:
+    found = run({**TIED, EMBEDDING: (9, 2)}, UNTIED, {"tie_word_embeddings": True})
+    assert Resize(HEAD, 6, 9) in found.resized
+    assert found.entries[HEAD].spec.shape == (9, 2)
+
+
+def test_head_and_embedding_of_two_sizes_are_no_resized_vocabulary() -> None:
+    with pytest.raises(NamesError, match=r"\(9, 2\) in the checkpoint, \(6, 2\) in the base"):
+        run({**UNTIED, EMBEDDING: (9, 2)}, UNTIED)
+
+
+# --- what is missing, left over, or of another shape -------------------------------------------
+
+
+def test_both_lists_and_the_nearest_names() -> None:
+    base = {f"model.layers.{n}.mlp.up_proj.weight": (4, 2) for n in range(30)}
+    source = {name.replace("up_proj", "up_projection"): shape for name, shape in base.items()}
+    with pytest.raises(NamesError) as caught:
+        run({**source, NORM: (2,)}, {**base, NORM: (2,)})
+    error = caught.value
+    assert error.missing == tuple(base)
+    assert error.unexpected == tuple(source)
+    text = str(error)
+    assert "1 of the base's 31 tensors match" in text
+    assert "30 of the base are not in the checkpoint" in text
+    assert "30 of the checkpoint are not in the base" in text
+    first = "model.layers.0.mlp.up_proj.weight (nearest: model.layers.0.mlp.up_projection.weight)"
+    assert first in text
+    assert text.count("nearest") == 20
+    assert "and 20 more" in text
+
+
+def test_a_shape_that_differs_is_shown_with_both() -> None:
+    with pytest.raises(NamesError, match=r"norm.weight: \(3,\) in the checkpoint, \(2,\) in the"):
+        run({**TIED, NORM: (3,)}, TIED)
+
+
+def test_a_wrong_prefix_never_ends_in_the_base_alone() -> None:
+    """`load_state_dict(strict=False)` exports the base's weights as the trained ones here."""
+    source = {f"somewhere.{name}": shape for name, shape in TIED.items()}
+    source["other.weight"] = (2, 2)
+    with pytest.raises(NamesError) as caught:
+        run(source, TIED, fill_from_base=True)
+    assert set(caught.value.unexpected) == set(source)
+
+
+def test_filled_from_the_base() -> None:
+    with pytest.raises(NamesError, match="--fill-from-base") as caught:
+        run({NORM: (2,)}, UNTIED)
+    assert set(caught.value.missing) == {EMBEDDING, HEAD}
+    found = run({NORM: (2,)}, UNTIED, fill_from_base=True)
+    assert set(found.filled) == {EMBEDDING, HEAD}
+    assert found.entries.keys() == {NORM}
+
+
+def test_allowed_names() -> None:
+    source = {**TIED, "extra.head.weight": (5,)}
+    base = {**TIED, "model.vision.weight": (7,)}
+    found = run(source, base, allow=("extra.**", "model.vision.*"))
+    assert found.dropped == ("extra.head.weight",)
+    assert found.left_out == ("model.vision.weight",)
+
+
+def test_constants_come_and_go() -> None:
+    constant = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert run({**TIED, constant: (4,)}, TIED).dropped == (constant,)
+    assert run(TIED, {**TIED, constant: (4,)}).filled == (constant,)
+
+
+def test_some_experts_of_a_stack() -> None:
+    base = tables.table("5.23", "mixtral")
+    stacked = base.memory
+    source = tables.table("4.57", "mixtral").disk_shapes()
+    del source["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
+    with pytest.raises(NamesError, match="holds a part of it only") as caught:
+        run(dict(source), stacked, base.config, fill_from_base=True)
+    assert caught.value.missing == ("model.layers.1.mlp.experts.down_proj",)
+
+
+# --- prefixes and wrappers ---------------------------------------------------------------------
+
+
+def test_a_named_part_of_a_larger_checkpoint() -> None:
+    source = {
+        f"{part}.{name}": shape for part in ("actor", "critic") for name, shape in TIED.items()
+    }
+    with pytest.raises(NamesError):
+        run(source, TIED)
+    found = run(source, TIED, prefix="actor.")
+    assert found.prefix == "actor."
+    assert tables.origin(found.entries[NORM]) == f"actor.{NORM}"
+    with pytest.raises(NamesError, match="none of the checkpoint's 4 tensors has the prefix"):
+        run(source, TIED, prefix="ref.")
+
+
+def test_nothing_to_fit() -> None:
+    with pytest.raises(NamesError, match="holds no tensor"):
+        run({}, TIED)
+
+
+def test_two_tensors_that_wrappers_alone_tell_apart() -> None:
+    with pytest.raises(NamesError, match=r"'module.model.norm.weight' and 'model.norm.weight'"):
+        run({f"module.{NORM}": (2,), NORM: (2,)}, TIED)
+
+
+@given(
+    st.lists(st.sampled_from(sorted(WRAPPERS)), max_size=3),
+    st.sampled_from(["", "model.", "actor.", "model.base_model.model.", "some.where.deep."]),
+    st.integers(0, 3),
+)
+def test_wrappers_and_prefixes_do_not_matter(wrappers: list[str], prefix: str, at: int) -> None:
+    def dress(name: str) -> str:
+        parts = (prefix + name).split(".")
+        place = min(at, len(parts) - 1)
+        return ".".join(parts[:place] + wrappers + parts[place:])
+
+    base = tables.table("4.57", "qwen3").disk_shapes()
+    found = run({dress(name): shape for name, shape in base.items()}, base)
+    assert {name: tables.origin(entry) for name, entry in found.entries.items()} == {
+        name: dress(name) for name in base
+    }
+
+
+# --- experts -----------------------------------------------------------------------------------
+
+
+def test_transposed_experts_are_turned_to_the_orientation_of_the_base() -> None:
+    """transformers 5 saves Qwen3-VL-MoE with the names of the release and turned experts."""
+    released = tables.table("4.57", "qwen3_vl_moe").schema()
+    late = tables.table("5.23", "qwen3_vl_moe").memory
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    assert late[name] == released.specs[name].shape[:1] + released.specs[name].shape[:0:-1]
+    content = tables.files(tables.random_arrays({name: late[name]}))
+    found = run(dict(late), {n: s.shape for n, s in released.specs.items()}, dict(released.config))
+    array = np.frombuffer(content[name], np.float32).reshape(late[name])
+    np.testing.assert_array_equal(tables.values(found.entries[name], content), array.swapaxes(1, 2))
+    assert any("exchanged" in rule for rule in found.rules)
+
+
+def test_stacks_go_through_whole_where_the_base_stacks_too() -> None:
+    stacked = tables.table("5.23", "qwen3_moe")
+    found = run(dict(stacked.memory), dict(stacked.memory), stacked.config)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert tables.origin(found.entries[name]) == name

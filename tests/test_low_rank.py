@@ -1,0 +1,103 @@
+"""A low-rank update, merged block by block, against numpy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reshard import rearrange
+from reshard.dtypes import BFLOAT16, FLOAT32
+from reshard.storage import Sources
+from reshard.tensors import (
+    Box,
+    Entry,
+    Extent,
+    FileRef,
+    Fragment,
+    LowRank,
+    Made,
+    TensorSpec,
+    blocks,
+    whole,
+)
+from reshard.transfer.checksums import Ledger
+from reshard.transfer.fill import Reader, fill
+
+Array = np.ndarray[Any, Any]
+
+
+def stored(folder: Path, name: str, array: Array) -> Entry:
+    path = folder / name
+    path.write_bytes(array.tobytes())
+    spec = TensorSpec(name, FLOAT32, array.shape)
+    fragment = Fragment(whole(array.shape), Extent(FileRef(str(path)), 0, array.nbytes), FLOAT32)
+    return Entry(spec, (fragment,))
+
+
+def evaluate(source: Made, dtype: np.dtype[Any], limit: int) -> Array:
+    shape = source.spec.shape
+    out = np.empty(source.spec.numel, dtype)
+    start = 0
+    with Sources() as sources:
+        reader = Reader(sources, Ledger(()), memoryview(bytearray(1 << 16)))
+        for box in blocks(shape, limit):
+            fill(source, box, out[start : start + box.numel], reader)
+            start += box.numel
+    return out.reshape(shape)
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> tuple[LowRank, Array]:
+    random = np.random.default_rng(0)
+    base = random.standard_normal((13, 9)).astype(np.float32)
+    up = random.standard_normal((13, 4)).astype(np.float32)
+    down = random.standard_normal((4, 9)).astype(np.float32)
+    update = LowRank(
+        stored(tmp_path, "w", base), stored(tmp_path, "b", up), stored(tmp_path, "a", down), 0.5
+    )
+    exact = base.astype(np.float64) + 0.5 * up.astype(np.float64) @ down.astype(np.float64)
+    return update, exact
+
+
+@pytest.mark.parametrize("limit", [1, 4, 9, 27, 1000])
+def test_blocks_of_any_size_give_the_merged_matrix(case: tuple[LowRank, Array], limit: int) -> None:
+    update, exact = case
+    merged = evaluate(update, np.dtype(np.float32), limit)
+    np.testing.assert_allclose(merged, exact, rtol=1e-6, atol=1e-6)
+    rounded = evaluate(update, BFLOAT16.numpy, limit)
+    np.testing.assert_array_equal(
+        rounded, evaluate(update, np.dtype(np.float32), limit).astype(BFLOAT16.numpy)
+    )
+
+
+def test_an_update_of_nothing_changes_nothing(case: tuple[LowRank, Array]) -> None:
+    update, _ = case
+    base = evaluate(update.base, np.dtype(np.float32), 9)
+    same = evaluate(replace(update, scaling=0.0), np.dtype(np.float32), 9)
+    np.testing.assert_array_equal(same, base)
+
+
+def test_rows_of_an_update(case: tuple[LowRank, Array]) -> None:
+    update, exact = case
+    box = Box((13, 9), (2, 0), (7, 9))
+    rows = evaluate(rearrange.part(update, box), np.dtype(np.float32), 10)
+    np.testing.assert_allclose(rows, exact[2:9], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1, 4, 27, 1000])
+def test_a_magnitude_scales_every_row_to_it(
+    case: tuple[LowRank, Array], tmp_path: Path, limit: int
+) -> None:
+    update, exact = case
+    magnitude = np.arange(1, 14, dtype=np.float32)
+    dora = replace(update, magnitude=stored(tmp_path, "m", magnitude))
+    merged = evaluate(dora, np.dtype(np.float32), limit)
+    wanted = exact / np.linalg.norm(exact, axis=1, keepdims=True) * magnitude[:, None]
+    np.testing.assert_allclose(merged, wanted, rtol=1e-5, atol=1e-6)
+    box = Box((13, 9), (2, 0), (7, 9))
+    rows = evaluate(rearrange.part(dora, box), np.dtype(np.float32), limit)
+    np.testing.assert_allclose(rows, wanted[2:9], rtol=1e-5, atol=1e-6)
