@@ -25,6 +25,7 @@ from reshard.tensors import Box, blocks, flat
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder, write_fully
 from reshard.transfer.fill import Array, Reader, fill
+from reshard.transfer.writeback import Writeback
 
 # Bytes of an output block. 4 MiB of source and target stay in a core's cache; twice as much is no
 # faster, half as much costs 10% in calls.
@@ -129,10 +130,14 @@ class Engine:
         self._counting = threading.Lock()
         self._turn = threading.Condition()
         self._stop = threading.Event()
+        self._writeback = Writeback()
 
     def run(self) -> Outcome:
         """Write every file of the plan into the folder, synced and named."""
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="reshard") as pool:
+        with (
+            self._writeback,
+            ThreadPoolExecutor(self._threads, thread_name_prefix="reshard") as pool,
+        ):
             futures = [pool.submit(self._work) for _ in range(self._threads)]
             try:
                 wait(futures)
@@ -209,6 +214,7 @@ class Engine:
             tensor.changed = differs(slot, task.start, raw, reader)
         start = task.start * slot.spec.dtype.itemsize
         write_fully(tensor.file.fd, raw.data, slot.offset + start)
+        self._writeback.wrote(tensor.file.fd, len(raw))
         with self._turn:
             self._turn.wait_for(lambda: tensor.digest.hashed == task.turn or self._stop.is_set())
             if self._stop.is_set():
