@@ -23,7 +23,7 @@ from reshard.plan import OutputFile, Plan, Slot
 from reshard.storage import Sources
 from reshard.tensors import Box, blocks, flat
 from reshard.transfer.checksums import Ledger
-from reshard.transfer.commit import OutputFolder, write_fully
+from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import Array, Reader, fill
 from reshard.transfer.writeback import Writeback
 
@@ -182,7 +182,7 @@ class Engine:
         for output in self._plan.files:
             file = _File(output, self._folder.create(output.name, output.nbytes), 1)
             for offset, literal in output.literals:
-                write_fully(file.fd, memoryview(literal), offset)
+                self._put(file, memoryview(literal), offset)
             for slot in output.slots:
                 key = (output.part, slot.spec.name)
                 digest = self._digests.setdefault(key, _Digest())
@@ -213,8 +213,7 @@ class Engine:
         if slot.reference is not None and not tensor.changed:
             tensor.changed = differs(slot, task.start, raw, reader)
         start = task.start * slot.spec.dtype.itemsize
-        write_fully(tensor.file.fd, raw.data, slot.offset + start)
-        self._writeback.wrote(tensor.file.fd, len(raw))
+        self._put(tensor.file, raw.data, slot.offset + start)
         with self._turn:
             self._turn.wait_for(lambda: tensor.digest.hashed == task.turn or self._stop.is_set())
             if self._stop.is_set():
@@ -233,7 +232,11 @@ class Engine:
 
     def _write_crc(self, tensor: _Tensor) -> None:
         for offset in tensor.slot.crc_offsets:
-            write_fully(tensor.file.fd, memoryview(tensor.crc.to_bytes(4, "little")), offset)
+            self._put(tensor.file, memoryview(tensor.crc.to_bytes(4, "little")), offset)
+
+    def _put(self, file: _File, data: memoryview, offset: int) -> None:
+        self._folder.put(file.output.name, file.fd, data, offset)
+        self._writeback.wrote(file.fd, len(data))
 
     def _count(self, nbytes: int) -> None:
         with self._counting:

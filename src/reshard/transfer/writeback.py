@@ -11,6 +11,8 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+from reshard.errors import WriteError
+
 # Bytes written between two syncs. Smaller steps keep the disk no busier.
 _STEP = 128 << 20
 
@@ -18,8 +20,8 @@ _STEP = 128 << 20
 class Writeback:
     """Syncs files in the background, one sync at a time. Use as a context manager.
 
-    Errors of the disk are raised by `wrote` or on leaving, as `OSError`: the kernel reports each
-    only once for a file, so the last fsync would not see it again.
+    Errors of the disk are raised by `wrote` or on leaving, as `WriteError`: the kernel reports
+    each only once for a file, so the last fsync would not see it again.
     """
 
     def __init__(self) -> None:
@@ -56,5 +58,7 @@ class Writeback:
 def _sync(fd: int) -> None:
     try:
         os.fsync(fd)
+    except OSError as error:
+        raise WriteError(f"the output cannot be written: {error.strerror or error}.") from None
     finally:
         os.close(fd)
