@@ -105,7 +105,8 @@ def interleaved(shapes: Sequence[Shape], dim: int, widths: Sequence[Sequence[int
         for rank, width in enumerate(each):
             sizes = (*first[:dim], width, *first[dim + 1 :])
             start = _along(len(first), dim, starts[rank][sub])
-            blocks.append(Block(_along(len(first), dim, at), sizes, ((rank, start),)))
+            if width:
+                blocks.append(Block(_along(len(first), dim, at), sizes, ((rank, start),)))
             at += width
     return Sharding((*first[:dim], at, *first[dim + 1 :]), tuple(blocks))
 
