@@ -43,12 +43,12 @@ Progress = Callable[[int, int], None]
 class Outcome:
     """What the engine did.
 
-    `digests` are the xxh3-128 of each tensor's row-major bytes, by name. `records_checked` counts
-    the checksums of the source that were compared. `changed` counts the slots whose values differ
-    from their reference, of `compared`.
+    `digests` are the xxh3-128 of each tensor's row-major bytes, by part and name.
+    `records_checked` counts the checksums of the source that were compared. `changed` counts the
+    slots whose values differ from their reference, of `compared`.
     """
 
-    digests: Mapping[str, str]
+    digests: Mapping[tuple[str, str], str]
     bytes_read: int
     records_checked: int
     compared: int
@@ -123,7 +123,7 @@ class Engine:
         self._total = sum(slot.spec.nbytes for slot in plan.slots())
         self._written = 0
         self._tensors: list[_Tensor] = []
-        self._digests: dict[str, _Digest] = {}
+        self._digests: dict[tuple[str, str], _Digest] = {}
         self._tasks = self._make_tasks()
         self._taking = threading.Lock()
         self._counting = threading.Lock()
@@ -179,7 +179,8 @@ class Engine:
             for offset, literal in output.literals:
                 write_fully(file.fd, memoryview(literal), offset)
             for slot in output.slots:
-                digest = self._digests.setdefault(slot.spec.name, _Digest())
+                key = (output.part, slot.spec.name)
+                digest = self._digests.setdefault(key, _Digest())
                 tensor = _Tensor(slot, file, digest)
                 self._tensors.append(tensor)
                 if not slot.spec.numel:
