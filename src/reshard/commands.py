@@ -141,7 +141,7 @@ def inspect(
     if as_json:
         output.print_json(found)
         return 0 if fits else 1
-    sizes = ("total_bytes", "bytes_to_read")
+    sizes = ("total_bytes", "bytes_to_read", "bytes_on_disk")
     hidden = ("tensors", "notes", "tied", "frozen", "base")
     rows = [
         (name.replace("_", " "), output.size(value) if name in sizes else _shown(value))
