@@ -27,14 +27,15 @@ from reshard.errors import (
 if TYPE_CHECKING:
     from reshard.checkpoint import Checkpoint
     from reshard.checkpoint import open_checkpoint as open
+    from reshard.comparison import Comparison, diff, verify
     from reshard.conversion import convert
     from reshard.inspection import Inspection, inspect
     from reshard.report import Report
     from reshard.verification import Verified
-    from reshard.verification import verify_folder as verify
 
 __all__ = [
     "Checkpoint",
+    "Comparison",
     "FormatError",
     "IncompleteError",
     "Inspection",
@@ -49,6 +50,7 @@ __all__ = [
     "WriteError",
     "__version__",
     "convert",
+    "diff",
     "inspect",
     "open",
     "verify",
@@ -63,7 +65,9 @@ _LAZY = {
     "Inspection": ("reshard.inspection", "Inspection"),
     "inspect": ("reshard.inspection", "inspect"),
     "Verified": ("reshard.verification", "Verified"),
-    "verify": ("reshard.verification", "verify_folder"),
+    "verify": ("reshard.comparison", "verify"),
+    "diff": ("reshard.comparison", "diff"),
+    "Comparison": ("reshard.comparison", "Comparison"),
 }
 
 

@@ -27,6 +27,7 @@ _COMMANDS = {
     "convert": "reshard.commands:convert",
     "inspect": "reshard.commands:inspect",
     "verify": "reshard.commands:verify",
+    "diff": "reshard.commands:diff",
     "try": "reshard.evaluate.command:try_model",
 }
 
