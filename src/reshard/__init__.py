@@ -27,8 +27,9 @@ from reshard.errors import (
 if TYPE_CHECKING:
     from reshard.checkpoint import Checkpoint
     from reshard.checkpoint import open_checkpoint as open
-    from reshard.conversion import Report, convert
+    from reshard.conversion import convert
     from reshard.inspection import Inspection, inspect
+    from reshard.report import Report
     from reshard.verification import Verified
     from reshard.verification import verify_folder as verify
 
@@ -57,7 +58,7 @@ __all__ = [
 _LAZY = {
     "Checkpoint": ("reshard.checkpoint", "Checkpoint"),
     "open": ("reshard.checkpoint", "open_checkpoint"),
-    "Report": ("reshard.conversion", "Report"),
+    "Report": ("reshard.report", "Report"),
     "convert": ("reshard.conversion", "convert"),
     "Inspection": ("reshard.inspection", "Inspection"),
     "inspect": ("reshard.inspection", "inspect"),

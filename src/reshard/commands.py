@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from reshard import output
+from reshard.flags import SeveralValues, option
 from reshard.formats import TARGETS
+from reshard.options import LORA, MODEL_TYPES, NAMES, SRM_FORMATS
 from reshard.targets import CHOICES
 
 _PATH = click.Path(path_type=Path)
@@ -17,7 +19,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; default: `latest`.")
 
 
-@click.command()
+@click.command(cls=SeveralValues)
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
 @click.option("--to", type=click.Choice(list(TARGETS)), default="hf", show_default=True,
@@ -29,9 +31,32 @@ _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; defaul
               help="base: as the base stores each tensor (default with --base); keep: as the "
                    "checkpoint does.")  # fmt: skip
 @click.option("--max-shard-size", help="Default: 5GB; with --to dcp: 1GB.")
+@option("model_type", type=click.Choice(MODEL_TYPES),
+        help="Default: found by the checkpoint's heads.")  # fmt: skip
+@option("pooling_method", type=click.Choice(["attn", "last"]),
+        help="Checked against a scalar reward model's heads.")  # fmt: skip
+@option("heads_types", multiple=True, metavar="NAME...",
+        help="Checked against a scalar reward model's heads; also their order.")  # fmt: skip
+@option("probing_layer", type=int, default=-1, show_default=True,
+        help="The hidden state that a scalar reward model reads; recorded.")  # fmt: skip
+@click.option("--value-head", metavar="NAME", help="A critic's head; default: score.")
+@click.option("--srm-format", type=click.Choice(SRM_FORMATS), default="both", show_default=True,
+              help="A scalar reward model as LightRFT loads it, as backbone and heads, or "
+                   "both.")  # fmt: skip
+@click.option("--lora", type=click.Choice(LORA),
+              help="What becomes of adapters; default with --base: merge.")  # fmt: skip
+@click.option("--lora-alpha", type=float, help="The alpha that adapters were trained with.")
+@click.option("--adapter-config", type=_PATH, help="The run's adapter_config.json.")
+@click.option("--adapter", metavar="NAME", help="Which adapter, where there are several.")
+@click.option("--names", type=click.Choice(NAMES), default="disk", show_default=True,
+              help="memory: as a live module names its tensors, for dcp.load.")  # fmt: skip
+@click.option("--transformers-version", metavar="V",
+              help="Whose live module; default: the installed one.")  # fmt: skip
 @click.option("--exclude-frozen", is_flag=True, help="Leave out frozen parameters.")
 @click.option("--fill-from-base", is_flag=True,
               help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
+@click.option("--allow", multiple=True, metavar="PATTERN...",
+              help="Names that may be missing or left over, e.g. 'visual.*'.")  # fmt: skip
 @click.option("--allow-unchanged", is_flag=True,
               help="Accept a result whose every tensor equals the base's.")  # fmt: skip
 @click.option("--allow-step-mismatch", is_flag=True,
@@ -75,6 +100,8 @@ def show_report(report: Any, *, as_json: bool = False) -> None:
         names = getattr(report, what)
         if names:
             rows.append((what, f"{len(names)}: {', '.join(names[:5])}"))
+    if report.merged:
+        rows.append(("merged", f"{report.merged} low-rank updates"))
     if report.compared:
         rows.append(("changed", f"{report.changed} of {report.compared} differ from the base"))
     if not report.dry_run:
@@ -91,19 +118,31 @@ def _tagged(tag: str | None) -> str:
 @click.argument("src", type=_PATH)
 @_tag
 @_prefix
+@click.option("--base", type=_PATH, help="Also show how the names fit onto this model's.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_json
-def inspect(src: Path, tag: str | None, prefix: str | None, tensors: bool, as_json: bool) -> None:
-    """Show what is in the checkpoint SRC, from its metadata alone."""
+def inspect(
+    src: Path,
+    tag: str | None,
+    prefix: str | None,
+    base: Path | None,
+    tensors: bool,
+    as_json: bool,
+) -> int:
+    """Show what is in the checkpoint SRC, from its metadata alone.
+
+    With --base, exits with 1 where the names do not fit.
+    """
     from reshard.inspection import inspect as run
 
-    inspection = run(src, tag=tag, prefix=prefix)
+    inspection = run(src, tag=tag, prefix=prefix, base=base)
     found = inspection.to_json(tensors=tensors)
+    fits = inspection.fitting is None or inspection.fitting.fits
     if as_json:
         output.print_json(found)
-        return
+        return 0 if fits else 1
     sizes = ("total_bytes", "bytes_to_read")
-    hidden = ("tensors", "notes", "tied", "frozen")
+    hidden = ("tensors", "notes", "tied", "frozen", "base")
     rows = [
         (name.replace("_", " "), output.size(value) if name in sizes else _shown(value))
         for name, value in found.items()
@@ -112,6 +151,9 @@ def inspect(src: Path, tag: str | None, prefix: str | None, tensors: bool, as_js
     for what in ("tied", "frozen"):
         if found[what]:
             rows.append((what, f"{len(found[what])}: {', '.join(list(found[what])[:5])}"))
+    for name, value in found.get("base", {}).items():
+        if value not in (None, [], {}, ""):
+            rows.append((f"base: {name}", _shown(value)))
     output.print_table(rows)
     for note in found["notes"]:
         output.say(f"note: {note}")
@@ -121,6 +163,7 @@ def inspect(src: Path, tag: str | None, prefix: str | None, tensors: bool, as_js
             for t in found["tensors"]
         ]
         output.print_table(listing, header=("name", "dtype", "shape", "size", "kind"))
+    return 0 if fits else 1
 
 
 def _shown(value: object) -> str:

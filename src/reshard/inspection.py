@@ -4,10 +4,39 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.errors import NamesError
+from reshard.storage import Sources
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """How a checkpoint's names fit onto a base's, found without reading a weight.
+
+    `message` is what a conversion would refuse with, empty where the names fit. `undecided` are
+    pairs of tensors whose values decide whether they are one.
+    """
+
+    message: str = ""
+    prefix: str = ""
+    rules: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    undecided: tuple[tuple[str, str], ...] = ()
+    resized: tuple[str, ...] = ()
+    config_patches: Mapping[str, object] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
+    merged: int = 0
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return not self.message
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +54,7 @@ class Inspection:
     bytes_to_read: int
     dtypes: dict[str, int]
     kinds: dict[str, int]
+    fitting: Fitting | None = None
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
         """The summary as JSON values, as `inspect --json` prints it."""
@@ -51,6 +81,8 @@ class Inspection:
             "notes": list(catalog.notes),
             **catalog.origin.details,
         }
+        if self.fitting is not None:
+            result["base"] = {"fits": self.fitting.fits, **asdict(self.fitting)}
         if tensors:
             result["tensors"] = [
                 {
@@ -66,9 +98,17 @@ class Inspection:
 
 
 def inspect(
-    path: str | os.PathLike[str], *, tag: str | None = None, prefix: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    prefix: str | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> Inspection:
-    """Summarise the checkpoint at `path`; no weights are read. Options as `open_checkpoint` has."""
+    """Summarise the checkpoint at `path`; no weights are read.
+
+    `tag` and `prefix` are those of `open_checkpoint`. With `base`, a Hugging Face model folder,
+    the summary says how the checkpoint's names fit onto the base's.
+    """
     checkpoint = open_checkpoint(path, tag=tag, prefix=prefix)
     entries = list(checkpoint.catalog.entries.values())
     return Inspection(
@@ -79,4 +119,36 @@ def inspect(
         bytes_to_read=sum(f.extent.nbytes for e in entries for f in e.fragments),
         dtypes=dict(Counter(e.spec.dtype.name for e in entries)),
         kinds=dict(Counter(t.kind for t in checkpoint.tensors.values())),
+        fitting=None if base is None else _fit(checkpoint, Path(base)),
+    )
+
+
+def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
+    from reshard import export
+    from reshard.base import read_base
+    from reshard.formats import Selection
+    from reshard.options import LoraChoice, Options
+
+    catalog = checkpoint.catalog
+    with Sources() as sources:
+        base = read_base(folder, sources)
+        # Adapters are counted, not scaled: their alpha need not be known here.
+        options = Options(catalog.origin.root, folder, folder, "hf", Selection(), "base", 1,
+                          lora=LoraChoice(alpha=1.0))  # fmt: skip
+        try:
+            exported = export.onto(catalog, base, options, None)
+        except NamesError as error:
+            return Fitting(str(error), missing=error.missing, unexpected=error.unexpected)
+    found = exported.fit
+    return Fitting(
+        prefix=found.prefix,
+        rules=found.rules,
+        tied=found.tied,
+        undecided=found.undecided,
+        resized=tuple(f"{r.name}: {r.base_rows} rows to {r.rows}" for r in found.resized),
+        config_patches=exported.patches,
+        beside=tuple(side.name for side in exported.sides),
+        merged=exported.merged,
+        missing=exported.missing,
+        unexpected=found.dropped,
     )

@@ -24,8 +24,8 @@ from reshard.errors import (
 )
 from reshard.naming import FitOptions, Schema, fit
 from reshard.naming.adapter_output import adapter_folder, updates
-from reshard.naming.adapters import AdapterConfig, LowRank, parse_adapter_config, separate
-from reshard.tensors import Entry
+from reshard.naming.adapters import AdapterConfig, parse_adapter_config, separate
+from reshard.tensors import Entry, LowRank
 from tests.naming import tables
 from tests.naming.make_layouts import FAMILIES, build
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from reshard import rearrange
 from reshard.errors import NamesError, PlanError, UnsupportedError
-from reshard.naming.adapters import Adapter, AdapterConfig, LowRank, Separated, shape_of
+from reshard.naming.adapters import Adapter, AdapterConfig, Separated, shape_of
 from reshard.naming.fit import Fit
-from reshard.tensors import Entry
+from reshard.tensors import Entry, LowRank
 
 #: The file names that PEFT looks for.
 WEIGHTS = "adapter_model.safetensors"

@@ -47,25 +47,6 @@ _REFUSED_SETTINGS = ("layer_replication", "alora_invocation_tokens", "use_qalora
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
-    """`base + (left @ right) * scaling`, to be computed in float32, in any blocks of rows.
-
-    base `[rows, columns]`, left `[rows, rank]`, right `[rank, columns]`. With `magnitude` `[rows]`
-    (DoRA) each row of the sum is then multiplied by magnitude / its Euclidean norm.
-    """
-
-    base: Entry
-    left: Entry
-    right: Entry
-    scaling: float
-    magnitude: Entry | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.right.spec.shape[0]
-
-
-@dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """How adapters scale. `alphas`: module name suffix -> alpha, where it differs from `alpha`."""
 
