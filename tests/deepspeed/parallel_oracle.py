@@ -118,14 +118,14 @@ class Packed(nn.Module):  # type: ignore[misc]  # torch is untyped here
 
 
 class Mixtures(nn.Module):  # type: ignore[misc]
-    """Two layers of four experts, each on half of the ranks, and a residual one."""
+    """Four experts, two on each rank; then two on every rank, with a residual one beside them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(models.VOCAB, 6)
         self.first = MoE(6, nn.Linear(6, 6), num_experts=4, ep_size=2, k=1, min_capacity=1)
         self.second = MoE(
-            6, nn.Linear(6, 6), num_experts=4, ep_size=2, k=1, min_capacity=1, use_residual=True
+            6, nn.Linear(6, 6), num_experts=2, ep_size=1, k=1, min_capacity=1, use_residual=True
         )
         self.head = nn.Linear(6, models.VOCAB)
 
@@ -250,7 +250,7 @@ def _global_experts(mine: dict[str, Tensor]) -> dict[str, Tensor]:
     def globally(match: re.Match[str]) -> str:
         return f"{match[1]}{rank * 2 + int(match[2])}"
 
-    named = {re.sub(r"(deepspeed_experts\.)(\d+)", globally, n): t for n, t in mine.items()}
+    named = {re.sub(r"(first\..*_experts\.)(\d+)", globally, n): t for n, t in mine.items()}
     everyone: list[dict[str, Tensor]] = [{} for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(everyone, named)
     found: dict[str, Tensor] = {}

@@ -32,7 +32,7 @@ def test_every_tensor_is_the_live_engines(parallel_runs: ParallelRuns, name: str
     # Without ZeRO the masters are stored without names: the module's values are read.
     expected = run.module() if name == "experts-zero0" else run.expected()
     assert set(checkpoint.tensors) == set(expected)
-    assert sum("deepspeed_experts.3." in tensor for tensor in expected) == 4
+    assert sum("deepspeed_experts" in tensor for tensor in expected) == 2 * (4 + 2)
     for tensor in checkpoint.tensors.values():
         assert same_bits(tensor.numpy(), expected[tensor.name]), tensor.name
         assert tensor.kind == "parameter"
@@ -47,7 +47,7 @@ def test_the_masters_are_not_the_files_of_the_experts(parallel_runs: ParallelRun
         for name, master in expected.items()
         if "experts" in name and (master != module[name].astype(master.dtype)).any()
     ]
-    assert len(finer) > 10
+    assert len(finer) > 6
 
 
 def test_the_order_of_ranks_is_the_configurations(
@@ -66,8 +66,8 @@ def test_the_order_of_ranks_is_the_configurations(
 
 def test_a_missing_expert_is_named(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
     tag = parallel_runs["experts-zero1"].copy(tmp_path)
-    expert(tag, 1, 2).unlink()
-    with pytest.raises(reshard.IncompleteError, match=r"1 of 4 experts of layer 1.*expert 2"):
+    expert(tag, 0, 2).unlink()
+    with pytest.raises(reshard.IncompleteError, match=r"1 of 4 experts of layer 0.*expert 2"):
         reshard.open(tag)
 
 
@@ -82,7 +82,7 @@ def test_all_experts_missing(parallel_runs: ParallelRuns, tmp_path: Path) -> Non
 def test_an_expert_too_many(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
     tag = parallel_runs["experts-zero1"].copy(tmp_path)
     torch.save({}, expert(tag, 2, 0))
-    with pytest.raises(reshard.FormatError, match=r"9 experts, and .* states 8"):
+    with pytest.raises(reshard.FormatError, match=r"7 experts, and .* states 6"):
         reshard.open(tag)
 
 
@@ -103,7 +103,7 @@ def test_an_expert_of_another_save(parallel_runs: ParallelRuns, tmp_path: Path) 
         for value in content.values():
             value.mul_(1.5).add_(0.25)
 
-    edit(expert(tag, 1, 3), older)
+    edit(expert(tag, 0, 3), older)
     with pytest.raises(reshard.FormatError, match="different saves") as caught:
         reshard.open(tag)
     assert "experts.3." in str(caught.value.tensor)

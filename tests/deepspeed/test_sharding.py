@@ -12,9 +12,6 @@ from hypothesis import strategies as st
 
 from reshard.formats.deepspeed.sharding import (
     Sharding,
-    cut,
-    equal_sub_parameters,
-    equal_widths,
     from_map,
     interleaved,
     joined,
@@ -101,29 +98,6 @@ def test_what_every_rank_holds(shape: list[int], ranks: int) -> None:
         for holder in range(ranks if parts[0].size else 0):
             np.testing.assert_array_equal(put_together(sharding, parts, holder), parts[0])
         assert all(len(block.held) == ranks for block in sharding.blocks)
-
-
-@given(st.lists(st.integers(3, 5), min_size=1, max_size=3), st.integers(0, 2))
-def test_rows_that_only_made_it_divide_are_cut(rows: list[int], added: int) -> None:
-    whole = numbered((sum(rows), 2))
-    parts = np.split(whole, np.cumsum(rows)[:-1])
-    kept = cut(joined(shapes(parts), 0), sum(rows) - added)
-    np.testing.assert_array_equal(put_together(kept, parts), whole[: sum(rows) - added])
-
-
-def test_a_whole_ranks_rows_are_not_padding() -> None:
-    with pytest.raises(ValueError, match="of its 8 rows only 4"):
-        cut(joined([(4, 2), (4, 2)], 0), 4)
-
-
-def test_equal_sub_parameters() -> None:
-    assert equal_sub_parameters([(6, 2), (6, 2)], 0, 3) == [[2, 2], [2, 2], [2, 2]]
-    assert equal_widths([4, 2], 2) == [[2, 2], [1, 1]]
-    for shape, count in (((5, 2), 3), ((6, 2), 0)):
-        with pytest.raises(ValueError, match="does not divide"):
-            equal_sub_parameters([shape, shape], 0, count)
-    with pytest.raises(ValueError, match="does not divide"):
-        equal_widths([3], 2)
 
 
 def test_shapes_that_do_not_fit() -> None:

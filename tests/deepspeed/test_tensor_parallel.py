@@ -60,26 +60,46 @@ def test_every_tensor_is_the_live_engines(parallel_runs: ParallelRuns, name: str
 def test_the_lists_say_what_the_map_says(
     parallel_runs: ParallelRuns, tmp_path: Path, name: str
 ) -> None:
-    """Before DeepSpeed 0.19.7 there were the lists alone; newer ones write them for old readers."""
+    """DeepSpeed 0.19.6 wrote the lists alone; newer ones write them for older readers."""
     tag = parallel_runs[name].copy(tmp_path)
     edit_info(tag, lambda info: info.pop("affine_map"))
     check_against_truth(reshard.open(tag), parallel_runs, name)
 
 
-def test_sub_parameters_before_their_widths_were_stated(
-    parallel_runs: ParallelRuns, tmp_path: Path
+@pytest.mark.parametrize("version", [0.2, 0.3])
+def test_lists_that_are_not_complete_are_refused(
+    parallel_runs: ParallelRuns, tmp_path: Path, version: float
 ) -> None:
-    tag = parallel_runs["tp-packed-zero1-w4"].copy(tmp_path)
+    """As DeepSpeed 0.18.9 to 0.19.5 wrote them: what AutoTP left whole is in no list.
+
+    Read by the rule that such parameters are split along dimension 0, as ds_to_universal of those
+    versions did, every norm would come out twice as long.
+    """
+    tag = parallel_runs["tp-zero1"].copy(tmp_path)
 
     def older(info: dict[str, Any]) -> None:
-        del info["affine_map"], info["sub_param_shard_widths"]
-        info["universal_checkpoint_version"] = 0.3
-        for item in info["parameter_with_sub_params"]:
-            if "halves" in item["patterns"][0]:
-                item["shape"][0] = 2  # their number, where they are equal
+        del info["affine_map"], info["autotp_unsupported_parameter_patterns"]
+        info["tp_replicated_parameter_patterns"] = []
+        info["universal_checkpoint_version"] = version
 
     edit_info(tag, older)
-    check_against_truth(reshard.open(tag), parallel_runs, "tp-packed-zero1-w4")
+    with pytest.raises(reshard.UnsupportedError, match=f"version {version}.*of every parameter"):
+        reshard.open(tag)
+
+
+def test_rows_that_the_vocabulary_does_not_have(
+    parallel_runs: ParallelRuns, tmp_path: Path
+) -> None:
+    tag = parallel_runs["tp-zero1"].copy(tmp_path)
+
+    def change(info: dict[str, Any]) -> None:
+        del info["affine_map"]
+        info["original_vocab_size"] = 36
+
+    edit_info(tag, change)
+    with pytest.raises(reshard.FormatError, match="37 rows, and the vocabulary 36") as caught:
+        reshard.open(tag)
+    assert caught.value.tensor == "lm_head.weight"
 
 
 def test_a_rank_that_holds_nothing_of_a_parameter(parallel_runs: ParallelRuns) -> None:
@@ -231,6 +251,10 @@ def _averaged(info: dict[str, Any]) -> None:
     info["parameter_to_average_patterns"] = [Q_PROJ]
 
 
+def _megatron(info: dict[str, Any]) -> None:
+    info["parameter_with_2_sub_params_cat_dim_0"] = [Q_PROJ]
+
+
 def _newer(info: dict[str, Any]) -> None:
     info["universal_checkpoint_version"] = 0.5
 
@@ -250,8 +274,9 @@ def _scaled(info: dict[str, Any]) -> None:
         (_unsupported, "interleaved by head"),
         (_expression, "not one parameter's name"),
         (_averaged, "averaged over the ranks"),
-        (_newer, "version 0.5"),
-        (_newer_map, "affine_map version 2"),
+        (_megatron, "as Megatron splits them"),
+        (_newer, r"version 0\.5"),
+        (_newer_map, "maps of version 2"),
         (_scaled, r"multiplied by 0\.5"),
     ],
 )

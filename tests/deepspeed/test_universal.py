@@ -53,7 +53,7 @@ def test_latest_goes_before_latest_universal(case: Case, tmp_path: Path) -> None
     shutil.copytree(case.root, tmp_path, dirs_exist_ok=True)
     copied(case, tmp_path)
     shutil.copy(case.folder / "latest_universal", tmp_path)
-    assert not reshard.open(tmp_path).catalog.origin.details["universal"]
+    assert "universal" not in reshard.open(tmp_path).catalog.origin.details
 
 
 def test_it_converts_to_what_its_source_converts_to(case: Case, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def _check_handled(location: Location, saved: Sequence[Saved]) -> None:
             raise UnsupportedError(
                 f"it was trained with tensor parallelism over {len(saved)} ranks, and how these "
                 "split the parameters is not stated: it has no universal_checkpoint_info, as "
-                "Megatron and AutoTP of older DeepSpeeds write none.",
+                "Megatron and AutoTP before DeepSpeed 0.18.9 write none.",
                 path=one.model[0].path,
                 hint="Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the "
                 "framework that trained it.",
