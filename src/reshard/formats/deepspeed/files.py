@@ -23,6 +23,11 @@ from reshard.torchfile import read as read_torch
 _ONE_SAVE = "Copy all files of one save."
 
 
+# Objects that DeepSpeed itself puts in its files; nothing in them is needed.
+_OWN = ("deepspeed.runtime.fp16.loss_scaler.", "deepspeed.utils.tensor_fragment.",
+        "deepspeed.runtime.bf16_optimizer.", "deepspeed.runtime.zero.config.")  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Saved:
     """The files of one save and one model parallel rank, known to belong together.
@@ -55,7 +60,9 @@ class Saved:
 
     @property
     def opaque(self) -> list[str]:
-        return sorted({name for file in self.files for name in file.opaque})
+        """Names of objects that are not DeepSpeed's own, such as a user's client state."""
+        found = {name for file in self.files for name in file.opaque}
+        return sorted(name for name in found if not name.startswith(_OWN))
 
     @property
     def files(self) -> tuple[ModelFile | OptimFile | ExpertFile, ...]:
