@@ -1,0 +1,9 @@
+"""Time and memory of conversions, against the tools that people use today.
+
+bench.py       the command: makes the inputs, runs the rounds, prints the table, writes the JSON
+contenders.py  who runs, as data: a name and a command line for each input
+peers.py       the tools that reshard is measured against, each its own process
+inputs.py      the checkpoints, made once: by the real DeepSpeed, and large ones laid out alike
+train.py       one rank of the training run that writes them
+measure.py     one process: wall time and peak resident memory
+"""
