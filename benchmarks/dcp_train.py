@@ -1,4 +1,4 @@
-"""One rank of the run that writes a benchmark checkpoint by the real FSDP2 and DCP.
+"""One rank of the run that writes a benchmark checkpoint: one step of the real FSDP2, then DCP.
 
 torchrun --standalone --nproc-per-node 2 -m benchmarks.dcp_train BASE CHECKPOINT
 
@@ -27,6 +27,9 @@ def main(base: str, checkpoint: str) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    ids = torch.arange(8).reshape(1, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1e-2, foreach=False).step()
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=checkpoint)
     distributed.destroy_process_group()
 
