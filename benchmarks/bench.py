@@ -23,12 +23,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import inputs, measure
+from benchmarks import dcp_inputs, inputs, measure
 from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.inputs import Input
 
 MIB = 1 << 20
-PACKAGES = ("reshard", "torch", "deepspeed", "transformers", "safetensors", "numpy")
+RECIPES = (*inputs.RECIPES, *dcp_inputs.RECIPES)
+PACKAGES = ("reshard", "torch", "deepspeed", "transformers", "accelerate", "safetensors", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +149,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
     parser.add_argument("folder", type=Path, help="inputs, results and scratch; 40 GB at most")
     parser.add_argument("--rounds", type=int, default=5)
-    names = [recipe.name for recipe in inputs.RECIPES]
+    names = [recipe.name for recipe in RECIPES]
     parser.add_argument("--input", action="append", choices=names, help="default: all")
     options = parser.parse_args()
     console = Console()
     scratch: Path = options.folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     given = []
-    for recipe in inputs.RECIPES:
+    for recipe in RECIPES:
         if not options.input or recipe.name in options.input:
             with console.status(f"making {recipe.name}"):
                 given.append(inputs.ready(recipe, options.folder / "inputs"))

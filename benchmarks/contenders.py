@@ -33,6 +33,8 @@ class Contender:
 def _reshard(*options: str) -> Callable[[Input, Path, Path], list[str]]:
     def command(given: Input, target: Path, _: Path) -> list[str]:
         convert = [sys.executable, "-m", "reshard", "convert", str(given.source), str(target)]
+        if given.kind == "huggingface":
+            return [*convert, "--to", "dcp", "--json", *options]
         return [*convert, "--base", str(given.base), "--json", *options]
 
     return command
@@ -60,7 +62,8 @@ def _copy(given: Input, target: Path, scratch: Path) -> list[str]:
 
 def _fill(path: Path, source: Path, nbytes: int) -> None:
     """Write `nbytes` bytes of the checkpoint's own files, the largest first, to `path`."""
-    files = sorted(source.rglob("*.pt"), key=lambda file: -file.stat().st_size)
+    files = [file for file in source.rglob("*") if file.is_file()]
+    files.sort(key=lambda file: -file.stat().st_size)
     with open(path, "wb") as out:
         for file in files:
             with open(file, "rb") as part:
@@ -68,23 +71,25 @@ def _fill(path: Path, source: Path, nbytes: int) -> None:
                     nbytes -= out.write(block)
 
 
+_ALL = ("deepspeed", "dcp", "huggingface")
+
 CONTENDERS: tuple[Contender, ...] = (
     Contender(
         "reshard",
-        ("deepspeed",),
+        _ALL,
         _reshard(),
         "as users run it: bfloat16, synced to disk, read back and verified",
         every_size=True,
     ),
     Contender(
         "reshard --no-verify",
-        ("deepspeed",),
+        _ALL,
         _reshard("--no-verify"),
         "the same without reading back",
     ),
     Contender(
         "cp",
-        ("deepspeed",),
+        _ALL,
         _copy,
         "copies as many bytes as reshard writes, reads the rest of those it reads, syncs",
     ),
@@ -100,4 +105,23 @@ CONTENDERS: tuple[Contender, ...] = (
         _peer("load_and_save"),
         "get_fp32_state_dict_from_zero_checkpoint, load_state_dict, save_pretrained; not synced",
     ),
+    Contender(
+        "dcp_to_torch_save",
+        ("dcp",),
+        _peer("dcp_to_torch_save"),
+        "torch's own tool, load_state_dict, save_pretrained; not synced",
+    ),
+    Contender(
+        "load the model",
+        ("dcp",),
+        _peer("dcp_load"),
+        "from_config, dcp.load, save_pretrained; not synced",
+    ),
+    Contender(
+        "accelerate merge-weights",
+        ("dcp",),
+        _peer("merge_weights"),
+        "float32 safetensors, no config; not synced",
+    ),
+    Contender("load all, dcp.save", ("huggingface",), _peer("dcp_save"), "synced by dcp.save"),
 )

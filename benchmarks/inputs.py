@@ -82,16 +82,8 @@ def trained(stage: int) -> Callable[[Path], None]:
     """By the real DeepSpeed. Needs 14 GB of memory and 7 GB of disk."""
 
     def make(folder: Path) -> None:
-        _in_process("save_random_base", str(folder / "base"))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        ranks = [f"--nproc-per-node={WORLD}", "-m", "benchmarks.train"]
-        subprocess.run(
-            [*launch, *ranks, str(folder / "base"), str(stage), str(folder / "source")],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        )
+        random_base(folder / "base")
+        run_ranks("benchmarks.train", str(folder / "base"), str(stage), str(folder / "source"))
 
     return make
 
@@ -105,6 +97,23 @@ def laid_out(stage: int) -> Callable[[Path], None]:
     return make
 
 
+def random_base(folder: Path) -> None:
+    """A random model of the small shapes in bfloat16, as `save_pretrained` writes it."""
+    _in_process("save_random_base", str(folder))
+
+
+def run_ranks(module: str, *arguments: str) -> None:
+    """Run `module` in two ranks, as torchrun does."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*launch, f"--nproc-per-node={WORLD}", "-m", module, *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )
+
+
 def _in_process(function: str, *arguments: str) -> None:
     """Call `function` of this module in a process of its own.
 
@@ -114,7 +123,7 @@ def _in_process(function: str, *arguments: str) -> None:
 
 
 def save_random_base(folder: str) -> None:
-    """A random model of the small shapes in bfloat16, as `save_pretrained` writes it."""
+    """Called in a process of its own by `random_base`."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -125,21 +134,26 @@ def save_random_base(folder: str) -> None:
 
 def save_layout(stage: str, folder: str) -> None:
     """The large model's base (sparse zeros) and its checkpoint (repeated random values)."""
+    shapes = save_large_base(Path(folder, "base"))
+    tag = Path(folder, "source", "global_step1")
+    tag.mkdir(parents=True)
+    (tag.parent / "latest").write_text(tag.name, encoding="utf-8")
+    (_save_stage3 if stage == "3" else _save_stage2)(tag, shapes)
+
+
+def save_large_base(base: Path) -> Mapping[str, Any]:
+    """The large model in bfloat16, all zeros; its tensors' shapes."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(**LARGE))
     shapes = OrderedDict((name, value.shape) for name, value in model.named_parameters())
-    base = Path(folder, "base")
     base.mkdir(parents=True)
     model.config.dtype = torch.bfloat16
     model.config.save_pretrained(base)
     _save_sparse(base / "model.safetensors", shapes)
-    tag = Path(folder, "source", "global_step1")
-    tag.mkdir(parents=True)
-    (tag.parent / "latest").write_text(tag.name, encoding="utf-8")
-    (_save_stage3 if stage == "3" else _save_stage2)(tag, shapes)
+    return shapes
 
 
 def _save_sparse(path: Path, shapes: Mapping[str, Any]) -> None:

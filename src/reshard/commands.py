@@ -14,6 +14,8 @@ from reshard.options import LORA, MODEL_TYPES, NAMES, SRM_FORMATS
 from reshard.targets import CHOICES
 
 _PATH = click.Path(path_type=Path)
+# Names of a list that a table shows; --json has them all.
+_LISTED = 8
 _prefix = click.option("--prefix", help="The model's part of a nested state dict (DCP).")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; default: `latest`.")
@@ -172,7 +174,8 @@ def _shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {count}" for name, count in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        more = f" and {len(value) - _LISTED} more" if len(value) > _LISTED else ""
+        return ", ".join(map(str, value[:_LISTED])) + more
     return str(value)
 
 
