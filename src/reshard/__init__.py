@@ -25,6 +25,7 @@ from reshard.errors import (
 )
 
 if TYPE_CHECKING:
+    from reshard.ailments.diagnosis import Diagnosis, doctor
     from reshard.checkpoint import Checkpoint
     from reshard.checkpoint import open_checkpoint as open
     from reshard.comparison import Comparison, diff, verify
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "Comparison",
+    "Diagnosis",
     "FormatError",
     "IncompleteError",
     "Inspection",
@@ -51,6 +53,7 @@ __all__ = [
     "__version__",
     "convert",
     "diff",
+    "doctor",
     "inspect",
     "open",
     "verify",
@@ -62,6 +65,8 @@ _LAZY = {
     "open": ("reshard.checkpoint", "open_checkpoint"),
     "Report": ("reshard.report", "Report"),
     "convert": ("reshard.conversion", "convert"),
+    "Diagnosis": ("reshard.ailments.diagnosis", "Diagnosis"),
+    "doctor": ("reshard.ailments.diagnosis", "doctor"),
     "Inspection": ("reshard.inspection", "Inspection"),
     "inspect": ("reshard.inspection", "inspect"),
     "Verified": ("reshard.verification", "Verified"),

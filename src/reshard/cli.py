@@ -28,6 +28,7 @@ _COMMANDS = {
     "inspect": "reshard.commands:inspect",
     "verify": "reshard.commands:verify",
     "diff": "reshard.commands:diff",
+    "doctor": "reshard.ailments.command:doctor",
     "try": "reshard.evaluate.command:try_model",
 }
 
