@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 from zlib_ng import zlib_ng
 
+from reshard.errors import VerificationError
 from reshard.plan import OutputFile, Plan, Slot
 from reshard.storage import Sources
 from reshard.tensors import Box, blocks, flat
@@ -262,8 +263,7 @@ def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
     """Whether a block differs from the same elements of the slot's reference.
 
     The reference has flat boxes. Compares piece by piece and stops at the first difference, so
-    that a trained tensor costs one
-    small read of the base model.
+    that a trained tensor costs one small read of the base model.
     """
     if slot.reference is None:
         return False
@@ -273,7 +273,11 @@ def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
     for at in range(0, len(values), _COMPARED):
         part = values[at : at + _COMPARED]
         other = np.empty(len(part), target)
-        fill(slot.reference, flat(numel, start + at, len(part)), other, reader)
+        try:
+            fill(slot.reference, flat(numel, start + at, len(part)), other, reader)
+        except VerificationError:
+            # The reference has a value beyond the range of `target`; the block has none.
+            return True
         if not np.array_equal(part.view(np.uint8), other.view(np.uint8)):
             return True
     return False
