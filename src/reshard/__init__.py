@@ -28,13 +28,15 @@ if TYPE_CHECKING:
     from reshard.ailments.diagnosis import Diagnosis, doctor
     from reshard.checkpoint import Checkpoint
     from reshard.checkpoint import open_checkpoint as open
-    from reshard.conversion import Report, convert
+    from reshard.comparison import Comparison, diff, verify
+    from reshard.conversion import convert
     from reshard.inspection import Inspection, inspect
+    from reshard.report import Report
     from reshard.verification import Verified
-    from reshard.verification import verify_folder as verify
 
 __all__ = [
     "Checkpoint",
+    "Comparison",
     "Diagnosis",
     "FormatError",
     "IncompleteError",
@@ -50,6 +52,7 @@ __all__ = [
     "WriteError",
     "__version__",
     "convert",
+    "diff",
     "doctor",
     "inspect",
     "open",
@@ -60,14 +63,16 @@ __all__ = [
 _LAZY = {
     "Checkpoint": ("reshard.checkpoint", "Checkpoint"),
     "open": ("reshard.checkpoint", "open_checkpoint"),
-    "Report": ("reshard.conversion", "Report"),
+    "Report": ("reshard.report", "Report"),
     "convert": ("reshard.conversion", "convert"),
     "Diagnosis": ("reshard.ailments.diagnosis", "Diagnosis"),
     "doctor": ("reshard.ailments.diagnosis", "doctor"),
     "Inspection": ("reshard.inspection", "Inspection"),
     "inspect": ("reshard.inspection", "inspect"),
     "Verified": ("reshard.verification", "Verified"),
-    "verify": ("reshard.verification", "verify_folder"),
+    "verify": ("reshard.comparison", "verify"),
+    "diff": ("reshard.comparison", "diff"),
+    "Comparison": ("reshard.comparison", "Comparison"),
 }
 
 

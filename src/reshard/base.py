@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reshard.catalog import Asset
+from reshard.dtypes import DType
 from reshard.errors import FormatError, NotFoundError
 from reshard.formats import Selection, huggingface
 from reshard.naming import Schema
@@ -54,6 +56,14 @@ def read_base(folder: Path, sources: Sources) -> Base:
         )
     catalog = huggingface.read(folder, sources, Selection())
     return Base(folder, catalog.entries, config, catalog.assets)
+
+
+def main_dtype(base: Base) -> DType:
+    """The dtype that most of the base's bytes have."""
+    nbytes: Counter[DType] = Counter()
+    for entry in base.entries.values():
+        nbytes[entry.spec.dtype] += entry.spec.nbytes
+    return nbytes.most_common(1)[0][0]
 
 
 def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:

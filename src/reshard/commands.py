@@ -8,16 +8,20 @@ from typing import Any
 import click
 
 from reshard import output
+from reshard.flags import SeveralValues, option
 from reshard.formats import TARGETS
+from reshard.options import LORA, MODEL_TYPES, NAMES, SRM_FORMATS
 from reshard.targets import CHOICES
 
 _PATH = click.Path(path_type=Path)
+# Names of a list that a table shows; --json has them all.
+_LISTED = 8
 _prefix = click.option("--prefix", help="The model's part of a nested state dict (DCP).")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; default: `latest`.")
 
 
-@click.command()
+@click.command(cls=SeveralValues)
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
 @click.option("--to", type=click.Choice(list(TARGETS)), default="hf", show_default=True,
@@ -29,9 +33,32 @@ _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; defaul
               help="base: as the base stores each tensor (default with --base); keep: as the "
                    "checkpoint does.")  # fmt: skip
 @click.option("--max-shard-size", help="Default: 5GB; with --to dcp: 1GB.")
+@option("model_type", type=click.Choice(MODEL_TYPES),
+        help="Default: found by the checkpoint's heads.")  # fmt: skip
+@option("pooling_method", type=click.Choice(["attn", "last"]),
+        help="Checked against a scalar reward model's heads.")  # fmt: skip
+@option("heads_types", multiple=True, metavar="NAME...",
+        help="Checked against a scalar reward model's heads; also their order.")  # fmt: skip
+@option("probing_layer", type=int, default=-1, show_default=True,
+        help="The hidden state that a scalar reward model reads; recorded.")  # fmt: skip
+@click.option("--value-head", metavar="NAME", help="A critic's head; default: score.")
+@click.option("--srm-format", type=click.Choice(SRM_FORMATS), default="both", show_default=True,
+              help="A scalar reward model as LightRFT loads it, as backbone and heads, or "
+                   "both.")  # fmt: skip
+@click.option("--lora", type=click.Choice(LORA),
+              help="What becomes of adapters; default with --base: merge.")  # fmt: skip
+@click.option("--lora-alpha", type=float, help="The alpha that adapters were trained with.")
+@click.option("--adapter-config", type=_PATH, help="The run's adapter_config.json.")
+@click.option("--adapter", metavar="NAME", help="Which adapter, where there are several.")
+@click.option("--names", type=click.Choice(NAMES), default="disk", show_default=True,
+              help="memory: as a live module names its tensors, for dcp.load.")  # fmt: skip
+@click.option("--transformers-version", metavar="V",
+              help="Whose live module; default: the installed one.")  # fmt: skip
 @click.option("--exclude-frozen", is_flag=True, help="Leave out frozen parameters.")
 @click.option("--fill-from-base", is_flag=True,
               help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
+@click.option("--allow", multiple=True, metavar="PATTERN...",
+              help="Names that may be missing or left over, e.g. 'visual.*'.")  # fmt: skip
 @click.option("--allow-unchanged", is_flag=True,
               help="Accept a result whose every tensor equals the base's.")  # fmt: skip
 @click.option("--allow-step-mismatch", is_flag=True,
@@ -75,6 +102,8 @@ def show_report(report: Any, *, as_json: bool = False) -> None:
         names = getattr(report, what)
         if names:
             rows.append((what, f"{len(names)}: {', '.join(names[:5])}"))
+    if report.merged:
+        rows.append(("merged", f"{report.merged} low-rank updates"))
     if report.compared:
         rows.append(("changed", f"{report.changed} of {report.compared} differ from the base"))
     if not report.dry_run:
@@ -91,19 +120,31 @@ def _tagged(tag: str | None) -> str:
 @click.argument("src", type=_PATH)
 @_tag
 @_prefix
+@click.option("--base", type=_PATH, help="Also show how the names fit onto this model's.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_json
-def inspect(src: Path, tag: str | None, prefix: str | None, tensors: bool, as_json: bool) -> None:
-    """Show what is in the checkpoint SRC, from its metadata alone."""
+def inspect(
+    src: Path,
+    tag: str | None,
+    prefix: str | None,
+    base: Path | None,
+    tensors: bool,
+    as_json: bool,
+) -> int:
+    """Show what is in the checkpoint SRC, from its metadata alone.
+
+    With --base, exits with 1 where the names do not fit.
+    """
     from reshard.inspection import inspect as run
 
-    inspection = run(src, tag=tag, prefix=prefix)
+    inspection = run(src, tag=tag, prefix=prefix, base=base)
     found = inspection.to_json(tensors=tensors)
+    fits = inspection.fitting is None or inspection.fitting.fits
     if as_json:
         output.print_json(found)
-        return
-    sizes = ("total_bytes", "bytes_to_read")
-    hidden = ("tensors", "notes", "tied", "frozen")
+        return 0 if fits else 1
+    sizes = ("total_bytes", "bytes_to_read", "bytes_on_disk")
+    hidden = ("tensors", "notes", "tied", "frozen", "base")
     rows = [
         (name.replace("_", " "), output.size(value) if name in sizes else _shown(value))
         for name, value in found.items()
@@ -112,6 +153,9 @@ def inspect(src: Path, tag: str | None, prefix: str | None, tensors: bool, as_js
     for what in ("tied", "frozen"):
         if found[what]:
             rows.append((what, f"{len(found[what])}: {', '.join(list(found[what])[:5])}"))
+    for name, value in found.get("base", {}).items():
+        if value not in (None, [], {}, ""):
+            rows.append((f"base: {name}", _shown(value)))
     output.print_table(rows)
     for note in found["notes"]:
         output.say(f"note: {note}")
@@ -121,6 +165,7 @@ def inspect(src: Path, tag: str | None, prefix: str | None, tensors: bool, as_js
             for t in found["tensors"]
         ]
         output.print_table(listing, header=("name", "dtype", "shape", "size", "kind"))
+    return 0 if fits else 1
 
 
 def _shown(value: object) -> str:
@@ -129,22 +174,54 @@ def _shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {count}" for name, count in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        more = f" and {len(value) - _LISTED} more" if len(value) > _LISTED else ""
+        return ", ".join(map(str, value[:_LISTED])) + more
     return str(value)
 
 
 @click.command()
 @click.argument("dst", type=_PATH)
+@click.option("--against", type=_PATH, metavar="SRC",
+              help="The checkpoint it was converted from; default: its own digests.")  # fmt: skip
+@_tag
+@_prefix
 @_json
-def verify(dst: Path, as_json: bool) -> None:
+def verify(
+    dst: Path, against: Path | None, tag: str | None, prefix: str | None, as_json: bool
+) -> None:
     """Read the converted folder DST again and compare every tensor, bit for bit."""
-    from reshard.verification import verify_folder
+    from reshard.comparison import verify as run
 
     with output.progress_bar(quiet=as_json) as progress:
         step = None if progress is None else lambda done, total: progress("verify", done, total)
-        verified = verify_folder(dst, progress=step)
+        verified = run(dst, against, tag=tag, prefix=prefix, progress=step)
     if as_json:
         output.print_json(verified.to_json())
     else:
         amount = output.size(verified.bytes_read)
-        click.echo(f"{dst}: {verified.num_tensors} tensors, {amount}, all as written.")
+        what = "as written" if against is None else f"as in {against}"
+        click.echo(f"{dst}: {verified.num_tensors} tensors, {amount}, all {what}.")
+
+
+@click.command()
+@click.argument("a", type=_PATH)
+@click.argument("b", type=_PATH)
+@_json
+def diff(a: Path, b: Path, as_json: bool) -> int:
+    """Compare the checkpoints A and B, of any formats, tensor by tensor.
+
+    Values are compared after rounding A to B's dtypes. Exits with 1 where they differ.
+    """
+    from reshard.comparison import diff as run
+
+    with output.progress_bar(quiet=as_json) as progress:
+        step = None if progress is None else lambda done, total: progress("compare", done, total)
+        found = run(a, b, progress=step)
+    if as_json:
+        output.print_json(found.to_json())
+    else:
+        rows = [(difference.name, str(difference)) for difference in found.differences]
+        if rows:
+            output.print_table(rows, header=("tensor", "difference"))
+        click.echo(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
+    return 0 if found.same else 1

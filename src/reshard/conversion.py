@@ -1,6 +1,6 @@
 """Convert a checkpoint: one straight line from the source's metadata to the folder's rename.
 
-read -> fit names -> choose dtypes -> lay out        (nothing is written up to here)
+read -> export (names, dtypes) -> lay out          (nothing is written up to here)
      -> transfer -> manifest -> verify -> commit
 """
 
@@ -9,25 +9,36 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import xxhash
 
-from reshard import formats, locate, manifest
-from reshard.base import CONFIG, Base, dtype_patches, patched_config, read_base
-from reshard.catalog import Asset, Catalog
+from reshard import formats, manifest
 from reshard.errors import PlanError, VerificationError, WriteError
-from reshard.naming import Fit, FitOptions, fit
+from reshard.naming import parse_version
+from reshard.naming.rewards import ModelType, Pooling, RewardOptions
+from reshard.options import (
+    LORA,
+    MODEL_TYPES,
+    NAMES,
+    SRM_FORMATS,
+    Lora,
+    LoraChoice,
+    Names,
+    Options,
+    RewardChoice,
+    SrmFormat,
+)
 from reshard.plan import Plan, parse_size
+from reshard.preparation import Job, prepare
+from reshard.report import Report
 from reshard.storage import Sources
-from reshard.targets import CHOICES, Target, choose
-from reshard.tensors import Entry
+from reshard.targets import CHOICES
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder, check_space, refuse_existing
 from reshard.transfer.engine import Engine, Outcome
-from reshard.verification import equal, verify_folder
+from reshard.verification import verify_folder
 
 #: Called with (what is done: "write" or "verify", bytes done, bytes in all).
 Progress = Callable[[str, int, int], None]
@@ -40,46 +51,6 @@ _MAX_THREADS = 4
 _MAX_SHARD_SIZE = {"hf": "5GB", "dcp": "1GB"}
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a conversion did, or with `dry_run` would do.
-
-    `missing` are tensors of the base that the output lacks, `unexpected` tensors of the checkpoint
-    that were left out, `tied` names whose weights are stored under another name. `changed` of
-    `compared` tensors differ from the base model's. Sizes are bytes.
-    """
-
-    source: str
-    target: str
-    format: str
-    tag: str | None
-    num_tensors: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    verified: bool
-    files: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    tied: Mapping[str, str] = field(default_factory=dict)
-    filled: tuple[str, ...] = ()
-    prefix: str = ""
-    rules: tuple[str, ...] = ()
-    compared: int = 0
-    changed: int = 0
-    records_checked: int = 0
-    warnings: tuple[str, ...] = ()
-    dry_run: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON values, as `convert --json` prints it."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name in self.__dataclass_fields__
-            for value in (getattr(self, name),)
-        }
-
-
 def convert(
     source: PathLike,
     target: PathLike,
@@ -90,8 +61,22 @@ def convert(
     prefix: str | None = None,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    model_type: str | None = None,
+    pooling_method: str | None = None,
+    scale_for_train: bool | None = None,
+    heads_types: Sequence[str] | None = None,
+    probing_layer: int = -1,
+    value_head: str | None = None,
+    srm_format: str = "both",
+    lora: str | None = None,
+    lora_alpha: float | None = None,
+    adapter_config: PathLike | None = None,
+    adapter: str | None = None,
+    names: str = "disk",
+    transformers_version: str | None = None,
     exclude_frozen: bool = False,
     fill_from_base: bool = False,
+    allow: Sequence[str] = (),
     allow_unchanged: bool = False,
     allow_step_mismatch: bool = False,
     strict: bool = False,
@@ -107,7 +92,7 @@ def convert(
     from, the output has the base's names and dtypes and all its other files; without it, names and
     dtypes stay as they are in the checkpoint. `dtype` is one of `base` (the default with a base),
     `keep`, `float32`, `bfloat16`, `float16`. The command line's `reshard convert` takes the same
-    options by the same names.
+    options by the same names and `--help` describes them.
 
     Raises a `ReshardError` for anything that stands in the way; `target` then does not exist.
 
@@ -116,27 +101,49 @@ def convert(
     True
     """
     began = time.monotonic()
-    options = _Options(
+    _one_of("to", to, tuple(formats.TARGETS))
+    _one_of("model_type", model_type, MODEL_TYPES)
+    _one_of("srm_format", srm_format, SRM_FORMATS)
+    _one_of("lora", lora, LORA)
+    _one_of("names", names, NAMES)
+    heads = RewardOptions(
+        cast("Pooling | None", pooling_method),
+        scale_for_train,
+        tuple(heads_types) if heads_types else None,
+        value_head,
+    )
+    options = Options(
         source=Path(source),
         target=Path(target),
         base=None if base is None else Path(base),
         to=to,
         selection=formats.Selection(tag, prefix, allow_step_mismatch),
         dtype=_check_dtype(dtype, base),
-        max_shard_nbytes=parse_size(max_shard_size or _MAX_SHARD_SIZE.get(to, "5GB")),
+        max_shard_nbytes=parse_size(max_shard_size or _MAX_SHARD_SIZE[to]),
         exclude_frozen=exclude_frozen,
         fill_from_base=fill_from_base,
+        allow=tuple(allow),
+        rewards=RewardChoice(
+            cast("ModelType | None", model_type),
+            heads,
+            probing_layer,
+            cast(SrmFormat, srm_format),
+        ),
+        lora=LoraChoice(
+            cast("Lora | None", lora),
+            lora_alpha,
+            None if adapter_config is None else Path(adapter_config),
+            adapter,
+        ),
+        names=cast(Names, names),
+        transformers_version=parse_version(transformers_version) if transformers_version else None,
     )
-    if to not in formats.TARGETS:
-        raise PlanError(
-            f"{to!r} is not a target format.", hint=f"Use one of {', '.join(formats.TARGETS)}."
-        )
     if fill_from_base and base is None:
         raise PlanError("--fill-from-base takes tensors from a base.", hint="Pass --base.")
     check_target(options.target, options.source, options.base, overwrite=overwrite)
     workers = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     with Sources() as sources:
-        job = _plan(options, sources, strict=strict)
+        job = prepare(options, sources, strict=strict)
         check_space(options.target, job.plan.bytes_to_write)
         if dry_run:
             return _report(job, options, time.monotonic() - began)
@@ -151,43 +158,6 @@ def convert(
             progress=progress,
         )
     return _report(job, options, time.monotonic() - began, outcome, verified=verify)
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What decides the output's bytes."""
-
-    source: Path
-    target: Path
-    base: Path | None
-    to: str
-    selection: formats.Selection
-    dtype: str
-    max_shard_nbytes: int
-    exclude_frozen: bool
-    fill_from_base: bool
-
-    def stated(self) -> dict[str, Any]:
-        """The options as `reshard.json` records them."""
-        return {
-            "to": self.to,
-            "dtype": self.dtype,
-            "max_shard_nbytes": self.max_shard_nbytes,
-            "exclude_frozen": self.exclude_frozen,
-            "fill_from_base": self.fill_from_base,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A conversion that is planned and not begun."""
-
-    catalog: Catalog
-    fit: Fit
-    missing: tuple[str, ...]
-    filled: tuple[str, ...]
-    targets: Sequence[Target]
-    plan: Plan
 
 
 def check_target(target: Path, source: Path, base: Path | None, *, overwrite: bool) -> None:
@@ -205,81 +175,20 @@ def check_target(target: Path, source: Path, base: Path | None, *, overwrite: bo
 
 def _check_dtype(dtype: str | None, base: PathLike | None) -> str:
     choice = dtype or ("keep" if base is None else "base")
-    if choice not in CHOICES:
-        raise PlanError(f"{choice!r} is no choice of dtype.", hint=f"Use one of {CHOICES}.")
+    _one_of("dtype", choice, CHOICES)
     if choice == "base" and base is None:
         raise PlanError("dtype 'base' takes the dtypes of a base.", hint="Pass --base.")
     return choice
 
 
-def _plan(options: _Options, sources: Sources, *, strict: bool) -> _Job:
-    """Everything that can be decided, and every user's error, before a byte is written."""
-    catalog = locate.read(options.source, sources, options.selection)
-    if strict and catalog.notes:
-        raise PlanError(
-            f"--strict was passed, and there is a finding: {catalog.notes[0]}", path=options.source
-        )
-    if not catalog.entries:
-        raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
-    base = None if options.base is None else read_base(options.base, sources)
-    found, entries, filled, missing = _fitted(catalog, base, options, sources)
-    targets = choose(list(entries.items()), base.entries if base else {}, options.dtype)
-    slots = [(item.spec, item.source, item.reference) for item in targets]
-    files, texts = formats.target(options.to).lay_out(slots, options.max_shard_nbytes)
-    assets: tuple[Asset, ...] = ()
-    warnings = [*catalog.notes, *found.warnings]
-    if base is not None and options.to == "hf":
-        patches = dict(found.config_patches)
-        if options.dtype not in ("base", "keep"):
-            patches.update(dtype_patches(base, options.dtype))
-        assets = base.assets
-        if patches:
-            texts = (*texts, (CONFIG, patched_config(base, patches)))
-            assets = tuple(asset for asset in assets if asset.name != CONFIG)
-    elif options.to == "hf":
-        warnings.append(
-            "no base was given: names are those of the checkpoint, and config, tokenizer and "
-            "other files are not there."
-        )
-    plan = Plan(files, texts, assets, tuple(warnings))
-    return _Job(catalog, found, missing, filled, targets, plan)
-
-
-def _fitted(
-    catalog: Catalog, base: Base | None, options: _Options, sources: Sources
-) -> tuple[Fit, dict[str, Entry], tuple[str, ...], tuple[str, ...]]:
-    """The fit, the output's tensors by name, and the names filled from the base and left out."""
-    if base is None:
-        kept = {
-            name: entry
-            for name, entry in catalog.entries.items()
-            if not (options.exclude_frozen and entry.kind == "frozen")
-        }
-        tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
-        return Fit(kept, tied=tied), kept, (), ()
-    fit_options = FitOptions(fill_from_base=options.fill_from_base or options.exclude_frozen)
-    found = fit(
-        catalog.entries,
-        base.schema,
-        options=fit_options,
-        equal=lambda one, other: equal(one, other, sources),
-    )
-    entries = dict(found.entries)
-    absent = list(found.filled)
-    if options.exclude_frozen:
-        frozen = [name for name, entry in entries.items() if entry.kind == "frozen"]
-        absent += frozen
-        for name in frozen:
-            del entries[name]
-    if not options.fill_from_base:
-        return found, entries, (), tuple(absent)
-    entries.update((name, base.entries[name]) for name in absent)
-    return found, entries, tuple(absent), ()
+def _one_of(name: str, value: str | None, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        raise PlanError(f"{value!r} is no {name}.", hint=f"Use one of {', '.join(choices)}.")
 
 
 def _write(
-    job: _Job,
-    options: _Options,
+    job: Job,
+    options: Options,
     sources: Sources,
     *,
     threads: int,
@@ -303,8 +212,7 @@ def _write(
             folder.copy(asset)
         for name, text in plan.texts:
             folder.write(name, text)
-        stated = manifest.state([item.spec for item in job.targets], outcome.digests)
-        folder.write(manifest.MANIFEST, _manifest(job, options, stated))
+        folder.write(manifest.MANIFEST, _manifest(job, options, outcome.digests))
         sources.check_unchanged()
         if verified:
             verify_folder(folder.partial, threads=threads, progress=step("verify"))
@@ -312,7 +220,7 @@ def _write(
     return outcome
 
 
-def _check_changed(job: _Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
+def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
     """A result whose every tensor is the base's is not what training gives."""
     if outcome.compared and not outcome.changed and not allow_unchanged:
         raise VerificationError(
@@ -331,21 +239,30 @@ def plan_digest(plan: Plan) -> str:
     return hasher.hexdigest()
 
 
-def _manifest(job: _Job, options: _Options, stated: Mapping[str, manifest.Stated]) -> bytes:
+def _manifest(job: Job, options: Options, digests: Mapping[tuple[str, str], str]) -> bytes:
+    exported = job.export
     names = {
-        "prefix": job.fit.prefix,
-        "rules": list(job.fit.rules),
-        "tied": dict(job.fit.tied),
-        "filled": list(job.filled),
-        "missing": list(job.missing),
-        "unexpected": list(job.fit.dropped),
+        "prefix": exported.fit.prefix,
+        "rules": list(exported.fit.rules),
+        "tied": dict(exported.fit.tied),
+        "filled": list(exported.filled),
+        "missing": list(exported.missing),
+        "unexpected": list(exported.fit.dropped),
+        "merged": exported.merged,
+        "lora_alpha": None if exported.scaling is None else exported.scaling.alpha,
     }
-    return manifest.render(job.catalog.format, job.catalog.origin, options.stated(), names, stated)
+    model = manifest.state([target.spec for target in exported.model], "", digests)
+    beside = {
+        side.name: manifest.state([t.spec for t in side.targets], side.name, digests)
+        for side in exported.sides
+    }
+    catalog = job.catalog
+    return manifest.render(catalog.format, catalog.origin, options.stated(), names, model, beside)
 
 
 def _report(
-    job: _Job,
-    options: _Options,
+    job: Job,
+    options: Options,
     seconds: float,
     outcome: Outcome | None = None,
     *,
@@ -354,23 +271,25 @@ def _report(
     warnings = list(job.plan.warnings)
     if outcome is not None and outcome.compared and not outcome.changed:
         warnings.append(f"all {outcome.compared} tensors equal the base model's.")
+    exported = job.export
     return Report(
         source=os.fspath(options.source),
         target=os.fspath(options.target),
         format=job.catalog.format,
         tag=job.catalog.origin.tag,
-        num_tensors=len(job.targets),
+        num_tensors=len(exported.model),
         bytes_read=job.plan.bytes_to_read if outcome is None else outcome.bytes_read,
         bytes_written=job.plan.bytes_to_write,
         seconds=round(seconds, 3),
         verified=verified,
         files=tuple(file.name for file in job.plan.files),
-        missing=job.missing,
-        unexpected=job.fit.dropped,
-        tied=job.fit.tied,
-        filled=job.filled,
-        prefix=job.fit.prefix,
-        rules=job.fit.rules,
+        missing=exported.missing,
+        unexpected=exported.fit.dropped,
+        tied=exported.fit.tied,
+        filled=exported.filled,
+        prefix=exported.fit.prefix,
+        rules=exported.fit.rules,
+        merged=exported.merged,
         compared=0 if outcome is None else outcome.compared,
         changed=0 if outcome is None else outcome.changed,
         records_checked=0 if outcome is None else outcome.records_checked,

@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError
+from reshard.storage import Sources
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """How a checkpoint's names fit onto a base's, found without reading a weight.
+
+    `message` is what a conversion would refuse with, empty where the names fit. `undecided` are
+    pairs of tensors whose values decide whether they are one. `beside` are the files beside the
+    model, `merged` counts adapters (their alpha need not be known here). `missing` of the base are
+    not written, `filled` are copied from it, `unexpected` of the checkpoint are left out.
+    """
+
+    message: str = ""
+    prefix: str = ""
+    rules: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    undecided: tuple[tuple[str, str], ...] = ()
+    resized: tuple[str, ...] = ()
+    config_patches: Mapping[str, object] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
+    merged: int = 0
+    missing: tuple[str, ...] = ()
+    filled: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return not self.message
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +47,7 @@ class Inspection:
     """A checkpoint's summary. Sizes are bytes; tied names count neither tensors nor parameters.
 
     `total_bytes` is what the tensors take as the checkpoint holds them, `bytes_to_read` what a
-    conversion reads, `bytes_on_disk` the size of all the checkpoint's files that were opened.
+    conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take.
     """
 
     checkpoint: Checkpoint
@@ -23,8 +55,10 @@ class Inspection:
     num_parameters: int
     total_bytes: int
     bytes_to_read: int
+    bytes_on_disk: int
     dtypes: dict[str, int]
     kinds: dict[str, int]
+    fitting: Fitting | None = None
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
         """The summary as JSON values, as `inspect --json` prints it."""
@@ -40,6 +74,7 @@ class Inspection:
             "num_parameters": self.num_parameters,
             "total_bytes": self.total_bytes,
             "bytes_to_read": self.bytes_to_read,
+            "bytes_on_disk": self.bytes_on_disk,
             "dtypes": self.dtypes,
             "kinds": self.kinds,
             "tied": {
@@ -51,6 +86,8 @@ class Inspection:
             "notes": list(catalog.notes),
             **catalog.origin.details,
         }
+        if self.fitting is not None:
+            result["base"] = {"fits": self.fitting.fits, **asdict(self.fitting)}
         if tensors:
             result["tensors"] = [
                 {
@@ -66,9 +103,17 @@ class Inspection:
 
 
 def inspect(
-    path: str | os.PathLike[str], *, tag: str | None = None, prefix: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    prefix: str | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> Inspection:
-    """Summarise the checkpoint at `path`; no weights are read. Options as `open_checkpoint` has."""
+    """Summarise the checkpoint at `path`; no weights are read.
+
+    `tag` and `prefix` are those of `open_checkpoint`. With `base`, a Hugging Face model folder,
+    the summary says how the checkpoint's names fit onto the base's.
+    """
     checkpoint = open_checkpoint(path, tag=tag, prefix=prefix)
     entries = list(checkpoint.catalog.entries.values())
     return Inspection(
@@ -77,6 +122,50 @@ def inspect(
         num_parameters=sum(e.spec.numel for e in entries if e.kind != "buffer"),
         total_bytes=sum(e.spec.nbytes for e in entries),
         bytes_to_read=sum(f.extent.nbytes for e in entries for f in e.fragments),
+        bytes_on_disk=_size(checkpoint.catalog.origin.root),
         dtypes=dict(Counter(e.spec.dtype.name for e in entries)),
         kinds=dict(Counter(t.kind for t in checkpoint.tensors.values())),
+        fitting=None if base is None else _fit(checkpoint, prefix, Path(base)),
+    )
+
+
+def _size(root: Path) -> int:
+    files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _fit(checkpoint: Checkpoint, prefix: str | None, folder: Path) -> Fitting:
+    from reshard import export
+    from reshard.base import read_base
+    from reshard.formats import Selection
+    from reshard.naming.part import under
+    from reshard.options import LoraChoice, Options
+
+    catalog = checkpoint.catalog
+    with Sources() as sources:
+        base = read_base(folder, sources)
+        # Any alpha will do: adapters are counted, not merged.
+        options = Options(catalog.origin.root, folder, folder, "hf", Selection(), "base", 1,
+                          lora=LoraChoice(alpha=1.0))  # fmt: skip
+        try:
+            if prefix and catalog.format != "dcp":
+                catalog = replace(catalog, entries=under(catalog.entries, prefix))
+            exported = export.onto(catalog, base, options, None)
+        except NamesError as error:
+            return Fitting(str(error), missing=error.missing, unexpected=error.unexpected)
+        except (IncompleteError, PlanError, UnsupportedError) as error:
+            return Fitting(str(error))
+    found = exported.fit
+    return Fitting(
+        prefix=found.prefix,
+        rules=found.rules,
+        tied=found.tied,
+        undecided=found.undecided,
+        resized=tuple(f"{r.name}: {r.base_rows} rows to {r.rows}" for r in found.resized),
+        config_patches=exported.patches,
+        beside=tuple(side.name for side in exported.sides),
+        merged=exported.merged,
+        missing=exported.missing,
+        filled=exported.filled,
+        unexpected=found.dropped,
     )

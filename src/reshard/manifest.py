@@ -2,7 +2,8 @@
 
     {"reshard": version, "source": {format, tag, framework, version, world_size},
      "options": {...}, "names": {prefix, rules, tied, filled, ...},
-     "tensors": {name: {"dtype": ..., "shape": [...], "xxh3_128": ...}}}
+     "tensors": {name: {"dtype": ..., "shape": [...], "xxh3_128": ...}},
+     "beside": {file: {name: ...}}}
 
 It holds no path and no time of day: the same input gives the same bytes.
 """
@@ -35,10 +36,20 @@ class Stated:
     digest: str
 
 
-def state(specs: list[TensorSpec], digests: Mapping[str, str]) -> dict[str, Stated]:
-    """What will be stated of each tensor."""
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The tensors of the model, and of each file beside it."""
+
+    tensors: Mapping[str, Stated]
+    beside: Mapping[str, Mapping[str, Stated]]
+
+
+def state(
+    specs: list[TensorSpec], part: str, digests: Mapping[tuple[str, str], str]
+) -> dict[str, Stated]:
+    """What will be stated of each tensor of a part."""
     return {
-        spec.name: Stated(spec.dtype.name, spec.shape, digests[spec.name])
+        spec.name: Stated(spec.dtype.name, spec.shape, digests[part, spec.name])
         for spec in sorted(specs, key=lambda spec: spec.name)
     }
 
@@ -48,7 +59,8 @@ def render(
     origin: Origin,
     options: Mapping[str, Any],
     names: Mapping[str, Any],
-    stated: Mapping[str, Stated],
+    tensors: Mapping[str, Stated],
+    beside: Mapping[str, Mapping[str, Stated]],
 ) -> bytes:
     """The file's bytes."""
     content = {
@@ -62,29 +74,43 @@ def render(
         },
         "options": dict(options),
         "names": dict(names),
-        "tensors": {
-            name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "xxh3_128": tensor.digest}
-            for name, tensor in stated.items()
-        },
+        "tensors": _rendered(tensors),
     }
+    if beside:
+        content["beside"] = {file: _rendered(stated) for file, stated in beside.items()}
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def read(folder: Path, sources: Sources) -> dict[str, Stated]:
+def _rendered(stated: Mapping[str, Stated]) -> dict[str, Any]:
+    return {
+        name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "xxh3_128": tensor.digest}
+        for name, tensor in stated.items()
+    }
+
+
+def read(folder: Path, sources: Sources) -> Manifest:
     """The tensors that a folder's `reshard.json` states."""
     path = folder / MANIFEST
     if not path.is_file():
         raise NotFoundError(
             f"it has no {MANIFEST}: it was not written by reshard.",
             path=folder,
-            hint="Compare it with its source: reshard verify DST --against SRC.",
+            hint="Only folders that reshard wrote state their digests.",
         )
     source = sources.open(path)
     text = source.read(0, min(source.size, _MAX_NBYTES))
     try:
-        return {
-            name: Stated(raw["dtype"], tuple(raw["shape"]), raw["xxh3_128"])
-            for name, raw in json.loads(text)["tensors"].items()
-        }
+        content = json.loads(text)
+        beside = content.get("beside", {}).items()
+        return Manifest(
+            _parsed(content["tensors"]), {file: _parsed(tensors) for file, tensors in beside}
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise FormatError("it is damaged.", path=path) from None
+
+
+def _parsed(raw: Mapping[str, Any]) -> dict[str, Stated]:
+    return {
+        name: Stated(tensor["dtype"], tuple(tensor["shape"]), tensor["xxh3_128"])
+        for name, tensor in raw.items()
+    }

@@ -21,7 +21,7 @@ from reshard.catalog import Catalog
 from reshard.errors import VerificationError
 from reshard.formats import Selection, read
 from reshard.manifest import Stated
-from reshard.storage import Sources
+from reshard.storage import Sources, child
 from reshard.tensors import Entry, blocks
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Array, Reader, fill
@@ -51,8 +51,26 @@ def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None =
     """
     with Sources() as sources:
         stated = manifest.read(folder, sources)
-        catalog = read(folder, sources, Selection())
-        return check_digests(catalog, stated, sources, threads=threads, progress=progress)
+        parts = [(folder, stated.tensors)] if stated.tensors else []
+        parts += [(child_of(folder, name), tensors) for name, tensors in stated.beside.items()]
+        found = [
+            check_digests(
+                read(path, sources, Selection()),
+                tensors,
+                sources,
+                threads=threads,
+                progress=progress,
+            )
+            for path, tensors in parts
+        ]
+    return Verified(sum(f.num_tensors for f in found), sum(f.bytes_read for f in found))
+
+
+def child_of(folder: Path, name: str) -> Path:
+    """A file that `reshard.json` names, by one name for each level below the folder."""
+    for part in name.split("/"):
+        folder = child(folder, part)
+    return folder
 
 
 def check_digests(

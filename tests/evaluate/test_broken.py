@@ -161,6 +161,18 @@ def test_nan_weights(copied: Models, tmp_path: Path) -> None:
     written(tmp_path, report)
 
 
+def test_nan_in_the_head_of_a_reward_model(copied: Models, tmp_path: Path) -> None:
+    folder = copied("srm_al")
+    path = folder / "reward_head.safetensors"
+    tensors = load_file(path)
+    tensors["preference_head.3.weight"][0, 0] = torch.nan
+    save_file(tensors, path)
+    report = attempt(folder, tmp_path)
+    assert report.exit_code == 1
+    assert "preference_head.3.weight" in str(named(report, "weights-not-finite").evidence)
+    assert written(tmp_path, report)["scores"][0]["scores"] == {"preference": None}
+
+
 def test_a_broken_template_fails_each_prompt_and_says_so(copied: Models, tmp_path: Path) -> None:
     folder = copied("causal")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")

@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from reshard.cli import reshard, run
-from reshard.evaluate.command import repeat_flags, try_model
+from reshard.evaluate.command import try_model
 from reshard.evaluate.options import Options
-from reshard.evaluate.report import Report
+from reshard.evaluate.progress import Event
+from reshard.evaluate.report import Answer, Report
+from reshard.evaluate.terminal import Terminal
+from reshard.flags import repeat_flags
 from reshard.scripts.test_model import command
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
@@ -187,6 +190,19 @@ def test_an_interrupt_is_130_and_leaves_the_report(
     found = report()
     assert found["status"] == "interrupted"
     assert len(found["answers"]) == 3
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = "fine\n\x1b]0;title\x07 \x9b2J 👩\u200d💻"
+    answer = Answer("\x1b[31mp", "r", said, 1, (1,), "stop", 1.0)
+    with Terminal() as terminal:
+        terminal.listen(Event("answer", 1, 1, answer))
+    printed = capsys.readouterr().out
+    assert "fine\n�]0;title� �2J 👩\u200d💻" in printed
+    assert "\x07" not in printed
+    assert "> �[31mp" in printed
 
 
 def test_options_are_the_fields_of_the_report(models: Models) -> None:

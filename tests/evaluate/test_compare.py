@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from reshard.evaluate import compare, texts
 from reshard.evaluate.divergence import Divergence, Perplexity, score_difference
 from reshard.evaluate.report import Comparison
-from reshard.evaluate.scan import Weights
+from reshard.evaluate.scan import WeightFiles
 from reshard.evaluate.weights import relate
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
@@ -167,6 +167,43 @@ def test_scores_are_compared(models: Models, copied: Models, tmp_path: Path) -> 
     assert found.score_difference > 0.02
 
 
+def test_heads_of_a_reward_model_are_weights_too(
+    models: Models, copied: Models, tmp_path: Path
+) -> None:
+    other = copied("srm_al")
+    path = other / "reward_head.safetensors"
+    tensors = load_file(path)
+    tensors["preference_head.0.bias"] += 1e-5
+    save_file(tensors, path)
+    found = compared(models("srm_al"), other, tmp_path)
+    assert found.weights is not None
+    assert found.weights.examples == ("preference_head.0.bias",)
+    assert found.verdict == "another model"
+
+
+def test_a_folder_without_a_tokenizer_is_read_with_the_first_ones(
+    models: Models, copied: Models, tmp_path: Path
+) -> None:
+    other = copied("causal")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).unlink()
+    assert compared(models("causal"), other, tmp_path).verdict == "identical"
+
+
+def test_tensors_without_a_namesake_are_named(
+    models: Models, copied: Models, tmp_path: Path
+) -> None:
+    other = copied("causal_tied")
+    edit_weights(
+        other, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
+    found = compared(models("causal_tied"), other, tmp_path)
+    assert found.verdict == "identical"
+    assert "1 tensors have no namesake" in found.reason
+    assert found.weights is not None
+    assert (found.weights.only_here, found.weights.only_there) == (0, 1)
+
+
 def test_speaking_and_scoring_models_cannot_be_compared(models: Models, tmp_path: Path) -> None:
     report = attempt(models("causal"), tmp_path, compare=models("classifier"))
     assert report.exit_code == 1
@@ -258,7 +295,7 @@ def test_relations_of_two_tensors(
     paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
     for path, values in zip(paths, (one, other), strict=True):
         save_file({"t": torch.tensor(values)}, path)
-    with Weights(paths[:1]) as here, Weights(paths[1:]) as there:
+    with WeightFiles(paths[:1]) as here, WeightFiles(paths[1:]) as there:
         assert relate(here, there, "t") == relation
         assert relate(there, here, "t") == relation
 
@@ -271,7 +308,7 @@ def test_the_relation_holds_over_all_blocks(
     paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
     save_file({"t": torch.tensor([[1.001], [2.0]]), "i": torch.tensor([1, 2])}, paths[0])
     save_file({"t": torch.tensor([[1.0], [2.001]]), "i": torch.tensor([1, 3])}, paths[1])
-    with Weights(paths[:1]) as here, Weights(paths[1:]) as there:
+    with WeightFiles(paths[:1]) as here, WeightFiles(paths[1:]) as there:
         assert relate(here, there, "t") == "different"
         assert relate(here, there, "i") == "different"
 

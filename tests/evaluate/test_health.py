@@ -184,7 +184,7 @@ def test_facts_are_those_of_numpy(shape: tuple[int, ...], seed: int, bad: str) -
 def test_every_dtype_can_be_scanned(tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "t.safetensors"
     save_file({"t": torch.tensor([[0.0, 1.0]]).to(dtype)}, path)
-    with scan.Weights([path]) as weights:
+    with scan.WeightFiles([path]) as weights:
         (found,) = scan.scan(weights)
     assert (found.nan, found.infinite, found.constant) == (0, 0, False)
 
@@ -194,7 +194,7 @@ def test_blocks_are_bounded_and_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "t.safetensors"
     tensor = torch.randn(8, 10)
     save_file({"t": tensor, "scalar": torch.tensor(2.0)}, path)
-    with scan.Weights([path]) as weights:
+    with scan.WeightFiles([path]) as weights:
         blocks = list(weights.blocks("t"))
         assert [len(block) for block in blocks] == [3, 3, 2]
         assert torch.equal(torch.cat(blocks), tensor)

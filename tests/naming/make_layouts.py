@@ -87,6 +87,23 @@ QWEN3_VISION = {
 }
 VL_TOKENS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92,
              "vision_end_token_id": 93}  # fmt: skip
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "head_dim": 6,
+    "image_size": 16,
+    "patch_size": 8,
+}
+INTERNVL = {
+    "text_config": {**UNTIED, "model_type": "qwen2"},
+    "vision_config": {"hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 1,
+                      "num_attention_heads": 4, "image_size": [16, 16], "patch_size": [8, 8]},
+    "image_token_id": 90,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 LLAVA = {
     "vision_config": CLIP,
     "text_config": {**UNTIED, "model_type": "llama"},
@@ -163,17 +180,17 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"text_config": TEXT, "vision_config": SIGLIP, "mm_tokens_per_image": 4,
          "image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92},
     ),
-    "internvl": (
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        "Mistral3Config",
+        {"text_config": {**UNTIED, "model_type": "mistral"}, "vision_config": PIXTRAL,
+         "image_token_index": 90, "tie_word_embeddings": False},
+    ),
+    "internvl": ("InternVLForConditionalGeneration", "InternVLConfig", INTERNVL),
+    "internvl_moe": (
         "InternVLForConditionalGeneration",
         "InternVLConfig",
-        {
-            "text_config": {**UNTIED, "model_type": "qwen2"},
-            "vision_config": {"hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 1,
-                              "num_attention_heads": 4, "image_size": [16, 16],
-                              "patch_size": [8, 8]},
-            "image_token_id": 90,
-            "tie_word_embeddings": False,
-        },
+        {**INTERNVL, "text_config": {**EXPERTS, "model_type": "qwen3_moe"}},
     ),
     "qwen2_audio": (
         "Qwen2AudioForConditionalGeneration",
@@ -191,6 +208,21 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
                 {**UNTIED, "num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", EXPERTS),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", EXPERTS),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {**UNTIED, "moe_intermediate_size": 12, "n_routed_experts": 4, "num_experts_per_tok": 2,
+         "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 10,
+         "kv_lora_rank": 6, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+         "num_key_value_heads": 4},
+    ),
+    "phimoe": ("PhimoeForCausalLM", "PhimoeConfig", {**UNTIED, "num_local_experts": 3}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM",
+        "Ernie4_5_MoeConfig",
+        {**UNTIED, "moe_intermediate_size": 12, "moe_num_experts": 3, "moe_k": 2,
+         "moe_layer_start_index": 0},
+    ),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig",
                 {**UNTIED, "num_local_experts": 3, "num_experts_per_tok": 2}),
 }  # fmt: skip

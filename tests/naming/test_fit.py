@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reshard.dtypes import FLOAT32
 from reshard.errors import NamesError
 from reshard.naming import Fit, FitOptions, Resize, fit
 from reshard.naming.families import WRAPPERS
-from reshard.tensors import Entry, Shape
+from reshard.tensors import Entry, Extent, FileRef, Fragment, Shape, TensorSpec, flat
 from tests.naming import tables
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -227,6 +229,7 @@ def test_a_named_part_of_a_larger_checkpoint() -> None:
     found = run(source, TIED, prefix="actor.")
     assert found.prefix == "actor."
     assert tables.origin(found.entries[NORM]) == f"actor.{NORM}"
+    assert run(source, TIED, prefix="actor") == found
     with pytest.raises(NamesError, match="none of the checkpoint's 4 tensors has the prefix"):
         run(source, TIED, prefix="ref.")
 
@@ -241,6 +244,7 @@ def test_two_tensors_that_wrappers_alone_tell_apart() -> None:
         run({f"module.{NORM}": (2,), NORM: (2,)}, TIED)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(sorted(WRAPPERS)), max_size=3),
     st.sampled_from(["", "model.", "actor.", "model.base_model.model.", "some.where.deep."]),
@@ -280,3 +284,27 @@ def test_stacks_go_through_whole_where_the_base_stacks_too() -> None:
     found = run(dict(stacked.memory), dict(stacked.memory), stacked.config)
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert tables.origin(found.entries[name]) == name
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3 * 4 * 5), max_size=5), st.booleans())
+def test_experts_out_of_flat_parts(cuts: list[int], fused_base: bool) -> None:
+    """ZeRO keeps ranges of the flattened stack: they end inside experts, rows and columns."""
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    array = tables.random_arrays({name: (3, 4, 5)})[name]
+    bounds = sorted({0, array.size, *cuts})
+    fragments = []
+    content = {}
+    for start, stop in itertools.pairwise(bounds):
+        content[f"rank{start}"] = array.reshape(-1)[start:stop].tobytes()
+        extent = Extent(FileRef(f"rank{start}"), 0, 4 * (stop - start))
+        fragments.append(Fragment(flat(array.size, start, stop - start), extent, FLOAT32))
+    source = Entry(TensorSpec(name, FLOAT32, array.shape), tuple(fragments))
+    shapes: dict[str, Shape] = {name: (3, 4, 5)}
+    if not fused_base:
+        block = "model.layers.0.mlp.experts"
+        parts = [f"{block}.{e}.{p}_proj.weight" for e in range(3) for p in ("gate", "up")]
+        shapes = dict.fromkeys(parts, (2, 5))
+    found = run({name: source}, shapes, {"model_type": "qwen3_moe"})
+    arrays = [tables.values(found.entries[key], content) for key in shapes]
+    np.testing.assert_array_equal(np.concatenate(arrays).reshape(3, 4, 5), array)

@@ -59,7 +59,7 @@ def test_files_of_one_layout_fit_files_of_another(name: str) -> None:
 
 @pytest.mark.parametrize("name", tables.names("4.57"))
 def test_without_a_config_names_and_shapes_suffice(name: str) -> None:
-    if name == "llava_next_mixtral":
+    if name in ("llava_next_mixtral", "internvl_moe"):
         pytest.skip("what model lies inside another is read from the config alone")
     hub, memory = tables.table("4.57", name), tables.table("5.23", name).memory
     base = Schema(hub.schema().specs)

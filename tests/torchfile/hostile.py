@@ -62,7 +62,7 @@ def _colliding_integers() -> bytes:
 
 
 def _tuples_as_keys() -> bytes:
-    return pickle(b"}(" + b"".join(number(i) + b"N\x86N" for i in range(10_000)) + b"u")
+    return pickle(b"}(" + b"".join(number(i) + b"N\x86N" for i in range(20_000)) + b"u")
 
 
 def doubling(levels: int) -> bytes:
@@ -161,15 +161,15 @@ PICKLES = (
             "deep lists": (pickle(b"]" * 200_000 + b"a" * 199_999), "deeper than"),
             "deep marks": (pickle(b"(" * 500_000), "marks"),
             "deep doubling": (doubling(200), "deeper than"),
-            "colliding integers": (_colliding_integers, "keys that are large"),
-            "many tuples as keys": (_tuples_as_keys, "keys that are large"),
+            "colliding integers": (_colliding_integers, "keys that are large numbers"),
+            "many tuples as keys": (_tuples_as_keys, "keys that are large numbers"),
             "huge integer": (
                 pickle(b"\x8b" + struct.pack("<L", 1 << 20) + b"\1" * (1 << 20)),
                 "takes 1048576 bytes",
             ),
             "many values": (pickle(b"N" * 5_000_000), "stacks more than"),
-            "many dicts": (pickle(b"](" + b"}" * 900_000 + b"e"), "makes objects"),
-            "copied bytes": (_copied_bytes, "makes objects"),
+            "many dicts": (pickle(b"](" + b"}" * 900_000 + b"e"), "objects of more than"),
+            "copied bytes": (_copied_bytes, "objects of more than"),
         },
     ),
 )
@@ -217,7 +217,7 @@ FILES = (
             "two folders": (torch_file(b"N", Member("other/x")), "other/x"),
             "big-endian": (torch_file(b"N", Member("archive/byteorder", b"big")), "'big'"),
             "old, big-endian": (OLD_GOOD.replace(b"\x88u.", b"\x89u.", 1), "big-endian"),
-            "many tensors": (_many_tensors, "makes objects"),
+            "many tensors": (_many_tensors, "objects of more than"),
         },
     ),
     *_cases(

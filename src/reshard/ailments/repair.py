@@ -80,7 +80,7 @@ def write_mended(
             folder.copy(asset)
         for name, text in plan.texts:
             folder.write(name, text)
-        stated = manifest.state([item.spec for item in targets], outcome.digests)
+        stated = manifest.state([item.spec for item in targets], "", outcome.digests)
         folder.write(manifest.MANIFEST, _manifest(mended, findings, dtype, stated))
         sources.check_unchanged()
         verify_folder(folder.partial, threads=threads, progress=step("verify"))
@@ -167,4 +167,4 @@ def _manifest(
         "missing": list(mended.fit.filled),
         "unexpected": list(mended.fit.dropped),
     }
-    return manifest.render(mended.format, mended.origin, options, names, stated)
+    return manifest.render(mended.format, mended.origin, options, names, stated, {})

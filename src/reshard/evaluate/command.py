@@ -5,62 +5,19 @@ Imports no torch: the model's libraries are loaded when a command runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from reshard.errors import UnsupportedError
-from reshard.evaluate.options import Options, Sampling
+from reshard.evaluate.options import DTYPES, Options, Sampling
+from reshard.flags import SeveralValues, option
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class SeveralValues(click.Command):
-    """A command whose repeatable options take one or more values after one flag, as argparse's
-    `nargs="+"` does: `--test_prompts "a" "b"`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        repeatable = {
-            name
-            for parameter in self.params
-            if isinstance(parameter, click.Option) and parameter.multiple
-            for name in parameter.opts
-        }
-        return super().parse_args(ctx, repeat_flags(args, repeatable))
-
-
-def repeat_flags(args: Sequence[str], repeatable: set[str]) -> list[str]:
-    """Write the flag before each of its values; values end at the next flag.
-
-    >>> repeat_flags(["--p", "a", "b", "--n", "1"], {"--p"})
-    ['--p', 'a', '--p', 'b', '--n', '1']
-    """
-    written: list[str] = []
-    flag: str | None = None
-    taken = 0
-    for position, argument in enumerate(args):
-        if argument == "--":
-            return [*written, *args[position:]]
-        if argument.startswith("-") and len(argument) > 1:
-            flag, taken = (argument if argument in repeatable else None), 0
-            written.append(argument)
-            continue
-        if flag is not None and taken:
-            written.append(flag)
-        written.append(argument)
-        taken += 1
-    return written
-
-
-def option(name: str, field: str | None = None, **more: Any) -> Callable[[_F], _F]:
-    """An option under its name with underscores, as in LightRFT's script, and with dashes."""
-    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-    return click.option(*spellings, field or name, **more)
 
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
@@ -127,7 +84,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     option(
         "dtype",
-        type=click.Choice(_DTYPES),
+        type=click.Choice(DTYPES),
         default="auto",
         show_default=True,
         help="Type to run in; auto is what the model's config names.",

@@ -20,12 +20,13 @@ _HEADROOM = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where to load a model: `device_map` as `from_pretrained` takes it.
+    """Where to load a model: `device_map` as `from_pretrained` takes it (None: the CPU, which
+    alone needs no accelerate).
 
     `inputs` is the device that the inputs go to, `note` what the user should be told.
     """
 
-    device_map: str | dict[str, str]
+    device_map: str | dict[str, str] | None
     inputs: str
     note: str | None = None
 
@@ -38,7 +39,7 @@ def place(device: str, weight_nbytes: int) -> Placement:
     is a torch device. Raises `UnsupportedError` for a device that is not there.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        return Placement({"": "cpu"}, "cpu", "There is no CUDA device; going on with the CPU.")
+        return Placement(None, "cpu", "There is no CUDA device; going on with the CPU.")
     if device == "auto":
         return Placement("auto", "cuda:0" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
@@ -48,7 +49,7 @@ def place(device: str, weight_nbytes: int) -> Placement:
         note = f"The weights are spread over {torch.cuda.device_count()} GPUs."
         return Placement("auto", "cuda:0", note)
     _check(device)
-    return Placement({"": device}, device)
+    return Placement(None if device == "cpu" else {"": device}, device)
 
 
 def _check(device: str) -> None:

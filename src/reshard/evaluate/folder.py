@@ -21,6 +21,7 @@ from reshard.errors import FormatError, IncompleteError, NotFoundError, Unsuppor
 
 REWARD_CONFIG = "reward_config.json"
 REWARD_HEAD = "reward_head.safetensors"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -45,8 +46,8 @@ class Folder:
     """A model folder. `architecture` is the class that its config names, None if it names none.
 
     `takes_images` and `takes_audio` say what its config has a tower for; a reward model takes
-    what its backbone takes. `weights` are its safetensors files; empty if the weights lie in
-    another format.
+    what its backbone takes. `weights` are its safetensors files, a reward model's heads included;
+    empty if the weights lie in another format.
     """
 
     path: Path
@@ -67,6 +68,10 @@ class Folder:
     @property
     def takes_audio(self) -> bool:
         return isinstance(self.config.get("audio_config"), dict)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return any((self.path / name).is_file() for name in _TOKENIZERS)
 
     @property
     def tied(self) -> bool | None:
@@ -99,7 +104,10 @@ def read_folder(path: Path) -> Folder:
     config = parse_json(path / "config.json")
     architecture = _architecture(config)
     kind = _kind(path, config, architecture)
-    return Folder(path, config, kind, architecture, _weight_files(path))
+    weights = _weight_files(path)
+    if kind is Kind.REWARD and (path / REWARD_HEAD).is_file():
+        weights += (path / REWARD_HEAD,)
+    return Folder(path, config, kind, architecture, weights)
 
 
 def parse_json(path: Path) -> dict[str, Any]:

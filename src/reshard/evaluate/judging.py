@@ -25,7 +25,7 @@ from reshard.evaluate.folder import Folder, read_folder
 from reshard.evaluate.loading import Loaded, load_model, load_tokenizer
 from reshard.evaluate.options import Options
 from reshard.evaluate.report import Answer, Comparison, Weights
-from reshard.evaluate.scan import Weights as WeightFiles
+from reshard.evaluate.scan import WeightFiles
 from reshard.evaluate.scoring import score
 from reshard.evaluate.texts import read_text, shipped_text
 from reshard.evaluate.verdict import THRESHOLDS, judge_logits, judge_scores
@@ -93,7 +93,7 @@ def judge(first: FirstSide, options: Options, other: Path, heard: Heard) -> Comp
         raise UnsupportedError(
             f"a {first.folder.kind.value} and a {folder.kind.value} cannot be compared.", path=other
         )
-    weights = _compare_files(first.folder, folder)
+    weights = _compare_files(first.folder, folder, heard)
     loaded = load_model(
         folder,
         place(options.device, sum(path.stat().st_size for path in folder.weights)),
@@ -138,11 +138,11 @@ def judge(first: FirstSide, options: Options, other: Path, heard: Heard) -> Comp
     )
 
 
-def _compare_files(ours: Folder, theirs: Folder) -> Weights | None:
+def _compare_files(ours: Folder, theirs: Folder, heard: Heard) -> Weights | None:
     if not (ours.weights and theirs.weights):
         return None
     with WeightFiles(ours.weights) as here, WeightFiles(theirs.weights) as there:
-        return compare_weights(here, there)
+        return compare_weights(here, there, heard)
 
 
 def _judge_scores(found: Comparison, first: FirstSide, loaded: Loaded) -> Comparison:
@@ -157,10 +157,9 @@ def _own_tokens(first: FirstSide, folder: Folder, options: Options) -> list[Toke
 
     A folder without a tokenizer, such as a bare checkpoint, is read with the first one's.
     """
-    try:
-        tokenizer = load_tokenizer(folder.path, remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError):
+    if not folder.has_tokenizer:
         return None
+    tokenizer = load_tokenizer(folder.path, remote_code=options.trust_remote_code)
     own = windows(tokenizer, first.text)
     ours = [tokens for tokens in first.sequences if tokens.text]
     prompts = all(tokenizer.encode(r) == first.encoder.tokenizer.encode(r) for r in first.rendered)

@@ -24,8 +24,6 @@ from reshard.evaluate.folder import Folder, Kind
 from reshard.evaluate.report import Model
 from reshard.evaluate.reward import ScalarReward, load_reward
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True, slots=True)
 class Gaps:
@@ -81,7 +79,7 @@ class Loaded:
 def load_model(folder: Folder, placement: Placement, *, dtype: str, remote_code: bool) -> Loaded:
     """Load the model of `folder` for inference.
 
-    `dtype` is one of `DTYPES`; `auto` is what the folder's config names. Raises
+    `dtype` is one of `options.DTYPES`; `auto` is what the folder's config names. Raises
     `UnsupportedError` for a class that the installed transformers does not have and `NamesError`
     for weights whose shapes are not those of the config; whatever `from_pretrained` raises
     passes through.
@@ -106,8 +104,11 @@ def load_model(folder: Folder, placement: Placement, *, dtype: str, remote_code:
 
 def _class_of(folder: Folder, remote_code: bool) -> Any:
     """The class to load: the named one, or the automatic class of the folder's kind."""
-    if "auto_map" in folder.config and remote_code:
-        return _automatic(folder.kind)
+    own = folder.config.get("auto_map")
+    if isinstance(own, dict) and remote_code:
+        wanted = (_automatic(folder.kind).__name__, "AutoModelForCausalLM", "AutoModel")
+        named = next((name for name in wanted if name in own), wanted[0])
+        return getattr(transformers, named)
     if folder.kind is Kind.REWARD and not folder.takes_audio:
         # LightRFT trains its vision-language reward models on the backbone without a head
         # (lightrft/models/srm_vl.py: AutoModel), those for audio on the whole class (srm_al.py).
@@ -117,7 +118,7 @@ def _class_of(folder: Folder, remote_code: bool) -> Any:
     named = getattr(transformers, folder.architecture, None)
     if named is not None:
         return named
-    if "auto_map" in folder.config:
+    if own is not None:
         raise UnsupportedError(
             f"{folder.architecture} is code that lies in the model's folder.",
             path=folder.path,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -25,8 +27,8 @@ class Sampling:
 class Options:
     """One run of `reshard try`; the fields are the options of the command line.
 
-    `prompts` may be empty: then the first of the shipped prompts are used. `images` and `audio`
-    go along with every prompt.
+    `dtype` is one of `DTYPES`. `prompts` may be empty: then the first of the shipped prompts are
+    used. `images` and `audio` go along with every prompt.
     """
 
     model: Path

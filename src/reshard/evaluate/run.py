@@ -31,7 +31,7 @@ from reshard.evaluate.page import write_page
 from reshard.evaluate.progress import Event, Listener, silent
 from reshard.evaluate.repetition import check_answers, check_logits
 from reshard.evaluate.report import Answer, Report, Score, plain
-from reshard.evaluate.scan import Weights, scan
+from reshard.evaluate.scan import WeightFiles, scan
 from reshard.evaluate.scoring import score
 from reshard.evaluate.stage import Stage
 from reshard.evaluate.texts import DEFAULT_PROMPTS, shipped_prompts
@@ -111,7 +111,7 @@ class _Trial:
 
     def _weights(self, folder: Folder) -> bool:
         name = "look at the weights"
-        with self._stage(name) as stage, Weights(folder.weights) as weights:
+        with self._stage(name) as stage, WeightFiles(folder.weights) as weights:
             self.report.findings += health.check_weights(scan(weights, self._steps(name)))
         return stage.failure is None
 

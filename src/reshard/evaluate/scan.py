@@ -43,7 +43,7 @@ class TensorFacts:
         return self.numel > 1 and self.low is not None and self.low == self.high
 
 
-class Weights:
+class WeightFiles:
     """The tensors of a folder's safetensors files, by name; a context manager.
 
     Raises `FormatError` if a file is not safetensors or is cut short, `IncompleteError` if two
@@ -72,7 +72,7 @@ class Weights:
                 raise IncompleteError("two files hold this tensor.", path=path, tensor=name)
             self._where[name] = opened
 
-    def __enter__(self) -> Weights:
+    def __enter__(self) -> WeightFiles:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -106,7 +106,7 @@ def rows_per_block(shape: Sequence[int]) -> int:
 
 
 def scan(
-    weights: Weights, on_tensor: Callable[[int, int], None] | None = None
+    weights: WeightFiles, on_tensor: Callable[[int, int], None] | None = None
 ) -> Iterator[TensorFacts]:
     """Look at every tensor; `on_tensor` hears how many of how many are done."""
     names = weights.names()

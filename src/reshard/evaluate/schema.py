@@ -3,12 +3,14 @@
 `data/report.schema.json` is what this module makes; a test holds the two together:
 
     python -m reshard.evaluate.schema > src/reshard/evaluate/data/report.schema.json
+    python -m reshard.evaluate.schema tables        # the tables of docs/try.md
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -79,5 +81,16 @@ def _array(arguments: tuple[Any, ...], definitions: dict[str, Schema]) -> Schema
     return schema
 
 
+def tables() -> str:
+    """The schema as Markdown: a table of fields for each type."""
+    schema = report_schema()
+    sections: list[str] = []
+    for name, record in {"Report": schema, **schema["$defs"]}.items():
+        rows = [f"| `{n}` | {f['description']} |" for n, f in record["properties"].items()]
+        head = [f"### {name}", "", record["description"].strip(), "", "| field | |", "|---|---|"]
+        sections.append("\n".join([*head, *rows]))
+    return "\n\n".join(sections)
+
+
 if __name__ == "__main__":
-    print(json.dumps(report_schema(), indent=2))
+    print(tables() if sys.argv[1:] == ["tables"] else json.dumps(report_schema(), indent=2))

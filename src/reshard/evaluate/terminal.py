@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unicodedata import category
 
 import click
 from rich.console import Console
@@ -31,7 +32,8 @@ class Terminal:
             transient=True,
             disable=not Console(stderr=True).is_terminal,
         )
-        self._task = self._progress.add_task("start", total=None)
+        self._stage = "start"
+        self._task = self._progress.add_task(self._stage, total=None)
 
     def __enter__(self) -> Terminal:
         self._progress.start()
@@ -42,13 +44,16 @@ class Terminal:
 
     def listen(self, event: Event) -> None:
         """Show one event of the run."""
-        self._progress.update(
-            self._task, description=event.stage, completed=event.done, total=event.total
-        )
+        if event.stage != self._stage:
+            # rich takes a total of None for "as before": each stage gets a task of its own.
+            self._progress.remove_task(self._task)
+            self._stage = event.stage
+            self._task = self._progress.add_task(event.stage, total=event.total)
+        self._progress.update(self._task, completed=event.done, total=event.total)
         if event.result is not None:
             # The bar shares the screen with what is printed: take it off for a moment.
             self._progress.stop()
-            click.echo(click.style(f"\n> {event.result.prompt}", bold=True))
+            click.echo(click.style(f"\n> {_harmless(event.result.prompt)}", bold=True))
             click.echo(_outcome(event.result))
             self._progress.start()
 
@@ -64,12 +69,17 @@ class Terminal:
 
 def _outcome(result: Answer | Score) -> str:
     if result.error is not None:
-        return click.style(f"no result: {result.error}", fg="red")
+        return click.style(f"no result: {_harmless(result.error)}", fg="red")
     if isinstance(result, Score):
         return "\n".join(f"{name}: {value:.6g}" for name, value in result.scores.items())
     rate = len(result.token_ids) / result.seconds if result.seconds else 0.0
     note = f"[{len(result.token_ids)} tokens, {rate:.1f} a second, ended by {result.ended}]"
-    return f"{result.text}\n{click.style(note, dim=True)}"
+    return f"{_harmless(result.text or '')}\n{click.style(note, dim=True)}"
+
+
+def _harmless(text: str) -> str:
+    """What a model wrote, without the control characters that a terminal would obey."""
+    return "".join(c if c in "\n\t" or category(c) != "Cc" else "�" for c in text)
 
 
 def summary(report: Report) -> Iterator[str]:

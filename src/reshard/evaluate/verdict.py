@@ -53,9 +53,12 @@ def _judge(equal: bool, close: bool, figures: str, weights: Weights | None) -> t
     if weights.different:
         shares = f"{weights.different} of {weights.tensors} shared tensors"
         return "another model", f"{shares} differ by more than rounding; {figures}."
-    if equal and weights.identical == weights.tensors:
-        return "identical", f"Every output and all {weights.tensors} shared tensors are equal."
+    alone = weights.only_here + weights.only_there
+    lone = f"; {alone} tensors have no namesake in the other folder" if alone else ""
+    if equal and not weights.rounded:
+        shares = f"all {weights.tensors} shared tensors"
+        return "identical", f"Every output and {shares} are equal{lone}."
     if equal or close:
         shares = f"{weights.identical} shared tensors are equal, {weights.rounded} are rounded"
-        return "same model, other rounding", f"{shares}; {figures}."
-    return "another model", f"The shared weights agree, the outputs do not: {figures}."
+        return "same model, other rounding", f"{shares}{lone}; {figures}."
+    return "another model", f"The shared weights agree, the outputs do not: {figures}{lone}."

@@ -7,24 +7,24 @@ coarser type, and rounds the other side onto exactly them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 
-from reshard.evaluate.report import Weights as WeightsFound
-from reshard.evaluate.scan import Weights, rows_per_block
+from reshard.evaluate.report import Weights
+from reshard.evaluate.scan import WeightFiles, rows_per_block
 
 Relation = Literal["identical", "rounded", "different"]
 
-# The types that models are rounded to, and whether one side's values are all of that type.
+# The types that models are rounded to.
 _ROUNDED_TO = (torch.bfloat16, torch.float16)
 _EXAMPLES = 10
 
 
 def compare_weights(
-    here: Weights, there: Weights, on_tensor: Callable[[int, int], None] | None = None
-) -> WeightsFound | None:
+    here: WeightFiles, there: WeightFiles, on_tensor: Callable[[int, int], None] | None = None
+) -> Weights | None:
     """Compare the tensors that both have; None if they share no name (another layout)."""
     ours, theirs = set(here.names()), set(there.names())
     shared = sorted(ours & theirs)
@@ -38,7 +38,7 @@ def compare_weights(
     found = list(relations.values())
     examples = [name for name in shared if relations[name] == "different"]
     examples += sorted(ours ^ theirs)
-    return WeightsFound(
+    return Weights(
         tensors=len(shared),
         identical=found.count("identical"),
         rounded=found.count("rounded"),
@@ -49,27 +49,28 @@ def compare_weights(
     )
 
 
-def relate(here: Weights, there: Weights, name: str) -> Relation:
-    """What one tensor is to its namesake; a tensor of another shape is different."""
+def relate(here: WeightFiles, there: WeightFiles, name: str) -> Relation:
+    """What one tensor is to its namesake; a tensor of another shape is different.
+
+    Reads both once if they are equal, and up to the first difference for each way in which one
+    could be the other's rounding.
+    """
     shape = here.shape(name)
     if shape != there.shape(name):
         return "different"
-    identical = True
-    rounded = dict.fromkeys(_ROUNDED_TO, (True, True, True))
-    rows = rows_per_block(shape)
-    for one, other in zip(here.blocks(name, rows), there.blocks(name, rows), strict=True):
-        equal = _equal(one, other)
-        identical = identical and equal
-        if not (one.is_floating_point() and other.is_floating_point()):
-            if not equal:
-                return "different"
-            continue
-        rounded = {
-            kind: _and(state, _rounding(one, other, kind)) for kind, state in rounded.items()
-        }
-        if not identical and not any(_holds(state) for state in rounded.values()):
-            return "different"
-    return "identical" if identical else "rounded"
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        rows = rows_per_block(shape)
+        return zip(here.blocks(name, rows), there.blocks(name, rows), strict=True)
+
+    if all(_equal(ours, theirs) for ours, theirs in pairs()):
+        return "identical"
+    for kind in _ROUNDED_TO:
+        if all(_rounds_to(ours, theirs, kind) for ours, theirs in pairs()):
+            return "rounded"
+        if all(_rounds_to(theirs, ours, kind) for ours, theirs in pairs()):
+            return "rounded"
+    return "different"
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -80,24 +81,8 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return equal
 
 
-State = tuple[bool, bool, bool]
-
-
-def _rounding(one: torch.Tensor, other: torch.Tensor, kind: torch.dtype) -> State:
-    """Whether both round to the same, whether the first is of that type, whether the second is."""
-    first, second = one.to(kind), other.to(kind)
-    return (
-        torch.equal(first, second),
-        _equal(first, one),
-        _equal(second, other),
-    )
-
-
-def _and(one: State, other: State) -> State:
-    return (one[0] and other[0], one[1] and other[1], one[2] and other[2])
-
-
-def _holds(state: State) -> bool:
-    """One side is the other, rounded."""
-    same, first, second = state
-    return same and (first or second)
+def _rounds_to(fine: torch.Tensor, coarse: torch.Tensor, kind: torch.dtype) -> bool:
+    """Whether `coarse` holds only numbers of `kind`, and `fine` rounds to exactly these."""
+    if not (fine.is_floating_point() and coarse.is_floating_point()):
+        return False
+    return _equal(coarse.to(kind), coarse) and _equal(fine.to(kind), coarse)

@@ -46,13 +46,24 @@ class Format(Protocol):
         """
 
 
+#: A tensor to be laid out: what is written, what from, and the base's tensor to compare with.
+Wanted = tuple[TensorSpec, Made, Entry | None]
+
+
 class Writable(Protocol):
-    """What the module of a format that can be written offers besides."""
+    """What the module of a format that a model is written in offers besides."""
 
     def lay_out(
-        self, slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_file_nbytes: int, /
+        self, slots: Sequence[Wanted], max_file_nbytes: int, /
     ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
-        """Tensor files and small files for tensors given as (target, source, reference)."""
+        """Tensor files and small files."""
+
+
+class Single(Protocol):
+    """What the module of a format offers whose files stand beside a model."""
+
+    def lay_out_file(self, name: str, slots: Sequence[Wanted], /) -> OutputFile:
+        """One file of that name with these tensors."""
 
 
 FORMATS = {
@@ -81,6 +92,11 @@ def claims(path: Path) -> dict[str, str]:
     """The formats that `path` looks like, each with its reason."""
     found = {name: load(name).detect(path) for name in FORMATS}
     return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def single(name: str) -> Single:
+    """The module that lays out single files of a format."""
+    return cast(Single, import_module(FORMATS[name]))
 
 
 def detect(path: Path) -> str:

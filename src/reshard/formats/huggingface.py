@@ -16,13 +16,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from reshard import dtypes
 from reshard.catalog import Asset, Catalog, Origin
 from reshard.errors import FormatError, IncompleteError, NotFoundError
-from reshard.formats import Selection
+from reshard.formats import Selection, Wanted
 from reshard.plan import OutputFile, Slot, pack
 from reshard.storage import Source, Sources, child
 from reshard.tensors import Entry, Extent, Fragment, Made, TensorSpec, check_tiling, whole
@@ -104,7 +105,7 @@ def assets(folder: Path) -> tuple[Asset, ...]:
 
 
 def lay_out(
-    slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_shard_nbytes: int
+    slots: Sequence[Wanted], max_shard_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Shards and index for tensors given as (target, source, reference), in state dict order.
 
@@ -133,6 +134,12 @@ def lay_out(
     }
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     return tuple(files), ((INDEX, text.encode()),)
+
+
+def lay_out_file(name: str, slots: Sequence[Wanted]) -> OutputFile:
+    """One safetensors file beside the model: reward heads, an adapter."""
+    by_name = {spec.name: (source, reference) for spec, source, reference in slots}
+    return replace(_shard(name, [spec for spec, _, _ in slots], by_name), part=name)
 
 
 def _shard(

@@ -12,16 +12,19 @@ Names that share a storage (tied weights) are one tensor with aliases. Read off 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from reshard.catalog import Catalog, Origin
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
-from reshard.formats import Selection
+from reshard.formats import Selection, Wanted
+from reshard.plan import OutputFile, Slot
 from reshard.storage import Sources, child
 from reshard.tensors import Entry, Record, TensorSpec, check_tiling
 from reshard.torchfile import TensorRef, TorchFile
 from reshard.torchfile import read as read_torch
+from reshard.torchfile.write import lay_out_state_dict
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
@@ -62,6 +65,23 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         entries=entries,
         records=tuple(dict.fromkeys(records)),
         notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def lay_out_file(name: str, slots: Sequence[Wanted]) -> OutputFile:
+    """A torch.save file of a state dict, for consumers that load nothing else."""
+    layout = lay_out_state_dict([spec for spec, _, _ in slots])
+    return OutputFile(
+        name,
+        layout.nbytes,
+        layout.literals,
+        tuple(
+            Slot(start, spec, source, crc_offsets, reference)
+            for (spec, source, reference), (start, crc_offsets) in zip(
+                slots, layout.places, strict=True
+            )
+        ),
+        part=name,
     )
 
 

@@ -112,10 +112,39 @@ MIXTRAL = Family(
     ),
 )
 
+PHIMOE = Family(
+    ("phimoe",),
+    (
+        Layout(_HUB, (4, 46), (5, 0)),
+        Layout(
+            "transformers 5.0 and later",
+            (5, 0),
+            names=(
+                ("**.block_sparse_moe.gate.**", "**.mlp.router.**"),
+                ("**.block_sparse_moe.**", "**.mlp.**"),
+            ),
+            stacked=_experts("block_sparse_moe", "w1", "w3", "w2"),
+        ),
+    ),
+)
+
+ERNIE4_5_MOE = Family(
+    ("ernie4_5_moe",),
+    (
+        Layout(_HUB, (4, 54), (5, 0)),
+        Layout(
+            "transformers 5.0 and later",
+            (5, 0),
+            names=(("**.mlp.moe_statics.**", "**.mlp.gate.moe_statics.**"),),
+            stacked=_experts("mlp", "gate_proj", "up_proj", "down_proj"),
+        ),
+    ),
+)
+
 QWEN2_MOE = Family(
     (
         "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "flex_olmo", "deepseek_v2", "deepseek_v3",
-        "dots1", "ernie4_5_moe", "glm4_moe", "glm4v_moe", "hunyuan_v1_moe", "exaone_moe",
+        "dots1", "glm4_moe", "glm4v_moe", "hunyuan_v1_moe", "exaone_moe",
     ),
     (
         Layout(_HUB, (4, 40), (5, 0)),
@@ -142,7 +171,7 @@ QWEN3_VL_MOE = Family(
 #: The same names in memory as on the hub, in every version.
 PLAIN = Family((), (Layout(_HUB, (0,)),))
 
-FAMILIES = (QWEN2_VL, LLAVA, QWEN2_AUDIO, MIXTRAL, QWEN2_MOE, QWEN3_VL_MOE)
+FAMILIES = (QWEN2_VL, LLAVA, QWEN2_AUDIO, MIXTRAL, PHIMOE, ERNIE4_5_MOE, QWEN2_MOE, QWEN3_VL_MOE)
 
 #: (output head, the input embedding it may be tied to), by hub names.
 HEADS = (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from reshard.errors import NamesError
-from reshard.naming.assemble import build
+from reshard.naming.assemble import Assembler
 from reshard.naming.layouts import Piece
 from reshard.naming.mismatch import refuse
 from reshard.naming.schema import Schema, says_tied, stating_levels, text_config
@@ -82,6 +82,8 @@ def fit(
     are several.
     """
     options = options or FitOptions()
+    if options.prefix and not options.prefix.endswith("."):
+        options = replace(options, prefix=f"{options.prefix}.")
     found = sources(entries, options.prefix)
     candidate = search(found, schema, options)
     if not candidate.complete:
@@ -147,7 +149,8 @@ class _Fitting:
                 tensor=name,
                 missing=(name,),
             )
-        return {name: build(name, pieces, self._by_name) for name, pieces in wanted.items()}
+        assembler = Assembler(self._by_name)
+        return {name: assembler.build(name, pieces) for name, pieces in wanted.items()}
 
     def _origins(self) -> dict[str, str]:
         """Which tensors are one of the source's, whole and unturned."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from reshard.errors import PlanError, UnsupportedError
 from reshard.naming import families, patterns
-from reshard.naming.assemble import build
+from reshard.naming.assemble import Assembler
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Stacked, Version, View
 from reshard.naming.schema import levels, views
 from reshard.tensors import Entry, Shape
@@ -41,7 +41,8 @@ def to_memory(
     wanted: dict[str, list[tuple[Piece, Piece]]] = {}
     for hub, piece in _place({hub: piece.shape for hub, piece in pieces.items()}, view).items():
         wanted.setdefault(piece.name, []).append((piece, pieces[hub]))
-    return {name: build(name, pairs, entries) for name, pairs in wanted.items()}
+    assembler = Assembler(entries)
+    return {name: assembler.build(name, pairs) for name, pairs in wanted.items()}
 
 
 def memory_view(config: Mapping[str, Any], version: Version) -> View:

@@ -42,7 +42,7 @@ def refuse(candidate: Candidate) -> NamesError:
         paragraphs.append(_list(f"{len(clashes)} have another shape", clashes[:_SHOWN],
                                 len(clashes)))  # fmt: skip
     return NamesError(
-        "the checkpoint's tensors are not the base's: " + "\n".join(paragraphs),
+        "the checkpoint's tensors are not the base's: " + "\n".join(paragraphs) + "\n",
         missing=missing,
         unexpected=unexpected,
         hint=_hint(missing, unexpected, clashes),

@@ -9,12 +9,14 @@ import click
 
 from reshard import output
 from reshard.cli import HELP, run
+from reshard.flags import SeveralValues, option
+from reshard.options import MODEL_TYPES
 from reshard.scripts import expect
 
 _PATH = click.Path(path_type=Path)
 
 
-@click.command(context_settings=HELP)
+@click.command(cls=SeveralValues, context_settings=HELP)
 @click.option("--checkpoint_dir", type=_PATH, required=True,
               help="The folder with `latest` and the tag folders, or a tag folder.")  # fmt: skip
 @click.option("--output_dir", type=_PATH, required=True)
@@ -22,6 +24,18 @@ _PATH = click.Path(path_type=Path)
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--tag", "-t", help="Which save, e.g. global_step1; default: `latest`.")
 @click.option("--exclude_frozen_parameters", is_flag=True, help="Leave out frozen parameters.")
+@option("model_type", type=click.Choice(MODEL_TYPES), default="vision2seq", show_default=True,
+        help="vision2seq: language, vision-language and audio-language models; grm: generative, "
+             "srm: scalar reward models.")  # fmt: skip
+@option("pooling_method", type=click.Choice(["attn", "last"]), default="attn", show_default=True,
+        help="Scalar reward models: how the heads pool.")  # fmt: skip
+@option("scale_for_train", is_flag=True, help="Scalar reward models: with a logit scale.")
+@option("probing_layer", type=int, default=-1, show_default=True,
+        help="Scalar reward models: the hidden state that the heads read.")  # fmt: skip
+@option("heads_types", multiple=True, default=("preference",), metavar="NAME...",
+        help="Scalar reward models: the heads; default: preference.")  # fmt: skip
+@click.option("--lora-alpha", type=float,
+              help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 @click.option("--debug", "-d", is_flag=True, help="Show the traceback of an error.")
 def command(
@@ -30,6 +44,12 @@ def command(
     hf_base: Path,
     tag: str | None,
     exclude_frozen_parameters: bool,
+    model_type: str,
+    pooling_method: str,
+    scale_for_train: bool,
+    probing_layer: int,
+    heads_types: tuple[str, ...],
+    lora_alpha: float | None,
     overwrite: bool,
     debug: bool,
 ) -> None:
@@ -45,6 +65,12 @@ def command(
             base=hf_base,
             tag=tag,
             exclude_frozen=exclude_frozen_parameters,
+            model_type=model_type,
+            pooling_method=pooling_method,
+            scale_for_train=scale_for_train,
+            probing_layer=probing_layer,
+            heads_types=heads_types,
+            lora_alpha=lora_alpha,
             allow_unchanged=True,
             overwrite=overwrite,
             progress=progress,

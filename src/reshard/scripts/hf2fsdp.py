@@ -9,6 +9,7 @@ import click
 
 from reshard import output
 from reshard.cli import HELP, run
+from reshard.options import NAMES
 from reshard.scripts import expect
 
 _PATH = click.Path(path_type=Path)
@@ -18,9 +19,20 @@ _PATH = click.Path(path_type=Path)
 @click.option("--hf_checkpoint", type=_PATH, required=True,
               help="The Hugging Face model folder.")  # fmt: skip
 @click.option("--output", "target", type=_PATH, required=True)
+@click.option("--names", type=click.Choice(NAMES), default="disk", show_default=True,
+              help="memory: as a live module names its tensors, for dcp.load.")  # fmt: skip
+@click.option("--transformers-version", metavar="V",
+              help="Whose live module; default: the installed one.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 @click.option("--debug", "-d", is_flag=True, help="Show the traceback of an error.")
-def command(hf_checkpoint: Path, target: Path, overwrite: bool, debug: bool) -> None:
+def command(
+    hf_checkpoint: Path,
+    target: Path,
+    names: str,
+    transformers_version: str | None,
+    overwrite: bool,
+    debug: bool,
+) -> None:
     """Convert a Hugging Face model to a PyTorch DCP checkpoint.
 
     `torch.distributed.checkpoint.load` reads it into plain tensors, FSDP1 and FSDP2 models, at any
@@ -31,7 +43,15 @@ def command(hf_checkpoint: Path, target: Path, overwrite: bool, debug: bool) -> 
 
     expect(hf_checkpoint, "huggingface")
     with output.progress_bar() as progress:
-        report = convert(hf_checkpoint, target, to="dcp", overwrite=overwrite, progress=progress)
+        report = convert(
+            hf_checkpoint,
+            target,
+            to="dcp",
+            names=names,
+            transformers_version=transformers_version,
+            overwrite=overwrite,
+            progress=progress,
+        )
     show_report(report)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from reshard.cli import HELP, run
-from reshard.evaluate.command import SeveralValues, option, run_command, shared_options
+from reshard.evaluate.command import run_command, shared_options
+from reshard.flags import SeveralValues, option
 
 
 @click.command("test_model", cls=SeveralValues, context_settings=HELP)

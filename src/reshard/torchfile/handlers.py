@@ -1,9 +1,11 @@
 """The few calls that are carried out, by handlers of ours: pure functions from data to data.
 
-Chosen by the dotted name that the pickle states (torch 1.0 to 2.13: torch/_utils.py,
-torch/_tensor.py, torch/serialization.py). A handler gets the call's arguments as they lie on the
-stack. It returns a value; or NotImplemented, and the machine records the call; or it raises
-`Malformed` where the arguments contradict the file or themselves.
+Chosen by the dotted name that the pickle states. What torch 2.13 writes, and what it still reads of
+older versions, stands in torch/_utils.py, torch/_tensor.py and torch/serialization.py.
+
+A handler gets the call's arguments as they lie on the stack. It returns a value; or
+NotImplemented, and the machine records the call; or it raises `Malformed` where the arguments
+contradict the file or themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from reshard.dtypes import DType
 from reshard.tensors import Extent, contiguous_strides
 from reshard.torchfile.limits import MAX_NAME
 from reshard.torchfile.machine import Handler
-from reshard.torchfile.records import Global, Malformed, Opaque, Storage, TensorRef, show
+from reshard.torchfile.malformed import Malformed, show
+from reshard.torchfile.records import Global, Opaque, Storage, TensorRef
 
 # Dimensions. torch's reductions take no more (dim_bitset_size in ATen/WrapDimUtilsMulti.h).
 _MAX_DIMS = 64

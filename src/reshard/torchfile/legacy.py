@@ -22,8 +22,9 @@ from reshard.tensors import Extent
 from reshard.torchfile.handlers import HANDLERS
 from reshard.torchfile.limits import MAX_NBYTES
 from reshard.torchfile.machine import BreaksOffError, Machine, PersistentId
+from reshard.torchfile.malformed import Malformed
 from reshard.torchfile.nesting import check_depth
-from reshard.torchfile.records import Malformed, Storage, TorchFile
+from reshard.torchfile.records import Storage, TorchFile
 from reshard.torchfile.storages import StorageId, parse_storage_id
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -127,7 +128,8 @@ class _Stream:
             raise self._broken("the list of its storages is damaged.")
         if len(set(keys)) != len(keys) or set(keys) != set(self._ids):
             raise self._broken(
-                f"it lists {len(keys)} storages, and its pickle names {len(self._ids)} others."
+                f"it lists {len(keys)} storages, and its pickle names {len(self._ids)}, which are "
+                "not the same."
             )
         for key in keys:
             named = self._ids[key]

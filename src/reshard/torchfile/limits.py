@@ -6,7 +6,7 @@ MAX_NBYTES = 256 << 20
 MAX_OPCODES = 128_000_000
 # Entries of one stack. Only a tuple needs all its items there; lists come 1000 at a time.
 MAX_STACK = 1_000_000
-# Bytes of memory for what a pickle makes: this many, and 32 more for each byte of it. One byte of
+# Bytes of memory for what a pickle makes: this many, and 32 for each byte of it so far. One byte of
 # a pickle can make a dict; DCP metadata makes 13 bytes a byte by the estimates below.
 MAX_MADE_NBYTES = 128 << 20
 MAX_MADE_PER_BYTE = 32
@@ -26,9 +26,11 @@ MAX_MARKS = 1000
 MAX_INT_NBYTES = 256
 # Characters of a dotted name.
 MAX_NAME = 1024
-# Python hashes strings with a secret seed, but numbers and tuples without: a file can choose
-# thousands of them that collide, and make a dict take quadratic time. Small integers are too few
-# to collide much; of other such keys, one dict may have this many (8 million probes, 30 ms).
+# Python hashes strings with a secret seed, but numbers and tuples without: a file can choose keys
+# that all collide, and a dict of n such keys takes n * n / 2 probes. Integers below MAX_SMALL_KEY
+# are too few for that (measured: below 1 us a key at worst). All dicts of a pickle together may
+# cost this many probes if all other keys collide: about a second, or 11,000 keys in one dict.
 MAX_SMALL_KEY = 1 << 24
-MAX_OTHER_KEYS = 4096
+MAX_PROBES = 64_000_000
+# Items of a tuple that is a key.
 MAX_KEY_ITEMS = 16

@@ -31,14 +31,15 @@ from reshard.torchfile.limits import (
     MAX_MADE_PER_BYTE,
     MAX_NAME,
     MAX_OPCODES,
-    MAX_OTHER_KEYS,
+    MAX_PROBES,
     MAX_SMALL_KEY,
     MAX_STACK,
     TENSOR_NBYTES,
     TUPLE_NBYTES,
 )
+from reshard.torchfile.malformed import EndOfPickle, Malformed
 from reshard.torchfile.opcodes import TABLE
-from reshard.torchfile.records import EndOfPickle, Global, Malformed, Opaque, TensorRef
+from reshard.torchfile.records import Global, Opaque, TensorRef
 from reshard.torchfile.storages import is_storage_class
 
 Handler: TypeAlias = Callable[[tuple[object, ...]], object]
@@ -57,19 +58,20 @@ class Machine:
     """Runs one pickle. `handlers` maps dotted names to pure functions of the call's arguments.
 
     `persistent` turns a persistent id (a storage) into a value; None refuses them. After `run`,
-    `unknown` holds the names that no handler knows.
+    `unknown` holds the names that neither a handler nor reshard's types know.
     """
 
     __slots__ = (
         "data",
-        "globals",
         "handlers",
         "made_nbytes",
         "marks",
         "memo",
+        "names",
         "other_keys",
         "path",
         "persistent",
+        "probes",
         "stack",
         "unknown",
     )
@@ -89,8 +91,10 @@ class Machine:
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: list[object] = []
-        self.globals: dict[tuple[str, str], object] = {}
+        self.names: dict[tuple[str, str], object] = {}
+        # By id of the dict: how many of its keys are neither text nor small.
         self.other_keys: dict[int, int] = {}
+        self.probes = 0
         self.made_nbytes = 0
         self.unknown: set[str] = set()
 
@@ -109,7 +113,7 @@ class Machine:
                         if code == _STOP:
                             return self._result(), pos + 1
                         pos = table[code](self, pos + 1)
-                    self._check_budgets()
+                    self._check_budgets(pos)
         except (EndOfPickle, struct.error):
             raise self._breaks_off(pos) from None
         except IndexError:
@@ -143,13 +147,13 @@ class Machine:
             raise Malformed(f"it ends with {len(self.stack)} values and {len(self.marks)} marks")
         return self.stack[0]
 
-    def _check_budgets(self) -> None:
+    def _check_budgets(self, pos: int) -> None:
         if len(self.stack) > MAX_STACK:
             raise self.refused(f"its pickle stacks more than {MAX_STACK} values.")
-        limit = MAX_MADE_NBYTES + MAX_MADE_PER_BYTE * len(self.data)
+        limit = MAX_MADE_NBYTES + MAX_MADE_PER_BYTE * pos
         if self.made_nbytes > limit:
             raise self.refused(
-                f"its pickle of {len(self.data)} bytes makes objects of more than {limit}."
+                f"the first {pos} bytes of its pickle make objects of more than {limit}."
             )
 
     # What the opcodes share.
@@ -169,10 +173,10 @@ class Machine:
 
     def name(self, module: str, name: str) -> object:
         """What stands for the global `module.name`: a `DType`, or a `Global`."""
-        known = self.globals.get((module, name))
+        known = self.names.get((module, name))
         if known is None:
             known = self._name(_PYTHON2.get(module, module), name)
-            self.globals[module, name] = known
+            self.names[module, name] = known
         return known
 
     def _name(self, module: str, name: str) -> object:
@@ -185,8 +189,8 @@ class Machine:
             self.unknown.add(dotted)
         return Global(dotted)
 
-    def call(self, function: object, args: object) -> object:
-        """What a call gives: a handler's result, or a record of the call."""
+    def call(self, function: object, args: object, pos: int) -> object:
+        """What a call at byte `pos` gives: a handler's result, or a record of the call."""
         if not isinstance(args, tuple):
             raise Malformed("the arguments of a call are not a tuple")
         self.made_nbytes += CALL_NBYTES
@@ -199,7 +203,7 @@ class Machine:
                 self.made_nbytes += TENSOR_NBYTES
             elif isinstance(value, bytes):
                 self.made_nbytes += len(value)
-                self._check_budgets()
+                self._check_budgets(pos)
             return value
         if isinstance(function, Opaque):
             return Opaque(function.name, (function, args))
@@ -232,10 +236,10 @@ class Machine:
             )
         count = self.other_keys.get(id(target), 0) + 1
         self.other_keys[id(target)] = count
-        if count > MAX_OTHER_KEYS:
+        self.probes += count
+        if self.probes > MAX_PROBES:
             raise self.refused(
-                f"a dictionary of its pickle has more than {MAX_OTHER_KEYS} keys that are large "
-                "numbers or tuples."
+                f"a dictionary of its pickle has {count} keys that are large numbers or tuples."
             )
 
     def append(self, target: object, values: list[object]) -> None:

@@ -19,7 +19,7 @@ from reshard.torchfile.limits import (
     MAX_NAME,
     TUPLE_NBYTES,
 )
-from reshard.torchfile.records import EndOfPickle, Malformed
+from reshard.torchfile.malformed import EndOfPickle, Malformed
 
 if TYPE_CHECKING:
     from reshard.torchfile.machine import Machine
@@ -393,7 +393,7 @@ def _stack_global(m: Machine, pos: int) -> int:
 @_opcode("R")
 def _reduce(m: Machine, pos: int) -> int:
     args = m.stack.pop()
-    m.stack[-1] = m.call(m.stack[-1], args)
+    m.stack[-1] = m.call(m.stack[-1], args, pos)
     return pos
 
 

@@ -11,8 +11,9 @@ from reshard.torchfile.handlers import HANDLERS
 from reshard.torchfile.legacy import PREFIX, read_legacy
 from reshard.torchfile.limits import MAX_NBYTES
 from reshard.torchfile.machine import Machine, PersistentId
+from reshard.torchfile.malformed import Malformed
 from reshard.torchfile.nesting import check_depth
-from reshard.torchfile.records import Malformed, Pickled, Storage, TorchFile
+from reshard.torchfile.records import Pickled, Storage, TorchFile
 from reshard.torchfile.storages import parse_storage_id
 
 
@@ -68,6 +69,7 @@ def _read_zip(archive: Archive, path: str) -> TorchFile:
         tuple(storages.records),
         pickled.opaque,
         (f"{unchecked} of its records have no checksum.",) if unchecked else (),
+        archive.folder,
     )
 
 

@@ -13,21 +13,6 @@ from reshard.errors import PlanError
 from reshard.tensors import Box, Extent, Fragment, Record, whole
 
 
-class Malformed(Exception):  # noqa: N818 (it never leaves this room)
-    """Arguments that a handler cannot use. The machine adds the file and raises `FormatError`."""
-
-
-def show(value: object) -> str:
-    """A value of a file, for a message: short, whatever the value is."""
-    if type(value) is str:
-        return repr(value if len(value) <= 80 else value[:77] + "...")
-    return f"{value}"[:40] if type(value) is int else f"a {type(value).__name__}"
-
-
-class EndOfPickle(Exception):  # noqa: N818 (it never leaves this room)
-    """An opcode's argument goes past the end of the data."""
-
-
 @dataclass(frozen=True, slots=True)
 class Global:
     """A dotted name that a pickle mentions (`torch.optim.adamw.AdamW`). It is never looked up."""
@@ -139,10 +124,13 @@ class TorchFile:
     nested deeper than `limits.MAX_DEPTH`, an Opaque's contents may be; either may hold itself, so
     walk only what is known.
     `records` are the checksums of the storages that `value` names, `opaque` the sorted names that
-    are not understood, `warnings` harmless findings.
+    are not understood, `warnings` harmless findings. `written_as` is the name that the file had
+    when torch wrote it, without its suffix: a zip container keeps it (`archive` where torch wrote
+    to a stream), a legacy one does not (None).
     """
 
     value: object
     records: tuple[Record, ...]
     opaque: tuple[str, ...]
     warnings: tuple[str, ...]
+    written_as: str | None = None

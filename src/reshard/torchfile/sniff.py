@@ -6,7 +6,7 @@ import struct
 
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 
-# Bytes of the file that `describe` looks at.
+# Bytes of the file that `not_torch` looks at.
 HEAD_NBYTES = 512
 
 _DAMAGED = "The file is damaged or is not what its name says."

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from reshard import dtypes
 from reshard.dtypes import DType
-from reshard.torchfile.records import Global, Malformed, show
+from reshard.torchfile.malformed import Malformed, show
+from reshard.torchfile.records import Global
 
 # Bytes an element of the storages whose dtypes reshard does not handle.
 _OTHER_CLASSES = {

@@ -19,12 +19,14 @@ import numpy as np
 import xxhash
 from zlib_ng import zlib_ng
 
+from reshard.errors import VerificationError
 from reshard.plan import OutputFile, Plan, Slot
 from reshard.storage import Sources
 from reshard.tensors import Box, blocks, flat
 from reshard.transfer.checksums import Ledger
-from reshard.transfer.commit import OutputFolder, write_fully
+from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import Array, Reader, fill
+from reshard.transfer.writeback import Writeback
 
 # Bytes of an output block. 4 MiB of source and target stay in a core's cache; twice as much is no
 # faster, half as much costs 10% in calls.
@@ -43,12 +45,12 @@ Progress = Callable[[int, int], None]
 class Outcome:
     """What the engine did.
 
-    `digests` are the xxh3-128 of each tensor's row-major bytes, by name. `records_checked` counts
-    the checksums of the source that were compared. `changed` counts the slots whose values differ
-    from their reference, of `compared`.
+    `digests` are the xxh3-128 of each tensor's row-major bytes, by part and name.
+    `records_checked` counts the checksums of the source that were compared. `changed` counts the
+    slots whose values differ from their reference, of `compared`.
     """
 
-    digests: Mapping[str, str]
+    digests: Mapping[tuple[str, str], str]
     bytes_read: int
     records_checked: int
     compared: int
@@ -123,16 +125,20 @@ class Engine:
         self._total = sum(slot.spec.nbytes for slot in plan.slots())
         self._written = 0
         self._tensors: list[_Tensor] = []
-        self._digests: dict[str, _Digest] = {}
+        self._digests: dict[tuple[str, str], _Digest] = {}
         self._tasks = self._make_tasks()
         self._taking = threading.Lock()
         self._counting = threading.Lock()
         self._turn = threading.Condition()
         self._stop = threading.Event()
+        self._writeback = Writeback()
 
     def run(self) -> Outcome:
         """Write every file of the plan into the folder, synced and named."""
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="reshard") as pool:
+        with (
+            self._writeback,
+            ThreadPoolExecutor(self._threads, thread_name_prefix="reshard") as pool,
+        ):
             futures = [pool.submit(self._work) for _ in range(self._threads)]
             try:
                 wait(futures)
@@ -177,9 +183,10 @@ class Engine:
         for output in self._plan.files:
             file = _File(output, self._folder.create(output.name, output.nbytes), 1)
             for offset, literal in output.literals:
-                write_fully(file.fd, memoryview(literal), offset)
+                self._put(file, memoryview(literal), offset)
             for slot in output.slots:
-                digest = self._digests.setdefault(slot.spec.name, _Digest())
+                key = (output.part, slot.spec.name)
+                digest = self._digests.setdefault(key, _Digest())
                 tensor = _Tensor(slot, file, digest)
                 self._tensors.append(tensor)
                 if not slot.spec.numel:
@@ -207,7 +214,7 @@ class Engine:
         if slot.reference is not None and not tensor.changed:
             tensor.changed = differs(slot, task.start, raw, reader)
         start = task.start * slot.spec.dtype.itemsize
-        write_fully(tensor.file.fd, raw.data, slot.offset + start)
+        self._put(tensor.file, raw.data, slot.offset + start)
         with self._turn:
             self._turn.wait_for(lambda: tensor.digest.hashed == task.turn or self._stop.is_set())
             if self._stop.is_set():
@@ -226,7 +233,11 @@ class Engine:
 
     def _write_crc(self, tensor: _Tensor) -> None:
         for offset in tensor.slot.crc_offsets:
-            write_fully(tensor.file.fd, memoryview(tensor.crc.to_bytes(4, "little")), offset)
+            self._put(tensor.file, memoryview(tensor.crc.to_bytes(4, "little")), offset)
+
+    def _put(self, file: _File, data: memoryview, offset: int) -> None:
+        self._folder.put(file.output.name, file.fd, data, offset)
+        self._writeback.wrote(file.fd, len(data))
 
     def _count(self, nbytes: int) -> None:
         with self._counting:
@@ -252,8 +263,7 @@ def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
     """Whether a block differs from the same elements of the slot's reference.
 
     The reference has flat boxes. Compares piece by piece and stops at the first difference, so
-    that a trained tensor costs one
-    small read of the base model.
+    that a trained tensor costs one small read of the base model.
     """
     if slot.reference is None:
         return False
@@ -263,7 +273,11 @@ def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
     for at in range(0, len(values), _COMPARED):
         part = values[at : at + _COMPARED]
         other = np.empty(len(part), target)
-        fill(slot.reference, flat(numel, start + at, len(part)), other, reader)
+        try:
+            fill(slot.reference, flat(numel, start + at, len(part)), other, reader)
+        except VerificationError:
+            # The reference has a value beyond the range of `target`; the block has none.
+            return True
         if not np.array_equal(part.view(np.uint8), other.view(np.uint8)):
             return True
     return False

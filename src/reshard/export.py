@@ -1,0 +1,302 @@
+"""What a checkpoint becomes: the model, and what goes beside it.
+
+    LightRFT actor, GRM     model
+    scalar reward model     model (the backbone), reward_head.safetensors, reward_config.json and
+                            pytorch_model.bin, the state dict that LightRFT loads strictly
+    critic                  model with its head, or model and value_head.safetensors
+    LoRA                    model with the updates merged in, and/or an adapter folder
+
+Names and shapes come from the base model's own files; see `reshard.naming`. Nothing is read here
+but the values that decide whether two tied tensors are one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from reshard import adapter_config
+from reshard.base import Base, main_dtype
+from reshard.catalog import Catalog
+from reshard.errors import PlanError
+from reshard.naming import Fit, FitOptions, families, fit, patterns
+from reshard.naming.adapter_output import CONFIG as ADAPTER_CONFIG
+from reshard.naming.adapter_output import WEIGHTS as ADAPTER_WEIGHTS
+from reshard.naming.adapter_output import adapter_folder, updates
+from reshard.naming.adapters import AdapterConfig, separate
+from reshard.naming.fit import Equal
+from reshard.naming.rewards import (
+    Parts,
+    check,
+    classifier_patches,
+    lightrft_state,
+    reward_config,
+    split,
+)
+from reshard.naming.search import unwrap
+from reshard.options import Options
+from reshard.storage import Sources
+from reshard.targets import Target, choose
+from reshard.tensors import Entry, Made
+from reshard.verification import equal
+
+REWARD_HEAD = "reward_head.safetensors"
+REWARD_CONFIG = "reward_config.json"
+VALUE_HEAD = "value_head.safetensors"
+LIGHTRFT = "pytorch_model.bin"
+# Beside a merged model: in its root, transformers would apply the adapter a second time.
+ADAPTER_FOLDER = "adapter/"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A file beside the model, with tensors of its own."""
+
+    name: str
+    kind: Literal["huggingface", "torch"]
+    targets: Sequence[Target]
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """Everything that a conversion writes, by what it is; `fit` says how the names were found.
+
+    `missing` are tensors of the base that are not written, `filled` those that are copied from
+    it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales. With
+    `assets` the base's other files come along.
+    """
+
+    model: Sequence[Target]
+    fit: Fit
+    sides: tuple[Side, ...] = ()
+    texts: tuple[tuple[str, bytes], ...] = ()
+    patches: Mapping[str, object] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    filled: tuple[str, ...] = ()
+    merged: int = 0
+    scaling: AdapterConfig | None = None
+    warnings: tuple[str, ...] = ()
+    assets: bool = True
+
+
+def plain(catalog: Catalog, options: Options) -> Export:
+    """Without a base: every tensor under the name that it has in the checkpoint."""
+    if options.rewards.model_type not in (None, "vision2seq") or options.lora.mode is not None:
+        raise PlanError(
+            "reward models, critics and adapters are told apart by the base's names.",
+            hint="Pass --base.",
+        )
+    kept = {
+        name: entry
+        for name, entry in catalog.entries.items()
+        if not (options.exclude_frozen and entry.kind == "frozen")
+    }
+    tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
+    return Export(choose(list(kept.items()), {}, options.dtype), Fit(kept, tied=tied), assets=False)
+
+
+def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Export:
+    """With a base: its names, its dtypes, its files.
+
+    Without `sources` no value is read, and tied tensors are taken to be equal.
+    """
+    return _Export(catalog, base, options, sources).result()
+
+
+class _Export:
+    def __init__(
+        self, catalog: Catalog, base: Base, options: Options, sources: Sources | None
+    ) -> None:
+        self._base = base
+        self._options = options
+        self._separated = separate(catalog.entries, options.lora.adapter)
+        self._alone = self._writes_adapter_alone()
+        self._parts = self._split()
+        self._classifier = self._as_classifier()
+        self._fit = self._fitted(_comparison(sources))
+        self._scaling: AdapterConfig | None = None
+        self._warnings = list(self._fit.warnings)
+        self._updates: Mapping[str, Made] = {}
+        if self._separated.adapters:
+            self._scale(catalog.origin.root, sources)
+
+    def _writes_adapter_alone(self) -> bool:
+        """Whether the adapter is all that is written of the language model."""
+        mode, adapters = self._options.lora.mode, self._separated.adapters
+        if mode in ("adapter", "both") and not adapters:
+            raise PlanError(
+                f"--lora {mode} was asked for, and the checkpoint holds no adapters.",
+                hint="Leave out --lora.",
+            )
+        return mode == "adapter"
+
+    def _split(self) -> Parts:
+        choice = self._options.rewards
+        parts = split(self._separated.entries, self._base.entries, choice.heads.value_head)
+        return check(parts, choice.model_type, choice.heads)
+
+    def _as_classifier(self) -> dict[str, object] | None:
+        """The config changes of a critic that becomes a sequence classifier."""
+        if self._parts.value is None:
+            return None
+        return classifier_patches(self._base.config.get("architectures") or ())
+
+    def _fitted(self, compare: Equal | None) -> Fit:
+        options, parts = self._options, self._parts
+        scalar = parts.rewards is not None and not _has_head(parts.backbone)
+        return fit(
+            parts.backbone,
+            self._base.schema,
+            options=FitOptions(
+                fill_from_base=options.fill_from_base or options.exclude_frozen,
+                headless=self._classifier is not None or (scalar and not options.fill_from_base),
+                allow=options.allow,
+                transformers_version=options.transformers_version,
+            ),
+            equal=compare,
+        )
+
+    def _scale(self, checkpoint: Path, sources: Sources | None) -> None:
+        """Find how the adapters scale and, unless they are written alone, what they update."""
+        separated, found = self._separated, self._fit
+        lost = [name for name in separated.absent if name not in found.origins.values()]
+        if lost:
+            raise PlanError(
+                f"adapters on {len(lost)} modules have no place in the base: {lost[0]}."
+            )
+        self._scaling, note = adapter_config.find(separated, self._options, checkpoint, sources)
+        self._warnings += [note] if note else []
+        if not self._alone:
+            self._updates = updates(separated, found, self._scaling, self._base.entries)
+
+    def result(self) -> Export:
+        found, alone = self._fit, self._alone
+        made, filled, missing = self._model()
+        sides, texts = self._reward_files()
+        if self._parts.value is not None and (self._classifier is None or alone):
+            sides.append(self._side(VALUE_HEAD, [self._parts.value]))
+        if self._scaling is not None and self._options.lora.mode in ("adapter", "both"):
+            side, text = self._adapter("" if alone else ADAPTER_FOLDER, self._scaling)
+            sides.append(side)
+            texts.append(text)
+        targets: Sequence[Target] = choose(made, self._base.entries, self._options.dtype)
+        if alone or (self._parts.rewards and self._options.rewards.srm_format == "lightrft"):
+            targets = ()
+        return Export(
+            model=targets,
+            fit=found,
+            sides=tuple(sides),
+            texts=tuple(texts),
+            patches={**found.config_patches, **(self._classifier or {})},
+            missing=() if alone else missing,
+            filled=() if alone else filled,
+            merged=len(self._updates),
+            scaling=self._scaling,
+            warnings=tuple(self._warnings),
+            assets=not alone,
+        )
+
+    def _model(self) -> tuple[list[tuple[str, Made]], tuple[str, ...], tuple[str, ...]]:
+        """The model's tensors, the names filled from the base, and those left out."""
+        options, found = self._options, self._fit
+        made: dict[str, Made] = {**found.entries, **self._updates}
+        absent = list(found.filled)
+        if options.exclude_frozen:
+            frozen = [name for name, entry in made.items() if entry.kind == "frozen"]
+            absent += [name for name in frozen if name not in self._updates]
+            for name in absent:
+                made.pop(name, None)
+        if self._parts.value is not None and self._classifier is not None:
+            made["score.weight"] = self._parts.value.renamed("score.weight")
+        # What a module computes from its config is the base's in any case.
+        filled = [
+            name
+            for name in absent
+            if options.fill_from_base or patterns.matches_any(families.CONSTANTS, name)
+        ]
+        made.update((name, self._base.entries[name]) for name in filled)
+        missing = [*found.left_out, *(name for name in absent if name not in filled)]
+        return list(made.items()), tuple(filled), tuple(missing)
+
+    def _reward_files(self) -> tuple[list[Side], list[tuple[str, bytes]]]:
+        heads, choice = self._parts.rewards, self._options.rewards
+        if heads is None:
+            return [], []
+        config = reward_config(heads, choice.probing_layer, self._base.config)
+        texts = [(REWARD_CONFIG, _json(config))]
+        sides = []
+        if choice.srm_format in ("split", "both"):
+            sides.append(self._side(REWARD_HEAD, heads.tensors.values()))
+        if self._alone and choice.srm_format == "lightrft":
+            raise PlanError(
+                "LightRFT loads a state dict of the whole model, which an adapter alone is not.",
+                hint="Pass --lora merge, or --srm-format split.",
+            )
+        if choice.srm_format in ("lightrft", "both") and not self._alone:
+            sides.append(Side(LIGHTRFT, "torch", self._lightrft()))
+        return sides, texts
+
+    def _lightrft(self) -> list[Target]:
+        """LightRFT's own state dict: every name of training, the backbone in the base's dtype."""
+        self._check_complete()
+        merged = {self._fit.origins[name]: made for name, made in self._updates.items()}
+        heads = self._parts.rewards.tensors if self._parts.rewards else {}
+        dtype = (
+            main_dtype(self._base).name if self._options.dtype == "base" else self._options.dtype
+        )
+        backbone: dict[str, Made] = {}
+        for name, entry in lightrft_state(Parts(self._parts.backbone)).items():
+            made = merged.get(entry.spec.name, merged.get(name, entry))
+            for called in (name, *map(unwrap, entry.aliases)):
+                backbone[called] = made.renamed(called)
+        return [
+            *choose(list(backbone.items()), {}, dtype),
+            *choose(list(heads.items()), {}, self._kept()),
+        ]
+
+    def _check_complete(self) -> None:
+        """LightRFT loads strictly: what the checkpoint lacks has no name of training here."""
+        trained = _has_head(self._parts.backbone)
+        lacking = [
+            name for name in self._fit.filled if trained or not name.endswith("lm_head.weight")
+        ]
+        if lacking:
+            raise PlanError(
+                f"the checkpoint lacks {len(lacking)} tensors of the state dict that LightRFT "
+                f"loads strictly, {lacking[0]!r} among them.",
+                hint="Pass --srm-format split.",
+            )
+
+    def _adapter(self, folder: str, scaling: AdapterConfig) -> tuple[Side, tuple[str, bytes]]:
+        found = adapter_folder(self._separated, self._fit.prefix, scaling)
+        side = self._side(folder + ADAPTER_WEIGHTS, found.tensors.values())
+        return side, (folder + ADAPTER_CONFIG, _json(found.config))
+
+    def _side(self, name: str, entries: Iterable[Entry]) -> Side:
+        items = [(entry.spec.name, entry) for entry in entries]
+        return Side(name, "huggingface", choose(items, {}, self._kept()))
+
+    def _kept(self) -> str:
+        """The dtype of tensors that the base does not have: as stored, unless one is asked for."""
+        return "keep" if self._options.dtype == "base" else self._options.dtype
+
+
+def _comparison(sources: Sources | None) -> Equal | None:
+    if sources is None:
+        return None
+    return lambda one, other: equal(one, other, sources)
+
+
+def _has_head(backbone: Mapping[str, Entry]) -> bool:
+    return any(
+        unwrap(name).endswith("lm_head.weight")
+        for entry in backbone.values()
+        for name in (entry.spec.name, *entry.aliases)
+    )
+
+
+def _json(value: Mapping[str, object]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

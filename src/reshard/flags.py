@@ -1,0 +1,53 @@
+"""How options are spelt: with underscores or dashes, and with several values after one flag."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class SeveralValues(click.Command):
+    """A command whose repeatable options take one or more values after one flag, as argparse's
+    `nargs="+"` does: `--test_prompts "a" "b"`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        repeatable = {
+            name
+            for parameter in self.params
+            if isinstance(parameter, click.Option) and parameter.multiple
+            for name in parameter.opts
+        }
+        return super().parse_args(ctx, repeat_flags(args, repeatable))
+
+
+def repeat_flags(args: Sequence[str], repeatable: set[str]) -> list[str]:
+    """Write the flag before each of its values; values end at the next flag.
+
+    >>> repeat_flags(["--p", "a", "b", "--n", "1"], {"--p"})
+    ['--p', 'a', '--p', 'b', '--n', '1']
+    """
+    written: list[str] = []
+    flag: str | None = None
+    taken = 0
+    for position, argument in enumerate(args):
+        if argument == "--":
+            return [*written, *args[position:]]
+        if argument.startswith("-") and len(argument) > 1:
+            flag, taken = (argument if argument in repeatable else None), 0
+            written.append(argument)
+            continue
+        if flag is not None and taken:
+            written.append(flag)
+        written.append(argument)
+        taken += 1
+    return written
+
+
+def option(name: str, field: str | None = None, **more: Any) -> Callable[[_F], _F]:
+    """An option under its name with underscores, as in LightRFT's script, and with dashes."""
+    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    return click.option(*spellings, field or name, **more)

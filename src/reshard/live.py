@@ -1,0 +1,60 @@
+"""Into training: a model's tensors by the names that a live module has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import metadata
+from typing import Any
+
+from reshard.base import Base
+from reshard.catalog import Catalog
+from reshard.errors import PlanError
+from reshard.export import Export
+from reshard.formats import huggingface
+from reshard.naming import NEWEST, parse_version, to_memory
+from reshard.naming.layouts import Version
+from reshard.options import Options
+from reshard.storage import Sources
+from reshard.targets import Target
+from reshard.tensors import Entry, TensorSpec
+
+
+def config_of(catalog: Catalog, base: Base | None, sources: Sources) -> Mapping[str, Any]:
+    """The model's config: the base's, or that of the Hugging Face folder that is converted."""
+    if base is not None:
+        return base.config
+    if catalog.format != "huggingface" or not catalog.origin.root.is_dir():
+        raise PlanError("--names memory needs the model's config.", hint="Pass --base.")
+    return huggingface.read_config(catalog.origin.root, sources)
+
+
+def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Export:
+    """The export with the names and shapes of a live module of the wanted transformers version."""
+    entries: dict[str, Entry] = {}
+    for target in exported.model:
+        if not isinstance(target.source, Entry):
+            raise PlanError(
+                "a low-rank update cannot be merged and placed in a live layout in one go.",
+                tensor=target.spec.name,
+                hint="Convert to a Hugging Face folder first, and that with --names memory.",
+            )
+        # The dtype that is written rides along: the layout joins tensors of one dtype only.
+        spec = TensorSpec(target.spec.name, target.spec.dtype, target.spec.shape)
+        entries[target.spec.name] = replace(target.source, spec=spec)
+    version = options.transformers_version or _installed() or NEWEST
+    live = to_memory(entries, config, version)
+    text = ".".join(map(str, version))
+    return replace(
+        exported,
+        model=[Target(replace(e.spec, name=name), e) for name, e in live.items()],
+        warnings=(*exported.warnings, f"names are those of a live module of transformers {text}."),
+    )
+
+
+def _installed() -> Version | None:
+    """The installed transformers' version, looked up without importing it."""
+    try:
+        return parse_version(metadata.version("transformers"))
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,49 @@
+"""What a conversion did, for people and for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did, or with `dry_run` would do.
+
+    `missing` are tensors of the base that the output lacks, `unexpected` tensors of the checkpoint
+    that were left out, `tied` names whose weights are stored under another name, `filled` tensors
+    copied from the base. `merged` counts low-rank updates. `changed` of `compared` tensors differ
+    from the base model's. Sizes are bytes.
+    """
+
+    source: str
+    target: str
+    format: str
+    tag: str | None
+    num_tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    verified: bool
+    files: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    filled: tuple[str, ...] = ()
+    prefix: str = ""
+    rules: tuple[str, ...] = ()
+    merged: int = 0
+    compared: int = 0
+    changed: int = 0
+    records_checked: int = 0
+    warnings: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values, as `convert --json` prints it."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name in self.__dataclass_fields__
+            for value in (getattr(self, name),)
+        }
