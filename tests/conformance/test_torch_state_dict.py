@@ -22,7 +22,9 @@ class TestReadingOneFile(ReaderConformance):
         return folder
 
 
-class TestReadingTheLegacyContainer(TestReadingOneFile):
+class TestReadingTheLegacyContainer(ReaderConformance):
+    format = "torch"
+
     def make(self, folder: Path, tensors: Tensors) -> Path:
         state = {name: to_torch(array) for name, array in tensors.items()}
         file = folder / "weights.pt"
@@ -30,7 +32,9 @@ class TestReadingTheLegacyContainer(TestReadingOneFile):
         return file
 
 
-class TestReadingTiedWeights(TestReadingOneFile):
+class TestReadingTiedWeights(ReaderConformance):
+    format = "torch"
+
     @pytest.fixture
     def sample(self, tmp_path: Path) -> Sample:
         tensors = truth.ordinary()

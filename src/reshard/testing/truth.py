@@ -26,8 +26,9 @@ def ordinary() -> dict[str, Array]:
 
     def bits(dtype: Any, *shape: int) -> Array:
         found = np.dtype(dtype)
-        array: Array = random.integers(0, 256, found.itemsize * math.prod(shape), np.uint8)
-        return array.view(found).reshape(shape)
+        raw = random.integers(0, 256, found.itemsize * math.prod(shape), np.uint8)
+        array: Array = raw.view(found).reshape(shape)
+        return array
 
     return {
         "model.embed_tokens.weight": bits(np.float32, 130, 7),
