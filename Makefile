@@ -5,10 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 
-.PHONY: test check demo demo-fsdp bench clean
+.PHONY: test test-slow check demo demo-fsdp bench clean
 
 test: check
 	$(BIN)/python -m pytest
+
+# What takes minutes, with a real model.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -48,12 +48,16 @@ _REFUSED_SETTINGS = ("layer_replication", "alora_invocation_tokens", "use_qalora
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """How adapters scale. `alphas`: module name suffix -> alpha, where it differs from `alpha`."""
+    """How adapters scale. `alphas`: module name suffix -> alpha, where it differs from `alpha`.
+
+    `rank` is the one that all adapters have by it; None where it states none or several.
+    """
 
     alpha: float
     rslora: bool = False
     alphas: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    rank: int | None = None
 
     def scaling(self, module: str, rank: int) -> float:
         """What `left @ right` is multiplied with: alpha / r, or alpha / sqrt(r) for rsLoRA."""
@@ -77,7 +81,7 @@ def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
     for key in _REFUSED_SETTINGS:
         if raw.get(key):
             raise UnsupportedError(f"adapters with {key} = {raw[key]!r} are not handled.")
-    alpha, patterns = raw.get("lora_alpha"), raw.get("alpha_pattern") or {}
+    alpha, rank, patterns = raw.get("lora_alpha"), raw.get("r"), raw.get("alpha_pattern") or {}
     numbers = isinstance(patterns, Mapping) and all(
         isinstance(value, int | float) for value in (alpha, *patterns.values())
     )
@@ -92,6 +96,7 @@ def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
         rslora=bool(raw.get("use_rslora")),
         alphas={name: float(value) for name, value in patterns.items()},
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        rank=rank if isinstance(rank, int) and not raw.get("rank_pattern") else None,
     )
 
 
@@ -125,6 +130,11 @@ class Separated:
     absent: frozenset[str] = frozenset()
     saved: tuple[str, ...] = ()
     name: str = "default"
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks of the adapters, ascending."""
+        return tuple(sorted({adapter.rank for adapter in self.adapters.values()}))
 
 
 def separate(entries: Mapping[str, Entry], adapter: str | None = None) -> Separated:
