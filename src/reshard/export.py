@@ -131,6 +131,8 @@ class _Export:
                 f"--lora {mode} was asked for, and the checkpoint holds no adapters.",
                 hint="Leave out --lora.",
             )
+        if mode == "adapter" and not self._separated.name:
+            raise PlanError("it is an adapter folder already.", path=self._options.source)
         return mode == "adapter"
 
     def _split(self) -> Parts:
@@ -169,7 +171,13 @@ class _Export:
             )
         self._scaling, note = adapter_config.find(separated, self._options, checkpoint, sources)
         self._warnings += [note] if note else []
-        if not self._alone:
+        if self._alone:
+            others = len(separated.entries) - len(separated.absent)
+            self._warnings.append(
+                f"only the adapters are written: {others} other tensors of the checkpoint, trained "
+                "or not, are not written."
+            )
+        else:
             self._updates = updates(separated, found, self._scaling, self._base.entries)
 
     def result(self) -> Export:

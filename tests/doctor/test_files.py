@@ -127,6 +127,13 @@ def test_a_file_that_is_cut_off(pairs: Pairs, sharded: Path, tmp_path: Path, siz
     assert names(diagnosis) == ["damaged-file", "names-do-not-fit"]
 
 
+def test_a_file_without_tensors(pairs: Pairs, tmp_path: Path) -> None:
+    ill = pairs("llama").copy(tmp_path / "ill")
+    models.save(ill, {})
+    diagnosis = refused(ill, None, tmp_path / "out", "damaged-file")
+    assert evidence(diagnosis, "damaged-file") == "model.safetensors: it holds no tensor."
+
+
 def test_weights_in_torch_files(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("llama_tied")
     for base, out in ((pair.base, "with"), (None, "without")):

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reshard
+from tests.doctor import models
 from tests.doctor.conftest import Pairs
 
 FIELDS = (
@@ -37,7 +39,7 @@ def folder(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pairs("llama_tied").copy(tmp_path_factory.mktemp("hostile") / "model")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(config=CONFIGS, text=CONFIGS | VALUES, both=st.booleans())
 def test_any_config(pairs: Pairs, folder: Path, config: object, text: object, both: bool) -> None:
     assert isinstance(config, dict)
@@ -46,7 +48,7 @@ def test_any_config(pairs: Pairs, folder: Path, config: object, text: object, bo
     json.dumps(diagnosis.to_json())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     file=st.sampled_from(
         ["tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json",
@@ -67,3 +69,36 @@ def test_any_small_file(pairs: Pairs, folder: Path, file: str, value: object) ->
             path.unlink()
         else:
             path.write_text(before)
+
+
+NAMES = (
+    "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "module.model.norm.weight",
+    "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj",
+    "model.language_model.embed_tokens.weight", "x",
+)  # fmt: skip
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 32, 96]), max_size=3)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    shapes=st.dictionaries(st.sampled_from(NAMES), SHAPES),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.int8, torch.bool]),
+    whole=st.booleans(),
+)
+def test_any_tensors(
+    pairs: Pairs,
+    tmp_path_factory: pytest.TempPathFactory,
+    shapes: dict[str, list[int]],
+    dtype: torch.dtype,
+    whole: bool,
+) -> None:
+    ill = tmp_path_factory.mktemp("tensors")
+    config = {"model_type": "gpt_oss", "hidden_size": 32, "tie_word_embeddings": True}
+    (ill / "config.json").write_text(json.dumps(config))
+    base = pairs("llama_tied").base
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+    models.save(ill, {**(models.load(base) if whole else {}), **tensors})
+    for known in (base, None):
+        diagnosis = reshard.doctor(ill, base=known)
+        json.dumps(diagnosis.to_json())
+        assert diagnosis.findings or known is None

@@ -76,7 +76,9 @@ def live(base: Path, class_name: str) -> Any:
     """A random model of the base's config, no two tensors of it alike: a run's, after training."""
     made = transformers.AutoConfig.from_pretrained(base)
     torch.manual_seed(2)
-    model = getattr(transformers, class_name)._from_config(made)
+    class_ = getattr(transformers, class_name)
+    make = class_.from_config if class_name.startswith("Auto") else class_._from_config
+    model = make(made)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():

@@ -92,7 +92,7 @@ def test_a_dcp_save_gives_the_same_folder(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_5_vl", "llava", "mixtral", "qwen3_vl_moe"])
 def test_masters_are_rounded_to_the_bases_dtypes(name: str, tmp_path: Path) -> None:
-    """Norms of the base stay float32, all else is bfloat16: a dtype is a tensor's own."""
+    """Norms of the base are float32, all else is bfloat16: each tensor has a dtype of its own."""
     kinds = {
         key: torch.float32 if "norm" in key else torch.bfloat16
         for key in released.values(name, seed=0)

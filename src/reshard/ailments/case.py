@@ -5,7 +5,7 @@ Everything is read here, once; the checks are pure functions of a `Case`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,9 @@ class Case:
 
     @property
     def fits(self) -> bool:
-        """Whether the folder's tensors are all of the base's, under whatever names."""
-        return self.fitted.fit is not None and self.fitted.misfit is None
+        """Whether the tensors at hand are all of the base's, under whatever names."""
+        whole = self.fitted.fit is not None and self.fitted.misfit is None
+        return whole or isinstance(self.rescue, Rescue)
 
     @property
     def levels(self) -> Mapping[str, Mapping[str, Any]]:
@@ -172,7 +173,9 @@ def _placeholders(folder: Folder, base: Base | None) -> tuple[str, ...]:
     for name, entry in folder.entries.items():
         empty = entry.spec.shape == (0,)
         single = entry.spec.shape == (1,) and name.endswith(".weight")
-        if (empty or single) and not (name in known and known[name].spec.shape == entry.spec.shape):
+        as_in_base = name in known and known[name].spec.shape == entry.spec.shape
+        # Quantised models hold empty integer tensors on purpose (GPTQ's g_idx).
+        if (empty or single) and entry.spec.dtype.floating and not as_in_base:
             found.append(name)
     return tuple(found)
 
@@ -196,7 +199,7 @@ def _fitted(entries: Mapping[str, Entry], base: Base | None, sources: Sources) -
         return Fitted(None, misfit)
 
 
-def guess_prefix(names: Any) -> str:
+def guess_prefix(names: Iterable[str]) -> str:
     """What a trainer put before all names, by the names alone; `""` where nothing is certain.
 
     `model.` precedes the names of many a sound model: it is one too many only where the next part
@@ -219,17 +222,24 @@ def guess_prefix(names: Any) -> str:
 
 
 def _vocabulary(folder: Folder, clean: Mapping[str, str], sources: Sources) -> Vocabulary:
-    for head, embedding in HEADS:
-        if embedding not in clean:
+    """The first of the known pairs of which both are there, or else of which the embedding is."""
+    matrices = {
+        own: entry
+        for entry in folder.entries.values()
+        for own in _names(entry)
+        if len(entry.spec.shape) == 2
+    }
+    alone = Vocabulary()
+    for head_name, embedding_name in HEADS:
+        head, embedding = clean.get(head_name), clean.get(embedding_name)
+        if embedding not in matrices:
             continue
-        input_, output = clean[embedding], clean.get(head)
-        if output is None:
-            continue
-        by_name = {name: entry for entry in folder.entries.values() for name in _names(entry)}
-        one, other = by_name[input_], by_name[output]
-        return Vocabulary(input_, output, one is other or equal(one, other, sources))
-    found = next((clean[embedding] for _, embedding in HEADS if embedding in clean), None)
-    return Vocabulary(found)
+        if head in matrices:
+            same = equal(matrices[head], matrices[embedding], sources)
+            return Vocabulary(embedding, head, same)
+        if alone.embedding is None:
+            alone = Vocabulary(embedding)
+    return alone
 
 
 def _values(

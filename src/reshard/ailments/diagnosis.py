@@ -6,6 +6,7 @@ read -> check every ailment of the table -> (with `repair`) mend -> check again 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from reshard.ailments import case as cases
 from reshard.ailments.case import Case, Progress
 from reshard.ailments.findings import Finding
-from reshard.ailments.repair import repair as write_repaired
+from reshard.ailments.repair import write_mended
 from reshard.ailments.table import AILMENTS
 from reshard.base import read_base
 from reshard.conversion import PathLike, check_target
@@ -91,28 +92,17 @@ def doctor(
         known = None if base_path is None else read_base(base_path, sources)
         case = cases.read(path, known, sources, threads=workers, progress=progress)
         findings = examine(case)
-        remaining = findings
-        mendable = [finding for finding in findings if finding.repair is not None]
-        written = repair is not None and bool(mendable) and not _hopeless(findings)
-        if repair is not None and written:
-            seen: list[Finding] = []
-
-            def check(partial: Path) -> None:
-                again = cases.read(partial, known, sources, threads=workers, weights=False)
-                seen.extend(_well(examine(again), partial))
-
-            write_repaired(
-                case, findings, Path(repair), sources,
-                threads=workers, check=check, progress=progress,
-            )  # fmt: skip
-            remaining = tuple(seen)
+        remaining, repaired = findings, None
+        if repair is not None and _mendable(findings):
+            remaining = _mend(case, findings, Path(repair), sources, workers, progress)
+            repaired = os.fspath(repair)
     return Diagnosis(
         folder=os.fspath(folder),
         base=None if base is None else os.fspath(base),
         num_tensors=len(case.folder.entries),
         total_bytes=sum(entry.spec.nbytes for entry in case.folder.entries.values()),
         findings=findings,
-        repaired=os.fspath(repair) if repair is not None and written else None,
+        repaired=repaired,
         remaining=remaining,
     )
 
@@ -123,19 +113,34 @@ def examine(case: Case) -> tuple[Finding, ...]:
     return tuple(finding for finding in found if finding is not None)
 
 
-def _hopeless(findings: tuple[Finding, ...]) -> bool:
-    """Whether an error cannot be mended: a copy would be broken as well, and look mended."""
-    return any(finding.severity == "error" and finding.repair is None for finding in findings)
+def _mendable(findings: Sequence[Finding]) -> bool:
+    """Whether there is something to mend, and no error that a copy would keep."""
+    hopeless = any(f.severity == "error" and f.repair is None for f in findings)
+    return not hopeless and any(finding.repair is not None for finding in findings)
 
 
-def _well(findings: tuple[Finding, ...], partial: Path) -> tuple[Finding, ...]:
-    """The warnings that a mended folder may keep. Raises `VerificationError` for an error."""
-    for finding in findings:
-        if finding.severity == "error":
-            raise VerificationError(
-                f"the mended folder still has {finding.name}: {finding.evidence[0]}. Nothing was "
-                "written.",
-                path=partial,
-                hint="Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR.",
-            )
-    return findings
+def _mend(
+    case: Case,
+    findings: Sequence[Finding],
+    target: Path,
+    sources: Sources,
+    threads: int,
+    progress: Progress | None,
+) -> tuple[Finding, ...]:
+    """Write the mended folder, and return the warnings that it keeps."""
+    kept: list[Finding] = []
+
+    def check(partial: Path) -> None:
+        again = cases.read(partial, case.base, sources, threads=threads, weights=False)
+        kept.extend(examine(again))
+        for finding in kept:
+            if finding.severity == "error":
+                raise VerificationError(
+                    f"the mended folder still has {finding.name}: {finding.evidence[0]}. Nothing "
+                    "was written.",
+                    path=case.folder.path,
+                    hint="Convert the run's checkpoint again: reshard convert RUN OUT.",
+                )
+
+    write_mended(case, findings, target, sources, threads=threads, check=check, progress=progress)
+    return tuple(kept)

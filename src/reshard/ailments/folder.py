@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,11 @@ class Folder:
     """
 
     path: Path
-    entries: Mapping[str, Entry]
-    files: Mapping[str, frozenset[str]]
     assets: Mapping[str, Asset]
-    config: Mapping[str, Any] | None = None
-    config_fault: str = ""
+    config: Mapping[str, Any] | None
+    config_fault: str
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    files: Mapping[str, frozenset[str]] = field(default_factory=dict)
     listed: Mapping[str, str] | None = None
     index_fault: str = ""
     damaged: Mapping[str, str] = field(default_factory=dict)
@@ -70,70 +70,58 @@ def read(path: Path, sources: Sources) -> Folder:
         raise NotFoundError("there is no such folder.", path=path)
     config, config_fault = read_json(path, CONFIG, sources)
     assets = {asset.name: asset for asset in huggingface.assets(path)}
+    folder = Folder(path, assets, config, config_fault)
     names, listed, index_fault = _weight_files(path, sources)
     if not names and listed is None:
-        return _read_pickled(path, sources, config, config_fault, assets)
+        return _with_pickled(folder, sources)
+    folder = replace(folder, listed=listed, index_fault=index_fault)
+    return _with_tensors(folder, names, sources)
+
+
+def _with_tensors(folder: Folder, names: Iterable[str], sources: Sources) -> Folder:
+    """The folder with what its safetensors files hold."""
     damaged: dict[str, str] = {}
     files: dict[str, frozenset[str]] = {}
     found: dict[str, list[Entry]] = {}
     for name in names:
         try:
-            entries = _read_file(child(path, name), sources)
+            entries = _read_file(child(folder.path, name), sources)
         except ReshardError as error:
             damaged[name] = error.message
             continue
+        if not entries:
+            damaged[name] = "it holds no tensor."
         files[name] = frozenset(entry.spec.name for entry in entries)
         for entry in entries:
             found.setdefault(entry.spec.name, []).append(entry)
-    return Folder(
-        path=path,
+    return replace(
+        folder,
         entries={name: copies[0] for name, copies in found.items()},
         files=files,
-        assets=assets,
-        config=config,
-        config_fault=config_fault,
-        listed=listed,
-        index_fault=index_fault,
         damaged=damaged,
         repeated={name: tuple(copies) for name, copies in found.items() if len(copies) > 1},
     )
 
 
-def _read_pickled(
-    path: Path,
-    sources: Sources,
-    config: Mapping[str, Any] | None,
-    config_fault: str,
-    assets: Mapping[str, Asset],
-) -> Folder:
-    """A folder whose weights are in `pytorch_model*.bin`."""
-    if torch_state_dict.detect(path) is None:
+def _with_pickled(folder: Folder, sources: Sources) -> Folder:
+    """The folder with what its `pytorch_model*.bin` hold."""
+    if torch_state_dict.detect(folder.path) is None:
         raise NotFoundError(
             "it holds no model: no safetensors files and no pytorch_model.bin.",
-            path=path,
+            path=folder.path,
             hint="A training checkpoint is converted first: reshard convert SRC DST --base HF_DIR.",
         )
-    entries: Mapping[str, Entry] = {}
-    files: dict[str, frozenset[str]] = {}
-    damaged: dict[str, str] = {}
-    records: tuple[Record, ...] = ()
     try:
-        catalog = torch_state_dict.read(path, sources, Selection())
+        catalog = torch_state_dict.read(folder.path, sources, Selection())
     except ReshardError as error:
-        damaged[Path(error.path or path).name] = error.message
-    else:
-        entries, records = catalog.entries, catalog.records
-        files = _by_file(entries.values())
-    return Folder(
-        path=path,
-        entries=entries,
-        files=files,
-        assets=assets,
-        config=config,
-        config_fault=config_fault,
-        damaged=damaged,
+        file = Path(error.path or folder.path).name
+        return replace(folder, damaged={file: error.message}, pickled=True)
+    return replace(
+        folder,
+        entries=catalog.entries,
+        files=_by_file(catalog.entries.values()),
         pickled=True,
-        records=records,
+        records=catalog.records,
     )
 
 

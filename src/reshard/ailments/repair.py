@@ -45,7 +45,7 @@ class _Mended:
     records: tuple[Record, ...]
 
 
-def repair(
+def write_mended(
     case: Case,
     findings: Sequence[Finding],
     target: Path,

@@ -22,7 +22,7 @@ def head_stored_twice(case: Case) -> Signs | None:
     if case.placeholders or vocabulary.head is None or not (stored and vocabulary.equal):
         return None
     if case.base is None:
-        spare = True in _stated(case)
+        spare = True in _stated_at(case).values()
     else:
         found = case.fitted.fit
         spare = found is not None and case.clean_name(vocabulary.head) in found.tied
@@ -165,12 +165,7 @@ def rows_disagree(case: Case) -> bool:
 
 def _says_untied(case: Case) -> bool:
     """The top level decides where it speaks: transformers 5 reads only that."""
-    stated = _stated(case)
-    return bool(stated) and stated[0] is False
-
-
-def _stated(case: Case) -> list[bool]:
-    return list(_stated_at(case).values())
+    return next(iter(_stated_at(case).values()), True) is False
 
 
 def _stated_at(case: Case) -> dict[str, bool]:
@@ -185,5 +180,5 @@ def _stated_at(case: Case) -> dict[str, bool]:
 def _tie_patches(case: Case, *, tied: bool) -> dict[str, object]:
     """What to change in the config so that every reader of it agrees."""
     wrong = {path: tied for path, value in _stated_at(case).items() if value is not tied}
-    silent = {} if f"{_TIE}" in _stated_at(case) else {_TIE: tied}
+    silent = {} if _TIE in _stated_at(case) else {_TIE: tied}
     return {**silent, **wrong}

@@ -9,8 +9,9 @@ PEFT (0.21: tuners/lora/layer.py, utils/other.py) wraps a module `m` and names i
     m.modules_to_save.<adapter>.weight       trained in full: used; m.original_module: dropped
 
 under `base_model.model.`; LightRFT's scalar reward models have the same names in place, without
-that prefix. Neither alpha nor the kind of scaling is in the tensors: they come from an
-`adapter_config.json` or from the user, and are never guessed.
+that prefix. PEFT's `save_pretrained` leaves `<adapter>` out: `m.lora_A.weight`. Neither alpha nor
+the kind of scaling is in the tensors: they come from an `adapter_config.json` or from the user, and
+are never guessed.
 """
 
 from __future__ import annotations
@@ -185,8 +186,9 @@ class _Separation:
             marker = next((part for part in parts if part in _ADAPTER_TENSORS), None)
             if marker is not None:
                 at = parts.index(marker)
-                if parts[at + 1] == self._name:
-                    self._add(".".join(parts[:at]), marker, parts[at + 2 :], entry)
+                adapter, rest = _named(parts[at + 1 :])
+                if adapter == self._name:
+                    self._add(".".join(parts[:at]), marker, rest, entry)
                 continue
             plain = self._plain_name(parts)
             if plain is not None:
@@ -206,7 +208,7 @@ class _Separation:
         """The name that the base model has for it; None for a module that another one replaced."""
         if "original_module" in parts:
             return None
-        if "modules_to_save" in parts:
+        if "modules_to_save" in parts[:-1]:
             at = parts.index("modules_to_save")
             if parts[at + 1] != self._name:
                 return None
@@ -243,9 +245,20 @@ class _Separation:
 def _adapter_of(name: str) -> Iterable[str]:
     """The adapter that a tensor belongs to, if it belongs to one."""
     parts = name.split(".")
-    for marker in (*_ADAPTER_TENSORS, "modules_to_save"):
-        if marker in parts[:-1]:
-            yield parts[parts.index(marker) + 1]
+    for marker in _ADAPTER_TENSORS:
+        if marker in parts:
+            yield _named(parts[parts.index(marker) + 1 :])[0]
+    if "modules_to_save" in parts[:-1]:
+        yield parts[parts.index("modules_to_save") + 1]
+
+
+def _named(rest: list[str]) -> tuple[str, list[str]]:
+    """The adapter's name in what follows `lora_A`, and the parts behind it.
+
+    >>> _named(["default", "weight"]), _named(["weight"]), _named([])
+    (('default', ['weight']), ('', ['weight']), ('', []))
+    """
+    return ("", rest) if rest in ([], ["weight"]) else (rest[0], rest[1:])
 
 
 def _refuse(parts: list[str]) -> None:
