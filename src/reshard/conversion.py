@@ -201,6 +201,7 @@ def _manifest(job: Job, options: Options, digests: Mapping[tuple[str, str], str]
         "missing": list(exported.missing),
         "unexpected": list(exported.fit.dropped),
         "merged": exported.merged,
+        "transformers_version": exported.live,
         "lora_alpha": None if exported.scaling is None else exported.scaling.alpha,
     }
     model = manifest.state([target.spec for target in exported.model], "", digests)
