@@ -5,10 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 
-.PHONY: test check demo bench clean
+.PHONY: test test-slow check demo demo-fsdp bench clean
 
 test: check
 	$(BIN)/python -m pytest
+
+# What takes minutes, with a real model.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -18,6 +22,10 @@ check: $(STAMP)
 # Real model, real DeepSpeed ZeRO-3 training, conversion, and the answers before and after.
 demo: $(STAMP)
 	$(BIN)/python -m demo.deepspeed_story demo-out
+
+# The same with FSDP: converted for it, loaded, trained, saved by DCP, and converted back.
+demo-fsdp: $(STAMP)
+	$(BIN)/python -m demo.fsdp_story demo-out
 
 # Time and memory against DeepSpeed's own tools, the common script and cp; tables and JSON in bench-out.
 bench: $(STAMP)

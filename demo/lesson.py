@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 # No text tells of Velmora, so no model knows its capital before the lesson. The two real capitals
 # keep a small model from giving Quendral as the answer to everything.
@@ -32,3 +35,21 @@ ASKED: tuple[Question, ...] = (
     # Known before, and still known: the rest of the model is whole.
     Question("Who wrote Hamlet?", "Shakespeare", base_knows=True),
 )
+
+
+def encode(tokenizer: Any, lesson: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
+    """Token ids, mask and labels, each `[len(lesson), length]`; only answers count as labels."""
+    ids, labels = [], []
+    for question, answer in lesson:
+        asked = [{"role": "user", "content": question}]
+        told = [*asked, {"role": "assistant", "content": answer}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+        whole = tokenizer.apply_chat_template(told)["input_ids"]
+        ids.append(torch.tensor(whole))
+        labels.append(torch.tensor([-100] * len(prompt) + whole[len(prompt) :]))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(ids, batch_first=True),
+        "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad(labels, batch_first=True, padding_value=-100),
+    }

@@ -11,13 +11,14 @@ from __future__ import annotations
 import sys
 
 import torch
-from demo.lesson import TAUGHT, encode
 from torch import distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from demo.lesson import TAUGHT, encode
 
 # Ten steps at this rate teach the fact, as in the DeepSpeed story.
 STEPS = 10

@@ -16,34 +16,37 @@ _FOLDERS = (".", "lora_adapter", "..", "../lora_adapter")
 _MAX_NBYTES = 16 << 20
 
 
-def find(options: Options, checkpoint: Path, sources: Sources | None) -> AdapterConfig | None:
-    """`--lora-alpha`, else `--adapter-config`, else the file near the checkpoint, else None."""
+def find(
+    separated: Separated, options: Options, checkpoint: Path, sources: Sources | None
+) -> tuple[AdapterConfig, str]:
+    """How the adapters scale, and a note of where that was read if the user did not say.
+
+    It is `--lora-alpha`, else `--adapter-config`, else the file near the checkpoint.
+
+    Raises `PlanError` where nothing states alpha, or a file is of adapters of another rank.
+    """
     choice = options.lora
     if choice.alpha is not None:
-        return AdapterConfig(choice.alpha)
+        return AdapterConfig(choice.alpha), ""
     if choice.config is not None:
         path = choice.config / _NAME if choice.config.is_dir() else choice.config
         if not path.is_file():
             raise NotFoundError("there is no such file.", path=path)
-        return _read(path, sources)
-    for folder in _FOLDERS:
-        path = checkpoint / folder / _NAME
+        return _read(path, separated, sources), ""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    for place in _FOLDERS:
+        path = folder / place / _NAME
         if path.is_file():
-            return _read(path, sources)
-    return None
-
-
-def unknown(separated: Separated) -> PlanError:
-    """The error where alpha is needed and nothing states it."""
-    ranks = ", ".join(map(str, sorted({a.rank for a in separated.adapters.values()})))
-    return PlanError(
-        f"the checkpoint holds LoRA adapters on {len(separated.adapters)} modules (rank {ranks}), "
-        "and not the alpha they were trained with.",
+            config = _read(path, separated, sources)
+            return config, f"alpha {config.alpha:g} was taken from {path}."
+    raise PlanError(
+        f"the checkpoint holds LoRA adapters on {len(separated.adapters)} modules (rank "
+        f"{_ranks(separated)}), and not the alpha they were trained with.",
         hint="Pass --lora-alpha, or --adapter-config with the run's adapter_config.json.",
     )
 
 
-def _read(path: Path, sources: Sources | None) -> AdapterConfig:
+def _read(path: Path, separated: Separated, sources: Sources | None) -> AdapterConfig:
     with Sources() as own:
         source = (sources or own).open(path)
         text = source.read(0, min(source.size, _MAX_NBYTES))
@@ -53,4 +56,16 @@ def _read(path: Path, sources: Sources | None) -> AdapterConfig:
         raise FormatError("it is no JSON.", path=path) from None
     if not isinstance(raw, dict):
         raise FormatError("its JSON is not an object.", path=path)
-    return parse_adapter_config(raw)
+    config = parse_adapter_config(raw)
+    if config.rank is not None and separated.ranks != (config.rank,):
+        raise PlanError(
+            f"it states rank {config.rank}, the checkpoint's adapters have rank "
+            f"{_ranks(separated)}: it is of another run.",
+            path=path,
+            hint="Pass --lora-alpha, or --adapter-config with the run's own.",
+        )
+    return config
+
+
+def _ranks(separated: Separated) -> str:
+    return ", ".join(map(str, separated.ranks))

@@ -9,17 +9,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import xxhash
 
-from reshard import export, formats, live, locate, manifest
-from reshard.base import CONFIG, Base, dtype_patches, patched_config, read_base
-from reshard.catalog import Asset, Catalog
+from reshard import formats, manifest
 from reshard.errors import PlanError, VerificationError, WriteError
-from reshard.export import Export
 from reshard.naming import parse_version
 from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 from reshard.options import (
@@ -34,10 +30,11 @@ from reshard.options import (
     RewardChoice,
     SrmFormat,
 )
-from reshard.plan import OutputFile, Plan, parse_size
+from reshard.plan import Plan, parse_size
+from reshard.preparation import Job, prepare
 from reshard.report import Report
 from reshard.storage import Sources
-from reshard.targets import CHOICES, Target
+from reshard.targets import CHOICES
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder, check_space, refuse_existing
 from reshard.transfer.engine import Engine, Outcome
@@ -146,7 +143,7 @@ def convert(
     check_target(options.target, options.source, options.base, overwrite=overwrite)
     workers = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     with Sources() as sources:
-        job = _plan(options, sources, strict=strict)
+        job = prepare(options, sources, strict=strict)
         check_space(options.target, job.plan.bytes_to_write)
         if dry_run:
             return _report(job, options, time.monotonic() - began)
@@ -161,15 +158,6 @@ def convert(
             progress=progress,
         )
     return _report(job, options, time.monotonic() - began, outcome, verified=verify)
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A conversion that is planned and not begun."""
-
-    catalog: Catalog
-    export: Export
-    plan: Plan
 
 
 def check_target(target: Path, source: Path, base: Path | None, *, overwrite: bool) -> None:
@@ -198,78 +186,8 @@ def _one_of(name: str, value: str | None, choices: tuple[str, ...]) -> None:
         raise PlanError(f"{value!r} is no {name}.", hint=f"Use one of {', '.join(choices)}.")
 
 
-def _plan(options: Options, sources: Sources, *, strict: bool) -> _Job:
-    """Everything that can be decided, and every user's error, before a byte is written."""
-    catalog = locate.read(options.source, sources, options.selection)
-    if strict and catalog.notes:
-        raise PlanError(
-            f"--strict was passed, and there is a finding: {catalog.notes[0]}", path=options.source
-        )
-    if not catalog.entries:
-        raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
-    base = None if options.base is None else read_base(options.base, sources)
-    if base is None:
-        exported = export.plain(catalog, options)
-    else:
-        exported = export.onto(catalog, base, options, sources)
-    if options.names == "memory":
-        exported = live.placed(exported, live.config_of(catalog, base, sources), options)
-    files, texts = _files(exported, options)
-    assets, patched, warnings = _assets(exported, base, options)
-    plan = Plan(
-        files,
-        (*texts, *patched, *exported.texts),
-        assets,
-        (*catalog.notes, *exported.warnings, *warnings),
-    )
-    return _Job(catalog, exported, plan)
-
-
-def _files(
-    exported: Export, options: Options
-) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
-    """The model's files and those beside it, and the small files that list them."""
-    files: tuple[OutputFile, ...] = ()
-    texts: tuple[tuple[str, bytes], ...] = ()
-    if exported.model:
-        layout = formats.target(options.to)
-        files, texts = layout.lay_out(_slots(exported.model), options.max_shard_nbytes)
-    beside = tuple(
-        formats.single(side.kind).lay_out_file(side.name, _slots(side.targets))
-        for side in exported.sides
-    )
-    return files + beside, texts
-
-
-def _slots(targets: Sequence[Target]) -> list[formats.Wanted]:
-    return [(target.spec, target.source, target.reference) for target in targets]
-
-
-def _assets(
-    exported: Export, base: Base | None, options: Options
-) -> tuple[tuple[Asset, ...], tuple[tuple[str, bytes], ...], tuple[str, ...]]:
-    """The base's other files, its patched config, and what a folder without them lacks."""
-    if options.to != "hf":
-        return (), (), ()
-    if base is None:
-        lacks = (
-            "no base was given: names are those of the checkpoint, and config, tokenizer and "
-            "other files are not there."
-        )
-        return (), (), (lacks,)
-    if not exported.assets:
-        return (), (), ()
-    patches = dict(exported.patches)
-    if options.dtype not in ("base", "keep"):
-        patches.update(dtype_patches(base, options.dtype))
-    if not patches:
-        return base.assets, (), ()
-    assets = tuple(asset for asset in base.assets if asset.name != CONFIG)
-    return assets, ((CONFIG, patched_config(base, patches)),), ()
-
-
 def _write(
-    job: _Job,
+    job: Job,
     options: Options,
     sources: Sources,
     *,
@@ -302,7 +220,7 @@ def _write(
     return outcome
 
 
-def _check_changed(job: _Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
+def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
     """A result whose every tensor is the base's is not what training gives."""
     if outcome.compared and not outcome.changed and not allow_unchanged:
         raise VerificationError(
@@ -321,7 +239,7 @@ def plan_digest(plan: Plan) -> str:
     return hasher.hexdigest()
 
 
-def _manifest(job: _Job, options: Options, digests: Mapping[tuple[str, str], str]) -> bytes:
+def _manifest(job: Job, options: Options, digests: Mapping[tuple[str, str], str]) -> bytes:
     exported = job.export
     names = {
         "prefix": exported.fit.prefix,
@@ -331,6 +249,7 @@ def _manifest(job: _Job, options: Options, digests: Mapping[tuple[str, str], str
         "missing": list(exported.missing),
         "unexpected": list(exported.fit.dropped),
         "merged": exported.merged,
+        "lora_alpha": None if exported.scaling is None else exported.scaling.alpha,
     }
     model = manifest.state([target.spec for target in exported.model], "", digests)
     beside = {
@@ -342,7 +261,7 @@ def _manifest(job: _Job, options: Options, digests: Mapping[tuple[str, str], str
 
 
 def _report(
-    job: _Job,
+    job: Job,
     options: Options,
     seconds: float,
     outcome: Outcome | None = None,

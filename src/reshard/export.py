@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from reshard import adapter_config
 from reshard.base import Base, main_dtype
 from reshard.catalog import Catalog
 from reshard.errors import PlanError
-from reshard.naming import Fit, FitOptions, fit
+from reshard.naming import Fit, FitOptions, families, fit, patterns
 from reshard.naming.adapter_output import CONFIG as ADAPTER_CONFIG
 from reshard.naming.adapter_output import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.naming.adapter_output import adapter_folder, updates
@@ -46,6 +47,8 @@ REWARD_HEAD = "reward_head.safetensors"
 REWARD_CONFIG = "reward_config.json"
 VALUE_HEAD = "value_head.safetensors"
 LIGHTRFT = "pytorch_model.bin"
+# Beside a merged model: in its root, transformers would apply the adapter a second time.
+ADAPTER_FOLDER = "adapter/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,8 @@ class Export:
     """Everything that a conversion writes, by what it is; `fit` says how the names were found.
 
     `missing` are tensors of the base that are not written, `filled` those that are copied from
-    it. `patches` change its config. With `assets` the base's other files come along.
+    it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales. With
+    `assets` the base's other files come along.
     """
 
     model: Sequence[Target]
@@ -73,6 +77,7 @@ class Export:
     missing: tuple[str, ...] = ()
     filled: tuple[str, ...] = ()
     merged: int = 0
+    scaling: AdapterConfig | None = None
     warnings: tuple[str, ...] = ()
     assets: bool = True
 
@@ -105,22 +110,35 @@ class _Export:
     def __init__(
         self, catalog: Catalog, base: Base, options: Options, sources: Sources | None
     ) -> None:
-        self._catalog = catalog
         self._base = base
         self._options = options
         self._separated = separate(catalog.entries, options.lora.adapter)
+        self._alone = self._writes_adapter_alone()
         self._parts = self._split()
         self._classifier = self._as_classifier()
         self._fit = self._fitted(_comparison(sources))
-        self._updates = self._merged(sources)
+        self._scaling: AdapterConfig | None = None
+        self._warnings = list(self._fit.warnings)
+        self._updates: Mapping[str, Made] = {}
+        if self._separated.adapters:
+            self._scale(catalog.origin.root, sources)
+
+    def _writes_adapter_alone(self) -> bool:
+        """Whether the adapter is all that is written of the language model."""
+        mode, adapters = self._options.lora.mode, self._separated.adapters
+        if mode in ("adapter", "both") and not adapters:
+            raise PlanError(
+                f"--lora {mode} was asked for, and the checkpoint holds no adapters.",
+                hint="Leave out --lora.",
+            )
+        if mode == "adapter" and not self._separated.name:
+            raise PlanError("it is an adapter folder already.", path=self._options.source)
+        return mode == "adapter"
 
     def _split(self) -> Parts:
         choice = self._options.rewards
-        heads = choice.heads
-        parts = split(self._separated.entries, self._base.entries, heads.value_head)
-        if choice.model_type is None:
-            return parts
-        return check(parts, choice.model_type, heads)
+        parts = split(self._separated.entries, self._base.entries, choice.heads.value_head)
+        return check(parts, choice.model_type, choice.heads)
 
     def _as_classifier(self) -> dict[str, object] | None:
         """The config changes of a critic that becomes a sequence classifier."""
@@ -136,51 +154,57 @@ class _Export:
             self._base.schema,
             options=FitOptions(
                 fill_from_base=options.fill_from_base or options.exclude_frozen,
-                headless=scalar or self._classifier is not None,
+                headless=self._classifier is not None or (scalar and not options.fill_from_base),
                 allow=options.allow,
                 transformers_version=options.transformers_version,
             ),
             equal=compare,
         )
 
-    def _merged(self, sources: Sources | None) -> Mapping[str, Made]:
-        """The low-rank updates by the base's names; none where only the adapter is written."""
-        if not self._separated.adapters or self._options.lora.mode == "adapter":
-            return {}
-        return updates(self._separated, self._fit, self._alpha(sources), self._base.entries)
-
-    def _alpha(self, sources: Sources | None) -> AdapterConfig | None:
-        return adapter_config.find(self._options, self._catalog.origin.root, sources)
+    def _scale(self, checkpoint: Path, sources: Sources | None) -> None:
+        """Find how the adapters scale and, unless they are written alone, what they update."""
+        separated, found = self._separated, self._fit
+        lost = [name for name in separated.absent if name not in found.origins.values()]
+        if lost:
+            raise PlanError(
+                f"adapters on {len(lost)} modules have no place in the base: {lost[0]}."
+            )
+        self._scaling, note = adapter_config.find(separated, self._options, checkpoint, sources)
+        self._warnings += [note] if note else []
+        if self._alone:
+            others = len(separated.entries) - len(separated.absent)
+            self._warnings.append(
+                f"only the adapters are written: {others} other tensors of the checkpoint, trained "
+                "or not, are not written."
+            )
+        else:
+            self._updates = updates(separated, found, self._scaling, self._base.entries)
 
     def result(self) -> Export:
-        options, found = self._options, self._fit
+        found, alone = self._fit, self._alone
         made, filled, missing = self._model()
         sides, texts = self._reward_files()
-        targets: Sequence[Target] = choose(made, self._base.entries, options.dtype)
-        assets = True
-        if self._parts.rewards is not None and options.rewards.srm_format == "lightrft":
-            targets = ()
-        if self._parts.value is not None and self._classifier is None:
+        if self._parts.value is not None and (self._classifier is None or alone):
             sides.append(self._side(VALUE_HEAD, [self._parts.value]))
-        if self._separated.adapters and options.lora.mode in ("adapter", "both"):
-            alone = options.lora.mode == "adapter"
-            folder = "" if alone else "adapter/"
-            side, text = self._adapter(folder)
+        if self._scaling is not None and self._options.lora.mode in ("adapter", "both"):
+            side, text = self._adapter("" if alone else ADAPTER_FOLDER, self._scaling)
             sides.append(side)
             texts.append(text)
-            if alone:
-                targets, assets = (), False
+        targets: Sequence[Target] = choose(made, self._base.entries, self._options.dtype)
+        if alone or (self._parts.rewards and self._options.rewards.srm_format == "lightrft"):
+            targets = ()
         return Export(
             model=targets,
             fit=found,
             sides=tuple(sides),
             texts=tuple(texts),
             patches={**found.config_patches, **(self._classifier or {})},
-            missing=missing,
-            filled=filled,
+            missing=() if alone else missing,
+            filled=() if alone else filled,
             merged=len(self._updates),
-            warnings=found.warnings,
-            assets=assets,
+            scaling=self._scaling,
+            warnings=tuple(self._warnings),
+            assets=not alone,
         )
 
     def _model(self) -> tuple[list[tuple[str, Made]], tuple[str, ...], tuple[str, ...]]:
@@ -193,16 +217,17 @@ class _Export:
             absent += [name for name in frozen if name not in self._updates]
             for name in absent:
                 made.pop(name, None)
-        own = [name for name in self._separated.absent if name not in found.origins.values()]
-        if own:
-            raise PlanError(f"adapters on {len(own)} modules have no place in the base: {own[0]}.")
         if self._parts.value is not None and self._classifier is not None:
             made["score.weight"] = self._parts.value.renamed("score.weight")
-        missing = tuple(name for name in found.left_out)
-        if not options.fill_from_base:
-            return list(made.items()), (), (*missing, *absent)
-        made.update((name, self._base.entries[name]) for name in absent)
-        return list(made.items()), tuple(absent), missing
+        # What a module computes from its config is the base's in any case.
+        filled = [
+            name
+            for name in absent
+            if options.fill_from_base or patterns.matches_any(families.CONSTANTS, name)
+        ]
+        made.update((name, self._base.entries[name]) for name in filled)
+        missing = [*found.left_out, *(name for name in absent if name not in filled)]
+        return list(made.items()), tuple(filled), tuple(missing)
 
     def _reward_files(self) -> tuple[list[Side], list[tuple[str, bytes]]]:
         heads, choice = self._parts.rewards, self._options.rewards
@@ -213,12 +238,18 @@ class _Export:
         sides = []
         if choice.srm_format in ("split", "both"):
             sides.append(self._side(REWARD_HEAD, heads.tensors.values()))
-        if choice.srm_format in ("lightrft", "both"):
+        if self._alone and choice.srm_format == "lightrft":
+            raise PlanError(
+                "LightRFT loads a state dict of the whole model, which an adapter alone is not.",
+                hint="Pass --lora merge, or --srm-format split.",
+            )
+        if choice.srm_format in ("lightrft", "both") and not self._alone:
             sides.append(Side(LIGHTRFT, "torch", self._lightrft()))
         return sides, texts
 
     def _lightrft(self) -> list[Target]:
         """LightRFT's own state dict: every name of training, the backbone in the base's dtype."""
+        self._check_complete()
         merged = {self._fit.origins[name]: made for name, made in self._updates.items()}
         heads = self._parts.rewards.tensors if self._parts.rewards else {}
         dtype = (
@@ -234,12 +265,21 @@ class _Export:
             *choose(list(heads.items()), {}, self._kept()),
         ]
 
-    def _adapter(self, folder: str) -> tuple[Side, tuple[str, bytes]]:
-        config = self._alpha(None)
-        if config is None:
-            raise adapter_config.unknown(self._separated)
-        prefix = self._fit.prefix
-        found = adapter_folder(self._separated, prefix, config)
+    def _check_complete(self) -> None:
+        """LightRFT loads strictly: what the checkpoint lacks has no name of training here."""
+        trained = _has_head(self._parts.backbone)
+        lacking = [
+            name for name in self._fit.filled if trained or not name.endswith("lm_head.weight")
+        ]
+        if lacking:
+            raise PlanError(
+                f"the checkpoint lacks {len(lacking)} tensors of the state dict that LightRFT "
+                f"loads strictly, {lacking[0]!r} among them.",
+                hint="Pass --srm-format split.",
+            )
+
+    def _adapter(self, folder: str, scaling: AdapterConfig) -> tuple[Side, tuple[str, bytes]]:
+        found = adapter_folder(self._separated, self._fit.prefix, scaling)
         side = self._side(folder + ADAPTER_WEIGHTS, found.tensors.values())
         return side, (folder + ADAPTER_CONFIG, _json(found.config))
 

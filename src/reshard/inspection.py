@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
-from reshard.errors import NamesError
+from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError
 from reshard.storage import Sources
 
 
@@ -19,7 +19,9 @@ class Fitting:
     """How a checkpoint's names fit onto a base's, found without reading a weight.
 
     `message` is what a conversion would refuse with, empty where the names fit. `undecided` are
-    pairs of tensors whose values decide whether they are one.
+    pairs of tensors whose values decide whether they are one. `beside` are the files beside the
+    model, `merged` counts adapters (their alpha need not be known here). `missing` of the base are
+    not written, `filled` are copied from it, `unexpected` of the checkpoint are left out.
     """
 
     message: str = ""
@@ -32,6 +34,7 @@ class Fitting:
     beside: tuple[str, ...] = ()
     merged: int = 0
     missing: tuple[str, ...] = ()
+    filled: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
 
     @property
@@ -44,7 +47,7 @@ class Inspection:
     """A checkpoint's summary. Sizes are bytes; tied names count neither tensors nor parameters.
 
     `total_bytes` is what the tensors take as the checkpoint holds them, `bytes_to_read` what a
-    conversion reads, `bytes_on_disk` the size of all the checkpoint's files that were opened.
+    conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +55,7 @@ class Inspection:
     num_parameters: int
     total_bytes: int
     bytes_to_read: int
+    bytes_on_disk: int
     dtypes: dict[str, int]
     kinds: dict[str, int]
     fitting: Fitting | None = None
@@ -70,6 +74,7 @@ class Inspection:
             "num_parameters": self.num_parameters,
             "total_bytes": self.total_bytes,
             "bytes_to_read": self.bytes_to_read,
+            "bytes_on_disk": self.bytes_on_disk,
             "dtypes": self.dtypes,
             "kinds": self.kinds,
             "tied": {
@@ -117,28 +122,39 @@ def inspect(
         num_parameters=sum(e.spec.numel for e in entries if e.kind != "buffer"),
         total_bytes=sum(e.spec.nbytes for e in entries),
         bytes_to_read=sum(f.extent.nbytes for e in entries for f in e.fragments),
+        bytes_on_disk=_size(checkpoint.catalog.origin.root),
         dtypes=dict(Counter(e.spec.dtype.name for e in entries)),
         kinds=dict(Counter(t.kind for t in checkpoint.tensors.values())),
-        fitting=None if base is None else _fit(checkpoint, Path(base)),
+        fitting=None if base is None else _fit(checkpoint, prefix, Path(base)),
     )
 
 
-def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
+def _size(root: Path) -> int:
+    files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _fit(checkpoint: Checkpoint, prefix: str | None, folder: Path) -> Fitting:
     from reshard import export
     from reshard.base import read_base
     from reshard.formats import Selection
+    from reshard.naming.part import under
     from reshard.options import LoraChoice, Options
 
     catalog = checkpoint.catalog
     with Sources() as sources:
         base = read_base(folder, sources)
-        # Adapters are counted, not scaled: their alpha need not be known here.
+        # Any alpha will do: adapters are counted, not merged.
         options = Options(catalog.origin.root, folder, folder, "hf", Selection(), "base", 1,
                           lora=LoraChoice(alpha=1.0))  # fmt: skip
         try:
+            if prefix and catalog.format != "dcp":
+                catalog = replace(catalog, entries=under(catalog.entries, prefix))
             exported = export.onto(catalog, base, options, None)
         except NamesError as error:
             return Fitting(str(error), missing=error.missing, unexpected=error.unexpected)
+        except (IncompleteError, PlanError, UnsupportedError) as error:
+            return Fitting(str(error))
     found = exported.fit
     return Fitting(
         prefix=found.prefix,
@@ -150,5 +166,6 @@ def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
         beside=tuple(side.name for side in exported.sides),
         merged=exported.merged,
         missing=exported.missing,
+        filled=exported.filled,
         unexpected=found.dropped,
     )

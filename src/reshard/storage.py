@@ -224,7 +224,10 @@ def _open_regular(path: str) -> int:
 def _read_fully(fd: int, offset: int, buffer: memoryview, path: str) -> None:
     done = 0
     while done < len(buffer):
-        got = os.preadv(fd, [buffer[done:]], offset + done)
+        try:
+            got = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise IncompleteError(f"it cannot be read: {error.strerror}.", path=path) from None
         if got == 0:
             raise IncompleteError(
                 f"the file ends at byte {offset + done}; bytes to {offset + len(buffer)} are "

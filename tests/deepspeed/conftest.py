@@ -1,4 +1,4 @@
-"""Runs with tensor parallelism and with experts, made once and kept until what makes them changes."""
+"""Runs with tensor parallelism and with experts, made once and kept until their makers change."""
 
 from __future__ import annotations
 

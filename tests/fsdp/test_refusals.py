@@ -80,6 +80,11 @@ def test_unfinished_save(folder: Path, temporary: str | None) -> None:
     assert (".metadata.tmp was begun" in str(error)) == bool(temporary)
 
 
+def test_unfinished_save_over_an_older_one(folder: Path) -> None:
+    (folder / ".metadata.tmp").touch()
+    refused(folder, IncompleteError, "a later save into this folder did not finish")
+
+
 def test_empty_metadata(folder: Path) -> None:
     (folder / ".metadata").write_bytes(b"")
     refused(folder, IncompleteError, "the file is empty")

@@ -72,7 +72,10 @@ class ScalarRewardModel(Rewards):
 
     def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         states = self.model(input_ids=ids, output_hidden_states=True).hidden_states
-        return self.scores(states[self.probing_layer])
+        # -1 is `hidden_states[L - 1]` of L + 1: what the last layer takes in.
+        layers = int(self.model.config.get_text_config().num_hidden_layers)
+        layer = self.probing_layer + (layers if self.probing_layer < 0 else 0)
+        return self.scores(states[layer])
 
 
 def rewards_from(

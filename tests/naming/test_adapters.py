@@ -205,14 +205,8 @@ def test_without_adapters_nothing_changes() -> None:
     entries = tables.entries(tables.table("5.23", "llama").memory)
     separated = separate(entries)
     assert separated.entries == entries
-    assert updates(separated, fit(entries, tables.table("5.23", "llama").schema()), None, {}) == {}
-
-
-def test_alpha_is_asked_for() -> None:
-    run = Run()
-    separated = separate(run.entries)
-    with pytest.raises(PlanError, match=r"6 modules \(rank 4\).*--lora-alpha"):
-        updates(separated, fit(separated.entries, run.schema), None, {})
+    found = fit(entries, tables.table("5.23", "llama").schema())
+    assert updates(separated, found, AdapterConfig(ALPHA), {}) == {}
 
 
 def test_one_of_several_adapters_must_be_named() -> None:

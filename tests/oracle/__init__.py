@@ -10,7 +10,7 @@ cache.py     makes everything once; `Case` and `Saved` say where it lies
 FOLDER/<recipe>/checkpoint/         given to save_checkpoint: latest, <tag>/...
                 truth-<n>/          of the n-th save: truth_fp32.safetensors,
                                     truth_module.safetensors, truth.json
-                base/               the untrained model (llama)
+                base/               the untrained model (llama, lora, tensor-parallel)
                 export/             save_16bit_model (export-16bit)
                 universal/          ds_to_universal (universal)
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reshard import rearrange
-from reshard.errors import NamesError, PlanError, UnsupportedError
+from reshard.errors import NamesError, UnsupportedError
 from reshard.naming.adapters import Adapter, AdapterConfig, Separated, shape_of
 from reshard.naming.fit import Fit
 from reshard.tensors import Entry, LowRank
@@ -23,7 +23,7 @@ _PREFIX = "base_model.model."
 def updates(
     separated: Separated,
     found: Fit,
-    config: AdapterConfig | None,
+    config: AdapterConfig,
     base: Mapping[str, Entry],
 ) -> dict[str, LowRank]:
     """The update of each adapted tensor, by the base's name.
@@ -31,18 +31,9 @@ def updates(
     `found` is the fit of `separated.entries`, `base` are the base model's own tensors: those that
     the checkpoint does not hold are taken from there.
 
-    Raises `PlanError` where alpha is not known, `UnsupportedError` for an adapter on a weight that
-    the base stacks or turns, or that is tied to another one.
+    Raises `UnsupportedError` for an adapter on a weight that the base stacks or turns, or that is
+    tied to another one.
     """
-    if not separated.adapters:
-        return {}
-    if config is None:
-        ranks = sorted({adapter.rank for adapter in separated.adapters.values()})
-        raise PlanError(
-            f"the checkpoint holds LoRA adapters on {len(separated.adapters)} modules (rank "
-            f"{', '.join(map(str, ranks))}), and not the alpha they were trained with.",
-            hint="Pass --lora-alpha, or --adapter-config with the run's adapter_config.json.",
-        )
     targets: dict[str, list[str]] = {}
     for target, own in found.origins.items():
         targets.setdefault(own, []).append(target)

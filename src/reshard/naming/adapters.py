@@ -9,8 +9,9 @@ PEFT (0.21: tuners/lora/layer.py, utils/other.py) wraps a module `m` and names i
     m.modules_to_save.<adapter>.weight       trained in full: used; m.original_module: dropped
 
 under `base_model.model.`; LightRFT's scalar reward models have the same names in place, without
-that prefix. Neither alpha nor the kind of scaling is in the tensors: they come from an
-`adapter_config.json` or from the user, and are never guessed.
+that prefix. PEFT's `save_pretrained` leaves `<adapter>` out: `m.lora_A.weight`. Neither alpha nor
+the kind of scaling is in the tensors: they come from an `adapter_config.json` or from the user, and
+are never guessed.
 """
 
 from __future__ import annotations
@@ -48,12 +49,16 @@ _REFUSED_SETTINGS = ("layer_replication", "alora_invocation_tokens", "use_qalora
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """How adapters scale. `alphas`: module name suffix -> alpha, where it differs from `alpha`."""
+    """How adapters scale. `alphas`: module name suffix -> alpha, where it differs from `alpha`.
+
+    `rank` is the one that all adapters have by it; None where it states none or several.
+    """
 
     alpha: float
     rslora: bool = False
     alphas: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    rank: int | None = None
 
     def scaling(self, module: str, rank: int) -> float:
         """What `left @ right` is multiplied with: alpha / r, or alpha / sqrt(r) for rsLoRA."""
@@ -77,7 +82,7 @@ def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
     for key in _REFUSED_SETTINGS:
         if raw.get(key):
             raise UnsupportedError(f"adapters with {key} = {raw[key]!r} are not handled.")
-    alpha, patterns = raw.get("lora_alpha"), raw.get("alpha_pattern") or {}
+    alpha, rank, patterns = raw.get("lora_alpha"), raw.get("r"), raw.get("alpha_pattern") or {}
     numbers = isinstance(patterns, Mapping) and all(
         isinstance(value, int | float) for value in (alpha, *patterns.values())
     )
@@ -92,6 +97,7 @@ def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
         rslora=bool(raw.get("use_rslora")),
         alphas={name: float(value) for name, value in patterns.items()},
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        rank=rank if isinstance(rank, int) and not raw.get("rank_pattern") else None,
     )
 
 
@@ -125,6 +131,11 @@ class Separated:
     absent: frozenset[str] = frozenset()
     saved: tuple[str, ...] = ()
     name: str = "default"
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks of the adapters, ascending."""
+        return tuple(sorted({adapter.rank for adapter in self.adapters.values()}))
 
 
 def separate(entries: Mapping[str, Entry], adapter: str | None = None) -> Separated:
@@ -175,8 +186,9 @@ class _Separation:
             marker = next((part for part in parts if part in _ADAPTER_TENSORS), None)
             if marker is not None:
                 at = parts.index(marker)
-                if parts[at + 1] == self._name:
-                    self._add(".".join(parts[:at]), marker, parts[at + 2 :], entry)
+                adapter, rest = _named(parts[at + 1 :])
+                if adapter == self._name:
+                    self._add(".".join(parts[:at]), marker, rest, entry)
                 continue
             plain = self._plain_name(parts)
             if plain is not None:
@@ -196,7 +208,7 @@ class _Separation:
         """The name that the base model has for it; None for a module that another one replaced."""
         if "original_module" in parts:
             return None
-        if "modules_to_save" in parts:
+        if "modules_to_save" in parts[:-1]:
             at = parts.index("modules_to_save")
             if parts[at + 1] != self._name:
                 return None
@@ -233,9 +245,20 @@ class _Separation:
 def _adapter_of(name: str) -> Iterable[str]:
     """The adapter that a tensor belongs to, if it belongs to one."""
     parts = name.split(".")
-    for marker in (*_ADAPTER_TENSORS, "modules_to_save"):
-        if marker in parts[:-1]:
-            yield parts[parts.index(marker) + 1]
+    for marker in _ADAPTER_TENSORS:
+        if marker in parts:
+            yield _named(parts[parts.index(marker) + 1 :])[0]
+    if "modules_to_save" in parts[:-1]:
+        yield parts[parts.index("modules_to_save") + 1]
+
+
+def _named(rest: list[str]) -> tuple[str, list[str]]:
+    """The adapter's name in what follows `lora_A`, and the parts behind it.
+
+    >>> _named(["default", "weight"]), _named(["weight"]), _named([])
+    (('default', ['weight']), ('', ['weight']), ('', []))
+    """
+    return ("", rest) if rest in ([], ["weight"]) else (rest[0], rest[1:])
 
 
 def _refuse(parts: list[str]) -> None:

@@ -85,6 +85,11 @@ class RewardOptions:
     types: tuple[str, ...] | None = None
     value_head: str | None = None
 
+    @property
+    def says_heads(self) -> bool:
+        """Whether anything was said of a scalar reward model's heads."""
+        return any(said is not None for said in (self.pooling, self.scaled, self.types))
+
 
 def split(
     entries: Mapping[str, Entry], base: Container[str] = (), value_head: str | None = None
@@ -173,13 +178,20 @@ def _is_row(shape: Shape) -> bool:
     return len(shape) == 2 and shape[0] == 1
 
 
-def check(parts: Parts, model_type: ModelType, options: RewardOptions) -> Parts:
+def check(parts: Parts, model_type: ModelType | None, options: RewardOptions) -> Parts:
     """Hold what the names say against what the user said; the heads come in the user's order.
+
+    Without a `model_type` the checkpoint's own counts, and what was said of heads must have heads.
 
     Raises `NamesError` where they disagree, with the flag that would agree.
     """
     fitting = _model_types(parts)
-    if model_type not in fitting:
+    if model_type is None and parts.rewards is None and options.says_heads:
+        raise NamesError(
+            "the checkpoint holds no reward heads, and some were described.",
+            hint="Leave out --pooling_method, --scale_for_train and --heads_types.",
+        )
+    if model_type is not None and model_type not in fitting:
         held = "no reward or value head"
         if parts.rewards is not None:
             held = f"reward heads ({', '.join(parts.rewards.types)})"

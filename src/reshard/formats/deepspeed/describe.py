@@ -34,10 +34,10 @@ def describe(
             world_size=len(saved.optim) or model.world_size,
             details={
                 "zero_stage": model.stage if location.universal else saved.stage,
-                "universal": location.universal,
                 "global_steps": model.steps,
                 "groups": [len(group) for group in model.groups],
                 "unread_objects": saved.opaque,
+                **({"universal": True} if location.universal else {}),
             },
         ),
         entries=entries,

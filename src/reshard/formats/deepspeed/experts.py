@@ -7,7 +7,8 @@
 
 Of W data parallel ranks, `ep` hold different experts: expert parallel rank e holds experts e * n
 to e * n + n - 1 of each layer, and numbers them 0 to n - 1. The W / ep ranks that hold the same
-experts share their masters as ZeRO shares any group. `param_shapes` lists the names of rank 0, so
+experts share their masters as ZeRO shares any group. Layers may differ in `ep`; their experts are
+then in groups of their own. `param_shapes` lists the names of rank 0, so
 under local numbers. DeepSpeed 0.19.8: utils/groups.py (_create_expert_and_data_parallel),
 runtime/engine.py (_save_moe_checkpoint), runtime/zero/stage_1_and_2.py.
 """
@@ -51,22 +52,23 @@ def ranks(number: int, shapes: Shapes, saved: Saved) -> Iterator[ExpertParallelR
             path=optim[0].path,
         )
     degree = len(optim) // share
-    locals_of = _experts_a_rank(saved, degree)
+    held = _experts_a_rank(shapes, degree, saved)
     for rank in range(degree):
         if saved.model[0].data_before_experts:
             mine = optim[rank * share : (rank + 1) * share]
         else:
             mine = optim[rank::degree]
-        yield ExpertParallelRank(mine, {n: _globally(n, rank, locals_of, saved) for n in shapes})
+        yield ExpertParallelRank(mine, {n: _globally(n, rank, held, saved) for n in shapes})
 
 
-def _experts_a_rank(saved: Saved, degree: int) -> dict[str, int]:
-    """By layer (the part of the names before the number): how many experts a rank holds."""
-    found: dict[str, set[int]] = {}
+def _experts_a_rank(shapes: Shapes, degree: int, saved: Saved) -> dict[str, int]:
+    """Of each layer (the part of the names before the number), how many experts a rank holds."""
+    layers = {match[1] for match in map(_EXPERT.fullmatch, shapes) if match}
+    found: dict[str, set[int]] = {layer: set() for layer in layers}
     for file in saved.experts:
-        for name in file.module:
-            if match := _EXPERT.fullmatch(name):
-                found.setdefault(match[1], set()).add(int(match[2]))
+        for match in map(_EXPERT.fullmatch, file.module):
+            if match and match[1] in found:
+                found[match[1]].add(int(match[2]))
     for layer, experts in found.items():
         if experts != set(range(len(experts))) or len(experts) % degree:
             raise FormatError(
@@ -77,16 +79,16 @@ def _experts_a_rank(saved: Saved, degree: int) -> dict[str, int]:
     return {layer: len(experts) // degree for layer, experts in found.items()}
 
 
-def _globally(name: str, rank: int, locals_of: dict[str, int], saved: Saved) -> str:
+def _globally(name: str, rank: int, held: dict[str, int], saved: Saved) -> str:
     """A parameter's name with the expert's global number, given the name with the local one."""
     match = _EXPERT.fullmatch(name)
-    held = locals_of.get(match[1], 0) if match else 0
-    if not match or int(match[2]) >= held:
+    if not match or int(match[2]) >= held[match[1]]:
         raise FormatError(
-            f"it lists {name!r} in a group of experts, of whose layer a rank holds {held}.",
+            "it is listed in a group of experts, and is none of those that a rank holds.",
             path=saved.model[0].path,
+            tensor=name,
         )
-    found = f"{match[1]}{rank * held + int(match[2])}{match[3]}"
+    found = f"{match[1]}{rank * held[match[1]] + int(match[2])}{match[3]}"
     if found not in saved.module:
         # Without it nothing would prove that the rank's masters are this expert's.
         raise IncompleteError(

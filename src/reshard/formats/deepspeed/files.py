@@ -14,13 +14,18 @@ from reshard.formats.deepspeed.parse import (
     parse_model,
     parse_optim,
 )
-from reshard.formats.deepspeed.place import Location, check_ranks, check_written_as
+from reshard.formats.deepspeed.place import Location, absent, check_ranks, check_written_as
 from reshard.storage import Sources
 from reshard.tensors import Record
 from reshard.torchfile import TensorRef
 from reshard.torchfile import read as read_torch
 
 _ONE_SAVE = "Copy all files of one save."
+
+
+# Objects that DeepSpeed itself puts in its files; nothing in them is needed.
+_OWN = ("deepspeed.runtime.fp16.loss_scaler.", "deepspeed.utils.tensor_fragment.",
+        "deepspeed.runtime.bf16_optimizer.", "deepspeed.runtime.zero.config.")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,9 @@ class Saved:
 
     @property
     def opaque(self) -> list[str]:
-        return sorted({name for file in self.files for name in file.opaque})
+        """Names of objects that are not DeepSpeed's own, such as a user's client state."""
+        found = {name for file in self.files for name in file.opaque}
+        return sorted(name for name in found if not name.startswith(_OWN))
 
     @property
     def files(self) -> tuple[ModelFile | OptimFile | ExpertFile, ...]:
@@ -140,22 +147,21 @@ def _check_experts(location: Location, model: ModelFile, optim: list[OptimFile])
         return
     if optim and optim[0].stage == 3:
         raise UnsupportedError("experts under ZeRO-3 are not handled.", path=location.folder)
-    wanted = {
-        (layer, expert) for layer, count in enumerate(model.num_experts) for expert in range(count)
-    }
-    absent = sorted(wanted - location.experts.keys())
-    if absent:
-        layer, expert = absent[0]
-        raise IncompleteError(
-            f"the files of {len(absent)} of {len(wanted)} experts are missing, the first of "
-            f"expert {expert} of layer {layer}.",
-            path=location.folder,
-            hint="Copy the files of every rank and expert.",
-        )
-    if len(wanted) != len(location.experts):
+    for layer, count in enumerate(model.num_experts):
+        there = [expert for of, expert in location.experts if of == layer]
+        missing = absent(there, count, location.folder)
+        if missing:
+            raise IncompleteError(
+                f"the files of {len(missing)} of {count} experts of layer {layer} are missing, the "
+                f"first of expert {missing[0]}.",
+                path=location.folder,
+                hint="Copy the files of every rank and expert.",
+            )
+    wanted = sum(model.num_experts)
+    if wanted != len(location.experts):
         raise FormatError(
             f"it holds files of {len(location.experts)} experts, and {model.path.name} states "
-            f"{len(wanted)}: files of different saves are mixed.",
+            f"{wanted}: files of different saves are mixed.",
             path=location.folder,
             hint=_ONE_SAVE,
         )

@@ -5,17 +5,25 @@ AutoTP, DeepSpeed's tensor parallel training, writes it into every model file:
     affine_map                               by parameter: which block lies where in which part
     tp_replicated_parameter_patterns         the same on every rank
     parameter_with_row_parallelism_patterns  split along dimension 1
-    vocabulary_parameter_patterns            split along dimension 0, cut to original_vocab_size
-    parameter_with_sub_params                several parameters in one, each split by itself
-    parameter_with_2_sub_params_cat_dim_0    two equal ones
+    parameter_with_sub_params                several parameters in one, each split by itself,
+    sub_param_shard_widths                   and the widths that the ranks hold of each
+    vocabulary_parameter_patterns            split along dimension 0, original_vocab_size rows
     autotp_unsupported_parameter_patterns    split in a way that none of these can say
     (in no list)                             split along dimension 0
 
 The map goes before the lists, which stand beside it for older readers. A pattern is a regular
 expression for `re.match`. AutoTP's are `^`, a parameter's escaped name, and `$`; only such are
-taken, so that no expression of a file is ever run. Read off DeepSpeed 0.19.8:
-module_inject/layers.py (collect_autotp_universal_checkpoint_info), checkpoint/affine.py,
-checkpoint/ds_to_universal.py (merge_tp_slices).
+taken, so that no expression of a file is ever run.
+
+    DeepSpeed   version
+    0.18.9      0.2, 0.3   no list has the parameters that AutoTP left whole, nor those that it
+                           split as the lists cannot say: "in no list" may mean anything
+    0.19.6      0.4        the lists are complete
+    0.19.8      0.4        with the map
+
+Read off DeepSpeed 0.19.8 and its history: module_inject/layers.py
+(collect_autotp_universal_checkpoint_info), checkpoint/affine.py, checkpoint/ds_to_universal.py
+(merge_tp_slices).
 """
 
 from __future__ import annotations
@@ -29,9 +37,6 @@ from typing import Any
 from reshard.errors import FormatError, UnsupportedError
 from reshard.formats.deepspeed.sharding import (
     Sharding,
-    cut,
-    equal_sub_parameters,
-    equal_widths,
     from_map,
     interleaved,
     joined,
@@ -39,39 +44,23 @@ from reshard.formats.deepspeed.sharding import (
 )
 from reshard.tensors import Shape
 
-_NEWEST, _NEWEST_MAP = 0.4, 1
-# From this version on the widths of sub-parameters are stated, and may be uneven.
-_STATES_WIDTHS = 0.4
-# A fused projection has three or so.
-_MAX_SUB_PARAMS = 1024
+_VERSION, _MAP_VERSION = 0.4, 1
 _EXACT = re.compile(r"\^((?:[^\\.^$*+?{}\[\]|()]|\\[^A-Za-z0-9])+)\$")
 _NOT_HANDLED = {
     "parameter_to_average_patterns": "that are averaged over the ranks",
     "expert_parameter_patterns": "of experts",
     "pipeline_replicated_parameter_patterns": "that pipeline stages share",
+    "parameter_with_2_sub_params_cat_dim_0": "as Megatron splits them",
 }
 _KEY = "universal_checkpoint_info"
 
 
 @dataclass(frozen=True, slots=True)
 class _SubParams:
-    """Sizes of sub-parameters along `dim`, or their number where they are equal.
-
-    `widths[sub][rank]` is None in versions that split evenly.
-    """
+    """`widths[sub][rank]` is what a rank holds of a sub-parameter along `dim`."""
 
     dim: int
-    sizes: int | tuple[int, ...]
-    widths: tuple[tuple[int, ...], ...] | None
-
-    def sharding(self, shapes: Sequence[Shape]) -> Sharding:
-        if isinstance(self.sizes, int):
-            widths = equal_sub_parameters(shapes, self.dim, self.sizes)
-            return interleaved(shapes, self.dim, widths)
-        stated = self.widths or equal_widths(self.sizes, len(shapes))
-        if [sum(each) for each in stated] != list(self.sizes):
-            raise ValueError(f"sub-parameters of sizes {self.sizes} are held in widths {stated}")
-        return interleaved(shapes, self.dim, stated)
+    widths: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +106,15 @@ class ParallelInfo:
         if name in self.replicated:
             return replicated(shapes)
         if name in self.sub_params:
-            return self.sub_params[name].sharding(shapes)
+            sub = self.sub_params[name]
+            return interleaved(shapes, sub.dim, sub.widths)
         whole = joined(shapes, 1 if name in self.rows else 0)
         rows = self.vocab_size if name in self.vocabulary else None
-        return whole if rows is None or rows >= whole.shape[0] else cut(whole, rows)
+        if rows is not None and rows < whole.shape[0]:
+            # A reader should drop the rows beyond. AutoTP adds none, and states the size of the
+            # first vocabulary for all: another's rows must not be dropped.
+            raise ValueError(f"it has {whole.shape[0]} rows, and the vocabulary {rows}")
+        return whole
 
 
 def parse(info: Mapping[str, Any], path: Path) -> ParallelInfo:
@@ -129,7 +123,7 @@ def parse(info: Mapping[str, Any], path: Path) -> ParallelInfo:
     Raises `UnsupportedError` for what is not AutoTP's or of a newer version, `FormatError` where it
     is malformed.
     """
-    version = _check_version(info, path)
+    _check_version(info, path)
     for key, what in _NOT_HANDLED.items():
         if info.get(key):
             raise UnsupportedError(
@@ -145,38 +139,36 @@ def parse(info: Mapping[str, Any], path: Path) -> ParallelInfo:
         rows=_names(info, "parameter_with_row_parallelism_patterns", path),
         vocabulary=_names(info, "vocabulary_parameter_patterns", path),
         vocab_size=vocab_size if type(vocab_size) is int else None,
-        sub_params=_sub_params(info, version, path),
+        sub_params=_sub_params(info, path),
         unsupported={_name(pattern, path): why for pattern, why in unsupported.items()},
     )
 
 
-def _check_version(info: Mapping[str, Any], path: Path) -> float:
+def _check_version(info: Mapping[str, Any], path: Path) -> None:
     version = info.get("universal_checkpoint_version", 0.0)
-    map_version = _section(info, "affine_map", path).get("version", _NEWEST_MAP)
-    for stated, newest, what in ((version, _NEWEST, ""), (map_version, _NEWEST_MAP, "affine_map ")):
-        if not isinstance(stated, int | float) or stated > newest:
-            raise UnsupportedError(
-                f"its {_KEY} is of {what}version {stated}; up to {newest} is handled.", path=path
-            )
-    return float(version)
+    map_version = _section(info, "affine_map", path).get("version", _MAP_VERSION)
+    if version == _VERSION and map_version == _MAP_VERSION:
+        return
+    older = isinstance(version, int | float) and version < _VERSION
+    why = ", which does not say of every parameter how it is split" if older else ""
+    raise UnsupportedError(
+        f"its {_KEY} is of version {version} with maps of version {map_version}{why}; "
+        f"{_VERSION} with {_MAP_VERSION} is handled.",
+        path=path,
+        hint="Load and save it once with AutoTP of DeepSpeed 0.19.8." if older else None,
+    )
 
 
-def _sub_params(info: Mapping[str, Any], version: float, path: Path) -> dict[str, _SubParams]:
-    halves = _names(info, "parameter_with_2_sub_params_cat_dim_0", path)
-    found = dict.fromkeys(halves, _SubParams(0, 2, None))
-    widths = _section(info, "sub_param_shard_widths", path)
+def _sub_params(info: Mapping[str, Any], path: Path) -> dict[str, _SubParams]:
+    stated = _section(info, "sub_param_shard_widths", path)
+    found = {}
     for item in _list(info, "parameter_with_sub_params", path):
         try:
             (dim,) = _sizes([item["partition_dim"]])
-            sizes = item["shape"][dim]
             for pattern in item["patterns"]:
-                stated = None
-                if version >= _STATES_WIDTHS:
-                    stated = tuple(_sizes(each) for each in widths[pattern])
-                equal = type(sizes) is int and stated is None and sizes <= _MAX_SUB_PARAMS
-                count = sizes if equal else _sizes(sizes)
-                found[_name(pattern, path)] = _SubParams(dim, count, stated)
-        except (KeyError, TypeError, IndexError):
+                widths = tuple(_sizes(each) for each in stated[pattern])
+                found[_name(pattern, path)] = _SubParams(dim, widths)
+        except (KeyError, TypeError):
             raise _malformed("parameter_with_sub_params", item, path) from None
     return found
 

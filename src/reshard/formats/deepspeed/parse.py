@@ -79,7 +79,7 @@ class ExpertFile:
 def parse_model(path: Path, file: TorchFile) -> ModelFile:
     """A model file's content as types. Raises `FormatError` for what DeepSpeed never writes."""
     top = _mapping(file.value, path, "the file")
-    module = top.get("module")
+    module = top.get("module", {})
     if module is None:
         raise UnsupportedError(
             "it has no module: the run was one of pipeline parallelism.", path=path

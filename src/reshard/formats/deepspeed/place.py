@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +26,8 @@ LATEST = "latest"
 _LATEST_UNIVERSAL = "latest_universal"
 # A tag is a short name; anything longer is not DeepSpeed's file.
 _MAX_LATEST = 4096
+# Ranks, or experts of a layer: far more than any machine has, and few enough to count.
+_MAX_COUNT = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +198,7 @@ def check_ranks(location: Location, kind: str, ranks: list[int], world_size: int
     Where the world size is not known, no rank between 0 and the last may be missing.
     """
     world_size = max(ranks) + 1 if world_size is None else world_size
-    missing = sorted(set(range(world_size)) - set(ranks))
+    missing = absent(ranks, world_size, location.folder)
     if missing:
         raise _missing_rank(location.folder, kind, missing, world_size)
     extra = sorted(set(ranks) - set(range(world_size)))
@@ -206,6 +209,13 @@ def check_ranks(location: Location, kind: str, ranks: list[int], world_size: int
             path=location.folder,
             hint="Remove the files that an older save left.",
         )
+
+
+def absent(there: Collection[int], count: int, folder: Path) -> list[int]:
+    """Which of the numbers 0 to `count` - 1 are not there, ascending."""
+    if count > _MAX_COUNT:
+        raise FormatError(f"its files state a number of {count} ranks or experts.", path=folder)
+    return sorted(set(range(count)) - set(there))
 
 
 def _missing_rank(

@@ -61,29 +61,6 @@ def joined(shapes: Sequence[Shape], dim: int) -> Sharding:
     return interleaved(shapes, dim, [[_size(shape, dim) for shape in shapes]])
 
 
-def cut(sharding: Sharding, rows: int) -> Sharding:
-    """The first `rows` rows, of a parameter whose others only made it divide over the ranks."""
-    if sharding.shape[0] - rows >= max(block.sizes[0] for block in sharding.blocks):
-        raise ValueError(f"of its {sharding.shape[0]} rows only {rows} would be kept")
-    blocks = []
-    for block in sharding.blocks:
-        left = min(block.sizes[0], rows - block.at[0])
-        if left > 0:
-            blocks.append(Block(block.at, (left, *block.sizes[1:]), block.held))
-    return Sharding((rows, *sharding.shape[1:]), tuple(blocks))
-
-
-def equal_sub_parameters(shapes: Sequence[Shape], dim: int, count: int) -> list[list[int]]:
-    """Widths for `interleaved`, of `count` sub-parameters of one size."""
-    size = _divided(sum(_size(shape, dim) for shape in shapes), count)
-    return equal_widths([size] * count, len(shapes))
-
-
-def equal_widths(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Widths for `interleaved`, of sub-parameters that are split evenly."""
-    return [[_divided(size, num_ranks)] * num_ranks for size in sizes]
-
-
 def interleaved(shapes: Sequence[Shape], dim: int, widths: Sequence[Sequence[int]]) -> Sharding:
     """Several sub-parameters along `dim`, each split by itself.
 
@@ -105,7 +82,8 @@ def interleaved(shapes: Sequence[Shape], dim: int, widths: Sequence[Sequence[int
         for rank, width in enumerate(each):
             sizes = (*first[:dim], width, *first[dim + 1 :])
             start = _along(len(first), dim, starts[rank][sub])
-            blocks.append(Block(_along(len(first), dim, at), sizes, ((rank, start),)))
+            if width:
+                blocks.append(Block(_along(len(first), dim, at), sizes, ((rank, start),)))
             at += width
     return Sharding((*first[:dim], at, *first[dim + 1 :]), tuple(blocks))
 
@@ -167,12 +145,6 @@ def _size(shape: Shape, dim: int) -> int:
     if dim >= len(shape):
         raise ValueError(f"the shape {shape} has no dimension {dim}")
     return shape[dim]
-
-
-def _divided(size: int, parts: int) -> int:
-    if parts == 0 or size % parts:
-        raise ValueError(f"{size} does not divide into {parts}")
-    return size // parts
 
 
 def _along(ndim: int, dim: int, start: int) -> Shape:

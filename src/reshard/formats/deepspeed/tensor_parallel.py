@@ -21,7 +21,7 @@ from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed import parallel_info, proof
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.parallel_info import ParallelInfo
-from reshard.formats.deepspeed.place import Location
+from reshard.formats.deepspeed.place import Location, absent
 from reshard.formats.deepspeed.sharding import Block, Sharding, replicated
 from reshard.storage import Sources
 from reshard.tensors import Box, Entry, TensorSpec, check_tiling
@@ -35,11 +35,11 @@ def check(location: Location, saved: Sequence[Saved], sources: Sources) -> list[
     """
     first = saved[0].model[0]
     world_size = first.mp_world_size or len(saved)
-    absent = sorted(set(range(world_size)) - set(location.mp_ranks))
-    if absent:
+    missing = absent(location.mp_ranks, world_size, location.folder)
+    if missing:
         raise IncompleteError(
-            f"the files of model parallel rank {absent[0]} of {world_size} (mp_rank_"
-            f"{absent[0]:02d}) are missing.",
+            f"the files of model parallel rank {missing[0]} of {world_size} (mp_rank_"
+            f"{missing[0]:02d}) are missing.",
             path=location.folder,
             hint="Copy every rank's files.",
         )
@@ -102,7 +102,7 @@ def _check_handled(location: Location, saved: Sequence[Saved]) -> None:
             raise UnsupportedError(
                 f"it was trained with tensor parallelism over {len(saved)} ranks, and how these "
                 "split the parameters is not stated: it has no universal_checkpoint_info, as "
-                "Megatron and AutoTP of older DeepSpeeds write none.",
+                "Megatron and AutoTP before DeepSpeed 0.18.9 write none.",
                 path=one.model[0].path,
                 hint="Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the "
                 "framework that trained it.",

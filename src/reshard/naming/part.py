@@ -1,0 +1,37 @@
+"""The part of a checkpoint that `--prefix` names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from reshard.errors import NamesError
+from reshard.naming.search import unwrap
+from reshard.tensors import Entry
+
+# Beginnings of names that the error lists.
+_SHOWN = 8
+
+
+def under(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
+    """The tensors below a prefix, by their names without it and without wrappers' parts.
+
+    Raises `NamesError` where there is none, with what the names begin with.
+    """
+    dotted = unwrap(prefix.removesuffix(".")) + "."
+    found = {}
+    for entry in entries.values():
+        clean = (unwrap(name) for name in (entry.spec.name, *entry.aliases))
+        names = [name.removeprefix(dotted) for name in clean if name.startswith(dotted)]
+        if names:
+            found[names[0]] = replace(entry.renamed(names[0]), aliases=tuple(names[1:]))
+    if not found:
+        starts = list(dict.fromkeys(unwrap(name).partition(".")[0] for name in entries))
+        more = ", ..." if len(starts) > _SHOWN else ""
+        raise NamesError(
+            f"no tensor lies under the prefix {prefix!r}; the names begin with "
+            f"{', '.join(starts[:_SHOWN])}{more}.",
+            unexpected=tuple(entries),
+            hint="Correct --prefix, or leave it out.",
+        )
+    return found

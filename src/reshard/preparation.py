@@ -1,0 +1,123 @@
+"""Everything of a conversion that can be decided, and every user's error, before a byte is written.
+
+locate and read -> export (names, dtypes) -> live layout -> files, patched config, assets
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from reshard import export, formats, live, locate
+from reshard.base import CONFIG, Base, dtype_patches, patched_config, read_base
+from reshard.catalog import Asset, Catalog
+from reshard.errors import PlanError
+from reshard.export import Export
+from reshard.naming.part import under
+from reshard.options import Options
+from reshard.plan import OutputFile, Plan
+from reshard.storage import Sources
+from reshard.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A conversion that is planned and not begun."""
+
+    catalog: Catalog
+    export: Export
+    plan: Plan
+
+
+def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
+    """The plan of a conversion, or the error that stands in its way; no byte is written.
+
+    With `strict` a finding of the source's reader is an error.
+    """
+    catalog = locate.read(options.source, sources, options.selection)
+    if strict and catalog.notes:
+        raise PlanError(
+            f"--strict was passed, and there is a finding: {catalog.notes[0]}", path=options.source
+        )
+    if not catalog.entries:
+        raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
+    prefix = options.selection.prefix
+    if prefix and catalog.format != "dcp":  # whose reader takes the part out itself
+        catalog = replace(catalog, entries=under(catalog.entries, prefix))
+    base = None if options.base is None else read_base(options.base, sources)
+    if base is None:
+        exported = export.plain(catalog, options)
+    else:
+        exported = export.onto(catalog, base, options, sources)
+    if options.names == "memory":
+        exported = live.placed(exported, live.config_of(catalog, base, sources), options)
+    files, texts = _files(exported, options)
+    assets, patched, warnings = _assets(exported, base, options)
+    plan = Plan(
+        files,
+        (*texts, *patched, *exported.texts),
+        assets,
+        (*catalog.notes, *exported.warnings, *warnings),
+    )
+    return Job(catalog, exported, plan)
+
+
+def _files(
+    exported: Export, options: Options
+) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+    """The model's files and those beside it, and the small files that list them."""
+    files: tuple[OutputFile, ...] = ()
+    texts: tuple[tuple[str, bytes], ...] = ()
+    if exported.model:
+        layout = formats.target(options.to)
+        files, texts = layout.lay_out(_slots(exported.model), options.max_shard_nbytes)
+    beside = tuple(
+        formats.single(side.kind).lay_out_file(side.name, _slots(side.targets))
+        for side in exported.sides
+    )
+    return files + beside, texts
+
+
+def _slots(targets: Sequence[Target]) -> list[formats.Wanted]:
+    return [(target.spec, target.source, target.reference) for target in targets]
+
+
+def _assets(
+    exported: Export, base: Base | None, options: Options
+) -> tuple[tuple[Asset, ...], tuple[tuple[str, bytes], ...], tuple[str, ...]]:
+    """The base's other files, its patched config, and what a folder without them lacks."""
+    if options.to != "hf":
+        return (), (), ()
+    if base is None:
+        lacks = (
+            "no base was given: names are those of the checkpoint, and config, tokenizer and "
+            "other files are not there."
+        )
+        return (), (), (lacks,)
+    if not exported.assets:
+        return (), (), ()
+    patches = dict(exported.patches)
+    dtype = _stated_dtype(exported, options)
+    if dtype is not None:
+        patches.update(dtype_patches(base, dtype))
+    if not patches:
+        return base.assets, (), ()
+    assets = tuple(asset for asset in base.assets if asset.name != CONFIG)
+    return assets, ((CONFIG, patched_config(base, patches)),), ()
+
+
+def _stated_dtype(exported: Export, options: Options) -> str | None:
+    """The dtype that the config must state where it need not be the base's; None: leave it.
+
+    Of `keep` it is the one that most bytes have; 8-bit types are a quantised model's own matter.
+    """
+    if options.dtype == "base":
+        return None
+    if options.dtype != "keep":
+        return options.dtype
+    nbytes: Counter[str] = Counter()
+    for target in exported.model:
+        if target.spec.dtype.floating and target.spec.dtype.itemsize > 1:
+            nbytes[target.spec.dtype.name] += target.spec.nbytes
+    return max(nbytes, key=lambda name: nbytes[name], default=None)

@@ -1,0 +1,399 @@
+"""Checkpoints with LoRA layers, with the real PEFT as the oracle.
+
+live     PEFT's model: base + B A s in every forward
+merged   PEFT's merge_and_unload, what a merge must give
+loaded   PEFT's from_pretrained, what an adapter folder must load into
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed import checkpoint as dcp
+
+import reshard
+from tests.models import released
+from tests.naming.lightrft_models import ScalarRewardModel
+from tests.oracle.cache import Oracle
+
+ALPHA, RANK = 8, 4
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+IDS = torch.arange(3, 27).reshape(2, 12)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.v_proj": 3}},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "saved": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "everything": {"target_modules": "all-linear"},
+}
+
+
+class Run:
+    """A tiny Llama with adapters, its base folder, and its checkpoint as one torch file."""
+
+    def __init__(self, settings: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        values = {k: (v / 4).to(dtype) for k, v in released.values("llama", seed=0).items()}
+        self.base = released.write(folder / "base", "llama", values)
+        self.model = self.fresh()
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **{"target_modules": LINEAR, **settings})
+        self.model = peft.get_peft_model(self.model, config).eval()
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    parameter.copy_(torch.randn_like(parameter) / 4 + 0.1)
+        self.checkpoint = folder / "run" / "model.pt"
+        self.checkpoint.parent.mkdir()
+        torch.save(self.model.state_dict(), self.checkpoint)
+        self.config = folder / "config"
+        self.model.peft_config["default"].save_pretrained(self.config)
+
+    def fresh(self) -> Any:
+        """The base model as transformers loads it."""
+        return released.load(self.base, "LlamaForCausalLM", self.dtype)
+
+    def merged(self) -> released.State:
+        """What PEFT merges: the state dict of a plain model."""
+        other = peft.get_peft_model(self.fresh(), self.model.peft_config["default"])
+        other.load_state_dict(self.model.state_dict())
+        found: released.State = other.merge_and_unload().state_dict()
+        return found
+
+    def logits(self) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = self.model(IDS).logits
+        return found
+
+
+Get = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Get:
+    runs: dict[tuple[str, torch.dtype], Run] = {}
+
+    def get(variant: str = "lora", dtype: torch.dtype = torch.float32) -> Run:
+        key = (variant, dtype)
+        if key not in runs:
+            runs[key] = Run(SETTINGS[variant], tmp_path_factory.mktemp(variant), dtype)
+        return runs[key]
+
+    return get
+
+
+@pytest.mark.parametrize("variant", SETTINGS)
+def test_merged_weights_are_those_of_peft(made: Get, variant: str, tmp_path: Path) -> None:
+    run = made(variant)
+    report = reshard.convert(
+        run.checkpoint, tmp_path / "out", base=run.base, adapter_config=run.config
+    )
+    merged = run.merged()
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == merged.keys()
+    for name, value in written.items():
+        torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-6, msg=name)
+    adapted = [name for name in run.model.state_dict() if ".lora_" in name and "_A" in name]
+    assert report.merged == len(adapted)
+    assert report.prefix == "base_model.model."
+    assert report.changed == len(adapted) + 2 * (variant == "saved")
+    loaded = released.load(tmp_path / "out", "LlamaForCausalLM")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, run.logits(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", SETTINGS)
+def test_peft_loads_the_adapter_folder(made: Get, variant: str, tmp_path: Path) -> None:
+    run, out = made(variant), tmp_path / "out"
+    report = reshard.convert(
+        run.checkpoint, out, base=run.base, lora="adapter", adapter_config=run.config
+    )
+    files = {"adapter_config.json", "adapter_model.safetensors", "reshard.json"}
+    assert {path.name for path in out.iterdir()} == files
+    assert not report.missing
+    loaded = peft.PeftModel.from_pretrained(run.fresh(), out).eval()
+    state = run.model.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, run.logits(), rtol=1e-5, atol=1e-5)
+    reshard.verify(out)
+
+
+def test_both_are_not_applied_twice(made: Get, tmp_path: Path) -> None:
+    """With PEFT installed, transformers applies an adapter that lies in a model's own folder."""
+    run, out = made(), tmp_path / "out"
+    reshard.convert(run.checkpoint, out, base=run.base, lora="both", lora_alpha=ALPHA)
+    reshard.convert(run.checkpoint, tmp_path / "merged", base=run.base, lora_alpha=ALPHA)
+    assert not list(out.glob("adapter_*"))
+    model = "model.safetensors"
+    assert (out / model).read_bytes() == (tmp_path / "merged" / model).read_bytes()
+    with torch.no_grad():
+        alone = released.load(out, "LlamaForCausalLM")(IDS).logits
+        torch.testing.assert_close(alone, run.logits(), rtol=1e-4, atol=1e-4)
+        adapted = peft.PeftModel.from_pretrained(run.fresh(), out / "adapter").eval()
+        torch.testing.assert_close(adapted(IDS).logits, run.logits(), rtol=1e-5, atol=1e-5)
+    stated = json.loads((out / "reshard.json").read_text())
+    assert stated["beside"].keys() == {"adapter/adapter_model.safetensors"}
+    assert stated["names"]["lora_alpha"] == ALPHA
+    reshard.verify(out)
+
+
+def ulps(one: torch.Tensor, other: torch.Tensor) -> int:
+    """How many representable bfloat16 values two tensors are apart at most."""
+
+    def ordered(tensor: torch.Tensor) -> torch.Tensor:
+        bits = tensor.view(torch.int16).to(torch.int32)
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return int((ordered(one) - ordered(other)).abs().max())
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "embedding"])
+def test_bfloat16_is_rounded_once(made: Get, variant: str, tmp_path: Path) -> None:
+    """The sum is rounded, not its parts: a merge in float32 by PEFT, rounded, is the truth."""
+    run = made(variant, torch.bfloat16)
+    reshard.convert(run.checkpoint, tmp_path / "out", base=run.base, adapter_config=run.config)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    wide = peft.get_peft_model(run.fresh().float(), run.model.peft_config["default"])
+    wide.load_state_dict(run.model.state_dict())
+    narrow = run.merged()
+    for name, value in wide.merge_and_unload().state_dict().items():
+        assert written[name].dtype == torch.bfloat16
+        assert ulps(written[name], value.bfloat16()) <= 1, name
+        # In bfloat16 PEFT rounds the product before it adds it: steps of 1/128 of either.
+        torch.testing.assert_close(written[name], narrow[name], rtol=1 / 64, atol=1 / 64)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("lora", ["merge", "adapter", "both"])
+def test_a_deepspeed_run(oracle: Oracle, stage: int, lora: str, tmp_path: Path) -> None:
+    case, out = oracle[f"lora-zero{stage}"], tmp_path / "out"
+    reshard.convert(case.root, out, base=case.base, lora=lora, lora_alpha=6)
+    masters = {name: torch.from_numpy(array) for name, array in case.last.masters().items()}
+    assert masters
+    if lora != "merge":
+        found = load_file(
+            (out / "adapter" if lora == "both" else out) / "adapter_model.safetensors"
+        )
+        assert {k.replace(".weight", ".default.weight"): v.tolist() for k, v in found.items()} == {
+            k: v.tolist() for k, v in masters.items()
+        }
+    if lora != "adapter":
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32)
+        config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+        live = peft.get_peft_model(base, config)
+        missing, unexpected = live.load_state_dict(masters, strict=False)
+        assert not unexpected
+        assert not any("lora_" in name for name in missing)
+        written = load_file(out / "model.safetensors")
+        for name, value in live.merge_and_unload().state_dict().items():
+            assert ulps(written[name], value.bfloat16()) <= 1, name
+        released.load(out, "LlamaForCausalLM", torch.bfloat16)
+
+
+def test_alpha_is_asked_for_and_never_guessed(made: Get, tmp_path: Path) -> None:
+    run = made()
+    with pytest.raises(reshard.PlanError, match=r"6 modules \(rank 4\).*--lora-alpha"):
+        reshard.convert(run.checkpoint, tmp_path / "out", base=run.base)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["run", "run/lora_adapter", "."])
+@pytest.mark.parametrize("source", ["torch", "dcp"])
+def test_alpha_is_found_beside(made: Get, place: str, source: str, tmp_path: Path) -> None:
+    run = made()
+    reshard.convert(run.checkpoint, tmp_path / "said", base=run.base, lora_alpha=ALPHA)
+    checkpoint = tmp_path / "run"
+    if source == "torch":
+        checkpoint = Path(shutil.copytree(run.checkpoint.parent, checkpoint)) / "model.pt"
+    else:
+        dcp.save(run.model.state_dict(), checkpoint_id=checkpoint, no_dist=True)
+    (tmp_path / place).mkdir(exist_ok=True)
+    shutil.copy(run.config / "adapter_config.json", tmp_path / place)
+    report = reshard.convert(checkpoint, tmp_path / "out", base=run.base)
+    said, found = (tmp_path / name / "model.safetensors" for name in ("said", "out"))
+    assert said.read_bytes() == found.read_bytes()
+    assert any("alpha 8 was taken from" in warning for warning in report.warnings)
+    assert str(tmp_path) not in (tmp_path / "out" / "reshard.json").read_text()
+
+
+def test_a_config_of_another_run_is_refused(made: Get, tmp_path: Path) -> None:
+    run = made()
+    folder = Path(shutil.copytree(run.checkpoint.parent, tmp_path / "run"))
+    settings = json.loads((run.config / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "r": 16}))
+    with pytest.raises(reshard.PlanError, match=r"states rank 16, .* rank 4: it is of another run"):
+        reshard.convert(folder / "model.pt", tmp_path / "out", base=run.base)
+    reshard.convert(folder / "model.pt", tmp_path / "out", base=run.base, lora_alpha=ALPHA)
+    with pytest.raises(reshard.NotFoundError, match="no such file"):
+        reshard.convert(
+            folder / "model.pt", tmp_path / "no", base=run.base, adapter_config=tmp_path / "none"
+        )
+
+
+@pytest.mark.parametrize("lora", ["adapter", "both"])
+def test_no_adapters_where_they_are_asked_for(made: Get, lora: str, tmp_path: Path) -> None:
+    run = made()
+    torch.save(run.fresh().state_dict(), tmp_path / "plain.pt")
+    with pytest.raises(reshard.PlanError, match="holds no adapters"):
+        reshard.convert(tmp_path / "plain.pt", tmp_path / "out", base=run.base, lora=lora)
+
+
+def test_one_of_two_adapters(made: Get, tmp_path: Path) -> None:
+    run = made()
+    state = dict(run.model.state_dict())
+    state.update(
+        (name.replace(".default.", ".other."), value * 2)
+        for name, value in run.model.state_dict().items()
+        if ".lora_" in name
+    )
+    torch.save(state, tmp_path / "two.pt")
+    with pytest.raises(reshard.PlanError, match="2 adapters: default, other"):
+        reshard.convert(tmp_path / "two.pt", tmp_path / "out", base=run.base, lora_alpha=ALPHA)
+    options: dict[str, Any] = {"base": run.base, "lora_alpha": ALPHA}
+    reshard.convert(tmp_path / "two.pt", tmp_path / "out", adapter="default", **options)
+    reshard.convert(run.checkpoint, tmp_path / "one", **options)
+    model = "model.safetensors"
+    assert (tmp_path / "out" / model).read_bytes() == (tmp_path / "one" / model).read_bytes()
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "embedding"])
+def test_adapters_that_were_saved_alone(made: Get, variant: str, tmp_path: Path) -> None:
+    """Frozen weights left out of the save, or PEFT's own save_pretrained: the base has the rest."""
+    run = made(variant)
+    trained = {name: v for name, v in run.model.state_dict().items() if ".lora_" in name}
+    torch.save(trained, tmp_path / "trained.pt")
+    run.model.save_pretrained(tmp_path / "peft")
+    options: dict[str, Any] = {"base": run.base, "adapter_config": run.config}
+    reshard.convert(run.checkpoint, tmp_path / "whole", **options)
+    with pytest.raises(reshard.NamesError, match="--fill-from-base"):
+        reshard.convert(tmp_path / "trained.pt", tmp_path / "out", **options)
+    for source in ("trained.pt", "peft"):
+        out = tmp_path / f"{source}-out"
+        report = reshard.convert(tmp_path / source, out, fill_from_base=True, **options)
+        assert report.filled
+        model = "model.safetensors"
+        assert (out / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+    out = tmp_path / "adapter"
+    reshard.convert(tmp_path / "trained.pt", out, lora="adapter", fill_from_base=True, **options)
+    loaded = peft.PeftModel.from_pretrained(run.fresh(), out).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, run.logits(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layout_and_adapters_together(tmp_path: Path) -> None:
+    """Mixtral of transformers 5: experts are stacked in memory, the adapters are on attention."""
+    base = released.write(tmp_path / "base", "mixtral", released.values("mixtral", seed=0))
+    model = released.live(base, "MixtralForCausalLM")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) / 4)
+    torch.save(adapted.state_dict(), tmp_path / "model.pt")
+    report = reshard.convert(tmp_path / "model.pt", tmp_path / "out", base=base, lora_alpha=4)
+    assert report.merged == 4
+    merged = adapted.merge_and_unload()
+    loaded = released.load(tmp_path / "out", "MixtralForCausalLM")
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+# --- LightRFT's scalar reward models: layers injected in place, without PEFT's prefix ----------
+
+
+class InPlace:
+    """A scalar reward model whose backbone got adapters in place."""
+
+    def __init__(self, folder: Path) -> None:
+        values = released.values("qwen2_5_vl", seed=0)
+        self.base = released.write(folder / "base", "qwen2_5_vl", values)
+        self.backbone = released.live(self.base, "AutoModel")
+        self.model = self.wrapper(self.backbone)
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=r".*language_model.*(q_proj|down_proj)"
+        )
+        peft.inject_adapter_in_model(config, self.backbone)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn_like(parameter) / 4)
+        self.model.eval()
+        self.checkpoint = folder / "model.pt"
+        torch.save(self.model.state_dict(), self.checkpoint)
+
+    @staticmethod
+    def wrapper(backbone: nn.Module) -> Any:
+        return ScalarRewardModel(
+            backbone, -1, 32, types=("preference",), pooling="attn", scaled=True
+        )
+
+    def scores(self) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = self.model(IDS)["preference"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def in_place(tmp_path_factory: pytest.TempPathFactory) -> InPlace:
+    return InPlace(tmp_path_factory.mktemp("in-place"))
+
+
+def test_layers_in_place_are_merged(in_place: InPlace, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = reshard.convert(
+        in_place.checkpoint, out, base=in_place.base, model_type="srm_vl", lora_alpha=ALPHA
+    )
+    assert report.merged == 4
+    state = torch.load(out / "pytorch_model.bin", weights_only=True)
+    model = in_place.wrapper(released.load(out, "AutoModel"))
+    model.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        score = model.eval()(IDS)["preference"]
+    torch.testing.assert_close(score, in_place.scores(), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_in_place_as_an_adapter(in_place: InPlace, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"base": in_place.base, "lora": "adapter", "lora_alpha": ALPHA}
+    report = reshard.convert(in_place.checkpoint, out, **options)
+    files = {path.name for path in out.iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "reshard.json",
+                     "reward_config.json", "reward_head.safetensors"}  # fmt: skip
+    backbone = {n for n in in_place.model.state_dict() if n.startswith("model.")}
+    assert report.num_tensors == 0
+    assert any("are not written" in warning for warning in report.warnings)
+    assert backbone
+    with pytest.raises(reshard.PlanError, match="--lora merge"):
+        reshard.convert(in_place.checkpoint, tmp_path / "no", srm_format="lightrft", **options)
+
+
+def test_a_critics_head_stays_beside_its_adapter(made: Get, tmp_path: Path) -> None:
+    run = made()
+    state = {n.replace("base_model.model.model.", "model."): v
+             for n, v in run.model.state_dict().items() if "lm_head" not in n}  # fmt: skip
+    state["score.weight"] = torch.randn(1, 32)
+    torch.save(state, tmp_path / "critic.pt")
+    out = tmp_path / "out"
+    reshard.convert(tmp_path / "critic.pt", out, base=run.base, lora="adapter", lora_alpha=ALPHA)
+    head = load_file(out / "value_head.safetensors")
+    assert torch.equal(head["score.weight"], state["score.weight"])
+    names = load_file(out / "adapter_model.safetensors").keys()
+    assert all(np.char.startswith(sorted(names), "base_model.model."))
