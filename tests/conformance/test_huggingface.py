@@ -24,9 +24,9 @@ class TestReadingOneFile(ReaderConformance):
 
 class TestReadingShards(ReaderConformance):
     format = "huggingface"
-    unread = frozenset({"config.json"})
+    unread = ("config.json",)
     # A folder without an index is read whole.
-    dispensable = frozenset({"model.safetensors.index.json"})
+    dispensable = ("model.safetensors.index.json",)
 
     def make(self, folder: Path, tensors: Tensors) -> Path:
         weight_map = {}

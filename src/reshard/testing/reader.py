@@ -54,14 +54,14 @@ class ReaderConformance:
 
     A format whose checkpoints cannot be made at will overrides the fixture `sample` instead.
 
-    `unread` names files of the checkpoint that the reader has no use for: whatever becomes of
-    them, it must be read as before. `dispensable` names those that may be missing, and must be
-    sound where they are there.
+    `unread` are patterns (of `Path.match`) of the checkpoint's files that the reader has no use
+    for: whatever becomes of them, it must be read as before. `dispensable` are those that may be
+    missing, and must be sound where they are there.
     """
 
     format: ClassVar[str]
-    unread: ClassVar[frozenset[str]] = frozenset()
-    dispensable: ClassVar[frozenset[str]] = frozenset()
+    unread: ClassVar[tuple[str, ...]] = ()
+    dispensable: ClassVar[tuple[str, ...]] = ()
 
     def make(self, folder: Path, tensors: Tensors) -> Path:
         """Write `tensors` into the empty `folder` without reshard; returns what a user names."""
@@ -254,14 +254,16 @@ class ReaderConformance:
         root = sample.path if sample.path.is_dir() else sample.path.parent
         for number, file in enumerate(sample.files):
             copied = tmp_path / f"copy-{number}" / root.name
-            shutil.copytree(root, copied)
-            named = copied if sample.path.is_dir() else copied / sample.path.name
-            yield named, copied / file.relative_to(root)
+            shutil.copytree(root, copied, copy_function=os.link)
+            mine = copied / file.relative_to(root)
+            mine.unlink()
+            shutil.copyfile(file, mine)
+            yield (copied if sample.path.is_dir() else copied / sample.path.name), mine
 
     def _refused(self, sample: Sample, copy: Path, file: Path) -> None:
         """The copy, whose `file` is damaged, is refused and `file` named; or needs it not."""
-        needless = self.unread if file.is_file() else self.unread | self.dispensable
-        if file.name in needless:
+        needless = self.unread if file.is_file() else self.unread + self.dispensable
+        if any(file.match(pattern) for pattern in needless):
             found = truth.held(self.read(copy))
             assert truth.differing(found, sample.tensors) == []
             return
