@@ -78,6 +78,9 @@ def test_inspect_json_holds_what_the_contract_says(
     assert found["zero_stage"] == 2
     assert found["num_tensors"] == len(expected)
     assert found["total_bytes"] == sum(value.nbytes for value in expected.values())
+    files = [path for path in case.last.path.rglob("*") if path.is_file()]
+    assert found["bytes_on_disk"] == sum(path.stat().st_size for path in files)
+    assert found["bytes_to_read"] == found["total_bytes"]
     assert found["num_parameters"] == sum(
         value.size for name, value in expected.items() if name not in facts["buffers"]
     )

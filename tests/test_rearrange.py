@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from reshard import rearrange
 from reshard.tensors import Box, check_tiling
-from tests.gather import gather
-from tests.strategies import Torn, solid_shapes, torn
+from reshard.testing.gathering import gather
+from reshard.testing.strategies import Torn, solid_shapes, torn
 
 
 @given(torn())

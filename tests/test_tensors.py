@@ -23,8 +23,8 @@ from reshard.tensors import (
     flat,
     whole,
 )
-from tests.gather import gather
-from tests.strategies import Torn, shapes, solid_shapes, torn
+from reshard.testing.gathering import gather
+from reshard.testing.strategies import Torn, shapes, solid_shapes, torn
 
 
 @given(shapes, st.integers(1, 40))

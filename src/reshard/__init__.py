@@ -25,16 +25,19 @@ from reshard.errors import (
 )
 
 if TYPE_CHECKING:
+    from reshard.ailments.diagnosis import Diagnosis, doctor
     from reshard.checkpoint import Checkpoint
     from reshard.checkpoint import open_checkpoint as open
+    from reshard.comparison import Comparison, diff, verify
     from reshard.conversion import convert
     from reshard.inspection import Inspection, inspect
     from reshard.report import Report
     from reshard.verification import Verified
-    from reshard.verification import verify_folder as verify
 
 __all__ = [
     "Checkpoint",
+    "Comparison",
+    "Diagnosis",
     "FormatError",
     "IncompleteError",
     "Inspection",
@@ -49,6 +52,8 @@ __all__ = [
     "WriteError",
     "__version__",
     "convert",
+    "diff",
+    "doctor",
     "inspect",
     "open",
     "verify",
@@ -60,10 +65,14 @@ _LAZY = {
     "open": ("reshard.checkpoint", "open_checkpoint"),
     "Report": ("reshard.report", "Report"),
     "convert": ("reshard.conversion", "convert"),
+    "Diagnosis": ("reshard.ailments.diagnosis", "Diagnosis"),
+    "doctor": ("reshard.ailments.diagnosis", "doctor"),
     "Inspection": ("reshard.inspection", "Inspection"),
     "inspect": ("reshard.inspection", "inspect"),
     "Verified": ("reshard.verification", "Verified"),
-    "verify": ("reshard.verification", "verify_folder"),
+    "verify": ("reshard.comparison", "verify"),
+    "diff": ("reshard.comparison", "diff"),
+    "Comparison": ("reshard.comparison", "Comparison"),
 }
 
 

@@ -27,6 +27,8 @@ _COMMANDS = {
     "convert": "reshard.commands:convert",
     "inspect": "reshard.commands:inspect",
     "verify": "reshard.commands:verify",
+    "diff": "reshard.commands:diff",
+    "doctor": "reshard.ailments.command:doctor",
     "try": "reshard.evaluate.command:try_model",
 }
 

@@ -14,6 +14,8 @@ from reshard.options import LORA, MODEL_TYPES, NAMES, SRM_FORMATS
 from reshard.targets import CHOICES
 
 _PATH = click.Path(path_type=Path)
+# Names of a list that a table shows; --json has them all.
+_LISTED = 8
 _prefix = click.option("--prefix", help="The model's part of a nested state dict (DCP).")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; default: `latest`.")
@@ -141,7 +143,7 @@ def inspect(
     if as_json:
         output.print_json(found)
         return 0 if fits else 1
-    sizes = ("total_bytes", "bytes_to_read")
+    sizes = ("total_bytes", "bytes_to_read", "bytes_on_disk")
     hidden = ("tensors", "notes", "tied", "frozen", "base")
     rows = [
         (name.replace("_", " "), output.size(value) if name in sizes else _shown(value))
@@ -172,22 +174,54 @@ def _shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {count}" for name, count in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        more = f" and {len(value) - _LISTED} more" if len(value) > _LISTED else ""
+        return ", ".join(map(str, value[:_LISTED])) + more
     return str(value)
 
 
 @click.command()
 @click.argument("dst", type=_PATH)
+@click.option("--against", type=_PATH, metavar="SRC",
+              help="The checkpoint it was converted from; default: its own digests.")  # fmt: skip
+@_tag
+@_prefix
 @_json
-def verify(dst: Path, as_json: bool) -> None:
+def verify(
+    dst: Path, against: Path | None, tag: str | None, prefix: str | None, as_json: bool
+) -> None:
     """Read the converted folder DST again and compare every tensor, bit for bit."""
-    from reshard.verification import verify_folder
+    from reshard.comparison import verify as run
 
     with output.progress_bar(quiet=as_json) as progress:
         step = None if progress is None else lambda done, total: progress("verify", done, total)
-        verified = verify_folder(dst, progress=step)
+        verified = run(dst, against, tag=tag, prefix=prefix, progress=step)
     if as_json:
         output.print_json(verified.to_json())
     else:
         amount = output.size(verified.bytes_read)
-        click.echo(f"{dst}: {verified.num_tensors} tensors, {amount}, all as written.")
+        what = "as written" if against is None else f"as in {against}"
+        click.echo(f"{dst}: {verified.num_tensors} tensors, {amount}, all {what}.")
+
+
+@click.command()
+@click.argument("a", type=_PATH)
+@click.argument("b", type=_PATH)
+@_json
+def diff(a: Path, b: Path, as_json: bool) -> int:
+    """Compare the checkpoints A and B, of any formats, tensor by tensor.
+
+    Values are compared after rounding A to B's dtypes. Exits with 1 where they differ.
+    """
+    from reshard.comparison import diff as run
+
+    with output.progress_bar(quiet=as_json) as progress:
+        step = None if progress is None else lambda done, total: progress("compare", done, total)
+        found = run(a, b, progress=step)
+    if as_json:
+        output.print_json(found.to_json())
+    else:
+        rows = [(difference.name, str(difference)) for difference in found.differences]
+        if rows:
+            output.print_table(rows, header=("tensor", "difference"))
+        click.echo(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
+    return 0 if found.same else 1

@@ -47,7 +47,7 @@ class Inspection:
     """A checkpoint's summary. Sizes are bytes; tied names count neither tensors nor parameters.
 
     `total_bytes` is what the tensors take as the checkpoint holds them, `bytes_to_read` what a
-    conversion reads, `bytes_on_disk` the size of all the checkpoint's files that were opened.
+    conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take.
     """
 
     checkpoint: Checkpoint
@@ -55,6 +55,7 @@ class Inspection:
     num_parameters: int
     total_bytes: int
     bytes_to_read: int
+    bytes_on_disk: int
     dtypes: dict[str, int]
     kinds: dict[str, int]
     fitting: Fitting | None = None
@@ -73,6 +74,7 @@ class Inspection:
             "num_parameters": self.num_parameters,
             "total_bytes": self.total_bytes,
             "bytes_to_read": self.bytes_to_read,
+            "bytes_on_disk": self.bytes_on_disk,
             "dtypes": self.dtypes,
             "kinds": self.kinds,
             "tied": {
@@ -120,10 +122,16 @@ def inspect(
         num_parameters=sum(e.spec.numel for e in entries if e.kind != "buffer"),
         total_bytes=sum(e.spec.nbytes for e in entries),
         bytes_to_read=sum(f.extent.nbytes for e in entries for f in e.fragments),
+        bytes_on_disk=_size(checkpoint.catalog.origin.root),
         dtypes=dict(Counter(e.spec.dtype.name for e in entries)),
         kinds=dict(Counter(t.kind for t in checkpoint.tensors.values())),
         fitting=None if base is None else _fit(checkpoint, prefix, Path(base)),
     )
+
+
+def _size(root: Path) -> int:
+    files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def _fit(checkpoint: Checkpoint, prefix: str | None, folder: Path) -> Fitting:

@@ -95,7 +95,7 @@ def read(folder: Path, sources: Sources) -> Manifest:
         raise NotFoundError(
             f"it has no {MANIFEST}: it was not written by reshard.",
             path=folder,
-            hint="Compare it with its source: reshard verify DST --against SRC.",
+            hint="Only folders that reshard wrote state their digests.",
         )
     source = sources.open(path)
     text = source.read(0, min(source.size, _MAX_NBYTES))

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 Progress = Callable[[str, int, int], None]
-_VERBS = {"write": "writing", "verify": "verifying"}
+_VERBS = {"write": "writing", "verify": "verifying", "compare": "comparing"}
 
 
 def print_json(value: Mapping[str, Any]) -> None:

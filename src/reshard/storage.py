@@ -11,15 +11,21 @@ import os
 import stat
 import tempfile
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
-from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
+from reshard import frames
+from reshard.errors import FormatError, IncompleteError, NotFoundError
 from reshard.tensors import FileRef
 
 # Descriptors kept open; a file beyond them is opened anew for each read (about 10 us).
 _MAX_OPEN = 256
+# Compressed frames kept expanded, each in a temporary file. Readers take a frame's bytes in order
+# and do not come back, so a few for each thread will do.
+_MAX_EXPANDED = 16
 
 Identity = tuple[int, int, int, int]
 
@@ -68,26 +74,64 @@ class Source:
             self._fd = None
 
 
+class _Expanded(Source):
+    """A compressed frame in an unnamed temporary file, which goes when this does."""
+
+    def __init__(self, ref: FileRef, file: IO[bytes], identity: Identity) -> None:
+        super().__init__(ref, file.fileno(), identity, os.fstat(file.fileno()).st_size)
+        self._file = file
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class Sources:
     """The input files of one run, each opened once and closed together.
 
     Safe to use from several threads. A compressed frame is expanded into an unnamed temporary
-    file, so memory does not grow with it.
+    file, so memory does not grow with it; the last few frames are kept.
     """
 
     def __init__(self) -> None:
         self._open: dict[FileRef, Source] = {}
+        self._expanded: OrderedDict[FileRef, _Expanded] = OrderedDict()
         self._lock = threading.Lock()
 
     def open(self, file: FileRef | str | Path) -> Source:
         """The file, opened. Raises `NotFoundError`, `FormatError` (not a regular file)."""
         ref = file if isinstance(file, FileRef) else FileRef(str(Path(file).absolute()))
         with self._lock:
-            source = self._open.get(ref)
-            if source is None:
-                source = self._expand(ref) if ref.codec else self._plain(ref)
-                self._open[ref] = source
-            return source
+            if ref.codec:
+                return self._frame(ref)
+            return self._whole(ref.path)
+
+    def stream(self, ref: FileRef) -> Iterator[bytes]:
+        """The bytes of a compressed frame, decompressed in pieces of at most 1 MiB."""
+        with self._lock:
+            self._whole(ref.path)  # its identity is checked in the end
+        fd = _open_regular(ref.path)
+        try:
+            yield from frames.pieces(fd, ref)
+        finally:
+            os.close(fd)
+
+    def _whole(self, path: str) -> Source:
+        ref = FileRef(path)
+        source = self._open.get(ref)
+        if source is None:
+            source = self._open[ref] = self._plain(ref)
+        return source
+
+    def _frame(self, ref: FileRef) -> Source:
+        source = self._expanded.get(ref)
+        if source is None:
+            source = self._expand(ref)
+            while len(self._expanded) >= _MAX_EXPANDED:
+                # It is closed when the last thread that reads it lets go of it.
+                self._expanded.popitem(last=False)
+            self._expanded[ref] = source
+        self._expanded.move_to_end(ref)
+        return source
 
     def _plain(self, ref: FileRef) -> Source:
         fd = _open_regular(ref.path)
@@ -97,18 +141,17 @@ class Sources:
             os.close(fd)
         return Source(ref, fd if keep else None, _identity(status), status.st_size)
 
-    def _expand(self, ref: FileRef) -> Source:
-        if ref.codec not in _CODECS:
-            raise UnsupportedError(f"compression {ref.codec!r} is not handled.", path=ref.path)
+    def _expand(self, ref: FileRef) -> _Expanded:
+        plain = self._whole(ref.path)
         fd = _open_regular(ref.path)
         try:
-            identity = _identity(os.fstat(fd))
-            with tempfile.TemporaryFile() as out:
-                _CODECS[ref.codec](fd, ref, out.fileno())
-                expanded = os.dup(out.fileno())
+            out = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the source)
+            for piece in frames.pieces(fd, ref):
+                out.write(piece)
+            out.flush()
         finally:
             os.close(fd)
-        return Source(ref, expanded, identity, os.fstat(expanded).st_size)
+        return _Expanded(ref, out, plain.identity)
 
     def check_unchanged(self) -> None:
         """Raise `IncompleteError` if a file that was read is no longer the file it was."""
@@ -124,6 +167,7 @@ class Sources:
         for source in self._open.values():
             source.close()
         self._open.clear()
+        self._expanded.clear()
 
     def __enter__(self) -> Sources:
         return self
@@ -180,7 +224,10 @@ def _open_regular(path: str) -> int:
 def _read_fully(fd: int, offset: int, buffer: memoryview, path: str) -> None:
     done = 0
     while done < len(buffer):
-        got = os.preadv(fd, [buffer[done:]], offset + done)
+        try:
+            got = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise IncompleteError(f"it cannot be read: {error.strerror}.", path=path) from None
         if got == 0:
             raise IncompleteError(
                 f"the file ends at byte {offset + done}; bytes to {offset + len(buffer)} are "
@@ -201,26 +248,3 @@ def _changed(path: str) -> IncompleteError:
         path=path,
         hint="Convert again once nothing writes to the checkpoint.",
     )
-
-
-def _expand_zstd(fd: int, ref: FileRef, out: int) -> None:
-    try:
-        import zstandard
-    except ImportError:
-        raise UnsupportedError(
-            "the checkpoint is compressed with zstd.",
-            path=ref.path,
-            hint='Install the extra: pip install "reshard[zstd]".',
-        ) from None
-    piece = 1 << 20
-    decompressor = zstandard.ZstdDecompressor().decompressobj()
-    try:
-        for start in range(0, ref.frame_nbytes, piece):
-            length = min(piece, ref.frame_nbytes - start)
-            data = decompressor.decompress(os.pread(fd, length, ref.frame_offset + start))
-            os.write(out, data)
-    except zstandard.ZstdError as error:
-        raise FormatError(f"its zstd frame is damaged: {error}.", path=ref.path) from None
-
-
-_CODECS: dict[str, Callable[[int, FileRef, int], None]] = {"zstd": _expand_zstd}

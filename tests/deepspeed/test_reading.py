@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import reshard
-from tests.oracle.cache import Case, Oracle, Saved
+from tests.oracle.cache import Oracle, Saved
 from tests.oracle.recipes import RECIPES
 
 Array = np.ndarray[Any, Any]
@@ -97,15 +96,3 @@ def test_objects_of_the_user_do_not_stand_in_the_way(oracle: Oracle) -> None:
     checkpoint = reshard.open(oracle["client-state-zero2"].root)
     assert checkpoint.catalog.origin.details["unread_objects"]
     assert any("left unread" in note for note in checkpoint.catalog.notes)
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_universal_checkpoint_is_refused_by_name(oracle: Oracle, stage: int) -> None:
-    case: Case = oracle[f"universal-zero{stage}"]
-    for path in _tag_folders(case.universal):
-        with pytest.raises(reshard.UnsupportedError, match="universal checkpoint"):
-            reshard.open(path)
-
-
-def _tag_folders(folder: Path) -> list[Path]:
-    return [path.parent for path in folder.rglob("zero") if path.is_dir()]

@@ -244,16 +244,28 @@ def test_two_files_of_one_rank(oracle: Oracle, workspace: Path) -> None:
     assert "same rank" in refused(workspace, root, None, reshard.FormatError)
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "expert", "tensor"])
-def test_other_parallelisms_are_refused_by_name(oracle: Oracle, workspace: Path, kind: str) -> None:
-    root = copied(oracle, "zero1-bf16-w2", workspace)
-    names = {
-        "pipeline": "layer_00-model_states.pt",
-        "expert": "layer_0_expert_0_mp_rank_00_model_states.pt",
-        "tensor": "mp_rank_01_model_states.pt",
-    }
-    torch.save({}, root / "global_step2" / names[kind])
-    assert kind in refused(workspace, root, None, reshard.UnsupportedError)
+def test_a_file_that_was_renamed_to_another_ranks(oracle: Oracle, workspace: Path) -> None:
+    """Stage 3 has the fp32 weights once: but for its name, a rank's file looks like any other's."""
+    root = copied(oracle, "zero3-bf16-w3", workspace)
+    one, other = optim(root, 1), optim(root, 2)
+    one.rename(root / "aside")
+    other.rename(one)
+    (root / "aside").rename(other)
+    message = refused(workspace, root, None, reshard.FormatError)
+    assert "it was written as" in message
+
+
+def test_a_number_of_ranks_that_no_machine_has(oracle: Oracle, workspace: Path) -> None:
+    root = copied(oracle, "zero3-bf16-w2", workspace)
+    for rank in (0, 1):
+
+        def change(content: dict[str, object]) -> None:
+            state = content["optimizer_state_dict"]
+            assert isinstance(state, dict)
+            state["partition_count"] = 1 << 60
+
+        edit(optim(root, rank), change)
+    assert str(1 << 60) in refused(workspace, root, None, reshard.FormatError)
 
 
 def test_names_the_base_does_not_have_are_listed_with_the_nearest(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint._extension import ZStandard
 
+import reshard
 from reshard import formats
 from reshard.catalog import Catalog
 from reshard.errors import NamesError, NotFoundError, UnsupportedError
@@ -161,3 +167,19 @@ def test_a_models_own_nesting_is_joined() -> None:
 
     tensors = {"model.w": ("model", "w"), "model.head.w": ("model", "head", "w")}
     assert parts.find(tensors, None, "x").names == {"model.w": "w", "model.head.w": "head.w"}
+
+
+def test_more_frames_than_files_may_be_open(tmp_path: Path) -> None:
+    state = {f"t{number}": torch.full((10,), number) for number in range(300)}
+    writer = dcp.FileSystemWriter(tmp_path / "zstd", _extensions=[ZStandard()])
+    dcp.save(state, storage_writer=writer, no_dist=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        report = reshard.convert(tmp_path / "zstd", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert report.verified
+    assert report.records_checked == 300
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in state.items())

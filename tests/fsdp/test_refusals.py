@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import zstandard
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
@@ -77,6 +78,11 @@ def test_unfinished_save(folder: Path, temporary: str | None) -> None:
     words = r"no \.metadata, which is written last.*the save did not finish"
     error = refused(folder, IncompleteError, words)
     assert (".metadata.tmp was begun" in str(error)) == bool(temporary)
+
+
+def test_unfinished_save_over_an_older_one(folder: Path) -> None:
+    (folder / ".metadata.tmp").touch()
+    refused(folder, IncompleteError, "a later save into this folder did not finish")
 
 
 def test_empty_metadata(folder: Path) -> None:
@@ -288,6 +294,20 @@ def test_damaged_zstd_frame(oracle: Oracle, tmp_path: Path) -> None:
     data[2000:2600] = bytes(600)
     (folder / "__1_0.distcp").write_bytes(data)
     refused(folder, FormatError, "zstd", hint=False)
+
+
+def test_zstd_frame_that_swells(oracle: Oracle, tmp_path: Path) -> None:
+    folder = oracle.copy("zstd", tmp_path)
+    frame = zstandard.compress(bytes(1 << 30))
+    assert len(frame) < 1 << 17
+    (folder / "__9_0.distcp").write_bytes(frame)
+
+    def change(metadata: Metadata) -> None:
+        info = metadata.storage_data[MetadataIndex(TENSOR, [0, 0])]
+        info.relative_path, info.offset, info.length = "__9_0.distcp", 0, len(frame)
+
+    edit(folder, change)
+    refused(folder, FormatError, "its frame holds more than 66064 bytes")
 
 
 def test_without_zstandard(oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,3 +197,34 @@ def test_hf2fsdp_with_nothing_to_convert(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no checkpoint was recognised here" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Both ways through 200 MB, one tensor of them 160 MB, in less than that tensor takes."""
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    header = json.dumps(
+        {
+            "big": {"dtype": "BF16", "shape": [800, 100_000], "data_offsets": [0, 160_000_000]},
+            "flat": {"dtype": "F32", "shape": [10**7], "data_offsets": [160_000_000, 200_000_000]},
+        }
+    ).encode()
+    with open(hf / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 200_000_000)  # zeros that take no space
+    code = (
+        "import re, sys, reshard\n"
+        "reshard.convert(sys.argv[1], sys.argv[2], to=sys.argv[3], verify=False)\n"
+        # Not ru_maxrss, which counts the process that this one was forked from.
+        "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for source, target, to in ((hf, "dcp", "dcp"), (tmp_path / "dcp", "back", "hf")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(source), str(tmp_path / target), to],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert int(done.stdout) < 120 << 10, to

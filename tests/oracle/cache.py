@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -26,6 +27,7 @@ from tests.oracle.recipes import BY_NAME, RECIPES, Recipe, Save
 Array = np.ndarray[Any, np.dtype[Any]]
 _HERE = Path(__file__).parent
 _LOG = "oracle.log"
+_LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Oracle(Mapping[str, Case]):
     def __getitem__(self, name: str) -> Case:
         return Case(BY_NAME[name], self.folder / name)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(BY_NAME)
 
     def parallel(self, name: str) -> Path:
@@ -133,15 +135,19 @@ def open_or_make(parent: Path) -> Oracle:
     """The oracle under `parent`: made now, unless the same sources and versions made it before.
 
     Made in a temporary folder and renamed once complete, so that an interrupted run leaves nothing
-    that looks whole. Older ones are removed.
+    that looks whole. Whatever else lies in `parent` is removed first. Two test runs at once wait
+    for each other.
     """
     target = parent / _key()
-    if not target.is_dir():
-        for old in parent.iterdir():
-            shutil.rmtree(old, ignore_errors=True)
-        made = Path(tempfile.mkdtemp(prefix="partial-", dir=parent))
-        _make(made)
-        made.rename(target)
+    with open(parent / _LOCK, "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            for old in parent.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
+            made = Path(tempfile.mkdtemp(prefix="partial-", dir=parent))
+            _make(made)
+            made.rename(target)
     return Oracle(target)
 
 

@@ -8,8 +8,11 @@ Not made here, because DeepSpeed 0.19.8 cannot do it on a CPU machine (deepspeed
   element type differs from bf16.
 - 0-d parameters with more than one rank: the engine's broadcast views each parameter as bytes,
   which torch refuses for a 0-d tensor. 0-d buffers are in every recipe.
+- A step of ZeRO-3 with a parameter without elements: it never becomes AVAILABLE. That recipe saves
+  before the first step.
 - MiCS: removed in 0.19.8. NVMe offload, the Fast and Decoupled writers: need libaio. Nebula and
   DataStates: need their services.
+DeepSpeedCPUAdam (`CPUAdam`) is real, but for its operator, which would have to be compiled.
 """
 
 from __future__ import annotations
@@ -85,6 +88,7 @@ _LOW_MASTERS: Options = {"bf16": {"enabled": True, "bf16_master_weights_and_grad
 _AUTOCAST: Options = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 _LAYOUTS = [
+    Recipe("one-group", 3, 2, "bfloat16", groups="one"),
     Recipe("three-groups-zero1", 3, 1, "bfloat16", groups="three"),
     Recipe("three-groups-zero2", 3, 2, "float32", groups="three"),
     Recipe("three-groups-zero3", 3, 3, "bfloat16", groups="three"),
@@ -122,7 +126,6 @@ _LAYOUTS = [
     Recipe("zero-init", 2, 3, "bfloat16", zero_init=True),
     Recipe("empty-zero1", 2, 1, "bfloat16", model="empty"),
     Recipe("empty-zero2", 2, 2, "bfloat16", model="empty"),
-    # A forward with an empty parameter fails in ZeRO-3 (its status never becomes AVAILABLE).
     Recipe("empty-zero3", 2, 3, "bfloat16", model="empty", saves=(Save(steps=0),)),
 ]
 

@@ -129,7 +129,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 
 def _listing(path: Path) -> str:
-    if path.is_file():
+    if not path.is_dir():
         return "a file of an unknown kind"
     names = sorted(child.name + ("/" if child.is_dir() else "") for child in path.iterdir())
     if not names:

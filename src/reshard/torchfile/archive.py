@@ -50,7 +50,8 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 class Archive:
     """The archive in bytes `[offset, offset + nbytes)` of `source`.
 
-    `entries` maps names inside the common folder (`data.pkl`, `data/0`) to entries.
+    `folder` is the common folder's name, `entries` maps names inside it (`data.pkl`, `data/0`) to
+    entries.
     Raises `IncompleteError` where the archive is cut off, `FormatError` where it breaks a rule,
     `UnsupportedError` where it is a zip archive of something else.
     """
@@ -67,6 +68,7 @@ class Archive:
         except Malformed as problem:
             raise self._broken(f"{problem}.") from None
         folder = _common_folder([entry.name for entry in entries], source.ref.path)
+        self.folder = folder.removesuffix("/")
         self.entries: Mapping[str, ArchiveEntry] = {
             entry.name.removeprefix(folder): entry for entry in entries
         }

@@ -69,6 +69,7 @@ def _read_zip(archive: Archive, path: str) -> TorchFile:
         tuple(storages.records),
         pickled.opaque,
         (f"{unchecked} of its records have no checksum.",) if unchecked else (),
+        archive.folder,
     )
 
 

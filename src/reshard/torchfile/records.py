@@ -124,10 +124,13 @@ class TorchFile:
     nested deeper than `limits.MAX_DEPTH`, an Opaque's contents may be; either may hold itself, so
     walk only what is known.
     `records` are the checksums of the storages that `value` names, `opaque` the sorted names that
-    are not understood, `warnings` harmless findings.
+    are not understood, `warnings` harmless findings. `written_as` is the name that the file had
+    when torch wrote it, without its suffix: a zip container keeps it (`archive` where torch wrote
+    to a stream), a legacy one does not (None).
     """
 
     value: object
     records: tuple[Record, ...]
     opaque: tuple[str, ...]
     warnings: tuple[str, ...]
+    written_as: str | None = None

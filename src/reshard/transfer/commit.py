@@ -71,6 +71,13 @@ class OutputFolder:
         self._open.add(fd)
         return fd
 
+    def put(self, name: str, fd: int, data: memoryview, offset: int) -> None:
+        """Write `data` at `offset` of a file made by `create`."""
+        try:
+            write_fully(fd, data, offset)
+        except OSError as error:
+            raise _cannot_write(self.target / name, error) from None
+
     def seal(self, name: str, fd: int) -> None:
         """Sync and close a file made by `create`, and give it its name."""
         path = self._temporary(name)
@@ -85,10 +92,7 @@ class OutputFolder:
     def write(self, name: str, data: bytes) -> None:
         """Write a small file."""
         fd = self.create(name, 0)
-        try:
-            write_fully(fd, memoryview(data), 0)
-        except OSError as error:
-            raise _cannot_write(self.partial / name, error) from None
+        self.put(name, fd, memoryview(data), 0)
         self.seal(name, fd)
 
     def copy(self, asset: Asset) -> None:
@@ -98,10 +102,12 @@ class OutputFolder:
             with asset.path.open("rb") as source:
                 position = 0
                 while data := source.read(_COPY_PIECE):
-                    write_fully(fd, memoryview(data), position)
+                    self.put(asset.name, fd, memoryview(data), position)
                     position += len(data)
         except OSError as error:
-            raise _cannot_write(self.partial / asset.name, error) from None
+            raise WriteError(
+                f"it cannot be copied: {error.strerror or error}.", path=asset.path
+            ) from None
         self.seal(asset.name, fd)
 
     def commit(self) -> None:

@@ -19,12 +19,14 @@ import numpy as np
 import xxhash
 from zlib_ng import zlib_ng
 
+from reshard.errors import VerificationError
 from reshard.plan import OutputFile, Plan, Slot
 from reshard.storage import Sources
 from reshard.tensors import Box, blocks, flat
 from reshard.transfer.checksums import Ledger
-from reshard.transfer.commit import OutputFolder, write_fully
+from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import Array, Reader, fill
+from reshard.transfer.writeback import Writeback
 
 # Bytes of an output block. 4 MiB of source and target stay in a core's cache; twice as much is no
 # faster, half as much costs 10% in calls.
@@ -129,10 +131,14 @@ class Engine:
         self._counting = threading.Lock()
         self._turn = threading.Condition()
         self._stop = threading.Event()
+        self._writeback = Writeback()
 
     def run(self) -> Outcome:
         """Write every file of the plan into the folder, synced and named."""
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="reshard") as pool:
+        with (
+            self._writeback,
+            ThreadPoolExecutor(self._threads, thread_name_prefix="reshard") as pool,
+        ):
             futures = [pool.submit(self._work) for _ in range(self._threads)]
             try:
                 wait(futures)
@@ -153,14 +159,17 @@ class Engine:
 
     def _work(self) -> int:
         """Take blocks until there are none; returns the bytes read."""
-        reader = Reader(self._sources, self._ledger, memoryview(bytearray(_SCRATCH)))
+        scratch = memoryview(bytearray(_SCRATCH))
+        reader = Reader(self._sources, self._ledger, scratch)
+        # The base model's bytes have no checksums and are not counted.
+        references = Reader(self._sources, Ledger(()), scratch)
         buffer = np.empty(_BLOCK, np.uint8)
         try:
             while (task := self._take()) is not None:
                 nbytes = task.box.numel * task.tensor.slot.spec.dtype.itemsize
                 if nbytes > len(buffer):
                     buffer = np.empty(_STRIDED_BLOCK, np.uint8)
-                self._move(task, buffer[:nbytes], reader)
+                self._move(task, buffer[:nbytes], reader, references)
         except BaseException:
             self._halt()
             raise
@@ -177,7 +186,7 @@ class Engine:
         for output in self._plan.files:
             file = _File(output, self._folder.create(output.name, output.nbytes), 1)
             for offset, literal in output.literals:
-                write_fully(file.fd, memoryview(literal), offset)
+                self._put(file, memoryview(literal), offset)
             for slot in output.slots:
                 key = (output.part, slot.spec.name)
                 digest = self._digests.setdefault(key, _Digest())
@@ -200,15 +209,15 @@ class Engine:
             tensor.digest.taken += 1
             start += box.numel
 
-    def _move(self, task: _Task, raw: Array, reader: Reader) -> None:
+    def _move(self, task: _Task, raw: Array, reader: Reader, references: Reader) -> None:
         """One block: read and cast, compare, write, and hash when its turn comes."""
         tensor = task.tensor
         slot = tensor.slot
         fill(slot.source, task.box, raw.view(slot.spec.dtype.numpy), reader)
         if slot.reference is not None and not tensor.changed:
-            tensor.changed = differs(slot, task.start, raw, reader)
+            tensor.changed = differs(slot, task.start, raw, references)
         start = task.start * slot.spec.dtype.itemsize
-        write_fully(tensor.file.fd, raw.data, slot.offset + start)
+        self._put(tensor.file, raw.data, slot.offset + start)
         with self._turn:
             self._turn.wait_for(lambda: tensor.digest.hashed == task.turn or self._stop.is_set())
             if self._stop.is_set():
@@ -227,7 +236,11 @@ class Engine:
 
     def _write_crc(self, tensor: _Tensor) -> None:
         for offset in tensor.slot.crc_offsets:
-            write_fully(tensor.file.fd, memoryview(tensor.crc.to_bytes(4, "little")), offset)
+            self._put(tensor.file, memoryview(tensor.crc.to_bytes(4, "little")), offset)
+
+    def _put(self, file: _File, data: memoryview, offset: int) -> None:
+        self._folder.put(file.output.name, file.fd, data, offset)
+        self._writeback.wrote(file.fd, len(data))
 
     def _count(self, nbytes: int) -> None:
         with self._counting:
@@ -253,8 +266,7 @@ def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
     """Whether a block differs from the same elements of the slot's reference.
 
     The reference has flat boxes. Compares piece by piece and stops at the first difference, so
-    that a trained tensor costs one
-    small read of the base model.
+    that a trained tensor costs one small read of the base model.
     """
     if slot.reference is None:
         return False
@@ -264,7 +276,11 @@ def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
     for at in range(0, len(values), _COMPARED):
         part = values[at : at + _COMPARED]
         other = np.empty(len(part), target)
-        fill(slot.reference, flat(numel, start + at, len(part)), other, reader)
+        try:
+            fill(slot.reference, flat(numel, start + at, len(part)), other, reader)
+        except VerificationError:
+            # The reference has a value beyond the range of `target`; the block has none.
+            return True
         if not np.array_equal(part.view(np.uint8), other.view(np.uint8)):
             return True
     return False

@@ -4,6 +4,9 @@ A block is an unbroken run of the tensor's row-major bytes (`tensors.blocks`). W
 stored in that order and in the target's dtype, its bytes are read straight into the block;
 otherwise they pass through a scratch buffer and are cast and spread from there. A low-rank update
 is merged block by block on the way.
+
+A cast rounds to nearest even, as torch does. Where torch would turn a finite value into infinity
+(70000 as float16, say), `fill` stops: such a model does not compute what was trained.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from reshard.errors import VerificationError
 from reshard.rearrange import crop, cut
 from reshard.storage import Sources
 from reshard.tensors import (
@@ -56,10 +61,11 @@ class Reader:
 def fill(source: Made, box: Box, out: Array, reader: Reader) -> None:
     """Write the elements of `box` (over the tensor's shape) into `out`, cast to its dtype.
 
-    `out` is one-dimensional and has `box.numel` elements.
+    `out` is one-dimensional and has `box.numel` elements. Raises `VerificationError` where a
+    finite value is beyond the range of `out`'s dtype.
     """
     if isinstance(source, LowRank):
-        out[...] = _merged(source, box, reader).astype(out.dtype)
+        _cast(_merged(source, box, reader), out, source.spec.name)
     else:
         _gather(source, box, out, reader)
 
@@ -121,18 +127,18 @@ def _gather(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
             ),
             ...,
         )
-        _copy(cut(fragment, shared), view[where], reader)
+        _copy(cut(fragment, shared), view[where], reader, entry.spec.name)
 
 
-def _copy(part: Fragment, out: Array, reader: Reader) -> None:
-    """Read a part of a fragment into an array of the same sizes."""
+def _copy(part: Fragment, out: Array, reader: Reader, name: str) -> None:
+    """Read a part of the tensor `name` into an array of the same sizes."""
     stored = part.dtype.numpy
     if part.strides is None and stored == out.dtype and out.flags.c_contiguous:
         reader.read(part.extent, out.reshape(-1).view(np.uint8).data)
         return
     if part.extent.nbytes > len(reader.scratch):
         for half, place in _halves(part):
-            _copy(half, out[place], reader)
+            _copy(half, out[place], reader, name)
         return
     raw = reader.scratch[: part.extent.nbytes]
     reader.read(part.extent, raw)
@@ -140,7 +146,45 @@ def _copy(part: Fragment, out: Array, reader: Reader) -> None:
     array: Array = np.ndarray(
         part.box.sizes, stored, raw, strides=[stride * stored.itemsize for stride in strides]
     )
-    np.copyto(out, array, casting="unsafe")
+    _cast(array, out, name)
+
+
+def _cast(values: Array, out: Array, name: str) -> None:
+    """Copy `values` into `out`, cast to its dtype; an overflow is an error."""
+    # numpy warns of some overflows and not of ml_dtypes'; all are looked for below. "invalid" is
+    # a signalling NaN, which stays a NaN.
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(out, values, casting="unsafe")
+        if values.dtype == out.dtype or not _holds_infinity(out):
+            return
+        overflowed = np.isinf(out) & np.isfinite(values)
+    if overflowed.any():
+        first = float(values[overflowed][0])
+        largest = float(ml_dtypes.finfo(out.dtype).max)
+        raise VerificationError(
+            f"{int(overflowed.sum())} of its values in one block are beyond the range of "
+            f"{out.dtype}: the first is {first:g}, the limit {largest:g}.",
+            tensor=name,
+            hint="Pass --dtype keep, or a dtype of wider range.",
+        )
+
+
+# The integers of the same width, by item size in bytes.
+_BITS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
+
+
+def _holds_infinity(array: Array) -> bool:
+    """Whether an array of a floating type with infinities may hold one (or a NaN).
+
+    Seen as integers, infinities and NaNs are the largest signed values (sign bit clear) and the
+    largest unsigned ones (sign bit set): two maxima, a tenth of the time of the cast itself
+    (0.09 ms for 2 Mi elements; `isinf` takes 1.4 ms on bfloat16 and 12 ms on float16).
+    """
+    if not array.size or array.dtype.itemsize not in _BITS:
+        return False
+    signed, unsigned = _BITS[array.dtype.itemsize]
+    plus, minus = np.array([np.inf, -np.inf], array.dtype).view(unsigned)
+    return bool(array.view(signed).max() >= plus or array.view(unsigned).max() >= minus)
 
 
 def _halves(part: Fragment) -> list[tuple[Fragment, tuple[slice, ...]]]:

@@ -29,10 +29,13 @@ from reshard.formats.dcp.chunked import read_chunks
 from reshard.formats.dcp.layout import lay_out
 from reshard.formats.dcp.metadata import Metadata, merge, parse
 from reshard.storage import Sources
+from reshard.torchfile.limits import MAX_NBYTES
 
 __all__ = ["detect", "lay_out", "read"]
 
 METADATA = ".metadata"
+# The metadata's name until it is whole; then it is renamed.
+_BEGUN = ".metadata.tmp"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
 # Where accelerate and the HF Trainer put the model of a checkpoint folder.
 _ACCELERATE = "pytorch_model_fsdp_0"
@@ -81,6 +84,16 @@ def _metadata(folder: Path, sources: Sources) -> Metadata:
     """The folder's metadata, that of all ranks merged where each wrote its own."""
     names = {child.name for child in folder.iterdir()}
     ranks = sorted(int(m[1]) for name in names if (m := _RANK_METADATA.fullmatch(name)))
+    begun = sorted(name for name in names if name.endswith(_BEGUN))
+    if METADATA not in names and not ranks:
+        raise _unfinished(folder, begun)
+    if begun:
+        raise IncompleteError(
+            f"{begun[0]} lies beside the metadata: a later save into this folder did not finish, "
+            "and its data files may be of either save.",
+            path=folder,
+            hint="Use another checkpoint.",
+        )
     if METADATA in names and ranks:
         raise FormatError(
             f"it holds both {METADATA} and __{ranks[0]}{METADATA}: two saves into one folder.",
@@ -90,8 +103,6 @@ def _metadata(folder: Path, sources: Sources) -> Metadata:
         )
     if METADATA in names:
         return _parse(folder / METADATA, sources)
-    if not ranks:
-        raise _unfinished(folder, names)
     if ranks != list(range(len(ranks))):
         missing = min(set(range(max(ranks))) - set(ranks))
         raise IncompleteError(
@@ -110,13 +121,13 @@ def _parse(path: Path, sources: Sources) -> Metadata:
         raise IncompleteError(
             "the file is empty.", path=path, hint="The save did not finish; use another one."
         )
-    data = source.read(0, source.size)
+    # One byte more than the reader takes is enough for it to refuse.
+    data = source.read(0, min(source.size, MAX_NBYTES + 1))
     return parse(torchfile.read_pickle(data, path=str(path)).value, str(path))
 
 
-def _unfinished(folder: Path, names: set[str]) -> IncompleteError:
-    temporary = sorted(name for name in names if name.endswith(".metadata.tmp"))
-    there = f"; {temporary[0]} was begun" if temporary else ""
+def _unfinished(folder: Path, begun: list[str]) -> IncompleteError:
+    there = f"; {begun[0]} was begun" if begun else ""
     return IncompleteError(
         f"it holds .distcp files and no {METADATA}, which is written last{there}: the save did "
         "not finish.",

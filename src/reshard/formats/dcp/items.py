@@ -16,11 +16,13 @@ from reshard import safetensors_file
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 from reshard.formats.dcp.metadata import Location
 from reshard.formats.dcp.shards import saved_offsets
-from reshard.formats.dcp.zips import StoredItem, Zips
+from reshard.formats.dcp.zips import StoredItem, Zips, ends_in_file, ends_of_frame
 from reshard.storage import Source, Sources, child
 from reshard.tensors import Extent, FileRef, Shape, TensorSpec
 
 _ZIP = b"PK\3\4"
+# Bytes that a zip may have beside its tensor; torch's have less than 2 KiB.
+_MAX_ZIP_NBYTES = 64 << 10
 _COPY_AGAIN = "Copy the whole folder again; each rank wrote files of its own."
 
 
@@ -49,7 +51,7 @@ class Items:
         what the metadata says), `UnsupportedError` (a transform that is not handled).
         """
         try:
-            item = self._find(chunk.name, offsets, location)
+            item = self._find(chunk, offsets, location)
             if (item.dtype, item.shape) != (chunk.dtype, chunk.shape):
                 raise FormatError(
                     f"its item is {item.dtype} {list(item.shape)}; the metadata says "
@@ -62,16 +64,17 @@ class Items:
             raise
         return item
 
-    def _find(self, key: str, offsets: Shape, location: Location) -> StoredItem:
+    def _find(self, chunk: TensorSpec, offsets: Shape, location: Location) -> StoredItem:
         source = self._file(location.file)
         if location.transforms:
             _check_end(source, location)
-            frame = self._sources.open(_frame(source, location))
-            return self._zips.locate(frame, 0, frame.size)
+            ref = _frame(source, location)
+            limit = chunk.nbytes + _MAX_ZIP_NBYTES
+            return self._zips.locate(ends_of_frame(source, ref, self._sources.stream(ref), limit))
         if source.read(location.offset, min(len(_ZIP), location.nbytes)) == _ZIP:
             _check_end(source, location)
-            return self._zips.locate(source, location.offset, location.nbytes)
-        return self._in_blob(source, location.offset, key, offsets)
+            return self._zips.locate(ends_in_file(source, location.offset, location.nbytes))
+        return self._in_blob(source, location.offset, chunk.name, offsets)
 
     def _file(self, name: str) -> Source:
         source = self._files.get(name)

@@ -6,19 +6,20 @@ so most items have a pickle that was seen before: each different one is parsed o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from reshard import torchfile
 from reshard.dtypes import DType
 from reshard.errors import FormatError
-from reshard.storage import Source
-from reshard.tensors import Extent, Record, Shape
+from reshard.storage import Identity, Source
+from reshard.tensors import Extent, FileRef, Record, Shape
 from reshard.torchfile.archive import Archive
 from reshard.torchfile.directory import ArchiveEntry
 
-# Bytes. torch.save puts about 700 before the tensor of an item and 600 behind it, its directory
-# included.
-_END_NBYTES = 1024
+# Bytes kept of each end. torch.save puts about 700 before the tensor of an item and 600 behind it,
+# its directory included; `Archive` asks for as much at once.
+_END_NBYTES = 4096
 # Bytes. The pickle of a plain tensor has about 150; what is not one need not be read.
 _MAX_PICKLE_NBYTES = 1 << 20
 
@@ -47,55 +48,95 @@ class _Parsed:
     storage_nbytes: int
 
 
+class Ends(Source):
+    """An item, `nbytes` long at byte `offset`, of which the first and last bytes are in memory."""
+
+    def __init__(self, whole: Source, offset: int, nbytes: int, head: bytes, tail: bytes) -> None:
+        super().__init__(whole.ref, None, whole.identity, whole.size)
+        self.offset = offset
+        self.nbytes = nbytes
+        self._whole = whole
+        self._parts = ((offset, head), (offset + nbytes - len(tail), tail))
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        for start, data in self._parts:
+            if start <= offset and offset + nbytes <= start + len(data):
+                return data[offset - start : offset - start + nbytes]
+        return self._whole.read(offset, nbytes)
+
+
+def ends_in_file(source: Source, offset: int, nbytes: int) -> Ends:
+    """The item in bytes `[offset, offset + nbytes)` of a file; one read of each end."""
+    head = min(nbytes, _END_NBYTES)
+    tail = min(nbytes - head, _END_NBYTES)
+    last = offset + nbytes - tail
+    return Ends(source, offset, nbytes, source.read(offset, head), source.read(last, tail))
+
+
+def ends_of_frame(source: Source, ref: FileRef, pieces: Iterator[bytes], limit: int) -> Ends:
+    """The item that a compressed frame of `source` holds, its ends kept as the bytes pass.
+
+    Raises `FormatError` where more than `limit` bytes come out of the frame.
+    """
+    head = tail = b""
+    nbytes = 0
+    for piece in pieces:
+        head += piece[: _END_NBYTES - len(head)]
+        tail = (tail + piece)[-_END_NBYTES:]
+        nbytes += len(piece)
+        if nbytes > limit:
+            raise FormatError(
+                f"its frame holds more than {limit} bytes; its chunk takes fewer.",
+                path=ref.path,
+                hint="The file is damaged or was made to mislead.",
+            )
+    return Ends(_Frame(ref, source.identity, nbytes), 0, nbytes, head, tail)
+
+
+class _Frame(Source):
+    """A compressed frame of which only the ends were kept."""
+
+    def __init__(self, ref: FileRef, identity: Identity, nbytes: int) -> None:
+        super().__init__(ref, None, identity, nbytes)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        raise FormatError(
+            f"the bytes from {offset} on are no part of a tensor.",
+            path=self.ref.path,
+            hint="It was not written by torch.distributed.checkpoint.",
+        )
+
+
 class Zips:
     """Finds tensors in zips. It remembers the pickles it has parsed, so it serves one checkpoint.
 
-    A checkpoint of 46,000 chunks opens in 7 s this way; with every pickle parsed, in 12 s.
+    A checkpoint of 46,000 chunks opens in 4.5 s this way; with every pickle parsed, in 10 s.
     """
 
     def __init__(self) -> None:
         self._parsed: dict[tuple[bytes, ArchiveEntry | None], _Parsed] = {}
 
-    def locate(self, source: Source, offset: int, nbytes: int) -> StoredItem:
-        """The tensor of the zip in bytes `[offset, offset + nbytes)`.
+    def locate(self, item: Ends) -> StoredItem:
+        """The tensor of a zip.
 
         Raises `FormatError`, `IncompleteError` and `UnsupportedError` as `torchfile.read` does,
         and `FormatError` where the zip holds anything but one tensor.
         """
-        ends = _Ends(source, offset, nbytes)
-        archive = Archive(ends, offset, nbytes)
+        archive = Archive(item, item.offset, item.nbytes)
         key = (archive.read("data.pkl", _MAX_PICKLE_NBYTES), archive.entries.get("byteorder"))
         parsed = self._parsed.get(key)
         if parsed is None or not _fits(parsed, archive):
-            file = torchfile.read(ends, offset=offset, nbytes=nbytes)
-            parsed = self._parsed[key] = _parse(file.value, archive, source.ref.path)
+            file = torchfile.read(item, offset=item.offset, nbytes=item.nbytes)
+            parsed = self._parsed[key] = _parse(file.value, archive, item.ref.path)
         storage = archive.locate(parsed.storage)
         crc32 = archive.entries[parsed.storage].crc32
         return StoredItem(
             parsed.dtype,
             parsed.shape,
             parsed.strides,
-            Extent(source.ref, storage.offset + parsed.start, parsed.nbytes),
+            Extent(item.ref, storage.offset + parsed.start, parsed.nbytes),
             Record(storage, crc32) if crc32 is not None and storage.nbytes else None,
         )
-
-
-class _Ends(Source):
-    """A file of which the two ends of one item are in memory."""
-
-    def __init__(self, source: Source, offset: int, nbytes: int) -> None:
-        super().__init__(source.ref, None, source.identity, source.size)
-        self._source = source
-        head = min(nbytes, _END_NBYTES)
-        tail = min(nbytes - head, _END_NBYTES)
-        self._head = (offset, source.read(offset, head))
-        self._tail = (offset + nbytes - tail, source.read(offset + nbytes - tail, tail))
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        for start, data in (self._head, self._tail):
-            if start <= offset and offset + nbytes <= start + len(data):
-                return data[offset - start : offset - start + nbytes]
-        return self._source.read(offset, nbytes)
 
 
 def _parse(value: object, archive: Archive, path: str) -> _Parsed:
@@ -106,11 +147,12 @@ def _parse(value: object, archive: Archive, path: str) -> _Parsed:
             hint="The file is damaged, or was not written by torch.distributed.checkpoint.",
         )
     storage = f"data/{value.storage[0]}"
+    start = value.extent.offset - archive.locate(storage).offset
     return _Parsed(
         value.dtype,
         value.shape,
         value.strides,
-        value.extent.offset - archive.locate(storage).offset if value.extent.nbytes else 0,
+        start if value.extent.nbytes else 0,
         value.extent.nbytes,
         storage,
         archive.entries[storage].nbytes,

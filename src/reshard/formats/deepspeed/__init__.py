@@ -11,6 +11,10 @@
     stage 3: every parameter cut into equal pieces; a rank's flat group is its pieces
         rank 0: |a0|b0|c0|   rank 1: |a1|b1|c1|
 
+Files of several mp ranks are those of tensor parallelism (tensor_parallel.py), files of experts
+those of DeepSpeed's mixtures of experts (experts.py), a folder `zero` is that of a universal
+checkpoint (universal.py).
+
 Weights are read from the fp32 masters; frozen parameters and buffers from the model file, which is
 the only place that has them. Moments are never read. Read off DeepSpeed 0.19.8
 (runtime/engine.py, runtime/zero/stage_1_and_2.py, stage3.py, utils/zero_to_fp32.py) and files that
@@ -23,7 +27,9 @@ from pathlib import Path
 
 from reshard.catalog import Catalog
 from reshard.formats import Selection
-from reshard.formats.deepspeed import files, place, stage3, stages012
+from reshard.formats.deepspeed import files, place, stage3, stages012, tensor_parallel, universal
+from reshard.formats.deepspeed.files import Saved
+from reshard.formats.deepspeed.place import Location
 from reshard.storage import Sources
 
 
@@ -35,7 +41,19 @@ def detect(path: Path) -> str | None:
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """The tensors of the checkpoint that `selection.tag` (default: `latest`) names."""
     location = place.locate(path, sources, selection.tag)
-    saved = files.read(location, sources)
+    ranks = [location.of(mp) for mp in location.mp_ranks]
+    saved = [files.read(rank, sources) for rank in ranks]
+    saved = tensor_parallel.check(location, saved, sources)
+    parts = [
+        _catalog(rank, one, sources, selection) for rank, one in zip(ranks, saved, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else tensor_parallel.join(saved, parts, sources)
+
+
+def _catalog(location: Location, saved: Saved, sources: Sources, selection: Selection) -> Catalog:
+    """What the files of one model parallel rank hold."""
+    if location.universal:
+        return universal.catalog(location, saved, sources)
     if saved.stage == 3:
         return stage3.catalog(
             location, saved, sources, allow_step_mismatch=selection.allow_step_mismatch

@@ -18,7 +18,8 @@ def describe(
     found = list(notes)
     if saved.opaque:
         found.append(f"objects that were left unread: {', '.join(saved.opaque)}.")
-    if not saved.optim and any(not name.startswith("F32") for name in _codes(entries)):
+    plain = not saved.optim and not location.universal
+    if plain and any(not name.startswith("F32") for name in _codes(entries)):
         found.append(
             "without ZeRO the fp32 masters are stored without names; the weights are read from "
             "the module, in the training dtype."
@@ -32,10 +33,11 @@ def describe(
             tag=location.tag,
             world_size=len(saved.optim) or model.world_size,
             details={
-                "zero_stage": saved.stage,
+                "zero_stage": model.stage if location.universal else saved.stage,
                 "global_steps": model.steps,
                 "groups": [len(group) for group in model.groups],
                 "unread_objects": saved.opaque,
+                **({"universal": True} if location.universal else {}),
             },
         ),
         entries=entries,

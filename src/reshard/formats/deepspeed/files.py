@@ -1,91 +1,77 @@
-"""What DeepSpeed's files say, parsed and checked against each other across ranks."""
+"""The files of one save, read and checked against each other across ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
-from reshard.formats.deepspeed.place import Location, check_ranks
+from reshard.formats.deepspeed.parse import (
+    ExpertFile,
+    ModelFile,
+    OptimFile,
+    parse_expert,
+    parse_model,
+    parse_optim,
+)
+from reshard.formats.deepspeed.place import Location, absent, check_ranks, check_written_as
 from reshard.storage import Sources
 from reshard.tensors import Record
-from reshard.torchfile import TensorRef, TorchFile
+from reshard.torchfile import TensorRef
 from reshard.torchfile import read as read_torch
 
-Shapes = dict[str, tuple[int, ...]]
+_ONE_SAVE = "Copy all files of one save."
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFile:
-    """A `*_model_states.pt` file. Values of `module` that are no tensors are left out."""
-
-    path: Path
-    module: Mapping[str, TensorRef]
-    buffers: frozenset[str]
-    groups: tuple[Shapes, ...]
-    frozen_shapes: Shapes
-    frozen_fragments: Mapping[str, TensorRef]
-    shared: Mapping[str, str] | None
-    version: str | None
-    steps: int | None
-    skipped: int
-    stage: int
-    world_size: int | None
-    records: tuple[Record, ...]
-    opaque: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class OptimFile:
-    """A `*_optim_states.pt` file of one data parallel rank.
-
-    `flats` are this rank's flat fp32 tensors: one for each parameter group (stages 1 and 2) or
-    sub-group (stage 3). `paddings[g][k]` elements of filler follow parameter `k` of group `g`.
-    """
-
-    path: Path
-    stage: int
-    flats: tuple[TensorRef, ...]
-    partition_count: tuple[int, ...]
-    paddings: tuple[tuple[int, ...], ...] | None
-    version: str | None
-    step: TensorRef | int | None
-    moments: tuple[TensorRef, ...]
-    records: tuple[Record, ...]
-    opaque: tuple[str, ...]
+# Objects that DeepSpeed itself puts in its files; nothing in them is needed.
+_OWN = ("deepspeed.runtime.fp16.loss_scaler.", "deepspeed.utils.tensor_fragment.", "torch.Tensor",
+        "deepspeed.runtime.bf16_optimizer.", "deepspeed.runtime.zero.config.")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """All files of one save, of data parallel ranks 0 to W - 1, known to belong together."""
+    """The files of one save and one model parallel rank, known to belong together.
+
+    `model` and `optim` are of data parallel ranks 0 to W - 1; below stage 3 there is one model
+    file.
+    """
 
     model: tuple[ModelFile, ...]
     optim: tuple[OptimFile, ...]
+    experts: tuple[ExpertFile, ...] = ()
 
     @property
     def stage(self) -> int:
         return self.optim[0].stage if self.optim else 0
 
     @property
+    def module(self) -> Mapping[str, TensorRef]:
+        """The module's state dict in the training dtype, experts included, under global names."""
+        module = dict(self.model[0].module)
+        for file in self.experts:
+            module.update(file.module)
+        return module
+
+    @property
     def records(self) -> tuple[Record, ...]:
         """The checksums of all files, a record once."""
-        found = [record for file in self._files for record in file.records]
+        found = [record for file in self.files for record in file.records]
         return tuple(dict.fromkeys(found))
 
     @property
     def opaque(self) -> list[str]:
-        return sorted({name for file in self._files for name in file.opaque})
+        """Names of objects that are not DeepSpeed's own, such as a user's client state."""
+        found = {name for file in self.files for name in file.opaque}
+        return sorted(name for name in found if not name.startswith(_OWN))
 
     @property
-    def _files(self) -> tuple[ModelFile | OptimFile, ...]:
-        return (*self.model, *self.optim)
+    def files(self) -> tuple[ModelFile | OptimFile | ExpertFile, ...]:
+        """Every file that was read."""
+        return (*self.model, *self.optim, *self.experts)
 
 
 def read(location: Location, sources: Sources) -> Saved:
-    """Parse every file of a tag folder and check that they belong to one save."""
-    _refuse_model_parallel(location)
+    """Parse every file of one model parallel rank and check that they belong to one save."""
     model = [
         parse_model(path, read_torch(sources.open(path)))
         for _, path in sorted(location.model.items())
@@ -94,139 +80,38 @@ def read(location: Location, sources: Sources) -> Saved:
         parse_optim(path, read_torch(sources.open(path)))
         for _, path in sorted(location.optim.items())
     ]
+    experts = [
+        parse_expert(path, read_torch(sources.open(path)))
+        for _, path in sorted(location.experts.items())
+    ]
     if not model:
         raise IncompleteError(
             "no model_states file is there.",
             path=location.folder,
             hint="Copy the files of every rank, mp_rank_*_model_states.pt included.",
         )
-    if not optim:
-        if model[0].groups:
-            raise IncompleteError(
-                f"it is a ZeRO-{model[0].stage} checkpoint and none of its optim_states files, "
-                "which hold the fp32 weights, is there.",
-                path=location.folder,
-                hint="Copy the files of every rank.",
-            )
-        return Saved(tuple(model), ())
-    _check_optim(location, optim)
-    world_size = max(optim[0].partition_count)
-    ranks = [dp for dp, _ in sorted(location.optim)]
-    check_ranks(location, "optim_states", ranks, world_size)
-    if location.partitioned_model:
-        check_ranks(location, "model_states", [dp for dp, _ in sorted(location.model)], world_size)
-    _check_model(model, optim[0])
-    return Saved(tuple(model), tuple(optim))
-
-
-def parse_model(path: Path, file: TorchFile) -> ModelFile:
-    """A model file's content as types. Raises `FormatError` for what DeepSpeed never writes."""
-    top = _mapping(file.value, path, "the file")
-    module = top.get("module")
-    if module is None:
-        raise UnsupportedError(
-            "it has no module: the run was one of pipeline parallelism.", path=path
-        )
-    groups = top.get("param_shapes")
-    if isinstance(groups, dict):
-        groups = [groups]
-    config = top.get("ds_config")
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    shared = top.get("shared_params")
-    return ModelFile(
-        path=path,
-        module=_tensors(_mapping(module, path, "module")),
-        buffers=frozenset(n for n in top.get("buffer_names") or () if isinstance(n, str)),
-        groups=tuple(_shapes(group, path) for group in groups or ()),
-        frozen_shapes=_shapes(top.get("frozen_param_shapes") or {}, path),
-        frozen_fragments=_tensors(
-            _mapping(top.get("frozen_param_fragments") or {}, path, "frozen_param_fragments")
-        ),
-        shared=None if shared is None else _strings(shared, path),
-        version=_text(top.get("ds_version")),
-        steps=_integer(top.get("global_steps")),
-        skipped=_integer(top.get("skipped_steps")) or 0,
-        stage=stage if isinstance(stage, int) else 0,
-        world_size=_integer(top.get("dp_world_size")),
-        records=file.records,
-        opaque=file.opaque,
-    )
-
-
-def parse_optim(path: Path, file: TorchFile) -> OptimFile:
-    """An optimizer file's content as types. Raises `FormatError`, `UnsupportedError`."""
-    top = _mapping(file.value, path, "the file")
-    state = _mapping(top.get("optimizer_state_dict"), path, "optimizer_state_dict")
-    if "ds_zero_partition_groups" in state:
-        raise UnsupportedError("experts partitioned by AutoEP are not handled.", path=path)
-    if "fp32_flat_groups" in state:
-        key, stage = "fp32_flat_groups", 3
-    elif "single_partition_of_fp32_groups" in state:
-        # BF16_Optimizer states no stage and is laid out as stage 1.
-        key, stage = "single_partition_of_fp32_groups", _integer(state.get("zero_stage")) or 1
-    else:
-        raise FormatError("it holds no fp32 weights.", path=path)
-    flats = state[key]
-    if not isinstance(flats, list) or not all(isinstance(flat, TensorRef) for flat in flats):
-        raise FormatError(f"its {key} is not a list of tensors.", path=path)
-    for flat in flats:
-        if len(flat.shape) != 1 or flat.strides is not None or not flat.dtype.floating:
-            raise FormatError(
-                f"a flat group has dtype {flat.dtype} and shape {flat.shape}.", path=path
-            )
-    count = state.get("partition_count")
-    stated = count if isinstance(count, list) else [count]
-    counts = [n for n in stated if type(n) is int and n > 0]
-    if not counts or len(counts) != len(stated):
-        raise FormatError(f"its partition_count is {count!r}.", path=path)
-    step, moments = _base_state(state)
-    return OptimFile(
-        path=path,
-        stage=stage,
-        flats=tuple(flats),
-        partition_count=tuple(counts),
-        paddings=_paddings(state.get("param_alignment_paddings"), path),
-        version=_text(top.get("ds_version") or state.get("ds_version")),
-        step=step,
-        moments=moments,
-        records=file.records,
-        opaque=file.opaque,
-    )
-
-
-def _base_state(state: Mapping[str, Any]) -> tuple[TensorRef | int | None, tuple[TensorRef, ...]]:
-    """The step count and the moments of the wrapped optimizer, wherever this version keeps them."""
-    base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
-    groups: list[object] = []
-    if isinstance(base, dict):
-        inner = base.get("state", {})
-        groups = list(inner.values()) if isinstance(inner, dict) else []
-    elif isinstance(base, list):  # elastic checkpoints: one dict a group
-        groups = list(base)
-    found = [group for group in groups if isinstance(group, dict)]
-    step = state.get("base_optimizer_state_step")
-    for group in found:
-        step = group.get("step") if step is None else step
-    if not (type(step) is int or (isinstance(step, TensorRef) and step.shape in ((), (1,)))):
-        step = None
-    moments = [
-        value
-        for group in found
-        for value in group.values()
-        if isinstance(value, TensorRef) and value.shape not in ((), (1,))
-    ]
-    return step, tuple(moments)
-
-
-def _refuse_model_parallel(location: Location) -> None:
-    ranks = {mp for _, mp in (*location.model, *location.optim)}
-    if len(ranks) > 1:
-        raise UnsupportedError(
-            f"it was trained with model parallelism over {len(ranks)} ranks (tensor or pipeline), "
-            "which is not handled.",
+    _check_agreement(model)
+    if optim:
+        _check_optim(location, optim)
+        _check_model(model[0], optim[0])
+        world_size: int | None = max(optim[0].partition_count)
+        check_ranks(location, "optim_states", [dp for dp, _ in location.optim], world_size)
+    elif model[0].groups and not location.universal:
+        raise IncompleteError(
+            f"it is a ZeRO-{model[0].stage} checkpoint and none of its optim_states files, "
+            "which hold the fp32 weights, is there.",
             path=location.folder,
+            hint="Copy the files of every rank.",
         )
+    else:
+        world_size = model[0].world_size
+    if location.partitioned_model:
+        check_ranks(location, "model_states", [dp for dp, _ in location.model], world_size)
+    _check_experts(location, model[0], optim)
+    saved = Saved(tuple(model), tuple(optim), tuple(experts))
+    for file in saved.files:
+        check_written_as(file.path, file.written_as)
+    return saved
 
 
 def _check_optim(location: Location, optim: list[OptimFile]) -> None:
@@ -245,18 +130,44 @@ def _check_optim(location: Location, optim: list[OptimFile]) -> None:
                     f"its {what} is {theirs}, that of {first.path.name} is {mine}: files of "
                     "different saves are mixed.",
                     path=other.path,
-                    hint="Copy all files of one save.",
+                    hint=_ONE_SAVE,
                 )
-    if len(set(first.partition_count)) > 1:
-        raise UnsupportedError(
-            f"its groups are partitioned over {first.partition_count} ranks, as experts are, "
-            "which is not handled.",
+    if len(set(first.partition_count)) > 1 and not location.experts:
+        raise IncompleteError(
+            f"its groups are partitioned over {first.partition_count} ranks, as only those of "
+            "experts are, and no layer_*_expert_*_model_states.pt file is there.",
             path=location.folder,
+            hint="Copy the files of every rank and expert.",
         )
 
 
-def _check_model(model: list[ModelFile], optim: OptimFile) -> None:
-    first = model[0]
+def _check_experts(location: Location, model: ModelFile, optim: list[OptimFile]) -> None:
+    """Layers 0 to L - 1 must each have as many experts as the model file states."""
+    if not location.experts:
+        return
+    if optim and optim[0].stage == 3:
+        raise UnsupportedError("experts under ZeRO-3 are not handled.", path=location.folder)
+    for layer, count in enumerate(model.num_experts):
+        there = [expert for of, expert in location.experts if of == layer]
+        missing = absent(there, count, location.folder)
+        if missing:
+            raise IncompleteError(
+                f"the files of {len(missing)} of {count} experts of layer {layer} are missing, the "
+                f"first of expert {missing[0]}.",
+                path=location.folder,
+                hint="Copy the files of every rank and expert.",
+            )
+    wanted = sum(model.num_experts)
+    if wanted != len(location.experts):
+        raise FormatError(
+            f"it holds files of {len(location.experts)} experts, and {model.path.name} states "
+            f"{wanted}: files of different saves are mixed.",
+            path=location.folder,
+            hint=_ONE_SAVE,
+        )
+
+
+def _check_model(first: ModelFile, optim: OptimFile) -> None:
     if not first.groups:
         raise UnsupportedError(
             "it does not state the parameters' shapes, as DeepSpeed before 0.6.0 did not.",
@@ -268,8 +179,13 @@ def _check_model(model: list[ModelFile], optim: OptimFile) -> None:
             f"its DeepSpeed version is {first.version}, that of {optim.path.name} is "
             f"{optim.version}: files of different saves are mixed.",
             path=first.path,
-            hint="Copy all files of one save.",
+            hint=_ONE_SAVE,
         )
+
+
+def _check_agreement(model: list[ModelFile]) -> None:
+    """The model files of all ranks must state the same step and parameters."""
+    first = model[0]
     for other in model[1:]:
         for what, mine, theirs in (
             ("global step", first.steps, other.steps),
@@ -283,57 +199,5 @@ def _check_model(model: list[ModelFile], optim: OptimFile) -> None:
                     f"its {what} is not that of {first.path.name}{numbers}: files of different "
                     "saves are mixed.",
                     path=other.path,
-                    hint="Copy all files of one save.",
+                    hint=_ONE_SAVE,
                 )
-
-
-def _mapping(value: object, path: Path, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise FormatError(
-            f"{what} is a {type(value).__name__}, not a dict; it is no checkpoint of DeepSpeed.",
-            path=path,
-        )
-    return value
-
-
-def _tensors(values: Mapping[Any, object]) -> dict[str, TensorRef]:
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(name, str) and isinstance(value, TensorRef)
-    }
-
-
-def _shapes(value: object, path: Path) -> Shapes:
-    shapes = _mapping(value, path, "a list of shapes")
-    for name, shape in shapes.items():
-        sound = isinstance(shape, tuple | list) and all(type(n) is int and n >= 0 for n in shape)
-        if not isinstance(name, str) or not sound:
-            raise FormatError(f"the shape of {name!r} is {shape!r}.", path=path)
-    return {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def _strings(value: object, path: Path) -> dict[str, str]:
-    mapping = _mapping(value, path, "shared_params")
-    if not all(isinstance(item, str) for pair in mapping.items() for item in pair):
-        raise FormatError("its shared_params do not name parameters.", path=path)
-    return mapping
-
-
-def _paddings(value: object, path: Path) -> tuple[tuple[int, ...], ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(isinstance(group, list | tuple) for group in value):
-        raise FormatError("its param_alignment_paddings are not lists.", path=path)
-    paddings = tuple(tuple(group) for group in value)
-    if not all(type(n) is int and n >= 0 for group in paddings for n in group):
-        raise FormatError("its param_alignment_paddings are not numbers.", path=path)
-    return paddings
-
-
-def _integer(value: object) -> int | None:
-    return value if type(value) is int else None
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None

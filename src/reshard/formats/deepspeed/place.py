@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
@@ -11,28 +12,50 @@ from reshard.storage import Sources, child
 
 # runtime/engine.py: _get_ckpt_name, _get_zero_ckpt_name, _get_optimizer_ckpt_name,
 # _get_expert_ckpt_name; runtime/pipe/module.py: ckpt_layer_path. "pp_rank" is the data parallel
-# rank; mp_rank counts tensor (and pipeline) parallel ranks.
+# rank; mp_rank counts tensor (and pipeline) parallel ranks; an expert's "layer" counts layers with
+# experts.
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _MODEL_STAGE3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _PIPELINE = re.compile(r"layer_\d+(?:-model_\d+)?-model_states\.pt")
-_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_.*\.pt")
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
+# Experts of the first releases, whose files name no layer, and of tensor parallel runs.
+_OTHER_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt")
 
 LATEST = "latest"
 _LATEST_UNIVERSAL = "latest_universal"
 # A tag is a short name; anything longer is not DeepSpeed's file.
 _MAX_LATEST = 4096
+# Ranks, or experts of a layer: far more than any machine has, and few enough to count.
+_MAX_COUNT = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A tag folder and its files by rank: `model[(dp, mp)]`, with dp 0 below stage 3."""
+    """A tag folder and its files by rank: `model[(dp, mp)]`, with dp 0 below stage 3.
+
+    `experts[(layer, expert)]` are the files of DeepSpeed's experts. `universal`: the folder was
+    made by ds_to_universal.
+    """
 
     folder: Path
     tag: str
     model: dict[tuple[int, int], Path] = field(default_factory=dict)
     optim: dict[tuple[int, int], Path] = field(default_factory=dict)
+    experts: dict[tuple[int, int], Path] = field(default_factory=dict)
     partitioned_model: bool = False
+    universal: bool = False
+
+    @property
+    def mp_ranks(self) -> list[int]:
+        """The model parallel ranks that files are there of, ascending."""
+        return sorted({mp for _, mp in (*self.model, *self.optim)})
+
+    def of(self, mp_rank: int) -> Location:
+        """The same folder with the files of one model parallel rank."""
+        model = {rank: path for rank, path in self.model.items() if rank[1] == mp_rank}
+        optim = {rank: path for rank, path in self.optim.items() if rank[1] == mp_rank}
+        return replace(self, model=model, optim=optim)
 
 
 def reason(path: Path) -> str | None:
@@ -81,21 +104,17 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
 
 def _latest(path: Path, sources: Sources) -> str:
     tags = _tags(path)
-    if (path / LATEST).is_file():
-        source = sources.open(child(path, LATEST))
+    for pointer in (LATEST, _LATEST_UNIVERSAL):
+        if not (path / pointer).is_file():
+            continue
+        source = sources.open(child(path, pointer))
         try:
             name = source.read(0, min(source.size, _MAX_LATEST)).decode().strip()
         except UnicodeDecodeError:
             name = ""
         if not name:
-            raise FormatError("it names no tag.", path=path / LATEST, hint="Pass --tag.")
+            raise FormatError("it names no tag.", path=path / pointer, hint="Pass --tag.")
         return name
-    if (path / _LATEST_UNIVERSAL).is_file():
-        raise UnsupportedError(
-            "it is a DeepSpeed universal checkpoint, which is not handled.",
-            path=path,
-            hint="Convert the checkpoint that it was made from.",
-        )
     if len(tags) != 1:
         raise NotFoundError(
             f"there is no `{LATEST}` and more than one tag: {', '.join(tags)}.",
@@ -108,6 +127,7 @@ def _latest(path: Path, sources: Sources) -> str:
 def _classified(folder: Path, tag: str) -> Location:
     model: dict[tuple[int, int], Path] = {}
     optim: dict[tuple[int, int], Path] = {}
+    experts: dict[tuple[int, int], Path] = {}
     partitioned = False
     for path in sorted(folder.iterdir()):
         name = path.name
@@ -124,18 +144,14 @@ def _classified(folder: Path, tag: str) -> Location:
                 "number; there is no way back to a model's names.",
                 path=folder,
             )
-        elif _EXPERT.fullmatch(name):
+        elif match := _EXPERT.fullmatch(name):
+            _put(experts, (int(match[1]), int(match[2])), folder, name)
+        elif _OTHER_EXPERT.fullmatch(name):
             raise UnsupportedError(
-                f"it was trained with DeepSpeed's expert parallelism ({name}), which is not "
-                "handled.",
+                f"it was trained with experts of a kind whose files ({name}) are not handled: "
+                "experts under tensor parallelism, or of a DeepSpeed before 0.5.",
                 path=folder,
             )
-    if (folder / "zero").is_dir() and not optim:
-        raise UnsupportedError(
-            "it is a DeepSpeed universal checkpoint, which is not handled.",
-            path=folder,
-            hint="Convert the checkpoint that it was made from.",
-        )
     if partitioned and (0, 0) not in model:
         raise _missing_rank(folder, "model_states", [0])
     if any(_MODEL.fullmatch(path.name) for path in model.values()) and partitioned:
@@ -144,7 +160,8 @@ def _classified(folder: Path, tag: str) -> Location:
             path=folder,
             hint="Remove the files of the older save.",
         )
-    return Location(folder, tag, model, optim, partitioned)
+    universal = (folder / "zero").is_dir() and not optim
+    return Location(folder, tag, model, optim, experts, partitioned, universal)
 
 
 def _put(
@@ -159,9 +176,29 @@ def _put(
     files[rank] = child(folder, name)
 
 
-def check_ranks(location: Location, kind: str, ranks: list[int], world_size: int) -> None:
-    """Data parallel ranks must be 0 to `world_size` - 1, each once. Raises `IncompleteError`."""
-    missing = sorted(set(range(world_size)) - set(ranks))
+def check_written_as(path: Path, written_as: str | None) -> None:
+    """A rank's file must bear the name that torch wrote it under, where the file tells.
+
+    Nothing else in a file says whose rank it is. Raises `FormatError` for a file that was renamed,
+    or copied onto another rank's.
+    """
+    known = (_MODEL, _MODEL_STAGE3, _OPTIM, _EXPERT)
+    name = f"{written_as}.pt"
+    if name != path.name and any(pattern.fullmatch(name) for pattern in known):
+        raise FormatError(
+            f"it was written as {name} and renamed: it is the file of another rank.",
+            path=path,
+            hint="Copy each rank's own file under its own name.",
+        )
+
+
+def check_ranks(location: Location, kind: str, ranks: list[int], world_size: int | None) -> None:
+    """Data parallel ranks must be 0 to `world_size` - 1, each once. Raises `IncompleteError`.
+
+    Where the world size is not known, no rank between 0 and the last may be missing.
+    """
+    world_size = max(ranks) + 1 if world_size is None else world_size
+    missing = absent(ranks, world_size, location.folder)
     if missing:
         raise _missing_rank(location.folder, kind, missing, world_size)
     extra = sorted(set(ranks) - set(range(world_size)))
@@ -172,6 +209,13 @@ def check_ranks(location: Location, kind: str, ranks: list[int], world_size: int
             path=location.folder,
             hint="Remove the files that an older save left.",
         )
+
+
+def absent(there: Collection[int], count: int, folder: Path) -> list[int]:
+    """Which of the numbers 0 to `count` - 1 are not there, ascending."""
+    if count > _MAX_COUNT:
+        raise FormatError(f"its files state a number of {count} ranks or experts.", path=folder)
+    return sorted(set(range(count)) - set(there))
 
 
 def _missing_rank(

@@ -9,15 +9,18 @@ the model file holds a second time, rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from reshard.dtypes import DType
 from reshard.errors import FormatError
-from reshard.formats.deepspeed.files import OptimFile, Saved
+from reshard.formats.deepspeed.files import Saved
+from reshard.formats.deepspeed.parse import OptimFile
+from reshard.rearrange import crop, unflatten
 from reshard.storage import Sources
-from reshard.tensors import Entry, Extent
+from reshard.tensors import Box, Entry, Extent
 from reshard.torchfile import TensorRef
 
 Array = np.ndarray[Any, Any]
@@ -74,21 +77,22 @@ def check_copies(optim: tuple[OptimFile, ...], sources: Sources) -> None:
             )
 
 
-def check_masters(saved: Saved, entries: Mapping[str, Entry], sources: Sources) -> None:
+def check_masters(
+    module: Mapping[str, TensorRef], entries: Mapping[str, Entry], sources: Sources
+) -> None:
     """The masters, rounded to the module's dtype, must be the module's weights (stages 1 and 2).
 
     Compared is a sample of every fragment, so each rank's file vouches for its own part.
     """
-    model = saved.model[0]
     for name, entry in entries.items():
-        stored = model.module.get(name)
+        stored = module.get(name)
         if stored is None:
             continue
         if stored.shape != entry.spec.shape:
             raise FormatError(
                 f"its shape is {stored.shape} in the module and {entry.spec.shape} in the list "
                 "of parameters.",
-                path=model.path,
+                path=stored.extent.file.path,
                 tensor=name,
             )
         if stored.strides is not None:
@@ -97,12 +101,48 @@ def check_masters(saved: Saved, entries: Mapping[str, Entry], sources: Sources) 
             values = _numbers(master, entry.spec.dtype, sources).astype(stored.dtype.numpy)
             if not _same(values, _numbers(rounded, stored.dtype, sources)):
                 raise FormatError(
-                    f"its weights in {_file(master)} are not those in {model.path.name}: the "
+                    f"its weights in {_file(master)} are not those in {_file(rounded)}: the "
                     "files are of different saves or ranks.",
-                    path=saved.model[0].path.parent,
+                    path=Path(stored.extent.file.path).parent,
                     tensor=name,
                     hint=_ONE_SAVE,
                 )
+
+
+def check_replicas(one: Entry, other: Entry, sources: Sources) -> None:
+    """Two ranks' copies of one tensor must be the same. Compared is a sample of every fragment."""
+    for fragment in (*unflatten(one).fragments, *unflatten(other).fragments):
+        for run in _runs(fragment.box):
+            first, second = (_run(entry, run, sources) for entry in (one, other))
+            if not _same(first, second):
+                raise FormatError(
+                    "tensor parallel ranks should hold the same, and do not: "
+                    f"{first.ravel()[:1]} and {second.ravel()[:1]} at {run.offsets}.",
+                    path=Path(fragment.extent.file.path).parent,
+                    tensor=one.spec.name,
+                    hint=_ONE_SAVE,
+                )
+
+
+def _runs(box: Box) -> Iterator[Box]:
+    """Short runs along the last dimension, from the box's start and from its middle."""
+    if not box.shape:
+        yield box
+        return
+    sizes = (1,) * (len(box.sizes) - 1) + (min(_SAMPLE, box.sizes[-1]),)
+    middle = tuple(o + (n - m) // 2 for o, n, m in zip(box.offsets, box.sizes, sizes, strict=True))
+    for offsets in {box.offsets, middle}:
+        yield Box(box.shape, offsets, sizes)
+
+
+def _run(entry: Entry, box: Box, sources: Sources) -> Array:
+    """The elements of a box that is a run along the last dimension."""
+    pieces = sorted(crop(entry, box).fragments, key=lambda piece: piece.box.offsets)
+    values = [
+        _numbers(piece.extent, piece.dtype, sources)[:: piece.strides[-1] if piece.strides else 1]
+        for piece in pieces
+    ]
+    return np.concatenate(values)
 
 
 def _samples(entry: Entry, stored: TensorRef) -> Iterator[tuple[Extent, Extent]]:

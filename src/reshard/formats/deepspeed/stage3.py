@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from reshard.catalog import Catalog
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed import proof
 from reshard.formats.deepspeed.describe import describe
-from reshard.formats.deepspeed.files import Saved, Shapes
+from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
+from reshard.formats.deepspeed.parse import Shapes
 from reshard.formats.deepspeed.place import Location
 from reshard.storage import Sources
 from reshard.tensors import Entry, TensorSpec
@@ -20,12 +21,21 @@ def catalog(
     location: Location, saved: Saved, sources: Sources, *, allow_step_mismatch: bool
 ) -> Catalog:
     """The masters of all sub-groups, frozen pieces and buffers from the model files."""
-    model = saved.model[0]
     proof.check_steps(saved.optim, sources)
     proof.check_copies(saved.optim, sources)
     if not allow_step_mismatch:
         proof.check_model_step(saved, sources)
-    entries = {entry.spec.name: entry for entry in _parameters(saved)}
+    entries, notes = complete({entry.spec.name: entry for entry in _parameters(saved)}, saved)
+    return describe(location, saved, entries, notes)
+
+
+def complete(masters: Mapping[str, Entry], saved: Saved) -> tuple[dict[str, Entry], list[str]]:
+    """The masters, and from the model files what has none: frozen parameters, buffers, other names.
+
+    With it the notes on what nothing has.
+    """
+    model = saved.model[0]
+    entries = dict(masters)
     entries.update((entry.spec.name, entry) for entry in _frozen(saved))
     for name in model.buffers:
         if name in model.module:
@@ -40,7 +50,7 @@ def catalog(
             f"{len(absent)} names have no weights in the checkpoint, as frozen parameters before "
             f"DeepSpeed 0.9.1: {', '.join(absent[:5])}."
         )
-    return describe(location, saved, in_module_order(entries, aliases, model.module), notes)
+    return in_module_order(entries, aliases, model.module), notes
 
 
 def _parameters(saved: Saved) -> Iterator[Entry]:

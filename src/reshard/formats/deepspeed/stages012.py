@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from reshard.catalog import Catalog
 from reshard.dtypes import DType
 from reshard.errors import FormatError, IncompleteError
-from reshard.formats.deepspeed import proof
+from reshard.formats.deepspeed import experts, proof
 from reshard.formats.deepspeed.describe import describe
-from reshard.formats.deepspeed.files import ModelFile, OptimFile, Saved, Shapes
+from reshard.formats.deepspeed.experts import holds_experts
+from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
+from reshard.formats.deepspeed.parse import ModelFile, OptimFile, Shapes
 from reshard.formats.deepspeed.place import Location
 from reshard.storage import Sources
 from reshard.tensors import Entry, Kind, TensorSpec
@@ -20,24 +22,42 @@ from reshard.torchfile import TensorRef
 
 def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
     """The masters of all groups, and from the module what has no master."""
-    model = saved.model[0]
     entries: dict[str, Entry] = {}
     if saved.optim:
-        for number, shapes in enumerate(model.groups):
-            entries.update(_group(number, shapes, saved.optim))
+        for number, shapes in enumerate(saved.model[0].groups):
+            entries.update(_group(number, shapes, saved))
         proof.check_steps(saved.optim, sources)
-        proof.check_masters(saved, entries, sources)
+        proof.check_masters(saved.module, entries, sources)
+    return describe(location, saved, complete(entries, saved))
+
+
+def complete(masters: Mapping[str, Entry], saved: Saved) -> dict[str, Entry]:
+    """The masters, and from the module what has none: buffers, frozen parameters, other names."""
+    model, module = saved.model[0], saved.module
+    entries = dict(masters)
     aliases = _aliases(model, entries)
-    for name, tensor in model.module.items():
+    for name, tensor in module.items():
         if name not in entries and name not in aliases:
-            kind = _kind(name, model, stage=saved.stage)
-            entries[name] = stored_entry(name, tensor, kind)
-    ordered = in_module_order(entries, aliases, model.module)
-    return describe(location, saved, ordered)
+            entries[name] = stored_entry(name, tensor, _kind(name, model, zero=bool(masters)))
+    return in_module_order(entries, aliases, module)
 
 
-def _group(number: int, shapes: Shapes, optim: tuple[OptimFile, ...]) -> dict[str, Entry]:
-    """The parameters of one group. `shapes` is in the order in which they lie in it."""
+def _group(number: int, shapes: Shapes, saved: Saved) -> dict[str, Entry]:
+    """The parameters of one group, of all experts where it is theirs."""
+    if not holds_experts(shapes):
+        return _cut(number, shapes, saved.optim)
+    entries = {}
+    for rank in experts.ranks(number, shapes, saved):
+        for name, entry in _cut(number, shapes, rank.optim).items():
+            entries[rank.names[name]] = entry.renamed(rank.names[name])
+    return entries
+
+
+def _cut(number: int, shapes: Shapes, optim: tuple[OptimFile, ...]) -> dict[str, Entry]:
+    """The parameters of one group, which the files of `optim` share.
+
+    `shapes` is in the order in which they lie in it.
+    """
     if number >= len(optim[0].flats):
         raise FormatError(
             f"it has {len(optim[0].flats)} flat groups, the model file lists {number + 1} or "
@@ -130,7 +150,7 @@ def _place(tensor: TensorRef) -> tuple[tuple[str, int], DType, tuple[int, ...], 
     return tensor.storage, tensor.dtype, tensor.shape, tensor.strides
 
 
-def _kind(name: str, model: ModelFile, *, stage: int) -> Kind:
+def _kind(name: str, model: ModelFile, *, zero: bool) -> Kind:
     if name in model.buffers:
         return "buffer"
-    return "frozen" if stage else "parameter"
+    return "frozen" if zero else "parameter"

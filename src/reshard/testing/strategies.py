@@ -1,4 +1,8 @@
-"""hypothesis strategies: tensors, and ways in which frameworks tear them apart."""
+"""hypothesis strategies: tensors, and ways in which frameworks tear them apart.
+
+>>> @given(torn())                                                    # doctest: +SKIP
+... def test_my_reader(torn: Torn) -> None: ...
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,45 @@
+# Everything here needs Python 3.10 or newer and PyPI, nothing else. The virtual environment is made
+# on the first use and again whenever its requirements change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+
+.PHONY: test test-slow check demo demo-fsdp bench clean
+
+test: check
+	$(BIN)/python -m pytest
+
+# What takes minutes, with a real model.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Real model, real DeepSpeed ZeRO-3 training, conversion, and the answers before and after.
+demo: $(STAMP)
+	$(BIN)/python -m demo.deepspeed_story demo-out
+
+# The same with FSDP: converted for it, loaded, trained, saved by DCP, and converted back.
+demo-fsdp: $(STAMP)
+	$(BIN)/python -m demo.fsdp_story demo-out
+
+# Time and memory against DeepSpeed's own tools, the common script and cp; tables and JSON in bench-out.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.bench bench-out
+
+# torch comes first: by itself, so that a CPU build that pip is told of (PIP_FIND_LINKS or
+# PIP_EXTRA_INDEX_URL) is taken. DeepSpeed is built from source, its operators are not compiled.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--group dev --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out bench-out .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,67 @@
+"""The benchmark's FSDP checkpoints, and the Hugging Face folders that are converted for FSDP.
+
+The one that is timed comes from real FSDP2 ranks: float32 parameters, one step, saved by DCP as
+accelerate and the HF Trainer save them. The large one is saved by DCP in one process, all ones.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.inputs import Recipe, random_base, run_ranks, save_large_base
+
+
+def sharded(folder: Path) -> None:
+    """By real FSDP2 ranks. Needs 8 GB of memory and 3 GB of disk."""
+    random_base(folder / "base")
+    run_ranks("benchmarks.dcp_train", str(folder / "base"), str(folder / "source"))
+
+
+def sharded_large(folder: Path) -> None:
+    """The large model by DCP, in bfloat16. Needs 5 GB of memory, 4 GB of disk."""
+    _in_process("save_sharded", folder)
+
+
+def pretrained(folder: Path) -> None:
+    """The small model as it would be downloaded."""
+    random_base(folder / "source")
+    (folder / "base").symlink_to("source")
+
+
+def pretrained_large(folder: Path) -> None:
+    """The large model's files, all zeros. Takes no space on disk."""
+    _in_process("save_pretrained", folder)
+    (folder / "base").symlink_to("source")
+
+
+def _in_process(function: str, folder: Path) -> None:
+    """The benchmark's own process stays small: its children begin as large as it is."""
+    subprocess.run([sys.executable, "-m", __name__, function, str(folder)], check=True)
+
+
+def save_pretrained(folder: Path) -> None:
+    save_large_base(folder / "source")
+
+
+def save_sharded(folder: Path) -> None:
+    import torch
+    from torch.distributed import checkpoint as dcp
+
+    shapes = save_large_base(folder / "base")
+    state = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    dcp.save({"model": state}, checkpoint_id=folder / "source", no_dist=True)
+
+
+RECIPES: tuple[Recipe, ...] = (
+    Recipe("fsdp-0.5b", "dcp", sharded),
+    Recipe("fsdp-1.9b", "dcp", sharded_large, timed=False),
+    Recipe("hf-0.5b", "huggingface", pretrained),
+    Recipe("hf-1.9b", "huggingface", pretrained_large, timed=False),
+)
+
+_FUNCTIONS = {function.__name__: function for function in (save_pretrained, save_sharded)}
+
+if __name__ == "__main__":
+    _FUNCTIONS[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,62 @@
+"""One command in a process of its own: wall time and peak resident memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run of a command took.
+
+    `peak_nbytes` is the kernel's `ru_maxrss`: resident memory, mapped file pages included, of the
+    largest process of the command. A child begins as a copy of the benchmark itself, so it cannot
+    be less than the benchmark's own 40 MiB or so.
+    """
+
+    seconds: float
+    peak_nbytes: int
+    output: str
+
+
+class CommandError(Exception):
+    """A contender ended with another exit code than 0."""
+
+
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
+    """Run `command` to its end. Raises `CommandError`, with the end of what it said."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=None if environment is None else dict(environment),
+    )
+    if process.stdout is None:
+        raise CommandError(f"no output to read from {command[0]}")
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.stdout.close()
+    if process.returncode != 0:
+        raise CommandError(f"{' '.join(command)}: {process.returncode}\n{output[-2000:]}")
+    return Run(seconds, usage.ru_maxrss * 1024, output)
+
+
+def warm(folder: Path) -> int:
+    """Read every file under `folder`, so that the page cache holds what fits; bytes read."""
+    buffer = bytearray(1 << 22)
+    total = 0
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    total += count
+    return total

@@ -1,0 +1,259 @@
+"""What DeepSpeed's files say, as types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import FormatError, UnsupportedError
+from reshard.tensors import Record
+from reshard.torchfile import TensorRef, TorchFile
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A `*_model_states.pt` file. Values of `module` that are no tensors are left out.
+
+    `parallel_info` is `universal_checkpoint_info`, as it stands: how tensor parallel ranks split
+    the parameters. `num_experts` has a number for each layer of experts.
+    """
+
+    path: Path
+    module: Mapping[str, TensorRef]
+    buffers: frozenset[str]
+    groups: tuple[Shapes, ...]
+    frozen_shapes: Shapes
+    frozen_fragments: Mapping[str, TensorRef]
+    shared: Mapping[str, str] | None
+    version: str | None
+    steps: int | None
+    skipped: int
+    stage: int
+    world_size: int | None
+    mp_world_size: int | None
+    pipeline_stages: int
+    parallel_info: Mapping[str, Any] | None
+    num_experts: tuple[int, ...]
+    data_before_experts: bool
+    records: tuple[Record, ...]
+    opaque: tuple[str, ...]
+    written_as: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class OptimFile:
+    """A `*_optim_states.pt` file of one data parallel rank.
+
+    `flats` are this rank's flat fp32 tensors: one for each parameter group (stages 1 and 2) or
+    sub-group (stage 3). `paddings[g][k]` elements of filler follow parameter `k` of group `g`.
+    """
+
+    path: Path
+    stage: int
+    flats: tuple[TensorRef, ...]
+    partition_count: tuple[int, ...]
+    paddings: tuple[tuple[int, ...], ...] | None
+    version: str | None
+    step: TensorRef | int | None
+    moments: tuple[TensorRef, ...]
+    records: tuple[Record, ...]
+    opaque: tuple[str, ...]
+    written_as: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFile:
+    """A `layer_*_expert_*_model_states.pt` file: an expert's weights in the training dtype."""
+
+    path: Path
+    module: Mapping[str, TensorRef]
+    records: tuple[Record, ...]
+    opaque: tuple[str, ...]
+    written_as: str | None
+
+
+def parse_model(path: Path, file: TorchFile) -> ModelFile:
+    """A model file's content as types. Raises `FormatError` for what DeepSpeed never writes."""
+    top = _mapping(file.value, path, "the file")
+    module = top.get("module", {})
+    if module is None:
+        raise UnsupportedError(
+            "it has no module: the run was one of pipeline parallelism.", path=path
+        )
+    if top.get("ds_autoep_layers"):
+        raise UnsupportedError("experts split by AutoEP are not handled.", path=path)
+    groups = top.get("param_shapes")
+    if isinstance(groups, dict):
+        groups = [groups]
+    config = _settings(top.get("ds_config"))
+    stage = _settings(config.get("zero_optimization")).get("stage")
+    degrees = _settings(top.get("checkpoint_parallel_dimensions"))
+    info = top.get("universal_checkpoint_info")
+    experts = top.get("num_experts")
+    shared = top.get("shared_params")
+    return ModelFile(
+        path=path,
+        module=_tensors(_mapping(module, path, "module")),
+        buffers=frozenset(n for n in top.get("buffer_names") or () if isinstance(n, str)),
+        groups=tuple(_shapes(group, path) for group in groups or ()),
+        frozen_shapes=_shapes(top.get("frozen_param_shapes") or {}, path),
+        frozen_fragments=_tensors(
+            _mapping(top.get("frozen_param_fragments") or {}, path, "frozen_param_fragments")
+        ),
+        shared=None if shared is None else _strings(shared, path),
+        version=_text(top.get("ds_version")),
+        steps=_integer(top.get("global_steps")),
+        skipped=_integer(top.get("skipped_steps")) or 0,
+        stage=stage if isinstance(stage, int) else 0,
+        world_size=_integer(top.get("dp_world_size")),
+        mp_world_size=_integer(top.get("mp_world_size")),
+        pipeline_stages=_integer(degrees.get("pp_degree")) or 1,
+        parallel_info=info if isinstance(info, dict) else None,
+        num_experts=tuple(n for n in experts if type(n) is int)
+        if isinstance(experts, list)
+        else (),
+        data_before_experts=config.get("use_data_before_expert_parallelism") is True,
+        records=file.records,
+        opaque=file.opaque,
+        written_as=file.written_as,
+    )
+
+
+def parse_expert(path: Path, file: TorchFile) -> ExpertFile:
+    """An expert file's content as types: a state dict and nothing else."""
+    top = _mapping(file.value, path, "the file")
+    module = _tensors(top)
+    if len(module) != len(top):
+        raise UnsupportedError(
+            "it holds more than an expert's weights, as under AutoEP with tensor parallelism, "
+            "which is not handled.",
+            path=path,
+        )
+    return ExpertFile(path, module, file.records, file.opaque, file.written_as)
+
+
+def parse_optim(path: Path, file: TorchFile) -> OptimFile:
+    """An optimizer file's content as types. Raises `FormatError`, `UnsupportedError`."""
+    top = _mapping(file.value, path, "the file")
+    state = _mapping(top.get("optimizer_state_dict"), path, "optimizer_state_dict")
+    if "ds_zero_partition_groups" in state:
+        raise UnsupportedError("experts split by AutoEP are not handled.", path=path)
+    if "fp32_flat_groups" in state:
+        key, stage = "fp32_flat_groups", 3
+    elif "single_partition_of_fp32_groups" in state:
+        # BF16_Optimizer states no stage and is laid out as stage 1.
+        key, stage = "single_partition_of_fp32_groups", _integer(state.get("zero_stage")) or 1
+    else:
+        raise FormatError("it holds no fp32 weights.", path=path)
+    flats = state[key]
+    if not isinstance(flats, list) or not all(isinstance(flat, TensorRef) for flat in flats):
+        raise FormatError(f"its {key} is not a list of tensors.", path=path)
+    for flat in flats:
+        if len(flat.shape) != 1 or flat.strides is not None or not flat.dtype.floating:
+            raise FormatError(
+                f"a flat group has dtype {flat.dtype} and shape {flat.shape}.", path=path
+            )
+    count = state.get("partition_count")
+    stated = count if isinstance(count, list) else [count]
+    counts = [n for n in stated if type(n) is int and n > 0]
+    if not counts or len(counts) != len(stated):
+        raise FormatError(f"its partition_count is {count!r}.", path=path)
+    step, moments = _base_state(state)
+    return OptimFile(
+        path=path,
+        stage=stage,
+        flats=tuple(flats),
+        partition_count=tuple(counts),
+        paddings=_paddings(state.get("param_alignment_paddings"), path),
+        version=_text(top.get("ds_version") or state.get("ds_version")),
+        step=step,
+        moments=moments,
+        records=file.records,
+        opaque=file.opaque,
+        written_as=file.written_as,
+    )
+
+
+def _base_state(state: Mapping[str, Any]) -> tuple[TensorRef | int | None, tuple[TensorRef, ...]]:
+    """The step count and the moments of the wrapped optimizer, wherever this version keeps them."""
+    base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    groups: list[object] = []
+    if isinstance(base, dict):
+        inner = base.get("state", {})
+        groups = list(inner.values()) if isinstance(inner, dict) else []
+    elif isinstance(base, list):  # elastic checkpoints: one dict a group
+        groups = list(base)
+    found = [group for group in groups if isinstance(group, dict)]
+    step = state.get("base_optimizer_state_step")
+    for group in found:
+        step = group.get("step") if step is None else step
+    if not (type(step) is int or (isinstance(step, TensorRef) and step.shape in ((), (1,)))):
+        step = None
+    moments = [
+        value
+        for group in found
+        for value in group.values()
+        if isinstance(value, TensorRef) and value.shape not in ((), (1,))
+    ]
+    return step, tuple(moments)
+
+
+def _mapping(value: object, path: Path, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FormatError(
+            f"{what} is a {type(value).__name__}, not a dict; it is no checkpoint of DeepSpeed.",
+            path=path,
+        )
+    return value
+
+
+def _settings(value: object) -> dict[Any, Any]:
+    """A section of a configuration; empty where there is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def _tensors(values: Mapping[Any, object]) -> dict[str, TensorRef]:
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(name, str) and isinstance(value, TensorRef)
+    }
+
+
+def _shapes(value: object, path: Path) -> Shapes:
+    shapes = _mapping(value, path, "a list of shapes")
+    for name, shape in shapes.items():
+        sound = isinstance(shape, tuple | list) and all(type(n) is int and n >= 0 for n in shape)
+        if not isinstance(name, str) or not sound:
+            raise FormatError(f"the shape of {name!r} is {shape!r}.", path=path)
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _strings(value: object, path: Path) -> dict[str, str]:
+    mapping = _mapping(value, path, "shared_params")
+    if not all(isinstance(item, str) for pair in mapping.items() for item in pair):
+        raise FormatError("its shared_params do not name parameters.", path=path)
+    return mapping
+
+
+def _paddings(value: object, path: Path) -> tuple[tuple[int, ...], ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(group, list | tuple) for group in value):
+        raise FormatError("its param_alignment_paddings are not lists.", path=path)
+    paddings = tuple(tuple(group) for group in value)
+    if not all(type(n) is int and n >= 0 for group in paddings for n in group):
+        raise FormatError("its param_alignment_paddings are not numbers.", path=path)
+    return paddings
+
+
+def _integer(value: object) -> int | None:
+    return value if type(value) is int else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

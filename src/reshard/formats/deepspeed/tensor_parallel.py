@@ -1,0 +1,182 @@
+"""Tensor parallel ranks: what each holds, joined to whole parameters.
+
+    mp_rank_00_model_states.pt                    each rank's files are a checkpoint of its parts,
+    [bf16_]zero_pp_rank_<D>_mp_rank_00_optim_states.pt   read as one without tensor parallelism is
+    mp_rank_01_model_states.pt
+    [bf16_]zero_pp_rank_<D>_mp_rank_01_optim_states.pt
+
+How the parts make a whole stands in `universal_checkpoint_info` alone, which AutoTP writes and
+Megatron does not. What several ranks hold is taken from the first of them, and a sample of the
+others must equal it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from reshard import rearrange
+from reshard.catalog import Catalog
+from reshard.errors import FormatError, IncompleteError, UnsupportedError
+from reshard.formats.deepspeed import parallel_info, proof
+from reshard.formats.deepspeed.files import Saved
+from reshard.formats.deepspeed.parallel_info import ParallelInfo
+from reshard.formats.deepspeed.place import Location, absent
+from reshard.formats.deepspeed.sharding import Block, Sharding, replicated
+from reshard.storage import Sources
+from reshard.tensors import Box, Entry, TensorSpec, check_tiling
+
+
+def check(location: Location, saved: Sequence[Saved], sources: Sources) -> list[Saved]:
+    """Prove that all model parallel ranks are there and of one save; the same, ready to be read.
+
+    Only global rank 0 writes which parameters are tied, so all ranks are given what it wrote.
+    Raises `IncompleteError`, `FormatError`, `UnsupportedError`.
+    """
+    first = saved[0].model[0]
+    world_size = first.mp_world_size or len(saved)
+    missing = absent(location.mp_ranks, world_size, location.folder)
+    if missing:
+        raise IncompleteError(
+            f"the files of model parallel rank {missing[0]} of {world_size} (mp_rank_"
+            f"{missing[0]:02d}) are missing.",
+            path=location.folder,
+            hint="Copy every rank's files.",
+        )
+    if len(saved) > world_size:
+        raise FormatError(
+            f"it holds files of {len(saved)} model parallel ranks, and the model files state "
+            f"{world_size}: files of different saves are mixed.",
+            path=location.folder,
+            hint="Remove the files that an older save left.",
+        )
+    if len(saved) > 1:
+        _check_handled(location, saved)
+    for other in saved[1:]:
+        _check_same_save(saved[0], other, sources)
+    model = [tuple(replace(file, shared=first.shared) for file in one.model) for one in saved]
+    return [replace(one, model=files) for one, files in zip(saved, model, strict=True)]
+
+
+def join(saved: Sequence[Saved], parts: Sequence[Catalog], sources: Sources) -> Catalog:
+    """The catalog of the whole, given those of all tensor parallel ranks, in order."""
+    first = saved[0].model[0]
+    info = parallel_info.parse(first.parallel_info or {}, first.path)
+    _check_names(saved, parts)
+    entries = {}
+    for name in parts[0].entries:
+        held = [part.entries[name] for part in parts]
+        sharding = _sharding(info, held)
+        for block in sharding.blocks:
+            copies = [_cropped(held, block, number) for number in range(len(block.held))]
+            for copy in copies[1:]:
+                proof.check_replicas(copies[0], copy, sources)
+        entries[name] = _joined(held, sharding)
+    origin = parts[0].origin
+    return replace(
+        parts[0],
+        entries=entries,
+        records=tuple(dict.fromkeys(record for part in parts for record in part.records)),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        origin=replace(
+            origin,
+            world_size=origin.world_size and origin.world_size * len(parts),
+            details={**origin.details, "tensor_parallel": len(parts)},
+        ),
+    )
+
+
+def _check_handled(location: Location, saved: Sequence[Saved]) -> None:
+    """Only tensor parallelism, and only where the files say how it split the parameters."""
+    problem = None
+    if any(one.model[0].pipeline_stages > 1 for one in saved):
+        problem = "it was trained with pipeline parallelism"
+    elif location.experts:
+        problem = "it was trained with experts under tensor parallelism"
+    elif location.universal:
+        problem = "it is a universal checkpoint of tensor parallel ranks"
+    if problem is not None:
+        raise UnsupportedError(f"{problem}, which is not handled.", path=location.folder)
+    for one in saved:
+        if one.model[0].parallel_info is None:
+            raise UnsupportedError(
+                f"it was trained with tensor parallelism over {len(saved)} ranks, and how these "
+                "split the parameters is not stated: it has no universal_checkpoint_info, as "
+                "Megatron and AutoTP before DeepSpeed 0.18.9 write none.",
+                path=one.model[0].path,
+                hint="Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the "
+                "framework that trained it.",
+            )
+
+
+def _check_same_save(one: Saved, other: Saved, sources: Sources) -> None:
+    """Two tensor parallel ranks must have the same version, steps and data parallel ranks."""
+    mine, theirs = one.model[0], other.model[0]
+    for what, first, second in (
+        ("DeepSpeed version", mine.version, theirs.version),
+        ("global step", mine.steps, theirs.steps),
+        ("ZeRO stage", one.stage, other.stage),
+        ("number of data parallel ranks", len(one.optim), len(other.optim)),
+    ):
+        if first != second:
+            raise FormatError(
+                f"its {what} is {second}, that of {mine.path.name} is {first}: files of different "
+                "saves are mixed.",
+                path=theirs.path,
+                hint="Copy all files of one save.",
+            )
+    if one.optim:
+        proof.check_steps((one.optim[0], other.optim[0]), sources)
+
+
+def _check_names(saved: Sequence[Saved], parts: Sequence[Catalog]) -> None:
+    for one, part in zip(saved, parts, strict=True):
+        differing = sorted(part.entries.keys() ^ parts[0].entries.keys())
+        if differing:
+            raise FormatError(
+                f"it and {saved[0].model[0].path.name} do not hold the same tensors: only one of "
+                f"them has {', '.join(differing[:5])}.",
+                path=one.model[0].path,
+                hint="Copy all files of one save.",
+            )
+
+
+def _sharding(info: ParallelInfo, held: Sequence[Entry]) -> Sharding:
+    """How the ranks split a tensor. No buffer is ever split, and no list mentions any."""
+    shapes = [entry.spec.shape for entry in held]
+    if held[0].kind != "buffer":
+        return info.sharding(held[0].spec.name, shapes)
+    try:
+        return replicated(shapes)
+    except ValueError as problem:
+        raise FormatError(f"{problem}.", path=info.path, tensor=held[0].spec.name) from None
+
+
+def _joined(held: Sequence[Entry], sharding: Sharding) -> Entry:
+    """The whole tensor, each block from the first rank that holds it."""
+    # A rank may hold no element of a parameter; it is then no optimizer's, and in another dtype.
+    like = next((entry for entry in held if entry.spec.numel), held[0])
+    fragments = []
+    for block in sharding.blocks:
+        part = _cropped(held, block, 0)
+        if part.spec.dtype != like.spec.dtype:
+            raise FormatError(
+                f"its dtype is {like.spec.dtype} on one tensor parallel rank and "
+                f"{part.spec.dtype} on another.",
+                tensor=like.spec.name,
+            )
+        for fragment in rearrange.unflatten(part).fragments:
+            offsets = tuple(a + b for a, b in zip(fragment.box.offsets, block.at, strict=True))
+            box = Box(sharding.shape, offsets, fragment.box.sizes)
+            fragments.append(replace(fragment, box=box))
+    spec = TensorSpec(like.spec.name, like.spec.dtype, sharding.shape)
+    entry = Entry(spec, tuple(fragments), like.kind, held[0].aliases)
+    check_tiling(entry)
+    return entry
+
+
+def _cropped(held: Sequence[Entry], block: Block, number: int) -> Entry:
+    """A block as the `number`-th of the ranks that have it holds it."""
+    rank, start = block.held[number]
+    entry = held[rank]
+    return rearrange.crop(entry, Box(entry.spec.shape, start, block.sizes))

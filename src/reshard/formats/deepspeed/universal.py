@@ -1,0 +1,86 @@
+"""Universal checkpoints: what ds_to_universal makes of a save.
+
+    ROOT/latest_universal                                the folder's name
+    ROOT/<folder>/zero/<parameter>/fp32.pt               the whole master; moments beside it
+    ROOT/<folder>/mp_rank_00_model_states.pt             stages 1 and 2: a copy of the save's file
+    ROOT/<folder>/zero_pp_rank_0_mp_rank_00_model_states.pt   stage 3: copies, one a rank
+
+    fp32.pt    stages 1 and 2: {"param": tensor in full shape, ...}
+               stage 3: the tensor itself, flat; its shape stands in the model files
+
+Buffers and frozen parameters are read from the model files: where `zero/` has them as well
+(DeepSpeed 0.19.8) they were cast to float32, which does not hold every integer. Read off DeepSpeed
+0.19.8 (checkpoint/ds_to_universal.py) and files that it wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from reshard.catalog import Catalog
+from reshard.errors import FormatError, IncompleteError, UnsupportedError
+from reshard.formats.deepspeed import proof, stage3, stages012
+from reshard.formats.deepspeed.describe import describe
+from reshard.formats.deepspeed.experts import holds_experts
+from reshard.formats.deepspeed.files import Saved
+from reshard.formats.deepspeed.flat import flat_entry
+from reshard.formats.deepspeed.place import Location
+from reshard.storage import Sources, child
+from reshard.tensors import Entry, Record, Shape, TensorSpec, flat
+from reshard.torchfile import TensorRef, TorchFile
+from reshard.torchfile import read as read_torch
+
+
+def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
+    """The masters of `zero/`, and what they leave from the model files."""
+    model = saved.model[0]
+    if any(holds_experts(group) for group in model.groups):
+        raise UnsupportedError(
+            "it is a universal checkpoint of a run with experts, which is not handled.",
+            path=location.folder,
+            hint="Convert the checkpoint that it was made from.",
+        )
+    entries: dict[str, Entry] = {}
+    records: list[Record] = []
+    for name, shape in (item for group in model.groups for item in group.items()):
+        path = child(child(child(location.folder, "zero"), name), "fp32.pt")
+        if not path.is_file():
+            raise IncompleteError(
+                "it is not there.",
+                path=path,
+                tensor=name,
+                hint="Copy the whole folder, or make the universal checkpoint again.",
+            )
+        file = read_torch(sources.open(path))
+        entries[name] = _master(name, shape, _stored(file, path), path)
+        records += file.records
+    if location.partitioned_model:
+        entries, notes = stage3.complete(entries, saved)
+    else:
+        proof.check_masters(model.module, entries, sources)
+        entries, notes = stages012.complete(entries, saved), []
+    found = describe(location, saved, entries, notes)
+    return replace(found, records=(*found.records, *records))
+
+
+def _stored(file: TorchFile, path: Path) -> TensorRef:
+    value = file.value
+    stored = value.get("param") if isinstance(value, dict) else value
+    if not isinstance(stored, TensorRef) or stored.strides is not None:
+        raise FormatError("it holds no master of a parameter.", path=path)
+    return stored
+
+
+def _master(name: str, shape: Shape, stored: TensorRef, path: Path) -> Entry:
+    """A master whose shape the model file states; the file has it in full shape or flat."""
+    spec = TensorSpec(name, stored.dtype, shape)
+    if stored.shape not in (shape, (spec.numel,)):
+        raise FormatError(
+            f"its shape is {stored.shape}, and {shape} in the model file: files of different saves "
+            "are mixed.",
+            path=path,
+            tensor=name,
+            hint="Make the universal checkpoint again.",
+        )
+    return flat_entry(spec, [stored.fragment(flat(spec.numel, 0, spec.numel))], "parameter")

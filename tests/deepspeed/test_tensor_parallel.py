@@ -1,0 +1,359 @@
+"""AutoTP runs: parts of several tensor parallel ranks, joined as their metadata says."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import reshard
+from tests.deepspeed.conftest import ParallelRuns
+from tests.deepspeed.parallel_oracle import RECIPES, TENSOR_PARALLEL
+from tests.deepspeed.test_reading import same_bits
+from tests.deepspeed.test_refusals import edit
+from tests.oracle.cache import Oracle, to_numpy
+
+NAMES = [recipe.name for recipe in TENSOR_PARALLEL]
+KEY = "universal_checkpoint_info"
+
+
+def model_files(tag: Path) -> list[Path]:
+    return sorted(tag.glob("*_model_states.pt"))
+
+
+def edit_info(tag: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the metadata of tensor parallelism in every model file."""
+    for path in model_files(tag):
+        edit(path, lambda content: change(content[KEY]))  # type: ignore[arg-type]
+
+
+def check_against_truth(checkpoint: reshard.Checkpoint, runs: ParallelRuns, name: str) -> None:
+    expected = runs[name].expected()
+    assert set(checkpoint.tensors) == set(expected)
+    for tensor in checkpoint.tensors.values():
+        assert same_bits(tensor.numpy(), expected[tensor.name]), tensor.name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_is_the_live_engines(parallel_runs: ParallelRuns, name: str) -> None:
+    recipe = RECIPES[name]
+    checkpoint = reshard.open(parallel_runs[name].root)
+    check_against_truth(checkpoint, parallel_runs, name)
+    assert checkpoint.world_size == recipe.world
+    assert checkpoint.catalog.origin.details["tensor_parallel"] == recipe.tensor_parallel
+    kinds = {t.name: t.kind for t in checkpoint.tensors.values()}
+    assert ("lm_head.weight", "tied") in kinds.items() or "tied" not in name
+    frozen = {n for n, kind in kinds.items() if kind == "frozen"}
+    assert bool(frozen) == bool(recipe.frozen)
+    assert all(n == "lm_head.weight" or ".layers.0." in n for n in frozen)
+    assert {n for n, kind in kinds.items() if kind == "buffer"} == (
+        {"count", "mean"} if recipe.model == "packed" else set()
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lists_say_what_the_map_says(
+    parallel_runs: ParallelRuns, tmp_path: Path, name: str
+) -> None:
+    """DeepSpeed 0.19.6 wrote the lists alone; newer ones write them for older readers."""
+    tag = parallel_runs[name].copy(tmp_path)
+    edit_info(tag, lambda info: info.pop("affine_map"))
+    check_against_truth(reshard.open(tag), parallel_runs, name)
+
+
+@pytest.mark.parametrize("version", [0.2, 0.3])
+def test_lists_that_are_not_complete_are_refused(
+    parallel_runs: ParallelRuns, tmp_path: Path, version: float
+) -> None:
+    """As DeepSpeed 0.18.9 to 0.19.5 wrote them: what AutoTP left whole is in no list.
+
+    Read by the rule that such parameters are split along dimension 0, as ds_to_universal of those
+    versions did, every norm would come out twice as long.
+    """
+    tag = parallel_runs["tp-zero1"].copy(tmp_path)
+
+    def older(info: dict[str, Any]) -> None:
+        del info["affine_map"], info["autotp_unsupported_parameter_patterns"]
+        info["tp_replicated_parameter_patterns"] = []
+        info["universal_checkpoint_version"] = version
+
+    edit_info(tag, older)
+    with pytest.raises(reshard.UnsupportedError, match=f"version {version}.*of every parameter"):
+        reshard.open(tag)
+
+
+def test_rows_that_the_vocabulary_does_not_have(
+    parallel_runs: ParallelRuns, tmp_path: Path
+) -> None:
+    tag = parallel_runs["tp-zero1"].copy(tmp_path)
+
+    def change(info: dict[str, Any]) -> None:
+        del info["affine_map"]
+        info["original_vocab_size"] = 36
+
+    edit_info(tag, change)
+    with pytest.raises(reshard.FormatError, match="37 rows, and the vocabulary 36") as caught:
+        reshard.open(tag)
+    assert caught.value.tensor == "lm_head.weight"
+
+
+def test_a_rank_that_holds_nothing_of_a_parameter(parallel_runs: ParallelRuns) -> None:
+    """Two heads of keys over three ranks."""
+    run = parallel_runs["tp-three-zero2"]
+    file = next(run.root.rglob("mp_rank_02_model_states.pt"))
+    module = torch.load(file, weights_only=False)["module"]
+    assert module["model.layers.0.self_attn.k_proj.weight"].numel() == 0
+    tensor = reshard.open(run.root).tensors["model.layers.0.self_attn.k_proj.weight"]
+    assert tensor.shape == (8, 16)
+
+
+@pytest.mark.parametrize("name", ["tensor-parallel-zero1", "tensor-parallel-zero3"])
+def test_before_the_first_step_it_is_the_base(oracle: Oracle, name: str) -> None:
+    folder = oracle.parallel(name)
+    base = load_file(folder / "base" / "model.safetensors")
+    tensors = reshard.open(folder / "checkpoint").tensors
+    assert set(tensors) == set(base)
+    for tensor in tensors.values():
+        value = torch.from_numpy(tensor.numpy())
+        assert same_bits(to_numpy(value.bfloat16()), to_numpy(base[tensor.name]))
+
+
+@pytest.mark.parametrize("name", ["tp-zero1", "tp-tied-zero3"])
+def test_the_converted_model_is_the_trained_one(
+    parallel_runs: ParallelRuns, tmp_path: Path, name: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = parallel_runs[name]
+    reshard.convert(run.root, tmp_path / "out", base=run.base)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype="auto"
+    )
+    assert not any(info.values()), info
+    truth = run.module()
+    state = model.state_dict()
+    assert state.keys() == truth.keys()
+    for key, value in state.items():
+        assert same_bits(to_numpy(value), truth[key]), key
+
+
+@pytest.mark.parametrize("name", ["tp-zero1", "tp-zero3-w4"])
+def test_without_the_metadata_it_is_refused(
+    parallel_runs: ParallelRuns, tmp_path: Path, name: str
+) -> None:
+    tag = parallel_runs[name].copy(tmp_path)
+
+    def forget(content: dict[str, object]) -> None:
+        del content[KEY]
+
+    for path in model_files(tag):
+        edit(path, forget)
+    with pytest.raises(reshard.UnsupportedError, match=f"tensor parallelism over 2 ranks.*{KEY}"):
+        reshard.open(tag)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "message"),
+    [
+        ("tp-zero1", "*mp_rank_01*", r"model parallel rank 1 of 2 \(mp_rank_01\)"),
+        ("tp-zero1", "*mp_rank_00*", r"model parallel rank 0 of 2 \(mp_rank_00\)"),
+        ("tp-zero1", "mp_rank_01*", "no model_states file"),
+        ("tp-zero2-w4", "*zero_pp_rank_1_mp_rank_01*", "rank 1 of 2 is missing"),
+        ("tp-zero3-w4", "zero_pp_rank_1_mp_rank_01*", "rank 1 of 2 is missing"),
+    ],
+)
+def test_missing_files_are_named(
+    parallel_runs: ParallelRuns, tmp_path: Path, name: str, pattern: str, message: str
+) -> None:
+    tag = parallel_runs[name].copy(tmp_path)
+    files = list(tag.glob(pattern))
+    assert files
+    for path in files:
+        path.unlink()
+    with pytest.raises(reshard.IncompleteError, match=message):
+        reshard.open(tag)
+
+
+def test_files_of_a_larger_run_are_left_over(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
+    tag = parallel_runs["tp-zero1"].copy(tmp_path)
+    for path in tag.glob("*mp_rank_01*"):
+        shutil.copy(path, path.with_name(path.name.replace("mp_rank_01", "mp_rank_02")))
+    with pytest.raises(reshard.FormatError):
+        reshard.open(tag)
+
+
+@pytest.mark.parametrize("name", ["tp-zero0", "tp-zero1", "tp-zero3-w4"])
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_ranks_exchanged_or_copied(
+    parallel_runs: ParallelRuns, tmp_path: Path, name: str, exchanged: bool
+) -> None:
+    tag = parallel_runs[name].copy(tmp_path)
+    for first in list(tag.glob("*mp_rank_00*")):
+        second = first.with_name(first.name.replace("mp_rank_00", "mp_rank_01"))
+        kept = second.read_bytes()
+        shutil.copy(first, second)
+        if exchanged:
+            first.write_bytes(kept)
+    with pytest.raises(reshard.FormatError, match=r"it was written as .*mp_rank_0"):
+        reshard.open(tag)
+
+
+def test_ranks_of_two_steps(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
+    tag = parallel_runs["tp-zero3-w4"].copy(tmp_path)
+    for path in tag.glob("*mp_rank_01_model_states.pt"):
+        edit(path, lambda content: content.update(global_steps=7, skipped_steps=5))
+    with pytest.raises(reshard.FormatError, match=r"global step is 7, .* is 2"):
+        reshard.open(tag)
+
+
+def test_what_all_ranks_hold_must_be_the_same(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
+    tag = parallel_runs["tp-zero0"].copy(tmp_path)
+
+    def change(content: Any) -> None:
+        content["module"]["model.norm.weight"][5] += 1
+
+    edit(tag / "mp_rank_01_model_states.pt", change)
+    with pytest.raises(reshard.FormatError, match="should hold the same") as caught:
+        reshard.open(tag)
+    assert caught.value.tensor == "model.norm.weight"
+
+
+def test_a_buffer_must_be_the_same_on_all_ranks(
+    parallel_runs: ParallelRuns, tmp_path: Path
+) -> None:
+    tag = parallel_runs["tp-packed-zero1-w4"].copy(tmp_path)
+    edit(
+        tag / "mp_rank_01_model_states.pt",
+        lambda content: content["module"]["count"].add_(1),  # type: ignore[index]
+    )
+    with pytest.raises(reshard.FormatError, match="should hold the same") as caught:
+        reshard.open(tag)
+    assert caught.value.tensor == "count"
+
+
+Q_PROJ = r"^model\.layers\.0\.self_attn\.q_proj\.weight$"
+
+
+def _unsupported(info: dict[str, Any]) -> None:
+    info["autotp_unsupported_parameter_patterns"] = {Q_PROJ: "it is interleaved by head"}
+
+
+def _expression(info: dict[str, Any]) -> None:
+    info["parameter_with_row_parallelism_patterns"].append(r".*dense_4h_to_h\.weight")
+
+
+def _averaged(info: dict[str, Any]) -> None:
+    info["parameter_to_average_patterns"] = [Q_PROJ]
+
+
+def _megatron(info: dict[str, Any]) -> None:
+    info["parameter_with_2_sub_params_cat_dim_0"] = [Q_PROJ]
+
+
+def _newer(info: dict[str, Any]) -> None:
+    info["universal_checkpoint_version"] = 0.5
+
+
+def _newer_map(info: dict[str, Any]) -> None:
+    info["affine_map"]["version"] = 2
+
+
+def _scaled(info: dict[str, Any]) -> None:
+    for rank in info["affine_map"]["params"][Q_PROJ]["ranks"].values():
+        rank["pieces"][0]["scale"] = 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_unsupported, "interleaved by head"),
+        (_expression, "not one parameter's name"),
+        (_averaged, "averaged over the ranks"),
+        (_megatron, "as Megatron splits them"),
+        (_newer, r"version 0\.5"),
+        (_newer_map, "maps of version 2"),
+        (_scaled, r"multiplied by 0\.5"),
+    ],
+)
+def test_what_is_not_handled_is_refused_by_name(
+    parallel_runs: ParallelRuns,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+    message: str,
+) -> None:
+    tag = parallel_runs["tp-zero1"].copy(tmp_path)
+    edit_info(tag, change)
+    with pytest.raises(reshard.UnsupportedError, match=message):
+        reshard.open(tag)
+
+
+def _overlapping(entry: dict[str, Any]) -> None:
+    entry["ranks"][1]["pieces"][0]["source"][0] = 0
+
+
+def _with_a_hole(entry: dict[str, Any]) -> None:
+    entry["ranks"][1]["pieces"] = []
+
+
+def _outside(entry: dict[str, Any]) -> None:
+    entry["ranks"][1]["pieces"][0]["source"][0] = 1 << 40
+
+
+def _negative(entry: dict[str, Any]) -> None:
+    entry["ranks"][1]["pieces"][0]["dest"][0] = -4
+
+
+def _no_block(entry: dict[str, Any]) -> None:
+    entry["ranks"][1]["pieces"][0]["source"][1] = [1, 16]
+
+
+def _of_three(entry: dict[str, Any]) -> None:
+    entry["ranks"][2] = entry["ranks"][1]
+
+
+def _no_ranks(entry: dict[str, Any]) -> None:
+    entry["ranks"] = "two"
+
+
+@pytest.mark.parametrize(
+    "change", [_overlapping, _with_a_hole, _outside, _negative, _no_block, _of_three, _no_ranks]
+)
+def test_a_map_that_does_not_fit(
+    parallel_runs: ParallelRuns, tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    tag = parallel_runs["tp-zero1"].copy(tmp_path)
+    edit_info(tag, lambda info: change(info["affine_map"]["params"][Q_PROJ]))
+    with pytest.raises(reshard.ReshardError) as caught:
+        reshard.open(tag)
+    assert caught.value.tensor == "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_a_list_that_does_not_fit(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
+    """A parameter that is split along rows is said to be the same on every rank."""
+    tag = parallel_runs["tp-three-zero2"].copy(tmp_path)
+
+    def change(info: dict[str, Any]) -> None:
+        del info["affine_map"]
+        info["tp_replicated_parameter_patterns"].append(Q_PROJ)
+
+    edit_info(tag, change)
+    with pytest.raises(reshard.FormatError, match="the same on every rank"):
+        reshard.open(tag)
+
+
+def test_a_pipeline_is_refused_by_name(oracle: Oracle) -> None:
+    with pytest.raises(reshard.UnsupportedError, match="pipeline parallelism"):
+        reshard.open(oracle.parallel("pipeline") / "checkpoint")
+
+
+def test_a_pipeline_without_its_layers_is_refused_by_name(oracle: Oracle, tmp_path: Path) -> None:
+    shutil.copytree(oracle.parallel("pipeline") / "checkpoint", tmp_path / "run")
+    for path in (tmp_path / "run").rglob("layer_*"):
+        path.unlink()
+    with pytest.raises(reshard.UnsupportedError, match="pipeline parallelism"):
+        reshard.open(tmp_path / "run")

@@ -1,0 +1,170 @@
+"""The command, its exit codes and its page; an environment without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import reshard
+from reshard.ailments import diagnosis as module
+from reshard.ailments.case import Case
+from reshard.ailments.findings import Ailment, Signs
+from reshard.ailments.table import AILMENTS
+from reshard.cli import reshard as command
+from reshard.cli import run
+from reshard.errors import VerificationError
+from tests.doctor import models
+from tests.doctor.conftest import Pairs
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = (ROOT / "docs" / "doctor.md").read_text("utf-8")
+
+
+def prefixed(pairs: Pairs, folder: Path) -> Path:
+    """A folder whose names begin with `module.` and that has no tokenizer."""
+    ill = pairs("llama").copy(folder)
+    models.save(ill, {f"module.{key}": value for key, value in models.load(ill).items()})
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (ill / file).unlink()
+    return ill
+
+
+def test_a_healthy_folder(pairs: Pairs, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = pairs("llama")
+    assert run(command, ["doctor", str(pair.healthy), "--base", str(pair.base)]) == 0
+    assert capsys.readouterr().out.endswith("21 tensors, 40.3 kB: nothing is wrong with it.\n")
+    assert run(command, ["doctor", str(pair.healthy)]) == 0
+    assert "--base compares it" in capsys.readouterr().out
+
+
+def test_findings_are_shown_and_mended(
+    pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ill, base, out = prefixed(pairs, tmp_path / "ill"), str(pairs("llama").base), tmp_path / "out"
+    assert run(command, ["doctor", str(ill), "--base", base]) == 1
+    shown = capsys.readouterr()
+    assert "wrapper-prefix: names carry" in shown.out
+    assert "  for instance module.lm_head.weight" in shown.out
+    assert "2 error(s), 0 warning(s)" in shown.out
+    assert f"To mend it: reshard doctor {ill} --base {base} --repair OUT" in shown.err
+    assert run(command, ["doctor", str(ill), "--base", base, "--repair", str(out)]) == 0
+    assert f"Mended in {out}" in capsys.readouterr().out
+    assert run(command, ["doctor", str(out), "--base", base]) == 0
+    models.assert_same_weights(out, pairs("llama").healthy)
+
+
+def test_what_cannot_be_mended(
+    pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ill, out = prefixed(pairs, tmp_path / "ill"), tmp_path / "out"
+    assert run(command, ["doctor", str(ill), "--repair", str(out)]) == 1
+    shown = capsys.readouterr()
+    assert "Nothing was written: tokenizer-missing cannot be mended" in shown.err
+    assert list(tmp_path.iterdir()) == [ill]
+
+
+def test_a_warning_alone_is_no_failure(
+    pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ill = pairs("llama").copy(tmp_path / "ill")
+    models.edit_config(ill, dtype="float16")
+    assert run(command, ["doctor", str(ill)]) == 0
+    assert "0 error(s), 1 warning(s)" in capsys.readouterr().out
+
+
+def test_json_is_one_object(
+    pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ill, base, out = prefixed(pairs, tmp_path / "ill"), str(pairs("llama").base), tmp_path / "out"
+    arguments = ["doctor", str(ill), "--base", base, "--repair", str(out), "--json"]
+    assert run(command, arguments) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    found = json.loads(shown.out)
+    nbytes = sum(tensor.nbytes for tensor in models.load(ill).values())
+    assert found.pop("findings")[0] == {
+        "name": "wrapper-prefix",
+        "severity": "error",
+        "about": "names carry a wrapper's or trainer's prefix",
+        "evidence": ["names hold wrappers' parts: module", "for instance module.lm_head.weight"],
+        "repair": "the tensors are written under the base's names",
+        "advice": "",
+    }
+    assert found == {
+        "folder": str(ill),
+        "base": base,
+        "num_tensors": 21,
+        "total_bytes": nbytes,
+        "repaired": str(out),
+        "remaining": [],
+    }
+    manifest = json.loads((out / "reshard.json").read_text())
+    assert manifest["options"]["repaired"] == ["wrapper-prefix", "tokenizer-missing"]
+    assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_no_model_and_an_output_that_exists(
+    pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command, ["doctor", str(tmp_path / "nowhere")]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
+    healthy = str(pairs("llama").healthy)
+    assert run(command, ["doctor", healthy, "--repair", str(pairs("llama").base)]) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_the_mended_folder_must_be_well(
+    pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repair that leaves an error behind is not shown as one."""
+    ill = pairs("llama").copy(tmp_path / "ill")
+    models.edit_config(ill, dtype="float16")
+
+    def only_without_float16(case: Case) -> Signs | None:
+        mended = case.folder.settings["dtype"] != "float16"
+        return Signs(("it lacks float16",)) if mended else None
+
+    stubborn = Ailment("stubborn", "error", "always there", only_without_float16)
+    monkeypatch.setattr(module, "AILMENTS", (*AILMENTS, stubborn))
+    with pytest.raises(VerificationError, match="still has stubborn: it lacks float16"):
+        reshard.doctor(ill, repair=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [ill]
+
+
+def test_every_ailment_is_on_the_page() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \| .+ \| .+ \|$", PAGE, re.MULTILINE)
+    assert rows == [(ailment.name, ailment.severity) for ailment in AILMENTS]
+
+
+def test_every_ailment_is_made_and_found_in_a_test() -> None:
+    tests = "".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    for ailment in AILMENTS:
+        assert re.search(rf'(mended|refused|names)\([^)]*"{ailment.name}"', tests) or re.search(
+            rf'== \["{ailment.name}"\]', tests
+        ), ailment.name
+
+
+def test_without_torch_and_transformers(pairs: Pairs, tmp_path: Path) -> None:
+    ill, base = prefixed(pairs, tmp_path / "ill"), pairs("llama").base
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'safetensors', 'deepspeed'):\n"
+        "    sys.modules[name] = None\n"
+        "from reshard.cli import main\n"
+        "main()\n"
+    )
+    arguments = ["doctor", str(ill), "--base", str(base), "--repair", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    models.assert_same_weights(tmp_path / "out", pairs("llama").healthy)

@@ -1,0 +1,206 @@
+"""The import graph: rooms stand in an order and import only from rooms above them."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "reshard"
+
+# Rooms of one line do not import each other. A room of this list is a module or a folder of
+# `reshard`; each format is a room of its own.
+ORDER = (
+    ("errors", "_version", "flags", "output", "report"),
+    ("dtypes",),
+    ("tensors",),
+    ("catalog", "frames", "rearrange"),
+    ("storage", "plan"),
+    ("safetensors_file", "torchfile", "naming"),
+    ("formats",),
+    ("formats.dcp", "formats.deepspeed", "formats.huggingface", "formats.torch_state_dict"),
+    ("transfer", "manifest", "locate", "options", "targets"),
+    ("verification", "adapter_config", "base"),
+    ("checkpoint", "export"),
+    ("comparison", "live"),
+    ("inspection", "preparation"),
+    ("conversion",),
+    ("ailments",),
+    ("reshard",),
+    ("commands", "evaluate"),
+    ("cli",),
+    ("scripts", "__main__"),
+    ("testing",),
+)
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+# Packages that take long to import, and the rooms that may name them outside a function.
+HEAVY = {
+    "torch": {"evaluate"},
+    "transformers": {"evaluate"},
+    "accelerate": {"evaluate"},
+    "safetensors": {"evaluate"},
+    "PIL": {"evaluate"},
+    "jinja2": {"evaluate"},
+    "rich": {"evaluate"},
+    "pytest": {"testing"},
+    "hypothesis": {"testing"},
+}
+# Packages that no room needs: they are the tests' oracles.
+ORACLES = {"deepspeed", "peft", "gguf"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement: which module imports what, and whether inside a function."""
+
+    module: str
+    imported: str
+    lazy: bool
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = ("reshard", *path.relative_to(SOURCE).with_suffix("").parts)
+        found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports() -> Iterator[Import]:
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node, lazy in statements(tree, lazy=False):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                assert node.level == 0, f"{module} imports relatively"
+                assert node.module
+                parts = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [part if part in MODULES else node.module for part in parts]
+            yield from (Import(module, name, lazy) for name in dict.fromkeys(names))
+
+
+def statements(node: ast.AST, *, lazy: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """The import statements below a node, but for those that only a type checker sees."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child, lazy
+        elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        else:
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from statements(child, lazy=lazy or inside)
+
+
+IMPORTS = list(imports())
+
+
+def room(module: str) -> str:
+    """The room that a module of reshard stands in.
+
+    >>> room("reshard.formats.dcp.metadata"), room("reshard.formats"), room("reshard")
+    ('formats.dcp', 'formats', 'reshard')
+    """
+    parts = module.split(".")[1:]
+    if not parts:
+        return "reshard"
+    return ".".join(parts[:2] if parts[0] == "formats" else parts[:1])
+
+
+def within() -> Iterator[tuple[Import, str, str]]:
+    """Imports of reshard by reshard, with both rooms."""
+    for found in IMPORTS:
+        if found.imported.split(".")[0] == "reshard":
+            yield found, room(found.module), room(found.imported)
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {room(module) for module in MODULES}
+    assert rooms - LEVEL.keys() == set(), "say in ORDER where the new room stands"
+    assert LEVEL.keys() - rooms == set(), "these rooms are gone"
+
+
+def test_rooms_import_only_from_rooms_above() -> None:
+    wrong = [
+        f"{found.module} imports {found.imported}"
+        for found, mine, theirs in within()
+        if mine != theirs and LEVEL[theirs] >= LEVEL[mine]
+    ]
+    assert wrong == []
+
+
+def test_no_format_imports_another() -> None:
+    wrong = [
+        f"{found.module} imports {found.imported}"
+        for found, mine, theirs in within()
+        if mine.startswith("formats.") and theirs.startswith("formats.") and mine != theirs
+    ]
+    assert wrong == []
+
+
+def test_modules_do_not_import_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for found, _, _ in within():
+        # A package that imports from its own modules is how it offers their names.
+        if not found.lazy and found.imported != found.module:
+            graph.setdefault(found.module, set()).add(found.imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_heavy_packages_are_imported_where_they_are_used() -> None:
+    wrong = []
+    for found in IMPORTS:
+        package = found.imported.split(".")[0]
+        if package in HEAVY and not found.lazy and room(found.module) not in HEAVY[package]:
+            wrong.append(f"{found.module} imports {package}")
+        if package in ORACLES:
+            wrong.append(f"{found.module} imports {package}, a package of the tests")
+    assert wrong == []
+
+
+def test_the_conformance_suites_need_pytest_and_numpy_only() -> None:
+    packages = {
+        found.imported.split(".")[0]
+        for found in IMPORTS
+        if room(found.module) == "testing" and found.module != "reshard.testing.strategies"
+    }
+    assert packages - set(sys.stdlib_module_names) == {"reshard", "numpy", "ml_dtypes", "pytest"}
+
+
+ALL_HEAVY = ("numpy", "ml_dtypes", "xxhash", "rich", "torch", "transformers", "pytest")
+
+
+@pytest.mark.parametrize(
+    ("code", "unwanted"),
+    [
+        ("import reshard", ALL_HEAVY),
+        ("import reshard.cli", ALL_HEAVY),
+        ("from reshard.cli import reshard, run; run(reshard, ['--help'])", ALL_HEAVY),
+        ("import reshard; reshard.open, reshard.convert, reshard.verify", ALL_HEAVY[3:]),
+        ("import reshard.commands, reshard.scripts.ds2hf", ALL_HEAVY[3:]),
+        ("import reshard.evaluate.command, reshard.scripts.test_model", ALL_HEAVY[3:]),
+        ("import reshard.formats as f; [f.load(name) for name in f.FORMATS]", ALL_HEAVY[3:]),
+        ("import reshard.testing", ("torch", "transformers", "hypothesis")),
+    ],
+)
+def test_what_an_import_brings_along(code: str, unwanted: tuple[str, ...]) -> None:
+    code += f"\nimport sys\nprint([name for name in {unwanted!r} if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
