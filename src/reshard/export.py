@@ -192,6 +192,12 @@ class _Export:
             side, text = self._adapter("" if alone else ADAPTER_FOLDER, self._scaling)
             sides.append(side)
             texts.append(text)
+        if sides and self._options.to != "hf":
+            raise PlanError(
+                f"{sides[0].name} goes beside a Hugging Face model; there is no place for it in "
+                f"--to {self._options.to}.",
+                hint="Without --base every tensor is kept, under the name that it has.",
+            )
         targets: Sequence[Target] = choose(made, self._base.entries, self._options.dtype)
         if alone or (self._parts.rewards and self._options.rewards.srm_format == "lightrft"):
             targets = ()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
-from reshard.base import Base
+from reshard.base import Base, patched_config
 from reshard.catalog import Catalog
 from reshard.errors import PlanError
 from reshard.export import Export
@@ -20,10 +21,14 @@ from reshard.targets import Target
 from reshard.tensors import Entry, TensorSpec
 
 
-def config_of(catalog: Catalog, base: Base | None, sources: Sources) -> Mapping[str, Any]:
-    """The model's config: the base's, or that of the Hugging Face folder that is converted."""
+def config_of(
+    exported: Export, catalog: Catalog, base: Base | None, sources: Sources
+) -> Mapping[str, Any]:
+    """The model's config: the base's as the export changes it, or that of the Hugging Face folder
+    that is converted."""
     if base is not None:
-        return base.config
+        found: dict[str, Any] = json.loads(patched_config(base, exported.patches))
+        return found
     if catalog.format != "huggingface" or not catalog.origin.root.is_dir():
         raise PlanError("--names memory needs the model's config.", hint="Pass --base.")
     return huggingface.read_config(catalog.origin.root, sources)

@@ -51,7 +51,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
     else:
         exported = export.onto(catalog, base, options, sources)
     if options.names == "memory":
-        exported = live.placed(exported, live.config_of(catalog, base, sources), options)
+        exported = live.placed(exported, live.config_of(exported, catalog, base, sources), options)
     files, texts = _files(exported, options)
     assets, patched, warnings = _assets(exported, base, options)
     plan = Plan(

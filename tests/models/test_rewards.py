@@ -324,3 +324,24 @@ def test_inspect_shows_what_a_reward_model_becomes(trained: Get) -> None:
     assert shown["base"]["fits"]
     assert shown["base"]["beside"] == ["reward_head.safetensors", "pytorch_model.bin"]
     assert shown["base"]["missing"] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("name", ["srm-vl", "critic-vl"])
+def test_heads_beside_a_model_have_no_place_in_dcp(trained: Get, name: str, tmp_path: Path) -> None:
+    run = trained(name)
+    with pytest.raises(reshard.PlanError, match="Without --base every tensor is kept"):
+        reshard.convert(
+            run.checkpoint, tmp_path / "out", base=run.base, to="dcp", value_head=run.run.critic
+        )
+    reshard.convert(run.checkpoint, tmp_path / "out", to="dcp")
+    assert set(reshard.open(tmp_path / "out").tensors) == set(run.model.state_dict())
+
+
+def test_a_classifier_into_training(trained: Get, tmp_path: Path) -> None:
+    """Of a base with a tied head, which a classifier does not have."""
+    run, out = trained("critic"), tmp_path / "out"
+    base = released.write(tmp_path / "base", "llama_tied", released.values("llama_tied", seed=0))
+    reshard.convert(run.checkpoint, tmp_path / "hf", base=base)
+    truth = released.load(tmp_path / "hf", "AutoModelForSequenceClassification").state_dict()
+    reshard.convert(run.checkpoint, out, base=base, to="dcp", names="memory")
+    assert set(reshard.open(out).tensors) == set(truth)
