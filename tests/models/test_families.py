@@ -7,6 +7,10 @@ the converted folder, without a tensor missing, left over or of another shape.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,8 @@ from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
 import reshard
-from tests.models import released
+from reshard.tensors import Shape
+from tests.models import child, released
 from tests.naming import tables
 
 OLDER = [
@@ -122,3 +127,75 @@ def test_shards_of_a_model_with_experts(tmp_path: Path) -> None:
     assert set(index["weight_map"].values()) == set(report.files)
     loaded = released.load(tmp_path / "out", "MixtralForCausalLM")
     released.assert_same(loaded, model, "mixtral")
+
+
+def test_a_square_projection_is_turned_as_its_neighbour_is(tmp_path: Path) -> None:
+    """With 2 I = H the shape of gate_up cannot tell its orientation, that of down can."""
+    name, inner = "qwen3_vl_moe", 16
+    config = released.config(name)
+    config["text_config"]["moe_intermediate_size"] = inner
+    sizes = {"gate_up_proj": (3, 32, 32), "down_proj": (3, inner, 32)}
+    values = {
+        key: torch.zeros(sizes.get(key.split(".")[-1], tuple(value.shape)))
+        for key, value in released.values(name, seed=0).items()
+    }
+    base = released.write(tmp_path / "base", name, values)
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    state = released.live(base, released.class_of(name)).state_dict()
+    torch.save(state, tmp_path / "model.pt")
+    reshard.convert(tmp_path / "model.pt", tmp_path / "out", base=base)
+    for key, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        turned = key.split(".")[-1] in sizes
+        assert torch.equal(value, state[key].transpose(1, 2) if turned else state[key]), key
+
+
+# Sizes of experts, in memory and on disk: 150 MB of them in two layers.
+_INNER, _WIDTH = 2048, 1024
+_MEMORY: dict[str, Shape] = {
+    "gate_up_proj": (3, 2 * _INNER, _WIDTH),
+    "down_proj": (3, _WIDTH, _INNER),
+}
+_DISK: dict[str, dict[str, Shape]] = {
+    "mixtral": {"w1.weight": (_INNER, _WIDTH), "w3.weight": (_INNER, _WIDTH),
+                "w2.weight": (_WIDTH, _INNER)},
+    "qwen3_vl_moe": {"gate_up_proj": (3, _WIDTH, 2 * _INNER), "down_proj": (3, _INNER, _WIDTH)},
+}  # fmt: skip
+_PEAK = """
+import sys
+from pathlib import Path
+import reshard
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+before = peak()
+reshard.convert(sys.argv[1], sys.argv[2], base=sys.argv[3], threads=2)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", _DISK)
+def test_experts_are_taken_apart_in_bounded_memory(name: str, tmp_path: Path) -> None:
+    def sized(shapes: Mapping[str, Shape], sizes: Mapping[str, Shape]) -> released.State:
+        """The family's tensors with larger experts."""
+        found = {}
+        for key, shape in shapes.items():
+            part = next((part for part in sizes if "experts" in key and key.endswith(part)), None)
+            found[key] = torch.full(sizes[part] if part else shape, 0.5)
+        return found
+
+    state = sized(tables.table(released.INSTALLED, name).memory, _MEMORY)
+    torch.save({key: value + 1 for key, value in state.items()}, tmp_path / "model.pt")
+    disk = sized(tables.table("4.57", name).disk_shapes(), _DISK[name])
+    base = released.write(tmp_path / "base", name, {k: v.bfloat16() for k, v in disk.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, tmp_path / "model.pt", tmp_path / "out", base],
+        env=os.environ | {"PYTHONPATH": str(child.ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 70 << 20
+    assert int(done.stdout) < 100 << 20, f"{int(done.stdout) >> 20} MiB"
