@@ -87,7 +87,11 @@ class Inspection:
             **catalog.origin.details,
         }
         if self.fitting is not None:
-            result["base"] = {"fits": self.fitting.fits, **asdict(self.fitting)}
+            found = {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in asdict(self.fitting).items()
+            }
+            result["base"] = {"fits": self.fitting.fits, **found}
         if tensors:
             result["tensors"] = [
                 {
