@@ -16,7 +16,7 @@ from reshard.targets import CHOICES
 _PATH = click.Path(path_type=Path)
 # Names of a list that a table shows; --json has them all.
 _LISTED = 8
-_prefix = click.option("--prefix", help="The model's part of a nested state dict (DCP).")
+_prefix = click.option("--prefix", help="The model's part of a nested state dict.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; default: `latest`.")
 
@@ -37,6 +37,8 @@ _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; defaul
         help="Default: found by the checkpoint's heads.")  # fmt: skip
 @option("pooling_method", type=click.Choice(["attn", "last"]),
         help="Checked against a scalar reward model's heads.")  # fmt: skip
+@click.option("--scale-for-train/--no-scale-for-train", default=None,
+              help="Checked against a scalar reward model's heads.")  # fmt: skip
 @option("heads_types", multiple=True, metavar="NAME...",
         help="Checked against a scalar reward model's heads; also their order.")  # fmt: skip
 @option("probing_layer", type=int, default=-1, show_default=True,
@@ -53,7 +55,8 @@ _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; defaul
 @click.option("--names", type=click.Choice(NAMES), default="disk", show_default=True,
               help="memory: as a live module names its tensors, for dcp.load.")  # fmt: skip
 @click.option("--transformers-version", metavar="V",
-              help="Whose live module; default: the installed one.")  # fmt: skip
+              help="Whose live module; default: the installed one. Also what the checkpoint "
+                   "was trained with, where shapes cannot tell.")  # fmt: skip
 @click.option("--exclude-frozen", is_flag=True, help="Leave out frozen parameters.")
 @click.option("--fill-from-base", is_flag=True,
               help="Copy from the base what the checkpoint does not hold.")  # fmt: skip

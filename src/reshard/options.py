@@ -70,7 +70,11 @@ class Options:
             "exclude_frozen": self.exclude_frozen,
             "fill_from_base": self.fill_from_base,
             "model_type": self.rewards.model_type,
+            "srm_format": self.rewards.srm_format,
+            "probing_layer": self.rewards.probing_layer,
             "lora": self.lora.mode,
+            "prefix": self.selection.prefix,
+            "allow": list(self.allow),
             "names": self.names,
             "transformers_version": None if version is None else ".".join(map(str, version)),
         }

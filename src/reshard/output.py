@@ -27,7 +27,10 @@ def say(text: str) -> None:
 def print_table(
     rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), title: str | None = None
 ) -> None:
-    """A table on standard output; numbers are aligned by the caller's choice of text."""
+    """A table on standard output; plain columns, never cut, where that is no terminal."""
+    if not sys.stdout.isatty():
+        _print_columns([header, *rows] if header else rows, title)
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -39,8 +42,17 @@ def print_table(
         table.add_column(name, style="bold" if column == 0 and not header else None)
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    console.print(table)
+    Console(highlight=False).print(table)
+
+
+def _print_columns(rows: Sequence[Sequence[str]], title: str | None) -> None:
+    """Rows whose columns line up, without rich: it takes 0.1 s to import."""
+    if title:
+        click.echo(title)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
 
 
 @contextmanager

@@ -21,6 +21,8 @@ _PATH = click.Path(path_type=Path)
               help="The folder with .metadata and the .distcp files.")  # fmt: skip
 @click.option("--output_dir", type=_PATH, required=True)
 @click.option("--prefix", help="The model's part of a nested state dict; default: found by itself.")
+@click.option("--lora-alpha", type=float,
+              help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 @click.option("--debug", "-d", is_flag=True, help="Show the traceback of an error.")
 def command(
@@ -28,6 +30,7 @@ def command(
     checkpoint_dir: Path,
     output_dir: Path,
     prefix: str | None,
+    lora_alpha: float | None,
     overwrite: bool,
     debug: bool,
 ) -> None:
@@ -46,6 +49,7 @@ def command(
             output_dir,
             base=hf_base,
             prefix=prefix,
+            lora_alpha=lora_alpha,
             allow_unchanged=True,
             overwrite=overwrite,
             progress=progress,
