@@ -1,18 +1,16 @@
 """Convert a checkpoint: one straight line from the source's metadata to the folder's rename.
 
-read -> export (names, dtypes) -> lay out          (nothing is written up to here)
-     -> transfer -> manifest -> verify -> commit
+prepare: read -> export (names, dtypes) -> lay out      nothing is written
+carry out: transfer -> manifest -> verify -> commit
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
-
-import xxhash
 
 from reshard import formats, manifest
 from reshard.errors import PlanError, VerificationError, WriteError
@@ -30,18 +28,15 @@ from reshard.options import (
     RewardChoice,
     SrmFormat,
 )
-from reshard.plan import Plan, parse_size
+from reshard.plan import parse_size
 from reshard.preparation import Job, prepare
 from reshard.report import Report
 from reshard.storage import Sources
 from reshard.targets import CHOICES
-from reshard.transfer.checksums import Ledger
-from reshard.transfer.commit import OutputFolder, check_space, refuse_existing
-from reshard.transfer.engine import Engine, Outcome
-from reshard.verification import verify_folder
+from reshard.transfer.commit import check_space, refuse_existing
+from reshard.transfer.engine import Outcome
+from reshard.writing import Progress, Writing, carry_out
 
-#: Called with (what is done: "write" or "verify", bytes done, bytes in all).
-Progress = Callable[[str, int, int], None]
 PathLike = str | os.PathLike[str]
 
 # More threads than this only compete for the memory bus.
@@ -144,19 +139,18 @@ def convert(
     workers = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     with Sources() as sources:
         job = prepare(options, sources, strict=strict)
-        check_space(options.target, job.plan.bytes_to_write)
+        copied = sum(asset.path.stat().st_size for asset in job.plan.assets)
+        check_space(options.target, job.plan.bytes_to_write + copied)
         if dry_run:
             return _report(job, options, time.monotonic() - began)
-        outcome = _write(
-            job,
-            options,
-            sources,
-            threads=workers,
-            overwrite=overwrite,
-            verified=verify,
-            allow_unchanged=allow_unchanged,
-            progress=progress,
-        )
+
+        def render(outcome: Outcome) -> bytes:
+            _check_changed(job, outcome, allow_unchanged=allow_unchanged)
+            return _manifest(job, options, outcome.digests)
+
+        writing = Writing(workers, overwrite, verify, progress)
+        records = job.catalog.records
+        outcome = carry_out(job.plan, sources, records, options.target, writing, render=render)
     return _report(job, options, time.monotonic() - began, outcome, verified=verify)
 
 
@@ -186,40 +180,6 @@ def _one_of(name: str, value: str | None, choices: tuple[str, ...]) -> None:
         raise PlanError(f"{value!r} is no {name}.", hint=f"Use one of {', '.join(choices)}.")
 
 
-def _write(
-    job: Job,
-    options: Options,
-    sources: Sources,
-    *,
-    threads: int,
-    overwrite: bool,
-    verified: bool,
-    allow_unchanged: bool,
-    progress: Progress | None,
-) -> Outcome:
-    """Carry out a plan: everything into a partial folder, checked, then one rename."""
-
-    def step(what: str) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, total: progress(what, done, total)
-
-    plan = job.plan
-    with OutputFolder(options.target, plan_digest(plan), overwrite=overwrite) as folder:
-        ledger = Ledger(job.catalog.records)
-        engine = Engine(plan, sources, ledger, folder, threads=threads, progress=step("write"))
-        outcome = engine.run()
-        _check_changed(job, outcome, allow_unchanged=allow_unchanged)
-        for asset in plan.assets:
-            folder.copy(asset)
-        for name, text in plan.texts:
-            folder.write(name, text)
-        folder.write(manifest.MANIFEST, _manifest(job, options, outcome.digests))
-        sources.check_unchanged()
-        if verified:
-            verify_folder(folder.partial, threads=threads, progress=step("verify"))
-        folder.commit()
-    return outcome
-
-
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
     """A result whose every tensor is the base's is not what training gives."""
     if outcome.compared and not outcome.changed and not allow_unchanged:
@@ -229,14 +189,6 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
             path=job.catalog.origin.root,
             hint="Pass --allow-unchanged if that is meant.",
         )
-
-
-def plan_digest(plan: Plan) -> str:
-    """A name for the plan: of every header, every slot's source and every file that is copied."""
-    hasher = xxhash.xxh3_128()
-    for part in (plan.files, plan.texts, [asset.name for asset in plan.assets]):
-        hasher.update(repr(part).encode())
-    return hasher.hexdigest()
 
 
 def _manifest(job: Job, options: Options, digests: Mapping[tuple[str, str], str]) -> bytes:
@@ -249,6 +201,7 @@ def _manifest(job: Job, options: Options, digests: Mapping[tuple[str, str], str]
         "missing": list(exported.missing),
         "unexpected": list(exported.fit.dropped),
         "merged": exported.merged,
+        "transformers_version": exported.live,
         "lora_alpha": None if exported.scaling is None else exported.scaling.alpha,
     }
     model = manifest.state([target.spec for target in exported.model], "", digests)

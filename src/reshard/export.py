@@ -66,7 +66,8 @@ class Export:
 
     `missing` are tensors of the base that are not written, `filled` those that are copied from
     it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales. With
-    `assets` the base's other files come along.
+    `assets` the base's other files come along. `live` is the transformers version whose live
+    module has the names; None: they are those of the files.
     """
 
     model: Sequence[Target]
@@ -80,6 +81,7 @@ class Export:
     scaling: AdapterConfig | None = None
     warnings: tuple[str, ...] = ()
     assets: bool = True
+    live: str | None = None
 
 
 def plain(catalog: Catalog, options: Options) -> Export:

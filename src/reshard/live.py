@@ -49,6 +49,7 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
         exported,
         model=[Target(replace(e.spec, name=name), e) for name, e in live.items()],
         warnings=(*exported.warnings, f"names are those of a live module of transformers {text}."),
+        live=text,
     )
 
 

@@ -26,11 +26,10 @@ import reshard
 from reshard import cli, commands
 from reshard.evaluate.reward import load_reward
 from reshard.scripts import ds2hf
-from tests.models import released
+from tests.models import child, released
 from tests.models.reward_runs import RUNS, WIDTH
 from tests.naming.lightrft_models import ScalarRewardModel
 
-ROOT = Path(__file__).parents[2]
 IDS = torch.arange(3, 27).reshape(2, 12)
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -77,20 +76,7 @@ def invoke(command: Any, arguments: list[Any]) -> str:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run's checkpoint, written by two ranks of the real DeepSpeed."""
     folder = tmp_path_factory.mktemp("reward-runs")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.models.reward_runs", str(folder)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    child.run("tests.models.reward_runs", str(folder))
     return folder
 
 
@@ -251,11 +237,11 @@ def test_a_flag_that_disagrees_is_named_without_a_model_type_too(
 
 def test_the_scripts_error_is_one_paragraph(trained: Get, tmp_path: Path) -> None:
     run = trained("srm-al")
-    script = ROOT / "lightrft/utils/ckpt_scripts/ds2hf.py"
+    script = child.ROOT / "lightrft/utils/ckpt_scripts/ds2hf.py"
     done = subprocess.run(
         [sys.executable, str(script), "--checkpoint_dir", str(run.checkpoint), "--output_dir",
          str(tmp_path / "out"), "--hf_base", str(run.base), "--model_type", "srm_al"],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        env=os.environ | {"PYTHONPATH": str(child.ROOT / "src")},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1

@@ -4,6 +4,7 @@ recipes.py   which training runs, as data
 models.py    the tiny models
 truth.py     gathering every tensor from a live engine
 worker.py    one rank: trains, saves, writes the truth
+parallel.py  pipeline, experts, tensor parallel: refused, or read where the format says how
 launch.py    forks the ranks of each world size
 cache.py     makes everything once; `Case` and `Saved` say where it lies
 

@@ -16,7 +16,6 @@ from reshard.ailments.case import Case, Progress, Rescue
 from reshard.ailments.findings import Finding, Repair
 from reshard.base import CONFIG, patched_config
 from reshard.catalog import Origin
-from reshard.conversion import plan_digest
 from reshard.errors import VerificationError
 from reshard.formats import huggingface
 from reshard.naming import Fit
@@ -25,10 +24,9 @@ from reshard.plan import Plan, parse_size
 from reshard.storage import Sources
 from reshard.targets import Target, choose
 from reshard.tensors import Entry, Made, Record
-from reshard.transfer.checksums import Ledger
-from reshard.transfer.commit import OutputFolder, check_space
-from reshard.transfer.engine import Engine
-from reshard.verification import verify_folder
+from reshard.transfer.commit import check_space
+from reshard.transfer.engine import Outcome
+from reshard.writing import Writing, carry_out
 
 # As `save_pretrained` of transformers 4 has it.
 _MAX_SHARD_SIZE = "5GB"
@@ -67,25 +65,14 @@ def write_mended(
     plan = _plan(case, repairs, mended, targets)
     check_space(target, plan.bytes_to_write)
 
-    def step(what: str) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, total: progress(what, done, total)
-
-    with OutputFolder(target, plan_digest(plan)) as folder:
-        ledger = Ledger(mended.records)
-        engine = Engine(plan, sources, ledger, folder, threads=threads, progress=step("write"))
-        outcome = engine.run()
+    def render(outcome: Outcome) -> bytes:
         if outcome.compared and not outcome.changed:
             raise VerificationError("all tensors equal the base's.", path=case.folder.path)
-        for asset in plan.assets:
-            folder.copy(asset)
-        for name, text in plan.texts:
-            folder.write(name, text)
         stated = manifest.state([item.spec for item in targets], "", outcome.digests)
-        folder.write(manifest.MANIFEST, _manifest(mended, findings, dtype, stated))
-        sources.check_unchanged()
-        verify_folder(folder.partial, threads=threads, progress=step("verify"))
-        check(folder.partial)
-        folder.commit()
+        return _manifest(mended, findings, dtype, stated)
+
+    writing = Writing(threads, progress=progress)
+    carry_out(plan, sources, mended.records, target, writing, render=render, check=check)
 
 
 def _mended(case: Case, repairs: Sequence[Repair]) -> _Mended:

@@ -13,25 +13,22 @@ Read off safetensors 0.8.0 (safetensors/src/tensor.rs), transformers 5.23 and hu
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reshard import dtypes
+from reshard import dtypes, safetensors_file
 from reshard.catalog import Asset, Catalog, Origin
 from reshard.errors import FormatError, IncompleteError, NotFoundError
 from reshard.formats import Selection, Wanted
 from reshard.plan import OutputFile, Slot, pack
-from reshard.storage import Source, Sources, child
+from reshard.storage import Sources, child
 from reshard.tensors import Entry, Extent, Fragment, Made, TensorSpec, check_tiling, whole
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
-_MAX_HEADER = 100_000_000
 # Largest file read whole as JSON, in bytes: an index of a million tensors.
 _MAX_JSON = 256 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
@@ -59,16 +56,15 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     folder = path.parent if path.is_file() else path
     located = {path.name: None} if path.is_file() else _located(path, sources)
     entries: dict[str, Entry] = {}
-    versions: dict[str, str] = {}
     for name, expected in located.items():
-        metadata, found = _read_shard(sources.open(child(folder, name)))
+        shard = safetensors_file.read(sources.open(child(folder, name)))
+        found = {tensor: _entry(*place) for tensor, place in shard.tensors.items()}
         if expected is not None and expected != set(found):
             raise _index_mismatch(folder / name, expected, set(found))
         twice = entries.keys() & found.keys()
         if twice:
             raise FormatError("it is stored in two files.", path=folder / name, tensor=min(twice))
         entries.update(found)
-        versions.update(metadata)
     return Catalog(
         format="huggingface",
         origin=Origin(root=path, framework="safetensors", details={"files": sorted(located)}),
@@ -208,74 +204,11 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
     return located
 
 
-def _read_shard(source: Source) -> tuple[dict[str, str], dict[str, Entry]]:
-    """One file's header, checked: the tensors lie one after another and fill the file."""
-    path = source.ref.path
-    start, header = _read_header(source)
-    metadata = header.pop("__metadata__", {})
-    specs = [(parse_tensor(path, name, raw), raw["data_offsets"]) for name, raw in header.items()]
-    expected = 0
-    entries: dict[str, Entry] = {}
-    for spec, (begin, end) in sorted(specs, key=lambda item: item[1]):
-        if begin != expected or end - begin != spec.nbytes:
-            raise FormatError(
-                f"its bytes are {begin} to {end}; {expected} to {expected + spec.nbytes} follow "
-                "from the header.",
-                path=path,
-                tensor=spec.name,
-            )
-        expected = end
-        fragment = Fragment(
-            whole(spec.shape), Extent(source.ref, start + begin, spec.nbytes), spec.dtype
-        )
-        entries[spec.name] = Entry(spec, (fragment,) if spec.numel else ())
-        check_tiling(entries[spec.name])
-    if start + expected != source.size:
-        problem = IncompleteError if source.size < start + expected else FormatError
-        raise problem(
-            f"its header describes {start + expected} bytes, the file has {source.size}.",
-            path=path,
-            hint="Copy or download the file again.",
-        )
-    return metadata, {name: entries[name] for name in header}
-
-
-def _read_header(source: Source) -> tuple[int, dict[str, Any]]:
-    path = source.ref.path
-    if source.size < 8:
-        raise IncompleteError(
-            f"a safetensors file has at least 8 bytes, this has {source.size}.",
-            path=path,
-            hint="Copy or download the file again.",
-        )
-    length = int.from_bytes(source.read(0, 8), "little")
-    if length > _MAX_HEADER:
-        raise FormatError(f"it is no safetensors file: a header of {length} bytes.", path=path)
-    text = source.read(8, length)
-    if not text.startswith(b"{"):
-        raise FormatError("it is no safetensors file: the header is not JSON.", path=path)
-    return 8 + length, _parse_json(text, path)
-
-
-def parse_tensor(path: str, name: str, raw: Any) -> TensorSpec:
-    """One tensor of a header, checked. Raises `FormatError`."""
-    try:
-        dtype = dtypes.from_safetensors(raw["dtype"])
-        shape = raw["shape"]
-        begin, end = raw["data_offsets"]
-        numbers = [*shape, begin, end]
-    except (KeyError, TypeError, ValueError):
-        raise FormatError("its entry in the header is malformed.", path=path, tensor=name) from None
-    sound = all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
-    if not sound or math.prod(shape) * dtype.itemsize >= 1 << 62:
-        raise FormatError(
-            f"shape {shape} at bytes {begin} to {end} is impossible.", path=path, tensor=name
-        )
-    if dtype.name == "float4_e2m1fn_x2":
-        if not shape or shape[-1] % 2:
-            raise FormatError(f"shape {shape} packs no pairs of F4.", path=path, tensor=name)
-        shape = [*shape[:-1], shape[-1] // 2]
-    return TensorSpec(name, dtype, tuple(shape))
+def _entry(spec: TensorSpec, extent: Extent) -> Entry:
+    fragment = Fragment(whole(spec.shape), extent, spec.dtype)
+    entry = Entry(spec, (fragment,) if spec.numel else ())
+    check_tiling(entry)
+    return entry
 
 
 def _stored_shape(spec: TensorSpec) -> list[int]:
@@ -288,25 +221,7 @@ def _read_json(path: Path, sources: Sources) -> dict[str, Any]:
     source = sources.open(path)
     if source.size > _MAX_JSON:
         raise FormatError(f"it has {source.size} bytes, too many for a JSON file.", path=path)
-    return _parse_json(source.read(0, source.size), str(path))
-
-
-def _parse_json(text: bytes, path: str) -> dict[str, Any]:
-    """A JSON object in which no key occurs twice."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            raise ValueError("a key occurs twice")
-        return result
-
-    try:
-        value = json.loads(text, object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"its JSON cannot be read: {error}.", path=path) from None
-    if not isinstance(value, dict):
-        raise FormatError("its JSON is not an object.", path=path)
-    return value
+    return safetensors_file.parse_json(source.read(0, source.size), str(path))
 
 
 def _index_mismatch(path: Path, expected: set[str], found: set[str]) -> FormatError:

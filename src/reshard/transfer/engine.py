@@ -159,14 +159,17 @@ class Engine:
 
     def _work(self) -> int:
         """Take blocks until there are none; returns the bytes read."""
-        reader = Reader(self._sources, self._ledger, memoryview(bytearray(_SCRATCH)))
+        scratch = memoryview(bytearray(_SCRATCH))
+        reader = Reader(self._sources, self._ledger, scratch)
+        # The base model's bytes have no checksums and are not counted.
+        references = Reader(self._sources, Ledger(()), scratch)
         buffer = np.empty(_BLOCK, np.uint8)
         try:
             while (task := self._take()) is not None:
                 nbytes = task.box.numel * task.tensor.slot.spec.dtype.itemsize
                 if nbytes > len(buffer):
                     buffer = np.empty(_STRIDED_BLOCK, np.uint8)
-                self._move(task, buffer[:nbytes], reader)
+                self._move(task, buffer[:nbytes], reader, references)
         except BaseException:
             self._halt()
             raise
@@ -206,13 +209,13 @@ class Engine:
             tensor.digest.taken += 1
             start += box.numel
 
-    def _move(self, task: _Task, raw: Array, reader: Reader) -> None:
+    def _move(self, task: _Task, raw: Array, reader: Reader, references: Reader) -> None:
         """One block: read and cast, compare, write, and hash when its turn comes."""
         tensor = task.tensor
         slot = tensor.slot
         fill(slot.source, task.box, raw.view(slot.spec.dtype.numpy), reader)
         if slot.reference is not None and not tensor.changed:
-            tensor.changed = differs(slot, task.start, raw, reader)
+            tensor.changed = differs(slot, task.start, raw, references)
         start = task.start * slot.spec.dtype.itemsize
         self._put(tensor.file, raw.data, slot.offset + start)
         with self._turn:

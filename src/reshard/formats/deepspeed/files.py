@@ -24,7 +24,7 @@ _ONE_SAVE = "Copy all files of one save."
 
 
 # Objects that DeepSpeed itself puts in its files; nothing in them is needed.
-_OWN = ("deepspeed.runtime.fp16.loss_scaler.", "deepspeed.utils.tensor_fragment.",
+_OWN = ("deepspeed.runtime.fp16.loss_scaler.", "deepspeed.utils.tensor_fragment.", "torch.Tensor",
         "deepspeed.runtime.bf16_optimizer.", "deepspeed.runtime.zero.config.")  # fmt: skip
 
 
