@@ -19,7 +19,8 @@ _PATH = click.Path(path_type=Path)
 @click.command(cls=SeveralValues, context_settings=HELP)
 @click.option("--checkpoint_dir", type=_PATH, required=True,
               help="The folder with `latest` and the tag folders, or a tag folder.")  # fmt: skip
-@click.option("--output_dir", type=_PATH, required=True)
+@click.option("--output_dir", type=_PATH, required=True,
+              help="A new folder; it appears whole, or not at all.")  # fmt: skip
 @click.option("--hf_base", type=_PATH, required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--tag", "-t", help="Which save, e.g. global_step1; default: `latest`.")

@@ -19,7 +19,8 @@ _PATH = click.Path(path_type=Path)
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--checkpoint_dir", type=_PATH, required=True,
               help="The folder with .metadata and the .distcp files.")  # fmt: skip
-@click.option("--output_dir", type=_PATH, required=True)
+@click.option("--output_dir", type=_PATH, required=True,
+              help="A new folder; it appears whole, or not at all.")  # fmt: skip
 @click.option("--prefix", help="The model's part of a nested state dict; default: found by itself.")
 @click.option("--lora-alpha", type=float,
               help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip

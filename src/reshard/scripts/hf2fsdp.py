@@ -18,7 +18,8 @@ _PATH = click.Path(path_type=Path)
 @click.command(context_settings=HELP)
 @click.option("--hf_checkpoint", type=_PATH, required=True,
               help="The Hugging Face model folder.")  # fmt: skip
-@click.option("--output", "target", type=_PATH, required=True)
+@click.option("--output", "target", type=_PATH, required=True,
+              help="A new folder; it appears whole, or not at all.")  # fmt: skip
 @click.option("--names", type=click.Choice(NAMES), default="disk", show_default=True,
               help="memory: as a live module names its tensors, for dcp.load.")  # fmt: skip
 @click.option("--transformers-version", metavar="V",

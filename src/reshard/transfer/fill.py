@@ -159,11 +159,9 @@ def _cast(values: Array, out: Array, name: str) -> None:
             return
         overflowed = np.isinf(out) & np.isfinite(values)
     if overflowed.any():
-        first = float(values[overflowed][0])
-        largest = float(ml_dtypes.finfo(out.dtype).max)
+        first, largest = float(values[overflowed][0]), float(ml_dtypes.finfo(out.dtype).max)
         raise VerificationError(
-            f"{int(overflowed.sum())} of its values in one block are beyond the range of "
-            f"{out.dtype}: the first is {first:g}, the limit {largest:g}.",
+            f"it holds {first:g}, and the largest {out.dtype} is {largest:g}.",
             tensor=name,
             hint="Pass --dtype keep, or a dtype of wider range.",
         )

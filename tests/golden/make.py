@@ -1,0 +1,119 @@
+"""Makes the golden checkpoints again: `python -m tests.golden.make [NAME ...]`.
+
+Needed only to add one: those that are here stay as they are, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import load_file
+
+import reshard
+
+HERE = Path(__file__).parent
+_ROOT = HERE.parents[1]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A checkpoint: which oracle makes it, under which name, and what wrote it."""
+
+    oracle: str
+    recipe: str
+    writers: tuple[str, ...]
+
+
+GOLDEN: Mapping[str, Golden] = {
+    "zero2": Golden("tests.oracle.launch", "zero2-bf16-w3", ("deepspeed", "torch")),
+    "zero3": Golden("tests.oracle.launch", "zero3-bf16-w3", ("deepspeed", "torch")),
+    "legacy": Golden("tests.oracle.launch", "legacy-zero1", ("deepspeed", "torch")),
+    "dcp": Golden("tests.fsdp.oracle.launch", "odd-w3", ("torch",)),
+}
+
+#: The conversions whose files' digests are kept, by name.
+CONVERSIONS: Mapping[str, Mapping[str, Any]] = {
+    "hf": {},
+    "hf, bfloat16, 1 KB": {"dtype": "bfloat16", "max_shard_size": "1KB"},
+    "dcp": {"to": "dcp"},
+}
+
+
+def converted(name: str, options: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a conversion but `reshard.json`, which states reshard's version."""
+    reshard.convert(HERE / name / "checkpoint", folder, **options)
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name != "reshard.json"
+    }
+
+
+def main(names: list[str]) -> None:
+    for name in names or GOLDEN:
+        with tempfile.TemporaryDirectory() as scratch:
+            _make(name, GOLDEN[name], Path(scratch))
+
+
+def _make(name: str, golden: Golden, scratch: Path) -> None:
+    environment = os.environ | {
+        "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'src'}",
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    command = [sys.executable, "-m", golden.oracle, str(scratch), golden.recipe]
+    subprocess.run(command, cwd=_ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    made = scratch / golden.recipe
+    shutil.rmtree(HERE / name, ignore_errors=True)
+    shutil.copytree(
+        made / "checkpoint", HERE / name / "checkpoint", ignore=shutil.ignore_patterns("*.py")
+    )
+    content = {
+        "written by": {package: version(package) for package in golden.writers},
+        "recipe": golden.recipe,
+        "tensors": {n: _described(t) for n, t in sorted(_truth(made).items())},
+        "files": {
+            what: converted(name, options, scratch / f"out-{number}")
+            for number, (what, options) in enumerate(CONVERSIONS.items())
+        },
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (HERE / name / "digests.json").write_text(text, encoding="utf-8")
+
+
+def _truth(made: Path) -> dict[str, torch.Tensor]:
+    """What the live ranks held: masters where there are any, tied weights once."""
+    if (made / "truth.safetensors").is_file():
+        whole: dict[str, torch.Tensor] = load_file(made / "truth.safetensors")
+        return whole
+    truth = made / "truth-0"
+    tied = json.loads((truth / "truth.json").read_text(encoding="utf-8"))["tied"]
+    module = load_file(truth / "truth_module.safetensors")
+    masters = load_file(truth / "truth_fp32.safetensors")
+    return {name: value for name, value in (module | masters).items() if name not in tied}
+
+
+def _described(tensor: torch.Tensor) -> dict[str, Any]:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "xxh3_128": xxhash.xxh3_128_hexdigest(data),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,83 @@
+"""Memory is a budget: the same for a model four times as large."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests import zero3
+
+MIB = 1 << 20
+BUDGET = 200 * MIB
+# Peaks of two equal runs differ by the pages that the allocator happens to keep.
+SLACK = 20 * MIB
+
+# What a conversion holds at its peak: VmHWM of /proc, which, unlike ru_maxrss, starts anew with
+# the program and does not count what the test held when it forked.
+CHILD = """
+import sys
+from pathlib import Path
+import reshard
+reshard.convert(sys.argv[1], sys.argv[2], to=sys.argv[3], dtype=sys.argv[4], threads=4)
+assert "torch" not in sys.modules
+status = Path("/proc/self/status").read_text()
+print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+"""
+
+
+def save_zero3(folder: Path, nbytes: int) -> None:
+    """fp32 masters of `nbytes` over two ranks, and Adam's moments, twice as much again."""
+    zero3.save(folder, layers(nbytes), world=2)
+
+
+def save_safetensors(folder: Path, nbytes: int) -> None:
+    tensors = {name: tensor.bfloat16() for name, tensor in layers(nbytes * 2).items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def layers(nbytes: int) -> dict[str, torch.Tensor]:
+    """One matrix of a quarter of everything, many of 4 MiB, and a vector beside each of these."""
+    values = torch.arange(MIB, dtype=torch.float32)
+    tensors = {"embed.weight": values.repeat(nbytes // 4 // (4 * MIB)).reshape(-1, 1024)}
+    for number in range(nbytes * 3 // 4 // (4 * MIB)):
+        tensors[f"layers.{number}.weight"] = (values + number).reshape(1024, 1024)
+        tensors[f"layers.{number}.norm"] = torch.full((1025,), float(number))
+    return tensors
+
+
+def peak(source: Path, target: Path, to: str, dtype: str) -> int:
+    """Bytes that a conversion in a process of its own holds at most."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", CHILD, str(source), str(target), to, dtype]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure by")
+@pytest.mark.parametrize(
+    ("save", "to", "dtype"),
+    [
+        pytest.param(save_zero3, "hf", "bfloat16", id="zero3-hf"),
+        pytest.param(save_safetensors, "dcp", "keep", id="safetensors-dcp"),
+    ],
+)
+def test_memory_does_not_grow_with_the_model(
+    tmp_path: Path, save: Callable[[Path, int], None], to: str, dtype: str
+) -> None:
+    peaks = []
+    for nbytes in (100 * MIB, 400 * MIB):
+        folder = tmp_path / str(nbytes // MIB)
+        folder.mkdir()
+        save(folder, nbytes)
+        peaks.append(peak(folder, tmp_path / f"out-{nbytes // MIB}", to, dtype))
+        for path in (*folder.iterdir(), *(tmp_path / f"out-{nbytes // MIB}").iterdir()):
+            path.unlink()
+    assert max(peaks) < BUDGET, [size // MIB for size in peaks]
+    assert abs(peaks[1] - peaks[0]) < SLACK, [size // MIB for size in peaks]
