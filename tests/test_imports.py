@@ -28,7 +28,7 @@ ORDER = (
     ("formats.dcp", "formats.deepspeed", "formats.huggingface", "formats.torch_state_dict"),
     ("transfer", "manifest", "locate", "options", "targets"),
     ("verification", "adapter_config", "base"),
-    ("checkpoint", "export"),
+    ("checkpoint", "export", "writing"),
     ("comparison", "live"),
     ("inspection", "preparation"),
     ("conversion",),
