@@ -1,0 +1,212 @@
+"""The output folder: several at once, systems without renameat2, and what the folder holds."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import reshard
+from reshard.catalog import Asset
+from reshard.transfer import engine
+from reshard.transfer.commit import OutputFolder
+from reshard.transfer.fill import fill
+from tests.commit.conftest import listing
+
+# Several at once
+
+
+def test_the_same_conversion_twice_at_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.1)
+        fill(*arguments)
+
+    monkeypatch.setattr(engine, "fill", slow)
+    outcomes: list[object] = []
+
+    def convert() -> None:
+        both.wait()
+        try:
+            outcomes.append(reshard.convert(model, tmp_path / "out").verified)
+        except reshard.WriteError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=convert) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count(True) == 1, outcomes
+    (refused,) = (outcome for outcome in outcomes if outcome is not True)
+    assert "another process is writing" in str(refused)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    assert reshard.verify(tmp_path / "out")
+
+
+def test_two_conversions_into_one_folder(tmp_path: Path) -> None:
+    """Different ones do not meet on the way; the one that ends last is refused."""
+    target = tmp_path / "out"
+    with OutputFolder(target, "first") as first, OutputFolder(target, "second") as second:
+        first.write("x", b"first")
+        second.write("x", b"second")
+        first.commit()
+        with pytest.raises(reshard.WriteError, match="File exists"):
+            second.commit()
+    assert (target / "x").read_bytes() == b"first"
+    assert listing(tmp_path) == ["out", "out/x"]
+
+
+def appear_as_file(target: Path) -> None:
+    target.write_bytes(b"theirs")
+
+
+def appear_as_folder(target: Path) -> None:
+    target.mkdir()
+    (target / "theirs").touch()
+
+
+def appear_as_link(target: Path) -> None:
+    target.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("appear", [appear_as_file, appear_as_folder, appear_as_link])
+@pytest.mark.parametrize("system", ["renameat2", "without"])
+def test_what_appears_meanwhile_is_not_replaced(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    appear: Callable[[Path], None],
+    system: str,
+) -> None:
+    if system == "without":
+        monkeypatch.setattr(ctypes, "CDLL", WithoutRenameat2)
+    target = tmp_path / "out"
+    with OutputFolder(target, "digest") as folder:
+        folder.write("x", b"ours")
+        appear(target)
+        before = target.lstat().st_ino
+        with pytest.raises(reshard.WriteError):
+            folder.commit()
+    assert target.lstat().st_ino == before
+    assert not (target / "x").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# Systems without renameat2
+
+
+class WithoutRenameat2:
+    """A C library that lacks the function."""
+
+    def __init__(self, name: object, **options: object) -> None: ...
+
+
+class Unimplemented:
+    """A C library whose kernel or file system does not know the call."""
+
+    def __init__(self, name: object, **options: object) -> None: ...
+
+    def renameat2(self, *arguments: object) -> int:
+        ctypes.set_errno(errno.ENOSYS)
+        return -1
+
+
+class Unsupporting(Unimplemented):
+    def renameat2(self, *arguments: object) -> int:
+        ctypes.set_errno(errno.EINVAL)
+        return -1
+
+
+@pytest.mark.parametrize("library", [WithoutRenameat2, Unimplemented, Unsupporting])
+def test_without_renameat2(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: type
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    target = tmp_path / "out"
+    reshard.convert(model, target)
+    assert load_file(target / "model.safetensors")["w"].dtype == np.float32
+    with pytest.raises(reshard.WriteError, match="exists"):
+        reshard.convert(model, target)
+    reshard.convert(model, target, dtype="float16", overwrite=True)
+    assert load_file(target / "model.safetensors")["w"].dtype == np.float16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_another_error_of_renameat2_is_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Unimplemented):
+        def renameat2(self, *arguments: object) -> int:
+            ctypes.set_errno(errno.EROFS)
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", Failing)
+    with pytest.raises(reshard.WriteError, match="Read-only file system"):
+        reshard.convert(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# What the folder holds
+
+
+def test_an_empty_folder_may_be_the_output(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    reshard.convert(model, tmp_path / "out")
+    assert listing(tmp_path / "out") == ["model.safetensors", "reshard.json"]
+
+
+def test_files_in_sub_folders(model: Path, tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "out", "digest") as folder:
+        folder.copy(Asset("a/b/c.jinja", model / "chat" / "templates" / "plain.jinja"))
+        folder.write("a/d.json", b"{}")
+        folder.write("e.json", b"[]")
+        folder.commit()
+    files = [path for path in listing(tmp_path / "out") if (tmp_path / "out" / path).is_file()]
+    assert files == ["a/b/c.jinja", "a/d.json", "e.json"]
+    assert (tmp_path / "out" / "a" / "b" / "c.jinja").read_text(encoding="utf-8") == "{{ x }}"
+
+
+def test_files_of_the_base_come_along_in_their_sub_folders(model: Path, tmp_path: Path) -> None:
+    reshard.convert(model, tmp_path / "out", base=model, allow_unchanged=True)
+    assert listing(tmp_path / "out") == [
+        "chat",
+        "chat/templates",
+        "chat/templates/plain.jinja",
+        "config.json",
+        "model.safetensors",
+        "reshard.json",
+    ]
+
+
+def test_what_a_killed_run_left_is_not_used(tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial-digest"
+    (left / "deep").mkdir(parents=True)
+    (left / "deep" / "x").touch()
+    (left / "y").touch()
+    (left / "link").symlink_to(tmp_path)
+    with OutputFolder(tmp_path / "out", "digest") as folder:
+        folder.write("z", b"")
+        folder.commit()
+    assert listing(tmp_path) == ["out", "out/z"]
+
+
+def test_everyone_may_read_what_the_umask_allows(model: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        reshard.convert(model, tmp_path / "out", base=model, allow_unchanged=True)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
