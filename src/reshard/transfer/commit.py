@@ -47,6 +47,7 @@ class OutputFolder:
             self.partial.mkdir(exist_ok=True)
             self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._empty()
         except BlockingIOError:
             os.close(self._lock)
             raise WriteError(
@@ -56,7 +57,6 @@ class OutputFolder:
             ) from None
         except OSError as error:
             raise _cannot_write(self.partial, error) from None
-        self._empty()
         return self
 
     def create(self, name: str, nbytes: int) -> int:
@@ -159,6 +159,7 @@ class OutputFolder:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             self._made.append(folder)
+            sync_folder(folder.parent)
 
     def _empty(self) -> None:
         """Remove what a killed run of the same plan left; none of it is trusted."""
