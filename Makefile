@@ -39,6 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		--group dev --editable .
+	$(BIN)/python -m compileall -q src
 	touch $@
 
 clean:

@@ -1,9 +1,10 @@
 """Run the benchmark: `python -m benchmarks.bench FOLDER [--rounds N] [--input NAME ...]`.
 
 Every round runs every contender once on every input, one after the other, so that what else the
-machine does falls on all of them alike. Before each run the whole input is read once: the page
-cache is warm for everyone. Outputs are removed and the disk is waited for between runs, outside
-the time. reshard and cp wait for their own writes to reach the disk, the other tools do not.
+machine does falls on all of them alike. Before each run the whole input is read once, so that the
+page cache is warm for everyone, and as much free memory is touched as an output needs. Outputs are
+removed and the disk is waited for between runs, outside the time. reshard and cp wait for their own
+writes to reach the disk, the other tools do not.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.inputs import Input
 
 MIB = 1 << 20
+# Bytes of the largest output that is timed, float32, and some more.
+_PRESENT_NBYTES = 3 << 30
 RECIPES = (*inputs.RECIPES, *dcp_inputs.RECIPES)
 PACKAGES = ("reshard", "torch", "deepspeed", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -75,11 +78,19 @@ def _sample(given: Input, contender: Contender, number: int, scratch: Path) -> S
     shutil.rmtree(target, ignore_errors=True)
     command = contender.command(given, target, scratch)
     os.sync()
-    measure.warm(given.source)
-    ran = measure.run(command, os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"})
+    measure.warm(given.source.rglob("*"))
+    measure.warm(scratch.glob(f"{given.name}.*"))
+    measure.make_present(_PRESENT_NBYTES)
+    ran = measure.run(command, _environment())
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     shutil.rmtree(target)
     return Sample(given.name, contender.name, number, ran.seconds, ran.peak_nbytes, size)
+
+
+def _environment() -> dict[str, str]:
+    """That of a contender. Python keeps its bytecode, as it does where nobody forbids it."""
+    kept = {name: it for name, it in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
 def summary(samples: Sequence[Sample], given: str) -> list[Row]:

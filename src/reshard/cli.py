@@ -6,6 +6,8 @@ paragraph on standard error: what, where, how to mend; `--debug` adds the traceb
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 import sys
 import traceback
@@ -58,6 +60,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments or "-d" in arguments
     signal.signal(signal.SIGTERM, _interrupt)
+    _start_quickly()
     try:
         code = command.main(args=arguments, standalone_mode=False)
     except click.ClickException as error:
@@ -72,6 +75,13 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
         click.echo(f"error: {error}", err=True)
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _start_quickly() -> None:
+    """A plan is very many small objects without a cycle: the collector would search them over and
+    over. And numpy's BLAS starts a thread for each core, though the engine has its own."""
+    gc.set_threshold(100_000)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import metadata
 from typing import Any
 
 from reshard.base import Base, patched_config
@@ -60,6 +59,8 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
 
 def _installed() -> Version | None:
     """The installed transformers' version, looked up without importing it."""
+    from importlib import metadata  # 25 ms, for the few who ask
+
     try:
         return parse_version(metadata.version("transformers"))
     except metadata.PackageNotFoundError:

@@ -141,7 +141,7 @@ def equal(one: Entry, other: Entry, sources: Sources) -> bool:
 
 def _stream(entry: Entry, sources: Sources) -> Iterator[Array]:
     """The tensor's bytes in row-major order, a block at a time, in one buffer."""
-    reader = Reader(sources, Ledger(()), memoryview(bytearray(_BLOCK)))
+    reader = Reader(sources, Ledger(()), np.empty(_BLOCK, np.uint8).data)
     dtype = entry.spec.dtype
     buffer = np.empty(_BLOCK // dtype.itemsize, dtype.numpy)
     for box in blocks(entry.spec.shape, len(buffer)):

@@ -35,7 +35,8 @@ _BLOCK = 4 << 20
 _STRIDED_BLOCK = 4 * _BLOCK
 _SCRATCH = 2 * _BLOCK
 
-# Elements compared at a time with the base model's.
+# Elements first compared with the base model's; each piece that is equal makes the next twice as
+# large.
 _COMPARED = 16 << 10
 
 Progress = Callable[[int, int], None]
@@ -159,7 +160,7 @@ class Engine:
 
     def _work(self) -> int:
         """Take blocks until there are none; returns the bytes read."""
-        scratch = memoryview(bytearray(_SCRATCH))
+        scratch = np.empty(_SCRATCH, np.uint8).data
         reader = Reader(self._sources, self._ledger, scratch)
         # The base model's bytes have no checksums and are not counted.
         references = Reader(self._sources, Ledger(()), scratch)
@@ -266,15 +267,16 @@ def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
     """Whether a block differs from the same elements of the slot's reference.
 
     The reference has flat boxes. Compares piece by piece and stops at the first difference, so
-    that a trained tensor costs one small read of the base model.
+    that a trained tensor costs one small read of the base model, and a frozen one few.
     """
     if slot.reference is None:
         return False
     target = slot.spec.dtype.numpy
     values = raw.view(target)
     numel = slot.spec.numel
-    for at in range(0, len(values), _COMPARED):
-        part = values[at : at + _COMPARED]
+    at, count = 0, _COMPARED
+    while at < len(values):
+        part = values[at : at + count]
         other = np.empty(len(part), target)
         try:
             fill(slot.reference, flat(numel, start + at, len(part)), other, reader)
@@ -283,4 +285,5 @@ def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
             return True
         if not np.array_equal(part.view(np.uint8), other.view(np.uint8)):
             return True
+        at, count = at + count, 2 * count
     return False
