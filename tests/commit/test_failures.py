@@ -115,6 +115,15 @@ def test_a_read_only_parent(model: Path, tmp_path: Path) -> None:
         reshard.convert(model, parent / "out")
 
 
+def test_a_file_that_finds_no_room_is_not_begun(tmp_path: Path) -> None:
+    with (
+        OutputFolder(tmp_path / "out", "digest") as folder,
+        pytest.raises(reshard.WriteError, match=r"No space left|File too large"),
+    ):
+        folder.create("model.safetensors", 1 << 60)
+    assert listing(tmp_path) == []
+
+
 def test_a_disk_without_room_is_found_beforehand(tmp_path: Path) -> None:
     with pytest.raises(reshard.WriteError, match=r"1,000,000,000,000,000,000 bytes .* are free"):
         check_space(tmp_path / "not" / "there", 10**18)

@@ -144,6 +144,40 @@ def test_without_renameat2(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
+# Systems that cannot reserve room
+
+
+class Reserving(Unimplemented):
+    """A C library whose file system answers `code` to fallocate."""
+
+    code = errno.EOPNOTSUPP
+
+    def fallocate64(self, *arguments: object) -> int:
+        ctypes.set_errno(self.code)
+        return -1
+
+
+class Full(Reserving):
+    code = errno.ENOSPC
+
+
+def test_a_file_system_that_cannot_reserve(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", Reserving)
+    reshard.convert(model, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].dtype == np.float32
+
+
+def test_a_file_system_that_is_full(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", Full)
+    with pytest.raises(reshard.WriteError, match="No space left on device"):
+        reshard.convert(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_another_error_of_renameat2_is_an_error(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

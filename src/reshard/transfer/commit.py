@@ -67,10 +67,10 @@ class OutputFolder:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._open.add(fd)
             _reserve(fd, nbytes)
         except OSError as error:
             raise _cannot_write(path, error) from None
-        self._open.add(fd)
         return fd
 
     def put(self, name: str, fd: int, data: memoryview, offset: int) -> None:
@@ -226,11 +226,12 @@ def _reserve(fd: int, nbytes: int) -> None:
     if sys.platform == "linux" and nbytes:
         # Not `os.posix_fallocate`, which writes into every block where the file system cannot.
         libc = ctypes.CDLL(None, use_errno=True)
-        size = ctypes.c_int64(nbytes)
-        if hasattr(libc, "fallocate64") and libc.fallocate64(fd, 0, ctypes.c_int64(0), size) == 0:
-            return
-        if ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        if hasattr(libc, "fallocate64"):
+            if libc.fallocate64(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) == 0:
+                return
+            code = ctypes.get_errno()
+            if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(code, os.strerror(code))
     os.truncate(fd, nbytes)
 
 
