@@ -217,7 +217,9 @@ def test_an_interrupted_conversion_leaves_nothing(
 ) -> None:
     """A conversion slowed down to seconds is interrupted in its midst: exit code 130."""
     code = (
-        "import sys, time, reshard.transfer.engine as e; fill = e.fill\n"
+        "import signal, sys, time, reshard.transfer.engine as e; fill = e.fill\n"
+        # A shell's background jobs, and what they start, ignore SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def slow(*a):\n    time.sleep(0.3); return fill(*a)\n"
         "e.fill = slow\n"
         "from reshard.cli import main\nmain()"
