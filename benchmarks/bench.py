@@ -1,8 +1,8 @@
 """Run the benchmark: `python -m benchmarks.bench FOLDER [--rounds N] [--input NAME ...]`.
 
 Every round runs every contender once on every input, one after the other, so that what else the
-machine does falls on all of them alike. Before each run the whole input is read once, so that the
-page cache is warm for everyone, and as much free memory is touched as an output needs. Outputs are
+machine does falls on all of them alike. Before each run its input is read once, so that the page
+cache is warm for everyone, and as much memory as an output needs is touched and freed. Outputs are
 removed and the disk is waited for between runs, outside the time. reshard and cp wait for their own
 writes to reach the disk, the other tools do not.
 """
@@ -30,7 +30,7 @@ from benchmarks.inputs import Input
 
 MIB = 1 << 20
 # Bytes of the largest output that is timed, float32, and some more.
-_PRESENT_NBYTES = 3 << 30
+_MEMORY_NBYTES = 3 << 30
 RECIPES = (*inputs.RECIPES, *dcp_inputs.RECIPES)
 PACKAGES = ("reshard", "torch", "deepspeed", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -78,9 +78,8 @@ def _sample(given: Input, contender: Contender, number: int, scratch: Path) -> S
     shutil.rmtree(target, ignore_errors=True)
     command = contender.command(given, target, scratch)
     os.sync()
-    measure.warm(given.source.rglob("*"))
-    measure.warm(scratch.glob(f"{given.name}.*"))
-    measure.make_present(_PRESENT_NBYTES)
+    with measure.memory_in_hand(_MEMORY_NBYTES):
+        measure.warm(contender.reads(given, scratch))
     ran = measure.run(command, _environment())
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     shutil.rmtree(target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,20 @@ from benchmarks.inputs import Input
 _COPY = 'mkdir -p "$3" && cp "$1" "$3/copy" && cat "$2" > /dev/null && sync "$3/copy"'
 
 
+def _source(given: Input, _: Path) -> Iterable[Path]:
+    return given.source.rglob("*")
+
+
+def _copies(given: Input, scratch: Path) -> Iterable[Path]:
+    return scratch.glob(f"{given.name}.*")
+
+
 @dataclass(frozen=True, slots=True)
 class Contender:
     """`command(input, target, scratch)` is what runs; `kinds` are the inputs it can convert.
 
     `every_size`: it also runs on the inputs that only memory is measured on.
+    `reads(input, scratch)`: the files it reads.
     """
 
     name: str
@@ -28,6 +37,7 @@ class Contender:
     command: Callable[[Input, Path, Path], list[str]]
     note: str
     every_size: bool = False
+    reads: Callable[[Input, Path], Iterable[Path]] = _source
 
 
 def _reshard(*options: str) -> Callable[[Input, Path, Path], list[str]]:
@@ -92,6 +102,7 @@ CONTENDERS: tuple[Contender, ...] = (
         _ALL,
         _copy,
         "copies as many bytes as reshard writes, reads the rest of those it reads, syncs",
+        reads=_copies,
     ),
     Contender(
         "zero_to_fp32",

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,22 +53,31 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
 
 
 # In a process of its own: its peak would be taken for that of the next command.
-_PRESENT = """
+_HOLD = """
 import mmap, sys
 memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 memory.madvise(mmap.MADV_HUGEPAGE)
 memory[:: mmap.PAGESIZE] = bytes(len(memory) // mmap.PAGESIZE)
+print(flush=True)
+sys.stdin.read()
 """
 
 
-def make_present(nbytes: int) -> None:
-    """Touch `nbytes` of free memory.
+@contextmanager
+def memory_in_hand(nbytes: int) -> Iterator[None]:
+    """Hold `nbytes` of touched memory within the block; afterwards it is free and at hand.
 
-    A virtual machine gives memory that is free back to its host; getting it again took up to 2 s
-    a gigabyte, by chance in the run of one contender or of another.
+    A virtual machine gives free memory back to its host within seconds; getting it again took up
+    to 2 s a gigabyte, by chance in the run of one contender or of another.
     """
-    if sys.platform == "linux":
-        subprocess.run([sys.executable, "-c", _PRESENT, str(nbytes)], check=True)
+    if sys.platform != "linux":
+        yield
+        return
+    command = [sys.executable, "-c", _HOLD, str(nbytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        if holder.stdout is None or not holder.stdout.readline():
+            raise CommandError(f"{nbytes} bytes of memory are not to be had")
+        yield
 
 
 def warm(paths: Iterable[Path]) -> int:
