@@ -63,14 +63,18 @@ class Row:
 
 
 def rounds(given: Sequence[Input], count: int, scratch: Path) -> Iterator[Sample]:
-    """Every sample, round by round. Inputs that only memory is measured on run in the first."""
+    """Every sample, round by round. Inputs that only memory is measured on run in the first.
+
+    Each round begins with another contender: what one leaves behind meets all the others in turn.
+    """
     for number in range(count):
         for one in given:
             if not one.timed and number > 0:
                 continue
-            for contender in CONTENDERS:
-                if one.kind in contender.kinds and (one.timed or contender.every_size):
-                    yield _sample(one, contender, number, scratch)
+            ready = [c for c in CONTENDERS if one.kind in c.kinds and (one.timed or c.every_size)]
+            first = number % len(ready)
+            for contender in ready[first:] + ready[:first]:
+                yield _sample(one, contender, number, scratch)
 
 
 def _sample(given: Input, contender: Contender, number: int, scratch: Path) -> Sample:
