@@ -24,7 +24,7 @@ from reshard.manifest import Stated
 from reshard.storage import Sources, child
 from reshard.tensors import Entry, blocks
 from reshard.transfer.checksums import Ledger
-from reshard.transfer.fill import Array, Reader, fill
+from reshard.transfer.fill import Array, Reader, fill, page_aligned
 
 _BLOCK = 4 << 20
 
@@ -141,9 +141,9 @@ def equal(one: Entry, other: Entry, sources: Sources) -> bool:
 
 def _stream(entry: Entry, sources: Sources) -> Iterator[Array]:
     """The tensor's bytes in row-major order, a block at a time, in one buffer."""
-    reader = Reader(sources, Ledger(()), np.empty(_BLOCK, np.uint8).data)
+    reader = Reader(sources, Ledger(()), page_aligned(_BLOCK).data)
     dtype = entry.spec.dtype
-    buffer = np.empty(_BLOCK // dtype.itemsize, dtype.numpy)
+    buffer = page_aligned(_BLOCK).view(dtype.numpy)
     for box in blocks(entry.spec.shape, len(buffer)):
         part = buffer[: box.numel]
         fill(entry, box, part, reader)

@@ -25,7 +25,7 @@ from reshard.storage import Sources
 from reshard.tensors import Box, blocks, flat
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder
-from reshard.transfer.fill import Array, Reader, fill
+from reshard.transfer.fill import Array, Reader, fill, page_aligned
 from reshard.transfer.writeback import Writeback
 
 # Bytes of an output block. 4 MiB of source and target stay in a core's cache; twice as much is no
@@ -35,9 +35,9 @@ _BLOCK = 4 << 20
 _STRIDED_BLOCK = 4 * _BLOCK
 _SCRATCH = 2 * _BLOCK
 
-# Elements first compared with the base model's; each piece that is equal makes the next twice as
-# large.
-_COMPARED = 16 << 10
+# Elements first compared with the base model's, and at most: each piece that is equal makes the
+# next twice as large. More at once would leave the core's cache.
+_COMPARED, _MOST_COMPARED = 16 << 10, 128 << 10
 
 Progress = Callable[[int, int], None]
 
@@ -160,16 +160,16 @@ class Engine:
 
     def _work(self) -> int:
         """Take blocks until there are none; returns the bytes read."""
-        scratch = np.empty(_SCRATCH, np.uint8).data
+        scratch = page_aligned(_SCRATCH).data
         reader = Reader(self._sources, self._ledger, scratch)
         # The base model's bytes have no checksums and are not counted.
         references = Reader(self._sources, Ledger(()), scratch)
-        buffer = np.empty(_BLOCK, np.uint8)
+        buffer = page_aligned(_BLOCK)
         try:
             while (task := self._take()) is not None:
                 nbytes = task.box.numel * task.tensor.slot.spec.dtype.itemsize
                 if nbytes > len(buffer):
-                    buffer = np.empty(_STRIDED_BLOCK, np.uint8)
+                    buffer = page_aligned(_STRIDED_BLOCK)
                 self._move(task, buffer[:nbytes], reader, references)
         except BaseException:
             self._halt()
@@ -274,16 +274,17 @@ def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
     target = slot.spec.dtype.numpy
     values = raw.view(target)
     numel = slot.spec.numel
+    buffer = np.empty(min(len(values), _MOST_COMPARED), target)
     at, count = 0, _COMPARED
     while at < len(values):
         part = values[at : at + count]
-        other = np.empty(len(part), target)
+        other = buffer[: len(part)]
         try:
             fill(slot.reference, flat(numel, start + at, len(part)), other, reader)
         except VerificationError:
             # The reference has a value beyond the range of `target`; the block has none.
             return True
-        if not np.array_equal(part.view(np.uint8), other.view(np.uint8)):
+        if part.tobytes() != other.tobytes():
             return True
-        at, count = at + count, 2 * count
+        at, count = at + count, min(2 * count, _MOST_COMPARED)
     return False

@@ -11,6 +11,7 @@ A cast rounds to nearest even, as torch does. Where torch would turn a finite va
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
@@ -36,6 +37,19 @@ from reshard.tensors import (
 from reshard.transfer.checksums import Ledger
 
 Array = np.ndarray[Any, Any]
+
+
+def page_aligned(nbytes: int) -> Array:
+    """A buffer of `nbytes` bytes that begins with a page of memory; its bytes are not set.
+
+    numpy's own large arrays begin 16 bytes into a page. Reading a file to a place that lies 1 to 31
+    bytes later in its page than the bytes do in theirs took two to five times as long (AMD EPYC,
+    where the kernel copies with `rep movsb`), and so did writing. Tensors that begin with a page
+    of their file are common: 64-byte alignment gives every 64th.
+    """
+    room = np.empty(nbytes + mmap.PAGESIZE, np.uint8)
+    start = -room.ctypes.data % mmap.PAGESIZE
+    return room[start : start + nbytes]
 
 
 @dataclass(slots=True)
