@@ -20,15 +20,15 @@ def _source(given: Input, _: Path) -> Iterable[Path]:
     return given.source.rglob("*")
 
 
-def _copies(given: Input, scratch: Path) -> Iterable[Path]:
-    return scratch.glob(f"{given.name}.*")
+def _copies(_: Input, scratch: Path) -> tuple[Path, Path]:
+    return scratch / "copied", scratch / "read"
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
     """`command(input, target, scratch)` is what runs; `kinds` are the inputs it can convert.
 
-    `every_size`: it also runs on the inputs that only memory is measured on.
+    `every_size`: it also runs on the large inputs.
     `reads(input, scratch)`: the files it reads.
     """
 
@@ -59,14 +59,12 @@ def _peer(name: str) -> Callable[[Input, Path, Path], list[str]]:
 
 
 def _copy(given: Input, target: Path, scratch: Path) -> list[str]:
-    """Measures one conversion first, to know how many bytes it reads and writes."""
-    copied, read = scratch / f"{given.name}.copied", scratch / f"{given.name}.read"
-    if not read.exists():
-        ran = measure.run(_reshard("--dry-run")(given, target, scratch))
-        report = json.loads(ran.output)
-        written = int(report["bytes_written"])
-        _fill(copied, given.source, written)
-        _fill(read, given.source, max(int(report["bytes_read"]) - written, 0))
+    """Plans a conversion first, to know how many bytes it reads and writes."""
+    report = json.loads(measure.run(_reshard("--dry-run")(given, target, scratch)).output)
+    copied, read = _copies(given, scratch)
+    written = int(report["bytes_written"])
+    _fill(copied, given.source, written)
+    _fill(read, given.source, max(int(report["bytes_read"]) - written, 0))
     return ["sh", "-c", _COPY, "sh", str(copied), str(read), str(target)]
 
 
@@ -96,12 +94,14 @@ CONTENDERS: tuple[Contender, ...] = (
         _ALL,
         _reshard("--no-verify"),
         "the same without reading back",
+        every_size=True,
     ),
     Contender(
         "cp",
         _ALL,
         _copy,
         "copies as many bytes as reshard writes, reads the rest of those it reads, syncs",
+        every_size=True,
         reads=_copies,
     ),
     Contender(

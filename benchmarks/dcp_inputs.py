@@ -1,16 +1,19 @@
 """The benchmark's FSDP checkpoints, and the Hugging Face folders that are converted for FSDP.
 
-The one that is timed comes from real FSDP2 ranks: float32 parameters, one step, saved by DCP as
-accelerate and the HF Trainer save them. The large one is saved by DCP in one process, all ones.
+The small one comes from real FSDP2 ranks: float32 parameters, one step, saved by DCP as accelerate
+and the HF Trainer save them. The large one is saved by DCP in one process.
 """
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from benchmarks.inputs import Recipe, random_base, run_ranks, save_large_base
+from benchmarks.inputs import Recipe, random_base, random_values, run_ranks, save_large_base
 
 
 def sharded(folder: Path) -> None:
@@ -20,7 +23,7 @@ def sharded(folder: Path) -> None:
 
 
 def sharded_large(folder: Path) -> None:
-    """The large model by DCP, in bfloat16. Needs 5 GB of memory, 4 GB of disk."""
+    """The large model by DCP, in float32. Needs 8 GB of memory, 8 GB of disk."""
     _in_process("save_sharded", folder)
 
 
@@ -31,7 +34,7 @@ def pretrained(folder: Path) -> None:
 
 
 def pretrained_large(folder: Path) -> None:
-    """The large model's files, all zeros. Takes no space on disk."""
+    """The large model's files. Needs 4 GB of memory, 4 GB of disk."""
     _in_process("save_pretrained", folder)
     (folder / "base").symlink_to("source")
 
@@ -42,23 +45,34 @@ def _in_process(function: str, folder: Path) -> None:
 
 
 def save_pretrained(folder: Path) -> None:
-    save_large_base(folder / "source")
+    import torch
+    from safetensors.torch import save_file
+
+    shapes = save_large_base(folder / "source")
+    state = _random_state(shapes, torch.bfloat16)
+    save_file(state, folder / "source/model.safetensors", {"format": "pt"})
 
 
 def save_sharded(folder: Path) -> None:
     import torch
     from torch.distributed import checkpoint as dcp
 
-    shapes = save_large_base(folder / "base")
-    state = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    state = _random_state(save_large_base(folder / "base"), torch.float32)
     dcp.save({"model": state}, checkpoint_id=folder / "source", no_dist=True)
+
+
+def _random_state(shapes: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    return {
+        name: random_values(math.prod(shape), dtype).reshape(shape)
+        for name, shape in shapes.items()
+    }
 
 
 RECIPES: tuple[Recipe, ...] = (
     Recipe("fsdp-0.5b", "dcp", sharded),
-    Recipe("fsdp-1.9b", "dcp", sharded_large, timed=False),
+    Recipe("fsdp-1.9b", "dcp", sharded_large, large=True),
     Recipe("hf-0.5b", "huggingface", pretrained),
-    Recipe("hf-1.9b", "huggingface", pretrained_large, timed=False),
+    Recipe("hf-1.9b", "huggingface", pretrained_large, large=True),
 )
 
 _FUNCTIONS = {function.__name__: function for function in (save_pretrained, save_sharded)}

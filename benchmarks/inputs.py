@@ -1,9 +1,9 @@
 """The benchmark's checkpoints, made once under a folder and found again.
 
-The ones that are timed come from the real DeepSpeed: two ranks, one step, bfloat16 with float32
-masters and Adam's moments, of a random model with the shapes of Qwen2-0.5B. The one that memory
-alone is measured on has four times the parameters and is laid out by torch.save in the same
-structure, without the moments, which no conversion reads.
+The small ones come from the real DeepSpeed: two ranks, one step, bfloat16 with float32 masters and
+Adam's moments, of a random model with the shapes of Qwen2-0.5B. The large ones have four times the
+parameters and are laid out by torch.save in the same structure, without the moments, which no
+conversion reads.
 """
 
 from __future__ import annotations
@@ -46,14 +46,15 @@ LARGE: Mapping[str, Any] = {
 class Input:
     """A checkpoint to convert: `kind` is the format, `base` the model that training started from.
 
-    Only contenders with this `kind` run on it; `timed` says whether anyone but reshard does.
+    Only contenders with this `kind` run on it; `large` says that those which hold whole models in
+    memory do not.
     """
 
     name: str
     kind: str
     source: Path
     base: Path
-    timed: bool = True
+    large: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Recipe:
     name: str
     kind: str
     make: Callable[[Path], None]
-    timed: bool = True
+    large: bool = False
 
 
 def ready(recipe: Recipe, parent: Path) -> Input:
@@ -75,7 +76,7 @@ def ready(recipe: Recipe, parent: Path) -> Input:
         partial.mkdir(parents=True)
         recipe.make(partial)
         partial.rename(folder)
-    return Input(recipe.name, recipe.kind, folder / "source", folder / "base", recipe.timed)
+    return Input(recipe.name, recipe.kind, folder / "source", folder / "base", recipe.large)
 
 
 def trained(stage: int) -> Callable[[Path], None]:
@@ -156,6 +157,14 @@ def save_large_base(base: Path) -> Mapping[str, Any]:
     return shapes
 
 
+def random_values(numel: int, dtype: Any) -> Any:
+    """`numel` random values of `dtype`; a block of them is repeated, which is quicker."""
+    import torch
+
+    block = torch.rand(1 << 22).sub_(0.5).to(dtype)
+    return block.repeat(-(-numel // block.numel()))[:numel]
+
+
 def _save_sparse(path: Path, shapes: Mapping[str, Any]) -> None:
     """A safetensors file of bfloat16 zeros that takes no space on disk."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -188,14 +197,6 @@ def _common(shapes: Mapping[str, Any], module: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def _random(numel: int, dtype: Any) -> Any:
-    """`numel` random values of `dtype`; a block of them is repeated, which is quicker."""
-    import torch
-
-    block = torch.rand(1 << 22).sub_(0.5).to(dtype)
-    return block.repeat(-(-numel // block.numel()))[:numel]
-
-
 def _save_stage3(tag: Path, shapes: Mapping[str, Any]) -> None:
     import torch
 
@@ -206,7 +207,7 @@ def _save_stage3(tag: Path, shapes: Mapping[str, Any]) -> None:
             "zero_stage": 3,
             "partition_count": WORLD,
             "optimizer_state_dict": {"state": {}, "param_groups": []},
-            "fp32_flat_groups": [_random(pieces, torch.float32).add_(rank)],
+            "fp32_flat_groups": [random_values(pieces, torch.float32).add_(rank)],
         }
         _save_optimizer(tag, rank, state)
         name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
@@ -221,7 +222,7 @@ def _save_stage2(tag: Path, shapes: Mapping[str, Any]) -> None:
     flat = torch.empty(total, dtype=torch.bfloat16)
     for rank in range(WORLD):
         mine = flat[rank * part : (rank + 1) * part]
-        masters = _random(mine.numel(), torch.float32).add_(rank)
+        masters = random_values(mine.numel(), torch.float32).add_(rank)
         mine.copy_(masters)
         state = {
             "zero_stage": 2,
@@ -251,8 +252,8 @@ def _save_optimizer(tag: Path, rank: int, state: Mapping[str, Any]) -> None:
 RECIPES: tuple[Recipe, ...] = (
     Recipe("zero2-0.5b", "deepspeed", trained(2)),
     Recipe("zero3-0.5b", "deepspeed", trained(3)),
-    Recipe("zero2-1.9b", "deepspeed", laid_out(2), timed=False),
-    Recipe("zero3-1.9b", "deepspeed", laid_out(3), timed=False),
+    Recipe("zero2-1.9b", "deepspeed", laid_out(2), large=True),
+    Recipe("zero3-1.9b", "deepspeed", laid_out(3), large=True),
 )
 
 _FUNCTIONS: Mapping[str, Callable[..., None]] = {
