@@ -18,7 +18,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "reshard"
 # Rooms of one line do not import each other. A room of this list is a module or a folder of
 # `reshard`; each format is a room of its own.
 ORDER = (
-    ("errors", "_version", "flags", "output", "report"),
+    ("errors", "_version", "progress"),
+    ("flags", "output", "report"),
     ("dtypes",),
     ("tensors",),
     ("catalog", "frames", "rearrange"),

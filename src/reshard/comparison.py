@@ -8,7 +8,7 @@ rounding to the second's dtypes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from reshard.base import CONFIG, read_base
 from reshard.catalog import Catalog
 from reshard.errors import VerificationError
 from reshard.options import Options
+from reshard.progress import Progress
 from reshard.storage import Sources
 from reshard.targets import Target, choose
 from reshard.tensors import Entry, blocks
@@ -29,9 +30,6 @@ from reshard.verification import Verified, verify_folder
 
 PathLike = str | os.PathLike[str]
 Kind = Literal["values", "shape", "dtype", "only in the first", "only in the second"]
-
-#: Called with (bytes compared, bytes in all).
-Progress = Callable[[int, int], None]
 
 _BLOCK = 4 << 20
 

@@ -30,12 +30,13 @@ from reshard.options import (
 )
 from reshard.plan import parse_size
 from reshard.preparation import Job, prepare
+from reshard.progress import StagedProgress
 from reshard.report import Report
 from reshard.storage import Sources
 from reshard.targets import CHOICES
 from reshard.transfer.commit import check_space, refuse_existing
 from reshard.transfer.engine import Outcome
-from reshard.writing import Progress, Writing, carry_out
+from reshard.writing import Writing, carry_out
 
 PathLike = str | os.PathLike[str]
 
@@ -79,7 +80,7 @@ def convert(
     overwrite: bool = False,
     verify: bool = True,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: StagedProgress | None = None,
 ) -> Report:
     """Convert the checkpoint at `source` into the folder `target`.
 

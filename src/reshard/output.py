@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
-Progress = Callable[[str, int, int], None]
+from reshard.progress import StagedProgress
+
 _VERBS = {"write": "writing", "verify": "verifying", "compare": "comparing"}
 
 
@@ -56,7 +57,7 @@ def _print_columns(rows: Sequence[Sequence[str]], title: str | None) -> None:
 
 
 @contextmanager
-def progress_bar(*, quiet: bool = False) -> Iterator[Progress | None]:
+def progress_bar(*, quiet: bool = False) -> Iterator[StagedProgress | None]:
     """A bar with bytes, speed and time left on standard error; None where that is no terminal."""
     if quiet or not sys.stderr.isatty():
         yield None

@@ -7,7 +7,7 @@ reads the folder's own headers and every byte, and must find the same tensors an
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,13 @@ from reshard.catalog import Catalog
 from reshard.errors import VerificationError
 from reshard.formats import Selection, read
 from reshard.manifest import Stated
+from reshard.progress import Progress
 from reshard.storage import Sources, child
 from reshard.tensors import Entry, blocks
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
 
 _BLOCK = 4 << 20
-
-#: Called with (bytes compared, bytes in all).
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

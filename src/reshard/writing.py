@@ -10,15 +10,13 @@ import xxhash
 
 from reshard import manifest
 from reshard.plan import Plan
+from reshard.progress import StagedProgress
 from reshard.storage import Sources
 from reshard.tensors import Record
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.engine import Engine, Outcome
 from reshard.verification import verify_folder
-
-#: Called with (what is done: "write" or "verify", bytes done, bytes in all).
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ class Writing:
     threads: int
     overwrite: bool = False
     verify: bool = True
-    progress: Progress | None = None
+    progress: StagedProgress | None = None
 
     def step(self, what: str) -> Callable[[int, int], None] | None:
         """The progress of one part of the work."""

@@ -5,7 +5,7 @@ Everything is read here, once; the checks are pure functions of a `Case`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,10 @@ from reshard.formats import Selection, deepspeed
 from reshard.naming import Fit, FitOptions, fit, schema
 from reshard.naming.families import HEADS, PREFIXES
 from reshard.naming.search import unwrap
+from reshard.progress import Progress, StagedProgress
 from reshard.storage import Sources
 from reshard.tensors import Entry, Shape
 from reshard.verification import equal
-
-#: Called with (what is done, bytes done, bytes in all).
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +128,7 @@ def read(
     *,
     threads: int,
     weights: bool = True,
-    progress: Progress | None = None,
+    progress: StagedProgress | None = None,
 ) -> Case:
     """Read all that the checks need.
 
@@ -249,7 +247,7 @@ def _values(
     sources: Sources,
     weights: bool,
     threads: int,
-    progress: Progress | None,
+    progress: StagedProgress | None,
 ) -> Values:
     conflicts = tuple(
         name
@@ -259,7 +257,7 @@ def _values(
     if not weights:
         return Values(conflicts=conflicts)
 
-    def step(what: str) -> streams.Progress | None:
+    def step(what: str) -> Progress | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
     spoilt = streams.not_finite(

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from reshard.ailments import case as cases
-from reshard.ailments.case import Case, Progress
+from reshard.ailments.case import Case
 from reshard.ailments.findings import Finding
 from reshard.ailments.repair import write_mended
 from reshard.ailments.table import AILMENTS
 from reshard.base import read_base
 from reshard.conversion import PathLike, check_target
 from reshard.errors import PlanError, VerificationError
+from reshard.progress import StagedProgress
 from reshard.storage import Sources
 
 # More threads than this only compete for the memory bus.
@@ -65,7 +66,7 @@ def doctor(
     base: PathLike | None = None,
     repair: PathLike | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: StagedProgress | None = None,
 ) -> Diagnosis:
     """Find what is wrong with the model folder `folder`, whoever wrote it.
 
@@ -125,7 +126,7 @@ def _mend(
     target: Path,
     sources: Sources,
     threads: int,
-    progress: Progress | None,
+    progress: StagedProgress | None,
 ) -> tuple[Finding, ...]:
     """Write the mended folder, and return the warnings that it keeps."""
     kept: list[Finding] = []

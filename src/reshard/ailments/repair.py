@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard import manifest
-from reshard.ailments.case import Case, Progress, Rescue
+from reshard.ailments.case import Case, Rescue
 from reshard.ailments.findings import Finding, Repair
 from reshard.base import CONFIG, patched_config
 from reshard.catalog import Origin
@@ -21,6 +21,7 @@ from reshard.formats import huggingface
 from reshard.naming import Fit
 from reshard.naming.schema import says_tied
 from reshard.plan import Plan, parse_size
+from reshard.progress import StagedProgress
 from reshard.storage import Sources
 from reshard.targets import Target, choose
 from reshard.tensors import Entry, Made, Record
@@ -51,7 +52,7 @@ def write_mended(
     *,
     threads: int,
     check: Callable[[Path], None],
-    progress: Progress | None = None,
+    progress: StagedProgress | None = None,
 ) -> None:
     """Write `target`, whole or not at all. Every error among the findings must have a repair.
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from reshard.dtypes import DType
+from reshard.progress import Progress
 from reshard.storage import Sources
 from reshard.tensors import Entry, Made, blocks
 from reshard.transfer.checksums import Ledger
@@ -25,8 +26,6 @@ _FIRST_LOOK = 64 << 10
 # A tensor stored in another order is read over and over, once a block: fewer, larger blocks.
 _STRIDED_BLOCK = 8 << 20
 
-#: Called with (bytes done, bytes in all).
-Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

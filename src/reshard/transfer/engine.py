@@ -11,7 +11,7 @@ Memory: threads * (_BLOCK + _SCRATCH) bytes, four times that for tensors stored 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from zlib_ng import zlib_ng
 
 from reshard.errors import VerificationError
 from reshard.plan import OutputFile, Plan, Slot
+from reshard.progress import Progress
 from reshard.storage import Sources
 from reshard.tensors import Box, blocks, flat
 from reshard.transfer.checksums import Ledger
@@ -38,8 +39,6 @@ _SCRATCH = 2 * _BLOCK
 # Elements first compared with the base model's, and at most: each piece that is equal makes the
 # next twice as large. More at once would leave the core's cache.
 _COMPARED, _MOST_COMPARED = 16 << 10, 128 << 10
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
