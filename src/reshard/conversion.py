@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -140,6 +140,9 @@ def convert(
     workers = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     with Sources() as sources:
         job = prepare(options, sources, strict=strict)
+        # The source may have been found below the folder that was named.
+        inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))
+        check_apart(options.target, "source", inputs)
         copied = sum(asset.path.stat().st_size for asset in job.plan.assets)
         check_space(options.target, job.plan.bytes_to_write + copied)
         if dry_run:
@@ -157,15 +160,22 @@ def convert(
 
 def check_target(target: Path, source: Path, base: Path | None, *, overwrite: bool) -> None:
     """Refuse an output that exists, or that is or holds an input. Raises `WriteError`."""
-    place = target.absolute().resolve()
-    for what, path in (("source", source), ("base model", base)):
-        if path is not None and (path.resolve() == place or place in path.resolve().parents):
+    check_apart(target, "source", [source])
+    if base is not None:
+        check_apart(target, "base model", [base])
+    refuse_existing(target, overwrite=overwrite)
+
+
+def check_apart(target: Path, what: str, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is or holds an input: replacing it would delete what is read."""
+    place = target.resolve()
+    for path in inputs:
+        if path.resolve() == place or place in path.resolve().parents:
             raise WriteError(
                 f"the output is or holds the {what}, {path}.",
                 path=target,
                 hint="Name a new folder.",
             )
-    refuse_existing(target, overwrite=overwrite)
 
 
 def _check_dtype(dtype: str | None, base: PathLike | None) -> str:

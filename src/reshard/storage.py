@@ -153,6 +153,10 @@ class Sources:
             os.close(fd)
         return _Expanded(ref, out, plain.identity)
 
+    def paths(self) -> list[Path]:
+        """The files that were opened so far."""
+        return [Path(ref.path) for ref in self._open]
+
     def check_unchanged(self) -> None:
         """Raise `IncompleteError` if a file that was read is no longer the file it was."""
         for source in self._open.values():

@@ -69,6 +69,27 @@ def test_two_conversions_into_one_folder(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["out", "out/x"]
 
 
+@pytest.mark.parametrize("there", ["full", "empty", "nothing"])
+def test_a_link_stays_and_what_it_names_is_written(tmp_path: Path, there: str) -> None:
+    """The folder may lie on another disk: the partial folder is beside it, not beside the link."""
+    (tmp_path / "disk").mkdir()
+    place = tmp_path / "disk" / "model"
+    if there != "nothing":
+        place.mkdir()
+    if there == "full":
+        (place / "old").touch()
+        with pytest.raises(reshard.WriteError, match="not empty"), OutputFolder(place, "digest"):
+            pass
+    link = tmp_path / "latest"
+    link.symlink_to("disk/model")
+    with OutputFolder(link, "digest", overwrite=there == "full") as folder:
+        assert folder.partial.parent == tmp_path / "disk"
+        folder.write("x", b"new")
+        folder.commit()
+    assert link.is_symlink()
+    assert listing(tmp_path / "disk") == ["model", "model/x"]
+
+
 def appear_as_file(target: Path) -> None:
     target.write_bytes(b"theirs")
 

@@ -359,6 +359,20 @@ def test_an_output_that_is_or_holds_an_input(
             reshard.convert(root / "global_step2", target, overwrite=overwrite)
 
 
+def test_an_output_that_is_the_checkpoint_found_below_the_source(
+    oracle: Oracle, workspace: Path
+) -> None:
+    """The source may be named from above; what is read is what must not be replaced."""
+    root = copied(oracle, "llama-zero2", workspace)
+    before = sorted((path, path.stat().st_size) for path in root.rglob("*"))
+    for source, target in ((workspace, root), (root, root / "global_step2")):
+        for dry_run in (True, False):
+            with pytest.raises(reshard.WriteError, match="is or holds the source"):
+                reshard.convert(source, target, overwrite=True, dry_run=dry_run)
+    assert sorted((path, path.stat().st_size) for path in root.rglob("*")) == before
+    reshard.convert(workspace, root / "global_step2" / "converted")  # inside it is no harm
+
+
 def test_a_failed_overwrite_keeps_the_old_output(oracle: Oracle, workspace: Path) -> None:
     root = copied(oracle, "llama-zero3", workspace)
     reshard.convert(root, workspace / "out")

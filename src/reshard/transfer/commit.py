@@ -30,11 +30,12 @@ class OutputFolder:
     """A folder being written. Use as a context manager; call `commit` last.
 
     `digest` names the plan: two different conversions to one place do not meet in one partial
-    folder. Raises `WriteError`.
+    folder. Where `target` is a symbolic link, the folder that it names is written. Raises
+    `WriteError`.
     """
 
     def __init__(self, target: Path, digest: str, *, overwrite: bool = False) -> None:
-        self.target = target.absolute()
+        self.target = Path(os.path.realpath(target))
         self.overwrite = overwrite
         self.partial = self.target.with_name(f".{self.target.name}.partial-{digest[:16]}")
         self._lock = -1
@@ -184,7 +185,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     if target.is_dir():
         if overwrite or not any(target.iterdir()):
             return
-    elif not (target.exists() or target.is_symlink()):
+    elif not target.exists():
         return
     kind = "folder exists and is not empty" if target.is_dir() else "is a file"
     raise WriteError(
@@ -198,7 +199,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 def check_space(target: Path, nbytes: int) -> None:
     """Raise `WriteError` where the file system has no room for `nbytes` bytes."""
-    folder = target.absolute().parent
+    folder = Path(os.path.realpath(target)).parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
