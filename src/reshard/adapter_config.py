@@ -26,6 +26,8 @@ def find(
     Raises `PlanError` where nothing states alpha, or a file is of adapters of another rank.
     """
     choice = options.lora
+    if choice.scaling is not None:
+        return choice.scaling, ""
     if choice.alpha is not None:
         return AdapterConfig(choice.alpha), ""
     if choice.config is not None:

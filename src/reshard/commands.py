@@ -188,22 +188,32 @@ def _shown(value: object) -> str:
               help="The checkpoint it was converted from; default: its own digests.")  # fmt: skip
 @_tag
 @_prefix
+@click.option("--base", type=_PATH, help="With --against: the model that it was converted onto.")
 @_json
-def verify(
-    dst: Path, against: Path | None, tag: str | None, prefix: str | None, as_json: bool
-) -> None:
+def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> int:
     """Read the converted folder DST again and compare every tensor, bit for bit."""
     from reshard.comparison import verify as run
+    from reshard.errors import VerificationError
 
-    with output.progress_bar(quiet=as_json) as progress:
-        step = None if progress is None else lambda done, total: progress("verify", done, total)
-        verified = run(dst, against, tag=tag, prefix=prefix, progress=step)
+    if against is None and any(value is not None for value in options.values()):
+        raise click.UsageError("--tag, --prefix and --base need --against.")
+    try:
+        with output.progress_bar(quiet=as_json) as progress:
+            step = None if progress is None else lambda done, total: progress("verify", done, total)
+            verified = run(dst, against, progress=step, **options)
+    except VerificationError as error:
+        if not as_json:
+            raise
+        output.print_json({"verified": False, "tensor": error.tensor, "message": str(error)})
+        return 1
     if as_json:
         output.print_json(verified.to_json())
-    else:
-        amount = output.size(verified.bytes_read)
-        what = "as written" if against is None else f"as in {against}"
-        click.echo(f"{dst}: {verified.num_tensors} tensors, {amount}, all {what}.")
+        return 0
+    amount = output.size(verified.bytes_read)
+    what = "as written" if against is None else f"as in {against}"
+    apart = f"; {verified.num_filled} are the base's" if verified.num_filled else ""
+    click.echo(f"{dst}: {verified.num_tensors} tensors, {amount}, all {what}{apart}.")
+    return 0
 
 
 @click.command()

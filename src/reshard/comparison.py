@@ -1,95 +1,37 @@
-"""Two checkpoints of any formats, tensor by tensor: `verify --against` and `diff`.
-
-The second side's names count. Where the first has others and the second is a Hugging Face folder
-with a config, the first is fitted onto it, as a conversion would be; values are compared after
-rounding to the second's dtypes.
-"""
+"""Two checkpoints of any formats, tensor by tensor: `verify --against` and `diff`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
-
-from reshard import export, formats, locate
-from reshard.base import CONFIG, read_base
-from reshard.catalog import Catalog
-from reshard.errors import VerificationError
-from reshard.options import Options
+from reshard import formats, locate
+from reshard.difference import Comparison, Difference, compare
+from reshard.errors import PlanError, VerificationError
+from reshard.pairing import Pairing, pair
 from reshard.progress import Progress
 from reshard.storage import Sources
-from reshard.targets import Target, choose
-from reshard.tensors import Entry, blocks
-from reshard.transfer.checksums import Ledger
-from reshard.transfer.fill import Array, Reader, fill
 from reshard.verification import Verified, verify_folder
 
+__all__ = ["Comparison", "Difference", "diff", "verify"]
+
 PathLike = str | os.PathLike[str]
-Kind = Literal["values", "shape", "dtype", "only in the first", "only in the second"]
-
-_BLOCK = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A tensor that is not the same on both sides.
-
-    For `values`: how many of its elements differ, and the largest and the mean difference of
-    those that are finite on both sides.
-    """
-
-    name: str
-    kind: Kind
-    first: str
-    second: str
-    differing: int = 0
-    numel: int = 0
-    largest: float = 0.0
-    mean: float = 0.0
-
-    def __str__(self) -> str:
-        if self.kind != "values":
-            return f"{self.kind}: {' and '.join(filter(None, (self.first, self.second)))}"
-        return (
-            f"{self.differing} of {self.numel} elements differ, by {self.largest:.3g} at most and "
-            f"{self.mean:.3g} on average"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Two checkpoints: `num_equal` tensors are the same bit for bit, the others are listed."""
-
-    num_equal: int
-    differences: tuple[Difference, ...]
-    bytes_read: int
-
-    @property
-    def same(self) -> bool:
-        return not self.differences
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "same": self.same,
-            "num_equal": self.num_equal,
-            "differences": [asdict(difference) for difference in self.differences],
-        }
 
 
 def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None) -> Comparison:
     """Compare two checkpoints of any formats, tensor by tensor.
+
+    The second's names count: where the first has others and the second is a Hugging Face folder
+    with a config, the first is fitted onto it, as a conversion would be. Values are compared after
+    rounding to the second's dtypes. The files beside a model are compared too.
 
     Memory: a few blocks of 4 MiB. Raises a `ReshardError` where one cannot be read.
     """
     with Sources() as sources:
         mine = locate.read(Path(first), sources, formats.Selection())
         theirs = locate.read(Path(second), sources, formats.Selection())
-        targets = _named_alike(mine, theirs, sources)
-        return _compare(targets, theirs.entries, sources, progress)
+        pairing = pair(mine, theirs, sources)
+        return _compared(pairing, sources, progress)
 
 
 def verify(
@@ -98,6 +40,7 @@ def verify(
     *,
     tag: str | None = None,
     prefix: str | None = None,
+    base: PathLike | None = None,
     threads: int = 2,
     progress: Progress | None = None,
 ) -> Verified:
@@ -105,18 +48,26 @@ def verify(
 
     Without `against`, with the digests in its `reshard.json`; with the checkpoint `against` that
     it was converted from (`tag` and `prefix` as for `convert`), with the checkpoint itself, read
-    and rounded anew. Tensors that the conversion took from its base are not in the checkpoint and
-    not compared.
+    and rounded anew. `base` is the model that it was converted onto; without it, tensors that the
+    conversion took from its base are counted and not compared, and a folder without a config is
+    compared only if its names are the checkpoint's.
 
-    Raises `VerificationError` naming the first tensor that differs.
+    Raises `VerificationError` naming the first tensor that differs, `PlanError` where the base is
+    needed.
     """
     if against is None:
+        if tag is not None or prefix is not None or base is not None:
+            raise PlanError(
+                "--tag, --prefix and --base choose what to compare with.", hint="Pass --against."
+            )
         return verify_folder(Path(folder), threads=threads, progress=progress)
     with Sources() as sources:
         source = locate.read(Path(against), sources, formats.Selection(tag, prefix, True))
         written = formats.read(Path(folder), sources, formats.Selection())
-        targets = _named_alike(source, written, sources)
-        found = _compare(targets, written.entries, sources, progress)
+        pairing = pair(source, written, sources, base=None if base is None else Path(base))
+        if pairing.by_name:
+            _check_names(pairing, Path(folder))
+        found = _compared(pairing, sources, progress)
     for difference in found.differences:
         raise VerificationError(
             f"it is not what {os.fspath(against)} holds; {difference}.",
@@ -124,107 +75,26 @@ def verify(
             tensor=difference.name,
             hint=f"{len(found.differences)} tensors differ, {found.num_equal} are equal.",
         )
-    return Verified(found.num_equal, found.bytes_read)
+    if not found.num_equal:
+        raise VerificationError(
+            f"none of its tensors is in {os.fspath(against)}: they are all the base's.", path=folder
+        )
+    return Verified(found.num_equal, found.bytes_read, len(pairing.filled))
 
 
-def _named_alike(first: Catalog, second: Catalog, sources: Sources) -> list[Target]:
-    """The first side's tensors by the second's names and dtypes, as far as they can be."""
-    folder = second.origin.root
-    names = set(first.names())
-    fits = folder.is_dir() and (folder / CONFIG).is_file() and second.format == "huggingface"
-    if names >= set(second.entries) or not fits:
-        by_name = {alias: e for e in first.entries.values() for alias in (e.spec.name, *e.aliases)}
-        held = [(n, e) for n, e in by_name.items() if n in second.entries or n in first.entries]
-        return choose(held, _castable(by_name, second.entries), "base")
-    options = Options(
-        folder, folder, folder, "hf", formats.Selection(), "base", 1, fill_from_base=True
-    )
-    exported = export.onto(first, read_base(folder, sources), options, sources)
-    return [target for target in exported.model if target.spec.name not in exported.filled]
+def _compared(pairing: Pairing, sources: Sources, progress: Progress | None) -> Comparison:
+    found = compare(pairing.pairs, sources, progress)
+    return Comparison(found.num_equal, (*found.differences, *pairing.left), found.bytes_read)
 
 
-def _castable(first: Mapping[str, Entry], second: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The second side's tensors whose dtype the first's may be rounded to."""
-    return {
-        name: entry
-        for name, entry in second.items()
-        if name in first
-        and first[name].spec.dtype.floating
-        and entry.spec.dtype.floating
-        and first[name].spec.dtype.itemsize >= entry.spec.dtype.itemsize > 1
-    }
-
-
-def _compare(
-    targets: list[Target],
-    second: Mapping[str, Entry],
-    sources: Sources,
-    progress: Progress | None,
-) -> Comparison:
-    reader = Reader(sources, Ledger(()), memoryview(bytearray(2 * _BLOCK)))
-    total = sum(target.spec.nbytes for target in targets)
-    done = 0
-    differences = []
-    names = {target.spec.name for target in targets}
-    for target in targets:
-        other = second.get(target.spec.name)
-        found = _difference(target, other, reader)
-        if found is not None:
-            differences.append(found)
-        done += target.spec.nbytes
-        if progress is not None:
-            progress(done, total)
-    differences += [
-        Difference(name, "only in the second", "", f"{entry.spec.dtype} {entry.spec.shape}")
-        for name, entry in second.items()
-        if name not in names
-    ]
-    equal = len(targets) - sum(d.name in names for d in differences)
-    return Comparison(equal, tuple(differences), reader.bytes_read)
-
-
-def _difference(target: Target, other: Entry | None, reader: Reader) -> Difference | None:
-    spec = target.spec
-    if other is None:
-        return Difference(spec.name, "only in the first", f"{spec.dtype} {spec.shape}", "")
-    if spec.shape != other.spec.shape:
-        return Difference(spec.name, "shape", str(spec.shape), str(other.spec.shape))
-    if spec.dtype != other.spec.dtype:
-        return Difference(spec.name, "dtype", str(spec.dtype), str(other.spec.dtype))
-    mine = np.empty(max(_BLOCK // spec.dtype.itemsize, 1), spec.dtype.numpy)
-    theirs = np.empty_like(mine)
-    differing, largest, summed, finite = 0, 0.0, 0.0, 0
-    for box in blocks(spec.shape, len(mine)):
-        one, two = mine[: box.numel], theirs[: box.numel]
-        fill(target.source, box, one, reader)
-        fill(other, box, two, reader)
-        unlike = _unlike(one, two)
-        if not unlike.any():
-            continue
-        differing += int(unlike.sum())
-        gaps = np.abs(one[unlike].astype(np.float64) - two[unlike].astype(np.float64))
-        gaps = gaps[np.isfinite(gaps)]
-        if gaps.size:
-            largest = max(largest, float(gaps.max()))
-            summed += float(gaps.sum())
-            finite += gaps.size
-    if not differing:
-        return None
-    return Difference(
-        spec.name,
-        "values",
-        str(spec.dtype),
-        str(other.spec.dtype),
-        differing,
-        spec.numel,
-        largest,
-        summed / finite if finite else 0.0,
-    )
-
-
-def _unlike(one: Array, two: Array) -> Array:
-    """Which elements differ in any bit."""
-    bits = np.dtype((np.void, one.dtype.itemsize))
-    if one.dtype.itemsize in (1, 2, 4, 8):
-        bits = np.dtype(f"u{one.dtype.itemsize}")
-    return np.asarray(one.view(bits) != two.view(bits))
+def _check_names(pairing: Pairing, folder: Path) -> None:
+    """A folder whose names cannot be fitted must have the checkpoint's."""
+    lost = sorted(name for pair in pairing.pairs for name in pair.first.keys() ^ pair.second.keys())
+    if lost:
+        raise PlanError(
+            f"{len(lost)} names are on one side only, {lost[0]!r} among them, and the folder alone "
+            "does not tell how names were changed.",
+            path=folder,
+            hint="Pass --base, the model that it was converted onto. Without one, names must be "
+            "the checkpoint's; reshard diff lists those that are not.",
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -213,7 +214,7 @@ def _manifest(job: Job, options: Options, digests: Mapping[tuple[str, str], str]
         "unexpected": list(exported.fit.dropped),
         "merged": exported.merged,
         "transformers_version": exported.live,
-        "lora_alpha": None if exported.scaling is None else exported.scaling.alpha,
+        "lora": None if exported.scaling is None else asdict(exported.scaling),
     }
     model = manifest.state([target.spec for target in exported.model], "", digests)
     beside = {

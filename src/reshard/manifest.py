@@ -38,10 +38,13 @@ class Stated:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The tensors of the model, and of each file beside it."""
+    """The tensors of the model and of each file beside it, the conversion's options, and what it
+    did to the names: the last two as they stand in the file."""
 
     tensors: Mapping[str, Stated]
     beside: Mapping[str, Mapping[str, Stated]]
+    options: Mapping[str, Any]
+    names: Mapping[str, Any]
 
 
 def state(
@@ -89,7 +92,7 @@ def _rendered(stated: Mapping[str, Stated]) -> dict[str, Any]:
 
 
 def read(folder: Path, sources: Sources) -> Manifest:
-    """The tensors that a folder's `reshard.json` states."""
+    """What a folder's `reshard.json` states. Raises `NotFoundError`, `FormatError`."""
     path = folder / MANIFEST
     if not path.is_file():
         raise NotFoundError(
@@ -103,7 +106,10 @@ def read(folder: Path, sources: Sources) -> Manifest:
         content = json.loads(text)
         beside = content.get("beside", {}).items()
         return Manifest(
-            _parsed(content["tensors"]), {file: _parsed(tensors) for file, tensors in beside}
+            _parsed(content["tensors"]),
+            {file: _parsed(tensors) for file, tensors in beside},
+            content["options"],
+            content["names"],
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise FormatError("it is damaged.", path=path) from None

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 from reshard.formats import Selection
+from reshard.naming import parse_version
+from reshard.naming.adapters import AdapterConfig
 from reshard.naming.layouts import Version
 from reshard.naming.rewards import ModelType, RewardOptions
 
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["disk", "memory"]
+T = TypeVar("T")
 
 #: The values of `--model-type`, `--srm-format`, `--lora` and `--names`.
-MODEL_TYPES = ("vision2seq", "grm", "srm_vl", "srm_al", "critic")
-SRM_FORMATS = ("lightrft", "split", "both")
-LORA = ("merge", "adapter", "both")
-NAMES = ("disk", "memory")
+MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "critic")
+SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
+LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
+NAMES: tuple[Names, ...] = ("disk", "memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +37,16 @@ class RewardChoice:
 
 @dataclass(frozen=True, slots=True)
 class LoraChoice:
-    """What becomes of adapters. `mode` None: merged, where there is a base."""
+    """What becomes of adapters. `mode` None: merged, where there is a base.
+
+    They scale by `alpha`, or as the file `config` says; `scaling` is what a conversion found so.
+    """
 
     mode: Lora | None = None
     alpha: float | None = None
     config: Path | None = None
     adapter: str | None = None
+    scaling: AdapterConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +80,62 @@ class Options:
             "model_type": self.rewards.model_type,
             "srm_format": self.rewards.srm_format,
             "probing_layer": self.rewards.probing_layer,
+            "value_head": self.rewards.heads.value_head,
             "lora": self.lora.mode,
+            "adapter": self.lora.adapter,
             "prefix": self.selection.prefix,
             "allow": list(self.allow),
             "names": self.names,
             "transformers_version": None if version is None else ".".join(map(str, version)),
         }
+
+
+def restated(options: Options, stated: Mapping[str, Any], names: Mapping[str, Any]) -> Options:
+    """`options` with what the `options` and `names` of a `reshard.json` say of names and values.
+
+    Raises `TypeError`, `ValueError`, `KeyError` or `AttributeError` where they are malformed.
+    """
+    memory = stated.get("names") == "memory"
+    version = (names if memory else stated).get("transformers_version")
+    lora = names.get("lora")
+    return replace(
+        options,
+        exclude_frozen=bool(stated.get("exclude_frozen")),
+        fill_from_base=bool(stated.get("fill_from_base")),
+        allow=tuple(map(_text, stated.get("allow", ()))),
+        rewards=RewardChoice(
+            heads=RewardOptions(value_head=_optional(stated.get("value_head"))),
+            probing_layer=int(stated.get("probing_layer", -1)),
+            srm_format=_one_of(stated.get("srm_format", "both"), SRM_FORMATS),
+        ),
+        lora=LoraChoice(
+            None if stated.get("lora") is None else _one_of(stated["lora"], LORA),
+            adapter=_optional(stated.get("adapter")),
+            scaling=None if lora is None else _scaling(lora),
+        ),
+        names="memory" if memory else "disk",
+        transformers_version=None if version is None else parse_version(_text(version)),
+    )
+
+
+def _scaling(lora: Mapping[str, Any]) -> AdapterConfig:
+    return AdapterConfig(
+        float(lora["alpha"]),
+        bool(lora["rslora"]),
+        {_text(name): float(alpha) for name, alpha in lora["alphas"].items()},
+        bool(lora["fan_in_fan_out"]),
+    )
+
+
+def _one_of(value: object, choices: tuple[T, ...]) -> T:
+    return choices[choices.index(cast(T, value))]
+
+
+def _optional(value: object) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value

@@ -46,35 +46,41 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
     if prefix and catalog.format != "dcp":  # whose reader takes the part out itself
         catalog = replace(catalog, entries=under(catalog.entries, prefix))
     base = None if options.base is None else read_base(options.base, sources)
-    if base is None:
-        exported = export.plain(catalog, options)
-    else:
-        exported = export.onto(catalog, base, options, sources)
-    if options.names == "memory":
-        exported = live.placed(exported, live.config_of(exported, catalog, base, sources), options)
-    files, texts = _files(exported, options)
-    assets, patched, warnings = _assets(exported, base, options)
+    made = exported(catalog, base, options, sources)
+    files, texts = _files(made, options)
+    assets, patched, warnings = _assets(made, base, options)
     plan = Plan(
         files,
-        (*texts, *patched, *exported.texts),
+        (*texts, *patched, *made.texts),
         assets,
-        (*catalog.notes, *exported.warnings, *warnings),
+        (*catalog.notes, *made.warnings, *warnings),
     )
-    return Job(catalog, exported, plan)
+    return Job(catalog, made, plan)
+
+
+def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sources) -> Export:
+    """What the checkpoint becomes: by the base's names or its own, or those of a live module."""
+    if base is None:
+        made = export.plain(catalog, options)
+    else:
+        made = export.onto(catalog, base, options, sources)
+    if options.names == "memory":
+        made = live.placed(made, live.config_of(made, catalog, base, sources), options)
+    return made
 
 
 def _files(
-    exported: Export, options: Options
+    made: Export, options: Options
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """The model's files and those beside it, and the small files that list them."""
     files: tuple[OutputFile, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
-    if exported.model:
+    if made.model:
         layout = formats.target(options.to)
-        files, texts = layout.lay_out(_slots(exported.model), options.max_shard_nbytes)
+        files, texts = layout.lay_out(_slots(made.model), options.max_shard_nbytes)
     beside = tuple(
         formats.single(side.kind).lay_out_file(side.name, _slots(side.targets))
-        for side in exported.sides
+        for side in made.sides
     )
     return files + beside, texts
 
@@ -84,7 +90,7 @@ def _slots(targets: Sequence[Target]) -> list[formats.Wanted]:
 
 
 def _assets(
-    exported: Export, base: Base | None, options: Options
+    made: Export, base: Base | None, options: Options
 ) -> tuple[tuple[Asset, ...], tuple[tuple[str, bytes], ...], tuple[str, ...]]:
     """The base's other files, its patched config, and what a folder without them lacks."""
     if options.to != "hf":
@@ -95,10 +101,10 @@ def _assets(
             "other files are not there."
         )
         return (), (), (lacks,)
-    if not exported.assets:
+    if not made.assets:
         return (), (), ()
-    patches = dict(exported.patches)
-    dtype = _stated_dtype(exported, options)
+    patches = dict(made.patches)
+    dtype = _stated_dtype(made, options)
     if dtype is not None:
         patches.update(dtype_patches(base, dtype))
     if not patches:
@@ -107,7 +113,7 @@ def _assets(
     return assets, ((CONFIG, patched_config(base, patches)),), ()
 
 
-def _stated_dtype(exported: Export, options: Options) -> str | None:
+def _stated_dtype(made: Export, options: Options) -> str | None:
     """The dtype that the config must state where it need not be the base's; None: leave it.
 
     Of `keep` it is the one that most bytes have; 8-bit types are a quantised model's own matter.
@@ -117,7 +123,7 @@ def _stated_dtype(exported: Export, options: Options) -> str | None:
     if options.dtype != "keep":
         return options.dtype
     nbytes: Counter[str] = Counter()
-    for target in exported.model:
+    for target in made.model:
         if target.spec.dtype.floating and target.spec.dtype.itemsize > 1:
             nbytes[target.spec.dtype.name] += target.spec.nbytes
     return max(nbytes, key=lambda name: nbytes[name], default=None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,17 @@ _BLOCK = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What a verification read: all of it was as stated. Sizes are bytes."""
+    """What a verification read: all of it was as stated. Sizes are bytes.
+
+    `num_filled` tensors are the base's and were not compared.
+    """
 
     num_tensors: int
     bytes_read: int
+    num_filled: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {"verified": True, "num_tensors": self.num_tensors, "bytes_read": self.bytes_read}
+        return {"verified": True, **asdict(self)}
 
 
 def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None = None) -> Verified:

@@ -148,7 +148,7 @@ def test_both_are_not_applied_twice(made: Get, tmp_path: Path) -> None:
         torch.testing.assert_close(adapted(IDS).logits, run.logits(), rtol=1e-5, atol=1e-5)
     stated = json.loads((out / "reshard.json").read_text())
     assert stated["beside"].keys() == {"adapter/adapter_model.safetensors"}
-    assert stated["names"]["lora_alpha"] == ALPHA
+    assert stated["names"]["lora"]["alpha"] == ALPHA
     reshard.verify(out)
 
 

@@ -1,0 +1,236 @@
+"""Which tensor of a checkpoint belongs to which of a converted folder.
+
+Given the base that a conversion was onto, its plan is made again. Without it a Hugging Face folder
+stands in for the base, whose names and config it has. Failing that, names must be the same.
+
+What a folder's `reshard.json` states of how it was made (which head, how adapters were scaled, what
+was left out) is taken from there; neither its plan nor its digests are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from glob import escape
+from pathlib import Path
+
+from reshard import export, formats, manifest
+from reshard.base import CONFIG, Base, read_base
+from reshard.catalog import Catalog
+from reshard.difference import Difference, Pair, described
+from reshard.errors import FormatError, PlanError
+from reshard.export import LIGHTRFT, REWARD_CONFIG, REWARD_HEAD, VALUE_HEAD, Export
+from reshard.manifest import MANIFEST, Manifest
+from reshard.naming import FitOptions
+from reshard.naming.families import CONSTANTS
+from reshard.naming.patterns import matches_any
+from reshard.naming.search import unwrap
+from reshard.options import Options, RewardChoice, restated
+from reshard.preparation import exported
+from reshard.storage import Sources
+from reshard.targets import Target
+from reshard.tensors import Entry, Made
+from reshard.verification import child_of
+
+_SCORE = "score.weight"
+
+#: The files of a side: those beside the model by name, the model itself under the empty name.
+Parts = dict[str, dict[str, Entry]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """What is to be compared. `left`: tensors of the first side without a place on the second.
+
+    `filled` are names of the second side that a conversion took from its base; they are in no
+    pair. `by_name`: nothing but equal names paired the tensors.
+    """
+
+    pairs: list[Pair]
+    left: tuple[Difference, ...] = ()
+    filled: tuple[str, ...] = ()
+    by_name: bool = False
+
+
+def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None = None) -> Pairing:
+    """Pair the tensors of two checkpoints, of which the second may be the first, converted.
+
+    Raises `NamesError` where names of the first have no place or several, `PlanError` where only
+    a base could tell.
+    """
+    folder = second.origin.root
+    stated = _stated(second, sources)
+    held = _parts(second, stated, sources)
+    options = _options(first, folder, stated, held)
+    if base is not None:
+        made = exported(first, read_base(base, sources), options, sources)
+        return Pairing(_pairs(_planned(made), held), _left(first, made, options))
+    if _stands_in(first, second, held):
+        return _onto_itself(first, read_base(folder, sources), options, stated, held, sources)
+    return _by_name(first, options, held, sources)
+
+
+def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
+    folder = catalog.origin.root
+    return manifest.read(folder, sources) if (folder / MANIFEST).is_file() else None
+
+
+def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts:
+    """A side's tensors, with those of the files beside its model."""
+    folder = catalog.origin.root
+    beside: list[str] = []
+    if stated is not None:
+        beside = list(stated.beside)
+    elif catalog.format == "huggingface" and folder.is_dir():
+        # A `pytorch_model.bin` without this config is the model over again.
+        known = (
+            REWARD_HEAD,
+            VALUE_HEAD,
+            *([LIGHTRFT] if (folder / REWARD_CONFIG).is_file() else []),
+        )
+        beside = [name for name in known if (folder / name).is_file()]
+    parts: Parts = {}
+    if stated is None or stated.tensors:
+        parts[""] = dict(catalog.entries)
+    for name in beside:
+        found = formats.read(child_of(folder, name), sources, formats.Selection()).entries
+        parts[name] = {called: e for e in found.values() for called in (e.spec.name, *e.aliases)}
+    return parts
+
+
+def _options(first: Catalog, folder: Path, stated: Manifest | None, held: Parts) -> Options:
+    """The conversion's options, as far as they decide what goes where; dtypes are the second's."""
+    nothing = formats.Selection()
+    options = Options(first.origin.root, folder, folder, "hf", nothing, "keep", 1)
+    if stated is None:
+        return replace(
+            options, rewards=RewardChoice(srm_format="both" if LIGHTRFT in held else "split")
+        )
+    try:
+        options = restated(options, stated.options, stated.names)
+        dropped = [str(name) for name in stated.names.get("unexpected", ())]
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise FormatError("it is damaged.", path=folder / MANIFEST) from None
+    if options.exclude_frozen:
+        dropped += [
+            unwrap(name)
+            for entry in first.entries.values()
+            if entry.kind == "frozen"
+            for name in (entry.spec.name, *entry.aliases)
+        ]
+    return replace(options, allow=(*options.allow, *map(escape, dropped)))
+
+
+def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
+    """Whether the second side's names and config are to tell what goes where."""
+    if second.format != "huggingface" or not (second.origin.root / CONFIG).is_file():
+        return False
+    if "" not in held:
+        return False
+    same = set(first.names()) >= set(second.entries)
+    return not same or (len(held) > 1 and first.format != "huggingface")
+
+
+def _onto_itself(
+    first: Catalog,
+    base: Base,
+    options: Options,
+    stated: Manifest | None,
+    held: Parts,
+    sources: Sources,
+) -> Pairing:
+    """The pairing where the second side stands in for the base."""
+    options = replace(options, fill_from_base=True, names="disk")
+    head = options.rewards.heads.value_head
+    if head is not None and _SCORE in held[""]:
+        first = _called(first, f"{head}.weight", _SCORE)
+        heads = replace(options.rewards.heads, value_head=None)
+        options = replace(options, rewards=replace(options.rewards, heads=heads))
+    made = export.onto(first, base, options, sources)
+    planned = _planned(made)
+    for name in made.filled:
+        planned[""].pop(name)
+    _check_apart(planned, base.folder)
+    filled = set(made.filled) & set(() if stated is None else stated.names.get("filled", ()))
+    model = {name: entry for name, entry in held[""].items() if name not in filled}
+    pairs = _pairs(planned, {**held, "": model})
+    return Pairing(pairs, _left(first, made, options), tuple(sorted(filled)))
+
+
+def _by_name(first: Catalog, options: Options, held: Parts, sources: Sources) -> Pairing:
+    """The pairing by equal names, wrappers' parts aside."""
+    mine = _parts(first, _stated(first, sources), sources)
+    if options.names == "memory" and first.format == "huggingface":
+        placed = exported(first, None, options, sources)
+        return Pairing(_pairs(_planned(placed), held), by_name=True)
+    if "" not in held and len(held) == 1:
+        held = {"": next(iter(held.values()))}
+    there = {name for e in held.get("", {}).values() for name in (e.spec.name, *e.aliases)}
+    model: dict[str, Made] = {}
+    for entry in mine.get("", {}).values():
+        if options.exclude_frozen and entry.kind == "frozen":
+            continue
+        names = [entry.spec.name, *entry.aliases]
+        known = [n for name in names for n in (name, unwrap(name)) if n in there]
+        model.update((name, entry) for name in known or names[:1])
+    again = {
+        alias: entry
+        for entry in held.get("", {}).values()
+        for alias in entry.aliases
+        if alias in model
+    }
+    pairs = _pairs({**mine, "": model}, {**held, "": {**held.get("", {}), **again}})
+    return Pairing(pairs, by_name=True)
+
+
+def _called(catalog: Catalog, old: str, new: str) -> Catalog:
+    """The catalog with one tensor under another name."""
+    entries = {
+        new if unwrap(name) == old else name: entry.renamed(new) if unwrap(name) == old else entry
+        for name, entry in catalog.entries.items()
+    }
+    return replace(catalog, entries=entries)
+
+
+def _check_apart(planned: Mapping[str, Mapping[str, Made]], folder: Path) -> None:
+    """Refuse to compare a folder with itself: what would be merged into the base's weights."""
+    for tensors in planned.values():
+        for name, made in tensors.items():
+            if any(
+                Path(f.extent.file.path).is_relative_to(folder.absolute()) for f in made.fragments
+            ):
+                raise PlanError(
+                    "the checkpoint holds its update only, not the weight that it was merged into.",
+                    path=folder,
+                    tensor=name,
+                    hint="Pass --base, the model that it was converted onto.",
+                )
+
+
+def _planned(made: Export) -> dict[str, dict[str, Made]]:
+    """What a conversion writes, by file."""
+    parts = {"": _by_target(made.model)} if made.model else {}
+    return parts | {side.name: _by_target(side.targets) for side in made.sides}
+
+
+def _by_target(targets: Iterable[Target]) -> dict[str, Made]:
+    return {target.spec.name: target.source for target in targets}
+
+
+def _pairs(
+    first: Mapping[str, Mapping[str, Made]], second: Mapping[str, Mapping[str, Entry]]
+) -> list[Pair]:
+    """Both sides' files by name; a file of one side alone is a pair with nothing."""
+    names = dict.fromkeys((*first, *second))
+    return [Pair(name, first.get(name, {}), second.get(name, {})) for name in names]
+
+
+def _left(first: Catalog, made: Export, options: Options) -> tuple[Difference, ...]:
+    """Tensors of the checkpoint that have no place, and none of which the conversion said so."""
+    allowed = FitOptions(allow=options.allow)
+    shown = {unwrap(n): described(e.spec) for n, e in first.entries.items()}
+    return tuple(
+        Difference(name, "only in the first", shown.get(name, ""), "")
+        for name in made.fit.dropped
+        if not allowed.allows(name) and not matches_any(CONSTANTS, name)
+    )
