@@ -63,6 +63,116 @@ def test_a_checkpoint_equals_itself_in_another_format(oracle: Oracle, tmp_path: 
     assert comparison.num_equal == len(reshard.open(case.root).catalog.entries)
 
 
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.parametrize("base", [False, True])
+def test_what_the_base_gave_is_told_from_what_the_checkpoint_holds(
+    oracle: Oracle, fill: bool, excluded: bool, base: bool, tmp_path: Path
+) -> None:
+    """Adapters, merged into frozen weights: left out, filled from the base, or merged alone."""
+    case, out = oracle["lora-zero2"], tmp_path / "out"
+    reshard.convert(
+        case.root, out, base=case.base, lora_alpha=6, fill_from_base=fill, exclude_frozen=excluded
+    )
+    written = load_file(out / "model.safetensors")
+    merged = 4
+    filled = len(written) - merged if fill and excluded else 0
+    found = reshard.verify(out, case.root, base=case.base if base else None)
+    assert found.num_filled == (0 if base else filled)
+    assert found.num_tensors == len(written) - found.num_filled
+    for name in ("model.layers.0.self_attn.q_proj.weight", min(written)):
+        if name in written and not (filled and not base and "q_proj" not in name):
+            value = written[name].copy()
+            value.view(np.uint16).flat[3] ^= 1
+            save_file({**written, name: value}, out / "model.safetensors", {"format": "pt"})
+            with pytest.raises(reshard.VerificationError, match=rf"{name}.*1 of \d+ elements"):
+                reshard.verify(out, case.root, base=case.base if base else None)
+
+
+@pytest.mark.parametrize("lora", ["adapter", "both"])
+def test_an_adapter_folder_is_verified(oracle: Oracle, lora: str, tmp_path: Path) -> None:
+    case, out = oracle["lora-zero2"], tmp_path / "out"
+    reshard.convert(case.root, out, base=case.base, lora=lora, lora_alpha=6)
+    stated = json.loads((out / "reshard.json").read_text())
+    count = len(stated["tensors"]) + sum(map(len, stated["beside"].values()))
+    if lora == "both":
+        assert reshard.verify(out, case.root).num_tensors == count
+    else:
+        with pytest.raises(reshard.PlanError, match="Pass --base"):
+            reshard.verify(out, case.root)
+    assert reshard.verify(out, case.root, base=case.base).num_tensors == count
+    path = next(out.rglob("adapter_model.safetensors"))
+    values = load_file(path)
+    name = min(values)
+    save_file({**values, name: values[name] * 2}, path, {"format": "pt"})
+    with pytest.raises(reshard.VerificationError, match=name):
+        reshard.verify(out, case.root, base=case.base)
+
+
+def test_names_that_no_config_explains_need_the_base(oracle: Oracle, tmp_path: Path) -> None:
+    case, out = oracle["lora-zero2"], tmp_path / "dcp"
+    reshard.convert(case.root, out, base=case.base, lora_alpha=6, to="dcp")
+    with pytest.raises(reshard.PlanError, match="names are on one side only"):
+        reshard.verify(out, case.root)
+    assert reshard.verify(out, case.root, base=case.base).num_tensors
+
+
+def test_a_folder_that_holds_nothing_of_the_checkpoint_is_not_verified(
+    oracle: Oracle, tmp_path: Path
+) -> None:
+    case, out = oracle["llama-zero2"], tmp_path / "out"
+    reshard.convert(case.root, out, base=case.base)
+    stated = json.loads((out / "reshard.json").read_text())
+    stated["names"]["filled"] = list(stated["tensors"])
+    (out / "reshard.json").write_text(json.dumps(stated))
+    assert reshard.verify(out, case.root).num_filled == 0  # it is compared nonetheless
+
+
+def test_a_damaged_reshard_json_is_one_error(oracle: Oracle, tmp_path: Path) -> None:
+    case, out = oracle["llama-zero2"], tmp_path / "out"
+    reshard.convert(case.root, out, base=case.base)
+    good = json.loads((out / "reshard.json").read_text())
+    for part, key, value in (
+        ("options", "allow", 3),
+        ("options", "srm_format", "none"),
+        ("options", "value_head", 3),
+        ("names", "lora", {"alpha": "much"}),
+        ("names", "unexpected", 1),
+    ):
+        changed = {**good, part: {**good[part], key: value}}
+        (out / "reshard.json").write_text(json.dumps(changed))
+        with pytest.raises(reshard.FormatError, match=r"reshard\.json: it is damaged"):
+            reshard.verify(out, case.root)
+
+
+def test_a_prefix_is_taken_off_before_the_comparison(oracle: Oracle, tmp_path: Path) -> None:
+    root = oracle["llama-zero2"].root
+    reshard.convert(root, tmp_path / "out", prefix="model")
+    assert reshard.verify(tmp_path / "out", root, prefix="model").num_tensors
+
+
+def test_flags_that_choose_what_to_compare_with(tmp_path: Path) -> None:
+    for flag in ("--tag", "--prefix", "--base"):
+        assert run(command, ["verify", str(tmp_path), flag, "x"]) == 2
+    with pytest.raises(reshard.PlanError, match="Pass --against"):
+        reshard.verify(tmp_path, tag="x")
+
+
+def test_a_difference_is_json_too(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, out = oracle["llama-zero2"], tmp_path / "out"
+    reshard.convert(case.root, out)
+    values = load_file(out / "model.safetensors")
+    name = max(values)
+    save_file({**values, name: values[name] + 1}, out / "model.safetensors", {"format": "pt"})
+    for more in ([], ["--against", str(case.root)]):
+        assert run(command, ["verify", str(out), "--json", *more]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert (found["verified"], found["tensor"]) == (False, name)
+        assert name in found["message"]
+
+
 def test_diff_measures_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {
         "same": np.arange(6, dtype=np.float32),

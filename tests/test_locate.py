@@ -23,11 +23,49 @@ def test_every_level_leads_to_the_newest_save_of_the_actor(run: Path) -> None:
     for path in (run, run / "_actor", run / "_actor" / "global_step2"):
         checkpoint = reshard.open(path)
         assert checkpoint.catalog.origin.root == run / "_actor" / "global_step2"
-    assert any("_actor" in note for note in reshard.open(run).catalog.notes)
+    catalog = reshard.open(run).catalog
+    assert "_actor" in catalog.remarks[0]
+    assert not catalog.notes
 
 
 def test_a_tag_chooses_from_above(run: Path) -> None:
     assert reshard.open(run, tag="global_step1").tag == "global_step1"
+
+
+def test_to_be_named_from_above_is_no_finding(run: Path, tmp_path: Path) -> None:
+    report = reshard.convert(run, tmp_path / "out", strict=True)
+    assert "was taken" in report.warnings[0]
+
+
+def test_the_tag_does_not_depend_on_how_the_folder_is_named(
+    oracle: Oracle, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run / "_actor" / "global_step2"
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for path in (".", tmp_path / "link", folder):
+        assert reshard.open(path).tag == "global_step2"
+    nested = oracle["nested-tag"].last
+    assert "/" in nested.save.tag
+    assert reshard.open(nested.path).tag == nested.save.tag
+    assert reshard.open(nested.path, tag=nested.save.tag).tag == nested.save.tag
+
+
+def test_a_tag_is_refused_where_there_is_one_checkpoint(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "step-7"
+    reshard.convert(run, out)
+    assert reshard.open(out, tag="step-7").tensors
+    with pytest.raises(reshard.NotFoundError, match="no save 'step-8' here"):
+        reshard.open(out, tag="step-8")
+
+
+def test_the_part_under_a_prefix_whatever_the_format(oracle: Oracle) -> None:
+    root = oracle["llama-zero2"].root
+    names = [name for name in reshard.open(root).tensors if name.startswith("model.")]
+    part = reshard.open(root, prefix="model")
+    assert list(part.tensors) == [name.removeprefix("model.") for name in names]
+    with pytest.raises(reshard.NamesError, match="no tensor lies under the prefix 'wrong'"):
+        reshard.open(root, prefix="wrong")
 
 
 def test_without_latest_the_highest_number_is_taken_not_the_last_in_the_alphabet(
@@ -38,7 +76,7 @@ def test_without_latest_the_highest_number_is_taken_not_the_last_in_the_alphabet
         shutil.copytree(oracle["two-tags"].root, tmp_path / f"checkpoint-{step}")
     checkpoint = reshard.open(tmp_path)
     assert checkpoint.catalog.origin.root.parent.name == "checkpoint-10"
-    assert "of the 2 checkpoints" in checkpoint.catalog.notes[0]
+    assert "of the 2 checkpoints" in checkpoint.catalog.remarks[0]
 
 
 def test_an_incomplete_save_is_passed_over_and_said_so(oracle: Oracle, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ class Catalog:
 
     `entries` holds each stored tensor once; other names of the same weights are in
     `Entry.aliases`. `records` are the checksummed stretches of the files, which the engine checks
-    as their bytes pass. `notes` are findings that a user should read and that change no weight.
+    as their bytes pass. `notes` are findings that a user should read and that change no weight;
+    `remarks` say which checkpoint was taken, where the path named a folder above it.
     """
 
     format: str
@@ -50,6 +51,7 @@ class Catalog:
     records: tuple[Record, ...] = ()
     assets: tuple[Asset, ...] = ()
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def names(self) -> Iterator[str]:
         """Every name, aliases included."""

@@ -93,7 +93,7 @@ def open_checkpoint(
     """Read a checkpoint's table of tensors; no weights are read.
 
     The format is detected. `tag` names one of several saves (DeepSpeed), `prefix` the model's part
-    of a nested state dict (DCP). Raises a `ReshardError` for anything that is missing or damaged.
+    of a nested state dict. Raises a `ReshardError` for anything that is missing or damaged.
 
     >>> checkpoint = open_checkpoint("run/_actor")                    # doctest: +SKIP
     >>> checkpoint.tensors["lm_head.weight"].shape                    # doctest: +SKIP

@@ -31,7 +31,9 @@ def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None)
         mine = locate.read(Path(first), sources, formats.Selection())
         theirs = locate.read(Path(second), sources, formats.Selection())
         pairing = pair(mine, theirs, sources)
-        return _compared(pairing, sources, progress)
+        found = compare(pairing.pairs, sources, progress)
+    apart = (*pairing.left, *pairing.omitted, *pairing.filled)
+    return Comparison(found.num_equal, (*found.differences, *apart), found.bytes_read)
 
 
 def verify(
@@ -67,24 +69,20 @@ def verify(
         pairing = pair(source, written, sources, base=None if base is None else Path(base))
         if pairing.by_name:
             _check_names(pairing, Path(folder))
-        found = _compared(pairing, sources, progress)
-    for difference in found.differences:
+        found = compare(pairing.pairs, sources, progress)
+    differences = (*found.differences, *pairing.left)
+    for difference in differences:
         raise VerificationError(
             f"it is not what {os.fspath(against)} holds; {difference}.",
             path=folder,
             tensor=difference.name,
-            hint=f"{len(found.differences)} tensors differ, {found.num_equal} are equal.",
+            hint=f"{len(differences)} tensors differ, {found.num_equal} are equal.",
         )
     if not found.num_equal:
         raise VerificationError(
             f"none of its tensors is in {os.fspath(against)}: they are all the base's.", path=folder
         )
     return Verified(found.num_equal, found.bytes_read, len(pairing.filled))
-
-
-def _compared(pairing: Pairing, sources: Sources, progress: Progress | None) -> Comparison:
-    found = compare(pairing.pairs, sources, progress)
-    return Comparison(found.num_equal, (*found.differences, *pairing.left), found.bytes_read)
 
 
 def _check_names(pairing: Pairing, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Inspection:
                 for alias in entry.aliases
             },
             "frozen": [e.spec.name for e in catalog.entries.values() if e.kind == "frozen"],
-            "notes": list(catalog.notes),
+            "notes": [*catalog.remarks, *catalog.notes],
             **catalog.origin.details,
         }
         if self.fitting is not None:
@@ -129,7 +129,7 @@ def inspect(
         bytes_on_disk=_size(checkpoint.catalog.origin.root),
         dtypes=dict(Counter(e.spec.dtype.name for e in entries)),
         kinds=dict(Counter(t.kind for t in checkpoint.tensors.values())),
-        fitting=None if base is None else _fit(checkpoint, prefix, Path(base)),
+        fitting=None if base is None else _fit(checkpoint, Path(base)),
     )
 
 
@@ -138,11 +138,10 @@ def _size(root: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _fit(checkpoint: Checkpoint, prefix: str | None, folder: Path) -> Fitting:
+def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
     from reshard import export
     from reshard.base import read_base
     from reshard.formats import Selection
-    from reshard.naming.part import under
     from reshard.options import LoraChoice, Options
 
     catalog = checkpoint.catalog
@@ -152,8 +151,6 @@ def _fit(checkpoint: Checkpoint, prefix: str | None, folder: Path) -> Fitting:
         options = Options(catalog.origin.root, folder, folder, "hf", Selection(), "base", 1,
                           lora=LoraChoice(alpha=1.0))  # fmt: skip
         try:
-            if prefix and catalog.format != "dcp":
-                catalog = replace(catalog, entries=under(catalog.entries, prefix))
             exported = export.onto(catalog, base, options, None)
         except NamesError as error:
             return Fitting(str(error), missing=error.missing, unexpected=error.unexpected)

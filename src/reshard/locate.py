@@ -3,7 +3,7 @@
 A path that a format claims is taken as it is. Otherwise the folders below it are searched, three
 levels down and never inside a checkpoint: `results/run` leads to
 `results/run/_actor/global_step6`. Of saves side by side the newest complete one is taken, and the
-catalog's notes say so; saves of different models are listed instead.
+catalog's remarks say so; saves of different models are listed instead.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from reshard import formats
 from reshard.catalog import Catalog
 from reshard.errors import IncompleteError, NotFoundError
+from reshard.naming.part import under
 from reshard.storage import Sources
 
 _DEPTH = 3
@@ -43,10 +44,17 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     """The catalog of the checkpoint at `path`, or of the one that is meant below it.
 
     Raises what the format's reader raises; `NotFoundError` where there is none, or several that
-    are not saves of one run.
+    are not saves of one run, `NamesError` where nothing lies under the prefix.
     """
+    catalog = _read(path, sources, selection)
+    if selection.prefix and catalog.format != "dcp":  # whose reader takes the part out itself
+        catalog = replace(catalog, entries=under(catalog.entries, selection.prefix))
+    return catalog
+
+
+def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     if not path.is_dir() or formats.claims(path):
-        return formats.read(path, sources, selection)
+        return formats.load(formats.detect(path)).read(path, sources, _tagged(path, selection))
     saves = _saves(path)
     if not saves:
         return formats.read(path, sources, selection)  # which says what is there instead
@@ -60,8 +68,24 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
         except IncompleteError as error:
             passed_over.append(error)
             continue
-        return replace(catalog, notes=(*_said(path, save, saves, passed_over), *catalog.notes))
+        lost = tuple(f"passed over as incomplete: {error}" for error in passed_over)
+        remark = _said(path, save, saves)
+        return replace(catalog, notes=(*lost, *catalog.notes), remarks=(remark,))
     raise passed_over[0]
+
+
+def _tagged(path: Path, selection: formats.Selection) -> formats.Selection:
+    """The selection for a path that is a checkpoint: only DeepSpeed keeps several in one folder."""
+    tag, name = selection.tag, path.resolve().name
+    if tag is None or formats.detect(path) == "deepspeed":
+        return selection
+    if tag != name:
+        raise NotFoundError(
+            f"there is no save {tag!r} here: it is one checkpoint, not a folder of several.",
+            path=path,
+            hint="Leave out --tag, or name the folder above.",
+        )
+    return replace(selection, tag=None)
 
 
 def _saves(path: Path) -> list[_Found]:
@@ -107,10 +131,7 @@ def _several(path: Path, saves: list[_Found], what: str) -> NotFoundError:
     return NotFoundError(f"{what}: {listed}.", path=path, hint="Name one of them.")
 
 
-def _said(
-    path: Path, save: _Found, saves: list[_Found], passed_over: list[IncompleteError]
-) -> list[str]:
-    notes = [f"of {path}, the checkpoint {save.path.relative_to(path)} was taken."]
+def _said(path: Path, save: _Found, saves: list[_Found]) -> str:
     if len(saves) > 1:
-        notes[0] = f"of the {len(saves)} checkpoints in {path}, {save.path.name} was taken."
-    return notes + [f"passed over as incomplete: {error}" for error in passed_over]
+        return f"of the {len(saves)} checkpoints in {path}, {save.path.name} was taken."
+    return f"of {path}, the checkpoint {save.path.relative_to(path)} was taken."

@@ -40,15 +40,17 @@ Parts = dict[str, dict[str, Entry]]
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """What is to be compared. `left`: tensors of the first side without a place on the second.
+    """What is to be compared, and what cannot be.
 
-    `filled` are names of the second side that a conversion took from its base; they are in no
-    pair. `by_name`: nothing but equal names paired the tensors.
+    left: tensors of the first side without a place on the second. omitted: those of them of which
+    the conversion said so. filled: tensors of the second side that it took from its base. by_name:
+    nothing but equal names paired the tensors.
     """
 
     pairs: list[Pair]
     left: tuple[Difference, ...] = ()
-    filled: tuple[str, ...] = ()
+    omitted: tuple[Difference, ...] = ()
+    filled: tuple[Difference, ...] = ()
     by_name: bool = False
 
 
@@ -64,7 +66,7 @@ def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None
     options = _options(first, folder, stated, held)
     if base is not None:
         made = exported(first, read_base(base, sources), options, sources)
-        return Pairing(_pairs(_planned(made), held), _left(first, made, options))
+        return Pairing(_pairs(_planned(made), held), *_left(first, made, options))
     if _stands_in(first, second, held):
         return _onto_itself(first, read_base(folder, sources), options, stated, held, sources)
     return _by_name(first, options, held, sources)
@@ -111,13 +113,6 @@ def _options(first: Catalog, folder: Path, stated: Manifest | None, held: Parts)
         dropped = [str(name) for name in stated.names.get("unexpected", ())]
     except (TypeError, ValueError, KeyError, AttributeError):
         raise FormatError("it is damaged.", path=folder / MANIFEST) from None
-    if options.exclude_frozen:
-        dropped += [
-            unwrap(name)
-            for entry in first.entries.values()
-            if entry.kind == "frozen"
-            for name in (entry.spec.name, *entry.aliases)
-        ]
     return replace(options, allow=(*options.allow, *map(escape, dropped)))
 
 
@@ -140,6 +135,9 @@ def _onto_itself(
     sources: Sources,
 ) -> Pairing:
     """The pairing where the second side stands in for the base."""
+    if options.exclude_frozen and not options.fill_from_base:
+        # They are in no file of the folder, so have no place there.
+        options = replace(options, allow=(*options.allow, *_frozen(first)))
     options = replace(options, fill_from_base=True, names="disk")
     head = options.rewards.heads.value_head
     if head is not None and _SCORE in held[""]:
@@ -151,10 +149,19 @@ def _onto_itself(
     for name in made.filled:
         planned[""].pop(name)
     _check_apart(planned, base.folder)
-    filled = set(made.filled) & set(() if stated is None else stated.names.get("filled", ()))
-    model = {name: entry for name, entry in held[""].items() if name not in filled}
+    said = () if stated is None else stated.names.get("filled", ())
+    model, filled = dict(held[""]), []
+    for name in sorted(set(made.filled) & set(said)):
+        entry = model.pop(name)
+        filled.append(Difference(name, "only in the second", "", described(entry.spec)))
     pairs = _pairs(planned, {**held, "": model})
-    return Pairing(pairs, _left(first, made, options), tuple(sorted(filled)))
+    return Pairing(pairs, *_left(first, made, options), tuple(filled))
+
+
+def _frozen(catalog: Catalog) -> list[str]:
+    """The names of the frozen parameters, as patterns."""
+    entries = [entry for entry in catalog.entries.values() if entry.kind == "frozen"]
+    return [escape(unwrap(name)) for entry in entries for name in (entry.spec.name, *entry.aliases)]
 
 
 def _by_name(first: Catalog, options: Options, held: Parts, sources: Sources) -> Pairing:
@@ -165,22 +172,23 @@ def _by_name(first: Catalog, options: Options, held: Parts, sources: Sources) ->
         return Pairing(_pairs(_planned(placed), held), by_name=True)
     if "" not in held and len(held) == 1:
         held = {"": next(iter(held.values()))}
-    there = {name for e in held.get("", {}).values() for name in (e.spec.name, *e.aliases)}
+    theirs = dict(held.get("", {}))
+    there = {name: e for e in theirs.values() for name in (e.spec.name, *e.aliases)}
     model: dict[str, Made] = {}
     for entry in mine.get("", {}).values():
         if options.exclude_frozen and entry.kind == "frozen":
             continue
-        names = [entry.spec.name, *entry.aliases]
-        known = [n for name in names for n in (name, unwrap(name)) if n in there]
-        model.update((name, entry) for name in known or names[:1])
-    again = {
-        alias: entry
-        for entry in held.get("", {}).values()
-        for alias in entry.aliases
-        if alias in model
-    }
-    pairs = _pairs({**mine, "": model}, {**held, "": {**held.get("", {}), **again}})
-    return Pairing(pairs, by_name=True)
+        names = dict.fromkeys(
+            n for own in (entry.spec.name, *entry.aliases) for n in (own, unwrap(own))
+        )
+        found = {there[name].spec.name: name for name in names if name in there}
+        for name, called in found.items():
+            # Two tensors of the first may be one of the second, by its two names.
+            key = called if name in model else name
+            model[key], theirs[key] = entry, there[name]
+        if not found:
+            model[entry.spec.name] = entry
+    return Pairing(_pairs({**mine, "": model}, {**held, "": theirs}), by_name=True)
 
 
 def _called(catalog: Catalog, old: str, new: str) -> Catalog:
@@ -225,12 +233,16 @@ def _pairs(
     return [Pair(name, first.get(name, {}), second.get(name, {})) for name in names]
 
 
-def _left(first: Catalog, made: Export, options: Options) -> tuple[Difference, ...]:
-    """Tensors of the checkpoint that have no place, and none of which the conversion said so."""
+def _left(
+    first: Catalog, made: Export, options: Options
+) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:
+    """The checkpoint's tensors that the conversion leaves out; second, those it was told to."""
     allowed = FitOptions(allow=options.allow)
     shown = {unwrap(n): described(e.spec) for n, e in first.entries.items()}
-    return tuple(
-        Difference(name, "only in the first", shown.get(name, ""), "")
-        for name in made.fit.dropped
-        if not allowed.allows(name) and not matches_any(CONSTANTS, name)
-    )
+    found: tuple[list[Difference], list[Difference]] = ([], [])
+    for name in made.fit.dropped:
+        # What a module computes from its config is in no file of a released model.
+        if not matches_any(CONSTANTS, name):
+            difference = Difference(name, "only in the first", shown.get(name, ""), "")
+            found[allowed.allows(name)].append(difference)
+    return tuple(found[0]), tuple(found[1])

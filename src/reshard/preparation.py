@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from reshard import export, formats, live, locate
 from reshard.base import CONFIG, Base, dtype_patches, patched_config, read_base
 from reshard.catalog import Asset, Catalog
 from reshard.errors import PlanError
 from reshard.export import Export
-from reshard.naming.part import under
 from reshard.options import Options
 from reshard.plan import OutputFile, Plan
 from reshard.storage import Sources
@@ -42,9 +41,6 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
         )
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
-    prefix = options.selection.prefix
-    if prefix and catalog.format != "dcp":  # whose reader takes the part out itself
-        catalog = replace(catalog, entries=under(catalog.entries, prefix))
     base = None if options.base is None else read_base(options.base, sources)
     made = exported(catalog, base, options, sources)
     files, texts = _files(made, options)
@@ -53,7 +49,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
         files,
         (*texts, *patched, *made.texts),
         assets,
-        (*catalog.notes, *made.warnings, *warnings),
+        (*catalog.remarks, *catalog.notes, *made.warnings, *warnings),
     )
     return Job(catalog, made, plan)
 

@@ -53,7 +53,7 @@ def test_every_tensor_is_the_live_engines(oracle: Oracle, name: str, number: int
     if oracle[name].recipe.stage and not saved.save.exclude_frozen:
         assert kinds["frozen"] == set(facts["frozen"]) - set(facts["tied"])
     assert checkpoint.format == "deepspeed"
-    assert checkpoint.tag == saved.path.name
+    assert checkpoint.tag == saved.save.tag
     assert checkpoint.world_size == oracle[name].recipe.world
 
 
@@ -80,6 +80,12 @@ def test_without_latest_several_tags_are_listed(oracle: Oracle) -> None:
     with pytest.raises(reshard.NotFoundError, match="a, b") as caught:
         reshard.open(oracle["no-latest-two-tags"].root)
     assert "--tag" in str(caught.value)
+
+
+@pytest.mark.parametrize("tag", ["../x", "/etc", "a//b", "."])
+def test_a_tag_that_leads_elsewhere(oracle: Oracle, tag: str) -> None:
+    with pytest.raises(reshard.NotFoundError, match="is no tag, which is the name of a folder"):
+        reshard.open(oracle["no-latest-two-tags"].root, tag=tag)
 
 
 @pytest.mark.parametrize("name", ["export-16bit-zero2", "export-16bit-zero3"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 import reshard
@@ -125,6 +126,31 @@ def check_lightrft(run: Trained, out: Path) -> None:
             torch.testing.assert_close(score, run.scores()[kind], **EXACT)
 
 
+def check_compared(run: Trained, out: Path) -> None:
+    """`verify --against` and `diff` read every file of the folder that holds tensors."""
+    stated = json.loads((out / "reshard.json").read_text())
+    count = len(stated["tensors"]) + sum(map(len, stated.get("beside", {}).values()))
+    for base in (None, run.base):
+        assert reshard.verify(out, run.checkpoint, base=base).num_tensors == count
+    assert reshard.diff(run.checkpoint, out).same
+    shutil.copytree(out, out.with_name("other"))
+    for file in stated.get("beside", {}):
+        path = out.with_name("other") / file
+        if path.suffix == ".safetensors":
+            values = load_file(path)
+            changed = max(values)
+            save_file({**values, changed: values[changed] + 1}, path)
+        else:
+            values = torch.load(path, weights_only=True)
+            changed = max(values)
+            torch.save({**values, changed: values[changed] + 1}, path)
+        found = reshard.diff(out, out.with_name("other"))
+        assert any(changed in difference.name for difference in found.differences)
+        with pytest.raises(reshard.VerificationError, match=changed):
+            reshard.verify(out.with_name("other"), run.checkpoint)
+    shutil.rmtree(out.with_name("other"))
+
+
 @pytest.mark.parametrize("name", SRM_FLAGS)
 def test_a_scalar_reward_model_of_deepspeed(trained: Get, name: str, tmp_path: Path) -> None:
     run, out = trained(name), tmp_path / "out"
@@ -162,6 +188,7 @@ def test_what_each_srm_format_holds(trained: Get, kind: str, tmp_path: Path) -> 
     assert files == wanted | {"config.json", "reshard.json", "reward_config.json"}
     assert set(report.files) == wanted
     reshard.verify(out)
+    check_compared(run, out)
     if kind == "lightrft":
         state_dict = torch.load(out / state, weights_only=True)
         assert state_dict.keys() == run.model.state_dict().keys()
@@ -276,6 +303,7 @@ def test_a_critic_is_a_classifier(trained: Get, source: str, tmp_path: Path) -> 
     with torch.no_grad():
         values = loaded(IDS).logits
     torch.testing.assert_close(values, run.scores()[:, -1], **EXACT)
+    check_compared(run, out)
 
 
 def test_a_vision_language_critic_keeps_its_class(trained: Get, tmp_path: Path) -> None:
@@ -289,6 +317,7 @@ def test_a_vision_language_critic_keeps_its_class(trained: Get, tmp_path: Path) 
         assert list(file.keys()) == ["value_head.weight"]
         assert torch.equal(file.get_tensor("value_head.weight"), run.model.value_head.weight)
     reshard.verify(out)
+    check_compared(run, out)
 
 
 def test_the_bases_head_on_a_backbone_without_one(trained: Get, tmp_path: Path) -> None:

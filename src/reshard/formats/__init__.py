@@ -23,8 +23,9 @@ class Selection:
     """Which part of a checkpoint is meant.
 
     `tag` names one of several saves in a folder (DeepSpeed), `prefix` the part of a nested state
-    dict that is the model (DCP). `allow_step_mismatch` accepts a ZeRO-3 checkpoint whose optimizer
-    was restarted on purpose, so that its step count is not the model's.
+    dict that is the model; DCP's reader takes that out, of other formats `locate` does.
+    `allow_step_mismatch` accepts a ZeRO-3 checkpoint whose optimizer was restarted on purpose, so
+    that its step count is not the model's.
     """
 
     tag: str | None = None

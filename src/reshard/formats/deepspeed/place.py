@@ -26,6 +26,8 @@ LATEST = "latest"
 _LATEST_UNIVERSAL = "latest_universal"
 # A tag is a short name; anything longer is not DeepSpeed's file.
 _MAX_LATEST = 4096
+# Folders that a tag with slashes goes down, looked for above a tag folder.
+_MAX_NESTED = 4
 # Ranks, or experts of a layer: far more than any machine has, and few enough to count.
 _MAX_COUNT = 1 << 20
 
@@ -79,14 +81,21 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
     `NotFoundError` (the tags that are there are listed), `FormatError`, `UnsupportedError`.
     """
     if _is_tag_folder(path):
-        if tag not in (None, path.name):
+        own = _tag_of(path.resolve(), sources)
+        if tag not in (None, own):
             raise NotFoundError(
-                f"it is itself a tag folder, {path.name!r}, and holds no tag {tag!r}.",
+                f"it is itself a tag folder, {own!r}, and holds no tag {tag!r}.",
                 path=path,
                 hint=f"Name the folder above it: {path.parent}.",
             )
-        return _classified(path, path.name)
+        return _classified(path, own)
     name = tag if tag is not None else _latest(path, sources)
+    if not _is_tag(name):
+        raise NotFoundError(
+            f"{name!r} is no tag, which is the name of a folder in this one.",
+            path=path,
+            hint=f"The tags that are there: {', '.join(_tags(path)) or 'none'}.",
+        )
     folder = path
     for part in name.split("/"):
         folder = child(folder, part)
@@ -102,6 +111,25 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
     return _classified(folder, name)
 
 
+def _tag_of(folder: Path, sources: Sources) -> str:
+    """The tag of a tag folder, by its real path: its name, or more where `latest` above says so.
+
+    A tag may hold slashes: `epoch1/step2`.
+    """
+    for parent in list(folder.parents)[1:_MAX_NESTED]:
+        if (parent / LATEST).is_file() and not (parent / LATEST).is_symlink():
+            tag = folder.relative_to(parent).as_posix()
+            source = sources.open(parent / LATEST)
+            if source.read(0, min(source.size, _MAX_LATEST)).strip() == tag.encode():
+                return tag
+    return folder.name
+
+
+def _is_tag(name: str) -> bool:
+    """Whether a name leads down from a folder."""
+    return not set(name.split("/")) & {"", ".", ".."}
+
+
 def _latest(path: Path, sources: Sources) -> str:
     tags = _tags(path)
     for pointer in (LATEST, _LATEST_UNIVERSAL):
@@ -112,8 +140,12 @@ def _latest(path: Path, sources: Sources) -> str:
             name = source.read(0, min(source.size, _MAX_LATEST)).decode().strip()
         except UnicodeDecodeError:
             name = ""
-        if not name:
-            raise FormatError("it names no tag.", path=path / pointer, hint="Pass --tag.")
+        if not _is_tag(name):
+            raise FormatError(
+                f"it names {name!r}, which is no tag." if name else "it names no tag.",
+                path=path / pointer,
+                hint="Pass --tag.",
+            )
         return name
     if len(tags) != 1:
         raise NotFoundError(
