@@ -359,6 +359,24 @@ def test_an_output_that_is_or_holds_an_input(
             reshard.convert(root / "global_step2", target, overwrite=overwrite)
 
 
+@pytest.mark.parametrize("name", ["llama-zero3", "llama-zero2"])
+def test_one_file_of_a_checkpoint_is_taken_only_where_it_is_the_whole_model(
+    oracle: Oracle, workspace: Path, name: str
+) -> None:
+    saved = oracle[name].last
+    paths = sorted(saved.path.glob("*.pt"))
+    for path in paths:
+        if name == "llama-zero2" and "model_states" in path.name:
+            checkpoint = reshard.open(path)
+            assert {tensor.name for tensor in checkpoint.tensors.values()} == set(saved.module())
+        else:
+            with pytest.raises(reshard.UnsupportedError) as caught:
+                reshard.convert(path, workspace / "out")
+            assert "model_states" not in path.name or "Name the folder" in str(caught.value)
+    assert len(paths) == (4 if name == "llama-zero3" else 3)
+    assert not (workspace / "out").exists()
+
+
 def test_an_output_that_is_the_checkpoint_found_below_the_source(
     oracle: Oracle, workspace: Path
 ) -> None:

@@ -12,7 +12,7 @@ Names that share a storage (tied weights) are one tensor with aliases. Read off 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,8 @@ _INDEX = "pytorch_model.bin.index.json"
 _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Where trainers put the state dict in a larger dict.
 _CONTAINERS = ("state_dict", "module", "model")
+# A key of every file that DeepSpeed's engine writes.
+_DEEPSPEED = "ds_version"
 _MAX_INDEX = 256 << 20
 
 
@@ -126,6 +128,7 @@ def _entries(path: Path, content: TorchFile) -> dict[str, Entry]:
 def _state_dict(path: Path, content: TorchFile) -> dict[str, TensorRef]:
     value = content.value
     if isinstance(value, dict):
+        _refuse_part(path, value)
         for key in _CONTAINERS:
             if isinstance(value.get(key), dict):
                 value = value[key]
@@ -138,6 +141,29 @@ def _state_dict(path: Path, content: TorchFile) -> dict[str, TensorRef]:
             hint="Name a file that torch.save(model.state_dict(), ...) wrote.",
         )
     return found
+
+
+def _refuse_part(path: Path, value: Mapping[object, object]) -> None:
+    """Refuse one rank's file of a training run whose weights lie in several.
+
+    DeepSpeed's (runtime/engine.py, `save_checkpoint`) say so: ZeRO-3 leaves empty tensors where its
+    partitions belong, tensor parallel ranks and experts have files of their own.
+    """
+    if _DEEPSPEED not in value:
+        return
+    module = _tensors(value.get("module"))
+    partitioned = any(tensor.shape == (0,) for tensor in module.values())
+    if (
+        partitioned
+        or not module
+        or value.get("num_experts")
+        or value.get("mp_world_size") not in (None, 1)
+    ):
+        raise UnsupportedError(
+            "it is one file of a DeepSpeed checkpoint, and the weights are in several.",
+            path=path,
+            hint=f"Name the folder that holds it: {path.parent}.",
+        )
 
 
 def _tensors(value: object) -> dict[str, TensorRef]:
