@@ -11,10 +11,13 @@ import sys
 import time
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 
+from reshard import OptionError, convert
+from reshard import open as open_checkpoint
 from reshard.cli import reshard, run
 from reshard.scripts.ds2hf import command as ds2hf
 from tests.oracle.cache import Oracle
@@ -122,6 +125,94 @@ def test_wrong_usage_is_exit_code_2(
 ) -> None:
     assert run(reshard, arguments) == 2
     assert "Usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max-shard-size", "foo"], "'foo' is not a size"),
+        (["--max-shard-size", "0"], "a size must be positive"),
+        (["--transformers-version", "abc"], "'abc' is no version of transformers"),
+        (["--dtype", "base"], "takes the dtypes of a base"),
+        (["--fill-from-base"], "--fill-from-base: nothing to act on without a base"),
+        (["--srm-format", "split", "--allow", "x"], "--srm-format, --allow: nothing to act on"),
+        (["--value-head", "v", "--lora-alpha", "1"], "--value-head, --lora-alpha: nothing"),
+        (["--adapter", "a", "--adapter-config", "c"], "--adapter-config, --adapter: nothing"),
+        (["--model-type", "grm", "--probing-layer", "2"], "--model-type, --probing-layer: "),
+        (["--pooling-method", "attn", "--heads-types", "a"], "--pooling-method, --heads-types: "),
+        (["--no-scale-for-train", "--allow-unchanged"], "--scale-for-train, --allow-unchanged: "),
+    ],
+)
+def test_an_option_at_fault_is_exit_code_2(
+    oracle: Oracle,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    words: str,
+) -> None:
+    root = oracle["llama-zero2"].root
+    assert run(reshard, ["convert", str(root), str(tmp_path / "out"), *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_shard_size": 1.5},
+        {"max_shard_size": 0},
+        {"threads": 0},
+        {"pooling_method": "mean"},
+        {"heads_types": "preference"},
+    ],
+)
+def test_the_api_checks_its_options_too(
+    oracle: Oracle, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    case = oracle["llama-zero2"]
+    with pytest.raises(OptionError):
+        convert(case.root, tmp_path / "out", base=case.base, **options)
+
+
+def test_no_path_is_no_folder(
+    oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = str(oracle["llama-zero2"].root)
+    assert run(reshard, ["convert", root, ""]) == 2
+    assert run(reshard, ["inspect", ""]) == 2
+    assert run(reshard, ["convert", root, "."]) == 1  # the folder that the shell is in
+    assert tmp_path.is_dir()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_script_says_where_the_flag_is_that_an_error_advises(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = oracle["lora-zero2"]
+    flags = ["--checkpoint_dir", str(case.root), "--hf_base", str(case.base)]
+    assert run(ds2hf, [*flags, "--output_dir", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "Pass --lora-alpha, or --adapter-config" in said
+    assert "(--adapter-config: see `reshard convert --help`, which does the same.)" in said
+
+
+def test_a_script_is_not_called_around_its_check(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder above a checkpoint is looked into before it is said to be of the right format."""
+    (tmp_path / "runs").mkdir()
+    convert(oracle["llama-zero2"].root, tmp_path / "runs" / "step-1", to="dcp")
+    flags = ["--hf_base", str(oracle["llama-zero2"].base), "--output_dir", str(tmp_path / "out")]
+    assert run(ds2hf, ["--checkpoint_dir", str(tmp_path / "runs"), *flags]) == 1
+    assert "Convert it with fsdp2hf" in capsys.readouterr().err
+
+
+def test_what_is_left_out_without_a_base_is_reported(oracle: Oracle, tmp_path: Path) -> None:
+    root = oracle["zero3-bf16-w2"].root
+    report = convert(root, tmp_path / "out", exclude_frozen=True)
+    assert report.missing
+    assert not set(report.missing) & set(open_checkpoint(tmp_path / "out").tensors)
 
 
 def test_verify_finds_what_changed(

@@ -163,8 +163,14 @@ def other_names() -> None:
     reshard.convert("trained", "out", base="qwen")
 
 
-def contradiction() -> None:
-    reshard.convert("trained", "out", dtype="base")
+def no_rounding() -> None:
+    save("trained", w=ones(2))
+    save("quantised", w=ones(2).astype("int8"))
+    reshard.convert("trained", "out", base="quantised")
+
+
+def idle_options() -> None:
+    reshard.convert("trained", "out", srm_format="split", lora_alpha=16)
 
 
 def output_exists() -> None:
@@ -212,7 +218,8 @@ class TestErrors:
             (reshard.IncompleteError, shard_missing),
             (reshard.UnsupportedError, verl),
             (reshard.NamesError, other_names),
-            (reshard.PlanError, contradiction),
+            (reshard.PlanError, no_rounding),
+            (reshard.OptionError, idle_options),
             (reshard.WriteError, output_exists),
             (reshard.VerificationError, too_large),
             (reshard.VerificationError, unchanged),

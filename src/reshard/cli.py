@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import sys
 import traceback
@@ -19,7 +20,7 @@ from typing import cast
 import click
 
 from reshard._version import __version__
-from reshard.errors import ReshardError
+from reshard.errors import OptionError, ReshardError
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -72,9 +73,22 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     except (ReshardError, OSError) as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"error: {error}", err=True)
-        return 1
+        click.echo(f"error: {error}{_elsewhere(command, error)}", err=True)
+        return 2 if isinstance(error, OptionError) else 1
     return code if isinstance(code, int) else 0
+
+
+def _elsewhere(command: click.Command, error: Exception) -> str:
+    """Where the flags are that the error advises, if the script that was called lacks them."""
+    hint = getattr(error, "hint", None)
+    if isinstance(command, click.Group) or not hint:
+        return ""
+    own = {name.replace("_", "-") for parameter in command.params for name in parameter.opts}
+    advised = dict.fromkeys(flag.replace("_", "-") for flag in re.findall(r"--[a-z][a-z_-]+", hint))
+    lacking = [flag for flag in advised if flag not in own]
+    if not lacking or "reshard convert" in hint:
+        return ""
+    return f" ({', '.join(lacking)}: see `reshard convert --help`, which does the same.)"
 
 
 def _start_quickly() -> None:

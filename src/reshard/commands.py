@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from reshard import output
-from reshard.flags import SeveralValues, option
+from reshard.flags import FolderOrFile, SeveralValues, option
 from reshard.formats import TARGETS
 from reshard.options import LORA, MODEL_TYPES, NAMES, SRM_FORMATS
 from reshard.targets import CHOICES
 
-_PATH = click.Path(path_type=Path)
+_PATH = FolderOrFile()
 # Names of a list that a table shows; --json has them all.
 _LISTED = 8
 _prefix = click.option("--prefix", help="The model's part of a nested state dict.")
@@ -195,8 +195,6 @@ def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> in
     from reshard.comparison import verify as run
     from reshard.errors import VerificationError
 
-    if against is None and any(value is not None for value in options.values()):
-        raise click.UsageError("--tag, --prefix and --base need --against.")
     try:
         with output.progress_bar(quiet=as_json) as progress:
             step = None if progress is None else lambda done, total: progress("verify", done, total)

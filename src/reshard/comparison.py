@@ -7,7 +7,7 @@ from pathlib import Path
 
 from reshard import formats, locate
 from reshard.difference import Comparison, Difference, compare
-from reshard.errors import PlanError, VerificationError
+from reshard.errors import OptionError, PlanError, VerificationError
 from reshard.pairing import Pairing, pair
 from reshard.progress import Progress
 from reshard.storage import Sources
@@ -59,7 +59,7 @@ def verify(
     """
     if against is None:
         if tag is not None or prefix is not None or base is not None:
-            raise PlanError(
+            raise OptionError(
                 "--tag, --prefix and --base choose what to compare with.", hint="Pass --against."
             )
         return verify_folder(Path(folder), threads=threads, progress=progress)

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import cast
 
 from reshard import formats, manifest
-from reshard.errors import PlanError, VerificationError, WriteError
+from reshard.errors import OptionError, VerificationError, WriteError
 from reshard.naming import parse_version
 from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 from reshard.options import (
     LORA,
     MODEL_TYPES,
     NAMES,
+    POOLINGS,
     SRM_FORMATS,
     Lora,
     LoraChoice,
@@ -103,12 +104,18 @@ def convert(
     _one_of("srm_format", srm_format, SRM_FORMATS)
     _one_of("lora", lora, LORA)
     _one_of("names", names, NAMES)
+    _one_of("pooling_method", pooling_method, POOLINGS)
+    if isinstance(heads_types, str):
+        raise OptionError("heads_types is a list of names.", hint=f"Pass [{heads_types!r}].")
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads must be positive, {threads} is not.")
     heads = RewardOptions(
         cast("Pooling | None", pooling_method),
         scale_for_train,
         tuple(heads_types) if heads_types else None,
         value_head,
     )
+    shard_size = _MAX_SHARD_SIZE[to] if max_shard_size is None else max_shard_size
     options = Options(
         source=Path(source),
         target=Path(target),
@@ -116,7 +123,7 @@ def convert(
         to=to,
         selection=formats.Selection(tag, prefix, allow_step_mismatch),
         dtype=_check_dtype(dtype, base),
-        max_shard_nbytes=parse_size(max_shard_size or _MAX_SHARD_SIZE[to]),
+        max_shard_nbytes=parse_size(shard_size),
         exclude_frozen=exclude_frozen,
         fill_from_base=fill_from_base,
         allow=tuple(allow),
@@ -135,8 +142,8 @@ def convert(
         names=cast(Names, names),
         transformers_version=parse_version(transformers_version) if transformers_version else None,
     )
-    if fill_from_base and base is None:
-        raise PlanError("--fill-from-base takes tensors from a base.", hint="Pass --base.")
+    if base is None:
+        _check_needs_no_base(options, allow_unchanged=allow_unchanged)
     check_target(options.target, options.source, options.base, overwrite=overwrite)
     workers = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     with Sources() as sources:
@@ -161,6 +168,12 @@ def convert(
 
 def check_target(target: Path, source: Path, base: Path | None, *, overwrite: bool) -> None:
     """Refuse an output that exists, or that is or holds an input. Raises `WriteError`."""
+    if target.resolve() == Path.cwd():
+        raise WriteError(
+            "the output is the current folder, which a new one would replace.",
+            path=target,
+            hint="Name a new folder.",
+        )
     check_apart(target, "source", [source])
     if base is not None:
         check_apart(target, "base model", [base])
@@ -183,13 +196,39 @@ def _check_dtype(dtype: str | None, base: PathLike | None) -> str:
     choice = dtype or ("keep" if base is None else "base")
     _one_of("dtype", choice, CHOICES)
     if choice == "base" and base is None:
-        raise PlanError("dtype 'base' takes the dtypes of a base.", hint="Pass --base.")
+        raise OptionError("dtype 'base' takes the dtypes of a base.", hint="Pass --base.")
     return choice
+
+
+def _check_needs_no_base(options: Options, *, allow_unchanged: bool) -> None:
+    """Refuse options that act on a base's names or values where there is none."""
+    rewards, heads, lora = options.rewards, options.rewards.heads, options.lora
+    given = {
+        "model-type": rewards.model_type not in (None, "vision2seq"),
+        "pooling-method": heads.pooling is not None,
+        "scale-for-train": heads.scaled is not None,
+        "heads-types": heads.types is not None,
+        "value-head": heads.value_head is not None,
+        "probing-layer": rewards.probing_layer != RewardChoice().probing_layer,
+        "srm-format": rewards.srm_format != RewardChoice().srm_format,
+        "lora": lora.mode is not None,
+        "lora-alpha": lora.alpha is not None,
+        "adapter-config": lora.config is not None,
+        "adapter": lora.adapter is not None,
+        "fill-from-base": options.fill_from_base,
+        "allow": bool(options.allow),
+        "allow-unchanged": allow_unchanged,
+    }
+    idle = [f"--{name}" for name, said in given.items() if said]
+    if idle:
+        raise OptionError(
+            f"{', '.join(idle)}: nothing to act on without a base.", hint="Pass --base."
+        )
 
 
 def _one_of(name: str, value: str | None, choices: tuple[str, ...]) -> None:
     if value is not None and value not in choices:
-        raise PlanError(f"{value!r} is no {name}.", hint=f"Use one of {', '.join(choices)}.")
+        raise OptionError(f"{value!r} is no {name}.", hint=f"Use one of {', '.join(choices)}.")
 
 
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:

@@ -7,11 +7,13 @@
     ├── UnsupportedError    understood, but not handled; the message names what
     ├── NamesError          the checkpoint's tensors and the base model's do not match
     ├── PlanError           the conversion asked for cannot be planned
+    │   └── OptionError     an option's value is malformed, or it has nothing to act on
     ├── WriteError          the output cannot be written
     └── VerificationError   what was written is not what was read
 
 A message says what is wrong, `path` and `tensor` say where, `hint` says how to mend it. The
-command line prints exactly that and exits with 1; a traceback is shown only with `--debug`.
+command line prints exactly that and exits with 1, with 2 for an `OptionError`; a traceback is
+shown only with `--debug`.
 """
 
 from __future__ import annotations
@@ -94,6 +96,10 @@ class NamesError(ReshardError):
 
 class PlanError(ReshardError):
     """The conversion asked for cannot be planned."""
+
+
+class OptionError(PlanError):
+    """An option's value is malformed, or the option has nothing to act on; exit code 2."""
 
 
 class WriteError(ReshardError):

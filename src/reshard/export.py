@@ -86,18 +86,18 @@ class Export:
 
 def plain(catalog: Catalog, options: Options) -> Export:
     """Without a base: every tensor under the name that it has in the checkpoint."""
-    if options.rewards.model_type not in (None, "vision2seq") or options.lora.mode is not None:
-        raise PlanError(
-            "reward models, critics and adapters are told apart by the base's names.",
-            hint="Pass --base.",
-        )
     kept = {
         name: entry
         for name, entry in catalog.entries.items()
         if not (options.exclude_frozen and entry.kind == "frozen")
     }
     tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
-    return Export(choose(list(kept.items()), {}, options.dtype), Fit(kept, tied=tied), assets=False)
+    return Export(
+        model=choose(list(kept.items()), {}, options.dtype),
+        fit=Fit(kept, tied=tied),
+        missing=tuple(name for name in catalog.entries if name not in kept),
+        assets=False,
+    )
 
 
 def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Export:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -45,6 +46,18 @@ def repeat_flags(args: Sequence[str], repeatable: set[str]) -> list[str]:
         written.append(argument)
         taken += 1
     return written
+
+
+class FolderOrFile(click.Path):
+    """A path that is not empty: `Path("")` is the current folder, which nobody means by it."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(path_type=Path, **more)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def option(name: str, field: str | None = None, **more: Any) -> Callable[[_F], _F]:

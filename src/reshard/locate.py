@@ -29,7 +29,9 @@ _ACTOR = "_actor"
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class Found:
+    """A checkpoint below a folder; `format` is empty where two formats claim it."""
+
     path: Path
     format: str
 
@@ -55,21 +57,21 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
 def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     if not path.is_dir() or formats.claims(path):
         return formats.load(formats.detect(path)).read(path, sources, _tagged(path, selection))
-    saves = _saves(path)
-    if not saves:
+    below = saves(path)
+    if not below:
         return formats.read(path, sources, selection)  # which says what is there instead
-    chosen, passed_over = _choose(path, saves, selection.tag), []
+    chosen, passed_over = _choose(path, below, selection.tag), []
     for save in chosen:
-        below = selection
+        wanted = selection
         if selection.tag == save.path.name and save.format != "deepspeed":
-            below = replace(selection, tag=None)
+            wanted = replace(selection, tag=None)
         try:
-            catalog = formats.load(save.format).read(save.path, sources, below)
+            catalog = formats.load(save.format).read(save.path, sources, wanted)
         except IncompleteError as error:
             passed_over.append(error)
             continue
         lost = tuple(f"passed over as incomplete: {error}" for error in passed_over)
-        remark = _said(path, save, saves)
+        remark = _said(path, save, below)
         return replace(catalog, notes=(*lost, *catalog.notes), remarks=(remark,))
     raise passed_over[0]
 
@@ -88,14 +90,14 @@ def _tagged(path: Path, selection: formats.Selection) -> formats.Selection:
     return replace(selection, tag=None)
 
 
-def _saves(path: Path) -> list[_Found]:
+def saves(path: Path) -> list[Found]:
     """Checkpoints below a folder; converted models only where there is nothing else."""
     found = list(_walk(path, _DEPTH, [_MAX_FOLDERS]))
     training = [save for save in found if save.format not in ("huggingface", "torch")]
     return training or found
 
 
-def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[_Found]:
+def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
     for child in sorted(folder.iterdir()):
         if not child.is_dir() or child.is_symlink() or child.name.startswith("."):
             continue
@@ -104,12 +106,12 @@ def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[_Found]:
             return
         claims = list(formats.claims(child))
         if claims:
-            yield _Found(child, claims[0] if len(claims) == 1 else "")
+            yield Found(child, claims[0] if len(claims) == 1 else "")
         elif depth > 1:
             yield from _walk(child, depth - 1, budget)
 
 
-def _choose(path: Path, saves: list[_Found], tag: str | None) -> list[_Found]:
+def _choose(path: Path, saves: list[Found], tag: str | None) -> list[Found]:
     """The saves to try, newest first."""
     if tag is not None:
         named = [s for s in saves if s.path.name == tag or s.format == "deepspeed"]
@@ -126,12 +128,12 @@ def _choose(path: Path, saves: list[_Found], tag: str | None) -> list[_Found]:
     return sorted(saves, key=lambda save: save.age, reverse=True)
 
 
-def _several(path: Path, saves: list[_Found], what: str) -> NotFoundError:
+def _several(path: Path, saves: list[Found], what: str) -> NotFoundError:
     listed = ", ".join(str(save.path.relative_to(path)) for save in saves[:10])
     return NotFoundError(f"{what}: {listed}.", path=path, hint="Name one of them.")
 
 
-def _said(path: Path, save: _Found, saves: list[_Found]) -> str:
+def _said(path: Path, save: Found, saves: list[Found]) -> str:
     if len(saves) > 1:
         return f"of the {len(saves)} checkpoints in {path}, {save.path.name} was taken."
     return f"of {path}, the checkpoint {save.path.relative_to(path)} was taken."

@@ -11,18 +11,19 @@ from reshard.formats import Selection
 from reshard.naming import parse_version
 from reshard.naming.adapters import AdapterConfig
 from reshard.naming.layouts import Version
-from reshard.naming.rewards import ModelType, RewardOptions
+from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["disk", "memory"]
 T = TypeVar("T")
 
-#: The values of `--model-type`, `--srm-format`, `--lora` and `--names`.
+#: The values of `--model-type`, `--srm-format`, `--lora`, `--names` and `--pooling-method`.
 MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "critic")
 SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
 NAMES: tuple[Names, ...] = ("disk", "memory")
+POOLINGS: tuple[Pooling, ...] = ("attn", "last")
 
 
 @dataclass(frozen=True, slots=True)

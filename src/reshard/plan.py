@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from reshard.catalog import Asset
-from reshard.errors import PlanError
+from reshard.errors import OptionError
 from reshard.tensors import Entry, Made, TensorSpec
 
 
@@ -99,20 +99,24 @@ _UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3,
 def parse_size(text: str | int) -> int:
     """Bytes from `"5GB"` (decimal units, as Hugging Face counts), `"5GiB"`, or a number.
 
+    Raises `OptionError`.
+
     >>> parse_size("5GB")
     5000000000
     """
     if isinstance(text, int):
         size = text
+    elif not isinstance(text, str):
+        raise OptionError(f"{text!r} is not a size.", hint="It is a whole number or like 5GB.")
     else:
         upper = text.strip().upper()
         unit = next((unit for unit in _UNITS if upper.endswith(unit)), "")
         try:
             size = int(float(upper.removesuffix(unit)) * _UNITS.get(unit, 1))
         except (ValueError, OverflowError):
-            raise PlanError(
+            raise OptionError(
                 f"{text!r} is not a size.", hint="Write it like 5GB or 500MB."
             ) from None
     if size <= 0:
-        raise PlanError(f"a size must be positive, {text!r} is not.")
+        raise OptionError(f"a size must be positive, {text!r} is not.")
     return size

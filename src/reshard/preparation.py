@@ -44,6 +44,8 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
     base = None if options.base is None else read_base(options.base, sources)
     made = exported(catalog, base, options, sources)
     files, texts = _files(made, options)
+    if not files:
+        raise PlanError("nothing is left to write.", path=options.source)
     assets, patched, warnings = _assets(made, base, options)
     plan = Plan(
         files,

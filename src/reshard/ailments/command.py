@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from reshard import output
+from reshard.flags import FolderOrFile
 
 if TYPE_CHECKING:
     from reshard.ailments.diagnosis import Diagnosis
     from reshard.ailments.findings import Finding
 
-_PATH = click.Path(path_type=Path)
+_PATH = FolderOrFile()
 
 
 @click.command()

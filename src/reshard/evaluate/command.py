@@ -13,11 +13,11 @@ import click
 
 from reshard.errors import UnsupportedError
 from reshard.evaluate.options import DTYPES, Options, Sampling
-from reshard.flags import SeveralValues, option
+from reshard.flags import FolderOrFile, SeveralValues, option
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+_EXISTING = FolderOrFile(exists=True, dir_okay=False)
 
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
@@ -106,7 +106,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     option(
         "compare",
-        type=click.Path(path_type=Path),
+        type=FolderOrFile(),
         metavar="OTHER",
         help="Run a second model on the same prompts, and say whether it is the same model.",
     ),
@@ -117,14 +117,12 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     option(
         "output_file",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=FolderOrFile(dir_okay=False),
         default=Path("test_results.json"),
         show_default=True,
         help="Where the report goes (JSON).",
     ),
-    option(
-        "html", type=click.Path(dir_okay=False, path_type=Path), help="The report as a web page."
-    ),
+    option("html", type=FolderOrFile(dir_okay=False), help="The report as a web page."),
     option(
         "trust_remote_code", is_flag=True, help="Run Python code that lies in the model's folder."
     ),
@@ -139,7 +137,7 @@ def shared_options(function: _F) -> _F:
 
 
 @click.command("try", cls=SeveralValues)
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=FolderOrFile())
 @shared_options
 def try_model(**given: Any) -> int:
     """Run a converted model: its answers, its speed, its health, and whether it is the same.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
-from reshard.errors import PlanError
+from reshard.errors import OptionError
 from reshard.naming import patterns
 from reshard.tensors import Shape
 
@@ -237,11 +237,11 @@ def _unstack(name: str, shape: Shape, effect: Effect, numbers: tuple[str, ...]) 
 def parse_version(text: str) -> Version:
     """`"4.57.1"` as numbers; `.dev0` and the like are left out.
 
-    Raises `PlanError` where the text is no version.
+    Raises `OptionError` where the text is no version.
     """
     found = re.match(r"\d+(\.\d+)*", text.strip())
     if found is None:
-        raise PlanError(
+        raise OptionError(
             f"{text!r} is no version of transformers.", hint="Write it as in 4.57.1 or 5.23."
         )
     return tuple(int(part) for part in found.group().split("."))

@@ -198,7 +198,7 @@ def check(parts: Parts, model_type: ModelType | None, options: RewardOptions) ->
         elif parts.value is not None:
             held = f"a value head ({parts.value.spec.name})"
         raise NamesError(
-            f"the checkpoint holds {held}, which a model of type {model_type!r} does not.",
+            f"the checkpoint holds {held}, and a model of type {model_type!r} was asked for.",
             hint=f"Pass --model-type {' or '.join(fitting)}.",
         )
     if parts.rewards is None:

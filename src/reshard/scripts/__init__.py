@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reshard import formats
+from reshard import formats, locate
 from reshard.errors import UnsupportedError
 
 # What a format is called, and the command that converts it.
@@ -17,13 +17,15 @@ _WORDS = {
 
 
 def expect(path: Path, *wanted: str) -> None:
-    """Raise `UnsupportedError` where `path` holds another format than the command converts.
-
-    A folder above checkpoints is left to `locate`.
-    """
+    """Raise `UnsupportedError` where `path`, or all below it, is of a format that the command does
+    not convert."""
     if path.is_dir() and not formats.claims(path):
-        return
-    found = formats.detect(path)
+        below = [save.format for save in locate.saves(path)]
+        if not below or set(below) & {*wanted, ""}:
+            return  # which of them is meant, or what is there instead, is said when it is read
+        found = below[0]
+    else:
+        found = formats.detect(path)
     if found not in wanted:
         is_wanted, _ = _WORDS[wanted[0]]
         is_found, hint = _WORDS[found]

@@ -9,11 +9,11 @@ import click
 
 from reshard import output
 from reshard.cli import HELP, run
-from reshard.flags import SeveralValues, option
+from reshard.flags import FolderOrFile, SeveralValues, option
 from reshard.options import MODEL_TYPES
 from reshard.scripts import expect
 
-_PATH = click.Path(path_type=Path)
+_PATH = FolderOrFile()
 
 
 @click.command(cls=SeveralValues, context_settings=HELP)

@@ -9,9 +9,10 @@ import click
 
 from reshard import output
 from reshard.cli import HELP, run
+from reshard.flags import FolderOrFile
 from reshard.scripts import expect
 
-_PATH = click.Path(path_type=Path)
+_PATH = FolderOrFile()
 
 
 @click.command(context_settings=HELP)

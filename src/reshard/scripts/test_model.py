@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from reshard.cli import HELP, run
 from reshard.evaluate.command import run_command, shared_options
-from reshard.flags import SeveralValues, option
+from reshard.flags import FolderOrFile, SeveralValues, option
 
 
 @click.command("test_model", cls=SeveralValues, context_settings=HELP)
-@option("model_path", "model", type=click.Path(path_type=Path), required=True,
+@option("model_path", "model", type=FolderOrFile(), required=True,
         help="The converted model's folder.")  # fmt: skip
 @shared_options
 def command(**given: Any) -> int:
