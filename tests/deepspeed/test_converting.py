@@ -160,6 +160,34 @@ def test_every_other_file_of_the_base_comes_along(oracle: Oracle, tmp_path: Path
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors.index.fp16.json",
+        "pytorch_model.bin.index.json",
+        "onnx/model.onnx_data",
+        "onnx/model.onnx.data",
+        "openvino/openvino_model.xml",
+        "flax_model.msgpack",
+        "weights.npz",
+        "saved_model/saved_model.pb",
+        "model_state.pdparams",
+        "coreml/model.mlmodel",
+        # transformers would look for the adapter's weights, and not load the folder.
+        "adapter_config.json",
+    ],
+)
+def test_no_weights_of_the_base_come_along(oracle: Oracle, tmp_path: Path, name: str) -> None:
+    case = oracle["llama-zero2"]
+    base = tmp_path / "base"
+    shutil.copytree(case.base, base)
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_text("{}")
+    reshard.convert(case.root, tmp_path / "out", base=base)
+    assert not (tmp_path / "out" / name).exists()
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 def test_frozen_parameters_can_be_left_out_or_filled(oracle: Oracle, tmp_path: Path) -> None:
     saved = oracle["zero3-bf16-w2"].last
     frozen = set(saved.facts["frozen"]) - set(saved.facts["tied"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import reshard
 from tests.doctor import models
-from tests.doctor.conftest import Pairs, names
+from tests.doctor.conftest import Pairs, mended, names
 from tests.naming import tables
 
 
@@ -58,3 +60,62 @@ def test_a_repair_of_nothing_writes_nothing(pairs: Pairs, tmp_path: Path) -> Non
     diagnosis = reshard.doctor(pair.healthy, base=pair.base, repair=tmp_path / "out")
     assert diagnosis.repaired is None
     assert list(tmp_path.iterdir()) == []
+
+
+def wrapped(pair: models.Pair, path: Path, *heads: str) -> Path:
+    """The model as LightRFT's critic or scalar reward model holds it, without its output head."""
+    values = models.load(pair.healthy)
+    state = {f"model.{name}": value for name, value in values.items() if "lm_head" not in name}
+    width = values["model.embed_tokens.weight"].shape[1]
+    shapes = {"0.weight": (width, width), "0.bias": (width,), "1.weight": (width,)}
+    for head in heads:
+        if head == "score":
+            state["score.weight"] = torch.ones(1, width)
+        else:
+            state |= {f"{head}_head.{name}": torch.ones(shape) for name, shape in shapes.items()}
+            state[f"{head}_head.3.weight"] = torch.ones(1, width)
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("head", ["score", "preference"])
+def test_what_scores_needs_no_output_head(pairs: Pairs, head: str, tmp_path: Path) -> None:
+    pair, out = pairs("llama"), tmp_path / "out"
+    report = reshard.convert(wrapped(pair, tmp_path / "model.pt", head), out, base=pair.base)
+    assert ("reward_head.safetensors" in report.files) == (head == "preference")
+    assert names(reshard.doctor(out)) == []
+    assert names(reshard.doctor(out, base=pair.base)) == []
+
+
+def test_a_score_survives_a_repair(pairs: Pairs, tmp_path: Path) -> None:
+    pair, ill = pairs("llama"), tmp_path / "ill"
+    reshard.convert(wrapped(pair, tmp_path / "model.pt", "score"), ill, base=pair.base)
+    (ill / "tokenizer.json").unlink()
+    mended(ill, pair.base, tmp_path / "out", "tokenizer-missing")
+    assert models.load(tmp_path / "out").keys() == models.load(ill).keys()
+    assert "score.weight" in models.load(ill)
+
+
+def test_a_repair_does_not_lose_the_head_beside_a_model(pairs: Pairs, tmp_path: Path) -> None:
+    pair, ill = pairs("llama"), tmp_path / "ill"
+    reshard.convert(wrapped(pair, tmp_path / "model.pt", "preference"), ill, base=pair.base)
+    (ill / "tokenizer.json").unlink()
+    with pytest.raises(reshard.PlanError, match=r"reward_head\.safetensors lies beside the model"):
+        reshard.doctor(ill, base=pair.base, repair=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_model_by_itself_is_not_ill(pairs: Pairs, tmp_path: Path) -> None:
+    pair, out = pairs("llama"), tmp_path / "out"
+    checkpoint = wrapped(pair, tmp_path / "model.pt", "preference")
+    reshard.convert(checkpoint, out, base=pair.base, srm_format="lightrft")
+    with pytest.raises(reshard.UnsupportedError, match="LightRFT's own state dict"):
+        reshard.doctor(out)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(
+        {"base_model.model.w.lora_A.weight": torch.ones(2)}, adapter / "adapter_model.safetensors"
+    )
+    (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(reshard.UnsupportedError, match="it holds an adapter"):
+        reshard.doctor(adapter)

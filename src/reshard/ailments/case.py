@@ -6,7 +6,7 @@ Everything is read here, once; the checks are pure functions of a `Case`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from reshard.progress import Progress, StagedProgress
 from reshard.storage import Sources
 from reshard.tensors import Entry, Shape
 from reshard.verification import equal
+
+# A sequence classifier's head (transformers, `...ForSequenceClassification`).
+_SCORE = "score.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,7 @@ def read(
     folder = folders.read(path, sources)
     placeholders = _placeholders(folder, base)
     whole = {name: entry for name, entry in folder.entries.items() if name not in placeholders}
-    fitted = _fitted(whole, base, sources)
+    fitted = _fitted(folder, whole, base, sources)
     names = [name for entry in folder.entries.values() for name in _names(entry)]
     prefix = fitted.fit.prefix if fitted.fit is not None else guess_prefix(map(unwrap, names))
     clean = {unwrap(name).removeprefix(prefix): name for name in names}
@@ -178,15 +181,23 @@ def _placeholders(folder: Folder, base: Base | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _fitted(entries: Mapping[str, Entry], base: Base | None, sources: Sources) -> Fitted:
+def _fitted(
+    folder: Folder, entries: Mapping[str, Entry], base: Base | None, sources: Sources
+) -> Fitted:
     if base is None:
         return Fitted()
 
     def same(one: Entry, other: Entry) -> bool:
         return equal(one, other, sources)
 
+    score: dict[str, Entry] = {}
+    if folder.classifies and _SCORE not in base.entries:  # a language model's, before training
+        held = {unwrap(name): entry for name, entry in entries.items()}
+        score = {name: held[name].renamed(name) for name in (_SCORE,) if name in held}
+        entries = {name: entry for name, entry in entries.items() if unwrap(name) not in score}
     try:
-        return Fitted(fit(entries, base.schema, equal=same))
+        found = fit(entries, base.schema, options=FitOptions(headless=folder.headless), equal=same)
+        return Fitted(replace(found, entries={**found.entries, **score}))
     except (NamesError, PlanError) as error:
         misfit = error
     try:

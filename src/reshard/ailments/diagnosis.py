@@ -19,6 +19,7 @@ from reshard.ailments.table import AILMENTS
 from reshard.base import read_base
 from reshard.conversion import PathLike, check_target
 from reshard.errors import PlanError, VerificationError
+from reshard.export import REWARD_HEAD, VALUE_HEAD
 from reshard.progress import StagedProgress
 from reshard.storage import Sources
 
@@ -95,6 +96,7 @@ def doctor(
         findings = examine(case)
         remaining, repaired = findings, None
         if repair is not None and _mendable(findings):
+            _check_alone(case)
             remaining = _mend(case, findings, Path(repair), sources, workers, progress)
             repaired = os.fspath(repair)
     return Diagnosis(
@@ -118,6 +120,17 @@ def _mendable(findings: Sequence[Finding]) -> bool:
     """Whether there is something to mend, and no error that a copy would keep."""
     hopeless = any(f.severity == "error" and f.repair is None for f in findings)
     return not hopeless and any(finding.repair is not None for finding in findings)
+
+
+def _check_alone(case: Case) -> None:
+    """Refuse to mend a model whose other half, its head, would be left behind."""
+    heads = [name for name in (REWARD_HEAD, VALUE_HEAD) if (case.folder.path / name).is_file()]
+    if heads:
+        raise PlanError(
+            f"{heads[0]} lies beside the model, and a mended copy would be without it.",
+            path=case.folder.path,
+            hint="Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR.",
+        )
 
 
 def _mend(

@@ -15,8 +15,11 @@ from typing import Any
 from reshard import safetensors_file
 from reshard.base import CONFIG, Base
 from reshard.catalog import Asset
-from reshard.errors import NotFoundError, ReshardError
+from reshard.errors import NotFoundError, ReshardError, UnsupportedError
+from reshard.export import LIGHTRFT, REWARD_CONFIG
 from reshard.formats import Selection, huggingface, torch_state_dict
+from reshard.naming.adapter_output import CONFIG as ADAPTER_CONFIG
+from reshard.naming.adapter_output import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.storage import Sources, child
 from reshard.tensors import Entry, Fragment, Record, whole
 
@@ -56,6 +59,19 @@ class Folder:
         """The config; empty where there is none."""
         return self.config or {}
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the config names a class with a `score` in place of an output head."""
+        named = self.settings.get("architectures")
+        classes = named if isinstance(named, list) else []
+        return any(str(name).endswith("ForSequenceClassification") for name in classes)
+
+    @property
+    def headless(self) -> bool:
+        """Whether the model's users want no output head: it scores, by itself or by a reward head
+        beside it."""
+        return self.classifies or REWARD_CONFIG in self.assets
+
     def as_base(self) -> Base:
         """The folder as a base model: its tensors, config and files."""
         return Base(self.path, self.entries, self.settings, tuple(self.assets.values()))
@@ -64,10 +80,12 @@ class Folder:
 def read(path: Path, sources: Sources) -> Folder:
     """Read a model folder's headers, config and file names.
 
-    Raises `NotFoundError` where there is no folder, or no file that should hold a model's weights.
+    Raises `NotFoundError` where there is no folder, or no file that should hold a model's weights,
+    `UnsupportedError` where the weights are no model's by themselves.
     """
     if not path.is_dir():
         raise NotFoundError("there is no such folder.", path=path)
+    _refuse_parts(path)
     config, config_fault = read_json(path, CONFIG, sources)
     assets = {asset.name: asset for asset in huggingface.assets(path)}
     folder = Folder(path, assets, config, config_fault)
@@ -76,6 +94,24 @@ def read(path: Path, sources: Sources) -> Folder:
         return _with_pickled(folder, sources)
     folder = replace(folder, listed=listed, index_fault=index_fault)
     return _with_tensors(folder, names, sources)
+
+
+def _refuse_parts(path: Path) -> None:
+    """Refuse what transformers does not load as a model, and is not ill for that."""
+    there = {file.name for file in path.iterdir()}
+    weights = {name for name in there if name.endswith(".safetensors")}
+    if weights == {ADAPTER_WEIGHTS} and ADAPTER_CONFIG in there:
+        raise UnsupportedError(
+            "it holds an adapter, which PEFT loads onto a model, and no model.",
+            path=path,
+            hint="Look at the model, or at the export of convert --lora merge.",
+        )
+    if not weights and {LIGHTRFT, REWARD_CONFIG} <= there:
+        raise UnsupportedError(
+            "it holds LightRFT's own state dict of a reward model, by the names of training.",
+            path=path,
+            hint="Look at the export of convert --srm-format split.",
+        )
 
 
 def _with_tensors(folder: Folder, names: Iterable[str], sources: Sources) -> Folder:

@@ -139,7 +139,7 @@ def head_is_lost(case: Case) -> bool:
     vocabulary = case.vocabulary
     if case.placeholders or vocabulary.embedding is None or vocabulary.head is not None:
         return False
-    if not _generates(case):
+    if case.folder.headless or not _generates(case):
         return False
     error = case.fitted.misfit
     if error is None:

@@ -32,8 +32,12 @@ SINGLE = "model.safetensors"
 # Largest file read whole as JSON, in bytes: an index of a million tensors.
 _MAX_JSON = 256 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
-                    ".onnx", ".distcp", ".tflite", ".ot")  # fmt: skip
-_WEIGHT_INDEX = ".index.json"
+                    ".onnx", ".onnx_data", ".onnx.data", ".distcp", ".tflite", ".ot", ".npz", ".pb",
+                    ".pdparams", ".mlmodel")  # fmt: skip
+# model.safetensors.index.json, model.safetensors.index.fp16.json; OpenVINO's graph of weights.
+_WEIGHT_LISTS = re.compile(r".*\.index(\.\w+)?\.json|openvino_.*\.xml")
+# PEFT's, whose weights are left behind: without them transformers cannot load the folder.
+_ADAPTER_CONFIG = "adapter_config.json"
 # torch/distributed/checkpoint/_hf_utils.py (torch 2.13): each rank's parts of tensors.
 _DCP_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 # Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
@@ -90,10 +94,9 @@ def assets(folder: Path) -> tuple[Asset, ...]:
     found = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        weights = (
-            path.name.endswith((*_WEIGHT_SUFFIXES, _WEIGHT_INDEX)) or path.name == "reshard.json"
-        )
-        if path.is_file() and not weights and not _NOT_ASSETS & set(relative.parts):
+        weights = path.name.endswith(_WEIGHT_SUFFIXES) or _WEIGHT_LISTS.fullmatch(path.name)
+        of_weights = weights or path.name in (_ADAPTER_CONFIG, "reshard.json")
+        if path.is_file() and not of_weights and not _NOT_ASSETS & set(relative.parts):
             if path.is_symlink():
                 child(path.parent, path.name)
             found.append(Asset(relative.as_posix(), path))
