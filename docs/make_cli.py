@@ -30,8 +30,9 @@ _HEAD = """\
 
 `reshard` has one command for each task. LightRFT's four scripts are the same work under their own
 names and flags; they are installed as commands, and stand in `lightrft/utils/ckpt_scripts/` to be
-run as `python lightrft/utils/ckpt_scripts/ds2hf.py ...`. In Python, each command is a function of
-the same name and options: `reshard.convert`, `reshard.inspect`, `reshard.verify`.
+run as `python lightrft/utils/ckpt_scripts/ds2hf.py ...`. In Python, each command but `try` is a
+function of the same name and options: `reshard.convert`, `reshard.inspect`, `reshard.verify`,
+`reshard.diff`, `reshard.doctor`.
 
 Results go to standard output, remarks and progress to standard error. Exit codes: 0 done (and, for
 `verify` and `diff`, the same); 1 a stated failure, or a difference; 2 wrong usage; 130

@@ -174,6 +174,14 @@ def test_the_api_checks_its_options_too(
         convert(case.root, tmp_path / "out", base=case.base, **options)
 
 
+@pytest.mark.parametrize("rest", [["--base", "b"], [], ["--"]])
+def test_a_flag_for_several_values_needs_one(
+    rest: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(reshard, ["convert", "a", "b", "--heads-types", *rest]) == 2
+    assert "--heads-types needs at least one value" in capsys.readouterr().err
+
+
 def test_no_path_is_no_folder(
     oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +17,14 @@ class SeveralValues(click.Command):
     `nargs="+"` does: `--test_prompts "a" "b"`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        repeatable = {
-            name
-            for parameter in self.params
-            if isinstance(parameter, click.Option) and parameter.multiple
-            for name in parameter.opts
-        }
+        options = [option for option in self.params if isinstance(option, click.Option)]
+        names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+        repeatable = {name for option in options if option.multiple for name in option.opts}
+        for flag, following in pairwise((*args, "--")):
+            if flag == "--":
+                break
+            if flag in repeatable and (following in names or following == "--"):
+                raise click.UsageError(f"{flag} needs at least one value.", ctx)
         return super().parse_args(ctx, repeat_flags(args, repeatable))
 
 

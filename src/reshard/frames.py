@@ -59,7 +59,7 @@ def _zstd(fd: int, ref: FileRef) -> Iterator[bytes]:
         raise UnsupportedError(
             "the checkpoint is compressed with zstd.",
             path=ref.path,
-            hint='Install the extra: pip install "reshard[zstd]".',
+            hint="Install the extra, in reshard's folder: pip install '.[zstd]'.",
         ) from None
     stream = io.BufferedReader(_Frame(fd, ref), _PIECE)
     try:

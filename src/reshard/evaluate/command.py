@@ -188,7 +188,7 @@ def run_command(**given: Any) -> int:
     except ImportError as error:
         raise UnsupportedError(
             f"running a model needs torch and transformers: {error}.",
-            hint="Install them: pip install 'reshard[eval]'",
+            hint="Install them, in reshard's folder: pip install '.[eval]'",
         ) from error
     from reshard.evaluate.run import run
     from reshard.evaluate.terminal import Terminal
