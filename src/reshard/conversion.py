@@ -281,7 +281,7 @@ def _report(
         target=os.fspath(options.target),
         format=job.catalog.format,
         tag=job.catalog.origin.tag,
-        num_tensors=len(exported.model),
+        num_tensors=len(exported.model) or sum(len(side.targets) for side in exported.sides),
         bytes_read=job.plan.bytes_to_read if outcome is None else outcome.bytes_read,
         bytes_written=job.plan.bytes_to_write,
         seconds=round(seconds, 3),
