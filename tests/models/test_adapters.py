@@ -378,7 +378,9 @@ def test_layers_in_place_as_an_adapter(in_place: InPlace, tmp_path: Path) -> Non
     assert files == {"adapter_config.json", "adapter_model.safetensors", "reshard.json",
                      "reward_config.json", "reward_head.safetensors"}  # fmt: skip
     backbone = {n for n in in_place.model.state_dict() if n.startswith("model.")}
-    assert report.num_tensors == 0
+    written = [load_file(path) for path in out.glob("*.safetensors")]
+    assert report.num_tensors == sum(map(len, written))
+    assert not {name for state in written for name in state} & backbone
     assert any("are not written" in warning for warning in report.warnings)
     assert backbone
     with pytest.raises(reshard.PlanError, match="--lora merge"):
