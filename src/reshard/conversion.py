@@ -34,7 +34,7 @@ from reshard.plan import parse_size
 from reshard.preparation import Job, prepare
 from reshard.progress import StagedProgress
 from reshard.report import Report
-from reshard.storage import Sources
+from reshard.storage import Sources, real
 from reshard.targets import CHOICES
 from reshard.transfer.commit import check_space, refuse_existing
 from reshard.transfer.engine import Outcome
@@ -168,7 +168,7 @@ def convert(
 
 def check_target(target: Path, source: Path, base: Path | None, *, overwrite: bool) -> None:
     """Refuse an output that exists, or that is or holds an input. Raises `WriteError`."""
-    if target.resolve() == Path.cwd():
+    if real(target) == Path.cwd():
         raise WriteError(
             "the output is the current folder, which a new one would replace.",
             path=target,
@@ -182,9 +182,9 @@ def check_target(target: Path, source: Path, base: Path | None, *, overwrite: bo
 
 def check_apart(target: Path, what: str, inputs: Iterable[Path]) -> None:
     """Refuse an output that is or holds an input: replacing it would delete what is read."""
-    place = target.resolve()
+    place = real(target)
     for path in inputs:
-        if path.resolve() == place or place in path.resolve().parents:
+        if real(path) == place or place in real(path).parents:
             raise WriteError(
                 f"the output is or holds the {what}, {path}.",
                 path=target,

@@ -17,7 +17,7 @@ from reshard import formats
 from reshard.catalog import Catalog
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.naming.part import under
-from reshard.storage import Sources
+from reshard.storage import Sources, real
 
 _DEPTH = 3
 # A run's folder has tens of entries; more than this is somebody's home directory.
@@ -78,7 +78,7 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
 
 def _tagged(path: Path, selection: formats.Selection) -> formats.Selection:
     """The selection for a path that is a checkpoint: only DeepSpeed keeps several in one folder."""
-    tag, name = selection.tag, path.resolve().name
+    tag, name = selection.tag, real(path).name
     if tag is None or formats.detect(path) == "deepspeed":
         return selection
     if tag != name:

@@ -185,6 +185,11 @@ class Sources:
         self.close()
 
 
+def real(path: Path) -> Path:
+    """The absolute path with all links followed, as far as they lead; a loop of links is left."""
+    return Path(os.path.realpath(path))  # `Path.resolve` raises RuntimeError for a loop
+
+
 def child(folder: Path, name: str) -> Path:
     """`folder/name`, for a name that a file of the checkpoint states.
 
@@ -200,9 +205,9 @@ def child(folder: Path, name: str) -> Path:
         )
     path = folder / name
     if path.is_symlink():
-        target = path.resolve()
+        target = real(path)
         cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-        if not cached and not target.is_relative_to(folder.resolve()):
+        if not cached and not target.is_relative_to(real(folder)):
             raise FormatError(
                 f"it is a link that leaves the folder, to {target}.",
                 path=path,

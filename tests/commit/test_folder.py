@@ -90,6 +90,16 @@ def test_a_link_stays_and_what_it_names_is_written(tmp_path: Path, there: str) -
     assert listing(tmp_path / "disk") == ["model", "model/x"]
 
 
+def test_a_loop_of_links_is_one_error(model: Path, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(reshard.WriteError):
+        reshard.convert(model, loop)
+    with pytest.raises(reshard.NotFoundError):
+        reshard.convert(loop, tmp_path / "out")
+    assert listing(tmp_path) == ["loop"]
+
+
 def appear_as_file(target: Path) -> None:
     target.write_bytes(b"theirs")
 

@@ -21,7 +21,7 @@ from reshard.conversion import PathLike, check_target
 from reshard.errors import PlanError, VerificationError
 from reshard.export import REWARD_HEAD, VALUE_HEAD
 from reshard.progress import StagedProgress
-from reshard.storage import Sources
+from reshard.storage import Sources, real
 
 # More threads than this only compete for the memory bus.
 _MAX_THREADS = 4
@@ -85,7 +85,7 @@ def doctor(
     """
     path = Path(folder)
     base_path = None if base is None else Path(base)
-    if base_path is not None and base_path.exists() and path.resolve() == base_path.resolve():
+    if base_path is not None and base_path.exists() and real(path) == real(base_path):
         raise PlanError("the folder is the base itself.", path=path)
     if repair is not None:
         check_target(Path(repair), path, base_path, overwrite=False)

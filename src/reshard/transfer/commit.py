@@ -20,6 +20,7 @@ from types import TracebackType
 
 from reshard.catalog import Asset
 from reshard.errors import WriteError
+from reshard.storage import real
 
 # renameat2(2), Linux 3.15: linux/fs.h and linux/fcntl.h.
 _RENAME_NOREPLACE, _RENAME_EXCHANGE, _AT_FDCWD = 1, 2, -100
@@ -35,7 +36,7 @@ class OutputFolder:
     """
 
     def __init__(self, target: Path, digest: str, *, overwrite: bool = False) -> None:
-        self.target = Path(os.path.realpath(target))
+        self.target = real(target)
         self.overwrite = overwrite
         self.partial = self.target.with_name(f".{self.target.name}.partial-{digest[:16]}")
         self._lock = -1
@@ -199,7 +200,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 def check_space(target: Path, nbytes: int) -> None:
     """Raise `WriteError` where the file system has no room for `nbytes` bytes."""
-    folder = Path(os.path.realpath(target)).parent
+    folder = real(target).parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

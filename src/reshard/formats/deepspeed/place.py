@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
-from reshard.storage import Sources, child
+from reshard.storage import Sources, child, real
 
 # runtime/engine.py: _get_ckpt_name, _get_zero_ckpt_name, _get_optimizer_ckpt_name,
 # _get_expert_ckpt_name; runtime/pipe/module.py: ckpt_layer_path. "pp_rank" is the data parallel
@@ -81,7 +81,7 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
     `NotFoundError` (the tags that are there are listed), `FormatError`, `UnsupportedError`.
     """
     if _is_tag_folder(path):
-        own = _tag_of(path.resolve(), sources)
+        own = _tag_of(real(path), sources)
         if tag not in (None, own):
             raise NotFoundError(
                 f"it is itself a tag folder, {own!r}, and holds no tag {tag!r}.",
