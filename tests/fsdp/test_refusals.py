@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from reshard.errors import (
     UnsupportedError,
     WriteError,
 )
+from reshard.formats.dcp import copies
+from reshard.storage import Sources
+from reshard.tensors import Extent, FileRef, Record
 from tests.fsdp.conftest import Oracle
 
 TENSOR = "model.layers.0.mlp.up_proj.weight"
@@ -393,3 +397,26 @@ def test_nothing_to_convert(tmp_path: Path) -> None:
     folder = tmp_path / "none"
     dcp.save({"step": 5}, checkpoint_id=folder, no_dist=True)
     refused(folder, NotFoundError, "it holds no tensor")
+
+
+@pytest.mark.parametrize("name", ["fsdp1-w4", "fsdp2-w3", "fsdp1-st-w3"])
+def test_one_ranks_file_over_anothers(oracle: Oracle, tmp_path: Path, name: str) -> None:
+    folder = oracle.copy(name, tmp_path)
+    shutil.copy(folder / "__0_0.distcp", folder / "__1_0.distcp")
+    refused(folder, IncompleteError, "one rank's file was copied over another's")
+
+
+@pytest.mark.parametrize("values", [bytes(256), b"\x00\x00\x80\x3f" * 64, bytes(range(256))])
+def test_ranks_may_well_hold_the_same_constants(tmp_path: Path, values: bytes) -> None:
+    records = []
+    for rank in range(2):
+        path = tmp_path / f"__{rank}_0.distcp"
+        path.write_bytes(values)
+        records.append(Record(Extent(FileRef(str(path)), 0, 256), zlib.crc32(values)))
+    with Sources() as sources:
+        copies.check({"one": records[:1], "other": records[1:]}, sources)  # tied weights
+        if len(set(values)) < 5:
+            copies.check({"norm": records}, sources)
+        else:
+            with pytest.raises(IncompleteError, match="copied over another's"):
+                copies.check({"norm": records}, sources)

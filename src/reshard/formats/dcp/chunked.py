@@ -9,7 +9,7 @@ from reshard import dtypes
 from reshard.catalog import Catalog, Origin
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 from reshard.formats import Selection
-from reshard.formats.dcp import parts
+from reshard.formats.dcp import copies, parts
 from reshard.formats.dcp.items import Items
 from reshard.formats.dcp.metadata import Chunk, Metadata, StoredTensor
 from reshard.formats.dcp.zips import StoredItem
@@ -27,12 +27,12 @@ def read_chunks(
     part = parts.find(paths, selection.prefix, str(folder))
     items = Items(folder, sources)
     entries: dict[str, Entry] = {}
-    records: list[Record] = []
+    records: dict[str, list[Record]] = {}
     for key, name in part.names.items():
         if name in entries:
             raise FormatError("two of its tensors have this name.", path=folder, tensor=name)
-        entries[name], found = _entry(key, name, metadata.tensors[key], items, folder)
-        records.extend(found)
+        entries[name], records[name] = _entry(key, name, metadata.tensors[key], items, folder)
+    copies.check(records, sources)
     left_out = len(metadata.tensors) - len(entries)
     return Catalog(
         format="dcp",
@@ -48,7 +48,7 @@ def read_chunks(
             },
         ),
         entries=entries,
-        records=tuple(records),
+        records=tuple(record for found in records.values() for record in found),
     )
 
 
