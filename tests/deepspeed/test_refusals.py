@@ -359,6 +359,19 @@ def test_an_output_that_is_or_holds_an_input(
             reshard.convert(root / "global_step2", target, overwrite=overwrite)
 
 
+@pytest.mark.parametrize("kind", ["optim_states", "model_states"])
+@pytest.mark.parametrize("name", ["legacy-zero3", "odd-tag"])
+def test_a_copied_rank_is_found_by_its_values(
+    oracle: Oracle, workspace: Path, name: str, kind: str
+) -> None:
+    """Where torch wrote no name into the file: legacy containers, and paths beyond ASCII."""
+    shutil.copytree(oracle[name].last.path, workspace / "tag")
+    one, other = sorted((workspace / "tag").glob(f"*_{kind}.pt"))
+    shutil.copy(one, other)
+    with pytest.raises(reshard.FormatError, match="it is a copy of another rank's file"):
+        reshard.convert(workspace / "tag", workspace / "out")
+
+
 @pytest.mark.parametrize("name", ["llama-zero3", "llama-zero2"])
 def test_one_file_of_a_checkpoint_is_taken_only_where_it_is_the_whole_model(
     oracle: Oracle, workspace: Path, name: str

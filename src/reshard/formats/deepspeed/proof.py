@@ -17,16 +17,18 @@ import numpy as np
 from reshard.dtypes import DType
 from reshard.errors import FormatError
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.parse import OptimFile
+from reshard.formats.deepspeed.parse import ModelFile, OptimFile
 from reshard.rearrange import crop, unflatten
 from reshard.storage import Sources
-from reshard.tensors import Box, Entry, Extent
+from reshard.tensors import Box, Entry, Extent, Record
 from reshard.torchfile import TensorRef
 
 Array = np.ndarray[Any, Any]
 
 # Elements compared at the start and in the middle of each fragment.
 _SAMPLE = 32
+# Bytes that stand for a tensor without a checksum, at its start, middle and end.
+_PIECE = 4096
 _ONE_SAVE = "Copy all files of one save."
 
 
@@ -60,19 +62,36 @@ def check_model_step(saved: Saved, sources: Sources) -> None:
 
 def check_copies(optim: tuple[OptimFile, ...], sources: Sources) -> None:
     """No two ranks may hold the same weights and moments: one file is then a copy of the other."""
-    seen: dict[tuple[tuple[int, int], ...], OptimFile] = {}
-    for file in optim:
-        crc = {record.extent.offset: record.crc32 for record in file.records}
-        tensors = [t for t in (*file.flats, *file.moments) if t.extent.nbytes]
-        key = tuple((t.extent.nbytes, crc.get(t.extent.offset, -1)) for t in tensors)
-        if not key or any(value == -1 for _, value in key):
+    held = {file.path: (*file.flats, *file.moments) for file in optim}
+    _check_distinct(held, [record for file in optim for record in file.records], sources)
+
+
+def check_frozen_copies(model: tuple[ModelFile, ...], sources: Sources) -> None:
+    """No two ranks may hold the same parts of frozen parameters (stage 3)."""
+    held = {file.path: tuple(file.frozen_fragments.values()) for file in model}
+    _check_distinct(held, [record for file in model for record in file.records], sources)
+
+
+def _check_distinct(
+    held: Mapping[Path, tuple[TensorRef, ...]], records: list[Record], sources: Sources
+) -> None:
+    """The tensors of two files may not all be the same. Legacy containers have no checksums:
+    samples stand in for them."""
+    crc = {(record.extent.file.path, record.extent.offset): record.crc32 for record in records}
+    seen: dict[tuple[object, ...], Path] = {}
+    for path, tensors in held.items():
+        full = [tensor for tensor in tensors if tensor.extent.nbytes]
+        if not full:
             continue
-        twin = seen.setdefault(key, file)
-        if twin is not file and not all(_constant(tensor, sources) for tensor in tensors):
+        key = tuple(
+            (t.extent.nbytes, crc.get((t.extent.file.path, t.extent.offset)) or _sample(t, sources))
+            for t in full
+        )
+        twin = seen.setdefault(key, path)
+        if twin != path and not all(_constant(tensor, sources) for tensor in full):
             raise FormatError(
-                f"it holds exactly what {twin.path.name} holds: it is a copy of another rank's "
-                "file.",
-                path=file.path,
+                f"it holds exactly what {twin.name} holds: it is a copy of another rank's file.",
+                path=path,
                 hint="Copy each rank's own file.",
             )
 
@@ -167,6 +186,15 @@ def _step(file: OptimFile, sources: Sources) -> int | None:
     if not isinstance(file.step, TensorRef):
         return file.step
     return int(_numbers(file.step.extent, file.step.dtype, sources)[0])
+
+
+def _sample(tensor: TensorRef, sources: Sources) -> bytes:
+    """Some of a tensor's bytes: from its start, its middle and its end."""
+    extent = tensor.extent
+    nbytes = min(extent.nbytes, _PIECE)
+    starts = (0, (extent.nbytes - nbytes) // 2, extent.nbytes - nbytes)
+    source = sources.open(extent.file)
+    return b"".join(source.read(extent.offset + start, nbytes) for start in starts)
 
 
 def _constant(tensor: TensorRef, sources: Sources) -> bool:

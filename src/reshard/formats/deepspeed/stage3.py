@@ -23,6 +23,7 @@ def catalog(
     """The masters of all sub-groups, frozen pieces and buffers from the model files."""
     proof.check_steps(saved.optim, sources)
     proof.check_copies(saved.optim, sources)
+    proof.check_frozen_copies(saved.model, sources)
     if not allow_step_mismatch:
         proof.check_model_step(saved, sources)
     entries, notes = complete({entry.spec.name: entry for entry in _parameters(saved)}, saved)
