@@ -109,6 +109,34 @@ def test_an_adapter_folder_is_verified(oracle: Oracle, lora: str, tmp_path: Path
         reshard.verify(out, case.root, base=case.base)
 
 
+@pytest.mark.parametrize("to", ["hf", "dcp"])
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_that_was_stored_twice_is_compared(
+    oracle: Oracle, to: str, same: bool, tmp_path: Path
+) -> None:
+    """FSDP stores a tied head beside the embedding; the output stores it once."""
+    base = oracle["llama-tied-zero3"].base
+    values = load_file(base / "model.safetensors")
+    assert "lm_head.weight" not in values
+    values = {name: value + 1 for name, value in values.items()}
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    head = values["model.embed_tokens.weight"].copy()
+    save_file({**values, "lm_head.weight": head}, trained / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    reshard.convert(trained, out, base=base, to=to)
+    if not same:
+        head[0, 0] += 1
+        path = trained / "model.safetensors"
+        save_file({**values, "lm_head.weight": head}, path, {"format": "pt"})
+        with pytest.raises(reshard.ReshardError, match=r"lm_head\.weight"):
+            reshard.verify(out, trained)
+        return
+    found = reshard.verify(out, trained)
+    assert found.num_tensors == len(values) + (to == "dcp")
+    assert reshard.diff(trained, out).same
+
+
 def test_names_that_no_config_explains_need_the_base(oracle: Oracle, tmp_path: Path) -> None:
     case, out = oracle["lora-zero2"], tmp_path / "dcp"
     reshard.convert(case.root, out, base=case.base, lora_alpha=6, to="dcp")

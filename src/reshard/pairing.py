@@ -10,7 +10,7 @@ was left out) is taken from there; neither its plan nor its digests are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 
@@ -18,14 +18,14 @@ from reshard import export, formats, manifest
 from reshard.base import CONFIG, Base, read_base
 from reshard.catalog import Catalog
 from reshard.difference import Difference, Pair, described
-from reshard.errors import FormatError, PlanError
+from reshard.errors import FormatError, NamesError, PlanError
 from reshard.export import LIGHTRFT, REWARD_CONFIG, REWARD_HEAD, VALUE_HEAD, Export
 from reshard.manifest import MANIFEST, Manifest
 from reshard.naming import FitOptions
 from reshard.naming.families import CONSTANTS
 from reshard.naming.patterns import matches_any
 from reshard.naming.search import unwrap
-from reshard.options import Options, RewardChoice, restated
+from reshard.options import Options, RewardChoice, SrmFormat, restated
 from reshard.preparation import exported
 from reshard.storage import Sources
 from reshard.targets import Target
@@ -63,13 +63,17 @@ def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None
     folder = second.origin.root
     stated = _stated(second, sources)
     held = _parts(second, stated, sources)
-    options = _options(first, folder, stated, held)
+    options, said = _said(first, folder, stated, held)
     if base is not None:
         made = exported(first, read_base(base, sources), options, sources)
         return Pairing(_pairs(_planned(made), held), *_left(first, made, options))
     if _stands_in(first, second, held):
-        return _onto_itself(first, read_base(folder, sources), options, stated, held, sources)
-    return _by_name(first, options, held, sources)
+        try:
+            return _onto_itself(first, read_base(folder, sources), options, said, held, sources)
+        except NamesError:
+            if not set(first.names()) >= set(second.entries):
+                raise
+    return _by_name(first, options, said, held, sources)
 
 
 def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
@@ -100,20 +104,38 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
     return parts
 
 
-def _options(first: Catalog, folder: Path, stated: Manifest | None, held: Parts) -> Options:
-    """The conversion's options, as far as they decide what goes where; dtypes are the second's."""
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a conversion said in `reshard.json` that it did with names."""
+
+    dropped: tuple[str, ...] = ()
+    filled: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+
+def _said(
+    first: Catalog, folder: Path, stated: Manifest | None, held: Parts
+) -> tuple[Options, _Said]:
+    """The conversion's options, as far as they decide what goes where, and what it said of names.
+
+    Dtypes are the second side's.
+    """
     nothing = formats.Selection()
     options = Options(first.origin.root, folder, folder, "hf", nothing, "keep", 1)
     if stated is None:
-        return replace(
-            options, rewards=RewardChoice(srm_format="both" if LIGHTRFT in held else "split")
-        )
+        srm_format: SrmFormat = "both" if LIGHTRFT in held else "split"
+        return replace(options, rewards=RewardChoice(srm_format=srm_format)), _Said()
+    names = stated.names
     try:
-        options = restated(options, stated.options, stated.names)
-        dropped = [str(name) for name in stated.names.get("unexpected", ())]
+        options = restated(options, stated.options, names)
+        said = _Said(
+            tuple(map(str, names.get("unexpected", ()))),
+            frozenset(names.get("filled", ())),
+            {str(name): str(tie) for name, tie in names.get("tied", {}).items()},
+        )
     except (TypeError, ValueError, KeyError, AttributeError):
         raise FormatError("it is damaged.", path=folder / MANIFEST) from None
-    return replace(options, allow=(*options.allow, *map(escape, dropped)))
+    return replace(options, allow=(*options.allow, *map(escape, said.dropped))), said
 
 
 def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
@@ -122,7 +144,7 @@ def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
         return False
     if "" not in held:
         return False
-    same = set(first.names()) >= set(second.entries)
+    same = set(first.names()) == set(second.entries)
     return not same or (len(held) > 1 and first.format != "huggingface")
 
 
@@ -130,7 +152,7 @@ def _onto_itself(
     first: Catalog,
     base: Base,
     options: Options,
-    stated: Manifest | None,
+    said: _Said,
     held: Parts,
     sources: Sources,
 ) -> Pairing:
@@ -149,9 +171,8 @@ def _onto_itself(
     for name in made.filled:
         planned[""].pop(name)
     _check_apart(planned, base.folder)
-    said = () if stated is None else stated.names.get("filled", ())
     model, filled = dict(held[""]), []
-    for name in sorted(set(made.filled) & set(said)):
+    for name in sorted(said.filled.intersection(made.filled)):
         entry = model.pop(name)
         filled.append(Difference(name, "only in the second", "", described(entry.spec)))
     pairs = _pairs(planned, {**held, "": model})
@@ -164,30 +185,34 @@ def _frozen(catalog: Catalog) -> list[str]:
     return [escape(unwrap(name)) for entry in entries for name in (entry.spec.name, *entry.aliases)]
 
 
-def _by_name(first: Catalog, options: Options, held: Parts, sources: Sources) -> Pairing:
-    """The pairing by equal names, wrappers' parts aside."""
+def _by_name(
+    first: Catalog, options: Options, said: _Said, held: Parts, sources: Sources
+) -> Pairing:
+    """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
+    store is compared with the tensor that it is said to be."""
     mine = _parts(first, _stated(first, sources), sources)
     if options.names == "memory" and first.format == "huggingface":
         placed = exported(first, None, options, sources)
         return Pairing(_pairs(_planned(placed), held), by_name=True)
     if "" not in held and len(held) == 1:
         held = {"": next(iter(held.values()))}
-    theirs = dict(held.get("", {}))
-    there = {name: e for e in theirs.values() for name in (e.spec.name, *e.aliases)}
+    kept = held.get("", {})
+    there = {name: e for e in kept.values() for name in (e.spec.name, *e.aliases)}
+    there = {name: there[tie] for name, tie in said.tied.items() if tie in there} | there
     model: dict[str, Made] = {}
+    theirs: dict[str, Entry] = {}
     for entry in mine.get("", {}).values():
         if options.exclude_frozen and entry.kind == "frozen":
             continue
-        names = dict.fromkeys(
-            n for own in (entry.spec.name, *entry.aliases) for n in (own, unwrap(own))
-        )
-        found = {there[name].spec.name: name for name in names if name in there}
-        for name, called in found.items():
-            # Two tensors of the first may be one of the second, by its two names.
-            key = called if name in model else name
-            model[key], theirs[key] = entry, there[name]
-        if not found:
+        own = (entry.spec.name, *entry.aliases)
+        known = [n for name in own for n in (name, unwrap(name)) if n in there]
+        # Two tensors of one side may be one of the other, by its two names.
+        for name in {there[name].spec.name: name for name in reversed(known)}.values():
+            model[name], theirs[name] = entry, there[name]
+        if not known:
             model[entry.spec.name] = entry
+    met = {entry.spec.name for entry in theirs.values()}
+    theirs |= {name: entry for name, entry in kept.items() if name not in met}
     return Pairing(_pairs({**mine, "": model}, {**held, "": theirs}), by_name=True)
 
 
