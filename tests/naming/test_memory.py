@@ -62,5 +62,6 @@ def test_an_expert_that_is_missing() -> None:
 
 def test_a_version_is_numbers() -> None:
     assert parse_version("5.0.0.dev0") == (5, 0, 0)
-    with pytest.raises(PlanError, match="no version"):
-        parse_version("latest")
+    for text in ("latest", "9" * 5000, ""):
+        with pytest.raises(PlanError, match="no version"):
+            parse_version(text)

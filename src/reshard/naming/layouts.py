@@ -239,7 +239,7 @@ def parse_version(text: str) -> Version:
 
     Raises `OptionError` where the text is no version.
     """
-    found = re.match(r"\d+(\.\d+)*", text.strip())
+    found = re.match(r"\d{1,6}(\.\d{1,6})*(?!\d)", text.strip())
     if found is None:
         raise OptionError(
             f"{text!r} is no version of transformers.", hint="Write it as in 4.57.1 or 5.23."
