@@ -6,6 +6,7 @@ paragraph on standard error: what, where, how to mend; `--debug` adds the traceb
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import re
@@ -93,8 +94,10 @@ def _elsewhere(command: click.Command, error: Exception) -> str:
 
 def _start_quickly() -> None:
     """A plan is very many small objects without a cycle: the collector would search them over and
-    over. And numpy's BLAS starts a thread for each core, though the engine has its own."""
+    over, and once more at the end, for 20 ms. And numpy's BLAS starts a thread for each core,
+    though the engine has its own."""
     gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
