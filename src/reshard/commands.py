@@ -10,7 +10,7 @@ import click
 from reshard import output
 from reshard.flags import FolderOrFile, SeveralValues, option
 from reshard.formats import TARGETS
-from reshard.options import LORA, MODEL_TYPES, NAMES, SRM_FORMATS
+from reshard.options import LORA, MODEL_TYPES, NAMES, POOLINGS, SRM_FORMATS
 from reshard.targets import CHOICES
 
 _PATH = FolderOrFile()
@@ -35,7 +35,7 @@ _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; defaul
 @click.option("--max-shard-size", help="Default: 5GB; with --to dcp: 1GB.")
 @option("model_type", type=click.Choice(MODEL_TYPES),
         help="Default: found by the checkpoint's heads.")  # fmt: skip
-@option("pooling_method", type=click.Choice(["attn", "last"]),
+@option("pooling_method", type=click.Choice(POOLINGS),
         help="Checked against a scalar reward model's heads.")  # fmt: skip
 @click.option("--scale-for-train/--no-scale-for-train", default=None,
               help="Checked against a scalar reward model's heads.")  # fmt: skip

@@ -184,7 +184,7 @@ def check_apart(target: Path, what: str, inputs: Iterable[Path]) -> None:
     """Refuse an output that is or holds an input: replacing it would delete what is read."""
     place = real(target)
     for path in inputs:
-        if real(path) == place or place in real(path).parents:
+        if real(path).is_relative_to(place):
             raise WriteError(
                 f"the output is or holds the {what}, {path}.",
                 path=target,

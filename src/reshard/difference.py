@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from reshard.dtypes import DType
 from reshard.progress import Progress
 from reshard.storage import Sources
 from reshard.tensors import Entry, Made, TensorSpec, blocks
@@ -120,7 +119,7 @@ def _difference(
     spec = other.spec
     if made.spec.shape != spec.shape:
         return Difference(name, "shape", str(made.spec.shape), str(spec.shape))
-    if not _rounds_to(made.spec.dtype, spec.dtype):
+    if not made.spec.dtype.rounds_to(spec.dtype):
         return Difference(name, "dtype", str(made.spec.dtype), str(spec.dtype))
     mine, theirs = (buffer.view(spec.dtype.numpy) for buffer in buffers)
     differing, largest, summed, finite = 0, 0.0, 0.0, 0
@@ -149,11 +148,6 @@ def _difference(
         largest,
         summed / finite if finite else 0.0,
     )
-
-
-def _rounds_to(stored: DType, wanted: DType) -> bool:
-    """Whether a conversion may write `stored` as `wanted`; types of 8 bits are no rounding."""
-    return stored == wanted or (stored.floating and wanted.floating and wanted.itemsize > 1)
 
 
 def _unlike(one: Array, two: Array) -> Array:

@@ -27,6 +27,10 @@ class DType:
     storage: str | None
     floating: bool
 
+    def rounds_to(self, wanted: DType) -> bool:
+        """Whether a conversion may write it as `wanted`; to 8 bits it would be no rounding."""
+        return self == wanted or (self.floating and wanted.floating and wanted.itemsize > 1)
+
     @property
     def numpy(self) -> np.dtype[Any]:
         """The numpy dtype with the same bytes (ml_dtypes supplies those numpy lacks)."""

@@ -29,6 +29,7 @@ from reshard.naming.adapter_output import adapter_folder, updates
 from reshard.naming.adapters import AdapterConfig, separate
 from reshard.naming.fit import Equal
 from reshard.naming.rewards import (
+    SCORE,
     Parts,
     check,
     classifier_patches,
@@ -226,7 +227,7 @@ class _Export:
             for name in absent:
                 made.pop(name, None)
         if self._parts.value is not None and self._classifier is not None:
-            made["score.weight"] = self._parts.value.renamed("score.weight")
+            made[SCORE] = self._parts.value.renamed(SCORE)
         # What a module computes from its config is the base's in any case.
         filled = [
             name
@@ -310,7 +311,7 @@ def _has_head(backbone: Mapping[str, Entry]) -> bool:
     return any(
         unwrap(name).endswith("lm_head.weight")
         for entry in backbone.values()
-        for name in (entry.spec.name, *entry.aliases)
+        for name in entry.names
     )
 
 

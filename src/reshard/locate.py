@@ -56,17 +56,14 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
 
 def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     if not path.is_dir() or formats.claims(path):
-        return formats.load(formats.detect(path)).read(path, sources, _tagged(path, selection))
+        return _load(path, formats.detect(path), sources, selection)
     below = saves(path)
     if not below:
         return formats.read(path, sources, selection)  # which says what is there instead
     chosen, passed_over = _choose(path, below, selection.tag), []
     for save in chosen:
-        wanted = selection
-        if selection.tag == save.path.name and save.format != "deepspeed":
-            wanted = replace(selection, tag=None)
         try:
-            catalog = formats.load(save.format).read(save.path, sources, wanted)
+            catalog = _load(save.path, save.format, sources, selection)
         except IncompleteError as error:
             passed_over.append(error)
             continue
@@ -76,18 +73,19 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
     raise passed_over[0]
 
 
-def _tagged(path: Path, selection: formats.Selection) -> formats.Selection:
-    """The selection for a path that is a checkpoint: only DeepSpeed keeps several in one folder."""
-    tag, name = selection.tag, real(path).name
-    if tag is None or formats.detect(path) == "deepspeed":
-        return selection
-    if tag != name:
-        raise NotFoundError(
-            f"there is no save {tag!r} here: it is one checkpoint, not a folder of several.",
-            path=path,
-            hint="Leave out --tag, or name the folder above.",
-        )
-    return replace(selection, tag=None)
+def _load(path: Path, format_: str, sources: Sources, selection: formats.Selection) -> Catalog:
+    """The checkpoint at `path`, of which only DeepSpeed's reader takes a tag: it alone keeps
+    several saves in one folder."""
+    tag = selection.tag
+    if tag is not None and format_ != "deepspeed":
+        if tag != real(path).name:
+            raise NotFoundError(
+                f"there is no save {tag!r} here: it is one checkpoint, not a folder of several.",
+                path=path,
+                hint="Leave out --tag, or name the folder above.",
+            )
+        selection = replace(selection, tag=None)
+    return formats.load(format_).read(path, sources, selection)
 
 
 def saves(path: Path) -> list[Found]:

@@ -16,7 +16,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["disk", "memory"]
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 #: The values of `--model-type`, `--srm-format`, `--lora`, `--names` and `--pooling-method`.
 MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "critic")
@@ -128,8 +128,8 @@ def _scaling(lora: Mapping[str, Any]) -> AdapterConfig:
     )
 
 
-def _one_of(value: object, choices: tuple[T, ...]) -> T:
-    return choices[choices.index(cast(T, value))]
+def _one_of(value: object, choices: tuple[_T, ...]) -> _T:
+    return choices[choices.index(cast(_T, value))]
 
 
 def _optional(value: object) -> str | None:

@@ -24,6 +24,7 @@ from reshard.manifest import MANIFEST, Manifest
 from reshard.naming import FitOptions
 from reshard.naming.families import CONSTANTS
 from reshard.naming.patterns import matches_any
+from reshard.naming.rewards import SCORE
 from reshard.naming.search import unwrap
 from reshard.options import Options, RewardChoice, SrmFormat, restated
 from reshard.preparation import exported
@@ -31,8 +32,6 @@ from reshard.storage import Sources
 from reshard.targets import Target
 from reshard.tensors import Entry, Made
 from reshard.verification import child_of
-
-_SCORE = "score.weight"
 
 #: The files of a side: those beside the model by name, the model itself under the empty name.
 Parts = dict[str, dict[str, Entry]]
@@ -89,18 +88,15 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
         beside = list(stated.beside)
     elif catalog.format == "huggingface" and folder.is_dir():
         # A `pytorch_model.bin` without this config is the model over again.
-        known = (
-            REWARD_HEAD,
-            VALUE_HEAD,
-            *([LIGHTRFT] if (folder / REWARD_CONFIG).is_file() else []),
-        )
+        scored = (folder / REWARD_CONFIG).is_file()
+        known = (REWARD_HEAD, VALUE_HEAD, LIGHTRFT) if scored else (REWARD_HEAD, VALUE_HEAD)
         beside = [name for name in known if (folder / name).is_file()]
     parts: Parts = {}
     if stated is None or stated.tensors:
         parts[""] = dict(catalog.entries)
     for name in beside:
         found = formats.read(child_of(folder, name), sources, formats.Selection()).entries
-        parts[name] = {called: e for e in found.values() for called in (e.spec.name, *e.aliases)}
+        parts[name] = {called: e for e in found.values() for called in e.names}
     return parts
 
 
@@ -162,8 +158,8 @@ def _onto_itself(
         options = replace(options, allow=(*options.allow, *_frozen(first)))
     options = replace(options, fill_from_base=True, names="disk")
     head = options.rewards.heads.value_head
-    if head is not None and _SCORE in held[""]:
-        first = _called(first, f"{head}.weight", _SCORE)
+    if head is not None and SCORE in held[""]:
+        first = _called(first, f"{head}.weight", SCORE)
         heads = replace(options.rewards.heads, value_head=None)
         options = replace(options, rewards=replace(options.rewards, heads=heads))
     made = export.onto(first, base, options, sources)
@@ -182,7 +178,7 @@ def _onto_itself(
 def _frozen(catalog: Catalog) -> list[str]:
     """The names of the frozen parameters, as patterns."""
     entries = [entry for entry in catalog.entries.values() if entry.kind == "frozen"]
-    return [escape(unwrap(name)) for entry in entries for name in (entry.spec.name, *entry.aliases)]
+    return [escape(unwrap(name)) for entry in entries for name in entry.names]
 
 
 def _by_name(
@@ -197,15 +193,14 @@ def _by_name(
     if "" not in held and len(held) == 1:
         held = {"": next(iter(held.values()))}
     kept = held.get("", {})
-    there = {name: e for e in kept.values() for name in (e.spec.name, *e.aliases)}
+    there = {name: e for e in kept.values() for name in e.names}
     there = {name: there[tie] for name, tie in said.tied.items() if tie in there} | there
     model: dict[str, Made] = {}
     theirs: dict[str, Entry] = {}
     for entry in mine.get("", {}).values():
         if options.exclude_frozen and entry.kind == "frozen":
             continue
-        own = (entry.spec.name, *entry.aliases)
-        known = [n for name in own for n in (name, unwrap(name)) if n in there]
+        known = [n for name in entry.names for n in (name, unwrap(name)) if n in there]
         # Two tensors of one side may be one of the other, by its two names.
         for name in {there[name].spec.name: name for name in reversed(known)}.values():
             model[name], theirs[name] = entry, there[name]
@@ -218,11 +213,11 @@ def _by_name(
 
 def _called(catalog: Catalog, old: str, new: str) -> Catalog:
     """The catalog with one tensor under another name."""
-    entries = {
-        new if unwrap(name) == old else name: entry.renamed(new) if unwrap(name) == old else entry
+    entries = [
+        entry.renamed(new) if unwrap(name) == old else entry
         for name, entry in catalog.entries.items()
-    }
-    return replace(catalog, entries=entries)
+    ]
+    return replace(catalog, entries={entry.spec.name: entry for entry in entries})
 
 
 def _check_apart(planned: Mapping[str, Mapping[str, Made]], folder: Path) -> None:
@@ -264,10 +259,14 @@ def _left(
     """The checkpoint's tensors that the conversion leaves out; second, those it was told to."""
     allowed = FitOptions(allow=options.allow)
     shown = {unwrap(n): described(e.spec) for n, e in first.entries.items()}
-    found: tuple[list[Difference], list[Difference]] = ([], [])
-    for name in made.fit.dropped:
-        # What a module computes from its config is in no file of a released model.
-        if not matches_any(CONSTANTS, name):
-            difference = Difference(name, "only in the first", shown.get(name, ""), "")
-            found[allowed.allows(name)].append(difference)
-    return tuple(found[0]), tuple(found[1])
+    # What a module computes from its config is in no file of a released model.
+    dropped = [
+        Difference(name, "only in the first", shown.get(name, ""), "")
+        for name in made.fit.dropped
+        if not matches_any(CONSTANTS, name)
+    ]
+    said = {found.name for found in dropped if allowed.allows(found.name)}
+    return (
+        tuple(found for found in dropped if found.name not in said),
+        tuple(found for found in dropped if found.name in said),
+    )

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reshard import dtypes
-from reshard.dtypes import DType
 from reshard.errors import PlanError
 from reshard.rearrange import flatten
 from reshard.tensors import Entry, Made, TensorSpec
@@ -42,19 +41,13 @@ def _target(name: str, entry: Made, base: Entry | None, choice: str) -> Target:
         wanted = base.spec.dtype
     elif choice not in ("base", "keep") and stored.floating and stored.itemsize > 1:
         wanted = dtypes.parse(choice)
-    if wanted != stored:
-        _check_cast(name, stored, wanted)
+    if not stored.rounds_to(wanted):
+        raise PlanError(
+            f"it is {stored} in the checkpoint and {wanted} in the base model, which no rounding "
+            "connects.",
+            tensor=name,
+            hint="Pass --dtype keep to write what the checkpoint holds.",
+        )
     spec = TensorSpec(name, wanted, entry.spec.shape)
     same_shape = base is not None and base.spec.shape == spec.shape and base.spec.dtype.floating
     return Target(spec, entry, flatten(base) if base is not None and same_shape else None)
-
-
-def _check_cast(name: str, stored: DType, wanted: DType) -> None:
-    if stored.floating and wanted.floating and wanted.itemsize > 1:
-        return
-    raise PlanError(
-        f"it is {stored} in the checkpoint and {wanted} in the base model, which no rounding "
-        "connects.",
-        tensor=name,
-        hint="Pass --dtype keep to write what the checkpoint holds.",
-    )

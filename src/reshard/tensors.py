@@ -160,6 +160,11 @@ class Entry:
     kind: Kind = "parameter"
     aliases: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name and all others."""
+        return (self.spec.name, *self.aliases)
+
     def renamed(self, name: str) -> Entry:
         """The same tensor under another name."""
         return replace(self, spec=replace(self.spec, name=name))

@@ -21,14 +21,12 @@ from reshard.errors import NamesError, PlanError, ReshardError
 from reshard.formats import Selection, deepspeed
 from reshard.naming import Fit, FitOptions, fit, schema
 from reshard.naming.families import HEADS, PREFIXES
+from reshard.naming.rewards import SCORE
 from reshard.naming.search import unwrap
 from reshard.progress import Progress, StagedProgress
 from reshard.storage import Sources
 from reshard.tensors import Entry, Shape
 from reshard.verification import equal
-
-# A sequence classifier's head (transformers, `...ForSequenceClassification`).
-_SCORE = "score.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +140,7 @@ def read(
     placeholders = _placeholders(folder, base)
     whole = {name: entry for name, entry in folder.entries.items() if name not in placeholders}
     fitted = _fitted(folder, whole, base, sources)
-    names = [name for entry in folder.entries.values() for name in _names(entry)]
+    names = [name for entry in folder.entries.values() for name in entry.names]
     prefix = fitted.fit.prefix if fitted.fit is not None else guess_prefix(map(unwrap, names))
     clean = {unwrap(name).removeprefix(prefix): name for name in names}
     return Case(
@@ -157,10 +155,6 @@ def read(
         values=_values(folder, base, fitted.fit, sources, weights, threads, progress),
         rescue=_rescue(path, base, sources) if placeholders else None,
     )
-
-
-def _names(entry: Entry) -> tuple[str, ...]:
-    return (entry.spec.name, *entry.aliases)
 
 
 def _placeholders(folder: Folder, base: Base | None) -> tuple[str, ...]:
@@ -191,10 +185,11 @@ def _fitted(
         return equal(one, other, sources)
 
     score: dict[str, Entry] = {}
-    if folder.classifies and _SCORE not in base.entries:  # a language model's, before training
-        held = {unwrap(name): entry for name, entry in entries.items()}
-        score = {name: held[name].renamed(name) for name in (_SCORE,) if name in held}
-        entries = {name: entry for name, entry in entries.items() if unwrap(name) not in score}
+    own = next((name for name in entries if unwrap(name) == SCORE), None)
+    if own is not None and folder.classifies and SCORE not in base.entries:
+        # The base is the language model that the classifier was trained from.
+        score = {SCORE: entries[own].renamed(SCORE)}
+        entries = {name: entry for name, entry in entries.items() if name != own}
     try:
         found = fit(entries, base.schema, options=FitOptions(headless=folder.headless), equal=same)
         return Fitted(replace(found, entries={**found.entries, **score}))
@@ -235,7 +230,7 @@ def _vocabulary(folder: Folder, clean: Mapping[str, str], sources: Sources) -> V
     matrices = {
         own: entry
         for entry in folder.entries.values()
-        for own in _names(entry)
+        for own in entry.names
         if len(entry.spec.shape) == 2
     }
     alone = Vocabulary()

@@ -62,9 +62,7 @@ class Folder:
     @property
     def classifies(self) -> bool:
         """Whether the config names a class with a `score` in place of an output head."""
-        named = self.settings.get("architectures")
-        classes = named if isinstance(named, list) else []
-        return any(str(name).endswith("ForSequenceClassification") for name in classes)
+        return any(name.endswith("ForSequenceClassification") for name in classes(self.settings))
 
     @property
     def headless(self) -> bool:
@@ -75,6 +73,12 @@ class Folder:
     def as_base(self) -> Base:
         """The folder as a base model: its tensors, config and files."""
         return Base(self.path, self.entries, self.settings, tuple(self.assets.values()))
+
+
+def classes(config: Mapping[str, Any]) -> list[str]:
+    """The model classes that a config names."""
+    named = config.get("architectures")
+    return list(map(str, named)) if isinstance(named, list) else []
 
 
 def read(path: Path, sources: Sources) -> Folder:

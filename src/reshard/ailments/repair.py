@@ -103,7 +103,7 @@ def _renamed(case: Case, repairs: Sequence[Repair]) -> dict[str, Entry]:
         dropped.add(case.vocabulary.head)
     entries = {}
     for entry in case.folder.entries.values():
-        for own in (entry.spec.name, *entry.aliases):
+        for own in entry.names:
             if own not in dropped:
                 name = renamed.get(own, own)
                 entries[name] = entry.renamed(name)

@@ -7,6 +7,7 @@ from collections import Counter
 from reshard import dtypes
 from reshard.ailments.case import Case
 from reshard.ailments.findings import Repair, Signs
+from reshard.ailments.folder import classes
 from reshard.base import dtype_patches
 from reshard.errors import NamesError
 
@@ -150,9 +151,9 @@ def head_is_lost(case: Case) -> bool:
 
 def _generates(case: Case) -> bool:
     """Whether the config names a class with an output head, at either level."""
-    named = [level.get("architectures") for level in case.levels.values()]
-    classes = [name for names in named if isinstance(names, list) for name in names]
-    return any(str(name).endswith(_GENERATING) for name in classes)
+    return any(
+        name.endswith(_GENERATING) for level in case.levels.values() for name in classes(level)
+    )
 
 
 def rows_disagree(case: Case) -> bool:

@@ -157,7 +157,7 @@ class _Separation:
         self._found: set[str] = set()
         self._wanted = adapter
         for entry in entries.values():
-            for name in (entry.spec.name, *entry.aliases):
+            for name in entry.names:
                 self._found.update(_adapter_of(unwrap(name)))
         self._name = self._choose()
         for entry in entries.values():
@@ -180,7 +180,7 @@ class _Separation:
     def _sort(self, entry: Entry) -> None:
         """Put a tensor where it belongs: with its adapter, among the plain names, or nowhere."""
         names = []
-        for name in (entry.spec.name, *entry.aliases):
+        for name in entry.names:
             parts = unwrap(name).split(".")
             _refuse(parts)
             marker = next((part for part in parts if part in _ADAPTER_TENSORS), None)

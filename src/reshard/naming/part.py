@@ -21,7 +21,7 @@ def under(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
     dotted = unwrap(prefix.removesuffix(".")) + "."
     found = {}
     for entry in entries.values():
-        clean = (unwrap(name) for name in (entry.spec.name, *entry.aliases))
+        clean = (unwrap(name) for name in entry.names)
         names = [name.removeprefix(dotted) for name in clean if name.startswith(dotted)]
         if names:
             found[names[0]] = replace(entry.renamed(names[0]), aliases=tuple(names[1:]))

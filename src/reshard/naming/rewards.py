@@ -29,6 +29,8 @@ from reshard.tensors import Entry, Shape
 ModelType = Literal["vision2seq", "grm", "srm_vl", "srm_al", "critic"]
 Pooling = Literal["attn", "last"]
 
+#: A critic's head, and that of transformers' `...ForSequenceClassification`.
+SCORE = "score.weight"
 #: Heads of the attention pooling; LightRFT fixes the number.
 POOLING_HEADS = 4
 
@@ -162,7 +164,7 @@ def _value(entries: Mapping[str, Entry], base: Container[str], wanted: str | Non
         and unwrap(name) not in base
         and _is_row(entry.spec.shape)
     }
-    name = f"{wanted or 'score'}.weight"
+    name = f"{wanted}.weight" if wanted else SCORE
     if name in found:
         return found[name].renamed(name)
     if wanted is not None:

@@ -10,7 +10,7 @@ import click
 from reshard import output
 from reshard.cli import HELP, run
 from reshard.flags import FolderOrFile, SeveralValues, option
-from reshard.options import MODEL_TYPES
+from reshard.options import MODEL_TYPES, POOLINGS
 from reshard.scripts import expect
 
 _PATH = FolderOrFile()
@@ -28,7 +28,7 @@ _PATH = FolderOrFile()
 @option("model_type", type=click.Choice(MODEL_TYPES), default="vision2seq", show_default=True,
         help="vision2seq: language, vision-language and audio-language models; grm: generative, "
              "srm: scalar reward models.")  # fmt: skip
-@option("pooling_method", type=click.Choice(["attn", "last"]), default="attn", show_default=True,
+@option("pooling_method", type=click.Choice(POOLINGS), default="attn", show_default=True,
         help="Scalar reward models: how the heads pool.")  # fmt: skip
 @option("scale_for_train", is_flag=True, help="Scalar reward models: with a logit scale.")
 @option("probing_layer", type=int, default=-1, show_default=True,

@@ -26,17 +26,15 @@ def check(records: Mapping[str, Sequence[Record]], sources: Sources) -> None:
     `records` are the checksums of each tensor's chunks, all of which are different parts of it.
     Raises `IncompleteError`.
     """
-    contents: dict[str, list[tuple[str, int, int, int]]] = {}
-    by_file: dict[str, list[Record]] = {}
+    files: dict[str, list[tuple[str, Record]]] = {}
     for name, found in records.items():
         for record in found:
-            extent, path = record.extent, record.extent.file.path
-            contents.setdefault(path, []).append((name, extent.offset, extent.nbytes, record.crc32))
-            by_file.setdefault(path, []).append(record)
+            files.setdefault(record.extent.file.path, []).append((name, record))
     seen: dict[tuple[tuple[str, int, int, int], ...], str] = {}
-    for path, content in contents.items():
-        other = seen.setdefault(tuple(content), path)
-        if other != path and any(_varies(record, sources) for record in by_file[path]):
+    for path, held in files.items():
+        content = tuple((n, r.extent.offset, r.extent.nbytes, r.crc32) for n, r in held)
+        other = seen.setdefault(content, path)
+        if other != path and any(_varies(record, sources) for _, record in held):
             raise IncompleteError(
                 f"it holds the same values as {Path(other).name}, and each should hold shards of "
                 "its own: one rank's file was copied over another's.",

@@ -119,10 +119,15 @@ def _tag_of(folder: Path, sources: Sources) -> str:
     for parent in list(folder.parents)[1:_MAX_NESTED]:
         if (parent / LATEST).is_file() and not (parent / LATEST).is_symlink():
             tag = folder.relative_to(parent).as_posix()
-            source = sources.open(parent / LATEST)
-            if source.read(0, min(source.size, _MAX_LATEST)).strip() == tag.encode():
+            if _content(parent / LATEST, sources).strip() == tag.encode():
                 return tag
     return folder.name
+
+
+def _content(pointer: Path, sources: Sources) -> bytes:
+    """What a pointer file holds."""
+    source = sources.open(pointer)
+    return source.read(0, min(source.size, _MAX_LATEST))
 
 
 def _is_tag(name: str) -> bool:
@@ -135,9 +140,8 @@ def _latest(path: Path, sources: Sources) -> str:
     for pointer in (LATEST, _LATEST_UNIVERSAL):
         if not (path / pointer).is_file():
             continue
-        source = sources.open(child(path, pointer))
         try:
-            name = source.read(0, min(source.size, _MAX_LATEST)).decode().strip()
+            name = _content(child(path, pointer), sources).decode().strip()
         except UnicodeDecodeError:
             name = ""
         if not _is_tag(name):
