@@ -1,8 +1,8 @@
 """Checking a file's own CRC-32s while its bytes pass, in whatever order they are read.
 
 A zip archive states one checksum for each stored tensor; the engine reads a tensor in blocks, from
-several threads, and may skip padding. The ledger keeps the checksum of each piece that was read and
-in the end combines them in file order, reading only what nobody has read.
+several threads, and may skip padding. The ledger keeps the checksum of each run of bytes that was
+read, joins those that touch, and in the end combines them, reading only what nobody has read.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import bisect
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from zlib_ng import zlib_ng
 
@@ -23,12 +24,43 @@ _WORTH_COMPLETING = 0.5
 _PIECE = 4 << 20
 
 
+class _Run(NamedTuple):
+    """Bytes `start` to `stop` of a file, and their CRC-32."""
+
+    start: int
+    stop: int
+    crc: int
+
+    def then(self, following: _Run) -> _Run:
+        """This run and the one that begins where it stops, as one."""
+        crc = zlib_ng.crc32_combine(self.crc, following.crc, following.stop - following.start)
+        return _Run(self.start, following.stop, crc)
+
+
 @dataclass(slots=True)
 class _Passed:
-    """The pieces of one record that were read: start -> (end, CRC-32), offsets in the file."""
+    """What was read of one record: `runs`, in file order, that neither overlap nor touch.
+
+    Pieces that touch become one run, so their number does not grow with what is read.
+    """
 
     record: Record
-    pieces: dict[int, tuple[int, int]] = field(default_factory=dict)
+    runs: list[_Run] = field(default_factory=list)
+
+    def add(self, run: _Run) -> None:
+        """Note a run; one that overlaps what was read before counts if it holds all of it."""
+        first = bisect.bisect_right(self.runs, run.start, key=lambda known: known.stop)
+        last = bisect.bisect_left(self.runs, run.stop, key=lambda known: known.start)
+        overlapped = self.runs[first:last]
+        if overlapped and (overlapped[0].start < run.start or run.stop < overlapped[-1].stop):
+            return
+        if first > 0 and self.runs[first - 1].stop == run.start:
+            first -= 1
+            run = self.runs[first].then(run)
+        if last < len(self.runs) and self.runs[last].start == run.stop:
+            run = run.then(self.runs[last])
+            last += 1
+        self.runs[first:last] = [run]
 
 
 class Ledger:
@@ -56,11 +88,9 @@ class Ledger:
         stop = extent.offset + extent.nbytes
         if not checked.offset <= extent.offset < stop <= checked.offset + checked.nbytes:
             return
-        crc = zlib_ng.crc32(data)
+        run = _Run(extent.offset, stop, zlib_ng.crc32(data))
         with self._lock:
-            known = passed.pieces.get(extent.offset)
-            if known is None or known[0] < stop:
-                passed.pieces[extent.offset] = (stop, crc)
+            passed.add(run)
 
     def check(self, sources: Sources) -> int:
         """Compare every record of which anything substantial was read; returns how many.
@@ -70,7 +100,7 @@ class Ledger:
         checked = 0
         for passed in (item for items in self._files.values() for item in items):
             extent = passed.record.extent
-            read = sum(stop - start for start, (stop, _) in passed.pieces.items())
+            read = sum(run.stop - run.start for run in passed.runs)
             if not read or read < _WORTH_COMPLETING * extent.nbytes:
                 continue
             found = _combined(passed, sources)
@@ -86,19 +116,15 @@ class Ledger:
 
 
 def _combined(passed: _Passed, sources: Sources) -> int:
-    """The CRC-32 of the whole record, from its pieces; the gaps between them are read now."""
+    """The CRC-32 of the whole record, from its runs; the gaps between them are read now."""
     extent = passed.record.extent
     source = sources.open(extent.file)
-    position, end, crc = extent.offset, extent.offset + extent.nbytes, 0
-    starts = sorted(passed.pieces)
-    while position < end:
-        piece = passed.pieces.get(position)
-        if piece is None:
-            following = bisect.bisect_right(starts, position)
-            gap_end = starts[following] if following < len(starts) else end
-            stop = min(gap_end, position + _PIECE)
-            piece = (stop, zlib_ng.crc32(source.read(position, stop - position)))
-        stop, piece_crc = piece
-        crc = zlib_ng.crc32_combine(crc, piece_crc, stop - position)
-        position = stop
-    return crc
+    end = extent.offset + extent.nbytes
+    whole = _Run(extent.offset, extent.offset, 0)
+    for run in (*passed.runs, _Run(end, end, 0)):
+        while whole.stop < run.start:
+            stop = min(run.start, whole.stop + _PIECE)
+            gap = source.read(whole.stop, stop - whole.stop)
+            whole = whole.then(_Run(whole.stop, stop, zlib_ng.crc32(gap)))
+        whole = whole.then(run)
+    return whole.crc

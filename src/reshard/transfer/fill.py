@@ -38,6 +38,10 @@ from reshard.transfer.checksums import Ledger
 
 Array = np.ndarray[Any, Any]
 
+# Bytes of source cast at once: read, checksummed and cast while they are in a core's second-level
+# cache (1 to 2 MiB on servers). Blocks of 8 MiB at once made conversions 5 to 10% slower.
+_PIECE = 1 << 20
+
 
 def page_aligned(nbytes: int) -> Array:
     """A buffer of `nbytes` bytes that begins with a page of memory; its bytes are not set.
@@ -147,8 +151,12 @@ def _gather(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
 def _copy(part: Fragment, out: Array, reader: Reader, name: str) -> None:
     """Read a part of the tensor `name` into an array of the same sizes."""
     stored = part.dtype.numpy
-    if part.strides is None and stored == out.dtype and out.flags.c_contiguous:
-        reader.read(part.extent, out.reshape(-1).view(np.uint8).data)
+    if part.strides is None and out.flags.c_contiguous:
+        run = out.reshape(-1)
+        if stored == out.dtype:
+            reader.read(part.extent, run.view(np.uint8).data)
+        else:
+            _copy_run(part.extent, stored, run, reader, name)
         return
     if part.extent.nbytes > len(reader.scratch):
         for half, place in _halves(part):
@@ -161,6 +169,16 @@ def _copy(part: Fragment, out: Array, reader: Reader, name: str) -> None:
         part.box.sizes, stored, raw, strides=[stride * stored.itemsize for stride in strides]
     )
     _cast(array, out, name)
+
+
+def _copy_run(extent: Extent, stored: np.dtype[Any], out: Array, reader: Reader, name: str) -> None:
+    """Read the elements of an extent, in order, and cast them into `out`, piece by piece."""
+    count = min(_PIECE, len(reader.scratch)) // stored.itemsize
+    for start in range(0, len(out), count):
+        piece = out[start : start + count]
+        raw = reader.scratch[: len(piece) * stored.itemsize]
+        reader.read(Extent(extent.file, extent.offset + start * stored.itemsize, len(raw)), raw)
+        _cast(np.frombuffer(raw, stored), piece, name)
 
 
 def _cast(values: Array, out: Array, name: str) -> None:
