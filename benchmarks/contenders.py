@@ -14,10 +14,12 @@ from benchmarks.inputs import Input
 # Copies as many bytes as the conversion writes, reads as many more as it reads beyond that, and
 # waits for the disk, as reshard does: "$1" and "$2" are files of those sizes, "$3" the output.
 _COPY = 'mkdir -p "$3" && cp "$1" "$3/copy" && cat "$2" > /dev/null && sync "$3/copy"'
+# What verifying reads besides.
+_READ_BACK = _COPY + ' && cat "$3/copy" > /dev/null'
 
 
-def _source(given: Input, _: Path) -> Iterable[Path]:
-    return given.source.rglob("*")
+def _inputs(given: Input, _: Path) -> Iterable[Path]:
+    return (*given.source.rglob("*"), *given.base.rglob("*"))
 
 
 def _copies(_: Input, scratch: Path) -> tuple[Path, Path]:
@@ -37,7 +39,7 @@ class Contender:
     command: Callable[[Input, Path, Path], list[str]]
     note: str
     every_size: bool = False
-    reads: Callable[[Input, Path], Iterable[Path]] = _source
+    reads: Callable[[Input, Path], Iterable[Path]] = _inputs
 
 
 def _reshard(*options: str) -> Callable[[Input, Path, Path], list[str]]:
@@ -58,14 +60,18 @@ def _peer(name: str) -> Callable[[Input, Path, Path], list[str]]:
     return command
 
 
-def _copy(given: Input, target: Path, scratch: Path) -> list[str]:
+def _copy(script: str) -> Callable[[Input, Path, Path], list[str]]:
     """Plans a conversion first, to know how many bytes it reads and writes."""
-    report = json.loads(measure.run(_reshard("--dry-run")(given, target, scratch)).output)
-    copied, read = _copies(given, scratch)
-    written = int(report["bytes_written"])
-    _fill(copied, given.source, written)
-    _fill(read, given.source, max(int(report["bytes_read"]) - written, 0))
-    return ["sh", "-c", _COPY, "sh", str(copied), str(read), str(target)]
+
+    def command(given: Input, target: Path, scratch: Path) -> list[str]:
+        report = json.loads(measure.run(_reshard("--dry-run")(given, target, scratch)).output)
+        copied, read = _copies(given, scratch)
+        written = int(report["bytes_written"])
+        _fill(copied, given.source, written)
+        _fill(read, given.source, max(int(report["bytes_read"]) - written, 0))
+        return ["sh", "-c", script, "sh", str(copied), str(read), str(target)]
+
+    return command
 
 
 def _fill(path: Path, source: Path, nbytes: int) -> None:
@@ -99,8 +105,16 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender(
         "cp",
         _ALL,
-        _copy,
+        _copy(_COPY),
         "copies as many bytes as reshard writes, reads the rest of those it reads, syncs",
+        every_size=True,
+        reads=_copies,
+    ),
+    Contender(
+        "cp, read back",
+        _ALL,
+        _copy(_READ_BACK),
+        "the same, and reads the copy again, as reshard does when it verifies",
         every_size=True,
         reads=_copies,
     ),
