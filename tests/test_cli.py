@@ -103,17 +103,18 @@ def test_inspect_prints_a_table(oracle: Oracle, capsys: pytest.CaptureFixture[st
     assert re.search(r"world size\s+2", shown)
 
 
-@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize(("before", "after"), [([], []), (["--debug"], []), ([], ["--debug"])])
 def test_a_users_mistake_is_one_paragraph_and_exit_code_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], debug: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: list[str], after: list[str]
 ) -> None:
     arguments = ["convert", str(tmp_path / "nothing"), str(tmp_path / "out")]
-    assert run(reshard, ["--debug", *arguments] if debug else arguments) == 1
+    assert run(reshard, [*before, *arguments, *after]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "nothing: there is no such file or folder." in shown.err
-    assert ("Traceback" in shown.err) == debug
-    assert len(shown.err.splitlines()) == 1 or debug
+    traced = bool(before or after)
+    assert ("Traceback" in shown.err) == traced
+    assert len(shown.err.splitlines()) == 1 or traced
 
 
 @pytest.mark.parametrize(

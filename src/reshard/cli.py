@@ -22,6 +22,7 @@ import click
 
 from reshard._version import __version__
 from reshard.errors import OptionError, ReshardError
+from reshard.flags import debug
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -52,15 +53,15 @@ class Group(click.Group):
 
 @click.group(cls=Group, context_settings=HELP)
 @click.version_option(__version__, prog_name="reshard")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def reshard(debug: bool) -> None:
+@debug
+def reshard() -> None:
     """Convert checkpoints between DeepSpeed, FSDP/DCP and Hugging Face, and prove the result."""
 
 
 def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; every stated failure becomes one paragraph."""
     arguments = list(sys.argv[1:] if args is None else args)
-    debug = "--debug" in arguments or "-d" in arguments
+    shows_traceback = "--debug" in arguments or "-d" in arguments
     signal.signal(signal.SIGTERM, _interrupt)
     _start_quickly()
     try:
@@ -72,7 +73,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
         click.echo("Interrupted; nothing was left under the output's name.", err=True)
         return 130
     except (ReshardError, OSError) as error:
-        if debug:
+        if shows_traceback:
             traceback.print_exc()
         click.echo(f"error: {error}{_elsewhere(command, error)}", err=True)
         return 2 if isinstance(error, OptionError) else 1

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from reshard import output
-from reshard.flags import FolderOrFile, SeveralValues, option
+from reshard.flags import FolderOrFile, SeveralValues, debug, option
 from reshard.formats import TARGETS
 from reshard.options import LORA, MODEL_TYPES, NAMES, POOLINGS, SRM_FORMATS
 from reshard.targets import CHOICES
@@ -72,6 +72,7 @@ _tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; defaul
 @click.option("--no-verify", is_flag=True, help="Do not read the output again.")
 @click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
 @_json
+@debug
 def convert(src: Path, dst: Path, as_json: bool, no_verify: bool, **options: Any) -> None:
     """Convert the checkpoint SRC into the folder DST."""
     from reshard.conversion import convert as run
@@ -126,6 +127,7 @@ def _tagged(tag: str | None) -> str:
 @click.option("--base", type=_PATH, help="Also show how the names fit onto this model's.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_json
+@debug
 def inspect(
     src: Path,
     tag: str | None,
@@ -190,6 +192,7 @@ def _shown(value: object) -> str:
 @_prefix
 @click.option("--base", type=_PATH, help="With --against: the model that it was converted onto.")
 @_json
+@debug
 def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> int:
     """Read the converted folder DST again and compare every tensor, bit for bit."""
     from reshard.comparison import verify as run
@@ -218,6 +221,7 @@ def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> in
 @click.argument("a", type=_PATH)
 @click.argument("b", type=_PATH)
 @_json
+@debug
 def diff(a: Path, b: Path, as_json: bool) -> int:
     """Compare the checkpoints A and B, of any formats, tensor by tensor.
 

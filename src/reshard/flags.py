@@ -63,6 +63,12 @@ class FolderOrFile(click.Path):
         return super().convert(value, param, ctx)
 
 
+#: Taken before and after a command's name; `cli.run` looks for it among the arguments.
+debug = click.option(
+    "--debug", "-d", is_flag=True, expose_value=False, help="Show the traceback of an error."
+)
+
+
 def option(name: str, field: str | None = None, **more: Any) -> Callable[[_F], _F]:
     """An option under its name with underscores, as in LightRFT's script, and with dashes."""
     spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from reshard import output
-from reshard.flags import FolderOrFile
+from reshard.flags import FolderOrFile, debug
 
 if TYPE_CHECKING:
     from reshard.ailments.diagnosis import Diagnosis
@@ -22,6 +22,7 @@ _PATH = FolderOrFile()
 @click.option("--base", type=_PATH, help="The Hugging Face model that training started from.")
 @click.option("--repair", metavar="OUT", type=_PATH, help="Write a mended copy as a new folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@debug
 def doctor(folder: Path, base: Path | None, repair: Path | None, as_json: bool) -> int:
     """Find what is wrong with the exported model in DIR, and mend it.
 

@@ -13,7 +13,7 @@ import click
 
 from reshard.errors import UnsupportedError
 from reshard.evaluate.options import DTYPES, Options, Sampling
-from reshard.flags import FolderOrFile, SeveralValues, option
+from reshard.flags import FolderOrFile, SeveralValues, debug, option
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -131,7 +131,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
 
 def shared_options(function: _F) -> _F:
     """Every option of a run but the model itself."""
-    for add in reversed(_OPTIONS):
+    for add in reversed((*_OPTIONS, debug)):
         function = add(function)
     return function
 

@@ -9,7 +9,7 @@ import click
 
 from reshard import output
 from reshard.cli import HELP, run
-from reshard.flags import FolderOrFile, SeveralValues, option
+from reshard.flags import FolderOrFile, SeveralValues, debug, option
 from reshard.options import MODEL_TYPES, POOLINGS
 from reshard.scripts import expect
 
@@ -38,7 +38,7 @@ _PATH = FolderOrFile()
 @click.option("--lora-alpha", type=float,
               help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
-@click.option("--debug", "-d", is_flag=True, help="Show the traceback of an error.")
+@debug
 def command(
     checkpoint_dir: Path,
     output_dir: Path,
@@ -52,7 +52,6 @@ def command(
     heads_types: tuple[str, ...],
     lora_alpha: float | None,
     overwrite: bool,
-    debug: bool,
 ) -> None:
     """Convert a DeepSpeed checkpoint (no ZeRO, ZeRO-1, 2 or 3) to a Hugging Face folder."""
     from reshard.commands import show_report

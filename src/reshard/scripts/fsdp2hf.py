@@ -9,7 +9,7 @@ import click
 
 from reshard import output
 from reshard.cli import HELP, run
-from reshard.flags import FolderOrFile
+from reshard.flags import FolderOrFile, debug
 from reshard.scripts import expect
 
 _PATH = FolderOrFile()
@@ -26,7 +26,7 @@ _PATH = FolderOrFile()
 @click.option("--lora-alpha", type=float,
               help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
-@click.option("--debug", "-d", is_flag=True, help="Show the traceback of an error.")
+@debug
 def command(
     hf_base: Path,
     checkpoint_dir: Path,
@@ -34,7 +34,6 @@ def command(
     prefix: str | None,
     lora_alpha: float | None,
     overwrite: bool,
-    debug: bool,
 ) -> None:
     """Convert an FSDP checkpoint (PyTorch DCP) to a Hugging Face folder.
 

@@ -9,7 +9,7 @@ import click
 
 from reshard import output
 from reshard.cli import HELP, run
-from reshard.flags import FolderOrFile
+from reshard.flags import FolderOrFile, debug
 from reshard.options import NAMES
 from reshard.scripts import expect
 
@@ -26,14 +26,13 @@ _PATH = FolderOrFile()
 @click.option("--transformers-version", metavar="V",
               help="Whose live module; default: the installed one.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
-@click.option("--debug", "-d", is_flag=True, help="Show the traceback of an error.")
+@debug
 def command(
     hf_checkpoint: Path,
     target: Path,
     names: str,
     transformers_version: str | None,
     overwrite: bool,
-    debug: bool,
 ) -> None:
     """Convert a Hugging Face model to a PyTorch DCP checkpoint.
 
