@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,18 @@ def test_a_script_is_not_called_around_its_check(
     flags = ["--hf_base", str(oracle["llama-zero2"].base), "--output_dir", str(tmp_path / "out")]
     assert run(ds2hf, ["--checkpoint_dir", str(tmp_path / "runs"), *flags]) == 1
     assert "Convert it with fsdp2hf" in capsys.readouterr().err
+
+
+def test_a_script_names_the_checkpoint_below_a_model_that_it_does_not_convert(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The HF Trainer's run: the last model, above the checkpoints of the training."""
+    case, run_folder = oracle["llama-zero2"], tmp_path / "run"
+    shutil.copytree(case.base, run_folder)
+    shutil.copytree(case.root, run_folder / "checkpoint-2")
+    flags = ["--hf_base", str(case.base), "--output_dir", str(tmp_path / "out")]
+    assert run(ds2hf, ["--checkpoint_dir", str(run_folder), *flags]) == 1
+    assert f"Below it there is one: {run_folder / 'checkpoint-2'}." in capsys.readouterr().err
 
 
 def test_what_is_left_out_without_a_base_is_reported(oracle: Oracle, tmp_path: Path) -> None:
