@@ -110,6 +110,28 @@ def test_a_stored_head_comes_from_the_embedding_where_the_config_ties_them() -> 
     assert caught.value.missing == (HEAD,)
 
 
+@pytest.mark.parametrize("stored", [TIED, UNTIED])
+def test_a_tied_embedding_that_is_saved_under_its_heads_name(stored: dict[str, Shape]) -> None:
+    source = {HEAD: (6, 2), NORM: (2,)}
+    found = run(source, stored, {"tie_word_embeddings": True})
+    assert found.entries.keys() == stored.keys()
+    assert tables.origin(found.entries[EMBEDDING]) == HEAD
+    assert found.config_patches == {}
+    assert "is read from 'lm_head.weight'" in found.warnings[0]
+    with pytest.raises(NamesError, match=r"1 of the base are not.*\n  model\.embed_tokens"):
+        run(source, stored, {"tie_word_embeddings": False})
+
+
+@pytest.mark.parametrize("stored", [TIED, UNTIED])
+def test_a_head_that_was_trained_apart_is_no_embedding(stored: dict[str, Shape]) -> None:
+    source = {HEAD: (6, 2), NORM: (2,)}
+    config = {"tie_word_embeddings": True}
+    found = run(source, stored, config, fill_from_base=True, untied=frozenset([HEAD]))
+    assert found.entries.keys() == {HEAD, NORM}
+    assert found.filled == (EMBEDDING,)
+    assert found.config_patches == {"tie_word_embeddings": False}
+
+
 def test_a_tie_that_nobody_compared_is_listed() -> None:
     found = fit(tables.entries(UNTIED), tables.schema(TIED))
     assert found.undecided == ((HEAD, EMBEDDING),)
