@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -190,6 +191,33 @@ def test_both_lists_and_the_nearest_names() -> None:
     assert first in text
     assert text.count("nearest") == 20
     assert "and 20 more" in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "hint"),
+    [
+        (
+            {"value.weight": (1, 2)},
+            r"pass --allow 'value\.\*'\. Is it a critic's head, pass --value-head value\.$",
+        ),
+        (
+            {"model.mtp.a.weight": (3,), "model.mtp.b.weight": (3,), "extra.bias": (3,), "x": (1,)},
+            r"no place for, pass --allow 'model\.mtp\.\*' 'extra\.\*' 'x'\.$",
+        ),
+        ({f"{letter}.weight": (3,) for letter in "abcde"}, r"pass --allow PATTERN \.\.\., where"),
+    ],
+)
+def test_the_options_that_would_help_are_named(extra: dict[str, Shape], hint: str) -> None:
+    many = {f"model.layers.{number}.weight": (2,) for number in range(9)}
+    base = {**TIED, **many}
+    with pytest.raises(NamesError, match=hint) as caught:
+        run({**base, **extra}, base)
+    assert set(caught.value.unexpected) == set(extra)
+    with pytest.raises(NamesError, match=r"If it is, to leave out .*lacks, --fill-from-base\.$"):
+        run({**TIED, **many, **extra}, {**base, "model.more": (5,)})
+    allowed = re.findall("'(.*?)'", str(caught.value.hint))
+    if allowed:
+        assert set(run({**base, **extra}, base, allow=tuple(allowed)).dropped) == set(extra)
 
 
 def test_a_shape_that_differs_is_shown_with_both() -> None:
