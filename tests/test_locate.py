@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed import checkpoint as dcp
 
 import reshard
 from tests.oracle.cache import Oracle
@@ -164,3 +167,64 @@ def test_the_last_model_of_a_run_is_read_and_its_checkpoints_are_named(
     for tag in ("global_step10", "checkpoint-10"):
         assert reshard.open(trainer, tag=tag).tag == "global_step10"
     assert not reshard.open(oracle["llama-zero2"].base).catalog.remarks
+
+
+# --- accelerate's save_state of a run that trains two models -----------------------------------
+
+
+def _two_models(folder: Path, oracle: Oracle, kind: str) -> tuple[str, str]:
+    """What accelerate 1.15 saves of two models (accelerator.py, utils/fsdp_utils.py), and the
+    names of both; the second has no output head."""
+    root = oracle["llama-zero2"].root
+    names = {
+        "dcp": ("pytorch_model_fsdp_0", "pytorch_model_fsdp_1"),
+        "deepspeed": ("pytorch_model", "pytorch_model_1"),
+        "torch": ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_1.bin"),
+        "huggingface": ("model.safetensors", "model_1.safetensors"),
+    }[kind]
+    folder.mkdir(parents=True)
+    state = {name: torch.from_numpy(t.numpy()) for name, t in reshard.open(root).tensors.items()}
+    for place, number in zip((folder / name for name in names), (0, 1), strict=True):
+        if kind == "deepspeed":
+            shutil.copytree(
+                oracle["llama-tied-zero2" if number else "llama-zero2"].last.path, place
+            )
+            (folder / "latest").write_text(place.name, encoding="utf-8")
+            continue
+        if number:
+            state.pop("lm_head.weight")
+        if kind == "dcp":
+            dcp.save({"model": state}, checkpoint_id=place, no_dist=True)
+            dcp.save(
+                {"optimizer": state}, checkpoint_id=folder / f"optimizer_{number}", no_dist=True
+            )
+        elif kind == "torch":
+            torch.save(state, place)
+        else:
+            save_file(state, place)
+    return names
+
+
+@pytest.mark.parametrize("kind", ["dcp", "deepspeed", "torch", "huggingface"])
+def test_of_two_models_the_first_is_read_and_the_other_named(
+    oracle: Oracle, tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "run" / "checkpoint_3"
+    first, second = _two_models(folder, oracle, kind)
+    for path in (folder, folder.parent):
+        catalog = reshard.open(path).catalog
+        assert catalog.format == kind
+        assert "lm_head.weight" in catalog.entries
+        assert first in catalog.remarks[-1]
+        assert second in catalog.remarks[-1]
+    other = reshard.open(folder / second)
+    assert "lm_head.weight" not in other.catalog.entries
+    assert not other.catalog.remarks
+    if kind == "deepspeed":
+        assert reshard.open(folder, tag=second).tag == second
+
+
+def test_the_second_model_alone_is_no_optimizer(oracle: Oracle, tmp_path: Path) -> None:
+    first, second = _two_models(tmp_path / "checkpoint_3", oracle, "dcp")
+    shutil.rmtree(tmp_path / "checkpoint_3" / first)
+    assert reshard.open(tmp_path).catalog.origin.root.name == second

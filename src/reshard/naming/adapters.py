@@ -149,6 +149,11 @@ def separate(entries: Mapping[str, Entry], adapter: str | None = None) -> Separa
     return _Separation(entries, adapter).result()
 
 
+def holds_adapters(entries: Iterable[str]) -> bool:
+    """Whether a tensor of an adapter is among the names."""
+    return any(part in _ADAPTER_TENSORS for name in entries for part in name.split("."))
+
+
 class _Separation:
     def __init__(self, entries: Mapping[str, Entry], adapter: str | None) -> None:
         self._tensors: dict[str, dict[str, Entry]] = {}
