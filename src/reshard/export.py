@@ -26,7 +26,7 @@ from reshard.naming import Fit, FitOptions, families, fit, patterns
 from reshard.naming.adapter_output import CONFIG as ADAPTER_CONFIG
 from reshard.naming.adapter_output import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.naming.adapter_output import adapter_folder, updates
-from reshard.naming.adapters import AdapterConfig, holds_adapters, separate
+from reshard.naming.adapters import AdapterConfig, holds_adapters, separate, without_peft
 from reshard.naming.fit import Equal
 from reshard.naming.rewards import (
     SCORE,
@@ -284,7 +284,10 @@ class _Export:
         return sides, texts
 
     def _lightrft(self) -> list[Target]:
-        """LightRFT's own state dict: every name of training, the backbone in the base's dtype."""
+        """LightRFT's own state dict: every name of training, the backbone in the base's dtype.
+
+        PEFT's prefix is left out: the adapters are merged, and LightRFT wraps no model to load it.
+        """
         self._check_complete()
         merged = {self._fit.origins[name]: made for name, made in self._updates.items()}
         heads = self._parts.rewards.tensors if self._parts.rewards else {}
@@ -295,7 +298,8 @@ class _Export:
         for name, entry in lightrft_state(Parts(self._parts.backbone)).items():
             made = merged.get(entry.spec.name, merged.get(name, entry))
             for called in (name, *map(unwrap, entry.aliases)):
-                backbone[called] = made.renamed(called)
+                plain = without_peft(called)
+                backbone[plain] = made.renamed(plain)
         return [
             *choose(list(backbone.items()), {}, dtype),
             *choose(list(heads.items()), {}, self._kept()),

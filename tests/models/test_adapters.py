@@ -411,3 +411,38 @@ def test_a_critics_head_stays_beside_its_adapter(made: Get, tmp_path: Path) -> N
     assert torch.equal(head["score.weight"], state["score.weight"])
     names = load_file(out / "adapter_model.safetensors").keys()
     assert all(np.char.startswith(sorted(names), "base_model.model."))
+
+
+# --- LightRFT's audio reward models: PEFT's own wrapper inside LightRFT's ------------------------
+
+
+@pytest.mark.parametrize("srm_format", ["both", "lightrft"])
+def test_a_merged_backbone_has_the_names_of_one_without_adapters(
+    srm_format: str, tmp_path: Path
+) -> None:
+    """LightRFT loads `pytorch_model.bin` strictly into a model that PEFT has not wrapped."""
+    name = "Qwen2AudioForConditionalGeneration"
+    base = released.write(tmp_path / "base", "qwen2_audio", released.values("qwen2_audio", seed=0))
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=r".*language_model.*(q_proj|down_proj)"
+    )
+    backbone = peft.get_peft_model(released.live(base, name), config)
+    model = InPlace.wrapper(backbone).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(torch.randn_like(parameter) / 4)
+        scores = model(IDS)["preference"]
+    assert "model.base_model.model.lm_head.weight" in model.state_dict()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    report = reshard.convert(
+        tmp_path / "model.pt", tmp_path / "out", base=base, model_type="srm_al",
+        lora_alpha=ALPHA, srm_format=srm_format,
+    )  # fmt: skip
+    assert report.merged == 4
+    state = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    plain = InPlace.wrapper(released.live(base, name)).eval()
+    plain.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS)["preference"], scores, rtol=1e-4, atol=1e-5)
+    reshard.verify(tmp_path / "out", tmp_path / "model.pt", base=base)
