@@ -24,7 +24,7 @@ from reshard import formats
 from reshard.catalog import Catalog
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.naming.part import under
-from reshard.storage import Sources, real
+from reshard.storage import Sources, real, snapshot
 
 _DEPTH = 3
 # A run's folder has tens of entries; more than this is somebody's home directory.
@@ -55,7 +55,7 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     Raises what the format's reader raises; `NotFoundError` where there is none, or several that
     are not saves of one run, `NamesError` where nothing lies under the prefix.
     """
-    catalog = _read(path, sources, selection)
+    catalog = _read(snapshot(path), sources, selection)
     if selection.prefix and catalog.format != "dcp":  # whose reader takes the part out itself
         catalog = replace(catalog, entries=under(catalog.entries, selection.prefix))
     return catalog

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from reshard import formats, locate
 from reshard.errors import UnsupportedError
+from reshard.storage import snapshot
 
 # What a format is called, and the command that converts it.
 _WORDS = {
@@ -19,6 +20,7 @@ _WORDS = {
 def expect(path: Path, *wanted: str) -> None:
     """Raise `UnsupportedError` where `path`, or all below it, is of a format that the command does
     not convert."""
+    path = snapshot(path)
     if path.is_dir() and not formats.claims(path):
         formats_below = [save.format for save in locate.saves(path)]
         if not formats_below or set(formats_below) & {*wanted, ""}:
