@@ -169,6 +169,26 @@ def test_the_last_model_of_a_run_is_read_and_its_checkpoints_are_named(
     assert not reshard.open(oracle["llama-zero2"].base).catalog.remarks
 
 
+def test_an_exported_model_that_is_newer_is_named_and_taken_by_its_tag(trainer: Path) -> None:
+    """`save_only_model`, or a training checkpoint that was removed to save space."""
+    shutil.rmtree(trainer / "checkpoint-20" / "global_step20")
+    (trainer / "checkpoint-20" / "latest").unlink()
+    catalog = reshard.open(trainer).catalog
+    assert catalog.origin.tag == "global_step10"
+    assert "checkpoint-20 is newer, and an exported model alone" in catalog.remarks[1]
+    assert reshard.open(trainer, tag="checkpoint-20").format == "huggingface"
+    assert len(reshard.open(trainer, tag="checkpoint-10").catalog.remarks) == 2
+    shutil.move(trainer / "checkpoint-20", trainer / "checkpoint-5")
+    assert len(reshard.open(trainer).catalog.remarks) == 2
+
+
+def test_comparisons_say_which_checkpoint_they_took(trainer: Path, tmp_path: Path) -> None:
+    reshard.convert(trainer, tmp_path / "out")
+    notes = reshard.verify(tmp_path / "out", trainer).notes
+    assert any("checkpoint-20 was taken" in note for note in notes)
+    assert reshard.diff(trainer, tmp_path / "out").notes == notes
+
+
 # --- accelerate's save_state of a run that trains two models -----------------------------------
 
 

@@ -47,11 +47,15 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two checkpoints: `num_equal` tensors are the same bit for bit, the others are listed."""
+    """Two checkpoints: `num_equal` tensors are the same bit for bit, the others are listed.
+
+    `notes` say which checkpoints were taken, where a path named a folder above.
+    """
 
     num_equal: int
     differences: tuple[Difference, ...]
     bytes_read: int
+    notes: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -62,6 +66,7 @@ class Comparison:
             "same": self.same,
             "num_equal": self.num_equal,
             "differences": [asdict(difference) for difference in self.differences],
+            "notes": list(self.notes),
         }
 
 
