@@ -31,6 +31,8 @@ _DEPTH = 3
 _MAX_FOLDERS = 10_000
 # What trainers call a save: global_step6, checkpoint-500, step-100, epoch_3, iter_0000010.
 _NUMBER = re.compile(r"(\d+)(?!.*\d)")
+# One shard of several, of safetensors or torch.save files.
+_SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
 # LightRFT keeps actor and critic side by side; without a word more, the actor is meant.
 _ACTOR = "_actor"
 
@@ -63,7 +65,8 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
 
 def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     if not path.is_dir():
-        return _load(path, formats.detect(path), sources, selection)
+        catalog = _load(path, formats.detect(path), sources, selection)
+        return replace(catalog, remarks=(*catalog.remarks, *_said_of_file(path)))
     claims = formats.claims(path)
     exported = bool(claims) and formats.meant(claims) in formats.EXPORTED
     # Above a run's checkpoints lies the model that was exported at its end, which no tag means.
@@ -86,6 +89,14 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
     raise passed_over[0]
 
 
+def _said_of_file(path: Path) -> tuple[str, ...]:
+    """That a file is one shard of several, in words."""
+    shard = _SHARD.fullmatch(path.name)
+    if shard is None or int(shard[1]) < 2:
+        return ()
+    return (f"{path} is one of {int(shard[1])} shards: for the whole model, name its folder.",)
+
+
 def _load(path: Path, format_: str, sources: Sources, selection: formats.Selection) -> Catalog:
     """The checkpoint at `path`, of which only DeepSpeed's reader takes a tag: it alone keeps
     several saves in one folder. A model exported beside it is named in the remarks."""
@@ -98,11 +109,26 @@ def _load(path: Path, format_: str, sources: Sources, selection: formats.Selecti
             path=path,
             hint="Leave out --tag, or name the folder above.",
         )
-    catalog = formats.load(format_).read(path, sources, selection)
+    reader = formats.load(format_)
     if format_ in formats.EXPORTED or not formats.claims(path).keys() & {*formats.EXPORTED}:
-        return catalog
+        return reader.read(path, sources, selection)
+    try:
+        catalog = reader.read(path, sources, selection)
+    except IncompleteError as error:
+        raise _or_the_export(error) from None
     beside = f"{path} also holds an exported model; the training checkpoint in it was taken."
     return replace(catalog, remarks=(*catalog.remarks, beside))
+
+
+def _or_the_export(error: IncompleteError) -> IncompleteError:
+    """The error of a training checkpoint that has an exported model beside it."""
+    export = "Or convert the model that was exported beside it: name its file."
+    return IncompleteError(
+        error.message,
+        path=error.path,
+        tensor=error.tensor,
+        hint=export if error.hint is None else f"{error.hint} {export}",
+    )
 
 
 def _and_below(catalog: Catalog, path: Path) -> Catalog:
