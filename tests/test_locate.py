@@ -195,6 +195,19 @@ def test_a_file_leads_to_the_folder_that_holds_it(trainer: Path, tmp_path: Path)
         reshard.open(tmp_path / "notes.txt")
 
 
+@pytest.mark.parametrize("names", [("model", "optim"), ("pytorch_model_0", "optimizer_0")])
+def test_an_optimizer_beside_the_model_is_no_second_one(
+    oracle: Oracle, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    for step in (5, 10):
+        for name in names:
+            reshard.convert(oracle["llama-zero2"].root, tmp_path / f"step-{step}" / name, to="dcp")
+    for save in ("step-5", "step-10"):
+        root = reshard.open(tmp_path / save).catalog.origin.root
+        assert root == tmp_path / save / names[0]
+    assert reshard.open(tmp_path / "step-5" / names[1]).tensors
+
+
 def test_an_exported_model_that_is_newer_is_named_and_taken_by_its_tag(trainer: Path) -> None:
     """`save_only_model`, or a training checkpoint that was removed to save space."""
     shutil.rmtree(trainer / "checkpoint-20" / "global_step20")

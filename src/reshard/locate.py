@@ -33,6 +33,8 @@ _MAX_FOLDERS = 10_000
 _NUMBER = re.compile(r"(\d+)(?!.*\d)")
 # One shard of several, of safetensors or torch.save files.
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
+# A folder of its own for the optimizer: accelerate's before 0.24, and many who call dcp.save twice.
+_OPTIMIZER = re.compile(r"(.*_)?optim(izer)?s?(_.*|\d*)")
 # LightRFT keeps actor and critic side by side; without a word more, the actor is meant.
 _ACTOR = "_actor"
 
@@ -73,7 +75,7 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
     if claims and not (exported and selection.tag not in (None, real(path).name)):
         catalog = _load(path, formats.detect(path), sources, selection)
         return _and_below(catalog, path) if exported else catalog
-    below = list(_walk(path, _DEPTH, [_MAX_FOLDERS]))
+    below = _below(path, _DEPTH)
     if not below:
         return _load(path, formats.detect(path), sources, selection)  # says what is there instead
     chosen, passed_over = _choose(path, below, selection.tag), []
@@ -133,7 +135,7 @@ def _or_the_export(error: IncompleteError) -> IncompleteError:
 
 def _and_below(catalog: Catalog, path: Path) -> Catalog:
     """An exported model's catalog, which names the training checkpoints in the same folder."""
-    below = [save for save in _walk(path, 1, [_MAX_FOLDERS]) if save.format not in formats.EXPORTED]
+    below = [save for save in _below(path, 1) if save.format not in formats.EXPORTED]
     if not below:
         return catalog
     newest = max(below, key=lambda save: save.age).path
@@ -146,12 +148,18 @@ def _and_below(catalog: Catalog, path: Path) -> Catalog:
 
 def saves(path: Path) -> list[Found]:
     """Checkpoints below a folder; exported models only where there is nothing else."""
-    return _training(list(_walk(path, _DEPTH, [_MAX_FOLDERS])))
+    return _training(_below(path, _DEPTH))
 
 
 def _training(found: list[Found]) -> list[Found]:
     training = [save for save in found if save.format not in formats.EXPORTED]
     return training or found
+
+
+def _below(path: Path, depth: int) -> list[Found]:
+    """All checkpoints below a folder, but for optimizers' beside those of their models."""
+    found = list(_walk(path, depth, [_MAX_FOLDERS]))
+    return [save for save in found if not _OPTIMIZER.fullmatch(save.path.name)] or found
 
 
 def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
