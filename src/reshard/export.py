@@ -175,7 +175,7 @@ class _Export:
             headless=self._classifier is not None or (scalar and not options.fill_from_base),
             allow=options.allow,
             transformers_version=options.transformers_version,
-            untied=frozenset(f"{module}.weight" for module in self._separated.saved),
+            untied=self._separated.apart,
         )
 
     def _explained(self, error: NamesError) -> NamesError:
@@ -263,6 +263,10 @@ class _Export:
         ]
         made.update((name, self._base.entries[name]) for name in filled)
         missing = [*found.left_out, *(name for name in absent if name not in filled)]
+        for name, source in found.from_base.items():
+            if options.fill_from_base:
+                made[name] = self._base.entries[source].renamed(name)
+            (filled if options.fill_from_base else missing).append(name)
         return list(made.items()), tuple(filled), tuple(missing)
 
     def _reward_files(self) -> tuple[list[Side], list[tuple[str, bytes]]]:

@@ -305,6 +305,43 @@ def test_adapters_that_were_saved_alone(made: Get, variant: str, tmp_path: Path)
         torch.testing.assert_close(loaded(IDS).logits, run.logits(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_modules_trained_apart_from_what_they_were_tied_to(
+    saved: list[str], kept: bool, tmp_path: Path
+) -> None:
+    """Of a tied pair PEFT trains a copy of one, or of both, or keeps the tie; the folder that it
+    saves holds the copies alone."""
+    values = released.values("llama_tied", seed=0)
+    base = released.write(tmp_path / "base", "llama_tied", values)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=LINEAR, modules_to_save=saved,
+        ensure_weight_tying=kept,
+    )  # fmt: skip
+    model = peft.get_peft_model(released.load(base, "LlamaForCausalLM"), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 4)
+    model.save_pretrained(tmp_path / "peft")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    trained = {name: v for name, v in model.state_dict().items()
+               if ".lora_" in name or ".modules_to_save." in name}  # fmt: skip
+    torch.save(trained, tmp_path / "trained.pt")
+    merged = model.merge_and_unload()
+    for source in ("peft", "model.pt", "trained.pt"):
+        out = tmp_path / f"{source}-out"
+        reshard.convert(
+            tmp_path / source, out, base=base, lora_alpha=ALPHA, fill_from_base=source != "model.pt"
+        )
+        loaded = released.load(out, "LlamaForCausalLM")
+        assert loaded.config.tie_word_embeddings == merged.config.tie_word_embeddings
+        for name, value in merged.state_dict().items():
+            found = loaded.state_dict()[name]
+            torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-6, msg=name)
+        reshard.verify(out, tmp_path / source, base=base)
+
+
 def test_an_adapter_folder_is_called_one_where_a_model_is_asked_for(
     made: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,6 +133,26 @@ def test_a_head_that_was_trained_apart_is_no_embedding(stored: dict[str, Shape])
     assert found.config_patches == {"tie_word_embeddings": False}
 
 
+@pytest.mark.parametrize("stored", [TIED, UNTIED])
+def test_a_head_stays_behind_an_embedding_that_was_trained_apart(stored: dict[str, Shape]) -> None:
+    config, apart = {"tie_word_embeddings": True}, frozenset([EMBEDDING])
+    found = run(TIED, stored, config, fill_from_base=True, untied=apart)
+    assert found.entries.keys() == TIED.keys()
+    assert found.config_patches == {"tie_word_embeddings": False}
+    if stored == TIED:
+        assert found.from_base == {HEAD: EMBEDDING}
+    else:
+        assert found.filled == (HEAD,)
+    with pytest.raises(NamesError, match="--fill-from-base") as caught:
+        run(TIED, stored, config, untied=apart)
+    assert caught.value.missing == (HEAD,)
+    with pytest.raises(NamesError, match=r"does not hold the head, of shape \(9, 2\)"):
+        run({**TIED, EMBEDDING: (9, 2)}, stored, config, fill_from_base=True, untied=apart)
+    both = run(UNTIED, stored, config, untied=apart)
+    assert both.config_patches == {}
+    assert both.from_base == {}
+
+
 def test_a_tie_that_nobody_compared_is_listed() -> None:
     found = fit(tables.entries(UNTIED), tables.schema(TIED))
     assert found.undecided == ((HEAD, EMBEDDING),)

@@ -135,6 +135,18 @@ class Separated:
     name: str = "default"
 
     @property
+    def apart(self) -> frozenset[str]:
+        """The names of tensors that were trained apart from what the base ties them to.
+
+        PEFT trains a copy of a module in `modules_to_save`; where it keeps a tie all the same
+        (`ensure_weight_tying`), both names are there. A folder of its own, which leaves the
+        adapter's name out, holds nothing else beside the adapters.
+        """
+        if self.adapters and not self.name:
+            return frozenset(self.entries.keys() - self.absent)
+        return frozenset(f"{module}.weight" for module in self.saved)
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The different ranks of the adapters, ascending."""
         return tuple(sorted({adapter.rank for adapter in self.adapters.values()}))

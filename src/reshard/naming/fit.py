@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from reshard.errors import NamesError
+from reshard.naming import families
 from reshard.naming.assemble import Assembler
 from reshard.naming.layouts import Piece
 from reshard.naming.mismatch import refuse
@@ -42,7 +43,8 @@ class Fit:
     origins: name -> the checkpoint's name, of tensors that are one of its tensors as it stands.
     prefix, rules: what was stripped from the names, and what was done to them, in words.
     tied: a name that is not stored -> the name that its weights are stored under.
-    filled: tensors to copy from the base. left_out: tensors of the base that are not written.
+    filled: tensors to copy from the base. from_base: a name -> the tensor of the base, of another
+    name, to copy. left_out: tensors of the base that are not written.
     dropped: tensors of the checkpoint (its own names) that are not written.
     resized: tensors with another number of vocabulary rows than the base's.
     config_patches: dotted path in `config.json` -> new value.
@@ -57,6 +59,7 @@ class Fit:
     rules: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     filled: tuple[str, ...] = ()
+    from_base: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     resized: tuple[Resize, ...] = ()
@@ -88,7 +91,7 @@ def fit(
     candidate = search(found, schema, options)
     if not candidate.complete:
         raise refuse(candidate)
-    return _Fitting(entries, schema, found, candidate, equal).result()
+    return _Fitting(entries, schema, found, candidate, equal, options).result()
 
 
 class _Fitting:
@@ -101,7 +104,10 @@ class _Fitting:
         found: Sources,
         candidate: Candidate,
         equal: Equal | None,
+        options: FitOptions,
     ) -> None:
+        self._options = options
+        self._from_base: dict[str, str] = {}
         self._by_name = {clean: entries[own] for clean, own in found.owners.items()}
         self._config = schema.config
         self._candidate = candidate
@@ -115,6 +121,7 @@ class _Fitting:
         outputs = self._outputs()
         self._copy_heads(outputs)
         self._judge_heads(outputs)
+        self._leave_heads_behind()
         self._say_what_stands_in()
         dropped = self._sort_dropped()
         resized = self._resize(outputs)
@@ -126,6 +133,7 @@ class _Fitting:
             rules=_rules(candidate),
             tied=self._tied,
             filled=self._base_names(Verdict.FILLED),
+            from_base=self._from_base,
             left_out=self._base_names(Verdict.LEFT_OUT),
             dropped=dropped,
             resized=resized,
@@ -196,12 +204,41 @@ class _Fitting:
                     self._tied[name] = candidate.base_view.name_here(embedding)
                 continue
             outputs[name] = replace(head.renamed(name), aliases=())
-            for level in stating_levels(self._config):
-                self._patches[f"{level}tie_word_embeddings"] = False
-            self._warnings.append(
-                f"{name!r} differs from the embedding that the base ties it to: it is written, "
-                "and the config says so."
-            )
+            self._untie(name, "it is written")
+
+    def _untie(self, head: str, what: str) -> None:
+        for level in stating_levels(self._config):
+            self._patches[f"{level}tie_word_embeddings"] = False
+        self._warnings.append(
+            f"{head!r} differs from the embedding that the base ties it to: {what}, and the config "
+            "says so."
+        )
+
+    def _leave_heads_behind(self) -> None:
+        """A head that the source does not hold, whose embedding was trained apart from it, stays
+        what the base ties it to.
+
+        Raises `NamesError` where the base is not to be copied, or has another vocabulary.
+        """
+        if not says_tied(self._config) or self._options.headless:
+            return
+        candidate = self._candidate
+        have, want = candidate.source.pieces, candidate.base.pieces
+        for hub, embedding in families.HEADS:
+            piece = have.get(embedding)
+            if hub in have or piece is None or piece.name not in self._options.untied:
+                continue
+            name = candidate.base_view.name_here(hub)
+            if not self._options.fill_from_base or want[embedding].shape != piece.shape:
+                raise NamesError(
+                    f"{piece.name!r} was trained apart from the head that the base ties it to, and "
+                    f"the checkpoint does not hold the head, of shape {piece.shape}.",
+                    missing=(name,),
+                    hint="If its vocabulary is the base's, take it from there: --fill-from-base.",
+                )
+            if hub not in want:
+                self._from_base[name] = want[embedding].name
+            self._untie(name, "it is the base's")
 
     def _say_what_stands_in(self) -> None:
         """An embedding that the source holds under its head's name alone."""

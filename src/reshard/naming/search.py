@@ -270,10 +270,15 @@ class _Judge:
     def _absent(self, hub: str, piece: Piece, have: Mapping[str, Piece]) -> Verdict:
         """A tensor of the base that the source does not have."""
         options = self._options
-        embedding = embedding_of(hub, have)
+        name = embedding_of(hub, have) if self._tied else None
+        embedding = None if name is None else have[name]
         if options.headless and any(hub == head for head, _ in families.HEADS):
             return Verdict.LEFT_OUT
-        if embedding is not None and self._tied and have[embedding].shape[1:] == piece.shape[1:]:
+        if (
+            embedding is not None
+            and embedding.name not in options.untied
+            and embedding.shape[1:] == piece.shape[1:]
+        ):
             return Verdict.COPIED
         if options.fill_from_base or patterns.matches_any(families.CONSTANTS, hub):
             return Verdict.FILLED
