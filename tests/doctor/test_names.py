@@ -174,6 +174,19 @@ def test_tensors_that_are_not_there_or_too_many(pairs: Pairs, tmp_path: Path) ->
     assert "1 are here and not in the base: model.other.weight" in told
 
 
+def test_an_embedding_under_the_name_of_its_head(pairs: Pairs, tmp_path: Path) -> None:
+    """A conversion reads it so; a model that transformers 4 loads must have the embedding."""
+    pair = pairs("llama_tied")
+    ill = pair.copy(tmp_path / "ill")
+    tensors = models.load(ill)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    models.save(ill, tensors)
+    diagnosis = refused(ill, pair.base, tmp_path / "out", "names-do-not-fit")
+    assert "1 of the base are not here: model.embed_tokens.weight" in evidence(
+        diagnosis, "names-do-not-fit"
+    )
+
+
 def test_another_models_base(pairs: Pairs, tmp_path: Path) -> None:
     refused(pairs("llama").healthy, pairs("mixtral").base, tmp_path / "out", "names-do-not-fit")
 

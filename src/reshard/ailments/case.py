@@ -191,7 +191,9 @@ def _fitted(
         score = {SCORE: entries[own].renamed(SCORE)}
         entries = {name: entry for name, entry in entries.items() if name != own}
     try:
-        found = fit(entries, base.schema, options=FitOptions(headless=folder.headless), equal=same)
+        # transformers 4 leaves an embedding that is stored as the head alone without weights.
+        options = FitOptions(headless=folder.headless, untied=_heads(entries))
+        found = fit(entries, base.schema, options=options, equal=same)
         return Fitted(replace(found, entries={**found.entries, **score}))
     except (NamesError, PlanError) as error:
         misfit = error
@@ -201,6 +203,12 @@ def _fitted(
         )
     except (NamesError, PlanError):
         return Fitted(None, misfit)
+
+
+def _heads(names: Iterable[str]) -> frozenset[str]:
+    """The names of output heads, wrappers' parts left out."""
+    heads = tuple(head for head, _ in HEADS)
+    return frozenset(clean for clean in map(unwrap, names) if clean.endswith(heads))
 
 
 def guess_prefix(names: Iterable[str]) -> str:
