@@ -126,7 +126,8 @@ class _Export:
         self._classifier = self._as_classifier()
         self._fit = self._fitted(_comparison(sources))
         self._scaling: AdapterConfig | None = None
-        self._warnings = list(self._fit.warnings)
+        # Those of the fit are on the model, of which an adapter alone is no part.
+        self._warnings = [] if self._alone else list(self._fit.warnings)
         self._updates: Mapping[str, Made] = {}
         if self._separated.adapters:
             self._scale(catalog.origin.root, sources)
