@@ -258,12 +258,13 @@ def bare(pytestconfig: pytest.Config) -> Path:
     """The Python of an environment with reshard's run-time dependencies and nothing else."""
     folder = pytestconfig.cache.mkdir("bare")
     python = folder / "bin" / "python"
-    if not (folder / "made").is_file():
+    names = ("numpy", "ml_dtypes", "xxhash", "zlib-ng", "msgspec", "click", "rich")
+    made = folder / f"made-{'-'.join(names)}"
+    if not made.is_file():
         venv.create(folder, with_pip=True, clear=True)
-        names = ("numpy", "ml_dtypes", "xxhash", "zlib-ng", "click", "rich")
         install = [str(python), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
         subprocess.run([*install, *names], check=True)
-        (folder / "made").touch()
+        made.touch()
     return python
 
 

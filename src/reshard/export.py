@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from msgspec import Struct, field
 
 from reshard import adapter_config
 from reshard.base import Base, main_dtype
@@ -52,8 +53,7 @@ LIGHTRFT = "pytorch_model.bin"
 ADAPTER_FOLDER = "adapter/"
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(Struct, frozen=True):
     """A file beside the model, with tensors of its own."""
 
     name: str
@@ -61,8 +61,7 @@ class Side:
     targets: Sequence[Target]
 
 
-@dataclass(frozen=True, slots=True)
-class Export:
+class Export(Struct, frozen=True):
     """Everything that a conversion writes, by what it is; `fit` says how the names were found.
 
     `missing` are tensors of the base that are not written, `filled` those that are copied from

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard import formats
 from reshard.catalog import Catalog
@@ -28,8 +30,7 @@ _NUMBER = re.compile(r"(\d+)(?!.*\d)")
 _ACTOR = "_actor"
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """A checkpoint below a folder; `format` is empty where two formats claim it."""
 
     path: Path

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from reshard._version import __version__
 from reshard.catalog import Origin
@@ -27,8 +28,7 @@ MANIFEST = "reshard.json"
 _MAX_NBYTES = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Stated:
+class Stated(Struct, frozen=True):
     """A tensor as `reshard.json` states it: dtype name, shape and xxh3-128 of its bytes."""
 
     dtype: str
@@ -36,8 +36,7 @@ class Stated:
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """The tensors of the model and of each file beside it, the conversion's options, and what it
     did to the names: the last two as they stand in the file."""
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from reshard import dtypes
 from reshard.errors import FormatError, IncompleteError
@@ -24,8 +25,7 @@ from reshard.tensors import Extent, TensorSpec
 MAX_HEADER_NBYTES = 100_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class SafetensorsFile:
+class SafetensorsFile(Struct, frozen=True):
     """A header: the tensors in the order it lists them, each with the bytes that hold it."""
 
     metadata: Mapping[str, str]

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.dtypes import DType
 from reshard.errors import FormatError, IncompleteError
@@ -27,8 +29,7 @@ Shape = tuple[int, ...]
 Kind = Literal["parameter", "buffer", "frozen", "tied"]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(Struct, frozen=True):
     """A tensor's name, element type and shape."""
 
     name: str
@@ -44,8 +45,7 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class FileRef:
+class FileRef(Struct, frozen=True):
     """A file of the checkpoint and how to open it; extents count in what opening gives.
 
     `path` is absolute. `codec` is None for a plain file; otherwise bytes
@@ -59,8 +59,7 @@ class FileRef:
     frame_nbytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(Struct, frozen=True):
     """Bytes `[offset, offset + nbytes)` of a file."""
 
     file: FileRef
@@ -68,16 +67,14 @@ class Extent:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True):
     """A stretch of a file whose CRC-32 the file itself states (an entry of a zip archive)."""
 
     extent: Extent
     crc32: int
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(Struct, frozen=True):
     """Elements `[offsets, offsets + sizes)` of a row-major array of `shape`.
 
     `shape` is the tensor's own shape, or `(numel,)`: then the box is a range of the flattened
@@ -132,8 +129,7 @@ def contiguous_strides(sizes: Sequence[int]) -> Shape:
     return tuple(strides)
 
 
-@dataclass(frozen=True, slots=True)
-class Fragment:
+class Fragment(Struct, frozen=True):
     """A part of a tensor: the elements of `box` lie in `extent` as `dtype`.
 
     `strides` (elements, one for each dimension of the box) is None where the elements lie in
@@ -147,8 +143,7 @@ class Fragment:
     strides: Shape | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """A tensor of a catalog. Its fragments' boxes tile it exactly: `check_tiling` proves it.
 
     All boxes of one entry are over the same shape: the tensor's, or `(numel,)`. `aliases` are
@@ -170,8 +165,7 @@ class Entry:
         return replace(self, spec=replace(self.spec, name=name))
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(Struct, frozen=True):
     """A matrix with a low-rank update, as LoRA trains it: `base + left @ right * scaling`.
 
     `base` is `[rows, columns]`, `left` `[rows, rank]`, `right` `[rank, columns]` (for a linear

@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from reshard import manifest
 from reshard.catalog import Catalog
@@ -30,8 +31,7 @@ from reshard.transfer.fill import Array, Reader, fill, page_aligned
 _BLOCK = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
+class Verified(Struct, frozen=True):
     """What a verification read: all of it was as stated. Sizes are bytes.
 
     `num_filled` tensors are the base's and were not compared.

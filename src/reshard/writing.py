@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
+from msgspec import Struct
 
 from reshard import manifest
 from reshard.plan import Plan
@@ -19,8 +19,7 @@ from reshard.transfer.engine import Engine, Outcome
 from reshard.verification import verify_folder
 
 
-@dataclass(frozen=True, slots=True)
-class Writing:
+class Writing(Struct, frozen=True):
     """How a plan is carried out; nothing here changes a byte of the output."""
 
     threads: int

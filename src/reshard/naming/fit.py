@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reshard.errors import NamesError
 from reshard.naming.assemble import Assembler
@@ -25,8 +27,7 @@ from reshard.tensors import Entry
 Equal = Callable[[Entry, Entry], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Resize:
+class Resize(Struct, frozen=True):
     """A vocabulary of `rows` rows where the base has `base_rows`."""
 
     name: str
@@ -34,8 +35,7 @@ class Resize:
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
+class Fit(Struct, frozen=True):
     """A checkpoint's tensors as the base has them. Names are the base's unless said otherwise.
 
     entries: by name; dtypes are the checkpoint's.

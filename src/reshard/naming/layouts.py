@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from reshard.errors import OptionError
 from reshard.naming import patterns
@@ -27,8 +28,7 @@ from reshard.tensors import Shape
 Version = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Stacked:
+class Stacked(Struct, frozen=True):
     """A tensor `[experts, sum of rows, columns]` that the hub holds as one tensor an expert.
 
     `name` is the pattern of the stacked tensor after the layout's names were rewritten; `parts`
@@ -40,8 +40,7 @@ class Stacked:
     parts: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """One layout of a family. `title` says whose it is.
 
     A live module of the full model has it in memory under transformers versions `[since, before)`;
@@ -62,8 +61,7 @@ class Layout:
         return self.before is None or version < self.before
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Struct, frozen=True):
     """Model types (`config.json`'s `model_type`) that share layouts; the first is the hub's."""
 
     model_types: tuple[str, ...]
@@ -84,8 +82,7 @@ class Piece(NamedTuple):
     swapped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Effect:
+class Effect(Struct, frozen=True):
     """What a view does to a name: the hub's name, the rules used in words, what to take apart."""
 
     hub: str
@@ -95,8 +92,7 @@ class Effect:
     swapped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(Struct, frozen=True):
     """A layout of a whole model: the model's own, and that of the language model inside it."""
 
     layouts: tuple[Layout, ...]
@@ -134,8 +130,7 @@ class View:
         return hub
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(Struct, frozen=True):
     """What a set of tensors holds when it is read through a view.
 
     `pieces`: hub name -> where it lies. `rules`: how often each rule was used. `misfits`: names

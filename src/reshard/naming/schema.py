@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
+
+from msgspec import Struct, field
 
 from reshard.naming.families import FAMILIES, PLAIN
 from reshard.naming.layouts import Family, View
 from reshard.tensors import TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Schema:
+class Schema(Struct, frozen=True):
     """What the output must hold: `specs` by name, as the base's safetensors headers state them.
 
     `config` is the parsed `config.json`, empty where there is none.

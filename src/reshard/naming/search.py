@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
+
+from msgspec import Struct
 
 from reshard.errors import NamesError
 from reshard.naming import families, patterns
@@ -21,8 +22,7 @@ from reshard.naming.schema import Schema, says_tied, views
 from reshard.tensors import Entry, Shape
 
 
-@dataclass(frozen=True, slots=True)
-class FitOptions:
+class FitOptions(Struct, frozen=True):
     """What the user declared.
 
     `prefix`: take only the tensors under it, and strip it. `fill_from_base`: tensors that the
@@ -62,8 +62,7 @@ class Verdict(Enum):
 FAULTS = (Verdict.MISSING, Verdict.UNEXPECTED, Verdict.MISMATCHED)
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """One way to read the source, compared with the base; verdicts are over hub names.
 
     `views` are the layouts that read it so, `base_view` one that reads the base.
@@ -96,8 +95,7 @@ class Candidate:
         return {hub: piece for hub, piece in self.source.pieces.items() if hub in self.base.pieces}
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
+class Sources(Struct, frozen=True):
     """The checkpoint's tensors by every name they have, wrappers' parts left out.
 
     `owners`: cleaned name -> the entry's own name. `shapes`: cleaned name -> shape.

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from reshard.dtypes import DType
 from reshard.tensors import Extent, contiguous_strides

@@ -13,10 +13,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
+from msgspec import Struct, field
 from zlib_ng import zlib_ng
 
 from reshard.errors import VerificationError
@@ -41,8 +41,7 @@ _SCRATCH = 2 * _BLOCK
 _COMPARED, _MOST_COMPARED = 16 << 10, 128 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """What the engine did.
 
     `digests` are the xxh3-128 of each tensor's row-major bytes, by part and name.
@@ -57,8 +56,7 @@ class Outcome:
     changed: int
 
 
-@dataclass(slots=True)
-class _Digest:
+class _Digest(Struct):
     """The hash of a tensor on its way, over all its slots: `hashed` of `taken` blocks are in."""
 
     hasher: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
@@ -66,8 +64,7 @@ class _Digest:
     hashed: int = 0
 
 
-@dataclass(slots=True)
-class _Tensor:
+class _Tensor(Struct):
     """A slot on its way; `changed` once it differs from its reference."""
 
     slot: Slot
@@ -77,8 +74,7 @@ class _Tensor:
     changed: bool = False
 
 
-@dataclass(slots=True)
-class _File:
+class _File(Struct):
     """An output file on its way: sealed by whichever thread finishes its last block."""
 
     output: OutputFile
@@ -86,8 +82,7 @@ class _File:
     pending: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
+class _Task(Struct, frozen=True):
     """A block of a slot: the elements of `box`, from flat element `start` on.
 
     `turn` is its place in the hash of its tensor.

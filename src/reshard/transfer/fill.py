@@ -12,12 +12,12 @@ A cast rounds to nearest even, as torch does. Where torch would turn a finite va
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from msgspec import Struct
 
 from reshard.errors import VerificationError
 from reshard.rearrange import crop, cut
@@ -56,8 +56,7 @@ def page_aligned(nbytes: int) -> Array:
     return room[start : start + nbytes]
 
 
-@dataclass(slots=True)
-class Reader:
+class Reader(Struct):
     """Reads extents into a scratch buffer of bounded size; one a thread.
 
     `scratch` bounds the bytes held for one read; a strided part that reaches further is read in

@@ -14,7 +14,8 @@ what was pickled, and `parse` turns those into the types below, or raises.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reshard.dtypes import DType
 from reshard.errors import FormatError
@@ -26,8 +27,7 @@ Path = tuple[str, ...]
 _MAX_NUMBER = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(Struct, frozen=True):
     """Where an item lies: bytes `[offset, offset + nbytes)` of the file named `file`.
 
     `transforms` name what the bytes went through when they were written, the last one first.
@@ -39,8 +39,7 @@ class Location:
     transforms: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """Elements `[offsets, offsets + sizes)` of a tensor, and every copy of them that was saved.
 
     A checkpoint has one copy of a chunk; several writers without collectives leave one each.
@@ -51,8 +50,7 @@ class Chunk:
     copies: tuple[Location, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(Struct, frozen=True):
     """A tensor of the checkpoint. `dtype` is torch's name of the type, known to us or not."""
 
     dtype: str
@@ -60,8 +58,7 @@ class StoredTensor:
     chunks: tuple[Chunk, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Metadata:
+class Metadata(Struct, frozen=True):
     """What a checkpoint holds. `paths` has every key; keys in `objects` are not tensors."""
 
     tensors: Mapping[str, StoredTensor]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed.parse import (
@@ -28,8 +29,7 @@ _OWN = ("deepspeed.runtime.fp16.loss_scaler.", "deepspeed.utils.tensor_fragment.
         "deepspeed.runtime.bf16_optimizer.", "deepspeed.runtime.zero.config.")  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(Struct, frozen=True):
     """The files of one save and one model parallel rank, known to belong together.
 
     `model` and `optim` are of data parallel ranks 0 to W - 1; below stage 3 there is one model

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from reshard.errors import FormatError, UnsupportedError
 from reshard.tensors import Record
@@ -14,8 +15,7 @@ from reshard.torchfile import TensorRef, TorchFile
 Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFile:
+class ModelFile(Struct, frozen=True):
     """A `*_model_states.pt` file. Values of `module` that are no tensors are left out.
 
     `parallel_info` is `universal_checkpoint_info`, as it stands: how tensor parallel ranks split
@@ -44,8 +44,7 @@ class ModelFile:
     written_as: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class OptimFile:
+class OptimFile(Struct, frozen=True):
     """A `*_optim_states.pt` file of one data parallel rank.
 
     `flats` are this rank's flat fp32 tensors: one for each parameter group (stages 1 and 2) or
@@ -65,8 +64,7 @@ class OptimFile:
     written_as: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertFile:
+class ExpertFile(Struct, frozen=True):
     """A `layer_*_expert_*_model_states.pt` file: an expert's weights in the training dtype."""
 
     path: Path
