@@ -21,7 +21,7 @@ from typing import cast
 import click
 
 from reshard._version import __version__
-from reshard.errors import OptionError, ReshardError
+from reshard.errors import OptionError, ReshardError, printable
 from reshard.flags import debug
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -75,7 +75,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     except (ReshardError, OSError) as error:
         if shows_traceback:
             traceback.print_exc()
-        click.echo(f"error: {error}{_elsewhere(command, error)}", err=True)
+        click.echo(f"error: {printable(str(error))}{_elsewhere(command, error)}", err=True)
         return 2 if isinstance(error, OptionError) else 1
     return code if isinstance(code, int) else 0
 

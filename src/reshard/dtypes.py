@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -114,7 +115,7 @@ def from_safetensors(code: str) -> DType:
     dtype = _BY_SAFETENSORS.get(code)
     if dtype is None:
         raise UnsupportedError(
-            f"safetensors dtype {code!r} is not handled; known are {', '.join(_BY_SAFETENSORS)}."
+            f"safetensors dtype {reprlib.repr(code)} is not handled; known are {', '.join(_BY_SAFETENSORS)}."
         )
     return dtype
 

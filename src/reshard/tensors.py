@@ -26,6 +26,11 @@ from reshard.dtypes import DType
 from reshard.errors import FormatError, IncompleteError
 
 Shape = tuple[int, ...]
+# Dimensions: numpy 1 has no more (numpy 2 and torch: 64). Without a limit the product of a long
+# shape's sizes alone would take minutes.
+MAX_DIMS = 32
+# Elements, sizes and offsets, exclusive: none is a tensor's, and their sums stay in 64 bits.
+MAX_NUMEL = 1 << 62
 Kind = Literal["parameter", "buffer", "frozen", "tied"]
 
 
@@ -105,6 +110,23 @@ class Box(Struct, frozen=True):
         if any(size <= 0 for size in sizes):
             return None
         return Box(self.shape, offsets, sizes)
+
+
+def is_shape(sizes: Sequence[object]) -> bool:
+    """Whether a file's numbers are the shape of a tensor: few, natural, of a possible product.
+
+    >>> is_shape([4, 0]), is_shape([-1]), is_shape([1 << 32, 1 << 32])
+    (True, False, False)
+    """
+    if len(sizes) > MAX_DIMS:
+        return False
+    numel = 1
+    for size in sizes:
+        if type(size) is not int or not 0 <= size < MAX_NUMEL:
+            return False
+        # A size of 0 must not hide an impossible one.
+        numel *= max(size, 1)
+    return numel < MAX_NUMEL
 
 
 def whole(shape: Shape) -> Box:

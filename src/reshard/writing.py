@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -85,5 +86,5 @@ def plan_digest(plan: Plan) -> str:
     for name, text in plan.texts:
         hasher.update(f"{name}\0".encode() + text)
     for asset in plan.assets:
-        hasher.update(f"{asset.name}\0{asset.path}\0".encode())
+        hasher.update(os.fsencode(f"{asset.name}\0{asset.path}\0"))
     return hasher.hexdigest()

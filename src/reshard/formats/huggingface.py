@@ -188,7 +188,7 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
         if SINGLE in names:
             return {SINGLE: None}
         return dict.fromkeys(names)
-    weight_map = _read_json(folder / INDEX, sources).get("weight_map")
+    weight_map = _read_json(child(folder, INDEX), sources).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
     ):

@@ -19,12 +19,10 @@ from msgspec import Struct
 
 from reshard.dtypes import DType
 from reshard.errors import FormatError
-from reshard.tensors import Shape
+from reshard.tensors import MAX_DIMS, MAX_NUMEL, Shape
 from reshard.torchfile import Global, Opaque
 
 Path = tuple[str, ...]
-# Sizes and offsets above this are no tensor's; their sums and products stay in 64 bits.
-_MAX_NUMBER = 1 << 62
 
 
 class Location(Struct, frozen=True):
@@ -174,9 +172,11 @@ class _Parser:
     def _shape(self, raw: object, what: str, key: str) -> Shape:
         if not isinstance(raw, tuple):
             raise self._broken(f"{what} is a {type(raw).__name__}", key)
+        if len(raw) > MAX_DIMS:
+            raise self._broken(f"{what} has {len(raw)} dimensions", key)
         numbers = []
         for number in raw:
-            if type(number) is not int or not 0 <= number < _MAX_NUMBER:
+            if type(number) is not int or not 0 <= number < MAX_NUMEL:
                 raise self._broken(f"{what} has {number!r:.40}", key)
             numbers.append(number)
         return tuple(numbers)
