@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from reshard import OptionError, convert
 from reshard import open as open_checkpoint
 from reshard.cli import reshard, run
 from reshard.scripts.ds2hf import command as ds2hf
+from reshard.scripts.fsdp2hf import command as fsdp2hf
 from tests.oracle.cache import Oracle
 
 ROOT = Path(__file__).parent.parent
@@ -210,6 +212,35 @@ def test_a_script_says_where_the_flag_is_that_an_error_advises(
     assert "(--adapter-config: see `reshard convert --help`, which does the same.)" in said
 
 
+def test_fill_from_base_is_advised_and_taken_by_the_script_itself(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = oracle["lora-tied-zero3"]  # saved with exclude_frozen_parameters
+    flags = ["--checkpoint_dir", str(case.root), "--hf_base", str(case.base), "--lora-alpha", "6"]
+    assert run(ds2hf, [*flags, "--output_dir", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.endswith("take them from the base: --fill-from-base.\n")
+    for number, flag in enumerate(("--fill-from-base", "--fill_from_base")):
+        out = tmp_path / str(number)
+        assert run(ds2hf, [*flags, "--output_dir", str(out), flag]) == 0
+        assert set(open_checkpoint(out).tensors) == set(open_checkpoint(case.base).tensors)
+
+
+def test_a_script_says_where_the_names_that_the_base_lacks_are_allowed(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = oracle["llama-zero2"]
+    names = {**load_file(case.base / "model.safetensors"), "value.weight": np.zeros((1, 2))}
+    convert_from = tmp_path / "extra"
+    convert_from.mkdir()
+    save_file(names, convert_from / "model.safetensors")
+    convert(convert_from, tmp_path / "dcp", to="dcp")
+    flags = ["--checkpoint_dir", str(tmp_path / "dcp"), "--hf_base", str(case.base)]
+    assert run(fsdp2hf, [*flags, "--output_dir", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "pass --allow 'value.*'. Is it a critic's head, pass --value-head value." in said
+    assert "(--allow, --value-head: see `reshard convert --help`, which does the same.)" in said
+
+
 def test_a_script_is_not_called_around_its_check(
     oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +250,18 @@ def test_a_script_is_not_called_around_its_check(
     flags = ["--hf_base", str(oracle["llama-zero2"].base), "--output_dir", str(tmp_path / "out")]
     assert run(ds2hf, ["--checkpoint_dir", str(tmp_path / "runs"), *flags]) == 1
     assert "Convert it with fsdp2hf" in capsys.readouterr().err
+
+
+def test_a_script_names_the_checkpoint_below_a_model_that_it_does_not_convert(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The HF Trainer's run: the last model, above the checkpoints of the training."""
+    case, run_folder = oracle["llama-zero2"], tmp_path / "run"
+    shutil.copytree(case.base, run_folder)
+    shutil.copytree(case.root, run_folder / "checkpoint-2")
+    flags = ["--hf_base", str(case.base), "--output_dir", str(tmp_path / "out")]
+    assert run(ds2hf, ["--checkpoint_dir", str(run_folder), *flags]) == 1
+    assert f"Below it there is one: {run_folder / 'checkpoint-2'}." in capsys.readouterr().err
 
 
 def test_what_is_left_out_without_a_base_is_reported(oracle: Oracle, tmp_path: Path) -> None:

@@ -102,3 +102,65 @@ def test_a_folder_without_any_checkpoint_says_what_it_holds(tmp_path: Path) -> N
     (tmp_path / "notes.txt").touch()
     with pytest.raises(reshard.NotFoundError, match=r"logs/, notes.txt"):
         reshard.open(tmp_path)
+
+
+@pytest.fixture
+def trainer(oracle: Oracle, tmp_path: Path) -> Path:
+    """A run of the Hugging Face Trainer under DeepSpeed: two saves, each with the model as well."""
+    case = oracle["llama-zero2"]
+    for step in (10, 20):
+        folder = tmp_path / "trainer" / f"checkpoint-{step}"
+        shutil.copytree(case.base, folder)
+        shutil.copytree(case.last.path, folder / f"global_step{step}")
+        (folder / "latest").write_text(f"global_step{step}", encoding="utf-8")
+    return tmp_path / "trainer"
+
+
+def test_of_a_checkpoint_with_its_export_the_checkpoint_is_read(
+    oracle: Oracle, trainer: Path, tmp_path: Path
+) -> None:
+    folder = trainer / "checkpoint-20"
+    for path in (trainer, folder):
+        catalog = reshard.open(path).catalog
+        assert (catalog.format, catalog.origin.tag) == ("deepspeed", "global_step20")
+        assert "also holds an exported model" in catalog.remarks[-1]
+        assert not catalog.notes
+    assert reshard.open(folder / "model.safetensors").format == "huggingface"
+    report = reshard.convert(trainer, tmp_path / "out", base=oracle["llama-zero2"].base)
+    assert report.changed == report.compared
+
+
+def test_what_accelerate_saves_goes_before_the_export_as_well(trainer: Path) -> None:
+    folder = trainer / "checkpoint-20"
+    reshard.convert(folder / "global_step20", folder / "pytorch_model_fsdp_0", to="dcp")
+    for name in ("latest", "global_step20"):
+        (folder / name).rename(trainer / name)
+    assert reshard.open(folder).format == "dcp"
+    (trainer / "global_step20").rename(folder / "global_step20")
+    with pytest.raises(reshard.FormatError, match=r"more than one format \(dcp: .*; deepspeed: "):
+        reshard.open(folder)
+
+
+def test_a_tag_chooses_among_the_saves_of_the_trainer(trainer: Path) -> None:
+    for tag in ("global_step10", "checkpoint-10"):
+        checkpoint = reshard.open(trainer, tag=tag)
+        assert checkpoint.tag == "global_step10"
+    for path, words in (
+        (trainer, r"called 'global_step11' or holds it: checkpoint-10, checkpoint-20"),
+        (trainer / "checkpoint-20", r"'global_step11' is not there; the tags .*: global_step20"),
+    ):
+        with pytest.raises(reshard.NotFoundError, match=words):
+            reshard.open(path, tag="global_step11")
+
+
+def test_the_last_model_of_a_run_is_read_and_its_checkpoints_are_named(
+    oracle: Oracle, trainer: Path
+) -> None:
+    shutil.copytree(oracle["llama-zero2"].base, trainer, dirs_exist_ok=True)
+    catalog = reshard.open(trainer).catalog
+    assert catalog.format == "huggingface"
+    assert "There are 2 training checkpoints" in catalog.remarks[0]
+    assert catalog.remarks[0].endswith("trainer/checkpoint-20.")
+    for tag in ("global_step10", "checkpoint-10"):
+        assert reshard.open(trainer, tag=tag).tag == "global_step10"
+    assert not reshard.open(oracle["llama-zero2"].base).catalog.remarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from reshard.errors import FormatError, NotFoundError, PlanError
@@ -40,7 +41,7 @@ def find(
         path = folder / place / _NAME
         if path.is_file():
             config = _read(path, separated, sources)
-            return config, f"alpha {config.alpha:g} was taken from {path}."
+            return config, f"alpha {config.alpha:g} was taken from {os.path.normpath(path)}."
     raise PlanError(
         f"the checkpoint holds LoRA adapters on {len(separated.adapters)} modules (rank "
         f"{_ranks(separated)}), and not the alpha they were trained with.",

@@ -159,6 +159,7 @@ class _Export:
                 headless=self._classifier is not None or (scalar and not options.fill_from_base),
                 allow=options.allow,
                 transformers_version=options.transformers_version,
+                untied=frozenset(f"{module}.weight" for module in self._separated.saved),
             ),
             equal=compare,
         )

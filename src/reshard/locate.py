@@ -4,6 +4,13 @@ A path that a format claims is taken as it is. Otherwise the folders below it ar
 levels down and never inside a checkpoint: `results/run` leads to
 `results/run/_actor/global_step6`. Of saves side by side the newest complete one is taken, and the
 catalog's remarks say so; saves of different models are listed instead.
+
+Trainers export models among their checkpoints. The HF Trainer (transformers 5.23, trainer.py):
+
+    run/model.safetensors                     save_model() at the end: taken, and the rest named
+    run/checkpoint-20/model.safetensors       the same weights again, in the type of the module
+    run/checkpoint-20/global_step20/          DeepSpeed's save, with `latest`: taken
+    run/checkpoint-20/pytorch_model_fsdp_0/   or that of FSDP: taken
 """
 
 from __future__ import annotations
@@ -56,11 +63,17 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
 
 
 def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
-    if not path.is_dir() or formats.claims(path):
+    if not path.is_dir():
         return _load(path, formats.detect(path), sources, selection)
+    claims = formats.claims(path)
+    exported = bool(claims) and formats.meant(claims) in formats.EXPORTED
+    # Above a run's checkpoints lies the model that was exported at its end, which no tag means.
+    if claims and not (exported and selection.tag not in (None, real(path).name)):
+        catalog = _load(path, formats.detect(path), sources, selection)
+        return _and_below(catalog, path) if exported else catalog
     below = saves(path)
     if not below:
-        return formats.read(path, sources, selection)  # which says what is there instead
+        return _load(path, formats.detect(path), sources, selection)  # says what is there instead
     chosen, passed_over = _choose(path, below, selection.tag), []
     for save in chosen:
         try:
@@ -70,29 +83,47 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
             continue
         lost = tuple(f"passed over as incomplete: {error}" for error in passed_over)
         remark = _said(path, save, below)
-        return replace(catalog, notes=(*lost, *catalog.notes), remarks=(remark,))
+        remarks = (remark, *catalog.remarks)
+        return replace(catalog, notes=(*lost, *catalog.notes), remarks=remarks)
     raise passed_over[0]
 
 
 def _load(path: Path, format_: str, sources: Sources, selection: formats.Selection) -> Catalog:
     """The checkpoint at `path`, of which only DeepSpeed's reader takes a tag: it alone keeps
-    several saves in one folder."""
+    several saves in one folder. A model exported beside it is named in the remarks."""
     tag = selection.tag
-    if tag is not None and format_ != "deepspeed":
-        if tag != real(path).name:
-            raise NotFoundError(
-                f"there is no save {tag!r} here: it is one checkpoint, not a folder of several.",
-                path=path,
-                hint="Leave out --tag, or name the folder above.",
-            )
+    if tag is not None and tag == real(path).name and not (path / tag).is_dir():
         selection = replace(selection, tag=None)
-    return formats.load(format_).read(path, sources, selection)
+    elif tag is not None and format_ != "deepspeed":
+        raise NotFoundError(
+            f"there is no save {tag!r} here: it is one checkpoint, not a folder of several.",
+            path=path,
+            hint="Leave out --tag, or name the folder above.",
+        )
+    catalog = formats.load(format_).read(path, sources, selection)
+    if format_ in formats.EXPORTED or not formats.claims(path).keys() & {*formats.EXPORTED}:
+        return catalog
+    beside = f"{path} also holds an exported model; the training checkpoint in it was taken."
+    return replace(catalog, remarks=(*catalog.remarks, beside))
+
+
+def _and_below(catalog: Catalog, path: Path) -> Catalog:
+    """An exported model's catalog, which names the training checkpoints in the same folder."""
+    below = [save for save in _walk(path, 1, [_MAX_FOLDERS]) if save.format not in formats.EXPORTED]
+    if not below:
+        return catalog
+    newest = max(below, key=lambda save: save.age).path
+    remark = (
+        f"of {path}, the exported model was taken. There are {len(below)} training checkpoints "
+        f"as well; to convert one, name it: {newest}."
+    )
+    return replace(catalog, remarks=(*catalog.remarks, remark))
 
 
 def saves(path: Path) -> list[Found]:
     """Checkpoints below a folder; converted models only where there is nothing else."""
     found = list(_walk(path, _DEPTH, [_MAX_FOLDERS]))
-    training = [save for save in found if save.format not in ("huggingface", "torch")]
+    training = [save for save in found if save.format not in formats.EXPORTED]
     return training or found
 
 
@@ -103,9 +134,9 @@ def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
         budget[0] -= 1
         if budget[0] < 0:
             return
-        claims = list(formats.claims(child))
+        claims = formats.claims(child)
         if claims:
-            yield Found(child, claims[0] if len(claims) == 1 else "")
+            yield Found(child, formats.meant(claims) or "")
         elif depth > 1:
             yield from _walk(child, depth - 1, budget)
 
@@ -113,10 +144,7 @@ def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
 def _choose(path: Path, saves: list[Found], tag: str | None) -> list[Found]:
     """The saves to try, newest first."""
     if tag is not None:
-        named = [s for s in saves if s.path.name == tag or s.format == "deepspeed"]
-        if not named:
-            raise _several(path, saves, f"none of its checkpoints is called {tag!r}")
-        saves = named
+        saves = _tagged(path, saves, tag)
     actors = [save for save in saves if _ACTOR in save.path.relative_to(path).parts]
     saves = actors or saves
     if len({save.path.parent for save in saves}) > 1:
@@ -125,6 +153,18 @@ def _choose(path: Path, saves: list[Found], tag: str | None) -> list[Found]:
     if unclear:
         formats.detect(unclear[0].path)  # raises, naming both formats
     return sorted(saves, key=lambda save: save.age, reverse=True)
+
+
+def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
+    """The saves that are called `tag`, or hold a DeepSpeed save of that name."""
+    found = [
+        save
+        for save in saves
+        if save.path.name == tag or (save.format == "deepspeed" and (save.path / tag).is_dir())
+    ]
+    if not found:
+        raise _several(path, saves, f"none of its checkpoints is called {tag!r} or holds it")
+    return found
 
 
 def _several(path: Path, saves: list[Found], what: str) -> NotFoundError:

@@ -197,6 +197,28 @@ def test_frozen_parameters_can_be_left_out_or_filled(oracle: Oracle, tmp_path: P
     assert written.keys() == set(saved.expected()) - frozen
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_on_a_model_whose_frozen_embedding_is_its_head(
+    oracle: Oracle, tmp_path: Path, stage: int
+) -> None:
+    """As PEFT under the Hugging Face Trainer: the frozen parameters are excluded."""
+    case = oracle[f"lora-tied-zero{stage}"]
+    report = reshard.convert(
+        case.root, tmp_path / "out", base=case.base, lora_alpha=6, fill_from_base=True
+    )
+    base = load_file(case.base / "model.safetensors")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == base.keys()
+    assert "lm_head.weight" not in written
+    embedding = "model.embed_tokens.weight"
+    assert same_bits(written[embedding], base[embedding])
+    # Its other name is left in the module, where that holds weights.
+    assert report.tied == ({"lm_head.weight": embedding} if stage == 2 else {})
+    assert (embedding in report.filled) == (stage == 3)
+    assert report.merged == 4
+    reshard.verify(tmp_path / "out", case.root, base=case.base)
+
+
 def test_reshard_json_holds_the_digest_of_every_tensor(oracle: Oracle, tmp_path: Path) -> None:
     import xxhash
 

@@ -137,6 +137,29 @@ def test_tied_weights_are_stored_as_the_base_stores_them(
     assert torch.equal(written["model.embed_tokens.weight"], embedding)
 
 
+def test_frozen_weights_that_were_not_saved_are_the_bases(qwen2: Path, tmp_path: Path) -> None:
+    """accelerate saves the adapters alone of a PEFT model (`adapter_only`, utils/fsdp_utils.py)."""
+    base = load_file(qwen2 / "model.safetensors")
+    module = "model.layers.0.self_attn.q_proj"
+    rows, columns = base[f"{module}.weight"].shape
+    adapter = {
+        f"base_model.model.{module}.lora_A.default.weight": torch.randn(2, columns),
+        f"base_model.model.{module}.lora_B.default.weight": torch.randn(rows, 2),
+    }
+    folder = tmp_path / "checkpoint-2" / "pytorch_model_fsdp_0"
+    dcp.save({"model": adapter}, checkpoint_id=folder, no_dist=True)
+    flags = ["--hf_base", qwen2, "--checkpoint_dir", folder.parent, "--lora-alpha", 4]
+    done = run("fsdp2hf", *flags, "--output_dir", tmp_path / "out")
+    assert done.returncode == 1
+    assert "take them from the base: --fill-from-base.\n" in done.stderr
+    done = run("fsdp2hf", *flags, "--output_dir", tmp_path / "out", "--fill-from-base")
+    assert done.returncode == 0, done.stderr
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == base.keys()
+    changed = [name for name in base if not torch.equal(written[name], base[name])]
+    assert changed == [f"{module}.weight"]
+
+
 def test_hf2fsdp_and_back(qwen2: Path, tmp_path: Path) -> None:
     done = run("hf2fsdp", "--hf_checkpoint", qwen2, "--output", tmp_path / "dcp")
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,6 +111,28 @@ def test_a_stored_head_comes_from_the_embedding_where_the_config_ties_them() -> 
     assert caught.value.missing == (HEAD,)
 
 
+@pytest.mark.parametrize("stored", [TIED, UNTIED])
+def test_a_tied_embedding_that_is_saved_under_its_heads_name(stored: dict[str, Shape]) -> None:
+    source = {HEAD: (6, 2), NORM: (2,)}
+    found = run(source, stored, {"tie_word_embeddings": True})
+    assert found.entries.keys() == stored.keys()
+    assert tables.origin(found.entries[EMBEDDING]) == HEAD
+    assert found.config_patches == {}
+    assert "is read from 'lm_head.weight'" in found.warnings[0]
+    with pytest.raises(NamesError, match=r"1 of the base are not.*\n  model\.embed_tokens"):
+        run(source, stored, {"tie_word_embeddings": False})
+
+
+@pytest.mark.parametrize("stored", [TIED, UNTIED])
+def test_a_head_that_was_trained_apart_is_no_embedding(stored: dict[str, Shape]) -> None:
+    source = {HEAD: (6, 2), NORM: (2,)}
+    config = {"tie_word_embeddings": True}
+    found = run(source, stored, config, fill_from_base=True, untied=frozenset([HEAD]))
+    assert found.entries.keys() == {HEAD, NORM}
+    assert found.filled == (EMBEDDING,)
+    assert found.config_patches == {"tie_word_embeddings": False}
+
+
 def test_a_tie_that_nobody_compared_is_listed() -> None:
     found = fit(tables.entries(UNTIED), tables.schema(TIED))
     assert found.undecided == ((HEAD, EMBEDDING),)
@@ -168,6 +191,33 @@ def test_both_lists_and_the_nearest_names() -> None:
     assert first in text
     assert text.count("nearest") == 20
     assert "and 20 more" in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "hint"),
+    [
+        (
+            {"value.weight": (1, 2)},
+            r"pass --allow 'value\.\*'\. Is it a critic's head, pass --value-head value\.$",
+        ),
+        (
+            {"model.mtp.a.weight": (3,), "model.mtp.b.weight": (3,), "extra.bias": (3,), "x": (1,)},
+            r"no place for, pass --allow 'model\.mtp\.\*' 'extra\.\*' 'x'\.$",
+        ),
+        ({f"{letter}.weight": (3,) for letter in "abcde"}, r"pass --allow PATTERN \.\.\., where"),
+    ],
+)
+def test_the_options_that_would_help_are_named(extra: dict[str, Shape], hint: str) -> None:
+    many = {f"model.layers.{number}.weight": (2,) for number in range(9)}
+    base = {**TIED, **many}
+    with pytest.raises(NamesError, match=hint) as caught:
+        run({**base, **extra}, base)
+    assert set(caught.value.unexpected) == set(extra)
+    with pytest.raises(NamesError, match=r"If it is, to leave out .*lacks, --fill-from-base\.$"):
+        run({**TIED, **many, **extra}, {**base, "model.more": (5,)})
+    allowed = re.findall("'(.*?)'", str(caught.value.hint))
+    if allowed:
+        assert set(run({**base, **extra}, base, allow=tuple(allowed)).dropped) == set(extra)
 
 
 def test_a_shape_that_differs_is_shown_with_both() -> None:

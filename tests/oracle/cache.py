@@ -60,6 +60,8 @@ class Saved:
         masters = self.masters()
         tied = self.facts["tied"]
         left_out = set(self.facts["frozen"]) if self.save.exclude_frozen else set()
+        if self.facts["zero_stage"] < 3:
+            left_out -= set(tied.values())  # the module still has them, under their other names
         return {
             name: masters.get(name, value)
             for name, value in self.module().items()

@@ -122,16 +122,18 @@ def llama(tied: bool) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def lora() -> nn.Module:
+def lora(tied: bool) -> nn.Module:
     """The same Llama with PEFT's adapters on two projections: all else is frozen."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
-    return get_peft_model(llama(tied=False), config)
+    return get_peft_model(llama(tied), config)
 
 
 def build(name: str) -> nn.Module:
     """The model that a recipe calls `name`."""
     if name.startswith("llama"):
         return llama(tied=name == "llama-tied")
-    return {"rich": Rich, "empty": Empty, "many": Many, "lora": lora}[name]()
+    if name.startswith("lora"):
+        return lora(tied=name == "lora-tied")
+    return {"rich": Rich, "empty": Empty, "many": Many}[name]()

@@ -24,7 +24,7 @@ from typing import Literal
 
 Stage = Literal[0, 1, 2, 3]
 DTypeName = Literal["float32", "bfloat16", "float16"]
-ModelName = Literal["rich", "empty", "many", "llama", "llama-tied", "lora"]
+ModelName = Literal["rich", "empty", "many", "llama", "llama-tied", "lora", "lora-tied"]
 # How the trainable parameters are split over the optimizer's parameter groups:
 # all in one; weight decay or none; the same with every one-element parameter in a third.
 Groups = Literal["one", "decay", "three"]
@@ -173,6 +173,9 @@ _MODELS = [
     Recipe("llama-tied-zero3", 2, 3, "bfloat16", model="llama-tied"),
     Recipe("lora-zero2", 2, 2, "bfloat16", model="lora"),
     Recipe("lora-zero3", 2, 3, "bfloat16", model="lora"),
+    # As the Hugging Face Trainer saves PEFT's models: the adapters, and what is left of a tie.
+    Recipe("lora-tied-zero2", 2, 2, "bfloat16", model="lora-tied", saves=_EXCLUDED),
+    Recipe("lora-tied-zero3", 2, 3, "bfloat16", model="lora-tied", saves=_EXCLUDED),
 ]
 
 RECIPES: tuple[Recipe, ...] = (*_grid(), *_LAYOUTS, *_SAVING, *_MODELS)

@@ -153,7 +153,7 @@ def _save_base(recipe: Recipe, module: nn.Module, folder: Path) -> None:
     """The model before training, in the training run's type, for those that transformers loads."""
     if recipe.model.startswith("llama"):
         plain = copy.deepcopy(module)
-    elif recipe.model == "lora":
+    elif recipe.model.startswith("lora"):
         plain = copy.deepcopy(module).unload()  # without the adapters, which begin as no change
     else:
         return

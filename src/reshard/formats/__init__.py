@@ -5,7 +5,7 @@ Adding one is a module with the functions of `Format`, and a line in `FORMATS`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
@@ -75,6 +75,9 @@ FORMATS = {
 }
 
 
+#: Formats of whole models, which trainers also export beside the checkpoints of a training run.
+EXPORTED = ("huggingface", "torch")
+
 # The values of `convert --to`.
 TARGETS = {"hf": "huggingface", "dcp": "dcp"}
 
@@ -95,6 +98,17 @@ def claims(path: Path) -> dict[str, str]:
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
+def meant(claimed: Iterable[str]) -> str | None:
+    """Which of the formats that claim a folder is meant; None where it could be several.
+
+    A training checkpoint goes before a model exported beside it: the HF Trainer writes both into
+    `checkpoint-N`, and the checkpoint holds the same weights in the precision of training.
+    """
+    names = tuple(claimed)
+    found = tuple(name for name in names if name not in EXPORTED) or names
+    return found[0] if len(found) == 1 else None
+
+
 def single(name: str) -> Single:
     """The module that lays out single files of a format."""
     return cast(Single, import_module(FORMATS[name]))
@@ -103,7 +117,8 @@ def single(name: str) -> Single:
 def detect(path: Path) -> str:
     """The name of the format of what lies at `path`.
 
-    Raises `NotFoundError` where nothing is recognised, `FormatError` where two formats claim it.
+    Raises `NotFoundError` where nothing is recognised, `FormatError` where it could be of several
+    formats.
     """
     if not path.exists():
         raise NotFoundError("there is no such file or folder.", path=path)
@@ -114,14 +129,15 @@ def detect(path: Path) -> str:
             path=path,
             hint="Name the folder that holds the checkpoint's files, or the folder above it.",
         )
-    if len(reasons) > 1:
+    found = meant(reasons)
+    if found is None:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise FormatError(
             f"it looks like more than one format ({why}).",
             path=path,
             hint="Name the folder of the one that is meant.",
         )
-    return next(iter(reasons))
+    return found
 
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:

@@ -115,6 +115,7 @@ class _Fitting:
         outputs = self._outputs()
         self._copy_heads(outputs)
         self._judge_heads(outputs)
+        self._say_what_stands_in()
         dropped = self._sort_dropped()
         resized = self._resize(outputs)
         candidate = self._candidate
@@ -174,18 +175,23 @@ class _Fitting:
                 outputs[want[hub].name] = replace(entry.renamed(want[hub].name), aliases=())
 
     def _judge_heads(self, outputs: dict[str, Entry]) -> None:
-        """Compare heads with their embeddings where the base or its config says they are one."""
+        """Compare heads with their embeddings where the base or its config says they are one.
+
+        One whose embedding is the base's is written: it was trained apart, else it would stand for
+        the embedding.
+        """
         candidate = self._candidate
-        have = candidate.source.pieces
+        have, want = candidate.source.pieces, candidate.base.pieces
         extra = candidate.of(Verdict.EXTRA_HEAD)
         stored = candidate.of(Verdict.MATCHED) if says_tied(self._config) else ()
         for hub in (*extra, *stored):
-            embedding = embedding_of(hub, have)
+            embedding = embedding_of(hub, {**want, **have})
             if embedding is None:
                 continue
-            head, other = self._by_name[have[hub].name], self._by_name[have[embedding].name]
+            head = self._by_name[have[hub].name]
             name = candidate.base_view.name_here(hub)
-            if self._are_equal(head, other):
+            other = have.get(embedding)
+            if other is not None and self._are_equal(head, self._by_name[other.name]):
                 if hub in extra:
                     self._tied[name] = candidate.base_view.name_here(embedding)
                 continue
@@ -196,6 +202,17 @@ class _Fitting:
                 f"{name!r} differs from the embedding that the base ties it to: it is written, "
                 "and the config says so."
             )
+
+    def _say_what_stands_in(self) -> None:
+        """An embedding that the source holds under its head's name alone."""
+        have = self._candidate.source.pieces
+        for hub, piece in have.items():
+            embedding = embedding_of(hub, have)
+            if embedding is not None and have[embedding].name == piece.name:
+                self._warnings.append(
+                    f"{self._candidate.base_view.name_here(embedding)!r} is read from "
+                    f"{piece.name!r}: the base's config ties them, and the checkpoint holds one."
+                )
 
     def _are_equal(self, head: Entry, embedding: Entry) -> bool:
         if head.fragments == embedding.fragments:

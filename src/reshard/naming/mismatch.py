@@ -11,6 +11,8 @@ from reshard.naming.search import Candidate, Verdict
 
 # Names shown of each list; the error's fields hold all of them.
 _SHOWN = 10
+# Patterns that a hint spells out.
+_PATTERNS = 4
 # Names that difflib may compare with one name: about 10 us each.
 _POOL = 200
 
@@ -45,17 +47,58 @@ def refuse(candidate: Candidate) -> NamesError:
         "the checkpoint's tensors are not the base's: " + "\n".join(paragraphs) + "\n",
         missing=missing,
         unexpected=unexpected,
-        hint=_hint(missing, unexpected, clashes),
+        hint=_hint(candidate, missing, unexpected, clashes),
     )
 
 
-def _hint(missing: Sequence[str], unexpected: Sequence[str], clashes: Sequence[str]) -> str:
+def _hint(
+    candidate: Candidate, missing: Sequence[str], unexpected: Sequence[str], clashes: Sequence[str]
+) -> str:
+    """The options that would help, where the base is the right one."""
     if missing and not unexpected and not clashes:
         return (
             "Were they frozen and left out when it was saved, take them from the base: "
             "--fill-from-base."
         )
-    return "Is it the model that the training started from? Name the model's part with --prefix."
+    wrong = "Is it the model that the training started from? Name the model's part with --prefix."
+    matched = len(candidate.of(Verdict.MATCHED))
+    if clashes or not unexpected or matched < len(missing) + len(unexpected):
+        return wrong
+    leave = f"to leave out what the base has no place for, pass {_allowing(candidate, unexpected)}"
+    if missing:
+        fill = "to take from it what the checkpoint lacks, --fill-from-base"
+        return f"{wrong} If it is, {leave}; {fill}."
+    return f"{leave[0].upper()}{leave[1:]}.{_value_head(candidate)}"
+
+
+def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:
+    """The option that leaves the names out: patterns as short as leave in all that fit."""
+    left_out = set(unexpected)
+    fitting = {p.name for p in candidate.source.pieces.values() if p.name not in left_out}
+    kept = {head for name in fitting for head in _heads(name)}
+    found = dict.fromkeys(
+        next((f"{head}.*" for head in _heads(name) if head not in kept), name)
+        for name in unexpected
+    )
+    if len(found) > _PATTERNS:
+        return "--allow PATTERN ..., where * is any characters"
+    return " ".join(("--allow", *(f"'{pattern}'" for pattern in found)))
+
+
+def _heads(name: str) -> Sequence[str]:
+    """What stands before each dot of a name, the shortest first."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _value_head(candidate: Candidate) -> str:
+    """The option that makes a critic's head of a leftover row, in words."""
+    pieces = candidate.source.pieces
+    rows = [hub for hub in candidate.of(Verdict.UNEXPECTED) if pieces[hub].shape[:-1] == (1,)]
+    names = [pieces[hub].name for hub in rows if pieces[hub].name.endswith(".weight")]
+    if len(names) != 1:
+        return ""
+    return f" Is it a critic's head, pass --value-head {names[0].removesuffix('.weight')}."
 
 
 def _names(names: Iterable[str]) -> tuple[str, ...]:

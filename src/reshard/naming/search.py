@@ -14,6 +14,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.errors import NamesError
 from reshard.naming import families, patterns
@@ -30,7 +31,8 @@ class FitOptions(Struct, frozen=True):
     without an output head, the base's is left out. `allow`: names (on the base's or the
     checkpoint's side) that may be missing or left over, where `*` is any characters.
     `transformers_version`: what the checkpoint was trained with; needed only where its layout
-    cannot be told from shapes.
+    cannot be told from shapes. `untied`: tensors of the checkpoint, by its names, that are known to
+    be tied to no other.
     """
 
     prefix: str | None = None
@@ -38,6 +40,7 @@ class FitOptions(Struct, frozen=True):
     headless: bool = False
     allow: tuple[str, ...] = ()
     transformers_version: Version | None = None
+    untied: frozenset[str] = frozenset()
 
     def allows(self, name: str) -> bool:
         """Whether a name may be missing or left over."""
@@ -158,10 +161,11 @@ def search(found: Sources, schema: Schema, options: FitOptions) -> Candidate:
     tried: list[Candidate] = []
     # The base is taken to be as on the hub where that fits: released models are.
     for (base_view, *_), base in bases:
-        candidates = [
-            Candidate(prefix, same, base_view, source, base, judge.verdicts(source, base))
-            for prefix, same, source in readings
-        ]
+        candidates = []
+        for prefix, same, source in readings:
+            whole = judge.with_embeddings(source, base)
+            verdicts = judge.verdicts(whole, base)
+            candidates.append(Candidate(prefix, same, base_view, whole, base, verdicts))
         complete = [candidate for candidate in candidates if candidate.complete]
         if complete:
             return _unique(complete, options)
@@ -227,9 +231,27 @@ class _Judge:
         self._options = options
         self._tied = says_tied(schema.config)
 
+    def with_embeddings(self, source: Reading, base: Reading) -> Reading:
+        """The source with the embeddings that it holds under their heads' names alone.
+
+        Where the config ties them they are one tensor, of which some savers keep one name:
+        DeepSpeed with `exclude_frozen_parameters`, safetensors' `save_model`.
+        """
+        if not self._tied:
+            return source
+        have, found = source.pieces, {}
+        for head, embedding in families.HEADS:
+            piece = have.get(head)
+            if piece is None or embedding in have or embedding not in base.pieces:
+                continue
+            if piece.name not in self._options.untied:
+                found[embedding] = piece
+        return replace(source, pieces={**have, **found}) if found else source
+
     def verdicts(self, source: Reading, base: Reading) -> dict[Verdict, tuple[str, ...]]:
         have, want = source.pieces, base.pieces
         sorted_: defaultdict[Verdict, list[str]] = defaultdict(list)
+        embeddings = {**want, **have} if self._tied else have
         used = set()
         for hub, piece in want.items():
             other = have.get(hub)
@@ -240,7 +262,7 @@ class _Judge:
                 sorted_[_shapes(hub, other.shape, piece.shape)].append(hub)
         for hub, piece in have.items():
             if hub not in want:
-                sorted_[self._extra(hub, piece, have, used)].append(hub)
+                sorted_[self._extra(hub, piece, embeddings, used)].append(hub)
         _demand_one_vocabulary(sorted_, have)
         return {verdict: tuple(names) for verdict, names in sorted_.items()}
 
@@ -258,14 +280,16 @@ class _Judge:
             return Verdict.LEFT_OUT
         return Verdict.MISSING
 
-    def _extra(self, hub: str, piece: Piece, have: Mapping[str, Piece], used: set[str]) -> Verdict:
-        """A tensor of the source that the base does not have."""
+    def _extra(
+        self, hub: str, piece: Piece, others: Mapping[str, Piece], used: set[str]
+    ) -> Verdict:
+        """A tensor of the source that the base does not have; an embedding is among `others`."""
         if self._owners[piece.name] in used or patterns.matches_any(families.CONSTANTS, hub):
             return Verdict.DROPPED
         if self._options.allows(piece.name):
             return Verdict.DROPPED
-        embedding = embedding_of(hub, have)
-        if embedding is not None and have[embedding].shape == piece.shape:
+        embedding = embedding_of(hub, others)
+        if embedding is not None and others[embedding].shape == piece.shape:
             return Verdict.EXTRA_HEAD
         return Verdict.UNEXPECTED
 

@@ -20,13 +20,19 @@ def expect(path: Path, *wanted: str) -> None:
     """Raise `UnsupportedError` where `path`, or all below it, is of a format that the command does
     not convert."""
     if path.is_dir() and not formats.claims(path):
-        below = [save.format for save in locate.saves(path)]
-        if not below or set(below) & {*wanted, ""}:
+        formats_below = [save.format for save in locate.saves(path)]
+        if not formats_below or set(formats_below) & {*wanted, ""}:
             return  # which of them is meant, or what is there instead, is said when it is read
-        found = below[0]
+        found = formats_below[0]
     else:
         found = formats.detect(path)
     if found not in wanted:
         is_wanted, _ = _WORDS[wanted[0]]
-        is_found, hint = _WORDS[found]
-        raise UnsupportedError(f"it is {is_found}, not {is_wanted}.", path=path, hint=hint)
+        is_found, elsewhere = _WORDS[found]
+        below = [s for s in locate.saves(path) if s.format in wanted] if path.is_dir() else []
+        newest = max(below, key=lambda save: save.age, default=None)
+        raise UnsupportedError(
+            f"it is {is_found}, not {is_wanted}.",
+            path=path,
+            hint=elsewhere if newest is None else f"Below it there is one: {newest.path}.",
+        )

@@ -25,6 +25,8 @@ _PATH = FolderOrFile()
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--tag", "-t", help="Which save, e.g. global_step1; default: `latest`.")
 @click.option("--exclude_frozen_parameters", is_flag=True, help="Leave out frozen parameters.")
+@option("fill_from_base", is_flag=True,
+        help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
 @option("model_type", type=click.Choice(MODEL_TYPES), default="vision2seq", show_default=True,
         help="vision2seq: language, vision-language and audio-language models; grm: generative, "
              "srm: scalar reward models.")  # fmt: skip
@@ -45,6 +47,7 @@ def command(
     hf_base: Path,
     tag: str | None,
     exclude_frozen_parameters: bool,
+    fill_from_base: bool,
     model_type: str,
     pooling_method: str,
     scale_for_train: bool,
@@ -65,6 +68,7 @@ def command(
             base=hf_base,
             tag=tag,
             exclude_frozen=exclude_frozen_parameters,
+            fill_from_base=fill_from_base,
             model_type=model_type,
             pooling_method=pooling_method,
             scale_for_train=scale_for_train,

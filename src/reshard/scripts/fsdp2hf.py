@@ -9,7 +9,7 @@ import click
 
 from reshard import output
 from reshard.cli import HELP, run
-from reshard.flags import FolderOrFile, debug
+from reshard.flags import FolderOrFile, debug, option
 from reshard.scripts import expect
 
 _PATH = FolderOrFile()
@@ -23,6 +23,8 @@ _PATH = FolderOrFile()
 @click.option("--output_dir", type=_PATH, required=True,
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
 @click.option("--prefix", help="The model's part of a nested state dict; default: found by itself.")
+@option("fill_from_base", is_flag=True,
+        help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
 @click.option("--lora-alpha", type=float,
               help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
@@ -32,6 +34,7 @@ def command(
     checkpoint_dir: Path,
     output_dir: Path,
     prefix: str | None,
+    fill_from_base: bool,
     lora_alpha: float | None,
     overwrite: bool,
 ) -> None:
@@ -50,6 +53,7 @@ def command(
             output_dir,
             base=hf_base,
             prefix=prefix,
+            fill_from_base=fill_from_base,
             lora_alpha=lora_alpha,
             allow_unchanged=True,
             overwrite=overwrite,

@@ -42,14 +42,19 @@ def complete(masters: Mapping[str, Entry], saved: Saved) -> tuple[dict[str, Entr
         if name in model.module:
             entries[name] = stored_entry(name, model.module[name], "buffer")
     shared = model.shared or {}
-    aliases = {alias: stored for alias, stored in shared.items() if alias not in entries}
+    aliases = {
+        alias: stored
+        for alias, stored in shared.items()
+        # A frozen parameter that was excluded leaves its other names, as empty placeholders.
+        if alias not in entries and stored in entries
+    }
     known = entries.keys() | aliases.keys()
     notes = []
     absent = [name for name in model.module if name not in known]
     if absent:
         notes.append(
-            f"{len(absent)} names have no weights in the checkpoint, as frozen parameters before "
-            f"DeepSpeed 0.9.1: {', '.join(absent[:5])}."
+            f"{len(absent)} names have no weights in the checkpoint, as frozen parameters that "
+            f"were excluded, or saved before DeepSpeed 0.9.1: {', '.join(absent[:5])}."
         )
     return in_module_order(entries, aliases, model.module), notes
 

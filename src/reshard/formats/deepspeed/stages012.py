@@ -32,13 +32,19 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
 
 
 def complete(masters: Mapping[str, Entry], saved: Saved) -> dict[str, Entry]:
-    """The masters, and from the module what has none: buffers, frozen parameters, other names."""
+    """The masters, and from the module what has none: buffers, frozen parameters, other names.
+
+    `exclude_frozen_parameters` takes a frozen parameter out of the module under its first name
+    only (runtime/engine.py, `module_state_dict`): of a tied one the other name still holds
+    the weights.
+    """
     model, module = saved.model[0], saved.module
     entries = dict(masters)
     aliases = _aliases(model, entries)
     for name, tensor in module.items():
-        if name not in entries and name not in aliases:
-            entries[name] = stored_entry(name, tensor, _kind(name, model, zero=bool(masters)))
+        owner = aliases.get(name, name)
+        if owner not in entries and (owner == name or owner not in module):
+            entries[owner] = stored_entry(owner, tensor, _kind(owner, model, zero=bool(masters)))
     return in_module_order(entries, aliases, module)
 
 
