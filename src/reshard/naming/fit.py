@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from reshard.errors import NamesError
+from reshard.naming import ties
 from reshard.naming.assemble import Assembler
 from reshard.naming.layouts import Piece
 from reshard.naming.mismatch import refuse
@@ -15,7 +16,6 @@ from reshard.naming.search import (
     FitOptions,
     Sources,
     Verdict,
-    embedding_of,
     search,
     sources,
 )
@@ -113,8 +113,7 @@ class _Fitting:
 
     def result(self) -> Fit:
         outputs = self._outputs()
-        self._copy_heads(outputs)
-        self._judge_heads(outputs)
+        self._judge_twins(outputs, self._copy_twins(outputs))
         dropped = self._sort_dropped()
         resized = self._resize(outputs)
         candidate = self._candidate
@@ -164,46 +163,72 @@ class _Fitting:
                 origins[piece.name] = self._by_name[source.name].spec.name
         return origins
 
-    def _copy_heads(self, outputs: dict[str, Entry]) -> None:
-        """Write a head that the base stores and the source does not, as its config ties them."""
+    def _copy_twins(self, outputs: dict[str, Entry]) -> dict[str, str]:
+        """Write what the base stores under a name that the source has no tensor of.
+
+        Returns the tensors that are written by their own hub names, and the copied ones' twins.
+        """
         have, want = self._candidate.source.pieces, self._candidate.base.pieces
+        written = {hub: hub for hub in want if hub in have}
         for hub in self._candidate.of(Verdict.COPIED):
-            embedding = embedding_of(hub, have)
-            if embedding is not None:
-                entry = self._by_name[have[embedding].name]
-                outputs[want[hub].name] = replace(entry.renamed(want[hub].name), aliases=())
+            twin = ties.twin_of(hub, have)
+            if twin is not None:
+                name = want[hub].name
+                entry = self._by_name[have[twin].name]
+                outputs[name] = replace(entry.renamed(name), aliases=())
+                written[twin] = hub
+        return written
 
-    def _judge_heads(self, outputs: dict[str, Entry]) -> None:
-        """Compare heads with their embeddings where the base or its config says they are one."""
-        candidate = self._candidate
-        have = candidate.source.pieces
-        extra = candidate.of(Verdict.EXTRA_HEAD)
-        stored = candidate.of(Verdict.MATCHED) if says_tied(self._config) else ()
-        for hub in (*extra, *stored):
-            embedding = embedding_of(hub, have)
-            if embedding is None:
-                continue
-            head, other = self._by_name[have[hub].name], self._by_name[have[embedding].name]
-            name = candidate.base_view.name_here(hub)
-            if self._are_equal(head, other):
-                if hub in extra:
-                    self._tied[name] = candidate.base_view.name_here(embedding)
-                continue
-            outputs[name] = replace(head.renamed(name), aliases=())
-            for level in stating_levels(self._config):
-                self._patches[f"{level}tie_word_embeddings"] = False
-            self._warnings.append(
-                f"{name!r} differs from the embedding that the base ties it to: it is written, "
-                "and the config says so."
-            )
+    def _judge_twins(self, outputs: dict[str, Entry], written: Mapping[str, str]) -> None:
+        """Compare what the base or its config says is one tensor, and the source stores twice.
 
-    def _are_equal(self, head: Entry, embedding: Entry) -> bool:
-        if head.fragments == embedding.fragments:
+        Raises `NamesError` where the two differ and one of them is no output head: no file and no
+        config could tell them apart.
+        """
+        have, here = self._candidate.source.pieces, self._candidate.base_view.name_here
+        for hub in self._candidate.of(Verdict.TWIN):
+            if hub in written:
+                continue
+            twin = ties.twin_of(hub, written)
+            if twin is None:
+                raise refuse(self._candidate)
+            if self._are_equal(hub, twin):
+                self._tied[here(hub)] = here(written[twin])
+            elif ties.is_head(hub):
+                self._untie(outputs, hub)
+            else:
+                raise NamesError(
+                    f"it differs from {have[twin].name!r}, and the base stores one tensor for both.",
+                    tensor=have[hub].name,
+                    unexpected=(have[hub].name,),
+                )
+        for hub in self._candidate.of(Verdict.MATCHED) if says_tied(self._config) else ():
+            embedding = ties.embedding_of(hub, have)
+            if embedding is not None and not self._are_equal(hub, embedding):
+                self._untie(outputs, hub)
+
+    def _untie(self, outputs: dict[str, Entry], hub: str) -> None:
+        """Write a head of its own, and have the config say so."""
+        name = self._candidate.base_view.name_here(hub)
+        head = self._by_name[self._candidate.source.pieces[hub].name]
+        outputs[name] = replace(head.renamed(name), aliases=())
+        for level in stating_levels(self._config):
+            self._patches[f"{level}tie_word_embeddings"] = False
+        self._warnings.append(
+            f"{name!r} differs from the embedding that the base ties it to: it is written, "
+            "and the config says so."
+        )
+
+    def _are_equal(self, hub: str, twin: str) -> bool:
+        """Whether two of the source's tensors hold the same values."""
+        have = self._candidate.source.pieces
+        one, other = self._by_name[have[hub].name], self._by_name[have[twin].name]
+        if one.fragments == other.fragments:
             return True
         if self._equal is None:
-            self._undecided.append((head.spec.name, embedding.spec.name))
+            self._undecided.append((one.spec.name, other.spec.name))
             return True
-        return self._equal(head, embedding)
+        return self._equal(one, other)
 
     def _sort_dropped(self) -> tuple[str, ...]:
         """What is not written: other names of written tensors are ties, the rest is returned."""
