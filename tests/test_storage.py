@@ -20,6 +20,10 @@ SRC = Path(__file__).parents[1] / "src"
 LIMIT = 64
 
 
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """A model of a hundred shards."""
@@ -53,12 +57,12 @@ def test_as_many_files_as_the_system_will_have_are_kept_open(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
-    before = len(os.listdir("/proc/self/fd"))
+    before = _open_files()
     with Sources() as sources:
         for path in sorted(shards.glob("*.safetensors")):
             sources.open(path)
-        assert len(os.listdir("/proc/self/fd")) == before + 100
-    assert len(os.listdir("/proc/self/fd")) == before
+        assert _open_files() == before + 100
+    assert _open_files() == before
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ from reshard.catalog import Catalog
 from reshard.errors import NamesError, PlanError, ReshardError
 from reshard.formats import Selection, deepspeed
 from reshard.naming import Fit, FitOptions, fit, schema
-from reshard.naming.families import HEADS, PREFIXES
+from reshard.naming.families import PREFIXES
 from reshard.naming.rewards import SCORE
 from reshard.naming.search import unwrap
+from reshard.naming.ties import HEADS
 from reshard.progress import Progress, StagedProgress
 from reshard.storage import Sources
 from reshard.tensors import Entry, Shape

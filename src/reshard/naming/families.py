@@ -173,15 +173,6 @@ PLAIN = Family((), (Layout(_HUB, (0,)),))
 
 FAMILIES = (QWEN2_VL, LLAVA, QWEN2_AUDIO, MIXTRAL, PHIMOE, ERNIE4_5_MOE, QWEN2_MOE, QWEN3_VL_MOE)
 
-#: (output head, the input embedding it may be tied to), by hub names.
-HEADS = (
-    ("lm_head.weight", "model.embed_tokens.weight"),
-    ("lm_head.weight", "model.language_model.embed_tokens.weight"),
-    ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
-    ("lm_head.weight", "transformer.wte.weight"),
-    ("embed_out.weight", "gpt_neox.embed_in.weight"),
-)
-
 #: Which dimension of a hub tensor is the model's width: tells orientations apart.
 WIDTHS = (("**.mlp.experts.gate_up_proj", 1), ("**.mlp.experts.down_proj", 2))
 

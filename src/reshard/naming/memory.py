@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reshard.errors import PlanError, UnsupportedError
-from reshard.naming import families, patterns
+from reshard.naming import families, patterns, ties
 from reshard.naming.assemble import Assembler
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Stacked, Version, View
 from reshard.naming.schema import levels, views
@@ -20,8 +20,11 @@ from reshard.tensors import Entry, Shape
 #: The newest transformers version whose layouts were read (`families.py`).
 NEWEST: Version = (5, 23)
 
-# Classes that hold no output head, by the ends of their names in config.json's `architectures`.
-_GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+# Classes that hold an output head, by the ends of their names in config.json's `architectures`.
+_GENERATING = (
+    "ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "DoubleHeadsModel", "MTModel",
+    "ForMaskedLM", "ForSpeechToText", "ForTextToText", "EncoderDecoderModel",
+)  # fmt: skip
 
 
 def to_memory(
@@ -36,7 +39,7 @@ def to_memory(
     """
     reading = _read(entries, config)
     pieces = _towers(reading.pieces, config)
-    _add_head(pieces, config)
+    _add_tied(pieces, config)
     view = memory_view(config, version)
     wanted: dict[str, list[tuple[Piece, Piece]]] = {}
     for hub, piece in _place({hub: piece.shape for hub, piece in pieces.items()}, view).items():
@@ -121,19 +124,20 @@ def _towers(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _add_head(pieces: dict[str, Piece], config: Mapping[str, Any]) -> None:
-    """Add the head that the files leave out because it is the embedding."""
+def _add_tied(pieces: dict[str, Piece], config: Mapping[str, Any]) -> None:
+    """Add the tensors that the files hold under another name only: a live module has them all."""
     stated = [level.get("tie_word_embeddings") for level in levels(config)]
-    classes = [name for level in levels(config) for name in level.get("architectures") or ()]
-    generates = not classes or any(str(name).endswith(_GENERATING) for name in classes)
+    classes = [str(name) for level in levels(config) for name in level.get("architectures") or ()]
+    generates = not classes or any(name.endswith(_GENERATING) for name in classes)
     # Unstated means tied: the default of transformers' configs is left out of config.json.
     tied = True in stated or False not in stated
-    for head, embedding in families.HEADS:
-        if head in pieces:
-            return
-        if embedding in pieces and generates and tied:
-            pieces[head] = pieces[embedding]
-            return
+    modules = {name[:dot] for name in pieces for dot, sign in enumerate(name) if sign == "."}
+    found = ties.missing_parts(pieces, modules.__contains__)
+    if generates:
+        found |= ties.missing_heads(pieces, config.get("model_type"))
+    for name, original in found.items():
+        if tied or not ties.is_head(name):
+            pieces[name] = pieces[original]
 
 
 def _place(shapes: Mapping[str, Shape], view: View) -> dict[str, Piece]:

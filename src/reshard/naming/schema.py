@@ -60,6 +60,12 @@ def says_tied(config: Mapping[str, Any]) -> bool:
     return any(level.get("tie_word_embeddings") is True for level in levels(config))
 
 
+def says_untied(config: Mapping[str, Any]) -> bool:
+    """Whether the config states that they are two, and nowhere that they are one."""
+    stated = [level.get("tie_word_embeddings") for level in levels(config)]
+    return False in stated and True not in stated
+
+
 def levels(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """The configs that describe the language model: the top level's and the inner one."""
     inner = text_config(config)
