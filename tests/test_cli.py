@@ -201,6 +201,20 @@ def test_no_path_is_no_folder(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tilde_that_the_shell_left_is_the_home(
+    oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = oracle["llama-zero2"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, folder in (("run", case.root), ("base", case.base)):
+        (tmp_path / name).symlink_to(folder)
+    assert run(reshard, ["convert", "~/run", "~/out", "--base=~/base"]) == 0
+    flags = ["--checkpoint_dir=~/run", "--hf_base=~/base", "--output_dir=~/again"]
+    assert run(ds2hf, flags) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
 def test_a_script_says_where_the_flag_is_that_an_error_advises(
     oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

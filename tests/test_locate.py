@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed import checkpoint as dcp
 
 import reshard
 from tests.oracle.cache import Oracle
@@ -164,3 +167,129 @@ def test_the_last_model_of_a_run_is_read_and_its_checkpoints_are_named(
     for tag in ("global_step10", "checkpoint-10"):
         assert reshard.open(trainer, tag=tag).tag == "global_step10"
     assert not reshard.open(oracle["llama-zero2"].base).catalog.remarks
+
+
+def test_an_exported_model_that_is_newer_is_named_and_taken_by_its_tag(trainer: Path) -> None:
+    """`save_only_model`, or a training checkpoint that was removed to save space."""
+    shutil.rmtree(trainer / "checkpoint-20" / "global_step20")
+    (trainer / "checkpoint-20" / "latest").unlink()
+    catalog = reshard.open(trainer).catalog
+    assert catalog.origin.tag == "global_step10"
+    assert "checkpoint-20 is newer, and an exported model alone" in catalog.remarks[1]
+    assert reshard.open(trainer, tag="checkpoint-20").format == "huggingface"
+    assert len(reshard.open(trainer, tag="checkpoint-10").catalog.remarks) == 2
+    shutil.move(trainer / "checkpoint-20", trainer / "checkpoint-5")
+    assert len(reshard.open(trainer).catalog.remarks) == 2
+
+
+def test_comparisons_say_which_checkpoint_they_took(trainer: Path, tmp_path: Path) -> None:
+    reshard.convert(trainer, tmp_path / "out")
+    notes = reshard.verify(tmp_path / "out", trainer).notes
+    assert any("checkpoint-20 was taken" in note for note in notes)
+    assert reshard.diff(trainer, tmp_path / "out").notes == notes
+
+
+# --- accelerate's save_state of a run that trains two models -----------------------------------
+
+
+def _two_models(folder: Path, oracle: Oracle, kind: str) -> tuple[str, str]:
+    """What accelerate 1.15 saves of two models (accelerator.py, utils/fsdp_utils.py), and the
+    names of both; the second has no output head."""
+    root = oracle["llama-zero2"].root
+    names = {
+        "dcp": ("pytorch_model_fsdp_0", "pytorch_model_fsdp_1"),
+        "deepspeed": ("pytorch_model", "pytorch_model_1"),
+        "torch": ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_1.bin"),
+        "huggingface": ("model.safetensors", "model_1.safetensors"),
+    }[kind]
+    folder.mkdir(parents=True)
+    state = {name: torch.from_numpy(t.numpy()) for name, t in reshard.open(root).tensors.items()}
+    for place, number in zip((folder / name for name in names), (0, 1), strict=True):
+        if kind == "deepspeed":
+            shutil.copytree(
+                oracle["llama-tied-zero2" if number else "llama-zero2"].last.path, place
+            )
+            (folder / "latest").write_text(place.name, encoding="utf-8")
+            continue
+        if number:
+            state.pop("lm_head.weight")
+        if kind == "dcp":
+            dcp.save({"model": state}, checkpoint_id=place, no_dist=True)
+            dcp.save(
+                {"optimizer": state}, checkpoint_id=folder / f"optimizer_{number}", no_dist=True
+            )
+        elif kind == "torch":
+            torch.save(state, place)
+        else:
+            save_file(state, place)
+    return names
+
+
+@pytest.mark.parametrize("kind", ["dcp", "deepspeed", "torch", "huggingface"])
+def test_of_two_models_the_first_is_read_and_the_other_named(
+    oracle: Oracle, tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "run" / "checkpoint_3"
+    first, second = _two_models(folder, oracle, kind)
+    for path in (folder, folder.parent):
+        catalog = reshard.open(path).catalog
+        assert catalog.format == kind
+        assert "lm_head.weight" in catalog.entries
+        assert first in catalog.remarks[-1]
+        assert second in catalog.remarks[-1]
+    other = reshard.open(folder / second)
+    assert "lm_head.weight" not in other.catalog.entries
+    assert not other.catalog.remarks
+    if kind == "deepspeed":
+        assert reshard.open(folder, tag=second).tag == second
+
+
+def test_the_second_model_alone_is_no_optimizer(oracle: Oracle, tmp_path: Path) -> None:
+    first, second = _two_models(tmp_path / "checkpoint_3", oracle, "dcp")
+    shutil.rmtree(tmp_path / "checkpoint_3" / first)
+    assert reshard.open(tmp_path).catalog.origin.root.name == second
+
+
+# --- the Hugging Face cache --------------------------------------------------------------------
+
+
+@pytest.fixture
+def repository(oracle: Oracle, tmp_path: Path) -> Path:
+    """A repository in the Hugging Face cache, as huggingface_hub lays it out."""
+    folder = tmp_path / "hub" / "models--some--model"
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0a1b", encoding="utf-8")
+    (folder / "snapshots" / "0a1b").mkdir(parents=True)
+    for file in oracle["llama-zero2"].base.iterdir():
+        shutil.copy(file, folder / "blobs" / f"of-{file.name}")
+        link = folder / "snapshots" / "0a1b" / file.name
+        link.symlink_to(f"../../blobs/of-{file.name}")
+    return folder
+
+
+def test_a_repository_of_the_cache_leads_to_its_snapshot(
+    oracle: Oracle, repository: Path, tmp_path: Path
+) -> None:
+    root = reshard.open(repository).catalog.origin.root
+    assert root == repository / "snapshots" / "0a1b"
+    reshard.convert(oracle["llama-zero2"].root, tmp_path / "out", base=repository)
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not reshard.doctor(tmp_path / "out", base=repository).errors
+    reshard.convert(repository, tmp_path / "dcp", to="dcp")
+    (repository / "refs" / "main").unlink()
+    assert reshard.open(repository).catalog.origin.root == root
+    (repository / "snapshots" / "2c3d").mkdir()
+    with pytest.raises(reshard.NotFoundError, match="its snapshots are: 0a1b, 2c3d"):
+        reshard.open(repository)
+
+
+def test_a_model_that_is_called_by_its_name_is_found_in_the_cache(
+    oracle: Oracle, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(repository.parent))
+    root, out = oracle["llama-zero2"].root, tmp_path / "out"
+    with pytest.raises(reshard.NotFoundError, match=f"name its folder: {repository}"):
+        reshard.convert(root, out, base="some/model")
+    with pytest.raises(reshard.NotFoundError, match="is a local Hugging Face model folder"):
+        reshard.convert(root, out, base="another/model")

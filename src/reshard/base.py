@@ -15,7 +15,7 @@ from reshard.dtypes import DType
 from reshard.errors import FormatError, NotFoundError
 from reshard.formats import Selection, huggingface
 from reshard.naming import Schema
-from reshard.storage import Sources
+from reshard.storage import Sources, cached, snapshot
 from reshard.tensors import Entry
 
 CONFIG = "config.json"
@@ -39,14 +39,19 @@ class Base(Struct, frozen=True):
 def read_base(folder: Path, sources: Sources) -> Base:
     """Read a base model's headers and config.
 
-    Raises `NotFoundError` where there is no folder, no config.json or no safetensors file.
+    Of a repository's folder in the Hugging Face cache, its snapshot is read. Raises `NotFoundError`
+    where there is no folder, no config.json or no safetensors file.
     """
     if not folder.is_dir():
+        found = cached(str(folder))
         raise NotFoundError(
             "there is no such folder.",
             path=folder,
-            hint="The base is a local Hugging Face model folder, the start of the training.",
+            hint="The base is a local Hugging Face model folder, the start of the training."
+            if found is None
+            else f"The model of that name is in the Hugging Face cache; name its folder: {found}.",
         )
+    folder = snapshot(folder)
     config = huggingface.read_config(folder, sources)
     if huggingface.detect(folder) is None:
         raise NotFoundError(

@@ -210,6 +210,8 @@ def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> in
     if as_json:
         output.print_json(verified.to_json())
         return 0
+    for note in verified.notes:
+        output.say(f"note: {note}")
     amount = output.size(verified.bytes_read)
     what = "as written" if against is None else f"as in {against}"
     apart = f"; {verified.num_filled} are the base's" if verified.num_filled else ""
@@ -235,6 +237,8 @@ def diff(a: Path, b: Path, as_json: bool) -> int:
     if as_json:
         output.print_json(found.to_json())
     else:
+        for note in found.notes:
+            output.say(f"note: {note}")
         rows = [(difference.name, str(difference)) for difference in found.differences]
         if rows:
             output.print_table(rows, header=("tensor", "difference"))

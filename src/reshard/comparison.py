@@ -33,7 +33,8 @@ def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None)
         pairing = pair(mine, theirs, sources)
         found = compare(pairing.pairs, sources, progress)
     apart = (*pairing.left, *pairing.omitted, *pairing.filled)
-    return Comparison(found.num_equal, (*found.differences, *apart), found.bytes_read)
+    notes = (*mine.remarks, *theirs.remarks)
+    return Comparison(found.num_equal, (*found.differences, *apart), found.bytes_read, notes)
 
 
 def verify(
@@ -82,7 +83,7 @@ def verify(
         raise VerificationError(
             f"none of its tensors is in {os.fspath(against)}: they are all the base's.", path=folder
         )
-    return Verified(found.num_equal, found.bytes_read, len(pairing.filled))
+    return Verified(found.num_equal, found.bytes_read, len(pairing.filled), source.remarks)
 
 
 def _check_names(pairing: Pairing, folder: Path) -> None:

@@ -46,11 +46,15 @@ class Difference(Struct, frozen=True):
 
 
 class Comparison(Struct, frozen=True):
-    """Two checkpoints: `num_equal` tensors are the same bit for bit, the others are listed."""
+    """Two checkpoints: `num_equal` tensors are the same bit for bit, the others are listed.
+
+    `notes` say which checkpoints were taken, where a path named a folder above.
+    """
 
     num_equal: int
     differences: tuple[Difference, ...]
     bytes_read: int
+    notes: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -61,6 +65,7 @@ class Comparison(Struct, frozen=True):
             "same": self.same,
             "num_equal": self.num_equal,
             "differences": [asdict(difference) for difference in self.differences],
+            "notes": list(self.notes),
         }
 
 

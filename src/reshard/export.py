@@ -22,12 +22,12 @@ from msgspec import Struct, field
 from reshard import adapter_config
 from reshard.base import Base, main_dtype
 from reshard.catalog import Catalog
-from reshard.errors import PlanError
+from reshard.errors import NamesError, PlanError
 from reshard.naming import Fit, FitOptions, families, fit, patterns
 from reshard.naming.adapter_output import CONFIG as ADAPTER_CONFIG
 from reshard.naming.adapter_output import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.naming.adapter_output import adapter_folder, updates
-from reshard.naming.adapters import AdapterConfig, separate
+from reshard.naming.adapters import AdapterConfig, holds_adapters, separate, without_peft
 from reshard.naming.fit import Equal
 from reshard.naming.rewards import (
     SCORE,
@@ -51,6 +51,10 @@ VALUE_HEAD = "value_head.safetensors"
 LIGHTRFT = "pytorch_model.bin"
 # Beside a merged model: in its root, transformers would apply the adapter a second time.
 ADAPTER_FOLDER = "adapter/"
+_UNMERGED = (
+    "it holds LoRA adapters, which are written as they are: no program loads them from such a "
+    "file. With --base they are merged, or written as a folder for PEFT."
+)
 
 
 class Side(Struct, frozen=True):
@@ -96,6 +100,7 @@ def plain(catalog: Catalog, options: Options) -> Export:
         model=choose(list(kept.items()), {}, options.dtype),
         fit=Fit(kept, tied=tied),
         missing=tuple(name for name in catalog.entries if name not in kept),
+        warnings=(_UNMERGED,) if options.to == "hf" and holds_adapters(kept) else (),
         assets=False,
     )
 
@@ -149,19 +154,40 @@ class _Export:
         return classifier_patches(self._base.config.get("architectures") or ())
 
     def _fitted(self, compare: Equal | None) -> Fit:
-        options, parts = self._options, self._parts
+        parts = self._parts
         scalar = parts.rewards is not None and not _has_head(parts.backbone)
-        return fit(
-            parts.backbone,
-            self._base.schema,
-            options=FitOptions(
-                fill_from_base=options.fill_from_base or options.exclude_frozen,
-                headless=self._classifier is not None or (scalar and not options.fill_from_base),
-                allow=options.allow,
-                transformers_version=options.transformers_version,
-                untied=frozenset(f"{module}.weight" for module in self._separated.saved),
-            ),
-            equal=compare,
+        try:
+            return fit(
+                parts.backbone,
+                self._base.schema,
+                options=self._fit_options(scalar),
+                equal=compare,
+            )
+        except NamesError as error:
+            raise self._explained(error) from None
+
+    def _fit_options(self, scalar: bool) -> FitOptions:
+        """`scalar`: the checkpoint is of a scalar reward model without an output head."""
+        options = self._options
+        return FitOptions(
+            fill_from_base=options.fill_from_base or options.exclude_frozen or self._alone,
+            headless=self._classifier is not None or (scalar and not options.fill_from_base),
+            allow=options.allow,
+            transformers_version=options.transformers_version,
+            untied=frozenset(f"{module}.weight" for module in self._separated.saved),
+        )
+
+    def _explained(self, error: NamesError) -> NamesError:
+        """The error, saying first where it is that the checkpoint holds adapters alone."""
+        separated = self._separated
+        if not separated.adapters or len(separated.absent) < len(separated.adapters):
+            return error
+        return NamesError(
+            f"the checkpoint holds LoRA adapters on {len(separated.adapters)} modules and not the "
+            f"weights that they update. {error.message[0].upper()}{error.message[1:]}",
+            missing=error.missing,
+            unexpected=error.unexpected,
+            hint=error.hint,
         )
 
     def _scale(self, checkpoint: Path, sources: Sources | None) -> None:
@@ -257,7 +283,10 @@ class _Export:
         return sides, texts
 
     def _lightrft(self) -> list[Target]:
-        """LightRFT's own state dict: every name of training, the backbone in the base's dtype."""
+        """LightRFT's own state dict: every name of training, the backbone in the base's dtype.
+
+        PEFT's prefix is left out: the adapters are merged, and LightRFT wraps no model to load it.
+        """
         self._check_complete()
         merged = {self._fit.origins[name]: made for name, made in self._updates.items()}
         heads = self._parts.rewards.tensors if self._parts.rewards else {}
@@ -268,7 +297,8 @@ class _Export:
         for name, entry in lightrft_state(Parts(self._parts.backbone)).items():
             made = merged.get(entry.spec.name, merged.get(name, entry))
             for called in (name, *map(unwrap, entry.aliases)):
-                backbone[called] = made.renamed(called)
+                plain = without_peft(called)
+                backbone[plain] = made.renamed(plain)
         return [
             *choose(list(backbone.items()), {}, dtype),
             *choose(list(heads.items()), {}, self._kept()),

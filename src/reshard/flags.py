@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -52,7 +53,11 @@ def repeat_flags(args: Sequence[str], repeatable: set[str]) -> list[str]:
 
 
 class FolderOrFile(click.Path):
-    """A path that is not empty: `Path("")` is the current folder, which nobody means by it."""
+    """A path that is not empty: `Path("")` is the current folder, which nobody means by it.
+
+    A leading `~` is the user's home: shells leave it in `--base=~/model` and within quotes. A
+    folder of that name is `./~`.
+    """
 
     def __init__(self, **more: Any) -> None:
         super().__init__(path_type=Path, **more)
@@ -60,6 +65,9 @@ class FolderOrFile(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("the path is empty.", param, ctx)
+        if isinstance(value, str):
+            # Path.expanduser raises where `~name` is no user's.
+            value = os.path.expanduser(value)  # noqa: PTH111
         return super().convert(value, param, ctx)
 
 

@@ -26,7 +26,7 @@ from reshard import formats
 from reshard.catalog import Catalog
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.naming.part import under
-from reshard.storage import Sources, real
+from reshard.storage import Sources, real, snapshot
 
 _DEPTH = 3
 # A run's folder has tens of entries; more than this is somebody's home directory.
@@ -56,7 +56,7 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     Raises what the format's reader raises; `NotFoundError` where there is none, or several that
     are not saves of one run, `NamesError` where nothing lies under the prefix.
     """
-    catalog = _read(path, sources, selection)
+    catalog = _read(snapshot(path), sources, selection)
     if selection.prefix and catalog.format != "dcp":  # whose reader takes the part out itself
         catalog = replace(catalog, entries=under(catalog.entries, selection.prefix))
     return catalog
@@ -71,7 +71,7 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
     if claims and not (exported and selection.tag not in (None, real(path).name)):
         catalog = _load(path, formats.detect(path), sources, selection)
         return _and_below(catalog, path) if exported else catalog
-    below = saves(path)
+    below = list(_walk(path, _DEPTH, [_MAX_FOLDERS]))
     if not below:
         return _load(path, formats.detect(path), sources, selection)  # says what is there instead
     chosen, passed_over = _choose(path, below, selection.tag), []
@@ -82,8 +82,7 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
             passed_over.append(error)
             continue
         lost = tuple(f"passed over as incomplete: {error}" for error in passed_over)
-        remark = _said(path, save, below)
-        remarks = (remark, *catalog.remarks)
+        remarks = (*_said(path, save, below, selection.tag), *catalog.remarks)
         return replace(catalog, notes=(*lost, *catalog.notes), remarks=remarks)
     raise passed_over[0]
 
@@ -121,8 +120,11 @@ def _and_below(catalog: Catalog, path: Path) -> Catalog:
 
 
 def saves(path: Path) -> list[Found]:
-    """Checkpoints below a folder; converted models only where there is nothing else."""
-    found = list(_walk(path, _DEPTH, [_MAX_FOLDERS]))
+    """Checkpoints below a folder; exported models only where there is nothing else."""
+    return _training(list(_walk(path, _DEPTH, [_MAX_FOLDERS])))
+
+
+def _training(found: list[Found]) -> list[Found]:
     training = [save for save in found if save.format not in formats.EXPORTED]
     return training or found
 
@@ -143,8 +145,7 @@ def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
 
 def _choose(path: Path, saves: list[Found], tag: str | None) -> list[Found]:
     """The saves to try, newest first."""
-    if tag is not None:
-        saves = _tagged(path, saves, tag)
+    saves = _training(saves if tag is None else _tagged(path, saves, tag))
     actors = [save for save in saves if _ACTOR in save.path.relative_to(path).parts]
     saves = actors or saves
     if len({save.path.parent for save in saves}) > 1:
@@ -172,7 +173,18 @@ def _several(path: Path, saves: list[Found], what: str) -> NotFoundError:
     return NotFoundError(f"{what}: {listed}.", path=path, hint="Name one of them.")
 
 
-def _said(path: Path, save: Found, saves: list[Found]) -> str:
-    if len(saves) > 1:
-        return f"of the {len(saves)} checkpoints in {path}, {save.path.name} was taken."
-    return f"of {path}, the checkpoint {save.path.relative_to(path)} was taken."
+def _said(path: Path, save: Found, found: list[Found], tag: str | None) -> list[str]:
+    """Which of the checkpoints was taken, in words, and which exported model is newer than it."""
+    saves = _training(found)
+    where = f"of the {len(saves)} checkpoints in {path}, " if len(saves) > 1 else f"of {path}, "
+    name = save.path.name if len(saves) > 1 else f"the checkpoint {save.path.relative_to(path)}"
+    newer = [
+        other
+        for other in found
+        if other not in saves and other.path.parent == save.path.parent and other.age > save.age
+    ]
+    said = [f"{where}{name} was taken."]
+    if tag is None and newer:
+        newest = max(newer, key=lambda other: other.age).path
+        said.append(f"{newest} is newer, and an exported model alone; to convert it, name it.")
+    return said

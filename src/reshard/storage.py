@@ -8,6 +8,7 @@ is first opened and checked again by `Sources.check_unchanged` when the work is 
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 import resource
 import stat
@@ -30,6 +31,8 @@ _MAX_NAME = 255
 # Compressed frames kept expanded, each in a temporary file. Readers take a frame's bytes in order
 # and do not come back, so a few for each thread will do.
 _MAX_EXPANDED = 16
+# A repository's folder in the Hugging Face cache: models--<owner>--<name>.
+_CACHED = "models--"
 
 Identity = tuple[int, int, int, int]
 
@@ -195,6 +198,44 @@ def real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # `Path.resolve` raises RuntimeError for a loop
 
 
+def snapshot(folder: Path) -> Path:
+    """The model in a repository's folder of the Hugging Face cache; any other folder is itself.
+
+        models--org--name/snapshots/<commit>/    a model folder, of links to blobs/
+        models--org--name/refs/main              the commit that was last downloaded
+
+    (huggingface_hub 2.4, file_download.py.) Raises `NotFoundError` where it is not clear which.
+    """
+    if not all((folder / name).is_dir() for name in ("blobs", "snapshots")):
+        return folder
+    there = {path.name: path for path in (folder / "snapshots").iterdir() if path.is_dir()}
+    main = folder / "refs" / "main"
+    named = main.read_text("utf-8", "replace").strip() if main.is_file() else ""
+    if named in there:
+        return there[named]
+    if len(there) == 1:
+        return next(iter(there.values()))
+    listed = ", ".join(sorted(there)) or "none"
+    raise NotFoundError(
+        f"it is a repository in the Hugging Face cache; its snapshots are: {listed}.",
+        path=folder / "snapshots",
+        hint="Name the folder of one of them." if there else "Download the model again.",
+    )
+
+
+def cached(name: str) -> Path | None:
+    """The folder of a model that is called by its name on the hub, if it is in the cache.
+
+    Where the cache is: huggingface_hub 2.4, constants.py.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return None
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    folder = cache / (_CACHED + name.replace("/", "--"))
+    return folder if folder.is_dir() else None
+
+
 def child(folder: Path, name: str) -> Path:
     """`folder/name`, for a name that a file of the checkpoint states.
 
@@ -212,8 +253,8 @@ def child(folder: Path, name: str) -> Path:
     path = folder / name
     if path.is_symlink():
         target = real(path)
-        cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-        if not cached and not target.is_relative_to(real(folder)):
+        in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith(_CACHED)
+        if not in_cache and not target.is_relative_to(real(folder)):
             raise FormatError(
                 f"it is a link that leaves the folder, to {target}.",
                 path=path,

@@ -34,12 +34,14 @@ _BLOCK = 4 << 20
 class Verified(Struct, frozen=True):
     """What a verification read: all of it was as stated. Sizes are bytes.
 
-    `num_filled` tensors are the base's and were not compared.
+    `num_filled` tensors are the base's and were not compared. `notes` say which checkpoint was
+    taken, where the path named a folder above.
     """
 
     num_tensors: int
     bytes_read: int
     num_filled: int = 0
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"verified": True, **asdict(self)}

@@ -22,6 +22,15 @@ class TestReadingOneFile(ReaderConformance):
         return folder
 
 
+class TestReadingFullStateDictOfFSDP(ReaderConformance):
+    format = "torch"
+
+    def make(self, folder: Path, tensors: Tensors) -> Path:
+        state = {name: to_torch(array) for name, array in tensors.items()}
+        torch.save(state, folder / "pytorch_model_fsdp.bin")
+        return folder
+
+
 class TestReadingTheLegacyContainer(ReaderConformance):
     format = "torch"
 

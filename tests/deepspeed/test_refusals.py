@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import reshard
+from tests.deepspeed.test_reading import check_against_truth
 from tests.oracle.cache import Oracle
 
 
@@ -242,6 +244,24 @@ def test_two_files_of_one_rank(oracle: Oracle, workspace: Path) -> None:
     path = optim(root, 1)
     shutil.copy(path, path.with_name(path.name.removeprefix("bf16_")))
     assert "same rank" in refused(workspace, root, None, reshard.FormatError)
+
+
+@pytest.mark.parametrize(("older", "newer"), itertools.permutations(range(4), 2))
+@pytest.mark.parametrize("dtypes", [("bf16", "bf16"), ("fp32", "bf16")])
+def test_a_tag_that_was_saved_again_in_another_stage(
+    oracle: Oracle, workspace: Path, older: int, newer: int, dtypes: tuple[str, str]
+) -> None:
+    """DeepSpeed writes into the folder as it is: the older save's other files stay."""
+    root = copied(oracle, f"zero{older}-{dtypes[0]}-w2", workspace) / "global_step2"
+    saved = oracle[f"zero{newer}-{dtypes[1]}-w2"].last
+    shutil.copytree(saved.path, root, dirs_exist_ok=True)
+    left = {path.name for path in root.iterdir()} - {path.name for path in saved.path.iterdir()}
+    if left:
+        message = refused(workspace, root, None, reshard.FormatError)
+        assert "different saves" in message
+    for name in left:
+        (root / name).unlink()
+    check_against_truth(reshard.open(root), saved)
 
 
 def test_a_file_that_was_renamed_to_another_ranks(oracle: Oracle, workspace: Path) -> None:

@@ -137,6 +137,21 @@ def test_tied_weights_are_stored_as_the_base_stores_them(
     assert torch.equal(written["model.embed_tokens.weight"], embedding)
 
 
+def test_a_full_state_dict_of_accelerate(oracle: Oracle, qwen2: Path, tmp_path: Path) -> None:
+    """FULL_STATE_DICT: one torch.save file in place of a DCP folder."""
+    truth = load_file(oracle["accelerate"].truth)
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    torch.save(truth, folder / "pytorch_model_fsdp.bin")
+    done = run(
+        "fsdp2hf", "--hf_base", qwen2, "--checkpoint_dir", folder, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == truth.keys()
+    assert all(torch.equal(written[name], truth[name].bfloat16()) for name in truth)
+
+
 def test_frozen_weights_that_were_not_saved_are_the_bases(qwen2: Path, tmp_path: Path) -> None:
     """accelerate saves the adapters alone of a PEFT model (`adapter_only`, utils/fsdp_utils.py)."""
     base = load_file(qwen2 / "model.safetensors")

@@ -8,6 +8,7 @@ loaded   PEFT's from_pretrained, what an adapter folder must load into
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -280,21 +281,32 @@ def test_adapters_that_were_saved_alone(made: Get, variant: str, tmp_path: Path)
     trained = {name: v for name, v in run.model.state_dict().items() if ".lora_" in name}
     torch.save(trained, tmp_path / "trained.pt")
     run.model.save_pretrained(tmp_path / "peft")
+    run.model.save_pretrained(tmp_path / "older", safe_serialization=False)
+    assert (tmp_path / "older" / "adapter_model.bin").is_file()
     options: dict[str, Any] = {"base": run.base, "adapter_config": run.config}
     reshard.convert(run.checkpoint, tmp_path / "whole", **options)
-    with pytest.raises(reshard.NamesError, match="--fill-from-base"):
-        reshard.convert(tmp_path / "trained.pt", tmp_path / "out", **options)
-    for source in ("trained.pt", "peft"):
+    for source in ("trained.pt", "peft", "older"):
+        with pytest.raises(reshard.NamesError, match="--fill-from-base") as caught:
+            reshard.convert(tmp_path / source, tmp_path / "out", **options)
+        words = r"holds LoRA adapters on \d+ modules and not the weights that they update\. The"
+        assert re.search(words, str(caught.value)) or variant == "embedding"
         out = tmp_path / f"{source}-out"
         report = reshard.convert(tmp_path / source, out, fill_from_base=True, **options)
         assert report.filled
         model = "model.safetensors"
         assert (out / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
     out = tmp_path / "adapter"
-    reshard.convert(tmp_path / "trained.pt", out, lora="adapter", fill_from_base=True, **options)
+    reshard.convert(tmp_path / "trained.pt", out, lora="adapter", **options)
     loaded = peft.PeftModel.from_pretrained(run.fresh(), out).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, run.logits(), rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_without_a_base_are_said_to_be_of_no_use(made: Get, tmp_path: Path) -> None:
+    checkpoint = made().checkpoint
+    report = reshard.convert(checkpoint, tmp_path / "hf")
+    assert any("it holds LoRA adapters" in warning for warning in report.warnings)
+    assert not reshard.convert(checkpoint, tmp_path / "dcp", to="dcp").warnings
 
 
 def test_a_layout_and_adapters_together(tmp_path: Path) -> None:
@@ -399,3 +411,38 @@ def test_a_critics_head_stays_beside_its_adapter(made: Get, tmp_path: Path) -> N
     assert torch.equal(head["score.weight"], state["score.weight"])
     names = load_file(out / "adapter_model.safetensors").keys()
     assert all(np.char.startswith(sorted(names), "base_model.model."))
+
+
+# --- LightRFT's audio reward models: PEFT's own wrapper inside LightRFT's ------------------------
+
+
+@pytest.mark.parametrize("srm_format", ["both", "lightrft"])
+def test_a_merged_backbone_has_the_names_of_one_without_adapters(
+    srm_format: str, tmp_path: Path
+) -> None:
+    """LightRFT loads `pytorch_model.bin` strictly into a model that PEFT has not wrapped."""
+    name = "Qwen2AudioForConditionalGeneration"
+    base = released.write(tmp_path / "base", "qwen2_audio", released.values("qwen2_audio", seed=0))
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=r".*language_model.*(q_proj|down_proj)"
+    )
+    backbone = peft.get_peft_model(released.live(base, name), config)
+    model = InPlace.wrapper(backbone).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(torch.randn_like(parameter) / 4)
+        scores = model(IDS)["preference"]
+    assert "model.base_model.model.lm_head.weight" in model.state_dict()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    report = reshard.convert(
+        tmp_path / "model.pt", tmp_path / "out", base=base, model_type="srm_al",
+        lora_alpha=ALPHA, srm_format=srm_format,
+    )  # fmt: skip
+    assert report.merged == 4
+    state = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    plain = InPlace.wrapper(released.live(base, name)).eval()
+    plain.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS)["preference"], scores, rtol=1e-4, atol=1e-5)
+    reshard.verify(tmp_path / "out", tmp_path / "model.pt", base=base)

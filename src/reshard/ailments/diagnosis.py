@@ -22,7 +22,7 @@ from reshard.conversion import PathLike, check_target
 from reshard.errors import PlanError, VerificationError
 from reshard.export import REWARD_HEAD, VALUE_HEAD
 from reshard.progress import StagedProgress
-from reshard.storage import Sources, real
+from reshard.storage import Sources, real, snapshot
 
 # More threads than this only compete for the memory bus.
 _MAX_THREADS = 4
@@ -83,7 +83,7 @@ def doctor(
     >>> [finding.name for finding in diagnosis.findings]                     # doctest: +SKIP
     ['wrapper-prefix', 'tokenizer-missing']
     """
-    path = Path(folder)
+    path = snapshot(Path(folder))
     base_path = None if base is None else Path(base)
     if base_path is not None and base_path.exists() and real(path) == real(base_path):
         raise PlanError("the folder is the base itself.", path=path)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
+from reshard.storage import snapshot
 
 REWARD_CONFIG = "reward_config.json"
 REWARD_HEAD = "reward_head.safetensors"
@@ -95,6 +96,7 @@ def read_folder(path: Path) -> Folder:
     """
     if not path.is_dir():
         raise NotFoundError("there is no such model folder.", path=path)
+    path = snapshot(path)
     if not (path / "config.json").is_file():
         raise NotFoundError(
             "the folder has no config.json, so it is not a Hugging Face model.",

@@ -140,6 +140,21 @@ def detect(path: Path) -> str:
     return found
 
 
+def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tuple[str, ...]:
+    """The remark on a folder that holds several models of one run; none where there is one.
+
+    `what` is the kind of thing that the names are: a file, a folder, a tag.
+    """
+    others = [name for name in models if name != taken]
+    if taken not in models or not others:
+        return ()
+    remark = (
+        f"{path} holds {len(models)} models of one run; {taken} was taken. To convert another, "
+        f"name its {what}: {', '.join(others)}."
+    )
+    return (remark,)
+
+
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """Detect the format of `path` and read its table of tensors."""
     return load(detect(path)).read(path, sources, selection)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ _WEIGHT_LISTS = re.compile(r".*\.index(\.\w+)?\.json|openvino_.*\.xml")
 _ADAPTER_CONFIG = "adapter_config.json"
 # torch/distributed/checkpoint/_hf_utils.py (torch 2.13): each rank's parts of tensors.
 _DCP_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+# A PEFT adapter, and the second and further models of an accelerate run.
+_BESIDE = re.compile(r"adapter_model\.safetensors|model_\d+\.safetensors")
 # Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
 _NOT_ASSETS = {".git", ".cache", "__pycache__"}
 
@@ -75,7 +77,21 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         origin=Origin(root=path, framework="safetensors", details={"files": sorted(located)}),
         entries=entries,
         assets=() if path.is_file() else assets(folder),
+        remarks=_unread(folder, located) if path.is_dir() else (),
     )
+
+
+def _unread(folder: Path, located: Collection[str]) -> tuple[str, ...]:
+    """Which weights beside the model were not read, in words: an adapter, or accelerate's other
+    models (accelerate/checkpointing.py, save_accelerator_state)."""
+    others = [n for n in _shards(folder) if n not in located and _BESIDE.fullmatch(n)]
+    if not others:
+        return ()
+    remark = (
+        f"{folder} also holds {', '.join(others)}, not read with {min(located)}. To convert such a "
+        "file, name it."
+    )
+    return (remark,)
 
 
 def read_config(folder: Path, sources: Sources) -> dict[str, Any]:

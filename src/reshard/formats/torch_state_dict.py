@@ -5,13 +5,22 @@ write, and `save_pretrained(safe_serialization=False)` in shards.
     pytorch_model-00001-of-00002.bin, ...   several, and
     pytorch_model.bin.index.json            {"metadata": {...}, "weight_map": {tensor: file}}
 
+or, of FSDP's FULL_STATE_DICT, what accelerate and the HF Trainer save:
+
+    pytorch_model_fsdp.bin                  the first model
+    pytorch_model_fsdp_1.bin                the second, where a run trains two
+
+or an adapter of PEFT before safetensors: adapter_model.bin.
+
 Names that share a storage (tied weights) are one tensor with aliases. Read off DeepSpeed 0.19.8
-(`save_16bit_model`, runtime/engine.py) and transformers 4.57.
+(`save_16bit_model`, runtime/engine.py), transformers 4.57 and accelerate 1.15 (`save_fsdp_model`,
+utils/fsdp_utils.py).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +28,7 @@ from msgspec.structs import replace
 
 from reshard.catalog import Catalog, Origin
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
-from reshard.formats import Selection, Wanted
+from reshard.formats import Selection, Wanted, of_several
 from reshard.plan import OutputFile, Slot
 from reshard.storage import Sources, child
 from reshard.tensors import Entry, Record, TensorSpec, check_tiling
@@ -29,6 +38,8 @@ from reshard.torchfile.write import lay_out_state_dict
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
+_ADAPTER = "adapter_model.bin"
+_FSDP = re.compile(r"pytorch_model_fsdp(?:_(\d+))?\.bin")
 _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Where trainers put the state dict in a larger dict.
 _CONTAINERS = ("state_dict", "module", "model")
@@ -38,13 +49,13 @@ _MAX_INDEX = 256 << 20
 
 
 def detect(path: Path) -> str | None:
-    """A torch.save file, or a folder with `pytorch_model.bin` and no safetensors."""
+    """A torch.save file, or a folder with a whole model in one and no safetensors."""
     if path.is_file():
         return "a torch.save file" if path.suffix in _SUFFIXES else None
     if any(path.glob("*.safetensors")):
         return None
-    found = next((name for name in (_INDEX, _SINGLE) if (path / name).is_file()), None)
-    return f"it holds {found}" if found else None
+    found = [_INDEX] if (path / _INDEX).is_file() else _singles(path)
+    return f"it holds {found[0]}" if found else None
 
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
@@ -52,7 +63,8 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     entries: dict[str, Entry] = {}
     records: list[Record] = []
     notes: list[str] = []
-    for file in _files(path, sources):
+    files = _files(path, sources)
+    for file in files:
         content = read_torch(sources.open(file))
         records += content.records
         for name, entry in _entries(file, content).items():
@@ -68,6 +80,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         entries=entries,
         records=tuple(dict.fromkeys(records)),
         notes=tuple(dict.fromkeys(notes)),
+        remarks=of_several(path, _models(path), files[0].name, "file"),
     )
 
 
@@ -92,7 +105,7 @@ def _files(path: Path, sources: Sources) -> list[Path]:
     if path.is_file():
         return [path]
     if not (path / _INDEX).is_file():
-        return [child(path, _SINGLE)]
+        return [child(path, next(iter(_singles(path)), _SINGLE))]
     source = sources.open(child(path, _INDEX))
     try:
         weight_map = json.loads(source.read(0, min(source.size, _MAX_INDEX)))["weight_map"]
@@ -108,6 +121,20 @@ def _files(path: Path, sources: Sources) -> list[Path]:
                 hint="Copy the missing shard.",
             )
     return files
+
+
+def _singles(path: Path) -> list[str]:
+    """The files of a folder that each hold a whole state dict; the first is meant."""
+    named = [name for name in (_SINGLE, _ADAPTER) if (path / name).is_file()]
+    return named or _models(path)
+
+
+def _models(path: Path) -> list[str]:
+    """The files of accelerate's models in a folder, by their numbers."""
+    if not path.is_dir():
+        return []
+    found = [match for file in path.iterdir() if (match := _FSDP.fullmatch(file.name))]
+    return [match[0] for match in sorted(found, key=lambda match: int(match[1] or 0))]
 
 
 def _entries(path: Path, content: TorchFile) -> dict[str, Entry]:

@@ -31,6 +31,8 @@ from reshard.tensors import Entry, TensorSpec
 
 _ADAPTER_TENSORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B",
                     "lora_magnitude_vector")  # fmt: skip
+# PeftModel holds a tuner as `base_model`, which holds the model as `model` (peft/peft_model.py).
+_WRAPPED = ".base_model.model."
 # The first letters of a name's part -> the method that it gives away.
 _REFUSED = {
     "vera_": "VeRA",
@@ -146,6 +148,21 @@ def separate(entries: Mapping[str, Entry], adapter: str | None = None) -> Separa
     are several adapters and none was named; `IncompleteError` where A or B is missing.
     """
     return _Separation(entries, adapter).result()
+
+
+def holds_adapters(entries: Iterable[str]) -> bool:
+    """Whether a tensor of an adapter is among the names."""
+    return any(part in _ADAPTER_TENSORS for name in entries for part in name.split("."))
+
+
+def without_peft(name: str) -> str:
+    """The name that a tensor has in a model that PEFT does not wrap.
+
+    >>> without_peft("model.base_model.model.lm_head.weight")
+    'model.lm_head.weight'
+    """
+    before, found, after = f".{name}".partition(_WRAPPED)
+    return f"{before}.{after}".removeprefix(".") if found else name
 
 
 class _Separation:

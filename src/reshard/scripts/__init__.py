@@ -6,6 +6,7 @@ from pathlib import Path
 
 from reshard import formats, locate
 from reshard.errors import UnsupportedError
+from reshard.storage import snapshot
 
 # What a format is called, and the command that converts it.
 _WORDS = {
@@ -19,7 +20,9 @@ _WORDS = {
 def expect(path: Path, *wanted: str) -> None:
     """Raise `UnsupportedError` where `path`, or all below it, is of a format that the command does
     not convert."""
-    if path.is_dir() and not formats.claims(path):
+    path = snapshot(path)
+    claims = formats.claims(path)
+    if path.is_dir() and not claims:
         formats_below = [save.format for save in locate.saves(path)]
         if not formats_below or set(formats_below) & {*wanted, ""}:
             return  # which of them is meant, or what is there instead, is said when it is read
@@ -30,6 +33,8 @@ def expect(path: Path, *wanted: str) -> None:
         is_wanted, _ = _WORDS[wanted[0]]
         is_found, elsewhere = _WORDS[found]
         below = [s for s in locate.saves(path) if s.format in wanted] if path.is_dir() else []
+        if {*wanted} & claims.keys():
+            elsewhere += " It also holds an exported model: name the file of that to convert it."
         newest = max(below, key=lambda save: save.age, default=None)
         raise UnsupportedError(
             f"it is {is_found}, not {is_wanted}.",

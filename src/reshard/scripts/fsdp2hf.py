@@ -46,7 +46,7 @@ def command(
     from reshard.commands import show_report
     from reshard.conversion import convert
 
-    expect(checkpoint_dir, "dcp")
+    expect(checkpoint_dir, "dcp", "torch")
     with output.progress_bar() as progress:
         report = convert(
             checkpoint_dir,

@@ -20,10 +20,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from reshard import torchfile
 from reshard.catalog import Catalog, Origin
 from reshard.errors import FormatError, IncompleteError
-from reshard.formats import Selection
+from reshard.formats import Selection, of_several
 from reshard.formats.dcp import foreign, parts, shards
 from reshard.formats.dcp.chunked import read_chunks
 from reshard.formats.dcp.layout import lay_out
@@ -37,8 +39,8 @@ METADATA = ".metadata"
 # The metadata's name until it is whole; then it is renamed.
 _BEGUN = ".metadata.tmp"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
-# Where accelerate and the HF Trainer put the model of a checkpoint folder.
-_ACCELERATE = "pytorch_model_fsdp_0"
+# Where accelerate and the HF Trainer put the models of a checkpoint folder, one as a rule.
+_ACCELERATE = re.compile(r"pytorch_model_fsdp_(\d+)")
 _NO_SHAPES = (
     "Shards of DCP's Hugging Face writer state no whole shapes: if all files of the last ranks are "
     "missing, this cannot be seen without a base model."
@@ -52,8 +54,9 @@ def detect(path: Path) -> str | None:
     names = {entry.name for entry in path.iterdir()}
     if METADATA in names:
         return f"it holds {METADATA}"
-    if _ACCELERATE in names and (path / _ACCELERATE).is_dir():
-        return f"it holds {_ACCELERATE}/"
+    models = _models(path)
+    if models:
+        return f"it holds {models[0].name}/"
     for name in sorted(names):
         if _RANK_METADATA.fullmatch(name) or name.endswith(".distcp"):
             return f"it holds {name}"
@@ -72,12 +75,25 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     (damaged, overlapping chunks, names that leave the folder), `UnsupportedError` (another kind
     of checkpoint, an unknown transform), `NamesError` (several parts could be the model).
     """
-    if not (path / METADATA).exists() and (path / _ACCELERATE).is_dir():
-        path = path / _ACCELERATE
+    models = [] if (path / METADATA).exists() else _models(path)
+    if models:
+        catalog = read(models[0], sources, selection)
+        names = [model.name for model in models]
+        return replace(catalog, remarks=of_several(path, names, names[0], "folder"))
     foreign.refuse(path)
     if shards.names(path) and not (path / METADATA).exists():
         return _read_shards(path, sources, selection)
     return read_chunks(path, sources, selection, _metadata(path, sources))
+
+
+def _models(folder: Path) -> list[Path]:
+    """The folders of accelerate's models in a checkpoint folder, by their numbers."""
+    found = [
+        (int(match[1]), path)
+        for path in folder.iterdir()
+        if (match := _ACCELERATE.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
 
 
 def _metadata(folder: Path, sources: Sources) -> Metadata:

@@ -25,8 +25,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from reshard.catalog import Catalog
-from reshard.formats import Selection
+from reshard.formats import Selection, of_several
 from reshard.formats.deepspeed import files, place, stage3, stages012, tensor_parallel, universal
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.place import Location
@@ -47,7 +49,9 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     parts = [
         _catalog(rank, one, sources, selection) for rank, one in zip(ranks, saved, strict=True)
     ]
-    return parts[0] if len(parts) == 1 else tensor_parallel.join(saved, parts, sources)
+    catalog = parts[0] if len(parts) == 1 else tensor_parallel.join(saved, parts, sources)
+    models = () if selection.tag else place.several_models(path)
+    return replace(catalog, remarks=of_several(path, models, location.tag, "tag"))
 
 
 def _catalog(location: Location, saved: Saved, sources: Sources, selection: Selection) -> Catalog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from msgspec import Struct
@@ -22,6 +23,8 @@ from reshard.torchfile import TensorRef
 from reshard.torchfile import read as read_torch
 
 _ONE_SAVE = "Copy all files of one save."
+# Versions that do not state the parameters' shapes in the model file.
+_NO_SHAPES = re.compile(r"0\.[0-5]\.")
 
 
 # Objects that DeepSpeed itself puts in its files; nothing in them is needed.
@@ -168,6 +171,14 @@ def _check_experts(location: Location, model: ModelFile, optim: list[OptimFile])
 
 
 def _check_model(first: ModelFile, optim: OptimFile) -> None:
+    if not first.groups and first.version and not _NO_SHAPES.match(first.version):
+        raise FormatError(
+            f"it is of a save without ZeRO, and {optim.path.name} of one with ZeRO: files of "
+            "different saves are mixed.",
+            path=first.path,
+            hint="Use another save; or, if this file is the newer, move the *_optim_states.pt "
+            "files away: it holds all weights.",
+        )
     if not first.groups:
         raise UnsupportedError(
             "it does not state the parameters' shapes, as DeepSpeed before 0.6.0 did not.",

@@ -24,6 +24,9 @@ _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 # Experts of the first releases, whose files name no layer, and of tensor parallel runs.
 _OTHER_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt")
 
+# accelerate/accelerator.py, save_state: each of a run's models has a tag of its own in one folder.
+_ACCELERATE = re.compile(r"pytorch_model(?:_(\d+))?")
+
 LATEST = "latest"
 _LATEST_UNIVERSAL = "latest_universal"
 # A tag is a short name; anything longer is not DeepSpeed's file.
@@ -78,7 +81,8 @@ def reason(path: Path) -> str | None:
 def locate(path: Path, sources: Sources, tag: str | None) -> Location:
     """The tag folder meant by a path and a tag, its files classified.
 
-    `path` is the folder with `latest` and the tag folders, or a tag folder itself. Raises
+    `path` is the folder with `latest` and the tag folders, or a tag folder itself. Of several
+    models that accelerate saved, `latest` names the last; the first is meant. Raises
     `NotFoundError` (the tags that are there are listed), `FormatError`, `UnsupportedError`.
     """
     if _is_tag_folder(path):
@@ -91,6 +95,8 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
             )
         return _classified(path, own)
     name = tag if tag is not None else _latest(path, sources)
+    if tag is None and name in (models := several_models(path)):
+        name = models[0]
     if not _is_tag(name):
         raise NotFoundError(
             f"{name!r} is no tag, which is the name of a folder in this one.",
@@ -110,6 +116,15 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
             hint="Name one of them with --tag." if there != "none" else "The save is incomplete.",
         )
     return _classified(folder, name)
+
+
+def several_models(path: Path) -> list[str]:
+    """The tags of the models that accelerate saved in a folder, where there are several."""
+    if _is_tag_folder(path):
+        return []
+    found = [match for tag in _tags(path) if (match := _ACCELERATE.fullmatch(tag))]
+    models = [match[0] for match in sorted(found, key=lambda match: int(match[1] or 0))]
+    return models if len(models) > 1 else []
 
 
 def _tag_of(folder: Path, sources: Sources) -> str:
