@@ -115,7 +115,8 @@ def from_safetensors(code: str) -> DType:
     dtype = _BY_SAFETENSORS.get(code)
     if dtype is None:
         raise UnsupportedError(
-            f"safetensors dtype {reprlib.repr(code)} is not handled; known are {', '.join(_BY_SAFETENSORS)}."
+            f"safetensors dtype {reprlib.repr(code)} is not handled; known are "
+            f"{', '.join(_BY_SAFETENSORS)}."
         )
     return dtype
 
