@@ -107,3 +107,32 @@ def test_what_is_no_file_is_not_read(shards: Path, kind: str) -> None:
     (shards / "model.safetensors.index.json").unlink()
     with pytest.raises(reshard.FormatError, match=r"not a regular file|leaves the folder"):
         reshard.open(shards)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("[]", "not an object"),
+        ("", "cannot be read"),
+        ('{"a": 1, "a": 2}', "occurs twice"),
+        ('{"a":' * 100_000, "recursion"),
+        ('{"a": "\\ud800"}', "surrogates not allowed"),
+        (None, "at most 16777216 are read"),
+    ],
+    ids=["list", "empty", "twice", "deep", "half a pair", "endless"],
+)
+def test_a_config_that_is_none(shards: Path, config: str | None, words: str) -> None:
+    path = shards / "config.json"
+    path.write_text("{}" if config is None else config)
+    if config is None:
+        os.truncate(path, 1 << 40)
+    with pytest.raises(reshard.FormatError, match=words):
+        reshard.convert(shards, shards.parent / "out", base=shards)
+    assert reshard.doctor(shards).errors
+    assert not (shards.parent / "out").exists()
+
+
+def test_an_error_is_no_longer_than_a_screen() -> None:
+    error = reshard.FormatError("x" * 10**6, tensor="n" * 10**6, hint="Mend it.")
+    assert len(str(error)) < 11_000
+    assert str(error).endswith("... Mend it.")

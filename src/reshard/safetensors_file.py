@@ -23,8 +23,8 @@ from reshard.tensors import MAX_NUMEL, Extent, TensorSpec, is_shape
 
 # safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
 MAX_HEADER_NBYTES = 100_000_000
-# Lists and objects in any JSON whatever its size, and the bytes of it for each further one. An entry
-# of a header has 3 in 45 bytes or more, a merge of a tokenizer one in 9 or more.
+# Lists and objects in any JSON whatever its size, and the bytes of it for each further one: an
+# entry of a header has 3 in 45 bytes or more, a merge of a tokenizer one in 9 or more.
 _MAX_OPENINGS, _MIN_OPENING_NBYTES = 1_000_000, 8
 
 
