@@ -262,8 +262,10 @@ def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path, how: str) -> N
     def touch(done: int, total: int) -> None:
         os.utime(out / "model.safetensors", ns=(1, 1))
 
+    compare = {
+        "diff": lambda: reshard.diff(model, out, progress=touch),
+        "verify": lambda: reshard.verify(out, progress=touch),
+        "verify against": lambda: reshard.verify(out, model, progress=touch),
+    }
     with pytest.raises(reshard.IncompleteError, match="changed while it was read"):
-        if how == "diff":
-            reshard.diff(model, out, progress=touch)
-        else:
-            reshard.verify(out, model if how == "verify against" else None, progress=touch)
+        compare[how]()
