@@ -373,15 +373,16 @@ def test_importing_reshard_is_quick_and_brings_no_torch(bare: Path) -> None:
     assert min(float(run.stdout.split()[0]) for run in runs) < 0.2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_conversion_leaves_nothing(
     oracle: Oracle, tmp_path: Path, number: signal.Signals
 ) -> None:
     """A conversion slowed down to seconds is interrupted in its midst: exit code 130."""
     code = (
         "import signal, sys, time, reshard.transfer.engine as e; fill = e.fill\n"
-        # A shell's background jobs, and what they start, ignore SIGINT.
+        # A shell's background jobs, and what they start, may ignore these.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "def slow(*a):\n    time.sleep(0.3); return fill(*a)\n"
         "e.fill = slow\n"
         "from reshard.cli import main\nmain()"

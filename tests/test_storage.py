@@ -18,10 +18,7 @@ from reshard.storage import Sources
 
 SRC = Path(__file__).parents[1] / "src"
 LIMIT = 64
-
-
-def _open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+DESCRIPTORS = Path("/proc/self/fd")
 
 
 @pytest.fixture
@@ -53,16 +50,17 @@ def test_more_files_than_may_be_open(shards: Path, command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not DESCRIPTORS.exists(), reason="where the system lists descriptors")
 def test_as_many_files_as_the_system_will_have_are_kept_open(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
-    before = _open_files()
+    before = len(list(DESCRIPTORS.iterdir()))
     with Sources() as sources:
         for path in sorted(shards.glob("*.safetensors")):
             sources.open(path)
-        assert _open_files() == before + 100
-    assert _open_files() == before
+        assert len(list(DESCRIPTORS.iterdir())) == before + 100
+    assert len(list(DESCRIPTORS.iterdir())) == before
 
 
 @pytest.mark.parametrize(
@@ -109,3 +107,32 @@ def test_what_is_no_file_is_not_read(shards: Path, kind: str) -> None:
     (shards / "model.safetensors.index.json").unlink()
     with pytest.raises(reshard.FormatError, match=r"not a regular file|leaves the folder"):
         reshard.open(shards)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("[]", "not an object"),
+        ("", "cannot be read"),
+        ('{"a": 1, "a": 2}', "occurs twice"),
+        ('{"a":' * 100_000, "recursion"),
+        ('{"a": "\\ud800"}', "surrogates not allowed"),
+        (None, "at most 16777216 are read"),
+    ],
+    ids=["list", "empty", "twice", "deep", "half a pair", "endless"],
+)
+def test_a_config_that_is_none(shards: Path, config: str | None, words: str) -> None:
+    path = shards / "config.json"
+    path.write_text("{}" if config is None else config)
+    if config is None:
+        os.truncate(path, 1 << 40)
+    with pytest.raises(reshard.FormatError, match=words):
+        reshard.convert(shards, shards.parent / "out", base=shards)
+    assert reshard.doctor(shards).errors
+    assert not (shards.parent / "out").exists()
+
+
+def test_an_error_is_no_longer_than_a_screen() -> None:
+    error = reshard.FormatError("x" * 10**6, tensor="n" * 10**6, hint="Mend it.")
+    assert len(str(error)) < 11_000
+    assert str(error).endswith("... Mend it.")

@@ -63,6 +63,8 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     shows_traceback = "--debug" in arguments or "-d" in arguments
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, _interrupt)
     _start_quickly()
     try:
         code = command.main(args=arguments, standalone_mode=False)
@@ -103,7 +105,10 @@ def _start_quickly() -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """End like Ctrl-C does, so that a partial output folder is removed on the way out."""
+    """End like Ctrl-C does, so that a partial output folder is removed on the way out.
+
+    A terminal that is closed (SIGHUP) ends a run no worse than one that is killed (SIGTERM).
+    """
     raise KeyboardInterrupt
 
 

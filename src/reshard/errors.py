@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import os
 
-# Characters of a tensor's name in a message; a file may state one of any length.
-_MAX_NAME = 200
+# Characters of a tensor's name in a message, and of a message: a file's names may be of any length.
+_MAX_NAME, _MAX_MESSAGE = 200, 10_000
 
 
 class ReshardError(Exception):
@@ -57,7 +57,10 @@ class ReshardError(Exception):
         if self.path is not None:
             where = f"{self.path}: {where}"
         hint = f" {self.hint}" if self.hint else ""
-        return printable(f"{where}{self.message}{hint}")
+        message = self.message
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[:_MAX_MESSAGE]}..."
+        return printable(f"{where}{message}{hint}")
 
 
 def printable(text: str) -> str:

@@ -24,8 +24,9 @@ from reshard.tensors import MAX_NUMEL, Extent, TensorSpec, is_shape
 
 # safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
 MAX_HEADER_NBYTES = 100_000_000
-# Lists and objects of any JSON, whatever its size.
-_MAX_OPENINGS = 100_000
+# Lists and objects in any JSON whatever its size, and the bytes of it for each further one: an
+# entry of a header has 3 in 45 bytes or more, a merge of a tokenizer one in 9 or more.
+_MAX_OPENINGS, _MIN_OPENING_NBYTES = 1_000_000, 8
 
 
 class SafetensorsFile(Struct, frozen=True):
@@ -134,12 +135,13 @@ def parse_json(text: bytes | str, path: str) -> dict[str, Any]:
 
 
 def _check_brackets(text: bytes | str) -> None:
-    """Raise `ValueError` where JSON consists of little but brackets: `{}` takes 72 bytes of memory.
+    """Raise `ValueError` where JSON consists of little but brackets.
 
-    A tensor's entry in a header has 3 openings in 45 bytes, one in an index none.
+    `{},` takes 72 bytes of memory; what is not refused here takes at most 12 bytes a byte.
     """
-    openings = text.count(b"{") + text.count(b"[") if isinstance(text, bytes) else _MAX_OPENINGS
-    if openings > _MAX_OPENINGS + len(text) // 12:
+    left, right = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    openings = text.count(left) + text.count(right)  # type: ignore[arg-type]
+    if openings > _MAX_OPENINGS + len(text) // _MIN_OPENING_NBYTES:
         raise ValueError(f"{openings} lists and objects in {len(text)} bytes")
 
 

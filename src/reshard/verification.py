@@ -67,6 +67,7 @@ def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None =
             )
             for path, tensors in parts
         ]
+        sources.check_unchanged()
     return Verified(sum(f.num_tensors for f in found), sum(f.bytes_read for f in found))
 
 

@@ -60,7 +60,7 @@ def carry_out(
         outcome = engine.run()
         stated = render(outcome)
         for asset in plan.assets:
-            folder.copy(asset)
+            folder.copy(asset.name, sources.open(asset.path))
         for name, text in plan.texts:
             folder.write(name, text)
         folder.write(manifest.MANIFEST, stated)

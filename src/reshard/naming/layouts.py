@@ -150,12 +150,13 @@ class Names:
     """
 
     def __init__(self, shapes: Mapping[str, Shape], prefix: str = "") -> None:
+        inside = {name for name in shapes if name.startswith(prefix) and NUMBER not in name}
         self._rows = [
             (name, shape, *_template(name.removeprefix(prefix)))
             for name, shape in shapes.items()
-            if name.startswith(prefix)
+            if name in inside
         ]
-        self._outside = tuple(name for name in shapes if not name.startswith(prefix))
+        self._outside = tuple(name for name in shapes if name not in inside)
         self._templates = sorted({template for _, _, template, _ in self._rows})
 
     def effects(self, view: View) -> tuple[Effect, ...]:
@@ -180,8 +181,10 @@ class Names:
         return Reading(pieces, {_shown(rule): n for rule, n in rules.items()}, tuple(misfits))
 
 
-#: Stands for a part of a name that is a number; no file format allows it in a name.
+#: Stands for a part of a name that is a number; a name that holds it itself is no view's.
 NUMBER = "\0"
+# Experts in one tensor: far more than any model has. A shape without elements may state any number.
+_MAX_EXPERTS = 1 << 16
 
 
 def _template(name: str) -> tuple[str, tuple[str, ...]]:
@@ -206,7 +209,8 @@ def _shown(rule: str) -> str:
 def _pieces(name: str, shape: Shape, effect: Effect, numbers: tuple[str, ...]) -> dict[str, Piece]:
     """The hub tensors in one tensor."""
     stacked = effect.stacked
-    if stacked is not None and len(shape) == 3 and shape[1] % len(stacked.parts) == 0:
+    unstacks = stacked is not None and len(shape) == 3 and shape[0] <= _MAX_EXPERTS
+    if stacked is not None and unstacks and shape[1] % len(stacked.parts) == 0:
         return _unstack(name, shape, effect, numbers)
     hub = _number(effect.hub, numbers)
     if effect.swapped and len(shape) >= 2:

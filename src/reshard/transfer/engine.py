@@ -134,8 +134,8 @@ class Engine:
             self._writeback,
             ThreadPoolExecutor(self._threads, thread_name_prefix="reshard") as pool,
         ):
-            futures = [pool.submit(self._work) for _ in range(self._threads)]
             try:
+                futures = [pool.submit(self._work) for _ in range(self._threads)]
                 wait(futures)
             except BaseException:
                 # Ctrl-C: the pool waits for its threads, so they must end first.
