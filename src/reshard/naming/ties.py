@@ -123,6 +123,8 @@ COPIES: tuple[Pair, ...] = (
     ("predictions.decoder.bias", "predictions.bias"),
 )  # fmt: skip
 
+#: The input embeddings that heads may be tied to.
+EMBEDDINGS = frozenset(original for _, original in (*HEADS, *PREDICTIONS))
 _HEAD_NAMES = frozenset(head for head, _ in (*HEADS, *PREDICTIONS))
 
 
@@ -180,9 +182,7 @@ def missing_heads(names: Container[str], model_type: object) -> dict[str, str]:
     return {
         head: embedding
         for head, embedding in HEADS
-        if embedding in names
-        and head not in names
-        and (embedding != _AMBIGUOUS or head == own)
+        if embedding in names and head not in names and (embedding != _AMBIGUOUS or head == own)
     }
 
 
@@ -193,6 +193,10 @@ def missing_parts(names: Container[str], holds: Callable[[str], bool]) -> dict[s
     for name, original in (*PREDICTIONS, *COPIES):
         module = name.rpartition(".")[0]
         parent = module.rpartition(".")[0]
-        if original in names and name not in names and (holds(module) or (parent and holds(parent))):
+        if (
+            original in names
+            and name not in names
+            and (holds(module) or (parent and holds(parent)))
+        ):
             found[name] = original
     return found
