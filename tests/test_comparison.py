@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -262,7 +263,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path, how: str) -> N
     def touch(done: int, total: int) -> None:
         os.utime(out / "model.safetensors", ns=(1, 1))
 
-    compare = {
+    compare: dict[str, Callable[[], object]] = {
         "diff": lambda: reshard.diff(model, out, progress=touch),
         "verify": lambda: reshard.verify(out, progress=touch),
         "verify against": lambda: reshard.verify(out, model, progress=touch),

@@ -23,7 +23,7 @@ from reshard import adapter_config
 from reshard.base import Base, main_dtype
 from reshard.catalog import Catalog
 from reshard.errors import NamesError, PlanError
-from reshard.naming import Fit, FitOptions, families, fit, patterns
+from reshard.naming import Fit, FitOptions, fit
 from reshard.naming.adapter_output import CONFIG as ADAPTER_CONFIG
 from reshard.naming.adapter_output import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.naming.adapter_output import adapter_folder, updates
@@ -38,6 +38,7 @@ from reshard.naming.rewards import (
     reward_config,
     split,
 )
+from reshard.naming.schema import comes_with_base
 from reshard.naming.search import unwrap
 from reshard.options import Options
 from reshard.storage import Sources
@@ -254,11 +255,10 @@ class _Export:
                 made.pop(name, None)
         if self._parts.value is not None and self._classifier is not None:
             made[SCORE] = self._parts.value.renamed(SCORE)
-        # What a module computes from its config is the base's in any case.
         filled = [
             name
             for name in absent
-            if options.fill_from_base or patterns.matches_any(families.CONSTANTS, name)
+            if options.fill_from_base or comes_with_base(name, self._base.config)
         ]
         made.update((name, self._base.entries[name]) for name in filled)
         missing = [*found.left_out, *(name for name in absent if name not in filled)]

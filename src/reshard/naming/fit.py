@@ -12,7 +12,7 @@ from reshard.naming import ties
 from reshard.naming.assemble import Assembler
 from reshard.naming.layouts import Piece
 from reshard.naming.mismatch import refuse
-from reshard.naming.schema import Schema, says_tied, stating_levels, text_config
+from reshard.naming.schema import Schema, is_unheld, says_tied, stating_levels, text_config
 from reshard.naming.search import (
     Candidate,
     FitOptions,
@@ -115,6 +115,7 @@ class _Fitting:
         outputs = self._outputs()
         self._judge_twins(outputs, self._copy_twins(outputs))
         dropped = self._sort_dropped()
+        self._mention_unheld()
         resized = self._resize(outputs)
         candidate = self._candidate
         return Fit(
@@ -257,6 +258,15 @@ class _Fitting:
             else:
                 self._tied[candidate.base_view.name_here(hub)] = stored
         return tuple(dict.fromkeys(dropped))
+
+    def _mention_unheld(self) -> None:
+        filled = self._base_names(Verdict.FILLED)
+        count = sum(is_unheld(name, self._config) for name in filled)
+        if count:
+            self._warnings.append(
+                f"{count} tensors are of layers that no live module holds (multi-token "
+                "prediction): they are the base's, untrained."
+            )
 
     def _resize(self, outputs: Mapping[str, Entry]) -> tuple[Resize, ...]:
         """Tensors with another number of vocabulary rows, which the config must then state."""

@@ -43,8 +43,9 @@ class Stacked(Struct, frozen=True):
 class Layout(Struct, frozen=True):
     """One layout of a family. `title` says whose it is.
 
-    A live module of the full model has it in memory under transformers versions `[since, before)`;
-    `since` is None for a layout that is only ever met in files or in a backbone class.
+    A live module has it in memory under transformers versions `[since, before)`: of the full model,
+    or with `backbone` of the AutoModel class. `since` is None for a layout that is only ever met in
+    files.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Layout(Struct, frozen=True):
     names: tuple[tuple[str, str], ...] = ()
     stacked: tuple[Stacked, ...] = ()
     swapped: tuple[str, ...] = ()
+    backbone: bool = False
 
     def is_live(self, version: Version) -> bool:
         """Whether live modules of this transformers version have this layout."""
@@ -104,6 +106,11 @@ class View(Struct, frozen=True):
     def is_live(self, version: Version) -> bool:
         """Whether live modules of this transformers version have this layout."""
         return all(layout.is_live(version) for layout in self.layouts)
+
+    @property
+    def backbone(self) -> bool:
+        """Whether modules of the AutoModel class have it."""
+        return any(layout.backbone for layout in self.layouts)
 
     def effect(self, name: str) -> Effect:
         """How a name of this layout reads."""

@@ -7,14 +7,21 @@ the tied head added, since the state dict of a live module holds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from reshard.errors import PlanError, UnsupportedError
 from reshard.naming import families, patterns, ties
 from reshard.naming.assemble import Assembler
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Stacked, Version, View
-from reshard.naming.schema import levels, views
+from reshard.naming.schema import (
+    backbone_part,
+    bare_layout,
+    is_backbone,
+    is_unheld,
+    levels,
+    views,
+)
 from reshard.tensors import Entry, Shape
 
 #: The newest transformers version whose layouts were read (`families.py`).
@@ -38,7 +45,7 @@ def to_memory(
     hold only some experts of a layer.
     """
     reading = _read(entries, config)
-    pieces = _towers(reading.pieces, config)
+    pieces = _towers(_held(reading.pieces, config), config)
     _add_tied(pieces, config)
     view = memory_view(config, version)
     wanted: dict[str, list[tuple[Piece, Piece]]] = {}
@@ -60,6 +67,8 @@ def memory_view(config: Mapping[str, Any], version: Version) -> View:
             f"transformers {text} has no model of type {config.get('model_type')!r}.",
             hint="Name another version with --transformers-version.",
         )
+    wanted = is_backbone(config)
+    live = [view for view in live if view.backbone == wanted] or live
     return max(live, key=lambda view: [layout.since or () for layout in view.layouts])
 
 
@@ -69,9 +78,14 @@ def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
     A layout is theirs where each name is the one that it gives to the hub tensor read from it.
     """
     names = Names({name: entry.spec.shape for name, entry in entries.items()})
-    best = names.read(names.effects(views(config, guess=False)[0]))
-    for view in views(config, guess=False)[1:]:
+    known = views(config, guess=False)
+    if _is_bare(entries, config):
+        known = tuple(View((bare_layout(config), *view.layouts)) for view in known[:1])
+    best = names.read(names.effects(known[0]))
+    for view in known[1:]:
         if any(layout.since is None for layout in view.layouts):
+            continue
+        if view.backbone and not is_backbone(config):
             continue
         effects = names.effects(view)
         reading = names.read(effects)
@@ -83,6 +97,14 @@ def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
         ):
             best = reading
     return best
+
+
+def _is_bare(names: Container[str], config: Mapping[str, Any]) -> bool:
+    """Whether the files of a class with a head were saved from its backbone: the embedding lies at
+    the top."""
+    inside = f"{backbone_part(config)}."
+    embeddings = (name.removeprefix(inside) for name in ties.EMBEDDINGS if name.startswith(inside))
+    return not is_backbone(config) and any(name in names for name in embeddings)
 
 
 def _is_its_own(reading: Reading, view: View) -> bool:
@@ -109,6 +131,11 @@ def _orientation_is_right(
                 return False
             turned = turned or other != width
     return turned
+
+
+def _held(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str, Piece]:
+    """The tensors that a live module has a place for."""
+    return {hub: piece for hub, piece in pieces.items() if not is_unheld(hub, config)}
 
 
 def _towers(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str, Piece]:

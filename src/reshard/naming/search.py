@@ -18,7 +18,7 @@ from msgspec import Struct
 from reshard.errors import NamesError
 from reshard.naming import families, patterns, ties
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Version, View
-from reshard.naming.schema import Schema, says_tied, says_untied, views
+from reshard.naming.schema import Schema, comes_with_base, says_tied, says_untied, views
 from reshard.tensors import Entry, Shape
 
 
@@ -213,9 +213,9 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
         different = [c for c in different if any(view.is_live(version) for view in c.views)]
     if len(different) == 1:
         return different[0]
-    ways = "; ".join(candidate.title for candidate in complete)
+    ways = "; ".join(candidate.title for candidate in different)
     raise NamesError(
-        f"the checkpoint fits the base in {len(complete)} ways that put tensors in different "
+        f"the checkpoint fits the base in {len(different)} ways that put tensors in different "
         f"places or orientations: {ways}.",
         hint="Name the transformers version it was trained with: --transformers-version.",
     )
@@ -228,6 +228,7 @@ class _Judge:
         self._owners = found.owners
         self._options = options
         self._tied, self._untied = says_tied(schema.config), says_untied(schema.config)
+        self._config = schema.config
 
     def verdicts(self, source: Reading, base: Reading) -> dict[Verdict, tuple[str, ...]]:
         have, want = source.pieces, base.pieces
@@ -265,7 +266,7 @@ class _Judge:
             heads = ties.is_head(hub) or ties.is_head(twin)
             if self._tied or not heads or (twin not in want and not self._untied):
                 return Verdict.COPIED
-        if options.fill_from_base or patterns.matches_any(families.CONSTANTS, hub):
+        if options.fill_from_base or comes_with_base(hub, self._config):
             return Verdict.FILLED
         if options.allows(piece.name):
             return Verdict.LEFT_OUT

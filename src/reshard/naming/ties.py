@@ -123,6 +123,8 @@ COPIES: tuple[Pair, ...] = (
     ("predictions.decoder.bias", "predictions.bias"),
 )  # fmt: skip
 
+#: The input embeddings that heads may be tied to.
+EMBEDDINGS = frozenset(original for _, original in (*HEADS, *PREDICTIONS))
 _HEAD_NAMES = frozenset(head for head, _ in (*HEADS, *PREDICTIONS))
 
 
