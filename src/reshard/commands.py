@@ -18,7 +18,9 @@ _PATH = FolderOrFile()
 _LISTED = 8
 _prefix = click.option("--prefix", help="The model's part of a nested state dict.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-_tag = click.option("--tag", "-t", help="Which save, e.g. global_step100; default: `latest`.")
+_tag = click.option(
+    "--tag", "-t", help="Which save, e.g. global_step100 or checkpoint-100; default: the newest."
+)
 
 
 @click.command(cls=SeveralValues)

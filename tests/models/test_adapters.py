@@ -23,6 +23,9 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 
 import reshard
+from reshard import cli
+from reshard.evaluate.command import try_model
+from reshard.scripts import ds2hf, fsdp2hf, hf2fsdp
 from tests.models import released
 from tests.naming.lightrft_models import ScalarRewardModel
 from tests.oracle.cache import Oracle
@@ -300,6 +303,27 @@ def test_adapters_that_were_saved_alone(made: Get, variant: str, tmp_path: Path)
     loaded = peft.PeftModel.from_pretrained(run.fresh(), out).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, run.logits(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_folder_is_called_one_where_a_model_is_asked_for(
+    made: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, adapter, out = made(), tmp_path / "peft", tmp_path / "out"
+    run.model.save_pretrained(adapter)
+    with pytest.raises(reshard.NotFoundError, match="Name the model that it was trained on"):
+        reshard.convert(run.checkpoint, out, base=adapter)
+    folders = ["--checkpoint_dir", adapter, "--hf_base", run.base, "--output_dir", out]
+    for command, flags in (
+        (ds2hf.command, folders),
+        (fsdp2hf.command, folders),
+        (hf2fsdp.command, ["--hf_checkpoint", adapter, "--output", out]),
+        (try_model, [adapter, "--device", "cpu", "--output_file", tmp_path / "report.json"]),
+    ):
+        assert cli.run(command, list(map(str, flags))) == 1
+        shown = capsys.readouterr()
+        assert "an adapter of PEFT" in shown.out + shown.err
+        assert "reshard convert SRC DST --base BASE --fill-from-base" in shown.out + shown.err
+    assert not out.exists()
 
 
 def test_adapters_without_a_base_are_said_to_be_of_no_use(made: Get, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
+from reshard.formats.huggingface import is_adapter
 from reshard.storage import snapshot
 
 REWARD_CONFIG = "reward_config.json"
@@ -92,11 +93,17 @@ def read_folder(path: Path) -> Folder:
 
     Raises `NotFoundError` (no folder, or no config in it), `FormatError` (a JSON file is broken),
     `IncompleteError` (the index names a file that is not there) and `UnsupportedError` (a model
-    that neither generates nor scores text).
+    that neither generates nor scores text, or an adapter alone).
     """
     if not path.is_dir():
         raise NotFoundError("there is no such model folder.", path=path)
     path = snapshot(path)
+    if is_adapter(path):
+        raise UnsupportedError(
+            "it holds an adapter of PEFT, and no model.",
+            path=path,
+            hint="Merge it: reshard convert SRC DST --base BASE --fill-from-base.",
+        )
     if not (path / "config.json").is_file():
         raise NotFoundError(
             "the folder has no config.json, so it is not a Hugging Face model.",

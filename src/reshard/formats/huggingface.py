@@ -97,6 +97,13 @@ def _unread(folder: Path, located: Collection[str]) -> tuple[str, ...]:
 def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
     """The model's `config.json`. Raises `NotFoundError` where there is none."""
     path = folder / "config.json"
+    if is_adapter(folder):
+        raise NotFoundError(
+            "it holds an adapter of PEFT, and no model.",
+            path=folder,
+            hint="Name the model that it was trained on, which adapter_config.json states as "
+            "base_model_name_or_path.",
+        )
     if not path.is_file():
         raise NotFoundError(
             "the base model has no config.json.",
@@ -104,6 +111,11 @@ def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
             hint="Name the folder of the Hugging Face model that the training started from.",
         )
     return _read_json(path, sources, _MAX_CONFIG)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is what PEFT's `save_pretrained` writes: an adapter, and no model."""
+    return (folder / _ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def assets(folder: Path) -> tuple[Asset, ...]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from reshard import formats, locate
 from reshard.errors import UnsupportedError
+from reshard.formats import huggingface
 from reshard.storage import snapshot
 
 # What a format is called, and the command that converts it.
@@ -13,6 +14,10 @@ _WORDS = {
     "dcp": ("a PyTorch DCP (FSDP) checkpoint", "Convert it with fsdp2hf."),
     "deepspeed": ("a DeepSpeed checkpoint", "Convert it with ds2hf."),
     "huggingface": ("a Hugging Face model", "Convert it with hf2fsdp."),
+    "adapter": (
+        "an adapter of PEFT",
+        "Merge it with: reshard convert SRC DST --base BASE --fill-from-base.",
+    ),
     "torch": ("a torch.save file", "Convert it with: reshard convert SRC DST --base BASE."),
 }
 
@@ -29,6 +34,8 @@ def expect(path: Path, *wanted: str) -> None:
         found = formats_below[0]
     else:
         found = formats.detect(path)
+    if found == "huggingface" and huggingface.is_adapter(path):
+        found = "adapter"
     if found not in wanted:
         is_wanted, _ = _WORDS[wanted[0]]
         is_found, elsewhere = _WORDS[found]

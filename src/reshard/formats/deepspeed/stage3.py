@@ -53,7 +53,7 @@ def complete(masters: Mapping[str, Entry], saved: Saved) -> tuple[dict[str, Entr
     absent = [name for name in model.module if name not in known]
     if absent:
         notes.append(
-            f"{len(absent)} names have no weights in the checkpoint, as frozen parameters that "
+            f"{len(absent)} of the names have no weights, as frozen parameters that "
             f"were excluded, or saved before DeepSpeed 0.9.1: {', '.join(absent[:5])}."
         )
     return in_module_order(entries, aliases, model.module), notes
