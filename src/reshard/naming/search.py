@@ -15,9 +15,9 @@ from enum import Enum
 from fnmatch import fnmatchcase
 
 from reshard.errors import NamesError
-from reshard.naming import families, patterns, ties
+from reshard.naming import families, ties
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Version, View
-from reshard.naming.schema import Schema, comes_with_base, says_tied, views
+from reshard.naming.schema import Schema, comes_with_base, is_constant, says_tied, views
 from reshard.tensors import Entry, Shape
 
 
@@ -237,7 +237,10 @@ class _Judge:
         for hub, piece in want.items():
             other = have.get(hub)
             if other is None:
-                sorted_[self._absent(hub, piece, have, want)].append(hub)
+                verdict = self._absent(hub, piece, have, want)
+                sorted_[verdict].append(hub)
+                twin = ties.twin_of(hub, have) if verdict is Verdict.COPIED else None
+                used.update(self._owners[have[name].name] for name in (twin,) if name)
             else:
                 used.add(self._owners[other.name])
                 sorted_[_shapes(hub, other.shape, piece.shape, have)].append(hub)
@@ -268,7 +271,7 @@ class _Judge:
 
     def _extra(self, hub: str, piece: Piece, have: Mapping[str, Piece], used: set[str]) -> Verdict:
         """A tensor of the source that the base does not have."""
-        if self._owners[piece.name] in used or patterns.matches_any(families.CONSTANTS, hub):
+        if self._owners[piece.name] in used or is_constant(hub, self._config):
             return Verdict.DROPPED
         if self._options.allows(piece.name):
             return Verdict.DROPPED
