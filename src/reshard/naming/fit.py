@@ -113,8 +113,9 @@ class _Fitting:
 
     def result(self) -> Fit:
         outputs = self._outputs()
-        self._judge_twins(outputs, self._copy_twins(outputs))
-        dropped = self._sort_dropped()
+        written = self._copy_twins(outputs)
+        self._judge_twins(outputs, written)
+        dropped = self._sort_dropped(written)
         self._mention_unheld()
         resized = self._resize(outputs)
         candidate = self._candidate
@@ -206,7 +207,7 @@ class _Fitting:
                 raise refuse(candidate)
             else:
                 raise NamesError(
-                    f"it differs from {have[twin].name!r}, and the base stores one for both.",
+                    f"it differs from {have[twin].name!r}; the base stores one tensor for both.",
                     tensor=have[hub].name,
                     unexpected=(have[hub].name,),
                 )
@@ -240,19 +241,18 @@ class _Fitting:
             return True
         return self._equal(one, other)
 
-    def _sort_dropped(self) -> tuple[str, ...]:
+    def _sort_dropped(self, written: Mapping[str, str]) -> tuple[str, ...]:
         """What is not written: other names of written tensors are ties, the rest is returned."""
         candidate = self._candidate
         have = candidate.source.pieces
-        written = {
-            self._by_name[piece.name].spec.name: candidate.base_view.name_here(hub)
-            for hub, piece in have.items()
-            if hub in candidate.base.pieces
+        stores = {
+            self._by_name[have[hub].name].spec.name: candidate.base_view.name_here(stored)
+            for hub, stored in written.items()
         }
         dropped = []
         for hub in candidate.of(Verdict.DROPPED):
             name = have[hub].name
-            stored = written.get(self._by_name[name].spec.name)
+            stored = stores.get(self._by_name[name].spec.name)
             if stored is None:
                 dropped.append(name)
             else:
@@ -264,8 +264,8 @@ class _Fitting:
         count = sum(is_unheld(name, self._config) for name in filled)
         if count:
             self._warnings.append(
-                f"{count} tensors are of layers that no live module holds (multi-token "
-                "prediction): they are the base's, untrained."
+                f"{count} tensors of layers that no live module holds (multi-token prediction) "
+                "are the base's, untrained."
             )
 
     def _resize(self, outputs: Mapping[str, Entry]) -> tuple[Resize, ...]:

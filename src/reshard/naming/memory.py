@@ -60,6 +60,7 @@ def memory_view(config: Mapping[str, Any], version: Version) -> View:
 
     Raises `UnsupportedError` where that version has no such model.
     """
+    _refuse_unsupported(config, version)
     live = [view for view in views(config, guess=False) if view.is_live(version)]
     if not live:
         text = ".".join(map(str, version))
@@ -72,6 +73,17 @@ def memory_view(config: Mapping[str, Any], version: Version) -> View:
     return max(live, key=lambda view: [layout.since or () for layout in view.layouts])
 
 
+def _refuse_unsupported(config: Mapping[str, Any], version: Version) -> None:
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    found = {str(part.get("model_type")) for part in parts} & {*families.UNSUPPORTED}
+    if found and version >= (5,):
+        raise UnsupportedError(
+            f"what live modules of transformers 5 hold of {', '.join(sorted(found))} is not known: "
+            "they split, join or permute tensors of the files.",
+            hint="Without --names memory the names are those of the files.",
+        )
+
+
 def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
     """Read files through the layout they are in: the hub's, or a live one that they were dumped in.
 
@@ -82,10 +94,11 @@ def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
     if _is_bare(entries, config):
         known = tuple(View((bare_layout(config), *view.layouts)) for view in known[:1])
     best = names.read(names.effects(known[0]))
+    whole = any(embedding in best.pieces for embedding in ties.EMBEDDINGS)
     for view in known[1:]:
         if any(layout.since is None for layout in view.layouts):
             continue
-        if view.backbone and not is_backbone(config):
+        if view.backbone and (whole or not is_backbone(config)):
             continue
         effects = names.effects(view)
         reading = names.read(effects)
@@ -102,9 +115,9 @@ def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
 def _is_bare(names: Container[str], config: Mapping[str, Any]) -> bool:
     """Whether the files of a class with a head were saved from its backbone: the embedding lies at
     the top."""
-    inside = f"{backbone_part(config)}."
-    embeddings = (name.removeprefix(inside) for name in ties.EMBEDDINGS if name.startswith(inside))
-    return not is_backbone(config) and any(name in names for name in embeddings)
+    part = backbone_part(config)
+    bare = (name.removeprefix(f"{part}.") for name in ties.embeddings_in(part))
+    return not is_backbone(config) and any(name in names for name in bare)
 
 
 def _is_its_own(reading: Reading, view: View) -> bool:
@@ -153,7 +166,10 @@ def _towers(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str,
 
 def _add_tied(pieces: dict[str, Piece], config: Mapping[str, Any]) -> None:
     """Add the tensors that the files hold under another name only: a live module has them all."""
-    stated = [level.get("tie_word_embeddings") for level in levels(config)]
+    # Of an encoder and a decoder that are models of their own, the decoder has the head.
+    decoder = config.get("decoder")
+    speaking = (decoder,) if isinstance(decoder, Mapping) else levels(config)
+    stated = [level.get("tie_word_embeddings") for level in speaking]
     classes = [str(name) for level in levels(config) for name in level.get("architectures") or ()]
     generates = not classes or any(name.endswith(_GENERATING) for name in classes)
     # Unstated means tied: the default of transformers' configs is left out of config.json.

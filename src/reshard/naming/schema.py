@@ -60,7 +60,13 @@ def backbone_part(config: Mapping[str, Any]) -> str:
 def comes_with_base(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a tensor of the base is no training's: computed from the config, or of layers that
     no live module holds. It is the base's in any output."""
-    return patterns.matches_any(families.CONSTANTS, name) or is_unheld(name, config)
+    return is_constant(name, config) or is_unheld(name, config)
+
+
+def is_constant(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a module computes a tensor from its config."""
+    own = families.CONSTANTS_OF.get(str(config.get("model_type")), ())
+    return patterns.matches_any((*families.CONSTANTS, *own), name)
 
 
 def is_unheld(name: str, config: Mapping[str, Any]) -> bool:

@@ -16,9 +16,16 @@ from fnmatch import fnmatchcase
 from msgspec import Struct
 
 from reshard.errors import NamesError
-from reshard.naming import families, patterns, ties
+from reshard.naming import families, ties
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Version, View
-from reshard.naming.schema import Schema, comes_with_base, says_tied, says_untied, views
+from reshard.naming.schema import (
+    Schema,
+    comes_with_base,
+    is_constant,
+    says_tied,
+    says_untied,
+    views,
+)
 from reshard.tensors import Entry, Shape
 
 
@@ -234,19 +241,23 @@ class _Judge:
         have, want = source.pieces, base.pieces
         sorted_: defaultdict[Verdict, list[str]] = defaultdict(list)
         known = {**want, **have} if self._tied else have
-        used = set()
+        used: set[str] = set()
         for hub, piece in want.items():
-            other = have.get(hub)
-            if other is None:
-                sorted_[self._absent(hub, piece, have, want)].append(hub)
-            else:
+            other, twin = have.get(hub), ties.twin_of(hub, have)
+            verdict = (
+                self._absent(hub, piece, have, want)
+                if other is None
+                else _shapes(hub, other.shape, piece.shape, have)
+            )
+            sorted_[verdict].append(hub)
+            if other is None and twin is not None and verdict is Verdict.COPIED:
+                other = have[twin]
+            if other is not None:
                 used.add(self._owners[other.name])
-                sorted_[_shapes(hub, other.shape, piece.shape, have)].append(hub)
         for hub, piece in have.items():
             if hub not in want:
-                sorted_[self._extra(hub, piece, known if ties.is_head(hub) else have, used)].append(
-                    hub
-                )
+                others = known if ties.is_head(hub) else have
+                sorted_[self._extra(hub, piece, others, used)].append(hub)
         _demand_one_vocabulary(sorted_, have)
         return {verdict: tuple(names) for verdict, names in sorted_.items()}
 
@@ -276,7 +287,7 @@ class _Judge:
         self, hub: str, piece: Piece, others: Mapping[str, Piece], used: set[str]
     ) -> Verdict:
         """A tensor of the source that the base does not have; its twin may be among `others`."""
-        if self._owners[piece.name] in used or patterns.matches_any(families.CONSTANTS, hub):
+        if self._owners[piece.name] in used or is_constant(hub, self._config):
             return Verdict.DROPPED
         if self._options.allows(piece.name):
             return Verdict.DROPPED

@@ -87,6 +87,7 @@ PREDICTIONS: tuple[Pair, ...] = (
     ("decoder.weight", "model.embeddings.tok_embeddings.weight"),
     ("output.weight", "git.embeddings.word_embeddings.weight"),
     ("cls.predictions.decoder.weight", "transformer.embeddings.word_embeddings.weight"),
+    ("lm_loss.weight", "transformer.word_embedding.weight"),
     *_inside(
         ("", "decoder.", "text_decoder."),
         ((head, f"{name}.embeddings.word_embeddings.weight") for head in _BERT_HEADS
@@ -98,7 +99,7 @@ PREDICTIONS: tuple[Pair, ...] = (
 COPIES: tuple[Pair, ...] = (
     *_inside(
         ("", "model.", "led.", "language_model.", "language_model.model.",
-         "model.language_model.", "decoder."),
+         "model.language_model.", "decoder.", "transformer."),
         (
             ("encoder.embed_tokens.weight", "shared.weight"),
             ("decoder.embed_tokens.weight", "shared.weight"),
@@ -141,6 +142,18 @@ _ALL = (*COPIES, *HEADS, *PREDICTIONS)
 _ORIGINALS = _gather(_ALL)
 _TWINS = _gather(pair for name, original in _ALL
                  for pair in ((name, original), (original, name)))  # fmt: skip
+
+
+def embeddings_in(part: str) -> tuple[str, ...]:
+    """The embeddings of the causal models and encoders that call their backbone `part`.
+
+    Seq2seq models are left out: they have parts of their own at the top.
+    """
+    if part == "model":
+        return ("model.embed_tokens.weight",)
+    return tuple(
+        name for name in EMBEDDINGS if name.startswith(f"{part}.") and "shared" not in name
+    )
 
 
 def is_head(name: str) -> bool:
@@ -189,14 +202,14 @@ def missing_heads(names: Container[str], model_type: object) -> dict[str, str]:
 def missing_parts(names: Container[str], holds: Callable[[str], bool]) -> dict[str, str]:
     """Name -> original of the predictions and copies that `names` lack, where `holds` says that
     the module which they are a part of has other tensors."""
-    found = {}
+    found: dict[str, str] = {}
     for name, original in (*PREDICTIONS, *COPIES):
-        module = name.rpartition(".")[0]
+        module, _, leaf = name.rpartition(".")
         parent = module.rpartition(".")[0]
-        if (
-            original in names
-            and name not in names
-            and (holds(module) or (parent and holds(parent)))
-        ):
+        if leaf == "bias":  # of a matrix that is stored, or was found above
+            there = f"{module}.weight" in found or f"{module}.weight" in names
+        else:
+            there = holds(module) or (parent != "" and holds(parent))
+        if there and original in names and name not in names:
             found[name] = original
     return found
