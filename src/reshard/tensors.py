@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from reshard.dtypes import DType
@@ -132,8 +133,9 @@ def is_shape(sizes: Sequence[object]) -> bool:
     return numel < MAX_NUMEL
 
 
+@lru_cache(maxsize=4096)
 def whole(shape: Shape) -> Box:
-    """The box that holds every element of `shape`."""
+    """The box that holds every element of `shape`; one for all tensors of that shape."""
     return Box(shape, (0,) * len(shape), shape)
 
 
