@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Literal
 
 from msgspec import Struct
@@ -129,8 +130,9 @@ def is_shape(sizes: Sequence[object]) -> bool:
     return numel < MAX_NUMEL
 
 
+@lru_cache(maxsize=4096)
 def whole(shape: Shape) -> Box:
-    """The box that holds every element of `shape`."""
+    """The box that holds every element of `shape`; one for all tensors of that shape."""
     return Box(shape, (0,) * len(shape), shape)
 
 

@@ -144,7 +144,9 @@ def _gather(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
             ),
             ...,
         )
-        _copy(cut(fragment, shared), view[where], reader, entry.spec.name)
+        plain = shared == fragment.box and fragment.strides is None
+        part = fragment if plain else cut(fragment, shared)
+        _copy(part, view[where], reader, entry.spec.name)
 
 
 def _copy(part: Fragment, out: Array, reader: Reader, name: str) -> None:
