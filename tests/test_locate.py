@@ -169,6 +169,45 @@ def test_the_last_model_of_a_run_is_read_and_its_checkpoints_are_named(
     assert not reshard.open(oracle["llama-zero2"].base).catalog.remarks
 
 
+def test_of_an_incomplete_checkpoint_with_its_export_the_error_names_that(trainer: Path) -> None:
+    folder = trainer / "checkpoint-20"
+    next((folder / "global_step20").glob("*rank_1*optim*")).unlink()
+    with pytest.raises(reshard.IncompleteError, match="Or convert the model that was exported"):
+        reshard.open(folder)
+    assert reshard.open(folder / "model.safetensors").tensors
+
+
+def test_a_file_leads_to_the_folder_that_holds_it(trainer: Path, tmp_path: Path) -> None:
+    folder = trainer / "checkpoint-20"
+    reshard.convert(folder, tmp_path / "out", max_shard_size="5KB")
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    whole = reshard.open(index)
+    assert whole.tensors.keys() == reshard.open(folder).tensors.keys()
+    shard = reshard.open(next((tmp_path / "out").glob("*-of-*.safetensors")))
+    assert "for the whole model, name its folder" in shard.catalog.remarks[0]
+    assert shard.tensors.keys() < whole.tensors.keys()
+    model = reshard.open(folder / "global_step20" / "mp_rank_00_model_states.pt")
+    assert "full precision are in the optimizer's files" in model.catalog.remarks[0]
+    with pytest.raises(reshard.NotFoundError, match="Name the folder that holds it"):
+        reshard.open(folder / "latest")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(reshard.NotFoundError, match=r"is read from\.$"):
+        reshard.open(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("names", [("model", "optim"), ("pytorch_model_0", "optimizer_0")])
+def test_an_optimizer_beside_the_model_is_no_second_one(
+    oracle: Oracle, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    for step in (5, 10):
+        for name in names:
+            reshard.convert(oracle["llama-zero2"].root, tmp_path / f"step-{step}" / name, to="dcp")
+    for save in ("step-5", "step-10"):
+        root = reshard.open(tmp_path / save).catalog.origin.root
+        assert root == tmp_path / save / names[0]
+    assert reshard.open(tmp_path / "step-5" / names[1]).tensors
+
+
 def test_an_exported_model_that_is_newer_is_named_and_taken_by_its_tag(trainer: Path) -> None:
     """`save_only_model`, or a training checkpoint that was removed to save space."""
     shutil.rmtree(trainer / "checkpoint-20" / "global_step20")

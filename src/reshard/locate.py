@@ -33,6 +33,10 @@ _DEPTH = 3
 _MAX_FOLDERS = 10_000
 # What trainers call a save: global_step6, checkpoint-500, step-100, epoch_3, iter_0000010.
 _NUMBER = re.compile(r"(\d+)(?!.*\d)")
+# One shard of several, of safetensors or torch.save files.
+_SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
+# A folder of its own for the optimizer: accelerate's before 0.24, and many who call dcp.save twice.
+_OPTIMIZER = re.compile(r"(.*_)?optim(izer)?s?(_.*|\d*)")
 # LightRFT keeps actor and critic side by side; without a word more, the actor is meant.
 _ACTOR = "_actor"
 
@@ -64,14 +68,15 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
 
 def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     if not path.is_dir():
-        return _load(path, formats.detect(path), sources, selection)
+        catalog = _load(path, formats.detect(path), sources, selection)
+        return replace(catalog, remarks=(*catalog.remarks, *_said_of_file(path)))
     claims = formats.claims(path)
     exported = bool(claims) and formats.meant(claims) in formats.EXPORTED
     # Above a run's checkpoints lies the model that was exported at its end, which no tag means.
     if claims and not (exported and selection.tag not in (None, real(path).name)):
         catalog = _load(path, formats.detect(path), sources, selection)
         return _and_below(catalog, path) if exported else catalog
-    below = list(_walk(path, _DEPTH, [_MAX_FOLDERS]))
+    below = _below(path, _DEPTH)
     if not below:
         return _load(path, formats.detect(path), sources, selection)  # says what is there instead
     chosen, passed_over = _choose(path, below, selection.tag), []
@@ -87,6 +92,14 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
     raise passed_over[0]
 
 
+def _said_of_file(path: Path) -> tuple[str, ...]:
+    """That a file is one shard of several, in words."""
+    shard = _SHARD.fullmatch(path.name)
+    if shard is None or int(shard[1]) < 2:
+        return ()
+    return (f"{path} is one of {int(shard[1])} shards: for the whole model, name its folder.",)
+
+
 def _load(path: Path, format_: str, sources: Sources, selection: formats.Selection) -> Catalog:
     """The checkpoint at `path`, of which only DeepSpeed's reader takes a tag: it alone keeps
     several saves in one folder. A model exported beside it is named in the remarks."""
@@ -99,16 +112,31 @@ def _load(path: Path, format_: str, sources: Sources, selection: formats.Selecti
             path=path,
             hint="Leave out --tag, or name the folder above.",
         )
-    catalog = formats.load(format_).read(path, sources, selection)
+    reader = formats.load(format_)
     if format_ in formats.EXPORTED or not formats.claims(path).keys() & {*formats.EXPORTED}:
-        return catalog
+        return reader.read(path, sources, selection)
+    try:
+        catalog = reader.read(path, sources, selection)
+    except IncompleteError as error:
+        raise _or_the_export(error) from None
     beside = f"{path} also holds an exported model; the training checkpoint in it was taken."
     return replace(catalog, remarks=(*catalog.remarks, beside))
 
 
+def _or_the_export(error: IncompleteError) -> IncompleteError:
+    """The error of a training checkpoint that has an exported model beside it."""
+    export = "Or convert the model that was exported beside it: name its file."
+    return IncompleteError(
+        error.message,
+        path=error.path,
+        tensor=error.tensor,
+        hint=export if error.hint is None else f"{error.hint} {export}",
+    )
+
+
 def _and_below(catalog: Catalog, path: Path) -> Catalog:
     """An exported model's catalog, which names the training checkpoints in the same folder."""
-    below = [save for save in _walk(path, 1, [_MAX_FOLDERS]) if save.format not in formats.EXPORTED]
+    below = [save for save in _below(path, 1) if save.format not in formats.EXPORTED]
     if not below:
         return catalog
     newest = max(below, key=lambda save: save.age).path
@@ -121,12 +149,18 @@ def _and_below(catalog: Catalog, path: Path) -> Catalog:
 
 def saves(path: Path) -> list[Found]:
     """Checkpoints below a folder; exported models only where there is nothing else."""
-    return _training(list(_walk(path, _DEPTH, [_MAX_FOLDERS])))
+    return _training(_below(path, _DEPTH))
 
 
 def _training(found: list[Found]) -> list[Found]:
     training = [save for save in found if save.format not in formats.EXPORTED]
     return training or found
+
+
+def _below(path: Path, depth: int) -> list[Found]:
+    """All checkpoints below a folder, but for optimizers' beside those of their models."""
+    found = list(_walk(path, depth, [_MAX_FOLDERS]))
+    return [save for save in found if not _OPTIMIZER.fullmatch(save.path.name)] or found
 
 
 def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:

@@ -123,6 +123,9 @@ def detect(path: Path) -> str:
     if not path.exists():
         raise NotFoundError("there is no such file or folder.", path=path)
     reasons = claims(path)
+    if not reasons and not path.is_dir():
+        inside = "Name the folder that holds it." if claims(path.parent) else None
+        raise NotFoundError("it is no file that a model is read from.", path=path, hint=inside)
     if not reasons:
         raise NotFoundError(
             f"no checkpoint was recognised here; it holds {_listing(path)}.",
@@ -161,8 +164,6 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 
 def _listing(path: Path) -> str:
-    if not path.is_dir():
-        return "a file of an unknown kind"
     names = sorted(child.name + ("/" if child.is_dir() else "") for child in path.iterdir())
     if not names:
         return "nothing"

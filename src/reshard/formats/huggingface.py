@@ -48,7 +48,9 @@ _NOT_ASSETS = {".git", ".cache", "__pycache__"}
 
 
 def detect(path: Path) -> str | None:
-    """A `.safetensors` file, or a folder with one or with an index."""
+    """A `.safetensors` file, an index of such, or a folder with either."""
+    if path.is_file() and path.name == INDEX:
+        return f"it is a {INDEX}"
     if path.is_file():
         return "a safetensors file" if path.suffix == ".safetensors" else None
     if (path / INDEX).is_file():
@@ -61,7 +63,8 @@ def detect(path: Path) -> str | None:
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """The tensors of a model folder (or of one file), and its other files as assets."""
     folder = path.parent if path.is_file() else path
-    located = {path.name: None} if path.is_file() else _located(path, sources)
+    listed = path.is_dir() or path.name == INDEX
+    located = _located(folder, sources) if listed else {path.name: None}
     entries: dict[str, Entry] = {}
     for name, expected in located.items():
         shard = safetensors_file.read(sources.open(child(folder, name)))

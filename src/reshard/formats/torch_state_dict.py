@@ -63,6 +63,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     entries: dict[str, Entry] = {}
     records: list[Record] = []
     notes: list[str] = []
+    remarks: list[str] = []
     files = _files(path, sources)
     for file in files:
         content = read_torch(sources.open(file))
@@ -72,6 +73,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
                 raise FormatError("it is stored in two files.", path=file, tensor=name)
             entries[name] = entry
         notes += content.warnings
+        remarks += _rounded(file, content)
         if content.opaque:
             notes.append(f"objects that were left unread: {', '.join(content.opaque)}.")
     return Catalog(
@@ -80,7 +82,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         entries=entries,
         records=tuple(dict.fromkeys(records)),
         notes=tuple(dict.fromkeys(notes)),
-        remarks=of_several(path, _models(path), files[0].name, "file"),
+        remarks=(*remarks, *of_several(path, _models(path), files[0].name, "file")),
     )
 
 
@@ -192,6 +194,18 @@ def _refuse_part(path: Path, value: Mapping[object, object]) -> None:
             path=path,
             hint=f"Name the folder that holds it: {path.parent}.",
         )
+
+
+def _rounded(path: Path, content: TorchFile) -> list[str]:
+    """That a model file of DeepSpeed's ZeRO-1 or 2 holds rounded weights, in words."""
+    value = content.value
+    if not isinstance(value, dict) or _DEEPSPEED not in value or not value.get("param_shapes"):
+        return []
+    remark = (
+        f"{path} holds the weights in the type of the module; those in full precision are in the "
+        f"optimizer's files: name the folder that holds it, {path.parent}."
+    )
+    return [remark]
 
 
 def _tensors(value: object) -> dict[str, TensorRef]:
