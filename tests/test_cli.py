@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -317,12 +319,13 @@ def bare(pytestconfig: pytest.Config) -> Path:
     """The Python of an environment with reshard's run-time dependencies and nothing else."""
     folder = pytestconfig.cache.mkdir("bare")
     python = folder / "bin" / "python"
-    if not (folder / "made").is_file():
+    names = ("numpy", "ml_dtypes", "xxhash", "zlib-ng", "msgspec", "click", "rich")
+    made = folder / f"made-{'-'.join(names)}"
+    if not made.is_file():
         venv.create(folder, with_pip=True, clear=True)
-        names = ("numpy", "ml_dtypes", "xxhash", "zlib-ng", "click", "rich")
         install = [str(python), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
         subprocess.run([*install, *names], check=True)
-        (folder / "made").touch()
+        made.touch()
     return python
 
 
@@ -370,15 +373,16 @@ def test_importing_reshard_is_quick_and_brings_no_torch(bare: Path) -> None:
     assert min(float(run.stdout.split()[0]) for run in runs) < 0.2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_conversion_leaves_nothing(
     oracle: Oracle, tmp_path: Path, number: signal.Signals
 ) -> None:
     """A conversion slowed down to seconds is interrupted in its midst: exit code 130."""
     code = (
         "import signal, sys, time, reshard.transfer.engine as e; fill = e.fill\n"
-        # A shell's background jobs, and what they start, ignore SIGINT.
+        # A shell's background jobs, and what they start, may ignore these.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "def slow(*a):\n    time.sleep(0.3); return fill(*a)\n"
         "e.fill = slow\n"
         "from reshard.cli import main\nmain()"
@@ -417,3 +421,70 @@ def test_what_a_killed_run_left_does_not_stand_in_the_way(oracle: Oracle, tmp_pa
     assert len(list(tmp_path.iterdir())) == 1
     assert run(reshard, arguments) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+STEERING = "a\x1b]0;title\x07\r[/b] \x9b31m"
+
+
+def steering_model(folder: Path) -> Path:
+    """A model folder, and a tensor in it, whose names would steer a terminal."""
+    model = folder / os.fsdecode(b"caf\xe9 \x1b[31m[red]")
+    model.mkdir()
+    save_file({STEERING: np.zeros(2, np.float32)}, model / "model.safetensors")
+    (model / "config.json").write_text('{"architectures": ["a\\u001b[31m"]}')
+    return model
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "{}", "--tensors"],
+        ["inspect", "{}", "--tensors", "--json"],
+        ["convert", "{}", "out"],
+        ["convert", "{}", "out", "--json"],
+        ["convert", "{}", "{}/model.safetensors/x"],
+        ["convert", "{}", "out", "--base", "{}", "--allow-unchanged"],
+        ["diff", "{}", "other"],
+        ["diff", "{}", "{}"],
+        ["verify", "other", "--against", "{}"],
+        ["doctor", "{}"],
+        ["doctor", "{}", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_names_cannot_steer_the_terminal(tmp_path: Path, arguments: list[str]) -> None:
+    model = steering_model(tmp_path)
+    (tmp_path / "other").mkdir()
+    save_file({"b": np.zeros(2, np.float32)}, tmp_path / "other" / "model.safetensors")
+    shown = in_terminal([argument.format(model) for argument in arguments], tmp_path)
+    assert "Traceback" not in shown
+    assert all(c.isprintable() or c == "\n" for c in unstyled(shown)), shown
+    if "--json" in arguments:
+        assert isinstance(json.loads(shown), dict)
+
+
+def unstyled(shown: str) -> str:
+    """Without what the table's own borders and bold type take."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown) if "─" in shown or "━" in shown else shown
+
+
+def in_terminal(arguments: list[str], folder: Path) -> str:
+    """What a command shows on a terminal."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TERM": "dumb", "COLUMNS": "200"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "reshard", *map(os.fsencode, arguments)],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    os.close(ours)
+    assert child.wait() in (0, 1), shown
+    return shown.decode().replace("\r\n", "\n")

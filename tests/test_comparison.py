@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -250,3 +251,22 @@ def test_masters_are_rounded_before_they_are_compared(oracle: Oracle, tmp_path: 
     )
     assert reshard.diff(case.root, tmp_path / "model").same
     assert not reshard.diff(case.root, case.base).same
+
+
+@pytest.mark.parametrize("how", ["diff", "verify", "verify against"])
+def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path, how: str) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    save_file({"a": np.zeros(9, np.float32)}, model / "model.safetensors")
+    reshard.convert(model, out)
+
+    def touch(done: int, total: int) -> None:
+        os.utime(out / "model.safetensors", ns=(1, 1))
+
+    compare: dict[str, Callable[[], object]] = {
+        "diff": lambda: reshard.diff(model, out, progress=touch),
+        "verify": lambda: reshard.verify(out, progress=touch),
+        "verify against": lambda: reshard.verify(out, model, progress=touch),
+    }
+    with pytest.raises(reshard.IncompleteError, match="changed while it was read"):
+        compare[how]()

@@ -174,13 +174,15 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
     assert wrong == []
 
 
-def test_the_conformance_suites_need_pytest_and_numpy_only() -> None:
+def test_the_conformance_suites_need_pytest_beside_what_reshard_needs() -> None:
     packages = {
         found.imported.split(".")[0]
         for found in IMPORTS
         if room(found.module) == "testing" and found.module != "reshard.testing.strategies"
     }
-    assert packages - set(sys.stdlib_module_names) == {"reshard", "numpy", "ml_dtypes", "pytest"}
+    assert packages - set(sys.stdlib_module_names) == {
+        "reshard", "numpy", "ml_dtypes", "msgspec", "pytest",
+    }  # fmt: skip
 
 
 ALL_HEAVY = ("numpy", "ml_dtypes", "xxhash", "rich", "torch", "transformers", "pytest")

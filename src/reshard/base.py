@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from reshard.catalog import Asset
 from reshard.dtypes import DType
@@ -22,8 +23,7 @@ CONFIG = "config.json"
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
-@dataclass(frozen=True, slots=True)
-class Base:
+class Base(Struct, frozen=True):
     """A base model: its tensors, its config, and the files that go along with the weights."""
 
     folder: Path

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from reshard.tensors import Entry, Record
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(Struct, frozen=True):
     """Where a catalog was read from.
 
     `root` is the folder (or file) that holds the tensors, `version` the framework's version as
@@ -27,16 +27,14 @@ class Origin:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Asset:
+class Asset(Struct, frozen=True):
     """A file that goes along unchanged; `name` is its path inside the folder, with `/`."""
 
     name: str
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Catalog:
+class Catalog(Struct, frozen=True):
     """A checkpoint: its tensors by name, and everything known about their source.
 
     `entries` holds each stored tensor once; other names of the same weights are in

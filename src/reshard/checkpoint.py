@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from reshard import formats, locate
 from reshard.catalog import Catalog
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     """A tensor of a checkpoint; its elements are read by `numpy` only.
 
     `kind` is `parameter`, `buffer`, `frozen`, or `tied` for another name of stored weights.

@@ -21,7 +21,7 @@ from typing import cast
 import click
 
 from reshard._version import __version__
-from reshard.errors import OptionError, ReshardError
+from reshard.errors import OptionError, ReshardError, printable
 from reshard.flags import debug
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -63,6 +63,8 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     shows_traceback = "--debug" in arguments or "-d" in arguments
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, _interrupt)
     _start_quickly()
     try:
         code = command.main(args=arguments, standalone_mode=False)
@@ -75,7 +77,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     except (ReshardError, OSError) as error:
         if shows_traceback:
             traceback.print_exc()
-        click.echo(f"error: {error}{_elsewhere(command, error)}", err=True)
+        click.echo(f"error: {printable(str(error))}{_elsewhere(command, error)}", err=True)
         return 2 if isinstance(error, OptionError) else 1
     return code if isinstance(code, int) else 0
 
@@ -103,7 +105,10 @@ def _start_quickly() -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """End like Ctrl-C does, so that a partial output folder is removed on the way out."""
+    """End like Ctrl-C does, so that a partial output folder is removed on the way out.
+
+    A terminal that is closed (SIGHUP) ends a run no worse than one that is killed (SIGTERM).
+    """
     raise KeyboardInterrupt
 
 

@@ -217,7 +217,7 @@ def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> in
     amount = output.size(verified.bytes_read)
     what = "as written" if against is None else f"as in {against}"
     apart = f"; {verified.num_filled} are the base's" if verified.num_filled else ""
-    click.echo(f"{dst}: {verified.num_tensors} tensors, {amount}, all {what}{apart}.")
+    output.tell(f"{dst}: {verified.num_tensors} tensors, {amount}, all {what}{apart}.")
     return 0
 
 
@@ -244,5 +244,5 @@ def diff(a: Path, b: Path, as_json: bool) -> int:
         rows = [(difference.name, str(difference)) for difference in found.differences]
         if rows:
             output.print_table(rows, header=("tensor", "difference"))
-        click.echo(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
+        output.tell(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
     return 0 if found.same else 1

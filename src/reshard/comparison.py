@@ -32,6 +32,7 @@ def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None)
         theirs = locate.read(Path(second), sources, formats.Selection())
         pairing = pair(mine, theirs, sources)
         found = compare(pairing.pairs, sources, progress)
+        sources.check_unchanged()
     apart = (*pairing.left, *pairing.omitted, *pairing.filled)
     notes = (*mine.remarks, *theirs.remarks)
     return Comparison(found.num_equal, (*found.differences, *apart), found.bytes_read, notes)
@@ -71,6 +72,7 @@ def verify(
         if pairing.by_name:
             _check_names(pairing, Path(folder))
         found = compare(pairing.pairs, sources, progress)
+        sources.check_unchanged()
     differences = (*found.differences, *pairing.left)
     for difference in differences:
         raise VerificationError(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import cast
+
+from msgspec.structs import asdict
 
 from reshard import formats, manifest
 from reshard.errors import OptionError, VerificationError, WriteError

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from reshard.progress import Progress
 from reshard.storage import Sources
@@ -19,8 +20,7 @@ Kind = Literal["values", "shape", "dtype", "only in the first", "only in the sec
 _BLOCK = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """A tensor that is not the same on both sides.
 
     For `values`: how many of its elements differ, and the largest and the mean difference of
@@ -45,8 +45,7 @@ class Difference:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Struct, frozen=True):
     """Two checkpoints: `num_equal` tensors are the same bit for bit, the others are listed.
 
     `notes` say which checkpoints were taken, where a path named a folder above.
@@ -70,8 +69,7 @@ class Comparison:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(Struct, frozen=True):
     """One file or folder of both sides: the tensors of each, by the second's names.
 
     `name` is that of a file beside the model, empty for the model itself.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import reprlib
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from reshard.errors import UnsupportedError
 
@@ -11,8 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-@dataclass(frozen=True, slots=True)
-class DType:
+class DType(Struct, frozen=True):
     """An element type.
 
     `name` is torch's name without `torch.`, `itemsize` is bytes an element, `safetensors` the
@@ -114,7 +115,8 @@ def from_safetensors(code: str) -> DType:
     dtype = _BY_SAFETENSORS.get(code)
     if dtype is None:
         raise UnsupportedError(
-            f"safetensors dtype {code!r} is not handled; known are {', '.join(_BY_SAFETENSORS)}."
+            f"safetensors dtype {reprlib.repr(code)} is not handled; known are "
+            f"{', '.join(_BY_SAFETENSORS)}."
         )
     return dtype
 

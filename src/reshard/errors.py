@@ -20,6 +20,9 @@ from __future__ import annotations
 
 import os
 
+# Characters of a tensor's name in a message, and of a message: a file's names may be of any length.
+_MAX_NAME, _MAX_MESSAGE = 200, 10_000
+
 
 class ReshardError(Exception):
     """The root of all stated failures.
@@ -49,11 +52,26 @@ class ReshardError(Exception):
     def __str__(self) -> str:
         where = ""
         if self.tensor is not None:
-            where += f"tensor {self.tensor!r}: "
+            more = "..." if len(self.tensor) > _MAX_NAME else ""
+            where += f"tensor {self.tensor[:_MAX_NAME] + more!r}: "
         if self.path is not None:
             where = f"{self.path}: {where}"
         hint = f" {self.hint}" if self.hint else ""
-        return f"{where}{self.message}{hint}"
+        message = self.message
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[:_MAX_MESSAGE]}..."
+        return printable(f"{where}{message}{hint}")
+
+
+def printable(text: str) -> str:
+    r"""Text of a file as it may be shown: what would steer a terminal is spelt out.
+
+    >>> printable("a\x1b[31m b")
+    'a\\x1b[31m b'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 class NotFoundError(ReshardError):

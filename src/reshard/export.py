@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from msgspec import Struct, field
 
 from reshard import adapter_config
 from reshard.base import Base, main_dtype
 from reshard.catalog import Catalog
 from reshard.errors import NamesError, PlanError
-from reshard.naming import Fit, FitOptions, families, fit, patterns
+from reshard.naming import Fit, FitOptions, fit
 from reshard.naming.adapter_output import CONFIG as ADAPTER_CONFIG
 from reshard.naming.adapter_output import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.naming.adapter_output import adapter_folder, updates
@@ -37,6 +38,7 @@ from reshard.naming.rewards import (
     reward_config,
     split,
 )
+from reshard.naming.schema import comes_with_base
 from reshard.naming.search import unwrap
 from reshard.options import Options
 from reshard.storage import Sources
@@ -56,8 +58,7 @@ _UNMERGED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(Struct, frozen=True):
     """A file beside the model, with tensors of its own."""
 
     name: str
@@ -65,8 +66,7 @@ class Side:
     targets: Sequence[Target]
 
 
-@dataclass(frozen=True, slots=True)
-class Export:
+class Export(Struct, frozen=True):
     """Everything that a conversion writes, by what it is; `fit` says how the names were found.
 
     `missing` are tensors of the base that are not written, `filled` those that are copied from
@@ -256,11 +256,10 @@ class _Export:
                 made.pop(name, None)
         if self._parts.value is not None and self._classifier is not None:
             made[SCORE] = self._parts.value.renamed(SCORE)
-        # What a module computes from its config is the base's in any case.
         filled = [
             name
             for name in absent
-            if options.fill_from_base or patterns.matches_any(families.CONSTANTS, name)
+            if options.fill_from_base or comes_with_base(name, self._base.config)
         ]
         made.update((name, self._base.entries[name]) for name in filled)
         missing = [*found.left_out, *(name for name in absent if name not in filled)]

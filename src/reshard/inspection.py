@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError
 from reshard.storage import Sources
 
 
-@dataclass(frozen=True, slots=True)
-class Fitting:
+class Fitting(Struct, frozen=True):
     """How a checkpoint's names fit onto a base's, found without reading a weight.
 
     `message` is what a conversion would refuse with, empty where the names fit. `undecided` are
@@ -42,8 +43,7 @@ class Fitting:
         return not self.message
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
+class Inspection(Struct, frozen=True):
     """A checkpoint's summary. Sizes are bytes; tied names count neither tensors nor parameters.
 
     `total_bytes` is what the tensors take as the checkpoint holds them, `bytes_to_read` what a

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard import formats
 from reshard.catalog import Catalog
@@ -39,8 +41,7 @@ _OPTIMIZER = re.compile(r"(.*_)?optim(izer)?s?(_.*|\d*)")
 _ACTOR = "_actor"
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """A checkpoint below a folder; `format` is empty where two formats claim it."""
 
     path: Path

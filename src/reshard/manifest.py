@@ -10,11 +10,12 @@ It holds no path and no time of day: the same input gives the same bytes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
+from msgspec import Struct
 
 from reshard._version import __version__
 from reshard.catalog import Origin
@@ -27,8 +28,7 @@ MANIFEST = "reshard.json"
 _MAX_NBYTES = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Stated:
+class Stated(Struct, frozen=True, rename={"digest": "xxh3_128"}):
     """A tensor as `reshard.json` states it: dtype name, shape and xxh3-128 of its bytes."""
 
     dtype: str
@@ -36,15 +36,16 @@ class Stated:
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """The tensors of the model and of each file beside it, the conversion's options, and what it
-    did to the names: the last two as they stand in the file."""
+class Manifest(Struct, frozen=True, omit_defaults=True):
+    """The file: the tensors of the model and of each file beside it, the conversion's options, and
+    what it did to the names."""
 
-    tensors: Mapping[str, Stated]
-    beside: Mapping[str, Mapping[str, Stated]]
+    reshard: str
+    source: Mapping[str, Any]
     options: Mapping[str, Any]
     names: Mapping[str, Any]
+    tensors: Mapping[str, Stated]
+    beside: Mapping[str, Mapping[str, Stated]] = {}
 
 
 def state(
@@ -66,29 +67,15 @@ def render(
     beside: Mapping[str, Mapping[str, Stated]],
 ) -> bytes:
     """The file's bytes."""
-    content = {
-        "reshard": __version__,
-        "source": {
-            "format": source_format,
-            "framework": origin.framework,
-            "version": origin.version,
-            "tag": origin.tag,
-            "world_size": origin.world_size,
-        },
-        "options": dict(options),
-        "names": dict(names),
-        "tensors": _rendered(tensors),
+    source = {
+        "format": source_format,
+        "framework": origin.framework,
+        "version": origin.version,
+        "tag": origin.tag,
+        "world_size": origin.world_size,
     }
-    if beside:
-        content["beside"] = {file: _rendered(stated) for file, stated in beside.items()}
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _rendered(stated: Mapping[str, Stated]) -> dict[str, Any]:
-    return {
-        name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "xxh3_128": tensor.digest}
-        for name, tensor in stated.items()
-    }
+    content = Manifest(__version__, source, options, names, tensors, beside)
+    return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
 
 
 def read(folder: Path, sources: Sources) -> Manifest:
@@ -103,20 +90,6 @@ def read(folder: Path, sources: Sources) -> Manifest:
     source = sources.open(path)
     text = source.read(0, min(source.size, _MAX_NBYTES))
     try:
-        content = json.loads(text)
-        beside = content.get("beside", {}).items()
-        return Manifest(
-            _parsed(content["tensors"]),
-            {file: _parsed(tensors) for file, tensors in beside},
-            content["options"],
-            content["names"],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return msgspec.json.decode(text, type=Manifest)
+    except (ValueError, RecursionError):
         raise FormatError("it is damaged.", path=path) from None
-
-
-def _parsed(raw: Mapping[str, Any]) -> dict[str, Stated]:
-    return {
-        name: Stated(tensor["dtype"], tuple(tensor["shape"]), tensor["xxh3_128"])
-        for name, tensor in raw.items()
-    }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reshard.formats import Selection
 from reshard.naming import parse_version
@@ -26,8 +28,7 @@ NAMES: tuple[Names, ...] = ("disk", "memory")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
 
 
-@dataclass(frozen=True, slots=True)
-class RewardChoice:
+class RewardChoice(Struct, frozen=True):
     """What was asked for of a reward model or critic; `model_type` None: found by its heads."""
 
     model_type: ModelType | None = None
@@ -36,8 +37,7 @@ class RewardChoice:
     srm_format: SrmFormat = "both"
 
 
-@dataclass(frozen=True, slots=True)
-class LoraChoice:
+class LoraChoice(Struct, frozen=True):
     """What becomes of adapters. `mode` None: merged, where there is a base.
 
     They scale by `alpha`, or as the file `config` says; `scaling` is what a conversion found so.
@@ -50,8 +50,7 @@ class LoraChoice:
     scaling: AdapterConfig | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(Struct, frozen=True):
     """A conversion's options; paths are as the user gave them."""
 
     source: Path

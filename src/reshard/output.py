@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from reshard.errors import printable
 from reshard.progress import StagedProgress
 
 _VERBS = {"write": "writing", "verify": "verifying", "compare": "comparing"}
@@ -17,32 +18,45 @@ _VERBS = {"write": "writing", "verify": "verifying", "compare": "comparing"}
 
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on standard output."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # A path may hold bytes that are no text, which Python spells as half a surrogate pair.
+    click.echo(text if printable(text) == text else json.dumps(value, indent=2))
+
+
+def tell(text: str) -> None:
+    """A result in words on standard output."""
+    click.echo(printable(text))
 
 
 def say(text: str) -> None:
     """A remark on standard error."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
 
 
 def print_table(
     rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), title: str | None = None
 ) -> None:
     """A table on standard output; plain columns, never cut, where that is no terminal."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         _print_columns([header, *rows] if header else rows, title)
         return
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD if header else None, show_header=bool(header), title=title)
+    table = Table(
+        box=box.SIMPLE_HEAD if header else None,
+        show_header=bool(header),
+        title=Text(title) if title else None,
+    )
     width = max((len(row) for row in rows), default=len(header))
     for column in range(width):
         name = header[column] if header else ""
         table.add_column(name, style="bold" if column == 0 and not header else None)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # a name may look like rich's markup
     Console(highlight=False).print(table)
 
 

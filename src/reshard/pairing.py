@@ -10,9 +10,11 @@ was left out) is taken from there; neither its plan nor its digests are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reshard import export, formats, manifest
 from reshard.base import CONFIG, Base, read_base
@@ -37,8 +39,7 @@ from reshard.verification import child_of
 Parts = dict[str, dict[str, Entry]]
 
 
-@dataclass(frozen=True, slots=True)
-class Pairing:
+class Pairing(Struct, frozen=True):
     """What is to be compared, and what cannot be.
 
     left: tensors of the first side without a place on the second. omitted: those of them of which
@@ -100,8 +101,7 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
     return parts
 
 
-@dataclass(frozen=True, slots=True)
-class _Said:
+class _Said(Struct, frozen=True):
     """What a conversion said in `reshard.json` that it did with names."""
 
     dropped: tuple[str, ...] = ()

@@ -7,15 +7,15 @@ this module holds the types and what every layout shares.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reshard.catalog import Asset
 from reshard.errors import OptionError
 from reshard.tensors import Entry, Made, TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(Struct, frozen=True):
     """The place of a tensor (or of a chunk of one) in an output file.
 
     `spec` is what is written: its name, target dtype and shape; `source` holds the same elements
@@ -31,8 +31,7 @@ class Slot:
     reference: Entry | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class OutputFile:
+class OutputFile(Struct, frozen=True):
     """A file of the output: `nbytes` long, `literals` at their offsets, tensors in the slots.
 
     Literals and slots tile the file; slots are in ascending order of offset. Tensors of one name
@@ -46,8 +45,7 @@ class OutputFile:
     part: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """Everything that will be written: tensor files, small files with known bytes, and copies."""
 
     files: tuple[OutputFile, ...]

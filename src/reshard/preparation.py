@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reshard import export, formats, live, locate
 from reshard.base import CONFIG, Base, dtype_patches, patched_config, read_base
@@ -20,8 +21,7 @@ from reshard.storage import Sources
 from reshard.targets import Target
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """A conversion that is planned and not begun."""
 
     catalog: Catalog

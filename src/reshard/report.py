@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct, field
 
-@dataclass(frozen=True, slots=True)
-class Report:
+
+class Report(Struct, frozen=True):
     """What a conversion did, or with `dry_run` would do.
 
     `missing` are tensors of the base that the output lacks, `unexpected` tensors of the checkpoint
@@ -44,6 +44,6 @@ class Report:
         """The report as JSON values, as `convert --json` prints it."""
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name in self.__dataclass_fields__
+            for name in self.__struct_fields__
             for value in (getattr(self, name),)
         }

@@ -4,28 +4,32 @@
     header:  {"__metadata__": {..}, name: {"dtype": "BF16", "shape": [..], "data_offsets": [a, b]}}
 
 Checked more strictly than safetensors 0.8.0 (safetensors/src/tensor.rs) checks: no key twice, no
-shape whose size overflows, and the tensors fill the rest of the file without gap or overlap.
+shape whose size overflows, and the tensors fill the rest of the file without gap or overlap. Not
+taken either: more than `tensors.MAX_DIMS` dimensions, and names that are no Unicode.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
+
 from reshard import dtypes
-from reshard.errors import FormatError, IncompleteError
+from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.storage import Source
-from reshard.tensors import Extent, TensorSpec
+from reshard.tensors import MAX_NUMEL, Extent, TensorSpec, is_shape
 
 # safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
 MAX_HEADER_NBYTES = 100_000_000
+# Lists and objects in any JSON whatever its size, and the bytes of it for each further one: an
+# entry of a header has 3 in 45 bytes or more, a merge of a tokenizer one in 9 or more.
+_MAX_OPENINGS, _MIN_OPENING_NBYTES = 1_000_000, 8
 
 
-@dataclass(frozen=True, slots=True)
-class SafetensorsFile:
+class SafetensorsFile(Struct, frozen=True):
     """A header: the tensors in the order it lists them, each with the bytes that hold it."""
 
     metadata: Mapping[str, str]
@@ -87,18 +91,20 @@ def _read_header(source: Source, start: int) -> tuple[int, dict[str, Any]]:
 
 
 def parse_tensor(path: str, name: str, raw: Any) -> TensorSpec:
-    """One tensor of a header, checked. Raises `FormatError`."""
+    """One tensor of a header, checked. Raises `FormatError`, `UnsupportedError` (the dtype)."""
     try:
         dtype = dtypes.from_safetensors(raw["dtype"])
         shape = raw["shape"]
         begin, end = raw["data_offsets"]
-        numbers = [*shape, begin, end]
+        possible = is_shape([*shape])
+    except UnsupportedError as error:
+        raise UnsupportedError(error.message, path=path, tensor=name) from None
     except (KeyError, TypeError, ValueError):
         raise FormatError("its entry in the header is malformed.", path=path, tensor=name) from None
-    sound = all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
-    if not sound or math.prod(shape) * dtype.itemsize >= 1 << 62:
+    if not possible or not all(type(n) is int and 0 <= n < MAX_NUMEL for n in (begin, end)):
+        place = f"{reprlib.repr(begin)} to {reprlib.repr(end)}"
         raise FormatError(
-            f"shape {shape} at bytes {begin} to {end} is impossible.", path=path, tensor=name
+            f"shape {reprlib.repr(shape)} at bytes {place} is impossible.", path=path, tensor=name
         )
     if dtype.name == "float4_e2m1fn_x2":
         # safetensors counts 4-bit values, torch and reshard pairs of them.
@@ -109,7 +115,7 @@ def parse_tensor(path: str, name: str, raw: Any) -> TensorSpec:
 
 
 def parse_json(text: bytes | str, path: str) -> dict[str, Any]:
-    """A JSON object in which no key occurs twice. Raises `FormatError`."""
+    """A JSON object in which no key occurs twice and all text is Unicode. Raises `FormatError`."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
@@ -118,9 +124,32 @@ def parse_json(text: bytes | str, path: str) -> dict[str, Any]:
         return result
 
     try:
+        _check_brackets(text)
         value = json.loads(text, object_pairs_hook=pairs)
+        _check_text(text, value)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"its JSON cannot be read: {error}.", path=path) from None
     if not isinstance(value, dict):
         raise FormatError("its JSON is not an object.", path=path)
     return value
+
+
+def _check_brackets(text: bytes | str) -> None:
+    """Raise `ValueError` where JSON consists of little but brackets.
+
+    `{},` takes 72 bytes of memory; what is not refused here takes at most 12 bytes a byte.
+    """
+    left, right = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    openings = text.count(left) + text.count(right)  # type: ignore[arg-type]
+    if openings > _MAX_OPENINGS + len(text) // _MIN_OPENING_NBYTES:
+        raise ValueError(f"{openings} lists and objects in {len(text)} bytes")
+
+
+def _check_text(text: bytes | str, value: Any) -> None:
+    r"""Raise `ValueError` where a string has half of a surrogate pair, spelt like `\ud800`.
+
+    It is no Unicode, so it can be neither written nor shown.
+    """
+    escape = b"\\ud" if isinstance(text, bytes) else "\\ud"
+    if escape in text.lower():  # type: ignore[operator]
+        json.dumps(value, ensure_ascii=False).encode()

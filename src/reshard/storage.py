@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
+import resource
 import stat
 import tempfile
 import threading
@@ -24,6 +26,8 @@ from reshard.tensors import FileRef
 
 # Descriptors kept open; a file beyond them is opened anew for each read (about 10 us).
 _MAX_OPEN = 256
+# Bytes of a file name on any system.
+_MAX_NAME = 255
 # Compressed frames kept expanded, each in a temporary file. Readers take a frame's bytes in order
 # and do not come back, so a few for each thread will do.
 _MAX_EXPANDED = 16
@@ -99,6 +103,7 @@ class Sources:
         self._open: dict[FileRef, Source] = {}
         self._expanded: OrderedDict[FileRef, _Expanded] = OrderedDict()
         self._lock = threading.Lock()
+        self._max_open = _max_open()
 
     def open(self, file: FileRef | str | Path) -> Source:
         """The file, opened. Raises `NotFoundError`, `FormatError` (not a regular file)."""
@@ -139,7 +144,7 @@ class Sources:
     def _plain(self, ref: FileRef) -> Source:
         fd = _open_regular(ref.path)
         status = os.fstat(fd)
-        keep = len(self._open) < _MAX_OPEN
+        keep = len(self._open) < self._max_open
         if not keep:
             os.close(fd)
         return Source(ref, fd if keep else None, _identity(status), status.st_size)
@@ -238,9 +243,10 @@ def child(folder: Path, name: str) -> Path:
     A link out of the folder is refused, save those of the Hugging Face cache, whose snapshots
     link to `models--*/blobs`.
     """
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+    plain = name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+    if not plain or len(os.fsencode(name)) > _MAX_NAME:
         raise FormatError(
-            f"it names the file {name!r}, which is not a plain file name.",
+            f"it names the file {reprlib.repr(name)}, which is not a plain file name.",
             path=folder,
             hint="The checkpoint is damaged or was made to mislead.",
         )
@@ -255,6 +261,12 @@ def child(folder: Path, name: str) -> Path:
                 hint="Put the file itself in the folder.",
             )
     return path
+
+
+def _max_open() -> int:
+    """At most half of the descriptors that the system allows: macOS, by default, allows 256."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_OPEN if allowed == resource.RLIM_INFINITY else min(_MAX_OPEN, allowed // 2)
 
 
 def _open_regular(path: str) -> int:

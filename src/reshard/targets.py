@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reshard import dtypes
 from reshard.errors import PlanError
@@ -14,8 +15,7 @@ from reshard.tensors import Entry, Made, TensorSpec
 CHOICES = ("base", "keep", "float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Struct, frozen=True):
     """A tensor of the output: what is written, what from, and the base's tensor to compare with."""
 
     spec: TensorSpec

@@ -17,18 +17,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.dtypes import DType
 from reshard.errors import FormatError, IncompleteError
 
 Shape = tuple[int, ...]
+# Dimensions: numpy 1 has no more (numpy 2 and torch: 64). Without a limit the product of a long
+# shape's sizes alone would take minutes.
+MAX_DIMS = 32
+# Elements, sizes and offsets, exclusive: none is a tensor's, and their sums stay in 64 bits.
+MAX_NUMEL = 1 << 62
 Kind = Literal["parameter", "buffer", "frozen", "tied"]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(Struct, frozen=True):
     """A tensor's name, element type and shape."""
 
     name: str
@@ -44,8 +51,7 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class FileRef:
+class FileRef(Struct, frozen=True):
     """A file of the checkpoint and how to open it; extents count in what opening gives.
 
     `path` is absolute. `codec` is None for a plain file; otherwise bytes
@@ -59,8 +65,7 @@ class FileRef:
     frame_nbytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(Struct, frozen=True):
     """Bytes `[offset, offset + nbytes)` of a file."""
 
     file: FileRef
@@ -68,16 +73,14 @@ class Extent:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True):
     """A stretch of a file whose CRC-32 the file itself states (an entry of a zip archive)."""
 
     extent: Extent
     crc32: int
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(Struct, frozen=True):
     """Elements `[offsets, offsets + sizes)` of a row-major array of `shape`.
 
     `shape` is the tensor's own shape, or `(numel,)`: then the box is a range of the flattened
@@ -110,8 +113,26 @@ class Box:
         return Box(self.shape, offsets, sizes)
 
 
+def is_shape(sizes: Sequence[object]) -> bool:
+    """Whether a file's numbers are the shape of a tensor: few, natural, of a possible product.
+
+    >>> is_shape([4, 0]), is_shape([-1]), is_shape([1 << 32, 1 << 32])
+    (True, False, False)
+    """
+    if len(sizes) > MAX_DIMS:
+        return False
+    numel = 1
+    for size in sizes:
+        if type(size) is not int or not 0 <= size < MAX_NUMEL:
+            return False
+        # A size of 0 must not hide an impossible one.
+        numel *= max(size, 1)
+    return numel < MAX_NUMEL
+
+
+@lru_cache(maxsize=4096)
 def whole(shape: Shape) -> Box:
-    """The box that holds every element of `shape`."""
+    """The box that holds every element of `shape`; one for all tensors of that shape."""
     return Box(shape, (0,) * len(shape), shape)
 
 
@@ -132,8 +153,7 @@ def contiguous_strides(sizes: Sequence[int]) -> Shape:
     return tuple(strides)
 
 
-@dataclass(frozen=True, slots=True)
-class Fragment:
+class Fragment(Struct, frozen=True):
     """A part of a tensor: the elements of `box` lie in `extent` as `dtype`.
 
     `strides` (elements, one for each dimension of the box) is None where the elements lie in
@@ -147,8 +167,7 @@ class Fragment:
     strides: Shape | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """A tensor of a catalog. Its fragments' boxes tile it exactly: `check_tiling` proves it.
 
     All boxes of one entry are over the same shape: the tensor's, or `(numel,)`. `aliases` are
@@ -170,8 +189,7 @@ class Entry:
         return replace(self, spec=replace(self.spec, name=name))
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(Struct, frozen=True):
     """A matrix with a low-rank update, as LoRA trains it: `base + left @ right * scaling`.
 
     `base` is `[rows, columns]`, `left` `[rows, rank]`, `right` `[rank, columns]` (for a linear

@@ -7,18 +7,20 @@ reads the folder's own headers and every byte, and must find the same tensors an
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from reshard import manifest
 from reshard.catalog import Catalog
-from reshard.errors import VerificationError
+from reshard.errors import ReshardError, VerificationError
 from reshard.formats import Selection, read
 from reshard.manifest import Stated
 from reshard.progress import Progress
@@ -30,8 +32,7 @@ from reshard.transfer.fill import Array, Reader, fill, page_aligned
 _BLOCK = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
+class Verified(Struct, frozen=True):
     """What a verification read: all of it was as stated. Sizes are bytes.
 
     `num_filled` tensors are the base's and were not compared. `notes` say which checkpoint was
@@ -67,6 +68,7 @@ def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None =
             )
             for path, tensors in parts
         ]
+        sources.check_unchanged()
     return Verified(sum(f.num_tensors for f in found), sum(f.bytes_read for f in found))
 
 
@@ -102,10 +104,36 @@ def check_digests(
             if progress is not None:
                 progress(done, total)
 
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(check, catalog.entries.values()):
-            pass
+    _in_order(check, catalog.entries.values(), threads)
     return Verified(len(catalog.entries), total)
+
+
+def _in_order(check: Callable[[Entry], None], entries: Iterable[Entry], threads: int) -> None:
+    """Check every entry in a few threads; raises the error of the first entry that has one."""
+    remaining = deque(enumerate(entries))
+    failures: dict[int, ReshardError] = {}
+
+    def work() -> None:
+        while remaining:
+            try:
+                place, entry = remaining.popleft()
+            except IndexError:
+                return  # another thread took the last
+            try:
+                check(entry)
+            except ReshardError as error:
+                failures[place] = error
+                remaining.clear()
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for future in [pool.submit(work) for _ in range(threads)]:
+                future.result()
+        finally:
+            remaining.clear()  # after Ctrl-C the pool waits for its threads
+    if failures:
+        # Entries are taken in order, and whoever had begun one came to its end.
+        raise failures[min(failures)]
 
 
 def _check(folder: Path, entry: Entry, want: Stated, sources: Sources) -> None:
@@ -145,9 +173,11 @@ def equal(one: Entry, other: Entry, sources: Sources) -> bool:
 
 def _stream(entry: Entry, sources: Sources) -> Iterator[Array]:
     """The tensor's bytes in row-major order, a block at a time, in one buffer."""
-    reader = Reader(sources, Ledger(()), page_aligned(_BLOCK).data)
+    longest = max((fragment.extent.nbytes for fragment in entry.fragments), default=0)
+    # Most tensors of a mixture of experts are far smaller than a block.
+    reader = Reader(sources, Ledger(()), page_aligned(min(_BLOCK, longest)).data)
     dtype = entry.spec.dtype
-    buffer = page_aligned(_BLOCK).view(dtype.numpy)
+    buffer = page_aligned(min(_BLOCK, entry.spec.nbytes)).view(dtype.numpy)
     for box in blocks(entry.spec.shape, len(buffer)):
         part = buffer[: box.numel]
         fill(entry, box, part, reader)

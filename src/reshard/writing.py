@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
+from msgspec import Struct
 
 from reshard import manifest
 from reshard.plan import Plan
@@ -19,8 +20,7 @@ from reshard.transfer.engine import Engine, Outcome
 from reshard.verification import verify_folder
 
 
-@dataclass(frozen=True, slots=True)
-class Writing:
+class Writing(Struct, frozen=True):
     """How a plan is carried out; nothing here changes a byte of the output."""
 
     threads: int
@@ -60,7 +60,7 @@ def carry_out(
         outcome = engine.run()
         stated = render(outcome)
         for asset in plan.assets:
-            folder.copy(asset)
+            folder.copy(asset.name, sources.open(asset.path))
         for name, text in plan.texts:
             folder.write(name, text)
         folder.write(manifest.MANIFEST, stated)
@@ -86,5 +86,5 @@ def plan_digest(plan: Plan) -> str:
     for name, text in plan.texts:
         hasher.update(f"{name}\0".encode() + text)
     for asset in plan.assets:
-        hasher.update(f"{asset.name}\0{asset.path}\0".encode())
+        hasher.update(os.fsencode(f"{asset.name}\0{asset.path}\0"))
     return hasher.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import threading
 import time
@@ -16,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import reshard
-from reshard.catalog import Asset
+from reshard.storage import Source, Sources
 from reshard.transfer import engine
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import fill
@@ -234,8 +235,8 @@ def test_an_empty_folder_may_be_the_output(model: Path, tmp_path: Path) -> None:
 
 
 def test_files_in_sub_folders(model: Path, tmp_path: Path) -> None:
-    with OutputFolder(tmp_path / "out", "digest") as folder:
-        folder.copy(Asset("a/b/c.jinja", model / "chat" / "templates" / "plain.jinja"))
+    with Sources() as sources, OutputFolder(tmp_path / "out", "digest") as folder:
+        folder.copy("a/b/c.jinja", sources.open(model / "chat" / "templates" / "plain.jinja"))
         folder.write("a/d.json", b"{}")
         folder.write("e.json", b"[]")
         folder.commit()
@@ -266,6 +267,74 @@ def test_what_a_killed_run_left_is_not_used(tmp_path: Path) -> None:
         folder.write("z", b"")
         folder.commit()
     assert listing(tmp_path) == ["out", "out/z"]
+
+
+def test_a_link_in_place_of_the_partial_folder_is_not_followed(tmp_path: Path) -> None:
+    """Somebody who may write beside the output could have anything emptied."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "x").touch()
+    (tmp_path / ".out.partial-digest").symlink_to("theirs")
+    before = listing(tmp_path)
+    with pytest.raises(reshard.WriteError, match="it cannot be written"):
+        OutputFolder(tmp_path / "out", "digest").__enter__()
+    assert listing(tmp_path) == before
+
+
+def test_folders_made_for_an_output_that_cannot_begin_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(reshard.WriteError, match="No locks available"):
+        OutputFolder(tmp_path / "new" / "out", "digest").__enter__()
+    assert listing(tmp_path) == []
+
+
+def test_an_exchange_without_renameat2_that_fails_keeps_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", WithoutRenameat2)
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").touch()
+    rename = Path.rename
+
+    def fail(path: Path, to: Path) -> Path:
+        if path.name.endswith("partial-digest"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, to)
+
+    with OutputFolder(target, "digest", overwrite=True) as folder:
+        folder.write("new", b"")
+        monkeypatch.setattr(Path, "rename", fail)
+        with pytest.raises(reshard.WriteError, match="Input/output error"):
+            folder.commit()
+    assert listing(tmp_path) == ["out", "out/old"]
+
+
+@pytest.mark.parametrize("change", ["grow", "shrink", "rewrite"])
+def test_a_file_of_the_base_that_changes_meanwhile(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    path = model / "chat" / "templates" / "plain.jinja"
+    original = OutputFolder.copy
+
+    def copy(folder: OutputFolder, name: str, source: Source) -> None:
+        if change != "shrink":
+            original(folder, name, source)
+        if name.endswith("plain.jinja"):
+            path.write_text(
+                {"grow": "{{ x }} and more", "shrink": "{{", "rewrite": "{{ y }}"}[change]
+            )
+        if change == "shrink":
+            original(folder, name, source)
+
+    monkeypatch.setattr(OutputFolder, "copy", copy)
+    with pytest.raises(reshard.IncompleteError, match=r"changed while|the file ends at"):
+        reshard.convert(model, tmp_path / "out", base=model, allow_unchanged=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_everyone_may_read_what_the_umask_allows(model: Path, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -230,6 +232,40 @@ def test_a_partition_count_wrong_in_one_rank(oracle: Oracle, workspace: Path) ->
 
     edit(optim(root, 1), change)
     assert "partition count" in refused(workspace, root, None, reshard.FormatError)
+
+
+@pytest.mark.parametrize("step", [float("nan"), float("inf"), complex("nan")], ids=str)
+def test_a_step_count_that_is_no_number(
+    oracle: Oracle, workspace: Path, step: float | complex
+) -> None:
+    root = copied(oracle, "llama-zero2", workspace)
+
+    def change(content: Any) -> None:
+        state = content["optimizer_state_dict"]["base_optimizer_state"]["state"]
+        for group in state.values():
+            group["step"] = torch.tensor(step)
+
+    edit(optim(root, 0), change)
+    assert "step count is" in refused(workspace, root, None, reshard.FormatError)
+
+
+@pytest.mark.parametrize("section", ["param_shapes", "buffer_names"])
+@pytest.mark.parametrize("value", [5, "x", torch.ones(2), argparse.Namespace(a=1)], ids=type)
+def test_a_section_that_is_no_list(
+    oracle: Oracle, workspace: Path, section: str, value: object
+) -> None:
+    root = copied(oracle, "llama-zero2", workspace)
+    model = root / "global_step2" / "mp_rank_00_model_states.pt"
+    edit(model, lambda content: content.update({section: value}))
+    message = refused(workspace, root, None, reshard.FormatError)
+    assert f"its {section} is a" in message
+
+
+def test_a_shape_of_endless_dimensions(oracle: Oracle, workspace: Path) -> None:
+    root = copied(oracle, "llama-zero2", workspace)
+    model = root / "global_step2" / "mp_rank_00_model_states.pt"
+    edit(model, lambda content: content.update({"param_shapes": [{"a": [1 << 61] * 100_000}]}))
+    assert "the shape of 'a' is" in refused(workspace, root, None, reshard.FormatError)
 
 
 def test_ranks_0_and_9_of_2(oracle: Oracle, workspace: Path) -> None:

@@ -63,14 +63,27 @@ def oracle(pytestconfig: pytest.Config) -> Oracle:
         for old in cache.iterdir():
             shutil.rmtree(old)
         making = cache / f"making-{os.getpid()}"
-        command = [sys.executable, "-m", "tests.fsdp.oracle.launch", str(making)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT / "src")}
-        done = subprocess.run(
-            command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_oracle("launch", str(making))
         making.rename(folder)
     return Oracle(folder)
+
+
+def run_oracle(module: str, *arguments: str, device: str = "cpu") -> None:
+    """Run a module of the oracle (`launch`, `load`) whose ranks train on `device`."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.fsdp.oracle.{module}", *arguments],
+        cwd=_ROOT,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "ORACLE_DEVICE": device,
+            "PYTHONPATH": str(_ROOT / "src"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def _key() -> str:

@@ -152,6 +152,7 @@ def test_flipped_bits_are_found_while_converting(folder: Path) -> None:
         ("..", "not a plain file name"),
         ("", "not a plain file name"),
         ("a\0b", "not a plain file name"),
+        ("a" * 300, "not a plain file name"),
         ("link.distcp", "a link that leaves the folder"),
         ("pipe.distcp", "not a regular file"),
     ],
@@ -325,6 +326,18 @@ def test_writers_without_collectives(oracle: Oracle, tmp_path: Path) -> None:
     folder = oracle.copy("no-collectives", tmp_path)
     (folder / "__0.metadata").unlink()
     refused(folder, IncompleteError, r"up to rank 1, and __0\.metadata is missing")
+
+
+def test_a_writer_of_an_endless_rank(oracle: Oracle, tmp_path: Path) -> None:
+    folder = oracle.copy("no-collectives", tmp_path)
+    (folder / "__1.metadata").rename(folder / "__999999999999.metadata")
+    refused(folder, IncompleteError, r"up to rank 999999999999, and __1\.metadata is missing")
+
+
+def test_metadata_that_is_a_link_out_of_the_folder(folder: Path) -> None:
+    (folder / ".metadata").rename(folder.parent / "metadata")
+    (folder / ".metadata").symlink_to("../metadata")
+    refused(folder, FormatError, "a link that leaves the folder")
 
 
 def test_last_writer_without_collectives_is_missed(oracle: Oracle, tmp_path: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 import reshard
 from reshard.formats import Selection, huggingface
 from reshard.storage import Sources
+from tests.fsdp.conftest import run_oracle
 from tests.fsdp.elements import elements
 from tests.fsdp.oracle import models
 
@@ -114,18 +114,20 @@ def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> No
 
 def test_fsdp_models_load_it_at_every_world_size(tmp_path: Path) -> None:
     """FSDP2 on 1, 2 and 4 ranks and FSDP1 on 2: each gathers what the safetensors file holds."""
+    assert_loaded(tmp_path, ("fsdp2-1", "fsdp2-2", "fsdp2-4", "fsdp1-2"))
+
+
+def assert_loaded(folder: Path, kinds: Iterable[str], device: str = "cpu") -> None:
+    """A `Decoder` made into DCP under `folder` is what each kind of live model gathers from it."""
     torch.manual_seed(2)
-    hf = tmp_path / "hf"
+    hf = folder / "hf"
     hf.mkdir()
     save_file(models.Decoder().state_dict(), hf / "model.safetensors", {"format": "pt"})
-    reshard.convert(hf, tmp_path / "dcp", to="dcp", max_shard_size="4KB")
-    command = [sys.executable, "-m", "tests.fsdp.oracle.load", str(tmp_path / "dcp"), str(tmp_path)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    reshard.convert(hf, folder / "dcp", to="dcp", max_shard_size="4KB")
+    run_oracle("load", str(folder / "dcp"), str(folder), device=device)
     wanted = load_file(hf / "model.safetensors")
-    for kind in ("fsdp2-1", "fsdp2-2", "fsdp2-4", "fsdp1-2"):
-        found = load_file(tmp_path / f"{kind}.safetensors")
+    for kind in kinds:
+        found = load_file(folder / f"{kind}.safetensors")
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             assert raw(found[name]) == raw(value), (kind, name)

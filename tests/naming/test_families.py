@@ -28,8 +28,11 @@ def test_a_family_starts_with_the_hub_and_follows_the_versions(family: Family) -
     assert (hub.names, hub.stacked, hub.swapped) == ((), (), ())
     live = [layout for layout in family.layouts if layout.since is not None]
     assert live[0] is hub
+    assert not hub.backbone
     assert any(layout.is_live(NEWEST) for layout in live)
-    assert sorted(live, key=lambda layout: layout.since or ()) == live
+    for backbone in (False, True):
+        own = [layout for layout in live if layout.backbone == backbone]
+        assert sorted(own, key=lambda layout: layout.since or ()) == own
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.title)

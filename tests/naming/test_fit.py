@@ -378,3 +378,19 @@ def test_experts_out_of_flat_parts(cuts: list[int], fused_base: bool) -> None:
     found = run({name: source}, shapes, {"model_type": "qwen3_moe"})
     arrays = [tables.values(found.entries[key], content) for key in shapes]
     np.testing.assert_array_equal(np.concatenate(arrays).reshape(3, 4, 5), array)
+
+
+# --- hostile names and shapes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["\0", "a\0b", "model.layers.3.\0.weight"])
+def test_a_name_that_holds_a_zero_byte_is_one_that_does_not_fit(name: str) -> None:
+    with pytest.raises(NamesError) as caught:
+        run(TIED | {name: (2,)}, TIED)
+    assert caught.value.unexpected == (name,)
+
+
+def test_endless_experts_of_no_elements_are_not_counted() -> None:
+    stacked = "model.layers.0.mlp.experts.gate_up_proj"
+    with pytest.raises(NamesError):
+        run(TIED | {stacked: (1 << 50, 2, 0)}, TIED | {"model.layers.0.mlp.gate.weight": (2,)})

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -148,7 +148,7 @@ def open_or_make(parent: Path) -> Oracle:
                 if old.is_dir():
                     shutil.rmtree(old)
             made = Path(tempfile.mkdtemp(prefix="partial-", dir=parent))
-            _make(made)
+            make(made)
             made.rename(target)
     return Oracle(target)
 
@@ -163,15 +163,21 @@ def _key() -> str:
     return digest.hexdigest()[:16]
 
 
-def _make(folder: Path) -> None:
+def make(folder: Path, names: Sequence[str] = (), device: str = "cpu") -> None:
+    """Make the recipes of these names, or all that need no GPU, on `device` (cpu or cuda)."""
     root = _HERE.parent.parent
     environment = os.environ | {
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+        "DS_ACCELERATOR": device,
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",  # compiling a few tiny optimizer steps takes longer than all
     }
+    if device == "cuda":
+        # Else DeepSpeed compiles its operators for every architecture that torch was built for.
+        capability = torch.cuda.get_device_capability()
+        environment["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, capability))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.oracle.launch", str(folder)],
+        [sys.executable, "-m", "tests.oracle.launch", str(folder), *names],
         cwd=root,
         env=environment,
         text=True,

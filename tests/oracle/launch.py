@@ -1,5 +1,7 @@
 """Makes every recipe: `python -m tests.oracle.launch FOLDER [RECIPE ...]`.
 
+Those that need a GPU are made only where they are named, with DS_ACCELERATOR=cuda.
+
 torch and DeepSpeed are imported once, here; the ranks are forked from this process, which saves
 each of them the seconds of importing. Ranks meet at a file: no port is needed.
 """
@@ -13,12 +15,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from tests.oracle import parallel, worker
-from tests.oracle.recipes import PARALLEL, RECIPES
+from tests.oracle.recipes import BY_NAME, PARALLEL, RECIPES, Recipe
 from tests.oracle.worker import Rank
 
 TIMEOUT_SECONDS = 300
@@ -32,25 +34,26 @@ PRELOADED = (
 Job = tuple[str, Callable[[Rank, Path], None]]
 
 
-def main(folder: Path, names: Iterable[str]) -> None:
+def main(folder: Path, names: Sequence[str]) -> None:
     for module in PRELOADED:
         importlib.import_module(module)
     # DeepSpeed collects garbage all the time; frozen, the objects of the imports are passed over.
     gc.freeze()
     wanted = set(names)
-    for world, jobs in _runs():
+    recipes = [BY_NAME[name] for name in names if name not in PARALLEL] if wanted else RECIPES
+    for world, jobs in _runs(recipes):
         chosen = [job for job in jobs if not wanted or job[0] in wanted]
         if chosen:
             _run(chosen, world, folder)
 
 
-def _runs() -> Iterator[tuple[int, list[Job]]]:
+def _runs(recipes: Sequence[Recipe]) -> Iterator[tuple[int, list[Job]]]:
     """World sizes and what is made in one set of ranks: recipes share one, of each world size.
 
     The parallel ones get ranks of their own: they leave process groups behind in DeepSpeed.
     """
-    for world in sorted({recipe.world for recipe in RECIPES}):
-        mine = [recipe for recipe in RECIPES if recipe.world == world]
+    for world in sorted({recipe.world for recipe in recipes}):
+        mine = [recipe for recipe in recipes if recipe.world == world]
         yield world, [(recipe.name, partial(worker.make, recipe)) for recipe in mine]
     for name in PARALLEL:
         yield 2, [(name, partial(_parallel, name))]

@@ -3,9 +3,10 @@
 A recipe is picked by name (`oracle["zero3-bf16-w2"]` in tests). Names of the classic grid are
 `zero<stage>-<fp32|bf16>-w<world>`; every other recipe bears the feature it is there for.
 
+fp16 runs are `ON_GPU`: "Type fp16 is not supported on your device" is what a CPU gives (engine.py,
+`_do_sanity_check`).
+
 Not made here, because DeepSpeed 0.19.8 cannot do it on a CPU machine (deepspeed/runtime):
-- fp16 runs: "Type fp16 is not supported on your device" (engine.py, `_do_sanity_check`). Only the
-  element type differs from bf16.
 - 0-d parameters with more than one rank: the engine's broadcast views each parameter as bytes,
   which torch refuses for a 0-d tensor. 0-d buffers are in every recipe.
 - A step of ZeRO-3 with a parameter without elements: it never becomes AVAILABLE. That recipe saves
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Stage = Literal[0, 1, 2, 3]
-DTypeName = Literal["float32", "bfloat16"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
 ModelName = Literal["rich", "empty", "many", "llama", "llama-tied", "lora", "lora-tied"]
 # How the trainable parameters are split over the optimizer's parameter groups:
 # all in one; weight decay or none; the same with every one-element parameter in a third.
@@ -66,14 +67,16 @@ class Recipe:
     universal: bool = False
 
 
+_STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
+
+
 def _grid() -> list[Recipe]:
     """Every stage, element type and world size, on a model with every kind of tensor."""
-    stages: tuple[Stage, ...] = (0, 1, 2, 3)
     kinds: tuple[tuple[DTypeName, str], ...] = (("float32", "fp32"), ("bfloat16", "bf16"))
     return [
         Recipe(f"zero{stage}-{short}-w{world}", world, stage, dtype)
         for world in (1, 2, 3)
-        for stage in stages
+        for stage in _STAGES
         for dtype, short in kinds
     ]
 
@@ -176,7 +179,26 @@ _MODELS = [
 ]
 
 RECIPES: tuple[Recipe, ...] = (*_grid(), *_LAYOUTS, *_SAVING, *_MODELS)
-BY_NAME: Mapping[str, Recipe] = {recipe.name: recipe for recipe in RECIPES}
+
+# What needs a GPU: `make test` leaves it out where there is none. Several ranks share one GPU.
+_LOW: tuple[tuple[DTypeName, str], ...] = (("float16", "fp16"), ("bfloat16", "bf16"))
+_FUSED: tuple[Stage, ...] = (0, 2)
+ON_GPU: tuple[Recipe, ...] = (
+    *(
+        Recipe(f"gpu-zero{stage}-{short}-w{world}", world, stage, dtype)
+        for world in (1, 2)
+        for stage in _STAGES
+        for dtype, short in _LOW
+    ),
+    *(
+        Recipe(f"gpu-fused-zero{stage}-fp16", 1, stage, "float16", optimizer="FusedAdam")
+        for stage in _FUSED
+    ),
+    Recipe("gpu-offload-zero3-fp16", 1, 3, "float16", optimizer="CPUAdam", zero=_OFFLOAD),
+    Recipe("gpu-llama-zero2-fp16", 1, 2, "float16", model="llama"),
+    Recipe("gpu-llama-zero3-fp16", 1, 3, "float16", model="llama"),
+)
+BY_NAME: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (*RECIPES, *ON_GPU)}
 
 # Runs with more than data parallelism, by name; parallel.py makes them.
 PARALLEL: tuple[str, ...] = (

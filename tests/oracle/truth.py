@@ -76,11 +76,11 @@ def gather(engine: Any, groups: tuple[tuple[str, ...], ...]) -> Truth:
 
 def _module_value(tensor: Tensor, stage: int) -> Tensor:
     if stage < 3 or not hasattr(tensor, "ds_id"):
-        return tensor.detach().clone().contiguous()
+        return tensor.detach().cpu().clone().contiguous()
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([tensor]):
-        return tensor.detach().clone().contiguous()
+        return tensor.detach().cpu().clone().contiguous()
 
 
 def _masters(optimizer: Any, trainable: dict[str, nn.Parameter], stage: int) -> dict[str, Tensor]:
@@ -95,8 +95,11 @@ def _masters(optimizer: Any, trainable: dict[str, nn.Parameter], stage: int) -> 
     if hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer: a list of masters a group
         pairs = zip(_chain(optimizer.fp16_groups), _chain(optimizer.fp32_groups), strict=True)
         by_id = {id(low): high for low, high in pairs}
-        return {name: by_id[id(p)].detach().clone() for name, p in trainable.items()}
-    return {name: p.detach().clone() for name, p in trainable.items()}
+        return {name: by_id[id(p)].detach().cpu().clone() for name, p in trainable.items()}
+    if hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer: flat groups, each rank has all
+        lows, highs = optimizer.fp16_groups_flat, optimizer.fp32_groups_flat
+        return _from_flat([high.detach().cpu() for high in highs], lows, trainable)
+    return {name: p.detach().cpu().clone() for name, p in trainable.items()}
 
 
 def _masters_stage12(
@@ -104,6 +107,13 @@ def _masters_stage12(
 ) -> dict[str, Tensor]:
     """`lows` are whole flat groups; `highs` this rank's equal part of each, padding included."""
     flats = [torch.cat(_all_gather(high.detach().cpu())) for high in highs]
+    return _from_flat(flats, lows, trainable)
+
+
+def _from_flat(
+    flats: list[Tensor], lows: list[Tensor], trainable: dict[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Masters out of whole flat groups, each laid out as its low-precision group is."""
     masters = {}
     for name, parameter in trainable.items():
         group, offset = _locate(parameter.data, lows)

@@ -16,7 +16,8 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
-from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.utils import groups as ds_groups
 from safetensors.torch import save_file
 from torch import distributed, nn
@@ -80,11 +81,20 @@ def join(rank: Rank, rendezvous: Path) -> None:
     backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
     cpu_adam = importlib.import_module("deepspeed.ops.adam.cpu_adam")
     cpu_adam.CPUAdamBuilder = TorchAdam  # type: ignore[attr-defined]
-    os.environ["LOCAL_RANK"] = str(rank.rank)
+    gpus = torch.cuda.device_count() if _device() == "cuda" else 0
+    # NCCL refuses several ranks on one GPU; gloo copies their tensors through the CPU.
+    backend_name = "cpu:gloo,cuda:nccl" if gpus >= rank.world else "gloo"
+    os.environ["LOCAL_RANK"] = str(rank.rank % gpus if gpus else rank.rank)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank.rank, world_size=rank.world
+        backend_name, init_method=f"file://{rendezvous}", rank=rank.rank, world_size=rank.world
     )
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    deepspeed.init_distributed(backend_name, auto_mpi_discovery=False)
+
+
+def _device() -> str:
+    """What DeepSpeed trains on: `cpu` or `cuda`; the environment's DS_ACCELERATOR says which."""
+    name: str = get_accelerator().device_name()
+    return name
 
 
 def make(recipe: Recipe, rank: Rank, folder: Path) -> None:
@@ -103,7 +113,7 @@ def make(recipe: Recipe, rank: Rank, folder: Path) -> None:
     batches = _batches(rank)
     for index, save in enumerate(recipe.saves):
         for _ in range(save.steps):
-            engine.backward(_loss(engine, next(batches)))
+            engine.backward(_loss(engine, next(batches).to(_device())))
             engine.step()
         _save(engine, recipe, save, folder)
         _write_truth(truth.gather(engine, groups), recipe, save, rank, folder / f"truth-{index}")
@@ -121,6 +131,8 @@ def _config(recipe: Recipe) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 2,
         "steps_per_print": 10**9,
         "bf16": {"enabled": recipe.dtype == "bfloat16"},
+        # A scale of 2 ** 8: with the usual 2 ** 16 the first steps overflow and are skipped.
+        "fp16": {"enabled": recipe.dtype == "float16", "initial_scale_power": 8},
         "zero_optimization": zero | dict(recipe.zero),
         "zero_allow_untested_optimizer": True,
         **recipe.config,
@@ -173,6 +185,8 @@ def _optimizer(
     ]
     if recipe.optimizer == "CPUAdam":
         return DeepSpeedCPUAdam(split, lr=0.01), None
+    if recipe.optimizer == "FusedAdam":
+        return FusedAdam(split, lr=0.01), None
     return torch.optim.AdamW(split, lr=0.01), None
 
 

@@ -7,7 +7,7 @@ archive. The payloads would create the file `MARKER` in the working directory if
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
@@ -84,6 +84,40 @@ def _growing_name() -> bytes:
     """getattr of getattr of …, each with a longer name."""
     longer = b"h\x00h\x01" + text("a" * 100) + b"\x86Rq\x01"
     return pickle(b"](c__builtin__\ngetattr\nq\x00cos\nsystem\nq\x01" + longer * 100 + b"e")
+
+
+def _recalled(prepared: Sequence[bytes], body: bytes, times: int) -> bytes:
+    """A list of `times` values that `body` makes, of what was stored under 0, 1, ..."""
+    stored = b"".join(one + b"q" + bytes([index]) for index, one in enumerate(prepared))
+    return pickle(b"](" + stored + b"](" + body * times + b"ee")
+
+
+def _all_pairs() -> bytes:
+    """A thousand modules and a thousand classes: a million long names."""
+    count = 1000
+    texts = b"".join(text(f"{i}" + "a" * 500) + b"\x94" for i in range(2 * count))
+    pairs = b"".join(
+        b"j" + struct.pack("<L", i) + b"j" + struct.pack("<L", count + j) + b"\x93"
+        for i in range(count)
+        for j in range(count)
+    )
+    return pickle(b"](" + texts + b"](" + pairs + b"ee")
+
+
+def _many_sizes() -> bytes:
+    sizes = b"(" + b"K\1" * 32 + b"t"
+    return _recalled([b"ctorch\nSize\n", sizes], b"h\0h\1\x85R", 900_000)
+
+
+def _many_devices() -> bytes:
+    index = b"\x8a\xff" + b"\x7f" * 255
+    prepared = [b"ctorch\ndevice\n", text("cuda"), index]
+    return _recalled(prepared, b"h\0h\1h\2\x86R", 700_000)
+
+
+def _many_nested_names() -> bytes:
+    prepared = [b"c__builtin__\ngetattr\n", b"cm\n" + b"C" * 900 + b"\n", text("a" * 100)]
+    return _recalled(prepared, b"h\0h\1h\2\x86R", 700_000)
 
 
 def _many_tensors() -> bytes:
@@ -170,6 +204,10 @@ PICKLES = (
             "many values": (pickle(b"N" * 5_000_000), "stacks more than"),
             "many dicts": (pickle(b"](" + b"}" * 900_000 + b"e"), "objects of more than"),
             "copied bytes": (_copied_bytes, "objects of more than"),
+            "all pairs of names": (_all_pairs, "objects of more than"),
+            "many sizes": (_many_sizes, "objects of more than"),
+            "many devices": (_many_devices, "objects of more than"),
+            "many nested names": (_many_nested_names, "objects of more than"),
         },
     ),
 )

@@ -63,7 +63,13 @@ def test_a_pickle_in_an_archive_is_refused(tmp_path: Path, case: Case) -> None:
     refused(case, caught.value)
 
 
-@pytest.mark.parametrize("name", ["many values", "many dicts", "many tensors", "copied bytes"])
+BOMBS = (
+    "many values", "many dicts", "many tensors", "copied bytes", "all pairs of names",
+    "many sizes", "many devices", "many nested names",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_takes_little_memory(tmp_path: Path, name: str) -> None:
     content = next(case.make() for case in FILES + PICKLES if case.name == name)
     path = tmp_path / "x.pt"

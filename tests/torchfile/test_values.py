@@ -319,3 +319,10 @@ def test_a_container_may_hold_itself(code: bytes) -> None:
     value = read_pickle(pickle(code), path="x").value
     assert isinstance(value, list | dict)
     assert len(value) == 1
+
+
+@CONTAINERS
+def test_text_that_is_no_unicode_is_spelt_out(tmp_path: Path, old: bool) -> None:
+    """As Python spells file names that are not UTF-8: they could be neither written nor shown."""
+    value = value_of(tmp_path / "x.pt", saved({"caf\udce9": "\ud800", "é": "😀"}, old=old))
+    assert value == {"caf\\udce9": "\\ud800", "é": "😀"}

@@ -6,9 +6,11 @@ Everything is read here, once; the checks are pure functions of a `Case`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reshard.ailments import folder as folders
 from reshard.ailments import streams
@@ -20,17 +22,17 @@ from reshard.catalog import Catalog
 from reshard.errors import NamesError, PlanError, ReshardError
 from reshard.formats import Selection, deepspeed
 from reshard.naming import Fit, FitOptions, fit, schema
-from reshard.naming.families import HEADS, PREFIXES
+from reshard.naming.families import PREFIXES
 from reshard.naming.rewards import SCORE
 from reshard.naming.search import unwrap
+from reshard.naming.ties import HEADS
 from reshard.progress import Progress, StagedProgress
 from reshard.storage import Sources
 from reshard.tensors import Entry, Shape
 from reshard.verification import equal
 
 
-@dataclass(frozen=True, slots=True)
-class Fitted:
+class Fitted(Struct, frozen=True):
     """The folder's tensors as the base has them, and why they are not all of the base's.
 
     `misfit` is None where the fit is complete. A fit may stand beside it: that of all tensors but
@@ -41,8 +43,7 @@ class Fitted:
     misfit: NamesError | PlanError | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
+class Vocabulary(Struct, frozen=True):
     """Input embedding and output head, by the folder's own names; None where one is not there.
 
     `equal`: both are there and hold the same values.
@@ -53,8 +54,7 @@ class Vocabulary:
     equal: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Values:
+class Values(Struct, frozen=True):
     """What the weights hold. `changed` of `compared` tensors differ from the base's.
 
     `conflicts` are tensors that several files hold with different values.
@@ -66,16 +66,14 @@ class Values:
     conflicts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Rescue:
+class Rescue(Struct, frozen=True):
     """A training checkpoint that lies in the folder, and how its tensors fit the base."""
 
     catalog: Catalog
     fit: Fit
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(Struct, frozen=True):
     """A folder and everything that was found out about it.
 
     placeholders: tensors without their elements. prefix: what precedes all names.

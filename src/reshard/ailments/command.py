@@ -41,16 +41,17 @@ def doctor(folder: Path, base: Path | None, repair: Path | None, as_json: bool) 
 
 def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
     for finding in diagnosis.findings:
-        click.echo(f"{finding.name}: {finding.about}")
+        output.tell(f"{finding.name}: {finding.about}")
         # Names are not broken over lines as a table would: people search for them.
-        click.echo("".join(f"  {line}\n" for line in finding.evidence), nl=False)
+        for line in finding.evidence:
+            output.tell(f"  {line}")
     if diagnosis.findings:
         header = ("finding", "severity", "repair")
         output.print_table([_row(finding) for finding in diagnosis.findings], header=header)
     amount = output.size(diagnosis.total_bytes)
-    click.echo(f"{diagnosis.folder}: {diagnosis.num_tensors} tensors, {amount}: {_sum(diagnosis)}")
+    output.tell(f"{diagnosis.folder}: {diagnosis.num_tensors} tensors, {amount}: {_sum(diagnosis)}")
     if diagnosis.repaired is not None:
-        click.echo(f"Mended in {diagnosis.repaired}, read back and examined again.")
+        output.tell(f"Mended in {diagnosis.repaired}, read back and examined again.")
         return
     hopeless = [f.name for f in diagnosis.errors if f.repair is None]
     mendable = [f.name for f in diagnosis.findings if f.repair is not None]
@@ -64,10 +65,8 @@ def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
 
 
 def _row(finding: Finding) -> tuple[str, str, str]:
-    from rich.markup import escape
-
     mend = f"none. {finding.advice}" if finding.repair is None else finding.repair.words
-    return finding.name, finding.severity, escape(mend)
+    return finding.name, finding.severity, mend
 
 
 def _sum(diagnosis: Diagnosis) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from reshard.ailments.folder import Folder, read_json
 from reshard.base import CONFIG, Base
@@ -33,16 +34,14 @@ _TEMPLATES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
+class Template(Struct, frozen=True):
     """A chat template: the file it stands in, and its value where that file is JSON."""
 
     file: str
     value: object = None
 
 
-@dataclass(frozen=True, slots=True)
-class Companions:
+class Companions(Struct, frozen=True):
     """What was read of such files, of the folder and of the base.
 
     tokens: one more than the largest token id of `tokenizer.json`; None where there is none.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from reshard.ailments import case as cases
 from reshard.ailments.case import Case
@@ -27,8 +28,7 @@ from reshard.storage import Sources, real, snapshot
 _MAX_THREADS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
+class Diagnosis(Struct, frozen=True):
     """What is wrong with a folder.
 
     `repaired` is the mended folder, None where none was written. `remaining` are the findings that

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from msgspec import Struct, field
 
 from reshard.ailments.case import Case
 from reshard.catalog import Asset
@@ -16,8 +17,7 @@ Severity = Literal["error", "warning"]
 _SHOWN = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Repair:
+class Repair(Struct, frozen=True):
     """How a finding is mended: in words, and what that changes beside the fit onto the base.
 
     config: dotted path in `config.json` -> new value.
@@ -37,8 +37,7 @@ class Repair:
     rescued: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Signs:
+class Signs(Struct, frozen=True):
     """What a check saw. `advice` says what to do where there is no repair."""
 
     evidence: tuple[str, ...]
@@ -46,8 +45,7 @@ class Signs:
     advice: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """An ailment that a folder has."""
 
     name: str
@@ -69,8 +67,7 @@ class Finding:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Ailment:
+class Ailment(Struct, frozen=True):
     """A thing that can be wrong: what it is, in one line, and the check that sees it."""
 
     name: str

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reshard import safetensors_file
 from reshard.base import CONFIG, Base
@@ -28,8 +30,7 @@ _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _MAX_JSON = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Folder:
+class Folder(Struct, frozen=True):
     """What lies in a model folder.
 
     entries: every tensor of the files that could be read; of one in several files, the first.

@@ -111,7 +111,7 @@ def _memory_layouts(case: Case) -> Iterator[tuple[Layout, list[str]]]:
     for config, its_names in ((settings, names), (text_config(settings), inner)):
         known = family(config.get("model_type"))
         for layout in reversed(known.layouts[1:] if known else ()):
-            if layout.since is not None:
+            if layout.since is not None and not layout.backbone:
                 yield layout, its_names
 
 

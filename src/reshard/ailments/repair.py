@@ -8,8 +8,9 @@ kept, patched where a finding says so, and joined by those of the base that are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from reshard import manifest
 from reshard.ailments.case import Case, Rescue
@@ -33,8 +34,7 @@ from reshard.writing import Writing, carry_out
 _MAX_SHARD_SIZE = "5GB"
 
 
-@dataclass(frozen=True, slots=True)
-class _Mended:
+class _Mended(Struct, frozen=True):
     """The tensors as they should be, by their right names, and where they were read."""
 
     entries: Mapping[str, Made]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from msgspec import Struct
 
 from reshard.dtypes import DType
 from reshard.progress import Progress
@@ -30,16 +30,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
-class NotFinite:
+class NotFinite(Struct, frozen=True):
     """How many of a tensor's elements are NaN, and how many infinite."""
 
     nan: int
     infinite: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Bits:
+class _Bits(Struct, frozen=True):
     """A floating type's exponent: all its bits set means NaN, or infinity if `mantissa` is 0."""
 
     unsigned: str

@@ -10,6 +10,7 @@ from reshard.ailments.findings import Repair, Signs
 from reshard.ailments.folder import classes
 from reshard.base import dtype_patches
 from reshard.errors import NamesError
+from reshard.naming.families import SPARE_ROWS
 
 _TIE = "tie_word_embeddings"
 # Ends of the names of classes that have an output head (config.json's `architectures`).
@@ -73,7 +74,7 @@ def head_contradicts_config(case: Case) -> Signs | None:
 def vocabulary_size(case: Case) -> Signs | None:
     """Another number of rows than the config says, or in the head than in the embedding."""
     embedding, head = case.vocabulary.embedding, case.vocabulary.head
-    if case.placeholders or embedding is None:
+    if case.placeholders or embedding is None or _has_spare_rows(case):
         return None
     rows = case.shape(embedding)[0]
     if rows_disagree(case) and head is not None:
@@ -127,6 +128,11 @@ def dtype(case: Case) -> Signs | None:
     return Signs(evidence, Repair(f"the config's dtype is set to {have}", config=patches))
 
 
+def _has_spare_rows(case: Case) -> bool:
+    """Whether it is of the models whose embedding has rows that the head has not."""
+    return any(level.get("model_type") in SPARE_ROWS for level in case.levels.values())
+
+
 def _main_dtype(case: Case) -> str:
     """The dtype of most of the base's elements."""
     counts: Counter[str] = Counter()
@@ -144,9 +150,18 @@ def head_is_lost(case: Case) -> bool:
         return False
     error = case.fitted.misfit
     if error is None:
-        return _says_untied(case)
+        return _says_untied(case) and not _has_another_head(case)
     # Only the head is missing where all the other tensors fit.
     return isinstance(error, NamesError) and case.fitted.fit is not None
+
+
+def _has_another_head(case: Case) -> bool:
+    """Whether some tensor has the embedding's shape: a head by a name that the tables lack."""
+    embedding = case.vocabulary.embedding
+    if embedding is None:
+        return False
+    like = [name for name in case.folder.entries if case.shape(name) == case.shape(embedding)]
+    return len(like) > 1
 
 
 def _generates(case: Case) -> bool:

@@ -6,10 +6,11 @@ Adding one is a module with the functions of `Format`, and a line in `FORMATS`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
+
+from msgspec import Struct
 
 from reshard.catalog import Catalog
 from reshard.errors import FormatError, NotFoundError
@@ -18,8 +19,7 @@ from reshard.storage import Sources
 from reshard.tensors import Entry, Made, TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
+class Selection(Struct, frozen=True):
     """Which part of a checkpoint is meant.
 
     `tag` names one of several saves in a folder (DeepSpeed), `prefix` the part of a nested state

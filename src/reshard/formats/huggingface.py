@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from reshard import dtypes, safetensors_file
 from reshard.catalog import Asset, Catalog, Origin
@@ -29,8 +30,8 @@ from reshard.tensors import Entry, Extent, Fragment, Made, TensorSpec, check_til
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Largest file read whole as JSON, in bytes: an index of a million tensors.
-_MAX_JSON = 256 << 20
+# Bytes: an index of a million tensors, and a hundred times the largest config.
+_MAX_INDEX, _MAX_CONFIG = 256 << 20, 16 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
                     ".onnx", ".onnx_data", ".onnx.data", ".distcp", ".tflite", ".ot", ".npz", ".pb",
                     ".pdparams", ".mlmodel")  # fmt: skip
@@ -112,7 +113,7 @@ def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
             path=folder,
             hint="Name the folder of the Hugging Face model that the training started from.",
         )
-    return _read_json(path, sources)
+    return _read_json(path, sources, _MAX_CONFIG)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -218,7 +219,7 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
         if SINGLE in names:
             return {SINGLE: None}
         return dict.fromkeys(names)
-    weight_map = _read_json(folder / INDEX, sources).get("weight_map")
+    weight_map = _read_json(child(folder, INDEX), sources, _MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
     ):
@@ -251,10 +252,10 @@ def _stored_shape(spec: TensorSpec) -> list[int]:
     return list(spec.shape)
 
 
-def _read_json(path: Path, sources: Sources) -> dict[str, Any]:
+def _read_json(path: Path, sources: Sources, max_nbytes: int) -> dict[str, Any]:
     source = sources.open(path)
-    if source.size > _MAX_JSON:
-        raise FormatError(f"it has {source.size} bytes, too many for a JSON file.", path=path)
+    if source.size > max_nbytes:
+        raise FormatError(f"it has {source.size} bytes; at most {max_nbytes} are read.", path=path)
     return safetensors_file.parse_json(source.read(0, source.size), str(path))
 
 

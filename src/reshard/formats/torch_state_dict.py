@@ -22,8 +22,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from reshard.catalog import Catalog, Origin
 from reshard.errors import FormatError, IncompleteError, UnsupportedError

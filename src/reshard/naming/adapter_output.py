@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from reshard import rearrange
 from reshard.errors import NamesError, UnsupportedError
@@ -85,8 +86,7 @@ def low_rank(adapter: Adapter, base: Entry, config: AdapterConfig) -> LowRank:
     return LowRank(base, left, right, scaling, adapter.magnitude)
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterFolder:
+class AdapterFolder(Struct, frozen=True):
     """What an adapter folder holds: `adapter_model.safetensors` and `adapter_config.json`."""
 
     tensors: Mapping[str, Entry]

@@ -19,8 +19,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reshard.dtypes import FLOAT32
 from reshard.errors import FormatError, IncompleteError, NamesError, PlanError, UnsupportedError
@@ -49,8 +51,7 @@ _REFUSED_SETTINGS = ("layer_replication", "alora_invocation_tokens", "use_qalora
                      "trainable_token_indices", "lora_bias")  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterConfig:
+class AdapterConfig(Struct, frozen=True):
     """How adapters scale. `alphas`: module name suffix -> alpha, where it differs from `alpha`.
 
     `rank` is the one that all adapters have by it; None where it states none or several.
@@ -103,8 +104,7 @@ def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
+class Adapter(Struct, frozen=True):
     """The tensors of one adapted module, as PEFT keeps them. `embedding`: A and B are its kind."""
 
     module: str
@@ -118,8 +118,7 @@ class Adapter:
         return self.a.spec.shape[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Separated:
+class Separated(Struct, frozen=True):
     """A checkpoint with its adapters taken off.
 
     `entries` are the tensors by the names they would have without adapters; `adapters` belong to

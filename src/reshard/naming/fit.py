@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reshard.errors import NamesError
-from reshard.naming import families
+from reshard.naming import ties
 from reshard.naming.assemble import Assembler
 from reshard.naming.layouts import Piece
 from reshard.naming.mismatch import refuse
-from reshard.naming.schema import Schema, says_tied, stating_levels, text_config
+from reshard.naming.schema import Schema, is_unheld, says_tied, stating_levels, text_config
 from reshard.naming.search import (
     Candidate,
     FitOptions,
     Sources,
     Verdict,
-    embedding_of,
     search,
     sources,
 )
@@ -26,8 +27,7 @@ from reshard.tensors import Entry
 Equal = Callable[[Entry, Entry], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Resize:
+class Resize(Struct, frozen=True):
     """A vocabulary of `rows` rows where the base has `base_rows`."""
 
     name: str
@@ -35,8 +35,7 @@ class Resize:
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
+class Fit(Struct, frozen=True):
     """A checkpoint's tensors as the base has them. Names are the base's unless said otherwise.
 
     entries: by name; dtypes are the checkpoint's.
@@ -119,11 +118,11 @@ class _Fitting:
 
     def result(self) -> Fit:
         outputs = self._outputs()
-        self._copy_heads(outputs)
-        self._judge_heads(outputs)
+        written = self._copy_twins(outputs)
+        self._judge_twins(outputs, written)
+        dropped = self._sort_dropped(written)
         self._leave_heads_behind()
-        self._say_what_stands_in()
-        dropped = self._sort_dropped()
+        self._mention_unheld()
         resized = self._resize(outputs)
         candidate = self._candidate
         return Fit(
@@ -173,40 +172,67 @@ class _Fitting:
                 origins[piece.name] = self._by_name[source.name].spec.name
         return origins
 
-    def _copy_heads(self, outputs: dict[str, Entry]) -> None:
-        """Write a head that the base stores and the source does not, as its config ties them."""
+    def _copy_twins(self, outputs: dict[str, Entry]) -> dict[str, str]:
+        """Write what the base stores under a name that the source has no tensor of.
+
+        Returns the tensors that are written by their own hub names, and the copied ones' twins.
+        """
         have, want = self._candidate.source.pieces, self._candidate.base.pieces
+        written = {hub: hub for hub in want if hub in have}
         for hub in self._candidate.of(Verdict.COPIED):
-            embedding = embedding_of(hub, have)
-            if embedding is not None:
-                entry = self._by_name[have[embedding].name]
-                outputs[want[hub].name] = replace(entry.renamed(want[hub].name), aliases=())
+            twin = ties.twin_of(hub, have)
+            if twin is not None:
+                name = want[hub].name
+                entry = self._by_name[have[twin].name]
+                outputs[name] = replace(entry.renamed(name), aliases=())
+                written[twin] = hub
+                if ties.is_head(twin):
+                    self._warnings.append(
+                        f"{name!r} is read from {entry.spec.name!r}: the base's config ties them, "
+                        "and the checkpoint holds one."
+                    )
+        return written
 
-    def _judge_heads(self, outputs: dict[str, Entry]) -> None:
-        """Compare heads with their embeddings where the base or its config says they are one.
+    def _judge_twins(self, outputs: dict[str, Entry], written: Mapping[str, str]) -> None:
+        """Compare what the base or its config says is one tensor, and the source stores twice.
 
-        One whose embedding is the base's is written: it was trained apart, else it would stand for
-        the embedding.
+        Raises `NamesError` where the two differ and one of them is no output head: no file and no
+        config could tell them apart.
         """
         candidate = self._candidate
-        have, want = candidate.source.pieces, candidate.base.pieces
-        extra = candidate.of(Verdict.EXTRA_HEAD)
-        stored = candidate.of(Verdict.MATCHED) if says_tied(self._config) else ()
-        for hub in (*extra, *stored):
-            embedding = embedding_of(hub, {**want, **have})
-            if embedding is None:
+        have, here = candidate.source.pieces, candidate.base_view.name_here
+        for hub in candidate.of(Verdict.TWIN):
+            if hub in written:
                 continue
-            head = self._by_name[have[hub].name]
-            name = candidate.base_view.name_here(hub)
-            other = have.get(embedding)
-            if other is not None and self._are_equal(head, self._by_name[other.name]):
-                if hub in extra:
-                    self._tied[name] = candidate.base_view.name_here(embedding)
+            twin = ties.twin_of(hub, written)
+            if twin is not None and self._are_equal(hub, twin):
+                self._tied[here(hub)] = here(written[twin])
+            elif ties.embedding_of(hub, candidate.base.pieces) is not None:
+                # One whose embedding is the base's was trained apart, else it would stand for it.
+                self._untie(outputs, hub)
+            elif twin is None:
+                raise refuse(candidate)
+            else:
+                raise NamesError(
+                    f"it differs from {have[twin].name!r}; the base stores one tensor for both.",
+                    tensor=have[hub].name,
+                    unexpected=(have[hub].name,),
+                )
+        for hub in candidate.of(Verdict.MATCHED) if says_tied(self._config) else ():
+            embedding = ties.embedding_of(hub, {**candidate.base.pieces, **have})
+            if embedding is None or written[hub] == embedding:
                 continue
-            outputs[name] = replace(head.renamed(name), aliases=())
-            self._untie(name, "it is written")
+            if embedding not in have or not self._are_equal(hub, embedding):
+                self._untie(outputs, hub)
 
-    def _untie(self, head: str, what: str) -> None:
+    def _untie(self, outputs: dict[str, Entry], hub: str) -> None:
+        """Write a head of its own, and have the config say so."""
+        name = self._candidate.base_view.name_here(hub)
+        head = self._by_name[self._candidate.source.pieces[hub].name]
+        outputs[name] = replace(head.renamed(name), aliases=())
+        self._say_untied(name, "it is written")
+
+    def _say_untied(self, head: str, what: str) -> None:
         for level in stating_levels(self._config):
             self._patches[f"{level}tie_word_embeddings"] = False
         self._warnings.append(
@@ -224,9 +250,10 @@ class _Fitting:
             return
         candidate = self._candidate
         have, want = candidate.source.pieces, candidate.base.pieces
-        for hub, embedding in families.HEADS:
-            piece = have.get(embedding)
-            if hub in have or piece is None or piece.name not in self._options.untied:
+        heads = ties.missing_heads(have, self._config.get("model_type"))
+        for hub, embedding in heads.items():
+            piece = have[embedding]
+            if piece.name not in self._options.untied or embedding not in want:
                 continue
             name = candidate.base_view.name_here(hub)
             if not self._options.fill_from_base or want[embedding].shape != piece.shape:
@@ -238,45 +265,45 @@ class _Fitting:
                 )
             if hub not in want:
                 self._from_base[name] = want[embedding].name
-            self._untie(name, "it is the base's")
+            self._say_untied(name, "it is the base's")
 
-    def _say_what_stands_in(self) -> None:
-        """An embedding that the source holds under its head's name alone."""
+    def _are_equal(self, hub: str, twin: str) -> bool:
+        """Whether two of the source's tensors hold the same values."""
         have = self._candidate.source.pieces
-        for hub, piece in have.items():
-            embedding = embedding_of(hub, have)
-            if embedding is not None and have[embedding].name == piece.name:
-                self._warnings.append(
-                    f"{self._candidate.base_view.name_here(embedding)!r} is read from "
-                    f"{piece.name!r}: the base's config ties them, and the checkpoint holds one."
-                )
-
-    def _are_equal(self, head: Entry, embedding: Entry) -> bool:
-        if head.fragments == embedding.fragments:
+        one, other = self._by_name[have[hub].name], self._by_name[have[twin].name]
+        if one.fragments == other.fragments:
             return True
         if self._equal is None:
-            self._undecided.append((head.spec.name, embedding.spec.name))
+            self._undecided.append((one.spec.name, other.spec.name))
             return True
-        return self._equal(head, embedding)
+        return self._equal(one, other)
 
-    def _sort_dropped(self) -> tuple[str, ...]:
+    def _sort_dropped(self, written: Mapping[str, str]) -> tuple[str, ...]:
         """What is not written: other names of written tensors are ties, the rest is returned."""
         candidate = self._candidate
         have = candidate.source.pieces
-        written = {
-            self._by_name[piece.name].spec.name: candidate.base_view.name_here(hub)
-            for hub, piece in have.items()
-            if hub in candidate.base.pieces
+        stores = {
+            self._by_name[have[hub].name].spec.name: candidate.base_view.name_here(stored)
+            for hub, stored in written.items()
         }
         dropped = []
         for hub in candidate.of(Verdict.DROPPED):
             name = have[hub].name
-            stored = written.get(self._by_name[name].spec.name)
+            stored = stores.get(self._by_name[name].spec.name)
             if stored is None:
                 dropped.append(name)
             else:
                 self._tied[candidate.base_view.name_here(hub)] = stored
         return tuple(dict.fromkeys(dropped))
+
+    def _mention_unheld(self) -> None:
+        filled = self._base_names(Verdict.FILLED)
+        count = sum(is_unheld(name, self._config) for name in filled)
+        if count:
+            self._warnings.append(
+                f"{count} tensors of layers that no live module holds (multi-token prediction) "
+                "are the base's, untrained."
+            )
 
     def _resize(self, outputs: Mapping[str, Entry]) -> tuple[Resize, ...]:
         """Tensors with another number of vocabulary rows, which the config must then state."""

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from reshard.errors import OptionError
 from reshard.naming import patterns
@@ -27,8 +28,7 @@ from reshard.tensors import Shape
 Version = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Stacked:
+class Stacked(Struct, frozen=True):
     """A tensor `[experts, sum of rows, columns]` that the hub holds as one tensor an expert.
 
     `name` is the pattern of the stacked tensor after the layout's names were rewritten; `parts`
@@ -40,12 +40,12 @@ class Stacked:
     parts: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """One layout of a family. `title` says whose it is.
 
-    A live module of the full model has it in memory under transformers versions `[since, before)`;
-    `since` is None for a layout that is only ever met in files or in a backbone class.
+    A live module has it in memory under transformers versions `[since, before)`: of the full model,
+    or with `backbone` of the AutoModel class. `since` is None for a layout that is only ever met in
+    files.
     """
 
     title: str
@@ -54,6 +54,7 @@ class Layout:
     names: tuple[tuple[str, str], ...] = ()
     stacked: tuple[Stacked, ...] = ()
     swapped: tuple[str, ...] = ()
+    backbone: bool = False
 
     def is_live(self, version: Version) -> bool:
         """Whether live modules of this transformers version have this layout."""
@@ -62,8 +63,7 @@ class Layout:
         return self.before is None or version < self.before
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Struct, frozen=True):
     """Model types (`config.json`'s `model_type`) that share layouts; the first is the hub's."""
 
     model_types: tuple[str, ...]
@@ -84,8 +84,7 @@ class Piece(NamedTuple):
     swapped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Effect:
+class Effect(Struct, frozen=True):
     """What a view does to a name: the hub's name, the rules used in words, what to take apart."""
 
     hub: str
@@ -95,8 +94,7 @@ class Effect:
     swapped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(Struct, frozen=True):
     """A layout of a whole model: the model's own, and that of the language model inside it."""
 
     layouts: tuple[Layout, ...]
@@ -108,6 +106,11 @@ class View:
     def is_live(self, version: Version) -> bool:
         """Whether live modules of this transformers version have this layout."""
         return all(layout.is_live(version) for layout in self.layouts)
+
+    @property
+    def backbone(self) -> bool:
+        """Whether modules of the AutoModel class have it."""
+        return any(layout.backbone for layout in self.layouts)
 
     def effect(self, name: str) -> Effect:
         """How a name of this layout reads."""
@@ -134,8 +137,7 @@ class View:
         return hub
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(Struct, frozen=True):
     """What a set of tensors holds when it is read through a view.
 
     `pieces`: hub name -> where it lies. `rules`: how often each rule was used. `misfits`: names
@@ -155,12 +157,13 @@ class Names:
     """
 
     def __init__(self, shapes: Mapping[str, Shape], prefix: str = "") -> None:
+        inside = {name for name in shapes if name.startswith(prefix) and NUMBER not in name}
         self._rows = [
             (name, shape, *_template(name.removeprefix(prefix)))
             for name, shape in shapes.items()
-            if name.startswith(prefix)
+            if name in inside
         ]
-        self._outside = tuple(name for name in shapes if not name.startswith(prefix))
+        self._outside = tuple(name for name in shapes if name not in inside)
         self._templates = sorted({template for _, _, template, _ in self._rows})
 
     def effects(self, view: View) -> tuple[Effect, ...]:
@@ -185,8 +188,10 @@ class Names:
         return Reading(pieces, {_shown(rule): n for rule, n in rules.items()}, tuple(misfits))
 
 
-#: Stands for a part of a name that is a number; no file format allows it in a name.
+#: Stands for a part of a name that is a number; a name that holds it itself is no view's.
 NUMBER = "\0"
+# Experts in one tensor: far more than any model has. A shape without elements may state any number.
+_MAX_EXPERTS = 1 << 16
 
 
 def _template(name: str) -> tuple[str, tuple[str, ...]]:
@@ -211,7 +216,8 @@ def _shown(rule: str) -> str:
 def _pieces(name: str, shape: Shape, effect: Effect, numbers: tuple[str, ...]) -> dict[str, Piece]:
     """The hub tensors in one tensor."""
     stacked = effect.stacked
-    if stacked is not None and len(shape) == 3 and shape[1] % len(stacked.parts) == 0:
+    unstacks = stacked is not None and len(shape) == 3 and shape[0] <= _MAX_EXPERTS
+    if stacked is not None and unstacks and shape[1] % len(stacked.parts) == 0:
         return _unstack(name, shape, effect, numbers)
     hub = _number(effect.hub, numbers)
     if effect.swapped and len(shape) >= 2:

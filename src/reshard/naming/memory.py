@@ -7,21 +7,31 @@ the tied head added, since the state dict of a live module holds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from reshard.errors import PlanError, UnsupportedError
-from reshard.naming import families, patterns
+from reshard.naming import families, patterns, ties
 from reshard.naming.assemble import Assembler
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Stacked, Version, View
-from reshard.naming.schema import levels, views
+from reshard.naming.schema import (
+    backbone_part,
+    bare_layout,
+    is_backbone,
+    is_unheld,
+    levels,
+    views,
+)
 from reshard.tensors import Entry, Shape
 
 #: The newest transformers version whose layouts were read (`families.py`).
 NEWEST: Version = (5, 23)
 
-# Classes that hold no output head, by the ends of their names in config.json's `architectures`.
-_GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+# Classes that hold an output head, by the ends of their names in config.json's `architectures`.
+_GENERATING = (
+    "ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "DoubleHeadsModel", "MTModel",
+    "ForMaskedLM", "ForSpeechToText", "ForTextToText", "EncoderDecoderModel",
+)  # fmt: skip
 
 
 def to_memory(
@@ -35,8 +45,8 @@ def to_memory(
     hold only some experts of a layer.
     """
     reading = _read(entries, config)
-    pieces = _towers(reading.pieces, config)
-    _add_head(pieces, config)
+    pieces = _towers(_held(reading.pieces, config), config)
+    _add_tied(pieces, config)
     view = memory_view(config, version)
     wanted: dict[str, list[tuple[Piece, Piece]]] = {}
     for hub, piece in _place({hub: piece.shape for hub, piece in pieces.items()}, view).items():
@@ -50,6 +60,7 @@ def memory_view(config: Mapping[str, Any], version: Version) -> View:
 
     Raises `UnsupportedError` where that version has no such model.
     """
+    _refuse_unsupported(config, version)
     live = [view for view in views(config, guess=False) if view.is_live(version)]
     if not live:
         text = ".".join(map(str, version))
@@ -57,7 +68,20 @@ def memory_view(config: Mapping[str, Any], version: Version) -> View:
             f"transformers {text} has no model of type {config.get('model_type')!r}.",
             hint="Name another version with --transformers-version.",
         )
+    wanted = is_backbone(config)
+    live = [view for view in live if view.backbone == wanted] or live
     return max(live, key=lambda view: [layout.since or () for layout in view.layouts])
+
+
+def _refuse_unsupported(config: Mapping[str, Any], version: Version) -> None:
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    found = {str(part.get("model_type")) for part in parts} & {*families.UNSUPPORTED}
+    if found and version >= (5,):
+        raise UnsupportedError(
+            f"what live modules of transformers 5 hold of {', '.join(sorted(found))} is not known: "
+            "they split, join or permute tensors of the files.",
+            hint="Without --names memory the names are those of the files.",
+        )
 
 
 def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
@@ -66,9 +90,15 @@ def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
     A layout is theirs where each name is the one that it gives to the hub tensor read from it.
     """
     names = Names({name: entry.spec.shape for name, entry in entries.items()})
-    best = names.read(names.effects(views(config, guess=False)[0]))
-    for view in views(config, guess=False)[1:]:
+    known = views(config, guess=False)
+    if _is_bare(entries, config):
+        known = tuple(View((bare_layout(config), *view.layouts)) for view in known[:1])
+    best = names.read(names.effects(known[0]))
+    whole = any(embedding in best.pieces for embedding in ties.EMBEDDINGS)
+    for view in known[1:]:
         if any(layout.since is None for layout in view.layouts):
+            continue
+        if view.backbone and (whole or not is_backbone(config)):
             continue
         effects = names.effects(view)
         reading = names.read(effects)
@@ -80,6 +110,14 @@ def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
         ):
             best = reading
     return best
+
+
+def _is_bare(names: Container[str], config: Mapping[str, Any]) -> bool:
+    """Whether the files of a class with a head were saved from its backbone: the embedding lies at
+    the top."""
+    part = backbone_part(config)
+    bare = (name.removeprefix(f"{part}.") for name in ties.embeddings_in(part))
+    return not is_backbone(config) and any(name in names for name in bare)
 
 
 def _is_its_own(reading: Reading, view: View) -> bool:
@@ -108,6 +146,11 @@ def _orientation_is_right(
     return turned
 
 
+def _held(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str, Piece]:
+    """The tensors that a live module has a place for."""
+    return {hub: piece for hub, piece in pieces.items() if not is_unheld(hub, config)}
+
+
 def _towers(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str, Piece]:
     """The hub's names of a CLIP or SigLIP tower, also where the files left `vision_model` out."""
     vision = config.get("vision_config")
@@ -121,19 +164,23 @@ def _towers(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _add_head(pieces: dict[str, Piece], config: Mapping[str, Any]) -> None:
-    """Add the head that the files leave out because it is the embedding."""
-    stated = [level.get("tie_word_embeddings") for level in levels(config)]
-    classes = [name for level in levels(config) for name in level.get("architectures") or ()]
-    generates = not classes or any(str(name).endswith(_GENERATING) for name in classes)
+def _add_tied(pieces: dict[str, Piece], config: Mapping[str, Any]) -> None:
+    """Add the tensors that the files hold under another name only: a live module has them all."""
+    # Of an encoder and a decoder that are models of their own, the decoder has the head.
+    decoder = config.get("decoder")
+    speaking = (decoder,) if isinstance(decoder, Mapping) else levels(config)
+    stated = [level.get("tie_word_embeddings") for level in speaking]
+    classes = [str(name) for level in levels(config) for name in level.get("architectures") or ()]
+    generates = not classes or any(name.endswith(_GENERATING) for name in classes)
     # Unstated means tied: the default of transformers' configs is left out of config.json.
     tied = True in stated or False not in stated
-    for head, embedding in families.HEADS:
-        if head in pieces:
-            return
-        if embedding in pieces and generates and tied:
-            pieces[head] = pieces[embedding]
-            return
+    modules = {name[:dot] for name in pieces for dot, sign in enumerate(name) if sign == "."}
+    found = ties.missing_parts(pieces, modules.__contains__)
+    if generates:
+        found |= ties.missing_heads(pieces, config.get("model_type"))
+    for name, original in found.items():
+        if tied or not ties.is_head(name):
+            pieces[name] = pieces[original]
 
 
 def _place(shapes: Mapping[str, Shape], view: View) -> dict[str, Piece]:

@@ -17,8 +17,9 @@ of the heads cannot, so they are asked for. (lightrft/models: srm_vl.py, srm_al.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from msgspec import Struct
 
 from reshard.errors import IncompleteError, NamesError
 from reshard.naming import patterns
@@ -50,8 +51,7 @@ _SCALE = {"_logit_scale": (False,)}
 _SUFFIXES = (*_HEAD, *_POOL, *_SCALE)
 
 
-@dataclass(frozen=True, slots=True)
-class RewardHeads:
+class RewardHeads(Struct, frozen=True):
     """The heads of a scalar reward model. `tensors` are by LightRFT's names, `width` is H."""
 
     tensors: Mapping[str, Entry]
@@ -61,8 +61,7 @@ class RewardHeads:
     width: int
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(Struct, frozen=True):
     """A checkpoint split in its backbone, by the checkpoint's names, and what stands beside it.
 
     `rewards` are the heads of a scalar reward model, `value` is that of a critic; one of them at
@@ -74,8 +73,7 @@ class Parts:
     value: Entry | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RewardOptions:
+class RewardOptions(Struct, frozen=True):
     """What the user said of a reward model or critic; None where nothing was said.
 
     `types` also gives the order of the heads. `value_head` is the name of a critic's head without

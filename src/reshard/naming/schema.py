@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from reshard.naming.families import FAMILIES, PLAIN
-from reshard.naming.layouts import Family, View
+from msgspec import Struct, field
+
+from reshard.naming import families, patterns
+from reshard.naming.families import BACKBONES, FAMILIES, PLAIN
+from reshard.naming.layouts import Family, Layout, View
 from reshard.tensors import TensorSpec
 
+# Ends of the names of classes with a head that are called a model all the same.
+_HEADED = ("LMHeadModel", "DoubleHeadsModel", "MTModel", "EncoderDecoderModel")
 
-@dataclass(frozen=True, slots=True)
-class Schema:
+
+class Schema(Struct, frozen=True):
     """What the output must hold: `specs` by name, as the base's safetensors headers state them.
 
     `config` is the parsed `config.json`, empty where there is none.
@@ -35,7 +39,54 @@ def views(config: Mapping[str, Any], *, guess: bool = True) -> tuple[View, ...]:
     guesses = (PLAIN, *FAMILIES) if guess else (PLAIN,)
     outer = guesses if known is None else (known,)
     layouts = [layout for candidate in outer for layout in candidate.layouts]
-    return tuple(View(pair) for pair in product(layouts, inner))
+    whole = tuple(View(pair) for pair in product(layouts, inner))
+    bare = bare_layout(config)
+    return (*whole, *(View((bare, *view.layouts)) for view in whole if guess))
+
+
+def bare_layout(config: Mapping[str, Any]) -> Layout:
+    """The layout of files that were saved from the backbone class: its name is in no tensor's."""
+    part = backbone_part(config)
+    names = (("lm_head.**", "lm_head.**"), (f"{part}.**", "**"))
+    return Layout("as saved from the backbone class", names=names)
+
+
+def backbone_part(config: Mapping[str, Any]) -> str:
+    """What a class with a head calls the backbone that is in it: `model`, `transformer`, `bert`."""
+    kind = config.get("model_type")
+    return next((part for part, types in BACKBONES if kind in types), "model")
+
+
+def comes_with_base(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor of the base is no training's: computed from the config, or of layers that
+    no live module holds. It is the base's in any output."""
+    return is_constant(name, config) or is_unheld(name, config)
+
+
+def is_constant(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a module computes a tensor from its config."""
+    own = families.CONSTANTS_OF.get(str(config.get("model_type")), ())
+    return patterns.matches_any((*families.CONSTANTS, *own), name)
+
+
+def is_unheld(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether no live module holds a tensor of a model's files: a multi-token-prediction layer."""
+    if patterns.matches_any(families.UNHELD, name):
+        return True
+    more = [level for level in levels(config) if level.get(families.MORE_LAYERS)]
+    for level in more:
+        first, count = level.get("num_hidden_layers"), level[families.MORE_LAYERS]
+        found = next(filter(None, (patterns.match(p, name) for p in families.LAYERS)), None)
+        if found and isinstance(first, int) and isinstance(count, int) and found[0].isdigit():
+            return first <= int(found[0]) < first + count
+    return False
+
+
+def is_backbone(config: Mapping[str, Any]) -> bool:
+    """Whether the config names a class without any head."""
+    named = config.get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else ""
+    return first.endswith("Model") and not first.endswith(_HEADED)
 
 
 def family(model_type: object) -> Family | None:
@@ -58,6 +109,12 @@ def says_tied(config: Mapping[str, Any]) -> bool:
     transformers 4 reads the language model's own config, transformers 5 the top level.
     """
     return any(level.get("tie_word_embeddings") is True for level in levels(config))
+
+
+def says_untied(config: Mapping[str, Any]) -> bool:
+    """Whether the config states that they are two, and nowhere that they are one."""
+    stated = [level.get("tie_word_embeddings") for level in levels(config)]
+    return False in stated and True not in stated
 
 
 def levels(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

@@ -10,19 +10,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 
+from msgspec import Struct
+
 from reshard.errors import NamesError
-from reshard.naming import families, patterns
+from reshard.naming import families, ties
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Version, View
-from reshard.naming.schema import Schema, says_tied, views
+from reshard.naming.schema import (
+    Schema,
+    comes_with_base,
+    is_constant,
+    says_tied,
+    says_untied,
+    views,
+)
 from reshard.tensors import Entry, Shape
 
 
-@dataclass(frozen=True, slots=True)
-class FitOptions:
+class FitOptions(Struct, frozen=True):
     """What the user declared.
 
     `prefix`: take only the tensors under it, and strip it. `fill_from_base`: tensors that the
@@ -51,11 +58,11 @@ class Verdict(Enum):
 
     MATCHED = "in both, with one shape"
     RESIZED = "in both, with another number of vocabulary rows"
-    COPIED = "a head that the base stores and the source ties to its embedding"
+    COPIED = "the base's, which the source stores under another of its names"
     FILLED = "taken from the base"
     LEFT_OUT = "the base's, not written"
     DROPPED = "the source's, not written"
-    EXTRA_HEAD = "a head that only the source stores"
+    TWIN = "another name of a tensor of the source, which the base does not store"
     MISSING = "the base's, without a source"
     UNEXPECTED = "the source's, without a place"
     MISMATCHED = "in both, with two shapes"
@@ -64,8 +71,7 @@ class Verdict(Enum):
 FAULTS = (Verdict.MISSING, Verdict.UNEXPECTED, Verdict.MISMATCHED)
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """One way to read the source, compared with the base; verdicts are over hub names.
 
     `views` are the layouts that read it so, `base_view` one that reads the base.
@@ -98,8 +104,7 @@ class Candidate:
         return {hub: piece for hub, piece in self.source.pieces.items() if hub in self.base.pieces}
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
+class Sources(Struct, frozen=True):
     """The checkpoint's tensors by every name they have, wrappers' parts left out.
 
     `owners`: cleaned name -> the entry's own name. `shapes`: cleaned name -> shape.
@@ -162,11 +167,10 @@ def search(found: Sources, schema: Schema, options: FitOptions) -> Candidate:
     tried: list[Candidate] = []
     # The base is taken to be as on the hub where that fits: released models are.
     for (base_view, *_), base in bases:
-        candidates = []
-        for prefix, same, source in readings:
-            whole = judge.with_embeddings(source, base)
-            verdicts = judge.verdicts(whole, base)
-            candidates.append(Candidate(prefix, same, base_view, whole, base, verdicts))
+        candidates = [
+            Candidate(prefix, same, base_view, source, base, judge.verdicts(source, base))
+            for prefix, same, source in readings
+        ]
         complete = [candidate for candidate in candidates if candidate.complete]
         if complete:
             return _unique(complete, options)
@@ -216,9 +220,9 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
         different = [c for c in different if any(view.is_live(version) for view in c.views)]
     if len(different) == 1:
         return different[0]
-    ways = "; ".join(candidate.title for candidate in complete)
+    ways = "; ".join(candidate.title for candidate in different)
     raise NamesError(
-        f"the checkpoint fits the base in {len(complete)} ways that put tensors in different "
+        f"the checkpoint fits the base in {len(different)} ways that put tensors in different "
         f"places or orientations: {ways}.",
         hint="Name the transformers version it was trained with: --transformers-version.",
     )
@@ -230,57 +234,50 @@ class _Judge:
     def __init__(self, found: Sources, schema: Schema, options: FitOptions) -> None:
         self._owners = found.owners
         self._options = options
-        self._tied = says_tied(schema.config)
-
-    def with_embeddings(self, source: Reading, base: Reading) -> Reading:
-        """The source with the embeddings that it holds under their heads' names alone.
-
-        Where the config ties them they are one tensor, of which some savers keep one name:
-        DeepSpeed with `exclude_frozen_parameters`, safetensors' `save_model`.
-        """
-        if not self._tied:
-            return source
-        have, found = source.pieces, {}
-        for head, embedding in families.HEADS:
-            piece = have.get(head)
-            if piece is None or embedding in have or embedding not in base.pieces:
-                continue
-            if piece.name not in self._options.untied:
-                found[embedding] = piece
-        return replace(source, pieces={**have, **found}) if found else source
+        self._tied, self._untied = says_tied(schema.config), says_untied(schema.config)
+        self._config = schema.config
 
     def verdicts(self, source: Reading, base: Reading) -> dict[Verdict, tuple[str, ...]]:
         have, want = source.pieces, base.pieces
         sorted_: defaultdict[Verdict, list[str]] = defaultdict(list)
-        embeddings = {**want, **have} if self._tied else have
-        used = set()
+        known = {**want, **have} if self._tied else have
+        used: set[str] = set()
         for hub, piece in want.items():
-            other = have.get(hub)
-            if other is None:
-                sorted_[self._absent(hub, piece, have)].append(hub)
-            else:
+            other, twin = have.get(hub), ties.twin_of(hub, have)
+            verdict = (
+                self._absent(hub, piece, have, want)
+                if other is None
+                else _shapes(hub, other.shape, piece.shape, have)
+            )
+            sorted_[verdict].append(hub)
+            if other is None and twin is not None and verdict is Verdict.COPIED:
+                other = have[twin]
+            if other is not None:
                 used.add(self._owners[other.name])
-                sorted_[_shapes(hub, other.shape, piece.shape)].append(hub)
         for hub, piece in have.items():
             if hub not in want:
-                sorted_[self._extra(hub, piece, embeddings, used)].append(hub)
+                others = known if ties.is_head(hub) else have
+                sorted_[self._extra(hub, piece, others, used)].append(hub)
         _demand_one_vocabulary(sorted_, have)
         return {verdict: tuple(names) for verdict, names in sorted_.items()}
 
-    def _absent(self, hub: str, piece: Piece, have: Mapping[str, Piece]) -> Verdict:
-        """A tensor of the base that the source does not have."""
+    def _absent(
+        self, hub: str, piece: Piece, have: Mapping[str, Piece], want: Mapping[str, Piece]
+    ) -> Verdict:
+        """A tensor of the base that the source does not have under this name."""
         options = self._options
-        name = embedding_of(hub, have) if self._tied else None
-        embedding = None if name is None else have[name]
-        if options.headless and any(hub == head for head, _ in families.HEADS):
+        if options.headless and ties.is_head(hub):
             return Verdict.LEFT_OUT
-        if (
-            embedding is not None
-            and embedding.name not in options.untied
-            and embedding.shape[1:] == piece.shape[1:]
-        ):
-            return Verdict.COPIED
-        if options.fill_from_base or patterns.matches_any(families.CONSTANTS, hub):
+        twin = ties.twin_of(hub, have)
+        if twin is not None and have[twin].name in options.untied:
+            twin = None
+        if twin is not None and have[twin].shape[1:] == piece.shape[1:]:
+            # A head and an embedding that the base stores both are one only where the config says
+            # so; where it stores one of them, unless the config says that they are two.
+            heads = ties.is_head(hub) or ties.is_head(twin)
+            if self._tied or not heads or (twin not in want and not self._untied):
+                return Verdict.COPIED
+        if options.fill_from_base or comes_with_base(hub, self._config):
             return Verdict.FILLED
         if options.allows(piece.name):
             return Verdict.LEFT_OUT
@@ -289,30 +286,21 @@ class _Judge:
     def _extra(
         self, hub: str, piece: Piece, others: Mapping[str, Piece], used: set[str]
     ) -> Verdict:
-        """A tensor of the source that the base does not have; an embedding is among `others`."""
-        if self._owners[piece.name] in used or patterns.matches_any(families.CONSTANTS, hub):
+        """A tensor of the source that the base does not have; its twin may be among `others`."""
+        if self._owners[piece.name] in used or is_constant(hub, self._config):
             return Verdict.DROPPED
         if self._options.allows(piece.name):
             return Verdict.DROPPED
-        embedding = embedding_of(hub, others)
-        if embedding is not None and others[embedding].shape == piece.shape:
-            return Verdict.EXTRA_HEAD
+        twin = ties.twin_of(hub, others)
+        if twin is not None and others[twin].shape == piece.shape:
+            return Verdict.TWIN
         return Verdict.UNEXPECTED
 
 
-def embedding_of(head: str, pieces: Mapping[str, Piece]) -> str | None:
-    """The input embedding (hub name) among `pieces` that a head may be tied to, or None."""
-    for name, embedding in families.HEADS:
-        if name == head and embedding in pieces:
-            return embedding
-    return None
-
-
-def _shapes(hub: str, have: Shape, want: Shape) -> Verdict:
+def _shapes(hub: str, have: Shape, want: Shape, names: Mapping[str, Piece]) -> Verdict:
     if have == want:
         return Verdict.MATCHED
-    vocabulary = any(hub in pair for pair in families.HEADS)
-    if vocabulary and have[1:] == want[1:]:
+    if have[1:] == want[1:] and ties.is_vocabulary(hub, names):
         return Verdict.RESIZED
     return Verdict.MISMATCHED
 
@@ -321,8 +309,11 @@ def _demand_one_vocabulary(
     verdicts: defaultdict[Verdict, list[str]], have: Mapping[str, Piece]
 ) -> None:
     """Head and embedding must have as many rows as each other, or neither is a resized one."""
-    both = [hub for hub in have if any(hub in pair for pair in families.HEADS)]
     resized = verdicts[Verdict.RESIZED]
-    if resized and len({have[hub].shape[0] for hub in both}) > 1:
+    if not resized:
+        return
+    # A head counts here beside any embedding: a guessed layout may have renamed one of them.
+    vocabulary = [hub for hub in have if ties.is_head(hub) or ties.is_vocabulary(hub, have)]
+    if len({have[hub].shape[0] for hub in vocabulary}) > 1:
         verdicts[Verdict.MISMATCHED].extend(resized)
         verdicts[Verdict.RESIZED] = []

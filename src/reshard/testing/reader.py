@@ -9,12 +9,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, get_args
 
 import numpy as np
 import pytest
+from msgspec import Struct, field
 
 import reshard
 from reshard import formats
@@ -29,8 +29,7 @@ from reshard.testing.truth import Tensors
 MAX_METADATA_NBYTES = 2 << 20
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(Struct, frozen=True, dict=True):
     """A checkpoint that reshard did not make, and what it holds.
 
     `path` is what a user would name. `tensors` has each stored tensor once, under its first name;

@@ -7,18 +7,17 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from msgspec import Struct
 
 from reshard.dtypes import FLOAT32
 from reshard.tensors import Box, Entry, Extent, FileRef, Fragment, TensorSpec, contiguous_strides
 
 
-@dataclass(frozen=True)
-class Torn:
+class Torn(Struct, frozen=True, dict=True):
     """A tensor, the entry that describes its pieces, and the files that hold them."""
 
     array: np.ndarray[Any, Any]

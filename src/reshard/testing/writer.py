@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from reshard import dtypes, formats
 from reshard.catalog import Catalog

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reshard.torchfile.malformed import Malformed, show
 
@@ -26,8 +27,7 @@ LOCAL_NBYTES = 30
 ENCRYPTED = 1 | 1 << 6 | 1 << 13
 
 
-@dataclass(frozen=True, slots=True)
-class Directory:
+class Directory(Struct, frozen=True):
     """Where the central directory lies, from the start of the archive, and its entries."""
 
     start: int
@@ -35,8 +35,7 @@ class Directory:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class ArchiveEntry:
+class ArchiveEntry(Struct, frozen=True):
     """An entry as the directory states it. `header` counts from the start of the archive.
 
     `crc32` is None where the writer did not compute it: it then wrote 0, which the data of a

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from reshard.dtypes import DType
-from reshard.tensors import Extent, contiguous_strides
+from reshard.tensors import MAX_DIMS, Extent, contiguous_strides
 from reshard.torchfile.limits import MAX_NAME
 from reshard.torchfile.machine import Handler
 from reshard.torchfile.malformed import Malformed, show
 from reshard.torchfile.records import Global, Opaque, Storage, TensorRef
 
-# Dimensions. torch's reductions take no more (dim_bitset_size in ATen/WrapDimUtilsMulti.h).
-_MAX_DIMS = 64
 _MAX_NBYTES = 1 << 63
 
 
@@ -141,7 +140,7 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 def _naturals(values: object, what: str) -> tuple[int, ...]:
     if not isinstance(values, tuple | list):
         raise Malformed(f"a tensor's {what} is a {type(values).__name__}")
-    if len(values) > _MAX_DIMS:
+    if len(values) > MAX_DIMS:
         raise Malformed(f"a tensor has {len(values)} dimensions")
     result: list[int] = []
     for value in values:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import gc
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -183,6 +184,8 @@ class Machine:
         dotted = f"{module}.{name}"
         if len(dotted) > MAX_NAME or not dotted.isprintable():
             raise Malformed("a global's name is longer than any name, or not text")
+        # Two short references to strings before make a name of any module and any class.
+        self.made_nbytes += CALL_NBYTES + len(dotted)
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if dotted not in self.handlers and not is_storage_class(dotted):
@@ -204,6 +207,10 @@ class Machine:
             elif isinstance(value, bytes):
                 self.made_nbytes += len(value)
                 self._check_budgets(pos)
+            elif isinstance(value, str | tuple):
+                self.made_nbytes += sys.getsizeof(value)
+            elif isinstance(value, Global):
+                self.made_nbytes += sys.getsizeof(value.name)
             return value
         if isinstance(function, Opaque):
             return Opaque(function.name, (function, args))

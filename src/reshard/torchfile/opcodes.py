@@ -139,11 +139,23 @@ def _binfloat(m: Machine, pos: int) -> int:
 
 
 def _push_text(m: Machine, pos: int, nbytes: int) -> int:
+    raw = m.take(pos, nbytes)
     try:
-        m.stack.append(m.take(pos, nbytes).decode("utf-8", "surrogatepass"))
+        m.stack.append(raw.decode())
+    except UnicodeDecodeError:
+        m.stack.append(_spelt_out(raw))
+    return pos + nbytes
+
+
+def _spelt_out(raw: bytes) -> str:
+    r"""Text with halves of surrogate pairs, as file names that are not UTF-8 have: as `\udc80`.
+
+    Text as it is here can be written and shown by whoever takes it.
+    """
+    try:
+        return raw.decode("utf-8", "surrogatepass").encode("utf-8", "backslashreplace").decode()
     except UnicodeDecodeError:
         raise Malformed("a string is not UTF-8") from None
-    return pos + nbytes
 
 
 def _push_bytes(m: Machine, pos: int, nbytes: int) -> int:
@@ -350,7 +362,12 @@ def _binput(m: Machine, pos: int) -> int:
 
 @_opcode("r")
 def _long_binput(m: Machine, pos: int) -> int:
-    _put(m, _U32(m.data, pos)[0])
+    # One opcode of five is this one.
+    index = _U32(m.data, pos)[0]
+    if index == len(m.memo):
+        m.memo.append(m.stack[-1])
+    else:
+        _put(m, index)
     return pos + 4
 
 

@@ -6,22 +6,20 @@ for that reshard does not know becomes an `Opaque`: the name it asked for, and w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from reshard.dtypes import DType
 from reshard.errors import PlanError
 from reshard.tensors import Box, Extent, Fragment, Record, whole
 
 
-@dataclass(frozen=True, slots=True)
-class Global:
+class Global(Struct, frozen=True):
     """A dotted name that a pickle mentions (`torch.optim.adamw.AdamW`). It is never looked up."""
 
     name: str
 
 
-@dataclass(eq=False, repr=False, slots=True)
-class Opaque:
+class Opaque(Struct, eq=False):
     """Something a pickle asks to be built and that reshard does not build.
 
     `name` is the dotted name of the class or function, `args` what it was to be called with,
@@ -58,8 +56,7 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
+class Storage(Struct, frozen=True):
     """A storage: the bytes `extent` of the file, under `key` in its torch.save stream.
 
     `dtype` is None for an untyped storage, and for a type that reshard does not handle; `reason`
@@ -72,8 +69,7 @@ class Storage:
     reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(Struct, frozen=True):
     """A tensor whose elements lie in the file, none of them read.
 
     `extent` goes exactly from the first to the last element used, whatever else the storage
@@ -106,16 +102,14 @@ class TensorRef:
         return Fragment(box, self.extent, self.dtype, self.strides)
 
 
-@dataclass(frozen=True, slots=True)
-class Pickled:
+class Pickled(Struct, frozen=True):
     """A bare pickle. `value` and `opaque` are as in `TorchFile`."""
 
     value: object
     opaque: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TorchFile:
+class TorchFile(Struct, frozen=True):
     """One torch.save stream.
 
     `value` is what was saved: dict, list, tuple, str, bytes, int, float, bool and None as such

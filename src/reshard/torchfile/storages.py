@@ -12,7 +12,7 @@ storage that a view onto it took, as torch before 0.4 wrote.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from reshard import dtypes
 from reshard.dtypes import DType
@@ -35,8 +35,7 @@ _MAX_NBYTES = 1 << 63
 _MAX_KEY = 64
 
 
-@dataclass(frozen=True, slots=True)
-class StorageId:
+class StorageId(Struct, frozen=True):
     """A storage as a persistent id names it; `nbytes` is its size.
 
     `itemsize` is the bytes that one count of `numel` stands for, `view` the bytes

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from msgspec import Struct
 from zlib_ng import zlib_ng
 
 from reshard.dtypes import DType
@@ -38,8 +38,7 @@ _FLAGS = 1 << 3 | 1 << 11
 _VERSION_NEEDED = 45  # zip64
 
 
-@dataclass(frozen=True, slots=True)
-class TensorArchive:
+class TensorArchive(Struct, frozen=True):
     """A torch.save archive of one tensor, but for its data.
 
     `before` is what precedes the data, so `len(before)` is where the data begins; `rest` is what
@@ -93,8 +92,7 @@ def lay_out_tensor(dtype: DType, shape: Shape) -> TensorArchive:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class StateDictArchive:
+class StateDictArchive(Struct, frozen=True):
     """A torch.save archive of a dict of tensors, but for their data.
 
     `literals` are the bytes around the data, each with its offset in the file. `places` say for

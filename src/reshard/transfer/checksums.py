@@ -10,9 +10,9 @@ from __future__ import annotations
 import bisect
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from msgspec import Struct, field
 from zlib_ng import zlib_ng
 
 from reshard.errors import FormatError
@@ -37,8 +37,7 @@ class _Run(NamedTuple):
         return _Run(self.start, following.stop, crc)
 
 
-@dataclass(slots=True)
-class _Passed:
+class _Passed(Struct):
     """What was read of one record: `runs`, in file order, that neither overlap nor touch.
 
     Pieces that touch become one run, so their number does not grow with what is read.

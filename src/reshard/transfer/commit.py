@@ -15,12 +15,12 @@ import os
 import shutil
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from reshard.catalog import Asset
 from reshard.errors import WriteError
-from reshard.storage import real
+from reshard.storage import Source, real
 
 # renameat2(2), Linux 3.15: linux/fs.h and linux/fcntl.h.
 _RENAME_NOREPLACE, _RENAME_EXCHANGE, _AT_FDCWD = 1, 2, -100
@@ -49,7 +49,9 @@ class OutputFolder:
         try:
             self._make_parents()
             self.partial.mkdir(exist_ok=True)
-            self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
+            # No link: anybody can tell the name, and what it leads to would be emptied.
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._lock = os.open(self.partial, flags)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._empty()
         except BlockingIOError:
@@ -60,6 +62,9 @@ class OutputFolder:
                 hint="Wait for it to end.",
             ) from None
         except OSError as error:
+            if self._lock >= 0:
+                os.close(self._lock)
+            self._remove_empty(self.partial)
             raise _cannot_write(self.partial, error) from None
         return self
 
@@ -102,20 +107,13 @@ class OutputFolder:
         self.put(name, fd, memoryview(data), 0)
         self.seal(name, fd)
 
-    def copy(self, asset: Asset) -> None:
-        """Copy a file of the base model."""
-        fd = self.create(asset.name, 0)
-        try:
-            with asset.path.open("rb") as source:
-                position = 0
-                while data := source.read(_COPY_PIECE):
-                    self.put(asset.name, fd, memoryview(data), position)
-                    position += len(data)
-        except OSError as error:
-            raise WriteError(
-                f"it cannot be copied: {error.strerror or error}.", path=asset.path
-            ) from None
-        self.seal(asset.name, fd)
+    def copy(self, name: str, source: Source) -> None:
+        """Copy a file of the base model. Raises `IncompleteError` where it becomes shorter."""
+        fd = self.create(name, 0)
+        for start in range(0, source.size, _COPY_PIECE):
+            data = source.read(start, min(_COPY_PIECE, source.size - start))
+            self.put(name, fd, memoryview(data), start)
+        self.seal(name, fd)
 
     def commit(self) -> None:
         """Give the folder its final name, in one step."""
@@ -146,11 +144,13 @@ class OutputFolder:
         if self.partial.is_dir():
             shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self._lock)
-        for folder in reversed(self._made):
-            try:
+        self._remove_empty()
+
+    def _remove_empty(self, *folders: Path) -> None:
+        """Remove `folders` and those made above the target, from the inside out."""
+        for folder in (*folders, *reversed(self._made)):
+            with suppress(OSError):
                 folder.rmdir()
-            except OSError:
-                break
 
     def _close(self, fd: int) -> None:
         self._open.discard(fd)
@@ -260,7 +260,11 @@ def _rename(source: Path, target: Path, flags: int) -> None:
     if flags == _RENAME_EXCHANGE:
         aside = source.with_name(source.name + ".old")
         target.rename(aside)
-        source.rename(target)
+        try:
+            source.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
         aside.rename(source)
         return
     if flags == _RENAME_NOREPLACE and target.exists():

@@ -13,10 +13,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
+from msgspec import Struct, field
 from zlib_ng import zlib_ng
 
 from reshard.errors import VerificationError
@@ -41,8 +41,7 @@ _SCRATCH = 2 * _BLOCK
 _COMPARED, _MOST_COMPARED = 16 << 10, 128 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """What the engine did.
 
     `digests` are the xxh3-128 of each tensor's row-major bytes, by part and name.
@@ -57,17 +56,30 @@ class Outcome:
     changed: int
 
 
-@dataclass(slots=True)
-class _Digest:
-    """The hash of a tensor on its way, over all its slots: `hashed` of `taken` blocks are in."""
+# In place of the hasher of a tensor that is done.
+_SPENT = xxhash.xxh3_128()
+
+
+class _Digest(Struct):
+    """The hash of a tensor on its way, over all its slots: `hashed` of `taken` blocks are in.
+
+    Once all blocks are taken (`complete`) and in, the hasher, of 600 bytes, makes way for `text`.
+    """
 
     hasher: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
     taken: int = 0
     hashed: int = 0
+    complete: bool = False
+    text: str = ""
+
+    def settle(self) -> None:
+        """Call with the engine's turn held."""
+        if self.complete and self.hashed == self.taken:
+            self.text = self.hasher.hexdigest()
+            self.hasher = _SPENT
 
 
-@dataclass(slots=True)
-class _Tensor:
+class _Tensor(Struct):
     """A slot on its way; `changed` once it differs from its reference."""
 
     slot: Slot
@@ -77,8 +89,7 @@ class _Tensor:
     changed: bool = False
 
 
-@dataclass(slots=True)
-class _File:
+class _File(Struct):
     """An output file on its way: sealed by whichever thread finishes its last block."""
 
     output: OutputFile
@@ -86,8 +97,7 @@ class _File:
     pending: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
+class _Task(Struct, frozen=True):
     """A block of a slot: the elements of `box`, from flat element `start` on.
 
     `turn` is its place in the hash of its tensor.
@@ -124,7 +134,7 @@ class Engine:
         self._progress = progress
         self._total = sum(slot.spec.nbytes for slot in plan.slots())
         self._written = 0
-        self._tensors: list[_Tensor] = []
+        self._compared: list[_Tensor] = []
         self._digests: dict[tuple[str, str], _Digest] = {}
         self._tasks = self._make_tasks()
         self._taking = threading.Lock()
@@ -139,8 +149,8 @@ class Engine:
             self._writeback,
             ThreadPoolExecutor(self._threads, thread_name_prefix="reshard") as pool,
         ):
-            futures = [pool.submit(self._work) for _ in range(self._threads)]
             try:
+                futures = [pool.submit(self._work) for _ in range(self._threads)]
                 wait(futures)
             except BaseException:
                 # Ctrl-C: the pool waits for its threads, so they must end first.
@@ -150,11 +160,11 @@ class Engine:
         for failure in sorted(failures, key=lambda failure: isinstance(failure, _StoppedError)):
             raise failure
         return Outcome(
-            digests={name: d.hasher.hexdigest() for name, d in self._digests.items()},
+            digests={name: digest.text for name, digest in self._digests.items()},
             bytes_read=sum(future.result() for future in futures),
             records_checked=self._ledger.check(self._sources),
-            compared=sum(tensor.slot.reference is not None for tensor in self._tensors),
-            changed=sum(tensor.changed for tensor in self._tensors),
+            compared=len(self._compared),
+            changed=sum(tensor.changed for tensor in self._compared),
         )
 
     def _work(self) -> int:
@@ -183,19 +193,30 @@ class Engine:
 
     def _make_tasks(self) -> Iterator[_Task]:
         """Every block of every slot, in output order; each file is made as its turn comes."""
+        digest = _Digest()
         for output in self._plan.files:
             file = _File(output, self._folder.create(output.name, output.nbytes), 1)
             for offset, literal in output.literals:
                 self._put(file, memoryview(literal), offset)
             for slot in output.slots:
                 key = (output.part, slot.spec.name)
-                digest = self._digests.setdefault(key, _Digest())
+                if key not in self._digests:
+                    self._complete(digest)
+                    digest = self._digests[key] = _Digest()
                 tensor = _Tensor(slot, file, digest)
-                self._tensors.append(tensor)
+                if slot.reference is not None:
+                    self._compared.append(tensor)
                 if not slot.spec.numel:
                     self._write_crc(tensor)
                 yield from self._blocks(tensor)
             self._release(file)
+        self._complete(digest)
+
+    def _complete(self, digest: _Digest) -> None:
+        """Note that a tensor has no more slots; those that it has follow each other."""
+        with self._turn:
+            digest.complete = True
+            digest.settle()
 
     def _blocks(self, tensor: _Tensor) -> Iterator[_Task]:
         spec = tensor.slot.spec
@@ -230,6 +251,7 @@ class Engine:
                 self._write_crc(tensor)
         with self._turn:
             tensor.digest.hashed += 1
+            tensor.digest.settle()
             self._turn.notify_all()
         self._count(len(raw))
         self._release(tensor.file)

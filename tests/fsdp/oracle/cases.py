@@ -1,6 +1,7 @@
 """What the oracle makes: each `Case` is one save by real torch processes, as data.
 
-Not made here: fp16 and CUDA-only paths (the overlapping loader only orders items otherwise).
+The ranks are CPU processes, but for `ON_GPU`, where items go by the loader that copies from the
+GPU while it writes.
 """
 
 from __future__ import annotations
@@ -98,4 +99,24 @@ CASES: tuple[Case, ...] = (
     Case("accelerate-ranks", 2, layout="accelerate-ranks"),
     Case("verl", 2, layout="verl", where="global_step_3/actor"),
 )  # fmt: skip
-BY_NAME: Mapping[str, Case] = {case.name: case for case in CASES}
+# What needs a GPU: `make test` leaves it out where there is none.
+ON_GPU: tuple[Case, ...] = (
+    Case("gpu-fsdp2", 1),
+    Case("gpu-fsdp2-bf16", 1, dtype="bfloat16"),
+    Case("gpu-fsdp2-fp16", 1, dtype="float16"),
+    Case("gpu-fsdp1", 1, sharding="fsdp1"),
+    Case("gpu-fsdp1-st", 1, sharding="fsdp1-st"),
+    Case("gpu-odd", 1, model="odd"),
+    Case("gpu-tied", 1, model="tied"),
+    Case("gpu-async", 1, writer="async"),
+    Case("gpu-threads", 1, model="odd", writer="threads"),
+    Case("gpu-file-per-item", 1, writer="file-per-item"),
+    Case("gpu-hf-sharded", 1, writer="hf-sharded"),
+    Case("gpu-titan", 1, layout="titan", where="step-5"),
+    Case(
+        "gpu-lightrft", 1, sharding="lightrft", layout="lightrft", dtype="bfloat16",
+        where="_actor/global_step6",
+    ),
+    Case("gpu-accelerate", 1, layout="accelerate", where="pytorch_model_fsdp_0"),
+)  # fmt: skip
+BY_NAME: Mapping[str, Case] = {case.name: case for case in (*CASES, *ON_GPU)}

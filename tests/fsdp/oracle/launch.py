@@ -1,4 +1,7 @@
-"""Makes every case: `python -m tests.fsdp.oracle.launch FOLDER [CASE ...]`."""
+"""Makes every case: `python -m tests.fsdp.oracle.launch FOLDER [CASE ...]`.
+
+Those that need a GPU are made only where they are named, with ORACLE_DEVICE=cuda.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def _make(case: Case, folder: Path) -> None:
     if distributed.get_rank() == 0:
         (folder / case.name).mkdir(exist_ok=True)
         save_file(
-            {name: value.contiguous() for name, value in truth.items()},
+            {name: value.cpu().contiguous() for name, value in truth.items()},
             folder / case.name / "truth.safetensors",
         )
     gc.collect()

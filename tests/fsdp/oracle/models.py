@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from tests.fsdp.oracle import ranks
+
 VOCAB = 33
 HIDDEN = 12
 FFN = 22
@@ -131,7 +133,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None
     """One real step, on the data that `seed` stands for."""
     generator = torch.Generator().manual_seed(100 + seed)
     ids = torch.randint(VOCAB, (2, 6), generator=generator)
-    model(ids).float().square().mean().backward()
+    model(ids.to(ranks.DEVICE)).float().square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 

@@ -6,6 +6,7 @@ Ranks meet at a file: no port is needed.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -15,14 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 # fully_shard imports it when it is first called: 1.3 s here once, instead of in every rank.
-import torch._dynamo  # noqa: F401
+import torch
+import torch._dynamo
 from torch import distributed
 
 TIMEOUT_SECONDS = 240
+# Where the ranks train: cpu, or cuda with one rank a GPU.
+DEVICE = os.environ.get("ORACLE_DEVICE", "cpu")
+_BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[DEVICE]
 
 
 def run(world: int, work: Callable[[], None]) -> None:
-    """Call `work` in `world` ranks of one gloo group; exits where one of them fails."""
+    """Call `work` in `world` ranks of one group; exits where one of them fails."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder, "meeting")
@@ -48,8 +53,10 @@ def run(world: int, work: Callable[[], None]) -> None:
 
 def _rank(work: Callable[[], None], rank: int, world: int, meeting: Path) -> None:
     warnings.simplefilter("ignore")
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world
+        _BACKEND, init_method=f"file://{meeting}", rank=rank, world_size=world
     )
     try:
         work()

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tests.fsdp.oracle import models
+from tests.fsdp.oracle import models, ranks
 from tests.fsdp.oracle.cases import Case
 
 _TENSOR_PARALLEL = {
@@ -44,7 +44,7 @@ _TENSOR_PARALLEL = {
 def build(case: Case) -> nn.Module:
     """The case's model, its parameters laid over the ranks."""
     model = models.Odd() if case.model == "odd" else models.Decoder(tied=case.model == "tied")
-    model.to(getattr(torch, case.dtype))
+    model.to(ranks.DEVICE, getattr(torch, case.dtype))
     if case.sharding.startswith("fsdp1"):
         return _fsdp1(model, case)
     mesh = _mesh(case)
@@ -66,16 +66,16 @@ def _mesh(case: Case) -> DeviceMesh:
         "lightrft": ((1, case.world), ("ddp", "fsdp")),
     }
     shape, names = shapes.get(case.sharding, ((case.world,), ("fsdp",)))
-    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+    return init_device_mesh(ranks.DEVICE, shape, mesh_dim_names=names)
 
 
 def _fsdp1(model: nn.Module, case: Case) -> FullyShardedDataParallel:
     # With a mesh FSDP1 gives DTensors, without one ShardedTensors.
-    mesh = init_device_mesh("cpu", (case.world,)) if case.sharding == "fsdp1" else None
+    mesh = init_device_mesh(ranks.DEVICE, (case.world,)) if case.sharding == "fsdp1" else None
     return FullyShardedDataParallel(
         model,
         auto_wrap_policy=ModuleWrapPolicy({models.Layer}),
-        device_id=torch.device("cpu"),
+        device_id=torch.device(ranks.DEVICE),
         device_mesh=mesh,
         use_orig_params=case.sharding != "fsdp1-flat",
     )

@@ -18,8 +18,9 @@ metadata.py, filesystem.py, default_planner.py, hf_storage.py) and files that it
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from reshard import torchfile
 from reshard.catalog import Catalog, Origin
@@ -29,7 +30,7 @@ from reshard.formats.dcp import foreign, parts, shards
 from reshard.formats.dcp.chunked import read_chunks
 from reshard.formats.dcp.layout import lay_out
 from reshard.formats.dcp.metadata import Metadata, merge, parse
-from reshard.storage import Sources
+from reshard.storage import Sources, child
 from reshard.torchfile.limits import MAX_NBYTES
 
 __all__ = ["detect", "lay_out", "read"]
@@ -50,7 +51,7 @@ def detect(path: Path) -> str | None:
     """A folder with `.metadata`, `.distcp` files or DCP's shards; also kinds that are refused."""
     if not path.is_dir():
         return None
-    names = {child.name for child in path.iterdir()}
+    names = {entry.name for entry in path.iterdir()}
     if METADATA in names:
         return f"it holds {METADATA}"
     models = _models(path)
@@ -97,7 +98,7 @@ def _models(folder: Path) -> list[Path]:
 
 def _metadata(folder: Path, sources: Sources) -> Metadata:
     """The folder's metadata, that of all ranks merged where each wrote its own."""
-    names = {child.name for child in folder.iterdir()}
+    names = {entry.name for entry in folder.iterdir()}
     ranks = sorted(int(m[1]) for name in names if (m := _RANK_METADATA.fullmatch(name)))
     begun = sorted(name for name in names if name.endswith(_BEGUN))
     if METADATA not in names and not ranks:
@@ -117,16 +118,16 @@ def _metadata(folder: Path, sources: Sources) -> Metadata:
             "not meant.",
         )
     if METADATA in names:
-        return _parse(folder / METADATA, sources)
+        return _parse(child(folder, METADATA), sources)
     if ranks != list(range(len(ranks))):
-        missing = min(set(range(max(ranks))) - set(ranks))
+        missing = next(rank for rank in range(len(ranks) + 1) if rank not in ranks)
         raise IncompleteError(
             f"each rank wrote metadata of its own, up to rank {max(ranks)}, and "
             f"__{missing}{METADATA} is missing.",
             path=folder,
             hint="Copy the whole folder again.",
         )
-    found = [_parse(folder / f"__{rank}{METADATA}", sources) for rank in ranks]
+    found = [_parse(child(folder, f"__{rank}{METADATA}"), sources) for rank in ranks]
     return merge(found, str(folder))
 
 

@@ -9,8 +9,9 @@ With the zstd extension each item is one zstd frame of such a zip.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from reshard import safetensors_file
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
@@ -26,8 +27,7 @@ _MAX_ZIP_NBYTES = 64 << 10
 _COPY_AGAIN = "Copy the whole folder again; each rank wrote files of its own."
 
 
-@dataclass(frozen=True, slots=True)
-class _Blob:
+class _Blob(Struct, frozen=True):
     """The safetensors part of a file, and where each of its tensors begins in the whole one."""
 
     tensors: Mapping[str, tuple[TensorSpec, Extent]]

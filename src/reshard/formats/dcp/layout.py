@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from reshard.dtypes import DType
 from reshard.formats.dcp import pickling
@@ -56,8 +57,7 @@ def lay_out(
     return tuple(file.output() for file in files), ((".metadata", metadata),)
 
 
-@dataclass(slots=True)
-class _File:
+class _File(Struct):
     """A file as it grows."""
 
     name: str

@@ -14,20 +14,18 @@ what was pickled, and `parse` turns those into the types below, or raises.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reshard.dtypes import DType
 from reshard.errors import FormatError
-from reshard.tensors import Shape
+from reshard.tensors import MAX_DIMS, MAX_NUMEL, Shape
 from reshard.torchfile import Global, Opaque
 
 Path = tuple[str, ...]
-# Sizes and offsets above this are no tensor's; their sums and products stay in 64 bits.
-_MAX_NUMBER = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(Struct, frozen=True):
     """Where an item lies: bytes `[offset, offset + nbytes)` of the file named `file`.
 
     `transforms` name what the bytes went through when they were written, the last one first.
@@ -39,8 +37,7 @@ class Location:
     transforms: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """Elements `[offsets, offsets + sizes)` of a tensor, and every copy of them that was saved.
 
     A checkpoint has one copy of a chunk; several writers without collectives leave one each.
@@ -51,8 +48,7 @@ class Chunk:
     copies: tuple[Location, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(Struct, frozen=True):
     """A tensor of the checkpoint. `dtype` is torch's name of the type, known to us or not."""
 
     dtype: str
@@ -60,8 +56,7 @@ class StoredTensor:
     chunks: tuple[Chunk, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Metadata:
+class Metadata(Struct, frozen=True):
     """What a checkpoint holds. `paths` has every key; keys in `objects` are not tensors."""
 
     tensors: Mapping[str, StoredTensor]
@@ -177,9 +172,11 @@ class _Parser:
     def _shape(self, raw: object, what: str, key: str) -> Shape:
         if not isinstance(raw, tuple):
             raise self._broken(f"{what} is a {type(raw).__name__}", key)
+        if len(raw) > MAX_DIMS:
+            raise self._broken(f"{what} has {len(raw)} dimensions", key)
         numbers = []
         for number in raw:
-            if type(number) is not int or not 0 <= number < _MAX_NUMBER:
+            if type(number) is not int or not 0 <= number < MAX_NUMEL:
                 raise self._broken(f"{what} has {number!r:.40}", key)
             numbers.append(number)
         return tuple(numbers)

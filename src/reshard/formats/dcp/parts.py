@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reshard.errors import NamesError, NotFoundError
 
@@ -34,8 +35,7 @@ _OPTIMIZER = frozenset({"state", "param_groups"})
 _LISTED = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """The model's part: `names` maps each key of the checkpoint in it to the tensor's name."""
 
     path: Path

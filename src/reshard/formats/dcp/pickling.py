@@ -8,7 +8,8 @@ the same in every torch since 2.4.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reshard.formats.dcp.metadata import Location, Metadata, StoredTensor
 from reshard.tensors import Shape
@@ -19,16 +20,14 @@ _VERSION = "1.0.0"
 _BATCH = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
+class _Name(Struct, frozen=True):
     """A class or function, by module and name."""
 
     module: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(Struct, frozen=True):
     """What `function(*args)` gives."""
 
     function: _Name
@@ -36,8 +35,7 @@ class _Call:
 
 
 # By identity: instances are keys of a dict, and their fields are not hashable.
-@dataclass(frozen=True, slots=True, eq=False)
-class _Instance:
+class _Instance(Struct, frozen=True, eq=False):
     """An instance of `kind` whose `__setstate__` is given, or whose fields are, `state`."""
 
     kind: _Name

@@ -14,8 +14,9 @@ So a last rank whose files are all missing cannot be noticed here; every other g
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from reshard import safetensors_file
 from reshard.errors import FormatError, IncompleteError
@@ -24,8 +25,7 @@ from reshard.storage import Sources, child
 from reshard.tensors import Box, Entry, Extent, Fragment, Shape, TensorSpec, check_tiling
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(Struct, frozen=True):
     spec: TensorSpec
     extent: Extent
     start: Shape

@@ -7,7 +7,8 @@ so most items have a pickle that was seen before: each different one is parsed o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reshard import torchfile
 from reshard.dtypes import DType
@@ -24,8 +25,7 @@ _END_NBYTES = 4096
 _MAX_PICKLE_NBYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class StoredItem:
+class StoredItem(Struct, frozen=True):
     """A tensor in a file. `record` is the checksum of its storage, where the zip states one."""
 
     dtype: DType
@@ -35,8 +35,7 @@ class StoredItem:
     record: Record | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Parsed:
+class _Parsed(Struct, frozen=True):
     """What a pickle says: a tensor in bytes `[start, start + nbytes)` of the entry `storage`."""
 
     dtype: DType

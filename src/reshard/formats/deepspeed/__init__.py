@@ -23,8 +23,9 @@ it wrote; older versions from their sources.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from reshard.catalog import Catalog
 from reshard.formats import Selection, of_several

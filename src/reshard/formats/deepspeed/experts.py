@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats.deepspeed.files import Saved
@@ -26,8 +27,7 @@ from reshard.formats.deepspeed.parse import OptimFile, Shapes
 _EXPERT = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..*)")
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertParallelRank:
+class ExpertParallelRank(Struct, frozen=True):
     """The files of the ranks that hold the same experts, and these experts' global names."""
 
     optim: tuple[OptimFile, ...]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate
+
+from msgspec.structs import replace
 
 from reshard.errors import FormatError
 from reshard.tensors import Entry, Extent, Fragment, Kind, TensorSpec, check_tiling, flat

@@ -30,9 +30,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from reshard.errors import FormatError, UnsupportedError
 from reshard.formats.deepspeed.sharding import (
@@ -55,16 +56,14 @@ _NOT_HANDLED = {
 _KEY = "universal_checkpoint_info"
 
 
-@dataclass(frozen=True, slots=True)
-class _SubParams:
+class _SubParams(Struct, frozen=True):
     """`widths[sub][rank]` is what a rank holds of a sub-parameter along `dim`."""
 
     dim: int
     widths: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ParallelInfo:
+class ParallelInfo(Struct, frozen=True):
     """What is stated, by the parameter's name. `maps` are parsed once they are asked for."""
 
     path: Path

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from reshard.errors import FormatError, UnsupportedError
-from reshard.tensors import Record
+from reshard.tensors import Record, is_shape
 from reshard.torchfile import TensorRef, TorchFile
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFile:
+class ModelFile(Struct, frozen=True):
     """A `*_model_states.pt` file. Values of `module` that are no tensors are left out.
 
     `parallel_info` is `universal_checkpoint_info`, as it stands: how tensor parallel ranks split
@@ -44,8 +45,7 @@ class ModelFile:
     written_as: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class OptimFile:
+class OptimFile(Struct, frozen=True):
     """A `*_optim_states.pt` file of one data parallel rank.
 
     `flats` are this rank's flat fp32 tensors: one for each parameter group (stages 1 and 2) or
@@ -65,8 +65,7 @@ class OptimFile:
     written_as: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertFile:
+class ExpertFile(Struct, frozen=True):
     """A `layer_*_expert_*_model_states.pt` file: an expert's weights in the training dtype."""
 
     path: Path
@@ -87,8 +86,7 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
     if top.get("ds_autoep_layers"):
         raise UnsupportedError("experts split by AutoEP are not handled.", path=path)
     groups = top.get("param_shapes")
-    if isinstance(groups, dict):
-        groups = [groups]
+    groups = [groups] if isinstance(groups, dict) else _list(top, "param_shapes", path)
     config = _settings(top.get("ds_config"))
     stage = _settings(config.get("zero_optimization")).get("stage")
     degrees = _settings(top.get("checkpoint_parallel_dimensions"))
@@ -98,8 +96,8 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
     return ModelFile(
         path=path,
         module=_tensors(_mapping(module, path, "module")),
-        buffers=frozenset(n for n in top.get("buffer_names") or () if isinstance(n, str)),
-        groups=tuple(_shapes(group, path) for group in groups or ()),
+        buffers=frozenset(n for n in _list(top, "buffer_names", path) if isinstance(n, str)),
+        groups=tuple(_shapes(group, path) for group in groups),
         frozen_shapes=_shapes(top.get("frozen_param_shapes") or {}, path),
         frozen_fragments=_tensors(
             _mapping(top.get("frozen_param_fragments") or {}, path, "frozen_param_fragments")
@@ -161,7 +159,7 @@ def parse_optim(path: Path, file: TorchFile) -> OptimFile:
     stated = count if isinstance(count, list) else [count]
     counts = [n for n in stated if type(n) is int and n > 0]
     if not counts or len(counts) != len(stated):
-        raise FormatError(f"its partition_count is {count!r}.", path=path)
+        raise FormatError(f"its partition_count is {reprlib.repr(count)}.", path=path)
     step, moments = _base_state(state)
     return OptimFile(
         path=path,
@@ -211,6 +209,14 @@ def _mapping(value: object, path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def _list(top: Mapping[str, Any], key: str, path: Path) -> list[Any]:
+    """A section that is a list; empty where there is none."""
+    value = top.get(key) or []
+    if not isinstance(value, list | tuple):
+        raise FormatError(f"its {key} is a {type(value).__name__}, not a list.", path=path)
+    return list(value)
+
+
 def _settings(value: object) -> dict[Any, Any]:
     """A section of a configuration; empty where there is none."""
     return value if isinstance(value, dict) else {}
@@ -227,9 +233,11 @@ def _tensors(values: Mapping[Any, object]) -> dict[str, TensorRef]:
 def _shapes(value: object, path: Path) -> Shapes:
     shapes = _mapping(value, path, "a list of shapes")
     for name, shape in shapes.items():
-        sound = isinstance(shape, tuple | list) and all(type(n) is int and n >= 0 for n in shape)
+        sound = isinstance(shape, tuple | list) and is_shape(shape)
         if not isinstance(name, str) or not sound:
-            raise FormatError(f"the shape of {name!r} is {shape!r}.", path=path)
+            raise FormatError(
+                f"the shape of {reprlib.repr(name)} is {reprlib.repr(shape)}.", path=path
+            )
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 

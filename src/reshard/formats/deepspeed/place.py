@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
 from reshard.storage import Sources, child, real
@@ -35,8 +37,7 @@ _MAX_NESTED = 4
 _MAX_COUNT = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(Struct, frozen=True):
     """A tag folder and its files by rank: `model[(dp, mp)]`, with dp 0 below stage 3.
 
     `experts[(layer, expert)]` are the files of DeepSpeed's experts. `universal`: the folder was

@@ -185,7 +185,10 @@ def _step(file: OptimFile, sources: Sources) -> int | None:
     """The step count, read from the file where it is stored as a tensor."""
     if not isinstance(file.step, TensorRef):
         return file.step
-    return int(_numbers(file.step.extent, file.step.dtype, sources)[0])
+    step = _numbers(file.step.extent, file.step.dtype, sources)[0]
+    if not np.isfinite(step):
+        raise FormatError(f"its optimizer's step count is {step}.", path=file.path)
+    return int(step.real)
 
 
 def _sample(tensor: TensorRef, sources: Sources) -> bytes:

@@ -15,16 +15,16 @@ where what is stated does not fit them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+
+from msgspec import Struct
 
 from reshard.errors import UnsupportedError
 from reshard.tensors import Shape, contiguous_strides
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(Struct, frozen=True):
     """Elements `[at, at + sizes)` of the whole parameter.
 
     `held` are the ranks that have them, and where in their part they begin.
@@ -35,8 +35,7 @@ class Block:
     held: tuple[tuple[int, Shape], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Sharding:
+class Sharding(Struct, frozen=True):
     """A parameter of `shape` as blocks that lie in the parts of tensor parallel ranks."""
 
     shape: Shape

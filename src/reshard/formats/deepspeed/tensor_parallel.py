@@ -13,7 +13,8 @@ others must equal it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from reshard import rearrange
 from reshard.catalog import Catalog

@@ -15,8 +15,9 @@ Buffers and frozen parameters are read from the model files: where `zero/` has t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from reshard.catalog import Catalog
 from reshard.errors import FormatError, IncompleteError, UnsupportedError

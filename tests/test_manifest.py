@@ -1,0 +1,48 @@
+"""`reshard.json`: the text that `json.dumps` would make, and what is read from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reshard import manifest
+from reshard.catalog import Origin
+from reshard.errors import FormatError
+from reshard.manifest import Stated
+from reshard.storage import Sources
+
+TENSORS = {
+    "a": Stated("float32", (2, 3), "ab"),
+    'é"\\\n': Stated("bfloat16", (), "cd"),
+    "z": Stated("int8", (0,), "ef"),
+}
+
+
+@pytest.mark.parametrize("tensors", [TENSORS, {}], ids=["tensors", "none"])
+@pytest.mark.parametrize("beside", [{"f/x": TENSORS, "g": {}}, {}], ids=["beside", "alone"])
+def test_the_text_is_that_of_json(
+    tensors: dict[str, Stated], beside: dict[str, dict[str, Stated]], tmp_path: Path
+) -> None:
+    options = {"a": [1, {"b": []}], "c": None, "d": "x\ny"}
+    text = manifest.render("dcp", Origin(Path("x"), "torch"), options, {}, tensors, beside)
+    value = json.loads(text)
+    assert text == (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    assert list(value["tensors"]) == list(tensors)
+    assert list(value.get("beside", {})) == list(beside)
+    (tmp_path / manifest.MANIFEST).write_bytes(text)
+    with Sources() as sources:
+        read = manifest.read(tmp_path, sources)
+    assert (read.tensors, read.beside, read.options) == (tensors, beside, options)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b"{}", b"[]", b"\xff", b"[" * 100_000, b'{"options": {}, "names": {}, "tensors": 1}'],
+    ids=["empty", "no section", "list", "no text", "deep", "wrong type"],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / manifest.MANIFEST).write_bytes(damaged)
+    with Sources() as sources, pytest.raises(FormatError, match="it is damaged"):
+        manifest.read(tmp_path, sources)

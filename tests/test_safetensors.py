@@ -1,0 +1,155 @@
+"""Hostile safetensors files and JSON: each is one plain error, soon and cheaply."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reshard
+from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
+from reshard.safetensors_file import parse_json
+
+# Of processor time.
+SECONDS = 5.0
+GOOD = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
+
+
+def written(
+    folder: Path, header: bytes, data: bytes = bytes(64), length: int | None = None
+) -> Path:
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+    return path
+
+
+def refused(path: Path, kind: type[ReshardError], words: str) -> None:
+    start = time.process_time()
+    with pytest.raises(kind) as caught:
+        reshard.open(path)
+    assert time.process_time() - start < SECONDS
+    assert words in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+    assert caught.value.path == str(path)
+
+
+def entry(**changed: Any) -> bytes:
+    return json.dumps({"a": GOOD | changed}).encode()
+
+
+def test_the_header_is_good_when_nothing_is_changed(tmp_path: Path) -> None:
+    assert reshard.open(written(tmp_path, entry())).tensors["a"].shape == (16,)
+    written(tmp_path, entry(shape=[1] * 31 + [16]))
+    assert len(reshard.open(tmp_path / "model.safetensors").tensors["a"].shape) == 32
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"shape": [-16]},
+        {"shape": [16.0]},
+        {"shape": [True, 16]},
+        {"shape": [float("nan")]},
+        {"shape": [float("inf")]},
+        {"shape": ["16"]},
+        {"shape": "ab"},
+        {"shape": [10**4000]},
+        {"shape": [1 << 32, 1 << 32]},
+        {"shape": [1 << 61, 1 << 61, 0], "data_offsets": [0, 0]},
+        {"shape": [1] * 32 + [16]},
+        {"shape": [1 << 61] * 200_000},
+        {"data_offsets": [-64, 0]},
+        {"data_offsets": [0, 1 << 62]},
+        {"data_offsets": ["a", "b"]},
+        {"dtype": "F4", "shape": [3]},
+    ],
+    ids=reprlib.repr,
+)
+def test_numbers_that_are_no_tensors(tmp_path: Path, changed: dict[str, Any]) -> None:
+    path = written(tmp_path, entry(**changed))
+    refused(path, FormatError, "packs no pairs" if "dtype" in changed else "is impossible")
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (entry(data_offsets=[0]), "malformed"),
+        (entry(data_offsets=None), "malformed"),
+        (entry(shape=5), "malformed"),
+        (entry(dtype=["F32"]), "malformed"),
+        (b'{"a":5}', "malformed"),
+        (b'{"a":{}}', "malformed"),
+        (b"[]", "not JSON"),
+        (b"\xef\xbb\xbf{}", "not JSON"),
+        (entry()[:-1], "cannot be read"),
+        (b'{"a":1,"a":2}', "a key occurs twice"),
+        (b'{"__metadata__":{"a":1}}', "not a table of strings"),
+        (b'{"__metadata__":[]}', "not a table of strings"),
+        (b'{"\xff":{}}', "cannot be read"),
+        (b'{"a\\uD800":{}}', "surrogates not allowed"),
+        (b'{"a":' + b"9" * 5000 + b"}", "cannot be read"),
+        (b'{"a":' + b"[" * 2_000_000 + b"}", "lists and objects"),
+        (b'{"a":' + b"[" * 90_000 + b"}", "recursion"),
+        (b'{"a":[' + b"{}," * 20_000_000 + b"{}]}", "lists and objects"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, bytes) else value,
+)
+def test_a_header_that_is_none(tmp_path: Path, header: bytes, words: str) -> None:
+    refused(written(tmp_path, header), FormatError, words)
+
+
+@pytest.mark.parametrize("code", ["Q17", "F" * 100_000, "\x1b[31m"], ids=["Q17", "long", "steers"])
+def test_a_dtype_that_is_not_known(tmp_path: Path, code: str) -> None:
+    refused(written(tmp_path, entry(dtype=code)), UnsupportedError, "is not handled")
+
+
+def pair(one: list[int], two: list[int]) -> bytes:
+    both = {"a": GOOD | {"data_offsets": one}, "b": GOOD | {"data_offsets": two}}
+    return json.dumps(both).encode()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        pair([0, 64], [32, 96]),
+        pair([0, 64], [65, 129]),
+        pair([0, 64], [0, 64]),
+        pair([1, 65], [65, 129]),
+    ],
+    ids=["overlap", "gap", "the same place", "gap at the start"],
+)
+def test_tensors_that_do_not_tile(tmp_path: Path, header: bytes) -> None:
+    refused(written(tmp_path, header, bytes(129)), FormatError, "follow from")
+
+
+@pytest.mark.parametrize(
+    ("length", "kind", "words"),
+    [
+        (1 << 63, FormatError, "a header of 9223372036854775808"),
+        ((1 << 64) - 1, FormatError, "a header of"),
+        (100_000_001, FormatError, "a header of 100000001"),
+        (1000, IncompleteError, "bytes 8 to 1008 are needed"),
+        (0, FormatError, "not JSON"),
+    ],
+)
+def test_lengths_of_a_header(
+    tmp_path: Path, length: int, kind: type[ReshardError], words: str
+) -> None:
+    refused(written(tmp_path, entry(), length=length), kind, words)
+
+
+def test_files_of_another_length(tmp_path: Path) -> None:
+    refused(written(tmp_path, entry(), bytes(63)), IncompleteError, "its header describes")
+    refused(written(tmp_path, entry(), bytes(65)), FormatError, "its header describes")
+    (tmp_path / "model.safetensors").write_bytes(b"1234567")
+    refused(tmp_path / "model.safetensors", IncompleteError, "at least 8 bytes")
+
+
+def test_json_that_escapes_whole_pairs() -> None:
+    assert parse_json(b'{"\\ud83d\\ude00": "\\\\ud800"}', "x") == {"😀": "\\ud800"}
