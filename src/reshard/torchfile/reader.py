@@ -21,7 +21,7 @@ from reshard.torchfile.storages import parse_storage_id
 
 #: Files without a byte of tensors, by their pickles; `read` fills it, and takes from it.
 Known: TypeAlias = dict[bytes, TorchFile]
-# Ranks on the devices of one machine write pickles that differ in the device; more is no repetition.
+# Pickles that differ by the device of a rank, of which a machine has few.
 _MAX_KNOWN = 16
 
 
