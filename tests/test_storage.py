@@ -63,6 +63,19 @@ def test_as_many_files_as_the_system_will_have_are_kept_open(
     assert len(list(DESCRIPTORS.iterdir())) == before
 
 
+def test_a_command_asks_for_more_descriptors(shards: Path) -> None:
+    """Of the files of 256 ranks, half were opened anew for each read."""
+    code = (
+        "import resource; from reshard.cli import reshard, run\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({LIMIT}, 2 * {LIMIT}))\n"
+        "run(reshard, ['inspect', 'model', '--json'])\n"
+        f"assert resource.getrlimit(resource.RLIMIT_NOFILE) == (2 * {LIMIT},) * 2"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SRC)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=shards.parent, env=environment)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize(
     "file",
     [

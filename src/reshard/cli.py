@@ -10,10 +10,12 @@ import atexit
 import gc
 import os
 import re
+import resource
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from types import FrameType
 from typing import cast
@@ -24,6 +26,8 @@ from reshard._version import __version__
 from reshard.errors import OptionError, ReshardError, printable
 from reshard.flags import debug
 
+# Twice what `storage` keeps open.
+_FILES = 8192
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -62,6 +66,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; every stated failure becomes one paragraph."""
     arguments = list(sys.argv[1:] if args is None else args)
     shows_traceback = "--debug" in arguments or "-d" in arguments
+    _allow_files()
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
         signal.signal(signal.SIGHUP, _interrupt)
@@ -102,6 +107,15 @@ def _start_quickly() -> None:
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def _allow_files() -> None:
+    """Use the descriptors that the system grants on request: a file stays open while it is read."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if most == resource.RLIM_INFINITY else min(_FILES, most)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

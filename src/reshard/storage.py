@@ -24,8 +24,9 @@ from reshard import frames
 from reshard.errors import FormatError, IncompleteError, NotFoundError
 from reshard.tensors import FileRef
 
-# Descriptors kept open; a file beyond them is opened anew for each read (about 10 us).
-_MAX_OPEN = 256
+# Descriptors kept open: the two files of each of 2,000 ranks. A file beyond them is opened anew for
+# each read (about 10 us).
+_MAX_OPEN = 4096
 # Bytes of a file name on any system.
 _MAX_NAME = 255
 # Compressed frames kept expanded, each in a temporary file. Readers take a frame's bytes in order
@@ -264,7 +265,7 @@ def child(folder: Path, name: str) -> Path:
 
 
 def _max_open() -> int:
-    """At most half of the descriptors that the system allows: macOS, by default, allows 256."""
+    """At most half of the descriptors that the system allows: by default 1024, on macOS 256."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MAX_OPEN if allowed == resource.RLIM_INFINITY else min(_MAX_OPEN, allowed // 2)
 

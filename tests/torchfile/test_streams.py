@@ -13,10 +13,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from reshard.dtypes import FLOAT32
-from reshard.errors import IncompleteError
+from reshard.errors import FormatError, IncompleteError
 from reshard.storage import Source, Sources
 from reshard.tensors import FileRef
-from reshard.torchfile import TensorRef, read, read_pickle
+from reshard.torchfile import Known, TensorRef, read, read_pickle
 from reshard.torchfile.write import lay_out_tensor
 from tests.torchfile.handmade import Member, pickle, tensor, torch_file
 from tests.torchfile.support import opened, read_bytes, same, saved
@@ -165,3 +165,47 @@ def test_a_dcp_checkpoint(tmp_path: Path) -> None:
                 file.value, state[index.state["fqn"]], path.read_bytes()
             )
     assert found == {"w": True, "n": True, "step": True}
+
+
+def shared(tmp_path: Path, *contents: bytes) -> list[Any]:
+    """What is read of several files that may repeat each other."""
+    values: list[Any] = []
+    known: Known = {}
+    with Sources() as sources:
+        for number, content in enumerate(contents):
+            path = tmp_path / f"{number}.pt"
+            path.write_bytes(content)
+            values.append(read(sources.open(path), known=known))
+    return values
+
+
+def test_ranks_that_write_the_same_are_parsed_once(tmp_path: Path) -> None:
+    """As ZeRO-3's model files, whose parameters are empty: of 256 ranks in 2.6 s, not in 13.8."""
+    content = {"module": {f"w{i}": torch.empty(0) for i in range(5)}, "steps": 3}
+    torch.save(content, tmp_path / "rank_0.pt")
+    torch.save(content, tmp_path / "rank_1.pt")
+    first, second, other = shared(
+        tmp_path,
+        (tmp_path / "rank_0.pt").read_bytes(),
+        (tmp_path / "rank_1.pt").read_bytes(),
+        saved({**content, "steps": 4}),
+    )
+    assert first.value is second.value
+    assert (first.written_as, second.written_as) == ("rank_0", "rank_1")
+    assert other.value["steps"] == 4
+    assert other.value["module"].keys() == first.value["module"].keys()
+
+
+def test_tensors_that_hold_anything_are_each_files_own(tmp_path: Path) -> None:
+    content = saved({"a": torch.ones(2), "b": torch.empty(0)})
+    first, second = shared(tmp_path, content, content)
+    assert first.value["a"].extent.file.path == str(tmp_path / "0.pt")
+    assert second.value["a"].extent.file.path == str(tmp_path / "1.pt")
+    assert second.records[0].extent.file.path == str(tmp_path / "1.pt")
+
+
+def test_a_damaged_pickle_is_not_taken_for_one_seen_before(tmp_path: Path) -> None:
+    content = saved({"a": torch.empty(0), "steps": 3})
+    at = content.index(b"steps")
+    with pytest.raises(FormatError, match="CRC-32"):
+        shared(tmp_path, content, content[:at] + b"stepz" + content[at + 5 :])

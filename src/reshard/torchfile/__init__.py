@@ -8,7 +8,7 @@
 (32000, 4096)
 """
 
-from reshard.torchfile.reader import read, read_pickle
+from reshard.torchfile.reader import Known, read, read_pickle
 from reshard.torchfile.records import (
     Global,
     Opaque,
@@ -20,6 +20,7 @@ from reshard.torchfile.records import (
 
 __all__ = [
     "Global",
+    "Known",
     "Opaque",
     "Pickled",
     "Storage",

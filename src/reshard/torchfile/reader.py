@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TypeAlias
+
 from reshard.errors import FormatError, UnsupportedError
 from reshard.storage import Source
 from reshard.tensors import Record
@@ -16,12 +19,21 @@ from reshard.torchfile.nesting import check_depth
 from reshard.torchfile.records import Pickled, Storage, TorchFile
 from reshard.torchfile.storages import parse_storage_id
 
+#: Files without a byte of tensors, by their pickles; `read` fills it, and takes from it.
+Known: TypeAlias = dict[bytes, TorchFile]
+# Pickles that differ by the device of a rank, of which a machine has few.
+_MAX_KNOWN = 16
 
-def read(source: Source, *, offset: int = 0, nbytes: int | None = None) -> TorchFile:
+
+def read(
+    source: Source, *, offset: int = 0, nbytes: int | None = None, known: Known | None = None
+) -> TorchFile:
     """The torch.save stream in bytes `[offset, offset + nbytes)` of an opened file.
 
     `nbytes` None: to the file's end. Reads the pickle, the directory and 30 bytes a storage, and
     no tensor. The pickle's CRC-32 is checked; those of the storages are handed on in `records`.
+    With `known`, shared by the reads of files that repeat each other, a pickle that was parsed
+    before is not parsed again, if its tensors are empty: where they lie says nothing then.
 
     Raises `IncompleteError` (empty, cut off), `FormatError` (damaged), `UnsupportedError` (not a
     torch.save file, or beyond what training files are).
@@ -29,7 +41,7 @@ def read(source: Source, *, offset: int = 0, nbytes: int | None = None) -> Torch
     nbytes = source.size - offset if nbytes is None else nbytes
     head = source.read(offset, min(nbytes, sniff.HEAD_NBYTES))
     if head.startswith(b"PK\3\4"):
-        return _read_zip(Archive(source, offset, nbytes), source.ref.path)
+        return _read_zip(Archive(source, offset, nbytes), source.ref.path, known)
     if head.startswith(PREFIX):
         return read_legacy(source, offset, nbytes)
     raise sniff.not_torch(head, nbytes, source.ref.path)
@@ -59,18 +71,24 @@ def _parse(data: bytes, path: str, persistent: PersistentId | None) -> Pickled:
     return Pickled(value, tuple(sorted(machine.unknown)))
 
 
-def _read_zip(archive: Archive, path: str) -> TorchFile:
+def _read_zip(archive: Archive, path: str, known: Known | None) -> TorchFile:
     _check_byte_order(archive, path)
     storages = _ZipStorages(archive)
-    pickled = _parse(archive.read("data.pkl", MAX_NBYTES), path, storages.find)
+    data = archive.read("data.pkl", MAX_NBYTES)
+    if known is not None and data in known:
+        return replace(known[data], written_as=archive.folder)
+    pickled = _parse(data, path, storages.find)
     unchecked = storages.unchecked + (archive.entries["data.pkl"].crc32 is None)
-    return TorchFile(
+    file = TorchFile(
         pickled.value,
         tuple(storages.records),
         pickled.opaque,
         (f"{unchecked} of its records have no checksum.",) if unchecked else (),
         archive.folder,
     )
+    if known is not None and not unchecked and storages.all_empty and len(known) < _MAX_KNOWN:
+        known[data] = file
+    return file
 
 
 def _check_byte_order(archive: Archive, path: str) -> None:
@@ -97,6 +115,11 @@ class _ZipStorages:
         self._found: dict[str, Storage] = {}
         self.records: list[Record] = []
         self.unchecked = 0
+
+    @property
+    def all_empty(self) -> bool:
+        """Whether no storage that was named holds a byte."""
+        return not any(storage.extent.nbytes for storage in self._found.values())
 
     def find(self, value: object) -> Storage:
         """The storage that a persistent id names."""

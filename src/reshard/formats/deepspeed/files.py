@@ -20,7 +20,7 @@ from reshard.formats.deepspeed.parse import (
 from reshard.formats.deepspeed.place import Location, absent, check_ranks, check_written_as
 from reshard.storage import Sources
 from reshard.tensors import Record
-from reshard.torchfile import TensorRef
+from reshard.torchfile import Known, TensorRef
 from reshard.torchfile import read as read_torch
 
 _ONE_SAVE = "Copy all files of one save."
@@ -120,8 +120,9 @@ def _model_files(location: Location, sources: Sources) -> list[ModelFile]:
     What they state alike is kept once: of 256 ranks it took 300 MB.
     """
     model: list[ModelFile] = []
+    known: Known = {}
     for _, path in sorted(location.model.items()):
-        file = parse_model(path, read_torch(sources.open(path)))
+        file = parse_model(path, read_torch(sources.open(path), known=known))
         if model:
             first = model[0]
             _check_agreement(first, file)
