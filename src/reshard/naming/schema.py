@@ -86,7 +86,7 @@ def is_backbone(config: Mapping[str, Any]) -> bool:
     """Whether the config names a class without any head."""
     named = config.get("architectures")
     first = str(named[0]) if isinstance(named, list) and named else ""
-    return first.endswith("Model") and not first.endswith(_HEADED)
+    return first.endswith(("Model", "Encoder")) and not first.endswith(_HEADED)
 
 
 def family(model_type: object) -> Family | None:
