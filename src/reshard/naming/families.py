@@ -351,6 +351,22 @@ VIT = _since_5(
     names=_vit("", "*."),
 )  # fmt: skip
 
+# The first BERT files were converted from TensorFlow's, and kept its names of norms.
+BERT = Family(
+    ("bert", "albert", "electra", "roberta", "xlm-roberta", "camembert"),
+    (
+        Layout(_HUB, (0,)),
+        Layout(
+            "files with TensorFlow's names",
+            names=(
+                ("**.LayerNorm.weight", "**.LayerNorm.gamma"),
+                ("**.LayerNorm.bias", "**.LayerNorm.beta"),
+            ),
+            released=True,
+        ),
+    ),
+)
+
 # Towers by themselves, their classes too.
 CLIP_VISION = Family(
     (*TOWERS, "chinese_clip_vision_model", "mlcd_vision_model", "mlcd"),
@@ -393,7 +409,7 @@ FAMILIES = (
     QWEN2_MOE, QWEN3_VL_MOE, EXAONE_MOE, HY_V3, LAGUNA, KOLIBRI1, AXK1, AXK2, MIMO_V2_FLASH,
     FLINT, JAMBA, LFM2_MOE, NEMOTRON_H, GRANITEMOE, ARIA_TEXT, GPT_NEOX, GRANITE_SPEECH,
     QWEN_OMNI_THINKER, PADDLEOCR_VL, HYPERCLOVAX_VISION, LFM3_VL, VIT, VISION_ENCODER_DECODER,
-    CLIP_VISION, CLIP_TEXT, ULTRABERT,
+    BERT, CLIP_VISION, CLIP_TEXT, ULTRABERT,
 )  # fmt: skip
 
 #: Model types, of a model or of a part of one, whose live modules under transformers 5 hold split,

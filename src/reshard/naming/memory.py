@@ -96,7 +96,7 @@ def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
         known = tuple(View((bare_layout(config), *view.layouts)) for view in known[:1])
     best = names.read(names.effects(known[0]))
     for view in known[1:]:
-        if any(layout.since is None for layout in view.layouts):
+        if any(layout.since is None and not layout.released for layout in view.layouts):
             continue
         if (view.backbone and not is_backbone(config)) or _are_the_hubs(entries, view):
             continue
