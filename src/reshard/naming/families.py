@@ -99,6 +99,8 @@ LLAVA = Family(
             (5, 6),
             names=(
                 ("vision_tower.vision_model.**", "model.vision_tower.**"),
+                ("image_tower.vision_model.**", "model.image_tower.**"),
+                ("video_tower.vision_model.**", "model.video_tower.**"),
                 *_LLAVA_4_52,
             ),
         ),
@@ -107,7 +109,12 @@ LLAVA = Family(
         Layout(
             "the AutoModel class of transformers 5.6 and later",
             (5, 6),
-            names=(_BACKBONE, _CLIP_TOWER),
+            names=(
+                _BACKBONE,
+                _CLIP_TOWER,
+                ("image_tower.vision_model.**", "image_tower.**"),
+                ("video_tower.vision_model.**", "video_tower.**"),
+            ),
             backbone=True,
         ),
     ),
@@ -129,7 +136,7 @@ def _towers(part: str, *model_types: str) -> Family:
     )
 
 
-VISION_TOWER = _towers("vision_tower", "cohere2_vision", "lfm2_vl")
+VISION_TOWER = _towers("vision_tower", "cohere2_vision", "lfm2_vl", "lfm2-vl")
 DEEPSEEK_VL = _towers("vision_model", "deepseek_vl", "deepseek_vl_hybrid")
 
 QWEN2_AUDIO = Family(
@@ -429,6 +436,9 @@ UNSUPPORTED = (
     "t5gemma2", "timesfm2_5", "tipsv2", "tipsv2_text_model", "tipsv2_vision_model", "udop",
     "ultravbert", "unlimited_ocr", "videomae", "vision-text-dual-encoder", "vit_mae", "yolos",
 )  # fmt: skip
+
+#: Families whose rules hold for a model that stands alone, not for one inside another.
+ALONE = (CLIP_TEXT, CLIP_VISION)
 
 #: What classes with a head call the backbone that is in them, where it is not `model`
 #: (`base_model_prefix`): (part, model types).

@@ -123,17 +123,8 @@ def _is_bare(names: Container[str], config: Mapping[str, Any]) -> bool:
 def _are_the_hubs(names: Iterable[str], view: View) -> bool:
     """Whether some name is more exactly one of the hub's than one of the layout's."""
     pairs = [pair for layout in view.layouts for pair in layout.names]
-    return any(
-        _exactness(name, (hub for hub, _ in pairs)) > _exactness(name, (here for _, here in pairs))
-        for name in names
-    )
-
-
-def _exactness(name: str, wanted: Iterable[str]) -> int:
-    """The most parts that a pattern of the name spells out; -1 where none is of it."""
-    fitting = (pattern for pattern in wanted if patterns.match(pattern, name) is not None)
-    spelt = (sum("*" not in part for part in pattern.split(".")) for pattern in fitting)
-    return max(spelt, default=-1)
+    hubs, here = [hub for hub, _ in pairs], [here for _, here in pairs]
+    return any(patterns.exactness(hubs, name) > patterns.exactness(here, name) for name in names)
 
 
 def _is_its_own(reading: Reading, view: View) -> bool:

@@ -34,7 +34,7 @@ def views(config: Mapping[str, Any], *, guess: bool = True) -> tuple[View, ...]:
     decide; without `guess` it has the hub's names only.
     """
     text = family(text_config(config).get("model_type"))
-    inner = PLAIN.layouts[:1] if text is None else text.layouts
+    inner = PLAIN.layouts[:1] if text is None or text in families.ALONE else text.layouts
     known = family(config.get("model_type"))
     guesses = (PLAIN, *FAMILIES) if guess else (PLAIN,)
     outer = guesses if known is None else (known,)

@@ -233,7 +233,7 @@ class _Judge:
     def verdicts(self, source: Reading, base: Reading) -> dict[Verdict, tuple[str, ...]]:
         have, want = source.pieces, base.pieces
         sorted_: defaultdict[Verdict, list[str]] = defaultdict(list)
-        used = set()
+        used: set[str] = set()
         for hub, piece in want.items():
             other = have.get(hub)
             if other is None:
