@@ -76,7 +76,8 @@ _LLAVA_4_52 = (
     ("vision_tower.**", "model.vision_tower.**"),
     ("multi_modal_projector.**", "model.multi_modal_projector.**"),
     ("image_newline", "model.image_newline"),
-    # Video-LLaVA, Fuyu
+    # Mllama, Video-LLaVA, Fuyu
+    ("vision_model.**", "model.vision_model.**"),
     ("image_tower.**", "model.image_tower.**"),
     ("video_tower.**", "model.video_tower.**"),
     ("vision_embed_tokens.**", "model.vision_embed_tokens.**"),
@@ -88,7 +89,7 @@ LLAVA = Family(
     (
         "llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "gemma3",
         "internvl", "mistral3", "paligemma", "aya_vision", "got_ocr2", "aria", "fuyu",
-        "pp_chart2table", "video_llava",
+        "pp_chart2table", "video_llava", "mllama",
     ),
     (
         Layout(_HUB, (4, 36), (4, 52)),
@@ -360,7 +361,7 @@ VIT = _since_5(
 
 # The first BERT files were converted from TensorFlow's, and kept its names of norms.
 BERT = Family(
-    ("bert", "albert", "electra", "roberta", "xlm-roberta", "camembert"),
+    ("bert", "albert", "electra", "roberta", "xlm-roberta", "camembert", "esm"),
     (
         Layout(_HUB, (0,)),
         Layout(
