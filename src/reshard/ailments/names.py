@@ -93,7 +93,12 @@ def _guessed_memory_names(case: Case) -> Signs | None:
     """By the family of the config's model type alone."""
     for layout, names in _memory_layouts(case):
         here = [pattern for _, pattern in layout.names] + [rule.name for rule in layout.stacked]
-        found = [name for name in names if patterns.matches_any(here, name)]
+        hubs = [pattern for pattern, _ in layout.names]
+        found = [
+            name
+            for name in names
+            if patterns.exactness(here, name) > max(patterns.exactness(hubs, name), 0)
+        ]
         if found:
             evidence = f"{len(found)} names are those of {layout.title}: {some(found)}"
             return Signs((evidence,), advice=f"{_WHERE_IT_FAILS} {_NAME_BASE}")

@@ -16,6 +16,12 @@ _HUB = "as on the hub"
 _V5 = "transformers 5.0 and later"
 
 
+#: Vision towers (`vision_config.model_type`) whose hub names have the part `vision_model`.
+TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+#: What such a tower is called in the hub's names.
+TOWER_PARTS = ("vision_tower.", "model.vision_tower.", "model.vision_model.")
+
+
 def _experts(block: str, gate: str, up: str, down: str) -> tuple[Stacked, ...]:
     """transformers 5 stacks gate over up as `[E, 2I, H]` and down as `[E, H, I]`."""
     experts = f"**.{block}.experts"
@@ -70,7 +76,8 @@ _LLAVA_4_52 = (
     ("vision_tower.**", "model.vision_tower.**"),
     ("multi_modal_projector.**", "model.multi_modal_projector.**"),
     ("image_newline", "model.image_newline"),
-    # Video-LLaVA, Fuyu
+    # Mllama, Video-LLaVA, Fuyu
+    ("vision_model.**", "model.vision_model.**"),
     ("image_tower.**", "model.image_tower.**"),
     ("video_tower.**", "model.video_tower.**"),
     ("vision_embed_tokens.**", "model.vision_embed_tokens.**"),
@@ -82,7 +89,7 @@ LLAVA = Family(
     (
         "llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "gemma3",
         "internvl", "mistral3", "paligemma", "aya_vision", "got_ocr2", "aria", "fuyu",
-        "pp_chart2table", "video_llava",
+        "pp_chart2table", "video_llava", "mllama",
     ),
     (
         Layout(_HUB, (4, 36), (4, 52)),
@@ -93,6 +100,8 @@ LLAVA = Family(
             (5, 6),
             names=(
                 ("vision_tower.vision_model.**", "model.vision_tower.**"),
+                ("image_tower.vision_model.**", "model.image_tower.**"),
+                ("video_tower.vision_model.**", "model.video_tower.**"),
                 *_LLAVA_4_52,
             ),
         ),
@@ -101,11 +110,35 @@ LLAVA = Family(
         Layout(
             "the AutoModel class of transformers 5.6 and later",
             (5, 6),
-            names=(_BACKBONE, _CLIP_TOWER),
+            names=(
+                _BACKBONE,
+                _CLIP_TOWER,
+                ("image_tower.vision_model.**", "image_tower.**"),
+                ("video_tower.vision_model.**", "video_tower.**"),
+            ),
             backbone=True,
         ),
     ),
 )  # fmt: skip
+
+
+def _towers(part: str, *model_types: str) -> Family:
+    """A family whose names differ in the CLIP or SigLIP tower alone."""
+    hub, here = f"{part}.vision_model.**", f"{part}.**"
+    return Family(
+        model_types,
+        (
+            Layout(_HUB, (4, 52), (5, 6)),
+            Layout(
+                "transformers 5.6 and later", (5, 6), names=((f"model.{hub}", f"model.{here}"),)
+            ),
+            Layout("the AutoModel class", (5, 6), names=((hub, here),), backbone=True),
+        ),
+    )
+
+
+VISION_TOWER = _towers("vision_tower", "cohere2_vision", "lfm2_vl", "lfm2-vl")
+DEEPSEEK_VL = _towers("vision_model", "deepseek_vl", "deepseek_vl_hybrid")
 
 QWEN2_AUDIO = Family(
     ("qwen2_audio", "voxtral", "voxtral_realtime", "audioflamingo3", "glmasr", "musicflamingo"),
@@ -309,15 +342,56 @@ _VIT_LAYER = (
     ("intermediate.dense", "mlp.fc1"),
     ("output.dense", "mlp.fc2"),
 )
+
+
+def _vit(*outer: str) -> tuple[tuple[str, str], ...]:
+    """The pairs of a ViT encoder that lies under one of these prefixes."""
+    parts = (*((f"{hub}.", f"{here}.") for hub, here in _VIT_LAYER), ("", ""))
+    return tuple(
+        (f"{prefix}encoder.layer.*.{hub}**", f"{prefix}layers.*.{here}**")
+        for prefix in outer
+        for hub, here in parts
+    )
+
+
 VIT = _since_5(
     "vit", "deit", "ijepa", "vit_msn", "vivit", "audio-spectrogram-transformer",
-    "vision-encoder-decoder", "vision-text-dual-encoder",
-    names=tuple(
-        (f"{outer}encoder.layer.*.{hub}**", f"{outer}layers.*.{here}**")
-        for outer in ("", "*.")
-        for hub, here in (*((f"{hub}.", f"{here}.") for hub, here in _VIT_LAYER), ("", ""))
-    ),
+    names=_vit("", "*."),
 )  # fmt: skip
+
+# The first BERT files were converted from TensorFlow's, and kept its names of norms.
+BERT = Family(
+    ("bert", "albert", "electra", "roberta", "xlm-roberta", "camembert", "esm"),
+    (
+        Layout(_HUB, (0,)),
+        Layout(
+            "files with TensorFlow's names",
+            names=(
+                ("**.LayerNorm.weight", "**.LayerNorm.gamma"),
+                ("**.LayerNorm.bias", "**.LayerNorm.beta"),
+            ),
+            released=True,
+        ),
+    ),
+)
+
+# Towers by themselves, their classes too.
+CLIP_VISION = Family(
+    (*TOWERS, "chinese_clip_vision_model", "mlcd_vision_model", "mlcd"),
+    (
+        Layout(_HUB, (4, 0), (5, 6)),
+        Layout("transformers 5.6 and later", (5, 6), names=(("vision_model.**", "**"),)),
+    ),
+)
+CLIP_TEXT = Family(
+    ("clip_text_model", "siglip_text_model"),
+    (
+        Layout(_HUB, (4, 0), (5, 6)),
+        Layout("transformers 5.6 and later", (5, 6), names=(("text_model.**", "**"),)),
+    ),
+)
+
+VISION_ENCODER_DECODER = _since_5("vision-encoder-decoder", names=_vit("encoder."))
 
 ULTRABERT = _since_5(
     "ultrabert", names=(("ultrabert.**", "model.**"), ("cls.**", "head.decoder.**"))
@@ -339,29 +413,33 @@ QWEN3_VL_MOE = Family(
 PLAIN = Family((), (Layout(_HUB, (0,)),))
 
 FAMILIES = (
-    QWEN2_VL, LLAVA, QWEN2_AUDIO, MIXTRAL, PHIMOE, ERNIE4_5_MOE, QWEN2_MOE, QWEN3_VL_MOE,
-    EXAONE_MOE, HY_V3, LAGUNA, KOLIBRI1, AXK1, AXK2, MIMO_V2_FLASH, FLINT, JAMBA, LFM2_MOE,
-    NEMOTRON_H, GRANITEMOE, ARIA_TEXT, GPT_NEOX, GRANITE_SPEECH, QWEN_OMNI_THINKER, PADDLEOCR_VL,
-    HYPERCLOVAX_VISION, LFM3_VL, VIT, ULTRABERT,
+    QWEN2_VL, LLAVA, QWEN2_AUDIO, VISION_TOWER, DEEPSEEK_VL, MIXTRAL, PHIMOE, ERNIE4_5_MOE,
+    QWEN2_MOE, QWEN3_VL_MOE, EXAONE_MOE, HY_V3, LAGUNA, KOLIBRI1, AXK1, AXK2, MIMO_V2_FLASH,
+    FLINT, JAMBA, LFM2_MOE, NEMOTRON_H, GRANITEMOE, ARIA_TEXT, GPT_NEOX, GRANITE_SPEECH,
+    QWEN_OMNI_THINKER, PADDLEOCR_VL, HYPERCLOVAX_VISION, LFM3_VL, VIT, VISION_ENCODER_DECODER,
+    BERT, CLIP_VISION, CLIP_TEXT, ULTRABERT,
 )  # fmt: skip
 
 #: Model types, of a model or of a part of one, whose live modules under transformers 5 hold split,
-#: joined or permuted tensors of the files, or rename them by number. A fit onto such a base lists
-#: what does not match; --names memory refuses.
+#: joined or permuted tensors of the files, rename them by number, or hold more than the files and
+#: the ties say. A fit onto such a base lists what does not match; --names memory refuses.
 UNSUPPORTED = (
-    "altclip", "bailing_hybrid", "beit", "cohere_asr", "colpali", "cosmos3_edge",
+    "altclip", "bailing_hybrid", "bark", "beit", "cohere_asr", "colpali", "cosmos3_edge",
     "cosmos3_omni", "deepseek_ocr2", "deepseek_v4", "depth_pro", "dinov2",
     "dinov2_with_registers", "dinov3_convnext", "dinov3_vit", "dots3_note", "ernie4_5_vl_moe",
-    "gte", "hrm_text", "hunyuan_vl", "hy_v4", "inkling", "inkling2", "inkling2_text",
+    "flava", "gte", "hrm_text", "hunyuan_vl", "hy_v4", "inkling", "inkling2", "inkling2_text",
     "inkling_mm_model", "jina_embeddings_v3", "kimi_k25", "kimi_linear", "longcat_flash",
-    "mimi_encoder", "minimax_m3_vl", "mistral_large4", "mistral_large4_text", "molmo2",
-    "molmo2_text", "nemo_speechlm", "nemotron_h_omni", "nomic_bert", "olmo_hybrid", "pi0",
-    "pixio", "pp_doclayout_v3", "pp_doclayout_v4", "qianfan_ocr", "radio", "rf_detr",
-    "sam3_tracker", "sam3_tracker_video", "sam3_video", "sapiens2", "segformer",
-    "step3p5_vision", "step3p7", "swin", "t5gemma2", "timesfm2_5", "tipsv2",
-    "tipsv2_text_model", "tipsv2_vision_model", "ultravbert", "unlimited_ocr", "videomae",
-    "vit_mae", "yolos",
+    "luke", "lxmert", "marian", "mimi_encoder", "minimax_m3_vl", "mistral_large4",
+    "mistral_large4_text", "molmo2", "molmo2_text", "nemo_speechlm", "nemotron_h_omni",
+    "nomic_bert", "olmo_hybrid", "pi0", "pixio", "pp_doclayout_v3", "pp_doclayout_v4",
+    "qianfan_ocr", "radio", "rf_detr", "sam", "sam3_tracker", "sam3_tracker_video",
+    "sam3_video", "sam_hq", "sapiens2", "segformer", "step3p5_vision", "step3p7", "swin",
+    "t5gemma2", "timesfm2_5", "tipsv2", "tipsv2_text_model", "tipsv2_vision_model", "udop",
+    "ultravbert", "unlimited_ocr", "videomae", "vision-text-dual-encoder", "vit_mae", "yolos",
 )  # fmt: skip
+
+#: Families whose rules hold for a model that stands alone, not for one inside another.
+ALONE = (CLIP_TEXT, CLIP_VISION)
 
 #: What classes with a head call the backbone that is in them, where it is not `model`
 #: (`base_model_prefix`): (part, model types).
@@ -389,9 +467,6 @@ WIDTHS = (("**.mlp.experts.gate_up_proj", 1), ("**.mlp.experts.down_proj", 2))
 #: Model types whose input embedding has rows that neither head nor `vocab_size` count: Mllama's
 #: for images, Moshi's for padding.
 SPARE_ROWS = ("mllama", "mllama_text_model", "moshi")
-
-#: Vision towers (`vision_config.model_type`) whose hub names have the part `vision_model`.
-TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 #: Tensors that a module computes from its config: never trained, in some files and not in others.
 #: transformers ignores the same names on load (`_keys_to_ignore_on_load_unexpected`).

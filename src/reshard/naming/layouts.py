@@ -45,7 +45,7 @@ class Layout(Struct, frozen=True):
 
     A live module has it in memory under transformers versions `[since, before)`: of the full model,
     or with `backbone` of the AutoModel class. `since` is None for a layout that is only ever met in
-    files.
+    files; `released` where these are files that a training starts from.
     """
 
     title: str
@@ -55,6 +55,7 @@ class Layout(Struct, frozen=True):
     stacked: tuple[Stacked, ...] = ()
     swapped: tuple[str, ...] = ()
     backbone: bool = False
+    released: bool = False
 
     def is_live(self, version: Version) -> bool:
         """Whether live modules of this transformers version have this layout."""

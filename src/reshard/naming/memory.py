@@ -7,7 +7,7 @@ the tied head added, since the state dict of a live module holds it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from reshard.errors import PlanError, UnsupportedError
@@ -77,9 +77,10 @@ def _refuse_unsupported(config: Mapping[str, Any], version: Version) -> None:
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     found = {str(part.get("model_type")) for part in parts} & {*families.UNSUPPORTED}
     if found and version >= (5,):
+        kinds = ", ".join(sorted(found))
         raise UnsupportedError(
-            f"what live modules of transformers 5 hold of {', '.join(sorted(found))} is not known: "
-            "they split, join or permute tensors of the files.",
+            f"the live modules that transformers 5 makes of {kinds} split, join, permute or add to "
+            "the tensors of the files, in ways that are not known here.",
             hint="Without --names memory the names are those of the files.",
         )
 
@@ -94,11 +95,10 @@ def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
     if _is_bare(entries, config):
         known = tuple(View((bare_layout(config), *view.layouts)) for view in known[:1])
     best = names.read(names.effects(known[0]))
-    whole = any(embedding in best.pieces for embedding in ties.EMBEDDINGS)
     for view in known[1:]:
-        if any(layout.since is None for layout in view.layouts):
+        if any(layout.since is None and not layout.released for layout in view.layouts):
             continue
-        if view.backbone and (whole or not is_backbone(config)):
+        if (view.backbone and not is_backbone(config)) or _are_the_hubs(entries, view):
             continue
         effects = names.effects(view)
         reading = names.read(effects)
@@ -118,6 +118,13 @@ def _is_bare(names: Container[str], config: Mapping[str, Any]) -> bool:
     part = backbone_part(config)
     bare = (name.removeprefix(f"{part}.") for name in ties.embeddings_in(part))
     return not is_backbone(config) and any(name in names for name in bare)
+
+
+def _are_the_hubs(names: Iterable[str], view: View) -> bool:
+    """Whether some name is more exactly one of the hub's than one of the layout's."""
+    pairs = [pair for layout in view.layouts for pair in layout.names]
+    hubs, here = [hub for hub, _ in pairs], [here for _, here in pairs]
+    return any(patterns.exactness(hubs, name) > patterns.exactness(here, name) for name in names)
 
 
 def _is_its_own(reading: Reading, view: View) -> bool:
@@ -155,13 +162,18 @@ def _towers(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str,
     """The hub's names of a CLIP or SigLIP tower, also where the files left `vision_model` out."""
     vision = config.get("vision_config")
     kind = vision.get("model_type") if isinstance(vision, Mapping) else None
-    outer, inner = "vision_tower.", "vision_tower.vision_model."
-    if kind not in families.TOWERS or any(hub.startswith(inner) for hub in pieces):
+    if kind not in families.TOWERS:
         return dict(pieces)
-    return {
-        inner + hub.removeprefix(outer) if hub.startswith(outer) else hub: piece
-        for hub, piece in pieces.items()
-    }
+    every = (layout for view in views(config, guess=False) for layout in view.layouts)
+    known = {hub for layout in every for hub, _ in layout.names}
+    for outer in families.TOWER_PARTS:
+        inner = f"{outer}vision_model."
+        if f"{inner}**" in known and not any(hub.startswith(inner) for hub in pieces):
+            pieces = {
+                inner + hub.removeprefix(outer) if hub.startswith(outer) else hub: piece
+                for hub, piece in pieces.items()
+            }
+    return dict(pieces)
 
 
 def _add_tied(pieces: dict[str, Piece], config: Mapping[str, Any]) -> None:

@@ -57,6 +57,17 @@ def matches_any(patterns: Iterable[str], name: str) -> bool:
     return bool(wanted) and _compile_any(wanted).fullmatch(name) is not None
 
 
+def exactness(wanted: Iterable[str], name: str) -> int:
+    """The most parts that a pattern of the name spells out; -1 where none is of it.
+
+    >>> exactness(["model.**", "model.language_model.**"], "model.language_model.norm.weight")
+    2
+    """
+    fitting = (pattern for pattern in wanted if match(pattern, name) is not None)
+    spelt = (sum("*" not in part for part in pattern.split(".")) for pattern in fitting)
+    return max(spelt, default=-1)
+
+
 def rewrite(name: str, rules: Iterable[tuple[str, str]]) -> tuple[str, tuple[str, str] | None]:
     """The name after the first rule (from, to) whose first pattern it is of, and that rule.
 

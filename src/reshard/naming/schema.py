@@ -34,7 +34,7 @@ def views(config: Mapping[str, Any], *, guess: bool = True) -> tuple[View, ...]:
     decide; without `guess` it has the hub's names only.
     """
     text = family(text_config(config).get("model_type"))
-    inner = PLAIN.layouts[:1] if text is None else text.layouts
+    inner = PLAIN.layouts[:1] if text is None or text in families.ALONE else text.layouts
     known = family(config.get("model_type"))
     guesses = (PLAIN, *FAMILIES) if guess else (PLAIN,)
     outer = guesses if known is None else (known,)
@@ -86,7 +86,7 @@ def is_backbone(config: Mapping[str, Any]) -> bool:
     """Whether the config names a class without any head."""
     named = config.get("architectures")
     first = str(named[0]) if isinstance(named, list) and named else ""
-    return first.endswith("Model") and not first.endswith(_HEADED)
+    return first.endswith(("Model", "Encoder")) and not first.endswith(_HEADED)
 
 
 def family(model_type: object) -> Family | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TypeAlias
+
+from msgspec.structs import replace
 
 from reshard.errors import FormatError, UnsupportedError
 from reshard.storage import Source
