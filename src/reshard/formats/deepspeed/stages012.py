@@ -13,7 +13,7 @@ from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
-from reshard.formats.deepspeed.parse import ModelFile, OptimFile, Shapes
+from reshard.formats.deepspeed.parse import ModelFile, OptimFile, Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
 from reshard.storage import Sources
 from reshard.tensors import Entry, Kind, TensorSpec
@@ -36,6 +36,7 @@ def complete(masters: Mapping[str, Entry], saved: Saved) -> dict[str, Entry]:
     model, module = saved.model[0], saved.module
     entries = dict(masters)
     aliases = _aliases(model, entries)
+    refuse_unread(model, model.unread.keys() - entries.keys() - aliases.keys())
     for name, tensor in module.items():
         if name not in entries and name not in aliases:
             entries[name] = stored_entry(name, tensor, _kind(name, model, zero=bool(masters)))
