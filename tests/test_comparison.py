@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -162,9 +163,12 @@ def test_a_damaged_reshard_json_is_one_error(oracle: Oracle, tmp_path: Path) -> 
     good = json.loads((out / "reshard.json").read_text())
     for part, key, value in (
         ("options", "allow", 3),
+        ("options", "allow", ["**.**.**.**.**.**.x"]),
+        ("options", "probing_layer", float("inf")),
         ("options", "srm_format", "none"),
         ("options", "value_head", 3),
         ("names", "lora", {"alpha": "much"}),
+        ("names", "lora", {"alpha": 10**400, "rslora": 0, "alphas": {}, "fan_in_fan_out": 0}),
         ("names", "unexpected", 1),
     ):
         changed = {**good, part: {**good[part], key: value}}
@@ -262,7 +266,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path, how: str) -> N
     def touch(done: int, total: int) -> None:
         os.utime(out / "model.safetensors", ns=(1, 1))
 
-    compare = {
+    compare: dict[str, Callable[[], object]] = {
         "diff": lambda: reshard.diff(model, out, progress=touch),
         "verify": lambda: reshard.verify(out, progress=touch),
         "verify against": lambda: reshard.verify(out, model, progress=touch),
