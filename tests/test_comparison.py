@@ -163,9 +163,12 @@ def test_a_damaged_reshard_json_is_one_error(oracle: Oracle, tmp_path: Path) -> 
     good = json.loads((out / "reshard.json").read_text())
     for part, key, value in (
         ("options", "allow", 3),
+        ("options", "allow", ["**.**.**.**.**.**.x"]),
+        ("options", "probing_layer", float("inf")),
         ("options", "srm_format", "none"),
         ("options", "value_head", 3),
         ("names", "lora", {"alpha": "much"}),
+        ("names", "lora", {"alpha": 10**400, "rslora": 0, "alphas": {}, "fan_in_fan_out": 0}),
         ("names", "unexpected", 1),
     ):
         changed = {**good, part: {**good[part], key: value}}

@@ -129,7 +129,7 @@ def _said(
             frozenset(names.get("filled", ())),
             {str(name): str(tie) for name, tie in names.get("tied", {}).items()},
         )
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise FormatError("it is damaged.", path=folder / MANIFEST) from None
     return replace(options, allow=(*options.allow, *map(escape, said.dropped))), said
 

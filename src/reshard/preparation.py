@@ -19,6 +19,7 @@ from reshard.options import Options
 from reshard.plan import OutputFile, Plan
 from reshard.storage import Sources
 from reshard.targets import Target
+from reshard.transfer.commit import check_space
 
 
 class Job(Struct, frozen=True):
@@ -43,6 +44,8 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
     base = None if options.base is None else read_base(options.base, sources)
     made = exported(catalog, base, options, sources)
+    # Before the files are laid out: of a few petabytes, as a damaged file may state, that is long.
+    check_space(options.target, sum(target.spec.nbytes for target in made.model))
     files, texts = _files(made, options)
     if not files:
         raise PlanError("nothing is left to write.", path=options.source)

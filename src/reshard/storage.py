@@ -244,8 +244,7 @@ def child(folder: Path, name: str) -> Path:
     A link out of the folder is refused, save those of the Hugging Face cache, whose snapshots
     link to `models--*/blobs`.
     """
-    plain = name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
-    if not plain or len(os.fsencode(name)) > _MAX_NAME:
+    if not _is_plain(name):
         raise FormatError(
             f"it names the file {reprlib.repr(name)}, which is not a plain file name.",
             path=folder,
@@ -262,6 +261,17 @@ def child(folder: Path, name: str) -> Path:
                 hint="Put the file itself in the folder.",
             )
     return path
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is one component of a path, and such that a file may have."""
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return (
+        name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"} and len(raw) <= _MAX_NAME
+    )
 
 
 def _max_open() -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import reshard
 from reshard.testing import ReaderConformance, Sample, truth
 from reshard.testing.truth import Tensors
 from tests.conformance.arrays import to_torch
@@ -67,3 +68,25 @@ class TestReadingShards(ReaderConformance):
         index = folder / "pytorch_model.bin.index.json"
         index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
         return folder
+
+
+UNHANDLED = {
+    "a sparse tensor": torch.eye(2).to_sparse(),
+    "a tensor of a torch.ComplexDoubleStorage": torch.ones(2, dtype=torch.complex128),
+    "repeats 1 elements": torch.ones(1).expand(1 << 30, 1 << 18),
+}
+
+
+@pytest.mark.parametrize("what", UNHANDLED)
+@pytest.mark.parametrize("to", ["hf", "dcp"])
+def test_a_tensor_that_is_not_handled_is_not_left_out(tmp_path: Path, what: str, to: str) -> None:
+    torch.save({"a": torch.ones(2), "b": UNHANDLED[what]}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(reshard.UnsupportedError, match=what) as caught:
+        reshard.convert(tmp_path, tmp_path / "out", to=to)
+    assert caught.value.tensor == "b"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_expanded_tensor_is_written_out(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(3.0).expand(2, 3)}, tmp_path / "pytorch_model.bin")
+    assert reshard.open(tmp_path).tensors["a"].numpy().tolist() == [[0, 1, 2], [0, 1, 2]]

@@ -261,6 +261,35 @@ def test_a_section_that_is_no_list(
     assert f"its {section} is a" in message
 
 
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_buffer_of_a_kind_that_is_not_handled_is_not_left_out(
+    oracle: Oracle, workspace: Path, stage: str
+) -> None:
+    root = copied(oracle, f"llama-{stage}", workspace)
+
+    def change(content: Any) -> None:
+        content["module"]["mask"] = torch.eye(2).to_sparse()
+        content["buffer_names"] = [*(content["buffer_names"] or ()), "mask"]
+
+    for path in (root / "global_step2").glob("*model_states.pt"):
+        edit(path, change)
+    message = refused(workspace, root, None, reshard.UnsupportedError)
+    assert "tensor 'mask': it is a sparse tensor, which is not handled" in message
+
+
+def test_a_weight_of_a_kind_that_is_not_handled_but_has_a_master(
+    oracle: Oracle, workspace: Path
+) -> None:
+    root = copied(oracle, "llama-zero2", workspace)
+    name = "model.norm.weight"
+
+    def change(content: Any) -> None:
+        content["module"][name] = content["module"][name].to_sparse()
+
+    edit(root / "global_step2" / "mp_rank_00_model_states.pt", change)
+    assert name in reshard.open(root).tensors
+
+
 def test_a_shape_of_endless_dimensions(oracle: Oracle, workspace: Path) -> None:
     root = copied(oracle, "llama-zero2", workspace)
     model = root / "global_step2" / "mp_rank_00_model_states.pt"

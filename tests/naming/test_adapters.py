@@ -288,6 +288,9 @@ def test_an_adapter_of_another_size() -> None:
         ({"lora_alpha": 8, "layer_replication": [[0, 2]]}, UnsupportedError, "layer_replication"),
         ({}, FormatError, "lora_alpha None"),
         ({"lora_alpha": "8"}, FormatError, "no numbers"),
+        ({"lora_alpha": float("nan")}, FormatError, "no numbers"),
+        ({"lora_alpha": float("inf")}, FormatError, "no numbers"),
+        ({"lora_alpha": 1 << 2000}, FormatError, "no numbers"),
         ({"lora_alpha": 8, "alpha_pattern": {"q|v": 2}}, UnsupportedError, "plain module name"),
     ],
 )

@@ -32,7 +32,7 @@ from reshard.formats import Selection, Wanted, of_several
 from reshard.plan import OutputFile, Slot
 from reshard.storage import Sources, child
 from reshard.tensors import Entry, Record, TensorSpec, check_tiling
-from reshard.torchfile import TensorRef, TorchFile
+from reshard.torchfile import Opaque, TensorRef, TorchFile
 from reshard.torchfile import read as read_torch
 from reshard.torchfile.write import lay_out_state_dict
 
@@ -164,12 +164,19 @@ def _state_dict(path: Path, content: TorchFile) -> dict[str, TensorRef]:
                 value = value[key]
                 break
     found = _tensors(value)
-    if not found:
+    if not isinstance(value, dict) or not found:
         raise UnsupportedError(
             "it holds no state dict: no dict of names to tensors.",
             path=path,
             hint="Name a file that torch.save(model.state_dict(), ...) wrote.",
         )
+    for name, tensor in value.items():
+        if isinstance(tensor, Opaque) and tensor.is_tensor:
+            raise UnsupportedError(
+                f"it is {tensor.describe()}, which is not handled.",
+                path=path,
+                tensor=name if isinstance(name, str) else None,
+            )
     return found
 
 

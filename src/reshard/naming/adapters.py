@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,6 +34,8 @@ _ADAPTER_TENSORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B",
                     "lora_magnitude_vector")  # fmt: skip
 # PeftModel holds a tuner as `base_model`, which holds the model as `model` (peft/peft_model.py).
 _WRAPPED = ".base_model.model."
+# No alpha comes near it; an infinite one would make a model of NaNs.
+_MAX_ALPHA = 1e9
 # The first letters of a name's part -> the method that it gives away.
 _REFUSED = {
     "vera_": "VeRA",
@@ -81,20 +84,23 @@ def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
     """
     method = raw.get("peft_type", "LORA")
     if method != "LORA":
-        raise UnsupportedError(f"adapters of type {method!r} are not handled, LORA is.")
+        raise UnsupportedError(f"adapters of type {reprlib.repr(method)} are not handled, LORA is.")
     for key in _REFUSED_SETTINGS:
         if raw.get(key):
-            raise UnsupportedError(f"adapters with {key} = {raw[key]!r} are not handled.")
+            raise UnsupportedError(
+                f"adapters with {key} = {reprlib.repr(raw[key])} are not handled."
+            )
     alpha, rank, patterns = raw.get("lora_alpha"), raw.get("r"), raw.get("alpha_pattern") or {}
-    numbers = isinstance(patterns, Mapping) and all(
-        isinstance(value, int | float) for value in (alpha, *patterns.values())
-    )
+    numbers = isinstance(patterns, Mapping) and all(map(_is_number, (alpha, *patterns.values())))
     if not numbers:
-        raise FormatError(f"lora_alpha {alpha!r} and alpha_pattern {patterns!r} are no numbers.")
+        shown = f"{reprlib.repr(alpha)} and alpha_pattern {reprlib.repr(patterns)}"
+        raise FormatError(f"lora_alpha {shown} are no numbers.")
     for pattern in patterns:
         # PEFT takes regular expressions; only plain names are safe to read from a file.
         if not re.fullmatch(r"[\w.]+", pattern):
-            raise UnsupportedError(f"the alpha_pattern {pattern!r} is no plain module name.")
+            raise UnsupportedError(
+                f"the alpha_pattern {reprlib.repr(pattern)} is no plain module name."
+            )
     return AdapterConfig(
         float(raw["lora_alpha"]),
         rslora=bool(raw.get("use_rslora")),
@@ -102,6 +108,11 @@ def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         rank=rank if isinstance(rank, int) and not raw.get("rank_pattern") else None,
     )
+
+
+def _is_number(value: object) -> bool:
+    """Whether a scale can be computed with; a NaN is in no range."""
+    return isinstance(value, int | float) and -_MAX_ALPHA < value < _MAX_ALPHA
 
 
 class Adapter(Struct, frozen=True):

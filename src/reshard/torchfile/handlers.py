@@ -23,6 +23,9 @@ from reshard.torchfile.malformed import Malformed, show
 from reshard.torchfile.records import Global, Opaque, Storage, TensorRef
 
 _MAX_NBYTES = 1 << 63
+# Elements of an expanded tensor: a mask of 32,768 by 32,768. Without a limit a file of a kilobyte
+# would give an output of petabytes.
+_MAX_REPEATED = 1 << 30
 
 
 # Tensors.
@@ -111,6 +114,9 @@ def _make(
             f"a tensor takes bytes {begin} to {end} of storage {storage.key!r}, which has "
             f"{storage.extent.nbytes}"
         )
+    if numel > max(span, _MAX_REPEATED):
+        reason = f"a tensor of shape {shape} that repeats {span} elements"
+        return Opaque("torch.Tensor", (storage, dtype, offset, size, stride), reason=reason)
     whole = storage.extent
     return TensorRef(
         dtype=dtype,

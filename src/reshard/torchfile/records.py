@@ -39,6 +39,11 @@ class Opaque(Struct, eq=False):
         # The contents may be large, deep or cyclic.
         return f"<Opaque {self.name}>"
 
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it would be a tensor, of a kind that is not handled."""
+        return self.reason is not None or self.name.startswith("torch._utils._rebuild_")
+
     def describe(self) -> str:
         """What this is, for a message: `"a sparse tensor"`, `"a record of numpy.dtype"`."""
         return self.reason or _KINDS.get(self.name) or f"a record of {self.name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from reshard.errors import FormatError, UnsupportedError
 from reshard.tensors import Record, is_shape
-from reshard.torchfile import TensorRef, TorchFile
+from reshard.torchfile import Opaque, TensorRef, TorchFile
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -19,12 +19,15 @@ Shapes = dict[str, tuple[int, ...]]
 class ModelFile(Struct, frozen=True):
     """A `*_model_states.pt` file. Values of `module` that are no tensors are left out.
 
+    `unread` are tensors of `module` of kinds that are not handled, each with what it is.
+
     `parallel_info` is `universal_checkpoint_info`, as it stands: how tensor parallel ranks split
     the parameters. `num_experts` has a number for each layer of experts.
     """
 
     path: Path
     module: Mapping[str, TensorRef]
+    unread: Mapping[str, str]
     buffers: frozenset[str]
     groups: tuple[Shapes, ...]
     frozen_shapes: Shapes
@@ -96,6 +99,11 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
     return ModelFile(
         path=path,
         module=_tensors(_mapping(module, path, "module")),
+        unread={
+            name: value.describe()
+            for name, value in module.items()
+            if isinstance(name, str) and isinstance(value, Opaque) and value.is_tensor
+        },
         buffers=frozenset(n for n in _list(top, "buffer_names", path) if isinstance(n, str)),
         groups=tuple(_shapes(group, path) for group in groups),
         frozen_shapes=_shapes(top.get("frozen_param_shapes") or {}, path),
@@ -119,6 +127,15 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
         opaque=file.opaque,
         written_as=file.written_as,
     )
+
+
+def refuse_unread(model: ModelFile, names: Collection[str]) -> None:
+    """Raise `UnsupportedError` for the first of these tensors that is of a kind not handled."""
+    for name, what in model.unread.items():
+        if name in names:
+            raise UnsupportedError(
+                f"it is {what}, which is not handled.", path=model.path, tensor=name
+            )
 
 
 def parse_expert(path: Path, file: TorchFile) -> ExpertFile:

@@ -11,7 +11,7 @@ from reshard.formats.deepspeed import proof
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
-from reshard.formats.deepspeed.parse import Shapes
+from reshard.formats.deepspeed.parse import Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
 from reshard.storage import Sources
 from reshard.tensors import Entry, TensorSpec
@@ -38,6 +38,7 @@ def complete(masters: Mapping[str, Entry], saved: Saved) -> tuple[dict[str, Entr
     model = saved.model[0]
     entries = dict(masters)
     entries.update((entry.spec.name, entry) for entry in _frozen(saved))
+    refuse_unread(model, model.buffers - entries.keys())
     for name in model.buffers:
         if name in model.module:
             entries[name] = stored_entry(name, model.module[name], "buffer")

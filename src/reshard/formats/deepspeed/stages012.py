@@ -13,7 +13,7 @@ from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
-from reshard.formats.deepspeed.parse import ModelFile, OptimFile, Shapes
+from reshard.formats.deepspeed.parse import ModelFile, OptimFile, Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
 from reshard.storage import Sources
 from reshard.tensors import Entry, Kind, TensorSpec
@@ -41,6 +41,7 @@ def complete(masters: Mapping[str, Entry], saved: Saved) -> dict[str, Entry]:
     model, module = saved.model[0], saved.module
     entries = dict(masters)
     aliases = _aliases(model, entries)
+    refuse_unread(model, model.unread.keys() - entries.keys() - aliases.keys())
     for name, tensor in module.items():
         owner = aliases.get(name, name)
         if owner not in entries and (owner == name or owner not in module):
