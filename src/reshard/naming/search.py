@@ -258,11 +258,12 @@ class _Judge:
         if options.headless and ties.is_head(hub):
             return Verdict.LEFT_OUT
         twin = ties.twin_of(hub, have)
-        if twin is not None and have[twin].shape[1:] == piece.shape[1:]:
-            # Two heads and embeddings that both sides store are one only where the config says so.
-            heads = ties.is_head(hub) or ties.is_head(twin)
-            if self._tied or not heads or twin not in want:
-                return Verdict.COPIED
+        if (
+            twin is not None
+            and have[twin].shape[1:] == piece.shape[1:]
+            and (twin not in want or ties.are_one(hub, twin, tied=self._tied))
+        ):
+            return Verdict.COPIED
         if options.fill_from_base or comes_with_base(hub, self._config):
             return Verdict.FILLED
         if options.allows(piece.name):
