@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 import reshard
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, mended, names
-from tests.naming import tables
+from tests.naming import tables, test_every_model
+from tests.naming.make_layouts import build
 
 
 @pytest.mark.parametrize("name", models.NAMES)
@@ -119,3 +121,37 @@ def test_what_is_no_model_by_itself_is_not_ill(pairs: Pairs, tmp_path: Path) -> 
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(reshard.UnsupportedError, match="it holds an adapter"):
         reshard.doctor(adapter)
+
+
+# What a folder of weights alone lacks.
+_COMPANIONS = {"tokenizer-missing", "processor-missing", "generation-config-missing"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["T5ForConditionalGeneration", "BertForMaskedLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM",
+     "GraniteMoeForCausalLM", "LlavaModel", "CLIPVisionModel",
+     "Cohere2VisionForConditionalGeneration", "Qwen3MoeForSequenceClassification"],
+)  # fmt: skip
+def test_models_of_other_families(name: str, tmp_path: Path) -> None:
+    (arguments,) = (row[1:] for row in test_every_model.MODELS if row[0] == name)
+    build(name, *arguments).save_pretrained(tmp_path)
+    assert {*names(reshard.doctor(tmp_path))} <= _COMPANIONS
+
+
+def test_a_tower_by_the_names_of_its_release(tmp_path: Path) -> None:
+    """`model.vision_tower.vision_model` is the hub's, though live modules have `vision_tower`."""
+    save_file({"model.vision_tower.vision_model.post_layernorm.weight": torch.ones(4)},
+              tmp_path / "model.safetensors")  # fmt: skip
+    (tmp_path / "config.json").write_text('{"model_type": "cohere2_vision"}', encoding="utf-8")
+    assert {*names(reshard.doctor(tmp_path))} <= _COMPANIONS
+
+
+@pytest.mark.parametrize("kind", ["mllama_text_model", "llama"])
+def test_rows_that_neither_head_nor_config_count(kind: str, tmp_path: Path) -> None:
+    values = {"model.embed_tokens.weight": torch.ones(16, 4), "lm_head.weight": torch.zeros(8, 4)}
+    save_file(values, tmp_path / "model.safetensors")
+    config = {"model_type": kind, "vocab_size": 8, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = {*names(reshard.doctor(tmp_path))} - _COMPANIONS
+    assert found == (set() if kind.startswith("mllama") else {"vocabulary-size"})

@@ -137,3 +137,14 @@ def test_copies_that_differ_are_refused() -> None:
     with pytest.raises(NamesError, match=r"it differs from 'cls\.predictions\.bias'"):
         fit(tables.entries(run), tables.schema(BERT, BERT_CONFIG),
             equal=lambda one, _: "bias" not in one.spec.name)  # fmt: skip
+
+
+def test_an_embedding_on_either_side_is_no_copy_of_the_other() -> None:
+    """Marian's translators may have two vocabularies; the decoder's was left out of the run."""
+    base: Shapes = {
+        "model.encoder.embed_tokens.weight": (9, 4),
+        "model.decoder.embed_tokens.weight": (9, 4),
+    }
+    run: Shapes = {"model.encoder.embed_tokens.weight": (9, 4)}
+    with pytest.raises(NamesError, match=r"1 of the base are not in the checkpoint"):
+        fit(tables.entries(run), tables.schema(base, {"model_type": "marian"}), equal=same)

@@ -116,8 +116,17 @@ def _memory_layouts(case: Case) -> Iterator[tuple[Layout, list[str]]]:
     for config, its_names in ((settings, names), (text_config(settings), inner)):
         known = family(config.get("model_type"))
         for layout in reversed(known.layouts[1:] if known else ()):
-            if layout.since is not None and not layout.backbone:
+            if layout.since is not None and not layout.backbone and not _loses_a_part(layout):
                 yield layout, its_names
+
+
+def _loses_a_part(layout: Layout) -> bool:
+    """Whether all that a layout does is to leave `vision_model` out of a tower's names: models are
+    released under either, and transformers 5.6 and later loads both."""
+    return bool(layout.names) and all(
+        len(hub.split(".")) > len(here.split(".")) and "vision_model" in hub
+        for hub, here in layout.names
+    )
 
 
 def transposed_experts(case: Case) -> Signs | None:

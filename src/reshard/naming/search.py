@@ -272,10 +272,10 @@ class _Judge:
         if twin is not None and have[twin].name in options.untied:
             twin = None
         if twin is not None and have[twin].shape[1:] == piece.shape[1:]:
-            # A head and an embedding that the base stores both are one only where the config says
-            # so; where it stores one of them, unless the config says that they are two.
-            heads = ties.is_head(hub) or ties.is_head(twin)
-            if self._tied or not heads or (twin not in want and not self._untied):
+            # What the base stores once is one tensor, unless its config says that head and
+            # embedding are two.
+            apart = self._untied and (ties.is_head(hub) or ties.is_head(twin))
+            if (twin not in want and not apart) or ties.are_one(hub, twin, tied=self._tied):
                 return Verdict.COPIED
         if options.fill_from_base or comes_with_base(hub, self._config):
             return Verdict.FILLED

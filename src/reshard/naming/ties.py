@@ -16,7 +16,7 @@ _BERTS = (
     "bert", "big_bird", "convbert", "data2vec_text", "deberta", "ernie", "esm", "fnet", "ibert",
     "layoutlm", "longformer", "megatron_bert", "mobilebert", "mpnet", "mra", "nystromformer",
     "roberta", "roberta_prelayernorm", "roc_bert", "roformer", "tapas", "visual_bert", "xmod",
-    "yoso", "lxmert",
+    "yoso", "lxmert", "nezha",
 )  # fmt: skip
 _BERT_HEADS = ("cls.predictions.decoder.weight", "lm_head.decoder.weight")
 
@@ -180,6 +180,16 @@ def twin_of(name: str, names: Container[str]) -> str | None:
         far = (twin for original in _ORIGINALS.get(name, ()) for twin in _TWINS[original])
         found = next((twin for twin in far if twin != name and twin in names), None)
     return found
+
+
+def are_one(one: str, other: str, *, tied: bool) -> bool:
+    """Whether two tensors that the base stores are one by their class, or by the config if `tied`.
+
+    Two copies of what the base does not store need not be: a translator may have a vocabulary on
+    either side.
+    """
+    pair = original_of(one, (other,)) or original_of(other, (one,))
+    return pair is not None and (tied or not (is_head(one) or is_head(other)))
 
 
 def is_vocabulary(name: str, names: Container[str]) -> bool:
