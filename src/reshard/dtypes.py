@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import reprlib
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from reshard.errors import UnsupportedError
+from reshard.errors import UnsupportedError, brief
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,7 +114,7 @@ def from_safetensors(code: str) -> DType:
     dtype = _BY_SAFETENSORS.get(code)
     if dtype is None:
         raise UnsupportedError(
-            f"safetensors dtype {reprlib.repr(code)} is not handled; known are "
+            f"safetensors dtype {brief(code)} is not handled; known are "
             f"{', '.join(_BY_SAFETENSORS)}."
         )
     return dtype

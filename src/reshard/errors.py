@@ -19,6 +19,7 @@ shown only with `--debug`.
 from __future__ import annotations
 
 import os
+import reprlib
 
 # Characters of a tensor's name in a message, and of a message: a file's names may be of any length.
 _MAX_NAME, _MAX_MESSAGE = 200, 10_000
@@ -61,6 +62,18 @@ class ReshardError(Exception):
         if len(message) > _MAX_MESSAGE:
             message = f"{message[:_MAX_MESSAGE]}..."
         return printable(f"{where}{message}{hint}")
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _MAX_NAME
+
+
+def brief(value: object) -> str:
+    """A value of a file for a message: short, whatever it is.
+
+    A list of two of the list before, a hundred times over, is a small file and an endless text.
+    """
+    return _BRIEF.repr(value)
 
 
 def printable(text: str) -> str:

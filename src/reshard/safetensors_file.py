@@ -11,14 +11,13 @@ taken either: more than `tensors.MAX_DIMS` dimensions, and names that are no Uni
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct
 
 from reshard import dtypes
-from reshard.errors import FormatError, IncompleteError, UnsupportedError
+from reshard.errors import FormatError, IncompleteError, UnsupportedError, brief
 from reshard.storage import Source
 from reshard.tensors import MAX_NUMEL, Extent, TensorSpec, is_shape
 
@@ -102,9 +101,9 @@ def parse_tensor(path: str, name: str, raw: Any) -> TensorSpec:
     except (KeyError, TypeError, ValueError):
         raise FormatError("its entry in the header is malformed.", path=path, tensor=name) from None
     if not possible or not all(type(n) is int and 0 <= n < MAX_NUMEL for n in (begin, end)):
-        place = f"{reprlib.repr(begin)} to {reprlib.repr(end)}"
+        place = f"{brief(begin)} to {brief(end)}"
         raise FormatError(
-            f"shape {reprlib.repr(shape)} at bytes {place} is impossible.", path=path, tensor=name
+            f"shape {brief(shape)} at bytes {place} is impossible.", path=path, tensor=name
         )
     if dtype.name == "float4_e2m1fn_x2":
         # safetensors counts 4-bit values, torch and reshard pairs of them.

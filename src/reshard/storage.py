@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import reprlib
 import resource
 import stat
 import tempfile
@@ -21,7 +20,7 @@ from types import TracebackType
 from typing import IO
 
 from reshard import frames
-from reshard.errors import FormatError, IncompleteError, NotFoundError
+from reshard.errors import FormatError, IncompleteError, NotFoundError, brief
 from reshard.tensors import FileRef
 
 # Descriptors kept open: the two files of each of 2,000 ranks. A file beyond them is opened anew for
@@ -246,7 +245,7 @@ def child(folder: Path, name: str) -> Path:
     """
     if not _is_plain(name):
         raise FormatError(
-            f"it names the file {reprlib.repr(name)}, which is not a plain file name.",
+            f"it names the file {brief(name)}, which is not a plain file name.",
             path=folder,
             hint="The checkpoint is damaged or was made to mislead.",
         )

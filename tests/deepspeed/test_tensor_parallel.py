@@ -259,6 +259,13 @@ def _newer(info: dict[str, Any]) -> None:
     info["universal_checkpoint_version"] = 0.5
 
 
+def _endless(info: dict[str, Any]) -> None:
+    value: list[object] = []
+    for _ in range(100):
+        value = [value, value]
+    info["universal_checkpoint_version"] = value
+
+
 def _newer_map(info: dict[str, Any]) -> None:
     info["affine_map"]["version"] = 2
 
@@ -278,6 +285,7 @@ def _scaled(info: dict[str, Any]) -> None:
         (_newer, r"version 0\.5"),
         (_newer_map, "maps of version 2"),
         (_scaled, r"multiplied by 0\.5"),
+        (_endless, r"is of version \[\["),
     ],
 )
 def test_what_is_not_handled_is_refused_by_name(

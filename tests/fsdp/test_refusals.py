@@ -433,3 +433,35 @@ def test_ranks_may_well_hold_the_same_constants(tmp_path: Path, values: bytes) -
         else:
             with pytest.raises(IncompleteError, match="copied over another's"):
                 copies.check({"norm": records}, sources)
+
+
+def doubling() -> object:
+    """Lists of two of the list before: a small file, and a text of 2^100 letters."""
+    value: list[object] = []
+    for _ in range(100):
+        value = [value, value]
+    return value
+
+
+def test_values_whose_text_has_no_end(folder: Path) -> None:
+    (folder / "good").write_bytes((folder / ".metadata").read_bytes())
+
+    def shape(metadata: Metadata) -> None:
+        index = next(iter(metadata.storage_data))
+        metadata.storage_data[index].offset = doubling()
+
+    def transforms(metadata: Metadata) -> None:
+        for info in metadata.storage_data.values():
+            info.transform_descriptors = [doubling()]
+
+    def path(metadata: Metadata) -> None:
+        metadata.planner_data[TENSOR] = (doubling(),)
+
+    for change, words in (
+        (shape, r"a place has \[\["),
+        (transforms, "not a list of texts"),
+        (path, "not of names and numbers"),
+    ):
+        (folder / ".metadata").write_bytes((folder / "good").read_bytes())
+        edit(folder, change)
+        refused(folder, FormatError, words)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,7 +25,14 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from reshard.dtypes import FLOAT32
-from reshard.errors import FormatError, IncompleteError, NamesError, PlanError, UnsupportedError
+from reshard.errors import (
+    FormatError,
+    IncompleteError,
+    NamesError,
+    PlanError,
+    UnsupportedError,
+    brief,
+)
 from reshard.naming.search import unwrap
 from reshard.tensors import Entry, TensorSpec
 
@@ -84,23 +90,19 @@ def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
     """
     method = raw.get("peft_type", "LORA")
     if method != "LORA":
-        raise UnsupportedError(f"adapters of type {reprlib.repr(method)} are not handled, LORA is.")
+        raise UnsupportedError(f"adapters of type {brief(method)} are not handled, LORA is.")
     for key in _REFUSED_SETTINGS:
         if raw.get(key):
-            raise UnsupportedError(
-                f"adapters with {key} = {reprlib.repr(raw[key])} are not handled."
-            )
+            raise UnsupportedError(f"adapters with {key} = {brief(raw[key])} are not handled.")
     alpha, rank, patterns = raw.get("lora_alpha"), raw.get("r"), raw.get("alpha_pattern") or {}
     numbers = isinstance(patterns, Mapping) and all(map(_is_number, (alpha, *patterns.values())))
     if not numbers:
-        shown = f"{reprlib.repr(alpha)} and alpha_pattern {reprlib.repr(patterns)}"
+        shown = f"{brief(alpha)} and alpha_pattern {brief(patterns)}"
         raise FormatError(f"lora_alpha {shown} are no numbers.")
     for pattern in patterns:
         # PEFT takes regular expressions; only plain names are safe to read from a file.
         if not re.fullmatch(r"[\w.]+", pattern):
-            raise UnsupportedError(
-                f"the alpha_pattern {reprlib.repr(pattern)} is no plain module name."
-            )
+            raise UnsupportedError(f"the alpha_pattern {brief(pattern)} is no plain module name.")
     return AdapterConfig(
         float(raw["lora_alpha"]),
         rslora=bool(raw.get("use_rslora")),

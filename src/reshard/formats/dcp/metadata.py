@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from reshard.dtypes import DType
-from reshard.errors import FormatError
+from reshard.errors import FormatError, brief
 from reshard.tensors import MAX_DIMS, MAX_NUMEL, Shape
 from reshard.torchfile import Global, Opaque
 
@@ -144,10 +144,10 @@ class _Parser:
         transforms = fields.get("transform_descriptors") or []
         if not isinstance(name, str):
             raise self._broken("a chunk's file has no name", key)
-        if not isinstance(transforms, list | tuple):
-            raise self._broken("a chunk's transforms are not a list", key)
+        if not isinstance(transforms, list | tuple) or set(map(type, transforms)) - {str}:
+            raise self._broken("a chunk's transforms are not a list of texts", key)
         offset, nbytes = self._shape((fields.get("offset"), fields.get("length")), "a place", key)
-        return Location(name, offset, nbytes, tuple(str(one) for one in transforms))
+        return Location(name, offset, nbytes, tuple(transforms))
 
     def _dtype(self, raw: object, key: str) -> str:
         # TensorProperties pickles itself as (dtype, layout, requires_grad, format, pinned).
@@ -164,8 +164,8 @@ class _Parser:
         paths = {}
         for key in keys:
             path = planned.get(key, (key,))
-            if not isinstance(path, tuple) or not path:
-                raise self._broken("its path in the state dict is not a tuple", key)
+            if not isinstance(path, tuple) or not path or set(map(type, path)) - {str, int}:
+                raise self._broken("its path in the state dict is not of names and numbers", key)
             paths[key] = tuple(str(step) for step in path)
         return paths
 
@@ -177,7 +177,7 @@ class _Parser:
         numbers = []
         for number in raw:
             if type(number) is not int or not 0 <= number < MAX_NUMEL:
-                raise self._broken(f"{what} has {number!r:.40}", key)
+                raise self._broken(f"{what} has {brief(number)}", key)
             numbers.append(number)
         return tuple(numbers)
 

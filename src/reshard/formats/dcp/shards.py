@@ -19,7 +19,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from reshard import safetensors_file
-from reshard.errors import FormatError, IncompleteError
+from reshard.errors import FormatError, IncompleteError, brief
 from reshard.safetensors_file import SafetensorsFile
 from reshard.storage import Sources, child
 from reshard.tensors import Box, Entry, Extent, Fragment, Shape, TensorSpec, check_tiling
@@ -123,6 +123,6 @@ def saved_offsets(file: SafetensorsFile, path: str) -> dict[str, Shape]:
         if not isinstance(start, list) or not all(
             type(n) is int and 0 <= n < 1 << 62 for n in start
         ):
-            raise FormatError(f"its saved_offsets are {start!r:.80}.", path=path, tensor=name)
+            raise FormatError(f"its saved_offsets are {brief(start)}.", path=path, tensor=name)
         offsets[name] = tuple(start)
     return offsets

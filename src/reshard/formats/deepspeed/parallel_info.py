@@ -35,7 +35,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from reshard.errors import FormatError, UnsupportedError
+from reshard.errors import FormatError, UnsupportedError, brief
 from reshard.formats.deepspeed.sharding import (
     Sharding,
     from_map,
@@ -84,7 +84,7 @@ class ParallelInfo(Struct, frozen=True):
         if name in self.unsupported:
             raise UnsupportedError(
                 "tensor parallelism split it in a way that the checkpoint cannot state "
-                f"({self.unsupported[name]}).",
+                f"({brief(self.unsupported[name])}).",
                 path=self.path,
                 tensor=name,
             )
@@ -151,7 +151,8 @@ def _check_version(info: Mapping[str, Any], path: Path) -> None:
     older = isinstance(version, int | float) and version < _VERSION
     why = ", which does not say of every parameter how it is split" if older else ""
     raise UnsupportedError(
-        f"its {_KEY} is of version {version} with maps of version {map_version}{why}; "
+        f"its {_KEY} is of version {brief(version)} with maps of version "
+        f"{brief(map_version)}{why}; "
         f"{_VERSION} with {_MAP_VERSION} is handled.",
         path=path,
         hint="Load and save it once with AutoTP of DeepSpeed 0.19.8." if older else None,
@@ -184,7 +185,7 @@ def _name(pattern: object, path: Path) -> str:
     match = _EXACT.fullmatch(pattern) if isinstance(pattern, str) else None
     if match is None:
         raise UnsupportedError(
-            f"its {_KEY} selects parameters by the pattern {pattern!r}, which is not one "
+            f"its {_KEY} selects parameters by the pattern {brief(pattern)}, which is not one "
             "parameter's name: only what AutoTP writes is handled.",
             path=path,
         )
@@ -210,4 +211,4 @@ def _section(info: Mapping[str, Any], key: str, path: Path) -> dict[Any, Any]:
 
 
 def _malformed(key: str, value: object, path: Path) -> FormatError:
-    return FormatError(f"its {_KEY} has a {key} of {str(value)[:80]!r}.", path=path)
+    return FormatError(f"its {_KEY} has a {key} of {brief(value)}.", path=path)

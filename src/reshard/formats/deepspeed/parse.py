@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
-from reshard.errors import FormatError, UnsupportedError
+from reshard.errors import FormatError, UnsupportedError, brief
 from reshard.tensors import Record, is_shape
 from reshard.torchfile import Opaque, TensorRef, TorchFile
 
@@ -176,7 +175,7 @@ def parse_optim(path: Path, file: TorchFile) -> OptimFile:
     stated = count if isinstance(count, list) else [count]
     counts = [n for n in stated if type(n) is int and n > 0]
     if not counts or len(counts) != len(stated):
-        raise FormatError(f"its partition_count is {reprlib.repr(count)}.", path=path)
+        raise FormatError(f"its partition_count is {brief(count)}.", path=path)
     step, moments = _base_state(state)
     return OptimFile(
         path=path,
@@ -252,9 +251,7 @@ def _shapes(value: object, path: Path) -> Shapes:
     for name, shape in shapes.items():
         sound = isinstance(shape, tuple | list) and is_shape(shape)
         if not isinstance(name, str) or not sound:
-            raise FormatError(
-                f"the shape of {reprlib.repr(name)} is {reprlib.repr(shape)}.", path=path
-            )
+            raise FormatError(f"the shape of {brief(name)} is {brief(shape)}.", path=path)
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 

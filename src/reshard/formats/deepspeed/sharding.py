@@ -20,7 +20,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from reshard.errors import UnsupportedError
+from reshard.errors import UnsupportedError, brief
 from reshard.tensors import Shape, contiguous_strides
 
 
@@ -105,7 +105,8 @@ def from_map(entry: Mapping[str, Any], shapes: Sequence[Shape]) -> Sharding:
         for piece in part["pieces"]:
             if piece.get("scale", 1.0) != 1.0:
                 raise UnsupportedError(
-                    f"tensor parallel rank {rank} holds it multiplied by {piece['scale']}, which "
+                    f"tensor parallel rank {rank} holds it multiplied by "
+                    f"{brief(piece['scale'])}, which "
                     "is not handled."
                 )
             sizes = _counts(piece["shape"])
@@ -136,7 +137,7 @@ def _corner(view: Sequence[Any], sizes: Shape, shape: Shape) -> Shape:
 def _counts(values: Sequence[Any]) -> Shape:
     counts = tuple(values)
     if not all(type(value) is int and value >= 0 for value in counts):
-        raise ValueError(f"{counts} are not sizes")
+        raise ValueError(f"{brief(counts)} are not sizes")
     return counts
 
 
