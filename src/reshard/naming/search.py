@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from reshard.errors import NamesError
 from reshard.naming import families, ties
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Version, View
-from reshard.naming.schema import Schema, comes_with_base, is_constant, says_tied, views
+from reshard.naming.schema import Schema, comes_with_base, is_constant, says_tied, views_of
 from reshard.tensors import Entry, Shape
 
 
@@ -149,12 +149,15 @@ def search(found: Sources, schema: Schema, options: FitOptions) -> Candidate:
 
     Raises `NamesError` where several are complete and differ in what goes where.
     """
-    layouts = views(schema.config)
-    bases = _distinct(Names({name: spec.shape for name, spec in schema.specs.items()}), layouts)
+    config = schema.config
+    shapes = {name: spec.shape for name, spec in schema.specs.items()}
+    bases = _distinct(Names(shapes), views_of(shapes, "", config))
     readings = [
         (prefix, same, source)
         for prefix in prefixes(found.shapes, options.prefix)
-        for same, source in _distinct(Names(found.shapes, prefix), layouts)
+        for same, source in _distinct(
+            Names(found.shapes, prefix), views_of(found.shapes, prefix, config)
+        )
     ]
     judge = _Judge(found, schema, options)
     tried: list[Candidate] = []
