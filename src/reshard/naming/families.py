@@ -326,6 +326,7 @@ PADDLEOCR_VL = _since_5(
         ("mlp_AR.**", "model.projector.**"),
         ("model.**", "model.language_model.**"),
     ),
+    backbone=(("mlp_AR.**", "projector.**"), ("model.**", "language_model.**")),
 )
 
 HYPERCLOVAX_VISION = _since_5(
