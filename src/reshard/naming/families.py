@@ -4,6 +4,9 @@ Read from transformers 4.49 to 5.23 (`conversion_mapping.py`, the modeling files
 family in `tests/naming/layouts`, the state dicts of live models). A family that is not listed has
 the same names in memory as on the hub.
 
+Families beyond these tables were read from live classes of 4.57 and 5.23 alone; where the two
+differ, the change is taken to be that of 5.0.
+
 When the names in memory changed: vision-language models in 4.52 (`model.language_model`), stacked
 experts in 5.0, CLIP and SigLIP towers in 5.6 (no `vision_model`), Qwen2-Audio in 5.10.
 """
@@ -323,6 +326,7 @@ PADDLEOCR_VL = _since_5(
         ("mlp_AR.**", "model.projector.**"),
         ("model.**", "model.language_model.**"),
     ),
+    backbone=(("mlp_AR.**", "projector.**"), ("model.**", "language_model.**")),
 )
 
 HYPERCLOVAX_VISION = _since_5(

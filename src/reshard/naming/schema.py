@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import Any
 
@@ -39,9 +39,20 @@ def views(config: Mapping[str, Any], *, guess: bool = True) -> tuple[View, ...]:
     guesses = (PLAIN, *FAMILIES) if guess else (PLAIN,)
     outer = guesses if known is None else (known,)
     layouts = [layout for candidate in outer for layout in candidate.layouts]
-    whole = tuple(View(pair) for pair in product(layouts, inner))
+    return tuple(View(pair) for pair in product(layouts, inner))
+
+
+def views_of(names: Iterable[str], prefix: str, config: Mapping[str, Any]) -> tuple[View, ...]:
+    """The layouts that these names may be in once the prefix is off.
+
+    Those of the backbone's files are left out where the backbone is in a name or in the prefix.
+    """
+    part = f"{backbone_part(config)}."
+    whole = views(config)
+    if f".{prefix}".endswith(f".{part}") or any(name.startswith(prefix + part) for name in names):
+        return whole
     bare = bare_layout(config)
-    return (*whole, *(View((bare, *view.layouts)) for view in whole if guess))
+    return (*whole, *(View((bare, *view.layouts)) for view in whole))
 
 
 def bare_layout(config: Mapping[str, Any]) -> Layout:

@@ -24,7 +24,7 @@ from reshard.naming.schema import (
     is_constant,
     says_tied,
     says_untied,
-    views,
+    views_of,
 )
 from reshard.tensors import Entry, Shape
 
@@ -156,12 +156,15 @@ def search(found: Sources, schema: Schema, options: FitOptions) -> Candidate:
 
     Raises `NamesError` where several are complete and differ in what goes where.
     """
-    layouts = views(schema.config)
-    bases = _distinct(Names({name: spec.shape for name, spec in schema.specs.items()}), layouts)
+    config = schema.config
+    shapes = {name: spec.shape for name, spec in schema.specs.items()}
+    bases = _distinct(Names(shapes), views_of(shapes, "", config))
     readings = [
         (prefix, same, source)
         for prefix in prefixes(found.shapes, options.prefix)
-        for same, source in _distinct(Names(found.shapes, prefix), layouts)
+        for same, source in _distinct(
+            Names(found.shapes, prefix), views_of(found.shapes, prefix, config)
+        )
     ]
     judge = _Judge(found, schema, options)
     tried: list[Candidate] = []
