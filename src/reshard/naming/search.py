@@ -70,6 +70,9 @@ class Verdict(Enum):
 
 FAULTS = (Verdict.MISSING, Verdict.UNEXPECTED, Verdict.MISMATCHED)
 
+# Layouts that read the same names alike.
+Views = tuple[View, ...]
+
 
 class Candidate(Struct, frozen=True):
     """One way to read the source, compared with the base; verdicts are over hub names.
@@ -78,7 +81,7 @@ class Candidate(Struct, frozen=True):
     """
 
     prefix: str
-    views: tuple[View, ...]
+    views: Views
     base_view: View
     source: Reading
     base: Reading
@@ -167,26 +170,31 @@ def search(found: Sources, schema: Schema, options: FitOptions) -> Candidate:
         )
     ]
     judge = _Judge(found, schema, options)
-    tried: list[Candidate] = []
+
+    def candidate(reading: tuple[str, Views, Reading], base: tuple[Views, Reading]) -> Candidate:
+        prefix, same, source = reading
+        (base_view, *_), read = base
+        return Candidate(prefix, same, base_view, source, read, judge.verdicts(source, read))
+
+    tried: list[tuple[Views, Reading]] = []
     # The base is taken to be as on the hub where that fits: released models are.
-    for (base_view, *_), base in bases:
-        candidates = [
-            Candidate(prefix, same, base_view, source, base, judge.verdicts(source, base))
-            for prefix, same, source in readings
-        ]
-        complete = [candidate for candidate in candidates if candidate.complete]
+    for base in bases:
+        fitting = [candidate(one, base) for one in readings if judge.may_fit(one[2], base[1])]
+        complete = [one for one in fitting if one.complete]
         if complete:
             return _unique(complete, options)
-        tried.extend(candidates)
-    return max(tried, key=lambda candidate: (len(candidate.of(Verdict.MATCHED)), -candidate.faults))
+        tried.append(base)
+    closest = [candidate(one, base) for base in tried for one in readings]
+    return max(closest, key=lambda one: (len(one.of(Verdict.MATCHED)), -one.faults))
 
 
-def _distinct(names: Names, layouts: Iterable[View]) -> list[tuple[tuple[View, ...], Reading]]:
+def _distinct(names: Names, layouts: Iterable[View]) -> Iterator[tuple[Views, Reading]]:
     """The different readings of the names, each with the views that give it."""
     by_effects: dict[tuple[Effect, ...], list[View]] = {}
     for view in layouts:
         by_effects.setdefault(names.effects(view), []).append(view)
-    return [(tuple(same), names.read(effects)) for effects, same in by_effects.items()]
+    for effects, same in by_effects.items():
+        yield tuple(same), names.read(effects)
 
 
 def prefixes(names: Iterable[str], wanted: str | None) -> Iterator[str]:
@@ -240,9 +248,19 @@ class _Judge:
         self._tied, self._untied = says_tied(schema.config), says_untied(schema.config)
         self._config = schema.config
 
+    def may_fit(self, source: Reading, base: Reading) -> bool:
+        """Whether no tensor stands in the way; most readings fail with the first."""
+        return not source.misfits and all(v not in FAULTS for v, _ in self._judge(source, base))
+
     def verdicts(self, source: Reading, base: Reading) -> dict[Verdict, tuple[str, ...]]:
-        have, want = source.pieces, base.pieces
         sorted_: defaultdict[Verdict, list[str]] = defaultdict(list)
+        for verdict, hub in self._judge(source, base):
+            sorted_[verdict].append(hub)
+        _demand_one_vocabulary(sorted_, source.pieces)
+        return {verdict: tuple(names) for verdict, names in sorted_.items()}
+
+    def _judge(self, source: Reading, base: Reading) -> Iterator[tuple[Verdict, str]]:
+        have, want = source.pieces, base.pieces
         known = {**want, **have} if self._tied else have
         used: set[str] = set()
         for hub, piece in want.items():
@@ -252,7 +270,7 @@ class _Judge:
                 if other is None
                 else _shapes(hub, other.shape, piece.shape, have)
             )
-            sorted_[verdict].append(hub)
+            yield verdict, hub
             if other is None and twin is not None and verdict is Verdict.COPIED:
                 other = have[twin]
             if other is not None:
@@ -260,9 +278,7 @@ class _Judge:
         for hub, piece in have.items():
             if hub not in want:
                 others = known if ties.is_head(hub) else have
-                sorted_[self._extra(hub, piece, others, used)].append(hub)
-        _demand_one_vocabulary(sorted_, have)
-        return {verdict: tuple(names) for verdict, names in sorted_.items()}
+                yield self._extra(hub, piece, others, used), hub
 
     def _absent(
         self, hub: str, piece: Piece, have: Mapping[str, Piece], want: Mapping[str, Piece]
