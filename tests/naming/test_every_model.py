@@ -155,3 +155,11 @@ def test_the_installed_version_is_the_newest_known() -> None:
 
     assert parse_version(transformers.__version__)[:2] == INSTALLED
     assert torch.__version__
+
+
+def test_a_class_that_computes_its_positions_is_refused() -> None:
+    config = {"model_type": "marian", "architectures": ["MarianMTModel"]}
+    base = tables.entries({"model.shared.weight": (8, 2)})
+    with pytest.raises(UnsupportedError, match=r"4\.57 makes of MarianMTModel"):
+        to_memory(base, config, (4, 57))
+    assert to_memory(base, {**config, "architectures": ["MarianModel"]}).keys() == base.keys()

@@ -75,12 +75,14 @@ def memory_view(config: Mapping[str, Any], version: Version) -> View:
 
 def _refuse_unsupported(config: Mapping[str, Any], version: Version) -> None:
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    found = {str(part.get("model_type")) for part in parts} & {*families.UNSUPPORTED}
-    if found and version >= (5,):
-        kinds = ", ".join(sorted(found))
+    kinds = {str(part.get("model_type")) for part in parts} if version >= (5,) else set()
+    classes = {str(name) for name in config.get("architectures") or ()}
+    found = (kinds & {*families.UNSUPPORTED}) | (classes & {*families.UNSUPPORTED_CLASSES})
+    if found:
+        text = ".".join(map(str, version))
         raise UnsupportedError(
-            f"the live modules that transformers 5 makes of {kinds} split, join, permute or add to "
-            "the tensors of the files, in ways that are not known here.",
+            f"the live modules that transformers {text} makes of {', '.join(sorted(found))} split, "
+            "join, permute or add to the tensors of the files, in ways that are not known here.",
             hint="Without --names memory the names are those of the files.",
         )
 
