@@ -3,8 +3,8 @@
 Every round runs every contender once on every input, one after the other, so that what else the
 machine does falls on all of them alike. Before each run its input is read once, so that the page
 cache is warm for everyone, and as much memory as an output needs is touched and freed. Outputs are
-removed and the disk is waited for between runs, outside the time. reshard and cp wait for their own
-writes to reach the disk, the other tools do not.
+removed and the disk is waited for between runs, and some seconds more, outside the time. reshard
+and cp wait for their own writes to reach the disk, the other tools do not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -31,6 +32,9 @@ from benchmarks.inputs import Input
 MIB = 1 << 20
 # Bytes of the largest output, and some more.
 _MEMORY_NBYTES = 4 << 30
+# A virtual machine's host takes freed memory back some seconds later, in large pieces: that of the
+# last output in the middle of the next run, which then took up to twice as long.
+_SETTLE_SECONDS = 4.0
 RECIPES = (*inputs.RECIPES, *dcp_inputs.RECIPES)
 PACKAGES = ("reshard", "torch", "deepspeed", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -82,6 +86,7 @@ def _sample(given: Input, contender: Contender, number: int, scratch: Path) -> S
     shutil.rmtree(target, ignore_errors=True)
     command = contender.command(given, target, scratch)
     os.sync()
+    time.sleep(_SETTLE_SECONDS)
     with measure.memory_in_hand(_MEMORY_NBYTES):
         measure.warm(contender.reads(given, scratch))
     ran = measure.run(command, _environment())
