@@ -101,16 +101,15 @@ class Box(Struct, frozen=True):
         >>> Box((10,), (0,), (6,)).intersect(Box((10,), (4,), (6,)))
         Box(shape=(10,), offsets=(4,), sizes=(2,))
         """
-        offsets = tuple(map(max, self.offsets, other.offsets))
-        sizes = tuple(
-            min(a + m, b + n) - o
-            for a, m, b, n, o in zip(
-                self.offsets, self.sizes, other.offsets, other.sizes, offsets, strict=True
-            )
-        )
-        if any(size <= 0 for size in sizes):
-            return None
-        return Box(self.shape, offsets, sizes)
+        offsets, sizes = [], []
+        for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            start = max(a, b)
+            size = min(a + m, b + n) - start
+            if size <= 0:
+                return None  # of 20,000 fragments, most are found to be elsewhere by one dimension
+            offsets.append(start)
+            sizes.append(size)
+        return Box(self.shape, tuple(offsets), tuple(sizes))
 
 
 def is_shape(sizes: Sequence[object]) -> bool:

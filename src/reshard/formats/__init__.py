@@ -5,6 +5,7 @@ Adding one is a module with the functions of `Format`, and a line in `FORMATS`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -141,6 +142,12 @@ def detect(path: Path) -> str:
             hint="Name the folder of the one that is meant.",
         )
     return found
+
+
+def numbered(names: Iterable[str], pattern: re.Pattern[str]) -> list[str]:
+    """The names that match, by the number that the pattern's group finds in them: none is 0."""
+    found = [match for name in names if (match := pattern.fullmatch(name))]
+    return [match[0] for match in sorted(found, key=lambda match: int(match[1] or 0))]
 
 
 def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tuple[str, ...]:

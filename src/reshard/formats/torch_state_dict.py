@@ -28,7 +28,7 @@ from msgspec.structs import replace
 
 from reshard.catalog import Catalog, Origin
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
-from reshard.formats import Selection, Wanted, of_several
+from reshard.formats import Selection, Wanted, numbered, of_several
 from reshard.plan import OutputFile, Slot
 from reshard.storage import Sources, child
 from reshard.tensors import Entry, Record, TensorSpec, check_tiling
@@ -135,8 +135,7 @@ def _models(path: Path) -> list[str]:
     """The files of accelerate's models in a folder, by their numbers."""
     if not path.is_dir():
         return []
-    found = [match for file in path.iterdir() if (match := _FSDP.fullmatch(file.name))]
-    return [match[0] for match in sorted(found, key=lambda match: int(match[1] or 0))]
+    return numbered((file.name for file in path.iterdir()), _FSDP)
 
 
 def _entries(path: Path, content: TorchFile) -> dict[str, Entry]:

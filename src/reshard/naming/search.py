@@ -264,38 +264,42 @@ class _Judge:
         known = {**want, **have} if self._tied else have
         used: set[str] = set()
         for hub, piece in want.items():
-            other, twin = have.get(hub), ties.twin_of(hub, have)
-            verdict = (
-                self._absent(hub, piece, have, want)
-                if other is None
-                else _shapes(hub, other.shape, piece.shape, have)
-            )
-            yield verdict, hub
-            if other is None and twin is not None and verdict is Verdict.COPIED:
-                other = have[twin]
-            if other is not None:
-                used.add(self._owners[other.name])
+            stored = hub if hub in have else self._twin(hub, piece, have, want)
+            if stored is not None:
+                used.add(self._owners[have[stored].name])
+            if stored is None:
+                yield self._absent(hub, piece), hub
+            elif stored == hub:
+                yield _shapes(hub, have[hub].shape, piece.shape, have), hub
+            else:
+                yield Verdict.COPIED, hub
         for hub, piece in have.items():
             if hub not in want:
                 others = known if ties.is_head(hub) else have
                 yield self._extra(hub, piece, others, used), hub
 
-    def _absent(
+    def _twin(
         self, hub: str, piece: Piece, have: Mapping[str, Piece], want: Mapping[str, Piece]
-    ) -> Verdict:
-        """A tensor of the base that the source does not have under this name."""
+    ) -> str | None:
+        """The tensor of the source that stands for one of the base, which it has no tensor of."""
+        twin = ties.twin_of(hub, have)
+        if twin is None or have[twin].name in self._options.untied:
+            return None
+        if (self._options.headless and ties.is_head(hub)) or (
+            have[twin].shape[1:] != piece.shape[1:]
+        ):
+            return None
+        # What the base stores once is one tensor, unless its config says that head and embedding
+        # are two.
+        apart = self._untied and (ties.is_head(hub) or ties.is_head(twin))
+        one = (twin not in want and not apart) or ties.are_one(hub, twin, tied=self._tied)
+        return twin if one else None
+
+    def _absent(self, hub: str, piece: Piece) -> Verdict:
+        """A tensor of the base that the source does not have under any name."""
         options = self._options
         if options.headless and ties.is_head(hub):
             return Verdict.LEFT_OUT
-        twin = ties.twin_of(hub, have)
-        if twin is not None and have[twin].name in options.untied:
-            twin = None
-        if twin is not None and have[twin].shape[1:] == piece.shape[1:]:
-            # What the base stores once is one tensor, unless its config says that head and
-            # embedding are two.
-            apart = self._untied and (ties.is_head(hub) or ties.is_head(twin))
-            if (twin not in want and not apart) or ties.are_one(hub, twin, tied=self._tied):
-                return Verdict.COPIED
         if options.fill_from_base or comes_with_base(hub, self._config):
             return Verdict.FILLED
         if options.allows(piece.name):

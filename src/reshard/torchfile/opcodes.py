@@ -362,12 +362,7 @@ def _binput(m: Machine, pos: int) -> int:
 
 @_opcode("r")
 def _long_binput(m: Machine, pos: int) -> int:
-    # One opcode of five is this one.
-    index = _U32(m.data, pos)[0]
-    if index == len(m.memo):
-        m.memo.append(m.stack[-1])
-    else:
-        _put(m, index)
+    _put(m, _U32(m.data, pos)[0])
     return pos + 4
 
 

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from reshard import torchfile
 from reshard.catalog import Catalog, Origin
 from reshard.errors import FormatError, IncompleteError
-from reshard.formats import Selection, of_several
+from reshard.formats import Selection, numbered, of_several
 from reshard.formats.dcp import foreign, parts, shards
 from reshard.formats.dcp.chunked import read_chunks
 from reshard.formats.dcp.layout import lay_out
@@ -88,12 +88,8 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 def _models(folder: Path) -> list[Path]:
     """The folders of accelerate's models in a checkpoint folder, by their numbers."""
-    found = [
-        (int(match[1]), path)
-        for path in folder.iterdir()
-        if (match := _ACCELERATE.fullmatch(path.name)) and path.is_dir()
-    ]
-    return [path for _, path in sorted(found)]
+    folders = (path.name for path in folder.iterdir() if path.is_dir())
+    return [folder / name for name in numbered(folders, _ACCELERATE)]
 
 
 def _metadata(folder: Path, sources: Sources) -> Metadata:

@@ -10,6 +10,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
+from reshard.formats import numbered
 from reshard.storage import Sources, child, real
 
 # runtime/engine.py: _get_ckpt_name, _get_zero_ckpt_name, _get_optimizer_ckpt_name,
@@ -122,8 +123,7 @@ def several_models(path: Path) -> list[str]:
     """The tags of the models that accelerate saved in a folder, where there are several."""
     if _is_tag_folder(path):
         return []
-    found = [match for tag in _tags(path) if (match := _ACCELERATE.fullmatch(tag))]
-    models = [match[0] for match in sorted(found, key=lambda match: int(match[1] or 0))]
+    models = numbered(_tags(path), _ACCELERATE)
     return models if len(models) > 1 else []
 
 
