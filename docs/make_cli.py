@@ -13,8 +13,8 @@ from pathlib import Path
 
 import click
 
-from reshard.cli import reshard
-from reshard.scripts import ds2hf, fsdp2hf, hf2fsdp, test_model
+from reshard.cli.app import reshard
+from reshard.cli.lightrft import ds2hf, fsdp2hf, hf2fsdp, test_model
 
 PAGE = Path(__file__).parent / "cli.md"
 SCRIPTS = {

@@ -19,9 +19,9 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
+from reshard.containers.torch import read, read_pickle
 from reshard.errors import ReshardError
-from reshard.storage import Sources
-from reshard.torchfile import read, read_pickle
+from reshard.storage.local import Sources
 from tests.torchfile.handmade import Member, archive, pickle, tensor, torch_file
 from tests.torchfile.hostile import FILES, GOOD, OLD_GOOD, PICKLES
 from tests.torchfile.test_properties import ATOMS

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reshard
-from reshard import dtypes
-from reshard.dtypes import DType
-from reshard.storage import Sources
-from reshard.tensors import Entry, Extent, FileRef, Fragment, LowRank, Made, TensorSpec, whole
+from reshard.core import dtypes
+from reshard.core.dtypes import DType
+from reshard.core.tensors import Entry, Extent, FileRef, Fragment, LowRank, Made, TensorSpec, whole
+from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Reader, fill
 

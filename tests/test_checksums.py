@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from reshard.core.tensors import Extent, FileRef, Record
 from reshard.errors import FormatError
-from reshard.storage import Sources
-from reshard.tensors import Extent, FileRef, Record
+from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 
 _BEFORE, _NBYTES = 64, 5000

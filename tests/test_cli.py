@@ -23,9 +23,9 @@ from safetensors.numpy import load_file, save_file
 
 from reshard import OptionError, convert
 from reshard import open as open_checkpoint
-from reshard.cli import reshard, run
-from reshard.scripts.ds2hf import command as ds2hf
-from reshard.scripts.fsdp2hf import command as fsdp2hf
+from reshard.cli.app import reshard, run
+from reshard.cli.lightrft.ds2hf import command as ds2hf
+from reshard.cli.lightrft.fsdp2hf import command as fsdp2hf
 from tests.oracle.cache import Oracle
 
 ROOT = Path(__file__).parent.parent
@@ -385,7 +385,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "def slow(*a):\n    time.sleep(0.3); return fill(*a)\n"
         "e.fill = slow\n"
-        "from reshard.cli import main\nmain()"
+        "from reshard.cli.app import main\nmain()"
     )
     source = str(oracle["llama-zero2"].root)
     process = subprocess.Popen(
@@ -411,7 +411,7 @@ def test_what_a_killed_run_left_does_not_stand_in_the_way(oracle: Oracle, tmp_pa
     code = (
         "import os, reshard.transfer.commit as c\n"
         "c.OutputFolder.commit = lambda self: os.kill(os.getpid(), 9)\n"
-        "from reshard.cli import main\nmain()"
+        "from reshard.cli.app import main\nmain()"
     )
     source = str(oracle["llama-zero2"].root)
     arguments = ["convert", source, str(tmp_path / "out")]

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import reshard
-from reshard.cli import reshard as command
-from reshard.cli import run
+from reshard.cli.app import reshard as command
+from reshard.cli.app import run
 from tests.oracle.cache import Oracle
 
 LLAMAS = ["llama-zero2", "llama-tied-zero3"]

@@ -15,30 +15,26 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "reshard"
 
-# Rooms of one line do not import each other. A room of this list is a module or a folder of
-# `reshard`; each format is a room of its own.
+# Rooms of one line do not import each other. A room is a folder of `reshard`, or one of the modules
+# beside the folders; each format is a room of its own. `docs/design.md` draws the same list.
 ORDER = (
     ("errors", "_version", "progress"),
-    ("flags", "output", "report"),
-    ("dtypes",),
-    ("tensors",),
-    ("catalog", "frames", "rearrange"),
-    ("storage", "plan"),
-    ("safetensors_file", "torchfile", "naming"),
+    ("core",),
+    ("storage",),
+    ("containers",),
+    ("naming",),
     ("formats",),
     ("formats.dcp", "formats.deepspeed", "formats.huggingface", "formats.torch_state_dict"),
-    ("transfer", "manifest", "locate", "options", "targets"),
-    ("verification", "adapter_config", "base", "difference"),
-    ("checkpoint", "export", "writing"),
-    ("live",),
-    ("inspection", "preparation"),
-    ("conversion", "pairing"),
+    ("transfer",),
+    ("checkpoint",),
+    ("conversion",),
+    ("inspection",),
     ("comparison",),
-    ("ailments",),
+    ("diagnosis",),
     ("reshard",),
-    ("commands", "evaluate"),
+    ("evaluate",),
     ("cli",),
-    ("scripts", "__main__"),
+    ("__main__",),
     ("testing",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
@@ -111,13 +107,14 @@ IMPORTS = list(imports())
 def room(module: str) -> str:
     """The room that a module of reshard stands in.
 
-    >>> room("reshard.formats.dcp.metadata"), room("reshard.formats"), room("reshard")
+    >>> room("reshard.containers.dcp.metadata"), room("reshard.formats"), room("reshard")
     ('formats.dcp', 'formats', 'reshard')
     """
     parts = module.split(".")[1:]
     if not parts:
         return "reshard"
-    return ".".join(parts[:2] if parts[0] == "formats" else parts[:1])
+    name = ".".join(parts[:2])
+    return name if name in LEVEL else parts[0]
 
 
 def within() -> Iterator[tuple[Import, str, str]]:
@@ -131,6 +128,15 @@ def test_every_room_has_its_place() -> None:
     rooms = {room(module) for module in MODULES}
     assert rooms - LEVEL.keys() == set(), "say in ORDER where the new room stands"
     assert LEVEL.keys() - rooms == set(), "these rooms are gone"
+
+
+def test_the_design_draws_the_same_list() -> None:
+    page = (SOURCE.parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+    drawn = page.split("## The rooms\n")[1].split("```")[1]
+    places = [drawn.index(f"{name}/" if (SOURCE / name).is_dir() else f"{name}")
+              for rooms in ORDER for name in rooms
+              if "." not in name and name not in ("reshard", "__main__")]  # fmt: skip
+    assert places == sorted(places)
 
 
 def test_rooms_import_only_from_rooms_above() -> None:
@@ -192,11 +198,11 @@ ALL_HEAVY = ("numpy", "ml_dtypes", "xxhash", "rich", "torch", "transformers", "p
     ("code", "unwanted"),
     [
         ("import reshard", ALL_HEAVY),
-        ("import reshard.cli", ALL_HEAVY),
-        ("from reshard.cli import reshard, run; run(reshard, ['--help'])", ALL_HEAVY),
+        ("import reshard.cli.app", ALL_HEAVY),
+        ("from reshard.cli.app import reshard, run; run(reshard, ['--help'])", ALL_HEAVY),
         ("import reshard; reshard.open, reshard.convert, reshard.verify", ALL_HEAVY[3:]),
-        ("import reshard.commands, reshard.scripts.ds2hf", ALL_HEAVY[3:]),
-        ("import reshard.evaluate.command, reshard.scripts.test_model", ALL_HEAVY[3:]),
+        ("import reshard.cli.commands, reshard.cli.lightrft.ds2hf", ALL_HEAVY[3:]),
+        ("import reshard.cli.try_, reshard.cli.lightrft.test_model", ALL_HEAVY[3:]),
         ("import reshard.formats as f; [f.load(name) for name in f.FORMATS]", ALL_HEAVY[3:]),
         ("import reshard.testing", ("torch", "transformers", "hypothesis")),
     ],

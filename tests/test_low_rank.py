@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from reshard import rearrange
-from reshard.dtypes import BFLOAT16, FLOAT32
-from reshard.storage import Sources
-from reshard.tensors import (
+from reshard.core import rearrange
+from reshard.core.dtypes import BFLOAT16, FLOAT32
+from reshard.core.tensors import (
     Box,
     Entry,
     Extent,
@@ -24,6 +23,7 @@ from reshard.tensors import (
     blocks,
     whole,
 )
+from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Reader, fill
 

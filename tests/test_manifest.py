@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from reshard import manifest
-from reshard.catalog import Origin
+from reshard.conversion import manifest
+from reshard.conversion.manifest import Stated
+from reshard.core.catalog import Origin
 from reshard.errors import FormatError
-from reshard.manifest import Stated
-from reshard.storage import Sources
+from reshard.storage.local import Sources
 
 TENSORS = {
     "a": Stated("float32", (2, 3), "ab"),

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reshard import rearrange
-from reshard.tensors import Box, check_tiling
+from reshard.core import rearrange
+from reshard.core.tensors import Box, check_tiling
 from reshard.testing.gathering import gather
 from reshard.testing.strategies import Torn, solid_shapes, torn
 

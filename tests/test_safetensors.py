@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import reshard
+from reshard.containers.safetensors import parse_json
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
-from reshard.safetensors_file import parse_json
 
 # Of processor time.
 SECONDS = 5.0

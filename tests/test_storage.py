@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import reshard
-from reshard.storage import Sources
+from reshard.storage.local import Sources
 
 SRC = Path(__file__).parents[1] / "src"
 LIMIT = 64
@@ -36,7 +36,7 @@ def shards(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("command", [["inspect"], ["convert", "out"], ["diff", "model"]], ids=str)
 def test_more_files_than_may_be_open(shards: Path, command: list[str]) -> None:
     code = (
-        "import resource; from reshard.cli import main\n"
+        "import resource; from reshard.cli.app import main\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({LIMIT}, {LIMIT})); main()"
     )
     name, *rest = command
@@ -66,7 +66,7 @@ def test_as_many_files_as_the_system_will_have_are_kept_open(
 def test_a_command_asks_for_more_descriptors(shards: Path) -> None:
     """Of the files of 256 ranks, half were opened anew for each read."""
     code = (
-        "import resource; from reshard.cli import reshard, run\n"
+        "import resource; from reshard.cli.app import reshard, run\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({LIMIT}, 2 * {LIMIT}))\n"
         "run(reshard, ['inspect', 'model', '--json'])\n"
         f"assert resource.getrlimit(resource.RLIMIT_NOFILE) == (2 * {LIMIT},) * 2"

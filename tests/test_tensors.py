@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from reshard.dtypes import FLOAT32
-from reshard.errors import FormatError, IncompleteError
-from reshard.tensors import (
+from reshard.core.dtypes import FLOAT32
+from reshard.core.tensors import (
     Box,
     Entry,
     Extent,
@@ -22,6 +21,7 @@ from reshard.tensors import (
     flat,
     whole,
 )
+from reshard.errors import FormatError, IncompleteError
 from reshard.testing.gathering import gather
 from reshard.testing.strategies import Torn, shapes, solid_shapes, torn
 

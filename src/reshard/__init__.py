@@ -26,14 +26,14 @@ from reshard.errors import (
 )
 
 if TYPE_CHECKING:
-    from reshard.ailments.diagnosis import Diagnosis, doctor
     from reshard.checkpoint import Checkpoint
     from reshard.checkpoint import open_checkpoint as open
-    from reshard.comparison import Comparison, diff, verify
-    from reshard.conversion import convert
+    from reshard.comparison.compare import Comparison, diff, verify
+    from reshard.conversion.convert import convert
+    from reshard.conversion.report import Report
+    from reshard.conversion.verification import Verified
+    from reshard.diagnosis.diagnosis import Diagnosis, doctor
     from reshard.inspection import Inspection, inspect
-    from reshard.report import Report
-    from reshard.verification import Verified
 
 __all__ = [
     "Checkpoint",
@@ -65,16 +65,16 @@ __all__ = [
 _LAZY = {
     "Checkpoint": ("reshard.checkpoint", "Checkpoint"),
     "open": ("reshard.checkpoint", "open_checkpoint"),
-    "Report": ("reshard.report", "Report"),
-    "convert": ("reshard.conversion", "convert"),
-    "Diagnosis": ("reshard.ailments.diagnosis", "Diagnosis"),
-    "doctor": ("reshard.ailments.diagnosis", "doctor"),
+    "Report": ("reshard.conversion.report", "Report"),
+    "convert": ("reshard.conversion.convert", "convert"),
+    "Diagnosis": ("reshard.diagnosis.diagnosis", "Diagnosis"),
+    "doctor": ("reshard.diagnosis.diagnosis", "doctor"),
     "Inspection": ("reshard.inspection", "Inspection"),
     "inspect": ("reshard.inspection", "inspect"),
-    "Verified": ("reshard.verification", "Verified"),
-    "verify": ("reshard.comparison", "verify"),
-    "diff": ("reshard.comparison", "diff"),
-    "Comparison": ("reshard.comparison", "Comparison"),
+    "Verified": ("reshard.conversion.verification", "Verified"),
+    "verify": ("reshard.comparison.compare", "verify"),
+    "diff": ("reshard.comparison.compare", "diff"),
+    "Comparison": ("reshard.comparison.compare", "Comparison"),
 }
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from reshard import formats, locate
-from reshard.catalog import Catalog
-from reshard.dtypes import DType
-from reshard.storage import Sources
-from reshard.tensors import Entry, Kind
+from reshard import formats
+from reshard.core.catalog import Catalog
+from reshard.core.dtypes import DType
+from reshard.core.tensors import Entry, Kind
+from reshard.formats import locate
+from reshard.storage.local import Sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +47,7 @@ class Tensor(Struct, frozen=True):
 
         Memory: the tensor, and 4 MiB. Raises `IncompleteError` where a file was cut off.
         """
-        from reshard.verification import read_array
+        from reshard.transfer.reading import read_array
 
         with Sources() as sources:
             return read_array(self.entry, sources)

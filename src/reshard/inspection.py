@@ -13,7 +13,7 @@ from msgspec.structs import asdict
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
 from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError
-from reshard.storage import Sources
+from reshard.storage.local import Sources
 
 
 class Fitting(Struct, frozen=True):
@@ -139,10 +139,10 @@ def _size(root: Path) -> int:
 
 
 def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
-    from reshard import export
-    from reshard.base import read_base
+    from reshard.conversion import output_model
+    from reshard.conversion.base_model import read_base
+    from reshard.conversion.options import LoraChoice, Options
     from reshard.formats import Selection
-    from reshard.options import LoraChoice, Options
 
     catalog = checkpoint.catalog
     with Sources() as sources:
@@ -151,7 +151,7 @@ def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
         options = Options(catalog.origin.root, folder, folder, "hf", Selection(), "base", 1,
                           lora=LoraChoice(alpha=1.0))  # fmt: skip
         try:
-            exported = export.onto(catalog, base, options, None)
+            exported = output_model.onto(catalog, base, options, None)
         except NamesError as error:
             return Fitting(str(error), missing=error.missing, unexpected=error.unexpected)
         except (IncompleteError, PlanError, UnsupportedError) as error:

@@ -47,7 +47,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 def test_a_limit_of_the_system_leaves_nothing(model: Path, tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from reshard.cli import main\n"
+        "import resource, sys; from reshard.cli.app import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "main()"
     )

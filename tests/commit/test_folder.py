@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import reshard
-from reshard.storage import Source, Sources
+from reshard.storage.local import Source, Sources
 from reshard.transfer import engine
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import fill

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from reshard import dtypes
-from reshard.catalog import Catalog, Origin
+from reshard.core import dtypes
+from reshard.core.catalog import Catalog, Origin
+from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, check_tiling, whole
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats import Selection
-from reshard.storage import Source, Sources, child
-from reshard.tensors import Entry, Extent, Fragment, TensorSpec, check_tiling, whole
+from reshard.storage.local import Source, Sources, child
 
 INDEX = "tensors.json"
 _MAGIC = b"\x93NUMPY\x01\x00"

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import reshard
-from reshard.ailments import diagnosis as module
-from reshard.ailments.case import Case
-from reshard.ailments.findings import Ailment, Signs
-from reshard.ailments.table import AILMENTS
-from reshard.cli import reshard as command
-from reshard.cli import run
+from reshard.cli.app import reshard as command
+from reshard.cli.app import run
+from reshard.diagnosis import diagnosis as module
+from reshard.diagnosis.case import Case
+from reshard.diagnosis.findings import Ailment, Signs
+from reshard.diagnosis.table import AILMENTS
 from reshard.errors import VerificationError
 from tests.doctor import models
 from tests.doctor.conftest import Pairs
@@ -156,7 +156,7 @@ def test_without_torch_and_transformers(pairs: Pairs, tmp_path: Path) -> None:
         "import sys\n"
         "for name in ('torch', 'transformers', 'safetensors', 'deepspeed'):\n"
         "    sys.modules[name] = None\n"
-        "from reshard.cli import main\n"
+        "from reshard.cli.app import main\n"
         "main()\n"
     )
     arguments = ["doctor", str(ill), "--base", str(base), "--repair", str(tmp_path / "out")]

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 import reshard
-from reshard import dtypes
-from reshard.ailments import streams
-from reshard.ailments.streams import NotFinite
+from reshard.core import dtypes
+from reshard.core.rearrange import transpose
+from reshard.diagnosis import streams
+from reshard.diagnosis.streams import NotFinite
 from reshard.formats import Selection, huggingface
-from reshard.rearrange import transpose
-from reshard.storage import Sources
+from reshard.storage.local import Sources
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, names, refused
 

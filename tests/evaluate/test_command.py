@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from reshard.cli import reshard, run
-from reshard.evaluate.command import try_model
+from reshard.cli.app import reshard, run
+from reshard.cli.flags import repeat_flags
+from reshard.cli.lightrft.test_model import command
+from reshard.cli.try_ import try_model
 from reshard.evaluate.options import Options
 from reshard.evaluate.progress import Event
 from reshard.evaluate.report import Answer, Report
 from reshard.evaluate.terminal import Terminal
-from reshard.flags import repeat_flags
-from reshard.scripts.test_model import command
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
 from tests.evaluate.test_report import DOCS, ROOT
@@ -212,7 +212,7 @@ def test_options_are_the_fields_of_the_report(models: Models) -> None:
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys; from reshard.cli import run, reshard; "
+        "import sys; from reshard.cli.app import run, reshard; "
         "run(reshard, ['try', '--help']); sys.exit('torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from reshard.tensors import Entry, FileRef, contiguous_strides
+from reshard.core.tensors import Entry, FileRef, contiguous_strides
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 

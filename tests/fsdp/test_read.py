@@ -16,11 +16,11 @@ from torch.distributed.checkpoint._extension import ZStandard
 
 import reshard
 from reshard import formats
-from reshard.catalog import Catalog
+from reshard.core.catalog import Catalog
+from reshard.core.tensors import check_tiling
 from reshard.errors import NamesError, NotFoundError, UnsupportedError
 from reshard.formats import Selection, huggingface
-from reshard.storage import Sources
-from reshard.tensors import check_tiling
+from reshard.storage.local import Sources
 from tests.fsdp.conftest import Made, Oracle
 from tests.fsdp.elements import elements
 from tests.fsdp.oracle.cases import CASES

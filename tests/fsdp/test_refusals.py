@@ -18,6 +18,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 import reshard
+from reshard.core.tensors import Extent, FileRef, Record
 from reshard.errors import (
     FormatError,
     IncompleteError,
@@ -26,9 +27,8 @@ from reshard.errors import (
     UnsupportedError,
     WriteError,
 )
-from reshard.formats.dcp import copies
-from reshard.storage import Sources
-from reshard.tensors import Extent, FileRef, Record
+from reshard.containers.dcp import copies
+from reshard.storage.local import Sources
 from tests.fsdp.conftest import Oracle
 
 TENSOR = "model.layers.0.mlp.up_proj.weight"

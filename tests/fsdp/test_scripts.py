@@ -197,7 +197,7 @@ def test_hf2fsdp_needs_no_torch(qwen2: Path, tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "sys.modules.update(torch=None, safetensors=None, transformers=None)\n"
-        "from reshard.scripts.hf2fsdp import main\n"
+        "from reshard.cli.lightrft.hf2fsdp import main\n"
         "main()\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 import reshard
 from reshard.formats import Selection, huggingface
-from reshard.storage import Sources
+from reshard.storage.local import Sources
 from tests.fsdp.conftest import run_oracle
 from tests.fsdp.elements import elements
 from tests.fsdp.oracle import models

@@ -23,9 +23,9 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 
 import reshard
-from reshard import cli
-from reshard.evaluate.command import try_model
-from reshard.scripts import ds2hf, fsdp2hf, hf2fsdp
+from reshard.cli import app as cli
+from reshard.cli.lightrft import ds2hf, fsdp2hf, hf2fsdp
+from reshard.cli.try_ import try_model
 from tests.models import released
 from tests.naming.lightrft_models import ScalarRewardModel
 from tests.oracle.cache import Oracle

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
 import reshard
-from reshard.tensors import Shape
+from reshard.core.tensors import Shape
 from tests.models import child, released
 from tests.naming import tables
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import reshard
-from reshard.scripts import hf2fsdp
+from reshard.cli.lightrft import hf2fsdp
 from tests.models import child, released
 from tests.naming import tables
 

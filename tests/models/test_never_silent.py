@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import reshard
-from reshard import cli
-from reshard.scripts import ds2hf
+from reshard.cli import app as cli
+from reshard.cli.lightrft import ds2hf
 from tests.models import released
 from tests.oracle.cache import Oracle
 

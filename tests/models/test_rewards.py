@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 import reshard
-from reshard import cli, commands
+from reshard.cli import app as cli
+from reshard.cli import commands
+from reshard.cli.lightrft import ds2hf
 from reshard.evaluate.reward import load_reward
-from reshard.scripts import ds2hf
 from tests.models import child, released
 from tests.models.reward_runs import RUNS, WIDTH
 from tests.naming.lightrft_models import ScalarRewardModel

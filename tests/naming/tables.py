@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from reshard import dtypes
-from reshard.naming import Schema
-from reshard.tensors import (
+from reshard.core import dtypes
+from reshard.core.tensors import (
     Entry,
     Extent,
     FileRef,
@@ -25,6 +24,7 @@ from reshard.tensors import (
     contiguous_strides,
     whole,
 )
+from reshard.naming import Schema
 
 LAYOUTS = Path(__file__).parent / "layouts"
 VERSIONS = tuple(sorted(path.name for path in LAYOUTS.iterdir()))

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
+from reshard.core.tensors import Entry, LowRank
 from reshard.errors import (
     FormatError,
     IncompleteError,
@@ -23,9 +24,8 @@ from reshard.errors import (
     UnsupportedError,
 )
 from reshard.naming import FitOptions, Schema, fit
-from reshard.naming.adapter_output import adapter_folder, updates
-from reshard.naming.adapters import AdapterConfig, parse_adapter_config, separate
-from reshard.tensors import Entry, LowRank
+from reshard.naming.lora.find import AdapterConfig, parse_adapter_config, separate
+from reshard.naming.lora.output import adapter_folder, updates
 from tests.naming import tables
 from tests.naming.make_layouts import FAMILIES, build
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from reshard.core.tensors import Entry
 from reshard.errors import UnsupportedError
 from reshard.naming import fit, parse_version, to_memory
-from reshard.tensors import Entry
 from tests.naming import tables
 from tests.naming.make_layouts import CLIP, EXPERTS, LLAVA, SIGLIP, UNTIED, build, saved
 

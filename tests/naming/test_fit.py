@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.dtypes import FLOAT32
+from reshard.core.dtypes import FLOAT32
+from reshard.core.tensors import Entry, Extent, FileRef, Fragment, Shape, TensorSpec, flat
 from reshard.errors import NamesError
 from reshard.naming import Fit, FitOptions, Resize, fit
 from reshard.naming.families import WRAPPERS
-from reshard.tensors import Entry, Extent, FileRef, Fragment, Shape, TensorSpec, flat
 from tests.naming import tables
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

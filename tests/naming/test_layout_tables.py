@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from reshard.core.tensors import Entry
 from reshard.errors import NamesError
 from reshard.naming import FitOptions, Schema, fit
-from reshard.tensors import Entry
 from tests.naming import tables
 
 EVERY = [(version, name) for version in tables.VERSIONS for name in tables.names(version)]

@@ -18,8 +18,8 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
+from reshard.core.tensors import Entry
 from reshard.naming import fit
-from reshard.tensors import Entry
 from tests.naming import tables
 
 CLASSES = {"qwen2_5_vl_backbone": "AutoModel", "llava_backbone": "AutoModel"}

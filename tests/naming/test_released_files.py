@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from reshard.core.tensors import Shape
 from reshard.errors import NamesError
 from reshard.naming import fit, to_memory
-from reshard.tensors import Shape
 from tests.naming import tables
 from tests.naming.test_every_model import same
 

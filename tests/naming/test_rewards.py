@@ -13,6 +13,7 @@ import transformers
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
+from reshard.core.tensors import Entry
 from reshard.errors import IncompleteError, NamesError
 from reshard.naming import Fit, FitOptions, Schema, fit
 from reshard.naming.rewards import (
@@ -25,7 +26,6 @@ from reshard.naming.rewards import (
     reward_config,
     split,
 )
-from reshard.tensors import Entry
 from tests.naming import tables
 from tests.naming.lightrft_models import Critic, ScalarRewardModel, Wrapper, rewards_from
 from tests.naming.make_layouts import FAMILIES, build

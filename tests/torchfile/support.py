@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from reshard.dtypes import DType
-from reshard.storage import Source, Sources
-from reshard.torchfile import TensorRef, TorchFile, read
+from reshard.containers.torch import TensorRef, TorchFile, read
+from reshard.core.dtypes import DType
+from reshard.storage.local import Source, Sources
 
 OLD = {"_use_new_zipfile_serialization": False}
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from reshard.dtypes import FLOAT32
-from reshard.torchfile import Opaque
+from reshard.containers.torch import Opaque
+from reshard.core.dtypes import FLOAT32
 from tests.torchfile.support import read_bytes, same
 
 SCRIPT = """

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import reshard
+from reshard.containers.torch import Opaque, TensorRef, read_pickle
 from reshard.errors import ReshardError
-from reshard.torchfile import Opaque, TensorRef, read_pickle
 from tests.torchfile import hostile
 from tests.torchfile.handmade import Member, archive, pickle, torch_file
 from tests.torchfile.hostile import FILES, PICKLES, Case
@@ -78,8 +78,8 @@ def test_a_bomb_takes_little_memory(tmp_path: Path, name: str) -> None:
     script = f"""
 import resource
 from reshard.errors import ReshardError
-from reshard.storage import Sources
-from reshard.torchfile import read
+from reshard.storage.local import Sources
+from reshard.containers.torch import read
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     with Sources() as sources:

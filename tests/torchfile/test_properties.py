@@ -12,9 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reshard.containers.torch import read, read_pickle
 from reshard.errors import ReshardError
-from reshard.storage import Sources
-from reshard.torchfile import read, read_pickle
+from reshard.storage.local import Sources
 from tests.torchfile.handmade import old_file, tensor, torch_file
 from tests.torchfile.support import read_bytes, same, saved
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-import reshard.torchfile
+import reshard.containers.torch
+from reshard.containers.torch import read_pickle
 from reshard.errors import ReshardError
-from reshard.torchfile import read_pickle
 from tests.torchfile.handmade import pickle
 
-ROOM = Path(reshard.torchfile.__file__).parent
+ROOM = Path(reshard.containers.torch.__file__).parent
 # What could turn a name or bytes of a file into something that runs.
 FORBIDDEN_MODULES = {"pickle", "_pickle", "marshal", "importlib", "shelve", "copyreg", "zipfile"}
 FORBIDDEN_NAMES = {"eval", "exec", "getattr", "setattr", "__import__", "compile", "globals"}
@@ -33,7 +33,7 @@ def test_no_module_can_look_up_or_run_a_name(path: Path) -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    script = "import sys, reshard.torchfile; sys.exit('torch' in sys.modules)"
+    script = "import sys, reshard.containers.torch; sys.exit('torch' in sys.modules)"
     subprocess.run(
         [sys.executable, "-c", script], check=True, env={"PYTHONPATH": str(ROOM.parents[1])}
     )

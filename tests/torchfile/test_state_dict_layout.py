@@ -9,9 +9,9 @@ import zlib
 
 import torch
 
-from reshard import dtypes
-from reshard.tensors import TensorSpec
-from reshard.torchfile.write import ALIGNMENT, lay_out_state_dict
+from reshard.containers.torch.write import ALIGNMENT, lay_out_state_dict
+from reshard.core import dtypes
+from reshard.core.tensors import TensorSpec
 
 
 def test_torch_loads_what_was_laid_out() -> None:

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from reshard.dtypes import FLOAT32
+from reshard.containers.torch import Known, TensorRef, read, read_pickle
+from reshard.containers.torch.write import lay_out_tensor
+from reshard.core.dtypes import FLOAT32
+from reshard.core.tensors import FileRef
 from reshard.errors import FormatError, IncompleteError
-from reshard.storage import Source, Sources
-from reshard.tensors import FileRef
-from reshard.torchfile import Known, TensorRef, read, read_pickle
-from reshard.torchfile.write import lay_out_tensor
+from reshard.storage.local import Source, Sources
 from tests.torchfile.handmade import Member, pickle, tensor, torch_file
 from tests.torchfile.support import opened, read_bytes, same, saved
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from reshard import dtypes
-from reshard.dtypes import DType
+from reshard.containers.torch import Global, Opaque, TensorRef, read_pickle
+from reshard.core import dtypes
+from reshard.core.dtypes import DType
+from reshard.core.tensors import flat, whole
 from reshard.errors import PlanError
-from reshard.tensors import flat, whole
-from reshard.torchfile import Global, Opaque, TensorRef, read_pickle
 from tests.torchfile.handmade import pickle
 from tests.torchfile.support import OLD, read_bytes, same, saved, value_of
 

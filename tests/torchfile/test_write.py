@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from reshard import dtypes
-from reshard.dtypes import BFLOAT16, FLOAT32, DType
-from reshard.storage import Sources
-from reshard.tensors import whole
-from reshard.torchfile import TensorRef, read
-from reshard.torchfile.write import lay_out_tensor
+from reshard.containers.torch import TensorRef, read
+from reshard.containers.torch.write import lay_out_tensor
+from reshard.core import dtypes
+from reshard.core.dtypes import BFLOAT16, FLOAT32, DType
+from reshard.core.tensors import whole
+from reshard.storage.local import Sources
 from tests.torchfile.support import raw_bytes, read_bytes, same_tensor
 from tests.torchfile.test_values import random
 

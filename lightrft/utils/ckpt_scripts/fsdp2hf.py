@@ -1,6 +1,6 @@
 """FSDP checkpoint (PyTorch DCP) to Hugging Face: `python fsdp2hf.py --help`."""
 
-from reshard.scripts.fsdp2hf import main
+from reshard.cli.lightrft.fsdp2hf import main
 
 if __name__ == "__main__":
     main()

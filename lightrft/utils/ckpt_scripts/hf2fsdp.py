@@ -1,6 +1,6 @@
 """Hugging Face safetensors to PyTorch DCP: `python hf2fsdp.py --help`."""
 
-from reshard.scripts.hf2fsdp import main
+from reshard.cli.lightrft.hf2fsdp import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Try a converted Hugging Face model: `python test_model.py --help`."""
 
-from reshard.scripts.test_model import main
+from reshard.cli.lightrft.test_model import main
 
 if __name__ == "__main__":
     main()

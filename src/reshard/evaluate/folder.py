@@ -19,7 +19,7 @@ from typing import Any
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
 from reshard.formats.huggingface import is_adapter
-from reshard.storage import snapshot
+from reshard.storage.local import snapshot
 
 REWARD_CONFIG = "reward_config.json"
 REWARD_HEAD = "reward_head.safetensors"

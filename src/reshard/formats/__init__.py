@@ -13,11 +13,11 @@ from typing import Protocol, cast
 
 from msgspec import Struct
 
-from reshard.catalog import Catalog
+from reshard.core.catalog import Catalog
+from reshard.core.plan import OutputFile
+from reshard.core.tensors import Entry, Made, TensorSpec
 from reshard.errors import FormatError, NotFoundError
-from reshard.plan import OutputFile
-from reshard.storage import Sources
-from reshard.tensors import Entry, Made, TensorSpec
+from reshard.storage.local import Sources
 
 
 class Selection(Struct, frozen=True):

@@ -20,13 +20,14 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from reshard import dtypes, safetensors_file
-from reshard.catalog import Asset, Catalog, Origin
+from reshard.containers import safetensors as safetensors_file
+from reshard.core import dtypes
+from reshard.core.catalog import Asset, Catalog, Origin
+from reshard.core.plan import OutputFile, Slot, pack
+from reshard.core.tensors import Entry, Extent, Fragment, Made, TensorSpec, check_tiling, whole
 from reshard.errors import FormatError, IncompleteError, NotFoundError
 from reshard.formats import Selection, Wanted
-from reshard.plan import OutputFile, Slot, pack
-from reshard.storage import Sources, child
-from reshard.tensors import Entry, Extent, Fragment, Made, TensorSpec, check_tiling, whole
+from reshard.storage.local import Sources, child
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -26,15 +26,15 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from reshard.catalog import Catalog, Origin
+from reshard.containers.torch import Opaque, TensorRef, TorchFile
+from reshard.containers.torch import read as read_torch
+from reshard.containers.torch.write import lay_out_state_dict
+from reshard.core.catalog import Catalog, Origin
+from reshard.core.plan import OutputFile, Slot
+from reshard.core.tensors import Entry, Record, TensorSpec, check_tiling
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats import Selection, Wanted, numbered, of_several
-from reshard.plan import OutputFile, Slot
-from reshard.storage import Sources, child
-from reshard.tensors import Entry, Record, TensorSpec, check_tiling
-from reshard.torchfile import Opaque, TensorRef, TorchFile
-from reshard.torchfile import read as read_torch
-from reshard.torchfile.write import lay_out_state_dict
+from reshard.storage.local import Sources, child
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"

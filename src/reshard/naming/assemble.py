@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
-from reshard import rearrange
+from reshard.core import rearrange
+from reshard.core.tensors import Box, Entry, Fragment
 from reshard.naming.layouts import Piece
-from reshard.tensors import Box, Entry, Fragment
 
 
 class Assembler:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from reshard.core.tensors import Entry
 from reshard.errors import NamesError
 from reshard.naming import ties
 from reshard.naming.assemble import Assembler
@@ -21,7 +22,6 @@ from reshard.naming.search import (
     search,
     sources,
 )
-from reshard.tensors import Entry
 
 #: Whether two tensors of one shape hold the same values; reads them, in a stream.
 Equal = Callable[[Entry, Entry], bool]

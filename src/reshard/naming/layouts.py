@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from reshard.core.tensors import Shape
 from reshard.errors import OptionError
 from reshard.naming import patterns
-from reshard.tensors import Shape
 
 Version = tuple[int, ...]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+from reshard.core.tensors import Entry, Shape
 from reshard.errors import PlanError, UnsupportedError
 from reshard.naming import families, patterns, ties
 from reshard.naming.assemble import Assembler
@@ -22,7 +23,6 @@ from reshard.naming.schema import (
     levels,
     views,
 )
-from reshard.tensors import Entry, Shape
 
 #: The newest transformers version whose layouts were read (`families.py`).
 NEWEST: Version = (5, 23)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
+from reshard.core.tensors import Entry
 from reshard.errors import NamesError
 from reshard.naming.search import unwrap
-from reshard.tensors import Entry
 
 # Beginnings of names that the error lists.
 _SHOWN = 8

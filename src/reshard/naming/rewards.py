@@ -21,11 +21,11 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from reshard.core.tensors import Entry, Shape
 from reshard.errors import IncompleteError, NamesError
 from reshard.naming import patterns
 from reshard.naming.schema import levels
 from reshard.naming.search import unwrap
-from reshard.tensors import Entry, Shape
 
 ModelType = Literal["vision2seq", "grm", "srm_vl", "srm_al", "critic"]
 Pooling = Literal["attn", "last"]

@@ -8,10 +8,10 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from reshard.core.tensors import TensorSpec
 from reshard.naming import families, patterns
 from reshard.naming.families import BACKBONES, FAMILIES, PLAIN
 from reshard.naming.layouts import Family, Layout, View
-from reshard.tensors import TensorSpec
 
 # Ends of the names of classes with a head that are called a model all the same.
 _HEADED = ("LMHeadModel", "DoubleHeadsModel", "MTModel", "EncoderDecoderModel")

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 
 from msgspec import Struct
 
+from reshard.core.tensors import Entry, Shape
 from reshard.errors import NamesError
 from reshard.naming import families, ties
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Version, View
@@ -26,7 +27,6 @@ from reshard.naming.schema import (
     says_untied,
     views_of,
 )
-from reshard.tensors import Entry, Shape
 
 
 class FitOptions(Struct, frozen=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from reshard.tensors import Entry, contiguous_strides
+from reshard.core.tensors import Entry, contiguous_strides
 
 
 def gather(entry: Entry, files: Mapping[str, bytes]) -> np.ndarray[Any, Any]:

@@ -18,10 +18,10 @@ from msgspec import Struct, field
 
 import reshard
 from reshard import formats
-from reshard.catalog import Catalog
+from reshard.core.catalog import Catalog
+from reshard.core.tensors import Kind, check_tiling
 from reshard.formats import Selection
-from reshard.storage import Sources
-from reshard.tensors import Kind, check_tiling
+from reshard.storage.local import Sources
 from reshard.testing import truth
 from reshard.testing.truth import Tensors
 

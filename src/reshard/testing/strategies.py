@@ -13,8 +13,16 @@ import numpy as np
 from hypothesis import strategies as st
 from msgspec import Struct
 
-from reshard.dtypes import FLOAT32
-from reshard.tensors import Box, Entry, Extent, FileRef, Fragment, TensorSpec, contiguous_strides
+from reshard.core.dtypes import FLOAT32
+from reshard.core.tensors import (
+    Box,
+    Entry,
+    Extent,
+    FileRef,
+    Fragment,
+    TensorSpec,
+    contiguous_strides,
+)
 
 
 class Torn(Struct, frozen=True, dict=True):

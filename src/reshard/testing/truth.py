@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from reshard.catalog import Catalog
+from reshard.core.catalog import Catalog
 from reshard.testing.gathering import gather
 
 Array = np.ndarray[Any, Any]

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from reshard import dtypes, formats
-from reshard.catalog import Catalog
-from reshard.dtypes import BFLOAT16, FLOAT32
-from reshard.formats import Selection, Wanted
-from reshard.plan import OutputFile, Plan
-from reshard.storage import Sources
-from reshard.tensors import (
+from reshard import formats
+from reshard.core import dtypes
+from reshard.core.catalog import Catalog
+from reshard.core.dtypes import BFLOAT16, FLOAT32
+from reshard.core.plan import OutputFile, Plan
+from reshard.core.tensors import (
     Entry,
     Extent,
     FileRef,
@@ -26,6 +25,8 @@ from reshard.tensors import (
     flat,
     whole,
 )
+from reshard.formats import Selection, Wanted
+from reshard.storage.local import Sources
 from reshard.testing import truth
 from reshard.testing.truth import Array, Tensors
 from reshard.transfer.checksums import Ledger

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from msgspec import Struct, field
 from zlib_ng import zlib_ng
 
+from reshard.core.tensors import Extent, FileRef, Record
 from reshard.errors import FormatError
-from reshard.storage import Sources
-from reshard.tensors import Extent, FileRef, Record
+from reshard.storage.local import Sources
 
 # A record of which less than this share was read is not read to its end just to be checked.
 _WORTH_COMPLETING = 0.5

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from reshard.errors import WriteError
-from reshard.storage import Source, real
+from reshard.storage.local import Source, real
 
 # renameat2(2), Linux 3.15: linux/fs.h and linux/fcntl.h.
 _RENAME_NOREPLACE, _RENAME_EXCHANGE, _AT_FDCWD = 1, 2, -100

@@ -19,11 +19,11 @@ import xxhash
 from msgspec import Struct, field
 from zlib_ng import zlib_ng
 
+from reshard.core.plan import OutputFile, Plan, Slot
+from reshard.core.tensors import Box, blocks, flat
 from reshard.errors import VerificationError
-from reshard.plan import OutputFile, Plan, Slot
 from reshard.progress import Progress
-from reshard.storage import Sources
-from reshard.tensors import Box, blocks, flat
+from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import Array, Reader, fill, page_aligned

@@ -19,10 +19,8 @@ import ml_dtypes
 import numpy as np
 from msgspec import Struct
 
-from reshard.errors import VerificationError
-from reshard.rearrange import crop, cut
-from reshard.storage import Sources
-from reshard.tensors import (
+from reshard.core.rearrange import crop, cut
+from reshard.core.tensors import (
     Box,
     Entry,
     Extent,
@@ -34,6 +32,8 @@ from reshard.tensors import (
     flat,
     whole,
 )
+from reshard.errors import VerificationError
+from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 
 Array = np.ndarray[Any, Any]

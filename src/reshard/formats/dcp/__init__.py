@@ -22,16 +22,17 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from reshard import torchfile
-from reshard.catalog import Catalog, Origin
+from reshard.containers import torch as torchfile
+from reshard.containers.dcp import shards
+from reshard.containers.dcp.metadata import Metadata, merge, parse
+from reshard.containers.torch.limits import MAX_NBYTES
+from reshard.core.catalog import Catalog, Origin
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats import Selection, numbered, of_several
-from reshard.formats.dcp import foreign, parts, shards
+from reshard.formats.dcp import foreign, parts
 from reshard.formats.dcp.chunked import read_chunks
 from reshard.formats.dcp.layout import lay_out
-from reshard.formats.dcp.metadata import Metadata, merge, parse
-from reshard.storage import Sources, child
-from reshard.torchfile.limits import MAX_NBYTES
+from reshard.storage.local import Sources, child
 
 __all__ = ["detect", "lay_out", "read"]
 

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 
 from msgspec import Struct, field
 
-from reshard.dtypes import DType
-from reshard.formats.dcp import pickling
-from reshard.formats.dcp.metadata import Chunk, Location, Metadata, StoredTensor
-from reshard.plan import OutputFile, Slot
-from reshard.rearrange import part
-from reshard.tensors import Box, Entry, Made, Shape, TensorSpec, whole
-from reshard.torchfile.write import TensorArchive, lay_out_tensor
+from reshard.containers.dcp import pickling
+from reshard.containers.dcp.metadata import Chunk, Location, Metadata, StoredTensor
+from reshard.containers.torch.write import TensorArchive, lay_out_tensor
+from reshard.core.dtypes import DType
+from reshard.core.plan import OutputFile, Slot
+from reshard.core.rearrange import part
+from reshard.core.tensors import Box, Entry, Made, Shape, TensorSpec, whole
 
 # Bytes of a chunk, at most, where rows allow it. Smaller chunks cost 1.4 KB each and a line of
 # metadata; larger ones make many ranks read what they do not need.

@@ -27,12 +27,12 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from reshard.catalog import Catalog
+from reshard.core.catalog import Catalog
 from reshard.formats import Selection, of_several
 from reshard.formats.deepspeed import files, place, stage3, stages012, tensor_parallel, universal
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.place import Location
-from reshard.storage import Sources
+from reshard.storage.local import Sources
 
 
 def detect(path: Path) -> str | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from reshard.catalog import Catalog, Origin
+from reshard.core.catalog import Catalog, Origin
+from reshard.core.tensors import Entry
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.place import Location
-from reshard.tensors import Entry
 
 
 def describe(

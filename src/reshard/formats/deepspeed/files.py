@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from msgspec import Struct
 from msgspec.structs import replace
 
+from reshard.containers.torch import Known, TensorRef
+from reshard.containers.torch import read as read_torch
+from reshard.core.tensors import Record
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed.parse import (
     ExpertFile,
@@ -18,10 +21,7 @@ from reshard.formats.deepspeed.parse import (
     parse_optim,
 )
 from reshard.formats.deepspeed.place import Location, absent, check_ranks, check_written_as
-from reshard.storage import Sources
-from reshard.tensors import Record
-from reshard.torchfile import Known, TensorRef
-from reshard.torchfile import read as read_torch
+from reshard.storage.local import Sources
 
 _ONE_SAVE = "Copy all files of one save."
 # Versions that do not state the parameters' shapes in the model file.

@@ -8,9 +8,9 @@ from itertools import accumulate
 
 from msgspec.structs import replace
 
+from reshard.containers.torch import TensorRef
+from reshard.core.tensors import Entry, Extent, Fragment, Kind, TensorSpec, check_tiling, flat
 from reshard.errors import FormatError
-from reshard.tensors import Entry, Extent, Fragment, Kind, TensorSpec, check_tiling, flat
-from reshard.torchfile import TensorRef
 
 
 class FlatSpace:

@@ -35,6 +35,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from reshard.core.tensors import Shape
 from reshard.errors import FormatError, UnsupportedError, brief
 from reshard.formats.deepspeed.sharding import (
     Sharding,
@@ -43,7 +44,6 @@ from reshard.formats.deepspeed.sharding import (
     joined,
     replicated,
 )
-from reshard.tensors import Shape
 
 _VERSION, _MAP_VERSION = 0.4, 1
 _EXACT = re.compile(r"\^((?:[^\\.^$*+?{}\[\]|()]|\\[^A-Za-z0-9])+)\$")

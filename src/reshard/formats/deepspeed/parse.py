@@ -8,9 +8,9 @@ from typing import Any
 
 from msgspec import Struct
 
+from reshard.containers.torch import Opaque, TensorRef, TorchFile
+from reshard.core.tensors import Record, is_shape
 from reshard.errors import FormatError, UnsupportedError, brief
-from reshard.tensors import Record, is_shape
-from reshard.torchfile import Opaque, TensorRef, TorchFile
 
 Shapes = dict[str, tuple[int, ...]]
 

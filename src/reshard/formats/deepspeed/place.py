@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
 from reshard.formats import numbered
-from reshard.storage import Sources, child, real
+from reshard.storage.local import Sources, child, real
 
 # runtime/engine.py: _get_ckpt_name, _get_zero_ckpt_name, _get_optimizer_ckpt_name,
 # _get_expert_ckpt_name; runtime/pipe/module.py: ckpt_layer_path. "pp_rank" is the data parallel

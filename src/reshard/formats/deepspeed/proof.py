@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from reshard.dtypes import DType
+from reshard.containers.torch import TensorRef
+from reshard.core.dtypes import DType
+from reshard.core.rearrange import crop, unflatten
+from reshard.core.tensors import Box, Entry, Extent, Record
 from reshard.errors import FormatError
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.parse import ModelFile, OptimFile
-from reshard.rearrange import crop, unflatten
-from reshard.storage import Sources
-from reshard.tensors import Box, Entry, Extent, Record
-from reshard.torchfile import TensorRef
+from reshard.storage.local import Sources
 
 Array = np.ndarray[Any, Any]
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from reshard.core.tensors import Shape, contiguous_strides
 from reshard.errors import UnsupportedError, brief
-from reshard.tensors import Shape, contiguous_strides
 
 
 class Block(Struct, frozen=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from reshard.catalog import Catalog
+from reshard.core.catalog import Catalog
+from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed import proof
 from reshard.formats.deepspeed.describe import describe
@@ -13,8 +14,7 @@ from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
 from reshard.formats.deepspeed.parse import Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
-from reshard.storage import Sources
-from reshard.tensors import Entry, TensorSpec
+from reshard.storage.local import Sources
 
 
 def catalog(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from reshard.catalog import Catalog
-from reshard.dtypes import DType
+from reshard.containers.torch import TensorRef
+from reshard.core.catalog import Catalog
+from reshard.core.dtypes import DType
+from reshard.core.tensors import Entry, Kind, TensorSpec
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats.deepspeed import experts, proof
 from reshard.formats.deepspeed.describe import describe
@@ -15,9 +17,7 @@ from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
 from reshard.formats.deepspeed.parse import ModelFile, OptimFile, Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
-from reshard.storage import Sources
-from reshard.tensors import Entry, Kind, TensorSpec
-from reshard.torchfile import TensorRef
+from reshard.storage.local import Sources
 
 
 def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:

@@ -16,16 +16,16 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from reshard import rearrange
-from reshard.catalog import Catalog
+from reshard.core import rearrange
+from reshard.core.catalog import Catalog
+from reshard.core.tensors import Box, Entry, TensorSpec, check_tiling
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed import parallel_info, proof
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.parallel_info import ParallelInfo
 from reshard.formats.deepspeed.place import Location, absent
 from reshard.formats.deepspeed.sharding import Block, Sharding, replicated
-from reshard.storage import Sources
-from reshard.tensors import Box, Entry, TensorSpec, check_tiling
+from reshard.storage.local import Sources
 
 
 def check(location: Location, saved: Sequence[Saved], sources: Sources) -> list[Saved]:

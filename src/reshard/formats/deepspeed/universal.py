@@ -19,7 +19,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from reshard.catalog import Catalog
+from reshard.containers.torch import TensorRef, TorchFile
+from reshard.containers.torch import read as read_torch
+from reshard.core.catalog import Catalog
+from reshard.core.tensors import Entry, Record, Shape, TensorSpec, flat
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed import proof, stage3, stages012
 from reshard.formats.deepspeed.describe import describe
@@ -27,10 +30,7 @@ from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.flat import flat_entry
 from reshard.formats.deepspeed.place import Location
-from reshard.storage import Sources, child
-from reshard.tensors import Entry, Record, Shape, TensorSpec, flat
-from reshard.torchfile import TensorRef, TorchFile
-from reshard.torchfile import read as read_torch
+from reshard.storage.local import Sources, child
 
 
 def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:

@@ -1,0 +1,10 @@
+"""The command line: words and exit codes. All work is done by the library.
+
+app.py         the `reshard` command, exit codes, errors in words
+commands.py    convert, inspect, verify, diff
+doctor.py      doctor
+try_.py        try
+flags.py       kinds of options
+output.py      tables, progress bars, JSON
+lightrft/      LightRFT's four scripts
+"""

@@ -1,0 +1,131 @@
+"""The command line: words and exit codes. All work is done by the library.
+
+Exit codes: 0 done; 1 a stated failure; 2 wrong usage; 130 interrupted. An error is one short
+paragraph on standard error: what, where, how to mend; `--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import re
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from types import FrameType
+from typing import cast
+
+import click
+
+from reshard._version import __version__
+from reshard.cli.flags import debug
+from reshard.errors import OptionError, ReshardError, printable
+
+# Twice what `storage` keeps open.
+_FILES = 8192
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+# Where each command stands; its module is imported when the command is called or described.
+_COMMANDS = {
+    "convert": "reshard.cli.commands:convert",
+    "inspect": "reshard.cli.commands:inspect",
+    "verify": "reshard.cli.commands:verify",
+    "diff": "reshard.cli.commands:diff",
+    "doctor": "reshard.cli.doctor:doctor",
+    "try": "reshard.cli.try_:try_model",
+}
+
+
+class Group(click.Group):
+    """The commands of `_COMMANDS`, in that order, each imported on demand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[cmd_name].partition(":")
+        return cast(click.Command, getattr(import_module(module), attribute))
+
+
+@click.group(cls=Group, context_settings=HELP)
+@click.version_option(__version__, prog_name="reshard")
+@debug
+def reshard() -> None:
+    """Convert checkpoints between DeepSpeed, FSDP/DCP and Hugging Face, and prove the result."""
+
+
+def run(command: click.Command, args: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; every stated failure becomes one paragraph."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    shows_traceback = "--debug" in arguments or "-d" in arguments
+    _allow_files()
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, _interrupt)
+    _start_quickly()
+    try:
+        code = command.main(args=arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; nothing was left under the output's name.", err=True)
+        return 130
+    except (ReshardError, OSError) as error:
+        if shows_traceback:
+            traceback.print_exc()
+        click.echo(f"error: {printable(str(error))}{_elsewhere(command, error)}", err=True)
+        return 2 if isinstance(error, OptionError) else 1
+    return code if isinstance(code, int) else 0
+
+
+def _elsewhere(command: click.Command, error: Exception) -> str:
+    """Where the flags are that the error advises, if the script that was called lacks them."""
+    hint = getattr(error, "hint", None)
+    if isinstance(command, click.Group) or not hint:
+        return ""
+    own = {name.replace("_", "-") for parameter in command.params for name in parameter.opts}
+    advised = dict.fromkeys(flag.replace("_", "-") for flag in re.findall(r"--[a-z][a-z_-]+", hint))
+    lacking = [flag for flag in advised if flag not in own]
+    if not lacking or "reshard convert" in hint:
+        return ""
+    return f" ({', '.join(lacking)}: see `reshard convert --help`, which does the same.)"
+
+
+def _start_quickly() -> None:
+    """A plan is very many small objects without a cycle: the collector would search them over and
+    over, and once more at the end, for 20 ms. And numpy's BLAS starts a thread for each core,
+    though the engine has its own."""
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def _allow_files() -> None:
+    """Use the descriptors that the system grants on request: a file stays open while it is read."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if most == resource.RLIM_INFINITY else min(_FILES, most)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """End like Ctrl-C does, so that a partial output folder is removed on the way out.
+
+    A terminal that is closed (SIGHUP) ends a run no worse than one that is killed (SIGTERM).
+    """
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The console command `reshard`."""
+    sys.exit(run(reshard))

@@ -1,0 +1,248 @@
+"""The commands of `reshard`: flags in, library calls, tables or JSON out. No other logic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reshard.cli import output
+from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.conversion.dtypes import CHOICES
+from reshard.conversion.options import LORA, MODEL_TYPES, NAMES, POOLINGS, SRM_FORMATS
+from reshard.formats import TARGETS
+
+_PATH = FolderOrFile()
+# Names of a list that a table shows; --json has them all.
+_LISTED = 8
+_prefix = click.option("--prefix", help="The model's part of a nested state dict.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_tag = click.option(
+    "--tag", "-t", help="Which save, e.g. global_step100 or checkpoint-100; default: the newest."
+)
+
+
+@click.command(cls=SeveralValues)
+@click.argument("src", type=_PATH)
+@click.argument("dst", type=_PATH)
+@click.option("--to", type=click.Choice(list(TARGETS)), default="hf", show_default=True,
+              help="The target format.")  # fmt: skip
+@click.option("--base", type=_PATH, help="The Hugging Face model that training started from.")
+@_tag
+@_prefix
+@click.option("--dtype", type=click.Choice(CHOICES),
+              help="base: as the base stores each tensor (default with --base); keep: as the "
+                   "checkpoint does.")  # fmt: skip
+@click.option("--max-shard-size", help="Default: 5GB; with --to dcp: 1GB.")
+@option("model_type", type=click.Choice(MODEL_TYPES),
+        help="Default: found by the checkpoint's heads.")  # fmt: skip
+@option("pooling_method", type=click.Choice(POOLINGS),
+        help="Checked against a scalar reward model's heads.")  # fmt: skip
+@click.option("--scale-for-train/--no-scale-for-train", default=None,
+              help="Checked against a scalar reward model's heads.")  # fmt: skip
+@option("heads_types", multiple=True, metavar="NAME...",
+        help="Checked against a scalar reward model's heads; also their order.")  # fmt: skip
+@option("probing_layer", type=int, default=-1, show_default=True,
+        help="The hidden state that a scalar reward model reads; recorded.")  # fmt: skip
+@click.option("--value-head", metavar="NAME", help="A critic's head; default: score.")
+@click.option("--srm-format", type=click.Choice(SRM_FORMATS), default="both", show_default=True,
+              help="A scalar reward model as LightRFT loads it, as backbone and heads, or "
+                   "both.")  # fmt: skip
+@click.option("--lora", type=click.Choice(LORA),
+              help="What becomes of adapters; default with --base: merge.")  # fmt: skip
+@click.option("--lora-alpha", type=float, help="The alpha that adapters were trained with.")
+@click.option("--adapter-config", type=_PATH, help="The run's adapter_config.json.")
+@click.option("--adapter", metavar="NAME", help="Which adapter, where there are several.")
+@click.option("--names", type=click.Choice(NAMES), default="disk", show_default=True,
+              help="memory: as a live module names its tensors, for dcp.load.")  # fmt: skip
+@click.option("--transformers-version", metavar="V",
+              help="Whose live module; default: the installed one. Also what the checkpoint "
+                   "was trained with, where shapes cannot tell.")  # fmt: skip
+@click.option("--exclude-frozen", is_flag=True, help="Leave out frozen parameters.")
+@click.option("--fill-from-base", is_flag=True,
+              help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
+@click.option("--allow", multiple=True, metavar="PATTERN...",
+              help="Names that may be missing or left over, e.g. 'visual.*'.")  # fmt: skip
+@click.option("--allow-unchanged", is_flag=True,
+              help="Accept a result whose every tensor equals the base's.")  # fmt: skip
+@click.option("--allow-step-mismatch", is_flag=True,
+              help="Accept a ZeRO-3 checkpoint whose optimizer was restarted.")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Refuse a checkpoint with any finding.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: the cores, at most 4.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists, in one step.")
+@click.option("--no-verify", is_flag=True, help="Do not read the output again.")
+@click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
+@_json
+@debug
+def convert(src: Path, dst: Path, as_json: bool, no_verify: bool, **options: Any) -> None:
+    """Convert the checkpoint SRC into the folder DST."""
+    from reshard.conversion.convert import convert as run
+
+    with output.progress_bar(quiet=as_json) as progress:
+        report = run(src, dst, verify=not no_verify, progress=progress, **options)
+    show_report(report, as_json=as_json)
+
+
+def show_report(report: Any, *, as_json: bool = False) -> None:
+    """A conversion's report, as JSON or as a table with its warnings."""
+    if as_json:
+        output.print_json(report.to_json())
+        return
+    for warning in report.warnings:
+        output.say(f"note: {warning}")
+    speed = report.bytes_written / max(report.seconds, 1e-3)
+    rows = [
+        ("source", f"{report.source} ({report.format}{_tagged(report.tag)})"),
+        ("target", f"{report.target}{' (dry run: nothing was written)' * report.dry_run}"),
+        ("tensors", f"{report.num_tensors} in {len(report.files)} file(s)"),
+        ("read", output.size(report.bytes_read)),
+        ("written", output.size(report.bytes_written)),
+    ]
+    if report.rules or report.prefix:
+        prefix = [f"prefix {report.prefix!r} stripped"] if report.prefix else []
+        rows.append(("names", "; ".join([*prefix, *report.rules])))
+    if report.tied:
+        rows.append(("tied", ", ".join(f"{a} = {b}" for a, b in report.tied.items())))
+    for what in ("filled", "missing", "unexpected"):
+        names = getattr(report, what)
+        if names:
+            rows.append((what, f"{len(names)}: {', '.join(names[:5])}"))
+    if report.merged:
+        rows.append(("merged", f"{report.merged} low-rank updates"))
+    if report.compared:
+        rows.append(("changed", f"{report.changed} of {report.compared} differ from the base"))
+    if not report.dry_run:
+        rows.append(("verified", "yes, read back" if report.verified else "no"))
+        rows.append(("time", f"{report.seconds:.1f} s, {output.size(int(speed))}/s"))
+    output.print_table(rows)
+
+
+def _tagged(tag: str | None) -> str:
+    return f", tag {tag}" if tag else ""
+
+
+@click.command()
+@click.argument("src", type=_PATH)
+@_tag
+@_prefix
+@click.option("--base", type=_PATH, help="Also show how the names fit onto this model's.")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@_json
+@debug
+def inspect(
+    src: Path,
+    tag: str | None,
+    prefix: str | None,
+    base: Path | None,
+    tensors: bool,
+    as_json: bool,
+) -> int:
+    """Show what is in the checkpoint SRC, from its metadata alone.
+
+    With --base, exits with 1 where the names do not fit.
+    """
+    from reshard.inspection import inspect as run
+
+    inspection = run(src, tag=tag, prefix=prefix, base=base)
+    found = inspection.to_json(tensors=tensors)
+    fits = inspection.fitting is None or inspection.fitting.fits
+    if as_json:
+        output.print_json(found)
+        return 0 if fits else 1
+    sizes = ("total_bytes", "bytes_to_read", "bytes_on_disk")
+    hidden = ("tensors", "notes", "tied", "frozen", "base")
+    rows = [
+        (name.replace("_", " "), output.size(value) if name in sizes else _shown(value))
+        for name, value in found.items()
+        if name not in hidden and value not in (None, [], {})
+    ]
+    for what in ("tied", "frozen"):
+        if found[what]:
+            rows.append((what, f"{len(found[what])}: {', '.join(list(found[what])[:5])}"))
+    for name, value in found.get("base", {}).items():
+        if value not in (None, [], {}, ""):
+            rows.append((f"base: {name}", _shown(value)))
+    output.print_table(rows)
+    for note in found["notes"]:
+        output.say(f"note: {note}")
+    if tensors:
+        listing = [
+            (t["name"], t["dtype"], str(tuple(t["shape"])), output.size(t["nbytes"]), t["kind"])
+            for t in found["tensors"]
+        ]
+        output.print_table(listing, header=("name", "dtype", "shape", "size", "kind"))
+    return 0 if fits else 1
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {count}" for name, count in value.items())
+    if isinstance(value, list):
+        more = f" and {len(value) - _LISTED} more" if len(value) > _LISTED else ""
+        return ", ".join(map(str, value[:_LISTED])) + more
+    return str(value)
+
+
+@click.command()
+@click.argument("dst", type=_PATH)
+@click.option("--against", type=_PATH, metavar="SRC",
+              help="The checkpoint it was converted from; default: its own digests.")  # fmt: skip
+@_tag
+@_prefix
+@click.option("--base", type=_PATH, help="With --against: the model that it was converted onto.")
+@_json
+@debug
+def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> int:
+    """Read the converted folder DST again and compare every tensor, bit for bit."""
+    from reshard.comparison.compare import verify as run
+    from reshard.errors import VerificationError
+
+    try:
+        with output.progress_bar(quiet=as_json) as progress:
+            step = None if progress is None else lambda done, total: progress("verify", done, total)
+            verified = run(dst, against, progress=step, **options)
+    except VerificationError as error:
+        if not as_json:
+            raise
+        output.print_json({"verified": False, "tensor": error.tensor, "message": str(error)})
+        return 1
+    if as_json:
+        output.print_json(verified.to_json())
+        return 0
+    for note in verified.notes:
+        output.say(f"note: {note}")
+    amount = output.size(verified.bytes_read)
+    what = "as written" if against is None else f"as in {against}"
+    apart = f"; {verified.num_filled} are the base's" if verified.num_filled else ""
+    output.tell(f"{dst}: {verified.num_tensors} tensors, {amount}, all {what}{apart}.")
+    return 0
+
+
+@click.command()
+@click.argument("a", type=_PATH)
+@click.argument("b", type=_PATH)
+@_json
+@debug
+def diff(a: Path, b: Path, as_json: bool) -> int:
+    """Compare the checkpoints A and B, of any formats, tensor by tensor.
+
+    Values are compared after rounding A to B's dtypes. Exits with 1 where they differ.
+    """
+    from reshard.comparison.compare import diff as run
+
+    with output.progress_bar(quiet=as_json) as progress:
+        step = None if progress is None else lambda done, total: progress("compare", done, total)
+        found = run(a, b, progress=step)
+    if as_json:
+        output.print_json(found.to_json())
+    else:
+        for note in found.notes:
+            output.say(f"note: {note}")
+        rows = [(difference.name, str(difference)) for difference in found.differences]
+        if rows:
+            output.print_table(rows, header=("tensor", "difference"))
+        output.tell(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
+    return 0 if found.same else 1

@@ -1,0 +1,80 @@
+"""The command `reshard doctor`: flags in, `reshard.doctor`, a table or JSON out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from reshard.cli import output
+from reshard.cli.flags import FolderOrFile, debug
+
+if TYPE_CHECKING:
+    from reshard.diagnosis.diagnosis import Diagnosis
+    from reshard.diagnosis.findings import Finding
+
+_PATH = FolderOrFile()
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=_PATH)
+@click.option("--base", type=_PATH, help="The Hugging Face model that training started from.")
+@click.option("--repair", metavar="OUT", type=_PATH, help="Write a mended copy as a new folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@debug
+def doctor(folder: Path, base: Path | None, repair: Path | None, as_json: bool) -> int:
+    """Find what is wrong with the exported model in DIR, and mend it.
+
+    Exit code 1 if an error was found that is not mended.
+    """
+    from reshard.diagnosis.diagnosis import doctor as run
+
+    with output.progress_bar(quiet=as_json) as progress:
+        diagnosis = run(folder, base=base, repair=repair, progress=progress)
+    if as_json:
+        output.print_json(diagnosis.to_json())
+    else:
+        _show(diagnosis, asked=repair is not None)
+    return 1 if diagnosis.errors else 0
+
+
+def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
+    for finding in diagnosis.findings:
+        output.tell(f"{finding.name}: {finding.about}")
+        # Names are not broken over lines as a table would: people search for them.
+        for line in finding.evidence:
+            output.tell(f"  {line}")
+    if diagnosis.findings:
+        header = ("finding", "severity", "repair")
+        output.print_table([_row(finding) for finding in diagnosis.findings], header=header)
+    amount = output.size(diagnosis.total_bytes)
+    output.tell(f"{diagnosis.folder}: {diagnosis.num_tensors} tensors, {amount}: {_sum(diagnosis)}")
+    if diagnosis.repaired is not None:
+        output.tell(f"Mended in {diagnosis.repaired}, read back and examined again.")
+        return
+    hopeless = [f.name for f in diagnosis.errors if f.repair is None]
+    mendable = [f.name for f in diagnosis.findings if f.repair is not None]
+    if asked and hopeless:
+        output.say(
+            f"Nothing was written: {', '.join(hopeless)} cannot be mended from what is here."
+        )
+    elif mendable and not hopeless:
+        base = f" --base {diagnosis.base}" if diagnosis.base else ""
+        output.say(f"To mend it: reshard doctor {diagnosis.folder}{base} --repair OUT")
+
+
+def _row(finding: Finding) -> tuple[str, str, str]:
+    mend = f"none. {finding.advice}" if finding.repair is None else finding.repair.words
+    return finding.name, finding.severity, mend
+
+
+def _sum(diagnosis: Diagnosis) -> str:
+    errors = sum(finding.severity == "error" for finding in diagnosis.findings)
+    warnings = len(diagnosis.findings) - errors
+    if not diagnosis.findings:
+        return "nothing is wrong with it." if diagnosis.base else _UNCOMPARED
+    return f"{errors} error(s), {warnings} warning(s)."
+
+
+_UNCOMPARED = "nothing is wrong with it by itself; --base compares it with the base model."

@@ -1,0 +1,30 @@
+"""`test_model`: try a converted model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from reshard.cli.app import HELP, run
+from reshard.cli.flags import FolderOrFile, SeveralValues, option
+from reshard.cli.try_ import run_command, shared_options
+
+
+@click.command("test_model", cls=SeveralValues, context_settings=HELP)
+@option("model_path", "model", type=FolderOrFile(), required=True,
+        help="The converted model's folder.")  # fmt: skip
+@shared_options
+def command(**given: Any) -> int:
+    """Try a converted model: its answers, its speed, its health, and whether it is the same.
+
+    The report goes to a JSON file; the exit code is 0 only if the model loaded, every prompt was
+    answered and nothing that was found is an error.
+    """
+    return run_command(**given)
+
+
+def main() -> None:
+    """The console command `test_model`."""
+    sys.exit(run(command))

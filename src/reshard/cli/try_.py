@@ -1,0 +1,203 @@
+"""The words of `reshard try`, which `test_model` shares: one set of options, one way to run.
+
+Imports no torch: the model's libraries are loaded when a command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.errors import UnsupportedError
+from reshard.evaluate.options import DTYPES, Options, Sampling
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_EXISTING = FolderOrFile(exists=True, dir_okay=False)
+
+
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    option(
+        "test_prompts",
+        "prompts",
+        multiple=True,
+        metavar="TEXT...",
+        help="One or more prompts. Default: three of the shipped ones.",
+    ),
+    option(
+        "image",
+        "images",
+        multiple=True,
+        type=_EXISTING,
+        metavar="PATH...",
+        help="Images that go along with every prompt.",
+    ),
+    option(
+        "audio",
+        multiple=True,
+        type=_EXISTING,
+        metavar="PATH...",
+        help="Sounds (WAV) that go along with every prompt.",
+    ),
+    option(
+        "no_chat", is_flag=True, help="Give the prompts as raw text, without the chat template."
+    ),
+    option(
+        "max_new_tokens",
+        type=click.IntRange(min=1),
+        default=256,
+        show_default=True,
+        help="Most tokens of an answer.",
+    ),
+    option("do_sample", is_flag=True, help="Sample instead of greedy decoding."),
+    option(
+        "temperature",
+        type=click.FloatRange(min=0),
+        help="Sampling temperature. Implies --do_sample; 0 means greedy.",
+    ),
+    option(
+        "top_p",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        help="Sample from the likeliest tokens that make up this share. Implies --do_sample.",
+    ),
+    option(
+        "top_k",
+        type=click.IntRange(min=1),
+        help="Sample from the K likeliest tokens. Implies --do_sample.",
+    ),
+    option(
+        "repetition_penalty",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Above 1 makes tokens that were said already less likely.",
+    ),
+    option("seed", type=int, default=0, show_default=True, help="Seed of the sampling."),
+    option(
+        "device",
+        default="cuda",
+        show_default=True,
+        help="cuda (all GPUs if one is too small; the CPU where there is none), auto, or a torch "
+        "device such as cpu or cuda:1.",
+    ),
+    option(
+        "dtype",
+        type=click.Choice(DTYPES),
+        default="auto",
+        show_default=True,
+        help="Type to run in; auto is what the model's config names.",
+    ),
+    option("benchmark", is_flag=True, help="Measure latency, throughput and memory."),
+    option(
+        "benchmark_samples",
+        type=click.IntRange(min=1),
+        default=5,
+        show_default=True,
+        help="Timed calls for each batch size.",
+    ),
+    option(
+        "batch_sizes",
+        multiple=True,
+        type=click.IntRange(min=1),
+        metavar="N...",
+        help="Batch sizes to measure. Default: 1.",
+    ),
+    option(
+        "compare",
+        type=FolderOrFile(),
+        metavar="OTHER",
+        help="Run a second model on the same prompts, and say whether it is the same model.",
+    ),
+    option(
+        "text",
+        type=_EXISTING,
+        help="Text for the perplexity and the comparison. Default: the shipped one.",
+    ),
+    option(
+        "output_file",
+        type=FolderOrFile(dir_okay=False),
+        default=Path("test_results.json"),
+        show_default=True,
+        help="Where the report goes (JSON).",
+    ),
+    option("html", type=FolderOrFile(dir_okay=False), help="The report as a web page."),
+    option(
+        "trust_remote_code", is_flag=True, help="Run Python code that lies in the model's folder."
+    ),
+)
+
+
+def shared_options(function: _F) -> _F:
+    """Every option of a run but the model itself."""
+    for add in reversed((*_OPTIONS, debug)):
+        function = add(function)
+    return function
+
+
+@click.command("try", cls=SeveralValues)
+@click.argument("model", type=FolderOrFile())
+@shared_options
+def try_model(**given: Any) -> int:
+    """Run a converted model: its answers, its speed, its health, and whether it is the same.
+
+    MODEL is a Hugging Face folder. The report goes to a JSON file; the exit code is 0 only if the
+    model loaded, every prompt was answered and nothing that was found is an error.
+    """
+    return run_command(**given)
+
+
+def make_options(given: dict[str, Any]) -> Options:
+    """The options as the command line gave them; raises `click.UsageError` for those that clash."""
+    sampling = Sampling(
+        do_sample=_samples(given),
+        temperature=given.pop("temperature") or None,
+        top_p=given.pop("top_p"),
+        top_k=given.pop("top_k"),
+        repetition_penalty=given.pop("repetition_penalty"),
+    )
+    del given["do_sample"]
+    for name in ("output_file", "html"):
+        path: Path | None = given[name]
+        if path is not None and not path.absolute().parent.is_dir():
+            raise click.UsageError(f"--{name}: there is no folder {path.absolute().parent}.")
+    given["chat"] = not given.pop("no_chat")
+    given["batch_sizes"] = given["batch_sizes"] or (1,)
+    return Options(sampling=sampling, **given)
+
+
+def _samples(given: dict[str, Any]) -> bool:
+    if given["temperature"] == 0:
+        if given["do_sample"] or given["top_p"] is not None or given["top_k"] is not None:
+            raise click.UsageError("--temperature 0 is greedy, and the other options sample.")
+        return False
+    named = ("temperature", "top_p", "top_k")
+    return bool(given["do_sample"]) or any(given[name] is not None for name in named)
+
+
+def run_command(**given: Any) -> int:
+    """Run a model as the command line asks, show what comes, and return the exit code.
+
+    Raises `UnsupportedError` where torch or transformers are not installed.
+    """
+    options = make_options(given)
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(
+            f"running a model needs torch and transformers: {error}.",
+            hint="Install them, in reshard's folder: pip install '.[eval]'",
+        ) from error
+    from reshard.evaluate.run import run
+    from reshard.evaluate.terminal import Terminal
+
+    with Terminal() as terminal:
+        try:
+            report = run(options, terminal.listen)
+        except KeyboardInterrupt:
+            click.echo(f"Interrupted; {options.output_file} holds what was done.", err=True)
+            return 130
+    terminal.summarise(report, options)
+    return report.exit_code

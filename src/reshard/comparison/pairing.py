@@ -1,0 +1,273 @@
+"""Which tensor of a checkpoint belongs to which of a converted folder.
+
+Given the base that a conversion was onto, its plan is made again. Without it a Hugging Face folder
+stands in for the base, whose names and config it has. Failing that, names must be the same.
+
+What a folder's `reshard.json` states of how it was made (which head, how adapters were scaled, what
+was left out) is taken from there; neither its plan nor its digests are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from glob import escape
+from pathlib import Path
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from reshard import formats
+from reshard.comparison.values import Difference, Pair, described
+from reshard.conversion import manifest, output_model
+from reshard.conversion.base_model import CONFIG, Base, read_base
+from reshard.conversion.dtypes import Target
+from reshard.conversion.manifest import MANIFEST, Manifest
+from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
+from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG, REWARD_HEAD, VALUE_HEAD, Export
+from reshard.conversion.planning import exported
+from reshard.conversion.verification import child_of
+from reshard.core.catalog import Catalog
+from reshard.core.tensors import Entry, Made
+from reshard.errors import FormatError, NamesError, PlanError
+from reshard.naming import FitOptions
+from reshard.naming.families import CONSTANTS
+from reshard.naming.patterns import matches_any
+from reshard.naming.rewards import SCORE
+from reshard.naming.search import unwrap
+from reshard.storage.local import Sources
+
+#: The files of a side: those beside the model by name, the model itself under the empty name.
+Parts = dict[str, dict[str, Entry]]
+
+
+class Pairing(Struct, frozen=True):
+    """What is to be compared, and what cannot be.
+
+    left: tensors of the first side without a place on the second. omitted: those of them of which
+    the conversion said so. filled: tensors of the second side that it took from its base. by_name:
+    nothing but equal names paired the tensors.
+    """
+
+    pairs: list[Pair]
+    left: tuple[Difference, ...] = ()
+    omitted: tuple[Difference, ...] = ()
+    filled: tuple[Difference, ...] = ()
+    by_name: bool = False
+
+
+def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None = None) -> Pairing:
+    """Pair the tensors of two checkpoints, of which the second may be the first, converted.
+
+    Raises `NamesError` where names of the first have no place or several, `PlanError` where only
+    a base could tell.
+    """
+    folder = second.origin.root
+    stated = _stated(second, sources)
+    held = _parts(second, stated, sources)
+    options, said = _said(first, folder, stated, held)
+    if base is not None:
+        made = exported(first, read_base(base, sources), options, sources)
+        return Pairing(_pairs(_planned(made), held), *_left(first, made, options))
+    if _stands_in(first, second, held):
+        try:
+            return _onto_itself(first, read_base(folder, sources), options, said, held, sources)
+        except NamesError:
+            if not set(first.names()) >= set(second.entries):
+                raise
+    return _by_name(first, options, said, held, sources)
+
+
+def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
+    folder = catalog.origin.root
+    return manifest.read(folder, sources) if (folder / MANIFEST).is_file() else None
+
+
+def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts:
+    """A side's tensors, with those of the files beside its model."""
+    folder = catalog.origin.root
+    beside: list[str] = []
+    if stated is not None:
+        beside = list(stated.beside)
+    elif catalog.format == "huggingface" and folder.is_dir():
+        # A `pytorch_model.bin` without this config is the model over again.
+        scored = (folder / REWARD_CONFIG).is_file()
+        known = (REWARD_HEAD, VALUE_HEAD, LIGHTRFT) if scored else (REWARD_HEAD, VALUE_HEAD)
+        beside = [name for name in known if (folder / name).is_file()]
+    parts: Parts = {}
+    if stated is None or stated.tensors:
+        parts[""] = dict(catalog.entries)
+    for name in beside:
+        found = formats.read(child_of(folder, name), sources, formats.Selection()).entries
+        parts[name] = {called: e for e in found.values() for called in e.names}
+    return parts
+
+
+class _Said(Struct, frozen=True):
+    """What a conversion said in `reshard.json` that it did with names."""
+
+    dropped: tuple[str, ...] = ()
+    filled: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+
+def _said(
+    first: Catalog, folder: Path, stated: Manifest | None, held: Parts
+) -> tuple[Options, _Said]:
+    """The conversion's options, as far as they decide what goes where, and what it said of names.
+
+    Dtypes are the second side's.
+    """
+    nothing = formats.Selection()
+    options = Options(first.origin.root, folder, folder, "hf", nothing, "keep", 1)
+    if stated is None:
+        srm_format: SrmFormat = "both" if LIGHTRFT in held else "split"
+        return replace(options, rewards=RewardChoice(srm_format=srm_format)), _Said()
+    names = stated.names
+    try:
+        options = restated(options, stated.options, names)
+        said = _Said(
+            tuple(map(str, names.get("unexpected", ()))),
+            frozenset(names.get("filled", ())),
+            {str(name): str(tie) for name, tie in names.get("tied", {}).items()},
+        )
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+        raise FormatError("it is damaged.", path=folder / MANIFEST) from None
+    return replace(options, allow=(*options.allow, *map(escape, said.dropped))), said
+
+
+def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
+    """Whether the second side's names and config are to tell what goes where."""
+    if second.format != "huggingface" or not (second.origin.root / CONFIG).is_file():
+        return False
+    if "" not in held:
+        return False
+    same = set(first.names()) == set(second.entries)
+    return not same or (len(held) > 1 and first.format != "huggingface")
+
+
+def _onto_itself(
+    first: Catalog,
+    base: Base,
+    options: Options,
+    said: _Said,
+    held: Parts,
+    sources: Sources,
+) -> Pairing:
+    """The pairing where the second side stands in for the base."""
+    if options.exclude_frozen and not options.fill_from_base:
+        # They are in no file of the folder, so have no place there.
+        options = replace(options, allow=(*options.allow, *_frozen(first)))
+    options = replace(options, fill_from_base=True, names="disk")
+    head = options.rewards.heads.value_head
+    if head is not None and SCORE in held[""]:
+        first = _called(first, f"{head}.weight", SCORE)
+        heads = replace(options.rewards.heads, value_head=None)
+        options = replace(options, rewards=replace(options.rewards, heads=heads))
+    made = output_model.onto(first, base, options, sources)
+    planned = _planned(made)
+    for name in made.filled:
+        planned[""].pop(name)
+    _check_apart(planned, base.folder)
+    model, filled = dict(held[""]), []
+    for name in sorted(said.filled.intersection(made.filled)):
+        entry = model.pop(name)
+        filled.append(Difference(name, "only in the second", "", described(entry.spec)))
+    pairs = _pairs(planned, {**held, "": model})
+    return Pairing(pairs, *_left(first, made, options), tuple(filled))
+
+
+def _frozen(catalog: Catalog) -> list[str]:
+    """The names of the frozen parameters, as patterns."""
+    entries = [entry for entry in catalog.entries.values() if entry.kind == "frozen"]
+    return [escape(unwrap(name)) for entry in entries for name in entry.names]
+
+
+def _by_name(
+    first: Catalog, options: Options, said: _Said, held: Parts, sources: Sources
+) -> Pairing:
+    """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
+    store is compared with the tensor that it is said to be."""
+    mine = _parts(first, _stated(first, sources), sources)
+    if options.names == "memory" and first.format == "huggingface":
+        placed = exported(first, None, options, sources)
+        return Pairing(_pairs(_planned(placed), held), by_name=True)
+    if "" not in held and len(held) == 1:
+        held = {"": next(iter(held.values()))}
+    kept = held.get("", {})
+    there = {name: e for e in kept.values() for name in e.names}
+    there = {name: there[tie] for name, tie in said.tied.items() if tie in there} | there
+    model: dict[str, Made] = {}
+    theirs: dict[str, Entry] = {}
+    for entry in mine.get("", {}).values():
+        if options.exclude_frozen and entry.kind == "frozen":
+            continue
+        known = [n for name in entry.names for n in (name, unwrap(name)) if n in there]
+        # Two tensors of one side may be one of the other, by its two names.
+        for name in {there[name].spec.name: name for name in reversed(known)}.values():
+            model[name], theirs[name] = entry, there[name]
+        if not known:
+            model[entry.spec.name] = entry
+    met = {entry.spec.name for entry in theirs.values()}
+    theirs |= {name: entry for name, entry in kept.items() if name not in met}
+    return Pairing(_pairs({**mine, "": model}, {**held, "": theirs}), by_name=True)
+
+
+def _called(catalog: Catalog, old: str, new: str) -> Catalog:
+    """The catalog with one tensor under another name."""
+    entries = [
+        entry.renamed(new) if unwrap(name) == old else entry
+        for name, entry in catalog.entries.items()
+    ]
+    return replace(catalog, entries={entry.spec.name: entry for entry in entries})
+
+
+def _check_apart(planned: Mapping[str, Mapping[str, Made]], folder: Path) -> None:
+    """Refuse to compare a folder with itself: what would be merged into the base's weights."""
+    for tensors in planned.values():
+        for name, made in tensors.items():
+            if any(
+                Path(f.extent.file.path).is_relative_to(folder.absolute()) for f in made.fragments
+            ):
+                raise PlanError(
+                    "the checkpoint holds its update only, not the weight that it was merged into.",
+                    path=folder,
+                    tensor=name,
+                    hint="Pass --base, the model that it was converted onto.",
+                )
+
+
+def _planned(made: Export) -> dict[str, dict[str, Made]]:
+    """What a conversion writes, by file."""
+    parts = {"": _by_target(made.model)} if made.model else {}
+    return parts | {side.name: _by_target(side.targets) for side in made.sides}
+
+
+def _by_target(targets: Iterable[Target]) -> dict[str, Made]:
+    return {target.spec.name: target.source for target in targets}
+
+
+def _pairs(
+    first: Mapping[str, Mapping[str, Made]], second: Mapping[str, Mapping[str, Entry]]
+) -> list[Pair]:
+    """Both sides' files by name; a file of one side alone is a pair with nothing."""
+    names = dict.fromkeys((*first, *second))
+    return [Pair(name, first.get(name, {}), second.get(name, {})) for name in names]
+
+
+def _left(
+    first: Catalog, made: Export, options: Options
+) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:
+    """The checkpoint's tensors that the conversion leaves out; second, those it was told to."""
+    allowed = FitOptions(allow=options.allow)
+    shown = {unwrap(n): described(e.spec) for n, e in first.entries.items()}
+    # What a module computes from its config is in no file of a released model.
+    dropped = [
+        Difference(name, "only in the first", shown.get(name, ""), "")
+        for name in made.fit.dropped
+        if not matches_any(CONSTANTS, name)
+    ]
+    said = {found.name for found in dropped if allowed.allows(found.name)}
+    return (
+        tuple(found for found in dropped if found.name not in said),
+        tuple(found for found in dropped if found.name in said),
+    )

@@ -1,0 +1,169 @@
+"""What differs between tensors that belong together, element by element, in a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from msgspec import Struct
+from msgspec.structs import asdict
+
+from reshard.core.tensors import Entry, Made, TensorSpec, blocks
+from reshard.progress import Progress
+from reshard.storage.local import Sources
+from reshard.transfer.checksums import Ledger
+from reshard.transfer.fill import Array, Reader, fill, page_aligned
+
+Kind = Literal["values", "shape", "dtype", "only in the first", "only in the second"]
+
+_BLOCK = 4 << 20
+
+
+class Difference(Struct, frozen=True):
+    """A tensor that is not the same on both sides.
+
+    For `values`: how many of its elements differ, and the largest and the mean difference of
+    those that are finite on both sides.
+    """
+
+    name: str
+    kind: Kind
+    first: str
+    second: str
+    differing: int = 0
+    numel: int = 0
+    largest: float = 0.0
+    mean: float = 0.0
+
+    def __str__(self) -> str:
+        if self.kind != "values":
+            return f"{self.kind}: {' and '.join(filter(None, (self.first, self.second)))}"
+        return (
+            f"{self.differing} of {self.numel} elements differ, by {self.largest:.3g} at most and "
+            f"{self.mean:.3g} on average"
+        )
+
+
+class Comparison(Struct, frozen=True):
+    """Two checkpoints: `num_equal` tensors are the same bit for bit, the others are listed.
+
+    `notes` say which checkpoints were taken, where a path named a folder above.
+    """
+
+    num_equal: int
+    differences: tuple[Difference, ...]
+    bytes_read: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        return not self.differences
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "same": self.same,
+            "num_equal": self.num_equal,
+            "differences": [asdict(difference) for difference in self.differences],
+            "notes": list(self.notes),
+        }
+
+
+class Pair(Struct, frozen=True):
+    """One file or folder of both sides: the tensors of each, by the second's names.
+
+    `name` is that of a file beside the model, empty for the model itself.
+    """
+
+    name: str
+    first: Mapping[str, Made]
+    second: Mapping[str, Entry]
+
+
+def compare(pairs: list[Pair], sources: Sources, progress: Progress | None = None) -> Comparison:
+    """Compare every tensor, the first side's rounded to the second's dtypes.
+
+    Memory: three blocks of 4 MiB and what assembling a block takes.
+    """
+    reader = Reader(sources, Ledger(()), page_aligned(_BLOCK).data)
+    buffers = page_aligned(_BLOCK), page_aligned(_BLOCK)
+    total = sum(made.spec.nbytes for pair in pairs for made in pair.first.values())
+    done = num_equal = 0
+    differences = []
+    for pair in pairs:
+        prefix = f"{pair.name}: " if pair.name else ""
+        for name, made in pair.first.items():
+            found = _difference(prefix + name, made, pair.second.get(name), reader, buffers)
+            if found is None:
+                num_equal += 1
+            else:
+                differences.append(found)
+            done += made.spec.nbytes
+            if progress is not None:
+                progress(done, total)
+        differences += [
+            Difference(prefix + name, "only in the second", "", described(entry.spec))
+            for name, entry in pair.second.items()
+            if name not in pair.first
+        ]
+    return Comparison(num_equal, tuple(differences), reader.bytes_read)
+
+
+def described(spec: TensorSpec) -> str:
+    """A tensor's dtype and shape in a difference."""
+    return f"{spec.dtype} {spec.shape}"
+
+
+def _difference(
+    name: str, made: Made, other: Entry | None, reader: Reader, buffers: tuple[Array, Array]
+) -> Difference | None:
+    if other is None:
+        return Difference(name, "only in the first", described(made.spec), "")
+    spec = other.spec
+    if made.spec.shape != spec.shape:
+        return Difference(name, "shape", str(made.spec.shape), str(spec.shape))
+    if not made.spec.dtype.rounds_to(spec.dtype):
+        return Difference(name, "dtype", str(made.spec.dtype), str(spec.dtype))
+    mine, theirs = (buffer.view(spec.dtype.numpy) for buffer in buffers)
+    differing, largest, summed, finite = 0, 0.0, 0.0, 0
+    for box in blocks(spec.shape, len(mine)):
+        one, two = mine[: box.numel], theirs[: box.numel]
+        fill(made, box, one, reader)
+        fill(other, box, two, reader)
+        unlike = _unlike(one, two)
+        if not unlike.any():
+            continue
+        differing += int(unlike.sum())
+        gaps = _gaps(one[unlike], two[unlike])
+        if gaps.size:
+            largest = max(largest, float(gaps.max()))
+            summed += float(gaps.sum())
+            finite += gaps.size
+    if not differing:
+        return None
+    return Difference(
+        name,
+        "values",
+        str(spec.dtype),
+        str(spec.dtype),
+        differing,
+        spec.numel,
+        largest,
+        summed / finite if finite else 0.0,
+    )
+
+
+def _unlike(one: Array, two: Array) -> Array:
+    """Which elements differ in any bit."""
+    bits = np.dtype((np.void, one.dtype.itemsize))
+    if one.dtype.itemsize in (1, 2, 4, 8):
+        bits = np.dtype(f"u{one.dtype.itemsize}")
+    return np.asarray(one.view(bits) != two.view(bits))
+
+
+def _gaps(one: Array, two: Array) -> Array:
+    """How far elements are apart, of those that are finite on both sides."""
+    wide = np.complex128 if one.dtype.kind == "c" else np.float64
+    with np.errstate(invalid="ignore", over="ignore"):
+        gaps = np.abs(one.astype(wide) - two.astype(wide))
+    return gaps[np.isfinite(gaps)]

@@ -1,0 +1,6 @@
+"""Files that hold tensors, whoever wrote them.
+
+torch/          torch.save files and pickles, read without torch and without running anything
+safetensors.py  the header of a safetensors file, checked strictly
+dcp/            the metadata and the items of PyTorch distributed checkpoints
+"""

@@ -1,0 +1,80 @@
+"""A DCP checkpoint's chunks as entries: every chunk found, every tensor proven to be tiled."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from reshard.containers.dcp.items import Items
+from reshard.containers.dcp.metadata import Chunk, Metadata, StoredTensor
+from reshard.containers.dcp.zips import StoredItem
+from reshard.core import dtypes
+from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec, check_tiling
+from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
+
+_RANK_DATA = re.compile(r"__(\d+)_\d+\.distcp")
+
+
+def entry_of(
+    key: str, name: str, tensor: StoredTensor, items: Items, folder: Path
+) -> tuple[Entry, list[Record]]:
+    """One tensor with all its chunks found, and the checksums of their bytes."""
+    try:
+        spec = TensorSpec(name, dtypes.parse(tensor.dtype), tensor.shape)
+    except UnsupportedError as error:
+        raise UnsupportedError(error.message, path=folder, tensor=name) from None
+    fragments = []
+    records = []
+    for chunk in tensor.chunks:
+        if len(chunk.offsets) != len(spec.shape) or len(chunk.sizes) != len(spec.shape):
+            raise FormatError(
+                f"a chunk at {chunk.offsets} of sizes {chunk.sizes} is not of shape {spec.shape}.",
+                path=folder,
+                tensor=name,
+            )
+        item = _item(key, spec, chunk, items, folder)
+        box = Box(spec.shape, chunk.offsets, chunk.sizes)
+        fragments.append(Fragment(box, item.extent, spec.dtype, item.strides))
+        if item.record is not None:
+            records.append(item.record)
+    entry = Entry(spec, tuple(fragments), "parameter" if spec.dtype.floating else "buffer")
+    try:
+        check_tiling(entry)
+    except ReshardError as error:
+        error.path = error.path or str(folder)
+        raise
+    return entry, records
+
+
+def _item(key: str, spec: TensorSpec, chunk: Chunk, items: Items, folder: Path) -> StoredItem:
+    """A chunk's bytes; where several ranks saved the same chunk, their checksums must agree."""
+    if not chunk.copies:
+        raise IncompleteError(
+            f"the metadata does not say where its chunk at {chunk.offsets} lies.",
+            path=folder,
+            tensor=spec.name,
+            hint="The metadata is damaged, or the save did not finish.",
+        )
+    part = TensorSpec(key, spec.dtype, chunk.sizes)
+    found = [items.locate(part, chunk.offsets, copy) for copy in chunk.copies]
+    checksums = {item.record.crc32 for item in found if item.record is not None}
+    if len(checksums) > 1:
+        raise FormatError(
+            f"{len(found)} ranks saved it, each for itself, and their values differ.",
+            path=folder,
+            tensor=spec.name,
+            hint="Save again with use_collectives=True, or move the files of the other ranks away.",
+        )
+    return found[0]
+
+
+def world_size(metadata: Metadata) -> int | None:
+    """One more than the highest rank that wrote a file that is in use."""
+    files = {
+        copy.file
+        for tensor in metadata.tensors.values()
+        for chunk in tensor.chunks
+        for copy in chunk.copies
+    }
+    ranks = [int(match[1]) for file in files if (match := _RANK_DATA.fullmatch(file))]
+    return max(ranks) + 1 if ranks else None

@@ -1,0 +1,50 @@
+"""Whether one rank's file was copied over another's.
+
+Nothing in a `.distcp` file says which rank wrote it, or which tensors it holds: the metadata says
+what lies where. A file in another's place is noticed if its items are of other sizes. With even
+shards they are not; then only the values tell, which no two ranks' shards of all tensors share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from reshard.core.tensors import Record
+from reshard.errors import IncompleteError
+from reshard.storage.local import Sources
+
+# Bytes of an item that are looked at to see whether its elements differ.
+_SAMPLE = 1 << 16
+# The widest element is complex128.
+_ITEMSIZE = 16
+
+
+def check(records: Mapping[str, Sequence[Record]], sources: Sources) -> None:
+    """Refuse two files that hold the same shards of the same tensors.
+
+    `records` are the checksums of each tensor's chunks, all of which are different parts of it.
+    Raises `IncompleteError`.
+    """
+    files: dict[str, list[tuple[str, Record]]] = {}
+    for name, found in records.items():
+        for record in found:
+            files.setdefault(record.extent.file.path, []).append((name, record))
+    seen: dict[tuple[tuple[str, int, int, int], ...], str] = {}
+    for path, held in files.items():
+        content = tuple((n, r.extent.offset, r.extent.nbytes, r.crc32) for n, r in held)
+        other = seen.setdefault(content, path)
+        if other != path and any(_varies(record, sources) for _, record in held):
+            raise IncompleteError(
+                f"it holds the same values as {Path(other).name}, and each should hold shards of "
+                "its own: one rank's file was copied over another's.",
+                path=path,
+                hint="Copy the folder again, from where it was saved.",
+            )
+
+
+def _varies(record: Record, sources: Sources) -> bool:
+    """Whether the elements differ: two ranks may well hold the same ones and zeros."""
+    nbytes = min(record.extent.nbytes, _SAMPLE)
+    data = sources.open(record.extent.file).read(record.extent.offset, nbytes)
+    return data[_ITEMSIZE:] != data[:-_ITEMSIZE] and len(data) > _ITEMSIZE

@@ -1,0 +1,132 @@
+"""Where the bytes of each chunk lie: inside a torch.save stream, a safetensors blob, a zstd frame.
+
+An item of a `.distcp` file is a complete torch.save zip of one tensor. With
+`SerializationFormat.SAFETENSORS` the tensors of a file are one safetensors blob at its end
+instead, and every item's offset is the blob's start (torch 2.13, filesystem.py, `_write_item`).
+With the zstd extension each item is one zstd frame of such a zip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from msgspec import Struct
+
+from reshard.containers import safetensors as safetensors_file
+from reshard.containers.dcp.metadata import Location
+from reshard.containers.dcp.shards import saved_offsets
+from reshard.containers.dcp.zips import StoredItem, Zips, ends_in_file, ends_of_frame
+from reshard.core.tensors import Extent, FileRef, Shape, TensorSpec
+from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
+from reshard.storage.local import Source, Sources, child
+
+_ZIP = b"PK\3\4"
+# Bytes that a zip may have beside its tensor; torch's have less than 2 KiB.
+_MAX_ZIP_NBYTES = 64 << 10
+_COPY_AGAIN = "Copy the whole folder again; each rank wrote files of its own."
+
+
+class _Blob(Struct, frozen=True):
+    """The safetensors part of a file, and where each of its tensors begins in the whole one."""
+
+    tensors: Mapping[str, tuple[TensorSpec, Extent]]
+    offsets: Mapping[str, Shape]
+
+
+class Items:
+    """Finds the items of one checkpoint folder."""
+
+    def __init__(self, folder: Path, sources: Sources) -> None:
+        self._folder = folder
+        self._sources = sources
+        self._files: dict[str, Source] = {}
+        self._blobs: dict[tuple[str, int], _Blob] = {}
+        self._zips = Zips()
+
+    def locate(self, chunk: TensorSpec, offsets: Shape, location: Location) -> StoredItem:
+        """The bytes of a chunk: `chunk` has its tensor's key, and its own shape.
+
+        Raises `IncompleteError` (the file is missing or short), `FormatError` (the item is not
+        what the metadata says), `UnsupportedError` (a transform that is not handled).
+        """
+        try:
+            item = self._find(chunk, offsets, location)
+            if (item.dtype, item.shape) != (chunk.dtype, chunk.shape):
+                raise FormatError(
+                    f"its item is {item.dtype} {list(item.shape)}; the metadata says "
+                    f"{chunk.dtype} {list(chunk.shape)}.",
+                    path=item.extent.file.path,
+                    hint="The folder holds files of different saves; copy one of them whole.",
+                )
+        except ReshardError as error:
+            error.tensor = error.tensor or chunk.name
+            raise
+        return item
+
+    def _find(self, chunk: TensorSpec, offsets: Shape, location: Location) -> StoredItem:
+        source = self._file(location.file)
+        if location.transforms:
+            _check_end(source, location)
+            ref = _frame(source, location)
+            limit = chunk.nbytes + _MAX_ZIP_NBYTES
+            return self._zips.locate(ends_of_frame(source, ref, self._sources.stream(ref), limit))
+        if source.read(location.offset, min(len(_ZIP), location.nbytes)) == _ZIP:
+            _check_end(source, location)
+            return self._zips.locate(ends_in_file(source, location.offset, location.nbytes))
+        return self._in_blob(source, location.offset, chunk.name, offsets)
+
+    def _file(self, name: str) -> Source:
+        source = self._files.get(name)
+        if source is None:
+            path = child(self._folder, name)
+            if not path.exists():
+                raise IncompleteError(
+                    "the checkpoint's metadata names it, and it is not there.",
+                    path=path,
+                    hint=_COPY_AGAIN,
+                )
+            source = self._files[name] = self._sources.open(path)
+        return source
+
+    def _in_blob(self, source: Source, start: int, key: str, offsets: Shape) -> StoredItem:
+        place = (source.ref.path, start)
+        blob = self._blobs.get(place)
+        if blob is None:
+            file = safetensors_file.read(source, start)
+            blob = self._blobs[place] = _Blob(file.tensors, saved_offsets(file, place[0]))
+        if key not in blob.tensors:
+            raise IncompleteError("the file does not hold it.", path=place[0], hint=_COPY_AGAIN)
+        if blob.offsets.get(key, offsets) != offsets:
+            # Names are unique in a blob: of two chunks of one tensor, torch keeps the last.
+            raise IncompleteError(
+                f"the chunk at {offsets} was overwritten by the one at {blob.offsets[key]}: torch "
+                "kept only one of the chunks that this rank held.",
+                path=place[0],
+            )
+        spec, extent = blob.tensors[key]
+        return StoredItem(spec.dtype, spec.shape, None, extent, None)
+
+
+def _frame(source: Source, location: Location) -> FileRef:
+    """A transformed item as a file of its own. Descriptors are `name[@domain][/version]`."""
+    name, _, version = location.transforms[0].partition("/")
+    known = name == "stream.zstd" and version.partition(".")[0] == "1"
+    if not known or len(location.transforms) > 1:
+        raise UnsupportedError(
+            f"it went through {', '.join(location.transforms)} when it was saved; only "
+            "stream.zstd/1 is undone.",
+            path=source.ref.path,
+            hint="Load it with the extension that wrote it and save it again without.",
+        )
+    return FileRef(source.ref.path, "zstd", location.offset, location.nbytes)
+
+
+def _check_end(source: Source, location: Location) -> None:
+    end = location.offset + location.nbytes
+    if end > source.size:
+        raise IncompleteError(
+            f"bytes {location.offset} to {end} are needed, the file has {source.size}.",
+            path=source.ref.path,
+            hint="The file was cut off; copy it again or use another checkpoint.",
+        )

@@ -1,0 +1,260 @@
+"""The `.metadata` of a DCP checkpoint as plain, checked data.
+
+The file is a bare pickle of `torch.distributed.checkpoint.metadata.Metadata` (torch 2.13,
+metadata.py and filesystem.py). Nothing of it is executed: the restricted reader gives records of
+what was pickled, and `parse` turns those into the types below, or raises.
+
+    state_dict_metadata   key -> TensorStorageMetadata(properties, size, chunks), or
+                                 BytesStorageMetadata: an object that is not a tensor
+    planner_data          key -> path in the nested state dict; None where it was not flattened
+    storage_data          MetadataIndex(fqn, offset) -> _StorageInfo(relative_path, offset, length)
+    version               "1.0.0"; older torch writes none
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from msgspec import Struct
+
+from reshard.containers.torch import Global, Opaque
+from reshard.core.dtypes import DType
+from reshard.core.tensors import MAX_DIMS, MAX_NUMEL, Shape
+from reshard.errors import FormatError, brief
+
+Path = tuple[str, ...]
+
+
+class Location(Struct, frozen=True):
+    """Where an item lies: bytes `[offset, offset + nbytes)` of the file named `file`.
+
+    `transforms` name what the bytes went through when they were written, the last one first.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    transforms: tuple[str, ...] = ()
+
+
+class Chunk(Struct, frozen=True):
+    """Elements `[offsets, offsets + sizes)` of a tensor, and every copy of them that was saved.
+
+    A checkpoint has one copy of a chunk; several writers without collectives leave one each.
+    """
+
+    offsets: Shape
+    sizes: Shape
+    copies: tuple[Location, ...]
+
+
+class StoredTensor(Struct, frozen=True):
+    """A tensor of the checkpoint. `dtype` is torch's name of the type, known to us or not."""
+
+    dtype: str
+    shape: Shape
+    chunks: tuple[Chunk, ...]
+
+
+class Metadata(Struct, frozen=True):
+    """What a checkpoint holds. `paths` has every key; keys in `objects` are not tensors."""
+
+    tensors: Mapping[str, StoredTensor]
+    objects: tuple[str, ...]
+    paths: Mapping[str, Path]
+    version: str | None
+
+
+def parse(value: object, path: str) -> Metadata:
+    """The metadata that the restricted reader found in the file `path`.
+
+    Raises `FormatError` where it is not what DCP writes.
+    """
+    return _Parser(path).metadata(value)
+
+
+class _Parser:
+    """Turns records into types; knows the file's name for the errors."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def metadata(self, value: object) -> Metadata:
+        fields = self._record(value, "Metadata")
+        described = self._mapping(fields.get("state_dict_metadata"), "state_dict_metadata")
+        stored = self._locations(fields.get("storage_data"))
+        tensors: dict[str, StoredTensor] = {}
+        objects = []
+        for key, raw in described.items():
+            if not isinstance(key, str):
+                raise self._broken(f"a key of its state dict is a {type(key).__name__}")
+            if isinstance(raw, Opaque) and _last(raw.name) == "BytesStorageMetadata":
+                objects.append(key)
+            else:
+                tensors[key] = self._tensor(key, raw, stored)
+        version = fields.get("version")
+        return Metadata(
+            tensors,
+            tuple(objects),
+            self._paths(fields.get("planner_data"), [*tensors, *objects]),
+            version if isinstance(version, str) else None,
+        )
+
+    def _tensor(
+        self, key: str, raw: object, stored: Mapping[tuple[str, Shape], Location]
+    ) -> StoredTensor:
+        fields = self._record(raw, "TensorStorageMetadata", key)
+        chunks: dict[Shape, Chunk] = {}
+        listed = fields.get("chunks")
+        if not isinstance(listed, list):
+            raise self._broken("its chunks are not a list", key)
+        for part in listed:
+            chunk = self._record(part, "ChunkStorageMetadata", key)
+            offsets = self._shape(chunk.get("offsets"), "a chunk's offsets", key)
+            sizes = self._shape(chunk.get("sizes"), "a chunk's sizes", key)
+            if 0 in sizes:
+                # A rank that holds nothing of the tensor; torch writes an empty item for it.
+                continue
+            location = stored.get((key, offsets))
+            known = chunks.get(offsets)
+            if known is not None and known.sizes != sizes:
+                raise self._broken(
+                    f"two chunks begin at {offsets}, of sizes {known.sizes} and {sizes}", key
+                )
+            chunks[offsets] = Chunk(offsets, sizes, () if location is None else (location,))
+        shape = self._shape(fields.get("size"), "its size", key)
+        return StoredTensor(self._dtype(fields.get("properties"), key), shape, (*chunks.values(),))
+
+    def _locations(self, raw: object) -> dict[tuple[str, Shape], Location]:
+        """Where each tensor chunk lies; items that are not tensors have no offset in the index."""
+        locations = {}
+        for index, info in self._mapping(raw, "storage_data").items():
+            fields = self._record(index, "MetadataIndex")
+            fqn, offset = fields.get("fqn"), fields.get("offset")
+            if not isinstance(fqn, str):
+                raise self._broken("an index of its storage_data has no name")
+            if offset is not None:
+                place = (fqn, self._shape(offset, "an index's offset", fqn))
+                locations[place] = self._location(info, fqn)
+        return locations
+
+    def _location(self, raw: object, key: str) -> Location:
+        fields = self._record(raw, "_StorageInfo", key)
+        name = fields.get("relative_path")
+        transforms = fields.get("transform_descriptors") or []
+        if not isinstance(name, str):
+            raise self._broken("a chunk's file has no name", key)
+        if not isinstance(transforms, list | tuple) or set(map(type, transforms)) - {str}:
+            raise self._broken("a chunk's transforms are not a list of texts", key)
+        offset, nbytes = self._shape((fields.get("offset"), fields.get("length")), "a place", key)
+        return Location(name, offset, nbytes, tuple(transforms))
+
+    def _dtype(self, raw: object, key: str) -> str:
+        # TensorProperties pickles itself as (dtype, layout, requires_grad, format, pinned).
+        state = raw.state if isinstance(raw, Opaque) else None
+        dtype = state[0] if isinstance(state, tuple) and state else None
+        if isinstance(state, dict):
+            dtype = state.get("dtype")
+        if isinstance(dtype, DType | Global):
+            return dtype.name
+        raise self._broken("it has no dtype", key)
+
+    def _paths(self, raw: object, keys: list[str]) -> dict[str, Path]:
+        planned = {} if raw is None else self._mapping(raw, "planner_data")
+        paths = {}
+        for key in keys:
+            path = planned.get(key, (key,))
+            if not isinstance(path, tuple) or not path or set(map(type, path)) - {str, int}:
+                raise self._broken("its path in the state dict is not of names and numbers", key)
+            paths[key] = tuple(str(step) for step in path)
+        return paths
+
+    def _shape(self, raw: object, what: str, key: str) -> Shape:
+        if not isinstance(raw, tuple):
+            raise self._broken(f"{what} is a {type(raw).__name__}", key)
+        if len(raw) > MAX_DIMS:
+            raise self._broken(f"{what} has {len(raw)} dimensions", key)
+        numbers = []
+        for number in raw:
+            if type(number) is not int or not 0 <= number < MAX_NUMEL:
+                raise self._broken(f"{what} has {brief(number)}", key)
+            numbers.append(number)
+        return tuple(numbers)
+
+    def _mapping(self, raw: object, what: str) -> Mapping[object, object]:
+        if not isinstance(raw, dict):
+            raise self._broken(f"its {what} is a {type(raw).__name__}")
+        return raw
+
+    def _record(self, raw: object, kind: str, key: str | None = None) -> Mapping[str, object]:
+        """The fields of an instance of `kind`, whatever module it came from (they moved)."""
+        if not isinstance(raw, Opaque) or not _last(raw.name).endswith(kind):
+            found = raw.name if isinstance(raw, Opaque) else type(raw).__name__
+            raise self._broken(f"it has a {found} where a {kind} belongs", key)
+        state = raw.state if raw.state is not None else {}
+        if not isinstance(state, dict):
+            raise self._broken(f"the fields of a {kind} are a {type(state).__name__}", key)
+        return state
+
+    def _broken(self, what: str, key: str | None = None) -> FormatError:
+        return FormatError(
+            f"{what}.",
+            path=self._path,
+            tensor=key,
+            hint="The file is damaged, or was not written by torch.distributed.checkpoint.",
+        )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def merge(parts: list[Metadata], path: str) -> Metadata:
+    """One checkpoint from the metadata that each rank wrote for itself (no collectives).
+
+    Each rank lists its own chunks under the tensor's global shape. Chunks that several ranks
+    hold (replicas) keep all their copies. Raises `FormatError` where ranks do not agree.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    objects: dict[str, None] = {}
+    paths: dict[str, Path] = {}
+    for part in parts:
+        objects.update(dict.fromkeys(part.objects))
+        for key, tensor in part.tensors.items():
+            known = tensors.get(key)
+            tensors[key] = tensor if known is None else _join(key, known, tensor, path)
+        for key, steps in part.paths.items():
+            if paths.setdefault(key, steps) != steps:
+                raise FormatError("the ranks nest it differently.", path=path, tensor=key)
+    versions = {part.version for part in parts}
+    both = sorted(tensors.keys() & objects.keys())
+    if both:
+        raise FormatError(
+            "some ranks hold a tensor, others another object.", path=path, tensor=both[0]
+        )
+    return Metadata(tensors, tuple(objects), paths, versions.pop() if len(versions) == 1 else None)
+
+
+def _join(key: str, first: StoredTensor, second: StoredTensor, path: str) -> StoredTensor:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        raise FormatError(
+            f"the ranks disagree: {first.dtype} {first.shape} and {second.dtype} {second.shape}.",
+            path=path,
+            tensor=key,
+            hint="The folder holds files of different saves.",
+        )
+    chunks = {chunk.offsets: chunk for chunk in first.chunks}
+    for chunk in second.chunks:
+        known = chunks.get(chunk.offsets)
+        if known is not None and known.sizes == chunk.sizes:
+            chunk = Chunk(chunk.offsets, chunk.sizes, known.copies + chunk.copies)
+        elif known is not None:
+            raise FormatError(
+                f"two ranks hold chunks at {chunk.offsets}, of sizes {known.sizes} and "
+                f"{chunk.sizes}.",
+                path=path,
+                tensor=key,
+                hint="The folder holds files of different saves.",
+            )
+        chunks[chunk.offsets] = chunk
+    return StoredTensor(first.dtype, first.shape, (*chunks.values(),))

@@ -1,0 +1,128 @@
+"""Shards of the DCP Hugging Face writer: safetensors files that hold parts of tensors.
+
+    shard-00001-model-00001-of-00002.safetensors      rank 0, first of two files of the model
+    shard-00001-model-00002-of-00002.safetensors
+    shard-00002-model-00001-of-00002.safetensors      rank 1
+    header: "__metadata__": {"DCP_VERSION": "1.0", "format": "pt",
+                             "DCP_SHARDING_INFO": JSON {name: {"saved_offsets": [..]}}}
+
+Written by `HuggingFaceStorageWriter(save_distributed=True)` (torch 2.13, hf_storage.py), without
+`.metadata` and index. A tensor's whole shape is stated nowhere: it is as far as its parts reach.
+So a last rank whose files are all missing cannot be noticed here; every other gap is.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from msgspec import Struct
+
+from reshard.containers import safetensors as safetensors_file
+from reshard.containers.safetensors import SafetensorsFile
+from reshard.core.tensors import Box, Entry, Extent, Fragment, Shape, TensorSpec, check_tiling
+from reshard.errors import FormatError, IncompleteError, brief
+from reshard.storage.local import Sources, child
+
+
+class _Part(Struct, frozen=True):
+    spec: TensorSpec
+    extent: Extent
+    start: Shape
+
+
+_NAME = re.compile(r"shard-(\d{5,})-model-(\d{5,})-of-(\d{5,})\.safetensors")
+_INFO = "DCP_SHARDING_INFO"
+
+
+def names(folder: Path) -> list[str]:
+    """The shards of the folder."""
+    return sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def ranks(folder: Path) -> int:
+    """How many ranks wrote the shards. Raises `IncompleteError` where a file is missing."""
+    found = [match for name in names(folder) if (match := _NAME.fullmatch(name)) is not None]
+    numbers = [tuple(int(group) for group in match.groups()) for match in found]
+    totals = {total for _, _, total in numbers}
+    if len(totals) != 1:
+        raise FormatError(
+            f"its shards say that the model has {' and '.join(map(str, sorted(totals)))} files.",
+            path=folder,
+            hint="It holds shards of different saves; keep those of one.",
+        )
+    world, files = max(rank for rank, _, _ in numbers), totals.pop()
+    there = {(rank, file) for rank, file, _ in numbers}
+    for rank in range(1, world + 1):
+        for file in range(1, files + 1):
+            if (rank, file) not in there:
+                raise IncompleteError(
+                    f"shard-{rank:05d}-model-{file:05d}-of-{files:05d}.safetensors is missing; "
+                    f"other shards are of ranks 1 to {world} and files 1 to {files}.",
+                    path=folder,
+                    hint="Copy the whole folder again; each rank wrote files of its own.",
+                )
+    return world
+
+
+def read(folder: Path, sources: Sources) -> dict[str, Entry]:
+    """The tensors of all shards, each proven to be tiled by its parts.
+
+    Raises `FormatError`, `IncompleteError`.
+    """
+    parts: dict[str, list[_Part]] = {}
+    for name in names(folder):
+        source = sources.open(child(folder, name))
+        file = safetensors_file.read(source)
+        offsets = saved_offsets(file, source.ref.path)
+        for tensor, (spec, extent) in file.tensors.items():
+            start = offsets.get(tensor)
+            if start is None or len(start) != len(spec.shape):
+                raise FormatError(
+                    f"{_INFO} does not say where its part of shape {spec.shape} begins.",
+                    path=source.ref.path,
+                    tensor=tensor,
+                )
+            parts.setdefault(tensor, []).append(_Part(spec, extent, start))
+    return {name: _entry(name, found) for name, found in parts.items()}
+
+
+def _entry(name: str, parts: list[_Part]) -> Entry:
+    first = parts[0].spec
+    for part in parts:
+        if (part.spec.dtype, len(part.start)) != (first.dtype, len(first.shape)):
+            raise FormatError(
+                f"its parts disagree: {first.dtype} {first.shape}, {part.spec.dtype} "
+                f"{part.spec.shape}.",
+                path=part.extent.file.path,
+                tensor=name,
+            )
+    ends = [map(int.__add__, part.start, part.spec.shape) for part in parts]
+    shape = tuple(max(reached) for reached in zip(*ends, strict=True))
+    entry = Entry(
+        TensorSpec(name, first.dtype, shape),
+        tuple(
+            Fragment(Box(shape, part.start, part.spec.shape), part.extent, first.dtype)
+            for part in parts
+            if part.spec.numel
+        ),
+        "parameter" if first.dtype.floating else "buffer",
+    )
+    check_tiling(entry)
+    return entry
+
+
+def saved_offsets(file: SafetensorsFile, path: str) -> dict[str, Shape]:
+    """Where each tensor of the file begins in the whole tensor; empty where it does not say."""
+    text = file.metadata.get(_INFO)
+    if text is None:
+        return {}
+    offsets: dict[str, Shape] = {}
+    for name, info in safetensors_file.parse_json(text, path).items():
+        start = info.get("saved_offsets") if isinstance(info, dict) else None
+        if not isinstance(start, list) or not all(
+            type(n) is int and 0 <= n < 1 << 62 for n in start
+        ):
+            raise FormatError(f"its saved_offsets are {brief(start)}.", path=path, tensor=name)
+        offsets[name] = tuple(start)
+    return offsets

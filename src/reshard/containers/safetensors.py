@@ -1,0 +1,154 @@
+"""The safetensors container, alone in a file or at the end of one; header only, no tensor is read.
+
+    [u64 header length][header: JSON, padded with spaces][tensor bytes, one after another]
+    header:  {"__metadata__": {..}, name: {"dtype": "BF16", "shape": [..], "data_offsets": [a, b]}}
+
+Checked more strictly than safetensors 0.8.0 (safetensors/src/tensor.rs) checks: no key twice, no
+shape whose size overflows, and the tensors fill the rest of the file without gap or overlap. Not
+taken either: more than `tensors.MAX_DIMS` dimensions, and names that are no Unicode.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from reshard.core import dtypes
+from reshard.core.tensors import MAX_NUMEL, Extent, TensorSpec, is_shape
+from reshard.errors import FormatError, IncompleteError, UnsupportedError, brief
+from reshard.storage.local import Source
+
+# safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
+MAX_HEADER_NBYTES = 100_000_000
+# Lists and objects in any JSON whatever its size, and the bytes of it for each further one: an
+# entry of a header has 3 in 45 bytes or more, a merge of a tokenizer one in 9 or more.
+_MAX_OPENINGS, _MIN_OPENING_NBYTES = 1_000_000, 8
+
+
+class SafetensorsFile(Struct, frozen=True):
+    """A header: the tensors in the order it lists them, each with the bytes that hold it."""
+
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, tuple[TensorSpec, Extent]]
+
+
+def read(source: Source, start: int = 0) -> SafetensorsFile:
+    """The safetensors container in bytes `[start, source.size)` of a file.
+
+    Raises `IncompleteError` where the file is too short, `FormatError` where a rule is broken,
+    `UnsupportedError` for a dtype that is not known.
+    """
+    path = source.ref.path
+    data, header = _read_header(source, start)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError("its __metadata__ is not a table of strings.", path=path)
+    specs = {name: parse_tensor(path, name, raw) for name, raw in header.items()}
+    places: dict[str, Extent] = {}
+    expected = 0
+    for name in sorted(specs, key=lambda name: header[name]["data_offsets"]):
+        begin, end = header[name]["data_offsets"]
+        nbytes = specs[name].nbytes
+        if begin != expected or end - begin != nbytes:
+            raise FormatError(
+                f"its bytes are {begin} to {end}; {expected} to {expected + nbytes} follow from "
+                "the header.",
+                path=path,
+                tensor=name,
+            )
+        expected = end
+        places[name] = Extent(source.ref, data + begin, nbytes)
+    if data + expected != source.size:
+        problem = IncompleteError if source.size < data + expected else FormatError
+        raise problem(
+            f"its header describes {data + expected} bytes, the file has {source.size}.",
+            path=path,
+            hint="Copy or download the file again.",
+        )
+    return SafetensorsFile(metadata, {name: (specs[name], places[name]) for name in specs})
+
+
+def _read_header(source: Source, start: int) -> tuple[int, dict[str, Any]]:
+    """Where the tensors' bytes begin, and the header."""
+    path = source.ref.path
+    if source.size - start < 8:
+        raise IncompleteError(
+            f"a safetensors file has at least 8 bytes, this has {source.size - start}.",
+            path=path,
+            hint="Copy or download the file again.",
+        )
+    length = int.from_bytes(source.read(start, 8), "little")
+    if length > MAX_HEADER_NBYTES:
+        raise FormatError(f"it is no safetensors file: a header of {length} bytes.", path=path)
+    text = source.read(start + 8, length)
+    if not text.startswith(b"{"):
+        raise FormatError("it is no safetensors file: the header is not JSON.", path=path)
+    return start + 8 + length, parse_json(text, path)
+
+
+def parse_tensor(path: str, name: str, raw: Any) -> TensorSpec:
+    """One tensor of a header, checked. Raises `FormatError`, `UnsupportedError` (the dtype)."""
+    try:
+        dtype = dtypes.from_safetensors(raw["dtype"])
+        shape = raw["shape"]
+        begin, end = raw["data_offsets"]
+        possible = is_shape([*shape])
+    except UnsupportedError as error:
+        raise UnsupportedError(error.message, path=path, tensor=name) from None
+    except (KeyError, TypeError, ValueError):
+        raise FormatError("its entry in the header is malformed.", path=path, tensor=name) from None
+    if not possible or not all(type(n) is int and 0 <= n < MAX_NUMEL for n in (begin, end)):
+        place = f"{brief(begin)} to {brief(end)}"
+        raise FormatError(
+            f"shape {brief(shape)} at bytes {place} is impossible.", path=path, tensor=name
+        )
+    if dtype.name == "float4_e2m1fn_x2":
+        # safetensors counts 4-bit values, torch and reshard pairs of them.
+        if not shape or shape[-1] % 2:
+            raise FormatError(f"shape {shape} packs no pairs of F4.", path=path, tensor=name)
+        shape = [*shape[:-1], shape[-1] // 2]
+    return TensorSpec(name, dtype, tuple(shape))
+
+
+def parse_json(text: bytes | str, path: str) -> dict[str, Any]:
+    """A JSON object in which no key occurs twice and all text is Unicode. Raises `FormatError`."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            raise ValueError("a key occurs twice")
+        return result
+
+    try:
+        _check_brackets(text)
+        value = json.loads(text, object_pairs_hook=pairs)
+        _check_text(text, value)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"its JSON cannot be read: {error}.", path=path) from None
+    if not isinstance(value, dict):
+        raise FormatError("its JSON is not an object.", path=path)
+    return value
+
+
+def _check_brackets(text: bytes | str) -> None:
+    """Raise `ValueError` where JSON consists of little but brackets.
+
+    `{},` takes 72 bytes of memory; what is not refused here takes at most 12 bytes a byte.
+    """
+    left, right = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    openings = text.count(left) + text.count(right)  # type: ignore[arg-type]
+    if openings > _MAX_OPENINGS + len(text) // _MIN_OPENING_NBYTES:
+        raise ValueError(f"{openings} lists and objects in {len(text)} bytes")
+
+
+def _check_text(text: bytes | str, value: Any) -> None:
+    r"""Raise `ValueError` where a string has half of a surrogate pair, spelt like `\ud800`.
+
+    It is no Unicode, so it can be neither written nor shown.
+    """
+    escape = b"\\ud" if isinstance(text, bytes) else "\\ud"
+    if escape in text.lower():  # type: ignore[operator]
+        json.dumps(value, ensure_ascii=False).encode()

@@ -1,0 +1,31 @@
+"""torch.save files and pickles, read without torch and without running anything in them.
+
+>>> from reshard.storage.local import Sources
+>>> from reshard.containers.torch import read
+>>> with Sources() as sources:                                      # doctest: +SKIP
+...     file = read(sources.open("mp_rank_00_model_states.pt"))
+>>> file.value["module"]["lm_head.weight"].shape                    # doctest: +SKIP
+(32000, 4096)
+"""
+
+from reshard.containers.torch.reader import Known, read, read_pickle
+from reshard.containers.torch.records import (
+    Global,
+    Opaque,
+    Pickled,
+    Storage,
+    TensorRef,
+    TorchFile,
+)
+
+__all__ = [
+    "Global",
+    "Known",
+    "Opaque",
+    "Pickled",
+    "Storage",
+    "TensorRef",
+    "TorchFile",
+    "read",
+    "read_pickle",
+]

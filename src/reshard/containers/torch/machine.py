@@ -1,0 +1,306 @@
+"""A pickle machine that builds data and calls nothing.
+
+A pickle is a program for a stack machine. Two of its acts are dangerous: resolving a name, and
+calling what it got. This machine does neither. A name becomes a `Global`, two strings' worth of
+data; a call runs one of a few pure handlers chosen by that name, or leaves an `Opaque` record.
+No attribute of anything in the file is looked up, nothing is imported, nothing of it is run.
+
+    opcodes.py    the table: one small function an opcode
+    machine.py    the loop, the stack, what opcodes share, the budgets (limits.py)
+    handlers.py   the calls that are carried out
+
+Memory is bounded by the pickle's size: 13 bytes a byte of DCP metadata (measured), at worst 128 MB
+and 50 bytes a byte. Time is linear in it: 3 million opcodes a second.
+"""
+
+from __future__ import annotations
+
+import gc
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from reshard.containers.torch.limits import (
+    CALL_NBYTES,
+    MAX_KEY_ITEMS,
+    MAX_MADE_NBYTES,
+    MAX_MADE_PER_BYTE,
+    MAX_NAME,
+    MAX_OPCODES,
+    MAX_PROBES,
+    MAX_SMALL_KEY,
+    MAX_STACK,
+    TENSOR_NBYTES,
+    TUPLE_NBYTES,
+)
+from reshard.containers.torch.malformed import EndOfPickle, Malformed
+from reshard.containers.torch.opcodes import TABLE
+from reshard.containers.torch.records import Global, Opaque, TensorRef
+from reshard.containers.torch.storages import is_storage_class
+from reshard.core import dtypes
+from reshard.core.dtypes import DType
+from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
+
+Handler: TypeAlias = Callable[[tuple[object, ...]], object]
+PersistentId: TypeAlias = Callable[[object], object]
+
+# Opcodes between two looks at the budgets: about 20 ms.
+_SLICE = 1 << 16
+_STOP = ord(".")
+
+
+class BreaksOffError(IncompleteError):
+    """The bytes end before the pickle does."""
+
+
+class Machine:
+    """Runs one pickle. `handlers` maps dotted names to pure functions of the call's arguments.
+
+    `persistent` turns a persistent id (a storage) into a value; None refuses them. After `run`,
+    `unknown` holds the names that neither a handler nor reshard's types know.
+    """
+
+    __slots__ = (
+        "data",
+        "handlers",
+        "made_nbytes",
+        "marks",
+        "memo",
+        "names",
+        "other_keys",
+        "path",
+        "persistent",
+        "probes",
+        "stack",
+        "unknown",
+    )
+
+    def __init__(
+        self,
+        data: bytes,
+        *,
+        path: str,
+        handlers: Mapping[str, Handler],
+        persistent: PersistentId | None = None,
+    ) -> None:
+        self.data = data
+        self.path = path
+        self.handlers = handlers
+        self.persistent = persistent
+        self.stack: list[object] = []
+        self.marks: list[list[object]] = []
+        self.memo: list[object] = []
+        self.names: dict[tuple[str, str], object] = {}
+        # By id of the dict: how many of its keys are neither text nor small.
+        self.other_keys: dict[int, int] = {}
+        self.probes = 0
+        self.made_nbytes = 0
+        self.unknown: set[str] = set()
+
+    def run(self, start: int = 0) -> tuple[object, int]:
+        """The value pickled at byte `start`, and the position after its end.
+
+        Raises `FormatError` where the bytes are not a pickle, `UnsupportedError` for opcodes and
+        sizes that no ordinary checkpoint has.
+        """
+        data, table, pos = self.data, TABLE, start
+        try:
+            with _paused_gc():
+                for _ in range(0, MAX_OPCODES, _SLICE):
+                    for _ in range(_SLICE):
+                        code = data[pos]
+                        if code == _STOP:
+                            return self._result(), pos + 1
+                        pos = table[code](self, pos + 1)
+                    self._check_budgets(pos)
+        except (EndOfPickle, struct.error):
+            raise self._breaks_off(pos) from None
+        except IndexError:
+            # The end of the data, or else of the stack.
+            if pos + 1 >= len(data):
+                raise self._breaks_off(pos) from None
+            raise self.broken(f"an opcode at byte {pos} of its pickle lacks operands.") from None
+        except Malformed as problem:
+            raise self.broken(f"at byte {pos} of its pickle: {problem}.") from None
+        raise self.refused(f"its pickle has more than {MAX_OPCODES} opcodes.")
+
+    def broken(self, message: str) -> ReshardError:
+        return FormatError(
+            message, path=self.path, hint="The file is damaged or is not what it seems."
+        )
+
+    def refused(self, message: str) -> ReshardError:
+        return UnsupportedError(
+            message, path=self.path, hint="No training framework writes such a file."
+        )
+
+    def _breaks_off(self, pos: int) -> BreaksOffError:
+        return BreaksOffError(
+            f"its pickle breaks off at byte {pos} of {len(self.data)}.",
+            path=self.path,
+            hint="The file was cut off; copy it again or use another checkpoint.",
+        )
+
+    def _result(self) -> object:
+        if len(self.stack) != 1 or self.marks:
+            raise Malformed(f"it ends with {len(self.stack)} values and {len(self.marks)} marks")
+        return self.stack[0]
+
+    def _check_budgets(self, pos: int) -> None:
+        if len(self.stack) > MAX_STACK:
+            raise self.refused(f"its pickle stacks more than {MAX_STACK} values.")
+        limit = MAX_MADE_NBYTES + MAX_MADE_PER_BYTE * pos
+        if self.made_nbytes > limit:
+            raise self.refused(
+                f"the first {pos} bytes of its pickle make objects of more than {limit}."
+            )
+
+    # What the opcodes share.
+
+    def pop_mark(self) -> list[object]:
+        """The values above the last mark; the stack is again what it was below."""
+        values = self.stack
+        self.stack = self.marks.pop()
+        return values
+
+    def take(self, start: int, nbytes: int) -> bytes:
+        """Bytes `[start, start + nbytes)`."""
+        end = start + nbytes
+        if end > len(self.data):
+            raise EndOfPickle
+        return self.data[start:end]
+
+    def name(self, module: str, name: str) -> object:
+        """What stands for the global `module.name`: a `DType`, or a `Global`."""
+        known = self.names.get((module, name))
+        if known is None:
+            known = self._name(_PYTHON2.get(module, module), name)
+            self.names[module, name] = known
+        return known
+
+    def _name(self, module: str, name: str) -> object:
+        dotted = f"{module}.{name}"
+        if len(dotted) > MAX_NAME or not dotted.isprintable():
+            raise Malformed("a global's name is longer than any name, or not text")
+        # Two short references to strings before make a name of any module and any class.
+        self.made_nbytes += CALL_NBYTES + len(dotted)
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if dotted not in self.handlers and not is_storage_class(dotted):
+            self.unknown.add(dotted)
+        return Global(dotted)
+
+    def call(self, function: object, args: object, pos: int) -> object:
+        """What a call at byte `pos` gives: a handler's result, or a record of the call."""
+        if not isinstance(args, tuple):
+            raise Malformed("the arguments of a call are not a tuple")
+        self.made_nbytes += CALL_NBYTES
+        if isinstance(function, Global):
+            handler = self.handlers.get(function.name)
+            value = NotImplemented if handler is None else handler(args)
+            if value is NotImplemented:
+                return Opaque(function.name, args)
+            if isinstance(value, TensorRef):
+                self.made_nbytes += TENSOR_NBYTES
+            elif isinstance(value, bytes):
+                self.made_nbytes += len(value)
+                self._check_budgets(pos)
+            elif isinstance(value, str | tuple):
+                self.made_nbytes += sys.getsizeof(value)
+            elif isinstance(value, Global):
+                self.made_nbytes += sys.getsizeof(value.name)
+            return value
+        if isinstance(function, Opaque):
+            return Opaque(function.name, (function, args))
+        raise Malformed(f"it calls a {type(function).__name__}")
+
+    def set_items(self, target: object, flat: list[object]) -> None:
+        """`target[flat[0]] = flat[1]`, and so on."""
+        if len(flat) % 2:
+            raise Malformed("a key lacks its value")
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        if type(target) is dict:
+            for key, value in pairs:
+                if type(key) is not str:
+                    self._check_key(target, key)
+                target[key] = value
+        elif isinstance(target, Opaque):
+            self.made_nbytes += len(flat) // 2 * TUPLE_NBYTES
+            self.append(target, list(pairs))
+        else:
+            raise Malformed(f"it sets items of a {type(target).__name__}")
+
+    def _check_key(self, target: dict[object, object], key: object) -> None:
+        if type(key) in _HARMLESS_KEYS:
+            return
+        if type(key) is int and -MAX_SMALL_KEY < key < MAX_SMALL_KEY:
+            return
+        if not _is_short_key(key):
+            raise self.refused(
+                f"a dictionary of its pickle has a key that is a {type(key).__name__}."
+            )
+        count = self.other_keys.get(id(target), 0) + 1
+        self.other_keys[id(target)] = count
+        self.probes += count
+        if self.probes > MAX_PROBES:
+            raise self.refused(
+                f"a dictionary of its pickle has {count} keys that are large numbers or tuples."
+            )
+
+    def append(self, target: object, values: list[object]) -> None:
+        if type(target) is list:
+            target.extend(values)
+        elif isinstance(target, Opaque):
+            if target.items is None:
+                target.items = []
+            target.items.extend(values)
+        else:
+            raise Malformed(f"it appends to a {type(target).__name__}")
+
+    def build(self, target: object, state: object) -> None:
+        """Store what would have become attributes.
+
+        An OrderedDict's (`_metadata` of a state dict) and a tensor's are of no use and dropped.
+        """
+        if isinstance(target, Opaque):
+            target.state = state
+        elif type(target) is not dict and not isinstance(target, TensorRef):
+            raise Malformed(f"it sets attributes of a {type(target).__name__}")
+
+
+@contextmanager
+def _paused_gc() -> Iterator[None]:
+    """Keep the cycle collector out: it finds nothing here, and doubles the time.
+
+    If two threads parse at once, the first to end switches it on again, which is only slower.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+_PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_DTYPES = {dtype.name: dtype for dtype in dtypes.ALL}
+_HARMLESS_KEYS = frozenset({bytes, bool, type(None), DType, Global, Opaque})
+_KEYS = _HARMLESS_KEYS | {str, int, float}
+
+
+def _is_short_key(key: object) -> bool:
+    if type(key) is not tuple:
+        return type(key) in _KEYS
+    if len(key) > MAX_KEY_ITEMS:
+        return False
+    for item in key:
+        if type(item) in _KEYS:
+            continue
+        if type(item) is not tuple or len(item) > MAX_KEY_ITEMS:
+            return False
+        if any(type(inner) not in _KEYS for inner in item):
+            return False
+    return True

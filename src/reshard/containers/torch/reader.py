@@ -1,0 +1,151 @@
+"""Reading one torch.save stream: which container it is, its value, where its storages lie."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from msgspec.structs import replace
+
+from reshard.containers.torch import sniff
+from reshard.containers.torch.archive import Archive
+from reshard.containers.torch.handlers import HANDLERS
+from reshard.containers.torch.legacy import PREFIX, read_legacy
+from reshard.containers.torch.limits import MAX_NBYTES
+from reshard.containers.torch.machine import Machine, PersistentId
+from reshard.containers.torch.malformed import Malformed
+from reshard.containers.torch.nesting import check_depth
+from reshard.containers.torch.records import Pickled, Storage, TorchFile
+from reshard.containers.torch.storages import parse_storage_id
+from reshard.core.tensors import Record
+from reshard.errors import FormatError, UnsupportedError
+from reshard.storage.local import Source
+
+#: Files without a byte of tensors, by their pickles; `read` fills it, and takes from it.
+Known: TypeAlias = dict[bytes, TorchFile]
+# Pickles that differ by the device of a rank, of which a machine has few.
+_MAX_KNOWN = 16
+
+
+def read(
+    source: Source, *, offset: int = 0, nbytes: int | None = None, known: Known | None = None
+) -> TorchFile:
+    """The torch.save stream in bytes `[offset, offset + nbytes)` of an opened file.
+
+    `nbytes` None: to the file's end. Reads the pickle, the directory and 30 bytes a storage, and
+    no tensor. The pickle's CRC-32 is checked; those of the storages are handed on in `records`.
+    With `known`, shared by the reads of files that repeat each other, a pickle that was parsed
+    before is not parsed again, if its tensors are empty: where they lie says nothing then.
+
+    Raises `IncompleteError` (empty, cut off), `FormatError` (damaged), `UnsupportedError` (not a
+    torch.save file, or beyond what training files are).
+    """
+    nbytes = source.size - offset if nbytes is None else nbytes
+    head = source.read(offset, min(nbytes, sniff.HEAD_NBYTES))
+    if head.startswith(b"PK\3\4"):
+        return _read_zip(Archive(source, offset, nbytes), source.ref.path, known)
+    if head.startswith(PREFIX):
+        return read_legacy(source, offset, nbytes)
+    raise sniff.not_torch(head, nbytes, source.ref.path)
+
+
+def read_pickle(data: bytes, *, path: str) -> Pickled:
+    """A bare pickle, such as the `.metadata` of a DCP checkpoint; `path` is named in errors.
+
+    >>> read_pickle(b"\\x80\\x04cos\\nsystem\\n\\x8c\\x02ls\\x85R.", path=".metadata").value
+    <Opaque os.system>
+
+    Raises `FormatError`, `IncompleteError` and `UnsupportedError` as `read` does.
+    """
+    if len(data) > MAX_NBYTES:
+        raise UnsupportedError(
+            f"its pickle has {len(data)} bytes; at most {MAX_NBYTES} are read.", path=path
+        )
+    return _parse(data, path, None)
+
+
+def _parse(data: bytes, path: str, persistent: PersistentId | None) -> Pickled:
+    machine = Machine(data, path=path, handlers=HANDLERS, persistent=persistent)
+    value, end = machine.run()
+    if end != len(data):
+        raise FormatError(f"its pickle ends at byte {end} of {len(data)}.", path=path)
+    check_depth(value, path=path)
+    return Pickled(value, tuple(sorted(machine.unknown)))
+
+
+def _read_zip(archive: Archive, path: str, known: Known | None) -> TorchFile:
+    _check_byte_order(archive, path)
+    storages = _ZipStorages(archive)
+    data = archive.read("data.pkl", MAX_NBYTES)
+    if known is not None and data in known:
+        return replace(known[data], written_as=archive.folder)
+    pickled = _parse(data, path, storages.find)
+    unchecked = storages.unchecked + (archive.entries["data.pkl"].crc32 is None)
+    file = TorchFile(
+        pickled.value,
+        tuple(storages.records),
+        pickled.opaque,
+        (f"{unchecked} of its records have no checksum.",) if unchecked else (),
+        archive.folder,
+    )
+    if known is not None and not unchecked and storages.all_empty and len(known) < _MAX_KNOWN:
+        known[data] = file
+    return file
+
+
+def _check_byte_order(archive: Archive, path: str) -> None:
+    # Before torch 2.1 there was no such entry, and little-endian machines all but alone.
+    if "byteorder" not in archive.entries:
+        return
+    order = archive.read("byteorder", 16)
+    if order != b"little":
+        raise UnsupportedError(
+            f"it was written on a machine of byte order {order.decode('latin-1')!r}.",
+            path=path,
+            hint="Load it and save it again with torch on a little-endian machine.",
+        )
+
+
+class _ZipStorages:
+    """The storages of an archive, as the pickle comes to name them.
+
+    `records` are the checksums of those named so far, `unchecked` counts those without one.
+    """
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+        self._found: dict[str, Storage] = {}
+        self.records: list[Record] = []
+        self.unchecked = 0
+
+    @property
+    def all_empty(self) -> bool:
+        """Whether no storage that was named holds a byte."""
+        return not any(storage.extent.nbytes for storage in self._found.values())
+
+    def find(self, value: object) -> Storage:
+        """The storage that a persistent id names."""
+        named = parse_storage_id(value)
+        storage = self._found.get(named.key)
+        if storage is None:
+            extent = self._archive.locate(f"data/{named.key}")
+            storage = Storage(named.key, named.dtype, extent, named.reason)
+            self._found[named.key] = storage
+            self._note_checksum(storage)
+        if storage.extent.nbytes != named.nbytes:
+            raise Malformed(
+                f"storage {named.key!r} has {storage.extent.nbytes} bytes in the archive, and the "
+                f"pickle says {named.nbytes}"
+            )
+        if named.view is not None:
+            raise Malformed(f"storage {named.key!r} is a view, which only old containers know")
+        if storage.dtype != named.dtype:
+            # The same bytes, viewed as another type.
+            return Storage(named.key, named.dtype, storage.extent, named.reason)
+        return storage
+
+    def _note_checksum(self, storage: Storage) -> None:
+        crc32 = self._archive.entries[f"data/{storage.key}"].crc32
+        if crc32 is None:
+            self.unchecked += 1
+        elif storage.extent.nbytes:
+            self.records.append(Record(storage.extent, crc32))

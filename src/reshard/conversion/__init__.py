@@ -1,0 +1,14 @@
+"""The pipeline that converts a checkpoint, in its order.
+
+options.py       what was asked for
+base_model.py    the model that training started from
+output_model.py  names and dtypes of all that will be written
+live_names.py    the names of a live module, for `--names memory`
+dtypes.py        the dtype of each output tensor
+planning.py      read, fit, lay out: everything before a byte is written
+execute.py       transfer, manifest, verify, commit
+manifest.py      `reshard.json`
+verification.py  a written folder read again, compared with its `reshard.json`
+report.py        what a conversion did
+convert.py       `reshard.convert`
+"""

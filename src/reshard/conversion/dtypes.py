@@ -1,0 +1,53 @@
+"""What a conversion writes of each tensor: its dtype, its place in the order, its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
+
+from reshard.core import dtypes
+from reshard.core.rearrange import flatten
+from reshard.core.tensors import Entry, Made, TensorSpec
+from reshard.errors import PlanError
+
+#: The values of `--dtype`.
+CHOICES = ("base", "keep", "float32", "bfloat16", "float16")
+
+
+class Target(Struct, frozen=True):
+    """A tensor of the output: what is written, what from, and the base's tensor to compare with."""
+
+    spec: TensorSpec
+    source: Made
+    reference: Entry | None = None
+
+
+def choose(
+    entries: Sequence[tuple[str, Made]], base: Mapping[str, Entry], dtype: str
+) -> list[Target]:
+    """A target for each entry, in the order given, with the dtype that `--dtype` asks for.
+
+    Only floating types are cast into one another; an integer tensor keeps its type, and a type of
+    8 bits or less is never cast to unasked. Raises `PlanError`.
+    """
+    return [_target(name, entry, base.get(name), dtype) for name, entry in entries]
+
+
+def _target(name: str, entry: Made, base: Entry | None, choice: str) -> Target:
+    stored = entry.spec.dtype
+    wanted = stored
+    if choice == "base" and base is not None:
+        wanted = base.spec.dtype
+    elif choice not in ("base", "keep") and stored.floating and stored.itemsize > 1:
+        wanted = dtypes.parse(choice)
+    if not stored.rounds_to(wanted):
+        raise PlanError(
+            f"it is {stored} in the checkpoint and {wanted} in the base model, which no rounding "
+            "connects.",
+            tensor=name,
+            hint="Pass --dtype keep to write what the checkpoint holds.",
+        )
+    spec = TensorSpec(name, wanted, entry.spec.shape)
+    same_shape = base is not None and base.spec.shape == spec.shape and base.spec.dtype.floating
+    return Target(spec, entry, flatten(base) if base is not None and same_shape else None)

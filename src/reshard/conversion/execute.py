@@ -1,0 +1,90 @@
+"""Carrying out a plan: everything into a partial folder, checked, then one rename."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import xxhash
+from msgspec import Struct
+
+from reshard.conversion import manifest
+from reshard.conversion.verification import verify_folder
+from reshard.core.plan import Plan
+from reshard.core.tensors import Record
+from reshard.progress import StagedProgress
+from reshard.storage.local import Sources
+from reshard.transfer.checksums import Ledger
+from reshard.transfer.commit import OutputFolder
+from reshard.transfer.engine import Engine, Outcome
+
+
+class Writing(Struct, frozen=True):
+    """How a plan is carried out; nothing here changes a byte of the output."""
+
+    threads: int
+    overwrite: bool = False
+    verify: bool = True
+    progress: StagedProgress | None = None
+
+    def step(self, what: str) -> Callable[[int, int], None] | None:
+        """The progress of one part of the work."""
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+
+def carry_out(
+    plan: Plan,
+    sources: Sources,
+    records: Iterable[Record],
+    target: Path,
+    writing: Writing,
+    *,
+    render: Callable[[Outcome], bytes],
+    check: Callable[[Path], None] | None = None,
+) -> Outcome:
+    """Write a plan's files, `reshard.json` last, and give the folder its name.
+
+    `render` makes the bytes of `reshard.json`; it may refuse what the engine found. `check` looks
+    at the finished folder before it gets its name, and raises where it is not well.
+
+    Raises what stands in the way; `target` is then as it was.
+    """
+    with OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder:
+        ledger = Ledger(records)
+        threads = writing.threads
+        engine = Engine(
+            plan, sources, ledger, folder, threads=threads, progress=writing.step("write")
+        )
+        outcome = engine.run()
+        stated = render(outcome)
+        for asset in plan.assets:
+            folder.copy(asset.name, sources.open(asset.path))
+        for name, text in plan.texts:
+            folder.write(name, text)
+        folder.write(manifest.MANIFEST, stated)
+        sources.check_unchanged()
+        if writing.verify:
+            verify_folder(folder.partial, threads=threads, progress=writing.step("verify"))
+        if check is not None:
+            check(folder.partial)
+        folder.commit()
+    return outcome
+
+
+def plan_digest(plan: Plan) -> str:
+    """A name for the plan: of every header, every slot's source and every file that is copied."""
+    hasher = xxhash.xxh3_128()
+    for file in plan.files:
+        hasher.update(f"{file.name}\0{file.nbytes}\0".encode())
+        for offset, literal in file.literals:
+            hasher.update(offset.to_bytes(8, "little") + literal)
+        for slot in file.slots:
+            places = [(f.extent.file.path, f.extent.offset) for f in slot.source.fragments]
+            hasher.update(f"{slot.offset}\0{slot.spec.name}\0{places}\0".encode())
+    for name, text in plan.texts:
+        hasher.update(f"{name}\0".encode() + text)
+    for asset in plan.assets:
+        hasher.update(os.fsencode(f"{asset.name}\0{asset.path}\0"))
+    return hasher.hexdigest()

@@ -1,0 +1,151 @@
+"""What decides the bytes of a conversion's output, and is recorded in `reshard.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from reshard.formats import Selection
+from reshard.naming import parse_version
+from reshard.naming.layouts import Version
+from reshard.naming.lora.find import AdapterConfig
+from reshard.naming.rewards import ModelType, Pooling, RewardOptions
+
+SrmFormat = Literal["lightrft", "split", "both"]
+Lora = Literal["merge", "adapter", "both"]
+Names = Literal["disk", "memory"]
+_T = TypeVar("_T")
+# A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
+_MAX_WILDCARDS = 3
+
+#: The values of `--model-type`, `--srm-format`, `--lora`, `--names` and `--pooling-method`.
+MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "critic")
+SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
+LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
+NAMES: tuple[Names, ...] = ("disk", "memory")
+POOLINGS: tuple[Pooling, ...] = ("attn", "last")
+
+
+class RewardChoice(Struct, frozen=True):
+    """What was asked for of a reward model or critic; `model_type` None: found by its heads."""
+
+    model_type: ModelType | None = None
+    heads: RewardOptions = field(default_factory=RewardOptions)
+    probing_layer: int = -1
+    srm_format: SrmFormat = "both"
+
+
+class LoraChoice(Struct, frozen=True):
+    """What becomes of adapters. `mode` None: merged, where there is a base.
+
+    They scale by `alpha`, or as the file `config` says; `scaling` is what a conversion found so.
+    """
+
+    mode: Lora | None = None
+    alpha: float | None = None
+    config: Path | None = None
+    adapter: str | None = None
+    scaling: AdapterConfig | None = None
+
+
+class Options(Struct, frozen=True):
+    """A conversion's options; paths are as the user gave them."""
+
+    source: Path
+    target: Path
+    base: Path | None
+    to: str
+    selection: Selection
+    dtype: str
+    max_shard_nbytes: int
+    exclude_frozen: bool = False
+    fill_from_base: bool = False
+    allow: tuple[str, ...] = ()
+    rewards: RewardChoice = field(default_factory=RewardChoice)
+    lora: LoraChoice = field(default_factory=LoraChoice)
+    names: Names = "disk"
+    transformers_version: Version | None = None
+
+    def stated(self) -> dict[str, Any]:
+        """The options as `reshard.json` records them: no paths."""
+        version = self.transformers_version
+        return {
+            "to": self.to,
+            "dtype": self.dtype,
+            "max_shard_nbytes": self.max_shard_nbytes,
+            "exclude_frozen": self.exclude_frozen,
+            "fill_from_base": self.fill_from_base,
+            "model_type": self.rewards.model_type,
+            "srm_format": self.rewards.srm_format,
+            "probing_layer": self.rewards.probing_layer,
+            "value_head": self.rewards.heads.value_head,
+            "lora": self.lora.mode,
+            "adapter": self.lora.adapter,
+            "prefix": self.selection.prefix,
+            "allow": list(self.allow),
+            "names": self.names,
+            "transformers_version": None if version is None else ".".join(map(str, version)),
+        }
+
+
+def restated(options: Options, stated: Mapping[str, Any], names: Mapping[str, Any]) -> Options:
+    """`options` with what the `options` and `names` of a `reshard.json` say of names and values.
+
+    Raises `TypeError`, `ValueError`, `KeyError` or `AttributeError` where they are malformed.
+    """
+    memory = stated.get("names") == "memory"
+    version = (names if memory else stated).get("transformers_version")
+    lora = names.get("lora")
+    return replace(
+        options,
+        exclude_frozen=bool(stated.get("exclude_frozen")),
+        fill_from_base=bool(stated.get("fill_from_base")),
+        allow=tuple(map(_pattern, stated.get("allow", ()))),
+        rewards=RewardChoice(
+            heads=RewardOptions(value_head=_optional(stated.get("value_head"))),
+            probing_layer=int(stated.get("probing_layer", -1)),
+            srm_format=_one_of(stated.get("srm_format", "both"), SRM_FORMATS),
+        ),
+        lora=LoraChoice(
+            None if stated.get("lora") is None else _one_of(stated["lora"], LORA),
+            adapter=_optional(stated.get("adapter")),
+            scaling=None if lora is None else _scaling(lora),
+        ),
+        names="memory" if memory else "disk",
+        transformers_version=None if version is None else parse_version(_text(version)),
+    )
+
+
+def _scaling(lora: Mapping[str, Any]) -> AdapterConfig:
+    return AdapterConfig(
+        float(lora["alpha"]),
+        bool(lora["rslora"]),
+        {_text(name): float(alpha) for name, alpha in lora["alphas"].items()},
+        bool(lora["fan_in_fan_out"]),
+    )
+
+
+def _one_of(value: object, choices: tuple[_T, ...]) -> _T:
+    return choices[choices.index(cast(_T, value))]
+
+
+def _optional(value: object) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _pattern(value: object) -> str:
+    """A pattern of a file, which must not have so many wildcards that matching takes minutes."""
+    text = _text(value)
+    if text.count("**") > _MAX_WILDCARDS:
+        raise ValueError(text)
+    return text
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value

@@ -1,0 +1,360 @@
+"""What a checkpoint becomes: the model, and what goes beside it.
+
+    LightRFT actor, GRM     model
+    scalar reward model     model (the backbone), reward_head.safetensors, reward_config.json and
+                            pytorch_model.bin, the state dict that LightRFT loads strictly
+    critic                  model with its head, or model and value_head.safetensors
+    LoRA                    model with the updates merged in, and/or an adapter folder
+
+Names and shapes come from the base model's own files; see `reshard.naming`. Nothing is read here
+but the values that decide whether two tied tensors are one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct, field
+
+from reshard.conversion.base_model import Base, main_dtype
+from reshard.conversion.dtypes import Target, choose
+from reshard.conversion.options import Options
+from reshard.core.catalog import Catalog
+from reshard.core.tensors import Entry, Made
+from reshard.errors import NamesError, PlanError
+from reshard.naming import Fit, FitOptions, fit
+from reshard.naming.fit import Equal
+from reshard.naming.lora import config as adapter_config
+from reshard.naming.lora.find import AdapterConfig, holds_adapters, separate, without_peft
+from reshard.naming.lora.output import CONFIG as ADAPTER_CONFIG
+from reshard.naming.lora.output import WEIGHTS as ADAPTER_WEIGHTS
+from reshard.naming.lora.output import adapter_folder, updates
+from reshard.naming.rewards import (
+    SCORE,
+    Parts,
+    check,
+    classifier_patches,
+    lightrft_state,
+    reward_config,
+    split,
+)
+from reshard.naming.schema import comes_with_base
+from reshard.naming.search import unwrap
+from reshard.storage.local import Sources
+from reshard.transfer.reading import equal
+
+REWARD_HEAD = "reward_head.safetensors"
+REWARD_CONFIG = "reward_config.json"
+VALUE_HEAD = "value_head.safetensors"
+LIGHTRFT = "pytorch_model.bin"
+# Beside a merged model: in its root, transformers would apply the adapter a second time.
+ADAPTER_FOLDER = "adapter/"
+_UNMERGED = (
+    "it holds LoRA adapters, which are written as they are: no program loads them from such a "
+    "file. With --base they are merged, or written as a folder for PEFT."
+)
+
+
+class Side(Struct, frozen=True):
+    """A file beside the model, with tensors of its own."""
+
+    name: str
+    kind: Literal["huggingface", "torch"]
+    targets: Sequence[Target]
+
+
+class Export(Struct, frozen=True):
+    """Everything that a conversion writes, by what it is; `fit` says how the names were found.
+
+    `missing` are tensors of the base that are not written, `filled` those that are copied from
+    it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales. With
+    `assets` the base's other files come along. `live` is the transformers version whose live
+    module has the names; None: they are those of the files.
+    """
+
+    model: Sequence[Target]
+    fit: Fit
+    sides: tuple[Side, ...] = ()
+    texts: tuple[tuple[str, bytes], ...] = ()
+    patches: Mapping[str, object] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    filled: tuple[str, ...] = ()
+    merged: int = 0
+    scaling: AdapterConfig | None = None
+    warnings: tuple[str, ...] = ()
+    assets: bool = True
+    live: str | None = None
+
+
+def plain(catalog: Catalog, options: Options) -> Export:
+    """Without a base: every tensor under the name that it has in the checkpoint."""
+    kept = {
+        name: entry
+        for name, entry in catalog.entries.items()
+        if not (options.exclude_frozen and entry.kind == "frozen")
+    }
+    tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
+    return Export(
+        model=choose(list(kept.items()), {}, options.dtype),
+        fit=Fit(kept, tied=tied),
+        missing=tuple(name for name in catalog.entries if name not in kept),
+        warnings=(_UNMERGED,) if options.to == "hf" and holds_adapters(kept) else (),
+        assets=False,
+    )
+
+
+def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Export:
+    """With a base: its names, its dtypes, its files.
+
+    Without `sources` no value is read, and tied tensors are taken to be equal.
+    """
+    return _Export(catalog, base, options, sources).result()
+
+
+class _Export:
+    def __init__(
+        self, catalog: Catalog, base: Base, options: Options, sources: Sources | None
+    ) -> None:
+        self._base = base
+        self._options = options
+        self._separated = separate(catalog.entries, options.lora.adapter)
+        self._alone = self._writes_adapter_alone()
+        self._parts = self._split()
+        self._classifier = self._as_classifier()
+        self._fit = self._fitted(_comparison(sources))
+        self._scaling: AdapterConfig | None = None
+        # Those of the fit are on the model, of which an adapter alone is no part.
+        self._warnings = [] if self._alone else list(self._fit.warnings)
+        self._updates: Mapping[str, Made] = {}
+        if self._separated.adapters:
+            self._scale(catalog.origin.root, sources)
+
+    def _writes_adapter_alone(self) -> bool:
+        """Whether the adapter is all that is written of the language model."""
+        mode, adapters = self._options.lora.mode, self._separated.adapters
+        if mode in ("adapter", "both") and not adapters:
+            raise PlanError(
+                f"--lora {mode} was asked for, and the checkpoint holds no adapters.",
+                hint="Leave out --lora.",
+            )
+        if mode == "adapter" and not self._separated.name:
+            raise PlanError("it is an adapter folder already.", path=self._options.source)
+        return mode == "adapter"
+
+    def _split(self) -> Parts:
+        choice = self._options.rewards
+        parts = split(self._separated.entries, self._base.entries, choice.heads.value_head)
+        return check(parts, choice.model_type, choice.heads)
+
+    def _as_classifier(self) -> dict[str, object] | None:
+        """The config changes of a critic that becomes a sequence classifier."""
+        if self._parts.value is None:
+            return None
+        return classifier_patches(self._base.config.get("architectures") or ())
+
+    def _fitted(self, compare: Equal | None) -> Fit:
+        parts = self._parts
+        scalar = parts.rewards is not None and not _has_head(parts.backbone)
+        try:
+            return fit(
+                parts.backbone,
+                self._base.schema,
+                options=self._fit_options(scalar),
+                equal=compare,
+            )
+        except NamesError as error:
+            raise self._explained(error) from None
+
+    def _fit_options(self, scalar: bool) -> FitOptions:
+        """`scalar`: the checkpoint is of a scalar reward model without an output head."""
+        options = self._options
+        return FitOptions(
+            fill_from_base=options.fill_from_base or options.exclude_frozen or self._alone,
+            headless=self._classifier is not None or (scalar and not options.fill_from_base),
+            allow=options.allow,
+            transformers_version=options.transformers_version,
+            untied=self._separated.apart,
+        )
+
+    def _explained(self, error: NamesError) -> NamesError:
+        """The error, saying first where it is that the checkpoint holds adapters alone."""
+        separated = self._separated
+        if not separated.adapters or len(separated.absent) < len(separated.adapters):
+            return error
+        return NamesError(
+            f"the checkpoint holds LoRA adapters on {len(separated.adapters)} modules and not the "
+            f"weights that they update. {error.message[0].upper()}{error.message[1:]}",
+            missing=error.missing,
+            unexpected=error.unexpected,
+            hint=error.hint,
+        )
+
+    def _scale(self, checkpoint: Path, sources: Sources | None) -> None:
+        """Find how the adapters scale and, unless they are written alone, what they update."""
+        separated, found = self._separated, self._fit
+        lost = [name for name in separated.absent if name not in found.origins.values()]
+        if lost:
+            raise PlanError(
+                f"adapters on {len(lost)} modules have no place in the base: {lost[0]}."
+            )
+        choice = self._options.lora
+        if choice.scaling is not None:
+            self._scaling, note = choice.scaling, ""
+        else:
+            self._scaling, note = adapter_config.find(
+                separated, checkpoint, sources, alpha=choice.alpha, config=choice.config
+            )
+        self._warnings += [note] if note else []
+        if self._alone:
+            others = len(separated.entries) - len(separated.absent)
+            self._warnings.append(
+                f"only the adapters are written: {others} other tensors of the checkpoint, trained "
+                "or not, are not written."
+            )
+        else:
+            self._updates = updates(separated, found, self._scaling, self._base.entries)
+
+    def result(self) -> Export:
+        found, alone = self._fit, self._alone
+        made, filled, missing = self._model()
+        sides, texts = self._reward_files()
+        if self._parts.value is not None and (self._classifier is None or alone):
+            sides.append(self._side(VALUE_HEAD, [self._parts.value]))
+        if self._scaling is not None and self._options.lora.mode in ("adapter", "both"):
+            side, text = self._adapter("" if alone else ADAPTER_FOLDER, self._scaling)
+            sides.append(side)
+            texts.append(text)
+        if sides and self._options.to != "hf":
+            raise PlanError(
+                f"{sides[0].name} goes beside a Hugging Face model; there is no place for it in "
+                f"--to {self._options.to}.",
+                hint="Without --base every tensor is kept, under the name that it has.",
+            )
+        targets: Sequence[Target] = choose(made, self._base.entries, self._options.dtype)
+        if alone or (self._parts.rewards and self._options.rewards.srm_format == "lightrft"):
+            targets = ()
+        return Export(
+            model=targets,
+            fit=found,
+            sides=tuple(sides),
+            texts=tuple(texts),
+            patches={**found.config_patches, **(self._classifier or {})},
+            missing=() if alone else missing,
+            filled=() if alone else filled,
+            merged=len(self._updates),
+            scaling=self._scaling,
+            warnings=tuple(self._warnings),
+            assets=not alone,
+        )
+
+    def _model(self) -> tuple[list[tuple[str, Made]], tuple[str, ...], tuple[str, ...]]:
+        """The model's tensors, the names filled from the base, and those left out."""
+        options, found = self._options, self._fit
+        made: dict[str, Made] = {**found.entries, **self._updates}
+        absent = list(found.filled)
+        if options.exclude_frozen:
+            frozen = [name for name, entry in made.items() if entry.kind == "frozen"]
+            absent += [name for name in frozen if name not in self._updates]
+            for name in absent:
+                made.pop(name, None)
+        if self._parts.value is not None and self._classifier is not None:
+            made[SCORE] = self._parts.value.renamed(SCORE)
+        filled = [
+            name
+            for name in absent
+            if options.fill_from_base or comes_with_base(name, self._base.config)
+        ]
+        made.update((name, self._base.entries[name]) for name in filled)
+        missing = [*found.left_out, *(name for name in absent if name not in filled)]
+        for name, source in found.from_base.items():
+            if options.fill_from_base:
+                made[name] = self._base.entries[source].renamed(name)
+            (filled if options.fill_from_base else missing).append(name)
+        return list(made.items()), tuple(filled), tuple(missing)
+
+    def _reward_files(self) -> tuple[list[Side], list[tuple[str, bytes]]]:
+        heads, choice = self._parts.rewards, self._options.rewards
+        if heads is None:
+            return [], []
+        config = reward_config(heads, choice.probing_layer, self._base.config)
+        texts = [(REWARD_CONFIG, _json(config))]
+        sides = []
+        if choice.srm_format in ("split", "both"):
+            sides.append(self._side(REWARD_HEAD, heads.tensors.values()))
+        if self._alone and choice.srm_format == "lightrft":
+            raise PlanError(
+                "LightRFT loads a state dict of the whole model, which an adapter alone is not.",
+                hint="Pass --lora merge, or --srm-format split.",
+            )
+        if choice.srm_format in ("lightrft", "both") and not self._alone:
+            sides.append(Side(LIGHTRFT, "torch", self._lightrft()))
+        return sides, texts
+
+    def _lightrft(self) -> list[Target]:
+        """LightRFT's own state dict: every name of training, the backbone in the base's dtype.
+
+        PEFT's prefix is left out: the adapters are merged, and LightRFT wraps no model to load it.
+        """
+        self._check_complete()
+        merged = {self._fit.origins[name]: made for name, made in self._updates.items()}
+        heads = self._parts.rewards.tensors if self._parts.rewards else {}
+        dtype = (
+            main_dtype(self._base).name if self._options.dtype == "base" else self._options.dtype
+        )
+        backbone: dict[str, Made] = {}
+        for name, entry in lightrft_state(Parts(self._parts.backbone)).items():
+            made = merged.get(entry.spec.name, merged.get(name, entry))
+            for called in (name, *map(unwrap, entry.aliases)):
+                plain = without_peft(called)
+                backbone[plain] = made.renamed(plain)
+        return [
+            *choose(list(backbone.items()), {}, dtype),
+            *choose(list(heads.items()), {}, self._kept()),
+        ]
+
+    def _check_complete(self) -> None:
+        """LightRFT loads strictly: what the checkpoint lacks has no name of training here."""
+        trained = _has_head(self._parts.backbone)
+        lacking = [
+            name for name in self._fit.filled if trained or not name.endswith("lm_head.weight")
+        ]
+        if lacking:
+            raise PlanError(
+                f"the checkpoint lacks {len(lacking)} tensors of the state dict that LightRFT "
+                f"loads strictly, {lacking[0]!r} among them.",
+                hint="Pass --srm-format split.",
+            )
+
+    def _adapter(self, folder: str, scaling: AdapterConfig) -> tuple[Side, tuple[str, bytes]]:
+        found = adapter_folder(self._separated, self._fit.prefix, scaling)
+        side = self._side(folder + ADAPTER_WEIGHTS, found.tensors.values())
+        return side, (folder + ADAPTER_CONFIG, _json(found.config))
+
+    def _side(self, name: str, entries: Iterable[Entry]) -> Side:
+        items = [(entry.spec.name, entry) for entry in entries]
+        return Side(name, "huggingface", choose(items, {}, self._kept()))
+
+    def _kept(self) -> str:
+        """The dtype of tensors that the base does not have: as stored, unless one is asked for."""
+        return "keep" if self._options.dtype == "base" else self._options.dtype
+
+
+def _comparison(sources: Sources | None) -> Equal | None:
+    if sources is None:
+        return None
+    return lambda one, other: equal(one, other, sources)
+
+
+def _has_head(backbone: Mapping[str, Entry]) -> bool:
+    return any(
+        unwrap(name).endswith("lm_head.weight")
+        for entry in backbone.values()
+        for name in entry.names
+    )
+
+
+def _json(value: Mapping[str, object]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,132 @@
+"""Everything of a conversion that can be decided, and every user's error, before a byte is written.
+
+locate and read -> export (names, dtypes) -> live layout -> files, patched config, assets
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from reshard import formats
+from reshard.conversion import live_names, output_model
+from reshard.conversion.base_model import CONFIG, Base, dtype_patches, patched_config, read_base
+from reshard.conversion.dtypes import Target
+from reshard.conversion.options import Options
+from reshard.conversion.output_model import Export
+from reshard.core.catalog import Asset, Catalog
+from reshard.core.plan import OutputFile, Plan
+from reshard.errors import PlanError
+from reshard.formats import locate
+from reshard.storage.local import Sources
+from reshard.transfer.commit import check_space
+
+
+class Job(Struct, frozen=True):
+    """A conversion that is planned and not begun."""
+
+    catalog: Catalog
+    export: Export
+    plan: Plan
+
+
+def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
+    """The plan of a conversion, or the error that stands in its way; no byte is written.
+
+    With `strict` a finding of the source's reader is an error.
+    """
+    catalog = locate.read(options.source, sources, options.selection)
+    if strict and catalog.notes:
+        raise PlanError(
+            f"--strict was passed, and there is a finding: {catalog.notes[0]}", path=options.source
+        )
+    if not catalog.entries:
+        raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
+    base = None if options.base is None else read_base(options.base, sources)
+    made = exported(catalog, base, options, sources)
+    # Before the files are laid out: of a few petabytes, as a damaged file may state, that is long.
+    check_space(options.target, sum(target.spec.nbytes for target in made.model))
+    files, texts = _files(made, options)
+    if not files:
+        raise PlanError("nothing is left to write.", path=options.source)
+    assets, patched, warnings = _assets(made, base, options)
+    plan = Plan(
+        files,
+        (*texts, *patched, *made.texts),
+        assets,
+        (*catalog.remarks, *catalog.notes, *made.warnings, *warnings),
+    )
+    return Job(catalog, made, plan)
+
+
+def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sources) -> Export:
+    """What the checkpoint becomes: by the base's names or its own, or those of a live module."""
+    if base is None:
+        made = output_model.plain(catalog, options)
+    else:
+        made = output_model.onto(catalog, base, options, sources)
+    if options.names == "memory":
+        made = live_names.placed(made, live_names.config_of(made, catalog, base, sources), options)
+    return made
+
+
+def _files(
+    made: Export, options: Options
+) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+    """The model's files and those beside it, and the small files that list them."""
+    files: tuple[OutputFile, ...] = ()
+    texts: tuple[tuple[str, bytes], ...] = ()
+    if made.model:
+        layout = formats.target(options.to)
+        files, texts = layout.lay_out(_slots(made.model), options.max_shard_nbytes)
+    beside = tuple(
+        formats.single(side.kind).lay_out_file(side.name, _slots(side.targets))
+        for side in made.sides
+    )
+    return files + beside, texts
+
+
+def _slots(targets: Sequence[Target]) -> list[formats.Wanted]:
+    return [(target.spec, target.source, target.reference) for target in targets]
+
+
+def _assets(
+    made: Export, base: Base | None, options: Options
+) -> tuple[tuple[Asset, ...], tuple[tuple[str, bytes], ...], tuple[str, ...]]:
+    """The base's other files, its patched config, and what a folder without them lacks."""
+    if options.to != "hf":
+        return (), (), ()
+    if base is None:
+        lacks = (
+            "no base was given: names are those of the checkpoint, and config, tokenizer and "
+            "other files are not there."
+        )
+        return (), (), (lacks,)
+    if not made.assets:
+        return (), (), ()
+    patches = dict(made.patches)
+    dtype = _stated_dtype(made, options)
+    if dtype is not None:
+        patches.update(dtype_patches(base, dtype))
+    if not patches:
+        return base.assets, (), ()
+    assets = tuple(asset for asset in base.assets if asset.name != CONFIG)
+    return assets, ((CONFIG, patched_config(base, patches)),), ()
+
+
+def _stated_dtype(made: Export, options: Options) -> str | None:
+    """The dtype that the config must state where it need not be the base's; None: leave it.
+
+    Of `keep` it is the one that most bytes have; 8-bit types are a quantised model's own matter.
+    """
+    if options.dtype == "base":
+        return None
+    if options.dtype != "keep":
+        return options.dtype
+    nbytes: Counter[str] = Counter()
+    for target in made.model:
+        if target.spec.dtype.floating and target.spec.dtype.itemsize > 1:
+            nbytes[target.spec.dtype.name] += target.spec.nbytes
+    return max(nbytes, key=lambda name: nbytes[name], default=None)

@@ -1,0 +1,150 @@
+"""Reading a written folder again, by a reader that does not share the plan, and comparing it.
+
+`reshard.json` holds the digest of every tensor, taken as its bytes were written. Verification
+reads the folder's own headers and every byte, and must find the same tensors and digests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
+
+from reshard.conversion import manifest
+from reshard.conversion.manifest import Stated
+from reshard.core.catalog import Catalog
+from reshard.core.tensors import Entry
+from reshard.errors import ReshardError, VerificationError
+from reshard.formats import Selection, read
+from reshard.progress import Progress
+from reshard.storage.local import Sources, child
+from reshard.transfer.reading import digest
+
+
+class Verified(Struct, frozen=True):
+    """What a verification read: all of it was as stated. Sizes are bytes.
+
+    `num_filled` tensors are the base's and were not compared. `notes` say which checkpoint was
+    taken, where the path named a folder above.
+    """
+
+    num_tensors: int
+    bytes_read: int
+    num_filled: int = 0
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"verified": True, **asdict(self)}
+
+
+def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None = None) -> Verified:
+    """Compare every tensor of a converted folder with its digest in `reshard.json`.
+
+    Raises `VerificationError` naming the first that differs, or a tensor that is missing or was
+    added; `NotFoundError` where the folder has no `reshard.json`.
+    """
+    with Sources() as sources:
+        stated = manifest.read(folder, sources)
+        parts = [(folder, stated.tensors)] if stated.tensors else []
+        parts += [(child_of(folder, name), tensors) for name, tensors in stated.beside.items()]
+        found = [
+            check_digests(
+                read(path, sources, Selection()),
+                tensors,
+                sources,
+                threads=threads,
+                progress=progress,
+            )
+            for path, tensors in parts
+        ]
+        sources.check_unchanged()
+    return Verified(sum(f.num_tensors for f in found), sum(f.bytes_read for f in found))
+
+
+def child_of(folder: Path, name: str) -> Path:
+    """A file that `reshard.json` names, by one name for each level below the folder."""
+    for part in name.split("/"):
+        folder = child(folder, part)
+    return folder
+
+
+def check_digests(
+    catalog: Catalog,
+    stated: Mapping[str, Stated],
+    sources: Sources,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> Verified:
+    """Read every tensor of a catalog and compare it with what is stated of it."""
+    folder = catalog.origin.root
+    for name in sorted(stated.keys() ^ catalog.entries.keys()):
+        where = "is stated and not there" if name in stated else "is there and not stated"
+        raise VerificationError(f"it {where}.", path=folder, tensor=name)
+    total = sum(entry.spec.nbytes for entry in catalog.entries.values())
+    done = 0
+    counting = threading.Lock()
+
+    def check(entry: Entry) -> None:
+        nonlocal done
+        _check(folder, entry, stated[entry.spec.name], sources)
+        with counting:
+            done += entry.spec.nbytes
+            if progress is not None:
+                progress(done, total)
+
+    _in_order(check, catalog.entries.values(), threads)
+    return Verified(len(catalog.entries), total)
+
+
+def _in_order(check: Callable[[Entry], None], entries: Iterable[Entry], threads: int) -> None:
+    """Check every entry in a few threads; raises the error of the first entry that has one."""
+    remaining = deque(enumerate(entries))
+    failures: dict[int, ReshardError] = {}
+
+    def work() -> None:
+        while remaining:
+            try:
+                place, entry = remaining.popleft()
+            except IndexError:
+                return  # another thread took the last
+            try:
+                check(entry)
+            except ReshardError as error:
+                failures[place] = error
+                remaining.clear()
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for future in [pool.submit(work) for _ in range(threads)]:
+                future.result()
+        finally:
+            remaining.clear()  # after Ctrl-C the pool waits for its threads
+    if failures:
+        # Entries are taken in order, and whoever had begun one came to its end.
+        raise failures[min(failures)]
+
+
+def _check(folder: Path, entry: Entry, want: Stated, sources: Sources) -> None:
+    spec = entry.spec
+    if (spec.dtype.name, spec.shape) != (want.dtype, want.shape):
+        raise VerificationError(
+            f"it is {spec.dtype} {spec.shape}, and {want.dtype} {want.shape} is stated.",
+            path=folder,
+            tensor=spec.name,
+        )
+    found = digest(entry, sources)
+    if found != want.digest:
+        raise VerificationError(
+            f"its digest is {found}, and {want.digest} is stated: the bytes on disk are not those "
+            "that were written.",
+            path=folder,
+            tensor=spec.name,
+            hint="Convert again; if it recurs, the disk is at fault.",
+        )

@@ -1,0 +1,58 @@
+"""The catalog: a checkpoint as a table of tensors, and what is known of where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct, field
+
+from reshard.core.tensors import Entry, Record
+
+
+class Origin(Struct, frozen=True):
+    """Where a catalog was read from.
+
+    `root` is the folder (or file) that holds the tensors, `version` the framework's version as
+    the checkpoint states it, `details` whatever else `inspect` shows, as JSON values
+    (for DeepSpeed: `zero_stage`, `groups`, ...).
+    """
+
+    root: Path
+    framework: str
+    version: str | None = None
+    tag: str | None = None
+    world_size: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Asset(Struct, frozen=True):
+    """A file that goes along unchanged; `name` is its path inside the folder, with `/`."""
+
+    name: str
+    path: Path
+
+
+class Catalog(Struct, frozen=True):
+    """A checkpoint: its tensors by name, and everything known about their source.
+
+    `entries` holds each stored tensor once; other names of the same weights are in
+    `Entry.aliases`. `records` are the checksummed stretches of the files, which the engine checks
+    as their bytes pass. `notes` are findings that a user should read and that change no weight;
+    `remarks` say which checkpoint was taken, where the path named a folder above it.
+    """
+
+    format: str
+    origin: Origin
+    entries: Mapping[str, Entry]
+    records: tuple[Record, ...] = ()
+    assets: tuple[Asset, ...] = ()
+    notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    def names(self) -> Iterator[str]:
+        """Every name, aliases included."""
+        for name, entry in self.entries.items():
+            yield name
+            yield from entry.aliases

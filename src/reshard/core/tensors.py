@@ -1,0 +1,375 @@
+"""Tensors as byte ranges: which elements of a tensor lie in which bytes of which file.
+
+A tensor is an `Entry`: its name, dtype and shape, and the `Fragment`s that hold its elements. A
+fragment says *which* elements by a `Box` and *where* by an `Extent`. Everything in this module is
+plain data and pure functions; nothing opens a file.
+
+    tensor [4, 6] over two ranks           box of rank 1                extent of rank 1
+    FSDP, rows:      0 0 0 0 0 0           shape (4, 6)                 rank1.distcp
+                     0 0 0 0 0 0           offsets (2, 0)               [offset, offset + 12 * item)
+                     1 1 1 1 1 1           sizes (2, 6)
+                     1 1 1 1 1 1
+    ZeRO, flat:      0 ... 0 1 ... 1       shape (24,) offsets (13,)    zero_pp_rank_1_...pt
+                                           sizes (11,)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from reshard.core.dtypes import DType
+from reshard.errors import FormatError, IncompleteError
+
+Shape = tuple[int, ...]
+# Dimensions: numpy 1 has no more (numpy 2 and torch: 64). Without a limit the product of a long
+# shape's sizes alone would take minutes.
+MAX_DIMS = 32
+# Elements, sizes and offsets, exclusive: none is a tensor's, and their sums stay in 64 bits.
+MAX_NUMEL = 1 << 62
+Kind = Literal["parameter", "buffer", "frozen", "tied"]
+
+
+class TensorSpec(Struct, frozen=True):
+    """A tensor's name, element type and shape."""
+
+    name: str
+    dtype: DType
+    shape: Shape
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class FileRef(Struct, frozen=True):
+    """A file of the checkpoint and how to open it; extents count in what opening gives.
+
+    `path` is absolute. `codec` is None for a plain file; otherwise bytes
+    `[frame_offset, frame_offset + frame_nbytes)` of the file are one frame of that compression
+    (`"zstd"`), and an extent's offset counts in the decompressed bytes.
+    """
+
+    path: str
+    codec: str | None = None
+    frame_offset: int = 0
+    frame_nbytes: int = 0
+
+
+class Extent(Struct, frozen=True):
+    """Bytes `[offset, offset + nbytes)` of a file."""
+
+    file: FileRef
+    offset: int
+    nbytes: int
+
+
+class Record(Struct, frozen=True):
+    """A stretch of a file whose CRC-32 the file itself states (an entry of a zip archive)."""
+
+    extent: Extent
+    crc32: int
+
+
+class Box(Struct, frozen=True):
+    """Elements `[offsets, offsets + sizes)` of a row-major array of `shape`.
+
+    `shape` is the tensor's own shape, or `(numel,)`: then the box is a range of the flattened
+    tensor, as ZeRO partitions and FSDP1 flat parameters are.
+    """
+
+    shape: Shape
+    offsets: Shape
+    sizes: Shape
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    def intersect(self, other: Box) -> Box | None:
+        """The elements in both boxes, or None. Both must be over the same `shape`.
+
+        >>> Box((10,), (0,), (6,)).intersect(Box((10,), (4,), (6,)))
+        Box(shape=(10,), offsets=(4,), sizes=(2,))
+        """
+        offsets, sizes = [], []
+        for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            start = max(a, b)
+            size = min(a + m, b + n) - start
+            if size <= 0:
+                return None  # of 20,000 fragments, most are found to be elsewhere by one dimension
+            offsets.append(start)
+            sizes.append(size)
+        return Box(self.shape, tuple(offsets), tuple(sizes))
+
+
+def is_shape(sizes: Sequence[object]) -> bool:
+    """Whether a file's numbers are the shape of a tensor: few, natural, of a possible product.
+
+    >>> is_shape([4, 0]), is_shape([-1]), is_shape([1 << 32, 1 << 32])
+    (True, False, False)
+    """
+    if len(sizes) > MAX_DIMS:
+        return False
+    numel = 1
+    for size in sizes:
+        if type(size) is not int or not 0 <= size < MAX_NUMEL:
+            return False
+        # A size of 0 must not hide an impossible one.
+        numel *= max(size, 1)
+    return numel < MAX_NUMEL
+
+
+@lru_cache(maxsize=4096)
+def whole(shape: Shape) -> Box:
+    """The box that holds every element of `shape`; one for all tensors of that shape."""
+    return Box(shape, (0,) * len(shape), shape)
+
+
+def flat(numel: int, start: int, length: int) -> Box:
+    """Elements `[start, start + length)` of a tensor of `numel` elements, flattened row-major."""
+    return Box((numel,), (start,), (length,))
+
+
+def contiguous_strides(sizes: Sequence[int]) -> Shape:
+    """Row-major strides, in elements.
+
+    >>> contiguous_strides((2, 3, 4))
+    (12, 4, 1)
+    """
+    strides = [1] * len(sizes)
+    for dim in range(len(sizes) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * max(sizes[dim + 1], 1)
+    return tuple(strides)
+
+
+class Fragment(Struct, frozen=True):
+    """A part of a tensor: the elements of `box` lie in `extent` as `dtype`.
+
+    `strides` (elements, one for each dimension of the box) is None where the elements lie in
+    row-major order without gaps; element `i` (relative to the box) then lies at
+    `extent.offset + sum(i * strides) * dtype.itemsize`.
+    """
+
+    box: Box
+    extent: Extent
+    dtype: DType
+    strides: Shape | None = None
+
+
+class Entry(Struct, frozen=True):
+    """A tensor of a catalog. Its fragments' boxes tile it exactly: `check_tiling` proves it.
+
+    All boxes of one entry are over the same shape: the tensor's, or `(numel,)`. `aliases` are
+    the other names of the same weights (tied parameters).
+    """
+
+    spec: TensorSpec
+    fragments: tuple[Fragment, ...]
+    kind: Kind = "parameter"
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name and all others."""
+        return (self.spec.name, *self.aliases)
+
+    def renamed(self, name: str) -> Entry:
+        """The same tensor under another name."""
+        return replace(self, spec=replace(self.spec, name=name))
+
+
+class LowRank(Struct, frozen=True):
+    """A matrix with a low-rank update, as LoRA trains it: `base + left @ right * scaling`.
+
+    `base` is `[rows, columns]`, `left` `[rows, rank]`, `right` `[rank, columns]` (for a linear
+    layer LoRA's B and A). With `magnitude` `[rows]` (DoRA) each row of the sum is then multiplied
+    by its magnitude and divided by its Euclidean norm. Computed in float32, rounded once.
+    """
+
+    base: Entry
+    left: Entry
+    right: Entry
+    scaling: float
+    magnitude: Entry | None = None
+
+    @property
+    def spec(self) -> TensorSpec:
+        return self.base.spec
+
+    @property
+    def kind(self) -> Kind:
+        return self.base.kind
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self.base.aliases
+
+    @property
+    def fragments(self) -> tuple[Fragment, ...]:
+        """Everything that is read for it."""
+        parts = (self.base, self.left, self.right, self.magnitude)
+        return tuple(f for part in parts if part is not None for f in part.fragments)
+
+    @property
+    def rank(self) -> int:
+        return self.right.spec.shape[0]
+
+    def renamed(self, name: str) -> LowRank:
+        """The same tensor under another name."""
+        return replace(self, base=self.base.renamed(name))
+
+
+#: What a tensor of the output is made from.
+Made = Entry | LowRank
+
+
+def blocks(shape: Shape, max_numel: int) -> Iterator[Box]:
+    """Cut a row-major array into boxes of at most `max_numel` elements, in ascending order.
+
+    Each box is one unbroken run of the flattened array: full in all trailing dimensions, a range
+    in one, a single index in those before it.
+
+    >>> [box.offsets for box in blocks((4, 3), 6)]
+    [(0, 0), (2, 0)]
+    """
+    if math.prod(shape) == 0:
+        return
+    cut, inner = len(shape), 1
+    while cut > 0 and inner * shape[cut - 1] <= max_numel:
+        cut -= 1
+        inner *= shape[cut]
+    if cut == 0:
+        yield whole(shape)
+        return
+    dim = cut - 1
+    step = max(1, max_numel // inner)
+    tail = len(shape) - cut
+    for outer in _indices(shape[:dim]):
+        for start in range(0, shape[dim], step):
+            sizes = (1,) * dim + (min(step, shape[dim] - start),) + shape[cut:]
+            yield Box(shape, (*outer, start) + (0,) * tail, sizes)
+
+
+def _indices(shape: Shape) -> Iterator[Shape]:
+    """Every index of an array of `shape`, in row-major order."""
+    if not shape:
+        yield ()
+        return
+    for outer in _indices(shape[:-1]):
+        for last in range(shape[-1]):
+            yield (*outer, last)
+
+
+def span(sizes: Shape, strides: Shape | None) -> int:
+    """Elements from the first to the last that `sizes` and `strides` reach, both counted."""
+    if math.prod(sizes) == 0:
+        return 0
+    if strides is None:
+        return math.prod(sizes)
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+
+
+def check_tiling(entry: Entry) -> None:
+    """Prove that the fragments hold every element of the tensor exactly once.
+
+    Raises `FormatError` (a box that leaves the tensor, bytes that do not fit their box, two boxes
+    that overlap) or `IncompleteError` (a hole).
+    """
+    spec = entry.spec
+    over = entry.fragments[0].box.shape if entry.fragments else spec.shape
+    if over not in (spec.shape, (spec.numel,)):
+        raise FormatError(f"its parts are of shape {over}, it is {spec.shape}.", tensor=spec.name)
+    for fragment in entry.fragments:
+        _check_fragment(spec, fragment, over)
+    held = sum(fragment.box.numel for fragment in entry.fragments)
+    boxes = [fragment.box for fragment in entry.fragments if fragment.box.numel]
+    pair = _overlapping(boxes, len(over))
+    if pair is not None:
+        raise FormatError(
+            f"two parts hold the same elements: {_describe(pair[0])} and {_describe(pair[1])}.",
+            tensor=spec.name,
+        )
+    if held != spec.numel:
+        raise IncompleteError(
+            f"{held} of its {spec.numel} elements are in the checkpoint.",
+            tensor=spec.name,
+            hint="A rank's part is missing.",
+        )
+
+
+def _check_fragment(spec: TensorSpec, fragment: Fragment, over: Shape) -> None:
+    box = fragment.box
+    inside = box.shape == over and all(
+        offset >= 0 and size >= 0 and offset + size <= limit
+        for offset, size, limit in zip(box.offsets, box.sizes, box.shape, strict=True)
+    )
+    if not inside:
+        raise FormatError(
+            f"a part, {_describe(box)}, does not lie inside shape {over}.",
+            path=fragment.extent.file.path,
+            tensor=spec.name,
+        )
+    needed = span(box.sizes, fragment.strides) * fragment.dtype.itemsize
+    if fragment.extent.nbytes != needed:
+        raise FormatError(
+            f"a part, {_describe(box)}, takes {needed} bytes and has {fragment.extent.nbytes}.",
+            path=fragment.extent.file.path,
+            tensor=spec.name,
+        )
+
+
+# Boxes that no straight cut separates are compared pair by pair; real checkpoints have a handful.
+_MAX_PAIRWISE = 2048
+
+
+def _overlapping(boxes: list[Box], ndim: int) -> tuple[Box, Box] | None:
+    """Two boxes that share an element, or None.
+
+    Along each dimension in turn the boxes fall into groups whose ranges do not touch; boxes of
+    different groups cannot overlap. Rows, columns and grids come apart completely this way.
+    """
+    work = [boxes]
+    while work:
+        group = work.pop()
+        if len(group) < 2:
+            continue
+        for dim in range(ndim):
+            parts = _separate(group, dim)
+            if len(parts) > 1:
+                work.extend(parts)
+                break
+        else:
+            if len(group) > _MAX_PAIRWISE:
+                raise FormatError(f"{len(group)} parts are laid out in no order that tiles.")
+            for index, first in enumerate(group):
+                for second in group[index + 1 :]:
+                    if first.intersect(second) is not None:
+                        return first, second
+    return None
+
+
+def _separate(boxes: list[Box], dim: int) -> list[list[Box]]:
+    """Group boxes so that ranges along `dim` overlap only within a group."""
+    groups: list[list[Box]] = []
+    end = -1
+    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
+        if not groups or box.offsets[dim] >= end:
+            groups.append([])
+        groups[-1].append(box)
+        end = max(end, box.offsets[dim] + box.sizes[dim])
+    return groups
+
+
+def _describe(box: Box) -> str:
+    ranges = (f"{o}:{o + s}" for o, s in zip(box.offsets, box.sizes, strict=True))
+    return f"[{', '.join(ranges)}]"

@@ -1,0 +1,306 @@
+"""All that the checks look at: a folder, the base, the fit of one onto the other, facts of values.
+
+Everything is read here, once; the checks are pure functions of a `Case`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from reshard.conversion.base_model import Base
+from reshard.core.catalog import Catalog
+from reshard.core.tensors import Entry, Shape
+from reshard.diagnosis import folder as folders
+from reshard.diagnosis import streams
+from reshard.diagnosis.checks.companions import Companions, read_companions
+from reshard.diagnosis.folder import Folder
+from reshard.diagnosis.streams import NotFinite
+from reshard.errors import NamesError, PlanError, ReshardError
+from reshard.formats import Selection, deepspeed
+from reshard.naming import Fit, FitOptions, fit, schema
+from reshard.naming.families import PREFIXES
+from reshard.naming.rewards import SCORE
+from reshard.naming.search import unwrap
+from reshard.naming.ties import HEADS
+from reshard.progress import Progress, StagedProgress
+from reshard.storage.local import Sources
+from reshard.transfer.reading import equal
+
+
+class Fitted(Struct, frozen=True):
+    """The folder's tensors as the base has them, and why they are not all of the base's.
+
+    `misfit` is None where the fit is complete. A fit may stand beside it: that of all tensors but
+    a head that is missing.
+    """
+
+    fit: Fit | None = None
+    misfit: NamesError | PlanError | None = None
+
+
+class Vocabulary(Struct, frozen=True):
+    """Input embedding and output head, by the folder's own names; None where one is not there.
+
+    `equal`: both are there and hold the same values.
+    """
+
+    embedding: str | None = None
+    head: str | None = None
+    equal: bool = False
+
+
+class Values(Struct, frozen=True):
+    """What the weights hold. `changed` of `compared` tensors differ from the base's.
+
+    `conflicts` are tensors that several files hold with different values.
+    """
+
+    not_finite: Mapping[str, NotFinite] = field(default_factory=dict)
+    compared: int = 0
+    changed: int = 0
+    conflicts: tuple[str, ...] = ()
+
+
+class Rescue(Struct, frozen=True):
+    """A training checkpoint that lies in the folder, and how its tensors fit the base."""
+
+    catalog: Catalog
+    fit: Fit
+
+
+class Case(Struct, frozen=True):
+    """A folder and everything that was found out about it.
+
+    placeholders: tensors without their elements. prefix: what precedes all names.
+    clean: name without wrappers' parts and prefix -> the folder's own name, aliases included.
+    rescue: None, or why not, or a checkpoint that the weights can be taken from.
+    """
+
+    folder: Folder
+    base: Base | None
+    placeholders: tuple[str, ...]
+    fitted: Fitted
+    prefix: str
+    clean: Mapping[str, str]
+    vocabulary: Vocabulary
+    companions: Companions
+    values: Values
+    rescue: Rescue | str | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the tensors at hand are all of the base's, under whatever names."""
+        whole = self.fitted.fit is not None and self.fitted.misfit is None
+        return whole or isinstance(self.rescue, Rescue)
+
+    @property
+    def levels(self) -> Mapping[str, Mapping[str, Any]]:
+        """The configs that describe the language model, by dotted path: `""`, `"text_config."`."""
+        settings = self.folder.settings
+        return dict(zip(schema.stating_levels(settings), schema.levels(settings), strict=True))
+
+    def clean_name(self, own: str) -> str:
+        """A tensor's name without wrappers' parts and prefix."""
+        return unwrap(own).removeprefix(self.prefix)
+
+    def shape(self, name: str) -> Shape:
+        """The shape of a tensor by one of the folder's own names."""
+        return self.entry(name).spec.shape
+
+    def entry(self, name: str) -> Entry:
+        """A tensor by one of the folder's own names, aliases included."""
+        found = self.folder.entries.get(name)
+        if found is not None:
+            return found
+        return next(entry for entry in self.folder.entries.values() if name in entry.aliases)
+
+
+def read(
+    path: Path,
+    base: Base | None,
+    sources: Sources,
+    *,
+    threads: int,
+    weights: bool = True,
+    progress: StagedProgress | None = None,
+) -> Case:
+    """Read all that the checks need.
+
+    Without `weights` only what decides ties and repeated tensors is read of the values.
+    Raises `NotFoundError` where there is no model to look at.
+    """
+    folder = folders.read(path, sources)
+    placeholders = _placeholders(folder, base)
+    whole = {name: entry for name, entry in folder.entries.items() if name not in placeholders}
+    fitted = _fitted(folder, whole, base, sources)
+    names = [name for entry in folder.entries.values() for name in entry.names]
+    prefix = fitted.fit.prefix if fitted.fit is not None else guess_prefix(map(unwrap, names))
+    clean = {unwrap(name).removeprefix(prefix): name for name in names}
+    return Case(
+        folder=folder,
+        base=base,
+        placeholders=placeholders,
+        fitted=fitted,
+        prefix=prefix,
+        clean=clean,
+        vocabulary=_vocabulary(folder, clean, sources),
+        companions=read_companions(folder, base, sources),
+        values=_values(folder, base, fitted.fit, sources, weights, threads, progress),
+        rescue=_rescue(path, base, sources) if placeholders else None,
+    )
+
+
+def _placeholders(folder: Folder, base: Base | None) -> tuple[str, ...]:
+    """Tensors of shape [0], and weights of shape [1], unless the base has them so.
+
+    `torch.empty(0)` is what ZeRO-3 leaves in a parameter's place (DeepSpeed 0.19.8,
+    runtime/zero/partition_parameters.py); `torch.empty(1)` is what older versions left.
+    """
+    known: Mapping[str, Entry] = {} if base is None else base.entries
+    found = []
+    for name, entry in folder.entries.items():
+        empty = entry.spec.shape == (0,)
+        single = entry.spec.shape == (1,) and name.endswith(".weight")
+        as_in_base = name in known and known[name].spec.shape == entry.spec.shape
+        # Quantised models hold empty integer tensors on purpose (GPTQ's g_idx).
+        if (empty or single) and entry.spec.dtype.floating and not as_in_base:
+            found.append(name)
+    return tuple(found)
+
+
+def _fitted(
+    folder: Folder, entries: Mapping[str, Entry], base: Base | None, sources: Sources
+) -> Fitted:
+    if base is None:
+        return Fitted()
+
+    def same(one: Entry, other: Entry) -> bool:
+        return equal(one, other, sources)
+
+    score: dict[str, Entry] = {}
+    own = next((name for name in entries if unwrap(name) == SCORE), None)
+    if own is not None and folder.classifies and SCORE not in base.entries:
+        # The base is the language model that the classifier was trained from.
+        score = {SCORE: entries[own].renamed(SCORE)}
+        entries = {name: entry for name, entry in entries.items() if name != own}
+    try:
+        # transformers 4 leaves an embedding that is stored as the head alone without weights.
+        options = FitOptions(headless=folder.headless, untied=_heads(entries))
+        found = fit(entries, base.schema, options=options, equal=same)
+        return Fitted(replace(found, entries={**found.entries, **score}))
+    except (NamesError, PlanError) as error:
+        misfit = error
+    try:
+        return Fitted(
+            fit(entries, base.schema, options=FitOptions(headless=True), equal=same), misfit
+        )
+    except (NamesError, PlanError):
+        return Fitted(None, misfit)
+
+
+def _heads(names: Iterable[str]) -> frozenset[str]:
+    """The names of output heads, wrappers' parts left out."""
+    heads = tuple(head for head, _ in HEADS)
+    return frozenset(clean for clean in map(unwrap, names) if clean.endswith(heads))
+
+
+def guess_prefix(names: Iterable[str]) -> str:
+    """What a trainer put before all names, by the names alone; `""` where nothing is certain.
+
+    `model.` precedes the names of many a sound model: it is one too many only where the next part
+    belongs to the top of a model.
+
+    >>> guess_prefix(["model.model.norm.weight", "model.lm_head.weight"])
+    'model.'
+    """
+    listed = list(names)
+    if not listed:
+        return ""
+    for prefix in sorted(PREFIXES, key=len, reverse=True):
+        if not all(name.startswith(prefix) for name in listed):
+            continue
+        if prefix != "model." or any(
+            name.startswith(("model.model.", "model.lm_head.")) for name in listed
+        ):
+            return prefix
+    return ""
+
+
+def _vocabulary(folder: Folder, clean: Mapping[str, str], sources: Sources) -> Vocabulary:
+    """The first of the known pairs of which both are there, or else of which the embedding is."""
+    matrices = {
+        own: entry
+        for entry in folder.entries.values()
+        for own in entry.names
+        if len(entry.spec.shape) == 2
+    }
+    alone = Vocabulary()
+    for head_name, embedding_name in HEADS:
+        head, embedding = clean.get(head_name), clean.get(embedding_name)
+        if embedding not in matrices:
+            continue
+        if head in matrices:
+            same = equal(matrices[head], matrices[embedding], sources)
+            return Vocabulary(embedding, head, same)
+        if alone.embedding is None:
+            alone = Vocabulary(embedding)
+    return alone
+
+
+def _values(
+    folder: Folder,
+    base: Base | None,
+    found: Fit | None,
+    sources: Sources,
+    weights: bool,
+    threads: int,
+    progress: StagedProgress | None,
+) -> Values:
+    conflicts = tuple(
+        name
+        for name, copies in folder.repeated.items()
+        if not all(equal(copies[0], other, sources) for other in copies[1:])
+    )
+    if not weights:
+        return Values(conflicts=conflicts)
+
+    def step(what: str) -> Progress | None:
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+    spoilt = streams.not_finite(
+        folder.entries, sources, threads=threads, progress=step("examining")
+    )
+    pairs = [
+        (entry, base.entries[name])
+        for name, entry in ({} if found is None else found.entries).items()
+        if base is not None
+        and name in base.entries
+        and entry.spec.numel
+        and entry.spec.shape == base.entries[name].spec.shape
+    ]
+    unchanged = streams.same(pairs, sources, threads=threads, progress=step("comparing"))
+    return Values(spoilt, len(pairs), unchanged.count(False), conflicts)
+
+
+def _rescue(path: Path, base: Base | None, sources: Sources) -> Rescue | str | None:
+    """The DeepSpeed checkpoint beside the placeholders, as HF's Trainer saves one.
+
+    None where there is none; a text where there is one that cannot be used.
+    """
+    if deepspeed.detect(path) is None:
+        return None
+    if base is None:
+        return "a DeepSpeed checkpoint lies beside it; name the base with --base"
+    try:
+        catalog = deepspeed.read(path, sources, Selection())
+        found = fit(
+            catalog.entries, base.schema, equal=lambda one, other: equal(one, other, sources)
+        )
+    except ReshardError as error:
+        return f"the DeepSpeed checkpoint beside it cannot be used: {error}"
+    return Rescue(catalog, found)

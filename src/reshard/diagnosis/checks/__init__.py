@@ -1,0 +1,1 @@
+"""The checks of the doctor: pure functions of a case."""

@@ -1,0 +1,160 @@
+"""`reshard.doctor`: look at a model folder, name what is wrong with it, and write a mended one.
+
+read -> check every ailment of the table -> (with `repair`) mend -> check again -> commit
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from reshard.conversion.base_model import read_base
+from reshard.conversion.convert import PathLike, check_target
+from reshard.conversion.output_model import REWARD_HEAD, VALUE_HEAD
+from reshard.diagnosis import case as cases
+from reshard.diagnosis.case import Case
+from reshard.diagnosis.findings import Finding
+from reshard.diagnosis.repair import write_mended
+from reshard.diagnosis.table import AILMENTS
+from reshard.errors import PlanError, VerificationError
+from reshard.progress import StagedProgress
+from reshard.storage.local import Sources, real, snapshot
+
+# More threads than this only compete for the memory bus.
+_MAX_THREADS = 4
+
+
+class Diagnosis(Struct, frozen=True):
+    """What is wrong with a folder.
+
+    `repaired` is the mended folder, None where none was written. `remaining` are the findings that
+    it still has, or that `folder` has where there is no mended one. Sizes are bytes.
+    """
+
+    folder: str
+    base: str | None
+    num_tensors: int
+    total_bytes: int
+    findings: tuple[Finding, ...]
+    repaired: str | None
+    remaining: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The errors that remain."""
+        return tuple(finding for finding in self.remaining if finding.severity == "error")
+
+    def to_json(self) -> dict[str, Any]:
+        """The diagnosis as JSON values, as `doctor --json` prints it."""
+        return {
+            "folder": self.folder,
+            "base": self.base,
+            "num_tensors": self.num_tensors,
+            "total_bytes": self.total_bytes,
+            "findings": [finding.to_json() for finding in self.findings],
+            "repaired": self.repaired,
+            "remaining": [finding.name for finding in self.remaining],
+        }
+
+
+def doctor(
+    folder: PathLike,
+    *,
+    base: PathLike | None = None,
+    repair: PathLike | None = None,
+    threads: int | None = None,
+    progress: StagedProgress | None = None,
+) -> Diagnosis:
+    """Find what is wrong with the model folder `folder`, whoever wrote it.
+
+    With `base`, the Hugging Face model that training started from, names, shapes, ties and values
+    are compared with it. With `repair`, a mended copy is written there, as a new folder, if every
+    error that was found can be mended; `folder` itself is never touched. The weights are streamed,
+    in blocks.
+
+    Raises a `ReshardError` where there is no model to look at or no base, and where the output
+    cannot be written; what is wrong with `folder` is never an exception.
+
+    >>> diagnosis = doctor("export", base="Qwen2.5-7B", repair="mended")     # doctest: +SKIP
+    >>> [finding.name for finding in diagnosis.findings]                     # doctest: +SKIP
+    ['wrapper-prefix', 'tokenizer-missing']
+    """
+    path = snapshot(Path(folder))
+    base_path = None if base is None else Path(base)
+    if base_path is not None and base_path.exists() and real(path) == real(base_path):
+        raise PlanError("the folder is the base itself.", path=path)
+    if repair is not None:
+        check_target(Path(repair), path, base_path, overwrite=False)
+    workers = threads or min(_MAX_THREADS, os.cpu_count() or 1)
+    with Sources() as sources:
+        known = None if base_path is None else read_base(base_path, sources)
+        case = cases.read(path, known, sources, threads=workers, progress=progress)
+        findings = examine(case)
+        remaining, repaired = findings, None
+        if repair is not None and _mendable(findings):
+            _check_alone(case)
+            remaining = _mend(case, findings, Path(repair), sources, workers, progress)
+            repaired = os.fspath(repair)
+    return Diagnosis(
+        folder=os.fspath(folder),
+        base=None if base is None else os.fspath(base),
+        num_tensors=len(case.folder.entries),
+        total_bytes=sum(entry.spec.nbytes for entry in case.folder.entries.values()),
+        findings=findings,
+        repaired=repaired,
+        remaining=remaining,
+    )
+
+
+def examine(case: Case) -> tuple[Finding, ...]:
+    """Every ailment of the table that the folder has."""
+    found = (ailment.examine(case) for ailment in AILMENTS)
+    return tuple(finding for finding in found if finding is not None)
+
+
+def _mendable(findings: Sequence[Finding]) -> bool:
+    """Whether there is something to mend, and no error that a copy would keep."""
+    hopeless = any(f.severity == "error" and f.repair is None for f in findings)
+    return not hopeless and any(finding.repair is not None for finding in findings)
+
+
+def _check_alone(case: Case) -> None:
+    """Refuse to mend a model whose other half, its head, would be left behind."""
+    heads = [name for name in (REWARD_HEAD, VALUE_HEAD) if (case.folder.path / name).is_file()]
+    if heads:
+        raise PlanError(
+            f"{heads[0]} lies beside the model, and a mended copy would be without it.",
+            path=case.folder.path,
+            hint="Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR.",
+        )
+
+
+def _mend(
+    case: Case,
+    findings: Sequence[Finding],
+    target: Path,
+    sources: Sources,
+    threads: int,
+    progress: StagedProgress | None,
+) -> tuple[Finding, ...]:
+    """Write the mended folder, and return the warnings that it keeps."""
+    kept: list[Finding] = []
+
+    def check(partial: Path) -> None:
+        again = cases.read(partial, case.base, sources, threads=threads, weights=False)
+        kept.extend(examine(again))
+        for finding in kept:
+            if finding.severity == "error":
+                raise VerificationError(
+                    f"the mended folder still has {finding.name}: {finding.evidence[0]}. Nothing "
+                    "was written.",
+                    path=case.folder.path,
+                    hint="Convert the run's checkpoint again: reshard convert RUN OUT.",
+                )
+
+    write_mended(case, findings, target, sources, threads=threads, check=check, progress=progress)
+    return tuple(kept)

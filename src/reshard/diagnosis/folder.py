@@ -1,0 +1,207 @@
+"""A model folder as it is, however broken: what can be read of it, and what is wrong with the rest.
+
+The formats' readers refuse a folder at the first rule that is broken; this one notes the fault and
+reads on. A file that is read passes all of the format's own checks, so its tensors can be trusted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from reshard.containers import safetensors as safetensors_file
+from reshard.conversion.base_model import CONFIG, Base
+from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG
+from reshard.core.catalog import Asset
+from reshard.core.tensors import Entry, Fragment, Record, whole
+from reshard.errors import NotFoundError, ReshardError, UnsupportedError
+from reshard.formats import Selection, huggingface, torch_state_dict
+from reshard.naming.lora.output import CONFIG as ADAPTER_CONFIG
+from reshard.naming.lora.output import WEIGHTS as ADAPTER_WEIGHTS
+from reshard.storage.local import Sources, child
+
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+# Largest file read whole as JSON, in bytes: an index of a million tensors.
+_MAX_JSON = 256 << 20
+
+
+class Folder(Struct, frozen=True):
+    """What lies in a model folder.
+
+    entries: every tensor of the files that could be read; of one in several files, the first.
+    repeated: tensors in several files -> all of them.
+    files: weight file -> the tensors it holds. damaged: file -> why it could not be read.
+    listed: the index's tensor -> file, None where there is no index or `index_fault` says why not.
+    config: None where `config_fault` says why there is none.
+    assets: every file without weights, by its path in the folder.
+    pickled: whether the weights are in torch.save files. records: their checksums.
+    """
+
+    path: Path
+    assets: Mapping[str, Asset]
+    config: Mapping[str, Any] | None
+    config_fault: str
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    files: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    listed: Mapping[str, str] | None = None
+    index_fault: str = ""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    repeated: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+    pickled: bool = False
+    records: tuple[Record, ...] = ()
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The config; empty where there is none."""
+        return self.config or {}
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the config names a class with a `score` in place of an output head."""
+        return any(name.endswith("ForSequenceClassification") for name in classes(self.settings))
+
+    @property
+    def headless(self) -> bool:
+        """Whether the model's users want no output head: it scores, by itself or by a reward head
+        beside it."""
+        return self.classifies or REWARD_CONFIG in self.assets
+
+    def as_base(self) -> Base:
+        """The folder as a base model: its tensors, config and files."""
+        return Base(self.path, self.entries, self.settings, tuple(self.assets.values()))
+
+
+def classes(config: Mapping[str, Any]) -> list[str]:
+    """The model classes that a config names."""
+    named = config.get("architectures")
+    return list(map(str, named)) if isinstance(named, list) else []
+
+
+def read(path: Path, sources: Sources) -> Folder:
+    """Read a model folder's headers, config and file names.
+
+    Raises `NotFoundError` where there is no folder, or no file that should hold a model's weights,
+    `UnsupportedError` where the weights are no model's by themselves.
+    """
+    if not path.is_dir():
+        raise NotFoundError("there is no such folder.", path=path)
+    _refuse_parts(path)
+    config, config_fault = read_json(path, CONFIG, sources)
+    assets = {asset.name: asset for asset in huggingface.assets(path)}
+    folder = Folder(path, assets, config, config_fault)
+    names, listed, index_fault = _weight_files(path, sources)
+    if not names and listed is None:
+        return _with_pickled(folder, sources)
+    folder = replace(folder, listed=listed, index_fault=index_fault)
+    return _with_tensors(folder, names, sources)
+
+
+def _refuse_parts(path: Path) -> None:
+    """Refuse what transformers does not load as a model, and is not ill for that."""
+    there = {file.name for file in path.iterdir()}
+    weights = {name for name in there if name.endswith(".safetensors")}
+    if weights == {ADAPTER_WEIGHTS} and ADAPTER_CONFIG in there:
+        raise UnsupportedError(
+            "it holds an adapter, which PEFT loads onto a model, and no model.",
+            path=path,
+            hint="Look at the model, or at the export of convert --lora merge.",
+        )
+    if not weights and {LIGHTRFT, REWARD_CONFIG} <= there:
+        raise UnsupportedError(
+            "it holds LightRFT's own state dict of a reward model, by the names of training.",
+            path=path,
+            hint="Look at the export of convert --srm-format split.",
+        )
+
+
+def _with_tensors(folder: Folder, names: Iterable[str], sources: Sources) -> Folder:
+    """The folder with what its safetensors files hold."""
+    damaged: dict[str, str] = {}
+    files: dict[str, frozenset[str]] = {}
+    found: dict[str, list[Entry]] = {}
+    for name in names:
+        try:
+            entries = _read_file(child(folder.path, name), sources)
+        except ReshardError as error:
+            damaged[name] = error.message
+            continue
+        if not entries:
+            damaged[name] = "it holds no tensor."
+        files[name] = frozenset(entry.spec.name for entry in entries)
+        for entry in entries:
+            found.setdefault(entry.spec.name, []).append(entry)
+    return replace(
+        folder,
+        entries={name: copies[0] for name, copies in found.items()},
+        files=files,
+        damaged=damaged,
+        repeated={name: tuple(copies) for name, copies in found.items() if len(copies) > 1},
+    )
+
+
+def _with_pickled(folder: Folder, sources: Sources) -> Folder:
+    """The folder with what its `pytorch_model*.bin` hold."""
+    if torch_state_dict.detect(folder.path) is None:
+        raise NotFoundError(
+            "it holds no model: no safetensors files and no pytorch_model.bin.",
+            path=folder.path,
+            hint="A training checkpoint is converted first: reshard convert SRC DST --base HF_DIR.",
+        )
+    try:
+        catalog = torch_state_dict.read(folder.path, sources, Selection())
+    except ReshardError as error:
+        file = Path(error.path or folder.path).name
+        return replace(folder, damaged={file: error.message}, pickled=True)
+    return replace(
+        folder,
+        entries=catalog.entries,
+        files=_by_file(catalog.entries.values()),
+        pickled=True,
+        records=catalog.records,
+    )
+
+
+def _by_file(entries: Iterable[Entry]) -> dict[str, frozenset[str]]:
+    files: dict[str, set[str]] = {}
+    for entry in entries:
+        for fragment in entry.fragments:
+            files.setdefault(Path(fragment.extent.file.path).name, set()).add(entry.spec.name)
+    return {name: frozenset(names) for name, names in files.items()}
+
+
+def _weight_files(path: Path, sources: Sources) -> tuple[list[str], dict[str, str] | None, str]:
+    """The safetensors files that should hold the model, what the index lists, its fault."""
+    there = {file.name for file in path.glob("*.safetensors")}
+    shards = {name for name in there if _SHARD.fullmatch(name)}
+    if not (path / huggingface.INDEX).is_file():
+        return sorted(shards or there), None, ""
+    index, fault = read_json(path, huggingface.INDEX, sources)
+    weight_map = None if index is None else index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        return sorted(shards or there), None, fault or "it has no weight_map of names to files."
+    named = set(weight_map.values())
+    return sorted(shards | (named & there)), weight_map, ""
+
+
+def _read_file(path: Path, sources: Sources) -> list[Entry]:
+    """The tensors of one safetensors file."""
+    entries = []
+    for spec, extent in safetensors_file.read(sources.open(path)).tensors.values():
+        fragment = Fragment(whole(spec.shape), extent, spec.dtype)
+        entries.append(Entry(spec, (fragment,) if spec.numel else ()))
+    return entries
+
+
+def read_json(path: Path, name: str, sources: Sources) -> tuple[dict[str, Any] | None, str]:
+    """A JSON object of a model folder, or None and why there is none."""
+    try:
+        source = sources.open(child(path, name))
+        text = source.read(0, min(source.size, _MAX_JSON))
+        return safetensors_file.parse_json(text, name), ""
+    except ReshardError as error:
+        return None, error.message

@@ -1,0 +1,158 @@
+"""A new folder in which everything that was found is mended.
+
+The tensors go the way of every conversion: fitted onto the base, laid out, streamed, hashed, read
+back. What a conversion has no part in is added here: the folder's own config and other files are
+kept, patched where a finding says so, and joined by those of the base that are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from reshard.conversion import manifest
+from reshard.conversion.base_model import CONFIG, patched_config
+from reshard.conversion.dtypes import Target, choose
+from reshard.conversion.execute import Writing, carry_out
+from reshard.core.catalog import Origin
+from reshard.core.plan import Plan, parse_size
+from reshard.core.tensors import Entry, Made, Record
+from reshard.diagnosis.case import Case, Rescue
+from reshard.diagnosis.findings import Finding, Repair
+from reshard.errors import VerificationError
+from reshard.formats import huggingface
+from reshard.naming import Fit
+from reshard.naming.schema import says_tied
+from reshard.progress import StagedProgress
+from reshard.storage.local import Sources
+from reshard.transfer.commit import check_space
+from reshard.transfer.engine import Outcome
+
+# As `save_pretrained` of transformers 4 has it.
+_MAX_SHARD_SIZE = "5GB"
+
+
+class _Mended(Struct, frozen=True):
+    """The tensors as they should be, by their right names, and where they were read."""
+
+    entries: Mapping[str, Made]
+    fit: Fit
+    format: str
+    origin: Origin
+    records: tuple[Record, ...]
+
+
+def write_mended(
+    case: Case,
+    findings: Sequence[Finding],
+    target: Path,
+    sources: Sources,
+    *,
+    threads: int,
+    check: Callable[[Path], None],
+    progress: StagedProgress | None = None,
+) -> None:
+    """Write `target`, whole or not at all. Every error among the findings must have a repair.
+
+    `check` looks at the finished folder before it gets its name, and raises where it is not well.
+    """
+    repairs = [finding.repair for finding in findings if finding.repair is not None]
+    mended = _mended(case, repairs)
+    dtype = "base" if any(mend.cast or mend.rescued for mend in repairs) else "keep"
+    references = {} if case.base is None else case.base.entries
+    targets = choose(list(mended.entries.items()), references, dtype)
+    plan = _plan(case, repairs, mended, targets)
+    check_space(target, plan.bytes_to_write)
+
+    def render(outcome: Outcome) -> bytes:
+        if outcome.compared and not outcome.changed:
+            raise VerificationError("all tensors equal the base's.", path=case.folder.path)
+        stated = manifest.state([item.spec for item in targets], "", outcome.digests)
+        return _manifest(mended, findings, dtype, stated)
+
+    writing = Writing(threads, progress=progress)
+    carry_out(plan, sources, mended.records, target, writing, render=render, check=check)
+
+
+def _mended(case: Case, repairs: Sequence[Repair]) -> _Mended:
+    """The tensors: those of the rescued checkpoint, or the folder's under their right names."""
+    rescue, found, folder = case.rescue, case.fitted.fit, case.folder
+    if isinstance(rescue, Rescue):
+        catalog = rescue.catalog
+        return _Mended(
+            rescue.fit.entries, rescue.fit, catalog.format, catalog.origin, catalog.records
+        )
+    if case.base is None or found is None:
+        entries = _renamed(case, repairs)
+        found = Fit(entries, prefix=case.prefix)
+    origin = Origin(folder.path, "torch" if folder.pickled else "safetensors")
+    format_ = "torch" if folder.pickled else "huggingface"
+    return _Mended(found.entries, found, format_, origin, folder.records)
+
+
+def _renamed(case: Case, repairs: Sequence[Repair]) -> dict[str, Entry]:
+    """The folder's tensors under the names that the findings give, tied names written out.
+
+    Only a head that the config ties is left to the loader.
+    """
+    renamed = {own: name for mend in repairs for own, name in mend.renamed.items()}
+    dropped: set[str | None] = {name for mend in repairs for name in mend.dropped}
+    if says_tied(case.folder.settings) and case.vocabulary.equal:
+        dropped.add(case.vocabulary.head)
+    entries = {}
+    for entry in case.folder.entries.values():
+        for own in entry.names:
+            if own not in dropped:
+                name = renamed.get(own, own)
+                entries[name] = entry.renamed(name)
+    return entries
+
+
+def _plan(
+    case: Case, repairs: Sequence[Repair], mended: _Mended, targets: Sequence[Target]
+) -> Plan:
+    slots = [(item.spec, item.source, item.reference) for item in targets]
+    files, index = huggingface.lay_out(slots, parse_size(_MAX_SHARD_SIZE))
+    assets = dict(case.folder.assets)
+    texts = dict(index)
+    for mend in repairs:
+        assets.update((asset.name, asset) for asset in mend.assets)
+        texts.update(mend.texts)
+    config = _config(case, repairs, mended.fit)
+    if config is not None:
+        texts[CONFIG] = config
+    kept = tuple(asset for name, asset in assets.items() if name not in texts)
+    return Plan(files, tuple(texts.items()), kept)
+
+
+def _config(case: Case, repairs: Sequence[Repair], found: Fit) -> bytes | None:
+    """The config where it is not the folder's as it is."""
+    patches = {path: value for mend in repairs for path, value in mend.config.items()}
+    if case.base is not None and (case.folder.config is None or isinstance(case.rescue, Rescue)):
+        return patched_config(case.base, {**found.config_patches, **patches})
+    return patched_config(case.folder.as_base(), patches) if patches else None
+
+
+def _manifest(
+    mended: _Mended,
+    findings: Sequence[Finding],
+    dtype: str,
+    stated: Mapping[str, manifest.Stated],
+) -> bytes:
+    options = {
+        "to": "hf",
+        "dtype": dtype,
+        "max_shard_nbytes": parse_size(_MAX_SHARD_SIZE),
+        "repaired": [finding.name for finding in findings if finding.repair is not None],
+    }
+    names = {
+        "prefix": mended.fit.prefix,
+        "rules": list(mended.fit.rules),
+        "tied": dict(mended.fit.tied),
+        "filled": [],
+        "missing": list(mended.fit.filled),
+        "unexpected": list(mended.fit.dropped),
+    }
+    return manifest.render(mended.format, mended.origin, options, names, stated, {})

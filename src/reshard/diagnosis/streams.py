@@ -1,0 +1,173 @@
+"""Passes over the weights, a block at a time: which are not finite, which are the base's.
+
+Memory: each thread holds a block of at most 8 MiB twice and a scratch buffer of 4 MiB.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+from msgspec import Struct
+
+from reshard.core.dtypes import DType
+from reshard.core.tensors import Entry, Made, blocks
+from reshard.progress import Progress
+from reshard.storage.local import Sources
+from reshard.transfer.checksums import Ledger
+from reshard.transfer.fill import Array, Reader, fill
+
+_BLOCK = 4 << 20
+# A trained tensor differs from the base's within its first elements: the first look is short.
+_FIRST_LOOK = 64 << 10
+# A tensor stored in another order is read over and over, once a block: fewer, larger blocks.
+_STRIDED_BLOCK = 8 << 20
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class NotFinite(Struct, frozen=True):
+    """How many of a tensor's elements are NaN, and how many infinite."""
+
+    nan: int
+    infinite: int
+
+
+class _Bits(Struct, frozen=True):
+    """A floating type's exponent: all its bits set means NaN, or infinity if `mantissa` is 0."""
+
+    unsigned: str
+    exponent: int
+    mantissa: int
+
+
+# IEEE 754, and for float8 the OCP specification (e4m3fn has one NaN and no infinity).
+_BITS = {
+    "float64": _Bits("u8", 0x7FF0_0000_0000_0000, 0x000F_FFFF_FFFF_FFFF),
+    "float32": _Bits("u4", 0x7F80_0000, 0x007F_FFFF),
+    "complex64": _Bits("u4", 0x7F80_0000, 0x007F_FFFF),
+    "float16": _Bits("u2", 0x7C00, 0x03FF),
+    "bfloat16": _Bits("u2", 0x7F80, 0x007F),
+    "float8_e5m2": _Bits("u1", 0x7C, 0x03),
+    "float8_e4m3fn": _Bits("u1", 0x7F, 0x7F),
+}
+
+
+def not_finite(
+    entries: Mapping[str, Entry],
+    sources: Sources,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> dict[str, NotFinite]:
+    """The tensors that hold NaN or infinity, by name. Reads every byte of floating tensors."""
+    chosen = [entry for entry in entries.values() if entry.spec.dtype.name in _BITS]
+    total = sum(entry.spec.nbytes for entry in chosen)
+    count = _Counter(total, progress)
+
+    def look(entry: Entry, reader: Reader) -> NotFinite:
+        bits = _BITS[entry.spec.dtype.name]
+        nan = infinite = 0
+        for part in _parts(entry, entry.spec.dtype, reader, _BLOCK):
+            special = _special(part, bits)
+            if special.size:
+                found = int(np.count_nonzero(special & bits.mantissa))
+                nan += found
+                infinite += special.size - found
+            count.add(part.nbytes)
+        return NotFinite(nan, infinite)
+
+    results = _each(chosen, look, sources, threads)
+    return {
+        entry.spec.name: result
+        for entry, result in zip(chosen, results, strict=True)
+        if result != NotFinite(0, 0)
+    }
+
+
+def same(
+    pairs: Sequence[tuple[Made, Entry]],
+    sources: Sources,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> list[bool]:
+    """Of each pair of equal shapes, whether the second, cast to the first's dtype, is the first.
+
+    Reads to the first difference: next to nothing of a trained tensor.
+    """
+    count = _Counter(sum(mine.spec.nbytes for mine, _ in pairs), progress)
+
+    def look(pair: tuple[Made, Entry], reader: Reader) -> bool:
+        equal = _agree(pair, reader, _FIRST_LOOK, short=True) and _agree(pair, reader, _BLOCK)
+        count.add(pair[0].spec.nbytes)
+        return equal
+
+    return _each(list(pairs), look, sources, threads)
+
+
+def _agree(pair: tuple[Made, Entry], reader: Reader, limit: int, *, short: bool = False) -> bool:
+    """Whether two tensors agree, or with `short` their first `limit` bytes."""
+    mine, theirs = pair
+    dtype = mine.spec.dtype
+    if any(fragment.strides for fragment in mine.fragments + theirs.fragments):
+        limit = _STRIDED_BLOCK
+    ours, others = (_parts(made, dtype, reader, limit) for made in pair)
+    for one, other in zip(ours, others, strict=True):
+        if not np.array_equal(one.view(np.uint8), other.view(np.uint8)):
+            return False
+        if short:
+            break
+    return True
+
+
+def _parts(source: Made, dtype: DType, reader: Reader, limit: int) -> Iterator[Array]:
+    """The tensor's elements in row-major order as `dtype`, in one buffer of `limit` bytes."""
+    buffer = np.empty(min(limit // dtype.itemsize, source.spec.numel), dtype.numpy)
+    for box in blocks(source.spec.shape, max(len(buffer), 1)):
+        part = buffer[: box.numel]
+        fill(source, box, part, reader)
+        yield part
+
+
+def _special(part: Array, bits: _Bits) -> Array:
+    """The elements whose exponent says NaN or infinity, as unsigned integers."""
+    raw: Array = part.view(bits.unsigned)
+    special: Array = raw[(raw & bits.exponent) == bits.exponent]
+    return special
+
+
+class _Counter:
+    """Adds up bytes from several threads and tells them on."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+
+def _each(
+    items: Sequence[Item],
+    look: Callable[[Item, Reader], Result],
+    sources: Sources,
+    threads: int,
+) -> list[Result]:
+    """`look` at each item, in threads that have one reader each."""
+    own = threading.local()
+
+    def start() -> None:
+        own.reader = Reader(sources, Ledger(()), memoryview(bytearray(_BLOCK)))
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="reshard", initializer=start) as pool:
+        return list(pool.map(lambda item: look(item, own.reader), items))

@@ -1,0 +1,224 @@
+"""Finding the checkpoint that a person means by a folder above it.
+
+A path that a format claims is taken as it is. Otherwise the folders below it are searched, three
+levels down and never inside a checkpoint: `results/run` leads to
+`results/run/_actor/global_step6`. Of saves side by side the newest complete one is taken, and the
+catalog's remarks say so; saves of different models are listed instead.
+
+Trainers export models among their checkpoints. The HF Trainer (transformers 5.23, trainer.py):
+
+    run/model.safetensors                     save_model() at the end: taken, and the rest named
+    run/checkpoint-20/model.safetensors       the same weights again, in the type of the module
+    run/checkpoint-20/global_step20/          DeepSpeed's save, with `latest`: taken
+    run/checkpoint-20/pytorch_model_fsdp_0/   or that of FSDP: taken
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from reshard import formats
+from reshard.core.catalog import Catalog
+from reshard.errors import IncompleteError, NotFoundError
+from reshard.naming.part import under
+from reshard.storage.local import Sources, real, snapshot
+
+_DEPTH = 3
+# A run's folder has tens of entries; more than this is somebody's home directory.
+_MAX_FOLDERS = 10_000
+# What trainers call a save: global_step6, checkpoint-500, step-100, epoch_3, iter_0000010.
+_NUMBER = re.compile(r"(\d+)(?!.*\d)")
+# One shard of several, of safetensors or torch.save files.
+_SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
+# A folder of its own for the optimizer: accelerate's before 0.24, and many who call dcp.save twice.
+_OPTIMIZER = re.compile(r"(.*_)?optim(izer)?s?(_.*|\d*)")
+# LightRFT keeps actor and critic side by side; without a word more, the actor is meant.
+_ACTOR = "_actor"
+
+
+class Found(Struct, frozen=True):
+    """A checkpoint below a folder; `format` is empty where two formats claim it."""
+
+    path: Path
+    format: str
+
+    @property
+    def age(self) -> tuple[int, float]:
+        """Ascending with time: the number in the save's name, then when it was written."""
+        number = _NUMBER.search(self.path.name)
+        return (int(number[1]) if number else -1, self.path.stat().st_mtime)
+
+
+def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
+    """The catalog of the checkpoint at `path`, or of the one that is meant below it.
+
+    Raises what the format's reader raises; `NotFoundError` where there is none, or several that
+    are not saves of one run, `NamesError` where nothing lies under the prefix.
+    """
+    catalog = _read(snapshot(path), sources, selection)
+    if selection.prefix and catalog.format != "dcp":  # whose reader takes the part out itself
+        catalog = replace(catalog, entries=under(catalog.entries, selection.prefix))
+    return catalog
+
+
+def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
+    if not path.is_dir():
+        catalog = _load(path, formats.detect(path), sources, selection)
+        return replace(catalog, remarks=(*catalog.remarks, *_said_of_file(path)))
+    claims = formats.claims(path)
+    exported = bool(claims) and formats.meant(claims) in formats.EXPORTED
+    # Above a run's checkpoints lies the model that was exported at its end, which no tag means.
+    if claims and not (exported and selection.tag not in (None, real(path).name)):
+        catalog = _load(path, formats.detect(path), sources, selection)
+        return _and_below(catalog, path) if exported else catalog
+    below = _below(path, _DEPTH)
+    if not below:
+        return _load(path, formats.detect(path), sources, selection)  # says what is there instead
+    chosen, passed_over = _choose(path, below, selection.tag), []
+    for save in chosen:
+        try:
+            catalog = _load(save.path, save.format, sources, selection)
+        except IncompleteError as error:
+            passed_over.append(error)
+            continue
+        lost = tuple(f"passed over as incomplete: {error}" for error in passed_over)
+        remarks = (*_said(path, save, below, selection.tag), *catalog.remarks)
+        return replace(catalog, notes=(*lost, *catalog.notes), remarks=remarks)
+    raise passed_over[0]
+
+
+def _said_of_file(path: Path) -> tuple[str, ...]:
+    """That a file is one shard of several, in words."""
+    shard = _SHARD.fullmatch(path.name)
+    if shard is None or int(shard[1]) < 2:
+        return ()
+    return (f"{path} is one of {int(shard[1])} shards: for the whole model, name its folder.",)
+
+
+def _load(path: Path, format_: str, sources: Sources, selection: formats.Selection) -> Catalog:
+    """The checkpoint at `path`, of which only DeepSpeed's reader takes a tag: it alone keeps
+    several saves in one folder. A model exported beside it is named in the remarks."""
+    tag = selection.tag
+    if tag is not None and tag == real(path).name and not (path / tag).is_dir():
+        selection = replace(selection, tag=None)
+    elif tag is not None and format_ != "deepspeed":
+        raise NotFoundError(
+            f"there is no save {tag!r} here: it is one checkpoint, not a folder of several.",
+            path=path,
+            hint="Leave out --tag, or name the folder above.",
+        )
+    reader = formats.load(format_)
+    if format_ in formats.EXPORTED or not formats.claims(path).keys() & {*formats.EXPORTED}:
+        return reader.read(path, sources, selection)
+    try:
+        catalog = reader.read(path, sources, selection)
+    except IncompleteError as error:
+        raise _or_the_export(error) from None
+    beside = f"{path} also holds an exported model; the training checkpoint in it was taken."
+    return replace(catalog, remarks=(*catalog.remarks, beside))
+
+
+def _or_the_export(error: IncompleteError) -> IncompleteError:
+    """The error of a training checkpoint that has an exported model beside it."""
+    export = "Or convert the model that was exported beside it: name its file."
+    return IncompleteError(
+        error.message,
+        path=error.path,
+        tensor=error.tensor,
+        hint=export if error.hint is None else f"{error.hint} {export}",
+    )
+
+
+def _and_below(catalog: Catalog, path: Path) -> Catalog:
+    """An exported model's catalog, which names the training checkpoints in the same folder."""
+    below = [save for save in _below(path, 1) if save.format not in formats.EXPORTED]
+    if not below:
+        return catalog
+    newest = max(below, key=lambda save: save.age).path
+    remark = (
+        f"of {path}, the exported model was taken. There are {len(below)} training checkpoints "
+        f"as well; to convert one, name it: {newest}."
+    )
+    return replace(catalog, remarks=(*catalog.remarks, remark))
+
+
+def saves(path: Path) -> list[Found]:
+    """Checkpoints below a folder; exported models only where there is nothing else."""
+    return _training(_below(path, _DEPTH))
+
+
+def _training(found: list[Found]) -> list[Found]:
+    training = [save for save in found if save.format not in formats.EXPORTED]
+    return training or found
+
+
+def _below(path: Path, depth: int) -> list[Found]:
+    """All checkpoints below a folder, but for optimizers' beside those of their models."""
+    found = list(_walk(path, depth, [_MAX_FOLDERS]))
+    return [save for save in found if not _OPTIMIZER.fullmatch(save.path.name)] or found
+
+
+def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
+    for child in sorted(folder.iterdir()):
+        if not child.is_dir() or child.is_symlink() or child.name.startswith("."):
+            continue
+        budget[0] -= 1
+        if budget[0] < 0:
+            return
+        claims = formats.claims(child)
+        if claims:
+            yield Found(child, formats.meant(claims) or "")
+        elif depth > 1:
+            yield from _walk(child, depth - 1, budget)
+
+
+def _choose(path: Path, saves: list[Found], tag: str | None) -> list[Found]:
+    """The saves to try, newest first."""
+    saves = _training(saves if tag is None else _tagged(path, saves, tag))
+    actors = [save for save in saves if _ACTOR in save.path.relative_to(path).parts]
+    saves = actors or saves
+    if len({save.path.parent for save in saves}) > 1:
+        raise _several(path, saves, "it holds checkpoints of several models or runs")
+    unclear = [save for save in saves if not save.format]
+    if unclear:
+        formats.detect(unclear[0].path)  # raises, naming both formats
+    return sorted(saves, key=lambda save: save.age, reverse=True)
+
+
+def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
+    """The saves that are called `tag`, or hold a DeepSpeed save of that name."""
+    found = [
+        save
+        for save in saves
+        if save.path.name == tag or (save.format == "deepspeed" and (save.path / tag).is_dir())
+    ]
+    if not found:
+        raise _several(path, saves, f"none of its checkpoints is called {tag!r} or holds it")
+    return found
+
+
+def _several(path: Path, saves: list[Found], what: str) -> NotFoundError:
+    listed = ", ".join(str(save.path.relative_to(path)) for save in saves[:10])
+    return NotFoundError(f"{what}: {listed}.", path=path, hint="Name one of them.")
+
+
+def _said(path: Path, save: Found, found: list[Found], tag: str | None) -> list[str]:
+    """Which of the checkpoints was taken, in words, and which exported model is newer than it."""
+    saves = _training(found)
+    where = f"of the {len(saves)} checkpoints in {path}, " if len(saves) > 1 else f"of {path}, "
+    name = save.path.name if len(saves) > 1 else f"the checkpoint {save.path.relative_to(path)}"
+    newer = [
+        other
+        for other in found
+        if other not in saves and other.path.parent == save.path.parent and other.age > save.age
+    ]
+    said = [f"{where}{name} was taken."]
+    if tag is None and newer:
+        newest = max(newer, key=lambda other: other.age).path
+        said.append(f"{newest} is newer, and an exported model alone; to convert it, name it.")
+    return said

@@ -1,0 +1,78 @@
+"""Compressed frames: a stretch of a file, decompressed piece by piece.
+
+A frame of a few bytes may claim to hold terabytes. No piece is larger than `_PIECE`, and who
+takes the pieces decides when there are too many.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from reshard.core.tensors import FileRef
+from reshard.errors import FormatError, UnsupportedError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+# Bytes of a decompressed piece.
+_PIECE = 1 << 20
+
+
+def pieces(fd: int, ref: FileRef) -> Iterator[bytes]:
+    """The decompressed bytes of the frame that `ref` names in the open file `fd`.
+
+    Raises `UnsupportedError` (a codec that is not handled or not installed), `FormatError`
+    (damaged). A frame that is cut off gives fewer bytes.
+    """
+    codec = _CODECS.get(ref.codec or "")
+    if codec is None:
+        raise UnsupportedError(f"compression {ref.codec!r} is not handled.", path=ref.path)
+    return codec(fd, ref)
+
+
+class _Frame(io.RawIOBase):
+    """The frame's compressed bytes as a stream; it reads by position and owns no descriptor."""
+
+    def __init__(self, fd: int, ref: FileRef) -> None:
+        super().__init__()
+        self._fd = fd
+        self._position = ref.frame_offset
+        self._end = ref.frame_offset + ref.frame_nbytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        view = memoryview(buffer)[: self._end - self._position]
+        read = os.preadv(self._fd, [view], self._position)
+        self._position += read
+        return read
+
+
+def _zstd(fd: int, ref: FileRef) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError:
+        raise UnsupportedError(
+            "the checkpoint is compressed with zstd.",
+            path=ref.path,
+            hint="Install the extra, in reshard's folder: pip install '.[zstd]'.",
+        ) from None
+    stream = io.BufferedReader(_Frame(fd, ref), _PIECE)
+    try:
+        # Its memory is the frame's window, which the library limits to 128 MiB.
+        with zstandard.ZstdDecompressor().stream_reader(stream) as reader:
+            while piece := reader.read(_PIECE):
+                yield piece
+    except zstandard.ZstdError as error:
+        raise FormatError(
+            f"its zstd frame is damaged: {error}.",
+            path=ref.path,
+            hint="Copy the file again or use another checkpoint.",
+        ) from None
+
+
+_CODECS: dict[str, Callable[[int, FileRef], Iterator[bytes]]] = {"zstd": _zstd}

@@ -1,0 +1,322 @@
+"""Opening and reading a checkpoint's files: positional reads, identities, names that stay inside.
+
+Files are read with `pread`, never mapped: a file that shrinks while it is read must give an
+error, not a SIGBUS. A file's identity (device, inode, size, modification time) is taken when it
+is first opened and checked again by `Sources.check_unchanged` when the work is done.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import stat
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from reshard.core.tensors import FileRef
+from reshard.errors import FormatError, IncompleteError, NotFoundError, brief
+from reshard.storage import frames
+
+# Descriptors kept open: the two files of each of 2,000 ranks. A file beyond them is opened anew for
+# each read (about 10 us).
+_MAX_OPEN = 4096
+# Bytes of a file name on any system.
+_MAX_NAME = 255
+# Compressed frames kept expanded, each in a temporary file. Readers take a frame's bytes in order
+# and do not come back, so a few for each thread will do.
+_MAX_EXPANDED = 16
+# A repository's folder in the Hugging Face cache: models--<owner>--<name>.
+_CACHED = "models--"
+
+Identity = tuple[int, int, int, int]
+
+
+class Source:
+    """An open input file. Safe to use from several threads."""
+
+    def __init__(self, ref: FileRef, fd: int | None, identity: Identity, size: int) -> None:
+        self.ref = ref
+        self.size = size
+        self.identity = identity
+        self._fd = fd
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (writable, contiguous bytes) from `offset` on.
+
+        Raises `IncompleteError` where the file ends before the buffer is full.
+        """
+        fd = self._fd
+        if fd is None:
+            fd = _open_regular(self.ref.path)
+            try:
+                if _identity(os.fstat(fd)) != self.identity:
+                    raise _changed(self.ref.path)
+                _read_fully(fd, offset, buffer, self.ref.path)
+            finally:
+                os.close(fd)
+        else:
+            _read_fully(fd, offset, buffer, self.ref.path)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes `[offset, offset + nbytes)`; `IncompleteError` where the file is shorter."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise IncompleteError(
+                f"bytes {offset} to {offset + nbytes} are needed, the file has {self.size}.",
+                path=self.ref.path,
+                hint="The file was cut off; copy it again or use another checkpoint.",
+            )
+        buffer = bytearray(nbytes)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+class _Expanded(Source):
+    """A compressed frame in an unnamed temporary file, which goes when this does."""
+
+    def __init__(self, ref: FileRef, file: IO[bytes], identity: Identity) -> None:
+        super().__init__(ref, file.fileno(), identity, os.fstat(file.fileno()).st_size)
+        self._file = file
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Sources:
+    """The input files of one run, each opened once and closed together.
+
+    Safe to use from several threads. A compressed frame is expanded into an unnamed temporary
+    file, so memory does not grow with it; the last few frames are kept.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[FileRef, Source] = {}
+        self._expanded: OrderedDict[FileRef, _Expanded] = OrderedDict()
+        self._lock = threading.Lock()
+        self._max_open = _max_open()
+
+    def open(self, file: FileRef | str | Path) -> Source:
+        """The file, opened. Raises `NotFoundError`, `FormatError` (not a regular file)."""
+        ref = file if isinstance(file, FileRef) else FileRef(str(Path(file).absolute()))
+        with self._lock:
+            if ref.codec:
+                return self._frame(ref)
+            return self._whole(ref.path)
+
+    def stream(self, ref: FileRef) -> Iterator[bytes]:
+        """The bytes of a compressed frame, decompressed in pieces of at most 1 MiB."""
+        with self._lock:
+            self._whole(ref.path)  # its identity is checked in the end
+        fd = _open_regular(ref.path)
+        try:
+            yield from frames.pieces(fd, ref)
+        finally:
+            os.close(fd)
+
+    def _whole(self, path: str) -> Source:
+        ref = FileRef(path)
+        source = self._open.get(ref)
+        if source is None:
+            source = self._open[ref] = self._plain(ref)
+        return source
+
+    def _frame(self, ref: FileRef) -> Source:
+        source = self._expanded.get(ref)
+        if source is None:
+            source = self._expand(ref)
+            while len(self._expanded) >= _MAX_EXPANDED:
+                # It is closed when the last thread that reads it lets go of it.
+                self._expanded.popitem(last=False)
+            self._expanded[ref] = source
+        self._expanded.move_to_end(ref)
+        return source
+
+    def _plain(self, ref: FileRef) -> Source:
+        fd = _open_regular(ref.path)
+        status = os.fstat(fd)
+        keep = len(self._open) < self._max_open
+        if not keep:
+            os.close(fd)
+        return Source(ref, fd if keep else None, _identity(status), status.st_size)
+
+    def _expand(self, ref: FileRef) -> _Expanded:
+        plain = self._whole(ref.path)
+        fd = _open_regular(ref.path)
+        try:
+            out = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the source)
+            for piece in frames.pieces(fd, ref):
+                out.write(piece)
+            out.flush()
+        finally:
+            os.close(fd)
+        return _Expanded(ref, out, plain.identity)
+
+    def paths(self) -> list[Path]:
+        """The files that were opened so far."""
+        return [Path(ref.path) for ref in self._open]
+
+    def check_unchanged(self) -> None:
+        """Raise `IncompleteError` if a file that was read is no longer the file it was."""
+        for source in self._open.values():
+            try:
+                status = Path(source.ref.path).stat()
+            except OSError:
+                raise _changed(source.ref.path) from None
+            if _identity(status) != source.identity:
+                raise _changed(source.ref.path)
+
+    def close(self) -> None:
+        for source in self._open.values():
+            source.close()
+        self._open.clear()
+        self._expanded.clear()
+
+    def __enter__(self) -> Sources:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def real(path: Path) -> Path:
+    """The absolute path with all links followed, as far as they lead; a loop of links is left."""
+    return Path(os.path.realpath(path))  # `Path.resolve` raises RuntimeError for a loop
+
+
+def snapshot(folder: Path) -> Path:
+    """The model in a repository's folder of the Hugging Face cache; any other folder is itself.
+
+        models--org--name/snapshots/<commit>/    a model folder, of links to blobs/
+        models--org--name/refs/main              the commit that was last downloaded
+
+    (huggingface_hub 2.4, file_download.py.) Raises `NotFoundError` where it is not clear which.
+    """
+    if not all((folder / name).is_dir() for name in ("blobs", "snapshots")):
+        return folder
+    there = {path.name: path for path in (folder / "snapshots").iterdir() if path.is_dir()}
+    main = folder / "refs" / "main"
+    named = main.read_text("utf-8", "replace").strip() if main.is_file() else ""
+    if named in there:
+        return there[named]
+    if len(there) == 1:
+        return next(iter(there.values()))
+    listed = ", ".join(sorted(there)) or "none"
+    raise NotFoundError(
+        f"it is a repository in the Hugging Face cache; its snapshots are: {listed}.",
+        path=folder / "snapshots",
+        hint="Name the folder of one of them." if there else "Download the model again.",
+    )
+
+
+def cached(name: str) -> Path | None:
+    """The folder of a model that is called by its name on the hub, if it is in the cache.
+
+    Where the cache is: huggingface_hub 2.4, constants.py.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return None
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    folder = cache / (_CACHED + name.replace("/", "--"))
+    return folder if folder.is_dir() else None
+
+
+def child(folder: Path, name: str) -> Path:
+    """`folder/name`, for a name that a file of the checkpoint states.
+
+    Raises `FormatError` unless `name` is one plain path component that stays inside the folder.
+    A link out of the folder is refused, save those of the Hugging Face cache, whose snapshots
+    link to `models--*/blobs`.
+    """
+    if not _is_plain(name):
+        raise FormatError(
+            f"it names the file {brief(name)}, which is not a plain file name.",
+            path=folder,
+            hint="The checkpoint is damaged or was made to mislead.",
+        )
+    path = folder / name
+    if path.is_symlink():
+        target = real(path)
+        in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith(_CACHED)
+        if not in_cache and not target.is_relative_to(real(folder)):
+            raise FormatError(
+                f"it is a link that leaves the folder, to {target}.",
+                path=path,
+                hint="Put the file itself in the folder.",
+            )
+    return path
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is one component of a path, and such that a file may have."""
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return (
+        name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"} and len(raw) <= _MAX_NAME
+    )
+
+
+def _max_open() -> int:
+    """At most half of the descriptors that the system allows: by default 1024, on macOS 256."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_OPEN if allowed == resource.RLIM_INFINITY else min(_MAX_OPEN, allowed // 2)
+
+
+def _open_regular(path: str) -> int:
+    try:
+        # O_NONBLOCK: opening a named pipe must not hang.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise NotFoundError("there is no such file.", path=path) from None
+    except OSError as error:
+        raise NotFoundError(f"it cannot be opened: {error.strerror}.", path=path) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FormatError("it is not a regular file.", path=path)
+    return fd
+
+
+def _read_fully(fd: int, offset: int, buffer: memoryview, path: str) -> None:
+    done = 0
+    while done < len(buffer):
+        try:
+            got = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise IncompleteError(f"it cannot be read: {error.strerror}.", path=path) from None
+        if got == 0:
+            raise IncompleteError(
+                f"the file ends at byte {offset + done}; bytes to {offset + len(buffer)} are "
+                "needed.",
+                path=path,
+                hint="The file was cut off; copy it again or use another checkpoint.",
+            )
+        done += got
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _changed(path: str) -> IncompleteError:
+    return IncompleteError(
+        "the file changed while it was read.",
+        path=path,
+        hint="Convert again once nothing writes to the checkpoint.",
+    )

@@ -1,0 +1,56 @@
+"""Reading a tensor as a stream of blocks: its digest, whether it equals another, its values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import xxhash
+
+from reshard.core.tensors import Entry, blocks
+from reshard.storage.local import Sources
+from reshard.transfer.checksums import Ledger
+from reshard.transfer.fill import Array, Reader, fill, page_aligned
+
+_BLOCK = 4 << 20
+
+
+def digest(entry: Entry, sources: Sources) -> str:
+    """xxh3-128 of a tensor's row-major bytes, read in blocks of 4 MiB."""
+    hasher = xxhash.xxh3_128()
+    for part in _stream(entry, sources):
+        hasher.update(part.data)
+    return hasher.hexdigest()
+
+
+def equal(one: Entry, other: Entry, sources: Sources) -> bool:
+    """Whether two tensors of one dtype and shape hold the same bytes; stops where they differ."""
+    if (one.spec.dtype, one.spec.shape) != (other.spec.dtype, other.spec.shape):
+        return False
+    pairs = zip(_stream(one, sources), _stream(other, sources), strict=True)
+    return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+
+
+def _stream(entry: Entry, sources: Sources) -> Iterator[Array]:
+    """The tensor's bytes in row-major order, a block at a time, in one buffer."""
+    longest = max((fragment.extent.nbytes for fragment in entry.fragments), default=0)
+    # Most tensors of a mixture of experts are far smaller than a block.
+    reader = Reader(sources, Ledger(()), page_aligned(min(_BLOCK, longest)).data)
+    dtype = entry.spec.dtype
+    buffer = page_aligned(min(_BLOCK, entry.spec.nbytes)).view(dtype.numpy)
+    for box in blocks(entry.spec.shape, len(buffer)):
+        part = buffer[: box.numel]
+        fill(entry, box, part, reader)
+        yield part.view(np.uint8)
+
+
+def read_array(entry: Entry, sources: Sources) -> Array:
+    """A tensor's elements as an array of its shape."""
+    spec = entry.spec
+    out = np.empty(spec.numel, spec.dtype.numpy)
+    start = 0
+    for part in _stream(entry, sources):
+        values = part.view(spec.dtype.numpy)
+        out[start : start + len(values)] = values
+        start += len(values)
+    return out.reshape(spec.shape)
