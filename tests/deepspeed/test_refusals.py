@@ -422,15 +422,15 @@ def test_an_output_that_exists_is_refused_and_replaced_with_overwrite(
 ) -> None:
     case = oracle["llama-zero2"]
     out = workspace / "out"
-    out.mkdir()
-    (out / "precious.txt").write_text("mine")
+    reshard.convert(case.root, out)
     with pytest.raises(reshard.WriteError, match="exists") as caught:
         reshard.convert(case.root, out, base=case.base)
     assert "--overwrite" in str(caught.value)
-    assert [path.name for path in out.iterdir()] == ["precious.txt"]
-    reshard.convert(case.root, out, base=case.base, overwrite=True)
-    assert not (out / "precious.txt").exists()
-    assert (out / "reshard.json").is_file()
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "reshard.json"]
+    report = reshard.convert(case.root, out, base=case.base, overwrite=True)
+    assert report.replaced is not None
+    assert report.replaced.num_files == 2
+    assert (out / "config.json").is_file()
     assert [path.name for path in workspace.iterdir()] == ["out"]
 
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct, field
+from msgspec.structs import asdict
+
+from reshard.conversion.destination import Replaced
 
 
 class Report(Struct, frozen=True):
@@ -39,11 +42,13 @@ class Report(Struct, frozen=True):
     records_checked: int = 0
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
+    replaced: Replaced | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values, as `convert --json` prints it."""
-        return {
+        found = {
             name: list(value) if isinstance(value, tuple) else value
             for name in self.__struct_fields__
             for value in (getattr(self, name),)
         }
+        return {**found, "replaced": None if self.replaced is None else asdict(self.replaced)}
