@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from reshard.core.findings import Finding
 from reshard.core.sizes import size
 from reshard.errors import printable
 from reshard.progress import StagedProgress
 
-__all__ = ["print_json", "print_table", "progress_bar", "say", "size", "tell"]
+__all__ = ["print_json", "print_table", "progress_bar", "say", "say_findings", "size", "tell"]
 
 _VERBS = {"write": "writing", "verify": "verifying", "compare": "comparing"}
 
@@ -106,3 +107,9 @@ def progress_bar(*, quiet: bool = False) -> Iterator[StagedProgress | None]:
             bar.update(tasks[what], completed=done)
 
         yield show
+
+
+def say_findings(findings: Iterable[Finding]) -> None:
+    """Each finding as a line on standard error: a note, or a warning."""
+    for finding in findings:
+        say(f"{'note' if finding.severity == 'info' else finding.severity}: {finding.message}")
