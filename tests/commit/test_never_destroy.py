@@ -114,7 +114,7 @@ def pipe(place: Path) -> None:
     os.mkfifo(place)
 
 
-FOREIGN = {
+FOREIGN: dict[Callable[[Path], None], str] = {
     deepspeed: "a DeepSpeed checkpoint",
     deepspeed_tag: "a DeepSpeed checkpoint",
     dcp: "a PyTorch DCP (FSDP) checkpoint",
