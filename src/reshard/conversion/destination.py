@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 from msgspec import Struct
@@ -124,7 +125,7 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
     found = Replaced(os.fspath(target), len(files), sum(f.status.st_size for f in files))
     if not overwrite:
         raise WriteError(
-            f"the output exists: reshard wrote it, {found.num_files} files, {size(found.nbytes)}.",
+            f"the output exists: reshard wrote it, {_counted(found.num_files)}, {size(found.nbytes)}.",
             path=target,
             hint="Name another output, or pass --overwrite to replace it."
             if replaces
@@ -208,8 +209,8 @@ def _changed(folder: Path, listed: Mapping[str, WrittenFile], names: list[str]) 
 def _mixed(target: Path, foreign: list[str]) -> WriteError:
     more = f" and {len(foreign) - _LISTED} more" if len(foreign) > _LISTED else ""
     return WriteError(
-        f"not replaced: reshard wrote this folder, and it holds {len(foreign)} files that are not "
-        f"as reshard wrote them: {', '.join(foreign[:_LISTED])}{more}.",
+        f"not replaced: reshard wrote this folder, and it holds {_counted(len(foreign))} not as "
+        f"reshard wrote them: {', '.join(foreign[:_LISTED])}{more}.",
         path=target,
         hint="Name another output, or move them out of the folder.",
     )
@@ -221,17 +222,15 @@ def _not_ours(target: Path) -> WriteError:
     return WriteError(
         f"the output exists and is not replaced: it is {what}, not an output of reshard.",
         path=target,
-        hint=f"{swapped}Name another output. What is there only you can remove.",
+        hint=f"{swapped}Name another output, or remove it yourself.",
     )
 
 
 def description(folder: Path) -> tuple[str, bool]:
     """What a folder is, in words, and whether it is or holds a checkpoint."""
     count, nbytes = 0, 0
-    for file in _files(folder):
+    for file in islice(_files(folder), _MAX_COUNTED):
         count, nbytes = count + 1, nbytes + file.status.st_size
-        if count == _MAX_COUNTED:
-            break
     amount = f"{'more than ' * (count == _MAX_COUNTED)}{size(nbytes)}"
     claimed = formats.meant(formats.claims(folder)) if formats.claims(folder) else None
     if claimed is not None:
@@ -244,4 +243,8 @@ def description(folder: Path) -> tuple[str, bool]:
         more = f" and {len(below) - _LISTED} more" if len(below) > _LISTED else ""
         of_them = f" ({names}{more})" if names else ""
         return f"a folder with {len(below) or 'several'} checkpoints{of_them}, {amount}", True
-    return f"a folder with {formats.listing(folder)} ({count} files, {amount})", False
+    return f"a folder with {formats.listing(folder)} ({_counted(count)}, {amount})", False
+
+
+def _counted(number: int) -> str:
+    return f"{number} file{'s' * (number != 1)}"
