@@ -125,7 +125,7 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
     found = Replaced(os.fspath(target), len(files), sum(f.status.st_size for f in files))
     if not overwrite:
         raise WriteError(
-            f"the output exists: reshard wrote it, {_counted(found.num_files)}, {size(found.nbytes)}.",
+            f"the output exists: reshard wrote it, {_counted(len(files))}, {size(found.nbytes)}.",
             path=target,
             hint="Name another output, or pass --overwrite to replace it."
             if replaces
