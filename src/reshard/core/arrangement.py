@@ -137,6 +137,8 @@ def inverse(
     for output, arrangement in outputs.items():
         made = rearrange.unflatten(arranger.make(arrangement))
         for fragment in made.fragments:
+            if not isinstance(fragment.extent, Extent):
+                continue  # a symbol's is one
             name = fragment.extent.file.path
             box, axes = _source_box(specs[name], fragment)
             taken: Arrangement = Whole(output)
