@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from reshard import formats
 from reshard.comparison.pairing import Pairing, pair
 from reshard.comparison.values import Comparison, Difference, compare
+from reshard.conversion.quantised import refused_kind, source_numbers
 from reshard.conversion.verification import Verified, verify_folder
+from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
 from reshard.errors import OptionError, PlanError, VerificationError
 from reshard.formats import locate
 from reshard.progress import Progress
@@ -31,6 +36,7 @@ def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None)
     with Sources() as sources:
         mine = locate.read(Path(first), sources, formats.Selection())
         theirs = locate.read(Path(second), sources, formats.Selection())
+        mine, theirs = _as_numbers(mine, theirs, sources)
         pairing = pair(mine, theirs, sources)
         found = compare(pairing.pairs, sources, progress)
         sources.check_unchanged()
@@ -69,6 +75,7 @@ def verify(
     with Sources() as sources:
         source = locate.read(Path(against), sources, formats.Selection(tag, prefix, True))
         written = formats.read(Path(folder), sources, formats.Selection())
+        source, written = _as_numbers(source, written, sources)
         pairing = pair(source, written, sources, base=None if base is None else Path(base))
         if pairing.by_name:
             _check_names(pairing, Path(folder))
@@ -87,6 +94,31 @@ def verify(
             f"none of its tensors is in {os.fspath(against)}: they are all the base's.", path=folder
         )
     return Verified(found.num_equal, found.bytes_read, len(pairing.filled), source.findings)
+
+
+def _as_numbers(first: Catalog, second: Catalog, sources: Sources) -> tuple[Catalog, Catalog]:
+    """Both sides with their quantised weights as numbers; codes that are not read, of both sides
+    alike, are compared as they are stored."""
+    sides = (first, second)
+    kinds = [refused_kind(side, sources) for side in sides]
+    if None not in kinds:
+        notes = [
+            Finding(
+                "codes-compared",
+                f"its weights are quantised by {kind.title}: codes and scales are compared as they "
+                "are stored.",
+                subject=os.fspath(side.origin.root),
+            )
+            for side, kind in zip(sides, kinds, strict=True)
+            if kind is not None
+        ]
+        first = replace(first, findings=(*first.findings, *notes[:1]))
+        return first, replace(second, findings=(*second.findings, *notes[1:]))
+    (one, mine), (other, theirs) = (source_numbers(side, sources, filled=True) for side in sides)
+    if mine.kinds and theirs.kinds:
+        # Rounded to bfloat16 they could be equal and their codes or scales not.
+        return replace(one, entries=mine.exact()), replace(other, entries=theirs.exact())
+    return one, other
 
 
 def _check_names(pairing: Pairing, folder: Path) -> None:

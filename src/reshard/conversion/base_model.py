@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 from msgspec import Struct
 
+from reshard.conversion.quantised import base_numbers, without_descriptions
 from reshard.core.catalog import Asset
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry
-from reshard.errors import FormatError, NotFoundError
+from reshard.errors import FormatError, NotFoundError, ReshardError
 from reshard.formats import Selection, huggingface
 from reshard.naming import Schema
+from reshard.naming.quantised import Numbers
 from reshard.storage.local import Sources, cached, snapshot
 
 CONFIG = "config.json"
@@ -24,12 +27,16 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 class Base(Struct, frozen=True):
-    """A base model: its tensors, its config, and the files that go along with the weights."""
+    """A base model: its tensors, its config, and the files that go along with the weights.
+
+    Tensors that it stores quantised are the numbers that they stand for; `quantised` says which.
+    """
 
     folder: Path
     entries: Mapping[str, Entry]
     config: Mapping[str, Any]
     assets: tuple[Asset, ...]
+    quantised: Numbers | None = None
 
     @property
     def schema(self) -> Schema:
@@ -60,7 +67,21 @@ def read_base(folder: Path, sources: Sources) -> Base:
             hint="Save it with save_pretrained(..., safe_serialization=True) first.",
         )
     catalog = huggingface.read(folder, sources, Selection())
-    return Base(folder, catalog.entries, config, catalog.assets)
+    try:
+        tensors = base_numbers(catalog.entries, config)
+    except ReshardError as error:
+        error.path = error.path or os.fspath(folder)
+        raise
+    return as_base(folder, tensors, config, catalog.assets)
+
+
+def as_base(
+    folder: Path, tensors: Numbers, config: Mapping[str, Any], assets: tuple[Asset, ...]
+) -> Base:
+    """The base model of a folder, given its tensors as numbers."""
+    quantised = tensors if tensors.kinds or tensors.stated else None
+    kept = without_descriptions(assets) if quantised else assets
+    return Base(folder, tensors.entries, config, kept, quantised)
 
 
 def main_dtype(base: Base) -> DType:
@@ -74,7 +95,8 @@ def main_dtype(base: Base) -> DType:
 def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
     """The base's config.json with a few fields changed; all else, order included, as it is.
 
-    `patches` maps dotted paths to values. Raises `FormatError` where a path leads nowhere.
+    `patches` maps dotted paths to values. What states that the weights are quantised is left out:
+    no weight is written as a code. Raises `FormatError` where a path leads nowhere.
     """
     config = json.loads((base.folder / CONFIG).read_text(encoding="utf-8"))
     for path, value in patches.items():
@@ -85,7 +107,19 @@ def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
         if not isinstance(level, dict):
             raise FormatError(f"it has no section for {path!r}.", path=base.folder / CONFIG)
         level[key] = value
+    for path in quantisation_paths(base):
+        *parents, key = path.split(".")
+        level = config
+        for parent in parents:
+            level = level[parent]
+        del level[key]
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def quantisation_paths(base: Base) -> tuple[str, ...]:
+    """The dotted paths in the config that state that its weights are quantised."""
+    stated = None if base.quantised is None else base.quantised.stated
+    return () if stated is None else stated.paths
 
 
 def dtype_patches(base: Base, dtype: str) -> dict[str, str]:

@@ -12,15 +12,25 @@ from msgspec import Struct
 
 from reshard import formats
 from reshard.conversion import live_names, output_model
-from reshard.conversion.base_model import CONFIG, Base, dtype_patches, patched_config, read_base
+from reshard.conversion.base_model import (
+    CONFIG,
+    Base,
+    as_base,
+    dtype_patches,
+    patched_config,
+    quantisation_paths,
+    read_base,
+)
 from reshard.conversion.dtypes import Target
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
+from reshard.conversion.quantised import config_of, source_numbers
 from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Plan
-from reshard.errors import PlanError
+from reshard.errors import PlanError, ReshardError
 from reshard.formats import locate
+from reshard.naming.quantised import Numbers
 from reshard.storage.local import Sources
 from reshard.transfer.commit import check_space
 
@@ -47,20 +57,59 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
     base = None if options.base is None else read_base(options.base, sources)
+    catalog, found = _as_numbers(catalog, base, options, sources)
     made = exported(catalog, base, options, sources)
     # Before the files are laid out: of a few petabytes, as a damaged file may state, that is long.
     check_space(options.target, sum(target.spec.nbytes for target in made.model))
     files, texts = _files(made, options)
     if not files:
         raise PlanError("nothing is left to write.", path=options.source)
-    assets, patched, lacking = _assets(made, base, options)
+    own = base or _itself(catalog, found, sources)
+    assets, patched, lacking = _assets(made, own, options)
     plan = Plan(
         files,
         (*texts, *patched, *made.texts),
         assets,
-        (*catalog.findings, *made.findings, *lacking),
+        (*catalog.findings, *_dequantised(found, base, made), *made.findings, *lacking),
     )
     return Job(catalog, made, plan)
+
+
+def _as_numbers(
+    catalog: Catalog, base: Base | None, options: Options, sources: Sources
+) -> tuple[Catalog, Numbers]:
+    """The checkpoint with its quantised weights as numbers."""
+    config = None if base is None else base.config
+    filled = base is not None and (options.fill_from_base or options.lora.mode == "adapter")
+    try:
+        return source_numbers(catalog, sources, config=config, filled=filled)
+    except ReshardError as error:
+        error.path = error.path or str(options.source)
+        raise
+
+
+def _itself(catalog: Catalog, found: Numbers, sources: Sources) -> Base | None:
+    """A Hugging Face model that is converted without a base: its own files go along."""
+    config = config_of(catalog, sources)
+    root = catalog.origin.root
+    return as_base(root, found, config, catalog.assets) if config and root.is_dir() else None
+
+
+def _dequantised(found: Numbers, base: Base | None, made: Export) -> tuple[Finding, ...]:
+    """That weights are written as numbers which are codes in the checkpoint or in the base."""
+    findings = [found.finding("the checkpoint's")] if found.kinds else []
+    if base is not None and base.quantised is not None and made.model:
+        if base.quantised.kinds:
+            findings.append(base.quantised.finding("the base's"))
+        elif base.quantised.stated is not None:
+            findings.append(
+                Finding(
+                    "quantisation-unfounded",
+                    f"the base's config says that its weights are quantised "
+                    f"({base.quantised.stated.title}), and they are not: the output's does not.",
+                )
+            )
+    return tuple(findings)
 
 
 def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sources) -> Export:
@@ -110,23 +159,23 @@ def _assets(
     if not made.assets:
         return (), (), ()
     patches = dict(made.patches)
-    dtype = _stated_dtype(made, options)
+    dtype = _stated_dtype(made, base, options)
     if dtype is not None:
         patches.update(dtype_patches(base, dtype))
-    if not patches:
+    if not patches and not quantisation_paths(base):
         return base.assets, (), ()
     assets = tuple(asset for asset in base.assets if asset.name != CONFIG)
     return assets, ((CONFIG, patched_config(base, patches)),), ()
 
 
-def _stated_dtype(made: Export, options: Options) -> str | None:
+def _stated_dtype(made: Export, base: Base, options: Options) -> str | None:
     """The dtype that the config must state where it need not be the base's; None: leave it.
 
-    Of `keep` it is the one that most bytes have; 8-bit types are a quantised model's own matter.
+    Of `keep`, and of a base that is quantised, it is the one that most bytes have.
     """
-    if options.dtype == "base":
+    if options.dtype == "base" and base.quantised is None:
         return None
-    if options.dtype != "keep":
+    if options.dtype not in ("base", "keep"):
         return options.dtype
     nbytes: Counter[str] = Counter()
     for target in made.model:

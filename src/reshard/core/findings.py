@@ -75,6 +75,12 @@ CODES: dict[str, Code] = {
     "checkpoints-below": Code(
         "info", "an exported model was read, and training checkpoints lie below it",
         "To convert one of them, name its folder."),
+    "codes-compared": Code(
+        "info", "quantised weights of a kind that is not read were compared as they are stored"),
+    "codes-left-out": Code(
+        "warning", "quantised weights under adapters were left out; the base's were taken"),
+    "dequantised": Code(
+        "info", "quantised weights are written as the numbers that they stand for"),
     "export-beside": Code(
         "info", "a training checkpoint was read, and an exported model lies beside it",
         "To convert the exported model, name its file."),
@@ -97,6 +103,8 @@ CODES: dict[str, Code] = {
         "warning", "a pickle holds objects that are not data; they were not made"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
+    "quantisation-unfounded": Code(
+        "warning", "the config says that weights are quantised, and they are not"),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

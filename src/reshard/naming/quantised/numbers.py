@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from reshard.core import rearrange
 from reshard.core.arithmetic import Code, Scaled, computed
-from reshard.core.dtypes import BFLOAT16, UINT8, DType
+from reshard.core.dtypes import BFLOAT16, FLOAT32, UINT8, DType
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
@@ -56,12 +56,21 @@ class Numbers(Struct, frozen=True):
         counts = Counter(self.kinds.values())
         return "; ".join(f"{count} in {kind}" for kind, count in counts.most_common())
 
-    def finding(self, what: str) -> Finding:
-        """That they are written as numbers; `what` they are: the checkpoint's, the base's."""
+    def exact(self) -> dict[str, Entry]:
+        """The entries, those of `kinds` as float32: the products as they are computed."""
+        return {
+            name: replace(entry, spec=replace(entry.spec, dtype=FLOAT32))
+            if name in self.kinds
+            else entry
+            for name, entry in self.entries.items()
+        }
+
+    def finding(self, whose: str) -> Finding:
+        """That they are read as numbers; `whose` they are: the checkpoint's or the base's."""
         return Finding(
             "dequantised",
-            f"{what} weights are quantised ({self.summary}); they are taken as the numbers that "
-            "they stand for, and written without scales.",
+            f"{whose} weights are quantised ({self.summary}): they are read as the numbers that "
+            "they stand for, and the output has neither their scales nor a quantization_config.",
         )
 
 
