@@ -277,6 +277,8 @@ def _report(
     warnings = list(job.plan.warnings)
     if outcome is not None and outcome.compared and not outcome.changed:
         warnings.append(f"all {outcome.compared} tensors equal the base model's.")
+    if outcome is not None:
+        warnings.extend(finding.message for finding in outcome.findings)
     exported = job.export
     return Report(
         source=os.fspath(options.source),

@@ -57,4 +57,14 @@ class Finding(Struct, frozen=True):
 
 
 #: Every code, in alphabetical order.
-CODES: dict[str, Code] = {}
+CODES: dict[str, Code] = {
+    "old-output-kept": Code(
+        "warning", "the output that was replaced cannot be deleted entirely",
+        "Delete what is left of it."),
+    "old-output-restored": Code(
+        "info", "a killed run had moved the old output aside; it was put back"),
+    "partial-output": Code("info", "what an interrupted run of this output left was removed"),
+    "partial-output-kept": Code(
+        "warning", "something beside the output looks like a run's leftover and was not removed",
+        "Remove it, if nobody needs it."),
+}  # fmt: skip
