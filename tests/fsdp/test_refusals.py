@@ -18,6 +18,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 import reshard
+from reshard.containers.dcp import copies
 from reshard.core.tensors import Extent, FileRef, Record
 from reshard.errors import (
     FormatError,
@@ -27,7 +28,6 @@ from reshard.errors import (
     UnsupportedError,
     WriteError,
 )
-from reshard.containers.dcp import copies
 from reshard.storage.local import Sources
 from tests.fsdp.conftest import Oracle
 
@@ -135,7 +135,7 @@ def test_short_file(folder: Path, kept: float) -> None:
 
 def test_flipped_bits_are_found_while_converting(folder: Path) -> None:
     entry = reshard.open(folder).tensors[TENSOR].entry
-    extent = entry.fragments[0].extent
+    extent = entry.fragments[0].in_file
     data = bytearray(Path(extent.file.path).read_bytes())
     data[extent.offset] ^= 1
     Path(extent.file.path).write_bytes(data)

@@ -13,6 +13,7 @@ from reshard.conversion.dtypes import Target
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
 from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import PlanError
 from reshard.formats import huggingface
@@ -38,12 +39,6 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
     """The export with the names and shapes of a live module of the wanted transformers version."""
     entries: dict[str, Entry] = {}
     for target in exported.model:
-        if not isinstance(target.source, Entry):
-            raise PlanError(
-                "a low-rank update cannot be merged and placed in a live layout in one go.",
-                tensor=target.spec.name,
-                hint="Convert to a Hugging Face folder first, and that with --names memory.",
-            )
         # The dtype that is written rides along: the layout joins tensors of one dtype only.
         spec = TensorSpec(target.spec.name, target.spec.dtype, target.spec.shape)
         entries[target.spec.name] = replace(target.source, spec=spec)
@@ -53,7 +48,10 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
     return replace(
         exported,
         model=[Target(replace(e.spec, name=name), e) for name, e in live.items()],
-        warnings=(*exported.warnings, f"names are those of a live module of transformers {text}."),
+        findings=(
+            *exported.findings,
+            Finding("live-names", f"names are those of a live module of transformers {text}."),
+        ),
         live=text,
     )
 
