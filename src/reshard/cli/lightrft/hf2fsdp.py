@@ -27,7 +27,7 @@ _PATH = FolderOrFile()
               help="Whose live module; default: the installed one.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
-@writes("output")
+@writes("target")
 def command(
     hf_checkpoint: Path,
     target: Path,
