@@ -21,11 +21,12 @@ from reshard._version import __version__
 from reshard.core.catalog import Origin
 from reshard.core.tensors import TensorSpec
 from reshard.errors import FormatError, NotFoundError
+from reshard.storage import strict_json
 from reshard.storage.local import Sources
 
 MANIFEST = "reshard.json"
-# A million tensors' lines, in bytes.
-_MAX_NBYTES = 256 << 20
+# Bytes that a stated tensor takes for each comma, colon and opening bracket of its lines.
+_STATED_TOKEN_NBYTES = 45
 
 
 class Stated(Struct, frozen=True, rename={"digest": "xxh3_128"}):
@@ -87,9 +88,40 @@ def read(folder: Path, sources: Sources) -> Manifest:
             path=folder,
             hint="Only folders that reshard wrote state their digests.",
         )
-    source = sources.open(path)
-    text = source.read(0, min(source.size, _MAX_NBYTES))
+    text = strict_json.read_whole(sources.open(path), max_nbytes=strict_json.MAX_INDEX)
     try:
-        return msgspec.json.decode(text, type=Manifest)
-    except (ValueError, RecursionError):
-        raise FormatError("it is damaged.", path=path) from None
+        return _parse(text, str(path))
+    except FormatError as error:
+        raise FormatError(
+            f"it is damaged: {error.message}", path=path, hint="Convert the checkpoint again."
+        ) from None
+
+
+def _parse(text: bytes, path: str) -> Manifest:
+    """The manifest that a text is; its tensors are parsed straight into their type.
+
+    Parsed as any other JSON, 200,000 tensors would take more than the budget. Raises `FormatError`.
+    """
+    strict_json.check_budget(text, path, _STATED_TOKEN_NBYTES)
+    fields = strict_json.parse_as(text, dict[str, msgspec.Raw], path)
+    found: dict[str, Any] = {}
+    members = len(fields)
+    for name, raw in fields.items():
+        if name == "tensors":
+            found[name] = strict_json.parse_as(raw, dict[str, Stated], path)
+            members += _members(found[name])
+        elif name == "beside":
+            found[name] = strict_json.parse_as(raw, dict[str, dict[str, Stated]], path)
+            members += len(found[name]) + sum(map(_members, found[name].values()))
+        else:
+            found[name] = strict_json.parse(bytes(raw), path)
+            members += strict_json.count_keys(bytes(raw))
+    strict_json.check_members(text, members, path)
+    try:
+        return msgspec.convert(found, Manifest)
+    except ValueError as error:
+        raise FormatError(f"{error}.", path=path) from None
+
+
+def _members(tensors: Mapping[str, Stated]) -> int:
+    return len(tensors) * (1 + len(Stated.__struct_fields__))
