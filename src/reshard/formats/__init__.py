@@ -14,6 +14,7 @@ from typing import Protocol, cast
 from msgspec import Struct
 
 from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile
 from reshard.core.tensors import Entry, Made, TensorSpec
 from reshard.errors import FormatError, NotFoundError
@@ -79,6 +80,15 @@ FORMATS = {
 #: Formats of whole models, which trainers also export beside the checkpoints of a training run.
 EXPORTED = ("huggingface", "torch")
 
+#: What a checkpoint of each format is called in a sentence; an adapter is a format of PEFT's own.
+TITLES = {
+    "dcp": "a PyTorch DCP (FSDP) checkpoint",
+    "deepspeed": "a DeepSpeed checkpoint",
+    "huggingface": "a Hugging Face model",
+    "torch": "a torch.save file",
+}
+ADAPTER_TITLE = "an adapter of PEFT"
+
 # The values of `convert --to`.
 TARGETS = {"hf": "huggingface", "dcp": "dcp"}
 
@@ -129,7 +139,7 @@ def detect(path: Path) -> str:
         raise NotFoundError("it is no file that a model is read from.", path=path, hint=inside)
     if not reasons:
         raise NotFoundError(
-            f"no checkpoint was recognised here; it holds {_listing(path)}.",
+            f"no checkpoint was recognised here; it holds {listing(path)}.",
             path=path,
             hint="Name the folder that holds the checkpoint's files, or the folder above it.",
         )
@@ -150,19 +160,19 @@ def numbered(names: Iterable[str], pattern: re.Pattern[str]) -> list[str]:
     return [match[0] for match in sorted(found, key=lambda match: int(match[1] or 0))]
 
 
-def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tuple[str, ...]:
-    """The remark on a folder that holds several models of one run; none where there is one.
+def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tuple[Finding, ...]:
+    """The finding on a folder that holds several models of one run; none where there is one.
 
     `what` is the kind of thing that the names are: a file, a folder, a tag.
     """
     others = [name for name in models if name != taken]
     if taken not in models or not others:
         return ()
-    remark = (
+    message = (
         f"{path} holds {len(models)} models of one run; {taken} was taken. To convert another, "
         f"name its {what}: {', '.join(others)}."
     )
-    return (remark,)
+    return (Finding("several-models", message, subject=taken),)
 
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
@@ -170,7 +180,8 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     return load(detect(path)).read(path, sources, selection)
 
 
-def _listing(path: Path) -> str:
+def listing(path: Path) -> str:
+    """The first names in a folder, in words."""
     names = sorted(child.name + ("/" if child.is_dir() else "") for child in path.iterdir())
     if not names:
         return "nothing"

@@ -117,13 +117,18 @@ def check_budget(text: bytes, path: str, token_nbytes: int = _TOKEN_NBYTES) -> N
 
 def check_members(text: bytes, members: int, path: str) -> None:
     """Raise `FormatError` where a text has more keys than the `members` that were parsed of it."""
-    # Nearly always every colon is one after a key, which proves it in a tenth of the time.
-    if text.count(b":") != members and count_keys(text) != members:
+    if not has_keys(text, members):
         raise FormatError(
             "its JSON cannot be read: a key occurs twice.",
             path=path,
             hint="It is damaged or was edited by hand; remove one of the two.",
         )
+
+
+def has_keys(text: bytes, count: int) -> bool:
+    """Whether all objects of a valid JSON text have `count` keys together."""
+    # Nearly always every colon is one after a key, which proves it in a tenth of the time.
+    return text.count(b":") == count or count_keys(text) == count
 
 
 def count_keys(text: bytes) -> int:
