@@ -19,6 +19,7 @@ from reshard.errors import FormatError, NotFoundError, ReshardError
 from reshard.formats import Selection, huggingface
 from reshard.naming import Schema
 from reshard.naming.quantised import Numbers
+from reshard.storage import strict_json
 from reshard.storage.local import Sources, cached, snapshot
 
 CONFIG = "config.json"
@@ -98,10 +99,10 @@ def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
     `patches` maps dotted paths to values. What states that the weights are quantised is left out:
     no weight is written as a code. Raises `FormatError` where a path leads nowhere.
     """
-    config = json.loads((base.folder / CONFIG).read_text(encoding="utf-8"))
+    config = strict_json.read_file(base.folder / CONFIG)
     for path, value in patches.items():
         *parents, key = path.split(".")
-        level = config
+        level: Any = config
         for parent in parents:
             level = level.get(parent) if isinstance(level, dict) else None
         if not isinstance(level, dict):
