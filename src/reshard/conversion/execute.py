@@ -10,6 +10,7 @@ import xxhash
 from msgspec import Struct
 
 from reshard.conversion import manifest
+from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
 from reshard.core.plan import Plan
 from reshard.core.tensors import Record
@@ -69,6 +70,8 @@ def carry_out(
             verify_folder(folder.partial, threads=threads, progress=writing.step("verify"))
         if check is not None:
             check(folder.partial)
+        if writing.overwrite:  # what was there may have changed in the hours since
+            check_replaceable(target, overwrite=True)
         folder.commit()
     return outcome
 
