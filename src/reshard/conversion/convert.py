@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from msgspec.structs import asdict
-
 from reshard import formats
 from reshard.conversion import manifest
 from reshard.conversion.destination import Replaced, check_apart, check_destination
@@ -233,7 +231,7 @@ def _manifest(
         "unexpected": list(exported.fit.dropped),
         "merged": exported.merged,
         "transformers_version": exported.live,
-        "lora": None if exported.scaling is None else asdict(exported.scaling),
+        "lora": None if exported.scaling is None else exported.scaling.to_json(),
     }
     model = manifest.state([target.spec for target in exported.model], "", digests)
     beside = {

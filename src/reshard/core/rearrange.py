@@ -55,10 +55,14 @@ def part(source: Made, box: Box) -> Made:
         raise PlanError("a low-rank update is cut into rows only.", tensor=source.spec.name)
     left = Box(source.left.spec.shape, (row, column), (rows, source.rank))
     magnitude = source.magnitude
-    if magnitude is not None:
+    if magnitude is not None and not source.by_column:
         magnitude = crop(magnitude, Box(magnitude.spec.shape, (row,), (rows,)))
     return replace(
-        source, base=crop(source.base, box), left=crop(source.left, left), magnitude=magnitude
+        source,
+        base=crop(source.base, box),
+        left=crop(source.left, left),
+        magnitude=magnitude,
+        whole=source.whole or source,
     )
 
 

@@ -193,7 +193,10 @@ class LowRank(Struct, frozen=True):
 
     `base` is `[rows, columns]`, `left` `[rows, rank]`, `right` `[rank, columns]` (for a linear
     layer LoRA's B and A). With `magnitude` `[rows]` (DoRA) each row of the sum is then multiplied
-    by its magnitude and divided by its Euclidean norm. Computed in float32, rounded once.
+    by its magnitude and divided by its Euclidean norm; with `by_column`, of a matrix that is stored
+    turned, each column, and `magnitude` is `[columns]`. Computed in float32, rounded once.
+
+    `whole` is the matrix that these are some rows of, whose columns have the norms.
     """
 
     base: Entry
@@ -201,6 +204,8 @@ class LowRank(Struct, frozen=True):
     right: Entry
     scaling: float
     magnitude: Entry | None = None
+    by_column: bool = False
+    whole: LowRank | None = None
 
     @property
     def spec(self) -> TensorSpec:

@@ -12,6 +12,7 @@ A cast rounds to nearest even, as torch does. Where torch would turn a finite va
 from __future__ import annotations
 
 import mmap
+import threading
 from types import EllipsisType
 from typing import Any
 
@@ -96,6 +97,9 @@ def _merged(update: LowRank, box: Box, reader: Reader) -> Array:
     (row, column), (rows, columns) = box.offsets, box.sizes
     if update.magnitude is None:
         return _sum(update, box, reader).reshape(-1)
+    if update.by_column:
+        scales = _COLUMN_SCALES.of(update.whole or update, update.magnitude, reader.sources)
+        return (_sum(update, box, reader) * scales[column : column + columns]).reshape(-1)
     width = update.spec.shape[1]
     whole_rows = _sum(update, Box(box.shape, (row, 0), (rows, width)), reader)
     scale = np.empty(rows, np.float32)
@@ -103,6 +107,44 @@ def _merged(update: LowRank, box: Box, reader: Reader) -> Array:
     _gather(crop(update.magnitude, magnitude), whole((rows,)), scale, reader)
     scale /= np.linalg.norm(whole_rows, axis=1)
     return (whole_rows[:, column : column + columns] * scale[:, None]).reshape(-1)
+
+
+# Elements of a matrix that are summed at once for the norms of its columns.
+_NORM_BLOCK = 1 << 20
+
+
+class _ColumnScales:
+    """Magnitude over norm for each column of a matrix, which is read once more for it.
+
+    Those of the last matrix are kept: its blocks are filled one after another, by several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: tuple[LowRank, Array] | None = None
+
+    def of(self, update: LowRank, magnitude: Entry, sources: Sources) -> Array:
+        with self._lock:
+            if self._last is None or self._last[0] is not update:
+                self._last = (update, _column_scales(update, magnitude, sources))
+            return self._last[1]
+
+
+_COLUMN_SCALES = _ColumnScales()
+
+
+def _column_scales(update: LowRank, magnitude: Entry, sources: Sources) -> Array:
+    rows, width = update.spec.shape
+    reader = Reader(sources, Ledger(()), page_aligned(_PIECE).data)
+    squares = np.zeros(width, np.float64)
+    step = max(1, _NORM_BLOCK // max(width, 1))
+    for row in range(0, rows, step):
+        box = Box(update.spec.shape, (row, 0), (min(step, rows - row), width))
+        squares += np.square(_sum(update, box, reader), dtype=np.float64).sum(axis=0)
+    scales = np.empty(width, np.float32)
+    _gather(magnitude, whole((width,)), scales, reader)
+    scales /= np.sqrt(squares).astype(np.float32)
+    return scales
 
 
 def _sum(update: LowRank, box: Box, reader: Reader) -> Array:

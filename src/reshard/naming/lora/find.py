@@ -114,7 +114,9 @@ def is_traced(names: Iterable[str], base: Iterable[str] = ()) -> bool:
 
 def _is_trace(parts: list[str], own: frozenset[str]) -> bool:
     first = next((part for part in parts[:-1] if part not in ("model", "policy", "actor")), "")
-    found = any(part in (*methods.WRAPPING, *methods.TENSORS) and part not in own for part in parts)
+    found = any(
+        (part in methods.WRAPPING or part.startswith("lora_")) and part not in own for part in parts
+    )
     return found or first == "base_model" or (parts[0] in methods.PROMPTS and parts[0] not in own)
 
 
@@ -303,7 +305,7 @@ class _Stored:
                 self._shapes.setdefault(tail, set()).add(entry.spec.shape)
 
     def shape(self, name: str, made: tuple[int, int]) -> Shape:
-        """`made` or, where the base's of that name is turned (transformers' Conv1D), the reverse."""
+        """`made` or, where the base's of that name is turned (a Conv1D), the reverse."""
         found = next((self._shapes[tail] for tail in _ends(name) if tail in self._shapes), set())
         return made[::-1] if made not in found and made[::-1] in found else made
 
@@ -366,7 +368,8 @@ def _adapter(module: str, tensors: Mapping[str, Entry]) -> Adapter:
         raise UnsupportedError(
             f"adapters of shapes {a.spec.shape} and {b.spec.shape} (convolutions) are not handled.",
             tensor=f"{module}.{keys[0]}",
-            hint=methods.hint(merges=True),
+            # Of a convolution in groups, B has a group's share of A's rows: PEFT merges none.
+            hint=methods.hint(merges=a.spec.shape[:1] == b.spec.shape[1:2]),
         )
     if a.spec.shape[0] != b.spec.shape[1]:
         raise NamesError(

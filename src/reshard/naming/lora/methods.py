@@ -170,3 +170,13 @@ def hint(merges: bool) -> str:
 def parts_of(names: Iterable[str]) -> frozenset[str]:
     """Every part of the names that PEFT might have put there."""
     return frozenset(part for name in names for part in name.split(".") if looks_adapted(part))
+
+
+# transformers' Conv1D keeps its weight as [in, out]; model type -> the last names of its modules.
+_CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")
+_CONV1D_TYPES = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+
+
+def turned_modules(model_type: object) -> tuple[str, ...]:
+    """The last names of modules that keep their weight turned, which a square one does not show."""
+    return _CONV1D if model_type in _CONV1D_TYPES else ()
