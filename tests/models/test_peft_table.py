@@ -26,14 +26,14 @@ import reshard
 State = dict[str, torch.Tensor]
 
 
-class Mlp(nn.Module):
+class Mlp(nn.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.lin0 = nn.Linear(10, 20)
         self.lin1 = nn.Linear(20, 2)
 
 
-class EmbConv1D(nn.Module):
+class EmbConv1D(nn.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.emb = nn.Embedding(100, 5)
@@ -42,7 +42,7 @@ class EmbConv1D(nn.Module):
         self.lin0 = nn.Linear(10, 2)
 
 
-class Convolutions(nn.Module):
+class Convolutions(nn.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.conv1d = nn.Conv1d(4, 8, 2)
@@ -52,7 +52,7 @@ class Convolutions(nn.Module):
         self.lin0 = nn.Linear(10, 2)
 
 
-class Attention(nn.Module):
+class Attention(nn.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.mha = nn.MultiheadAttention(8, 2)

@@ -14,7 +14,8 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-from reshard.core.tensors import Entry, LowRank
+from reshard.core.arithmetic import LowRank
+from reshard.core.tensors import Entry, Portion
 from reshard.errors import (
     FormatError,
     IncompleteError,
@@ -23,7 +24,7 @@ from reshard.errors import (
     ReshardError,
     UnsupportedError,
 )
-from reshard.naming import FitOptions, Schema, fit
+from reshard.naming import FitOptions, Schema, apply, fit
 from reshard.naming.lora.config import AdapterConfig, parse_adapter_config
 from reshard.naming.lora.find import separate
 from reshard.naming.lora.folder import Named, adapter_folder
@@ -73,17 +74,21 @@ class Run:
         separated = separate(self.entries)
         found = fit(separated.entries, self.schema, equal=self.equal, options=FitOptions(**options))
         config = parse_adapter_config(self.settings)
-        changed = updates(separated, found, config, self.base_entries())
+        changed = updates(separated, found, config, self.base_entries()).by_target
         assert changed
         merged = {name: merge(update, self.content) for name, update in changed.items()}
-        for name, entry in found.entries.items():
+        for name, entry in apply(found.outputs, separated.entries).items():
             if name not in merged:
                 merged[name] = tables.values(entry, self.content)
         return {**{name: self.base[name] for name in found.filled}, **merged}
 
 
-def merge(update: LowRank, content: Mapping[str, bytes]) -> tables.Array:
+def merge(merged_entry: Entry, content: Mapping[str, bytes]) -> tables.Array:
     """What the engine does in a stream, here with whole arrays."""
+    (fragment,) = merged_entry.fragments
+    assert isinstance(fragment.extent, Portion)
+    update = fragment.extent.source
+    assert isinstance(update, LowRank)
     left, right = tables.values(update.left, content), tables.values(update.right, content)
     merged: tables.Array = tables.values(update.base, content) + (left @ right) * np.float32(
         update.scaling
@@ -132,7 +137,7 @@ def test_names_of_a_family_and_adapters_together() -> None:
     run = Run("qwen2_5_vl", target_modules=["q_proj", "v_proj"])
     separated = separate(run.entries)
     found = fit(separated.entries, tables.table("4.57", "qwen2_5_vl").schema())
-    changed = updates(separated, found, AdapterConfig(ALPHA), {})
+    changed = updates(separated, found, AdapterConfig(ALPHA), {}).by_target
     assert sorted(changed) == sorted(
         f"model.layers.{layer}.self_attn.{name}.weight"
         for layer in range(2)
@@ -153,7 +158,7 @@ def test_layers_injected_in_place() -> None:
     base = tables.table("4.57", "qwen2_5_vl").schema()
     found = fit(separated.entries, base, options=FitOptions(headless=True))
     assert found.left_out == ("lm_head.weight",)
-    assert len(updates(separated, found, AdapterConfig(ALPHA), {})) == 2
+    assert len(updates(separated, found, AdapterConfig(ALPHA), {}).by_target) == 2
 
 
 def test_modules_that_keep_their_weight_transposed() -> None:
@@ -171,7 +176,7 @@ def test_modules_that_keep_their_weight_transposed() -> None:
     theirs = {k: v.numpy() for k, v in wrapped.merge_and_unload().state_dict().items()}
     shapes = {name: value.shape for name, value in theirs.items() if name != "lm_head.weight"}
     found = fit(separated.entries, tables.schema(shapes))
-    changed = updates(separated, found, AdapterConfig(ALPHA), {})
+    changed = updates(separated, found, AdapterConfig(ALPHA), {}).by_target
     assert len(changed) == 2
     for name, update in changed.items():
         np.testing.assert_allclose(merge(update, content), theirs[name], rtol=2e-6, atol=2e-6)
@@ -210,7 +215,7 @@ def test_without_adapters_nothing_changes() -> None:
     separated = separate(entries)
     assert separated.entries == entries
     found = fit(entries, tables.table("5.23", "llama").schema())
-    assert updates(separated, found, AdapterConfig(ALPHA), {}) == {}
+    assert updates(separated, found, AdapterConfig(ALPHA), {}).by_target == {}
 
 
 def test_one_of_several_adapters_must_be_named() -> None:

@@ -1,4 +1,4 @@
-"""The tables of what PEFT can train, held against the installed PEFT: what is new there fails here."""
+"""The tables of what PEFT can train, held against the installed PEFT: what is new fails here."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_every_setting_of_lora_is_judged() -> None:
 
 
 def test_every_variant_of_lora_is_judged() -> None:
-    """PEFT marks the settings that make another method of LoRA; those that merge as LoRA are two."""
+    """PEFT marks the settings that make a variant of LoRA: three of them merge as it does."""
     variants = {
         field.name
         for field in dataclasses.fields(peft.LoraConfig)
@@ -83,7 +83,8 @@ def test_every_variant_of_lora_is_judged() -> None:
 
 @pytest.mark.parametrize("name", sorted(methods.REFUSED_SETTINGS))
 def test_every_refused_setting_is_refused_by_its_name(name: str) -> None:
-    raw = {"peft_type": "LORA", "r": 8, "lora_alpha": 8}
+    raw: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 8}
+    value: object
     for value in (True, [0], {"a": 1}):
         with pytest.raises(UnsupportedError, match=name):
             parse_adapter_config({**raw, name: value})
@@ -119,7 +120,7 @@ def test_initialisations_that_change_the_base(init: bool | str, changes: bool) -
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     before = model[0].weight.clone()
-    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=init)  # type: ignore[arg-type]
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=init)
     wrapped = peft.inject_adapter_in_model(config, model)
     changed = not torch.equal(wrapped[0].base_layer.weight, before)
     assert changed == changes == methods.base_changing(init)
@@ -187,7 +188,7 @@ def test_plain_patterns_match_as_in_peft(pattern: str) -> None:
     ["(a+)+", "(a|b)*", "a**", ".*.*.*", "(", "a{3}", r"(?P<x>a)", "(?=a)", r"\1", "a" * 501, "*a"],
 )
 def test_patterns_that_might_run_for_years_are_refused(pattern: str) -> None:
-    with pytest.raises(UnsupportedError, match="rank_pattern .*not a plain one.*one entry each"):
+    with pytest.raises(UnsupportedError, match=r"rank_pattern .*not a plain one.*one entry each"):
         check(["q_proj", pattern], "rank_pattern")
     raw = {"lora_alpha": 8, "rank_pattern": {pattern: 2}}
     with pytest.raises(UnsupportedError, match="not a plain one"):

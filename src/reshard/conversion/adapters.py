@@ -18,7 +18,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.errors import NamesError, PlanError, UnsupportedError
 from reshard.formats import huggingface
-from reshard.naming import Fit
+from reshard.naming import NameMap, apply
 from reshard.naming.lora import output
 from reshard.naming.lora.config import AdapterConfig, ConfigFile, read_near, with_alpha
 from reshard.naming.lora.find import Adapter, Separated, is_traced, separate
@@ -211,7 +211,7 @@ def explained(error: NamesError, separated: Separated) -> NamesError:
 
 
 def check_left_out(
-    found: Found, fit: Fit, base: Base, allow: Sequence[str], sources: Sources
+    found: Found, fit: NameMap, base: Base, allow: Sequence[str], sources: Sources
 ) -> list[Finding]:
     """Compare with the base what an adapter alone leaves out.
 
@@ -219,8 +219,9 @@ def check_left_out(
     """
     saved = {f"{module}." for module in found.separated.saved}
     different = []
-    for name, entry in fit.entries.items():
-        own = fit.origins.get(name, entry.spec.name)
+    entries = apply(fit.outputs, found.separated.entries)
+    for name, entry in entries.items():
+        own = fit.origins.get(name, name)
         if own in found.separated.absent or any(own.startswith(module) for module in saved):
             continue
         twin = base.entries.get(fit.tied_to.get(name, name))
@@ -233,7 +234,7 @@ def check_left_out(
         raise PlanError(
             f"{len(trained)} tensors that an adapter does not hold differ from the base's: "
             f"{shown}{more}.",
-            hint=_hint(trained, len(fit.entries)),
+            hint=_hint(trained, len(entries)),
         )
     if not different:
         return []
@@ -259,7 +260,7 @@ def _hint(trained: Sequence[str], num_entries: int) -> str:
     )
 
 
-def check_place(found: Found, fit: Fit) -> None:
+def check_place(found: Found, fit: NameMap) -> None:
     """Raises `PlanError` where an adapter updates what neither checkpoint nor base holds."""
     lost: list[str] = output.lost(found.separated, fit, found.keys)
     if lost:

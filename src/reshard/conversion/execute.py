@@ -8,12 +8,13 @@ from pathlib import Path
 
 import xxhash
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.conversion import manifest
 from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
 from reshard.core.plan import Plan
-from reshard.core.tensors import Record
+from reshard.core.tensors import Extent, Record
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
@@ -50,7 +51,7 @@ def carry_out(
     `render` makes the bytes of `reshard.json`; it may refuse what the engine found. `check` looks
     at the finished folder before it gets its name, and raises where it is not well.
 
-    Raises what stands in the way; `target` is then as it was.
+    Raises what stands in the way; `target` is then as it was, or the error says what stands there.
     """
     with OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder:
         ledger = Ledger(records)
@@ -73,7 +74,7 @@ def carry_out(
         if writing.overwrite:  # what was there may have changed in the hours since
             check_replaceable(target, overwrite=True)
         folder.commit()
-    return outcome
+    return replace(outcome, findings=tuple(folder.findings))
 
 
 def plan_digest(plan: Plan) -> str:
@@ -84,7 +85,11 @@ def plan_digest(plan: Plan) -> str:
         for offset, literal in file.literals:
             hasher.update(offset.to_bytes(8, "little") + literal)
         for slot in file.slots:
-            places = [(f.extent.file.path, f.extent.offset) for f in slot.source.fragments]
+            # Of a computed tensor its repr, which holds the places of all that it is made of.
+            places = [
+                (f.extent.file.path, f.extent.offset) if isinstance(f.extent, Extent) else f
+                for f in slot.source.fragments
+            ]
             hasher.update(f"{slot.offset}\0{slot.spec.name}\0{places}\0".encode())
     for name, text in plan.texts:
         hasher.update(f"{name}\0".encode() + text)

@@ -24,14 +24,14 @@ from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.options import Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, Made
+from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
-from reshard.naming import Fit, FitOptions, fit
+from reshard.naming import FitOptions, NameMap, apply, fit, identity
 from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
 from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.lora.find import holds_adapters, without_peft
-from reshard.naming.lora.output import updates
+from reshard.naming.lora.output import Updates, updates
 from reshard.naming.rewards import (
     SCORE,
     Parts,
@@ -68,7 +68,7 @@ class Side(Struct, frozen=True):
 
 
 class Export(Struct, frozen=True):
-    """Everything that a conversion writes, by what it is; `fit` says how the names were found.
+    """Everything that a conversion writes, by what it is; `name_map` says how the names were found.
 
     `missing` are tensors of the base that are not written, `filled` those that are copied from
     it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales. With
@@ -77,7 +77,7 @@ class Export(Struct, frozen=True):
     """
 
     model: Sequence[Target]
-    fit: Fit
+    name_map: NameMap
     sides: tuple[Side, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
     patches: Mapping[str, object] = field(default_factory=dict)
@@ -100,7 +100,7 @@ def plain(catalog: Catalog, options: Options) -> Export:
     tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
     return Export(
         model=choose(list(kept.items()), {}, options.dtype),
-        fit=Fit(kept, tied=tied),
+        name_map=NameMap(identity(kept), tied=tied),
         missing=tuple(name for name in catalog.entries if name not in kept),
         findings=(_UNMERGED,) if options.to == "hf" and holds_adapters(kept) else (),
         assets=False,
@@ -131,7 +131,7 @@ class _Export:
         self._findings = list(self._adapters.findings)
         if not self._alone:  # else they are on the model, of which an adapter is no part
             self._findings += self._fit.findings
-        self._updates: Mapping[str, Made] = {}
+        self._updates = Updates()
         if self._scaling is not None:
             self._update(self._scaling, sources)
 
@@ -146,7 +146,7 @@ class _Export:
             return None
         return classifier_patches(self._base.config.get("architectures") or ())
 
-    def _fitted(self, compare: Equal | None) -> Fit:
+    def _fitted(self, compare: Equal | None) -> NameMap:
         parts = self._parts
         scalar = parts.rewards is not None and not _has_head(parts.backbone)
         try:
@@ -210,26 +210,26 @@ class _Export:
             targets = ()
         return Export(
             model=targets,
-            fit=found,
+            name_map=found,
             sides=tuple(sides),
             texts=tuple(texts),
             patches={**found.config_patches, **(self._classifier or {})},
             missing=() if alone else missing,
             filled=() if alone else filled,
-            merged=len(self._updates),
+            merged=len(self._updates.by_target) + len(self._updates.by_source),
             scaling=self._scaling,
             findings=tuple(self._findings),
             assets=not alone,
         )
 
-    def _model(self) -> tuple[list[tuple[str, Made]], tuple[str, ...], tuple[str, ...]]:
+    def _model(self) -> tuple[list[tuple[str, Entry]], tuple[str, ...], tuple[str, ...]]:
         """The model's tensors, the names filled from the base, and those left out."""
         options, found = self._options, self._fit
-        made: dict[str, Made] = {**found.entries, **self._updates}
+        made, updated = self._made()
         absent = list(found.filled)
         if options.exclude_frozen:
             frozen = [name for name, entry in made.items() if entry.kind == "frozen"]
-            absent += [name for name in frozen if name not in self._updates]
+            absent += [name for name in frozen if name not in updated]
             for name in absent:
                 made.pop(name, None)
         if self._parts.value is not None and self._classifier is not None:
@@ -246,6 +246,17 @@ class _Export:
                 made[name] = self._base.entries[source].renamed(name)
             (filled if options.fill_from_base else missing).append(name)
         return list(made.items()), tuple(filled), tuple(missing)
+
+    def _made(self) -> tuple[dict[str, Entry], set[str]]:
+        """The tensors that the checkpoint makes, and the names of those with an update."""
+        outputs, updates = self._fit.outputs, self._updates
+        made = apply(outputs, self._parts.backbone)
+        updated = {*updates.by_target}
+        if updates.by_source:
+            with_updates = apply(outputs, {**self._parts.backbone, **updates.by_source})
+            updated |= {n for n, e in with_updates.items() if e.fragments != made[n].fragments}
+            made = with_updates
+        return {**made, **updates.by_target}, updated
 
     def _reward_files(self) -> tuple[list[Side], list[tuple[str, bytes]]]:
         heads, choice = self._parts.rewards, self._options.rewards
@@ -271,12 +282,14 @@ class _Export:
         PEFT's prefix is left out: the adapters are merged, and LightRFT wraps no model to load it.
         """
         self._check_complete()
-        merged = {self._fit.origins[name]: made for name, made in self._updates.items()}
+        targets = self._updates.by_target.items()
+        merged = {self._fit.origins[name]: made for name, made in targets}
+        merged.update(self._updates.by_source)
         heads = self._parts.rewards.tensors if self._parts.rewards else {}
         dtype = (
             main_dtype(self._base).name if self._options.dtype == "base" else self._options.dtype
         )
-        backbone: dict[str, Made] = {}
+        backbone: dict[str, Entry] = {}
         for name, entry in lightrft_state(Parts(self._parts.backbone)).items():
             made = merged.get(entry.spec.name, merged.get(name, entry))
             for called in (name, *map(unwrap, entry.aliases)):

@@ -18,16 +18,15 @@ from reshard.containers import safetensors as safetensors_file
 from reshard.conversion.base_model import CONFIG, Base
 from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG
 from reshard.core.catalog import Asset
-from reshard.core.tensors import Entry, Fragment, Record, whole
+from reshard.core.tensors import Entry, Fragment, Record, stored, whole
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.naming.lora.folder import CONFIG as ADAPTER_CONFIG
 from reshard.naming.lora.folder import WEIGHTS as ADAPTER_WEIGHTS
+from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-# Largest file read whole as JSON, in bytes: an index of a million tensors.
-_MAX_JSON = 256 << 20
 
 
 class Folder(Struct, frozen=True):
@@ -169,8 +168,8 @@ def _with_pickled(folder: Folder, sources: Sources) -> Folder:
 def _by_file(entries: Iterable[Entry]) -> dict[str, frozenset[str]]:
     files: dict[str, set[str]] = {}
     for entry in entries:
-        for fragment in entry.fragments:
-            files.setdefault(Path(fragment.extent.file.path).name, set()).add(entry.spec.name)
+        for extent in stored(entry.fragments):
+            files.setdefault(Path(extent.file.path).name, set()).add(entry.spec.name)
     return {name: frozenset(names) for name, names in files.items()}
 
 
@@ -201,7 +200,6 @@ def read_json(path: Path, name: str, sources: Sources) -> tuple[dict[str, Any] |
     """A JSON object of a model folder, or None and why there is none."""
     try:
         source = sources.open(child(path, name))
-        text = source.read(0, min(source.size, _MAX_JSON))
-        return safetensors_file.parse_json(text, name), ""
+        return strict_json.read_object(source, max_nbytes=strict_json.MAX_INDEX), ""
     except ReshardError as error:
         return None, error.message

@@ -7,7 +7,6 @@ It says how the adapters scale, which no tensor does, and whether a merge is `W 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +17,12 @@ from msgspec.structs import replace
 
 from reshard.errors import FormatError, NotFoundError, UnsupportedError, brief
 from reshard.naming.lora import methods, patterns
+from reshard.storage import strict_json
 from reshard.storage.local import Sources
 
 NAME = "adapter_config.json"
 # verl puts the adapter's own folder beside the ranks' files.
 _FOLDERS = (".", "lora_adapter", "..", "../lora_adapter")
-_MAX_NBYTES = 16 << 20
 # No alpha comes near it; an infinite one would make a model of NaNs.
 _MAX_ALPHA = 1e9
 _MAX_RANK = 1 << 24
@@ -101,14 +100,7 @@ def read_near(checkpoint: Path, sources: Sources | None, named: Path | None) -> 
 
 def _read(path: Path, sources: Sources | None) -> AdapterConfig:
     with Sources() as own:
-        source = (sources or own).open(path)
-        text = source.read(0, min(source.size, _MAX_NBYTES))
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError):
-        raise FormatError("it is not JSON.", path=path) from None
-    if not isinstance(raw, dict):
-        raise FormatError("its JSON is not an object.", path=path)
+        raw = strict_json.read_object((sources or own).open(path))
     try:
         return parse_adapter_config(raw)
     except UnsupportedError as error:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from msgspec import Struct, field
+
 from reshard.core import rearrange
-from reshard.core.tensors import Entry, LowRank
+from reshard.core.arithmetic import LowRank, computed
+from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError, UnsupportedError
-from reshard.naming.fit import Fit
 from reshard.naming.lora import methods
 from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.lora.find import Adapter, Separated, name_in_peft, shape_of
+from reshard.naming.name_map import NameMap
 
 #: Whether two tensors of one shape hold the same values.
 Equal = Callable[[Entry, Entry], bool]
@@ -41,21 +44,30 @@ def _same(one: Entry, other: Entry, equal: Equal | None) -> bool:
     return one.fragments == other.fragments or (equal is not None and equal(one, other))
 
 
+class Updates(Struct, frozen=True):
+    """The updated weights: by the output's name, where they are one of its tensors; by the
+    checkpoint's, where the output stacks, splits or turns them."""
+
+    by_target: Mapping[str, Entry] = field(default_factory=dict)
+    by_source: Mapping[str, Entry] = field(default_factory=dict)
+
+
 def updates(
     separated: Separated,
-    found: Fit,
+    found: NameMap,
     config: AdapterConfig,
     base: Mapping[str, Entry],
     *,
     keys: Mapping[str, str] | None = None,
     base_config: Mapping[str, Any] | None = None,
-) -> dict[str, LowRank]:
-    """The update of each adapted tensor, by the base's name.
+) -> Updates:
+    """Each adapted weight with its update.
 
-    `found` is the fit of `separated.entries`, `base` are the base model's own tensors: those that
-    the checkpoint does not hold are taken from there. `keys` are those that the fit was told.
+    `found` maps `separated.entries`, `base` are the base model's own tensors: those that the
+    checkpoint does not hold are taken from there. `keys` are those that the fit was told.
 
-    Raises `UnsupportedError` for an adapter on a weight that the base stacks or turns.
+    Raises `UnsupportedError` for an adapter on a weight that the checkpoint does not hold and the
+    base stacks or turns.
     """
     targets: dict[str, list[str]] = {}
     for target, own in found.origins.items():
@@ -63,26 +75,33 @@ def updates(
     known = keys or {}
     placed = {known.get(name) for name in targets}
     turned = methods.turned_modules((base_config or {}).get("model_type"))
-    merged = {}
+    by_target: dict[str, Entry] = {}
+    by_source: dict[str, Entry] = {}
     for module, adapter in separated.adapters.items():
         name = f"{module}.weight"
-        if name not in targets and known.get(name, module) in placed:
+        places = targets.get(name, [])
+        if not places and known.get(name, module) != module and known[name] in placed:
             continue  # the tensor that it is tied to is updated alike
-        target = _only(name, targets.get(name, []))
-        weight = found.entries[target]
-        if name in separated.absent:
-            weight = base[found.tied_to.get(target, target)].renamed(target)
-        inner = name_in_peft(module, found.prefix)
-        merged[target] = low_rank(
+        absent = name in separated.absent
+        if absent:
+            _check_place(name, places)
+            weight = base[found.tied_to.get(places[0], places[0])]
+        else:
+            weight = separated.entries[name]
+        updated = low_rank(
             adapter,
             weight,
-            config.scaling(inner, adapter.rank),
+            config.scaling(name_in_peft(module, found.prefix), adapter.rank),
             turned=module.rpartition(".")[2] in turned if turned else config.fan_in_fan_out,
         )
-    return merged
+        if places:
+            by_target.update((place, updated.renamed(place)) for place in places)
+        else:
+            by_source[name] = updated
+    return Updates(by_target, by_source)
 
 
-def lost(separated: Separated, found: Fit, keys: Mapping[str, str]) -> list[str]:
+def lost(separated: Separated, found: NameMap, keys: Mapping[str, str]) -> list[str]:
     """The weights that adapters update and that are neither in the checkpoint nor in the base."""
     origins = {*found.origins.values()}
     placed = {keys.get(name) for name in origins}
@@ -91,21 +110,19 @@ def lost(separated: Separated, found: Fit, keys: Mapping[str, str]) -> list[str]
     ]
 
 
-def _only(name: str, targets: list[str]) -> str:
-    """The one tensor of the output that an adapted weight is."""
-    if len(targets) == 1:
-        return targets[0]
-    raise UnsupportedError(
-        "the base stacks or turns this weight, so its adapter cannot be merged."
-        if not targets
-        else "the base stores this weight several times, so its adapter cannot be merged.",
-        tensor=name,
-        hint=methods.hint(merges=True),
-    )
+def _check_place(name: str, places: list[str]) -> None:
+    """Raises `UnsupportedError` where a weight that the base holds is not one of its tensors."""
+    if not places:
+        raise UnsupportedError(
+            "the base stacks or turns this weight, which the checkpoint does not hold, so its "
+            "adapter cannot be merged.",
+            tensor=name,
+            hint=methods.hint(merges=True),
+        )
 
 
-def low_rank(adapter: Adapter, base: Entry, scaling: float, *, turned: bool = False) -> LowRank:
-    """The update of one weight. `turned`: a square one is kept as `[in, out]`.
+def low_rank(adapter: Adapter, base: Entry, scaling: float, *, turned: bool = False) -> Entry:
+    """One weight with its update. `turned`: a square one is kept as `[in, out]`.
 
     Raises `NamesError` where the shapes do not make the weight's.
     """
@@ -122,7 +139,8 @@ def low_rank(adapter: Adapter, base: Entry, scaling: float, *, turned: bool = Fa
     magnitude = adapter.magnitude
     if magnitude is not None:
         magnitude = _vector(magnitude, shape[1 if by_column else 0])
-    return LowRank(base, left, right, scaling, magnitude, by_column=by_column)
+    update = LowRank(base, left, right, scaling, magnitude, by_column=by_column)
+    return computed(update, base)
 
 
 def _vector(magnitude: Entry, length: int) -> Entry:
