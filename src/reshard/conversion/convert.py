@@ -73,7 +73,7 @@ def convert(
     lora_alpha: float | None = None,
     adapter_config: PathLike | None = None,
     adapter: str | None = None,
-    names: str = "disk",
+    names: str | None = None,
     transformers_version: str | None = None,
     exclude_frozen: bool = False,
     fill_from_base: bool = False,
@@ -107,6 +107,11 @@ def convert(
     _one_of("srm_format", srm_format, SRM_FORMATS)
     _one_of("lora", lora, LORA)
     _one_of("names", names, NAMES)
+    if names == "all" and to not in formats.ALIASING:
+        raise OptionError(
+            "names 'all' gives the same bytes several names, which files of --to hf cannot.",
+            hint="Pass --to dcp, or leave out --names.",
+        )
     _one_of("pooling_method", pooling_method, POOLINGS)
     if isinstance(heads_types, str):
         raise OptionError("heads_types is a list of names.", hint=f"Pass [{heads_types!r}].")
@@ -142,7 +147,7 @@ def convert(
             None if adapter_config is None else Path(adapter_config),
             adapter,
         ),
-        names=cast(Names, names),
+        names=cast("Names | None", names),
         transformers_version=parse_version(transformers_version) if transformers_version else None,
     )
     if base is None:
@@ -157,16 +162,16 @@ def convert(
         copied = sum(asset.path.stat().st_size for asset in job.plan.assets)
         check_space(options.target, job.plan.bytes_to_write + copied)
         if dry_run:
-            return _report(job, options, time.monotonic() - began)
+            return _report(job, time.monotonic() - began)
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=allow_unchanged)
-            return _manifest(job, options, outcome.digests)
+            return _manifest(job, outcome.digests)
 
         writing = Writing(workers, overwrite, verify, progress)
         records = job.catalog.records
         outcome = carry_out(job.plan, sources, records, options.target, writing, render=render)
-    return _report(job, options, time.monotonic() - began, outcome, verified=verify)
+    return _report(job, time.monotonic() - began, outcome, verified=verify)
 
 
 def check_target(target: Path, source: Path, base: Path | None, *, overwrite: bool) -> None:
@@ -245,7 +250,7 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
         )
 
 
-def _manifest(job: Job, options: Options, digests: Mapping[tuple[str, str], str]) -> bytes:
+def _manifest(job: Job, digests: Mapping[tuple[str, str], str]) -> bytes:
     exported = job.export
     names = {
         "prefix": exported.fit.prefix,
@@ -256,6 +261,7 @@ def _manifest(job: Job, options: Options, digests: Mapping[tuple[str, str], str]
         "unexpected": list(exported.fit.dropped),
         "merged": exported.merged,
         "transformers_version": exported.live,
+        "aliases": {name: target.spec.name for target in exported.model for name in target.aliases},
         "lora": None if exported.scaling is None else asdict(exported.scaling),
     }
     model = manifest.state([target.spec for target in exported.model], "", digests)
@@ -263,13 +269,12 @@ def _manifest(job: Job, options: Options, digests: Mapping[tuple[str, str], str]
         side.name: manifest.state([t.spec for t in side.targets], side.name, digests)
         for side in exported.sides
     }
-    catalog = job.catalog
-    return manifest.render(catalog.format, catalog.origin, options.stated(), names, model, beside)
+    catalog, stated = job.catalog, job.options.stated()
+    return manifest.render(catalog.format, catalog.origin, stated, names, model, beside)
 
 
 def _report(
     job: Job,
-    options: Options,
     seconds: float,
     outcome: Outcome | None = None,
     *,
@@ -282,8 +287,8 @@ def _report(
         )
     exported = job.export
     return Report(
-        source=os.fspath(options.source),
-        target=os.fspath(options.target),
+        source=os.fspath(job.options.source),
+        target=os.fspath(job.options.target),
         format=job.catalog.format,
         tag=job.catalog.origin.tag,
         num_tensors=len(exported.model) or sum(len(side.targets) for side in exported.sides),

@@ -170,7 +170,7 @@ class Entry(Struct, frozen=True):
     """A tensor of a catalog. Its fragments' boxes tile it exactly: `check_tiling` proves it.
 
     All boxes of one entry are over the same shape: the tensor's, or `(numel,)`. `aliases` are
-    the other names of the same weights (tied parameters).
+    the other names of the same weights: tied parameters, and names that live modules have.
     """
 
     spec: TensorSpec
@@ -186,6 +186,10 @@ class Entry(Struct, frozen=True):
     def renamed(self, name: str) -> Entry:
         """The same tensor under another name."""
         return replace(self, spec=replace(self.spec, name=name))
+
+    def aliased(self, aliases: tuple[str, ...]) -> Entry:
+        """The same tensor with these other names."""
+        return replace(self, aliases=aliases)
 
 
 class LowRank(Struct, frozen=True):
@@ -227,6 +231,10 @@ class LowRank(Struct, frozen=True):
     def renamed(self, name: str) -> LowRank:
         """The same tensor under another name."""
         return replace(self, base=self.base.renamed(name))
+
+    def aliased(self, aliases: tuple[str, ...]) -> LowRank:
+        """The same tensor with these other names."""
+        return replace(self, base=self.base.aliased(aliases))
 
 
 #: What a tensor of the output is made from.

@@ -21,8 +21,10 @@ _PATH = FolderOrFile()
               help="The Hugging Face model folder.")  # fmt: skip
 @click.option("--output", "target", type=_PATH, required=True,
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
-@click.option("--names", type=click.Choice(NAMES), default="disk", show_default=True,
-              help="memory: as a live module names its tensors, for dcp.load.")  # fmt: skip
+@click.option("--names", type=click.Choice(NAMES),
+              help="all: each tensor by its name on disk and by those that live modules of any "
+                   "transformers version ask for (default, with a config.json); disk: as in the "
+                   "files; memory: as the live module of one version has them.")  # fmt: skip
 @click.option("--transformers-version", metavar="V",
               help="Whose live module; default: the installed one.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
@@ -30,14 +32,14 @@ _PATH = FolderOrFile()
 def command(
     hf_checkpoint: Path,
     target: Path,
-    names: str,
+    names: str | None,
     transformers_version: str | None,
     overwrite: bool,
 ) -> None:
     """Convert a Hugging Face model to a PyTorch DCP checkpoint.
 
     `torch.distributed.checkpoint.load` reads it into plain tensors, FSDP1 and FSDP2 models, at any
-    world size. Names and dtypes stay as they stand in the safetensors files.
+    world size. Dtypes stay as they stand in the safetensors files.
     """
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
