@@ -18,7 +18,7 @@ from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.execute import Writing, carry_out
 from reshard.core.catalog import Origin
 from reshard.core.plan import Plan, parse_size
-from reshard.core.tensors import Entry, Made, Record
+from reshard.core.tensors import Entry, Record
 from reshard.diagnosis.case import Case, Rescue
 from reshard.diagnosis.findings import Finding, Repair
 from reshard.errors import VerificationError
@@ -37,7 +37,7 @@ _MAX_SHARD_SIZE = "5GB"
 class _Mended(Struct, frozen=True):
     """The tensors as they should be, by their right names, and where they were read."""
 
-    entries: Mapping[str, Made]
+    entries: Mapping[str, Entry]
     fit: Fit
     format: str
     origin: Origin
@@ -70,7 +70,7 @@ def write_mended(
         if outcome.compared and not outcome.changed:
             raise VerificationError("all tensors equal the base's.", path=case.folder.path)
         stated = manifest.state([item.spec for item in targets], "", outcome.digests)
-        return _manifest(mended, findings, dtype, stated)
+        return _manifest(mended, findings, dtype, stated, manifest.listed(plan, sources))
 
     writing = Writing(threads, progress=progress)
     carry_out(plan, sources, mended.records, target, writing, render=render, check=check)
@@ -140,6 +140,7 @@ def _manifest(
     findings: Sequence[Finding],
     dtype: str,
     stated: Mapping[str, manifest.Stated],
+    files: Mapping[str, manifest.WrittenFile],
 ) -> bytes:
     options = {
         "to": "hf",
@@ -155,4 +156,4 @@ def _manifest(
         "missing": list(mended.fit.filled),
         "unexpected": list(mended.fit.dropped),
     }
-    return manifest.render(mended.format, mended.origin, options, names, stated, {})
+    return manifest.render(mended.format, mended.origin, options, names, stated, {}, files)

@@ -27,7 +27,7 @@ _PATH = FolderOrFile()
         help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
 @click.option("--lora-alpha", type=float,
               help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
 def command(
     hf_base: Path,

@@ -27,7 +27,7 @@ _PATH = FolderOrFile()
                    "files; memory: as the live module of one version has them.")  # fmt: skip
 @click.option("--transformers-version", metavar="V",
               help="Whose live module; default: the installed one.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
 def command(
     hf_checkpoint: Path,
