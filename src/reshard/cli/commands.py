@@ -65,6 +65,9 @@ _tag = click.option(
 @click.option("--transformers-version", metavar="V",
               help="Whose live module; default: the installed one. Also what the checkpoint "
                    "was trained with, where shapes cannot tell.")  # fmt: skip
+@click.option("--consumed-samples", type=click.IntRange(min=0), metavar="N",
+              help="With --to dcp: write client_state.pt, from which LightRFT takes how many "
+                   "samples a run has used up.")  # fmt: skip
 @click.option("--exclude-frozen", is_flag=True, help="Leave out frozen parameters.")
 @click.option("--fill-from-base", is_flag=True,
               help="Copy from the base what the checkpoint does not hold.")  # fmt: skip

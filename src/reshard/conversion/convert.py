@@ -76,6 +76,7 @@ def convert(
     adapter: str | None = None,
     names: str | None = None,
     transformers_version: str | None = None,
+    consumed_samples: int | None = None,
     exclude_frozen: bool = False,
     fill_from_base: bool = False,
     allow: Sequence[str] = (),
@@ -112,6 +113,12 @@ def convert(
         raise OptionError(
             "names 'all' gives the same bytes several names, which files of --to hf cannot.",
             hint="Pass --to dcp, or leave out --names.",
+        )
+    if consumed_samples is not None and (to != "dcp" or not 0 <= consumed_samples < 1 << 63):
+        raise OptionError(
+            f"consumed_samples is {consumed_samples}, with --to {to}: it is the number of samples "
+            "that a run of LightRFT has used up, written beside a DCP checkpoint.",
+            hint="Pass a number from 0 on, and --to dcp; or leave out --consumed-samples.",
         )
     _one_of("pooling_method", pooling_method, POOLINGS)
     if isinstance(heads_types, str):
@@ -150,6 +157,7 @@ def convert(
         ),
         names=cast("Names | None", names),
         transformers_version=parse_version(transformers_version) if transformers_version else None,
+        consumed_samples=consumed_samples,
     )
     if base is None:
         _check_needs_no_base(options, allow_unchanged=allow_unchanged)

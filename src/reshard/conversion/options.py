@@ -73,6 +73,7 @@ class Options(Struct, frozen=True):
     lora: LoraChoice = field(default_factory=LoraChoice)
     names: Names | None = None
     transformers_version: Version | None = None
+    consumed_samples: int | None = None
 
     def stated(self) -> dict[str, Any]:
         """The options as `reshard.json` records them: no paths."""
@@ -92,6 +93,7 @@ class Options(Struct, frozen=True):
             "prefix": self.selection.prefix,
             "allow": list(self.allow),
             "names": self.names,
+            "consumed_samples": self.consumed_samples,
             "transformers_version": None if version is None else ".".join(map(str, version)),
         }
 

@@ -22,6 +22,7 @@ from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Plan
 from reshard.errors import PlanError
 from reshard.formats import locate
+from reshard.formats.dcp.lightrft import client_state
 from reshard.storage.local import Sources
 from reshard.transfer.commit import check_space
 
@@ -56,6 +57,8 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
     files, texts = _files(made, options)
     if not files:
         raise PlanError("nothing is left to write.", path=options.source)
+    if options.consumed_samples is not None:
+        texts = (*texts, client_state(options.consumed_samples))
     assets, patched, lacking = _assets(made, base, options)
     plan = Plan(
         files,

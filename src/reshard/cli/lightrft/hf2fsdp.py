@@ -26,7 +26,11 @@ _PATH = FolderOrFile()
                    "transformers version ask for (default, with a config.json); disk: as in the "
                    "files; memory: as the live module of one version has them.")  # fmt: skip
 @click.option("--transformers-version", metavar="V",
-              help="Whose live module; default: the installed one.")  # fmt: skip
+              help="With --names memory: whose live module (default: the installed one); "
+                   "with all: a version that must be among them.")  # fmt: skip
+@click.option("--consumed-samples", "--consumed_samples", type=click.IntRange(min=0), metavar="N",
+              help="Write client_state.pt, which LightRFT's load_ckpt needs: how many samples the "
+                   "run has used up; 0 for a new one.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
 def command(
@@ -34,6 +38,7 @@ def command(
     target: Path,
     names: str | None,
     transformers_version: str | None,
+    consumed_samples: int | None,
     overwrite: bool,
 ) -> None:
     """Convert a Hugging Face model to a PyTorch DCP checkpoint.
@@ -52,6 +57,7 @@ def command(
             to="dcp",
             names=names,
             transformers_version=transformers_version,
+            consumed_samples=consumed_samples,
             overwrite=overwrite,
             progress=progress,
         )
