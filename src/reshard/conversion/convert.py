@@ -236,12 +236,12 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
 def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:
     exported = job.export
     names = {
-        "prefix": exported.fit.prefix,
-        "rules": list(exported.fit.rules),
-        "tied": dict(exported.fit.tied),
+        "prefix": exported.name_map.prefix,
+        "rules": list(exported.name_map.rules),
+        "tied": dict(exported.name_map.tied),
         "filled": list(exported.filled),
         "missing": list(exported.missing),
-        "unexpected": list(exported.fit.dropped),
+        "unexpected": list(exported.name_map.dropped),
         "merged": exported.merged,
         "transformers_version": exported.live,
         "aliases": {name: target.spec.name for target in exported.model for name in target.aliases},
@@ -270,6 +270,8 @@ def _report(
         findings.append(
             Finding("unchanged", f"all {outcome.compared} tensors equal the base model's.")
         )
+    if outcome is not None:
+        findings.extend(outcome.findings)
     exported = job.export
     return Report(
         source=os.fspath(job.options.source),
@@ -283,11 +285,11 @@ def _report(
         verified=verified,
         files=tuple(file.name for file in job.plan.files),
         missing=exported.missing,
-        unexpected=exported.fit.dropped,
-        tied=exported.fit.tied,
+        unexpected=exported.name_map.dropped,
+        tied=exported.name_map.tied,
         filled=exported.filled,
-        prefix=exported.fit.prefix,
-        rules=exported.fit.rules,
+        prefix=exported.name_map.prefix,
+        rules=exported.name_map.rules,
         merged=exported.merged,
         compared=0 if outcome is None else outcome.compared,
         changed=0 if outcome is None else outcome.changed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from reshard.formats import ALIASING, huggingface
 from reshard.naming import NEWEST, parse_version, to_memory
 from reshard.naming.answering import Apart, answers
 from reshard.naming.layouts import Version
+from reshard.storage import strict_json
 from reshard.storage.local import Sources
 
 
@@ -37,8 +37,8 @@ def config_of(
     """The model's config: the base's as the export changes it, or that of the Hugging Face folder
     that is converted."""
     if base is not None:
-        found: dict[str, Any] = json.loads(patched_config(base, exported.patches))
-        return found
+        patched = patched_config(base, exported.patches)
+        return strict_json.parse_object(patched, str(base.folder / CONFIG))
     if not _has_config(catalog):
         raise PlanError(f"--names {names} needs the model's config.", hint="Pass --base.")
     return huggingface.read_config(catalog.origin.root, sources)

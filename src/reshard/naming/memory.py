@@ -15,6 +15,7 @@ from reshard.errors import PlanError, UnsupportedError
 from reshard.naming import families, patterns, ties
 from reshard.naming.assemble import Assembler
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Stacked, Version, View
+from reshard.naming.name_map import apply
 from reshard.naming.schema import (
     backbone_part,
     bare_layout,
@@ -46,8 +47,9 @@ def to_memory(
     """
     shapes = {name: entry.spec.shape for name, entry in entries.items()}
     wanted = placed_pieces(pieces_of(shapes, config), config, memory_view(config, version))
-    assembler = Assembler(entries)
-    return {name: assembler.build(name, pairs) for name, pairs in wanted.items()}
+    assembler = Assembler(shapes, {name: name for name in entries})
+    outputs = {name: assembler.arrange(pairs) for name, pairs in wanted.items()}
+    return apply(outputs, entries)
 
 
 def pieces_of(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Mapping[str, Piece]:
