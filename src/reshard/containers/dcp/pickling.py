@@ -64,12 +64,16 @@ def dump(metadata: Metadata) -> bytes:
     }  # fmt: skip
     fields: dict[str, object] = {
         "state_dict_metadata": {key: _tensor(tensor) for key, tensor in tensors.items()},
-        "planner_data": {key: tuple(map(_Again, path)) for key, path in metadata.paths.items()},
+        "planner_data": dict(metadata.paths),
         "storage_data": stored,
         "version": _VERSION,
     }
     if metadata.aliases:
         fields[ALIASES] = dict(metadata.aliases)
+        # Names that nothing beside the file states get a witness in it. Without aliases the file is
+        # as torch writes it of a flat state dict: each name once.
+        paths = metadata.paths.items()
+        fields["planner_data"] = {key: tuple(map(_Again, path)) for key, path in paths}
     pickler = _Pickler()
     pickler.put(_instance("Metadata", **fields))
     return pickler.finish()
