@@ -206,18 +206,29 @@ def prefixes(names: Iterable[str], wanted: str | None) -> Iterator[str]:
     if wanted is not None:
         yield wanted
         return
-    split = [name.split(".")[:-1] for name in names]
-    shared: list[str] = [""]
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(f"{shared[-1]}{parts[0]}.")
+    listed = tuple(names)
+    split = [name.split(".")[:-1] for name in listed]
+    shared = shared_prefixes(listed)
     yield from shared
     for prefix in families.PREFIXES:
         known = prefix.split(".")[:-1]
         holders = sum(name[: len(known)] == known for name in split)
         if prefix not in shared and 2 * holders > len(split):
             yield prefix
+
+
+def shared_prefixes(names: Iterable[str]) -> list[str]:
+    """The dotted beginnings that all names have, from none to the longest.
+
+    >>> shared_prefixes(["app.model.norm.weight", "app.model.lm_head.weight"])
+    ['', 'app.', 'app.model.']
+    """
+    shared = [""]
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(f"{shared[-1]}{parts[0]}.")
+    return shared
 
 
 def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
