@@ -20,11 +20,13 @@ from safetensors.numpy import save_file
 
 import reshard
 from reshard import errors, formats
+from reshard.core.findings import CODES
 from tests.test_imports import MODULES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
+MAKE_FINDINGS = runpy.run_path(str(DOCS / "make_findings.py"))
 MAKE_CLI = runpy.run_path(str(DOCS / "make_cli.py"))
 COMMANDS: Mapping[str, click.Command] = MAKE_CLI["commands"]()
 CLASSES = [getattr(errors, name) for name in reshard.__all__ if name.endswith("Error")]
@@ -60,6 +62,25 @@ class TestCommands:
         scripts = project.split("[project.scripts]")[1].split("\n[")[0]
         names = re.findall(r"^(\w+) = ", scripts, re.MULTILINE)
         assert set(names) == {name.split()[0] for name in COMMANDS}
+
+
+class TestFindings:
+    # What `reshard try` finds has a table of its own (docs/try.md).
+    CODE = "".join(
+        path.read_text("utf-8") for name, path in MODULES.items() if ".evaluate" not in name
+    )
+
+    def test_the_page_is_up_to_date(self) -> None:
+        page = (DOCS / "findings.md").read_text(encoding="utf-8")
+        assert page == MAKE_FINDINGS["page"](), "run: python docs/make_findings.py"
+
+    def test_each_code_is_reported_somewhere_and_stands_in_order(self) -> None:
+        assert [name for name in CODES if self.CODE.count(f'"{name}"') < 2] == []
+        assert list(CODES) == sorted(CODES)
+
+    def test_what_is_reported_has_its_line_in_the_table(self) -> None:
+        reported = re.findall(r'\bFinding\(\s*"([a-z-]+)"', self.CODE)
+        assert set(reported) <= CODES.keys()
 
 
 class TestFormats:

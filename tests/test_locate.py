@@ -27,8 +27,8 @@ def test_every_level_leads_to_the_newest_save_of_the_actor(run: Path) -> None:
         checkpoint = reshard.open(path)
         assert checkpoint.catalog.origin.root == run / "_actor" / "global_step2"
     catalog = reshard.open(run).catalog
-    assert "_actor" in catalog.remarks[0]
-    assert not catalog.notes
+    assert "_actor" in catalog.findings[0].message
+    assert all(found.severity == "info" for found in catalog.findings)
 
 
 def test_a_tag_chooses_from_above(run: Path) -> None:
@@ -79,7 +79,7 @@ def test_without_latest_the_highest_number_is_taken_not_the_last_in_the_alphabet
         shutil.copytree(oracle["two-tags"].root, tmp_path / f"checkpoint-{step}")
     checkpoint = reshard.open(tmp_path)
     assert checkpoint.catalog.origin.root.parent.name == "checkpoint-10"
-    assert "of the 2 checkpoints" in checkpoint.catalog.remarks[0]
+    assert "of the 2 checkpoints" in checkpoint.catalog.findings[0].message
 
 
 def test_an_incomplete_save_is_passed_over_and_said_so(oracle: Oracle, tmp_path: Path) -> None:
@@ -89,8 +89,9 @@ def test_an_incomplete_save_is_passed_over_and_said_so(oracle: Oracle, tmp_path:
     broken.unlink()
     checkpoint = reshard.open(tmp_path)
     assert checkpoint.catalog.origin.root.parent.name == "checkpoint-9"
-    assert any("passed over as incomplete" in note for note in checkpoint.catalog.notes)
-    assert any("rank 1 of 2 is missing" in note for note in checkpoint.catalog.notes)
+    messages = [found.message for found in checkpoint.catalog.findings]
+    assert any("passed over as incomplete" in message for message in messages)
+    assert any("rank 1 of 2 is missing" in message for message in messages)
 
 
 def test_several_models_are_listed(oracle: Oracle, tmp_path: Path) -> None:
@@ -126,8 +127,8 @@ def test_of_a_checkpoint_with_its_export_the_checkpoint_is_read(
     for path in (trainer, folder):
         catalog = reshard.open(path).catalog
         assert (catalog.format, catalog.origin.tag) == ("deepspeed", "global_step20")
-        assert "also holds an exported model" in catalog.remarks[-1]
-        assert not catalog.notes
+        assert "also holds an exported model" in catalog.findings[-1].message
+        assert all(found.severity == "info" for found in catalog.findings)
     assert reshard.open(folder / "model.safetensors").format == "huggingface"
     report = reshard.convert(trainer, tmp_path / "out", base=oracle["llama-zero2"].base)
     assert report.changed == report.compared
@@ -162,11 +163,11 @@ def test_the_last_model_of_a_run_is_read_and_its_checkpoints_are_named(
     shutil.copytree(oracle["llama-zero2"].base, trainer, dirs_exist_ok=True)
     catalog = reshard.open(trainer).catalog
     assert catalog.format == "huggingface"
-    assert "There are 2 training checkpoints" in catalog.remarks[0]
-    assert catalog.remarks[0].endswith("trainer/checkpoint-20.")
+    assert "There are 2 training checkpoints" in catalog.findings[0].message
+    assert catalog.findings[0].message.endswith("trainer/checkpoint-20.")
     for tag in ("global_step10", "checkpoint-10"):
         assert reshard.open(trainer, tag=tag).tag == "global_step10"
-    assert not reshard.open(oracle["llama-zero2"].base).catalog.remarks
+    assert not reshard.open(oracle["llama-zero2"].base).catalog.findings
 
 
 def test_of_an_incomplete_checkpoint_with_its_export_the_error_names_that(trainer: Path) -> None:
@@ -184,10 +185,10 @@ def test_a_file_leads_to_the_folder_that_holds_it(trainer: Path, tmp_path: Path)
     whole = reshard.open(index)
     assert whole.tensors.keys() == reshard.open(folder).tensors.keys()
     shard = reshard.open(next((tmp_path / "out").glob("*-of-*.safetensors")))
-    assert "for the whole model, name its folder" in shard.catalog.remarks[0]
+    assert "for the whole model, name its folder" in shard.catalog.findings[0].message
     assert shard.tensors.keys() < whole.tensors.keys()
     model = reshard.open(folder / "global_step20" / "mp_rank_00_model_states.pt")
-    assert "full precision are in the optimizer's files" in model.catalog.remarks[0]
+    assert "full precision are in the optimizer's files" in model.catalog.findings[0].message
     with pytest.raises(reshard.NotFoundError, match="Name the folder that holds it"):
         reshard.open(folder / "latest")
     (tmp_path / "notes.txt").touch()
@@ -214,18 +215,18 @@ def test_an_exported_model_that_is_newer_is_named_and_taken_by_its_tag(trainer: 
     (trainer / "checkpoint-20" / "latest").unlink()
     catalog = reshard.open(trainer).catalog
     assert catalog.origin.tag == "global_step10"
-    assert "checkpoint-20 is newer, and an exported model alone" in catalog.remarks[1]
+    assert "checkpoint-20 is newer, and an exported model alone" in catalog.findings[1].message
     assert reshard.open(trainer, tag="checkpoint-20").format == "huggingface"
-    assert len(reshard.open(trainer, tag="checkpoint-10").catalog.remarks) == 2
+    assert len(reshard.open(trainer, tag="checkpoint-10").catalog.findings) == 2
     shutil.move(trainer / "checkpoint-20", trainer / "checkpoint-5")
-    assert len(reshard.open(trainer).catalog.remarks) == 2
+    assert len(reshard.open(trainer).catalog.findings) == 2
 
 
 def test_comparisons_say_which_checkpoint_they_took(trainer: Path, tmp_path: Path) -> None:
     reshard.convert(trainer, tmp_path / "out")
-    notes = reshard.verify(tmp_path / "out", trainer).notes
-    assert any("checkpoint-20 was taken" in note for note in notes)
-    assert reshard.diff(trainer, tmp_path / "out").notes == notes
+    found = reshard.verify(tmp_path / "out", trainer).findings
+    assert any("checkpoint-20 was taken" in one.message for one in found)
+    assert reshard.diff(trainer, tmp_path / "out").findings == found
 
 
 # --- accelerate's save_state of a run that trains two models -----------------------------------
@@ -274,11 +275,11 @@ def test_of_two_models_the_first_is_read_and_the_other_named(
         catalog = reshard.open(path).catalog
         assert catalog.format == kind
         assert "lm_head.weight" in catalog.entries
-        assert first in catalog.remarks[-1]
-        assert second in catalog.remarks[-1]
+        assert first in catalog.findings[-1].message
+        assert second in catalog.findings[-1].message
     other = reshard.open(folder / second)
     assert "lm_head.weight" not in other.catalog.entries
-    assert not other.catalog.remarks
+    assert not other.catalog.findings
     if kind == "deepspeed":
         assert reshard.open(folder, tag=second).tag == second
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from reshard.conversion.convert import convert
     from reshard.conversion.report import Report
     from reshard.conversion.verification import Verified
+    from reshard.core.findings import Finding
     from reshard.diagnosis.diagnosis import Diagnosis, doctor
     from reshard.inspection import Inspection, inspect
 
@@ -39,6 +40,7 @@ __all__ = [
     "Checkpoint",
     "Comparison",
     "Diagnosis",
+    "Finding",
     "FormatError",
     "IncompleteError",
     "Inspection",
@@ -67,6 +69,7 @@ _LAZY = {
     "open": ("reshard.checkpoint", "open_checkpoint"),
     "Report": ("reshard.conversion.report", "Report"),
     "convert": ("reshard.conversion.convert", "convert"),
+    "Finding": ("reshard.core.findings", "Finding"),
     "Diagnosis": ("reshard.diagnosis.diagnosis", "Diagnosis"),
     "doctor": ("reshard.diagnosis.diagnosis", "doctor"),
     "Inspection": ("reshard.inspection", "Inspection"),

@@ -83,7 +83,7 @@ class Inspection(Struct, frozen=True):
                 for alias in entry.aliases
             },
             "frozen": [e.spec.name for e in catalog.entries.values() if e.kind == "frozen"],
-            "notes": [*catalog.remarks, *catalog.notes],
+            "findings": [finding.to_json() for finding in catalog.findings],
             **catalog.origin.details,
         }
         if self.fitting is not None:

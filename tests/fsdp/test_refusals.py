@@ -18,6 +18,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 import reshard
+from reshard.containers.dcp import copies
 from reshard.core.tensors import Extent, FileRef, Record
 from reshard.errors import (
     FormatError,
@@ -27,7 +28,6 @@ from reshard.errors import (
     UnsupportedError,
     WriteError,
 )
-from reshard.containers.dcp import copies
 from reshard.storage.local import Sources
 from tests.fsdp.conftest import Oracle
 

@@ -65,7 +65,7 @@ def test_a_head_that_differs_is_written_and_the_config_says_so() -> None:
         "tie_word_embeddings": False,
         "text_config.tie_word_embeddings": False,
     }
-    assert HEAD in found.warnings[0]
+    assert HEAD in found.findings[0].message
 
 
 def test_a_head_that_the_base_stores_is_stored() -> None:
@@ -118,7 +118,7 @@ def test_a_tied_embedding_that_is_saved_under_its_heads_name(stored: dict[str, S
     assert found.entries.keys() == stored.keys()
     assert tables.origin(found.entries[EMBEDDING]) == HEAD
     assert found.config_patches == {}
-    assert "is read from 'lm_head.weight'" in found.warnings[0]
+    assert "is read from 'lm_head.weight'" in found.findings[0].message
     with pytest.raises(NamesError, match=r"1 of the base are not.*\n  model\.embed_tokens"):
         run(source, stored, {"tie_word_embeddings": False})
 

@@ -99,7 +99,7 @@ def test_layers_that_predict_more_tokens(extra: tuple[str, ...]) -> None:
     found = fit(tables.entries(run), tables.schema(base, DEEPSEEK_CONFIG), equal=same)
     assert found.entries.keys() == run.keys()
     assert found.filled == extra
-    assert "2 tensors of layers that no live module holds" in found.warnings[0]
+    assert "2 tensors of layers that no live module holds" in found.findings[0].message
     assert to_memory(tables.entries(base), DEEPSEEK_CONFIG).keys() == run.keys()
 
 

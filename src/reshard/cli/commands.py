@@ -89,8 +89,7 @@ def show_report(report: Any, *, as_json: bool = False) -> None:
     if as_json:
         output.print_json(report.to_json())
         return
-    for warning in report.warnings:
-        output.say(f"note: {warning}")
+    output.say_findings(report.findings)
     speed = report.bytes_written / max(report.seconds, 1e-3)
     rows = [
         ("source", f"{report.source} ({report.format}{_tagged(report.tag)})"),
@@ -151,7 +150,7 @@ def inspect(
         output.print_json(found)
         return 0 if fits else 1
     sizes = ("total_bytes", "bytes_to_read", "bytes_on_disk")
-    hidden = ("tensors", "notes", "tied", "frozen", "base")
+    hidden = ("tensors", "findings", "tied", "frozen", "base")
     rows = [
         (name.replace("_", " "), output.size(value) if name in sizes else _shown(value))
         for name, value in found.items()
@@ -164,8 +163,7 @@ def inspect(
         if value not in (None, [], {}, ""):
             rows.append((f"base: {name}", _shown(value)))
     output.print_table(rows)
-    for note in found["notes"]:
-        output.say(f"note: {note}")
+    output.say_findings(inspection.checkpoint.catalog.findings)
     if tensors:
         listing = [
             (t["name"], t["dtype"], str(tuple(t["shape"])), output.size(t["nbytes"]), t["kind"])
@@ -212,8 +210,7 @@ def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> in
     if as_json:
         output.print_json(verified.to_json())
         return 0
-    for note in verified.notes:
-        output.say(f"note: {note}")
+    output.say_findings(verified.findings)
     amount = output.size(verified.bytes_read)
     what = "as written" if against is None else f"as in {against}"
     apart = f"; {verified.num_filled} are the base's" if verified.num_filled else ""
@@ -239,8 +236,7 @@ def diff(a: Path, b: Path, as_json: bool) -> int:
     if as_json:
         output.print_json(found.to_json())
     else:
-        for note in found.notes:
-            output.say(f"note: {note}")
+        output.say_findings(found.findings)
         rows = [(difference.name, str(difference)) for difference in found.differences]
         if rows:
             output.print_table(rows, header=("tensor", "difference"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from reshard.core.findings import Finding
 from reshard.errors import printable
 from reshard.progress import StagedProgress
 
@@ -117,3 +118,9 @@ def size(nbytes: int) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB"
+
+
+def say_findings(findings: Iterable[Finding]) -> None:
+    """Each finding as a line on standard error: a note, or a warning."""
+    for finding in findings:
+        say(f"{'note' if finding.severity == 'info' else finding.severity}: {finding.message}")

@@ -35,8 +35,8 @@ def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None)
         found = compare(pairing.pairs, sources, progress)
         sources.check_unchanged()
     apart = (*pairing.left, *pairing.omitted, *pairing.filled)
-    notes = (*mine.remarks, *theirs.remarks)
-    return Comparison(found.num_equal, (*found.differences, *apart), found.bytes_read, notes)
+    findings = (*mine.findings, *theirs.findings)
+    return Comparison(found.num_equal, (*found.differences, *apart), found.bytes_read, findings)
 
 
 def verify(
@@ -86,7 +86,7 @@ def verify(
         raise VerificationError(
             f"none of its tensors is in {os.fspath(against)}: they are all the base's.", path=folder
         )
-    return Verified(found.num_equal, found.bytes_read, len(pairing.filled), source.remarks)
+    return Verified(found.num_equal, found.bytes_read, len(pairing.filled), source.findings)
 
 
 def _check_names(pairing: Pairing, folder: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import asdict
 
+from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Made, TensorSpec, blocks
 from reshard.progress import Progress
 from reshard.storage.local import Sources
@@ -48,13 +49,13 @@ class Difference(Struct, frozen=True):
 class Comparison(Struct, frozen=True):
     """Two checkpoints: `num_equal` tensors are the same bit for bit, the others are listed.
 
-    `notes` say which checkpoints were taken, where a path named a folder above.
+    `findings` are those of both; where a path named a folder above, which checkpoint was taken.
     """
 
     num_equal: int
     differences: tuple[Difference, ...]
     bytes_read: int
-    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -65,7 +66,7 @@ class Comparison(Struct, frozen=True):
             "same": self.same,
             "num_equal": self.num_equal,
             "differences": [asdict(difference) for difference in self.differences],
-            "notes": list(self.notes),
+            "findings": [finding.to_json() for finding in self.findings],
         }
 
 

@@ -33,6 +33,7 @@ from reshard.conversion.options import (
 )
 from reshard.conversion.planning import Job, prepare
 from reshard.conversion.report import Report
+from reshard.core.findings import Finding
 from reshard.core.plan import parse_size
 from reshard.errors import OptionError, VerificationError, WriteError
 from reshard.naming import parse_version
@@ -274,9 +275,11 @@ def _report(
     *,
     verified: bool = False,
 ) -> Report:
-    warnings = list(job.plan.warnings)
+    findings = list(job.plan.findings)
     if outcome is not None and outcome.compared and not outcome.changed:
-        warnings.append(f"all {outcome.compared} tensors equal the base model's.")
+        findings.append(
+            Finding("unchanged", f"all {outcome.compared} tensors equal the base model's.")
+        )
     exported = job.export
     return Report(
         source=os.fspath(options.source),
@@ -299,6 +302,6 @@ def _report(
         compared=0 if outcome is None else outcome.compared,
         changed=0 if outcome is None else outcome.changed,
         records_checked=0 if outcome is None else outcome.records_checked,
-        warnings=tuple(warnings),
+        findings=tuple(findings),
         dry_run=outcome is None,
     )

@@ -13,6 +13,7 @@ from reshard.conversion.dtypes import Target
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
 from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import PlanError
 from reshard.formats import huggingface
@@ -53,7 +54,10 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
     return replace(
         exported,
         model=[Target(replace(e.spec, name=name), e) for name, e in live.items()],
-        warnings=(*exported.warnings, f"names are those of a live module of transformers {text}."),
+        findings=(
+            *exported.findings,
+            Finding("live-names", f"names are those of a live module of transformers {text}."),
+        ),
         live=text,
     )
 

@@ -23,6 +23,7 @@ from reshard.conversion.base_model import Base, main_dtype
 from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.options import Options
 from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Made
 from reshard.errors import NamesError, PlanError
 from reshard.naming import Fit, FitOptions, fit
@@ -51,9 +52,10 @@ VALUE_HEAD = "value_head.safetensors"
 LIGHTRFT = "pytorch_model.bin"
 # Beside a merged model: in its root, transformers would apply the adapter a second time.
 ADAPTER_FOLDER = "adapter/"
-_UNMERGED = (
+_UNMERGED = Finding(
+    "adapters-unmerged",
     "it holds LoRA adapters, which are written as they are: no program loads them from such a "
-    "file. With --base they are merged, or written as a folder for PEFT."
+    "file. With --base they are merged, or written as a folder for PEFT.",
 )
 
 
@@ -83,7 +85,7 @@ class Export(Struct, frozen=True):
     filled: tuple[str, ...] = ()
     merged: int = 0
     scaling: AdapterConfig | None = None
-    warnings: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     assets: bool = True
     live: str | None = None
 
@@ -100,7 +102,7 @@ def plain(catalog: Catalog, options: Options) -> Export:
         model=choose(list(kept.items()), {}, options.dtype),
         fit=Fit(kept, tied=tied),
         missing=tuple(name for name in catalog.entries if name not in kept),
-        warnings=(_UNMERGED,) if options.to == "hf" and holds_adapters(kept) else (),
+        findings=(_UNMERGED,) if options.to == "hf" and holds_adapters(kept) else (),
         assets=False,
     )
 
@@ -126,7 +128,7 @@ class _Export:
         self._fit = self._fitted(_comparison(sources))
         self._scaling: AdapterConfig | None = None
         # Those of the fit are on the model, of which an adapter alone is no part.
-        self._warnings = [] if self._alone else list(self._fit.warnings)
+        self._findings = [] if self._alone else list(self._fit.findings)
         self._updates: Mapping[str, Made] = {}
         if self._separated.adapters:
             self._scale(catalog.origin.root, sources)
@@ -213,13 +215,14 @@ class _Export:
             self._scaling, note = adapter_config.find(
                 separated, checkpoint, sources, alpha=choice.alpha, config=choice.config
             )
-        self._warnings += [note] if note else []
+        self._findings += [Finding("alpha-from-file", note)] if note else []
         if self._alone:
             others = len(separated.entries) - len(separated.absent)
-            self._warnings.append(
+            message = (
                 f"only the adapters are written: {others} other tensors of the checkpoint, trained "
                 "or not, are not written."
             )
+            self._findings.append(Finding("adapters-alone", message))
         else:
             self._updates = updates(separated, found, self._scaling, self._base.entries)
 
@@ -253,7 +256,7 @@ class _Export:
             filled=() if alone else filled,
             merged=len(self._updates),
             scaling=self._scaling,
-            warnings=tuple(self._warnings),
+            findings=tuple(self._findings),
             assets=not alone,
         )
 

@@ -17,6 +17,7 @@ from reshard.conversion.dtypes import Target
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
 from reshard.core.catalog import Asset, Catalog
+from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Plan
 from reshard.errors import PlanError
 from reshard.formats import locate
@@ -38,9 +39,10 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
     With `strict` a finding of the source's reader is an error.
     """
     catalog = locate.read(options.source, sources, options.selection)
-    if strict and catalog.notes:
+    serious = [found for found in catalog.findings if found.severity != "info"]
+    if strict and serious:
         raise PlanError(
-            f"--strict was passed, and there is a finding: {catalog.notes[0]}", path=options.source
+            f"--strict was passed, and there is a finding: {serious[0]}", path=options.source
         )
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
@@ -51,12 +53,12 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
     files, texts = _files(made, options)
     if not files:
         raise PlanError("nothing is left to write.", path=options.source)
-    assets, patched, warnings = _assets(made, base, options)
+    assets, patched, lacking = _assets(made, base, options)
     plan = Plan(
         files,
         (*texts, *patched, *made.texts),
         assets,
-        (*catalog.remarks, *catalog.notes, *made.warnings, *warnings),
+        (*catalog.findings, *made.findings, *lacking),
     )
     return Job(catalog, made, plan)
 
@@ -94,14 +96,15 @@ def _slots(targets: Sequence[Target]) -> list[formats.Wanted]:
 
 def _assets(
     made: Export, base: Base | None, options: Options
-) -> tuple[tuple[Asset, ...], tuple[tuple[str, bytes], ...], tuple[str, ...]]:
+) -> tuple[tuple[Asset, ...], tuple[tuple[str, bytes], ...], tuple[Finding, ...]]:
     """The base's other files, its patched config, and what a folder without them lacks."""
     if options.to != "hf":
         return (), (), ()
     if base is None:
-        lacks = (
+        lacks = Finding(
+            "no-base",
             "no base was given: names are those of the checkpoint, and config, tokenizer and "
-            "other files are not there."
+            "other files are not there.",
         )
         return (), (), (lacks,)
     if not made.assets:

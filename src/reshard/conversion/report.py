@@ -7,6 +7,8 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from reshard.core.findings import Finding
+
 
 class Report(Struct, frozen=True):
     """What a conversion did, or with `dry_run` would do.
@@ -14,7 +16,7 @@ class Report(Struct, frozen=True):
     `missing` are tensors of the base that the output lacks, `unexpected` tensors of the checkpoint
     that were left out, `tied` names whose weights are stored under another name, `filled` tensors
     copied from the base. `merged` counts low-rank updates. `changed` of `compared` tensors differ
-    from the base model's. Sizes are bytes.
+    from the base model's. `findings` are what a person should read. Sizes are bytes.
     """
 
     source: str
@@ -37,13 +39,19 @@ class Report(Struct, frozen=True):
     compared: int = 0
     changed: int = 0
     records_checked: int = 0
-    warnings: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     dry_run: bool = False
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The findings' messages."""
+        return tuple(finding.message for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values, as `convert --json` prints it."""
-        return {
+        values = {
             name: list(value) if isinstance(value, tuple) else value
             for name in self.__struct_fields__
             for value in (getattr(self, name),)
         }
+        return {**values, "findings": [finding.to_json() for finding in self.findings]}

@@ -19,6 +19,7 @@ from msgspec.structs import asdict
 from reshard.conversion import manifest
 from reshard.conversion.manifest import Stated
 from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import ReshardError, VerificationError
 from reshard.formats import Selection, read
@@ -30,17 +31,18 @@ from reshard.transfer.reading import digest
 class Verified(Struct, frozen=True):
     """What a verification read: all of it was as stated. Sizes are bytes.
 
-    `num_filled` tensors are the base's and were not compared. `notes` say which checkpoint was
-    taken, where the path named a folder above.
+    `num_filled` tensors are the base's and were not compared. `findings` are the source's, which
+    checkpoint was taken among them where the path named a folder above.
     """
 
     num_tensors: int
     bytes_read: int
     num_filled: int = 0
-    notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"verified": True, **asdict(self)}
+        findings = [finding.to_json() for finding in self.findings]
+        return {"verified": True, **asdict(self), "findings": findings}
 
 
 def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None = None) -> Verified:

@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Record
 
 
@@ -39,8 +40,8 @@ class Catalog(Struct, frozen=True):
 
     `entries` holds each stored tensor once; other names of the same weights are in
     `Entry.aliases`. `records` are the checksummed stretches of the files, which the engine checks
-    as their bytes pass. `notes` are findings that a user should read and that change no weight;
-    `remarks` say which checkpoint was taken, where the path named a folder above it.
+    as their bytes pass. `findings` are what a user should read, which checkpoint was taken first of
+    all where the path named a folder above it; they change no weight.
     """
 
     format: str
@@ -48,8 +49,7 @@ class Catalog(Struct, frozen=True):
     entries: Mapping[str, Entry]
     records: tuple[Record, ...] = ()
     assets: tuple[Asset, ...] = ()
-    notes: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     def names(self) -> Iterator[str]:
         """Every name, aliases included."""

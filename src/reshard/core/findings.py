@@ -7,6 +7,7 @@ Adding one is a line in `CODES` and the place that reports it; `docs/findings.md
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -56,5 +57,58 @@ class Finding(Struct, frozen=True):
         }
 
 
+def objects_unread(names: Sequence[str]) -> Finding:
+    """That a pickle holds objects which are not data, by their classes; they were not made."""
+    return Finding("objects-unread", f"objects that were left unread: {', '.join(names)}.")
+
+
 #: Every code, in alphabetical order.
-CODES: dict[str, Code] = {}
+CODES: dict[str, Code] = {
+    "adapters-alone": Code(
+        "warning", "with --lora adapter, only the adapters were written",
+        "To write the whole model, pass --lora merge."),
+    "adapters-unmerged": Code(
+        "warning", "adapters were written as they are, into a file that no program loads",
+        "Pass --base."),
+    "alpha-from-file": Code("info", "alpha was read from an adapter_config.json near the run"),
+    "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
+    "checkpoints-below": Code(
+        "info", "an exported model was read, and training checkpoints lie below it",
+        "To convert one of them, name its folder."),
+    "export-beside": Code(
+        "info", "a training checkpoint was read, and an exported model lies beside it",
+        "To convert the exported model, name its file."),
+    "head-untied": Code("warning", "an output head differs from the embedding that it was tied to"),
+    "incomplete-skipped": Code(
+        "warning", "a newer checkpoint is incomplete; an older one was read",
+        "Copy the newer one again, or name the one that is meant."),
+    "live-names": Code("info", "names are those of a live module, not those of the files"),
+    "masters-unnamed": Code(
+        "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
+    "names-without-weights": Code(
+        "warning", "the checkpoint has names without weights", "Pass --fill-from-base."),
+    "newer-export": Code(
+        "info", "an exported model is newer than the checkpoint that was read",
+        "To convert it, name it."),
+    "no-base": Code(
+        "warning", "without a base, only weights are written", "Pass --base."),
+    "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
+    "objects-unread": Code(
+        "warning", "a pickle holds objects that are not data; they were not made"),
+    "one-shard": Code(
+        "warning", "one shard of several was read", "For the whole model, name its folder."),
+    "rounded-weights": Code(
+        "warning", "the file holds rounded weights; those in full precision lie beside it",
+        "Name the folder that holds it."),
+    "several-models": Code(
+        "info", "the folder holds several models of one run; which one was read",
+        "To convert another, name it."),
+    "shapes-unstated": Code(
+        "warning", "the shards state no whole shapes: missing last ranks cannot be seen",
+        "Pass --base."),
+    "tied-twin-copied": Code("warning", "a tensor was read from its tied twin"),
+    "unchanged": Code("warning", "every tensor equals the base model's: nothing was trained"),
+    "untrained-layers": Code("info", "layers that no live module holds are the base's"),
+    "weights-unread": Code(
+        "info", "weight files beside the model were not read", "To convert one, name it."),
+}  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from msgspec import Struct
 
 from reshard.core.catalog import Asset
+from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Made, TensorSpec
 from reshard.errors import OptionError
 
@@ -51,7 +52,7 @@ class Plan(Struct, frozen=True):
     files: tuple[OutputFile, ...]
     texts: tuple[tuple[str, bytes], ...] = ()
     assets: tuple[Asset, ...] = ()
-    warnings: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     def slots(self) -> Iterator[Slot]:
         """Every slot, in the order it is written."""

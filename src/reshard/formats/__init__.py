@@ -14,6 +14,7 @@ from typing import Protocol, cast
 from msgspec import Struct
 
 from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile
 from reshard.core.tensors import Entry, Made, TensorSpec
 from reshard.errors import FormatError, NotFoundError
@@ -150,19 +151,19 @@ def numbered(names: Iterable[str], pattern: re.Pattern[str]) -> list[str]:
     return [match[0] for match in sorted(found, key=lambda match: int(match[1] or 0))]
 
 
-def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tuple[str, ...]:
-    """The remark on a folder that holds several models of one run; none where there is one.
+def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tuple[Finding, ...]:
+    """The finding on a folder that holds several models of one run; none where there is one.
 
     `what` is the kind of thing that the names are: a file, a folder, a tag.
     """
     others = [name for name in models if name != taken]
     if taken not in models or not others:
         return ()
-    remark = (
+    message = (
         f"{path} holds {len(models)} models of one run; {taken} was taken. To convert another, "
         f"name its {what}: {', '.join(others)}."
     )
-    return (remark,)
+    return (Finding("several-models", message, subject=taken),)
 
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:

@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from reshard.containers import safetensors as safetensors_file
 from reshard.core import dtypes
 from reshard.core.catalog import Asset, Catalog, Origin
+from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.tensors import Entry, Extent, Fragment, Made, TensorSpec, check_tiling, whole
 from reshard.errors import FormatError, IncompleteError, NotFoundError
@@ -81,21 +82,21 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         origin=Origin(root=path, framework="safetensors", details={"files": sorted(located)}),
         entries=entries,
         assets=() if path.is_file() else assets(folder),
-        remarks=_unread(folder, located) if path.is_dir() else (),
+        findings=_unread(folder, located) if path.is_dir() else (),
     )
 
 
-def _unread(folder: Path, located: Collection[str]) -> tuple[str, ...]:
-    """Which weights beside the model were not read, in words: an adapter, or accelerate's other
+def _unread(folder: Path, located: Collection[str]) -> tuple[Finding, ...]:
+    """Which weights beside the model were not read: an adapter, or accelerate's other
     models (accelerate/checkpointing.py, save_accelerator_state)."""
     others = [n for n in _shards(folder) if n not in located and _BESIDE.fullmatch(n)]
     if not others:
         return ()
-    remark = (
+    message = (
         f"{folder} also holds {', '.join(others)}, not read with {min(located)}. To convert such a "
         "file, name it."
     )
-    return (remark,)
+    return (Finding("weights-unread", message, subject=others[0]),)
 
 
 def read_config(folder: Path, sources: Sources) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 A path that a format claims is taken as it is. Otherwise the folders below it are searched, three
 levels down and never inside a checkpoint: `results/run` leads to
 `results/run/_actor/global_step6`. Of saves side by side the newest complete one is taken, and the
-catalog's remarks say so; saves of different models are listed instead.
+catalog's findings say so; saves of different models are listed instead.
 
 Trainers export models among their checkpoints. The HF Trainer (transformers 5.23, trainer.py):
 
@@ -24,6 +24,7 @@ from msgspec.structs import replace
 
 from reshard import formats
 from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.naming.part import under
 from reshard.storage.local import Sources, real, snapshot
@@ -69,7 +70,7 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
 def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     if not path.is_dir():
         catalog = _load(path, formats.detect(path), sources, selection)
-        return replace(catalog, remarks=(*catalog.remarks, *_said_of_file(path)))
+        return replace(catalog, findings=(*catalog.findings, *_of_file(path)))
     claims = formats.claims(path)
     exported = bool(claims) and formats.meant(claims) in formats.EXPORTED
     # Above a run's checkpoints lies the model that was exported at its end, which no tag means.
@@ -86,23 +87,27 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
         except IncompleteError as error:
             passed_over.append(error)
             continue
-        lost = tuple(f"passed over as incomplete: {error}" for error in passed_over)
-        remarks = (*_said(path, save, below, selection.tag), *catalog.remarks)
-        return replace(catalog, notes=(*lost, *catalog.notes), remarks=remarks)
+        lost = (
+            Finding("incomplete-skipped", f"passed over as incomplete: {error}")
+            for error in passed_over
+        )
+        taken = _taken(path, save, below, selection.tag)
+        return replace(catalog, findings=(*taken, *lost, *catalog.findings))
     raise passed_over[0]
 
 
-def _said_of_file(path: Path) -> tuple[str, ...]:
-    """That a file is one shard of several, in words."""
+def _of_file(path: Path) -> tuple[Finding, ...]:
+    """That a file is one shard of several."""
     shard = _SHARD.fullmatch(path.name)
     if shard is None or int(shard[1]) < 2:
         return ()
-    return (f"{path} is one of {int(shard[1])} shards: for the whole model, name its folder.",)
+    message = f"{path} is one of {int(shard[1])} shards: for the whole model, name its folder."
+    return (Finding("one-shard", message, subject=path.name),)
 
 
 def _load(path: Path, format_: str, sources: Sources, selection: formats.Selection) -> Catalog:
     """The checkpoint at `path`, of which only DeepSpeed's reader takes a tag: it alone keeps
-    several saves in one folder. A model exported beside it is named in the remarks."""
+    several saves in one folder. A model exported beside it is named in the findings."""
     tag = selection.tag
     if tag is not None and tag == real(path).name and not (path / tag).is_dir():
         selection = replace(selection, tag=None)
@@ -120,7 +125,7 @@ def _load(path: Path, format_: str, sources: Sources, selection: formats.Selecti
     except IncompleteError as error:
         raise _or_the_export(error) from None
     beside = f"{path} also holds an exported model; the training checkpoint in it was taken."
-    return replace(catalog, remarks=(*catalog.remarks, beside))
+    return replace(catalog, findings=(*catalog.findings, Finding("export-beside", beside)))
 
 
 def _or_the_export(error: IncompleteError) -> IncompleteError:
@@ -140,11 +145,11 @@ def _and_below(catalog: Catalog, path: Path) -> Catalog:
     if not below:
         return catalog
     newest = max(below, key=lambda save: save.age).path
-    remark = (
+    message = (
         f"of {path}, the exported model was taken. There are {len(below)} training checkpoints "
         f"as well; to convert one, name it: {newest}."
     )
-    return replace(catalog, remarks=(*catalog.remarks, remark))
+    return replace(catalog, findings=(*catalog.findings, Finding("checkpoints-below", message)))
 
 
 def saves(path: Path) -> list[Found]:
@@ -207,8 +212,8 @@ def _several(path: Path, saves: list[Found], what: str) -> NotFoundError:
     return NotFoundError(f"{what}: {listed}.", path=path, hint="Name one of them.")
 
 
-def _said(path: Path, save: Found, found: list[Found], tag: str | None) -> list[str]:
-    """Which of the checkpoints was taken, in words, and which exported model is newer than it."""
+def _taken(path: Path, save: Found, found: list[Found], tag: str | None) -> list[Finding]:
+    """Which of the checkpoints was taken, and which exported model is newer than it."""
     saves = _training(found)
     where = f"of the {len(saves)} checkpoints in {path}, " if len(saves) > 1 else f"of {path}, "
     name = save.path.name if len(saves) > 1 else f"the checkpoint {save.path.relative_to(path)}"
@@ -217,8 +222,9 @@ def _said(path: Path, save: Found, found: list[Found], tag: str | None) -> list[
         for other in found
         if other not in saves and other.path.parent == save.path.parent and other.age > save.age
     ]
-    said = [f"{where}{name} was taken."]
+    findings = [Finding("checkpoint-taken", f"{where}{name} was taken.", subject=str(save.path))]
     if tag is None and newer:
         newest = max(newer, key=lambda other: other.age).path
-        said.append(f"{newest} is newer, and an exported model alone; to convert it, name it.")
-    return said
+        message = f"{newest} is newer, and an exported model alone; to convert it, name it."
+        findings.append(Finding("newer-export", message, subject=str(newest)))
+    return findings

@@ -30,6 +30,7 @@ from reshard.containers.torch import Opaque, TensorRef, TorchFile
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
+from reshard.core.findings import Finding, objects_unread
 from reshard.core.plan import OutputFile, Slot
 from reshard.core.tensors import Entry, Record, TensorSpec, check_tiling
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
@@ -59,11 +60,10 @@ def detect(path: Path) -> str | None:
 
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
-    """The tensors of the state dict; what it holds besides is listed in the notes."""
+    """The tensors of the state dict; what it holds besides is listed in the findings."""
     entries: dict[str, Entry] = {}
     records: list[Record] = []
-    notes: list[str] = []
-    remarks: list[str] = []
+    findings: list[Finding] = []
     files = _files(path, sources)
     for file in files:
         content = read_torch(sources.open(file))
@@ -72,17 +72,19 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
             if name in entries:
                 raise FormatError("it is stored in two files.", path=file, tensor=name)
             entries[name] = entry
-        notes += content.warnings
-        remarks += _rounded(file, content)
+        findings += _rounded(file, content)
+        findings += [Finding("no-checksums", warning, file.name) for warning in content.warnings]
         if content.opaque:
-            notes.append(f"objects that were left unread: {', '.join(content.opaque)}.")
+            findings.append(objects_unread(content.opaque))
     return Catalog(
         format="torch",
         origin=Origin(root=path, framework="torch"),
         entries=entries,
         records=tuple(dict.fromkeys(records)),
-        notes=tuple(dict.fromkeys(notes)),
-        remarks=(*remarks, *of_several(path, _models(path), files[0].name, "file")),
+        findings=(
+            *dict.fromkeys(findings),
+            *of_several(path, _models(path), files[0].name, "file"),
+        ),
     )
 
 
@@ -202,16 +204,16 @@ def _refuse_part(path: Path, value: Mapping[object, object]) -> None:
         )
 
 
-def _rounded(path: Path, content: TorchFile) -> list[str]:
-    """That a model file of DeepSpeed's ZeRO-1 or 2 holds rounded weights, in words."""
+def _rounded(path: Path, content: TorchFile) -> list[Finding]:
+    """That a model file of DeepSpeed's ZeRO-1 or 2 holds rounded weights."""
     value = content.value
     if not isinstance(value, dict) or _DEEPSPEED not in value or not value.get("param_shapes"):
         return []
-    remark = (
+    message = (
         f"{path} holds the weights in the type of the module; those in full precision are in the "
         f"optimizer's files: name the folder that holds it, {path.parent}."
     )
-    return [remark]
+    return [Finding("rounded-weights", message, subject=path.name)]
 
 
 def _tensors(value: object) -> dict[str, TensorRef]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError
 from reshard.naming import ties
@@ -49,7 +50,7 @@ class Fit(Struct, frozen=True):
     config_patches: dotted path in `config.json` -> new value.
     undecided: pairs of entries' names whose values decide a tie, where no `equal` was given; they
     were taken to be equal.
-    warnings: what a user should read.
+    findings: what a user should read.
     """
 
     entries: Mapping[str, Entry]
@@ -64,7 +65,7 @@ class Fit(Struct, frozen=True):
     resized: tuple[Resize, ...] = ()
     config_patches: Mapping[str, object] = field(default_factory=dict)
     undecided: tuple[tuple[str, str], ...] = ()
-    warnings: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
 
 def fit(
@@ -114,7 +115,7 @@ class _Fitting:
         self._tied: dict[str, str] = {}
         self._patches: dict[str, object] = {}
         self._undecided: list[tuple[str, str]] = []
-        self._warnings: list[str] = []
+        self._findings: list[Finding] = []
 
     def result(self) -> Fit:
         outputs = self._outputs()
@@ -138,7 +139,7 @@ class _Fitting:
             resized=resized,
             config_patches=self._patches,
             undecided=tuple(self._undecided),
-            warnings=tuple(self._warnings),
+            findings=tuple(self._findings),
         )
 
     def _outputs(self) -> dict[str, Entry]:
@@ -187,10 +188,11 @@ class _Fitting:
                 outputs[name] = replace(entry.renamed(name), aliases=())
                 written[twin] = hub
                 if ties.is_head(twin):
-                    self._warnings.append(
+                    message = (
                         f"{name!r} is read from {entry.spec.name!r}: the base's config ties them, "
                         "and the checkpoint holds one."
                     )
+                    self._findings.append(Finding("tied-twin-copied", message, subject=name))
         return written
 
     def _judge_twins(self, outputs: dict[str, Entry], written: Mapping[str, str]) -> None:
@@ -235,10 +237,11 @@ class _Fitting:
     def _say_untied(self, head: str, what: str) -> None:
         for level in stating_levels(self._config):
             self._patches[f"{level}tie_word_embeddings"] = False
-        self._warnings.append(
+        message = (
             f"{head!r} differs from the embedding that the base ties it to: {what}, and the config "
             "says so."
         )
+        self._findings.append(Finding("head-untied", message, subject=head))
 
     def _leave_heads_behind(self) -> None:
         """A head that the source does not hold, whose embedding was trained apart from it, stays
@@ -300,10 +303,11 @@ class _Fitting:
         filled = self._base_names(Verdict.FILLED)
         count = sum(is_unheld(name, self._config) for name in filled)
         if count:
-            self._warnings.append(
+            message = (
                 f"{count} tensors of layers that no live module holds (multi-token prediction) "
                 "are the base's, untrained."
             )
+            self._findings.append(Finding("untrained-layers", message))
 
     def _resize(self, outputs: Mapping[str, Entry]) -> tuple[Resize, ...]:
         """Tensors with another number of vocabulary rows, which the config must then state."""

@@ -27,6 +27,7 @@ from reshard.containers.dcp import shards
 from reshard.containers.dcp.metadata import Metadata, merge, parse
 from reshard.containers.torch.limits import MAX_NBYTES
 from reshard.core.catalog import Catalog, Origin
+from reshard.core.findings import Finding
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats import Selection, numbered, of_several
 from reshard.formats.dcp import foreign, parts
@@ -80,7 +81,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     if models:
         catalog = read(models[0], sources, selection)
         names = [model.name for model in models]
-        return replace(catalog, remarks=of_several(path, names, names[0], "folder"))
+        return replace(catalog, findings=of_several(path, names, names[0], "folder"))
     foreign.refuse(path)
     if shards.names(path) and not (path / METADATA).exists():
         return _read_shards(path, sources, selection)
@@ -163,5 +164,5 @@ def _read_shards(folder: Path, sources: Sources, selection: Selection) -> Catalo
             details={"prefix": ".".join(part.path), "files": shards.names(folder)},
         ),
         entries={name: found[key].renamed(name) for key, name in part.names.items()},
-        notes=(_NO_SHAPES,),
+        findings=(Finding("shapes-unstated", _NO_SHAPES),),
     )

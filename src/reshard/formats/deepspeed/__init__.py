@@ -51,7 +51,9 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     ]
     catalog = parts[0] if len(parts) == 1 else tensor_parallel.join(saved, parts, sources)
     models = () if selection.tag else place.several_models(path)
-    return replace(catalog, remarks=of_several(path, models, location.tag, "tag"))
+    return replace(
+        catalog, findings=(*catalog.findings, *of_several(path, models, location.tag, "tag"))
+    )
 
 
 def _catalog(location: Location, saved: Saved, sources: Sources, selection: Selection) -> Catalog:

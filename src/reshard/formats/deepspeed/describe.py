@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from reshard.core.catalog import Catalog, Origin
+from reshard.core.findings import Finding, objects_unread
 from reshard.core.tensors import Entry
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.place import Location
 
 
 def describe(
-    location: Location, saved: Saved, entries: Mapping[str, Entry], notes: Sequence[str] = ()
+    location: Location,
+    saved: Saved,
+    entries: Mapping[str, Entry],
+    findings: Sequence[Finding] = (),
 ) -> Catalog:
-    """The catalog of a save. `notes` are findings of its stage."""
+    """The catalog of a save. `findings` are those of its stage."""
     model = saved.model[0]
-    found = list(notes)
+    found = list(findings)
     if saved.opaque:
-        found.append(f"objects that were left unread: {', '.join(saved.opaque)}.")
+        found.append(objects_unread(saved.opaque))
     plain = not saved.optim and not location.universal
     if plain and any(not name.startswith("F32") for name in _codes(entries)):
         found.append(
-            "without ZeRO the fp32 masters are stored without names; the weights are read from "
-            "the module, in the training dtype."
+            Finding(
+                "masters-unnamed",
+                "without ZeRO the fp32 masters are stored without names; the weights are read from "
+                "the module, in the training dtype.",
+            )
         )
     return Catalog(
         format="deepspeed",
@@ -42,7 +49,7 @@ def describe(
         ),
         entries=entries,
         records=saved.records,
-        notes=tuple(found),
+        findings=tuple(found),
     )
 
 

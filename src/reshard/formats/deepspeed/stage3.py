@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed import proof
@@ -26,14 +27,14 @@ def catalog(
     proof.check_frozen_copies(saved.model, sources)
     if not allow_step_mismatch:
         proof.check_model_step(saved, sources)
-    entries, notes = complete({entry.spec.name: entry for entry in _parameters(saved)}, saved)
-    return describe(location, saved, entries, notes)
+    entries, findings = complete({entry.spec.name: entry for entry in _parameters(saved)}, saved)
+    return describe(location, saved, entries, findings)
 
 
-def complete(masters: Mapping[str, Entry], saved: Saved) -> tuple[dict[str, Entry], list[str]]:
+def complete(masters: Mapping[str, Entry], saved: Saved) -> tuple[dict[str, Entry], list[Finding]]:
     """The masters, and from the model files what has none: frozen parameters, buffers, other names.
 
-    With it the notes on what nothing has.
+    With it the findings on what nothing has.
     """
     model = saved.model[0]
     entries = dict(masters)
@@ -50,14 +51,15 @@ def complete(masters: Mapping[str, Entry], saved: Saved) -> tuple[dict[str, Entr
         if alias not in entries and stored in entries
     }
     known = entries.keys() | aliases.keys()
-    notes = []
+    findings = []
     absent = [name for name in model.module if name not in known]
     if absent:
-        notes.append(
+        message = (
             f"{len(absent)} of the names have no weights, as frozen parameters that "
             f"were excluded, or saved before DeepSpeed 0.9.1: {', '.join(absent[:5])}."
         )
-    return in_module_order(entries, aliases, model.module), notes
+        findings.append(Finding("names-without-weights", message))
+    return in_module_order(entries, aliases, model.module), findings
 
 
 def _parameters(saved: Saved) -> Iterator[Entry]:

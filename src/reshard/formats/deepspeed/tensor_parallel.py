@@ -78,7 +78,7 @@ def join(saved: Sequence[Saved], parts: Sequence[Catalog], sources: Sources) -> 
         parts[0],
         entries=entries,
         records=tuple(dict.fromkeys(record for part in parts for record in part.records)),
-        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        findings=tuple(dict.fromkeys(f for part in parts for f in part.findings)),
         origin=replace(
             origin,
             world_size=origin.world_size and origin.world_size * len(parts),

@@ -57,11 +57,11 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
         entries[name] = _master(name, shape, _stored(file, path), path)
         records += file.records
     if location.partitioned_model:
-        entries, notes = stage3.complete(entries, saved)
+        entries, findings = stage3.complete(entries, saved)
     else:
         proof.check_masters(model.module, entries, sources)
-        entries, notes = stages012.complete(entries, saved), []
-    found = describe(location, saved, entries, notes)
+        entries, findings = stages012.complete(entries, saved), []
+    found = describe(location, saved, entries, findings)
     return replace(found, records=(*found.records, *records))
 
 
