@@ -43,7 +43,6 @@ class RewardChoice(Struct, frozen=True):
     probing_layer: int | None = None
     srm_format: SrmFormat = "both"
 
-
     @property
     def layer(self) -> int:
         """The probing layer that counts."""

@@ -289,7 +289,13 @@ class _Export:
         heads, choice = self._parts.rewards, self._options.rewards
         if heads is None:
             return [], []
-        config = reward_config(heads, choice.probing_layer, self._base.config)
+        config = reward_config(heads, choice.layer, self._base.config)
+        if choice.probing_layer is None:
+            message = (
+                f"the heads are taken to read hidden state {choice.layer}, LightRFT's default: no "
+                "checkpoint states the layer."
+            )
+            self._findings.append(Finding("probing-layer-assumed", message))
         texts = [(REWARD_CONFIG, _json(config))]
         sides = []
         if choice.srm_format in ("split", "both"):

@@ -97,6 +97,9 @@ CODES: dict[str, Code] = {
         "warning", "a pickle holds objects that are not data; they were not made"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
+    "probing-layer-assumed": Code(
+        "warning", "which hidden state the reward heads read was assumed",
+        "Pass --probing-layer with the value of the training."),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

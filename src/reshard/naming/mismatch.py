@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from reshard.errors import NamesError
 from reshard.naming import value_heads
-from reshard.naming.search import Candidate, Verdict
+from reshard.naming.judge import Verdict
+from reshard.naming.search import Candidate
 
 # Names shown of each list; the error's fields hold all of them.
 _SHOWN = 10

@@ -109,7 +109,8 @@ def split(
     for name, entry in entries.items():
         clean = unwrap(name)
         kind, suffix = _head_type(clean)
-        if suffix and "." not in kind and clean not in base:
+        elsewhere = clean in base or allows(clean) or clean.startswith(f"{value_head}.")
+        if suffix and "." not in kind and not elsewhere:
             heads[clean] = entry.renamed(clean)
         else:
             backbone[name] = entry
@@ -149,14 +150,20 @@ def _rewards(tensors: Mapping[str, Entry]) -> RewardHeads:
                 raise IncompleteError(
                     f"the reward head {kind!r} has no such tensor; the heads are {types}.",
                     tensor=kind + suffix,
+                    hint=_critic(kind),
                 )
             if entry.spec.shape != wanted:
                 raise NamesError(
                     f"its shape is {entry.spec.shape}, a reward head of width {width} has "
                     f"{wanted} here.",
                     tensor=kind + suffix,
+                    hint=_critic(kind),
                 )
     return RewardHeads(tensors, types, "attn" if pooled else "last", scaled, width)
+
+
+def _critic(kind: str) -> str:
+    return f"If it is a critic's head of several layers, pass --value-head {kind}_head."
 
 
 def check(parts: Parts, model_type: ModelType | None, options: RewardOptions) -> Parts:
