@@ -14,10 +14,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from transformers.models.auto import modeling_auto
 
 import reshard
 from reshard.cli.lightrft import ds2hf, fsdp2hf
 from reshard.naming import value_heads
+from tests.naming import tables
 
 CONFIG = transformers.LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -138,12 +140,20 @@ def test_a_head_on_the_backbone_alone_is_a_classifier(
 
 
 def test_every_class_that_a_critic_becomes_is_one_of_transformers() -> None:
-    for names, task in (
-        (value_heads.SEQUENCE_CLASSIFIERS, "Sequence"),
-        (value_heads.TOKEN_CLASSIFIERS, "Token"),
-    ):
+    """And it is the one that transformers itself takes for the config of the causal model."""
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    for names, parts, known in (
+        (value_heads.SEQUENCE_CLASSIFIERS, {"weight"},
+         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (value_heads.TOKEN_CLASSIFIERS, {"weight", "bias"},
+         modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    ):  # fmt: skip
+        found = value_heads.ValueHead("score", {p: tables.entry(p, (1, 8)) for p in parts})
         for name in sorted(names):
-            assert hasattr(transformers, f"{name}For{task}Classification"), name
+            patches = value_heads.classifier(found, [f"{name}ForCausalLM"], speaks=False)
+            assert patches is not None
+            kinds = [kind for kind, of in causal.items() if of == f"{name}ForCausalLM"]
+            assert patches["architectures"] in [[known.get(kind)] for kind in kinds], name
 
 
 def test_a_causal_model_without_a_classifier_keeps_its_class() -> None:

@@ -33,20 +33,22 @@ _LISTED = 8
 #: Causal models of which transformers (5.23) has a classifier whose head is `score`, by what their
 #: classes' names begin with: one label for each sequence, or for each token and with a bias.
 SEQUENCE_CLASSIFIERS = frozenset({
-    "AXK1", "AXK2", "Arcee", "BioGpt", "Bloom", "CohereCompassText", "DeepseekV2", "DeepseekV3",
+    "AXK1", "AXK2", "Arcee", "BioGpt", "Bloom", "CohereCompass", "DeepseekV2", "DeepseekV3",
     "DiffLlama", "Doge", "Exaone4", "Falcon", "GPTBigCode", "GPTJ", "GPTNeo", "GPTNeoX", "Gemma",
     "Gemma2", "Gemma3", "Glm", "Glm4", "GptOss", "Helium", "HunYuanDenseV1", "HunYuanMoEV1",
     "Jamba", "JetMoe", "Llama", "MiniCPM3", "MiniMax", "Ministral", "Ministral3", "Mistral",
-    "Mistral4", "Mixtral", "Mpt", "Nemotron", "OPT", "Olmo", "Olmo2", "Olmo3", "Persimmon", "Phi",
-    "Phi3", "Phimoe", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Qwen3Next", "Qwen3_5", "SeedOss",
+    "Mixtral", "Mpt", "Nemotron", "OPT", "Olmo", "Olmo2", "Olmo3", "Persimmon", "Phi", "Phi3",
+    "Phimoe", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Qwen3Next", "Qwen3_5", "SeedOss",
     "SmolLM3", "StableLm", "Starcoder2", "Zamba", "Zamba2",
 })  # fmt: skip
 TOKEN_CLASSIFIERS = frozenset({
     "AXK1", "AXK2", "Apertus", "Arcee", "DeepseekV3", "DiffLlama", "Exaone4", "Gemma", "Gemma2",
     "Glm", "Glm4", "GptOss", "Helium", "Llama", "MiniMax", "Ministral", "Ministral3", "Mistral",
-    "Mistral4", "Mixtral", "Nemotron", "Persimmon", "Phi", "Phi3", "Qwen2", "Qwen2Moe", "Qwen3",
-    "Qwen3Moe", "Qwen3Next", "Qwen3_5", "SeedOss", "SmolLM3", "StableLm", "Starcoder2",
+    "Mixtral", "Nemotron", "Persimmon", "Phi", "Phi3", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe",
+    "Qwen3Next", "SeedOss", "SmolLM3", "StableLm", "Starcoder2",
 })  # fmt: skip
+# Families whose classifier of that name is one of the composite model.
+_OF_TEXT = frozenset({"CohereCompass", "Gemma3", "Qwen3_5"})
 
 
 class ValueHead(Struct, frozen=True):
@@ -125,6 +127,7 @@ def classifier(
     parts = head.tensors.keys()
     if parts == {"weight"} and stem in SEQUENCE_CLASSIFIERS:
         kind = "Sequence"
+        stem += "Text" * (stem in _OF_TEXT)
     elif parts == {"weight", "bias"} and head.name == SCORE and stem in TOKEN_CLASSIFIERS:
         kind = "Token"
     else:
