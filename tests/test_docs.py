@@ -197,7 +197,7 @@ def idle_options() -> None:
 def output_exists() -> None:
     save("trained", w=ones(2))
     save("full", w=ones(2))
-    reshard.convert("trained", "full")
+    reshard.convert("trained", "full", overwrite=True)
 
 
 def too_large() -> None:

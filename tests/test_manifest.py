@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from reshard.conversion import manifest
-from reshard.conversion.manifest import Stated
+from reshard.conversion.manifest import Stated, WrittenFile
 from reshard.core.catalog import Origin
 from reshard.errors import FormatError
 from reshard.storage.local import Sources
@@ -26,7 +26,8 @@ def test_the_text_is_that_of_json(
     tensors: dict[str, Stated], beside: dict[str, dict[str, Stated]], tmp_path: Path
 ) -> None:
     options = {"a": [1, {"b": []}], "c": None, "d": "x\ny"}
-    text = manifest.render("dcp", Origin(Path("x"), "torch"), options, {}, tensors, beside)
+    files = {"x": WrittenFile(3), "y": WrittenFile(4, "ab")}
+    text = manifest.render("dcp", Origin(Path("x"), "torch"), options, {}, tensors, beside, files)
     value = json.loads(text)
     assert text == (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
     assert list(value["tensors"]) == list(tensors)
@@ -34,7 +35,9 @@ def test_the_text_is_that_of_json(
     (tmp_path / manifest.MANIFEST).write_bytes(text)
     with Sources() as sources:
         read = manifest.read(tmp_path, sources)
+    assert value["files"] == {"x": {"nbytes": 3}, "y": {"nbytes": 4, "xxh3_128": "ab"}}
     assert (read.tensors, read.beside, read.options) == (tensors, beside, options)
+    assert read.files == files
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,7 @@ def test_the_order_of_system_calls(model: Path, tmp_path: Path, overwrite: bool)
     command = [sys.executable, "-m", "reshard", "convert", str(model), str(target)]
     command += ["--base", str(model), "--allow-unchanged", "--threads", "2"]
     if overwrite:
-        target.mkdir()
-        (target / "old.json").touch()
+        reshard.convert(model, target, dtype="float16")
         command.append("--overwrite")
     flags = "RENAME_EXCHANGE" if overwrite else "RENAME_NOREPLACE"
     check_order(traced(command, tmp_path / "log"), target, flags)
@@ -150,10 +149,10 @@ def test_the_order_of_calls_in_this_process(
     monkeypatch.setattr(engine, "_BLOCK", 1024)
     target = tmp_path / "out"
     if overwrite:
-        target.mkdir()
-        (target / "old.json").touch()
+        reshard.convert(model, target, dtype="float16")
+        recorded.clear()
     reshard.convert(
         model, target, base=model, allow_unchanged=True, overwrite=overwrite, threads=threads
     )
     check_order(recorded, target, "RENAME_EXCHANGE" if overwrite else "RENAME_NOREPLACE")
-    assert not (target / "old.json").exists()
+    assert (target / "config.json").exists()

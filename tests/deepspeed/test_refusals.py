@@ -131,7 +131,7 @@ def test_a_flipped_bit_in_the_weights_is_found_by_the_files_own_checksum(
 ) -> None:
     root = copied(oracle, "llama-zero3", workspace)
     checkpoint = reshard.open(root)
-    extent = checkpoint.tensors["model.embed_tokens.weight"].entry.fragments[1].extent
+    extent = checkpoint.tensors["model.embed_tokens.weight"].entry.fragments[1].in_file
     with open(extent.file.path, "r+b") as file:
         file.seek(extent.offset + extent.nbytes // 2)
         byte = file.read(1)
@@ -422,15 +422,15 @@ def test_an_output_that_exists_is_refused_and_replaced_with_overwrite(
 ) -> None:
     case = oracle["llama-zero2"]
     out = workspace / "out"
-    out.mkdir()
-    (out / "precious.txt").write_text("mine")
+    reshard.convert(case.root, out)
     with pytest.raises(reshard.WriteError, match="exists") as caught:
         reshard.convert(case.root, out, base=case.base)
     assert "--overwrite" in str(caught.value)
-    assert [path.name for path in out.iterdir()] == ["precious.txt"]
-    reshard.convert(case.root, out, base=case.base, overwrite=True)
-    assert not (out / "precious.txt").exists()
-    assert (out / "reshard.json").is_file()
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "reshard.json"]
+    report = reshard.convert(case.root, out, base=case.base, overwrite=True)
+    assert report.replaced is not None
+    assert report.replaced.num_files == 2
+    assert (out / "config.json").is_file()
     assert [path.name for path in workspace.iterdir()] == ["out"]
 
 
@@ -483,10 +483,16 @@ def test_an_output_that_is_the_checkpoint_found_below_the_source(
     before = sorted((path, path.stat().st_size) for path in root.rglob("*"))
     for source, target in ((workspace, root), (root, root / "global_step2")):
         for dry_run in (True, False):
-            with pytest.raises(reshard.WriteError, match="is or holds the source"):
+            with pytest.raises(reshard.WriteError, match="is a DeepSpeed checkpoint"):
                 reshard.convert(source, target, overwrite=True, dry_run=dry_run)
     assert sorted((path, path.stat().st_size) for path in root.rglob("*")) == before
     reshard.convert(workspace, root / "global_step2" / "converted")  # inside it is no harm
+    reshard.convert(root, workspace / "models" / "out")
+    for dry_run in (True, False):
+        with pytest.raises(reshard.WriteError, match="is or holds the source"):
+            reshard.convert(
+                workspace / "models", workspace / "models" / "out", overwrite=True, dry_run=dry_run
+            )
 
 
 def test_a_failed_overwrite_keeps_the_old_output(oracle: Oracle, workspace: Path) -> None:

@@ -116,7 +116,7 @@ def test_no_model_and_an_output_that_exists(
     assert "there is no such folder" in capsys.readouterr().err
     healthy = str(pairs("llama").healthy)
     assert run(command, ["doctor", healthy, "--repair", str(pairs("llama").base)]) == 1
-    assert "not empty" in capsys.readouterr().err
+    assert "exists" in capsys.readouterr().err
 
 
 def test_the_mended_folder_must_be_well(

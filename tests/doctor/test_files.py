@@ -278,7 +278,7 @@ def test_what_is_no_model_folder(pairs: Pairs, tmp_path: Path) -> None:
         reshard.doctor(base, base=base)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
-    with pytest.raises(WriteError, match="not empty"):
+    with pytest.raises(WriteError, match="exists"):
         reshard.doctor(base, repair=tmp_path / "out")
     with pytest.raises(WriteError, match="is or holds"):
         reshard.doctor(base, repair=base.parent)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from reshard import naming
 from reshard.core import dtypes
 from reshard.core.tensors import (
     Entry,
@@ -24,7 +25,7 @@ from reshard.core.tensors import (
     contiguous_strides,
     whole,
 )
-from reshard.naming import Schema
+from reshard.naming import NameMap, Schema, apply
 
 LAYOUTS = Path(__file__).parent / "layouts"
 VERSIONS = tuple(sorted(path.name for path in LAYOUTS.iterdir()))
@@ -100,7 +101,7 @@ def origin(found: Entry) -> str:
     assert fragment.box == whole(found.spec.shape)
     assert fragment.strides is None
     assert fragment.extent.nbytes == found.spec.nbytes
-    return fragment.extent.file.path
+    return fragment.in_file.file.path
 
 
 def values(found: Entry, content: Mapping[str, bytes]) -> Array:
@@ -110,7 +111,7 @@ def values(found: Entry, content: Mapping[str, bytes]) -> Array:
     for fragment in found.fragments:
         box, item = fragment.box, fragment.dtype.itemsize
         start = fragment.extent.offset
-        data = content[fragment.extent.file.path][start : start + fragment.extent.nbytes]
+        data = content[fragment.in_file.file.path][start : start + fragment.extent.nbytes]
         strides = fragment.strides or contiguous_strides(box.sizes)
         piece = as_strided(
             np.frombuffer(data, fragment.dtype.numpy),
@@ -120,3 +121,19 @@ def values(found: Entry, content: Mapping[str, bytes]) -> Array:
         region = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
         out.reshape(box.shape)[region] = piece
     return out
+
+
+class Fitted:
+    """What a fit found, and the tensors that it makes."""
+
+    def __init__(self, entries: Mapping[str, Entry], found: NameMap) -> None:
+        self.name_map = found
+        self.entries = apply(found.outputs, entries)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.name_map, name)
+
+
+def fit(entries: Mapping[str, Entry], schema: Schema, **options: Any) -> Fitted:
+    """Fit entries onto a base, and make the base's tensors of them."""
+    return Fitted(entries, naming.fit(entries, schema, **options))

@@ -14,7 +14,8 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-from reshard.core.tensors import Entry, LowRank
+from reshard.core.arithmetic import LowRank
+from reshard.core.tensors import Entry, Portion
 from reshard.errors import (
     FormatError,
     IncompleteError,
@@ -23,7 +24,7 @@ from reshard.errors import (
     ReshardError,
     UnsupportedError,
 )
-from reshard.naming import FitOptions, Schema, fit
+from reshard.naming import FitOptions, Schema, apply, fit
 from reshard.naming.lora.find import AdapterConfig, parse_adapter_config, separate
 from reshard.naming.lora.output import adapter_folder, updates
 from tests.naming import tables
@@ -74,14 +75,18 @@ class Run:
         changed = updates(separated, found, config, self.base_entries())
         assert changed
         merged = {name: merge(update, self.content) for name, update in changed.items()}
-        for name, entry in found.entries.items():
+        for name, entry in apply(found.outputs, separated.entries).items():
             if name not in merged:
                 merged[name] = tables.values(entry, self.content)
         return {**{name: self.base[name] for name in found.filled}, **merged}
 
 
-def merge(update: LowRank, content: Mapping[str, bytes]) -> tables.Array:
+def merge(merged_entry: Entry, content: Mapping[str, bytes]) -> tables.Array:
     """What the engine does in a stream, here with whole arrays."""
+    (fragment,) = merged_entry.fragments
+    assert isinstance(fragment.extent, Portion)
+    update = fragment.extent.source
+    assert isinstance(update, LowRank)
     left, right = tables.values(update.left, content), tables.values(update.right, content)
     merged: tables.Array = tables.values(update.base, content) + (left @ right) * np.float32(
         update.scaling

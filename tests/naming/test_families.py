@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.naming import NEWEST, Schema, fit, patterns
+from reshard.naming import NEWEST, Schema, patterns
 from reshard.naming.families import FAMILIES
 from reshard.naming.layouts import Family, Layout
 from tests.naming import tables
+from tests.naming.tables import fit
 
 LAYOUTS = [layout for family in FAMILIES for layout in family.layouts]
 parts = st.text("abc01_", min_size=1, max_size=3)
@@ -76,5 +77,5 @@ def test_many_experts_in_a_fit() -> None:
     found = fit(tables.entries(stacked, "module.model."), base)
     assert found.entries.keys() == hub.keys()
     (piece,) = found.entries["model.layers.9.mlp.experts.5.up_proj.weight"].fragments
-    assert piece.extent.file.path == "module.model.model.layers.9.mlp.experts.gate_up_proj"
+    assert piece.in_file.file.path == "module.model.model.layers.9.mlp.experts.gate_up_proj"
     assert (piece.extent.offset, piece.extent.nbytes) == ((5 * 12 + 6) * 4, 6 * 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
 from reshard.conversion.dtypes import CHOICES
 from reshard.conversion.options import LORA, MODEL_TYPES, NAMES, POOLINGS, SRM_FORMATS
 from reshard.formats import TARGETS
+
+if TYPE_CHECKING:
+    from reshard.conversion.report import Report
 
 _PATH = FolderOrFile()
 # Names of a list that a table shows; --json has them all.
@@ -71,7 +74,9 @@ _tag = click.option(
               help="Accept a ZeRO-3 checkpoint whose optimizer was restarted.")  # fmt: skip
 @click.option("--strict", is_flag=True, help="Refuse a checkpoint with any finding.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores, at most 4.")
-@click.option("--overwrite", is_flag=True, help="Replace an output that exists, in one step.")
+@click.option("--overwrite", is_flag=True,
+              help="Replace an output that reshard wrote and nothing was added to; anything else "
+                   "that exists is never replaced.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Do not read the output again.")
 @click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
 @_json
@@ -85,7 +90,7 @@ def convert(src: Path, dst: Path, as_json: bool, no_verify: bool, **options: Any
     show_report(report, as_json=as_json)
 
 
-def show_report(report: Any, *, as_json: bool = False) -> None:
+def show_report(report: Report, *, as_json: bool = False) -> None:
     """A conversion's report, as JSON or as a table with its warnings."""
     if as_json:
         output.print_json(report.to_json())
@@ -95,6 +100,7 @@ def show_report(report: Any, *, as_json: bool = False) -> None:
     rows = [
         ("source", f"{report.source} ({report.format}{_tagged(report.tag)})"),
         ("target", f"{report.target}{' (dry run: nothing was written)' * report.dry_run}"),
+        *([] if report.replaced is None else [_replaced(report)]),
         ("tensors", f"{report.num_tensors} in {len(report.files)} file(s)"),
         ("read", output.size(report.bytes_read)),
         ("written", output.size(report.bytes_written)),
@@ -116,6 +122,10 @@ def show_report(report: Any, *, as_json: bool = False) -> None:
         rows.append(("verified", "yes, read back" if report.verified else "no"))
         rows.append(("time", f"{report.seconds:.1f} s, {output.size(int(speed))}/s"))
     output.print_table(rows)
+
+
+def _replaced(report: Report) -> tuple[str, str]:
+    return ("would replace" if report.dry_run else "replaced", str(report.replaced))
 
 
 def _tagged(tag: str | None) -> str:

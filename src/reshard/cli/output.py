@@ -11,8 +11,11 @@ from typing import Any
 import click
 
 from reshard.core.findings import Finding
+from reshard.core.sizes import size
 from reshard.errors import printable
 from reshard.progress import StagedProgress
+
+__all__ = ["print_json", "print_table", "progress_bar", "say", "say_findings", "size", "tell"]
 
 _VERBS = {"write": "writing", "verify": "verifying", "compare": "comparing"}
 
@@ -104,20 +107,6 @@ def progress_bar(*, quiet: bool = False) -> Iterator[StagedProgress | None]:
             bar.update(tasks[what], completed=done)
 
         yield show
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people, in decimal units.
-
-    >>> size(1234567)
-    '1.23 MB'
-    """
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
 
 
 def say_findings(findings: Iterable[Finding]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +16,7 @@ from msgspec.structs import asdict
 
 from reshard import formats
 from reshard.conversion import manifest
+from reshard.conversion.destination import Replaced, check_apart, check_destination
 from reshard.conversion.dtypes import CHOICES
 from reshard.conversion.execute import Writing, carry_out
 from reshard.conversion.options import (
@@ -35,12 +36,12 @@ from reshard.conversion.planning import Job, prepare
 from reshard.conversion.report import Report
 from reshard.core.findings import Finding
 from reshard.core.plan import parse_size
-from reshard.errors import OptionError, VerificationError, WriteError
+from reshard.errors import OptionError, VerificationError
 from reshard.naming import parse_version
 from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 from reshard.progress import StagedProgress
-from reshard.storage.local import Sources, real
-from reshard.transfer.commit import check_space, refuse_existing
+from reshard.storage.local import Sources
+from reshard.transfer.commit import check_space
 from reshard.transfer.engine import Outcome
 
 PathLike = str | os.PathLike[str]
@@ -147,7 +148,7 @@ def convert(
     )
     if base is None:
         _check_needs_no_base(options, allow_unchanged=allow_unchanged)
-    check_target(options.target, options.source, options.base, overwrite=overwrite)
+    replaced = check_destination(options.target, options.source, options.base, overwrite=overwrite)
     workers = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     with Sources() as sources:
         job = prepare(options, sources, strict=strict)
@@ -157,42 +158,16 @@ def convert(
         copied = sum(asset.path.stat().st_size for asset in job.plan.assets)
         check_space(options.target, job.plan.bytes_to_write + copied)
         if dry_run:
-            return _report(job, options, time.monotonic() - began)
+            return _report(job, options, time.monotonic() - began, replaced)
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=allow_unchanged)
-            return _manifest(job, options, outcome.digests)
+            return _manifest(job, options, outcome.digests, sources)
 
         writing = Writing(workers, overwrite, verify, progress)
         records = job.catalog.records
         outcome = carry_out(job.plan, sources, records, options.target, writing, render=render)
-    return _report(job, options, time.monotonic() - began, outcome, verified=verify)
-
-
-def check_target(target: Path, source: Path, base: Path | None, *, overwrite: bool) -> None:
-    """Refuse an output that exists, or that is or holds an input. Raises `WriteError`."""
-    if real(target) == Path.cwd():
-        raise WriteError(
-            "the output is the current folder, which a new one would replace.",
-            path=target,
-            hint="Name a new folder.",
-        )
-    check_apart(target, "source", [source])
-    if base is not None:
-        check_apart(target, "base model", [base])
-    refuse_existing(target, overwrite=overwrite)
-
-
-def check_apart(target: Path, what: str, inputs: Iterable[Path]) -> None:
-    """Refuse an output that is or holds an input: replacing it would delete what is read."""
-    place = real(target)
-    for path in inputs:
-        if real(path).is_relative_to(place):
-            raise WriteError(
-                f"the output is or holds the {what}, {path}.",
-                path=target,
-                hint="Name a new folder.",
-            )
+    return _report(job, options, time.monotonic() - began, replaced, outcome, verified=verify)
 
 
 def _check_dtype(dtype: str | None, base: PathLike | None) -> str:
@@ -245,15 +220,17 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
         )
 
 
-def _manifest(job: Job, options: Options, digests: Mapping[tuple[str, str], str]) -> bytes:
+def _manifest(
+    job: Job, options: Options, digests: Mapping[tuple[str, str], str], sources: Sources
+) -> bytes:
     exported = job.export
     names = {
-        "prefix": exported.fit.prefix,
-        "rules": list(exported.fit.rules),
-        "tied": dict(exported.fit.tied),
+        "prefix": exported.name_map.prefix,
+        "rules": list(exported.name_map.rules),
+        "tied": dict(exported.name_map.tied),
         "filled": list(exported.filled),
         "missing": list(exported.missing),
-        "unexpected": list(exported.fit.dropped),
+        "unexpected": list(exported.name_map.dropped),
         "merged": exported.merged,
         "transformers_version": exported.live,
         "lora": None if exported.scaling is None else asdict(exported.scaling),
@@ -264,13 +241,17 @@ def _manifest(job: Job, options: Options, digests: Mapping[tuple[str, str], str]
         for side in exported.sides
     }
     catalog = job.catalog
-    return manifest.render(catalog.format, catalog.origin, options.stated(), names, model, beside)
+    files = manifest.listed(job.plan, sources)
+    return manifest.render(
+        catalog.format, catalog.origin, options.stated(), names, model, beside, files
+    )
 
 
 def _report(
     job: Job,
     options: Options,
     seconds: float,
+    replaced: Replaced | None,
     outcome: Outcome | None = None,
     *,
     verified: bool = False,
@@ -293,15 +274,16 @@ def _report(
         verified=verified,
         files=tuple(file.name for file in job.plan.files),
         missing=exported.missing,
-        unexpected=exported.fit.dropped,
-        tied=exported.fit.tied,
+        unexpected=exported.name_map.dropped,
+        tied=exported.name_map.tied,
         filled=exported.filled,
-        prefix=exported.fit.prefix,
-        rules=exported.fit.rules,
+        prefix=exported.name_map.prefix,
+        rules=exported.name_map.rules,
         merged=exported.merged,
         compared=0 if outcome is None else outcome.compared,
         changed=0 if outcome is None else outcome.changed,
         records_checked=0 if outcome is None else outcome.records_checked,
         findings=tuple(findings),
         dry_run=outcome is None,
+        replaced=replaced,
     )

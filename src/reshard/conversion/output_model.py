@@ -24,9 +24,9 @@ from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.options import Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, Made
+from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
-from reshard.naming import Fit, FitOptions, fit
+from reshard.naming import FitOptions, NameMap, apply, fit, identity
 from reshard.naming.fit import Equal
 from reshard.naming.lora import config as adapter_config
 from reshard.naming.lora.find import AdapterConfig, holds_adapters, separate, without_peft
@@ -68,7 +68,7 @@ class Side(Struct, frozen=True):
 
 
 class Export(Struct, frozen=True):
-    """Everything that a conversion writes, by what it is; `fit` says how the names were found.
+    """Everything that a conversion writes, by what it is; `name_map` says how the names were found.
 
     `missing` are tensors of the base that are not written, `filled` those that are copied from
     it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales. With
@@ -77,7 +77,7 @@ class Export(Struct, frozen=True):
     """
 
     model: Sequence[Target]
-    fit: Fit
+    name_map: NameMap
     sides: tuple[Side, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
     patches: Mapping[str, object] = field(default_factory=dict)
@@ -100,7 +100,7 @@ def plain(catalog: Catalog, options: Options) -> Export:
     tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
     return Export(
         model=choose(list(kept.items()), {}, options.dtype),
-        fit=Fit(kept, tied=tied),
+        name_map=NameMap(identity(kept), tied=tied),
         missing=tuple(name for name in catalog.entries if name not in kept),
         findings=(_UNMERGED,) if options.to == "hf" and holds_adapters(kept) else (),
         assets=False,
@@ -129,7 +129,7 @@ class _Export:
         self._scaling: AdapterConfig | None = None
         # Those of the fit are on the model, of which an adapter alone is no part.
         self._findings = [] if self._alone else list(self._fit.findings)
-        self._updates: Mapping[str, Made] = {}
+        self._updates: Mapping[str, Entry] = {}
         if self._separated.adapters:
             self._scale(catalog.origin.root, sources)
 
@@ -163,7 +163,7 @@ class _Export:
         classes = self._base.config.get("architectures") or ()
         return classifier(head, classes, speaks=_has_head(self._parts.backbone))
 
-    def _fitted(self, compare: Equal | None) -> Fit:
+    def _fitted(self, compare: Equal | None) -> NameMap:
         parts = self._parts
         scalar = parts.rewards is not None and not _has_head(parts.backbone)
         try:
@@ -248,7 +248,7 @@ class _Export:
             targets = ()
         return Export(
             model=targets,
-            fit=found,
+            name_map=found,
             sides=tuple(sides),
             texts=tuple(texts),
             patches={**found.config_patches, **(self._classifier or {})},
@@ -260,10 +260,10 @@ class _Export:
             assets=not alone,
         )
 
-    def _model(self) -> tuple[list[tuple[str, Made]], tuple[str, ...], tuple[str, ...]]:
+    def _model(self) -> tuple[list[tuple[str, Entry]], tuple[str, ...], tuple[str, ...]]:
         """The model's tensors, the names filled from the base, and those left out."""
         options, found = self._options, self._fit
-        made: dict[str, Made] = {**found.entries, **self._updates}
+        made: dict[str, Entry] = {**apply(found.outputs, self._parts.backbone), **self._updates}
         absent = list(found.filled)
         if options.exclude_frozen:
             frozen = [name for name, entry in made.items() if entry.kind == "frozen"]
@@ -320,7 +320,7 @@ class _Export:
         dtype = (
             main_dtype(self._base).name if self._options.dtype == "base" else self._options.dtype
         )
-        backbone: dict[str, Made] = {}
+        backbone: dict[str, Entry] = {}
         for name, entry in lightrft_state(Parts(self._parts.backbone)).items():
             made = merged.get(entry.spec.name, merged.get(name, entry))
             for called in (name, *map(unwrap, entry.aliases)):

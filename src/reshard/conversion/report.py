@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct, field
+from msgspec.structs import asdict
 
+from reshard.conversion.destination import Replaced
 from reshard.core.findings import Finding
 
 
@@ -41,6 +43,7 @@ class Report(Struct, frozen=True):
     records_checked: int = 0
     findings: tuple[Finding, ...] = ()
     dry_run: bool = False
+    replaced: Replaced | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -54,4 +57,6 @@ class Report(Struct, frozen=True):
             for name in self.__struct_fields__
             for value in (getattr(self, name),)
         }
-        return {**values, "findings": [finding.to_json() for finding in self.findings]}
+        replaced = None if self.replaced is None else asdict(self.replaced)
+        findings = [finding.to_json() for finding in self.findings]
+        return {**values, "findings": findings, "replaced": replaced}

@@ -13,7 +13,8 @@ from typing import Any
 from msgspec import Struct
 
 from reshard.conversion.base_model import read_base
-from reshard.conversion.convert import PathLike, check_target
+from reshard.conversion.convert import PathLike
+from reshard.conversion.destination import check_destination
 from reshard.conversion.output_model import REWARD_HEAD, VALUE_HEAD
 from reshard.diagnosis import case as cases
 from reshard.diagnosis.case import Case
@@ -88,7 +89,7 @@ def doctor(
     if base_path is not None and base_path.exists() and real(path) == real(base_path):
         raise PlanError("the folder is the base itself.", path=path)
     if repair is not None:
-        check_target(Path(repair), path, base_path, overwrite=False)
+        check_destination(Path(repair), path, base_path, overwrite=False, replaces=False)
     workers = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     with Sources() as sources:
         known = None if base_path is None else read_base(base_path, sources)

@@ -16,7 +16,7 @@ from msgspec import Struct
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile
-from reshard.core.tensors import Entry, Made, TensorSpec
+from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import FormatError, NotFoundError
 from reshard.storage.local import Sources
 
@@ -50,7 +50,7 @@ class Format(Protocol):
 
 
 #: A tensor to be laid out: what is written, what from, and the base's tensor to compare with.
-Wanted = tuple[TensorSpec, Made, Entry | None]
+Wanted = tuple[TensorSpec, Entry, Entry | None]
 
 
 class Writable(Protocol):
@@ -79,6 +79,15 @@ FORMATS = {
 
 #: Formats of whole models, which trainers also export beside the checkpoints of a training run.
 EXPORTED = ("huggingface", "torch")
+
+#: What a checkpoint of each format is called in a sentence; an adapter is a format of PEFT's own.
+TITLES = {
+    "dcp": "a PyTorch DCP (FSDP) checkpoint",
+    "deepspeed": "a DeepSpeed checkpoint",
+    "huggingface": "a Hugging Face model",
+    "torch": "a torch.save file",
+}
+ADAPTER_TITLE = "an adapter of PEFT"
 
 # The values of `convert --to`.
 TARGETS = {"hf": "huggingface", "dcp": "dcp"}
@@ -130,7 +139,7 @@ def detect(path: Path) -> str:
         raise NotFoundError("it is no file that a model is read from.", path=path, hint=inside)
     if not reasons:
         raise NotFoundError(
-            f"no checkpoint was recognised here; it holds {_listing(path)}.",
+            f"no checkpoint was recognised here; it holds {listing(path)}.",
             path=path,
             hint="Name the folder that holds the checkpoint's files, or the folder above it.",
         )
@@ -171,7 +180,8 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     return load(detect(path)).read(path, sources, selection)
 
 
-def _listing(path: Path) -> str:
+def listing(path: Path) -> str:
+    """The first names in a folder, in words."""
     names = sorted(child.name + ("/" if child.is_dir() else "") for child in path.iterdir())
     if not names:
         return "nothing"

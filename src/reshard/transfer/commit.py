@@ -188,14 +188,8 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
             return
     elif not target.exists():
         return
-    kind = "folder exists and is not empty" if target.is_dir() else "is a file"
-    raise WriteError(
-        f"the output {kind}." if target.is_dir() else f"the output {kind}, not a folder.",
-        path=target,
-        hint="Name another output, remove it, or pass --overwrite."
-        if target.is_dir()
-        else "Name another output.",
-    )
+    kind = "folder exists and is not empty" if target.is_dir() else "is a file, not a folder"
+    raise WriteError(f"the output {kind}.", path=target, hint="Name another output.")
 
 
 def check_space(target: Path, nbytes: int) -> None:

@@ -9,16 +9,13 @@ from reshard.errors import UnsupportedError
 from reshard.formats import huggingface, locate
 from reshard.storage.local import snapshot
 
-# What a format is called, and the command that converts it.
-_WORDS = {
-    "dcp": ("a PyTorch DCP (FSDP) checkpoint", "Convert it with fsdp2hf."),
-    "deepspeed": ("a DeepSpeed checkpoint", "Convert it with ds2hf."),
-    "huggingface": ("a Hugging Face model", "Convert it with hf2fsdp."),
-    "adapter": (
-        "an adapter of PEFT",
-        "Merge it with: reshard convert SRC DST --base BASE --fill-from-base.",
-    ),
-    "torch": ("a torch.save file", "Convert it with: reshard convert SRC DST --base BASE."),
+# The command that converts a format.
+_COMMANDS = {
+    "dcp": "Convert it with fsdp2hf.",
+    "deepspeed": "Convert it with ds2hf.",
+    "huggingface": "Convert it with hf2fsdp.",
+    "adapter": "Merge it with: reshard convert SRC DST --base BASE --fill-from-base.",
+    "torch": "Convert it with: reshard convert SRC DST --base BASE.",
 }
 
 
@@ -37,8 +34,9 @@ def expect(path: Path, *wanted: str) -> None:
     if found == "huggingface" and huggingface.is_adapter(path):
         found = "adapter"
     if found not in wanted:
-        is_wanted, _ = _WORDS[wanted[0]]
-        is_found, elsewhere = _WORDS[found]
+        is_wanted = formats.TITLES[wanted[0]]
+        is_found = formats.TITLES.get(found, formats.ADAPTER_TITLE)
+        elsewhere = _COMMANDS[found]
         below = [s for s in locate.saves(path) if s.format in wanted] if path.is_dir() else []
         if {*wanted} & claims.keys():
             elsewhere += " It also holds an exported model: name the file of that to convert it."

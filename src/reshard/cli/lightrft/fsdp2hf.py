@@ -33,7 +33,7 @@ _PATH = FolderOrFile()
         help="Critics: the head, e.g. value_head; score and v_head are found.")  # fmt: skip
 @click.option("--lora-alpha", type=float,
               help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
 def command(
     hf_base: Path,

@@ -25,7 +25,7 @@ _PATH = FolderOrFile()
               help="memory: as a live module names its tensors, for dcp.load.")  # fmt: skip
 @click.option("--transformers-version", metavar="V",
               help="Whose live module; default: the installed one.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
 def command(
     hf_checkpoint: Path,

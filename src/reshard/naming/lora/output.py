@@ -9,10 +9,11 @@ from typing import Any
 from msgspec import Struct
 
 from reshard.core import rearrange
-from reshard.core.tensors import Entry, LowRank
+from reshard.core.arithmetic import LowRank, computed
+from reshard.core.tensors import Entry
 from reshard.errors import NamesError, UnsupportedError
-from reshard.naming.fit import Fit
 from reshard.naming.lora.find import Adapter, AdapterConfig, Separated, shape_of
+from reshard.naming.name_map import NameMap
 
 #: The file names that PEFT looks for.
 WEIGHTS = "adapter_model.safetensors"
@@ -23,13 +24,13 @@ _PREFIX = "base_model.model."
 
 def updates(
     separated: Separated,
-    found: Fit,
+    found: NameMap,
     config: AdapterConfig,
     base: Mapping[str, Entry],
-) -> dict[str, LowRank]:
+) -> dict[str, Entry]:
     """The update of each adapted tensor, by the base's name.
 
-    `found` is the fit of `separated.entries`, `base` are the base model's own tensors: those that
+    `found` maps `separated.entries`, `base` are the base model's own tensors: those that
     the checkpoint does not hold are taken from there.
 
     Raises `UnsupportedError` for an adapter on a weight that the base stacks or turns, or that is
@@ -42,12 +43,14 @@ def updates(
     for module, adapter in separated.adapters.items():
         name = f"{module}.weight"
         target = _only(name, targets.get(name, []), separated, found)
-        weight = base[target] if name in separated.absent else found.entries[target]
+        weight = (
+            base[target] if name in separated.absent else separated.entries[name].renamed(target)
+        )
         merged[target] = low_rank(adapter, weight, config)
     return merged
 
 
-def _only(name: str, targets: list[str], separated: Separated, found: Fit) -> str:
+def _only(name: str, targets: list[str], separated: Separated, found: NameMap) -> str:
     """The one tensor of the output that an adapted weight is."""
     aliases = separated.entries[name].aliases
     if len(targets) > 1 or aliases or any(stored in targets for stored in found.tied.values()):
@@ -65,8 +68,8 @@ def _only(name: str, targets: list[str], separated: Separated, found: Fit) -> st
     return targets[0]
 
 
-def low_rank(adapter: Adapter, base: Entry, config: AdapterConfig) -> LowRank:
-    """The update of one weight.
+def low_rank(adapter: Adapter, base: Entry, config: AdapterConfig) -> Entry:
+    """One weight with its update.
 
     Raises `NamesError` where the shapes do not make the weight's, `UnsupportedError` for DoRA on
     a module that keeps its weight transposed.
@@ -83,7 +86,7 @@ def low_rank(adapter: Adapter, base: Entry, config: AdapterConfig) -> LowRank:
     if turned and adapter.magnitude is not None:
         raise UnsupportedError("DoRA on a transposed weight is not handled.", tensor=adapter.module)
     scaling = config.scaling(adapter.module, adapter.rank)
-    return LowRank(base, left, right, scaling, adapter.magnitude)
+    return computed(LowRank(base, left, right, scaling, adapter.magnitude), base)
 
 
 class AdapterFolder(Struct, frozen=True):

@@ -1,0 +1,250 @@
+"""Whether an output may be written where it was asked for: nothing of anybody else's is replaced.
+
+What may be replaced is an empty folder and, with `--overwrite`, a folder that holds what reshard
+wrote there and nothing else:
+
+    reshard.json                     parsed as one; it lists the folder's files
+    every other file is listed, and is as it was written
+
+A file whose inode changed after `reshard.json`, which is written last, is proven by its digest: a
+copied folder (`cp -r`) passes, an edited config or a checkpoint saved into the folder does not.
+Folders of earlier versions list no files; there, nothing may have changed since.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+from msgspec import Struct
+
+from reshard import formats
+from reshard.conversion import manifest
+from reshard.conversion.manifest import MANIFEST, Manifest, WrittenFile, file_digest
+from reshard.conversion.verification import verify_folder
+from reshard.core.sizes import size
+from reshard.errors import ReshardError, WriteError
+from reshard.formats import huggingface, locate
+from reshard.storage.local import Sources, real
+
+# Python's own, made anew from the modules beside it.
+_REMADE = "__pycache__"
+# Names that a message lists, and files that are counted to describe a folder.
+_LISTED, _MAX_COUNTED = 4, 100_000
+
+
+class Replaced(Struct, frozen=True):
+    """An output of reshard that a new one replaces. `nbytes` are those of all its files."""
+
+    path: str
+    num_files: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.path} (written by reshard, {size(self.nbytes)})"
+
+
+class _File(Struct, frozen=True):
+    """What is below a folder, by its path there with `/`."""
+
+    name: str
+    status: os.stat_result
+
+    @property
+    def regular(self) -> bool:
+        return stat.S_ISREG(self.status.st_mode)
+
+
+def check_destination(
+    target: Path, source: Path, base: Path | None, *, overwrite: bool, replaces: bool = True
+) -> Replaced | None:
+    """What of reshard's own the output would replace; None where nothing is there.
+
+    Where the command has no way to replace an output, `replaces` is False. Raises `WriteError`
+    where the output is or holds an input, or would replace what reshard did not write.
+    """
+    if real(target) == Path.cwd():
+        raise WriteError(
+            "the output is the current folder, which a new one would replace.",
+            path=target,
+            hint="Name a new folder.",
+        )
+    check_apart(target, "source", [source])
+    if base is not None:
+        check_apart(target, "base model", [base])
+    try:
+        return check_replaceable(target, overwrite=overwrite, replaces=replaces)
+    except OSError as error:
+        raise WriteError(
+            f"what is there cannot be examined: {error.strerror}.",
+            path=target,
+            hint="Name another output.",
+        ) from None
+
+
+def check_apart(target: Path, what: str, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is or holds an input: replacing it would delete what is read."""
+    place = real(target)
+    for path in inputs:
+        if real(path).is_relative_to(place):
+            raise WriteError(
+                f"the output is or holds the {what}, {path}.",
+                path=target,
+                hint="Name a new folder.",
+            )
+
+
+def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -> Replaced | None:
+    """What of reshard's own is at `target`; None where nothing is, or an empty folder.
+
+    Raises `WriteError` where it is not to be replaced, `OSError` where it cannot be examined.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    if not target.is_dir():
+        raise WriteError(
+            "the output is a file, not a folder.", path=target, hint="Name another output."
+        )
+    stated = _stated(target)
+    if stated is None:
+        raise _not_ours(target)
+    if target.is_symlink():
+        raise WriteError(
+            f"the output is a link to {real(target)}, where reshard wrote a model, and nothing is "
+            "replaced through a link.",
+            path=target,
+            hint="Name that folder itself, or another output.",
+        )
+    files = list(_files(target))
+    foreign = _foreign(target, stated, files)
+    if foreign:
+        raise _mixed(target, foreign)
+    found = Replaced(os.fspath(target), len(files), sum(f.status.st_size for f in files))
+    if not overwrite:
+        raise WriteError(
+            f"the output exists: reshard wrote it, {_counted(len(files))}, {size(found.nbytes)}.",
+            path=target,
+            hint="Name another output, or pass --overwrite to replace it."
+            if replaces
+            else "Name another output.",
+        )
+    return found
+
+
+def _stated(folder: Path) -> Manifest | None:
+    """The folder's `reshard.json`; None where there is none, or a file that is not one."""
+    if (folder / MANIFEST).is_symlink():
+        return None
+    try:
+        with Sources() as sources:
+            return manifest.read(folder, sources)
+    except ReshardError:
+        return None
+
+
+def _files(folder: Path) -> Iterator[_File]:
+    """Everything below a folder that is not a folder itself; links are not followed."""
+    for parent, below, names in os.walk(folder, onerror=_raise):
+        place = Path(parent)
+        links = [name for name in below if (place / name).is_symlink()]
+        for name in sorted((*names, *links)):
+            if place.name == _REMADE and name.endswith(".pyc"):
+                continue
+            path = place / name
+            yield _File(path.relative_to(folder).as_posix(), path.lstat())
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _foreign(folder: Path, stated: Manifest, files: Iterable[_File]) -> list[str]:
+    """The files of a folder that reshard did not write, or that were changed since."""
+    written = (folder / MANIFEST).stat().st_ctime_ns
+    foreign: list[str] = []
+    doubtful: list[str] = []
+    for file in files:
+        if file.name == MANIFEST:
+            continue
+        late = file.status.st_ctime_ns > written
+        listed = stated.files.get(file.name)
+        if not file.regular or (listed is None and (stated.files or late)):
+            foreign.append(file.name)
+        elif listed is not None and file.status.st_size != listed.nbytes:
+            foreign.append(f"{file.name} (changed)")
+        elif listed is not None and late:
+            doubtful.append(file.name)
+    if not stated.files:
+        foreign += _late_folders(folder, written)
+    return foreign or [f"{name} (changed)" for name in _changed(folder, stated.files, doubtful)]
+
+
+def _late_folders(folder: Path, written: int) -> list[str]:
+    """Folders that were put there, or changed, after all was written."""
+    late = [
+        path
+        for path in folder.rglob("*")
+        if path.is_dir() and not path.is_symlink() and path.name != _REMADE
+        if path.stat().st_ctime_ns > written
+    ]
+    return [f"{path.relative_to(folder).as_posix()}/" for path in late]
+
+
+def _changed(folder: Path, listed: Mapping[str, WrittenFile], names: list[str]) -> list[str]:
+    """Those of the named files that do not hold what was written."""
+    texts = [name for name in names if listed[name].digest]
+    changed = [name for name in texts if file_digest(folder / name) != listed[name].digest]
+    weights = [name for name in names if not listed[name].digest]
+    if weights and not changed:
+        try:
+            verify_folder(folder)
+        except ReshardError:
+            return weights
+    return changed
+
+
+def _mixed(target: Path, foreign: list[str]) -> WriteError:
+    more = f" and {len(foreign) - _LISTED} more" if len(foreign) > _LISTED else ""
+    return WriteError(
+        f"not replaced: reshard wrote this folder, and it holds {_counted(len(foreign))} not as "
+        f"reshard wrote them: {', '.join(foreign[:_LISTED])}{more}.",
+        path=target,
+        hint="Name another output, or move them out of the folder.",
+    )
+
+
+def _not_ours(target: Path) -> WriteError:
+    what, checkpoint = description(target)
+    swapped = "Are SRC and DST swapped? SRC comes first. " if checkpoint else ""
+    return WriteError(
+        f"the output exists and is not replaced: it is {what}, not an output of reshard.",
+        path=target,
+        hint=f"{swapped}Name another output, or remove it yourself.",
+    )
+
+
+def description(folder: Path) -> tuple[str, bool]:
+    """What a folder is, in words, and whether it is or holds a checkpoint."""
+    count, nbytes = 0, 0
+    for file in islice(_files(folder), _MAX_COUNTED):
+        count, nbytes = count + 1, nbytes + file.status.st_size
+    amount = f"{'more than ' * (count == _MAX_COUNTED)}{size(nbytes)}"
+    claimed = formats.meant(formats.claims(folder)) if formats.claims(folder) else None
+    if claimed is not None:
+        adapter = claimed == "huggingface" and huggingface.is_adapter(folder)
+        title = formats.ADAPTER_TITLE if adapter else formats.TITLES[claimed]
+        return f"{title}, {amount}", True
+    below = locate.saves(folder)
+    if below or formats.claims(folder):
+        names = ", ".join(str(save.path.relative_to(folder)) for save in below[:_LISTED])
+        more = f" and {len(below) - _LISTED} more" if len(below) > _LISTED else ""
+        of_them = f" ({names}{more})" if names else ""
+        return f"a folder with {len(below) or 'several'} checkpoints{of_them}, {amount}", True
+    return f"a folder with {formats.listing(folder)} ({_counted(count)}, {amount})", False
+
+
+def _counted(number: int) -> str:
+    return f"{number} file{'s' * (number != 1)}"
