@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
 from reshard.cli import output
-from reshard.cli.app import HELP, run
+from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
 from reshard.conversion.options import MODEL_TYPES, POOLINGS
 
@@ -44,6 +44,7 @@ _PATH = FolderOrFile()
               help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
+@writes("output_dir")
 def command(
     checkpoint_dir: Path,
     output_dir: Path,
@@ -92,4 +93,4 @@ def command(
 
 def main() -> None:
     """The console command `ds2hf`."""
-    sys.exit(run(command))
+    end(run(command))
