@@ -102,13 +102,13 @@ CODES: dict[str, Code] = {
         "info", "a killed run had moved the old output aside; it was put back"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
-    "probing-layer-assumed": Code(
-        "warning", "which hidden state the reward heads read was assumed",
-        "Pass --probing-layer with the value of the training."),
     "partial-output": Code("info", "what an interrupted run of this output left was removed"),
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",
         "Remove it, if nobody needs it."),
+    "probing-layer-assumed": Code(
+        "warning", "which hidden state the reward heads read was assumed",
+        "Pass --probing-layer with the value of the training."),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),
