@@ -53,7 +53,7 @@ def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     root = catalog.origin.root
     near = choice.config is not None or _is_of_peft(catalog, base)
     file = read_near(root, sources, choice.config) if near and choice.scaling is None else None
-    separated = separate(catalog.entries, choice.adapter, base.entries)
+    separated = separate(catalog.of_one_layout(), choice.adapter, base.entries)
     if choice.mode in ("adapter", "both") and not separated.adapters:
         raise PlanError(
             f"--lora {choice.mode} was asked for, and the checkpoint holds no adapters.",
