@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from reshard.core import dtypes, rearrange
-from reshard.core.arithmetic import Code, LowRank, Scaled, computed
+from reshard.core.arithmetic import LowRank, computed
 from reshard.core.dtypes import BFLOAT16, DType
+from reshard.core.scaled import Code, Scaled
 from reshard.core.tensors import (
     Box,
     Entry,

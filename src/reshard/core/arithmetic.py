@@ -1,4 +1,4 @@
-"""Tensors that are made by arithmetic: `W + B A`, and codes times their scales.
+"""Tensors that are made by arithmetic: `W + B A`, computed block by block, rounded once.
 
 Each is a `Computed`: it says which tensors it is made of, and what its elements are in float32.
 `transfer/fill.py` reads the tensors and rounds the result to the output's dtype.
@@ -6,12 +6,12 @@ Each is a `Computed`: it says which tensors it is made of, and what its elements
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+import threading
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from reshard.core.dtypes import FLOAT32, UINT8
+from reshard.core.dtypes import FLOAT32
 from reshard.core.tensors import Box, Computed, Entry, Fragment, Portion, Read, Shape, whole
 
 if TYPE_CHECKING:
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 
 # Elements of a merged block: `right` is read anew for each, so a block should have many rows.
 _MERGED_AT_ONCE = 2 << 20
-# Elements of a dequantised block: 1 MiB of float32, which a core's second-level cache holds.
-_DEQUANTISED_AT_ONCE = 1 << 18
-
-#: The types that codes are of. Of e2m1 two lie in a byte, the first in its low half.
-Code = Literal["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float4_e2m1"]
-# OCP Microscaling Formats 1.0: sign, two bits of exponent, one of mantissa.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def computed(source: Computed, like: Entry) -> Entry:
@@ -44,7 +37,8 @@ class LowRank(Computed, frozen=True):
 
     `base` is `[rows, columns]`, `left` `[rows, rank]`, `right` `[rank, columns]` (for a linear
     layer LoRA's B and A). With `magnitude` `[rows]` (DoRA) each row of the sum is then multiplied
-    by its magnitude and divided by its Euclidean norm. Computed in float32, rounded once.
+    by its magnitude and divided by its Euclidean norm; with `by_column`, of a matrix that is stored
+    turned, each column, and `magnitude` is `[columns]`. Computed in float32, rounded once.
     """
 
     base: Entry
@@ -52,6 +46,7 @@ class LowRank(Computed, frozen=True):
     right: Entry
     scaling: float
     magnitude: Entry | None = None
+    by_column: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -78,6 +73,9 @@ class LowRank(Computed, frozen=True):
         if self.magnitude is None:
             return self._sum(box, read)
         (row, column), (rows, columns) = box.offsets, box.sizes
+        if self.by_column:
+            scales = _COLUMN_SCALES.of(self, self.magnitude, read)
+            return self._sum(box, read) * scales[column : column + columns]
         whole_rows = self._sum(Box(box.shape, (row, 0), (rows, box.shape[1])), read)
         scale = read(self.magnitude, Box(box.shape[:1], (row,), (rows,)))
         scale /= np.linalg.norm(whole_rows, axis=1)
@@ -96,118 +94,36 @@ class LowRank(Computed, frozen=True):
         sum_ += delta
         return sum_
 
-
-class Scaled(Computed, frozen=True):
-    """A quantised tensor: each code times the scale of its block.
-
-    `codes` are bytes (uint8) of shape `[..., rows, columns]`, of e2m1 `[..., rows, columns / 2]`.
-    `scales`, of any floating type, has as many dimensions: along each, one scale stands for
-    `block` elements, the last for those that are left. Computed in float32, rounded once.
-    """
-
-    codes: Entry
-    scales: Entry
-    block: Shape
-    code: Code
-
-    @property
-    def shape(self) -> Shape:
-        *leading, columns = self.codes.spec.shape
-        return (*leading, columns * self._per_byte)
-
-    @property
-    def inputs(self) -> tuple[Entry, ...]:
-        return (self.codes, self.scales)
-
-    @property
-    def piece_numel(self) -> int:
-        return _DEQUANTISED_AT_ONCE
-
-    @property
-    def _per_byte(self) -> int:
-        return 2 if self.code == "float4_e2m1" else 1
-
-    def values(self, box: Box, read: Read) -> Array:
-        """Holds the block in float32, its codes and its scales."""
+    def column_scales(self, magnitude: Entry, read: Read) -> Array:
+        """Magnitude over norm of each column: the whole matrix is read for it, block by block."""
         import numpy as np
 
-        found = self._decoded(box, read)
-        ends = tuple(o + n for o, n in zip(box.offsets, box.sizes, strict=True))
-        first = tuple(o // b for o, b in zip(box.offsets, self.block, strict=True))
-        last = tuple(-(-end // b) for end, b in zip(ends, self.block, strict=True))
-        counts = tuple(stop - start for start, stop in zip(first, last, strict=True))
-        scales = read(self.scales, Box(self.scales.spec.shape, first, counts))
-        for dim, (offset, end, block) in enumerate(zip(box.offsets, ends, self.block, strict=True)):
-            if dim == len(box.sizes) - 1 and offset % block == 0 and block > 1:
-                _multiply_columns(found, scales, block)
-                return found
-            edges = np.arange(first[dim], last[dim] + 1) * block
-            scales = np.repeat(scales, np.diff(edges.clip(offset, end)), axis=dim)
-        found *= scales
-        return found
-
-    def _decoded(self, box: Box, read: Read) -> Array:
-        """The elements of `box`, not scaled."""
-        if self._per_byte == 1:
-            codes = read(self.codes, Box(self.codes.spec.shape, box.offsets, box.sizes), UINT8)
-            return _decode(codes, self.code)
-        *offsets, start = box.offsets
-        *sizes, columns = box.sizes
-        first, last = start // 2, -(-(start + columns) // 2)
-        packed = Box(self.codes.spec.shape, (*offsets, first), (*sizes, last - first))
-        both = _decode(read(self.codes, packed, UINT8), self.code)
-        skipped = start - 2 * first
-        return both[..., skipped : skipped + columns]
+        rows, width = self.shape
+        squares = np.zeros(width, np.float64)
+        step = max(1, _MERGED_AT_ONCE // max(width, 1))
+        for row in range(0, rows, step):
+            box = Box(self.shape, (row, 0), (min(step, rows - row), width))
+            squares += np.square(self._sum(box, read), dtype=np.float64).sum(axis=0)
+        scales = read(magnitude, whole((width,)))
+        scales /= np.sqrt(squares).astype(np.float32)
+        return scales
 
 
-def _multiply_columns(values: Array, scales: Array, block: int) -> None:
-    """Scale blocks of columns, the first of them whole; `scales` has the rows of `values`."""
-    full, rest = divmod(values.shape[-1], block)
-    split = full * block
-    blocks = values[..., :split].reshape(*values.shape[:-1], full, block)
-    blocks *= scales[..., :full, None]
-    if rest:
-        values[..., split:] *= scales[..., full:]
+class _ColumnScales:
+    """The columns' scales of the matrix that was asked for last.
 
-
-def _decode(codes: Array, code: Code) -> Array:
-    """Bytes as float32 numbers: of an 8-bit type as many, of e2m1 twice as many columns.
-
-    Two at a time: a table of all pairs of 8-bit codes is 512 KiB, and looking up pairs takes 0.9 ns
-    an element on an AMD EPYC, looking up single ones 1.7, ml_dtypes' own cast 5.8.
+    The blocks of one are filled one after another, by several threads; each would read it anew.
     """
-    import numpy as np
 
-    pairs = _pairs(code)
-    *leading, columns = codes.shape
-    if code == "float4_e2m1":
-        out = np.empty((*leading, columns * 2), np.float32)
-        np.take(pairs, codes.reshape(-1), out=out.reshape(-1).view(np.uint64), mode="clip")
-        return out
-    out = np.empty(codes.shape, np.float32)
-    flat, found = codes.reshape(-1), out.reshape(-1)
-    even = len(flat) // 2 * 2
-    twos = flat[:even].view(np.uint16)
-    np.take(pairs, twos, out=found[:even].view(np.uint64), mode="clip")
-    if even < len(flat):
-        # The pair of a code with itself.
-        found[even] = pairs[int(flat[even]) * 257 : int(flat[even]) * 257 + 1].view(np.float32)[0]
-    return out
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: tuple[LowRank, Array] | None = None
+
+    def of(self, update: LowRank, magnitude: Entry, read: Read) -> Array:
+        with self._lock:
+            if self._last is None or self._last[0] is not update:
+                self._last = (update, update.column_scales(magnitude, read))
+            return self._last[1]
 
 
-@lru_cache(maxsize=8)
-def _pairs(code: Code) -> Array:
-    """The two float32 numbers of each pair of codes, as one 64-bit word."""
-    import ml_dtypes
-    import numpy as np
-
-    if code == "float4_e2m1":
-        single = np.array([*_E2M1, *(-value for value in _E2M1)], np.float32)
-        both = np.arange(256)
-        low, high = single[both & 0xF], single[both >> 4]
-    else:
-        scalar: type = getattr(ml_dtypes, code)
-        single = np.arange(256, dtype=np.uint8).view(scalar).astype(np.float32)
-        low, high = single[np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(-1, 2)].T
-    table: Array = np.stack([low, high], axis=1).view(np.uint64).reshape(-1)
-    return table
+_COLUMN_SCALES = _ColumnScales()

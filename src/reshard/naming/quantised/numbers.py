@@ -15,9 +15,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.core import rearrange
-from reshard.core.arithmetic import Code, Scaled, computed
+from reshard.core.arithmetic import computed
 from reshard.core.dtypes import BFLOAT16, FLOAT32, UINT8, DType
 from reshard.core.findings import Finding
+from reshard.core.scaled import Code, Scaled
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.naming.quantised.mx import BLOCK, E8M0, are_mx
