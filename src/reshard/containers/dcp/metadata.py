@@ -23,6 +23,8 @@ from reshard.core.tensors import MAX_DIMS, MAX_NUMEL, Shape
 from reshard.errors import FormatError, brief
 
 Path = tuple[str, ...]
+# Steps of a path in the state dict: nested dicts have about five.
+MAX_STEPS = 128
 
 
 class Location(Struct, frozen=True):
@@ -166,6 +168,8 @@ class _Parser:
             path = planned.get(key, (key,))
             if not isinstance(path, tuple) or not path or set(map(type, path)) - {str, int}:
                 raise self._broken("its path in the state dict is not of names and numbers", key)
+            if len(path) > MAX_STEPS:
+                raise self._broken(f"its path in the state dict has {len(path)} steps", key)
             paths[key] = tuple(str(step) for step in path)
         return paths
 
