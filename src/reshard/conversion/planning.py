@@ -33,7 +33,7 @@ class Job(Struct, frozen=True):
     plan: Plan
 
 
-def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
+def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str]) -> Job:
     """The plan of a conversion, or the error that stands in its way; no byte is written.
 
     With `strict` a finding of the source's reader is an error.

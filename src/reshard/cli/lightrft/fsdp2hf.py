@@ -9,25 +9,24 @@ import click
 
 from reshard.cli import output
 from reshard.cli.app import HELP, run
-from reshard.cli.flags import FolderOrFile, debug, option
+from reshard.cli.flags import Command, FolderOrFile, debug, flag
 from reshard.cli.lightrft import expect
+from reshard.conversion.declared import CONVERT
 
 _PATH = FolderOrFile()
 
 
-@click.command(context_settings=HELP)
+@click.command(cls=Command, context_settings=HELP)
 @click.option("--hf_base", type=_PATH, required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--checkpoint_dir", type=_PATH, required=True,
               help="The folder with .metadata and the .distcp files.")  # fmt: skip
 @click.option("--output_dir", type=_PATH, required=True,
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
-@click.option("--prefix", help="The model's part of a nested state dict; default: found by itself.")
-@option("fill_from_base", is_flag=True,
-        help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
-@click.option("--lora-alpha", type=float,
-              help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
+@flag(CONVERT["prefix"])
+@flag(CONVERT["fill_from_base"])
+@flag(CONVERT["lora_alpha"])
+@flag(CONVERT["overwrite"])
 @debug
 def command(
     hf_base: Path,

@@ -9,28 +9,27 @@ import click
 
 from reshard.cli import output
 from reshard.cli.app import HELP, run
-from reshard.cli.flags import FolderOrFile, debug
+from reshard.cli.flags import Command, FolderOrFile, debug, flag
 from reshard.cli.lightrft import expect
-from reshard.conversion.options import NAMES
+from reshard.conversion.declared import CONVERT
+from reshard.conversion.options import Names
 
 _PATH = FolderOrFile()
 
 
-@click.command(context_settings=HELP)
+@click.command(cls=Command, context_settings=HELP)
 @click.option("--hf_checkpoint", type=_PATH, required=True,
               help="The Hugging Face model folder.")  # fmt: skip
 @click.option("--output", "target", type=_PATH, required=True,
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
-@click.option("--names", type=click.Choice(NAMES), default="disk", show_default=True,
-              help="memory: as a live module names its tensors, for dcp.load.")  # fmt: skip
-@click.option("--transformers-version", metavar="V",
-              help="Whose live module; default: the installed one.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
+@flag(CONVERT["names"])
+@flag(CONVERT["transformers_version"])
+@flag(CONVERT["overwrite"])
 @debug
 def command(
     hf_checkpoint: Path,
     target: Path,
-    names: str,
+    names: Names,
     transformers_version: str | None,
     overwrite: bool,
 ) -> None:
