@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from reshard.core.tensors import Entry
 from reshard.errors import IncompleteError, NamesError
-from reshard.naming import Fit, FitOptions, Schema, fit
+from reshard.naming import FitOptions, NameMap, Schema, identity
 from reshard.naming.rewards import (
     Parts,
     RewardHeads,
@@ -29,6 +29,7 @@ from reshard.naming.rewards import (
 from tests.naming import tables
 from tests.naming.lightrft_models import Critic, ScalarRewardModel, Wrapper, rewards_from
 from tests.naming.make_layouts import FAMILIES, build
+from tests.naming.tables import Fitted, fit
 
 WIDTH = 32
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -44,7 +45,7 @@ class Saved:
         self.entries = tables.entries({name: array.shape for name, array in state.items()})
         self.content = tables.files(state)
 
-    def export(self, folder: Path, found: Fit, schema: Schema) -> None:
+    def export(self, folder: Path, found: Fitted, schema: Schema) -> None:
         """Write a fit as a model folder, its config patched."""
         config = {**schema.config, "architectures": ["any"], **found.config_patches}
         (folder / "config.json").write_text(json.dumps(config))
@@ -129,7 +130,8 @@ def test_a_critic_is_a_classifier_of_one_label(head: str, tmp_path: Path) -> Non
     patches = classifier_patches(["LlamaForCausalLM"])
     assert patches is not None
     entries = {**found.entries, "score.weight": parts.value}
-    saved.export(tmp_path, Fit(entries, config_patches=patches), schema)
+    whole = NameMap(identity(entries), config_patches=patches)
+    saved.export(tmp_path, Fitted(entries, whole), schema)
     loaded, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path, output_loading_info=True, dtype=torch.float32
     )

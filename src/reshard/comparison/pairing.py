@@ -264,7 +264,7 @@ def _left(
     # What a module computes from its config is in no file of a released model.
     dropped = [
         Difference(name, "only in the first", shown.get(name, ""), "")
-        for name in made.fit.dropped
+        for name in made.name_map.dropped
         if not matches_any(CONSTANTS, name)
     ]
     said = {found.name for found in dropped if allowed.allows(found.name)}

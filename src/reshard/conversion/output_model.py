@@ -26,7 +26,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
-from reshard.naming import Fit, FitOptions, fit
+from reshard.naming import FitOptions, NameMap, apply, fit, identity
 from reshard.naming.fit import Equal
 from reshard.naming.lora import config as adapter_config
 from reshard.naming.lora.find import AdapterConfig, holds_adapters, separate, without_peft
@@ -69,7 +69,7 @@ class Side(Struct, frozen=True):
 
 
 class Export(Struct, frozen=True):
-    """Everything that a conversion writes, by what it is; `fit` says how the names were found.
+    """Everything that a conversion writes, by what it is; `name_map` says how the names were found.
 
     `missing` are tensors of the base that are not written, `filled` those that are copied from
     it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales. With
@@ -78,7 +78,7 @@ class Export(Struct, frozen=True):
     """
 
     model: Sequence[Target]
-    fit: Fit
+    name_map: NameMap
     sides: tuple[Side, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
     patches: Mapping[str, object] = field(default_factory=dict)
@@ -101,7 +101,7 @@ def plain(catalog: Catalog, options: Options) -> Export:
     tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
     return Export(
         model=choose(list(kept.items()), {}, options.dtype),
-        fit=Fit(kept, tied=tied),
+        name_map=NameMap(identity(kept), tied=tied),
         missing=tuple(name for name in catalog.entries if name not in kept),
         findings=(_UNMERGED,) if options.to == "hf" and holds_adapters(kept) else (),
         assets=False,
@@ -157,7 +157,7 @@ class _Export:
             return None
         return classifier_patches(self._base.config.get("architectures") or ())
 
-    def _fitted(self, compare: Equal | None) -> Fit:
+    def _fitted(self, compare: Equal | None) -> NameMap:
         parts = self._parts
         scalar = parts.rewards is not None and not _has_head(parts.backbone)
         try:
@@ -241,7 +241,7 @@ class _Export:
             targets = ()
         return Export(
             model=targets,
-            fit=found,
+            name_map=found,
             sides=tuple(sides),
             texts=tuple(texts),
             patches={**found.config_patches, **(self._classifier or {})},
@@ -256,7 +256,7 @@ class _Export:
     def _model(self) -> tuple[list[tuple[str, Entry]], tuple[str, ...], tuple[str, ...]]:
         """The model's tensors, the names filled from the base, and those left out."""
         options, found = self._options, self._fit
-        made: dict[str, Entry] = {**found.entries, **self._updates}
+        made: dict[str, Entry] = {**apply(found.outputs, self._parts.backbone), **self._updates}
         absent = list(found.filled)
         if options.exclude_frozen:
             frozen = [name for name, entry in made.items() if entry.kind == "frozen"]

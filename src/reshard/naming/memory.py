@@ -15,6 +15,7 @@ from reshard.errors import PlanError, UnsupportedError
 from reshard.naming import families, patterns, ties
 from reshard.naming.assemble import Assembler
 from reshard.naming.layouts import Effect, Names, Piece, Reading, Stacked, Version, View
+from reshard.naming.name_map import apply
 from reshard.naming.schema import (
     backbone_part,
     bare_layout,
@@ -51,8 +52,10 @@ def to_memory(
     wanted: dict[str, list[tuple[Piece, Piece]]] = {}
     for hub, piece in _place({hub: piece.shape for hub, piece in pieces.items()}, view).items():
         wanted.setdefault(piece.name, []).append((piece, pieces[hub]))
-    assembler = Assembler(entries)
-    return {name: assembler.build(name, pairs) for name, pairs in wanted.items()}
+    shapes = {name: entry.spec.shape for name, entry in entries.items()}
+    assembler = Assembler(shapes, {name: name for name in entries})
+    outputs = {name: assembler.arrange(pairs) for name, pairs in wanted.items()}
+    return apply(outputs, entries)
 
 
 def memory_view(config: Mapping[str, Any], version: Version) -> View:
