@@ -9,6 +9,7 @@ import click
 
 from reshard.cli import output
 from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
+from reshard.cli.interrupts import writes
 from reshard.comparison.declared import DIFF, VERIFY
 from reshard.conversion.declared import CONVERT
 from reshard.inspection import INSPECT
@@ -35,6 +36,7 @@ _EXAMPLES = (
 @flags(CONVERT.values())
 @_json
 @debug
+@writes("target")
 def convert(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SRC into the folder DST."""
     from reshard.conversion.convert import convert as run

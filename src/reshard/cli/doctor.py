@@ -9,6 +9,7 @@ import click
 
 from reshard.cli import output
 from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
+from reshard.cli.interrupts import writes
 from reshard.diagnosis.declared import DOCTOR
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _PATH = FolderOrFile()
 @flags(DOCTOR.values())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @debug
+@writes("repair")
 def doctor(folder: Path, as_json: bool, **options: Any) -> int:
     """Find what is wrong with the exported model in DIR, and mend it.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from reshard.cli import output
-from reshard.cli.app import HELP, run
+from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import Command, FolderOrFile, debug, flag, option
+from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
 from reshard.conversion.declared import CONVERT
 from reshard.naming.rewards import ModelType, Pooling
@@ -35,6 +35,7 @@ _PATH = FolderOrFile()
 @flag(CONVERT["lora_alpha"])
 @flag(CONVERT["overwrite"])
 @debug
+@writes("output_dir")
 def command(
     checkpoint_dir: Path,
     output_dir: Path,
@@ -78,4 +79,4 @@ def command(
 
 def main() -> None:
     """The console command `ds2hf`."""
-    sys.exit(run(command))
+    end(run(command))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from reshard.cli import output
-from reshard.cli.app import HELP, run
+from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import Command, FolderOrFile, debug, flag
+from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
 from reshard.conversion.declared import CONVERT
 
@@ -28,6 +28,7 @@ _PATH = FolderOrFile()
 @flag(CONVERT["lora_alpha"])
 @flag(CONVERT["overwrite"])
 @debug
+@writes("output_dir")
 def command(
     hf_base: Path,
     checkpoint_dir: Path,
@@ -63,4 +64,4 @@ def command(
 
 def main() -> None:
     """The console command `fsdp2hf`."""
-    sys.exit(run(command))
+    end(run(command))

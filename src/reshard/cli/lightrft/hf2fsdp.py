@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from reshard.cli import output
-from reshard.cli.app import HELP, run
+from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import Command, FolderOrFile, debug, flag
+from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
 from reshard.conversion.declared import CONVERT
 from reshard.conversion.options import Names
@@ -26,6 +26,7 @@ _PATH = FolderOrFile()
 @flag(CONVERT["transformers_version"])
 @flag(CONVERT["overwrite"])
 @debug
+@writes("target")
 def command(
     hf_checkpoint: Path,
     target: Path,
@@ -57,4 +58,4 @@ def command(
 
 def main() -> None:
     """The console command `hf2fsdp`."""
-    sys.exit(run(command))
+    end(run(command))
