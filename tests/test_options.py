@@ -58,7 +58,7 @@ TAKEN: dict[str, set[str]] = {
     "to": set(), "dtype": set(), "names": set(), "lora": set(), "model_type": set(),
     "pooling_method": set(), "srm_format": set(), "transformers_version": {"'1'"},
     "max_shard_size": {"1", "'1'", "huge"}, "threads": {"1"},
-    "probing_layer": {"0", "1", "-1", "huge"},
+    "consumed_samples": {"0", "1"}, "probing_layer": {"0", "1", "-1", "huge"},
     "lora_alpha": {"1", "1.5"}, "overwrite": _FLAG, "verify": _FLAG, "dry_run": _FLAG,
     "scale_for_train": _FLAG, "exclude_frozen": _FLAG, "fill_from_base": _FLAG,
     "allow_unchanged": _FLAG, "allow_step_mismatch": _FLAG, "strict": {*_FLAG, "no list"},
@@ -91,6 +91,8 @@ def test_a_wrong_value_is_an_option_error_that_names_the_option(
     for label, value in VALUES.items():
         taken = label in TAKEN[name] or (value is None and option.default is None)
         given = {**needed, name: value}
+        if name == "consumed_samples":
+            given["to"] = "dcp"
         if taken and not (value is None and option.required):
             with pytest.raises(reshard.ReshardError) as caught:
                 function(**given)
@@ -173,7 +175,7 @@ def test_what_is_stated_is_read_again() -> None:
     """reshard.json's options go through the same kinds."""
     given = {"source": "a", "target": "b", "base": "c", "allow": ["x.*"], "lora": "both",
              "exclude_frozen": True, "adapter": "a", "value_head": "v",
-             "srm_format": "split"}  # fmt: skip
+             "srm_format": "split", "names": "disk"}  # fmt: skip
     options, _ = parsed(given)
     plain, _ = parsed({"source": "a", "target": "b", "base": "c"})
     assert restated(plain, options.stated(), {}).stated() == options.stated()

@@ -16,7 +16,7 @@ from reshard.conversion import manifest
 from reshard.conversion.declared import CONVERT, parsed
 from reshard.conversion.destination import Replaced, check_apart, check_destination
 from reshard.conversion.execute import Writing, carry_out
-from reshard.conversion.options import DTypeChoice, Lora, Names, Options, SrmFormat, To
+from reshard.conversion.options import DTypeChoice, Lora, Names, SrmFormat, To
 from reshard.conversion.planning import Job, prepare
 from reshard.conversion.report import Report
 from reshard.core.findings import Finding
@@ -44,15 +44,16 @@ def convert(
     pooling_method: Pooling | None = None,
     scale_for_train: bool | None = None,
     heads_types: Sequence[str] | None = None,
-    probing_layer: int = -1,
+    probing_layer: int | None = None,
     value_head: str | None = None,
     srm_format: SrmFormat = "both",
     lora: Lora | None = None,
     lora_alpha: float | None = None,
     adapter_config: PathLike | None = None,
     adapter: str | None = None,
-    names: Names = "disk",
+    names: Names | None = None,
     transformers_version: str | None = None,
+    consumed_samples: int | None = None,
     exclude_frozen: bool = False,
     fill_from_base: bool = False,
     allow: Sequence[str] = (),
@@ -93,17 +94,17 @@ def convert(
         copied = sum(asset.path.stat().st_size for asset in job.plan.assets)
         check_space(options.target, job.plan.bytes_to_write + copied)
         if running.dry_run:
-            return _report(job, options, time.monotonic() - began, replaced)
+            return _report(job, time.monotonic() - began, replaced)
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
-            return _manifest(job, options, outcome.digests, sources)
+            return _manifest(job, outcome.digests, sources)
 
         writing = Writing(running.threads, running.overwrite, running.verify, running.progress)
         records = job.catalog.records
         outcome = carry_out(job.plan, sources, records, options.target, writing, render=render)
     seconds = time.monotonic() - began
-    return _report(job, options, seconds, replaced, outcome, verified=running.verify)
+    return _report(job, seconds, replaced, outcome, verified=running.verify)
 
 
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
@@ -117,9 +118,7 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
         )
 
 
-def _manifest(
-    job: Job, options: Options, digests: Mapping[tuple[str, str], str], sources: Sources
-) -> bytes:
+def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:
     exported = job.export
     names = {
         "prefix": exported.name_map.prefix,
@@ -130,6 +129,7 @@ def _manifest(
         "unexpected": list(exported.name_map.dropped),
         "merged": exported.merged,
         "transformers_version": exported.live,
+        "aliases": {name: target.spec.name for target in exported.model for name in target.aliases},
         "lora": None if exported.scaling is None else asdict(exported.scaling),
     }
     model = manifest.state([target.spec for target in exported.model], "", digests)
@@ -137,16 +137,13 @@ def _manifest(
         side.name: manifest.state([t.spec for t in side.targets], side.name, digests)
         for side in exported.sides
     }
-    catalog = job.catalog
+    catalog, stated = job.catalog, job.options.stated()
     files = manifest.listed(job.plan, sources)
-    return manifest.render(
-        catalog.format, catalog.origin, options.stated(), names, model, beside, files
-    )
+    return manifest.render(catalog.format, catalog.origin, stated, names, model, beside, files)
 
 
 def _report(
     job: Job,
-    options: Options,
     seconds: float,
     replaced: Replaced | None,
     outcome: Outcome | None = None,
@@ -162,8 +159,8 @@ def _report(
         findings.extend(outcome.findings)
     exported = job.export
     return Report(
-        source=os.fspath(options.source),
-        target=os.fspath(options.target),
+        source=os.fspath(job.options.source),
+        target=os.fspath(job.options.target),
         format=job.catalog.format,
         tag=job.catalog.origin.tag,
         num_tensors=len(exported.model) or sum(len(side.targets) for side in exported.sides),

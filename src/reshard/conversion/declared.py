@@ -115,18 +115,29 @@ CONVERT = table(
     Option(
         "names",
         Choice(NAMES),
-        "disk: as in the files of released models; memory: as a live module has them, for "
-        "dcp.load.",
-        "disk",
+        "all: each tensor by its name on disk and by those that live modules of any transformers "
+        "version ask for (default with --to dcp, where the model's config is at hand); disk: as in "
+        "the files of released models (else the default); memory: as the live module of one "
+        "version has them.",
         group="Output",
     ),
     Option(
         "transformers_version",
         Parsed(parse_version),
         "With --names memory: the version that will load the output; default: the installed one. "
-        "Else: the version used in training, needed only where an error asks for it.",
+        "With --names all: a version that must be among them. Else: the version used in training, "
+        "needed only where an error asks for it.",
         group="Output",
         metavar="V",
+    ),
+    Option(
+        "consumed_samples",
+        Integer(0, (1 << 63) - 1),
+        "With --to dcp: write client_state.pt, which LightRFT's load_ckpt needs: how many samples "
+        "the run has used up; 0 for a new one.",
+        group="Output",
+        metavar="N",
+        underscored=True,
     ),
     THREADS,
     Option(
@@ -184,8 +195,7 @@ CONVERT = table(
         "probing_layer",
         Integer(),
         "The hidden state that a scalar reward model reads, which a checkpoint does not hold; it "
-        "is recorded.",
-        -1,
+        "is recorded. Default: -1, as LightRFT's.",
         group="Reward models and critics",
         metavar="N",
         needs_base=True,
@@ -194,7 +204,7 @@ CONVERT = table(
     Option(
         "value_head",
         Text(),
-        "The name of a critic's head; default: score.",
+        "The name of a critic's head, e.g. value_head; score and v_head are found.",
         group="Reward models and critics",
         metavar="NAME",
         needs_base=True,
@@ -307,6 +317,7 @@ class Running(Struct, frozen=True):
 def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
     """The options of a conversion, from their keywords. Raises `OptionError`."""
     values = parse(CONVERT, given)
+    _check_target(values)
     if values["base"] is None:
         _check_needs_no_base(values)
     options = Options(
@@ -336,12 +347,30 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
         ),
         names=values["names"],
         transformers_version=values["transformers_version"],
+        consumed_samples=values["consumed_samples"],
     )
     running = Running(
         threads=workers(values["threads"]),
         **{name: values[name] for name in Running.__struct_fields__ if name != "threads"},
     )
     return options, running
+
+
+def _check_target(values: Mapping[str, Any]) -> None:
+    """Refuse options that the target format has no place for."""
+    to = values["to"]
+    if values["names"] == "all" and to not in formats.ALIASING:
+        raise OptionError(
+            "names 'all' gives the same bytes several names, which files of --to hf cannot.",
+            hint="Pass --to dcp, or leave out --names.",
+            option="names",
+        )
+    if values["consumed_samples"] is not None and to != "dcp":
+        raise OptionError(
+            f"consumed_samples: it is written beside a DCP checkpoint, not with --to {to}.",
+            hint="Pass --to dcp, or leave out --consumed-samples.",
+            option="consumed_samples",
+        )
 
 
 def workers(threads: int | None) -> int:

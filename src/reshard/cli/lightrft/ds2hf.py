@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from reshard.cli import output
 from reshard.cli.app import HELP, end, run
@@ -31,7 +32,8 @@ _PATH = FolderOrFile()
 @flag(CONVERT["pooling_method"], default="attn", show_default=True)
 @option("scale_for_train", is_flag=True, help="Scalar reward models: with a logit scale.")
 @flag(CONVERT["probing_layer"])
-@flag(CONVERT["heads_types"], default=("preference",), show_default=True)
+@flag(CONVERT["heads_types"], default=("preference",), show_default="preference")
+@flag(CONVERT["value_head"])
 @flag(CONVERT["lora_alpha"])
 @flag(CONVERT["overwrite"])
 @debug
@@ -46,8 +48,9 @@ def command(
     model_type: ModelType,
     pooling_method: Pooling,
     scale_for_train: bool,
-    probing_layer: int,
+    probing_layer: int | None,
     heads_types: tuple[str, ...],
+    value_head: str | None,
     lora_alpha: float | None,
     overwrite: bool,
 ) -> None:
@@ -55,6 +58,9 @@ def command(
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
 
+    said = click.get_current_context().get_parameter_source("model_type")
+    if value_head is not None and said is ParameterSource.DEFAULT:
+        model_type = "critic"
     expect(checkpoint_dir, "deepspeed", "torch")
     with output.progress_bar() as progress:
         report = convert(
@@ -69,6 +75,7 @@ def command(
             scale_for_train=scale_for_train,
             probing_layer=probing_layer,
             heads_types=heads_types,
+            value_head=value_head,
             lora_alpha=lora_alpha,
             allow_unchanged=True,
             overwrite=overwrite,

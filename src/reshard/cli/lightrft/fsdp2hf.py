@@ -25,6 +25,9 @@ _PATH = FolderOrFile()
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
 @flag(CONVERT["prefix"])
 @flag(CONVERT["fill_from_base"])
+@flag(CONVERT["probing_layer"])
+@flag(CONVERT["heads_types"])
+@flag(CONVERT["value_head"])
 @flag(CONVERT["lora_alpha"])
 @flag(CONVERT["overwrite"])
 @debug
@@ -35,6 +38,9 @@ def command(
     output_dir: Path,
     prefix: str | None,
     fill_from_base: bool,
+    probing_layer: int | None,
+    heads_types: tuple[str, ...],
+    value_head: str | None,
     lora_alpha: float | None,
     overwrite: bool,
 ) -> None:
@@ -54,6 +60,9 @@ def command(
             base=hf_base,
             prefix=prefix,
             fill_from_base=fill_from_base,
+            probing_layer=probing_layer,
+            heads_types=heads_types,
+            value_head=value_head,
             lora_alpha=lora_alpha,
             allow_unchanged=True,
             overwrite=overwrite,

@@ -24,20 +24,22 @@ _PATH = FolderOrFile()
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
 @flag(CONVERT["names"])
 @flag(CONVERT["transformers_version"])
+@flag(CONVERT["consumed_samples"])
 @flag(CONVERT["overwrite"])
 @debug
 @writes("target")
 def command(
     hf_checkpoint: Path,
     target: Path,
-    names: Names,
+    names: Names | None,
     transformers_version: str | None,
+    consumed_samples: int | None,
     overwrite: bool,
 ) -> None:
     """Convert a Hugging Face model to a PyTorch DCP checkpoint.
 
     `torch.distributed.checkpoint.load` reads it into plain tensors, FSDP1 and FSDP2 models, at any
-    world size. Names and dtypes stay as they stand in the safetensors files.
+    world size. Dtypes stay as they stand in the safetensors files.
     """
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
@@ -50,6 +52,7 @@ def command(
             to="dcp",
             names=names,
             transformers_version=transformers_version,
+            consumed_samples=consumed_samples,
             overwrite=overwrite,
             progress=progress,
         )
