@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import reshard
 from reshard.cli.lightrft import hf2fsdp
+from reshard.conversion.options import To
 from tests.models import child, released
 
 MODELS = ("qwen2_5_vl", "qwen2_5_vl_tied", "llama_tied")
