@@ -10,8 +10,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-from msgspec.structs import asdict
-
 from reshard.conversion import manifest
 from reshard.conversion.declared import CONVERT, parsed
 from reshard.conversion.destination import Replaced, check_apart, check_destination
@@ -130,7 +128,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         "merged": exported.merged,
         "transformers_version": exported.live,
         "aliases": {name: target.spec.name for target in exported.model for name in target.aliases},
-        "lora": None if exported.scaling is None else asdict(exported.scaling),
+        "lora": None if exported.scaling is None else exported.scaling.to_json(),
     }
     model = manifest.state([target.spec for target in exported.model], "", digests)
     beside = {
