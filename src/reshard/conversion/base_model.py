@@ -11,20 +11,22 @@ from typing import Any
 
 from msgspec import Struct
 
-from reshard.conversion.quantised import base_numbers, without_descriptions
 from reshard.core.catalog import Asset
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, NotFoundError, ReshardError
 from reshard.formats import Selection, huggingface
 from reshard.naming import Schema
-from reshard.naming.quantised import Numbers
+from reshard.naming.quantised import Numbers, numbers, refused, statement
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, cached, snapshot
 
 CONFIG = "config.json"
 # The keys under which a config states the dtype of the weights, before and since transformers 4.56.
 _DTYPE_KEYS = ("torch_dtype", "dtype")
+
+# What describes the codes of a model beside config.json: ModelOpt's, AutoGPTQ's, AutoAWQ's files.
+_OF_CODES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 class Base(Struct, frozen=True):
@@ -69,11 +71,18 @@ def read_base(folder: Path, sources: Sources) -> Base:
         )
     catalog = huggingface.read(folder, sources, Selection())
     try:
-        tensors = base_numbers(catalog.entries, config)
+        tensors = _numbers(catalog.entries, config)
     except ReshardError as error:
         error.path = error.path or os.fspath(folder)
         raise
     return as_base(folder, tensors, config, catalog.assets)
+
+
+def _numbers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Numbers:
+    kind = refused(entries, statement(config))
+    if kind is not None:
+        raise kind.error("Name the unquantised release that it was made from as the base.")
+    return numbers(entries, config)
 
 
 def as_base(
@@ -81,7 +90,7 @@ def as_base(
 ) -> Base:
     """The base model of a folder, given its tensors as numbers."""
     quantised = tensors if tensors.kinds or tensors.stated else None
-    kept = without_descriptions(assets) if quantised else assets
+    kept = tuple(a for a in assets if not (quantised and a.name in _OF_CODES))
     return Base(folder, tensors.entries, config, kept, quantised)
 
 

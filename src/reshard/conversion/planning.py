@@ -16,7 +16,6 @@ from reshard.conversion import live_names, output_model
 from reshard.conversion.base_model import (
     CONFIG,
     Base,
-    as_base,
     dtype_patches,
     patched_config,
     quantisation_paths,
@@ -25,14 +24,13 @@ from reshard.conversion.base_model import (
 from reshard.conversion.dtypes import Target
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
-from reshard.conversion.quantised import config_of, source_numbers
+from reshard.conversion.quantised import as_numbers, dequantised, itself
 from reshard.core.catalog import Asset, Catalog
-from reshard.core.findings import Finding
+from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
-from reshard.errors import PlanError, ReshardError
+from reshard.errors import PlanError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
-from reshard.naming.quantised import Numbers
 from reshard.storage.local import Sources
 from reshard.transfer.commit import check_space
 
@@ -46,22 +44,18 @@ class Job(Struct, frozen=True):
     plan: Plan
 
 
-def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
+def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str]) -> Job:
     """The plan of a conversion, or the error that stands in its way; no byte is written.
 
-    With `strict` a finding of the source's reader is an error.
+    With `strict` a finding is an error: any warning, or those of the codes given.
     """
     catalog = locate.read(options.source, sources, options.selection)
-    serious = [found for found in catalog.findings if found.severity != "info"]
-    if strict and serious:
-        raise PlanError(
-            f"--strict was passed, and there is a finding: {serious[0]}", path=options.source
-        )
+    _check_strict(catalog.findings, options, strict)
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
     base = None if options.base is None else read_base(options.base, sources)
-    catalog, found = _as_numbers(catalog, base, options, sources)
     options = replace(options, names=live_names.chosen(options, catalog, base))
+    catalog, found = as_numbers(catalog, base, options, sources)
     made = exported(catalog, base, options, sources)
     # Before the files are laid out: of a few petabytes, as a damaged file may state, that is long.
     check_space(options.target, sum(target.spec.nbytes for target in made.model))
@@ -70,52 +64,35 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
         raise PlanError("nothing is left to write.", path=options.source)
     if options.consumed_samples is not None:
         texts = (*texts, client_state(options.consumed_samples))
-    own = base or _itself(catalog, found, sources)
-    assets, patched, lacking = _assets(made, own, options)
+    assets, patched, lacking = _assets(made, base or itself(catalog, found, sources), options)
     plan = Plan(
         files,
         (*texts, *patched, *made.texts),
         assets,
-        (*catalog.findings, *_dequantised(found, base, made), *made.findings, *lacking),
+        (*catalog.findings, *dequantised(found, base), *made.findings, *lacking),
     )
+    _check_strict(plan.findings, options, strict)
     return Job(options, catalog, made, plan)
 
 
-def _as_numbers(
-    catalog: Catalog, base: Base | None, options: Options, sources: Sources
-) -> tuple[Catalog, Numbers]:
-    """The checkpoint with its quantised weights as numbers."""
-    config = None if base is None else base.config
-    filled = base is not None and (options.fill_from_base or options.lora.mode == "adapter")
-    try:
-        return source_numbers(catalog, sources, config=config, filled=filled)
-    except ReshardError as error:
-        error.path = error.path or str(options.source)
-        raise
-
-
-def _itself(catalog: Catalog, found: Numbers, sources: Sources) -> Base | None:
-    """A Hugging Face model that is converted without a base: its own files go along."""
-    config = config_of(catalog, sources)
-    root = catalog.origin.root
-    return as_base(root, found, config, catalog.assets) if config and root.is_dir() else None
-
-
-def _dequantised(found: Numbers, base: Base | None, made: Export) -> tuple[Finding, ...]:
-    """That weights are written as numbers which are codes in the checkpoint or in the base."""
-    findings = [found.finding("the checkpoint's")] if found.kinds else []
-    if base is not None and base.quantised is not None and made.model:
-        if base.quantised.kinds:
-            findings.append(base.quantised.finding("the base's"))
-        elif base.quantised.stated is not None:
-            findings.append(
-                Finding(
-                    "quantisation-unfounded",
-                    f"the base's config says that its weights are quantised "
-                    f"({base.quantised.stated.title}), and they are not: the output's does not.",
-                )
-            )
-    return tuple(findings)
+def _check_strict(
+    findings: Sequence[Finding], options: Options, strict: bool | Sequence[str]
+) -> None:
+    """Refuse findings of the codes in `strict`, or where it is True all but mere information."""
+    codes = strict if not isinstance(strict, bool) else ()
+    refused = [
+        found
+        for found in findings
+        if found.code in codes or (strict is True and found.severity != "info")
+    ]
+    if refused:
+        more = f" And {len(refused) - 1} more." if len(refused) > 1 else ""
+        raise PlanError(
+            f"--strict was passed, and there is a finding, {refused[0].code}: "
+            f"{refused[0].message}{more}",
+            path=options.source,
+            hint=refused[0].fix or CODES[refused[0].code].fix or None,
+        )
 
 
 def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sources) -> Export:

@@ -11,9 +11,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.core.catalog import Asset, Catalog
+from reshard.conversion.base_model import Base, as_base
+from reshard.conversion.options import Options
+from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry
+from reshard.errors import ReshardError
 from reshard.formats import huggingface
 from reshard.naming.lora.find import holds_adapters
 from reshard.naming.quantised import (
@@ -26,22 +28,11 @@ from reshard.naming.quantised import (
 )
 from reshard.storage.local import Sources
 
-# What describes the codes beside config.json: ModelOpt's, AutoGPTQ's and AutoAWQ's files.
-_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-_BASE_HINT = "Name the unquantised release that it was made from as the base."
 _SOURCE_HINT = "Convert the unquantised release that it was made from."
 _ADAPTERS_HINT = (
     "Its adapters are there: to merge them onto the unquantised (16-bit) model, pass that as "
     "--base with --fill-from-base."
 )
-
-
-def base_numbers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Numbers:
-    """A base model's tensors as numbers. Raises `UnsupportedError` for a kind that is not read."""
-    kind = refused(entries, statement(config))
-    if kind is not None:
-        raise kind.error(_BASE_HINT)
-    return numbers(entries, config)
 
 
 def config_of(catalog: Catalog, sources: Sources) -> Mapping[str, Any]:
@@ -93,6 +84,61 @@ def source_numbers(
     return replace(catalog, entries=found.entries, findings=findings), found
 
 
-def without_descriptions(assets: tuple[Asset, ...]) -> tuple[Asset, ...]:
-    """The files beside a model, without those that describe its codes."""
-    return tuple(asset for asset in assets if asset.name not in _FILES)
+def as_numbers(
+    catalog: Catalog, base: Base | None, options: Options, sources: Sources
+) -> tuple[Catalog, Numbers]:
+    """The checkpoint of a conversion with its quantised weights as numbers."""
+    config = None if base is None else base.config
+    filled = base is not None and (options.fill_from_base or options.lora.mode == "adapter")
+    try:
+        return source_numbers(catalog, sources, config=config, filled=filled)
+    except ReshardError as error:
+        error.path = error.path or str(options.source)
+        raise
+
+
+def itself(catalog: Catalog, found: Numbers, sources: Sources) -> Base | None:
+    """A Hugging Face model that is converted without a base: its own files go along."""
+    config = config_of(catalog, sources)
+    root = catalog.origin.root
+    return as_base(root, found, config, catalog.assets) if config and root.is_dir() else None
+
+
+def dequantised(found: Numbers, base: Base | None) -> tuple[Finding, ...]:
+    """That weights are written as numbers which are codes in the checkpoint or in the base."""
+    findings = [found.finding("the checkpoint's")] if found.kinds else []
+    quantised = None if base is None else base.quantised
+    if quantised is not None and quantised.kinds:
+        findings.append(quantised.finding("the base's"))
+    elif quantised is not None and quantised.stated is not None:
+        message = (
+            f"the base's config says that its weights are quantised ({quantised.stated.title}), "
+            "and they are not: the output's config does not say so."
+        )
+        findings.append(Finding("quantisation-unfounded", message))
+    return tuple(findings)
+
+
+def compared_as_numbers(
+    first: Catalog, second: Catalog, sources: Sources
+) -> tuple[Catalog, Catalog]:
+    """Two sides with their quantised weights as numbers; codes that are not read, of both sides
+    alike, are compared as they are stored."""
+    kinds = (refused_kind(first, sources), refused_kind(second, sources))
+    if kinds[0] is not None and kinds[1] is not None:
+        return _with_note(first, kinds[0]), _with_note(second, kinds[1])
+    one, mine = source_numbers(first, sources, filled=True)
+    other, theirs = source_numbers(second, sources, filled=True)
+    if mine.kinds and theirs.kinds:
+        # Rounded to bfloat16 they could be equal and their codes or scales not.
+        return replace(one, entries=mine.exact()), replace(other, entries=theirs.exact())
+    return one, other
+
+
+def _with_note(side: Catalog, kind: Refused) -> Catalog:
+    message = (
+        f"its weights are quantised by {kind.title}: codes and scales are compared as they are "
+        "stored."
+    )
+    note = Finding("codes-compared", message, subject=str(side.origin.root))
+    return replace(side, findings=(*side.findings, note))
