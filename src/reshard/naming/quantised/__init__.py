@@ -17,7 +17,7 @@ compressed-tensors 0.20 and bitsandbytes 0.48.
 
 from __future__ import annotations
 
-from reshard.naming.quantised.numbers import Numbers, numbers
+from reshard.naming.quantised.numbers import Numbers, numbers, stale_scales
 from reshard.naming.quantised.refused import Refused, refused, without_codes
 from reshard.naming.quantised.stated import Statement, statement
 
@@ -27,6 +27,7 @@ __all__ = [
     "Statement",
     "numbers",
     "refused",
+    "stale_scales",
     "statement",
     "without_codes",
 ]
