@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from msgspec.structs import asdict
-
 from reshard import formats
 from reshard.conversion import manifest
 from reshard.conversion.destination import Replaced, check_apart, check_destination
@@ -245,7 +243,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         "merged": exported.merged,
         "transformers_version": exported.live,
         "aliases": {name: target.spec.name for target in exported.model for name in target.aliases},
-        "lora": None if exported.scaling is None else asdict(exported.scaling),
+        "lora": None if exported.scaling is None else exported.scaling.to_json(),
     }
     model = manifest.state([target.spec for target in exported.model], "", digests)
     beside = {
