@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-<<<<<<< HEAD
 import os
-=======
 import re
->>>>>>> main
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,15 +16,9 @@ from reshard.conversion.assets import assets
 from reshard.conversion.modules import Module, read_modules
 from reshard.core.catalog import Asset
 from reshard.core.dtypes import DType
-<<<<<<< HEAD
-from reshard.core.tensors import Entry
-from reshard.errors import FormatError, NotFoundError, ReshardError
-from reshard.formats import Selection, huggingface
-=======
 from reshard.core.tensors import Entry, Record
-from reshard.errors import FormatError, NotFoundError
+from reshard.errors import FormatError, NotFoundError, ReshardError
 from reshard.formats import Selection, huggingface, torch_state_dict
->>>>>>> main
 from reshard.naming import Schema
 from reshard.naming.quantised import Numbers, numbers, refused, statement
 from reshard.storage import strict_json
@@ -44,27 +35,21 @@ _OF_CODES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json"
 class Base(Struct, frozen=True):
     """A base model: its tensors, its config, and the files that go along with the weights.
 
-<<<<<<< HEAD
-    Tensors that it stores quantised are the numbers that they stand for; `quantised` says which.
-=======
     `config` is as it should be: `repairs` says, by dotted path, where the file says otherwise.
     `stated_class` is the class that the file names then. `records` are the checksummed stretches
     of its weight files. `modules` have weights of their own in sub-folders.
->>>>>>> main
+    Tensors that it stores quantised are the numbers that they stand for; `quantised` says which.
     """
 
     folder: Path
     entries: Mapping[str, Entry]
     config: Mapping[str, Any]
     assets: tuple[Asset, ...]
-<<<<<<< HEAD
-    quantised: Numbers | None = None
-=======
     repairs: Mapping[str, object] = field(default_factory=dict)
     records: tuple[Record, ...] = ()
     stated_class: str = ""
     modules: tuple[Module, ...] = ()
->>>>>>> main
+    quantised: Numbers | None = None
 
     @property
     def schema(self) -> Schema:
@@ -100,42 +85,32 @@ def read_base(folder: Path, sources: Sources) -> Base:
             hint="Name the folder of the whole original model. What trainers leave beside a "
             "checkpoint (verl's `huggingface/`) is its config and tokenizer alone.",
         )
-<<<<<<< HEAD
-    catalog = huggingface.read(folder, sources, Selection())
     try:
         tensors = _numbers(catalog.entries, config)
     except ReshardError as error:
         error.path = error.path or os.fspath(folder)
         raise
-    return as_base(folder, tensors, config, catalog.assets)
-
-
-def _numbers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Numbers:
-    kind = refused(entries, statement(config))
-    if kind is not None:
-        raise kind.error("Name the unquantised release that it was made from as the base.")
-    return numbers(entries, config)
-
-
-def as_base(
-    folder: Path, tensors: Numbers, config: Mapping[str, Any], assets: tuple[Asset, ...]
-) -> Base:
-    """The base model of a folder, given its tensors as numbers."""
     quantised = tensors if tensors.kinds or tensors.stated else None
-    kept = tuple(a for a in assets if not (quantised and a.name in _OF_CODES))
-    return Base(folder, tensors.entries, config, kept, quantised)
-=======
     repairs, files = _repairs(config), assets(folder)
     return Base(
         folder,
-        catalog.entries,
+        tensors.entries,
         {**config, **repairs},
-        files,
+        tuple(file for file in files if not (quantised and file.name in _OF_CODES)),
         repairs,
         catalog.records,
         str(config["architectures"][0]) if repairs else "",
         read_modules(folder, files, sources),
+        quantised,
     )
+
+
+def _numbers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Numbers:
+    """The tensors as numbers. Raises `UnsupportedError` for codes that are not read."""
+    kind = refused(entries, statement(config))
+    if kind is not None:
+        raise kind.error("Name the unquantised release that it was made from as the base.")
+    return numbers(entries, config)
 
 
 def _repairs(config: Mapping[str, Any]) -> dict[str, object]:
@@ -147,7 +122,6 @@ def _repairs(config: Mapping[str, Any]) -> dict[str, object]:
     plain = [re.sub(r"^FSDP(?=[A-Z])", "", name) if isinstance(name, str) else name
              for name in named]  # fmt: skip
     return {} if plain == named else {"architectures": plain}
->>>>>>> main
 
 
 def main_dtype(base: Base) -> DType:
@@ -161,13 +135,9 @@ def main_dtype(base: Base) -> DType:
 def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
     """The base's config.json with a few fields changed; all else, order included, as it is.
 
-<<<<<<< HEAD
-    `patches` maps dotted paths to values. What states that the weights are quantised is left out:
-    no weight is written as a code. Raises `FormatError` where a path leads nowhere.
-=======
-    `patches` maps dotted paths to values; the base's own repairs are made as well. Raises
-    `FormatError` where a path leads nowhere.
->>>>>>> main
+        `patches` maps dotted paths to values; the base's own repairs are made as well. What states that
+    the weights are quantised is left out: no weight is written as a code. Raises `FormatError`
+    where a path leads nowhere.
     """
     config = strict_json.read_file(base.folder / CONFIG)
     for path, value in {**base.repairs, **patches}.items():

@@ -66,7 +66,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
         raise PlanError("nothing is left to write.", path=options.source)
     if options.consumed_samples is not None:
         texts = (*texts, client_state(options.consumed_samples))
-    assets, patched, lacking = _assets(made, base or itself(catalog, found, sources), options)
+    assets, patched, lacking = _assets(made, base or itself(catalog, sources), options)
     plan = Plan(
         files,
         (*texts, *patched, *made.texts),
@@ -145,25 +145,15 @@ def _assets(
         return (), (), (lacks,)
     if not made.assets:
         return (), (), ()
-<<<<<<< HEAD
-    patches = dict(made.patches)
-    dtype = _stated_dtype(made, base, options)
-    if dtype is not None:
-        patches.update(dtype_patches(base, dtype))
-    if not patches and not quantisation_paths(base):
-        return base.assets, (), ()
-    assets = tuple(asset for asset in base.assets if asset.name != CONFIG)
-    return assets, ((CONFIG, patched_config(base, patches)),), ()
-=======
     findings = _said_of(base)
     patches = {**base.repairs, **made.patches}
-    dtype = _stated_dtype(made, options)
+    dtype = _stated_dtype(made, base, options)
     if dtype is not None:
         patches.update(dtype_patches(base, dtype))
     written = {side.name for side in made.sides}
     modules = [module for module in base.modules if module.file in written]
     assets = tuple(a for a in base.assets if not any(module.owns(a) for module in modules))
-    if not patches:
+    if not patches and not quantisation_paths(base):
         return assets, (), findings
     assets = tuple(asset for asset in assets if asset.name != CONFIG)
     return assets, ((CONFIG, patched_config(base, patches)),), findings
@@ -178,7 +168,6 @@ def _said_of(base: Base) -> tuple[Finding, ...]:
         f"trains; the output's names {base.config['architectures'][0]!r}."
     )
     return (Finding("architecture-repaired", message, subject=CONFIG),)
->>>>>>> main
 
 
 def _stated_dtype(made: Export, base: Base, options: Options) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.conversion.base_model import Base, as_base
+from reshard.conversion.base_model import Base, read_base
 from reshard.conversion.options import Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
@@ -97,11 +97,11 @@ def as_numbers(
         raise
 
 
-def itself(catalog: Catalog, found: Numbers, sources: Sources) -> Base | None:
+def itself(catalog: Catalog, sources: Sources) -> Base | None:
     """A Hugging Face model that is converted without a base: its own files go along."""
-    config = config_of(catalog, sources)
     root = catalog.origin.root
-    return as_base(root, found, config, catalog.assets) if config and root.is_dir() else None
+    whole = root.is_dir() and bool(config_of(catalog, sources))
+    return read_base(root, sources) if whole else None
 
 
 def dequantised(found: Numbers, base: Base | None) -> tuple[Finding, ...]:
