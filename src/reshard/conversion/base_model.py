@@ -135,8 +135,8 @@ def main_dtype(base: Base) -> DType:
 def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
     """The base's config.json with a few fields changed; all else, order included, as it is.
 
-        `patches` maps dotted paths to values; the base's own repairs are made as well. What states that
-    the weights are quantised is left out: no weight is written as a code. Raises `FormatError`
+    `patches` maps dotted paths to values; the base's own repairs are made as well. What states
+    that the weights are quantised is left out: no weight is written as a code. Raises `FormatError`
     where a path leads nowhere.
     """
     config = strict_json.read_file(base.folder / CONFIG)
