@@ -41,7 +41,9 @@ class Catalog(Struct, frozen=True):
     `entries` holds each stored tensor once; other names of the same weights are in
     `Entry.aliases`. `records` are the checksummed stretches of the files, which the engine checks
     as their bytes pass. `findings` are what a user should read, which checkpoint was taken first of
-    all where the path named a folder above it; they change no weight.
+    all where the path named a folder above it; they change no weight. `unshaped` are entries that
+    hold a tensor flattened, whose shape the checkpoint does not state (FSDP1's local state dicts):
+    a base gives them their shapes, see `reshard.naming.flat`.
     """
 
     format: str
@@ -50,6 +52,7 @@ class Catalog(Struct, frozen=True):
     records: tuple[Record, ...] = ()
     assets: tuple[Asset, ...] = ()
     findings: tuple[Finding, ...] = ()
+    unshaped: frozenset[str] = frozenset()
 
     def names(self) -> Iterator[str]:
         """Every name, aliases included."""

@@ -97,6 +97,8 @@ CODES: dict[str, Code] = {
         "warning", "a pickle holds objects that are not data; they were not made"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
+    "replicas-missing": Code(
+        "info", "files of some ranks are missing; the others hold all that they held"),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

@@ -33,6 +33,7 @@ class Selection(Struct, frozen=True):
     tag: str | None = None
     prefix: str | None = None
     allow_step_mismatch: bool = False
+    role: str | None = None
 
 
 class Format(Protocol):
@@ -73,6 +74,7 @@ FORMATS = {
     "dcp": "reshard.formats.dcp",
     "deepspeed": "reshard.formats.deepspeed",
     "huggingface": "reshard.formats.huggingface",
+    "ranks": "reshard.formats.rank_files",
     "torch": "reshard.formats.torch_state_dict",
 }
 
