@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import reshard
 from reshard.core import dtypes
+from reshard.core.arithmetic import LowRank, computed
 from reshard.core.dtypes import DType
-from reshard.core.tensors import Entry, Extent, FileRef, Fragment, LowRank, Made, TensorSpec, whole
+from reshard.core.tensors import Entry, Extent, FileRef, Fragment, TensorSpec, whole
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Reader, fill
@@ -45,7 +46,7 @@ def stored(path: Path, tensor: torch.Tensor, dtype: DType, name: str = "w") -> E
     return Entry(spec, (Fragment(whole(spec.shape), extent, dtype),))
 
 
-def cast(source: Made, target: DType) -> Array:
+def cast(source: Entry, target: DType) -> Array:
     """What the engine makes of a tensor."""
     out = np.empty(source.spec.numel, target.numpy)
     with Sources() as sources:
@@ -191,9 +192,9 @@ def test_a_merged_update_beyond_the_range_is_an_error(tmp_path: Path) -> None:
     def matrix(name: str, value: float, shape: tuple[int, int]) -> Entry:
         return stored(tmp_path / name, torch.full(shape, value), dtypes.FLOAT32, name)
 
-    update = LowRank(
-        matrix("w", 60_000.0, (4, 4)), matrix("b", 100.0, (4, 2)), matrix("a", 100.0, (2, 4)), 1.0
-    )
+    weight = matrix("w", 60_000.0, (4, 4))
+    low_rank = LowRank(weight, matrix("b", 100.0, (4, 2)), matrix("a", 100.0, (2, 4)), 1.0)
+    update = computed(low_rank, weight)
     assert np.isfinite(cast(update, dtypes.FLOAT32)).all()
     with pytest.raises(
         reshard.VerificationError, match="it holds 80000, and the largest float16"

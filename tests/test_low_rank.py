@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from reshard.core import rearrange
+from reshard.core.arithmetic import LowRank, computed
 from reshard.core.dtypes import BFLOAT16, FLOAT32
 from reshard.core.tensors import (
     Box,
@@ -17,10 +18,9 @@ from reshard.core.tensors import (
     Extent,
     FileRef,
     Fragment,
-    LowRank,
-    Made,
     TensorSpec,
     blocks,
+    flat,
     whole,
 )
 from reshard.storage.local import Sources
@@ -38,9 +38,11 @@ def stored(folder: Path, name: str, array: Array) -> Entry:
     return Entry(spec, (fragment,))
 
 
-def evaluate(source: Made, dtype: np.dtype[Any], limit: int) -> Array:
+def evaluate(source: Entry | LowRank, dtype: np.dtype[Any], limit: int) -> Array:
+    if isinstance(source, LowRank):
+        source = computed(source, source.base)
     shape = source.spec.shape
-    out = np.empty(source.spec.numel, dtype)
+    out: Array = np.empty(source.spec.numel, dtype)
     start = 0
     with Sources() as sources:
         reader = Reader(sources, Ledger(()), memoryview(bytearray(1 << 16)))
@@ -84,7 +86,7 @@ def test_an_update_of_nothing_changes_nothing(case: tuple[LowRank, Array]) -> No
 def test_rows_of_an_update(case: tuple[LowRank, Array]) -> None:
     update, exact = case
     box = Box((13, 9), (2, 0), (7, 9))
-    rows = evaluate(rearrange.part(update, box), np.dtype(np.float32), 10)
+    rows = evaluate(rearrange.crop(computed(update, update.base), box), np.dtype(np.float32), 10)
     np.testing.assert_allclose(rows, exact[2:9], rtol=1e-6, atol=1e-6)
 
 
@@ -99,5 +101,34 @@ def test_a_magnitude_scales_every_row_to_it(
     wanted = exact / np.linalg.norm(exact, axis=1, keepdims=True) * magnitude[:, None]
     np.testing.assert_allclose(merged, wanted, rtol=1e-5, atol=1e-6)
     box = Box((13, 9), (2, 0), (7, 9))
-    rows = evaluate(rearrange.part(dora, box), np.dtype(np.float32), limit)
+    rows = evaluate(rearrange.crop(computed(dora, dora.base), box), np.dtype(np.float32), limit)
     np.testing.assert_allclose(rows, wanted[2:9], rtol=1e-5, atol=1e-6)
+
+
+def test_a_computed_matrix_is_cut_turned_and_joined_as_a_stored_one(
+    case: tuple[LowRank, Array],
+) -> None:
+    update, _ = case
+    merged = computed(update, update.base)
+    whole_matrix = evaluate(merged, np.dtype(np.float32), 1000)
+    turned = rearrange.transpose(merged, 0, 1)
+    corner = rearrange.crop(merged, Box((13, 9), (3, 2), (8, 5)))
+    stacked = rearrange.stack([merged, merged])
+    middle = rearrange.select(rearrange.transpose(stacked, 1, 2), 1)
+    joined = rearrange.concat([turned, rearrange.crop(turned, Box((9, 13), (2, 0), (4, 13)))], 0)
+    for made, wanted in (
+        (turned, whole_matrix.T),
+        (corner, whole_matrix[3:11, 2:7]),
+        (stacked, np.stack([whole_matrix, whole_matrix])),
+        (middle, whole_matrix.T),
+        (joined, np.concatenate([whole_matrix.T, whole_matrix.T[2:6]])),
+    ):
+        for limit in (1, 7, 1000):
+            np.testing.assert_allclose(
+                evaluate(made, np.dtype(np.float32), limit), wanted, rtol=1e-6, atol=1e-6
+            )
+        out = np.empty(made.spec.numel - 4, np.float32)
+        with Sources() as sources:
+            reader = Reader(sources, Ledger(()), memoryview(bytearray(1 << 16)))
+            fill(made, flat(made.spec.numel, 3, len(out)), out, reader)
+        np.testing.assert_allclose(out, wanted.reshape(-1)[3:-1], rtol=1e-6, atol=1e-6)

@@ -12,6 +12,7 @@ from msgspec import Struct, field
 from msgspec.structs import asdict
 
 from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.core.tensors import nbytes_read
 from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError
 from reshard.storage.local import Sources
 
@@ -125,7 +126,7 @@ def inspect(
         num_tensors=len(entries),
         num_parameters=sum(e.spec.numel for e in entries if e.kind != "buffer"),
         total_bytes=sum(e.spec.nbytes for e in entries),
-        bytes_to_read=sum(f.extent.nbytes for e in entries for f in e.fragments),
+        bytes_to_read=sum(nbytes_read(entry.fragments) for entry in entries),
         bytes_on_disk=_size(checkpoint.catalog.origin.root),
         dtypes=dict(Counter(e.spec.dtype.name for e in entries)),
         kinds=dict(Counter(t.kind for t in checkpoint.tensors.values())),

@@ -131,7 +131,7 @@ def test_a_flipped_bit_in_the_weights_is_found_by_the_files_own_checksum(
 ) -> None:
     root = copied(oracle, "llama-zero3", workspace)
     checkpoint = reshard.open(root)
-    extent = checkpoint.tensors["model.embed_tokens.weight"].entry.fragments[1].extent
+    extent = checkpoint.tensors["model.embed_tokens.weight"].entry.fragments[1].in_file
     with open(extent.file.path, "r+b") as file:
         file.seek(extent.offset + extent.nbytes // 2)
         byte = file.read(1)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 
@@ -143,9 +144,76 @@ def test_wrong_usage_is_2(models: Models, arguments: list[str]) -> None:
 
 def test_a_failure_is_1_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(reshard, ["try", "nowhere"]) == 1
-    printed = capsys.readouterr().out
-    assert "failed to read the folder: nowhere: there is no such model folder." in printed
+    assert "error: nowhere: there is no such model folder." in capsys.readouterr().err
+    assert not Path("test_results.json").exists()
+    Path("empty").mkdir()
+    assert run(reshard, ["try", "empty"]) == 1
+    assert "failed to read the folder: empty: the folder has no" in capsys.readouterr().out
     assert report()["status"] == "failed"
+
+
+DOORS = [(reshard, ["try"]), (command, ["--model_path"])]
+
+
+@pytest.mark.parametrize(("door", "start"), DOORS, ids=["try", "test_model"])
+def test_a_wrong_path_writes_nothing(
+    models: Models, door: click.Command, start: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = Path("test_results.json")
+    for text in ("precious", Report(model_path="other").to_json()):
+        earlier.write_text(json.dumps(text), encoding="utf-8")
+        assert run(door, [*start, "nope"]) == 1
+        assert run(door, [*start, str(models("causal")), "--compare", "nope"]) == 1
+        assert "nope: there is no such model folder" in capsys.readouterr().err
+        assert json.loads(earlier.read_text("utf-8")) == text
+    assert [path.name for path in Path().iterdir()] == ["test_results.json"]
+
+
+@pytest.mark.parametrize(("door", "start"), DOORS, ids=["try", "test_model"])
+@pytest.mark.parametrize("flag", ["--output_file", "--html"])
+@pytest.mark.parametrize("text", ["precious", "{}", '["x"]', "<html></html>", "\0\1"])
+def test_a_file_that_is_not_a_report_is_never_replaced(
+    door: click.Command,
+    start: list[str],
+    flag: str,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("empty").mkdir()
+    Path("mine").write_text(text, encoding="utf-8")
+    assert run(door, [*start, "empty", flag, "mine"]) == 1
+    assert "mine: this file is not a" in capsys.readouterr().err
+    assert Path("mine").read_text("utf-8") == text
+    assert run(door, [*start, "empty", "--output_file", "new", "--html", "new"]) == 2
+
+
+def test_reports_of_other_models_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        Path(name).mkdir()
+    Path("test_results-3.json").write_text("precious", encoding="utf-8")
+    for model, name in (("one", ""), ("two", "-2"), ("one", ""), ("./two/", "-2")):
+        assert run(reshard, ["try", model]) == 1
+        shown = capsys.readouterr()
+        assert f"report: test_results{name}.json" in shown.out
+    assert "held the report of an earlier run ('two', '20" in shown.err
+    assert report()["model_path"] == "one"
+    Path("three").mkdir()
+    assert run(reshard, ["try", "three"]) == 1
+    assert report("test_results-4.json")["model_path"] == "three"
+    assert Path("test_results-3.json").read_text("utf-8") == "precious"
+    assert run(command, ["--model_path", "two", "--html", "page.html"]) == 1  # as LightRFT's does
+    assert report()["model_path"] == "two"
+    assert run(command, ["--model_path", "two", "--html", "page.html"]) == 1
+
+
+def test_a_report_into_a_link_and_a_device() -> None:
+    Path("empty").mkdir()
+    Path("link.json").symlink_to("real.json")
+    assert run(reshard, ["try", "empty", "--output-file", "link.json"]) == 1
+    assert Path("link.json").is_symlink()
+    assert report("real.json")["status"] == "failed"
+    assert run(reshard, ["try", "empty", "--output-file", os.devnull]) == 1
+    assert Path(os.devnull).is_char_device()
 
 
 @pytest.mark.parametrize(

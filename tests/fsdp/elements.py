@@ -21,7 +21,7 @@ def elements(entry: Entry) -> bytes:
     over = entry.fragments[0].box.shape if entry.fragments else entry.spec.shape
     out = np.zeros(over, word)
     for fragment in entry.fragments:
-        extent, box = fragment.extent, fragment.box
+        extent, box = fragment.in_file, fragment.box
         data = _content(extent.file)[extent.offset : extent.offset + extent.nbytes]
         strides = fragment.strides or contiguous_strides(box.sizes)
         stored = np.lib.stride_tricks.as_strided(

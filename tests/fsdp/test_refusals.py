@@ -135,7 +135,7 @@ def test_short_file(folder: Path, kept: float) -> None:
 
 def test_flipped_bits_are_found_while_converting(folder: Path) -> None:
     entry = reshard.open(folder).tensors[TENSOR].entry
-    extent = entry.fragments[0].extent
+    extent = entry.fragments[0].in_file
     data = bytearray(Path(extent.file.path).read_bytes())
     data[extent.offset] ^= 1
     Path(extent.file.path).write_bytes(data)

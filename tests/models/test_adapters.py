@@ -118,6 +118,32 @@ def test_merged_weights_are_those_of_peft(made: Get, variant: str, tmp_path: Pat
         torch.testing.assert_close(loaded(IDS).logits, run.logits(), rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_are_merged_into_the_tensors_of_a_live_module(tmp_path: Path) -> None:
+    """The updates of listed experts, merged where a live module stacks them."""
+    base = released.write(tmp_path / "base", "qwen3_moe", released.values("qwen3_moe", seed=0))
+    weights = load_file(base / "model.safetensors")
+    names = [n for n in weights if ".experts." in n and n.endswith("up_proj.weight")]
+    generator = torch.Generator().manual_seed(1)
+    state = {name: value for name, value in weights.items() if name not in names}
+    for name in names:
+        rows, columns = weights[name].shape
+        stem = name.removesuffix(".weight")
+        state[f"{stem}.base_layer.weight"] = weights[name]
+        state[f"{stem}.lora_A.default.weight"] = torch.rand(4, columns, generator=generator)
+        state[f"{stem}.lora_B.default.weight"] = torch.rand(rows, 4, generator=generator)
+        a, b = (state[f"{stem}.lora_{side}.default.weight"] for side in "AB")
+        weights[name] = weights[name] + b @ a * 2
+    torch.save({f"base_model.model.{name}": v for name, v in state.items()}, tmp_path / "model.pt")
+    out = tmp_path / "dcp"
+    reshard.convert(tmp_path / "model.pt", out, base=base, to="dcp", names="memory", lora_alpha=8)
+    merged = released.write(tmp_path / "merged", "qwen3_moe", weights)
+    truth = released.load(merged, released.class_of("qwen3_moe")).state_dict()
+    opened = reshard.open(out).tensors
+    assert set(opened) == set(truth)
+    for key, value in truth.items():
+        np.testing.assert_allclose(opened[key].numpy(), value.numpy(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("variant", SETTINGS)
 def test_peft_loads_the_adapter_folder(made: Get, variant: str, tmp_path: Path) -> None:
     run, out = made(variant), tmp_path / "out"

@@ -100,7 +100,7 @@ def origin(found: Entry) -> str:
     assert fragment.box == whole(found.spec.shape)
     assert fragment.strides is None
     assert fragment.extent.nbytes == found.spec.nbytes
-    return fragment.extent.file.path
+    return fragment.in_file.file.path
 
 
 def values(found: Entry, content: Mapping[str, bytes]) -> Array:
@@ -110,7 +110,7 @@ def values(found: Entry, content: Mapping[str, bytes]) -> Array:
     for fragment in found.fragments:
         box, item = fragment.box, fragment.dtype.itemsize
         start = fragment.extent.offset
-        data = content[fragment.extent.file.path][start : start + fragment.extent.nbytes]
+        data = content[fragment.in_file.file.path][start : start + fragment.extent.nbytes]
         strides = fragment.strides or contiguous_strides(box.sizes)
         piece = as_strided(
             np.frombuffer(data, fragment.dtype.numpy),

@@ -14,7 +14,8 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-from reshard.core.tensors import Entry, LowRank
+from reshard.core.arithmetic import LowRank
+from reshard.core.tensors import Entry, Portion
 from reshard.errors import (
     FormatError,
     IncompleteError,
@@ -80,8 +81,12 @@ class Run:
         return {**{name: self.base[name] for name in found.filled}, **merged}
 
 
-def merge(update: LowRank, content: Mapping[str, bytes]) -> tables.Array:
+def merge(merged_entry: Entry, content: Mapping[str, bytes]) -> tables.Array:
     """What the engine does in a stream, here with whole arrays."""
+    (fragment,) = merged_entry.fragments
+    assert isinstance(fragment.extent, Portion)
+    update = fragment.extent.source
+    assert isinstance(update, LowRank)
     left, right = tables.values(update.left, content), tables.values(update.right, content)
     merged: tables.Array = tables.values(update.base, content) + (left @ right) * np.float32(
         update.scaling

@@ -76,5 +76,5 @@ def test_many_experts_in_a_fit() -> None:
     found = fit(tables.entries(stacked, "module.model."), base)
     assert found.entries.keys() == hub.keys()
     (piece,) = found.entries["model.layers.9.mlp.experts.5.up_proj.weight"].fragments
-    assert piece.extent.file.path == "module.model.model.layers.9.mlp.experts.gate_up_proj"
+    assert piece.in_file.file.path == "module.model.model.layers.9.mlp.experts.gate_up_proj"
     assert (piece.extent.offset, piece.extent.nbytes) == ((5 * 12 + 6) * 4, 6 * 4)

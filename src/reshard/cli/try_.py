@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
+from reshard.cli import output
 from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
-from reshard.errors import UnsupportedError
+from reshard.errors import NotFoundError, UnsupportedError
 from reshard.evaluate.options import DTYPES, Options, Sampling
+from reshard.evaluate.places import check_page, free, replacing
+from reshard.storage.local import real
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -120,7 +124,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=FolderOrFile(dir_okay=False),
         default=Path("test_results.json"),
         show_default=True,
-        help="Where the report goes (JSON).",
+        help="Where the report goes (JSON). A file that is not a report is never replaced.",
     ),
     option("html", type=FolderOrFile(dir_okay=False), help="The report as a web page."),
     option(
@@ -142,9 +146,13 @@ def shared_options(function: _F) -> _F:
 def try_model(**given: Any) -> int:
     """Run a converted model: its answers, its speed, its health, and whether it is the same.
 
-    MODEL is a Hugging Face folder. The report goes to a JSON file; the exit code is 0 only if the
-    model loaded, every prompt was answered and nothing that was found is an error.
+    MODEL is a Hugging Face folder. The report goes to a JSON file, by default test_results.json, or
+    test_results-2.json where that is another model's; the exit code is 0 only if the model loaded,
+    every prompt was answered and nothing that was found is an error.
     """
+    context = click.get_current_context()
+    if context.get_parameter_source("output_file") is ParameterSource.DEFAULT:
+        given["output_file"] = free(given["output_file"], given["model"])
     return run_command(**given)
 
 
@@ -162,6 +170,8 @@ def make_options(given: dict[str, Any]) -> Options:
         path: Path | None = given[name]
         if path is not None and not path.absolute().parent.is_dir():
             raise click.UsageError(f"--{name}: there is no folder {path.absolute().parent}.")
+    if given["html"] is not None and real(given["html"]) == real(given["output_file"]):
+        raise click.UsageError("--output_file and --html name the same file.")
     given["chat"] = not given.pop("no_chat")
     given["batch_sizes"] = given["batch_sizes"] or (1,)
     return Options(sampling=sampling, **given)
@@ -179,9 +189,16 @@ def _samples(given: dict[str, Any]) -> bool:
 def run_command(**given: Any) -> int:
     """Run a model as the command line asks, show what comes, and return the exit code.
 
-    Raises `UnsupportedError` where torch or transformers are not installed.
+    Raises `NotFoundError` where there is no model, `WriteError` where the report or the page would
+    replace another file, `UnsupportedError` where torch or transformers are not installed.
     """
     options = make_options(given)
+    for folder in (options.model, options.compare):
+        if folder is not None and not folder.is_dir():
+            raise NotFoundError("there is no such model folder.", path=folder)
+    replaced = replacing(options.output_file)
+    if options.html is not None:
+        check_page(options.html)
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
@@ -200,4 +217,6 @@ def run_command(**given: Any) -> int:
             click.echo(f"Interrupted; {options.output_file} holds what was done.", err=True)
             return 130
     terminal.summarise(report, options)
+    if replaced:
+        output.say(f"note: {replaced}")
     return report.exit_code

@@ -27,7 +27,7 @@ from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG, REWARD_HEAD
 from reshard.conversion.planning import exported
 from reshard.conversion.verification import child_of
 from reshard.core.catalog import Catalog
-from reshard.core.tensors import Entry, Made
+from reshard.core.tensors import Entry, stored
 from reshard.errors import FormatError, NamesError, PlanError
 from reshard.naming import FitOptions
 from reshard.naming.families import CONSTANTS
@@ -196,7 +196,7 @@ def _by_name(
     kept = held.get("", {})
     there = {name: e for e in kept.values() for name in e.names}
     there = {name: there[tie] for name, tie in said.tied.items() if tie in there} | there
-    model: dict[str, Made] = {}
+    model: dict[str, Entry] = {}
     theirs: dict[str, Entry] = {}
     for entry in mine.get("", {}).values():
         if options.exclude_frozen and entry.kind == "frozen":
@@ -221,12 +221,13 @@ def _called(catalog: Catalog, old: str, new: str) -> Catalog:
     return replace(catalog, entries={entry.spec.name: entry for entry in entries})
 
 
-def _check_apart(planned: Mapping[str, Mapping[str, Made]], folder: Path) -> None:
+def _check_apart(planned: Mapping[str, Mapping[str, Entry]], folder: Path) -> None:
     """Refuse to compare a folder with itself: what would be merged into the base's weights."""
     for tensors in planned.values():
         for name, made in tensors.items():
             if any(
-                Path(f.extent.file.path).is_relative_to(folder.absolute()) for f in made.fragments
+                Path(extent.file.path).is_relative_to(folder.absolute())
+                for extent in stored(made.fragments)
             ):
                 raise PlanError(
                     "the checkpoint holds its update only, not the weight that it was merged into.",
@@ -236,18 +237,18 @@ def _check_apart(planned: Mapping[str, Mapping[str, Made]], folder: Path) -> Non
                 )
 
 
-def _planned(made: Export) -> dict[str, dict[str, Made]]:
+def _planned(made: Export) -> dict[str, dict[str, Entry]]:
     """What a conversion writes, by file."""
     parts = {"": _by_target(made.model)} if made.model else {}
     return parts | {side.name: _by_target(side.targets) for side in made.sides}
 
 
-def _by_target(targets: Iterable[Target]) -> dict[str, Made]:
+def _by_target(targets: Iterable[Target]) -> dict[str, Entry]:
     return {target.spec.name: target.source for target in targets}
 
 
 def _pairs(
-    first: Mapping[str, Mapping[str, Made]], second: Mapping[str, Mapping[str, Entry]]
+    first: Mapping[str, Mapping[str, Entry]], second: Mapping[str, Mapping[str, Entry]]
 ) -> list[Pair]:
     """Both sides' files by name; a file of one side alone is a pair with nothing."""
     names = dict.fromkeys((*first, *second))

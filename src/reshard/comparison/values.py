@@ -10,7 +10,7 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, Made, TensorSpec, blocks
+from reshard.core.tensors import Entry, TensorSpec, blocks
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
@@ -77,7 +77,7 @@ class Pair(Struct, frozen=True):
     """
 
     name: str
-    first: Mapping[str, Made]
+    first: Mapping[str, Entry]
     second: Mapping[str, Entry]
 
 
@@ -116,7 +116,7 @@ def described(spec: TensorSpec) -> str:
 
 
 def _difference(
-    name: str, made: Made, other: Entry | None, reader: Reader, buffers: tuple[Array, Array]
+    name: str, made: Entry, other: Entry | None, reader: Reader, buffers: tuple[Array, Array]
 ) -> Difference | None:
     if other is None:
         return Difference(name, "only in the first", described(made.spec), "")

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from reshard.core import dtypes
-from reshard.core.rearrange import flatten
-from reshard.core.tensors import Entry, Made, TensorSpec
+from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import PlanError
 
 #: The values of `--dtype`.
@@ -19,12 +18,12 @@ class Target(Struct, frozen=True):
     """A tensor of the output: what is written, what from, and the base's tensor to compare with."""
 
     spec: TensorSpec
-    source: Made
+    source: Entry
     reference: Entry | None = None
 
 
 def choose(
-    entries: Sequence[tuple[str, Made]], base: Mapping[str, Entry], dtype: str
+    entries: Sequence[tuple[str, Entry]], base: Mapping[str, Entry], dtype: str
 ) -> list[Target]:
     """A target for each entry, in the order given, with the dtype that `--dtype` asks for.
 
@@ -34,7 +33,7 @@ def choose(
     return [_target(name, entry, base.get(name), dtype) for name, entry in entries]
 
 
-def _target(name: str, entry: Made, base: Entry | None, choice: str) -> Target:
+def _target(name: str, entry: Entry, base: Entry | None, choice: str) -> Target:
     stored = entry.spec.dtype
     wanted = stored
     if choice == "base" and base is not None:
@@ -50,4 +49,4 @@ def _target(name: str, entry: Made, base: Entry | None, choice: str) -> Target:
         )
     spec = TensorSpec(name, wanted, entry.spec.shape)
     same_shape = base is not None and base.spec.shape == spec.shape and base.spec.dtype.floating
-    return Target(spec, entry, flatten(base) if base is not None and same_shape else None)
+    return Target(spec, entry, base if same_shape else None)

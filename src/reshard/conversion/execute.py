@@ -13,7 +13,7 @@ from reshard.conversion import manifest
 from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
 from reshard.core.plan import Plan
-from reshard.core.tensors import Record
+from reshard.core.tensors import Extent, Record
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
@@ -84,7 +84,11 @@ def plan_digest(plan: Plan) -> str:
         for offset, literal in file.literals:
             hasher.update(offset.to_bytes(8, "little") + literal)
         for slot in file.slots:
-            places = [(f.extent.file.path, f.extent.offset) for f in slot.source.fragments]
+            # Of a computed tensor its repr, which holds the places of all that it is made of.
+            places = [
+                (f.extent.file.path, f.extent.offset) if isinstance(f.extent, Extent) else f
+                for f in slot.source.fragments
+            ]
             hasher.update(f"{slot.offset}\0{slot.spec.name}\0{places}\0".encode())
     for name, text in plan.texts:
         hasher.update(f"{name}\0".encode() + text)

@@ -39,12 +39,6 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
     """The export with the names and shapes of a live module of the wanted transformers version."""
     entries: dict[str, Entry] = {}
     for target in exported.model:
-        if not isinstance(target.source, Entry):
-            raise PlanError(
-                "a low-rank update cannot be merged and placed in a live layout in one go.",
-                tensor=target.spec.name,
-                hint="Convert to a Hugging Face folder first, and that with --names memory.",
-            )
         # The dtype that is written rides along: the layout joins tensors of one dtype only.
         spec = TensorSpec(target.spec.name, target.spec.dtype, target.spec.shape)
         entries[target.spec.name] = replace(target.source, spec=spec)

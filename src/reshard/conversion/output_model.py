@@ -24,7 +24,7 @@ from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.options import Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, Made
+from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
 from reshard.naming import Fit, FitOptions, fit
 from reshard.naming.fit import Equal
@@ -130,7 +130,7 @@ class _Export:
         self._scaling: AdapterConfig | None = None
         # Those of the fit are on the model, of which an adapter alone is no part.
         self._findings = [] if self._alone else list(self._fit.findings)
-        self._updates: Mapping[str, Made] = {}
+        self._updates: Mapping[str, Entry] = {}
         if self._separated.adapters:
             self._scale(catalog.origin.root, sources)
 
@@ -253,10 +253,10 @@ class _Export:
             assets=not alone,
         )
 
-    def _model(self) -> tuple[list[tuple[str, Made]], tuple[str, ...], tuple[str, ...]]:
+    def _model(self) -> tuple[list[tuple[str, Entry]], tuple[str, ...], tuple[str, ...]]:
         """The model's tensors, the names filled from the base, and those left out."""
         options, found = self._options, self._fit
-        made: dict[str, Made] = {**found.entries, **self._updates}
+        made: dict[str, Entry] = {**found.entries, **self._updates}
         absent = list(found.filled)
         if options.exclude_frozen:
             frozen = [name for name, entry in made.items() if entry.kind == "frozen"]
@@ -307,7 +307,7 @@ class _Export:
         dtype = (
             main_dtype(self._base).name if self._options.dtype == "base" else self._options.dtype
         )
-        backbone: dict[str, Made] = {}
+        backbone: dict[str, Entry] = {}
         for name, entry in lightrft_state(Parts(self._parts.backbone)).items():
             made = merged.get(entry.spec.name, merged.get(name, entry))
             for called in (name, *map(unwrap, entry.aliases)):

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from reshard.core.catalog import Asset
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, Made, TensorSpec
+from reshard.core.tensors import Entry, TensorSpec, nbytes_read
 from reshard.errors import OptionError
 
 
@@ -22,12 +22,12 @@ class Slot(Struct, frozen=True):
     `spec` is what is written: its name, target dtype and shape; `source` holds the same elements
     as they lie in the checkpoint. The engine writes the tensor's row-major bytes at `offset`, and
     their CRC-32, four bytes little-endian, at each of `crc_offsets`. `reference`, where given, is
-    the base model's tensor with flat boxes, to see whether the values changed.
+    the base model's tensor, to see whether the values changed.
     """
 
     offset: int
     spec: TensorSpec
-    source: Made
+    source: Entry
     crc_offsets: tuple[int, ...] = ()
     reference: Entry | None = None
 
@@ -61,7 +61,7 @@ class Plan(Struct, frozen=True):
 
     @property
     def bytes_to_read(self) -> int:
-        return sum(f.extent.nbytes for slot in self.slots() for f in slot.source.fragments)
+        return sum(nbytes_read(slot.source.fragments) for slot in self.slots())
 
     @property
     def bytes_to_write(self) -> int:

@@ -15,10 +15,7 @@ from msgspec.structs import replace
 from reshard.core.tensors import (
     Box,
     Entry,
-    Extent,
     Fragment,
-    LowRank,
-    Made,
     Shape,
     TensorSpec,
     contiguous_strides,
@@ -44,22 +41,6 @@ def crop(entry: Entry, box: Box) -> Entry:
                 replace(cut(fragment, shared), box=Box(box.sizes, moved, shared.sizes))
             )
     return _entry(entry, box.sizes, fragments)
-
-
-def part(source: Made, box: Box) -> Made:
-    """The elements of `box` as `crop` takes them, of a low-rank update's rows too."""
-    if not isinstance(source, LowRank):
-        return crop(source, box)
-    (row, column), (rows, columns) = box.offsets, box.sizes
-    if columns != source.spec.shape[1]:
-        raise PlanError("a low-rank update is cut into rows only.", tensor=source.spec.name)
-    left = Box(source.left.spec.shape, (row, column), (rows, source.rank))
-    magnitude = source.magnitude
-    if magnitude is not None:
-        magnitude = crop(magnitude, Box(magnitude.spec.shape, (row,), (rows,)))
-    return replace(
-        source, base=crop(source.base, box), left=crop(source.left, left), magnitude=magnitude
-    )
 
 
 def select(entry: Entry, index: int) -> Entry:
@@ -132,10 +113,10 @@ def cut(fragment: Fragment, box: Box) -> Fragment:
     )
     itemsize = fragment.dtype.itemsize
     kept = _simplify(box.sizes, strides)
-    extent = Extent(
-        fragment.extent.file,
-        fragment.extent.offset + start * itemsize,
-        span(box.sizes, kept) * itemsize,
+    extent = replace(
+        fragment.extent,
+        offset=fragment.extent.offset + start * itemsize,
+        nbytes=span(box.sizes, kept) * itemsize,
     )
     return Fragment(box, extent, fragment.dtype, kept)
 
@@ -148,7 +129,7 @@ def unflatten(entry: Entry) -> Entry:
     fragments = []
     for fragment in entry.fragments:
         (start,), (length,) = fragment.box.offsets, fragment.box.sizes
-        for box in _boxes_of_range(shape, start, start + length):
+        for box in boxes_of_range(shape, start, start + length):
             at = sum(o * s for o, s in zip(box.offsets, contiguous_strides(shape), strict=True))
             run = Box(fragment.box.shape, (at,), (box.numel,))
             piece = cut(fragment, run)
@@ -161,17 +142,7 @@ def unflatten(entry: Entry) -> Entry:
     return replace(entry, fragments=tuple(fragments))
 
 
-def flatten(entry: Entry) -> Entry:
-    """The same tensor with boxes over the flattened tensor, for one stored in a single run."""
-    numel = entry.spec.numel
-    fragments = entry.fragments
-    if len(fragments) > 1 or any(f.strides is not None for f in fragments):
-        raise PlanError("it is not stored in one run.", tensor=entry.spec.name)
-    flat_box = Box((numel,), (0,), (numel,))
-    return replace(entry, fragments=tuple(replace(f, box=flat_box) for f in fragments))
-
-
-def _boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:
+def boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:
     """Elements `[start, stop)` of the flattened array as boxes, ascending; 2 * ndim - 1 at most."""
     if start >= stop:
         return
@@ -181,18 +152,18 @@ def _boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:
     inner = math.prod(shape[1:])
     first, last = start // inner, (stop - 1) // inner
     if first == last:
-        for box in _boxes_of_range(shape[1:], start - first * inner, stop - first * inner):
+        for box in boxes_of_range(shape[1:], start - first * inner, stop - first * inner):
             yield Box(shape, (first, *box.offsets), (1, *box.sizes))
         return
     full = -(-start // inner)
     end = stop // inner
     if full > first:
-        yield from _boxes_of_range(shape, start, full * inner)
+        yield from boxes_of_range(shape, start, full * inner)
     if end > full:
         tail = len(shape) - 1
         yield Box(shape, (full, *(0,) * tail), (end - full, *shape[1:]))
     if end * inner < stop:
-        yield from _boxes_of_range(shape, end * inner, stop)
+        yield from boxes_of_range(shape, end * inner, stop)
 
 
 def _entry(like: Entry, shape: Shape, fragments: Sequence[Fragment]) -> Entry:

@@ -16,15 +16,20 @@ plain data and pure functions; nothing opens a file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from reshard.core.dtypes import DType
+from reshard.core.dtypes import FLOAT32, DType
 from reshard.errors import FormatError, IncompleteError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
 
 Shape = tuple[int, ...]
 # Dimensions: numpy 1 has no more (numpy 2 and torch: 64). Without a limit the product of a long
@@ -78,6 +83,48 @@ class Record(Struct, frozen=True):
 
     extent: Extent
     crc32: int
+
+
+class Read(Protocol):
+    """Reads elements of a tensor, cast to `dtype`, as an array of the box's sizes."""
+
+    def __call__(self, entry: Entry, box: Box, dtype: DType = FLOAT32, /) -> Array: ...
+
+
+class Computed(Struct, frozen=True):
+    """An array that arithmetic makes of stored tensors, block by block, in float32.
+
+    The one protocol of such arrays; `core/arithmetic.py` has them. To the geometry one is a file
+    that holds the array's elements in row-major order: a `Portion` counts in those bytes, so that
+    a computed tensor is cut, joined and turned as a stored one is.
+    """
+
+    @property
+    def shape(self) -> Shape:
+        """The array's shape."""
+        raise NotImplementedError
+
+    @property
+    def inputs(self) -> tuple[Entry, ...]:
+        """The tensors that it is made of."""
+        raise NotImplementedError
+
+    @property
+    def piece_numel(self) -> int:
+        """How many elements are best computed at once."""
+        raise NotImplementedError
+
+    def values(self, box: Box, read: Read) -> Array:
+        """The elements of `box` (over `shape`) in float32, as an array of the box's sizes."""
+        raise NotImplementedError
+
+
+class Portion(Struct, frozen=True):
+    """Bytes `[offset, offset + nbytes)` of a computed array's float32 elements, row-major."""
+
+    source: Computed
+    offset: int
+    nbytes: int
 
 
 class Box(Struct, frozen=True):
@@ -161,9 +208,38 @@ class Fragment(Struct, frozen=True):
     """
 
     box: Box
-    extent: Extent
+    extent: Extent | Portion
     dtype: DType
     strides: Shape | None = None
+
+    @property
+    def in_file(self) -> Extent:
+        """The file's bytes of a stored fragment. Raises `TypeError` for a computed one."""
+        if not isinstance(self.extent, Extent):
+            raise TypeError("the fragment is computed, and lies in no file")
+        return self.extent
+
+
+def stored(fragments: Iterable[Fragment]) -> Iterator[Extent]:
+    """The files' bytes that fragments are made of: their own, or those behind computed ones."""
+    for fragment in fragments:
+        if isinstance(fragment.extent, Extent):
+            yield fragment.extent
+        else:
+            for entry in fragment.extent.source.inputs:
+                yield from stored(entry.fragments)
+
+
+def nbytes_read(fragments: Iterable[Fragment]) -> int:
+    """Bytes of files that reading the fragments takes; of a part of a computed array, its share."""
+    total = 0
+    for fragment in fragments:
+        nbytes = sum(extent.nbytes for extent in stored([fragment]))
+        if isinstance(fragment.extent, Portion):
+            numel = math.prod(fragment.extent.source.shape)
+            nbytes = nbytes * fragment.box.numel // max(numel, 1)
+        total += nbytes
+    return total
 
 
 class Entry(Struct, frozen=True):
@@ -186,51 +262,6 @@ class Entry(Struct, frozen=True):
     def renamed(self, name: str) -> Entry:
         """The same tensor under another name."""
         return replace(self, spec=replace(self.spec, name=name))
-
-
-class LowRank(Struct, frozen=True):
-    """A matrix with a low-rank update, as LoRA trains it: `base + left @ right * scaling`.
-
-    `base` is `[rows, columns]`, `left` `[rows, rank]`, `right` `[rank, columns]` (for a linear
-    layer LoRA's B and A). With `magnitude` `[rows]` (DoRA) each row of the sum is then multiplied
-    by its magnitude and divided by its Euclidean norm. Computed in float32, rounded once.
-    """
-
-    base: Entry
-    left: Entry
-    right: Entry
-    scaling: float
-    magnitude: Entry | None = None
-
-    @property
-    def spec(self) -> TensorSpec:
-        return self.base.spec
-
-    @property
-    def kind(self) -> Kind:
-        return self.base.kind
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        return self.base.aliases
-
-    @property
-    def fragments(self) -> tuple[Fragment, ...]:
-        """Everything that is read for it."""
-        parts = (self.base, self.left, self.right, self.magnitude)
-        return tuple(f for part in parts if part is not None for f in part.fragments)
-
-    @property
-    def rank(self) -> int:
-        return self.right.spec.shape[0]
-
-    def renamed(self, name: str) -> LowRank:
-        """The same tensor under another name."""
-        return replace(self, base=self.base.renamed(name))
-
-
-#: What a tensor of the output is made from.
-Made = Entry | LowRank
 
 
 def blocks(shape: Shape, max_numel: int) -> Iterator[Box]:
@@ -316,14 +347,14 @@ def _check_fragment(spec: TensorSpec, fragment: Fragment, over: Shape) -> None:
     if not inside:
         raise FormatError(
             f"a part, {_describe(box)}, does not lie inside shape {over}.",
-            path=fragment.extent.file.path,
+            path=next((extent.file.path for extent in stored([fragment])), None),
             tensor=spec.name,
         )
     needed = span(box.sizes, fragment.strides) * fragment.dtype.itemsize
     if fragment.extent.nbytes != needed:
         raise FormatError(
             f"a part, {_describe(box)}, takes {needed} bytes and has {fragment.extent.nbytes}.",
-            path=fragment.extent.file.path,
+            path=next((extent.file.path for extent in stored([fragment])), None),
             tensor=spec.name,
         )
 

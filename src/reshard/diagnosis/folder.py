@@ -18,7 +18,7 @@ from reshard.containers import safetensors as safetensors_file
 from reshard.conversion.base_model import CONFIG, Base
 from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG
 from reshard.core.catalog import Asset
-from reshard.core.tensors import Entry, Fragment, Record, whole
+from reshard.core.tensors import Entry, Fragment, Record, stored, whole
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.naming.lora.output import CONFIG as ADAPTER_CONFIG
@@ -169,8 +169,8 @@ def _with_pickled(folder: Folder, sources: Sources) -> Folder:
 def _by_file(entries: Iterable[Entry]) -> dict[str, frozenset[str]]:
     files: dict[str, set[str]] = {}
     for entry in entries:
-        for fragment in entry.fragments:
-            files.setdefault(Path(fragment.extent.file.path).name, set()).add(entry.spec.name)
+        for extent in stored(entry.fragments):
+            files.setdefault(Path(extent.file.path).name, set()).add(entry.spec.name)
     return {name: frozenset(names) for name, names in files.items()}
 
 

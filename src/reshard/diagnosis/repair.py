@@ -18,7 +18,7 @@ from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.execute import Writing, carry_out
 from reshard.core.catalog import Origin
 from reshard.core.plan import Plan, parse_size
-from reshard.core.tensors import Entry, Made, Record
+from reshard.core.tensors import Entry, Record
 from reshard.diagnosis.case import Case, Rescue
 from reshard.diagnosis.findings import Finding, Repair
 from reshard.errors import VerificationError
@@ -37,7 +37,7 @@ _MAX_SHARD_SIZE = "5GB"
 class _Mended(Struct, frozen=True):
     """The tensors as they should be, by their right names, and where they were read."""
 
-    entries: Mapping[str, Made]
+    entries: Mapping[str, Entry]
     fit: Fit
     format: str
     origin: Origin

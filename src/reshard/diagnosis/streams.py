@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Struct
 
 from reshard.core.dtypes import DType
-from reshard.core.tensors import Entry, Made, blocks
+from reshard.core.tensors import Entry, blocks
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
@@ -90,7 +90,7 @@ def not_finite(
 
 
 def same(
-    pairs: Sequence[tuple[Made, Entry]],
+    pairs: Sequence[tuple[Entry, Entry]],
     sources: Sources,
     *,
     threads: int,
@@ -102,7 +102,7 @@ def same(
     """
     count = _Counter(sum(mine.spec.nbytes for mine, _ in pairs), progress)
 
-    def look(pair: tuple[Made, Entry], reader: Reader) -> bool:
+    def look(pair: tuple[Entry, Entry], reader: Reader) -> bool:
         equal = _agree(pair, reader, _FIRST_LOOK, short=True) and _agree(pair, reader, _BLOCK)
         count.add(pair[0].spec.nbytes)
         return equal
@@ -110,7 +110,7 @@ def same(
     return _each(list(pairs), look, sources, threads)
 
 
-def _agree(pair: tuple[Made, Entry], reader: Reader, limit: int, *, short: bool = False) -> bool:
+def _agree(pair: tuple[Entry, Entry], reader: Reader, limit: int, *, short: bool = False) -> bool:
     """Whether two tensors agree, or with `short` their first `limit` bytes."""
     mine, theirs = pair
     dtype = mine.spec.dtype
@@ -125,7 +125,7 @@ def _agree(pair: tuple[Made, Entry], reader: Reader, limit: int, *, short: bool 
     return True
 
 
-def _parts(source: Made, dtype: DType, reader: Reader, limit: int) -> Iterator[Array]:
+def _parts(source: Entry, dtype: DType, reader: Reader, limit: int) -> Iterator[Array]:
     """The tensor's elements in row-major order as `dtype`, in one buffer of `limit` bytes."""
     buffer = np.empty(min(limit // dtype.itemsize, source.spec.numel), dtype.numpy)
     for box in blocks(source.spec.shape, max(len(buffer), 1)):

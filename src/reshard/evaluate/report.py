@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from reshard.errors import WriteError
+from reshard.storage.local import real
 
 Severity = Literal["error", "warning", "info"]
 Verdict = Literal["identical", "same model, other rounding", "another model"]
@@ -270,13 +273,23 @@ def finite(value: float) -> float | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; raises `WriteError`."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write a file whole or not at all; raises `WriteError`.
+
+    A link is followed. Into a device or a pipe the text is written as it is.
+    """
+    place = real(path)
+    partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        if place.exists() and not place.is_file():
+            with place.open("w", encoding="utf-8") as file:
+                file.write(text)
+            return
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+        partial.replace(place)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise WriteError(f"cannot write the file: {error.strerror}.", path=path) from error
 
 

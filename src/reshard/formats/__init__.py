@@ -16,7 +16,7 @@ from msgspec import Struct
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile
-from reshard.core.tensors import Entry, Made, TensorSpec
+from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import FormatError, NotFoundError
 from reshard.storage.local import Sources
 
@@ -51,7 +51,7 @@ class Format(Protocol):
 
 
 #: A tensor to be laid out: what is written, what from, and the base's tensor to compare with.
-Wanted = tuple[TensorSpec, Made, Entry | None]
+Wanted = tuple[TensorSpec, Entry, Entry | None]
 
 
 class Writable(Protocol):

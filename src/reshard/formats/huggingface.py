@@ -25,7 +25,7 @@ from reshard.core import dtypes
 from reshard.core.catalog import Asset, Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
-from reshard.core.tensors import Entry, Extent, Fragment, Made, TensorSpec, check_tiling, whole
+from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, check_tiling, whole
 from reshard.errors import FormatError, IncompleteError, NotFoundError
 from reshard.formats import Selection, Wanted
 from reshard.storage.local import Sources, child
@@ -176,7 +176,7 @@ def lay_out_file(name: str, slots: Sequence[Wanted]) -> OutputFile:
 
 
 def _shard(
-    name: str, specs: Sequence[TensorSpec], by_name: Mapping[str, tuple[Made, Entry | None]]
+    name: str, specs: Sequence[TensorSpec], by_name: Mapping[str, tuple[Entry, Entry | None]]
 ) -> OutputFile:
     # The order of safetensors' own writer: widest types first, so that every tensor is aligned.
     ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, _RANK[spec.dtype], spec.name))

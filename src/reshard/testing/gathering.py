@@ -30,7 +30,7 @@ def gather(entry: Entry, files: Mapping[str, bytes]) -> np.ndarray[Any, Any]:
             at = fragment.extent.offset + itemsize * sum(
                 i * s for i, s in zip(index, strides, strict=True)
             )
-            data = files[fragment.extent.file.path][at : at + itemsize]
+            data = files[fragment.in_file.file.path][at : at + itemsize]
             place = sum(
                 (i + o) * s
                 for i, o, s in zip(index, box.offsets, contiguous_strides(box.shape), strict=True)

@@ -160,7 +160,7 @@ class ReaderConformance:
         files = {str(path): path.stat().st_size for path in sample.files}
         for entry in catalog.entries.values():
             for fragment in entry.fragments:
-                extent = fragment.extent
+                extent = fragment.in_file
                 assert extent.offset >= 0
                 assert extent.offset + extent.nbytes <= files[extent.file.path], entry.spec.name
         for record in catalog.records:

@@ -72,6 +72,6 @@ def differing(found: Tensors, wanted: Tensors) -> list[str]:
 
 def held(catalog: Catalog) -> dict[str, Array]:
     """Every tensor of a catalog, read element by element from its files, uncompressed ones only."""
-    paths = {f.extent.file.path for entry in catalog.entries.values() for f in entry.fragments}
+    paths = {f.in_file.file.path for entry in catalog.entries.values() for f in entry.fragments}
     files = {path: Path(path).read_bytes() for path in paths}
     return {name: gather(entry, files) for name, entry in catalog.entries.items()}

@@ -247,7 +247,7 @@ def stored(folder: Path, name: str, array: Array) -> Wanted:
     position = 0
     for fragment in wanted[1].fragments:
         nbytes = fragment.extent.nbytes
-        path = Path(fragment.extent.file.path)
+        path = Path(fragment.in_file.file.path)
         path.write_bytes(b"\xff" * fragment.extent.offset + data[position : position + nbytes])
         position += nbytes
     return wanted

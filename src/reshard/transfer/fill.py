@@ -2,8 +2,8 @@
 
 A block is an unbroken run of the tensor's row-major bytes (`tensors.blocks`). Where a fragment is
 stored in that order and in the target's dtype, its bytes are read straight into the block;
-otherwise they pass through a scratch buffer and are cast and spread from there. A low-rank update
-is merged block by block on the way.
+otherwise they pass through a scratch buffer and are cast and spread from there. What is computed is
+computed here, block by block.
 
 A cast rounds to nearest even, as torch does. Where torch would turn a finite value into infinity
 (70000 as float16, say), `fill` stops: such a model does not compute what was trained.
@@ -12,6 +12,7 @@ A cast rounds to nearest even, as torch does. Where torch would turn a finite va
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from types import EllipsisType
 from typing import Any
 
@@ -19,20 +20,21 @@ import ml_dtypes
 import numpy as np
 from msgspec import Struct
 
-from reshard.core.rearrange import crop, cut
+from reshard.core.dtypes import FLOAT32, DType
+from reshard.core.rearrange import boxes_of_range, cut, unflatten
 from reshard.core.tensors import (
     Box,
+    Computed,
     Entry,
     Extent,
     Fragment,
-    LowRank,
-    Made,
+    Portion,
     Shape,
+    blocks,
     contiguous_strides,
     flat,
-    whole,
 )
-from reshard.errors import VerificationError
+from reshard.errors import PlanError, VerificationError
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 
@@ -75,63 +77,31 @@ class Reader(Struct):
         self.bytes_read += extent.nbytes
 
 
-def fill(source: Made, box: Box, out: Array, reader: Reader) -> None:
-    """Write the elements of `box` (over the tensor's shape) into `out`, cast to its dtype.
+def fill(source: Entry, box: Box, out: Array, reader: Reader) -> None:
+    """Write the elements of `box` into `out`, cast to its dtype.
 
-    `out` is one-dimensional and has `box.numel` elements. Raises `VerificationError` where a
-    finite value is beyond the range of `out`'s dtype.
+    `box` is over the tensor's shape, or over `(numel,)`: then it is a range of the flattened
+    tensor. `out` is one-dimensional and has `box.numel` elements. Raises `VerificationError` where
+    a finite value is beyond the range of `out`'s dtype.
     """
-    if isinstance(source, LowRank):
-        _cast(_merged(source, box, reader), out, source.spec.name)
+    shape = source.spec.shape
+    over = source.fragments[0].box.shape
+    if over == box.shape:
+        _gather(source, box, out.reshape(box.sizes), reader)
+    elif over == shape:
+        (start,), done = box.offsets, 0
+        for part in boxes_of_range(shape, start, start + box.numel):
+            piece = out[done : done + part.numel].reshape(part.sizes)
+            _gather(source, part, piece, reader)
+            done += part.numel
     else:
-        _gather(source, box, out, reader)
-
-
-def _merged(update: LowRank, box: Box, reader: Reader) -> Array:
-    """The elements of `box` of a matrix with its low-rank update, in float32.
-
-    Holds three times the block in float32, and the columns of `right` that it meets; with a
-    magnitude, whole rows of them.
-    """
-    (row, column), (rows, columns) = box.offsets, box.sizes
-    if update.magnitude is None:
-        return _sum(update, box, reader).reshape(-1)
-    width = update.spec.shape[1]
-    whole_rows = _sum(update, Box(box.shape, (row, 0), (rows, width)), reader)
-    scale = np.empty(rows, np.float32)
-    magnitude = flat(update.spec.shape[0], row, rows)
-    _gather(crop(update.magnitude, magnitude), whole((rows,)), scale, reader)
-    scale /= np.linalg.norm(whole_rows, axis=1)
-    return (whole_rows[:, column : column + columns] * scale[:, None]).reshape(-1)
-
-
-def _sum(update: LowRank, box: Box, reader: Reader) -> Array:
-    """The elements of `box` of the base and its update added up, in float32."""
-    (row, column), (rows, columns) = box.offsets, box.sizes
-    sum_ = _matrix(update.base, (row, column), (rows, columns), reader)
-    left = _matrix(update.left, (row, 0), (rows, update.rank), reader)
-    right = _matrix(update.right, (0, column), (update.rank, columns), reader)
-    delta = left @ right
-    delta *= np.float32(update.scaling)
-    sum_ += delta
-    return sum_
-
-
-def _matrix(entry: Entry, offsets: Shape, sizes: Shape, reader: Reader) -> Array:
-    """A part of a stored matrix, in float32."""
-    part = crop(entry, Box(entry.spec.shape, offsets, sizes))
-    out = np.empty(part.spec.numel, np.float32)
-    _gather(part, whole(sizes), out, reader)
-    return out.reshape(sizes)
-
-
-def _gather(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
-    over = entry.fragments[0].box.shape
-    if over != box.shape:
         strides = contiguous_strides(box.shape)
         start = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
-        box = flat(entry.spec.numel, start, box.numel)
-    view = out.reshape(box.sizes)
+        _gather(source, flat(source.spec.numel, start, box.numel), out, reader)
+
+
+def _gather(entry: Entry, box: Box, view: Array, reader: Reader) -> None:
+    """Fill an array of the box's sizes; the box is over the shape that the fragments' are over."""
     for fragment in entry.fragments:
         shared = fragment.box.intersect(box)
         if shared is None:
@@ -149,22 +119,75 @@ def _gather(entry: Entry, box: Box, out: Array, reader: Reader) -> None:
         _copy(part, view[where], reader, entry.spec.name)
 
 
+def _compute(source: Computed, part: Fragment, out: Array, reader: Reader, name: str) -> None:
+    """Compute a part of the tensor `name` into an array of the same sizes, piece by piece."""
+
+    def read(entry: Entry, box: Box, dtype: DType = FLOAT32, /) -> Array:
+        values = np.empty(box.sizes, dtype.numpy)
+        _gather(unflatten(entry), box, values, reader)
+        return values
+
+    for box, view in _views(source.shape, part, out):
+        for piece in blocks(box.sizes, source.piece_numel):
+            offsets = tuple(o + start for o, start in zip(box.offsets, piece.offsets, strict=True))
+            values = source.values(Box(source.shape, offsets, piece.sizes), read)
+            where = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))
+            _cast(values, view[where], name)
+
+
+def _views(shape: Shape, part: Fragment, out: Array) -> Iterator[tuple[Box, Array]]:
+    """The boxes of an array of `shape` that a part of it is, each with its place in `out`.
+
+    A part is a box of the array, of which dimensions may have been dropped, added or exchanged, or
+    a run of the flattened array.
+    """
+    own = contiguous_strides(shape)
+    start = part.extent.offset // part.dtype.itemsize
+    first = [start // stride % max(size, 1) for stride, size in zip(own, shape, strict=True)]
+    dim_of = {stride: dim for dim, stride in enumerate(own) if shape[dim] > 1}
+    sizes = [1] * len(shape)
+    order: list[tuple[int, int]] = []
+    strides = part.strides or contiguous_strides(part.box.sizes)
+    for axis, (size, stride) in enumerate(zip(part.box.sizes, strides, strict=True)):
+        dim = dim_of.get(stride)
+        if size == 1:
+            continue
+        if dim is None or first[dim] + size > shape[dim]:
+            break
+        sizes[dim] = size
+        order.append((dim, axis))
+    else:
+        ones = [axis for axis, size in enumerate(part.box.sizes) if size == 1]
+        view = out.transpose([*ones, *(axis for _, axis in sorted(order))])
+        yield Box(shape, tuple(first), tuple(sizes)), view.reshape(sizes)
+        return
+    if part.strides is not None or not out.flags.c_contiguous:
+        raise PlanError(f"its part {part.box} is no box of the computed shape {shape}.")
+    run, done = out.reshape(-1), 0
+    for box in boxes_of_range(shape, start, start + part.box.numel):
+        yield box, run[done : done + box.numel].reshape(box.sizes)
+        done += box.numel
+
+
 def _copy(part: Fragment, out: Array, reader: Reader, name: str) -> None:
-    """Read a part of the tensor `name` into an array of the same sizes."""
-    stored = part.dtype.numpy
+    """Read, or compute, a part of the tensor `name` into an array of the same sizes."""
+    stored, extent = part.dtype.numpy, part.extent
+    if isinstance(extent, Portion):
+        _compute(extent.source, part, out, reader, name)
+        return
     if part.strides is None and out.flags.c_contiguous:
         run = out.reshape(-1)
         if stored == out.dtype:
-            reader.read(part.extent, run.view(np.uint8).data)
+            reader.read(extent, run.view(np.uint8).data)
         else:
-            _copy_run(part.extent, stored, run, reader, name)
+            _copy_run(extent, stored, run, reader, name)
         return
-    if part.extent.nbytes > len(reader.scratch):
+    if extent.nbytes > len(reader.scratch):
         for half, place in _halves(part):
             _copy(half, out[place], reader, name)
         return
-    raw = reader.scratch[: part.extent.nbytes]
-    reader.read(part.extent, raw)
+    raw = reader.scratch[: extent.nbytes]
+    reader.read(extent, raw)
     strides = part.strides or contiguous_strides(part.box.sizes)
     array: Array = np.ndarray(
         part.box.sizes, stored, raw, strides=[stride * stored.itemsize for stride in strides]

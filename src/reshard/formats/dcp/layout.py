@@ -22,8 +22,8 @@ from reshard.containers.dcp.metadata import Chunk, Location, Metadata, StoredTen
 from reshard.containers.torch.write import TensorArchive, lay_out_tensor
 from reshard.core.dtypes import DType
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.rearrange import part
-from reshard.core.tensors import Box, Entry, Made, Shape, TensorSpec, whole
+from reshard.core.rearrange import crop
+from reshard.core.tensors import Box, Entry, Shape, TensorSpec, whole
 
 # Bytes of a chunk, at most, where rows allow it. Smaller chunks cost 1.4 KB each and a line of
 # metadata; larger ones make many ranks read what they do not need.
@@ -33,7 +33,7 @@ _ZIP_NBYTES = 2048
 
 
 def lay_out(
-    slots: Sequence[tuple[TensorSpec, Made, Entry | None]], max_file_nbytes: int
+    slots: Sequence[tuple[TensorSpec, Entry, Entry | None]], max_file_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Files and metadata for tensors given as (target, source, reference), in state dict order.
 
@@ -48,7 +48,7 @@ def lay_out(
             archive = _archive(spec.dtype, box.sizes)
             if files[-1].nbytes and files[-1].nbytes + archive.nbytes > max_file_nbytes:
                 files.append(_File(f"__0_{len(files)}.distcp"))
-            held = source if box.sizes == spec.shape else part(source, box)
+            held = source if box.sizes == spec.shape else crop(source, box)
             location = files[-1].add(TensorSpec(spec.name, spec.dtype, box.sizes), held, archive)
             chunks.append(Chunk(box.offsets, box.sizes, (location,)))
         tensors[spec.name] = StoredTensor(spec.dtype.name, spec.shape, tuple(chunks))
@@ -65,7 +65,7 @@ class _File(Struct):
     literals: list[tuple[int, bytes]] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
 
-    def add(self, spec: TensorSpec, source: Made, archive: TensorArchive) -> Location:
+    def add(self, spec: TensorSpec, source: Entry, archive: TensorArchive) -> Location:
         start = self.nbytes
         data = start + len(archive.before)
         rest = data + archive.data_nbytes

@@ -137,7 +137,7 @@ def check_replicas(one: Entry, other: Entry, sources: Sources) -> None:
                 raise FormatError(
                     "tensor parallel ranks should hold the same, and do not: "
                     f"{first.ravel()[:1]} and {second.ravel()[:1]} at {run.offsets}.",
-                    path=Path(fragment.extent.file.path).parent,
+                    path=Path(fragment.in_file.file.path).parent,
                     tensor=one.spec.name,
                     hint=_ONE_SAVE,
                 )
@@ -158,7 +158,7 @@ def _run(entry: Entry, box: Box, sources: Sources) -> Array:
     """The elements of a box that is a run along the last dimension."""
     pieces = sorted(crop(entry, box).fragments, key=lambda piece: piece.box.offsets)
     values = [
-        _numbers(piece.extent, piece.dtype, sources)[:: piece.strides[-1] if piece.strides else 1]
+        _numbers(piece.in_file, piece.dtype, sources)[:: piece.strides[-1] if piece.strides else 1]
         for piece in pieces
     ]
     return np.concatenate(values)
@@ -172,7 +172,7 @@ def _samples(entry: Entry, stored: TensorRef) -> Iterator[tuple[Extent, Extent]]
             count = min(_SAMPLE, length - at)
             size, half = fragment.dtype.itemsize, stored.dtype.itemsize
             yield (
-                Extent(fragment.extent.file, fragment.extent.offset + at * size, count * size),
+                Extent(fragment.in_file.file, fragment.extent.offset + at * size, count * size),
                 Extent(
                     stored.extent.file,
                     stored.extent.offset + (start + at) * half,

@@ -9,7 +9,8 @@ from typing import Any
 from msgspec import Struct
 
 from reshard.core import rearrange
-from reshard.core.tensors import Entry, LowRank
+from reshard.core.arithmetic import LowRank, computed
+from reshard.core.tensors import Entry
 from reshard.errors import NamesError, UnsupportedError
 from reshard.naming.fit import Fit
 from reshard.naming.lora.find import Adapter, AdapterConfig, Separated, shape_of
@@ -26,7 +27,7 @@ def updates(
     found: Fit,
     config: AdapterConfig,
     base: Mapping[str, Entry],
-) -> dict[str, LowRank]:
+) -> dict[str, Entry]:
     """The update of each adapted tensor, by the base's name.
 
     `found` is the fit of `separated.entries`, `base` are the base model's own tensors: those that
@@ -65,8 +66,8 @@ def _only(name: str, targets: list[str], separated: Separated, found: Fit) -> st
     return targets[0]
 
 
-def low_rank(adapter: Adapter, base: Entry, config: AdapterConfig) -> LowRank:
-    """The update of one weight.
+def low_rank(adapter: Adapter, base: Entry, config: AdapterConfig) -> Entry:
+    """One weight with its update.
 
     Raises `NamesError` where the shapes do not make the weight's, `UnsupportedError` for DoRA on
     a module that keeps its weight transposed.
@@ -83,7 +84,7 @@ def low_rank(adapter: Adapter, base: Entry, config: AdapterConfig) -> LowRank:
     if turned and adapter.magnitude is not None:
         raise UnsupportedError("DoRA on a transposed weight is not handled.", tensor=adapter.module)
     scaling = config.scaling(adapter.module, adapter.rank)
-    return LowRank(base, left, right, scaling, adapter.magnitude)
+    return computed(LowRank(base, left, right, scaling, adapter.magnitude), base)
 
 
 class AdapterFolder(Struct, frozen=True):

@@ -1,0 +1,83 @@
+"""Where a run's report and page go: a file that is neither is never written over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import WriteError, brief
+from reshard.storage.local import real
+
+#: In the head of every page that `reshard try` writes; a page is known by it.
+PAGE_MARK = '<meta name="generator" content="reshard try">'
+# Bytes at the start of a page in which the mark stands, and the largest report that is looked at.
+_HEAD, _MAX_REPORT = 4096, 64 << 20
+_MARKS = {"schema_version", "status", "model_path", "failures"}
+
+
+def earlier_report(path: Path) -> Mapping[str, Any] | None:
+    """The report of an earlier run at `path`; None where nothing is there, or a device or a pipe.
+
+    Raises `WriteError` where a file is there that is not a report.
+    """
+    found = _report(path)
+    if found is None and path.is_file():
+        raise WriteError(
+            "this file is not a report of an earlier run, and is not replaced; nothing was run.",
+            path=path,
+            hint="Name another file with --output-file.",
+        )
+    return found
+
+
+def _report(path: Path) -> Mapping[str, Any] | None:
+    try:
+        if path.is_file() and path.stat().st_size <= _MAX_REPORT:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and found.keys() >= _MARKS:
+                return found
+    except (OSError, ValueError, RecursionError):
+        pass
+    return None
+
+
+def check_page(path: Path) -> None:
+    """Raise `WriteError` where a file is at `path` that is not a page of an earlier run."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if PAGE_MARK.encode() in file.read(_HEAD):
+            return
+    raise WriteError(
+        "this file is not a page of an earlier run, and is not replaced; nothing was run.",
+        path=path,
+        hint="Name another file with --html.",
+    )
+
+
+def free(path: Path, model: Path) -> Path:
+    """`path`, or the first of `NAME-2`, `NAME-3`, ... that holds nothing, or a report of `model`.
+
+    So a run of one model leaves the report of another alone.
+    """
+    places = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    return next(place for place in chain([path], places) if _is_free(place, model))
+
+
+def _is_free(path: Path, model: Path) -> bool:
+    report = _report(path)
+    if report is None:
+        return not path.is_file()
+    return real(Path(str(report["model_path"]))) == real(model)
+
+
+def replacing(path: Path) -> str:
+    """What is said of a report that goes; empty where there is none."""
+    earlier = earlier_report(path)
+    if earlier is None:
+        return ""
+    run = f"{brief(earlier['model_path'])}, {brief(earlier.get('started'))}"
+    return f"{path} held the report of an earlier run ({run}), which this one replaces."
