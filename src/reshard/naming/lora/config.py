@@ -1,9 +1,14 @@
-"""How a checkpoint's adapters scale: from the user, or from an `adapter_config.json` beside it."""
+"""How a checkpoint's adapters scale: from the user, or from a file beside it.
+
+    adapter_config.json     PEFT's; in verl's runs in the folder `lora_adapter`
+    lora_train_meta.json    verl's, since 0.9, beside the ranks' files: {"r", "lora_alpha", ..}
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from itertools import islice
 from pathlib import Path
 
 from reshard.errors import FormatError, NotFoundError, PlanError
@@ -13,6 +18,8 @@ from reshard.storage.local import Sources
 _NAME = "adapter_config.json"
 # verl puts the adapter's own folder beside the ranks' files.
 _FOLDERS = (".", "lora_adapter", "..", "../lora_adapter")
+# Of the adapters of the ranks' files beside it, and of no other.
+_META = "lora_train_meta.json"
 _MAX_NBYTES = 16 << 20
 
 
@@ -38,16 +45,38 @@ def find(
             raise NotFoundError("there is no such file.", path=path)
         return _read(path, separated, sources), ""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    for place in _FOLDERS:
-        path = folder / place / _NAME
-        if path.is_file():
-            found = _read(path, separated, sources)
-            return found, f"alpha {found.alpha:g} was taken from {os.path.normpath(path)}."
+    near = (path for place in _FOLDERS if (path := folder / place / _NAME).is_file())
+    paths = [folder / _META] if (folder / _META).is_file() else []
+    found = [(path, _read(path, separated, sources)) for path in (*paths, *islice(near, 1))]
+    # verl's merger writes an alpha of 0 into its adapter folder where it does not know it.
+    found = [(path, stated) for path, stated in found if stated.alpha] or found[:1]
+    if found:
+        return _agreed(found)
     raise PlanError(
         f"the checkpoint holds LoRA adapters on {len(separated.adapters)} modules (rank "
         f"{_ranks(separated)}), and not the alpha they were trained with.",
         hint="Pass --lora-alpha, or --adapter-config with the run's adapter_config.json.",
     )
+
+
+def _agreed(found: list[tuple[Path, AdapterConfig]]) -> tuple[AdapterConfig, str]:
+    """The first of PEFT's files, which says most, or verl's; the two must state one alpha."""
+    path, config = next((each for each in found if each[0].name == _NAME), found[0])
+    meta, stated = found[0]
+    if not stated.alpha:
+        raise PlanError(
+            "it states an alpha of 0, which switches the adapters off: alpha was not known when it "
+            "was written.",
+            path=path,
+            hint="Pass --lora-alpha.",
+        )
+    if meta.name == _META and stated.alpha != config.alpha:
+        raise PlanError(
+            f"it states alpha {config.alpha:g}, and {meta} alpha {stated.alpha:g}.",
+            path=path,
+            hint="Pass --lora-alpha.",
+        )
+    return config, f"alpha {config.alpha:g} was taken from {os.path.normpath(path)}."
 
 
 def _read(path: Path, separated: Separated, sources: Sources | None) -> AdapterConfig:
