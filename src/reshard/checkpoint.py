@@ -89,17 +89,21 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], *, tag: str | None = None, prefix: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    prefix: str | None = None,
+    role: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint's table of tensors; no weights are read.
 
     The format is detected. `tag` names one of several saves (DeepSpeed), `prefix` the model's part
-    of a nested state dict. Raises a `ReshardError` for anything that is missing or damaged.
+    of a nested state dict, `role` one of the models in one save (verl's actor, critic). Raises a `ReshardError` for anything that is missing or damaged.
 
     >>> checkpoint = open_checkpoint("run/_actor")                    # doctest: +SKIP
     >>> checkpoint.tensors["lm_head.weight"].shape                    # doctest: +SKIP
     (32000, 4096)
     """
-    selection = formats.Selection(tag=tag, prefix=prefix, allow_step_mismatch=True)
+    selection = formats.Selection(tag=tag, prefix=prefix, allow_step_mismatch=True, role=role)
     with Sources() as sources:
         return Checkpoint(locate.read(Path(path), sources, selection))

@@ -112,14 +112,15 @@ def inspect(
     *,
     tag: str | None = None,
     prefix: str | None = None,
+    role: str | None = None,
     base: str | os.PathLike[str] | None = None,
 ) -> Inspection:
     """Summarise the checkpoint at `path`; no weights are read.
 
-    `tag` and `prefix` are those of `open_checkpoint`. With `base`, a Hugging Face model folder,
+    `tag`, `prefix` and `role` are those of `open_checkpoint`. With `base`, a Hugging Face model folder,
     the summary says how the checkpoint's names fit onto the base's.
     """
-    checkpoint = open_checkpoint(path, tag=tag, prefix=prefix)
+    checkpoint = open_checkpoint(path, tag=tag, prefix=prefix, role=role)
     entries = list(checkpoint.catalog.entries.values())
     return Inspection(
         checkpoint=checkpoint,

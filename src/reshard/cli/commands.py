@@ -20,6 +20,9 @@ _PATH = FolderOrFile()
 # Names of a list that a table shows; --json has them all.
 _LISTED = 8
 _prefix = click.option("--prefix", help="The model's part of a nested state dict.")
+_role = click.option(
+    "--role", help="Which model of a save that holds several, e.g. actor or critic."
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _tag = click.option(
     "--tag", "-t", help="Which save, e.g. global_step100 or checkpoint-100; default: the newest."
@@ -34,6 +37,7 @@ _tag = click.option(
 @click.option("--base", type=_PATH, help="The Hugging Face model that training started from.")
 @_tag
 @_prefix
+@_role
 @click.option("--dtype", type=click.Choice(CHOICES),
               help="base: as the base stores each tensor (default with --base); keep: as the "
                    "checkpoint does.")  # fmt: skip
@@ -135,6 +139,7 @@ def _tagged(tag: str | None) -> str:
 @click.argument("src", type=_PATH)
 @_tag
 @_prefix
+@_role
 @click.option("--base", type=_PATH, help="Also show how the names fit onto this model's.")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_json
@@ -143,6 +148,7 @@ def inspect(
     src: Path,
     tag: str | None,
     prefix: str | None,
+    role: str | None,
     base: Path | None,
     tensors: bool,
     as_json: bool,
@@ -153,7 +159,7 @@ def inspect(
     """
     from reshard.inspection import inspect as run
 
-    inspection = run(src, tag=tag, prefix=prefix, base=base)
+    inspection = run(src, tag=tag, prefix=prefix, role=role, base=base)
     found = inspection.to_json(tensors=tensors)
     fits = inspection.fitting is None or inspection.fitting.fits
     if as_json:
@@ -200,6 +206,7 @@ def _shown(value: object) -> str:
               help="The checkpoint it was converted from; default: its own digests.")  # fmt: skip
 @_tag
 @_prefix
+@_role
 @click.option("--base", type=_PATH, help="With --against: the model that it was converted onto.")
 @_json
 @debug

@@ -45,6 +45,7 @@ def verify(
     *,
     tag: str | None = None,
     prefix: str | None = None,
+    role: str | None = None,
     base: PathLike | None = None,
     threads: int = 2,
     progress: Progress | None = None,
@@ -52,7 +53,7 @@ def verify(
     """Read a converted folder again and compare every tensor, bit for bit.
 
     Without `against`, with the digests in its `reshard.json`; with the checkpoint `against` that
-    it was converted from (`tag` and `prefix` as for `convert`), with the checkpoint itself, read
+    it was converted from (`tag`, `prefix` and `role` as for `convert`), with the checkpoint itself, read
     and rounded anew. `base` is the model that it was converted onto; without it, tensors that the
     conversion took from its base are counted and not compared, and a folder without a config is
     compared only if its names are the checkpoint's.
@@ -61,13 +62,14 @@ def verify(
     needed.
     """
     if against is None:
-        if tag is not None or prefix is not None or base is not None:
+        if any(chosen is not None for chosen in (tag, prefix, role, base)):
             raise OptionError(
-                "--tag, --prefix and --base choose what to compare with.", hint="Pass --against."
+                "--tag, --prefix, --role and --base choose what to compare with.",
+                hint="Pass --against.",
             )
         return verify_folder(Path(folder), threads=threads, progress=progress)
     with Sources() as sources:
-        source = locate.read(Path(against), sources, formats.Selection(tag, prefix, True))
+        source = locate.read(Path(against), sources, formats.Selection(tag, prefix, True, role))
         written = formats.read(Path(folder), sources, formats.Selection())
         pairing = pair(source, written, sources, base=None if base is None else Path(base))
         if pairing.by_name:

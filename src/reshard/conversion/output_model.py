@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reshard.conversion.base_model import Base, main_dtype
 from reshard.conversion.dtypes import Target, choose
@@ -26,7 +27,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
-from reshard.naming import Fit, FitOptions, fit
+from reshard.naming import Fit, FitOptions, fit, flat
 from reshard.naming.fit import Equal
 from reshard.naming.lora import config as adapter_config
 from reshard.naming.lora.find import AdapterConfig, holds_adapters, separate, without_peft
@@ -93,6 +94,7 @@ class Export(Struct, frozen=True):
 
 def plain(catalog: Catalog, options: Options) -> Export:
     """Without a base: every tensor under the name that it has in the checkpoint."""
+    flat.refuse(catalog)
     kept = {
         name: entry
         for name, entry in catalog.entries.items()
@@ -113,7 +115,13 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
 
     Without `sources` no value is read, and tied tensors are taken to be equal.
     """
-    return _Export(catalog, base, options, sources).result()
+    found = flat.shaped(catalog, base.schema)
+    catalog = replace(catalog, entries=found.entries, unshaped=frozenset())
+    made = _Export(catalog, base, options, sources).result()
+    rules = (*found.rules, *made.fit.rules)
+    return replace(
+        made, fit=replace(made.fit, rules=rules), findings=(*found.findings, *made.findings)
+    )
 
 
 class _Export:

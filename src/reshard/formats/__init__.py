@@ -87,6 +87,7 @@ TITLES = {
     "dcp": "a PyTorch DCP (FSDP) checkpoint",
     "deepspeed": "a DeepSpeed checkpoint",
     "huggingface": "a Hugging Face model",
+    "ranks": "an FSDP checkpoint of one file a rank",
     "torch": "a torch.save file",
 }
 ADAPTER_TITLE = "an adapter of PEFT"

@@ -130,7 +130,11 @@ def _load(path: Path, format_: str, sources: Sources, selection: formats.Selecti
             hint="Leave out --role.",
         )
     reader = formats.load(format_)
-    if path.is_file() or format_ in formats.EXPORTED or not formats.claims(path).keys() & {*formats.EXPORTED}:
+    if (
+        path.is_file()
+        or format_ in formats.EXPORTED
+        or not formats.claims(path).keys() & {*formats.EXPORTED}
+    ):
         return reader.read(path, sources, selection)
     try:
         catalog = reader.read(path, sources, selection)

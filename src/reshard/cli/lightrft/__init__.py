@@ -14,6 +14,7 @@ _COMMANDS = {
     "dcp": "Convert it with fsdp2hf.",
     "deepspeed": "Convert it with ds2hf.",
     "huggingface": "Convert it with hf2fsdp.",
+    "ranks": "Convert it with fsdp2hf.",
     "adapter": "Merge it with: reshard convert SRC DST --base BASE --fill-from-base.",
     "torch": "Convert it with: reshard convert SRC DST --base BASE.",
 }

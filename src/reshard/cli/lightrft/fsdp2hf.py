@@ -19,7 +19,7 @@ _PATH = FolderOrFile()
 @click.option("--hf_base", type=_PATH, required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--checkpoint_dir", type=_PATH, required=True,
-              help="The folder with .metadata and the .distcp files.")  # fmt: skip
+              help="The folder with .metadata and .distcp files, or with rank files.")  # fmt: skip
 @click.option("--output_dir", type=_PATH, required=True,
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
 @click.option("--prefix", help="The model's part of a nested state dict; default: found by itself.")
@@ -38,7 +38,7 @@ def command(
     lora_alpha: float | None,
     overwrite: bool,
 ) -> None:
-    """Convert an FSDP checkpoint (PyTorch DCP) to a Hugging Face folder.
+    """Convert an FSDP checkpoint (PyTorch DCP, or files of ranks) to a Hugging Face folder.
 
     Names, dtypes and all files but the weights are those of the base model, be it a language or a
     vision-language model.
@@ -46,7 +46,7 @@ def command(
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
 
-    expect(checkpoint_dir, "dcp", "torch")
+    expect(checkpoint_dir, "dcp", "ranks", "torch")
     with output.progress_bar() as progress:
         report = convert(
             checkpoint_dir,

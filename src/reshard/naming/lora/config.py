@@ -1,7 +1,7 @@
 """How a checkpoint's adapters scale: from the user, or from a file beside it.
 
-    adapter_config.json     PEFT's; in verl's runs in the folder `lora_adapter`
-    lora_train_meta.json    verl's, since 0.9, beside the ranks' files: {"r", "lora_alpha", ..}
+adapter_config.json     PEFT's; in verl's runs in the folder `lora_adapter`
+lora_train_meta.json    verl's, since 0.9, beside the ranks' files: {"r", "lora_alpha", ..}
 """
 
 from __future__ import annotations
