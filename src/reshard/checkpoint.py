@@ -98,7 +98,8 @@ def open_checkpoint(
     """Read a checkpoint's table of tensors; no weights are read.
 
     The format is detected. `tag` names one of several saves (DeepSpeed), `prefix` the model's part
-    of a nested state dict, `role` one of the models in one save (verl's actor, critic). Raises a `ReshardError` for anything that is missing or damaged.
+    of a nested state dict, `role` one of the models in one save (verl's actor, critic). Raises a
+    `ReshardError` for anything that is missing or damaged.
 
     >>> checkpoint = open_checkpoint("run/_actor")                    # doctest: +SKIP
     >>> checkpoint.tensors["lm_head.weight"].shape                    # doctest: +SKIP

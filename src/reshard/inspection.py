@@ -117,8 +117,8 @@ def inspect(
 ) -> Inspection:
     """Summarise the checkpoint at `path`; no weights are read.
 
-    `tag`, `prefix` and `role` are those of `open_checkpoint`. With `base`, a Hugging Face model folder,
-    the summary says how the checkpoint's names fit onto the base's.
+    `tag`, `prefix` and `role` are those of `open_checkpoint`. With `base`, a Hugging Face model
+    folder, the summary says how the checkpoint's names fit onto the base's.
     """
     checkpoint = open_checkpoint(path, tag=tag, prefix=prefix, role=role)
     entries = list(checkpoint.catalog.entries.values())

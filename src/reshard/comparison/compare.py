@@ -53,9 +53,9 @@ def verify(
     """Read a converted folder again and compare every tensor, bit for bit.
 
     Without `against`, with the digests in its `reshard.json`; with the checkpoint `against` that
-    it was converted from (`tag`, `prefix` and `role` as for `convert`), with the checkpoint itself, read
-    and rounded anew. `base` is the model that it was converted onto; without it, tensors that the
-    conversion took from its base are counted and not compared, and a folder without a config is
+    it was converted from (`tag`, `prefix` and `role` as for `convert`), with the checkpoint itself,
+    read and rounded anew. `base` is the model that it was converted onto; without it, tensors that
+    the conversion took from its base are counted and not compared, and a folder without a config is
     compared only if its names are the checkpoint's.
 
     Raises `VerificationError` naming the first tensor that differs, `PlanError` where the base is

@@ -79,7 +79,8 @@ CODES: dict[str, Code] = {
         "info", "a training checkpoint was read, and an exported model lies beside it",
         "To convert the exported model, name its file."),
     "flat-parameters-cut": Code(
-        "warning", "flat parameters were cut in the order of the model's family, which no file states"),
+        "warning",
+        "flat parameters were cut in the order of the model's family, which no file states"),
     "head-untied": Code("warning", "an output head differs from the embedding that it was tied to"),
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",

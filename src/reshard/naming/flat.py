@@ -153,10 +153,10 @@ def _named(catalog: Catalog, names: frozenset[str], schema: Schema) -> dict[str,
     for table in _tables(schema):
         for prefix in prefixes(numels, None):
             found = {
-                name: table[short]
+                name: shape
                 for name, numel in numels.items()
-                if (short := name.removeprefix(prefix)) in table
-                and math.prod(table[short]) == numel
+                if (shape := table.get(name.removeprefix(prefix))) is not None
+                and math.prod(shape) == numel
             }
             closest = max(closest, found, key=len)
             if len(found) == len(numels):

@@ -23,12 +23,13 @@ def is_distributed(value: object) -> bool:
 
 
 class Decoder:
-    """Decodes the distributed tensors of one file, whose name says that `rank` wrote it.
+    """Decodes the distributed tensors of one file, whose name says that `rank` wrote it; None where
+    it says nothing, and the tensors must.
 
     The file's tensors share their meshes, each of which is read once.
     """
 
-    def __init__(self, path: str, rank: int, sources: Sources) -> None:
+    def __init__(self, path: str, rank: int | None, sources: Sources) -> None:
         self._path = path
         self._rank = rank
         self._sources = sources
@@ -42,16 +43,20 @@ class Decoder:
         """
         place = Place(self._path, name)
         if short_name(value) == "DTensor":
-            local = dtensor.decode(value, self._mesh(value, place), place)
-        else:
-            local = sharded.decode(value, place)
-        if local.rank not in (None, self._rank):
+            mesh = self._mesh(value, place)
+            self._check_rank(mesh.rank)
+            return dtensor.decode(value, mesh, place)
+        local = sharded.decode(value, place)
+        self._check_rank(local.rank)
+        return local
+
+    def _check_rank(self, stated: int | None) -> None:
+        if self._rank is not None and stated not in (None, self._rank):
             raise FormatError(
-                f"its name says rank {self._rank}, and rank {local.rank} wrote it.",
+                f"its name says rank {self._rank}, and rank {stated} wrote it.",
                 path=self._path,
                 hint="A rank's file was copied or renamed; copy each rank's own file.",
             )
-        return local
 
     def _mesh(self, value: Opaque, place: Place) -> Mesh:
         spec = attributes(attributes(value, place).get("_spec"), place)

@@ -7,8 +7,8 @@
 A placement for each dimension of the mesh: `Shard(dim)` gives each rank `ceil(n / ranks)` rows of
 what there is, the last ranks fewer or none; `Replicate()` gives each all. Where one dimension is
 sharded twice, `shard_order` states which mesh dimension cuts first (torch 2.10 and later);
-`_StridedShard(dim, split_factor)` is cut as if after the mesh dimensions behind it (FSDP over
-tensor parallelism). Read off torch 2.13 (torch/distributed/tensor/_dtensor_spec.py,
+`_StridedShard(dim, split_factor)` comes after so many cuts of the mesh dimensions behind it (FSDP
+over tensor parallelism). Read off torch 2.13 (torch/distributed/tensor/_dtensor_spec.py,
 placement_types.py, _utils.py).
 """
 
@@ -32,14 +32,12 @@ from reshard.containers.torch import Opaque, TensorRef
 from reshard.core.tensors import Box, Shape
 from reshard.errors import UnsupportedError, brief
 
-# Stretches `[start, stop)` of one dimension, in the order of the local tensor.
-_Runs = list[tuple[int, int]]
-
 
 class Placement(Struct, frozen=True):
     """What happens along one dimension of a mesh; `dim` None: every rank holds all.
 
-    `factor` counts the cuts that come first although they stand behind (a strided shard).
+    `factor` is the number of pieces that dimensions of the mesh behind it cut first (a strided
+    shard).
     """
 
     dim: int | None
@@ -64,7 +62,7 @@ def decode(value: Opaque, mesh: Mesh, place: Place) -> Local:
     order = _order(spec.get("shard_order"), placements, mesh, place)
     parts: tuple[Part, ...] = ()
     if mesh.coordinate is not None:
-        box = box_of(shape, mesh.shape, mesh.coordinate, placements, order, place)
+        box = box_of(shape, mesh.shape, mesh.coordinate, placements, order)
         if box.sizes != tensor.shape or dtype != tensor.dtype:
             raise place.broken(
                 f"its part is {tensor.dtype} {tensor.shape}, and {dtype} {box.sizes} is what its "
@@ -84,64 +82,27 @@ def box_of(
     coordinate: Shape,
     placements: Sequence[Placement],
     order: Sequence[int],
-    place: Place,
 ) -> Box:
     """The box that the rank at `coordinate` of a mesh holds of a tensor of `shape`.
 
-    `order` are the dimensions of the mesh in the order in which they cut.
+    `order` are the dimensions of the mesh in the order in which they cut. A rank that holds nothing
+    begins where there is nothing left.
+
+    >>> twice = [Placement(0), Placement(0)]
+    >>> box_of((10,), (2, 2), (1, 0), twice, (0, 1)), box_of((10,), (2, 2), (1, 0), twice, (1, 0))
+    (Box(shape=(10,), offsets=(5,), sizes=(3,)), Box(shape=(10,), offsets=(3,), sizes=(2,)))
     """
-    runs: list[_Runs] = [[(0, size)] for size in shape]
+    starts, stops = [0] * len(shape), list(shape)
     for axis in order:
-        placement, ranks, index = placements[axis], mesh[axis], coordinate[axis]
-        if placement.dim is None:
+        dim = placements[axis].dim
+        if dim is None:
             continue
-        have = runs[placement.dim]
-        length = sum(stop - start for start, stop in have)
-        pieces = ranks * placement.factor
-        if placement.factor > 1 and length % pieces:
-            raise UnsupportedError(
-                f"{length} rows are spread over {pieces} strided shards, which do not come out "
-                "even.",
-                path=place.path,
-                tensor=place.tensor,
-            )
-        step = -(-length // pieces)
-        runs[placement.dim] = [
-            run
-            for piece in range(index, pieces, ranks)
-            for run in _between(have, piece * step, (piece + 1) * step)
-        ]
-    joined = [_join(each) for each in runs]
-    if any(len(each) > 1 for each in joined):
-        raise UnsupportedError(
-            "a rank's part of it is several pieces of the whole, which is not handled.",
-            path=place.path,
-            tensor=place.tensor,
-        )
-    # A rank that holds nothing begins where the tensor ends.
-    ends = [each[0] if each else (size, size) for each, size in zip(joined, shape, strict=True)]
-    return Box(shape, tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
-
-
-def _between(runs: _Runs, start: int, stop: int) -> _Runs:
-    """Elements `[start, stop)` of the runs laid end to end."""
-    found, done = [], 0
-    for first, last in runs:
-        low, high = max(start - done, 0), min(stop - done, last - first)
-        if low < high:
-            found.append((first + low, first + high))
-        done += last - first
-    return found
-
-
-def _join(runs: _Runs) -> _Runs:
-    joined: _Runs = []
-    for start, stop in runs:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        elif start < stop:
-            joined.append((start, stop))
-    return joined
+        start, stop = starts[dim], stops[dim]
+        step = -(-(stop - start) // mesh[axis])
+        starts[dim] = min(start + coordinate[axis] * step, stop)
+        stops[dim] = min(starts[dim] + step, stop)
+    sizes = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+    return Box(shape, tuple(starts), sizes)
 
 
 def _placements(value: object, dims: int, place: Place) -> tuple[Placement, ...]:
@@ -183,10 +144,12 @@ def _order(
     default = tuple(range(len(placements)))
     cuts: dict[int, list[int]] = {}
     for axis, placement in enumerate(placements):
-        if placement.dim is not None and mesh.shape[axis] > 1:
+        if placement.dim is not None:
             cuts.setdefault(placement.dim, []).append(axis)
-    twice = [axes for axes in cuts.values() if len(axes) > 1]
-    if not twice or any(placement.factor > 1 for placement in placements):
+    if any(placement.factor > 1 for placement in placements):
+        return tuple(a for axes in cuts.values() for a in _strided(axes, placements, mesh, place))
+    twice = [axes for axes in cuts.values() if sum(mesh.shape[axis] > 1 for axis in axes) > 1]
+    if not twice:
         return default
     listed = _listed(stated, len(placements))
     if listed is None:
@@ -200,6 +163,28 @@ def _order(
     if any(not {*axes} <= {*listed} for axes in twice):
         raise place.broken(f"its shard order is {brief(stated)}.")
     return (*listed, *(axis for axis in default if axis not in listed))
+
+
+def _strided(
+    axes: Sequence[int], placements: Sequence[Placement], mesh: Mesh, place: Place
+) -> list[int]:
+    """The order of mesh dimensions that cut one dimension, where a split factor tells it: each
+    comes after as many of those behind it as make that many pieces."""
+    order: list[int] = []
+    for axis in reversed(axes):
+        pieces, at = 1, 0
+        while at < len(order) and pieces < placements[axis].factor:
+            pieces *= mesh.shape[order[at]]
+            at += 1
+        if pieces != placements[axis].factor:
+            raise UnsupportedError(
+                f"a strided shard's split factor is {placements[axis].factor}, which no order of "
+                f"cuts on a mesh of {mesh.shape} gives.",
+                path=place.path,
+                tensor=place.tensor,
+            )
+        order.insert(at, axis)
+    return order
 
 
 def _listed(stated: object, dims: int) -> tuple[int, ...] | None:

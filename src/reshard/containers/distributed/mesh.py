@@ -45,8 +45,9 @@ class Mesh(Struct, frozen=True):
     rank: int | None = None
 
 
-def parse(value: object, rank: int, sources: Sources, place: Place) -> Mesh:
-    """The mesh that a record describes. Raises `FormatError`."""
+def parse(value: object, rank: int | None, sources: Sources, place: Place) -> Mesh:
+    """The mesh that a record describes, as `rank` sees it; None: as the rank that it states, or the
+    only one. Raises `FormatError`."""
     found = attributes(value, place)
     ranks = _ranks(found.get("_flatten_rank_map"), found.get("_rank_map"), sources, place)
     if ranks is None:
@@ -61,6 +62,8 @@ def parse(value: object, rank: int, sources: Sources, place: Place) -> Mesh:
         axes = _axes(found.get("_layout"), place)
     _check_axes(axes, len(ranks), place)
     stated = found.get("_rank")
+    if rank is None:
+        rank = stated if type(stated) is int else ranks[0] if len(ranks) == 1 else -1
     coordinate = _coordinate(axes, ranks.index(rank)) if rank in ranks else None
     _check_coordinate(found.get("_coordinate_on_dim"), coordinate, stated == rank, place)
     return Mesh(

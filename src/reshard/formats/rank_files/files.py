@@ -201,7 +201,7 @@ def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
         raise IncompleteError(
             f"it holds rank files of two saves, by worlds of {listed} ranks.",
             path=folder,
-            hint=f"Name a file of the save that is meant, such as {first}, or move the others away.",
+            hint=f"Name a file of the save that is meant ({first}), or move the others away.",
         )
     return next(iter(worlds), None)
 

@@ -178,21 +178,25 @@ def _entry(
 
 def ranks_missing(missing: Sequence[str], saved: Saved) -> IncompleteError:
     """The error of a folder without the files of some ranks."""
-    more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
     return IncompleteError(
         f"of {len(missing) + len(saved.files)} ranks' files, {len(missing)} "
-        f"{'is' if len(missing) == 1 else 'are'} missing: {', '.join(missing[:_LISTED])}{more}.",
+        f"{'is' if len(missing) == 1 else 'are'} missing: {_some(missing)}.",
         path=saved.folder,
         hint="Copy the files of all ranks, from all nodes if each kept its own.",
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def _replicas_missing(missing: Sequence[str]) -> tuple[Finding, ...]:
     if not missing:
         return ()
     message = (
-        f"the files of {len(missing)} ranks are missing, {missing[0]} among them; all that they "
-        "held is in the others' (replicas, or ranks that own nothing)."
+        f"the files of these ranks are missing: {_some(missing)}; all that they held is in the "
+        "others' (replicas, or ranks that own nothing)."
     )
     return (Finding("replicas-missing", message, subject=missing[0]),)
 

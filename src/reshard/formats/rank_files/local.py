@@ -10,8 +10,8 @@ and with use_orig_params=True every parameter besides, as a slice of that part w
     rank 0   q_proj.weight[0:576]  k_proj.weight[0:192]  up_proj.weight[]          ...
     rank 1   q_proj.weight[]       k_proj.weight[]       up_proj.weight[0:548]     ...
 
-A slice is a view of the part, in the file as in memory: so its place in the flat parameter is known,
-and that slices of one parameter follow each other is proven, not supposed. Shapes are stated
+A slice is a view of the part, in the file as in memory: so its place in the flat parameter is
+known, and that slices of one parameter follow each other is proven, not supposed. Shapes are stated
 nowhere: such tensors are flattened, and the base gives them their shapes (`reshard.naming.flat`).
 With use_orig_params=False the names of the parameters are nowhere either, and the flat parameters
 are what is read. Between parameters lies padding up to 16 bytes, at the end up to a multiple of the

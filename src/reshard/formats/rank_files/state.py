@@ -71,10 +71,10 @@ def _state_dict(path: Path, content: TorchFile) -> dict[str, object]:
         if isinstance(inner, dict) and inner:
             value = inner
             break
-    found = {
+    found: dict[str, object] = {
         name: each
         for name, each in (value.items() if isinstance(value, dict) else ())
-        if isinstance(name, str) and (isinstance(each, TensorRef) or isinstance(each, Opaque))
+        if isinstance(name, str) and isinstance(each, TensorRef | Opaque)
     }
     if not any(isinstance(each, TensorRef) or is_distributed(each) for each in found.values()):
         raise UnsupportedError(
