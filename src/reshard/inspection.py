@@ -158,7 +158,7 @@ def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
             return Fitting(str(error), missing=error.missing, unexpected=error.unexpected)
         except (IncompleteError, PlanError, UnsupportedError) as error:
             return Fitting(str(error))
-    found = exported.fit
+    found = exported.name_map
     return Fitting(
         prefix=found.prefix,
         rules=found.rules,

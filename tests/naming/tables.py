@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from reshard import naming
 from reshard.core import dtypes
 from reshard.core.tensors import (
     Entry,
@@ -24,7 +25,7 @@ from reshard.core.tensors import (
     contiguous_strides,
     whole,
 )
-from reshard.naming import Schema
+from reshard.naming import NameMap, Schema, apply
 
 LAYOUTS = Path(__file__).parent / "layouts"
 VERSIONS = tuple(sorted(path.name for path in LAYOUTS.iterdir()))
@@ -120,3 +121,19 @@ def values(found: Entry, content: Mapping[str, bytes]) -> Array:
         region = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
         out.reshape(box.shape)[region] = piece
     return out
+
+
+class Fitted:
+    """What a fit found, and the tensors that it makes."""
+
+    def __init__(self, entries: Mapping[str, Entry], found: NameMap) -> None:
+        self.name_map = found
+        self.entries = apply(found.outputs, entries)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.name_map, name)
+
+
+def fit(entries: Mapping[str, Entry], schema: Schema, **options: Any) -> Fitted:
+    """Fit entries onto a base, and make the base's tensors of them."""
+    return Fitted(entries, naming.fit(entries, schema, **options))

@@ -24,7 +24,7 @@ from reshard.errors import (
     ReshardError,
     UnsupportedError,
 )
-from reshard.naming import FitOptions, Schema, fit
+from reshard.naming import FitOptions, Schema, apply, fit
 from reshard.naming.lora.find import AdapterConfig, parse_adapter_config, separate
 from reshard.naming.lora.output import adapter_folder, updates
 from tests.naming import tables
@@ -75,7 +75,7 @@ class Run:
         changed = updates(separated, found, config, self.base_entries())
         assert changed
         merged = {name: merge(update, self.content) for name, update in changed.items()}
-        for name, entry in found.entries.items():
+        for name, entry in apply(found.outputs, separated.entries).items():
             if name not in merged:
                 merged[name] = tables.values(entry, self.content)
         return {**{name: self.base[name] for name in found.filled}, **merged}

@@ -17,9 +17,10 @@ import torch
 
 from reshard.core.tensors import Entry
 from reshard.errors import UnsupportedError
-from reshard.naming import fit, parse_version, to_memory
+from reshard.naming import parse_version, to_memory
 from tests.naming import tables
 from tests.naming.make_layouts import CLIP, EXPERTS, LLAVA, SIGLIP, UNTIED, build, saved
+from tests.naming.tables import fit
 
 INSTALLED = parse_version("5.23")
 

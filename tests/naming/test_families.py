@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reshard.naming import NEWEST, Schema, fit, patterns
+from reshard.naming import NEWEST, Schema, patterns
 from reshard.naming.families import FAMILIES
 from reshard.naming.layouts import Family, Layout
 from tests.naming import tables
+from tests.naming.tables import fit
 
 LAYOUTS = [layout for family in FAMILIES for layout in family.layouts]
 parts = st.text("abc01_", min_size=1, max_size=3)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from reshard.core.dtypes import FLOAT32
 from reshard.core.tensors import Entry, Extent, FileRef, Fragment, Shape, TensorSpec, flat
 from reshard.errors import NamesError
-from reshard.naming import Fit, FitOptions, Resize, fit
+from reshard.naming import FitOptions, Resize
 from reshard.naming.families import WRAPPERS
 from tests.naming import tables
+from tests.naming.tables import Fitted, fit
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -31,7 +32,7 @@ def run(
     config: dict[str, Any] | None = None,
     same: bool = True,
     **options: Any,
-) -> Fit:
+) -> Fitted:
     """The fit of a source on a base; two tensors that are compared have the same values or not."""
     entries = {
         name: item if isinstance(item, Entry) else tables.entry(name, item)
@@ -251,7 +252,7 @@ def test_a_wrong_prefix_never_ends_in_the_base_alone() -> None:
     source["other.weight"] = (2, 2)
     with pytest.raises(NamesError) as caught:
         run(source, TIED, fill_from_base=True)
-    assert set(caught.value.unexpected) == set(source)
+    assert caught.value.unexpected == ("other.weight",)
 
 
 def test_filled_from_the_base() -> None:
@@ -299,7 +300,7 @@ def test_a_named_part_of_a_larger_checkpoint() -> None:
     found = run(source, TIED, prefix="actor.")
     assert found.prefix == "actor."
     assert tables.origin(found.entries[NORM]) == f"actor.{NORM}"
-    assert run(source, TIED, prefix="actor") == found
+    assert run(source, TIED, prefix="actor").name_map == found.name_map
     with pytest.raises(NamesError, match="none of the checkpoint's 4 tensors has the prefix"):
         run(source, TIED, prefix="ref.")
 

@@ -6,8 +6,9 @@ import pytest
 
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError
-from reshard.naming import FitOptions, Schema, fit
+from reshard.naming import FitOptions, Schema
 from tests.naming import tables
+from tests.naming.tables import fit
 
 EVERY = [(version, name) for version in tables.VERSIONS for name in tables.names(version)]
 # Under 4.51 the class has no vision tower, so what it trained is no whole model of the family.

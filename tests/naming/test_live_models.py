@@ -19,8 +19,8 @@ import transformers
 from safetensors.numpy import save_file
 
 from reshard.core.tensors import Entry
-from reshard.naming import fit
 from tests.naming import tables
+from tests.naming.tables import fit
 
 CLASSES = {"qwen2_5_vl_backbone": "AutoModel", "llava_backbone": "AutoModel"}
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from reshard.errors import PlanError, UnsupportedError
-from reshard.naming import NEWEST, fit, parse_version, to_memory
+from reshard.naming import NEWEST, parse_version, to_memory
 from tests.naming import tables
+from tests.naming.tables import fit
 from tests.naming.test_layout_tables import equal
 
 # Backbone classes have layouts of their own; live full models are what a trainer loads into.

@@ -6,8 +6,9 @@ import pytest
 
 from reshard.core.tensors import Shape
 from reshard.errors import NamesError
-from reshard.naming import fit, to_memory
+from reshard.naming import to_memory
 from tests.naming import tables
+from tests.naming.tables import fit
 from tests.naming.test_every_model import same
 
 Shapes = dict[str, Shape]

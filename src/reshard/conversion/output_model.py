@@ -27,7 +27,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
-from reshard.naming import Fit, FitOptions, fit, flat
+from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity
 from reshard.naming.fit import Equal
 from reshard.naming.lora import config as adapter_config
 from reshard.naming.lora.find import AdapterConfig, holds_adapters, separate, without_peft
@@ -35,16 +35,15 @@ from reshard.naming.lora.output import CONFIG as ADAPTER_CONFIG
 from reshard.naming.lora.output import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.naming.lora.output import adapter_folder, updates
 from reshard.naming.rewards import (
-    SCORE,
     Parts,
     check,
-    classifier_patches,
     lightrft_state,
     reward_config,
     split,
 )
 from reshard.naming.schema import comes_with_base
 from reshard.naming.search import unwrap
+from reshard.naming.value_heads import SCORE, classifier
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
 
@@ -70,7 +69,7 @@ class Side(Struct, frozen=True):
 
 
 class Export(Struct, frozen=True):
-    """Everything that a conversion writes, by what it is; `fit` says how the names were found.
+    """Everything that a conversion writes, by what it is; `name_map` says how the names were found.
 
     `missing` are tensors of the base that are not written, `filled` those that are copied from
     it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales. With
@@ -79,7 +78,7 @@ class Export(Struct, frozen=True):
     """
 
     model: Sequence[Target]
-    fit: Fit
+    name_map: NameMap
     sides: tuple[Side, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
     patches: Mapping[str, object] = field(default_factory=dict)
@@ -97,13 +96,13 @@ def plain(catalog: Catalog, options: Options) -> Export:
     flat.refuse(catalog)
     kept = {
         name: entry
-        for name, entry in catalog.entries.items()
+        for name, entry in catalog.of_one_layout().items()
         if not (options.exclude_frozen and entry.kind == "frozen")
     }
     tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
     return Export(
         model=choose(list(kept.items()), {}, options.dtype),
-        fit=Fit(kept, tied=tied),
+        name_map=NameMap(identity(kept), tied=tied),
         missing=tuple(name for name in catalog.entries if name not in kept),
         findings=(_UNMERGED,) if options.to == "hf" and holds_adapters(kept) else (),
         assets=False,
@@ -118,9 +117,11 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     found = flat.shaped(catalog, base.schema)
     catalog = replace(catalog, entries=found.entries, unshaped=frozenset())
     made = _Export(catalog, base, options, sources).result()
-    rules = (*found.rules, *made.fit.rules)
+    rules = (*found.rules, *made.name_map.rules)
     return replace(
-        made, fit=replace(made.fit, rules=rules), findings=(*found.findings, *made.findings)
+        made,
+        name_map=replace(made.name_map, rules=rules),
+        findings=(*found.findings, *made.findings),
     )
 
 
@@ -130,7 +131,7 @@ class _Export:
     ) -> None:
         self._base = base
         self._options = options
-        self._separated = separate(catalog.entries, options.lora.adapter)
+        self._separated = separate(catalog.of_one_layout(), options.lora.adapter)
         self._alone = self._writes_adapter_alone()
         self._parts = self._split()
         self._classifier = self._as_classifier()
@@ -156,16 +157,23 @@ class _Export:
 
     def _split(self) -> Parts:
         choice = self._options.rewards
-        parts = split(self._separated.entries, self._base.entries, choice.heads.value_head)
+        parts = split(
+            self._separated.entries,
+            self._base.entries,
+            choice.heads.value_head,
+            FitOptions(allow=self._options.allow).allows,
+        )
         return check(parts, choice.model_type, choice.heads)
 
     def _as_classifier(self) -> dict[str, object] | None:
         """The config changes of a critic that becomes a sequence classifier."""
-        if self._parts.value is None:
+        head = self._parts.value
+        if head is None:
             return None
-        return classifier_patches(self._base.config.get("architectures") or ())
+        classes = self._base.config.get("architectures") or ()
+        return classifier(head, classes, speaks=_has_head(self._parts.backbone))
 
-    def _fitted(self, compare: Equal | None) -> Fit:
+    def _fitted(self, compare: Equal | None) -> NameMap:
         parts = self._parts
         scalar = parts.rewards is not None and not _has_head(parts.backbone)
         try:
@@ -233,7 +241,8 @@ class _Export:
         made, filled, missing = self._model()
         sides, texts = self._reward_files()
         if self._parts.value is not None and (self._classifier is None or alone):
-            sides.append(self._side(VALUE_HEAD, [self._parts.value]))
+            head = self._parts.value
+            sides.append(self._side(VALUE_HEAD, head.called(head.name).values()))
         if self._scaling is not None and self._options.lora.mode in ("adapter", "both"):
             side, text = self._adapter("" if alone else ADAPTER_FOLDER, self._scaling)
             sides.append(side)
@@ -249,7 +258,7 @@ class _Export:
             targets = ()
         return Export(
             model=targets,
-            fit=found,
+            name_map=found,
             sides=tuple(sides),
             texts=tuple(texts),
             patches={**found.config_patches, **(self._classifier or {})},
@@ -264,7 +273,7 @@ class _Export:
     def _model(self) -> tuple[list[tuple[str, Entry]], tuple[str, ...], tuple[str, ...]]:
         """The model's tensors, the names filled from the base, and those left out."""
         options, found = self._options, self._fit
-        made: dict[str, Entry] = {**found.entries, **self._updates}
+        made: dict[str, Entry] = {**apply(found.outputs, self._parts.backbone), **self._updates}
         absent = list(found.filled)
         if options.exclude_frozen:
             frozen = [name for name, entry in made.items() if entry.kind == "frozen"]
@@ -272,7 +281,7 @@ class _Export:
             for name in absent:
                 made.pop(name, None)
         if self._parts.value is not None and self._classifier is not None:
-            made[SCORE] = self._parts.value.renamed(SCORE)
+            made.update(self._parts.value.called(SCORE))
         filled = [
             name
             for name in absent
@@ -290,7 +299,13 @@ class _Export:
         heads, choice = self._parts.rewards, self._options.rewards
         if heads is None:
             return [], []
-        config = reward_config(heads, choice.probing_layer, self._base.config)
+        config = reward_config(heads, choice.layer, self._base.config)
+        if choice.probing_layer is None:
+            message = (
+                f"the heads are taken to read hidden state {choice.layer}, LightRFT's default: no "
+                "checkpoint states the layer."
+            )
+            self._findings.append(Finding("probing-layer-assumed", message))
         texts = [(REWARD_CONFIG, _json(config))]
         sides = []
         if choice.srm_format in ("split", "both"):

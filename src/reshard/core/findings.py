@@ -85,7 +85,14 @@ CODES: dict[str, Code] = {
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
         "Copy the newer one again, or name the one that is meant."),
+    "live-layout-apart": Code(
+        "warning", "live modules of some versions hold tensors that the folder has no bytes for",
+        "For a run of such a version, convert with --names memory."),
+    "live-layout-unknown": Code(
+        "warning", "the names that live modules of some versions ask for are not known"),
     "live-names": Code("info", "names are those of a live module, not those of the files"),
+    "live-names-added": Code(
+        "info", "tensors also have the names that live modules ask for, without further bytes"),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
     "names-without-weights": Code(
@@ -98,10 +105,22 @@ CODES: dict[str, Code] = {
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
     "objects-unread": Code(
         "warning", "a pickle holds objects that are not data; they were not made"),
+    "old-output-kept": Code(
+        "warning", "the output that was replaced cannot be deleted entirely",
+        "Delete what is left of it."),
+    "old-output-restored": Code(
+        "info", "a killed run had moved the old output aside; it was put back"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
     "replicas-missing": Code(
         "info", "files of some ranks are missing; the others hold all that they held"),
+    "partial-output": Code("info", "what an interrupted run of this output left was removed"),
+    "partial-output-kept": Code(
+        "warning", "something beside the output looks like a run's leftover and was not removed",
+        "Remove it, if nobody needs it."),
+    "probing-layer-assumed": Code(
+        "warning", "which hidden state the reward heads read was assumed",
+        "Pass --probing-layer with the value of the training."),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

@@ -51,6 +51,20 @@ def select(entry: Entry, index: int) -> Entry:
     return _entry(row, shape[1:], [_drop_first(fragment) for fragment in row.fragments])
 
 
+def rows(entry: Entry) -> list[Entry]:
+    """Every row of the first dimension, as `select` takes it, in one pass over the fragments."""
+    entry = unflatten(entry)
+    holders: list[list[Fragment]] = [[] for _ in range(entry.spec.shape[0])]
+    for fragment in entry.fragments:
+        first = fragment.box.offsets[0]
+        for row in range(first, first + fragment.box.sizes[0]):
+            holders[row].append(fragment)
+    return [
+        select(replace(entry, fragments=tuple(fragments)), row)
+        for row, fragments in enumerate(holders)
+    ]
+
+
 def transpose(entry: Entry, dim0: int, dim1: int) -> Entry:
     """The tensor with two dimensions exchanged; its elements stay where they lie."""
     order = list(range(len(entry.spec.shape)))

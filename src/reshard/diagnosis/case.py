@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, field
-from msgspec.structs import replace
 
 from reshard.conversion.base_model import Base
 from reshard.core.catalog import Catalog
@@ -22,11 +21,11 @@ from reshard.diagnosis.folder import Folder
 from reshard.diagnosis.streams import NotFinite
 from reshard.errors import NamesError, PlanError, ReshardError
 from reshard.formats import Selection, deepspeed
-from reshard.naming import Fit, FitOptions, fit, schema
+from reshard.naming import FitOptions, NameMap, apply, fit, schema
 from reshard.naming.families import PREFIXES
-from reshard.naming.rewards import SCORE
 from reshard.naming.search import unwrap
 from reshard.naming.ties import HEADS
+from reshard.naming.value_heads import SCORE
 from reshard.progress import Progress, StagedProgress
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
@@ -39,8 +38,9 @@ class Fitted(Struct, frozen=True):
     a head that is missing.
     """
 
-    fit: Fit | None = None
+    fit: NameMap | None = None
     misfit: NamesError | PlanError | None = None
+    entries: Mapping[str, Entry] = field(default_factory=dict)
 
 
 class Vocabulary(Struct, frozen=True):
@@ -67,10 +67,11 @@ class Values(Struct, frozen=True):
 
 
 class Rescue(Struct, frozen=True):
-    """A training checkpoint that lies in the folder, and how its tensors fit the base."""
+    """A training checkpoint that lies in the folder, and its tensors by the base's names."""
 
     catalog: Catalog
-    fit: Fit
+    name_map: NameMap
+    entries: Mapping[str, Entry]
 
 
 class Case(Struct, frozen=True):
@@ -150,7 +151,7 @@ def read(
         clean=clean,
         vocabulary=_vocabulary(folder, clean, sources),
         companions=read_companions(folder, base, sources),
-        values=_values(folder, base, fitted.fit, sources, weights, threads, progress),
+        values=_values(folder, base, fitted.entries, sources, weights, threads, progress),
         rescue=_rescue(path, base, sources) if placeholders else None,
     )
 
@@ -183,22 +184,21 @@ def _fitted(
         return equal(one, other, sources)
 
     score: dict[str, Entry] = {}
-    own = next((name for name in entries if unwrap(name) == SCORE), None)
-    if own is not None and folder.classifies and SCORE not in base.entries:
+    if folder.classifies and f"{SCORE}.weight" not in base.entries:
         # The base is the language model that the classifier was trained from.
-        score = {SCORE: entries[own].renamed(SCORE)}
-        entries = {name: entry for name, entry in entries.items() if name != own}
+        own = {n: unwrap(n) for n in entries if unwrap(n) in (f"{SCORE}.weight", f"{SCORE}.bias")}
+        score = {clean: entries[name].renamed(clean) for name, clean in own.items()}
+        entries = {name: entry for name, entry in entries.items() if name not in own}
     try:
         # transformers 4 leaves an embedding that is stored as the head alone without weights.
         options = FitOptions(headless=folder.headless, untied=_heads(entries))
         found = fit(entries, base.schema, options=options, equal=same)
-        return Fitted(replace(found, entries={**found.entries, **score}))
+        return Fitted(found, None, {**apply(found.outputs, entries), **score})
     except (NamesError, PlanError) as error:
         misfit = error
     try:
-        return Fitted(
-            fit(entries, base.schema, options=FitOptions(headless=True), equal=same), misfit
-        )
+        found = fit(entries, base.schema, options=FitOptions(headless=True), equal=same)
+        return Fitted(found, misfit, apply(found.outputs, entries))
     except (NamesError, PlanError):
         return Fitted(None, misfit)
 
@@ -255,7 +255,7 @@ def _vocabulary(folder: Folder, clean: Mapping[str, str], sources: Sources) -> V
 def _values(
     folder: Folder,
     base: Base | None,
-    found: Fit | None,
+    fitted: Mapping[str, Entry],
     sources: Sources,
     weights: bool,
     threads: int,
@@ -277,7 +277,7 @@ def _values(
     )
     pairs = [
         (entry, base.entries[name])
-        for name, entry in ({} if found is None else found.entries).items()
+        for name, entry in fitted.items()
         if base is not None
         and name in base.entries
         and entry.spec.numel
@@ -303,4 +303,4 @@ def _rescue(path: Path, base: Base | None, sources: Sources) -> Rescue | str | N
         )
     except ReshardError as error:
         return f"the DeepSpeed checkpoint beside it cannot be used: {error}"
-    return Rescue(catalog, found)
+    return Rescue(catalog, found, apply(found.outputs, catalog.entries))

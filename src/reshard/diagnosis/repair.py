@@ -23,7 +23,7 @@ from reshard.diagnosis.case import Case, Rescue
 from reshard.diagnosis.findings import Finding, Repair
 from reshard.errors import VerificationError
 from reshard.formats import huggingface
-from reshard.naming import Fit
+from reshard.naming import NameMap, identity
 from reshard.naming.schema import says_tied
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
@@ -38,7 +38,7 @@ class _Mended(Struct, frozen=True):
     """The tensors as they should be, by their right names, and where they were read."""
 
     entries: Mapping[str, Entry]
-    fit: Fit
+    name_map: NameMap
     format: str
     origin: Origin
     records: tuple[Record, ...]
@@ -82,14 +82,16 @@ def _mended(case: Case, repairs: Sequence[Repair]) -> _Mended:
     if isinstance(rescue, Rescue):
         catalog = rescue.catalog
         return _Mended(
-            rescue.fit.entries, rescue.fit, catalog.format, catalog.origin, catalog.records
+            rescue.entries, rescue.name_map, catalog.format, catalog.origin, catalog.records
         )
     if case.base is None or found is None:
         entries = _renamed(case, repairs)
-        found = Fit(entries, prefix=case.prefix)
+        found = NameMap(identity(entries), prefix=case.prefix)
+    else:
+        entries = dict(case.fitted.entries)
     origin = Origin(folder.path, "torch" if folder.pickled else "safetensors")
     format_ = "torch" if folder.pickled else "huggingface"
-    return _Mended(found.entries, found, format_, origin, folder.records)
+    return _Mended(entries, found, format_, origin, folder.records)
 
 
 def _renamed(case: Case, repairs: Sequence[Repair]) -> dict[str, Entry]:
@@ -120,14 +122,14 @@ def _plan(
     for mend in repairs:
         assets.update((asset.name, asset) for asset in mend.assets)
         texts.update(mend.texts)
-    config = _config(case, repairs, mended.fit)
+    config = _config(case, repairs, mended.name_map)
     if config is not None:
         texts[CONFIG] = config
     kept = tuple(asset for name, asset in assets.items() if name not in texts)
     return Plan(files, tuple(texts.items()), kept)
 
 
-def _config(case: Case, repairs: Sequence[Repair], found: Fit) -> bytes | None:
+def _config(case: Case, repairs: Sequence[Repair], found: NameMap) -> bytes | None:
     """The config where it is not the folder's as it is."""
     patches = {path: value for mend in repairs for path, value in mend.config.items()}
     if case.base is not None and (case.folder.config is None or isinstance(case.rescue, Rescue)):
@@ -149,11 +151,11 @@ def _manifest(
         "repaired": [finding.name for finding in findings if finding.repair is not None],
     }
     names = {
-        "prefix": mended.fit.prefix,
-        "rules": list(mended.fit.rules),
-        "tied": dict(mended.fit.tied),
+        "prefix": mended.name_map.prefix,
+        "rules": list(mended.name_map.rules),
+        "tied": dict(mended.name_map.tied),
         "filled": [],
-        "missing": list(mended.fit.filled),
-        "unexpected": list(mended.fit.dropped),
+        "missing": list(mended.name_map.filled),
+        "unexpected": list(mended.name_map.dropped),
     }
     return manifest.render(mended.format, mended.origin, options, names, stated, {}, files)

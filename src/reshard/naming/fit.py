@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from msgspec import Struct, field
 from msgspec.structs import replace
 
+from reshard.core.arrangement import Arrangement, Whole
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError
 from reshard.naming import ties
 from reshard.naming.assemble import Assembler
+from reshard.naming.judge import FitOptions, Verdict
 from reshard.naming.layouts import Piece
 from reshard.naming.mismatch import refuse
+from reshard.naming.name_map import NameMap, Resize
 from reshard.naming.schema import Schema, is_unheld, says_tied, stating_levels, text_config
 from reshard.naming.search import (
     Candidate,
-    FitOptions,
     Sources,
-    Verdict,
     search,
     sources,
 )
@@ -28,58 +28,18 @@ from reshard.naming.search import (
 Equal = Callable[[Entry, Entry], bool]
 
 
-class Resize(Struct, frozen=True):
-    """A vocabulary of `rows` rows where the base has `base_rows`."""
-
-    name: str
-    base_rows: int
-    rows: int
-
-
-class Fit(Struct, frozen=True):
-    """A checkpoint's tensors as the base has them. Names are the base's unless said otherwise.
-
-    entries: by name; dtypes are the checkpoint's.
-    origins: name -> the checkpoint's name, of tensors that are one of its tensors as it stands.
-    prefix, rules: what was stripped from the names, and what was done to them, in words.
-    tied: a name that is not stored -> the name that its weights are stored under.
-    filled: tensors to copy from the base. from_base: a name -> the tensor of the base, of another
-    name, to copy. left_out: tensors of the base that are not written.
-    dropped: tensors of the checkpoint (its own names) that are not written.
-    resized: tensors with another number of vocabulary rows than the base's.
-    config_patches: dotted path in `config.json` -> new value.
-    undecided: pairs of entries' names whose values decide a tie, where no `equal` was given; they
-    were taken to be equal.
-    findings: what a user should read.
-    """
-
-    entries: Mapping[str, Entry]
-    origins: Mapping[str, str] = field(default_factory=dict)
-    prefix: str = ""
-    rules: tuple[str, ...] = ()
-    tied: Mapping[str, str] = field(default_factory=dict)
-    filled: tuple[str, ...] = ()
-    from_base: Mapping[str, str] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-    resized: tuple[Resize, ...] = ()
-    config_patches: Mapping[str, object] = field(default_factory=dict)
-    undecided: tuple[tuple[str, str], ...] = ()
-    findings: tuple[Finding, ...] = ()
-
-
 def fit(
     entries: Mapping[str, Entry],
     schema: Schema,
     *,
     options: FitOptions | None = None,
     equal: Equal | None = None,
-) -> Fit:
-    """Find the one map of the checkpoint's tensors onto the base's, and build the base's from them.
+) -> NameMap:
+    """Find the one map of the checkpoint's tensors onto the base's.
 
     `equal` is called for a head that may be tied, with two entries of one shape, and only where
     their bytes are not the same bytes already. Without it such pairs are taken to be equal and
-    listed in `Fit.undecided`.
+    listed in `NameMap.undecided`.
 
     Raises `NamesError` where there is no map, with what is missing and unexpected, or where there
     are several.
@@ -108,6 +68,7 @@ class _Fitting:
     ) -> None:
         self._options = options
         self._from_base: dict[str, str] = {}
+        self._owners = found.owners
         self._by_name = {clean: entries[own] for clean, own in found.owners.items()}
         self._config = schema.config
         self._candidate = candidate
@@ -117,17 +78,17 @@ class _Fitting:
         self._undecided: list[tuple[str, str]] = []
         self._findings: list[Finding] = []
 
-    def result(self) -> Fit:
+    def result(self) -> NameMap:
         outputs = self._outputs()
         written = self._copy_twins(outputs)
         self._judge_twins(outputs, written)
         dropped = self._sort_dropped(written)
         self._leave_heads_behind()
         self._mention_unheld()
-        resized = self._resize(outputs)
+        resized = self._resize()
         candidate = self._candidate
-        return Fit(
-            entries=outputs,
+        return NameMap(
+            outputs=outputs,
             origins=self._origins(),
             prefix=candidate.prefix,
             rules=_rules(candidate),
@@ -142,7 +103,7 @@ class _Fitting:
             findings=tuple(self._findings),
         )
 
-    def _outputs(self) -> dict[str, Entry]:
+    def _outputs(self) -> dict[str, Arrangement]:
         """The base's tensors that the source holds."""
         have = self._candidate.source.pieces
         wanted: dict[str, list[tuple[Piece, Piece]]] = {}
@@ -158,8 +119,9 @@ class _Fitting:
                 tensor=name,
                 missing=(name,),
             )
-        assembler = Assembler(self._by_name)
-        return {name: assembler.build(name, pieces) for name, pieces in wanted.items()}
+        shapes = {clean: entry.spec.shape for clean, entry in self._by_name.items()}
+        assembler = Assembler(shapes, self._owners)
+        return {name: assembler.arrange(pieces) for name, pieces in wanted.items()}
 
     def _origins(self) -> dict[str, str]:
         """Which tensors are one of the source's, whole and unturned."""
@@ -170,10 +132,10 @@ class _Fitting:
             if source is None or piece.expert is not None or source.expert is not None:
                 continue
             if piece.swapped == source.swapped:
-                origins[piece.name] = self._by_name[source.name].spec.name
+                origins[piece.name] = self._owners[source.name]
         return origins
 
-    def _copy_twins(self, outputs: dict[str, Entry]) -> dict[str, str]:
+    def _copy_twins(self, outputs: dict[str, Arrangement]) -> dict[str, str]:
         """Write what the base stores under a name that the source has no tensor of.
 
         Returns the tensors that are written by their own hub names, and the copied ones' twins.
@@ -184,18 +146,18 @@ class _Fitting:
             twin = ties.twin_of(hub, have)
             if twin is not None:
                 name = want[hub].name
-                entry = self._by_name[have[twin].name]
-                outputs[name] = replace(entry.renamed(name), aliases=())
+                own = self._owners[have[twin].name]
+                outputs[name] = Whole(own)
                 written[twin] = hub
                 if ties.is_head(twin):
                     message = (
-                        f"{name!r} is read from {entry.spec.name!r}: the base's config ties them, "
+                        f"{name!r} is read from {own!r}: the base's config ties them, "
                         "and the checkpoint holds one."
                     )
                     self._findings.append(Finding("tied-twin-copied", message, subject=name))
         return written
 
-    def _judge_twins(self, outputs: dict[str, Entry], written: Mapping[str, str]) -> None:
+    def _judge_twins(self, outputs: dict[str, Arrangement], written: Mapping[str, str]) -> None:
         """Compare what the base or its config says is one tensor, and the source stores twice.
 
         Raises `NamesError` where the two differ and one of them is no output head: no file and no
@@ -227,11 +189,10 @@ class _Fitting:
             if embedding not in have or not self._are_equal(hub, embedding):
                 self._untie(outputs, hub)
 
-    def _untie(self, outputs: dict[str, Entry], hub: str) -> None:
+    def _untie(self, outputs: dict[str, Arrangement], hub: str) -> None:
         """Write a head of its own, and have the config say so."""
         name = self._candidate.base_view.name_here(hub)
-        head = self._by_name[self._candidate.source.pieces[hub].name]
-        outputs[name] = replace(head.renamed(name), aliases=())
+        outputs[name] = Whole(self._owners[self._candidate.source.pieces[hub].name])
         self._say_untied(name, "it is written")
 
     def _say_untied(self, head: str, what: str) -> None:
@@ -289,7 +250,7 @@ class _Fitting:
             self._by_name[have[hub].name].spec.name: candidate.base_view.name_here(stored)
             for hub, stored in written.items()
         }
-        dropped = []
+        dropped = list(candidate.source.allowed)
         for hub in candidate.of(Verdict.DROPPED):
             name = have[hub].name
             stored = stores.get(self._by_name[name].spec.name)
@@ -309,14 +270,15 @@ class _Fitting:
             )
             self._findings.append(Finding("untrained-layers", message))
 
-    def _resize(self, outputs: Mapping[str, Entry]) -> tuple[Resize, ...]:
+    def _resize(self) -> tuple[Resize, ...]:
         """Tensors with another number of vocabulary rows, which the config must then state."""
-        want = self._candidate.base.pieces
+        want, have = self._candidate.base.pieces, self._candidate.source.pieces
         hubs = (*self._candidate.of(Verdict.RESIZED), *self._candidate.of(Verdict.COPIED))
         resized = []
         for hub in hubs:
             name, base_rows = want[hub].name, want[hub].shape[0]
-            rows = outputs[name].spec.shape[0]
+            stored = hub if hub in have else ties.twin_of(hub, have)
+            rows = base_rows if stored is None else have[stored].shape[0]
             if rows != base_rows:
                 resized.append(Resize(name, base_rows, rows))
         if resized:

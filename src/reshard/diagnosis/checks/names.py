@@ -74,7 +74,7 @@ def memory_names(case: Case) -> Signs | None:
     found = case.fitted.fit
     if found is None:
         return None
-    known = {*case.base.entries, *found.entries, *found.tied}
+    known = {*case.base.entries, *case.fitted.entries, *found.tied}
     strange = [
         clean
         for clean, own in case.clean.items()

@@ -44,7 +44,8 @@ class Saved(Struct, frozen=True):
     """The rank files of one model: `files` by rank.
 
     `world` is the number of ranks as names and config state it, None where they do not; then the
-    tensors do. `models` are the models of the folder, of which `model` was taken.
+    tensors do. `models` has a file of each model of the folder, of which `model` was taken; none
+    where the user named one.
     """
 
     folder: Path
@@ -114,7 +115,7 @@ def find(path: Path, role: str | None, sources: Sources) -> Saved:
             path=folder,
             hint="Leave out --role, or name the folder above.",
         )
-    models = numbered({file.model for file in found}, _NUMBER)
+    models = numbered(sorted({file.model for file in found}), _NUMBER)
     model = models[0] if named is None else named.model
     if named is None and len(models) > 1 and found[0].writer == "torch":
         raise NotFoundError(
@@ -127,7 +128,9 @@ def find(path: Path, role: str | None, sources: Sources) -> Saved:
     if named is None and mine[0].writer == "verl":
         world = _agreed(folder, world, sources)
     files = _by_rank(file for file in mine if file.world == world or file.world is None)
-    saved = Saved(folder, mine[0].writer, files, world, model, tuple(models))
+    names = {file.model: file.path.name for file in reversed(found)}
+    models = [names[each] for each in models] if named is None else []
+    saved = Saved(folder, mine[0].writer, files, world, names[model], tuple(models))
     if world is not None:
         saved.check_ranks(world)
     return saved
@@ -192,7 +195,9 @@ def _role(folder: Path, role: str | None) -> Path:
 
 def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
     """The world that the files' names state. Raises `IncompleteError` where they state two."""
-    worlds = {file.world: file for file in sorted(files, key=lambda file: file.world or 0)}
+    worlds: dict[int | None, _File] = {}
+    for file in sorted(files, key=lambda file: (file.world or 0, file.rank)):
+        worlds.setdefault(file.world, file)
     if wanted is not None:
         return wanted
     if len(worlds) > 1:
@@ -209,7 +214,7 @@ def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
 def _agreed(folder: Path, world: int | None, sources: Sources) -> int | None:
     """The world, held against verl's `fsdp_config.json` where there is one (since mid-2025)."""
     path = folder / _CONFIG
-    if not path.exists():
+    if not path.is_file():
         return world
     source = sources.open(child(folder, _CONFIG))
     try:

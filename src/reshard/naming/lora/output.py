@@ -12,8 +12,8 @@ from reshard.core import rearrange
 from reshard.core.arithmetic import LowRank, computed
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, UnsupportedError
-from reshard.naming.fit import Fit
 from reshard.naming.lora.find import Adapter, AdapterConfig, Separated, shape_of
+from reshard.naming.name_map import NameMap
 
 #: The file names that PEFT looks for.
 WEIGHTS = "adapter_model.safetensors"
@@ -24,13 +24,13 @@ _PREFIX = "base_model.model."
 
 def updates(
     separated: Separated,
-    found: Fit,
+    found: NameMap,
     config: AdapterConfig,
     base: Mapping[str, Entry],
 ) -> dict[str, Entry]:
     """The update of each adapted tensor, by the base's name.
 
-    `found` is the fit of `separated.entries`, `base` are the base model's own tensors: those that
+    `found` maps `separated.entries`, `base` are the base model's own tensors: those that
     the checkpoint does not hold are taken from there.
 
     Raises `UnsupportedError` for an adapter on a weight that the base stacks or turns, or that is
@@ -43,12 +43,14 @@ def updates(
     for module, adapter in separated.adapters.items():
         name = f"{module}.weight"
         target = _only(name, targets.get(name, []), separated, found)
-        weight = base[target] if name in separated.absent else found.entries[target]
+        weight = (
+            base[target] if name in separated.absent else separated.entries[name].renamed(target)
+        )
         merged[target] = low_rank(adapter, weight, config)
     return merged
 
 
-def _only(name: str, targets: list[str], separated: Separated, found: Fit) -> str:
+def _only(name: str, targets: list[str], separated: Separated, found: NameMap) -> str:
     """The one tensor of the output that an adapted weight is."""
     aliases = separated.entries[name].aliases
     if len(targets) > 1 or aliases or any(stored in targets for stored in found.tied.values()):

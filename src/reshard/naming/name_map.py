@@ -1,0 +1,73 @@
+"""The map of names, as a value: what each tensor of the output is made of, and what is not made.
+
+`fit` returns one. It names the checkpoint's tensors and holds none, so `apply` makes the output's
+tensors from any table with those names: the weights, the moments of an optimizer, averaged copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from reshard.core.arrangement import Arrangement, Arranger, Whole
+from reshard.core.findings import Finding
+from reshard.core.tensors import Entry
+
+
+class Resize(Struct, frozen=True):
+    """A vocabulary of `rows` rows where the base has `base_rows`."""
+
+    name: str
+    base_rows: int
+    rows: int
+
+
+class NameMap(Struct, frozen=True):
+    """A checkpoint's tensors as the base has them. Names are the base's unless said otherwise.
+
+    outputs: name -> what makes it, by the checkpoint's own names.
+    origins: name -> the checkpoint's name, of tensors that are one of its tensors as it stands.
+    prefix, rules: what was stripped from the names, and what was done to them, in words.
+    tied: a name that is not stored -> the name that its weights are stored under.
+    filled: tensors to copy from the base. from_base: a name -> the tensor of the base, of another
+    name, to copy. left_out: tensors of the base that are not written.
+    dropped: tensors of the checkpoint (its own names) that are not written.
+    resized: tensors with another number of vocabulary rows than the base's.
+    config_patches: dotted path in `config.json` -> new value.
+    undecided: pairs of the checkpoint's names whose values decide a tie, where no `equal` was
+    given; they were taken to be equal.
+    findings: what a user should read.
+    """
+
+    outputs: Mapping[str, Arrangement]
+    origins: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    rules: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    filled: tuple[str, ...] = ()
+    from_base: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    resized: tuple[Resize, ...] = ()
+    config_patches: Mapping[str, object] = field(default_factory=dict)
+    undecided: tuple[tuple[str, str], ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+def identity(names: Iterable[str]) -> dict[str, Arrangement]:
+    """Every tensor as it is, under its own name."""
+    return {name: Whole(name) for name in names}
+
+
+def apply(outputs: Mapping[str, Arrangement], table: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The output's tensors, by name, made from a table of the checkpoint's names.
+
+    Dtypes are the table's. Raises `PlanError` where its shapes or dtypes do not allow it.
+    """
+    arranger = Arranger(table)
+    return {
+        name: replace(arranger.make(made).renamed(name), aliases=())
+        for name, made in outputs.items()
+    }
