@@ -112,8 +112,6 @@ CODES: dict[str, Code] = {
         "info", "a killed run had moved the old output aside; it was put back"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
-    "replicas-missing": Code(
-        "info", "files of some ranks are missing; the others hold all that they held"),
     "partial-output": Code("info", "what an interrupted run of this output left was removed"),
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",
@@ -121,6 +119,8 @@ CODES: dict[str, Code] = {
     "probing-layer-assumed": Code(
         "warning", "which hidden state the reward heads read was assumed",
         "Pass --probing-layer with the value of the training."),
+    "replicas-missing": Code(
+        "info", "files of some ranks are missing; the others hold all that they held"),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

@@ -23,6 +23,7 @@ _PATH = FolderOrFile()
 @click.option("--output_dir", type=_PATH, required=True,
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
 @click.option("--prefix", help="The model's part of a nested state dict; default: found by itself.")
+@click.option("--role", help="Which model of a save that holds several: actor, critic.")
 @option("fill_from_base", is_flag=True,
         help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
 @option("probing_layer", type=int, show_default="-1",
@@ -41,6 +42,7 @@ def command(
     checkpoint_dir: Path,
     output_dir: Path,
     prefix: str | None,
+    role: str | None,
     fill_from_base: bool,
     probing_layer: int | None,
     heads_types: tuple[str, ...],
@@ -63,6 +65,7 @@ def command(
             output_dir,
             base=hf_base,
             prefix=prefix,
+            role=role,
             fill_from_base=fill_from_base,
             probing_layer=probing_layer,
             heads_types=heads_types,
