@@ -15,7 +15,8 @@ from reshard.containers import copies
 from reshard.containers.distributed import Local
 from reshard.containers.torch import TensorRef
 from reshard.core.findings import Finding
-from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec, check_tiling
+from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats.rank_files.files import Saved
 from reshard.formats.rank_files.state import State

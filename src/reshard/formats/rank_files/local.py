@@ -27,7 +27,8 @@ from msgspec import Struct
 from reshard.containers import copies
 from reshard.containers.distributed import Local
 from reshard.containers.torch import TensorRef
-from reshard.core.tensors import Entry, Fragment, Record, TensorSpec, check_tiling, flat
+from reshard.core.tensors import Entry, Fragment, Record, TensorSpec, flat
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 from reshard.formats.rank_files.files import Saved
 from reshard.formats.rank_files.join import (
