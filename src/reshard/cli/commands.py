@@ -11,7 +11,7 @@ from reshard.cli import output
 from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
 from reshard.conversion.dtypes import CHOICES
 from reshard.conversion.options import LORA, MODEL_TYPES, NAMES, POOLINGS, SRM_FORMATS
-from reshard.formats import TARGETS
+from reshard.formats.info import targets
 
 if TYPE_CHECKING:
     from reshard.conversion.report import Report
@@ -29,7 +29,7 @@ _tag = click.option(
 @click.command(cls=SeveralValues)
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
-@click.option("--to", type=click.Choice(list(TARGETS)), default="hf", show_default=True,
+@click.option("--to", type=click.Choice(list(targets())), default="hf", show_default=True,
               help="The target format.")  # fmt: skip
 @click.option("--base", type=_PATH, help="The Hugging Face model that training started from.")
 @_tag

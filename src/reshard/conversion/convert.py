@@ -37,6 +37,7 @@ from reshard.conversion.report import Report
 from reshard.core.findings import Finding
 from reshard.core.plan import parse_size
 from reshard.errors import OptionError, VerificationError
+from reshard.formats.info import target_named
 from reshard.naming import parse_version
 from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 from reshard.progress import StagedProgress
@@ -48,9 +49,6 @@ PathLike = str | os.PathLike[str]
 
 # More threads than this only compete for the memory bus.
 _MAX_THREADS = 4
-
-# As `save_pretrained` has it; for DCP small enough that many ranks read different files.
-_MAX_SHARD_SIZE = {"hf": "5GB", "dcp": "1GB"}
 
 
 def convert(
@@ -103,7 +101,7 @@ def convert(
     True
     """
     began = time.monotonic()
-    _one_of("to", to, tuple(formats.TARGETS))
+    target_named(to)
     _one_of("model_type", model_type, MODEL_TYPES)
     _one_of("srm_format", srm_format, SRM_FORMATS)
     _one_of("lora", lora, LORA)
@@ -119,7 +117,7 @@ def convert(
         tuple(heads_types) if heads_types else None,
         value_head,
     )
-    shard_size = _MAX_SHARD_SIZE[to] if max_shard_size is None else max_shard_size
+    shard_size = target_named(to).max_shard_size if max_shard_size is None else max_shard_size
     options = Options(
         source=Path(source),
         target=Path(target),

@@ -17,6 +17,7 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import PlanError
 from reshard.formats import huggingface
+from reshard.formats.info import named
 from reshard.naming import NEWEST, parse_version, to_memory
 from reshard.naming.layouts import Version
 from reshard.storage.local import Sources
@@ -30,7 +31,7 @@ def config_of(
     if base is not None:
         found: dict[str, Any] = json.loads(patched_config(base, exported.patches))
         return found
-    if catalog.format != "huggingface" or not catalog.origin.root.is_dir():
+    if not named(catalog.format).holds_config or not catalog.origin.root.is_dir():
         raise PlanError("--names memory needs the model's config.", hint="Pass --base.")
     return huggingface.read_config(catalog.origin.root, sources)
 

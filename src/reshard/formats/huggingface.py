@@ -27,7 +27,7 @@ from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, check_tiling, whole
 from reshard.errors import FormatError, IncompleteError, NotFoundError
-from reshard.formats import Selection, Wanted
+from reshard.formats import Description, Selection, Wanted
 from reshard.storage.local import Sources, child
 
 INDEX = "model.safetensors.index.json"
@@ -60,6 +60,16 @@ def detect(path: Path) -> str | None:
     if _shards(path):
         return "it holds safetensors files"
     return None
+
+
+def describe(path: Path) -> Description | None:
+    """What a folder with an adapter is called; others are models."""
+    if not is_adapter(path):
+        return None
+    return Description(
+        "an adapter of PEFT",
+        "Merge it with: reshard convert SRC DST --base BASE --fill-from-base.",
+    )
 
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:

@@ -60,7 +60,7 @@ def command(
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
 
-    expect(checkpoint_dir, "deepspeed", "torch")
+    expect(checkpoint_dir, "ds2hf")
     with output.progress_bar() as progress:
         report = convert(
             checkpoint_dir,
