@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import reshard
-from reshard.containers.safetensors import parse_json
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 
 # Of processor time.
@@ -85,18 +85,20 @@ def test_numbers_that_are_no_tensors(tmp_path: Path, changed: dict[str, Any]) ->
         (entry(dtype=["F32"]), "malformed"),
         (b'{"a":5}', "malformed"),
         (b'{"a":{}}', "malformed"),
-        (b"[]", "not JSON"),
-        (b"\xef\xbb\xbf{}", "not JSON"),
+        (b"[]", "begins with b'[]', not with"),
+        (b"\xef\xbb\xbf{}", "not with '{'"),
+        (b" {}", "begins with white space"),
+        (b"\r\n\t{}", "begins with white space"),
         (entry()[:-1], "cannot be read"),
         (b'{"a":1,"a":2}', "a key occurs twice"),
         (b'{"__metadata__":{"a":1}}', "not a table of strings"),
         (b'{"__metadata__":[]}', "not a table of strings"),
         (b'{"\xff":{}}', "cannot be read"),
-        (b'{"a\\uD800":{}}', "surrogates not allowed"),
+        (b'{"a\\uD800":{}}', "cannot be read"),
         (b'{"a":' + b"9" * 5000 + b"}", "cannot be read"),
-        (b'{"a":' + b"[" * 2_000_000 + b"}", "lists and objects"),
-        (b'{"a":' + b"[" * 90_000 + b"}", "recursion"),
-        (b'{"a":[' + b"{}," * 20_000_000 + b"{}]}", "lists and objects"),
+        (b'{"a":' + b"[" * 3_000_000 + b"}", "more than is read"),
+        (b'{"a":' + b"[" * 90_000 + b"}", "nested too deeply"),
+        (b'{"a":[' + b"{}," * 20_000_000 + b"{}]}", "more than is read"),
     ],
     ids=lambda value: value[:24] if isinstance(value, bytes) else value,
 )
@@ -135,7 +137,7 @@ def test_tensors_that_do_not_tile(tmp_path: Path, header: bytes) -> None:
         ((1 << 64) - 1, FormatError, "a header of"),
         (100_000_001, FormatError, "a header of 100000001"),
         (1000, IncompleteError, "bytes 8 to 1008 are needed"),
-        (0, FormatError, "not JSON"),
+        (0, FormatError, "not with '{'"),
     ],
 )
 def test_lengths_of_a_header(
@@ -151,5 +153,8 @@ def test_files_of_another_length(tmp_path: Path) -> None:
     refused(tmp_path / "model.safetensors", IncompleteError, "at least 8 bytes")
 
 
-def test_json_that_escapes_whole_pairs() -> None:
-    assert parse_json(b'{"\\ud83d\\ude00": "\\\\ud800"}', "x") == {"😀": "\\ud800"}
+def test_what_the_hint_for_white_space_says_helps(tmp_path: Path) -> None:
+    path = written(tmp_path, b" " + entry())
+    refused(path, FormatError, "save it again")
+    save_file(load_file(path), path)
+    assert reshard.open(path).tensors["a"].shape == (16,)

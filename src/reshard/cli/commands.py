@@ -9,6 +9,7 @@ import click
 
 from reshard.cli import output
 from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.cli.interrupts import writes
 from reshard.conversion.dtypes import CHOICES
 from reshard.conversion.options import LORA, MODEL_TYPES, NAMES, POOLINGS, SRM_FORMATS
 from reshard.formats.info import targets
@@ -80,6 +81,7 @@ _tag = click.option(
 @click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
 @_json
 @debug
+@writes("dst")
 def convert(src: Path, dst: Path, as_json: bool, no_verify: bool, **options: Any) -> None:
     """Convert the checkpoint SRC into the folder DST."""
     from reshard.conversion.convert import convert as run

@@ -10,7 +10,6 @@ taken either: more than `tensors.MAX_DIMS` dimensions, and names that are no Uni
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,13 +18,11 @@ from msgspec import Struct
 from reshard.core import dtypes
 from reshard.core.tensors import MAX_NUMEL, Extent, TensorSpec, is_shape
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, brief
+from reshard.storage import strict_json
 from reshard.storage.local import Source
 
 # safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
 MAX_HEADER_NBYTES = 100_000_000
-# Lists and objects in any JSON whatever its size, and the bytes of it for each further one: an
-# entry of a header has 3 in 45 bytes or more, a merge of a tokenizer one in 9 or more.
-_MAX_OPENINGS, _MIN_OPENING_NBYTES = 1_000_000, 8
 
 
 class SafetensorsFile(Struct, frozen=True):
@@ -46,11 +43,16 @@ def read(source: Source, start: int = 0) -> SafetensorsFile:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("its __metadata__ is not a table of strings.", path=path)
-    specs = {name: parse_tensor(path, name, raw) for name, raw in header.items()}
+    specs: dict[str, TensorSpec] = {}
+    offsets: dict[str, tuple[int, int]] = {}
+    for name in list(header):
+        raw = header.pop(name)  # its memory serves the next: a header may list 100,000 tensors
+        specs[name] = parse_tensor(path, name, raw)
+        offsets[name] = tuple(raw["data_offsets"])
     places: dict[str, Extent] = {}
     expected = 0
-    for name in sorted(specs, key=lambda name: header[name]["data_offsets"]):
-        begin, end = header[name]["data_offsets"]
+    for name in sorted(specs, key=lambda name: offsets[name]):
+        begin, end = offsets[name]
         nbytes = specs[name].nbytes
         if begin != expected or end - begin != nbytes:
             raise FormatError(
@@ -82,11 +84,25 @@ def _read_header(source: Source, start: int) -> tuple[int, dict[str, Any]]:
         )
     length = int.from_bytes(source.read(start, 8), "little")
     if length > MAX_HEADER_NBYTES:
-        raise FormatError(f"it is no safetensors file: a header of {length} bytes.", path=path)
+        raise FormatError(f"it is not a safetensors file: a header of {length} bytes.", path=path)
     text = source.read(start + 8, length)
     if not text.startswith(b"{"):
-        raise FormatError("it is no safetensors file: the header is not JSON.", path=path)
-    return start + 8 + length, parse_json(text, path)
+        raise _bad_start(text, path)
+    return start + 8 + length, strict_json.parse_object(text, path)
+
+
+def _bad_start(text: bytes, path: str) -> FormatError:
+    if text.lstrip().startswith(b"{"):
+        return FormatError(
+            "its header begins with white space; a safetensors header begins with '{'.",
+            path=path,
+            hint="Load it with the safetensors library, which accepts that, and save it again.",
+        )
+    return FormatError(
+        f"it is not a safetensors file: its header begins with {brief(text[:8])}, not with '{{'.",
+        path=path,
+        hint="The file is damaged or is not what its name says.",
+    )
 
 
 def parse_tensor(path: str, name: str, raw: Any) -> TensorSpec:
@@ -111,44 +127,3 @@ def parse_tensor(path: str, name: str, raw: Any) -> TensorSpec:
             raise FormatError(f"shape {shape} packs no pairs of F4.", path=path, tensor=name)
         shape = [*shape[:-1], shape[-1] // 2]
     return TensorSpec(name, dtype, tuple(shape))
-
-
-def parse_json(text: bytes | str, path: str) -> dict[str, Any]:
-    """A JSON object in which no key occurs twice and all text is Unicode. Raises `FormatError`."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            raise ValueError("a key occurs twice")
-        return result
-
-    try:
-        _check_brackets(text)
-        value = json.loads(text, object_pairs_hook=pairs)
-        _check_text(text, value)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"its JSON cannot be read: {error}.", path=path) from None
-    if not isinstance(value, dict):
-        raise FormatError("its JSON is not an object.", path=path)
-    return value
-
-
-def _check_brackets(text: bytes | str) -> None:
-    """Raise `ValueError` where JSON consists of little but brackets.
-
-    `{},` takes 72 bytes of memory; what is not refused here takes at most 12 bytes a byte.
-    """
-    left, right = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
-    openings = text.count(left) + text.count(right)  # type: ignore[arg-type]
-    if openings > _MAX_OPENINGS + len(text) // _MIN_OPENING_NBYTES:
-        raise ValueError(f"{openings} lists and objects in {len(text)} bytes")
-
-
-def _check_text(text: bytes | str, value: Any) -> None:
-    r"""Raise `ValueError` where a string has half of a surrogate pair, spelt like `\ud800`.
-
-    It is no Unicode, so it can be neither written nor shown.
-    """
-    escape = b"\\ud" if isinstance(text, bytes) else "\\ud"
-    if escape in text.lower():  # type: ignore[operator]
-        json.dumps(value, ensure_ascii=False).encode()

@@ -16,6 +16,7 @@ from reshard.core.tensors import Entry
 from reshard.errors import FormatError, NotFoundError
 from reshard.formats import Selection, huggingface
 from reshard.naming import Schema
+from reshard.storage import strict_json
 from reshard.storage.local import Sources, cached, snapshot
 
 CONFIG = "config.json"
@@ -76,10 +77,10 @@ def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
 
     `patches` maps dotted paths to values. Raises `FormatError` where a path leads nowhere.
     """
-    config = json.loads((base.folder / CONFIG).read_text(encoding="utf-8"))
+    config = strict_json.read_file(base.folder / CONFIG)
     for path, value in patches.items():
         *parents, key = path.split(".")
-        level = config
+        level: Any = config
         for parent in parents:
             level = level.get(parent) if isinstance(level, dict) else None
         if not isinstance(level, dict):

@@ -259,6 +259,8 @@ def _report(
         findings.append(
             Finding("unchanged", f"all {outcome.compared} tensors equal the base model's.")
         )
+    if outcome is not None:
+        findings.extend(outcome.findings)
     exported = job.export
     return Report(
         source=os.fspath(options.source),

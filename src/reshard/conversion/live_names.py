@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.conversion.base_model import Base, patched_config
+from reshard.conversion.base_model import CONFIG, Base, patched_config
 from reshard.conversion.dtypes import Target
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
@@ -20,6 +19,7 @@ from reshard.formats import huggingface
 from reshard.formats.info import named
 from reshard.naming import NEWEST, parse_version, to_memory
 from reshard.naming.layouts import Version
+from reshard.storage import strict_json
 from reshard.storage.local import Sources
 
 
@@ -29,8 +29,8 @@ def config_of(
     """The model's config: the base's as the export changes it, or that of the Hugging Face folder
     that is converted."""
     if base is not None:
-        found: dict[str, Any] = json.loads(patched_config(base, exported.patches))
-        return found
+        patched = patched_config(base, exported.patches)
+        return strict_json.parse_object(patched, str(base.folder / CONFIG))
     if not named(catalog.format).holds_config or not catalog.origin.root.is_dir():
         raise PlanError("--names memory needs the model's config.", hint="Pass --base.")
     return huggingface.read_config(catalog.origin.root, sources)

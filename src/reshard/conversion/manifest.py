@@ -24,11 +24,12 @@ from reshard.core.catalog import Origin
 from reshard.core.plan import Plan
 from reshard.core.tensors import TensorSpec
 from reshard.errors import FormatError, NotFoundError
+from reshard.storage import strict_json
 from reshard.storage.local import Source, Sources
 
 MANIFEST = "reshard.json"
-# A million tensors' lines, in bytes.
-_MAX_NBYTES = 256 << 20
+# Bytes that a stated tensor takes for each comma, colon and opening bracket of its lines.
+_STATED_TOKEN_NBYTES = 45
 # Bytes of a file that is copied, in memory at once.
 _PIECE = 4 << 20
 
@@ -59,6 +60,12 @@ class Manifest(Struct, frozen=True, omit_defaults=True):
     tensors: Mapping[str, Stated]
     beside: Mapping[str, Mapping[str, Stated]] = {}
     files: Mapping[str, WrittenFile] = {}
+
+
+# The fields as they stand in the text, not parsed; empty where there is none.
+_Fields = msgspec.defstruct(
+    "_Fields", [(name, msgspec.Raw, msgspec.Raw(b"")) for name in Manifest.__struct_fields__]
+)
 
 
 def state(
@@ -125,9 +132,45 @@ def read(folder: Path, sources: Sources) -> Manifest:
             path=folder,
             hint="Only folders that reshard wrote state their digests.",
         )
-    source = sources.open(path)
-    text = source.read(0, min(source.size, _MAX_NBYTES))
+    text = strict_json.read_whole(sources.open(path), max_nbytes=strict_json.MAX_INDEX)
     try:
-        return msgspec.json.decode(text, type=Manifest)
-    except (ValueError, RecursionError):
-        raise FormatError("it is damaged.", path=path) from None
+        return _parse(text, str(path))
+    except FormatError as error:
+        raise FormatError(
+            f"it is damaged: {error.message}", path=path, hint="Convert the checkpoint again."
+        ) from None
+
+
+def _parse(text: bytes, path: str) -> Manifest:
+    """The manifest that a text is; its tensors are parsed straight into their type.
+
+    Parsed as any other JSON, 200,000 tensors would take more than the budget. Raises `FormatError`.
+    """
+    strict_json.check_budget(text, path, _STATED_TOKEN_NBYTES)
+    fields = strict_json.parse_as(text, _Fields, path)
+    found: dict[str, Any] = {}
+    members = 0
+    for name in Manifest.__struct_fields__:
+        raw = getattr(fields, name)
+        if not bytes(raw):
+            continue
+        members += 1
+        if name == "tensors":
+            found[name] = strict_json.parse_as(raw, dict[str, Stated], path)
+            members += _members(found[name])
+        elif name == "beside":
+            found[name] = strict_json.parse_as(raw, dict[str, dict[str, Stated]], path)
+            members += len(found[name]) + sum(map(_members, found[name].values()))
+        else:
+            found[name] = strict_json.parse(bytes(raw), path)
+            members += strict_json.count_keys(bytes(raw))
+    if not strict_json.has_keys(text, members):
+        strict_json.parse(text, path)  # a key occurs twice, or a newer version has more fields
+    try:
+        return msgspec.convert(found, Manifest)
+    except ValueError as error:
+        raise FormatError(f"{error}.", path=path) from None
+
+
+def _members(tensors: Mapping[str, Stated]) -> int:
+    return len(tensors) * (1 + len(Stated.__struct_fields__))

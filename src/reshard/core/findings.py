@@ -95,8 +95,17 @@ CODES: dict[str, Code] = {
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
     "objects-unread": Code(
         "warning", "a pickle holds objects that are not data; they were not made"),
+    "old-output-kept": Code(
+        "warning", "the output that was replaced cannot be deleted entirely",
+        "Delete what is left of it."),
+    "old-output-restored": Code(
+        "info", "a killed run had moved the old output aside; it was put back"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
+    "partial-output": Code("info", "what an interrupted run of this output left was removed"),
+    "partial-output-kept": Code(
+        "warning", "something beside the output looks like a run's leftover and was not removed",
+        "Remove it, if nobody needs it."),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

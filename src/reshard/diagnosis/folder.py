@@ -23,11 +23,10 @@ from reshard.errors import NotFoundError, ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.naming.lora.output import CONFIG as ADAPTER_CONFIG
 from reshard.naming.lora.output import WEIGHTS as ADAPTER_WEIGHTS
+from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-# Largest file read whole as JSON, in bytes: an index of a million tensors.
-_MAX_JSON = 256 << 20
 
 
 class Folder(Struct, frozen=True):
@@ -201,7 +200,6 @@ def read_json(path: Path, name: str, sources: Sources) -> tuple[dict[str, Any] |
     """A JSON object of a model folder, or None and why there is none."""
     try:
         source = sources.open(child(path, name))
-        text = source.read(0, min(source.size, _MAX_JSON))
-        return safetensors_file.parse_json(text, name), ""
+        return strict_json.read_object(source, max_nbytes=strict_json.MAX_INDEX), ""
     except ReshardError as error:
         return None, error.message

@@ -10,7 +10,6 @@ Nothing here imports torch or reads a weight.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +18,7 @@ from typing import Any
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
 from reshard.formats.huggingface import is_adapter
+from reshard.storage import strict_json
 from reshard.storage.local import snapshot
 
 REWARD_CONFIG = "reward_config.json"
@@ -121,13 +121,7 @@ def read_folder(path: Path) -> Folder:
 
 def parse_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; raises `FormatError` if it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"the file is not JSON: {error}.", path=path) from error
-    if not isinstance(value, dict):
-        raise FormatError(f"expected a JSON object, found {type(value).__name__}.", path=path)
-    return value
+    return strict_json.read_file(path, max_nbytes=strict_json.MAX_INDEX)
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import WriteError, brief
+from reshard.errors import ReshardError, WriteError, brief
+from reshard.storage import strict_json
 from reshard.storage.local import real
 
 #: In the head of every page that `reshard try` writes; a page is known by it.
@@ -35,13 +35,10 @@ def earlier_report(path: Path) -> Mapping[str, Any] | None:
 
 def _report(path: Path) -> Mapping[str, Any] | None:
     try:
-        if path.is_file() and path.stat().st_size <= _MAX_REPORT:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(found, dict) and found.keys() >= _MARKS:
-                return found
-    except (OSError, ValueError, RecursionError):
-        pass
-    return None
+        found = strict_json.read_file(path, max_nbytes=_MAX_REPORT) if path.is_file() else {}
+    except (OSError, ReshardError):
+        return None
+    return found if found.keys() >= _MARKS else None
 
 
 def check_page(path: Path) -> None:

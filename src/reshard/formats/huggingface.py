@@ -28,12 +28,11 @@ from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, check_tiling, whole
 from reshard.errors import FormatError, IncompleteError, NotFoundError
 from reshard.formats import Description, Selection, Wanted
+from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Bytes: an index of a million tensors, and a hundred times the largest config.
-_MAX_INDEX, _MAX_CONFIG = 256 << 20, 16 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
                     ".onnx", ".onnx_data", ".onnx.data", ".distcp", ".tflite", ".ot", ".npz", ".pb",
                     ".pdparams", ".mlmodel")  # fmt: skip
@@ -125,7 +124,7 @@ def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
             path=folder,
             hint="Name the folder of the Hugging Face model that the training started from.",
         )
-    return _read_json(path, sources, _MAX_CONFIG)
+    return strict_json.read_object(sources.open(path))
 
 
 def is_adapter(folder: Path) -> bool:
@@ -231,7 +230,10 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
         if SINGLE in names:
             return {SINGLE: None}
         return dict.fromkeys(names)
-    weight_map = _read_json(child(folder, INDEX), sources, _MAX_INDEX).get("weight_map")
+    index = strict_json.read_object(
+        sources.open(child(folder, INDEX)), max_nbytes=strict_json.MAX_INDEX
+    )
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
     ):
@@ -262,13 +264,6 @@ def _stored_shape(spec: TensorSpec) -> list[int]:
     if spec.dtype.name == "float4_e2m1fn_x2":
         return [*spec.shape[:-1], spec.shape[-1] * 2]
     return list(spec.shape)
-
-
-def _read_json(path: Path, sources: Sources, max_nbytes: int) -> dict[str, Any]:
-    source = sources.open(path)
-    if source.size > max_nbytes:
-        raise FormatError(f"it has {source.size} bytes; at most {max_nbytes} are read.", path=path)
-    return safetensors_file.parse_json(source.read(0, source.size), str(path))
 
 
 def _index_mismatch(path: Path, expected: set[str], found: set[str]) -> FormatError:

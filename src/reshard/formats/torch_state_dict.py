@@ -19,7 +19,6 @@ utils/fsdp_utils.py).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from reshard.core.plan import OutputFile, Slot
 from reshard.core.tensors import Entry, Record, TensorSpec, check_tiling
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats import Selection, Wanted, numbered, of_several
+from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
 _SINGLE = "pytorch_model.bin"
@@ -46,7 +46,6 @@ _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _CONTAINERS = ("state_dict", "module", "model")
 # A key of every file that DeepSpeed's engine writes.
 _DEEPSPEED = "ds_version"
-_MAX_INDEX = 256 << 20
 
 
 def detect(path: Path) -> str | None:
@@ -110,13 +109,13 @@ def _files(path: Path, sources: Sources) -> list[Path]:
         return [path]
     if not (path / _INDEX).is_file():
         return [child(path, next(iter(_singles(path)), _SINGLE))]
-    source = sources.open(child(path, _INDEX))
-    try:
-        weight_map = json.loads(source.read(0, min(source.size, _MAX_INDEX)))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        files = [child(path, name) for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise FormatError("it has no weight_map of names to files.", path=path / _INDEX) from None
+    index = strict_json.read_object(
+        sources.open(child(path, _INDEX)), max_nbytes=strict_json.MAX_INDEX
+    )
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise FormatError("it has no weight_map of names to files.", path=path / _INDEX)
+    files = [child(path, name) for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():
             raise IncompleteError(

@@ -337,6 +337,6 @@ def _demand_one_vocabulary(
         return
     # A head counts here beside any embedding: a guessed layout may have renamed one of them.
     vocabulary = [hub for hub in have if ties.is_head(hub) or ties.is_vocabulary(hub, have)]
-    if len({have[hub].shape[0] for hub in vocabulary}) > 1:
+    if len({have[hub].shape[:1] for hub in vocabulary}) > 1:
         verdicts[Verdict.MISMATCHED].extend(resized)
         verdicts[Verdict.RESIZED] = []

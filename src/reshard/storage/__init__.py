@@ -2,4 +2,5 @@
 
 local.py       files of this machine: pread, identity checks, links of the hub cache
 frames.py      streams compressed by torch's ZStandard extension
+strict_json.py JSON of every kind, within a budget
 """

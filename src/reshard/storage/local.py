@@ -28,6 +28,8 @@ from reshard.storage import frames
 _MAX_OPEN = 4096
 # Bytes of a file name on any system.
 _MAX_NAME = 255
+# Bytes of a file that holds one name.
+_MAX_POINTER = 4096
 # Compressed frames kept expanded, each in a temporary file. Readers take a frame's bytes in order
 # and do not come back, so a few for each thread will do.
 _MAX_EXPANDED = 16
@@ -71,6 +73,11 @@ class Source:
                 path=self.ref.path,
                 hint="The file was cut off; copy it again or use another checkpoint.",
             )
+        if self._fd is not None:
+            # All at once as a rule, and without the copy of a buffer that is filled in parts.
+            data = os.pread(self._fd, nbytes, offset)
+            if len(data) == nbytes:
+                return data
         buffer = bytearray(nbytes)
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
@@ -210,7 +217,7 @@ def snapshot(folder: Path) -> Path:
         return folder
     there = {path.name: path for path in (folder / "snapshots").iterdir() if path.is_dir()}
     main = folder / "refs" / "main"
-    named = main.read_text("utf-8", "replace").strip() if main.is_file() else ""
+    named = _commit(main) if main.is_file() else ""
     if named in there:
         return there[named]
     if len(there) == 1:
@@ -221,6 +228,19 @@ def snapshot(folder: Path) -> Path:
         path=folder / "snapshots",
         hint="Name the folder of one of them." if there else "Download the model again.",
     )
+
+
+def _commit(pointer: Path) -> str:
+    """The commit that a file of `refs` names. Raises `FormatError` for one that is no pointer."""
+    with Sources() as sources:
+        source = sources.open(pointer)
+        if source.size > _MAX_POINTER:
+            raise FormatError(
+                f"it has {source.size} bytes, and holds the name of a commit alone.",
+                path=pointer,
+                hint="Download the model again, or name the folder below snapshots.",
+            )
+        return source.read(0, source.size).decode("utf-8", "replace").strip()
 
 
 def cached(name: str) -> Path | None:

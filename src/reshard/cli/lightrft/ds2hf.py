@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from reshard.cli import output
-from reshard.cli.app import HELP, run
+from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
 from reshard.conversion.options import MODEL_TYPES, POOLINGS
 
@@ -41,6 +41,7 @@ _PATH = FolderOrFile()
               help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
+@writes("output_dir")
 def command(
     checkpoint_dir: Path,
     output_dir: Path,
@@ -84,4 +85,4 @@ def command(
 
 def main() -> None:
     """The console command `ds2hf`."""
-    sys.exit(run(command))
+    end(run(command))

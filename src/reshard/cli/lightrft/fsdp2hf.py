@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from reshard.cli import output
-from reshard.cli.app import HELP, run
+from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import FolderOrFile, debug, option
+from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
 
 _PATH = FolderOrFile()
@@ -29,6 +29,7 @@ _PATH = FolderOrFile()
               help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
+@writes("output_dir")
 def command(
     hf_base: Path,
     checkpoint_dir: Path,
@@ -64,4 +65,4 @@ def command(
 
 def main() -> None:
     """The console command `fsdp2hf`."""
-    sys.exit(run(command))
+    end(run(command))

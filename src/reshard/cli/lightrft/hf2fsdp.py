@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from reshard.cli import output
-from reshard.cli.app import HELP, run
+from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import FolderOrFile, debug
+from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
 from reshard.conversion.options import NAMES
 
@@ -27,6 +27,7 @@ _PATH = FolderOrFile()
               help="Whose live module; default: the installed one.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
+@writes("target")
 def command(
     hf_checkpoint: Path,
     target: Path,
@@ -58,4 +59,4 @@ def command(
 
 def main() -> None:
     """The console command `hf2fsdp`."""
-    sys.exit(run(command))
+    end(run(command))

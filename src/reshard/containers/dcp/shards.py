@@ -22,6 +22,7 @@ from reshard.containers import safetensors as safetensors_file
 from reshard.containers.safetensors import SafetensorsFile
 from reshard.core.tensors import Box, Entry, Extent, Fragment, Shape, TensorSpec, check_tiling
 from reshard.errors import FormatError, IncompleteError, brief
+from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
 
@@ -118,7 +119,7 @@ def saved_offsets(file: SafetensorsFile, path: str) -> dict[str, Shape]:
     if text is None:
         return {}
     offsets: dict[str, Shape] = {}
-    for name, info in safetensors_file.parse_json(text, path).items():
+    for name, info in strict_json.parse_object(text, path).items():
         start = info.get("saved_offsets") if isinstance(info, dict) else None
         if not isinstance(start, list) or not all(
             type(n) is int and 0 <= n < 1 << 62 for n in start

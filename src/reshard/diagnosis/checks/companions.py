@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import Struct
 
 from reshard.conversion.base_model import CONFIG, Base
+from reshard.diagnosis import tokens
 from reshard.diagnosis.folder import Folder, read_json
 from reshard.storage.local import Sources
 
@@ -63,8 +64,8 @@ def read_companions(folder: Folder, base: Base | None, sources: Sources) -> Comp
         template=_template(folder.path, frozenset(folder.assets), sources),
         base_template=_template(base.folder, base_files, sources) if base else None,
         tokenizer_config=read_json(folder.path, TOKENIZER_CONFIG, sources)[0],
-        tokens=_tokens(folder.path, sources),
-        base_tokens=_tokens(base.folder, sources) if base else None,
+        tokens=tokens.count(folder.path, sources),
+        base_tokens=tokens.count(base.folder, sources) if base else None,
         modules=_modules(read_json(folder.path, CONFIG, sources)[0] or {}),
     )
 
@@ -94,22 +95,6 @@ def _template(path: Path, files: frozenset[str], sources: Sources) -> Template |
         if value:
             return Template(name, value)
     return None
-
-
-def _tokens(path: Path, sources: Sources) -> int | None:
-    content, _ = read_json(path, "tokenizer.json", sources)
-    if content is None:
-        return None
-    model, added = content.get("model"), content.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    ids: list[Any] = []
-    if isinstance(vocabulary, dict):
-        ids += vocabulary.values()
-    elif isinstance(vocabulary, list):  # Unigram: a list of [token, score]
-        ids.append(len(vocabulary) - 1)
-    if isinstance(added, list):
-        ids += [token.get("id") for token in added if isinstance(token, dict)]
-    return max((i for i in ids if isinstance(i, int)), default=-1) + 1
 
 
 def _modules(config: Mapping[str, Any]) -> frozenset[str]:

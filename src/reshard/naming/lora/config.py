@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from reshard.errors import FormatError, NotFoundError, PlanError
+from reshard.errors import NotFoundError, PlanError
 from reshard.naming.lora.find import AdapterConfig, Separated, parse_adapter_config
+from reshard.storage import strict_json
 from reshard.storage.local import Sources
 
 _NAME = "adapter_config.json"
 # verl puts the adapter's own folder beside the ranks' files.
 _FOLDERS = (".", "lora_adapter", "..", "../lora_adapter")
-_MAX_NBYTES = 16 << 20
 
 
 def find(
@@ -52,14 +51,7 @@ def find(
 
 def _read(path: Path, separated: Separated, sources: Sources | None) -> AdapterConfig:
     with Sources() as own:
-        source = (sources or own).open(path)
-        text = source.read(0, min(source.size, _MAX_NBYTES))
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError):
-        raise FormatError("it is no JSON.", path=path) from None
-    if not isinstance(raw, dict):
-        raise FormatError("its JSON is not an object.", path=path)
+        raw = strict_json.read_object((sources or own).open(path))
     config = parse_adapter_config(raw)
     if config.rank is not None and separated.ranks != (config.rank,):
         raise PlanError(
