@@ -114,7 +114,7 @@ def describe(path: Path, name: str) -> Description:
 
     A room says it itself where its checkpoints are of several kinds.
     """
-    special = getattr(load(name), "describe", None)
+    special = getattr(load(name), "description", None)
     found: Description | None = None if special is None else special(path)
     return found or Description(named(name).title, named(name).advice)
 

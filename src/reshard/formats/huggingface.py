@@ -61,7 +61,7 @@ def detect(path: Path) -> str | None:
     return None
 
 
-def describe(path: Path) -> Description | None:
+def description(path: Path) -> Description | None:
     """What a folder with an adapter is called; others are models."""
     if not is_adapter(path):
         return None
