@@ -47,9 +47,10 @@ _tag = click.option(
               help="Checked against a scalar reward model's heads.")  # fmt: skip
 @option("heads_types", multiple=True, metavar="NAME...",
         help="Checked against a scalar reward model's heads; also their order.")  # fmt: skip
-@option("probing_layer", type=int, default=-1, show_default=True,
+@option("probing_layer", type=int, show_default="-1",
         help="The hidden state that a scalar reward model reads; recorded.")  # fmt: skip
-@click.option("--value-head", metavar="NAME", help="A critic's head; default: score.")
+@option("value_head", metavar="NAME",
+        help="A critic's head, e.g. value_head; score and v_head are found.")  # fmt: skip
 @click.option("--srm-format", type=click.Choice(SRM_FORMATS), default="both", show_default=True,
               help="A scalar reward model as LightRFT loads it, as backbone and heads, or "
                    "both.")  # fmt: skip

@@ -28,15 +28,25 @@ SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
 NAMES: tuple[Names, ...] = ("disk", "memory")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
+#: What LightRFT takes where no probing layer is named: the input of the last layer.
+PROBING_LAYER = -1
 
 
 class RewardChoice(Struct, frozen=True):
-    """What was asked for of a reward model or critic; `model_type` None: found by its heads."""
+    """What was asked for of a reward model or critic; `model_type` None: found by its heads.
+
+    `probing_layer` None: nothing was said, and LightRFT's default is assumed.
+    """
 
     model_type: ModelType | None = None
     heads: RewardOptions = field(default_factory=RewardOptions)
-    probing_layer: int = -1
+    probing_layer: int | None = None
     srm_format: SrmFormat = "both"
+
+    @property
+    def layer(self) -> int:
+        """The probing layer that counts."""
+        return PROBING_LAYER if self.probing_layer is None else self.probing_layer
 
 
 class LoraChoice(Struct, frozen=True):
@@ -81,7 +91,7 @@ class Options(Struct, frozen=True):
             "fill_from_base": self.fill_from_base,
             "model_type": self.rewards.model_type,
             "srm_format": self.rewards.srm_format,
-            "probing_layer": self.rewards.probing_layer,
+            "probing_layer": self.rewards.layer,
             "value_head": self.rewards.heads.value_head,
             "lora": self.lora.mode,
             "adapter": self.lora.adapter,

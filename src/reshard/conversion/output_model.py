@@ -34,16 +34,15 @@ from reshard.naming.lora.output import CONFIG as ADAPTER_CONFIG
 from reshard.naming.lora.output import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.naming.lora.output import adapter_folder, updates
 from reshard.naming.rewards import (
-    SCORE,
     Parts,
     check,
-    classifier_patches,
     lightrft_state,
     reward_config,
     split,
 )
 from reshard.naming.schema import comes_with_base
 from reshard.naming.search import unwrap
+from reshard.naming.value_heads import SCORE, classifier
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
 
@@ -148,14 +147,21 @@ class _Export:
 
     def _split(self) -> Parts:
         choice = self._options.rewards
-        parts = split(self._separated.entries, self._base.entries, choice.heads.value_head)
+        parts = split(
+            self._separated.entries,
+            self._base.entries,
+            choice.heads.value_head,
+            FitOptions(allow=self._options.allow).allows,
+        )
         return check(parts, choice.model_type, choice.heads)
 
     def _as_classifier(self) -> dict[str, object] | None:
         """The config changes of a critic that becomes a sequence classifier."""
-        if self._parts.value is None:
+        head = self._parts.value
+        if head is None:
             return None
-        return classifier_patches(self._base.config.get("architectures") or ())
+        classes = self._base.config.get("architectures") or ()
+        return classifier(head, classes, speaks=_has_head(self._parts.backbone))
 
     def _fitted(self, compare: Equal | None) -> NameMap:
         parts = self._parts
@@ -225,7 +231,8 @@ class _Export:
         made, filled, missing = self._model()
         sides, texts = self._reward_files()
         if self._parts.value is not None and (self._classifier is None or alone):
-            sides.append(self._side(VALUE_HEAD, [self._parts.value]))
+            head = self._parts.value
+            sides.append(self._side(VALUE_HEAD, head.called(head.name).values()))
         if self._scaling is not None and self._options.lora.mode in ("adapter", "both"):
             side, text = self._adapter("" if alone else ADAPTER_FOLDER, self._scaling)
             sides.append(side)
@@ -264,7 +271,7 @@ class _Export:
             for name in absent:
                 made.pop(name, None)
         if self._parts.value is not None and self._classifier is not None:
-            made[SCORE] = self._parts.value.renamed(SCORE)
+            made.update(self._parts.value.called(SCORE))
         filled = [
             name
             for name in absent
@@ -282,7 +289,13 @@ class _Export:
         heads, choice = self._parts.rewards, self._options.rewards
         if heads is None:
             return [], []
-        config = reward_config(heads, choice.probing_layer, self._base.config)
+        config = reward_config(heads, choice.layer, self._base.config)
+        if choice.probing_layer is None:
+            message = (
+                f"the heads are taken to read hidden state {choice.layer}, LightRFT's default: no "
+                "checkpoint states the layer."
+            )
+            self._findings.append(Finding("probing-layer-assumed", message))
         texts = [(REWARD_CONFIG, _json(config))]
         sides = []
         if choice.srm_format in ("split", "both"):

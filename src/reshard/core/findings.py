@@ -106,6 +106,9 @@ CODES: dict[str, Code] = {
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",
         "Remove it, if nobody needs it."),
+    "probing-layer-assumed": Code(
+        "warning", "which hidden state the reward heads read was assumed",
+        "Pass --probing-layer with the value of the training."),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

@@ -62,7 +62,8 @@ class Folder(Struct, frozen=True):
     @property
     def classifies(self) -> bool:
         """Whether the config names a class with a `score` in place of an output head."""
-        return any(name.endswith("ForSequenceClassification") for name in classes(self.settings))
+        tasks = ("ForSequenceClassification", "ForTokenClassification")
+        return any(name.endswith(tasks) for name in classes(self.settings))
 
     @property
     def headless(self) -> bool:

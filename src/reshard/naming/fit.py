@@ -12,15 +12,14 @@ from reshard.core.tensors import Entry
 from reshard.errors import NamesError
 from reshard.naming import ties
 from reshard.naming.assemble import Assembler
+from reshard.naming.judge import FitOptions, Verdict
 from reshard.naming.layouts import Piece
 from reshard.naming.mismatch import refuse
 from reshard.naming.name_map import NameMap, Resize
 from reshard.naming.schema import Schema, is_unheld, says_tied, stating_levels, text_config
 from reshard.naming.search import (
     Candidate,
-    FitOptions,
     Sources,
-    Verdict,
     search,
     sources,
 )
@@ -251,7 +250,7 @@ class _Fitting:
             self._by_name[have[hub].name].spec.name: candidate.base_view.name_here(stored)
             for hub, stored in written.items()
         }
-        dropped = []
+        dropped = list(candidate.source.allowed)
         for hub in candidate.of(Verdict.DROPPED):
             name = have[hub].name
             stored = stores.get(self._by_name[name].spec.name)
