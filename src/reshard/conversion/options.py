@@ -17,7 +17,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
-Names = Literal["disk", "memory"]
+Names = Literal["all", "disk", "memory"]
 _T = TypeVar("_T")
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
 _MAX_WILDCARDS = 3
@@ -26,7 +26,7 @@ _MAX_WILDCARDS = 3
 MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "critic")
 SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
-NAMES: tuple[Names, ...] = ("disk", "memory")
+NAMES: tuple[Names, ...] = ("all", "disk", "memory")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
 #: What LightRFT takes where no probing layer is named: the input of the last layer.
 PROBING_LAYER = -1
@@ -63,7 +63,11 @@ class LoraChoice(Struct, frozen=True):
 
 
 class Options(Struct, frozen=True):
-    """A conversion's options; paths are as the user gave them."""
+    """A conversion's options; paths are as the user gave them.
+
+    `names` None: all that a live module may ask for where the target can hold them and the model's
+    config is at hand, else those on disk.
+    """
 
     source: Path
     target: Path
@@ -77,8 +81,9 @@ class Options(Struct, frozen=True):
     allow: tuple[str, ...] = ()
     rewards: RewardChoice = field(default_factory=RewardChoice)
     lora: LoraChoice = field(default_factory=LoraChoice)
-    names: Names = "disk"
+    names: Names | None = None
     transformers_version: Version | None = None
+    consumed_samples: int | None = None
 
     def stated(self) -> dict[str, Any]:
         """The options as `reshard.json` records them: no paths."""
@@ -98,6 +103,7 @@ class Options(Struct, frozen=True):
             "prefix": self.selection.prefix,
             "allow": list(self.allow),
             "names": self.names,
+            "consumed_samples": self.consumed_samples,
             "transformers_version": None if version is None else ".".join(map(str, version)),
         }
 

@@ -93,7 +93,7 @@ def plain(catalog: Catalog, options: Options) -> Export:
     """Without a base: every tensor under the name that it has in the checkpoint."""
     kept = {
         name: entry
-        for name, entry in catalog.entries.items()
+        for name, entry in catalog.of_one_layout().items()
         if not (options.exclude_frozen and entry.kind == "frozen")
     }
     tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
@@ -121,7 +121,7 @@ class _Export:
     ) -> None:
         self._base = base
         self._options = options
-        self._separated = separate(catalog.entries, options.lora.adapter)
+        self._separated = separate(catalog.of_one_layout(), options.lora.adapter)
         self._alone = self._writes_adapter_alone()
         self._parts = self._split()
         self._classifier = self._as_classifier()

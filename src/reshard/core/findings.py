@@ -82,7 +82,14 @@ CODES: dict[str, Code] = {
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
         "Copy the newer one again, or name the one that is meant."),
+    "live-layout-apart": Code(
+        "warning", "live modules of some versions hold tensors that the folder has no bytes for",
+        "For a run of such a version, convert with --names memory."),
+    "live-layout-unknown": Code(
+        "warning", "the names that live modules of some versions ask for are not known"),
     "live-names": Code("info", "names are those of a live module, not those of the files"),
+    "live-names-added": Code(
+        "info", "tensors also have the names that live modules ask for, without further bytes"),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
     "names-without-weights": Code(

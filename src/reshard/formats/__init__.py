@@ -50,7 +50,8 @@ class Format(Protocol):
         """
 
 
-#: A tensor to be laid out: what is written, what from, and the base's tensor to compare with.
+#: A tensor to be laid out: what is written, what from, and the base's tensor to compare with. A
+#: format that can name the same bytes more than once gives them the source's aliases, too.
 Wanted = tuple[TensorSpec, Entry, Entry | None]
 
 

@@ -33,6 +33,7 @@ class FormatInfo(Struct, frozen=True):
     finds_model: its reader takes the model's part out of a nested state dict by `prefix` itself.
     holds_config: the model's config lies beside the weights, and names are those of its files.
     target: the value of `--to` that writes it; None where it is not written.
+    names_twice: what is written can give the same bytes several names.
     max_shard_size: the default size of a written file.
     takes_files: the base's other files and heads beside the model go along when it is written.
     single: the suffix of single files of it that can be written beside a model; None: none can.
@@ -48,6 +49,7 @@ class FormatInfo(Struct, frozen=True):
     finds_model: bool = False
     holds_config: bool = False
     target: str | None = None
+    names_twice: bool = False
     max_shard_size: str = "5GB"
     takes_files: bool = False
     single: str | None = None
@@ -63,6 +65,7 @@ OWN = (
         scripts=("fsdp2hf",),
         finds_model=True,
         target="dcp",
+        names_twice=True,
         # Small enough that many ranks read different files.
         max_shard_size="1GB",
     ),
