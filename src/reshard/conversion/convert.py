@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from msgspec.structs import asdict
-
 from reshard import formats
 from reshard.conversion import manifest
 from reshard.conversion.destination import Replaced, check_apart, check_destination
@@ -112,7 +110,9 @@ def convert(
             "names 'all' gives the same bytes several names, which files of --to hf cannot.",
             hint="Pass --to dcp, or leave out --names.",
         )
-    if consumed_samples is not None and (to != "dcp" or not 0 <= consumed_samples < 1 << 63):
+    if consumed_samples is not None and (
+        not target_named(to).client_state or not 0 <= consumed_samples < 1 << 63
+    ):
         raise OptionError(
             f"consumed_samples is {consumed_samples}, with --to {to}: it is the number of samples "
             "that a run of LightRFT has used up, written beside a DCP checkpoint.",
@@ -243,7 +243,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         "merged": exported.merged,
         "transformers_version": exported.live,
         "aliases": {name: target.spec.name for target in exported.model for name in target.aliases},
-        "lora": None if exported.scaling is None else asdict(exported.scaling),
+        "lora": None if exported.scaling is None else exported.scaling.to_json(),
     }
     model = manifest.state([target.spec for target in exported.model], "", digests)
     beside = {

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from reshard.formats import Selection
 from reshard.naming import parse_version
 from reshard.naming.layouts import Version
-from reshard.naming.lora.find import AdapterConfig
+from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 
 SrmFormat = Literal["lightrft", "split", "both"]

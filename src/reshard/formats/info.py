@@ -34,6 +34,7 @@ class FormatInfo(Struct, frozen=True):
     holds_config: the model's config lies beside the weights, and names are those of its files.
     target: the value of `--to` that writes it; None where it is not written.
     names_twice: what is written can give the same bytes several names.
+    client_state: LightRFT's client_state.pt may lie beside what is written.
     max_shard_size: the default size of a written file.
     takes_files: the base's other files and heads beside the model go along when it is written.
     single: the suffix of single files of it that can be written beside a model; None: none can.
@@ -50,6 +51,7 @@ class FormatInfo(Struct, frozen=True):
     holds_config: bool = False
     target: str | None = None
     names_twice: bool = False
+    client_state: bool = False
     max_shard_size: str = "5GB"
     takes_files: bool = False
     single: str | None = None
@@ -66,6 +68,7 @@ OWN = (
         finds_model=True,
         target="dcp",
         names_twice=True,
+        client_state=True,
         # Small enough that many ranks read different files.
         max_shard_size="1GB",
     ),

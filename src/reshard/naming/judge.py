@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from fnmatch import fnmatchcase
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from reshard.core.tensors import Shape
 from reshard.naming import ties
@@ -30,7 +30,8 @@ class FitOptions(Struct, frozen=True):
     checkpoint's side) that may be missing or left over, where `*` is any characters.
     `transformers_version`: what the checkpoint was trained with; needed only where its layout
     cannot be told from shapes. `untied`: tensors of the checkpoint, by its names, that are known to
-    be tied to no other.
+    be tied to no other. `updated`: those that are written with an update, and a key of it: two
+    tensors of equal values are one in the output only where their updates are, too.
     """
 
     prefix: str | None = None
@@ -39,6 +40,7 @@ class FitOptions(Struct, frozen=True):
     allow: tuple[str, ...] = ()
     transformers_version: Version | None = None
     untied: frozenset[str] = frozenset()
+    updated: Mapping[str, str] = field(default_factory=dict)
 
     def allows(self, name: str, prefix: str = "") -> bool:
         """Whether a name may be missing or left over; patterns may leave out the prefix."""
