@@ -19,7 +19,8 @@ import numpy as np
 from reshard.core import dtypes
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, check_tiling, whole
+from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, PlanError
 from reshard.formats import Selection, Wanted
 from reshard.formats.info import FormatInfo
