@@ -51,7 +51,6 @@ class Catalog(Struct, frozen=True):
     origin: Origin
     entries: Mapping[str, Entry]
     records: tuple[Record, ...] = ()
-    assets: tuple[Asset, ...] = ()
     findings: tuple[Finding, ...] = ()
     renamed: frozenset[str] = frozenset()
     unshaped: frozenset[str] = frozenset()

@@ -54,7 +54,7 @@ def command(
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
 
-    expect(checkpoint_dir, "dcp", "ranks", "torch")
+    expect(checkpoint_dir, "fsdp2hf")
     with output.progress_bar() as progress:
         report = convert(
             checkpoint_dir,
