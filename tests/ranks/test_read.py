@@ -132,6 +132,8 @@ def test_slices_are_joined_and_get_the_shapes_of_the_base(
     assert reshard.verify(tmp_path / "out", ranks[name]).num_tensors == len(truth)
     assert reshard.diff(ranks[name], tmp_path / "out").same
     assert reshard.inspect(ranks[name], base=base).fitting.fits  # type: ignore[union-attr]
+    backbone = reshard.open(ranks[name], prefix="model")
+    assert "embed_tokens.weight" in backbone.catalog.unshaped
 
 
 def test_flat_parameters_are_cut_in_the_order_of_their_family(ranks: Ranks, tmp_path: Path) -> None:

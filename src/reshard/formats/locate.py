@@ -70,9 +70,9 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     catalog = _read(snapshot(path), sources, selection)
     if selection.prefix and not named(catalog.format).finds_model:
         entries = under(catalog.entries, selection.prefix)
-        start = f"{selection.prefix.removesuffix('.')}."
-        unshaped = frozenset(name for name in entries if start + name in catalog.unshaped)
-        catalog = replace(catalog, entries=entries, unshaped=unshaped)
+        flat = {name: catalog.entries[name] for name in catalog.unshaped}
+        unshaped = entries.keys() & (under(flat, selection.prefix) if flat else {})
+        catalog = replace(catalog, entries=entries, unshaped=frozenset(unshaped))
     return catalog
 
 
