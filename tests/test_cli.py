@@ -252,7 +252,10 @@ def test_a_script_says_where_the_names_that_the_base_lacks_are_allowed(
     assert run(fsdp2hf, [*flags, "--output_dir", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert "pass --allow 'value.*'. Is it a critic's head, pass --value-head value." in said
-    assert "(--allow, --value-head: see `reshard convert --help`, which does the same.)" in said
+    assert "(--allow: see `reshard convert --help`, which does the same.)" in said
+    flags = [*flags, "--value-head", "value"]
+    assert run(fsdp2hf, [*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    assert load_file(tmp_path / "out" / "value_head.safetensors").keys() == {"value.weight"}
 
 
 def test_a_script_is_not_called_around_its_check(

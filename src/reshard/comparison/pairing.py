@@ -32,8 +32,8 @@ from reshard.errors import FormatError, NamesError, PlanError
 from reshard.naming import FitOptions
 from reshard.naming.families import CONSTANTS
 from reshard.naming.patterns import matches_any
-from reshard.naming.rewards import SCORE
 from reshard.naming.search import unwrap
+from reshard.naming.value_heads import SCORE
 from reshard.storage.local import Sources
 
 #: The files of a side: those beside the model by name, the model itself under the empty name.
@@ -159,8 +159,8 @@ def _onto_itself(
         options = replace(options, allow=(*options.allow, *_frozen(first)))
     options = replace(options, fill_from_base=True, names="disk")
     head = options.rewards.heads.value_head
-    if head is not None and SCORE in held[""]:
-        first = _called(first, f"{head}.weight", SCORE)
+    if head is not None and f"{SCORE}.weight" in held[""]:
+        first = _called(first, f"{head}.weight", f"{SCORE}.weight")
         heads = replace(options.rewards.heads, value_head=None)
         options = replace(options, rewards=replace(options.rewards, heads=heads))
     made = output_model.onto(first, base, options, sources)

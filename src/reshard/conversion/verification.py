@@ -21,7 +21,7 @@ from reshard.conversion.manifest import Stated
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
-from reshard.errors import ReshardError, VerificationError
+from reshard.errors import ReshardError, VerificationError, brief
 from reshard.formats import Selection, read
 from reshard.progress import Progress
 from reshard.storage.local import Sources, child
@@ -55,16 +55,14 @@ def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None =
         stated = manifest.read(folder, sources)
         parts = [(folder, stated.tensors)] if stated.tensors else []
         parts += [(child_of(folder, name), tensors) for name, tensors in stated.beside.items()]
-        found = [
-            check_digests(
-                read(path, sources, Selection()),
-                tensors,
-                sources,
-                threads=threads,
-                progress=progress,
+        found = []
+        for path, tensors in parts:
+            catalog = read(path, sources, Selection())
+            if path == folder:
+                _check_aliases(catalog, stated.names.get("aliases", {}))
+            found.append(
+                check_digests(catalog, tensors, sources, threads=threads, progress=progress)
             )
-            for path, tensors in parts
-        ]
         sources.check_unchanged()
     return Verified(sum(f.num_tensors for f in found), sum(f.bytes_read for f in found))
 
@@ -74,6 +72,21 @@ def child_of(folder: Path, name: str) -> Path:
     for part in name.split("/"):
         folder = child(folder, part)
     return folder
+
+
+def _check_aliases(catalog: Catalog, stated: object) -> None:
+    """Compare the other names of the same bytes with those that are stated."""
+    found = {alias: name for name, entry in catalog.entries.items() for alias in entry.aliases}
+    if not isinstance(stated, dict):
+        raise VerificationError("it is damaged.", path=catalog.origin.root / manifest.MANIFEST)
+    for alias in sorted(found.keys() | stated.keys()):
+        if found.get(alias) != stated.get(alias):
+            raise VerificationError(
+                f"as a name of {brief(found.get(alias))} it is there, as a name of "
+                f"{brief(stated.get(alias))} it is stated.",
+                path=catalog.origin.root,
+                tensor=alias,
+            )
 
 
 def check_digests(

@@ -31,7 +31,8 @@ from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.tensors import Entry, Record, TensorSpec, check_tiling
+from reshard.core.tensors import Entry, Record, TensorSpec
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats import Selection, Wanted, numbered, of_several
 from reshard.storage import strict_json
