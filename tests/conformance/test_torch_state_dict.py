@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import reshard
+from reshard.conversion.options import To
 from reshard.testing import ReaderConformance, Sample, truth
 from reshard.testing.truth import Tensors
 from tests.conformance.arrays import to_torch
@@ -79,12 +80,10 @@ UNHANDLED = {
 
 @pytest.mark.parametrize("what", UNHANDLED)
 @pytest.mark.parametrize("to", ["hf", "dcp"])
-def test_a_tensor_that_is_not_handled_is_not_left_out(tmp_path: Path, what: str, to: str) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    torch.save({"a": torch.ones(2), "b": UNHANDLED[what]}, source / "pytorch_model.bin")
+def test_a_tensor_that_is_not_handled_is_not_left_out(tmp_path: Path, what: str, to: To) -> None:
+    torch.save({"a": torch.ones(2), "b": UNHANDLED[what]}, tmp_path / "pytorch_model.bin")
     with pytest.raises(reshard.UnsupportedError, match=what) as caught:
-        reshard.convert(source, tmp_path / "out", to=to)
+        reshard.convert(tmp_path, tmp_path / "out", to=to)
     assert caught.value.tensor == "b"
     assert not (tmp_path / "out").exists()
 
