@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -65,7 +65,9 @@ def stated(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("to", ["hf", "dcp"])
-def test_of_every_tensor(small: None, model: Path, tmp_path: Path, to: str, threads: int) -> None:
+def test_of_every_tensor(
+    small: None, model: Path, tmp_path: Path, to: Literal["hf", "dcp"], threads: int
+) -> None:
     reshard.convert(model, tmp_path / "out", to=to, max_shard_size=9000, threads=threads)
     arrays = load_file(model / "model.safetensors")
     assert stated(tmp_path / "out") == {name: expected(array) for name, array in arrays.items()}
@@ -86,7 +88,7 @@ def test_of_tensors_in_another_order(small: None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", ["hf", "dcp"])
 def test_the_bytes_do_not_depend_on_the_leaves(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Literal["hf", "dcp"]
 ) -> None:
     reshard.convert(model, tmp_path / "large", to=to)
     monkeypatch.setattr(digests, "LEAF_NBYTES", LEAF)

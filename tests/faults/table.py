@@ -67,7 +67,7 @@ def table(outcomes: Iterable[Outcome]) -> Rows:
             "fail": (f"`{trial.call}` fails", trial.error),
             "short": ("`pwrite64` writes less than it was given", ""),
             "timer": ("SIGKILL at a random moment", ""),
-        }.get(trial.action, ("SIGKILL before or after any system call", ""))
+        }.get(trial.action, ("SIGKILL at any system call", ""))
         cells = rows.setdefault(key, (set(), set()))
         cells[trial.overwrite].add(words(outcome))
     return rows
