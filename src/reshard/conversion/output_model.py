@@ -337,7 +337,7 @@ class _Export:
             if held is not None:
                 found = choose(list(held.items()), module.tensors, self._options.dtype)
                 sides.append(Side(module.file, found))
-            elif self._options.to == "hf":
+            elif target_named(self._options.to).takes_files:
                 message = f"{module.folder} is the base's: the checkpoint holds no tensor of it."
                 self._findings.append(Finding("module-from-base", message, subject=module.folder))
         return sides
