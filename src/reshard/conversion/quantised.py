@@ -11,12 +11,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.conversion.base_model import Base, read_base
+from reshard.conversion.base_model import CONFIG, Base, read_base
 from reshard.conversion.options import Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.errors import ReshardError
 from reshard.formats import huggingface
+from reshard.formats.info import named
 from reshard.naming.lora.find import holds_adapters
 from reshard.naming.quantised import (
     Numbers,
@@ -39,7 +40,7 @@ def config_of(catalog: Catalog, sources: Sources) -> Mapping[str, Any]:
     """The config beside a checkpoint's tensors; empty where there is none."""
     root = catalog.origin.root
     folder = root if root.is_dir() else root.parent
-    if catalog.format != "huggingface" or not (folder / "config.json").is_file():
+    if not (named(catalog.format).holds_config and (folder / CONFIG).is_file()):
         return {}
     return huggingface.read_config(folder, sources)
 
