@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 from msgspec import Struct, field
 
 from reshard.conversion import adapters
 from reshard.conversion.base_model import Base, main_dtype
 from reshard.conversion.dtypes import Target, choose
+from reshard.conversion.modules import take
 from reshard.conversion.options import Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
+from reshard.formats.info import target_named
 from reshard.naming import FitOptions, NameMap, apply, fit, identity
 from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
@@ -62,7 +63,6 @@ class Side(Struct, frozen=True):
     """A file beside the model, with tensors of its own."""
 
     name: str
-    kind: Literal["huggingface", "torch"]
     targets: Sequence[Target]
 
 
@@ -99,11 +99,12 @@ def plain(catalog: Catalog, options: Options) -> Export:
         if not (options.exclude_frozen and entry.kind == "frozen")
     }
     tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
+    unmerged = target_named(options.to).takes_files and holds_adapters(kept)
     return Export(
         model=choose(list(kept.items()), {}, options.dtype),
         name_map=NameMap(identity(kept), tied=tied),
         missing=tuple(name for name in catalog.entries if name not in kept),
-        findings=(_UNMERGED,) if options.to == "hf" and holds_adapters(kept) else (),
+        findings=(_UNMERGED,) if unmerged else (),
         assets=False,
     )
 
@@ -138,8 +139,9 @@ class _Export:
 
     def _split(self) -> Parts:
         choice = self._options.rewards
+        entries, self._modules = take(self._separated.entries, self._base.modules)
         parts = split(
-            self._separated.entries,
+            entries,
             self._base.entries,
             choice.heads.value_head,
             FitOptions(allow=self._options.allow).allows,
@@ -204,11 +206,12 @@ class _Export:
         if self._parts.value is not None and (self._classifier is None or alone):
             head = self._parts.value
             sides.append(self._side(VALUE_HEAD, head.called(head.name).values()))
+        sides += [] if alone else self._trained_modules()
         if self._scaling is not None and self._options.lora.mode in ("adapter", "both"):
             side, text = self._adapter("" if alone else ADAPTER_FOLDER, self._scaling)
             sides.append(side)
             texts.append(text)
-        if sides and self._options.to != "hf":
+        if sides and not target_named(self._options.to).takes_files:
             raise PlanError(
                 f"{sides[0].name} goes beside a Hugging Face model; there is no place for it in "
                 f"--to {self._options.to}.",
@@ -289,7 +292,7 @@ class _Export:
                 hint="Pass --lora merge, or --srm-format split.",
             )
         if choice.srm_format in ("lightrft", "both") and not self._alone:
-            sides.append(Side(LIGHTRFT, "torch", self._lightrft()))
+            sides.append(Side(LIGHTRFT, self._lightrft()))
         return sides, texts
 
     def _lightrft(self) -> list[Target]:
@@ -329,6 +332,19 @@ class _Export:
                 hint="Pass --srm-format split.",
             )
 
+    def _trained_modules(self) -> list[Side]:
+        """The weights of the base's modules in sub-folders, in the dtypes that the base has."""
+        sides = []
+        for module in self._base.modules:
+            held = self._modules.get(module.file)
+            if held is not None:
+                found = choose(list(held.items()), module.tensors, self._options.dtype)
+                sides.append(Side(module.file, "huggingface", found))
+            elif self._options.to == "hf":
+                message = f"{module.folder} is the base's: the checkpoint holds no tensor of it."
+                self._findings.append(Finding("module-from-base", message, subject=module.folder))
+        return sides
+
     def _adapter(self, folder: str, scaling: AdapterConfig) -> tuple[Side, tuple[str, bytes]]:
         base = self._base
         names = adapter_files.named(scaling, base.folder, base.config)
@@ -339,7 +355,7 @@ class _Export:
 
     def _side(self, name: str, entries: Iterable[Entry]) -> Side:
         items = [(entry.spec.name, entry) for entry in entries]
-        return Side(name, "huggingface", choose(items, {}, self._kept()))
+        return Side(name, choose(items, {}, self._kept()))
 
     def _kept(self) -> str:
         """The dtype of tensors that the base does not have: as stored, unless one is asked for."""

@@ -92,6 +92,8 @@ CODES: dict[str, Code] = {
         "warning", "a pattern of --allow matches no name",
         "Correct the pattern, or leave it out."),
     "alpha-from-file": Code("info", "alpha was read from an adapter_config.json near the run"),
+    "architecture-repaired": Code(
+        "info", "the base's config named the class as FSDP calls it; the output names the class"),
     "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
     "checkpoints-below": Code(
         "info", "an exported model was read, and training checkpoints lie below it",
@@ -113,6 +115,8 @@ CODES: dict[str, Code] = {
         "info", "tensors also have the names that live modules ask for, without further bytes"),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
+    "module-from-base": Code(
+        "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
     "names-without-weights": Code(
         "warning", "the checkpoint has names without weights", "Pass --fill-from-base."),
     "newer-export": Code(
