@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from reshard.conversion.base_model import Base
 from reshard.conversion.options import Options
-from reshard.conversion.output_model import Export
+from reshard.conversion.output_model import LIGHTRFT, REWARD_HEAD, Export
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.naming.search import unwrap
@@ -70,7 +70,7 @@ def _of_adapters(options: Options) -> Iterator[Finding]:
 
 def _of_heads(options: Options, made: Export) -> Iterator[Finding]:
     rewards = options.rewards
-    if any(side.name == "reward_head.safetensors" or side.kind == "torch" for side in made.sides):
+    if any(side.name in (REWARD_HEAD, LIGHTRFT) for side in made.sides):
         return
     given = {
         "--probing-layer": rewards.probing_layer is not None,
