@@ -70,10 +70,9 @@ class Export(Struct, frozen=True):
     """Everything that a conversion writes, by what it is; `name_map` says how the names were found.
 
     `missing` are tensors of the base that are not written, `filled` those that are copied from
-    it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales, and
-    `adapter` says of them what the report shows. With `assets` the base's other files come along.
-    `live` is the transformers version whose live module has the names; None: they are those of the
-    files.
+    it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales. With
+    `assets` the base's other files come along. `live` is the transformers version whose live
+    module has the names; None: they are those of the files.
     """
 
     model: Sequence[Target]
@@ -85,7 +84,6 @@ class Export(Struct, frozen=True):
     filled: tuple[str, ...] = ()
     merged: int = 0
     scaling: AdapterConfig | None = None
-    adapter: adapters.Summary | None = None
     findings: tuple[Finding, ...] = ()
     assets: bool = True
     live: str | None = None
@@ -230,7 +228,6 @@ class _Export:
             filled=() if alone else filled,
             merged=len(self._updates.by_target) + len(self._updates.by_source),
             scaling=self._scaling,
-            adapter=adapters.summary(self._adapters),
             findings=tuple(self._findings),
             assets=not alone,
         )
@@ -340,7 +337,7 @@ class _Export:
             if held is not None:
                 found = choose(list(held.items()), module.tensors, self._options.dtype)
                 sides.append(Side(module.file, found))
-            elif self._options.to == "hf":
+            elif target_named(self._options.to).takes_files:
                 message = f"{module.folder} is the base's: the checkpoint holds no tensor of it."
                 self._findings.append(Finding("module-from-base", message, subject=module.folder))
         return sides
