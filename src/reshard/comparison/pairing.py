@@ -79,7 +79,7 @@ def tells_names(catalog: Catalog) -> bool:
     folder = catalog.origin.root
     if (folder / MANIFEST).is_file():
         return True
-    return catalog.format == "huggingface" and (folder / CONFIG).is_file()
+    return named(catalog.format).holds_config and (folder / CONFIG).is_file()
 
 
 def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None = None) -> Pairing:

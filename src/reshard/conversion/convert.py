@@ -25,6 +25,7 @@ from reshard.conversion.report import Report
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, TorchDType, documented
 from reshard.errors import VerificationError
+from reshard.formats.info import named
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, snapshot
@@ -150,7 +151,7 @@ def _completed(found: Finding, job: Job, given: Mapping[str, object]) -> Finding
     if found.code != "no-base":
         return found
     origin = job.catalog.origin.root
-    whole = job.catalog.format == "huggingface" and (origin / CONFIG).is_file()
+    whole = named(job.catalog.format).holds_config and (origin / CONFIG).is_file()
     base = [os.fspath(origin), "--allow-unchanged"] if whole else ["MODEL"]
     again = {name: value for name, value in given.items() if name not in ("overwrite", "dry_run")}
     command = ["reshard", "convert", *words(again), "--base", *base]
