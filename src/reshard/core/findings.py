@@ -148,9 +148,9 @@ CODES: dict[str, Code] = {
     "probing-layer-assumed": Code(
         "warning", "which hidden state the reward heads read was assumed",
         "Pass --probing-layer with the value of the training."),
-    "rounded": Code("info", "tensors of two checkpoints are equal once one side is rounded"),
     "replicas-missing": Code(
         "info", "files of some ranks are missing; the others hold all that they held"),
+    "rounded": Code("info", "tensors of two checkpoints are equal once one side is rounded"),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),
