@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import xxhash
@@ -167,8 +167,10 @@ class Engine:
             self._writeback,
             ThreadPoolExecutor(self._threads, thread_name_prefix="reshard") as pool,
         ):
+            futures: list[Future[int]] = []
             try:
-                futures = [pool.submit(self._work) for _ in range(self._threads)]
+                for _ in range(self._threads):
+                    futures.append(pool.submit(self._work))
                 wait(futures)
             except BaseException:
                 # Ctrl-C: the pool waits for its threads, so they must end first.
