@@ -78,6 +78,12 @@ FORMATS = {
 }
 
 
+#: What frameworks call the parts of a nested state dict that hold tensors and are not the model.
+NOT_MODEL = re.compile(
+    r"(.*_)?optim(izer)?s?(_.*|\d*)|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?|"
+    r"extra(_.*)?|ema(_.*)?"
+)
+
 #: Formats of whole models, which trainers also export beside the checkpoints of a training run.
 EXPORTED = ("huggingface", "torch")
 
