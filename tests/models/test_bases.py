@@ -173,6 +173,20 @@ def test_a_config_and_tokenizer_are_no_base(base: Path, run: Path, tmp_path: Pat
         reshard.convert(run, tmp_path / "out", base=base)
 
 
+def test_a_base_of_another_size_is_told_and_the_names_are_listed(
+    base: Path, run: Path, tmp_path: Path
+) -> None:
+    layers = [name for name in BEFORE if ".layers.1." not in name]
+    small = {name: BEFORE[name][..., :16].contiguous() for name in layers}
+    save_file(small, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(reshard.NamesError, match=r"layers +2 +1\n.*hidden size +32 +16") as caught:
+        reshard.convert(run, tmp_path / "out", base=base)
+    assert "reshard inspect SRC --base BASE --json" in str(caught.value)
+    found = reshard.inspect(run, base=base).to_json()["base"]
+    assert not found["fits"]
+    assert len(found["unexpected"]) == len(BEFORE) - len(layers)
+
+
 # --- what comes along ---------------------------------------------------------------------------
 
 
