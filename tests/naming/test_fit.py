@@ -236,6 +236,17 @@ def test_the_table_of_a_wrong_base_has_a_screen_at_most() -> None:
     assert "nearest" not in str(caught.value)
 
 
+def test_no_hint_puts_untrained_experts_beside_trained_layers() -> None:
+    """Of an unknown layout, `--allow` and `--fill-from-base` together would do just that."""
+    many = {f"model.layers.{n}.norm.weight": (2,) for n in range(9)}
+    base = {**TIED, **many, "model.layers.0.experts.0.up.weight": (2, 2)}
+    source = {**TIED, **many, "model.layers.0.experts.packed": (8,)}
+    for fill in (False, True):
+        with pytest.raises(NamesError, match="layout that is not known") as caught:
+            run(source, base, fill_from_base=fill)
+        assert "--allow" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("extra", "hint"),
     [

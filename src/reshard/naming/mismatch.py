@@ -15,6 +15,10 @@ _CHECK = (
     "Check that the base is the model that was trained. If the checkpoint holds several models, "
     "choose one with --prefix (for example actor.model)."
 )
+_OTHERWISE = (
+    "In modules of the base the checkpoint holds other tensors, as a layout that is not known "
+    "would: neither to leave these out nor to take the base's would be right."
+)
 # Names shown of each list; the error's fields hold all of them.
 _SHOWN = 10
 # Patterns that a hint spells out.
@@ -100,6 +104,8 @@ def _hint(
             "--fill-from-base."
         )
     matched = len(candidate.of(Verdict.MATCHED))
+    if _holds_otherwise(candidate):
+        return f"{_CHECK} {_OTHERWISE}"
     if clashes or not unexpected or matched < len(missing) + len(unexpected):
         return _CHECK
     leave = f"to leave out what the base has no place for, pass {_allowing(candidate, unexpected)}"
@@ -107,6 +113,14 @@ def _hint(
         fill = "to take from it what the checkpoint lacks, --fill-from-base"
         return f"{_CHECK} If it is, {leave}; {fill}."
     return f"{leave[0].upper()}{leave[1:]}.{_value_head(candidate)}"
+
+
+def _holds_otherwise(candidate: Candidate) -> bool:
+    """Whether a module of the base has other tensors in the checkpoint: to leave these out and to
+    fill it from the base would put untrained weights beside trained ones."""
+    lacking = [*candidate.of(Verdict.MISSING), *candidate.of(Verdict.FILLED)]
+    modules = {head for name in lacking for head in _heads(name)}
+    return any(hub.rpartition(".")[0] in modules for hub in candidate.of(Verdict.UNEXPECTED))
 
 
 def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:
