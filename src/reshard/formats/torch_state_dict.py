@@ -26,13 +26,14 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from reshard.containers.distributed import Decoder, is_distributed
 from reshard.containers.torch import Opaque, TensorRef, TorchFile
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.tensors import Entry, Record, TensorSpec
+from reshard.core.tensors import Entry, Record, TensorSpec, whole
 from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, NamesError, UnsupportedError
 from reshard.formats import NOT_MODEL, Selection, Wanted, numbered, of_several
@@ -72,7 +73,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     for file in files:
         content = read_torch(sources.open(file))
         records += content.records
-        for name, entry in _entries(file, content, selection.prefix).items():
+        for name, entry in _entries(file, content, sources, selection.prefix).items():
             if name in entries:
                 raise FormatError("it is stored in two files.", path=file, tensor=name)
             entries[name] = entry
@@ -144,11 +145,13 @@ def _models(path: Path) -> list[str]:
     return numbered((file.name for file in path.iterdir()), _FSDP)
 
 
-def _entries(path: Path, content: TorchFile, prefix: str | None) -> dict[str, Entry]:
+def _entries(
+    path: Path, content: TorchFile, sources: Sources, prefix: str | None
+) -> dict[str, Entry]:
     """Tensors by name, each storage once; later names of the same elements become aliases."""
     entries: dict[str, Entry] = {}
     stored: dict[tuple[object, ...], str] = {}
-    for name, tensor in _state_dict(path, content, prefix).items():
+    for name, tensor in _state_dict(path, content, sources, prefix).items():
         key = (tensor.storage, tensor.dtype, tensor.shape, tensor.strides)
         first = stored.setdefault(key, name) if tensor.extent.nbytes else name
         if first != name:
@@ -160,14 +163,16 @@ def _entries(path: Path, content: TorchFile, prefix: str | None) -> dict[str, En
     return entries
 
 
-def _state_dict(path: Path, content: TorchFile, prefix: str | None) -> dict[str, TensorRef]:
+def _state_dict(
+    path: Path, content: TorchFile, sources: Sources, prefix: str | None
+) -> dict[str, TensorRef]:
     """The tensors of the model's part; their names keep what of `prefix` is a path to it."""
     value, before = content.value, ""
     if isinstance(value, dict):
         _refuse_part(path, value)
         value, before = _named_part(value, prefix)
         value = value if before else _model_part(value, path)
-    found = _tensors(value)
+    found = _tensors(_whole(path, value, sources))
     if not isinstance(value, dict) or not found:
         raise UnsupportedError(
             "it holds no state dict: no dict of names to tensors.",
@@ -175,7 +180,7 @@ def _state_dict(path: Path, content: TorchFile, prefix: str | None) -> dict[str,
             hint="Name a file that torch.save(model.state_dict(), ...) wrote.",
         )
     for name, tensor in value.items():
-        if isinstance(tensor, Opaque) and tensor.is_tensor:
+        if isinstance(tensor, Opaque) and tensor.is_tensor and name not in found:
             raise UnsupportedError(
                 f"it is {tensor.describe()}, which is not handled.",
                 path=path,
@@ -208,7 +213,8 @@ def _model_part(value: _Dict, path: Path) -> _Dict:
             if isinstance(key, str) and not NOT_MODEL.fullmatch(key) and _holds_tensors(inner)
         ]
         # A step or a loss as a tensor, beside the model, is no model.
-        if not known and any(tensor.shape for tensor in _tensors(value).values()):
+        own = [tensor for tensor in value.values() if _is_tensor(tensor)]
+        if not known and any(not isinstance(t, TensorRef) or t.shape for t in own):
             return value
         if not known and len(inside) > 1:
             raise NamesError(
@@ -229,7 +235,40 @@ def _holds_tensors(value: object, depth: int = _MAX_DEPTH) -> bool:
     """Whether a dict has tensors in it, or in a dict in it."""
     if not isinstance(value, dict) or not depth:
         return False
-    return bool(_tensors(value)) or any(_holds_tensors(v, depth - 1) for v in value.values())
+    return any(_is_tensor(v) or _holds_tensors(v, depth - 1) for v in value.values())
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, TensorRef) or (
+        isinstance(value, Opaque) and (value.is_tensor or is_distributed(value))
+    )
+
+
+def _whole(path: Path, value: object, sources: Sources) -> object:
+    """The state dict with the tensors that several ranks could share, and one holds whole, as plain
+    ones. Raises `UnsupportedError` where the file holds a part of one."""
+    if not isinstance(value, dict) or not any(map(is_distributed, value.values())):
+        return value
+    decoder = Decoder(str(path), None, sources)
+    whole_ones = dict(value)
+    for name, tensor in value.items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, Opaque)
+            or not is_distributed(tensor)
+        ):
+            continue
+        local = decoder.decode(name, tensor)
+        if len(local.parts) != 1 or local.parts[0].box != whole(local.shape):
+            raise UnsupportedError(
+                f"the file holds one rank's part of it, of {local.world or 'several'} ranks.",
+                path=path,
+                tensor=name,
+                hint="Put the files of all ranks into one folder, with names that end in "
+                "_rank0.pt, _rank1.pt and so on, and name the folder.",
+            )
+        whole_ones[name] = local.parts[0].tensor
+    return whole_ones
 
 
 def _refuse_part(path: Path, value: Mapping[object, object]) -> None:
