@@ -111,8 +111,8 @@ def _refuse_parts(path: Path) -> None:
     if weights and weights == set(ranks):
         raise UnsupportedError(
             f"it holds a distributed checkpoint: {len(ranks)} files of ranks, each with its parts "
-            "of tensors, as save_pretrained(distributed_checkpoint=True) writes them. transformers 5 "
-            "loads it with a device mesh; vLLM and others do not.",
+            "of tensors, as save_pretrained(distributed_checkpoint=True) writes them. transformers "
+            "5 loads it with a device mesh; vLLM and others do not.",
             path=path,
             hint="Convert it, then look at the result: reshard convert SRC DST --base HF_DIR.",
         )
