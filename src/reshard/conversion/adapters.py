@@ -59,7 +59,7 @@ def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None
             f"--lora {choice.mode} was asked for, and the checkpoint holds no adapters.",
             hint="Leave out --lora.",
         )
-    if choice.mode == "adapter" and not separated.name:
+    if choice.mode == "adapter" and _is_peft_folder(catalog):
         raise PlanError("it is an adapter folder already.", path=options.source)
     if not separated.adapters:
         return Found(separated)
@@ -81,6 +81,14 @@ def _is_of_peft(catalog: Catalog, base: Base) -> bool:
     root = catalog.origin.root
     saved = huggingface.is_adapter(root if root.is_dir() else root.parent)
     return saved or is_traced(catalog.names(), base.entries)
+
+
+def _is_peft_folder(catalog: Catalog) -> bool:
+    """Whether the checkpoint is what PEFT's `save_pretrained` wrote."""
+    root = catalog.origin.root
+    if root.is_dir():
+        return catalog.format == "huggingface" and huggingface.is_adapter(root)
+    return root.stem == "adapter_model" and huggingface.is_adapter(root.parent)
 
 
 def _scaling(
