@@ -27,6 +27,8 @@ from reshard.transfer.reading import equal, read_array, same_values
 
 # Initialisations that PEFT repeats, to the same weights, when it loads the adapter onto the base.
 _RECOMPUTED = ("pissa", "olora")
+# What PEFT's weights end in.
+_WEIGHTS = (".safetensors", ".bin")
 # Names shown of a list, and patterns that a hint spells out.
 _SHOWN, _PATTERNS = 10, 4
 # From this share of exact zeros on, a part of a trained lora_B is taken not to be saved.
@@ -125,9 +127,10 @@ def _is_of_peft(catalog: Catalog, base: Base) -> bool:
 def _is_peft_folder(catalog: Catalog) -> bool:
     """Whether the checkpoint is what PEFT's `save_pretrained` wrote."""
     root = catalog.origin.root
-    if root.is_dir():
-        return catalog.format == "huggingface" and huggingface.is_adapter(root)
-    return root.stem == "adapter_model" and huggingface.is_adapter(root.parent)
+    files = [root] if root.is_file() else [root / f"adapter_model{end}" for end in _WEIGHTS]
+    return any(file.stem == "adapter_model" and file.is_file() for file in files) and (
+        huggingface.is_adapter(files[0].parent)
+    )
 
 
 def _scaling(
