@@ -91,7 +91,7 @@ def read_base(folder: Path, sources: Sources) -> Base:
         error.path = error.path or os.fspath(folder)
         raise
     quantised = tensors if tensors.kinds or tensors.stated else None
-    repairs, files = _repairs(config), assets(folder)
+    repairs, files = class_repairs(config), assets(folder)
     return Base(
         folder,
         tensors.entries,
@@ -113,7 +113,7 @@ def _numbers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Numbers
     return numbers(entries, config)
 
 
-def _repairs(config: Mapping[str, Any]) -> dict[str, object]:
+def class_repairs(config: Mapping[str, Any]) -> dict[str, object]:
     """What the config should say: accelerate's FSDP2 calls the class FSDP...  while it trains, and
     a model that was saved meanwhile names that (torch/distributed/fsdp, fully_shard)."""
     named = config.get("architectures")

@@ -22,6 +22,7 @@ from reshard.conversion.base_model import (
     read_base,
 )
 from reshard.conversion.dtypes import Target
+from reshard.conversion.idle import idle
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
 from reshard.conversion.quantised import as_numbers, dequantised, itself
@@ -72,7 +73,13 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
         files,
         (*texts, *patched, *made.texts),
         assets,
-        (*catalog.findings, *dequantised(found, base), *made.findings, *lacking),
+        (
+            *catalog.findings,
+            *dequantised(found, base),
+            *made.findings,
+            *idle(options, catalog, base, made),
+            *lacking,
+        ),
     )
     _check_strict(plan.findings, options, strict)
     return Job(options, catalog, made, plan)
@@ -140,8 +147,8 @@ def _assets(
     if base is None:
         lacks = Finding(
             "no-base",
-            "no base was given: names are those of the checkpoint, and config, tokenizer and "
-            "other files are not there.",
+            f"{options.target} holds only weights, under the checkpoint's names: without "
+            "config.json and tokenizer no program loads it.",
         )
         return (), (), (lacks,)
     if not made.assets:
