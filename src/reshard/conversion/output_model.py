@@ -107,7 +107,6 @@ def plain(catalog: Catalog, options: Options) -> Export:
         name_map=NameMap(identity(kept), tied=tied),
         missing=tuple(name for name in catalog.entries if name not in kept),
         findings=(_UNMERGED,) if unmerged else (),
-        assets=False,
     )
 
 
@@ -117,7 +116,7 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     Without `sources` no value is read, and tied tensors are taken to be equal.
     """
     found = flat.shaped(catalog, base.schema)
-    known = titan.translated(found.entries, base.config)
+    known = titan.translated(found.entries, base.schema)
     catalog = replace(catalog, entries=known.entries, unshaped=frozenset())
     made = _Export(catalog, base, options, sources).result()
     rules = (*found.rules, *known.rules, *made.name_map.rules)
