@@ -134,6 +134,9 @@ CODES: dict[str, Code] = {
     "probing-layer-assumed": Code(
         "warning", "which hidden state the reward heads read was assumed",
         "Pass --probing-layer with the value of the training."),
+    "part-left-out": Code(
+        "info", "the checkpoint holds another part that could be a model, and it was not read",
+        "To convert it, pass --prefix."),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

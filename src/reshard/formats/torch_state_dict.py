@@ -23,15 +23,14 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from msgspec.structs import replace
-
 from reshard.containers.torch import Opaque, TensorRef, TorchFile
 from reshard.containers.torch import read as read_torch
+from reshard.containers.torch.named import entries_of
 from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.tensors import Entry, Record, TensorSpec, check_tiling
+from reshard.core.tensors import Entry, Record
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats import Selection, Wanted, numbered, of_several
 from reshard.storage import strict_json
@@ -67,7 +66,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     for file in files:
         content = read_torch(sources.open(file))
         records += content.records
-        for name, entry in _entries(file, content).items():
+        for name, entry in entries_of(_state_dict(file, content)).items():
             if name in entries:
                 raise FormatError("it is stored in two files.", path=file, tensor=name)
             entries[name] = entry
@@ -137,22 +136,6 @@ def _models(path: Path) -> list[str]:
     if not path.is_dir():
         return []
     return numbered((file.name for file in path.iterdir()), _FSDP)
-
-
-def _entries(path: Path, content: TorchFile) -> dict[str, Entry]:
-    """Tensors by name, each storage once; later names of the same elements become aliases."""
-    entries: dict[str, Entry] = {}
-    stored: dict[tuple[object, ...], str] = {}
-    for name, tensor in _state_dict(path, content).items():
-        key = (tensor.storage, tensor.dtype, tensor.shape, tensor.strides)
-        first = stored.setdefault(key, name) if tensor.extent.nbytes else name
-        if first != name:
-            entries[first] = replace(entries[first], aliases=(*entries[first].aliases, name))
-            continue
-        spec = TensorSpec(name, tensor.dtype, tensor.shape)
-        entries[name] = Entry(spec, (tensor.fragment(),) if spec.numel else ())
-        check_tiling(entries[name])
-    return entries
 
 
 def _state_dict(path: Path, content: TorchFile) -> dict[str, TensorRef]:

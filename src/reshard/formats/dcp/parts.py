@@ -9,6 +9,9 @@ path, `("model", "a.b")`. Names contain dots themselves, so paths are never gues
     {"a.b": t, "optimizer": .., "train_state": ..} () without the rest  torchtitan
     {"app": {"model": {..}, "optim": ..}}          ("app", "model")     torch's tutorial
     {"state_dict": {..}, "optimizer_0": ..}        ("state_dict",)      Lightning
+
+Everything beside it is left out: what a run needs to go on without a word, what could be another
+model (`ema`, `reference`) with a finding.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ Path = tuple[str, ...]
 
 # What frameworks call the model's part.
 _MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
-# What they call everything else that may hold tensors.
-_NOT_MODEL = re.compile(
-    r"(.*_)?optim(izer)?s?(_.*|\d*)|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?|"
-    r"extra(_.*)?|ema(_.*)?"
+# What they call the rest of a run's state.
+_STATE = re.compile(
+    r"(.*_)?optim(izer)?s?(_.*|\d*)|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?"
 )
+# What else is not the model, though it may hold all of its names.
+_BESIDE = re.compile(r"extra(_.*)?|ema(_.*)?")
 # The top level of an optimizer's own state dict.
 _OPTIMIZER = frozenset({"state", "param_groups"})
 # Names listed in an error.
@@ -36,20 +40,31 @@ _LISTED = 8
 
 
 class Part(Struct, frozen=True):
-    """The model's part: `names` maps each key of the checkpoint in it to the tensor's name."""
+    """The model's part: `names` maps each key of the checkpoint in it to the tensor's name.
+
+    `beside`: other parts that could be models, dotted, with their numbers of tensors.
+    """
 
     path: Path
     names: Mapping[str, str]
+    beside: Mapping[str, int] = {}
 
 
-def find(tensors: Mapping[str, Path], prefix: str | None, root: str) -> Part:
+def find(
+    tensors: Mapping[str, Path], prefix: str | None, root: str, objects: Collection[str] = ()
+) -> Part:
     """The part of the checkpoint that is the model; `tensors` maps keys to paths.
 
     `prefix` names it (`"app.model"`); otherwise it is found by the names that frameworks use.
+    `objects` are the keys of what is no tensor, for the error.
+
     Raises `NotFoundError` where nothing is left, `NamesError` where it could be several.
     """
     if not tensors:
-        raise NotFoundError("it holds no tensor.", path=root, hint="There is nothing to convert.")
+        there = f"; its objects are {', '.join(sorted(objects)[:_LISTED])}" if objects else ""
+        raise NotFoundError(
+            f"it holds no tensor{there}.", path=root, hint="There is nothing to convert."
+        )
     if prefix:
         return _named(tensors, prefix, root)
     start: Path = ()
@@ -59,9 +74,25 @@ def find(tensors: Mapping[str, Path], prefix: str | None, root: str) -> Part:
         key: ".".join(rest)
         for key, rest in _below(tensors, start).items()
         # Beside the model's own names, at the top, lie the other parts. Deeper, all is the model.
-        if start or len(rest) == 1 or not _NOT_MODEL.fullmatch(rest[0])
+        if start or len(rest) == 1 or not _is_no_model(rest[0])
     }
-    return Part(start, names)
+    return Part(start, names, _beside(tensors, names, start))
+
+
+def _is_no_model(step: str) -> bool:
+    return bool(_STATE.fullmatch(step) or _BESIDE.fullmatch(step))
+
+
+def _beside(tensors: Mapping[str, Path], names: Collection[str], start: Path) -> dict[str, int]:
+    """The parts that are left out and are no state of a run: beside the model's, or above it."""
+    found: dict[str, int] = {}
+    for key, path in tensors.items():
+        depth = next((d for d, step in enumerate(start) if path[d : d + 1] != (step,)), len(start))
+        beside = path[: depth + 1]
+        if key not in names and len(path) > depth + 1 and not _STATE.fullmatch(beside[-1]):
+            dotted = ".".join(beside)
+            found[dotted] = found.get(dotted, 0) + 1
+    return found
 
 
 def _below(tensors: Mapping[str, Path], start: Path) -> dict[str, Path]:
@@ -80,7 +111,7 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
         raise _only_optimizer(root)
     if not known and any(len(path) == 1 for path in inside):
         return None
-    candidates = known or sorted(c for c in children if not _NOT_MODEL.fullmatch(c))
+    candidates = known or sorted(c for c in children if not _is_no_model(c))
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
