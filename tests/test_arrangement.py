@@ -23,7 +23,8 @@ from reshard.core.arrangement import (
     inverse,
 )
 from reshard.core.dtypes import parse
-from reshard.core.tensors import Box, TensorSpec, check_tiling
+from reshard.core.tensors import Box, TensorSpec
+from reshard.core.tiling import check_tiling
 from reshard.errors import PlanError
 from tests.naming import tables
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.core import rearrange
-from reshard.core.tensors import Box, check_tiling
+from reshard.core.tensors import Box
+from reshard.core.tiling import check_tiling
 from reshard.testing.gathering import gather
 from reshard.testing.strategies import Torn, solid_shapes, torn
 

@@ -17,10 +17,10 @@ from reshard.core.tensors import (
     Fragment,
     TensorSpec,
     blocks,
-    check_tiling,
     flat,
     whole,
 )
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError
 from reshard.testing.gathering import gather
 from reshard.testing.strategies import Torn, shapes, solid_shapes, torn

@@ -17,7 +17,8 @@ import numpy as np
 
 from reshard.core import dtypes
 from reshard.core.catalog import Catalog, Origin
-from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, check_tiling, whole
+from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats import Selection
 from reshard.storage.local import Source, Sources, child

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint._extension import ZStandard
 import reshard
 from reshard import formats
 from reshard.core.catalog import Catalog
-from reshard.core.tensors import check_tiling
+from reshard.core.tiling import check_tiling
 from reshard.errors import NamesError, NotFoundError, UnsupportedError
 from reshard.formats import Selection, huggingface
 from reshard.storage.local import Sources

@@ -29,6 +29,7 @@ from reshard.errors import (
     UnsupportedError,
     WriteError,
 )
+from reshard.formats.dcp import parts
 from reshard.storage.local import Sources
 from tests.fsdp.conftest import Oracle
 
@@ -247,6 +248,31 @@ def test_hole(folder: Path) -> None:
     edit(folder, lambda metadata: _chunks(metadata).pop())
     words = "132 of its 264 elements are in the checkpoint"
     assert refused(folder, IncompleteError, words).tensor == TENSOR
+
+
+def test_a_path_of_endless_steps(folder: Path) -> None:
+    def change(metadata: Metadata) -> None:
+        assert metadata.planner_data is not None
+        metadata.planner_data[TENSOR] = ("model",) * 100_000
+
+    edit(folder, change)
+    refused(folder, FormatError, "its path in the state dict has 100000 steps")
+
+
+def test_paths_as_deep_as_they_may_be() -> None:
+    paths = {f"{number}": ("model",) * 127 + (f"w{number}",) for number in range(1000)}
+    assert parts.find(paths, None, "x").path == ("model",) * 127
+    assert parts.find(paths, "model.model", "x").path == ("model",) * 2
+    with pytest.raises(NotFoundError, match="no tensor lies under"):
+        parts.find(paths, "model.mode", "x")
+
+
+@pytest.mark.parametrize(
+    "paths", [[("model",), ("model", "w")], [("a",), ("model", "model", "w"), ("model", "model")]]
+)
+def test_a_tensor_and_a_dict_at_one_place(paths: list[tuple[str, ...]]) -> None:
+    with pytest.raises(FormatError, match="both a tensor and a dict of tensors"):
+        parts.find({str(number): path for number, path in enumerate(paths)}, None, "x")
 
 
 def test_chunk_without_a_place(folder: Path) -> None:

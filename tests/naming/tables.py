@@ -21,10 +21,10 @@ from reshard.core.tensors import (
     Fragment,
     Shape,
     TensorSpec,
-    check_tiling,
     contiguous_strides,
     whole,
 )
+from reshard.core.tiling import check_tiling
 from reshard.naming import NameMap, Schema, apply
 
 LAYOUTS = Path(__file__).parent / "layouts"

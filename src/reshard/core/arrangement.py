@@ -27,10 +27,10 @@ from reshard.core.tensors import (
     Fragment,
     Shape,
     TensorSpec,
-    check_tiling,
     contiguous_strides,
     whole,
 )
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, PlanError
 
 

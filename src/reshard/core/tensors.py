@@ -24,7 +24,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.core.dtypes import FLOAT32, DType
-from reshard.errors import FormatError, IncompleteError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -243,7 +242,7 @@ def nbytes_read(fragments: Iterable[Fragment]) -> int:
 
 
 class Entry(Struct, frozen=True):
-    """A tensor of a catalog. Its fragments' boxes tile it exactly: `check_tiling` proves it.
+    """A tensor of a catalog. Its fragments' boxes tile it exactly: `tiling.check_tiling` proves it.
 
     All boxes of one entry are over the same shape: the tensor's, or `(numel,)`. `aliases` are
     the other names of the same weights: tied parameters, and names that live modules have.
@@ -312,99 +311,3 @@ def span(sizes: Shape, strides: Shape | None) -> int:
     if strides is None:
         return math.prod(sizes)
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-
-
-def check_tiling(entry: Entry) -> None:
-    """Prove that the fragments hold every element of the tensor exactly once.
-
-    Raises `FormatError` (a box that leaves the tensor, bytes that do not fit their box, two boxes
-    that overlap) or `IncompleteError` (a hole).
-    """
-    spec = entry.spec
-    over = entry.fragments[0].box.shape if entry.fragments else spec.shape
-    if over not in (spec.shape, (spec.numel,)):
-        raise FormatError(f"its parts are of shape {over}, it is {spec.shape}.", tensor=spec.name)
-    for fragment in entry.fragments:
-        _check_fragment(spec, fragment, over)
-    held = sum(fragment.box.numel for fragment in entry.fragments)
-    boxes = [fragment.box for fragment in entry.fragments if fragment.box.numel]
-    pair = _overlapping(boxes, len(over))
-    if pair is not None:
-        raise FormatError(
-            f"two parts hold the same elements: {_describe(pair[0])} and {_describe(pair[1])}.",
-            tensor=spec.name,
-        )
-    if held != spec.numel:
-        raise IncompleteError(
-            f"{held} of its {spec.numel} elements are in the checkpoint.",
-            tensor=spec.name,
-            hint="A rank's part is missing.",
-        )
-
-
-def _check_fragment(spec: TensorSpec, fragment: Fragment, over: Shape) -> None:
-    box = fragment.box
-    inside = box.shape == over and all(
-        offset >= 0 and size >= 0 and offset + size <= limit
-        for offset, size, limit in zip(box.offsets, box.sizes, box.shape, strict=True)
-    )
-    if not inside:
-        raise FormatError(
-            f"a part, {_describe(box)}, does not lie inside shape {over}.",
-            path=next((extent.file.path for extent in stored([fragment])), None),
-            tensor=spec.name,
-        )
-    needed = span(box.sizes, fragment.strides) * fragment.dtype.itemsize
-    if fragment.extent.nbytes != needed:
-        raise FormatError(
-            f"a part, {_describe(box)}, takes {needed} bytes and has {fragment.extent.nbytes}.",
-            path=next((extent.file.path for extent in stored([fragment])), None),
-            tensor=spec.name,
-        )
-
-
-# Boxes that no straight cut separates are compared pair by pair; real checkpoints have a handful.
-_MAX_PAIRWISE = 2048
-
-
-def _overlapping(boxes: list[Box], ndim: int) -> tuple[Box, Box] | None:
-    """Two boxes that share an element, or None.
-
-    Along each dimension in turn the boxes fall into groups whose ranges do not touch; boxes of
-    different groups cannot overlap. Rows, columns and grids come apart completely this way.
-    """
-    work = [boxes]
-    while work:
-        group = work.pop()
-        if len(group) < 2:
-            continue
-        for dim in range(ndim):
-            parts = _separate(group, dim)
-            if len(parts) > 1:
-                work.extend(parts)
-                break
-        else:
-            if len(group) > _MAX_PAIRWISE:
-                raise FormatError(f"{len(group)} parts are laid out in no order that tiles.")
-            for index, first in enumerate(group):
-                for second in group[index + 1 :]:
-                    if first.intersect(second) is not None:
-                        return first, second
-    return None
-
-
-def _separate(boxes: list[Box], dim: int) -> list[list[Box]]:
-    """Group boxes so that ranges along `dim` overlap only within a group."""
-    groups: list[list[Box]] = []
-    end = -1
-    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
-        if not groups or box.offsets[dim] >= end:
-            groups.append([])
-        groups[-1].append(box)
-        end = max(end, box.offsets[dim] + box.sizes[dim])
-    return groups
-
-
-def _describe(box: Box) -> str:
-    ranges = (f"{o}:{o + s}" for o, s in zip(box.offsets, box.sizes, strict=True))
-    return f"[{', '.join(ranges)}]"

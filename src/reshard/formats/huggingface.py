@@ -25,7 +25,8 @@ from reshard.core import dtypes
 from reshard.core.catalog import Asset, Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
-from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, check_tiling, whole
+from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, NotFoundError
 from reshard.formats import Selection, Wanted
 from reshard.storage import strict_json

@@ -19,7 +19,8 @@ from msgspec import Struct, field
 import reshard
 from reshard import formats
 from reshard.core.catalog import Catalog
-from reshard.core.tensors import Kind, check_tiling
+from reshard.core.tensors import Kind
+from reshard.core.tiling import check_tiling
 from reshard.formats import Selection
 from reshard.storage.local import Sources
 from reshard.testing import truth

@@ -9,7 +9,8 @@ from reshard.containers.dcp.items import Items
 from reshard.containers.dcp.metadata import Chunk, Metadata, StoredTensor
 from reshard.containers.dcp.zips import StoredItem
 from reshard.core import dtypes
-from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec, check_tiling
+from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 
 _RANK_DATA = re.compile(r"__(\d+)_\d+\.distcp")

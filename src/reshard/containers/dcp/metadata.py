@@ -28,6 +28,8 @@ from reshard.core.tensors import MAX_DIMS, MAX_NUMEL, Shape
 from reshard.errors import FormatError, brief
 
 Path = tuple[str, ...]
+# Steps of a path in the state dict: nested dicts have about five.
+MAX_STEPS = 128
 #: The field of `.metadata` that says which keys are other names of a tensor.
 ALIASES = "reshard_aliases"
 # Where an item lies that is not a tensor: its index has no offset.
@@ -224,6 +226,8 @@ class _Parser:
                 raise self._broken("its state dict has it, its planner_data has not", key)
             if not isinstance(path, tuple) or not path or set(map(type, path)) - {str, int}:
                 raise self._broken("its path in the state dict is not of names and numbers", key)
+            if len(path) > MAX_STEPS:
+                raise self._broken(f"its path in the state dict has {len(path)} steps", key)
             paths[key] = tuple(str(step) for step in path)
             if ".".join(paths[key]) != key:
                 raise self._broken(f"its path in the state dict is {brief(path)}", key)

@@ -20,7 +20,8 @@ from msgspec import Struct
 
 from reshard.containers import safetensors as safetensors_file
 from reshard.containers.safetensors import SafetensorsFile
-from reshard.core.tensors import Box, Entry, Extent, Fragment, Shape, TensorSpec, check_tiling
+from reshard.core.tensors import Box, Entry, Extent, Fragment, Shape, TensorSpec
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, brief
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child

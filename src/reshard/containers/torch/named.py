@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from reshard.containers.torch.records import TensorRef
-from reshard.core.tensors import Entry, TensorSpec, check_tiling
+from reshard.core.tensors import Entry, TensorSpec
+from reshard.core.tiling import check_tiling
 
 
 def entries_of(tensors: Mapping[str, TensorRef]) -> dict[str, Entry]:

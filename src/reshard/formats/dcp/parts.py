@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping
 
 from msgspec import Struct
 
-from reshard.errors import NamesError, NotFoundError
+from reshard.errors import FormatError, NamesError, NotFoundError
 
 Path = tuple[str, ...]
 
@@ -58,7 +58,8 @@ def find(
     `prefix` names it (`"app.model"`); otherwise it is found by the names that frameworks use.
     `objects` are the keys of what is no tensor, for the error.
 
-    Raises `NotFoundError` where nothing is left, `NamesError` where it could be several.
+    Raises `NotFoundError` where nothing is left, `NamesError` where it could be several,
+    `FormatError` where a tensor and a dict of tensors are at one place.
     """
     if not tensors:
         there = f"; its objects are {', '.join(sorted(objects)[:_LISTED])}" if objects else ""
@@ -68,13 +69,20 @@ def find(
     if prefix:
         return _named(tensors, prefix, root)
     start: Path = ()
-    while (step := _step(start, _below(tensors, start).values(), root)) is not None:
-        start = (*start, step)
+    inside = list(tensors.items())
+    while (step := _step(start, [path for _, path in inside], root)) is not None:
+        depth, start = len(start), (*start, step)
+        inside = [(key, path) for key, path in inside if path[depth] == step]
+        for _, path in inside:
+            if path == start:
+                raise FormatError(
+                    "it is both a tensor and a dict of tensors.", path=root, tensor=".".join(path)
+                )
     names = {
-        key: ".".join(rest)
-        for key, rest in _below(tensors, start).items()
+        key: ".".join(path[len(start) :])
+        for key, path in inside
         # Beside the model's own names, at the top, lie the other parts. Deeper, all is the model.
-        if start or len(rest) == 1 or not _is_no_model(rest[0])
+        if start or len(path) == 1 or not _is_no_model(path[0])
     }
     return Part(start, names, _beside(tensors, names, start))
 
@@ -95,21 +103,20 @@ def _beside(tensors: Mapping[str, Path], names: Collection[str], start: Path) ->
     return found
 
 
-def _below(tensors: Mapping[str, Path], start: Path) -> dict[str, Path]:
-    """The tensors under `start`, each with the rest of its path."""
-    depth = len(start)
-    return {key: path[depth:] for key, path in tensors.items() if path[:depth] == start}
-
-
 def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
-    """The child of `start` to look into, or None where the tensors at `start` are the model."""
-    children = {path[0] for path in inside if len(path) > 1}
+    """The child of `start` to look into, or None where the tensors at `start` are the model.
+
+    `inside` are the tensors' whole paths: a path of 128 steps is not copied at each of them.
+    """
+    depth = len(start)
+    tops = {path[depth] for path in inside}
+    children = {path[depth] for path in inside if len(path) > depth + 1}
     known = sorted(children & _MODEL)
     if len(known) == 1:
         return known[0]
-    if {path[0] for path in inside} <= _OPTIMIZER:
+    if tops <= _OPTIMIZER:
         raise _only_optimizer(root)
-    if not known and any(len(path) == 1 for path in inside):
+    if not known and any(len(path) == depth + 1 for path in inside):
         return None
     candidates = known or sorted(c for c in children if not _is_no_model(c))
     if len(candidates) == 1:
@@ -117,7 +124,7 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
     if not candidates:
         raise _only_optimizer(root)
     listed = ", ".join(
-        f"{'.'.join((*start, name))!r} ({sum(path[0] == name for path in inside)} tensors)"
+        f"{'.'.join((*start, name))!r} ({sum(path[depth] == name for path in inside)} tensors)"
         for name in candidates[:_LISTED]
     )
     raise NamesError(
@@ -130,10 +137,15 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
 def _named(tensors: Mapping[str, Path], prefix: str, root: str) -> Part:
     """The part whose path, joined by dots, is `prefix`; of a flat dict, the names below it."""
     for path in tensors.values():
-        for depth in range(1, len(path)):
-            if ".".join(path[:depth]) == prefix:
-                below = _below(tensors, path[:depth])
-                return Part(path[:depth], {key: ".".join(rest) for key, rest in below.items()})
+        depth = _depth(path, prefix)
+        if depth is not None:
+            start = path[:depth]
+            names = {
+                key: ".".join(other[depth:])
+                for key, other in tensors.items()
+                if len(other) > depth and other[:depth] == start
+            }
+            return Part(start, names)
     dotted = prefix.removesuffix(".") + "."
     flat = {key: ".".join(path) for key, path in tensors.items()}
     names = {
@@ -148,6 +160,18 @@ def _named(tensors: Mapping[str, Path], prefix: str, root: str) -> Part:
             hint="Correct --prefix, or leave it out.",
         )
     return Part((prefix,), names)
+
+
+def _depth(path: Path, prefix: str) -> int | None:
+    """How many of a path's first steps, joined by dots, are `prefix`; None: it is not under it."""
+    rest = prefix
+    for depth, step in enumerate(path[:-1], start=1):
+        if rest == step:
+            return depth
+        if not rest.startswith(f"{step}."):
+            return None
+        rest = rest[len(step) + 1 :]
+    return None
 
 
 def _only_optimizer(root: str) -> NotFoundError:

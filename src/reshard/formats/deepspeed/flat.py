@@ -9,7 +9,8 @@ from itertools import accumulate
 from msgspec.structs import replace
 
 from reshard.containers.torch import TensorRef
-from reshard.core.tensors import Entry, Extent, Fragment, Kind, TensorSpec, check_tiling, flat
+from reshard.core.tensors import Entry, Extent, Fragment, Kind, TensorSpec, flat
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError
 
 

@@ -18,7 +18,8 @@ from msgspec.structs import replace
 
 from reshard.core import rearrange
 from reshard.core.catalog import Catalog
-from reshard.core.tensors import Box, Entry, TensorSpec, check_tiling
+from reshard.core.tensors import Box, Entry, TensorSpec
+from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed import parallel_info, proof
 from reshard.formats.deepspeed.files import Saved
