@@ -89,6 +89,8 @@ CODES: dict[str, Code] = {
         "warning", "adapters were written as they are, into a file that no program loads",
         "Pass --base."),
     "alpha-from-file": Code("info", "alpha was read from an adapter_config.json near the run"),
+    "architecture-repaired": Code(
+        "info", "the base's config named the class as FSDP calls it; the output names the class"),
     "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
     "checkpoints-below": Code(
         "info", "an exported model was read, and training checkpoints lie below it",
@@ -110,6 +112,8 @@ CODES: dict[str, Code] = {
         "info", "tensors also have the names that live modules ask for, without further bytes"),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
+    "module-from-base": Code(
+        "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
     "names-without-weights": Code(
         "warning", "the checkpoint has names without weights", "Pass --fill-from-base."),
     "newer-export": Code(
