@@ -131,6 +131,9 @@ CODES: dict[str, Code] = {
         "info", "a killed run had moved the old output aside; it was put back"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
+    "part-left-out": Code(
+        "info", "the checkpoint holds another part that could be a model, and it was not read",
+        "To convert it, pass --prefix."),
     "partial-output": Code("info", "what an interrupted run of this output left was removed"),
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",
@@ -138,9 +141,6 @@ CODES: dict[str, Code] = {
     "probing-layer-assumed": Code(
         "warning", "which hidden state the reward heads read was assumed",
         "Pass --probing-layer with the value of the training."),
-    "part-left-out": Code(
-        "info", "the checkpoint holds another part that could be a model, and it was not read",
-        "To convert it, pass --prefix."),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),
