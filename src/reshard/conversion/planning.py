@@ -23,6 +23,7 @@ from reshard.core.plan import OutputFile, Plan
 from reshard.errors import PlanError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
+from reshard.formats.info import target_named
 from reshard.storage.local import Sources
 from reshard.transfer.commit import check_space
 
@@ -108,10 +109,10 @@ def _files(
     files: tuple[OutputFile, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
     if made.model:
-        layout = formats.target(options.to)
+        layout = formats.writer(target_named(options.to))
         files, texts = layout.lay_out(_slots(made.model), options.max_shard_nbytes)
     beside = tuple(
-        formats.single(side.kind).lay_out_file(side.name, _slots(side.targets))
+        formats.single_writer(side.name).lay_out_file(side.name, _slots(side.targets))
         for side in made.sides
     )
     return files + beside, texts
@@ -125,7 +126,7 @@ def _assets(
     made: Export, base: Base | None, options: Options
 ) -> tuple[tuple[Asset, ...], tuple[tuple[str, bytes], ...], tuple[Finding, ...]]:
     """The base's other files, its patched config, and what a folder without them lacks."""
-    if options.to != "hf":
+    if not target_named(options.to).takes_files:
         return (), (), ()
     if base is None:
         lacks = Finding(
