@@ -23,6 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from reshard.containers.distributed import Decoder, is_distributed
 from reshard.containers.torch import Opaque, TensorRef, TorchFile
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.named import entries_of
@@ -30,7 +31,7 @@ from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.tensors import Entry, Record
+from reshard.core.tensors import Entry, Record, whole
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats import Selection, Wanted, numbered, of_several
 from reshard.storage import strict_json
@@ -66,7 +67,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     for file in files:
         content = read_torch(sources.open(file))
         records += content.records
-        for name, entry in entries_of(_state_dict(file, content)).items():
+        for name, entry in entries_of(_state_dict(file, content, sources)).items():
             if name in entries:
                 raise FormatError("it is stored in two files.", path=file, tensor=name)
             entries[name] = entry
@@ -138,7 +139,7 @@ def _models(path: Path) -> list[str]:
     return numbered((file.name for file in path.iterdir()), _FSDP)
 
 
-def _state_dict(path: Path, content: TorchFile) -> dict[str, TensorRef]:
+def _state_dict(path: Path, content: TorchFile, sources: Sources) -> dict[str, TensorRef]:
     value = content.value
     if isinstance(value, dict):
         _refuse_part(path, value)
@@ -146,7 +147,7 @@ def _state_dict(path: Path, content: TorchFile) -> dict[str, TensorRef]:
             if isinstance(value.get(key), dict):
                 value = value[key]
                 break
-    found = _tensors(value)
+    found = _tensors(_whole(path, value, sources))
     if not isinstance(value, dict) or not found:
         raise UnsupportedError(
             "it holds no state dict: no dict of names to tensors.",
@@ -154,13 +155,40 @@ def _state_dict(path: Path, content: TorchFile) -> dict[str, TensorRef]:
             hint="Name a file that torch.save(model.state_dict(), ...) wrote.",
         )
     for name, tensor in value.items():
-        if isinstance(tensor, Opaque) and tensor.is_tensor:
+        if isinstance(tensor, Opaque) and tensor.is_tensor and name not in found:
             raise UnsupportedError(
                 f"it is {tensor.describe()}, which is not handled.",
                 path=path,
                 tensor=name if isinstance(name, str) else None,
             )
     return found
+
+
+def _whole(path: Path, value: object, sources: Sources) -> object:
+    """The state dict with the tensors that several ranks could share, and one holds whole, as plain
+    ones. Raises `UnsupportedError` where the file holds a part of one."""
+    if not isinstance(value, dict) or not any(map(is_distributed, value.values())):
+        return value
+    decoder = Decoder(str(path), None, sources)
+    whole_ones = dict(value)
+    for name, tensor in value.items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, Opaque)
+            or not is_distributed(tensor)
+        ):
+            continue
+        local = decoder.decode(name, tensor)
+        if len(local.parts) != 1 or local.parts[0].box != whole(local.shape):
+            raise UnsupportedError(
+                f"the file holds one rank's part of it, of {local.world or 'several'} ranks.",
+                path=path,
+                tensor=name,
+                hint="Put the files of all ranks into one folder, with names that end in "
+                "_rank0.pt, _rank1.pt and so on, and name the folder.",
+            )
+        whole_ones[name] = local.parts[0].tensor
+    return whole_ones
 
 
 def _refuse_part(path: Path, value: Mapping[object, object]) -> None:
