@@ -33,6 +33,28 @@ _SHOWN, _PATTERNS = 10, 4
 _ZEROS = 0.5
 
 
+class Summary(Struct, frozen=True):
+    """The adapter that was converted, for the report.
+
+    `alpha` and `scaling` are those of most modules; `scaling` None: it differs with the rank.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    alpha: float
+    scaling: float | None
+    modules: int
+    rslora: bool = False
+
+    def __str__(self) -> str:
+        ranks = f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
+        scaling = "" if self.scaling is None else f", scaling {self.scaling:g}"
+        rslora = ", rsLoRA" if self.rslora else ""
+        return (
+            f"{self.name} ({ranks}, alpha {self.alpha:g}{scaling}{rslora}), {self.modules} modules"
+        )
+
+
 class Found(Struct, frozen=True):
     """A checkpoint's adapters, how they scale (None: there are none), and the keys of their
     updates, which two tied tensors share where they are updated alike."""
@@ -41,6 +63,23 @@ class Found(Struct, frozen=True):
     config: AdapterConfig | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+
+
+def summary(found: Found) -> Summary | None:
+    """What the report says of the adapters; None where there are none."""
+    separated, config = found.separated, found.config
+    if config is None:
+        return None
+    ranks = separated.ranks
+    uniform = len(ranks) == 1 and not config.alphas
+    return Summary(
+        name=separated.name or "default",
+        ranks=ranks,
+        alpha=config.alpha,
+        scaling=config.scaling("", ranks[0]) if uniform else None,
+        modules=len(separated.adapters),
+        rslora=config.rslora,
+    )
 
 
 def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Found:

@@ -17,9 +17,9 @@ from reshard.core.plan import Plan
 from reshard.core.tensors import Extent, Record
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
-from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder
-from reshard.transfer.engine import Engine, Outcome
+from reshard.transfer.engine import Outcome
+from reshard.transfer.executor import Executor, Threads
 
 
 class Writing(Struct, frozen=True):
@@ -54,12 +54,9 @@ def carry_out(
     Raises what stands in the way; `target` is then as it was, or the error says what stands there.
     """
     with OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder:
-        ledger = Ledger(records)
         threads = writing.threads
-        engine = Engine(
-            plan, sources, ledger, folder, threads=threads, progress=writing.step("write")
-        )
-        outcome = engine.run()
+        executor: Executor = Threads(threads, records, writing.verify, writing.step("write"))
+        outcome = executor.run(plan, sources, folder)
         stated = render(outcome)
         for asset in plan.assets:
             folder.copy(asset.name, sources.open(asset.path))
@@ -68,13 +65,18 @@ def carry_out(
         folder.write(manifest.MANIFEST, stated)
         sources.check_unchanged()
         if writing.verify:
-            verify_folder(folder.partial, threads=threads, progress=writing.step("verify"))
+            verify_folder(
+                folder.partial,
+                threads=threads,
+                known=outcome.read_back,
+                progress=writing.step("verify"),
+            )
         if check is not None:
             check(folder.partial)
         if writing.overwrite:  # what was there may have changed in the hours since
             check_replaceable(target, overwrite=True)
         folder.commit()
-    return replace(outcome, findings=tuple(folder.findings))
+    return replace(outcome, findings=tuple(folder.findings), read_back={})
 
 
 def plan_digest(plan: Plan) -> str:

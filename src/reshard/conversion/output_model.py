@@ -28,7 +28,7 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
 from reshard.formats.info import target_named
-from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity
+from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity, titan
 from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
 from reshard.naming.lora.config import AdapterConfig
@@ -71,9 +71,10 @@ class Export(Struct, frozen=True):
     """Everything that a conversion writes, by what it is; `name_map` says how the names were found.
 
     `missing` are tensors of the base that are not written, `filled` those that are copied from
-    it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales. With
-    `assets` the base's other files come along. `live` is the transformers version whose live
-    module has the names; None: they are those of the files.
+    it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales, and
+    `adapter` says of them what the report shows. With `assets` the base's other files come along.
+    `live` is the transformers version whose live module has the names; None: they are those of the
+    files.
     """
 
     model: Sequence[Target]
@@ -85,6 +86,7 @@ class Export(Struct, frozen=True):
     filled: tuple[str, ...] = ()
     merged: int = 0
     scaling: AdapterConfig | None = None
+    adapter: adapters.Summary | None = None
     findings: tuple[Finding, ...] = ()
     assets: bool = True
     live: str | None = None
@@ -115,9 +117,10 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     Without `sources` no value is read, and tied tensors are taken to be equal.
     """
     found = flat.shaped(catalog, base.schema)
-    catalog = replace(catalog, entries=found.entries, unshaped=frozenset())
+    known = titan.translated(found.entries, base.config)
+    catalog = replace(catalog, entries=known.entries, unshaped=frozenset())
     made = _Export(catalog, base, options, sources).result()
-    rules = (*found.rules, *made.name_map.rules)
+    rules = (*found.rules, *known.rules, *made.name_map.rules)
     return replace(
         made,
         name_map=replace(made.name_map, rules=rules),
@@ -238,6 +241,7 @@ class _Export:
             filled=() if alone else filled,
             merged=len(self._updates.by_target) + len(self._updates.by_source),
             scaling=self._scaling,
+            adapter=adapters.summary(self._adapters),
             findings=tuple(self._findings),
             assets=not alone,
         )

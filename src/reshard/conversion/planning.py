@@ -15,6 +15,7 @@ from reshard import formats
 from reshard.conversion import live_names, output_model
 from reshard.conversion.base_model import CONFIG, Base, dtype_patches, patched_config, read_base
 from reshard.conversion.dtypes import Target
+from reshard.conversion.idle import idle
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
 from reshard.core.catalog import Asset, Catalog
@@ -63,7 +64,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
         files,
         (*texts, *patched, *made.texts),
         assets,
-        (*catalog.findings, *made.findings, *lacking),
+        (*catalog.findings, *made.findings, *idle(options, catalog, base, made), *lacking),
     )
     _check_strict(plan.findings, options, strict)
     return Job(options, catalog, made, plan)
@@ -131,8 +132,8 @@ def _assets(
     if base is None:
         lacks = Finding(
             "no-base",
-            "no base was given: names are those of the checkpoint, and config, tokenizer and "
-            "other files are not there.",
+            f"{options.target} holds only weights, under the checkpoint's names: without "
+            "config.json and tokenizer no program loads it.",
         )
         return (), (), (lacks,)
     if not made.assets:

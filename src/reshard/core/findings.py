@@ -88,6 +88,9 @@ CODES: dict[str, Code] = {
     "adapters-unmerged": Code(
         "warning", "adapters were written as they are, into a file that no program loads",
         "Pass --base."),
+    "allow-unmatched": Code(
+        "warning", "a pattern of --allow matches no name",
+        "Correct the pattern, or leave it out."),
     "alpha-from-file": Code("info", "alpha was read from an adapter_config.json near the run"),
     "architecture-repaired": Code(
         "info", "the base's config named the class as FSDP calls it; the output names the class"),
@@ -113,6 +116,9 @@ CODES: dict[str, Code] = {
     "live-names": Code("info", "names are those of a live module, not those of the files"),
     "live-names-added": Code(
         "info", "tensors also have the names that live modules ask for, without further bytes"),
+    "live-version-unread": Code(
+        "warning", "the transformers version that was named is none whose live modules were read",
+        "Load the output with strict names, or name the version with --transformers-version."),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
     "module-from-base": Code(
@@ -122,6 +128,9 @@ CODES: dict[str, Code] = {
     "newer-export": Code(
         "info", "an exported model is newer than the checkpoint that was read",
         "To convert it, name it."),
+    "no-adapters": Code(
+        "warning", "an option for adapters was given, and the checkpoint holds none",
+        "Leave the option out, or name the checkpoint that holds the adapters."),
     "no-base": Code(
         "warning", "without a base, only weights are written", "Pass --base."),
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
@@ -137,6 +146,7 @@ CODES: dict[str, Code] = {
     "part-left-out": Code(
         "info", "the checkpoint holds another part that could be a model, and it was not read",
         "To convert it, pass --prefix."),
+    "option-idle": Code("info", "an option has no effect on this conversion"),
     "partial-output": Code("info", "what an interrupted run of this output left was removed"),
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",
@@ -146,6 +156,7 @@ CODES: dict[str, Code] = {
         "Pass --probing-layer with the value of the training."),
     "replicas-missing": Code(
         "info", "files of some ranks are missing; the others hold all that they held"),
+    "rounded": Code("info", "tensors of two checkpoints are equal once one side is rounded"),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

@@ -79,6 +79,14 @@ class Single(Protocol):
         """One file of that name with these tensors."""
 
 
+#: What frameworks call the parts of a nested state dict from which a run goes on, but the model.
+RUN_STATE = re.compile(
+    r"(.*_)?optim(izer)?s?(_.*|\d*)|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?"
+)
+#: These, and other parts that hold tensors and are not the model that is meant.
+NOT_MODEL = re.compile(rf"{RUN_STATE.pattern}|extra(_.*)?|ema(_.*)?")
+
+
 def load(name: str) -> Format:
     """The module of a format."""
     return cast(Format, import_module(named(name).module))

@@ -16,23 +16,17 @@ model (`ema`, `reference`) with a finding.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 
 from msgspec import Struct
 
 from reshard.errors import FormatError, NamesError, NotFoundError
+from reshard.formats import NOT_MODEL, RUN_STATE
 
 Path = tuple[str, ...]
 
-# What frameworks call the model's part.
-_MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
-# What they call the rest of a run's state.
-_STATE = re.compile(
-    r"(.*_)?optim(izer)?s?(_.*|\d*)|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?"
-)
-# What else is not the model, though it may hold all of its names.
-_BESIDE = re.compile(r"extra(_.*)?|ema(_.*)?")
+#: What frameworks call the model's part.
+MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
 # The top level of an optimizer's own state dict.
 _OPTIMIZER = frozenset({"state", "param_groups"})
 # Names listed in an error.
@@ -82,13 +76,9 @@ def find(
         key: ".".join(path[len(start) :])
         for key, path in inside
         # Beside the model's own names, at the top, lie the other parts. Deeper, all is the model.
-        if start or len(path) == 1 or not _is_no_model(path[0])
+        if start or len(path) == 1 or not NOT_MODEL.fullmatch(path[0])
     }
     return Part(start, names, _beside(tensors, names, start))
-
-
-def _is_no_model(step: str) -> bool:
-    return bool(_STATE.fullmatch(step) or _BESIDE.fullmatch(step))
 
 
 def _beside(tensors: Mapping[str, Path], names: Collection[str], start: Path) -> dict[str, int]:
@@ -97,7 +87,7 @@ def _beside(tensors: Mapping[str, Path], names: Collection[str], start: Path) ->
     for key, path in tensors.items():
         depth = next((d for d, step in enumerate(start) if path[d : d + 1] != (step,)), len(start))
         beside = path[: depth + 1]
-        if key not in names and len(path) > depth + 1 and not _STATE.fullmatch(beside[-1]):
+        if key not in names and len(path) > depth + 1 and not RUN_STATE.fullmatch(beside[-1]):
             dotted = ".".join(beside)
             found[dotted] = found.get(dotted, 0) + 1
     return found
@@ -111,14 +101,14 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
     depth = len(start)
     tops = {path[depth] for path in inside}
     children = {path[depth] for path in inside if len(path) > depth + 1}
-    known = sorted(children & _MODEL)
+    known = sorted(children & MODEL)
     if len(known) == 1:
         return known[0]
     if tops <= _OPTIMIZER:
         raise _only_optimizer(root)
     if not known and any(len(path) == depth + 1 for path in inside):
         return None
-    candidates = known or sorted(c for c in children if not _is_no_model(c))
+    candidates = known or sorted(c for c in children if not NOT_MODEL.fullmatch(c))
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
