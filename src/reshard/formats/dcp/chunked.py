@@ -41,6 +41,8 @@ def read_chunks(
         records[names[0]] = found
     sharing.check(metadata, folder, sources)
     copies.check(records, sources)
+    # What one stream stores once is tied, whatever it is called.
+    renamed = _renamed(entries.values())
     entries |= entries_of(_whole(part, loose, folder))
     taken = sum(key in part.names for key in {*metadata.tensors, *inside})
     return Catalog(
@@ -61,7 +63,7 @@ def read_chunks(
         entries=entries,
         records=(*(record for found in records.values() for record in found), *loose.records),
         findings=tuple(_findings(part, loose)),
-        renamed=_renamed(entries.values()),
+        renamed=renamed,
     )
 
 
@@ -111,11 +113,11 @@ def _whole(part: parts.Part, loose: Loose, folder: Path) -> Mapping[str, TensorR
         name = part.names.get(_key(path))
         if name is not None:
             raise UnsupportedError(
-                f"{path[0]!r} was saved whole (flatten_state_dict=False), by one rank, and this is "
-                f"{found.describe()}: the parts of the other ranks are not there.",
+                f"it is {found.describe()}, and {path[0]!r} was saved whole: a save with "
+                "flatten_state_dict=False holds one rank's shard of it.",
                 path=folder,
                 tensor=name,
-                hint="Save again with flatten_state_dict=True, which is torch's default.",
+                hint="Save with flatten_state_dict=True, which is the default.",
             )
     named = ((part.names.get(_key(path)), tensor) for path, tensor in loose.tensors.items())
     return {name: tensor for name, tensor in named if name is not None}

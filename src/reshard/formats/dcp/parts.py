@@ -25,8 +25,8 @@ from reshard.formats import NOT_MODEL, RUN_STATE
 
 Path = tuple[str, ...]
 
-#: What frameworks call the model's part.
-MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
+# What frameworks call the model's part.
+_MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
 # The top level of an optimizer's own state dict.
 _OPTIMIZER = frozenset({"state", "param_groups"})
 # Names listed in an error.
@@ -101,7 +101,7 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
     depth = len(start)
     tops = {path[depth] for path in inside}
     children = {path[depth] for path in inside if len(path) > depth + 1}
-    known = sorted(children & MODEL)
+    known = sorted(children & _MODEL)
     if len(known) == 1:
         return known[0]
     if tops <= _OPTIMIZER:
