@@ -9,6 +9,7 @@ from reshard.comparison.declared import DIFF, VERIFY
 from reshard.comparison.pairing import Pairing, pair, tells_names
 from reshard.comparison.values import Comparison, Difference, compare
 from reshard.conversion.declared import workers
+from reshard.conversion.quantised import compared_as_numbers
 from reshard.conversion.verification import Verified, verify_folder
 from reshard.core.catalog import Catalog
 from reshard.core.options import PathLike, documented, parse
@@ -42,6 +43,7 @@ def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None)
     with Sources() as sources:
         mine = locate.read(values["first"], sources, formats.Selection())
         theirs = locate.read(values["second"], sources, formats.Selection())
+        mine, theirs = compared_as_numbers(mine, theirs, sources)
         pairing = _paired(mine, theirs, sources)
         found = compare(pairing.pairs, sources, progress, either=True)
         sources.check_unchanged()
@@ -99,6 +101,7 @@ def verify(
         selection = formats.Selection(values["tag"], values["prefix"], True, values["role"])
         source = locate.read(values["against"], sources, selection)
         written = formats.read(place, sources, formats.Selection())
+        source, written = compared_as_numbers(source, written, sources)
         pairing = pair(source, written, sources, base=values["base"])
         if pairing.by_name:
             _check_names(pairing, place)

@@ -27,6 +27,8 @@ from reshard.transfer.reading import equal, read_array, same_values
 
 # Initialisations that PEFT repeats, to the same weights, when it loads the adapter onto the base.
 _RECOMPUTED = ("pissa", "olora")
+# What PEFT's weights end in.
+_WEIGHTS = (".safetensors", ".bin")
 # Names shown of a list, and patterns that a hint spells out.
 _SHOWN, _PATTERNS = 10, 4
 # From this share of exact zeros on, a part of a trained lora_B is taken not to be saved.
@@ -98,7 +100,7 @@ def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None
             f"--lora {choice.mode} was asked for, and the checkpoint holds no adapters.",
             hint="Leave out --lora.",
         )
-    if choice.mode == "adapter" and not separated.name:
+    if choice.mode == "adapter" and _is_peft_folder(catalog):
         raise PlanError("it is an adapter folder already.", path=options.source)
     if not separated.adapters:
         return Found(separated)
@@ -120,6 +122,15 @@ def _is_of_peft(catalog: Catalog, base: Base) -> bool:
     root = catalog.origin.root
     saved = huggingface.is_adapter(root if root.is_dir() else root.parent)
     return saved or is_traced(catalog.names(), base.entries)
+
+
+def _is_peft_folder(catalog: Catalog) -> bool:
+    """Whether the checkpoint is what PEFT's `save_pretrained` wrote."""
+    root = catalog.origin.root
+    files = [root] if root.is_file() else [root / f"adapter_model{end}" for end in _WEIGHTS]
+    return any(file.stem == "adapter_model" and file.is_file() for file in files) and (
+        huggingface.is_adapter(files[0].parent)
+    )
 
 
 def _scaling(

@@ -107,7 +107,6 @@ def plain(catalog: Catalog, options: Options) -> Export:
         name_map=NameMap(identity(kept), tied=tied),
         missing=tuple(name for name in catalog.entries if name not in kept),
         findings=(_UNMERGED,) if unmerged else (),
-        assets=False,
     )
 
 

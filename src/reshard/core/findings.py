@@ -98,6 +98,12 @@ CODES: dict[str, Code] = {
     "checkpoints-below": Code(
         "info", "an exported model was read, and training checkpoints lie below it",
         "To convert one of them, name its folder."),
+    "codes-compared": Code(
+        "info", "quantised weights of a kind that is not read were compared as they are stored"),
+    "codes-left-out": Code(
+        "warning", "quantised weights under adapters were left out; the base's were taken"),
+    "dequantised": Code(
+        "info", "quantised weights are written as the numbers that they stand for"),
     "export-beside": Code(
         "info", "a training checkpoint was read, and an exported model lies beside it",
         "To convert the exported model, name its file."),
@@ -154,6 +160,8 @@ CODES: dict[str, Code] = {
     "probing-layer-assumed": Code(
         "warning", "which hidden state the reward heads read was assumed",
         "Pass --probing-layer with the value of the training."),
+    "quantisation-unfounded": Code(
+        "warning", "the config says that weights are quantised, and they are not"),
     "replicas-missing": Code(
         "info", "files of some ranks are missing; the others hold all that they held"),
     "rounded": Code("info", "tensors of two checkpoints are equal once one side is rounded"),
