@@ -149,10 +149,10 @@ CODES: dict[str, Code] = {
         "info", "a killed run had moved the old output aside; it was put back"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
+    "option-idle": Code("info", "an option has no effect on this conversion"),
     "part-left-out": Code(
         "info", "the checkpoint holds another part that could be a model, and it was not read",
         "To convert it, pass --prefix."),
-    "option-idle": Code("info", "an option has no effect on this conversion"),
     "partial-output": Code("info", "what an interrupted run of this output left was removed"),
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",
