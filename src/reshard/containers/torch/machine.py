@@ -35,7 +35,7 @@ from reshard.containers.torch.limits import (
     TENSOR_NBYTES,
     TUPLE_NBYTES,
 )
-from reshard.containers.torch.malformed import EndOfPickle, Malformed
+from reshard.containers.torch.malformed import EndOfPickle, Malformed, show
 from reshard.containers.torch.opcodes import TABLE
 from reshard.containers.torch.records import Global, Opaque, TensorRef
 from reshard.containers.torch.storages import is_storage_class
@@ -225,6 +225,9 @@ class Machine:
             for key, value in pairs:
                 if type(key) is not str:
                     self._check_key(target, key)
+                if key in target:
+                    # Whoever reads the dict would see one of two values, and not know of the other.
+                    raise Malformed(f"a dictionary has {show(key)} twice")
                 target[key] = value
         elif isinstance(target, Opaque):
             self.made_nbytes += len(flat) // 2 * TUPLE_NBYTES

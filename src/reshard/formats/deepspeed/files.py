@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.containers.torch import Known, TensorRef
 from reshard.containers.torch import read as read_torch
-from reshard.core.tensors import Record
+from reshard.core.tensors import Record, Shape
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed.parse import (
     ExpertFile,
     ModelFile,
     OptimFile,
+    Shapes,
     parse_expert,
     parse_model,
     parse_optim,
@@ -208,13 +209,22 @@ def _check_model(first: ModelFile, optim: OptimFile) -> None:
         )
 
 
+def _ordered(groups: Sequence[Shapes]) -> tuple[tuple[tuple[str, Shape], ...], ...]:
+    return tuple(tuple(group.items()) for group in groups)
+
+
 def _check_agreement(first: ModelFile, other: ModelFile) -> None:
     """The model files of two ranks must state the same step and parameters."""
     for what, mine, theirs in (
         ("global step", first.steps, other.steps),
         ("DeepSpeed version", first.version, other.version),
-        ("list of parameters", first.groups, other.groups),
-        ("list of frozen parameters", first.frozen_shapes, other.frozen_shapes),
+        # In their order, which says where each lies in the flat tensors: equal dicts may differ in it.
+        ("list of parameters", _ordered(first.groups), _ordered(other.groups)),
+        (
+            "list of frozen parameters",
+            _ordered([first.frozen_shapes]),
+            _ordered([other.frozen_shapes]),
+        ),
     ):
         if mine != theirs:
             numbers = f" ({theirs} and {mine})" if not isinstance(mine, tuple | dict) else ""
