@@ -33,6 +33,10 @@ def test_the_text_is_that_of_json(
     assert list(value["tensors"]) == list(tensors)
     assert list(value.get("beside", {})) == list(beside)
     (tmp_path / manifest.MANIFEST).write_bytes(text)
+    if not tensors and not beside:
+        with Sources() as sources, pytest.raises(FormatError, match="lists no tensor"):
+            manifest.read(tmp_path, sources)
+        return
     with Sources() as sources:
         read = manifest.read(tmp_path, sources)
     assert value["files"] == {"x": {"nbytes": 3}, "y": {"nbytes": 4, "xxh3_128": "ab"}}

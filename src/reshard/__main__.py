@@ -1,5 +1,5 @@
 """`python -m reshard` is the `reshard` command."""
 
-from reshard.cli.app import main
+from reshard.cli.start import reshard
 
-main()
+reshard()

@@ -134,7 +134,7 @@ class OptionError(PlanError):
 
 
 class WriteError(ReshardError):
-    """The output cannot be written; nothing is left under its final name."""
+    """The output cannot be written; what stands under its name is what stood there before."""
 
 
 class VerificationError(ReshardError):

@@ -21,11 +21,11 @@ from reshard.naming.rewards import (
     RewardHeads,
     RewardOptions,
     check,
-    classifier_patches,
     lightrft_state,
     reward_config,
     split,
 )
+from reshard.naming.value_heads import ValueHead, classifier
 from tests.naming import tables
 from tests.naming.lightrft_models import Critic, ScalarRewardModel, Wrapper, rewards_from
 from tests.naming.make_layouts import FAMILIES, build
@@ -127,9 +127,9 @@ def test_a_critic_is_a_classifier_of_one_label(head: str, tmp_path: Path) -> Non
     parts = check(parts, "critic", RewardOptions())
     assert parts.value is not None
     found = fit(parts.backbone, schema, options=FitOptions(headless=True))
-    patches = classifier_patches(["LlamaForCausalLM"])
+    patches = classifier(parts.value, ["LlamaForCausalLM"], speaks=False)
     assert patches is not None
-    entries = {**found.entries, "score.weight": parts.value}
+    entries = {**found.entries, **parts.value.called("score")}
     whole = NameMap(identity(entries), config_patches=patches)
     saved.export(tmp_path, Fitted(entries, whole), schema)
     loaded, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -145,9 +145,10 @@ def test_a_vision_language_critic_keeps_the_class_of_its_base() -> None:
     table = tables.table("4.57", "qwen2_5_vl")
     parts = split(Saved(Critic(build(*FAMILIES["qwen2_5_vl"]), WIDTH)).entries, table.disk)
     assert parts.value is not None
-    assert parts.value.spec.name == "score.weight"
+    assert parts.value.called("score").keys() == {"score.weight"}
     assert fit(parts.backbone, table.schema()).entries.keys() == table.disk.keys()
-    assert classifier_patches(["Qwen2_5_VLForConditionalGeneration"]) is None
+    classes = ["Qwen2_5_VLForConditionalGeneration"]
+    assert classifier(parts.value, classes, speaks=False) is None
 
 
 def test_a_head_that_the_base_has_is_no_value_head() -> None:
@@ -178,7 +179,12 @@ def reward_parts(pooling: str = "attn", scaled: bool = True) -> Parts:
         (reward_parts(scaled=False), "srm_vl", {"scaled": True}, "Leave out --scale_for_train"),
         (reward_parts(), "srm_vl", {"types": ("alignment",)}, "--heads_types preference"),
         (Parts({}), "srm_vl", {}, "no reward or value head.*--model-type vision2seq or grm"),
-        (Parts({}, value=tables.entry("score.weight", (1, 8))), "grm", {}, "--model-type critic"),
+        (
+            Parts({}, value=ValueHead("score", {"weight": tables.entry("score.weight", (1, 8))})),
+            "grm",
+            {},
+            "--model-type critic",
+        ),
         (
             Parts({"model.audio_tower.w": tables.entry("w", (1,))}, reward_parts().rewards),
             "srm_vl",
@@ -214,14 +220,17 @@ def test_a_head_of_another_width() -> None:
 
 def test_a_value_head_that_is_not_there() -> None:
     entries = tables.entries({"model.norm.weight": (8,), "v_head.weight": (1, 8)})
-    with pytest.raises(NamesError, match=r"'value\.weight'.*v_head\.weight"):
+    with pytest.raises(NamesError, match=r"'value'.*in: v_head"):
         split(entries, value_head="value")
 
 
 def test_a_base_of_another_size() -> None:
     heads = reward_parts().rewards
     assert isinstance(heads, RewardHeads)
-    with pytest.raises(NamesError, match="4 layers, probing layer 9"):
-        reward_config(heads, 9, {"num_hidden_layers": 4})
+    for layer in (-5, 4, 9):  # LightRFT's own bound
+        with pytest.raises(NamesError, match=f"4 layers, probing layer {layer}.*-4 and 3"):
+            reward_config(heads, layer, {"num_hidden_layers": 4})
+    for layer in (-4, 3):
+        assert reward_config(heads, layer, {"num_hidden_layers": 4})["probing_layer"] == layer
     with pytest.raises(NamesError, match="8 wide, the base model 16"):
         reward_config(heads, -1, {"hidden_size": 32, "text_config": {"hidden_size": 16}})

@@ -1,6 +1,6 @@
 """DeepSpeed checkpoint to Hugging Face: `python ds2hf.py --help`."""
 
-from reshard.cli.lightrft.ds2hf import main
+from reshard.cli.start import ds2hf
 
 if __name__ == "__main__":
-    main()
+    ds2hf()

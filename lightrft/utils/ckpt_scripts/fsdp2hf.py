@@ -1,6 +1,6 @@
 """FSDP checkpoint (PyTorch DCP) to Hugging Face: `python fsdp2hf.py --help`."""
 
-from reshard.cli.lightrft.fsdp2hf import main
+from reshard.cli.start import fsdp2hf
 
 if __name__ == "__main__":
-    main()
+    fsdp2hf()

@@ -1,6 +1,6 @@
 """Hugging Face safetensors to PyTorch DCP: `python hf2fsdp.py --help`."""
 
-from reshard.cli.lightrft.hf2fsdp import main
+from reshard.cli.start import hf2fsdp
 
 if __name__ == "__main__":
-    main()
+    hf2fsdp()

@@ -1,6 +1,6 @@
 """Try a converted Hugging Face model: `python test_model.py --help`."""
 
-from reshard.cli.lightrft.test_model import main
+from reshard.cli.start import test_model
 
 if __name__ == "__main__":
-    main()
+    test_model()

@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from types import FrameType
-from typing import cast
+from typing import NoReturn, cast
 
 import click
 
 from reshard._version import __version__
 from reshard.cli.flags import debug
+from reshard.cli.interrupts import Interrupted
+from reshard.cli.start import end_at_once
 from reshard.errors import OptionError, ReshardError, printable
 
 # Twice what `storage` keeps open.
@@ -67,6 +69,8 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     shows_traceback = "--debug" in arguments or "-d" in arguments
     _allow_files()
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
         signal.signal(signal.SIGHUP, _interrupt)
@@ -76,8 +80,10 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted; nothing was left under the output's name.", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        stands = f"; {cause}" if isinstance(cause, Interrupted) else ""
+        click.echo(printable(f"Interrupted{stands}."), err=True)
         return 130
     except (ReshardError, OSError) as error:
         if shows_traceback:
@@ -128,4 +134,10 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """The console command `reshard`."""
-    sys.exit(run(reshard))
+    end(run(reshard))
+
+
+def end(code: int) -> NoReturn:
+    """Leave with an exit code; what it says is true, so nothing that comes now may change it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)

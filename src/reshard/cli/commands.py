@@ -9,6 +9,7 @@ import click
 
 from reshard.cli import output
 from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.cli.interrupts import writes
 from reshard.conversion.dtypes import CHOICES
 from reshard.conversion.options import LORA, MODEL_TYPES, NAMES, POOLINGS, SRM_FORMATS
 from reshard.formats import TARGETS
@@ -46,9 +47,10 @@ _tag = click.option(
               help="Checked against a scalar reward model's heads.")  # fmt: skip
 @option("heads_types", multiple=True, metavar="NAME...",
         help="Checked against a scalar reward model's heads; also their order.")  # fmt: skip
-@option("probing_layer", type=int, default=-1, show_default=True,
+@option("probing_layer", type=int, show_default="-1",
         help="The hidden state that a scalar reward model reads; recorded.")  # fmt: skip
-@click.option("--value-head", metavar="NAME", help="A critic's head; default: score.")
+@option("value_head", metavar="NAME",
+        help="A critic's head, e.g. value_head; score and v_head are found.")  # fmt: skip
 @click.option("--srm-format", type=click.Choice(SRM_FORMATS), default="both", show_default=True,
               help="A scalar reward model as LightRFT loads it, as backbone and heads, or "
                    "both.")  # fmt: skip
@@ -57,11 +59,17 @@ _tag = click.option(
 @click.option("--lora-alpha", type=float, help="The alpha that adapters were trained with.")
 @click.option("--adapter-config", type=_PATH, help="The run's adapter_config.json.")
 @click.option("--adapter", metavar="NAME", help="Which adapter, where there are several.")
-@click.option("--names", type=click.Choice(NAMES), default="disk", show_default=True,
-              help="memory: as a live module names its tensors, for dcp.load.")  # fmt: skip
+@click.option("--names", type=click.Choice(NAMES),
+              help="all: each tensor by its name on disk and by those that live modules of any "
+                   "transformers version ask for (default with --to dcp, where a config is at "
+                   "hand); disk: as in the files (else the default); memory: as the live module "
+                   "of one version has them.")  # fmt: skip
 @click.option("--transformers-version", metavar="V",
               help="Whose live module; default: the installed one. Also what the checkpoint "
                    "was trained with, where shapes cannot tell.")  # fmt: skip
+@click.option("--consumed-samples", type=click.IntRange(min=0), metavar="N",
+              help="With --to dcp: write client_state.pt, from which LightRFT takes how many "
+                   "samples a run has used up.")  # fmt: skip
 @click.option("--exclude-frozen", is_flag=True, help="Leave out frozen parameters.")
 @click.option("--fill-from-base", is_flag=True,
               help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
@@ -80,6 +88,7 @@ _tag = click.option(
 @click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
 @_json
 @debug
+@writes("dst")
 def convert(src: Path, dst: Path, as_json: bool, no_verify: bool, **options: Any) -> None:
     """Convert the checkpoint SRC into the folder DST."""
     from reshard.conversion.convert import convert as run

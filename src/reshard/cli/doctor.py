@@ -9,6 +9,7 @@ import click
 
 from reshard.cli import output
 from reshard.cli.flags import FolderOrFile, debug
+from reshard.cli.interrupts import writes
 
 if TYPE_CHECKING:
     from reshard.diagnosis.diagnosis import Diagnosis
@@ -23,6 +24,7 @@ _PATH = FolderOrFile()
 @click.option("--repair", metavar="OUT", type=_PATH, help="Write a mended copy as a new folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @debug
+@writes("repair")
 def doctor(folder: Path, base: Path | None, repair: Path | None, as_json: bool) -> int:
     """Find what is wrong with the exported model in DIR, and mend it.
 

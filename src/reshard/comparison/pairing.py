@@ -25,15 +25,15 @@ from reshard.conversion.manifest import MANIFEST, Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
 from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG, REWARD_HEAD, VALUE_HEAD, Export
 from reshard.conversion.planning import exported
-from reshard.conversion.verification import child_of
+from reshard.conversion.verification import check_listed, child_of
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, stored
 from reshard.errors import FormatError, NamesError, PlanError
 from reshard.naming import FitOptions
 from reshard.naming.families import CONSTANTS
 from reshard.naming.patterns import matches_any
-from reshard.naming.rewards import SCORE
 from reshard.naming.search import unwrap
+from reshard.naming.value_heads import SCORE
 from reshard.storage.local import Sources
 
 #: The files of a side: those beside the model by name, the model itself under the empty name.
@@ -79,7 +79,11 @@ def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None
 
 def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
     folder = catalog.origin.root
-    return manifest.read(folder, sources) if (folder / MANIFEST).is_file() else None
+    if not (folder / MANIFEST).is_file():
+        return None
+    stated = manifest.read(folder, sources)
+    check_listed(folder, stated)
+    return stated
 
 
 def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts:
@@ -159,8 +163,8 @@ def _onto_itself(
         options = replace(options, allow=(*options.allow, *_frozen(first)))
     options = replace(options, fill_from_base=True, names="disk")
     head = options.rewards.heads.value_head
-    if head is not None and SCORE in held[""]:
-        first = _called(first, f"{head}.weight", SCORE)
+    if head is not None and f"{SCORE}.weight" in held[""]:
+        first = _called(first, f"{head}.weight", f"{SCORE}.weight")
         heads = replace(options.rewards.heads, value_head=None)
         options = replace(options, rewards=replace(options.rewards, heads=heads))
     made = output_model.onto(first, base, options, sources)

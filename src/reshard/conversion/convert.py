@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from msgspec.structs import asdict
-
 from reshard import formats
 from reshard.conversion import manifest
 from reshard.conversion.destination import Replaced, check_apart, check_destination
@@ -67,15 +65,16 @@ def convert(
     pooling_method: str | None = None,
     scale_for_train: bool | None = None,
     heads_types: Sequence[str] | None = None,
-    probing_layer: int = -1,
+    probing_layer: int | None = None,
     value_head: str | None = None,
     srm_format: str = "both",
     lora: str | None = None,
     lora_alpha: float | None = None,
     adapter_config: PathLike | None = None,
     adapter: str | None = None,
-    names: str = "disk",
+    names: str | None = None,
     transformers_version: str | None = None,
+    consumed_samples: int | None = None,
     exclude_frozen: bool = False,
     fill_from_base: bool = False,
     allow: Sequence[str] = (),
@@ -108,6 +107,17 @@ def convert(
     _one_of("srm_format", srm_format, SRM_FORMATS)
     _one_of("lora", lora, LORA)
     _one_of("names", names, NAMES)
+    if names == "all" and to not in formats.ALIASING:
+        raise OptionError(
+            "names 'all' gives the same bytes several names, which files of --to hf cannot.",
+            hint="Pass --to dcp, or leave out --names.",
+        )
+    if consumed_samples is not None and (to != "dcp" or not 0 <= consumed_samples < 1 << 63):
+        raise OptionError(
+            f"consumed_samples is {consumed_samples}, with --to {to}: it is the number of samples "
+            "that a run of LightRFT has used up, written beside a DCP checkpoint.",
+            hint="Pass a number from 0 on, and --to dcp; or leave out --consumed-samples.",
+        )
     _one_of("pooling_method", pooling_method, POOLINGS)
     if isinstance(heads_types, str):
         raise OptionError("heads_types is a list of names.", hint=f"Pass [{heads_types!r}].")
@@ -143,8 +153,9 @@ def convert(
             None if adapter_config is None else Path(adapter_config),
             adapter,
         ),
-        names=cast(Names, names),
+        names=cast("Names | None", names),
         transformers_version=parse_version(transformers_version) if transformers_version else None,
+        consumed_samples=consumed_samples,
     )
     if base is None:
         _check_needs_no_base(options, allow_unchanged=allow_unchanged)
@@ -158,16 +169,16 @@ def convert(
         copied = sum(asset.path.stat().st_size for asset in job.plan.assets)
         check_space(options.target, job.plan.bytes_to_write + copied)
         if dry_run:
-            return _report(job, options, time.monotonic() - began, replaced)
+            return _report(job, time.monotonic() - began, replaced)
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=allow_unchanged)
-            return _manifest(job, options, outcome.digests, sources)
+            return _manifest(job, outcome.digests, sources)
 
         writing = Writing(workers, overwrite, verify, progress)
         records = job.catalog.records
         outcome = carry_out(job.plan, sources, records, options.target, writing, render=render)
-    return _report(job, options, time.monotonic() - began, replaced, outcome, verified=verify)
+    return _report(job, time.monotonic() - began, replaced, outcome, verified=verify)
 
 
 def _check_dtype(dtype: str | None, base: PathLike | None) -> str:
@@ -187,7 +198,7 @@ def _check_needs_no_base(options: Options, *, allow_unchanged: bool) -> None:
         "scale-for-train": heads.scaled is not None,
         "heads-types": heads.types is not None,
         "value-head": heads.value_head is not None,
-        "probing-layer": rewards.probing_layer != RewardChoice().probing_layer,
+        "probing-layer": rewards.probing_layer is not None,
         "srm-format": rewards.srm_format != RewardChoice().srm_format,
         "lora": lora.mode is not None,
         "lora-alpha": lora.alpha is not None,
@@ -220,9 +231,7 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
         )
 
 
-def _manifest(
-    job: Job, options: Options, digests: Mapping[tuple[str, str], str], sources: Sources
-) -> bytes:
+def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:
     exported = job.export
     names = {
         "prefix": exported.name_map.prefix,
@@ -233,23 +242,21 @@ def _manifest(
         "unexpected": list(exported.name_map.dropped),
         "merged": exported.merged,
         "transformers_version": exported.live,
-        "lora": None if exported.scaling is None else asdict(exported.scaling),
+        "aliases": {name: target.spec.name for target in exported.model for name in target.aliases},
+        "lora": None if exported.scaling is None else exported.scaling.to_json(),
     }
     model = manifest.state([target.spec for target in exported.model], "", digests)
     beside = {
         side.name: manifest.state([t.spec for t in side.targets], side.name, digests)
         for side in exported.sides
     }
-    catalog = job.catalog
+    catalog, stated = job.catalog, job.options.stated()
     files = manifest.listed(job.plan, sources)
-    return manifest.render(
-        catalog.format, catalog.origin, options.stated(), names, model, beside, files
-    )
+    return manifest.render(catalog.format, catalog.origin, stated, names, model, beside, files)
 
 
 def _report(
     job: Job,
-    options: Options,
     seconds: float,
     replaced: Replaced | None,
     outcome: Outcome | None = None,
@@ -261,10 +268,12 @@ def _report(
         findings.append(
             Finding("unchanged", f"all {outcome.compared} tensors equal the base model's.")
         )
+    if outcome is not None:
+        findings.extend(outcome.findings)
     exported = job.export
     return Report(
-        source=os.fspath(options.source),
-        target=os.fspath(options.target),
+        source=os.fspath(job.options.source),
+        target=os.fspath(job.options.target),
         format=job.catalog.format,
         tag=job.catalog.origin.tag,
         num_tensors=len(exported.model) or sum(len(side.targets) for side in exported.sides),

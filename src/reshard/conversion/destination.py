@@ -64,7 +64,7 @@ def check_destination(
     """What of reshard's own the output would replace; None where nothing is there.
 
     Where the command has no way to replace an output, `replaces` is False. Raises `WriteError`
-    where the output is or holds an input, or would replace what reshard did not write.
+    where the output is, holds or lies in an input, or would replace what reshard did not write.
     """
     if real(target) == Path.cwd():
         raise WriteError(
@@ -72,9 +72,10 @@ def check_destination(
             path=target,
             hint="Name a new folder.",
         )
-    check_apart(target, "source", [source])
-    if base is not None:
-        check_apart(target, "base model", [base])
+    for what, given in (("source", source), ("base model", base)):
+        if given is not None:
+            check_apart(target, what, [given])
+            _check_outside(target, what, given)
     try:
         return check_replaceable(target, overwrite=overwrite, replaces=replaces)
     except OSError as error:
@@ -95,6 +96,17 @@ def check_apart(target: Path, what: str, inputs: Iterable[Path]) -> None:
                 path=target,
                 hint="Name a new folder.",
             )
+
+
+def _check_outside(target: Path, what: str, given: Path) -> None:
+    """Refuse an output inside an input: the next run would read it as a part of the input."""
+    folder = real(given)
+    if folder.is_dir() and real(target).is_relative_to(folder):
+        raise WriteError(
+            f"the output lies inside the {what}, {given}.",
+            path=target,
+            hint="Name a folder outside of it.",
+        )
 
 
 def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -> Replaced | None:

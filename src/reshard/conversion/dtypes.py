@@ -15,11 +15,15 @@ CHOICES = ("base", "keep", "float32", "bfloat16", "float16")
 
 
 class Target(Struct, frozen=True):
-    """A tensor of the output: what is written, what from, and the base's tensor to compare with."""
+    """A tensor of the output: what is written, what from, and the base's tensor to compare with.
+
+    `aliases` are the other names that the same bytes get, where the format can name them twice.
+    """
 
     spec: TensorSpec
     source: Entry
     reference: Entry | None = None
+    aliases: tuple[str, ...] = ()
 
 
 def choose(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import xxhash
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.conversion import manifest
 from reshard.conversion.destination import check_replaceable
@@ -50,7 +51,7 @@ def carry_out(
     `render` makes the bytes of `reshard.json`; it may refuse what the engine found. `check` looks
     at the finished folder before it gets its name, and raises where it is not well.
 
-    Raises what stands in the way; `target` is then as it was.
+    Raises what stands in the way; `target` is then as it was, or the error says what stands there.
     """
     with OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder:
         ledger = Ledger(records)
@@ -73,7 +74,7 @@ def carry_out(
         if writing.overwrite:  # what was there may have changed in the hours since
             check_replaceable(target, overwrite=True)
         folder.commit()
-    return outcome
+    return replace(outcome, findings=tuple(folder.findings))
 
 
 def plan_digest(plan: Plan) -> str:

@@ -9,30 +9,44 @@ from msgspec.structs import replace
 
 from reshard.conversion.base_model import CONFIG, Base, patched_config
 from reshard.conversion.dtypes import Target
-from reshard.conversion.options import Options
+from reshard.conversion.options import Names, Options
 from reshard.conversion.output_model import Export
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import PlanError
-from reshard.formats import huggingface
+from reshard.formats import ALIASING, huggingface
 from reshard.naming import NEWEST, parse_version, to_memory
+from reshard.naming.answering import Apart, answers
 from reshard.naming.layouts import Version
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
 
 
+def chosen(options: Options, catalog: Catalog, base: Base | None) -> Names:
+    """Which names are written: those asked for, or by default all that the same bytes may have."""
+    if options.names is not None:
+        return options.names
+    at_hand = base is not None or _has_config(catalog)
+    return "all" if options.to in ALIASING and at_hand else "disk"
+
+
 def config_of(
-    exported: Export, catalog: Catalog, base: Base | None, sources: Sources
+    exported: Export, catalog: Catalog, base: Base | None, sources: Sources, names: Names
 ) -> Mapping[str, Any]:
     """The model's config: the base's as the export changes it, or that of the Hugging Face folder
     that is converted."""
     if base is not None:
         patched = patched_config(base, exported.patches)
         return strict_json.parse_object(patched, str(base.folder / CONFIG))
-    if catalog.format != "huggingface" or not catalog.origin.root.is_dir():
-        raise PlanError("--names memory needs the model's config.", hint="Pass --base.")
+    if not _has_config(catalog):
+        raise PlanError(f"--names {names} needs the model's config.", hint="Pass --base.")
     return huggingface.read_config(catalog.origin.root, sources)
+
+
+def _has_config(catalog: Catalog) -> bool:
+    root = catalog.origin.root
+    return catalog.format == "huggingface" and (root / CONFIG).is_file()
 
 
 def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Export:
@@ -47,12 +61,73 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
     text = ".".join(map(str, version))
     return replace(
         exported,
-        model=[Target(replace(e.spec, name=name), e) for name, e in live.items()],
+        model=_once(live) if options.to in ALIASING else _each(live),
         findings=(
             *exported.findings,
             Finding("live-names", f"names are those of a live module of transformers {text}."),
         ),
         live=text,
+    )
+
+
+def _each(entries: Mapping[str, Entry]) -> list[Target]:
+    return [Target(replace(entry.spec, name=name), entry) for name, entry in entries.items()]
+
+
+def _once(entries: Mapping[str, Entry]) -> list[Target]:
+    """A target for each tensor; what is the same bytes as one before it is another name of that."""
+    targets: dict[object, Target] = {}
+    for target in _each(entries):
+        held = target.source.fragments
+        # An empty tensor has no bytes to share.
+        key = (held, target.spec.shape) if held else target.spec.name
+        first = targets.setdefault(key, target)
+        if first is not target:
+            targets[key] = replace(first, aliases=(*first.aliases, target.spec.name))
+    return list(targets.values())
+
+
+def answering(exported: Export, config: Mapping[str, Any], options: Options) -> Export:
+    """The export whose tensors also have the names that the live modules of every transformers
+    version ask for, as far as these are the same bytes.
+
+    Raises `PlanError` where they are not for the version that the options name.
+    """
+    found = answers({t.spec.name: t.spec.shape for t in exported.model}, config)
+    version = options.transformers_version
+    findings = []
+    for apart in found.apart:
+        finding = _apart(apart)
+        if version is not None and apart.holds(version):
+            raise PlanError(finding.message, hint=finding.fix)
+        findings.append(finding)
+    model = [replace(t, aliases=found.names.get(t.spec.name, ())) for t in exported.model]
+    count = sum(len(target.aliases) for target in model)
+    if count:
+        message = (
+            f"the tensors also have the names that live modules ask for: {count} more names for "
+            "the same bytes."
+        )
+        findings.append(Finding("live-names-added", message))
+    return replace(exported, model=model, findings=(*exported.findings, *findings))
+
+
+def _apart(apart: Apart) -> Finding:
+    """That the live modules of some versions will not find their tensors."""
+    if not apart.name:
+        return Finding(
+            "live-layout-unknown",
+            f"how the live modules of transformers {apart.versions} make their tensors from those "
+            "of the files is not known: dcp.load into such a module may not find its names.",
+        )
+    since = ".".join(map(str, apart.since))
+    return Finding(
+        "live-layout-apart",
+        f"the live modules of transformers {apart.versions} hold {apart.count} tensors that are "
+        f"stacked, turned or cut otherwise than in the files, {apart.name!r} among them: dcp.load "
+        "into such a module does not find them here.",
+        fix=f"For such a run, convert with --names memory --transformers-version {since}, or "
+        "whichever version the run has.",
     )
 
 

@@ -134,11 +134,18 @@ def read(folder: Path, sources: Sources) -> Manifest:
         )
     text = strict_json.read_whole(sources.open(path), max_nbytes=strict_json.MAX_INDEX)
     try:
-        return _parse(text, str(path))
+        stated = _parse(text, str(path))
     except FormatError as error:
         raise FormatError(
             f"it is damaged: {error.message}", path=path, hint="Convert the checkpoint again."
         ) from None
+    if not stated.tensors and not any(stated.beside.values()):
+        raise FormatError(
+            "it is damaged: it lists no tensor, so it proves nothing.",
+            path=path,
+            hint="Convert the checkpoint again.",
+        )
+    return stated
 
 
 def _parse(text: bytes, path: str) -> Manifest:

@@ -12,12 +12,12 @@ from msgspec.structs import replace
 from reshard.formats import Selection
 from reshard.naming import parse_version
 from reshard.naming.layouts import Version
-from reshard.naming.lora.find import AdapterConfig
+from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
-Names = Literal["disk", "memory"]
+Names = Literal["all", "disk", "memory"]
 _T = TypeVar("_T")
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
 _MAX_WILDCARDS = 3
@@ -26,17 +26,27 @@ _MAX_WILDCARDS = 3
 MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "critic")
 SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
-NAMES: tuple[Names, ...] = ("disk", "memory")
+NAMES: tuple[Names, ...] = ("all", "disk", "memory")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
+#: What LightRFT takes where no probing layer is named: the input of the last layer.
+PROBING_LAYER = -1
 
 
 class RewardChoice(Struct, frozen=True):
-    """What was asked for of a reward model or critic; `model_type` None: found by its heads."""
+    """What was asked for of a reward model or critic; `model_type` None: found by its heads.
+
+    `probing_layer` None: nothing was said, and LightRFT's default is assumed.
+    """
 
     model_type: ModelType | None = None
     heads: RewardOptions = field(default_factory=RewardOptions)
-    probing_layer: int = -1
+    probing_layer: int | None = None
     srm_format: SrmFormat = "both"
+
+    @property
+    def layer(self) -> int:
+        """The probing layer that counts."""
+        return PROBING_LAYER if self.probing_layer is None else self.probing_layer
 
 
 class LoraChoice(Struct, frozen=True):
@@ -53,7 +63,11 @@ class LoraChoice(Struct, frozen=True):
 
 
 class Options(Struct, frozen=True):
-    """A conversion's options; paths are as the user gave them."""
+    """A conversion's options; paths are as the user gave them.
+
+    `names` None: all that a live module may ask for where the target can hold them and the model's
+    config is at hand, else those on disk.
+    """
 
     source: Path
     target: Path
@@ -67,8 +81,9 @@ class Options(Struct, frozen=True):
     allow: tuple[str, ...] = ()
     rewards: RewardChoice = field(default_factory=RewardChoice)
     lora: LoraChoice = field(default_factory=LoraChoice)
-    names: Names = "disk"
+    names: Names | None = None
     transformers_version: Version | None = None
+    consumed_samples: int | None = None
 
     def stated(self) -> dict[str, Any]:
         """The options as `reshard.json` records them: no paths."""
@@ -81,13 +96,14 @@ class Options(Struct, frozen=True):
             "fill_from_base": self.fill_from_base,
             "model_type": self.rewards.model_type,
             "srm_format": self.rewards.srm_format,
-            "probing_layer": self.rewards.probing_layer,
+            "probing_layer": self.rewards.layer,
             "value_head": self.rewards.heads.value_head,
             "lora": self.lora.mode,
             "adapter": self.lora.adapter,
             "prefix": self.selection.prefix,
             "allow": list(self.allow),
             "names": self.names,
+            "consumed_samples": self.consumed_samples,
             "transformers_version": None if version is None else ".".join(map(str, version)),
         }
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct, field
 
+from reshard.conversion import adapters
 from reshard.conversion.base_model import Base, main_dtype
 from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.options import Options
@@ -28,22 +28,20 @@ from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
 from reshard.naming import FitOptions, NameMap, apply, fit, identity
 from reshard.naming.fit import Equal
-from reshard.naming.lora import config as adapter_config
-from reshard.naming.lora.find import AdapterConfig, holds_adapters, separate, without_peft
-from reshard.naming.lora.output import CONFIG as ADAPTER_CONFIG
-from reshard.naming.lora.output import WEIGHTS as ADAPTER_WEIGHTS
-from reshard.naming.lora.output import adapter_folder, updates
+from reshard.naming.lora import folder as adapter_files
+from reshard.naming.lora.config import AdapterConfig
+from reshard.naming.lora.find import holds_adapters, without_peft
+from reshard.naming.lora.output import Updates, updates
 from reshard.naming.rewards import (
-    SCORE,
     Parts,
     check,
-    classifier_patches,
     lightrft_state,
     reward_config,
     split,
 )
 from reshard.naming.schema import comes_with_base
 from reshard.naming.search import unwrap
+from reshard.naming.value_heads import SCORE, classifier
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
 
@@ -95,7 +93,7 @@ def plain(catalog: Catalog, options: Options) -> Export:
     """Without a base: every tensor under the name that it has in the checkpoint."""
     kept = {
         name: entry
-        for name, entry in catalog.entries.items()
+        for name, entry in catalog.of_one_layout().items()
         if not (options.exclude_frozen and entry.kind == "frozen")
     }
     tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
@@ -122,40 +120,37 @@ class _Export:
     ) -> None:
         self._base = base
         self._options = options
-        self._separated = separate(catalog.entries, options.lora.adapter)
-        self._alone = self._writes_adapter_alone()
+        self._adapters = adapters.find(catalog, base, options, sources)
+        self._separated = self._adapters.separated
+        self._scaling = self._adapters.config
+        self._alone = options.lora.mode == "adapter"
         self._parts = self._split()
         self._classifier = self._as_classifier()
         self._fit = self._fitted(_comparison(sources))
-        self._scaling: AdapterConfig | None = None
-        # Those of the fit are on the model, of which an adapter alone is no part.
-        self._findings = [] if self._alone else list(self._fit.findings)
-        self._updates: Mapping[str, Entry] = {}
-        if self._separated.adapters:
-            self._scale(catalog.origin.root, sources)
-
-    def _writes_adapter_alone(self) -> bool:
-        """Whether the adapter is all that is written of the language model."""
-        mode, adapters = self._options.lora.mode, self._separated.adapters
-        if mode in ("adapter", "both") and not adapters:
-            raise PlanError(
-                f"--lora {mode} was asked for, and the checkpoint holds no adapters.",
-                hint="Leave out --lora.",
-            )
-        if mode == "adapter" and not self._separated.name:
-            raise PlanError("it is an adapter folder already.", path=self._options.source)
-        return mode == "adapter"
+        self._findings = list(self._adapters.findings)
+        if not self._alone:  # else they are on the model, of which an adapter is no part
+            self._findings += self._fit.findings
+        self._updates = Updates()
+        if self._scaling is not None:
+            self._update(self._scaling, sources)
 
     def _split(self) -> Parts:
         choice = self._options.rewards
-        parts = split(self._separated.entries, self._base.entries, choice.heads.value_head)
+        parts = split(
+            self._separated.entries,
+            self._base.entries,
+            choice.heads.value_head,
+            FitOptions(allow=self._options.allow).allows,
+        )
         return check(parts, choice.model_type, choice.heads)
 
     def _as_classifier(self) -> dict[str, object] | None:
         """The config changes of a critic that becomes a sequence classifier."""
-        if self._parts.value is None:
+        head = self._parts.value
+        if head is None:
             return None
-        return classifier_patches(self._base.config.get("architectures") or ())
+        classes = self._base.config.get("architectures") or ()
+        return classifier(head, classes, speaks=_has_head(self._parts.backbone))
 
     def _fitted(self, compare: Equal | None) -> NameMap:
         parts = self._parts
@@ -168,7 +163,7 @@ class _Export:
                 equal=compare,
             )
         except NamesError as error:
-            raise self._explained(error) from None
+            raise adapters.explained(error, self._separated) from None
 
     def _fit_options(self, scalar: bool) -> FitOptions:
         """`scalar`: the checkpoint is of a scalar reward model without an output head."""
@@ -179,53 +174,34 @@ class _Export:
             allow=options.allow,
             transformers_version=options.transformers_version,
             untied=self._separated.apart,
+            updated=self._adapters.keys,
         )
 
-    def _explained(self, error: NamesError) -> NamesError:
-        """The error, saying first where it is that the checkpoint holds adapters alone."""
-        separated = self._separated
-        if not separated.adapters or len(separated.absent) < len(separated.adapters):
-            return error
-        return NamesError(
-            f"the checkpoint holds LoRA adapters on {len(separated.adapters)} modules and not the "
-            f"weights that they update. {error.message[0].upper()}{error.message[1:]}",
-            missing=error.missing,
-            unexpected=error.unexpected,
-            hint=error.hint,
-        )
-
-    def _scale(self, checkpoint: Path, sources: Sources | None) -> None:
-        """Find how the adapters scale and, unless they are written alone, what they update."""
-        separated, found = self._separated, self._fit
-        lost = [name for name in separated.absent if name not in found.origins.values()]
-        if lost:
-            raise PlanError(
-                f"adapters on {len(lost)} modules have no place in the base: {lost[0]}."
+    def _update(self, scaling: AdapterConfig, sources: Sources | None) -> None:
+        """What the adapters update or, where they are written alone, what is left out."""
+        base, options = self._base, self._options
+        adapters.check_place(self._adapters, self._fit)
+        if not self._alone:
+            self._updates = updates(
+                self._separated,
+                self._fit,
+                scaling,
+                base.entries,
+                keys=self._adapters.keys,
+                base_config=base.config,
             )
-        choice = self._options.lora
-        if choice.scaling is not None:
-            self._scaling, note = choice.scaling, ""
-        else:
-            self._scaling, note = adapter_config.find(
-                separated, checkpoint, sources, alpha=choice.alpha, config=choice.config
+        elif sources is not None and options.lora.scaling is None:
+            self._findings += adapters.check_left_out(
+                self._adapters, self._fit, base, options.allow, sources
             )
-        self._findings += [Finding("alpha-from-file", note)] if note else []
-        if self._alone:
-            others = len(separated.entries) - len(separated.absent)
-            message = (
-                f"only the adapters are written: {others} other tensors of the checkpoint, trained "
-                "or not, are not written."
-            )
-            self._findings.append(Finding("adapters-alone", message))
-        else:
-            self._updates = updates(separated, found, self._scaling, self._base.entries)
 
     def result(self) -> Export:
         found, alone = self._fit, self._alone
         made, filled, missing = self._model()
         sides, texts = self._reward_files()
         if self._parts.value is not None and (self._classifier is None or alone):
-            sides.append(self._side(VALUE_HEAD, [self._parts.value]))
+            head = self._parts.value
+            sides.append(self._side(VALUE_HEAD, head.called(head.name).values()))
         if self._scaling is not None and self._options.lora.mode in ("adapter", "both"):
             side, text = self._adapter("" if alone else ADAPTER_FOLDER, self._scaling)
             sides.append(side)
@@ -247,7 +223,7 @@ class _Export:
             patches={**found.config_patches, **(self._classifier or {})},
             missing=() if alone else missing,
             filled=() if alone else filled,
-            merged=len(self._updates),
+            merged=len(self._updates.by_target) + len(self._updates.by_source),
             scaling=self._scaling,
             findings=tuple(self._findings),
             assets=not alone,
@@ -256,15 +232,15 @@ class _Export:
     def _model(self) -> tuple[list[tuple[str, Entry]], tuple[str, ...], tuple[str, ...]]:
         """The model's tensors, the names filled from the base, and those left out."""
         options, found = self._options, self._fit
-        made: dict[str, Entry] = {**apply(found.outputs, self._parts.backbone), **self._updates}
+        made, updated = self._made()
         absent = list(found.filled)
         if options.exclude_frozen:
             frozen = [name for name, entry in made.items() if entry.kind == "frozen"]
-            absent += [name for name in frozen if name not in self._updates]
+            absent += [name for name in frozen if name not in updated]
             for name in absent:
                 made.pop(name, None)
         if self._parts.value is not None and self._classifier is not None:
-            made[SCORE] = self._parts.value.renamed(SCORE)
+            made.update(self._parts.value.called(SCORE))
         filled = [
             name
             for name in absent
@@ -278,11 +254,28 @@ class _Export:
             (filled if options.fill_from_base else missing).append(name)
         return list(made.items()), tuple(filled), tuple(missing)
 
+    def _made(self) -> tuple[dict[str, Entry], set[str]]:
+        """The tensors that the checkpoint makes, and the names of those with an update."""
+        outputs, updates = self._fit.outputs, self._updates
+        made = apply(outputs, self._parts.backbone)
+        updated = {*updates.by_target}
+        if updates.by_source:
+            with_updates = apply(outputs, {**self._parts.backbone, **updates.by_source})
+            updated |= {n for n, e in with_updates.items() if e.fragments != made[n].fragments}
+            made = with_updates
+        return {**made, **updates.by_target}, updated
+
     def _reward_files(self) -> tuple[list[Side], list[tuple[str, bytes]]]:
         heads, choice = self._parts.rewards, self._options.rewards
         if heads is None:
             return [], []
-        config = reward_config(heads, choice.probing_layer, self._base.config)
+        config = reward_config(heads, choice.layer, self._base.config)
+        if choice.probing_layer is None:
+            message = (
+                f"the heads are taken to read hidden state {choice.layer}, LightRFT's default: no "
+                "checkpoint states the layer."
+            )
+            self._findings.append(Finding("probing-layer-assumed", message))
         texts = [(REWARD_CONFIG, _json(config))]
         sides = []
         if choice.srm_format in ("split", "both"):
@@ -302,7 +295,9 @@ class _Export:
         PEFT's prefix is left out: the adapters are merged, and LightRFT wraps no model to load it.
         """
         self._check_complete()
-        merged = {self._fit.origins[name]: made for name, made in self._updates.items()}
+        targets = self._updates.by_target.items()
+        merged = {self._fit.origins[name]: made for name, made in targets}
+        merged.update(self._updates.by_source)
         heads = self._parts.rewards.tensors if self._parts.rewards else {}
         dtype = (
             main_dtype(self._base).name if self._options.dtype == "base" else self._options.dtype
@@ -332,9 +327,12 @@ class _Export:
             )
 
     def _adapter(self, folder: str, scaling: AdapterConfig) -> tuple[Side, tuple[str, bytes]]:
-        found = adapter_folder(self._separated, self._fit.prefix, scaling)
-        side = self._side(folder + ADAPTER_WEIGHTS, found.tensors.values())
-        return side, (folder + ADAPTER_CONFIG, _json(found.config))
+        base = self._base
+        names = adapter_files.named(scaling, base.folder, base.config)
+        found = adapter_files.adapter_folder(self._separated, self._fit.prefix, scaling, names)
+        self._findings += adapter_files.findings(found.config, self._separated.ranks)
+        side = self._side(folder + adapter_files.WEIGHTS, found.tensors.values())
+        return side, (folder + adapter_files.CONFIG, _json(found.config))
 
     def _side(self, name: str, entries: Iterable[Entry]) -> Side:
         items = [(entry.spec.name, entry) for entry in entries]

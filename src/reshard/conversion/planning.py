@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard import formats
 from reshard.conversion import live_names, output_model
@@ -21,13 +22,15 @@ from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Plan
 from reshard.errors import PlanError
 from reshard.formats import locate
+from reshard.formats.dcp.lightrft import client_state
 from reshard.storage.local import Sources
 from reshard.transfer.commit import check_space
 
 
 class Job(Struct, frozen=True):
-    """A conversion that is planned and not begun."""
+    """A conversion that is planned and not begun; `options` are those that it decided on."""
 
+    options: Options
     catalog: Catalog
     export: Export
     plan: Plan
@@ -47,12 +50,15 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
     base = None if options.base is None else read_base(options.base, sources)
+    options = replace(options, names=live_names.chosen(options, catalog, base))
     made = exported(catalog, base, options, sources)
     # Before the files are laid out: of a few petabytes, as a damaged file may state, that is long.
     check_space(options.target, sum(target.spec.nbytes for target in made.model))
     files, texts = _files(made, options)
     if not files:
         raise PlanError("nothing is left to write.", path=options.source)
+    if options.consumed_samples is not None:
+        texts = (*texts, client_state(options.consumed_samples))
     assets, patched, lacking = _assets(made, base, options)
     plan = Plan(
         files,
@@ -60,7 +66,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
         assets,
         (*catalog.findings, *made.findings, *lacking),
     )
-    return Job(catalog, made, plan)
+    return Job(options, catalog, made, plan)
 
 
 def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sources) -> Export:
@@ -69,8 +75,10 @@ def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sou
         made = output_model.plain(catalog, options)
     else:
         made = output_model.onto(catalog, base, options, sources)
-    if options.names == "memory":
-        made = live_names.placed(made, live_names.config_of(made, catalog, base, sources), options)
+    if options.names in ("all", "memory"):
+        config = live_names.config_of(made, catalog, base, sources, options.names)
+        place = live_names.placed if options.names == "memory" else live_names.answering
+        made = place(made, config, options)
     return made
 
 
@@ -91,7 +99,7 @@ def _files(
 
 
 def _slots(targets: Sequence[Target]) -> list[formats.Wanted]:
-    return [(target.spec, target.source, target.reference) for target in targets]
+    return [(t.spec, t.source.aliased(t.aliases), t.reference) for t in targets]
 
 
 def _assets(

@@ -17,12 +17,12 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from reshard.conversion import manifest
-from reshard.conversion.manifest import Stated
+from reshard.conversion.manifest import Manifest, Stated
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
-from reshard.errors import ReshardError, VerificationError
-from reshard.formats import Selection, read
+from reshard.errors import ReshardError, VerificationError, brief
+from reshard.formats import Selection, huggingface, read
 from reshard.progress import Progress
 from reshard.storage.local import Sources, child
 from reshard.transfer.reading import digest
@@ -53,20 +53,36 @@ def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None =
     """
     with Sources() as sources:
         stated = manifest.read(folder, sources)
+        check_listed(folder, stated)
         parts = [(folder, stated.tensors)] if stated.tensors else []
         parts += [(child_of(folder, name), tensors) for name, tensors in stated.beside.items()]
-        found = [
-            check_digests(
-                read(path, sources, Selection()),
-                tensors,
-                sources,
-                threads=threads,
-                progress=progress,
+        found = []
+        for path, tensors in parts:
+            catalog = read(path, sources, Selection())
+            if path == folder:
+                _check_aliases(catalog, stated.names.get("aliases", {}))
+            found.append(
+                check_digests(catalog, tensors, sources, threads=threads, progress=progress)
             )
-            for path, tensors in parts
-        ]
         sources.check_unchanged()
     return Verified(sum(f.num_tensors for f in found), sum(f.bytes_read for f in found))
+
+
+def check_listed(folder: Path, stated: Manifest) -> None:
+    """Raise `VerificationError` where weights lie in a folder that its `reshard.json` does not list.
+
+    A model that no tensor is stated of would be passed over, and what is beside it alone compared.
+    """
+    listed = stated.files or stated.beside
+    if stated.tensors and not stated.files:
+        return  # an earlier version, which did not list the model's files
+    for path in sorted(folder.iterdir()):
+        if huggingface.is_weights(path.name) and path.is_file() and path.name not in listed:
+            raise VerificationError(
+                f"it is there, and {manifest.MANIFEST} does not list it.",
+                path=path,
+                hint="Move it away, or convert again: what is not listed cannot be verified.",
+            )
 
 
 def child_of(folder: Path, name: str) -> Path:
@@ -74,6 +90,21 @@ def child_of(folder: Path, name: str) -> Path:
     for part in name.split("/"):
         folder = child(folder, part)
     return folder
+
+
+def _check_aliases(catalog: Catalog, stated: object) -> None:
+    """Compare the other names of the same bytes with those that are stated."""
+    found = {alias: name for name, entry in catalog.entries.items() for alias in entry.aliases}
+    if not isinstance(stated, dict):
+        raise VerificationError("it is damaged.", path=catalog.origin.root / manifest.MANIFEST)
+    for alias in sorted(found.keys() | stated.keys()):
+        if found.get(alias) != stated.get(alias):
+            raise VerificationError(
+                f"as a name of {brief(found.get(alias))} it is there, as a name of "
+                f"{brief(stated.get(alias))} it is stated.",
+                path=catalog.origin.root,
+                tensor=alias,
+            )
 
 
 def check_digests(

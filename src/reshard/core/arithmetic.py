@@ -6,6 +6,7 @@ Each is a `Computed`: it says which tensors it is made of, and what its elements
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -36,7 +37,8 @@ class LowRank(Computed, frozen=True):
 
     `base` is `[rows, columns]`, `left` `[rows, rank]`, `right` `[rank, columns]` (for a linear
     layer LoRA's B and A). With `magnitude` `[rows]` (DoRA) each row of the sum is then multiplied
-    by its magnitude and divided by its Euclidean norm. Computed in float32, rounded once.
+    by its magnitude and divided by its Euclidean norm; with `by_column`, of a matrix that is stored
+    turned, each column, and `magnitude` is `[columns]`. Computed in float32, rounded once.
     """
 
     base: Entry
@@ -44,6 +46,7 @@ class LowRank(Computed, frozen=True):
     right: Entry
     scaling: float
     magnitude: Entry | None = None
+    by_column: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -70,6 +73,9 @@ class LowRank(Computed, frozen=True):
         if self.magnitude is None:
             return self._sum(box, read)
         (row, column), (rows, columns) = box.offsets, box.sizes
+        if self.by_column:
+            scales = _COLUMN_SCALES.of(self, self.magnitude, read)
+            return self._sum(box, read) * scales[column : column + columns]
         whole_rows = self._sum(Box(box.shape, (row, 0), (rows, box.shape[1])), read)
         scale = read(self.magnitude, Box(box.shape[:1], (row,), (rows,)))
         scale /= np.linalg.norm(whole_rows, axis=1)
@@ -87,3 +93,37 @@ class LowRank(Computed, frozen=True):
         delta *= np.float32(self.scaling)
         sum_ += delta
         return sum_
+
+    def column_scales(self, magnitude: Entry, read: Read) -> Array:
+        """Magnitude over norm of each column: the whole matrix is read for it, block by block."""
+        import numpy as np
+
+        rows, width = self.shape
+        squares = np.zeros(width, np.float64)
+        step = max(1, _MERGED_AT_ONCE // max(width, 1))
+        for row in range(0, rows, step):
+            box = Box(self.shape, (row, 0), (min(step, rows - row), width))
+            squares += np.square(self._sum(box, read), dtype=np.float64).sum(axis=0)
+        scales = read(magnitude, whole((width,)))
+        scales /= np.sqrt(squares).astype(np.float32)
+        return scales
+
+
+class _ColumnScales:
+    """The columns' scales of the matrix that was asked for last.
+
+    The blocks of one are filled one after another, by several threads; each would read it anew.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: tuple[LowRank, Array] | None = None
+
+    def of(self, update: LowRank, magnitude: Entry, read: Read) -> Array:
+        with self._lock:
+            if self._last is None or self._last[0] is not update:
+                self._last = (update, update.column_scales(magnitude, read))
+            return self._last[1]
+
+
+_COLUMN_SCALES = _ColumnScales()

@@ -41,7 +41,8 @@ class Catalog(Struct, frozen=True):
     `entries` holds each stored tensor once; other names of the same weights are in
     `Entry.aliases`. `records` are the checksummed stretches of the files, which the engine checks
     as their bytes pass. `findings` are what a user should read, which checkpoint was taken first of
-    all where the path named a folder above it; they change no weight.
+    all where the path named a folder above it; they change no weight. `renamed` are those aliases
+    that are no tied parameters, but what other layouts of the model call the tensor.
     """
 
     format: str
@@ -50,6 +51,16 @@ class Catalog(Struct, frozen=True):
     records: tuple[Record, ...] = ()
     assets: tuple[Asset, ...] = ()
     findings: tuple[Finding, ...] = ()
+    renamed: frozenset[str] = frozenset()
+
+    def of_one_layout(self) -> Mapping[str, Entry]:
+        """The entries with the names of one layout: with tied parameters, without the renamed."""
+        if not self.renamed:
+            return self.entries
+        return {
+            name: entry.aliased(tuple(a for a in entry.aliases if a not in self.renamed))
+            for name, entry in self.entries.items()
+        }
 
     def names(self) -> Iterator[str]:
         """Every name, aliases included."""

@@ -64,8 +64,26 @@ def objects_unread(names: Sequence[str]) -> Finding:
 
 #: Every code, in alphabetical order.
 CODES: dict[str, Code] = {
+    "adapter-base-folder": Code(
+        "info", "an adapter folder names its base by a folder of this machine",
+        "Where the base lies elsewhere, change base_model_name_or_path in adapter_config.json."),
+    "adapter-not-served": Code(
+        "warning", "vLLM and llama.cpp refuse an adapter of this kind",
+        "To serve it, pass --lora merge."),
+    "adapter-partly-zero": Code(
+        "warning", "half of an adapter's rows or more are exact zeros: a part may not be saved",
+        "Gather every rank's part before saving, and convert that."),
+    "adapter-rank-for-vllm": Code(
+        "warning", "vLLM takes adapters of such a rank only where it is told to"),
+    "adapter-scales-differ": Code(
+        "warning", "an engine would scale the adapter otherwise than PEFT does",
+        "To serve it, pass --lora merge."),
+    "adapter-setting-unknown": Code(
+        "warning", "adapter_config.json has a setting that is not known here",
+        "Compare the output with PEFT's."),
+    "adapter-zero": Code("warning", "the adapters change nothing: every lora_B is zero"),
     "adapters-alone": Code(
-        "warning", "with --lora adapter, only the adapters were written",
+        "warning", "with --lora adapter, tensors that differ from the base were left out",
         "To write the whole model, pass --lora merge."),
     "adapters-unmerged": Code(
         "warning", "adapters were written as they are, into a file that no program loads",
@@ -82,7 +100,14 @@ CODES: dict[str, Code] = {
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
         "Copy the newer one again, or name the one that is meant."),
+    "live-layout-apart": Code(
+        "warning", "live modules of some versions hold tensors that the folder has no bytes for",
+        "For a run of such a version, convert with --names memory."),
+    "live-layout-unknown": Code(
+        "warning", "the names that live modules of some versions ask for are not known"),
     "live-names": Code("info", "names are those of a live module, not those of the files"),
+    "live-names-added": Code(
+        "info", "tensors also have the names that live modules ask for, without further bytes"),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
     "names-without-weights": Code(
@@ -95,8 +120,20 @@ CODES: dict[str, Code] = {
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
     "objects-unread": Code(
         "warning", "a pickle holds objects that are not data; they were not made"),
+    "old-output-kept": Code(
+        "warning", "the output that was replaced cannot be deleted entirely",
+        "Delete what is left of it."),
+    "old-output-restored": Code(
+        "info", "a killed run had moved the old output aside; it was put back"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
+    "partial-output": Code("info", "what an interrupted run of this output left was removed"),
+    "partial-output-kept": Code(
+        "warning", "something beside the output looks like a run's leftover and was not removed",
+        "Remove it, if nobody needs it."),
+    "probing-layer-assumed": Code(
+        "warning", "which hidden state the reward heads read was assumed",
+        "Pass --probing-layer with the value of the training."),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

@@ -245,7 +245,7 @@ class Entry(Struct, frozen=True):
     """A tensor of a catalog. Its fragments' boxes tile it exactly: `tiling.check_tiling` proves it.
 
     All boxes of one entry are over the same shape: the tensor's, or `(numel,)`. `aliases` are
-    the other names of the same weights (tied parameters).
+    the other names of the same weights: tied parameters, and names that live modules have.
     """
 
     spec: TensorSpec
@@ -261,6 +261,10 @@ class Entry(Struct, frozen=True):
     def renamed(self, name: str) -> Entry:
         """The same tensor under another name."""
         return replace(self, spec=replace(self.spec, name=name))
+
+    def aliased(self, aliases: tuple[str, ...]) -> Entry:
+        """The same tensor with these other names."""
+        return replace(self, aliases=aliases)
 
 
 def blocks(shape: Shape, max_numel: int) -> Iterator[Box]:

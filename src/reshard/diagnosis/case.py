@@ -23,9 +23,9 @@ from reshard.errors import NamesError, PlanError, ReshardError
 from reshard.formats import Selection, deepspeed
 from reshard.naming import FitOptions, NameMap, apply, fit, schema
 from reshard.naming.families import PREFIXES
-from reshard.naming.rewards import SCORE
 from reshard.naming.search import unwrap
 from reshard.naming.ties import HEADS
+from reshard.naming.value_heads import SCORE
 from reshard.progress import Progress, StagedProgress
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
@@ -184,11 +184,11 @@ def _fitted(
         return equal(one, other, sources)
 
     score: dict[str, Entry] = {}
-    own = next((name for name in entries if unwrap(name) == SCORE), None)
-    if own is not None and folder.classifies and SCORE not in base.entries:
+    if folder.classifies and f"{SCORE}.weight" not in base.entries:
         # The base is the language model that the classifier was trained from.
-        score = {SCORE: entries[own].renamed(SCORE)}
-        entries = {name: entry for name, entry in entries.items() if name != own}
+        own = {n: unwrap(n) for n in entries if unwrap(n) in (f"{SCORE}.weight", f"{SCORE}.bias")}
+        score = {clean: entries[name].renamed(clean) for name, clean in own.items()}
+        entries = {name: entry for name, entry in entries.items() if name not in own}
     try:
         # transformers 4 leaves an embedding that is stored as the head alone without weights.
         options = FitOptions(headless=folder.headless, untied=_heads(entries))

@@ -21,8 +21,8 @@ from reshard.core.catalog import Asset
 from reshard.core.tensors import Entry, Fragment, Record, stored, whole
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
-from reshard.naming.lora.output import CONFIG as ADAPTER_CONFIG
-from reshard.naming.lora.output import WEIGHTS as ADAPTER_WEIGHTS
+from reshard.naming.lora.folder import CONFIG as ADAPTER_CONFIG
+from reshard.naming.lora.folder import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
@@ -62,7 +62,8 @@ class Folder(Struct, frozen=True):
     @property
     def classifies(self) -> bool:
         """Whether the config names a class with a `score` in place of an output head."""
-        return any(name.endswith("ForSequenceClassification") for name in classes(self.settings))
+        tasks = ("ForSequenceClassification", "ForTokenClassification")
+        return any(name.endswith(tasks) for name in classes(self.settings))
 
     @property
     def headless(self) -> bool:

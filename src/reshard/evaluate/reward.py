@@ -212,7 +212,7 @@ def _check_backbone(folder: Path, backbone: Any, config: RewardConfig) -> None:
             f"`hidden_size` is {config.hidden_size}, but the backbone's is {width}.",
             path=folder / REWARD_CONFIG,
         )
-    if not -layers <= config.probing_layer <= layers:
+    if not -layers <= config.probing_layer < layers:
         raise FormatError(
             f"`probing_layer` {config.probing_layer} is not among the {layers} layers.",
             path=folder / REWARD_CONFIG,

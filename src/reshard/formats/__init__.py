@@ -49,7 +49,8 @@ class Format(Protocol):
         """
 
 
-#: A tensor to be laid out: what is written, what from, and the base's tensor to compare with.
+#: A tensor to be laid out: what is written, what from, and the base's tensor to compare with. A
+#: format that can name the same bytes more than once gives them the source's aliases, too.
 Wanted = tuple[TensorSpec, Entry, Entry | None]
 
 
@@ -91,6 +92,9 @@ ADAPTER_TITLE = "an adapter of PEFT"
 
 # The values of `convert --to`.
 TARGETS = {"hf": "huggingface", "dcp": "dcp"}
+
+#: Those of them that can name the same bytes more than once.
+ALIASING = frozenset({"dcp"})
 
 
 def load(name: str) -> Format:

@@ -123,12 +123,17 @@ def is_adapter(folder: Path) -> bool:
     return (folder / _ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, of whatever format."""
+    return name.endswith(_WEIGHT_SUFFIXES)
+
+
 def assets(folder: Path) -> tuple[Asset, ...]:
     """Every file of a model folder that holds no weights, sub-folders included, by name."""
     found = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        weights = path.name.endswith(_WEIGHT_SUFFIXES) or _WEIGHT_LISTS.fullmatch(path.name)
+        weights = is_weights(path.name) or _WEIGHT_LISTS.fullmatch(path.name)
         of_weights = weights or path.name in (_ADAPTER_CONFIG, "reshard.json")
         if path.is_file() and not of_weights and not _NOT_ASSETS & set(relative.parts):
             if path.is_symlink():

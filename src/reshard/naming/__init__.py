@@ -8,11 +8,11 @@ heads, adapters, reward heads. Nothing is opened, instantiated or imported for i
 from __future__ import annotations
 
 from reshard.naming.fit import fit
+from reshard.naming.judge import FitOptions
 from reshard.naming.layouts import parse_version
 from reshard.naming.memory import NEWEST, to_memory
 from reshard.naming.name_map import NameMap, Resize, apply, identity
 from reshard.naming.schema import Schema
-from reshard.naming.search import FitOptions
 
 __all__ = [
     "NEWEST",

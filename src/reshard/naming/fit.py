@@ -12,15 +12,14 @@ from reshard.core.tensors import Entry
 from reshard.errors import NamesError
 from reshard.naming import ties
 from reshard.naming.assemble import Assembler
+from reshard.naming.judge import FitOptions, Verdict
 from reshard.naming.layouts import Piece
 from reshard.naming.mismatch import refuse
 from reshard.naming.name_map import NameMap, Resize
 from reshard.naming.schema import Schema, is_unheld, says_tied, stating_levels, text_config
 from reshard.naming.search import (
     Candidate,
-    FitOptions,
     Sources,
-    Verdict,
     search,
     sources,
 )
@@ -69,6 +68,8 @@ class _Fitting:
     ) -> None:
         self._options = options
         self._from_base: dict[str, str] = {}
+        self._tied_to: dict[str, str] = {}
+        self._own_origins: dict[str, str] = {}
         self._owners = found.owners
         self._by_name = {clean: entries[own] for clean, own in found.owners.items()}
         self._config = schema.config
@@ -84,18 +85,19 @@ class _Fitting:
         written = self._copy_twins(outputs)
         self._judge_twins(outputs, written)
         dropped = self._sort_dropped(written)
-        self._leave_heads_behind()
+        self._leave_heads_behind(outputs)
         self._mention_unheld()
         resized = self._resize()
         candidate = self._candidate
         return NameMap(
             outputs=outputs,
-            origins=self._origins(),
+            origins={**self._origins(), **self._own_origins},
             prefix=candidate.prefix,
             rules=_rules(candidate),
             tied=self._tied,
             filled=self._base_names(Verdict.FILLED),
             from_base=self._from_base,
+            tied_to=self._tied_to,
             left_out=self._base_names(Verdict.LEFT_OUT),
             dropped=dropped,
             resized=resized,
@@ -156,7 +158,17 @@ class _Fitting:
                         "and the checkpoint holds one."
                     )
                     self._findings.append(Finding("tied-twin-copied", message, subject=name))
+                self._part_from_updated(outputs, hub, twin)
         return written
+
+    def _part_from_updated(self, outputs: dict[str, Arrangement], hub: str, twin: str) -> None:
+        """Of a tied pair that the source stores once, untie the head where one is updated."""
+        if self._candidate.source.pieces[twin].name not in self._options.updated:
+            return
+        if ties.is_head(hub):
+            self._say_untied(self._candidate.base.pieces[hub].name, "it has no update")
+        elif ties.is_head(twin) and twin not in self._candidate.base.pieces:
+            self._untie(outputs, twin)
 
     def _judge_twins(self, outputs: dict[str, Arrangement], written: Mapping[str, str]) -> None:
         """Compare what the base or its config says is one tensor, and the source stores twice.
@@ -193,7 +205,14 @@ class _Fitting:
     def _untie(self, outputs: dict[str, Arrangement], hub: str) -> None:
         """Write a head of its own, and have the config say so."""
         name = self._candidate.base_view.name_here(hub)
-        outputs[name] = Whole(self._owners[self._candidate.source.pieces[hub].name])
+        own = self._owners[self._candidate.source.pieces[hub].name]
+        outputs[name] = Whole(own)
+        base = self._candidate.base.pieces
+        if hub not in base:
+            self._own_origins[name] = own
+            embedding = ties.embedding_of(hub, base)
+            if embedding is not None:
+                self._tied_to[name] = base[embedding].name
         self._say_untied(name, "it is written")
 
     def _say_untied(self, head: str, what: str) -> None:
@@ -205,39 +224,57 @@ class _Fitting:
         )
         self._findings.append(Finding("head-untied", message, subject=head))
 
-    def _leave_heads_behind(self) -> None:
+    def _leave_heads_behind(self, outputs: dict[str, Arrangement]) -> None:
         """A head that the source does not hold, whose embedding was trained apart from it, stays
-        what the base ties it to.
+        what the base ties it to; one whose embedding is updated is the embedding as it was.
 
         Raises `NamesError` where the base is not to be copied, or has another vocabulary.
         """
         if not says_tied(self._config) or self._options.headless:
             return
-        candidate = self._candidate
+        candidate, options = self._candidate, self._options
         have, want = candidate.source.pieces, candidate.base.pieces
         heads = ties.missing_heads(have, self._config.get("model_type"))
         for hub, embedding in heads.items():
             piece = have[embedding]
-            if piece.name not in self._options.untied or embedding not in want:
+            apart = piece.name in options.untied
+            if embedding not in want or hub in candidate.of(Verdict.COPIED):
                 continue
             name = candidate.base_view.name_here(hub)
-            if not self._options.fill_from_base or want[embedding].shape != piece.shape:
-                raise NamesError(
-                    f"{piece.name!r} was trained apart from the head that the base ties it to, and "
-                    f"the checkpoint does not hold the head, of shape {piece.shape}.",
-                    missing=(name,),
-                    hint="If its vocabulary is the base's, take it from there: --fill-from-base.",
-                )
-            if hub not in want:
-                self._from_base[name] = want[embedding].name
-            self._say_untied(name, "it is the base's")
+            if piece.name in options.updated and not apart:
+                outputs[name] = Whole(self._owners[piece.name])
+                self._say_untied(name, "it has no update")
+            elif apart:
+                self._take_head(name, piece, want[embedding])
+                if hub not in want:
+                    self._from_base[name] = want[embedding].name
+                self._say_untied(name, "it is the base's")
+
+    def _take_head(self, name: str, embedding: Piece, base: Piece) -> None:
+        """Check that a head can be the base's. Raises `NamesError`."""
+        fits = base.shape == embedding.shape
+        if self._options.fill_from_base and fits:
+            return
+        raise NamesError(
+            f"{embedding.name!r} was trained apart from the head that the base ties it to, and "
+            f"the checkpoint does not hold the head, of shape {embedding.shape}.",
+            missing=(name,),
+            hint="Take it from the base: --fill-from-base."
+            if fits
+            else f"The base's has shape {base.shape}: save the head too, with the whole model.",
+        )
 
     def _are_equal(self, hub: str, twin: str) -> bool:
         """Whether two of the source's tensors hold the same values."""
         have = self._candidate.source.pieces
         one, other = self._by_name[have[hub].name], self._by_name[have[twin].name]
+        updated = self._options.updated
+        if updated.get(have[hub].name) != updated.get(have[twin].name):
+            return False
         if one.fragments == other.fragments:
             return True
+        if not (one.fragments and other.fragments):
+            return one.spec.shape == other.spec.shape  # the base's, which ties them
         if self._equal is None:
             self._undecided.append((one.spec.name, other.spec.name))
             return True
@@ -251,9 +288,11 @@ class _Fitting:
             self._by_name[have[hub].name].spec.name: candidate.base_view.name_here(stored)
             for hub, stored in written.items()
         }
-        dropped = []
+        dropped = list(candidate.source.allowed)
         for hub in candidate.of(Verdict.DROPPED):
             name = have[hub].name
+            if candidate.base_view.name_here(hub) in self._own_origins:
+                continue
             stored = stores.get(self._by_name[name].spec.name)
             if stored is None:
                 dropped.append(name)

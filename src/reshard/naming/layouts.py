@@ -142,12 +142,14 @@ class Reading(Struct, frozen=True):
     """What a set of tensors holds when it is read through a view.
 
     `pieces`: hub name -> where it lies. `rules`: how often each rule was used. `misfits`: names
-    without the prefix, or that read as a hub tensor which another name already gave.
+    without the prefix, or that read as a hub tensor which another name already gave. `allowed`:
+    names without the prefix that are left out because the user said so.
     """
 
     pieces: Mapping[str, Piece]
     rules: Mapping[str, int]
     misfits: tuple[str, ...]
+    allowed: tuple[str, ...] = ()
 
 
 class Names:

@@ -45,17 +45,29 @@ def to_memory(
     Raises `UnsupportedError` where that version has no such model, `PlanError` where the files
     hold only some experts of a layer.
     """
-    reading = _read(entries, config)
-    pieces = _towers(_held(reading.pieces, config), config)
-    _add_tied(pieces, config)
-    view = memory_view(config, version)
-    wanted: dict[str, list[tuple[Piece, Piece]]] = {}
-    for hub, piece in _place({hub: piece.shape for hub, piece in pieces.items()}, view).items():
-        wanted.setdefault(piece.name, []).append((piece, pieces[hub]))
     shapes = {name: entry.spec.shape for name, entry in entries.items()}
+    wanted = placed_pieces(pieces_of(shapes, config), config, memory_view(config, version))
     assembler = Assembler(shapes, {name: name for name in entries})
     outputs = {name: assembler.arrange(pairs) for name, pairs in wanted.items()}
     return apply(outputs, entries)
+
+
+def pieces_of(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Mapping[str, Piece]:
+    """Where each hub tensor lies in a model's files, given by names and shapes."""
+    return _read(shapes, config).pieces
+
+
+def placed_pieces(
+    stored: Mapping[str, Piece], config: Mapping[str, Any], view: View
+) -> dict[str, list[tuple[Piece, Piece]]]:
+    """The tensors that a live module of this layout has, each with the pieces that make it: where
+    one lies in the module, where it lies in the files (`stored`)."""
+    pieces = _towers(_held(stored, config), config)
+    _add_tied(pieces, config)
+    wanted: dict[str, list[tuple[Piece, Piece]]] = {}
+    for hub, piece in _place({hub: piece.shape for hub, piece in pieces.items()}, view).items():
+        wanted.setdefault(piece.name, []).append((piece, pieces[hub]))
+    return wanted
 
 
 def memory_view(config: Mapping[str, Any], version: Version) -> View:
@@ -63,47 +75,54 @@ def memory_view(config: Mapping[str, Any], version: Version) -> View:
 
     Raises `UnsupportedError` where that version has no such model.
     """
-    _refuse_unsupported(config, version)
-    live = [view for view in views(config, guess=False) if view.is_live(version)]
-    if not live:
-        text = ".".join(map(str, version))
-        raise UnsupportedError(
-            f"transformers {text} has no model of type {config.get('model_type')!r}.",
-            hint="Name another version with --transformers-version.",
-        )
-    wanted = is_backbone(config)
-    live = [view for view in live if view.backbone == wanted] or live
-    return max(live, key=lambda view: [layout.since or () for layout in view.layouts])
-
-
-def _refuse_unsupported(config: Mapping[str, Any], version: Version) -> None:
-    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    kinds = {str(part.get("model_type")) for part in parts} if version >= (5,) else set()
-    classes = {str(name) for name in config.get("architectures") or ()}
-    found = (kinds & {*families.UNSUPPORTED}) | (classes & {*families.UNSUPPORTED_CLASSES})
+    text = ".".join(map(str, version))
+    found = unsupported(config, version)
     if found:
-        text = ".".join(map(str, version))
         raise UnsupportedError(
             f"the live modules that transformers {text} makes of {', '.join(sorted(found))} split, "
             "join, permute or add to the tensors of the files, in ways that are not known here.",
             hint="Without --names memory the names are those of the files.",
         )
+    view = live_layout(config, version)
+    if view is None:
+        raise UnsupportedError(
+            f"transformers {text} has no model of type {config.get('model_type')!r}.",
+            hint="Name another version with --transformers-version.",
+        )
+    return view
 
 
-def _read(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Reading:
+def live_layout(config: Mapping[str, Any], version: Version) -> View | None:
+    """The layout of that version's live modules; None where the version has no such model."""
+    live = [view for view in views(config, guess=False) if view.is_live(version)]
+    wanted = is_backbone(config)
+    live = [view for view in live if view.backbone == wanted] or live
+    return max(live, key=lambda view: [layout.since or () for layout in view.layouts], default=None)
+
+
+def unsupported(config: Mapping[str, Any], version: Version) -> set[str]:
+    """The model types and classes of the config that this version makes into tensors which are not
+    known to be those of the files."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    kinds = {str(part.get("model_type")) for part in parts} if version >= (5,) else set()
+    classes = {str(name) for name in config.get("architectures") or ()}
+    return (kinds & {*families.UNSUPPORTED}) | (classes & {*families.UNSUPPORTED_CLASSES})
+
+
+def _read(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Reading:
     """Read files through the layout they are in: the hub's, or a live one that they were dumped in.
 
     A layout is theirs where each name is the one that it gives to the hub tensor read from it.
     """
-    names = Names({name: entry.spec.shape for name, entry in entries.items()})
+    names = Names(shapes)
     known = views(config, guess=False)
-    if _is_bare(entries, config):
+    if _is_bare(shapes, config):
         known = tuple(View((bare_layout(config), *view.layouts)) for view in known[:1])
     best = names.read(names.effects(known[0]))
     for view in known[1:]:
         if any(layout.since is None and not layout.released for layout in view.layouts):
             continue
-        if (view.backbone and not is_backbone(config)) or _are_the_hubs(entries, view):
+        if (view.backbone and not is_backbone(config)) or _are_the_hubs(shapes, view):
             continue
         effects = names.effects(view)
         reading = names.read(effects)

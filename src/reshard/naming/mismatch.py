@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from reshard.errors import NamesError
-from reshard.naming.search import Candidate, Verdict
+from reshard.naming import value_heads
+from reshard.naming.judge import Verdict
+from reshard.naming.search import Candidate
 
 # Names shown of each list; the error's fields hold all of them.
 _SHOWN = 10
@@ -94,11 +96,9 @@ def _heads(name: str) -> Sequence[str]:
 def _value_head(candidate: Candidate) -> str:
     """The option that makes a critic's head of a leftover row, in words."""
     pieces = candidate.source.pieces
-    rows = [hub for hub in candidate.of(Verdict.UNEXPECTED) if pieces[hub].shape[:-1] == (1,)]
-    names = [pieces[hub].name for hub in rows if pieces[hub].name.endswith(".weight")]
-    if len(names) != 1:
-        return ""
-    return f" Is it a critic's head, pass --value-head {names[0].removesuffix('.weight')}."
+    left = [(pieces[hub].name, pieces[hub].shape) for hub in candidate.of(Verdict.UNEXPECTED)]
+    names = value_heads.candidates(left)
+    return f" Is it a critic's head, pass --value-head {names[0]}." if len(names) == 1 else ""
 
 
 def _names(names: Iterable[str]) -> tuple[str, ...]:

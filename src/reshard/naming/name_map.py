@@ -33,6 +33,7 @@ class NameMap(Struct, frozen=True):
     tied: a name that is not stored -> the name that its weights are stored under.
     filled: tensors to copy from the base. from_base: a name -> the tensor of the base, of another
     name, to copy. left_out: tensors of the base that are not written.
+    tied_to: a head of its own in the output -> the tensor that the base ties it to.
     dropped: tensors of the checkpoint (its own names) that are not written.
     resized: tensors with another number of vocabulary rows than the base's.
     config_patches: dotted path in `config.json` -> new value.
@@ -48,6 +49,7 @@ class NameMap(Struct, frozen=True):
     tied: Mapping[str, str] = field(default_factory=dict)
     filled: tuple[str, ...] = ()
     from_base: Mapping[str, str] = field(default_factory=dict)
+    tied_to: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     resized: tuple[Resize, ...] = ()

@@ -9,29 +9,28 @@ width of the language model):
     {t}_attnpool.query [H]   .k.weight [H, H]   .v.weight [H, H]     attention pooling, 4 heads
     {t}_logit_scale [1]                                              scale_for_train
 
-A critic keeps one head, `score.weight [1, H]` (or another name), beside its backbone. Which heads
-there are, the pooling and the scale can be read from the names; the probing layer and the order
-of the heads cannot, so they are asked for. (lightrft/models: srm_vl.py, srm_al.py, critics.)
+A critic keeps one head beside its backbone (`value_heads.py`). Which heads there are, the pooling
+and the scale can be read from the names; the probing layer and the order of the heads cannot, so
+they are asked for. (lightrft/models: srm_vl.py, srm_al.py, critics.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Literal
 
 from msgspec import Struct
 
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import IncompleteError, NamesError
-from reshard.naming import patterns
+from reshard.naming import value_heads
 from reshard.naming.schema import levels
 from reshard.naming.search import unwrap
+from reshard.naming.value_heads import ValueHead
 
 ModelType = Literal["vision2seq", "grm", "srm_vl", "srm_al", "critic"]
 Pooling = Literal["attn", "last"]
 
-#: A critic's head, and that of transformers' `...ForSequenceClassification`.
-SCORE = "score.weight"
 #: Heads of the attention pooling; LightRFT fixes the number.
 POOLING_HEADS = 4
 
@@ -70,14 +69,14 @@ class Parts(Struct, frozen=True):
 
     backbone: Mapping[str, Entry]
     rewards: RewardHeads | None = None
-    value: Entry | None = None
+    value: ValueHead | None = None
 
 
 class RewardOptions(Struct, frozen=True):
     """What the user said of a reward model or critic; None where nothing was said.
 
-    `types` also gives the order of the heads. `value_head` is the name of a critic's head without
-    `.weight`.
+    `types` also gives the order of the heads. `value_head` is what precedes the names of a critic's
+    head: `score`, `v_head.summary`.
     """
 
     pooling: Pooling | None = None
@@ -92,11 +91,15 @@ class RewardOptions(Struct, frozen=True):
 
 
 def split(
-    entries: Mapping[str, Entry], base: Container[str] = (), value_head: str | None = None
+    entries: Mapping[str, Entry],
+    base: Container[str] = (),
+    value_head: str | None = None,
+    allows: Callable[[str], bool] = lambda _: False,
 ) -> Parts:
     """Find the heads by their names and shapes, and take them off the backbone.
 
-    `base` are the names of the base model: a head that it has is a part of the backbone.
+    `base` are the names of the base model: a head that it has is a part of the backbone. `allows`
+    says which names the user leaves out; they are no head unless `value_head` names them.
 
     Raises `IncompleteError` for a head of which a tensor is missing, `NamesError` for shapes that
     do not agree or a `value_head` that is not there.
@@ -106,15 +109,19 @@ def split(
     for name, entry in entries.items():
         clean = unwrap(name)
         kind, suffix = _head_type(clean)
-        if suffix and "." not in kind and clean not in base:
+        elsewhere = clean in base or allows(clean) or clean.startswith(f"{value_head}.")
+        if suffix and "." not in kind and not elsewhere:
             heads[clean] = entry.renamed(clean)
         else:
             backbone[name] = entry
     rewards = _rewards(heads) if heads else None
-    value = None if rewards else _value(backbone, base, value_head)
-    if value is not None:
-        backbone = {n: entry for n, entry in backbone.items() if unwrap(n) != value.spec.name}
-    return Parts(backbone, rewards, value)
+    if rewards is not None:
+        return Parts(backbone, rewards)
+    found = value_heads.find(backbone, base, value_head, allows)
+    if found is None:
+        return Parts(backbone)
+    value, owners = found
+    return Parts({n: entry for n, entry in backbone.items() if n not in owners}, value=value)
 
 
 def _head_type(name: str) -> tuple[str, str]:
@@ -143,39 +150,20 @@ def _rewards(tensors: Mapping[str, Entry]) -> RewardHeads:
                 raise IncompleteError(
                     f"the reward head {kind!r} has no such tensor; the heads are {types}.",
                     tensor=kind + suffix,
+                    hint=_critic(kind),
                 )
             if entry.spec.shape != wanted:
                 raise NamesError(
                     f"its shape is {entry.spec.shape}, a reward head of width {width} has "
                     f"{wanted} here.",
                     tensor=kind + suffix,
+                    hint=_critic(kind),
                 )
     return RewardHeads(tensors, types, "attn" if pooled else "last", scaled, width)
 
 
-def _value(entries: Mapping[str, Entry], base: Container[str], wanted: str | None) -> Entry | None:
-    """A critic's head: `score.weight`, or the named one, of shape `[1, H]`."""
-    found = {
-        unwrap(name): entry
-        for name, entry in entries.items()
-        if patterns.match("*.weight", unwrap(name))
-        and unwrap(name) not in base
-        and _is_row(entry.spec.shape)
-    }
-    name = f"{wanted}.weight" if wanted else SCORE
-    if name in found:
-        return found[name].renamed(name)
-    if wanted is not None:
-        raise NamesError(
-            f"there is no value head {name!r} of shape [1, H].",
-            unexpected=tuple(found),
-            hint=f"Tensors of such a shape are: {', '.join(found) or 'none'}.",
-        )
-    return None
-
-
-def _is_row(shape: Shape) -> bool:
-    return len(shape) == 2 and shape[0] == 1
+def _critic(kind: str) -> str:
+    return f"If it is a critic's head of several layers, pass --value-head {kind}_head."
 
 
 def check(parts: Parts, model_type: ModelType | None, options: RewardOptions) -> Parts:
@@ -196,7 +184,7 @@ def check(parts: Parts, model_type: ModelType | None, options: RewardOptions) ->
         if parts.rewards is not None:
             held = f"reward heads ({', '.join(parts.rewards.types)})"
         elif parts.value is not None:
-            held = f"a value head ({parts.value.spec.name})"
+            held = f"a value head ({parts.value.name})"
         raise NamesError(
             f"the checkpoint holds {held}, and a model of type {model_type!r} was asked for.",
             hint=f"Pass --model-type {' or '.join(fitting)}.",
@@ -252,10 +240,11 @@ def reward_config(
     not the backbone's.
     """
     layers = _stated(config, "num_hidden_layers")
-    if layers is not None and not -layers <= probing_layer <= layers:
+    # LightRFT's own bound: the states after the last layer are not among those it probes.
+    if layers is not None and not -layers <= probing_layer < layers:
         raise NamesError(
             f"the backbone has {layers} layers, probing layer {probing_layer} was asked for.",
-            hint=f"Pass --probing_layer between {-layers} and {layers}.",
+            hint=f"Pass --probing_layer between {-layers} and {layers - 1}.",
         )
     width = _stated(config, "hidden_size")
     if width not in (None, heads.width):
@@ -279,19 +268,3 @@ def _stated(config: Mapping[str, Any], key: str) -> int | None:
         if isinstance(level.get(key), int):
             return int(level[key])
     return None
-
-
-def classifier_patches(architectures: Sequence[str]) -> dict[str, object] | None:
-    """Config changes that make a causal model a `...ForSequenceClassification` of one label.
-
-    None where the base is no causal language model: its critic keeps the base's class, with the
-    value head in a file beside it.
-    """
-    stems = [name.removesuffix("ForCausalLM") for name in architectures]
-    if not stems or stems[0] == architectures[0]:
-        return None
-    return {
-        "architectures": [f"{stems[0]}ForSequenceClassification"],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-    }

@@ -8,67 +8,18 @@ allowed. Exactly one complete candidate must remain.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from enum import Enum
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import NamesError
-from reshard.naming import families, ties
-from reshard.naming.layouts import Effect, Names, Piece, Reading, Version, View
-from reshard.naming.schema import (
-    Schema,
-    comes_with_base,
-    is_constant,
-    says_tied,
-    says_untied,
-    views_of,
-)
-
-
-class FitOptions(Struct, frozen=True):
-    """What the user declared.
-
-    `prefix`: take only the tensors under it, and strip it. `fill_from_base`: tensors that the
-    checkpoint does not hold are copied from the base. `headless`: the checkpoint is of a class
-    without an output head, the base's is left out. `allow`: names (on the base's or the
-    checkpoint's side) that may be missing or left over, where `*` is any characters.
-    `transformers_version`: what the checkpoint was trained with; needed only where its layout
-    cannot be told from shapes. `untied`: tensors of the checkpoint, by its names, that are known to
-    be tied to no other.
-    """
-
-    prefix: str | None = None
-    fill_from_base: bool = False
-    headless: bool = False
-    allow: tuple[str, ...] = ()
-    transformers_version: Version | None = None
-    untied: frozenset[str] = frozenset()
-
-    def allows(self, name: str) -> bool:
-        """Whether a name may be missing or left over."""
-        return any(fnmatchcase(name, pattern) for pattern in self.allow)
-
-
-class Verdict(Enum):
-    """What becomes of one hub tensor; the last three are faults."""
-
-    MATCHED = "in both, with one shape"
-    RESIZED = "in both, with another number of vocabulary rows"
-    COPIED = "the base's, which the source stores under another of its names"
-    FILLED = "taken from the base"
-    LEFT_OUT = "the base's, not written"
-    DROPPED = "the source's, not written"
-    TWIN = "another name of a tensor of the source, which the base does not store"
-    MISSING = "the base's, without a source"
-    UNEXPECTED = "the source's, without a place"
-    MISMATCHED = "in both, with two shapes"
-
-
-FAULTS = (Verdict.MISSING, Verdict.UNEXPECTED, Verdict.MISMATCHED)
+from reshard.naming import families
+from reshard.naming.judge import FAULTS, FitOptions, Judge, Verdict
+from reshard.naming.layouts import Effect, Names, Piece, Reading, View
+from reshard.naming.schema import Schema, views_of
+from reshard.naming.wider import likely_prefixes, part_views
 
 # Layouts that read the same names alike.
 Views = tuple[View, ...]
@@ -157,35 +108,117 @@ def unwrap(name: str) -> str:
 def search(found: Sources, schema: Schema, options: FitOptions) -> Candidate:
     """The one complete candidate; where there is none, the best of the incomplete.
 
-    Raises `NamesError` where several are complete and differ in what goes where.
+    Prefixes and layouts that trainers use are tried first; where none is complete, prefixes that
+    only the names suggest, and parts of the base that may have been trained by themselves.
+
+    Raises `NamesError` where several are complete and differ in what goes where, or where the
+    checkpoint holds several models that fit.
     """
-    config = schema.config
-    shapes = {name: spec.shape for name, spec in schema.specs.items()}
-    bases = _distinct(Names(shapes), views_of(shapes, "", config))
-    readings = [
-        (prefix, same, source)
-        for prefix in prefixes(found.shapes, options.prefix)
-        for same, source in _distinct(
-            Names(found.shapes, prefix), views_of(found.shapes, prefix, config)
+    trial = _Trial(found, schema, options)
+    near = trial.readings(prefixes(found.shapes, options.prefix), trial.usual)
+    complete = trial.complete(near)
+    if complete:
+        return _unique(complete, options)
+    far = trial.wider()
+    complete = trial.complete(far)
+    if complete:
+        return _unique(complete, options)
+    candidates = trial.all([*near, *far])
+    _refuse_several(candidates, found)
+    return max(candidates, key=lambda one: (len(one.of(Verdict.MATCHED)), -one.faults))
+
+
+# One way to read the source: the prefix, the views that read so, what it gives.
+_Way = tuple[str, Views, Reading]
+
+
+class _Trial:
+    """Readings of the source, held against the base."""
+
+    def __init__(self, found: Sources, schema: Schema, options: FitOptions) -> None:
+        self._found = found
+        self._options = options
+        self._config = schema.config
+        self._judge = Judge(found.owners, schema, options)
+        shapes = {name: spec.shape for name, spec in schema.specs.items()}
+        # The base is taken to be as on the hub where that fits: released models are.
+        self._bases = _distinct(Names(shapes), views_of(shapes, "", schema.config))
+        self._read: list[tuple[Views, Reading]] = []
+
+    def usual(self, prefix: str) -> tuple[View, ...]:
+        """The layouts that the whole model may be in after a prefix."""
+        return views_of(self._found.shapes, prefix, self._config)
+
+    def readings(
+        self, tried: Iterable[str], layouts: Callable[[str], Iterable[View]]
+    ) -> list[_Way]:
+        return [
+            (prefix, same, _without_allowed(source, prefix, self._options))
+            for prefix in tried
+            for same, source in _distinct(Names(self._found.shapes, prefix), layouts(prefix))
+        ]
+
+    def wider(self) -> list[_Way]:
+        """The readings that are tried where the usual ones do not fit."""
+        hubs = {hub for _, base in self._read for hub in base.pieces}
+        parts = part_views(self._config, hubs)
+        known = list(prefixes(self._found.shapes, self._options.prefix))
+        more = (
+            [] if self._options.prefix else likely_prefixes(self._found.shapes, hubs, self._config)
         )
-    ]
-    judge = _Judge(found, schema, options)
+        more = [prefix for prefix in more if prefix not in known]
+        return self.readings([*known, *more], lambda _: parts) + self.readings(more, self.usual)
 
-    def candidate(reading: tuple[str, Views, Reading], base: tuple[Views, Reading]) -> Candidate:
-        prefix, same, source = reading
-        (base_view, *_), read = base
-        return Candidate(prefix, same, base_view, source, read, judge.verdicts(source, read))
+    def complete(self, ways: Sequence[_Way]) -> list[Candidate]:
+        """The complete candidates of the first layout of the base that has any."""
+        for base in self._each_base():
+            fitting = [way for way in ways if self._judge.may_fit(way[2], base[1], way[0])]
+            complete = [one for one in self._held(fitting, base) if one.complete]
+            if complete:
+                return complete
+        return []
 
-    tried: list[tuple[Views, Reading]] = []
-    # The base is taken to be as on the hub where that fits: released models are.
-    for base in bases:
-        fitting = [candidate(one, base) for one in readings if judge.may_fit(one[2], base[1])]
-        complete = [one for one in fitting if one.complete]
-        if complete:
-            return _unique(complete, options)
-        tried.append(base)
-    closest = [candidate(one, base) for base in tried for one in readings]
-    return max(closest, key=lambda one: (len(one.of(Verdict.MATCHED)), -one.faults))
+    def all(self, ways: Sequence[_Way]) -> list[Candidate]:
+        """Every way beside every layout of the base."""
+        return [one for base in self._each_base() for one in self._held(ways, base)]
+
+    def _each_base(self) -> Iterator[tuple[Views, Reading]]:
+        """The base's layouts, each read once and when it is needed."""
+        yield from self._read
+        for base in self._bases:
+            self._read.append(base)
+            yield base
+
+    def _held(self, ways: Iterable[_Way], base: tuple[Views, Reading]) -> list[Candidate]:
+        (view, *_), read = base
+        return [
+            Candidate(prefix, same, view, source, read, self._judge.verdicts(source, read, prefix))
+            for prefix, same, source in ways
+        ]
+
+
+def _refuse_several(candidates: Iterable[Candidate], found: Sources) -> None:
+    """Raise `NamesError` where the only fault is that other tensors lie beside those that fit."""
+    holders: dict[str, Candidate] = {}
+    for one in candidates:
+        beside = all(not name.startswith(one.prefix) for name in one.source.misfits)
+        fits = one.of(Verdict.MATCHED) and not any(one.of(fault) for fault in FAULTS)
+        if fits and beside:
+            same = (other.assignment() == one.assignment() for other in holders.values())
+            if not any(same):
+                holders[one.prefix] = one
+    if not holders:
+        return
+    listed = " and ".join(f"{prefix.removesuffix('.')!r}" for prefix in holders)
+    rest = [name for name in found.shapes if not name.startswith(tuple(holders))]
+    if len(holders) > 1:
+        raise NamesError(
+            f"the checkpoint holds {len(holders)} models that fit the base, under {listed}.",
+            unexpected=tuple(rest),
+            hint="Name the one that is meant: "
+            + " or ".join(f"--prefix {prefix.removesuffix('.')}" for prefix in holders)
+            + ".",
+        )
 
 
 def _distinct(names: Names, layouts: Iterable[View]) -> Iterator[tuple[Views, Reading]]:
@@ -197,6 +230,16 @@ def _distinct(names: Names, layouts: Iterable[View]) -> Iterator[tuple[Views, Re
         yield tuple(same), names.read(effects)
 
 
+def _without_allowed(source: Reading, prefix: str, options: FitOptions) -> Reading:
+    """The reading, where names outside the prefix that the user leaves out are no fault."""
+    if not options.allow or not source.misfits:
+        return source
+    outside = [name for name in source.misfits if not name.startswith(prefix)]
+    allowed = tuple(name for name in outside if options.allows(name))
+    misfits = tuple(name for name in source.misfits if name not in allowed)
+    return replace(source, misfits=misfits, allowed=allowed)
+
+
 def prefixes(names: Iterable[str], wanted: str | None) -> Iterator[str]:
     """The prefixes worth a try: what all names share, part by part, and the trainers' known ones.
 
@@ -206,18 +249,29 @@ def prefixes(names: Iterable[str], wanted: str | None) -> Iterator[str]:
     if wanted is not None:
         yield wanted
         return
-    split = [name.split(".")[:-1] for name in names]
-    shared: list[str] = [""]
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(f"{shared[-1]}{parts[0]}.")
+    listed = tuple(names)
+    split = [name.split(".")[:-1] for name in listed]
+    shared = shared_prefixes(listed)
     yield from shared
     for prefix in families.PREFIXES:
         known = prefix.split(".")[:-1]
         holders = sum(name[: len(known)] == known for name in split)
         if prefix not in shared and 2 * holders > len(split):
             yield prefix
+
+
+def shared_prefixes(names: Iterable[str]) -> list[str]:
+    """The dotted beginnings that all names have, from none to the longest.
+
+    >>> shared_prefixes(["app.model.norm.weight", "app.model.lm_head.weight"])
+    ['', 'app.', 'app.model.']
+    """
+    shared = [""]
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(f"{shared[-1]}{parts[0]}.")
+    return shared
 
 
 def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
@@ -237,106 +291,3 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
         f"places or orientations: {ways}.",
         hint="Name the transformers version it was trained with: --transformers-version.",
     )
-
-
-class _Judge:
-    """Compares readings of the source with readings of the base."""
-
-    def __init__(self, found: Sources, schema: Schema, options: FitOptions) -> None:
-        self._owners = found.owners
-        self._options = options
-        self._tied, self._untied = says_tied(schema.config), says_untied(schema.config)
-        self._config = schema.config
-
-    def may_fit(self, source: Reading, base: Reading) -> bool:
-        """Whether no tensor stands in the way; most readings fail with the first."""
-        return not source.misfits and all(v not in FAULTS for v, _ in self._judge(source, base))
-
-    def verdicts(self, source: Reading, base: Reading) -> dict[Verdict, tuple[str, ...]]:
-        sorted_: defaultdict[Verdict, list[str]] = defaultdict(list)
-        for verdict, hub in self._judge(source, base):
-            sorted_[verdict].append(hub)
-        _demand_one_vocabulary(sorted_, source.pieces)
-        return {verdict: tuple(names) for verdict, names in sorted_.items()}
-
-    def _judge(self, source: Reading, base: Reading) -> Iterator[tuple[Verdict, str]]:
-        have, want = source.pieces, base.pieces
-        known = {**want, **have} if self._tied else have
-        used: set[str] = set()
-        for hub, piece in want.items():
-            stored = hub if hub in have else self._twin(hub, piece, have, want)
-            if stored is not None:
-                used.add(self._owners[have[stored].name])
-            if stored is None:
-                yield self._absent(hub, piece), hub
-            elif stored == hub:
-                yield _shapes(hub, have[hub].shape, piece.shape, have), hub
-            else:
-                yield Verdict.COPIED, hub
-        for hub, piece in have.items():
-            if hub not in want:
-                others = known if ties.is_head(hub) else have
-                yield self._extra(hub, piece, others, used), hub
-
-    def _twin(
-        self, hub: str, piece: Piece, have: Mapping[str, Piece], want: Mapping[str, Piece]
-    ) -> str | None:
-        """The tensor of the source that stands for one of the base, which it has no tensor of."""
-        twin = ties.twin_of(hub, have)
-        if twin is None or have[twin].name in self._options.untied:
-            return None
-        if (self._options.headless and ties.is_head(hub)) or (
-            have[twin].shape[1:] != piece.shape[1:]
-        ):
-            return None
-        # What the base stores once is one tensor, unless its config says that head and embedding
-        # are two.
-        apart = self._untied and (ties.is_head(hub) or ties.is_head(twin))
-        one = (twin not in want and not apart) or ties.are_one(hub, twin, tied=self._tied)
-        return twin if one else None
-
-    def _absent(self, hub: str, piece: Piece) -> Verdict:
-        """A tensor of the base that the source does not have under any name."""
-        options = self._options
-        if options.headless and ties.is_head(hub):
-            return Verdict.LEFT_OUT
-        if options.fill_from_base or comes_with_base(hub, self._config):
-            return Verdict.FILLED
-        if options.allows(piece.name):
-            return Verdict.LEFT_OUT
-        return Verdict.MISSING
-
-    def _extra(
-        self, hub: str, piece: Piece, others: Mapping[str, Piece], used: set[str]
-    ) -> Verdict:
-        """A tensor of the source that the base does not have; its twin may be among `others`."""
-        if self._owners[piece.name] in used or is_constant(hub, self._config):
-            return Verdict.DROPPED
-        if self._options.allows(piece.name):
-            return Verdict.DROPPED
-        twin = ties.twin_of(hub, others)
-        if twin is not None and others[twin].shape == piece.shape:
-            return Verdict.TWIN
-        return Verdict.UNEXPECTED
-
-
-def _shapes(hub: str, have: Shape, want: Shape, names: Mapping[str, Piece]) -> Verdict:
-    if have == want:
-        return Verdict.MATCHED
-    if have[1:] == want[1:] and ties.is_vocabulary(hub, names):
-        return Verdict.RESIZED
-    return Verdict.MISMATCHED
-
-
-def _demand_one_vocabulary(
-    verdicts: defaultdict[Verdict, list[str]], have: Mapping[str, Piece]
-) -> None:
-    """Head and embedding must have as many rows as each other, or neither is a resized one."""
-    resized = verdicts[Verdict.RESIZED]
-    if not resized:
-        return
-    # A head counts here beside any embedding: a guessed layout may have renamed one of them.
-    vocabulary = [hub for hub in have if ties.is_head(hub) or ties.is_vocabulary(hub, have)]
-    if len({have[hub].shape[:1] for hub in vocabulary}) > 1:
-        verdicts[Verdict.MISMATCHED].extend(resized)
-        verdicts[Verdict.RESIZED] = []

@@ -182,14 +182,18 @@ def twin_of(name: str, names: Container[str]) -> str | None:
     return found
 
 
+def may_be_tied(one: str, other: str) -> bool:
+    """Whether two names are those of parameters that some class ties."""
+    return original_of(one, (other,)) is not None or original_of(other, (one,)) is not None
+
+
 def are_one(one: str, other: str, *, tied: bool) -> bool:
     """Whether two tensors that the base stores are one by their class, or by the config if `tied`.
 
     Two copies of what the base does not store need not be: a translator may have a vocabulary on
     either side.
     """
-    pair = original_of(one, (other,)) or original_of(other, (one,))
-    return pair is not None and (tied or not (is_head(one) or is_head(other)))
+    return may_be_tied(one, other) and (tied or not (is_head(one) or is_head(other)))
 
 
 def is_vocabulary(name: str, names: Container[str]) -> bool:

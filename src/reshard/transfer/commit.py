@@ -1,83 +1,94 @@
 """The output folder: it appears whole, under its final name, or not at all.
 
-Everything is written into a sibling folder `.NAME.partial-DIGEST` on the same file system, each
-file under a temporary name, synced, and renamed inside it. `commit` syncs the folder and renames
-it once, in a way that refuses to replace; with `overwrite`, old and new exchange places in one
-step and the old is deleted afterwards. Anything that goes wrong before removes the sibling.
+Everything is written into a folder of this run beside the output, on the same file system
+(`leftovers` draws it), each file under a temporary name, synced, and renamed into its place there.
+`commit` syncs the folders and renames the whole once, in a way that refuses to replace; with
+`overwrite`, old and new exchange places in one step and the old is deleted afterwards. Anything
+that goes wrong before removes what this run made, and nothing else. A lock beside the output is
+held from the beginning until the last deletion (`lock`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import os
 import shutil
-import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from reshard.core.findings import Finding
 from reshard.errors import WriteError
 from reshard.storage.local import Source, real
+from reshard.transfer import leftovers
+from reshard.transfer.lock import TargetLock
+from reshard.transfer.signals import held_signals
+from reshard.transfer.system import (
+    Identity,
+    exchange,
+    identity,
+    identity_of,
+    rename_new,
+    reserve,
+    sync_folder,
+    write_fully,
+)
 
-# renameat2(2), Linux 3.15: linux/fs.h and linux/fcntl.h.
-_RENAME_NOREPLACE, _RENAME_EXCHANGE, _AT_FDCWD = 1, 2, -100
 _COPY_PIECE = 4 << 20
+# Times that the folders above the output are made, where other runs remove theirs.
+_TRIES = 100
 
 
 class OutputFolder:
     """A folder being written. Use as a context manager; call `commit` last.
 
-    `digest` names the plan: two different conversions to one place do not meet in one partial
-    folder. Where `target` is a symbolic link, the folder that it names is written. Raises
-    `WriteError`.
+    `digest` names the plan: a run finds what an earlier one of the same plan left. Where `target`
+    is a symbolic link, the folder that it names is written. `partial` is where the output lies
+    until then. `findings` say what this run found of earlier ones, and what it could not clear
+    away. Raises `WriteError`.
     """
 
     def __init__(self, target: Path, digest: str, *, overwrite: bool = False) -> None:
         self.target = real(target)
         self.overwrite = overwrite
-        self.partial = self.target.with_name(f".{self.target.name}.partial-{digest[:16]}")
-        self._lock = -1
-        self._made: list[Path] = []
-        self._open: set[int] = set()
+        self.findings: list[Finding] = []
+        self.committed = False
+        self._own = leftovers.beside(self.target, f".partial-{digest[:16]}")
+        self.partial = self._own / "new"
+        self._lock = TargetLock(leftovers.beside(self.target, ".lock"))
+        self._own_identity: Identity | None = None
+        self._replaced: Identity | None = None
+        self._parents: list[tuple[Path, Identity]] = []
+        self._open: dict[int, Path] = {}
+        self._count = 0
+        self._creating = threading.Lock()
         self._writing = threading.Lock()
 
     def __enter__(self) -> OutputFolder:
-        refuse_existing(self.target, overwrite=self.overwrite)
         try:
-            self._make_parents()
-            self.partial.mkdir(exist_ok=True)
-            # No link: anybody can tell the name, and what it leads to would be emptied.
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._lock = os.open(self.partial, flags)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._empty()
-        except BlockingIOError:
-            os.close(self._lock)
-            raise WriteError(
-                "another process is writing this very conversion.",
-                path=self.partial,
-                hint="Wait for it to end.",
-            ) from None
+            with held_signals():
+                self._begin()
         except OSError as error:
-            if self._lock >= 0:
-                os.close(self._lock)
-            self._remove_empty(self.partial)
-            raise _cannot_write(self.partial, error) from None
+            self._finish()
+            raise _cannot_write(self._own, error) from None
+        except BaseException:
+            self._finish()
+            raise
         return self
 
     def create(self, name: str, nbytes: int) -> int:
         """Open a new file of `nbytes` bytes for writing; returns its descriptor."""
-        path = self._temporary(name)
+        with self._creating:
+            # A number: it fits where the final name fits, and is no file's of the output.
+            path = self._own / "tmp" / str(self._count)
+            self._count += 1
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            self._open.add(fd)
-            _reserve(fd, nbytes)
+            self._open[fd] = path
+            reserve(fd, nbytes)
         except OSError as error:
-            raise _cannot_write(path, error) from None
+            raise _cannot_write(self.target / name, error) from None
         return fd
 
     def put(self, name: str, fd: int, data: memoryview, offset: int) -> None:
@@ -92,14 +103,18 @@ class OutputFolder:
 
     def seal(self, name: str, fd: int) -> None:
         """Sync and close a file made by `create`, and give it its name."""
-        path = self._temporary(name)
+        final = self.partial / name
         try:
             os.fsync(fd)
-            self._close(fd)
-            path.rename(self.partial / name)
-            sync_folder((self.partial / name).parent)
+            path = self._open.pop(fd)
+            os.close(fd)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(final):  # on a disk that takes README and readme for one name
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            path.rename(final)
+            sync_folder(final.parent)
         except OSError as error:
-            raise _cannot_write(path, error) from None
+            raise _cannot_write(self.target / name, error) from None
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file."""
@@ -116,22 +131,22 @@ class OutputFolder:
         self.seal(name, fd)
 
     def commit(self) -> None:
-        """Give the folder its final name, in one step."""
-        try:
-            for folder in [self.partial, *(p for p in self.partial.rglob("*") if p.is_dir())]:
-                sync_folder(folder)
-            if self.overwrite and self.target.exists():
-                _rename(self.partial, self.target, _RENAME_EXCHANGE)
-                sync_folder(self.target.parent)
-                shutil.rmtree(self.partial)
-            else:
-                # An empty folder, which holds nothing to lose, may be replaced: rename(2) does.
-                empty = self.target.is_dir() and not any(self.target.iterdir())
-                _rename(self.partial, self.target, 0 if empty else _RENAME_NOREPLACE)
-            sync_folder(self.target.parent)
-        except OSError as error:
-            raise _cannot_write(self.target, error) from None
-        self._made.clear()
+        """Give the folder its final name, in one step, and delete what it replaces.
+
+        Signals wait meanwhile. Where this raises, the output is as it was before the run.
+        """
+        with held_signals():
+            try:
+                folders = [path for path in self.partial.rglob("*") if path.is_dir()]
+                for folder in [*folders, self.partial]:
+                    sync_folder(folder)
+                self._check_still_ours()
+                if self._replaced is not None and self.overwrite:
+                    self._replace(self._replaced)
+                else:
+                    self._place()
+            except OSError as error:
+                raise self._not_committed(error) from None
 
     def __exit__(
         self,
@@ -139,22 +154,32 @@ class OutputFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for fd in list(self._open):
-            self._close(fd)
-        if self.partial.is_dir():
-            shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._lock)
-        self._remove_empty()
+        self._finish()
 
-    def _remove_empty(self, *folders: Path) -> None:
-        """Remove `folders` and those made above the target, from the inside out."""
-        for folder in (*folders, *reversed(self._made)):
-            with suppress(OSError):
-                folder.rmdir()
-
-    def _close(self, fd: int) -> None:
-        self._open.discard(fd)
-        os.close(fd)
+    def _begin(self) -> None:
+        for _ in range(_TRIES):
+            try:
+                self._make_parents()
+                self._lock.take()
+                break
+            except FileNotFoundError:  # another run failed, and removed the folders that it made
+                self._parents.clear()
+        self.findings += leftovers.put_back(self.target)
+        refuse_existing(self.target, overwrite=self.overwrite)
+        self._replaced = identity_of(self.target)
+        self.findings += leftovers.clear(self.target)
+        try:
+            self._own.mkdir()
+        except FileExistsError:
+            raise WriteError(
+                "it stands where this run would write, and no run of this user made it.",
+                path=self._own,
+                hint="Remove it, or name another output.",
+            ) from None
+        self._own_identity = identity(self._own.lstat())
+        leftovers.mark(self._own, self.target)
+        (self._own / "tmp").mkdir()
+        self.partial.mkdir()
 
     def _make_parents(self) -> None:
         """Make the folders above the target, remembering them: a failed run removes them again."""
@@ -164,21 +189,122 @@ class OutputFolder:
             missing.append(folder)
             folder = folder.parent
         for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-            self._made.append(folder)
-            sync_folder(folder.parent)
+            with suppress(FileExistsError):  # another run makes it at the same time
+                folder.mkdir()
+                self._parents.append((folder, identity(folder.lstat())))
+                sync_folder(folder.parent)
 
-    def _empty(self) -> None:
-        """Remove what a killed run of the same plan left; none of it is trusted."""
-        for path in self.partial.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    def _check_still_ours(self) -> None:
+        """Raise where the lock or what stands under the name is not what it was at first."""
+        if not self._lock.held:
+            raise WriteError(
+                "the lock file was removed while this run wrote; another run may have begun.",
+                path=self._lock.path,
+                hint="Convert again.",
+            )
+        there = identity_of(self.target)
+        if there not in (None, self._replaced):
+            raise WriteError(
+                "something else appeared under the output's name while this run wrote.",
+                path=self.target,
+                hint="Name another output, or remove what is there.",
+            )
+        if there is None:
+            self._replaced = None
 
-    def _temporary(self, name: str) -> Path:
-        path = self.partial / name
-        return path.with_name(f".{path.name}.tmp")
+    def _place(self) -> None:
+        """One rename, onto nothing or an empty folder; undone if it cannot be made durable."""
+        if self._replaced is None:
+            rename_new(self.partial, self.target)
+        else:
+            # An empty folder, which holds nothing to lose, may be replaced: rename(2) does.
+            self.partial.rename(self.target)
+        self.committed = True
+        try:
+            sync_folder(self.target.parent)
+        except OSError:
+            self.target.rename(self.partial)
+            if self._replaced is not None:
+                self.target.mkdir()
+            self.committed = False
+            raise
+
+    def _replace(self, known: Identity) -> None:
+        """Exchange old and new, make it durable, and delete the old, which is `known`."""
+        old = self.partial
+        if not exchange(self.partial, self.target):
+            old = self._own / "old"
+            self.target.rename(old)
+            try:
+                self.partial.rename(self.target)
+            except BaseException:
+                old.rename(self.target)
+                raise
+        self.committed = True
+        try:
+            if identity_of(old) != known:  # replaced after it was looked at
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            sync_folder(self.target.parent)
+            sync_folder(self._own)
+        except OSError:
+            self._undo(old)
+            raise
+        failed = leftovers.remove_tree(old, known)
+        if failed is not None:
+            self.findings.append(
+                Finding(
+                    "old-output-kept",
+                    f"the new output is in its place; the old one cannot be deleted "
+                    f"({failed.strerror or failed}): what is left of it lies at {old}.",
+                    subject=os.fspath(old),
+                )
+            )
+
+    def _undo(self, old: Path) -> None:
+        """Put the old output back in its place."""
+        if old != self.partial:
+            self.target.rename(self.partial)
+            old.rename(self.target)
+        elif not exchange(self.partial, self.target):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        self.committed = False
+
+    def _aside(self) -> Path | None:
+        """Where the old output lies, if it is neither in its place nor deleted."""
+        if self._replaced is not None:
+            for place in (self.partial, self._own / "old"):
+                if identity_of(place) == self._replaced:
+                    return place
+        return None
+
+    def _not_committed(self, error: OSError) -> WriteError:
+        """The error of a commit, with what stands where it could not be undone."""
+        reason = f"it cannot be written: {error.strerror or error}."
+        aside = self._aside()
+        if self.committed:
+            reason = (
+                f"the new output is in its place, but cannot be made durable "
+                f"({error.strerror or error}): it may not outlast a power cut."
+            )
+        if aside is not None:
+            reason += f" The old output lies at {aside}."
+        return WriteError(reason, path=self.target)
+
+    def _finish(self) -> None:
+        """Remove what this run made and did not commit, and let go of the lock."""
+        with held_signals():
+            for fd in self._open:
+                with suppress(OSError):
+                    os.close(fd)
+            self._open.clear()
+            # An old output that could not be put back or deleted stays, whatever happened.
+            if self._own_identity is not None and self._aside() is None:
+                leftovers.remove_tree(self._own, self._own_identity)
+            self._lock.release()
+            for folder, known in [] if self.committed else reversed(self._parents):
+                with suppress(OSError):
+                    if identity_of(folder) == known:
+                        folder.rmdir()
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
@@ -204,66 +330,6 @@ def check_space(target: Path, nbytes: int) -> None:
             path=folder,
             hint="Make room or name an output on another disk.",
         )
-
-
-def write_fully(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`; a plain `pwrite` may write less."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
-
-
-def _reserve(fd: int, nbytes: int) -> None:
-    """Give a new file its size and, where the file system can, its place on the disk.
-
-    The disk cannot fill up halfway then, and writing takes a tenth less time: the kernel looks
-    for room once, not for each page.
-    """
-    if sys.platform == "linux" and nbytes:
-        # Not `os.posix_fallocate`, which writes into every block where the file system cannot.
-        libc = ctypes.CDLL(None, use_errno=True)
-        if hasattr(libc, "fallocate64"):
-            if libc.fallocate64(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) == 0:
-                return
-            code = ctypes.get_errno()
-            if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise OSError(code, os.strerror(code))
-    os.truncate(fd, nbytes)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _rename(source: Path, target: Path, flags: int) -> None:
-    """rename with `flags` of renameat2; where the system has no such call, check and rename."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags)
-        if hasattr(libc, "renameat2"):
-            if libc.renameat2(*arguments) == 0:
-                return
-            code = ctypes.get_errno()
-            if code not in (errno.EINVAL, errno.ENOSYS):
-                raise OSError(code, os.strerror(code), os.fspath(target))
-    if flags == _RENAME_EXCHANGE:
-        aside = source.with_name(source.name + ".old")
-        target.rename(aside)
-        try:
-            source.rename(target)
-        except BaseException:
-            aside.rename(target)
-            raise
-        aside.rename(source)
-        return
-    if flags == _RENAME_NOREPLACE and target.exists():
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(target))
-    source.rename(target)
 
 
 def _cannot_write(path: Path, error: OSError) -> WriteError:

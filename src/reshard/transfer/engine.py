@@ -19,6 +19,7 @@ import xxhash
 from msgspec import Struct, field
 from zlib_ng import zlib_ng
 
+from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Plan, Slot
 from reshard.core.tensors import Box, blocks, flat
 from reshard.errors import VerificationError
@@ -46,7 +47,8 @@ class Outcome(Struct, frozen=True):
 
     `digests` are the xxh3-128 of each tensor's row-major bytes, by part and name.
     `records_checked` counts the checksums of the source that were compared. `changed` counts the
-    slots whose values differ from their reference, of `compared`.
+    slots whose values differ from their reference, of `compared`. `findings` say what happened to
+    what earlier runs left, and to the output that was replaced.
     """
 
     digests: Mapping[tuple[str, str], str]
@@ -54,6 +56,7 @@ class Outcome(Struct, frozen=True):
     records_checked: int
     compared: int
     changed: int
+    findings: tuple[Finding, ...] = ()
 
 
 # In place of the hasher of a tensor that is done.

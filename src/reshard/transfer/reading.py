@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import xxhash
 
-from reshard.core.tensors import Entry, blocks
+from reshard.core.dtypes import DType
+from reshard.core.tensors import Entry, Record, blocks
+from reshard.errors import VerificationError
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
@@ -31,26 +33,49 @@ def equal(one: Entry, other: Entry, sources: Sources) -> bool:
     return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
 
 
-def _stream(entry: Entry, sources: Sources) -> Iterator[Array]:
+def same_values(one: Entry, other: Entry, sources: Sources) -> bool:
+    """Whether two tensors of one shape hold the same values, rounded to the narrower dtype."""
+    if one.spec.shape != other.spec.shape:
+        return False
+    narrow = min(one.spec.dtype, other.spec.dtype, key=lambda dtype: dtype.itemsize)
+    if not (one.spec.dtype.rounds_to(narrow) and other.spec.dtype.rounds_to(narrow)):
+        return False
+    streams = (_stream(entry, sources, narrow) for entry in (one, other))
+    try:
+        return all(np.array_equal(mine, theirs) for mine, theirs in zip(*streams, strict=True))
+    except VerificationError:  # a value is beyond the range of the narrower
+        return False
+
+
+def _stream(
+    entry: Entry, sources: Sources, dtype: DType | None = None, ledger: Ledger | None = None
+) -> Iterator[Array]:
     """The tensor's bytes in row-major order, a block at a time, in one buffer."""
     longest = max((fragment.extent.nbytes for fragment in entry.fragments), default=0)
     # Most tensors of a mixture of experts are far smaller than a block.
-    reader = Reader(sources, Ledger(()), page_aligned(min(_BLOCK, longest)).data)
-    dtype = entry.spec.dtype
-    buffer = page_aligned(min(_BLOCK, entry.spec.nbytes)).view(dtype.numpy)
+    reader = Reader(sources, ledger or Ledger(()), page_aligned(min(_BLOCK, longest)).data)
+    dtype = dtype or entry.spec.dtype
+    # Whole elements of either type, so that two dtypes are cut into blocks alike.
+    count = min(_BLOCK // dtype.itemsize, entry.spec.numel)
+    buffer = page_aligned(count * dtype.itemsize).view(dtype.numpy)
     for box in blocks(entry.spec.shape, len(buffer)):
         part = buffer[: box.numel]
         fill(entry, box, part, reader)
         yield part.view(np.uint8)
 
 
-def read_array(entry: Entry, sources: Sources) -> Array:
-    """A tensor's elements as an array of its shape."""
+def read_array(entry: Entry, sources: Sources, records: Iterable[Record] = ()) -> Array:
+    """A tensor's elements as an array of its shape.
+
+    `records` are checksums of its files: `FormatError` where the bytes that pass are not those.
+    """
     spec = entry.spec
+    ledger = Ledger(records)
     out = np.empty(spec.numel, spec.dtype.numpy)
     start = 0
-    for part in _stream(entry, sources):
+    for part in _stream(entry, sources, ledger=ledger):
         values = part.view(spec.dtype.numpy)
         out[start : start + len(values)] = values
         start += len(values)
+    ledger.check(sources)
     return out.reshape(spec.shape)

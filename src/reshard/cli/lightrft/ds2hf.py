@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from reshard.cli import output
-from reshard.cli.app import HELP, run
+from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
 from reshard.conversion.options import MODEL_TYPES, POOLINGS
 
@@ -33,14 +34,17 @@ _PATH = FolderOrFile()
 @option("pooling_method", type=click.Choice(POOLINGS), default="attn", show_default=True,
         help="Scalar reward models: how the heads pool.")  # fmt: skip
 @option("scale_for_train", is_flag=True, help="Scalar reward models: with a logit scale.")
-@option("probing_layer", type=int, default=-1, show_default=True,
+@option("probing_layer", type=int, show_default="-1",
         help="Scalar reward models: the hidden state that the heads read.")  # fmt: skip
 @option("heads_types", multiple=True, default=("preference",), metavar="NAME...",
         help="Scalar reward models: the heads; default: preference.")  # fmt: skip
+@option("value_head", metavar="NAME",
+        help="Critics: the head, e.g. value_head; score and v_head are found.")  # fmt: skip
 @click.option("--lora-alpha", type=float,
               help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
+@writes("output_dir")
 def command(
     checkpoint_dir: Path,
     output_dir: Path,
@@ -51,8 +55,9 @@ def command(
     model_type: str,
     pooling_method: str,
     scale_for_train: bool,
-    probing_layer: int,
+    probing_layer: int | None,
     heads_types: tuple[str, ...],
+    value_head: str | None,
     lora_alpha: float | None,
     overwrite: bool,
 ) -> None:
@@ -60,6 +65,9 @@ def command(
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
 
+    said = click.get_current_context().get_parameter_source("model_type")
+    if value_head is not None and said is ParameterSource.DEFAULT:
+        model_type = "critic"
     expect(checkpoint_dir, "deepspeed", "torch")
     with output.progress_bar() as progress:
         report = convert(
@@ -74,6 +82,7 @@ def command(
             scale_for_train=scale_for_train,
             probing_layer=probing_layer,
             heads_types=heads_types,
+            value_head=value_head,
             lora_alpha=lora_alpha,
             allow_unchanged=True,
             overwrite=overwrite,
@@ -84,4 +93,4 @@ def command(
 
 def main() -> None:
     """The console command `ds2hf`."""
-    sys.exit(run(command))
+    end(run(command))

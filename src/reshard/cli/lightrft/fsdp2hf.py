@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from reshard.cli import output
-from reshard.cli.app import HELP, run
-from reshard.cli.flags import FolderOrFile, debug, option
+from reshard.cli.app import HELP, end, run
+from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
 
 _PATH = FolderOrFile()
 
 
-@click.command(context_settings=HELP)
+@click.command(cls=SeveralValues, context_settings=HELP)
 @click.option("--hf_base", type=_PATH, required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--checkpoint_dir", type=_PATH, required=True,
@@ -25,16 +25,26 @@ _PATH = FolderOrFile()
 @click.option("--prefix", help="The model's part of a nested state dict; default: found by itself.")
 @option("fill_from_base", is_flag=True,
         help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
+@option("probing_layer", type=int, show_default="-1",
+        help="Scalar reward models: the hidden state that the heads read.")  # fmt: skip
+@option("heads_types", multiple=True, metavar="NAME...",
+        help="Scalar reward models: the heads, checked, and their order.")  # fmt: skip
+@option("value_head", metavar="NAME",
+        help="Critics: the head, e.g. value_head; score and v_head are found.")  # fmt: skip
 @click.option("--lora-alpha", type=float,
               help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
+@writes("output_dir")
 def command(
     hf_base: Path,
     checkpoint_dir: Path,
     output_dir: Path,
     prefix: str | None,
     fill_from_base: bool,
+    probing_layer: int | None,
+    heads_types: tuple[str, ...],
+    value_head: str | None,
     lora_alpha: float | None,
     overwrite: bool,
 ) -> None:
@@ -54,6 +64,9 @@ def command(
             base=hf_base,
             prefix=prefix,
             fill_from_base=fill_from_base,
+            probing_layer=probing_layer,
+            heads_types=heads_types,
+            value_head=value_head,
             lora_alpha=lora_alpha,
             allow_unchanged=True,
             overwrite=overwrite,
@@ -64,4 +77,4 @@ def command(
 
 def main() -> None:
     """The console command `fsdp2hf`."""
-    sys.exit(run(command))
+    end(run(command))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from reshard.cli import output
-from reshard.cli.app import HELP, run
+from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import FolderOrFile, debug
+from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
 from reshard.conversion.options import NAMES
 
@@ -21,23 +21,31 @@ _PATH = FolderOrFile()
               help="The Hugging Face model folder.")  # fmt: skip
 @click.option("--output", "target", type=_PATH, required=True,
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
-@click.option("--names", type=click.Choice(NAMES), default="disk", show_default=True,
-              help="memory: as a live module names its tensors, for dcp.load.")  # fmt: skip
+@click.option("--names", type=click.Choice(NAMES),
+              help="all: each tensor by its name on disk and by those that live modules of any "
+                   "transformers version ask for (default, with a config.json); disk: as in the "
+                   "files; memory: as the live module of one version has them.")  # fmt: skip
 @click.option("--transformers-version", metavar="V",
-              help="Whose live module; default: the installed one.")  # fmt: skip
+              help="With --names memory: whose live module (default: the installed one); "
+                   "with all: a version that must be among them.")  # fmt: skip
+@click.option("--consumed-samples", "--consumed_samples", type=click.IntRange(min=0), metavar="N",
+              help="Write client_state.pt, which LightRFT's load_ckpt needs: how many samples the "
+                   "run has used up; 0 for a new one.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
 @debug
+@writes("target")
 def command(
     hf_checkpoint: Path,
     target: Path,
-    names: str,
+    names: str | None,
     transformers_version: str | None,
+    consumed_samples: int | None,
     overwrite: bool,
 ) -> None:
     """Convert a Hugging Face model to a PyTorch DCP checkpoint.
 
     `torch.distributed.checkpoint.load` reads it into plain tensors, FSDP1 and FSDP2 models, at any
-    world size. Names and dtypes stay as they stand in the safetensors files.
+    world size. Dtypes stay as they stand in the safetensors files.
     """
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
@@ -50,6 +58,7 @@ def command(
             to="dcp",
             names=names,
             transformers_version=transformers_version,
+            consumed_samples=consumed_samples,
             overwrite=overwrite,
             progress=progress,
         )
@@ -58,4 +67,4 @@ def command(
 
 def main() -> None:
     """The console command `hf2fsdp`."""
-    sys.exit(run(command))
+    end(run(command))

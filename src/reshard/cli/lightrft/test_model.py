@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
-from reshard.cli.app import HELP, run
+from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import FolderOrFile, SeveralValues, option
 from reshard.cli.try_ import run_command, shared_options
 
@@ -27,4 +26,4 @@ def command(**given: Any) -> int:
 
 def main() -> None:
     """The console command `test_model`."""
-    sys.exit(run(command))
+    end(run(command))

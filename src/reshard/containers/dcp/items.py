@@ -71,10 +71,10 @@ class Items:
             ref = _frame(source, location)
             limit = chunk.nbytes + _MAX_ZIP_NBYTES
             return self._zips.locate(ends_of_frame(source, ref, self._sources.stream(ref), limit))
-        if source.read(location.offset, min(len(_ZIP), location.nbytes)) == _ZIP:
-            _check_end(source, location)
-            return self._zips.locate(ends_in_file(source, location.offset, location.nbytes))
-        return self._in_blob(source, location.offset, chunk.name, offsets)
+        if is_blob(source, location):
+            return self._in_blob(source, location.offset, chunk.name, offsets)
+        _check_end(source, location)
+        return self._zips.locate(ends_in_file(source, location.offset, location.nbytes))
 
     def _file(self, name: str) -> Source:
         source = self._files.get(name)
@@ -106,6 +106,14 @@ class Items:
             )
         spec, extent = blob.tensors[key]
         return StoredItem(spec.dtype, spec.shape, None, extent, None)
+
+
+def is_blob(source: Source, location: Location) -> bool:
+    """Whether a place is that of a safetensors blob; else it is that of a zip.
+
+    Raises `IncompleteError` where the file ends before it.
+    """
+    return source.read(location.offset, min(len(_ZIP), location.nbytes)) != _ZIP
 
 
 def _frame(source: Source, location: Location) -> FileRef:

@@ -9,6 +9,11 @@ what was pickled, and `parse` turns those into the types below, or raises.
     planner_data          key -> path in the nested state dict; None where it was not flattened
     storage_data          MetadataIndex(fqn, offset) -> _StorageInfo(relative_path, offset, length)
     version               "1.0.0"; older torch writes none
+    reshard_aliases       alias -> key of the same bytes; written by reshard alone
+
+What the three tables say of each other is compared: the file has no checksum, and one flipped bit
+must not lose or rename a tensor. Where torch pickles a name once for all tables (a flat state
+dict), a bit of the name itself has no witness here; a base model's names are one.
 """
 
 from __future__ import annotations
@@ -25,6 +30,10 @@ from reshard.errors import FormatError, brief
 Path = tuple[str, ...]
 # Steps of a path in the state dict: nested dicts have about five.
 MAX_STEPS = 128
+#: The field of `.metadata` that says which keys are other names of a tensor.
+ALIASES = "reshard_aliases"
+# Where an item lies that is not a tensor: its index has no offset.
+_WHOLE = None
 
 
 class Location(Struct, frozen=True):
@@ -59,12 +68,19 @@ class StoredTensor(Struct, frozen=True):
 
 
 class Metadata(Struct, frozen=True):
-    """What a checkpoint holds. `paths` has every key; keys in `objects` are not tensors."""
+    """What a checkpoint holds.
+
+    `objects` are the keys that are not tensors, each with its copies: where its torch.save stream
+    lies. `aliases` are other keys of tensors, and name the key in `tensors`. `paths` has every key.
+    `unclaimed` are places (key, offsets) of items that no key has a chunk for.
+    """
 
     tensors: Mapping[str, StoredTensor]
-    objects: tuple[str, ...]
+    objects: Mapping[str, tuple[Location, ...]]
     paths: Mapping[str, Path]
     version: str | None
+    aliases: Mapping[str, str] = {}
+    unclaimed: tuple[tuple[str, Shape | None], ...] = ()
 
 
 def parse(value: object, path: str) -> Metadata:
@@ -86,27 +102,35 @@ class _Parser:
         described = self._mapping(fields.get("state_dict_metadata"), "state_dict_metadata")
         stored = self._locations(fields.get("storage_data"))
         tensors: dict[str, StoredTensor] = {}
-        objects = []
+        objects: dict[str, tuple[Location, ...]] = {}
         for key, raw in described.items():
             if not isinstance(key, str):
                 raise self._broken(f"a key of its state dict is a {type(key).__name__}")
             if isinstance(raw, Opaque) and _last(raw.name) == "BytesStorageMetadata":
-                objects.append(key)
+                place = stored.pop((key, _WHOLE), None)
+                objects[key] = () if place is None else (place,)
             else:
                 tensors[key] = self._tensor(key, raw, stored)
         version = fields.get("version")
+        paths = self._paths(fields.get("planner_data"), [*tensors, *objects])
+        aliases = self._aliases(fields.get(ALIASES), tensors)
         return Metadata(
-            tensors,
-            tuple(objects),
-            self._paths(fields.get("planner_data"), [*tensors, *objects]),
+            {key: tensor for key, tensor in tensors.items() if key not in aliases},
+            objects,
+            paths,
             version if isinstance(version, str) else None,
+            aliases,
+            tuple(stored),
         )
 
     def _tensor(
-        self, key: str, raw: object, stored: Mapping[tuple[str, Shape], Location]
+        self, key: str, raw: object, stored: dict[tuple[str, Shape | None], Location]
     ) -> StoredTensor:
+        """One tensor; the places of its chunks are taken out of `stored`."""
         fields = self._record(raw, "TensorStorageMetadata", key)
         chunks: dict[Shape, Chunk] = {}
+        # Of ranks that hold nothing of the tensor; torch writes an empty item for each.
+        empty: set[Shape] = set()
         listed = fields.get("chunks")
         if not isinstance(listed, list):
             raise self._broken("its chunks are not a list", key)
@@ -115,30 +139,49 @@ class _Parser:
             offsets = self._shape(chunk.get("offsets"), "a chunk's offsets", key)
             sizes = self._shape(chunk.get("sizes"), "a chunk's sizes", key)
             if 0 in sizes:
-                # A rank that holds nothing of the tensor; torch writes an empty item for it.
+                empty.add(offsets)
                 continue
-            location = stored.get((key, offsets))
             known = chunks.get(offsets)
             if known is not None and known.sizes != sizes:
                 raise self._broken(
                     f"two chunks begin at {offsets}, of sizes {known.sizes} and {sizes}", key
                 )
-            chunks[offsets] = Chunk(offsets, sizes, () if location is None else (location,))
+            if known is None:
+                location = stored.pop((key, offsets), None)
+                copies = () if location is None else (location,)
+                chunks[offsets] = Chunk(offsets, sizes, copies)
+        for offsets in empty:
+            stored.pop((key, offsets), None)
         shape = self._shape(fields.get("size"), "its size", key)
         return StoredTensor(self._dtype(fields.get("properties"), key), shape, (*chunks.values(),))
 
-    def _locations(self, raw: object) -> dict[tuple[str, Shape], Location]:
+    def _locations(self, raw: object) -> dict[tuple[str, Shape | None], Location]:
         """Where each tensor chunk lies; items that are not tensors have no offset in the index."""
-        locations = {}
+        locations: dict[tuple[str, Shape | None], Location] = {}
         for index, info in self._mapping(raw, "storage_data").items():
             fields = self._record(index, "MetadataIndex")
             fqn, offset = fields.get("fqn"), fields.get("offset")
             if not isinstance(fqn, str):
                 raise self._broken("an index of its storage_data has no name")
-            if offset is not None:
-                place = (fqn, self._shape(offset, "an index's offset", fqn))
-                locations[place] = self._location(info, fqn)
+            at = None if offset is None else self._shape(offset, "an index's offset", fqn)
+            if (fqn, at) in locations:
+                raise self._broken("its storage_data has two places for one item", fqn)
+            locations[fqn, at] = self._location(info, fqn)
         return locations
+
+    def _aliases(self, raw: object, tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+        """The keys that are other names of a tensor: their chunks are the very same."""
+        aliases: dict[str, str] = {}
+        for alias, name in self._mapping({} if raw is None else raw, ALIASES).items():
+            if not isinstance(alias, str) or not isinstance(name, str) or alias == name:
+                raise self._broken(f"its {ALIASES} do not map names to names")
+            if alias not in tensors or tensors.get(name) != tensors[alias]:
+                raise self._broken(f"it is not the same tensor as {brief(name)}", alias)
+            aliases[alias] = name
+        chained = aliases.keys() & set(aliases.values())
+        if chained:
+            raise self._broken("it is an alias, and has one", min(chained))
+        return aliases
 
     def _location(self, raw: object, key: str) -> Location:
         fields = self._record(raw, "_StorageInfo", key)
@@ -162,15 +205,26 @@ class _Parser:
         raise self._broken("it has no dtype", key)
 
     def _paths(self, raw: object, keys: list[str]) -> dict[str, Path]:
+        """The key's path in the nested state dict, of which the key is made."""
         planned = {} if raw is None else self._mapping(raw, "planner_data")
+        if not planned:  # saved without flattening
+            return {key: (key,) for key in keys}
+        known = set(keys)
+        for lost, path in planned.items():
+            if lost not in known and isinstance(path, tuple):
+                raise self._broken("its planner_data has it, its state dict has not", str(lost))
         paths = {}
         for key in keys:
-            path = planned.get(key, (key,))
+            path = planned.get(key)
+            if path is None:
+                raise self._broken("its state dict has it, its planner_data has not", key)
             if not isinstance(path, tuple) or not path or set(map(type, path)) - {str, int}:
                 raise self._broken("its path in the state dict is not of names and numbers", key)
             if len(path) > MAX_STEPS:
                 raise self._broken(f"its path in the state dict has {len(path)} steps", key)
             paths[key] = tuple(str(step) for step in path)
+            if ".".join(paths[key]) != key:
+                raise self._broken(f"its path in the state dict is {brief(path)}", key)
         return paths
 
     def _shape(self, raw: object, what: str, key: str) -> Shape:
@@ -220,10 +274,11 @@ def merge(parts: list[Metadata], path: str) -> Metadata:
     hold (replicas) keep all their copies. Raises `FormatError` where ranks do not agree.
     """
     tensors: dict[str, StoredTensor] = {}
-    objects: dict[str, None] = {}
+    objects: dict[str, tuple[Location, ...]] = {}
     paths: dict[str, Path] = {}
     for part in parts:
-        objects.update(dict.fromkeys(part.objects))
+        for key, copies in part.objects.items():
+            objects[key] = objects.get(key, ()) + copies
         for key, tensor in part.tensors.items():
             known = tensors.get(key)
             tensors[key] = tensor if known is None else _join(key, known, tensor, path)
@@ -236,7 +291,9 @@ def merge(parts: list[Metadata], path: str) -> Metadata:
         raise FormatError(
             "some ranks hold a tensor, others another object.", path=path, tensor=both[0]
         )
-    return Metadata(tensors, tuple(objects), paths, versions.pop() if len(versions) == 1 else None)
+    version = versions.pop() if len(versions) == 1 else None
+    unclaimed = tuple(place for part in parts for place in part.unclaimed)
+    return Metadata(tensors, objects, paths, version, unclaimed=unclaimed)
 
 
 def _join(key: str, first: StoredTensor, second: StoredTensor, path: str) -> StoredTensor:

@@ -11,7 +11,7 @@ import struct
 
 from msgspec import Struct
 
-from reshard.containers.dcp.metadata import Location, Metadata, StoredTensor
+from reshard.containers.dcp.metadata import ALIASES, Location, Metadata, StoredTensor
 from reshard.core.tensors import Shape
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -34,6 +34,12 @@ class _Call(Struct, frozen=True):
     args: tuple[object, ...]
 
 
+class _Again(Struct, frozen=True):
+    """A string that is written in full, though it may stand before: the two prove each other."""
+
+    text: str
+
+
 # By identity: instances are keys of a dict, and their fields are not hashable.
 class _Instance(Struct, frozen=True, eq=False):
     """An instance of `kind` whose `__setstate__` is given, or whose fields are, `state`."""
@@ -43,23 +49,33 @@ class _Instance(Struct, frozen=True, eq=False):
 
 
 def dump(metadata: Metadata) -> bytes:
-    """The bytes of a `.metadata` file; it lists tensors only, each chunk with one copy."""
+    """The bytes of a `.metadata` file; it lists tensors only, each chunk with one copy.
+
+    An alias is one more key with the same chunks, which lie where the tensor's lie; the field
+    `ALIASES`, which torch does not look at, says which keys are aliases.
+    """
+    tensors = {**metadata.tensors}
+    tensors.update((alias, tensors[name]) for alias, name in metadata.aliases.items())
     stored = {
         _instance("MetadataIndex", fqn=key, offset=_size(chunk.offsets), index=index):
             _location(chunk.copies[0])
-        for key, tensor in metadata.tensors.items()
+        for key, tensor in tensors.items()
         for index, chunk in enumerate(tensor.chunks)
     }  # fmt: skip
+    fields: dict[str, object] = {
+        "state_dict_metadata": {key: _tensor(tensor) for key, tensor in tensors.items()},
+        "planner_data": dict(metadata.paths),
+        "storage_data": stored,
+        "version": _VERSION,
+    }
+    if metadata.aliases:
+        fields[ALIASES] = dict(metadata.aliases)
+        # Names that nothing beside the file states get a witness in it. Without aliases the file is
+        # as torch writes it of a flat state dict: each name once.
+        paths = metadata.paths.items()
+        fields["planner_data"] = {key: tuple(map(_Again, path)) for key, path in paths}
     pickler = _Pickler()
-    pickler.put(
-        _instance(
-            "Metadata",
-            state_dict_metadata={k: _tensor(tensor) for k, tensor in metadata.tensors.items()},
-            planner_data=dict(metadata.paths),
-            storage_data=stored,
-            version=_VERSION,
-        )
-    )
+    pickler.put(_instance("Metadata", **fields))
     return pickler.finish()
 
 
@@ -114,6 +130,8 @@ class _Pickler:
             self._put_integer(value)
         elif isinstance(value, str | _Name):
             self._put_once(value)
+        elif isinstance(value, _Again):
+            self._put_text(value.text)
         elif isinstance(value, tuple):
             self._out += b"("
             for item in value:
@@ -152,10 +170,13 @@ class _Pickler:
         if isinstance(value, _Name):
             self._out += f"c{value.module}\n{value.name}\n".encode()
         else:
-            raw = value.encode()
-            self._out += b"X" + struct.pack("<L", len(raw)) + raw
+            self._put_text(value)
         self._out += b"r" + struct.pack("<L", len(self._memo))
         self._memo[value] = len(self._memo)
+
+    def _put_text(self, text: str) -> None:
+        raw = text.encode()
+        self._out += b"X" + struct.pack("<L", len(raw)) + raw
 
     def _put_items(self, items: list[tuple[object, ...]], end: bytes) -> None:
         for start in range(0, len(items), _BATCH):

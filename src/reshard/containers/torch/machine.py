@@ -226,8 +226,8 @@ class Machine:
                 if type(key) is not str:
                     self._check_key(target, key)
                 if key in target:
-                    # Whoever reads the dict would see one of two values, and not know of the other.
-                    raise Malformed(f"a dictionary has {show(key)} twice")
+                    # A pickler writes a dictionary's keys once; the later one would hide this one.
+                    raise Malformed(f"it sets the key {show(key)} twice")
                 target[key] = value
         elif isinstance(target, Opaque):
             self.made_nbytes += len(flat) // 2 * TUPLE_NBYTES

@@ -14,7 +14,7 @@ archive can be written front to back: `before`, the data, `after(crc32)`. A dict
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 from zlib_ng import zlib_ng
@@ -131,6 +131,19 @@ def lay_out_state_dict(specs: Sequence[TensorSpec]) -> StateDictArchive:
     central = [at + directory[f"data/{i}"] - cut + 16 for i in range(len(specs))]
     places = zip(starts, zip(descriptors, central, strict=True), strict=True)
     return StateDictArchive(at + len(literals[-1][1]), tuple(literals), tuple(places))
+
+
+def lay_out_numbers(values: Mapping[str, int]) -> bytes:
+    """The archive that torch.save would write of a dict of whole numbers."""
+    zip_ = _Zip()
+    items = b"".join(_text(name) + _integer(value) for name, value in values.items())
+    zip_.add("data.pkl", b"\x80\x02}(" + items + b"u.")
+    zip_.add(".format_version", b"1")
+    zip_.add(".storage_alignment", str(ALIGNMENT).encode())
+    zip_.add("byteorder", b"little")
+    zip_.add("version", b"3\n")
+    zip_.close()
+    return bytes(zip_.out)
 
 
 class _Zip:

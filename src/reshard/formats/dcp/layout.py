@@ -37,11 +37,13 @@ def lay_out(
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Files and metadata for tensors given as (target, source, reference), in state dict order.
 
-    A file holds at most `max_file_nbytes`, unless a single row of a tensor does not fit.
+    A source's aliases become further keys of the same bytes. A file holds at most
+    `max_file_nbytes`, unless a single row of a tensor does not fit.
     """
     max_chunk_nbytes = min(MAX_CHUNK_NBYTES, max_file_nbytes - _ZIP_NBYTES)
     files: list[_File] = [_File("__0_0.distcp")]
     tensors: dict[str, StoredTensor] = {}
+    aliases: dict[str, str] = {}
     for spec, source, _ in slots:
         chunks = []
         for box in _cut(spec, max_chunk_nbytes):
@@ -52,8 +54,9 @@ def lay_out(
             location = files[-1].add(TensorSpec(spec.name, spec.dtype, box.sizes), held, archive)
             chunks.append(Chunk(box.offsets, box.sizes, (location,)))
         tensors[spec.name] = StoredTensor(spec.dtype.name, spec.shape, tuple(chunks))
-    paths = {name: (name,) for name in tensors}
-    metadata = pickling.dump(Metadata(tensors, (), paths, None))
+        aliases.update(dict.fromkeys(source.aliases, spec.name))
+    paths = {name: (name,) for name in (*tensors, *aliases)}
+    metadata = pickling.dump(Metadata(tensors, {}, paths, None, aliases))
     return tuple(file.output() for file in files), ((".metadata", metadata),)
 
 

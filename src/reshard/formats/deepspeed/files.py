@@ -218,7 +218,7 @@ def _check_agreement(first: ModelFile, other: ModelFile) -> None:
     for what, mine, theirs in (
         ("global step", first.steps, other.steps),
         ("DeepSpeed version", first.version, other.version),
-        # In their order, which says where each lies in the flat tensors: equal dicts may differ in it.
+        # In their order, which says where each lies in the flat tensors; dicts are equal in any.
         ("list of parameters", _ordered(first.groups), _ordered(other.groups)),
         (
             "list of frozen parameters",

@@ -1,67 +1,180 @@
-"""How a checkpoint's adapters scale: from the user, or from an `adapter_config.json` beside it."""
+"""`adapter_config.json`: found near a checkpoint, read before any name is compared, judged.
+
+    {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "use_rslora": false, "alpha_pattern": {}, ...}
+
+It says how the adapters scale, which no tensor does, and whether a merge is `W + B A s` at all.
+"""
 
 from __future__ import annotations
 
-import os
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from reshard.errors import NotFoundError, PlanError
-from reshard.naming.lora.find import AdapterConfig, Separated, parse_adapter_config
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from reshard.errors import FormatError, NotFoundError, UnsupportedError, brief
+from reshard.naming.lora import methods, patterns
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
 
-_NAME = "adapter_config.json"
+NAME = "adapter_config.json"
 # verl puts the adapter's own folder beside the ranks' files.
 _FOLDERS = (".", "lora_adapter", "..", "../lora_adapter")
+# No alpha comes near it; an infinite one would make a model of NaNs.
+_MAX_ALPHA = 1e9
+_MAX_RANK = 1 << 24
 
 
-def find(
-    separated: Separated,
-    checkpoint: Path,
-    sources: Sources | None,
-    *,
-    alpha: float | None,
-    config: Path | None,
-) -> tuple[AdapterConfig, str]:
-    """How the adapters scale, and a note of where that was read if the user did not say.
+class AdapterConfig(Struct, frozen=True):
+    """How adapters scale, and what else their config says that an output depends on.
 
-    It is `alpha`, else what the file `config` says, else the file near the checkpoint.
-
-    Raises `PlanError` where nothing states alpha, or a file is of adapters of another rank.
+    `alphas` and `ranks`: pattern of module names -> alpha or rank, where it differs from `alpha`
+    and `rank`. `rank` None: not stated. `init` is an initialisation that changed the base's
+    weights, empty where none did. `unknown` are settings of no PEFT that is known here.
     """
-    if alpha is not None:
-        return AdapterConfig(alpha), ""
-    if config is not None:
-        path = config / _NAME if config.is_dir() else config
+
+    alpha: float
+    rslora: bool = False
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    rank: int | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    init: str = ""
+    base_name: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    unknown: tuple[str, ...] = ()
+
+    def scaling(self, module: str, rank: int) -> float:
+        """What `left @ right` is multiplied with: alpha / r, or alpha / sqrt(r) for rsLoRA.
+
+        `module` is the module's name in the model that PEFT wrapped.
+        """
+        key = patterns.key_of(self.alphas, module)
+        alpha = self.alpha if key is None else self.alphas[key]
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def rank_of(self, module: str) -> int | None:
+        """The rank that a module's adapter has by this config; None where it states none."""
+        key = patterns.key_of(self.ranks, module)
+        return self.rank if key is None else self.ranks[key]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `reshard.json` records: all that decides a value, and no path."""
+        return {
+            "alpha": self.alpha,
+            "rslora": self.rslora,
+            "alphas": dict(self.alphas),
+            "fan_in_fan_out": self.fan_in_fan_out,
+        }
+
+
+class ConfigFile(Struct, frozen=True):
+    """A config that was read: from where, and whether the user named it (or it was found)."""
+
+    path: Path
+    config: AdapterConfig
+    named: bool = False
+
+
+def read_near(checkpoint: Path, sources: Sources | None, named: Path | None) -> ConfigFile | None:
+    """The config that the user named, or that lies in or above the checkpoint's folder.
+
+    Raises `NotFoundError` where the named one is not there, and what `parse_adapter_config` does.
+    """
+    if named is not None:
+        path = named / NAME if named.is_dir() else named
         if not path.is_file():
             raise NotFoundError("there is no such file.", path=path)
-        return _read(path, separated, sources), ""
+        return ConfigFile(path, _read(path, sources), named=True)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     for place in _FOLDERS:
-        path = folder / place / _NAME
+        path = folder / place / NAME
         if path.is_file():
-            found = _read(path, separated, sources)
-            return found, f"alpha {found.alpha:g} was taken from {os.path.normpath(path)}."
-    raise PlanError(
-        f"the checkpoint holds LoRA adapters on {len(separated.adapters)} modules (rank "
-        f"{_ranks(separated)}), and not the alpha they were trained with.",
-        hint="Pass --lora-alpha, or --adapter-config with the run's adapter_config.json.",
+            return ConfigFile(path, _read(path, sources))
+    return None
+
+
+def _read(path: Path, sources: Sources | None) -> AdapterConfig:
+    with Sources() as own:
+        raw = strict_json.read_object((sources or own).open(path))
+    try:
+        return parse_adapter_config(raw)
+    except UnsupportedError as error:
+        raise UnsupportedError(error.message, path=path, hint=error.hint) from None
+    except FormatError as error:
+        raise FormatError(error.message, path=path, hint=error.hint) from None
+
+
+def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
+    """The settings of a parsed `adapter_config.json` that a merge needs.
+
+    Raises `UnsupportedError` for another method than LoRA or a setting that is not handled, by its
+    name, and `FormatError` for values of the wrong kind.
+    """
+    _check_method(raw.get("peft_type", "LORA"))
+    for key, setting in methods.REFUSED_SETTINGS.items():
+        if raw.get(key) not in (None, False, [], {}):
+            raise UnsupportedError(
+                f"adapters with {setting.title} ({key} = {brief(raw[key])}) are not handled.",
+                hint=methods.hint(setting.merges),
+            )
+    alpha, alphas = raw.get("lora_alpha"), raw.get("alpha_pattern") or {}
+    if not isinstance(alphas, Mapping) or not all(map(_is_alpha, (alpha, *alphas.values()))):
+        shown = f"{brief(alpha)} and alpha_pattern {brief(alphas)}"
+        raise FormatError(f"lora_alpha {shown} are not numbers.")
+    rank, ranks = raw.get("r"), raw.get("rank_pattern") or {}
+    if not isinstance(ranks, Mapping) or not all(map(_is_rank, ranks.values())):
+        raise FormatError(f"rank_pattern {brief(ranks)} is not of ranks.")
+    patterns.check(alphas, "alpha_pattern")
+    patterns.check(ranks, "rank_pattern")
+    init = raw.get("init_lora_weights")
+    known = {*methods.USED_SETTINGS, *methods.IDLE_SETTINGS, *methods.REFUSED_SETTINGS}
+    return AdapterConfig(
+        float(raw["lora_alpha"]),
+        rslora=bool(raw.get("use_rslora")),
+        alphas={name: float(value) for name, value in alphas.items()},
+        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        rank=rank if _is_rank(rank) else None,
+        ranks=dict(ranks),
+        init=str(init) if methods.base_changing(init) else "",
+        base_name=_text(raw.get("base_model_name_or_path")),
+        revision=_text(raw.get("revision")),
+        task_type=_text(raw.get("task_type")),
+        unknown=tuple(sorted(key for key in raw.keys() - known if raw[key])),
     )
 
 
-def _read(path: Path, separated: Separated, sources: Sources | None) -> AdapterConfig:
-    with Sources() as own:
-        raw = strict_json.read_object((sources or own).open(path))
-    config = parse_adapter_config(raw)
-    if config.rank is not None and separated.ranks != (config.rank,):
-        raise PlanError(
-            f"it states rank {config.rank}, the checkpoint's adapters have rank "
-            f"{_ranks(separated)}: it is of another run.",
-            path=path,
-            hint="Pass --lora-alpha, or --adapter-config with the run's own.",
-        )
-    return config
+def _check_method(name: object) -> None:
+    """Refuse every method of PEFT but LoRA."""
+    if name == "LORA":
+        return
+    method = methods.METHODS.get(name) if isinstance(name, str) else None
+    if method is None:
+        raise UnsupportedError(f"adapters of type {brief(name)} are not handled, LORA is.")
+    raise UnsupportedError(
+        f"adapters of the method {method.title} (peft_type {name}) are not handled, LoRA and DoRA "
+        "are.",
+        hint=methods.hint(method.merges),
+    )
 
 
-def _ranks(separated: Separated) -> str:
-    return ", ".join(map(str, separated.ranks))
+def with_alpha(config: AdapterConfig | None, alpha: float) -> AdapterConfig:
+    """What a file says, but for the alpha that the user states: it counts for every module."""
+    return AdapterConfig(alpha) if config is None else replace(config, alpha=alpha, alphas={})
+
+
+def _is_alpha(value: object) -> bool:
+    """Whether a scale can be computed with; a NaN is in no range."""
+    return isinstance(value, int | float) and -_MAX_ALPHA < value < _MAX_ALPHA
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 0 < value < _MAX_RANK
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None

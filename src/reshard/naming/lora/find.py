@@ -16,105 +16,23 @@ are never guessed.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import NamedTuple
 
-from msgspec import Struct, field
+from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.core.dtypes import FLOAT32
-from reshard.core.tensors import Entry, TensorSpec
-from reshard.errors import (
-    FormatError,
-    IncompleteError,
-    NamesError,
-    PlanError,
-    UnsupportedError,
-    brief,
-)
+from reshard.core.tensors import Entry, Shape, TensorSpec
+from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError
+from reshard.naming.lora import methods
 from reshard.naming.search import unwrap
 
-_ADAPTER_TENSORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B",
-                    "lora_magnitude_vector")  # fmt: skip
 # PeftModel holds a tuner as `base_model`, which holds the model as `model` (peft/peft_model.py).
-_WRAPPED = ".base_model.model."
-# No alpha comes near it; an infinite one would make a model of NaNs.
-_MAX_ALPHA = 1e9
-# The first letters of a name's part -> the method that it gives away.
-_REFUSED = {
-    "vera_": "VeRA",
-    "ia3_l": "IA3",
-    "lora_E": "AdaLoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "boft_": "BOFT",
-    "trainable_tokens": "trainable tokens",
-    "prompt_encoder": "prompt tuning",
-}
-# Settings of adapter_config.json that change what a merge is.
-_REFUSED_SETTINGS = ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora",
-                     "arrow_config", "kasa_config", "target_parameters",
-                     "trainable_token_indices", "lora_bias")  # fmt: skip
-
-
-class AdapterConfig(Struct, frozen=True):
-    """How adapters scale. `alphas`: module name suffix -> alpha, where it differs from `alpha`.
-
-    `rank` is the one that all adapters have by it; None where it states none or several.
-    """
-
-    alpha: float
-    rslora: bool = False
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
-    rank: int | None = None
-
-    def scaling(self, module: str, rank: int) -> float:
-        """What `left @ right` is multiplied with: alpha / r, or alpha / sqrt(r) for rsLoRA."""
-        alpha = self.alpha
-        for suffix, other in self.alphas.items():
-            if f".{module}".endswith(f".{suffix}"):
-                alpha = other
-                break
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
-
-
-def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
-    """The settings of a parsed `adapter_config.json` that a merge needs.
-
-    Raises `UnsupportedError` for another method than LoRA or a setting that is not handled, and
-    `FormatError` for values of the wrong kind.
-    """
-    method = raw.get("peft_type", "LORA")
-    if method != "LORA":
-        raise UnsupportedError(f"adapters of type {brief(method)} are not handled, LORA is.")
-    for key in _REFUSED_SETTINGS:
-        if raw.get(key):
-            raise UnsupportedError(f"adapters with {key} = {brief(raw[key])} are not handled.")
-    alpha, rank, patterns = raw.get("lora_alpha"), raw.get("r"), raw.get("alpha_pattern") or {}
-    numbers = isinstance(patterns, Mapping) and all(map(_is_number, (alpha, *patterns.values())))
-    if not numbers:
-        shown = f"{brief(alpha)} and alpha_pattern {brief(patterns)}"
-        raise FormatError(f"lora_alpha {shown} are no numbers.")
-    for pattern in patterns:
-        # PEFT takes regular expressions; only plain names are safe to read from a file.
-        if not re.fullmatch(r"[\w.]+", pattern):
-            raise UnsupportedError(f"the alpha_pattern {brief(pattern)} is no plain module name.")
-    return AdapterConfig(
-        float(raw["lora_alpha"]),
-        rslora=bool(raw.get("use_rslora")),
-        alphas={name: float(value) for name, value in patterns.items()},
-        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
-        rank=rank if isinstance(rank, int) and not raw.get("rank_pattern") else None,
-    )
-
-
-def _is_number(value: object) -> bool:
-    """Whether a scale can be computed with; a NaN is in no range."""
-    return isinstance(value, int | float) and -_MAX_ALPHA < value < _MAX_ALPHA
+_PREFIX = "base_model.model."
+_WRAPPED = f".{_PREFIX}"
+# Parameters of torch's MultiheadAttention, which PEFT wraps whole.
+_ATTENTION = ("in_proj_weight", "in_proj_bias")
 
 
 class Adapter(Struct, frozen=True):
@@ -137,7 +55,8 @@ class Separated(Struct, frozen=True):
     `entries` are the tensors by the names they would have without adapters; `adapters` belong to
     `<module>.weight` among them. `absent` are entries made up for base weights that the
     checkpoint does not hold: they have a shape and no bytes. `saved` are the modules that were
-    trained in full (`modules_to_save`).
+    trained in full (`modules_to_save`). `twice` are pairs of tensors that are stored for one name
+    and must hold the same values.
     """
 
     entries: Mapping[str, Entry]
@@ -145,6 +64,7 @@ class Separated(Struct, frozen=True):
     absent: frozenset[str] = frozenset()
     saved: tuple[str, ...] = ()
     name: str = "default"
+    twice: tuple[tuple[Entry, Entry], ...] = ()
 
     @property
     def apart(self) -> frozenset[str]:
@@ -155,8 +75,8 @@ class Separated(Struct, frozen=True):
         adapter's name out, holds nothing else beside the adapters.
         """
         if self.adapters and not self.name:
-            return frozenset(self.entries.keys() - self.absent)
-        return frozenset(f"{module}.weight" for module in self.saved)
+            return frozenset(self.entries)
+        return self.absent | {f"{module}.weight" for module in self.saved}
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -164,20 +84,40 @@ class Separated(Struct, frozen=True):
         return tuple(sorted({adapter.rank for adapter in self.adapters.values()}))
 
 
-def separate(entries: Mapping[str, Entry], adapter: str | None = None) -> Separated:
+def separate(
+    entries: Mapping[str, Entry],
+    adapter: str | None = None,
+    base: Mapping[str, Entry] | None = None,
+) -> Separated:
     """Take the adapters off a checkpoint; without any, everything stays as it is.
 
-    `adapter` names the one to use where there are several.
+    `adapter` names the one to use where there are several. `base` are the base model's tensors:
+    what it calls by an adapter's name (Phi-4-multimodal's own, SAM's `prompt_encoder`) is no
+    adapter, and a weight that the checkpoint lacks lies as it lies there.
 
     Raises `UnsupportedError` for methods that are not handled, by name; `PlanError` where there
     are several adapters and none was named; `IncompleteError` where A or B is missing.
     """
-    return _Separation(entries, adapter).result()
+    return _Separation(entries, adapter, base or {}).result()
 
 
 def holds_adapters(entries: Iterable[str]) -> bool:
     """Whether a tensor of an adapter is among the names."""
-    return any(part in _ADAPTER_TENSORS for name in entries for part in name.split("."))
+    return any(part in methods.TENSORS for name in entries for part in name.split("."))
+
+
+def is_traced(names: Iterable[str], base: Iterable[str] = ()) -> bool:
+    """Whether PEFT wrapped the model that has these names, by what the base's do not have."""
+    own = methods.parts_of(base)
+    return any(_is_trace(unwrap(name).split("."), own) for name in names)
+
+
+def _is_trace(parts: list[str], own: frozenset[str]) -> bool:
+    first = next((part for part in parts[:-1] if part not in ("model", "policy", "actor")), "")
+    found = any(
+        (part in methods.WRAPPING or part.startswith("lora_")) and part not in own for part in parts
+    )
+    return found or first == "base_model" or (parts[0] in methods.PROMPTS and parts[0] not in own)
 
 
 def without_peft(name: str) -> str:
@@ -190,26 +130,52 @@ def without_peft(name: str) -> str:
     return f"{before}.{after}".removeprefix(".") if found else name
 
 
+def name_in_peft(module: str, prefix: str) -> str:
+    """The name that a module has in the model that PEFT wrapped; `prefix` is what the fit stripped.
+
+    >>> name_in_peft("model.base_model.model.lm_head", "model.base_model.model.")
+    'lm_head'
+    """
+    _, found, after = f".{module}".partition(_WRAPPED)
+    return after if found else module.removeprefix(prefix)
+
+
+class _Part(NamedTuple):
+    """A tensor's name taken apart: `module`, the adapter's tensor, its adapter, what follows."""
+
+    module: str
+    tensor: str
+    adapter: str
+    rest: list[str]
+
+
 class _Separation:
-    def __init__(self, entries: Mapping[str, Entry], adapter: str | None) -> None:
+    def __init__(
+        self, entries: Mapping[str, Entry], adapter: str | None, base: Mapping[str, Entry]
+    ) -> None:
         self._tensors: dict[str, dict[str, Entry]] = {}
         self._plain: dict[str, Entry] = {}
         self._saved: dict[str, None] = {}
-        self._found: set[str] = set()
-        self._wanted = adapter
-        for entry in entries.values():
-            for name in entry.names:
-                self._found.update(_adapter_of(unwrap(name)))
-        self._name = self._choose()
+        self._twice: list[tuple[Entry, Entry]] = []
+        self._base = base
+        self._own = methods.parts_of(base)
+        self._own_tails = {_tail(name.split(".")) for name in base} - {""} if self._own else set()
+        names = [unwrap(name) for entry in entries.values() for name in entry.names]
+        self._traced = is_traced(names, base)
+        self._found = {found for name in names for found in self._adapters_in(name.split("."))}
+        self._name = self._choose(adapter)
+        # ms-swift saves what it trained in full (vit.safetensors) without PEFT's prefix.
+        wrapped = sum(name.startswith(_PREFIX) for name in names)
+        self._mixed = not self._name and 0 < wrapped < len(names)
         for entry in entries.values():
             self._sort(entry)
 
-    def _choose(self) -> str:
-        if self._wanted is not None:
-            if self._wanted not in self._found:
-                raise PlanError(f"there is no adapter {self._wanted!r}; there are "
+    def _choose(self, wanted: str | None) -> str:
+        if wanted is not None:
+            if wanted not in self._found:
+                raise PlanError(f"there is no adapter {wanted!r}; there are "
                                 f"{', '.join(sorted(self._found)) or 'none'}.")  # fmt: skip
-            return self._wanted
+            return wanted
         if len(self._found) > 1:
             raise PlanError(
                 f"the checkpoint holds {len(self._found)} adapters: "
@@ -218,99 +184,177 @@ class _Separation:
             )
         return next(iter(self._found), "default")
 
+    def _is_own(self, parts: list[str]) -> bool:
+        """Whether the base has a tensor of this name itself, adapter-like as it is."""
+        return bool(self._own_tails) and _tail(parts) in self._own_tails
+
+    def _adapters_in(self, parts: list[str]) -> Iterable[str]:
+        """The adapter that a tensor belongs to, if it belongs to one."""
+        if self._is_own(parts):
+            return
+        part = _taken_apart(parts)
+        if part is not None:
+            yield part.adapter
+        if "modules_to_save" in parts[:-1]:
+            yield _named(parts[parts.index("modules_to_save") + 1 :])[0]
+
     def _sort(self, entry: Entry) -> None:
         """Put a tensor where it belongs: with its adapter, among the plain names, or nowhere."""
         names = []
         for name in entry.names:
-            parts = unwrap(name).split(".")
-            _refuse(parts)
-            marker = next((part for part in parts if part in _ADAPTER_TENSORS), None)
-            if marker is not None:
-                at = parts.index(marker)
-                adapter, rest = _named(parts[at + 1 :])
-                if adapter == self._name:
-                    self._add(".".join(parts[:at]), marker, rest, entry)
+            parts = unwrap(name.removeprefix(_PREFIX) if self._mixed else name).split(".")
+            if self._is_own(parts):
+                names.append(".".join(parts))
                 continue
-            plain = self._plain_name(parts)
-            if plain is not None:
-                names.append(plain)
+            if any(methods.is_of_training(part) for part in parts):
+                continue
+            if self._traced:
+                _refuse(parts, self._own)
+            part = _taken_apart(parts)
+            if part is None:
+                plain = self._plain_name(parts)
+                names += [plain] if plain is not None else []
+            elif part.adapter == self._name:
+                self._add(part, entry)
+        names = list(dict.fromkeys(names))
         if names:
-            self._plain[names[0]] = replace(entry.renamed(names[0]), aliases=tuple(names[1:]))
+            mine = replace(entry.renamed(names[0]), aliases=tuple(names[1:]))
+            if names[0] in self._plain:
+                self._twice.append((self._plain[names[0]], mine))
+            self._plain[names[0]] = mine
 
-    def _add(self, module: str, marker: str, rest: list[str], entry: Entry) -> None:
-        if rest not in ([], ["weight"]):
+    def _add(self, part: _Part, entry: Entry) -> None:
+        if part.rest not in ([], ["weight"]):
             raise UnsupportedError(
-                f"adapters with a {'.'.join(rest)} of their own are not handled.",
+                f"adapters with a {'.'.join(part.rest)} of their own are not handled.",
                 tensor=entry.spec.name,
+                hint=methods.hint(merges=True),
             )
-        self._tensors.setdefault(module, {})[marker] = entry
+        if "base_layer" in part.module.split(".") and "base_layer" not in self._own:
+            raise UnsupportedError(
+                "adapters inside a module that has adapters (torch's MultiheadAttention, or "
+                "target_parameters) are not handled.",
+                tensor=entry.spec.name,
+                hint=methods.hint(merges=True),
+            )
+        self._tensors.setdefault(part.module, {})[part.tensor] = entry
 
     def _plain_name(self, parts: list[str]) -> str | None:
         """The name that the base model has for it; None for a module that another one replaced."""
-        if "original_module" in parts:
+        if "original_module" in parts and "original_module" not in self._own:
             return None
-        if "modules_to_save" in parts[:-1]:
+        if "modules_to_save" in parts[:-1] and "modules_to_save" not in self._own:
             at = parts.index("modules_to_save")
-            if parts[at + 1] != self._name:
+            adapter, rest = _named(parts[at + 1 :])
+            if adapter != self._name:
                 return None
             self._saved[".".join(parts[:at])] = None
-            parts = parts[:at] + parts[at + 2 :]
-        if "base_layer" not in parts:
+            parts = parts[:at] + rest
+        if "base_layer" not in parts or "base_layer" in self._own:
             return ".".join(parts)
         *module, layer, last = parts
-        if layer != "base_layer" or "base_layer" in module or last not in ("weight", "bias"):
-            raise UnsupportedError(
-                "adapters on parameters of a module (target_parameters) are not handled.",
-                tensor=".".join(parts),
-            )
-        return ".".join((*module, last))
+        if layer == "base_layer" and last in _ATTENTION:
+            what = "torch's MultiheadAttention"
+        elif layer != "base_layer" or "base_layer" in module or last not in ("weight", "bias"):
+            what = "parameters of a module (target_parameters)"
+        else:
+            return ".".join((*module, last))
+        raise UnsupportedError(
+            f"adapters on {what} are not handled.",
+            tensor=".".join(parts),
+            hint=methods.hint(merges=True),
+        )
 
     def result(self) -> Separated:
         adapters = {module: _adapter(module, self._tensors[module]) for module in self._tensors}
-        owners = {alias: name for name, e in self._plain.items() for alias in e.aliases}
-        absent = set()
+        names = {f"{module}.weight" for module in adapters}
+        entries = {name: e for entry in self._plain.values() for name, e in _split(entry, names)}
+        absent = names - entries.keys()
+        stored = _Stored(self._base) if absent else None
         for module, adapter in adapters.items():
             name = f"{module}.weight"
-            if name in owners:
-                raise UnsupportedError(
-                    f"its adapter would also change {owners[name]!r}, which it is tied to.",
-                    tensor=name,
-                )
-            if name not in self._plain:
-                spec = TensorSpec(name, FLOAT32, shape_of(adapter))
-                self._plain[name] = Entry(spec, (), kind="frozen")
-                absent.add(name)
-        return Separated(self._plain, adapters, frozenset(absent), tuple(self._saved), self._name)
+            if stored is not None and name in absent:
+                spec = TensorSpec(name, FLOAT32, stored.shape(name, shape_of(adapter)))
+                entries[name] = Entry(spec, (), kind="frozen")
+        return Separated(
+            entries,
+            adapters,
+            frozenset(absent),
+            tuple(self._saved),
+            self._name,
+            tuple(self._twice),
+        )
 
 
-def _adapter_of(name: str) -> Iterable[str]:
-    """The adapter that a tensor belongs to, if it belongs to one."""
+def _split(entry: Entry, adapted: set[str]) -> Iterable[tuple[str, Entry]]:
+    """A tensor under its names; by each alone where an adapter updates it under one of them."""
+    if adapted.isdisjoint(entry.names):
+        yield entry.spec.name, entry
+        return
+    for name in entry.names:
+        yield name, replace(entry.renamed(name), aliases=())
+
+
+class _Stored:
+    """How the base keeps a weight that the checkpoint does not hold, by the ends of its names."""
+
+    def __init__(self, base: Mapping[str, Entry]) -> None:
+        self._shapes: dict[str, set[Shape]] = {}
+        for name, entry in base.items():
+            for tail in _ends(name):
+                self._shapes.setdefault(tail, set()).add(entry.spec.shape)
+
+    def shape(self, name: str, made: tuple[int, int]) -> Shape:
+        """`made` or, where the base's of that name is turned (a Conv1D), the reverse."""
+        found = next((self._shapes[tail] for tail in _ends(name) if tail in self._shapes), set())
+        return made[::-1] if made not in found and made[::-1] in found else made
+
+
+def _ends(name: str) -> Iterable[str]:
+    """The ends of a name of two parts or more, the longest first."""
     parts = name.split(".")
-    for marker in _ADAPTER_TENSORS:
-        if marker in parts:
-            yield _named(parts[parts.index(marker) + 1 :])[0]
-    if "modules_to_save" in parts[:-1]:
-        yield parts[parts.index("modules_to_save") + 1]
+    return (".".join(parts[start:]) for start in range(max(len(parts) - 1, 1)))
+
+
+def _tail(parts: list[str]) -> str:
+    """A name from the part before the first that PEFT may have put there; empty without such."""
+    at = next((i for i, part in enumerate(parts) if methods.looks_adapted(part)), None)
+    return "" if at is None else ".".join(parts[max(at - 1, 0) :])
+
+
+def _taken_apart(parts: list[str]) -> _Part | None:
+    """The name of an adapter's tensor in its parts; None for any other."""
+    at = next((i for i, part in enumerate(parts) if part in methods.TENSORS), None)
+    if at is None:
+        return None
+    return _Part(".".join(parts[:at]), parts[at], *_named(parts[at + 1 :]))
 
 
 def _named(rest: list[str]) -> tuple[str, list[str]]:
-    """The adapter's name in what follows `lora_A`, and the parts behind it.
+    """The adapter's name in what follows `lora_A` or `modules_to_save`, and the parts behind it.
 
     >>> _named(["default", "weight"]), _named(["weight"]), _named([])
     (('default', ['weight']), ('', ['weight']), ('', []))
     """
-    return ("", rest) if rest in ([], ["weight"]) else (rest[0], rest[1:])
+    return ("", rest) if rest in ([], ["weight"], ["bias"]) else (rest[0], rest[1:])
 
 
-def _refuse(parts: list[str]) -> None:
+def _refuse(parts: list[str], own: frozenset[str]) -> None:
     for part in parts:
-        for start, method in _REFUSED.items():
-            if part.startswith(start):
-                raise UnsupportedError(
-                    f"adapters of the method {method} are not handled, LoRA and DoRA are.",
-                    tensor=".".join(parts),
-                    hint="Merge them with PEFT before converting.",
-                )
+        refused = methods.refused_part(part)
+        if part not in own and refused is not None:
+            title, merges = refused
+            raise UnsupportedError(
+                f"adapters of the method {title} are not handled, LoRA and DoRA are.",
+                tensor=".".join(parts),
+                hint=methods.hint(merges),
+            )
+    if parts[0] in methods.PROMPTS and parts[0] not in own:
+        raise UnsupportedError(
+            "adapters of the method prompt tuning are not handled, LoRA and DoRA are.",
+            tensor=".".join(parts),
+            hint=methods.hint(merges=False),
+        )
 
 
 def _adapter(module: str, tensors: Mapping[str, Entry]) -> Adapter:
@@ -324,16 +368,15 @@ def _adapter(module: str, tensors: Mapping[str, Entry]) -> Adapter:
         raise UnsupportedError(
             f"adapters of shapes {a.spec.shape} and {b.spec.shape} (convolutions) are not handled.",
             tensor=f"{module}.{keys[0]}",
+            # Of a convolution in groups, B has a group's share of A's rows: PEFT merges none.
+            hint=methods.hint(merges=a.spec.shape[:1] == b.spec.shape[1:2]),
         )
     if a.spec.shape[0] != b.spec.shape[1]:
         raise NamesError(
             f"A is {a.spec.shape}, B is {b.spec.shape}: their ranks differ.",
             tensor=f"{module}.{keys[0]}",
         )
-    magnitude = tensors.get("lora_magnitude_vector")
-    if magnitude is not None and embedding:
-        raise UnsupportedError("DoRA on an embedding is not handled.", tensor=module)
-    return Adapter(module, a, b, magnitude, embedding)
+    return Adapter(module, a, b, tensors.get("lora_magnitude_vector"), embedding)
 
 
 def shape_of(adapter: Adapter) -> tuple[int, int]:

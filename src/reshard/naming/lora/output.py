@@ -1,25 +1,55 @@
-"""What becomes of adapters: updates to merge into the base's tensors, or a folder for PEFT."""
+"""What becomes of adapters: updates to merge into the base's tensors."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from reshard.core import rearrange
 from reshard.core.arithmetic import LowRank, computed
 from reshard.core.tensors import Entry
-from reshard.errors import NamesError, UnsupportedError
-from reshard.naming.lora.find import Adapter, AdapterConfig, Separated, shape_of
+from reshard.errors import NamesError, PlanError, UnsupportedError
+from reshard.naming.lora import methods
+from reshard.naming.lora.config import AdapterConfig
+from reshard.naming.lora.find import Adapter, Separated, name_in_peft, shape_of
 from reshard.naming.name_map import NameMap
 
-#: The file names that PEFT looks for.
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+#: Whether two tensors of one shape hold the same values.
+Equal = Callable[[Entry, Entry], bool]
 
-_PREFIX = "base_model.model."
+
+def keys(separated: Separated, equal: Equal | None) -> dict[str, str]:
+    """Each updated tensor -> a key of its update; two of one key are changed alike.
+
+    PEFT's `ensure_weight_tying` gives a head the adapter of the embedding that it is tied to,
+    turned. Every other update is of its own tensor alone. Without `equal` no value is read.
+    """
+    found = {f"{module}.weight": module for module in separated.adapters}
+    linear = [a for a in separated.adapters.values() if not a.embedding and a.magnitude is None]
+    for module, adapter in separated.adapters.items():
+        if not adapter.embedding or adapter.magnitude is not None:
+            continue
+        a, b = (rearrange.transpose(entry, 0, 1) for entry in (adapter.b, adapter.a))
+        for other in linear:
+            if _same(a, other.a, equal) and _same(b, other.b, equal):
+                found[f"{other.module}.weight"] = module
+    return found
+
+
+def _same(one: Entry, other: Entry, equal: Equal | None) -> bool:
+    if (one.spec.shape, one.spec.dtype) != (other.spec.shape, other.spec.dtype):
+        return False
+    return one.fragments == other.fragments or (equal is not None and equal(one, other))
+
+
+class Updates(Struct, frozen=True):
+    """The updated weights: by the output's name, where they are one of its tensors; by the
+    checkpoint's, where the output stacks, splits or turns them."""
+
+    by_target: Mapping[str, Entry] = field(default_factory=dict)
+    by_source: Mapping[str, Entry] = field(default_factory=dict)
 
 
 def updates(
@@ -27,135 +57,98 @@ def updates(
     found: NameMap,
     config: AdapterConfig,
     base: Mapping[str, Entry],
-) -> dict[str, Entry]:
-    """The update of each adapted tensor, by the base's name.
+    *,
+    keys: Mapping[str, str] | None = None,
+    base_config: Mapping[str, Any] | None = None,
+) -> Updates:
+    """Each adapted weight with its update.
 
-    `found` maps `separated.entries`, `base` are the base model's own tensors: those that
-    the checkpoint does not hold are taken from there.
+    `found` maps `separated.entries`, `base` are the base model's own tensors: those that the
+    checkpoint does not hold are taken from there. `keys` are those that the fit was told.
 
-    Raises `UnsupportedError` for an adapter on a weight that the base stacks or turns, or that is
-    tied to another one.
+    Raises `UnsupportedError` for an adapter on a weight that the checkpoint does not hold and the
+    base stacks or turns.
     """
     targets: dict[str, list[str]] = {}
     for target, own in found.origins.items():
         targets.setdefault(own, []).append(target)
-    merged = {}
+    known = keys or {}
+    placed = {known.get(name) for name in targets}
+    turned = methods.turned_modules((base_config or {}).get("model_type"))
+    by_target: dict[str, Entry] = {}
+    by_source: dict[str, Entry] = {}
     for module, adapter in separated.adapters.items():
         name = f"{module}.weight"
-        target = _only(name, targets.get(name, []), separated, found)
-        weight = (
-            base[target] if name in separated.absent else separated.entries[name].renamed(target)
+        places = targets.get(name, [])
+        if not places and known.get(name, module) != module and known[name] in placed:
+            continue  # the tensor that it is tied to is updated alike
+        absent = name in separated.absent
+        if absent:
+            _check_place(name, places)
+            weight = base[found.tied_to.get(places[0], places[0])]
+        else:
+            weight = separated.entries[name]
+        updated = low_rank(
+            adapter,
+            weight,
+            config.scaling(name_in_peft(module, found.prefix), adapter.rank),
+            turned=module.rpartition(".")[2] in turned if turned else config.fan_in_fan_out,
         )
-        merged[target] = low_rank(adapter, weight, config)
-    return merged
+        if places:
+            by_target.update((place, updated.renamed(place)) for place in places)
+        else:
+            by_source[name] = updated
+    return Updates(by_target, by_source)
 
 
-def _only(name: str, targets: list[str], separated: Separated, found: NameMap) -> str:
-    """The one tensor of the output that an adapted weight is."""
-    aliases = separated.entries[name].aliases
-    if len(targets) > 1 or aliases or any(stored in targets for stored in found.tied.values()):
+def lost(separated: Separated, found: NameMap, keys: Mapping[str, str]) -> list[str]:
+    """The weights that adapters update and that are neither in the checkpoint nor in the base."""
+    origins = {*found.origins.values()}
+    placed = {keys.get(name) for name in origins}
+    return [
+        name for name in separated.absent if name not in origins and keys.get(name) not in placed
+    ]
+
+
+def _check_place(name: str, places: list[str]) -> None:
+    """Raises `UnsupportedError` where a weight that the base holds is not one of its tensors."""
+    if not places:
         raise UnsupportedError(
-            "its adapter would also change the weight that is tied to it.",
+            "the base stacks or turns this weight, which the checkpoint does not hold, so its "
+            "adapter cannot be merged.",
             tensor=name,
-            hint="Convert with --lora adapter.",
+            hint=methods.hint(merges=True),
         )
-    if not targets:
-        raise UnsupportedError(
-            "the base stacks, turns or ties this weight, so its adapter cannot be merged.",
-            tensor=name,
-            hint="Convert with --lora adapter.",
-        )
-    return targets[0]
 
 
-def low_rank(adapter: Adapter, base: Entry, config: AdapterConfig) -> Entry:
-    """One weight with its update.
+def low_rank(adapter: Adapter, base: Entry, scaling: float, *, turned: bool = False) -> Entry:
+    """One weight with its update. `turned`: a square one is kept as `[in, out]`.
 
-    Raises `NamesError` where the shapes do not make the weight's, `UnsupportedError` for DoRA on
-    a module that keeps its weight transposed.
+    Raises `NamesError` where the shapes do not make the weight's.
     """
     left, right = adapter.b, adapter.a
     made, shape = shape_of(adapter), base.spec.shape
     # transformers' Conv1D (GPT-2) keeps [in, out]: the only modules with a reversed shape.
-    turned = not adapter.embedding and (config.fan_in_fan_out or made == shape[::-1] != shape)
-    if adapter.embedding or turned:
+    swapped = made == shape[::-1] and (made != shape or turned)
+    if adapter.embedding or swapped:
         left, right = rearrange.transpose(adapter.a, 0, 1), rearrange.transpose(adapter.b, 0, 1)
         made = (left.spec.shape[0], right.spec.shape[1])
     if made != shape:
         raise NamesError(f"the weight is {shape}, its adapter makes {made}.", tensor=adapter.module)
-    if turned and adapter.magnitude is not None:
-        raise UnsupportedError("DoRA on a transposed weight is not handled.", tensor=adapter.module)
-    scaling = config.scaling(adapter.module, adapter.rank)
-    return computed(LowRank(base, left, right, scaling, adapter.magnitude), base)
+    by_column = adapter.embedding or swapped
+    magnitude = adapter.magnitude
+    if magnitude is not None:
+        magnitude = _vector(magnitude, shape[1 if by_column else 0])
+    update = LowRank(base, left, right, scaling, magnitude, by_column=by_column)
+    return computed(update, base)
 
 
-class AdapterFolder(Struct, frozen=True):
-    """What an adapter folder holds: `adapter_model.safetensors` and `adapter_config.json`."""
-
-    tensors: Mapping[str, Entry]
-    config: Mapping[str, Any]
-
-
-def adapter_folder(
-    separated: Separated, prefix: str, config: AdapterConfig, base_name: str | None = None
-) -> AdapterFolder:
-    """The adapters as a folder that `PeftModel.from_pretrained` loads.
-
-    `prefix` is what the fit stripped: module names are those of the live base model that the
-    checkpoint was trained with. `base_name` is recorded as the base model's name.
-    """
-    tensors: dict[str, Entry] = {}
-
-    def keep(name: str, entry: Entry) -> None:
-        key = _PREFIX + name.removeprefix(prefix)
-        tensors[key] = entry.renamed(key)
-
-    for module, adapter in separated.adapters.items():
-        a, b = ("lora_embedding_A", "lora_embedding_B") if adapter.embedding else (
-            "lora_A.weight", "lora_B.weight")  # fmt: skip
-        keep(f"{module}.{a}", adapter.a)
-        keep(f"{module}.{b}", adapter.b)
-        if adapter.magnitude is not None:
-            keep(f"{module}.lora_magnitude_vector", adapter.magnitude)
-    for name, entry in separated.entries.items():
-        if any(name.startswith(f"{module}.") for module in separated.saved):
-            keep(name, entry)
-    return AdapterFolder(tensors, _folder_config(separated, prefix, config, base_name))
-
-
-def _folder_config(
-    separated: Separated, prefix: str, config: AdapterConfig, base_name: str | None
-) -> dict[str, Any]:
-    ranks = {m.removeprefix(prefix): a.rank for m, a in separated.adapters.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    saved = [module.removeprefix(prefix) for module in separated.saved]
-    return {
-        "base_model_name_or_path": base_name,
-        "peft_type": "LORA",
-        "task_type": None,
-        "inference_mode": True,
-        "r": rank,
-        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
-        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
-        "alpha_pattern": dict(config.alphas),
-        "use_rslora": config.rslora,
-        "use_dora": any(a.magnitude is not None for a in separated.adapters.values()),
-        "fan_in_fan_out": config.fan_in_fan_out,
-        "target_modules": _target_modules(set(ranks), separated, prefix),
-        "modules_to_save": saved or None,
-        "bias": "none",
-        "lora_dropout": 0.0,
-    }
-
-
-def _target_modules(adapted: set[str], separated: Separated, prefix: str) -> list[str]:
-    """The modules' last names where these select exactly the adapted ones, else full names."""
-    every = {
-        name.removeprefix(prefix).removesuffix(".weight")
-        for name, entry in separated.entries.items()
-        if name.endswith(".weight") and len(entry.spec.shape) == 2
-    }
-    short = {module.rpartition(".")[2] for module in adapted}
-    selected = {module for module in every if module.rpartition(".")[2] in short}
-    # Where the checkpoint holds no base weights, the modules that were left alone are not known.
-    return sorted(short if selected == adapted and not separated.absent else adapted)
+def _vector(magnitude: Entry, length: int) -> Entry:
+    """DoRA's magnitude, of as many numbers as the matrix has rows (or columns)."""
+    if magnitude.spec.shape != (length,):
+        raise PlanError(
+            f"DoRA's magnitude is of shape {magnitude.spec.shape}, the weight needs {length} "
+            "numbers.",
+            tensor=magnitude.spec.name,
+        )
+    return magnitude

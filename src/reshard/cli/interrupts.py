@@ -1,0 +1,61 @@
+"""What is said when a person or the system ends a run: what stands under the output's name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was ended from outside; the message says what stands now."""
+
+
+def writes(option: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A command whose `option` names its output; an interrupt says what stands there."""
+
+    def wrapped(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def run(**given: Any) -> Any:
+            with telling_what_stands(given[option]):
+                return command(**given)
+
+        return run
+
+    return wrapped
+
+
+@contextmanager
+def telling_what_stands(target: Path | None) -> Iterator[None]:
+    """Raise `Interrupted` in place of a KeyboardInterrupt within the block.
+
+    An output appears whole or not at all, so what stands under the name is the new output exactly
+    if it is another folder than at first. None: the command writes no output.
+    """
+    before = _identity(target)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        after = _identity(target)
+        if target is None:
+            stands = "nothing was written"
+        elif after != before and after is not None:
+            stands = f"the new output is whole and stands at {target}"
+        elif after is not None:
+            stands = f"{target} is as it was"
+        else:
+            stands = f"nothing was left at {target}"
+        raise Interrupted(stands) from error
+
+
+def _identity(target: Path | None) -> tuple[int, int] | None:
+    if target is None:
+        return None
+    try:
+        status = os.stat(target)  # noqa: PTH116 (a loop of links is an error here, on any Python)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,267 @@
+"""Adapters in a conversion: the config that is read first, and the values that must be looked at.
+
+read config (refuses by name) -> take the adapters off -> how they scale -> fit -> what is left out
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+from msgspec import Struct, field
+
+from reshard.conversion.base_model import Base
+from reshard.conversion.options import LoraChoice, Options
+from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
+from reshard.errors import NamesError, PlanError, UnsupportedError
+from reshard.formats import huggingface
+from reshard.naming import NameMap, apply
+from reshard.naming.lora import output
+from reshard.naming.lora.config import AdapterConfig, ConfigFile, read_near, with_alpha
+from reshard.naming.lora.find import Adapter, Separated, is_traced, separate
+from reshard.storage.local import Sources
+from reshard.transfer.reading import equal, read_array, same_values
+
+# Initialisations that PEFT repeats, to the same weights, when it loads the adapter onto the base.
+_RECOMPUTED = ("pissa", "olora")
+# Names shown of a list, and patterns that a hint spells out.
+_SHOWN, _PATTERNS = 10, 4
+# From this share of exact zeros on, a part of a trained lora_B is taken not to be saved.
+_ZEROS = 0.5
+
+
+class Found(Struct, frozen=True):
+    """A checkpoint's adapters, how they scale (None: there are none), and the keys of their
+    updates, which two tied tensors share where they are updated alike."""
+
+    separated: Separated
+    config: AdapterConfig | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+
+def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Found:
+    """Take a checkpoint's adapters off, once their config allows it.
+
+    Raises `UnsupportedError` for what is not merged, by its name, `PlanError` where nothing says
+    how they scale or a config is of another run, and what `separate` raises.
+    """
+    choice = options.lora
+    root = catalog.origin.root
+    near = choice.config is not None or _is_of_peft(catalog, base)
+    file = read_near(root, sources, choice.config) if near and choice.scaling is None else None
+    separated = separate(catalog.of_one_layout(), choice.adapter, base.entries)
+    if choice.mode in ("adapter", "both") and not separated.adapters:
+        raise PlanError(
+            f"--lora {choice.mode} was asked for, and the checkpoint holds no adapters.",
+            hint="Leave out --lora.",
+        )
+    if choice.mode == "adapter" and not separated.name:
+        raise PlanError("it is an adapter folder already.", path=options.source)
+    if not separated.adapters:
+        return Found(separated)
+    config, findings = _scaling(separated, file, choice)
+    if config.init:
+        _check_base_held(separated, config, choice)
+    if sources is None:
+        return Found(separated, config, output.keys(separated, None), tuple(findings))
+    readable = sources
+    _check_twice(separated, readable)
+    keys = output.keys(separated, lambda one, other: equal(one, other, readable))
+    if choice.scaling is None:
+        findings += _zeros(separated, readable)
+    return Found(separated, config, keys, tuple(findings))
+
+
+def _is_of_peft(catalog: Catalog, base: Base) -> bool:
+    """Whether an adapter_config.json near the checkpoint is about it."""
+    root = catalog.origin.root
+    saved = huggingface.is_adapter(root if root.is_dir() else root.parent)
+    return saved or is_traced(catalog.names(), base.entries)
+
+
+def _scaling(
+    separated: Separated, file: ConfigFile | None, choice: LoraChoice
+) -> tuple[AdapterConfig, list[Finding]]:
+    """How the adapters scale: as the user says, and as the file does for all else."""
+    if choice.scaling is not None:
+        return choice.scaling, []
+    ranks = ", ".join(map(str, separated.ranks))
+    strange = file is not None and not _has_ranks(file.config, separated)
+    if strange and file is not None and (file.named or choice.alpha is None):
+        stated = sorted({r for r in (file.config.rank, *file.config.ranks.values()) if r})
+        own = "Pass the run's own with --adapter-config"
+        raise PlanError(
+            f"it states rank {', '.join(map(str, stated))}, the checkpoint's adapters have rank "
+            f"{ranks}: it is of another run.",
+            path=file.path,
+            hint=f"{own}." if choice.alpha is not None else f"{own}, or --lora-alpha.",
+        )
+    said = None if file is None or strange else file.config
+    findings = _unknown(said)
+    if choice.alpha is not None:
+        return with_alpha(said, choice.alpha), findings
+    if file is None or said is None:
+        raise PlanError(
+            f"the checkpoint holds LoRA adapters on {len(separated.adapters)} modules (rank "
+            f"{ranks}), and not the alpha they were trained with.",
+            hint="Pass --lora-alpha, or --adapter-config with the run's adapter_config.json.",
+        )
+    if not file.named:
+        message = f"alpha {said.alpha:g} was taken from {os.path.normpath(file.path)}."
+        findings.append(Finding("alpha-from-file", message))
+    return said, findings
+
+
+def _has_ranks(config: AdapterConfig, separated: Separated) -> bool:
+    """Whether the adapters have ranks that the config states, where it states any."""
+    stated = {config.rank, *config.ranks.values()}
+    return config.rank is None or stated.issuperset(separated.ranks)
+
+
+def _unknown(config: AdapterConfig | None) -> list[Finding]:
+    if config is None or not config.unknown:
+        return []
+    names = ", ".join(name[:40] for name in config.unknown[:_SHOWN])
+    message = f"adapter_config.json has settings that are not known here: {names}."
+    return [Finding("adapter-setting-unknown", message)]
+
+
+def _check_base_held(separated: Separated, config: AdapterConfig, choice: LoraChoice) -> None:
+    """Refuse an update of a base that its initialisation changed, without that base."""
+    told = (
+        f"the adapters were initialised by {config.init}, which changed the weights that they "
+        "update"
+    )
+    if separated.absent:
+        again = (
+            " Or merge it with PEFT, which computes the same weights again: merge_and_unload()."
+            if config.init in _RECOMPUTED
+            else ""
+        )
+        raise UnsupportedError(
+            f"{told}; the checkpoint does not hold the changed weights.",
+            tensor=min(separated.absent),
+            hint=f"Convert a checkpoint of the run that holds all weights.{again}",
+        )
+    if choice.mode in ("adapter", "both"):
+        raise UnsupportedError(
+            f"{told}: the adapter alone is no update of the base.", hint="Pass --lora merge."
+        )
+
+
+def _check_twice(separated: Separated, sources: Sources) -> None:
+    """What PEFT saves under two names must hold one value."""
+    for one, other in separated.twice:
+        if not equal(one, other, sources):
+            raise NamesError(
+                "two different tensors of the checkpoint have this name without PEFT's parts.",
+                tensor=one.spec.name,
+            )
+
+
+def _zeros(separated: Separated, sources: Sources) -> list[Finding]:
+    """Whether a part of the updates is exact zeros, as where one rank's part was saved."""
+    shares = {m: _share_of_zeros(a, sources) for m, a in separated.adapters.items()}
+    if all(share == 1 for share in shares.values()):
+        message = f"lora_B is zero in all of {len(shares)} adapters: they change nothing."
+        return [Finding("adapter-zero", message)]
+    partly = [module for module, share in shares.items() if _ZEROS <= share < 1]
+    if 2 * len(partly) < len(shares):
+        return []
+    message = (
+        f"of {len(partly)} of {len(shares)} adapters, half of lora_B or more is exact zeros "
+        f"({partly[0]}: {shares[partly[0]]:.0%}): a part of what was trained may not be saved."
+    )
+    return [Finding("adapter-partly-zero", message, subject=partly[0])]
+
+
+def _share_of_zeros(adapter: Adapter, sources: Sources) -> float:
+    """Of the matrix that starts at zero; an embedding's is 0 or 1, for tokens may never be met."""
+    values = read_array(adapter.a if adapter.embedding else adapter.b, sources)
+    zeros = 1 - np.count_nonzero(values) / max(values.size, 1)
+    return float(zeros == 1) if adapter.embedding else float(zeros)
+
+
+def explained(error: NamesError, separated: Separated) -> NamesError:
+    """The error of the fit, saying first what it is about the adapters that does not fit."""
+    modules = len(separated.adapters)
+    lost = [name for name in error.unexpected if name in separated.absent]
+    if lost:
+        return NamesError(
+            f"{len(lost)} of the {modules} adapted modules have no weight in the base: "
+            f"{', '.join(lost[:_SHOWN])}.",
+            missing=error.missing,
+            unexpected=error.unexpected,
+            hint="Is it the model that the training started from? Adapters on parameters of a "
+            "module (target_parameters) are not merged.",
+        )
+    if not separated.adapters or len(separated.absent) < modules:
+        return error
+    return NamesError(
+        f"the checkpoint holds LoRA adapters on {modules} modules and not the "
+        f"weights that they update. {error.message[0].upper()}{error.message[1:]}",
+        missing=error.missing,
+        unexpected=error.unexpected,
+        hint=error.hint,
+    )
+
+
+def check_left_out(
+    found: Found, fit: NameMap, base: Base, allow: Sequence[str], sources: Sources
+) -> list[Finding]:
+    """Compare with the base what an adapter alone leaves out.
+
+    Raises `PlanError` for tensors that differ and are not allowed to: they were trained.
+    """
+    saved = {f"{module}." for module in found.separated.saved}
+    different = []
+    entries = apply(fit.outputs, found.separated.entries)
+    for name, entry in entries.items():
+        own = fit.origins.get(name, name)
+        if own in found.separated.absent or any(own.startswith(module) for module in saved):
+            continue
+        twin = base.entries.get(fit.tied_to.get(name, name))
+        if twin is None or not same_values(entry, twin, sources):
+            different.append((name, own))
+    trained = [name for name, own in different if not _allowed(allow, name, own)]
+    if trained:
+        shown = ", ".join(trained[:_SHOWN])
+        more = f" and {len(trained) - _SHOWN} more" if len(trained) > _SHOWN else ""
+        raise PlanError(
+            f"{len(trained)} tensors that an adapter does not hold differ from the base's: "
+            f"{shown}{more}.",
+            hint=_hint(trained, len(entries)),
+        )
+    if not different:
+        return []
+    message = (
+        f"only the adapters are written: {len(different)} other tensors of the checkpoint differ "
+        "from the base's and are not written."
+    )
+    return [Finding("adapters-alone", message)]
+
+
+def _allowed(allow: Sequence[str], *names: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in allow)
+
+
+def _hint(trained: Sequence[str], num_entries: int) -> str:
+    wrong = ""
+    if 2 * len(trained) > num_entries:
+        wrong = "Is it the base that the training started from? "
+    names = " ".join(f"'{name}'" for name in trained)
+    allow = names if len(trained) <= _PATTERNS else "PATTERN ..., where * is any characters"
+    return (
+        f"{wrong}To write the whole model, pass --lora merge; to leave them out, --allow {allow}."
+    )
+
+
+def check_place(found: Found, fit: NameMap) -> None:
+    """Raises `PlanError` where an adapter updates what neither checkpoint nor base holds."""
+    lost: list[str] = output.lost(found.separated, fit, found.keys)
+    if lost:
+        raise PlanError(f"adapters on {len(lost)} modules have no place in the base: {lost[0]}.")

@@ -1,0 +1,19 @@
+"""What LightRFT expects beside the DCP files of an actor (lightrft/strategy/fsdp/fsdpv2.py).
+
+<ckpt_path>/_actor/global_step<N>/   of several the highest number is loaded
+    .metadata, __0_0.distcp          asked for by the names that the live module has
+    client_state.pt                  torch.save of {"consumed_samples": N}; a run that is resumed
+                                     without it fails (KeyError)
+    optim_states/, scheduler_state.pt  may be missing: a new optimizer and schedule
+"""
+
+from __future__ import annotations
+
+from reshard.containers.torch.write import lay_out_numbers
+
+CLIENT_STATE = "client_state.pt"
+
+
+def client_state(consumed_samples: int) -> tuple[str, bytes]:
+    """The file that says how many samples a run has used up: its name, and its bytes."""
+    return CLIENT_STATE, lay_out_numbers({"consumed_samples": consumed_samples})

@@ -1,0 +1,176 @@
+"""What becomes of each hub tensor, once source and base are read: the verdicts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from fnmatch import fnmatchcase
+
+from msgspec import Struct, field
+
+from reshard.core.tensors import Shape
+from reshard.naming import ties
+from reshard.naming.layouts import Piece, Reading, Version
+from reshard.naming.schema import (
+    Schema,
+    comes_with_base,
+    is_constant,
+    says_tied,
+    says_untied,
+)
+
+
+class FitOptions(Struct, frozen=True):
+    """What the user declared.
+
+    `prefix`: take only the tensors under it, and strip it. `fill_from_base`: tensors that the
+    checkpoint does not hold are copied from the base. `headless`: the checkpoint is of a class
+    without an output head, the base's is left out. `allow`: names (on the base's or the
+    checkpoint's side) that may be missing or left over, where `*` is any characters.
+    `transformers_version`: what the checkpoint was trained with; needed only where its layout
+    cannot be told from shapes. `untied`: tensors of the checkpoint, by its names, that are known to
+    be tied to no other. `updated`: those that are written with an update, and a key of it: two
+    tensors of equal values are one in the output only where their updates are, too.
+    """
+
+    prefix: str | None = None
+    fill_from_base: bool = False
+    headless: bool = False
+    allow: tuple[str, ...] = ()
+    transformers_version: Version | None = None
+    untied: frozenset[str] = frozenset()
+    updated: Mapping[str, str] = field(default_factory=dict)
+
+    def allows(self, name: str, prefix: str = "") -> bool:
+        """Whether a name may be missing or left over; patterns may leave out the prefix."""
+        names = {name, name.removeprefix(prefix)}
+        return any(fnmatchcase(each, pattern) for each in names for pattern in self.allow)
+
+
+class Verdict(Enum):
+    """What becomes of one hub tensor; the last three are faults."""
+
+    MATCHED = "in both, with one shape"
+    RESIZED = "in both, with another number of vocabulary rows"
+    COPIED = "the base's, which the source stores under another of its names"
+    FILLED = "taken from the base"
+    LEFT_OUT = "the base's, not written"
+    DROPPED = "the source's, not written"
+    TWIN = "another name of a tensor of the source, which the base does not store"
+    MISSING = "the base's, without a source"
+    UNEXPECTED = "the source's, without a place"
+    MISMATCHED = "in both, with two shapes"
+
+
+FAULTS = (Verdict.MISSING, Verdict.UNEXPECTED, Verdict.MISMATCHED)
+
+
+class Judge:
+    """Compares readings of the source with readings of the base.
+
+    `owners`: the source's names -> the names of the entries that they are of.
+    """
+
+    def __init__(self, owners: Mapping[str, str], schema: Schema, options: FitOptions) -> None:
+        self._owners = owners
+        self._options = options
+        self._tied, self._untied = says_tied(schema.config), says_untied(schema.config)
+        self._config = schema.config
+
+    def may_fit(self, source: Reading, base: Reading, prefix: str) -> bool:
+        """Whether no tensor stands in the way; most readings fail with the first."""
+        if source.misfits:
+            return False
+        return all(verdict not in FAULTS for verdict, _ in self._judge(source, base, prefix))
+
+    def verdicts(
+        self, source: Reading, base: Reading, prefix: str
+    ) -> dict[Verdict, tuple[str, ...]]:
+        sorted_: defaultdict[Verdict, list[str]] = defaultdict(list)
+        for verdict, hub in self._judge(source, base, prefix):
+            sorted_[verdict].append(hub)
+        _demand_one_vocabulary(sorted_, source.pieces)
+        return {verdict: tuple(names) for verdict, names in sorted_.items()}
+
+    def _judge(self, source: Reading, base: Reading, prefix: str) -> Iterator[tuple[Verdict, str]]:
+        have, want = source.pieces, base.pieces
+        known = {**want, **have} if self._tied else have
+        used: set[str] = set()
+        for hub, piece in want.items():
+            stored = hub if hub in have else self._twin(hub, piece, have, want)
+            if stored is not None:
+                used.add(self._owners[have[stored].name])
+            if stored is None:
+                yield self._absent(hub, piece), hub
+            elif stored == hub:
+                yield _shapes(hub, have[hub].shape, piece.shape, have), hub
+            else:
+                yield Verdict.COPIED, hub
+        for hub, piece in have.items():
+            if hub not in want:
+                others = known if ties.is_head(hub) else have
+                yield self._extra(hub, piece, others, used, prefix), hub
+
+    def _twin(
+        self, hub: str, piece: Piece, have: Mapping[str, Piece], want: Mapping[str, Piece]
+    ) -> str | None:
+        """The tensor of the source that stands for one of the base, which it has no tensor of."""
+        twin = ties.twin_of(hub, have)
+        if twin is None or have[twin].name in self._options.untied:
+            return None
+        if (self._options.headless and ties.is_head(hub)) or (
+            have[twin].shape[1:] != piece.shape[1:]
+        ):
+            return None
+        # What the base stores once is one tensor, unless its config says that head and embedding
+        # are two.
+        apart = self._untied and (ties.is_head(hub) or ties.is_head(twin))
+        one = (twin not in want and not apart) or ties.are_one(hub, twin, tied=self._tied)
+        return twin if one else None
+
+    def _absent(self, hub: str, piece: Piece) -> Verdict:
+        """A tensor of the base that the source does not have under any name."""
+        options = self._options
+        if options.headless and ties.is_head(hub):
+            return Verdict.LEFT_OUT
+        if options.fill_from_base or comes_with_base(hub, self._config):
+            return Verdict.FILLED
+        if options.allows(piece.name):
+            return Verdict.LEFT_OUT
+        return Verdict.MISSING
+
+    def _extra(
+        self, hub: str, piece: Piece, others: Mapping[str, Piece], used: set[str], prefix: str
+    ) -> Verdict:
+        """A tensor of the source that the base does not have; its twin may be among `others`."""
+        if self._owners[piece.name] in used or is_constant(hub, self._config):
+            return Verdict.DROPPED
+        if self._options.allows(piece.name, prefix):
+            return Verdict.DROPPED
+        twin = ties.twin_of(hub, others)
+        if twin is not None and others[twin].shape == piece.shape:
+            return Verdict.TWIN
+        return Verdict.UNEXPECTED
+
+
+def _shapes(hub: str, have: Shape, want: Shape, names: Mapping[str, Piece]) -> Verdict:
+    if have == want:
+        return Verdict.MATCHED
+    if have[1:] == want[1:] and ties.is_vocabulary(hub, names):
+        return Verdict.RESIZED
+    return Verdict.MISMATCHED
+
+
+def _demand_one_vocabulary(
+    verdicts: defaultdict[Verdict, list[str]], have: Mapping[str, Piece]
+) -> None:
+    """Head and embedding must have as many rows as each other, or neither is a resized one."""
+    resized = verdicts[Verdict.RESIZED]
+    if not resized:
+        return
+    # A head counts here beside any embedding: a guessed layout may have renamed one of them.
+    vocabulary = [hub for hub in have if ties.is_head(hub) or ties.is_vocabulary(hub, have)]
+    if len({have[hub].shape[:1] for hub in vocabulary}) > 1:
+        verdicts[Verdict.MISMATCHED].extend(resized)
+        verdicts[Verdict.RESIZED] = []

@@ -1,0 +1,74 @@
+"""The regular expressions of `alpha_pattern` and `rank_pattern`, read from a file, so held plain.
+
+PEFT (utils/other.py, get_pattern_key) takes the first key for which `(.*\\.)?(key)$` matches a
+module's name. A file's expression may be made to run for years, so only what cannot is taken:
+letters, dots, classes, alternatives, and at most two repetitions, of a single character or class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from reshard.errors import UnsupportedError, brief
+
+# One token: an escape, a class, a plain character, a group's bracket, `|`, an anchor, a repetition.
+_TOKEN = re.compile(r"\\[.dwDW\\-]|\[\^?[\w.\-]+\]|[\w\-]|\.|\(\?:|\(|\)|\||\^|\$|[*+?]")
+_MAX_LENGTH, _MAX_REPEATS, _MAX_PATTERNS = 500, 2, 10_000
+# A name of 300 letters is matched in 0.3 s at worst; modules' names have less than 100.
+_MAX_NAME = 300
+
+
+def check(patterns: Iterable[str], setting: str) -> None:
+    """Raises `UnsupportedError` for a pattern that is not of the plain kind."""
+    for count, pattern in enumerate(patterns):
+        if count >= _MAX_PATTERNS or not _is_plain(pattern):
+            raise UnsupportedError(
+                f"the {setting} {brief(pattern)} is not a plain one: of regular expressions, "
+                "letters, dots, classes, alternatives and two repetitions are handled.",
+                hint="Replace it with the modules' names, one entry each.",
+            )
+
+
+def key_of(patterns: Iterable[str], module: str) -> str | None:
+    r"""The first pattern that a module's name matches, as PEFT finds it; None: none does.
+
+    >>> key_of(["k_proj", r"layers\.[01]\..*_proj"], "model.layers.1.self_attn.q_proj")
+    'layers\\.[01]\\..*_proj'
+    """
+    if len(module) > _MAX_NAME:
+        raise UnsupportedError("its name is too long for a pattern.", tensor=module)
+    for pattern in patterns:
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return pattern
+    return None
+
+
+def _is_plain(pattern: str) -> bool:
+    if len(pattern) > _MAX_LENGTH:
+        return False
+    repeats = position = 0
+    before = ""
+    while position < len(pattern):
+        found = _TOKEN.match(pattern, position)
+        if found is None:
+            return False
+        token, position = found[0], found.end()
+        if token in ("*", "+", "?"):
+            if before in ("", "(", "(?:", "|", "^", "$", ")") or before in ("*", "+"):
+                # `.*?` is a repetition like `.*`; a group that repeats may take exponential time.
+                if token != "?" or before not in ("*", "+", ")"):
+                    return False
+            elif before == "?":
+                return False
+            repeats += token in ("*", "+")
+        before = token
+    return repeats <= _MAX_REPEATS and _compiles(pattern)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True

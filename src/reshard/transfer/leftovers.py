@@ -1,0 +1,209 @@
+"""What runs leave beside an output, how it is told from other people's, and how it goes.
+
+    .NAME.partial-DIGEST/    a run's own folder
+        run.json             {"reshard": version, "target": NAME}: that it is one
+        new/                 the output, as it will stand under NAME
+        tmp/                 files that are being written
+        old/                 what stood under NAME, where old and new cannot exchange in one step
+
+Only the holder of the lock on NAME calls these functions, so no run of NAME is alive but itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from reshard._version import __version__
+from reshard.core.findings import Finding
+from reshard.transfer.system import Identity, identity, sync_folder, write_fully
+
+MARK = "run.json"
+_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Bytes of a file name on any system.
+_MAX_NAME = 255
+_MAX_MARK = 4096
+
+
+class _Mark(Struct, frozen=True):
+    reshard: str
+    target: str
+
+
+def beside(target: Path, suffix: str) -> Path:
+    """The path of `.NAME` with a suffix, beside the output; a name that is too long is cut."""
+    name = f".{target.name}{suffix}"
+    if len(os.fsencode(name)) > _MAX_NAME:
+        digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+        kept = os.fsencode(target.name)[: _MAX_NAME - len(suffix) - len(digest) - 2]
+        name = f".{os.fsdecode(kept)}~{digest}{suffix}"
+    return target.with_name(name)
+
+
+def mark(own: Path, target: Path) -> None:
+    """Write into a run's own folder what it is."""
+    text = msgspec.json.encode(_Mark(__version__, _named(target)))
+    fd = os.open(own / MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        write_fully(fd, memoryview(text), 0)
+    finally:
+        os.close(fd)
+
+
+def put_back(target: Path) -> list[Finding]:
+    """Where a killed run had moved the old output aside and nothing took its place: put it back."""
+    if os.path.lexists(target):
+        return []
+    for own in _partials(target):
+        if (own / "old").is_dir() and is_ours(own, target):
+            (own / "old").rename(target)
+            sync_folder(target.parent)
+            return [
+                Finding(
+                    "old-output-restored",
+                    "a run that was killed had moved the old output aside; it is back in its "
+                    "place.",
+                    subject=os.fspath(target),
+                )
+            ]
+    return []
+
+
+def clear(target: Path) -> list[Finding]:
+    """Remove what killed runs of this output left; what is not certainly theirs is only named."""
+    return [_cleared(own, target) for own in _partials(target)]
+
+
+def _cleared(own: Path, target: Path) -> Finding:
+    what = f"{own.name}, {_age(own)} old, {_size(own):,} bytes"
+    code, reason = "partial-output", "it was removed"
+    if not is_ours(own, target):
+        code, reason = "partial-output-kept", "no run of this user made it, so it was not removed"
+    elif (error := remove_tree(own, identity(own.lstat()))) is not None:
+        code, reason = "partial-output-kept", f"it cannot be removed: {error.strerror or error}"
+    return Finding(
+        code, f"an interrupted run of this output left {what}; {reason}.", subject=os.fspath(own)
+    )
+
+
+def is_ours(own: Path, target: Path) -> bool:
+    """Whether a folder certainly is one that a run of this user made for this output."""
+    try:
+        fd = os.open(own, _OPEN)
+    except OSError:
+        return False
+    try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            return False
+        if not os.listdir(fd):  # noqa: PTH208 (killed before it could say what it is)
+            return True
+        found = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=fd)
+        try:
+            if not stat.S_ISREG(os.fstat(found).st_mode):
+                return False
+            text = os.read(found, _MAX_MARK)
+        finally:
+            os.close(found)
+        return msgspec.json.decode(text, type=_Mark).target == _named(target)
+    except (OSError, ValueError, msgspec.MsgspecError):
+        return False
+    finally:
+        os.close(fd)
+
+
+def remove_tree(folder: Path, known: Identity) -> OSError | None:
+    """Delete a folder if it still is the one of that identity; the first error, if any.
+
+    What can be deleted is deleted, whatever cannot. No link is followed, and no other file system
+    that is mounted inside is entered.
+    """
+    try:
+        fd = os.open(folder, _OPEN)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error
+    try:
+        status = os.fstat(fd)
+        if identity(status) != known:
+            return None
+        failed = _empty(fd, status.st_dev)
+    except OSError as error:
+        failed = error
+    finally:
+        os.close(fd)
+    if failed is None:
+        try:
+            folder.rmdir()
+        except OSError as error:
+            failed = error
+    return failed
+
+
+def _empty(fd: int, device: int) -> OSError | None:
+    """Delete what is in an open folder; the first error."""
+    first: OSError | None = None
+    with os.scandir(fd) as listed:
+        entries = list(listed)
+    # The mark last: what is left of a folder must still say what it is.
+    for entry in sorted(entries, key=lambda entry: entry.name == MARK):
+        try:
+            if first is not None and entry.name == MARK:
+                continue
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=fd)
+                continue
+            inner = os.open(entry.name, _OPEN, dir_fd=fd)
+            try:
+                status = os.fstat(inner)
+                failed = _empty(inner, device) if status.st_dev == device else None
+            finally:
+                os.close(inner)
+            if failed is not None:
+                raise failed
+            os.rmdir(entry.name, dir_fd=fd)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            first = first or error
+    return first
+
+
+def _partials(target: Path) -> list[Path]:
+    """What has the name of a run's own folder for this output."""
+    prefix = beside(target, ".partial-" + "0" * 16).name[:-16]
+    try:
+        with os.scandir(target.parent) as entries:
+            named = [entry for entry in entries if entry.name.startswith(prefix)]
+            return sorted(Path(e.path) for e in named if e.is_dir(follow_symlinks=False))
+    except PermissionError:  # one may write into the folder and not list it
+        return []
+
+
+def _named(target: Path) -> str:
+    return os.fsencode(target.name).decode("utf-8", "backslashreplace")
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder, as far as they can be seen."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += (Path(place) / name).lstat().st_size
+    return total
+
+
+def _age(folder: Path) -> str:
+    seconds = max(0.0, time.time() - folder.lstat().st_mtime)
+    for nseconds, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * nseconds:
+            return f"{seconds / nseconds:.0f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,137 @@
+"""The lock on an output's name, with flock and without."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from reshard.errors import WriteError
+from reshard.transfer.lock import Owner, TargetLock, this_process
+
+
+@pytest.fixture(params=["flock", "no flock"])
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "no flock":
+        forget_flock(monkeypatch)
+    return str(request.param)
+
+
+def forget_flock(monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOLCK) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+
+
+def test_one_at_a_time(tmp_path: Path, system: str) -> None:
+    first, second = TargetLock(tmp_path / "lock"), TargetLock(tmp_path / "lock")
+    first.take()
+    assert first.held
+    with pytest.raises(WriteError, match=rf"process {os.getpid()} on .* is writing this output"):
+        second.take()
+    first.release()
+    assert list(tmp_path.iterdir()) == []
+    second.take()
+    assert second.held
+    assert not first.held
+    second.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_removed_file_is_no_lock(tmp_path: Path, system: str) -> None:
+    lock, other = TargetLock(tmp_path / "lock"), TargetLock(tmp_path / "lock")
+    lock.take()
+    (tmp_path / "lock").unlink()
+    assert not lock.held
+    other.take()
+    lock.release()
+    assert other.held, "the file of the other was removed"
+    other.release()
+
+
+def test_a_run_that_was_killed_holds_nothing(tmp_path: Path, system: str) -> None:
+    """Its file is there still; the kernel let go of it, or its process is gone."""
+    code = (
+        "import errno, fcntl, os, sys\n"
+        "def fail(*_): raise OSError(errno.ENOLCK, '')\n"
+        f"if {system != 'flock'}: fcntl.flock = fail\n"
+        "from pathlib import Path; from reshard.transfer.lock import TargetLock\n"
+        "TargetLock(Path(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "lock")])
+    assert (tmp_path / "lock").exists()
+    lock = TargetLock(tmp_path / "lock")
+    lock.take()
+    assert lock.held
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def changed(**fields: Any) -> Owner:
+    return msgspec.structs.replace(this_process(), **fields)
+
+
+@pytest.mark.parametrize(
+    ("owner", "dead"),
+    [
+        (this_process(), False),
+        (changed(started="1"), True),  # the number is another process's now
+        (changed(pid=2**22 + 1), True),  # above the kernel's largest
+        (changed(pid=2**22 + 1, host="elsewhere"), False),
+        (changed(pid=2**22 + 1, boot="another"), False),
+        (changed(pid=2**22 + 1, space="pid:[1]"), False),
+        (changed(pid=2**80), False),
+    ],
+)
+def test_only_a_process_that_is_certainly_gone_is_dead(owner: Owner, dead: bool) -> None:
+    assert owner.dead is dead
+
+
+def test_without_flock_another_machine_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget_flock(monkeypatch, errno.EOPNOTSUPP)
+    content = msgspec.json.encode(changed(host="elsewhere", pid=7))
+    (tmp_path / "lock").write_bytes(content)
+    with pytest.raises(WriteError, match=r"process 7 on elsewhere .* remove this file"):
+        TargetLock(tmp_path / "lock").take()
+    assert (tmp_path / "lock").read_bytes() == content
+    (tmp_path / "lock").unlink()  # as the hint says
+    lock = TargetLock(tmp_path / "lock")
+    lock.take()
+    lock.release()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"pid": "x"}'])
+def test_without_flock_a_file_that_names_nobody_holds_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    """Its maker may be about to write its name."""
+    forget_flock(monkeypatch)
+    (tmp_path / "lock").write_bytes(content)
+    with pytest.raises(WriteError, match="another process is writing this output"):
+        TargetLock(tmp_path / "lock").take()
+    long_ago = time.time() - 60
+    os.utime(tmp_path / "lock", (long_ago, long_ago))
+    lock = TargetLock(tmp_path / "lock")
+    lock.take()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path, system: str) -> None:
+    (tmp_path / "precious").write_bytes(b"x")
+    (tmp_path / "lock").symlink_to("precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        TargetLock(tmp_path / "lock").take()
+    assert (tmp_path / "precious").read_bytes() == b"x"
+    assert (tmp_path / "lock").is_symlink()
