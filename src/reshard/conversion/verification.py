@@ -69,7 +69,7 @@ def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None =
 
 
 def check_listed(folder: Path, stated: Manifest) -> None:
-    """Raise `VerificationError` where weights lie in a folder that its `reshard.json` does not list.
+    """Raise `VerificationError` where a folder has weights that its `reshard.json` does not list.
 
     A model that no tensor is stated of would be passed over, and what is beside it alone compared.
     """

@@ -91,7 +91,7 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
             Finding("incomplete-skipped", f"passed over as incomplete: {error}")
             for error in passed_over
         )
-        taken = _taken(path, save, below, selection.tag)
+        taken = _taken(path, save, below, selection.tag, catalog)
         return replace(catalog, findings=(*taken, *lost, *catalog.findings))
     raise passed_over[0]
 
@@ -212,17 +212,26 @@ def _several(path: Path, saves: list[Found], what: str) -> NotFoundError:
     return NotFoundError(f"{what}: {listed}.", path=path, hint="Name one of them.")
 
 
-def _taken(path: Path, save: Found, found: list[Found], tag: str | None) -> list[Finding]:
+def _taken(
+    path: Path, save: Found, found: list[Found], tag: str | None, catalog: Catalog
+) -> list[Finding]:
     """Which of the checkpoints was taken, and which exported model is newer than it."""
     saves = _training(found)
     where = f"of the {len(saves)} checkpoints in {path}, " if len(saves) > 1 else f"of {path}, "
-    name = save.path.name if len(saves) > 1 else f"the checkpoint {save.path.relative_to(path)}"
+    # The whole way down: `_actor/global_step2` and `_critic/global_step2` are two models.
+    name = str(save.path.relative_to(path))
+    if len(saves) == 1:
+        name = f"the checkpoint {name}"
+    tagged = catalog.origin.tag not in (None, *save.path.parts)
+    tag_taken = f" (tag {catalog.origin.tag})" if tagged else ""
     newer = [
         other
         for other in found
         if other not in saves and other.path.parent == save.path.parent and other.age > save.age
     ]
-    findings = [Finding("checkpoint-taken", f"{where}{name} was taken.", subject=str(save.path))]
+    findings = [
+        Finding("checkpoint-taken", f"{where}{name} was taken{tag_taken}.", subject=str(save.path))
+    ]
     if tag is None and newer:
         newest = max(newer, key=lambda other: other.age).path
         message = f"{newest} is newer, and an exported model alone; to convert it, name it."

@@ -21,7 +21,13 @@ from reshard.formats.deepspeed.parse import (
     parse_model,
     parse_optim,
 )
-from reshard.formats.deepspeed.place import Location, absent, check_ranks, check_written_as
+from reshard.formats.deepspeed.place import (
+    Location,
+    absent,
+    also_there,
+    check_ranks,
+    check_written_as,
+)
 from reshard.storage.local import Sources
 
 _ONE_SAVE = "Copy all files of one save."
@@ -168,10 +174,12 @@ def _check_experts(location: Location, model: ModelFile, optim: list[OptimFile])
     for layer, count in enumerate(model.num_experts):
         there = [expert for of, expert in location.experts if of == layer]
         missing = absent(there, count, location.folder)
+        extra = sorted(expert for expert in there if expert >= count)
         if missing:
+            beyond = f"; {also_there(extra, 'expert')}" if extra else ""
             raise IncompleteError(
                 f"the files of {len(missing)} of {count} experts of layer {layer} are missing, the "
-                f"first of expert {missing[0]}.",
+                f"first of expert {missing[0]}{beyond}.",
                 path=location.folder,
                 hint="Copy the files of every rank and expert.",
             )
