@@ -11,7 +11,8 @@ HEAD = """# Findings
 What reshard tells about a checkpoint, a conversion or a comparison without refusing it. Each has a
 code; `--json` lists them as `findings` with `code`, `severity`, `subject`, `message` and `fix`, and
 in Python they are in `report.findings`. With `--strict`, findings of severity `warning` and `error`
-are refused. What `reshard doctor` finds in a model folder is in [doctor.md](doctor.md).
+are refused, with `--strict CODE...` those of the codes. What `reshard doctor` finds in a model
+folder is in [doctor.md](doctor.md).
 
 | code | severity | what it means | what to do |
 |---|---|---|---|

@@ -137,7 +137,9 @@ def test_wrong_usage_is_exit_code_2(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--max-shard-size", "foo"], "'foo' is not a size"),
+        (["--max-shard-size", "foo"], "error: --max-shard-size: 'foo' is not a size"),
+        (["--base", "b", "--lora-alpha", "nan"], "--lora-alpha: nan is not a positive number"),
+        (["--prefix", ""], "--prefix: '' is not a text that is not empty"),
         (["--max-shard-size", "0"], "a size must be positive"),
         (["--transformers-version", "abc"], "'abc' is no version of transformers"),
         (["--dtype", "base"], "takes the dtypes of a base"),

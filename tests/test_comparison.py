@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import reshard
 from reshard.cli.app import reshard as command
 from reshard.cli.app import run
+from reshard.conversion.options import Lora, To
 from tests.oracle.cache import Oracle
 
 LLAMAS = ["llama-zero2", "llama-tied-zero3"]
@@ -91,7 +92,7 @@ def test_what_the_base_gave_is_told_from_what_the_checkpoint_holds(
 
 
 @pytest.mark.parametrize("lora", ["adapter", "both"])
-def test_an_adapter_folder_is_verified(oracle: Oracle, lora: str, tmp_path: Path) -> None:
+def test_an_adapter_folder_is_verified(oracle: Oracle, lora: Lora, tmp_path: Path) -> None:
     case, out = oracle["lora-zero2"], tmp_path / "out"
     reshard.convert(case.root, out, base=case.base, lora=lora, lora_alpha=6)
     stated = json.loads((out / "reshard.json").read_text())
@@ -113,7 +114,7 @@ def test_an_adapter_folder_is_verified(oracle: Oracle, lora: str, tmp_path: Path
 @pytest.mark.parametrize("to", ["hf", "dcp"])
 @pytest.mark.parametrize("same", [True, False])
 def test_a_head_that_was_stored_twice_is_compared(
-    oracle: Oracle, to: str, same: bool, tmp_path: Path
+    oracle: Oracle, to: To, same: bool, tmp_path: Path
 ) -> None:
     """FSDP stores a tied head beside the embedding; the output stores it once."""
     base = oracle["llama-tied-zero3"].base

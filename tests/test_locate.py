@@ -35,9 +35,18 @@ def test_a_tag_chooses_from_above(run: Path) -> None:
     assert reshard.open(run, tag="global_step1").tag == "global_step1"
 
 
-def test_to_be_named_from_above_is_no_finding(run: Path, tmp_path: Path) -> None:
-    report = reshard.convert(run, tmp_path / "out", strict=True)
+def test_to_be_named_from_above_is_mere_information(
+    run: Path, oracle: Oracle, tmp_path: Path
+) -> None:
+    base = reshard.convert(oracle["two-tags"].last.path, tmp_path / "base")
+    assert [found.code for found in base.findings] == ["no-base"]
+    report = reshard.convert(run, tmp_path / "out", strict=["no-checksums"])
     assert "was taken" in report.warnings[0]
+    with pytest.raises(reshard.PlanError, match="there is a finding, checkpoint-taken: of"):
+        reshard.convert(run, tmp_path / "no", strict=["no-checksums", "checkpoint-taken"])
+    with pytest.raises(reshard.PlanError, match=r"there is a finding, no-base: .*Pass --base\."):
+        reshard.convert(run, tmp_path / "no", strict=True)
+    assert not (tmp_path / "no").exists()
 
 
 def test_the_tag_does_not_depend_on_how_the_folder_is_named(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -13,12 +12,33 @@ from msgspec import Struct
 from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
+from reshard.core.options import Option, PathLike, Place, Text, documented, parse, table
 from reshard.core.tensors import Entry, FileRef, Kind, Record, stored
 from reshard.formats import locate
 from reshard.storage.local import Identity, Sources
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+TAG = Option(
+    "tag",
+    Text(),
+    "Which of several saves, e.g. global_step100 or checkpoint-100; default: the newest complete "
+    "one.",
+    group="Input",
+    short="t",
+)
+PREFIX = Option(
+    "prefix",
+    Text(),
+    "The model's part of a nested state dict, e.g. actor.model; it is stripped from the names.",
+    group="Input",
+)
+#: The options of `reshard.open`.
+OPEN = table(
+    Option("path", Place(), "The checkpoint, or a folder above it.", required=True), TAG, PREFIX
+)
 
 
 class Files:
@@ -124,21 +144,23 @@ class Checkpoint:
         return f"<Checkpoint {self.format} {os.fspath(self.catalog.origin.root)!r}>"
 
 
+@documented(OPEN)
 def open_checkpoint(
-    path: str | os.PathLike[str], *, tag: str | None = None, prefix: str | None = None
+    path: PathLike, *, tag: str | None = None, prefix: str | None = None
 ) -> Checkpoint:
     """Read a checkpoint's table of tensors; no weights are read.
 
-    The format is detected. `tag` names one of several saves (DeepSpeed), `prefix` the model's part
-    of a nested state dict. Raises a `ReshardError` for anything that is missing or damaged.
+    The format is detected. Raises `OptionError` for a wrong value, and another `ReshardError` for
+    anything that is missing or damaged.
 
     >>> checkpoint = open_checkpoint("run/_actor")                    # doctest: +SKIP
     >>> checkpoint.tensors["lm_head.weight"].shape                    # doctest: +SKIP
     (32000, 4096)
     """
-    selection = formats.Selection(tag=tag, prefix=prefix, allow_step_mismatch=True)
+    values = parse(OPEN, dict(locals()))
+    selection = formats.Selection(values["tag"], values["prefix"], allow_step_mismatch=True)
     with Sources() as sources:
-        catalog = locate.read(Path(path), sources, selection)
+        catalog = locate.read(values["path"], sources, selection)
         entries = catalog.entries.values()
         for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
             sources.open(file)

@@ -130,7 +130,22 @@ class PlanError(ReshardError):
 
 
 class OptionError(PlanError):
-    """An option's value is malformed, or the option has nothing to act on; exit code 2."""
+    """An option's value is malformed, or the option has nothing to act on; exit code 2.
+
+    `option` is the option's name in Python, where one is at fault.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        option: str | None = None,
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, path=path, tensor=tensor, hint=hint)
+        self.option = option
 
 
 class WriteError(ReshardError):

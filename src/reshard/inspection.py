@@ -11,10 +11,22 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import asdict
 
-from reshard.checkpoint import Checkpoint, open_checkpoint
+from reshard.checkpoint import OPEN, Checkpoint, open_checkpoint
+from reshard.core.options import Option, PathLike, Place, documented, parse
 from reshard.core.tensors import nbytes_read
 from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError
 from reshard.storage.local import Sources
+
+#: The options of `reshard.inspect`.
+INSPECT = {
+    **OPEN,
+    "base": Option(
+        "base",
+        Place(),
+        "Also show how the names fit onto those of this Hugging Face model.",
+        group="Input",
+    ),
+}
 
 
 class Fitting(Struct, frozen=True):
@@ -107,19 +119,21 @@ class Inspection(Struct, frozen=True):
         return result
 
 
+@documented(INSPECT)
 def inspect(
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     tag: str | None = None,
     prefix: str | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: PathLike | None = None,
 ) -> Inspection:
     """Summarise the checkpoint at `path`; no weights are read.
 
-    `tag` and `prefix` are those of `open_checkpoint`. With `base`, a Hugging Face model folder,
-    the summary says how the checkpoint's names fit onto the base's.
+    Raises `OptionError` for a wrong value, and another `ReshardError` for anything that is missing
+    or damaged.
     """
-    checkpoint = open_checkpoint(path, tag=tag, prefix=prefix)
+    values = parse(INSPECT, dict(locals()))
+    checkpoint = open_checkpoint(values["path"], tag=values["tag"], prefix=values["prefix"])
     entries = list(checkpoint.catalog.entries.values())
     return Inspection(
         checkpoint=checkpoint,
@@ -130,7 +144,7 @@ def inspect(
         bytes_on_disk=_size(checkpoint.catalog.origin.root),
         dtypes=dict(Counter(e.spec.dtype.name for e in entries)),
         kinds=dict(Counter(t.kind for t in checkpoint.tensors.values())),
-        fitting=None if base is None else _fit(checkpoint, Path(base)),
+        fitting=None if values["base"] is None else _fit(checkpoint, values["base"]),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import reshard
+from reshard.conversion.options import To
 from reshard.testing import ReaderConformance, Sample, truth
 from reshard.testing.truth import Tensors
 from tests.conformance.arrays import to_torch
@@ -79,7 +80,7 @@ UNHANDLED = {
 
 @pytest.mark.parametrize("what", UNHANDLED)
 @pytest.mark.parametrize("to", ["hf", "dcp"])
-def test_a_tensor_that_is_not_handled_is_not_left_out(tmp_path: Path, what: str, to: str) -> None:
+def test_a_tensor_that_is_not_handled_is_not_left_out(tmp_path: Path, what: str, to: To) -> None:
     torch.save({"a": torch.ones(2), "b": UNHANDLED[what]}, tmp_path / "pytorch_model.bin")
     with pytest.raises(reshard.UnsupportedError, match=what) as caught:
         reshard.convert(tmp_path, tmp_path / "out", to=to)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import reshard
+from reshard.conversion.options import DTypeChoice
 from reshard.transfer import engine
 from tests.deepspeed.test_reading import same_bits
 from tests.oracle.cache import Oracle
@@ -84,7 +85,10 @@ def test_shards_and_index_are_those_of_save_pretrained(
 def test_dtypes_follow_the_base_or_the_option(oracle: Oracle, tmp_path: Path) -> None:
     case = oracle["llama-zero3"]
     masters = case.last.masters()
-    for dtype, code in [("keep", "F32"), ("float32", "F32"), ("float16", "F16")]:
+    choices: list[tuple[DTypeChoice, str]] = [
+        ("keep", "F32"), ("float32", "F32"), ("float16", "F16"),
+    ]  # fmt: skip
+    for dtype, code in choices:
         out = tmp_path / dtype
         reshard.convert(case.root, out, base=case.base, dtype=dtype)
         with safe_open(out / "model.safetensors", "pt") as file:

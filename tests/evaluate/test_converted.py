@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import reshard
+from reshard.naming.rewards import ModelType, Pooling
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
 from tests.evaluate.trying import attempt, names
@@ -61,7 +62,7 @@ def test_a_converted_dcp_checkpoint_is_the_model_that_was_saved(
     ("name", "kind", "pooling"), [("srm_vl", "srm_vl", "attn"), ("srm_al", "srm_al", "last")]
 )
 def test_a_converted_reward_model_gives_the_scores_of_training(
-    models: Models, tmp_path: Path, name: str, kind: str, pooling: str
+    models: Models, tmp_path: Path, name: str, kind: ModelType, pooling: Pooling
 ) -> None:
     """LightRFT saves one state dict: the live backbone under `model.`, the heads beside it."""
     trained = models(name)

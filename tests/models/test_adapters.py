@@ -26,6 +26,7 @@ import reshard
 from reshard.cli import app as cli
 from reshard.cli.lightrft import ds2hf, fsdp2hf, hf2fsdp
 from reshard.cli.try_ import try_model
+from reshard.conversion.options import Lora, SrmFormat
 from tests.models import released
 from tests.naming.lightrft_models import ScalarRewardModel
 from tests.oracle.cache import Oracle
@@ -210,7 +211,7 @@ def test_bfloat16_is_rounded_once(made: Get, variant: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("lora", ["merge", "adapter", "both"])
-def test_a_deepspeed_run(oracle: Oracle, stage: int, lora: str, tmp_path: Path) -> None:
+def test_a_deepspeed_run(oracle: Oracle, stage: int, lora: Lora, tmp_path: Path) -> None:
     case, out = oracle[f"lora-zero{stage}"], tmp_path / "out"
     reshard.convert(case.root, out, base=case.base, lora=lora, lora_alpha=6)
     masters = {name: torch.from_numpy(array) for name, array in case.last.masters().items()}
@@ -278,7 +279,7 @@ def test_a_config_of_another_run_is_refused(made: Get, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", ["adapter", "both"])
-def test_no_adapters_where_they_are_asked_for(made: Get, lora: str, tmp_path: Path) -> None:
+def test_no_adapters_where_they_are_asked_for(made: Get, lora: Lora, tmp_path: Path) -> None:
     run = made()
     torch.save(run.fresh().state_dict(), tmp_path / "plain.pt")
     with pytest.raises(reshard.PlanError, match="holds no adapters"):
@@ -508,7 +509,7 @@ def test_a_critics_head_stays_beside_its_adapter(made: Get, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("srm_format", ["both", "lightrft"])
 def test_a_merged_backbone_has_the_names_of_one_without_adapters(
-    srm_format: str, tmp_path: Path
+    srm_format: SrmFormat, tmp_path: Path
 ) -> None:
     """LightRFT loads `pytorch_model.bin` strictly into a model that PEFT has not wrapped."""
     name = "Qwen2AudioForConditionalGeneration"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import reshard
 from reshard.cli.lightrft import hf2fsdp
+from reshard.conversion.options import To
 from tests.models import child, released
 
 MODELS = ("qwen2_5_vl", "qwen2_5_vl_tied", "llama_tied")
@@ -77,7 +78,7 @@ def test_any_number_of_samples(tmp_path: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize(("to", "number"), [("hf", 1), ("dcp", -1), ("dcp", 1 << 63)])
-def test_a_number_of_samples_that_means_nothing(tmp_path: Path, to: str, number: int) -> None:
+def test_a_number_of_samples_that_means_nothing(tmp_path: Path, to: To, number: int) -> None:
     torch.save({"model.norm.weight": torch.ones(2)}, tmp_path / "model.pt")
-    with pytest.raises(reshard.OptionError, match=f"consumed_samples is {number}, with --to {to}"):
+    with pytest.raises(reshard.OptionError, match=r"^consumed_samples: "):
         reshard.convert(tmp_path / "model.pt", tmp_path / "o", to=to, consumed_samples=number)

@@ -27,6 +27,7 @@ import reshard
 from reshard.cli import app as cli
 from reshard.cli import commands
 from reshard.cli.lightrft import ds2hf
+from reshard.conversion.options import SrmFormat
 from reshard.evaluate.reward import load_reward
 from tests.models import child, released
 from tests.models.reward_runs import RUNS, WIDTH
@@ -180,7 +181,7 @@ def test_a_scalar_reward_model_of_fsdp(trained: Get, name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["lightrft", "split", "both"])
-def test_what_each_srm_format_holds(trained: Get, kind: str, tmp_path: Path) -> None:
+def test_what_each_srm_format_holds(trained: Get, kind: SrmFormat, tmp_path: Path) -> None:
     run, out = trained("srm-vl"), tmp_path / "out"
     report = reshard.convert(run.checkpoint, out, base=run.base, srm_format=kind)
     files = {path.name for path in out.iterdir()}

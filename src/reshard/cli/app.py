@@ -88,9 +88,18 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     except (ReshardError, OSError) as error:
         if shows_traceback:
             traceback.print_exc()
-        click.echo(f"error: {printable(str(error))}{_elsewhere(command, error)}", err=True)
+        click.echo(f"error: {_in_flags(error)}{_elsewhere(command, error)}", err=True)
         return 2 if isinstance(error, OptionError) else 1
     return code if isinstance(code, int) else 0
+
+
+def _in_flags(error: Exception) -> str:
+    """The error's words, which name the option at fault as it is spelt here."""
+    words = printable(str(error))
+    option = getattr(error, "option", None)
+    if option and words.startswith(f"{option}: "):
+        return f"--{option.replace('_', '-')}{words[len(option) :]}"
+    return words
 
 
 def _elsewhere(command: click.Command, error: Exception) -> str:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
 from reshard.cli.interrupts import writes
-from reshard.conversion.dtypes import CHOICES
-from reshard.conversion.options import LORA, MODEL_TYPES, NAMES, POOLINGS, SRM_FORMATS
-from reshard.formats import TARGETS
+from reshard.comparison.declared import DIFF, VERIFY
+from reshard.conversion.declared import CONVERT
+from reshard.inspection import INSPECT
 
 if TYPE_CHECKING:
     from reshard.conversion.report import Report
@@ -20,81 +20,29 @@ if TYPE_CHECKING:
 _PATH = FolderOrFile()
 # Names of a list that a table shows; --json has them all.
 _LISTED = 8
-_prefix = click.option("--prefix", help="The model's part of a nested state dict.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-_tag = click.option(
-    "--tag", "-t", help="Which save, e.g. global_step100 or checkpoint-100; default: the newest."
+
+_EXAMPLES = (
+    "reshard convert results/run/_actor out --base Qwen2.5-7B       # DeepSpeed (LightRFT)",
+    "reshard convert outputs/checkpoint-500 out --base Qwen2.5-7B   # FSDP (HF Trainer)",
+    "reshard convert run/_actor out --base Qwen2.5-7B --lora-alpha 32   # LoRA, merged",
+    "reshard convert Qwen2.5-7B out --to dcp                        # back to FSDP",
 )
 
 
-@click.command(cls=SeveralValues)
-@click.argument("src", type=_PATH)
-@click.argument("dst", type=_PATH)
-@click.option("--to", type=click.Choice(list(TARGETS)), default="hf", show_default=True,
-              help="The target format.")  # fmt: skip
-@click.option("--base", type=_PATH, help="The Hugging Face model that training started from.")
-@_tag
-@_prefix
-@click.option("--dtype", type=click.Choice(CHOICES),
-              help="base: as the base stores each tensor (default with --base); keep: as the "
-                   "checkpoint does.")  # fmt: skip
-@click.option("--max-shard-size", help="Default: 5GB; with --to dcp: 1GB.")
-@option("model_type", type=click.Choice(MODEL_TYPES),
-        help="Default: found by the checkpoint's heads.")  # fmt: skip
-@option("pooling_method", type=click.Choice(POOLINGS),
-        help="Checked against a scalar reward model's heads.")  # fmt: skip
-@click.option("--scale-for-train/--no-scale-for-train", default=None,
-              help="Checked against a scalar reward model's heads.")  # fmt: skip
-@option("heads_types", multiple=True, metavar="NAME...",
-        help="Checked against a scalar reward model's heads; also their order.")  # fmt: skip
-@option("probing_layer", type=int, show_default="-1",
-        help="The hidden state that a scalar reward model reads; recorded.")  # fmt: skip
-@option("value_head", metavar="NAME",
-        help="A critic's head, e.g. value_head; score and v_head are found.")  # fmt: skip
-@click.option("--srm-format", type=click.Choice(SRM_FORMATS), default="both", show_default=True,
-              help="A scalar reward model as LightRFT loads it, as backbone and heads, or "
-                   "both.")  # fmt: skip
-@click.option("--lora", type=click.Choice(LORA),
-              help="What becomes of adapters; default with --base: merge.")  # fmt: skip
-@click.option("--lora-alpha", type=float, help="The alpha that adapters were trained with.")
-@click.option("--adapter-config", type=_PATH, help="The run's adapter_config.json.")
-@click.option("--adapter", metavar="NAME", help="Which adapter, where there are several.")
-@click.option("--names", type=click.Choice(NAMES),
-              help="all: each tensor by its name on disk and by those that live modules of any "
-                   "transformers version ask for (default with --to dcp, where a config is at "
-                   "hand); disk: as in the files (else the default); memory: as the live module "
-                   "of one version has them.")  # fmt: skip
-@click.option("--transformers-version", metavar="V",
-              help="Whose live module; default: the installed one. Also what the checkpoint "
-                   "was trained with, where shapes cannot tell.")  # fmt: skip
-@click.option("--consumed-samples", type=click.IntRange(min=0), metavar="N",
-              help="With --to dcp: write client_state.pt, from which LightRFT takes how many "
-                   "samples a run has used up.")  # fmt: skip
-@click.option("--exclude-frozen", is_flag=True, help="Leave out frozen parameters.")
-@click.option("--fill-from-base", is_flag=True,
-              help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
-@click.option("--allow", multiple=True, metavar="PATTERN...",
-              help="Names that may be missing or left over, e.g. 'visual.*'.")  # fmt: skip
-@click.option("--allow-unchanged", is_flag=True,
-              help="Accept a result whose every tensor equals the base's.")  # fmt: skip
-@click.option("--allow-step-mismatch", is_flag=True,
-              help="Accept a ZeRO-3 checkpoint whose optimizer was restarted.")  # fmt: skip
-@click.option("--strict", is_flag=True, help="Refuse a checkpoint with any finding.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: the cores, at most 4.")
-@click.option("--overwrite", is_flag=True,
-              help="Replace an output that reshard wrote and nothing was added to; anything else "
-                   "that exists is never replaced.")  # fmt: skip
-@click.option("--no-verify", is_flag=True, help="Do not read the output again.")
-@click.option("--dry-run", is_flag=True, help="Check and plan everything, write nothing.")
+@click.command(cls=Command, examples=_EXAMPLES)
+@click.argument("source", type=_PATH, metavar="SRC", cls=Argument, words=CONVERT["source"].help)
+@click.argument("target", type=_PATH, metavar="DST", cls=Argument, words=CONVERT["target"].help)
+@flags(CONVERT.values())
 @_json
 @debug
-@writes("dst")
-def convert(src: Path, dst: Path, as_json: bool, no_verify: bool, **options: Any) -> None:
+@writes("target")
+def convert(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SRC into the folder DST."""
     from reshard.conversion.convert import convert as run
 
     with output.progress_bar(quiet=as_json) as progress:
-        report = run(src, dst, verify=not no_verify, progress=progress, **options)
+        report = run(source, target, progress=progress, **options)
     show_report(report, as_json=as_json)
 
 
@@ -140,11 +88,9 @@ def _tagged(tag: str | None) -> str:
     return f", tag {tag}" if tag else ""
 
 
-@click.command()
-@click.argument("src", type=_PATH)
-@_tag
-@_prefix
-@click.option("--base", type=_PATH, help="Also show how the names fit onto this model's.")
+@click.command(cls=Command)
+@click.argument("src", type=_PATH, cls=Argument, words=INSPECT["path"].help)
+@flags(INSPECT.values())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_json
 @debug
@@ -203,13 +149,9 @@ def _shown(value: object) -> str:
     return str(value)
 
 
-@click.command()
-@click.argument("dst", type=_PATH)
-@click.option("--against", type=_PATH, metavar="SRC",
-              help="The checkpoint it was converted from; default: its own digests.")  # fmt: skip
-@_tag
-@_prefix
-@click.option("--base", type=_PATH, help="With --against: the model that it was converted onto.")
+@click.command(cls=Command)
+@click.argument("dst", type=_PATH, cls=Argument, words=VERIFY["folder"].help)
+@flags(VERIFY.values())
 @_json
 @debug
 def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> int:
@@ -237,9 +179,9 @@ def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> in
     return 0
 
 
-@click.command()
-@click.argument("a", type=_PATH)
-@click.argument("b", type=_PATH)
+@click.command(cls=Command)
+@click.argument("a", type=_PATH, cls=Argument, words=DIFF["first"].help)
+@click.argument("b", type=_PATH, cls=Argument, words=DIFF["second"].help)
 @_json
 @debug
 def diff(a: Path, b: Path, as_json: bool) -> int:

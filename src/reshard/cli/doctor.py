@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import FolderOrFile, debug
+from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
 from reshard.cli.interrupts import writes
+from reshard.diagnosis.declared import DOCTOR
 
 if TYPE_CHECKING:
     from reshard.diagnosis.diagnosis import Diagnosis
@@ -18,14 +19,13 @@ if TYPE_CHECKING:
 _PATH = FolderOrFile()
 
 
-@click.command()
-@click.argument("folder", metavar="DIR", type=_PATH)
-@click.option("--base", type=_PATH, help="The Hugging Face model that training started from.")
-@click.option("--repair", metavar="OUT", type=_PATH, help="Write a mended copy as a new folder.")
+@click.command(cls=Command)
+@click.argument("folder", metavar="DIR", type=_PATH, cls=Argument, words=DOCTOR["folder"].help)
+@flags(DOCTOR.values())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @debug
 @writes("repair")
-def doctor(folder: Path, base: Path | None, repair: Path | None, as_json: bool) -> int:
+def doctor(folder: Path, as_json: bool, **options: Any) -> int:
     """Find what is wrong with the exported model in DIR, and mend it.
 
     Exit code 1 if an error was found that is not mended.
@@ -33,11 +33,11 @@ def doctor(folder: Path, base: Path | None, repair: Path | None, as_json: bool) 
     from reshard.diagnosis.diagnosis import doctor as run
 
     with output.progress_bar(quiet=as_json) as progress:
-        diagnosis = run(folder, base=base, repair=repair, progress=progress)
+        diagnosis = run(folder, progress=progress, **options)
     if as_json:
         output.print_json(diagnosis.to_json())
     else:
-        _show(diagnosis, asked=repair is not None)
+        _show(diagnosis, asked=options["repair"] is not None)
     return 1 if diagnosis.errors else 0
 
 

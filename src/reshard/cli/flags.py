@@ -1,32 +1,159 @@
-"""How options are spelt: with underscores or dashes, and with several values after one flag."""
+"""How options are spelt: flags made of their declarations, values after one flag, groups in --help.
+
+A flag has dashes; those that LightRFT's script knows have underscores as well.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from reshard.conversion.declared import GROUPS
+from reshard.core.options import (
+    Choice,
+    Codes,
+    Flag,
+    Integer,
+    Number,
+    Option,
+    Place,
+    Texts,
+)
+
 _F = TypeVar("_F", bound=Callable[..., Any])
+_OTHERS = "Other options"
 
 
-class SeveralValues(click.Command):
-    """A command whose repeatable options take one or more values after one flag, as argparse's
-    `nargs="+"` does: `--test_prompts "a" "b"`."""
+class Command(click.Command):
+    """A command whose options are shown in groups.
+
+    Repeatable options take one or more values after one flag, as argparse's `nargs="+"` does:
+    `--test_prompts "a" "b"`. An option of one value that is given twice is refused: it would be
+    guessing to take one of them. `examples` are lines at the end of `--help`.
+    """
+
+    def __init__(self, *given: Any, examples: Sequence[str] = (), **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.examples = examples
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         options = [option for option in self.params if isinstance(option, click.Option)]
         names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
-        repeatable = {name for option in options if option.multiple for name in option.opts}
+        bare = {name: o.known for o in options if isinstance(o, _Codes) for name in o.opts}
+        repeatable = {name for o in options if o.multiple for name in o.opts} - bare.keys()
         for flag, following in pairwise((*args, "--")):
             if flag == "--":
                 break
             if flag in repeatable and (following in names or following == "--"):
                 raise click.UsageError(f"{flag} needs at least one value.", ctx)
-        return super().parse_args(ctx, repeat_flags(args, repeatable))
+        written = repeat_flags(known_values(args, bare), repeatable)
+        self._check_once(ctx, written)
+        return super().parse_args(ctx, written)
+
+    def _check_once(self, ctx: click.Context, args: list[str]) -> None:
+        """Refuse an option of one value, or of yes and no, that is given twice."""
+        if ctx.resilient_parsing:
+            return
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        for option in dict.fromkeys(order):
+            single = isinstance(option, click.Option) and not option.multiple and not option.count
+            twice = order.count(option) > 1
+            if single and twice and (option.secondary_opts or not getattr(option, "is_flag", 0)):
+                flag = max(option.opts, key=len)
+                raise click.UsageError(f"{flag} was given twice; it takes one value.", ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        arguments = [p for p in self.params if isinstance(p, Argument) and p.words]
+        if arguments:
+            groups["Arguments"] = [(a.make_metavar(ctx), a.words) for a in arguments]
+        params = [p for p in self.get_params(ctx) if not isinstance(p, click.Argument)]
+        grouped = any(getattr(param, "group", "") for param in params)
+        for param in params:
+            record = param.get_help_record(ctx)
+            if record is not None:
+                title = getattr(param, "group", "") or (_OTHERS if grouped else "Options")
+                groups.setdefault(title, []).append(record)
+        for title in sorted(groups, key=lambda title: (title == _OTHERS, _place(title))):
+            with formatter.section(title):
+                formatter.write_dl(groups[title])
+        if self.examples:
+            with formatter.section("Examples"):
+                for line in self.examples:
+                    formatter.write(f"{'':>{formatter.current_indent}}$ {line}\n")
+
+
+def _place(title: str) -> int:
+    """The place of a group in `--help`: what is asked for most comes first."""
+    return GROUPS.index(title) if title in GROUPS else -1
+
+
+class Argument(click.Argument):
+    """An argument with words of its own in `--help`."""
+
+    def __init__(self, *given: Any, words: str = "", **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.words = words
+
+
+class Grouped(click.Option):
+    """An option that `--help` shows under the title `group`.
+
+    With `brief`, its spelling with underscores is not shown there.
+    """
+
+    def __init__(self, *given: Any, group: str = "", brief: bool = False, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.group = group
+        self.brief = brief
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        if record is None or not self.brief:
+            return record
+        shown = (*self.opts, *self.secondary_opts)
+        hidden = [name for name in shown if "_" in name and name.replace("_", "-") in shown]
+        spelt = record[0]
+        for name in hidden:
+            spelt = spelt.replace(f"{name}, ", "")
+        return spelt, record[1]
+
+
+class _Codes(Grouped):
+    """A flag that may be followed by codes of `known`: `--strict`, `--strict no-checksums`."""
+
+    def __init__(self, *given: Any, known: Collection[str], **more: Any) -> None:
+        super().__init__(*given, multiple=True, callback=self._value, **more)
+        self.known = known
+
+    @staticmethod
+    def _value(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> object:
+        return "" in values or tuple(values)
+
+
+def known_values(args: Sequence[str], flags: Mapping[str, Collection[str]]) -> list[str]:
+    """Write each of `flags` before each of the known values after it, or with an empty value.
+
+    >>> known_values(["--s", "a", "b", "x", "--s"], {"--s": ["a", "b"]})
+    ['--s=a', '--s=b', 'x', '--s=']
+    """
+    written: list[str] = []
+    position = 0
+    while position < len(args) and args[position] != "--":
+        argument = args[position]
+        position += 1
+        if argument not in flags:
+            written.append(argument)
+            continue
+        values = list(takewhile(flags[argument].__contains__, args[position:]))
+        written += [f"{argument}={value}" for value in values or [""]]
+        position += len(values)
+    return [*written, *args[position:]]
 
 
 def repeat_flags(args: Sequence[str], repeatable: set[str]) -> list[str]:
@@ -81,3 +208,63 @@ def option(name: str, field: str | None = None, **more: Any) -> Callable[[_F], _
     """An option under its name with underscores, as in LightRFT's script, and with dashes."""
     spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
     return click.option(*spellings, field or name, **more)
+
+
+class _Aliased(click.Choice[str]):
+    """A choice that also takes other spellings, which `--help` does not list."""
+
+    def __init__(self, kind: Choice) -> None:
+        super().__init__(kind.choices)
+        self._aliases = kind.aliases
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(self._aliases.get(value, value), param, ctx)
+
+
+def flags(options: Iterable[Option]) -> Callable[[_F], _F]:
+    """The flags of declared options, in that order; those of Python alone have none."""
+
+    def add(function: _F) -> _F:
+        for declared in reversed([*options]):
+            if not (declared.required or declared.only_python):
+                function = flag(declared, brief=True)(function)
+        return function
+
+    return add
+
+
+def flag(declared: Option, **changes: Any) -> Callable[[_F], _F]:
+    """The flag of a declared option; `changes` are click's words for what is different here."""
+    spellings = [f"-{declared.short}"] * bool(declared.short)
+    if declared.underscored:
+        spellings.append(f"--{declared.name}")
+    spellings.append(f"--{declared.flag}")
+    more: dict[str, Any] = {"cls": Grouped, "group": declared.group, "help": declared.help}
+    kind = declared.kind
+    if isinstance(kind, Flag):
+        more |= {"is_flag": True, "default": declared.default}
+        if kind.either:
+            spellings = [f"{name}/--no-{name[2:]}" for name in spellings]
+        elif kind.no:
+            spellings = [f"--no-{declared.flag}"]
+            more |= {"flag_value": False, "help": kind.no}
+    elif isinstance(kind, Codes):
+        more |= {"cls": _Codes, "known": kind.known, "metavar": f"[{declared.metavar}...]"}
+    elif isinstance(kind, Texts):
+        more |= {"multiple": True, "metavar": f"{declared.metavar or 'TEXT'}..."}
+    else:
+        more |= {"type": _type(kind), "metavar": declared.metavar or None}
+        if declared.default is not None:
+            more |= {"default": declared.default, "show_default": True}
+    return click.option(*dict.fromkeys(spellings), declared.name, **{**more, **changes})
+
+
+def _type(kind: object) -> click.ParamType[Any] | None:
+    if isinstance(kind, Choice):
+        return _Aliased(kind)
+    if isinstance(kind, Integer):
+        bounded = kind.least is not None or kind.most is not None
+        return click.IntRange(kind.least, kind.most) if bounded else click.INT
+    if isinstance(kind, Number):
+        return click.FLOAT
+    return FolderOrFile() if isinstance(kind, Place) else click.STRING

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from reshard.cli import output
-from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.cli.flags import Command, FolderOrFile, debug, option
 from reshard.errors import NotFoundError, UnsupportedError
 from reshard.evaluate.options import DTYPES, Options, Sampling
 from reshard.evaluate.places import check_page, free, replacing
@@ -140,7 +140,7 @@ def shared_options(function: _F) -> _F:
     return function
 
 
-@click.command("try", cls=SeveralValues)
+@click.command("try", cls=Command)
 @click.argument("model", type=FolderOrFile())
 @shared_options
 def try_model(**given: Any) -> int:

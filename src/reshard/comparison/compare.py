@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from reshard import formats
+from reshard.comparison.declared import DIFF, VERIFY
 from reshard.comparison.pairing import Pairing, pair
 from reshard.comparison.values import Comparison, Difference, compare
+from reshard.conversion.declared import workers
 from reshard.conversion.verification import Verified, verify_folder
+from reshard.core.options import PathLike, documented, parse
 from reshard.errors import OptionError, PlanError, VerificationError
 from reshard.formats import locate
 from reshard.progress import Progress
@@ -16,9 +18,8 @@ from reshard.storage.local import Sources
 
 __all__ = ["Comparison", "Difference", "diff", "verify"]
 
-PathLike = str | os.PathLike[str]
 
-
+@documented(DIFF)
 def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None) -> Comparison:
     """Compare two checkpoints of any formats, tensor by tensor.
 
@@ -26,11 +27,13 @@ def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None)
     with a config, the first is fitted onto it, as a conversion would be. Values are compared after
     rounding to the second's dtypes. The files beside a model are compared too.
 
-    Memory: a few blocks of 4 MiB. Raises a `ReshardError` where one cannot be read.
+    Memory: a few blocks of 4 MiB. Raises `OptionError` for a wrong value, and another
+    `ReshardError` where one cannot be read.
     """
+    values = parse(DIFF, dict(locals()))
     with Sources() as sources:
-        mine = locate.read(Path(first), sources, formats.Selection())
-        theirs = locate.read(Path(second), sources, formats.Selection())
+        mine = locate.read(values["first"], sources, formats.Selection())
+        theirs = locate.read(values["second"], sources, formats.Selection())
         pairing = pair(mine, theirs, sources)
         found = compare(pairing.pairs, sources, progress)
         sources.check_unchanged()
@@ -39,6 +42,7 @@ def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None)
     return Comparison(found.num_equal, (*found.differences, *apart), found.bytes_read, findings)
 
 
+@documented(VERIFY)
 def verify(
     folder: PathLike,
     against: PathLike | None = None,
@@ -46,45 +50,47 @@ def verify(
     tag: str | None = None,
     prefix: str | None = None,
     base: PathLike | None = None,
-    threads: int = 2,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verified:
     """Read a converted folder again and compare every tensor, bit for bit.
 
-    Without `against`, with the digests in its `reshard.json`; with the checkpoint `against` that
-    it was converted from (`tag` and `prefix` as for `convert`), with the checkpoint itself, read
-    and rounded anew. `base` is the model that it was converted onto; without it, tensors that the
-    conversion took from its base are counted and not compared, and a folder without a config is
-    compared only if its names are the checkpoint's.
+    Without `against`, with the digests in its `reshard.json`; with the checkpoint `against`, with
+    the checkpoint itself, read and rounded anew. A folder without a config is compared without the
+    base only if its names are the checkpoint's.
 
-    Raises `VerificationError` naming the first tensor that differs, `PlanError` where the base is
-    needed.
+    Raises `OptionError` for a wrong value, `VerificationError` naming the first tensor that
+    differs, `PlanError` where the base is needed.
     """
-    if against is None:
-        if tag is not None or prefix is not None or base is not None:
-            raise OptionError(
-                "--tag, --prefix and --base choose what to compare with.", hint="Pass --against."
-            )
-        return verify_folder(Path(folder), threads=threads, progress=progress)
+    values = parse(VERIFY, dict(locals()))
+    place, threads = values["folder"], workers(values["threads"])
+    if values["against"] is None:
+        for name in ("tag", "prefix", "base"):
+            if values[name] is not None:
+                raise OptionError(
+                    f"--{name} chooses what to compare with.", hint="Pass --against.", option=name
+                )
+        return verify_folder(place, threads=threads, progress=progress)
     with Sources() as sources:
-        source = locate.read(Path(against), sources, formats.Selection(tag, prefix, True))
-        written = formats.read(Path(folder), sources, formats.Selection())
-        pairing = pair(source, written, sources, base=None if base is None else Path(base))
+        selection = formats.Selection(values["tag"], values["prefix"], allow_step_mismatch=True)
+        source = locate.read(values["against"], sources, selection)
+        written = formats.read(place, sources, formats.Selection())
+        pairing = pair(source, written, sources, base=values["base"])
         if pairing.by_name:
-            _check_names(pairing, Path(folder))
+            _check_names(pairing, place)
         found = compare(pairing.pairs, sources, progress)
         sources.check_unchanged()
     differences = (*found.differences, *pairing.left)
     for difference in differences:
         raise VerificationError(
-            f"it is not what {os.fspath(against)} holds; {difference}.",
+            f"it is not what {values['against']} holds; {difference}.",
             path=folder,
             tensor=difference.name,
             hint=f"{len(differences)} tensors differ, {found.num_equal} are equal.",
         )
     if not found.num_equal:
         raise VerificationError(
-            f"none of its tensors is in {os.fspath(against)}: they are all the base's.", path=folder
+            f"none of its tensors is in {values['against']}: they are all the base's.", path=folder
         )
     return Verified(found.num_equal, found.bytes_read, len(pairing.filled), source.findings)
 

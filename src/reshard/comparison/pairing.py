@@ -28,7 +28,7 @@ from reshard.conversion.planning import exported
 from reshard.conversion.verification import check_listed, child_of
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, stored
-from reshard.errors import FormatError, NamesError, PlanError
+from reshard.errors import FormatError, NamesError, OptionError, PlanError
 from reshard.naming import FitOptions
 from reshard.naming.families import CONSTANTS
 from reshard.naming.patterns import matches_any
@@ -134,7 +134,7 @@ def _said(
             frozenset(names.get("filled", ())),
             {str(name): str(tie) for name, tie in names.get("tied", {}).items()},
         )
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+    except (OptionError, TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise FormatError("it is damaged.", path=folder / MANIFEST) from None
     return replace(options, allow=(*options.allow, *map(escape, said.dropped))), said
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from reshard.core.options import Choice, Flag, Integer, Texts
+from reshard.errors import OptionError, brief
 from reshard.formats import Selection
 from reshard.naming import parse_version
 from reshard.naming.layouts import Version
@@ -18,7 +20,8 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["all", "disk", "memory"]
-_T = TypeVar("_T")
+To = Literal["hf", "dcp"]
+DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
 _MAX_WILDCARDS = 3
 
@@ -30,6 +33,21 @@ NAMES: tuple[Names, ...] = ("all", "disk", "memory")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
 #: What LightRFT takes where no probing layer is named: the input of the last layer.
 PROBING_LAYER = -1
+
+
+class Patterns(Texts, frozen=True):
+    """Patterns of names, without so many wildcards that matching one takes minutes."""
+
+    @property
+    def words(self) -> str:
+        return "a list of patterns"
+
+    def parse(self, value: object) -> tuple[str, ...]:
+        patterns = super().parse(value)
+        for pattern in patterns:
+            if pattern.count("**") > _MAX_WILDCARDS:
+                raise OptionError(f"{brief(pattern)} has more than {_MAX_WILDCARDS} times `**`.")
+        return patterns
 
 
 class RewardChoice(Struct, frozen=True):
@@ -111,23 +129,25 @@ class Options(Struct, frozen=True):
 def restated(options: Options, stated: Mapping[str, Any], names: Mapping[str, Any]) -> Options:
     """`options` with what the `options` and `names` of a `reshard.json` say of names and values.
 
-    Raises `TypeError`, `ValueError`, `KeyError` or `AttributeError` where they are malformed.
+    Raises `OptionError`, `TypeError`, `ValueError`, `KeyError` or `AttributeError` where they are
+    malformed.
     """
     memory = stated.get("names") == "memory"
     version = (names if memory else stated).get("transformers_version")
-    lora = names.get("lora")
+    lora, mode = names.get("lora"), stated.get("lora")
+    srm_format = Choice(SRM_FORMATS).parse(stated.get("srm_format", "both"))
     return replace(
         options,
-        exclude_frozen=bool(stated.get("exclude_frozen")),
-        fill_from_base=bool(stated.get("fill_from_base")),
-        allow=tuple(map(_pattern, stated.get("allow", ()))),
+        exclude_frozen=Flag().parse(stated.get("exclude_frozen", False)),
+        fill_from_base=Flag().parse(stated.get("fill_from_base", False)),
+        allow=Patterns().parse(stated.get("allow", ())),
         rewards=RewardChoice(
             heads=RewardOptions(value_head=_optional(stated.get("value_head"))),
-            probing_layer=int(stated.get("probing_layer", -1)),
-            srm_format=_one_of(stated.get("srm_format", "both"), SRM_FORMATS),
+            probing_layer=Integer().parse(stated.get("probing_layer", -1)),
+            srm_format=cast(SrmFormat, srm_format),
         ),
         lora=LoraChoice(
-            None if stated.get("lora") is None else _one_of(stated["lora"], LORA),
+            None if mode is None else cast(Lora, Choice(LORA).parse(mode)),
             adapter=_optional(stated.get("adapter")),
             scaling=None if lora is None else _scaling(lora),
         ),
@@ -145,20 +165,8 @@ def _scaling(lora: Mapping[str, Any]) -> AdapterConfig:
     )
 
 
-def _one_of(value: object, choices: tuple[_T, ...]) -> _T:
-    return choices[choices.index(cast(_T, value))]
-
-
 def _optional(value: object) -> str | None:
     return None if value is None else _text(value)
-
-
-def _pattern(value: object) -> str:
-    """A pattern of a file, which must not have so many wildcards that matching takes minutes."""
-    text = _text(value)
-    if text.count("**") > _MAX_WILDCARDS:
-        raise ValueError(text)
-    return text
 
 
 def _text(value: object) -> str:

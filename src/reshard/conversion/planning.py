@@ -18,7 +18,7 @@ from reshard.conversion.dtypes import Target
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
 from reshard.core.catalog import Asset, Catalog
-from reshard.core.findings import Finding
+from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
 from reshard.errors import PlanError
 from reshard.formats import locate
@@ -36,17 +36,13 @@ class Job(Struct, frozen=True):
     plan: Plan
 
 
-def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
+def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str]) -> Job:
     """The plan of a conversion, or the error that stands in its way; no byte is written.
 
-    With `strict` a finding of the source's reader is an error.
+    With `strict` a finding is an error: any warning, or those of the codes given.
     """
     catalog = locate.read(options.source, sources, options.selection)
-    serious = [found for found in catalog.findings if found.severity != "info"]
-    if strict and serious:
-        raise PlanError(
-            f"--strict was passed, and there is a finding: {serious[0]}", path=options.source
-        )
+    _check_strict(catalog.findings, options, strict)
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
     base = None if options.base is None else read_base(options.base, sources)
@@ -66,7 +62,28 @@ def prepare(options: Options, sources: Sources, *, strict: bool) -> Job:
         assets,
         (*catalog.findings, *made.findings, *lacking),
     )
+    _check_strict(plan.findings, options, strict)
     return Job(options, catalog, made, plan)
+
+
+def _check_strict(
+    findings: Sequence[Finding], options: Options, strict: bool | Sequence[str]
+) -> None:
+    """Refuse findings of the codes in `strict`, or where it is True all but mere information."""
+    codes = strict if not isinstance(strict, bool) else ()
+    refused = [
+        found
+        for found in findings
+        if found.code in codes or (strict is True and found.severity != "info")
+    ]
+    if refused:
+        more = f" And {len(refused) - 1} more." if len(refused) > 1 else ""
+        raise PlanError(
+            f"--strict was passed, and there is a finding, {refused[0].code}: "
+            f"{refused[0].message}{more}",
+            path=options.source,
+            hint=refused[0].fix or CODES[refused[0].code].fix or None,
+        )
 
 
 def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sources) -> Export:

@@ -92,11 +92,12 @@ def pack(specs: Sequence[TensorSpec], max_nbytes: int) -> list[list[TensorSpec]]
 
 
 _UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3,
-          "TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "B": 1}  # fmt: skip
+          "TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "B": 1,
+          "T": 10**12, "G": 10**9, "M": 10**6, "K": 10**3}  # fmt: skip
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes from `"5GB"` (decimal units, as Hugging Face counts), `"5GiB"`, or a number.
+    """Bytes from `"5GB"` or `"5G"` (decimal units, as Hugging Face counts), `"5GiB"`, a number.
 
     Raises `OptionError`.
 

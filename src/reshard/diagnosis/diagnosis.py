@@ -13,20 +13,19 @@ from typing import Any
 from msgspec import Struct
 
 from reshard.conversion.base_model import read_base
-from reshard.conversion.convert import PathLike
+from reshard.conversion.declared import workers
 from reshard.conversion.destination import check_destination
 from reshard.conversion.output_model import REWARD_HEAD, VALUE_HEAD
+from reshard.core.options import PathLike, documented, parse
 from reshard.diagnosis import case as cases
 from reshard.diagnosis.case import Case
+from reshard.diagnosis.declared import DOCTOR
 from reshard.diagnosis.findings import Finding
 from reshard.diagnosis.repair import write_mended
 from reshard.diagnosis.table import AILMENTS
 from reshard.errors import PlanError, VerificationError
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, real, snapshot
-
-# More threads than this only compete for the memory bus.
-_MAX_THREADS = 4
 
 
 class Diagnosis(Struct, frozen=True):
@@ -62,6 +61,7 @@ class Diagnosis(Struct, frozen=True):
         }
 
 
+@documented(DOCTOR)
 def doctor(
     folder: PathLike,
     *,
@@ -72,34 +72,32 @@ def doctor(
 ) -> Diagnosis:
     """Find what is wrong with the model folder `folder`, whoever wrote it.
 
-    With `base`, the Hugging Face model that training started from, names, shapes, ties and values
-    are compared with it. With `repair`, a mended copy is written there, as a new folder, if every
-    error that was found can be mended; `folder` itself is never touched. The weights are streamed,
-    in blocks.
+    `folder` itself is never touched. The weights are streamed, in blocks.
 
-    Raises a `ReshardError` where there is no model to look at or no base, and where the output
-    cannot be written; what is wrong with `folder` is never an exception.
+    Raises `OptionError` for a wrong value, and another `ReshardError` where there is no model to
+    look at or no base, and where the output cannot be written; what is wrong with `folder` is never
+    an exception.
 
     >>> diagnosis = doctor("export", base="Qwen2.5-7B", repair="mended")     # doctest: +SKIP
     >>> [finding.name for finding in diagnosis.findings]                     # doctest: +SKIP
     ['wrapper-prefix', 'tokenizer-missing']
     """
-    path = snapshot(Path(folder))
-    base_path = None if base is None else Path(base)
+    values = parse(DOCTOR, dict(locals()))
+    path, base_path, target = snapshot(values["folder"]), values["base"], values["repair"]
     if base_path is not None and base_path.exists() and real(path) == real(base_path):
         raise PlanError("the folder is the base itself.", path=path)
-    if repair is not None:
-        check_destination(Path(repair), path, base_path, overwrite=False, replaces=False)
-    workers = threads or min(_MAX_THREADS, os.cpu_count() or 1)
+    if target is not None:
+        check_destination(target, path, base_path, overwrite=False, replaces=False)
+    threads = workers(values["threads"])
     with Sources() as sources:
         known = None if base_path is None else read_base(base_path, sources)
-        case = cases.read(path, known, sources, threads=workers, progress=progress)
+        case = cases.read(path, known, sources, threads=threads, progress=progress)
         findings = examine(case)
         remaining, repaired = findings, None
-        if repair is not None and _mendable(findings):
+        if target is not None and _mendable(findings):
             _check_alone(case)
-            remaining = _mend(case, findings, Path(repair), sources, workers, progress)
-            repaired = os.fspath(repair)
+            remaining = _mend(case, findings, target, sources, threads, progress)
+            repaired = os.fspath(target)
     return Diagnosis(
         folder=os.fspath(folder),
         base=None if base is None else os.fspath(base),

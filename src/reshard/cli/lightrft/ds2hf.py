@@ -9,15 +9,16 @@ from click.core import ParameterSource
 
 from reshard.cli import output
 from reshard.cli.app import HELP, end, run
-from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.cli.flags import Command, FolderOrFile, debug, flag, option
 from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
-from reshard.conversion.options import MODEL_TYPES, POOLINGS
+from reshard.conversion.declared import CONVERT
+from reshard.naming.rewards import ModelType, Pooling
 
 _PATH = FolderOrFile()
 
 
-@click.command(cls=SeveralValues, context_settings=HELP)
+@click.command(cls=Command, context_settings=HELP)
 @click.option("--checkpoint_dir", type=_PATH, required=True,
               help="The folder with `latest` and the tag folders, or a tag folder.")  # fmt: skip
 @click.option("--output_dir", type=_PATH, required=True,
@@ -26,23 +27,15 @@ _PATH = FolderOrFile()
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--tag", "-t", help="Which save, e.g. global_step1; default: `latest`.")
 @click.option("--exclude_frozen_parameters", is_flag=True, help="Leave out frozen parameters.")
-@option("fill_from_base", is_flag=True,
-        help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
-@option("model_type", type=click.Choice(MODEL_TYPES), default="vision2seq", show_default=True,
-        help="vision2seq: language, vision-language and audio-language models; grm: generative, "
-             "srm: scalar reward models.")  # fmt: skip
-@option("pooling_method", type=click.Choice(POOLINGS), default="attn", show_default=True,
-        help="Scalar reward models: how the heads pool.")  # fmt: skip
+@flag(CONVERT["fill_from_base"])
+@flag(CONVERT["model_type"], default="vision2seq", show_default=True)
+@flag(CONVERT["pooling_method"], default="attn", show_default=True)
 @option("scale_for_train", is_flag=True, help="Scalar reward models: with a logit scale.")
-@option("probing_layer", type=int, show_default="-1",
-        help="Scalar reward models: the hidden state that the heads read.")  # fmt: skip
-@option("heads_types", multiple=True, default=("preference",), metavar="NAME...",
-        help="Scalar reward models: the heads; default: preference.")  # fmt: skip
-@option("value_head", metavar="NAME",
-        help="Critics: the head, e.g. value_head; score and v_head are found.")  # fmt: skip
-@click.option("--lora-alpha", type=float,
-              help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
+@flag(CONVERT["probing_layer"])
+@flag(CONVERT["heads_types"], default=("preference",), show_default="preference")
+@flag(CONVERT["value_head"])
+@flag(CONVERT["lora_alpha"])
+@flag(CONVERT["overwrite"])
 @debug
 @writes("output_dir")
 def command(
@@ -52,8 +45,8 @@ def command(
     tag: str | None,
     exclude_frozen_parameters: bool,
     fill_from_base: bool,
-    model_type: str,
-    pooling_method: str,
+    model_type: ModelType,
+    pooling_method: Pooling,
     scale_for_train: bool,
     probing_layer: int | None,
     heads_types: tuple[str, ...],

@@ -8,32 +8,28 @@ import click
 
 from reshard.cli import output
 from reshard.cli.app import HELP, end, run
-from reshard.cli.flags import FolderOrFile, SeveralValues, debug, option
+from reshard.cli.flags import Command, FolderOrFile, debug, flag
 from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
+from reshard.conversion.declared import CONVERT
 
 _PATH = FolderOrFile()
 
 
-@click.command(cls=SeveralValues, context_settings=HELP)
+@click.command(cls=Command, context_settings=HELP)
 @click.option("--hf_base", type=_PATH, required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--checkpoint_dir", type=_PATH, required=True,
               help="The folder with .metadata and the .distcp files.")  # fmt: skip
 @click.option("--output_dir", type=_PATH, required=True,
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
-@click.option("--prefix", help="The model's part of a nested state dict; default: found by itself.")
-@option("fill_from_base", is_flag=True,
-        help="Copy from the base what the checkpoint does not hold.")  # fmt: skip
-@option("probing_layer", type=int, show_default="-1",
-        help="Scalar reward models: the hidden state that the heads read.")  # fmt: skip
-@option("heads_types", multiple=True, metavar="NAME...",
-        help="Scalar reward models: the heads, checked, and their order.")  # fmt: skip
-@option("value_head", metavar="NAME",
-        help="Critics: the head, e.g. value_head; score and v_head are found.")  # fmt: skip
-@click.option("--lora-alpha", type=float,
-              help="The alpha of LoRA adapters, which a checkpoint does not hold.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace an output that reshard wrote.")
+@flag(CONVERT["prefix"])
+@flag(CONVERT["fill_from_base"])
+@flag(CONVERT["probing_layer"])
+@flag(CONVERT["heads_types"])
+@flag(CONVERT["value_head"])
+@flag(CONVERT["lora_alpha"])
+@flag(CONVERT["overwrite"])
 @debug
 @writes("output_dir")
 def command(

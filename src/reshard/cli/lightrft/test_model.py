@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from reshard.cli.app import HELP, end, run
-from reshard.cli.flags import FolderOrFile, SeveralValues, option
+from reshard.cli.flags import Command, FolderOrFile, option
 from reshard.cli.try_ import run_command, shared_options
 
 
-@click.command("test_model", cls=SeveralValues, context_settings=HELP)
+@click.command("test_model", cls=Command, context_settings=HELP)
 @option("model_path", "model", type=FolderOrFile(), required=True,
         help="The converted model's folder.")  # fmt: skip
 @shared_options

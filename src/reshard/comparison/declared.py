@@ -1,0 +1,36 @@
+"""The options of `verify` and `diff`."""
+
+from __future__ import annotations
+
+from reshard.checkpoint import PREFIX, TAG
+from reshard.conversion.declared import PROGRESS, THREADS
+from reshard.core.options import Option, Place, table
+
+#: The options of `reshard.verify` and `reshard verify`.
+VERIFY = table(
+    Option("folder", Place(), "The converted folder.", required=True),
+    Option(
+        "against",
+        Place(),
+        "The checkpoint that it was converted from; default: its own digests.",
+        metavar="SRC",
+    ),
+    TAG,
+    PREFIX,
+    Option(
+        "base",
+        Place(),
+        "With a checkpoint to compare with: the model that it was converted onto. Without it, "
+        "tensors that came from the base are counted and not compared.",
+        group="Input",
+    ),
+    THREADS,
+    PROGRESS,
+)
+
+#: The options of `reshard.diff` and `reshard diff`.
+DIFF = table(
+    Option("first", Place(), "A checkpoint, of any format.", required=True),
+    Option("second", Place(), "Another.", required=True),
+    PROGRESS,
+)

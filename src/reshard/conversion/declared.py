@@ -1,0 +1,403 @@
+"""The options of a conversion, each declared once, and how they are parsed.
+
+To add one: a line in `CONVERT`, a keyword in `reshard.convert`, a field in `Options`, which
+`parsed` fills in. The flag, `--help`, docs/cli.md, the docstring and the tests of wrong values
+follow from the line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from reshard import formats
+from reshard.checkpoint import PREFIX, TAG
+from reshard.conversion.dtypes import CHOICES
+from reshard.conversion.options import (
+    LORA,
+    MODEL_TYPES,
+    NAMES,
+    POOLINGS,
+    SRM_FORMATS,
+    LoraChoice,
+    Options,
+    Patterns,
+    RewardChoice,
+)
+from reshard.core.findings import CODES
+from reshard.core.options import (
+    Choice,
+    Codes,
+    DTypeName,
+    Flag,
+    Function,
+    Integer,
+    Number,
+    Option,
+    Parsed,
+    Place,
+    Size,
+    Text,
+    Texts,
+    parse,
+    table,
+)
+from reshard.core.plan import parse_size
+from reshard.errors import OptionError
+from reshard.naming import parse_version
+from reshard.naming.rewards import RewardOptions
+from reshard.progress import StagedProgress
+
+# More threads than this only compete for the memory bus.
+_MAX_THREADS = 4
+
+# As `save_pretrained` has it; for DCP small enough that many ranks read different files.
+_MAX_SHARD_SIZE = {"hf": "5GB", "dcp": "1GB"}
+
+#: The groups of options, in the order of `--help`.
+GROUPS = ("Input", "Output", "Adapters", "Reward models and critics", "What may differ")
+
+#: Other words for dtypes.
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+THREADS = Option(
+    "threads",
+    Integer(1, 1024),
+    "Threads; default: the cores, at most 4.",
+    group="Output",
+    metavar="N",
+)
+PROGRESS = Option(
+    "progress",
+    Function(),
+    "Called with what is done, and the bytes done and to do.",
+    only_python=True,
+)
+
+#: The options of `reshard.convert` and `reshard convert`, in the order in which errors name them.
+CONVERT = table(
+    Option("source", Place(), "The checkpoint, or a folder above it.", required=True),
+    Option("target", Place(), "The output: a new folder.", required=True),
+    Option(
+        "base",
+        Place(),
+        "The Hugging Face model that training started from, a local folder. Its files define the "
+        "names and dtypes of the output, and come along. Without it, only weights are written.",
+        group="Input",
+    ),
+    TAG,
+    PREFIX,
+    Option(
+        "to",
+        Choice(tuple(formats.TARGETS)),
+        "The format of the output: a Hugging Face folder, or PyTorch DCP for FSDP.",
+        "hf",
+        group="Output",
+    ),
+    Option(
+        "dtype",
+        DTypeName(CHOICES, DTYPE_ALIASES),
+        "base: as the base stores each tensor (default with a base); keep: as the checkpoint does "
+        "(default without); or the dtype of all floating tensors.",
+        group="Output",
+    ),
+    Option(
+        "max_shard_size",
+        Size(),
+        "The largest size of a file, e.g. 5GB; default: 5GB, with --to dcp 1GB.",
+        group="Output",
+        metavar="SIZE",
+    ),
+    Option(
+        "names",
+        Choice(NAMES),
+        "all: each tensor by its name on disk and by those that live modules of any transformers "
+        "version ask for (default with --to dcp, where the model's config is at hand); disk: as in "
+        "the files of released models (else the default); memory: as the live module of one "
+        "version has them.",
+        group="Output",
+    ),
+    Option(
+        "transformers_version",
+        Parsed(parse_version),
+        "With --names memory: the version that will load the output; default: the installed one. "
+        "With --names all: a version that must be among them. Else: the version used in training, "
+        "needed only where an error asks for it.",
+        group="Output",
+        metavar="V",
+    ),
+    Option(
+        "consumed_samples",
+        Integer(0, (1 << 63) - 1),
+        "With --to dcp: write client_state.pt, which LightRFT's load_ckpt needs: how many samples "
+        "the run has used up; 0 for a new one.",
+        group="Output",
+        metavar="N",
+        underscored=True,
+    ),
+    THREADS,
+    Option(
+        "overwrite",
+        Flag(),
+        "Replace an output that reshard wrote and nothing was added to. Nothing else that exists "
+        "is ever replaced.",
+        False,
+        group="Output",
+    ),
+    Option(
+        "verify",
+        Flag(no="Do not read the output again."),
+        "Read the output again and compare.",
+        True,
+        group="Output",
+    ),
+    Option("dry_run", Flag(), "Check and plan everything, write nothing.", False, group="Output"),
+    PROGRESS,
+    Option(
+        "model_type",
+        Choice(MODEL_TYPES),
+        "The kind of model; default: detected by its heads. vision2seq: language, vision-language "
+        "and audio-language models; grm: generative, srm: scalar reward models.",
+        group="Reward models and critics",
+        needs_base=True,
+        underscored=True,
+    ),
+    Option(
+        "pooling_method",
+        Choice(POOLINGS),
+        "How the heads of a scalar reward model pool; checked against the checkpoint.",
+        group="Reward models and critics",
+        needs_base=True,
+        underscored=True,
+    ),
+    Option(
+        "scale_for_train",
+        Flag(either=True),
+        "Whether a scalar reward model has a logit scale; checked against the checkpoint.",
+        group="Reward models and critics",
+        needs_base=True,
+        underscored=True,
+    ),
+    Option(
+        "heads_types",
+        Texts(),
+        "The heads of a scalar reward model, in their order; checked against the checkpoint.",
+        group="Reward models and critics",
+        metavar="NAME",
+        needs_base=True,
+        underscored=True,
+    ),
+    Option(
+        "probing_layer",
+        Integer(),
+        "The hidden state that a scalar reward model reads, which a checkpoint does not hold; it "
+        "is recorded. Default: -1, as LightRFT's.",
+        group="Reward models and critics",
+        metavar="N",
+        needs_base=True,
+        underscored=True,
+    ),
+    Option(
+        "value_head",
+        Text(),
+        "The name of a critic's head, e.g. value_head; score and v_head are found.",
+        group="Reward models and critics",
+        metavar="NAME",
+        needs_base=True,
+        underscored=True,
+    ),
+    Option(
+        "srm_format",
+        Choice(SRM_FORMATS),
+        "How a scalar reward model is written: as LightRFT loads it, as backbone and heads, or "
+        "both.",
+        "both",
+        group="Reward models and critics",
+        needs_base=True,
+    ),
+    Option(
+        "lora",
+        Choice(LORA),
+        "What is written of LoRA adapters: the model with them merged (default with a base), a "
+        "folder for PEFT, or both.",
+        group="Adapters",
+        needs_base=True,
+    ),
+    Option(
+        "lora_alpha",
+        Number(),
+        "The alpha that the adapters were trained with, which a checkpoint does not hold.",
+        group="Adapters",
+        metavar="ALPHA",
+        needs_base=True,
+        underscored=True,
+    ),
+    Option(
+        "adapter_config",
+        Place(),
+        "The run's adapter_config.json, which states alpha.",
+        group="Adapters",
+        needs_base=True,
+    ),
+    Option(
+        "adapter",
+        Text(),
+        "Which adapter, where there are several. One is converted in a run.",
+        group="Adapters",
+        metavar="NAME",
+        needs_base=True,
+    ),
+    Option(
+        "exclude_frozen",
+        Flag(),
+        "Leave out frozen parameters.",
+        False,
+        group="What may differ",
+    ),
+    Option(
+        "fill_from_base",
+        Flag(),
+        "Copy from the base what the checkpoint does not hold.",
+        False,
+        group="What may differ",
+        needs_base=True,
+        underscored=True,
+    ),
+    Option(
+        "allow",
+        Patterns(),
+        "Names that may be missing or left over; `*` stands for any characters, e.g. 'visual.*'.",
+        (),
+        group="What may differ",
+        metavar="PATTERN",
+        needs_base=True,
+    ),
+    Option(
+        "allow_unchanged",
+        Flag(),
+        "Accept a result whose every tensor equals the base's.",
+        False,
+        group="What may differ",
+        needs_base=True,
+    ),
+    Option(
+        "allow_step_mismatch",
+        Flag(),
+        "Accept a ZeRO-3 checkpoint whose optimizer was restarted.",
+        False,
+        group="What may differ",
+    ),
+    Option(
+        "strict",
+        Codes(CODES),
+        "Treat every warning as an error; with codes, the findings of these codes.",
+        False,
+        group="What may differ",
+        metavar="CODE",
+    ),
+)
+
+
+class Running(Struct, frozen=True):
+    """How a conversion is carried out; nothing here changes a byte of the output."""
+
+    threads: int
+    overwrite: bool
+    verify: bool
+    dry_run: bool
+    allow_unchanged: bool
+    strict: bool | tuple[str, ...]
+    progress: StagedProgress | None
+
+
+def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
+    """The options of a conversion, from their keywords. Raises `OptionError`."""
+    values = parse(CONVERT, given)
+    _check_target(values)
+    if values["base"] is None:
+        _check_needs_no_base(values)
+    options = Options(
+        source=values["source"],
+        target=values["target"],
+        base=values["base"],
+        to=values["to"],
+        selection=formats.Selection(values["tag"], values["prefix"], values["allow_step_mismatch"]),
+        dtype=_dtype(values["dtype"], values["base"]),
+        max_shard_nbytes=values["max_shard_size"] or parse_size(_MAX_SHARD_SIZE[values["to"]]),
+        exclude_frozen=values["exclude_frozen"],
+        fill_from_base=values["fill_from_base"],
+        allow=values["allow"],
+        rewards=RewardChoice(
+            values["model_type"],
+            RewardOptions(
+                values["pooling_method"],
+                values["scale_for_train"],
+                values["heads_types"] or None,
+                values["value_head"],
+            ),
+            values["probing_layer"],
+            values["srm_format"],
+        ),
+        lora=LoraChoice(
+            values["lora"], values["lora_alpha"], values["adapter_config"], values["adapter"]
+        ),
+        names=values["names"],
+        transformers_version=values["transformers_version"],
+        consumed_samples=values["consumed_samples"],
+    )
+    running = Running(
+        threads=workers(values["threads"]),
+        **{name: values[name] for name in Running.__struct_fields__ if name != "threads"},
+    )
+    return options, running
+
+
+def _check_target(values: Mapping[str, Any]) -> None:
+    """Refuse options that the target format has no place for."""
+    to = values["to"]
+    if values["names"] == "all" and to not in formats.ALIASING:
+        raise OptionError(
+            "names 'all' gives the same bytes several names, which files of --to hf cannot.",
+            hint="Pass --to dcp, or leave out --names.",
+            option="names",
+        )
+    if values["consumed_samples"] is not None and to != "dcp":
+        raise OptionError(
+            f"consumed_samples: it is written beside a DCP checkpoint, not with --to {to}.",
+            hint="Pass --to dcp, or leave out --consumed-samples.",
+            option="consumed_samples",
+        )
+
+
+def workers(threads: int | None) -> int:
+    """How many threads, where the user may have said so."""
+    return threads or min(_MAX_THREADS, os.cpu_count() or 1)
+
+
+def _dtype(choice: str | None, base: Path | None) -> str:
+    if choice == "base" and base is None:
+        raise OptionError(
+            "dtype 'base' takes the dtypes of a base.", hint="Pass --base.", option="dtype"
+        )
+    return choice or ("keep" if base is None else "base")
+
+
+def _check_needs_no_base(values: Mapping[str, Any]) -> None:
+    """Refuse options that act on a base's names or values where there is none."""
+    idle = [
+        option
+        for name, option in CONVERT.items()
+        if option.needs_base
+        and values[name] not in (option.default, ())
+        # The script's default, which asks for nothing.
+        and not (name == "model_type" and values[name] == "vision2seq")
+    ]
+    if idle:
+        flags = ", ".join(f"--{option.flag}" for option in idle)
+        raise OptionError(
+            f"{flags}: nothing to act on without a base.", hint="Pass --base.", option=idle[0].name
+        )

@@ -1,0 +1,25 @@
+"""The options of `doctor`."""
+
+from __future__ import annotations
+
+from reshard.conversion.declared import PROGRESS, THREADS
+from reshard.core.options import Option, Place, table
+
+#: The options of `reshard.doctor` and `reshard doctor`.
+DOCTOR = table(
+    Option("folder", Place(), "The exported model, whoever wrote it.", required=True),
+    Option(
+        "base",
+        Place(),
+        "The Hugging Face model that training started from: names, shapes, ties and values are "
+        "compared with it.",
+    ),
+    Option(
+        "repair",
+        Place(),
+        "Write a mended copy as a new folder, if every error can be mended.",
+        metavar="OUT",
+    ),
+    THREADS,
+    PROGRESS,
+)
