@@ -96,11 +96,12 @@ def convert(
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
+            check_strict(_of_values(outcome), options, running.strict)
             return _manifest(job, outcome.digests, sources)
 
         writing = Writing(running.threads, running.overwrite, running.verify, running.progress)
-        records = job.catalog.records
-        outcome = carry_out(job.plan, sources, records, options.target, writing, render=render)
+        ledger = Ledger(job.catalog.records, job.unprotected)
+        outcome = carry_out(job.plan, sources, ledger, options.target, writing, render=render)
     seconds = time.monotonic() - began
     return _report(job, seconds, replaced, outcome, verified=running.verify)
 
@@ -114,6 +115,19 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
             path=job.catalog.origin.root,
             hint="Pass --allow-unchanged if that is meant.",
         )
+
+
+def _of_values(outcome: Outcome) -> list[Finding]:
+    """What the values that passed show: NaN and infinity."""
+    spoilt = [
+        f"{f'{part}: ' if part else ''}{shown(name)} ({found.nan} NaN, {found.infinite} infinite)"
+        for (part, name), found in outcome.not_finite.items()
+    ]
+    if not spoilt:
+        return []
+    what = f"{len(spoilt)} of {len(outcome.digests)} tensors hold values that are not finite"
+    more = f" and {len(spoilt) - _LISTED} more" if len(spoilt) > _LISTED else ""
+    return [Finding("not-finite", f"{what}: {', '.join(spoilt[:_LISTED])}{more}.")]
 
 
 def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:
@@ -154,7 +168,7 @@ def _report(
             Finding("unchanged", f"all {outcome.compared} tensors equal the base model's.")
         )
     if outcome is not None:
-        findings.extend(outcome.findings)
+        findings.extend((*_of_values(outcome), *outcome.findings))
     exported = job.export
     return Report(
         source=os.fspath(job.options.source),
@@ -176,7 +190,8 @@ def _report(
         merged=exported.merged,
         compared=0 if outcome is None else outcome.compared,
         changed=0 if outcome is None else outcome.changed,
-        records_checked=0 if outcome is None else outcome.records_checked,
+        records_checked=0 if outcome is None else outcome.checked.compared,
+        records_unchecked=0 if outcome is None else outcome.checked.unchecked,
         findings=tuple(findings),
         dry_run=outcome is None,
         replaced=replaced,

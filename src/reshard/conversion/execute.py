@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
@@ -14,7 +14,7 @@ from reshard.conversion import manifest
 from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
 from reshard.core.plan import Plan
-from reshard.core.tensors import Extent, Record
+from reshard.core.tensors import Extent
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
@@ -39,7 +39,7 @@ class Writing(Struct, frozen=True):
 def carry_out(
     plan: Plan,
     sources: Sources,
-    records: Iterable[Record],
+    ledger: Ledger,
     target: Path,
     writing: Writing,
     *,
@@ -48,13 +48,12 @@ def carry_out(
 ) -> Outcome:
     """Write a plan's files, `reshard.json` last, and give the folder its name.
 
-    `render` makes the bytes of `reshard.json`; it may refuse what the engine found. `check` looks
+    `ledger` has the checksums of the source, which are compared as its bytes pass. `render` makes the bytes of `reshard.json`; it may refuse what the engine found. `check` looks
     at the finished folder before it gets its name, and raises where it is not well.
 
     Raises what stands in the way; `target` is then as it was, or the error says what stands there.
     """
     with OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder:
-        ledger = Ledger(records)
         threads = writing.threads
         engine = Engine(
             plan, sources, ledger, folder, threads=threads, progress=writing.step("write")

@@ -20,20 +20,26 @@ from reshard.conversion.output_model import Export
 from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
+from reshard.core.tensors import Extent
 from reshard.errors import PlanError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
 from reshard.storage.local import Sources
+from reshard.transfer.checksums import without_checksum
 from reshard.transfer.commit import check_space
 
 
 class Job(Struct, frozen=True):
-    """A conversion that is planned and not begun; `options` are those that it decided on."""
+    """A conversion that is planned and not begun; `options` are those that it decided on.
+
+    `unprotected` are the source's stretches that have no checksum.
+    """
 
     options: Options
     catalog: Catalog
     export: Export
     plan: Plan
+    unprotected: Sequence[Extent] = ()
 
 
 def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str]) -> Job:
@@ -42,7 +48,9 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     With `strict` a finding is an error: any warning, or those of the codes given.
     """
     catalog = locate.read(options.source, sources, options.selection)
-    _check_strict(catalog.findings, options, strict)
+    unprotected = without_checksum(catalog.entries.values(), catalog.records)
+    catalog = replace(catalog, findings=(*catalog.findings, *_unchecked(catalog, unprotected)))
+    check_strict(catalog.findings, options, strict)
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
     base = None if options.base is None else read_base(options.base, sources)
@@ -62,11 +70,25 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
         assets,
         (*catalog.findings, *made.findings, *lacking),
     )
-    _check_strict(plan.findings, options, strict)
-    return Job(options, catalog, made, plan)
+    check_strict(plan.findings, options, strict)
+    return Job(options, catalog, made, plan, unprotected)
 
 
-def _check_strict(
+def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding, ...]:
+    """That files lack checksums which their format has, unless its reader has said so."""
+    known = any(found.code == "no-checksums" for found in catalog.findings)
+    if not unprotected or known or catalog.format in formats.UNCHECKED:
+        return ()
+    total = len(unprotected) + len(catalog.records)
+    files = len({extent.file.path for extent in unprotected})
+    message = (
+        f"{len(unprotected)} of {total} stretches of its files, in {files} of them, have no "
+        "checksum: they were saved without one (a CRC-32 of 0)."
+    )
+    return (Finding("no-checksums", message),)
+
+
+def check_strict(
     findings: Sequence[Finding], options: Options, strict: bool | Sequence[str]
 ) -> None:
     """Refuse findings of the codes in `strict`, or where it is True all but mere information."""

@@ -118,6 +118,9 @@ CODES: dict[str, Code] = {
     "no-base": Code(
         "warning", "without a base, only weights are written", "Pass --base."),
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
+    "not-finite": Code(
+        "warning", "weights hold NaN or infinity: the run has diverged, or a buffer is made so",
+        "Convert an earlier checkpoint of the run."),
     "objects-unread": Code(
         "warning", "a pickle holds objects that are not data; they were not made"),
     "old-output-kept": Code(

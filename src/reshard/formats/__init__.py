@@ -81,6 +81,9 @@ FORMATS = {
 #: Formats of whole models, which trainers also export beside the checkpoints of a training run.
 EXPORTED = ("huggingface", "torch")
 
+#: Formats whose files state no checksums of the tensors' bytes.
+UNCHECKED = frozenset({"huggingface"})
+
 #: What a checkpoint of each format is called in a sentence; an adapter is a format of PEFT's own.
 TITLES = {
     "dcp": "a PyTorch DCP (FSDP) checkpoint",

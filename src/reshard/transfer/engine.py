@@ -25,9 +25,10 @@ from reshard.core.tensors import Box, blocks, flat
 from reshard.errors import VerificationError
 from reshard.progress import Progress
 from reshard.storage.local import Sources
-from reshard.transfer.checksums import Ledger
+from reshard.transfer.checksums import Checked, Ledger
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
+from reshard.transfer.finite import NotFinite, not_finite
 from reshard.transfer.writeback import Writeback
 
 # Bytes of an output block. 4 MiB of source and target stay in a core's cache; twice as much is no
@@ -46,16 +47,17 @@ class Outcome(Struct, frozen=True):
     """What the engine did.
 
     `digests` are the xxh3-128 of each tensor's row-major bytes, by part and name.
-    `records_checked` counts the checksums of the source that were compared. `changed` counts the
-    slots whose values differ from their reference, of `compared`. `findings` say what happened to
+    `checked` counts the checksums of the source that were compared, and the stretches without.
+    `not_finite` are tensors that hold NaN or infinity, by part and name. `changed` counts the slots whose values differ from their reference, of `compared`. `findings` say what happened to
     what earlier runs left, and to the output that was replaced.
     """
 
     digests: Mapping[tuple[str, str], str]
     bytes_read: int
-    records_checked: int
+    checked: Checked
     compared: int
     changed: int
+    not_finite: Mapping[tuple[str, str], NotFinite] = {}
     findings: tuple[Finding, ...] = ()
 
 
@@ -139,6 +141,7 @@ class Engine:
         self._written = 0
         self._compared: list[_Tensor] = []
         self._digests: dict[tuple[str, str], _Digest] = {}
+        self._not_finite: dict[tuple[str, str], NotFinite] = {}
         self._tasks = self._make_tasks()
         self._taking = threading.Lock()
         self._counting = threading.Lock()
@@ -165,9 +168,10 @@ class Engine:
         return Outcome(
             digests={name: digest.text for name, digest in self._digests.items()},
             bytes_read=sum(future.result() for future in futures),
-            records_checked=self._ledger.check(self._sources),
+            checked=self._ledger.check(self._sources),
             compared=len(self._compared),
             changed=sum(tensor.changed for tensor in self._compared),
+            not_finite={key: self._not_finite[key] for key in self._digests if key in self._not_finite},
         )
 
     def _work(self) -> int:
@@ -238,6 +242,11 @@ class Engine:
         tensor = task.tensor
         slot = tensor.slot
         fill(slot.source, task.box, raw.view(slot.spec.dtype.numpy), reader)
+        special = not_finite(raw, slot.spec.dtype)
+        if special:
+            key = (tensor.file.output.part, slot.spec.name)
+            with self._counting:
+                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + special
         if slot.reference is not None and not tensor.changed:
             tensor.changed = differs(slot, task.start, raw, references)
         start = task.start * slot.spec.dtype.itemsize
