@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, field
 
+from reshard.conversion.assets import assets
+from reshard.conversion.modules import Module, read_modules
 from reshard.core.catalog import Asset
 from reshard.core.dtypes import DType
-from reshard.core.tensors import Entry
+from reshard.core.tensors import Entry, Record
 from reshard.errors import FormatError, NotFoundError
-from reshard.formats import Selection, huggingface
+from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.naming import Schema
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, cached, snapshot
@@ -25,12 +28,21 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 class Base(Struct, frozen=True):
-    """A base model: its tensors, its config, and the files that go along with the weights."""
+    """A base model: its tensors, its config, and the files that go along with the weights.
+
+    `config` is as it should be: `repairs` says, by dotted path, where the file says otherwise.
+    `stated_class` is the class that the file names then. `records` are the checksummed stretches
+    of its weight files. `modules` have weights of their own in sub-folders.
+    """
 
     folder: Path
     entries: Mapping[str, Entry]
     config: Mapping[str, Any]
     assets: tuple[Asset, ...]
+    repairs: Mapping[str, object] = field(default_factory=dict)
+    records: tuple[Record, ...] = ()
+    stated_class: str = ""
+    modules: tuple[Module, ...] = ()
 
     @property
     def schema(self) -> Schema:
@@ -40,8 +52,9 @@ class Base(Struct, frozen=True):
 def read_base(folder: Path, sources: Sources) -> Base:
     """Read a base model's headers and config.
 
-    Of a repository's folder in the Hugging Face cache, its snapshot is read. Raises `NotFoundError`
-    where there is no folder, no config.json or no safetensors file.
+    Of a repository's folder in the Hugging Face cache, its snapshot is read. The weights are
+    safetensors files or, where there are none, torch.save files (`pytorch_model.bin`). Raises
+    `NotFoundError` where there is no folder, no config.json or no file of weights.
     """
     if not folder.is_dir():
         found = cached(str(folder))
@@ -54,14 +67,39 @@ def read_base(folder: Path, sources: Sources) -> Base:
         )
     folder = snapshot(folder)
     config = huggingface.read_config(folder, sources)
-    if huggingface.detect(folder) is None:
+    if huggingface.detect(folder) is not None:
+        catalog = huggingface.read(folder, sources, Selection())
+    elif torch_state_dict.detect(folder) is not None:
+        catalog = torch_state_dict.read(folder, sources, Selection())
+    else:
         raise NotFoundError(
-            "the base model has no safetensors files.",
+            "the base model has no weights: no *.safetensors and no pytorch_model*.bin.",
             path=folder,
-            hint="Save it with save_pretrained(..., safe_serialization=True) first.",
+            hint="Name the folder of the whole original model. What trainers leave beside a "
+            "checkpoint (verl's `huggingface/`) is its config and tokenizer alone.",
         )
-    catalog = huggingface.read(folder, sources, Selection())
-    return Base(folder, catalog.entries, config, catalog.assets)
+    repairs, files = _repairs(config), assets(folder)
+    return Base(
+        folder,
+        catalog.entries,
+        {**config, **repairs},
+        files,
+        repairs,
+        catalog.records,
+        str(config["architectures"][0]) if repairs else "",
+        read_modules(folder, files, sources),
+    )
+
+
+def _repairs(config: Mapping[str, Any]) -> dict[str, object]:
+    """What the config should say: accelerate's FSDP2 calls the class FSDP...  while it trains, and
+    a model that was saved meanwhile names that (torch/distributed/fsdp, fully_shard)."""
+    named = config.get("architectures")
+    if not isinstance(named, list):
+        return {}
+    plain = [re.sub(r"^FSDP(?=[A-Z])", "", name) if isinstance(name, str) else name
+             for name in named]  # fmt: skip
+    return {} if plain == named else {"architectures": plain}
 
 
 def main_dtype(base: Base) -> DType:
@@ -75,10 +113,11 @@ def main_dtype(base: Base) -> DType:
 def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
     """The base's config.json with a few fields changed; all else, order included, as it is.
 
-    `patches` maps dotted paths to values. Raises `FormatError` where a path leads nowhere.
+    `patches` maps dotted paths to values; the base's own repairs are made as well. Raises
+    `FormatError` where a path leads nowhere.
     """
     config = strict_json.read_file(base.folder / CONFIG)
-    for path, value in patches.items():
+    for path, value in {**base.repairs, **patches}.items():
         *parents, key = path.split(".")
         level: Any = config
         for parent in parents:

@@ -15,14 +15,15 @@ from reshard.conversion.declared import CONVERT, parsed
 from reshard.conversion.destination import Replaced, check_apart, check_destination
 from reshard.conversion.execute import Writing, carry_out
 from reshard.conversion.options import DTypeChoice, Lora, Names, SrmFormat, To
-from reshard.conversion.planning import Job, prepare
+from reshard.conversion.planning import Job, check_strict, prepare
 from reshard.conversion.report import Report
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, TorchDType, documented
-from reshard.errors import VerificationError
+from reshard.errors import VerificationError, listed
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
+from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import check_space
 from reshard.transfer.engine import Outcome
 
@@ -120,14 +121,13 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
 def _of_values(outcome: Outcome) -> list[Finding]:
     """What the values that passed show: NaN and infinity."""
     spoilt = [
-        f"{f'{part}: ' if part else ''}{shown(name)} ({found.nan} NaN, {found.infinite} infinite)"
+        f"{part}{': ' if part else ''}{name} ({found.nan} NaN, {found.infinite} infinite)"
         for (part, name), found in outcome.not_finite.items()
     ]
     if not spoilt:
         return []
     what = f"{len(spoilt)} of {len(outcome.digests)} tensors hold values that are not finite"
-    more = f" and {len(spoilt) - _LISTED} more" if len(spoilt) > _LISTED else ""
-    return [Finding("not-finite", f"{what}: {', '.join(spoilt[:_LISTED])}{more}.")]
+    return [Finding("not-finite", f"{what}: {listed(spoilt)}.")]
 
 
 def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:

@@ -48,8 +48,9 @@ def carry_out(
 ) -> Outcome:
     """Write a plan's files, `reshard.json` last, and give the folder its name.
 
-    `ledger` has the checksums of the source, which are compared as its bytes pass. `render` makes the bytes of `reshard.json`; it may refuse what the engine found. `check` looks
-    at the finished folder before it gets its name, and raises where it is not well.
+    `ledger` has the checksums of the source, which are compared as its bytes pass. `render` makes
+    the bytes of `reshard.json`; it may refuse what the engine found. `check` looks at the finished
+    folder before it gets its name, and raises where it is not well.
 
     Raises what stands in the way; `target` is then as it was, or the error says what stands there.
     """

@@ -21,6 +21,7 @@ from msgspec import Struct, field
 from reshard.conversion import adapters
 from reshard.conversion.base_model import Base, main_dtype
 from reshard.conversion.dtypes import Target, choose
+from reshard.conversion.modules import take
 from reshard.conversion.options import Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
@@ -136,8 +137,9 @@ class _Export:
 
     def _split(self) -> Parts:
         choice = self._options.rewards
+        entries, self._modules = take(self._separated.entries, self._base.modules)
         parts = split(
-            self._separated.entries,
+            entries,
             self._base.entries,
             choice.heads.value_head,
             FitOptions(allow=self._options.allow).allows,
@@ -202,6 +204,7 @@ class _Export:
         if self._parts.value is not None and (self._classifier is None or alone):
             head = self._parts.value
             sides.append(self._side(VALUE_HEAD, head.called(head.name).values()))
+        sides += [] if alone else self._trained_modules()
         if self._scaling is not None and self._options.lora.mode in ("adapter", "both"):
             side, text = self._adapter("" if alone else ADAPTER_FOLDER, self._scaling)
             sides.append(side)
@@ -325,6 +328,19 @@ class _Export:
                 f"loads strictly, {lacking[0]!r} among them.",
                 hint="Pass --srm-format split.",
             )
+
+    def _trained_modules(self) -> list[Side]:
+        """The weights of the base's modules in sub-folders, in the dtypes that the base has."""
+        sides = []
+        for module in self._base.modules:
+            held = self._modules.get(module.file)
+            if held is not None:
+                found = choose(list(held.items()), module.tensors, self._options.dtype)
+                sides.append(Side(module.file, "huggingface", found))
+            elif self._options.to == "hf":
+                message = f"{module.folder} is the base's: the checkpoint holds no tensor of it."
+                self._findings.append(Finding("module-from-base", message, subject=module.folder))
+        return sides
 
     def _adapter(self, folder: str, scaling: AdapterConfig) -> tuple[Side, tuple[str, bytes]]:
         base = self._base

@@ -54,6 +54,8 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
     base = None if options.base is None else read_base(options.base, sources)
+    if base is not None:
+        catalog = replace(catalog, records=(*catalog.records, *base.records))
     options = replace(options, names=live_names.chosen(options, catalog, base))
     made = exported(catalog, base, options, sources)
     # Before the files are laid out: of a few petabytes, as a damaged file may state, that is long.
@@ -156,14 +158,29 @@ def _assets(
         return (), (), (lacks,)
     if not made.assets:
         return (), (), ()
-    patches = dict(made.patches)
+    findings = _said_of(base)
+    patches = {**base.repairs, **made.patches}
     dtype = _stated_dtype(made, options)
     if dtype is not None:
         patches.update(dtype_patches(base, dtype))
+    written = {side.name for side in made.sides}
+    modules = [module for module in base.modules if module.file in written]
+    assets = tuple(a for a in base.assets if not any(module.owns(a) for module in modules))
     if not patches:
-        return base.assets, (), ()
-    assets = tuple(asset for asset in base.assets if asset.name != CONFIG)
-    return assets, ((CONFIG, patched_config(base, patches)),), ()
+        return assets, (), findings
+    assets = tuple(asset for asset in assets if asset.name != CONFIG)
+    return assets, ((CONFIG, patched_config(base, patches)),), findings
+
+
+def _said_of(base: Base) -> tuple[Finding, ...]:
+    """What of the base a user should know: a class name that is put right."""
+    if not base.repairs:
+        return ()
+    message = (
+        f"the base's config names {base.stated_class!r}, which is what FSDP calls a class while it "
+        f"trains; the output's names {base.config['architectures'][0]!r}."
+    )
+    return (Finding("architecture-repaired", message, subject=CONFIG),)
 
 
 def _stated_dtype(made: Export, options: Options) -> str | None:

@@ -19,7 +19,8 @@ class Report(Struct, frozen=True):
     that were left out, `tied` names whose weights are stored under another name, `filled` tensors
     copied from the base. `merged` counts low-rank updates. `changed` of `compared` tensors differ
     from the base model's. `records_checked` checksums that the source's files state were compared
-    with what was read; of `records_unchecked` stretches of them they state none. `findings` are what a person should read. Sizes are bytes.
+    with what was read; of `records_unchecked` stretches of them they state none. `findings` are
+    what a person should read. Sizes are bytes.
     """
 
     source: str

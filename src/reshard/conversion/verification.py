@@ -17,12 +17,13 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from reshard.conversion import manifest
+from reshard.conversion.assets import names_weights
 from reshard.conversion.manifest import Manifest, Stated
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import ReshardError, VerificationError, brief
-from reshard.formats import Selection, huggingface, read
+from reshard.formats import Selection, read
 from reshard.progress import Progress
 from reshard.storage.local import Sources, child
 from reshard.transfer.reading import digest
@@ -77,7 +78,7 @@ def check_listed(folder: Path, stated: Manifest) -> None:
     if stated.tensors and not stated.files:
         return  # an earlier version, which did not list the model's files
     for path in sorted(folder.iterdir()):
-        if huggingface.is_weights(path.name) and path.is_file() and path.name not in listed:
+        if names_weights(path.name) and path.is_file() and path.name not in listed:
             raise VerificationError(
                 f"it is there, and {manifest.MANIFEST} does not list it.",
                 path=path,

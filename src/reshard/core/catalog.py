@@ -49,7 +49,6 @@ class Catalog(Struct, frozen=True):
     origin: Origin
     entries: Mapping[str, Entry]
     records: tuple[Record, ...] = ()
-    assets: tuple[Asset, ...] = ()
     findings: tuple[Finding, ...] = ()
     renamed: frozenset[str] = frozenset()
 

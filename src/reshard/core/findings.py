@@ -11,10 +11,17 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
+from msgspec.structs import force_setattr
+
+from reshard.errors import listed, shortened
 
 #: `info`: nothing to do. `warning`: read it, the result may not be what was meant. `error`: the
 #: result is wrong or unusable somewhere.
 Severity = Literal["info", "warning", "error"]
+
+
+# Characters of a message, at most.
+_MAX_MESSAGE = 2000
 
 
 class Code(Struct, frozen=True):
@@ -38,6 +45,10 @@ class Finding(Struct, frozen=True):
     subject: str = ""
     fix: str = ""
 
+    def __post_init__(self) -> None:
+        # A note is as long as a file makes it.
+        force_setattr(self, "message", shortened(self.message, _MAX_MESSAGE))
+
     @property
     def severity(self) -> Severity:
         """How serious it is."""
@@ -59,7 +70,7 @@ class Finding(Struct, frozen=True):
 
 def objects_unread(names: Sequence[str]) -> Finding:
     """That a pickle holds objects which are not data, by their classes; they were not made."""
-    return Finding("objects-unread", f"objects that were left unread: {', '.join(names)}.")
+    return Finding("objects-unread", f"objects that were left unread: {listed(names)}.")
 
 
 #: Every code, in alphabetical order.
@@ -89,6 +100,8 @@ CODES: dict[str, Code] = {
         "warning", "adapters were written as they are, into a file that no program loads",
         "Pass --base."),
     "alpha-from-file": Code("info", "alpha was read from an adapter_config.json near the run"),
+    "architecture-repaired": Code(
+        "info", "the base's config named the class as FSDP calls it; the output names the class"),
     "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
     "checkpoints-below": Code(
         "info", "an exported model was read, and training checkpoints lie below it",
@@ -110,6 +123,8 @@ CODES: dict[str, Code] = {
         "info", "tensors also have the names that live modules ask for, without further bytes"),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
+    "module-from-base": Code(
+        "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
     "names-without-weights": Code(
         "warning", "the checkpoint has names without weights", "Pass --fill-from-base."),
     "newer-export": Code(

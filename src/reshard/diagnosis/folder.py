@@ -15,6 +15,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from reshard.containers import safetensors as safetensors_file
+from reshard.conversion.assets import assets as assets_of
 from reshard.conversion.base_model import CONFIG, Base
 from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG
 from reshard.core.catalog import Asset
@@ -92,7 +93,7 @@ def read(path: Path, sources: Sources) -> Folder:
         raise NotFoundError("there is no such folder.", path=path)
     _refuse_parts(path)
     config, config_fault = read_json(path, CONFIG, sources)
-    assets = {asset.name: asset for asset in huggingface.assets(path)}
+    assets = {asset.name: asset for asset in assets_of(path)}
     folder = Folder(path, assets, config, config_fault)
     names, listed, index_fault = _weight_files(path, sources)
     if not names and listed is None:

@@ -22,31 +22,26 @@ from msgspec.structs import replace
 
 from reshard.containers import safetensors as safetensors_file
 from reshard.core import dtypes
-from reshard.core.catalog import Asset, Catalog, Origin
+from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
 from reshard.core.tiling import check_tiling
-from reshard.errors import FormatError, IncompleteError, NotFoundError
+from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
 from reshard.formats import Selection, Wanted
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
-                    ".onnx", ".onnx_data", ".onnx.data", ".distcp", ".tflite", ".ot", ".npz", ".pb",
-                    ".pdparams", ".mlmodel")  # fmt: skip
-# model.safetensors.index.json, model.safetensors.index.fp16.json; OpenVINO's graph of weights.
-_WEIGHT_LISTS = re.compile(r".*\.index(\.\w+)?\.json|openvino_.*\.xml")
 # PEFT's, whose weights are left behind: without them transformers cannot load the folder.
 _ADAPTER_CONFIG = "adapter_config.json"
 # torch/distributed/checkpoint/_hf_utils.py (torch 2.13): each rank's parts of tensors.
 _DCP_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
-# A PEFT adapter, and the second and further models of an accelerate run.
-_BESIDE = re.compile(r"adapter_model\.safetensors|model_\d+\.safetensors")
-# Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
-_NOT_ASSETS = {".git", ".cache", "__pycache__"}
+# One shard of several, as save_pretrained names them.
+_NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+# A PEFT adapter, Mistral's own names, the second and further models of an accelerate run.
+_BESIDE = re.compile(r"(adapter_model|consolidated(-\d+-of-\d+)?|model_\d+)\.safetensors")
 
 
 def detect(path: Path) -> str | None:
@@ -63,13 +58,13 @@ def detect(path: Path) -> str | None:
 
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
-    """The tensors of a model folder (or of one file), and its other files as assets."""
+    """The tensors of a model folder, or of one file."""
     folder = path.parent if path.is_file() else path
     listed = path.is_dir() or path.name == INDEX
     located = _located(folder, sources) if listed else {path.name: None}
     entries: dict[str, Entry] = {}
     for name, expected in located.items():
-        shard = safetensors_file.read(sources.open(child(folder, name)))
+        shard = safetensors_file.read(sources.open(child(folder, name, store=True)))
         found = {tensor: _entry(*place) for tensor, place in shard.tensors.items()}
         if expected is not None and expected != set(found):
             raise _index_mismatch(folder / name, expected, set(found))
@@ -81,7 +76,6 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         format="huggingface",
         origin=Origin(root=path, framework="safetensors", details={"files": sorted(located)}),
         entries=entries,
-        assets=() if path.is_file() else assets(folder),
         findings=_unread(folder, located) if path.is_dir() else (),
     )
 
@@ -93,7 +87,7 @@ def _unread(folder: Path, located: Collection[str]) -> tuple[Finding, ...]:
     if not others:
         return ()
     message = (
-        f"{folder} also holds {', '.join(others)}, not read with {min(located)}. To convert such a "
+        f"{folder} also holds {listed(others)}, not read with {min(located)}. To convert such a "
         "file, name it."
     )
     return (Finding("weights-unread", message, subject=others[0]),)
@@ -121,25 +115,6 @@ def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder is what PEFT's `save_pretrained` writes: an adapter, and no model."""
     return (folder / _ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def is_weights(name: str) -> bool:
-    """Whether a file of this name holds weights, of whatever format."""
-    return name.endswith(_WEIGHT_SUFFIXES)
-
-
-def assets(folder: Path) -> tuple[Asset, ...]:
-    """Every file of a model folder that holds no weights, sub-folders included, by name."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        weights = is_weights(path.name) or _WEIGHT_LISTS.fullmatch(path.name)
-        of_weights = weights or path.name in (_ADAPTER_CONFIG, "reshard.json")
-        if path.is_file() and not of_weights and not _NOT_ASSETS & set(relative.parts):
-            if path.is_symlink():
-                child(path.parent, path.name)
-            found.append(Asset(relative.as_posix(), path))
-    return tuple(found)
 
 
 def lay_out(
@@ -220,12 +195,18 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
-    """The shards of a folder, each with the tensors that the index says it holds."""
+    """The shards of a folder, each with the tensors that the index says it holds.
+
+    Without an index these are the files that transformers loads; a folder may hold others besides
+    (Mistral's `consolidated.safetensors`).
+    """
     if not (folder / INDEX).is_file():
         names = _shards(folder)
         if SINGLE in names:
             return {SINGLE: None}
-        return dict.fromkeys(names)
+        numbered = [name for name in names if _NUMBERED.fullmatch(name)]
+        _check_numbers(folder, numbered)
+        return dict.fromkeys(numbered or names)
     index = strict_json.read_object(
         sources.open(child(folder, INDEX)), max_nbytes=strict_json.MAX_INDEX
     )
@@ -247,6 +228,21 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
                 hint="Download or copy the missing shard.",
             )
     return located
+
+
+def _check_numbers(folder: Path, names: Sequence[str]) -> None:
+    """Raise `IncompleteError` unless all shards are there that one of them counts."""
+    counts = {match[2] for name in names if (match := _NUMBERED.fullmatch(name))}
+    if len(counts) != 1:
+        return  # two sets are told apart by their tensors, which are then stored twice
+    count = counts.pop()
+    lost = {f"model-{n:05d}-of-{count}.safetensors" for n in range(1, int(count) + 1)} - {*names}
+    if lost:
+        raise IncompleteError(
+            f"{len(names)} of {int(count)} shards are there; {min(lost)} is not.",
+            path=folder,
+            hint="Download or copy the missing shards.",
+        )
 
 
 def _entry(spec: TensorSpec, extent: Extent) -> Entry:

@@ -6,7 +6,7 @@ import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from reshard.errors import NamesError
+from reshard.errors import Lines, NamesError, shown
 from reshard.naming import value_heads
 from reshard.naming.judge import Verdict
 from reshard.naming.search import Candidate
@@ -27,7 +27,8 @@ def refuse(candidate: Candidate) -> NamesError:
         [*candidate.source.misfits, *(source[hub].name for hub in candidate.of(Verdict.UNEXPECTED))]
     )
     clashes = [
-        f"{source[hub].name}: {source[hub].shape} in the checkpoint, {base[hub].shape} in the base"
+        f"{shown(source[hub].name)}: {source[hub].shape} in the checkpoint, "
+        f"{base[hub].shape} in the base"
         for hub in candidate.of(Verdict.MISMATCHED)
     ]
     matched = len(candidate.of(Verdict.MATCHED))
@@ -46,7 +47,7 @@ def refuse(candidate: Candidate) -> NamesError:
         paragraphs.append(_list(f"{len(clashes)} have another shape", clashes[:_SHOWN],
                                 len(clashes)))  # fmt: skip
     return NamesError(
-        "the checkpoint's tensors are not the base's: " + "\n".join(paragraphs) + "\n",
+        Lines("the checkpoint's tensors are not the base's: " + "\n".join(paragraphs) + "\n"),
         missing=missing,
         unexpected=unexpected,
         hint=_hint(candidate, missing, unexpected, clashes),
@@ -107,7 +108,7 @@ def _names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _row(name: str, nearest: str | None) -> str:
-    return name if nearest is None else f"{name} (nearest: {nearest})"
+    return shown(name) if nearest is None else f"{shown(name)} (nearest: {shown(nearest)})"
 
 
 def _list(title: str, rows: Sequence[str], total: int) -> str:

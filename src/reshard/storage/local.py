@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import IO
 
 from reshard.core.tensors import FileRef
-from reshard.errors import FormatError, IncompleteError, NotFoundError, brief
+from reshard.errors import FormatError, IncompleteError, NotFoundError, brief, listed
 from reshard.storage import frames
 
 # Descriptors kept open: the two files of each of 2,000 ranks. A file beyond them is opened anew for
@@ -33,6 +33,8 @@ _MAX_POINTER = 4096
 # Compressed frames kept expanded, each in a temporary file. Readers take a frame's bytes in order
 # and do not come back, so a few for each thread will do.
 _MAX_EXPANDED = 16
+# What is parsed as tensors and nothing else: a link to another such file tells nothing but tensors.
+_WEIGHTS = (".safetensors", ".bin")
 # A repository's folder in the Hugging Face cache: models--<owner>--<name>.
 _CACHED = "models--"
 
@@ -235,9 +237,9 @@ def snapshot(folder: Path) -> Path:
         return there[named]
     if len(there) == 1:
         return next(iter(there.values()))
-    listed = ", ".join(sorted(there)) or "none"
+    snapshots = listed(sorted(there)) or "none"
     raise NotFoundError(
-        f"it is a repository in the Hugging Face cache; its snapshots are: {listed}.",
+        f"it is a repository in the Hugging Face cache; its snapshots are: {snapshots}.",
         path=folder / "snapshots",
         hint="Name the folder of one of them." if there else "Download the model again.",
     )
@@ -269,12 +271,13 @@ def cached(name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def child(folder: Path, name: str) -> Path:
+def child(folder: Path, name: str, *, store: bool = False) -> Path:
     """`folder/name`, for a name that a file of the checkpoint states.
 
     Raises `FormatError` unless `name` is one plain path component that stays inside the folder.
     A link out of the folder is refused, save those of the Hugging Face cache, whose snapshots
-    link to `models--*/blobs`.
+    link to `models--*/blobs`. With `store` those are taken too that people make of a model store:
+    to a file of the same name, to weights of the same kind, or into a folder of blobs.
     """
     if not _is_plain(name):
         raise FormatError(
@@ -286,6 +289,7 @@ def child(folder: Path, name: str) -> Path:
     if path.is_symlink():
         target = real(path)
         in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith(_CACHED)
+        in_cache = in_cache or (store and _in_store(name, target))
         if not in_cache and not target.is_relative_to(real(folder)):
             raise FormatError(
                 f"it is a link that leaves the folder, to {target}.",
@@ -293,6 +297,12 @@ def child(folder: Path, name: str) -> Path:
                 hint="Put the file itself in the folder.",
             )
     return path
+
+
+def _in_store(name: str, target: Path) -> bool:
+    """Whether a link's target is the file that its name says."""
+    same_kind = Path(name).suffix in _WEIGHTS and target.suffix == Path(name).suffix
+    return target.name == name or target.parent.name == "blobs" or same_kind
 
 
 def _is_plain(name: str) -> bool:

@@ -46,10 +46,11 @@ _COMPARED, _MOST_COMPARED = 16 << 10, 128 << 10
 class Outcome(Struct, frozen=True):
     """What the engine did.
 
-    `digests` are the xxh3-128 of each tensor's row-major bytes, by part and name.
-    `checked` counts the checksums of the source that were compared, and the stretches without.
-    `not_finite` are tensors that hold NaN or infinity, by part and name. `changed` counts the slots whose values differ from their reference, of `compared`. `findings` say what happened to
-    what earlier runs left, and to the output that was replaced.
+    `digests` are the xxh3-128 of each tensor's row-major bytes, by part and name. `checked` counts
+    the checksums of the source that were compared, and the stretches without. `not_finite` are
+    tensors that hold NaN or infinity, by part and name. `changed` counts the slots whose values
+    differ from their reference, of `compared`. `findings` say what happened to what earlier runs
+    left, and to the output that was replaced.
     """
 
     digests: Mapping[tuple[str, str], str]
@@ -171,7 +172,9 @@ class Engine:
             checked=self._ledger.check(self._sources),
             compared=len(self._compared),
             changed=sum(tensor.changed for tensor in self._compared),
-            not_finite={key: self._not_finite[key] for key in self._digests if key in self._not_finite},
+            not_finite={
+                key: self._not_finite[key] for key in self._digests if key in self._not_finite
+            },
         )
 
     def _work(self) -> int:

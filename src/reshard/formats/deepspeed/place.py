@@ -9,7 +9,7 @@ from pathlib import Path
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
+from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError, listed
 from reshard.formats import numbered
 from reshard.storage.local import Sources, child, real
 
@@ -102,13 +102,13 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
         raise NotFoundError(
             f"{name!r} is no tag, which is the name of a folder in this one.",
             path=path,
-            hint=f"The tags that are there: {', '.join(_tags(path)) or 'none'}.",
+            hint=f"The tags that are there: {listed(_tags(path)) or 'none'}.",
         )
     folder = path
     for part in name.split("/"):
         folder = child(folder, part)
     if not _is_tag_folder(folder):
-        there = ", ".join(_tags(path)) or "none"
+        there = listed(_tags(path)) or "none"
         problem = "holds no model_states files" if folder.is_dir() else "is not there"
         chosen = "" if tag is not None else f", which `{LATEST}` names,"
         raise NotFoundError(
@@ -169,7 +169,7 @@ def _latest(path: Path, sources: Sources) -> str:
         return name
     if len(tags) != 1:
         raise NotFoundError(
-            f"there is no `{LATEST}` and more than one tag: {', '.join(tags)}.",
+            f"there is no `{LATEST}` and more than one tag: {listed(tags)}.",
             path=path,
             hint="Name one of them with --tag.",
         )

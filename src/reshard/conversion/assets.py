@@ -1,0 +1,118 @@
+"""The files of a base model that go along with the weights.
+
+Everything but the weights of the model itself: config, tokenizer, templates, code, and sub-folders
+of these. Weights in a sub-folder with a config of its own belong to another module, and come along:
+
+    modules.json                 sentence-transformers: which folder is which module
+    1_Pooling/config.json
+    2_Dense/config.json
+    2_Dense/model.safetensors    the module's own weights
+
+Links are followed where they lead into a model store (`storage.local.child`). A file that cannot be
+read is an error: the output would be a model without it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from reshard.core.catalog import Asset
+from reshard.errors import FormatError, NotFoundError
+from reshard.storage.local import child, real
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
+                    ".onnx", ".onnx_data", ".onnx.data", ".distcp", ".tflite", ".ot", ".npz", ".pb",
+                    ".pdparams", ".mlmodel")  # fmt: skip
+# model.safetensors.index.json, model.safetensors.index.fp16.json; OpenVINO's graph of weights.
+_WEIGHT_LISTS = re.compile(r".*\.index(\.\w+)?\.json|openvino_.*\.xml")
+# PEFT's, whose weights are left behind: without them transformers cannot load the folder.
+_ADAPTER_CONFIG = "adapter_config.json"
+_LEFT = frozenset({_ADAPTER_CONFIG, "reshard.json"})
+# Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
+_NOT_ASSETS = frozenset({".git", ".cache", "__pycache__"})
+# A module's own weights, as save_pretrained names them.
+_OWN = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin|"
+    r"(model\.safetensors|pytorch_model\.bin)\.index\.json"
+)
+# What a training leaves in a folder of its own: an earlier model, not a part of this one.
+_OF_TRAINING = frozenset({"trainer_state.json", "optimizer.pt", "training_args.bin", "latest",
+                          ".metadata", _ADAPTER_CONFIG})  # fmt: skip
+
+
+def assets(folder: Path) -> tuple[Asset, ...]:
+    """The files that go along, by name, sub-folders included.
+
+    Raises `FormatError` for a link that leaves the folder or what is no regular file,
+    `NotFoundError` for a file or folder that cannot be read.
+    """
+    return tuple(
+        Asset(path.relative_to(folder).as_posix(), path)
+        for path in _walk(folder, folder, (real(folder),))
+    )
+
+
+def is_weights(asset: Asset) -> bool:
+    """Whether a file holds weights of a module in a sub-folder."""
+    return names_weights(asset.name)
+
+
+def names_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, of whatever format."""
+    return name.endswith(_WEIGHT_SUFFIXES)
+
+
+def _walk(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """The files below a folder that go along, in the order of their names.
+
+    `above` are the folders that lead here, links followed.
+    """
+    names = set(_names(folder))
+    module = folder != root and "config.json" in names and not names & _OF_TRAINING
+    for name in sorted(names - _NOT_ASSETS):
+        path = folder / name
+        weights = names_weights(name) or _WEIGHT_LISTS.fullmatch(name) is not None
+        if name in _LEFT or (weights and not (module and _OWN.fullmatch(name))):
+            continue
+        if path.is_symlink():
+            child(folder, name, store=True)
+        if path.is_dir():
+            if real(path) not in above:  # a link to a folder above would never end
+                yield from _walk(path, root, (*above, real(path)))
+        else:
+            _check_readable(path)
+            yield path
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _check_readable(path: Path) -> None:
+    """Raise unless it is a regular file that can be opened; a named pipe is not waited for."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise FormatError(
+                "it is not a regular file, so it cannot come along with the model.",
+                path=path,
+                hint="Remove it, or put the file itself there.",
+            )
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> NotFoundError:
+    return NotFoundError(
+        f"it cannot be read, and belongs to the base model: {error.strerror}.",
+        path=path,
+        hint="Make it readable, or remove it from the folder if the model does not need it.",
+    )
