@@ -19,8 +19,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import reshard
-from reshard import errors, formats
+from reshard import errors
 from reshard.core.findings import CODES
+from reshard.formats.info import every
 from tests.test_imports import MODULES
 
 ROOT = Path(__file__).parents[1]
@@ -84,15 +85,15 @@ class TestFindings:
 
 
 class TestFormats:
-    @pytest.mark.parametrize("name", formats.FORMATS)
+    @pytest.mark.parametrize("name", every())
     def test_each_format_has_a_page_that_names_its_room(self, name: str) -> None:
         page = (DOCS / "formats" / f"{name}.md").read_text(encoding="utf-8")
-        assert formats.FORMATS[name].replace(".", "/") in page
+        assert every()[name].module.replace(".", "/") in page
         assert "## On disk" in page
 
-    @pytest.mark.parametrize("name", formats.FORMATS)
+    @pytest.mark.parametrize("name", every())
     def test_each_room_opens_with_its_layout_and_where_it_was_read_off(self, name: str) -> None:
-        words = importlib.import_module(formats.FORMATS[name]).__doc__
+        words = importlib.import_module(every()[name].module).__doc__
         assert words
         assert "\n    " in words
         assert re.search(r"Read\s+off\b.*\d", words, re.DOTALL)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from reshard.formats.info import OWN
+
 SOURCE = Path(__file__).parents[1] / "src" / "reshard"
 
 # Rooms of one line do not import each other. A room is a folder of `reshard`, or one of the modules
@@ -40,6 +42,7 @@ ORDER = (
 )
 # What stands beside the rooms in the order, and is none.
 OUTSIDE = {"reshard", "__main__"}
+OWN_NAMES = {info.name for info in OWN}
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 # Packages that take long to import, and the rooms that may name them outside a function.
@@ -160,6 +163,22 @@ def test_no_format_imports_another() -> None:
     assert wrong == []
 
 
+def test_nobody_asks_for_a_format_by_its_name() -> None:
+    names = {*OWN_NAMES, *(info.target for info in OWN)}
+    asked = []
+    for module, path in MODULES.items():
+        # A pickle may name the module torch.
+        if room(module).startswith("formats") or module.startswith("reshard.containers.torch"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Compare):
+                continue
+            sides = [node.left, *node.comparators]
+            texts = {side.value for side in sides if isinstance(side, ast.Constant)}
+            asked += [f"{module}:{node.lineno}" for text in texts & names if text]
+    assert asked == [], "ask its FormatInfo"
+
+
 def test_modules_do_not_import_in_a_circle() -> None:
     graph: dict[str, set[str]] = {}
     for found, _, _ in within():
@@ -206,7 +225,7 @@ ALL_HEAVY = ("numpy", "ml_dtypes", "xxhash", "rich", "torch", "transformers", "p
         ("import reshard; reshard.open, reshard.convert, reshard.verify", ALL_HEAVY[3:]),
         ("import reshard.cli.commands, reshard.cli.lightrft.ds2hf", ALL_HEAVY[3:]),
         ("import reshard.cli.try_, reshard.cli.lightrft.test_model", ALL_HEAVY[3:]),
-        ("import reshard.formats as f; [f.load(name) for name in f.FORMATS]", ALL_HEAVY[3:]),
+        ("import reshard.formats as f; [f.load(name) for name in f.every()]", ALL_HEAVY[3:]),
         ("import reshard.testing", ("torch", "transformers", "hypothesis")),
     ],
 )

@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from reshard.core import dtypes
 from reshard.core.catalog import Catalog, Origin
+from reshard.core.plan import OutputFile, Slot
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
 from reshard.core.tiling import check_tiling
-from reshard.errors import FormatError, IncompleteError
-from reshard.formats import Selection
+from reshard.errors import FormatError, IncompleteError, PlanError
+from reshard.formats import Selection, Wanted
+from reshard.formats.info import FormatInfo
 from reshard.storage.local import Source, Sources, child
 
+INFO = FormatInfo("npy", "a folder of NumPy arrays", __name__, target="npy")
 INDEX = "tensors.json"
 _MAGIC = b"\x93NUMPY\x01\x00"
 
@@ -41,13 +45,35 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     return Catalog("npy", Origin(root=path, framework="numpy"), entries)
 
 
+def lay_out(
+    slots: Sequence[Wanted], max_file_nbytes: int
+) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+    """One file an array, and the index. A file is as large as its array, whatever is asked for."""
+    files = []
+    for number, (spec, source, reference) in enumerate(slots):
+        if spec.dtype.numpy.kind not in "biufc":
+            raise PlanError(f"a .npy file cannot say {spec.dtype}.", tensor=spec.name)
+        described = {
+            "descr": np.dtype(spec.dtype.numpy).str,
+            "fortran_order": False,
+            "shape": spec.shape,
+        }
+        header = repr(described).encode("latin1") + b"\n"
+        start = _MAGIC + len(header).to_bytes(2, "little") + header
+        slot = Slot(len(start), spec, source, reference=reference)
+        nbytes = len(start) + spec.nbytes
+        files.append(OutputFile(f"{number}.npy", nbytes, ((0, start),), (slot,)))
+    index = {spec.name: file.name for (spec, _, _), file in zip(slots, files, strict=True)}
+    return tuple(files), ((INDEX, json.dumps(index).encode()),)
+
+
 def _index(source: Source) -> dict[str, str]:
     try:
         index = json.loads(source.read(0, source.size))
     except ValueError:
-        raise FormatError("it is no JSON.", path=source.ref.path) from None
+        raise FormatError("it is not JSON.", path=source.ref.path) from None
     if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
-        raise FormatError("it is no table of names to files.", path=source.ref.path)
+        raise FormatError("it is not a table of names to files.", path=source.ref.path)
     return index
 
 
@@ -55,7 +81,7 @@ def _entry(name: str, source: Source) -> Entry:
     """One array, from its header. Its elements are one fragment: all of it, in one extent."""
     path = source.ref.path
     if source.read(0, 8) != _MAGIC:
-        raise FormatError("it is no .npy file of version 1.0.", path=path)
+        raise FormatError("it is not a .npy file of version 1.0.", path=path)
     length = int.from_bytes(source.read(8, 2), "little")
     try:
         header = ast.literal_eval(source.read(10, length).decode("latin1"))

@@ -230,8 +230,10 @@ def test_the_wrong_command_names_the_right_one(
 
 
 def test_hf2fsdp_with_nothing_to_convert(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}), encoding="utf-8")
-    done = run("hf2fsdp", "--hf_checkpoint", tmp_path, "--output", tmp_path / "out")
+    (tmp_path / "hf").mkdir()
+    config = json.dumps({"model_type": "qwen2"})
+    (tmp_path / "hf" / "config.json").write_text(config, encoding="utf-8")
+    done = run("hf2fsdp", "--hf_checkpoint", tmp_path / "hf", "--output", tmp_path / "out")
     assert done.returncode == 1
     assert "no checkpoint was recognised here" in done.stderr
     assert not (tmp_path / "out").exists()

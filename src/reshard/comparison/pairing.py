@@ -29,6 +29,7 @@ from reshard.conversion.verification import check_listed, child_of
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, stored
 from reshard.errors import FormatError, NamesError, OptionError, PlanError
+from reshard.formats.info import named
 from reshard.naming import FitOptions
 from reshard.naming.families import CONSTANTS
 from reshard.naming.patterns import matches_any
@@ -92,7 +93,7 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
     beside: list[str] = []
     if stated is not None:
         beside = list(stated.beside)
-    elif catalog.format == "huggingface" and folder.is_dir():
+    elif named(catalog.format).holds_config and folder.is_dir():
         # A `pytorch_model.bin` without this config is the model over again.
         scored = (folder / REWARD_CONFIG).is_file()
         known = (REWARD_HEAD, VALUE_HEAD, LIGHTRFT) if scored else (REWARD_HEAD, VALUE_HEAD)
@@ -141,12 +142,12 @@ def _said(
 
 def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
     """Whether the second side's names and config are to tell what goes where."""
-    if second.format != "huggingface" or not (second.origin.root / CONFIG).is_file():
+    if not named(second.format).holds_config or not (second.origin.root / CONFIG).is_file():
         return False
     if "" not in held:
         return False
     same = set(first.names()) == set(second.entries)
-    return not same or (len(held) > 1 and first.format != "huggingface")
+    return not same or (len(held) > 1 and not named(first.format).holds_config)
 
 
 def _onto_itself(
@@ -192,7 +193,7 @@ def _by_name(
     """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
     store is compared with the tensor that it is said to be."""
     mine = _parts(first, _stated(first, sources), sources)
-    if options.names == "memory" and first.format == "huggingface":
+    if options.names == "memory" and named(first.format).holds_config:
         placed = exported(first, None, options, sources)
         return Pairing(_pairs(_planned(placed), held), by_name=True)
     if "" not in held and len(held) == 1:

@@ -48,15 +48,13 @@ from reshard.core.options import (
 )
 from reshard.core.plan import parse_size
 from reshard.errors import OptionError
+from reshard.formats.info import target_named, targets
 from reshard.naming import parse_version
 from reshard.naming.rewards import RewardOptions
 from reshard.progress import StagedProgress
 
 # More threads than this only compete for the memory bus.
 _MAX_THREADS = 4
-
-# As `save_pretrained` has it; for DCP small enough that many ranks read different files.
-_MAX_SHARD_SIZE = {"hf": "5GB", "dcp": "1GB"}
 
 #: The groups of options, in the order of `--help`.
 GROUPS = ("Input", "Output", "Adapters", "Reward models and critics", "What may differ")
@@ -93,7 +91,7 @@ CONVERT = table(
     PREFIX,
     Option(
         "to",
-        Choice(tuple(formats.TARGETS)),
+        Choice(tuple(targets())),
         "The format of the output: a Hugging Face folder, or PyTorch DCP for FSDP.",
         "hf",
         group="Output",
@@ -314,6 +312,11 @@ class Running(Struct, frozen=True):
     progress: StagedProgress | None
 
 
+def _shard_size(to: str) -> int:
+    """The default of `max_shard_size`, in bytes."""
+    return parse_size(target_named(to).max_shard_size)
+
+
 def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
     """The options of a conversion, from their keywords. Raises `OptionError`."""
     values = parse(CONVERT, given)
@@ -327,7 +330,7 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
         to=values["to"],
         selection=formats.Selection(values["tag"], values["prefix"], values["allow_step_mismatch"]),
         dtype=_dtype(values["dtype"], values["base"]),
-        max_shard_nbytes=values["max_shard_size"] or parse_size(_MAX_SHARD_SIZE[values["to"]]),
+        max_shard_nbytes=values["max_shard_size"] or _shard_size(values["to"]),
         exclude_frozen=values["exclude_frozen"],
         fill_from_base=values["fill_from_base"],
         allow=values["allow"],
@@ -359,13 +362,13 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
 def _check_target(values: Mapping[str, Any]) -> None:
     """Refuse options that the target format has no place for."""
     to = values["to"]
-    if values["names"] == "all" and to not in formats.ALIASING:
+    if values["names"] == "all" and not target_named(to).names_twice:
         raise OptionError(
             "names 'all' gives the same bytes several names, which files of --to hf cannot.",
             hint="Pass --to dcp, or leave out --names.",
             option="names",
         )
-    if values["consumed_samples"] is not None and to != "dcp":
+    if values["consumed_samples"] is not None and not target_named(to).client_state:
         raise OptionError(
             f"consumed_samples: it is written beside a DCP checkpoint, not with --to {to}.",
             hint="Pass --to dcp, or leave out --consumed-samples.",

@@ -27,7 +27,7 @@ from reshard.conversion.manifest import MANIFEST, Manifest, WrittenFile, file_di
 from reshard.conversion.verification import verify_folder
 from reshard.core.sizes import size
 from reshard.errors import ReshardError, WriteError
-from reshard.formats import huggingface, locate
+from reshard.formats import locate
 from reshard.storage.local import Sources, real
 
 # Python's own, made anew from the modules beside it.
@@ -246,9 +246,7 @@ def description(folder: Path) -> tuple[str, bool]:
     amount = f"{'more than ' * (count == _MAX_COUNTED)}{size(nbytes)}"
     claimed = formats.meant(formats.claims(folder)) if formats.claims(folder) else None
     if claimed is not None:
-        adapter = claimed == "huggingface" and huggingface.is_adapter(folder)
-        title = formats.ADAPTER_TITLE if adapter else formats.TITLES[claimed]
-        return f"{title}, {amount}", True
+        return f"{formats.describe(folder, claimed).title}, {amount}", True
     below = locate.saves(folder)
     if below or formats.claims(folder):
         names = ", ".join(str(save.path.relative_to(folder)) for save in below[:_LISTED])

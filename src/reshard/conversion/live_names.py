@@ -15,7 +15,8 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import PlanError
-from reshard.formats import ALIASING, huggingface
+from reshard.formats import huggingface
+from reshard.formats.info import named, target_named
 from reshard.naming import NEWEST, parse_version, to_memory
 from reshard.naming.answering import Apart, answers
 from reshard.naming.layouts import Version
@@ -28,7 +29,7 @@ def chosen(options: Options, catalog: Catalog, base: Base | None) -> Names:
     if options.names is not None:
         return options.names
     at_hand = base is not None or _has_config(catalog)
-    return "all" if options.to in ALIASING and at_hand else "disk"
+    return "all" if target_named(options.to).names_twice and at_hand else "disk"
 
 
 def config_of(
@@ -46,7 +47,7 @@ def config_of(
 
 def _has_config(catalog: Catalog) -> bool:
     root = catalog.origin.root
-    return catalog.format == "huggingface" and (root / CONFIG).is_file()
+    return named(catalog.format).holds_config and (root / CONFIG).is_file()
 
 
 def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Export:
@@ -61,7 +62,7 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
     text = ".".join(map(str, version))
     return replace(
         exported,
-        model=_once(live) if options.to in ALIASING else _each(live),
+        model=_once(live) if target_named(options.to).names_twice else _each(live),
         findings=(
             *exported.findings,
             Finding("live-names", f"names are those of a live module of transformers {text}."),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 from msgspec import Struct, field
 
@@ -27,6 +26,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
+from reshard.formats.info import target_named
 from reshard.naming import FitOptions, NameMap, apply, fit, identity
 from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
@@ -63,7 +63,6 @@ class Side(Struct, frozen=True):
     """A file beside the model, with tensors of its own."""
 
     name: str
-    kind: Literal["huggingface", "torch"]
     targets: Sequence[Target]
 
 
@@ -98,11 +97,12 @@ def plain(catalog: Catalog, options: Options) -> Export:
         if not (options.exclude_frozen and entry.kind == "frozen")
     }
     tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
+    unmerged = target_named(options.to).takes_files and holds_adapters(kept)
     return Export(
         model=choose(list(kept.items()), {}, options.dtype),
         name_map=NameMap(identity(kept), tied=tied),
         missing=tuple(name for name in catalog.entries if name not in kept),
-        findings=(_UNMERGED,) if options.to == "hf" and holds_adapters(kept) else (),
+        findings=(_UNMERGED,) if unmerged else (),
         assets=False,
     )
 
@@ -209,7 +209,7 @@ class _Export:
             side, text = self._adapter("" if alone else ADAPTER_FOLDER, self._scaling)
             sides.append(side)
             texts.append(text)
-        if sides and self._options.to != "hf":
+        if sides and not target_named(self._options.to).takes_files:
             raise PlanError(
                 f"{sides[0].name} goes beside a Hugging Face model; there is no place for it in "
                 f"--to {self._options.to}.",
@@ -289,7 +289,7 @@ class _Export:
                 hint="Pass --lora merge, or --srm-format split.",
             )
         if choice.srm_format in ("lightrft", "both") and not self._alone:
-            sides.append(Side(LIGHTRFT, "torch", self._lightrft()))
+            sides.append(Side(LIGHTRFT, self._lightrft()))
         return sides, texts
 
     def _lightrft(self) -> list[Target]:
@@ -352,7 +352,7 @@ class _Export:
 
     def _side(self, name: str, entries: Iterable[Entry]) -> Side:
         items = [(entry.spec.name, entry) for entry in entries]
-        return Side(name, "huggingface", choose(items, {}, self._kept()))
+        return Side(name, choose(items, {}, self._kept()))
 
     def _kept(self) -> str:
         """The dtype of tensors that the base does not have: as stored, unless one is asked for."""

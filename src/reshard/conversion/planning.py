@@ -24,6 +24,7 @@ from reshard.core.tensors import Extent
 from reshard.errors import PlanError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
+from reshard.formats.info import named, target_named
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import without_checksum
 from reshard.transfer.commit import check_space
@@ -79,7 +80,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
 def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding, ...]:
     """That files lack checksums which their format has, unless its reader has said so."""
     known = any(found.code == "no-checksums" for found in catalog.findings)
-    if not unprotected or known or catalog.format in formats.UNCHECKED:
+    if not unprotected or known or not named(catalog.format).checksums:
         return ()
     total = len(unprotected) + len(catalog.records)
     files = len({extent.file.path for extent in unprotected})
@@ -130,10 +131,10 @@ def _files(
     files: tuple[OutputFile, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
     if made.model:
-        layout = formats.target(options.to)
+        layout = formats.writer(target_named(options.to))
         files, texts = layout.lay_out(_slots(made.model), options.max_shard_nbytes)
     beside = tuple(
-        formats.single(side.kind).lay_out_file(side.name, _slots(side.targets))
+        formats.single_writer(side.name).lay_out_file(side.name, _slots(side.targets))
         for side in made.sides
     )
     return files + beside, texts
@@ -147,7 +148,7 @@ def _assets(
     made: Export, base: Base | None, options: Options
 ) -> tuple[tuple[Asset, ...], tuple[tuple[str, bytes], ...], tuple[Finding, ...]]:
     """The base's other files, its patched config, and what a folder without them lacks."""
-    if options.to != "hf":
+    if not target_named(options.to).takes_files:
         return (), (), ()
     if base is None:
         lacks = Finding(

@@ -1,6 +1,6 @@
 """The formats, by name. A format is one room: detect, read and, where it can be written, lay out.
 
-Adding one is a module with the functions of `Format`, and a line in `FORMATS`.
+Adding one is a module with the functions of `Format`, and its `FormatInfo` (`info`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import FormatError, NotFoundError, listed
+from reshard.formats.info import FormatInfo, every, named, single_for
 from reshard.storage.local import Sources
 
 
@@ -63,6 +64,13 @@ class Writable(Protocol):
         """Tensor files and small files."""
 
 
+class Description(Struct, frozen=True):
+    """What a checkpoint is called in a sentence, and how it is converted, in another."""
+
+    title: str
+    advice: str
+
+
 class Single(Protocol):
     """What the module of a format offers whose files stand beside a model."""
 
@@ -70,49 +78,24 @@ class Single(Protocol):
         """One file of that name with these tensors."""
 
 
-FORMATS = {
-    "dcp": "reshard.formats.dcp",
-    "deepspeed": "reshard.formats.deepspeed",
-    "huggingface": "reshard.formats.huggingface",
-    "torch": "reshard.formats.torch_state_dict",
-}
-
-
-#: Formats of whole models, which trainers also export beside the checkpoints of a training run.
-EXPORTED = ("huggingface", "torch")
-
-#: Formats whose files state no checksums of the tensors' bytes.
-UNCHECKED = frozenset({"huggingface"})
-
-#: What a checkpoint of each format is called in a sentence; an adapter is a format of PEFT's own.
-TITLES = {
-    "dcp": "a PyTorch DCP (FSDP) checkpoint",
-    "deepspeed": "a DeepSpeed checkpoint",
-    "huggingface": "a Hugging Face model",
-    "torch": "a torch.save file",
-}
-ADAPTER_TITLE = "an adapter of PEFT"
-
-# The values of `convert --to`.
-TARGETS = {"hf": "huggingface", "dcp": "dcp"}
-
-#: Those of them that can name the same bytes more than once.
-ALIASING = frozenset({"dcp"})
-
-
 def load(name: str) -> Format:
     """The module of a format."""
-    return cast(Format, import_module(FORMATS[name]))
+    return cast(Format, import_module(named(name).module))
 
 
-def target(to: str) -> Writable:
-    """The module that lays out the format which `--to` names."""
-    return cast(Writable, import_module(FORMATS[TARGETS[to]]))
+def writer(info: FormatInfo) -> Writable:
+    """The module that lays out a model in a format."""
+    return cast(Writable, import_module(info.module))
+
+
+def single_writer(file: str) -> Single:
+    """The module that lays out a single file of this name."""
+    return cast(Single, import_module(single_for(file).module))
 
 
 def claims(path: Path) -> dict[str, str]:
     """The formats that `path` looks like, each with its reason."""
-    found = {name: load(name).detect(path) for name in FORMATS}
+    found = {name: load(name).detect(path) for name in every()}
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
@@ -123,13 +106,18 @@ def meant(claimed: Iterable[str]) -> str | None:
     `checkpoint-N`, and the checkpoint holds the same weights in the precision of training.
     """
     names = tuple(claimed)
-    found = tuple(name for name in names if name not in EXPORTED) or names
+    found = tuple(name for name in names if not named(name).exported) or names
     return found[0] if len(found) == 1 else None
 
 
-def single(name: str) -> Single:
-    """The module that lays out single files of a format."""
-    return cast(Single, import_module(FORMATS[name]))
+def describe(path: Path, name: str) -> Description:
+    """What the checkpoint of a format at `path` is called in a sentence, and how it is converted.
+
+    A room says it itself where its checkpoints are of several kinds.
+    """
+    special = getattr(load(name), "description", None)
+    found: Description | None = None if special is None else special(path)
+    return found or Description(named(name).title, named(name).advice)
 
 
 def detect(path: Path) -> str:

@@ -28,7 +28,7 @@ from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
 from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
-from reshard.formats import Selection, Wanted
+from reshard.formats import Description, Selection, Wanted
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
@@ -55,6 +55,16 @@ def detect(path: Path) -> str | None:
     if _shards(path):
         return "it holds safetensors files"
     return None
+
+
+def description(path: Path) -> Description | None:
+    """What a folder with an adapter is called; others are models."""
+    if not is_adapter(path):
+        return None
+    return Description(
+        "an adapter of PEFT",
+        "Merge it with: reshard convert SRC DST --base BASE --fill-from-base.",
+    )
 
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:

@@ -26,6 +26,7 @@ from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError
+from reshard.formats.info import named
 from reshard.naming.part import under
 from reshard.storage.local import Sources, real, snapshot
 
@@ -62,7 +63,7 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     are not saves of one run, `NamesError` where nothing lies under the prefix.
     """
     catalog = _read(snapshot(path), sources, selection)
-    if selection.prefix and catalog.format != "dcp":  # whose reader takes the part out itself
+    if selection.prefix and not named(catalog.format).finds_model:
         catalog = replace(catalog, entries=under(catalog.entries, selection.prefix))
     return catalog
 
@@ -72,7 +73,7 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
         catalog = _load(path, formats.detect(path), sources, selection)
         return replace(catalog, findings=(*catalog.findings, *_of_file(path)))
     claims = formats.claims(path)
-    exported = bool(claims) and formats.meant(claims) in formats.EXPORTED
+    exported = bool(claims) and _is_export(formats.meant(claims))
     # Above a run's checkpoints lies the model that was exported at its end, which no tag means.
     if claims and not (exported and selection.tag not in (None, real(path).name)):
         catalog = _load(path, formats.detect(path), sources, selection)
@@ -111,14 +112,14 @@ def _load(path: Path, format_: str, sources: Sources, selection: formats.Selecti
     tag = selection.tag
     if tag is not None and tag == real(path).name and not (path / tag).is_dir():
         selection = replace(selection, tag=None)
-    elif tag is not None and format_ != "deepspeed":
+    elif tag is not None and not named(format_).has_tags:
         raise NotFoundError(
             f"there is no save {tag!r} here: it is one checkpoint, not a folder of several.",
             path=path,
             hint="Leave out --tag, or name the folder above.",
         )
     reader = formats.load(format_)
-    if format_ in formats.EXPORTED or not formats.claims(path).keys() & {*formats.EXPORTED}:
+    if _is_export(format_) or not any(map(_is_export, formats.claims(path))):
         return reader.read(path, sources, selection)
     try:
         catalog = reader.read(path, sources, selection)
@@ -141,7 +142,7 @@ def _or_the_export(error: IncompleteError) -> IncompleteError:
 
 def _and_below(catalog: Catalog, path: Path) -> Catalog:
     """An exported model's catalog, which names the training checkpoints in the same folder."""
-    below = [save for save in _below(path, 1) if save.format not in formats.EXPORTED]
+    below = [save for save in _below(path, 1) if not _is_export(save.format)]
     if not below:
         return catalog
     newest = max(below, key=lambda save: save.age).path
@@ -152,13 +153,22 @@ def _and_below(catalog: Catalog, path: Path) -> Catalog:
     return replace(catalog, findings=(*catalog.findings, Finding("checkpoints-below", message)))
 
 
+def _is_export(format_: str | None) -> bool:
+    """Whether it is a format of whole models; an empty name is one that could not be told."""
+    return bool(format_) and named(format_ or "").exported
+
+
+def _has_tags(format_: str) -> bool:
+    return bool(format_) and named(format_).has_tags
+
+
 def saves(path: Path) -> list[Found]:
     """Checkpoints below a folder; exported models only where there is nothing else."""
     return _training(_below(path, _DEPTH))
 
 
 def _training(found: list[Found]) -> list[Found]:
-    training = [save for save in found if save.format not in formats.EXPORTED]
+    training = [save for save in found if not _is_export(save.format)]
     return training or found
 
 
@@ -200,7 +210,7 @@ def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
     found = [
         save
         for save in saves
-        if save.path.name == tag or (save.format == "deepspeed" and (save.path / tag).is_dir())
+        if save.path.name == tag or (_has_tags(save.format) and (save.path / tag).is_dir())
     ]
     if not found:
         raise _several(path, saves, f"none of its checkpoints is called {tag!r} or holds it")

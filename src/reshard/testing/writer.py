@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from reshard import formats
 from reshard.core import dtypes
 from reshard.core.catalog import Catalog
-from reshard.core.dtypes import BFLOAT16, FLOAT32
+from reshard.core.dtypes import BFLOAT16, FLOAT32, DType
 from reshard.core.plan import OutputFile, Plan
 from reshard.core.tensors import (
     Entry,
@@ -26,6 +26,7 @@ from reshard.core.tensors import (
     whole,
 )
 from reshard.formats import Selection, Wanted
+from reshard.formats.info import target_named
 from reshard.storage.local import Sources
 from reshard.testing import truth
 from reshard.testing.truth import Array, Tensors
@@ -42,10 +43,11 @@ class WriterConformance:
     """Inherit it as `Test...`, set `target`, and say in `load` how the real consumer reads.
 
     `target` is the value of `--to`. The tensors to be written lie in plain files of bytes, in two
-    parts each, so that no reader is needed.
+    parts each, so that no reader is needed. `narrow` is a 16-bit dtype that the format can say.
     """
 
     target: ClassVar[str]
+    narrow: ClassVar[DType] = BFLOAT16
 
     def load(self, folder: Path) -> Tensors:
         """Every tensor in `folder`, loaded without reshard by those for whom it is written."""
@@ -54,7 +56,7 @@ class WriterConformance:
     def lay_out(
         self, wanted: Sequence[Wanted], max_file_nbytes: int = _UNBOUNDED
     ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
-        return formats.target(self.target).lay_out(wanted, max_file_nbytes)
+        return formats.writer(target_named(self.target)).lay_out(wanted, max_file_nbytes)
 
     def write(
         self,
@@ -195,9 +197,9 @@ class WriterConformance:
     def test_a_cast_on_the_way(self, tmp_path: Path) -> None:
         array = np.linspace(-3, 3, 40, dtype=np.float32).reshape(8, 5)
         spec, source, _ = stored(tmp_path, "w", array)
-        wanted = [(replace(spec, dtype=BFLOAT16), source, None)]
+        wanted = [(replace(spec, dtype=self.narrow), source, None)]
         loaded = self.load(self.write(wanted, tmp_path / "out"))
-        assert truth.differing(loaded, {"w": array.astype(BFLOAT16.numpy)}) == []
+        assert truth.differing(loaded, {"w": array.astype(self.narrow.numpy)}) == []
 
     def test_a_source_in_another_order(self, tmp_path: Path) -> None:
         """A matrix that is stored transposed, and cut into rows where the format cuts."""
@@ -231,7 +233,7 @@ class WriterConformance:
 
     def test_it_is_detected(self, wanted: list[Wanted], tmp_path: Path) -> None:
         folder = self.write(wanted, tmp_path / "out")
-        assert list(formats.claims(folder)) == [formats.TARGETS[self.target]]
+        assert list(formats.claims(folder)) == [target_named(self.target).name]
 
     def test_our_reader_gives_the_same(
         self, tensors: Tensors, wanted: list[Wanted], tmp_path: Path

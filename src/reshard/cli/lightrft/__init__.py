@@ -6,22 +6,15 @@ from pathlib import Path
 
 from reshard import formats
 from reshard.errors import UnsupportedError
-from reshard.formats import huggingface, locate
+from reshard.formats import locate
+from reshard.formats.info import every, named
 from reshard.storage.local import snapshot
 
-# The command that converts a format.
-_COMMANDS = {
-    "dcp": "Convert it with fsdp2hf.",
-    "deepspeed": "Convert it with ds2hf.",
-    "huggingface": "Convert it with hf2fsdp.",
-    "adapter": "Merge it with: reshard convert SRC DST --base BASE --fill-from-base.",
-    "torch": "Convert it with: reshard convert SRC DST --base BASE.",
-}
 
-
-def expect(path: Path, *wanted: str) -> None:
-    """Raise `UnsupportedError` where `path`, or all below it, is of a format that the command does
-    not convert."""
+def expect(path: Path, script: str) -> None:
+    """Raise `UnsupportedError` where `path`, or all below it, is of a format that LightRFT's script
+    of this name does not convert."""
+    wanted = [info.name for info in every().values() if script in info.scripts]
     path = snapshot(path)
     claims = formats.claims(path)
     if path.is_dir() and not claims:
@@ -31,18 +24,17 @@ def expect(path: Path, *wanted: str) -> None:
         found = formats_below[0]
     else:
         found = formats.detect(path)
-    if found == "huggingface" and huggingface.is_adapter(path):
-        found = "adapter"
-    if found not in wanted:
-        is_wanted = formats.TITLES[wanted[0]]
-        is_found = formats.TITLES.get(found, formats.ADAPTER_TITLE)
-        elsewhere = _COMMANDS[found]
+    is_found = formats.describe(path, found)
+    # An adapter is of the format, and no model.
+    if found not in wanted or is_found.title != named(found).title:
+        is_wanted = named(wanted[0]).title
+        elsewhere = is_found.advice
         below = [s for s in locate.saves(path) if s.format in wanted] if path.is_dir() else []
         if {*wanted} & claims.keys():
             elsewhere += " It also holds an exported model: name the file of that to convert it."
         newest = max(below, key=lambda save: save.age, default=None)
         raise UnsupportedError(
-            f"it is {is_found}, not {is_wanted}.",
+            f"it is {is_found.title}, not {is_wanted}.",
             path=path,
             hint=elsewhere if newest is None else f"Below it there is one: {newest.path}.",
         )

@@ -61,7 +61,7 @@ def command(
     said = click.get_current_context().get_parameter_source("model_type")
     if value_head is not None and said is ParameterSource.DEFAULT:
         model_type = "critic"
-    expect(checkpoint_dir, "deepspeed", "torch")
+    expect(checkpoint_dir, "ds2hf")
     with output.progress_bar() as progress:
         report = convert(
             checkpoint_dir,

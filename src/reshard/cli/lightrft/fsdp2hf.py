@@ -52,7 +52,7 @@ def command(
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
 
-    expect(checkpoint_dir, "dcp", "torch")
+    expect(checkpoint_dir, "fsdp2hf")
     with output.progress_bar() as progress:
         report = convert(
             checkpoint_dir,

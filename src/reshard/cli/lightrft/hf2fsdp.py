@@ -44,7 +44,7 @@ def command(
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
 
-    expect(hf_checkpoint, "huggingface")
+    expect(hf_checkpoint, "hf2fsdp")
     with output.progress_bar() as progress:
         report = convert(
             hf_checkpoint,
