@@ -336,8 +336,8 @@ class _Export:
             held = self._modules.get(module.file)
             if held is not None:
                 found = choose(list(held.items()), module.tensors, self._options.dtype)
-                sides.append(Side(module.file, "huggingface", found))
-            elif self._options.to == "hf":
+                sides.append(Side(module.file, found))
+            elif target_named(self._options.to).takes_files:
                 message = f"{module.folder} is the base's: the checkpoint holds no tensor of it."
                 self._findings.append(Finding("module-from-base", message, subject=module.folder))
         return sides
