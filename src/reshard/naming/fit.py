@@ -322,11 +322,30 @@ class _Fitting:
             if rows != base_rows:
                 resized.append(Resize(name, base_rows, rows))
         if resized:
+            self._refuse_other_rows(resized[0])
             paths = stating_levels(self._config)
             stated = [path for path in paths if "vocab_size" in _at(self._config, path)]
             for path in stated or paths[-1:]:
                 self._patches[f"{path}vocab_size"] = resized[0].rows
         return tuple(resized)
+
+    def _refuse_other_rows(self, resized: Resize) -> None:
+        """Raises `NamesError` where the base's head would stand beside a resized embedding."""
+        want = self._candidate.base.pieces
+        stale = [
+            want[hub].name
+            for hub in self._candidate.of(Verdict.FILLED)
+            if (ties.is_head(hub) or ties.is_vocabulary(hub, want))
+            and want[hub].shape[:1] == (resized.base_rows,)
+        ]
+        if stale:
+            raise NamesError(
+                f"{resized.name!r} has {resized.rows} rows, and {resized.base_rows} in the base; "
+                f"the checkpoint does not hold {stale[0]!r}, which must have as many, and the "
+                "base's has not.",
+                missing=tuple(stale),
+                hint="Convert a checkpoint of the run that holds it.",
+            )
 
     def _base_names(self, verdict: Verdict) -> tuple[str, ...]:
         want = self._candidate.base.pieces

@@ -72,10 +72,11 @@ class Separated(Struct, frozen=True):
 
         PEFT trains a copy of a module in `modules_to_save`; where it keeps a tie all the same
         (`ensure_weight_tying`), both names are there. A folder of its own, which leaves the
-        adapter's name out, holds nothing else beside the adapters.
+        adapter's name out, holds nothing else beside the adapters and the weights that they update.
         """
         if self.adapters and not self.name:
-            return frozenset(self.entries)
+            held = {f"{module}.weight" for module in self.adapters} - self.absent
+            return frozenset(self.entries.keys() - held)
         return self.absent | {f"{module}.weight" for module in self.saved}
 
     @property

@@ -103,11 +103,9 @@ def updates(
 
 def lost(separated: Separated, found: NameMap, keys: Mapping[str, str]) -> list[str]:
     """The weights that adapters update and that are neither in the checkpoint nor in the base."""
-    origins = {*found.origins.values()}
-    placed = {keys.get(name) for name in origins}
-    return [
-        name for name in separated.absent if name not in origins and keys.get(name) not in placed
-    ]
+    placed = {keys.get(name) for name in found.origins.values()}
+    dropped = separated.absent.intersection(found.dropped)
+    return sorted(name for name in dropped if keys.get(name) not in placed)
 
 
 def _check_place(name: str, places: list[str]) -> None:
@@ -117,7 +115,7 @@ def _check_place(name: str, places: list[str]) -> None:
             "the base stacks or turns this weight, which the checkpoint does not hold, so its "
             "adapter cannot be merged.",
             tensor=name,
-            hint=methods.hint(merges=True),
+            hint="Convert a checkpoint of the run that holds all weights.",
         )
 
 
