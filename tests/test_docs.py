@@ -173,10 +173,11 @@ def shard_missing() -> None:
     reshard.open("base")
 
 
-def verl() -> None:
-    Path("actor").mkdir()
-    Path("actor", "model_world_size_2_rank_0.pt").touch()
-    reshard.open("actor")
+def megatron() -> None:
+    Path("iter_0000010").mkdir()
+    Path("iter_0000010", "common.pt").touch()
+    Path("iter_0000010", "metadata.json").touch()
+    reshard.open("iter_0000010")
 
 
 def other_names() -> None:
@@ -239,7 +240,7 @@ class TestErrors:
             (reshard.NotFoundError, nothing_there),
             (reshard.FormatError, damaged),
             (reshard.IncompleteError, shard_missing),
-            (reshard.UnsupportedError, verl),
+            (reshard.UnsupportedError, megatron),
             (reshard.NamesError, other_names),
             (reshard.PlanError, no_rounding),
             (reshard.OptionError, idle_options),

@@ -35,9 +35,18 @@ PREFIX = Option(
     "The model's part of a nested state dict, e.g. actor.model; it is stripped from the names.",
     group="Input",
 )
+ROLE = Option(
+    "role",
+    Text(),
+    "Which model of a save that holds several, e.g. actor or critic.",
+    group="Input",
+)
 #: The options of `reshard.open`.
 OPEN = table(
-    Option("path", Place(), "The checkpoint, or a folder above it.", required=True), TAG, PREFIX
+    Option("path", Place(), "The checkpoint, or a folder above it.", required=True),
+    TAG,
+    PREFIX,
+    ROLE,
 )
 
 
@@ -146,7 +155,11 @@ class Checkpoint:
 
 @documented(OPEN)
 def open_checkpoint(
-    path: PathLike, *, tag: str | None = None, prefix: str | None = None
+    path: PathLike,
+    *,
+    tag: str | None = None,
+    prefix: str | None = None,
+    role: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint's table of tensors; no weights are read.
 
@@ -158,7 +171,7 @@ def open_checkpoint(
     (32000, 4096)
     """
     values = parse(OPEN, dict(locals()))
-    selection = formats.Selection(values["tag"], values["prefix"], allow_step_mismatch=True)
+    selection = formats.Selection(values["tag"], values["prefix"], True, values["role"])
     with Sources() as sources:
         catalog = locate.read(values["path"], sources, selection)
         entries = catalog.entries.values()

@@ -125,6 +125,7 @@ def inspect(
     *,
     tag: str | None = None,
     prefix: str | None = None,
+    role: str | None = None,
     base: PathLike | None = None,
 ) -> Inspection:
     """Summarise the checkpoint at `path`; no weights are read.
@@ -133,7 +134,9 @@ def inspect(
     or damaged.
     """
     values = parse(INSPECT, dict(locals()))
-    checkpoint = open_checkpoint(values["path"], tag=values["tag"], prefix=values["prefix"])
+    checkpoint = open_checkpoint(
+        values["path"], tag=values["tag"], prefix=values["prefix"], role=values["role"]
+    )
     entries = list(checkpoint.catalog.entries.values())
     return Inspection(
         checkpoint=checkpoint,

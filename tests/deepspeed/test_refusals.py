@@ -487,10 +487,11 @@ def test_an_output_that_is_the_checkpoint_found_below_the_source(
             with pytest.raises(reshard.WriteError, match="is a DeepSpeed checkpoint"):
                 reshard.convert(source, target, overwrite=True, dry_run=dry_run)
     assert sorted((path, path.stat().st_size) for path in root.rglob("*")) == before
-    reshard.convert(workspace, root / "global_step2" / "converted")  # inside it is no harm
+    with pytest.raises(reshard.WriteError, match="lies inside the source"):
+        reshard.convert(workspace, root / "global_step2" / "converted")
     reshard.convert(root, workspace / "models" / "out")
     for dry_run in (True, False):
-        with pytest.raises(reshard.WriteError, match="is or holds the source"):
+        with pytest.raises(reshard.WriteError, match="lies inside the source"):
             reshard.convert(
                 workspace / "models", workspace / "models" / "out", overwrite=True, dry_run=dry_run
             )

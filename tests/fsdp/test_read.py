@@ -25,10 +25,11 @@ from tests.fsdp.conftest import Made, Oracle
 from tests.fsdp.elements import elements
 from tests.fsdp.oracle.cases import CASES
 
-_REFUSED = {"fsdp1-local", "fsdp1-flat", "accelerate-ranks", "verl"}
+# Files of ranks, which `tests/ranks` reads.
+_NOT_DCP = {"fsdp1-local", "fsdp1-flat"}
 # Overwritten by "stale"; its folder is read as that case.
 _OVERWRITTEN = {"stale-w4"}
-_READABLE = [case.name for case in CASES if case.name not in _REFUSED | _OVERWRITTEN]
+_READABLE = [case.name for case in CASES if case.name not in _NOT_DCP | _OVERWRITTEN]
 
 
 def read(path: Path, prefix: str | None = None) -> Catalog:
@@ -111,21 +112,6 @@ def test_an_optimizer_alone_is_no_model(oracle: Oracle) -> None:
 def test_the_folder_above_accelerates_is_understood(oracle: Oracle) -> None:
     made = oracle["accelerate"]
     assert_true(read(made.checkpoint.parent), made)
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("verl", "rank files of verl"),
-        ("accelerate-ranks", "saved with use_dcp=False"),
-        ("fsdp1-local", "LOCAL_STATE_DICT"),
-        ("fsdp1-flat", "LOCAL_STATE_DICT"),
-    ],
-)
-def test_other_sharded_formats_are_named_and_refused(oracle: Oracle, name: str, said: str) -> None:
-    with pytest.raises(UnsupportedError, match=said) as caught:
-        read(oracle[name].checkpoint)
-    assert caught.value.hint
 
 
 def test_megatron_is_named_and_refused(oracle: Oracle, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 import reshard
-from reshard.containers.dcp import copies
+from reshard.containers import copies
 from reshard.core.tensors import Extent, FileRef, Record
 from reshard.errors import (
     FormatError,

@@ -209,7 +209,7 @@ def test_hf2fsdp_needs_no_torch(qwen2: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "flag", "case", "words"),
     [
-        ("fsdp2hf", "--checkpoint_dir", "verl", "rank files of verl"),
+        ("hf2fsdp", "--hf_checkpoint", "verl", "Convert it with fsdp2hf."),
         ("fsdp2hf", "--checkpoint_dir", "hf-full", "Convert it with hf2fsdp."),
         ("hf2fsdp", "--hf_checkpoint", "fsdp2-w2", "Convert it with fsdp2hf."),
     ],

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import reshard
+from reshard.core import digests
 from tests.golden.make import CONVERSIONS, GOLDEN, HERE, converted
 
 
@@ -31,6 +34,26 @@ def test_the_digests_are_those_of_the_live_ranks(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_same_input_gives_the_same_files_as_ever(name: str, what: str, tmp_path: Path) -> None:
     assert converted(name, CONVERSIONS[what], tmp_path / "out") == kept(name)["files"][what]
+
+
+@pytest.mark.parametrize("name", ["hf", "dcp"])
+def test_folders_that_were_written_before_digests_were_trees(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`written/`: of the first version of `reshard.json`, which states none."""
+    monkeypatch.setattr(digests, "LEAF_NBYTES", 128)  # as if their tensors were large
+    folder = HERE / "written" / name
+    assert "version" not in json.loads((folder / "reshard.json").read_text(encoding="utf-8"))
+    assert reshard.verify(folder).num_tensors > 0
+    shutil.copytree(folder, tmp_path / "out")
+    (weights,) = (path for path in (tmp_path / "out").iterdir() if path.suffix[:2] in (".s", ".d"))
+    with weights.open("r+b") as file:
+        file.seek(weights.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(reshard.ReshardError):
+        reshard.verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", GOLDEN)

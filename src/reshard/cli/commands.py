@@ -108,6 +108,7 @@ def inspect(
     src: Path,
     tag: str | None,
     prefix: str | None,
+    role: str | None,
     base: Path | None,
     tensors: bool,
     as_json: bool,
@@ -118,7 +119,7 @@ def inspect(
     """
     from reshard.inspection import inspect as run
 
-    inspection = run(src, tag=tag, prefix=prefix, base=base)
+    inspection = run(src, tag=tag, prefix=prefix, role=role, base=base)
     found = inspection.to_json(tensors=tensors)
     fits = inspection.fitting is None or inspection.fitting.fits
     if as_json:

@@ -49,6 +49,7 @@ def verify(
     *,
     tag: str | None = None,
     prefix: str | None = None,
+    role: str | None = None,
     base: PathLike | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -65,14 +66,14 @@ def verify(
     values = parse(VERIFY, dict(locals()))
     place, threads = values["folder"], workers(values["threads"])
     if values["against"] is None:
-        for name in ("tag", "prefix", "base"):
+        for name in ("tag", "prefix", "role", "base"):
             if values[name] is not None:
                 raise OptionError(
                     f"--{name} chooses what to compare with.", hint="Pass --against.", option=name
                 )
         return verify_folder(place, threads=threads, progress=progress)
     with Sources() as sources:
-        selection = formats.Selection(values["tag"], values["prefix"], allow_step_mismatch=True)
+        selection = formats.Selection(values["tag"], values["prefix"], True, values["role"])
         source = locate.read(values["against"], sources, selection)
         written = formats.read(place, sources, formats.Selection())
         pairing = pair(source, written, sources, base=values["base"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reshard.checkpoint import PREFIX, TAG
+from reshard.checkpoint import PREFIX, ROLE, TAG
 from reshard.conversion.declared import PROGRESS, THREADS
 from reshard.core.options import Option, Place, table
 
@@ -17,6 +17,7 @@ VERIFY = table(
     ),
     TAG,
     PREFIX,
+    ROLE,
     Option(
         "base",
         Place(),

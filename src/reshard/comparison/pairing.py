@@ -146,7 +146,7 @@ def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
         return False
     if "" not in held:
         return False
-    same = set(first.names()) == set(second.entries)
+    same = not first.unshaped and set(first.names()) == set(second.entries)
     return not same or (len(held) > 1 and not named(first.format).holds_config)
 
 

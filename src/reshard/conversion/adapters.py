@@ -110,10 +110,28 @@ def _scaling(
             f"{ranks}), and not the alpha they were trained with.",
             hint="Pass --lora-alpha, or --adapter-config with the run's adapter_config.json.",
         )
+    _check_alpha(file)
     if not file.named:
         message = f"alpha {said.alpha:g} was taken from {os.path.normpath(file.path)}."
         findings.append(Finding("alpha-from-file", message))
     return said, findings
+
+
+def _check_alpha(file: ConfigFile) -> None:
+    """Refuse an alpha that was not known when it was written, or that another file contradicts."""
+    if not file.config.alpha:
+        raise PlanError(
+            "it states an alpha of 0, which switches the adapters off: alpha was not known when it "
+            "was written.",
+            path=file.path,
+            hint="Pass --lora-alpha.",
+        )
+    if file.disputed is not None:
+        raise PlanError(
+            f"it states alpha {file.config.alpha:g}, and {file.disputed} another one.",
+            path=file.path,
+            hint="Pass --lora-alpha.",
+        )
 
 
 def _has_ranks(config: AdapterConfig, separated: Separated) -> bool:

@@ -37,6 +37,7 @@ def convert(
     base: PathLike | None = None,
     tag: str | None = None,
     prefix: str | None = None,
+    role: str | None = None,
     dtype: DTypeChoice | TorchDType | None = None,
     max_shard_size: str | int | None = None,
     model_type: ModelType | None = None,

@@ -15,7 +15,7 @@ from typing import Any
 from msgspec import Struct
 
 from reshard import formats
-from reshard.checkpoint import PREFIX, TAG
+from reshard.checkpoint import PREFIX, ROLE, TAG
 from reshard.conversion.dtypes import CHOICES
 from reshard.conversion.options import (
     LORA,
@@ -89,6 +89,7 @@ CONVERT = table(
     ),
     TAG,
     PREFIX,
+    ROLE,
     Option(
         "to",
         Choice(tuple(targets())),
@@ -328,7 +329,9 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
         target=values["target"],
         base=values["base"],
         to=values["to"],
-        selection=formats.Selection(values["tag"], values["prefix"], values["allow_step_mismatch"]),
+        selection=formats.Selection(
+            values["tag"], values["prefix"], values["allow_step_mismatch"], values["role"]
+        ),
         dtype=_dtype(values["dtype"], values["base"]),
         max_shard_nbytes=values["max_shard_size"] or _shard_size(values["to"]),
         exclude_frozen=values["exclude_frozen"],

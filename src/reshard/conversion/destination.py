@@ -72,18 +72,21 @@ def check_destination(
             path=target,
             hint="Name a new folder.",
         )
-    for what, given in (("source", source), ("base model", base)):
-        if given is not None:
-            check_apart(target, what, [given])
-            _check_outside(target, what, given)
+    check_apart(target, "source", [source])
+    if base is not None:
+        check_apart(target, "base model", [base])
     try:
-        return check_replaceable(target, overwrite=overwrite, replaces=replaces)
+        replaced = check_replaceable(target, overwrite=overwrite, replaces=replaces)
     except OSError as error:
         raise WriteError(
             f"what is there cannot be examined: {error.strerror}.",
             path=target,
             hint="Name another output.",
         ) from None
+    _check_outside(target, "source", source)
+    if base is not None:
+        _check_outside(target, "base model", base)
+    return replaced
 
 
 def check_apart(target: Path, what: str, inputs: Iterable[Path]) -> None:

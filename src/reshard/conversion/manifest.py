@@ -1,10 +1,13 @@
 """`reshard.json`: where a folder's tensors came from, and the digest of each.
 
-    {"reshard": version, "source": {format, tag, framework, version, world_size},
+    {"reshard": its version, "version": 2, "source": {format, tag, framework, version, world_size},
      "options": {...}, "names": {prefix, rules, tied, filled, ...},
      "tensors": {name: {"dtype": ..., "shape": [...], "xxh3_128": ...}},
      "beside": {file: {name: ...}},
      "files": {file: {"nbytes": ..., "xxh3_128": ... unless it holds tensors}}}
+
+Of version 1, or without one, digests are those of a tensor's row-major bytes; of version 2 they are
+trees (`core.digests`), which is the same for tensors of at most 64 MiB.
 
 It holds no path and no time of day: the same input gives the same bytes.
 """
@@ -23,11 +26,13 @@ from reshard._version import __version__
 from reshard.core.catalog import Origin
 from reshard.core.plan import Plan
 from reshard.core.tensors import TensorSpec
-from reshard.errors import FormatError, NotFoundError
+from reshard.errors import FormatError, NotFoundError, UnsupportedError
 from reshard.storage import strict_json
 from reshard.storage.local import Source, Sources
 
 MANIFEST = "reshard.json"
+#: The version that is written, and the first whose digests are trees.
+VERSION = TREES = 2
 # Bytes that a stated tensor takes for each comma, colon and opening bracket of its lines.
 _STATED_TOKEN_NBYTES = 45
 # Bytes of a file that is copied, in memory at once.
@@ -35,7 +40,7 @@ _PIECE = 4 << 20
 
 
 class Stated(Struct, frozen=True, rename={"digest": "xxh3_128"}):
-    """A tensor as `reshard.json` states it: dtype name, shape and xxh3-128 of its bytes."""
+    """A tensor as `reshard.json` states it: dtype name, shape and digest (see above)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,6 +65,7 @@ class Manifest(Struct, frozen=True, omit_defaults=True):
     tensors: Mapping[str, Stated]
     beside: Mapping[str, Mapping[str, Stated]] = {}
     files: Mapping[str, WrittenFile] = {}
+    version: int = 1
 
 
 # The fields as they stand in the text, not parsed; empty where there is none.
@@ -95,7 +101,7 @@ def render(
         "tag": origin.tag,
         "world_size": origin.world_size,
     }
-    content = Manifest(__version__, source, options, names, tensors, beside, files)
+    content = Manifest(__version__, source, options, names, tensors, beside, files, VERSION)
     return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
 
 
@@ -134,18 +140,24 @@ def read(folder: Path, sources: Sources) -> Manifest:
         )
     text = strict_json.read_whole(sources.open(path), max_nbytes=strict_json.MAX_INDEX)
     try:
-        stated = _parse(text, str(path))
+        found = _parse(text, str(path))
     except FormatError as error:
         raise FormatError(
             f"it is damaged: {error.message}", path=path, hint="Convert the checkpoint again."
         ) from None
-    if not stated.tensors and not any(stated.beside.values()):
+    if found.version > VERSION:
+        raise UnsupportedError(
+            f"it is of version {found.version}; this reshard knows versions up to {VERSION}.",
+            path=path,
+            hint="Use the reshard that wrote it, or a later one.",
+        )
+    if not found.tensors and not any(found.beside.values()):
         raise FormatError(
             "it is damaged: it lists no tensor, so it proves nothing.",
             path=path,
             hint="Convert the checkpoint again.",
         )
-    return stated
+    return found
 
 
 def _parse(text: bytes, path: str) -> Manifest:

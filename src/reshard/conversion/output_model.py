@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from reshard.conversion import adapters
 from reshard.conversion.base_model import Base, main_dtype
@@ -27,7 +28,7 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
 from reshard.formats.info import target_named
-from reshard.naming import FitOptions, NameMap, apply, fit, identity
+from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity
 from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
 from reshard.naming.lora.config import AdapterConfig
@@ -91,6 +92,7 @@ class Export(Struct, frozen=True):
 
 def plain(catalog: Catalog, options: Options) -> Export:
     """Without a base: every tensor under the name that it has in the checkpoint."""
+    flat.refuse(catalog)
     kept = {
         name: entry
         for name, entry in catalog.of_one_layout().items()
@@ -112,7 +114,15 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
 
     Without `sources` no value is read, and tied tensors are taken to be equal.
     """
-    return _Export(catalog, base, options, sources).result()
+    found = flat.shaped(catalog, base.schema)
+    catalog = replace(catalog, entries=found.entries, unshaped=frozenset())
+    made = _Export(catalog, base, options, sources).result()
+    rules = (*found.rules, *made.name_map.rules)
+    return replace(
+        made,
+        name_map=replace(made.name_map, rules=rules),
+        findings=(*found.findings, *made.findings),
+    )
 
 
 class _Export:

@@ -7,26 +7,26 @@ reads the folder's own headers and every byte, and must find the same tensors an
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import asdict
 
 from reshard.conversion import manifest
 from reshard.conversion.assets import names_weights
 from reshard.conversion.manifest import Manifest, Stated
 from reshard.core.catalog import Catalog
+from reshard.core.digests import joined, leaf_numel, leaves
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import ReshardError, VerificationError, brief
 from reshard.formats import Selection, read
 from reshard.progress import Progress
 from reshard.storage.local import Sources, child
-from reshard.transfer.reading import digest
+from reshard.transfer.reading import leaf_digest, plain_digest
 
 
 class Verified(Struct, frozen=True):
@@ -63,7 +63,14 @@ def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None =
             if path == folder:
                 _check_aliases(catalog, stated.names.get("aliases", {}))
             found.append(
-                check_digests(catalog, tensors, sources, threads=threads, progress=progress)
+                check_digests(
+                    catalog,
+                    tensors,
+                    sources,
+                    threads=threads,
+                    trees=stated.version >= manifest.TREES,
+                    progress=progress,
+                )
             )
         sources.check_unchanged()
     return Verified(sum(f.num_tensors for f in found), sum(f.bytes_read for f in found))
@@ -114,71 +121,109 @@ def check_digests(
     sources: Sources,
     *,
     threads: int,
+    trees: bool = True,
     progress: Progress | None = None,
 ) -> Verified:
-    """Read every tensor of a catalog and compare it with what is stated of it."""
+    """Read every tensor of a catalog and compare it with what is stated of it.
+
+    `trees`: whether the digests are trees (`core.digests`).
+    """
     folder = catalog.origin.root
     for name in sorted(stated.keys() ^ catalog.entries.keys()):
         where = "is stated and not there" if name in stated else "is there and not stated"
         raise VerificationError(f"it {where}.", path=folder, tensor=name)
-    total = sum(entry.spec.nbytes for entry in catalog.entries.values())
+    checks = [_Check(entry, stated[name]) for name, entry in catalog.entries.items()]
+    total = sum(check.entry.spec.nbytes for check in checks)
     done = 0
     counting = threading.Lock()
 
-    def check(entry: Entry) -> None:
+    def work(check: _Check, leaf: int) -> None:
         nonlocal done
-        _check(folder, entry, stated[entry.spec.name], sources)
+        if leaf == 0:
+            _check_spec(folder, check)
+        count = leaves(check.entry.spec) if trees else 1
+        found = leaf_digest(check.entry, leaf, sources) if trees else b""
+        spec = check.entry.spec
+        piece = leaf_numel(spec.dtype) * spec.dtype.itemsize
         with counting:
-            done += entry.spec.nbytes
+            check.found[leaf] = found
+            complete = len(check.found) >= count
+            done += min(spec.nbytes - leaf * piece, piece) if trees else spec.nbytes
             if progress is not None:
                 progress(done, total)
+        if complete:
+            digests = [check.found[index] for index in range(count)]
+            whole = joined(digests) if trees else plain_digest(check.entry, sources)
+            check.found.clear()
+            _compare(folder, check, whole)
 
-    _in_order(check, catalog.entries.values(), threads)
+    _in_order(work, _units(checks, trees=trees), threads)
     return Verified(len(catalog.entries), total)
 
 
-def _in_order(check: Callable[[Entry], None], entries: Iterable[Entry], threads: int) -> None:
-    """Check every entry in a few threads; raises the error of the first entry that has one."""
-    remaining = deque(enumerate(entries))
-    failures: dict[int, ReshardError] = {}
+class _Check(Struct):
+    """A tensor that is checked, what is stated of it, and the digests of its leaves so far."""
 
-    def work() -> None:
-        while remaining:
+    entry: Entry
+    want: Stated
+    found: dict[int, bytes] = field(default_factory=dict)
+
+
+def _units(checks: Iterable[_Check], *, trees: bool) -> Iterator[tuple[_Check, int]]:
+    """What is read at a time: a leaf, or without trees a tensor; one of a tensor without any."""
+    for check in checks:
+        for leaf in range(max(1, leaves(check.entry.spec)) if trees else 1):
+            yield check, leaf
+
+
+def _in_order(
+    work: Callable[[_Check, int], None], units: Iterator[tuple[_Check, int]], threads: int
+) -> None:
+    """Work on every unit in a few threads; raises the error of the first that has one."""
+    numbered = enumerate(units)
+    taking = threading.Lock()
+    failures: dict[int, ReshardError] = {}
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            with taking:
+                place, unit = next(numbered, (-1, None))
+            if unit is None:
+                return
             try:
-                place, entry = remaining.popleft()
-            except IndexError:
-                return  # another thread took the last
-            try:
-                check(entry)
+                work(*unit)
             except ReshardError as error:
                 failures[place] = error
-                remaining.clear()
+                stop.set()
 
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for future in [pool.submit(work) for _ in range(threads)]:
+            for future in [pool.submit(run) for _ in range(threads)]:
                 future.result()
         finally:
-            remaining.clear()  # after Ctrl-C the pool waits for its threads
+            stop.set()  # after Ctrl-C the pool waits for its threads
     if failures:
-        # Entries are taken in order, and whoever had begun one came to its end.
+        # Units are taken in order, and whoever had begun one came to its end.
         raise failures[min(failures)]
 
 
-def _check(folder: Path, entry: Entry, want: Stated, sources: Sources) -> None:
-    spec = entry.spec
+def _check_spec(folder: Path, check: _Check) -> None:
+    spec, want = check.entry.spec, check.want
     if (spec.dtype.name, spec.shape) != (want.dtype, want.shape):
         raise VerificationError(
             f"it is {spec.dtype} {spec.shape}, and {want.dtype} {want.shape} is stated.",
             path=folder,
             tensor=spec.name,
         )
-    found = digest(entry, sources)
-    if found != want.digest:
+
+
+def _compare(folder: Path, check: _Check, found: str) -> None:
+    if found != check.want.digest:
         raise VerificationError(
-            f"its digest is {found}, and {want.digest} is stated: the bytes on disk are not those "
-            "that were written.",
+            f"its digest is {found}, and {check.want.digest} is stated: the bytes on disk are not "
+            "those that were written.",
             path=folder,
-            tensor=spec.name,
+            tensor=check.entry.spec.name,
             hint="Convert again; if it recurs, the disk is at fault.",
         )

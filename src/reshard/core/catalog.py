@@ -42,7 +42,9 @@ class Catalog(Struct, frozen=True):
     `Entry.aliases`. `records` are the checksummed stretches of the files, which the engine checks
     as their bytes pass. `findings` are what a user should read, which checkpoint was taken first of
     all where the path named a folder above it; they change no weight. `renamed` are those aliases
-    that are no tied parameters, but what other layouts of the model call the tensor.
+    that are no tied parameters, but what other layouts of the model call the tensor. `unshaped` are
+    entries that hold a tensor flattened, whose shape the checkpoint does not state (FSDP1's local
+    state dicts): a base gives them their shapes, see `reshard.naming.flat`.
     """
 
     format: str
@@ -51,6 +53,7 @@ class Catalog(Struct, frozen=True):
     records: tuple[Record, ...] = ()
     findings: tuple[Finding, ...] = ()
     renamed: frozenset[str] = frozenset()
+    unshaped: frozenset[str] = frozenset()
 
     def of_one_layout(self) -> Mapping[str, Entry]:
         """The entries with the names of one layout: with tied parameters, without the renamed."""

@@ -109,6 +109,9 @@ CODES: dict[str, Code] = {
     "export-beside": Code(
         "info", "a training checkpoint was read, and an exported model lies beside it",
         "To convert the exported model, name its file."),
+    "flat-parameters-cut": Code(
+        "warning",
+        "flat parameters were cut in the order of the model's family, which no file states"),
     "head-untied": Code("warning", "an output head differs from the embedding that it was tied to"),
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
@@ -152,6 +155,8 @@ CODES: dict[str, Code] = {
     "probing-layer-assumed": Code(
         "warning", "which hidden state the reward heads read was assumed",
         "Pass --probing-layer with the value of the training."),
+    "replicas-missing": Code(
+        "info", "files of some ranks are missing; the others hold all that they held"),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

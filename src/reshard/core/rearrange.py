@@ -18,6 +18,7 @@ from reshard.core.tensors import (
     Fragment,
     Shape,
     TensorSpec,
+    blocks,
     contiguous_strides,
     span,
     whole,
@@ -178,6 +179,14 @@ def boxes_of_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:
         yield Box(shape, (full, *(0,) * tail), (end - full, *shape[1:]))
     if end * inner < stop:
         yield from boxes_of_range(shape, end * inner, stop)
+
+
+def blocks_of_range(shape: Shape, start: int, stop: int, max_numel: int) -> Iterator[Box]:
+    """The same as boxes of at most `max_numel` elements, each one unbroken run."""
+    for box in boxes_of_range(shape, start, stop):
+        for block in blocks(box.sizes, max_numel):
+            offsets = tuple(a + b for a, b in zip(box.offsets, block.offsets, strict=True))
+            yield Box(shape, offsets, block.sizes)
 
 
 def _entry(like: Entry, shape: Shape, fragments: Sequence[Fragment]) -> Entry:

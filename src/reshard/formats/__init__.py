@@ -34,6 +34,7 @@ class Selection(Struct, frozen=True):
     tag: str | None = None
     prefix: str | None = None
     allow_step_mismatch: bool = False
+    role: str | None = None
 
 
 class Format(Protocol):

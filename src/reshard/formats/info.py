@@ -29,6 +29,7 @@ class FormatInfo(Struct, frozen=True):
     module: the room, imported on first use. advice: how one is converted, in a sentence.
     scripts: LightRFT's scripts that convert it.
     exported: one is a whole model, which trainers also write beside their checkpoints.
+    has_roles: one save holds several models, each under a role.
     has_tags: one folder holds several saves, each under a tag.
     finds_model: its reader takes the model's part out of a nested state dict by `prefix` itself.
     holds_config: the model's config lies beside the weights, and names are those of its files.
@@ -47,6 +48,7 @@ class FormatInfo(Struct, frozen=True):
     advice: str = "Convert it with: reshard convert SRC DST --base BASE."
     scripts: tuple[str, ...] = ()
     exported: bool = False
+    has_roles: bool = False
     has_tags: bool = False
     finds_model: bool = False
     holds_config: bool = False
@@ -95,6 +97,14 @@ OWN = (
         target="hf",
         takes_files=True,
         single=".safetensors",
+    ),
+    FormatInfo(
+        "ranks",
+        "an FSDP checkpoint of one file a rank",
+        "reshard.formats.rank_files",
+        advice="Convert it with fsdp2hf.",
+        scripts=("fsdp2hf",),
+        has_roles=True,
     ),
     FormatInfo(
         "torch",

@@ -11,6 +11,9 @@ Trainers export models among their checkpoints. The HF Trainer (transformers 5.2
     run/checkpoint-20/model.safetensors       the same weights again, in the type of the module
     run/checkpoint-20/global_step20/          DeepSpeed's save, with `latest`: taken
     run/checkpoint-20/pytorch_model_fsdp_0/   or that of FSDP: taken
+
+verl and Megatron-LM write the number of the last save that they finished into a file beside them,
+`latest_checkpointed_iteration.txt`; that save goes before newer ones.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ _NUMBER = re.compile(r"(\d+)(?!.*\d)")
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
 # A folder of its own for the optimizer: accelerate's before 0.24, and many who call dcp.save twice.
 _OPTIMIZER = re.compile(r"(.*_)?optim(izer)?s?(_.*|\d*)")
+# Written last, once a save is whole.
+_TRACKER = "latest_checkpointed_iteration.txt"
 # LightRFT keeps actor and critic side by side; without a word more, the actor is meant.
 _ACTOR = "_actor"
 
@@ -64,7 +69,10 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     """
     catalog = _read(snapshot(path), sources, selection)
     if selection.prefix and not named(catalog.format).finds_model:
-        catalog = replace(catalog, entries=under(catalog.entries, selection.prefix))
+        entries = under(catalog.entries, selection.prefix)
+        flat = {name: catalog.entries[name] for name in catalog.unshaped}
+        unshaped = entries.keys() & (under(flat, selection.prefix) if flat else {})
+        catalog = replace(catalog, entries=entries, unshaped=frozenset(unshaped))
     return catalog
 
 
@@ -81,7 +89,8 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
     below = _below(path, _DEPTH)
     if not below:
         return _load(path, formats.detect(path), sources, selection)  # says what is there instead
-    chosen, passed_over = _choose(path, below, selection.tag), []
+    tracked = _tracked(below[0].path.parent, sources)
+    chosen, passed_over = _choose(path, below, selection.tag, tracked), []
     for save in chosen:
         try:
             catalog = _load(save.path, save.format, sources, selection)
@@ -92,7 +101,7 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
             Finding("incomplete-skipped", f"passed over as incomplete: {error}")
             for error in passed_over
         )
-        taken = _taken(path, save, below, selection.tag, catalog)
+        taken = _taken(path, save, below, selection.tag, tracked, catalog)
         return replace(catalog, findings=(*taken, *lost, *catalog.findings))
     raise passed_over[0]
 
@@ -118,8 +127,15 @@ def _load(path: Path, format_: str, sources: Sources, selection: formats.Selecti
             path=path,
             hint="Leave out --tag, or name the folder above.",
         )
+    if selection.role is not None and not named(format_).has_roles:
+        raise NotFoundError(
+            f"there is no role {selection.role!r} here: it is the checkpoint of one model.",
+            path=path,
+            hint="Leave out --role.",
+        )
     reader = formats.load(format_)
-    if _is_export(format_) or not any(map(_is_export, formats.claims(path))):
+    of_export = path.is_file() or _is_export(format_)
+    if of_export or not any(map(_is_export, formats.claims(path))):
         return reader.read(path, sources, selection)
     try:
         catalog = reader.read(path, sources, selection)
@@ -192,8 +208,20 @@ def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
             yield from _walk(child, depth - 1, budget)
 
 
-def _choose(path: Path, saves: list[Found], tag: str | None) -> list[Found]:
-    """The saves to try, newest first."""
+def _tracked(folder: Path, sources: Sources) -> int | None:
+    """The number of the last save that was finished, as the run's own file states it."""
+    path = folder / _TRACKER
+    if not path.is_file():
+        return None
+    source = sources.open(path)
+    text = source.read(0, min(source.size, 64)).strip()
+    return int(text) if re.fullmatch(rb"\d{1,18}", text) else None
+
+
+def _choose(
+    path: Path, saves: list[Found], tag: str | None, tracked: int | None = None
+) -> list[Found]:
+    """The saves to try, the one that the run's own file names first, then the newest."""
     saves = _training(saves if tag is None else _tagged(path, saves, tag))
     actors = [save for save in saves if _ACTOR in save.path.relative_to(path).parts]
     saves = actors or saves
@@ -202,7 +230,7 @@ def _choose(path: Path, saves: list[Found], tag: str | None) -> list[Found]:
     unclear = [save for save in saves if not save.format]
     if unclear:
         formats.detect(unclear[0].path)  # raises, naming both formats
-    return sorted(saves, key=lambda save: save.age, reverse=True)
+    return sorted(saves, key=lambda save: (save.age[0] == tracked, save.age), reverse=True)
 
 
 def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
@@ -223,7 +251,12 @@ def _several(path: Path, saves: list[Found], what: str) -> NotFoundError:
 
 
 def _taken(
-    path: Path, save: Found, found: list[Found], tag: str | None, catalog: Catalog
+    path: Path,
+    save: Found,
+    found: list[Found],
+    tag: str | None,
+    tracked: int | None,
+    catalog: Catalog,
 ) -> list[Finding]:
     """Which of the checkpoints was taken, and which exported model is newer than it."""
     saves = _training(found)
@@ -239,8 +272,14 @@ def _taken(
         for other in found
         if other not in saves and other.path.parent == save.path.parent and other.age > save.age
     ]
+    named = tag is None and tracked is not None and len(saves) > 1
+    why = f", which {_TRACKER} names" if named and save.age[0] == tracked else ""
+    if named and not why:
+        why = f" ({_TRACKER} names {tracked}, which was not found or is incomplete)"
     findings = [
-        Finding("checkpoint-taken", f"{where}{name} was taken{tag_taken}.", subject=str(save.path))
+        Finding(
+            "checkpoint-taken", f"{where}{name} was taken{tag_taken}{why}.", subject=str(save.path)
+        )
     ]
     if tag is None and newer:
         newest = max(newer, key=lambda other: other.age).path

@@ -25,13 +25,14 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from reshard.containers.distributed import Decoder, is_distributed
 from reshard.containers.torch import Opaque, TensorRef, TorchFile
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.tensors import Entry, Record, TensorSpec
+from reshard.core.tensors import Entry, Record, TensorSpec, whole
 from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats import Selection, Wanted, numbered, of_several
@@ -68,7 +69,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     for file in files:
         content = read_torch(sources.open(file))
         records += content.records
-        for name, entry in _entries(file, content).items():
+        for name, entry in _entries(file, content, sources).items():
             if name in entries:
                 raise FormatError("it is stored in two files.", path=file, tensor=name)
             entries[name] = entry
@@ -142,11 +143,11 @@ def _models(path: Path) -> list[str]:
     return numbered((file.name for file in path.iterdir()), _FSDP)
 
 
-def _entries(path: Path, content: TorchFile) -> dict[str, Entry]:
+def _entries(path: Path, content: TorchFile, sources: Sources) -> dict[str, Entry]:
     """Tensors by name, each storage once; later names of the same elements become aliases."""
     entries: dict[str, Entry] = {}
     stored: dict[tuple[object, ...], str] = {}
-    for name, tensor in _state_dict(path, content).items():
+    for name, tensor in _state_dict(path, content, sources).items():
         key = (tensor.storage, tensor.dtype, tensor.shape, tensor.strides)
         first = stored.setdefault(key, name) if tensor.extent.nbytes else name
         if first != name:
@@ -158,7 +159,7 @@ def _entries(path: Path, content: TorchFile) -> dict[str, Entry]:
     return entries
 
 
-def _state_dict(path: Path, content: TorchFile) -> dict[str, TensorRef]:
+def _state_dict(path: Path, content: TorchFile, sources: Sources) -> dict[str, TensorRef]:
     value = content.value
     if isinstance(value, dict):
         _refuse_part(path, value)
@@ -166,7 +167,7 @@ def _state_dict(path: Path, content: TorchFile) -> dict[str, TensorRef]:
             if isinstance(value.get(key), dict):
                 value = value[key]
                 break
-    found = _tensors(value)
+    found = _tensors(_whole(path, value, sources))
     if not isinstance(value, dict) or not found:
         raise UnsupportedError(
             "it holds no state dict: no dict of names to tensors.",
@@ -174,13 +175,40 @@ def _state_dict(path: Path, content: TorchFile) -> dict[str, TensorRef]:
             hint="Name a file that torch.save(model.state_dict(), ...) wrote.",
         )
     for name, tensor in value.items():
-        if isinstance(tensor, Opaque) and tensor.is_tensor:
+        if isinstance(tensor, Opaque) and tensor.is_tensor and name not in found:
             raise UnsupportedError(
                 f"it is {tensor.describe()}, which is not handled.",
                 path=path,
                 tensor=name if isinstance(name, str) else None,
             )
     return found
+
+
+def _whole(path: Path, value: object, sources: Sources) -> object:
+    """The state dict with the tensors that several ranks could share, and one holds whole, as plain
+    ones. Raises `UnsupportedError` where the file holds a part of one."""
+    if not isinstance(value, dict) or not any(map(is_distributed, value.values())):
+        return value
+    decoder = Decoder(str(path), None, sources)
+    whole_ones = dict(value)
+    for name, tensor in value.items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, Opaque)
+            or not is_distributed(tensor)
+        ):
+            continue
+        local = decoder.decode(name, tensor)
+        if len(local.parts) != 1 or local.parts[0].box != whole(local.shape):
+            raise UnsupportedError(
+                f"the file holds one rank's part of it, of {local.world or 'several'} ranks.",
+                path=path,
+                tensor=name,
+                hint="Put the files of all ranks into one folder, with names that end in "
+                "_rank0.pt, _rank1.pt and so on, and name the folder.",
+            )
+        whole_ones[name] = local.parts[0].tensor
+    return whole_ones
 
 
 def _refuse_part(path: Path, value: Mapping[object, object]) -> None:

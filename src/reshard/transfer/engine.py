@@ -1,9 +1,8 @@
-"""The engine: fills the slots of a plan from the checkpoint, in small blocks, with a few threads.
+"""The engine: fills the slots of a plan from the checkpoint, piece by piece, with a few threads.
 
-Blocks are taken in output order, so files are written front to back. Each thread holds one block
-and one scratch buffer; no tensor is ever held whole. Bytes of one tensor are hashed in order: a
-thread whose block comes early waits for its turn, which the thread before it is already filling.
-A tensor written in several slots, one after another, has one hash over all of them.
+Pieces (`pieces`) are taken in output order, so files are written front to back. Whoever takes a
+piece makes it alone, in small blocks: reads, casts, writes, hashes. No thread waits for another,
+but for the one that writes into the same file at that moment; no tensor is ever held whole.
 
 Memory: threads * (_BLOCK + _SCRATCH) bytes, four times that for tensors stored in another order.
 """
@@ -19,9 +18,10 @@ import xxhash
 from msgspec import Struct, field
 from zlib_ng import zlib_ng
 
+from reshard.core.digests import joined
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Plan, Slot
-from reshard.core.tensors import Box, blocks, flat
+from reshard.core.tensors import flat
 from reshard.errors import VerificationError
 from reshard.progress import Progress
 from reshard.storage.local import Sources
@@ -29,6 +29,7 @@ from reshard.transfer.checksums import Checked, Ledger
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
 from reshard.transfer.finite import NotFinite, not_finite
+from reshard.transfer.pieces import Run, runs
 from reshard.transfer.writeback import Writeback
 
 # Bytes of an output block. 4 MiB of source and target stay in a core's cache; twice as much is no
@@ -46,11 +47,11 @@ _COMPARED, _MOST_COMPARED = 16 << 10, 128 << 10
 class Outcome(Struct, frozen=True):
     """What the engine did.
 
-    `digests` are the xxh3-128 of each tensor's row-major bytes, by part and name. `checked` counts
-    the checksums of the source that were compared, and the stretches without. `not_finite` are
-    tensors that hold NaN or infinity, by part and name. `changed` counts the slots whose values
-    differ from their reference, of `compared`. `findings` say what happened to what earlier runs
-    left, and to the output that was replaced.
+    `digests` are those of each tensor (`core.digests`), by part and name. `checked` counts the
+    checksums of the source that were compared, and the stretches without. `not_finite` are tensors
+    that hold NaN or infinity, by part and name. `changed` counts the slots whose values differ from
+    their reference, of `compared`. `findings` say what happened to what earlier runs left, and to
+    the output that was replaced.
     """
 
     digests: Mapping[tuple[str, str], str]
@@ -62,57 +63,64 @@ class Outcome(Struct, frozen=True):
     findings: tuple[Finding, ...] = ()
 
 
-# In place of the hasher of a tensor that is done.
-_SPENT = xxhash.xxh3_128()
-
-
 class _Digest(Struct):
-    """The hash of a tensor on its way, over all its slots: `hashed` of `taken` blocks are in.
+    """A tensor's digest on its way: those of its leaves. Most tensors have one leaf."""
 
-    Once all blocks are taken (`complete`) and in, the hasher, of 600 bytes, makes way for `text`.
-    """
+    first: bytes = b""
+    others: dict[int, bytes] | None = None
 
-    hasher: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
-    taken: int = 0
-    hashed: int = 0
-    complete: bool = False
-    text: str = ""
+    def put(self, leaf: int, digest: bytes) -> None:
+        """Note a leaf's digest; call with the engine's lock held."""
+        if leaf == 0:
+            self.first = digest
+        elif self.others is None:
+            self.others = {leaf: digest}
+        else:
+            self.others[leaf] = digest
 
-    def settle(self) -> None:
-        """Call with the engine's turn held."""
-        if self.complete and self.hashed == self.taken:
-            self.text = self.hasher.hexdigest()
-            self.hasher = _SPENT
-
-
-class _Tensor(Struct):
-    """A slot on its way; `changed` once it differs from its reference."""
-
-    slot: Slot
-    file: _File
-    digest: _Digest
-    crc: int = 0
-    changed: bool = False
+    def text(self) -> str:
+        """The digest, once all leaves are in."""
+        others = self.others or {}
+        first = [self.first] if self.first else []
+        return joined([*first, *(others[leaf] for leaf in sorted(others))])
 
 
 class _File(Struct):
-    """An output file on its way: sealed by whichever thread finishes its last block."""
+    """An output file on its way: sealed by whichever thread finishes its last part."""
 
     output: OutputFile
     fd: int
     pending: int
 
 
-class _Task(Struct, frozen=True):
-    """A block of a slot: the elements of `box`, from flat element `start` on.
+class _Tensor(Struct):
+    """A slot on its way; `changed` once it differs from its reference.
 
-    `turn` is its place in the hash of its tensor.
+    `crcs` are the CRC-32 and size of the parts that are written, by their first element; `pending`
+    parts are not, and more may come until `complete`.
     """
 
+    slot: Slot
+    file: _File
+    crcs: dict[int, tuple[int, int]] = field(default_factory=dict)
+    pending: int = 0
+    complete: bool = False
+    changed: bool = False
+
+
+class _Part(Struct, frozen=True):
+    """What a piece has of one slot."""
+
     tensor: _Tensor
-    turn: int
-    box: Box
-    start: int
+    runs: list[Run]
+
+
+class _Piece(Struct, frozen=True):
+    """A leaf of a tensor's digest, and where its bytes go."""
+
+    digest: _Digest
+    leaf: int
+    parts: list[_Part] = field(default_factory=list)
 
 
 class _StoppedError(Exception):
@@ -143,10 +151,9 @@ class Engine:
         self._compared: list[_Tensor] = []
         self._digests: dict[tuple[str, str], _Digest] = {}
         self._not_finite: dict[tuple[str, str], NotFinite] = {}
-        self._tasks = self._make_tasks()
+        self._pieces = self._cut()
         self._taking = threading.Lock()
         self._counting = threading.Lock()
-        self._turn = threading.Condition()
         self._stop = threading.Event()
         self._writeback = Writeback()
 
@@ -161,13 +168,13 @@ class Engine:
                 wait(futures)
             except BaseException:
                 # Ctrl-C: the pool waits for its threads, so they must end first.
-                self._halt()
+                self._stop.set()
                 raise
         failures = [failure for future in futures if (failure := future.exception())]
         for failure in sorted(failures, key=lambda failure: isinstance(failure, _StoppedError)):
             raise failure
         return Outcome(
-            digests={name: digest.text for name, digest in self._digests.items()},
+            digests={name: digest.text() for name, digest in self._digests.items()},
             bytes_read=sum(future.result() for future in futures),
             checked=self._ledger.check(self._sources),
             compared=len(self._compared),
@@ -178,102 +185,132 @@ class Engine:
         )
 
     def _work(self) -> int:
-        """Take blocks until there are none; returns the bytes read."""
+        """Take pieces until there are none; returns the bytes read."""
         scratch = page_aligned(_SCRATCH).data
         reader = Reader(self._sources, self._ledger, scratch)
         # The base model's bytes have no checksums and are not counted.
         references = Reader(self._sources, Ledger(()), scratch)
         buffer = page_aligned(_BLOCK)
         try:
-            while (task := self._take()) is not None:
-                nbytes = task.box.numel * task.tensor.slot.spec.dtype.itemsize
-                if nbytes > len(buffer):
-                    buffer = page_aligned(_STRIDED_BLOCK)
-                self._move(task, buffer[:nbytes], reader, references)
+            while (piece := self._take()) is not None:
+                hasher = xxhash.xxh3_128()
+                for part in piece.parts:
+                    if _strided(part.tensor.slot) and len(buffer) < _STRIDED_BLOCK:
+                        buffer = page_aligned(_STRIDED_BLOCK)
+                    self._make(part, hasher, buffer, reader, references)
+                with self._counting:
+                    piece.digest.put(piece.leaf, hasher.digest())
         except BaseException:
-            self._halt()
+            self._stop.set()
             raise
         return reader.bytes_read
 
-    def _take(self) -> _Task | None:
+    def _take(self) -> _Piece | None:
         if self._stop.is_set():
             raise _StoppedError
         with self._taking:
-            return next(self._tasks, None)
+            return next(self._pieces, None)
 
-    def _make_tasks(self) -> Iterator[_Task]:
-        """Every block of every slot, in output order; each file is made as its turn comes."""
-        digest = _Digest()
+    def _cut(self) -> Iterator[_Piece]:
+        """Every piece, in output order; each file is made as its turn comes."""
+        piece: _Piece | None = None
+        before = 0
         for output in self._plan.files:
             file = _File(output, self._folder.create(output.name, output.nbytes), 1)
             for offset, literal in output.literals:
                 self._put(file, memoryview(literal), offset)
             for slot in output.slots:
                 key = (output.part, slot.spec.name)
-                if key not in self._digests:
-                    self._complete(digest)
-                    digest = self._digests[key] = _Digest()
-                tensor = _Tensor(slot, file, digest)
+                if key not in self._digests:  # the slots of one tensor follow each other
+                    self._digests[key] = _Digest()
+                    before = 0
+                digest = self._digests[key]
+                tensor = _Tensor(slot, file)
                 if slot.reference is not None:
                     self._compared.append(tensor)
-                if not slot.spec.numel:
-                    self._write_crc(tensor)
-                yield from self._blocks(tensor)
+                for leaf, run in runs(slot, before, _block(slot)):
+                    if piece is None or piece.digest is not digest or piece.leaf != leaf:
+                        if piece is not None:
+                            yield piece
+                        piece = _Piece(digest, leaf)
+                    self._add(piece, tensor, run)
+                before += slot.spec.numel
+                self._complete(tensor)
             self._release(file)
-        self._complete(digest)
+        if piece is not None:
+            yield piece
 
-    def _complete(self, digest: _Digest) -> None:
-        """Note that a tensor has no more slots; those that it has follow each other."""
-        with self._turn:
-            digest.complete = True
-            digest.settle()
-
-    def _blocks(self, tensor: _Tensor) -> Iterator[_Task]:
-        spec = tensor.slot.spec
-        strided = any(fragment.strides for fragment in tensor.slot.source.fragments)
-        limit = (_STRIDED_BLOCK if strided else _BLOCK) // spec.dtype.itemsize
-        start = 0
-        for box in blocks(spec.shape, limit):
+    def _add(self, piece: _Piece, tensor: _Tensor, run: Run) -> None:
+        """Note a run in its piece; parts are counted before anyone can finish them."""
+        if not piece.parts or piece.parts[-1].tensor is not tensor:
+            piece.parts.append(_Part(tensor, []))
             with self._counting:
+                tensor.pending += 1
                 tensor.file.pending += 1
-            yield _Task(tensor, tensor.digest.taken, box, start)
-            tensor.digest.taken += 1
-            start += box.numel
+        piece.parts[-1].runs.append(run)
 
-    def _move(self, task: _Task, raw: Array, reader: Reader, references: Reader) -> None:
-        """One block: read and cast, compare, write, and hash when its turn comes."""
-        tensor = task.tensor
+    def _complete(self, tensor: _Tensor) -> None:
+        """Note that no more parts of a slot will come."""
+        with self._counting:
+            tensor.complete = True
+            last = not tensor.pending
+        if last:
+            self._write_crc(tensor)
+
+    def _make(
+        self,
+        part: _Part,
+        hasher: xxhash.xxh3_128,
+        buffer: Array,
+        reader: Reader,
+        references: Reader,
+    ) -> None:
+        """What a piece has of a slot, run by run: read and cast, compare, write, hash."""
+        tensor = part.tensor
         slot = tensor.slot
-        fill(slot.source, task.box, raw.view(slot.spec.dtype.numpy), reader)
-        special = not_finite(raw, slot.spec.dtype)
-        if special:
-            key = (tensor.file.output.part, slot.spec.name)
-            with self._counting:
-                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + special
-        if slot.reference is not None and not tensor.changed:
-            tensor.changed = differs(slot, task.start, raw, references)
-        start = task.start * slot.spec.dtype.itemsize
-        self._put(tensor.file, raw.data, slot.offset + start)
-        with self._turn:
-            self._turn.wait_for(lambda: tensor.digest.hashed == task.turn or self._stop.is_set())
+        itemsize = slot.spec.dtype.itemsize
+        crc = nbytes = 0
+        for run in part.runs:
             if self._stop.is_set():
                 raise _StoppedError
-        # Only the thread whose turn it is comes here; the others may go on meanwhile.
-        tensor.digest.hasher.update(raw.data)
-        if slot.crc_offsets:
-            tensor.crc = zlib_ng.crc32(raw.data, tensor.crc)
-            if start + len(raw) == slot.spec.nbytes:
-                self._write_crc(tensor)
-        with self._turn:
-            tensor.digest.hashed += 1
-            tensor.digest.settle()
-            self._turn.notify_all()
-        self._count(len(raw))
+            whole = buffer[: run.box.numel * itemsize]
+            fill(slot.source, run.box, whole.view(slot.spec.dtype.numpy), reader)
+            raw = whole[run.skip * itemsize : (run.skip + run.numel) * itemsize]
+            self._look(tensor, raw)
+            if slot.reference is not None and not tensor.changed:
+                tensor.changed = differs(slot, run.start, raw, references)
+            self._put(tensor.file, raw.data, slot.offset + run.start * itemsize)
+            hasher.update(raw.data)
+            if slot.crc_offsets:
+                crc = zlib_ng.crc32(raw.data, crc)
+            nbytes += len(raw)
+            self._count(len(raw))
+        with self._counting:
+            if slot.crc_offsets:
+                tensor.crcs[part.runs[0].start] = crc, nbytes
+            tensor.pending -= 1
+            last = tensor.complete and not tensor.pending
+        if last:
+            self._write_crc(tensor)
         self._release(tensor.file)
 
+    def _look(self, tensor: _Tensor, raw: Array) -> None:
+        """Count what is not finite in the bytes of a run."""
+        found = not_finite(raw, tensor.slot.spec.dtype)
+        if found:
+            key = (tensor.file.output.part, tensor.slot.spec.name)
+            with self._counting:
+                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + found
+
     def _write_crc(self, tensor: _Tensor) -> None:
+        if not tensor.slot.crc_offsets:
+            return
+        crc = 0
+        for _, (following, nbytes) in sorted(tensor.crcs.items()):
+            crc = zlib_ng.crc32_combine(crc, following, nbytes)
+        tensor.crcs.clear()
         for offset in tensor.slot.crc_offsets:
-            self._put(tensor.file, memoryview(tensor.crc.to_bytes(4, "little")), offset)
+            self._put(tensor.file, memoryview(crc.to_bytes(4, "little")), offset)
 
     def _put(self, file: _File, data: memoryview, offset: int) -> None:
         self._folder.put(file.output.name, file.fd, data, offset)
@@ -293,10 +330,15 @@ class Engine:
         if last:
             self._folder.seal(file.output.name, file.fd)
 
-    def _halt(self) -> None:
-        self._stop.set()
-        with self._turn:
-            self._turn.notify_all()
+
+def _strided(slot: Slot) -> bool:
+    """Whether a slot's source is stored in another order."""
+    return any(fragment.strides for fragment in slot.source.fragments)
+
+
+def _block(slot: Slot) -> int:
+    """Elements of a block of a slot."""
+    return (_STRIDED_BLOCK if _strided(slot) else _BLOCK) // slot.spec.dtype.itemsize
 
 
 def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:

@@ -23,7 +23,7 @@ from msgspec import Struct
 
 from reshard._version import __version__
 from reshard.core.findings import Finding
-from reshard.transfer.system import Identity, identity, sync_folder, write_fully
+from reshard.transfer.system import Identity, close_read, identity, sync_folder, write_fully
 
 MARK = "run.json"
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -53,6 +53,7 @@ def mark(own: Path, target: Path) -> None:
     fd = os.open(own / MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         write_fully(fd, memoryview(text), 0)
+        os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -102,20 +103,23 @@ def is_ours(own: Path, target: Path) -> bool:
     try:
         if os.fstat(fd).st_uid != os.geteuid():
             return False
-        if not os.listdir(fd):  # noqa: PTH208 (killed before it could say what it is)
-            return True
+        names = os.listdir(fd)  # noqa: PTH208 (a descriptor is no path)
+        if not names:
+            return True  # killed before it could say what it is; there is nothing to lose
         found = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=fd)
         try:
             if not stat.S_ISREG(os.fstat(found).st_mode):
                 return False
             text = os.read(found, _MAX_MARK)
         finally:
-            os.close(found)
+            close_read(found)
+        if not text and names == [MARK]:
+            return True
         return msgspec.json.decode(text, type=_Mark).target == _named(target)
     except (OSError, ValueError, msgspec.MsgspecError):
         return False
     finally:
-        os.close(fd)
+        close_read(fd)
 
 
 def remove_tree(folder: Path, known: Identity) -> OSError | None:
@@ -138,7 +142,7 @@ def remove_tree(folder: Path, known: Identity) -> OSError | None:
     except OSError as error:
         failed = error
     finally:
-        os.close(fd)
+        close_read(fd)
     if failed is None:
         try:
             folder.rmdir()
@@ -165,7 +169,7 @@ def _empty(fd: int, device: int) -> OSError | None:
                 status = os.fstat(inner)
                 failed = _empty(inner, device) if status.st_dev == device else None
             finally:
-                os.close(inner)
+                close_read(inner)
             if failed is not None:
                 raise failed
             os.rmdir(entry.name, dir_fd=fd)

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import xxhash
 
+from reshard.core.digests import joined, leaf_numel, leaves
 from reshard.core.dtypes import DType
-from reshard.core.tensors import Entry, Record, blocks
+from reshard.core.rearrange import blocks_of_range
+from reshard.core.tensors import Entry, Record
 from reshard.errors import VerificationError
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
@@ -18,7 +20,22 @@ _BLOCK = 4 << 20
 
 
 def digest(entry: Entry, sources: Sources) -> str:
-    """xxh3-128 of a tensor's row-major bytes, read in blocks of 4 MiB."""
+    """A tensor's digest (`core.digests`), read in blocks of 4 MiB."""
+    return joined([leaf_digest(entry, index, sources) for index in range(leaves(entry.spec))])
+
+
+def leaf_digest(entry: Entry, index: int, sources: Sources) -> bytes:
+    """The digest of one of its leaves."""
+    leaf = leaf_numel(entry.spec.dtype)
+    stop = min((index + 1) * leaf, entry.spec.numel)
+    hasher = xxhash.xxh3_128()
+    for part in _stream(entry, sources, start=index * leaf, stop=stop):
+        hasher.update(part.data)
+    return hasher.digest()
+
+
+def plain_digest(entry: Entry, sources: Sources) -> str:
+    """xxh3-128 of a tensor's row-major bytes, as reshard stated it before it had trees."""
     hasher = xxhash.xxh3_128()
     for part in _stream(entry, sources):
         hasher.update(part.data)
@@ -48,17 +65,23 @@ def same_values(one: Entry, other: Entry, sources: Sources) -> bool:
 
 
 def _stream(
-    entry: Entry, sources: Sources, dtype: DType | None = None, ledger: Ledger | None = None
+    entry: Entry,
+    sources: Sources,
+    dtype: DType | None = None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    ledger: Ledger | None = None,
 ) -> Iterator[Array]:
-    """The tensor's bytes in row-major order, a block at a time, in one buffer."""
+    """Elements `[start, stop)` as row-major bytes of `dtype`, a block at a time, in one buffer."""
     longest = max((fragment.extent.nbytes for fragment in entry.fragments), default=0)
     # Most tensors of a mixture of experts are far smaller than a block.
     reader = Reader(sources, ledger or Ledger(()), page_aligned(min(_BLOCK, longest)).data)
-    dtype = dtype or entry.spec.dtype
-    # Whole elements of either type, so that two dtypes are cut into blocks alike.
-    count = min(_BLOCK // dtype.itemsize, entry.spec.numel)
-    buffer = page_aligned(count * dtype.itemsize).view(dtype.numpy)
-    for box in blocks(entry.spec.shape, len(buffer)):
+    spec = entry.spec
+    stored = (dtype or spec.dtype).numpy
+    end = spec.numel if stop is None else stop
+    buffer = page_aligned(min(_BLOCK, (end - start) * stored.itemsize)).view(stored)
+    for box in blocks_of_range(spec.shape, start, end, len(buffer)):
         part = buffer[: box.numel]
         fill(entry, box, part, reader)
         yield part.view(np.uint8)

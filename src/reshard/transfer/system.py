@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # renameat2(2), Linux 3.15: linux/fs.h and linux/fcntl.h.
@@ -96,6 +97,12 @@ def write_fully(fd: int, data: memoryview, offset: int) -> None:
         done += wrote
 
 
+def close_read(fd: int) -> None:
+    """Close a descriptor that nothing was written through: what fails then loses nothing."""
+    with suppress(OSError):
+        os.close(fd)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable, where the file system can sync folders."""
     try:
@@ -108,4 +115,4 @@ def sync_folder(folder: Path) -> None:
         if error.errno not in _CANNOT_SYNC:
             raise
     finally:
-        os.close(fd)
+        close_read(fd)

@@ -20,10 +20,11 @@ _PATH = FolderOrFile()
 @click.option("--hf_base", type=_PATH, required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--checkpoint_dir", type=_PATH, required=True,
-              help="The folder with .metadata and the .distcp files.")  # fmt: skip
+              help="The folder with .metadata and .distcp files, or with rank files.")  # fmt: skip
 @click.option("--output_dir", type=_PATH, required=True,
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
 @flag(CONVERT["prefix"])
+@flag(CONVERT["role"])
 @flag(CONVERT["fill_from_base"])
 @flag(CONVERT["probing_layer"])
 @flag(CONVERT["heads_types"])
@@ -37,6 +38,7 @@ def command(
     checkpoint_dir: Path,
     output_dir: Path,
     prefix: str | None,
+    role: str | None,
     fill_from_base: bool,
     probing_layer: int | None,
     heads_types: tuple[str, ...],
@@ -44,7 +46,7 @@ def command(
     lora_alpha: float | None,
     overwrite: bool,
 ) -> None:
-    """Convert an FSDP checkpoint (PyTorch DCP) to a Hugging Face folder.
+    """Convert an FSDP checkpoint (PyTorch DCP, or files of ranks) to a Hugging Face folder.
 
     Names, dtypes and all files but the weights are those of the base model, be it a language or a
     vision-language model.
@@ -59,6 +61,7 @@ def command(
             output_dir,
             base=hf_base,
             prefix=prefix,
+            role=role,
             fill_from_base=fill_from_base,
             probing_layer=probing_layer,
             heads_types=heads_types,

@@ -6,5 +6,4 @@ items.py       where the bytes of each chunk lie
 zips.py        an item that is a torch.save zip
 shards.py      shards of the DCP Hugging Face writer
 chunked.py     chunks as entries, each proven to be tiled
-copies.py      whether one rank's file was copied over another's
 """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reshard.containers.dcp import copies, sharing
+from reshard.containers import copies
+from reshard.containers.dcp import sharing
 from reshard.containers.dcp.chunked import entry_of, world_size
 from reshard.containers.dcp.items import Items
 from reshard.containers.dcp.metadata import Metadata

@@ -20,24 +20,6 @@ class _Kind(Struct, frozen=True):
 
 _KINDS = (
     _Kind(
-        # verl/utils/checkpoint/fsdp_checkpoint_manager.py
-        re.compile(r"model_world_size_\d+_rank_\d+\.pt"),
-        "rank files of verl (one torch.save file a rank), not a DCP checkpoint",
-        "Merge them with `python -m verl.model_merger merge --backend fsdp`.",
-    ),
-    _Kind(
-        # accelerate/utils/fsdp_utils.py, save_fsdp_model(use_dcp=False)
-        re.compile(r"pytorch_model_fsdp_\d+_rank\d+\.bin"),
-        "rank files of accelerate, saved with use_dcp=False, not a DCP checkpoint",
-        "Load them into the training run and save with use_dcp=True.",
-    ),
-    _Kind(
-        # accelerate/utils/fsdp_utils.py, LOCAL_STATE_DICT
-        re.compile(r"pytorch_model_fsdp_rank\d+\.bin"),
-        "rank files of FSDP1's LOCAL_STATE_DICT (flat parameters), not a DCP checkpoint",
-        "Load them into the training run and save with SHARDED_STATE_DICT.",
-    ),
-    _Kind(
         # megatron/core/dist_checkpointing/core.py: {"sharded_backend": "torch_dist", ..}
         re.compile(r"metadata\.json"),
         "a distributed checkpoint of Megatron-Core, whose weights are fused and stacked",

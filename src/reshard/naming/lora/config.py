@@ -3,12 +3,14 @@
     {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "use_rslora": false, "alpha_pattern": {}, ...}
 
 It says how the adapters scale, which no tensor does, and whether a merge is `W + B A s` at all.
+verl's runs have `lora_train_meta.json` beside the ranks' files, since 0.9: {"r", "lora_alpha", ..}.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from reshard.storage.local import Sources
 NAME = "adapter_config.json"
 # verl puts the adapter's own folder beside the ranks' files.
 _FOLDERS = (".", "lora_adapter", "..", "../lora_adapter")
+# Of the adapters of the ranks' files beside it, and of no other.
+_META = "lora_train_meta.json"
 # No alpha comes near it; an infinite one would make a model of NaNs.
 _MAX_ALPHA = 1e9
 _MAX_RANK = 1 << 24
@@ -73,11 +77,15 @@ class AdapterConfig(Struct, frozen=True):
 
 
 class ConfigFile(Struct, frozen=True):
-    """A config that was read: from where, and whether the user named it (or it was found)."""
+    """A config that was read: from where, and whether the user named it (or it was found).
+
+    `disputed` is a file that states another alpha.
+    """
 
     path: Path
     config: AdapterConfig
     named: bool = False
+    disputed: Path | None = None
 
 
 def read_near(checkpoint: Path, sources: Sources | None, named: Path | None) -> ConfigFile | None:
@@ -91,11 +99,14 @@ def read_near(checkpoint: Path, sources: Sources | None, named: Path | None) -> 
             raise NotFoundError("there is no such file.", path=path)
         return ConfigFile(path, _read(path, sources), named=True)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    for place in _FOLDERS:
-        path = folder / place / NAME
-        if path.is_file():
-            return ConfigFile(path, _read(path, sources))
-    return None
+    near = (path for place in _FOLDERS if (path := folder / place / NAME).is_file())
+    verls = [folder / _META] if (folder / _META).is_file() else []
+    found = [ConfigFile(path, _read(path, sources)) for path in (*islice(near, 1), *verls)]
+    # verl's merger writes an alpha of 0 into its adapter folder where it does not know it.
+    known = [file for file in found if file.config.alpha] or found[:1]
+    if len({file.config.alpha for file in known}) > 1:
+        return replace(known[0], disputed=known[1].path)
+    return known[0] if known else None
 
 
 def _read(path: Path, sources: Sources | None) -> AdapterConfig:

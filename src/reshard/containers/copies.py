@@ -1,8 +1,9 @@
 """Whether one rank's file was copied over another's.
 
 Nothing in a `.distcp` file says which rank wrote it, or which tensors it holds: the metadata says
-what lies where. A file in another's place is noticed if its items are of other sizes. With even
-shards they are not; then only the values tell, which no two ranks' shards of all tensors share.
+what lies where. The files of ranks that torch.save wrote name the rank only in places. A file in
+another's place is noticed if its tensors are of other sizes. With even shards they are not; then
+only the values tell, which no two ranks' shards of all tensors share.
 """
 
 from __future__ import annotations

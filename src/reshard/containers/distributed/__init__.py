@@ -1,0 +1,18 @@
+"""Tensors that several ranks share, as torch pickles them: which part lies in one rank's file.
+
+    dtensor     DTensor: a mesh of ranks, and a placement for each of its dimensions
+    sharded     ShardedTensor: the offsets and sizes of every rank's shard
+    local       what either of them says of one rank: boxes of the whole tensor, and their bytes
+
+>>> from reshard.containers.distributed import Decoder
+>>> with Sources() as sources:                                      # doctest: +SKIP
+...     file = torch.read(sources.open("model_world_size_2_rank_1.pt"))
+...     local = Decoder(path, 1, sources).decode("lm_head.weight", file.value["lm_head.weight"])
+>>> local.parts[0].box                                              # doctest: +SKIP
+Box(shape=(32000, 64), offsets=(16000, 0), sizes=(16000, 64))
+"""
+
+from reshard.containers.distributed.decoder import Decoder, is_distributed
+from reshard.containers.distributed.local import Local, Part
+
+__all__ = ["Decoder", "Local", "Part", "is_distributed"]

@@ -1,0 +1,244 @@
+"""Which files of a folder are the ranks' of one model, and whether they are all of one save.
+
+    named by the user                        what is read
+    run/global_step_7/actor                  the rank files in it
+    run/global_step_7                        those of its one role folder, or of the role named
+    .../actor/model_world_size_4_rank_0.pt   that world's rank files in its folder
+
+A folder with `latest_checkpointed_iteration.txt` or several steps is `formats.locate`'s matter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from msgspec import Struct
+
+from reshard.errors import FormatError, IncompleteError, NotFoundError
+from reshard.formats import numbered
+from reshard.storage.local import Sources, child
+
+_VERL = re.compile(r"(?P<model>model)_world_size_(?P<world>\d{1,7})_rank_(?P<rank>\d{1,7})\.pt")
+_ACCELERATE = re.compile(r"(?P<model>pytorch_model_fsdp(?:_\d+)?)_rank_?(?P<rank>\d{1,7})\.bin")
+_OTHER = re.compile(
+    r"(?P<model>.*?)[._-]?rank[._-]?(?P<rank>\d{1,7})(?:[._-]of[._-](?P<world>\d{1,7}))?"
+    r"\.(?:pt|pth|bin|ckpt)"
+)
+# What else trainers save a file a rank of.
+_NOT_MODEL = re.compile(
+    r"(.*[._-])?(optim(izer)?s?|extra|rng|random|scheduler|sched|dataloader|data|sampler|trainer|"
+    r"client|grad|ema)([._-].*|\d*)"
+)
+# Files of another format, whose folders may hold a rank's odds and ends.
+_FOREIGN = (".metadata", ".distcp", ".safetensors", "_model_states.pt", "_optim_states.pt")
+_CONFIG = "fsdp_config.json"
+_MAX_CONFIG = 1 << 20
+_NUMBER = re.compile(r".*?(\d*)")
+_LISTED = 5
+
+
+class Saved(Struct, frozen=True):
+    """The rank files of one model: `files` by rank.
+
+    `world` is the number of ranks as names and config state it, None where they do not; then the
+    tensors do. `models` has a file of each model of the folder, of which `model` was taken; none
+    where the user named one.
+    """
+
+    folder: Path
+    writer: str
+    files: Mapping[int, Path]
+    world: int | None
+    model: str
+    models: tuple[str, ...]
+
+    def missing(self, world: int) -> list[str]:
+        """The names of the files that a world of so many ranks has and this folder has not."""
+        some = next(iter(self.files.values())).name
+        rank = re.compile(r"(.*rank[._-]?)\d+", re.DOTALL)
+        found = rank.match(some)
+        stem = found[1] if found else ""
+        rest = re.sub(r"^\d+", "", some[len(stem) :])
+        return [f"{stem}{r}{rest}" for r in range(world) if r not in self.files]
+
+    def check_ranks(self, world: int) -> None:
+        """Refuse a rank that a world of so many does not have."""
+        beyond = max(self.files)
+        if beyond >= world:
+            raise FormatError(
+                f"it is of rank {beyond}, and there are {world} ranks: files of two saves are "
+                "mixed.",
+                path=self.files[beyond],
+                hint="Keep the files of one save.",
+            )
+
+
+class _File(Struct, frozen=True):
+    path: Path
+    writer: str
+    model: str
+    world: int | None
+    rank: int
+
+
+def why(path: Path) -> str | None:
+    """Why `path` looks like rank files, or None."""
+    if path.is_file():
+        mine = _parse(path)
+        if mine is None or mine not in _of_folder(path.parent):
+            return None
+        return f"it is the file of rank {mine.rank}"
+    found = _of_folder(path)
+    if found:
+        return f"it holds {found[0].path.name}"
+    roles = _roles(path)
+    return f"it holds {roles[0].name}/{_of_folder(roles[0])[0].path.name}" if roles else None
+
+
+def find(path: Path, role: str | None, sources: Sources) -> Saved:
+    """The rank files that are meant by a file, a role's folder or the folder of roles.
+
+    Raises `NotFoundError`, `FormatError`, `IncompleteError`.
+    """
+    named = _parse(path) if path.is_file() else None
+    folder = path.parent if named is not None else path
+    found = _of_folder(folder)
+    if not found:
+        folder = _role(path, role)
+        found = _of_folder(folder)
+    elif role is not None and role != folder.name:
+        raise NotFoundError(
+            f"there is no role {role!r} here: these are the files of one model.",
+            path=folder,
+            hint="Leave out --role, or name the folder above.",
+        )
+    models = numbered(sorted({file.model for file in found}), _NUMBER)
+    model = models[0] if named is None else named.model
+    if named is None and len(models) > 1 and found[0].writer == "torch":
+        raise NotFoundError(
+            f"it holds the rank files of several models: {', '.join(models[:_LISTED])}.",
+            path=folder,
+            hint="Name a file of the one that is meant.",
+        )
+    mine = [file for file in found if file.model == model]
+    world = _world(folder, mine, None if named is None else named.world)
+    if named is None and mine[0].writer == "verl":
+        world = _agreed(folder, world, sources)
+    files = _by_rank(file for file in mine if file.world == world or file.world is None)
+    names = {file.model: file.path.name for file in reversed(found)}
+    models = [names[each] for each in models] if named is None else []
+    saved = Saved(folder, mine[0].writer, files, world, names[model], tuple(models))
+    if world is not None:
+        saved.check_ranks(world)
+    return saved
+
+
+def _of_folder(folder: Path) -> list[_File]:
+    """The rank files of a folder, those of a known trainer before any other's."""
+    if not folder.is_dir():
+        return []
+    found = [file for path in sorted(folder.iterdir()) if (file := _parse(path)) is not None]
+    known = [file for file in found if file.writer != "torch"]
+    if known:
+        return [file for file in known if file.writer == known[0].writer]
+    if any(path.name.endswith(_FOREIGN) for path in folder.iterdir()):
+        return []
+    models = {file.model for file in found}
+    ranks = {model: {file.rank for file in found if file.model == model} for model in models}
+    # One such file alone is most often a whole state dict that rank 0 wrote.
+    return [file for file in found if len(ranks[file.model]) > 1]
+
+
+def _parse(path: Path) -> _File | None:
+    for writer, pattern in (("verl", _VERL), ("accelerate", _ACCELERATE), ("torch", _OTHER)):
+        match = pattern.fullmatch(path.name)
+        if match is None:
+            continue
+        if _NOT_MODEL.fullmatch(match["model"]):
+            return None
+        stated = match.groupdict().get("world")
+        world = None if stated is None else int(stated)
+        return _File(path, writer, match["model"], world, int(match["rank"]))
+    return None
+
+
+def _roles(folder: Path) -> list[Path]:
+    """The folders of a step's models, one a role; verl's only."""
+    if not folder.is_dir():
+        return []
+    below = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
+    return [path for path in below if any(file.writer == "verl" for file in _of_folder(path))]
+
+
+def _role(folder: Path, role: str | None) -> Path:
+    roles = {path.name: path for path in _roles(folder)}
+    if role in roles:
+        return roles[role]
+    listed = ", ".join(roles)
+    if role is not None:
+        raise NotFoundError(
+            f"there is no role {role!r} here; there are {listed}.",
+            path=folder,
+            hint="Name one of them with --role, or its folder.",
+        )
+    if len(roles) > 1:
+        raise NotFoundError(
+            f"it holds the models of {len(roles)} roles: {listed}.",
+            path=folder,
+            hint="Name the one that is meant with --role, or its folder.",
+        )
+    return next(iter(roles.values()), folder)
+
+
+def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
+    """The world that the files' names state. Raises `IncompleteError` where they state two."""
+    worlds: dict[int | None, _File] = {}
+    for file in sorted(files, key=lambda file: (file.world or 0, file.rank)):
+        worlds.setdefault(file.world, file)
+    if wanted is not None:
+        return wanted
+    if len(worlds) > 1:
+        listed = " and ".join(str(world) for world in worlds)
+        first = next(iter(worlds.values())).path.name
+        raise IncompleteError(
+            f"it holds rank files of two saves, by worlds of {listed} ranks.",
+            path=folder,
+            hint=f"Name a file of the save that is meant ({first}), or move the others away.",
+        )
+    return next(iter(worlds), None)
+
+
+def _agreed(folder: Path, world: int | None, sources: Sources) -> int | None:
+    """The world, held against verl's `fsdp_config.json` where there is one (since mid-2025)."""
+    path = folder / _CONFIG
+    if not path.is_file():
+        return world
+    source = sources.open(child(folder, _CONFIG))
+    try:
+        stated = json.loads(source.read(0, min(source.size, _MAX_CONFIG)))["world_size"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise FormatError("it does not state a world_size.", path=path) from None
+    if type(stated) is not int or stated != world:
+        raise IncompleteError(
+            f"{_CONFIG} states {stated!r} ranks, and the rank files are of a world of {world}: "
+            "files of two saves are mixed, or those of the last save are missing.",
+            path=folder,
+            hint="Copy the whole folder again, or name a rank's file of the save that is meant.",
+        )
+    return world
+
+
+def _by_rank(files: Iterable[_File]) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for file in files:
+        other = found.setdefault(file.rank, file.path)
+        if other != file.path:
+            raise FormatError(
+                f"{other.name} is of rank {file.rank} too.",
+                path=file.path,
+                hint="Keep the files of one save.",
+            )
+    return found

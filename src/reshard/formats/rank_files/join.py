@@ -1,0 +1,226 @@
+"""The ranks' states as one table: every tensor tiled by the parts that the ranks hold.
+
+Ranks of one save state the same names, shapes and placements. Where two hold the same box (the
+replicas of HSDP, plain tensors) one is taken and the other must hold the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from reshard.containers import copies
+from reshard.containers.distributed import Local
+from reshard.containers.torch import TensorRef
+from reshard.core.findings import Finding
+from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec
+from reshard.core.tiling import check_tiling
+from reshard.errors import FormatError, IncompleteError
+from reshard.formats.rank_files.files import Saved
+from reshard.formats.rank_files.state import State
+from reshard.storage.local import Sources
+
+# Bytes compared at once.
+_PIECE = 1 << 20
+_LISTED = 5
+_ONE_SAVE = "Copy the files of all ranks again, from one save."
+
+
+class Table(Struct, frozen=True):
+    """The tensors of all ranks. `unshaped` are flattened, and their shapes are stated nowhere."""
+
+    entries: Mapping[str, Entry]
+    records: tuple[Record, ...]
+    findings: tuple[Finding, ...] = ()
+    unshaped: frozenset[str] = frozenset()
+
+
+class Held(Struct, frozen=True):
+    """A part of a tensor in one rank's file."""
+
+    state: State
+    box: Box
+    tensor: TensorRef
+
+
+def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
+    """The tensors that the ranks hold together.
+
+    Raises `IncompleteError`, `FormatError`.
+    """
+    check_names(states)
+    world = saved.world or stated_world(states)
+    if world is not None:
+        saved.check_ranks(world)
+    missing = [] if world is None else saved.missing(world)
+    entries: dict[str, Entry] = {}
+    records: dict[str, list[Record]] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for name in states[0].tensors:
+        held = parts_of(name, states, sources)
+        entry = _entry(name, states[0].tensors[name], held, missing, saved)
+        key = tuple((h.state.rank, h.tensor.storage, h.tensor.strides) for h in held)
+        twin = first.setdefault((entry.spec.shape, key), name) if entry.fragments else name
+        if twin != name and entry.spec.numel:
+            entries[twin] = replace(entries[twin], aliases=(*entries[twin].aliases, name))
+            continue
+        entries[name] = entry
+        if len(held) > 1:
+            records[name] = [r for h in held if (r := h.state.record(h.tensor.extent)) is not None]
+    copies.check(records, sources)
+    return Table(
+        entries,
+        tuple(record for state in states for record in state.records),
+        _replicas_missing(missing),
+    )
+
+
+def stated_world(states: Sequence[State]) -> int | None:
+    """The number of ranks as the distributed tensors state it; None where there are none."""
+    worlds = [v.world for state in states for v in state.tensors.values() if isinstance(v, Local)]
+    return max((world for world in worlds if world is not None), default=None)
+
+
+def check_names(states: Sequence[State]) -> None:
+    """All ranks must hold the same names."""
+    for state in states[1:]:
+        apart = state.tensors.keys() ^ states[0].tensors.keys()
+        if apart:
+            raise FormatError(
+                f"its names and those of {states[0].path.name} differ in {len(apart)}, "
+                f"{min(apart)!r} among them: files of different saves are mixed.",
+                path=state.path,
+                hint=_ONE_SAVE,
+            )
+
+
+def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]:
+    """The different boxes of a tensor that the ranks hold, each once; replicas are compared.
+
+    Raises `FormatError` where ranks contradict each other.
+    """
+    first = states[0].tensors[name]
+    found: dict[Box, Held] = {}
+    for state in states:
+        value = state.tensors[name]
+        if _described(value) != _described(first):
+            raise FormatError(
+                f"it is {_words(value)} here, and {_words(first)} in {states[0].path.name}: files "
+                "of different saves are mixed.",
+                path=state.path,
+                tensor=name,
+                hint=_ONE_SAVE,
+            )
+        for held in _parts(state, value):
+            other = found.setdefault(held.box, held)
+            if other is not held and not _same(held, other, sources):
+                raise FormatError(
+                    f"it should hold what {other.state.path.name} holds of it, at "
+                    f"{held.box.offsets}, and the values differ.",
+                    path=state.path,
+                    tensor=name,
+                    hint=_ONE_SAVE,
+                )
+    return [held for box, held in found.items() if box.numel or not box.shape]
+
+
+def _parts(state: State, value: TensorRef | Local) -> list[Held]:
+    if isinstance(value, TensorRef):
+        return [Held(state, value.fragment().box, value)]
+    return [Held(state, part.box, part.tensor) for part in value.parts]
+
+
+def _described(value: TensorRef | Local) -> tuple[object, ...]:
+    """What all ranks must state alike of a tensor."""
+    if isinstance(value, TensorRef):
+        return ("Tensor", value.dtype, value.shape)
+    return (value.kind, value.dtype, value.shape, value.layout)
+
+
+def _words(value: TensorRef | Local) -> str:
+    kind = "plain" if isinstance(value, TensorRef) else f"a {value.kind}"
+    more = "" if isinstance(value, TensorRef) else f" laid out as {_brief(value.layout)}"
+    return f"{kind}, {value.dtype} {value.shape}{more}"
+
+
+def _brief(layout: tuple[object, ...]) -> str:
+    text = repr(layout)
+    return text if len(text) < 120 else f"{text[:120]}..."
+
+
+def _entry(
+    name: str,
+    first: TensorRef | Local,
+    held: Sequence[Held],
+    missing: Sequence[str],
+    saved: Saved,
+) -> Entry:
+    fragments: list[Fragment] = [h.tensor.fragment(h.box) for h in held]
+    spec = TensorSpec(name, first.dtype, first.shape)
+    entry = Entry(
+        spec,
+        tuple(fragments) if spec.numel else (),
+        "parameter" if spec.dtype.floating else "buffer",
+    )
+    try:
+        check_tiling(entry)
+    except IncompleteError as error:
+        error.path = str(saved.folder)
+        if missing:
+            raise ranks_missing(missing, saved) from None
+        raise
+    except FormatError as error:
+        error.path = error.path or str(saved.folder)
+        raise
+    return entry
+
+
+def ranks_missing(missing: Sequence[str], saved: Saved) -> IncompleteError:
+    """The error of a folder without the files of some ranks."""
+    return IncompleteError(
+        f"of {len(missing) + len(saved.files)} ranks' files, {len(missing)} "
+        f"{'is' if len(missing) == 1 else 'are'} missing: {_some(missing)}.",
+        path=saved.folder,
+        hint="Copy the files of all ranks, from all nodes if each kept its own.",
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _replicas_missing(missing: Sequence[str]) -> tuple[Finding, ...]:
+    if not missing:
+        return ()
+    message = (
+        f"the files of these ranks are missing: {_some(missing)}; all that they held is in the "
+        "others' (replicas, or ranks that own nothing)."
+    )
+    return (Finding("replicas-missing", message, subject=missing[0]),)
+
+
+def _same(one: Held, other: Held, sources: Sources) -> bool:
+    """Whether two files hold the same bytes: by their checksums, else by reading them."""
+    mine, theirs = one.tensor, other.tensor
+    if one.state.path == other.state.path and mine.storage == theirs.storage:
+        return True
+    if mine.strides != theirs.strides or mine.extent.nbytes != theirs.extent.nbytes:
+        return False
+    records = [one.state.record(mine.extent), other.state.record(theirs.extent)]
+    if all(
+        record is not None and record.extent == tensor.extent
+        for record, tensor in zip(records, (mine, theirs), strict=True)
+    ):
+        return records[0].crc32 == records[1].crc32  # type: ignore[union-attr]
+    for start in range(0, mine.extent.nbytes, _PIECE):
+        nbytes = min(_PIECE, mine.extent.nbytes - start)
+        left, right = (
+            sources.open(t.extent.file).read(t.extent.offset + start, nbytes)
+            for t in (mine, theirs)
+        )
+        if left != right:
+            return False
+    return True

@@ -1,0 +1,114 @@
+"""`docs/reliability.md`, from what the trials showed: `python -m tests.faults.table`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.faults.suite import ERRORS, ROOT, SYSTEMS, Bench, calls, failures, kills, random_kills
+from tests.faults.trials import Outcome
+
+PAGE = ROOT / "docs" / "reliability.md"
+HEAD = """# What happens when something goes wrong
+
+Made by `python -m tests.faults.table` from the suite in `tests/faults`, which runs a conversion
+again and again, each time with another fault: as a new output, and with `--overwrite` onto an
+output that reshard wrote; on a system of today, on one that cannot exchange two folders (NFS, many
+FUSE), and on one that has neither that, nor flock, nor fallocate. After every fault the same
+command is run again, without a fault: it always ended well and left nothing but the new output. No
+trial ever left a torn output, or removed an old one without putting the new one in its place.
+
+*as before*: what stood under the output's name stands there still, nothing else is left, and the
+message says so. *done*: the run ended well, and the new output stands.
+"""
+# What other tests of the folder show; each names the test.
+OTHERS = (
+    ("three equal commands at once", "one writes, the others are refused or come after it",
+     "test_faults.py", "test_three_equal_commands_at_once"),
+    ("the disk fills up, or has no room", "an error; as before",
+     "test_limits.py", "test_a_small_file_system"),
+    ("the file system has no inodes left", "an error; as before",
+     "test_limits.py", "test_a_small_file_system"),
+    ("a limit on the size of files (RLIMIT_FSIZE)", "an error; as before",
+     "test_limits.py", "test_a_limit_on_the_size_of_files"),
+    ("a source or a file of the base shrinks, grows, changes, is replaced or vanishes meanwhile",
+     "an error that names the file; as before",
+     "test_limits.py", "test_a_source_that_changes"),
+)  # fmt: skip
+Rows = dict[tuple[str, str], tuple[set[str], set[str]]]
+
+
+def words(outcome: Outcome) -> str:
+    """What happened, in a few words."""
+    if outcome.ended == "killed":
+        return {
+            "nothing": "the old output is aside; the next run puts it back"
+            if outcome.trial.overwrite
+            else "nothing stands",
+            "old": "the old output stands",
+            "new": "the new output stands",
+        }[outcome.stands]
+    if outcome.ended == "done":
+        return "done"
+    if "the new output is in its place" in outcome.message:
+        return "an error that says that the new output stands"
+    if "The old output lies at" in outcome.message:
+        return "an error that says where the old output lies; the next run puts it back"
+    return "an error; as before"
+
+
+def table(outcomes: Iterable[Outcome]) -> Rows:
+    """By fault and error: what happened to a new output, and to one that replaces another."""
+    rows: Rows = {}
+    for outcome in outcomes:
+        trial = outcome.trial
+        key = {
+            "fail": (f"`{trial.call}` fails", trial.error),
+            "short": ("`pwrite64` writes less than it was given", ""),
+            "timer": ("SIGKILL at a random moment", ""),
+        }.get(trial.action, ("SIGKILL at any system call", ""))
+        cells = rows.setdefault(key, (set(), set()))
+        cells[trial.overwrite].add(words(outcome))
+    return rows
+
+
+def merged(rows: Rows) -> dict[tuple[str, str, str], list[str]]:
+    """Rows that differ only in the error, as one: the errors by fault and cells."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for (fault, error), (new, replacing) in rows.items():
+        key = (fault, "; or ".join(sorted(new)), "; or ".join(sorted(replacing)))
+        found.setdefault(key, []).append(error)
+    return found
+
+
+def page(rows: Rows) -> str:
+    """The page's text."""
+    lines = [HEAD, "| fault | a new output | replacing one |", "|---|---|---|"]
+    for (fault, new, replacing), errors in sorted(merged(rows).items()):
+        named = f" with {', '.join(sorted(errors))}" if any(errors) else ""
+        lines.append(f"| {fault}{named} | {new} | {replacing} |")
+    lines += ["", "| also | |", "|---|---|"]
+    lines += [f"| {fault} | {what} |" for fault, what, *_ in OTHERS]
+    return "\n".join(lines) + "\n"
+
+
+def trials(bench: Bench) -> list[Outcome]:
+    """All that the page is made from: some thousand runs, some minutes."""
+    counted = calls(bench, late=False)
+    plan = [
+        *kills(counted, ["kill before"]),
+        *random_kills(100, 0.05, seed=2),
+        *failures(counted, ERRORS, SYSTEMS[:1]),
+        *failures(counted, ["EIO"], SYSTEMS[1:]),
+    ]
+    return bench.run(plan)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        PAGE.write_text(page(table(trials(Bench(Path(folder))))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Whatever happens: the new output or what stood before, no lie about it, a next run that works."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults import library
+from tests.faults.suite import (
+    ERRORS,
+    SYSTEMS,
+    Bench,
+    calls,
+    failures,
+    kills,
+    random_kills,
+)
+from tests.faults.table import OTHERS, PAGE, table
+from tests.faults.trials import Outcome
+
+pytestmark = pytest.mark.skipif(
+    library.compiler() is None or not Path("/proc/self/fd").exists(),
+    reason="needs a C compiler and /proc",
+)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """On the disk."""
+    return Bench(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """In memory, where the system has such a file system: a disk is waited for in vain."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield Bench(tmp_path_factory.mktemp("faults"))
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Bench(Path(folder))
+
+
+def before(outcome: Outcome) -> str:
+    return "old" if outcome.trial.overwrite else "nothing"
+
+
+def check_killed(outcome: Outcome) -> None:
+    """Old or new stands; where neither does, the old is put back by whichever run comes next."""
+    allowed = {before(outcome), "new"}
+    if outcome.trial.overwrite and "renameat2" in outcome.trial.lacking:
+        allowed.add("nothing")
+    assert outcome.ended in ("killed", "done"), outcome
+    assert outcome.stands in allowed, outcome
+    assert outcome.kept, outcome
+    assert outcome.mended == "done", outcome
+
+
+def check_failed(outcome: Outcome) -> None:
+    """A stated error and the state before, or the new output; the message is true."""
+    assert outcome.ended in ("done", "error"), outcome
+    if outcome.ended == "done" or "the new output is in its place" in outcome.message:
+        assert outcome.stands == "new", outcome
+    elif "The old output lies at" in outcome.message:
+        assert outcome.stands == "nothing", outcome
+    else:
+        assert outcome.stands == before(outcome), outcome
+    assert outcome.kept, outcome
+    assert outcome.mended == "done", outcome
+
+
+def test_a_kill_at_every_call_of_the_commit(quick: Bench) -> None:
+    trials = list(kills(calls(quick, late=True), ["kill before"]))
+    assert len(trials) > 150
+    for outcome in quick.run(trials):
+        assert outcome.ended == "killed", outcome
+        check_killed(outcome)
+
+
+def test_kills_at_random_moments(quick: Bench) -> None:
+    for outcome in quick.run(list(random_kills(50, 0.02, seed=1))):
+        check_killed(outcome)
+
+
+def test_each_call_of_the_commit_fails(quick: Bench) -> None:
+    for outcome in quick.run(list(failures(calls(quick, late=True), ["EIO"], [()]))):
+        check_failed(outcome)
+
+
+def test_three_equal_commands_at_once(quick: Bench) -> None:
+    for *ended, stands in quick.race(6):
+        assert "done" in ended, ended
+        assert set(ended) <= {"done", "refused"}, ended
+        assert stands == "new"
+
+
+def test_the_page_names_tests_that_are_there() -> None:
+    for _, _, file, name in OTHERS:
+        assert f"def {name}(" in Path(__file__).with_name(file).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_kill_at_every_call(bench: Bench) -> None:
+    trials = list(kills(calls(bench, late=False), ["kill before", "kill after"]))
+    assert len(trials) > 500
+    for outcome in bench.run(trials):
+        check_killed(outcome)
+
+
+@pytest.mark.slow
+def test_many_kills_at_random_moments(bench: Bench) -> None:
+    for outcome in bench.run(list(random_kills(400, 0.05, seed=2))):
+        check_killed(outcome)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ERRORS)
+def test_each_call_fails(bench: Bench, error: str) -> None:
+    for outcome in bench.run(list(failures(calls(bench, late=False), [error], SYSTEMS))):
+        check_failed(outcome)
+
+
+@pytest.mark.slow
+def test_many_races(bench: Bench) -> None:
+    for *ended, stands in bench.race(100):
+        assert "done" in ended, ended
+        assert set(ended) <= {"done", "refused"}, ended
+        assert stands == "new"
+
+
+@pytest.mark.slow
+def test_the_page_says_what_happens(bench: Bench) -> None:
+    """A row for each fault, in the words of these very trials."""
+    counted = calls(bench, late=False)
+    rows = table(bench.run(list(failures(counted, ["EIO"], SYSTEMS))))
+    text = PAGE.read_text(encoding="utf-8")
+    for (fault, _), (new, replacing) in rows.items():
+        lines = [line for line in text.splitlines() if line.startswith(f"| {fault}")]
+        assert any(
+            {*new} <= {*cells[2].split("; or ")} and {*replacing} <= {*cells[3].split("; or ")}
+            for line in lines
+            for cells in [[cell.strip() for cell in line.split("|")]]
+        ), (fault, new, replacing)

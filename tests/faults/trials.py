@@ -1,0 +1,277 @@
+"""Forks runs of one small conversion, each with its fault, and prints what happened as JSON lines.
+
+Started with the library of faults preloaded: `python -m tests.faults.trials FOLDER PLAN`, where
+PLAN is a JSON list of trials. Each trial begins with nothing or an old output under the name; after
+the run with the fault comes an ordinary run of the same command, which must mend what was left.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import reshard
+from reshard.transfer.commit import OutputFolder
+from tests.faults.library import COUNT, FAIL, FAIL_ALWAYS, KILL_AFTER, KILL_BEFORE, SHORT, Faults
+
+ACTIONS = {"fail": FAIL, "kill before": KILL_BEFORE, "kill after": KILL_AFTER, "short": SHORT}
+# What a system lacks, and what it answers there.
+LACKING = {"renameat2": errno.EINVAL, "flock": errno.ENOLCK, "fallocate64": errno.EOPNOTSUPP}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run with a fault at the n-th call of that name (`*`: any) on the output's paths.
+
+    `action` "timer" kills after `nth` microseconds, "count" only counts the calls. `call` may also
+    be on the source's paths, where `on` is "source". Calls count from `OutputFolder.commit` on
+    where `late`, else from the beginning.
+    """
+
+    action: str
+    call: str = "*"
+    nth: int = 1
+    error: str = ""
+    overwrite: bool = False
+    lacking: tuple[str, ...] = ()
+    late: bool = False
+    on: str = "output"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened: `ended` is "done", "killed" or "error"; `stands` what the output's name has.
+
+    `left` are the names beside the output. `kept` says whether a plain run, without --overwrite,
+    found and kept the old output; `mended` whether a run with --overwrite then succeeded and left
+    the new output alone.
+    """
+
+    trial: Trial
+    ended: str
+    message: str
+    stands: str
+    left: list[str]
+    kept: bool
+    mended: str
+    calls: list[str] = field(default_factory=list)
+
+
+class Stage:
+    """A folder with a model, an old output, and the place where outputs appear."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = folder / "model"
+        self.place = folder / "place"
+        self.out = self.place / "out"
+        self._kept = folder / "old"
+        self._make_model()
+        reshard.convert(self.model, self._kept, base=self.model, allow_unchanged=True)
+        self.states = {"old": content(self._kept)}
+        self.place.mkdir()
+        self.convert(overwrite=False)
+        self.states["new"] = content(self.out)
+        self.source = content(self.model)
+
+    def _make_model(self) -> None:
+        (self.model / "chat").mkdir(parents=True)
+        (self.model / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+        (self.model / "chat" / "plain.jinja").write_text("{{ x }}", encoding="utf-8")
+        tensors = {"w": np.arange(300, dtype=np.float32), "b": np.ones(7, np.int64)}
+        save_file(tensors, self.model / "model.safetensors")
+
+    def convert(self, *, overwrite: bool) -> None:
+        reshard.convert(
+            self.model,
+            self.out,
+            base=self.model,
+            dtype="float16",
+            allow_unchanged=True,
+            overwrite=overwrite,
+            threads=1,
+        )
+
+    def reset(self, *, overwrite: bool) -> None:
+        shutil.rmtree(self.place)
+        self.place.mkdir()
+        if overwrite:  # inodes and times as the old output's own: it counts as reshard's
+            shutil.copytree(self._kept, self.out)
+
+    def stands(self) -> str:
+        """What the output's name has: "old", "new", "nothing", or "torn" for anything else."""
+        if not os.path.lexists(self.out):
+            return "nothing"
+        found = content(self.out)
+        return next((name for name, files in self.states.items() if files == found), "torn")
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in self.place.iterdir() if path.name != "out")
+
+
+def content(folder: Path) -> dict[str, str]:
+    """A digest of each file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def in_child(work: Callable[[], str], kill_after: float | None = None) -> tuple[str, str]:
+    """Run `work` in a fork: how it ended, and what it returned or raised."""
+    receiving, sending = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(receiving)
+        ended = "done"
+        try:
+            text = work()
+        except reshard.ReshardError as error:
+            ended, text = "error", str(error)
+        except BaseException as error:
+            ended, text = "crashed", repr(error)
+        os.write(sending, json.dumps([ended, text]).encode())
+        os._exit(0)
+    os.close(sending)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    said = b""
+    while piece := os.read(receiving, 1 << 16):
+        said += piece
+    os.close(receiving)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status) or not said:
+        return "killed", ""
+    ended, text = json.loads(said)
+    return ended, text
+
+
+def perform(stage: Stage, faults: Faults, trial: Trial) -> Outcome:
+    """One trial."""
+    stage.reset(overwrite=trial.overwrite)
+    where = str(stage.place if trial.on == "output" else stage.model)
+
+    def work() -> str:
+        for call in trial.lacking:
+            faults.add(call, where, 1, FAIL_ALWAYS, LACKING[call])
+        added = -1
+
+        def arm() -> None:
+            nonlocal added
+            action = ACTIONS.get(trial.action, COUNT)
+            if trial.action != "timer":
+                code = getattr(errno, trial.error) if trial.error else 0
+                added = faults.add(trial.call, where, trial.nth, action, code)
+
+        commit = OutputFolder.commit
+
+        def late(folder: OutputFolder) -> None:
+            arm()
+            commit(folder)
+
+        if trial.late:
+            OutputFolder.commit = late  # type: ignore[method-assign, assignment]
+        else:
+            arm()
+        stage.convert(overwrite=trial.overwrite)
+        return json.dumps(faults.seen(added)) if trial.action == "count" else ""
+
+    after = trial.nth / 1e6 if trial.action == "timer" else None
+    ended, message = in_child(work, after)
+    calls = json.loads(message) if ended == "done" and message else []
+    stands, left = stage.stands(), stage.left()
+    kept = stands != "nothing" or not trial.overwrite or keeps(stage)
+    mended, why = in_child(lambda: again(stage))
+    assert content(stage.model) == stage.source, "the source was changed"
+    return Outcome(
+        trial,
+        ended,
+        "" if calls else message,
+        stands,
+        left,
+        kept,
+        mended if mended == "done" else f"{mended}: {why}",
+        calls,
+    )
+
+
+def keeps(stage: Stage) -> bool:
+    """Whether a run without --overwrite puts the old output back and refuses to replace it."""
+
+    def plain() -> str:
+        stage.convert(overwrite=False)
+        return ""
+
+    ended, _ = in_child(plain)
+    return ended == "error" and stage.stands() == "old"
+
+
+def again(stage: Stage) -> str:
+    """The same command, without a fault: it must end well and leave nothing else."""
+    stage.convert(overwrite=True)
+    stands, left = stage.stands(), stage.left()
+    if stands != "new" or left:
+        raise RuntimeError(f"{stands}, beside it {left}")
+    return ""
+
+
+def race(stage: Stage, runners: int, rounds: int) -> Iterator[list[str]]:
+    """Several runs of one command at once: how each ended, and last what stands beside what."""
+    for number in range(rounds):
+        stage.reset(overwrite=number % 2 == 1)
+        pids = []
+        for _ in range(runners):
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    time.sleep(random.random() * 0.01)
+                    stage.convert(overwrite=True)
+                    code = 0
+                except reshard.WriteError:
+                    code = 3
+                finally:
+                    os._exit(code)
+            pids.append(pid)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        ended = [{0: "done", 3: "refused"}.get(code, f"exit {code}") for code in codes]
+        yield [*sorted(ended), stage.stands(), *stage.left()]
+
+
+def main() -> None:
+    folder, plan = Path(sys.argv[1]), json.loads(sys.stdin.read())
+    faults = Faults()
+    stage = Stage(folder)
+    gc.freeze()  # the collector of a fork would touch, and so copy, all that was there before
+    for given in plan.get("trials", ()):
+        trial = Trial(**{**given, "lacking": tuple(given["lacking"])})
+        print(json.dumps(asdict(perform(stage, faults, trial))), flush=True)
+        faults.clear()
+    for ended in race(stage, 3, plan.get("races", 0)):
+        print(json.dumps(ended), flush=True)
+
+
+def loaded(line: str) -> Outcome:
+    """An outcome that `main` printed."""
+    given = json.loads(line)
+    trial = Trial(**given.pop("trial"))
+    return Outcome(replace(trial, lacking=tuple(trial.lacking)), **given)
+
+
+if __name__ == "__main__":
+    main()
