@@ -117,6 +117,29 @@ def test_a_pickle_of_a_thousand_classes_is_a_short_note(tmp_path: Path) -> None:
     assert finding.message.endswith("and 992 more.")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes are Linux's")
+def test_names_that_are_not_text(tmp_path: Path) -> None:
+    """A tag's and an option's are spelt out; a file's is refused, since all files are listed."""
+    ones = np.ones((2, 2), np.float32)
+    base = model(tmp_path / "base", {"w": ones})
+    odd = Path(os.fsdecode(os.fsencode(base) + b"/a\xff.txt"))
+    odd.write_text("x")
+    source = model(tmp_path / "one", {"w": ones * 2})
+    shown, said = run("convert", source, tmp_path / "out", "--base", base)
+    assert "a\\udcff.txt: the file's name is not UTF-8" in said
+    assert not (tmp_path / "out").exists()
+    odd.rename(base / "a.txt")
+    shown, said = run("convert", source, tmp_path / "out", "--base", base)
+    assert "verified" in shown
+    tagged = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run/step\xff"))
+    tagged.mkdir(parents=True)
+    zero3.save(tagged, {"w": torch.ones(2, 2)}, world=1)
+    out = tmp_path / "tagged"
+    assert "verified" in run("convert", tagged, out)[0]
+    assert json.loads((out / "reshard.json").read_text())["source"]["tag"] == "step\\udcff"
+    assert "all as written" in run("verify", out)[0]
+
+
 # Values.
 
 

@@ -21,7 +21,7 @@ from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
 from reshard.core.tensors import Extent
-from reshard.errors import PlanError
+from reshard.errors import FormatError, PlanError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
 from reshard.formats.info import named, target_named
@@ -74,7 +74,21 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
         (*catalog.findings, *made.findings, *lacking),
     )
     check_strict(plan.findings, options, strict)
+    _check_names(plan)
     return Job(options, catalog, made, plan, unprotected)
+
+
+def _check_names(plan: Plan) -> None:
+    """Refuse files whose names are not text: `reshard.json` lists all files."""
+    for asset in plan.assets:
+        try:
+            asset.name.encode()
+        except UnicodeEncodeError:
+            raise FormatError(
+                "the file's name is not UTF-8, so it cannot be listed in reshard.json.",
+                path=asset.path,
+                hint="Rename it, or move it away.",
+            ) from None
 
 
 def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding, ...]:
