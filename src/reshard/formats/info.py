@@ -102,6 +102,7 @@ OWN = (
         "ranks",
         "an FSDP checkpoint of one file a rank",
         "reshard.formats.rank_files",
+        checksums=True,
         advice="Convert it with fsdp2hf.",
         scripts=("fsdp2hf",),
         has_roles=True,
