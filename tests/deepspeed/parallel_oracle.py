@@ -12,6 +12,10 @@ Which parts make a whole is asked of the live layers (`gather_params`), never of
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("deepspeed")
+
 import gc
 import importlib
 import re

@@ -8,6 +8,10 @@ FOLDER/<name>/checkpoint/    given to save_checkpoint: latest, global_step1/
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("deepspeed")
+
 import functools
 import sys
 import tempfile

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,6 +29,8 @@ from reshard.conversion.options import Lora, SrmFormat
 from tests.models import released
 from tests.naming.lightrft_models import ScalarRewardModel
 from tests.oracle.cache import Oracle
+
+peft = pytest.importorskip("peft")
 
 ALPHA, RANK = 8, 4
 LINEAR = ["q_proj", "v_proj", "down_proj"]

@@ -7,6 +7,10 @@ model and the folder that PEFT saves are converted.
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("peft")
+
 import json
 import warnings
 from collections.abc import Callable
@@ -14,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import pytest
 import torch
 from peft.tuners.lora import config as lora
 from safetensors.torch import load_file, save_file

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
@@ -31,6 +30,8 @@ from reshard.naming.lora.folder import Named, adapter_folder
 from reshard.naming.lora.output import updates
 from tests.naming import tables
 from tests.naming.make_layouts import FAMILIES, build
+
+peft = pytest.importorskip("peft")
 
 ALPHA = 8
 LINEAR = ["q_proj", "v_proj", "down_proj"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("peft")
+
 import dataclasses
 import inspect
 import json
@@ -9,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import pytest
 import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING

@@ -7,6 +7,10 @@ together, are the weights of `base/`.
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("deepspeed")
+
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

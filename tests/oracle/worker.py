@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("deepspeed")
+
 import argparse
 import copy
 import gc
