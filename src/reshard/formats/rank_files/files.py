@@ -221,8 +221,8 @@ def _agreed(folder: Path, world: int | None, sources: Sources) -> int | None:
     stated = config["world_size"]
     if type(stated) is not int or stated != world:
         raise IncompleteError(
-            f"{_CONFIG} states {brief(stated)} ranks, and the rank files are of a world of {world}: "
-            "files of two saves are mixed, or those of the last save are missing.",
+            f"{_CONFIG} states {brief(stated)} ranks, and the rank files are of a world of "
+            f"{world}: files of two saves are mixed, or those of the last save are missing.",
             path=folder,
             hint="Copy the whole folder again, or name a rank's file of the save that is meant.",
         )
