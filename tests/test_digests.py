@@ -18,7 +18,8 @@ from reshard.core.dtypes import parse
 from reshard.core.plan import Slot
 from reshard.core.tensors import Entry, Extent, FileRef, Fragment, TensorSpec, whole
 from reshard.formats.dcp import layout
-from reshard.transfer import engine
+from reshard.transfer import engine, readback, reading
+from reshard.transfer.commit import OutputFolder
 from reshard.transfer.pieces import runs
 
 LEAF = 1024
@@ -106,6 +107,54 @@ def test_a_byte_that_differs_is_found(small: None, model: Path, tmp_path: Path) 
         weights.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
         with pytest.raises(reshard.VerificationError, match="its digest is"):
             reshard.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("to", ["hf", "dcp"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_files_are_read_again_while_others_are_written(
+    small: None,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    to: Literal["hf", "dcp"],
+    threads: int,
+    damaged: bool,
+) -> None:
+    """A byte that the disk changed is found, and what was read well is not read twice."""
+    monkeypatch.setattr(readback, "LEAST_NBYTES", 300)
+    put, count = OutputFolder.put, 0
+
+    def damage(folder: OutputFolder, name: str, fd: int, data: memoryview, offset: int) -> None:
+        nonlocal count
+        count += len(data) == 320
+        if damaged and len(data) == 320 and count == 9:
+            data = memoryview(bytes([data[0] ^ 1]) + bytes(data[1:]))
+        put(folder, name, fd, data, offset)
+
+    monkeypatch.setattr(OutputFolder, "put", damage)
+    hashed: list[str] = []
+    stream = reading._stream
+
+    def counted(entry: Entry, *arguments: Any, **options: Any) -> Any:
+        hashed.append(entry.spec.name)
+        return stream(entry, *arguments, **options)
+
+    monkeypatch.setattr(reading, "_stream", counted)
+    options: dict[str, Any] = {"to": to, "max_shard_size": 9000, "threads": threads}
+    if damaged:
+        with pytest.raises(reshard.VerificationError, match="its digest is"):
+            reshard.convert(model, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+        return
+    reshard.convert(model, tmp_path / "out", **options)
+    arrays = load_file(model / "model.safetensors")
+    again = {name for name, array in arrays.items() if 300 <= array.nbytes <= 700}
+    assert again
+    assert not again & set(hashed)
+    monkeypatch.setattr(OutputFolder, "put", put)
+    assert reshard.verify(tmp_path / "out").num_tensors == len(arrays)
+    assert again <= set(hashed)
 
 
 def test_a_later_version_is_refused(model: Path, tmp_path: Path) -> None:

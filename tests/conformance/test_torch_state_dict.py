@@ -81,9 +81,10 @@ UNHANDLED = {
 @pytest.mark.parametrize("what", UNHANDLED)
 @pytest.mark.parametrize("to", ["hf", "dcp"])
 def test_a_tensor_that_is_not_handled_is_not_left_out(tmp_path: Path, what: str, to: To) -> None:
-    torch.save({"a": torch.ones(2), "b": UNHANDLED[what]}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "run").mkdir()
+    torch.save({"a": torch.ones(2), "b": UNHANDLED[what]}, tmp_path / "run" / "pytorch_model.bin")
     with pytest.raises(reshard.UnsupportedError, match=what) as caught:
-        reshard.convert(tmp_path, tmp_path / "out", to=to)
+        reshard.convert(tmp_path / "run", tmp_path / "out", to=to)
     assert caught.value.tensor == "b"
     assert not (tmp_path / "out").exists()
 

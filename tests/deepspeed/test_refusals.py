@@ -396,7 +396,7 @@ def test_a_base_without_config_weights_or_folder(oracle: Oracle, workspace: Path
     assert "no config.json" in refused(workspace, case.root, base, reshard.NotFoundError)
     (workspace / "config.json").rename(base / "config.json")
     (base / "model.safetensors").unlink()
-    assert "no safetensors" in refused(workspace, case.root, base, reshard.NotFoundError)
+    assert "no weights" in refused(workspace, case.root, base, reshard.NotFoundError)
 
 
 def test_a_base_whose_shard_is_cut_off(oracle: Oracle, workspace: Path) -> None:

@@ -85,6 +85,7 @@ class Run:
     def check(self, source: Path, out: Path, **options: Any) -> reshard.Report:
         """Convert, and compare what the folder computes with the live model."""
         report = reshard.convert(source, out, base=self.base, **options)
+        reshard.verify(out, source, base=self.base)
         torch.testing.assert_close(self.computed_by(out), self.logits(), rtol=1e-4, atol=1e-5)
         return report
 

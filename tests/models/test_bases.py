@@ -173,6 +173,32 @@ def test_a_config_and_tokenizer_are_no_base(base: Path, run: Path, tmp_path: Pat
         reshard.convert(run, tmp_path / "out", base=base)
 
 
+def test_a_base_of_another_size_is_told_and_the_names_are_listed(
+    base: Path, run: Path, tmp_path: Path
+) -> None:
+    layers = [name for name in BEFORE if ".layers.1." not in name]
+    small = {name: BEFORE[name][..., :16].contiguous() for name in layers}
+    save_file(small, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(reshard.NamesError, match=r"layers +2 +1\n.*hidden size +32 +16") as caught:
+        reshard.convert(run, tmp_path / "out", base=base)
+    assert "reshard inspect SRC --base BASE --json" in str(caught.value)
+    found = reshard.inspect(run, base=base).to_json()["base"]
+    assert not found["fits"]
+    assert len(found["unexpected"]) == len(BEFORE) - len(layers)
+
+
+@pytest.mark.parametrize("version", ["5.2", "6.0"])
+def test_names_of_a_version_that_was_never_read_are_a_finding(
+    version: str, base: Path, run: Path, tmp_path: Path
+) -> None:
+    report = reshard.convert(
+        run, tmp_path / "out", base=base, to="dcp", names="memory", transformers_version=version
+    )
+    unread = [found for found in report.findings if found.code == "live-version-unread"]
+    assert len(unread) == (version == "6.0")
+    assert all("6.0" in found.message and "5.23" in found.message for found in unread)
+
+
 # --- what comes along ---------------------------------------------------------------------------
 
 

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers.models import qwen2_5_omni, qwen3_omni_moe
 
 import reshard
+from reshard.naming import FitOptions, to_memory
 from tests.models import released
+from tests.naming import tables
 
 State = dict[str, torch.Tensor]
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -158,6 +160,25 @@ def test_the_thinker_of_an_omni_model(kind: str, tmp_path: Path) -> None:
     for name, value in written.items():
         wanted = after if name.startswith("thinker.") else before
         assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize("version", ["4.57", "5.23"])
+def test_kimi_k2_alone_and_in_a_composite_base(version: str) -> None:
+    """Its model type is none of transformers; it is trained as DeepSeek-V3, or as it is."""
+    disk, memory = (tables.table(v, "deepseek_v3") for v in ("4.57", version))
+    text = {**disk.config, "model_type": "kimi_k2"}
+    found = tables.fit(tables.entries(memory.memory), tables.schema(disk.disk_shapes(), text))
+    assert found.entries.keys() == disk.disk.keys()
+    whole = {f"language_model.{name}": shape for name, shape in disk.disk_shapes().items()}
+    config = {"model_type": "kimi_k25", "text_config": text}
+    schema = tables.schema({**whole, "vision_tower.patch.weight": (3, 3)}, config)
+    options = FitOptions(fill_from_base=True)
+    found = tables.fit(tables.entries(memory.memory), schema, options=options)
+    assert found.entries.keys() == whole.keys()
+    assert found.filled == ("vision_tower.patch.weight",)
+    if version == "4.57":
+        live = to_memory(tables.entries(disk.disk_shapes()), text, (5, 23))
+        assert live.keys() == disk.disk.keys()  # its own code has the files' names
 
 
 def live_config(name: str) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,13 +206,45 @@ def test_both_lists_and_the_nearest_names() -> None:
     assert error.missing == tuple(base)
     assert error.unexpected == tuple(source)
     text = str(error)
-    assert "1 of the base's 31 tensors match" in text
+    assert "1 of 31 tensors have the same name and shape" in text
     assert "30 of the base are not in the checkpoint" in text
     assert "30 of the checkpoint are not in the base" in text
     first = "model.layers.0.mlp.up_proj.weight (nearest: model.layers.0.mlp.up_projection.weight)"
     assert first in text
     assert text.count("nearest") == 20
     assert "and 20 more" in text
+
+
+def test_another_size_of_the_model_is_told_in_a_table() -> None:
+    """The example of docs/errors.md."""
+    layer = "model.layers.{}.input_layernorm.weight"
+    base = {EMBEDDING: (6, 2), NORM: (2,), layer.format(0): (2,), layer.format(1): (2,)}
+    source = {EMBEDDING: (6, 4), NORM: (4,), layer.format(0): (4,)}
+    with pytest.raises(NamesError) as caught:
+        run(source, base)
+    page = Path(__file__).parents[2] / "docs" / "errors.md"
+    assert caught.value.message.strip() in page.read_text(encoding="utf-8")
+    assert caught.value.missing == (layer.format(1),)
+
+
+def test_the_table_of_a_wrong_base_has_a_screen_at_most() -> None:
+    mine, theirs = tables.table("4.57", "qwen2"), tables.table("4.57", "mixtral")
+    wide = {name: tuple(2 * size for size in shape) for name, shape in mine.disk_shapes().items()}
+    with pytest.raises(NamesError, match=r"hidden size +64 +32") as caught:
+        run(wide, theirs.disk_shapes())
+    assert len(str(caught.value).splitlines()) <= 12
+    assert "nearest" not in str(caught.value)
+
+
+def test_no_hint_puts_untrained_experts_beside_trained_layers() -> None:
+    """Of an unknown layout, `--allow` and `--fill-from-base` together would do just that."""
+    many = {f"model.layers.{n}.norm.weight": (2,) for n in range(9)}
+    base = {**TIED, **many, "model.layers.0.experts.0.up.weight": (2, 2)}
+    source = {**TIED, **many, "model.layers.0.experts.packed": (8,)}
+    for fill in (False, True):
+        with pytest.raises(NamesError, match="layout that is not known") as caught:
+            run(source, base, fill_from_base=fill)
+        assert "--allow" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import transformers
 
 from reshard.errors import PlanError, UnsupportedError
-from reshard.naming import NEWEST, parse_version, to_memory
+from reshard.naming import NEWEST, parse_version, to_memory, was_read
 from tests.naming import tables
 from tests.naming.tables import fit
 from tests.naming.test_layout_tables import equal
@@ -45,6 +46,44 @@ def test_what_transformers_5_writes_becomes_the_live_state_dict(version: str, na
     late, live = tables.table("5.23", name), tables.table(version, name)
     found = to_memory(tables.entries(late.disk_shapes()), late.config, parse_version(version))
     assert {key: entry.spec.shape for key, entry in found.items()} == live.memory
+
+
+@pytest.mark.parametrize(
+    ("class_name", "constants"),
+    [
+        ("LlamaForCausalLM", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+        ("GPT2LMHeadModel", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("GPTNeoXForCausalLM", ["gpt_neox.layers.0.attention.bias",
+                                "gpt_neox.layers.0.attention.masked_bias"]),
+        ("BertForMaskedLM", ["bert.embeddings.position_ids"]),
+    ],
+)  # fmt: skip
+def test_constants_that_a_live_module_computes_are_not_in_its_state(
+    class_name: str, constants: list[str]
+) -> None:
+    class_ = getattr(transformers, class_name)
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "n_embd": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "n_layer": 1,
+        "n_head": 2,
+    }
+    model = class_(class_.config_class(**sizes))
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    config = {**model.config.to_dict(), "architectures": [class_name]}
+    files = {**state, **dict.fromkeys(constants, (1, 4))}
+    assert not set(constants) & state.keys()
+    assert to_memory(tables.entries(files), config).keys() == state.keys()
+
+
+def test_which_versions_were_read() -> None:
+    known = ["4.49", "4.57.1", "5.0", "5.23.9"]
+    assert all(was_read(parse_version(version)) for version in known)
+    assert not any(was_read(parse_version(version)) for version in ("4.48.3", "5.24", "6.0"))
 
 
 def test_a_version_without_the_model() -> None:

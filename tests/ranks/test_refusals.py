@@ -195,3 +195,10 @@ def test_a_file_without_a_state_dict(tmp_path: Path) -> None:
         torch.save({"epoch": 3, "names": ["a"]}, tmp_path / f"model_rank_{rank}.pt")
     with pytest.raises(UnsupportedError, match="it holds no state dict"):
         reshard.open(tmp_path)
+
+
+def test_a_name_may_state_any_number_of_ranks(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / file(0, 9_999_999))
+    found = reshard.open(tmp_path).catalog.findings[0].message
+    assert f"{file(1, 9_999_999)}, " in found
+    assert "and 9999993 more" in found

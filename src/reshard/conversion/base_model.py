@@ -78,7 +78,7 @@ def read_base(folder: Path, sources: Sources) -> Base:
             hint="Name the folder of the whole original model. What trainers leave beside a "
             "checkpoint (verl's `huggingface/`) is its config and tokenizer alone.",
         )
-    repairs, files = _repairs(config), assets(folder)
+    repairs, files = class_repairs(config), assets(folder)
     return Base(
         folder,
         catalog.entries,
@@ -91,7 +91,7 @@ def read_base(folder: Path, sources: Sources) -> Base:
     )
 
 
-def _repairs(config: Mapping[str, Any]) -> dict[str, object]:
+def class_repairs(config: Mapping[str, Any]) -> dict[str, object]:
     """What the config should say: accelerate's FSDP2 calls the class FSDP...  while it trains, and
     a model that was saved meanwhile names that (torch/distributed/fsdp, fully_shard)."""
     named = config.get("architectures")

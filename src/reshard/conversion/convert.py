@@ -23,7 +23,6 @@ from reshard.errors import VerificationError, listed
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
-from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import check_space
 from reshard.transfer.engine import Outcome
 
@@ -102,8 +101,15 @@ def convert(
             return _manifest(job, outcome.digests, sources)
 
         writing = Writing(running.threads, running.overwrite, running.verify, running.progress)
-        ledger = Ledger(job.catalog.records, job.unprotected)
-        outcome = carry_out(job.plan, sources, ledger, options.target, writing, render=render)
+        outcome = carry_out(
+            job.plan,
+            sources,
+            job.catalog.records,
+            options.target,
+            writing,
+            render=render,
+            unprotected=job.unprotected,
+        )
     seconds = time.monotonic() - began
     return _report(job, seconds, replaced, outcome, verified=running.verify)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import xxhash
@@ -14,12 +14,12 @@ from reshard.conversion import manifest
 from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
 from reshard.core.plan import Plan
-from reshard.core.tensors import Extent
+from reshard.core.tensors import Extent, Record
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
-from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder
-from reshard.transfer.engine import Engine, Outcome
+from reshard.transfer.engine import Outcome
+from reshard.transfer.executor import Executor, Threads
 
 
 class Writing(Struct, frozen=True):
@@ -39,27 +39,29 @@ class Writing(Struct, frozen=True):
 def carry_out(
     plan: Plan,
     sources: Sources,
-    ledger: Ledger,
+    records: Iterable[Record],
     target: Path,
     writing: Writing,
     *,
     render: Callable[[Outcome], bytes],
     check: Callable[[Path], None] | None = None,
+    unprotected: Sequence[Extent] = (),
 ) -> Outcome:
     """Write a plan's files, `reshard.json` last, and give the folder its name.
 
-    `ledger` has the checksums of the source, which are compared as its bytes pass. `render` makes
-    the bytes of `reshard.json`; it may refuse what the engine found. `check` looks at the finished
-    folder before it gets its name, and raises where it is not well.
+    `records` are the source's checksums, which are compared as its bytes pass, `unprotected` its
+    stretches without. `render` makes the bytes of `reshard.json`; it may refuse what the engine
+    found. `check` looks at the finished folder before it gets its name, and raises where it is not
+    well.
 
     Raises what stands in the way; `target` is then as it was, or the error says what stands there.
     """
     with OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder:
         threads = writing.threads
-        engine = Engine(
-            plan, sources, ledger, folder, threads=threads, progress=writing.step("write")
+        executor: Executor = Threads(
+            threads, records, writing.verify, writing.step("write"), unprotected
         )
-        outcome = engine.run()
+        outcome = executor.run(plan, sources, folder)
         stated = render(outcome)
         for asset in plan.assets:
             folder.copy(asset.name, sources.open(asset.path))
@@ -68,13 +70,18 @@ def carry_out(
         folder.write(manifest.MANIFEST, stated)
         sources.check_unchanged()
         if writing.verify:
-            verify_folder(folder.partial, threads=threads, progress=writing.step("verify"))
+            verify_folder(
+                folder.partial,
+                threads=threads,
+                known=outcome.read_back,
+                progress=writing.step("verify"),
+            )
         if check is not None:
             check(folder.partial)
         if writing.overwrite:  # what was there may have changed in the hours since
             check_replaceable(target, overwrite=True)
         folder.commit()
-    return replace(outcome, findings=tuple(folder.findings))
+    return replace(outcome, findings=tuple(folder.findings), read_back={})
 
 
 def plan_digest(plan: Plan) -> str:

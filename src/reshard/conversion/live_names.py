@@ -17,7 +17,7 @@ from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import PlanError
 from reshard.formats import huggingface
 from reshard.formats.info import named, target_named
-from reshard.naming import NEWEST, parse_version, to_memory
+from reshard.naming import NEWEST, parse_version, to_memory, was_read
 from reshard.naming.answering import Apart, answers
 from reshard.naming.layouts import Version
 from reshard.storage import strict_json
@@ -60,13 +60,18 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
     version = options.transformers_version or _installed() or NEWEST
     live = to_memory(entries, config, version)
     text = ".".join(map(str, version))
+    said = [Finding("live-names", f"names are those of a live module of transformers {text}.")]
+    if not was_read(version):
+        newest = ".".join(map(str, NEWEST))
+        message = (
+            f"the live modules of transformers {text} were never read: their names are taken to be "
+            f"those of the nearest version that was, of which the newest is {newest}."
+        )
+        said.append(Finding("live-version-unread", message))
     return replace(
         exported,
         model=_once(live) if target_named(options.to).names_twice else _each(live),
-        findings=(
-            *exported.findings,
-            Finding("live-names", f"names are those of a live module of transformers {text}."),
-        ),
+        findings=(*exported.findings, *said),
         live=text,
     )
 

@@ -28,7 +28,7 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
 from reshard.formats.info import target_named
-from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity
+from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity, titan
 from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
 from reshard.naming.lora.config import AdapterConfig
@@ -115,9 +115,10 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     Without `sources` no value is read, and tied tensors are taken to be equal.
     """
     found = flat.shaped(catalog, base.schema)
-    catalog = replace(catalog, entries=found.entries, unshaped=frozenset())
+    known = titan.translated(found.entries, base.config)
+    catalog = replace(catalog, entries=known.entries, unshaped=frozenset())
     made = _Export(catalog, base, options, sources).result()
-    rules = (*found.rules, *made.name_map.rules)
+    rules = (*found.rules, *known.rules, *made.name_map.rules)
     return replace(
         made,
         name_map=replace(made.name_map, rules=rules),

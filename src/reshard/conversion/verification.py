@@ -26,7 +26,7 @@ from reshard.errors import ReshardError, VerificationError, brief
 from reshard.formats import Selection, read
 from reshard.progress import Progress
 from reshard.storage.local import Sources, child
-from reshard.transfer.reading import leaf_digest, plain_digest
+from reshard.transfer.reading import Known, leaf_digest, plain_digest
 
 
 class Verified(Struct, frozen=True):
@@ -46,8 +46,16 @@ class Verified(Struct, frozen=True):
         return {"verified": True, **asdict(self), "findings": findings}
 
 
-def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None = None) -> Verified:
+def verify_folder(
+    folder: Path,
+    *,
+    threads: int = 2,
+    known: Known | None = None,
+    progress: Progress | None = None,
+) -> Verified:
     """Compare every tensor of a converted folder with its digest in `reshard.json`.
+
+    What of its files is `known`, because it was read already, is not read again.
 
     Raises `VerificationError` naming the first that differs, or a tensor that is missing or was
     added; `NotFoundError` where the folder has no `reshard.json`.
@@ -69,6 +77,7 @@ def verify_folder(folder: Path, *, threads: int = 2, progress: Progress | None =
                     sources,
                     threads=threads,
                     trees=stated.version >= manifest.TREES,
+                    known=known,
                     progress=progress,
                 )
             )
@@ -122,6 +131,7 @@ def check_digests(
     *,
     threads: int,
     trees: bool = True,
+    known: Known | None = None,
     progress: Progress | None = None,
 ) -> Verified:
     """Read every tensor of a catalog and compare it with what is stated of it.
@@ -142,7 +152,7 @@ def check_digests(
         if leaf == 0:
             _check_spec(folder, check)
         count = leaves(check.entry.spec) if trees else 1
-        found = leaf_digest(check.entry, leaf, sources) if trees else b""
+        found = leaf_digest(check.entry, leaf, sources, known) if trees else b""
         spec = check.entry.spec
         piece = leaf_numel(spec.dtype) * spec.dtype.itemsize
         with counting:

@@ -124,6 +124,9 @@ CODES: dict[str, Code] = {
     "live-names": Code("info", "names are those of a live module, not those of the files"),
     "live-names-added": Code(
         "info", "tensors also have the names that live modules ask for, without further bytes"),
+    "live-version-unread": Code(
+        "warning", "the transformers version that was named is none whose live modules were read",
+        "Load the output with strict names, or name the version with --transformers-version."),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
     "module-from-base": Code(

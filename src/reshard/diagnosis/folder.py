@@ -15,6 +15,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from reshard.containers import safetensors as safetensors_file
+from reshard.containers.dcp import shards as rank_shards
 from reshard.conversion.assets import assets as assets_of
 from reshard.conversion.base_model import CONFIG, Base
 from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG
@@ -106,6 +107,15 @@ def _refuse_parts(path: Path) -> None:
     """Refuse what transformers does not load as a model, and is not ill for that."""
     there = {file.name for file in path.iterdir()}
     weights = {name for name in there if name.endswith(".safetensors")}
+    ranks = rank_shards.names(path)
+    if weights and weights == set(ranks):
+        raise UnsupportedError(
+            f"it holds a distributed checkpoint: {len(ranks)} files of ranks, each with its parts "
+            "of tensors, as save_pretrained(distributed_checkpoint=True) writes them. transformers "
+            "5 loads it with a device mesh; vLLM and others do not.",
+            path=path,
+            hint="Convert it, then look at the result: reshard convert SRC DST --base HF_DIR.",
+        )
     if weights == {ADAPTER_WEIGHTS} and ADAPTER_CONFIG in there:
         raise UnsupportedError(
             "it holds an adapter, which PEFT loads onto a model, and no model.",

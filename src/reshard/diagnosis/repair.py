@@ -27,7 +27,6 @@ from reshard.naming import NameMap, identity
 from reshard.naming.schema import says_tied
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
-from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import check_space
 from reshard.transfer.engine import Outcome
 
@@ -74,7 +73,7 @@ def write_mended(
         return _manifest(mended, findings, dtype, stated, manifest.listed(plan, sources))
 
     writing = Writing(threads, progress=progress)
-    carry_out(plan, sources, Ledger(mended.records), target, writing, render=render, check=check)
+    carry_out(plan, sources, mended.records, target, writing, render=render, check=check)
 
 
 def _mended(case: Case, repairs: Sequence[Repair]) -> _Mended:

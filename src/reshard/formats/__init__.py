@@ -79,6 +79,13 @@ class Single(Protocol):
         """One file of that name with these tensors."""
 
 
+#: What frameworks call the parts of a nested state dict that hold tensors and are not the model.
+NOT_MODEL = re.compile(
+    r"(.*_)?optim(izer)?s?(_.*|\d*)|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?|"
+    r"extra(_.*)?|ema(_.*)?"
+)
+
+
 def load(name: str) -> Format:
     """The module of a format."""
     return cast(Format, import_module(named(name).module))

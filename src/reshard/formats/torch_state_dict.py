@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -34,8 +35,8 @@ from reshard.core.findings import Finding, objects_unread
 from reshard.core.plan import OutputFile, Slot
 from reshard.core.tensors import Entry, Record, TensorSpec, whole
 from reshard.core.tiling import check_tiling
-from reshard.errors import FormatError, IncompleteError, UnsupportedError
-from reshard.formats import Selection, Wanted, numbered, of_several
+from reshard.errors import FormatError, IncompleteError, NamesError, UnsupportedError
+from reshard.formats import NOT_MODEL, Selection, Wanted, numbered, of_several
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
@@ -45,7 +46,10 @@ _ADAPTER = "adapter_model.bin"
 _FSDP = re.compile(r"pytorch_model_fsdp(?:_(\d+))?\.bin")
 _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Where trainers put the state dict in a larger dict.
-_CONTAINERS = ("state_dict", "module", "model")
+_CONTAINERS = ("state_dict", "module", "model", "model_state_dict")
+# Levels of dicts that are looked into.
+_MAX_DEPTH = 4
+_Dict = dict[Any, Any]
 # A key of every file that DeepSpeed's engine writes.
 _DEEPSPEED = "ds_version"
 
@@ -69,7 +73,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     for file in files:
         content = read_torch(sources.open(file))
         records += content.records
-        for name, entry in _entries(file, content, sources).items():
+        for name, entry in _entries(file, content, sources, selection.prefix).items():
             if name in entries:
                 raise FormatError("it is stored in two files.", path=file, tensor=name)
             entries[name] = entry
@@ -143,11 +147,13 @@ def _models(path: Path) -> list[str]:
     return numbered((file.name for file in path.iterdir()), _FSDP)
 
 
-def _entries(path: Path, content: TorchFile, sources: Sources) -> dict[str, Entry]:
+def _entries(
+    path: Path, content: TorchFile, sources: Sources, prefix: str | None
+) -> dict[str, Entry]:
     """Tensors by name, each storage once; later names of the same elements become aliases."""
     entries: dict[str, Entry] = {}
     stored: dict[tuple[object, ...], str] = {}
-    for name, tensor in _state_dict(path, content, sources).items():
+    for name, tensor in _state_dict(path, content, sources, prefix).items():
         key = (tensor.storage, tensor.dtype, tensor.shape, tensor.strides)
         first = stored.setdefault(key, name) if tensor.extent.nbytes else name
         if first != name:
@@ -159,14 +165,15 @@ def _entries(path: Path, content: TorchFile, sources: Sources) -> dict[str, Entr
     return entries
 
 
-def _state_dict(path: Path, content: TorchFile, sources: Sources) -> dict[str, TensorRef]:
-    value = content.value
+def _state_dict(
+    path: Path, content: TorchFile, sources: Sources, prefix: str | None
+) -> dict[str, TensorRef]:
+    """The tensors of the model's part; their names keep what of `prefix` is a path to it."""
+    value, before = content.value, ""
     if isinstance(value, dict):
         _refuse_part(path, value)
-        for key in _CONTAINERS:
-            if isinstance(value.get(key), dict):
-                value = value[key]
-                break
+        value, before = _named_part(value, prefix)
+        value = value if before else _model_part(value, path)
     found = _tensors(_whole(path, value, sources))
     if not isinstance(value, dict) or not found:
         raise UnsupportedError(
@@ -181,7 +188,62 @@ def _state_dict(path: Path, content: TorchFile, sources: Sources) -> dict[str, T
                 path=path,
                 tensor=name if isinstance(name, str) else None,
             )
-    return found
+    return {before + name: tensor for name, tensor in found.items()}
+
+
+def _named_part(value: _Dict, prefix: str | None) -> tuple[_Dict, str]:
+    """The dict that the prefix leads to through nested ones, and how much of it did."""
+    before = ""
+    for step in prefix.removesuffix(".").split(".") if prefix else ():
+        inner = value.get(step)
+        if not isinstance(inner, dict):
+            break
+        value, before = inner, f"{before}{step}."
+    return value, before
+
+
+def _model_part(value: _Dict, path: Path) -> _Dict:
+    """The dict that is the model's state dict, by the names that trainers use.
+
+    Raises `NamesError` where it could be one of several.
+    """
+    for _ in range(_MAX_DEPTH):
+        known = [key for key in _CONTAINERS if _holds_tensors(value.get(key))]
+        inside = [
+            key
+            for key, inner in value.items()
+            if isinstance(key, str) and not NOT_MODEL.fullmatch(key) and _holds_tensors(inner)
+        ]
+        # A step or a loss as a tensor, beside the model, is no model.
+        own = [tensor for tensor in value.values() if _is_tensor(tensor)]
+        if not known and any(not isinstance(t, TensorRef) or t.shape for t in own):
+            return value
+        if not known and len(inside) > 1:
+            raise NamesError(
+                f"several parts of it could be the model: {', '.join(map(repr, inside))}.",
+                path=path,
+                hint="Name the one that is meant with --prefix.",
+            )
+        if not known and not inside:
+            return value
+        inner = value[(known or inside)[0]]
+        if not isinstance(inner, dict):
+            return value
+        value = inner
+    return value
+
+
+def _holds_tensors(value: object, depth: int = _MAX_DEPTH) -> bool:
+    """Whether a dict has tensors in it, or in a dict in it."""
+    if not isinstance(value, dict) or not depth:
+        return False
+    return any(_is_tensor(v) or _holds_tensors(v, depth - 1) for v in value.values())
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, TensorRef) or (
+        isinstance(value, Opaque) and (value.is_tensor or is_distributed(value))
+    )
 
 
 def _whole(path: Path, value: object, sources: Sources) -> object:

@@ -194,6 +194,12 @@ QWEN2_MOE = _since_5(
     stacked=_QWEN2_EXPERTS,
 )  # fmt: skip
 
+# Kimi-K2 is code of its own, with the files' names, or it is trained as DeepSeek-V3.
+KIMI_K2 = Family(
+    ("kimi_k2",),
+    (Layout(_HUB, (4, 0)), Layout("as DeepSeek-V3 has them", stacked=_QWEN2_EXPERTS)),
+)
+
 # The experts of Qwen2-MoE, and tensors beside them that were renamed.
 ERNIE4_5_MOE = _since_5(
     "ernie4_5_moe",
@@ -418,9 +424,10 @@ PLAIN = Family((), (Layout(_HUB, (0,)),))
 
 FAMILIES = (
     QWEN2_VL, LLAVA, QWEN2_AUDIO, VISION_TOWER, DEEPSEEK_VL, MIXTRAL, PHIMOE, ERNIE4_5_MOE,
-    QWEN2_MOE, QWEN3_VL_MOE, EXAONE_MOE, HY_V3, LAGUNA, KOLIBRI1, AXK1, AXK2, MIMO_V2_FLASH,
-    FLINT, JAMBA, LFM2_MOE, NEMOTRON_H, GRANITEMOE, ARIA_TEXT, GPT_NEOX, GRANITE_SPEECH,
-    QWEN_OMNI_THINKER, PADDLEOCR_VL, HYPERCLOVAX_VISION, LFM3_VL, VIT, VISION_ENCODER_DECODER,
+    QWEN2_MOE, KIMI_K2, QWEN3_VL_MOE, EXAONE_MOE, HY_V3, LAGUNA, KOLIBRI1, AXK1, AXK2,
+    MIMO_V2_FLASH, FLINT, JAMBA, LFM2_MOE, NEMOTRON_H, GRANITEMOE, ARIA_TEXT, GPT_NEOX,
+    GRANITE_SPEECH, QWEN_OMNI_THINKER, PADDLEOCR_VL, HYPERCLOVAX_VISION, LFM3_VL, VIT,
+    VISION_ENCODER_DECODER,
     BERT, CLIP_VISION, CLIP_TEXT, ULTRABERT,
 )  # fmt: skip
 

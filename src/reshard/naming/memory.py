@@ -25,7 +25,8 @@ from reshard.naming.schema import (
     views,
 )
 
-#: The newest transformers version whose layouts were read (`families.py`).
+#: The oldest and the newest transformers version whose layouts were read (`families.py`).
+OLDEST: Version = (4, 49)
 NEWEST: Version = (5, 23)
 
 # Classes that hold an output head, by the ends of their names in config.json's `architectures`.
@@ -90,6 +91,15 @@ def memory_view(config: Mapping[str, Any], version: Version) -> View:
             hint="Name another version with --transformers-version.",
         )
     return view
+
+
+def was_read(version: Version) -> bool:
+    """Whether the layouts of this transformers version were read; else its neighbours' are taken.
+
+    >>> was_read((5, 23, 1)), was_read((4, 48)), was_read((6,))
+    (True, False, False)
+    """
+    return version >= OLDEST and version[:2] <= NEWEST
 
 
 def live_layout(config: Mapping[str, Any], version: Version) -> View | None:
@@ -178,8 +188,12 @@ def _orientation_is_right(
 
 
 def _held(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str, Piece]:
-    """The tensors that a live module has a place for."""
-    return {hub: piece for hub, piece in pieces.items() if not is_unheld(hub, config)}
+    """The tensors that a live module has a place for: what it computes is not in its state dict."""
+    return {
+        hub: piece
+        for hub, piece in pieces.items()
+        if not is_unheld(hub, config) and not patterns.matches_any(families.CONSTANTS, hub)
+    }
 
 
 def _towers(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str, Piece]:

@@ -1,4 +1,4 @@
-"""The error of a source that does not fit: both lists, the nearest names, the shapes."""
+"""The error of a source that does not fit: what differs, or both lists and the nearest names."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from reshard.errors import Lines, NamesError, shown
-from reshard.naming import value_heads
+from reshard.naming import value_heads, wrong_base
 from reshard.naming.judge import Verdict
 from reshard.naming.search import Candidate
 
+_CHECK = (
+    "Check that the base is the model that was trained. If the checkpoint holds several models, "
+    "choose one with --prefix (for example actor.model)."
+)
+_OTHERWISE = (
+    "In modules of the base the checkpoint holds other tensors, as a layout that is not known "
+    "would: neither to leave these out nor to take the base's would be right."
+)
 # Names shown of each list; the error's fields hold all of them.
 _SHOWN = 10
 # Patterns that a hint spells out.
@@ -20,7 +28,11 @@ _POOL = 200
 
 
 def refuse(candidate: Candidate) -> NamesError:
-    """The error for the best candidate. Names are the base's and the checkpoint's own."""
+    """The error for the best candidate. Names are the base's and the checkpoint's own.
+
+    Where the two are models of different sizes it says so, in a table of what differs; else it
+    lists the names, the nearest beside each.
+    """
     source, base = candidate.source.pieces, candidate.base.pieces
     missing = _names(base[hub].name for hub in candidate.of(Verdict.MISSING))
     unexpected = _names(
@@ -32,26 +44,55 @@ def refuse(candidate: Candidate) -> NamesError:
         for hub in candidate.of(Verdict.MISMATCHED)
     ]
     matched = len(candidate.of(Verdict.MATCHED))
-    paragraphs = [f"{matched} of the base's {len(base)} tensors match ({candidate.title})."]
-    if missing:
-        near = Nearest(unexpected)
-        rows = [_row(name, near.to(name)) for name in missing[:_SHOWN]]
-        paragraphs.append(_list(f"{len(missing)} of the base are not in the checkpoint", rows,
-                                len(missing)))  # fmt: skip
-    if unexpected:
-        near = Nearest(missing)
-        rows = [_row(name, near.to(name)) for name in unexpected[:_SHOWN]]
-        paragraphs.append(_list(f"{len(unexpected)} of the checkpoint are not in the base", rows,
-                                len(unexpected)))  # fmt: skip
-    if clashes:
-        paragraphs.append(_list(f"{len(clashes)} have another shape", clashes[:_SHOWN],
-                                len(clashes)))  # fmt: skip
+    counted = f"{matched} of {len(base)} tensors have the same name and shape"
+    traits = wrong_base.differing(source, base)
+    if (clashes or unexpected) and {t.name for t in traits} & {"layers", "hidden size"}:
+        body = _diagnosis(counted, traits, (missing, unexpected, clashes))
+        hint = f"{_CHECK} All names: reshard inspect SRC --base BASE --json."
+    else:
+        body = _lists(f"{counted} ({candidate.title}).", missing, unexpected, clashes)
+        hint = _hint(candidate, missing, unexpected, clashes)
     return NamesError(
-        Lines("the checkpoint's tensors are not the base's: " + "\n".join(paragraphs) + "\n"),
+        Lines(f"the checkpoint does not fit the base model: {body}\n"),
         missing=missing,
         unexpected=unexpected,
-        hint=_hint(candidate, missing, unexpected, clashes),
+        hint=hint,
     )
+
+
+def _diagnosis(
+    counted: str, traits: tuple[wrong_base.Trait, ...], lists: tuple[Sequence[str], ...]
+) -> str:
+    """What differs, in a table, and how many tensors that concerns."""
+    missing, unexpected, clashes = lists
+    parts = [
+        f"{len(missing)} are only in the base" if missing else "",
+        f"{len(unexpected)} are only in the checkpoint" if unexpected else "",
+        f"{len(clashes)} have another shape ({clashes[0]})" if clashes else "",
+    ]
+    return (
+        f"{counted}.\n{wrong_base.table(traits)}\n"
+        f"Of the tensors, {', '.join(part for part in parts if part)}."
+    )
+
+
+def _lists(
+    first: str, missing: Sequence[str], unexpected: Sequence[str], clashes: Sequence[str]
+) -> str:
+    """All that does not fit, the nearest name beside each."""
+    paragraphs = [first]
+    for title, names, others in (
+        ("of the base are not in the checkpoint", missing, unexpected),
+        ("of the checkpoint are not in the base", unexpected, missing),
+    ):
+        if names:
+            near = Nearest(others)
+            rows = [_row(name, near.to(name)) for name in names[:_SHOWN]]
+            paragraphs.append(_list(f"{len(names)} {title}", rows, len(names)))
+    if clashes:
+        title = f"{len(clashes)} have another shape"
+        paragraphs.append(_list(title, clashes[:_SHOWN], len(clashes)))
+    return "\n".join(paragraphs)
 
 
 def _hint(
@@ -63,15 +104,24 @@ def _hint(
             "Were they frozen and left out when it was saved, take them from the base: "
             "--fill-from-base."
         )
-    wrong = "Is it the model that the training started from? Name the model's part with --prefix."
     matched = len(candidate.of(Verdict.MATCHED))
+    if _holds_otherwise(candidate):
+        return f"{_CHECK} {_OTHERWISE}"
     if clashes or not unexpected or matched < len(missing) + len(unexpected):
-        return wrong
+        return _CHECK
     leave = f"to leave out what the base has no place for, pass {_allowing(candidate, unexpected)}"
     if missing:
         fill = "to take from it what the checkpoint lacks, --fill-from-base"
-        return f"{wrong} If it is, {leave}; {fill}."
+        return f"{_CHECK} If it is, {leave}; {fill}."
     return f"{leave[0].upper()}{leave[1:]}.{_value_head(candidate)}"
+
+
+def _holds_otherwise(candidate: Candidate) -> bool:
+    """Whether a module of the base has other tensors in the checkpoint: to leave these out and to
+    fill it from the base would put untrained weights beside trained ones."""
+    lacking = [*candidate.of(Verdict.MISSING), *candidate.of(Verdict.FILLED)]
+    modules = {head for name in lacking for head in _heads(name)}
+    return any(hub.rpartition(".")[0] in modules for hub in candidate.of(Verdict.UNEXPECTED))
 
 
 def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:

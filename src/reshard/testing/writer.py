@@ -30,9 +30,8 @@ from reshard.formats.info import target_named
 from reshard.storage.local import Sources
 from reshard.testing import truth
 from reshard.testing.truth import Array, Tensors
-from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder
-from reshard.transfer.engine import Engine
+from reshard.transfer.executor import Threads
 
 _UNBOUNDED = 5 * 10**9
 # Bytes of a file, so that the tensors of `truth.ordinary` need several.
@@ -69,7 +68,7 @@ class WriterConformance:
         """Lay out and write; returns `folder`."""
         files, texts = self.lay_out(wanted, max_file_nbytes)
         with Sources() as sources, OutputFolder(folder, "conformance") as output:
-            Engine(Plan(files), sources, Ledger(()), output, threads=threads).run()
+            Threads(threads).run(Plan(files), sources, output)
             for name, text in texts:
                 output.write(name, text)
             output.commit()

@@ -84,7 +84,7 @@ class OutputFolder:
             path = self._own / "tmp" / str(self._count)
             self._count += 1
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             self._open[fd] = path
             reserve(fd, nbytes)
         except OSError as error:

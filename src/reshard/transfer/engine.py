@@ -9,9 +9,10 @@ Memory: threads * (_BLOCK + _SCRATCH) bytes, four times that for tensors stored 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import xxhash
@@ -30,6 +31,8 @@ from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
 from reshard.transfer.finite import NotFinite, not_finite
 from reshard.transfer.pieces import Run, runs
+from reshard.transfer.readback import ReadBack, ReadJob, Stretch
+from reshard.transfer.reading import Known
 from reshard.transfer.writeback import Writeback
 
 # Bytes of an output block. 4 MiB of source and target stay in a core's cache; twice as much is no
@@ -51,7 +54,8 @@ class Outcome(Struct, frozen=True):
     checksums of the source that were compared, and the stretches without. `not_finite` are tensors
     that hold NaN or infinity, by part and name. `changed` counts the slots whose values differ from
     their reference, of `compared`. `findings` say what happened to what earlier runs left, and to
-    the output that was replaced.
+    the output that was replaced. `read_back` are digests of bytes of the written files, read from
+    them again.
     """
 
     digests: Mapping[tuple[str, str], str]
@@ -61,6 +65,7 @@ class Outcome(Struct, frozen=True):
     changed: int
     not_finite: Mapping[tuple[str, str], NotFinite] = {}
     findings: tuple[Finding, ...] = ()
+    read_back: Known = field(default_factory=dict)
 
 
 class _Digest(Struct):
@@ -138,6 +143,7 @@ class Engine:
         folder: OutputFolder,
         *,
         threads: int,
+        read_back: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self._plan = plan
@@ -152,7 +158,9 @@ class Engine:
         self._digests: dict[tuple[str, str], _Digest] = {}
         self._not_finite: dict[tuple[str, str], NotFinite] = {}
         self._pieces = self._cut()
-        self._taking = threading.Lock()
+        self._taking = threading.Condition()
+        self._making = 0
+        self._back = ReadBack() if read_back else None
         self._counting = threading.Lock()
         self._stop = threading.Event()
         self._writeback = Writeback()
@@ -163,13 +171,19 @@ class Engine:
             self._writeback,
             ThreadPoolExecutor(self._threads, thread_name_prefix="reshard") as pool,
         ):
+            futures: list[Future[int]] = []
             try:
-                futures = [pool.submit(self._work) for _ in range(self._threads)]
+                for _ in range(self._threads):
+                    futures.append(pool.submit(self._work))
                 wait(futures)
             except BaseException:
                 # Ctrl-C: the pool waits for its threads, so they must end first.
-                self._stop.set()
+                self._halt()
                 raise
+            finally:
+                if self._back is not None:
+                    wait(futures)
+                    self._back.close()
         failures = [failure for future in futures if (failure := future.exception())]
         for failure in sorted(failures, key=lambda failure: isinstance(failure, _StoppedError)):
             raise failure
@@ -182,6 +196,7 @@ class Engine:
             not_finite={
                 key: self._not_finite[key] for key in self._digests if key in self._not_finite
             },
+            read_back={} if self._back is None else self._back.found,
         )
 
     def _work(self) -> int:
@@ -193,6 +208,9 @@ class Engine:
         buffer = page_aligned(_BLOCK)
         try:
             while (piece := self._take()) is not None:
+                if isinstance(piece, ReadJob):
+                    piece.read(buffer)
+                    continue
                 hasher = xxhash.xxh3_128()
                 for part in piece.parts:
                     if _strided(part.tensor.slot) and len(buffer) < _STRIDED_BLOCK:
@@ -200,16 +218,43 @@ class Engine:
                     self._make(part, hasher, buffer, reader, references)
                 with self._counting:
                     piece.digest.put(piece.leaf, hasher.digest())
+                self._made()
         except BaseException:
-            self._stop.set()
+            self._halt()
             raise
         return reader.bytes_read
 
-    def _take(self) -> _Piece | None:
-        if self._stop.is_set():
-            raise _StoppedError
+    def _take(self) -> _Piece | ReadJob | None:
+        """What is written is read again first, while it is cached; None where all is done.
+
+        Who finds nothing while others still make pieces waits: there will be more to read.
+        """
         with self._taking:
-            return next(self._pieces, None)
+            while True:
+                if self._stop.is_set():
+                    raise _StoppedError
+                job = None if self._back is None else self._back.take()
+                if job is not None:
+                    return job
+                piece = next(self._pieces, None)
+                if piece is not None:
+                    self._making += 1
+                    return piece
+                if not self._making or self._back is None:
+                    return None
+                self._taking.wait()
+
+    def _made(self) -> None:
+        """That a piece is done."""
+        with self._taking:
+            self._making -= 1
+            self._taking.notify_all()
+
+    def _halt(self) -> None:
+        """Let everybody end."""
+        self._stop.set()
+        with self._taking:
+            self._taking.notify_all()
 
     def _cut(self) -> Iterator[_Piece]:
         """Every piece, in output order; each file is made as its turn comes."""
@@ -231,6 +276,7 @@ class Engine:
                 for leaf, run in runs(slot, before, _block(slot)):
                     if piece is None or piece.digest is not digest or piece.leaf != leaf:
                         if piece is not None:
+                            self._note(piece)
                             yield piece
                         piece = _Piece(digest, leaf)
                     self._add(piece, tensor, run)
@@ -238,7 +284,21 @@ class Engine:
                 self._complete(tensor)
             self._release(file)
         if piece is not None:
+            self._note(piece)
             yield piece
+
+    def _note(self, piece: _Piece) -> None:
+        """Have a piece read again later, if it is one stretch of a file."""
+        if self._back is None or len(piece.parts) != 1:
+            return
+        (part,) = piece.parts
+        file, slot = part.tensor.file, part.tensor.slot
+        first, last = part.runs[0], part.runs[-1]
+        itemsize = slot.spec.dtype.itemsize
+        path = os.fspath(self._folder.partial / file.output.name)
+        offset = slot.offset + first.start * itemsize
+        nbytes = (last.start + last.numel - first.start) * itemsize
+        self._back.note(file.fd, Stretch(path, offset, nbytes))
 
     def _add(self, piece: _Piece, tensor: _Tensor, run: Run) -> None:
         """Note a run in its piece; parts are counted before anyone can finish them."""
@@ -328,6 +388,10 @@ class Engine:
             file.pending -= 1
             last = file.pending == 0
         if last:
+            if self._back is not None:
+                self._back.written(file.fd)
+                with self._taking:
+                    self._taking.notify_all()
             self._folder.seal(file.output.name, file.fd)
 
 

@@ -57,7 +57,7 @@ def decode(value: Opaque, place: Place) -> Local:
         shape,
         tuple(parts),
         cuts,
-        world if type(world) is int else None,
+        world if type(world) is int and 0 < world <= MAX_RANKS else None,
         rank if type(rank) is int else None,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 
-from reshard.conversion.base_model import CONFIG
+from reshard.conversion.base_model import CONFIG, class_repairs
 from reshard.core.catalog import Asset
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.checks.companions import (
@@ -101,6 +101,16 @@ def config(case: Case) -> Signs | None:
     if case.base is None:
         return Signs(evidence, advice="Name the base model with --base to take it from there.")
     return Signs(evidence, Repair("the base's config.json is taken"))
+
+
+def fsdp_class(case: Case) -> Signs | None:
+    """A class as FSDP2 calls it while it trains, which transformers has none of."""
+    repairs = class_repairs(case.folder.settings)
+    if not repairs:
+        return None
+    stated = case.folder.settings["architectures"]
+    evidence = (f"{CONFIG} names {', '.join(map(str, stated))}",)
+    return Signs(evidence, Repair("the class is named without FSDP", config=repairs))
 
 
 def tokenizer(case: Case) -> Signs | None:

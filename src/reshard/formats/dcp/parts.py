@@ -13,22 +13,17 @@ path, `("model", "a.b")`. Names contain dots themselves, so paths are never gues
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 
 from msgspec import Struct
 
 from reshard.errors import FormatError, NamesError, NotFoundError
+from reshard.formats import NOT_MODEL
 
 Path = tuple[str, ...]
 
-# What frameworks call the model's part.
-_MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
-# What they call everything else that may hold tensors.
-_NOT_MODEL = re.compile(
-    r"(.*_)?optim(izer)?s?(_.*|\d*)|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?|"
-    r"extra(_.*)?|ema(_.*)?"
-)
+#: What frameworks call the model's part.
+MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
 # The top level of an optimizer's own state dict.
 _OPTIMIZER = frozenset({"state", "param_groups"})
 # Names listed in an error.
@@ -67,7 +62,7 @@ def find(tensors: Mapping[str, Path], prefix: str | None, root: str) -> Part:
         key: ".".join(path[len(start) :])
         for key, path in inside
         # Beside the model's own names, at the top, lie the other parts. Deeper, all is the model.
-        if start or len(path) == 1 or not _NOT_MODEL.fullmatch(path[0])
+        if start or len(path) == 1 or not NOT_MODEL.fullmatch(path[0])
     }
     return Part(start, names)
 
@@ -80,14 +75,14 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
     depth = len(start)
     tops = {path[depth] for path in inside}
     children = {path[depth] for path in inside if len(path) > depth + 1}
-    known = sorted(children & _MODEL)
+    known = sorted(children & MODEL)
     if len(known) == 1:
         return known[0]
     if tops <= _OPTIMIZER:
         raise _only_optimizer(root)
     if not known and any(len(path) == depth + 1 for path in inside):
         return None
-    candidates = known or sorted(c for c in children if not _NOT_MODEL.fullmatch(c))
+    candidates = known or sorted(c for c in children if not NOT_MODEL.fullmatch(c))
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:

@@ -39,6 +39,17 @@ _NUMBER = re.compile(r".*?(\d*)")
 _LISTED = 5
 
 
+class Missing(Struct, frozen=True):
+    """Files of ranks that are not there: how many, and the first of them."""
+
+    count: int
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = self.count - len(self.names)
+        return ", ".join(self.names) + (f" and {more} more" if more else "")
+
+
 class Saved(Struct, frozen=True):
     """The rank files of one model: `files` by rank.
 
@@ -54,14 +65,15 @@ class Saved(Struct, frozen=True):
     model: str
     models: tuple[str, ...]
 
-    def missing(self, world: int) -> list[str]:
-        """The names of the files that a world of so many ranks has and this folder has not."""
+    def missing(self, world: int) -> Missing:
+        """The files that a world of so many ranks has and this folder has not."""
         some = next(iter(self.files.values())).name
-        rank = re.compile(r"(.*rank[._-]?)\d+", re.DOTALL)
-        found = rank.match(some)
-        stem = found[1] if found else ""
-        rest = re.sub(r"^\d+", "", some[len(stem) :])
-        return [f"{stem}{r}{rest}" for r in range(world) if r not in self.files]
+        found = re.match(r"(.*rank[._-]?)\d+(.*)", some, re.DOTALL)
+        before, after = found.groups() if found else (some, "")
+        # A name or a file may state any world: the first few lie among the first ranks.
+        ranks = range(min(world, len(self.files) + _LISTED))
+        names = [f"{before}{rank}{after}" for rank in ranks if rank not in self.files]
+        return Missing(world - len(self.files), tuple(names[:_LISTED]))
 
     def check_ranks(self, world: int) -> None:
         """Refuse a rank that a world of so many does not have."""

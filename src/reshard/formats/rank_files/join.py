@@ -18,13 +18,12 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec
 from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError
-from reshard.formats.rank_files.files import Saved
+from reshard.formats.rank_files.files import Missing, Saved
 from reshard.formats.rank_files.state import State
 from reshard.storage.local import Sources
 
 # Bytes compared at once.
 _PIECE = 1 << 20
-_LISTED = 5
 _ONE_SAVE = "Copy the files of all ranks again, from one save."
 
 
@@ -54,7 +53,7 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
     world = saved.world or stated_world(states)
     if world is not None:
         saved.check_ranks(world)
-    missing = [] if world is None else saved.missing(world)
+    missing = Missing(0, ()) if world is None else saved.missing(world)
     entries: dict[str, Entry] = {}
     records: dict[str, list[Record]] = {}
     first: dict[tuple[object, ...], str] = {}
@@ -154,7 +153,7 @@ def _entry(
     name: str,
     first: TensorRef | Local,
     held: Sequence[Held],
-    missing: Sequence[str],
+    missing: Missing,
     saved: Saved,
 ) -> Entry:
     fragments: list[Fragment] = [h.tensor.fragment(h.box) for h in held]
@@ -168,7 +167,7 @@ def _entry(
         check_tiling(entry)
     except IncompleteError as error:
         error.path = str(saved.folder)
-        if missing:
+        if missing.count:
             raise ranks_missing(missing, saved) from None
         raise
     except FormatError as error:
@@ -177,29 +176,24 @@ def _entry(
     return entry
 
 
-def ranks_missing(missing: Sequence[str], saved: Saved) -> IncompleteError:
+def ranks_missing(missing: Missing, saved: Saved) -> IncompleteError:
     """The error of a folder without the files of some ranks."""
     return IncompleteError(
-        f"of {len(missing) + len(saved.files)} ranks' files, {len(missing)} "
-        f"{'is' if len(missing) == 1 else 'are'} missing: {_some(missing)}.",
+        f"of {missing.count + len(saved.files)} ranks' files, {missing.count} "
+        f"{'is' if missing.count == 1 else 'are'} missing: {missing}.",
         path=saved.folder,
         hint="Copy the files of all ranks, from all nodes if each kept its own.",
     )
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
-def _replicas_missing(missing: Sequence[str]) -> tuple[Finding, ...]:
-    if not missing:
+def _replicas_missing(missing: Missing) -> tuple[Finding, ...]:
+    if not missing.count:
         return ()
     message = (
-        f"the files of these ranks are missing: {_some(missing)}; all that they held is in the "
-        "others' (replicas, or ranks that own nothing)."
+        f"the files of these ranks are missing: {missing}; all that they held is in the others' "
+        "(replicas, or ranks that own nothing)."
     )
-    return (Finding("replicas-missing", message, subject=missing[0]),)
+    return (Finding("replicas-missing", message, subject=missing.names[0]),)
 
 
 def _same(one: Held, other: Held, sources: Sources) -> bool:

@@ -78,7 +78,7 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
     world = saved.world or stated_world(states) or len(states)
     saved.check_ranks(world)
     missing = saved.missing(world)
-    if missing:
+    if missing.count:
         raise ranks_missing(missing, saved)
     entries: dict[str, Entry] = {}
     records: dict[str, list[Record]] = {}

@@ -1,0 +1,191 @@
+"""Models in the names of torchtitan and of Meta: renamed and turned into those of the hub.
+
+torchtitan trains models of its own. Its names are Meta's, with what was added since:
+
+    tok_embeddings.weight                               model.embed_tokens.weight
+    layers.0.attention.wq.weight                        ...self_attn.q_proj.weight, turned
+    layers.0.attention.qkv_linear.wq.weight             the same, torchtitan 0.3
+    layers.0.feed_forward.w1.weight                     ...mlp.gate_proj.weight
+    layers.0.moe.experts.w1                             ...mlp.experts.*.gate_proj.weight, stacked
+    layers.0.moe.routed_experts.inner_experts.w1_EFD    the same, torchtitan 0.3
+    output.weight, lm_head.weight                       lm_head.weight
+
+Llama's queries and keys are turned: rotary embeddings pair neighbouring rows of a head there, and
+rows half a head apart on the hub. Read off torchtitan 0.3 (models/llama3, models/qwen3:
+state_dict_adapter.py), its checkpoints of 2025, and Meta's llama-models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from reshard.core import rearrange
+from reshard.core.tensors import Box, Entry, Fragment, contiguous_strides
+from reshard.errors import NamesError, UnsupportedError
+from reshard.naming import patterns
+from reshard.naming.search import unwrap
+
+#: (on the hub, in torchtitan); `*` is a layer.
+NAMES = (
+    ("model.embed_tokens.weight", "tok_embeddings.weight"),
+    ("model.norm.weight", "norm.weight"),
+    ("lm_head.weight", "output.weight"),
+    ("lm_head.weight", "lm_head.weight"),
+    ("model.layers.*.input_layernorm.weight", "layers.*.attention_norm.weight"),
+    ("model.layers.*.post_attention_layernorm.weight", "layers.*.ffn_norm.weight"),
+    ("model.layers.*.self_attn.o_proj.weight", "layers.*.attention.wo.weight"),
+    ("model.layers.*.self_attn.v_proj.weight", "layers.*.attention.wv.weight"),
+    ("model.layers.*.self_attn.v_proj.weight", "layers.*.attention.qkv_linear.wv.weight"),
+    ("model.layers.*.self_attn.q_proj.weight", "layers.*.attention.wq.weight"),
+    ("model.layers.*.self_attn.q_proj.weight", "layers.*.attention.qkv_linear.wq.weight"),
+    ("model.layers.*.self_attn.k_proj.weight", "layers.*.attention.wk.weight"),
+    ("model.layers.*.self_attn.k_proj.weight", "layers.*.attention.qkv_linear.wk.weight"),
+    ("model.layers.*.self_attn.q_norm.weight", "layers.*.attention.q_norm.weight"),
+    ("model.layers.*.self_attn.k_norm.weight", "layers.*.attention.k_norm.weight"),
+    ("model.layers.*.mlp.gate_proj.weight", "layers.*.feed_forward.w1.weight"),
+    ("model.layers.*.mlp.up_proj.weight", "layers.*.feed_forward.w3.weight"),
+    ("model.layers.*.mlp.down_proj.weight", "layers.*.feed_forward.w2.weight"),
+    ("model.layers.*.mlp.gate.weight", "layers.*.moe.router.gate.weight"),
+)
+#: (on the hub, in torchtitan), of tensors with a leading dimension of experts.
+EXPERTS = (
+    ("model.layers.{}.mlp.experts.{}.gate_proj.weight", "layers.*.moe.experts.w1"),
+    ("model.layers.{}.mlp.experts.{}.up_proj.weight", "layers.*.moe.experts.w3"),
+    ("model.layers.{}.mlp.experts.{}.down_proj.weight", "layers.*.moe.experts.w2"),
+    (
+        "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+        "layers.*.moe.routed_experts.inner_experts.w1_EFD",
+    ),
+    (
+        "model.layers.{}.mlp.experts.{}.up_proj.weight",
+        "layers.*.moe.routed_experts.inner_experts.w3_EFD",
+    ),
+    (
+        "model.layers.{}.mlp.experts.{}.down_proj.weight",
+        "layers.*.moe.routed_experts.inner_experts.w2_EDF",
+    ),
+)
+#: Buffers that are computed, and statistics of the router's balance: of no model on the hub.
+LEFT_OUT = ("rope.freqs", "freqs_cis", "rope.cache", "layers.*.moe.tokens_per_expert")
+#: Model types -> whether queries and keys are turned.
+FAMILIES = {"llama": True, "qwen3": False, "qwen3_moe": False}
+# Names that every such model has, and no other.
+_SIGNS = ("tok_embeddings.weight", "layers.*.attention.wo.weight")
+
+
+class Translated(Struct, frozen=True):
+    """A checkpoint's tensors by the hub's names; `rules` say in words what was done to them."""
+
+    entries: Mapping[str, Entry]
+    rules: tuple[str, ...] = ()
+
+
+def translated(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Translated:
+    """The tensors of torchtitan's or Meta's model by the hub's names, turned as the hub has them.
+
+    Any other checkpoint goes through as it is. `config` is the base's. Raises `UnsupportedError`
+    for a family whose names there are not known, `NamesError` where the config does not say how
+    many heads there are.
+    """
+    names = [unwrap(name) for entry in entries.values() for name in entry.names]
+    if not all(any(patterns.match(sign, name) is not None for name in names) for sign in _SIGNS):
+        return Translated(entries)
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise UnsupportedError(
+            f"its tensors have the names of torchtitan or Meta, which are known of "
+            f"{', '.join(FAMILIES)}, not of {kind!r}.",
+            hint="Export it with torchtitan's own conversion to Hugging Face.",
+        )
+    found: dict[str, Entry] = {}
+    turned = 0
+    for entry in entries.values():
+        for name, made in _of(entry, config, turns=FAMILIES[kind]):
+            if name in found:
+                raise NamesError("two tensors are it.", tensor=name)
+            found[name] = made
+            turned += FAMILIES[kind] and name.endswith(("q_proj.weight", "k_proj.weight"))
+    rules = [f"torchtitan's names -> the hub's ({len(entries)})"]
+    if turned:
+        rules.append(f"heads of queries and keys turned for the hub's rotary embeddings ({turned})")
+    return Translated(found, tuple(rules))
+
+
+def _of(entry: Entry, config: Mapping[str, Any], *, turns: bool) -> Iterator[tuple[str, Entry]]:
+    """The hub's tensors that one of torchtitan's is."""
+    name = unwrap(entry.spec.name)
+    if patterns.matches_any(LEFT_OUT, name):
+        return
+    for hub, here in EXPERTS:
+        wild = patterns.match(here, name)
+        if wild is not None and len(entry.spec.shape) == 3:  # [experts, rows, columns]
+            for expert in range(entry.spec.shape[0]):
+                called = hub.format(wild[0], expert)
+                yield called, rearrange.select(entry, expert).renamed(called)
+            return
+    hub_name, rule = patterns.rewrite(name, [(here, hub) for hub, here in NAMES])
+    if rule is None:
+        yield name, replace(entry.renamed(name), aliases=())
+        return
+    aliases = (patterns.rewrite(unwrap(a), [(h, n) for n, h in NAMES])[0] for a in entry.aliases)
+    made = replace(entry.renamed(hub_name), aliases=tuple(a for a in aliases if a != hub_name))
+    if turns and hub_name.endswith("self_attn.q_proj.weight"):
+        made = turn(made, _heads(config, "num_attention_heads"))
+    elif turns and hub_name.endswith("self_attn.k_proj.weight"):
+        made = turn(made, _heads(config, "num_key_value_heads", "num_attention_heads"))
+    yield hub_name, made
+
+
+def _heads(config: Mapping[str, Any], *keys: str) -> int:
+    for key in keys:
+        if type(config.get(key)) is int and config[key] > 0:
+            return int(config[key])
+    raise NamesError(f"the base's config states no {keys[0]}, which turning its heads needs.")
+
+
+def turn(entry: Entry, heads: int) -> Entry:
+    """Rows `(head, pair, side)` of queries or keys as rows `(head, side, pair)`.
+
+    A head of four rows, 0 1 2 3, becomes 0 2 1 3. No byte moves: a part of the output is every
+    second row of a part of the input.
+    """
+    rows = entry.spec.shape[0]
+    if rows % (2 * heads):
+        raise NamesError(f"its {rows} rows are not {heads} heads of pairs.", tensor=entry.spec.name)
+    size = rows // heads
+    fragments: list[Fragment] = []
+    for fragment in rearrange.unflatten(entry).fragments:
+        fragments += _turned(fragment, size)
+    return replace(entry, fragments=tuple(fragments))
+
+
+def _turned(fragment: Fragment, size: int) -> Iterator[Fragment]:
+    """A part of the input as parts of the output: for each head in it, its even and odd rows."""
+    box = fragment.box
+    first, count = box.offsets[0], box.sizes[0]
+    strides = fragment.strides or contiguous_strides(box.sizes)
+    for head in range(first // size, -(-(first + count) // size)):
+        low, high = max(first, head * size), min(first + count, (head + 1) * size)
+        for side in range(2):
+            start = low + (low - head * size + side) % 2
+            length = (high - start + 1) // 2
+            if length <= 0:
+                continue
+            tail, sizes = box.offsets[1:], (1, *box.sizes[1:])
+            one = rearrange.cut(fragment, Box(box.shape, (start, *tail), sizes))
+            place = head * size + side * (size // 2) + (start - head * size) // 2
+            yield _rows(
+                one, fragment, Box(box.shape, (place, *tail), (length, *sizes[1:])), strides
+            )
+
+
+def _rows(one: Fragment, of: Fragment, box: Box, strides: tuple[int, ...]) -> Fragment:
+    """Every second row of a part, of which `one` is the first, as the elements of `box`."""
+    apart = (2 * strides[0], *strides[1:])
+    span = 1 + sum((n - 1) * s for n, s in zip(box.sizes, apart, strict=True))
+    extent = replace(one.extent, nbytes=span * of.dtype.itemsize)
+    return Fragment(box, extent, of.dtype, apart)

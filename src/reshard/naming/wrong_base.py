@@ -1,0 +1,89 @@
+"""What tells one model from another: layers, widths, vocabulary, and kinds of tensors."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+
+from msgspec import Struct
+
+from reshard.core.tensors import Shape
+from reshard.naming import ties
+from reshard.naming.layouts import Piece
+
+# Kinds of tensors that only one side has, shown in the table.
+_KINDS = 4
+
+
+class Trait(Struct, frozen=True):
+    """One row: what is compared, and what it is on either side."""
+
+    name: str
+    checkpoint: str
+    base: str
+
+
+def differing(source: Mapping[str, Piece], base: Mapping[str, Piece]) -> tuple[Trait, ...]:
+    """The traits in which two models differ, given by hub name; none where the names are alike.
+
+    The number of layers and the width come first: whoever trained another size sees it there.
+    """
+    mine, theirs = _Facts(source), _Facts(base)
+    group = theirs.group
+    numbers = [
+        ("layers", mine.layers(group), theirs.layers(group)),
+        ("hidden size", mine.width, theirs.width),
+        ("vocabulary", mine.rows, theirs.rows),
+    ]
+    traits = [
+        Trait(name, _shown(one), _shown(other)) for name, one, other in numbers if one != other
+    ]
+    if not mine.layers(group):
+        return ()  # the names are not of one kind: no row would mean anything
+    kinds = [(kind, "yes", "no") for kind in mine.kinds if kind not in theirs.kinds]
+    kinds += [(kind, "no", "yes") for kind in theirs.kinds if kind not in mine.kinds]
+    return (*traits, *(Trait(*kind) for kind in kinds[:_KINDS]))
+
+
+def table(traits: tuple[Trait, ...]) -> str:
+    """The rows below a heading, in columns."""
+    rows = [("", "checkpoint", "base"), *((t.name, t.checkpoint, t.base) for t in traits)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        f"  {name:{widths[0]}}  {one:>{widths[1]}}  {other:>{widths[2]}}"
+        for name, one, other in rows
+    )
+
+
+def _shown(number: int) -> str:
+    return str(number) if number else "none"
+
+
+class _Facts:
+    """What a model's tensors say of it; 0 where they do not say."""
+
+    def __init__(self, pieces: Mapping[str, Piece]) -> None:
+        numbers: defaultdict[str, set[str]] = defaultdict(set)
+        counts: Counter[str] = Counter()
+        self.kinds: dict[str, None] = {}
+        for hub in pieces:
+            parts = hub.split(".")
+            at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+            if at is None:
+                continue
+            group = ".".join(parts[:at])
+            numbers[group].add(parts[at])
+            counts[group] += 1
+            self.kinds[".".join(part for part in parts[at + 1 :] if not part.isdigit())] = None
+        self._numbers = numbers
+        self.group = counts.most_common(1)[0][0] if counts else ""
+        embedding = next((pieces[n].shape for n in pieces if n in ties.EMBEDDINGS), ())
+        self.rows, self.width = _sizes(embedding)
+
+    def layers(self, group: str) -> int:
+        """How many layers a group has, by what precedes their numbers."""
+        return len(self._numbers.get(group, ()))
+
+
+def _sizes(embedding: Shape) -> Shape:
+    return embedding if len(embedding) == 2 else (0, 0)
