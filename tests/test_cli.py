@@ -493,3 +493,32 @@ def in_terminal(arguments: list[str], folder: Path) -> str:
     os.close(ours)
     assert child.wait() in (0, 1), shown
     return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        (["inspect", "nope"], 1, {"class": "NotFoundError", "path": "nope"}),
+        (["convert", "nope", "out"], 1, {"class": "NotFoundError", "path": "nope"}),
+        (["convert", "a", "b", "--allow", "x"], 2, {"class": "OptionError", "option": "allow"}),
+        (["diff", "a"], 2, {"class": "UsageError", "message": "Missing argument 'B'."}),
+        (["doctor", "nope"], 1, {"class": "NotFoundError", "path": "nope"}),
+        (["verify", "nope"], 1, {"class": "NotFoundError", "path": "nope"}),
+    ],
+)
+def test_an_error_is_an_object_with_json(
+    arguments: list[str],
+    code: int,
+    error: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(reshard, [*arguments, "--json"]) == code
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["error"].items() >= error.items()
+    assert json.loads(shown.out)["error"]["message"]
+    assert shown.err
+    assert run(reshard, arguments) == code
+    assert capsys.readouterr().out == ""

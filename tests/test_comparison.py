@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import reshard
 from reshard.cli.app import reshard as command
 from reshard.cli.app import run
-from reshard.conversion.options import Lora, To
+from reshard.conversion.options import DTypeChoice, Lora, To
 from tests.oracle.cache import Oracle
 
 LLAMAS = ["llama-zero2", "llama-tied-zero3"]
@@ -274,3 +275,91 @@ def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path, how: str) -> N
     }
     with pytest.raises(reshard.IncompleteError, match="changed while it was read"):
         compare[how]()
+
+
+def both_ways(one: Path, other: Path) -> reshard.Comparison:
+    """The comparison of two checkpoints, which is the same the other way round."""
+    there, back = reshard.diff(one, other), reshard.diff(other, one)
+    assert (there.num_equal, there.same) == (back.num_equal, back.same)
+    kinds = {"first": "second", "second": "first"}
+
+    def turned(kind: str) -> str:
+        return re.sub("first|second", lambda word: kinds[word[0]], kind)
+
+    mine = sorted((d.name, d.kind, d.differing, d.largest, d.mean) for d in there.differences)
+    theirs = sorted(
+        (d.name, turned(d.kind), d.differing, d.largest, d.mean) for d in back.differences
+    )
+    assert mine == theirs
+    rounding = [turned(f.message) for f in back.findings if f.code == "rounded"]
+    assert [f.message for f in there.findings if f.code == "rounded"] == rounding
+    return there
+
+
+@pytest.mark.parametrize("name", [*LLAMAS, "lora-zero2", "lora-tied-zero3"])
+def test_the_order_of_two_checkpoints_does_not_matter(
+    oracle: Oracle, name: str, tmp_path: Path
+) -> None:
+    """A converted folder and its checkpoint are the same, whichever is named first."""
+    case, out = oracle[name], tmp_path / "out"
+    lora = name.startswith("lora")
+    reshard.convert(case.root, out, base=case.base, lora_alpha=6 if lora else None,
+                    fill_from_base=lora)  # fmt: skip
+    found = both_ways(case.root, out)
+    if not lora:  # what came from the base is not in the checkpoint
+        assert found.same
+        assert [f.message for f in found.findings if f.code == "rounded"] == [
+            f"{found.num_equal} tensors are equal once the first's float32 is rounded to bfloat16."
+        ]
+    assert not both_ways(out, case.base).same
+    assert both_ways(out, out).same
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("to", ["hf", "dcp"])
+def test_a_rounded_copy_is_the_same_both_ways(
+    oracle: Oracle, to: To, dtype: DTypeChoice, tmp_path: Path
+) -> None:
+    case = oracle["llama-zero2"]
+    reshard.convert(case.root, tmp_path / "narrow", base=case.base)
+    for source in (case.root, tmp_path / "narrow"):
+        out = tmp_path / f"{source.name}-{dtype}"
+        reshard.convert(source, out, to=to, dtype=dtype)
+        assert both_ways(source, out).same
+        assert both_ways(out, source).same
+    wide, narrow = (tmp_path / f"{name}-{dtype}" for name in (case.root.name, "narrow"))
+    assert both_ways(wide, narrow).same == (dtype in ("keep", "bf16"))
+
+
+def test_what_is_on_one_side_only_is_so_both_ways(tmp_path: Path) -> None:
+    for name, extra in (("a", "x"), ("b", "y")):
+        (tmp_path / name).mkdir()
+        tensors = {"w": np.ones(3, np.float32), extra: np.ones(2, np.float32)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    assert {d.kind for d in both_ways(tmp_path / "a", tmp_path / "b").differences} == {
+        "only in the first", "only in the second",
+    }  # fmt: skip
+
+
+def test_widths_that_no_rounding_connects(tmp_path: Path) -> None:
+    dtypes = {"i32": np.int32, "i64": np.int64, "f16": np.float16, "f32": np.float32}
+    values = {name: np.array([1, 2], dtype) for name, dtype in dtypes.items()}
+    for name, value in values.items():
+        (tmp_path / name).mkdir()
+        save_file({"w": value}, tmp_path / name / "model.safetensors")
+    for one in values:
+        for other in values:
+            found = both_ways(tmp_path / one, tmp_path / other)
+            assert found.same == (one == other or (one[0] == other[0] == "f"))
+
+
+def test_diff_says_the_rounding(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, out = oracle["llama-zero2"], tmp_path / "out"
+    reshard.convert(case.root, out, base=case.base)
+    assert run(command, ["diff", str(out), str(case.root)]) == 0
+    assert "once the second's float32 is rounded to bfloat16" in capsys.readouterr().err
+    assert run(command, ["diff", str(case.root), str(out), "--json"]) == 0
+    codes = [f["code"] for f in json.loads(capsys.readouterr().out)["findings"]]
+    assert "rounded" in codes

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 
 import reshard
+from reshard.formats import tags
 from tests.oracle.cache import Oracle
 
 
@@ -342,3 +343,34 @@ def test_a_model_that_is_called_by_its_name_is_found_in_the_cache(
         reshard.convert(root, out, base="some/model")
     with pytest.raises(reshard.NotFoundError, match="is a local Hugging Face model folder"):
         reshard.convert(root, out, base="another/model")
+
+
+def test_a_tag_by_its_number_or_as_the_latest(oracle: Oracle, run: Path, tmp_path: Path) -> None:
+    """`--tag 1`, `--tag latest`, in DeepSpeed's folder, above it, and of the HF Trainer's saves."""
+    for place in (oracle["two-tags"].root, run, run / "_actor"):
+        for tag, meant in (("1", 1), ("2", 2), ("latest", 2), ("global_step1", 1)):
+            assert reshard.open(place, tag=tag).tag == f"global_step{meant}"
+    for number in (500, 600, 1000):
+        shutil.copytree(
+            oracle["two-tags"].last.path, tmp_path / "hft" / f"checkpoint-{number}" / "global_step9"
+        )
+    for tag, number in (("500", 500), ("checkpoint-600", 600), ("latest", 1000)):
+        root = reshard.open(tmp_path / "hft", tag=tag).catalog.origin.root
+        assert root.relative_to(tmp_path / "hft").parts[0] == f"checkpoint-{number}"
+
+
+def test_a_tag_that_is_not_there_names_the_nearest(run: Path, oracle: Oracle) -> None:
+    with pytest.raises(reshard.NotFoundError, match=r"Did you mean global_step[12] or"):
+        reshard.open(oracle["two-tags"].root, tag="global_stp2")
+    with pytest.raises(reshard.NotFoundError, match=r"global_step1, global_step2\. Name one"):
+        reshard.open(oracle["two-tags"].root, tag="3")
+    for tag in ("3", "checkpoint-7"):
+        with pytest.raises(reshard.NotFoundError):
+            reshard.open(run, tag=tag)
+
+
+def test_tags_are_listed_by_number_and_not_all() -> None:
+    names = [f"checkpoint-{number}" for number in range(100, 3100, 100)]
+    assert tags.listed(["checkpoint-1000", "checkpoint-500"]) == "checkpoint-500, checkpoint-1000"
+    assert tags.listed(names).startswith("20 more, checkpoint-2100, ")
+    assert tags.meant("1", ["a1", "b1"]) is None

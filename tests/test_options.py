@@ -54,7 +54,7 @@ _FLAG = {"True", "False"}
 TAKEN: dict[str, set[str]] = {
     "source": _PATHS, "target": _PATHS, "base": _PATHS, "adapter_config": _PATHS, "path": _PATHS,
     "folder": _PATHS, "against": _PATHS, "first": _PATHS, "second": _PATHS, "repair": _PATHS,
-    "tag": _TEXTS, "prefix": _TEXTS, "adapter": _TEXTS, "value_head": _TEXTS,
+    "tag": _TEXTS, "prefix": _TEXTS, "role": _TEXTS, "adapter": _TEXTS, "value_head": _TEXTS,
     "to": set(), "dtype": set(), "names": set(), "lora": set(), "model_type": set(),
     "pooling_method": set(), "srm_format": set(), "transformers_version": {"'1'"},
     "max_shard_size": {"1", "'1'", "huge"}, "threads": {"1"},

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 TAG = Option(
     "tag",
     Text(),
-    "Which of several saves, e.g. global_step100 or checkpoint-100; default: the newest complete "
-    "one.",
+    "Which of several saves: its name (global_step100, checkpoint-100), its number, or latest; "
+    "default: the newest complete one.",
     group="Input",
     short="t",
 )

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as dcp
 
 import reshard
 
@@ -420,6 +421,29 @@ def test_the_folder_loads_by_its_own_word(tmp_path: Path) -> None:
         "adapter-base-folder",
     }
     assert str(tmp_path) not in (out / "reshard.json").read_text()
+
+
+@pytest.mark.parametrize("source", ["dcp", "torch"])
+def test_adapters_alone_become_a_folder_for_peft(source: str, tmp_path: Path) -> None:
+    """accelerate's FSDP saves with `adapter_only`: PEFT's names, without the adapter's, in DCP."""
+    run, place = Run(tmp_path, modules_to_save=["lm_head"]), tmp_path / "run" / "checkpoint"
+    state = peft.get_peft_model_state_dict(run.model)
+    place.parent.mkdir()
+    if source == "dcp":
+        dcp.save({"model": state}, checkpoint_id=place, no_dist=True)
+    else:
+        torch.save(state, place.with_suffix(".bin"))
+        place = place.with_suffix(".bin")
+    config = (run.saved / "adapter_config.json").read_bytes()
+    (place.parent / "adapter_config.json").write_bytes(config)
+    reshard.convert(place, tmp_path / "out", base=run.base, lora="adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, run.logits())
+    run.check(place, tmp_path / "merged", fill_from_base=True)
+    for adapter in (run.saved, run.saved / "adapter_model.safetensors"):
+        with pytest.raises(reshard.PlanError, match="adapter folder already"):
+            reshard.convert(adapter, tmp_path / "no", base=run.base, lora="adapter")
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,14 @@ def test_patterns_that_might_run_for_years_are_refused(pattern: str) -> None:
         parse_adapter_config(raw)
 
 
+def test_names_in_place_of_a_pattern_scale_as_it_did() -> None:
+    """The hint of a refused pattern: the modules' names, one entry each."""
+    names = ["model.layers.0.q_proj", "model.layers.1.q_proj"]
+    config = parse_adapter_config({"lora_alpha": 8, "alpha_pattern": dict.fromkeys(names, 2)})
+    assert [config.scaling(name, 4) for name in names] == [0.5, 0.5]
+    assert config.scaling("model.layers.2.q_proj", 4) == 2
+
+
 def test_patterns_of_wrong_values_are_refused() -> None:
     with pytest.raises(FormatError, match="not of ranks"):
         parse_adapter_config({"lora_alpha": 8, "rank_pattern": {"a": "b"}})

@@ -23,6 +23,7 @@ from typing import NoReturn, cast
 import click
 
 from reshard._version import __version__
+from reshard.cli import output
 from reshard.cli.flags import debug
 from reshard.cli.interrupts import Interrupted
 from reshard.cli.start import end_at_once
@@ -79,6 +80,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
         code = command.main(args=arguments, standalone_mode=False)
     except click.ClickException as error:
         error.show()
+        _as_json(arguments, "UsageError", error.format_message())
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error
@@ -89,8 +91,16 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
         if shows_traceback:
             traceback.print_exc()
         click.echo(f"error: {_in_flags(error)}{_elsewhere(command, error)}", err=True)
+        fields = {name: getattr(error, name, None) for name in ("path", "tensor", "hint", "option")}
+        _as_json(arguments, type(error).__name__, getattr(error, "message", str(error)), **fields)
         return 2 if isinstance(error, OptionError) else 1
     return code if isinstance(code, int) else 0
+
+
+def _as_json(arguments: Sequence[str], kind: str, message: str, **fields: str | None) -> None:
+    """With --json, an error is an object on standard output, beside the words for people."""
+    if "--json" in arguments:
+        output.print_json({"error": {"class": kind, "message": message, **fields}})
 
 
 def _in_flags(error: Exception) -> str:

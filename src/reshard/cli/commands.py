@@ -50,10 +50,11 @@ def show_report(report: Report, *, as_json: bool = False) -> None:
     if as_json:
         output.print_json(report.to_json())
         return
-    output.say_findings(report.findings)
+    last = [found for found in report.findings if found.code == "no-base"]
+    output.say_findings(found for found in report.findings if found not in last)
     speed = report.bytes_written / max(report.seconds, 1e-3)
     rows = [
-        ("source", f"{report.source} ({report.format}{_tagged(report.tag)})"),
+        ("source", f"{report.checkpoint} ({report.format}{_tagged(report.tag)})"),
         ("target", f"{report.target}{' (dry run: nothing was written)' * report.dry_run}"),
         *([] if report.replaced is None else [_replaced(report)]),
         ("tensors", f"{report.num_tensors} in {len(report.files)} file(s)"),
@@ -69,6 +70,8 @@ def show_report(report: Report, *, as_json: bool = False) -> None:
         names = getattr(report, what)
         if names:
             rows.append((what, f"{len(names)}: {listed(names, 5)}"))
+    if report.adapter is not None:
+        rows.append(("adapter", str(report.adapter)))
     if report.merged:
         rows.append(("merged", f"{report.merged} low-rank updates"))
     if report.compared:
@@ -78,6 +81,8 @@ def show_report(report: Report, *, as_json: bool = False) -> None:
         rows.append(("verified", "yes, read back" if report.verified else "no"))
         rows.append(("time", f"{report.seconds:.1f} s, {output.size(int(speed))}/s"))
     output.print_table(rows)
+    for found in last:
+        output.tell(f"warning: {found.message} {found.fix}")
 
 
 def _replaced(report: Report) -> tuple[str, str]:
@@ -197,7 +202,7 @@ def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> in
 def diff(a: Path, b: Path, as_json: bool) -> int:
     """Compare the checkpoints A and B, of any formats, tensor by tensor.
 
-    Values are compared after rounding A to B's dtypes. Exits with 1 where they differ.
+    Where dtypes differ, the wider is rounded to the narrower. Exits with 1 where they differ.
     """
     from reshard.comparison.compare import diff as run
 

@@ -6,12 +6,20 @@ from pathlib import Path
 
 from reshard import formats
 from reshard.comparison.declared import DIFF, VERIFY
-from reshard.comparison.pairing import Pairing, pair
+from reshard.comparison.pairing import Pairing, pair, tells_names
 from reshard.comparison.values import Comparison, Difference, compare
 from reshard.conversion.declared import workers
+from reshard.conversion.quantised import compared_as_numbers
 from reshard.conversion.verification import Verified, verify_folder
+from reshard.core.catalog import Catalog
 from reshard.core.options import PathLike, documented, parse
-from reshard.errors import OptionError, PlanError, VerificationError
+from reshard.errors import (
+    NamesError,
+    OptionError,
+    PlanError,
+    ReshardError,
+    VerificationError,
+)
 from reshard.formats import locate
 from reshard.progress import Progress
 from reshard.storage.local import Sources
@@ -23,9 +31,10 @@ __all__ = ["Comparison", "Difference", "diff", "verify"]
 def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None) -> Comparison:
     """Compare two checkpoints of any formats, tensor by tensor.
 
-    The second's names count: where the first has others and the second is a Hugging Face folder
-    with a config, the first is fitted onto it, as a conversion would be. Values are compared after
-    rounding to the second's dtypes. The files beside a model are compared too.
+    A checkpoint is fitted onto a Hugging Face folder or an output of reshard, on whichever side
+    that is, as a conversion would be. Where dtypes differ, the wider is rounded to the narrower,
+    and a finding says so. The files beside a model are compared too. The two may be exchanged: the
+    conclusion is the same.
 
     Memory: a few blocks of 4 MiB. Raises `OptionError` for a wrong value, and another
     `ReshardError` where one cannot be read.
@@ -34,12 +43,28 @@ def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None)
     with Sources() as sources:
         mine = locate.read(values["first"], sources, formats.Selection())
         theirs = locate.read(values["second"], sources, formats.Selection())
-        pairing = pair(mine, theirs, sources)
-        found = compare(pairing.pairs, sources, progress)
+        mine, theirs = compared_as_numbers(mine, theirs, sources)
+        pairing = _paired(mine, theirs, sources)
+        found = compare(pairing.pairs, sources, progress, either=True)
         sources.check_unchanged()
     apart = (*pairing.left, *pairing.omitted, *pairing.filled)
-    findings = (*mine.findings, *theirs.findings)
+    findings = (*mine.findings, *theirs.findings, *found.findings)
     return Comparison(found.num_equal, (*found.differences, *apart), found.bytes_read, findings)
+
+
+def _paired(first: Catalog, second: Catalog, sources: Sources) -> Pairing:
+    """The pairing of two checkpoints, whichever of them tells how names go together."""
+    swapped = tells_names(first) and not tells_names(second)
+    ways = [True, False] if swapped else [False, True]
+    failures: list[ReshardError] = []
+    for turned in ways:
+        try:
+            if turned:
+                return pair(second, first, sources).turned()
+            return pair(first, second, sources)
+        except (NamesError, PlanError) as error:
+            failures.append(error)
+    raise failures[0]
 
 
 @documented(VERIFY)
@@ -76,6 +101,7 @@ def verify(
         selection = formats.Selection(values["tag"], values["prefix"], True, values["role"])
         source = locate.read(values["against"], sources, selection)
         written = formats.read(place, sources, formats.Selection())
+        source, written = compared_as_numbers(source, written, sources)
         pairing = pair(source, written, sources, base=values["base"])
         if pairing.by_name:
             _check_names(pairing, place)

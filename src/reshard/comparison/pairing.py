@@ -17,7 +17,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.comparison.values import Difference, Pair, described
+from reshard.comparison.values import Difference, Kind, Pair, described
 from reshard.conversion import manifest, output_model
 from reshard.conversion.base_model import CONFIG, Base, read_base
 from reshard.conversion.dtypes import Target
@@ -54,6 +54,32 @@ class Pairing(Struct, frozen=True):
     omitted: tuple[Difference, ...] = ()
     filled: tuple[Difference, ...] = ()
     by_name: bool = False
+
+    def turned(self) -> Pairing:
+        """The same with first and second exchanged."""
+        apart = (self.left, self.omitted, self.filled)
+        left, omitted, filled = (tuple(map(_turned, found)) for found in apart)
+        pairs = [Pair(found.name, found.second, found.first) for found in self.pairs]
+        return Pairing(pairs, left, omitted, filled, self.by_name)
+
+
+def _turned(found: Difference) -> Difference:
+    kind: dict[Kind, Kind] = {
+        "only in the first": "only in the second",
+        "only in the second": "only in the first",
+    }
+    return replace(
+        found, kind=kind.get(found.kind, found.kind), first=found.second, second=found.first
+    )
+
+
+def tells_names(catalog: Catalog) -> bool:
+    """Whether names can be fitted onto a checkpoint's: a model with its config, or an output of
+    reshard, which states what became of them."""
+    folder = catalog.origin.root
+    if (folder / MANIFEST).is_file():
+        return True
+    return named(catalog.format).holds_config and (folder / CONFIG).is_file()
 
 
 def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None = None) -> Pairing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import asdict
 
+from reshard.core.dtypes import DType
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec, blocks
 from reshard.progress import Progress
@@ -81,11 +83,22 @@ class Pair(Struct, frozen=True):
     second: Mapping[str, Entry]
 
 
-def compare(pairs: list[Pair], sources: Sources, progress: Progress | None = None) -> Comparison:
+def compare(
+    pairs: list[Pair],
+    sources: Sources,
+    progress: Progress | None = None,
+    *,
+    either: bool = False,
+) -> Comparison:
     """Compare every tensor, the first side's rounded to the second's dtypes.
+
+    With `either`, whichever side has the wider dtype is rounded to the other's, so that the result
+    does not depend on which is the first; of two dtypes of one width, the rounding that makes the
+    tensors equal is taken.
 
     Memory: three blocks of 4 MiB and what assembling a block takes.
     """
+    rounded: Counter[tuple[str, str, str]] = Counter()
     reader = Reader(sources, Ledger(()), page_aligned(_BLOCK).data)
     buffers = page_aligned(_BLOCK), page_aligned(_BLOCK)
     total = sum(made.spec.nbytes for pair in pairs for made in pair.first.values())
@@ -94,10 +107,14 @@ def compare(pairs: list[Pair], sources: Sources, progress: Progress | None = Non
     for pair in pairs:
         prefix = f"{pair.name}: " if pair.name else ""
         for name, made in pair.first.items():
-            found = _difference(prefix + name, made, pair.second.get(name), reader, buffers)
-            if found is None:
+            other = pair.second.get(name)
+            found = _difference(prefix + name, made, other, reader, buffers, either=either)
+            if other is not None and not isinstance(found, Difference):
                 num_equal += 1
-            else:
+                for side, dtype in (("first", made.spec.dtype), ("second", other.spec.dtype)):
+                    if found != dtype and found.itemsize <= dtype.itemsize:
+                        rounded[side, str(dtype), str(found)] += 1
+            elif isinstance(found, Difference):
                 differences.append(found)
             done += made.spec.nbytes
             if progress is not None:
@@ -107,7 +124,13 @@ def compare(pairs: list[Pair], sources: Sources, progress: Progress | None = Non
             for name, entry in pair.second.items()
             if name not in pair.first
         ]
-    return Comparison(num_equal, tuple(differences), reader.bytes_read)
+    findings = tuple(
+        Finding(
+            "rounded", f"{count} tensors are equal once the {side}'s {wide} is rounded to {to}."
+        )
+        for (side, wide, to), count in rounded.items()
+    )
+    return Comparison(num_equal, tuple(differences), reader.bytes_read, findings)
 
 
 def described(spec: TensorSpec) -> str:
@@ -116,18 +139,53 @@ def described(spec: TensorSpec) -> str:
 
 
 def _difference(
-    name: str, made: Entry, other: Entry | None, reader: Reader, buffers: tuple[Array, Array]
-) -> Difference | None:
+    name: str,
+    made: Entry,
+    other: Entry | None,
+    reader: Reader,
+    buffers: tuple[Array, Array],
+    *,
+    either: bool,
+) -> Difference | DType:
+    """What differs, or the dtype in which both are equal bit for bit."""
     if other is None:
         return Difference(name, "only in the first", described(made.spec), "")
-    spec = other.spec
-    if made.spec.shape != spec.shape:
-        return Difference(name, "shape", str(made.spec.shape), str(spec.shape))
-    if not made.spec.dtype.rounds_to(spec.dtype):
-        return Difference(name, "dtype", str(made.spec.dtype), str(spec.dtype))
-    mine, theirs = (buffer.view(spec.dtype.numpy) for buffer in buffers)
+    mine, theirs = made.spec, other.spec
+    if mine.shape != theirs.shape:
+        return Difference(name, "shape", str(mine.shape), str(theirs.shape))
+    common = _common(mine.dtype, theirs.dtype, either=either)
+    if not common:
+        return Difference(name, "dtype", str(mine.dtype), str(theirs.dtype))
+    differences = []
+    for dtype in common:
+        found = _values(name, made, other, dtype, reader, buffers)
+        if found is None:
+            return dtype
+        differences.append(found)
+    return differences[0]
+
+
+def _common(mine: DType, theirs: DType, *, either: bool) -> list[DType]:
+    """The dtypes in which the two may be compared; the narrower where one is."""
+    if not either:
+        return [theirs] if mine.rounds_to(theirs) else []
+    found = {d.name: d for d in (mine, theirs) if mine.rounds_to(d) and theirs.rounds_to(d)}
+    least = min((dtype.itemsize for dtype in found.values()), default=0)
+    return [found[name] for name in sorted(found) if found[name].itemsize == least]
+
+
+def _values(
+    name: str,
+    made: Entry,
+    other: Entry,
+    dtype: DType,
+    reader: Reader,
+    buffers: tuple[Array, Array],
+) -> Difference | None:
+    """The elements that differ once both are of `dtype`; None where none does."""
+    mine, theirs = (buffer.view(dtype.numpy) for buffer in buffers)
     differing, largest, summed, finite = 0, 0.0, 0.0, 0
-    for box in blocks(spec.shape, len(mine)):
+    for box in blocks(other.spec.shape, len(mine)):
         one, two = mine[: box.numel], theirs[: box.numel]
         fill(made, box, one, reader)
         fill(other, box, two, reader)
@@ -142,16 +200,9 @@ def _difference(
             finite += gaps.size
     if not differing:
         return None
-    return Difference(
-        name,
-        "values",
-        str(spec.dtype),
-        str(spec.dtype),
-        differing,
-        spec.numel,
-        largest,
-        summed / finite if finite else 0.0,
-    )
+    mean = summed / finite if finite else 0.0
+    text = str(dtype)
+    return Difference(name, "values", text, text, differing, other.spec.numel, largest, mean)
 
 
 def _unlike(one: Array, two: Array) -> Array:

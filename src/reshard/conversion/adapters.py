@@ -27,10 +27,34 @@ from reshard.transfer.reading import equal, read_array, same_values
 
 # Initialisations that PEFT repeats, to the same weights, when it loads the adapter onto the base.
 _RECOMPUTED = ("pissa", "olora")
+# What PEFT's weights end in.
+_WEIGHTS = (".safetensors", ".bin")
 # Names shown of a list, and patterns that a hint spells out.
 _SHOWN, _PATTERNS = 10, 4
 # From this share of exact zeros on, a part of a trained lora_B is taken not to be saved.
 _ZEROS = 0.5
+
+
+class Summary(Struct, frozen=True):
+    """The adapter that was converted, for the report.
+
+    `alpha` and `scaling` are those of most modules; `scaling` None: it differs with the rank.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    alpha: float
+    scaling: float | None
+    modules: int
+    rslora: bool = False
+
+    def __str__(self) -> str:
+        ranks = f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
+        scaling = "" if self.scaling is None else f", scaling {self.scaling:g}"
+        rslora = ", rsLoRA" if self.rslora else ""
+        return (
+            f"{self.name} ({ranks}, alpha {self.alpha:g}{scaling}{rslora}), {self.modules} modules"
+        )
 
 
 class Found(Struct, frozen=True):
@@ -41,6 +65,23 @@ class Found(Struct, frozen=True):
     config: AdapterConfig | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+
+
+def summary(found: Found) -> Summary | None:
+    """What the report says of the adapters; None where there are none."""
+    separated, config = found.separated, found.config
+    if config is None:
+        return None
+    ranks = separated.ranks
+    uniform = len(ranks) == 1 and not config.alphas
+    return Summary(
+        name=separated.name or "default",
+        ranks=ranks,
+        alpha=config.alpha,
+        scaling=config.scaling("", ranks[0]) if uniform else None,
+        modules=len(separated.adapters),
+        rslora=config.rslora,
+    )
 
 
 def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Found:
@@ -59,7 +100,7 @@ def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None
             f"--lora {choice.mode} was asked for, and the checkpoint holds no adapters.",
             hint="Leave out --lora.",
         )
-    if choice.mode == "adapter" and not separated.name:
+    if choice.mode == "adapter" and _is_peft_folder(catalog):
         raise PlanError("it is an adapter folder already.", path=options.source)
     if not separated.adapters:
         return Found(separated)
@@ -81,6 +122,15 @@ def _is_of_peft(catalog: Catalog, base: Base) -> bool:
     root = catalog.origin.root
     saved = huggingface.is_adapter(root if root.is_dir() else root.parent)
     return saved or is_traced(catalog.names(), base.entries)
+
+
+def _is_peft_folder(catalog: Catalog) -> bool:
+    """Whether the checkpoint is what PEFT's `save_pretrained` wrote."""
+    root = catalog.origin.root
+    files = [root] if root.is_file() else [root / f"adapter_model{end}" for end in _WEIGHTS]
+    return any(file.stem == "adapter_model" and file.is_file() for file in files) and (
+        huggingface.is_adapter(files[0].parent)
+    )
 
 
 def _scaling(

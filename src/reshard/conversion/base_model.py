@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -16,15 +17,19 @@ from reshard.conversion.modules import Module, read_modules
 from reshard.core.catalog import Asset
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry, Record
-from reshard.errors import FormatError, NotFoundError
+from reshard.errors import FormatError, NotFoundError, ReshardError
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.naming import Schema
+from reshard.naming.quantised import Numbers, numbers, refused, statement
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, cached, snapshot
 
 CONFIG = "config.json"
 # The keys under which a config states the dtype of the weights, before and since transformers 4.56.
 _DTYPE_KEYS = ("torch_dtype", "dtype")
+
+# What describes the codes of a model beside config.json: ModelOpt's, AutoGPTQ's, AutoAWQ's files.
+_OF_CODES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 class Base(Struct, frozen=True):
@@ -33,6 +38,7 @@ class Base(Struct, frozen=True):
     `config` is as it should be: `repairs` says, by dotted path, where the file says otherwise.
     `stated_class` is the class that the file names then. `records` are the checksummed stretches
     of its weight files. `modules` have weights of their own in sub-folders.
+    Tensors that it stores quantised are the numbers that they stand for; `quantised` says which.
     """
 
     folder: Path
@@ -43,6 +49,7 @@ class Base(Struct, frozen=True):
     records: tuple[Record, ...] = ()
     stated_class: str = ""
     modules: tuple[Module, ...] = ()
+    quantised: Numbers | None = None
 
     @property
     def schema(self) -> Schema:
@@ -78,17 +85,32 @@ def read_base(folder: Path, sources: Sources) -> Base:
             hint="Name the folder of the whole original model. What trainers leave beside a "
             "checkpoint (verl's `huggingface/`) is its config and tokenizer alone.",
         )
+    try:
+        tensors = _numbers(catalog.entries, config)
+    except ReshardError as error:
+        error.path = error.path or os.fspath(folder)
+        raise
+    quantised = tensors if tensors.kinds or tensors.stated else None
     repairs, files = class_repairs(config), assets(folder)
     return Base(
         folder,
-        catalog.entries,
+        tensors.entries,
         {**config, **repairs},
-        files,
+        tuple(file for file in files if not (quantised and file.name in _OF_CODES)),
         repairs,
         catalog.records,
         str(config["architectures"][0]) if repairs else "",
         read_modules(folder, files, sources),
+        quantised,
     )
+
+
+def _numbers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Numbers:
+    """The tensors as numbers. Raises `UnsupportedError` for codes that are not read."""
+    kind = refused(entries, statement(config))
+    if kind is not None:
+        raise kind.error("Name the unquantised release that it was made from as the base.")
+    return numbers(entries, config)
 
 
 def class_repairs(config: Mapping[str, Any]) -> dict[str, object]:
@@ -113,8 +135,9 @@ def main_dtype(base: Base) -> DType:
 def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
     """The base's config.json with a few fields changed; all else, order included, as it is.
 
-    `patches` maps dotted paths to values; the base's own repairs are made as well. Raises
-    `FormatError` where a path leads nowhere.
+    `patches` maps dotted paths to values; the base's own repairs are made as well. What states
+    that the weights are quantised is left out: no weight is written as a code. Raises `FormatError`
+    where a path leads nowhere.
     """
     config = strict_json.read_file(base.folder / CONFIG)
     for path, value in {**base.repairs, **patches}.items():
@@ -125,7 +148,19 @@ def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
         if not isinstance(level, dict):
             raise FormatError(f"it has no section for {path!r}.", path=base.folder / CONFIG)
         level[key] = value
+    for path in quantisation_paths(base):
+        *parents, key = path.split(".")
+        level = config
+        for parent in parents:
+            level = level[parent]
+        del level[key]
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def quantisation_paths(base: Base) -> tuple[str, ...]:
+    """The dotted paths in the config that state that its weights are quantised."""
+    stated = None if base.quantised is None else base.quantised.stated
+    return () if stated is None else stated.paths
 
 
 def dtype_patches(base: Base, dtype: str) -> dict[str, str]:

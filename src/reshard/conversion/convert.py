@@ -7,11 +7,16 @@ carry out: transfer -> manifest -> verify -> commit
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 
+from msgspec.structs import replace
+
 from reshard.conversion import manifest
-from reshard.conversion.declared import CONVERT, parsed
+from reshard.conversion.base_model import CONFIG
+from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
 from reshard.conversion.execute import Writing, carry_out
 from reshard.conversion.options import DTypeChoice, Lora, Names, SrmFormat, To
@@ -20,9 +25,10 @@ from reshard.conversion.report import Report
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, TorchDType, documented
 from reshard.errors import VerificationError, listed
+from reshard.formats.info import named
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
-from reshard.storage.local import Sources
+from reshard.storage.local import Sources, snapshot
 from reshard.transfer.commit import check_space
 from reshard.transfer.engine import Outcome
 
@@ -93,7 +99,7 @@ def convert(
         copied = sum(asset.path.stat().st_size for asset in job.plan.assets)
         check_space(options.target, job.plan.bytes_to_write + copied)
         if running.dry_run:
-            return _report(job, time.monotonic() - began, replaced)
+            return _report(job, given, time.monotonic() - began, replaced)
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
@@ -111,7 +117,7 @@ def convert(
             unprotected=job.unprotected,
         )
     seconds = time.monotonic() - began
-    return _report(job, seconds, replaced, outcome, verified=running.verify)
+    return _report(job, given, seconds, replaced, outcome, verified=running.verify)
 
 
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
@@ -161,8 +167,31 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
     return manifest.render(catalog.format, catalog.origin, stated, names, model, beside, files)
 
 
+def _completed(found: Finding, job: Job, given: Mapping[str, object]) -> Finding:
+    """A finding that no base was given, with the command that makes the output complete."""
+    if found.code != "no-base":
+        return found
+    origin = job.catalog.origin.root
+    whole = named(job.catalog.format).holds_config and (origin / CONFIG).is_file()
+    base = [os.fspath(origin), "--allow-unchanged"] if whole else ["MODEL"]
+    again = {name: value for name, value in given.items() if name not in ("overwrite", "dry_run")}
+    command = ["reshard", "convert", *words(again), "--base", *base]
+    command += [] if given["dry_run"] else ["--overwrite"]
+    return replace(found, fix=f"To complete it: {shlex.join(command)}")
+
+
+def _tag(job: Job) -> str | None:
+    """The tag that was read, or what a checkpoint found below the source is called."""
+    origin, source = job.catalog.origin, snapshot(job.options.source)
+    if origin.tag is not None or origin.root == source:
+        return origin.tag
+    below = origin.root.relative_to(source) if origin.root.is_relative_to(source) else origin.root
+    return next((part for part in below.parts if re.search(r"\d", part)), below.name)
+
+
 def _report(
     job: Job,
+    given: Mapping[str, object],
     seconds: float,
     replaced: Replaced | None,
     outcome: Outcome | None = None,
@@ -176,12 +205,15 @@ def _report(
         )
     if outcome is not None:
         findings.extend((*_of_values(outcome), *outcome.findings))
+    findings = [_completed(found, job, given) for found in findings]
     exported = job.export
     return Report(
         source=os.fspath(job.options.source),
         target=os.fspath(job.options.target),
         format=job.catalog.format,
-        tag=job.catalog.origin.tag,
+        tag=_tag(job),
+        checkpoint=os.fspath(job.catalog.origin.root),
+        adapter=exported.adapter,
         num_tensors=len(exported.model) or sum(len(side.targets) for side in exported.sides),
         bytes_read=job.plan.bytes_to_read if outcome is None else outcome.bytes_read,
         bytes_written=job.plan.bytes_to_write,

@@ -379,6 +379,25 @@ def _check_target(values: Mapping[str, Any]) -> None:
         )
 
 
+def words(given: Mapping[str, object]) -> list[str]:
+    """The command line of options that were given by keyword, but for those at their defaults."""
+    line: list[str] = []
+    for name, option in CONVERT.items():
+        value = given.get(name, option.default)
+        if option.only_python or value in (option.default, ()):
+            continue
+        if isinstance(option.kind, Flag):
+            line.append(f"--{'' if value else 'no-'}{option.flag}")
+        elif isinstance(value, (list, tuple)):
+            line += [f"--{option.flag}", *map(str, value)]
+        elif value is True:
+            line.append(f"--{option.flag}")
+        else:
+            text = str(value).removeprefix("torch.")
+            line += [text] if option.required else [f"--{option.flag}", text]
+    return line
+
+
 def workers(threads: int | None) -> int:
     """How many threads, where the user may have said so."""
     return threads or min(_MAX_THREADS, os.cpu_count() or 1)

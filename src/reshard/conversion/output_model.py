@@ -71,9 +71,10 @@ class Export(Struct, frozen=True):
     """Everything that a conversion writes, by what it is; `name_map` says how the names were found.
 
     `missing` are tensors of the base that are not written, `filled` those that are copied from
-    it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales. With
-    `assets` the base's other files come along. `live` is the transformers version whose live
-    module has the names; None: they are those of the files.
+    it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales, and
+    `adapter` says of them what the report shows. With `assets` the base's other files come along.
+    `live` is the transformers version whose live module has the names; None: they are those of the
+    files.
     """
 
     model: Sequence[Target]
@@ -85,6 +86,7 @@ class Export(Struct, frozen=True):
     filled: tuple[str, ...] = ()
     merged: int = 0
     scaling: AdapterConfig | None = None
+    adapter: adapters.Summary | None = None
     findings: tuple[Finding, ...] = ()
     assets: bool = True
     live: str | None = None
@@ -105,7 +107,6 @@ def plain(catalog: Catalog, options: Options) -> Export:
         name_map=NameMap(identity(kept), tied=tied),
         missing=tuple(name for name in catalog.entries if name not in kept),
         findings=(_UNMERGED,) if unmerged else (),
-        assets=False,
     )
 
 
@@ -239,6 +240,7 @@ class _Export:
             filled=() if alone else filled,
             merged=len(self._updates.by_target) + len(self._updates.by_source),
             scaling=self._scaling,
+            adapter=adapters.summary(self._adapters),
             findings=tuple(self._findings),
             assets=not alone,
         )

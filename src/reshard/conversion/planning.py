@@ -13,10 +13,19 @@ from msgspec.structs import replace
 
 from reshard import formats
 from reshard.conversion import live_names, output_model
-from reshard.conversion.base_model import CONFIG, Base, dtype_patches, patched_config, read_base
+from reshard.conversion.base_model import (
+    CONFIG,
+    Base,
+    dtype_patches,
+    patched_config,
+    quantisation_paths,
+    read_base,
+)
 from reshard.conversion.dtypes import Target
+from reshard.conversion.idle import idle
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
+from reshard.conversion.quantised import as_numbers, dequantised, itself
 from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
@@ -58,6 +67,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     if base is not None:
         catalog = replace(catalog, records=(*catalog.records, *base.records))
     options = replace(options, names=live_names.chosen(options, catalog, base))
+    catalog, found = as_numbers(catalog, base, options, sources)
     made = exported(catalog, base, options, sources)
     # Before the files are laid out: of a few petabytes, as a damaged file may state, that is long.
     check_space(options.target, sum(target.spec.nbytes for target in made.model))
@@ -66,12 +76,18 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
         raise PlanError("nothing is left to write.", path=options.source)
     if options.consumed_samples is not None:
         texts = (*texts, client_state(options.consumed_samples))
-    assets, patched, lacking = _assets(made, base, options)
+    assets, patched, lacking = _assets(made, base or itself(catalog, sources), options)
     plan = Plan(
         files,
         (*texts, *patched, *made.texts),
         assets,
-        (*catalog.findings, *made.findings, *lacking),
+        (
+            *catalog.findings,
+            *dequantised(found, base),
+            *made.findings,
+            *idle(options, catalog, base, made),
+            *lacking,
+        ),
     )
     check_strict(plan.findings, options, strict)
     _check_names(plan)
@@ -167,21 +183,21 @@ def _assets(
     if base is None:
         lacks = Finding(
             "no-base",
-            "no base was given: names are those of the checkpoint, and config, tokenizer and "
-            "other files are not there.",
+            f"{options.target} holds only weights, under the checkpoint's names: without "
+            "config.json and tokenizer no program loads it.",
         )
         return (), (), (lacks,)
     if not made.assets:
         return (), (), ()
     findings = _said_of(base)
     patches = {**base.repairs, **made.patches}
-    dtype = _stated_dtype(made, options)
+    dtype = _stated_dtype(made, base, options)
     if dtype is not None:
         patches.update(dtype_patches(base, dtype))
     written = {side.name for side in made.sides}
     modules = [module for module in base.modules if module.file in written]
     assets = tuple(a for a in base.assets if not any(module.owns(a) for module in modules))
-    if not patches:
+    if not patches and not quantisation_paths(base):
         return assets, (), findings
     assets = tuple(asset for asset in assets if asset.name != CONFIG)
     return assets, ((CONFIG, patched_config(base, patches)),), findings
@@ -198,14 +214,14 @@ def _said_of(base: Base) -> tuple[Finding, ...]:
     return (Finding("architecture-repaired", message, subject=CONFIG),)
 
 
-def _stated_dtype(made: Export, options: Options) -> str | None:
+def _stated_dtype(made: Export, base: Base, options: Options) -> str | None:
     """The dtype that the config must state where it need not be the base's; None: leave it.
 
-    Of `keep` it is the one that most bytes have; 8-bit types are a quantised model's own matter.
+    Of `keep`, and of a base that is quantised, it is the one that most bytes have.
     """
-    if options.dtype == "base":
+    if options.dtype == "base" and base.quantised is None:
         return None
-    if options.dtype != "keep":
+    if options.dtype not in ("base", "keep"):
         return options.dtype
     nbytes: Counter[str] = Counter()
     for target in made.model:

@@ -8,6 +8,7 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import asdict
 
+from reshard.conversion.adapters import Summary
 from reshard.conversion.destination import Replaced
 from reshard.core.findings import Finding
 
@@ -47,6 +48,8 @@ class Report(Struct, frozen=True):
     findings: tuple[Finding, ...] = ()
     dry_run: bool = False
     replaced: Replaced | None = None
+    checkpoint: str = ""
+    adapter: Summary | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -60,6 +63,14 @@ class Report(Struct, frozen=True):
             for name in self.__struct_fields__
             for value in (getattr(self, name),)
         }
-        replaced = None if self.replaced is None else asdict(self.replaced)
+        records = {
+            name: None if record is None else _plain(record)
+            for name, record in (("replaced", self.replaced), ("adapter", self.adapter))
+        }
         findings = [finding.to_json() for finding in self.findings]
-        return {**values, "findings": findings, "replaced": replaced}
+        return {**values, "findings": findings, **records}
+
+
+def _plain(record: Struct) -> dict[str, Any]:
+    """A record as JSON values, as they are after a round trip."""
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(record).items()}

@@ -99,6 +99,9 @@ CODES: dict[str, Code] = {
     "adapters-unmerged": Code(
         "warning", "adapters were written as they are, into a file that no program loads",
         "Pass --base."),
+    "allow-unmatched": Code(
+        "warning", "a pattern of --allow matches no name",
+        "Correct the pattern, or leave it out."),
     "alpha-from-file": Code("info", "alpha was read from an adapter_config.json near the run"),
     "architecture-repaired": Code(
         "info", "the base's config named the class as FSDP calls it; the output names the class"),
@@ -106,6 +109,12 @@ CODES: dict[str, Code] = {
     "checkpoints-below": Code(
         "info", "an exported model was read, and training checkpoints lie below it",
         "To convert one of them, name its folder."),
+    "codes-compared": Code(
+        "info", "quantised weights of a kind that is not read were compared as they are stored"),
+    "codes-left-out": Code(
+        "warning", "quantised weights under adapters were left out; the base's were taken"),
+    "dequantised": Code(
+        "info", "quantised weights are written as the numbers that they stand for"),
     "export-beside": Code(
         "info", "a training checkpoint was read, and an exported model lies beside it",
         "To convert the exported model, name its file."),
@@ -136,6 +145,9 @@ CODES: dict[str, Code] = {
     "newer-export": Code(
         "info", "an exported model is newer than the checkpoint that was read",
         "To convert it, name it."),
+    "no-adapters": Code(
+        "warning", "an option for adapters was given, and the checkpoint holds none",
+        "Leave the option out, or name the checkpoint that holds the adapters."),
     "no-base": Code(
         "warning", "without a base, only weights are written", "Pass --base."),
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
@@ -151,6 +163,7 @@ CODES: dict[str, Code] = {
         "info", "a killed run had moved the old output aside; it was put back"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
+    "option-idle": Code("info", "an option has no effect on this conversion"),
     "partial-output": Code("info", "what an interrupted run of this output left was removed"),
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",
@@ -158,8 +171,11 @@ CODES: dict[str, Code] = {
     "probing-layer-assumed": Code(
         "warning", "which hidden state the reward heads read was assumed",
         "Pass --probing-layer with the value of the training."),
+    "quantisation-unfounded": Code(
+        "warning", "the config says that weights are quantised, and they are not"),
     "replicas-missing": Code(
         "info", "files of some ranks are missing; the others hold all that they held"),
+    "rounded": Code("info", "tensors of two checkpoints are equal once one side is rounded"),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from msgspec.structs import replace
 
+from reshard.core.dtypes import DType
 from reshard.core.tensors import (
     Box,
     Entry,
@@ -20,6 +21,7 @@ from reshard.core.tensors import (
     TensorSpec,
     blocks,
     contiguous_strides,
+    flat,
     span,
     whole,
 )
@@ -83,6 +85,32 @@ def transpose(entry: Entry, dim0: int, dim1: int) -> Entry:
             replace(fragment, box=turned, strides=_simplify(turned.sizes, turn(strides)))
         )
     return _entry(entry, turn(entry.spec.shape), fragments)
+
+
+def reshape(entry: Entry, shape: Shape) -> Entry:
+    """The same elements, in row-major order, as a tensor of another shape.
+
+    Raises `PlanError` where a part of it is not stored as an unbroken run of its elements.
+    """
+    if math.prod(shape) != entry.spec.numel:
+        raise PlanError(
+            f"shape {entry.spec.shape} cannot be seen as {shape}.", tensor=entry.spec.name
+        )
+    numel = entry.spec.numel
+    fragments = []
+    for fragment in entry.fragments:
+        box = fragment.box
+        start = sum(o * s for o, s in zip(box.offsets, contiguous_strides(box.shape), strict=True))
+        if fragment.strides is not None or not _is_run(box):
+            raise PlanError("a part of it is no unbroken run.", tensor=entry.spec.name)
+        fragments.append(replace(fragment, box=flat(numel, start, box.numel)))
+    return unflatten(_entry(entry, shape, fragments))
+
+
+def reinterpret(entry: Entry, dtype: DType) -> Entry:
+    """The same bytes as a tensor of another dtype with elements of the same size."""
+    fragments = tuple(replace(fragment, dtype=dtype) for fragment in entry.fragments)
+    return replace(entry, spec=replace(entry.spec, dtype=dtype), fragments=fragments)
 
 
 def concat(entries: Sequence[Entry], dim: int) -> Entry:
@@ -192,6 +220,14 @@ def blocks_of_range(shape: Shape, start: int, stop: int, max_numel: int) -> Iter
 def _entry(like: Entry, shape: Shape, fragments: Sequence[Fragment]) -> Entry:
     spec = TensorSpec(like.spec.name, like.spec.dtype, shape)
     return Entry(spec, tuple(fragments), like.kind)
+
+
+def _is_run(box: Box) -> bool:
+    """Whether its elements follow each other in the row-major array: single indices, then one
+    range, then dimensions in full."""
+    sizes, shape = box.sizes, box.shape
+    cut = next((dim for dim, size in enumerate(sizes) if size != 1), len(sizes))
+    return sizes[cut + 1 :] == shape[cut + 1 :]
 
 
 def _simplify(sizes: Shape, strides: Shape) -> Shape | None:

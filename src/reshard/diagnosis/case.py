@@ -15,9 +15,10 @@ from reshard.conversion.base_model import Base
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, Shape
 from reshard.diagnosis import folder as folders
-from reshard.diagnosis import streams
+from reshard.diagnosis import quantisation, streams
 from reshard.diagnosis.checks.companions import Companions, read_companions
 from reshard.diagnosis.folder import Folder
+from reshard.diagnosis.quantisation import Quantisation
 from reshard.errors import NamesError, PlanError, ReshardError
 from reshard.formats import Selection, deepspeed
 from reshard.naming import FitOptions, NameMap, apply, fit, schema
@@ -80,6 +81,7 @@ class Case(Struct, frozen=True):
     placeholders: tensors without their elements. prefix: what precedes all names.
     clean: name without wrappers' parts and prefix -> the folder's own name, aliases included.
     rescue: None, or why not, or a checkpoint that the weights can be taken from.
+    quantisation: what the weights are made of; the folder's tensors are numbers where they can be.
     """
 
     folder: Folder
@@ -92,6 +94,16 @@ class Case(Struct, frozen=True):
     companions: Companions
     values: Values
     rescue: Rescue | str | None = None
+    quantisation: Quantisation = Quantisation()
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no base to compare with."""
+        return self.base is None
+
+    def shown_dtype(self, name: str) -> str:
+        """The dtype of a tensor by one of the folder's own names."""
+        return self.entry(name).spec.dtype.name
 
     @property
     def fits(self) -> bool:
@@ -135,10 +147,11 @@ def read(
     Without `weights` only what decides ties and repeated tensors is read of the values.
     Raises `NotFoundError` where there is no model to look at.
     """
-    folder = folders.read(path, sources)
+    folder, found = quantisation.examine(folders.read(path, sources), sources)
     placeholders = _placeholders(folder, base)
     whole = {name: entry for name, entry in folder.entries.items() if name not in placeholders}
-    fitted = _fitted(folder, whole, base, sources)
+    # What codes stand for is not known where they are not read: there is nothing to fit.
+    fitted = _fitted(folder, whole, None if found.unread else base, sources)
     names = [name for entry in folder.entries.values() for name in entry.names]
     prefix = fitted.fit.prefix if fitted.fit is not None else guess_prefix(map(unwrap, names))
     clean = {unwrap(name).removeprefix(prefix): name for name in names}
@@ -153,6 +166,7 @@ def read(
         companions=read_companions(folder, base, sources),
         values=_values(folder, base, fitted.entries, sources, weights, threads, progress),
         rescue=_rescue(path, base, sources) if placeholders else None,
+        quantisation=found,
     )
 
 

@@ -96,6 +96,7 @@ def doctor(
         remaining, repaired = findings, None
         if target is not None and _mendable(findings):
             _check_alone(case)
+            _check_numbers(case)
             remaining = _mend(case, findings, target, sources, threads, progress)
             repaired = os.fspath(target)
         sources.check_unchanged()
@@ -130,6 +131,19 @@ def _check_alone(case: Case) -> None:
             f"{heads[0]} lies beside the model, and a mended copy would be without it.",
             path=case.folder.path,
             hint="Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR.",
+        )
+
+
+def _check_numbers(case: Case) -> None:
+    """Refuse to mend a sound quantised model: the copy would be one of 16-bit weights."""
+    found = case.quantisation
+    if found.unread is not None or (found.kinds and found.stated is not None):
+        raise PlanError(
+            "its weights are quantised, and a mended copy would hold no codes.",
+            path=case.folder.path,
+            hint="Make the 16-bit model first, and mend that: reshard convert DIR OUT."
+            if found.unread is None
+            else "Mend the unquantised model that it was made from.",
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.conversion import manifest
 from reshard.conversion.base_model import CONFIG, patched_config
@@ -24,6 +25,7 @@ from reshard.diagnosis.findings import Finding, Repair
 from reshard.errors import VerificationError
 from reshard.formats import huggingface
 from reshard.naming import NameMap, identity
+from reshard.naming.quantised import Numbers
 from reshard.naming.schema import says_tied
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
@@ -134,7 +136,12 @@ def _config(case: Case, repairs: Sequence[Repair], found: NameMap) -> bytes | No
     patches = {path: value for mend in repairs for path, value in mend.config.items()}
     if case.base is not None and (case.folder.config is None or isinstance(case.rescue, Rescue)):
         return patched_config(case.base, {**found.config_patches, **patches})
-    return patched_config(case.folder.as_base(), patches) if patches else None
+    own = case.folder.as_base()
+    stated = case.quantisation.stated
+    if stated is not None:
+        # Every weight is written as a number.
+        own = replace(own, quantised=Numbers(own.entries, {}, stated=stated))
+    return patched_config(own, patches) if patches or stated is not None else None
 
 
 def _manifest(

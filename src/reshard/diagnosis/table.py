@@ -5,7 +5,7 @@ An ailment is a line here, a check beside the others, and a line in `docs/doctor
 
 from __future__ import annotations
 
-from reshard.diagnosis.checks import files, names, values, vocabulary
+from reshard.diagnosis.checks import files, names, quantised, values, vocabulary
 from reshard.diagnosis.findings import Ailment
 
 AILMENTS = (
@@ -20,6 +20,14 @@ AILMENTS = (
     Ailment("fsdp-class", "error",
             "the config names a class as FSDP calls it, which transformers has none of",
             files.fsdp_class),
+    Ailment("codes-unreadable", "error",
+            "quantised weights lack their scales", quantised.codes_unreadable),
+    Ailment("scales-left-over", "error",
+            "scales lie beside weights that are not quantised", quantised.scales_left_over),
+    Ailment("quantisation-contradicts-config", "error",
+            "the config does not say what the weights are", quantised.contradicts_config),
+    Ailment("codes-unread", "warning",
+            "the weights are codes of a kind that is not read", quantised.unread),
     Ailment("zero3-placeholders", "error",
             "ZeRO-3 left placeholders where the weights should be", names.placeholders),
     Ailment("wrapper-prefix", "error",

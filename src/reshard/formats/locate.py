@@ -29,6 +29,7 @@ from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError
+from reshard.formats import tags
 from reshard.formats.info import named
 from reshard.naming.part import under
 from reshard.storage.local import Sources, real, snapshot
@@ -36,8 +37,6 @@ from reshard.storage.local import Sources, real, snapshot
 _DEPTH = 3
 # A run's folder has tens of entries; more than this is somebody's home directory.
 _MAX_FOLDERS = 10_000
-# What trainers call a save: global_step6, checkpoint-500, step-100, epoch_3, iter_0000010.
-_NUMBER = re.compile(r"(\d+)(?!.*\d)")
 # One shard of several, of safetensors or torch.save files.
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
 # A folder of its own for the optimizer: accelerate's before 0.24, and many who call dcp.save twice.
@@ -57,8 +56,7 @@ class Found(Struct, frozen=True):
     @property
     def age(self) -> tuple[int, float]:
         """Ascending with time: the number in the save's name, then when it was written."""
-        number = _NUMBER.search(self.path.name)
-        return (int(number[1]) if number else -1, self.path.stat().st_mtime)
+        return (tags.number_of(self.path.name), self.path.stat().st_mtime)
 
 
 def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
@@ -93,7 +91,8 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
     chosen, passed_over = _choose(path, below, selection.tag, tracked), []
     for save in chosen:
         try:
-            catalog = _load(save.path, save.format, sources, selection)
+            inside = _inside(save, selection.tag)
+            catalog = _load(save.path, save.format, sources, replace(selection, tag=inside))
         except IncompleteError as error:
             passed_over.append(error)
             continue
@@ -234,20 +233,32 @@ def _choose(
 
 
 def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
-    """The saves that are called `tag`, or hold a DeepSpeed save of that name."""
-    found = [
-        save
-        for save in saves
-        if save.path.name == tag or (_has_tags(save.format) and (save.path / tag).is_dir())
-    ]
+    """The saves that are called `tag`, have that number, or hold a DeepSpeed save of that name."""
+    found = [save for save in saves if save.path.name == tag or _inside(save, tag)]
+    if not found and tag.isdecimal():
+        found = [save for save in saves if save.age[0] == int(tag)]
+    if not found and tag == tags.LATEST:
+        found = _training(saves)
     if not found:
-        raise _several(path, saves, f"none of its checkpoints is called {tag!r} or holds it")
+        names = [save.path.name for save in saves]
+        what = f"none of its checkpoints is called {tag!r} or holds it"
+        raise _several(path, saves, what, tags.near(tag, names))
     return found
 
 
-def _several(path: Path, saves: list[Found], what: str) -> NotFoundError:
-    listed = ", ".join(str(save.path.relative_to(path)) for save in saves[:10])
-    return NotFoundError(f"{what}: {listed}.", path=path, hint="Name one of them.")
+def _inside(save: Found, tag: str | None) -> str | None:
+    """The save within a folder of several that a tag means; None: the folder is what it means."""
+    if tag is None or not _has_tags(save.format):
+        return None
+    inside = [child.name for child in save.path.iterdir() if child.is_dir()]
+    found = tag if (save.path / tag).is_dir() else None
+    by_number = None if tags.number_of(save.path.name) >= 0 else tags.meant(tag, inside)
+    return found or by_number
+
+
+def _several(path: Path, saves: list[Found], what: str, near: str = "") -> NotFoundError:
+    there = tags.listed([str(save.path.relative_to(path)) for save in saves])
+    return NotFoundError(f"{what}: {there}.", path=path, hint=near or "Name one of them.")
 
 
 def _taken(

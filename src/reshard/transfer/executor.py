@@ -31,9 +31,9 @@ class Threads(Struct, frozen=True):
     """A few threads of this process.
 
     `records` are the sources' own checksums, which are compared as the bytes pass; of
-    `unprotected`, the stretches without, is counted how many were read. With `read_back`, files are read again
-    while others are written; the outcome says what was found. `progress` is called with (bytes
-    written, bytes to write) after each block.
+    `unprotected`, the stretches without, is counted how many were read. With `read_back`, files
+    are read again while others are written; the outcome says what was found. `progress` is called
+    with (bytes written, bytes to write) after each block.
     """
 
     count: int

@@ -11,7 +11,6 @@ Only the holder of the lock on NAME calls these functions, so no run of NAME is 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import time
@@ -19,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+import xxhash
 from msgspec import Struct
 
 from reshard._version import __version__
@@ -41,7 +41,7 @@ def beside(target: Path, suffix: str) -> Path:
     """The path of `.NAME` with a suffix, beside the output; a name that is too long is cut."""
     name = f".{target.name}{suffix}"
     if len(os.fsencode(name)) > _MAX_NAME:
-        digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+        digest = xxhash.xxh3_64_hexdigest(os.fsencode(target.name))
         kept = os.fsencode(target.name)[: _MAX_NAME - len(suffix) - len(digest) - 2]
         name = f".{os.fsdecode(kept)}~{digest}{suffix}"
     return target.with_name(name)

@@ -9,8 +9,8 @@ from pathlib import Path
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError, listed
-from reshard.formats import numbered
+from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
+from reshard.formats import numbered, tags
 from reshard.storage.local import Sources, child, real
 
 # runtime/engine.py: _get_ckpt_name, _get_zero_ckpt_name, _get_optimizer_ckpt_name,
@@ -95,26 +95,30 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
                 hint=f"Name the folder above it: {path.parent}.",
             )
         return _classified(path, own)
-    name = tag if tag is not None else _latest(path, sources)
+    if tag == tags.LATEST and not (path / tag).is_dir():
+        tag = None
+    name = _latest(path, sources) if tag is None else tags.meant(tag, _tags(path)) or tag
     if tag is None and name in (models := several_models(path)):
         name = models[0]
     if not _is_tag(name):
         raise NotFoundError(
             f"{name!r} is no tag, which is the name of a folder in this one.",
             path=path,
-            hint=f"The tags that are there: {listed(_tags(path)) or 'none'}.",
+            hint=f"The tags that are there: {tags.listed(_tags(path))}.",
         )
     folder = path
     for part in name.split("/"):
         folder = child(folder, part)
     if not _is_tag_folder(folder):
-        there = listed(_tags(path)) or "none"
+        there = tags.listed(_tags(path))
         problem = "holds no model_states files" if folder.is_dir() else "is not there"
         chosen = "" if tag is not None else f", which `{LATEST}` names,"
         raise NotFoundError(
             f"the checkpoint {name!r}{chosen} {problem}; the tags that are there: {there}.",
             path=path,
-            hint="Name one of them with --tag." if there != "none" else "The save is incomplete.",
+            hint="The save is incomplete."
+            if there == "none"
+            else tags.near(name, _tags(path)) or "Name one of them with --tag.",
         )
     return _classified(folder, name)
 
@@ -152,7 +156,7 @@ def _is_tag(name: str) -> bool:
 
 
 def _latest(path: Path, sources: Sources) -> str:
-    tags = _tags(path)
+    there = _tags(path)
     for pointer in (LATEST, _LATEST_UNIVERSAL):
         if not (path / pointer).is_file():
             continue
@@ -167,13 +171,13 @@ def _latest(path: Path, sources: Sources) -> str:
                 hint="Pass --tag.",
             )
         return name
-    if len(tags) != 1:
+    if len(there) != 1:
         raise NotFoundError(
-            f"there is no `{LATEST}` and more than one tag: {listed(tags)}.",
+            f"there is no `{LATEST}` and more than one tag: {tags.listed(there)}.",
             path=path,
             hint="Name one of them with --tag.",
         )
-    return tags[0]
+    return there[0]
 
 
 def _classified(folder: Path, tag: str) -> Location:

@@ -276,6 +276,10 @@ class _Separation:
             if stored is not None and name in absent:
                 spec = TensorSpec(name, FLOAT32, stored.shape(name, shape_of(adapter)))
                 entries[name] = Entry(spec, (), kind="frozen")
+        if adapters and not self._name:
+            # Of names without the adapter's, all but the adapters was trained in full.
+            held = (name.rpartition(".")[0] for name in entries.keys() - absent)
+            self._saved.update(dict.fromkeys(sorted(m for m in held if m not in adapters)))
         return Separated(
             entries,
             adapters,

@@ -1,0 +1,85 @@
+"""Options that were given and have no effect on this conversion, as findings: perhaps a typo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from reshard.conversion.base_model import Base
+from reshard.conversion.options import Options
+from reshard.conversion.output_model import LIGHTRFT, REWARD_HEAD, Export
+from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
+from reshard.naming.search import unwrap
+
+_NO_HEADS = "the checkpoint holds no heads of a reward model"
+
+
+def idle(options: Options, catalog: Catalog, base: Base | None, made: Export) -> Iterator[Finding]:
+    """A finding for each option that was given for nothing.
+
+    What only permits something (`--allow-unchanged`) is none, nor what a script passes always.
+    """
+    if base is not None:
+        yield from _patterns(options, catalog, base, made)
+    frozen = any(entry.kind == "frozen" for entry in catalog.entries.values())
+    if options.exclude_frozen and not frozen and not made.missing:
+        yield _without("--exclude-frozen", "the checkpoint holds no frozen parameters")
+    if options.fill_from_base and not made.filled:
+        yield _without("--fill-from-base", "the checkpoint lacks nothing that the base has")
+    if made.scaling is None:
+        yield from _of_adapters(options)
+    if options.rewards.model_type != "vision2seq":  # the scripts' default, beside other defaults
+        yield from _of_heads(options, made)
+    if options.transformers_version and base is None and options.names not in ("all", "memory"):
+        yield _without("--transformers-version", "names stay as they are in the checkpoint")
+
+
+def _patterns(options: Options, catalog: Catalog, base: Base, made: Export) -> Iterator[Finding]:
+    prefix = made.name_map.prefix
+    known = {*base.entries}
+    for name in catalog.names():
+        known |= {name, unwrap(name), name.removeprefix(prefix), unwrap(name).removeprefix(prefix)}
+    apart = {*made.name_map.dropped, *made.missing}
+    for pattern in options.allow:
+        if not _matches(pattern, known | apart):
+            message = f"--allow {pattern!r} matches no name of the checkpoint or the base."
+            yield Finding("allow-unmatched", message)
+        elif not made.sides and not _matches(pattern, apart):
+            why = "all that it matches is in the checkpoint and in the base"
+            yield _without(f"--allow {pattern!r}", why)
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _of_adapters(options: Options) -> Iterator[Finding]:
+    lora = options.lora
+    given = {
+        "--lora": lora.mode is not None,
+        "--lora-alpha": lora.alpha is not None,
+        "--adapter-config": lora.config is not None,
+        "--adapter": lora.adapter is not None,
+    }
+    flags = [flag for flag, said in given.items() if said]
+    if flags:
+        message = f"{', '.join(flags)}: no effect, the checkpoint holds no adapters."
+        yield Finding("no-adapters", message)
+
+
+def _of_heads(options: Options, made: Export) -> Iterator[Finding]:
+    rewards = options.rewards
+    if any(side.name in (REWARD_HEAD, LIGHTRFT) for side in made.sides):
+        return
+    given = {
+        "--probing-layer": rewards.probing_layer is not None,
+        "--srm-format": rewards.srm_format != "both",
+    }
+    for flag, said in given.items():
+        if said:
+            yield _without(flag, _NO_HEADS)
+
+
+def _without(flag: str, why: str) -> Finding:
+    return Finding("option-idle", f"{flag} has no effect: {why}.")

@@ -1,0 +1,145 @@
+"""Quantised models on their way in: a base or a checkpoint as the numbers that its codes stand for.
+
+Kinds that are not read as numbers are refused here, by name. Of a checkpoint with adapters on such
+weights the adapters alone are taken, where the weights come from an unquantised base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec.structs import replace
+
+from reshard.conversion.base_model import CONFIG, Base, read_base
+from reshard.conversion.options import Options
+from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
+from reshard.errors import ReshardError
+from reshard.formats import huggingface
+from reshard.formats.info import named
+from reshard.naming.lora.find import holds_adapters
+from reshard.naming.quantised import (
+    Numbers,
+    Refused,
+    numbers,
+    refused,
+    statement,
+    without_codes,
+)
+from reshard.storage.local import Sources
+
+_SOURCE_HINT = "Convert the unquantised release that it was made from."
+_ADAPTERS_HINT = (
+    "Its adapters are there: to merge them onto the unquantised (16-bit) model, pass that as "
+    "--base with --fill-from-base."
+)
+
+
+def config_of(catalog: Catalog, sources: Sources) -> Mapping[str, Any]:
+    """The config beside a checkpoint's tensors; empty where there is none."""
+    root = catalog.origin.root
+    folder = root if root.is_dir() else root.parent
+    if not (named(catalog.format).holds_config and (folder / CONFIG).is_file()):
+        return {}
+    return huggingface.read_config(folder, sources)
+
+
+def refused_kind(catalog: Catalog, sources: Sources) -> Refused | None:
+    """The kind that a checkpoint's weights are of, if it is one that is not read as numbers."""
+    return refused(catalog.entries, statement(config_of(catalog, sources)))
+
+
+def source_numbers(
+    catalog: Catalog,
+    sources: Sources,
+    *,
+    config: Mapping[str, Any] | None = None,
+    filled: bool = False,
+) -> tuple[Catalog, Numbers]:
+    """A checkpoint's tensors as numbers, and what was found.
+
+    `config` is the base's, for a checkpoint that has none. With `filled` there is an unquantised
+    base that weights are taken from: adapters on weights of a kind that is not read go without
+    those. Raises `UnsupportedError` for such a kind otherwise.
+    """
+    own = config_of(catalog, sources) or config or {}
+    entries, findings = catalog.entries, catalog.findings
+    kind = refused(entries, statement(own))
+    if kind is not None:
+        adapters = holds_adapters(entries)
+        if not (adapters and filled):
+            raise kind.error(_ADAPTERS_HINT if adapters else _SOURCE_HINT)
+        entries = without_codes(entries, kind)
+        left = len(catalog.entries) - len(entries)
+        findings = (
+            *findings,
+            Finding(
+                "codes-left-out",
+                f"{len(kind.modules)} weights of the checkpoint are quantised by {kind.title}: "
+                f"their {left} tensors are left out, and the base's weights taken, which differ "
+                "from them by the rounding of the quantisation.",
+            ),
+        )
+    found = numbers(entries, own)
+    return replace(catalog, entries=found.entries, findings=findings), found
+
+
+def as_numbers(
+    catalog: Catalog, base: Base | None, options: Options, sources: Sources
+) -> tuple[Catalog, Numbers]:
+    """The checkpoint of a conversion with its quantised weights as numbers."""
+    config = None if base is None else base.config
+    filled = base is not None and (options.fill_from_base or options.lora.mode == "adapter")
+    try:
+        return source_numbers(catalog, sources, config=config, filled=filled)
+    except ReshardError as error:
+        error.path = error.path or str(options.source)
+        raise
+
+
+def itself(catalog: Catalog, sources: Sources) -> Base | None:
+    """A Hugging Face model that is converted without a base: its own files go along."""
+    root = catalog.origin.root
+    whole = root.is_dir() and bool(config_of(catalog, sources))
+    return read_base(root, sources) if whole else None
+
+
+def dequantised(found: Numbers, base: Base | None) -> tuple[Finding, ...]:
+    """That weights are written as numbers which are codes in the checkpoint or in the base."""
+    findings = [found.finding("the checkpoint's")] if found.kinds else []
+    quantised = None if base is None else base.quantised
+    if quantised is not None and quantised.kinds:
+        findings.append(quantised.finding("the base's"))
+    elif quantised is not None and quantised.stated is not None:
+        message = (
+            f"the base's config says that its weights are quantised ({quantised.stated.title}), "
+            "and they are not: the output's config does not say so."
+        )
+        findings.append(Finding("quantisation-unfounded", message))
+    return tuple(findings)
+
+
+def compared_as_numbers(
+    first: Catalog, second: Catalog, sources: Sources
+) -> tuple[Catalog, Catalog]:
+    """Two sides with their quantised weights as numbers; codes that are not read, of both sides
+    alike, are compared as they are stored."""
+    kinds = (refused_kind(first, sources), refused_kind(second, sources))
+    if kinds[0] is not None and kinds[1] is not None:
+        return _with_note(first, kinds[0]), _with_note(second, kinds[1])
+    one, mine = source_numbers(first, sources, filled=True)
+    other, theirs = source_numbers(second, sources, filled=True)
+    if mine.kinds and theirs.kinds:
+        # Rounded to bfloat16 they could be equal and their codes or scales not.
+        return replace(one, entries=mine.exact()), replace(other, entries=theirs.exact())
+    return one, other
+
+
+def _with_note(side: Catalog, kind: Refused) -> Catalog:
+    message = (
+        f"its weights are quantised by {kind.title}: codes and scales are compared as they are "
+        "stored."
+    )
+    note = Finding("codes-compared", message, subject=str(side.origin.root))
+    return replace(side, findings=(*side.findings, note))

@@ -1,0 +1,65 @@
+"""Checks of quantised weights: whether codes, scales and the config go together."""
+
+from __future__ import annotations
+
+from reshard.diagnosis.case import Case
+from reshard.diagnosis.findings import Repair, Signs, some
+
+_CONVERT = "Convert the quantised release again: reshard convert FP8MODEL OUT."
+
+
+def scales_left_over(case: Case) -> Signs | None:
+    """Scales of codes beside weights that are none."""
+    found = case.quantisation
+    if not found.stale:
+        return None
+    pairs = (f"{name} is {case.shown_dtype(name)}, beside it {scale}" for name, scale in
+             found.stale.items())  # fmt: skip
+    evidence = [f"{len(found.stale)} weights are no codes and have scales: {some(pairs)}"]
+    if found.cast:
+        evidence.append(
+            f"{len(found.cast)} of them hold the codes themselves, cast: they are as many times "
+            "too large as their scales are small"
+        )
+        return Signs(tuple(evidence), advice=_CONVERT)
+    words = "the scales are left out, and the config does not speak of them"
+    return Signs(tuple(evidence), Repair(words) if case.alone or case.fits else None)
+
+
+def codes_unreadable(case: Case) -> Signs | None:
+    """Codes without their scales, or with scales that do not go with them."""
+    fault = case.quantisation.fault
+    return Signs((fault,), advice="Copy the model again.") if fault else None
+
+
+def contradicts_config(case: Case) -> Signs | None:
+    """A config that says what the weights are not."""
+    found = case.quantisation
+    if found.fault:
+        return None
+    if found.stated is None and found.kinds:
+        evidence = f"{len(found.kinds)} weights are codes, and config.json does not say so: some "
+        names = some(f"{name} ({kind})" for name, kind in found.kinds.items())
+        repair = Repair("the weights are written as numbers") if case.alone or case.fits else None
+        return Signs((f"{evidence}are {names}", "loaders take the codes for weights"), repair)
+    if found.stated is None and found.unread is not None:
+        evidence = f"the weights are quantised by {found.unread.title}, config.json does not say so"
+        return Signs((evidence,), advice="Copy the config of the model that it was made from.")
+    if found.stated is not None and not found.kinds and found.unread is None:
+        evidence = f"config.json has {', '.join(found.stated.paths)} ({found.stated.title}), and "
+        words = f"{', '.join(found.stated.paths)} is left out"
+        repair = Repair(words) if not found.cast and (case.alone or case.fits) else None
+        return Signs((f"{evidence}no weight is a code",), repair)
+    return None
+
+
+def unread(case: Case) -> Signs | None:
+    """Codes of a kind that is not read: nothing that they stand for was looked at."""
+    kind = case.quantisation.unread
+    if kind is None:
+        return None
+    evidence = f"{len(kind.modules)} modules are quantised by {kind.title}: {some(kind.modules)}"
+    return Signs(
+        (evidence, "their names, shapes and values were not compared"),
+        advice="To have them compared, look at the unquantised model.",
+    )
