@@ -17,7 +17,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile
 from reshard.core.tensors import Entry, TensorSpec
-from reshard.errors import FormatError, NotFoundError
+from reshard.errors import FormatError, NotFoundError, listed
 from reshard.formats.info import FormatInfo, every, named, single_for
 from reshard.storage.local import Sources
 
@@ -174,7 +174,7 @@ def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tupl
         return ()
     message = (
         f"{path} holds {len(models)} models of one run; {taken} was taken. To convert another, "
-        f"name its {what}: {', '.join(others)}."
+        f"name its {what}: {listed(others)}."
     )
     return (Finding("several-models", message, subject=taken),)
 

@@ -120,6 +120,8 @@ def _files(path: Path, sources: Sources) -> list[Path]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError("it has no weight_map of names to files.", path=path / _INDEX)
+    if not weight_map:
+        raise FormatError("its weight_map names no file.", path=path / _INDEX)
     files = [child(path, name) for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():
