@@ -12,7 +12,7 @@ import pytest
 from reshard.core.tensors import Extent, FileRef, Record
 from reshard.errors import FormatError
 from reshard.storage.local import Sources
-from reshard.transfer.checksums import Ledger
+from reshard.transfer.checksums import Ledger, _Passed
 
 _BEFORE, _NBYTES = 64, 5000
 
@@ -41,11 +41,12 @@ class _File:
     def runs(self) -> list[tuple[int, int]]:
         """The runs of the record that the ledger holds."""
         ((passed,),) = self.ledger._files.values()
+        assert isinstance(passed, _Passed)
         return [(run.start - _BEFORE, run.stop - _BEFORE) for run in passed.runs]
 
     def check(self) -> int:
         with Sources() as sources:
-            return self.ledger.check(sources)
+            return self.ledger.check(sources).compared
 
 
 @pytest.mark.parametrize("seed", range(8))

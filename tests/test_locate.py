@@ -28,7 +28,7 @@ def test_every_level_leads_to_the_newest_save_of_the_actor(run: Path) -> None:
         checkpoint = reshard.open(path)
         assert checkpoint.catalog.origin.root == run / "_actor" / "global_step2"
     catalog = reshard.open(run).catalog
-    assert "_actor" in catalog.findings[0].message
+    assert "_actor was taken (tag global_step2)" in catalog.findings[0].message
     assert all(found.severity == "info" for found in catalog.findings)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+import reshard
 from reshard.conversion import manifest
 from reshard.conversion.manifest import Stated, WrittenFile
 from reshard.core.catalog import Origin
-from reshard.errors import FormatError
+from reshard.errors import FormatError, VerificationError
 from reshard.storage.local import Sources
 
 TENSORS = {
@@ -33,11 +36,40 @@ def test_the_text_is_that_of_json(
     assert list(value["tensors"]) == list(tensors)
     assert list(value.get("beside", {})) == list(beside)
     (tmp_path / manifest.MANIFEST).write_bytes(text)
+    if not tensors and not beside:
+        with Sources() as sources, pytest.raises(FormatError, match="lists no tensor"):
+            manifest.read(tmp_path, sources)
+        return
     with Sources() as sources:
         read = manifest.read(tmp_path, sources)
     assert value["files"] == {"x": {"nbytes": 3}, "y": {"nbytes": 4, "xxh3_128": "ab"}}
     assert (read.tensors, read.beside, read.options) == (tensors, beside, options)
     assert read.files == files
+
+
+def test_a_folder_whose_manifest_lists_no_tensor_is_not_verified(tmp_path: Path) -> None:
+    source, out = tmp_path / "model", tmp_path / "out"
+    source.mkdir()
+    save_file({"w": np.ones(3, np.float32)}, source / "model.safetensors")
+    reshard.convert(source, out)
+    path = out / manifest.MANIFEST
+    stated = json.loads(path.read_text())
+    reshard.verify(out)
+    path.write_text(json.dumps({**stated, "tensors": {}}))
+    for against in (None, source):
+        with pytest.raises(FormatError, match="it lists no tensor, so it proves nothing"):
+            reshard.verify(out, against)
+    with pytest.raises(FormatError, match="it lists no tensor"):
+        reshard.diff(source, out)
+    # Nor where it lists those of a file beside the model alone.
+    save_file({"v": np.ones(3, np.float32)}, out / "v.safetensors")
+    beside = {"v.safetensors": stated["tensors"]}
+    for files in ({}, {"v.safetensors": {"nbytes": 1}}):
+        changed = {**stated, "tensors": {}, "beside": beside, "files": files}
+        path.write_text(json.dumps(changed))
+        for against in (None, source):
+            with pytest.raises(VerificationError, match="does not list it"):
+                reshard.verify(out, against)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -12,9 +13,9 @@ from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
 from reshard.core.options import Option, PathLike, Place, Text, documented, parse, table
-from reshard.core.tensors import Entry, Kind
+from reshard.core.tensors import Entry, FileRef, Kind, Record, stored
 from reshard.formats import locate
-from reshard.storage.local import Sources
+from reshard.storage.local import Identity, Sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +50,35 @@ OPEN = table(
 )
 
 
+class Files:
+    """What the files of a checkpoint were when it was opened, and the checksums that they state."""
+
+    def __init__(self, identities: Mapping[str, Identity], records: Iterable[Record]) -> None:
+        self.identities = identities
+        self._records: dict[FileRef, list[Record]] = {}
+        for record in records:
+            self._records.setdefault(record.extent.file, []).append(record)
+        for found in self._records.values():
+            found.sort(key=_start)
+
+    def records(self, entry: Entry) -> list[Record]:
+        """The records that the bytes of a tensor lie in, each once."""
+        found: dict[Record, None] = {}
+        for extent in stored(entry.fragments):
+            records = self._records.get(extent.file, [])
+            last = bisect.bisect_right(records, extent.offset, key=_start) - 1
+            if last >= 0:
+                found[records[last]] = None
+        return list(found)
+
+
+def _start(record: Record) -> int:
+    return record.extent.offset
+
+
+_NO_FILES = Files({}, ())
+
+
 class Tensor(Struct, frozen=True):
     """A tensor of a checkpoint; its elements are read by `numpy` only.
 
@@ -58,6 +88,7 @@ class Tensor(Struct, frozen=True):
     name: str
     kind: Kind
     entry: Entry
+    files: Files = _NO_FILES
 
     @property
     def dtype(self) -> DType:
@@ -74,23 +105,27 @@ class Tensor(Struct, frozen=True):
     def numpy(self) -> np.ndarray[Any, Any]:
         """The tensor's elements, read now. bfloat16 and float8 are types of ml_dtypes.
 
-        Memory: the tensor, and 4 MiB. Raises `IncompleteError` where a file was cut off.
+        Memory: the tensor, and 4 MiB. Raises `IncompleteError` where a file was cut off or is not
+        the file that it was when the checkpoint was opened, `FormatError` where its bytes are not
+        those of the checksum that the file states.
         """
         from reshard.transfer.reading import read_array
 
-        with Sources() as sources:
-            return read_array(self.entry, sources)
+        with Sources(self.files.identities) as sources:
+            array = read_array(self.entry, sources, self.files.records(self.entry))
+            sources.check_unchanged()
+        return array
 
 
 class Tensors(Mapping[str, Tensor]):
     """Name -> tensor, tied names included, in the order of the checkpoint."""
 
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, entries: Mapping[str, Entry], files: Files = _NO_FILES) -> None:
         self._tensors = {}
         for name, entry in entries.items():
-            self._tensors[name] = Tensor(name, entry.kind, entry)
+            self._tensors[name] = Tensor(name, entry.kind, entry, files)
             for alias in entry.aliases:
-                self._tensors[alias] = Tensor(alias, "tied", entry)
+                self._tensors[alias] = Tensor(alias, "tied", entry, files)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -105,13 +140,14 @@ class Tensors(Mapping[str, Tensor]):
 class Checkpoint:
     """A checkpoint, read from its metadata. No file stays open."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, identities: Mapping[str, Identity]) -> None:
+        self.files = Files(identities, catalog.records)
         self.catalog = catalog
         self.format = catalog.format
         self.version = catalog.origin.version
         self.tag = catalog.origin.tag
         self.world_size = catalog.origin.world_size
-        self.tensors: Mapping[str, Tensor] = Tensors(catalog.entries)
+        self.tensors: Mapping[str, Tensor] = Tensors(catalog.entries, self.files)
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.format} {os.fspath(self.catalog.origin.root)!r}>"
@@ -137,4 +173,8 @@ def open_checkpoint(
     values = parse(OPEN, dict(locals()))
     selection = formats.Selection(values["tag"], values["prefix"], True, values["role"])
     with Sources() as sources:
-        return Checkpoint(locate.read(values["path"], sources, selection))
+        catalog = locate.read(values["path"], sources, selection)
+        entries = catalog.entries.values()
+        for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
+            sources.open(file)
+        return Checkpoint(catalog, sources.identities())

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections.abc import Iterable
 
 # Characters of a tensor's name in a message, and of a message: a file's names may be of any length.
 _MAX_NAME, _MAX_MESSAGE = 200, 10_000
@@ -58,10 +59,8 @@ class ReshardError(Exception):
         if self.path is not None:
             where = f"{self.path}: {where}"
         hint = f" {self.hint}" if self.hint else ""
-        message = self.message
-        if len(message) > _MAX_MESSAGE:
-            message = f"{message[:_MAX_MESSAGE]}..."
-        return printable(f"{where}{message}{hint}")
+        message = printable(shortened(self.message), lines=isinstance(self.message, Lines))
+        return f"{printable(where)}{message}{printable(hint)}"
 
 
 _BRIEF = reprlib.Repr()
@@ -76,15 +75,54 @@ def brief(value: object) -> str:
     return _BRIEF.repr(value)
 
 
-def printable(text: str) -> str:
+class Lines(str):
+    """A message whose line breaks are ours: whatever in it is a file's went through `printable`."""
+
+    __slots__ = ()
+
+
+def printable(text: str, *, lines: bool = False) -> str:
     r"""Text of a file as it may be shown: what would steer a terminal is spelt out.
 
-    >>> printable("a\x1b[31m b")
-    'a\\x1b[31m b'
+    So is a line break, which would forge a row or a line of ours, unless `lines` says that all of
+    them are ours.
+
+    >>> printable("a\x1b[31m b"), printable("a\nb: float32")
+    ('a\\x1b[31m b', 'a\\nb: float32')
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    kept = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c == kept else repr(c)[1:-1] for c in text)
+
+
+def shortened(text: str, limit: int = _MAX_MESSAGE) -> str:
+    """A text of at most `limit` characters: a file may make it as long as it likes.
+
+    >>> shortened("abcdef", 4)
+    'abcd...'
+    """
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def shown(name: str) -> str:
+    r"""A name of a file for a text of ours: short, on one line.
+
+    >>> shown("a\nb")
+    'a\\nb'
+    """
+    return printable(shortened(name, _MAX_NAME))
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """The first few names, and how many there are more.
+
+    >>> listed("abcd", 2)
+    'a, b and 2 more'
+    """
+    every = list(names)
+    more = f" and {len(every) - limit} more" if len(every) > limit else ""
+    return ", ".join(map(shown, every[:limit])) + more
 
 
 class NotFoundError(ReshardError):

@@ -301,7 +301,8 @@ def test_ranks_0_and_9_of_2(oracle: Oracle, workspace: Path) -> None:
     root = copied(oracle, "zero2-bf16-w2", workspace)
     path = optim(root, 1)
     path.rename(path.with_name(path.name.replace("rank_1", "rank_9")))
-    assert "rank 1 of 2 is missing" in refused(workspace, root, None, reshard.IncompleteError)
+    message = refused(workspace, root, None, reshard.IncompleteError)
+    assert "rank 1 of 2 is missing; a file of rank 9 is there, of another save" in message
 
 
 def test_two_files_of_one_rank(oracle: Oracle, workspace: Path) -> None:

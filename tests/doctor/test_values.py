@@ -15,13 +15,14 @@ import reshard
 from reshard.core import dtypes
 from reshard.core.rearrange import transpose
 from reshard.diagnosis import streams
-from reshard.diagnosis.streams import NotFinite
 from reshard.formats import Selection, huggingface
 from reshard.storage.local import Sources
+from reshard.transfer import finite
+from reshard.transfer.finite import NotFinite
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, names, refused
 
-FLOATING = [d for d in dtypes.ALL if d.name in streams._BITS]
+FLOATING = [d for d in dtypes.ALL if finite.has_special(d)]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

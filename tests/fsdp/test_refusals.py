@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import random
 import shutil
 import zlib
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 import zstandard
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 import reshard
 from reshard.containers import copies
@@ -308,6 +309,114 @@ def test_chunk_of_another_rank(folder: Path) -> None:
     assert refused(folder, FormatError, "is not of shape", hint=False).tensor == TENSOR
 
 
+def _storage(metadata: Metadata) -> dict[MetadataIndex, Any]:
+    places: dict[MetadataIndex, Any] = metadata.storage_data
+    return places
+
+
+def _lose(metadata: Metadata) -> None:
+    del metadata.state_dict_metadata[TENSOR]
+
+
+def _lose_everywhere(metadata: Metadata) -> None:
+    _lose(metadata)
+    del metadata.planner_data[TENSOR]
+
+
+def _make_an_object(metadata: Metadata) -> None:
+    metadata.state_dict_metadata[TENSOR] = BytesStorageMetadata()
+
+
+def _rename(metadata: Metadata) -> None:
+    tensors = metadata.state_dict_metadata
+    tensors["renamed"] = tensors.pop(TENSOR)
+
+
+def _rename_path(metadata: Metadata) -> None:
+    metadata.planner_data[TENSOR] = ("renamed",)
+
+
+def _lose_path(metadata: Metadata) -> None:
+    del metadata.planner_data[TENSOR]
+
+
+def _lose_paths(metadata: Metadata) -> None:
+    vars(metadata).pop("planner_data")
+
+
+def _rename_place(metadata: Metadata) -> None:
+    _storage(metadata)[MetadataIndex("renamed", [0, 0])] = _storage(metadata)[
+        MetadataIndex(TENSOR, [0, 0])
+    ]
+
+
+def _share(metadata: Metadata) -> None:
+    """The bytes of one layer's tensor are another's."""
+    other = MetadataIndex(TENSOR.replace("layers.0", "layers.1"), [0, 0])
+    _storage(metadata)[MetadataIndex(TENSOR, [0, 0])] = _storage(metadata)[other]
+
+
+def _share_twice(metadata: Metadata) -> None:
+    """The two are one, in all their chunks, and nothing says that they may be."""
+    for start in (0, 11):
+        other = MetadataIndex(TENSOR.replace("layers.0", "layers.1"), [start, 0])
+        _storage(metadata)[MetadataIndex(TENSOR, [start, 0])] = _storage(metadata)[other]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_lose, "its planner_data has it, its state dict has not"),
+        (_lose_everywhere, r"has a place for it at \(\d+, 0\), and its state dict no such chunk"),
+        (_make_an_object, r"has a place for it at \(\d+, 0\), and its state dict no such chunk"),
+        (_rename, "its state dict has it, its planner_data has not|planner_data has it"),
+        (_rename_path, r"its path in the state dict is \('renamed',\)"),
+        (_lose_path, "its state dict has it, its planner_data has not"),
+        (_lose_paths, "it has no planner_data"),
+        (_rename_place, "has a place for it at .*, and its state dict no such chunk"),
+        (_share, "are also those of"),
+        (_share_twice, "are also those of"),
+    ],
+)
+def test_tables_of_the_metadata_that_contradict_each_other(
+    folder: Path, change: Callable[[Metadata], None], words: str
+) -> None:
+    edit(folder, change)
+    refused(folder, FormatError, words, hint=True)
+
+
+def test_a_key_that_is_set_twice(folder: Path) -> None:
+    """By pickletools: the opcode that fetches one key's text is made to fetch another's."""
+    data = (folder / ".metadata").read_bytes()
+    last = b"model.layers.1.mlp.up_proj.weight"
+    assert data.count(last)
+    assert len(last) == len(TENSOR)
+    (folder / ".metadata").write_bytes(data.replace(last, TENSOR.encode()))
+    refused(folder, FormatError, f"it sets the key {TENSOR!r} twice", hint=False)
+
+
+@pytest.mark.parametrize("name", ["fsdp2-w2", "accelerate", "titan", "extras", "safetensors"])
+def test_flipped_bits_lose_and_rename_nothing(oracle: Oracle, tmp_path: Path, name: str) -> None:
+    """400 bits of each metadata; a name that torch pickled once for all tables has no witness."""
+    folder = oracle.copy(name, tmp_path)
+    good = reshard.open(folder).catalog
+    data = (folder / ".metadata").read_bytes()
+    generator = random.Random(name)
+    unchanged = 0
+    for _ in range(400):
+        bit = generator.randrange(len(data) * 8)
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / ".metadata").write_bytes(flipped)
+        try:
+            found = reshard.open(folder).catalog
+        except ReshardError:
+            continue
+        unchanged += 1
+        assert found.entries == good.entries, bit
+    assert unchanged < 100
+
+
 def test_unknown_transform(oracle: Oracle, tmp_path: Path) -> None:
     folder = oracle.copy("zstd", tmp_path)
 
@@ -435,7 +544,7 @@ def test_output_that_exists(folder: Path, tmp_path: Path) -> None:
 def test_nothing_to_convert(tmp_path: Path) -> None:
     folder = tmp_path / "none"
     dcp.save({"step": 5}, checkpoint_id=folder, no_dist=True)
-    refused(folder, NotFoundError, "it holds no tensor")
+    refused(folder, NotFoundError, "it holds no tensor; its objects are step")
 
 
 @pytest.mark.parametrize("name", ["fsdp1-w4", "fsdp2-w3", "fsdp1-st-w3"])

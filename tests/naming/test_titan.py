@@ -62,10 +62,33 @@ _SHAPES = {
     "up_proj": (10, _WIDTH),
     "down_proj": (_WIDTH, 10),
     "gate": (_EXPERTS, _WIDTH),
+    "e_score_correction_bias": (_EXPERTS,),
+    "q_a_proj": (6, _WIDTH),
+    "q_a_layernorm": (6,),
+    "q_b_proj": (_HEADS * _SIZE, 6),
+    "kv_a_proj_with_mqa": (7, _WIDTH),
+    "kv_a_layernorm": (5,),
+    "kv_b_proj": (_HEADS * 12, 5),
     "q_norm": (_SIZE,),
     "k_norm": (_SIZE,),
     "embed_tokens": (33, _WIDTH),
     "lm_head": (33, _WIDTH),
+}
+
+
+_MLA = {
+    "self_attn.q_a_proj.weight": "attention.wq_a.weight",
+    "self_attn.q_a_layernorm.weight": "attention.q_norm.weight",
+    "self_attn.q_b_proj.weight": "attention.wq_b.weight",
+    "self_attn.kv_a_proj_with_mqa.weight": "attention.wkv_a.weight",
+    "self_attn.kv_a_layernorm.weight": "attention.kv_norm.weight",
+    "self_attn.kv_b_proj.weight": "attention.wkv_b.weight",
+    "mlp.shared_experts.gate_proj.weight": "moe.shared_experts.w1.weight",
+    "mlp.shared_experts.up_proj.weight": "moe.shared_experts.w3.weight",
+    "mlp.shared_experts.down_proj.weight": "moe.shared_experts.w2.weight",
+}
+_OF_MLA = {name: (here, here) for name, here in _MLA.items()} | {
+    "mlp.gate.e_score_correction_bias": ("moe.expert_bias_E", "moe.expert_bias")
 }
 
 
@@ -85,15 +108,18 @@ def made(model_type: str, era: int) -> tuple[dict[str, torch.Tensor], dict[str, 
 
     hub = {name: values(name) for name in _NAMES}
     theirs = {_NAMES[name][era]: value for name, value in hub.items()}
-    table = _LAYER | ({} if model_type == "llama" else _NORMS)
-    table |= _DENSE if model_type != "qwen3_moe" else {}
+    table = _LAYER | (_NORMS if model_type.startswith("qwen3") else {})
+    table |= _DENSE if model_type in ("llama", "qwen3") else {}
+    if model_type == "deepseek_v3":
+        projections = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+        table = {n: here for n, here in table.items() if not n.endswith(projections)} | _OF_MLA
     for layer in range(_LAYERS):
         for name, names in table.items():
             value = hub[f"model.layers.{layer}.{name}"] = values(name)
             if model_type == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
                 value = turned_back(value, _HEADS if "q_proj" in name else _KV)
             theirs[f"layers.{layer}.{names[era]}"] = value
-        if model_type != "qwen3_moe":
+        if model_type in ("llama", "qwen3"):
             continue
         router = hub[f"model.layers.{layer}.mlp.gate.weight"] = values("gate")
         theirs[f"layers.{layer}.moe.router.gate.weight"] = router
@@ -120,7 +146,7 @@ def base_of(hub: dict[str, torch.Tensor], folder: Path, model_type: str, **more:
 
 
 @pytest.mark.parametrize("era", [0, 1])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_moe", "deepseek_v3"])
 def test_a_dcp_checkpoint_becomes_the_hubs(model_type: str, era: int, tmp_path: Path) -> None:
     hub, theirs = made(model_type, era)
     step = tmp_path / "step-10"
@@ -150,7 +176,9 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     hub, theirs = made("llama", 0)
     torch.save(theirs, tmp_path / "model.pt")
     other = base_of(hub, tmp_path / "other", "gpt_oss")
-    with pytest.raises(reshard.UnsupportedError, match="known of llama, qwen3, qwen3_moe, not of"):
+    with pytest.raises(
+        reshard.UnsupportedError, match="known of llama, qwen3, qwen3_moe, deepseek_v3"
+    ):
         reshard.convert(tmp_path / "model.pt", tmp_path / "out", base=other)
     bare = base_of(
         hub, tmp_path / "bare", "llama", num_attention_heads=None, num_key_value_heads=None
@@ -160,6 +188,10 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     odd = base_of(hub, tmp_path / "odd", "llama", num_attention_heads=5)
     with pytest.raises(reshard.NamesError, match="are not 5 heads of pairs"):
         reshard.convert(tmp_path / "model.pt", tmp_path / "out", base=odd)
+    # InternLM2 has such names on the hub: its checkpoints go through as they are.
+    hubs = {n if n.startswith("lm_head") else f"model.{n}": value for n, value in theirs.items()}
+    own = base_of(hubs, tmp_path / "own", "internlm2")
+    assert reshard.convert(tmp_path / "model.pt", tmp_path / "own-out", base=own).verified
     # A bias that the router was balanced with is no part of the hub's model: named, not dropped.
     hub, theirs = made("qwen3_moe", 0)
     torch.save({**theirs, "layers.0.moe.expert_bias": torch.ones(3)}, tmp_path / "moe.pt")

@@ -53,6 +53,16 @@ RUN = b"cos\nsystem\n" + text(f"touch {MARKER}") + b"\x85R"
 EVAL = b"cbuiltins\neval\n" + text(f"open('{MARKER}', 'w')") + b"\x85R"
 
 
+# One storage named as floats and as integers of the same size, or as bytes.
+TWO_TYPES = b"(" + storage() + storage(cls=b"ctorch\nIntStorage\n") + b"t"
+UNTYPED = b"(" + storage() + storage(numel=16, cls=b"ctorch.storage\nUntypedStorage\n") + b"t"
+
+
+def _twice(one: bytes, other: bytes) -> bytes:
+    """A dictionary that is given two keys, and the tensor that the file's storages are for."""
+    return b"(" + tensor() + b"}(" + one + b"K\1" + other + b"K\2ut"
+
+
 # Bombs: small files that would take much time or memory.
 
 
@@ -285,6 +295,16 @@ FILES = (
             "wrong count": (archive(DATA, here=7, count=7), "states 7"),
             "no storage": (torch_file(tensor(), Member("archive/x")), "lacks the entry"),
             "storage of another size": (torch_file(tensor(numel=5)), "pickle says 20"),
+            "storage of two types": (torch_file(TWO_TYPES), "is named with two types"),
+            "storage of a type and of none": (torch_file(UNTYPED), "is named with two types"),
+            "old, storage of two types": (old_file(TWO_TYPES), "is named with two types"),
+            "a key twice": (torch_file(_twice(text("a"), text("a"))), "sets the key 'a' twice"),
+            "a number twice": (torch_file(_twice(b"K\1", b"K\1")), "sets the key 1 twice"),
+            "a name and how it is spelt": (
+                torch_file(_twice(b"X\3\0\0\0\xed\xb2\x80", text("\\udc80"))),
+                "sets the key '\\\\udc80' twice",
+            ),
+            "old, a key twice": (old_file(_twice(text("a"), text("a"))), "sets the key 'a' twice"),
             "storage below 0": (torch_file(tensor(numel=-1)), "-1 elements"),
             "storage of endless size": (torch_file(tensor(numel=1 << 62)), "elements"),
             "storage of no class": (torch_file(storage(cls=b"cos\nsystem\n")), "unknown class"),

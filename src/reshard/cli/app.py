@@ -105,7 +105,8 @@ def _as_json(arguments: Sequence[str], kind: str, message: str, **fields: str | 
 
 def _in_flags(error: Exception) -> str:
     """The error's words, which name the option at fault as it is spelt here."""
-    words = printable(str(error))
+    # A `ReshardError` has made its text fit to be shown, line breaks of its own included.
+    words = str(error) if isinstance(error, ReshardError) else printable(str(error))
     option = getattr(error, "option", None)
     if option and words.startswith(f"{option}: "):
         return f"--{option.replace('_', '-')}{words[len(option) :]}"

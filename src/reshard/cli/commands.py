@@ -12,14 +12,13 @@ from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
 from reshard.cli.interrupts import writes
 from reshard.comparison.declared import DIFF, VERIFY
 from reshard.conversion.declared import CONVERT
+from reshard.errors import listed
 from reshard.inspection import INSPECT
 
 if TYPE_CHECKING:
     from reshard.conversion.report import Report
 
 _PATH = FolderOrFile()
-# Names of a list that a table shows; --json has them all.
-_LISTED = 8
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 _EXAMPLES = (
@@ -66,11 +65,11 @@ def show_report(report: Report, *, as_json: bool = False) -> None:
         prefix = [f"prefix {report.prefix!r} stripped"] if report.prefix else []
         rows.append(("names", "; ".join([*prefix, *report.rules])))
     if report.tied:
-        rows.append(("tied", ", ".join(f"{a} = {b}" for a, b in report.tied.items())))
+        rows.append(("tied", listed(f"{a} = {b}" for a, b in report.tied.items())))
     for what in ("filled", "missing", "unexpected"):
         names = getattr(report, what)
         if names:
-            rows.append((what, f"{len(names)}: {', '.join(names[:5])}"))
+            rows.append((what, f"{len(names)}: {listed(names, 5)}"))
     if report.adapter is not None:
         rows.append(("adapter", str(report.adapter)))
     if report.merged:
@@ -78,6 +77,7 @@ def show_report(report: Report, *, as_json: bool = False) -> None:
     if report.compared:
         rows.append(("changed", f"{report.changed} of {report.compared} differ from the base"))
     if not report.dry_run:
+        rows.append(("checksums", _checksums(report)))
         rows.append(("verified", "yes, read back" if report.verified else "no"))
         rows.append(("time", f"{report.seconds:.1f} s, {output.size(int(speed))}/s"))
     output.print_table(rows)
@@ -87,6 +87,16 @@ def show_report(report: Report, *, as_json: bool = False) -> None:
 
 def _replaced(report: Report) -> tuple[str, str]:
     return ("would replace" if report.dry_run else "replaced", str(report.replaced))
+
+
+def _checksums(report: Report) -> str:
+    """How many of the source's checksums were compared, and that there are none of the rest."""
+    total = report.records_checked + report.records_unchecked
+    told = f"{report.records_checked} of {total} source checksums"
+    if not report.records_unchecked:
+        return f"{told} compared"
+    lacking = "this format has none" if not report.records_checked else "the others have none"
+    return f"{told}: {lacking}"
 
 
 def _tagged(tag: str | None) -> str:
@@ -129,7 +139,7 @@ def inspect(
     ]
     for what in ("tied", "frozen"):
         if found[what]:
-            rows.append((what, f"{len(found[what])}: {', '.join(list(found[what])[:5])}"))
+            rows.append((what, f"{len(found[what])}: {listed(found[what], 5)}"))
     for name, value in found.get("base", {}).items():
         if value not in (None, [], {}, ""):
             rows.append((f"base: {name}", _shown(value)))
@@ -148,10 +158,9 @@ def _shown(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {count}" for name, count in value.items())
+        return listed(f"{name}: {count}" for name, count in value.items())
     if isinstance(value, list):
-        more = f" and {len(value) - _LISTED} more" if len(value) > _LISTED else ""
-        return ", ".join(map(str, value[:_LISTED])) + more
+        return listed(map(str, value))
     return str(value)
 
 

@@ -12,11 +12,13 @@ import click
 
 from reshard.core.findings import Finding
 from reshard.core.sizes import size
-from reshard.errors import printable
+from reshard.errors import printable, shortened
 from reshard.progress import StagedProgress
 
 __all__ = ["print_json", "print_table", "progress_bar", "say", "say_findings", "size", "tell"]
 
+# Characters of a cell of a table: a file's names may be of any length. --json has them whole.
+_MAX_CELL = 500
 _VERBS = {"write": "writing", "verify": "verifying", "compare": "comparing"}
 
 
@@ -24,7 +26,7 @@ def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on standard output."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     # A path may hold bytes that are no text, which Python spells as half a surrogate pair.
-    click.echo(text if printable(text) == text else json.dumps(value, indent=2))
+    click.echo(text if printable(text, lines=True) == text else json.dumps(value, indent=2))
 
 
 def tell(text: str) -> None:
@@ -40,8 +42,9 @@ def say(text: str) -> None:
 def print_table(
     rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), title: str | None = None
 ) -> None:
-    """A table on standard output; plain columns, never cut, where that is no terminal."""
-    rows = [[printable(cell) for cell in row] for row in rows]
+    """A table on standard output; plain columns where that is no terminal."""
+    rows = [[printable(shortened(cell, _MAX_CELL)) for cell in row] for row in rows]
+    title = None if title is None else printable(title)
     if not sys.stdout.isatty():
         _print_columns([header, *rows] if header else rows, title)
         return

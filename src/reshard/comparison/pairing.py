@@ -25,7 +25,7 @@ from reshard.conversion.manifest import MANIFEST, Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
 from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG, REWARD_HEAD, VALUE_HEAD, Export
 from reshard.conversion.planning import exported
-from reshard.conversion.verification import child_of
+from reshard.conversion.verification import check_listed, child_of
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, stored
 from reshard.errors import FormatError, NamesError, OptionError, PlanError
@@ -106,7 +106,11 @@ def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None
 
 def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
     folder = catalog.origin.root
-    return manifest.read(folder, sources) if (folder / MANIFEST).is_file() else None
+    if not (folder / MANIFEST).is_file():
+        return None
+    stated = manifest.read(folder, sources)
+    check_listed(folder, stated)
+    return stated
 
 
 def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts:

@@ -58,7 +58,12 @@ def assets(folder: Path) -> tuple[Asset, ...]:
 
 def is_weights(asset: Asset) -> bool:
     """Whether a file holds weights of a module in a sub-folder."""
-    return asset.name.endswith(_WEIGHT_SUFFIXES)
+    return names_weights(asset.name)
+
+
+def names_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, of whatever format."""
+    return name.endswith(_WEIGHT_SUFFIXES)
 
 
 def _walk(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
@@ -70,7 +75,7 @@ def _walk(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     module = folder != root and "config.json" in names and not names & _OF_TRAINING
     for name in sorted(names - _NOT_ASSETS):
         path = folder / name
-        weights = name.endswith(_WEIGHT_SUFFIXES) or _WEIGHT_LISTS.fullmatch(name) is not None
+        weights = names_weights(name) or _WEIGHT_LISTS.fullmatch(name) is not None
         if name in _LEFT or (weights and not (module and _OWN.fullmatch(name))):
             continue
         if path.is_symlink():

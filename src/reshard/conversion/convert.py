@@ -20,11 +20,11 @@ from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
 from reshard.conversion.execute import Writing, carry_out
 from reshard.conversion.options import DTypeChoice, Lora, Names, SrmFormat, To
-from reshard.conversion.planning import Job, prepare
+from reshard.conversion.planning import Job, check_strict, prepare
 from reshard.conversion.report import Report
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, TorchDType, documented
-from reshard.errors import VerificationError
+from reshard.errors import VerificationError, listed
 from reshard.formats.info import named
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
@@ -103,11 +103,19 @@ def convert(
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
+            check_strict(_of_values(outcome), options, running.strict)
             return _manifest(job, outcome.digests, sources)
 
         writing = Writing(running.threads, running.overwrite, running.verify, running.progress)
-        records = job.catalog.records
-        outcome = carry_out(job.plan, sources, records, options.target, writing, render=render)
+        outcome = carry_out(
+            job.plan,
+            sources,
+            job.catalog.records,
+            options.target,
+            writing,
+            render=render,
+            unprotected=job.unprotected,
+        )
     seconds = time.monotonic() - began
     return _report(job, given, seconds, replaced, outcome, verified=running.verify)
 
@@ -121,6 +129,18 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
             path=job.catalog.origin.root,
             hint="Pass --allow-unchanged if that is meant.",
         )
+
+
+def _of_values(outcome: Outcome) -> list[Finding]:
+    """What the values that passed show: NaN and infinity."""
+    spoilt = [
+        f"{part}{': ' if part else ''}{name} ({found.nan} NaN, {found.infinite} infinite)"
+        for (part, name), found in outcome.not_finite.items()
+    ]
+    if not spoilt:
+        return []
+    what = f"{len(spoilt)} of {len(outcome.digests)} tensors hold values that are not finite"
+    return [Finding("not-finite", f"{what}: {listed(spoilt)}.")]
 
 
 def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:
@@ -184,7 +204,7 @@ def _report(
             Finding("unchanged", f"all {outcome.compared} tensors equal the base model's.")
         )
     if outcome is not None:
-        findings.extend(outcome.findings)
+        findings.extend((*_of_values(outcome), *outcome.findings))
     findings = [_completed(found, job, given) for found in findings]
     exported = job.export
     return Report(
@@ -209,7 +229,8 @@ def _report(
         merged=exported.merged,
         compared=0 if outcome is None else outcome.compared,
         changed=0 if outcome is None else outcome.changed,
-        records_checked=0 if outcome is None else outcome.records_checked,
+        records_checked=0 if outcome is None else outcome.checked.compared,
+        records_unchecked=0 if outcome is None else outcome.checked.unchecked,
         findings=tuple(findings),
         dry_run=outcome is None,
         replaced=replaced,

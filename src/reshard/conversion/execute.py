@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import xxhash
@@ -45,17 +45,22 @@ def carry_out(
     *,
     render: Callable[[Outcome], bytes],
     check: Callable[[Path], None] | None = None,
+    unprotected: Sequence[Extent] = (),
 ) -> Outcome:
     """Write a plan's files, `reshard.json` last, and give the folder its name.
 
-    `render` makes the bytes of `reshard.json`; it may refuse what the engine found. `check` looks
-    at the finished folder before it gets its name, and raises where it is not well.
+    `records` are the source's checksums, which are compared as its bytes pass, `unprotected` its
+    stretches without. `render` makes the bytes of `reshard.json`; it may refuse what the engine
+    found. `check` looks at the finished folder before it gets its name, and raises where it is not
+    well.
 
     Raises what stands in the way; `target` is then as it was, or the error says what stands there.
     """
     with OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder:
         threads = writing.threads
-        executor: Executor = Threads(threads, records, writing.verify, writing.step("write"))
+        executor: Executor = Threads(
+            threads, records, writing.verify, writing.step("write"), unprotected
+        )
         outcome = executor.run(plan, sources, folder)
         stated = render(outcome)
         for asset in plan.assets:

@@ -14,6 +14,8 @@ It holds no path and no time of day: the same input gives the same bytes.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ MANIFEST = "reshard.json"
 VERSION = TREES = 2
 # Bytes that a stated tensor takes for each comma, colon and opening bracket of its lines.
 _STATED_TOKEN_NBYTES = 45
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Bytes of a file that is copied, in memory at once.
 _PIECE = 4 << 20
 
@@ -102,7 +105,13 @@ def render(
         "world_size": origin.world_size,
     }
     content = Manifest(__version__, source, options, names, tensors, beside, files, VERSION)
-    return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
+    try:
+        text = msgspec.json.encode(content)
+    except UnicodeEncodeError:
+        # A tag or an option may hold bytes that are not UTF-8, which Python spells as surrogates.
+        whole = json.dumps(msgspec.to_builtins(content), ensure_ascii=False)
+        text = _SURROGATE.sub(lambda half: f"\\\\u{ord(half[0]):04x}", whole).encode()
+    return msgspec.json.format(text, indent=1) + b"\n"
 
 
 def listed(plan: Plan, sources: Sources) -> dict[str, WrittenFile]:
@@ -150,6 +159,12 @@ def read(folder: Path, sources: Sources) -> Manifest:
             f"it is of version {found.version}; this reshard knows versions up to {VERSION}.",
             path=path,
             hint="Use the reshard that wrote it, or a later one.",
+        )
+    if not found.tensors and not any(found.beside.values()):
+        raise FormatError(
+            "it is damaged: it lists no tensor, so it proves nothing.",
+            path=path,
+            hint="Convert the checkpoint again.",
         )
     return found
 

@@ -118,7 +118,7 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     Without `sources` no value is read, and tied tensors are taken to be equal.
     """
     found = flat.shaped(catalog, base.schema)
-    known = titan.translated(found.entries, base.config)
+    known = titan.translated(found.entries, base.schema)
     catalog = replace(catalog, entries=known.entries, unshaped=frozenset())
     made = _Export(catalog, base, options, sources).result()
     rules = (*found.rules, *known.rules, *made.name_map.rules)

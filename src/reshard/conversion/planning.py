@@ -29,21 +29,27 @@ from reshard.conversion.quantised import as_numbers, dequantised, itself
 from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
-from reshard.errors import PlanError
+from reshard.core.tensors import Extent
+from reshard.errors import FormatError, PlanError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
-from reshard.formats.info import target_named
+from reshard.formats.info import named, target_named
 from reshard.storage.local import Sources
+from reshard.transfer.checksums import without_checksum
 from reshard.transfer.commit import check_space
 
 
 class Job(Struct, frozen=True):
-    """A conversion that is planned and not begun; `options` are those that it decided on."""
+    """A conversion that is planned and not begun; `options` are those that it decided on.
+
+    `unprotected` are the source's stretches that have no checksum.
+    """
 
     options: Options
     catalog: Catalog
     export: Export
     plan: Plan
+    unprotected: Sequence[Extent] = ()
 
 
 def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str]) -> Job:
@@ -52,7 +58,9 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     With `strict` a finding is an error: any warning, or those of the codes given.
     """
     catalog = locate.read(options.source, sources, options.selection)
-    _check_strict(catalog.findings, options, strict)
+    unprotected = without_checksum(catalog.entries.values(), catalog.records)
+    catalog = replace(catalog, findings=(*catalog.findings, *_unchecked(catalog, unprotected)))
+    check_strict(catalog.findings, options, strict)
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
     base = None if options.base is None else read_base(options.base, sources)
@@ -81,11 +89,39 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
             *lacking,
         ),
     )
-    _check_strict(plan.findings, options, strict)
-    return Job(options, catalog, made, plan)
+    check_strict(plan.findings, options, strict)
+    _check_names(plan)
+    return Job(options, catalog, made, plan, unprotected)
 
 
-def _check_strict(
+def _check_names(plan: Plan) -> None:
+    """Refuse files whose names are not text: `reshard.json` lists all files."""
+    for asset in plan.assets:
+        try:
+            asset.name.encode()
+        except UnicodeEncodeError:
+            raise FormatError(
+                "the file's name is not UTF-8, so it cannot be listed in reshard.json.",
+                path=asset.path,
+                hint="Rename it, or move it away.",
+            ) from None
+
+
+def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding, ...]:
+    """That files lack checksums which their format has, unless its reader has said so."""
+    known = any(found.code == "no-checksums" for found in catalog.findings)
+    if not unprotected or known or not named(catalog.format).checksums:
+        return ()
+    total = len(unprotected) + len(catalog.records)
+    files = len({extent.file.path for extent in unprotected})
+    message = (
+        f"{len(unprotected)} of {total} stretches of its files, in {files} of them, have no "
+        "checksum: they were saved without one (a CRC-32 of 0)."
+    )
+    return (Finding("no-checksums", message),)
+
+
+def check_strict(
     findings: Sequence[Finding], options: Options, strict: bool | Sequence[str]
 ) -> None:
     """Refuse findings of the codes in `strict`, or where it is True all but mere information."""

@@ -19,7 +19,9 @@ class Report(Struct, frozen=True):
     `missing` are tensors of the base that the output lacks, `unexpected` tensors of the checkpoint
     that were left out, `tied` names whose weights are stored under another name, `filled` tensors
     copied from the base. `merged` counts low-rank updates. `changed` of `compared` tensors differ
-    from the base model's. `findings` are what a person should read. Sizes are bytes.
+    from the base model's. `records_checked` checksums that the source's files state were compared
+    with what was read; of `records_unchecked` stretches of them they state none. `findings` are
+    what a person should read. Sizes are bytes.
     """
 
     source: str
@@ -42,6 +44,7 @@ class Report(Struct, frozen=True):
     compared: int = 0
     changed: int = 0
     records_checked: int = 0
+    records_unchecked: int = 0
     findings: tuple[Finding, ...] = ()
     dry_run: bool = False
     replaced: Replaced | None = None

@@ -16,7 +16,8 @@ from msgspec import Struct, field
 from msgspec.structs import asdict
 
 from reshard.conversion import manifest
-from reshard.conversion.manifest import Stated
+from reshard.conversion.assets import names_weights
+from reshard.conversion.manifest import Manifest, Stated
 from reshard.core.catalog import Catalog
 from reshard.core.digests import joined, leaf_numel, leaves
 from reshard.core.findings import Finding
@@ -61,6 +62,7 @@ def verify_folder(
     """
     with Sources() as sources:
         stated = manifest.read(folder, sources)
+        check_listed(folder, stated)
         parts = [(folder, stated.tensors)] if stated.tensors else []
         parts += [(child_of(folder, name), tensors) for name, tensors in stated.beside.items()]
         found = []
@@ -81,6 +83,23 @@ def verify_folder(
             )
         sources.check_unchanged()
     return Verified(sum(f.num_tensors for f in found), sum(f.bytes_read for f in found))
+
+
+def check_listed(folder: Path, stated: Manifest) -> None:
+    """Raise `VerificationError` where a folder has weights that its `reshard.json` does not list.
+
+    A model that no tensor is stated of would be passed over, and what is beside it alone compared.
+    """
+    listed = stated.files or stated.beside
+    if stated.tensors and not stated.files:
+        return  # an earlier version, which did not list the model's files
+    for path in sorted(folder.iterdir()):
+        if names_weights(path.name) and path.is_file() and path.name not in listed:
+            raise VerificationError(
+                f"it is there, and {manifest.MANIFEST} does not list it.",
+                path=path,
+                hint="Move it away, or convert again: what is not listed cannot be verified.",
+            )
 
 
 def child_of(folder: Path, name: str) -> Path:

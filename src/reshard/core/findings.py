@@ -11,10 +11,17 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
+from msgspec.structs import force_setattr
+
+from reshard.errors import listed, shortened
 
 #: `info`: nothing to do. `warning`: read it, the result may not be what was meant. `error`: the
 #: result is wrong or unusable somewhere.
 Severity = Literal["info", "warning", "error"]
+
+
+# Characters of a message, at most.
+_MAX_MESSAGE = 2000
 
 
 class Code(Struct, frozen=True):
@@ -38,6 +45,10 @@ class Finding(Struct, frozen=True):
     subject: str = ""
     fix: str = ""
 
+    def __post_init__(self) -> None:
+        # A note is as long as a file makes it.
+        force_setattr(self, "message", shortened(self.message, _MAX_MESSAGE))
+
     @property
     def severity(self) -> Severity:
         """How serious it is."""
@@ -59,7 +70,7 @@ class Finding(Struct, frozen=True):
 
 def objects_unread(names: Sequence[str]) -> Finding:
     """That a pickle holds objects which are not data, by their classes; they were not made."""
-    return Finding("objects-unread", f"objects that were left unread: {', '.join(names)}.")
+    return Finding("objects-unread", f"objects that were left unread: {listed(names)}.")
 
 
 #: Every code, in alphabetical order.
@@ -140,6 +151,9 @@ CODES: dict[str, Code] = {
     "no-base": Code(
         "warning", "without a base, only weights are written", "Pass --base."),
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
+    "not-finite": Code(
+        "warning", "weights hold NaN or infinity: the run has diverged, or a buffer is made so",
+        "Convert an earlier checkpoint of the run."),
     "objects-unread": Code(
         "warning", "a pickle holds objects that are not data; they were not made"),
     "old-output-kept": Code(
@@ -150,6 +164,9 @@ CODES: dict[str, Code] = {
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
     "option-idle": Code("info", "an option has no effect on this conversion"),
+    "part-left-out": Code(
+        "info", "the checkpoint holds another part that could be a model, and it was not read",
+        "To convert it, pass --prefix."),
     "partial-output": Code("info", "what an interrupted run of this output left was removed"),
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",

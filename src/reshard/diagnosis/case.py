@@ -19,7 +19,6 @@ from reshard.diagnosis import quantisation, streams
 from reshard.diagnosis.checks.companions import Companions, read_companions
 from reshard.diagnosis.folder import Folder
 from reshard.diagnosis.quantisation import Quantisation
-from reshard.diagnosis.streams import NotFinite
 from reshard.errors import NamesError, PlanError, ReshardError
 from reshard.formats import Selection, deepspeed
 from reshard.naming import FitOptions, NameMap, apply, fit, partners, schema
@@ -29,6 +28,7 @@ from reshard.naming.ties import HEADS
 from reshard.naming.value_heads import SCORE
 from reshard.progress import Progress, StagedProgress
 from reshard.storage.local import Sources
+from reshard.transfer.finite import NotFinite
 from reshard.transfer.reading import equal
 
 

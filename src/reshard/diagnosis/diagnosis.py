@@ -99,6 +99,7 @@ def doctor(
             _check_numbers(case)
             remaining = _mend(case, findings, target, sources, threads, progress)
             repaired = os.fspath(target)
+        sources.check_unchanged()
     return Diagnosis(
         folder=os.fspath(folder),
         base=None if base is None else os.fspath(base),

@@ -9,6 +9,7 @@ from msgspec import Struct, field
 
 from reshard.core.catalog import Asset
 from reshard.diagnosis.case import Case
+from reshard.errors import listed
 
 #: An error makes the model wrong or unusable somewhere; a warning does not.
 Severity = Literal["error", "warning"]
@@ -91,6 +92,4 @@ def some(names: Iterable[str]) -> str:
     >>> some(["a", "b", "c", "d", "e", "f"])
     'a, b, c, d and 2 more'
     """
-    listed = list(names)
-    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more
+    return listed(names, _SHOWN)

@@ -11,14 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-from msgspec import Struct
 
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry, blocks
 from reshard.progress import Progress
 from reshard.storage.local import Sources
+from reshard.transfer import finite
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Array, Reader, fill
+from reshard.transfer.finite import NotFinite
 
 _BLOCK = 4 << 20
 # A trained tensor differs from the base's within its first elements: the first look is short.
@@ -30,33 +31,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class NotFinite(Struct, frozen=True):
-    """How many of a tensor's elements are NaN, and how many infinite."""
-
-    nan: int
-    infinite: int
-
-
-class _Bits(Struct, frozen=True):
-    """A floating type's exponent: all its bits set means NaN, or infinity if `mantissa` is 0."""
-
-    unsigned: str
-    exponent: int
-    mantissa: int
-
-
-# IEEE 754, and for float8 the OCP specification (e4m3fn has one NaN and no infinity).
-_BITS = {
-    "float64": _Bits("u8", 0x7FF0_0000_0000_0000, 0x000F_FFFF_FFFF_FFFF),
-    "float32": _Bits("u4", 0x7F80_0000, 0x007F_FFFF),
-    "complex64": _Bits("u4", 0x7F80_0000, 0x007F_FFFF),
-    "float16": _Bits("u2", 0x7C00, 0x03FF),
-    "bfloat16": _Bits("u2", 0x7F80, 0x007F),
-    "float8_e5m2": _Bits("u1", 0x7C, 0x03),
-    "float8_e4m3fn": _Bits("u1", 0x7F, 0x7F),
-}
-
-
 def not_finite(
     entries: Mapping[str, Entry],
     sources: Sources,
@@ -65,27 +39,20 @@ def not_finite(
     progress: Progress | None = None,
 ) -> dict[str, NotFinite]:
     """The tensors that hold NaN or infinity, by name. Reads every byte of floating tensors."""
-    chosen = [entry for entry in entries.values() if entry.spec.dtype.name in _BITS]
+    chosen = [entry for entry in entries.values() if finite.has_special(entry.spec.dtype)]
     total = sum(entry.spec.nbytes for entry in chosen)
     count = _Counter(total, progress)
 
     def look(entry: Entry, reader: Reader) -> NotFinite:
-        bits = _BITS[entry.spec.dtype.name]
-        nan = infinite = 0
+        found = NotFinite()
         for part in _parts(entry, entry.spec.dtype, reader, _BLOCK):
-            special = _special(part, bits)
-            if special.size:
-                found = int(np.count_nonzero(special & bits.mantissa))
-                nan += found
-                infinite += special.size - found
+            found += finite.not_finite(part, entry.spec.dtype)
             count.add(part.nbytes)
-        return NotFinite(nan, infinite)
+        return found
 
     results = _each(chosen, look, sources, threads)
     return {
-        entry.spec.name: result
-        for entry, result in zip(chosen, results, strict=True)
-        if result != NotFinite(0, 0)
+        entry.spec.name: result for entry, result in zip(chosen, results, strict=True) if result
     }
 
 
@@ -132,13 +99,6 @@ def _parts(source: Entry, dtype: DType, reader: Reader, limit: int) -> Iterator[
         part = buffer[: box.numel]
         fill(source, box, part, reader)
         yield part
-
-
-def _special(part: Array, bits: _Bits) -> Array:
-    """The elements whose exponent says NaN or infinity, as unsigned integers."""
-    raw: Array = part.view(bits.unsigned)
-    special: Array = raw[(raw & bits.exponent) == bits.exponent]
-    return special
 
 
 class _Counter:

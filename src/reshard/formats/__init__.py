@@ -17,7 +17,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile
 from reshard.core.tensors import Entry, TensorSpec
-from reshard.errors import FormatError, NotFoundError
+from reshard.errors import FormatError, NotFoundError, listed
 from reshard.formats.info import FormatInfo, every, named, single_for
 from reshard.storage.local import Sources
 
@@ -79,11 +79,12 @@ class Single(Protocol):
         """One file of that name with these tensors."""
 
 
-#: What frameworks call the parts of a nested state dict that hold tensors and are not the model.
-NOT_MODEL = re.compile(
-    r"(.*_)?optim(izer)?s?(_.*|\d*)|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?|"
-    r"extra(_.*)?|ema(_.*)?"
+#: What frameworks call the parts of a nested state dict from which a run goes on, but the model.
+RUN_STATE = re.compile(
+    r"(.*_)?optim(izer)?s?(_.*|\d*)|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?"
 )
+#: These, and other parts that hold tensors and are not the model that is meant.
+NOT_MODEL = re.compile(rf"{RUN_STATE.pattern}|extra(_.*)?|ema(_.*)?")
 
 
 def load(name: str) -> Format:
@@ -173,7 +174,7 @@ def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tupl
         return ()
     message = (
         f"{path} holds {len(models)} models of one run; {taken} was taken. To convert another, "
-        f"name its {what}: {', '.join(others)}."
+        f"name its {what}: {listed(others)}."
     )
     return (Finding("several-models", message, subject=taken),)
 

@@ -27,7 +27,7 @@ from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
 from reshard.core.tiling import check_tiling
-from reshard.errors import FormatError, IncompleteError, NotFoundError
+from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
 from reshard.formats import Description, Selection, Wanted
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
@@ -97,7 +97,7 @@ def _unread(folder: Path, located: Collection[str]) -> tuple[Finding, ...]:
     if not others:
         return ()
     message = (
-        f"{folder} also holds {', '.join(others)}, not read with {min(located)}. To convert such a "
+        f"{folder} also holds {listed(others)}, not read with {min(located)}. To convert such a "
         "file, name it."
     )
     return (Finding("weights-unread", message, subject=others[0]),)

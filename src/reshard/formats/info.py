@@ -33,6 +33,7 @@ class FormatInfo(Struct, frozen=True):
     has_tags: one folder holds several saves, each under a tag.
     finds_model: its reader takes the model's part out of a nested state dict by `prefix` itself.
     holds_config: the model's config lies beside the weights, and names are those of its files.
+    checksums: its files state checksums of the tensors' bytes.
     target: the value of `--to` that writes it; None where it is not written.
     names_twice: what is written can give the same bytes several names.
     client_state: LightRFT's client_state.pt may lie beside what is written.
@@ -51,6 +52,7 @@ class FormatInfo(Struct, frozen=True):
     has_tags: bool = False
     finds_model: bool = False
     holds_config: bool = False
+    checksums: bool = False
     target: str | None = None
     names_twice: bool = False
     client_state: bool = False
@@ -65,6 +67,7 @@ OWN = (
         "dcp",
         "a PyTorch DCP (FSDP) checkpoint",
         "reshard.formats.dcp",
+        checksums=True,
         advice="Convert it with fsdp2hf.",
         scripts=("fsdp2hf",),
         finds_model=True,
@@ -78,6 +81,7 @@ OWN = (
         "deepspeed",
         "a DeepSpeed checkpoint",
         "reshard.formats.deepspeed",
+        checksums=True,
         advice="Convert it with ds2hf.",
         scripts=("ds2hf",),
         has_tags=True,
@@ -98,6 +102,7 @@ OWN = (
         "ranks",
         "an FSDP checkpoint of one file a rank",
         "reshard.formats.rank_files",
+        checksums=True,
         advice="Convert it with fsdp2hf.",
         scripts=("fsdp2hf",),
         has_roles=True,
@@ -106,6 +111,7 @@ OWN = (
         "torch",
         "a torch.save file",
         "reshard.formats.torch_state_dict",
+        checksums=True,
         scripts=("ds2hf", "fsdp2hf"),
         exported=True,
         single=".bin",

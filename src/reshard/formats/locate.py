@@ -100,7 +100,7 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
             Finding("incomplete-skipped", f"passed over as incomplete: {error}")
             for error in passed_over
         )
-        taken = _taken(path, save, below, selection.tag, tracked)
+        taken = _taken(path, save, below, selection.tag, tracked, catalog)
         return replace(catalog, findings=(*taken, *lost, *catalog.findings))
     raise passed_over[0]
 
@@ -262,12 +262,22 @@ def _several(path: Path, saves: list[Found], what: str, near: str = "") -> NotFo
 
 
 def _taken(
-    path: Path, save: Found, found: list[Found], tag: str | None, tracked: int | None
+    path: Path,
+    save: Found,
+    found: list[Found],
+    tag: str | None,
+    tracked: int | None,
+    catalog: Catalog,
 ) -> list[Finding]:
     """Which of the checkpoints was taken, and which exported model is newer than it."""
     saves = _training(found)
     where = f"of the {len(saves)} checkpoints in {path}, " if len(saves) > 1 else f"of {path}, "
-    name = save.path.name if len(saves) > 1 else f"the checkpoint {save.path.relative_to(path)}"
+    # The whole way down: `_actor/global_step2` and `_critic/global_step2` are two models.
+    name = str(save.path.relative_to(path))
+    if len(saves) == 1:
+        name = f"the checkpoint {name}"
+    tagged = catalog.origin.tag not in (None, *save.path.parts)
+    tag_taken = f" (tag {catalog.origin.tag})" if tagged else ""
     newer = [
         other
         for other in found
@@ -278,7 +288,9 @@ def _taken(
     if named and not why:
         why = f" ({_TRACKER} names {tracked}, which was not found or is incomplete)"
     findings = [
-        Finding("checkpoint-taken", f"{where}{name} was taken{why}.", subject=str(save.path))
+        Finding(
+            "checkpoint-taken", f"{where}{name} was taken{tag_taken}{why}.", subject=str(save.path)
+        )
     ]
     if tag is None and newer:
         newest = max(newer, key=lambda other: other.age).path

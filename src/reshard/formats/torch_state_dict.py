@@ -24,17 +24,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 from reshard.containers.distributed import Decoder, is_distributed
 from reshard.containers.torch import Opaque, TensorRef, TorchFile
 from reshard.containers.torch import read as read_torch
+from reshard.containers.torch.named import entries_of
 from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.tensors import Entry, Record, TensorSpec, whole
-from reshard.core.tiling import check_tiling
+from reshard.core.tensors import Entry, Record, whole
 from reshard.errors import FormatError, IncompleteError, NamesError, UnsupportedError
 from reshard.formats import NOT_MODEL, Selection, Wanted, numbered, of_several
 from reshard.storage import strict_json
@@ -73,7 +71,8 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     for file in files:
         content = read_torch(sources.open(file))
         records += content.records
-        for name, entry in _entries(file, content, sources, selection.prefix).items():
+        state = _state_dict(file, content, sources, selection.prefix)
+        for name, entry in entries_of(state).items():
             if name in entries:
                 raise FormatError("it is stored in two files.", path=file, tensor=name)
             entries[name] = entry
@@ -121,6 +120,8 @@ def _files(path: Path, sources: Sources) -> list[Path]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError("it has no weight_map of names to files.", path=path / _INDEX)
+    if not weight_map:
+        raise FormatError("its weight_map names no file.", path=path / _INDEX)
     files = [child(path, name) for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():
@@ -143,24 +144,6 @@ def _models(path: Path) -> list[str]:
     if not path.is_dir():
         return []
     return numbered((file.name for file in path.iterdir()), _FSDP)
-
-
-def _entries(
-    path: Path, content: TorchFile, sources: Sources, prefix: str | None
-) -> dict[str, Entry]:
-    """Tensors by name, each storage once; later names of the same elements become aliases."""
-    entries: dict[str, Entry] = {}
-    stored: dict[tuple[object, ...], str] = {}
-    for name, tensor in _state_dict(path, content, sources, prefix).items():
-        key = (tensor.storage, tensor.dtype, tensor.shape, tensor.strides)
-        first = stored.setdefault(key, name) if tensor.extent.nbytes else name
-        if first != name:
-            entries[first] = replace(entries[first], aliases=(*entries[first].aliases, name))
-            continue
-        spec = TensorSpec(name, tensor.dtype, tensor.shape)
-        entries[name] = Entry(spec, (tensor.fragment(),) if spec.numel else ())
-        check_tiling(entries[name])
-    return entries
 
 
 def _state_dict(

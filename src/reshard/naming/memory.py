@@ -19,6 +19,7 @@ from reshard.naming.name_map import apply
 from reshard.naming.schema import (
     backbone_part,
     bare_layout,
+    classes_of,
     is_backbone,
     is_unheld,
     levels,
@@ -115,7 +116,7 @@ def unsupported(config: Mapping[str, Any], version: Version) -> set[str]:
     known to be those of the files."""
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     kinds = {str(part.get("model_type")) for part in parts} if version >= (5,) else set()
-    classes = {str(name) for name in config.get("architectures") or ()}
+    classes = set(classes_of(config))
     return (kinds & {*families.UNSUPPORTED}) | (classes & {*families.UNSUPPORTED_CLASSES})
 
 
@@ -220,7 +221,7 @@ def _add_tied(pieces: dict[str, Piece], config: Mapping[str, Any]) -> None:
     decoder = config.get("decoder")
     speaking = (decoder,) if isinstance(decoder, Mapping) else levels(config)
     stated = [level.get("tie_word_embeddings") for level in speaking]
-    classes = [str(name) for level in levels(config) for name in level.get("architectures") or ()]
+    classes = [name for level in levels(config) for name in classes_of(level)]
     generates = not classes or any(name.endswith(_GENERATING) for name in classes)
     # Unstated means tied: the default of transformers' configs is left out of config.json.
     tied = True in stated or False not in stated

@@ -6,7 +6,7 @@ import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from reshard.errors import NamesError
+from reshard.errors import Lines, NamesError, shown
 from reshard.naming import value_heads, wrong_base
 from reshard.naming.judge import Verdict
 from reshard.naming.search import Candidate
@@ -39,7 +39,8 @@ def refuse(candidate: Candidate) -> NamesError:
         [*candidate.source.misfits, *(source[hub].name for hub in candidate.of(Verdict.UNEXPECTED))]
     )
     clashes = [
-        f"{source[hub].name}: {source[hub].shape} in the checkpoint, {base[hub].shape} in the base"
+        f"{shown(source[hub].name)}: {source[hub].shape} in the checkpoint, "
+        f"{base[hub].shape} in the base"
         for hub in candidate.of(Verdict.MISMATCHED)
     ]
     matched = len(candidate.of(Verdict.MATCHED))
@@ -52,7 +53,7 @@ def refuse(candidate: Candidate) -> NamesError:
         body = _lists(f"{counted} ({candidate.title}).", missing, unexpected, clashes)
         hint = _hint(candidate, missing, unexpected, clashes)
     return NamesError(
-        f"the checkpoint does not fit the base model: {body}\n",
+        Lines(f"the checkpoint does not fit the base model: {body}\n"),
         missing=missing,
         unexpected=unexpected,
         hint=hint,
@@ -157,7 +158,7 @@ def _names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _row(name: str, nearest: str | None) -> str:
-    return name if nearest is None else f"{name} (nearest: {nearest})"
+    return shown(name) if nearest is None else f"{shown(name)} (nearest: {shown(nearest)})"
 
 
 def _list(title: str, rows: Sequence[str], total: int) -> str:

@@ -93,10 +93,15 @@ def is_unheld(name: str, config: Mapping[str, Any]) -> bool:
     return False
 
 
+def classes_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes that the config names."""
+    named = config.get("architectures")
+    return tuple(map(str, named)) if isinstance(named, list) else ()
+
+
 def is_backbone(config: Mapping[str, Any]) -> bool:
     """Whether the config names a class without any head."""
-    named = config.get("architectures")
-    first = str(named[0]) if isinstance(named, list) and named else ""
+    first = next(iter(classes_of(config)), "")
     return first.endswith(("Model", "Encoder")) and not first.endswith(_HEADED)
 
 

@@ -11,7 +11,7 @@ torchtitan trains models of its own. Its names are Meta's, with what was added s
     output.weight, lm_head.weight                       lm_head.weight
 
 Llama's queries and keys are turned: rotary embeddings pair neighbouring rows of a head there, and
-rows half a head apart on the hub. Read off torchtitan 0.3 (models/llama3, models/qwen3:
+rows half a head apart on the hub. Read off torchtitan 0.3 (models/llama3, qwen3, deepseek_v3:
 state_dict_adapter.py), its checkpoints of 2025, and Meta's llama-models.
 """
 
@@ -27,6 +27,7 @@ from reshard.core import rearrange
 from reshard.core.tensors import Box, Entry, Fragment, contiguous_strides
 from reshard.errors import NamesError, UnsupportedError
 from reshard.naming import patterns
+from reshard.naming.schema import Schema
 from reshard.naming.search import unwrap
 
 #: (on the hub, in torchtitan); `*` is a layer.
@@ -71,10 +72,39 @@ EXPERTS = (
 )
 #: Buffers that are computed, and statistics of the router's balance: of no model on the hub.
 LEFT_OUT = ("rope.freqs", "freqs_cis", "rope.cache", "layers.*.moe.tokens_per_expert")
-#: Model types -> whether queries and keys are turned.
-FAMILIES = {"llama": True, "qwen3": False, "qwen3_moe": False}
-# Names that every such model has, and no other.
+_DEEPSEEK = (
+    ("model.layers.*.self_attn.q_a_proj.weight", "layers.*.attention.wq_a.weight"),
+    ("model.layers.*.self_attn.q_a_layernorm.weight", "layers.*.attention.q_norm.weight"),
+    ("model.layers.*.self_attn.q_b_proj.weight", "layers.*.attention.wq_b.weight"),
+    ("model.layers.*.self_attn.kv_a_proj_with_mqa.weight", "layers.*.attention.wkv_a.weight"),
+    ("model.layers.*.self_attn.kv_a_layernorm.weight", "layers.*.attention.kv_norm.weight"),
+    ("model.layers.*.self_attn.kv_b_proj.weight", "layers.*.attention.wkv_b.weight"),
+    ("model.layers.*.mlp.shared_experts.gate_proj.weight", "layers.*.moe.shared_experts.w1.weight"),
+    ("model.layers.*.mlp.shared_experts.up_proj.weight", "layers.*.moe.shared_experts.w3.weight"),
+    ("model.layers.*.mlp.shared_experts.down_proj.weight", "layers.*.moe.shared_experts.w2.weight"),
+    ("model.layers.*.mlp.gate.e_score_correction_bias", "layers.*.moe.expert_bias"),
+    ("model.layers.*.mlp.gate.e_score_correction_bias", "layers.*.moe.expert_bias_E"),
+)
+
+
+class Family(Struct, frozen=True):
+    """What a model type has of its own: `names` go before `NAMES`; `turns`: queries and keys are
+    turned."""
+
+    turns: bool = False
+    names: tuple[tuple[str, str], ...] = ()
+
+
+#: By model type.
+FAMILIES = {
+    "llama": Family(turns=True),
+    "qwen3": Family(),
+    "qwen3_moe": Family(),
+    "deepseek_v3": Family(names=_DEEPSEEK),
+}
+# Names that every such model has. InternLM2's are like them on the hub.
 _SIGNS = ("tok_embeddings.weight", "layers.*.attention.wo.weight")
+_HUBS_OWN = "**.attention.wo.weight"
 
 
 class Translated(Struct, frozen=True):
@@ -84,16 +114,18 @@ class Translated(Struct, frozen=True):
     rules: tuple[str, ...] = ()
 
 
-def translated(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Translated:
+def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
     """The tensors of torchtitan's or Meta's model by the hub's names, turned as the hub has them.
 
-    Any other checkpoint goes through as it is. `config` is the base's. Raises `UnsupportedError`
-    for a family whose names there are not known, `NamesError` where the config does not say how
-    many heads there are.
+    Any other checkpoint goes through as it is. Raises `UnsupportedError` for a family whose names
+    there are not known, `NamesError` where the base's config does not say how many heads there are.
     """
     names = [unwrap(name) for entry in entries.values() for name in entry.names]
     if not all(any(patterns.match(sign, name) is not None for name in names) for sign in _SIGNS):
         return Translated(entries)
+    if any(patterns.match(_HUBS_OWN, name) is not None for name in schema.specs):
+        return Translated(entries)
+    config = schema.config
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UnsupportedError(
@@ -101,21 +133,22 @@ def translated(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Trans
             f"{', '.join(FAMILIES)}, not of {kind!r}.",
             hint="Export it with torchtitan's own conversion to Hugging Face.",
         )
+    family = FAMILIES[kind]
     found: dict[str, Entry] = {}
     turned = 0
     for entry in entries.values():
-        for name, made in _of(entry, config, turns=FAMILIES[kind]):
+        for name, made in _of(entry, config, family):
             if name in found:
                 raise NamesError("two tensors are it.", tensor=name)
             found[name] = made
-            turned += FAMILIES[kind] and name.endswith(("q_proj.weight", "k_proj.weight"))
+            turned += family.turns and name.endswith(("q_proj.weight", "k_proj.weight"))
     rules = [f"torchtitan's names -> the hub's ({len(entries)})"]
     if turned:
         rules.append(f"heads of queries and keys turned for the hub's rotary embeddings ({turned})")
     return Translated(found, tuple(rules))
 
 
-def _of(entry: Entry, config: Mapping[str, Any], *, turns: bool) -> Iterator[tuple[str, Entry]]:
+def _of(entry: Entry, config: Mapping[str, Any], family: Family) -> Iterator[tuple[str, Entry]]:
     """The hub's tensors that one of torchtitan's is."""
     name = unwrap(entry.spec.name)
     if patterns.matches_any(LEFT_OUT, name):
@@ -127,15 +160,16 @@ def _of(entry: Entry, config: Mapping[str, Any], *, turns: bool) -> Iterator[tup
                 called = hub.format(wild[0], expert)
                 yield called, rearrange.select(entry, expert).renamed(called)
             return
-    hub_name, rule = patterns.rewrite(name, [(here, hub) for hub, here in NAMES])
+    rules = [(here, hub) for hub, here in (*family.names, *NAMES)]
+    hub_name, rule = patterns.rewrite(name, rules)
     if rule is None:
         yield name, replace(entry.renamed(name), aliases=())
         return
-    aliases = (patterns.rewrite(unwrap(a), [(h, n) for n, h in NAMES])[0] for a in entry.aliases)
+    aliases = (patterns.rewrite(unwrap(alias), rules)[0] for alias in entry.aliases)
     made = replace(entry.renamed(hub_name), aliases=tuple(a for a in aliases if a != hub_name))
-    if turns and hub_name.endswith("self_attn.q_proj.weight"):
+    if family.turns and hub_name.endswith("self_attn.q_proj.weight"):
         made = turn(made, _heads(config, "num_attention_heads"))
-    elif turns and hub_name.endswith("self_attn.k_proj.weight"):
+    elif family.turns and hub_name.endswith("self_attn.k_proj.weight"):
         made = turn(made, _heads(config, "num_key_value_heads", "num_attention_heads"))
     yield hub_name, made
 

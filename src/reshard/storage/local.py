@@ -14,13 +14,14 @@ import stat
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from reshard.core.tensors import FileRef
-from reshard.errors import FormatError, IncompleteError, NotFoundError, brief
+from reshard.errors import FormatError, IncompleteError, NotFoundError, brief, listed
 from reshard.storage import frames
 
 # Descriptors kept open: the two files of each of 2,000 ranks. A file beyond them is opened anew for
@@ -86,7 +87,8 @@ class Source:
 
     def close(self) -> None:
         if self._fd is not None:
-            os.close(self._fd)
+            with suppress(OSError):  # nothing was written through it
+                os.close(self._fd)
             self._fd = None
 
 
@@ -105,10 +107,12 @@ class Sources:
     """The input files of one run, each opened once and closed together.
 
     Safe to use from several threads. A compressed frame is expanded into an unnamed temporary
-    file, so memory does not grow with it; the last few frames are kept.
+    file, so memory does not grow with it; the last few frames are kept. `known` are the identities
+    that files had when they were seen before: one that is another by now is an `IncompleteError`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Mapping[str, Identity] | None = None) -> None:
+        self._known = known or {}
         self._open: dict[FileRef, Source] = {}
         self._expanded: OrderedDict[FileRef, _Expanded] = OrderedDict()
         self._lock = threading.Lock()
@@ -153,6 +157,13 @@ class Sources:
     def _plain(self, ref: FileRef) -> Source:
         fd = _open_regular(ref.path)
         status = os.fstat(fd)
+        if self._known.get(ref.path, _identity(status)) != _identity(status):
+            os.close(fd)
+            raise IncompleteError(
+                "the file is not the one that it was when the checkpoint was opened.",
+                path=ref.path,
+                hint="Open the checkpoint again once nothing writes to it.",
+            )
         keep = len(self._open) < self._max_open
         if not keep:
             os.close(fd)
@@ -173,6 +184,10 @@ class Sources:
     def paths(self) -> list[Path]:
         """The files that were opened so far."""
         return [Path(ref.path) for ref in self._open]
+
+    def identities(self) -> dict[str, Identity]:
+        """What the files that were opened so far are, by path; `Sources(known)` takes it."""
+        return {ref.path: source.identity for ref, source in self._open.items()}
 
     def check_unchanged(self) -> None:
         """Raise `IncompleteError` if a file that was read is no longer the file it was."""
@@ -224,9 +239,9 @@ def snapshot(folder: Path) -> Path:
         return there[named]
     if len(there) == 1:
         return next(iter(there.values()))
-    listed = ", ".join(sorted(there)) or "none"
+    snapshots = listed(sorted(there)) or "none"
     raise NotFoundError(
-        f"it is a repository in the Hugging Face cache; its snapshots are: {listed}.",
+        f"it is a repository in the Hugging Face cache; its snapshots are: {snapshots}.",
         path=folder / "snapshots",
         hint="Name the folder of one of them." if there else "Download the model again.",
     )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from msgspec import Struct, field
 from zlib_ng import zlib_ng
 
-from reshard.core.tensors import Extent, FileRef, Record
+from reshard.core.tensors import Entry, Extent, FileRef, Record, stored
 from reshard.errors import FormatError
 from reshard.storage.local import Sources
 
@@ -37,6 +37,25 @@ class _Run(NamedTuple):
         return _Run(self.start, following.stop, crc)
 
 
+class Checked(NamedTuple):
+    """How many stretches of the source's files passed, each a record or a tensor's own bytes.
+
+    `compared` had the checksum that their file states. Of `unchecked` it states none, or too little
+    was read to compare it.
+    """
+
+    compared: int
+    unchecked: int
+
+
+class _Bare(Struct):
+    """Bytes `[start, stop)` that no checksum is stated of."""
+
+    start: int
+    stop: int
+    read: bool = False
+
+
 class _Passed(Struct):
     """What was read of one record: `runs`, in file order, that neither overlap nor touch.
 
@@ -45,6 +64,14 @@ class _Passed(Struct):
 
     record: Record
     runs: list[_Run] = field(default_factory=list)
+
+    @property
+    def start(self) -> int:
+        return self.record.extent.offset
+
+    @property
+    def stop(self) -> int:
+        return self.record.extent.offset + self.record.extent.nbytes
 
     def add(self, run: _Run) -> None:
         """Note a run; one that overlaps what was read before counts if it holds all of it."""
@@ -63,17 +90,22 @@ class _Passed(Struct):
 
 
 class Ledger:
-    """The records of a checkpoint and what has been read of them. Safe to use from threads."""
+    """The records of a checkpoint and what has been read of them. Safe to use from threads.
 
-    def __init__(self, records: Iterable[Record]) -> None:
-        self._files: dict[FileRef, list[_Passed]] = {}
+    `bare` are stretches that no record holds, of which only is noted that they were read.
+    """
+
+    def __init__(self, records: Iterable[Record], bare: Iterable[Extent] = ()) -> None:
+        self._files: dict[FileRef, list[_Passed | _Bare]] = {}
         for record in records:
             self._files.setdefault(record.extent.file, []).append(_Passed(record))
+        for extent in bare:
+            stretch = _Bare(extent.offset, extent.offset + extent.nbytes)
+            self._files.setdefault(extent.file, []).append(stretch)
         for passed in self._files.values():
-            passed.sort(key=lambda item: item.record.extent.offset)
+            passed.sort(key=lambda item: item.start)
         self._starts = {
-            file: [item.record.extent.offset for item in passed]
-            for file, passed in self._files.items()
+            file: [item.start for item in passed] for file, passed in self._files.items()
         }
         self._lock = threading.Lock()
 
@@ -83,24 +115,30 @@ class Ledger:
         if starts is None or not extent.nbytes:
             return
         passed = self._files[extent.file][bisect.bisect_right(starts, extent.offset) - 1]
-        checked = passed.record.extent
         stop = extent.offset + extent.nbytes
-        if not checked.offset <= extent.offset < stop <= checked.offset + checked.nbytes:
+        if not passed.start <= extent.offset < stop <= passed.stop:
+            return
+        if isinstance(passed, _Bare):
+            passed.read = True
             return
         run = _Run(extent.offset, stop, zlib_ng.crc32(data))
         with self._lock:
             passed.add(run)
 
-    def check(self, sources: Sources) -> int:
-        """Compare every record of which anything substantial was read; returns how many.
+    def check(self, sources: Sources) -> Checked:
+        """Compare every record of which anything substantial was read.
 
         Raises `FormatError` for the first that differs.
         """
-        checked = 0
+        compared = unchecked = 0
         for passed in (item for items in self._files.values() for item in items):
+            if isinstance(passed, _Bare):
+                unchecked += passed.read
+                continue
             extent = passed.record.extent
             read = sum(run.stop - run.start for run in passed.runs)
             if not read or read < _WORTH_COMPLETING * extent.nbytes:
+                unchecked += bool(read)
                 continue
             found = _combined(passed, sources)
             if found != passed.record.crc32:
@@ -110,8 +148,38 @@ class Ledger:
                     path=extent.file.path,
                     hint="The file was damaged after it was saved; copy it again.",
                 )
-            checked += 1
-        return checked
+            compared += 1
+        return Checked(compared, unchecked)
+
+
+def without_checksum(entries: Iterable[Entry], records: Iterable[Record]) -> list[Extent]:
+    """The stretches of files that tensors lie in and no record holds, each once; those that overlap
+    are one."""
+    files: dict[FileRef, list[tuple[int, int, int]]] = {}
+    for record in records:
+        where = record.extent
+        span = (where.offset, -(where.offset + where.nbytes), 0)
+        files.setdefault(where.file, []).append(span)
+    for extent in (extent for entry in entries for extent in stored(entry.fragments)):
+        if extent.nbytes:
+            span = (extent.offset, -(extent.offset + extent.nbytes), 1)
+            files.setdefault(extent.file, []).append(span)
+    bare: list[Extent] = []
+    for file, spans in files.items():
+        protected = start = stop = 0
+        # Of those that begin together the longest first, a record before what lies in it.
+        for begin, end, inside in sorted(spans):
+            if not inside:
+                protected = max(protected, -end)
+            elif -end <= protected or -end <= stop:
+                continue
+            elif begin < stop:
+                stop = -end
+                bare[-1] = Extent(file, start, stop - start)
+            else:
+                start, stop = begin, -end
+                bare.append(Extent(file, start, stop - start))
+    return bare
 
 
 def _combined(passed: _Passed, sources: Sources) -> int:

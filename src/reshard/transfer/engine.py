@@ -26,9 +26,10 @@ from reshard.core.tensors import flat
 from reshard.errors import VerificationError
 from reshard.progress import Progress
 from reshard.storage.local import Sources
-from reshard.transfer.checksums import Ledger
+from reshard.transfer.checksums import Checked, Ledger
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
+from reshard.transfer.finite import NotFinite, not_finite
 from reshard.transfer.pieces import Run, runs
 from reshard.transfer.readback import ReadBack, ReadJob, Stretch
 from reshard.transfer.reading import Known
@@ -49,18 +50,20 @@ _COMPARED, _MOST_COMPARED = 16 << 10, 128 << 10
 class Outcome(Struct, frozen=True):
     """What the engine did.
 
-    `digests` are those of each tensor (`core.digests`), by part and name.
-    `records_checked` counts the checksums of the source that were compared. `changed` counts the
-    slots whose values differ from their reference, of `compared`. `findings` say what happened to
-    what earlier runs left, and to the output that was replaced. `read_back` are digests of bytes of
-    the written files, read from them again.
+    `digests` are those of each tensor (`core.digests`), by part and name. `checked` counts the
+    checksums of the source that were compared, and the stretches without. `not_finite` are tensors
+    that hold NaN or infinity, by part and name. `changed` counts the slots whose values differ from
+    their reference, of `compared`. `findings` say what happened to what earlier runs left, and to
+    the output that was replaced. `read_back` are digests of bytes of the written files, read from
+    them again.
     """
 
     digests: Mapping[tuple[str, str], str]
     bytes_read: int
-    records_checked: int
+    checked: Checked
     compared: int
     changed: int
+    not_finite: Mapping[tuple[str, str], NotFinite] = {}
     findings: tuple[Finding, ...] = ()
     read_back: Known = field(default_factory=dict)
 
@@ -153,6 +156,7 @@ class Engine:
         self._written = 0
         self._compared: list[_Tensor] = []
         self._digests: dict[tuple[str, str], _Digest] = {}
+        self._not_finite: dict[tuple[str, str], NotFinite] = {}
         self._pieces = self._cut()
         self._taking = threading.Condition()
         self._making = 0
@@ -186,9 +190,12 @@ class Engine:
         return Outcome(
             digests={name: digest.text() for name, digest in self._digests.items()},
             bytes_read=sum(future.result() for future in futures),
-            records_checked=self._ledger.check(self._sources),
+            checked=self._ledger.check(self._sources),
             compared=len(self._compared),
             changed=sum(tensor.changed for tensor in self._compared),
+            not_finite={
+                key: self._not_finite[key] for key in self._digests if key in self._not_finite
+            },
             read_back={} if self._back is None else self._back.found,
         )
 
@@ -329,6 +336,7 @@ class Engine:
             whole = buffer[: run.box.numel * itemsize]
             fill(slot.source, run.box, whole.view(slot.spec.dtype.numpy), reader)
             raw = whole[run.skip * itemsize : (run.skip + run.numel) * itemsize]
+            self._look(tensor, raw)
             if slot.reference is not None and not tensor.changed:
                 tensor.changed = differs(slot, run.start, raw, references)
             self._put(tensor.file, raw.data, slot.offset + run.start * itemsize)
@@ -345,6 +353,14 @@ class Engine:
         if last:
             self._write_crc(tensor)
         self._release(tensor.file)
+
+    def _look(self, tensor: _Tensor, raw: Array) -> None:
+        """Count what is not finite in the bytes of a run."""
+        found = not_finite(raw, tensor.slot.spec.dtype)
+        if found:
+            key = (tensor.file.output.part, tensor.slot.spec.name)
+            with self._counting:
+                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + found
 
     def _write_crc(self, tensor: _Tensor) -> None:
         if not tensor.slot.crc_offsets:

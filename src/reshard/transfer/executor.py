@@ -6,13 +6,13 @@ folder to write into. A piece (`pieces`) can be made by anyone who has these, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from msgspec import Struct
 
 from reshard.core.plan import Plan
-from reshard.core.tensors import Record
+from reshard.core.tensors import Extent, Record
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
@@ -30,22 +30,24 @@ class Executor(Protocol):
 class Threads(Struct, frozen=True):
     """A few threads of this process.
 
-    `records` are the sources' own checksums, which are compared as the bytes pass. With
-    `read_back`, files are read again while others are written; the outcome says what was found.
-    `progress` is called with (bytes written, bytes to write) after each block.
+    `records` are the sources' own checksums, which are compared as the bytes pass; of
+    `unprotected`, the stretches without, is counted how many were read. With `read_back`, files
+    are read again while others are written; the outcome says what was found. `progress` is called
+    with (bytes written, bytes to write) after each block.
     """
 
     count: int
     records: Iterable[Record] = ()
     read_back: bool = False
     progress: Progress | None = None
+    unprotected: Sequence[Extent] = ()
 
     def run(self, plan: Plan, sources: Sources, folder: OutputFolder) -> Outcome:
         """Write every file of the plan into the folder, synced and named. Raises what fails."""
         return Engine(
             plan,
             sources,
-            Ledger(self.records),
+            Ledger(self.records, self.unprotected),
             folder,
             threads=self.count,
             read_back=self.read_back,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import xxhash
@@ -10,7 +10,7 @@ import xxhash
 from reshard.core.digests import joined, leaf_numel, leaves
 from reshard.core.dtypes import DType
 from reshard.core.rearrange import blocks_of_range
-from reshard.core.tensors import Entry, Extent
+from reshard.core.tensors import Entry, Extent, Record
 from reshard.errors import VerificationError
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
@@ -87,11 +87,12 @@ def _stream(
     *,
     start: int = 0,
     stop: int | None = None,
+    ledger: Ledger | None = None,
 ) -> Iterator[Array]:
     """Elements `[start, stop)` as row-major bytes of `dtype`, a block at a time, in one buffer."""
     longest = max((fragment.extent.nbytes for fragment in entry.fragments), default=0)
     # Most tensors of a mixture of experts are far smaller than a block.
-    reader = Reader(sources, Ledger(()), page_aligned(min(_BLOCK, longest)).data)
+    reader = Reader(sources, ledger or Ledger(()), page_aligned(min(_BLOCK, longest)).data)
     spec = entry.spec
     stored = (dtype or spec.dtype).numpy
     end = spec.numel if stop is None else stop
@@ -102,13 +103,18 @@ def _stream(
         yield part.view(np.uint8)
 
 
-def read_array(entry: Entry, sources: Sources) -> Array:
-    """A tensor's elements as an array of its shape."""
+def read_array(entry: Entry, sources: Sources, records: Iterable[Record] = ()) -> Array:
+    """A tensor's elements as an array of its shape.
+
+    `records` are checksums of its files: `FormatError` where the bytes that pass are not those.
+    """
     spec = entry.spec
+    ledger = Ledger(records)
     out = np.empty(spec.numel, spec.dtype.numpy)
     start = 0
-    for part in _stream(entry, sources):
+    for part in _stream(entry, sources, ledger=ledger):
         values = part.view(spec.dtype.numpy)
         out[start : start + len(values)] = values
         start += len(values)
+    ledger.check(sources)
     return out.reshape(spec.shape)

@@ -72,7 +72,8 @@ class Metadata(Struct, frozen=True):
 
     `objects` are the keys that are not tensors, each with its copies: where its torch.save stream
     lies. `aliases` are other keys of tensors, and name the key in `tensors`. `paths` has every key.
-    `unclaimed` are places (key, offsets) of items that no key has a chunk for.
+    `unclaimed` are places (key, offsets) of items that no key has a chunk for. `flattened`: whether
+    nested dicts were taken apart; else one of `objects` may be a dict of tensors.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -81,6 +82,7 @@ class Metadata(Struct, frozen=True):
     version: str | None
     aliases: Mapping[str, str] = {}
     unclaimed: tuple[tuple[str, Shape | None], ...] = ()
+    flattened: bool = True
 
 
 def parse(value: object, path: str) -> Metadata:
@@ -112,7 +114,10 @@ class _Parser:
             else:
                 tensors[key] = self._tensor(key, raw, stored)
         version = fields.get("version")
-        paths = self._paths(fields.get("planner_data"), [*tensors, *objects])
+        if "planner_data" not in fields:  # every torch writes it, as None where nothing is nested
+            raise self._broken("it has no planner_data")
+        planned = fields["planner_data"]
+        paths = self._paths(planned, [*tensors, *objects])
         aliases = self._aliases(fields.get(ALIASES), tensors)
         return Metadata(
             {key: tensor for key, tensor in tensors.items() if key not in aliases},
@@ -121,6 +126,7 @@ class _Parser:
             version if isinstance(version, str) else None,
             aliases,
             tuple(stored),
+            bool(planned),
         )
 
     def _tensor(
@@ -293,7 +299,8 @@ def merge(parts: list[Metadata], path: str) -> Metadata:
         )
     version = versions.pop() if len(versions) == 1 else None
     unclaimed = tuple(place for part in parts for place in part.unclaimed)
-    return Metadata(tensors, objects, paths, version, unclaimed=unclaimed)
+    flattened = any(part.flattened for part in parts)
+    return Metadata(tensors, objects, paths, version, {}, unclaimed, flattened)
 
 
 def _join(key: str, first: StoredTensor, second: StoredTensor, path: str) -> StoredTensor:

@@ -108,6 +108,8 @@ class _Stream:
         known = self._ids.setdefault(named.key, named)
         if (known.itemsize, known.nbytes) != (named.itemsize, named.nbytes):
             raise Malformed(f"storage {named.key!r} is named with two sizes")
+        if (known.dtype, known.reason) != (named.dtype, named.reason):
+            raise Malformed(f"storage {named.key!r} is named with two types, which torch refuses")
         _, nbytes = named.view or (0, named.nbytes)
         return Storage(named.key, named.dtype, Extent(self._source.ref, 0, nbytes), named.reason)
 

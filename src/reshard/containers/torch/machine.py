@@ -225,7 +225,7 @@ class Machine:
             for key, value in pairs:
                 if type(key) is not str:
                     self._check_key(target, key)
-                elif key in target:
+                if key in target:
                     # A pickler writes a dictionary's keys once; the later one would hide this one.
                     raise Malformed(f"it sets the key {show(key)} twice")
                 target[key] = value

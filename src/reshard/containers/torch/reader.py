@@ -138,9 +138,8 @@ class _ZipStorages:
             )
         if named.view is not None:
             raise Malformed(f"storage {named.key!r} is a view, which only old containers know")
-        if storage.dtype != named.dtype:
-            # The same bytes, viewed as another type.
-            return Storage(named.key, named.dtype, storage.extent, named.reason)
+        if (storage.dtype, storage.reason) != (named.dtype, named.reason):
+            raise Malformed(f"storage {named.key!r} is named with two types, which torch refuses")
         return storage
 
     def _note_checksum(self, storage: Storage) -> None:

@@ -30,7 +30,7 @@ from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats import Selection, numbered, of_several
-from reshard.formats.dcp import foreign, parts, unflattened
+from reshard.formats.dcp import foreign, parts
 from reshard.formats.dcp.chunked import read_chunks
 from reshard.formats.dcp.layout import lay_out
 from reshard.storage.local import Sources, child
@@ -85,11 +85,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     foreign.refuse(path)
     if shards.names(path) and not (path / METADATA).exists():
         return _read_shards(path, sources, selection)
-    metadata = _metadata(path, sources)
-    whole = None
-    if unflattened.holds_model(metadata):
-        whole = unflattened.read_items(path, sources, selection, metadata)
-    return whole or read_chunks(path, sources, selection, metadata)
+    return read_chunks(path, sources, selection, _metadata(path, sources))
 
 
 def _models(folder: Path) -> list[Path]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from reshard.containers import copies
-from reshard.containers.dcp import sharing
+from reshard.containers.dcp import objects, sharing
 from reshard.containers.dcp.chunked import entry_of, world_size
 from reshard.containers.dcp.items import Items
 from reshard.containers.dcp.metadata import Metadata
+from reshard.containers.dcp.objects import Loose
+from reshard.containers.torch import TensorRef
+from reshard.containers.torch.named import entries_of
 from reshard.core.catalog import Catalog, Origin
+from reshard.core.findings import Finding, objects_unread
 from reshard.core.tensors import Entry, Record
-from reshard.errors import FormatError
+from reshard.errors import FormatError, ReshardError, UnsupportedError
 from reshard.formats import Selection
 from reshard.formats.dcp import parts
 from reshard.naming import ties
@@ -22,18 +27,24 @@ def read_chunks(
     folder: Path, sources: Sources, selection: Selection, metadata: Metadata
 ) -> Catalog:
     """The model's part of the checkpoint that `metadata` describes."""
-    keys = [*metadata.tensors, *metadata.aliases]
-    part = parts.find({key: metadata.paths[key] for key in keys}, selection.prefix, str(folder))
+    loose = _loose(metadata, folder, sources)
+    inside = {_key(path): path for path in (*loose.tensors, *loose.others)}
+    chunked = {key: metadata.paths[key] for key in (*metadata.tensors, *metadata.aliases)}
+    part = parts.find({**chunked, **inside}, selection.prefix, str(folder), metadata.objects)
+    _check_names(part, folder)
     items = Items(folder, sources)
     entries: dict[str, Entry] = {}
     records: dict[str, list[Record]] = {}
-    for key, names in _named(part, metadata, folder).items():
+    for key, names in _named(part, metadata).items():
         entry, found = entry_of(key, names[0], metadata.tensors[key], items, folder)
         entries[names[0]] = entry.aliased(tuple(names[1:]))
         records[names[0]] = found
     sharing.check(metadata, folder, sources)
     copies.check(records, sources)
-    left_out = len(metadata.tensors) - len(entries)
+    # What one stream stores once is tied, whatever it is called.
+    renamed = _renamed(entries.values())
+    entries |= entries_of(_whole(part, loose, folder))
+    taken = sum(key in part.names for key in {*metadata.tensors, *inside})
     return Catalog(
         format="dcp",
         origin=Origin(
@@ -43,28 +54,88 @@ def read_chunks(
             world_size=world_size(metadata),
             details={
                 "prefix": ".".join(part.path),
-                "tensors_left_out": left_out,
-                "non_tensors": sorted(metadata.objects),
+                "tensors_left_out": len(metadata.tensors) + len(inside) - taken,
+                "non_tensors": sorted(
+                    metadata.objects.keys() - {path[0] for path in inside.values()}
+                ),
             },
         ),
         entries=entries,
-        records=tuple(record for found in records.values() for record in found),
-        renamed=frozenset(
-            alias
-            for name, entry in entries.items()
-            for alias in entry.aliases
-            if not ties.may_be_tied(name, alias)
-        ),
+        records=(*(record for found in records.values() for record in found), *loose.records),
+        findings=tuple(_findings(part, loose)),
+        renamed=renamed,
     )
 
 
-def _named(part: parts.Part, metadata: Metadata, folder: Path) -> dict[str, list[str]]:
-    """Each tensor of the part by its key, with its names there: its own first, if that is there."""
-    names: dict[str, list[str]] = {}
+def _loose(metadata: Metadata, folder: Path, sources: Sources) -> Loose:
+    """The tensors in objects, of a checkpoint that was saved without flattening."""
+    nothing = Loose({}, {}, (), ())
+    if metadata.flattened:
+        return nothing
+    try:
+        return objects.find(metadata, folder, sources)
+    except ReshardError:
+        if not metadata.tensors:
+            raise
+        # An object that cannot be read is no part of a model whose tensors are items.
+        return nothing
+
+
+def _key(path: tuple[str, ...]) -> str:
+    """A key for a tensor in an object; no key of the metadata has a NUL."""
+    return "\0".join(("", *path))
+
+
+def _check_names(part: parts.Part, folder: Path) -> None:
     taken: set[str] = set()
-    for key, name in part.names.items():
+    for name in part.names.values():
         if name in taken:
             raise FormatError("two of its tensors have this name.", path=folder, tensor=name)
         taken.add(name)
-        names.setdefault(metadata.aliases.get(key, key), []).append(name)
+
+
+def _named(part: parts.Part, metadata: Metadata) -> dict[str, list[str]]:
+    """Each tensor of the part by its key, with its names there: its own first, if that is there."""
+    names: dict[str, list[str]] = {}
+    for key, name in part.names.items():
+        own = metadata.aliases.get(key, key)
+        if own in metadata.tensors:
+            names.setdefault(own, []).append(name)
     return names
+
+
+def _whole(part: parts.Part, loose: Loose, folder: Path) -> Mapping[str, TensorRef]:
+    """The part's tensors that lie in objects, by name.
+
+    Raises `UnsupportedError` where one is a sharded tensor, of which an object has one rank's part.
+    """
+    for path, found in loose.others.items():
+        name = part.names.get(_key(path))
+        if name is not None:
+            raise UnsupportedError(
+                f"it is {found.describe()}, and {path[0]!r} was saved whole: a save with "
+                "flatten_state_dict=False holds one rank's shard of it.",
+                path=folder,
+                tensor=name,
+                hint="Save with flatten_state_dict=True, which is the default.",
+            )
+    named = ((part.names.get(_key(path)), tensor) for path, tensor in loose.tensors.items())
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def _renamed(entries: Iterable[Entry]) -> frozenset[str]:
+    """Aliases that no class ties to their tensor: other layouts' names for it."""
+    return frozenset(
+        alias
+        for entry in entries
+        for alias in entry.aliases
+        if not ties.may_be_tied(entry.spec.name, alias)
+    )
+
+
+def _findings(part: parts.Part, loose: Loose) -> Iterable[Finding]:
+    for name, count in part.beside.items():
+        message = f"beside the model it holds {name!r} (tensors: {count}), which is not read."
+        yield Finding("part-left-out", message, name, f"To convert it, pass --prefix {name}.")
+    if loose.unread:
+        yield objects_unread(loose.unread)

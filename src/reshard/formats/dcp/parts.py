@@ -9,6 +9,9 @@ path, `("model", "a.b")`. Names contain dots themselves, so paths are never gues
     {"a.b": t, "optimizer": .., "train_state": ..} () without the rest  torchtitan
     {"app": {"model": {..}, "optim": ..}}          ("app", "model")     torch's tutorial
     {"state_dict": {..}, "optimizer_0": ..}        ("state_dict",)      Lightning
+
+Everything beside it is left out: what a run needs to go on without a word, what could be another
+model (`ema`, `reference`) with a finding.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from collections.abc import Collection, Mapping
 from msgspec import Struct
 
 from reshard.errors import FormatError, NamesError, NotFoundError
-from reshard.formats import NOT_MODEL
+from reshard.formats import NOT_MODEL, RUN_STATE
 
 Path = tuple[str, ...]
 
-#: What frameworks call the model's part.
-MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
+# What frameworks call the model's part.
+_MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
 # The top level of an optimizer's own state dict.
 _OPTIMIZER = frozenset({"state", "param_groups"})
 # Names listed in an error.
@@ -31,21 +34,32 @@ _LISTED = 8
 
 
 class Part(Struct, frozen=True):
-    """The model's part: `names` maps each key of the checkpoint in it to the tensor's name."""
+    """The model's part: `names` maps each key of the checkpoint in it to the tensor's name.
+
+    `beside`: other parts that could be models, dotted, with their numbers of tensors.
+    """
 
     path: Path
     names: Mapping[str, str]
+    beside: Mapping[str, int] = {}
 
 
-def find(tensors: Mapping[str, Path], prefix: str | None, root: str) -> Part:
+def find(
+    tensors: Mapping[str, Path], prefix: str | None, root: str, objects: Collection[str] = ()
+) -> Part:
     """The part of the checkpoint that is the model; `tensors` maps keys to paths.
 
     `prefix` names it (`"app.model"`); otherwise it is found by the names that frameworks use.
+    `objects` are the keys of what is no tensor, for the error.
+
     Raises `NotFoundError` where nothing is left, `NamesError` where it could be several,
     `FormatError` where a tensor and a dict of tensors are at one place.
     """
     if not tensors:
-        raise NotFoundError("it holds no tensor.", path=root, hint="There is nothing to convert.")
+        there = f"; its objects are {', '.join(sorted(objects)[:_LISTED])}" if objects else ""
+        raise NotFoundError(
+            f"it holds no tensor{there}.", path=root, hint="There is nothing to convert."
+        )
     if prefix:
         return _named(tensors, prefix, root)
     start: Path = ()
@@ -64,7 +78,19 @@ def find(tensors: Mapping[str, Path], prefix: str | None, root: str) -> Part:
         # Beside the model's own names, at the top, lie the other parts. Deeper, all is the model.
         if start or len(path) == 1 or not NOT_MODEL.fullmatch(path[0])
     }
-    return Part(start, names)
+    return Part(start, names, _beside(tensors, names, start))
+
+
+def _beside(tensors: Mapping[str, Path], names: Collection[str], start: Path) -> dict[str, int]:
+    """The parts that are left out and are no state of a run: beside the model's, or above it."""
+    found: dict[str, int] = {}
+    for key, path in tensors.items():
+        depth = next((d for d, step in enumerate(start) if path[d : d + 1] != (step,)), len(start))
+        beside = path[: depth + 1]
+        if key not in names and len(path) > depth + 1 and not RUN_STATE.fullmatch(beside[-1]):
+            dotted = ".".join(beside)
+            found[dotted] = found.get(dotted, 0) + 1
+    return found
 
 
 def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
@@ -75,7 +101,7 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
     depth = len(start)
     tops = {path[depth] for path in inside}
     children = {path[depth] for path in inside if len(path) > depth + 1}
-    known = sorted(children & MODEL)
+    known = sorted(children & _MODEL)
     if len(known) == 1:
         return known[0]
     if tops <= _OPTIMIZER:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.containers.torch import Known, TensorRef
 from reshard.containers.torch import read as read_torch
-from reshard.core.tensors import Record
+from reshard.core.tensors import Record, Shape
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed.parse import (
     ExpertFile,
     ModelFile,
     OptimFile,
+    Shapes,
     parse_expert,
     parse_model,
     parse_optim,
 )
-from reshard.formats.deepspeed.place import Location, absent, check_ranks, check_written_as
+from reshard.formats.deepspeed.place import (
+    Location,
+    absent,
+    also_there,
+    check_ranks,
+    check_written_as,
+)
 from reshard.storage.local import Sources
 
 _ONE_SAVE = "Copy all files of one save."
@@ -167,10 +174,12 @@ def _check_experts(location: Location, model: ModelFile, optim: list[OptimFile])
     for layer, count in enumerate(model.num_experts):
         there = [expert for of, expert in location.experts if of == layer]
         missing = absent(there, count, location.folder)
+        extra = sorted(expert for expert in there if expert >= count)
         if missing:
+            beyond = f"; {also_there(extra, 'expert')}" if extra else ""
             raise IncompleteError(
                 f"the files of {len(missing)} of {count} experts of layer {layer} are missing, the "
-                f"first of expert {missing[0]}.",
+                f"first of expert {missing[0]}{beyond}.",
                 path=location.folder,
                 hint="Copy the files of every rank and expert.",
             )
@@ -208,13 +217,22 @@ def _check_model(first: ModelFile, optim: OptimFile) -> None:
         )
 
 
+def _ordered(groups: Sequence[Shapes]) -> tuple[tuple[tuple[str, Shape], ...], ...]:
+    return tuple(tuple(group.items()) for group in groups)
+
+
 def _check_agreement(first: ModelFile, other: ModelFile) -> None:
     """The model files of two ranks must state the same step and parameters."""
     for what, mine, theirs in (
         ("global step", first.steps, other.steps),
         ("DeepSpeed version", first.version, other.version),
-        ("list of parameters", first.groups, other.groups),
-        ("list of frozen parameters", first.frozen_shapes, other.frozen_shapes),
+        # In their order, which says where each lies in the flat tensors; dicts are equal in any.
+        ("list of parameters", _ordered(first.groups), _ordered(other.groups)),
+        (
+            "list of frozen parameters",
+            _ordered([first.frozen_shapes]),
+            _ordered([other.frozen_shapes]),
+        ),
     ):
         if mine != theirs:
             numbers = f" ({theirs} and {mine})" if not isinstance(mine, tuple | dict) else ""

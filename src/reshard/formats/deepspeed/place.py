@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -255,9 +255,9 @@ def check_ranks(location: Location, kind: str, ranks: list[int], world_size: int
     """
     world_size = max(ranks) + 1 if world_size is None else world_size
     missing = absent(ranks, world_size, location.folder)
-    if missing:
-        raise _missing_rank(location.folder, kind, missing, world_size)
     extra = sorted(set(ranks) - set(range(world_size)))
+    if missing:
+        raise _missing_rank(location.folder, kind, missing, world_size, extra)
     if extra:
         raise FormatError(
             f"its files are of {world_size} ranks, and there are {kind} files of ranks "
@@ -275,19 +275,30 @@ def absent(there: Collection[int], count: int, folder: Path) -> list[int]:
 
 
 def _missing_rank(
-    folder: Path, kind: str, missing: list[int], world_size: int | None = None
+    folder: Path,
+    kind: str,
+    missing: list[int],
+    world_size: int | None = None,
+    extra: Sequence[int] = (),
 ) -> IncompleteError:
     of = f" of {world_size}" if world_size is not None else ""
+    beyond = f"; {also_there(extra)}" if extra else ""
     return IncompleteError(
         f"the {kind} file{'s' if len(missing) > 1 else ''} of rank {_numbers(missing)}{of} "
-        f"{'are' if len(missing) > 1 else 'is'} missing.",
+        f"{'are' if len(missing) > 1 else 'is'} missing{beyond}.",
         path=folder,
         hint="Copy every rank's files; on several nodes without shared storage, each node has "
         "its own.",
     )
 
 
-def _numbers(numbers: list[int]) -> str:
+def also_there(extra: Sequence[int], what: str = "rank") -> str:
+    """That files of ranks are there which no save of this size has, in words."""
+    verb = "files of {}s {} are" if len(extra) > 1 else "a file of {} {} is"
+    return f"{verb.format(what, _numbers(extra))} there, of another save or renamed"
+
+
+def _numbers(numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:10]))
     return f"{shown} and {len(numbers) - 10} more" if len(numbers) > 10 else shown
 

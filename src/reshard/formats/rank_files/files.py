@@ -10,15 +10,15 @@ A folder with `latest_checkpointed_iteration.txt` or several steps is `formats.l
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from msgspec import Struct
 
-from reshard.errors import FormatError, IncompleteError, NotFoundError
+from reshard.errors import FormatError, IncompleteError, NotFoundError, brief
 from reshard.formats import numbered
+from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
 _VERL = re.compile(r"(?P<model>model)_world_size_(?P<world>\d{1,7})_rank_(?P<rank>\d{1,7})\.pt")
@@ -35,7 +35,6 @@ _NOT_MODEL = re.compile(
 # Files of another format, whose folders may hold a rank's odds and ends.
 _FOREIGN = (".metadata", ".distcp", ".safetensors", "_model_states.pt", "_optim_states.pt")
 _CONFIG = "fsdp_config.json"
-_MAX_CONFIG = 1 << 20
 _NUMBER = re.compile(r".*?(\d*)")
 _LISTED = 5
 
@@ -228,15 +227,14 @@ def _agreed(folder: Path, world: int | None, sources: Sources) -> int | None:
     path = folder / _CONFIG
     if not path.is_file():
         return world
-    source = sources.open(child(folder, _CONFIG))
-    try:
-        stated = json.loads(source.read(0, min(source.size, _MAX_CONFIG)))["world_size"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise FormatError("it does not state a world_size.", path=path) from None
+    config = strict_json.read_object(sources.open(child(folder, _CONFIG)))
+    if "world_size" not in config:
+        raise FormatError("it does not state a world_size.", path=path)
+    stated = config["world_size"]
     if type(stated) is not int or stated != world:
         raise IncompleteError(
-            f"{_CONFIG} states {stated!r} ranks, and the rank files are of a world of {world}: "
-            "files of two saves are mixed, or those of the last save are missing.",
+            f"{_CONFIG} states {brief(stated)} ranks, and the rank files are of a world of "
+            f"{world}: files of two saves are mixed, or those of the last save are missing.",
             path=folder,
             hint="Copy the whole folder again, or name a rank's file of the save that is meant.",
         )

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from reshard.core.dtypes import FLOAT32
 from reshard.core.tensors import Entry, Shape, TensorSpec
-from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError
+from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError, listed
 from reshard.naming.lora import methods
 from reshard.naming.search import unwrap
 
@@ -175,12 +175,11 @@ class _Separation:
         if wanted is not None:
             if wanted not in self._found:
                 raise PlanError(f"there is no adapter {wanted!r}; there are "
-                                f"{', '.join(sorted(self._found)) or 'none'}.")  # fmt: skip
+                                f"{listed(sorted(self._found)) or 'none'}.")  # fmt: skip
             return wanted
         if len(self._found) > 1:
             raise PlanError(
-                f"the checkpoint holds {len(self._found)} adapters: "
-                f"{', '.join(sorted(self._found))}.",
+                f"the checkpoint holds {len(self._found)} adapters: {listed(sorted(self._found))}.",
                 hint="Name the one to use with --adapter.",
             )
         return next(iter(self._found), "default")

@@ -1,0 +1,88 @@
+"""Objects of a checkpoint that was saved without flattening: whole dicts, tensors among them.
+
+With `DefaultSavePlanner(flatten_state_dict=False)` a nested state dict is one item for each key at
+its top, `{"model": {"a.b": t}, ..}` one for `model`: a torch.save stream of the dict, written by
+one rank (torch 2.13, planner_helpers.py, `_create_write_items`). Of a sharded tensor it holds that
+rank's part alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from msgspec import Struct
+
+from reshard.containers import torch as torchfile
+from reshard.containers.dcp.metadata import Location, Metadata
+from reshard.containers.dcp.metadata import Path as StatePath
+from reshard.containers.torch import Opaque, TensorRef
+from reshard.core.tensors import Record
+from reshard.errors import FormatError, IncompleteError, UnsupportedError
+from reshard.storage.local import Sources, child
+
+# Dicts in dicts that are looked into; `{"optimizer": {"state": {0: {"exp_avg": t}}}}` has four.
+_MAX_STEPS = 8
+
+
+class Loose(Struct, frozen=True):
+    """What the objects hold: by paths in the state dict the tensors, and what are no plain ones."""
+
+    tensors: Mapping[StatePath, TensorRef]
+    others: Mapping[StatePath, Opaque]
+    records: tuple[Record, ...]
+    unread: tuple[str, ...]
+
+
+def find(metadata: Metadata, folder: Path, sources: Sources) -> Loose:
+    """The tensors in all objects of a checkpoint.
+
+    Raises `IncompleteError` where a file is missing or short, `UnsupportedError` where an object
+    went through a transform, `FormatError` where it is damaged or two tensors have one path.
+    """
+    tensors: dict[StatePath, TensorRef] = {}
+    others: dict[StatePath, Opaque] = {}
+    records: list[Record] = []
+    unread: set[str] = set()
+    for key, copies in metadata.objects.items():
+        if not copies:
+            continue
+        file = _read(key, copies[0], folder, sources)
+        records += file.records
+        unread.update(file.opaque)
+        for path, value in _walk(metadata.paths[key], file.value):
+            if path in tensors or path in others:
+                raise FormatError("two of its tensors have this path.", path=folder, tensor=key)
+            if isinstance(value, TensorRef):
+                tensors[path] = value
+            else:
+                others[path] = value
+    return Loose(tensors, others, tuple(records), tuple(sorted(unread)))
+
+
+def _read(key: str, place: Location, folder: Path, sources: Sources) -> torchfile.TorchFile:
+    if place.transforms:
+        raise UnsupportedError(
+            f"the object went through {', '.join(place.transforms)} when it was saved.",
+            path=folder,
+            tensor=key,
+            hint="Load it with the extension that wrote it and save it again without.",
+        )
+    path = child(folder, place.file)
+    if not path.exists():
+        raise IncompleteError(
+            "the checkpoint's metadata names it, and it is not there.",
+            path=path,
+            hint="Copy the whole folder again; each rank wrote files of its own.",
+        )
+    return torchfile.read(sources.open(path), offset=place.offset, nbytes=place.nbytes)
+
+
+def _walk(path: StatePath, value: object) -> Iterator[tuple[StatePath, TensorRef | Opaque]]:
+    """The tensors in a dict of dicts, each with its path; other objects are passed over."""
+    if isinstance(value, TensorRef) or (isinstance(value, Opaque) and value.is_tensor):
+        yield path, value
+    elif isinstance(value, dict) and len(path) < _MAX_STEPS:
+        for step, inner in value.items():
+            if isinstance(step, str | int):
+                yield from _walk((*path, str(step)), inner)

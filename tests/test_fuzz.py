@@ -1,0 +1,40 @@
+"""The fuzz targets: what they once found stays found, and `make test-slow` looks for more."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuzz.run import CASES, mutate
+from fuzz.targets import TARGETS
+
+ROOT = Path(__file__).parents[1]
+KEPT = [path for path in sorted(CASES.rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_what_once_failed_is_read_or_refused(path: Path, tmp_path: Path) -> None:
+    TARGETS[path.parent.name].read(path.read_bytes(), tmp_path)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_seeds_and_a_few_mutants(name: str, tmp_path: Path) -> None:
+    target = TARGETS[name]
+    seeds = target.seeds()
+    rng = random.Random(0)
+    for data in (*seeds, *(mutate(rng, seeds, target.atoms) for _ in range(200))):
+        target.read(data, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_fuzzing_finds_nothing(name: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "fuzz.run", name, "--seconds", "60"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
