@@ -12,9 +12,10 @@ from msgspec import Struct, field
 from msgspec.structs import asdict
 
 from reshard.checkpoint import OPEN, Checkpoint, open_checkpoint
+from reshard.core.catalog import Catalog
 from reshard.core.options import Option, PathLike, Place, documented, parse
 from reshard.core.tensors import nbytes_read
-from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError
+from reshard.errors import IncompleteError, NamesError, PlanError, ReshardError, UnsupportedError
 from reshard.storage.local import Sources
 
 #: The options of `reshard.inspect`.
@@ -56,11 +57,35 @@ class Fitting(Struct, frozen=True):
         return not self.message
 
 
+class Codes(Struct, frozen=True):
+    """What a checkpoint's quantised weights are.
+
+    `kinds`: the name of a kind -> how many weights are codes of it. `read`: they can be read as the
+    numbers that they stand for. `stated` is the kind that the config names, empty where it says
+    nothing. `fault` says why they cannot be read, as a conversion would.
+    """
+
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    read: bool = False
+    stated: str = ""
+    fault: str = ""
+
+    def __str__(self) -> str:
+        if self.fault:
+            return self.fault
+        if not self.kinds:
+            return f"config.json says so ({self.stated}), and no weight is a code"
+        counts = "; ".join(f"{count} weights, {kind}" for kind, count in self.kinds.items())
+        return counts if self.read else f"{counts} (not read as numbers)"
+
+
 class Inspection(Struct, frozen=True):
     """A checkpoint's summary. Sizes are bytes; tied names count neither tensors nor parameters.
 
     `total_bytes` is what the tensors take as the checkpoint holds them, `bytes_to_read` what a
-    conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take.
+    conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take. `dtypes` and
+    sizes are those of what is stored, codes and scales included; `codes` is None where nothing
+    is quantised.
     """
 
     checkpoint: Checkpoint
@@ -72,6 +97,7 @@ class Inspection(Struct, frozen=True):
     dtypes: dict[str, int]
     kinds: dict[str, int]
     fitting: Fitting | None = None
+    codes: Codes | None = None
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
         """The summary as JSON values, as `inspect --json` prints it."""
@@ -90,6 +116,7 @@ class Inspection(Struct, frozen=True):
             "bytes_on_disk": self.bytes_on_disk,
             "dtypes": self.dtypes,
             "kinds": self.kinds,
+            "quantised": None if self.codes is None else asdict(self.codes),
             "tied": {
                 alias: entry.spec.name
                 for entry in catalog.entries.values()
@@ -148,12 +175,34 @@ def inspect(
         dtypes=dict(Counter(e.spec.dtype.name for e in entries)),
         kinds=dict(Counter(t.kind for t in checkpoint.tensors.values())),
         fitting=None if values["base"] is None else _fit(checkpoint, values["base"]),
+        codes=_codes(checkpoint.catalog),
     )
 
 
 def _size(root: Path) -> int:
     files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+def _codes(catalog: Catalog) -> Codes | None:
+    """What the quantised weights are, by their tensors and by the config beside them."""
+    from reshard.conversion.quantised import config_of
+    from reshard.naming.quantised import numbers, refused, statement
+
+    with Sources() as sources:
+        config = config_of(catalog, sources)
+    stated = statement(config)
+    title = "" if stated is None else stated.title
+    unread = refused(catalog.entries, stated)
+    if unread is not None:
+        return Codes({unread.title: len(unread.modules)}, stated=title)
+    try:
+        found = numbers(catalog.entries, config)
+    except ReshardError as error:
+        return Codes(stated=title, fault=str(error))
+    if not found.kinds and stated is None:
+        return None
+    return Codes(dict(Counter(found.kinds.values()).most_common()), bool(found.kinds), title)
 
 
 def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:

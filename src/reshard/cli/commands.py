@@ -131,12 +131,14 @@ def inspect(
         output.print_json(found)
         return 0 if fits else 1
     sizes = ("total_bytes", "bytes_to_read", "bytes_on_disk")
-    hidden = ("tensors", "findings", "tied", "frozen", "base")
+    hidden = ("tensors", "findings", "quantised", "tied", "frozen", "base")
     rows = [
         (name.replace("_", " "), output.size(value) if name in sizes else _shown(value))
         for name, value in found.items()
         if name not in hidden and value not in (None, [], {})
     ]
+    if inspection.codes is not None:
+        rows.append(("quantised", str(inspection.codes)))
     for what in ("tied", "frozen"):
         if found[what]:
             rows.append((what, f"{len(found[what])}: {listed(found[what], 5)}"))
