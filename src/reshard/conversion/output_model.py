@@ -29,6 +29,7 @@ from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
 from reshard.formats.info import target_named
 from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity, titan
+from reshard.naming.backbone import without_head
 from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
 from reshard.naming.lora.config import AdapterConfig
@@ -74,7 +75,7 @@ class Export(Struct, frozen=True):
     it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales, and
     `adapter` says of them what the report shows. With `assets` the base's other files come along.
     `live` is the transformers version whose live module has the names; None: they are those of the
-    files.
+    files. Without an output head it `generates` nothing.
     """
 
     model: Sequence[Target]
@@ -90,6 +91,7 @@ class Export(Struct, frozen=True):
     findings: tuple[Finding, ...] = ()
     assets: bool = True
     live: str | None = None
+    generates: bool = True
 
 
 def plain(catalog: Catalog, options: Options) -> Export:
@@ -227,6 +229,8 @@ class _Export:
                 f"--to {self._options.to}.",
                 hint="Without --base every tensor is kept, under the name that it has.",
             )
+        bare = None if alone else without_head(self._base.config, found.left_out, self._classifier)
+        self._findings += () if bare is None else bare.findings
         targets: Sequence[Target] = choose(made, self._base.entries, self._options.dtype)
         if alone or (self._parts.rewards and self._options.rewards.srm_format == "lightrft"):
             targets = ()
@@ -235,7 +239,7 @@ class _Export:
             name_map=found,
             sides=tuple(sides),
             texts=tuple(texts),
-            patches={**found.config_patches, **(self._classifier or {})},
+            patches={**found.config_patches, **({} if bare is None else bare.patches)},
             missing=() if alone else missing,
             filled=() if alone else filled,
             merged=len(self._updates.by_target) + len(self._updates.by_source),
@@ -243,6 +247,7 @@ class _Export:
             adapter=adapters.summary(self._adapters),
             findings=tuple(self._findings),
             assets=not alone,
+            generates=bare is None,
         )
 
     def _model(self) -> tuple[list[tuple[str, Entry]], tuple[str, ...], tuple[str, ...]]:
