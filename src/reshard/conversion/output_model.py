@@ -23,25 +23,21 @@ from reshard.conversion.base_model import Base, main_dtype
 from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.modules import take
 from reshard.conversion.options import Options
+from reshard.conversion.partners import check_head, check_vocabulary
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
 from reshard.formats.info import target_named
 from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity, titan
-from reshard.naming.backbone import without_head
+from reshard.naming.backbone import has_head, without_head
 from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
 from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.lora.find import holds_adapters, without_peft
 from reshard.naming.lora.output import Updates, updates
-from reshard.naming.rewards import (
-    Parts,
-    check,
-    lightrft_state,
-    reward_config,
-    split,
-)
+from reshard.naming.partners import schema_with_ties
+from reshard.naming.rewards import Parts, check, lightrft_state, reward_config, split
 from reshard.naming.schema import comes_with_base
 from reshard.naming.search import unwrap
 from reshard.naming.value_heads import SCORE, classifier
@@ -141,7 +137,9 @@ class _Export:
         self._alone = options.lora.mode == "adapter"
         self._parts = self._split()
         self._classifier = self._as_classifier()
-        self._fit = self._fitted(_comparison(sources))
+        self._equal = _comparison(sources)
+        self._allows = FitOptions(allow=options.allow).allows
+        self._fit = self._fitted(self._equal)
         self._findings = list(self._adapters.findings)
         if not self._alone:  # else they are on the model, of which an adapter is no part
             self._findings += self._fit.findings
@@ -166,15 +164,15 @@ class _Export:
         if head is None:
             return None
         classes = self._base.config.get("architectures") or ()
-        return classifier(head, classes, speaks=_has_head(self._parts.backbone))
+        return classifier(head, classes, speaks=has_head(self._parts.backbone))
 
     def _fitted(self, compare: Equal | None) -> NameMap:
         parts = self._parts
-        scalar = parts.rewards is not None and not _has_head(parts.backbone)
+        scalar = parts.rewards is not None and not has_head(parts.backbone)
         try:
             return fit(
                 parts.backbone,
-                self._base.schema,
+                schema_with_ties(self._base.schema, self._base.entries, compare),
                 options=self._fit_options(scalar),
                 equal=compare,
             )
@@ -229,17 +227,20 @@ class _Export:
                 f"--to {self._options.to}.",
                 hint="Without --base every tensor is kept, under the name that it has.",
             )
+        self._check_head(dict(made), filled)
         bare = None if alone else without_head(self._base.config, found.left_out, self._classifier)
-        self._findings += () if bare is None else bare.findings
+        self._findings += bare.findings if bare else ()
         targets: Sequence[Target] = choose(made, self._base.entries, self._options.dtype)
         if alone or (self._parts.rewards and self._options.rewards.srm_format == "lightrft"):
             targets = ()
+        patches = {**found.config_patches, **(bare.patches if bare else {})}
+        check_vocabulary(targets, self._base, patches)
         return Export(
             model=targets,
             name_map=found,
             sides=tuple(sides),
             texts=tuple(texts),
-            patches={**found.config_patches, **({} if bare is None else bare.patches)},
+            patches=patches,
             missing=() if alone else missing,
             filled=() if alone else filled,
             merged=len(self._updates.by_target) + len(self._updates.by_source),
@@ -249,6 +250,13 @@ class _Export:
             assets=not alone,
             generates=bare is None,
         )
+
+    def _check_head(self, made: Mapping[str, Entry], filled: Sequence[str]) -> None:
+        """What PEFT leaves out was frozen, and a scalar reward model uses no head."""
+        known = self._separated.adapters or self._parts.rewards is not None
+        if self._alone or self._equal is None or known:
+            return
+        check_head(made, [n for n in filled if not self._allows(n)], self._base, self._equal)
 
     def _model(self) -> tuple[list[tuple[str, Entry]], tuple[str, ...], tuple[str, ...]]:
         """The model's tensors, the names filled from the base, and those left out."""
@@ -336,7 +344,7 @@ class _Export:
 
     def _check_complete(self) -> None:
         """LightRFT loads strictly: what the checkpoint lacks has no name of training here."""
-        trained = _has_head(self._parts.backbone)
+        trained = has_head(self._parts.backbone)
         lacking = [
             name for name in self._fit.filled if trained or not name.endswith("lm_head.weight")
         ]
@@ -381,14 +389,6 @@ def _comparison(sources: Sources | None) -> Equal | None:
     if sources is None:
         return None
     return lambda one, other: equal(one, other, sources)
-
-
-def _has_head(backbone: Mapping[str, Entry]) -> bool:
-    return any(
-        unwrap(name).endswith("lm_head.weight")
-        for entry in backbone.values()
-        for name in entry.names
-    )
 
 
 def _json(value: Mapping[str, object]) -> bytes:

@@ -13,8 +13,10 @@ from typing import Any
 from msgspec import Struct
 
 from reshard.core.findings import Finding
+from reshard.core.tensors import Entry
 from reshard.errors import listed
 from reshard.naming.schema import classes_of, is_backbone, says_tied
+from reshard.naming.search import unwrap
 from reshard.naming.ties import is_head
 
 _HEADED = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")
@@ -40,6 +42,15 @@ class Bare(Struct, frozen=True):
 
     patches: Mapping[str, object]
     findings: tuple[Finding, ...]
+
+
+def has_head(backbone: Mapping[str, Entry]) -> bool:
+    """Whether tensors, by any of their names, hold an output head."""
+    return any(
+        unwrap(name).endswith("lm_head.weight")
+        for entry in backbone.values()
+        for name in entry.names
+    )
 
 
 def without_head(
