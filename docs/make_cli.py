@@ -36,7 +36,7 @@ function of the same name and options: `reshard.convert`, `reshard.inspect`, `re
 
 Results go to standard output, remarks and progress to standard error. Exit codes: 0 done (and, for
 `verify` and `diff`, the same); 1 a stated failure, or a difference; 2 wrong usage; 130
-interrupted. What can fail, and the mend: [errors.md](errors.md).
+interrupted. What can fail, and how to fix it: [errors.md](errors.md).
 """
 
 

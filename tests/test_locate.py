@@ -28,7 +28,7 @@ def test_every_level_leads_to_the_newest_save_of_the_actor(run: Path) -> None:
         checkpoint = reshard.open(path)
         assert checkpoint.catalog.origin.root == run / "_actor" / "global_step2"
     catalog = reshard.open(run).catalog
-    assert "_actor was taken (tag global_step2)" in catalog.findings[0].message
+    assert f"using {run / '_actor'}, tag global_step2 (one of 2)." in catalog.findings[0].message
     assert all(found.severity == "info" for found in catalog.findings)
 
 
@@ -42,8 +42,8 @@ def test_to_be_named_from_above_is_mere_information(
     base = reshard.convert(oracle["two-tags"].last.path, tmp_path / "base")
     assert [found.code for found in base.findings] == ["no-base"]
     report = reshard.convert(run, tmp_path / "out", strict=["no-checksums"])
-    assert "was taken" in report.warnings[0]
-    with pytest.raises(reshard.PlanError, match="there is a finding, checkpoint-taken: of"):
+    assert report.warnings[0].startswith("using ")
+    with pytest.raises(reshard.PlanError, match="there is a finding, checkpoint-taken: using"):
         reshard.convert(run, tmp_path / "no", strict=["no-checksums", "checkpoint-taken"])
     with pytest.raises(reshard.PlanError, match=r"there is a finding, no-base: .*Pass --base\."):
         reshard.convert(run, tmp_path / "no", strict=True)
@@ -89,7 +89,7 @@ def test_without_latest_the_highest_number_is_taken_not_the_last_in_the_alphabet
         shutil.copytree(oracle["two-tags"].root, tmp_path / f"checkpoint-{step}")
     checkpoint = reshard.open(tmp_path)
     assert checkpoint.catalog.origin.root.parent.name == "checkpoint-10"
-    assert "of the 2 checkpoints" in checkpoint.catalog.findings[0].message
+    assert "(the newest complete one of 2)" in checkpoint.catalog.findings[0].message
 
 
 def test_an_incomplete_save_is_passed_over_and_said_so(oracle: Oracle, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_an_incomplete_save_is_passed_over_and_said_so(oracle: Oracle, tmp_path:
     checkpoint = reshard.open(tmp_path)
     assert checkpoint.catalog.origin.root.parent.name == "checkpoint-9"
     messages = [found.message for found in checkpoint.catalog.findings]
-    assert any("passed over as incomplete" in message for message in messages)
+    assert any("skipped, because it is incomplete" in message for message in messages)
     assert any("rank 1 of 2 is missing" in message for message in messages)
 
 
@@ -235,7 +235,7 @@ def test_an_exported_model_that_is_newer_is_named_and_taken_by_its_tag(trainer: 
 def test_comparisons_say_which_checkpoint_they_took(trainer: Path, tmp_path: Path) -> None:
     reshard.convert(trainer, tmp_path / "out")
     found = reshard.verify(tmp_path / "out", trainer).findings
-    assert any("checkpoint-20 was taken" in one.message for one in found)
+    assert any("checkpoint-20 (the newest complete one of " in one.message for one in found)
     assert reshard.diff(trainer, tmp_path / "out").findings == found
 
 

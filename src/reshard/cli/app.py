@@ -1,7 +1,7 @@
 """The command line: words and exit codes. All work is done by the library.
 
 Exit codes: 0 done; 1 a stated failure; 2 wrong usage; 130 interrupted. An error is one short
-paragraph on standard error: what, where, how to mend; `--debug` adds the traceback.
+paragraph on standard error: what, where, how to fix it; `--debug` adds the traceback.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error
-        stands = f"; {cause}" if isinstance(cause, Interrupted) else ""
-        click.echo(printable(f"Interrupted{stands}."), err=True)
+        stands = f" {cause}" if isinstance(cause, Interrupted) else ""
+        click.echo(printable(f"Interrupted.{stands}"), err=True)
         return 130
     except (ReshardError, OSError) as error:
         if shows_traceback:

@@ -26,9 +26,9 @@ _PATH = FolderOrFile()
 @debug
 @writes("repair")
 def doctor(folder: Path, as_json: bool, **options: Any) -> int:
-    """Find what is wrong with the exported model in DIR, and mend it.
+    """Find what is wrong with the exported model in DIR, and repair it.
 
-    Exit code 1 if an error was found that is not mended.
+    Exit code 1 if an error was found that is not repaired.
     """
     from reshard.diagnosis.diagnosis import doctor as run
 
@@ -53,22 +53,22 @@ def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
     amount = output.size(diagnosis.total_bytes)
     output.tell(f"{diagnosis.folder}: {diagnosis.num_tensors} tensors, {amount}: {_sum(diagnosis)}")
     if diagnosis.repaired is not None:
-        output.tell(f"Mended in {diagnosis.repaired}, read back and examined again.")
+        output.tell(f"Repaired in {diagnosis.repaired}, read back and examined again.")
         return
     hopeless = [f.name for f in diagnosis.errors if f.repair is None]
-    mendable = [f.name for f in diagnosis.findings if f.repair is not None]
+    repairable = [f.name for f in diagnosis.findings if f.repair is not None]
     if asked and hopeless:
         output.say(
-            f"Nothing was written: {', '.join(hopeless)} cannot be mended from what is here."
+            f"Nothing was written: {', '.join(hopeless)} cannot be repaired from what is here."
         )
-    elif mendable and not hopeless:
+    elif repairable and not hopeless:
         base = f" --base {diagnosis.base}" if diagnosis.base else ""
-        output.say(f"To mend it: reshard doctor {diagnosis.folder}{base} --repair OUT")
+        output.say(f"To repair it: reshard doctor {diagnosis.folder}{base} --repair OUT")
 
 
 def _row(finding: Finding) -> tuple[str, str, str]:
-    mend = f"none. {finding.advice}" if finding.repair is None else finding.repair.words
-    return finding.name, finding.severity, mend
+    words = f"none. {finding.advice}" if finding.repair is None else finding.repair.words
+    return finding.name, finding.severity, words
 
 
 def _sum(diagnosis: Diagnosis) -> str:

@@ -124,10 +124,9 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
     """A result whose every tensor is the base's is not what training gives."""
     if outcome.compared and not outcome.changed and not allow_unchanged:
         raise VerificationError(
-            f"all {outcome.compared} tensors equal the base model's: the checkpoint holds no "
-            "training.",
+            f"all {outcome.compared} tensors equal the base model's, so nothing was trained.",
             path=job.catalog.origin.root,
-            hint="Pass --allow-unchanged if that is meant.",
+            hint="If that is what you expect, pass --allow-unchanged.",
         )
 
 

@@ -183,8 +183,8 @@ def _assets(
     if base is None:
         lacks = Finding(
             "no-base",
-            f"{options.target} holds only weights, under the checkpoint's names: without "
-            "config.json and tokenizer no program loads it.",
+            f"{options.target} holds only weights, under the checkpoint's names: it has no "
+            "config.json and no tokenizer, so transformers and vLLM cannot load it.",
         )
         return (), (), (lacks,)
     if not made.assets:

@@ -17,7 +17,7 @@ DOCTOR = table(
     Option(
         "repair",
         Place(),
-        "Write a mended copy as a new folder, if every error can be mended.",
+        "Write a repaired copy as a new folder, if every error can be repaired.",
         metavar="OUT",
     ),
     THREADS,

@@ -39,7 +39,7 @@ def command(
     """Convert a Hugging Face model to a PyTorch DCP checkpoint.
 
     `torch.distributed.checkpoint.load` reads it into plain tensors, FSDP1 and FSDP2 models, at any
-    world size. Dtypes stay as they stand in the safetensors files.
+    world size. Dtypes are kept.
     """
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
