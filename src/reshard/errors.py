@@ -35,7 +35,11 @@ class ReshardError(Exception):
     path: the file or folder at fault.
     tensor: the tensor's name in the checkpoint.
     hint: what the user can do about it.
+
+    `also` are other errors of the same command that were found besides.
     """
+
+    also: tuple[ReshardError, ...] = ()
 
     def __init__(
         self,

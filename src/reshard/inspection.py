@@ -25,6 +25,7 @@ INSPECT = {
         Place(),
         "Also show how the names fit onto those of this Hugging Face model.",
         group="Input",
+        short="b",
     ),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,8 @@ import click
 from reshard.cli import output
 from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
 from reshard.cli.interrupts import writes
+from reshard.cli.next_steps import at_least, next_commands
+from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import DIFF, VERIFY
 from reshard.conversion.declared import CONVERT
 from reshard.errors import listed
@@ -33,74 +37,39 @@ _EXAMPLES = (
 @click.argument("source", type=_PATH, metavar="SRC", cls=Argument, words=CONVERT["source"].help)
 @click.argument("target", type=_PATH, metavar="DST", cls=Argument, words=CONVERT["target"].help)
 @flags(CONVERT.values())
+@how_shown
 @_json
 @debug
 @writes("target")
-def convert(source: Path, target: Path, as_json: bool, **options: Any) -> None:
+def convert(
+    source: Path, target: Path, as_json: bool, shown: Shown | None, quiet: bool, **options: Any
+) -> None:
     """Convert the checkpoint SRC into the folder DST."""
     from reshard.conversion.convert import convert as run
 
-    with output.progress_bar(quiet=as_json) as progress:
+    with shown_progress(shown, quiet=as_json or quiet) as progress:
         report = run(source, target, progress=progress, **options)
-    show_report(report, as_json=as_json)
-
-
-def show_report(report: Report, *, as_json: bool = False) -> None:
-    """A conversion's report, as JSON or as a table with its warnings."""
     if as_json:
         output.print_json(report.to_json())
-        return
+    elif not quiet:
+        show_report(report, options["base"])
+
+
+def show_report(report: Report, base: Path | None = None) -> None:
+    """A conversion's report as a table with its warnings and, on a terminal, what to do next."""
     last = [found for found in report.findings if found.code == "no-base"]
     output.say_findings(found for found in report.findings if found not in last)
-    speed = report.bytes_written / max(report.seconds, 1e-3)
-    rows = [
-        ("source", f"{report.checkpoint} ({report.format}{_tagged(report.tag)})"),
-        ("target", f"{report.target}{' (dry run: nothing was written)' * report.dry_run}"),
-        *([] if report.replaced is None else [_replaced(report)]),
-        ("tensors", f"{report.num_tensors} in {len(report.files)} file(s)"),
-        ("read", output.size(report.bytes_read)),
-        ("written", output.size(report.bytes_written)),
-    ]
-    if report.rules or report.prefix:
-        prefix = [f"prefix {report.prefix!r} stripped"] if report.prefix else []
-        rows.append(("names", "; ".join([*prefix, *report.rules])))
-    if report.tied:
-        rows.append(("tied", listed(f"{a} = {b}" for a, b in report.tied.items())))
-    for what in ("filled", "missing", "unexpected"):
-        names = getattr(report, what)
-        if names:
-            rows.append((what, f"{len(names)}: {listed(names, 5)}"))
-    if report.adapter is not None:
-        rows.append(("adapter", str(report.adapter)))
-    if report.merged:
-        rows.append(("merged", f"{report.merged} low-rank updates"))
-    if report.compared:
-        rows.append(("changed", f"{report.changed} of {report.compared} differ from the base"))
-    if not report.dry_run:
-        rows.append(("checksums", _checksums(report)))
-        rows.append(("verified", "yes, read back" if report.verified else "no"))
-        rows.append(("time", f"{report.seconds:.1f} s, {output.size(int(speed))}/s"))
-    output.print_table(rows)
+    checked = "green" if report.verified else "yellow"
+    rows = report.rows()
+    if report.dry_run:
+        place = at_least(report.target)
+        rows.append(("free", f"{output.size(shutil.disk_usage(place).free)} at {place}"))
+    output.print_table(rows, colours={"verified": checked})
     for found in last:
-        output.tell(f"warning: {found.message} {found.fix}")
-
-
-def _replaced(report: Report) -> tuple[str, str]:
-    return ("would replace" if report.dry_run else "replaced", str(report.replaced))
-
-
-def _checksums(report: Report) -> str:
-    """How many of the source's checksums were compared, and that there are none of the rest."""
-    total = report.records_checked + report.records_unchecked
-    told = f"{report.records_checked} of {total} source checksums"
-    if not report.records_unchecked:
-        return f"{told} compared"
-    lacking = "this format has none" if not report.records_checked else "the others have none"
-    return f"{told}: {lacking}"
-
-
-def _tagged(tag: str | None) -> str:
-    return f", tag {tag}" if tag else ""
+        output.tell(f"{found.message} {found.fix}", "warning")
+    if sys.stdout.isatty():
+        for words, command in next_commands(report, base):
+            output.tell(f"next   {words:<9} {command}")
 
 
 @click.command(cls=Command)
@@ -167,15 +136,23 @@ def _shown(value: object) -> str:
 @click.command(cls=Command)
 @click.argument("dst", type=_PATH, cls=Argument, words=VERIFY["folder"].help)
 @flags(VERIFY.values())
+@how_shown
 @_json
 @debug
-def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> int:
+def verify(
+    dst: Path,
+    against: Path | None,
+    as_json: bool,
+    shown: Shown | None,
+    quiet: bool,
+    **options: Any,
+) -> int:
     """Read the converted folder DST again and compare every tensor, bit for bit."""
     from reshard.comparison.compare import verify as run
     from reshard.errors import VerificationError
 
     try:
-        with output.progress_bar(quiet=as_json) as progress:
+        with shown_progress(shown, quiet=as_json or quiet) as progress:
             step = None if progress is None else lambda done, total: progress("verify", done, total)
             verified = run(dst, against, progress=step, **options)
     except VerificationError as error:
@@ -185,6 +162,7 @@ def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> in
         return 1
     if as_json:
         output.print_json(verified.to_json())
+    if as_json or quiet:
         return 0
     output.say_findings(verified.findings)
     amount = output.size(verified.bytes_read)
@@ -197,21 +175,22 @@ def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> in
 @click.command(cls=Command)
 @click.argument("a", type=_PATH, cls=Argument, words=DIFF["first"].help)
 @click.argument("b", type=_PATH, cls=Argument, words=DIFF["second"].help)
+@how_shown
 @_json
 @debug
-def diff(a: Path, b: Path, as_json: bool) -> int:
+def diff(a: Path, b: Path, as_json: bool, shown: Shown | None, quiet: bool) -> int:
     """Compare the checkpoints A and B, of any formats, tensor by tensor.
 
     Where dtypes differ, the wider is rounded to the narrower. Exits with 1 where they differ.
     """
     from reshard.comparison.compare import diff as run
 
-    with output.progress_bar(quiet=as_json) as progress:
+    with shown_progress(shown, quiet=as_json or quiet) as progress:
         step = None if progress is None else lambda done, total: progress("compare", done, total)
         found = run(a, b, progress=step)
     if as_json:
         output.print_json(found.to_json())
-    else:
+    elif not quiet:
         output.say_findings(found.findings)
         rows = [(difference.name, str(difference)) for difference in found.differences]
         if rows:

@@ -10,6 +10,7 @@ import click
 from reshard.cli import output
 from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
 from reshard.cli.interrupts import writes
+from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.diagnosis.declared import DOCTOR
 
 if TYPE_CHECKING:
@@ -22,21 +23,22 @@ _PATH = FolderOrFile()
 @click.command(cls=Command)
 @click.argument("folder", metavar="DIR", type=_PATH, cls=Argument, words=DOCTOR["folder"].help)
 @flags(DOCTOR.values())
+@how_shown
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @debug
 @writes("repair")
-def doctor(folder: Path, as_json: bool, **options: Any) -> int:
+def doctor(folder: Path, as_json: bool, shown: Shown | None, quiet: bool, **options: Any) -> int:
     """Find what is wrong with the exported model in DIR, and repair it.
 
     Exit code 1 if an error was found that is not repaired.
     """
     from reshard.diagnosis.diagnosis import doctor as run
 
-    with output.progress_bar(quiet=as_json) as progress:
+    with shown_progress(shown, quiet=as_json or quiet) as progress:
         diagnosis = run(folder, progress=progress, **options)
     if as_json:
         output.print_json(diagnosis.to_json())
-    else:
+    elif not quiet:
         _show(diagnosis, asked=options["repair"] is not None)
     return 1 if diagnosis.errors else 0
 

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from reshard.conversion import manifest
 from reshard.conversion.base_model import CONFIG
+from reshard.conversion.besides import besides
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
 from reshard.conversion.execute import Writing, carry_out
@@ -88,11 +89,13 @@ def convert(
     given = dict(locals())
     began = time.monotonic()
     options, running = parsed(given)
-    replaced = check_destination(
-        options.target, options.source, options.base, overwrite=running.overwrite
-    )
+    with besides(options):
+        replaced = check_destination(
+            options.target, options.source, options.base, overwrite=running.overwrite
+        )
     with Sources() as sources:
-        job = prepare(options, sources, strict=running.strict)
+        with besides(options, checked_target=True):
+            job = prepare(options, sources, strict=running.strict)
         # The source may have been found below the folder that was named.
         inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))
         check_apart(options.target, "source", inputs)

@@ -86,6 +86,7 @@ CONVERT = table(
         "The Hugging Face model that training started from, a local folder. Its files define the "
         "names and dtypes of the output, and come along. Without it, only weights are written.",
         group="Input",
+        short="b",
     ),
     TAG,
     PREFIX,
@@ -154,7 +155,14 @@ CONVERT = table(
         True,
         group="Output",
     ),
-    Option("dry_run", Flag(), "Check and plan everything, write nothing.", False, group="Output"),
+    Option(
+        "dry_run",
+        Flag(),
+        "Check and plan everything, write nothing.",
+        False,
+        group="Output",
+        short="n",
+    ),
     PROGRESS,
     Option(
         "model_type",

@@ -13,6 +13,7 @@ DOCTOR = table(
         Place(),
         "The Hugging Face model that training started from: names, shapes, ties and values are "
         "compared with it.",
+        short="b",
     ),
     Option(
         "repair",

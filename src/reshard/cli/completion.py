@@ -1,0 +1,33 @@
+"""What the shell offers on TAB beside options, choices and paths: the tags of a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+# The arguments and flags that name the run, by command.
+_RUNS = ("against", "source", "src", "checkpoint_dir")
+
+
+def complete_tag(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The saves of the run that stands on the line already, newest first."""
+    from reshard.errors import ReshardError
+    from reshard.formats import locate, tags
+
+    given = next((ctx.params[name] for name in _RUNS if ctx.params.get(name)), None)
+    if given is None:
+        return []
+    try:
+        run = Path(os.path.expanduser(given))  # noqa: PTH111 (`~name` may be no user)
+        below = [save.path for save in locate.saves(run)]
+        inside = [save.path for path in below for save in locate.saves(path)]
+    except (OSError, ReshardError):
+        return []
+    found = {path.name for path in (*below, *inside) if tags.number_of(path.name) >= 0}
+    names = sorted({*found, tags.LATEST}, key=lambda name: (-tags.number_of(name), name))
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
