@@ -199,10 +199,10 @@ def test_a_file_leads_to_the_folder_that_holds_it(trainer: Path, tmp_path: Path)
     assert shard.tensors.keys() < whole.tensors.keys()
     model = reshard.open(folder / "global_step20" / "mp_rank_00_model_states.pt")
     assert "full precision are in the optimizer's files" in model.catalog.findings[0].message
-    with pytest.raises(reshard.NotFoundError, match="Name the folder that holds it"):
+    with pytest.raises(reshard.NotFoundError, match="Pass its folder: "):
         reshard.open(folder / "latest")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(reshard.NotFoundError, match=r"is read from\.$"):
+    with pytest.raises(reshard.NotFoundError, match=r"is not a checkpoint\.$"):
         reshard.open(tmp_path / "notes.txt")
 
 
@@ -235,7 +235,7 @@ def test_an_exported_model_that_is_newer_is_named_and_taken_by_its_tag(trainer: 
 def test_comparisons_say_which_checkpoint_they_took(trainer: Path, tmp_path: Path) -> None:
     reshard.convert(trainer, tmp_path / "out")
     found = reshard.verify(tmp_path / "out", trainer).findings
-    assert any("checkpoint-20 (the newest complete one of " in one.message for one in found)
+    assert any("checkpoint-20" in one.message for one in found)
     assert reshard.diff(trainer, tmp_path / "out").findings == found
 
 
@@ -339,10 +339,20 @@ def test_a_model_that_is_called_by_its_name_is_found_in_the_cache(
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(repository.parent))
     root, out = oracle["llama-zero2"].root, tmp_path / "out"
-    with pytest.raises(reshard.NotFoundError, match=f"name its folder: {repository}"):
-        reshard.convert(root, out, base="some/model")
-    with pytest.raises(reshard.NotFoundError, match="is a local Hugging Face model folder"):
-        reshard.convert(root, out, base="another/model")
+    report = reshard.convert(root, out, base="some/model")
+    snapshot = repository / "snapshots" / "0a1b"
+    message = f"some/model is read from the Hugging Face cache: {snapshot}."
+    assert [f.message for f in report.findings if f.code == "from-cache"] == [message]
+    assert reshard.open("some/model").catalog.origin.root == snapshot
+    assert reshard.inspect(root, base="some/model").fitting is not None
+    with pytest.raises(reshard.NotFoundError, match="If it is on the hub: hf download another/mo"):
+        reshard.convert(root, out, base="another/model", overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    with pytest.raises(reshard.NotFoundError, match="must be a local folder with the original"):
+        reshard.convert(root, out, base="runs/typo", overwrite=True)
+    with pytest.raises(reshard.NotFoundError, match=f"Pass its folder: {snapshot}"):
+        reshard.convert(root, out, base=snapshot / "config.json", overwrite=True)
 
 
 def test_a_tag_by_its_number_or_as_the_latest(oracle: Oracle, run: Path, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     try:
         code = command.main(args=arguments, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        _say_usage(error)
         if "--json" in arguments:
             fields = {"class": "UsageError", "message": error.format_message()}
             output.print_json({"error": fields})
@@ -123,6 +123,16 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
             output.print_json({"error": {**_fields(error), **({"also": also} if also else {})}})
         return 2 if isinstance(error, OptionError) else 1
     return code if isinstance(code, int) else 0
+
+
+def _say_usage(error: click.ClickException) -> None:
+    """How the command is used, where that is at fault, and what is wrong."""
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        output.say(context.get_usage(), lines=True)
+        if context.command.get_help_option(context) is not None:
+            output.say(f"Help: {context.command_path} {context.help_option_names[-1]}")
+    output.say(error.format_message(), "error")
 
 
 def _say_error(command: click.Command, error: Exception) -> None:

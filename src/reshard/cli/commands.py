@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,10 @@ import click
 from reshard.cli import output
 from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
 from reshard.cli.interrupts import writes
-from reshard.cli.next_steps import at_least, next_commands
+from reshard.cli.next_steps import at_least, conversion_of, next_commands
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import DIFF, VERIFY
 from reshard.conversion.declared import CONVERT
-from reshard.errors import listed
 from reshard.inspection import INSPECT
 
 if TYPE_CHECKING:
@@ -99,38 +99,35 @@ def inspect(
     if as_json:
         output.print_json(found)
         return 0 if fits else 1
-    sizes = ("total_bytes", "bytes_to_read", "bytes_on_disk")
-    hidden = ("tensors", "findings", "tied", "frozen", "base")
-    rows = [
-        (name.replace("_", " "), output.size(value) if name in sizes else _shown(value))
-        for name, value in found.items()
-        if name not in hidden and value not in (None, [], {})
-    ]
-    for what in ("tied", "frozen"):
-        if found[what]:
-            rows.append((what, f"{len(found[what])}: {listed(found[what], 5)}"))
-    for name, value in found.get("base", {}).items():
-        if value not in (None, [], {}, ""):
-            rows.append((f"base: {name}", _shown(value)))
-    output.print_table(rows)
+    output.print_table(inspection.rows(), colours={"fits": "green" if fits else "red"})
+    if inspection.fitting is not None and not fits:
+        output.tell(inspection.fitting.message, lines=True)
     output.say_findings(inspection.checkpoint.catalog.findings)
     if tensors:
-        listing = [
-            (t["name"], t["dtype"], str(tuple(t["shape"])), output.size(t["nbytes"]), t["kind"])
-            for t in found["tensors"]
-        ]
-        output.print_table(listing, header=("name", "dtype", "shape", "size", "kind"))
+        _print_tensors(found["tensors"])
+    if fits and sys.stdout.isatty():
+        output.tell(f"next   {conversion_of(src, base, tag, prefix, role)}")
     return 0 if fits else 1
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return listed(f"{name}: {count}" for name, count in value.items())
-    if isinstance(value, list):
-        return listed(map(str, value))
-    return str(value)
+def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
+    """Every tensor in a line. On a terminal, what is the same for all is said once, below."""
+    columns = {
+        "name": [t["name"] for t in tensors],
+        "dtype": [t["dtype"] for t in tensors],
+        "shape": [str(t["shape"]) for t in tensors],
+        "size": [output.size(t["nbytes"]) for t in tensors],
+        "kind": [t["kind"] for t in tensors],
+    }
+    alike = []
+    for name in ("dtype", "kind"):
+        if sys.stdout.isatty() and len(set(columns[name])) == 1:
+            alike.append(columns.pop(name)[0])
+    header = tuple(columns)
+    rows = [*zip(*columns.values(), strict=True)]
+    output.print_table(rows, header=header, right={header.index("size")})
+    if alike:
+        output.tell(f"All of them: {', '.join(alike)}.")
 
 
 @click.command(cls=Command)

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-# The arguments and flags that name the run, by command.
-_RUNS = ("against", "source", "src", "checkpoint_dir")
+# The flags that name the run; in other commands it is the first argument.
+_RUNS = ("against", "checkpoint_dir")
 
 
 def complete_tag(
@@ -19,8 +19,10 @@ def complete_tag(
     from reshard.errors import ReshardError
     from reshard.formats import locate, tags
 
-    given = next((ctx.params[name] for name in _RUNS if ctx.params.get(name)), None)
-    if given is None:
+    # While an option lacks its value, arguments are not assigned to their names.
+    flag = next((p.name for p in ctx.command.params if p.name in _RUNS), None)
+    given = ctx.params.get(flag) if flag else next(iter(ctx.args), None)
+    if not given:
         return []
     try:
         run = Path(os.path.expanduser(given))  # noqa: PTH111 (`~name` may be no user)

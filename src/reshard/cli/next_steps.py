@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reshard.storage.local import snapshot
+
 if TYPE_CHECKING:
     from reshard.conversion.report import Report
 
@@ -30,7 +32,7 @@ def next_commands(report: Report, base: Path | None) -> list[tuple[str, str]]:
     if not (causal or sees):
         return []
     out = shlex.quote(report.target)
-    compare = "" if base is None else f" --compare {shlex.quote(str(base))}"
+    compare = "" if base is None else f" --compare {shlex.quote(str(snapshot(base)))}"
     return [
         ("try it", f"reshard try {out}{compare}"),
         ("serve it", f"vllm serve {out}"),
@@ -43,3 +45,15 @@ def at_least(path: str) -> Path:
     while not place.exists():
         place = place.parent
     return place
+
+
+def conversion_of(
+    source: Path, base: Path | None, tag: str | None, prefix: str | None, role: str | None
+) -> str:
+    """The command that converts what was inspected; OUT, and MODEL without a base, are to be
+    filled in."""
+    command = f"reshard convert {shlex.quote(str(source))} OUT"
+    command += f" --base {'MODEL' if base is None else shlex.quote(str(base))}"
+    for flag, value in (("tag", tag), ("prefix", prefix), ("role", role)):
+        command += "" if value is None else f" --{flag} {shlex.quote(value)}"
+    return command

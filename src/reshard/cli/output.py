@@ -42,9 +42,9 @@ def coloured(stream: TextIO) -> bool:
     return stream.isatty() and known and not os.environ.get("NO_COLOR")
 
 
-def tell(text: str, label: str = "") -> None:
-    """A result in words on standard output, after a coloured label."""
-    click.echo(_labelled(printable(text), label, sys.stdout))
+def tell(text: str, label: str = "", *, lines: bool = False) -> None:
+    """A result in words on standard output, after a coloured label; `lines`: breaks are ours."""
+    click.echo(_labelled(printable(text, lines=lines), label, sys.stdout))
 
 
 def say(text: str, label: str = "", *, lines: bool = False) -> None:
@@ -60,7 +60,8 @@ def _labelled(text: str, label: str, stream: TextIO) -> str:
 
 def painted(text: str, colour: str | None, stream: TextIO, *, bold: bool = False) -> str:
     """Text in a colour, where colours are shown."""
-    return click.style(text, colour, bold=bold or None) if coloured(stream) else text
+    styled = (colour or bold) and coloured(stream)
+    return click.style(text, colour, bold=bold or None) if styled else text
 
 
 def say_findings(findings: Iterable[Finding]) -> None:

@@ -34,7 +34,7 @@ from reshard.errors import FormatError, PlanError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
 from reshard.formats.info import named, target_named
-from reshard.storage.local import Sources
+from reshard.storage.local import Sources, snapshot
 from reshard.transfer.checksums import without_checksum
 from reshard.transfer.commit import check_space
 
@@ -83,6 +83,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
         assets,
         (
             *catalog.findings,
+            *_from_cache(options),
             *dequantised(found, base),
             *made.findings,
             *idle(options, catalog, base, made),
@@ -92,6 +93,15 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     check_strict(plan.findings, options, strict)
     _check_names(plan)
     return Job(options, catalog, made, plan, unprotected)
+
+
+def _from_cache(options: Options) -> tuple[Finding, ...]:
+    """Which snapshots of the Hugging Face cache are read, where a model was named as on the hub."""
+    return tuple(
+        Finding("from-cache", f"{path} is read from the Hugging Face cache: {snapshot(path)}.")
+        for path in (options.source, options.base)
+        if path is not None and not path.exists()
+    )
 
 
 def _check_names(plan: Plan) -> None:

@@ -121,6 +121,7 @@ CODES: dict[str, Code] = {
     "flat-parameters-cut": Code(
         "warning",
         "flat parameters were cut in the order of the model's family, which no file states"),
+    "from-cache": Code("info", "a model was read from the Hugging Face cache; which snapshot"),
     "head-untied": Code("warning", "an output head differs from the embedding that it was tied to"),
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
