@@ -123,7 +123,7 @@ def test_what_a_run_lacks_is_filled_with_numbers(kind: str, model: Get, tmp_path
 def test_an_unchanged_run_is_found_to_be_one(kind: str, model: Get, tmp_path: Path) -> None:
     made = model(kind)
     torch.save(numbers_of(made), tmp_path / "run.pt")
-    with pytest.raises(reshard.VerificationError, match="holds no training"):
+    with pytest.raises(reshard.VerificationError, match="so nothing was trained"):
         reshard.convert(tmp_path / "run.pt", tmp_path / "out", base=made.folder)
 
 
@@ -317,6 +317,11 @@ def test_inspect_says_so(
         assert f"{count} weights" in " ".join(shown.split())
         assert words in " ".join(shown.split())
     reshard.convert(made.folder, tmp_path / "out")
+    for first, second in ((made.folder, tmp_path / "out"), (tmp_path / "out", made.folder)):
+        fitting = reshard.inspect(first, base=second).fitting
+        assert fitting is not None
+        assert fitting.fits
+        assert fitting.unexpected == ()
     assert reshard.inspect(tmp_path / "out").codes is None
     assert reshard.inspect(tmp_path / "out").to_json()["quantised"] is None
 
