@@ -23,12 +23,13 @@ from reshard.conversion.base_model import Base, main_dtype
 from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.modules import take
 from reshard.conversion.options import Options
+from reshard.conversion.other_names import by_hub_names
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
 from reshard.formats.info import target_named
-from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity, titan
+from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity
 from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
 from reshard.naming.lora.config import AdapterConfig
@@ -116,14 +117,14 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     Without `sources` no value is read, and tied tensors are taken to be equal.
     """
     found = flat.shaped(catalog, base.schema)
-    known = titan.translated(found.entries, base.schema)
-    catalog = replace(catalog, entries=known.entries, unshaped=frozenset())
-    made = _Export(catalog, base, options, sources).result()
+    catalog = replace(catalog, entries=found.entries, unshaped=frozenset())
+    known = by_hub_names(catalog, base)
+    made = _Export(known.catalog, known.base, options, sources).result()
     rules = (*found.rules, *known.rules, *made.name_map.rules)
     return replace(
         made,
         name_map=replace(made.name_map, rules=rules),
-        findings=(*found.findings, *made.findings),
+        findings=(*found.findings, *known.findings, *made.findings),
     )
 
 
