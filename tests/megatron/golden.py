@@ -1,9 +1,9 @@
 """Checkpoints that megatron-core 0.16.1 wrote on the CPU (gloo), and what they hold.
 
-    golden/megatron/NAME/checkpoint/   as the trainer lays it out
-    golden/megatron/NAME/config.json   of the base
-    golden/megatron/NAME/truth.json    by the hub's names: dtype, shape, SHA-256; proven by running
-                                       Megatron's model and transformers' on the same tokens
+golden/megatron/NAME/checkpoint/   as the trainer lays it out
+golden/megatron/NAME/config.json   of the base
+golden/megatron/NAME/truth.json    by the hub's names: dtype, shape, SHA-256; proven by running
+                                   Megatron's model and transformers' on the same tokens
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as dcp
 
 HERE = Path(__file__).parents[1] / "golden" / "megatron"
 GOLDEN = sorted(path.name for path in HERE.iterdir() if path.is_dir())
@@ -49,6 +51,15 @@ def checkpoint(name: str) -> Path:
 def copied(name: str, folder: Path) -> Path:
     """A copy of it, to be damaged."""
     shutil.copytree(checkpoint(name), folder)
+    return folder
+
+
+def saved(folder: Path, state: Mapping[str, torch.Tensor]) -> Path:
+    """A checkpoint in Megatron-Core's format with these tensors, written by torch."""
+    folder.mkdir(parents=True)
+    dcp.save(dict(state), checkpoint_id=folder, no_dist=True)
+    torch.save({"iteration": 10}, folder / "common.pt")
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}', encoding="utf-8")
     return folder
 
 

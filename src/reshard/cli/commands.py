@@ -197,9 +197,10 @@ def verify(dst: Path, against: Path | None, as_json: bool, **options: Any) -> in
 @click.command(cls=Command)
 @click.argument("a", type=_PATH, cls=Argument, words=DIFF["first"].help)
 @click.argument("b", type=_PATH, cls=Argument, words=DIFF["second"].help)
+@flags(DIFF.values())
 @_json
 @debug
-def diff(a: Path, b: Path, as_json: bool) -> int:
+def diff(a: Path, b: Path, base: Path | None, as_json: bool) -> int:
     """Compare the checkpoints A and B, of any formats, tensor by tensor.
 
     Where dtypes differ, the wider is rounded to the narrower. Exits with 1 where they differ.
@@ -208,7 +209,7 @@ def diff(a: Path, b: Path, as_json: bool) -> int:
 
     with output.progress_bar(quiet=as_json) as progress:
         step = None if progress is None else lambda done, total: progress("compare", done, total)
-        found = run(a, b, progress=step)
+        found = run(a, b, base=base, progress=step)
     if as_json:
         output.print_json(found.to_json())
     else:

@@ -31,9 +31,6 @@ REFUSED = {
     "attention_output_gate": "gates among the queries",
     "moe_mlp_glu_interleave_size": "interleaved gate and up projections",
     "glu_interleave_size": "interleaved gate and up projections",
-    "fp8_param_gather": "weights in FP8",
-    "fp8_param": "weights in FP8",
-    "fp4_param": "weights in FP4",
 }
 #: All settings that are looked at.
 SETTINGS = (*NUMBERS, *REFUSED, "vocab_size", "multi_latent_attention")

@@ -115,7 +115,8 @@ def _metadata(folder: Path, sources: Sources) -> Metadata:
         )
     data = source.read(0, min(source.size, MAX_NBYTES + 1))
     plans = data.find(_PLANS)
-    if plans > 0 and data.endswith(_END):
+    # A file that was cut off among the plans is refused: its end is looked at.
+    if plans > 0 and source.read(source.size - len(_END), len(_END)) == _END:
         try:
             value = torchfile.read_pickle(data[:plans] + _END, path=str(path)).value
             return parse(value, str(path))
