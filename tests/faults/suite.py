@@ -74,9 +74,15 @@ def calls(bench: Bench, *, late: bool) -> dict[Trial, list[str]]:
     }
 
 
-def kills(counted: dict[Trial, list[str]], actions: Sequence[str]) -> Iterator[Trial]:
-    """A kill at every call of every situation."""
+def kills(
+    counted: dict[Trial, list[str]],
+    actions: Sequence[str],
+    systems: Sequence[tuple[str, ...]] = SYSTEMS,
+) -> Iterator[Trial]:
+    """A kill at every call of every situation on these systems."""
     for situation, names in counted.items():
+        if situation.lacking not in systems:
+            continue
         for nth in range(1, len(names) + 1):
             for action in actions:
                 yield replace(situation, action=action, nth=nth)

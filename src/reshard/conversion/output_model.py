@@ -24,6 +24,7 @@ from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.modules import take
 from reshard.conversion.options import Options
 from reshard.conversion.other_names import by_hub_names
+from reshard.conversion.partners import check_head, check_vocabulary
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
@@ -35,6 +36,7 @@ from reshard.naming.lora import folder as adapter_files
 from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.lora.find import holds_adapters, without_peft
 from reshard.naming.lora.output import Updates, updates
+from reshard.naming.partners import schema_with_ties
 from reshard.naming.rewards import (
     Parts,
     check,
@@ -140,7 +142,9 @@ class _Export:
         self._alone = options.lora.mode == "adapter"
         self._parts = self._split()
         self._classifier = self._as_classifier()
-        self._fit = self._fitted(_comparison(sources))
+        self._equal = _comparison(sources)
+        self._allows = FitOptions(allow=options.allow).allows
+        self._fit = self._fitted(self._equal)
         self._findings = list(self._adapters.findings)
         if not self._alone:  # else they are on the model, of which an adapter is no part
             self._findings += self._fit.findings
@@ -173,7 +177,7 @@ class _Export:
         try:
             return fit(
                 parts.backbone,
-                self._base.schema,
+                schema_with_ties(self._base.schema, self._base.entries, compare),
                 options=self._fit_options(scalar),
                 equal=compare,
             )
@@ -228,15 +232,19 @@ class _Export:
                 f"--to {self._options.to}.",
                 hint="Without --base every tensor is kept, under the name that it has.",
             )
+        if not alone:
+            self._check_head(dict(made), filled)
         targets: Sequence[Target] = choose(made, self._base.entries, self._options.dtype)
         if alone or (self._parts.rewards and self._options.rewards.srm_format == "lightrft"):
             targets = ()
+        patches = {**found.config_patches, **(self._classifier or {})}
+        check_vocabulary(targets, self._base, patches)
         return Export(
             model=targets,
             name_map=found,
             sides=tuple(sides),
             texts=tuple(texts),
-            patches={**found.config_patches, **(self._classifier or {})},
+            patches=patches,
             missing=() if alone else missing,
             filled=() if alone else filled,
             merged=len(self._updates.by_target) + len(self._updates.by_source),
@@ -245,6 +253,13 @@ class _Export:
             findings=tuple(self._findings),
             assets=not alone,
         )
+
+    def _check_head(self, made: Mapping[str, Entry], filled: Sequence[str]) -> None:
+        """What PEFT leaves out was frozen, and a scalar reward model uses no head."""
+        if self._equal is None or self._separated.adapters or self._parts.rewards is not None:
+            return
+        heads = [name for name in filled if not self._allows(name)]
+        check_head(made, heads, self._base, self._equal)
 
     def _model(self) -> tuple[list[tuple[str, Entry]], tuple[str, ...], tuple[str, ...]]:
         """The model's tensors, the names filled from the base, and those left out."""

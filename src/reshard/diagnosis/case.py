@@ -21,7 +21,7 @@ from reshard.diagnosis.folder import Folder
 from reshard.diagnosis.quantisation import Quantisation
 from reshard.errors import NamesError, PlanError, ReshardError
 from reshard.formats import Selection, deepspeed
-from reshard.naming import FitOptions, NameMap, apply, fit, schema
+from reshard.naming import FitOptions, NameMap, apply, fit, partners, schema
 from reshard.naming.families import PREFIXES
 from reshard.naming.search import unwrap
 from reshard.naming.ties import HEADS
@@ -246,24 +246,19 @@ def guess_prefix(names: Iterable[str]) -> str:
 
 
 def _vocabulary(folder: Folder, clean: Mapping[str, str], sources: Sources) -> Vocabulary:
-    """The first of the known pairs of which both are there, or else of which the embedding is."""
+    """Input embedding and output head, by the folder's own names."""
     matrices = {
         own: entry
         for entry in folder.entries.values()
         for own in entry.names
         if len(entry.spec.shape) == 2
     }
-    alone = Vocabulary()
-    for head_name, embedding_name in HEADS:
-        head, embedding = clean.get(head_name), clean.get(embedding_name)
-        if embedding not in matrices:
-            continue
-        if head in matrices:
-            same = equal(matrices[head], matrices[embedding], sources)
-            return Vocabulary(embedding, head, same)
-        if alone.embedding is None:
-            alone = Vocabulary(embedding)
-    return alone
+    found = partners.vocabulary({name for name, own in clean.items() if own in matrices})
+    embedding = None if found.embedding is None else clean[found.embedding]
+    head = None if found.head is None else clean[found.head]
+    if embedding is None or head is None:
+        return Vocabulary(embedding)
+    return Vocabulary(embedding, head, equal(matrices[head], matrices[embedding], sources))
 
 
 def _values(

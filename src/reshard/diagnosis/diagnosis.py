@@ -159,7 +159,9 @@ def _mend(
     kept: list[Finding] = []
 
     def check(partial: Path) -> None:
-        again = cases.read(partial, case.base, sources, threads=threads, weights=False)
+        # By themselves: these files get another place, and are then no longer what was opened.
+        with Sources() as written:
+            again = cases.read(partial, case.base, written, threads=threads, weights=False)
         kept.extend(examine(again))
         for finding in kept:
             if finding.severity == "error":

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -86,7 +87,8 @@ class Source:
 
     def close(self) -> None:
         if self._fd is not None:
-            os.close(self._fd)
+            with suppress(OSError):  # nothing was written through it
+                os.close(self._fd)
             self._fd = None
 
 

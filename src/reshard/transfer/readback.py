@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from contextlib import suppress
 
 import xxhash
 from msgspec import Struct
 
-from reshard.errors import VerificationError
+from reshard.errors import VerificationError, WriteError
 from reshard.transfer.fill import Array
 
 # Shorter stretches are left to the verification: noting one takes 300 bytes.
@@ -94,10 +95,19 @@ class ReadBack:
             self._left[fd] -= 1
             if not self._left[fd]:
                 del self._left[fd]
-                os.close(fd)
+                _close(fd, stretch.path)
 
     def close(self) -> None:
         """Close what is open still, after a failure."""
         for fd in self._left:
-            os.close(fd)
+            with suppress(OSError):
+                os.close(fd)
         self._left.clear()
+
+
+def _close(fd: int, path: str) -> None:
+    """Close a file that was written: a network file system may report only now what it lost."""
+    try:
+        os.close(fd)
+    except OSError as error:
+        raise WriteError(f"it cannot be written: {error.strerror or error}.", path=path) from None

@@ -10,7 +10,7 @@ from reshard.diagnosis.case import Case
 from reshard.diagnosis.findings import Repair, Signs
 from reshard.diagnosis.folder import classes
 from reshard.errors import NamesError
-from reshard.naming.families import SPARE_ROWS
+from reshard.naming.partners import rows_of
 
 _TIE = "tie_word_embeddings"
 # Ends of the names of classes that have an output head (config.json's `architectures`).
@@ -74,23 +74,19 @@ def head_contradicts_config(case: Case) -> Signs | None:
 def vocabulary_size(case: Case) -> Signs | None:
     """Another number of rows than the config says, or in the head than in the embedding."""
     embedding, head = case.vocabulary.embedding, case.vocabulary.head
-    if case.placeholders or embedding is None or _has_spare_rows(case):
+    if case.placeholders or embedding is None:
         return None
-    rows = case.shape(embedding)[0]
-    if rows_disagree(case) and head is not None:
-        evidence = f"{embedding} has {rows} rows, {head} has {case.shape(head)[0]}"
+    shape = None if head is None else case.shape(head)
+    found = rows_of(case.shape(embedding), shape, case.folder.settings)
+    if found.head is not None:
+        evidence = f"{embedding} has {found.rows} rows, {head} has {found.head}"
         return Signs((evidence,), advice="One of them is of another model: convert the run again.")
-    wrong = {
-        f"{level}vocab_size": settings["vocab_size"]
-        for level, settings in case.levels.items()
-        if settings.get("vocab_size", rows) != rows
-    }
-    if not wrong:
+    if not found.stated:
         return None
-    says = ", ".join(f"{path} is {value}" for path, value in wrong.items())
+    says = ", ".join(f"{path} is {value}" for path, value in found.stated.items())
     return Signs(
-        (f"{embedding} has {rows} rows, in config.json {says}",),
-        Repair(f"it is set to {rows}", config=dict.fromkeys(wrong, rows)),
+        (f"{embedding} has {found.rows} rows, in config.json {says}",),
+        Repair(f"it is set to {found.rows}", config=dict.fromkeys(found.stated, found.rows)),
     )
 
 
@@ -126,11 +122,6 @@ def dtype(case: Case) -> Signs | None:
         return Signs(evidence, Repair(f"the weights are rounded to the base's {stated}", cast=True))
     patches = dtype_patches(case.folder.as_base(), have)
     return Signs(evidence, Repair(f"the config's dtype is set to {have}", config=patches))
-
-
-def _has_spare_rows(case: Case) -> bool:
-    """Whether it is of the models whose embedding has rows that the head has not."""
-    return any(level.get("model_type") in SPARE_ROWS for level in case.levels.values())
 
 
 def _main_dtype(case: Case) -> str:
