@@ -1,4 +1,4 @@
-"""A checkpoint in the names of another library, by the hub's names."""
+"""A checkpoint in the names of another library, or of FSDP1's slices, by the hub's names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import UnsupportedError
-from reshard.naming import apply, megatron, megatron_args, titan
+from reshard.naming import apply, flat, megatron, megatron_args, titan
 from reshard.naming.schema import is_unheld
 from reshard.naming.search import unwrap
 
@@ -31,11 +31,23 @@ class Renamed(Struct, frozen=True):
 
 
 def by_hub_names(catalog: Catalog, base: Base) -> Renamed:
-    """The checkpoint with torchtitan's, Meta's or Megatron-Core's names turned into the hub's.
+    """The checkpoint with torchtitan's, Meta's or Megatron-Core's names turned into the hub's, and
+    with the base's shapes where it states none.
 
     Any other checkpoint goes through as it is. Raises `UnsupportedError` for a family whose names
     are not known, `NamesError` where shapes or settings are not the base's.
     """
+    found = flat.shaped(catalog, base.schema)
+    catalog = replace(catalog, entries=found.entries, unshaped=frozenset())
+    renamed = _renamed(catalog, base)
+    return replace(
+        renamed,
+        rules=(*found.rules, *renamed.rules),
+        findings=(*found.findings, *renamed.findings),
+    )
+
+
+def _renamed(catalog: Catalog, base: Base) -> Renamed:
     names = [unwrap(name) for name in catalog.names()]
     if megatron.is_megatron(names, base.schema):
         return _of_megatron(catalog, base)

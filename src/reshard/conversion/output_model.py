@@ -118,16 +118,10 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
 
     Without `sources` no value is read, and tied tensors are taken to be equal.
     """
-    found = flat.shaped(catalog, base.schema)
-    catalog = replace(catalog, entries=found.entries, unshaped=frozenset())
     known = by_hub_names(catalog, base)
     made = _Export(known.catalog, known.base, options, sources).result()
-    rules = (*found.rules, *known.rules, *made.name_map.rules)
-    return replace(
-        made,
-        name_map=replace(made.name_map, rules=rules),
-        findings=(*found.findings, *known.findings, *made.findings),
-    )
+    named = replace(made.name_map, rules=(*known.rules, *made.name_map.rules))
+    return replace(made, name_map=named, findings=(*known.findings, *made.findings))
 
 
 class _Export:
