@@ -164,7 +164,16 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
     }
     catalog, stated = job.catalog, job.options.stated()
     files = manifest.listed(job.plan, sources)
-    return manifest.render(catalog.format, catalog.origin, stated, names, model, beside, files)
+    return manifest.render(
+        catalog.format,
+        catalog.origin,
+        stated,
+        names,
+        model,
+        beside,
+        files,
+        generates=exported.generates,
+    )
 
 
 def _completed(found: Finding, job: Job, given: Mapping[str, object]) -> Finding:

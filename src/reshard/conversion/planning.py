@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -167,7 +168,14 @@ def _files(
         formats.single_writer(side.name).lay_out_file(side.name, _slots(side.targets))
         for side in made.sides
     )
+    if not texts and any(_lies_among(side.name, files) for side in made.sides):
+        texts = formats.index(target_named(options.to), files)
     return files + beside, texts
+
+
+def _lies_among(name: str, files: Sequence[OutputFile]) -> bool:
+    """Whether a file's name does not tell it from the model's own: same folder, same suffix."""
+    return "/" not in name and PurePath(name).suffix in {PurePath(f.name).suffix for f in files}
 
 
 def _slots(targets: Sequence[Target]) -> list[formats.Wanted]:

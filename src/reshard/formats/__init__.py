@@ -97,6 +97,16 @@ def writer(info: FormatInfo) -> Writable:
     return cast(Writable, import_module(info.module))
 
 
+def index(info: FormatInfo, files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
+    """The small files that tell a model's files from others beside them.
+
+    None where the format's room has no function `index`: then its files are told by their names.
+    """
+    special = getattr(writer(info), "index", None)
+    found: tuple[tuple[str, bytes], ...] = () if special is None else special(files)
+    return found
+
+
 def single_writer(file: str) -> Single:
     """The module that lays out a single file of this name."""
     return cast(Single, import_module(single_for(file).module))
