@@ -36,7 +36,7 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Record
 from reshard.errors import IncompleteError, NotFoundError, ReshardError
 from reshard.formats import Selection
-from reshard.formats.megatron import folders, refused, settings
+from reshard.formats.megatron import folders, plans, refused, settings
 from reshard.storage.local import Sources, child
 
 __all__ = ["detect", "read"]
@@ -44,11 +44,6 @@ __all__ = ["detect", "read"]
 _METADATA = ".metadata"
 #: The optimizer's tensors; of several optimizers (experts have one of their own) with a number.
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..+")
-# The last field of the metadata, as a pickle names it. It holds what each rank planned to write,
-# which is two thirds of a small file and nearly all of a large one, and is not needed.
-_PLANS = b"\x8c\x0fall_local_plans"
-# Ends the dictionary of fields, builds the record, ends the pickle.
-_END = b"ub."
 
 
 def detect(path: Path) -> str | None:
@@ -114,12 +109,12 @@ def _metadata(folder: Path, sources: Sources) -> Metadata:
             "the file is empty.", path=path, hint="The save did not finish; use another one."
         )
     data = source.read(0, min(source.size, MAX_NBYTES + 1))
-    plans = data.find(_PLANS)
-    # A file that was cut off among the plans is refused: its end is looked at.
-    if plans > 0 and source.read(source.size - len(_END), len(_END)) == _END:
+    tail = source.read(max(0, source.size - 3), min(source.size, 3))
+    whole = plans.ends_well(tail)
+    shorter = plans.without_plans(data) if whole else None
+    if shorter is not None:
         try:
-            value = torchfile.read_pickle(data[:plans] + _END, path=str(path)).value
-            return parse(value, str(path))
+            return parse(torchfile.read_pickle(shorter, path=str(path)).value, str(path))
         except ReshardError:  # the plans are not where they are expected
             pass
     return parse(torchfile.read_pickle(data, path=str(path)).value, str(path))
