@@ -121,6 +121,7 @@ CODES: dict[str, Code] = {
     "flat-parameters-cut": Code(
         "warning",
         "flat parameters were cut in the order of the model's family, which no file states"),
+    "from-cache": Code("info", "a model was read from the Hugging Face cache; which snapshot"),
     "head-claimed": Code(
         "warning", "the config names a class with an output head, which the folder does not have",
         "Name the backbone's own class in config.json's architectures, or serve it only to score."),

@@ -149,8 +149,8 @@ def detect(path: Path) -> str:
         raise NotFoundError("there is no such file or folder.", path=path)
     reasons = claims(path)
     if not reasons and not path.is_dir():
-        inside = "Name the folder that holds it." if claims(path.parent) else None
-        raise NotFoundError("it is no file that a model is read from.", path=path, hint=inside)
+        inside = f"Pass its folder: {path.parent}" if claims(path.parent) else None
+        raise NotFoundError("this file alone is not a checkpoint.", path=path, hint=inside)
     if not reasons:
         raise NotFoundError(
             f"no checkpoint was recognised here; it holds {listing(path)}.",
