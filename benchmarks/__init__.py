@@ -7,5 +7,6 @@ inputs.py      the checkpoints, made once: by the real DeepSpeed, and large ones
 train.py       one rank of the DeepSpeed run that writes them
 dcp_inputs.py  the FSDP checkpoints, and the Hugging Face folders that are converted for FSDP
 dcp_train.py   one rank of the FSDP run that writes them
+fp8_inputs.py  quantised models
 measure.py     one process: wall time and peak resident memory
 """

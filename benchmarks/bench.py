@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import dcp_inputs, inputs, measure
+from benchmarks import dcp_inputs, fp8_inputs, inputs, measure
 from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.inputs import Input
 
@@ -35,7 +35,7 @@ _MEMORY_NBYTES = 4 << 30
 # A virtual machine's host takes freed memory back some seconds later, in large pieces: that of the
 # last output in the middle of the next run, which then took up to twice as long.
 _SETTLE_SECONDS = 4.0
-RECIPES = (*inputs.RECIPES, *dcp_inputs.RECIPES)
+RECIPES = (*inputs.RECIPES, *dcp_inputs.RECIPES, *fp8_inputs.RECIPES)
 PACKAGES = ("reshard", "torch", "deepspeed", "transformers", "accelerate", "safetensors", "numpy")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -47,6 +48,8 @@ def _reshard(*options: str) -> Callable[[Input, Path, Path], list[str]]:
         convert = [sys.executable, "-m", "reshard", "convert", str(given.source), str(target)]
         if given.kind == "huggingface":
             return [*convert, "--to", "dcp", "--json", *options]
+        if given.kind == "quantised":
+            return [*convert, "--json", *options]
         return [*convert, "--base", str(given.base), "--json", *options]
 
     return command
@@ -75,17 +78,22 @@ def _copy(script: str) -> Callable[[Input, Path, Path], list[str]]:
 
 
 def _fill(path: Path, source: Path, nbytes: int) -> None:
-    """Write `nbytes` bytes of the checkpoint's own files, the largest first, to `path`."""
-    files = [file for file in source.rglob("*") if file.is_file()]
+    """Write `nbytes` bytes of the checkpoint's own files, the largest first, to `path`.
+
+    They are taken again where they are fewer: of codes, twice as many bytes are written as read.
+    """
+    files = [file for file in source.rglob("*") if file.is_file() and file.stat().st_size]
     files.sort(key=lambda file: -file.stat().st_size)
     with open(path, "wb") as out:
-        for file in files:
+        for file in itertools.cycle(files):
+            if nbytes <= 0:
+                break
             with open(file, "rb") as part:
                 while nbytes > 0 and (block := part.read(min(nbytes, 1 << 22))):
                     nbytes -= out.write(block)
 
 
-_ALL = ("deepspeed", "dcp", "huggingface")
+_ALL = ("deepspeed", "dcp", "huggingface", "quantised")
 
 CONTENDERS: tuple[Contender, ...] = (
     Contender(
@@ -147,6 +155,12 @@ CONTENDERS: tuple[Contender, ...] = (
         ("dcp",),
         _peer("merge_weights"),
         "float32 safetensors, no config; not synced",
+    ),
+    Contender(
+        "load dequantised, save",
+        ("quantised",),
+        _peer("dequantise"),
+        "from_pretrained on the CPU, save_pretrained; not synced",
     ),
     Contender("load all, dcp.save", ("huggingface",), _peer("dcp_save"), "synced by dcp.save"),
 )

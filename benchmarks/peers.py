@@ -72,6 +72,18 @@ def dcp_save(source: str, base: str, target: str) -> None:
     dcp.save(state, checkpoint_id=target, no_dist=True)
 
 
+def dequantise(source: str, base: str, target: str) -> None:
+    """transformers' own loading, which dequantises where there is no GPU, and saving.
+
+    Without `save_original_format=False` transformers 5.23 quantises again while it saves.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model.save_pretrained(target, save_original_format=False)
+
+
 PEERS = {
     peer.__name__: peer
     for peer in (
@@ -81,6 +93,7 @@ PEERS = {
         dcp_load,
         merge_weights,
         dcp_save,
+        dequantise,
     )
 }
 

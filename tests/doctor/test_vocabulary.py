@@ -69,6 +69,31 @@ def test_a_config_that_ties_a_head_of_its_own(
     assert config["tie_word_embeddings"] is False
 
 
+def test_a_base_that_ties_by_its_values_alone(pairs: Pairs, tmp_path: Path) -> None:
+    """A config that is silent on ties means what the base's values say, as for a conversion."""
+    pair = pairs("llama_tied")
+    tensors = models.load(pair.healthy)
+    embedding = tensors["model.embed_tokens.weight"]
+
+    def silent(folder: Path, head: torch.Tensor) -> Path:
+        made = pair.copy(folder)
+        models.save(made, {**tensors, "lm_head.weight": head})
+        path = made / "config.json"
+        config = json.loads(path.read_text())
+        del config["tie_word_embeddings"]
+        path.write_text(json.dumps(config))
+        return made
+
+    tied, apart = silent(tmp_path / "tied", embedding), silent(tmp_path / "apart", -embedding)
+    diagnosis = mended(apart, tied, tmp_path / "out", "head-contradicts-config")
+    assert "does not state" in evidence(diagnosis, "head-contradicts-config")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    # The base's own head differs: the silence says nothing.
+    another = silent(tmp_path / "another", embedding * 2)
+    assert "head-contradicts-config" not in names(reshard.doctor(another, base=apart))
+
+
 def test_a_tied_base_whose_run_untied_the_head(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("llama_tied")
     ill = pair.copy(tmp_path / "ill")

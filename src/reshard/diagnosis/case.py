@@ -47,12 +47,14 @@ class Fitted(Struct, frozen=True):
 class Vocabulary(Struct, frozen=True):
     """Input embedding and output head, by the folder's own names; None where one is not there.
 
-    `equal`: both are there and hold the same values.
+    `equal`: both are there and hold the same values. `tied_in_base`: the base's are one tensor, by
+    its config or, where that is silent, by its values.
     """
 
     embedding: str | None = None
     head: str | None = None
     equal: bool = False
+    tied_in_base: bool = False
 
 
 class Values(Struct, frozen=True):
@@ -162,7 +164,7 @@ def read(
         fitted=fitted,
         prefix=prefix,
         clean=clean,
-        vocabulary=_vocabulary(folder, clean, sources),
+        vocabulary=_vocabulary(folder, clean, base, sources),
         companions=read_companions(folder, base, sources),
         values=_values(folder, base, fitted.entries, sources, weights, threads, progress),
         rescue=_rescue(path, base, sources) if placeholders else None,
@@ -245,7 +247,9 @@ def guess_prefix(names: Iterable[str]) -> str:
     return ""
 
 
-def _vocabulary(folder: Folder, clean: Mapping[str, str], sources: Sources) -> Vocabulary:
+def _vocabulary(
+    folder: Folder, clean: Mapping[str, str], base: Base | None, sources: Sources
+) -> Vocabulary:
     """Input embedding and output head, by the folder's own names."""
     matrices = {
         own: entry
@@ -258,7 +262,16 @@ def _vocabulary(folder: Folder, clean: Mapping[str, str], sources: Sources) -> V
     head = None if found.head is None else clean[found.head]
     if embedding is None or head is None:
         return Vocabulary(embedding)
-    return Vocabulary(embedding, head, equal(matrices[head], matrices[embedding], sources))
+    same = equal(matrices[head], matrices[embedding], sources)
+    return Vocabulary(embedding, head, same, base is not None and _ties(base, sources))
+
+
+def _ties(base: Base, sources: Sources) -> bool:
+    """Whether head and embedding of the base are one tensor, as a conversion decides it."""
+    by_value = partners.schema_with_ties(
+        base.schema, base.entries, lambda one, other: equal(one, other, sources)
+    )
+    return schema.says_tied(by_value.config)
 
 
 def _values(

@@ -61,12 +61,18 @@ def head_contradicts_config(case: Case) -> Signs | None:
     vocabulary = case.vocabulary
     if case.placeholders or vocabulary.head is None or vocabulary.equal or rows_disagree(case):
         return None
-    says = [path for path, value in _stated_at(case).items() if value is True]
-    if not says:
+    stated = _stated_at(case)
+    says = [path for path, value in stated.items() if value is True]
+    if not says and (stated or not vocabulary.tied_in_base):
         return None
+    why = (
+        f"config.json has {' and '.join(says)} true"
+        if says
+        else f"config.json does not state {_TIE}, and the base's head is its embedding"
+    )
     evidence = (
         f"{vocabulary.head} differs from {vocabulary.embedding}",
-        f"config.json has {' and '.join(says)} true: loaders may drop the head",
+        f"{why}: loaders may drop the head",
     )
     return Signs(evidence, Repair(f"{_TIE} is set to false", config=_tie_patches(case, tied=False)))
 
