@@ -227,7 +227,7 @@ class TestErrors:
         assert f"(#{heading.lower().replace(' ', '-')})" in self.PAGE
         if error is not reshard.ReshardError:
             assert "```\n" in section
-            assert "Mend: " in section
+            assert "Fix: " in section
 
     def test_all_classes_are_public(self) -> None:
         classes = {value for value in vars(errors).values() if isinstance(value, type)}

@@ -122,7 +122,7 @@ def test_what_a_run_lacks_is_filled_with_numbers(kind: str, model: Get, tmp_path
 def test_an_unchanged_run_is_found_to_be_one(kind: str, model: Get, tmp_path: Path) -> None:
     made = model(kind)
     torch.save(numbers_of(made), tmp_path / "run.pt")
-    with pytest.raises(reshard.VerificationError, match="holds no training"):
+    with pytest.raises(reshard.VerificationError, match="so nothing was trained"):
         reshard.convert(tmp_path / "run.pt", tmp_path / "out", base=made.folder)
 
 

@@ -24,6 +24,7 @@ VERIFY = table(
         "With a checkpoint to compare with: the model that it was converted onto. Without it, "
         "tensors that came from the base are counted and not compared.",
         group="Input",
+        short="b",
     ),
     THREADS,
     PROGRESS,

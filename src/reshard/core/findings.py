@@ -129,6 +129,10 @@ CODES: dict[str, Code] = {
     "flat-parameters-cut": Code(
         "warning",
         "flat parameters were cut in the order of the model's family, which no file states"),
+    "from-cache": Code("info", "a model was read from the Hugging Face cache; which snapshot"),
+    "head-claimed": Code(
+        "warning", "the config names a class with an output head, which the folder does not have",
+        "Name the backbone's own class in config.json's architectures, or serve it only to score."),
     "head-untied": Code("warning", "an output head differs from the embedding that it was tied to"),
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
@@ -159,6 +163,7 @@ CODES: dict[str, Code] = {
     "no-base": Code(
         "warning", "without a base, only weights are written", "Pass --base."),
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
+    "no-output-head": Code("info", "the model has no output head and is not for generation"),
     "not-finite": Code(
         "warning", "weights hold NaN or infinity: the run has diverged, or a buffer is made so",
         "Convert an earlier checkpoint of the run."),

@@ -16,6 +16,8 @@ from __future__ import annotations
 from reshard.naming.layouts import Family, Layout, Stacked
 
 _HUB = "as on the hub"
+#: The title of the names that released models have on disk.
+AS_RELEASED = _HUB
 _V5 = "transformers 5.0 and later"
 
 

@@ -51,7 +51,7 @@ def refuse(candidate: Candidate) -> NamesError:
         body = _diagnosis(counted, traits, (missing, unexpected, clashes))
         hint = f"{_CHECK} All names: reshard inspect SRC --base BASE --json."
     else:
-        body = _lists(f"{counted} ({candidate.title}).", missing, unexpected, clashes)
+        body = _lists(f"{counted}{candidate.read_as}.", missing, unexpected, clashes)
         hint = _hint(candidate, missing, unexpected, clashes)
     return NamesError(
         Lines(f"the checkpoint does not fit the base model: {body}\n"),
