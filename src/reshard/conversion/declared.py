@@ -2,7 +2,7 @@
 
 To add one: a line in `CONVERT`, a keyword in `reshard.convert`, a field in `Options`, which
 `parsed` fills in. The flag, `--help`, docs/cli.md, the docstring and the tests of wrong values
-follow from the line.
+follow from the line. Long because a conversion has some forty options.
 """
 
 from __future__ import annotations
