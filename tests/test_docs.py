@@ -175,8 +175,8 @@ def shard_missing() -> None:
 
 def megatron() -> None:
     Path("iter_0000010").mkdir()
-    Path("iter_0000010", "common.pt").touch()
-    Path("iter_0000010", "metadata.json").touch()
+    stated = '{"sharded_backend": "zarr", "sharded_backend_version": 1}'
+    Path("iter_0000010", "metadata.json").write_text(stated, encoding="utf-8")
     reshard.open("iter_0000010")
 
 

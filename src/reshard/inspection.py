@@ -12,13 +12,16 @@ from msgspec import Struct, field
 from msgspec.structs import asdict
 
 from reshard.checkpoint import OPEN, Checkpoint, open_checkpoint
+from reshard.core.catalog import Catalog
 from reshard.core.options import Option, PathLike, Place, documented, parse
 from reshard.core.sizes import size
 from reshard.core.tensors import nbytes_read
 from reshard.errors import (
+    FormatError,
     IncompleteError,
     NamesError,
     PlanError,
+    ReshardError,
     UnsupportedError,
     listed,
     printable,
@@ -94,11 +97,35 @@ class Fitting(Struct, frozen=True):
         return rows
 
 
+class Codes(Struct, frozen=True):
+    """What a checkpoint's quantised weights are.
+
+    `kinds`: the name of a kind -> how many weights are codes of it. `read`: they can be read as the
+    numbers that they stand for. `stated` is the kind that the config names, empty where it says
+    nothing. `fault` says why they cannot be read, as a conversion would.
+    """
+
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    read: bool = False
+    stated: str = ""
+    fault: str = ""
+
+    def __str__(self) -> str:
+        if self.fault:
+            return self.fault
+        if not self.kinds:
+            return f"config.json says so ({self.stated}), and no weight is a code"
+        counts = "; ".join(f"{count} weights, {kind}" for kind, count in self.kinds.items())
+        return counts if self.read else f"{counts} (not read as numbers)"
+
+
 class Inspection(Struct, frozen=True):
     """A checkpoint's summary. Sizes are bytes; tied names count neither tensors nor parameters.
 
     `total_bytes` is what the tensors take as the checkpoint holds them, `bytes_to_read` what a
-    conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take.
+    conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take. `dtypes` and
+    sizes are those of what is stored, codes and scales included; `codes` is None where nothing
+    is quantised.
     """
 
     checkpoint: Checkpoint
@@ -110,6 +137,7 @@ class Inspection(Struct, frozen=True):
     dtypes: dict[str, int]
     kinds: dict[str, int]
     fitting: Fitting | None = None
+    codes: Codes | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The summary as lines of a label and its words, as `inspect` shows it."""
@@ -120,6 +148,8 @@ class Inspection(Struct, frozen=True):
             ("holds", self._contents()),
             ("on disk", self._sizes()),
         ]
+        if self.codes is not None:
+            rows.append(("quantised", str(self.codes)))
         tied = {alias: e.spec.name for e in catalog.entries.values() for alias in e.aliases}
         if len(tied) > 1:
             rows.append(("tied", listed(f"{a} = {b}" for a, b in tied.items())))
@@ -195,6 +225,7 @@ class Inspection(Struct, frozen=True):
             "bytes_on_disk": self.bytes_on_disk,
             "dtypes": self.dtypes,
             "kinds": self.kinds,
+            "quantised": None if self.codes is None else asdict(self.codes),
             "tied": {
                 alias: entry.spec.name
                 for entry in catalog.entries.values()
@@ -253,6 +284,7 @@ def inspect(
         dtypes=dict(Counter(e.spec.dtype.name for e in entries)),
         kinds=dict(Counter(t.kind for t in checkpoint.tensors.values())),
         fitting=None if values["base"] is None else _fit(checkpoint, values["base"]),
+        codes=_codes(checkpoint.catalog),
     )
 
 
@@ -281,23 +313,46 @@ def _size(root: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def _codes(catalog: Catalog) -> Codes | None:
+    """What the quantised weights are, by their tensors and by the config beside them."""
+    from reshard.conversion.quantised import config_of
+    from reshard.naming.quantised import numbers, refused, statement
+
+    with Sources() as sources:
+        config = config_of(catalog, sources)
+    stated = statement(config)
+    title = "" if stated is None else stated.title
+    unread = refused(catalog.entries, stated)
+    if unread is not None:
+        return Codes({unread.title: len(unread.modules)}, stated=title)
+    try:
+        found = numbers(catalog.entries, config)
+    except ReshardError as error:
+        return Codes(stated=title, fault=str(error))
+    if not found.kinds and stated is None:
+        return None
+    return Codes(dict(Counter(found.kinds.values()).most_common()), bool(found.kinds), title)
+
+
 def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
     from reshard.conversion import output_model
     from reshard.conversion.base_model import read_base
     from reshard.conversion.options import LoraChoice, Options
+    from reshard.conversion.quantised import as_numbers
     from reshard.formats import Selection
 
-    catalog = checkpoint.catalog
+    root = checkpoint.catalog.origin.root
     with Sources() as sources:
         base = read_base(folder, sources)
         # Any alpha will do: adapters are counted, not merged.
-        options = Options(catalog.origin.root, folder, folder, "hf", Selection(), "base", 1,
+        options = Options(root, folder, folder, "hf", Selection(), "base", 1,
                           lora=LoraChoice(alpha=1.0))  # fmt: skip
         try:
-            exported = output_model.onto(catalog, base, options, None)
+            numbers, _ = as_numbers(checkpoint.catalog, base, options, sources)
+            exported = output_model.onto(numbers, base, options, None)
         except NamesError as error:
             return Fitting(str(error), missing=error.missing, unexpected=error.unexpected)
-        except (IncompleteError, PlanError, UnsupportedError) as error:
+        except (FormatError, IncompleteError, PlanError, UnsupportedError) as error:
             return Fitting(str(error))
     found = exported.name_map
     return Fitting(

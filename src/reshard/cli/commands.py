@@ -178,11 +178,20 @@ def verify(
 @click.command(cls=Command, short_help="Compare two checkpoints, tensor by tensor.")
 @click.argument("a", type=_PATH, cls=Argument, words=DIFF["first"].help)
 @click.argument("b", type=_PATH, cls=Argument, words=DIFF["second"].help)
+@flags(DIFF.values())
 @how_shown
 @click.option("--tensors", is_flag=True, help="List every tensor; by default, layers are folded.")
 @_json
 @debug
-def diff(a: Path, b: Path, tensors: bool, as_json: bool, shown: Shown | None, quiet: bool) -> int:
+def diff(
+    a: Path,
+    b: Path,
+    base: Path | None,
+    tensors: bool,
+    as_json: bool,
+    shown: Shown | None,
+    quiet: bool,
+) -> int:
     """Compare the checkpoints A and B, of any formats, tensor by tensor.
 
     Where dtypes differ, the wider is rounded to the narrower. Exits with 1 where they differ.
@@ -191,7 +200,7 @@ def diff(a: Path, b: Path, tensors: bool, as_json: bool, shown: Shown | None, qu
 
     with shown_progress(shown, quiet=as_json or quiet) as progress:
         step = None if progress is None else lambda done, total: progress("compare", done, total)
-        found = run(a, b, progress=step)
+        found = run(a, b, base=base, progress=step)
     if as_json:
         output.print_json(found.to_json())
     elif not quiet:

@@ -34,5 +34,12 @@ VERIFY = table(
 DIFF = table(
     Option("first", Place(), "A checkpoint, of any format.", required=True),
     Option("second", Place(), "Another.", required=True),
+    Option(
+        "base",
+        Place(),
+        "Fit both onto this Hugging Face model, and compare what they would become: two saves of "
+        "one run by its names.",
+        group="Input",
+    ),
     PROGRESS,
 )

@@ -23,13 +23,14 @@ from reshard.conversion.base_model import Base, main_dtype
 from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.modules import take
 from reshard.conversion.options import Options
+from reshard.conversion.other_names import by_hub_names
 from reshard.conversion.partners import check_head, check_vocabulary
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
 from reshard.formats.info import target_named
-from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity, titan
+from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity
 from reshard.naming.backbone import has_head, without_head
 from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
@@ -113,16 +114,10 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
 
     Without `sources` no value is read, and tied tensors are taken to be equal.
     """
-    found = flat.shaped(catalog, base.schema)
-    known = titan.translated(found.entries, base.schema)
-    catalog = replace(catalog, entries=known.entries, unshaped=frozenset())
-    made = _Export(catalog, base, options, sources).result()
-    rules = (*found.rules, *known.rules, *made.name_map.rules)
-    return replace(
-        made,
-        name_map=replace(made.name_map, rules=rules),
-        findings=(*found.findings, *made.findings),
-    )
+    known = by_hub_names(catalog, base)
+    made = _Export(known.catalog, known.base, options, sources).result()
+    named = replace(made.name_map, rules=(*known.rules, *made.name_map.rules))
+    return replace(made, name_map=named, findings=(*known.findings, *made.findings))
 
 
 class _Export:

@@ -207,18 +207,25 @@ def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
             yield from _walk(child, depth - 1, budget)
 
 
-def _tracked(folder: Path, sources: Sources) -> int | None:
-    """The number of the last save that was finished, as the run's own file states it."""
+def _tracked(folder: Path, sources: Sources) -> str | None:
+    """The last save that was finished, as the run's own file states it: its number, or `release`,
+    which Megatron-LM calls a converted model."""
     path = folder / _TRACKER
     if not path.is_file():
         return None
     source = sources.open(path)
     text = source.read(0, min(source.size, 64)).strip()
-    return int(text) if re.fullmatch(rb"\d{1,18}", text) else None
+    return text.decode() if re.fullmatch(rb"\d{1,18}|release", text) else None
+
+
+def _is_tracked(save: Found, tracked: str | None) -> bool:
+    if tracked is None or not tracked.isdigit():
+        return save.path.name == tracked
+    return save.age[0] == int(tracked)
 
 
 def _choose(
-    path: Path, saves: list[Found], tag: str | None, tracked: int | None = None
+    path: Path, saves: list[Found], tag: str | None, tracked: str | None = None
 ) -> list[Found]:
     """The saves to try, the one that the run's own file names first, then the newest."""
     saves = _training(saves if tag is None else _tagged(path, saves, tag))
@@ -229,7 +236,7 @@ def _choose(
     unclear = [save for save in saves if not save.format]
     if unclear:
         formats.detect(unclear[0].path)  # raises, naming both formats
-    return sorted(saves, key=lambda save: (save.age[0] == tracked, save.age), reverse=True)
+    return sorted(saves, key=lambda save: (_is_tracked(save, tracked), save.age), reverse=True)
 
 
 def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
@@ -266,7 +273,7 @@ def _taken(
     chosen: list[Found],
     found: list[Found],
     tag: str | None,
-    tracked: int | None,
+    tracked: str | None,
     catalog: Catalog,
 ) -> list[Finding]:
     """Which of the checkpoints was taken, and which exported model is newer than it."""
@@ -288,14 +295,14 @@ def _taken(
 
 
 def _why(
-    save: Found, chosen: list[Found], number: int, tag: str | None, tracked: int | None
+    save: Found, chosen: list[Found], number: int, tag: str | None, tracked: str | None
 ) -> str:
     """Why it is this one of a `number` of checkpoints, in brackets."""
     if number == 1:
         return ""
     if tag not in (None, tags.LATEST):
         return f" (named by --tag, one of {number})"
-    if tracked is not None and save.age[0] == tracked:
+    if _is_tracked(save, tracked):
         return f" (named by {_TRACKER}, one of {number})"
     why = f"one of {number}" if len(chosen) == 1 else f"the newest complete one of {len(chosen)}"
     if tracked is not None:
