@@ -25,7 +25,9 @@ from reshard.core.options import (
     Option,
     Place,
     Texts,
+    refuse_url,
 )
+from reshard.errors import OptionError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 # Flags of other programs: what is meant here.
@@ -54,12 +56,19 @@ class Command(click.Command):
 
     Repeatable options take one or more values after one flag, as argparse's `nargs="+"` does:
     `--test_prompts "a" "b"`. An option of one value that is given twice is refused: it would be
-    guessing to take one of them. `examples` are lines at the end of `--help`.
+    guessing to take one of them. `examples` are lines at the end of `--help`, `usage` is its
+    first one where an option belongs there.
     """
 
-    def __init__(self, *given: Any, examples: Sequence[str] = (), **more: Any) -> None:
+    def __init__(
+        self, *given: Any, examples: Sequence[str] = (), usage: str = "", **more: Any
+    ) -> None:
         super().__init__(*given, **more)
         self.examples = examples
+        self.usage = usage
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [self.usage] if self.usage else super().collect_usage_pieces(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         options = [option for option in self.params if isinstance(option, click.Option)]
@@ -239,6 +248,11 @@ class FolderOrFile(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("the path is empty.", param, ctx)
+        if isinstance(value, str):
+            try:
+                refuse_url(value)
+            except OptionError as error:
+                self.fail(str(error), param, ctx)
         if isinstance(value, str):
             # Path.expanduser raises where `~name` is no user's.
             value = os.path.expanduser(value)  # noqa: PTH111

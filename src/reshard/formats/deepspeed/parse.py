@@ -130,9 +130,13 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
 
 
 def _autoep(top: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """The modules whose experts AutoEP has split, each with their number (`ds_autoep_layers`)."""
+    """The modules whose experts AutoEP has split, each with their number (`ds_autoep_layers`).
+
+    The key once was `autoep_layers` (checkpoint/constants.py: AUTOEP_LAYERS_KEY_LEGACY).
+    """
     found: dict[str, int] = {}
-    for layer in _list(top, "ds_autoep_layers", path):
+    layers = _list(top, "ds_autoep_layers", path) or _list(top, "autoep_layers", path)
+    for layer in layers:
         stated = _mapping(layer, path, "a layer of ds_autoep_layers")
         module, count = stated.get("module_path"), stated.get("num_experts")
         prefix = f"{module}.experts" if module else "experts"
