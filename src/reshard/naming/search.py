@@ -50,6 +50,12 @@ class Candidate(Struct, frozen=True):
         return self.faults == 0 and bool(self.of(Verdict.MATCHED))
 
     @property
+    def given_up(self) -> int:
+        """How many tensors of either side are not in the output."""
+        left_out, dropped = self.of(Verdict.LEFT_OUT), self.of(Verdict.DROPPED)
+        return len(left_out) + len(dropped) + len(self.source.allowed)
+
+    @property
     def title(self) -> str:
         return f"prefix {self.prefix!r}, names {self.views[0].title}"
 
@@ -276,6 +282,9 @@ def shared_prefixes(names: Iterable[str]) -> list[str]:
 
 def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
     """The one way to read the source, or an error that names the ways."""
+    # What the user lets go of is gone only where no way keeps it.
+    least = min(candidate.given_up for candidate in complete) if options.allow else 0
+    complete = [one for one in complete if not options.allow or one.given_up == least]
     different = [complete[0]]
     for candidate in complete[1:]:
         if all(candidate.assignment() != other.assignment() for other in different):
