@@ -13,7 +13,8 @@ from pathlib import Path
 SOURCES = Path(__file__).parents[2] / "src" / "reshard"
 _KEYWORDS = ("hint", "advice", "fix")
 # What hands on a hint that was made elsewhere, and is found there.
-_HANDED_ON = ("error.hint", "hint", "fix", "finding.fix", "kind.hint")
+_HANDED_ON = ("error.hint", "finding.fix", "kind.hint", "refused[0].fix", "CODES[refused[0].code].fix")
+_PARAMETERS = ("hint", "fix", "near", "elsewhere")
 _DEPTH = 4
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -33,7 +34,7 @@ class Module:
             if isinstance(node.value, str) and node.value:
                 yield node.value
         elif isinstance(node, ast.JoinedStr):
-            yield "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
+            yield from self._joined(node, within, depth)
         elif isinstance(node, ast.IfExp):
             for branch in (node.body, node.orelse):
                 yield from self.templates(branch, within, depth)
@@ -46,6 +47,18 @@ class Module:
                     yield left + right
         elif ast.unparse(node) not in _HANDED_ON:
             yield from self._followed(node, within, depth)
+
+    def _joined(self, node: ast.JoinedStr, within: ast.AST, depth: int) -> Iterator[str]:
+        """An f-string, with the texts of those names in it that stand for one."""
+        found = [""]
+        for part in node.values:
+            texts = ["{}"]
+            if isinstance(part, ast.Constant):
+                texts = [str(part.value)]
+            elif isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name):
+                texts = list(self.templates(part.value, within, depth + 1)) or texts
+            found = [before + text for before in found for text in texts]
+        yield from found
 
     def _followed(self, node: ast.expr, within: ast.AST, depth: int) -> Iterator[str]:
         found: list[str] = []
@@ -62,6 +75,8 @@ class Module:
             for returned in ast.walk(function) if function else ():
                 if isinstance(returned, ast.Return) and returned.value is not None:
                     found += module.templates(returned.value, function or within, depth + 1)
+        if not found and ast.unparse(node) in _PARAMETERS:
+            return
         yield from found or ["{}"]
 
     def hints(self) -> Iterator[str]:
@@ -78,13 +93,21 @@ class Module:
                     if keyword.arg in _KEYWORDS:
                         yield from self.templates(keyword.value, owners.get(node, self.tree))
                 yield from self._records(node)
+        if self.name == "containers/torch/sniff":
+            yield from self.kinds()
 
     def _records(self, node: ast.Call) -> Iterator[str]:
         """Hints of records that are written by position: the codes' own, and `_Kind`."""
         called = ast.unparse(node.func)
-        for name in ("Code", "_Kind"):
-            if called == name and len(node.args) > 2:
-                yield from self.templates(node.args[2], self.tree)
+        if called in ("Code", "_Kind") and len(node.args) > 2:
+            yield from self.templates(node.args[2], self.tree)
+
+    def kinds(self) -> Iterator[str]:
+        """Hints in a table of tuples: (.., what, hint)."""
+        for value in _assigned(self.tree, "_KINDS"):
+            for row in getattr(value, "elts", ()):
+                if isinstance(row, ast.Tuple) and len(row.elts) == 3:
+                    yield from self.templates(row.elts[2], self.tree)
 
 
 def _assigned(place: ast.AST, name: str) -> Iterator[ast.expr]:

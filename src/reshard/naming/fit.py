@@ -50,7 +50,7 @@ def fit(
     found = sources(entries, options.prefix)
     candidate = search(found, schema, options)
     if not candidate.complete:
-        raise refuse(candidate)
+        raise refuse(candidate, options.prefix)
     return _Fitting(entries, schema, found, candidate, equal, options).result()
 
 

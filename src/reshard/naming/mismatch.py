@@ -11,9 +11,10 @@ from reshard.naming import value_heads, wrong_base
 from reshard.naming.judge import Verdict
 from reshard.naming.search import Candidate
 
+_BASE = "Check that the base is the model that was trained."
 _CHECK = (
-    "Check that the base is the model that was trained. If the checkpoint holds several models, "
-    "choose one with --prefix (for example actor.model)."
+    f"{_BASE} If the checkpoint holds several models, choose one with --prefix (for example "
+    "actor.model)."
 )
 _OTHERWISE = (
     "In modules of the base the checkpoint holds other tensors, as a layout that is not known "
@@ -27,8 +28,9 @@ _PATTERNS = 4
 _POOL = 200
 
 
-def refuse(candidate: Candidate) -> NamesError:
-    """The error for the best candidate. Names are the base's and the checkpoint's own.
+def refuse(candidate: Candidate, prefix: str | None = None) -> NamesError:
+    """The error for the best candidate. Names are the base's and the checkpoint's own; `prefix` is
+    the user's, who is then not told to pass one.
 
     Where the two are models of different sizes it says so, in a table of what differs; else it
     lists the names, the nearest beside each.
@@ -48,10 +50,10 @@ def refuse(candidate: Candidate) -> NamesError:
     traits = wrong_base.differing(source, base)
     if (clashes or unexpected) and {t.name for t in traits} & {"layers", "hidden size"}:
         body = _diagnosis(counted, traits, (missing, unexpected, clashes))
-        hint = f"{_CHECK} All names: reshard inspect SRC --base BASE --json."
+        hint = f"{_CHECK if prefix is None else _BASE} All names: reshard inspect SRC --base BASE --json."
     else:
         body = _lists(f"{counted} ({candidate.title}).", missing, unexpected, clashes)
-        hint = _hint(candidate, missing, unexpected, clashes)
+        hint = _hint(candidate, missing, unexpected, clashes, _CHECK if prefix is None else _BASE)
     return NamesError(
         Lines(f"the checkpoint does not fit the base model: {body}\n"),
         missing=missing,
@@ -96,7 +98,11 @@ def _lists(
 
 
 def _hint(
-    candidate: Candidate, missing: Sequence[str], unexpected: Sequence[str], clashes: Sequence[str]
+    candidate: Candidate,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    clashes: Sequence[str],
+    check: str,
 ) -> str:
     """The options that would help, where the base is the right one."""
     if missing and not unexpected and not clashes:
@@ -106,13 +112,13 @@ def _hint(
         )
     matched = len(candidate.of(Verdict.MATCHED))
     if _holds_otherwise(candidate):
-        return f"{_CHECK} {_OTHERWISE}"
+        return f"{check} {_OTHERWISE}"
     if clashes or not unexpected or matched < len(missing) + len(unexpected):
-        return _CHECK
+        return check
     leave = f"to leave out what the base has no place for, pass {_allowing(candidate, unexpected)}"
     if missing:
         fill = "to take from it what the checkpoint lacks, --fill-from-base"
-        return f"{_CHECK} If it is, {leave}; {fill}."
+        return f"{check} If it is, {leave}; {fill}."
     return f"{leave[0].upper()}{leave[1:]}.{_value_head(candidate)}"
 
 

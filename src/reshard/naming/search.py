@@ -87,10 +87,7 @@ def sources(entries: Mapping[str, Entry], prefix: str | None) -> Sources:
             if prefix is not None and not clean.startswith(prefix):
                 continue
             if owners.setdefault(clean, own) != own:
-                raise NamesError(
-                    f"{owners[clean]!r} and {own!r} are both {clean!r} without wrappers' parts.",
-                    hint="Name the part that holds the model with --prefix.",
-                )
+                raise clash(owners[clean], own, clean)
             shapes[clean] = entry.spec.shape
     if not shapes:
         raise NamesError(
@@ -100,6 +97,14 @@ def sources(entries: Mapping[str, Entry], prefix: str | None) -> Sources:
             unexpected=tuple(entries),
         )
     return Sources(owners, shapes)
+
+
+def clash(one: str, other: str, name: str) -> NamesError:
+    """The error of two tensors that would be one without wrappers' parts, and are not."""
+    return NamesError(
+        f"{one!r} and {other!r} are both {name!r} without wrappers' parts, and are two tensors.",
+        hint="Load the checkpoint, take the names out that are not meant, and save it again.",
+    )
 
 
 def unwrap(name: str) -> str:
@@ -298,5 +303,7 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
     raise NamesError(
         f"the checkpoint fits the base in {len(different)} ways that put tensors in different "
         f"places or orientations: {ways}.",
-        hint="Name the transformers version it was trained with: --transformers-version.",
+        hint="Name the transformers version it was trained with: --transformers-version."
+        if version is None
+        else "Name the version of another one of these ways, if it was trained with that.",
     )

@@ -1,0 +1,3 @@
+from tests.hints import damaged, flags, folders
+from tests.hints.case import CASES
+TABLE=CASES
