@@ -99,6 +99,8 @@ class Module:
     def _records(self, node: ast.Call) -> Iterator[str]:
         """Hints of records that are written by position: the codes' own, and `_Kind`."""
         called = ast.unparse(node.func)
+        if called == "Finding" and len(node.args) > 3:
+            yield from self.templates(node.args[3], self.tree)
         if called in ("Code", "_Kind") and len(node.args) > 2:
             yield from self.templates(node.args[2], self.tree)
 

@@ -44,7 +44,7 @@ def completing(at: Path) -> Case:
 
         report = reshard.convert(run, at / "again", to="hf")
         (fix,) = (f.fix for f in report.findings if f.fix.startswith("To complete it: "))
-        words = shlex.split(fix.removeprefix("To complete it: ").replace("HF_DIR", str(base)))
+        words = shlex.split(fix.removeprefix("To complete it: ").replace("MODEL", str(base)))
         assert cli(command, words[1:]) == 0, fix
         return reshard.doctor(at / "again")
 
@@ -285,12 +285,6 @@ def size_without_a_unit(at: Path) -> Case:
     return with_options(run, at, {"max_shard_size": "5 lots"}, {"max_shard_size": "5GB"})
 
 
-@follows("It is a whole number or like 5GB.")
-def size_of_nothing(at: Path) -> Case:
-    run = tiny.zero(at / "run")
-    return with_options(run, at, {"max_shard_size": object()}, {"max_shard_size": 1000})
-
-
 @follows("Write it as in 4.57.1 or 5.23.")
 def version_in_words(at: Path) -> Case:
     source = tiny.model(at / "model")
@@ -432,7 +426,6 @@ def base_to_verify(at: Path) -> Case:
     )
 
 
-@follows("Without --names memory the names are those of the files.")
 @follows("Name another version with --transformers-version.")
 def names_of_a_version(at: Path) -> Case:
     source = tiny.model(at / "model", name="qwen3_vl_moe")

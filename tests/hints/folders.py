@@ -15,7 +15,9 @@ from torch.distributed import checkpoint as dcp
 
 import reshard
 from reshard.cli.app import run as cli
-from reshard.cli.lightrft import ds2hf, fsdp2hf, hf2fsdp
+from reshard.cli.lightrft.ds2hf import command as ds2hf
+from reshard.cli.lightrft.fsdp2hf import command as fsdp2hf
+from reshard.cli.lightrft.hf2fsdp import command as hf2fsdp
 from reshard.errors import NotFoundError, UnsupportedError, WriteError
 from tests.hints import tiny
 from tests.hints.case import GOLDEN, Case, as_golden, follows, golden
@@ -77,7 +79,7 @@ def two_formats(at: Path) -> Case:
 @follows("Name one of them.")
 def two_runs(at: Path) -> Case:
     for name in ("one", "two"):
-        golden("zero2", at / "runs" / name)
+        golden("zero2", at / "runs" / name / "save")
     return moved(at / "runs", at / "runs" / "one", at, same=as_golden("zero2"))
 
 
@@ -142,7 +144,7 @@ def another_file_beside(at: Path) -> Case:
     return moved(folder, folder / "model_1.safetensors", at)
 
 
-@follows("To convert it, pass --prefix.")
+@follows("To convert it, pass --prefix {}.")
 def another_part(at: Path) -> Case:
     """A second model in one state dict: `policy` beside `model`."""
     state = {"model": tiny.state(), "ema": tiny.state(3)}
@@ -279,7 +281,7 @@ def an_index_of_other_files(at: Path) -> Case:
 @follows("Remove the files of the older save.")
 def with_and_without_zero3(at: Path) -> Case:
     run = golden("zero3", at / "run")
-    older = run / "global_step2" / "mp_rank_00_model_states.pt"
+    older = run / "global_step2" / "mp_rank_01_model_states.pt"
     shutil.copy(GOLDEN / "zero2/checkpoint/global_step2/mp_rank_00_model_states.pt", older)
     mend = after(older.unlink, converting(run, at / "two"))
     return Case(converting(run, at / "one"), mend, same=as_golden("zero3"))
@@ -410,7 +412,7 @@ def _script(command: Any, *arguments: Path | str) -> Call:
 def deepspeed_for_fsdp2hf(at: Path) -> Case:
     run, base = tiny.zero(at / "run"), tiny.model(at / "base")
     given = ("--hf_base", base, "--checkpoint_dir", run, "--output_dir")
-    return Case(_script(fsdp2hf.fsdp2hf, *given, at / "a"), _script(ds2hf.ds2hf, *given, at / "b"))
+    return Case(_script(fsdp2hf, *given, at / "a"), _script(ds2hf, *given, at / "b"))
 
 
 @follows("Convert it with fsdp2hf.")
@@ -418,7 +420,7 @@ def dcp_for_ds2hf(at: Path) -> Case:
     base = tiny.model(at / "base")
     dcp.save(tiny.state(), checkpoint_id=at / "run", no_dist=True)
     given = ("--hf_base", base, "--checkpoint_dir", at / "run", "--output_dir")
-    return Case(_script(ds2hf.ds2hf, *given, at / "a"), _script(fsdp2hf.fsdp2hf, *given, at / "b"))
+    return Case(_script(ds2hf, *given, at / "a"), _script(fsdp2hf, *given, at / "b"))
 
 
 @follows("Convert it with hf2fsdp.")
@@ -426,7 +428,7 @@ def model_for_ds2hf(at: Path) -> Case:
     model = tiny.model(at / "model")
     given = ("--hf_base", model, "--checkpoint_dir", model, "--output_dir", at / "a")
     right = ("--hf_checkpoint", model, "--output", at / "b")
-    return Case(_script(ds2hf.ds2hf, *given), _script(hf2fsdp.hf2fsdp, *right))
+    return Case(_script(ds2hf, *given), _script(hf2fsdp, *right))
 
 
 @follows("Below it there is one: {}.")
@@ -435,8 +437,8 @@ def one_below(at: Path) -> Case:
     below = tiny.zero(run / "checkpoint-7" / "global_step7")
     given = ("--hf_base", tiny.model(at / "base"), "--output_dir")
     return Case(
-        _script(ds2hf.ds2hf, *given, at / "a", "--checkpoint_dir", run),
-        _script(ds2hf.ds2hf, *given, at / "b", "--checkpoint_dir", below.parent),
+        _script(ds2hf, *given, at / "a", "--checkpoint_dir", run),
+        _script(ds2hf, *given, at / "b", "--checkpoint_dir", below.parent),
     )
 
 
@@ -446,9 +448,9 @@ def the_export_beside(at: Path) -> Case:
     tiny.zero(run / "global_step7")
     (run / "latest").write_text("global_step7")
     return Case(
-        _script(hf2fsdp.hf2fsdp, "--hf_checkpoint", run, "--output", at / "a"),
+        _script(hf2fsdp, "--hf_checkpoint", run, "--output", at / "a"),
         _script(
-            hf2fsdp.hf2fsdp, "--hf_checkpoint", run / "model.safetensors", "--output", at / "b"
+            hf2fsdp, "--hf_checkpoint", run / "model.safetensors", "--output", at / "b"
         ),
     )
 
@@ -507,7 +509,7 @@ def pipe_in_the_base(at: Path) -> Case:
 @follows("Make it readable, or remove it from the folder if the model does not need it.")
 def broken_link_in_the_base(at: Path) -> Case:
     base = tiny.model(at / "base")
-    (base / "notes.txt").symlink_to(at / "nowhere")
+    (base / "notes.txt").symlink_to("nowhere")
     return on(at, base, (base / "notes.txt").unlink)
 
 

@@ -1,3 +1,3 @@
-from tests.hints import damaged, flags, folders
+from tests.hints import ailments, damaged, flags, folders
 from tests.hints.case import CASES
 TABLE=CASES

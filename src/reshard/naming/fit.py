@@ -188,7 +188,7 @@ class _Fitting:
                 # One whose embedding is the base's was trained apart, else it would stand for it.
                 self._untie(outputs, hub)
             elif twin is None:
-                raise refuse(candidate)
+                raise refuse(candidate, self._options.prefix)
             else:
                 raise NamesError(
                     f"it differs from {have[twin].name!r}; the base stores one tensor for both.",

@@ -48,12 +48,13 @@ def refuse(candidate: Candidate, prefix: str | None = None) -> NamesError:
     matched = len(candidate.of(Verdict.MATCHED))
     counted = f"{matched} of {len(base)} tensors have the same name and shape"
     traits = wrong_base.differing(source, base)
+    check = _CHECK if prefix is None else _BASE
     if (clashes or unexpected) and {t.name for t in traits} & {"layers", "hidden size"}:
         body = _diagnosis(counted, traits, (missing, unexpected, clashes))
-        hint = f"{_CHECK if prefix is None else _BASE} All names: reshard inspect SRC --base BASE --json."
+        hint = f"{check} All names: reshard inspect SRC --base BASE --json."
     else:
         body = _lists(f"{counted} ({candidate.title}).", missing, unexpected, clashes)
-        hint = _hint(candidate, missing, unexpected, clashes, _CHECK if prefix is None else _BASE)
+        hint = _hint(candidate, missing, unexpected, clashes, check)
     return NamesError(
         Lines(f"the checkpoint does not fit the base model: {body}\n"),
         missing=missing,
