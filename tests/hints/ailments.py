@@ -1,4 +1,4 @@
-"""What doctor advises where it cannot mend a folder by itself, and what it says it cannot look at."""
+"""What doctor advises where it cannot mend a folder by itself, or cannot look at it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,8 @@ def restored(at: Path, change: Callable[[Path], object], **more: Any) -> Case:
     folder, _ = ill(at, change, **more)
     whole = tiny.model(at / "whole", 2, **more)
     out = at / "again"
-    return Case(
-        looking(folder), after(lambda: reshard.convert(whole, out, base=whole, allow_unchanged=True),
-                               looking(out)), same=is_well,
-    )  # fmt: skip
+    convert = converting(whole, out, base=whole, allow_unchanged=True)
+    return Case(looking(folder), after(convert, looking(out)), same=is_well)
 
 
 @follows("Copy or download the file again, or convert again.")
@@ -107,7 +105,9 @@ def diverged(at: Path) -> Case:
 def nothing_trained(at: Path) -> Case:
     base, folder = tiny.model(at / "base"), tiny.model(at / "ill", 1)
     run = tiny.zero(at / "run")
-    again = after(lambda: reshard.convert(run, at / "again", base=base), looking(at / "again", base))
+    again = after(
+        lambda: reshard.convert(run, at / "again", base=base), looking(at / "again", base)
+    )
     return Case(looking(folder, base), again, same=is_well)
 
 
@@ -132,7 +132,9 @@ def head_lost_alone(at: Path) -> Case:
 def head_lost(at: Path) -> Case:
     folder, base = ill(at, _without_head, **UNTIED)
     run = tiny.zero(at / "run")
-    again = after(lambda: reshard.convert(run, at / "again", base=base), looking(at / "again", base))
+    again = after(
+        lambda: reshard.convert(run, at / "again", base=base), looking(at / "again", base)
+    )
     return Case(looking(folder, base), again, same=is_well)
 
 
@@ -161,7 +163,7 @@ def _placeholders(folder: Path) -> None:
     tiny.edit(folder, lambda held: held.update({n: torch.empty(0) for n in held}))
 
 
-@follows("{}The values are not here: convert the run's checkpoint, reshard convert RUN OUT.")
+@follows("The values are not here: convert the run's checkpoint, reshard convert RUN OUT.")
 def placeholders(at: Path) -> Case:
     return restored(at, _placeholders)
 

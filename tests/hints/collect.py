@@ -13,7 +13,13 @@ from pathlib import Path
 SOURCES = Path(__file__).parents[2] / "src" / "reshard"
 _KEYWORDS = ("hint", "advice", "fix")
 # What hands on a hint that was made elsewhere, and is found there.
-_HANDED_ON = ("error.hint", "finding.fix", "kind.hint", "refused[0].fix", "CODES[refused[0].code].fix")
+_HANDED_ON = (
+    "error.hint",
+    "finding.fix",
+    "kind.hint",
+    "refused[0].fix",
+    "CODES[refused[0].code].fix",
+)
 _PARAMETERS = ("hint", "fix", "near", "elsewhere")
 _DEPTH = 4
 
@@ -31,7 +37,7 @@ class Module:
     def templates(self, node: ast.expr, within: ast.AST, depth: int = 0) -> Iterator[str]:
         """What an expression's text may be."""
         if isinstance(node, ast.Constant):
-            if isinstance(node.value, str) and node.value:
+            if isinstance(node.value, str):
                 yield node.value
         elif isinstance(node, ast.JoinedStr):
             yield from self._joined(node, within, depth)
@@ -118,9 +124,13 @@ def _assigned(place: ast.AST, name: str) -> Iterator[ast.expr]:
         if isinstance(node, ast.Assign):
             if any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
                 yield node.value
-        elif isinstance(node, (ast.AnnAssign, ast.AugAssign)) and node.value is not None:
-            if isinstance(node.target, ast.Name) and node.target.id == name:
-                yield node.value
+        elif (
+            isinstance(node, (ast.AnnAssign, ast.AugAssign))
+            and node.value is not None
+            and isinstance(node.target, ast.Name)
+            and node.target.id == name
+        ):
+            yield node.value
 
 
 _MODULES = [Module(path) for path in sorted(SOURCES.rglob("*.py"))]
@@ -140,6 +150,6 @@ def hints() -> dict[str, set[str]]:
     """Every template, and the modules that state it. A hint that is only `{}` is its module's."""
     found: dict[str, set[str]] = {}
     for module in _MODULES:
-        for template in module.hints():
+        for template in filter(None, module.hints()):
             found.setdefault(template, set()).add(module.name)
     return found

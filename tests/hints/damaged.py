@@ -97,8 +97,8 @@ DAMAGES: list[tuple[str, str, str, Damage]] = [
      "dcp", "__0_0.distcp", Path.unlink),
     ("The folder holds files of different saves; copy one of them whole.",
      "dcp", "__2_0.distcp", overwritten_by("__1_0.distcp")),
-    ("Use an earlier checkpoint, or copy the folder again if the file was left behind (its name "
-     "begins with a dot).", "dcp", ".metadata", Path.unlink),
+    (("Use an earlier checkpoint, or copy the folder again if the file was left behind (its name "
+      "begins with a dot)."), "dcp", ".metadata", Path.unlink),
     ("The save did not finish; use another one.", "dcp", ".metadata", cut(0)),
     ("The file is damaged or is not what it seems.", "dcp", ".metadata", zeroed),
     ("The file is damaged, or was not written by torch.distributed.checkpoint.",

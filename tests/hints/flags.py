@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 import reshard
-from reshard.errors import NamesError, PlanError
 from tests.hints import tiny
 from tests.hints.case import GOLDEN, Case, as_golden, follows, golden
 
@@ -39,8 +38,8 @@ def completing(at: Path) -> Case:
     base, run = tiny.model(at / "base"), tiny.zero(at / "run")
 
     def offered() -> object:
-        from reshard.cli.app import run as cli
         from reshard.cli.app import reshard as command
+        from reshard.cli.app import run as cli
 
         report = reshard.convert(run, at / "again", to="hf")
         (fix,) = (f.fix for f in report.findings if f.fix.startswith("To complete it: "))
@@ -346,7 +345,10 @@ def no_such_tag(at: Path) -> Case:
     return with_options(run, at, {"tag": ".."}, {"tag": "global_step2"}, same=as_golden("zero2"))
 
 
-@follows("Copy all files of one save. If the optimizer was restarted on purpose, pass --allow-step-mismatch.")
+@follows(
+    "Copy all files of one save. If the optimizer was restarted on purpose, pass "
+    "--allow-step-mismatch."
+)
 def restarted(at: Path) -> Case:
     run = tiny.zero(at / "run")
     for path in run.glob("*model_states.pt"):
@@ -432,6 +434,3 @@ def names_of_a_version(at: Path) -> Case:
     common: dict[str, Any] = {"to": "dcp"}
     memory = {**common, "names": "memory", "transformers_version": "4.0"}
     return with_options(source, at, memory, common)
-
-
-__all__ = ["NamesError", "PlanError"]

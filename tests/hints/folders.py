@@ -18,7 +18,6 @@ from reshard.cli.app import run as cli
 from reshard.cli.lightrft.ds2hf import command as ds2hf
 from reshard.cli.lightrft.fsdp2hf import command as fsdp2hf
 from reshard.cli.lightrft.hf2fsdp import command as hf2fsdp
-from reshard.errors import NotFoundError, UnsupportedError, WriteError
 from tests.hints import tiny
 from tests.hints.case import GOLDEN, Case, as_golden, follows, golden
 
@@ -367,7 +366,9 @@ def two_tensors_of_a_name_below_a_prefix(at: Path) -> Case:
     run, base = tiny.saved(at / "x.pt", both), tiny.model(at / "base")
     return Case(
         converting(run, at / "one", base=base, prefix="actor"),
-        after(lambda: tiny.saved(run, mine), converting(run, at / "two", base=base, prefix="actor")),
+        after(
+            lambda: tiny.saved(run, mine), converting(run, at / "two", base=base, prefix="actor")
+        ),
         same=lambda report: _equal(at / "two", tiny.state()),
     )
 
@@ -449,9 +450,7 @@ def the_export_beside(at: Path) -> Case:
     (run / "latest").write_text("global_step7")
     return Case(
         _script(hf2fsdp, "--hf_checkpoint", run, "--output", at / "a"),
-        _script(
-            hf2fsdp, "--hf_checkpoint", run / "model.safetensors", "--output", at / "b"
-        ),
+        _script(hf2fsdp, "--hf_checkpoint", run / "model.safetensors", "--output", at / "b"),
     )
 
 
@@ -572,6 +571,14 @@ def swapped_and_overwriting(at: Path) -> Case:
     return Case(converting(base, run, overwrite=True), converting(base, at / "out"))
 
 
+@follows("Name another output, or remove it yourself.")
+def output_of_somebody(at: Path) -> Case:
+    run = tiny.zero(at / "run")
+    (at / "notes").mkdir()
+    (at / "notes" / "mine.txt").write_text("x")
+    return Case(converting(run, at / "notes", overwrite=True), converting(run, at / "out"))
+
+
 @follows("Name another output, or move them out of the folder.")
 def output_with_a_file_of_the_users(at: Path) -> Case:
     run = tiny.zero(at / "run")
@@ -667,6 +674,3 @@ def of_a_later_reshard(at: Path) -> Case:
     path.write_text(json.dumps({**content, "version": 999}))
     # The reshard that wrote version `content["version"]` is this one.
     return Case(verifying(out), after(lambda: path.write_text(json.dumps(content)), verifying(out)))
-
-
-__all__ = ["NotFoundError", "UnsupportedError", "WriteError"]

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.hints.case import CASES, Maker, follow
-from tests.hints.table import TABLE
+from tests.hints.table import SCENARIOS
 
-assert TABLE
+assert SCENARIOS
+EVERY = [
+    pytest.param(template, maker, id=f"{template[:50]}-{number}")
+    for template, makers in CASES.items()
+    for number, maker in enumerate(makers)
+]
 
 
-@pytest.mark.parametrize(
-    ("template", "maker"),
-    [pytest.param(t, maker, id=f"{t[:60]}-{i}") for t, ms in CASES.items() for i, maker in enumerate(ms)],
-)
+@pytest.mark.parametrize(("template", "maker"), EVERY)
 def test_a_hint_that_is_followed_helps(template: str, maker: Maker, tmp_path: Path) -> None:
     follow(maker(tmp_path), template)

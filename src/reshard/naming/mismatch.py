@@ -28,9 +28,9 @@ _PATTERNS = 4
 _POOL = 200
 
 
-def refuse(candidate: Candidate, prefix: str | None = None) -> NamesError:
-    """The error for the best candidate. Names are the base's and the checkpoint's own; `prefix` is
-    the user's, who is then not told to pass one.
+def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
+    """The error for the best candidate. Names are the base's and the checkpoint's own; where the
+    user has `chosen` a prefix, none is offered.
 
     Where the two are models of different sizes it says so, in a table of what differs; else it
     lists the names, the nearest beside each.
@@ -48,7 +48,7 @@ def refuse(candidate: Candidate, prefix: str | None = None) -> NamesError:
     matched = len(candidate.of(Verdict.MATCHED))
     counted = f"{matched} of {len(base)} tensors have the same name and shape"
     traits = wrong_base.differing(source, base)
-    check = _CHECK if prefix is None else _BASE
+    check = _BASE if chosen else _CHECK
     if (clashes or unexpected) and {t.name for t in traits} & {"layers", "hidden size"}:
         body = _diagnosis(counted, traits, (missing, unexpected, clashes))
         hint = f"{check} All names: reshard inspect SRC --base BASE --json."
