@@ -34,9 +34,25 @@ run as `python lightrft/utils/ckpt_scripts/ds2hf.py ...`. In Python, each comman
 function of the same name and options: `reshard.convert`, `reshard.inspect`, `reshard.verify`,
 `reshard.diff`, `reshard.doctor`.
 
-Results go to standard output, remarks and progress to standard error. Exit codes: 0 done (and, for
+Results go to standard output, remarks and progress to standard error. On a terminal, red is an
+error, yellow a warning or a result that was not verified, green a result that was; `NO_COLOR=1`
+switches colours off. Exit codes: 0 done (and, for
 `verify` and `diff`, the same); 1 a stated failure, or a difference; 2 wrong usage; 130
-interrupted. What can fail, and the mend: [errors.md](errors.md).
+interrupted. What can fail, and how to fix it: [errors.md](errors.md).
+"""
+
+
+_COMPLETION = """
+## Shell completion
+
+The shell completes commands, options, their values, paths, and the tags of the run that is on the
+line (`--tag`). One line switches it on, here for `reshard`:
+
+```bash
+eval "$(_RESHARD_COMPLETE=bash_source reshard)"      # in ~/.bashrc
+eval "$(_RESHARD_COMPLETE=zsh_source reshard)"       # in ~/.zshrc
+_RESHARD_COMPLETE=fish_source reshard | source       # in ~/.config/fish/config.fish
+```
 """
 
 
@@ -53,7 +69,11 @@ def commands() -> dict[str, click.Command]:
 
 def page() -> str:
     """The page's text."""
-    return _HEAD + "".join("\n" + "\n".join(section(n, c)) + "\n" for n, c in commands().items())
+    return (
+        _HEAD
+        + _COMPLETION
+        + "".join("\n" + "\n".join(section(n, c)) + "\n" for n, c in commands().items())
+    )
 
 
 def section(name: str, command: click.Command) -> Iterator[str]:

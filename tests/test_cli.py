@@ -105,8 +105,9 @@ def test_inspect_json_holds_what_the_contract_says(
 def test_inspect_prints_a_table(oracle: Oracle, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(reshard, ["inspect", str(oracle["zero3-bf16-w2"].root), "--tensors"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"zero stage\s+3", shown)
-    assert re.search(r"world size\s+2", shown)
+    assert re.search(
+        r"^is +DeepSpeed checkpoint, deepspeed [\d.]+, ZeRO-3, 2 ranks, step ", shown, re.M
+    )
 
 
 @pytest.mark.parametrize(("before", "after"), [([], []), (["--debug"], []), ([], ["--debug"])])
@@ -143,10 +144,10 @@ def test_wrong_usage_is_exit_code_2(
         (["--max-shard-size", "0"], "a size must be positive"),
         (["--transformers-version", "abc"], "'abc' is no version of transformers"),
         (["--dtype", "base"], "takes the dtypes of a base"),
-        (["--fill-from-base"], "--fill-from-base: nothing to act on without a base"),
-        (["--srm-format", "split", "--allow", "x"], "--srm-format, --allow: nothing to act on"),
-        (["--value-head", "v", "--lora-alpha", "1"], "--value-head, --lora-alpha: nothing"),
-        (["--adapter", "a", "--adapter-config", "c"], "--adapter-config, --adapter: nothing"),
+        (["--fill-from-base"], "--fill-from-base: no effect without a base"),
+        (["--srm-format", "split", "--allow", "x"], "--srm-format, --allow: no effect"),
+        (["--value-head", "v", "--lora-alpha", "1"], "--value-head, --lora-alpha: no effect"),
+        (["--adapter", "a", "--adapter-config", "c"], "--adapter-config, --adapter: no effect"),
         (["--model-type", "grm", "--probing-layer", "2"], "--model-type, --probing-layer: "),
         (["--pooling-method", "attn", "--heads-types", "a"], "--pooling-method, --heads-types: "),
         (["--no-scale-for-train", "--allow-unchanged"], "--scale-for-train, --allow-unchanged: "),

@@ -175,8 +175,8 @@ def shard_missing() -> None:
 
 def megatron() -> None:
     Path("iter_0000010").mkdir()
-    Path("iter_0000010", "common.pt").touch()
-    Path("iter_0000010", "metadata.json").touch()
+    stated = '{"sharded_backend": "zarr", "sharded_backend_version": 1}'
+    Path("iter_0000010", "metadata.json").write_text(stated, encoding="utf-8")
     reshard.open("iter_0000010")
 
 
@@ -227,7 +227,7 @@ class TestErrors:
         assert f"(#{heading.lower().replace(' ', '-')})" in self.PAGE
         if error is not reshard.ReshardError:
             assert "```\n" in section
-            assert "Mend: " in section
+            assert "Fix: " in section
 
     def test_all_classes_are_public(self) -> None:
         classes = {value for value in vars(errors).values() if isinstance(value, type)}

@@ -31,6 +31,7 @@ ORDER = (
         "formats.dcp",
         "formats.deepspeed",
         "formats.huggingface",
+        "formats.megatron",
         "formats.rank_files",
         "formats.torch_state_dict",
     ),

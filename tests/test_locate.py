@@ -28,7 +28,7 @@ def test_every_level_leads_to_the_newest_save_of_the_actor(run: Path) -> None:
         checkpoint = reshard.open(path)
         assert checkpoint.catalog.origin.root == run / "_actor" / "global_step2"
     catalog = reshard.open(run).catalog
-    assert "_actor was taken (tag global_step2)" in catalog.findings[0].message
+    assert f"using {run / '_actor'}, tag global_step2 (one of 2)." in catalog.findings[0].message
     assert all(found.severity == "info" for found in catalog.findings)
 
 
@@ -42,8 +42,8 @@ def test_to_be_named_from_above_is_mere_information(
     base = reshard.convert(oracle["two-tags"].last.path, tmp_path / "base")
     assert [found.code for found in base.findings] == ["no-base"]
     report = reshard.convert(run, tmp_path / "out", strict=["no-checksums"])
-    assert "was taken" in report.warnings[0]
-    with pytest.raises(reshard.PlanError, match="there is a finding, checkpoint-taken: of"):
+    assert report.warnings[0].startswith("using ")
+    with pytest.raises(reshard.PlanError, match="there is a finding, checkpoint-taken: using"):
         reshard.convert(run, tmp_path / "no", strict=["no-checksums", "checkpoint-taken"])
     with pytest.raises(reshard.PlanError, match=r"there is a finding, no-base: .*Pass --base\."):
         reshard.convert(run, tmp_path / "no", strict=True)
@@ -89,7 +89,7 @@ def test_without_latest_the_highest_number_is_taken_not_the_last_in_the_alphabet
         shutil.copytree(oracle["two-tags"].root, tmp_path / f"checkpoint-{step}")
     checkpoint = reshard.open(tmp_path)
     assert checkpoint.catalog.origin.root.parent.name == "checkpoint-10"
-    assert "of the 2 checkpoints" in checkpoint.catalog.findings[0].message
+    assert "(the newest complete one of 2)" in checkpoint.catalog.findings[0].message
 
 
 def test_an_incomplete_save_is_passed_over_and_said_so(oracle: Oracle, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_an_incomplete_save_is_passed_over_and_said_so(oracle: Oracle, tmp_path:
     checkpoint = reshard.open(tmp_path)
     assert checkpoint.catalog.origin.root.parent.name == "checkpoint-9"
     messages = [found.message for found in checkpoint.catalog.findings]
-    assert any("passed over as incomplete" in message for message in messages)
+    assert any("skipped, because it is incomplete" in message for message in messages)
     assert any("rank 1 of 2 is missing" in message for message in messages)
 
 
@@ -199,10 +199,10 @@ def test_a_file_leads_to_the_folder_that_holds_it(trainer: Path, tmp_path: Path)
     assert shard.tensors.keys() < whole.tensors.keys()
     model = reshard.open(folder / "global_step20" / "mp_rank_00_model_states.pt")
     assert "full precision are in the optimizer's files" in model.catalog.findings[0].message
-    with pytest.raises(reshard.NotFoundError, match="Name the folder that holds it"):
+    with pytest.raises(reshard.NotFoundError, match="Pass its folder: "):
         reshard.open(folder / "latest")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(reshard.NotFoundError, match=r"is read from\.$"):
+    with pytest.raises(reshard.NotFoundError, match=r"is not a checkpoint\.$"):
         reshard.open(tmp_path / "notes.txt")
 
 
@@ -235,7 +235,7 @@ def test_an_exported_model_that_is_newer_is_named_and_taken_by_its_tag(trainer: 
 def test_comparisons_say_which_checkpoint_they_took(trainer: Path, tmp_path: Path) -> None:
     reshard.convert(trainer, tmp_path / "out")
     found = reshard.verify(tmp_path / "out", trainer).findings
-    assert any("checkpoint-20 was taken" in one.message for one in found)
+    assert any("checkpoint-20" in one.message for one in found)
     assert reshard.diff(trainer, tmp_path / "out").findings == found
 
 
@@ -339,10 +339,20 @@ def test_a_model_that_is_called_by_its_name_is_found_in_the_cache(
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(repository.parent))
     root, out = oracle["llama-zero2"].root, tmp_path / "out"
-    with pytest.raises(reshard.NotFoundError, match=f"name its folder: {repository}"):
-        reshard.convert(root, out, base="some/model")
-    with pytest.raises(reshard.NotFoundError, match="is a local Hugging Face model folder"):
-        reshard.convert(root, out, base="another/model")
+    report = reshard.convert(root, out, base="some/model")
+    snapshot = repository / "snapshots" / "0a1b"
+    message = f"some/model is read from the Hugging Face cache: {snapshot}."
+    assert [f.message for f in report.findings if f.code == "from-cache"] == [message]
+    assert reshard.open("some/model").catalog.origin.root == snapshot
+    assert reshard.inspect(root, base="some/model").fitting is not None
+    with pytest.raises(reshard.NotFoundError, match="If it is on the hub: hf download another/mo"):
+        reshard.convert(root, out, base="another/model", overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    with pytest.raises(reshard.NotFoundError, match="must be a local folder with the original"):
+        reshard.convert(root, out, base="runs/typo", overwrite=True)
+    with pytest.raises(reshard.NotFoundError, match=f"Pass its folder: {snapshot}"):
+        reshard.convert(root, out, base=snapshot / "config.json", overwrite=True)
 
 
 def test_a_tag_by_its_number_or_as_the_latest(oracle: Oracle, run: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_without_a_base_the_last_line_says_what_completes_the_folder(
     arguments = [str(case.root), str(out), "--dtype", "bf16", "--tag", case.last.path.name]
     assert run(command, ["convert", *arguments, *["--dry-run"] * dry]) == 0
     shown = capsys.readouterr()
-    assert "no program loads it" not in shown.err
+    assert "cannot load it" not in shown.err
     last = shown.out.splitlines()[-1]
     assert last.startswith(f"warning: {out} holds only weights")
     words = shlex.split(last.partition("To complete it: ")[2])
@@ -150,7 +150,6 @@ def test_without_a_base_the_last_line_says_what_completes_the_folder(
     assert (out / "config.json").is_file()
     assert reshard.verify(out, case.root).num_tensors
     report = reshard.convert(out, tmp_path / "copy")
-    fix = report.to_json()["findings"][-1]["fix"]
-    assert run(command, shlex.split(fix.partition("To complete it: ")[2])[1:]) == 0
+    assert codes(report) == []  # a whole model's own files go along
     assert reshard.diff(tmp_path / "copy", out).same
     assert (tmp_path / "copy" / "config.json").is_file()

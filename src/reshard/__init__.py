@@ -88,3 +88,7 @@ def __getattr__(name: str) -> object:
     value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -14,6 +15,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
 from reshard.core.options import Option, PathLike, Place, Text, documented, parse, table
 from reshard.core.tensors import Entry, FileRef, Kind, Record, stored
+from reshard.errors import listed
 from reshard.formats import locate
 from reshard.storage.local import Identity, Sources
 
@@ -90,6 +92,9 @@ class Tensor(Struct, frozen=True):
     entry: Entry
     files: Files = _NO_FILES
 
+    def __repr__(self) -> str:
+        return f"<Tensor {self.name!r}: {self.dtype} {self.shape}, {self.kind}>"
+
     @property
     def dtype(self) -> DType:
         return self.entry.spec.dtype
@@ -117,6 +122,18 @@ class Tensor(Struct, frozen=True):
         return array
 
 
+class UnknownNameError(KeyError):
+    """A tensor's name that the checkpoint does not have; its text lists the nearest ones."""
+
+    def __init__(self, name: str, names: Iterable[str]) -> None:
+        super().__init__(name)
+        self.names = names
+
+    def __str__(self) -> str:
+        near = get_close_matches(str(self.args[0]), self.names, 3, 0.7)
+        return f"{self.args[0]!r}{f' (nearest: {listed(near)})' if near else ''}"
+
+
 class Tensors(Mapping[str, Tensor]):
     """Name -> tensor, tied names included, in the order of the checkpoint."""
 
@@ -128,7 +145,13 @@ class Tensors(Mapping[str, Tensor]):
                 self._tensors[alias] = Tensor(alias, "tied", entry, files)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise UnknownNameError(name, self._tensors) from None
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} tensors>"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

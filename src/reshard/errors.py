@@ -7,11 +7,11 @@
     ├── UnsupportedError    understood, but not handled; the message names what
     ├── NamesError          the checkpoint's tensors and the base model's do not match
     ├── PlanError           the conversion asked for cannot be planned
-    │   └── OptionError     an option's value is malformed, or it has nothing to act on
+    │   └── OptionError     an option's value is malformed, or it has no effect here
     ├── WriteError          the output cannot be written
     └── VerificationError   what was written is not what was read
 
-A message says what is wrong, `path` and `tensor` say where, `hint` says how to mend it. The
+A message says what is wrong, `path` and `tensor` say where, `hint` says how to fix it. The
 command line prints exactly that and exits with 1, with 2 for an `OptionError`; a traceback is
 shown only with `--debug`.
 """
@@ -35,7 +35,11 @@ class ReshardError(Exception):
     path: the file or folder at fault.
     tensor: the tensor's name in the checkpoint.
     hint: what the user can do about it.
+
+    `also` are other errors of the same command that were found besides.
     """
+
+    also: tuple[ReshardError, ...] = ()
 
     def __init__(
         self,
@@ -168,7 +172,7 @@ class PlanError(ReshardError):
 
 
 class OptionError(PlanError):
-    """An option's value is malformed, or the option has nothing to act on; exit code 2.
+    """An option's value is malformed, or the option has no effect here; exit code 2.
 
     `option` is the option's name in Python, where one is at fault.
     """

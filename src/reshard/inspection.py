@@ -12,9 +12,21 @@ from msgspec import Struct, field
 from msgspec.structs import asdict
 
 from reshard.checkpoint import OPEN, Checkpoint, open_checkpoint
+from reshard.core.catalog import Catalog
 from reshard.core.options import Option, PathLike, Place, documented, parse
+from reshard.core.sizes import size
 from reshard.core.tensors import nbytes_read
-from reshard.errors import IncompleteError, NamesError, PlanError, UnsupportedError
+from reshard.errors import (
+    FormatError,
+    IncompleteError,
+    NamesError,
+    PlanError,
+    ReshardError,
+    UnsupportedError,
+    listed,
+    printable,
+)
+from reshard.formats.info import named
 from reshard.storage.local import Sources
 
 #: The options of `reshard.inspect`.
@@ -25,6 +37,7 @@ INSPECT = {
         Place(),
         "Also show how the names fit onto those of this Hugging Face model.",
         group="Input",
+        short="b",
     ),
 }
 
@@ -55,12 +68,64 @@ class Fitting(Struct, frozen=True):
     def fits(self) -> bool:
         return not self.message
 
+    def rows(self, number: int) -> list[tuple[str, str]]:
+        """How the names of a `number` of tensors fit, as lines of a label and its words."""
+        if not self.fits:
+            return [("fits", "NO")]
+        lists = {"missing": self.missing, "filled": self.filled, "unexpected": self.unexpected}
+        every = not any(lists.values()) and not self.merged
+        rows = [("fits", f"yes, all {number} names and shapes" if every else "yes")]
+        if self.prefix:
+            rows.append(("prefix", f"{self.prefix!r} is stripped"))
+        if self.rules:
+            rows.append(("names", "; ".join(self.rules)))
+        if self.tied:
+            rows.append(("base ties", listed(f"{a} = {b}" for a, b in self.tied.items())))
+        if self.undecided:
+            pairs = listed(f"{a} = {b}" for a, b in self.undecided)
+            rows.append(("may be tied", f"{pairs}: their values decide"))
+        if self.merged:
+            rows.append(("adapters", f"{self.merged} low-rank updates are merged"))
+        if self.resized:
+            rows.append(("resized", listed(self.resized)))
+        if self.config_patches:
+            patches = listed(f"{path}: {value}" for path, value in self.config_patches.items())
+            rows.append(("config", f"changed: {patches}"))
+        if self.beside:
+            rows.append(("beside", listed(self.beside)))
+        rows += [(what, f"{len(v)}: {listed(v, 5)}") for what, v in lists.items() if v]
+        return rows
+
+
+class Codes(Struct, frozen=True):
+    """What a checkpoint's quantised weights are.
+
+    `kinds`: the name of a kind -> how many weights are codes of it. `read`: they can be read as the
+    numbers that they stand for. `stated` is the kind that the config names, empty where it says
+    nothing. `fault` says why they cannot be read, as a conversion would.
+    """
+
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    read: bool = False
+    stated: str = ""
+    fault: str = ""
+
+    def __str__(self) -> str:
+        if self.fault:
+            return self.fault
+        if not self.kinds:
+            return f"config.json says so ({self.stated}), and no weight is a code"
+        counts = "; ".join(f"{count} weights, {kind}" for kind, count in self.kinds.items())
+        return counts if self.read else f"{counts} (not read as numbers)"
+
 
 class Inspection(Struct, frozen=True):
     """A checkpoint's summary. Sizes are bytes; tied names count neither tensors nor parameters.
 
     `total_bytes` is what the tensors take as the checkpoint holds them, `bytes_to_read` what a
-    conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take.
+    conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take. `dtypes` and
+    sizes are those of what is stored, codes and scales included; `codes` is None where nothing
+    is quantised.
     """
 
     checkpoint: Checkpoint
@@ -72,6 +137,76 @@ class Inspection(Struct, frozen=True):
     dtypes: dict[str, int]
     kinds: dict[str, int]
     fitting: Fitting | None = None
+    codes: Codes | None = None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The summary as lines of a label and its words, as `inspect` shows it."""
+        catalog = self.checkpoint.catalog
+        rows = [
+            ("path", os.fspath(catalog.origin.root)),
+            ("is", self._kind()),
+            ("holds", self._contents()),
+            ("on disk", self._sizes()),
+        ]
+        if self.codes is not None:
+            rows.append(("quantised", str(self.codes)))
+        tied = {alias: e.spec.name for e in catalog.entries.values() for alias in e.aliases}
+        if len(tied) > 1:
+            rows.append(("tied", listed(f"{a} = {b}" for a, b in tied.items())))
+        frozen = [e.spec.name for e in catalog.entries.values() if e.kind == "frozen"]
+        if frozen:
+            rows.append(("frozen", f"{len(frozen)}: {listed(frozen, 5)}"))
+        for name, value in catalog.origin.details.items():
+            if name not in ("zero_stage", "global_steps") and value not in (None, [], {}, "", 0):
+                rows.append((name.replace("_", " "), _shown(value)))
+        return rows if self.fitting is None else [*rows, *self.fitting.rows(self.num_tensors)]
+
+    def _kind(self) -> str:
+        """What it is: the framework, how it was saved, by how many ranks, at which step."""
+        catalog = self.checkpoint.catalog
+        origin, details = catalog.origin, catalog.origin.details
+        title = named(catalog.format).title
+        version = f"{origin.framework} {origin.version or ''}".strip()
+        stage, step, ranks = (
+            details.get("zero_stage"),
+            details.get("global_steps"),
+            origin.world_size,
+        )
+        parts = [
+            title.removeprefix("a ").removeprefix("an "),
+            version,
+            "" if stage is None else f"ZeRO-{stage}" if stage else "without ZeRO",
+            "" if ranks is None else f"{ranks} rank{'s' * (ranks != 1)}",
+            "" if step is None else f"step {step}",
+            f"tag {origin.tag}" if origin.tag else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+    def _contents(self) -> str:
+        entries = self.checkpoint.catalog.entries
+        dtypes = ", ".join(
+            name if len(self.dtypes) == 1 else f"{name} ({count})"
+            for name, count in self.dtypes.items()
+        )
+        buffers = self.kinds.get("buffer", 0)
+        tied = [(alias, entry.spec.name) for entry in entries.values() for alias in entry.aliases]
+        words = (
+            f"{_counted(self.num_parameters)} parameters in {self.num_tensors} tensors, {dtypes}"
+        )
+        words += f"; {buffers} of them are buffers" if buffers else ""
+        return words + (f"; {tied[0][0]} tied to {tied[0][1]}" if len(tied) == 1 else "")
+
+    def _sizes(self) -> str:
+        words = f"{size(self.bytes_on_disk)}, of which weights {size(self.total_bytes)}"
+        if self.bytes_to_read != self.total_bytes:
+            words += f"; a conversion reads {size(self.bytes_to_read)}"
+        return words
+
+    def __str__(self) -> str:
+        return "\n".join(f"{label:<10} {printable(words)}" for label, words in self.rows())
+
+    def __repr__(self) -> str:
+        return f"<Inspection: {self._kind()}; {self._contents()}>"
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
         """The summary as JSON values, as `inspect --json` prints it."""
@@ -90,6 +225,7 @@ class Inspection(Struct, frozen=True):
             "bytes_on_disk": self.bytes_on_disk,
             "dtypes": self.dtypes,
             "kinds": self.kinds,
+            "quantised": None if self.codes is None else asdict(self.codes),
             "tied": {
                 alias: entry.spec.name
                 for entry in catalog.entries.values()
@@ -148,7 +284,28 @@ def inspect(
         dtypes=dict(Counter(e.spec.dtype.name for e in entries)),
         kinds=dict(Counter(t.kind for t in checkpoint.tensors.values())),
         fitting=None if values["base"] is None else _fit(checkpoint, values["base"]),
+        codes=_codes(checkpoint.catalog),
     )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return listed(f"{name}: {count}" for name, count in value.items())
+    return listed(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _counted(number: int) -> str:
+    """A number of parameters for people.
+
+    >>> _counted(134_515_008), _counted(859)
+    ('134.5 M', '859')
+    """
+    for limit, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if number >= limit:
+            return f"{number / limit:.1f} {unit}"
+    return f"{number:,}"
 
 
 def _size(root: Path) -> int:
@@ -156,23 +313,46 @@ def _size(root: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def _codes(catalog: Catalog) -> Codes | None:
+    """What the quantised weights are, by their tensors and by the config beside them."""
+    from reshard.conversion.quantised import config_of
+    from reshard.naming.quantised import numbers, refused, statement
+
+    with Sources() as sources:
+        config = config_of(catalog, sources)
+    stated = statement(config)
+    title = "" if stated is None else stated.title
+    unread = refused(catalog.entries, stated)
+    if unread is not None:
+        return Codes({unread.title: len(unread.modules)}, stated=title)
+    try:
+        found = numbers(catalog.entries, config)
+    except ReshardError as error:
+        return Codes(stated=title, fault=str(error))
+    if not found.kinds and stated is None:
+        return None
+    return Codes(dict(Counter(found.kinds.values()).most_common()), bool(found.kinds), title)
+
+
 def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
     from reshard.conversion import output_model
     from reshard.conversion.base_model import read_base
     from reshard.conversion.options import LoraChoice, Options
+    from reshard.conversion.quantised import as_numbers
     from reshard.formats import Selection
 
-    catalog = checkpoint.catalog
+    root = checkpoint.catalog.origin.root
     with Sources() as sources:
         base = read_base(folder, sources)
         # Any alpha will do: adapters are counted, not merged.
-        options = Options(catalog.origin.root, folder, folder, "hf", Selection(), "base", 1,
+        options = Options(root, folder, folder, "hf", Selection(), "base", 1,
                           lora=LoraChoice(alpha=1.0))  # fmt: skip
         try:
-            exported = output_model.onto(catalog, base, options, None)
+            numbers, _ = as_numbers(checkpoint.catalog, base, options, sources)
+            exported = output_model.onto(numbers, base, options, None)
         except NamesError as error:
             return Fitting(str(error), missing=error.missing, unexpected=error.unexpected)
-        except (IncompleteError, PlanError, UnsupportedError) as error:
+        except (FormatError, IncompleteError, PlanError, UnsupportedError) as error:
             return Fitting(str(error))
     found = exported.name_map
     return Fitting(

@@ -54,7 +54,7 @@ def test_while_the_command_is_imported(tmp_path: Path, package: str) -> None:
     )
     done = run(code, "convert", tmp_path, tmp_path / "out")
     assert done.returncode == 130
-    assert done.stderr == "Interrupted; nothing was written.\n"
+    assert done.stderr == "Interrupted. No output was written.\n"
 
 
 # Moments, what stands afterwards, and whether an old output is replaced.
@@ -91,13 +91,14 @@ def test_what_stands_is_said(
     done = run(code, "convert", model, place / "out", "--overwrite", "--dtype", "float16")
     assert done.returncode == 130, done.stderr
     if stands == "new":
-        assert f"Interrupted; the new output is whole and stands at {place / 'out'}." in done.stderr
+        assert f"Interrupted. The new output is complete: {place / 'out'}." in done.stderr
         assert reshard.verify(place / "out")
         assert [path.name for path in place.iterdir()] == ["out"]
         assert (place / "out").stat().st_ino != before.get("out")
         return
-    words = f"{place / 'out'} is as it was" if old else f"nothing was left at {place / 'out'}"
-    assert f"Interrupted; {words}." in done.stderr
+    out = place / "out"
+    words = f"{out} is unchanged" if old else f"No output was written to {out}"
+    assert f"Interrupted. {words}; run the command again." in done.stderr
     assert {path: (place / path).stat().st_ino for path in listing(place)} == before
 
 
@@ -109,5 +110,5 @@ def test_after_everything_is_done(model: Path, tmp_path: Path) -> None:
     )
     done = run(code, "convert", model, tmp_path / "out")
     assert done.returncode == 130
-    assert f"the new output is whole and stands at {tmp_path / 'out'}." in done.stderr
+    assert f"The new output is complete: {tmp_path / 'out'}." in done.stderr
     assert reshard.verify(tmp_path / "out")

@@ -134,10 +134,17 @@ def test_ranks_that_do_not_divide(parallel_runs: ParallelRuns, tmp_path: Path, c
 
 
 def _autoep(tag: Path) -> None:
-    edit(
-        tag / "mp_rank_00_model_states.pt",
-        lambda content: content.update(ds_autoep_layers=[{"moe_layer_id": 0}]),
-    )
+    _state_autoep(tag, "ds_autoep_layers")
+
+
+def _autoep_by_its_old_key(tag: Path) -> None:
+    _state_autoep(tag, "autoep_layers")
+
+
+def _state_autoep(tag: Path, key: str) -> None:
+    layer = {"module_path": "first", "num_experts": 4, "expert_key_prefix": "first.experts"}
+    path = tag / "mp_rank_00_model_states.pt"
+    edit(path, lambda content: content.update({key: [layer]}))
 
 
 def _folded(tag: Path) -> None:
@@ -156,6 +163,7 @@ def _under_tensor_parallelism(tag: Path) -> None:
     ("change", "what"),
     [
         (_autoep, "AutoEP"),
+        (_autoep_by_its_old_key, "AutoEP"),
         (_folded, "AutoEP with tensor parallelism"),
         (_oldest, "expert_0_mp_rank_00"),
         (_under_tensor_parallelism, "experts under tensor parallelism"),

@@ -52,9 +52,9 @@ def test_findings_are_shown_and_mended(
     assert "wrapper-prefix: names carry" in shown.out
     assert "  for instance module.lm_head.weight" in shown.out
     assert "2 error(s), 0 warning(s)" in shown.out
-    assert f"To mend it: reshard doctor {ill} --base {base} --repair OUT" in shown.err
+    assert f"To repair it: reshard doctor {ill} --base {base} --repair OUT" in shown.err
     assert run(command, ["doctor", str(ill), "--base", base, "--repair", str(out)]) == 0
-    assert f"Mended in {out}" in capsys.readouterr().out
+    assert f"Repaired in {out}" in capsys.readouterr().out
     assert run(command, ["doctor", str(out), "--base", base]) == 0
     models.assert_same_weights(out, pairs("llama").healthy)
 
@@ -65,7 +65,7 @@ def test_what_cannot_be_mended(
     ill, out = prefixed(pairs, tmp_path / "ill"), tmp_path / "out"
     assert run(command, ["doctor", str(ill), "--repair", str(out)]) == 1
     shown = capsys.readouterr()
-    assert "Nothing was written: tokenizer-missing cannot be mended" in shown.err
+    assert "Nothing was written: tokenizer-missing cannot be repaired" in shown.err
     assert list(tmp_path.iterdir()) == [ill]
 
 
@@ -150,7 +150,7 @@ def test_every_ailment_is_made_and_found_in_a_test() -> None:
     tests = "".join(path.read_text("utf-8") for path in files)
     for ailment in AILMENTS:
         assert re.search(rf'(mended|refused|names)\([^)]*"{ailment.name}"', tests) or re.search(
-            rf'== [\[{{]?"{ailment.name}"', tests
+            rf'(== [\[{{]?|findings\[)"{ailment.name}"', tests
         ), ailment.name
 
 

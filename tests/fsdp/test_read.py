@@ -18,7 +18,7 @@ import reshard
 from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.tiling import check_tiling
-from reshard.errors import NamesError, NotFoundError, UnsupportedError
+from reshard.errors import NamesError, NotFoundError
 from reshard.formats import Selection, huggingface
 from reshard.storage.local import Sources
 from tests.fsdp.conftest import Made, Oracle
@@ -114,12 +114,10 @@ def test_the_folder_above_accelerates_is_understood(oracle: Oracle) -> None:
     assert_true(read(made.checkpoint.parent), made)
 
 
-def test_megatron_is_named_and_refused(oracle: Oracle, tmp_path: Path) -> None:
+def test_megatrons_folders_are_left_to_their_own_reader(oracle: Oracle, tmp_path: Path) -> None:
     folder = oracle.copy("fsdp2-w2", tmp_path)
     (folder / "common.pt").touch()
-    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}', encoding="utf-8")
-    with pytest.raises(UnsupportedError, match="Megatron-Core"):
-        read(folder)
+    assert list(formats.claims(folder)) == ["megatron"]
 
 
 def test_reading_imports_no_torch(oracle: Oracle) -> None:

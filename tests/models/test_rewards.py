@@ -166,6 +166,8 @@ def test_a_scalar_reward_model_of_deepspeed(trained: Get, name: str, tmp_path: P
     assert stated["names"]["missing"] == (["lm_head.weight"] if name == "srm-vl" else [])
     heads = load_file(out / "reward_head.safetensors")
     assert ("preference_logit_scale" in heads) == (name == "srm-vl")
+    # That of audio has the whole model's head.
+    assert stated.get("generates", True) == (name == "srm-al")
     reshard.verify(out)
 
 
@@ -187,13 +189,68 @@ def test_what_each_srm_format_holds(trained: Get, kind: SrmFormat, tmp_path: Pat
     files = {path.name for path in out.iterdir()}
     model, heads, state = "model.safetensors", "reward_head.safetensors", "pytorch_model.bin"
     wanted = {"lightrft": {state}, "split": {model, heads}, "both": {model, heads, state}}[kind]
-    assert files == wanted | {"config.json", "reshard.json", "reward_config.json"}
+    index = {f"{model}.index.json"} if heads in wanted else set()
+    assert files == wanted | {"config.json", "reshard.json", "reward_config.json"} | index
     assert set(report.files) == wanted
     reshard.verify(out)
     check_compared(run, out)
     if kind == "lightrft":
         state_dict = torch.load(out / state, weights_only=True)
         assert state_dict.keys() == run.model.state_dict().keys()
+
+
+def test_a_backbone_is_not_for_generation(trained: Get, tmp_path: Path) -> None:
+    """An engine would make up the head that such a folder lacks."""
+    run = trained("srm-vl")
+    base = shutil.copytree(run.base, tmp_path / "base")
+    stated = json.loads((base / "config.json").read_text())
+    named = {**stated, "architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+    (base / "config.json").write_text(json.dumps(named))
+    out = tmp_path / "out"
+    report = reshard.convert(run.checkpoint, out, base=base)
+    assert [f.subject for f in report.findings if f.code == "no-output-head"] == ["lm_head.weight"]
+    config = json.loads((out / "config.json").read_text())
+    assert config == {**stated, "architectures": ["Qwen2_5_VLModel"]}
+    assert json.loads((out / "reshard.json").read_text())["generates"] is False
+    check_scores(run, out)
+    check_lightrft(run, out)
+    reshard.verify(out, run.checkpoint, base=base)
+    assert not reshard.doctor(out, base=base).errors
+    # Alone, it lacks what the test's base has not.
+    missing = {"tokenizer-missing", "processor-missing"}
+    assert {found.name for found in reshard.doctor(out).errors} == missing
+    # With the head of the base, it is of the base's class again.
+    report = reshard.convert(run.checkpoint, tmp_path / "whole", base=base, fill_from_base=True)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text()) == named
+    assert "generates" not in json.loads((tmp_path / "whole" / "reshard.json").read_text())
+    assert "no-output-head" not in {found.code for found in report.findings}
+
+
+def test_a_class_that_claims_a_head_is_named(trained: Get, tmp_path: Path) -> None:
+    run = trained("srm-vl")
+    base = shutil.copytree(run.base, tmp_path / "base")
+    stated = json.loads((base / "config.json").read_text())
+    stated.update(architectures=["MyModel"], auto_map={"AutoModel": "my.MyModel"})
+    (base / "config.json").write_text(json.dumps(stated))
+    report = reshard.convert(run.checkpoint, tmp_path / "out", base=base)
+    (found,) = (found for found in report.findings if found.code == "head-claimed")
+    assert "MyModel" in found.message
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == stated
+
+
+def test_an_engine_reads_the_model_and_not_the_heads(trained: Get, tmp_path: Path) -> None:
+    """vLLM and sglang load every `*.safetensors` that no index leaves out."""
+    for name in SRM_FLAGS:
+        run, out = trained(name), tmp_path / name
+        reshard.convert(run.checkpoint, out, base=run.base)
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        with safe_open(out / "model.safetensors", "pt") as file:
+            assert index["weight_map"] == dict.fromkeys(file.keys(), "model.safetensors")
+        stored = load_file(out / "model.safetensors").values()
+        assert index["metadata"]["total_size"] == sum(value.nbytes for value in stored)
+        assert index["metadata"]["total_parameters"] == sum(value.numel() for value in stored)
+        stated = json.loads((out / "reshard.json").read_text())
+        assert "model.safetensors.index.json" in stated["files"]
 
 
 def test_everything_is_found_without_a_flag(trained: Get, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from transformers.models.auto import modeling_auto
 
 import reshard
 from reshard.cli.lightrft import ds2hf, fsdp2hf
-from reshard.naming import value_heads
+from reshard.evaluate.folder import read_folder
+from reshard.naming import backbone, value_heads
 from tests.naming import tables
 
 CONFIG = transformers.LlamaConfig(
@@ -27,6 +28,14 @@ CONFIG = transformers.LlamaConfig(
 )  # fmt: skip
 IDS = torch.arange(3, 27).reshape(2, 12)
 State = dict[str, torch.Tensor]
+# Types without a backbone of their own whose class is another type's; classes by other ends.
+BORROWED = {"llama4", "pp_chart2table", "shieldgemma2"}
+UNKNOWN_ENDS = {
+    "BertGenerationDecoder", "ReformerModelWithLMHead", "DiffusionGemmaForBlockDiffusion",
+    "EvollaForProteinText2Text", "IdeficsForVisionText2Text", "MarianMTModel",
+    "SeamlessM4TForTextToText", "SeamlessM4Tv2ForTextToText", "EncoderDecoderModel",
+    "VisionEncoderDecoderModel", "NemotronH_Omni_Reasoning_V3",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +100,9 @@ def test_a_head_beside_a_policy_is_a_file_beside_the_model(
     assert heads.keys() == {name.removeprefix("model.") for name in wanted}
     for name, value in wanted.items():
         assert torch.equal(heads[name.removeprefix("model.")], value)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    model = load_file(out / "model.safetensors")
+    assert index["weight_map"] == dict.fromkeys(model, "model.safetensors")
     reshard.verify(out, tmp_path / "run.pt")
     assert reshard.diff(tmp_path / "run.pt", out).same
 
@@ -137,6 +149,64 @@ def test_a_head_on_the_backbone_alone_is_a_classifier(
         torch.testing.assert_close(logits, critic(IDS).logits, rtol=0, atol=0)
     reshard.verify(out, tmp_path / "run")
     assert not reshard.doctor(out, base=base).errors
+
+
+def test_a_backbone_with_a_head_of_several_layers(base: Path, tmp_path: Path) -> None:
+    """No class holds such a head, and none may claim the output head that was left out."""
+    state = {name: value for name, value in trained().items() if name != "lm_head.weight"}
+    torch.save({**state, **layers("value_head")}, tmp_path / "run.pt")
+    out = tmp_path / "out"
+    with pytest.raises(reshard.NamesError, match=r"lm_head\.weight"):
+        reshard.convert(tmp_path / "run.pt", out, base=base, value_head="value_head")
+    report = reshard.convert(
+        tmp_path / "run.pt", out, base=base, value_head="value_head", allow=["lm_head.weight"]
+    )
+    assert "no-output-head" in {found.code for found in report.findings}
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaModel"]
+    assert json.loads((out / "reshard.json").read_text())["generates"] is False
+    loaded, info = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    assert type(loaded).__name__ == "LlamaModel"
+    assert not any(info.values())
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, state[f"model.{name}"])
+    reshard.verify(out, tmp_path / "run.pt", base=base)
+    assert not reshard.doctor(out, base=base).errors
+    with pytest.raises(reshard.UnsupportedError, match=r"scores come from value_head"):
+        read_folder(out)
+
+
+def test_weights_in_a_sub_folder_need_no_index(base: Path, tmp_path: Path) -> None:
+    state = under("base_model.model.", trained())
+    lora = {"lora_A": torch.ones(2, 32), "lora_B": torch.ones(32, 2)}
+    inside = "base_model.model.model.layers.0.self_attn.q_proj"
+    state[f"{inside}.base_layer.weight"] = state.pop(f"{inside}.weight")
+    state.update({f"{inside}.{part}.default.weight": value for part, value in lora.items()})
+    torch.save(state, tmp_path / "run.pt")
+    out = tmp_path / "out"
+    reshard.convert(tmp_path / "run.pt", out, base=base, lora="both", lora_alpha=2)
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (out / "model.safetensors.index.json").exists()
+
+
+def test_the_class_of_each_backbone_is_transformers_own() -> None:
+    """The class that AutoModel takes for the config, by the class of the model with a head."""
+    unknown = set()
+    for table in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    ):
+        for kind, headed in table.items():
+            bare = modeling_auto.MODEL_MAPPING_NAMES.get(kind)
+            known = (bare,) if isinstance(bare, str) else bare or ()
+            for named in (headed,) if isinstance(headed, str) else headed:
+                found = backbone.class_without_head({"architectures": [named], "model_type": kind})
+                if found is None:
+                    unknown.add(named)
+                elif kind not in BORROWED:
+                    assert found in known, (kind, named)
+    assert unknown <= {*backbone.ALONE, *UNKNOWN_ENDS}
 
 
 def test_every_class_that_a_critic_becomes_is_one_of_transformers() -> None:

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 
 State = dict[str, torch.Tensor]
 
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -38,16 +38,16 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 BLOCK = [32, 32]
 
 
-def llama() -> nn.Module:
+def llama(**changes: Any) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**_TEXT, dtype="bfloat16")
+    config = transformers.LlamaConfig(**{**TEXT, **changes}, dtype="bfloat16")
     model: nn.Module = transformers.LlamaForCausalLM(config).bfloat16()
     return model
 
 
 def qwen3_moe() -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(**_TEXT, **_EXPERTS, head_dim=16, dtype="bfloat16")
+    config = transformers.Qwen3MoeConfig(**TEXT, **_EXPERTS, head_dim=16, dtype="bfloat16")
     model: nn.Module = transformers.Qwen3MoeForCausalLM(config).bfloat16()
     return model
 
@@ -55,7 +55,12 @@ def qwen3_moe() -> nn.Module:
 def blocks(folder: Path, model: nn.Module, *, scale_fmt: str = "float") -> Path:
     """DeepSeek-style fp8: every linear weight but the head's and the routers'."""
     model.save_pretrained(folder)
-    config = FineGrainedFP8Config(weight_block_size=BLOCK, scale_fmt=scale_fmt)
+    return in_blocks(folder, BLOCK, scale_fmt)
+
+
+def in_blocks(folder: Path, block: list[int], scale_fmt: str = "float") -> Path:
+    """The same of a model that is in the folder, whose sizes are multiples of the block's."""
+    config = FineGrainedFP8Config(weight_block_size=block, scale_fmt=scale_fmt)
     quantise = Fp8Quantize(FineGrainedFP8HfQuantizer(config))
     state: State = {}
     for name, value in load_file(folder / "model.safetensors").items():
@@ -64,12 +69,12 @@ def blocks(folder: Path, model: nn.Module, *, scale_fmt: str = "float") -> Path:
     stated = {
         "quant_method": "fp8",
         "fmt": "e4m3",
-        "weight_block_size": BLOCK,
+        "weight_block_size": block,
         "activation_scheme": "dynamic",
         "scale_fmt": scale_fmt,
         "modules_to_not_convert": ["lm_head"],
     }
-    return _written(folder, state, stated)
+    return written(folder, state, stated)
 
 
 def compressed(folder: Path, model: nn.Module, strategy: str) -> Path:
@@ -103,7 +108,7 @@ def compressed(folder: Path, model: nn.Module, strategy: str) -> Path:
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     model.config.save_pretrained(folder)
     stated = json.loads(config.model_dump_json(exclude_none=True))
-    return _written(folder, state, {"quant_method": "compressed-tensors", **stated})
+    return written(folder, state, {"quant_method": "compressed-tensors", **stated})
 
 
 def _calibrate(module: Any, strategy: str) -> None:
@@ -124,7 +129,7 @@ def gpt_oss(folder: Path) -> Path:
     """gpt-oss with random MXFP4 experts."""
     torch.manual_seed(0)
     config = transformers.GptOssConfig(
-        **{**_TEXT, "head_dim": 16},
+        **{**TEXT, "head_dim": 16},
         num_local_experts=3,
         num_experts_per_tok=2,
         layer_types=["sliding_attention", "full_attention"],
@@ -145,10 +150,10 @@ def gpt_oss(folder: Path) -> Path:
         "quant_method": "mxfp4",
         "modules_to_not_convert": ["model.layers.*.self_attn", "model.embed_tokens", "lm_head"],
     }
-    return _written(folder, state, stated)
+    return written(folder, state, stated)
 
 
-def _written(folder: Path, state: Mapping[str, torch.Tensor], stated: Mapping[str, Any]) -> Path:
+def written(folder: Path, state: Mapping[str, torch.Tensor], stated: Mapping[str, Any]) -> Path:
     save_file(dict(state), folder / "model.safetensors", {"format": "pt"})
     path = folder / "config.json"
     config = json.loads(path.read_text())

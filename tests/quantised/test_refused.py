@@ -85,6 +85,16 @@ def _nvfp4(name: str, w: torch.Tensor) -> State:
     }
 
 
+def _modelopt_int4(name: str, w: torch.Tensor) -> State:
+    """Two rows a byte, a scale for each group of columns."""
+    rows, columns = w.shape
+    return {
+        f"{name}.weight": _bytes(rows // 2, columns),
+        f"{name}.weight_scale": torch.rand(rows, columns // 32),
+        f"{name}.pre_quant_scale": torch.rand(columns),
+    }
+
+
 def _mlx(name: str, w: torch.Tensor) -> State:
     rows, columns = w.shape
     return {
@@ -116,6 +126,16 @@ KINDS: dict[str, tuple[Codes, dict[str, Any], str]] = {
     ),
     "w8a8": (_w8a8, {"quant_method": "compressed-tensors", "format": "int-quantized"}, "int8"),
     "nvfp4": (_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),
+    "nvfp4, weights alone": (
+        _nvfp4,
+        {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"},
+        "NVFP4",
+    ),
+    "modelopt int4": (
+        _modelopt_int4,
+        {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"},
+        "packed int4",
+    ),
     "mlx": (_mlx, {"group_size": 32, "bits": 4}, "MLX"),
     "unknown": (_unknown, {"quant_method": "frobnicate"}, "frobnicate"),
 }
@@ -206,6 +226,19 @@ def test_doctor_says_so(kind: str, tmp_path: Path) -> None:
         assert "quantisation-contradicts-config" not in findings
     call = lambda: reshard.doctor(tmp_path / "plain", base=folder)  # noqa: E731
     refused(call, kind)
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_inspect_says_so(kind: str, stated: bool, tmp_path: Path) -> None:
+    if kind == "unknown" and not stated:
+        pytest.skip("nothing gives it away")
+    found = reshard.inspect(model(tmp_path / "model", kind, stated=stated)).codes
+    assert found is not None
+    assert not found.read
+    ((name, count),) = found.kinds.items()
+    assert (name.split()[0] in KINDS[kind][2]) or KINDS[kind][2] in name
+    assert count == 14  # the projections of two layers
+    assert "not read as numbers" in str(found)
 
 
 def adapters_on(folder: Path, path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

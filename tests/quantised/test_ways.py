@@ -19,7 +19,8 @@ from torch.distributed import checkpoint as dcp
 
 import reshard
 from reshard.cli import app as cli
-from reshard.cli.lightrft import fsdp2hf, hf2fsdp
+from reshard.cli.lightrft import ds2hf, fsdp2hf, hf2fsdp
+from tests import zero3
 from tests.quantised import makers
 from tests.quantised.conftest import MAKERS, Get, Model
 
@@ -122,7 +123,7 @@ def test_what_a_run_lacks_is_filled_with_numbers(kind: str, model: Get, tmp_path
 def test_an_unchanged_run_is_found_to_be_one(kind: str, model: Get, tmp_path: Path) -> None:
     made = model(kind)
     torch.save(numbers_of(made), tmp_path / "run.pt")
-    with pytest.raises(reshard.VerificationError, match="holds no training"):
+    with pytest.raises(reshard.VerificationError, match="so nothing was trained"):
         reshard.convert(tmp_path / "run.pt", tmp_path / "out", base=made.folder)
 
 
@@ -161,6 +162,19 @@ def test_out_of_training(kind: str, model: Get, tmp_path: Path) -> None:
         out,
     ]
     assert cli.run(fsdp2hf.command, list(map(str, arguments))) == 0
+    same(tensors(out), state)
+    assert "quantization_config" not in config_of(out)
+
+
+def test_out_of_deepspeed(kind: str, model: Get, tmp_path: Path) -> None:
+    """ZeRO-3 over two ranks, float32 masters (`test_deepspeed.py` has the real DeepSpeed's)."""
+    made, out, run = model(kind), tmp_path / "out", tmp_path / "run" / "global_step1"
+    state = trained(made)
+    run.mkdir(parents=True)
+    (run.parent / "latest").write_text(run.name)
+    zero3.save(run, {name: value.float() for name, value in state.items()}, 2)
+    arguments = ["--checkpoint_dir", run.parent, "--hf_base", made.folder, "--output_dir", out]
+    assert cli.run(ds2hf.command, list(map(str, arguments))) == 0
     same(tensors(out), state)
     assert "quantization_config" not in config_of(out)
 
@@ -278,6 +292,39 @@ def test_a_changed_scale_is_a_difference(kind: str, model: Get, tmp_path: Path) 
     save_file(stored, other / "model.safetensors")
     (other / "config.json").write_text((made.folder / "config.json").read_text())
     assert len(reshard.diff(other, made.folder).differences) == 1
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_inspect_says_so(
+    kind: str, as_json: bool, model: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = model(kind)
+    stored = tensors(made.folder)
+    count = len([n for n in stored if n.endswith(("_scale_inv", "_scale", "_scales"))])
+    capsys.readouterr()  # what loading the model said
+    assert cli.run(cli.reshard, ["inspect", str(made.folder), *["--json"] * as_json]) == 0
+    shown = capsys.readouterr().out
+    name = {"mxfp4": "MXFP4", "tensor": "one scale a tensor", "row": "one scale a row"}.get(kind)
+    words = name or "fp8 in blocks of 32 x 32"
+    if as_json:
+        found = json.loads(shown)["quantised"]
+        assert list(found["kinds"].values()) == [count]
+        assert words in next(iter(found["kinds"]))
+        assert found["read"]
+        assert found["fault"] == ""
+        method = config_of(made.folder)["quantization_config"]["quant_method"]
+        assert found["stated"].lower().startswith(method)
+    else:
+        assert f"{count} weights" in " ".join(shown.split())
+        assert words in " ".join(shown.split())
+    reshard.convert(made.folder, tmp_path / "out")
+    for first, second in ((made.folder, tmp_path / "out"), (tmp_path / "out", made.folder)):
+        fitting = reshard.inspect(first, base=second).fitting
+        assert fitting is not None
+        assert fitting.fits
+        assert fitting.unexpected == ()
+    assert reshard.inspect(tmp_path / "out").codes is None
+    assert reshard.inspect(tmp_path / "out").to_json()["quantised"] is None
 
 
 def test_one_tensor_is_read_as_it_is_stored(kind: str, model: Get) -> None:

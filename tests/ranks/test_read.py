@@ -59,11 +59,11 @@ def test_the_last_save_that_was_finished_is_taken(ranks: Ranks, tmp_path: Path) 
         shutil.copytree(ranks[name] / "run" / "global_step_3", run / f"global_step_{step}")
     newest = reshard.open(run)
     assert newest.world_size == 2
-    assert "global_step_12 was taken." in newest.catalog.findings[0].message
+    assert "global_step_12 (the newest complete one of 2)." in newest.catalog.findings[0].message
     (run / "latest_checkpointed_iteration.txt").write_text("3")
     tracked = reshard.open(run)
     assert tracked.world_size == 4
-    assert "which latest_checkpointed_iteration.txt names" in tracked.catalog.findings[0].message
+    assert "named by latest_checkpointed_iteration.txt" in tracked.catalog.findings[0].message
     assert reshard.open(run, tag="global_step_12").world_size == 2
     (run / "latest_checkpointed_iteration.txt").write_text("15")
     assert "names 15, which was not found" in reshard.open(run).catalog.findings[0].message

@@ -1,7 +1,7 @@
 """The command line: words and exit codes. All work is done by the library.
 
 Exit codes: 0 done; 1 a stated failure; 2 wrong usage; 130 interrupted. An error is one short
-paragraph on standard error: what, where, how to mend; `--debug` adds the traceback.
+paragraph on standard error: what, where, how to fix it; `--debug` adds the traceback.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import import_module
 from types import FrameType
 from typing import NoReturn, cast
@@ -42,6 +43,19 @@ _COMMANDS = {
     "diff": "reshard.cli.commands:diff",
     "doctor": "reshard.cli.doctor:doctor",
     "try": "reshard.cli.try_:try_model",
+    "help": "reshard.cli.help:help_",
+}
+# What people type for a command of another name.
+_MEANT = {
+    "merge": "convert",
+    "export": "convert",
+    "info": "inspect",
+    "show": "inspect",
+    "compare": "diff",
+    "check": "verify",
+    "repair": "doctor",
+    "run": "try",
+    "version": "--version",
 }
 
 
@@ -57,9 +71,20 @@ class Group(click.Group):
         module, _, attribute = _COMMANDS[cmd_name].partition(":")
         return cast(click.Command, getattr(import_module(module), attribute))
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is called; of an unknown one, the nearest is named, and all."""
+        name = args[0]
+        if name in _COMMANDS or ctx.resilient_parsing or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        near = [_MEANT[name]] if name in _MEANT else get_close_matches(name, _COMMANDS, 2, 0.5)
+        question = f" Did you mean {' or '.join(near)}?" if near else ""
+        return ctx.fail(f"No such command {name!r}.{question} Commands: {', '.join(_COMMANDS)}.")
+
 
 @click.group(cls=Group, context_settings=HELP)
-@click.version_option(__version__, prog_name="reshard")
+@click.version_option(__version__, "--version", "-V", prog_name="reshard")
 @debug
 def reshard() -> None:
     """Convert checkpoints between DeepSpeed, FSDP/DCP and Hugging Face, and prove the result."""
@@ -79,28 +104,48 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     try:
         code = command.main(args=arguments, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        _as_json(arguments, "UsageError", error.format_message())
+        _say_usage(error)
+        if "--json" in arguments:
+            fields = {"class": "UsageError", "message": error.format_message()}
+            output.print_json({"error": fields})
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error
-        stands = f"; {cause}" if isinstance(cause, Interrupted) else ""
-        click.echo(printable(f"Interrupted{stands}."), err=True)
+        stands = f" {cause}" if isinstance(cause, Interrupted) else ""
+        click.echo(printable(f"Interrupted.{stands}"), err=True)
         return 130
     except (ReshardError, OSError) as error:
         if shows_traceback:
             traceback.print_exc()
-        click.echo(f"error: {_in_flags(error)}{_elsewhere(command, error)}", err=True)
-        fields = {name: getattr(error, name, None) for name in ("path", "tensor", "hint", "option")}
-        _as_json(arguments, type(error).__name__, getattr(error, "message", str(error)), **fields)
+        _say_error(command, error)
+        if "--json" in arguments:
+            also = [_fields(other) for other in getattr(error, "also", ())]
+            output.print_json({"error": {**_fields(error), **({"also": also} if also else {})}})
         return 2 if isinstance(error, OptionError) else 1
     return code if isinstance(code, int) else 0
 
 
-def _as_json(arguments: Sequence[str], kind: str, message: str, **fields: str | None) -> None:
-    """With --json, an error is an object on standard output, beside the words for people."""
-    if "--json" in arguments:
-        output.print_json({"error": {"class": kind, "message": message, **fields}})
+def _say_usage(error: click.ClickException) -> None:
+    """How the command is used, where that is at fault, and what is wrong."""
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        output.say(context.get_usage(), lines=True)
+        if context.command.get_help_option(context) is not None:
+            output.say(f"Help: {context.command_path} {context.help_option_names[-1]}")
+    output.say(error.format_message(), "error")
+
+
+def _say_error(command: click.Command, error: Exception) -> None:
+    """An error and those found besides, each as one paragraph."""
+    for one in (error, *getattr(error, "also", ())):
+        output.say(f"{_in_flags(one)}{_elsewhere(command, one)}", "error", lines=True)
+
+
+def _fields(error: Exception) -> dict[str, str | None]:
+    """An error as JSON values."""
+    fields = {name: getattr(error, name, None) for name in ("path", "tensor", "hint", "option")}
+    message = getattr(error, "message", str(error))
+    return {"class": type(error).__name__, "message": message, **fields}
 
 
 def _in_flags(error: Exception) -> str:

@@ -10,6 +10,7 @@ import click
 from reshard.cli import output
 from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
 from reshard.cli.interrupts import writes
+from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.diagnosis.declared import DOCTOR
 
 if TYPE_CHECKING:
@@ -22,21 +23,22 @@ _PATH = FolderOrFile()
 @click.command(cls=Command)
 @click.argument("folder", metavar="DIR", type=_PATH, cls=Argument, words=DOCTOR["folder"].help)
 @flags(DOCTOR.values())
+@how_shown
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @debug
 @writes("repair")
-def doctor(folder: Path, as_json: bool, **options: Any) -> int:
-    """Find what is wrong with the exported model in DIR, and mend it.
+def doctor(folder: Path, as_json: bool, shown: Shown | None, quiet: bool, **options: Any) -> int:
+    """Find what is wrong with the exported model in DIR, and repair it.
 
-    Exit code 1 if an error was found that is not mended.
+    Exit code 1 if an error was found that is not repaired.
     """
     from reshard.diagnosis.diagnosis import doctor as run
 
-    with output.progress_bar(quiet=as_json) as progress:
+    with shown_progress(shown, quiet=as_json or quiet) as progress:
         diagnosis = run(folder, progress=progress, **options)
     if as_json:
         output.print_json(diagnosis.to_json())
-    else:
+    elif not quiet:
         _show(diagnosis, asked=options["repair"] is not None)
     return 1 if diagnosis.errors else 0
 
@@ -53,22 +55,22 @@ def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
     amount = output.size(diagnosis.total_bytes)
     output.tell(f"{diagnosis.folder}: {diagnosis.num_tensors} tensors, {amount}: {_sum(diagnosis)}")
     if diagnosis.repaired is not None:
-        output.tell(f"Mended in {diagnosis.repaired}, read back and examined again.")
+        output.tell(f"Repaired in {diagnosis.repaired}, read back and examined again.")
         return
     hopeless = [f.name for f in diagnosis.errors if f.repair is None]
-    mendable = [f.name for f in diagnosis.findings if f.repair is not None]
+    repairable = [f.name for f in diagnosis.findings if f.repair is not None]
     if asked and hopeless:
         output.say(
-            f"Nothing was written: {', '.join(hopeless)} cannot be mended from what is here."
+            f"Nothing was written: {', '.join(hopeless)} cannot be repaired from what is here."
         )
-    elif mendable and not hopeless:
+    elif repairable and not hopeless:
         base = f" --base {diagnosis.base}" if diagnosis.base else ""
-        output.say(f"To mend it: reshard doctor {diagnosis.folder}{base} --repair OUT")
+        output.say(f"To repair it: reshard doctor {diagnosis.folder}{base} --repair OUT")
 
 
 def _row(finding: Finding) -> tuple[str, str, str]:
-    mend = f"none. {finding.advice}" if finding.repair is None else finding.repair.words
-    return finding.name, finding.severity, mend
+    words = f"none. {finding.advice}" if finding.repair is None else finding.repair.words
+    return finding.name, finding.severity, words
 
 
 def _sum(diagnosis: Diagnosis) -> str:

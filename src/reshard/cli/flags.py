@@ -6,6 +6,7 @@ A flag has dashes; those that LightRFT's script knows have underscores as well.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
+from reshard.cli.completion import complete_tag
 from reshard.conversion.declared import GROUPS
 from reshard.core.options import (
     Choice,
@@ -26,6 +28,24 @@ from reshard.core.options import (
 )
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+# Flags of other programs: what is meant here.
+_MEANT = {
+    "-help": "--help",
+    "--step": "--tag",
+    "--revision": "--tag",
+    "--checkpoint": "--tag",
+    "--src": "SRC, the first argument",
+    "--source": "SRC, the first argument",
+    "--input": "SRC, the first argument",
+    "-i": "SRC, the first argument",
+    "--dst": "DST, the second argument",
+    "--output": "DST, the second argument",
+    "-o": "DST, the second argument",
+    "--base-model": "--base",
+    "--model": "--base",
+    "--force": "--overwrite",
+    "-f": "--overwrite",
+}
 _OTHERS = "Other options"
 
 
@@ -51,9 +71,36 @@ class Command(click.Command):
                 break
             if flag in repeatable and (following in names or following == "--"):
                 raise click.UsageError(f"{flag} needs at least one value.", ctx)
+        self._check_meant(ctx, args, names)
         written = repeat_flags(known_values(args, bare), repeatable)
         self._check_once(ctx, written)
-        return super().parse_args(ctx, written)
+        ctx.allow_extra_args = True
+        extra = super().parse_args(ctx, written)
+        if extra and not ctx.resilient_parsing:
+            ctx.fail(self._superfluous(ctx, extra))
+        return extra
+
+    def _check_meant(self, ctx: click.Context, args: Sequence[str], names: Collection[str]) -> None:
+        """Refuse a flag of other programs, and say how it is spelt here."""
+        for argument in takewhile(lambda argument: argument != "--", args):
+            flag = argument.partition("=")[0]
+            meant = _MEANT.get(flag)
+            if meant and flag not in names and (meant in (*names, "--help") or meant[0] != "-"):
+                raise click.UsageError(f"No such option {flag!r}. Did you mean {meant}?", ctx)
+
+    def _superfluous(self, ctx: click.Context, extra: Sequence[str]) -> str:
+        """That there is an argument too much, and what it may be meant as."""
+        takes = " and ".join(p.make_metavar(ctx) for p in self.params if isinstance(p, Argument))
+        message = (
+            f"{ctx.command_path} takes {takes or 'no argument'}; {extra[0]!r} is one too much."
+        )
+        for option in self.params:
+            free = option.name in ("base", "against") and ctx.params.get(option.name) is None
+            if len(extra) == 1 and free:
+                flag = max(option.opts, key=len)
+                what = "the base model" if option.name == "base" else "what to compare with"
+                return f"{message} Is it {what}? Then write: {flag} {shlex.quote(extra[0])}"
+        return message
 
     def _check_once(self, ctx: click.Context, args: list[str]) -> None:
         """Refuse an option of one value, or of yes and no, that is given twice."""
@@ -240,6 +287,8 @@ def flag(declared: Option, **changes: Any) -> Callable[[_F], _F]:
         spellings.append(f"--{declared.name}")
     spellings.append(f"--{declared.flag}")
     more: dict[str, Any] = {"cls": Grouped, "group": declared.group, "help": declared.help}
+    if declared.name == "tag":
+        more["shell_complete"] = complete_tag
     kind = declared.kind
     if isinstance(kind, Flag):
         more |= {"is_flag": True, "default": declared.default}

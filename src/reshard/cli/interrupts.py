@@ -41,13 +41,13 @@ def telling_what_stands(target: Path | None) -> Iterator[None]:
     except KeyboardInterrupt as error:
         after = _identity(target)
         if target is None:
-            stands = "nothing was written"
+            stands = "No output was written."
         elif after != before and after is not None:
-            stands = f"the new output is whole and stands at {target}"
+            stands = f"The new output is complete: {target}."
         elif after is not None:
-            stands = f"{target} is as it was"
+            stands = f"{target} is unchanged; run the command again."
         else:
-            stands = f"nothing was left at {target}"
+            stands = f"No output was written to {target}; run the command again."
         raise Interrupted(stands) from error
 
 

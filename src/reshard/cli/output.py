@@ -1,25 +1,32 @@
-"""What people see: results on standard output, talk and progress on standard error."""
+"""What people see: results on standard output, talk on standard error, colours that mean something.
+
+Red is an error, yellow a warning or a result that nobody checked, green a result that was checked.
+Colours and bold type are for terminals only, and not where NO_COLOR is set.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+import textwrap
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TextIO
 
 import click
 
 from reshard.core.findings import Finding
 from reshard.core.sizes import size
 from reshard.errors import printable, shortened
-from reshard.progress import StagedProgress
 
-__all__ = ["print_json", "print_table", "progress_bar", "say", "say_findings", "size", "tell"]
+__all__ = ["print_json", "print_table", "say", "say_findings", "size", "tell"]
 
 # Characters of a cell of a table: a file's names may be of any length. --json has them whole.
 _MAX_CELL = 500
-_VERBS = {"write": "writing", "verify": "verifying", "compare": "comparing"}
+# A last column that has less room than this on a terminal is not broken into lines.
+_LEAST_WIDTH = 24
+_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -29,90 +36,83 @@ def print_json(value: Mapping[str, Any]) -> None:
     click.echo(text if printable(text, lines=True) == text else json.dumps(value, indent=2))
 
 
-def tell(text: str) -> None:
-    """A result in words on standard output."""
-    click.echo(printable(text))
+def coloured(stream: TextIO) -> bool:
+    """Whether colours are shown there: on a terminal that knows them, unless NO_COLOR is set."""
+    known = os.environ.get("TERM", "") not in ("", "dumb")
+    return stream.isatty() and known and not os.environ.get("NO_COLOR")
 
 
-def say(text: str) -> None:
-    """A remark on standard error."""
-    click.echo(printable(text), err=True)
+def tell(text: str, label: str = "", *, lines: bool = False) -> None:
+    """A result in words on standard output, after a coloured label; `lines`: breaks are ours."""
+    click.echo(_labelled(printable(text, lines=lines), label, sys.stdout))
 
 
-def print_table(
-    rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), title: str | None = None
-) -> None:
-    """A table on standard output; plain columns where that is no terminal."""
-    rows = [[printable(shortened(cell, _MAX_CELL)) for cell in row] for row in rows]
-    title = None if title is None else printable(title)
-    if not sys.stdout.isatty():
-        _print_columns([header, *rows] if header else rows, title)
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        box=box.SIMPLE_HEAD if header else None,
-        show_header=bool(header),
-        title=Text(title) if title else None,
-    )
-    width = max((len(row) for row in rows), default=len(header))
-    for column in range(width):
-        name = header[column] if header else ""
-        table.add_column(name, style="bold" if column == 0 and not header else None)
-    for row in rows:
-        table.add_row(*map(Text, row))  # a name may look like rich's markup
-    Console(highlight=False).print(table)
+def say(text: str, label: str = "", *, lines: bool = False) -> None:
+    """A remark on standard error, after a coloured label; `lines` says that its breaks are ours."""
+    click.echo(_labelled(printable(text, lines=lines), label, sys.stderr), err=True)
 
 
-def _print_columns(rows: Sequence[Sequence[str]], title: str | None) -> None:
-    """Rows whose columns line up, without rich: it takes 0.1 s to import."""
-    if title:
-        click.echo(title)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+def _labelled(text: str, label: str, stream: TextIO) -> str:
+    if not label:
+        return text
+    return f"{painted(f'{label}:', _COLOURS.get(label), stream)} {text}"
 
 
-@contextmanager
-def progress_bar(*, quiet: bool = False) -> Iterator[StagedProgress | None]:
-    """A bar with bytes, speed and time left on standard error; None where that is no terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:>9}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(_VERBS.get(what, what), total=total)
-            bar.update(tasks[what], completed=done)
-
-        yield show
+def painted(text: str, colour: str | None, stream: TextIO, *, bold: bool = False) -> str:
+    """Text in a colour, where colours are shown."""
+    styled = (colour or bold) and coloured(stream)
+    return click.style(text, colour, bold=bold or None) if styled else text
 
 
 def say_findings(findings: Iterable[Finding]) -> None:
     """Each finding as a line on standard error: a note, or a warning."""
     for finding in findings:
-        say(f"{'note' if finding.severity == 'info' else finding.severity}: {finding.message}")
+        say(finding.message, "note" if finding.severity == "info" else finding.severity)
+
+
+def print_table(
+    rows: Sequence[Sequence[str]],
+    *,
+    header: Sequence[str] = (),
+    right: Collection[int] = (),
+    colours: Mapping[str, str] | None = None,
+) -> None:
+    """A table on standard output, its columns lined up; those of `right` to the right.
+
+    Names and paths are never cut. On a terminal, the last column is broken at spaces where it is
+    too long, and without a header the first column is bold. `colours` gives the last cells of the
+    rows that begin so a colour.
+    """
+    rows = [[printable(shortened(cell, _MAX_CELL)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*filter(None, (header, *rows)), strict=True)]
+    indent = sum(width + 2 for width in widths[:-1])
+    if header:
+        title = "  ".join(_aligned(header, widths, right)).rstrip()
+        click.echo(painted(title, None, sys.stdout, bold=True))
+    for row in rows:
+        cells = _aligned(row, widths, right)
+        if not header:
+            cells[0] = painted(cells[0], None, sys.stdout, bold=True)
+        lines = _broken(row[-1], indent) if sys.stdout.isatty() else [cells[-1].rstrip()]
+        if len(lines) == 1:
+            lines = [cells[-1].rstrip()]
+        lines = [painted(line, (colours or {}).get(row[0]), sys.stdout) for line in lines]
+        click.echo("  ".join([*cells[:-1], lines[0]]).rstrip())
+        for line in lines[1:]:
+            click.echo(f"{'':{indent}}{line}")
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int], right: Collection[int]) -> list[str]:
+    """Cells of a row, filled up to the widths of their columns."""
+    return [
+        cell.rjust(width) if column in right else cell.ljust(width)
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+
+
+def _broken(text: str, indent: int) -> list[str]:
+    """A cell in lines that fit a terminal; a word that is too long stays whole."""
+    room = shutil.get_terminal_size().columns - indent - 1
+    if len(text) <= room or room < _LEAST_WIDTH:
+        return [text]
+    return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [text]

@@ -14,7 +14,7 @@ from types import FrameType
 
 def end_at_once(signum: int, frame: FrameType | None) -> None:
     """The handler of Ctrl-C until `app.run` takes over."""
-    os.write(2, b"Interrupted; nothing was written.\n")
+    os.write(2, b"Interrupted. No output was written.\n")
     os._exit(130)
 
 

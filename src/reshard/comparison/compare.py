@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reshard import formats
 from reshard.comparison.declared import DIFF, VERIFY
-from reshard.comparison.pairing import Pairing, pair, tells_names
+from reshard.comparison.pairing import Pairing, onto_one, pair, tells_names
 from reshard.comparison.values import Comparison, Difference, compare
 from reshard.conversion.declared import workers
 from reshard.conversion.quantised import compared_as_numbers
@@ -28,13 +28,20 @@ __all__ = ["Comparison", "Difference", "diff", "verify"]
 
 
 @documented(DIFF)
-def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None) -> Comparison:
+def diff(
+    first: PathLike,
+    second: PathLike,
+    *,
+    base: PathLike | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
     """Compare two checkpoints of any formats, tensor by tensor.
 
-    A checkpoint is fitted onto a Hugging Face folder or an output of reshard, on whichever side
-    that is, as a conversion would be. Where dtypes differ, the wider is rounded to the narrower,
-    and a finding says so. The files beside a model are compared too. The two may be exchanged: the
-    conclusion is the same.
+    With a `base` both are fitted onto it, as conversions would be: two saves of one run are
+    compared by its names. Without, a checkpoint is fitted onto a Hugging Face folder or an output
+    of reshard, on whichever side that is. Where dtypes differ, the wider is rounded to the
+    narrower, and a finding says so. The files beside a model are compared too. The two may be
+    exchanged: the conclusion is the same.
 
     Memory: a few blocks of 4 MiB. Raises `OptionError` for a wrong value, and another
     `ReshardError` where one cannot be read.
@@ -44,7 +51,10 @@ def diff(first: PathLike, second: PathLike, *, progress: Progress | None = None)
         mine = locate.read(values["first"], sources, formats.Selection())
         theirs = locate.read(values["second"], sources, formats.Selection())
         mine, theirs = compared_as_numbers(mine, theirs, sources)
-        pairing = _paired(mine, theirs, sources)
+        if values["base"] is None:
+            pairing = _paired(mine, theirs, sources)
+        else:
+            pairing = onto_one(mine, theirs, sources, base=values["base"])
         found = compare(pairing.pairs, sources, progress, either=True)
         sources.check_unchanged()
     apart = (*pairing.left, *pairing.omitted, *pairing.filled)

@@ -24,6 +24,7 @@ VERIFY = table(
         "With a checkpoint to compare with: the model that it was converted onto. Without it, "
         "tensors that came from the base are counted and not compared.",
         group="Input",
+        short="b",
     ),
     THREADS,
     PROGRESS,
@@ -33,5 +34,12 @@ VERIFY = table(
 DIFF = table(
     Option("first", Place(), "A checkpoint, of any format.", required=True),
     Option("second", Place(), "Another.", required=True),
+    Option(
+        "base",
+        Place(),
+        "Fit both onto this Hugging Face model, and compare what they would become: two saves of "
+        "one run by its names.",
+        group="Input",
+    ),
     PROGRESS,
 )

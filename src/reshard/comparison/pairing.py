@@ -104,6 +104,24 @@ def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None
     return _by_name(first, options, said, held, sources)
 
 
+def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -> Pairing:
+    """Pair the tensors of two checkpoints by the names that both have, fitted onto a base.
+
+    Raises `NamesError` where names of one have no place or several.
+    """
+    model = read_base(base, sources)
+    nothing = formats.Selection()
+    sides = []
+    for catalog in (first, second):
+        root = catalog.origin.root
+        options = Options(root, root, root, "hf", nothing, "keep", 1, names="disk")
+        made = exported(catalog, model, options, sources)
+        sides.append((_planned(made), Pairing([], *_left(catalog, made, options))))
+    (mine, left), (theirs, right) = sides
+    right = right.turned()
+    return Pairing(_pairs(mine, theirs), (*left.left, *right.left), (*left.omitted, *right.omitted))
+
+
 def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
     folder = catalog.origin.root
     if not (folder / MANIFEST).is_file():

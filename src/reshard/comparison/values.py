@@ -59,6 +59,9 @@ class Comparison(Struct, frozen=True):
     bytes_read: int
     findings: tuple[Finding, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<Comparison: {self.num_equal} tensors equal, {len(self.differences)} differ>"
+
     @property
     def same(self) -> bool:
         return not self.differences

@@ -3,6 +3,7 @@
 options.py       what was asked for
 base_model.py    the model that training started from
 output_model.py  names and dtypes of all that will be written
+other_names.py   Megatron's and torchtitan's names turned into the hub's
 live_names.py    the names of a live module, for `--names memory`
 dtypes.py        the dtype of each output tensor
 planning.py      read, fit, lay out: everything before a byte is written

@@ -268,7 +268,7 @@ def explained(error: NamesError, separated: Separated) -> NamesError:
             f"{', '.join(lost[:_SHOWN])}.",
             missing=error.missing,
             unexpected=error.unexpected,
-            hint="Is it the model that the training started from? Adapters on parameters of a "
+            hint="Check that --base is the model that was trained. Adapters on parameters of a "
             "module (target_parameters) are not merged.",
         )
     if not separated.adapters or len(separated.absent) < modules:

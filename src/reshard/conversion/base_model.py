@@ -22,7 +22,7 @@ from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.naming import Schema
 from reshard.naming.quantised import Numbers, numbers, refused, statement
 from reshard.storage import strict_json
-from reshard.storage.local import Sources, cached, snapshot
+from reshard.storage.local import Sources, download, snapshot
 
 CONFIG = "config.json"
 # The keys under which a config states the dtype of the weights, before and since transformers 4.56.
@@ -63,16 +63,15 @@ def read_base(folder: Path, sources: Sources) -> Base:
     safetensors files or, where there are none, torch.save files (`pytorch_model.bin`). Raises
     `NotFoundError` where there is no folder, no config.json or no file of weights.
     """
+    given, folder = folder, snapshot(folder)
     if not folder.is_dir():
-        found = cached(str(folder))
+        is_file = folder.is_file()
+        hint = f"Pass its folder: {folder.parent}" if is_file else download(folder)
         raise NotFoundError(
-            "there is no such folder.",
-            path=folder,
-            hint="The base is a local Hugging Face model folder, the start of the training."
-            if found is None
-            else f"The model of that name is in the Hugging Face cache; name its folder: {found}.",
+            "the base is a file, not a folder." if is_file else "there is no such folder.",
+            path=given,
+            hint=hint or "--base must be a local folder with the original model.",
         )
-    folder = snapshot(folder)
     config = huggingface.read_config(folder, sources)
     if huggingface.detect(folder) is not None:
         catalog = huggingface.read(folder, sources, Selection())

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from reshard.conversion import manifest
 from reshard.conversion.base_model import CONFIG
+from reshard.conversion.besides import besides
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
 from reshard.conversion.execute import Writing, carry_out
@@ -88,11 +89,13 @@ def convert(
     given = dict(locals())
     began = time.monotonic()
     options, running = parsed(given)
-    replaced = check_destination(
-        options.target, options.source, options.base, overwrite=running.overwrite
-    )
+    with besides(options):
+        replaced = check_destination(
+            options.target, options.source, options.base, overwrite=running.overwrite
+        )
     with Sources() as sources:
-        job = prepare(options, sources, strict=running.strict)
+        with besides(options, checked_target=True):
+            job = prepare(options, sources, strict=running.strict)
         # The source may have been found below the folder that was named.
         inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))
         check_apart(options.target, "source", inputs)
@@ -124,10 +127,9 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
     """A result whose every tensor is the base's is not what training gives."""
     if outcome.compared and not outcome.changed and not allow_unchanged:
         raise VerificationError(
-            f"all {outcome.compared} tensors equal the base model's: the checkpoint holds no "
-            "training.",
+            f"all {outcome.compared} tensors equal the base model's, so nothing was trained.",
             path=job.catalog.origin.root,
-            hint="Pass --allow-unchanged if that is meant.",
+            hint="If that is what you expect, pass --allow-unchanged.",
         )
 
 
@@ -164,7 +166,16 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
     }
     catalog, stated = job.catalog, job.options.stated()
     files = manifest.listed(job.plan, sources)
-    return manifest.render(catalog.format, catalog.origin, stated, names, model, beside, files)
+    return manifest.render(
+        catalog.format,
+        catalog.origin,
+        stated,
+        names,
+        model,
+        beside,
+        files,
+        generates=exported.generates,
+    )
 
 
 def _completed(found: Finding, job: Job, given: Mapping[str, object]) -> Finding:

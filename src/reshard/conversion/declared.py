@@ -2,7 +2,7 @@
 
 To add one: a line in `CONVERT`, a keyword in `reshard.convert`, a field in `Options`, which
 `parsed` fills in. The flag, `--help`, docs/cli.md, the docstring and the tests of wrong values
-follow from the line.
+follow from the line. Long because a conversion has some forty options.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ CONVERT = table(
         "The Hugging Face model that training started from, a local folder. Its files define the "
         "names and dtypes of the output, and come along. Without it, only weights are written.",
         group="Input",
+        short="b",
     ),
     TAG,
     PREFIX,
@@ -124,8 +125,8 @@ CONVERT = table(
         "transformers_version",
         Parsed(parse_version),
         "With --names memory: the version that will load the output; default: the installed one. "
-        "With --names all: a version that must be among them. Else: the version used in training, "
-        "needed only where an error asks for it.",
+        "With --names all: a version that must be among them. Otherwise: the version used in "
+        "training, needed only if an error asks for it.",
         group="Output",
         metavar="V",
     ),
@@ -142,8 +143,8 @@ CONVERT = table(
     Option(
         "overwrite",
         Flag(),
-        "Replace an output that reshard wrote and nothing was added to. Nothing else that exists "
-        "is ever replaced.",
+        "If DST is an output of reshard with nothing added or changed, delete it once the new "
+        "output is complete. Nothing else that exists is ever replaced.",
         False,
         group="Output",
     ),
@@ -154,7 +155,14 @@ CONVERT = table(
         True,
         group="Output",
     ),
-    Option("dry_run", Flag(), "Check and plan everything, write nothing.", False, group="Output"),
+    Option(
+        "dry_run",
+        Flag(),
+        "Check and plan everything, write nothing.",
+        False,
+        group="Output",
+        short="n",
+    ),
     PROGRESS,
     Option(
         "model_type",
@@ -168,7 +176,7 @@ CONVERT = table(
     Option(
         "pooling_method",
         Choice(POOLINGS),
-        "How the heads of a scalar reward model pool; checked against the checkpoint.",
+        "Scalar reward models only: how the heads pool. An error if the checkpoint disagrees.",
         group="Reward models and critics",
         needs_base=True,
         underscored=True,
@@ -176,7 +184,8 @@ CONVERT = table(
     Option(
         "scale_for_train",
         Flag(either=True),
-        "Whether a scalar reward model has a logit scale; checked against the checkpoint.",
+        "Scalar reward models only: with or without a logit scale. An error if the checkpoint "
+        "disagrees.",
         group="Reward models and critics",
         needs_base=True,
         underscored=True,
@@ -184,7 +193,8 @@ CONVERT = table(
     Option(
         "heads_types",
         Texts(),
-        "The heads of a scalar reward model, in their order; checked against the checkpoint.",
+        "Scalar reward models only: the names of the heads, in order. An error if the checkpoint "
+        "disagrees.",
         group="Reward models and critics",
         metavar="NAME",
         needs_base=True,
@@ -193,8 +203,8 @@ CONVERT = table(
     Option(
         "probing_layer",
         Integer(),
-        "The hidden state that a scalar reward model reads, which a checkpoint does not hold; it "
-        "is recorded. Default: -1, as LightRFT's.",
+        "Scalar reward models only: the hidden state that the heads read. The checkpoint does not "
+        "store it; reshard records it. Default: -1, as in LightRFT.",
         group="Reward models and critics",
         metavar="N",
         needs_base=True,
@@ -424,5 +434,5 @@ def _check_needs_no_base(values: Mapping[str, Any]) -> None:
     if idle:
         flags = ", ".join(f"--{option.flag}" for option in idle)
         raise OptionError(
-            f"{flags}: nothing to act on without a base.", hint="Pass --base.", option=idle[0].name
+            f"{flags}: no effect without a base.", hint="Pass --base.", option=idle[0].name
         )

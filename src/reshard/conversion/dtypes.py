@@ -53,4 +53,6 @@ def _target(name: str, entry: Entry, base: Entry | None, choice: str) -> Target:
         )
     spec = TensorSpec(name, wanted, entry.spec.shape)
     same_shape = base is not None and base.spec.shape == spec.shape and base.spec.dtype.floating
-    return Target(spec, entry, base if same_shape else None)
+    # Of layers that its files do not hold, the base has no values.
+    held = base is not None and (base.fragments or not base.spec.numel)
+    return Target(spec, entry, base if same_shape and held else None)

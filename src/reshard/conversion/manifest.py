@@ -2,6 +2,7 @@
 
     {"reshard": its version, "version": 2, "source": {format, tag, framework, version, world_size},
      "options": {...}, "names": {prefix, rules, tied, filled, ...},
+     "generates": false where the model has no output head, else left out,
      "tensors": {name: {"dtype": ..., "shape": [...], "xxh3_128": ...}},
      "beside": {file: {name: ...}},
      "files": {file: {"nbytes": ..., "xxh3_128": ... unless it holds tensors}}}
@@ -69,6 +70,7 @@ class Manifest(Struct, frozen=True, omit_defaults=True):
     beside: Mapping[str, Mapping[str, Stated]] = {}
     files: Mapping[str, WrittenFile] = {}
     version: int = 1
+    generates: bool = True
 
 
 # The fields as they stand in the text, not parsed; empty where there is none.
@@ -95,6 +97,8 @@ def render(
     tensors: Mapping[str, Stated],
     beside: Mapping[str, Mapping[str, Stated]],
     files: Mapping[str, WrittenFile],
+    *,
+    generates: bool = True,
 ) -> bytes:
     """The file's bytes."""
     source = {
@@ -104,7 +108,9 @@ def render(
         "tag": origin.tag,
         "world_size": origin.world_size,
     }
-    content = Manifest(__version__, source, options, names, tensors, beside, files, VERSION)
+    content = Manifest(
+        __version__, source, options, names, tensors, beside, files, VERSION, generates
+    )
     try:
         text = msgspec.json.encode(content)
     except UnicodeEncodeError:

@@ -23,26 +23,22 @@ from reshard.conversion.base_model import Base, main_dtype
 from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.modules import take
 from reshard.conversion.options import Options
+from reshard.conversion.other_names import by_hub_names
 from reshard.conversion.partners import check_head, check_vocabulary
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, PlanError
 from reshard.formats.info import target_named
-from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity, titan
+from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity
+from reshard.naming.backbone import has_head, without_head
 from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
 from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.lora.find import holds_adapters, without_peft
 from reshard.naming.lora.output import Updates, updates
 from reshard.naming.partners import schema_with_ties
-from reshard.naming.rewards import (
-    Parts,
-    check,
-    lightrft_state,
-    reward_config,
-    split,
-)
+from reshard.naming.rewards import Parts, check, lightrft_state, reward_config, split
 from reshard.naming.schema import comes_with_base
 from reshard.naming.search import unwrap
 from reshard.naming.value_heads import SCORE, classifier
@@ -76,7 +72,7 @@ class Export(Struct, frozen=True):
     it. `patches` change its config. `merged` counts low-rank updates, which `scaling` scales, and
     `adapter` says of them what the report shows. With `assets` the base's other files come along.
     `live` is the transformers version whose live module has the names; None: they are those of the
-    files.
+    files. Without an output head it `generates` nothing.
     """
 
     model: Sequence[Target]
@@ -92,6 +88,7 @@ class Export(Struct, frozen=True):
     findings: tuple[Finding, ...] = ()
     assets: bool = True
     live: str | None = None
+    generates: bool = True
 
 
 def plain(catalog: Catalog, options: Options) -> Export:
@@ -117,16 +114,10 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
 
     Without `sources` no value is read, and tied tensors are taken to be equal.
     """
-    found = flat.shaped(catalog, base.schema)
-    known = titan.translated(found.entries, base.schema)
-    catalog = replace(catalog, entries=known.entries, unshaped=frozenset())
-    made = _Export(catalog, base, options, sources).result()
-    rules = (*found.rules, *known.rules, *made.name_map.rules)
-    return replace(
-        made,
-        name_map=replace(made.name_map, rules=rules),
-        findings=(*found.findings, *made.findings),
-    )
+    known = by_hub_names(catalog, base)
+    made = _Export(known.catalog, known.base, options, sources).result()
+    named = replace(made.name_map, rules=(*known.rules, *made.name_map.rules))
+    return replace(made, name_map=named, findings=(*known.findings, *made.findings))
 
 
 class _Export:
@@ -168,11 +159,11 @@ class _Export:
         if head is None:
             return None
         classes = self._base.config.get("architectures") or ()
-        return classifier(head, classes, speaks=_has_head(self._parts.backbone))
+        return classifier(head, classes, speaks=has_head(self._parts.backbone))
 
     def _fitted(self, compare: Equal | None) -> NameMap:
         parts = self._parts
-        scalar = parts.rewards is not None and not _has_head(parts.backbone)
+        scalar = parts.rewards is not None and not has_head(parts.backbone)
         try:
             return fit(
                 parts.backbone,
@@ -232,12 +223,13 @@ class _Export:
                 f"--to {self._options.to}.",
                 hint="Without --base every tensor is kept, under the name that it has.",
             )
-        if not alone:
-            self._check_head(dict(made), filled)
+        self._check_head(dict(made), filled)
+        bare = None if alone else without_head(self._base.config, found.left_out, self._classifier)
+        self._findings += bare.findings if bare else ()
         targets: Sequence[Target] = choose(made, self._base.entries, self._options.dtype)
         if alone or (self._parts.rewards and self._options.rewards.srm_format == "lightrft"):
             targets = ()
-        patches = {**found.config_patches, **(self._classifier or {})}
+        patches = {**found.config_patches, **(bare.patches if bare else {})}
         check_vocabulary(targets, self._base, patches)
         return Export(
             model=targets,
@@ -252,14 +244,15 @@ class _Export:
             adapter=adapters.summary(self._adapters),
             findings=tuple(self._findings),
             assets=not alone,
+            generates=bare is None,
         )
 
     def _check_head(self, made: Mapping[str, Entry], filled: Sequence[str]) -> None:
         """What PEFT leaves out was frozen, and a scalar reward model uses no head."""
-        if self._equal is None or self._separated.adapters or self._parts.rewards is not None:
+        known = self._separated.adapters or self._parts.rewards is not None
+        if self._alone or self._equal is None or known:
             return
-        heads = [name for name in filled if not self._allows(name)]
-        check_head(made, heads, self._base, self._equal)
+        check_head(made, [n for n in filled if not self._allows(n)], self._base, self._equal)
 
     def _model(self) -> tuple[list[tuple[str, Entry]], tuple[str, ...], tuple[str, ...]]:
         """The model's tensors, the names filled from the base, and those left out."""
@@ -347,7 +340,7 @@ class _Export:
 
     def _check_complete(self) -> None:
         """LightRFT loads strictly: what the checkpoint lacks has no name of training here."""
-        trained = _has_head(self._parts.backbone)
+        trained = has_head(self._parts.backbone)
         lacking = [
             name for name in self._fit.filled if trained or not name.endswith("lm_head.weight")
         ]
@@ -392,14 +385,6 @@ def _comparison(sources: Sources | None) -> Equal | None:
     if sources is None:
         return None
     return lambda one, other: equal(one, other, sources)
-
-
-def _has_head(backbone: Mapping[str, Entry]) -> bool:
-    return any(
-        unwrap(name).endswith("lm_head.weight")
-        for entry in backbone.values()
-        for name in entry.names
-    )
 
 
 def _json(value: Mapping[str, object]) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -34,7 +35,7 @@ from reshard.errors import FormatError, PlanError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
 from reshard.formats.info import named, target_named
-from reshard.storage.local import Sources
+from reshard.storage.local import Sources, snapshot
 from reshard.transfer.checksums import without_checksum
 from reshard.transfer.commit import check_space
 
@@ -83,6 +84,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
         assets,
         (
             *catalog.findings,
+            *_from_cache(options),
             *dequantised(found, base),
             *made.findings,
             *idle(options, catalog, base, made),
@@ -92,6 +94,15 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     check_strict(plan.findings, options, strict)
     _check_names(plan)
     return Job(options, catalog, made, plan, unprotected)
+
+
+def _from_cache(options: Options) -> tuple[Finding, ...]:
+    """Which snapshots of the Hugging Face cache are read, where a model was named as on the hub."""
+    return tuple(
+        Finding("from-cache", f"{path} is read from the Hugging Face cache: {snapshot(path)}.")
+        for path in (options.source, options.base)
+        if path is not None and not path.exists()
+    )
 
 
 def _check_names(plan: Plan) -> None:
@@ -167,7 +178,14 @@ def _files(
         formats.single_writer(side.name).lay_out_file(side.name, _slots(side.targets))
         for side in made.sides
     )
+    if not texts and any(_lies_among(side.name, files) for side in made.sides):
+        texts = formats.index(target_named(options.to), files)
     return files + beside, texts
+
+
+def _lies_among(name: str, files: Sequence[OutputFile]) -> bool:
+    """Whether a file's name does not tell it from the model's own: same folder, same suffix."""
+    return "/" not in name and PurePath(name).suffix in {PurePath(f.name).suffix for f in files}
 
 
 def _slots(targets: Sequence[Target]) -> list[formats.Wanted]:
@@ -183,8 +201,8 @@ def _assets(
     if base is None:
         lacks = Finding(
             "no-base",
-            f"{options.target} holds only weights, under the checkpoint's names: without "
-            "config.json and tokenizer no program loads it.",
+            f"{options.target} holds only weights, under the checkpoint's names: it has no "
+            "config.json and no tokenizer, so transformers and vLLM cannot load it.",
         )
         return (), (), (lacks,)
     if not made.assets:

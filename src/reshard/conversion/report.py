@@ -11,6 +11,8 @@ from msgspec.structs import asdict
 from reshard.conversion.adapters import Summary
 from reshard.conversion.destination import Replaced
 from reshard.core.findings import Finding
+from reshard.core.sizes import size
+from reshard.errors import listed, printable
 
 
 class Report(Struct, frozen=True):
@@ -51,6 +53,59 @@ class Report(Struct, frozen=True):
     checkpoint: str = ""
     adapter: Summary | None = None
 
+    def rows(self) -> list[tuple[str, str]]:
+        """The report as lines of a label and its words, as `convert` shows it."""
+        dry = self.dry_run
+        rows = [
+            ("source", f"{self.checkpoint} ({self.format}{_tagged(self.tag)})"),
+            ("target", f"{self.target}{' (dry run: nothing was written)' * dry}"),
+            ("tensors", f"{self.num_tensors} in {len(self.files)} file(s)"),
+            ("would read" if dry else "read", size(self.bytes_read)),
+            ("would write" if dry else "written", size(self.bytes_written)),
+        ]
+        if self.replaced is not None:
+            rows.insert(2, ("would replace" if dry else "replaced", str(self.replaced)))
+        if self.rules or self.prefix:
+            prefix = [f"prefix {self.prefix!r} stripped"] if self.prefix else []
+            rows.append(("names", "; ".join([*prefix, *self.rules])))
+        if self.tied:
+            rows.append(("tied", listed(f"{a} = {b}" for a, b in self.tied.items())))
+        for what in ("filled", "missing", "unexpected"):
+            names = getattr(self, what)
+            if names:
+                rows.append((what, f"{len(names)}: {listed(names, 5)}"))
+        if self.adapter is not None:
+            rows.append(("adapter", str(self.adapter)))
+        if self.merged:
+            rows.append(("merged", f"{self.merged} low-rank updates"))
+        if self.compared:
+            rows.append(("changed", f"{self.changed} of {self.compared} differ from the base"))
+        if not dry:
+            speed = self.bytes_written / max(self.seconds, 1e-3)
+            unread = "NOT VERIFIED: the output was not read back"
+            rows.append(("checksums", self._checksums()))
+            rows.append(("verified", "yes, read back" if self.verified else unread))
+            rows.append(("time", f"{self.seconds:.1f} s, {size(int(speed))}/s"))
+        return rows
+
+    def _checksums(self) -> str:
+        """How many of the source's checksums were compared, and that there are none of the rest."""
+        total = self.records_checked + self.records_unchecked
+        told = f"{self.records_checked} of {total} source checksums"
+        if not self.records_unchecked:
+            return f"{told} compared"
+        lacking = "this format has none" if not self.records_checked else "the others have none"
+        return f"{told}: {lacking}"
+
+    def __str__(self) -> str:
+        lines = [f"{label:<13} {printable(words)}" for label, words in self.rows()]
+        return "\n".join([*lines, *(f"{f.severity}: {f.message}" for f in self.findings)])
+
+    def __repr__(self) -> str:
+        how = "dry run" if self.dry_run else "verified" if self.verified else "not verified"
+        written = f"{self.num_tensors} tensors, {size(self.bytes_written)}, {how}"
+        return f"<Report {self.target!r}: {written}, {len(self.findings)} finding(s)>"
+
     @property
     def warnings(self) -> tuple[str, ...]:
         """The findings' messages."""
@@ -69,6 +124,10 @@ class Report(Struct, frozen=True):
         }
         findings = [finding.to_json() for finding in self.findings]
         return {**values, "findings": findings, **records}
+
+
+def _tagged(tag: str | None) -> str:
+    return f", tag {tag}" if tag else ""
 
 
 def _plain(record: Struct) -> dict[str, Any]:

@@ -231,9 +231,9 @@ def _check_spec(folder: Path, check: _Check) -> None:
 def _compare(folder: Path, check: _Check, found: str) -> None:
     if found != check.want.digest:
         raise VerificationError(
-            f"its digest is {found}, and {check.want.digest} is stated: the bytes on disk are not "
-            "those that were written.",
+            f"it has changed since it was written: its digest is {found}, and reshard.json states "
+            f"{check.want.digest}.",
             path=folder,
             tensor=check.entry.spec.name,
-            hint="Convert again; if it recurs, the disk is at fault.",
+            hint="Convert again. If it happens again, check the disk.",
         )

@@ -121,10 +121,16 @@ CODES: dict[str, Code] = {
     "flat-parameters-cut": Code(
         "warning",
         "flat parameters were cut in the order of the model's family, which no file states"),
+    "from-cache": Code("info", "a model was read from the Hugging Face cache; which snapshot"),
+    "head-claimed": Code(
+        "warning", "the config names a class with an output head, which the folder does not have",
+        "Name the backbone's own class in config.json's architectures, or serve it only to score."),
     "head-untied": Code("warning", "an output head differs from the embedding that it was tied to"),
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
         "Copy the newer one again, or name the one that is meant."),
+    "layers-beyond-base": Code(
+        "info", "layers for multi-token prediction are written, of which the base has none"),
     "live-layout-apart": Code(
         "warning", "live modules of some versions hold tensors that the folder has no bytes for",
         "For a run of such a version, convert with --names memory."),
@@ -151,6 +157,7 @@ CODES: dict[str, Code] = {
     "no-base": Code(
         "warning", "without a base, only weights are written", "Pass --base."),
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
+    "no-output-head": Code("info", "the model has no output head and is not for generation"),
     "not-finite": Code(
         "warning", "weights hold NaN or infinity: the run has diverged, or a buffer is made so",
         "Convert an earlier checkpoint of the run."),
@@ -163,6 +170,8 @@ CODES: dict[str, Code] = {
         "info", "a killed run had moved the old output aside; it was put back"),
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
+    "optimizer-left-out": Code(
+        "info", "the checkpoint also holds the state of an optimizer, which was not read"),
     "option-idle": Code("info", "an option has no effect on this conversion"),
     "part-left-out": Code(
         "info", "the checkpoint holds another part that could be a model, and it was not read",
@@ -182,6 +191,8 @@ CODES: dict[str, Code] = {
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),
+    "settings-unread": Code(
+        "warning", "a file with the run's settings cannot be read; they were not compared"),
     "several-models": Code(
         "info", "the folder holds several models of one run; which one was read",
         "To convert another, name it."),
@@ -191,6 +202,9 @@ CODES: dict[str, Code] = {
     "tied-twin-copied": Code("warning", "a tensor was read from its tied twin"),
     "unchanged": Code("warning", "every tensor equals the base model's: nothing was trained"),
     "untrained-layers": Code("info", "layers that no live module holds are the base's"),
+    "vocabulary-padded": Code(
+        "info", "rows after the base's vocabulary were taken to be Megatron's padding",
+        "If the training added tokens, name a base of that vocabulary."),
     "weights-unread": Code(
         "info", "weight files beside the model were not read", "To convert one, name it."),
 }  # fmt: skip

@@ -291,12 +291,22 @@ def table(*options: Option) -> Options:
 def parse(options: Options, given: Mapping[str, object]) -> dict[str, Any]:
     """The values of all options; those that were not given have their defaults.
 
-    Raises `OptionError`, which names the option at fault.
+    Raises `OptionError`, which names the option at fault; `also` are those of the others.
     """
     for name in given.keys() - options.keys():
         raise OptionError(f"{name}: there is no such option.", option=name)
     values = {name: option.default for name, option in options.items()} | dict(given)
-    return {name: option.parse(values[name]) for name, option in options.items()}
+    parsed: dict[str, Any] = {}
+    errors: list[OptionError] = []
+    for name, option in options.items():
+        try:
+            parsed[name] = option.parse(values[name])
+        except OptionError as error:
+            errors.append(error)
+    if errors:
+        errors[0].also = tuple(errors[1:])
+        raise errors[0]
+    return parsed
 
 
 def listed(value: object) -> Sequence[object]:

@@ -13,11 +13,12 @@ DOCTOR = table(
         Place(),
         "The Hugging Face model that training started from: names, shapes, ties and values are "
         "compared with it.",
+        short="b",
     ),
     Option(
         "repair",
         Place(),
-        "Write a mended copy as a new folder, if every error can be mended.",
+        "Write a repaired copy as a new folder, if every error can be repaired.",
         metavar="OUT",
     ),
     THREADS,

@@ -25,6 +25,7 @@ from reshard.errors import NotFoundError, ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.naming.lora.folder import CONFIG as ADAPTER_CONFIG
 from reshard.naming.lora.folder import WEIGHTS as ADAPTER_WEIGHTS
+from reshard.naming.schema import is_backbone
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
@@ -70,8 +71,9 @@ class Folder(Struct, frozen=True):
     @property
     def headless(self) -> bool:
         """Whether the model's users want no output head: it scores, by itself or by a reward head
-        beside it."""
-        return self.classifies or REWARD_CONFIG in self.assets
+        beside it, or it is a backbone by its class."""
+        scores = self.classifies or REWARD_CONFIG in self.assets
+        return scores or is_backbone(self.settings)
 
     def as_base(self) -> Base:
         """The folder as a base model: its tensors, config and files."""

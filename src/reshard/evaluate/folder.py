@@ -23,6 +23,7 @@ from reshard.storage.local import snapshot
 
 REWARD_CONFIG = "reward_config.json"
 REWARD_HEAD = "reward_head.safetensors"
+VALUE_HEAD = "value_head.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -141,7 +142,9 @@ def _kind(path: Path, config: Mapping[str, Any], architecture: str | None) -> Ki
             f"{architecture or config.get('model_type')} neither generates text from a prompt "
             "nor scores it.",
             path=path / "config.json",
-            hint="Set `architectures` to the class that was trained, such as Qwen2ForCausalLM.",
+            hint="Its scores come from value_head.safetensors, which the trainer's own code loads."
+            if (path / VALUE_HEAD).is_file()
+            else "Set `architectures` to the class that was trained, such as Qwen2ForCausalLM.",
         )
     if isinstance(config.get("vision_config"), dict):
         return Kind.VISION

@@ -97,6 +97,16 @@ def writer(info: FormatInfo) -> Writable:
     return cast(Writable, import_module(info.module))
 
 
+def index(info: FormatInfo, files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
+    """The small files that tell a model's files from others beside them.
+
+    None where the format's room has no function `index`: then its files are told by their names.
+    """
+    special = getattr(writer(info), "index", None)
+    found: tuple[tuple[str, bytes], ...] = () if special is None else special(files)
+    return found
+
+
 def single_writer(file: str) -> Single:
     """The module that lays out a single file of this name."""
     return cast(Single, import_module(single_for(file).module))
@@ -139,8 +149,8 @@ def detect(path: Path) -> str:
         raise NotFoundError("there is no such file or folder.", path=path)
     reasons = claims(path)
     if not reasons and not path.is_dir():
-        inside = "Name the folder that holds it." if claims(path.parent) else None
-        raise NotFoundError("it is no file that a model is read from.", path=path, hint=inside)
+        inside = f"Pass its folder: {path.parent}" if claims(path.parent) else None
+        raise NotFoundError("this file alone is not a checkpoint.", path=path, hint=inside)
     if not reasons:
         raise NotFoundError(
             f"no checkpoint was recognised here; it holds {listing(path)}.",

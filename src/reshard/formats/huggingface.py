@@ -138,25 +138,30 @@ def lay_out(
     by_name = {spec.name: (source, reference) for spec, source, reference in slots}
     shards = pack([spec for spec, _, _ in slots], max_shard_nbytes)
     files = []
-    weight_map: dict[str, str] = {}
     for number, specs in enumerate(shards, start=1):
         name = SINGLE
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         files.append(_shard(name, specs, by_name))
-        weight_map.update((spec.name, name) for spec in specs)
-    if len(shards) == 1:
-        return tuple(files), ()
-    everything = [spec for spec, _, _ in slots]
-    index = {
+    return tuple(files), index(files) if len(files) > 1 else ()
+
+
+def index(files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
+    """The index of the model's files, by its name.
+
+    Of a single file too where heads lie beside it: vLLM and sglang load every `*.safetensors` of a
+    folder without an index. transformers loads `model.safetensors` first, with an index or without.
+    """
+    held = {slot.spec.name: (file.name, slot.spec) for file in files for slot in file.slots}
+    content = {
         "metadata": {
-            "total_parameters": sum(spec.numel for spec in everything),
-            "total_size": sum(spec.nbytes for spec in everything),
+            "total_parameters": sum(spec.numel for _, spec in held.values()),
+            "total_size": sum(spec.nbytes for _, spec in held.values()),
         },
-        "weight_map": weight_map,
+        "weight_map": {tensor: name for tensor, (name, _) in held.items()},
     }
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    return tuple(files), ((INDEX, text.encode()),)
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    return ((INDEX, text.encode()),)
 
 
 def lay_out_file(name: str, slots: Sequence[Wanted]) -> OutputFile:
@@ -217,10 +222,10 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
         numbered = [name for name in names if _NUMBERED.fullmatch(name)]
         _check_numbers(folder, numbered)
         return dict.fromkeys(numbered or names)
-    index = strict_json.read_object(
+    stated = strict_json.read_object(
         sources.open(child(folder, INDEX)), max_nbytes=strict_json.MAX_INDEX
     )
-    weight_map = index.get("weight_map")
+    weight_map = stated.get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
     ):

@@ -99,6 +99,13 @@ OWN = (
         single=".safetensors",
     ),
     FormatInfo(
+        "megatron",
+        "a checkpoint of Megatron-Core",
+        "reshard.formats.megatron",
+        checksums=True,
+        has_roles=True,
+    ),
+    FormatInfo(
         "ranks",
         "an FSDP checkpoint of one file a rank",
         "reshard.formats.rank_files",

@@ -97,10 +97,10 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
             passed_over.append(error)
             continue
         lost = (
-            Finding("incomplete-skipped", f"passed over as incomplete: {error}")
+            Finding("incomplete-skipped", f"skipped, because it is incomplete: {error}")
             for error in passed_over
         )
-        taken = _taken(path, save, below, selection.tag, tracked, catalog)
+        taken = _taken(save, chosen, below, selection.tag, tracked, catalog)
         return replace(catalog, findings=(*taken, *lost, *catalog.findings))
     raise passed_over[0]
 
@@ -207,18 +207,25 @@ def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
             yield from _walk(child, depth - 1, budget)
 
 
-def _tracked(folder: Path, sources: Sources) -> int | None:
-    """The number of the last save that was finished, as the run's own file states it."""
+def _tracked(folder: Path, sources: Sources) -> str | None:
+    """The last save that was finished, as the run's own file states it: its number, or `release`,
+    which Megatron-LM calls a converted model."""
     path = folder / _TRACKER
     if not path.is_file():
         return None
     source = sources.open(path)
     text = source.read(0, min(source.size, 64)).strip()
-    return int(text) if re.fullmatch(rb"\d{1,18}", text) else None
+    return text.decode() if re.fullmatch(rb"\d{1,18}|release", text) else None
+
+
+def _is_tracked(save: Found, tracked: str | None) -> bool:
+    if tracked is None or not tracked.isdigit():
+        return save.path.name == tracked
+    return save.age[0] == int(tracked)
 
 
 def _choose(
-    path: Path, saves: list[Found], tag: str | None, tracked: int | None = None
+    path: Path, saves: list[Found], tag: str | None, tracked: str | None = None
 ) -> list[Found]:
     """The saves to try, the one that the run's own file names first, then the newest."""
     saves = _training(saves if tag is None else _tagged(path, saves, tag))
@@ -229,7 +236,7 @@ def _choose(
     unclear = [save for save in saves if not save.format]
     if unclear:
         formats.detect(unclear[0].path)  # raises, naming both formats
-    return sorted(saves, key=lambda save: (save.age[0] == tracked, save.age), reverse=True)
+    return sorted(saves, key=lambda save: (_is_tracked(save, tracked), save.age), reverse=True)
 
 
 def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
@@ -262,38 +269,42 @@ def _several(path: Path, saves: list[Found], what: str, near: str = "") -> NotFo
 
 
 def _taken(
-    path: Path,
     save: Found,
+    chosen: list[Found],
     found: list[Found],
     tag: str | None,
-    tracked: int | None,
+    tracked: str | None,
     catalog: Catalog,
 ) -> list[Finding]:
     """Which of the checkpoints was taken, and which exported model is newer than it."""
     saves = _training(found)
-    where = f"of the {len(saves)} checkpoints in {path}, " if len(saves) > 1 else f"of {path}, "
-    # The whole way down: `_actor/global_step2` and `_critic/global_step2` are two models.
-    name = str(save.path.relative_to(path))
-    if len(saves) == 1:
-        name = f"the checkpoint {name}"
     tagged = catalog.origin.tag not in (None, *save.path.parts)
-    tag_taken = f" (tag {catalog.origin.tag})" if tagged else ""
+    inside = f", tag {catalog.origin.tag}" if tagged else ""
     newer = [
         other
         for other in found
         if other not in saves and other.path.parent == save.path.parent and other.age > save.age
     ]
-    named = tag is None and tracked is not None and len(saves) > 1
-    why = f", which {_TRACKER} names" if named and save.age[0] == tracked else ""
-    if named and not why:
-        why = f" ({_TRACKER} names {tracked}, which was not found or is incomplete)"
-    findings = [
-        Finding(
-            "checkpoint-taken", f"{where}{name} was taken{tag_taken}{why}.", subject=str(save.path)
-        )
-    ]
+    message = f"using {save.path}{inside}{_why(save, chosen, len(saves), tag, tracked)}."
+    findings = [Finding("checkpoint-taken", message, subject=str(save.path))]
     if tag is None and newer:
         newest = max(newer, key=lambda other: other.age).path
         message = f"{newest} is newer, and an exported model alone; to convert it, name it."
         findings.append(Finding("newer-export", message, subject=str(newest)))
     return findings
+
+
+def _why(
+    save: Found, chosen: list[Found], number: int, tag: str | None, tracked: str | None
+) -> str:
+    """Why it is this one of a `number` of checkpoints, in brackets."""
+    if number == 1:
+        return ""
+    if tag not in (None, tags.LATEST):
+        return f" (named by --tag, one of {number})"
+    if _is_tracked(save, tracked):
+        return f" (named by {_TRACKER}, one of {number})"
+    why = f"one of {number}" if len(chosen) == 1 else f"the newest complete one of {len(chosen)}"
+    if tracked is not None:
+        why += f"; {_TRACKER} names {tracked}, which was not found or is incomplete"
+    return f" ({why})"

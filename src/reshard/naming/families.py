@@ -9,6 +9,8 @@ differ, the change is taken to be that of 5.0.
 
 When the names in memory changed: vision-language models in 4.52 (`model.language_model`), stacked
 experts in 5.0, CLIP and SigLIP towers in 5.6 (no `vision_model`), Qwen2-Audio in 5.10.
+
+Long because it is one table, which is searched as one.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from __future__ import annotations
 from reshard.naming.layouts import Family, Layout, Stacked
 
 _HUB = "as on the hub"
+#: The title of the names that released models have on disk.
+AS_RELEASED = _HUB
 _V5 = "transformers 5.0 and later"
 
 

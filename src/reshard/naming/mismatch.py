@@ -53,7 +53,7 @@ def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
         body = _diagnosis(counted, traits, (missing, unexpected, clashes))
         hint = f"{check} All names: reshard inspect SRC --base BASE --json."
     else:
-        body = _lists(f"{counted} ({candidate.title}).", missing, unexpected, clashes)
+        body = _lists(f"{counted}{candidate.read_as}.", missing, unexpected, clashes)
         hint = _hint(candidate, missing, unexpected, clashes, check)
     return NamesError(
         Lines(f"the checkpoint does not fit the base model: {body}\n"),

@@ -59,6 +59,14 @@ class Candidate(Struct, frozen=True):
     def title(self) -> str:
         return f"prefix {self.prefix!r}, names {self.views[0].title}"
 
+    @property
+    def read_as(self) -> str:
+        """How the checkpoint's names were read, in brackets; empty where they were left alone."""
+        parts = [f"without the prefix {self.prefix!r}"] if self.prefix else []
+        if self.views[0].title != families.AS_RELEASED:
+            parts.append(f"names {self.views[0].title}")
+        return f" ({', '.join(parts)})" if parts else ""
+
     def assignment(self) -> dict[str, Piece]:
         """Hub name -> where the source holds it: two candidates with the same are one."""
         return {hub: piece for hub, piece in self.source.pieces.items() if hub in self.base.pieces}

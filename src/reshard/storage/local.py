@@ -36,6 +36,8 @@ _MAX_POINTER = 4096
 _MAX_EXPANDED = 16
 # What is parsed as tensors and nothing else: a link to another such file tells nothing but tensors.
 _WEIGHTS = (".safetensors", ".bin")
+# What a model is called on the hub, <owner>/<name>.
+_HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 # A repository's folder in the Hugging Face cache: models--<owner>--<name>.
 _CACHED = "models--"
 
@@ -228,8 +230,11 @@ def snapshot(folder: Path) -> Path:
         models--org--name/snapshots/<commit>/    a model folder, of links to blobs/
         models--org--name/refs/main              the commit that was last downloaded
 
-    (huggingface_hub 2.4, file_download.py.) Raises `NotFoundError` where it is not clear which.
+    (huggingface_hub 2.4, file_download.py.) A path where nothing is that reads like a name on the
+    hub, `org/name`, is that model in the cache. Raises `NotFoundError` where it is not clear which.
     """
+    if not folder.exists():
+        folder = cached(str(folder)) or folder
     if not all((folder / name).is_dir() for name in ("blobs", "snapshots")):
         return folder
     there = {path.name: path for path in (folder / "snapshots").iterdir() if path.is_dir()}
@@ -265,12 +270,19 @@ def cached(name: str) -> Path | None:
 
     Where the cache is: huggingface_hub 2.4, constants.py.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(_HUB_NAME, name):
         return None
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
     folder = cache / (_CACHED + name.replace("/", "--"))
     return folder if folder.is_dir() else None
+
+
+def download(path: Path) -> str | None:
+    """How a model that is not here is downloaded, if the path can be a name on the hub."""
+    if not re.fullmatch(_HUB_NAME, str(path)) or path.parent.exists():
+        return None
+    return f"It is not in the Hugging Face cache either. If it is on the hub: hf download {path}"
 
 
 def child(folder: Path, name: str, *, store: bool = False) -> Path:

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-import numpy as np
 import xxhash
 from msgspec import Struct, field
 from zlib_ng import zlib_ng
@@ -22,10 +21,9 @@ from zlib_ng import zlib_ng
 from reshard.core.digests import joined
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Plan, Slot
-from reshard.core.tensors import flat
-from reshard.errors import VerificationError
 from reshard.progress import Progress
 from reshard.storage.local import Sources
+from reshard.transfer.changes import differs
 from reshard.transfer.checksums import Checked, Ledger
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
@@ -41,10 +39,6 @@ _BLOCK = 4 << 20
 # A tensor stored in another order is read over and over, once a block: fewer, larger blocks.
 _STRIDED_BLOCK = 4 * _BLOCK
 _SCRATCH = 2 * _BLOCK
-
-# Elements first compared with the base model's, and at most: each piece that is equal makes the
-# next twice as large. More at once would leave the core's cache.
-_COMPARED, _MOST_COMPARED = 16 << 10, 128 << 10
 
 
 class Outcome(Struct, frozen=True):
@@ -403,30 +397,3 @@ def _strided(slot: Slot) -> bool:
 def _block(slot: Slot) -> int:
     """Elements of a block of a slot."""
     return (_STRIDED_BLOCK if _strided(slot) else _BLOCK) // slot.spec.dtype.itemsize
-
-
-def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
-    """Whether a block differs from the same elements of the slot's reference.
-
-    The reference has flat boxes. Compares piece by piece and stops at the first difference, so
-    that a trained tensor costs one small read of the base model, and a frozen one few.
-    """
-    if slot.reference is None:
-        return False
-    target = slot.spec.dtype.numpy
-    values = raw.view(target)
-    numel = slot.spec.numel
-    buffer = np.empty(min(len(values), _MOST_COMPARED), target)
-    at, count = 0, _COMPARED
-    while at < len(values):
-        part = values[at : at + count]
-        other = buffer[: len(part)]
-        try:
-            fill(slot.reference, flat(numel, start + at, len(part)), other, reader)
-        except VerificationError:
-            # The reference has a value beyond the range of `target`; the block has none.
-            return True
-        if part.tobytes() != other.tobytes():
-            return True
-        at, count = at + count, min(2 * count, _MOST_COMPARED)
-    return False

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from reshard.cli import output
 from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import Command, FolderOrFile, debug, flag, option
 from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
+from reshard.cli.progress import shown_progress
 from reshard.conversion.declared import CONVERT
 from reshard.naming.rewards import ModelType, Pooling
 
@@ -62,7 +62,7 @@ def command(
     if value_head is not None and said is ParameterSource.DEFAULT:
         model_type = "critic"
     expect(checkpoint_dir, "ds2hf")
-    with output.progress_bar() as progress:
+    with shown_progress() as progress:
         report = convert(
             checkpoint_dir,
             output_dir,
@@ -81,7 +81,7 @@ def command(
             overwrite=overwrite,
             progress=progress,
         )
-    show_report(report)
+    show_report(report, hf_base)
 
 
 def main() -> None:

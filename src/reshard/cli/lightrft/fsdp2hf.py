@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from reshard.cli import output
 from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import Command, FolderOrFile, debug, flag
 from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
+from reshard.cli.progress import shown_progress
 from reshard.conversion.declared import CONVERT
 
 _PATH = FolderOrFile()
@@ -55,7 +55,7 @@ def command(
     from reshard.conversion.convert import convert
 
     expect(checkpoint_dir, "fsdp2hf")
-    with output.progress_bar() as progress:
+    with shown_progress() as progress:
         report = convert(
             checkpoint_dir,
             output_dir,
@@ -71,7 +71,7 @@ def command(
             overwrite=overwrite,
             progress=progress,
         )
-    show_report(report)
+    show_report(report, hf_base)
 
 
 def main() -> None:

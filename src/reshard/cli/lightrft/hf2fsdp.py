@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from reshard.cli import output
 from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import Command, FolderOrFile, debug, flag
 from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import expect
+from reshard.cli.progress import shown_progress
 from reshard.conversion.declared import CONVERT
 from reshard.conversion.options import Names
 
@@ -39,13 +39,13 @@ def command(
     """Convert a Hugging Face model to a PyTorch DCP checkpoint.
 
     `torch.distributed.checkpoint.load` reads it into plain tensors, FSDP1 and FSDP2 models, at any
-    world size. Dtypes stay as they stand in the safetensors files.
+    world size. Dtypes are kept.
     """
     from reshard.cli.commands import show_report
     from reshard.conversion.convert import convert
 
     expect(hf_checkpoint, "hf2fsdp")
-    with output.progress_bar() as progress:
+    with shown_progress() as progress:
         report = convert(
             hf_checkpoint,
             target,

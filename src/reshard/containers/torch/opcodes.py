@@ -1,7 +1,7 @@
 """The opcodes: a small function each, from the position after the code to the next opcode.
 
 CPython 3.13's Lib/pickletools.py documents them. The table holds those that ordinary files use,
-in protocols 2 to 5; all others are refused by name.
+in protocols 2 to 5; all others are refused by name. Long because each opcode is a function.
 """
 
 from __future__ import annotations

@@ -30,9 +30,10 @@ from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats import Selection, numbered, of_several
-from reshard.formats.dcp import foreign, parts
+from reshard.formats.dcp import parts
 from reshard.formats.dcp.chunked import read_chunks
 from reshard.formats.dcp.layout import lay_out
+from reshard.formats.signs import is_mcore
 from reshard.storage.local import Sources, child
 
 __all__ = ["detect", "lay_out", "read"]
@@ -50,8 +51,10 @@ _NO_SHAPES = (
 
 
 def detect(path: Path) -> str | None:
-    """A folder with `.metadata`, `.distcp` files or DCP's shards; also kinds that are refused."""
+    """A folder with `.metadata`, `.distcp` files or DCP's shards, but Megatron-Core's."""
     if not path.is_dir():
+        return None
+    if is_mcore(path):
         return None
     names = {entry.name for entry in path.iterdir()}
     if METADATA in names:
@@ -64,7 +67,7 @@ def detect(path: Path) -> str | None:
             return f"it holds {name}"
     if shards.names(path):
         return "it holds shards of DCP's Hugging Face writer"
-    return foreign.why(path)
+    return None
 
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
@@ -82,7 +85,6 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         catalog = read(models[0], sources, selection)
         names = [model.name for model in models]
         return replace(catalog, findings=of_several(path, names, names[0], "folder"))
-    foreign.refuse(path)
     if shards.names(path) and not (path / METADATA).exists():
         return _read_shards(path, sources, selection)
     return read_chunks(path, sources, selection, _metadata(path, sources))

@@ -84,6 +84,8 @@ class Saved(Struct, frozen=True):
 def read(location: Location, sources: Sources) -> Saved:
     """Parse every file of one model parallel rank and check that they belong to one save."""
     model = _model_files(location, sources)
+    if model and model[0].autoep and not location.universal:
+        raise _split_by_autoep(location, model[0])
     optim = [
         parse_optim(path, read_torch(sources.open(path)))
         for _, path in sorted(location.optim.items())
@@ -119,6 +121,18 @@ def read(location: Location, sources: Sources) -> Saved:
     for file in saved.files:
         check_written_as(file.path, file.written_as)
     return saved
+
+
+def _split_by_autoep(location: Location, model: ModelFile) -> UnsupportedError:
+    """DeepSpeed makes universal checkpoints of runs with ZeRO and without tensor parallelism."""
+    possible = location.optim and model.mp_world_size in (None, 1)
+    return UnsupportedError(
+        "experts split by AutoEP are not handled.",
+        path=location.folder,
+        hint="Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that."
+        if possible
+        else None,
+    )
 
 
 def _model_files(location: Location, sources: Sources) -> list[ModelFile]:

@@ -21,7 +21,8 @@ class ModelFile(Struct, frozen=True):
     `unread` are tensors of `module` of kinds that are not handled, each with what it is.
 
     `parallel_info` is `universal_checkpoint_info`, as it stands: how tensor parallel ranks split
-    the parameters. `num_experts` has a number for each layer of experts.
+    the parameters. `num_experts` has a number for each layer of experts, `autoep` for each module
+    whose experts AutoEP has split.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class ModelFile(Struct, frozen=True):
     pipeline_stages: int
     parallel_info: Mapping[str, Any] | None
     num_experts: tuple[int, ...]
+    autoep: Mapping[str, int]
     data_before_experts: bool
     records: tuple[Record, ...]
     opaque: tuple[str, ...]
@@ -85,8 +87,6 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
         raise UnsupportedError(
             "it has no module: the run was one of pipeline parallelism.", path=path
         )
-    if top.get("ds_autoep_layers"):
-        raise UnsupportedError("experts split by AutoEP are not handled.", path=path)
     groups = top.get("param_shapes")
     groups = [groups] if isinstance(groups, dict) else _list(top, "param_shapes", path)
     config = _settings(top.get("ds_config"))
@@ -121,11 +121,35 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
         num_experts=tuple(n for n in experts if type(n) is int)
         if isinstance(experts, list)
         else (),
+        autoep=_autoep(top, path),
         data_before_experts=config.get("use_data_before_expert_parallelism") is True,
         records=file.records,
         opaque=file.opaque,
         written_as=file.written_as,
     )
+
+
+def _autoep(top: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """The modules whose experts AutoEP has split, each with their number (`ds_autoep_layers`).
+
+    The key once was `autoep_layers` (checkpoint/constants.py: AUTOEP_LAYERS_KEY_LEGACY).
+    """
+    found: dict[str, int] = {}
+    layers = _list(top, "ds_autoep_layers", path) or _list(top, "autoep_layers", path)
+    for layer in layers:
+        stated = _mapping(layer, path, "a layer of ds_autoep_layers")
+        module, count = stated.get("module_path"), stated.get("num_experts")
+        prefix = f"{module}.experts" if module else "experts"
+        if (
+            not isinstance(module, str)
+            or type(count) is not int
+            or count < 1
+            or stated.get("expert_key_prefix") != prefix
+            or module in found
+        ):
+            raise FormatError(f"its ds_autoep_layers state {brief(layer)}.", path=path)
+        found[module] = count
+    return found
 
 
 def refuse_unread(model: ModelFile, names: Collection[str]) -> None:

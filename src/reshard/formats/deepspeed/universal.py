@@ -8,9 +8,14 @@
     fp32.pt    stages 1 and 2: {"param": tensor in full shape, ...}
                stage 3: the tensor itself, flat; its shape stands in the model files
 
-Buffers and frozen parameters are read from the model files: where `zero/` has them as well
-(DeepSpeed 0.19.8) they were cast to float32, which does not hold every integer. Read off DeepSpeed
-0.19.8 (checkpoint/ds_to_universal.py) and files that it wrote.
+    AutoEP     all experts of a layer in one tensor, in the order of their numbers; the model file
+               has rank 0's shape: {"param": [experts, ...], "is_expert_param": True,
+               "ep_num_experts": experts, ...}
+
+AutoEP is in autoep.py. Buffers and frozen parameters are read from the model files: where `zero/`
+has them as well (DeepSpeed 0.19.8) they were cast to float32, which does not hold every integer.
+Read off DeepSpeed 0.19.8 (checkpoint/ds_to_universal.py, autoep_universal.py) and files that it
+wrote.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from reshard.containers.torch import read as read_torch
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, Record, Shape, TensorSpec, flat
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
-from reshard.formats.deepspeed import proof, stage3, stages012
+from reshard.formats.deepspeed import autoep, proof, stage3, stages012
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
@@ -44,6 +49,8 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
         )
     entries: dict[str, Entry] = {}
     records: list[Record] = []
+    experts = autoep.experts(model)
+    saved = replace(saved, model=(autoep.with_routers(model), *saved.model[1:]))
     for name, shape in (item for group in model.groups for item in group.items()):
         path = child(child(child(location.folder, "zero"), name), "fp32.pt")
         if not path.is_file():
@@ -54,6 +61,10 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
                 hint="Copy the whole folder, or make the universal checkpoint again.",
             )
         file = read_torch(sources.open(path))
+        count = experts.get(name)
+        if count is not None:
+            autoep.check(file, count, path, name)
+            shape = (count, *shape[1:])
         entries[name] = _master(name, shape, _stored(file, path), path)
         records += file.records
     if location.partitioned_model:

@@ -227,9 +227,11 @@ def _packed_name(name: str) -> str:
 
 def _grid(scales: Shape, dims: int) -> Shape | None:
     """The scales' shape with as many dimensions as the tensor has: one scale, one for each row, or
-    as they stand."""
+    as they stand. ModelOpt keeps those of blocks as [rows, 1, columns, 1]."""
     if len(scales) == dims:
         return scales
+    if len(scales) == 4 and dims == 2 and scales[1::2] == (1, 1):
+        return scales[::2]
     if scales in ((), (1,)):
         return (1,) * dims
     if len(scales) == dims - 1:

@@ -80,6 +80,8 @@ def refused(entries: Mapping[str, Entry], stated: Statement | None) -> Refused |
     title = next((kind for kind in _RANK if kind in kinds), kinds.most_common(1)[0][0])
     if stated is not None and (not stated.readable or stated.title.startswith(title.split()[0])):
         title = stated.title
+    elif stated is not None:
+        title = f"{title} ({stated.title})"
     return Refused(title, frozenset(module for module, _ in found))
 
 
@@ -120,8 +122,10 @@ def _told_by_its_shape(module: str, entry: Entry, entries: Mapping[str, Entry]) 
         return "MLX"
     scale = entries.get(f"{module}.weight_scale")
     wide = scale is not None and scale.spec.dtype.itemsize > 1
-    if wide and dtype.name in ("int8", "uint8"):
-        return "int8" if dtype.name == "int8" else "BitNet"
+    if scale is not None and wide and dtype.name in ("int8", "uint8"):
+        # ModelOpt's int4: two rows a byte, and a scale for each group of columns.
+        packed = "BitNet" if scale.spec.numel == 1 else "packed int4"
+        return "int8" if dtype.name == "int8" else packed
     if len(shape) != 2 or shape[1] != 1:
         return ""
     if dtype.name in ("uint8", "int8"):

@@ -28,6 +28,9 @@ _TITLES = {
 # Methods whose weights may be codes of the kinds that are read; their tensors decide.
 _READ = ("fp8", "fbgemm_fp8", "mxfp4", "mxfp8", "compressed-tensors", "modelopt", "quark")
 
+# That of ModelOpt's FP8_PB_WO, which its configs do not state.
+_MODELOPT_BLOCK = (128, 128)
+
 
 class Statement(Struct, frozen=True):
     """A config's statement. `paths` are the dotted paths of the keys that make it.
@@ -94,6 +97,8 @@ def _title(method: str, stated: Mapping[str, Any]) -> str:
 
 
 def _block(stated: Mapping[str, Any]) -> tuple[int, int] | None:
+    if str(stated.get("quant_algo", "")).upper() == "FP8_PB_WO":
+        return _MODELOPT_BLOCK
     block = stated.get("weight_block_size")
     if block is None:
         groups = stated.get("config_groups")

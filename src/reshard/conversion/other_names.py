@@ -1,0 +1,107 @@
+"""A checkpoint in the names of another library, or of FSDP1's slices, by the hub's names."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from reshard.conversion.base_model import Base, main_dtype
+from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
+from reshard.core.tensors import Entry
+from reshard.errors import UnsupportedError
+from reshard.naming import apply, flat, megatron, megatron_args, titan
+from reshard.naming.schema import is_unheld
+from reshard.naming.search import unwrap
+
+#: What the reader of Megatron-Core's checkpoints says of itself.
+MEGATRON = "megatron-core"
+
+
+class Renamed(Struct, frozen=True):
+    """The checkpoint by the hub's names, and the base with the layers that only the checkpoint has.
+
+    `rules` say in words what was done to the names.
+    """
+
+    catalog: Catalog
+    base: Base
+    rules: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+def by_hub_names(catalog: Catalog, base: Base) -> Renamed:
+    """The checkpoint with torchtitan's, Meta's or Megatron-Core's names turned into the hub's, and
+    with the base's shapes where it states none.
+
+    Any other checkpoint goes through as it is. Raises `UnsupportedError` for a family whose names
+    are not known, `NamesError` where shapes or settings are not the base's.
+    """
+    found = flat.shaped(catalog, base.schema)
+    catalog = replace(catalog, entries=found.entries, unshaped=frozenset())
+    renamed = _renamed(catalog, base)
+    return replace(
+        renamed,
+        rules=(*found.rules, *renamed.rules),
+        findings=(*found.findings, *renamed.findings),
+    )
+
+
+def _renamed(catalog: Catalog, base: Base) -> Renamed:
+    names = [unwrap(name) for name in catalog.names()]
+    if megatron.is_megatron(names, base.schema):
+        return _of_megatron(catalog, base)
+    known = titan.translated(catalog.entries, base.schema)
+    return Renamed(replace(catalog, entries=known.entries), base, known.rules)
+
+
+def _of_megatron(catalog: Catalog, base: Base) -> Renamed:
+    if catalog.origin.framework != MEGATRON:
+        raise UnsupportedError(
+            "its tensors have the names of Megatron-Core, and it is not a checkpoint in its "
+            "torch_dist format: of Megatron-FSDP (fsdp_dtensor), or of one rank, it is not read.",
+            path=catalog.origin.root,
+            hint="Save with --ckpt-format torch_dist, and convert that.",
+        )
+    schema = base.schema
+    named = megatron.arrangements({n: e.spec.shape for n, e in catalog.entries.items()}, schema)
+    embedding = base.entries.get(megatron.EMBEDDING)
+    rows = None if embedding is None else embedding.spec.shape[0]
+    megatron_args.check(catalog.origin.details.get("settings", {}), base.config, rows=rows)
+    entries = apply(named.outputs, catalog.entries)
+    beyond = [n for n in entries if n not in base.entries and is_unheld(n, base.config)]
+    findings = [_padding(name, rows, catalog) for name, rows in named.padding.items()]
+    if beyond:
+        message = (
+            f"{len(beyond)} tensors of layers for multi-token prediction are written, of which "
+            "the base's files hold none: transformers does not load them."
+        )
+        findings.append(Finding("layers-beyond-base", message))
+    return Renamed(
+        replace(catalog, entries=entries),
+        _with_layers(base, {name: entries[name] for name in beyond}),
+        (f"Megatron-Core's names -> the hub's ({len(catalog.entries)} -> {len(entries)})",),
+        tuple(findings),
+    )
+
+
+def _padding(name: str, rows: int, catalog: Catalog) -> Finding:
+    total = catalog.entries[name].spec.shape[0]
+    message = (
+        f"of the {total} rows of {name!r} the base's {total - rows} are written: the others are "
+        "taken to be padding, which Megatron adds."
+    )
+    return Finding("vocabulary-padded", message, subject=name)
+
+
+def _with_layers(base: Base, beyond: dict[str, Entry]) -> Base:
+    """The base with more layers, in the dtypes that its last own layer has."""
+    if not beyond:
+        return base
+    last = f"model.layers.{base.config['num_hidden_layers'] - 1}."
+    entries = dict(base.entries)
+    for name, entry in beyond.items():
+        twin = base.entries.get(last + name.split(".", 3)[3])
+        dtype = main_dtype(base) if twin is None else twin.spec.dtype
+        entries[name] = Entry(replace(entry.spec, dtype=dtype), (), entry.kind)
+    return replace(base, entries=entries)

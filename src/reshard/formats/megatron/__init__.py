@@ -1,0 +1,144 @@
+"""Megatron-Core's distributed checkpoints (`torch_dist`): Megatron-LM, Megatron-Bridge, NeMo 2,
+slime, ms-swift and verl's Megatron workers.
+
+    run/latest_checkpointed_iteration.txt     "10", or "release"
+    run/iter_0000010/metadata.json            {"sharded_backend": "torch_dist", ..}: written last
+    run/iter_0000010/common.pt                the run's arguments and counters, no tensor of it
+    run/iter_0000010/.metadata                as DCP's, with every rank's plan for the save
+    run/iter_0000010/__0_0.distcp ...         DCP's items
+
+    NAME/weights/                             NeMo 2, beside NAME/context/
+    run/global_step_7/actor/dist_ckpt/        verl up to 0.8, beside actor/huggingface/
+    run/global_step_7/actor/model/dist_ckpt/  verl 0.9; optimizer/ and extra/ lie beside model/
+
+Tensors are whole: of tensor, pipeline, expert and data parallelism only the chunks are left. Their
+names are Megatron's, and stay so here; `reshard.naming.megatron` turns them into the hub's. Beside
+them lie items that are no tensors (`_extra_state`, `rng_state`), which are not opened, and the
+state of the optimizer. Read off megatron-core 0.12 and 0.16 (dist_checkpointing/), Megatron-LM,
+Megatron-Bridge, verl 0.9.1, and files that megatron-core wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from reshard.containers import copies
+from reshard.containers import torch as torchfile
+from reshard.containers.dcp import sharing
+from reshard.containers.dcp.chunked import entry_of, world_size
+from reshard.containers.dcp.items import Items
+from reshard.containers.dcp.metadata import Metadata, parse
+from reshard.containers.torch.limits import MAX_NBYTES
+from reshard.core.catalog import Catalog, Origin
+from reshard.core.findings import Finding
+from reshard.core.tensors import Entry, Record
+from reshard.errors import IncompleteError, NotFoundError, ReshardError
+from reshard.formats import Selection
+from reshard.formats.megatron import folders, plans, refused, settings
+from reshard.storage.local import Sources, child
+
+__all__ = ["detect", "read"]
+
+_METADATA = ".metadata"
+#: The optimizer's tensors; of several optimizers (experts have one of their own) with a number.
+_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..+")
+
+
+def detect(path: Path) -> str | None:
+    """A folder with Megatron-Core's `metadata.json`, or one above it that a trainer writes; also
+    kinds that are refused."""
+    return folders.why(path)
+
+
+def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
+    """The model's tensors by Megatron's names, each proven to be tiled by its chunks.
+
+    `selection.role` names one of the models of verl's step.
+
+    Raises `IncompleteError` (an unfinished save; a file missing or short; a hole), `FormatError`
+    (damaged), `UnsupportedError` (another backend, weights in FP8, adapters), `NotFoundError` (no
+    model: the state of an optimizer alone).
+    """
+    place = folders.find(path, selection.role)
+    folder = place.folder
+    metadata = _metadata(folder, sources)
+    mine = [key for key in metadata.tensors if not _OPTIMIZER.fullmatch(key)]
+    if not mine:
+        raise _no_model(folder, metadata)
+    refused.check(metadata, mine, folder)
+    items = Items(folder, sources)
+    entries: dict[str, Entry] = {}
+    records: dict[str, list[Record]] = {}
+    for key in mine:
+        entries[key], records[key] = entry_of(key, key, metadata.tensors[key], items, folder)
+    sharing.check(metadata, folder, sources)
+    copies.check(records, sources)
+    stated = settings.read(folder, sources)
+    return Catalog(
+        format="megatron",
+        origin=Origin(
+            root=folder,
+            framework="megatron-core",
+            world_size=world_size(metadata),
+            details={
+                "settings": stated.settings,
+                "tensors_left_out": len(metadata.tensors) - len(mine),
+                "non_tensors": len(metadata.objects),
+            },
+        ),
+        entries=entries,
+        records=tuple(record for found in records.values() for record in found),
+        findings=(*_findings(metadata, mine, place), *stated.findings),
+    )
+
+
+def _metadata(folder: Path, sources: Sources) -> Metadata:
+    path = child(folder, _METADATA)
+    if not path.exists():
+        raise IncompleteError(
+            f"it holds no {_METADATA}, which says where each tensor lies.",
+            path=folder,
+            hint="Copy the folder again (the file's name begins with a dot), or use an earlier "
+            "checkpoint.",
+        )
+    source = sources.open(path)
+    if source.size == 0:
+        raise IncompleteError(
+            "the file is empty.", path=path, hint="The save did not finish; use another one."
+        )
+    data = source.read(0, min(source.size, MAX_NBYTES + 1))
+    tail = source.read(max(0, source.size - 3), min(source.size, 3))
+    whole = plans.ends_well(tail)
+    shorter = plans.without_plans(data) if whole else None
+    if shorter is not None:
+        try:
+            return parse(torchfile.read_pickle(shorter, path=str(path)).value, str(path))
+        except ReshardError:  # the plans are not where they are expected
+            pass
+    return parse(torchfile.read_pickle(data, path=str(path)).value, str(path))
+
+
+def _no_model(folder: Path, metadata: Metadata) -> NotFoundError:
+    what = "the state of an optimizer" if metadata.tensors else "no tensor"
+    return NotFoundError(
+        f"it holds {what} and no model.",
+        path=folder,
+        hint=folders.where_weights_lie(folder)
+        or "The model's checkpoint lies beside it, or was not saved.",
+    )
+
+
+def _findings(metadata: Metadata, mine: list[str], place: folders.Place) -> Iterable[Finding]:
+    rest = len(metadata.tensors) - len(mine)
+    if rest:
+        message = f"the state of the optimizer that it holds ({rest} tensors) was not read."
+        yield Finding("optimizer-left-out", message)
+    export = folders.export_beside(place.folder)
+    if export is not None:
+        message = (
+            f"{export} holds the full weights as well; the distributed checkpoint was read. To "
+            "convert the others, name that folder."
+        )
+        yield Finding("export-beside", message, subject=export.name)

@@ -1,0 +1,68 @@
+"""What a Megatron-Core run says of its model, held against the base's config.
+
+Shapes alone do not tell everything: queries of eight heads and of four twice as wide are as large,
+and a norm that counts from zero has the shape of one that does not. Where the run's settings are at
+hand (`args` in `common.pt`, verl's `transformer_config.json`), they must be the base's. Settings as
+`TransformerConfig` and Megatron-LM's arguments name them (megatron-core 0.16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from reshard.errors import NamesError, UnsupportedError
+
+#: Megatron's setting -> the names that it has in configs of the hub.
+NUMBERS = {
+    "num_layers": ("num_hidden_layers",),
+    "hidden_size": ("hidden_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "num_query_groups": ("num_key_value_heads",),
+    "kv_channels": ("head_dim",),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "num_moe_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+}
+#: Settings under which the weights are laid out, or meant, otherwise than on the hub.
+REFUSED = {
+    "rotary_interleaved": "rotary embeddings that pair neighbouring rows",
+    "apply_layernorm_1p": "norms that are stored less one",
+    "layernorm_zero_centered_gamma": "norms that are stored less one",
+    "attention_output_gate": "gates among the queries",
+    "moe_mlp_glu_interleave_size": "interleaved gate and up projections",
+    "glu_interleave_size": "interleaved gate and up projections",
+}
+#: All settings that are looked at.
+SETTINGS = (*NUMBERS, *REFUSED, "vocab_size", "multi_latent_attention")
+
+
+def check(settings: Mapping[str, Any], config: Mapping[str, Any], *, rows: int | None) -> None:
+    """Refuse a base that the run was not of, and settings that are not read.
+
+    `rows` are those of the base's vocabulary. Raises `UnsupportedError`, `NamesError`.
+    """
+    for name, what in REFUSED.items():
+        if settings.get(name) not in (None, False, 0):
+            raise UnsupportedError(
+                f"the run had {name}: {what}, which are not read.",
+                hint="Export it with Megatron-Bridge, or with the trainer's own conversion.",
+            )
+    latent = settings.get("multi_latent_attention") is True or "kv_lora_rank" in config
+    for name, theirs in NUMBERS.items():
+        mine = settings.get(name)
+        if type(mine) is not int or (latent and name in ("num_query_groups", "kv_channels")):
+            continue
+        if name == "num_query_groups" and mine == 1:
+            continue  # the default of Megatron-LM's argument, which counts for grouped queries only
+        stated = next((config[key] for key in theirs if type(config.get(key)) is int), mine)
+        if stated != mine:
+            raise NamesError(
+                f"the run had {name} {mine}, and the base's config says {stated}.",
+                hint="Is it the base that the training started from?",
+            )
+    size = settings.get("vocab_size")
+    if rows is not None and type(size) is int and size > rows:
+        raise NamesError(
+            f"the run had a vocabulary of {size}, and the base's has {rows} rows.",
+            hint="Name the base whose vocabulary the training had.",
+        )

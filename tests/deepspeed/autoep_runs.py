@@ -1,0 +1,105 @@
+"""Runs whose experts AutoEP split over two ranks: `python -m tests.deepspeed.autoep_runs FOLDER`.
+
+FOLDER/zero<stage>/checkpoint/              given to save_checkpoint
+                   universal/               what ds_to_universal makes of it
+                   truth.safetensors        the masters by name, gathered from the live engine
+
+Which expert a rank holds is asked of the live layers, never of what is saved.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.module_inject.auto_ep_presets import base
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save_file
+from torch import distributed
+
+from tests.oracle import launch, models
+from tests.oracle.worker import Rank
+
+STAGES = (2, 3)
+
+
+def make(stage: int, rank: Rank, folder: Path) -> None:
+    """Train, save and write the truth of a tiny Mixtral."""
+    # DeepSpeed 0.19.8 asks transformers 5.23 for hooks that only record outputs, and fails.
+    base._install_instance_transformers_output_recorders = lambda *_, **__: True
+    torch.manual_seed(7)
+    config = transformers.MixtralConfig(
+        vocab_size=models.VOCAB, hidden_size=8, intermediate_size=6, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    engine, *_ = deepspeed.initialize(
+        model=transformers.MixtralForCausalLM(config).to(torch.bfloat16), config=_config(stage)
+    )
+    generator = torch.Generator().manual_seed(100 + rank.rank)
+    for _ in range(2):
+        ids = torch.randint(models.VOCAB, (2, 9), generator=generator)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    engine.save_checkpoint(str(folder / "checkpoint"))
+    masters = _masters(engine)
+    if rank.rank == 0:
+        save_file(masters, folder / "truth.safetensors")
+
+
+def _config(stage: int) -> dict[str, object]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 4096},
+        "expert_parallel": {
+            "enabled": True, "autoep_size": 2, "preset_model": "mixtral", "use_grouped_mm": False,
+        },
+    }  # fmt: skip
+
+
+def _masters(engine: Any) -> dict[str, torch.Tensor]:
+    """Every trained parameter's master; of experts all ranks', in the order of their numbers."""
+    layers = {
+        name: module
+        for name, module in engine.module.named_modules()
+        if isinstance(module, AutoEPMoELayer)
+    }
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        mine = safe_get_full_fp32_param(parameter).detach().clone()
+        layer = layers.get(name.rpartition(".experts.")[0])
+        if layer is not None:
+            parts: list[Any] = [None, None]
+            distributed.all_gather_object(parts, (layer.ep_rank, mine))
+            mine = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
+        found[name] = mine
+    return found
+
+
+def main(folder: Path) -> None:
+    for stage in STAGES:
+        launch._run([(f"zero{stage}", partial(make, stage))], 2, folder)
+        here = folder / f"zero{stage}"
+        (tag,) = (path for path in (here / "checkpoint").iterdir() if path.is_dir())
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal",
+                   "--input_folder", str(tag), "--output_folder", str(here / "universal"),
+                   "--num_extract_workers", "1", "--num_merge_workers", "1"]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
