@@ -143,10 +143,15 @@ def test_every_ailment_is_on_the_page() -> None:
 
 
 def test_every_ailment_is_made_and_found_in_a_test() -> None:
+<<<<<<< HEAD
     files = [
         *Path(__file__).parent.glob("test_*.py"),
         *(ROOT / "tests/quantised").glob("test_*.py"),
     ]
+=======
+    rooms = ("doctor", "quantised")
+    files = [path for room in rooms for path in (ROOT / "tests" / room).glob("test_*.py")]
+>>>>>>> main
     tests = "".join(path.read_text("utf-8") for path in files)
     for ailment in AILMENTS:
         assert re.search(rf'(mended|refused|names)\([^)]*"{ailment.name}"', tests) or re.search(
@@ -170,5 +175,7 @@ def test_without_torch_and_transformers(pairs: Pairs, tmp_path: Path) -> None:
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("reshard: ")
+    assert done.stderr.count("\n") == 1
     models.assert_same_weights(tmp_path / "out", pairs("llama").healthy)

@@ -115,8 +115,10 @@ def adapter_of_another_base(at: Path) -> Case:
     return with_options(run, at, {**common, "base": other}, {**common, "base": base})
 
 
-@follows("Is it the model that the training started from? Adapters on parameters of a module "
-         "(target_parameters) are not merged.")  # fmt: skip
+@follows(
+    "Check that --base is the model that was trained. Adapters on parameters of a module "
+    "(target_parameters) are not merged."
+)
 def adapted_module_of_another_base(at: Path) -> Case:
     adapter = tiny.adapter(at / "adapter")
     lacking = {k: v for k, v in tiny.state(1).items() if tiny.ADAPTED not in k}
@@ -203,23 +205,15 @@ def a_rank_saved_as_another(at: Path) -> Case:
     return Case(converting(run, at / "a"), mend, same=as_golden("zero3"))
 
 
-@follows("Convert it with Megatron-Bridge.")
-def of_megatron(at: Path) -> Case:
-    """What the bridge writes is a Hugging Face model."""
-    run = at / "run"
-    run.mkdir()
-    (run / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    (run / "common.pt").touch()
-    return Case(converting(run, at / "a"), converting(tiny.model(at / "bridged"), at / "b"))
-
-
 @follows("The quantised model's files are not all there; copy it again.")
 def codes_without_scales(at: Path) -> Case:
     codes = {**tiny.state(1)}
     name = f"{tiny.ADAPTED}.weight"
     codes[name] = codes[name].to(torch.float8_e4m3fn)
     scaled = {**codes, f"{name}_scale_inv": torch.ones(1, 1)}
-    stated = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    stated: dict[str, Any] = {
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    }
     ill = tiny.model(at / "ill", tensors=codes, **stated)
     copied = tiny.model(at / "copied", tensors=scaled, **stated)
     run = tiny.zero(at / "run")

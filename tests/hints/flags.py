@@ -82,7 +82,7 @@ def against(at: Path) -> Case:
     )
 
 
-@follows("Pass --allow-unchanged if that is meant.")
+@follows("If that is what you expect, pass --allow-unchanged.")
 def unchanged(at: Path) -> Case:
     base, run = tiny.model(at / "base"), tiny.zero(at / "run", tiny.state(1))
     return with_options(run, at, {"base": base}, {"base": base, "allow_unchanged": True})

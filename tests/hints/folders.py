@@ -54,7 +54,7 @@ def not_here(at: Path) -> Case:
     return moved(run / "logs", run, at, same=as_golden("zero2"))
 
 
-@follows("Name the folder that holds it.")
+@follows("Pass its folder: {}")
 def no_file_of_a_model(at: Path) -> Case:
     run = golden("zero2", at / "run")
     return moved(run / "latest", run, at, same=as_golden("zero2"))
@@ -467,7 +467,7 @@ def on(at: Path, wrong: Path, mend: Call = lambda: None, right: Path | None = No
     )
 
 
-@follows("The base is a local Hugging Face model folder, the start of the training.")
+@follows("--base must be a local folder with the original model.")
 def no_base(at: Path) -> Case:
     return on(at, at / "nowhere", right=tiny.model(at / "base"))
 
@@ -650,7 +650,7 @@ def damaged_manifest(at: Path) -> Case:
     )
 
 
-@follows("Convert again; if it recurs, the disk is at fault.")
+@follows("Convert again. If it happens again, check the disk.")
 def flipped_bit(at: Path) -> Case:
     run, out = _written(at)
     data = bytearray((out / "model.safetensors").read_bytes())

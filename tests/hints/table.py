@@ -16,6 +16,9 @@ _TRAINING = "it is followed in the training run, which saves otherwise: "
 _PIECE = "no hint by itself: the text is put together from others, which stand here"
 _OTHER = "it needs another machine or package: "
 _STATED = "each finding of this code states a fix of its own, which stands here"
+_MEGATRON = "Megatron-Core: its makers train with Megatron, and no small one is at hand here"
+_CACHE = "it needs a cache in the user's home; what it names is followed by hints of its own"
+_LATE = "no small input is made here that leads to it"
 _UNSEEN = "what is done outside leaves nothing to run: "
 
 #: Hint -> the test, `file::function` below `tests/`.
@@ -92,6 +95,26 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
+    "It is not in the Hugging Face cache either. If it is on the hub: hf download {}": _CACHE,
+    "Save with --ckpt-format torch_dist, and convert that.": _MEGATRON,
+    "Name the backbone's own class in config.json's architectures, or serve it only to score.": _LATE,
+    "Name the folder that holds it.": _LATE,
+    "If the training added tokens, name a base of that vocabulary.": _LATE,
+    "Its scores come from value_head.safetensors, which the trainer's own code loads.": _LATE,
+    "Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that.": _LATE,
+    "The model lies in {}{}: name that folder.": _MEGATRON,
+    "The model's checkpoint lies beside it, or was not saved.": _MEGATRON,
+    "Copy the folder again (the file's name begins with a dot), or use an earlier checkpoint.": _MEGATRON,
+    "The run saved the state of its optimizer and no model.": _MEGATRON,
+    "Convert it to torch_dist with Megatron-LM (--ckpt-convert-format torch_dist).": _MEGATRON,
+    "Name the one that is meant.": _MEGATRON,
+    "Use an earlier checkpoint, or copy the folder again if the file was left behind.": _MEGATRON,
+    "Load it with the Megatron that wrote it, and save it with --ckpt-format torch_dist.": _MEGATRON,
+    "Convert the checkpoint from before that, or export it with ModelOpt.": _MEGATRON,
+    "Save them in bfloat16 (without --fp8-param-gather).": _MEGATRON,
+    "Export it with Megatron-Bridge, or with the trainer's own conversion.": _MEGATRON,
+    "Name the base as it was released.": _MEGATRON,
+    "Name the base whose vocabulary the training had.": _MEGATRON,
     "{}":
         _PIECE,
     "{} tensors differ, {} are equal.":
@@ -136,8 +159,6 @@ WITHOUT: dict[str, str] = {
         "sizes are checked as options first; it is for callers of `parse_size`",
     "Is it the base that the training started from? To write the whole model, pass --lora merge; to leave them out, --allow {}.":
         "of a base that differs in more than half of few tensors; the same two ways as without the question, which are followed",
-    "The model of that name is in the Hugging Face cache; name its folder: {}{}{}.":
-        "it needs a cache in the user's home; the snapshot that it names is followed by its own hints",
     "Pass --lora merge, or --srm-format split.":
         "a reward model under adapters is made by the oracle of tests/models alone",
     "Pass --srm-format split.":

@@ -83,7 +83,11 @@ class Group(click.Group):
         return ctx.fail(f"No such command {name!r}.{question} Commands: {', '.join(_COMMANDS)}.")
 
 
-@click.group(cls=Group, context_settings=HELP)
+@click.group(
+    cls=Group,
+    context_settings=HELP,
+    epilog="Options and examples of a command: reshard COMMAND --help",
+)
 @click.version_option(__version__, "--version", "-V", prog_name="reshard")
 @debug
 def reshard() -> None:

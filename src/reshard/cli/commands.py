@@ -20,6 +20,7 @@ from reshard.conversion.declared import CONVERT
 from reshard.inspection import INSPECT
 
 if TYPE_CHECKING:
+    from reshard.comparison.values import Comparison
     from reshard.conversion.report import Report
 
 _PATH = FolderOrFile()
@@ -33,7 +34,12 @@ _EXAMPLES = (
 )
 
 
-@click.command(cls=Command, examples=_EXAMPLES)
+@click.command(
+    cls=Command,
+    examples=_EXAMPLES,
+    usage="SRC DST --base MODEL [OPTIONS]",
+    short_help="Convert the checkpoint SRC into the folder DST.",
+)
 @click.argument("source", type=_PATH, metavar="SRC", cls=Argument, words=CONVERT["source"].help)
 @click.argument("target", type=_PATH, metavar="DST", cls=Argument, words=CONVERT["target"].help)
 @flags(CONVERT.values())
@@ -72,7 +78,7 @@ def show_report(report: Report, base: Path | None = None) -> None:
             output.tell(f"next   {words:<9} {command}")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Show what is in a checkpoint.")
 @click.argument("src", type=_PATH, cls=Argument, words=INSPECT["path"].help)
 @flags(INSPECT.values())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
@@ -130,7 +136,7 @@ def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
         output.tell(f"All of them: {', '.join(alike)}.")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Read an output again and compare it, bit for bit.")
 @click.argument("dst", type=_PATH, cls=Argument, words=VERIFY["folder"].help)
 @flags(VERIFY.values())
 @how_shown
@@ -169,15 +175,22 @@ def verify(
     return 0
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Compare two checkpoints, tensor by tensor.")
 @click.argument("a", type=_PATH, cls=Argument, words=DIFF["first"].help)
 @click.argument("b", type=_PATH, cls=Argument, words=DIFF["second"].help)
 @flags(DIFF.values())
 @how_shown
+@click.option("--tensors", is_flag=True, help="List every tensor; by default, layers are folded.")
 @_json
 @debug
 def diff(
-    a: Path, b: Path, base: Path | None, as_json: bool, shown: Shown | None, quiet: bool
+    a: Path,
+    b: Path,
+    base: Path | None,
+    tensors: bool,
+    as_json: bool,
+    shown: Shown | None,
+    quiet: bool,
 ) -> int:
     """Compare the checkpoints A and B, of any formats, tensor by tensor.
 
@@ -192,8 +205,25 @@ def diff(
         output.print_json(found.to_json())
     elif not quiet:
         output.say_findings(found.findings)
-        rows = [(difference.name, str(difference)) for difference in found.differences]
-        if rows:
-            output.print_table(rows, header=("tensor", "difference"))
-        output.tell(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
+        _show_comparison(found, every=tensors)
     return 0 if found.same else 1
+
+
+def _show_comparison(found: Comparison, *, every: bool) -> None:
+    """How many tensors differ, then a table of them: what differs most can be seen at once."""
+    from reshard.comparison.folded import HEADER, folded
+
+    values = [one for one in found.differences if one.kind == "values"]
+    summary = f"{found.num_equal} tensors are equal, {len(found.differences)} differ"
+    if values:
+        numel, differing = sum(v.numel for v in values), sum(v.differing for v in values)
+        summary += (
+            f": {100 * differing / numel:.1f} % of the elements of these {len(values)}, "
+            f"by {max(v.largest for v in values):.3g} at most"
+            if len(values) == len(found.differences)
+            else f", {len(values)} of them in values alone"
+        )
+    output.tell(f"{summary}.")
+    rows = folded(found.differences, fold=not every)
+    if rows:
+        output.print_table([row.cells() for row in rows], header=HEADER, right={1})

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PATH = FolderOrFile()
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Find what is wrong with an exported model.")
 @click.argument("folder", metavar="DIR", type=_PATH, cls=Argument, words=DOCTOR["folder"].help)
 @flags(DOCTOR.values())
 @how_shown

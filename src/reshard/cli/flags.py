@@ -54,12 +54,19 @@ class Command(click.Command):
 
     Repeatable options take one or more values after one flag, as argparse's `nargs="+"` does:
     `--test_prompts "a" "b"`. An option of one value that is given twice is refused: it would be
-    guessing to take one of them. `examples` are lines at the end of `--help`.
+    guessing to take one of them. `examples` are lines at the end of `--help`, `usage` is its
+    first one where an option belongs there.
     """
 
-    def __init__(self, *given: Any, examples: Sequence[str] = (), **more: Any) -> None:
+    def __init__(
+        self, *given: Any, examples: Sequence[str] = (), usage: str = "", **more: Any
+    ) -> None:
         super().__init__(*given, **more)
         self.examples = examples
+        self.usage = usage
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [self.usage] if self.usage else super().collect_usage_pieces(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         options = [option for option in self.params if isinstance(option, click.Option)]

@@ -7,7 +7,7 @@ import click
 from reshard.cli.flags import Command, debug
 
 
-@click.command("help", cls=Command)
+@click.command("help", cls=Command, short_help="Show what a command does.")
 @click.argument("name", metavar="[COMMAND]", required=False)
 @debug
 def help_(name: str | None) -> None:

@@ -140,7 +140,7 @@ def shared_options(function: _F) -> _F:
     return function
 
 
-@click.command("try", cls=Command)
+@click.command("try", cls=Command, short_help="Run a converted model: answers, speed, health.")
 @click.argument("model", type=FolderOrFile())
 @shared_options
 def try_model(**given: Any) -> int:

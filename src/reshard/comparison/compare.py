@@ -6,6 +6,7 @@ from pathlib import Path
 
 from reshard import formats
 from reshard.comparison.declared import DIFF, VERIFY
+from reshard.comparison.folded import natural
 from reshard.comparison.pairing import Pairing, onto_one, pair, tells_names
 from reshard.comparison.values import Comparison, Difference, compare
 from reshard.conversion.declared import workers
@@ -59,7 +60,8 @@ def diff(
         sources.check_unchanged()
     apart = (*pairing.left, *pairing.omitted, *pairing.filled)
     findings = (*mine.findings, *theirs.findings, *found.findings)
-    return Comparison(found.num_equal, (*found.differences, *apart), found.bytes_read, findings)
+    differences = sorted((*found.differences, *apart), key=lambda one: natural(one.name))
+    return Comparison(found.num_equal, tuple(differences), found.bytes_read, findings)
 
 
 def _paired(first: Catalog, second: Catalog, sources: Sources) -> Pairing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct, field
@@ -59,7 +59,7 @@ class Report(Struct, frozen=True):
         rows = [
             ("source", f"{self.checkpoint} ({self.format}{_tagged(self.tag)})"),
             ("target", f"{self.target}{' (dry run: nothing was written)' * dry}"),
-            ("tensors", f"{self.num_tensors} in {len(self.files)} file(s)"),
+            ("tensors", f"{self.num_tensors} in {_files(self.files)}"),
             ("would read" if dry else "read", size(self.bytes_read)),
             ("would write" if dry else "written", size(self.bytes_written)),
         ]
@@ -124,6 +124,10 @@ class Report(Struct, frozen=True):
         }
         findings = [finding.to_json() for finding in self.findings]
         return {**values, "findings": findings, **records}
+
+
+def _files(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} files"
 
 
 def _tagged(tag: str | None) -> str:
