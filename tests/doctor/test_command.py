@@ -143,15 +143,8 @@ def test_every_ailment_is_on_the_page() -> None:
 
 
 def test_every_ailment_is_made_and_found_in_a_test() -> None:
-<<<<<<< HEAD
-    files = [
-        *Path(__file__).parent.glob("test_*.py"),
-        *(ROOT / "tests/quantised").glob("test_*.py"),
-    ]
-=======
     rooms = ("doctor", "quantised")
     files = [path for room in rooms for path in (ROOT / "tests" / room).glob("test_*.py")]
->>>>>>> main
     tests = "".join(path.read_text("utf-8") for path in files)
     for ailment in AILMENTS:
         assert re.search(rf'(mended|refused|names)\([^)]*"{ailment.name}"', tests) or re.search(

@@ -60,6 +60,13 @@ def no_file_of_a_model(at: Path) -> Case:
     return moved(run / "latest", run, at, same=as_golden("zero2"))
 
 
+@follows("Name the folder that holds it.")
+def rounded_weights(at: Path) -> Case:
+    run = golden("zero2", at / "run")
+    file = run / "global_step2" / "mp_rank_00_model_states.pt"
+    return moved(file, run, at, same=as_golden("zero2"))
+
+
 @follows("Name the folder that holds it: {}.")
 def one_file_of_several(at: Path) -> Case:
     run = golden("zero3", at / "run") / "global_step2"

@@ -98,7 +98,6 @@ WITHOUT: dict[str, str] = {
     "It is not in the Hugging Face cache either. If it is on the hub: hf download {}": _CACHE,
     "Save with --ckpt-format torch_dist, and convert that.": _MEGATRON,
     "Name the backbone's own class in config.json's architectures, or serve it only to score.": _LATE,
-    "Name the folder that holds it.": _LATE,
     "If the training added tokens, name a base of that vocabulary.": _LATE,
     "Its scores come from value_head.safetensors, which the trainer's own code loads.": _LATE,
     "Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that.": _LATE,
