@@ -16,9 +16,10 @@ from reshard.conversion.base_model import Base
 from reshard.conversion.options import LoraChoice, Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.errors import NamesError, PlanError, UnsupportedError
+from reshard.errors import Lines, NamesError, PlanError, UnsupportedError
 from reshard.formats import huggingface
 from reshard.naming import NameMap, apply
+from reshard.naming.judge import pattern_of
 from reshard.naming.lora import output
 from reshard.naming.lora.config import AdapterConfig, ConfigFile, read_near, with_alpha
 from reshard.naming.lora.find import Adapter, Separated, is_traced, separate
@@ -274,8 +275,10 @@ def explained(error: NamesError, separated: Separated) -> NamesError:
     if not separated.adapters or len(separated.absent) < modules:
         return error
     return NamesError(
-        f"the checkpoint holds LoRA adapters on {modules} modules and not the "
-        f"weights that they update. {error.message[0].upper()}{error.message[1:]}",
+        Lines(
+            f"the checkpoint holds LoRA adapters on {modules} modules and not the "
+            f"weights that they update. {error.message[0].upper()}{error.message[1:]}"
+        ),
         missing=error.missing,
         unexpected=error.unexpected,
         hint=error.hint,
@@ -283,11 +286,12 @@ def explained(error: NamesError, separated: Separated) -> NamesError:
 
 
 def check_left_out(
-    found: Found, fit: NameMap, base: Base, allow: Sequence[str], sources: Sources
+    found: Found, fit: NameMap, base: Base, options: Options, sources: Sources
 ) -> list[Finding]:
-    """Compare with the base what an adapter alone leaves out.
+    """Compare with the base what an adapter leaves out.
 
-    Raises `PlanError` for tensors that differ and are not allowed to: they were trained.
+    Raises `PlanError` for tensors that differ and are not allowed to: they were trained. Beside
+    the merged model, which holds them, they are a finding.
     """
     saved = {f"{module}." for module in found.separated.saved}
     different = []
@@ -299,13 +303,13 @@ def check_left_out(
         twin = base.entries.get(fit.tied_to.get(name, name))
         if twin is None or not same_values(entry, twin, sources):
             different.append((name, own))
-    trained = [name for name, own in different if not _allowed(allow, name, own)]
+    if options.lora.mode == "both":
+        return _only_in_model([name for name, _ in different])
+    trained = [name for name, own in different if not _allowed(options.allow, name, own)]
     if trained:
-        shown = ", ".join(trained[:_SHOWN])
-        more = f" and {len(trained) - _SHOWN} more" if len(trained) > _SHOWN else ""
         raise PlanError(
             f"{len(trained)} tensors that an adapter does not hold differ from the base's: "
-            f"{shown}{more}.",
+            f"{_listed(trained)}.",
             hint=_hint(trained, len(entries)),
         )
     if not different:
@@ -317,6 +321,23 @@ def check_left_out(
     return [Finding("adapters-alone", message)]
 
 
+def _only_in_model(names: Sequence[str]) -> list[Finding]:
+    """What the merged model holds, and the adapter beside it does not."""
+    if not names:
+        return []
+    message = (
+        f"the adapter does not hold {len(names)} tensors that differ from the base's, and the "
+        f"merged model does: {_listed(names)}."
+    )
+    fix = "Use the merged model: the base with the adapter is another one."
+    return [Finding("adapters-alone", message, fix=fix)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
 def _allowed(allow: Sequence[str], *names: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in allow)
 
@@ -325,7 +346,7 @@ def _hint(trained: Sequence[str], num_entries: int) -> str:
     wrong = ""
     if 2 * len(trained) > num_entries:
         wrong = "Is it the base that the training started from? "
-    names = " ".join(f"'{name}'" for name in trained)
+    names = " ".join(f"'{pattern_of(name)}'" for name in trained)
     allow = names if len(trained) <= _PATTERNS else "PATTERN ..., where * is any characters"
     return (
         f"{wrong}To write the whole model, pass --lora merge; to leave them out, --allow {allow}."

@@ -8,12 +8,13 @@ Adding one is a line in `CODES` and the place that reports it; `docs/findings.md
 from __future__ import annotations
 
 from collections.abc import Sequence
+from shlex import quote
 from typing import Any, Literal
 
 from msgspec import Struct
 from msgspec.structs import force_setattr
 
-from reshard.errors import listed, shortened
+from reshard.errors import listed, shortened, shown
 
 #: `info`: nothing to do. `warning`: read it, the result may not be what was meant. `error`: the
 #: result is wrong or unusable somewhere.
@@ -73,6 +74,13 @@ def objects_unread(names: Sequence[str]) -> Finding:
     return Finding("objects-unread", f"objects that were left unread: {listed(names)}.")
 
 
+def part_left_out(name: str, count: int) -> Finding:
+    """That a part of a nested state dict with `count` tensors, by its dotted name, is not read."""
+    message = f"beside the model it holds {shown(name)!r} (tensors: {count}), which is not read."
+    fix = f"To convert it, pass --prefix {quote(shown(name))}."
+    return Finding("part-left-out", message, shown(name), fix)
+
+
 #: Every code, in alphabetical order.
 CODES: dict[str, Code] = {
     "adapter-base-folder": Code(
@@ -94,7 +102,7 @@ CODES: dict[str, Code] = {
         "Compare the output with PEFT's."),
     "adapter-zero": Code("warning", "the adapters change nothing: every lora_B is zero"),
     "adapters-alone": Code(
-        "warning", "with --lora adapter, tensors that differ from the base were left out",
+        "warning", "the adapter does not hold tensors that differ from the base's",
         "To write the whole model, pass --lora merge."),
     "adapters-unmerged": Code(
         "warning", "adapters were written as they are, into a file that no program loads",
