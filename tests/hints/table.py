@@ -95,6 +95,10 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
+    "Use the merged model: the base with the adapter is another one.": _LATE,
+    "Name a local path; of a mounted store, the folder where it is mounted.": _LATE,
+    "Name the part that is meant: --prefix {}.": _LATE,
+    "Name the file that holds the model.": _LATE,
     "It is not in the Hugging Face cache either. If it is on the hub: hf download {}": _CACHE,
     "Save with --ckpt-format torch_dist, and convert that.": _MEGATRON,
     "Name the backbone's own class in config.json's architectures, or serve it only to score.": _LATE,
