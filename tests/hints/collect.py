@@ -98,15 +98,15 @@ class Module:
                 for keyword in node.keywords:
                     if keyword.arg in _KEYWORDS:
                         yield from self.templates(keyword.value, owners.get(node, self.tree))
-                yield from self._records(node)
+                yield from self._records(node, owners.get(node, self.tree))
         if self.name == "containers/torch/sniff":
             yield from self.kinds()
 
-    def _records(self, node: ast.Call) -> Iterator[str]:
+    def _records(self, node: ast.Call, within: ast.AST) -> Iterator[str]:
         """Hints of records that are written by position: the codes' own, and `_Kind`."""
         called = ast.unparse(node.func)
         if called == "Finding" and len(node.args) > 3:
-            yield from self.templates(node.args[3], self.tree)
+            yield from self.templates(node.args[3], within)
         if called in ("Code", "_Kind") and len(node.args) > 2:
             yield from self.templates(node.args[2], self.tree)
 
