@@ -236,6 +236,27 @@ def test_what_was_trained_beside_an_adapter_is_not_left_out_in_silence(
     assert [f.code for f in report.findings if f.severity == "warning"] == ["adapters-alone"]
 
 
+@pytest.mark.parametrize("make", [qwen2, gpt2])
+@pytest.mark.parametrize("bias", ["all", "lora_only", "none"])
+@pytest.mark.parametrize("source", ["full", "saved"])
+def test_an_adapter_beside_the_merged_model_says_what_it_lacks(
+    source: str, bias: str, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """PEFT's `bias` trains biases outside of the adapter; a bias alone is no module saved whole."""
+    targets = ["c_attn"] if make is gpt2 else ["q_proj"]
+    run = Run(tmp_path, make, bias=bias, target_modules=targets)
+    both = {"lora": "both", "fill_from_base": True}
+    report = run.check(getattr(run, source), tmp_path / "out", **both)
+    alone = peft.PeftModel.from_pretrained(
+        run.kind.from_pretrained(run.base), tmp_path / "out" / "adapter"
+    ).eval()
+    with torch.no_grad():
+        equal = torch.allclose(alone(IDS).logits, run.logits(), rtol=1e-4, atol=1e-5)
+    said = any(finding.code == "adapters-alone" for finding in report.findings)
+    assert equal is (bias == "none")
+    assert said is not equal
+
+
 def test_nothing_is_said_where_nothing_is_lost(tmp_path: Path) -> None:
     run = Run(tmp_path)
     report = reshard.convert(run.full, tmp_path / "out", base=run.base, lora="adapter")

@@ -279,11 +279,12 @@ def explained(error: NamesError, separated: Separated) -> NamesError:
 
 
 def check_left_out(
-    found: Found, fit: NameMap, base: Base, allow: Sequence[str], sources: Sources
+    found: Found, fit: NameMap, base: Base, options: Options, sources: Sources
 ) -> list[Finding]:
-    """Compare with the base what an adapter alone leaves out.
+    """Compare with the base what an adapter leaves out.
 
-    Raises `PlanError` for tensors that differ and are not allowed to: they were trained.
+    Raises `PlanError` for tensors that differ and are not allowed to: they were trained. Beside
+    the merged model, which holds them, they are a finding.
     """
     saved = {f"{module}." for module in found.separated.saved}
     different = []
@@ -295,13 +296,13 @@ def check_left_out(
         twin = base.entries.get(fit.tied_to.get(name, name))
         if twin is None or not same_values(entry, twin, sources):
             different.append((name, own))
-    trained = [name for name, own in different if not _allowed(allow, name, own)]
+    if options.lora.mode == "both":
+        return _only_in_model([name for name, _ in different])
+    trained = [name for name, own in different if not _allowed(options.allow, name, own)]
     if trained:
-        shown = ", ".join(trained[:_SHOWN])
-        more = f" and {len(trained) - _SHOWN} more" if len(trained) > _SHOWN else ""
         raise PlanError(
             f"{len(trained)} tensors that an adapter does not hold differ from the base's: "
-            f"{shown}{more}.",
+            f"{_listed(trained)}.",
             hint=_hint(trained, len(entries)),
         )
     if not different:
@@ -311,6 +312,23 @@ def check_left_out(
         "from the base's and are not written."
     )
     return [Finding("adapters-alone", message)]
+
+
+def _only_in_model(names: Sequence[str]) -> list[Finding]:
+    """What the merged model holds, and the adapter beside it does not."""
+    if not names:
+        return []
+    message = (
+        f"the adapter does not hold {len(names)} tensors that differ from the base's, and the "
+        f"merged model does: {_listed(names)}."
+    )
+    fix = "Use the merged model: the base with the adapter is another one."
+    return [Finding("adapters-alone", message, fix=fix)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _allowed(allow: Sequence[str], *names: str) -> bool:

@@ -199,9 +199,10 @@ class _Export:
                 keys=self._adapters.keys,
                 base_config=base.config,
             )
-        elif sources is not None and options.lora.scaling is None:
+        written = options.lora.mode in ("adapter", "both")
+        if written and sources is not None and options.lora.scaling is None:
             self._findings += adapters.check_left_out(
-                self._adapters, self._fit, base, options.allow, sources
+                self._adapters, self._fit, base, options, sources
             )
 
     def result(self) -> Export:

@@ -94,7 +94,7 @@ CODES: dict[str, Code] = {
         "Compare the output with PEFT's."),
     "adapter-zero": Code("warning", "the adapters change nothing: every lora_B is zero"),
     "adapters-alone": Code(
-        "warning", "with --lora adapter, tensors that differ from the base were left out",
+        "warning", "the adapter does not hold tensors that differ from the base's",
         "To write the whole model, pass --lora merge."),
     "adapters-unmerged": Code(
         "warning", "adapters were written as they are, into a file that no program loads",

@@ -277,9 +277,11 @@ class _Separation:
                 spec = TensorSpec(name, FLOAT32, stored.shape(name, shape_of(adapter)))
                 entries[name] = Entry(spec, (), kind="frozen")
         if adapters and not self._name:
-            # Of names without the adapter's, all but the adapters was trained in full.
-            held = (name.rpartition(".")[0] for name in entries.keys() - absent)
-            self._saved.update(dict.fromkeys(sorted(m for m in held if m not in adapters)))
+            # Of names without the adapter's, all but the adapters was trained in full, but for
+            # the modules of which PEFT's `bias` saved the bias alone.
+            held = [name.rpartition(".") for name in sorted(entries.keys() - absent)]
+            whole = (module for module, _, last in held if last != "bias")
+            self._saved.update(dict.fromkeys(m for m in whole if m not in adapters))
         return Separated(
             entries,
             adapters,
