@@ -25,7 +25,9 @@ from reshard.core.options import (
     Option,
     Place,
     Texts,
+    refuse_url,
 )
+from reshard.errors import OptionError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 # Flags of other programs: what is meant here.
@@ -246,6 +248,11 @@ class FolderOrFile(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("the path is empty.", param, ctx)
+        if isinstance(value, str):
+            try:
+                refuse_url(value)
+            except OptionError as error:
+                self.fail(str(error), param, ctx)
         if isinstance(value, str):
             # Path.expanduser raises where `~name` is no user's.
             value = os.path.expanduser(value)  # noqa: PTH111

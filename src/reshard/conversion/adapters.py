@@ -16,9 +16,10 @@ from reshard.conversion.base_model import Base
 from reshard.conversion.options import LoraChoice, Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.errors import NamesError, PlanError, UnsupportedError
+from reshard.errors import Lines, NamesError, PlanError, UnsupportedError
 from reshard.formats import huggingface
 from reshard.naming import NameMap, apply
+from reshard.naming.judge import pattern_of
 from reshard.naming.lora import output
 from reshard.naming.lora.config import AdapterConfig, ConfigFile, read_near, with_alpha
 from reshard.naming.lora.find import Adapter, Separated, is_traced, separate
@@ -270,8 +271,10 @@ def explained(error: NamesError, separated: Separated) -> NamesError:
     if not separated.adapters or len(separated.absent) < modules:
         return error
     return NamesError(
-        f"the checkpoint holds LoRA adapters on {modules} modules and not the "
-        f"weights that they update. {error.message[0].upper()}{error.message[1:]}",
+        Lines(
+            f"the checkpoint holds LoRA adapters on {modules} modules and not the "
+            f"weights that they update. {error.message[0].upper()}{error.message[1:]}"
+        ),
         missing=error.missing,
         unexpected=error.unexpected,
         hint=error.hint,
@@ -339,7 +342,7 @@ def _hint(trained: Sequence[str], num_entries: int) -> str:
     wrong = ""
     if 2 * len(trained) > num_entries:
         wrong = "Is it the base that the training started from? "
-    names = " ".join(f"'{name}'" for name in trained)
+    names = " ".join(f"'{pattern_of(name)}'" for name in trained)
     allow = names if len(trained) <= _PATTERNS else "PATTERN ..., where * is any characters"
     return (
         f"{wrong}To write the whole model, pass --lora merge; to leave them out, --allow {allow}."

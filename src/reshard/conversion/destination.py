@@ -6,9 +6,10 @@ wrote there and nothing else:
     reshard.json                     parsed as one; it lists the folder's files
     every other file is listed, and is as it was written
 
-A file whose inode changed after `reshard.json`, which is written last, is proven by its digest: a
-copied folder (`cp -r`) passes, an edited config or a checkpoint saved into the folder does not.
-Folders of earlier versions list no files; there, nothing may have changed since.
+Small files are proven by their digests, and weights are where their inode or content changed after
+`reshard.json`, which is written last: a copied folder (`cp -r`) passes, an edited config or a
+checkpoint saved into the folder does not. Folders of earlier versions list no files: nothing there
+tells what was added, and they are not replaced.
 """
 
 from __future__ import annotations
@@ -133,6 +134,13 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
             path=target,
             hint="Name that folder itself, or another output.",
         )
+    if not stated.files:
+        raise WriteError(
+            "not replaced: reshard wrote this folder, and its reshard.json lists no files, as "
+            "those of earlier versions do: nothing tells what was added since.",
+            path=target,
+            hint="Name another output, or remove it yourself.",
+        )
     files = list(_files(target))
     foreign = _foreign(target, stated, files)
     if foreign:
@@ -178,34 +186,25 @@ def _raise(error: OSError) -> None:
 
 def _foreign(folder: Path, stated: Manifest, files: Iterable[_File]) -> list[str]:
     """The files of a folder that reshard did not write, or that were changed since."""
-    written = (folder / MANIFEST).stat().st_ctime_ns
+    written = (folder / MANIFEST).stat()
     foreign: list[str] = []
     doubtful: list[str] = []
     for file in files:
         if file.name == MANIFEST:
             continue
-        late = file.status.st_ctime_ns > written
+        # A copy that keeps the times (`cp -a`) has the older ones in `mtime` alone.
+        late = (
+            file.status.st_ctime_ns > written.st_ctime_ns
+            or file.status.st_mtime_ns > written.st_mtime_ns
+        )
         listed = stated.files.get(file.name)
-        if not file.regular or (listed is None and (stated.files or late)):
+        if not file.regular or listed is None:
             foreign.append(file.name)
-        elif listed is not None and file.status.st_size != listed.nbytes:
+        elif file.status.st_size != listed.nbytes:
             foreign.append(f"{file.name} (changed)")
-        elif listed is not None and late:
+        elif late or listed.digest:
             doubtful.append(file.name)
-    if not stated.files:
-        foreign += _late_folders(folder, written)
     return foreign or [f"{name} (changed)" for name in _changed(folder, stated.files, doubtful)]
-
-
-def _late_folders(folder: Path, written: int) -> list[str]:
-    """Folders that were put there, or changed, after all was written."""
-    late = [
-        path
-        for path in folder.rglob("*")
-        if path.is_dir() and not path.is_symlink() and path.name != _REMADE
-        if path.stat().st_ctime_ns > written
-    ]
-    return [f"{path.relative_to(folder).as_posix()}/" for path in late]
 
 
 def _changed(folder: Path, listed: Mapping[str, WrittenFile], names: list[str]) -> list[str]:

@@ -8,12 +8,13 @@ Adding one is a line in `CODES` and the place that reports it; `docs/findings.md
 from __future__ import annotations
 
 from collections.abc import Sequence
+from shlex import quote
 from typing import Any, Literal
 
 from msgspec import Struct
 from msgspec.structs import force_setattr
 
-from reshard.errors import listed, shortened
+from reshard.errors import listed, shortened, shown
 
 #: `info`: nothing to do. `warning`: read it, the result may not be what was meant. `error`: the
 #: result is wrong or unusable somewhere.
@@ -71,6 +72,13 @@ class Finding(Struct, frozen=True):
 def objects_unread(names: Sequence[str]) -> Finding:
     """That a pickle holds objects which are not data, by their classes; they were not made."""
     return Finding("objects-unread", f"objects that were left unread: {listed(names)}.")
+
+
+def part_left_out(name: str, count: int) -> Finding:
+    """That a part of a nested state dict with `count` tensors, by its dotted name, is not read."""
+    message = f"beside the model it holds {shown(name)!r} (tensors: {count}), which is not read."
+    fix = f"To convert it, pass --prefix {quote(shown(name))}."
+    return Finding("part-left-out", message, shown(name), fix)
 
 
 #: Every code, in alphabetical order.

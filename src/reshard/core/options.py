@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -20,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 from msgspec import Struct
 
 from reshard.core.plan import parse_size
-from reshard.errors import OptionError, brief
+from reshard.errors import OptionError, brief, shown
 
 PathLike = str | os.PathLike[str]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -198,6 +199,19 @@ class Size(Kind, frozen=True):
         return parse_size(value if isinstance(value, str) else int(value))
 
 
+#: The schemes of stores, by one slash too: `pathlib` makes `s3:/bucket` of `s3://bucket`.
+_URL = re.compile(r"[A-Za-z][\w+.-]*://|(?:s3|gs|gcs|az|abfss?|hf|hdfs|https?|file):/")
+
+
+def refuse_url(text: str) -> None:
+    """Raises `OptionError` for a URL, which as a path would be a folder called `s3:`."""
+    if _URL.match(text):
+        raise OptionError(
+            f"{shown(text)} is a URL, and only local files are read and written.",
+            hint="Name a local path; of a mounted store, the folder where it is mounted.",
+        )
+
+
 class Place(Kind, frozen=True):
     """A path of a file or folder. The empty path is refused: nobody means the current folder."""
 
@@ -211,6 +225,7 @@ class Place(Kind, frozen=True):
         text = os.fspath(value)
         if not isinstance(text, str) or not text or "\0" in text:
             raise ValueError
+        refuse_url(text)
         return Path(text)
 
 

@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from reshard.containers.distributed import Decoder, is_distributed
@@ -30,11 +32,18 @@ from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.named import entries_of
 from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
-from reshard.core.findings import Finding, objects_unread
+from reshard.core.findings import Finding, objects_unread, part_left_out
 from reshard.core.plan import OutputFile, Slot
 from reshard.core.tensors import Entry, Record, whole
-from reshard.errors import FormatError, IncompleteError, NamesError, UnsupportedError
-from reshard.formats import NOT_MODEL, Selection, Wanted, numbered, of_several
+from reshard.errors import (
+    FormatError,
+    IncompleteError,
+    NamesError,
+    UnsupportedError,
+    listed,
+    shown,
+)
+from reshard.formats import NOT_MODEL, RUN_STATE, Selection, Wanted, numbered, of_several
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
@@ -48,6 +57,8 @@ _CONTAINERS = ("state_dict", "module", "model", "model_state_dict")
 # Levels of dicts that are looked into.
 _MAX_DEPTH = 4
 _Dict = dict[Any, Any]
+# The top level of an optimizer's own state dict.
+_OPTIMIZER = frozenset({"state", "param_groups"})
 # A key of every file that DeepSpeed's engine writes.
 _DEEPSPEED = "ds_version"
 
@@ -71,7 +82,8 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     for file in files:
         content = read_torch(sources.open(file))
         records += content.records
-        state = _state_dict(file, content, sources, selection.prefix)
+        part, state = _state_dict(file, content, sources, selection.prefix)
+        findings += starmap(part_left_out, _beside(content.value, part).items())
         for name, entry in entries_of(state).items():
             if name in entries:
                 raise FormatError("it is stored in two files.", path=file, tensor=name)
@@ -148,20 +160,22 @@ def _models(path: Path) -> list[str]:
 
 def _state_dict(
     path: Path, content: TorchFile, sources: Sources, prefix: str | None
-) -> dict[str, TensorRef]:
-    """The tensors of the model's part; their names keep what of `prefix` is a path to it."""
+) -> tuple[_Dict, dict[str, TensorRef]]:
+    """The model's part and its tensors; their names keep what of `prefix` is a path to it."""
     value, before = content.value, ""
     if isinstance(value, dict):
         _refuse_part(path, value)
+        if value.keys() == _OPTIMIZER:
+            raise UnsupportedError(
+                "it holds the state of an optimizer and no model.",
+                path=path,
+                hint="Name the file that holds the model.",
+            )
         value, before = _named_part(value, prefix)
         value = value if before else _model_part(value, path)
     found = _tensors(_whole(path, value, sources))
     if not isinstance(value, dict) or not found:
-        raise UnsupportedError(
-            "it holds no state dict: no dict of names to tensors.",
-            path=path,
-            hint="Name a file that torch.save(model.state_dict(), ...) wrote.",
-        )
+        raise _no_state_dict(path, content.value)
     for name, tensor in value.items():
         if isinstance(tensor, Opaque) and tensor.is_tensor and name not in found:
             raise UnsupportedError(
@@ -169,7 +183,38 @@ def _state_dict(
                 path=path,
                 tensor=name if isinstance(name, str) else None,
             )
-    return {before + name: tensor for name, tensor in found.items()}
+    return value, {before + name: tensor for name, tensor in found.items()}
+
+
+def _no_state_dict(path: Path, value: object) -> UnsupportedError:
+    others = list(_beside(value, None))
+    if others:
+        what = "what it holds is not taken for the model unless it is named"
+        hint = f"Name the part that is meant: --prefix {quote(shown(others[0]))}."
+        return UnsupportedError(f"{what}: {listed(others)}.", path=path, hint=hint)
+    return UnsupportedError(
+        "it holds no state dict: no dict of names to tensors.",
+        path=path,
+        hint="Name a file that torch.save(model.state_dict(), ...) wrote.",
+    )
+
+
+def _beside(value: object, part: _Dict | None, depth: int = _MAX_DEPTH) -> dict[str, int]:
+    """The dicts of tensors that are left out and are no state of a run, with their numbers of
+    tensors, by their dotted names: another model, such as `ema` or `reference`."""
+    found: dict[str, int] = {}
+    for key, inner in value.items() if isinstance(value, dict) and depth else ():
+        if not isinstance(key, str) or not isinstance(inner, dict) or inner is part:
+            continue
+        if RUN_STATE.fullmatch(key) or key in _OPTIMIZER:
+            continue
+        # A loss or a step as a tensor is no weight.
+        if tensors := sum(bool(tensor.shape) for tensor in _tensors(inner).values()):
+            found[key] = tensors
+        else:
+            within = _beside(inner, part, depth - 1)
+            found |= {f"{key}.{name}": count for name, count in within.items()}
+    return found
 
 
 def _named_part(value: _Dict, prefix: str | None) -> tuple[_Dict, str]:

@@ -20,6 +20,9 @@ from reshard.naming.schema import (
     says_untied,
 )
 
+# Characters of a name that a pattern for it spells out.
+_MAX_PATTERN = 200
+
 
 class FitOptions(Struct, frozen=True):
     """What the user declared.
@@ -46,6 +49,19 @@ class FitOptions(Struct, frozen=True):
         """Whether a name may be missing or left over; patterns may leave out the prefix."""
         names = {name, name.removeprefix(prefix)}
         return any(fnmatchcase(each, pattern) for each in names for pattern in self.allow)
+
+
+def pattern_of(name: str) -> str:
+    r"""What `--allow` takes for a name, fit to stand in single quotes on a command line.
+
+    Wildcards take the place of the end of a long name and of what a shell, a terminal or the
+    pattern itself would read as something else.
+
+    >>> pattern_of("extra.weight"), pattern_of("a'; \n[0]")
+    ('extra.weight', 'a?; ??0?')
+    """
+    start = "".join("?" if c in "'[]*?" or not c.isprintable() else c for c in name[:_MAX_PATTERN])
+    return start if len(name) <= _MAX_PATTERN else f"{start}*"
 
 
 class Verdict(Enum):

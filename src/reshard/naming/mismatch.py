@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from reshard.errors import Lines, NamesError, shown
 from reshard.naming import value_heads, wrong_base
-from reshard.naming.judge import Verdict
+from reshard.naming.judge import Verdict, pattern_of
 from reshard.naming.search import Candidate
 
 _CHECK = (
@@ -130,10 +131,12 @@ def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:
     fitting = {p.name for p in candidate.source.pieces.values() if p.name not in left_out}
     kept = {head for name in fitting for head in _heads(name)}
     found = dict.fromkeys(
-        next((f"{head}.*" for head in _heads(name) if head not in kept), name)
+        next((f"{pattern_of(head)}.*" for head in _heads(name) if head not in kept), None)
+        or pattern_of(name)
         for name in unexpected
     )
-    if len(found) > _PATTERNS:
+    wide = any(fnmatchcase(name, pattern) for pattern in found for name in fitting)
+    if len(found) > _PATTERNS or wide:
         return "--allow PATTERN ..., where * is any characters"
     return " ".join(("--allow", *(f"'{pattern}'" for pattern in found)))
 

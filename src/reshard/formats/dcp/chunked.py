@@ -14,7 +14,7 @@ from reshard.containers.dcp.objects import Loose
 from reshard.containers.torch import TensorRef
 from reshard.containers.torch.named import entries_of
 from reshard.core.catalog import Catalog, Origin
-from reshard.core.findings import Finding, objects_unread
+from reshard.core.findings import Finding, objects_unread, part_left_out
 from reshard.core.tensors import Entry, Record
 from reshard.errors import FormatError, ReshardError, UnsupportedError
 from reshard.formats import Selection
@@ -135,7 +135,6 @@ def _renamed(entries: Iterable[Entry]) -> frozenset[str]:
 
 def _findings(part: parts.Part, loose: Loose) -> Iterable[Finding]:
     for name, count in part.beside.items():
-        message = f"beside the model it holds {name!r} (tensors: {count}), which is not read."
-        yield Finding("part-left-out", message, name, f"To convert it, pass --prefix {name}.")
+        yield part_left_out(name, count)
     if loose.unread:
         yield objects_unread(loose.unread)

@@ -17,10 +17,11 @@ model (`ema`, `reference`) with a finding.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from shlex import quote
 
 from msgspec import Struct
 
-from reshard.errors import FormatError, NamesError, NotFoundError
+from reshard.errors import FormatError, NamesError, NotFoundError, listed, shown
 from reshard.formats import NOT_MODEL, RUN_STATE
 
 Path = tuple[str, ...]
@@ -112,13 +113,22 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
+        others = sorted(c for c in children if not RUN_STATE.fullmatch(c))
+        if others:
+            first = quote(shown(".".join((*start, others[0]))))
+            raise NotFoundError(
+                "what it holds is not taken for the model unless it is named: "
+                f"{listed(others, _LISTED)}.",
+                path=root,
+                hint=f"Name the part that is meant: --prefix {first}.",
+            )
         raise _only_optimizer(root)
-    listed = ", ".join(
+    several = ", ".join(
         f"{'.'.join((*start, name))!r} ({sum(path[depth] == name for path in inside)} tensors)"
         for name in candidates[:_LISTED]
     )
     raise NamesError(
-        f"several parts of it could be the model: {listed}.",
+        f"several parts of it could be the model: {several}.",
         path=root,
         hint="Name the one that is meant with --prefix.",
     )
