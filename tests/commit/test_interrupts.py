@@ -35,20 +35,22 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("package", ["click", "reshard.cli.app", "reshard.cli.flags"])
-def test_while_the_command_is_imported(tmp_path: Path, package: str) -> None:
+def test_while_the_command_is_imported(tmp_path: Path, package: str, signal: str) -> None:
     code = (
         "import builtins, os, signal\n"
         "original = builtins.__import__\n"
         "def hook(name, *rest):\n"
-        f"    if name == {package!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"    if name == {package!r}: os.kill(os.getpid(), signal.{signal})\n"
         "    return original(name, *rest)\n"
         "from reshard.cli.start import reshard\n"
         "import importlib\n"
         f"if {package!r} == 'reshard.cli.app':\n"
         "    import reshard.cli.start as start\n"
         "    module = importlib.import_module\n"
-        "    start.import_module = lambda n: (os.kill(os.getpid(), signal.SIGINT), module(n))[1]\n"
+        "    start.import_module = lambda n: "
+        f"(os.kill(os.getpid(), signal.{signal}), module(n))[1]\n"
         "builtins.__import__ = hook\n"
         "reshard()"
     )

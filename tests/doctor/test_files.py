@@ -112,7 +112,8 @@ def test_an_index_cannot_lead_out_of_the_folder(sharded: Path, tmp_path: Path) -
     edit_index(sharded, {"secret": "../other.safetensors"})
     diagnosis = refused(sharded, None, tmp_path / "no", "index-mismatch")
     assert "../other.safetensors, which is not there" in evidence(diagnosis, "index-mismatch")
-    (sharded / "model-00099-of-00099.safetensors").symlink_to(tmp_path / "other.safetensors")
+    other = (tmp_path / "other.safetensors").rename(tmp_path / "other.secret")
+    (sharded / "model-00099-of-00099.safetensors").symlink_to(other)
     diagnosis = reshard.doctor(sharded)
     assert "leaves the folder" in evidence(diagnosis, "damaged-file")
 

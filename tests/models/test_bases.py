@@ -98,6 +98,22 @@ def file_links(folder: Path) -> None:
         (folder / file.name).symlink_to(file)
 
 
+def shard_links(folder: Path) -> None:
+    """The index is a link, too."""
+    in_shards(folder)
+    file_links(folder)
+
+
+def bin_shard_links(folder: Path) -> None:
+    bin_shards(folder)
+    file_links(folder)
+
+
+def shard_blobs(folder: Path) -> None:
+    in_shards(folder)
+    blob_links(folder)
+
+
 def blob_links(folder: Path) -> None:
     """Each file a link to a blob, whose name is its digest."""
     blobs = folder.with_name("blobs")
@@ -120,7 +136,7 @@ def folder_link(folder: Path) -> None:
 
 SHAPES = (bin_file, bin_shards, old_bin, in_shards, no_index, consolidated,
           consolidated_without_index, file_links, blob_links, renamed_weights,
-          folder_link)  # fmt: skip
+          folder_link, shard_links, bin_shard_links, shard_blobs)  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
@@ -135,6 +151,15 @@ def test_a_base_of_any_shape(shape: Any, base: Path, run: Path, tmp_path: Path) 
     written = load_file(out / "model.safetensors")
     assert written.keys() == AFTER.keys()
     assert all(torch.equal(written[name], value) for name, value in AFTER.items())
+
+
+@pytest.mark.parametrize("shape", [file_links, shard_links, shard_blobs])
+def test_a_model_of_links_is_read_and_examined(shape: Any, base: Path, tmp_path: Path) -> None:
+    shape(base)
+    reshard.convert(base, tmp_path / "out", to="dcp")
+    assert reshard.diff(base, tmp_path / "out").same
+    assert not {found.name for found in reshard.doctor(base).findings} & {
+        "damaged-file", "index-mismatch", "config-missing"}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)

@@ -167,6 +167,14 @@ def test_a_class_without_a_head() -> None:
     assert found.entries.keys() == TIED.keys()
 
 
+@pytest.mark.parametrize("allow", ["lm_head*", "*"])
+def test_what_may_be_left_out_is_not_where_it_fits(allow: str) -> None:
+    """A layout that reads a tensor as one of another place would leave it and the base's out."""
+    base = tables.table("4.57", "llama").disk_shapes()
+    found = run(base, base, tables.table("4.57", "llama").config, allow=(allow,))
+    assert found.entries.keys() == base.keys()
+
+
 # --- vocabularies ------------------------------------------------------------------------------
 
 

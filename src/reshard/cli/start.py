@@ -13,7 +13,7 @@ from types import FrameType
 
 
 def end_at_once(signum: int, frame: FrameType | None) -> None:
-    """The handler of Ctrl-C until `app.run` takes over."""
+    """The handler of Ctrl-C and SIGTERM until `app.run` takes over."""
     os.write(2, b"Interrupted. No output was written.\n")
     os._exit(130)
 
@@ -21,6 +21,8 @@ def end_at_once(signum: int, frame: FrameType | None) -> None:
 def _start(module: str) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end_at_once)
     import_module(module).main()
 
 

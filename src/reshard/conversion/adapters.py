@@ -103,6 +103,8 @@ def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None
         )
     if choice.mode == "adapter" and _is_peft_folder(catalog):
         raise PlanError("it is an adapter folder already.", path=options.source)
+    if sources is not None:
+        _check_twice(separated, sources)
     if not separated.adapters:
         return Found(separated)
     config, findings = _scaling(separated, file, choice)
@@ -111,7 +113,6 @@ def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     if sources is None:
         return Found(separated, config, output.keys(separated, None), tuple(findings))
     readable = sources
-    _check_twice(separated, readable)
     keys = output.keys(separated, lambda one, other: equal(one, other, readable))
     if choice.scaling is None:
         findings += _zeros(separated, readable)
@@ -223,12 +224,15 @@ def _check_base_held(separated: Separated, config: AdapterConfig, choice: LoraCh
 
 
 def _check_twice(separated: Separated, sources: Sources) -> None:
-    """What PEFT saves under two names must hold one value."""
+    """What is saved under two names, with PEFT's or a wrapper's parts, must hold one value."""
     for one, other in separated.twice:
         if not equal(one, other, sources):
             raise NamesError(
-                "two different tensors of the checkpoint have this name without PEFT's parts.",
+                "two different tensors of the checkpoint have this name without the parts of PEFT "
+                "and wrappers.",
                 tensor=one.spec.name,
+                hint="Load the checkpoint, take the names out that are not meant, and save it "
+                "again.",
             )
 
 

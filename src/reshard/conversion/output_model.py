@@ -178,6 +178,7 @@ class _Export:
         """`scalar`: the checkpoint is of a scalar reward model without an output head."""
         options = self._options
         return FitOptions(
+            chosen=options.selection.prefix is not None,
             fill_from_base=options.fill_from_base or options.exclude_frozen or self._alone,
             headless=self._classifier is not None or (scalar and not options.fill_from_base),
             allow=options.allow,

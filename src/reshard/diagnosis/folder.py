@@ -139,7 +139,7 @@ def _with_tensors(folder: Folder, names: Iterable[str], sources: Sources) -> Fol
     found: dict[str, list[Entry]] = {}
     for name in names:
         try:
-            entries = _read_file(child(folder.path, name), sources)
+            entries = _read_file(child(folder.path, name, store=True), sources)
         except ReshardError as error:
             damaged[name] = error.message
             continue
@@ -213,7 +213,7 @@ def _read_file(path: Path, sources: Sources) -> list[Entry]:
 def read_json(path: Path, name: str, sources: Sources) -> tuple[dict[str, Any] | None, str]:
     """A JSON object of a model folder, or None and why there is none."""
     try:
-        source = sources.open(child(path, name))
+        source = sources.open(child(path, name, store=True))
         return strict_json.read_object(source, max_nbytes=strict_json.MAX_INDEX), ""
     except ReshardError as error:
         return None, error.message

@@ -25,7 +25,7 @@ _Object = dict[str, Raw]
 def count(folder: Path, sources: Sources) -> int | None:
     """One more than the largest token id; None where there is no file that states one."""
     try:
-        source = sources.open(child(folder, _NAME))
+        source = sources.open(child(folder, _NAME, store=True))
         text = strict_json.read_whole(source, max_nbytes=_MAX_NBYTES)
         return _count(text)
     except ReshardError:

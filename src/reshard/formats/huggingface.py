@@ -223,7 +223,7 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
         _check_numbers(folder, numbered)
         return dict.fromkeys(numbered or names)
     stated = strict_json.read_object(
-        sources.open(child(folder, INDEX)), max_nbytes=strict_json.MAX_INDEX
+        sources.open(child(folder, INDEX, store=True)), max_nbytes=strict_json.MAX_INDEX
     )
     weight_map = stated.get("weight_map")
     if not isinstance(weight_map, dict) or not all(
@@ -236,7 +236,7 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
         if tensors is not None:
             tensors.add(tensor)
     for name in located:
-        if not child(folder, name).is_file():
+        if not child(folder, name, store=True).is_file():
             raise IncompleteError(
                 f"{INDEX} lists it, and it is not there.",
                 path=folder / name,

@@ -125,16 +125,16 @@ def _files(path: Path, sources: Sources) -> list[Path]:
     if path.is_file():
         return [path]
     if not (path / _INDEX).is_file():
-        return [child(path, next(iter(_singles(path)), _SINGLE))]
+        return [child(path, next(iter(_singles(path)), _SINGLE), store=True)]
     index = strict_json.read_object(
-        sources.open(child(path, _INDEX)), max_nbytes=strict_json.MAX_INDEX
+        sources.open(child(path, _INDEX, store=True)), max_nbytes=strict_json.MAX_INDEX
     )
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError("it has no weight_map of names to files.", path=path / _INDEX)
     if not weight_map:
         raise FormatError("its weight_map names no file.", path=path / _INDEX)
-    files = [child(path, name) for name in sorted(set(weight_map.values()))]
+    files = [child(path, name, store=True) for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():
             raise IncompleteError(

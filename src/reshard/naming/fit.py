@@ -50,7 +50,7 @@ def fit(
     found = sources(entries, options.prefix)
     candidate = search(found, schema, options)
     if not candidate.complete:
-        raise refuse(candidate)
+        raise refuse(candidate, _is_chosen(options))
     return _Fitting(entries, schema, found, candidate, equal, options).result()
 
 
@@ -188,7 +188,7 @@ class _Fitting:
                 # One whose embedding is the base's was trained apart, else it would stand for it.
                 self._untie(outputs, hub)
             elif twin is None:
-                raise refuse(candidate)
+                raise refuse(candidate, _is_chosen(self._options))
             else:
                 raise NamesError(
                     f"it differs from {have[twin].name!r}; the base stores one tensor for both.",
@@ -350,6 +350,10 @@ class _Fitting:
     def _base_names(self, verdict: Verdict) -> tuple[str, ...]:
         want = self._candidate.base.pieces
         return tuple(dict.fromkeys(want[hub].name for hub in self._candidate.of(verdict)))
+
+
+def _is_chosen(options: FitOptions) -> bool:
+    return options.chosen or options.prefix is not None
 
 
 def _rules(candidate: Candidate) -> tuple[str, ...]:

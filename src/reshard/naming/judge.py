@@ -27,7 +27,8 @@ _MAX_PATTERN = 200
 class FitOptions(Struct, frozen=True):
     """What the user declared.
 
-    `prefix`: take only the tensors under it, and strip it. `fill_from_base`: tensors that the
+    `prefix`: take only the tensors under it, and strip it. `chosen`: a prefix was named, and taken
+    out before, so that no error offers one. `fill_from_base`: tensors that the
     checkpoint does not hold are copied from the base. `headless`: the checkpoint is of a class
     without an output head, the base's is left out. `allow`: names (on the base's or the
     checkpoint's side) that may be missing or left over, where `*` is any characters.
@@ -38,6 +39,7 @@ class FitOptions(Struct, frozen=True):
     """
 
     prefix: str | None = None
+    chosen: bool = False
     fill_from_base: bool = False
     headless: bool = False
     allow: tuple[str, ...] = ()

@@ -12,9 +12,10 @@ from reshard.naming import value_heads, wrong_base
 from reshard.naming.judge import Verdict, pattern_of
 from reshard.naming.search import Candidate
 
+_BASE = "Check that the base is the model that was trained."
 _CHECK = (
-    "Check that the base is the model that was trained. If the checkpoint holds several models, "
-    "choose one with --prefix (for example actor.model)."
+    f"{_BASE} If the checkpoint holds several models, choose one with --prefix (for example "
+    "actor.model)."
 )
 _OTHERWISE = (
     "In modules of the base the checkpoint holds other tensors, as a layout that is not known "
@@ -28,8 +29,9 @@ _PATTERNS = 4
 _POOL = 200
 
 
-def refuse(candidate: Candidate) -> NamesError:
-    """The error for the best candidate. Names are the base's and the checkpoint's own.
+def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
+    """The error for the best candidate. Names are the base's and the checkpoint's own; where the
+    user has `chosen` a prefix, none is offered.
 
     Where the two are models of different sizes it says so, in a table of what differs; else it
     lists the names, the nearest beside each.
@@ -47,12 +49,13 @@ def refuse(candidate: Candidate) -> NamesError:
     matched = len(candidate.of(Verdict.MATCHED))
     counted = f"{matched} of {len(base)} tensors have the same name and shape"
     traits = wrong_base.differing(source, base)
+    check = _BASE if chosen else _CHECK
     if (clashes or unexpected) and {t.name for t in traits} & {"layers", "hidden size"}:
         body = _diagnosis(counted, traits, (missing, unexpected, clashes))
-        hint = f"{_CHECK} All names: reshard inspect SRC --base BASE --json."
+        hint = f"{check} All names: reshard inspect SRC --base BASE --json."
     else:
         body = _lists(f"{counted}{candidate.read_as}.", missing, unexpected, clashes)
-        hint = _hint(candidate, missing, unexpected, clashes)
+        hint = _hint(candidate, missing, unexpected, clashes, check)
     return NamesError(
         Lines(f"the checkpoint does not fit the base model: {body}\n"),
         missing=missing,
@@ -97,7 +100,11 @@ def _lists(
 
 
 def _hint(
-    candidate: Candidate, missing: Sequence[str], unexpected: Sequence[str], clashes: Sequence[str]
+    candidate: Candidate,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    clashes: Sequence[str],
+    check: str,
 ) -> str:
     """The options that would help, where the base is the right one."""
     if missing and not unexpected and not clashes:
@@ -107,13 +114,13 @@ def _hint(
         )
     matched = len(candidate.of(Verdict.MATCHED))
     if _holds_otherwise(candidate):
-        return f"{_CHECK} {_OTHERWISE}"
+        return f"{check} {_OTHERWISE}"
     if clashes or not unexpected or matched < len(missing) + len(unexpected):
-        return _CHECK
+        return check
     leave = f"to leave out what the base has no place for, pass {_allowing(candidate, unexpected)}"
     if missing:
         fill = "to take from it what the checkpoint lacks, --fill-from-base"
-        return f"{_CHECK} If it is, {leave}; {fill}."
+        return f"{check} If it is, {leave}; {fill}."
     return f"{leave[0].upper()}{leave[1:]}.{_value_head(candidate)}"
 
 

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError
-from reshard.naming.search import unwrap
+from reshard.naming.search import clash, unwrap
 
 # Beginnings of names that the error lists.
 _SHOWN = 8
@@ -17,14 +17,19 @@ _SHOWN = 8
 def under(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
     """The tensors below a prefix, by their names without it and without wrappers' parts.
 
-    Raises `NamesError` where there is none, with what the names begin with.
+    Raises `NamesError` where there is none, with what the names begin with, or where two different
+    tensors get one name.
     """
     dotted = unwrap(prefix.removesuffix(".")) + "."
-    found = {}
+    found: dict[str, Entry] = {}
+    owners: dict[str, Entry] = {}
     for entry in entries.values():
         clean = (unwrap(name) for name in entry.names)
         names = [name.removeprefix(dotted) for name in clean if name.startswith(dotted)]
         if names:
+            other = owners.setdefault(names[0], entry)
+            if other.fragments != entry.fragments:
+                raise clash(other.spec.name, entry.spec.name, names[0])
             found[names[0]] = replace(entry.renamed(names[0]), aliases=tuple(names[1:]))
     if not found:
         starts = list(dict.fromkeys(unwrap(name).partition(".")[0] for name in entries))

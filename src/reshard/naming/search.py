@@ -50,6 +50,12 @@ class Candidate(Struct, frozen=True):
         return self.faults == 0 and bool(self.of(Verdict.MATCHED))
 
     @property
+    def given_up(self) -> int:
+        """How many tensors of either side are not in the output."""
+        left_out, dropped = self.of(Verdict.LEFT_OUT), self.of(Verdict.DROPPED)
+        return len(left_out) + len(dropped) + len(self.source.allowed)
+
+    @property
     def title(self) -> str:
         return f"prefix {self.prefix!r}, names {self.views[0].title}"
 
@@ -89,10 +95,7 @@ def sources(entries: Mapping[str, Entry], prefix: str | None) -> Sources:
             if prefix is not None and not clean.startswith(prefix):
                 continue
             if owners.setdefault(clean, own) != own:
-                raise NamesError(
-                    f"{owners[clean]!r} and {own!r} are both {clean!r} without wrappers' parts.",
-                    hint="Name the part that holds the model with --prefix.",
-                )
+                raise clash(owners[clean], own, clean)
             shapes[clean] = entry.spec.shape
     if not shapes:
         raise NamesError(
@@ -102,6 +105,14 @@ def sources(entries: Mapping[str, Entry], prefix: str | None) -> Sources:
             unexpected=tuple(entries),
         )
     return Sources(owners, shapes)
+
+
+def clash(one: str, other: str, name: str) -> NamesError:
+    """The error of two tensors that would be one without wrappers' parts, and are not."""
+    return NamesError(
+        f"{one!r} and {other!r} are both {name!r} without wrappers' parts, and are two tensors.",
+        hint="Load the checkpoint, take the names out that are not meant, and save it again.",
+    )
 
 
 def unwrap(name: str) -> str:
@@ -284,6 +295,9 @@ def shared_prefixes(names: Iterable[str]) -> list[str]:
 
 def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
     """The one way to read the source, or an error that names the ways."""
+    # What the user lets go of is gone only where no way keeps it.
+    least = min(candidate.given_up for candidate in complete) if options.allow else 0
+    complete = [one for one in complete if not options.allow or one.given_up == least]
     different = [complete[0]]
     for candidate in complete[1:]:
         if all(candidate.assignment() != other.assignment() for other in different):
@@ -297,5 +311,7 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
     raise NamesError(
         f"the checkpoint fits the base in {len(different)} ways that put tensors in different "
         f"places or orientations: {ways}.",
-        hint="Name the transformers version it was trained with: --transformers-version.",
+        hint="Name the transformers version it was trained with: --transformers-version."
+        if version is None
+        else "Name the version of another one of these ways, if it was trained with that.",
     )

@@ -34,13 +34,15 @@ from reshard.containers.torch.directory import (
     parse_end,
     parse_entries,
 )
-from reshard.containers.torch.malformed import Malformed, show
+from reshard.containers.torch.malformed import Compressed, Malformed, show
 from reshard.core.tensors import Extent
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.storage.local import Source
 
 # Bytes. A directory takes about 70 bytes an entry: room for 900,000 storages.
 MAX_DIRECTORY_NBYTES = 64 << 20
+# Where TorchScript has its source.
+_CODE = "code/"
 # Bytes read at once for local headers: small entries lie close together.
 _WINDOW_NBYTES = 4096
 
@@ -66,6 +68,8 @@ class Archive:
             entries = parse_entries(self._read(directory.start, directory.nbytes), directory.count)
             self._starts = check_places(entries, directory)
         except Malformed as problem:
+            if isinstance(problem, Compressed) and problem.name.partition("/")[2].startswith(_CODE):
+                raise _torchscript(source.ref.path) from None
             raise self._broken(f"{problem}.") from None
         folder = _common_folder([entry.name for entry in entries], source.ref.path)
         self.folder = folder.removesuffix("/")
@@ -162,13 +166,17 @@ def _common_folder(names: list[str], path: str) -> str:
         raise UnsupportedError(
             f"it is a zip archive, and not one of torch.save: it holds {_some(names)}.", path=path
         )
-    if f"{folder}constants.pkl" in names or any(n.startswith(f"{folder}code/") for n in names):
-        raise UnsupportedError(
-            "it is a TorchScript archive: a compiled model, not a checkpoint.",
-            path=path,
-            hint="Save the model's state_dict() with torch.save.",
-        )
+    if f"{folder}constants.pkl" in names or any(n.startswith(f"{folder}{_CODE}") for n in names):
+        raise _torchscript(path)
     return folder
+
+
+def _torchscript(path: str) -> UnsupportedError:
+    return UnsupportedError(
+        "it is a TorchScript archive: a compiled model, not a checkpoint.",
+        path=path,
+        hint="Save the model's state_dict() with torch.save.",
+    )
 
 
 def _some(names: Sequence[str]) -> str:

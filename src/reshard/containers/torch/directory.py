@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from reshard.containers.torch.malformed import Malformed, show
+from reshard.containers.torch.malformed import Compressed, Malformed, show
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -128,7 +128,7 @@ def _parse_entry(fields: Sequence[int], raw_name: bytes, extra: bytes) -> Archiv
     if flags & ENCRYPTED:
         raise Malformed(f"its entry {show(name)} is encrypted; torch.save encrypts none")
     if method:
-        raise Malformed(f"its entry {show(name)} is compressed; torch.save compresses none")
+        raise Compressed(name, show(name))
     if _U32 in (packed, nbytes, header):
         nbytes, packed, header = _widen(extra, (nbytes, packed, header))
     if packed != nbytes or disk:

@@ -19,3 +19,11 @@ def show(value: object) -> str:
     if type(value) is str:
         return repr(value if len(value) <= 80 else value[:77] + "...")
     return f"{value}"[:40] if type(value) is int else f"a {type(value).__name__}"
+
+
+class Compressed(Malformed):
+    """An entry of a zip that torch.save would not have compressed; TorchScript does its code."""
+
+    def __init__(self, name: str, shown: str) -> None:
+        super().__init__(f"its entry {shown} is compressed; torch.save compresses none")
+        self.name = name

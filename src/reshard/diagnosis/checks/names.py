@@ -180,11 +180,17 @@ def misfit(case: Case) -> Signs | None:
         evidence.append(
             f"{len(error.unexpected)} are here and not in the base: {some(error.unexpected)}"
         )
-    else:
+    elif not _of_another_family(case):
         advice = (
             "Were they frozen and left out: reshard convert DIR OUT --base HF_DIR --fill-from-base."
         )
     return Signs(tuple(evidence), advice=advice)
+
+
+def _of_another_family(case: Case) -> bool:
+    """Whether the base is a model of another type than the folder says that it holds."""
+    stated = case.folder.settings.get("model_type")
+    return case.base is not None and stated not in (None, case.base.config.get("model_type"))
 
 
 def _shown(shape: Shape) -> str:
