@@ -285,5 +285,5 @@ def test_a_giant_model_is_read_within_the_budget(folder: Path) -> None:
         json.dumps({"metadata": {}, "weight_map": listed}, indent=2)
     )
     _, peak, said = run("inspect", folder)
-    assert "200,000" in said
+    assert "200000 tensors" in said or "200,000 tensors" in said
     assert peak < MEMORY, f"{peak // MIB} MiB"

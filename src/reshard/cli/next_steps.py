@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reshard.storage import strict_json
 from reshard.storage.local import snapshot
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def next_commands(report: Report, base: Path | None) -> list[tuple[str, str]]:
     folder = Path(report.target)
     if report.dry_run or not (folder / "config.json").is_file():
         return []
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = strict_json.read_file(folder / "config.json")
     stated = config.get("architectures")
     names = [str(name) for name in stated] if isinstance(stated, list) else []
     causal = any(name.endswith("ForCausalLM") for name in names)
