@@ -29,7 +29,7 @@ from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError
-from reshard.formats import tags
+from reshard.formats import OPTIMIZER, tags
 from reshard.formats.info import named
 from reshard.naming.part import under
 from reshard.storage.local import Sources, real, snapshot
@@ -39,8 +39,6 @@ _DEPTH = 3
 _MAX_FOLDERS = 10_000
 # One shard of several, of safetensors or torch.save files.
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
-# A folder of its own for the optimizer: accelerate's before 0.24, and many who call dcp.save twice.
-_OPTIMIZER = re.compile(r"(.*_)?optim(izer)?s?(_.*|\d*)")
 # Written last, once a save is whole.
 _TRACKER = "latest_checkpointed_iteration.txt"
 # LightRFT keeps actor and critic side by side; without a word more, the actor is meant.
@@ -188,9 +186,13 @@ def _training(found: list[Found]) -> list[Found]:
 
 
 def _below(path: Path, depth: int) -> list[Found]:
-    """All checkpoints below a folder, but for optimizers' beside those of their models."""
+    """All checkpoints below a folder, but for optimizers' beside those of their models.
+
+    accelerate before 0.24 gave the optimizer a folder of its own, and so do many who call dcp.save
+    twice.
+    """
     found = list(_walk(path, depth, [_MAX_FOLDERS]))
-    return [save for save in found if not _OPTIMIZER.fullmatch(save.path.name)] or found
+    return [save for save in found if not OPTIMIZER.fullmatch(save.path.name)] or found
 
 
 def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:

@@ -22,14 +22,10 @@ from shlex import quote
 from msgspec import Struct
 
 from reshard.errors import FormatError, NamesError, NotFoundError, listed, shown
-from reshard.formats import NOT_MODEL, RUN_STATE
+from reshard.formats import MODEL, NOT_MODEL, OPTIMIZER_KEYS, RUN_STATE
 
 Path = tuple[str, ...]
 
-# What frameworks call the model's part.
-_MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
-# The top level of an optimizer's own state dict.
-_OPTIMIZER = frozenset({"state", "param_groups"})
 # Names listed in an error.
 _LISTED = 8
 
@@ -102,10 +98,10 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
     depth = len(start)
     tops = {path[depth] for path in inside}
     children = {path[depth] for path in inside if len(path) > depth + 1}
-    known = sorted(children & _MODEL)
+    known = sorted(children.intersection(MODEL))
     if len(known) == 1:
         return known[0]
-    if tops <= _OPTIMIZER:
+    if tops <= OPTIMIZER_KEYS:
         raise _only_optimizer(root)
     if not known and any(len(path) == depth + 1 for path in inside):
         return None

@@ -17,7 +17,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, brief
-from reshard.formats import numbered
+from reshard.formats import numbered, of_role
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
@@ -48,6 +48,9 @@ class Missing(Struct, frozen=True):
     def __str__(self) -> str:
         more = self.count - len(self.names)
         return ", ".join(self.names) + (f" and {more} more" if more else "")
+
+
+NOTHING_MISSING = Missing(0, ())
 
 
 class Saved(Struct, frozen=True):
@@ -118,7 +121,7 @@ def find(path: Path, role: str | None, sources: Sources) -> Saved:
     folder = path.parent if named is not None else path
     found = _of_folder(folder)
     if not found:
-        folder = _role(path, role)
+        folder = of_role(path, _roles(path), role)
         found = _of_folder(folder)
     elif role is not None and role != folder.name:
         raise NotFoundError(
@@ -182,26 +185,6 @@ def _roles(folder: Path) -> list[Path]:
         return []
     below = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
     return [path for path in below if any(file.writer == "verl" for file in _of_folder(path))]
-
-
-def _role(folder: Path, role: str | None) -> Path:
-    roles = {path.name: path for path in _roles(folder)}
-    if role in roles:
-        return roles[role]
-    listed = ", ".join(roles)
-    if role is not None:
-        raise NotFoundError(
-            f"there is no role {role!r} here; there are {listed}.",
-            path=folder,
-            hint="Name one of them with --role, or its folder.",
-        )
-    if len(roles) > 1:
-        raise NotFoundError(
-            f"it holds the models of {len(roles)} roles: {listed}.",
-            path=folder,
-            hint="Name the one that is meant with --role, or its folder.",
-        )
-    return next(iter(roles.values()), folder)
 
 
 def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
