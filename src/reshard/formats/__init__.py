@@ -225,7 +225,4 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 def listing(path: Path) -> str:
     """The first names in a folder, in words."""
     names = sorted(child.name + ("/" if child.is_dir() else "") for child in path.iterdir())
-    if not names:
-        return "nothing"
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
+    return listed(names) or "nothing"

@@ -53,7 +53,7 @@ def find(
     `FormatError` where a tensor and a dict of tensors are at one place.
     """
     if not tensors:
-        there = f"; its objects are {', '.join(sorted(objects)[:_LISTED])}" if objects else ""
+        there = f"; its objects are {listed(sorted(objects), _LISTED)}" if objects else ""
         raise NotFoundError(
             f"it holds no tensor{there}.", path=root, hint="There is nothing to convert."
         )
@@ -119,12 +119,12 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
                 hint=f"Name the part that is meant: --prefix {first}.",
             )
         raise _only_optimizer(root)
-    several = ", ".join(
+    several = (
         f"{'.'.join((*start, name))!r} ({sum(path[depth] == name for path in inside)} tensors)"
-        for name in candidates[:_LISTED]
+        for name in candidates
     )
     raise NamesError(
-        f"several parts of it could be the model: {several}.",
+        f"several parts of it could be the model: {listed(several, _LISTED)}.",
         path=root,
         hint="Name the one that is meant with --prefix.",
     )
@@ -151,7 +151,7 @@ def _named(tensors: Mapping[str, Path], prefix: str, root: str) -> Part:
         tops = sorted({path[0].split(".")[0] for path in tensors.values()})
         raise NotFoundError(
             f"no tensor lies under the prefix {prefix!r}; the names begin with "
-            f"{', '.join(tops[:_LISTED])}.",
+            f"{listed(tops, _LISTED)}.",
             path=root,
             hint="Correct --prefix, or leave it out.",
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from reshard.errors import FormatError, IncompleteError, NotFoundError, brief
+from reshard.errors import FormatError, IncompleteError, NotFoundError, brief, listed
 from reshard.formats import numbered, of_role
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
@@ -133,7 +133,7 @@ def find(path: Path, role: str | None, sources: Sources) -> Saved:
     model = models[0] if named is None else named.model
     if named is None and len(models) > 1 and found[0].writer == "torch":
         raise NotFoundError(
-            f"it holds the rank files of several models: {', '.join(models[:_LISTED])}.",
+            f"it holds the rank files of several models: {listed(models, _LISTED)}.",
             path=folder,
             hint="Name a file of the one that is meant.",
         )
@@ -195,10 +195,10 @@ def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
     if wanted is not None:
         return wanted
     if len(worlds) > 1:
-        listed = " and ".join(str(world) for world in worlds)
+        both = " and ".join(str(world) for world in worlds)
         first = next(iter(worlds.values())).path.name
         raise IncompleteError(
-            f"it holds rank files of two saves, by worlds of {listed} ranks.",
+            f"it holds rank files of two saves, by worlds of {both} ranks.",
             path=folder,
             hint=f"Name a file of the save that is meant ({first}), or move the others away.",
         )
