@@ -245,11 +245,12 @@ def description(folder: Path) -> tuple[str, bool]:
     for file in islice(_files(folder), _MAX_COUNTED):
         count, nbytes = count + 1, nbytes + file.status.st_size
     amount = f"{'more than ' * (count == _MAX_COUNTED)}{size(nbytes)}"
-    claimed = formats.meant(formats.claims(folder)) if formats.claims(folder) else None
+    claims = formats.claims(folder)
+    claimed = formats.meant(claims) if claims else None
     if claimed is not None:
         return f"{formats.describe(folder, claimed).title}, {amount}", True
     below = locate.saves(folder)
-    if below or formats.claims(folder):
+    if below or claims:
         names = listed((str(save.path.relative_to(folder)) for save in below), _LISTED)
         of_them = f" ({names})" if names else ""
         return f"a folder with {len(below) or 'several'} checkpoints{of_them}, {amount}", True

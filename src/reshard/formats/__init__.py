@@ -6,7 +6,7 @@ Adding one is a module with the functions of `Format`, and its `FormatInfo` (`in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
@@ -153,7 +153,14 @@ def detect(path: Path) -> str:
     """
     if not path.exists():
         raise NotFoundError("there is no such file or folder.", path=path)
-    reasons = claims(path)
+    return told(path, claims(path))
+
+
+def told(path: Path, reasons: Mapping[str, str]) -> str:
+    """The name of the format of what lies at `path`, by the reasons that its claims gave.
+
+    Raises as `detect` does.
+    """
     if not reasons and not path.is_dir():
         inside = f"Pass its folder: {path.parent}" if claims(path.parent) else None
         raise NotFoundError("this file alone is not a checkpoint.", path=path, hint=inside)

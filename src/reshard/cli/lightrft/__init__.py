@@ -37,7 +37,7 @@ def expect(path: Path, script: str) -> None:
             return  # which of them is meant, or what is there instead, is said when it is read
         found = formats_below[0]
     else:
-        found = formats.detect(path)
+        found = formats.told(path, claims) if claims else formats.detect(path)
     is_found = formats.describe(path, found)
     # An adapter is of the format, and no model.
     if found not in wanted or is_found.title != named(found).title:
