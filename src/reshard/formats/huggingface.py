@@ -26,7 +26,7 @@ from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
-from reshard.core.tiling import check_tiling
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
 from reshard.formats import Description, Selection, Wanted
 from reshard.storage import strict_json
@@ -262,9 +262,7 @@ def _check_numbers(folder: Path, names: Sequence[str]) -> None:
 
 def _entry(spec: TensorSpec, extent: Extent) -> Entry:
     fragment = Fragment(whole(spec.shape), extent, spec.dtype)
-    entry = Entry(spec, (fragment,) if spec.numel else ())
-    check_tiling(entry)
-    return entry
+    return proven(spec, (fragment,) if spec.numel else ())
 
 
 def _stored_shape(spec: TensorSpec) -> list[int]:
