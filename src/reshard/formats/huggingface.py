@@ -29,13 +29,12 @@ from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
 from reshard.formats import Description, Selection, Wanted
+from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# PEFT's, whose weights are left behind: without them transformers cannot load the folder.
-_ADAPTER_CONFIG = "adapter_config.json"
 # torch/distributed/checkpoint/_hf_utils.py (torch 2.13): each rank's parts of tensors.
 _DCP_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 # One shard of several, as save_pretrained names them.
@@ -124,7 +123,7 @@ def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder is what PEFT's `save_pretrained` writes: an adapter, and no model."""
-    return (folder / _ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def lay_out(
