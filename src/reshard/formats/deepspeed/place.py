@@ -29,7 +29,10 @@ _OTHER_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\
 _ACCELERATE = re.compile(r"pytorch_model(?:_(\d+))?")
 
 LATEST = "latest"
-_LATEST_UNIVERSAL = "latest_universal"
+LATEST_UNIVERSAL = "latest_universal"
+#: The model files of a universal checkpoint: of stages 1 and 2, and of stage 3.
+MODEL = "mp_rank_00_model_states.pt"
+MODEL_STAGE3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 # A tag is a short name; anything longer is not DeepSpeed's file.
 _MAX_LATEST = 4096
 # Folders that a tag with slashes goes down, looked for above a tag folder.
@@ -71,8 +74,8 @@ def reason(path: Path) -> str | None:
         return None
     if _is_tag_folder(path):
         return "it holds DeepSpeed's model_states files"
-    if (path / _LATEST_UNIVERSAL).is_file():
-        return f"it holds {_LATEST_UNIVERSAL}"
+    if (path / LATEST_UNIVERSAL).is_file():
+        return f"it holds {LATEST_UNIVERSAL}"
     tags = _tags(path)
     if (path / LATEST).is_file() and (tags or not _has_other_weights(path)):
         return f"it holds {LATEST}"
@@ -157,7 +160,7 @@ def _is_tag(name: str) -> bool:
 
 def _latest(path: Path, sources: Sources) -> str:
     there = _tags(path)
-    for pointer in (LATEST, _LATEST_UNIVERSAL):
+    for pointer in (LATEST, LATEST_UNIVERSAL):
         if not (path / pointer).is_file():
             continue
         try:
@@ -185,8 +188,12 @@ def _classified(folder: Path, tag: str) -> Location:
     optim: dict[tuple[int, int], Path] = {}
     experts: dict[tuple[int, int], Path] = {}
     partitioned = False
-    for path in sorted(folder.iterdir()):
-        name = path.name
+    names = {path.name for path in folder.iterdir()}
+    universal = (folder / "zero").is_dir() and not any(map(_OPTIM.fullmatch, names))
+    if universal and MODEL in names:
+        # One folder for every stage, as reshard writes it (layout.py): the same, less `module`.
+        names.discard(MODEL_STAGE3)
+    for name in sorted(names):
         if match := _MODEL.fullmatch(name):
             _put(model, (0, int(match[1])), folder, name)
         elif match := _MODEL_STAGE3.fullmatch(name):
@@ -216,7 +223,6 @@ def _classified(folder: Path, tag: str) -> Location:
             path=folder,
             hint="Remove the files of the older save.",
         )
-    universal = (folder / "zero").is_dir() and not optim
     return Location(folder, tag, model, optim, experts, partitioned, universal)
 
 
