@@ -23,6 +23,7 @@ from msgspec import Struct
 
 from reshard._version import __version__
 from reshard.core.findings import Finding
+from reshard.storage.local import MAX_NAME
 from reshard.transfer.system import Identity, close_read, identity, sync_folder, write_fully
 
 MARK = "run.json"
