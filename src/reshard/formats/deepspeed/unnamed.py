@@ -29,10 +29,11 @@ from reshard.core.dtypes import DType
 from reshard.core.findings import Finding
 from reshard.core.state import Group, TrainingState
 from reshard.core.tensors import Entry, TensorSpec, flat
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, UnsupportedError
 from reshard.formats.deepspeed.aliases import other_names
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import flat_entry, stored_entry
+from reshard.formats.deepspeed.flat import stored_entry
 from reshard.formats.deepspeed.parse import ModelFile
 from reshard.formats.deepspeed.wrapped import refuse_sharded, scaling
 from reshard.naming.order import groups_in_order
@@ -53,7 +54,7 @@ def masters(saved: Saved, sources: Sources) -> dict[str, Entry] | None:
     for name, tensor in zip(_flattened(names), _flattened(model.masters), strict=True):
         spec = TensorSpec(name, tensor.dtype, tensor.shape)
         fragment = tensor.fragment(flat(spec.numel, 0, spec.numel))
-        found[name] = flat_entry(spec, [fragment], "parameter")
+        found[name] = proven(spec, [fragment], "parameter")
     return found
 
 
