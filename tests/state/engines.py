@@ -164,7 +164,7 @@ class Deepspeed:
 
     def optimizer(self) -> torch.optim.Optimizer:
         inner: Any = self._engine.optimizer
-        return getattr(inner, "optimizer", inner)  # type: ignore[no-any-return]
+        return getattr(inner, "optimizer", inner)
 
     def end(self) -> None:
         self._engine.destroy()

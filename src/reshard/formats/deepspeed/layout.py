@@ -26,7 +26,7 @@ from msgspec import Struct
 from reshard.containers.torch.write import DataArchive, TensorBytes, lay_out, lay_out_data
 from reshard.core.dtypes import FLOAT32
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.state import MASTER, STATE_PART, Group, TrainingState, tensor_name
+from reshard.core.state import STATE_PART, Group, TrainingState, tensor_name
 from reshard.core.tensors import Entry, Shape, TensorSpec
 from reshard.errors import PlanError, listed
 from reshard.formats import Laid, Wanted
@@ -44,8 +44,8 @@ def lay_out_state(
 ) -> Laid:
     """The files of a universal checkpoint.
 
-    A parameter's folder holds its master, or its weight where the optimizer updated that itself, and
-    its moments, all in float32. Each tensor is a file, of whatever size.
+    A parameter's folder holds its master, or its weight where the optimizer updated that itself,
+    and its moments, all in float32. Each tensor is a file, of whatever size.
 
     Raises `PlanError` where the state is of other parameters than the weights, a parameter is in no
     group or in two, or those of a group were updated a different number of times.
@@ -143,9 +143,8 @@ class _Universal:
         state = self._state
         names = [name for name in self._weights if name not in self._trained]
         frozen = [name for name in names if self._weights[name][1].kind != "buffer"]
-        aliases = {
-            alias: name for name, (_, source, _) in self._weights.items() for alias in source.aliases
-        }
+        sources = [(name, source) for name, (_, source, _) in self._weights.items()]
+        aliases = {alias: name for name, source in sources for alias in source.aliases}
         return {
             **{key: value for key, value in state.counters.items() if key not in self._counters},
             **state.client_state,
@@ -171,9 +170,7 @@ class _Universal:
         for name, (start, checksums) in zip(rest, archive.places, strict=True):
             spec, source, reference = self._weights[name]
             slots.append(Slot(start, spec, source, checksums, reference))
-        return OutputFile(
-            f"{self._tag}/{MODEL}", archive.nbytes, archive.literals, tuple(slots)
-        )
+        return OutputFile(f"{self._tag}/{MODEL}", archive.nbytes, archive.literals, tuple(slots))
 
 
 class _GroupStep(Struct, frozen=True):
@@ -220,16 +217,19 @@ def _check(weights: Mapping[str, Wanted], state: TrainingState) -> None:
                     tensor=name,
                     hint="The state is of another model, or of other names than the output's.",
                 )
-            if kind != MASTER and entry.spec.shape != weights[name][0].shape:
+            shape = weights[name][0].shape
+            if entry.spec.shape != shape:
                 raise PlanError(
-                    f"its {kind} has shape {entry.spec.shape}, the weight {weights[name][0].shape}.",
+                    f"its {kind} has shape {entry.spec.shape}, the weight {shape}.",
                     tensor=name,
                     hint="The state is of another model.",
                 )
     covered = [name for group in state.groups for name in group.names]
-    twice = sorted({name for name in covered if covered.count(name) > 1}) if (
-        len(set(covered)) != len(covered)
-    ) else []
+    twice = (
+        sorted({name for name in covered if covered.count(name) > 1})
+        if (len(set(covered)) != len(covered))
+        else []
+    )
     without = [name for name in state.names if name not in set(covered)]
     unknown = [name for name in covered if name not in weights]
     for names, what in (

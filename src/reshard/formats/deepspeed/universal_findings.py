@@ -31,13 +31,12 @@ def of(
     rest: Sequence[Entry],
 ) -> tuple[Finding, ...]:
     """The findings on a state that is written; `rest` is what no optimizer updates."""
-    found = (
+    return (
         *_unrestored(rest),
         *_positions(groups),
         *_stage3(state, groups, shapes),
         *_schedule(state),
     )
-    return found
 
 
 def _unrestored(rest: Sequence[Entry]) -> Iterator[Finding]:
@@ -82,8 +81,10 @@ def _stage3(
     if state.steps and not whole and (len(groups) > 1 or numel > _SUB_GROUP_NUMEL):
         wrong.append("lets all sub-groups count one step, which so grows several times as fast")
     others = sorted(state.moments.keys() - _STAGE3)
-    if others or not _STAGE3 <= state.moments.keys():
-        wrong.append(f"restores exp_avg and exp_avg_sq alone (here: {listed(sorted(state.moments))})")
+    if others or not state.moments.keys() >= _STAGE3:
+        wrong.append(
+            f"restores exp_avg and exp_avg_sq alone (here: {listed(sorted(state.moments))})"
+        )
     if wrong:
         yield Finding(
             "universal-stage3",
