@@ -134,7 +134,7 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
     beside: list[str] = []
     if stated is not None:
         beside = list(stated.beside)
-    elif named(catalog.format).holds_config and folder.is_dir():
+    elif named(catalog.format).takes_files and folder.is_dir():
         # A `pytorch_model.bin` without this config is the model over again.
         scored = (folder / REWARD_CONFIG).is_file()
         known = (REWARD_HEAD, VALUE_HEAD, LIGHTRFT) if scored else (REWARD_HEAD, VALUE_HEAD)

@@ -10,9 +10,10 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from reshard.core.dtypes import DType
+from reshard.core.dtypes import FLOAT32, DType
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec, blocks
+from reshard.errors import VerificationError
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
@@ -150,7 +151,10 @@ def _difference(
     *,
     either: bool,
 ) -> Difference | DType:
-    """What differs, or the dtype in which both are equal bit for bit."""
+    """What differs, or the dtype in which both are equal bit for bit.
+
+    Where a value is beyond the range of that dtype, elements are counted that differ unrounded.
+    """
     if other is None:
         return Difference(name, "only in the first", described(made.spec), "")
     mine, theirs = made.spec, other.spec
@@ -161,11 +165,16 @@ def _difference(
         return Difference(name, "dtype", str(mine.dtype), str(theirs.dtype))
     differences = []
     for dtype in common:
-        found = _values(name, made, other, dtype, reader, buffers)
+        try:
+            found = _values(name, made, other, dtype, reader, buffers)
+        except VerificationError:  # a value of one is beyond the range of the other's dtype
+            continue
         if found is None:
             return dtype
         differences.append(found)
-    return differences[0]
+    wide = max(mine.dtype, theirs.dtype, FLOAT32, key=lambda dtype: dtype.itemsize)
+    beyond = None if differences else _values(name, made, other, wide, reader, buffers)
+    return differences[0] if beyond is None else beyond
 
 
 def _common(mine: DType, theirs: DType, *, either: bool) -> list[DType]:
