@@ -33,8 +33,8 @@ def test_weights_that_are_not_finite(pairs: Pairs, value: str, tmp_path: Path) -
     tensors["model.norm.weight"][3:5] = float(value)
     tensors["lm_head.weight"][0, 0] = float("nan")
     models.save(ill, tensors)
-    diagnosis = refused(ill, pair.base, tmp_path / "out", "not-finite")
-    told = evidence(diagnosis, "not-finite")
+    diagnosis = refused(ill, pair.base, tmp_path / "out", "weights-not-finite")
+    told = evidence(diagnosis, "weights-not-finite")
     assert "2 of 21 tensors" in told
     counts = "2 NaN, 0 infinite" if value == "nan" else "0 NaN, 2 infinite"
     assert f"model.norm.weight ({counts} of 32)" in told
