@@ -23,7 +23,7 @@ from reshard.conversion.base_model import Base, holds_config, read_base
 from reshard.conversion.dtypes import Target
 from reshard.conversion.manifest import MANIFEST, Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
-from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG, REWARD_HEAD, VALUE_HEAD, Export
+from reshard.conversion.output_model import LIGHTRFT, Export
 from reshard.conversion.planning import exported
 from reshard.conversion.verification import check_listed, child_of
 from reshard.core.catalog import Catalog
@@ -33,8 +33,9 @@ from reshard.formats.info import named
 from reshard.naming import FitOptions
 from reshard.naming.families import CONSTANTS
 from reshard.naming.patterns import matches_any
+from reshard.naming.rewards import REWARD_CONFIG, REWARD_HEAD
 from reshard.naming.search import unwrap
-from reshard.naming.value_heads import SCORE
+from reshard.naming.value_heads import SCORE, VALUE_HEAD
 from reshard.storage.local import Sources
 
 #: The files of a side: those beside the model by name, the model itself under the empty name.
