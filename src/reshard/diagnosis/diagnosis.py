@@ -27,7 +27,8 @@ from reshard.errors import PlanError, VerificationError
 from reshard.naming.rewards import REWARD_HEAD
 from reshard.naming.value_heads import VALUE_HEAD
 from reshard.progress import StagedProgress
-from reshard.storage.local import Sources, real, snapshot
+from reshard.storage.local import Sources, snapshot
+from reshard.storage.paths import exists, is_file, real
 
 
 class Diagnosis(Struct, frozen=True):
@@ -89,7 +90,7 @@ def doctor(
     """
     values = parse(DOCTOR, dict(locals()))
     path, base_path, target = snapshot(values["folder"]), values["base"], values["repair"]
-    if base_path is not None and base_path.exists() and real(path) == real(base_path):
+    if base_path is not None and exists(base_path) and real(path) == real(base_path):
         raise PlanError("the folder is the base itself.", path=path)
     if target is not None:
         check_destination(target, path, base_path, overwrite=False, replaces=False)
@@ -132,7 +133,7 @@ def _mendable(all_found: Sequence[Found]) -> bool:
 
 def _check_alone(case: Case) -> None:
     """Refuse to mend a model whose other half, its head, would be left behind."""
-    heads = [name for name in (REWARD_HEAD, VALUE_HEAD) if (case.folder.path / name).is_file()]
+    heads = [name for name in (REWARD_HEAD, VALUE_HEAD) if is_file(case.folder.path / name)]
     if heads:
         raise PlanError(
             f"{heads[0]} lies beside the model, and a mended copy would be without it.",

@@ -15,6 +15,7 @@ from reshard.evaluate.folder import Folder
 from reshard.evaluate.loading import Gaps, Loaded
 from reshard.evaluate.report import Json
 from reshard.evaluate.scan import TensorFacts
+from reshard.storage.paths import is_file, listing
 
 # Names in a finding's evidence; a broken export can have thousands.
 _SHOWN = 10
@@ -115,12 +116,10 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
             Finding(
                 "weights-not-safetensors",
                 "The folder has no safetensors files, so its weights were not looked at.",
-                evidence={
-                    "files": sorted(p.name for p in folder.path.iterdir() if p.is_file())[:50]
-                },
+                evidence={"files": sorted(p.name for p in listing(folder.path) if is_file(p))[:50]},
             )
         )
-    if folder.kind.generates and not (folder.path / "generation_config.json").is_file():
+    if folder.kind.generates and not is_file(folder.path / "generation_config.json"):
         found.append(
             Finding(
                 "generation-config-missing",

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from reshard.core.findings import Finding
 from reshard.errors import WriteError
-from reshard.storage.local import real
+from reshard.storage.paths import exists, is_file, real
 
 Verdict = Literal["identical", "same model, other rounding", "another model"]
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -268,7 +268,7 @@ def write_text(path: Path, text: str) -> None:
     place = real(path)
     partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
     try:
-        if place.exists() and not place.is_file():
+        if exists(place) and not is_file(place):
             with place.open("w", encoding="utf-8") as file:
                 file.write(text)
             return
