@@ -22,6 +22,7 @@ from reshard.diagnosis.table import CHECKS
 from reshard.errors import VerificationError
 from tests.doctor import models
 from tests.doctor.conftest import Pairs
+from tests.folders import edit_config
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "doctor.md").read_text("utf-8")
@@ -74,7 +75,7 @@ def test_a_warning_alone_is_no_failure(
     pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ill = pairs("llama").copy(tmp_path / "ill")
-    models.edit_config(ill, dtype="float16")
+    edit_config(ill, dtype="float16")
     assert run(command, ["doctor", str(ill)]) == 0
     assert "0 error(s), 1 warning(s)" in capsys.readouterr().out
 
@@ -126,7 +127,7 @@ def test_the_mended_folder_must_be_well(
 ) -> None:
     """A repair that leaves an error behind is not shown as one."""
     ill = pairs("llama").copy(tmp_path / "ill")
-    models.edit_config(ill, dtype="float16")
+    edit_config(ill, dtype="float16")
 
     def only_without_float16(case: Case) -> Signs | None:
         mended = case.folder.settings["dtype"] != "float16"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import reshard
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, mended, names, refused
+from tests.folders import edit_config
 from tests.naming import tables
 
 ROOT = Path(__file__).parent.parent.parent
@@ -196,7 +197,7 @@ def test_several_ailments_at_once(pairs: Pairs, tmp_path: Path) -> None:
     ill = pair.copy(tmp_path / "ill")
     state = models.live(pair.healthy).state_dict()
     models.save(ill, {f"module.model.{name}": value for name, value in state.items()})
-    models.edit_config(ill, dtype="float16")
+    edit_config(ill, dtype="float16")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                  "preprocessor_config.json", "generation_config.json"):  # fmt: skip
         (ill / file).unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from reshard.transfer import finite
 from reshard.transfer.finite import NotFinite
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, names, refused
+from tests.folders import edit_config
 
 FLOATING = [d for d in dtypes.ALL if finite.has_special(d)]
 
@@ -104,7 +105,7 @@ def test_the_bases_own_weights_in_another_dtype(pairs: Pairs, tmp_path: Path) ->
     pair = pairs("llama")
     ill = pair.copy(tmp_path / "ill")
     models.save(ill, {name: value.float() for name, value in models.load(pair.base).items()})
-    models.edit_config(ill, dtype="float32")
+    edit_config(ill, dtype="float32")
     refused(ill, pair.base, tmp_path / "out", "identical-to-base")
 
 

@@ -17,8 +17,8 @@ from reshard.evaluate.repetition import check_answers
 from reshard.evaluate.report import Answer
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
-from tests.evaluate.test_broken import edit_config, edit_weights
 from tests.evaluate.trying import attempt, named, names
+from tests.folders import edit_config, edit_weights
 
 
 def test_zero_constant_and_empty_tensors(copied: Models, tmp_path: Path) -> None:

@@ -55,11 +55,6 @@ def assets(folder: Path) -> tuple[Asset, ...]:
     )
 
 
-def is_weights(asset: Asset) -> bool:
-    """Whether a file holds weights of a module in a sub-folder."""
-    return names_weights(asset.name)
-
-
 def names_weights(name: str) -> bool:
     """Whether a file of this name holds weights, of whatever format."""
     return name.endswith(_WEIGHT_SUFFIXES)

@@ -38,7 +38,7 @@ from reshard.storage.paths import (
 # each read (about 10 us).
 _MAX_OPEN = 4096
 # Bytes of a file name on any system.
-_MAX_NAME = 255
+MAX_NAME = 255
 # Bytes of a file that holds one name.
 _MAX_POINTER = 4096
 # Compressed frames kept expanded, each in a temporary file. Readers take a frame's bytes in order
@@ -340,7 +340,7 @@ def _is_plain(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return (
-        name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"} and len(raw) <= _MAX_NAME
+        name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"} and len(raw) <= MAX_NAME
     )
 
 

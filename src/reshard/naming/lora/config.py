@@ -62,11 +62,6 @@ class AdapterConfig(Struct, frozen=True):
         alpha = self.alpha if key is None else self.alphas[key]
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
-    def rank_of(self, module: str) -> int | None:
-        """The rank that a module's adapter has by this config; None where it states none."""
-        key = patterns.key_of(self.ranks, module)
-        return self.rank if key is None else self.ranks[key]
-
     def to_json(self) -> dict[str, Any]:
         """What `reshard.json` records: all that decides a value, and no path."""
         return {
