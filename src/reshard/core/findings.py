@@ -260,6 +260,9 @@ CODES: dict[str, Code] = {
     "shapes-unstated": Code(
         "warning", "the shards state no whole shapes: missing last ranks cannot be seen",
         "Pass --base."),
+    "state-named-by-order": Code(
+        "warning", "an optimizer's state has no names; the order of the parameters gave them",
+        "Compare the first losses of the run that goes on with those before."),
     "tied-twin-copied": Code("warning", "a tensor was read from its tied twin"),
     "tokenizer-missing": Code("error", "the tokenizer is missing", by=("doctor",)),
     "tokenizer-too-large": Code(

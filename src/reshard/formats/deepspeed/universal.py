@@ -66,7 +66,7 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
         if count is not None:
             autoep.check(file, count, path, name)
             shape = (count, *shape[1:])
-        entries[name] = _master(name, shape, _stored(file, path), path)
+        entries[name] = master(name, shape, stored(file, path), path)
         records += file.records
     if location.partitioned_model:
         entries, findings = stage3.complete(entries, saved)
@@ -77,7 +77,7 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
     return replace(found, records=(*found.records, *records))
 
 
-def _stored(file: TorchFile, path: Path) -> TensorRef:
+def stored(file: TorchFile, path: Path) -> TensorRef:
     value = file.value
     stored = value.get("param") if isinstance(value, dict) else value
     if not isinstance(stored, TensorRef) or stored.strides is not None:
@@ -85,7 +85,7 @@ def _stored(file: TorchFile, path: Path) -> TensorRef:
     return stored
 
 
-def _master(name: str, shape: Shape, stored: TensorRef, path: Path) -> Entry:
+def master(name: str, shape: Shape, stored: TensorRef, path: Path) -> Entry:
     """A master whose shape the model file states; the file has it in full shape or flat."""
     spec = TensorSpec(name, stored.dtype, shape)
     if stored.shape not in (shape, (spec.numel,)):
