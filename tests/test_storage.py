@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import reshard
+from reshard.errors import IncompleteError
 from reshard.storage.local import Sources
 
 SRC = Path(__file__).parents[1] / "src"
@@ -95,6 +97,20 @@ def test_an_index_that_points_elsewhere(shards: Path, file: str) -> None:
     (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w0": file}}))
     with pytest.raises(reshard.FormatError, match=r"plain file name|leaves the folder|surrogates"):
         reshard.open(shards)
+
+
+def test_a_read_that_the_system_refuses_is_a_stated_error(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Sources() as sources:
+        source = sources.open(shards / "model-00001-of-00100.safetensors")
+        monkeypatch.setattr(os, "pread", refused)
+        monkeypatch.setattr(os, "preadv", refused)
+        with pytest.raises(IncompleteError, match=r"cannot be read: Input/output error"):
+            source.read(0, 8)
 
 
 def test_an_index_that_is_a_link_out_of_the_folder(shards: Path) -> None:

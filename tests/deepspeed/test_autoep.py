@@ -12,9 +12,9 @@ import torch
 from safetensors.numpy import load_file
 
 import reshard
+from tests import child
 from tests.deepspeed.autoep_runs import STAGES
 from tests.deepspeed.test_refusals import edit
-from tests.models import child
 
 EXPERTS = "model.layers.1.mlp.experts.w2"
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,9 +21,9 @@ import xxhash
 from safetensors.torch import load_file
 
 import reshard
+from tests import child
 
 HERE = Path(__file__).parent
-_ROOT = HERE.parents[1]
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,7 @@ def main(names: list[str]) -> None:
 
 
 def _make(name: str, golden: Golden, scratch: Path) -> None:
-    environment = os.environ | {
-        "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'src'}",
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-    }
-    command = [sys.executable, "-m", golden.oracle, str(scratch), golden.recipe]
-    subprocess.run(command, cwd=_ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    child.run(golden.oracle, str(scratch), golden.recipe)
     made = scratch / golden.recipe
     shutil.rmtree(HERE / name, ignore_errors=True)
     shutil.copytree(

@@ -220,7 +220,7 @@ def codes_without_scales(at: Path) -> Case:
     return with_options(run, at, {"base": ill}, {"base": copied})
 
 
-@follows("Such tensors are in: {}, ....")
+@follows("Such tensors are in: {}.")
 def one_of_many_heads(at: Path) -> Case:
     width = tiny.config()["hidden_size"]
     many = {f"probe_{n}.weight": torch.randn(1, width) for n in range(12)}

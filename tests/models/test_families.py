@@ -20,7 +20,8 @@ from torch.distributed import checkpoint as dcp
 
 import reshard
 from reshard.core.tensors import Shape
-from tests.models import child, released
+from tests import child
+from tests.models import released
 from tests.naming import tables
 
 OLDER = [

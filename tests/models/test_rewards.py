@@ -29,7 +29,8 @@ from reshard.cli import commands
 from reshard.cli.lightrft import ds2hf
 from reshard.conversion.options import SrmFormat
 from reshard.evaluate.reward import load_reward
-from tests.models import child, released
+from tests import child
+from tests.models import released
 from tests.models.reward_runs import RUNS, WIDTH
 from tests.naming.lightrft_models import ScalarRewardModel
 

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from reshard import formats
 from reshard.comparison.values import Difference, Kind, Pair, described
 from reshard.conversion import manifest, output_model
-from reshard.conversion.base_model import CONFIG, Base, read_base
+from reshard.conversion.base_model import Base, holds_config, read_base
 from reshard.conversion.dtypes import Target
 from reshard.conversion.manifest import MANIFEST, Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
@@ -76,10 +76,7 @@ def _turned(found: Difference) -> Difference:
 def tells_names(catalog: Catalog) -> bool:
     """Whether names can be fitted onto a checkpoint's: a model with its config, or an output of
     reshard, which states what became of them."""
-    folder = catalog.origin.root
-    if (folder / MANIFEST).is_file():
-        return True
-    return named(catalog.format).holds_config and (folder / CONFIG).is_file()
+    return (catalog.origin.root / MANIFEST).is_file() or holds_config(catalog)
 
 
 def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None = None) -> Pairing:
@@ -186,9 +183,7 @@ def _said(
 
 def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
     """Whether the second side's names and config are to tell what goes where."""
-    if not named(second.format).holds_config or not (second.origin.root / CONFIG).is_file():
-        return False
-    if "" not in held:
+    if not holds_config(second) or "" not in held:
         return False
     same = not first.unshaped and set(first.names()) == set(second.entries)
     return not same or (len(held) > 1 and not named(first.format).holds_config)

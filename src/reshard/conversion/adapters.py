@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 from msgspec import Struct, field
@@ -16,10 +15,10 @@ from reshard.conversion.base_model import Base
 from reshard.conversion.options import LoraChoice, Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.errors import Lines, NamesError, PlanError, UnsupportedError
+from reshard.errors import Lines, NamesError, PlanError, UnsupportedError, listed
 from reshard.formats import huggingface
 from reshard.naming import NameMap, apply
-from reshard.naming.judge import pattern_of
+from reshard.naming.judge import matched, pattern_of
 from reshard.naming.lora import output
 from reshard.naming.lora.config import AdapterConfig, ConfigFile, read_near, with_alpha
 from reshard.naming.lora.find import Adapter, Separated, is_traced, separate
@@ -266,7 +265,7 @@ def explained(error: NamesError, separated: Separated) -> NamesError:
     if lost:
         return NamesError(
             f"{len(lost)} of the {modules} adapted modules have no weight in the base: "
-            f"{', '.join(lost[:_SHOWN])}.",
+            f"{listed(lost, _SHOWN)}.",
             missing=error.missing,
             unexpected=error.unexpected,
             hint="Check that --base is the model that was trained. Adapters on parameters of a "
@@ -305,11 +304,11 @@ def check_left_out(
             different.append((name, own))
     if options.lora.mode == "both":
         return _only_in_model([name for name, _ in different])
-    trained = [name for name, own in different if not _allowed(options.allow, name, own)]
+    trained = [name for name, own in different if not matched((name, own), options.allow)]
     if trained:
         raise PlanError(
             f"{len(trained)} tensors that an adapter does not hold differ from the base's: "
-            f"{_listed(trained)}.",
+            f"{listed(trained, _SHOWN)}.",
             hint=_hint(trained, len(entries)),
         )
     if not different:
@@ -327,19 +326,10 @@ def _only_in_model(names: Sequence[str]) -> list[Finding]:
         return []
     message = (
         f"the adapter does not hold {len(names)} tensors that differ from the base's, and the "
-        f"merged model does: {_listed(names)}."
+        f"merged model does: {listed(names, _SHOWN)}."
     )
     fix = "Use the merged model: the base with the adapter is another one."
     return [Finding("adapters-alone", message, fix=fix)]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def _allowed(allow: Sequence[str], *names: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in allow)
 
 
 def _hint(trained: Sequence[str], num_entries: int) -> str:

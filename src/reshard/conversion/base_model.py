@@ -14,11 +14,12 @@ from msgspec import Struct, field
 
 from reshard.conversion.assets import assets
 from reshard.conversion.modules import Module, read_modules
-from reshard.core.catalog import Asset
+from reshard.core.catalog import Asset, Catalog
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry, Record
 from reshard.errors import FormatError, NotFoundError, ReshardError
 from reshard.formats import Selection, huggingface, torch_state_dict
+from reshard.formats.info import named
 from reshard.naming import Schema
 from reshard.naming.quantised import Numbers, numbers, refused, statement
 from reshard.storage import strict_json
@@ -56,6 +57,15 @@ class Base(Struct, frozen=True):
         return Schema({name: entry.spec for name, entry in self.entries.items()}, self.config)
 
 
+def holds_config(catalog: Catalog, folder: Path | None = None) -> bool:
+    """Whether a checkpoint has the model's config beside it, and its names are those of the config.
+
+    `folder` is where it would lie; by default the checkpoint is that folder.
+    """
+    folder = catalog.origin.root if folder is None else folder
+    return named(catalog.format).holds_config and (folder / CONFIG).is_file()
+
+
 def read_base(folder: Path, sources: Sources) -> Base:
     """Read a base model's headers and config.
 
@@ -89,6 +99,17 @@ def read_base(folder: Path, sources: Sources) -> Base:
     except ReshardError as error:
         error.path = error.path or os.fspath(folder)
         raise
+    return base_of(folder, config, tensors, catalog.records, sources)
+
+
+def base_of(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Numbers,
+    records: tuple[Record, ...],
+    sources: Sources,
+) -> Base:
+    """The base of a model folder whose config and tensors are read."""
     quantised = tensors if tensors.kinds or tensors.stated else None
     repairs, files = class_repairs(config), assets(folder)
     return Base(
@@ -97,7 +118,7 @@ def read_base(folder: Path, sources: Sources) -> Base:
         {**config, **repairs},
         tuple(file for file in files if not (quantised and file.name in _OF_CODES)),
         repairs,
-        catalog.records,
+        records,
         str(config["architectures"][0]) if repairs else "",
         read_modules(folder, files, sources),
         quantised,
@@ -115,12 +136,12 @@ def _numbers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Numbers
 def class_repairs(config: Mapping[str, Any]) -> dict[str, object]:
     """What the config should say: accelerate's FSDP2 calls the class FSDP...  while it trains, and
     a model that was saved meanwhile names that (torch/distributed/fsdp, fully_shard)."""
-    named = config.get("architectures")
-    if not isinstance(named, list):
+    classes = config.get("architectures")
+    if not isinstance(classes, list):
         return {}
     plain = [re.sub(r"^FSDP(?=[A-Z])", "", name) if isinstance(name, str) else name
-             for name in named]  # fmt: skip
-    return {} if plain == named else {"architectures": plain}
+             for name in classes]  # fmt: skip
+    return {} if plain == classes else {"architectures": plain}
 
 
 def main_dtype(base: Base) -> DType:
@@ -140,20 +161,25 @@ def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
     """
     config = strict_json.read_file(base.folder / CONFIG)
     for path, value in {**base.repairs, **patches}.items():
-        *parents, key = path.split(".")
-        level: Any = config
-        for parent in parents:
-            level = level.get(parent) if isinstance(level, dict) else None
-        if not isinstance(level, dict):
+        section, key = section_of(config, path)
+        if section is None:
             raise FormatError(f"it has no section for {path!r}.", path=base.folder / CONFIG)
-        level[key] = value
+        section[key] = value
     for path in quantisation_paths(base):
-        *parents, key = path.split(".")
-        level = config
-        for parent in parents:
-            level = level[parent]
-        del level[key]
+        section, key = section_of(config, path)
+        if section is not None:
+            del section[key]
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def section_of(config: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, str]:
+    """The section of a config that a dotted path leads to, None where there is none, and the
+    path's last part, which is a key in it."""
+    *parents, key = path.split(".")
+    level: Any = config
+    for parent in parents:
+        level = level.get(parent) if isinstance(level, dict) else None
+    return level if isinstance(level, dict) else None, key
 
 
 def quantisation_paths(base: Base) -> tuple[str, ...]:

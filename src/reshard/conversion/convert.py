@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from msgspec.structs import replace
 
 from reshard.conversion import manifest
-from reshard.conversion.base_model import CONFIG
 from reshard.conversion.besides import besides
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
@@ -26,7 +25,6 @@ from reshard.conversion.report import Report
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, TorchDType, documented
 from reshard.errors import VerificationError, listed
-from reshard.formats.info import named
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, snapshot
@@ -182,11 +180,8 @@ def _completed(found: Finding, job: Job, given: Mapping[str, object]) -> Finding
     """A finding that no base was given, with the command that makes the output complete."""
     if found.code != "no-base":
         return found
-    origin = job.catalog.origin.root
-    whole = named(job.catalog.format).holds_config and (origin / CONFIG).is_file()
-    base = [os.fspath(origin), "--allow-unchanged"] if whole else ["MODEL"]
     again = {name: value for name, value in given.items() if name not in ("overwrite", "dry_run")}
-    command = ["reshard", "convert", *words(again), "--base", *base]
+    command = ["reshard", "convert", *words(again), "--base", "MODEL"]
     command += [] if given["dry_run"] else ["--overwrite"]
     return replace(found, fix=f"To complete it: {shlex.join(command)}")
 

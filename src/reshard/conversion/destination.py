@@ -27,7 +27,7 @@ from reshard.conversion import manifest
 from reshard.conversion.manifest import MANIFEST, Manifest, WrittenFile, file_digest
 from reshard.conversion.verification import verify_folder
 from reshard.core.sizes import size
-from reshard.errors import ReshardError, WriteError
+from reshard.errors import ReshardError, WriteError, listed
 from reshard.formats import locate
 from reshard.storage.local import Sources, real
 
@@ -221,10 +221,9 @@ def _changed(folder: Path, listed: Mapping[str, WrittenFile], names: list[str]) 
 
 
 def _mixed(target: Path, foreign: list[str]) -> WriteError:
-    more = f" and {len(foreign) - _LISTED} more" if len(foreign) > _LISTED else ""
     return WriteError(
         f"not replaced: reshard wrote this folder, and it holds {_counted(len(foreign))} not as "
-        f"reshard wrote them: {', '.join(foreign[:_LISTED])}{more}.",
+        f"reshard wrote them: {listed(foreign, _LISTED)}.",
         path=target,
         hint="Name another output, or move them out of the folder.",
     )
@@ -246,14 +245,14 @@ def description(folder: Path) -> tuple[str, bool]:
     for file in islice(_files(folder), _MAX_COUNTED):
         count, nbytes = count + 1, nbytes + file.status.st_size
     amount = f"{'more than ' * (count == _MAX_COUNTED)}{size(nbytes)}"
-    claimed = formats.meant(formats.claims(folder)) if formats.claims(folder) else None
+    claims = formats.claims(folder)
+    claimed = formats.meant(claims) if claims else None
     if claimed is not None:
         return f"{formats.describe(folder, claimed).title}, {amount}", True
     below = locate.saves(folder)
-    if below or formats.claims(folder):
-        names = ", ".join(str(save.path.relative_to(folder)) for save in below[:_LISTED])
-        more = f" and {len(below) - _LISTED} more" if len(below) > _LISTED else ""
-        of_them = f" ({names}{more})" if names else ""
+    if below or claims:
+        names = listed((str(save.path.relative_to(folder)) for save in below), _LISTED)
+        of_them = f" ({names})" if names else ""
         return f"a folder with {len(below) or 'several'} checkpoints{of_them}, {amount}", True
     return f"a folder with {formats.listing(folder)} ({_counted(count)}, {amount})", False
 

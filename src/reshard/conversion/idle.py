@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Iterator
 
 from reshard.conversion.base_model import Base
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import LIGHTRFT, REWARD_HEAD, Export
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
+from reshard.naming.judge import matched
 from reshard.naming.search import unwrap
 
 _NO_HEADS = "the checkpoint holds no heads of a reward model"
@@ -42,16 +42,12 @@ def _patterns(options: Options, catalog: Catalog, base: Base, made: Export) -> I
         known |= {name, unwrap(name), name.removeprefix(prefix), unwrap(name).removeprefix(prefix)}
     apart = {*made.name_map.dropped, *made.missing}
     for pattern in options.allow:
-        if not _matches(pattern, known | apart):
+        if not matched(known | apart, [pattern]):
             message = f"--allow {pattern!r} matches no name of the checkpoint or the base."
             yield Finding("allow-unmatched", message)
-        elif not made.sides and not _matches(pattern, apart):
+        elif not made.sides and not matched(apart, [pattern]):
             why = "all that it matches is in the checkpoint and in the base"
             yield _without(f"--allow {pattern!r}", why)
-
-
-def _matches(pattern: str, names: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def _of_adapters(options: Options) -> Iterator[Finding]:

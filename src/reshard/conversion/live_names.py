@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.conversion.base_model import CONFIG, Base, patched_config
+from reshard.conversion.base_model import CONFIG, Base, holds_config, patched_config
 from reshard.conversion.dtypes import Target
 from reshard.conversion.options import Names, Options
 from reshard.conversion.output_model import Export
@@ -16,7 +16,7 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import PlanError
 from reshard.formats import huggingface
-from reshard.formats.info import named, target_named
+from reshard.formats.info import target_named
 from reshard.naming import NEWEST, parse_version, to_memory, was_read
 from reshard.naming.answering import Apart, answers
 from reshard.naming.layouts import Version
@@ -28,7 +28,7 @@ def chosen(options: Options, catalog: Catalog, base: Base | None) -> Names:
     """Which names are written: those asked for, or by default all that the same bytes may have."""
     if options.names is not None:
         return options.names
-    at_hand = base is not None or _has_config(catalog)
+    at_hand = base is not None or holds_config(catalog)
     return "all" if target_named(options.to).names_twice and at_hand else "disk"
 
 
@@ -40,14 +40,9 @@ def config_of(
     if base is not None:
         patched = patched_config(base, exported.patches)
         return strict_json.parse_object(patched, str(base.folder / CONFIG))
-    if not _has_config(catalog):
+    if not holds_config(catalog):
         raise PlanError(f"--names {names} needs the model's config.", hint="Pass --base.")
     return huggingface.read_config(catalog.origin.root, sources)
-
-
-def _has_config(catalog: Catalog) -> bool:
-    root = catalog.origin.root
-    return named(catalog.format).holds_config and (root / CONFIG).is_file()
 
 
 def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Export:

@@ -27,12 +27,11 @@ from reshard.conversion.other_names import by_hub_names
 from reshard.conversion.partners import check_head, check_vocabulary
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry
+from reshard.core.tensors import Entry, Equal
 from reshard.errors import NamesError, PlanError
 from reshard.formats.info import target_named
 from reshard.naming import FitOptions, NameMap, apply, fit, flat, identity
 from reshard.naming.backbone import has_head, without_head
-from reshard.naming.fit import Equal
 from reshard.naming.lora import folder as adapter_files
 from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.lora.find import holds_adapters, without_peft

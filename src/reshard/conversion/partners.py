@@ -12,12 +12,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.conversion.base_model import Base
+from reshard.conversion.base_model import Base, section_of
 from reshard.conversion.dtypes import Target
-from reshard.core.tensors import Entry
+from reshard.core.tensors import Entry, Equal
 from reshard.errors import PlanError
 from reshard.naming import ties
-from reshard.naming.fit import Equal
 from reshard.naming.partners import rows_in
 
 
@@ -71,9 +70,7 @@ def _patched(config: Mapping[str, Any], patches: Mapping[str, object]) -> dict[s
     """The config with its patches, by dotted paths of at most two parts."""
     found = {key: dict(v) if isinstance(v, Mapping) else v for key, v in config.items()}
     for path, value in patches.items():
-        *parents, key = path.split(".")
-        level: Any = found
-        for parent in parents:
-            level = level.get(parent, {})
-        level[key] = value
+        section, key = section_of(found, path)
+        if section is not None:
+            section[key] = value
     return found

@@ -77,7 +77,10 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
         raise PlanError("nothing is left to write.", path=options.source)
     if options.consumed_samples is not None:
         texts = (*texts, client_state(options.consumed_samples))
-    assets, patched, lacking = _assets(made, base or itself(catalog, sources), options)
+    model = base
+    if base is None and target_named(options.to).takes_files:
+        model = itself(catalog, found, sources)
+    assets, patched, lacking = _assets(made, model, options)
     plan = Plan(
         files,
         (*texts, *patched, *made.texts),

@@ -11,13 +11,12 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.conversion.base_model import CONFIG, Base, read_base
+from reshard.conversion.base_model import Base, base_of, holds_config
 from reshard.conversion.options import Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.errors import ReshardError
 from reshard.formats import huggingface
-from reshard.formats.info import named
 from reshard.naming.lora.find import holds_adapters
 from reshard.naming.quantised import (
     Numbers,
@@ -40,9 +39,7 @@ def config_of(catalog: Catalog, sources: Sources) -> Mapping[str, Any]:
     """The config beside a checkpoint's tensors; empty where there is none."""
     root = catalog.origin.root
     folder = root if root.is_dir() else root.parent
-    if not (named(catalog.format).holds_config and (folder / CONFIG).is_file()):
-        return {}
-    return huggingface.read_config(folder, sources)
+    return huggingface.read_config(folder, sources) if holds_config(catalog, folder) else {}
 
 
 def refused_kind(catalog: Catalog, sources: Sources) -> Refused | None:
@@ -98,11 +95,13 @@ def as_numbers(
         raise
 
 
-def itself(catalog: Catalog, sources: Sources) -> Base | None:
-    """A Hugging Face model that is converted without a base: its own files go along."""
+def itself(catalog: Catalog, found: Numbers, sources: Sources) -> Base | None:
+    """A Hugging Face model that is converted without a base: its own files go along. `found` are
+    its tensors as numbers."""
+    if not holds_config(catalog):
+        return None
     root = catalog.origin.root
-    whole = root.is_dir() and bool(config_of(catalog, sources))
-    return read_base(root, sources) if whole else None
+    return base_of(root, huggingface.read_config(root, sources), found, catalog.records, sources)
 
 
 def dequantised(found: Numbers, base: Base | None) -> tuple[Finding, ...]:

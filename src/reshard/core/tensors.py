@@ -16,7 +16,7 @@ plain data and pure functions; nothing opens a file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -265,6 +265,10 @@ class Entry(Struct, frozen=True):
     def aliased(self, aliases: tuple[str, ...]) -> Entry:
         """The same tensor with these other names."""
         return replace(self, aliases=aliases)
+
+
+#: Whether two tensors of one shape hold the same values; reads them, in a stream.
+Equal = Callable[[Entry, Entry], bool]
 
 
 def blocks(shape: Shape, max_numel: int) -> Iterator[Box]:

@@ -6,7 +6,7 @@ Adding one is a module with the functions of `Format`, and its `FormatInfo` (`in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
@@ -79,9 +79,15 @@ class Single(Protocol):
         """One file of that name with these tensors."""
 
 
-#: What frameworks call the parts of a nested state dict from which a run goes on, but the model.
+#: What frameworks call the model's part of a nested state dict, the likeliest first.
+MODEL = ("state_dict", "module", "model", "model_state_dict")
+#: What they call an optimizer's part, or a folder of its own for it.
+OPTIMIZER = re.compile(r"(.*_)?optim(izer)?s?(_.*|\d*)")
+#: The top level of an optimizer's own state dict.
+OPTIMIZER_KEYS = frozenset({"state", "param_groups"})
+#: What they call the parts from which a run goes on, but the model.
 RUN_STATE = re.compile(
-    r"(.*_)?optim(izer)?s?(_.*|\d*)|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?"
+    rf"{OPTIMIZER.pattern}|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?"
 )
 #: These, and other parts that hold tensors and are not the model that is meant.
 NOT_MODEL = re.compile(rf"{RUN_STATE.pattern}|extra(_.*)?|ema(_.*)?")
@@ -147,7 +153,14 @@ def detect(path: Path) -> str:
     """
     if not path.exists():
         raise NotFoundError("there is no such file or folder.", path=path)
-    reasons = claims(path)
+    return told(path, claims(path))
+
+
+def told(path: Path, reasons: Mapping[str, str]) -> str:
+    """The name of the format of what lies at `path`, by the reasons that its claims gave.
+
+    Raises as `detect` does.
+    """
     if not reasons and not path.is_dir():
         inside = f"Pass its folder: {path.parent}" if claims(path.parent) else None
         raise NotFoundError("this file alone is not a checkpoint.", path=path, hint=inside)
@@ -189,6 +202,28 @@ def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tupl
     return (Finding("several-models", message, subject=taken),)
 
 
+def of_role(path: Path, roles: Sequence[Path], role: str | None) -> Path:
+    """The folder of the role that is meant, of those in `path`; `path` where it holds none.
+
+    Raises `NotFoundError` where there is no such role, or none was named of several.
+    """
+    there = ", ".join(found.name for found in roles)
+    if role is not None and role not in (found.name for found in roles):
+        raise NotFoundError(
+            f"there is no role {role!r} here"
+            + (f"; there are {there}." if there else ": it is the checkpoint of one model."),
+            path=path,
+            hint="Name one of them with --role, or its folder." if there else "Leave out --role.",
+        )
+    if role is None and len(roles) > 1:
+        raise NotFoundError(
+            f"it holds the models of {len(roles)} roles: {there}.",
+            path=path,
+            hint="Name the one that is meant with --role, or its folder.",
+        )
+    return path / role if role is not None else next(iter(roles), path)
+
+
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """Detect the format of `path` and read its table of tensors."""
     return load(detect(path)).read(path, sources, selection)
@@ -197,7 +232,4 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 def listing(path: Path) -> str:
     """The first names in a folder, in words."""
     names = sorted(child.name + ("/" if child.is_dir() else "") for child in path.iterdir())
-    if not names:
-        return "nothing"
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
+    return listed(names) or "nothing"

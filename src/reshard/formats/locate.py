@@ -19,7 +19,7 @@ verl and Megatron-LM write the number of the last save that they finished into a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from msgspec import Struct
@@ -29,7 +29,7 @@ from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError
-from reshard.formats import tags
+from reshard.formats import OPTIMIZER, tags
 from reshard.formats.info import named
 from reshard.naming.part import under
 from reshard.storage.local import Sources, real, snapshot
@@ -39,8 +39,6 @@ _DEPTH = 3
 _MAX_FOLDERS = 10_000
 # One shard of several, of safetensors or torch.save files.
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
-# A folder of its own for the optimizer: accelerate's before 0.24, and many who call dcp.save twice.
-_OPTIMIZER = re.compile(r"(.*_)?optim(izer)?s?(_.*|\d*)")
 # Written last, once a save is whole.
 _TRACKER = "latest_checkpointed_iteration.txt"
 # LightRFT keeps actor and critic side by side; without a word more, the actor is meant.
@@ -48,10 +46,15 @@ _ACTOR = "_actor"
 
 
 class Found(Struct, frozen=True):
-    """A checkpoint below a folder; `format` is empty where two formats claim it."""
+    """A checkpoint below a folder, with the formats that claim it, each with its reason."""
 
     path: Path
-    format: str
+    claims: Mapping[str, str]
+
+    @property
+    def format(self) -> str:
+        """The format that is meant; empty where it could be of several."""
+        return formats.meant(self.claims) or ""
 
     @property
     def age(self) -> tuple[int, float]:
@@ -76,23 +79,25 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
 
 def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     if not path.is_dir():
-        catalog = _load(path, formats.detect(path), sources, selection)
+        catalog = _load(path, formats.detect(path), {}, sources, selection)
         return replace(catalog, findings=(*catalog.findings, *_of_file(path)))
     claims = formats.claims(path)
     exported = bool(claims) and _is_export(formats.meant(claims))
     # Above a run's checkpoints lies the model that was exported at its end, which no tag means.
     if claims and not (exported and selection.tag not in (None, real(path).name)):
-        catalog = _load(path, formats.detect(path), sources, selection)
+        catalog = _load(path, formats.told(path, claims), claims, sources, selection)
         return _and_below(catalog, path) if exported else catalog
     below = _below(path, _DEPTH)
     if not below:
-        return _load(path, formats.detect(path), sources, selection)  # says what is there instead
+        # says what is there instead
+        return _load(path, formats.told(path, claims), claims, sources, selection)
     tracked = _tracked(below[0].path.parent, sources)
     chosen, passed_over = _choose(path, below, selection.tag, tracked), []
     for save in chosen:
         try:
             inside = _inside(save, selection.tag)
-            catalog = _load(save.path, save.format, sources, replace(selection, tag=inside))
+            meant = replace(selection, tag=inside)
+            catalog = _load(save.path, save.format, save.claims, sources, meant)
         except IncompleteError as error:
             passed_over.append(error)
             continue
@@ -114,9 +119,18 @@ def _of_file(path: Path) -> tuple[Finding, ...]:
     return (Finding("one-shard", message, subject=path.name),)
 
 
-def _load(path: Path, format_: str, sources: Sources, selection: formats.Selection) -> Catalog:
-    """The checkpoint at `path`, of which only DeepSpeed's reader takes a tag: it alone keeps
-    several saves in one folder. A model exported beside it is named in the findings."""
+def _load(
+    path: Path,
+    format_: str,
+    claims: Mapping[str, str],
+    sources: Sources,
+    selection: formats.Selection,
+) -> Catalog:
+    """The checkpoint at `path`. A model exported beside it is named in the findings.
+
+    Only DeepSpeed's reader takes a tag, since it alone keeps several saves in one folder. `claims`
+    are the formats that claim a folder.
+    """
     tag = selection.tag
     if tag is not None and tag == real(path).name and not (path / tag).is_dir():
         selection = replace(selection, tag=None)
@@ -133,8 +147,7 @@ def _load(path: Path, format_: str, sources: Sources, selection: formats.Selecti
             hint="Leave out --role.",
         )
     reader = formats.load(format_)
-    of_export = path.is_file() or _is_export(format_)
-    if of_export or not any(map(_is_export, formats.claims(path))):
+    if _is_export(format_) or not any(map(_is_export, claims)):
         return reader.read(path, sources, selection)
     try:
         catalog = reader.read(path, sources, selection)
@@ -188,9 +201,13 @@ def _training(found: list[Found]) -> list[Found]:
 
 
 def _below(path: Path, depth: int) -> list[Found]:
-    """All checkpoints below a folder, but for optimizers' beside those of their models."""
+    """All checkpoints below a folder, but for optimizers' beside those of their models.
+
+    accelerate before 0.24 gave the optimizer a folder of its own, and so do many who call dcp.save
+    twice.
+    """
     found = list(_walk(path, depth, [_MAX_FOLDERS]))
-    return [save for save in found if not _OPTIMIZER.fullmatch(save.path.name)] or found
+    return [save for save in found if not OPTIMIZER.fullmatch(save.path.name)] or found
 
 
 def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
@@ -202,7 +219,7 @@ def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
             return
         claims = formats.claims(child)
         if claims:
-            yield Found(child, formats.meant(claims) or "")
+            yield Found(child, claims)
         elif depth > 1:
             yield from _walk(child, depth - 1, budget)
 
@@ -235,7 +252,7 @@ def _choose(
         raise _several(path, saves, "it holds checkpoints of several models or runs")
     unclear = [save for save in saves if not save.format]
     if unclear:
-        formats.detect(unclear[0].path)  # raises, naming both formats
+        formats.told(unclear[0].path, unclear[0].claims)  # raises, naming both formats
     return sorted(saves, key=lambda save: (_is_tracked(save, tracked), save.age), reverse=True)
 
 

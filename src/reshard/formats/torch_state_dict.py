@@ -43,7 +43,16 @@ from reshard.errors import (
     listed,
     shown,
 )
-from reshard.formats import NOT_MODEL, RUN_STATE, Selection, Wanted, numbered, of_several
+from reshard.formats import (
+    MODEL,
+    NOT_MODEL,
+    OPTIMIZER_KEYS,
+    RUN_STATE,
+    Selection,
+    Wanted,
+    numbered,
+    of_several,
+)
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
@@ -52,13 +61,9 @@ _INDEX = "pytorch_model.bin.index.json"
 _ADAPTER = "adapter_model.bin"
 _FSDP = re.compile(r"pytorch_model_fsdp(?:_(\d+))?\.bin")
 _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# Where trainers put the state dict in a larger dict.
-_CONTAINERS = ("state_dict", "module", "model", "model_state_dict")
 # Levels of dicts that are looked into.
 _MAX_DEPTH = 4
 _Dict = dict[Any, Any]
-# The top level of an optimizer's own state dict.
-_OPTIMIZER = frozenset({"state", "param_groups"})
 # A key of every file that DeepSpeed's engine writes.
 _DEEPSPEED = "ds_version"
 
@@ -165,7 +170,7 @@ def _state_dict(
     value, before = content.value, ""
     if isinstance(value, dict):
         _refuse_part(path, value)
-        if value.keys() == _OPTIMIZER:
+        if value.keys() == OPTIMIZER_KEYS:
             raise UnsupportedError(
                 "it holds the state of an optimizer and no model.",
                 path=path,
@@ -206,7 +211,7 @@ def _beside(value: object, part: _Dict | None, depth: int = _MAX_DEPTH) -> dict[
     for key, inner in value.items() if isinstance(value, dict) and depth else ():
         if not isinstance(key, str) or not isinstance(inner, dict) or inner is part:
             continue
-        if RUN_STATE.fullmatch(key) or key in _OPTIMIZER:
+        if RUN_STATE.fullmatch(key) or key in OPTIMIZER_KEYS:
             continue
         # A loss or a step as a tensor is no weight.
         if tensors := sum(bool(tensor.shape) for tensor in _tensors(inner).values()):
@@ -234,7 +239,7 @@ def _model_part(value: _Dict, path: Path) -> _Dict:
     Raises `NamesError` where it could be one of several.
     """
     for _ in range(_MAX_DEPTH):
-        known = [key for key in _CONTAINERS if _holds_tensors(value.get(key))]
+        known = [key for key in MODEL if _holds_tensors(value.get(key))]
         inside = [
             key
             for key, inner in value.items()

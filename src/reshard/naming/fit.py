@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from msgspec.structs import replace
 
 from reshard.core.arrangement import Arrangement, Whole
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry
+from reshard.core.tensors import Entry, Equal
 from reshard.errors import NamesError
 from reshard.naming import ties
 from reshard.naming.assemble import Assembler
@@ -23,9 +23,6 @@ from reshard.naming.search import (
     search,
     sources,
 )
-
-#: Whether two tensors of one shape hold the same values; reads them, in a stream.
-Equal = Callable[[Entry, Entry], bool]
 
 
 def fit(

@@ -22,7 +22,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.rearrange import crop
 from reshard.core.tensors import Box, Entry, Shape, TensorSpec
-from reshard.errors import NamesError, PlanError, UnsupportedError
+from reshard.errors import NamesError, PlanError, UnsupportedError, listed
 from reshard.naming.layouts import Version
 from reshard.naming.memory import NEWEST, to_memory
 from reshard.naming.schema import Schema, says_tied
@@ -165,7 +165,7 @@ def _named(catalog: Catalog, names: frozenset[str], schema: Schema) -> dict[str,
         lost = sorted(numels.keys() - closest.keys())
         raise NamesError(
             f"it holds {len(numels)} tensors flattened, without their shapes, and the base has "
-            f"none of that name and size for {len(lost)}: {', '.join(lost[:_LISTED])}.",
+            f"none of that name and size for {len(lost)}: {listed(lost, _LISTED)}.",
             unexpected=tuple(lost),
             hint="Name the base that the training started from.",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import Enum
 from fnmatch import fnmatchcase
 
@@ -49,8 +49,12 @@ class FitOptions(Struct, frozen=True):
 
     def allows(self, name: str, prefix: str = "") -> bool:
         """Whether a name may be missing or left over; patterns may leave out the prefix."""
-        names = {name, name.removeprefix(prefix)}
-        return any(fnmatchcase(each, pattern) for each in names for pattern in self.allow)
+        return matched({name, name.removeprefix(prefix)}, self.allow)
+
+
+def matched(names: Collection[str], patterns: Iterable[str]) -> bool:
+    """Whether one of the names is matched by one of the patterns that `--allow` takes."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
 def pattern_of(name: str) -> str:

@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from reshard.core.tensors import Entry
-from reshard.errors import NamesError
+from reshard.errors import NamesError, listed
 from reshard.naming.search import clash, unwrap
-
-# Beginnings of names that the error lists.
-_SHOWN = 8
 
 
 def under(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
@@ -33,10 +30,8 @@ def under(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
             found[names[0]] = replace(entry.renamed(names[0]), aliases=tuple(names[1:]))
     if not found:
         starts = list(dict.fromkeys(unwrap(name).partition(".")[0] for name in entries))
-        more = ", ..." if len(starts) > _SHOWN else ""
         raise NamesError(
-            f"no tensor lies under the prefix {prefix!r}; the names begin with "
-            f"{', '.join(starts[:_SHOWN])}{more}.",
+            f"no tensor lies under the prefix {prefix!r}; the names begin with {listed(starts)}.",
             unexpected=tuple(entries),
             hint="Correct --prefix, or leave it out.",
         )

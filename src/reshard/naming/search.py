@@ -134,7 +134,7 @@ def search(found: Sources, schema: Schema, options: FitOptions) -> Candidate:
     checkpoint holds several models that fit.
     """
     trial = _Trial(found, schema, options)
-    near = trial.readings(prefixes(found.shapes, options.prefix), trial.usual)
+    near = trial.readings(trial.prefixes, trial.usual)
     complete = trial.complete(near)
     if complete:
         return _unique(complete, options)
@@ -158,6 +158,7 @@ class _Trial:
         self._found = found
         self._options = options
         self._config = schema.config
+        self.prefixes = list(prefixes(found.shapes, options.prefix))
         self._judge = Judge(found.owners, schema, options)
         shapes = {name: spec.shape for name, spec in schema.specs.items()}
         # The base is taken to be as on the hub where that fits: released models are.
@@ -181,12 +182,13 @@ class _Trial:
         """The readings that are tried where the usual ones do not fit."""
         hubs = {hub for _, base in self._read for hub in base.pieces}
         parts = part_views(self._config, hubs)
-        known = list(prefixes(self._found.shapes, self._options.prefix))
         more = (
             [] if self._options.prefix else likely_prefixes(self._found.shapes, hubs, self._config)
         )
-        more = [prefix for prefix in more if prefix not in known]
-        return self.readings([*known, *more], lambda _: parts) + self.readings(more, self.usual)
+        more = [prefix for prefix in more if prefix not in self.prefixes]
+        return self.readings([*self.prefixes, *more], lambda _: parts) + self.readings(
+            more, self.usual
+        )
 
     def complete(self, ways: Sequence[_Way]) -> list[Candidate]:
         """The complete candidates of the first layout of the base that has any."""
@@ -218,26 +220,24 @@ class _Trial:
 
 def _refuse_several(candidates: Iterable[Candidate], found: Sources) -> None:
     """Raise `NamesError` where the only fault is that other tensors lie beside those that fit."""
-    holders: dict[str, Candidate] = {}
+    fitting = []
     for one in candidates:
         beside = all(not name.startswith(one.prefix) for name in one.source.misfits)
         fits = one.of(Verdict.MATCHED) and not any(one.of(fault) for fault in FAULTS)
         if fits and beside:
-            same = (other.assignment() == one.assignment() for other in holders.values())
-            if not any(same):
-                holders[one.prefix] = one
-    if not holders:
+            fitting.append(one)
+    holders = {one.prefix: one for one in _apart(fitting)}
+    if len(holders) < 2:
         return
     listed = " and ".join(f"{prefix.removesuffix('.')!r}" for prefix in holders)
     rest = [name for name in found.shapes if not name.startswith(tuple(holders))]
-    if len(holders) > 1:
-        raise NamesError(
-            f"the checkpoint holds {len(holders)} models that fit the base, under {listed}.",
-            unexpected=tuple(rest),
-            hint="Name the one that is meant: "
-            + " or ".join(f"--prefix {prefix.removesuffix('.')}" for prefix in holders)
-            + ".",
-        )
+    raise NamesError(
+        f"the checkpoint holds {len(holders)} models that fit the base, under {listed}.",
+        unexpected=tuple(rest),
+        hint="Name the one that is meant: "
+        + " or ".join(f"--prefix {prefix.removesuffix('.')}" for prefix in holders)
+        + ".",
+    )
 
 
 def _distinct(names: Names, layouts: Iterable[View]) -> Iterator[tuple[Views, Reading]]:
@@ -293,15 +293,22 @@ def shared_prefixes(names: Iterable[str]) -> list[str]:
     return shared
 
 
+def _apart(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The candidates that differ in what goes where, the first of each kind."""
+    found: list[tuple[object, Candidate]] = []
+    for candidate in candidates:
+        assignment = candidate.assignment()
+        if all(assignment != other for other, _ in found):
+            found.append((assignment, candidate))
+    return [candidate for _, candidate in found]
+
+
 def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
     """The one way to read the source, or an error that names the ways."""
-    # What the user lets go of is gone only where no way keeps it.
-    least = min(candidate.given_up for candidate in complete) if options.allow else 0
-    complete = [one for one in complete if not options.allow or one.given_up == least]
-    different = [complete[0]]
-    for candidate in complete[1:]:
-        if all(candidate.assignment() != other.assignment() for other in different):
-            different.append(candidate)
+    if options.allow:  # what --allow names is dropped only where no way keeps it
+        least = min(candidate.given_up for candidate in complete)
+        complete = [candidate for candidate in complete if candidate.given_up == least]
+    different = _apart(complete)
     version = options.transformers_version
     if len(different) > 1 and version is not None:
         different = [c for c in different if any(view.is_live(version) for view in c.views)]

@@ -20,15 +20,13 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from msgspec import Struct
 
 from reshard.core.tensors import Entry, Shape
-from reshard.errors import NamesError
+from reshard.errors import NamesError, listed
 from reshard.naming.search import shared_prefixes, unwrap
 
 #: The head of transformers' classifiers.
 SCORE = "score"
 # Names that no part of a language model has: heads that are found without being named.
 _KNOWN = (SCORE, "v_head")
-# Names listed in an error.
-_LISTED = 8
 
 #: Causal models of which transformers (5.23) has a classifier whose head is `score`, by what their
 #: classes' names begin with: one label for each sequence, or for each token and with a bias.
@@ -48,7 +46,7 @@ TOKEN_CLASSIFIERS = frozenset({
     "Qwen3Next", "SeedOss", "SmolLM3", "StableLm", "Starcoder2",
 })  # fmt: skip
 # Families whose classifier of that name is one of the composite model.
-_OF_TEXT = frozenset({"CohereCompass", "Gemma3", "Qwen3_5"})
+_TEXT_CLASSIFIERS = frozenset({"CohereCompass", "Gemma3", "Qwen3_5"})
 
 
 class ValueHead(Struct, frozen=True):
@@ -95,11 +93,10 @@ def find(
     alike = candidates(
         (name, entries[own].spec.shape) for name, own in clean.items() if name not in base
     )
-    listed = ", ".join(alike[:_LISTED]) + (", ..." if len(alike) > _LISTED else "")
     raise NamesError(
         f"there is no value head {wanted!r}: tensors below that name, the last of shape [1, H].",
         unexpected=tuple(alike),
-        hint=f"Such tensors are in: {listed}." if alike else "There is none; leave it out.",
+        hint=f"Such tensors are in: {listed(alike)}." if alike else "There is none; leave it out.",
     )
 
 
@@ -127,7 +124,7 @@ def classifier(
     parts = head.tensors.keys()
     if parts == {"weight"} and stem in SEQUENCE_CLASSIFIERS:
         kind = "Sequence"
-        stem += "Text" * (stem in _OF_TEXT)
+        stem += "Text" * (stem in _TEXT_CLASSIFIERS)
     elif parts == {"weight", "bias"} and head.name == SCORE and stem in TOKEN_CLASSIFIERS:
         kind = "Token"
     else:

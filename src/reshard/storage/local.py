@@ -79,10 +79,12 @@ class Source:
                 hint="The file was cut off; copy it again or use another checkpoint.",
             )
         if self._fd is not None:
-            # All at once as a rule, and without the copy of a buffer that is filled in parts.
-            data = os.pread(self._fd, nbytes, offset)
-            if len(data) == nbytes:
-                return data
+            # All at once as a rule, and without the copy of a buffer that is filled in parts. An
+            # error is met again there, and stated.
+            with suppress(OSError):
+                data = os.pread(self._fd, nbytes, offset)
+                if len(data) == nbytes:
+                    return data
         buffer = bytearray(nbytes)
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)

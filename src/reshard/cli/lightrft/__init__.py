@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from reshard import formats
+from reshard.cli.progress import shown_progress
 from reshard.errors import UnsupportedError
 from reshard.formats import locate
 from reshard.formats.info import every, named
 from reshard.storage.local import snapshot
+
+
+def carry_out(script: str, source: Path, target: Path, **options: Any) -> None:
+    """Convert as LightRFT's script of this name does, and show the report; `options` are those of
+    `convert`."""
+    from reshard.cli.commands import show_report
+    from reshard.conversion.convert import convert
+
+    expect(source, script)
+    with shown_progress() as progress:
+        report = convert(source, target, progress=progress, **options)
+    show_report(report, options.get("base"))
 
 
 def expect(path: Path, script: str) -> None:
@@ -23,7 +37,7 @@ def expect(path: Path, script: str) -> None:
             return  # which of them is meant, or what is there instead, is said when it is read
         found = formats_below[0]
     else:
-        found = formats.detect(path)
+        found = formats.told(path, claims) if claims else formats.detect(path)
     is_found = formats.describe(path, found)
     # An adapter is of the format, and no model.
     if found not in wanted or is_found.title != named(found).title:

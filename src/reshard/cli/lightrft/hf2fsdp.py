@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
 from reshard.cli.app import HELP, end, run
 from reshard.cli.flags import Command, FolderOrFile, debug, flag
 from reshard.cli.interrupts import writes
-from reshard.cli.lightrft import expect
-from reshard.cli.progress import shown_progress
+from reshard.cli.lightrft import carry_out
 from reshard.conversion.declared import CONVERT
-from reshard.conversion.options import Names
 
 _PATH = FolderOrFile()
 
 
 @click.command(cls=Command, context_settings=HELP)
-@click.option("--hf_checkpoint", type=_PATH, required=True,
+@click.option("--hf_checkpoint", "source", type=_PATH, required=True,
               help="The Hugging Face model folder.")  # fmt: skip
 @click.option("--output", "target", type=_PATH, required=True,
               help="A new folder; it appears whole, or not at all.")  # fmt: skip
@@ -28,35 +26,13 @@ _PATH = FolderOrFile()
 @flag(CONVERT["overwrite"])
 @debug
 @writes("target")
-def command(
-    hf_checkpoint: Path,
-    target: Path,
-    names: Names | None,
-    transformers_version: str | None,
-    consumed_samples: int | None,
-    overwrite: bool,
-) -> None:
+def command(**given: Any) -> None:
     """Convert a Hugging Face model to a PyTorch DCP checkpoint.
 
     `torch.distributed.checkpoint.load` reads it into plain tensors, FSDP1 and FSDP2 models, at any
     world size. Dtypes are kept.
     """
-    from reshard.cli.commands import show_report
-    from reshard.conversion.convert import convert
-
-    expect(hf_checkpoint, "hf2fsdp")
-    with shown_progress() as progress:
-        report = convert(
-            hf_checkpoint,
-            target,
-            to="dcp",
-            names=names,
-            transformers_version=transformers_version,
-            consumed_samples=consumed_samples,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    show_report(report)
+    carry_out("hf2fsdp", to="dcp", **given)
 
 
 def main() -> None:

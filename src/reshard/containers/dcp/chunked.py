@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from reshard.containers import copies
+from reshard.containers.dcp import sharing
 from reshard.containers.dcp.items import Items
 from reshard.containers.dcp.metadata import Chunk, Metadata, StoredTensor
 from reshard.containers.dcp.zips import StoredItem
@@ -12,11 +15,32 @@ from reshard.core import dtypes
 from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec
 from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
+from reshard.storage.local import Sources
 
 _RANK_DATA = re.compile(r"__(\d+)_\d+\.distcp")
 
 
-def entry_of(
+def find_tensors(
+    named: Mapping[str, Sequence[str]], metadata: Metadata, folder: Path, sources: Sources
+) -> tuple[dict[str, Entry], tuple[Record, ...]]:
+    """The tensors of the keys in `named`, which maps each to its names, and the checksums of their
+    bytes. A tensor goes by its first name; the others are its aliases.
+
+    Raises `FormatError`, `IncompleteError`, `UnsupportedError`; also where two items of the
+    checkpoint share bytes, or a file is a copy of another's.
+    """
+    items = Items(folder, sources)
+    entries: dict[str, Entry] = {}
+    records: dict[str, list[Record]] = {}
+    for key, (name, *others) in named.items():
+        entry, records[name] = _entry(key, name, metadata.tensors[key], items, folder)
+        entries[name] = entry.aliased(tuple(others))
+    sharing.check(metadata, folder, sources)
+    copies.check(records, sources)
+    return entries, tuple(record for found in records.values() for record in found)
+
+
+def _entry(
     key: str, name: str, tensor: StoredTensor, items: Items, folder: Path
 ) -> tuple[Entry, list[Record]]:
     """One tensor with all its chunks found, and the checksums of their bytes."""

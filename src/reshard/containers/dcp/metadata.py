@@ -18,14 +18,18 @@ dict), a bit of the name itself has no witness here; a base model's names are on
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 
 from msgspec import Struct
 
+from reshard.containers import torch as torchfile
 from reshard.containers.torch import Global, Opaque
+from reshard.containers.torch.limits import MAX_NBYTES
 from reshard.core.dtypes import DType
 from reshard.core.tensors import MAX_DIMS, MAX_NUMEL, Shape
-from reshard.errors import FormatError, brief
+from reshard.errors import FormatError, IncompleteError, brief
+from reshard.storage.local import Source, Sources
 
 Path = tuple[str, ...]
 # Steps of a path in the state dict: nested dicts have about five.
@@ -83,6 +87,25 @@ class Metadata(Struct, frozen=True):
     aliases: Mapping[str, str] = {}
     unclaimed: tuple[tuple[str, Shape | None], ...] = ()
     flattened: bool = True
+
+
+def opened(path: pathlib.Path, sources: Sources) -> tuple[Source, bytes]:
+    """The file, and as many of its bytes as the pickle reader takes, and one more: enough for it to
+    refuse a larger file.
+
+    Raises `IncompleteError` where the file is empty.
+    """
+    source = sources.open(path)
+    if source.size == 0:
+        raise IncompleteError(
+            "the file is empty.", path=path, hint="The save did not finish; use another one."
+        )
+    return source, source.read(0, min(source.size, MAX_NBYTES + 1))
+
+
+def unpickled(data: bytes, path: pathlib.Path) -> Metadata:
+    """What the pickle says; raises `FormatError`."""
+    return parse(torchfile.read_pickle(data, path=str(path)).value, str(path))
 
 
 def parse(value: object, path: str) -> Metadata:

@@ -22,10 +22,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from reshard.containers import torch as torchfile
 from reshard.containers.dcp import shards
-from reshard.containers.dcp.metadata import Metadata, merge, parse
-from reshard.containers.torch.limits import MAX_NBYTES
+from reshard.containers.dcp.metadata import Metadata, merge, opened, unpickled
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.errors import FormatError, IncompleteError
@@ -132,14 +130,8 @@ def _metadata(folder: Path, sources: Sources) -> Metadata:
 
 
 def _parse(path: Path, sources: Sources) -> Metadata:
-    source = sources.open(path)
-    if source.size == 0:
-        raise IncompleteError(
-            "the file is empty.", path=path, hint="The save did not finish; use another one."
-        )
-    # One byte more than the reader takes is enough for it to refuse.
-    data = source.read(0, min(source.size, MAX_NBYTES + 1))
-    return parse(torchfile.read_pickle(data, path=str(path)).value, str(path))
+    _, data = opened(path, sources)
+    return unpickled(data, path)
 
 
 def _unfinished(folder: Path, begun: list[str]) -> IncompleteError:

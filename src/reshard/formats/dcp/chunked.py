@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from reshard.containers import copies
-from reshard.containers.dcp import objects, sharing
-from reshard.containers.dcp.chunked import entry_of, world_size
-from reshard.containers.dcp.items import Items
+from reshard.containers.dcp import objects
+from reshard.containers.dcp.chunked import find_tensors, world_size
 from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.dcp.objects import Loose
 from reshard.containers.torch import TensorRef
 from reshard.containers.torch.named import entries_of
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread, part_left_out
-from reshard.core.tensors import Entry, Record
+from reshard.core.tensors import Entry
 from reshard.errors import FormatError, ReshardError, UnsupportedError
 from reshard.formats import Selection
 from reshard.formats.dcp import parts
@@ -32,15 +30,7 @@ def read_chunks(
     chunked = {key: metadata.paths[key] for key in (*metadata.tensors, *metadata.aliases)}
     part = parts.find({**chunked, **inside}, selection.prefix, str(folder), metadata.objects)
     _check_names(part, folder)
-    items = Items(folder, sources)
-    entries: dict[str, Entry] = {}
-    records: dict[str, list[Record]] = {}
-    for key, names in _named(part, metadata).items():
-        entry, found = entry_of(key, names[0], metadata.tensors[key], items, folder)
-        entries[names[0]] = entry.aliased(tuple(names[1:]))
-        records[names[0]] = found
-    sharing.check(metadata, folder, sources)
-    copies.check(records, sources)
+    entries, records = find_tensors(_named(part, metadata), metadata, folder, sources)
     # What one stream stores once is tied, whatever it is called.
     renamed = _renamed(entries.values())
     entries |= entries_of(_whole(part, loose, folder))
@@ -61,7 +51,7 @@ def read_chunks(
             },
         ),
         entries=entries,
-        records=(*(record for found in records.values() for record in found), *loose.records),
+        records=(*records, *loose.records),
         findings=tuple(_findings(part, loose)),
         renamed=renamed,
     )

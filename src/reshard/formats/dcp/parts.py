@@ -22,14 +22,10 @@ from shlex import quote
 from msgspec import Struct
 
 from reshard.errors import FormatError, NamesError, NotFoundError, listed, shown
-from reshard.formats import NOT_MODEL, RUN_STATE
+from reshard.formats import MODEL, NOT_MODEL, OPTIMIZER_KEYS, RUN_STATE
 
 Path = tuple[str, ...]
 
-# What frameworks call the model's part.
-_MODEL = frozenset({"model", "state_dict", "module", "model_state_dict"})
-# The top level of an optimizer's own state dict.
-_OPTIMIZER = frozenset({"state", "param_groups"})
 # Names listed in an error.
 _LISTED = 8
 
@@ -57,7 +53,7 @@ def find(
     `FormatError` where a tensor and a dict of tensors are at one place.
     """
     if not tensors:
-        there = f"; its objects are {', '.join(sorted(objects)[:_LISTED])}" if objects else ""
+        there = f"; its objects are {listed(sorted(objects), _LISTED)}" if objects else ""
         raise NotFoundError(
             f"it holds no tensor{there}.", path=root, hint="There is nothing to convert."
         )
@@ -102,10 +98,10 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
     depth = len(start)
     tops = {path[depth] for path in inside}
     children = {path[depth] for path in inside if len(path) > depth + 1}
-    known = sorted(children & _MODEL)
+    known = sorted(children.intersection(MODEL))
     if len(known) == 1:
         return known[0]
-    if tops <= _OPTIMIZER:
+    if tops <= OPTIMIZER_KEYS:
         raise _only_optimizer(root)
     if not known and any(len(path) == depth + 1 for path in inside):
         return None
@@ -123,12 +119,12 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
                 hint=f"Name the part that is meant: --prefix {first}.",
             )
         raise _only_optimizer(root)
-    several = ", ".join(
+    several = (
         f"{'.'.join((*start, name))!r} ({sum(path[depth] == name for path in inside)} tensors)"
-        for name in candidates[:_LISTED]
+        for name in candidates
     )
     raise NamesError(
-        f"several parts of it could be the model: {several}.",
+        f"several parts of it could be the model: {listed(several, _LISTED)}.",
         path=root,
         hint="Name the one that is meant with --prefix.",
     )
@@ -155,7 +151,7 @@ def _named(tensors: Mapping[str, Path], prefix: str, root: str) -> Part:
         tops = sorted({path[0].split(".")[0] for path in tensors.values()})
         raise NotFoundError(
             f"no tensor lies under the prefix {prefix!r}; the names begin with "
-            f"{', '.join(tops[:_LISTED])}.",
+            f"{listed(tops, _LISTED)}.",
             path=root,
             hint="Correct --prefix, or leave it out.",
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
+from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError, listed
 from reshard.formats import numbered, tags
 from reshard.storage.local import Sources, child, real
 
@@ -299,8 +299,7 @@ def also_there(extra: Sequence[int], what: str = "rank") -> str:
 
 
 def _numbers(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:10]))
-    return f"{shown} and {len(numbers) - 10} more" if len(numbers) > 10 else shown
+    return listed(map(str, numbers), 10)
 
 
 def _is_tag_folder(path: Path) -> bool:

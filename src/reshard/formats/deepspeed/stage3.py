@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec
-from reshard.errors import FormatError, IncompleteError, UnsupportedError
+from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import proof
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.files import Saved
@@ -56,7 +56,7 @@ def complete(masters: Mapping[str, Entry], saved: Saved) -> tuple[dict[str, Entr
     if absent:
         message = (
             f"{len(absent)} of the names have no weights, as frozen parameters that "
-            f"were excluded, or saved before DeepSpeed 0.9.1: {', '.join(absent[:5])}."
+            f"were excluded, or saved before DeepSpeed 0.9.1: {listed(absent, 5)}."
         )
         findings.append(Finding("names-without-weights", message))
     return in_module_order(entries, aliases, model.module), findings

@@ -20,7 +20,7 @@ from reshard.core import rearrange
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Box, Entry, TensorSpec
 from reshard.core.tiling import check_tiling
-from reshard.errors import FormatError, IncompleteError, UnsupportedError
+from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import parallel_info, proof
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.parallel_info import ParallelInfo
@@ -139,7 +139,7 @@ def _check_names(saved: Sequence[Saved], parts: Sequence[Catalog]) -> None:
         if differing:
             raise FormatError(
                 f"it and {saved[0].model[0].path.name} do not hold the same tensors: only one of "
-                f"them has {', '.join(differing[:5])}.",
+                f"them has {listed(differing, 5)}.",
                 path=one.model[0].path,
                 hint="Copy all files of one save.",
             )

@@ -24,16 +24,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from reshard.containers import copies
-from reshard.containers import torch as torchfile
-from reshard.containers.dcp import sharing
-from reshard.containers.dcp.chunked import entry_of, world_size
-from reshard.containers.dcp.items import Items
-from reshard.containers.dcp.metadata import Metadata, parse
-from reshard.containers.torch.limits import MAX_NBYTES
+from reshard.containers.dcp.chunked import find_tensors, world_size
+from reshard.containers.dcp.metadata import Metadata, opened, unpickled
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, Record
 from reshard.errors import IncompleteError, NotFoundError, ReshardError
 from reshard.formats import Selection
 from reshard.formats.megatron import folders, plans, refused, settings
@@ -61,20 +55,13 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     (damaged), `UnsupportedError` (another backend, weights in FP8, adapters), `NotFoundError` (no
     model: the state of an optimizer alone).
     """
-    place = folders.find(path, selection.role)
-    folder = place.folder
+    folder = folders.find(path, selection.role)
     metadata = _metadata(folder, sources)
     mine = [key for key in metadata.tensors if not _OPTIMIZER.fullmatch(key)]
     if not mine:
         raise _no_model(folder, metadata)
     refused.check(metadata, mine, folder)
-    items = Items(folder, sources)
-    entries: dict[str, Entry] = {}
-    records: dict[str, list[Record]] = {}
-    for key in mine:
-        entries[key], records[key] = entry_of(key, key, metadata.tensors[key], items, folder)
-    sharing.check(metadata, folder, sources)
-    copies.check(records, sources)
+    entries, records = find_tensors({key: [key] for key in mine}, metadata, folder, sources)
     stated = settings.read(folder, sources)
     return Catalog(
         format="megatron",
@@ -89,8 +76,8 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
             },
         ),
         entries=entries,
-        records=tuple(record for found in records.values() for record in found),
-        findings=(*_findings(metadata, mine, place), *stated.findings),
+        records=records,
+        findings=(*_findings(metadata, mine, folder), *stated.findings),
     )
 
 
@@ -103,21 +90,16 @@ def _metadata(folder: Path, sources: Sources) -> Metadata:
             hint="Copy the folder again (the file's name begins with a dot), or use an earlier "
             "checkpoint.",
         )
-    source = sources.open(path)
-    if source.size == 0:
-        raise IncompleteError(
-            "the file is empty.", path=path, hint="The save did not finish; use another one."
-        )
-    data = source.read(0, min(source.size, MAX_NBYTES + 1))
+    source, data = opened(path, sources)
     tail = source.read(max(0, source.size - 3), min(source.size, 3))
     whole = plans.ends_well(tail)
     shorter = plans.without_plans(data) if whole else None
     if shorter is not None:
         try:
-            return parse(torchfile.read_pickle(shorter, path=str(path)).value, str(path))
+            return unpickled(shorter, path)
         except ReshardError:  # the plans are not where they are expected
             pass
-    return parse(torchfile.read_pickle(data, path=str(path)).value, str(path))
+    return unpickled(data, path)
 
 
 def _no_model(folder: Path, metadata: Metadata) -> NotFoundError:
@@ -130,12 +112,12 @@ def _no_model(folder: Path, metadata: Metadata) -> NotFoundError:
     )
 
 
-def _findings(metadata: Metadata, mine: list[str], place: folders.Place) -> Iterable[Finding]:
+def _findings(metadata: Metadata, mine: list[str], folder: Path) -> Iterable[Finding]:
     rest = len(metadata.tensors) - len(mine)
     if rest:
         message = f"the state of the optimizer that it holds ({rest} tensors) was not read."
         yield Finding("optimizer-left-out", message)
-    export = folders.export_beside(place.folder)
+    export = folders.export_beside(folder)
     if export is not None:
         message = (
             f"{export} holds the full weights as well; the distributed checkpoint was read. To "

@@ -14,9 +14,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from msgspec import Struct
-
 from reshard.errors import IncompleteError, NotFoundError, UnsupportedError, brief
+from reshard.formats import of_role
 from reshard.formats.signs import MCORE, MCORE_COMMON, is_mcore
 from reshard.storage import strict_json
 
@@ -33,12 +32,6 @@ _TORCH = (
     "it holds a checkpoint of one file a rank (Megatron-LM's --ckpt-format torch), in which tensor "
     "parallel parts are not joined"
 )
-
-
-class Place(Struct, frozen=True):
-    """The folder that holds the tensors."""
-
-    folder: Path
 
 
 def why(path: Path) -> str | None:
@@ -59,8 +52,8 @@ def why(path: Path) -> str | None:
     return f"it holds the role {roles[0].name}/" if roles else None
 
 
-def find(path: Path, role: str | None) -> Place:
-    """The folder that is meant by one above it, a step's or a role's.
+def find(path: Path, role: str | None) -> Path:
+    """The folder that holds the tensors, of one above it that was named: a step's or a role's.
 
     Raises `NotFoundError`, `UnsupportedError`, `IncompleteError`.
     """
@@ -71,28 +64,12 @@ def find(path: Path, role: str | None) -> Place:
             hint="Convert it to torch_dist with Megatron-LM (--ckpt-convert-format torch_dist).",
         )
     roles = [] if is_mcore(path) or _inside(path) else _roles(path)
-    if role is not None and role not in (found.name for found in roles):
-        there = ", ".join(found.name for found in roles)
-        raise NotFoundError(
-            f"there is no role {role!r} here"
-            + (f"; there are {there}." if there else ": it is the checkpoint of one model."),
-            path=path,
-            hint="Name one of them with --role, or its folder." if there else "Leave out --role.",
-        )
-    if role is None and len(roles) > 1:
-        raise NotFoundError(
-            f"it holds the models of {len(roles)} roles: "
-            f"{', '.join(found.name for found in roles)}.",
-            path=path,
-            hint="Name the one that is meant with --role, or its folder.",
-        )
-    if roles:
-        path = roles[0] if role is None else path / role
+    path = of_role(path, roles, role)
     folder = path if is_mcore(path) else _inside(path) or path
     if not is_mcore(folder):
         raise _no_model(path)
     _check(folder)
-    return Place(folder)
+    return folder
 
 
 def _inside(path: Path) -> Path | None:

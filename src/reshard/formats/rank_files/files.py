@@ -16,8 +16,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from reshard.errors import FormatError, IncompleteError, NotFoundError, brief
-from reshard.formats import numbered
+from reshard.errors import FormatError, IncompleteError, NotFoundError, brief, listed
+from reshard.formats import numbered, of_role
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
@@ -48,6 +48,9 @@ class Missing(Struct, frozen=True):
     def __str__(self) -> str:
         more = self.count - len(self.names)
         return ", ".join(self.names) + (f" and {more} more" if more else "")
+
+
+NOTHING_MISSING = Missing(0, ())
 
 
 class Saved(Struct, frozen=True):
@@ -118,7 +121,7 @@ def find(path: Path, role: str | None, sources: Sources) -> Saved:
     folder = path.parent if named is not None else path
     found = _of_folder(folder)
     if not found:
-        folder = _role(path, role)
+        folder = of_role(path, _roles(path), role)
         found = _of_folder(folder)
     elif role is not None and role != folder.name:
         raise NotFoundError(
@@ -130,7 +133,7 @@ def find(path: Path, role: str | None, sources: Sources) -> Saved:
     model = models[0] if named is None else named.model
     if named is None and len(models) > 1 and found[0].writer == "torch":
         raise NotFoundError(
-            f"it holds the rank files of several models: {', '.join(models[:_LISTED])}.",
+            f"it holds the rank files of several models: {listed(models, _LISTED)}.",
             path=folder,
             hint="Name a file of the one that is meant.",
         )
@@ -184,26 +187,6 @@ def _roles(folder: Path) -> list[Path]:
     return [path for path in below if any(file.writer == "verl" for file in _of_folder(path))]
 
 
-def _role(folder: Path, role: str | None) -> Path:
-    roles = {path.name: path for path in _roles(folder)}
-    if role in roles:
-        return roles[role]
-    listed = ", ".join(roles)
-    if role is not None:
-        raise NotFoundError(
-            f"there is no role {role!r} here; there are {listed}.",
-            path=folder,
-            hint="Name one of them with --role, or its folder.",
-        )
-    if len(roles) > 1:
-        raise NotFoundError(
-            f"it holds the models of {len(roles)} roles: {listed}.",
-            path=folder,
-            hint="Name the one that is meant with --role, or its folder.",
-        )
-    return next(iter(roles.values()), folder)
-
-
 def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
     """The world that the files' names state. Raises `IncompleteError` where they state two."""
     worlds: dict[int | None, _File] = {}
@@ -212,10 +195,10 @@ def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
     if wanted is not None:
         return wanted
     if len(worlds) > 1:
-        listed = " and ".join(str(world) for world in worlds)
+        both = " and ".join(str(world) for world in worlds)
         first = next(iter(worlds.values())).path.name
         raise IncompleteError(
-            f"it holds rank files of two saves, by worlds of {listed} ranks.",
+            f"it holds rank files of two saves, by worlds of {both} ranks.",
             path=folder,
             hint=f"Name a file of the save that is meant ({first}), or move the others away.",
         )

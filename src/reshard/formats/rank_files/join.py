@@ -15,10 +15,10 @@ from reshard.containers import copies
 from reshard.containers.distributed import Local
 from reshard.containers.torch import TensorRef
 from reshard.core.findings import Finding
-from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec
+from reshard.core.tensors import Box, Entry, Record, TensorSpec
 from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError
-from reshard.formats.rank_files.files import Missing, Saved
+from reshard.formats.rank_files.files import NOTHING_MISSING, Missing, Saved
 from reshard.formats.rank_files.state import State
 from reshard.storage.local import Sources
 
@@ -53,13 +53,13 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
     world = saved.world or stated_world(states)
     if world is not None:
         saved.check_ranks(world)
-    missing = Missing(0, ()) if world is None else saved.missing(world)
+    missing = NOTHING_MISSING if world is None else saved.missing(world)
     entries: dict[str, Entry] = {}
     records: dict[str, list[Record]] = {}
     first: dict[tuple[object, ...], str] = {}
     for name in states[0].tensors:
         held = parts_of(name, states, sources)
-        entry = _entry(name, states[0].tensors[name], held, missing, saved)
+        entry = entry_of(name, states[0].tensors[name], held, saved, missing)
         key = tuple((h.state.rank, h.tensor.storage, h.tensor.strides) for h in held)
         twin = first.setdefault((entry.spec.shape, key), name) if entry.fragments else name
         if twin != name and entry.spec.numel:
@@ -67,7 +67,7 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
             continue
         entries[name] = entry
         if len(held) > 1:
-            records[name] = [r for h in held if (r := h.state.record(h.tensor.extent)) is not None]
+            records[name] = records_of(held)
     copies.check(records, sources)
     return Table(
         entries,
@@ -149,20 +149,26 @@ def _brief(layout: tuple[object, ...]) -> str:
     return text if len(text) < 120 else f"{text[:120]}..."
 
 
-def _entry(
+def records_of(held: Sequence[Held]) -> list[Record]:
+    """The checksums of these parts' storages, of the files that state them."""
+    found = (each.state.record(each.tensor.extent) for each in held)
+    return [record for record in found if record is not None]
+
+
+def entry_of(
     name: str,
     first: TensorRef | Local,
     held: Sequence[Held],
-    missing: Missing,
     saved: Saved,
+    missing: Missing = NOTHING_MISSING,
 ) -> Entry:
-    fragments: list[Fragment] = [h.tensor.fragment(h.box) for h in held]
+    """A tensor of these parts, which must tile it; `first` is what the first rank states of it.
+
+    Raises `IncompleteError`, `FormatError`.
+    """
     spec = TensorSpec(name, first.dtype, first.shape)
-    entry = Entry(
-        spec,
-        tuple(fragments) if spec.numel else (),
-        "parameter" if spec.dtype.floating else "buffer",
-    )
+    fragments = tuple(each.tensor.fragment(each.box) for each in held) if spec.numel else ()
+    entry = Entry(spec, fragments, "parameter" if spec.dtype.floating else "buffer")
     try:
         check_tiling(entry)
     except IncompleteError as error:

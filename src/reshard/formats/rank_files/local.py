@@ -28,15 +28,16 @@ from reshard.containers import copies
 from reshard.containers.distributed import Local
 from reshard.containers.torch import TensorRef
 from reshard.core.tensors import Entry, Fragment, Record, TensorSpec, flat
-from reshard.core.tiling import check_tiling
-from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
+from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.rank_files.files import Saved
 from reshard.formats.rank_files.join import (
     Held,
     Table,
     check_names,
+    entry_of,
     parts_of,
     ranks_missing,
+    records_of,
     stated_world,
 )
 from reshard.formats.rank_files.state import State
@@ -85,9 +86,8 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
     units: dict[str, list[Held]] = {}
     for name in filter(is_flat, states[0].tensors):
         units[name] = parts_of(name, states, sources)
-        entry = _whole(name, states[0].tensors[name], units[name], saved)
-        records[name] = [r for h in units[name] if (r := h.state.record(h.tensor.extent))]
-        entries[name] = entry
+        entries[name] = _whole(name, states[0].tensors[name], units[name], saved)
+        records[name] = records_of(units[name])
     places = [_Places(state, units) for state in states]
     slices: dict[str, list[_Slice]] = {}
     loose: list[str] = []
@@ -104,7 +104,9 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
     named = {s.unit for found in slices.values() for s in found}
     if named != units.keys():
         _refuse_slices(loose, states)
-    entries.update((name, _replica(name, states, sources)) for name in loose)
+    for name in loose:  # every rank holds it whole
+        held = parts_of(name, states, sources)
+        entries[name] = entry_of(name, states[0].tensors[name], held, saved)
     _check_gaps(entries, slices, world)
     for unit in named:
         del entries[unit]
@@ -153,14 +155,7 @@ def _whole(name: str, value: TensorRef | Local, parts: Sequence[Held], saved: Sa
             path=saved.folder,
             tensor=name,
         )
-    spec = TensorSpec(name, value.dtype, value.shape)
-    entry = Entry(spec, tuple(held.tensor.fragment(held.box) for held in parts))
-    try:
-        check_tiling(entry)
-    except ReshardError as error:
-        error.path = error.path or str(saved.folder)
-        raise
-    return entry
+    return entry_of(name, value, parts, saved)
 
 
 def _parameter(name: str, value: TensorRef | Local, slices: list[_Slice]) -> Entry:
@@ -229,14 +224,3 @@ def _refuse_slices(loose: Sequence[str], states: Sequence[State]) -> None:
                 tensor=name,
                 hint="Save without offloading to the CPU, or with SHARDED_STATE_DICT.",
             )
-
-
-def _replica(name: str, states: Sequence[State], sources: Sources) -> Entry:
-    """A tensor that every rank holds whole."""
-    value = states[0].tensors[name]
-    held = parts_of(name, states, sources)
-    spec = TensorSpec(name, value.dtype, value.shape)
-    fragments = tuple(h.tensor.fragment(h.box) for h in held) if spec.numel else ()
-    entry = Entry(spec, fragments, "parameter" if spec.dtype.floating else "buffer")
-    check_tiling(entry)
-    return entry

@@ -14,10 +14,8 @@ from reshard.containers.torch import read as read_torch
 from reshard.core.findings import Finding, objects_unread
 from reshard.core.tensors import Extent, Record
 from reshard.errors import UnsupportedError
+from reshard.formats import MODEL
 from reshard.storage.local import Sources
-
-# Where trainers put the state dict in a larger dict.
-_CONTAINERS = ("state_dict", "module", "model", "model_state_dict")
 
 
 class State(Struct, frozen=True):
@@ -66,7 +64,7 @@ def read_state(path: Path, rank: int, sources: Sources) -> State:
 
 def _state_dict(path: Path, content: TorchFile) -> dict[str, object]:
     value = content.value
-    for key in _CONTAINERS:
+    for key in MODEL:
         inner = value.get(key) if isinstance(value, dict) else None
         if isinstance(inner, dict) and inner:
             value = inner

@@ -8,6 +8,7 @@ does to the base). `tests/naming/test_methods.py` holds every table against the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from msgspec import Struct
 
@@ -134,6 +135,7 @@ def is_of_training(part: str) -> bool:
     return part in _TRAINING
 
 
+@lru_cache(4096)
 def refused_part(part: str) -> tuple[str, bool] | None:
     """The title of what a part of a tensor's name gives away, and whether PEFT can merge it.
 
@@ -169,7 +171,8 @@ def hint(merges: bool) -> str:
 
 def parts_of(names: Iterable[str]) -> frozenset[str]:
     """Every part of the names that PEFT might have put there."""
-    return frozenset(part for name in names for part in name.split(".") if looks_adapted(part))
+    every = {part for name in names for part in name.split(".")}
+    return frozenset(filter(looks_adapted, every))
 
 
 # transformers' Conv1D keeps its weight as [in, out]; model type -> the last names of its modules.

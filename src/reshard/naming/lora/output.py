@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct, field
 
 from reshard.core import rearrange
 from reshard.core.arithmetic import LowRank, computed
-from reshard.core.tensors import Entry
+from reshard.core.tensors import Entry, Equal
 from reshard.errors import NamesError, PlanError, UnsupportedError
 from reshard.naming.lora import methods
 from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.lora.find import Adapter, Separated, name_in_peft, shape_of
 from reshard.naming.name_map import NameMap
-
-#: Whether two tensors of one shape hold the same values.
-Equal = Callable[[Entry, Entry], bool]
 
 
 def keys(separated: Separated, equal: Equal | None) -> dict[str, str]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from reshard.errors import UnsupportedError, brief
 
 # One token: an escape, a class, a plain character, a group's bracket, `|`, an anchor, a repetition.
 _TOKEN = re.compile(r"\\[.dwDW\\-]|\[\^?[\w.\-]+\]|[\w\-]|\.|\(\?:|\(|\)|\||\^|\$|[*+?]")
 _MAX_LENGTH, _MAX_REPEATS, _MAX_PATTERNS = 500, 2, 10_000
+# Tokens after which there is nothing to repeat.
+_NO_ATOM = ("", "(", "(?:", "|", "^", "$", ")", "*", "+", "?")
 # A name of 300 letters is matched in 0.3 s at worst; modules' names have less than 100.
 _MAX_NAME = 300
 
@@ -39,9 +42,14 @@ def key_of(patterns: Iterable[str], module: str) -> str | None:
     if len(module) > _MAX_NAME:
         raise UnsupportedError("its name is too long for a pattern.", tensor=module)
     for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(pattern).match(module):
             return pattern
     return None
+
+
+@lru_cache(_MAX_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _is_plain(pattern: str) -> bool:
@@ -55,11 +63,9 @@ def _is_plain(pattern: str) -> bool:
             return False
         token, position = found[0], found.end()
         if token in ("*", "+", "?"):
-            if before in ("", "(", "(?:", "|", "^", "$", ")") or before in ("*", "+"):
-                # `.*?` is a repetition like `.*`; a group that repeats may take exponential time.
-                if token != "?" or before not in ("*", "+", ")"):
-                    return False
-            elif before == "?":
+            # `.*?` is a repetition like `.*`; a group that repeats may take exponential time.
+            lazy = token == "?" and before in ("*", "+", ")")
+            if before in _NO_ATOM and not lazy:
                 return False
             repeats += token in ("*", "+")
         before = token
