@@ -22,6 +22,7 @@ from pathlib import Path
 
 from reshard.core.catalog import Asset
 from reshard.errors import FormatError, NotFoundError
+from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.storage.local import child, real
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
@@ -30,8 +31,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msg
 # model.safetensors.index.json, model.safetensors.index.fp16.json; OpenVINO's graph of weights.
 _WEIGHT_LISTS = re.compile(r".*\.index(\.\w+)?\.json|openvino_.*\.xml")
 # PEFT's, whose weights are left behind: without them transformers cannot load the folder.
-_ADAPTER_CONFIG = "adapter_config.json"
-_LEFT = frozenset({_ADAPTER_CONFIG, "reshard.json"})
+_LEFT = frozenset({ADAPTER_CONFIG, "reshard.json"})
 # Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
 _NOT_ASSETS = frozenset({".git", ".cache", "__pycache__"})
 # A module's own weights, as save_pretrained names them.
@@ -41,7 +41,7 @@ _OWN = re.compile(
 )
 # What a training leaves in a folder of its own: an earlier model, not a part of this one.
 _OF_TRAINING = frozenset({"trainer_state.json", "optimizer.pt", "training_args.bin", "latest",
-                          ".metadata", _ADAPTER_CONFIG})  # fmt: skip
+                          ".metadata", ADAPTER_CONFIG})  # fmt: skip
 
 
 def assets(folder: Path) -> tuple[Asset, ...]:

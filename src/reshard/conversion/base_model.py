@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from reshard.conversion.modules import Module, read_modules
 from reshard.core.catalog import Asset, Catalog
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry, Record
-from reshard.errors import FormatError, NotFoundError, ReshardError
+from reshard.errors import FormatError, NotFoundError, at
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.formats.info import named
 from reshard.naming import Schema
@@ -94,11 +93,8 @@ def read_base(folder: Path, sources: Sources) -> Base:
             hint="Name the folder of the whole original model. What trainers leave beside a "
             "checkpoint (verl's `huggingface/`) is its config and tokenizer alone.",
         )
-    try:
+    with at(folder):
         tensors = _numbers(catalog.entries, config)
-    except ReshardError as error:
-        error.path = error.path or os.fspath(folder)
-        raise
     return base_of(folder, config, tensors, catalog.records, sources)
 
 

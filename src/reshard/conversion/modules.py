@@ -21,12 +21,12 @@ from reshard.conversion.assets import is_weights
 from reshard.core.catalog import Asset
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError
+from reshard.formats import huggingface
 from reshard.naming.search import shared_prefixes, unwrap
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
 
 MODULES = "modules.json"
-WEIGHTS = "model.safetensors"
 
 
 class Module(Struct, frozen=True):
@@ -39,7 +39,7 @@ class Module(Struct, frozen=True):
     @property
     def file(self) -> str:
         """Where its weights are written."""
-        return f"{self.folder}/{WEIGHTS}"
+        return f"{self.folder}/{huggingface.SINGLE}"
 
     def owns(self, asset: Asset) -> bool:
         """Whether a file of the base holds its weights, or lists them."""

@@ -15,7 +15,6 @@ from msgspec import Struct
 from reshard.conversion.base_model import read_base
 from reshard.conversion.declared import workers
 from reshard.conversion.destination import check_destination
-from reshard.conversion.output_model import REWARD_HEAD, VALUE_HEAD
 from reshard.core.options import PathLike, documented, parse
 from reshard.diagnosis import case as cases
 from reshard.diagnosis.case import Case
@@ -24,6 +23,8 @@ from reshard.diagnosis.findings import Finding
 from reshard.diagnosis.repair import write_mended
 from reshard.diagnosis.table import AILMENTS
 from reshard.errors import PlanError, VerificationError
+from reshard.naming.rewards import REWARD_HEAD
+from reshard.naming.value_heads import VALUE_HEAD
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, real, snapshot
 

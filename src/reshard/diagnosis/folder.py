@@ -18,13 +18,14 @@ from reshard.containers import safetensors as safetensors_file
 from reshard.containers.dcp import shards as rank_shards
 from reshard.conversion.assets import assets as assets_of
 from reshard.conversion.base_model import CONFIG, Base
-from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG
+from reshard.conversion.output_model import LIGHTRFT
 from reshard.core.catalog import Asset
 from reshard.core.tensors import Entry, Fragment, Record, stored, whole
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
-from reshard.naming.lora.folder import CONFIG as ADAPTER_CONFIG
+from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.naming.lora.folder import WEIGHTS as ADAPTER_WEIGHTS
+from reshard.naming.rewards import REWARD_CONFIG
 from reshard.naming.schema import is_backbone
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child

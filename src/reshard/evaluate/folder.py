@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
-from reshard.formats.huggingface import is_adapter
+from reshard.formats.huggingface import INDEX, SINGLE, is_adapter
+from reshard.naming.rewards import REWARD_CONFIG, REWARD_HEAD
+from reshard.naming.value_heads import VALUE_HEAD
 from reshard.storage import strict_json
 from reshard.storage.local import snapshot
 
-REWARD_CONFIG = "reward_config.json"
-REWARD_HEAD = "reward_head.safetensors"
-VALUE_HEAD = "value_head.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 
 class Kind(str, Enum):
@@ -162,9 +159,9 @@ def _headless(architecture: str | None) -> bool:
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
-    index = path / _INDEX
+    index = path / INDEX
     if not index.is_file():
-        single = path / _SINGLE
+        single = path / SINGLE
         return (single,) if single.is_file() else ()
     weight_map = parse_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):

@@ -29,7 +29,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from reshard.errors import FormatError, IncompleteError, NamesError
-from reshard.evaluate.folder import REWARD_CONFIG, REWARD_HEAD, parse_json
+from reshard.evaluate.folder import parse_json
+from reshard.naming.rewards import REWARD_CONFIG, REWARD_HEAD
 
 Pooling = Literal["attn", "last"]
 

@@ -16,6 +16,7 @@ from msgspec import Struct
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile
+from reshard.core.state import TrainingState
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import FormatError, NotFoundError, listed
 from reshard.formats.info import FormatInfo, every, named, single_for
@@ -63,6 +64,33 @@ class Writable(Protocol):
         self, slots: Sequence[Wanted], max_file_nbytes: int, /
     ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
         """Tensor files and small files."""
+
+
+class Laid(Struct, frozen=True):
+    """What a layout gives: tensor files, small files, and what a user should know of them."""
+
+    files: tuple[OutputFile, ...]
+    texts: tuple[tuple[str, bytes], ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+class StateWritable(Protocol):
+    """What the module of a format that training state is written in offers besides."""
+
+    def lay_out_state(
+        self,
+        weights: Sequence[Wanted],
+        state: TrainingState,
+        max_file_nbytes: int,
+        layout: str | None,
+        /,
+    ) -> Laid:
+        """The model's files and those of its optimizer, under the same names.
+
+        Files of the model have the part `""`, those of the state `STATE_PART`, and a tensor of
+        the state goes by `tensor_name` in its slots. `layout` is one of `FormatInfo.layouts`.
+        Raises `PlanError` where the format cannot hold what the state has.
+        """
 
 
 class Description(Struct, frozen=True):

@@ -26,16 +26,15 @@ from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
-from reshard.core.tiling import check_tiling
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
 from reshard.formats import Description, Selection, Wanted
+from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# PEFT's, whose weights are left behind: without them transformers cannot load the folder.
-_ADAPTER_CONFIG = "adapter_config.json"
 # torch/distributed/checkpoint/_hf_utils.py (torch 2.13): each rank's parts of tensors.
 _DCP_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 # One shard of several, as save_pretrained names them.
@@ -124,7 +123,7 @@ def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder is what PEFT's `save_pretrained` writes: an adapter, and no model."""
-    return (folder / _ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def lay_out(
@@ -262,9 +261,7 @@ def _check_numbers(folder: Path, names: Sequence[str]) -> None:
 
 def _entry(spec: TensorSpec, extent: Extent) -> Entry:
     fragment = Fragment(whole(spec.shape), extent, spec.dtype)
-    entry = Entry(spec, (fragment,) if spec.numel else ())
-    check_tiling(entry)
-    return entry
+    return proven(spec, (fragment,) if spec.numel else ())
 
 
 def _stored_shape(spec: TensorSpec) -> list[int]:

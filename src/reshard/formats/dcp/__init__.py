@@ -23,6 +23,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from reshard.containers.dcp import shards
+from reshard.containers.dcp.layout import lay_out
 from reshard.containers.dcp.metadata import Metadata, merge, opened, unpickled
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
@@ -30,7 +31,6 @@ from reshard.errors import FormatError, IncompleteError
 from reshard.formats import Selection, numbered, of_several
 from reshard.formats.dcp import parts
 from reshard.formats.dcp.chunked import read_chunks
-from reshard.formats.dcp.layout import lay_out
 from reshard.formats.signs import is_mcore
 from reshard.storage.local import Sources, child
 

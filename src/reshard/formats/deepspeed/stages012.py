@@ -9,12 +9,13 @@ from reshard.containers.torch import TensorRef
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry, Kind, TensorSpec
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats.deepspeed import experts, proof
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
+from reshard.formats.deepspeed.flat import FlatSpace, in_module_order, stored_entry
 from reshard.formats.deepspeed.parse import ModelFile, OptimFile, Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources
@@ -87,9 +88,7 @@ def _cut(number: int, shapes: Shapes, optim: tuple[OptimFile, ...]) -> dict[str,
     at = 0
     for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
         spec = TensorSpec(name, dtype, shape)
-        entries[name] = flat_entry(
-            spec, space.fragments(at, spec.numel, spec.numel, 0), "parameter"
-        )
+        entries[name] = proven(spec, space.fragments(at, spec.numel, spec.numel, 0), "parameter")
         at += spec.numel + padding
     return entries
 

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from reshard.core import rearrange
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Box, Entry, TensorSpec
-from reshard.core.tiling import check_tiling
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import parallel_info, proof
 from reshard.formats.deepspeed.files import Saved
@@ -174,9 +174,7 @@ def _joined(held: Sequence[Entry], sharding: Sharding) -> Entry:
             box = Box(sharding.shape, offsets, fragment.box.sizes)
             fragments.append(replace(fragment, box=box))
     spec = TensorSpec(like.spec.name, like.spec.dtype, sharding.shape)
-    entry = Entry(spec, tuple(fragments), like.kind, held[0].aliases)
-    check_tiling(entry)
-    return entry
+    return proven(spec, fragments, like.kind, held[0].aliases)
 
 
 def _cropped(held: Sequence[Entry], block: Block, number: int) -> Entry:

@@ -28,12 +28,12 @@ from reshard.containers.torch import TensorRef, TorchFile
 from reshard.containers.torch import read as read_torch
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, Record, Shape, TensorSpec, flat
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed import autoep, proof, stage3, stages012
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import flat_entry
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources, child
 
@@ -95,4 +95,4 @@ def _master(name: str, shape: Shape, stored: TensorRef, path: Path) -> Entry:
             tensor=name,
             hint="Make the universal checkpoint again.",
         )
-    return flat_entry(spec, [stored.fragment(flat(spec.numel, 0, spec.numel))], "parameter")
+    return proven(spec, [stored.fragment(flat(spec.numel, 0, spec.numel))], "parameter")

@@ -17,7 +17,7 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from reshard.errors import FormatError, NotFoundError, UnsupportedError, brief
+from reshard.errors import FormatError, NotFoundError, UnsupportedError, at, brief
 from reshard.naming.lora import methods, patterns
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
@@ -112,12 +112,8 @@ def read_near(checkpoint: Path, sources: Sources | None, named: Path | None) -> 
 def _read(path: Path, sources: Sources | None) -> AdapterConfig:
     with Sources() as own:
         raw = strict_json.read_object((sources or own).open(path))
-    try:
+    with at(path):
         return parse_adapter_config(raw)
-    except UnsupportedError as error:
-        raise UnsupportedError(error.message, path=path, hint=error.hint) from None
-    except FormatError as error:
-        raise FormatError(error.message, path=path, hint=error.hint) from None
 
 
 def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:

@@ -16,14 +16,13 @@ from msgspec import Struct
 
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
-from reshard.naming.lora.config import AdapterConfig
-from reshard.naming.lora.find import Separated
+from reshard.naming.lora.config import NAME, AdapterConfig
+from reshard.naming.lora.find import PREFIX, Separated
 
 #: The file names that PEFT looks for.
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+CONFIG = NAME
 
-_PREFIX = "base_model.model."
 # A repository's name on the hub, with its owner; it is no path of one machine.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 # The folder of a snapshot in the Hugging Face cache: models--owner--name/snapshots/<revision>.
@@ -99,7 +98,7 @@ def adapter_folder(
     tensors: dict[str, Entry] = {}
 
     def keep(name: str, entry: Entry) -> None:
-        key = _PREFIX + name.removeprefix(prefix)
+        key = PREFIX + name.removeprefix(prefix)
         tensors[key] = entry.renamed(key)
 
     for module, adapter in separated.adapters.items():
