@@ -60,7 +60,7 @@ def test_placeholders_alone_cannot_be_mended(pairs: Pairs, tmp_path: Path) -> No
     for base in (None, pair.base):
         diagnosis = refused(ill, base, tmp_path / "out", "zero3-placeholders")
         assert "3 of 21 tensors are empty" in evidence(diagnosis, "zero3-placeholders")
-        assert "reshard convert" in diagnosis.findings[0].advice
+        assert "reshard convert" in diagnosis.findings[0].fix
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "actor.model.", "base_model.model."])
@@ -166,7 +166,7 @@ def test_tensors_that_are_not_there_or_too_many(pairs: Pairs, tmp_path: Path) ->
     assert "1 of the base are not here: model.norm.weight" in evidence(
         diagnosis, "names-do-not-fit"
     )
-    assert "--fill-from-base" in diagnosis.findings[0].advice
+    assert "--fill-from-base" in diagnosis.findings[0].fix
     tensors["model.other.weight"] = torch.zeros(5)
     models.save(ill, tensors)
     told = evidence(

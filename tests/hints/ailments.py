@@ -26,7 +26,7 @@ def looking(folder: Path, base: Path | None = None, repair: Path | None = None) 
 
 
 def is_well(found: Any) -> bool:
-    return not {f.name for f in found.errors} - {"tokenizer-missing", "processor-missing"}
+    return not {f.code for f in found.errors} - {"tokenizer-missing", "processor-missing"}
 
 
 def ill(at: Path, change: Callable[[Path], object], **more: Any) -> tuple[Path, Path]:
@@ -125,7 +125,7 @@ def head_lost_alone(at: Path) -> Case:
     told = "The trained head is not here"
     return Case(
         looking(folder), looking(folder, base),
-        same=lambda found: any(told in f.advice for f in found.findings),
+        same=lambda found: any(told in f.fix for f in found.findings),
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Change into a folder that exists, or name the whole path.": "test_door.py::test_the_current_folder_is_gone",
     "Copy the folder again, from where it was saved.": "fsdp/test_refusals.py::test_one_ranks_file_over_anothers",
     "The metadata is damaged, or the save did not finish.": "fsdp/test_refusals.py::test_chunk_without_a_place",
     "Save again with use_collectives=True, or move the files of the other ranks away.": "fsdp/test_refusals.py::test_replicas_that_differ",

@@ -139,5 +139,5 @@ def test_diff_and_doctor(folder: Path, tmp_path: Path) -> None:
     assert reshard.diff(folder, tmp_path / "out").differences == ()
     wrong = {"scales-left-over", "codes-unreadable", "quantisation-contradicts-config"}
     for place in (folder, tmp_path / "out"):
-        names = {finding.name for finding in reshard.doctor(place).findings}
+        names = {finding.code for finding in reshard.doctor(place).findings}
         assert not names & wrong

@@ -25,6 +25,7 @@ from reshard.formats import huggingface
 from reshard.naming.search import shared_prefixes, unwrap
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
+from reshard.storage.paths import is_file
 
 MODULES = "modules.json"
 
@@ -54,7 +55,7 @@ def read_modules(folder: Path, found: Iterable[Asset], sources: Sources) -> tupl
     weights raise.
     """
     weights = {PurePosixPath(a.name).parent.as_posix() for a in found if names_weights(a.name)}
-    if not weights or not (folder / MODULES).is_file():
+    if not weights or not is_file(folder / MODULES):
         return ()
     listed = sources.open(folder / MODULES)
     text = strict_json.read_whole(listed, max_nbytes=strict_json.MAX_CONFIG)

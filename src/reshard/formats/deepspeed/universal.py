@@ -36,6 +36,7 @@ from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import is_file
 
 
 def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
@@ -53,7 +54,7 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
     saved = replace(saved, model=(autoep.with_routers(model), *saved.model[1:]))
     for name, shape in (item for group in model.groups for item in group.items()):
         path = child(child(child(location.folder, "zero"), name), "fp32.pt")
-        if not path.is_file():
+        if not is_file(path):
             raise IncompleteError(
                 "it is not there.",
                 path=path,
