@@ -121,6 +121,8 @@ CODES: dict[str, Code] = {
         "info", "quantised weights of a kind that is not read were compared as they are stored"),
     "codes-left-out": Code(
         "warning", "quantised weights under adapters were left out; the base's were taken"),
+    "copies-shared": Code(
+        "info", "copies that the trainer shares with another tensor are not written"),
     "dequantised": Code(
         "info", "quantised weights are written as the numbers that they stand for"),
     "export-beside": Code(
