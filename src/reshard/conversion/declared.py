@@ -300,7 +300,7 @@ CONVERT = table(
     ),
     Option(
         "strict",
-        Codes(CODES),
+        Codes({code: about for code, about in CODES.items() if not about.by}),
         "Treat every warning as an error; with codes, the findings of these codes.",
         False,
         group="What may differ",

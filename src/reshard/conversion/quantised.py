@@ -27,6 +27,7 @@ from reshard.naming.quantised import (
     without_codes,
 )
 from reshard.storage.local import Sources
+from reshard.storage.paths import is_folder
 
 _SOURCE_HINT = "Convert the unquantised release that it was made from."
 _ADAPTERS_HINT = (
@@ -38,7 +39,7 @@ _ADAPTERS_HINT = (
 def config_of(catalog: Catalog, sources: Sources) -> Mapping[str, Any]:
     """The config beside a checkpoint's tensors; empty where there is none."""
     root = catalog.origin.root
-    folder = root if root.is_dir() else root.parent
+    folder = root if is_folder(root) else root.parent
     return huggingface.read_config(folder, sources) if holds_config(catalog, folder) else {}
 
 

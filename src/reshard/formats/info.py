@@ -94,6 +94,7 @@ OWN = (
         advice="Convert it with ds2hf.",
         scripts=("ds2hf",),
         has_tags=True,
+        training_state=True,
     ),
     FormatInfo(
         "huggingface",
