@@ -173,17 +173,28 @@ def test_tensors_without_a_place(tmp_path: Path) -> None:
 
 
 def test_shapes_that_are_not_the_configs(tmp_path: Path) -> None:
+    """A config that another model's took the place of, and then its own."""
     made = model("llama", tmp_path / "model")
-    config = json.loads((made / "config.json").read_text(encoding="utf-8"))
-    config["num_key_value_heads"] = 1
-    (made / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(reshard.NamesError, match="key heads"):
-        reshard.convert(made, tmp_path / "there", to="megatron")
+    right = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    for stated, message in (
+        ({**right, "num_key_value_heads": 1}, "key heads"),
+        ({**right, "num_attention_heads": 2, "num_key_value_heads": 3}, "key heads"),
+        ({**right, "num_attention_heads": 6, "num_key_value_heads": 1}, "the config's model has"),
+    ):
+        (made / "config.json").write_text(json.dumps(stated), encoding="utf-8")
+        with pytest.raises(reshard.NamesError, match=message):
+            reshard.convert(made, tmp_path / "there", to="megatron")
+    (made / "config.json").write_text(json.dumps(right), encoding="utf-8")
+    reshard.convert(made, tmp_path / "there", to="megatron")
+    assert reshard.diff(made, tmp_path / "there").same
 
 
 def test_names_are_the_trainers(tmp_path: Path) -> None:
+    made = model("llama", tmp_path / "model")
     with pytest.raises(reshard.OptionError, match="names of that trainer"):
-        reshard.convert(tmp_path, tmp_path / "there", to="megatron", names="disk")
+        reshard.convert(made, tmp_path / "there", to="megatron", names="disk")
+    reshard.convert(made, tmp_path / "there", to="megatron")
+    assert reshard.diff(made, tmp_path / "there").same
 
 
 def _change(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

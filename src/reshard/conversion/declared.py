@@ -91,8 +91,8 @@ CONVERT = table(
     Option(
         "to",
         Choice(tuple(targets())),
-        "The format of the output: a Hugging Face folder, PyTorch DCP for FSDP, or Megatron-Core's "
-        "torch_dist.",
+        "The format of the output: a Hugging Face folder, PyTorch DCP for FSDP, or the torch_dist "
+        "format of Megatron.",
         "hf",
         group="Output",
     ),
