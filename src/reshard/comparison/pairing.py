@@ -138,7 +138,7 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
     beside: list[str] = []
     if stated is not None:
         beside = list(stated.beside)
-    elif named(catalog.format).holds_config and is_folder(folder):
+    elif named(catalog.format).takes_files and is_folder(folder):
         # A `pytorch_model.bin` without this config is the model over again.
         scored = is_file(folder / REWARD_CONFIG)
         known = (REWARD_HEAD, VALUE_HEAD, LIGHTRFT) if scored else (REWARD_HEAD, VALUE_HEAD)

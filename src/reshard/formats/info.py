@@ -134,6 +134,7 @@ OWN = (
         checksums=True,
         scripts=("ds2hf", "fsdp2hf"),
         exported=True,
+        holds_config=True,
         single=".bin",
     ),
 )
