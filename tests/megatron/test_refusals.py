@@ -156,7 +156,7 @@ def test_hints_that_name_a_folder(tmp_path: Path) -> None:
     assert caught.value.hint == "Name the one that is meant."
     assert list(reshard.open(other).tensors) == list(model)
     (other / "metadata.json").unlink()
-    with pytest.raises(reshard.IncompleteError, match="did not finish") as caught:
+    with pytest.raises(reshard.IncompleteError, match="did not finish") as unfinished:
         reshard.open(other)
-    assert str(caught.value.hint).startswith("Use an earlier checkpoint")
+    assert str(unfinished.value.hint).startswith("Use an earlier checkpoint")
     assert list(reshard.open(there).tensors) == list(model)
