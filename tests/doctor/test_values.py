@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from reshard.transfer import finite
 from reshard.transfer.finite import NotFinite
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, names, refused
+from tests.folders import edit_config
 
 FLOATING = [d for d in dtypes.ALL if finite.has_special(d)]
 
@@ -33,8 +35,8 @@ def test_weights_that_are_not_finite(pairs: Pairs, value: str, tmp_path: Path) -
     tensors["model.norm.weight"][3:5] = float(value)
     tensors["lm_head.weight"][0, 0] = float("nan")
     models.save(ill, tensors)
-    diagnosis = refused(ill, pair.base, tmp_path / "out", "not-finite")
-    told = evidence(diagnosis, "not-finite")
+    diagnosis = refused(ill, pair.base, tmp_path / "out", "weights-not-finite")
+    told = evidence(diagnosis, "weights-not-finite")
     assert "2 of 21 tensors" in told
     counts = "2 NaN, 0 infinite" if value == "nan" else "0 NaN, 2 infinite"
     assert f"model.norm.weight ({counts} of 32)" in told
@@ -104,8 +106,28 @@ def test_the_bases_own_weights_in_another_dtype(pairs: Pairs, tmp_path: Path) ->
     pair = pairs("llama")
     ill = pair.copy(tmp_path / "ill")
     models.save(ill, {name: value.float() for name, value in models.load(pair.base).items()})
-    models.edit_config(ill, dtype="float32")
+    edit_config(ill, dtype="float32")
     refused(ill, pair.base, tmp_path / "out", "identical-to-base")
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_base_beyond_the_folders_dtype_is_another(
+    everywhere: bool, pairs: Pairs, tmp_path: Path
+) -> None:
+    """1e5 in bfloat16, and a folder in float16, which ends at 65504: it was trained."""
+    pair = pairs("llama")
+    base, folder = tmp_path / "base", pair.copy(tmp_path / "model")
+    shutil.copytree(pair.base, base)
+    beyond = models.load(base)
+    for name in beyond if everywhere else ["model.norm.weight"]:
+        beyond[name].view(-1)[-1] = 1e5
+    models.save(base, beyond)
+    half = {name: value.clamp(-6e4, 6e4).half() for name, value in beyond.items()}
+    models.save(folder, half)
+    edit_config(folder, dtype="float16")
+    assert names(reshard.doctor(folder, base=base)) == []
+    differing = {found.name for found in reshard.diff(folder, base).differences}
+    assert differing == (set(half) if everywhere else {"model.norm.weight"})
 
 
 @pytest.mark.parametrize("place", [0, -1])

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import reshard
 from tests import child
+from tests.tensors import raw
 
 HERE = Path(__file__).parent
 
@@ -76,7 +77,7 @@ def _make(name: str, golden: Golden, scratch: Path) -> None:
     content = {
         "written by": {package: version(package) for package in golden.writers},
         "recipe": golden.recipe,
-        "tensors": {n: _described(t) for n, t in sorted(_truth(made).items())},
+        "tensors": {n: described(t) for n, t in sorted(_truth(made).items())},
         "files": {
             what: converted(name, options, scratch / f"out-{number}")
             for number, (what, options) in enumerate(CONVERSIONS.items())
@@ -98,12 +99,11 @@ def _truth(made: Path) -> dict[str, torch.Tensor]:
     return {name: value for name, value in (module | masters).items() if name not in tied}
 
 
-def _described(tensor: torch.Tensor) -> dict[str, Any]:
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def described(tensor: torch.Tensor) -> dict[str, Any]:
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
-        "xxh3_128": xxhash.xxh3_128_hexdigest(data),
+        "xxh3_128": xxhash.xxh3_128_hexdigest(raw(tensor)),
     }
 
 

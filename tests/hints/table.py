@@ -24,6 +24,14 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "The model lies in {}{}: name that folder.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
+    "Name the one that is meant.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
+    "Use an earlier checkpoint, or copy the folder again if the file was left behind.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
+    "Pass --base, the model as it was released, whose names they then get.": "megatron/test_into.py::test_tensors_without_a_place",
+    "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base.": "megatron/test_into.py::test_a_model_that_lacks_tensors",
+    "Is the config that of this model?": "megatron/test_into.py::test_shapes_that_are_not_the_configs",
+    "Leave out --names.": "megatron/test_into.py::test_names_are_the_trainers",
+    "Change into a folder that exists, or name the whole path.": "test_door.py::test_the_current_folder_is_gone",
     "Copy the folder again, from where it was saved.": "fsdp/test_refusals.py::test_one_ranks_file_over_anothers",
     "The metadata is damaged, or the save did not finish.": "fsdp/test_refusals.py::test_chunk_without_a_place",
     "Save again with use_collectives=True, or move the files of the other ranks away.": "fsdp/test_refusals.py::test_replicas_that_differ",
@@ -59,6 +67,9 @@ ELSEWHERE: dict[str, str] = {
     "Copy every rank's files.": "deepspeed/test_tensor_parallel.py::test_missing_files_are_named",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the framework that trained it.": "deepspeed/test_tensor_parallel.py::test_without_the_metadata_it_is_refused",
     "Convert the checkpoint that it was made from.": "deepspeed/test_universal.py::test_made_from_other_parallelism_it_is_refused",
+    "Convert the weights alone, without --optimizer.": "state/test_refusals.py::test_eight_bit_moments",
+    "The file is damaged, or of an optimizer that is not handled.": "state/test_refusals.py::test_groups_that_do_not_cover_the_parameters",
+    "Resume the run once with ZeRO stage 1 and save, or convert the weights alone.": "state/test_refusals.py::test_without_zero_groups_in_no_order_of_the_model",
     "Make the universal checkpoint again.": "deepspeed/test_universal.py::test_masters_of_another_save",
     "Copy the whole folder, or make the universal checkpoint again.": "deepspeed/test_universal.py::test_a_missing_master_is_named",
     "Use another save; or, if this file is the newer, move the *_optim_states.pt files away: it holds all weights.": "deepspeed/test_refusals.py::test_a_tag_that_was_saved_again_in_another_stage",
@@ -102,18 +113,16 @@ WITHOUT: dict[str, str] = {
     "Name the part that is meant: --prefix {}.": _LATE,
     "Name the file that holds the model.": _LATE,
     "It is not in the Hugging Face cache either. If it is on the hub: hf download {}": _CACHE,
+    "Import it with Megatron-Bridge.": _MEGATRON,
     "Save with --ckpt-format torch_dist, and convert that.": _MEGATRON,
     "Name the backbone's own class in config.json's architectures, or serve it only to score.": _LATE,
     "If the training added tokens, name a base of that vocabulary.": _LATE,
     "Its scores come from value_head.safetensors, which the trainer's own code loads.": _LATE,
     "Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that.": _LATE,
-    "The model lies in {}{}: name that folder.": _MEGATRON,
     "The model's checkpoint lies beside it, or was not saved.": _MEGATRON,
     "Copy the folder again (the file's name begins with a dot), or use an earlier checkpoint.": _MEGATRON,
     "The run saved the state of its optimizer and no model.": _MEGATRON,
     "Convert it to torch_dist with Megatron-LM (--ckpt-convert-format torch_dist).": _MEGATRON,
-    "Name the one that is meant.": _MEGATRON,
-    "Use an earlier checkpoint, or copy the folder again if the file was left behind.": _MEGATRON,
     "Load it with the Megatron that wrote it, and save it with --ckpt-format torch_dist.": _MEGATRON,
     "Convert the checkpoint from before that, or export it with ModelOpt.": _MEGATRON,
     "Save them in bfloat16 (without --fp8-param-gather).": _MEGATRON,
@@ -136,6 +145,10 @@ WITHOUT: dict[str, str] = {
         _OTHER + "a package whose format cannot be imported",
     "Load it and save it again with torch on a little-endian machine.":
         _OTHER + "a big-endian one wrote it",
+    "Load and save it once with a newer DeepSpeed, or convert the weights alone.":
+        _OTHER + "a DeepSpeed of before 0.5.4",
+    "Compare the first losses of the run that goes on with those before.":
+        _UNSEEN + "a training run's losses",
     "Load and save it once with a newer DeepSpeed.":
         _OTHER + "a DeepSpeed of before 0.5",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8.":

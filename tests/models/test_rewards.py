@@ -219,7 +219,7 @@ def test_a_backbone_is_not_for_generation(trained: Get, tmp_path: Path) -> None:
     assert not reshard.doctor(out, base=base).errors
     # Alone, it lacks what the test's base has not.
     missing = {"tokenizer-missing", "processor-missing"}
-    assert {found.name for found in reshard.doctor(out).errors} == missing
+    assert {found.code for found in reshard.doctor(out).errors} == missing
     # With the head of the base, it is of the base's class again.
     report = reshard.convert(run.checkpoint, tmp_path / "whole", base=base, fill_from_base=True)
     assert json.loads((tmp_path / "whole" / "config.json").read_text()) == named

@@ -26,6 +26,7 @@ from reshard.conversion.manifest import MANIFEST, Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
 from reshard.conversion.output_model import LIGHTRFT, Export
 from reshard.conversion.planning import exported
+from reshard.conversion.trainer_names import trainer
 from reshard.conversion.verification import check_listed, child_of
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, stored
@@ -38,6 +39,7 @@ from reshard.naming.rewards import REWARD_CONFIG, REWARD_HEAD
 from reshard.naming.search import unwrap
 from reshard.naming.value_heads import SCORE, VALUE_HEAD
 from reshard.storage.local import Sources
+from reshard.storage.paths import absolute, is_file, is_folder
 
 #: The files of a side: those beside the model by name, the model itself under the empty name.
 Parts = dict[str, dict[str, Entry]]
@@ -78,7 +80,7 @@ def _turned(found: Compared) -> Compared:
 def tells_names(catalog: Catalog) -> bool:
     """Whether names can be fitted onto a checkpoint's: a model with its config, or an output of
     reshard, which states what became of them."""
-    return (catalog.origin.root / MANIFEST).is_file() or holds_config(catalog)
+    return is_file(catalog.origin.root / MANIFEST) or holds_config(catalog)
 
 
 def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None = None) -> Pairing:
@@ -123,7 +125,7 @@ def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -
 
 def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
     folder = catalog.origin.root
-    if not (folder / MANIFEST).is_file():
+    if not is_file(folder / MANIFEST):
         return None
     stated = manifest.read(folder, sources)
     check_listed(folder, stated)
@@ -136,11 +138,11 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
     beside: list[str] = []
     if stated is not None:
         beside = list(stated.beside)
-    elif named(catalog.format).holds_config and folder.is_dir():
+    elif named(catalog.format).takes_files and is_folder(folder):
         # A `pytorch_model.bin` without this config is the model over again.
-        scored = (folder / REWARD_CONFIG).is_file()
+        scored = is_file(folder / REWARD_CONFIG)
         known = (REWARD_HEAD, VALUE_HEAD, LIGHTRFT) if scored else (REWARD_HEAD, VALUE_HEAD)
-        beside = [name for name in known if (folder / name).is_file()]
+        beside = [name for name in known if is_file(folder / name)]
     parts: Parts = {}
     if stated is None or stated.tensors:
         parts[""] = dict(catalog.entries)
@@ -234,7 +236,7 @@ def _by_name(
     """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
     store is compared with the tensor that it is said to be."""
     mine = _parts(first, _stated(first, sources), sources)
-    if options.names == "memory" and named(first.format).holds_config:
+    if (options.names == "memory" or trainer(options)) and named(first.format).holds_config:
         placed = exported(first, None, options, sources)
         return Pairing(_pairs(_planned(placed), held), by_name=True)
     if "" not in held and len(held) == 1:
@@ -272,7 +274,7 @@ def _check_apart(planned: Mapping[str, Mapping[str, Entry]], folder: Path) -> No
     for tensors in planned.values():
         for name, made in tensors.items():
             if any(
-                Path(extent.file.path).is_relative_to(folder.absolute())
+                Path(extent.file.path).is_relative_to(absolute(folder))
                 for extent in stored(made.fragments)
             ):
                 raise PlanError(

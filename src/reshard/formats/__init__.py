@@ -21,6 +21,7 @@ from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import FormatError, NotFoundError, listed
 from reshard.formats.info import FormatInfo, every, named, single_for
 from reshard.storage.local import Sources
+from reshard.storage.paths import exists, is_folder, listing
 
 
 class Selection(Struct, frozen=True):
@@ -179,7 +180,7 @@ def detect(path: Path) -> str:
     Raises `NotFoundError` where nothing is recognised, `FormatError` where it could be of several
     formats.
     """
-    if not path.exists():
+    if not exists(path):
         raise NotFoundError("there is no such file or folder.", path=path)
     return told(path, claims(path))
 
@@ -189,12 +190,12 @@ def told(path: Path, reasons: Mapping[str, str]) -> str:
 
     Raises as `detect` does.
     """
-    if not reasons and not path.is_dir():
+    if not reasons and not is_folder(path):
         inside = f"Pass its folder: {path.parent}" if claims(path.parent) else None
         raise NotFoundError("this file alone is not a checkpoint.", path=path, hint=inside)
     if not reasons:
         raise NotFoundError(
-            f"no checkpoint was recognised here; it holds {listing(path)}.",
+            f"no checkpoint was recognised here; it holds {contents(path)}.",
             path=path,
             hint="Name the folder that holds the checkpoint's files, or the folder above it.",
         )
@@ -257,7 +258,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     return load(detect(path)).read(path, sources, selection)
 
 
-def listing(path: Path) -> str:
+def contents(path: Path) -> str:
     """The first names in a folder, in words."""
-    names = sorted(child.name + ("/" if child.is_dir() else "") for child in path.iterdir())
+    names = sorted(child.name + ("/" if is_folder(child) else "") for child in listing(path))
     return listed(names) or "nothing"

@@ -25,6 +25,7 @@ from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, brief
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import listing
 
 
 class _Part(Struct, frozen=True):
@@ -39,7 +40,7 @@ _INFO = "DCP_SHARDING_INFO"
 
 def names(folder: Path) -> list[str]:
     """The shards of the folder."""
-    return sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(path.name for path in listing(folder) if _NAME.fullmatch(path.name))
 
 
 def ranks(folder: Path) -> int:

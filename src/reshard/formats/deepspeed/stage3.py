@@ -28,8 +28,13 @@ def catalog(
     proof.check_frozen_copies(saved.model, sources)
     if not allow_step_mismatch:
         proof.check_model_step(saved, sources)
-    entries, findings = complete({entry.spec.name: entry for entry in _parameters(saved)}, saved)
+    entries, findings = complete(parameters(saved), saved)
     return describe(location, saved, entries, findings)
+
+
+def parameters(saved: Saved) -> dict[str, Entry]:
+    """The flat tensors of all sub-groups, cut into parameters."""
+    return {entry.spec.name: entry for entry in _parameters(saved)}
 
 
 def complete(masters: Mapping[str, Entry], saved: Saved) -> tuple[dict[str, Entry], list[Finding]]:

@@ -18,6 +18,7 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.naming.lora.config import NAME, AdapterConfig
 from reshard.naming.lora.find import PREFIX, Separated
+from reshard.storage.paths import absolute
 
 #: The file names that PEFT looks for.
 WEIGHTS = "adapter_model.safetensors"
@@ -77,7 +78,7 @@ def named(config: AdapterConfig, base: Path, base_config: Mapping[str, Any]) -> 
     if task is None and class_ and "auto_map" not in base_config:
         # PEFT's AutoPeftModel makes the class that is named here, where no task says which.
         mapping = {"base_model_class": class_, "parent_library": "transformers"}
-    return Named(name or str(base.absolute()), task, mapping, revision)
+    return Named(name or str(absolute(base)), task, mapping, revision)
 
 
 def _task(class_: str, config: Mapping[str, Any]) -> str | None:
