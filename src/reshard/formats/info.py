@@ -89,6 +89,7 @@ OWN = (
         client_state=True,
         # Small enough that many ranks read different files.
         max_shard_size="1GB",
+        training_state=True,
     ),
     FormatInfo(
         "deepspeed",
