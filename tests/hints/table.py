@@ -24,6 +24,8 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Leave out --masters.": "megatron/test_masters.py::test_without_masters_to_read",
+    "Leave out --masters; or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",
     "The model lies in {}{}: name that folder.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
     "Name the one that is meant.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
     "Use an earlier checkpoint, or copy the folder again if the file was left behind.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
@@ -68,6 +70,8 @@ ELSEWHERE: dict[str, str] = {
     "Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the framework that trained it.": "deepspeed/test_tensor_parallel.py::test_without_the_metadata_it_is_refused",
     "Convert the checkpoint that it was made from.": "deepspeed/test_universal.py::test_made_from_other_parallelism_it_is_refused",
     "Convert the weights alone, without --optimizer.": "state/test_refusals.py::test_eight_bit_moments",
+    "Convert the weights alone, without --optimizer; or save once without --use_mp_opt.": "state/test_refusals.py::test_one_optimizer_file_a_rank",
+    "Save it with get_optimizer_state_dict, or convert the weights alone.": "state/test_refusals.py::test_numbers_for_names",
     "The file is damaged, or of an optimizer that is not handled.": "state/test_refusals.py::test_groups_that_do_not_cover_the_parameters",
     "Resume the run once with ZeRO stage 1 and save, or convert the weights alone.": "state/test_refusals.py::test_without_zero_groups_in_no_order_of_the_model",
     "Make the universal checkpoint again.": "deepspeed/test_universal.py::test_masters_of_another_save",
