@@ -14,6 +14,7 @@ from reshard.core.options import PathLike
 from reshard.errors import OptionError
 from reshard.formats import locate
 from reshard.progress import Progress
+from reshard.storage.paths import exists, is_folder
 
 
 def diff_steps(
@@ -53,6 +54,6 @@ def of_run(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether a checkpoint is there, or below; a path that is not there is left for the error."""
-    if not path.exists():
+    if not exists(path):
         return True
-    return bool(formats.claims(path) or (path.is_dir() and locate.saves(path)))
+    return bool(formats.claims(path) or (is_folder(path) and locate.saves(path)))

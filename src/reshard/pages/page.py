@@ -14,7 +14,7 @@ from reshard._version import __version__
 from reshard.comparison.sums import percent, short
 from reshard.core.sizes import size
 from reshard.errors import UnsupportedError, WriteError, printable
-from reshard.storage.local import real
+from reshard.storage.paths import absolute, exists, is_file, is_folder, real
 
 #: In the head of every page; a page is known by it.
 MARK = '<meta name="generator" content="reshard">'
@@ -28,11 +28,11 @@ def check_place(path: Path) -> None:
     Called before the work whose result the page shows.
     """
     _jinja()
-    if not path.absolute().parent.is_dir():
-        raise WriteError("there is no such folder.", path=path.absolute().parent)
-    if path.is_dir():
+    if not is_folder(absolute(path).parent):
+        raise WriteError("there is no such folder.", path=absolute(path).parent)
+    if is_folder(path):
         raise WriteError("this is a folder.", path=path, hint="Name a file with --html.")
-    if not path.is_file():
+    if not is_file(path):
         return
     with path.open("rb") as file:
         if MARK.encode() in file.read(_HEAD):
@@ -95,7 +95,7 @@ def write(path: Path, page: str) -> None:
     place = real(path)
     partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
     try:
-        if place.exists() and not place.is_file():
+        if exists(place) and not is_file(place):
             place.write_text(page, encoding="utf-8")
             return
         with partial.open("x", encoding="utf-8") as file:
