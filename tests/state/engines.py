@@ -123,6 +123,10 @@ class Deepspeed:
         path, client = self._engine.load_checkpoint(place.folder)
         if path is None:
             raise RuntimeError(f"DeepSpeed found nothing in {place.folder}")
+        tag = Path(place.folder, "latest_universal")
+        if self._job.after:
+            folder = Path(place.folder, tag.read_text("utf-8"))
+            exec(self._job.after, {"engine": self._engine, "folder": folder})
         return {"consumed_samples": client.get("consumed_samples")}
 
     def tensors(self) -> Tensors:
