@@ -27,7 +27,8 @@ _MAX_STEPS = 8
 
 
 class Loose(Struct, frozen=True):
-    """What the objects hold: by paths in the state dict the tensors, and what are no plain ones."""
+    """What the objects hold: by paths in the state dict the tensors, and what are not plain
+    ones."""
 
     tensors: Mapping[StatePath, TensorRef]
     others: Mapping[StatePath, Opaque]

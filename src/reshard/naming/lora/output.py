@@ -1,4 +1,4 @@
-"""What becomes of adapters: updates to merge into the base's tensors."""
+"""Adapters as updates to merge into the base's tensors."""
 
 from __future__ import annotations
 
@@ -117,9 +117,8 @@ def _check_place(name: str, places: list[str]) -> None:
 
 
 def low_rank(adapter: Adapter, base: Entry, scaling: float, *, turned: bool = False) -> Entry:
-    """One weight with its update. `turned`: a square one is kept as `[in, out]`.
-
-    Raises `NamesError` where the shapes do not make the weight's.
+    """One weight with its update. `turned`: a square one is stored as `[in, out]`. Raises
+    `NamesError` where the product does not have the weight's shape.
     """
     left, right = adapter.b, adapter.a
     made, shape = shape_of(adapter), base.spec.shape
