@@ -110,8 +110,10 @@ class LowRank(Computed, frozen=True):
 
 
 class _ColumnScales:
-    """The column scales of the last matrix. Several threads fill the blocks of one matrix one after
-    another; without this each thread would read the matrix again.
+    """The column scales of the last matrix.
+
+    Several threads fill the blocks of one matrix one after another; without this each thread would
+    read the matrix again.
     """
 
     def __init__(self) -> None:

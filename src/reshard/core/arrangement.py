@@ -127,9 +127,10 @@ class Arranger:
 def inverse(
     outputs: Mapping[str, Arrangement], specs: Mapping[str, TensorSpec]
 ) -> dict[str, Arrangement]:
-    """The arrangements that recover the tensors `specs` from the outputs. `specs` are the tensors
-    that the outputs are made of. Raises `PlanError` where the outputs do not hold every element of
-    them exactly once.
+    """The arrangements that recover the tensors `specs` from the outputs.
+
+    `specs` are the tensors that the outputs are made of. Raises `PlanError` where the outputs do
+    not hold every element of them exactly once.
     """
     arranger = Arranger({name: _symbol(name, spec) for name, spec in specs.items()})
     held: dict[str, list[tuple[Box, Arrangement]]] = {name: [] for name in specs}

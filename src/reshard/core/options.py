@@ -48,7 +48,9 @@ class Kind(Struct, frozen=True):
 
 class Flag(Kind, frozen=True):
     """True or False. With `no`, the flag turns the option off (`--no-verify`), and this text
-    describes it. `either`: there is a flag for each value.
+    describes it.
+
+    `either`: there is a flag for each value.
     """
 
     no: str = ""

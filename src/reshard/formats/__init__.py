@@ -25,16 +25,20 @@ from reshard.storage.paths import exists, is_folder, listing
 
 
 class Selection(Struct, frozen=True):
-    """Which part of a checkpoint to read. `tag` names one of several saves in a folder (DeepSpeed),
-    `prefix` the part of a nested state dict that is the model; DCP's reader extracts that part, for
-    other formats `locate` does. `allow_step_mismatch` accepts a ZeRO-3 checkpoint whose optimizer
-    was restarted on purpose, so that its step count is not the model's.
+    """Which part of a checkpoint to read.
+
+    `tag` names one of several saves in a folder (DeepSpeed), `prefix` the part of a nested state
+    dict that is the model; DCP's reader extracts that part, for other formats `locate` does.
+    `allow_step_mismatch` accepts a ZeRO-3 checkpoint whose optimizer was restarted on purpose, so
+    that its step count is not the model's. `masters`: full-precision weights are read from the
+    optimizer's state, in formats that say so (`FormatInfo.masters`).
     """
 
     tag: str | None = None
     prefix: str | None = None
     allow_step_mismatch: bool = False
     role: str | None = None
+    masters: bool = False
 
 
 class Format(Protocol):
@@ -131,8 +135,10 @@ def writer(info: FormatInfo) -> Writable:
 
 
 def index(info: FormatInfo, files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
-    """The small files that distinguish a model's files from others beside them. None where the
-    format's room has no function `index`: then the names of its files distinguish them.
+    """The small files that distinguish a model's files from others beside them.
+
+    None where the format's room has no function `index`: then the names of its files distinguish
+    them.
     """
     special = getattr(writer(info), "index", None)
     found: tuple[tuple[str, bytes], ...] = () if special is None else special(files)
@@ -184,6 +190,7 @@ def detect(path: Path) -> str:
 
 def told(path: Path, reasons: Mapping[str, str]) -> str:
     """The name of the format of what lies at `path`, from the reasons of the formats that claim it.
+
     Raises as `detect` does.
     """
     if not reasons and not is_folder(path):
@@ -229,6 +236,7 @@ def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tupl
 
 def of_role(path: Path, roles: Sequence[Path], role: str | None) -> Path:
     """The folder of the selected role among those in `path`; `path` itself where it holds none.
+
     Raises `NotFoundError` where there is no such role, or where there are several and none was
     named.
     """

@@ -147,9 +147,11 @@ def lay_out(
 
 
 def index(files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
-    """The index of the model's files, by its name. A single file has one too if heads lie beside
-    it: vLLM and sglang load every `*.safetensors` of a folder without an index. transformers loads
-    `model.safetensors` first, with an index or without.
+    """The index of the model's files, by its name.
+
+    A single file has one too if heads lie beside it: vLLM and sglang load every `*.safetensors` of
+    a folder without an index. transformers loads `model.safetensors` first, with an index or
+    without.
     """
     held = {slot.spec.name: (file.name, slot.spec) for file in files for slot in file.slots}
     content = {

@@ -171,6 +171,7 @@ def _orientation_is_right(
     reading: Reading, effects: tuple[Effect, ...], config: Mapping[str, Any]
 ) -> bool:
     """Whether tensors that the layout transposes have, once transposed back, the hub's orientation.
+
     The model's width decides; with a square tensor or without a stated width, the files have the
     hub's.
     """

@@ -65,8 +65,10 @@ class RewardHeads(Struct, frozen=True):
 
 
 class Parts(Struct, frozen=True):
-    """A checkpoint split into its backbone, by the checkpoint's names, and its heads. `rewards` are
-    the heads of a scalar reward model, `value` is the head of a critic; at most one of them is set.
+    """A checkpoint split into its backbone, by the checkpoint's names, and its heads.
+
+    `rewards` are the heads of a scalar reward model, `value` is the head of a critic; at most one
+    of them is set.
     """
 
     backbone: Mapping[str, Entry]
@@ -98,9 +100,10 @@ def split(
     value_head: str | None = None,
     allows: Callable[[str], bool] = lambda _: False,
 ) -> Parts:
-    """Find the heads by their names and shapes, and separate them from the backbone. `base` are the
-    names of the base model: a head that it has is a part of the backbone. `allows` says which names
-    the user leaves out; they are not heads unless `value_head` names them.
+    """Find the heads by their names and shapes, and separate them from the backbone.
+
+    `base` are the names of the base model: a head that it has is a part of the backbone. `allows`
+    says which names the user leaves out; they are not heads unless `value_head` names them.
 
     Raises `IncompleteError` for a head of which a tensor is missing, `NamesError` for shapes that
     do not agree or a `value_head` that is not there.
@@ -169,6 +172,7 @@ def _critic(kind: str) -> str:
 
 def check(parts: Parts, model_type: ModelType | None, options: RewardOptions) -> Parts:
     """Compare what the names say with what the user said; the heads come in the user's order.
+
     Without a `model_type` the checkpoint's own counts, and options about heads need heads.
 
     Raises `NamesError` where they disagree, with the flag that would agree.

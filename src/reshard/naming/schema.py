@@ -28,9 +28,10 @@ class Schema(Struct, frozen=True):
 
 
 def views(config: Mapping[str, Any], *, guess: bool = True) -> tuple[View, ...]:
-    """The layouts that a model of this config may have, the hub's first. For a model type without a
-    family, all families' layouts are tried, and names and shapes decide; without `guess` it has
-    only the hub's names.
+    """The layouts that a model of this config may have, the hub's first.
+
+    For a model type without a family, all families' layouts are tried, and names and shapes decide;
+    without `guess` it has only the hub's names.
     """
     text = family(text_config(config).get("model_type"))
     inner = PLAIN.layouts[:1] if text is None or text in families.ALONE else text.layouts

@@ -118,6 +118,7 @@ class Translated(Struct, frozen=True):
 
 def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
     """The tensors of torchtitan's or Meta's model by the hub's names, with rows in the hub's order.
+
     Any other checkpoint stays as it is. Raises `UnsupportedError` for a family whose names there
     are not known, `NamesError` where the base's config does not say how many heads there are.
     """

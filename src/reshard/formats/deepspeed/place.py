@@ -81,10 +81,11 @@ def reason(path: Path) -> str | None:
 
 
 def locate(path: Path, sources: Sources, tag: str | None) -> Location:
-    """The tag folder that a path and a tag select, with its files classified. `path` is the folder
-    with `latest` and the tag folders, or a tag folder itself. If accelerate saved several models,
-    `latest` names the last; reshard takes the first. Raises `NotFoundError` (which lists the tags),
-    `FormatError`, `UnsupportedError`.
+    """The tag folder that a path and a tag select, with its files classified.
+
+    `path` is the folder with `latest` and the tag folders, or a tag folder itself. If accelerate
+    saved several models, `latest` names the last; reshard takes the first. Raises `NotFoundError`
+    (which lists the tags), `FormatError`, `UnsupportedError`.
     """
     if _is_tag_folder(path):
         own = _tag_of(real(path), sources)
@@ -234,6 +235,7 @@ def _put(
 
 def check_written_as(path: Path, written_as: str | None) -> None:
     """A rank's file must have the name that torch wrote it under, if the file states that name.
+
     Nothing else in a file says which rank wrote it. Raises `FormatError` for a file that was
     renamed, or copied onto another rank's.
     """

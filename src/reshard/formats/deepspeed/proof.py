@@ -99,8 +99,9 @@ def _check_distinct(
 def check_masters(
     module: Mapping[str, TensorRef], entries: Mapping[str, Entry], sources: Sources
 ) -> None:
-    """The masters, rounded to the module's dtype, must be the module's weights (stages 1 and 2). A
-    sample of every fragment is compared, so each rank's file is checked for its own part.
+    """The masters, rounded to the module's dtype, must be the module's weights (stages 1 and 2).
+
+    A sample of every fragment is compared, so each rank's file is checked for its own part.
     """
     for name, entry in entries.items():
         stored = module.get(name)

@@ -31,8 +31,10 @@ from reshard.storage.local import Sources
 
 def check(location: Location, saved: Sequence[Saved], sources: Sources) -> list[Saved]:
     """Prove that all model parallel ranks are there and of one save; returns them, ready for
-    reading. Only global rank 0 writes which parameters are tied, so all ranks get what it wrote.
-    Raises `IncompleteError`, `FormatError`, `UnsupportedError`.
+    reading.
+
+    Only global rank 0 writes which parameters are tied, so all ranks get what it wrote. Raises
+    `IncompleteError`, `FormatError`, `UnsupportedError`.
     """
     first = saved[0].model[0]
     world_size = first.mp_world_size or len(saved)

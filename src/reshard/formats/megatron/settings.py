@@ -43,8 +43,9 @@ class Stated(Struct, frozen=True):
 
 
 def read(folder: Path, sources: Sources) -> Stated:
-    """The settings of the run that saved a folder; empty where no file states them. A file that
-    cannot be read is skipped, `common.pt` with a finding.
+    """The settings of the run that saved a folder; empty where no file states them.
+
+    A file that cannot be read is skipped, `common.pt` with a finding.
     """
     found: dict[str, Any] = {}
     findings = []

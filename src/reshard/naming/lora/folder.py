@@ -58,9 +58,10 @@ class AdapterFolder(Struct, frozen=True):
 
 
 def named(config: AdapterConfig, base: Path, base_config: Mapping[str, Any]) -> Named:
-    """How the folder names its base and task: as the run's own config does, if that is usable. A
-    path in the run's config is a path on the machine of the run. So the repository's name is used,
-    from the run, the Hugging Face cache or the base's config, else the base's folder.
+    """How the folder names its base and task: as the run's own config does, if that is usable.
+
+    A path in the run's config is a path on the machine of the run. So the repository's name is
+    used, from the run, the Hugging Face cache or the base's config, else the base's folder.
     """
     cached = next((m for part in base.parts if (m := _CACHED.fullmatch(part))), None)
     stated = (

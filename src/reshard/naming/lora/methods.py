@@ -76,9 +76,10 @@ PROMPTS = ("prompt_encoder", "prompt_embeddings")
 
 
 class Setting(Struct, frozen=True):
-    """A setting of LoRA that makes it something other than `W + B A s`. `part` is what a part of
-    its tensors' names begins with; None: its tensors have the usual names, or names that do not
-    show it. `merges`: PEFT itself can merge it.
+    """A setting of LoRA that makes it something other than `W + B A s`.
+
+    `part` is what a part of its tensors' names begins with; None: its tensors have the usual names,
+    or names that do not show it. `merges`: PEFT itself can merge it.
     """
 
     title: str

@@ -41,8 +41,10 @@ _BESIDE = re.compile(
 
 class Numbers(Struct, frozen=True):
     """A table of tensors in which the quantised ones are the numbers that they represent, as
-    bfloat16. `kinds`: name of such a tensor -> what its codes are, in words. `left_out` are the
-    scales and the other tensors that belong to the codes.
+    bfloat16.
+
+    `kinds`: name of such a tensor -> what its codes are, in words. `left_out` are the scales and
+    the other tensors that belong to the codes.
     """
 
     entries: Mapping[str, Entry]
