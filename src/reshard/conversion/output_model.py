@@ -140,7 +140,7 @@ class _Export:
         self._allows = FitOptions(allow=options.allow).allows
         self._fit = self._fitted(self._equal)
         self._findings = list(self._adapters.findings)
-        if not self._alone:  # else they are on the model, of which an adapter is no part
+        if not self._alone:  # else they are on the model, of which an adapter is not part
             self._findings += self._fit.findings
         self._updates = Updates()
         if self._scaling is not None:
