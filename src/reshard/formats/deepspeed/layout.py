@@ -34,6 +34,9 @@ from reshard.formats.deepspeed import universal_findings
 from reshard.formats.deepspeed.place import LATEST_UNIVERSAL, MODEL, MODEL_STAGE3
 
 _WEIGHT = "fp32"
+# How torch computes a step, not what: DeepSpeed keeps the script's where the file has none. A GPU's
+# `fused` would ask for step counts on the GPU, where DeepSpeed loads them to the CPU.
+_OF_THE_SCRIPT = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
 
 def lay_out_state(
@@ -123,7 +126,8 @@ class _Universal:
         integers (DeepSpeedCPUAdam, FusedAdam), which each group then counts on for itself.
         """
         groups = [
-            {**group.hyperparameters, "params": [number]}
+            {k: v for k, v in group.hyperparameters.items() if k not in _OF_THE_SCRIPT}
+            | {"params": [number]}
             for number, group in enumerate(self._groups)
         ]
         inner: dict[str, object] = {"param_groups": groups}
