@@ -98,6 +98,12 @@ class TrainingState(Struct, frozen=True):
             for name, entry in table.items():
                 yield tensor_name(kind, name), entry
 
+    def slots(self) -> Iterator[Entry]:
+        """The moments by the names that they have among all tensors of an output."""
+        for kind, table in self.moments.items():
+            for name, entry in table.items():
+                yield entry.renamed(tensor_name(kind, name))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all moments, as the checkpoint holds them; masters are not counted."""
