@@ -144,6 +144,9 @@ CODES: dict[str, Code] = {
         "info", "copies that the trainer shares with another tensor are not written"),
     "damaged-file": Code(
         "error", "a weight file is cut off or breaks its format's rules", by=("doctor",)),
+    "consumed-samples-unknown": Code(
+        "warning", "client_state.pt lacks what LightRFT's training needs to resume",
+        "Pass --consumed-samples."),
     "dequantised": Code(
         "info", "quantised weights are written as the numbers that they stand for"),
     "dtype-contradicts-config": Code(
@@ -258,12 +261,22 @@ CODES: dict[str, Code] = {
         "error", "scales lie beside weights that are not quantised", by=("doctor",)),
     "settings-unread": Code(
         "warning", "a file with the run's settings cannot be read; they were not compared"),
+    "run-state-left-out": Code(
+        "info", "counters or a user's state of the run have no place in the output"),
+    "scheduler-left-out": Code(
+        "warning", "the schedule's state was not written: torch's schedulers would not take it",
+        "Set the schedule in the script that goes on, at the step that the report states."),
     "several-models": Code(
         "info", "the folder holds several models of one run; which one was read",
         "To convert another, name it."),
     "shapes-unstated": Code(
         "warning", "the shards state no whole shapes: missing last ranks cannot be seen",
         "Pass --base."),
+    "state-left-out": Code(
+        "warning", "a part of the training state is no plain data and does not travel"),
+    "state-masters-rounded": Code(
+        "warning", "fp32 masters were rounded to the dtype of the output's weights",
+        "Leave out --dtype."),
     "state-named-by-order": Code(
         "warning", "an optimizer's state has no names; the order of the parameters gave them",
         "Compare the first losses of the run that goes on with those before."),
