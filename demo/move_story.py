@@ -54,15 +54,15 @@ def main(folder: Path, picture: Path) -> None:
         "1. Train in DeepSpeed ZeRO-2, 2 processes, to the end", 2, "zero2", 1, LAST, whole, *save
     )
     convert("2. Move its save to FSDP", place / "zero2", to_fsdp, "--to", "dcp", "--optimizer")
-    options = ("--load", to_fsdp, "--save", place / "fsdp2", "--save-at", SECOND)
-    train("3. Go on in FSDP2, 3 processes", 3, "fsdp2", FIRST + 1, SECOND, moved, *options)
+    kept = ("--load", to_fsdp, "--save", place / "fsdp2", "--save-at", SECOND)
+    train("3. Go on in FSDP2, 3 processes", 3, "fsdp2", FIRST + 1, SECOND, moved, *kept)
     universal = place / "universal"
     convert("4. Move that to DeepSpeed", place / "fsdp2", universal, "--to", "deepspeed")
     train("5. Go on in ZeRO-3, 1 process", 1, "zero3", SECOND + 1, LAST, back, "--load", universal)
     weights = place / "weights"
     convert("6. Move the weights alone", place / "zero2", weights, "--to", "dcp")
-    options = ("--load", weights, "--weights-only")
-    train("7. Go on without the optimizer's state", 3, "fsdp2", FIRST + 1, LAST, bare, *options)
+    alone = ("--load", weights, "--weights-only")
+    train("7. Go on without the optimizer's state", 3, "fsdp2", FIRST + 1, LAST, bare, *alone)
     losses = {path.stem: _losses(path) for path in (whole, moved, back, bare)}
     together = losses["moved"] | losses["back"]
     apart = max(abs(loss / losses["whole"][at] - 1) for at, loss in together.items())

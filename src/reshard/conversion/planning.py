@@ -208,7 +208,10 @@ def _with_state(
             shapes = {n: e.spec.shape for n, e in apply(maps[0], catalog.entries).items()}
             config = live_names.config_of(made, catalog, base, sources, "--optimizer")
             maps.append(memory_outputs(shapes, config, live_names.version_of(options)))
-    carried = training.carried(state, made, maps)
+    target = target_named(options.to)
+    carried = formats.as_written(target, training.carried(state, made, maps))
+    if target.full_precision:
+        return training.in_full_precision(carried, made)
     findings = (*made.findings, *training.rounded(carried, made))
     return replace(made, state=carried, findings=findings)
 

@@ -16,13 +16,14 @@ from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
 from reshard.core.arrangement import Arrangement, sources
 from reshard.core.catalog import Catalog
+from reshard.core.dtypes import FLOAT32
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import NEEDED
 from reshard.core.state import Group, Plain, Step, TrainingState
 from reshard.core.tensors import Entry
 from reshard.errors import OptionError, PlanError, listed
 from reshard.formats.dcp.lightrft import CONSUMED_SAMPLES
-from reshard.formats.info import named
+from reshard.formats.info import named, target_named
 from reshard.naming import apply
 from reshard.storage import strict_json
 
@@ -37,6 +38,14 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
     if not options.optimizer:
         return catalog, None
     state = catalog.training_state()
+    if state is None and target_named(options.to).needs_state:
+        raise PlanError(
+            f"--to {options.to} writes a universal checkpoint, from which DeepSpeed takes weights "
+            "only together with an optimizer's state, and it holds none.",
+            path=catalog.origin.root,
+            hint="A new run starts from a Hugging Face model: pass --to hf, and load the output "
+            "with from_pretrained before deepspeed.initialize.",
+        )
     if state is None:
         what = "its format holds none" if not _can_hold(catalog) else "it holds none"
         raise PlanError(
@@ -191,6 +200,22 @@ def _one(values: Sequence[Any], name: str, what: str) -> Any:
             hint=_ALONE,
         )
     return values[0]
+
+
+def in_full_precision(state: TrainingState, made: Export) -> Export:
+    """The export with float32 for what the optimizer updates, and for its moments."""
+    trained = set(state.names)
+    model = [
+        replace(target, spec=replace(target.spec, dtype=FLOAT32))
+        if target.spec.name in trained
+        else target
+        for target in made.model
+    ]
+    moments = {
+        kind: {n: replace(e, spec=replace(e.spec, dtype=FLOAT32)) for n, e in table.items()}
+        for kind, table in state.moments.items()
+    }
+    return replace(made, model=model, state=replace(state, moments=moments))
 
 
 def rounded(state: TrainingState, made: Export) -> tuple[Finding, ...]:
