@@ -135,6 +135,12 @@ class Deepspeed:
         if self._job.engine in ("zero1", "zero2"):
             return self._partitioned()
         found: Tensors = {}
+        if self._job.engine == "zero0":
+            for name, parameter in self._trained().items():
+                held = self.optimizer().state.get(parameter, {})
+                found |= {f"{kind}.{name}": held[kind] for kind in _KINDS if kind in held}
+                found[f"param.{name}"] = parameter
+            return found
         for name, parameter in self._trained().items():
             found[f"param.{name}"] = safe_get_full_fp32_param(parameter)
             for kind in _KINDS if self._begun() else ():

@@ -49,6 +49,7 @@ class Move(msgspec.Struct, frozen=True):
         return f"{ends[0]} {self.saved} to {ends[1]} {self.loaded}{told}"
 
 
+HAVE_CLIENT_STATE = ("deepspeed", "lightrft", "universal")
 ONE = {"groups": 1, "frozen": False}
 LORA = {"kind": "lora"}
 QUICK = (
@@ -162,10 +163,14 @@ def after_loading() -> str:
 def check(one: Done, tolerance: float) -> None:
     """The state arrived whole, and the run goes on as if nothing had been."""
     before, start = one.tensors("before"), one.tensors("after", "start")
-    for name, tensor in start.items():
-        assert torch.equal(tensor, before[name]), name
+    both = before.keys() & start.keys()
+    assert len([name for name in both if name.startswith("param.")]) > 5
+    assert len(both) in (len(before), len(start))  # FSDP1's moments cannot be gathered
+    for name in both:
+        assert torch.equal(start[name], before[name]), name
     assert one.result("after", "start").steps == one.result("before").steps
-    assert one.result("after", "start").client.get("consumed_samples", 18) == 18
+    if one.move.saved in HAVE_CLIENT_STATE and one.move.loaded in HAVE_CLIENT_STATE:
+        assert one.result("after", "start").client == {"consumed_samples": 18}
     assert one.losses_apart("after") <= max(tolerance, 2 * one.losses_apart("reloaded"))
     assert one.weights_apart("after") <= max(tolerance, 2 * one.weights_apart("reloaded"))
 
