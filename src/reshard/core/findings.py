@@ -1,4 +1,4 @@
-"""Findings: what a person should know about a checkpoint, a conversion or a model.
+"""Findings: what a user should know about a checkpoint, a conversion or a model.
 
 A finding has a code, and `CODES` says once what each code means and how to fix it. Readers, the
 fit of the names, the conversion, doctor and try all report findings of this one type; `--strict`
@@ -40,11 +40,11 @@ class Code(Struct, frozen=True):
 
 
 class Finding(Struct, frozen=True):
-    """Something that a person should know.
+    """Something that a user should know.
 
     `code` is a key of `CODES`. `message` is one or two sentences with the evidence. `subject` is
-    the tensor or file concerned, empty where it is the whole. `fix` says what to do in this case;
-    empty: the code's own. `evidence` are names and numbers for programs, as JSON values.
+    the tensor or file concerned, empty for the whole checkpoint. `fix` says what to do in this
+    case; empty: the code's own. `evidence` are names and numbers for programs, as JSON values.
     """
 
     code: str
@@ -54,7 +54,7 @@ class Finding(Struct, frozen=True):
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A note is as long as a file makes it.
+        # A file decides how long a message is.
         force_setattr(self, "message", shortened(self.message, _MAX_MESSAGE))
 
     def __hash__(self) -> int:
@@ -140,13 +140,13 @@ CODES: dict[str, Code] = {
         "warning", "the weights are codes of a kind that is not read", by=("doctor",)),
     "codes-unreadable": Code("error", "quantised weights lack their scales", by=("doctor",)),
     "config-missing": Code("error", "config.json is missing or cannot be read", by=("doctor",)),
+    "consumed-samples-unknown": Code(
+        "warning", "client_state.pt lacks what LightRFT's training needs to resume",
+        "Pass --consumed-samples."),
     "copies-shared": Code(
         "info", "copies that the trainer shares with another tensor are not written"),
     "damaged-file": Code(
         "error", "a weight file is cut off or breaks its format's rules", by=("doctor",)),
-    "consumed-samples-unknown": Code(
-        "warning", "client_state.pt lacks what LightRFT's training needs to resume",
-        "Pass --consumed-samples."),
     "dequantised": Code(
         "info", "quantised weights are written as the numbers that they stand for"),
     "dtype-contradicts-config": Code(
@@ -257,15 +257,15 @@ CODES: dict[str, Code] = {
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),
-    "scales-left-over": Code(
-        "error", "scales lie beside weights that are not quantised", by=("doctor",)),
-    "settings-unread": Code(
-        "warning", "a file with the run's settings cannot be read; they were not compared"),
     "run-state-left-out": Code(
         "info", "counters or a user's state of the run have no place in the output"),
+    "scales-left-over": Code(
+        "error", "scales lie beside weights that are not quantised", by=("doctor",)),
     "scheduler-left-out": Code(
         "warning", "the schedule's state was not written: torch's schedulers would not take it",
         "Set the schedule in the script that goes on, at the step that the report states."),
+    "settings-unread": Code(
+        "warning", "a file with the run's settings cannot be read; they were not compared"),
     "several-models": Code(
         "info", "the folder holds several models of one run; which one was read",
         "To convert another, name it."),
@@ -289,6 +289,22 @@ CODES: dict[str, Code] = {
         by=("try",)),
     "transposed-experts": Code("error", "stacked experts are transposed", by=("doctor",)),
     "unchanged": Code("warning", "every tensor equals the base model's: nothing was trained"),
+    "universal-groups": Code(
+        "info", "DeepSpeed matches the parameter groups of a universal checkpoint by position",
+        "Make the script's parameter groups in that order."),
+    "universal-loss-scale": Code(
+        "info", "the loss scale of an fp16 run is not carried into a universal checkpoint"),
+    "universal-no-schedule": Code(
+        "info", "a universal checkpoint was written without the state of a schedule",
+        "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint."),
+    "universal-stage3": Code(
+        "warning", "DeepSpeed's ZeRO stage 3 goes on wrongly from this universal checkpoint",
+        "Load it with ZeRO stage 1 or 2, or after loading run the lines of "
+        "docs/training-state.md."),
+    "universal-unrestored": Code(
+        "warning", "DeepSpeed does not restore frozen parameters or buffers of a universal "
+        "checkpoint",
+        "Start the script from the weights that the run started from."),
     "untrained-layers": Code("info", "layers that no live module holds are the base's"),
     "vectors-constant": Code(
         "info", "a vector holds one value throughout, as fresh biases and norms do", by=("try",)),

@@ -301,7 +301,7 @@ def _data(value: object, tensors: list[TensorSpec | TensorBytes]) -> bytes:
     if isinstance(value, Mapping):
         items = (_data(part, tensors) for item in value.items() for part in item)
         return b"}(" + b"".join(items) + b"u"
-    raise TypeError(f"{type(value).__name__} is no plain data")
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
 def _integers(values: Shape) -> bytes:

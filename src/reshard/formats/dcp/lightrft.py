@@ -17,5 +17,5 @@ CONSUMED_SAMPLES = "consumed_samples"
 
 
 def client_state(consumed_samples: int) -> tuple[str, bytes]:
-    """The file that says how many samples a run has used up: its name, and its bytes."""
+    """The file that says how many samples a run has consumed: its name, and its bytes."""
     return CLIENT_STATE, lay_out_data({CONSUMED_SAMPLES: consumed_samples})
