@@ -5,7 +5,7 @@ An ailment is a line here, a check beside the others, and a line in `docs/doctor
 
 from __future__ import annotations
 
-from reshard.diagnosis.checks import files, names, quantised, values, vocabulary
+from reshard.diagnosis.checks import architecture, files, names, quantised, values, vocabulary
 from reshard.diagnosis.findings import Ailment
 
 AILMENTS = (
@@ -38,6 +38,22 @@ AILMENTS = (
             "stacked experts are transposed", names.transposed_experts),
     Ailment("names-do-not-fit", "error",
             "tensors are missing, left over or of another shape", names.misfit),
+    Ailment("tensors-missing", "error",
+            "tensors that the architecture has are missing", architecture.tensors_missing),
+    Ailment("part-missing", "error",
+            "a whole part of the model is missing", architecture.part_missing),
+    Ailment("layer-count", "error",
+            "the layers are not as many as the config says", architecture.layer_count),
+    Ailment("names-unknown", "error",
+            "tensors have names that no class of the architecture has",
+            architecture.names_unknown),
+    Ailment("stray-head", "error",
+            "there is a head that the class in the config does not have", architecture.stray_head),
+    Ailment("shapes-differ", "error",
+            "shapes are not what the config's sizes make", architecture.shapes_differ),
+    Ailment("backbone-names", "warning",
+            "names are those of the backbone, under a class with a head",
+            architecture.backbone_names),
     Ailment("head-stored-twice", "warning",
             "the output head is stored although it is the embedding", vocabulary.head_stored_twice),
     Ailment("head-missing", "error",
