@@ -7,8 +7,9 @@ STAMP := $(VENV)/.complete
 
 .PHONY: test test-slow check demo demo-fsdp bench clean
 
+# One worker a core; a file's tests run in one worker, in their order.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # What takes minutes, with a real model.
 test-slow: $(STAMP)

@@ -8,24 +8,43 @@ from reshard.core.findings import CODES
 
 HEAD = """# Findings
 
-What reshard tells about a checkpoint, a conversion or a comparison without refusing it. Each has a
-code; `--json` lists them as `findings` with `code`, `severity`, `subject`, `message` and `fix`, and
-in Python they are in `report.findings`. With `--strict`, findings of severity `warning` and `error`
-are refused, with `--strict CODE...` those of the codes. What `reshard doctor` finds in a model
-folder is in [doctor.md](doctor.md).
+What reshard tells about a checkpoint, a conversion or a model without refusing it. Each has a
+code; `--json` lists them as `findings` with `code`, `severity`, `subject`, `message`, `fix` and
+`evidence`, and in Python they are `reshard.Finding`s in `report.findings`.
+
+## Of checkpoints, conversions and comparisons
+
+With `--strict`, findings of severity `warning` and `error` are refused, with `--strict CODE...`
+those of the codes.
 
 | code | severity | what it means | what to do |
+|---|---|---|---|
+"""
+
+MODELS = """
+## Of models
+
+`reshard doctor` and `reshard try` end with code 1 where they find an error. How each is seen, and
+what doctor repairs: [doctor.md](doctor.md), [try.md](try.md).
+
+| code | severity | what it means | found by |
 |---|---|---|---|
 """
 
 
 def page() -> str:
     """The page's text."""
-    rows = [
-        f"| `{name}` | {code.severity} | {code.meaning} | {code.fix} |"
+    general = [
+        f"| `{name}` | {code.severity} | {code.meaning} | {code.fix} |\n"
         for name, code in CODES.items()
+        if not code.by
     ]
-    return HEAD + "\n".join(rows) + "\n"
+    models = [
+        f"| `{name}` | {code.severity} | {code.meaning} | {', '.join(code.by)} |\n"
+        for name, code in CODES.items()
+        if code.by
+    ]
+    return "".join((HEAD, *general, MODELS, *models))
 
 
 if __name__ == "__main__":

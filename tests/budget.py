@@ -17,29 +17,49 @@ needs_proc = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="no /proc to measure by"
 )
 
-_CHILD = """
+# VmHWM of /proc, unlike ru_maxrss, starts anew with the program and does not count what the test
+# held when it forked.
+_PEAK = """
 import sys, time
 from pathlib import Path
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+start = 0
+"""
+_COMMAND = """
 from reshard.cli.app import main
 try:
     main()
 except SystemExit:
     pass
-status = Path("/proc/self/status").read_text()
-print(time.process_time(), int(status.split("VmHWM:")[1].split()[0]) * 1024)
 """
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def peak(code: str, *arguments: str | Path) -> int:
+    """The most bytes that `code` held at once, in a process of its own.
+
+    `code` may set `start = peak()`, to measure only what comes on top of that.
+    """
+    return int(_run(f"{_PEAK}{code}\nprint(peak() - start)\n", *arguments).stdout)
 
 
 def run(*arguments: str | Path) -> tuple[float, int, str]:
     """A command's seconds, peak bytes, and what it printed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _CHILD, *map(str, arguments)]
-    done = subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True, timeout=120
-    )
+    done = _run(f"{_PEAK}{_COMMAND}\nprint(time.process_time(), peak())\n", *arguments)
     *printed, cost = done.stdout.splitlines()
     seconds, peak = cost.split()
     return float(seconds), int(peak), "\n".join([*printed, done.stderr])
+
+
+def _run(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        command, env=_ENVIRONMENT, check=True, capture_output=True, text=True, timeout=120
+    )
 
 
 def check_refused(*arguments: str | Path) -> str:

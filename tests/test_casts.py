@@ -16,9 +16,7 @@ from reshard.core import dtypes
 from reshard.core.arithmetic import LowRank, computed
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry, Extent, FileRef, Fragment, TensorSpec, whole
-from reshard.storage.local import Sources
-from reshard.transfer.checksums import Ledger
-from reshard.transfer.fill import Reader, fill
+from tests.tensors import evaluate, raw
 
 Array = np.ndarray[Any, Any]
 
@@ -34,10 +32,6 @@ def torch_type(dtype: DType) -> torch.dtype:
     return found
 
 
-def raw(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-
-
 def stored(path: Path, tensor: torch.Tensor, dtype: DType, name: str = "w") -> Entry:
     """The tensor's bytes in a file of their own."""
     path.write_bytes(raw(tensor))
@@ -48,11 +42,7 @@ def stored(path: Path, tensor: torch.Tensor, dtype: DType, name: str = "w") -> E
 
 def cast(source: Entry, target: DType) -> Array:
     """What the engine makes of a tensor."""
-    out = np.empty(source.spec.numel, target.numpy)
-    with Sources() as sources:
-        reader = Reader(sources, Ledger(()), memoryview(bytearray(1 << 20)))
-        fill(source, whole(source.spec.shape), out, reader)
-    return out
+    return evaluate(source, source.spec.numel, target.numpy, buffer=1 << 20).reshape(-1)
 
 
 def every_pattern(dtype: torch.dtype) -> torch.Tensor:

@@ -26,7 +26,7 @@ from reshard import open as open_checkpoint
 from reshard.cli.app import reshard, run
 from reshard.cli.lightrft.ds2hf import command as ds2hf
 from reshard.cli.lightrft.fsdp2hf import command as fsdp2hf
-from tests.oracle.cache import Oracle
+from tests.oracle.cache import Oracle, digest_of, kept
 
 ROOT = Path(__file__).parent.parent
 
@@ -323,16 +323,17 @@ def test_ds2hf_takes_the_contracts_flags(oracle: Oracle, tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def bare(pytestconfig: pytest.Config) -> Path:
     """The Python of an environment with reshard's run-time dependencies and nothing else."""
-    folder = pytestconfig.cache.mkdir("bare")
-    python = folder / "bin" / "python"
+    assert pytestconfig.cache is not None
     names = ("numpy", "ml_dtypes", "xxhash", "zlib-ng", "msgspec", "click", "rich")
-    made = folder / f"made-{'-'.join(names)}"
-    if not made.is_file():
-        venv.create(folder, with_pip=True, clear=True)
-        install = [str(python), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
-        subprocess.run([*install, *names], check=True)
-        made.touch()
-    return python
+    constraints = ROOT / "constraints.txt"
+
+    def make(folder: Path) -> None:
+        venv.create(folder, with_pip=True)
+        install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q"]
+        subprocess.run([*install, "-c", str(constraints), *names], check=True)
+
+    cache = pytestconfig.cache.mkdir("bare")
+    return kept(cache, digest_of([constraints], names), make) / "bin" / "python"
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -13,11 +13,11 @@ import xxhash
 from safetensors.numpy import load_file, save_file
 
 import reshard
+from reshard.containers.dcp import layout
 from reshard.core import digests
 from reshard.core.dtypes import parse
 from reshard.core.plan import Slot
 from reshard.core.tensors import Entry, Extent, FileRef, Fragment, TensorSpec, whole
-from reshard.formats.dcp import layout
 from reshard.transfer import engine, readback, reading
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.pieces import runs

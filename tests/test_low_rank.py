@@ -11,45 +11,25 @@ from msgspec.structs import replace
 
 from reshard.core import rearrange
 from reshard.core.arithmetic import LowRank, computed
-from reshard.core.dtypes import BFLOAT16, FLOAT32
+from reshard.core.dtypes import BFLOAT16
 from reshard.core.tensors import (
     Box,
     Entry,
-    Extent,
-    FileRef,
-    Fragment,
-    TensorSpec,
-    blocks,
     flat,
-    whole,
 )
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Reader, fill
+from tests import tensors
+from tests.tensors import stored
 
 Array = np.ndarray[Any, Any]
-
-
-def stored(folder: Path, name: str, array: Array) -> Entry:
-    path = folder / name
-    path.write_bytes(array.tobytes())
-    spec = TensorSpec(name, FLOAT32, array.shape)
-    fragment = Fragment(whole(array.shape), Extent(FileRef(str(path)), 0, array.nbytes), FLOAT32)
-    return Entry(spec, (fragment,))
 
 
 def evaluate(source: Entry | LowRank, dtype: np.dtype[Any], limit: int) -> Array:
     if isinstance(source, LowRank):
         source = computed(source, source.base)
-    shape = source.spec.shape
-    out: Array = np.empty(source.spec.numel, dtype)
-    start = 0
-    with Sources() as sources:
-        reader = Reader(sources, Ledger(()), memoryview(bytearray(1 << 16)))
-        for box in blocks(shape, limit):
-            fill(source, box, out[start : start + box.numel], reader)
-            start += box.numel
-    return out.reshape(shape)
+    return tensors.evaluate(source, limit, dtype, buffer=1 << 16)
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,22 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 from tests import zero3
+from tests.budget import MIB, needs_proc, peak
 
-MIB = 1 << 20
 BUDGET = 200 * MIB
 # Peaks of two equal runs differ by the pages that the allocator happens to keep.
 SLACK = 20 * MIB
 
-# What a conversion holds at its peak: VmHWM of /proc, which, unlike ru_maxrss, starts anew with
-# the program and does not count what the test held when it forked.
-CHILD = """
-import sys
-from pathlib import Path
+CODE = """
 import reshard
 reshard.convert(sys.argv[1], sys.argv[2], to=sys.argv[3], dtype=sys.argv[4], threads=4)
 assert "torch" not in sys.modules
-status = Path("/proc/self/status").read_text()
-print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
 """
 
 
@@ -52,15 +43,7 @@ def layers(nbytes: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def peak(source: Path, target: Path, to: str, dtype: str) -> int:
-    """Bytes that a conversion in a process of its own holds at most."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", CHILD, str(source), str(target), to, dtype]
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return int(done.stdout)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure by")
+@needs_proc
 @pytest.mark.parametrize(
     ("save", "to", "dtype"),
     [
@@ -76,7 +59,7 @@ def test_memory_does_not_grow_with_the_model(
         folder = tmp_path / str(nbytes // MIB)
         folder.mkdir()
         save(folder, nbytes)
-        peaks.append(peak(folder, tmp_path / f"out-{nbytes // MIB}", to, dtype))
+        peaks.append(peak(CODE, folder, tmp_path / f"out-{nbytes // MIB}", to, dtype))
         for path in (*folder.iterdir(), *(tmp_path / f"out-{nbytes // MIB}").iterdir()):
             path.unlink()
     assert max(peaks) < BUDGET, [size // MIB for size in peaks]

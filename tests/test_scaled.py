@@ -17,39 +17,18 @@ from reshard.core.scaled import Code, Scaled
 from reshard.core.tensors import (
     Box,
     Entry,
-    Extent,
-    FileRef,
-    Fragment,
     Shape,
     TensorSpec,
-    blocks,
-    whole,
 )
-from reshard.storage.local import Sources
-from reshard.transfer.checksums import Ledger
-from reshard.transfer.fill import Reader, fill
+from tests import tensors
+from tests.tensors import stored
 
 Array = np.ndarray[Any, Any]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
-def stored(folder: Path, name: str, array: Array) -> Entry:
-    (folder / name).write_bytes(array.tobytes())
-    dtype = dtypes.parse(array.dtype.name)
-    extent = Extent(FileRef(str(folder / name)), 0, array.nbytes)
-    spec = TensorSpec(name, dtype, array.shape)
-    return Entry(spec, (Fragment(whole(array.shape), extent, dtype),))
-
-
 def evaluate(entry: Entry, limit: int, dtype: DType = dtypes.FLOAT32) -> Array:
-    out: Array = np.empty(entry.spec.numel, dtype.numpy)
-    start = 0
-    with Sources() as sources:
-        reader = Reader(sources, Ledger(()), memoryview(bytearray(1 << 12)))
-        for box in blocks(entry.spec.shape, limit):
-            fill(entry, box, out[start : start + box.numel], reader)
-            start += box.numel
-    return out.reshape(entry.spec.shape)
+    return tensors.evaluate(entry, limit, dtype.numpy, buffer=1 << 12)
 
 
 def expanded(scales: Array, block: Shape, shape: Shape) -> Array:

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # Characters of a tensor's name in a message, and of a message: a file's names may be of any length.
 _MAX_NAME, _MAX_MESSAGE = 200, 10_000
@@ -65,6 +66,16 @@ class ReshardError(Exception):
         hint = f" {self.hint}" if self.hint else ""
         message = printable(shortened(self.message), lines=isinstance(self.message, Lines))
         return f"{printable(where)}{message}{printable(hint)}"
+
+
+@contextmanager
+def at(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give `path` to an error that is raised inside and names no path of its own."""
+    try:
+        yield
+    except ReshardError as error:
+        error.path = error.path or os.fspath(path)
+        raise
 
 
 _BRIEF = reprlib.Repr()

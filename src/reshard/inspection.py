@@ -28,6 +28,7 @@ from reshard.errors import (
 )
 from reshard.formats.info import named
 from reshard.storage.local import Sources
+from reshard.storage.paths import file_size, files_below, is_file
 
 #: The options of `reshard.inspect`.
 INSPECT = {
@@ -309,8 +310,8 @@ def _counted(number: int) -> str:
 
 
 def _size(root: Path) -> int:
-    files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
-    return sum(file.stat().st_size for file in files)
+    files = [root] if is_file(root) else filter(is_file, files_below(root))
+    return sum(map(file_size, files))
 
 
 def _codes(catalog: Catalog) -> Codes | None:

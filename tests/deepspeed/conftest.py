@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.oracle.cache import Array, to_numpy
+from tests import child
+from tests.oracle.cache import Array, digest_of, kept, to_numpy
 
-_ROOT = Path(__file__).parents[2]
+# What decides what is made, besides the packages.
 _SOURCES = (
     "tests/deepspeed/parallel_oracle.py",
     "tests/oracle/launch.py",
@@ -71,35 +67,12 @@ class ParallelRuns:
 def parallel_runs(pytestconfig: pytest.Config) -> ParallelRuns:
     """The runs of `parallel_oracle`; made by the real DeepSpeed, about 40 s, once."""
     assert pytestconfig.cache is not None
+    sources = (child.ROOT / source for source in _SOURCES)
+    key = digest_of(sources, ("torch", "deepspeed", "transformers"))
     cache = pytestconfig.cache.mkdir("parallel-oracle")
-    folder = cache / _key()
-    if not folder.is_dir():
-        for old in cache.iterdir():
-            shutil.rmtree(old)
-        making = cache / f"making-{os.getpid()}"
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.deepspeed.parallel_oracle", str(making)],
-            cwd=_ROOT,
-            env=os.environ
-            | {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
-        making.rename(folder)
-    return ParallelRuns(folder)
-
-
-def _key() -> str:
-    """Changes with the sources and with the packages that write."""
-    digest = hashlib.sha256()
-    for source in _SOURCES:
-        digest.update((_ROOT / source).read_bytes())
-    for package in ("torch", "deepspeed", "transformers"):
-        digest.update(f"{package}=={version(package)}".encode())
-    return digest.hexdigest()[:16]
+    return ParallelRuns(
+        kept(cache, key, lambda folder: child.run("tests.deepspeed.parallel_oracle", str(folder)))
+    )
 
 
 def _load(path: Path) -> dict[str, Array]:

@@ -12,9 +12,9 @@ import torch
 from safetensors.numpy import load_file
 
 import reshard
+from tests import child
 from tests.deepspeed.autoep_runs import STAGES
-from tests.deepspeed.test_refusals import edit
-from tests.models import child
+from tests.folders import edit_saved
 
 EXPERTS = "model.layers.1.mlp.experts.w2"
 
@@ -65,7 +65,7 @@ def test_another_number_of_experts(runs: Path, stated: dict[str, Any], tmp_path:
     def change(content: Any) -> None:
         content.update(stated)
 
-    edit(folder / "zero" / EXPERTS / "fp32.pt", change)
+    edit_saved(folder / "zero" / EXPERTS / "fp32.pt", change)
     with pytest.raises(reshard.FormatError, match="experts, and the model file 4") as caught:
         reshard.open(folder)
     assert caught.value.tensor == EXPERTS
@@ -89,7 +89,7 @@ def test_layers_that_are_not_sound(runs: Path, change: dict[str, Any], tmp_path:
     def damage(content: Any) -> None:
         content["ds_autoep_layers"][0].update(change)
 
-    edit(folder / "mp_rank_00_model_states.pt", damage)
+    edit_saved(folder / "mp_rank_00_model_states.pt", damage)
     with pytest.raises(reshard.FormatError, match="ds_autoep_layers"):
         reshard.open(folder)
 
@@ -101,7 +101,7 @@ def test_experts_that_were_frozen(runs: Path, tmp_path: Path) -> None:
         for group in content["param_shapes"]:
             group.pop(EXPERTS, None)
 
-    edit(folder / "mp_rank_00_model_states.pt", freeze)
+    edit_saved(folder / "mp_rank_00_model_states.pt", freeze)
     with pytest.raises(reshard.UnsupportedError, match="frozen") as caught:
         reshard.open(folder)
     assert caught.value.tensor == EXPERTS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,12 @@ import torch
 
 import reshard
 from tests import zero3
+from tests.folders import edit_saved
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
     "b.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4) + 100,
 }
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    content = torch.load(path, weights_only=False)
-    change(content)
-    torch.save(content, path)
 
 
 def backwards(content: dict[str, Any]) -> None:
@@ -33,7 +27,7 @@ def backwards(content: dict[str, Any]) -> None:
 def test_ranks_that_state_their_parameters_in_another_order(tmp_path: Path, rank: int) -> None:
     """Equal as dicts; but the order says where each lies in the flat tensors."""
     zero3.save(tmp_path, TENSORS, world=2)
-    edit(tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", backwards)
+    edit_saved(tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", backwards)
     with pytest.raises(reshard.FormatError, match="its list of parameters is not that of"):
         reshard.open(tmp_path)
 
@@ -56,6 +50,6 @@ def test_frozen_parameters_in_another_order(tmp_path: Path) -> None:
             content["frozen_param_shapes"] = order
             content["frozen_param_fragments"] = fragments
 
-        edit(tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", change)
+        edit_saved(tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", change)
     with pytest.raises(reshard.FormatError, match="its list of frozen parameters is not that of"):
         reshard.open(tmp_path)

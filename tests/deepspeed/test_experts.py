@@ -12,7 +12,7 @@ import reshard
 from tests.deepspeed.conftest import ParallelRuns
 from tests.deepspeed.parallel_oracle import EXPERTS
 from tests.deepspeed.test_reading import same_bits
-from tests.deepspeed.test_refusals import edit
+from tests.folders import edit_saved
 
 NAMES = [recipe.name for recipe in EXPERTS]
 
@@ -59,7 +59,7 @@ def test_the_order_of_ranks_is_the_configurations(
     def forget(content: Any) -> None:
         del content["ds_config"]["use_data_before_expert_parallelism"]
 
-    edit(tag / "mp_rank_00_model_states.pt", forget)
+    edit_saved(tag / "mp_rank_00_model_states.pt", forget)
     with pytest.raises(reshard.ReshardError, match=r"different saves|different runs"):
         reshard.open(tag)
 
@@ -103,7 +103,7 @@ def test_an_expert_of_another_save(parallel_runs: ParallelRuns, tmp_path: Path) 
         for value in content.values():
             value.mul_(1.5).add_(0.25)
 
-    edit(expert(tag, 0, 3), older)
+    edit_saved(expert(tag, 0, 3), older)
     with pytest.raises(reshard.FormatError, match="different saves") as caught:
         reshard.open(tag)
     assert "experts.3." in str(caught.value.tensor)
@@ -115,7 +115,7 @@ def test_an_expert_without_one_of_its_tensors(parallel_runs: ParallelRuns, tmp_p
     def drop_one(content: dict[str, object]) -> None:
         content.popitem()
 
-    edit(expert(tag, 0, 2), drop_one)
+    edit_saved(expert(tag, 0, 2), drop_one)
     with pytest.raises(reshard.IncompleteError, match="no file of an expert holds it"):
         reshard.open(tag)
 
@@ -128,7 +128,7 @@ def test_ranks_that_do_not_divide(parallel_runs: ParallelRuns, tmp_path: Path, c
         def change(content: Any) -> None:
             content["optimizer_state_dict"]["partition_count"][1] = count
 
-        edit(optim(tag, rank), change)
+        edit_saved(optim(tag, rank), change)
     with pytest.raises(reshard.ReshardError):
         reshard.open(tag)
 
@@ -144,11 +144,11 @@ def _autoep_by_its_old_key(tag: Path) -> None:
 def _state_autoep(tag: Path, key: str) -> None:
     layer = {"module_path": "first", "num_experts": 4, "expert_key_prefix": "first.experts"}
     path = tag / "mp_rank_00_model_states.pt"
-    edit(path, lambda content: content.update({key: [layer]}))
+    edit_saved(path, lambda content: content.update({key: [layer]}))
 
 
 def _folded(tag: Path) -> None:
-    edit(expert(tag, 0, 0), lambda content: content.update(folding={"tp_size": 2}))
+    edit_saved(expert(tag, 0, 0), lambda content: content.update(folding={"tp_size": 2}))
 
 
 def _oldest(tag: Path) -> None:

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import reshard
 from tests.deepspeed.test_reading import check_against_truth
+from tests.folders import edit_saved
 from tests.oracle.cache import Oracle
 
 
@@ -46,13 +46,6 @@ def copied(oracle: Oracle, name: str, workspace: Path) -> Path:
 
 def optim(root: Path, rank: int) -> Path:
     return next((root / "global_step2").glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
-
-
-def edit(path: Path, change: Callable[[dict[str, object]], None]) -> None:
-    """Change a file's content as torch would have written it."""
-    content = torch.load(path, weights_only=False)
-    change(content)
-    torch.save(content, path)
 
 
 def test_no_checkpoint_there(workspace: Path) -> None:
@@ -164,7 +157,7 @@ def test_model_and_optimizer_of_two_steps(oracle: Oracle, workspace: Path, stage
                 if value.is_floating_point():
                     value.data.mul_(1.5).add_(0.25)
 
-        edit(path, older)
+        edit_saved(path, older)
     message = refused(workspace, root, None, reshard.FormatError)
     assert "different saves" in message
 
@@ -172,7 +165,7 @@ def test_model_and_optimizer_of_two_steps(oracle: Oracle, workspace: Path, stage
 def test_a_restarted_optimizer_can_be_accepted(oracle: Oracle, workspace: Path) -> None:
     root = copied(oracle, "zero3-bf16-w2", workspace)
     for path in (root / "global_step2").glob("*_model_states.pt"):
-        edit(path, lambda content: content.update(global_steps=7))
+        edit_saved(path, lambda content: content.update(global_steps=7))
     message = refused(workspace, root, None, reshard.FormatError)
     assert "--allow-step-mismatch" in message
     reshard.convert(root, workspace / "out", allow_step_mismatch=True)
@@ -218,7 +211,7 @@ def test_a_partition_count_that_does_not_match(
             assert isinstance(state, dict)
             state["partition_count"] = count
 
-        edit(optim(root, rank), change)
+        edit_saved(optim(root, rank), change)
     refused(workspace, root, None, reshard.ReshardError)
 
 
@@ -230,7 +223,7 @@ def test_a_partition_count_wrong_in_one_rank(oracle: Oracle, workspace: Path) ->
         assert isinstance(state, dict)
         state["partition_count"] = [5, 5]
 
-    edit(optim(root, 1), change)
+    edit_saved(optim(root, 1), change)
     assert "partition count" in refused(workspace, root, None, reshard.FormatError)
 
 
@@ -245,7 +238,7 @@ def test_a_step_count_that_is_no_number(
         for group in state.values():
             group["step"] = torch.tensor(step)
 
-    edit(optim(root, 0), change)
+    edit_saved(optim(root, 0), change)
     assert "step count is" in refused(workspace, root, None, reshard.FormatError)
 
 
@@ -256,7 +249,7 @@ def test_a_section_that_is_no_list(
 ) -> None:
     root = copied(oracle, "llama-zero2", workspace)
     model = root / "global_step2" / "mp_rank_00_model_states.pt"
-    edit(model, lambda content: content.update({section: value}))
+    edit_saved(model, lambda content: content.update({section: value}))
     message = refused(workspace, root, None, reshard.FormatError)
     assert f"its {section} is a" in message
 
@@ -272,7 +265,7 @@ def test_a_buffer_of_a_kind_that_is_not_handled_is_not_left_out(
         content["buffer_names"] = [*(content["buffer_names"] or ()), "mask"]
 
     for path in (root / "global_step2").glob("*model_states.pt"):
-        edit(path, change)
+        edit_saved(path, change)
     message = refused(workspace, root, None, reshard.UnsupportedError)
     assert "tensor 'mask': it is a sparse tensor, which is not handled" in message
 
@@ -286,14 +279,16 @@ def test_a_weight_of_a_kind_that_is_not_handled_but_has_a_master(
     def change(content: Any) -> None:
         content["module"][name] = content["module"][name].to_sparse()
 
-    edit(root / "global_step2" / "mp_rank_00_model_states.pt", change)
+    edit_saved(root / "global_step2" / "mp_rank_00_model_states.pt", change)
     assert name in reshard.open(root).tensors
 
 
 def test_a_shape_of_endless_dimensions(oracle: Oracle, workspace: Path) -> None:
     root = copied(oracle, "llama-zero2", workspace)
     model = root / "global_step2" / "mp_rank_00_model_states.pt"
-    edit(model, lambda content: content.update({"param_shapes": [{"a": [1 << 61] * 100_000}]}))
+    edit_saved(
+        model, lambda content: content.update({"param_shapes": [{"a": [1 << 61] * 100_000}]})
+    )
     assert "the shape of 'a' is" in refused(workspace, root, None, reshard.FormatError)
 
 
@@ -350,7 +345,7 @@ def test_a_number_of_ranks_that_no_machine_has(oracle: Oracle, workspace: Path) 
             assert isinstance(state, dict)
             state["partition_count"] = 1 << 60
 
-        edit(optim(root, rank), change)
+        edit_saved(optim(root, rank), change)
     assert str(1 << 60) in refused(workspace, root, None, reshard.FormatError)
 
 

@@ -15,7 +15,7 @@ import reshard
 from tests.deepspeed.conftest import ParallelRuns
 from tests.deepspeed.parallel_oracle import RECIPES, TENSOR_PARALLEL
 from tests.deepspeed.test_reading import same_bits
-from tests.deepspeed.test_refusals import edit
+from tests.folders import edit_saved
 from tests.oracle.cache import Oracle, to_numpy
 
 NAMES = [recipe.name for recipe in TENSOR_PARALLEL]
@@ -29,7 +29,7 @@ def model_files(tag: Path) -> list[Path]:
 def edit_info(tag: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the metadata of tensor parallelism in every model file."""
     for path in model_files(tag):
-        edit(path, lambda content: change(content[KEY]))  # type: ignore[arg-type]
+        edit_saved(path, lambda content: change(content[KEY]))
 
 
 def check_against_truth(checkpoint: reshard.Checkpoint, runs: ParallelRuns, name: str) -> None:
@@ -152,7 +152,7 @@ def test_without_the_metadata_it_is_refused(
         del content[KEY]
 
     for path in model_files(tag):
-        edit(path, forget)
+        edit_saved(path, forget)
     with pytest.raises(reshard.UnsupportedError, match=f"tensor parallelism over 2 ranks.*{KEY}"):
         reshard.open(tag)
 
@@ -206,7 +206,7 @@ def test_ranks_exchanged_or_copied(
 def test_ranks_of_two_steps(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
     tag = parallel_runs["tp-zero3-w4"].copy(tmp_path)
     for path in tag.glob("*mp_rank_01_model_states.pt"):
-        edit(path, lambda content: content.update(global_steps=7, skipped_steps=5))
+        edit_saved(path, lambda content: content.update(global_steps=7, skipped_steps=5))
     with pytest.raises(reshard.FormatError, match=r"global step is 7, .* is 2"):
         reshard.open(tag)
 
@@ -217,7 +217,7 @@ def test_what_all_ranks_hold_must_be_the_same(parallel_runs: ParallelRuns, tmp_p
     def change(content: Any) -> None:
         content["module"]["model.norm.weight"][5] += 1
 
-    edit(tag / "mp_rank_01_model_states.pt", change)
+    edit_saved(tag / "mp_rank_01_model_states.pt", change)
     with pytest.raises(reshard.FormatError, match="should hold the same") as caught:
         reshard.open(tag)
     assert caught.value.tensor == "model.norm.weight"
@@ -227,9 +227,9 @@ def test_a_buffer_must_be_the_same_on_all_ranks(
     parallel_runs: ParallelRuns, tmp_path: Path
 ) -> None:
     tag = parallel_runs["tp-packed-zero1-w4"].copy(tmp_path)
-    edit(
+    edit_saved(
         tag / "mp_rank_01_model_states.pt",
-        lambda content: content["module"]["count"].add_(1),  # type: ignore[index]
+        lambda content: content["module"]["count"].add_(1),
     )
     with pytest.raises(reshard.FormatError, match="should hold the same") as caught:
         reshard.open(tag)

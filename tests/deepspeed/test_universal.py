@@ -11,7 +11,7 @@ import torch
 import reshard
 from tests.deepspeed.conftest import ParallelRuns
 from tests.deepspeed.test_reading import check_against_truth, same_bits
-from tests.deepspeed.test_refusals import edit
+from tests.folders import edit_saved
 from tests.oracle.cache import Case, Oracle
 
 
@@ -82,7 +82,7 @@ def test_masters_of_another_save(oracle: Oracle, tmp_path: Path) -> None:
     """Round-robin gradients, too: ds_to_universal puts their masters under each other's names."""
     folder = copied(oracle["universal-zero2"], tmp_path)
     path = folder / "zero" / "up.weight" / "fp32.pt"
-    edit(path, lambda content: content.update(param=content["param"].detach() + 1))  # type: ignore[attr-defined]
+    edit_saved(path, lambda content: content.update(param=content["param"].detach() + 1))
     with pytest.raises(reshard.FormatError, match="different saves") as caught:
         reshard.open(folder)
     assert caught.value.tensor == "up.weight"
@@ -110,7 +110,7 @@ def test_a_name_cannot_lead_out_of_the_folder(oracle: Oracle, tmp_path: Path) ->
         assert isinstance(groups, list)
         groups[0]["../../secret"] = groups[0].pop("up.weight")
 
-    edit(folder / "mp_rank_00_model_states.pt", mislead)
+    edit_saved(folder / "mp_rank_00_model_states.pt", mislead)
     with pytest.raises(reshard.FormatError, match="not a plain file name"):
         reshard.open(folder)
 

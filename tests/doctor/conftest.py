@@ -30,17 +30,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
 
 def names(diagnosis: reshard.Diagnosis) -> list[str]:
     """The names of what was found."""
-    return [finding.name for finding in diagnosis.findings]
+    return [finding.code for finding in diagnosis.findings]
 
 
 def evidence(diagnosis: reshard.Diagnosis, name: str) -> str:
-    """What tells that a folder has an ailment."""
-    (finding,) = [finding for finding in diagnosis.findings if finding.name == name]
-    return "\n".join(finding.evidence)
+    """What tells that something is wrong with a folder."""
+    (finding,) = [finding for finding in diagnosis.findings if finding.code == name]
+    return finding.message
 
 
 def mended(ill: Path, base: Path | None, out: Path, *expected: str) -> reshard.Diagnosis:
-    """Repair a folder in which exactly the expected ailments must be found; nothing must remain."""
+    """Repair a folder in which exactly the expected codes must be found; nothing must remain."""
     before = {path: path.stat() for path in ill.rglob("*")}
     diagnosis = reshard.doctor(ill, base=base, repair=out)
     assert names(diagnosis) == list(expected)

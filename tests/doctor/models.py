@@ -121,13 +121,6 @@ def live(folder: Path) -> Any:
     return model
 
 
-def edit_config(folder: Path, **values: object) -> None:
-    """Change fields of config.json; None takes one out."""
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **values}
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-
-
 def assert_same_weights(folder: Path, healthy: Path) -> None:
     """The same tensors on disk, bit for bit, and the same live model."""
     mine, theirs = load(folder), load(healthy)

@@ -14,13 +14,15 @@ import pytest
 import reshard
 from reshard.cli.app import reshard as command
 from reshard.cli.app import run
+from reshard.core.findings import CODES, Code
 from reshard.diagnosis import diagnosis as module
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.findings import Ailment, Signs
-from reshard.diagnosis.table import AILMENTS
+from reshard.diagnosis.found import Signs
+from reshard.diagnosis.table import CHECKS
 from reshard.errors import VerificationError
 from tests.doctor import models
 from tests.doctor.conftest import Pairs
+from tests.folders import edit_config
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "doctor.md").read_text("utf-8")
@@ -50,7 +52,7 @@ def test_findings_are_shown_and_mended(
     assert run(command, ["doctor", str(ill), "--base", base]) == 1
     shown = capsys.readouterr()
     assert "wrapper-prefix: names carry" in shown.out
-    assert "  for instance module.lm_head.weight" in shown.out
+    assert "; for instance module.lm_head.weight" in shown.out
     assert "2 error(s), 0 warning(s)" in shown.out
     assert f"To repair it: reshard doctor {ill} --base {base} --repair OUT" in shown.err
     assert run(command, ["doctor", str(ill), "--base", base, "--repair", str(out)]) == 0
@@ -73,7 +75,7 @@ def test_a_warning_alone_is_no_failure(
     pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ill = pairs("llama").copy(tmp_path / "ill")
-    models.edit_config(ill, dtype="float16")
+    edit_config(ill, dtype="float16")
     assert run(command, ["doctor", str(ill)]) == 0
     assert "0 error(s), 1 warning(s)" in capsys.readouterr().out
 
@@ -89,18 +91,19 @@ def test_json_is_one_object(
     found = json.loads(shown.out)
     nbytes = sum(tensor.nbytes for tensor in models.load(ill).values())
     assert found.pop("findings")[0] == {
-        "name": "wrapper-prefix",
+        "code": "wrapper-prefix",
         "severity": "error",
-        "about": "names carry a wrapper's or trainer's prefix",
-        "evidence": ["names hold wrappers' parts: module", "for instance module.lm_head.weight"],
-        "repair": "the tensors are written under the base's names",
-        "advice": "",
+        "subject": "",
+        "message": "names hold wrappers' parts: module; for instance module.lm_head.weight",
+        "fix": "the tensors are written under the base's names",
+        "evidence": {},
     }
     assert found == {
         "folder": str(ill),
         "base": base,
         "num_tensors": 21,
         "total_bytes": nbytes,
+        "repairable": ["wrapper-prefix", "tokenizer-missing"],
         "repaired": str(out),
         "remaining": [],
     }
@@ -124,32 +127,36 @@ def test_the_mended_folder_must_be_well(
 ) -> None:
     """A repair that leaves an error behind is not shown as one."""
     ill = pairs("llama").copy(tmp_path / "ill")
-    models.edit_config(ill, dtype="float16")
+    edit_config(ill, dtype="float16")
 
     def only_without_float16(case: Case) -> Signs | None:
         mended = case.folder.settings["dtype"] != "float16"
         return Signs(("it lacks float16",)) if mended else None
 
-    stubborn = Ailment("stubborn", "error", "always there", only_without_float16)
-    monkeypatch.setattr(module, "AILMENTS", (*AILMENTS, stubborn))
+    monkeypatch.setitem(CODES, "stubborn", Code("error", "always there"))
+    monkeypatch.setattr(module, "CHECKS", {**CHECKS, "stubborn": only_without_float16})
     with pytest.raises(VerificationError, match="still has stubborn: it lacks float16"):
         reshard.doctor(ill, repair=tmp_path / "out")
     assert list(tmp_path.iterdir()) == [ill]
 
 
-def test_every_ailment_is_on_the_page() -> None:
+def test_every_check_is_on_the_page() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \| .+ \| .+ \|$", PAGE, re.MULTILINE)
-    assert rows == [(ailment.name, ailment.severity) for ailment in AILMENTS]
+    assert rows == [(code, CODES[code].severity) for code in CHECKS]
 
 
-def test_every_ailment_is_made_and_found_in_a_test() -> None:
+def test_every_code_of_doctor_is_checked() -> None:
+    assert CHECKS.keys() == {name for name, code in CODES.items() if "doctor" in code.by}
+
+
+def test_every_code_is_made_and_found_in_a_test() -> None:
     rooms = ("doctor", "quantised")
     files = [path for room in rooms for path in (ROOT / "tests" / room).glob("test_*.py")]
     tests = "".join(path.read_text("utf-8") for path in files)
-    for ailment in AILMENTS:
-        assert re.search(rf'(mended|refused|names)\([^)]*"{ailment.name}"', tests) or re.search(
-            rf'(== [\[{{]?|findings\[)"{ailment.name}"', tests
-        ), ailment.name
+    for code in CHECKS:
+        assert re.search(rf'(mended|refused|names)\([^)]*"{code}"', tests) or re.search(
+            rf'(== [\[{{]?|findings\[)"{code}"', tests
+        ), code
 
 
 def test_without_torch_and_transformers(pairs: Pairs, tmp_path: Path) -> None:

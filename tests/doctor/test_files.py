@@ -15,6 +15,7 @@ import reshard
 from reshard.errors import NotFoundError, PlanError, WriteError
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, mended, names, refused
+from tests.folders import edit_config
 
 INDEX = "model.safetensors.index.json"
 
@@ -259,7 +260,7 @@ def test_missing_code(pairs: Pairs, tmp_path: Path) -> None:
         "AutoModel": "someone/else--modeling_else.Model",
         "AutoTokenizer": ["tokenization_own.Slow", None],
     }
-    models.edit_config(ill, auto_map=auto_map)
+    edit_config(ill, auto_map=auto_map)
     diagnosis = refused(ill, base, tmp_path / "no", "code-missing")
     told = evidence(diagnosis, "code-missing")
     assert told.endswith("configuration_own.py, tokenization_own.py")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import reshard
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, mended, names, refused
+from tests.folders import edit_config
 from tests.naming import tables
 
 ROOT = Path(__file__).parent.parent.parent
@@ -59,7 +60,7 @@ def test_placeholders_alone_cannot_be_mended(pairs: Pairs, tmp_path: Path) -> No
     for base in (None, pair.base):
         diagnosis = refused(ill, base, tmp_path / "out", "zero3-placeholders")
         assert "3 of 21 tensors are empty" in evidence(diagnosis, "zero3-placeholders")
-        assert "reshard convert" in diagnosis.findings[0].advice
+        assert "reshard convert" in diagnosis.findings[0].fix
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "actor.model.", "base_model.model."])
@@ -165,7 +166,7 @@ def test_tensors_that_are_not_there_or_too_many(pairs: Pairs, tmp_path: Path) ->
     assert "1 of the base are not here: model.norm.weight" in evidence(
         diagnosis, "names-do-not-fit"
     )
-    assert "--fill-from-base" in diagnosis.findings[0].advice
+    assert "--fill-from-base" in diagnosis.findings[0].fix
     tensors["model.other.weight"] = torch.zeros(5)
     models.save(ill, tensors)
     told = evidence(
@@ -196,7 +197,7 @@ def test_several_ailments_at_once(pairs: Pairs, tmp_path: Path) -> None:
     ill = pair.copy(tmp_path / "ill")
     state = models.live(pair.healthy).state_dict()
     models.save(ill, {f"module.model.{name}": value for name, value in state.items()})
-    models.edit_config(ill, dtype="float16")
+    edit_config(ill, dtype="float16")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                  "preprocessor_config.json", "generation_config.json"):  # fmt: skip
         (ill / file).unlink(missing_ok=True)

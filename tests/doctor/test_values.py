@@ -21,6 +21,7 @@ from reshard.transfer import finite
 from reshard.transfer.finite import NotFinite
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, names, refused
+from tests.folders import edit_config
 
 FLOATING = [d for d in dtypes.ALL if finite.has_special(d)]
 
@@ -33,8 +34,8 @@ def test_weights_that_are_not_finite(pairs: Pairs, value: str, tmp_path: Path) -
     tensors["model.norm.weight"][3:5] = float(value)
     tensors["lm_head.weight"][0, 0] = float("nan")
     models.save(ill, tensors)
-    diagnosis = refused(ill, pair.base, tmp_path / "out", "not-finite")
-    told = evidence(diagnosis, "not-finite")
+    diagnosis = refused(ill, pair.base, tmp_path / "out", "weights-not-finite")
+    told = evidence(diagnosis, "weights-not-finite")
     assert "2 of 21 tensors" in told
     counts = "2 NaN, 0 infinite" if value == "nan" else "0 NaN, 2 infinite"
     assert f"model.norm.weight ({counts} of 32)" in told
@@ -104,7 +105,7 @@ def test_the_bases_own_weights_in_another_dtype(pairs: Pairs, tmp_path: Path) ->
     pair = pairs("llama")
     ill = pair.copy(tmp_path / "ill")
     models.save(ill, {name: value.float() for name, value in models.load(pair.base).items()})
-    models.edit_config(ill, dtype="float32")
+    edit_config(ill, dtype="float32")
     refused(ill, pair.base, tmp_path / "out", "identical-to-base")
 
 

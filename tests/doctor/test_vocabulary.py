@@ -11,6 +11,7 @@ import torch
 import reshard
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, mended, names, refused
+from tests.folders import edit_config
 
 TIED = {"llama_tied": "model.embed_tokens.weight", "qwen2_5_vl_tied": "model.embed_tokens.weight"}
 
@@ -31,7 +32,7 @@ def test_a_head_stored_twice(pairs: Pairs, name: str, with_base: bool, tmp_path:
 def test_a_head_that_the_config_wrongly_unties(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("llama_tied")
     ill = pair.copy(tmp_path / "ill")
-    models.edit_config(ill, tie_word_embeddings=False)
+    edit_config(ill, tie_word_embeddings=False)
     with pytest.raises(AssertionError, match="missing_keys"):
         models.live(ill)
     refused(ill, None, tmp_path / "no", "head-missing")
@@ -60,7 +61,7 @@ def test_a_config_that_ties_a_head_of_its_own(
 ) -> None:
     pair = pairs(name)
     ill = pair.copy(tmp_path / "ill")
-    models.edit_config(ill, tie_word_embeddings=True)
+    edit_config(ill, tie_word_embeddings=True)
     base = pair.base if with_base else None
     diagnosis = mended(ill, base, tmp_path / "out", "head-contradicts-config")
     assert "lm_head.weight differs from" in evidence(diagnosis, "head-contradicts-config")
@@ -190,7 +191,7 @@ def test_weights_wider_than_the_config_says(pairs: Pairs, tmp_path: Path) -> Non
 def test_a_config_of_another_dtype_than_weights_and_base(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("qwen2_5_vl")
     ill = pair.copy(tmp_path / "ill")
-    models.edit_config(ill, dtype=None, torch_dtype="float16")
+    edit_config(ill, dtype=None, torch_dtype="float16")
     mended(ill, pair.base, tmp_path / "out", "dtype-contradicts-config")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
@@ -207,5 +208,5 @@ def test_a_few_wider_tensors_are_sound_and_codes_are_not_where_none_are(
     assert wide
     models.save(folder, {**tensors, **wide})
     assert names(reshard.doctor(folder)) == []
-    models.edit_config(folder, dtype="float16", quantization_config={"quant_method": "fp8"})
+    edit_config(folder, dtype="float16", quantization_config={"quant_method": "fp8"})
     assert names(reshard.doctor(folder)) == ["quantisation-contradicts-config"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,7 @@ from reshard.evaluate.report import Report
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
 from tests.evaluate.trying import attempt, named
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
+from tests.folders import edit_config, edit_weights
 
 
 def written(tmp_path: Path, report: Report) -> dict[str, Any]:

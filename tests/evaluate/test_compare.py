@@ -18,8 +18,8 @@ from reshard.evaluate.scan import WeightFiles
 from reshard.evaluate.weights import relate
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
-from tests.evaluate.test_broken import edit_config, edit_weights
 from tests.evaluate.trying import attempt
+from tests.folders import edit_config, edit_weights
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 

@@ -131,4 +131,4 @@ def test_a_converted_deepspeed_run_speaks(oracle: Oracle, name: str, tmp_path: P
     assert report.comparison is not None
     assert report.comparison.verdict == "another model"
     assert "weights-missing" not in names(report)
-    assert "tied-not-tied" not in names(report)
+    assert "head-contradicts-config" not in names(report)

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from reshard.core.findings import Finding
 from reshard.evaluate import scan
 from reshard.evaluate.repetition import check_answers
-from reshard.evaluate.report import Answer, Finding
+from reshard.evaluate.report import Answer
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
-from tests.evaluate.test_broken import edit_config, edit_weights
 from tests.evaluate.trying import attempt, named, names
+from tests.folders import edit_config, edit_weights
 
 
 def test_zero_constant_and_empty_tensors(copied: Models, tmp_path: Path) -> None:
@@ -39,29 +40,31 @@ def test_placeholders_of_zero3(copied: Models, tmp_path: Path) -> None:
     folder = copied("causal")
     edit_weights(folder, lambda t: t.update({"model.embed_tokens.weight": torch.empty(0)}))
     report = attempt(folder, tmp_path)
-    assert named(report, "weights-empty").evidence["tensors"] == {"model.embed_tokens.weight": [0]}
+    assert named(report, "zero3-placeholders").evidence["tensors"] == {
+        "model.embed_tokens.weight": [0]
+    }
     assert report.exit_code == 1
 
 
 def test_fresh_norms_are_no_error(models: Models, tmp_path: Path) -> None:
     finding = named(attempt(models("causal"), tmp_path), "vectors-constant")
     assert finding.severity == "info"
-    assert finding.evidence["tensors"]["model.norm.weight"] == 1.0  # type: ignore[index, call-overload]
+    assert finding.evidence["tensors"]["model.norm.weight"] == 1.0
 
 
 def test_a_tokenizer_larger_than_the_embedding(copied: Models, tmp_path: Path) -> None:
     folder = copied("causal")
     tiny.tokenizer("<one>", "<two>").save_pretrained(folder)
-    finding = named(attempt(folder, tmp_path), "vocabulary-size")
-    assert finding.severity == "error"
+    finding = named(attempt(folder, tmp_path), "tokenizer-too-large")
+    assert finding.severity == "warning"
     assert finding.evidence == {"embedding_rows": 260, "tokenizer_tokens": 262}
 
 
 def test_an_embedding_much_larger_than_the_tokenizer(tmp_path: Path) -> None:
     padded = attempt(tiny.causal(tmp_path / "padded", vocab_size=512), tmp_path)
-    assert "vocabulary-size" not in names(padded)
+    assert "tokenizer-too-small" not in names(padded)
     finding = named(
-        attempt(tiny.causal(tmp_path / "large", vocab_size=2000), tmp_path), "vocabulary-size"
+        attempt(tiny.causal(tmp_path / "large", vocab_size=2000), tmp_path), "tokenizer-too-small"
     )
     assert finding.severity == "warning"
 
@@ -70,7 +73,7 @@ def test_tied_weights_that_are_not_tied(copied: Models, tmp_path: Path) -> None:
     folder = copied("causal")
     edit_config(folder, tie_word_embeddings=True)
     report = attempt(folder, tmp_path)
-    finding = named(report, "tied-not-tied")
+    finding = named(report, "head-contradicts-config")
     tensors = load_file(folder / "model.safetensors")
     apart = (tensors["model.embed_tokens.weight"] - tensors["lm_head.weight"]).abs().max()
     assert finding.evidence["largest_difference"] == pytest.approx(float(apart))
@@ -115,7 +118,7 @@ def test_a_model_that_repeats_one_token(copied: Models, tmp_path: Path) -> None:
     report = attempt(folder, tmp_path, max_new_tokens=24)
     finding = named(report, "generation-repeats-token")
     assert finding.severity == "error"
-    assert finding.evidence["prompts"]["1"] == {"token": 65, "share": 1.0}  # type: ignore[index, call-overload]
+    assert finding.evidence["prompts"]["1"] == {"token": 65, "share": 1.0}
     assert report.exit_code == 1
 
 
@@ -148,9 +151,9 @@ def test_loops_and_short_answers() -> None:
     assert _found(varied, [7] * 5) == []
     assert _found([]) == []
     mixed = _found(varied, [7] * 40)
-    assert [(f.name, f.severity) for f in mixed] == [("generation-repeats-token", "warning")]
+    assert [(f.code, f.severity) for f in mixed] == [("answer-repeats-token", "warning")]
     loop = _found(varied + [1, 2, 3] * 20)
-    assert [(f.name, f.severity) for f in loop] == [("generation-loops", "warning")]
+    assert [(f.code, f.severity) for f in loop] == [("generation-loops", "warning")]
     assert loop[0].evidence == {"tokens_in_loop": {"1": 3}}
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from reshard.core.findings import Finding
 from reshard.evaluate.page import render_page
 from reshard.evaluate.plots import axis, strip
-from reshard.evaluate.report import Answer, Failure, Finding, Report
+from reshard.evaluate.report import Answer, Failure, Report
 from tests.evaluate.conftest import Models
 from tests.evaluate.trying import attempt
 
@@ -136,7 +137,7 @@ def test_what_a_model_says_is_text_and_never_runs(tmp_path: Path) -> None:
     report = Report(
         model_path=evil,
         answers=[Answer(evil, evil, evil, 1, (1,), "stop", 1.0)],
-        findings=[Finding(evil, "error", evil, {evil: evil})],
+        findings=[Finding("weights-constant", evil, evidence={evil: evil})],
         failures=[Failure(evil, evil, evil, evil)],
     )
     found = probe(render_page(report), tmp_path)

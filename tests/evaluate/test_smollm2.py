@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from reshard.evaluate.report import Report
 from reshard.evaluate.texts import shipped_text
 from tests.evaluate.trying import attempt, names
+from tests.oracle.cache import kept
 
 pytestmark = pytest.mark.slow
 MAKER = Path(__file__).parents[2] / "demo" / "make_smollm2.py"
@@ -30,14 +31,15 @@ def smollm2(pytestconfig: pytest.Config) -> Path:
     named = os.environ.get("RESHARD_SMOLLM2")
     if named:
         return Path(named)
-    folder = pytestconfig.cache.mkdir("smollm2") / "model"
-    if not (folder / "config.json").exists():
-        if not MAKER.exists():
-            pytest.skip(f"set RESHARD_SMOLLM2: there is no {MAKER.name} here")
-        making = folder.with_name("making")
-        subprocess.run([sys.executable, str(MAKER), str(making)], check=True)
-        making.rename(folder)
-    return folder
+    assert pytestconfig.cache is not None
+    return kept(pytestconfig.cache.mkdir("smollm2"), "model", make)
+
+
+def make(folder: Path) -> None:
+    if not MAKER.exists():
+        pytest.skip(f"set RESHARD_SMOLLM2: there is no {MAKER.name} here")
+    folder.rmdir()  # the maker renames the complete model to this name
+    subprocess.run([sys.executable, str(MAKER), str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from reshard.core.findings import Finding
 from reshard.evaluate.options import Options
-from reshard.evaluate.report import Finding, Report
+from reshard.evaluate.report import Report
 from reshard.evaluate.run import run
 
 PROMPTS = ("Hello.", "你好！")
@@ -25,11 +26,11 @@ def attempt(model: Path, tmp_path: Path, **more: Any) -> Report:
 
 def named(report: Report, name: str) -> Finding:
     """The one finding of that name."""
-    found = [finding for finding in report.findings if finding.name == name]
-    assert len(found) == 1, [finding.name for finding in report.findings]
+    found = [finding for finding in report.findings if finding.code == name]
+    assert len(found) == 1, [finding.code for finding in report.findings]
     return found[0]
 
 
 def names(report: Report) -> set[str]:
     """The names of all findings that are more than an info."""
-    return {finding.name for finding in report.findings if finding.severity != "info"}
+    return {finding.code for finding in report.findings if finding.severity != "info"}

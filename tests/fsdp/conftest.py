@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from tests import child
 from tests.fsdp.oracle.cases import BY_NAME, Case
+from tests.oracle.cache import digest_of, kept
 
 _SOURCES = Path(__file__).parent / "oracle"
-_ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,40 +53,11 @@ class Oracle:
 def oracle(pytestconfig: pytest.Config) -> Oracle:
     """The cases of `tests.fsdp.oracle`; made by real torch processes, about 50 s, once."""
     assert pytestconfig.cache is not None
+    key = digest_of(_SOURCES.glob("*.py"), ("torch", "accelerate", "safetensors"))
     cache = pytestconfig.cache.mkdir("fsdp-oracle")
-    folder = cache / _key()
-    if not folder.is_dir():
-        for old in cache.iterdir():
-            shutil.rmtree(old)
-        making = cache / f"making-{os.getpid()}"
-        run_oracle("launch", str(making))
-        making.rename(folder)
-    return Oracle(folder)
+    return Oracle(kept(cache, key, lambda folder: run_oracle("launch", str(folder))))
 
 
 def run_oracle(module: str, *arguments: str, device: str = "cpu") -> None:
     """Run a module of the oracle (`launch`, `load`) whose ranks train on `device`."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.fsdp.oracle.{module}", *arguments],
-        cwd=_ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "ORACLE_DEVICE": device,
-            "PYTHONPATH": str(_ROOT / "src"),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def _key() -> str:
-    """Changes with the oracle's sources and with the packages that write."""
-    digest = hashlib.sha256()
-    for source in sorted(_SOURCES.glob("*.py")):
-        digest.update(source.read_bytes())
-    for package in ("torch", "accelerate", "safetensors"):
-        digest.update(f"{package}=={version(package)}".encode())
-    return digest.hexdigest()[:16]
+    child.run(f"tests.fsdp.oracle.{module}", *arguments, ORACLE_DEVICE=device)

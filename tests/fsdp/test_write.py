@@ -17,6 +17,7 @@ from reshard.storage.local import Sources
 from tests.fsdp.conftest import run_oracle
 from tests.fsdp.elements import elements
 from tests.fsdp.oracle import models
+from tests.tensors import raw
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,6 @@ def folder(tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFa
     assert report.verified
     assert report.num_tensors == len(tensors)
     return root
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def test_torch_loads_every_dtype_and_shape(tensors: dict[str, torch.Tensor], folder: Path) -> None:

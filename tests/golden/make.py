@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,9 +21,10 @@ import xxhash
 from safetensors.torch import load_file
 
 import reshard
+from tests import child
+from tests.tensors import raw
 
 HERE = Path(__file__).parent
-_ROOT = HERE.parents[1]
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,7 @@ def main(names: list[str]) -> None:
 
 
 def _make(name: str, golden: Golden, scratch: Path) -> None:
-    environment = os.environ | {
-        "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'src'}",
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-    }
-    command = [sys.executable, "-m", golden.oracle, str(scratch), golden.recipe]
-    subprocess.run(command, cwd=_ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    child.run(golden.oracle, str(scratch), golden.recipe)
     made = scratch / golden.recipe
     shutil.rmtree(HERE / name, ignore_errors=True)
     shutil.copytree(
@@ -84,7 +77,7 @@ def _make(name: str, golden: Golden, scratch: Path) -> None:
     content = {
         "written by": {package: version(package) for package in golden.writers},
         "recipe": golden.recipe,
-        "tensors": {n: _described(t) for n, t in sorted(_truth(made).items())},
+        "tensors": {n: described(t) for n, t in sorted(_truth(made).items())},
         "files": {
             what: converted(name, options, scratch / f"out-{number}")
             for number, (what, options) in enumerate(CONVERSIONS.items())
@@ -106,12 +99,11 @@ def _truth(made: Path) -> dict[str, torch.Tensor]:
     return {name: value for name, value in (module | masters).items() if name not in tied}
 
 
-def _described(tensor: torch.Tensor) -> dict[str, Any]:
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def described(tensor: torch.Tensor) -> dict[str, Any]:
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
-        "xxh3_128": xxhash.xxh3_128_hexdigest(data),
+        "xxh3_128": xxhash.xxh3_128_hexdigest(raw(tensor)),
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reshard
+from tests.folders import edit_weights
 from tests.hints import tiny
 from tests.hints.case import Case, follows
 from tests.hints.folders import after, converting
@@ -25,7 +26,7 @@ def looking(folder: Path, base: Path | None = None, repair: Path | None = None) 
 
 
 def is_well(found: Any) -> bool:
-    return not {f.name for f in found.errors} - {"tokenizer-missing", "processor-missing"}
+    return not {f.code for f in found.errors} - {"tokenizer-missing", "processor-missing"}
 
 
 def ill(at: Path, change: Callable[[Path], object], **more: Any) -> tuple[Path, Path]:
@@ -96,7 +97,7 @@ def no_code(at: Path) -> Case:
 @follows("The run diverged: convert an earlier checkpoint of it.")
 def diverged(at: Path) -> Case:
     def change(folder: Path) -> None:
-        tiny.edit(folder, lambda held: held["model.norm.weight"].fill_(float("nan")))
+        edit_weights(folder, lambda held: held["model.norm.weight"].fill_(float("nan")))
 
     return restored(at, change)
 
@@ -112,7 +113,7 @@ def nothing_trained(at: Path) -> Case:
 
 
 def _without_head(folder: Path) -> None:
-    tiny.edit(folder, lambda held: held.pop(tiny.HEAD))
+    edit_weights(folder, lambda held: held.pop(tiny.HEAD))
 
 
 UNTIED: dict[str, Any] = {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}
@@ -124,7 +125,7 @@ def head_lost_alone(at: Path) -> Case:
     told = "The trained head is not here"
     return Case(
         looking(folder), looking(folder, base),
-        same=lambda found: any(told in f.advice for f in found.findings),
+        same=lambda found: any(told in f.fix for f in found.findings),
     )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def head_lost(at: Path) -> Case:
 @follows("One of them is of another model: convert the run again.")
 def rows_of_two_models(at: Path) -> Case:
     def change(folder: Path) -> None:
-        tiny.edit(folder, lambda held: held.update({tiny.HEAD: held[tiny.HEAD][:-4].clone()}))
+        edit_weights(folder, lambda held: held.update({tiny.HEAD: held[tiny.HEAD][:-4].clone()}))
 
     return restored(at, change)
 
@@ -160,7 +161,7 @@ def tokenizer_of_another(at: Path) -> Case:
 
 
 def _placeholders(folder: Path) -> None:
-    tiny.edit(folder, lambda held: held.update({n: torch.empty(0) for n in held}))
+    edit_weights(folder, lambda held: held.update({n: torch.empty(0) for n in held}))
 
 
 @follows("The values are not here: convert the run's checkpoint, reshard convert RUN OUT.")
@@ -172,7 +173,9 @@ def placeholders(at: Path) -> Case:
          "names must be.")  # fmt: skip
 def wrapped_twice(at: Path) -> Case:
     def change(folder: Path) -> None:
-        tiny.edit(folder, lambda held: held.update({"_orig_mod.model.norm.weight": torch.ones(8)}))
+        edit_weights(
+            folder, lambda held: held.update({"_orig_mod.model.norm.weight": torch.ones(8)})
+        )
 
     folder, base = ill(at, change)
     return Case(looking(folder), looking(folder, base), same=lambda found: bool(found.errors))
@@ -188,7 +191,7 @@ def another_base(at: Path) -> Case:
 @follows("Were they frozen and left out: reshard convert DIR OUT --base HF_DIR --fill-from-base.")
 def frozen_left_out(at: Path) -> Case:
     def change(folder: Path) -> None:
-        tiny.edit(folder, lambda held: held.pop("model.norm.weight"))
+        edit_weights(folder, lambda held: held.pop("model.norm.weight"))
 
     folder, base = ill(at, change)
     out = at / "out"

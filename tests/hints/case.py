@@ -13,15 +13,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import reshard
 from reshard.core.findings import CODES
-from reshard.core.findings import Finding as Said
-from reshard.diagnosis.findings import Finding as Found
 from reshard.errors import ReshardError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -65,16 +63,8 @@ def said(call: Callable[[], Any]) -> tuple[Any, list[str]]:
         result = call()
     except ReshardError as error:
         return error, [error.hint or ""]
-    findings: list[Said | Found] = list(getattr(result, "findings", ()))
-    return result, list(_fixes(findings))
-
-
-def _fixes(findings: list[Said | Found]) -> Iterator[str]:
-    for found in findings:
-        if isinstance(found, Said):
-            yield found.fix or CODES[found.code].fix
-        else:
-            yield found.advice or ""
+    findings = getattr(result, "findings", ())
+    return result, [found.fix or CODES[found.code].fix for found in findings]
 
 
 def follow(case: Case, template: str) -> None:
@@ -99,7 +89,7 @@ def well(out: Path) -> None:
     """What was written is read back, and doctor finds no error in it."""
     assert reshard.verify(out).num_tensors > 0
     if (out / "config.json").is_file() and list(out.glob("*.safetensors")):
-        errors = [f.name for f in reshard.doctor(out).errors]
+        errors = [f.code for f in reshard.doctor(out).errors]
         assert not set(errors) - LACKING, errors
 
 

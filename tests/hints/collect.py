@@ -1,4 +1,4 @@
-"""Every hint in the sources: what errors, findings and doctor's ailments advise, as templates.
+"""Every hint in the sources: what errors, findings and doctor's findings advise, as templates.
 
 A template is the text with `{}` where a value goes in. Names are followed to what they are
 assigned in their function or module, calls to what the function returns, in the sources alone.
@@ -16,6 +16,8 @@ _KEYWORDS = ("hint", "advice", "fix")
 _HANDED_ON = (
     "error.hint",
     "finding.fix",
+    "signs.advice",
+    "signs.repair.words",
     "kind.hint",
     "refused[0].fix",
     "CODES[refused[0].code].fix",

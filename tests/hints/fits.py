@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import reshard
+from tests.folders import edit_weights
 from tests.hints import tiny
 from tests.hints.ailments import is_well, looking
 from tests.hints.case import GOLDEN, Case, as_golden, follows, golden
@@ -233,7 +234,7 @@ def one_of_many_heads(at: Path) -> Case:
 @follows("{}. The values are not here: convert the run's checkpoint, reshard convert RUN OUT.")
 def placeholders_beside_a_run_that_is_broken(at: Path) -> Case:
     folder = tiny.model(at / "run", 2)
-    tiny.edit(folder, lambda held: held.update({name: torch.empty(0) for name in held}))
+    edit_weights(folder, lambda held: held.update({name: torch.empty(0) for name in held}))
     tag = tiny.zero(folder / "global_step1")
     (folder / "latest").write_text("global_step1")
     whole = shutil.copytree(tag, at / "whole")

@@ -50,7 +50,7 @@ def completing(at: Path) -> Case:
     return Case(
         lambda: reshard.convert(run, at / "out", to="hf"),
         offered,
-        same=lambda found: not {f.name for f in found.errors} - {"tokenizer-missing"},
+        same=lambda found: not {f.code for f in found.errors} - {"tokenizer-missing"},
     )
 
 

@@ -24,6 +24,7 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Change into a folder that exists, or name the whole path.": "test_door.py::test_the_current_folder_is_gone",
     "Copy the folder again, from where it was saved.": "fsdp/test_refusals.py::test_one_ranks_file_over_anothers",
     "The metadata is damaged, or the save did not finish.": "fsdp/test_refusals.py::test_chunk_without_a_place",
     "Save again with use_collectives=True, or move the files of the other ranks away.": "fsdp/test_refusals.py::test_replicas_that_differ",
@@ -57,6 +58,9 @@ ELSEWHERE: dict[str, str] = {
     "Copy every rank's files.": "deepspeed/test_tensor_parallel.py::test_missing_files_are_named",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the framework that trained it.": "deepspeed/test_tensor_parallel.py::test_without_the_metadata_it_is_refused",
     "Convert the checkpoint that it was made from.": "deepspeed/test_universal.py::test_made_from_other_parallelism_it_is_refused",
+    "Convert the weights alone, without --optimizer.": "state/test_refusals.py::test_eight_bit_moments",
+    "The file is damaged, or of an optimizer that is not handled.": "state/test_refusals.py::test_groups_that_do_not_cover_the_parameters",
+    "Resume the run once with ZeRO stage 1 and save, or convert the weights alone.": "state/test_refusals.py::test_without_zero_groups_in_no_order_of_the_model",
     "Make the universal checkpoint again.": "deepspeed/test_universal.py::test_masters_of_another_save",
     "Copy the whole folder, or make the universal checkpoint again.": "deepspeed/test_universal.py::test_a_missing_master_is_named",
     "Use another save; or, if this file is the newer, move the *_optim_states.pt files away: it holds all weights.": "deepspeed/test_refusals.py::test_a_tag_that_was_saved_again_in_another_stage",
@@ -134,6 +138,10 @@ WITHOUT: dict[str, str] = {
         _OTHER + "a package whose format cannot be imported",
     "Load it and save it again with torch on a little-endian machine.":
         _OTHER + "a big-endian one wrote it",
+    "Load and save it once with a newer DeepSpeed, or convert the weights alone.":
+        _OTHER + "a DeepSpeed of before 0.5.4",
+    "Compare the first losses of the run that goes on with those before.":
+        _UNSEEN + "a training run's losses",
     "Load and save it once with a newer DeepSpeed.":
         _OTHER + "a DeepSpeed of before 0.5",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8.":

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tests import zero3
-from tests.naming import tables
+from tests.models import released
 
 State = dict[str, torch.Tensor]
 
@@ -21,23 +21,18 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 def state(seed: int = 2, name: str = "llama") -> State:
     """The tensors of a small model by their names in released files."""
-    arrays = tables.random_arrays(tables.table("4.57", name).disk_shapes(), seed)
-    return {key: torch.from_numpy(value) for key, value in arrays.items()}
+    return released.values(name, seed)
 
 
 def config(name: str = "llama", **values: Any) -> dict[str, Any]:
-    return {**tables.table("4.57", name).config, **values}
+    return {**released.config(name), **values}
 
 
 def model(
     folder: Path, seed: int = 1, name: str = "llama", tensors: State | None = None, **values: Any
 ) -> Path:
     """A Hugging Face folder."""
-    folder.mkdir(parents=True)
-    save_file(state(seed, name) if tensors is None else tensors, folder / "model.safetensors",
-              {"format": "pt"})  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config(name, **values)))
-    return folder
+    return released.write(folder, name, state(seed, name) if tensors is None else tensors, **values)
 
 
 def zero(folder: Path, tensors: Mapping[str, torch.Tensor] | None = None, world: int = 2) -> Path:
@@ -88,16 +83,3 @@ def adapter(folder: Path, **values: Any) -> Path:
     tensors = {key.replace(".default", ""): value for key, value in adapters().items()}
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
-
-
-def edit(folder: Path, change: Callable[[State], object]) -> None:
-    """Change a folder's weights."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    change(content)
-    (folder / "config.json").write_text(json.dumps(content))

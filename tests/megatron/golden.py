@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
+
+from tests import folders
+from tests.tensors import raw
 
 HERE = Path(__file__).parents[1] / "golden" / "megatron"
 GOLDEN = sorted(path.name for path in HERE.iterdir() if path.is_dir())
@@ -31,16 +34,13 @@ def truth(name: str) -> dict[str, list[Any]]:
 
 def base(name: str, folder: Path, **changes: object) -> Path:
     """A base model of zeros with the names, shapes and config of what the training started from."""
-    folder.mkdir(parents=True)
     config = json.loads((HERE / name / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
     own = {
-        key: torch.zeros(shape, dtype=getattr(torch, dtype))
+        key: (dtype, shape)
         for key, (dtype, shape, _) in truth(name).items()
         if not key.startswith(f"model.layers.{config['num_hidden_layers']}.")
     }
-    save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return folders.zeros(folder, folders.meta(own), {**config, **changes})
 
 
 def checkpoint(name: str) -> Path:
@@ -74,7 +74,6 @@ def digested(folder: Path) -> dict[str, list[Any]]:
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
-            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
             dtype = str(tensor.dtype).removeprefix("torch.")
-            found[name] = [dtype, list(tensor.shape), hashlib.sha256(data).hexdigest()]
+            found[name] = [dtype, list(tensor.shape), hashlib.sha256(raw(tensor)).hexdigest()]
     return found

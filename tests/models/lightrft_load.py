@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tests import child
 from tests.fsdp.oracle import ranks, shardings
-from tests.models import child, released
+from tests.models import released
 
 _PAGE = child.ROOT / "docs" / "hf2fsdp.md"
 

@@ -49,11 +49,11 @@ def values(name: str, seed: int) -> State:
     return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
-def write(folder: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """A model folder with these tensors and the released model's config."""
+def write(folder: Path, name: str, tensors: Mapping[str, torch.Tensor], **changes: object) -> Path:
+    """A model folder with these tensors and the released model's config with `changes`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config(name)), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**config(name), **changes}), encoding="utf-8")
     return folder
 
 

@@ -158,7 +158,7 @@ def test_a_model_of_links_is_read_and_examined(shape: Any, base: Path, tmp_path:
     shape(base)
     reshard.convert(base, tmp_path / "out", to="dcp")
     assert reshard.diff(base, tmp_path / "out").same
-    assert not {found.name for found in reshard.doctor(base).findings} & {
+    assert not {found.code for found in reshard.doctor(base).findings} & {
         "damaged-file", "index-mismatch", "config-missing"}  # fmt: skip
 
 

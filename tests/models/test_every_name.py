@@ -13,7 +13,8 @@ from torch.distributed import checkpoint as dcp
 
 import reshard
 from reshard.cli.lightrft import hf2fsdp
-from tests.models import child, released
+from tests import child
+from tests.models import released
 from tests.naming import tables
 
 MODELS = ("llama_tied", "qwen2_5_vl", "qwen2_5_vl_tied", "qwen2_audio", "internvl", "llava")

@@ -7,9 +7,6 @@ the converted folder, without a tensor missing, left over or of another shape.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +17,8 @@ from torch.distributed import checkpoint as dcp
 
 import reshard
 from reshard.core.tensors import Shape
-from tests.models import child, released
+from tests import budget
+from tests.models import released
 from tests.naming import tables
 
 OLDER = [
@@ -160,22 +158,14 @@ _DISK: dict[str, dict[str, Shape]] = {
                 "w2.weight": (_WIDTH, _INNER)},
     "qwen3_vl_moe": {"gate_up_proj": (3, _WIDTH, 2 * _INNER), "down_proj": (3, _INNER, _WIDTH)},
 }  # fmt: skip
-_PEAK = """
-import sys
-from pathlib import Path
+_CODE = """
 import reshard
-
-def peak():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-before = peak()
+start = peak()
 reshard.convert(sys.argv[1], sys.argv[2], base=sys.argv[3], threads=2)
-print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@budget.needs_proc
 @pytest.mark.parametrize("name", _DISK)
 def test_experts_are_taken_apart_in_bounded_memory(name: str, tmp_path: Path) -> None:
     def sized(shapes: Mapping[str, Shape], sizes: Mapping[str, Shape]) -> released.State:
@@ -190,12 +180,6 @@ def test_experts_are_taken_apart_in_bounded_memory(name: str, tmp_path: Path) ->
     torch.save({key: value + 1 for key, value in state.items()}, tmp_path / "model.pt")
     disk = sized(tables.table("4.57", name).disk_shapes(), _DISK[name])
     base = released.write(tmp_path / "base", name, {k: v.bfloat16() for k, v in disk.items()})
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, tmp_path / "model.pt", tmp_path / "out", base],
-        env=os.environ | {"PYTHONPATH": str(child.ROOT / "src")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    taken = budget.peak(_CODE, tmp_path / "model.pt", tmp_path / "out", base)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 70 << 20
-    assert int(done.stdout) < 100 << 20, f"{int(done.stdout) >> 20} MiB"
+    assert taken < 100 << 20, f"{taken >> 20} MiB"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import reshard
 from reshard.cli.lightrft import hf2fsdp
-from tests.models import child, released
+from tests import child
+from tests.models import released
 from tests.naming import tables
 
 RUNNING = (

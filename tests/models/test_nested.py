@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 import reshard
 from tests.fsdp.oracle import ranks
 from tests.models import released
+from tests.tensors import assert_same
 
 STATE = released.values("llama", 1)
 OTHER = released.values("llama", 2)
@@ -27,12 +28,6 @@ OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"params
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return released.write(tmp_path_factory.mktemp("b"), "llama", released.values("llama", 0))
-
-
-def check(out: Path, state: dict[str, torch.Tensor]) -> None:
-    written = load_file(out / "model.safetensors")
-    assert written.keys() == state.keys()
-    assert all(torch.equal(written[name], value) for name, value in state.items())
 
 
 # What a script saves, and the --prefix that names the model in it too.
@@ -57,7 +52,7 @@ def test_a_state_dict_in_a_larger_dict(kind: str, named: bool, base: Path, tmp_p
     torch.save(saved, tmp_path / "run.pt")
     out = tmp_path / "out"
     reshard.convert(tmp_path / "run.pt", out, base=base, prefix=prefix if named else None)
-    check(out, STATE)
+    assert_same(load_file(out / "model.safetensors"), STATE)
     reshard.verify(out, tmp_path / "run.pt")
 
 
@@ -67,7 +62,7 @@ def test_several_parts_are_named(base: Path, tmp_path: Path) -> None:
         reshard.convert(tmp_path / "run.pt", tmp_path / "out", base=base)
     for name, state in (("generator", STATE), ("discriminator", OTHER)):
         reshard.convert(tmp_path / "run.pt", tmp_path / name, base=base, prefix=name)
-        check(tmp_path / name, state)
+        assert_same(load_file(tmp_path / name / "model.safetensors"), state)
 
 
 def whole() -> Any:
@@ -83,7 +78,7 @@ def test_a_dcp_save_that_does_not_flatten(
     run = tmp_path / "run"
     dcp.save(nest(STATE), checkpoint_id=run, no_dist=True, planner=whole())
     reshard.convert(run, tmp_path / "out", base=base)
-    check(tmp_path / "out", STATE)
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), STATE)
     reshard.verify(tmp_path / "out", run)
     assert reshard.open(run).tensors["lm_head.weight"].shape == STATE["lm_head.weight"].shape
 

@@ -63,7 +63,7 @@ class Case:
 
     def check(self) -> None:
         """The finished folder has none of doctor's errors of these partners."""
-        found = {finding.name for finding in reshard.doctor(self.out, base=self.base).findings}
+        found = {finding.code for finding in reshard.doctor(self.out, base=self.base).findings}
         assert not found & {"head-missing", "head-contradicts-config", "vocabulary-size",
                             "quantisation-contradicts-config", "scales-left-over"}  # fmt: skip
         assert "quantization_config" not in self.config()

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import reshard
 from reshard.cli.lightrft import hf2fsdp
 from reshard.conversion.options import To
-from tests.models import child, released
+from tests import child
+from tests.models import released
 
 MODELS = ("qwen2_5_vl", "qwen2_5_vl_tied", "llama_tied")
 COMMANDS = re.findall(

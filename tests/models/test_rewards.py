@@ -29,7 +29,8 @@ from reshard.cli import commands
 from reshard.cli.lightrft import ds2hf
 from reshard.conversion.options import SrmFormat
 from reshard.evaluate.reward import load_reward
-from tests.models import child, released
+from tests import child
+from tests.models import released
 from tests.models.reward_runs import RUNS, WIDTH
 from tests.naming.lightrft_models import ScalarRewardModel
 
@@ -218,7 +219,7 @@ def test_a_backbone_is_not_for_generation(trained: Get, tmp_path: Path) -> None:
     assert not reshard.doctor(out, base=base).errors
     # Alone, it lacks what the test's base has not.
     missing = {"tokenizer-missing", "processor-missing"}
-    assert {found.name for found in reshard.doctor(out).errors} == missing
+    assert {found.code for found in reshard.doctor(out).errors} == missing
     # With the head of the base, it is of the base's class again.
     report = reshard.convert(run.checkpoint, tmp_path / "whole", base=base, fill_from_base=True)
     assert json.loads((tmp_path / "whole" / "config.json").read_text()) == named

@@ -11,12 +11,9 @@ from torch.distributed import checkpoint as dcp
 
 import reshard
 from tests.models import released
+from tests.tensors import under
 
 State = dict[str, torch.Tensor]
-
-
-def under(prefix: str, state: State) -> State:
-    return {prefix + name: value for name, value in state.items()}
 
 
 @pytest.fixture(scope="module")

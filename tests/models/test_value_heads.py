@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from reshard.cli.lightrft import ds2hf, fsdp2hf
 from reshard.evaluate.folder import read_folder
 from reshard.naming import backbone, value_heads
 from tests.naming import tables
+from tests.tensors import under
 
 CONFIG = transformers.LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -61,10 +61,6 @@ def layers(name: str) -> State:
     torch.manual_seed(3)
     mlp = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 1))
     return {f"{name}.{part}": value for part, value in mlp.state_dict().items()}
-
-
-def under(prefix: str, state: Mapping[str, torch.Tensor]) -> State:
-    return {prefix + name: value for name, value in state.items()}
 
 
 # What each trainer saves, and what names its head where it is not found without a name.

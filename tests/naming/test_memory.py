@@ -16,13 +16,14 @@ from tests.naming.test_layout_tables import equal
 FULL = [name for name in tables.names("4.57") if not name.endswith("_backbone")]
 
 
+@pytest.mark.parametrize("written", ["4.57", "5.23"], ids=["released", "transformers 5"])
 @pytest.mark.parametrize("version", tables.VERSIONS)
 @pytest.mark.parametrize("name", FULL)
-def test_released_files_become_the_live_state_dict(version: str, name: str) -> None:
+def test_files_become_the_live_state_dict(version: str, name: str, written: str) -> None:
     if name not in tables.names(version):
         pytest.skip(f"transformers {version} has no such model")
-    hub, live = tables.table("4.57", name), tables.table(version, name)
-    found = to_memory(tables.entries(hub.disk_shapes()), hub.config, parse_version(version))
+    files, live = tables.table(written, name), tables.table(version, name)
+    found = to_memory(tables.entries(files.disk_shapes()), files.config, parse_version(version))
     assert {key: entry.spec.shape for key, entry in found.items()} == live.memory
 
 
@@ -36,16 +37,6 @@ def test_there_and_back_gives_the_same_values(name: str) -> None:
     assert back.entries.keys() == arrays.keys()
     for key, array in arrays.items():
         np.testing.assert_array_equal(tables.values(back.entries[key], content), array)
-
-
-@pytest.mark.parametrize("name", FULL)
-@pytest.mark.parametrize("version", tables.VERSIONS)
-def test_what_transformers_5_writes_becomes_the_live_state_dict(version: str, name: str) -> None:
-    if name not in tables.names(version):
-        pytest.skip(f"transformers {version} has no such model")
-    late, live = tables.table("5.23", name), tables.table(version, name)
-    found = to_memory(tables.entries(late.disk_shapes()), late.config, parse_version(version))
-    assert {key: entry.spec.shape for key, entry in found.items()} == live.memory
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
 import reshard
@@ -21,6 +20,7 @@ from reshard.core.tensors import Box, Entry, Extent, FileRef, Fragment, TensorSp
 from reshard.core.tiling import check_tiling
 from reshard.naming.titan import turn
 from reshard.testing.gathering import gather
+from tests import folders
 
 _LAYERS, _HEADS, _KV, _SIZE, _WIDTH, _EXPERTS = 2, 4, 2, 8, 24, 3
 
@@ -132,8 +132,6 @@ def made(model_type: str, era: int) -> tuple[dict[str, torch.Tensor], dict[str, 
 
 
 def base_of(hub: dict[str, torch.Tensor], folder: Path, model_type: str, **more: Any) -> Path:
-    folder.mkdir()
-    save_file({n: torch.zeros_like(v) for n, v in hub.items()}, folder / "model.safetensors")
     config = {
         "model_type": model_type,
         "num_attention_heads": _HEADS,
@@ -141,8 +139,7 @@ def base_of(hub: dict[str, torch.Tensor], folder: Path, model_type: str, **more:
         "tie_word_embeddings": False,
         **more,
     }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
+    return folders.zeros(folder, hub, config)
 
 
 @pytest.mark.parametrize("era", [0, 1])

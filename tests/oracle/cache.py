@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -134,13 +134,19 @@ class Oracle(Mapping[str, Case]):
 
 
 def open_or_make(parent: Path) -> Oracle:
-    """The oracle under `parent`: made now, unless the same sources and versions made it before.
+    """The oracle under `parent`: made now, unless the same sources and versions made it before."""
+    key = digest_of(_HERE.glob("*.py"), ("torch", "deepspeed", "transformers", "safetensors"))
+    return Oracle(kept(parent, key, make))
 
-    Made in a temporary folder and renamed once complete, so that an interrupted run leaves nothing
-    that looks whole. Whatever else lies in `parent` is removed first. Two test runs at once wait
-    for each other.
+
+def kept(parent: Path, key: str, make: Callable[[Path], None]) -> Path:
+    """The folder `key` under `parent`, which `make` fills unless an earlier run made it.
+
+    It is made in a temporary folder and renamed once complete, so that an interrupted run leaves
+    nothing that looks whole. Whatever else lies in `parent` is removed first. Two test runs at once
+    wait for each other.
     """
-    target = parent / _key()
+    target = parent / key
     with open(parent / _LOCK, "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_dir():
@@ -150,15 +156,15 @@ def open_or_make(parent: Path) -> Oracle:
             made = Path(tempfile.mkdtemp(prefix="partial-", dir=parent))
             make(made)
             made.rename(target)
-    return Oracle(target)
+    return target
 
 
-def _key() -> str:
-    """A digest of all that decides what is made."""
+def digest_of(sources: Iterable[Path], packages: Iterable[str]) -> str:
+    """A digest of all that decides what is made: these files, and the packages' versions."""
     digest = hashlib.sha256()
-    for source in sorted(_HERE.glob("*.py")):
+    for source in sorted(sources):
         digest.update(source.read_bytes())
-    for package in ("torch", "deepspeed", "transformers", "safetensors"):
+    for package in packages:
         digest.update(f"{package}=={metadata.version(package)}".encode())
     return digest.hexdigest()[:16]
 

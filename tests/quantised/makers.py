@@ -9,7 +9,7 @@ mxfp4          random codes and scales, as gpt-oss's      transformers' own load
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +58,33 @@ def blocks(folder: Path, model: nn.Module, *, scale_fmt: str = "float") -> Path:
     return in_blocks(folder, BLOCK, scale_fmt)
 
 
-def in_blocks(folder: Path, block: list[int], scale_fmt: str = "float") -> Path:
-    """The same of a model that is in the folder, whose sizes are multiples of the block's."""
+def in_blocks(
+    folder: Path, block: list[int], scale_fmt: str = "float", left_out: Sequence[str] = ()
+) -> Path:
+    """The same of a model that is in the folder, whose sizes are multiples of the block's.
+
+    left_out: the ends of the modules' names whose matrices stay plain, in place of all but
+    `..proj`. The config then names them, and not `scale_fmt`.
+    """
     config = FineGrainedFP8Config(weight_block_size=block, scale_fmt=scale_fmt)
     quantise = Fp8Quantize(FineGrainedFP8HfQuantizer(config))
     state: State = {}
     for name, value in load_file(folder / "model.safetensors").items():
-        linear = name.endswith("proj.weight")
+        module = name.removesuffix(".weight")
+        if left_out:
+            linear = value.ndim > 1 and not module.endswith(tuple(left_out))
+        else:
+            linear = module.endswith("proj")
         state.update(quantise.convert({name: value}) if linear else {name: value})
-    stated = {
+    stated: dict[str, Any] = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "weight_block_size": block,
         "activation_scheme": "dynamic",
-        "scale_fmt": scale_fmt,
-        "modules_to_not_convert": ["lm_head"],
+        "modules_to_not_convert": list(left_out or ["lm_head"]),
     }
+    if not left_out:
+        stated["scale_fmt"] = scale_fmt
     return written(folder, state, stated)
 
 

@@ -22,7 +22,7 @@ LACKING = {"tokenizer-missing", "generation-config-missing", "chat-template-miss
 
 
 def found(folder: Path, base: Path | None = None) -> set[str]:
-    return {finding.name for finding in reshard.doctor(folder, base=base).findings} - LACKING
+    return {finding.code for finding in reshard.doctor(folder, base=base).findings} - LACKING
 
 
 def changed(
@@ -109,9 +109,10 @@ def test_scales_beside_weights_that_are_no_codes(cast: bool, model: Get, tmp_pat
         lambda state: numbers_with_scales(state, cast=cast),
         config=unstated,
     )
-    (finding,) = (f for f in reshard.doctor(ill).findings if f.name == "scales-left-over")
-    assert ("the codes themselves" in " ".join(finding.evidence)) == cast
-    assert (finding.repair is None) == cast
+    diagnosis = reshard.doctor(ill)
+    (finding,) = (f for f in diagnosis.findings if f.code == "scales-left-over")
+    assert ("the codes themselves" in finding.message) == cast
+    assert (finding.code not in diagnosis.repairable) == cast
     roles: tuple[dict[str, Any], ...] = ({"base": ill}, {})
     for role in roles:
         source = tmp_path / "run.pt" if role else ill

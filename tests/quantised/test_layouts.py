@@ -11,11 +11,7 @@ from safetensors.torch import load_file
 
 import reshard
 from tests.quantised import layouts
-
-
-def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []
+from tests.tensors import assert_same
 
 
 @pytest.mark.parametrize("layout", layouts.READ)
@@ -23,7 +19,7 @@ def test_a_model_becomes_the_16_bit_model(layout: str, tmp_path: Path) -> None:
     made, out = layouts.READ[layout](tmp_path / "model"), tmp_path / "out"
     report = reshard.convert(made.folder, out, dtype="bfloat16")
     assert [finding.code for finding in report.findings] == ["dequantised"]
-    same(load_file(out / "model.safetensors"), made.numbers)
+    assert_same(load_file(out / "model.safetensors"), made.numbers)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert not (out / "hf_quant_config.json").exists()
     assert reshard.verify(out, made.folder).num_tensors == len(made.numbers)
@@ -40,7 +36,7 @@ def test_a_model_becomes_the_16_bit_model(layout: str, tmp_path: Path) -> None:
         name: state[name].to(value.dtype) if name in state else value
         for name, value in made.numbers.items()
     }
-    same(load_file(tmp_path / "trained" / "model.safetensors"), trained)
+    assert_same(load_file(tmp_path / "trained" / "model.safetensors"), trained)
 
 
 def test_nvfp4_is_refused_by_its_name(tmp_path: Path) -> None:

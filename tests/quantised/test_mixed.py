@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
@@ -19,6 +19,7 @@ from reshard.cli import app as cli
 from reshard.cli.lightrft import hf2fsdp
 from tests.quantised import makers
 from tests.quantised.makers import State
+from tests.tensors import assert_same
 
 FP8 = torch.float8_e4m3fn
 _QUANTISER = FineGrainedFP8HfQuantizer(FineGrainedFP8Config(weight_block_size=makers.BLOCK))
@@ -54,19 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "layers.1." in name
     }
     plain |= {f"model.layers.2.{n}": (torch.randn(s) / 8).bfloat16() for n, s in _MTP.items()}
-    quantise = Fp8Quantize(_QUANTISER)
-    state: State = {}
-    for name, value in plain.items():
-        kept = value.ndim < 2 or name.removesuffix(".weight").endswith(_LEFT_OUT)
-        state.update({name: value} if kept else quantise.convert({name: value}))
-    stated = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "weight_block_size": makers.BLOCK,
-        "activation_scheme": "dynamic",
-        "modules_to_not_convert": list(_LEFT_OUT),
-    }
-    return makers.written(made, state, stated)
+    save_file(plain, made / "model.safetensors", {"format": "pt"})
+    return makers.in_blocks(made, makers.BLOCK, left_out=_LEFT_OUT)
 
 
 def numbers(folder: Path) -> State:
@@ -83,11 +73,6 @@ def numbers(folder: Path) -> State:
     return found
 
 
-def same(found: State, wanted: State) -> None:
-    assert found.keys() == wanted.keys()
-    assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []
-
-
 def test_the_base_is_a_mixture(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     for layer in (1, 2):
@@ -102,7 +87,7 @@ def test_the_base_is_a_mixture(folder: Path) -> None:
 def test_a_mixture_becomes_the_16_bit_model(folder: Path, tmp_path: Path) -> None:
     out, wanted = tmp_path / "out", numbers(folder)
     reshard.convert(folder, out, dtype="bfloat16")
-    same(load_file(out / "model.safetensors"), wanted)
+    assert_same(load_file(out / "model.safetensors"), wanted)
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["num_nextn_predict_layers"] == 1
@@ -120,7 +105,7 @@ def test_a_run_without_the_mtp_layer(folder: Path, tmp_path: Path) -> None:
     reshard.convert(tmp_path / "run.pt", tmp_path / "out", base=folder)
     trained = {n: state[n].bfloat16() if n in state else value for n, value in wanted.items()}
     found = load_file(tmp_path / "out" / "model.safetensors")
-    same(found, trained)
+    assert_same(found, trained)
     assert not [n for n in found if "scale" in n]
 
 
@@ -129,7 +114,7 @@ def test_a_run_with_the_mtp_layer(folder: Path, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "run.pt")
     reshard.convert(tmp_path / "run.pt", tmp_path / "out", base=folder)
     found = load_file(tmp_path / "out" / "model.safetensors")
-    same(found, {name: value.bfloat16() for name, value in state.items()})
+    assert_same(found, {name: value.bfloat16() for name, value in state.items()})
 
 
 def test_into_training(folder: Path, tmp_path: Path) -> None:
@@ -137,7 +122,7 @@ def test_into_training(folder: Path, tmp_path: Path) -> None:
     reshard.convert(folder, tmp_path / "dcp", to="dcp", names="disk")
     found = {name: torch.zeros_like(value) for name, value in wanted.items()}
     dcp.load(found, checkpoint_id=tmp_path / "dcp")
-    same(found, wanted)
+    assert_same(found, wanted)
 
 
 def test_into_a_live_module(folder: Path, tmp_path: Path) -> None:
@@ -146,7 +131,7 @@ def test_into_a_live_module(folder: Path, tmp_path: Path) -> None:
     wanted = makers.loaded(folder).state_dict()
     found = {name: torch.zeros_like(value) for name, value in wanted.items()}
     dcp.load(found, checkpoint_id=tmp_path / "dcp")
-    same(found, wanted)
+    assert_same(found, wanted)
 
 
 def test_diff_and_doctor(folder: Path, tmp_path: Path) -> None:
@@ -154,5 +139,5 @@ def test_diff_and_doctor(folder: Path, tmp_path: Path) -> None:
     assert reshard.diff(folder, tmp_path / "out").differences == ()
     wrong = {"scales-left-over", "codes-unreadable", "quantisation-contradicts-config"}
     for place in (folder, tmp_path / "out"):
-        names = {finding.name for finding in reshard.doctor(place).findings}
+        names = {finding.code for finding in reshard.doctor(place).findings}
         assert not names & wrong

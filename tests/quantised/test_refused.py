@@ -220,8 +220,8 @@ def test_doctor_says_so(kind: str, tmp_path: Path) -> None:
     folder = model(tmp_path / "model", kind)
     makers.llama().save_pretrained(tmp_path / "plain")
     for base in (None, tmp_path / "plain"):
-        findings = {found.name: found for found in reshard.doctor(folder, base=base).findings}
-        assert KINDS[kind][2] in findings["codes-unread"].evidence[0]
+        findings = {found.code: found for found in reshard.doctor(folder, base=base).findings}
+        assert KINDS[kind][2] in findings["codes-unread"].message
         assert "names-do-not-fit" not in findings
         assert "quantisation-contradicts-config" not in findings
     call = lambda: reshard.doctor(tmp_path / "plain", base=folder)  # noqa: E731

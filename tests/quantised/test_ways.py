@@ -23,6 +23,7 @@ from reshard.cli.lightrft import ds2hf, fsdp2hf, hf2fsdp
 from tests import zero3
 from tests.quantised import makers
 from tests.quantised.conftest import MAKERS, Get, Model
+from tests.tensors import assert_same
 
 KINDS = list(MAKERS)
 IDS = torch.arange(40).reshape(2, 20)
@@ -53,12 +54,6 @@ def numbers_of(model: Model) -> dict[str, torch.Tensor]:
     return made
 
 
-def same(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    differing = [n for n, value in wanted.items() if not torch.equal(found[n], value)]
-    assert differing == []
-
-
 def config_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return found
@@ -80,7 +75,7 @@ def codes(report: reshard.Report) -> list[str]:
 def test_a_model_becomes_the_16_bit_model(kind: str, model: Get, tmp_path: Path) -> None:
     made, out = model(kind), tmp_path / "out"
     report = reshard.convert(made.folder, out, dtype="bfloat16")
-    same(tensors(out), numbers_of(made))
+    assert_same(tensors(out), numbers_of(made))
     assert codes(report) == ["dequantised"]
     stated = config_of(out)
     assert "quantization_config" not in stated
@@ -97,7 +92,7 @@ def test_float32_holds_the_products_unrounded(kind: str, model: Get, tmp_path: P
     reshard.convert(made.folder, out, dtype="float32")
     found = tensors(out)
     assert {value.dtype for value in found.values()} == {torch.float32}
-    same({name: value.bfloat16() for name, value in found.items()}, numbers_of(made))
+    assert_same({name: value.bfloat16() for name, value in found.items()}, numbers_of(made))
 
 
 def test_a_16_bit_run_is_written_without_scales(kind: str, model: Get, tmp_path: Path) -> None:
@@ -105,7 +100,7 @@ def test_a_16_bit_run_is_written_without_scales(kind: str, model: Get, tmp_path:
     state = trained(made)
     torch.save({name: value.float() for name, value in state.items()}, tmp_path / "run.pt")
     report = reshard.convert(tmp_path / "run.pt", out, base=made.folder)
-    same(tensors(out), state)
+    assert_same(tensors(out), state)
     assert "quantization_config" not in config_of(out)
     assert codes(report) == ["dequantised"]
     assert report.changed == len(state)
@@ -117,7 +112,7 @@ def test_what_a_run_lacks_is_filled_with_numbers(kind: str, model: Get, tmp_path
     state = {name: value for name, value in trained(made).items() if "layers.1" not in name}
     torch.save(state, tmp_path / "run.pt")
     reshard.convert(tmp_path / "run.pt", out, base=made.folder, fill_from_base=True)
-    same(tensors(out), {**numbers_of(made), **state})
+    assert_same(tensors(out), {**numbers_of(made), **state})
 
 
 def test_an_unchanged_run_is_found_to_be_one(kind: str, model: Get, tmp_path: Path) -> None:
@@ -133,7 +128,7 @@ def test_into_training(kind: str, model: Get, tmp_path: Path) -> None:
     wanted = numbers_of(made)
     found = {name: torch.zeros_like(value) for name, value in wanted.items()}
     dcp.load(found, checkpoint_id=out)
-    same(found, wanted)
+    assert_same(found, wanted)
     assert "dequantised" in codes(report)
 
 
@@ -146,7 +141,7 @@ def test_into_a_live_module(
     assert "weights are quantised" in "".join(capsys.readouterr())
     found = {name: torch.zeros_like(value) for name, value in made.live.state_dict().items()}
     dcp.load(found, checkpoint_id=out)
-    same(found, made.live.state_dict())
+    assert_same(found, made.live.state_dict())
 
 
 def test_out_of_training(kind: str, model: Get, tmp_path: Path) -> None:
@@ -162,7 +157,7 @@ def test_out_of_training(kind: str, model: Get, tmp_path: Path) -> None:
         out,
     ]
     assert cli.run(fsdp2hf.command, list(map(str, arguments))) == 0
-    same(tensors(out), state)
+    assert_same(tensors(out), state)
     assert "quantization_config" not in config_of(out)
 
 
@@ -175,7 +170,7 @@ def test_out_of_deepspeed(kind: str, model: Get, tmp_path: Path) -> None:
     zero3.save(run, {name: value.float() for name, value in state.items()}, 2)
     arguments = ["--checkpoint_dir", run.parent, "--hf_base", made.folder, "--output_dir", out]
     assert cli.run(ds2hf.command, list(map(str, arguments))) == 0
-    same(tensors(out), state)
+    assert_same(tensors(out), state)
     assert "quantization_config" not in config_of(out)
 
 
@@ -221,7 +216,7 @@ def test_adapters_are_merged_onto_the_numbers(kind: str, model: Get, tmp_path: P
         # One rounding to bfloat16, of a sum that another order of adding may change.
         torch.testing.assert_close(found.pop(name).float(), merged, rtol=2**-8, atol=1e-6)
         wanted.pop(name)
-    same(found, wanted)
+    assert_same(found, wanted)
 
 
 def run_with_adapters(made: Model, path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -253,7 +248,7 @@ def test_a_run_on_the_codes_is_merged(kind: str, model: Get, tmp_path: Path) -> 
             found.pop(name).float(), exact[name] + 2 * b @ a, rtol=2**-8, atol=1e-6
         )
         wanted.pop(name)
-    same(found, wanted)
+    assert_same(found, wanted)
 
 
 def test_a_run_on_the_codes_gives_its_adapter(kind: str, model: Get, tmp_path: Path) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-_HERE = Path(__file__).parent
-_ROOT = _HERE.parents[1]
+from tests import child
+from tests.oracle.cache import digest_of, kept
+
+# What decides what is made, besides torch.
+_SOURCES = (
+    "tests/ranks/save.py",
+    "tests/fsdp/oracle/models.py",
+    "tests/fsdp/oracle/shardings.py",
+)
 
 
 class Ranks:
@@ -42,30 +44,6 @@ class Ranks:
 def ranks(pytestconfig: pytest.Config) -> Ranks:
     """Made by real torch processes, about 20 s, once."""
     assert pytestconfig.cache is not None
+    key = digest_of((child.ROOT / source for source in _SOURCES), ("torch",))
     cache = pytestconfig.cache.mkdir("rank-files")
-    folder = cache / _key()
-    if not folder.is_dir():
-        for old in cache.iterdir():
-            shutil.rmtree(old)
-        making = cache / f"making-{os.getpid()}"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT / "src")}
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.ranks.save", str(making)],
-            cwd=_ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        making.rename(folder)
-    return Ranks(folder)
-
-
-def _key() -> str:
-    """Changes with the oracle's sources and with torch."""
-    digest = hashlib.sha256(version("torch").encode())
-    oracle = _HERE.parent / "fsdp" / "oracle"
-    for source in (_HERE / "save.py", *(oracle / f"{n}.py" for n in ("models", "shardings"))):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
+    return Ranks(kept(cache, key, lambda folder: child.run("tests.ranks.save", str(folder))))

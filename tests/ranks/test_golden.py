@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import reshard
+from tests import folders
+from tests.golden.make import described
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ranks"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -41,24 +41,11 @@ def expected(name: str) -> dict[str, Any]:
 
 def base_of(name: str, folder: Path) -> Path:
     """The base: its own weights where the result depends on them, zeros elsewhere."""
-    shutil.copytree(GOLDEN / name / "base", folder)
-    weights = folder / "model.safetensors"
-    if not weights.exists():
-        zeros = {
-            tensor: torch.zeros(shape, dtype=getattr(torch, dtype))
-            for tensor, (dtype, shape) in expected(name)["base"].items()
-        }
-        save_file(zeros, weights, metadata={"format": "pt"})
-    return folder
-
-
-def described(tensor: torch.Tensor) -> dict[str, Any]:
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "xxh3_128": xxhash.xxh3_128_hexdigest(data),
-    }
+    base = GOLDEN / name / "base"
+    if (base / "model.safetensors").exists():
+        return Path(shutil.copytree(base, folder))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return folders.zeros(folder, folders.meta(expected(name)["base"]), config)
 
 
 def test_all_cases_are_there() -> None:

@@ -14,15 +14,13 @@ from safetensors.torch import load_file, save_file
 import reshard
 from reshard import formats
 from reshard.errors import PlanError, UnsupportedError
+from tests import folders
 from tests.fsdp.elements import elements
 from tests.ranks.conftest import Ranks
 from tests.ranks.save import BY_NAME
+from tests.tensors import raw
 
 _FLAT = {"local-w2", "local-bf16", "local-cloned", "flat-w2"}
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def assert_true(path: Path, truth: dict[str, torch.Tensor]) -> None:
@@ -212,14 +210,8 @@ def test_what_else_trainers_save_a_file_a_rank_of_is_no_model(tmp_path: Path) ->
 
 def base_of(truth: dict[str, torch.Tensor], folder: Path, model_type: str = "qwen2") -> Path:
     """A base model of these names and shapes, with other values."""
-    folder.mkdir()
-    save_file(
-        {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in truth.items()},
-        folder / "model.safetensors",
-    )
     config = {"model_type": model_type, "tie_word_embeddings": False, "num_hidden_layers": 2}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
+    return folders.zeros(folder, truth, config)
 
 
 def test_plain_tensors_that_all_ranks_hold(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The command line: words and exit codes. All work is done by the library.
 
 app.py         the `reshard` command, exit codes, errors in words
-commands.py    convert, inspect, verify, diff
+commands.py    convert, inspect, verify
+diff.py        diff
 doctor.py      doctor
 try_.py        try
 flags.py       kinds of options

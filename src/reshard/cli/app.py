@@ -40,7 +40,7 @@ _COMMANDS = {
     "convert": "reshard.cli.commands:convert",
     "inspect": "reshard.cli.commands:inspect",
     "verify": "reshard.cli.commands:verify",
-    "diff": "reshard.cli.commands:diff",
+    "diff": "reshard.cli.diff:diff",
     "doctor": "reshard.cli.doctor:doctor",
     "try": "reshard.cli.try_:try_model",
     "help": "reshard.cli.help:help_",

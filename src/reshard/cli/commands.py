@@ -15,12 +15,11 @@ from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
 from reshard.cli.interrupts import writes
 from reshard.cli.next_steps import at_least, conversion_of, next_commands
 from reshard.cli.progress import Shown, how_shown, shown_progress
-from reshard.comparison.declared import DIFF, VERIFY
+from reshard.comparison.declared import VERIFY
 from reshard.conversion.declared import CONVERT
 from reshard.inspection import INSPECT
 
 if TYPE_CHECKING:
-    from reshard.comparison.values import Comparison
     from reshard.conversion.report import Report
 
 _PATH = FolderOrFile()
@@ -173,57 +172,3 @@ def verify(
     apart = f"; {verified.num_filled} are the base's" if verified.num_filled else ""
     output.tell(f"{dst}: {verified.num_tensors} tensors, {amount}, all {what}{apart}.")
     return 0
-
-
-@click.command(cls=Command, short_help="Compare two checkpoints, tensor by tensor.")
-@click.argument("a", type=_PATH, cls=Argument, words=DIFF["first"].help)
-@click.argument("b", type=_PATH, cls=Argument, words=DIFF["second"].help)
-@flags(DIFF.values())
-@how_shown
-@click.option("--tensors", is_flag=True, help="List every tensor; by default, layers are folded.")
-@_json
-@debug
-def diff(
-    a: Path,
-    b: Path,
-    base: Path | None,
-    tensors: bool,
-    as_json: bool,
-    shown: Shown | None,
-    quiet: bool,
-) -> int:
-    """Compare the checkpoints A and B, of any formats, tensor by tensor.
-
-    Where dtypes differ, the wider is rounded to the narrower. Exits with 1 where they differ.
-    """
-    from reshard.comparison.compare import diff as run
-
-    with shown_progress(shown, quiet=as_json or quiet) as progress:
-        step = None if progress is None else lambda done, total: progress("compare", done, total)
-        found = run(a, b, base=base, progress=step)
-    if as_json:
-        output.print_json(found.to_json())
-    elif not quiet:
-        output.say_findings(found.findings)
-        _show_comparison(found, every=tensors)
-    return 0 if found.same else 1
-
-
-def _show_comparison(found: Comparison, *, every: bool) -> None:
-    """How many tensors differ, then a table of them: what differs most can be seen at once."""
-    from reshard.comparison.folded import HEADER, folded
-
-    values = [one for one in found.differences if one.kind == "values"]
-    summary = f"{found.num_equal} tensors are equal, {len(found.differences)} differ"
-    if values:
-        numel, differing = sum(v.numel for v in values), sum(v.differing for v in values)
-        summary += (
-            f": {100 * differing / numel:.1f} % of the elements of these {len(values)}, "
-            f"by {max(v.largest for v in values):.3g} at most"
-            if len(values) == len(found.differences)
-            else f", {len(values)} of them in values alone"
-        )
-    output.tell(f"{summary}.")
-    rows = folded(found.differences, fold=not every)
-    if rows:
-        output.print_table([row.cells() for row in rows], header=HEADER, right={1})

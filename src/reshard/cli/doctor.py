@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,11 @@ from reshard.cli import output
 from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
 from reshard.cli.interrupts import writes
 from reshard.cli.progress import Shown, how_shown, shown_progress
+from reshard.core.findings import CODES
 from reshard.diagnosis.declared import DOCTOR
 
 if TYPE_CHECKING:
     from reshard.diagnosis.diagnosis import Diagnosis
-    from reshard.diagnosis.findings import Finding
 
 _PATH = FolderOrFile()
 
@@ -45,32 +46,31 @@ def doctor(folder: Path, as_json: bool, shown: Shown | None, quiet: bool, **opti
 
 def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
     for finding in diagnosis.findings:
-        output.tell(f"{finding.name}: {finding.about}")
         # Names are not broken over lines as a table would: people search for them.
-        for line in finding.evidence:
-            output.tell(f"  {line}")
+        output.tell(f"{finding.code}: {CODES[finding.code].meaning}")
+        output.tell(f"  {finding.message}")
     if diagnosis.findings:
         header = ("finding", "severity", "repair")
-        output.print_table([_row(finding) for finding in diagnosis.findings], header=header)
+        output.print_table(list(_rows(diagnosis)), header=header)
     amount = output.size(diagnosis.total_bytes)
     output.tell(f"{diagnosis.folder}: {diagnosis.num_tensors} tensors, {amount}: {_sum(diagnosis)}")
     if diagnosis.repaired is not None:
         output.tell(f"Repaired in {diagnosis.repaired}, read back and examined again.")
         return
-    hopeless = [f.name for f in diagnosis.errors if f.repair is None]
-    repairable = [f.name for f in diagnosis.findings if f.repair is not None]
+    hopeless = [f.code for f in diagnosis.errors if f.code not in diagnosis.repairable]
     if asked and hopeless:
         output.say(
             f"Nothing was written: {', '.join(hopeless)} cannot be repaired from what is here."
         )
-    elif repairable and not hopeless:
+    elif diagnosis.repairable and not hopeless:
         base = f" --base {diagnosis.base}" if diagnosis.base else ""
         output.say(f"To repair it: reshard doctor {diagnosis.folder}{base} --repair OUT")
 
 
-def _row(finding: Finding) -> tuple[str, str, str]:
-    words = f"none. {finding.advice}" if finding.repair is None else finding.repair.words
-    return finding.name, finding.severity, words
+def _rows(diagnosis: Diagnosis) -> Iterator[tuple[str, str, str]]:
+    for finding in diagnosis.findings:
+        words = finding.fix if finding.code in diagnosis.repairable else f"none. {finding.fix}"
+        yield finding.code, finding.severity, words
 
 
 def _sum(diagnosis: Diagnosis) -> str:

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import click
 
 from reshard.cli.completion import complete_tag
-from reshard.conversion.declared import GROUPS
 from reshard.core.options import (
+    GROUPS,
     Choice,
     Codes,
     Flag,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from reshard.storage import strict_json
 from reshard.storage.local import snapshot
+from reshard.storage.paths import absolute, exists, is_file
 
 if TYPE_CHECKING:
     from reshard.conversion.report import Report
@@ -20,7 +21,7 @@ def next_commands(report: Report, base: Path | None) -> list[tuple[str, str]]:
     and for those with a vision tower alone.
     """
     folder = Path(report.target)
-    if report.dry_run or not (folder / "config.json").is_file():
+    if report.dry_run or not is_file(folder / "config.json"):
         return []
     config = strict_json.read_file(folder / "config.json")
     stated = config.get("architectures")
@@ -41,8 +42,8 @@ def next_commands(report: Report, base: Path | None) -> list[tuple[str, str]]:
 
 def at_least(path: str) -> Path:
     """The nearest folder above a path, or the path, that exists."""
-    place = Path(path).absolute()
-    while not place.exists():
+    place = absolute(Path(path))
+    while not exists(place):
         place = place.parent
     return place
 

@@ -17,7 +17,7 @@ from reshard.cli.flags import Command, FolderOrFile, debug, option
 from reshard.errors import NotFoundError, UnsupportedError
 from reshard.evaluate.options import DTYPES, Options, Sampling
 from reshard.evaluate.places import check_page, free, replacing
-from reshard.storage.local import real
+from reshard.storage.paths import absolute, is_folder, real
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -168,8 +168,8 @@ def make_options(given: dict[str, Any]) -> Options:
     del given["do_sample"]
     for name in ("output_file", "html"):
         path: Path | None = given[name]
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.UsageError(f"--{name}: there is no folder {path.absolute().parent}.")
+        if path is not None and not is_folder(absolute(path).parent):
+            raise click.UsageError(f"--{name}: there is no folder {absolute(path).parent}.")
     if given["html"] is not None and real(given["html"]) == real(given["output_file"]):
         raise click.UsageError("--output_file and --html name the same file.")
     given["chat"] = not given.pop("no_chat")
@@ -194,7 +194,7 @@ def run_command(**given: Any) -> int:
     """
     options = make_options(given)
     for folder in (options.model, options.compare):
-        if folder is not None and not folder.is_dir():
+        if folder is not None and not is_folder(folder):
             raise NotFoundError("there is no such model folder.", path=folder)
     replaced = replacing(options.output_file)
     if options.html is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from reshard import formats
 from reshard.comparison.declared import DIFF, VERIFY
-from reshard.comparison.folded import natural
 from reshard.comparison.pairing import Pairing, onto_one, pair, tells_names
-from reshard.comparison.values import Comparison, Difference, compare
+from reshard.comparison.result import Compared, Comparison
+from reshard.comparison.sums import natural
+from reshard.comparison.values import Wanted, compare
 from reshard.conversion.declared import workers
 from reshard.conversion.quantised import compared_as_numbers
 from reshard.conversion.verification import Verified, verify_folder
@@ -25,7 +27,7 @@ from reshard.formats import locate
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 
-__all__ = ["Comparison", "Difference", "diff", "verify"]
+__all__ = ["Compared", "Comparison", "diff", "verify"]
 
 
 @documented(DIFF)
@@ -34,6 +36,7 @@ def diff(
     second: PathLike,
     *,
     base: PathLike | None = None,
+    spectrum: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare two checkpoints of any formats, tensor by tensor.
@@ -44,8 +47,8 @@ def diff(
     narrower, and a finding says so. The files beside a model are compared too. The two may be
     exchanged: the conclusion is the same.
 
-    Memory: a few blocks of 4 MiB. Raises `OptionError` for a wrong value, and another
-    `ReshardError` where one cannot be read.
+    Memory: a few blocks of 4 MiB, and with `spectrum` about 200 bytes for each column of a matrix.
+    Raises `OptionError` for a wrong value, and another `ReshardError` where one cannot be read.
     """
     values = parse(DIFF, dict(locals()))
     with Sources() as sources:
@@ -56,12 +59,14 @@ def diff(
             pairing = _paired(mine, theirs, sources)
         else:
             pairing = onto_one(mine, theirs, sources, base=values["base"])
-        found = compare(pairing.pairs, sources, progress, either=True)
+        wanted = Wanted(either=True, norms=True, spectrum=values["spectrum"])
+        found = compare(pairing.pairs, sources, progress, wanted=wanted)
         sources.check_unchanged()
     apart = (*pairing.left, *pairing.omitted, *pairing.filled)
     findings = (*mine.findings, *theirs.findings, *found.findings)
-    differences = sorted((*found.differences, *apart), key=lambda one: natural(one.name))
-    return Comparison(found.num_equal, tuple(differences), found.bytes_read, findings)
+    tensors = sorted((*found.tensors, *apart), key=lambda one: natural(one.name))
+    names = (os.fspath(values["first"]), os.fspath(values["second"]))
+    return Comparison(tuple(tensors), found.bytes_read, findings, found.sizes, *names)
 
 
 def _paired(first: Catalog, second: Catalog, sources: Sources) -> Pairing:

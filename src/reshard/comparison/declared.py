@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reshard.checkpoint import PREFIX, ROLE, TAG
 from reshard.conversion.declared import PROGRESS, THREADS
-from reshard.core.options import Option, Place, table
+from reshard.core.options import Flag, Option, Place, table
 
 #: The options of `reshard.verify` and `reshard verify`.
 VERIFY = table(
@@ -40,6 +40,13 @@ DIFF = table(
         "Fit both onto this Hugging Face model, and compare what they would become: two saves of "
         "one run by its names.",
         group="Input",
+    ),
+    Option(
+        "spectrum",
+        Flag(),
+        "Also measure the rank of each matrix's change: which share of it the best approximations "
+        "of rank 1 to 8 hold. Both are read a few times more.",
+        default=False,
     ),
     PROGRESS,
 )

@@ -17,13 +17,14 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.comparison.values import Difference, Kind, Pair, described
+from reshard.comparison.result import Compared, Kind, described
+from reshard.comparison.values import Pair
 from reshard.conversion import manifest, output_model
 from reshard.conversion.base_model import Base, holds_config, read_base
 from reshard.conversion.dtypes import Target
 from reshard.conversion.manifest import MANIFEST, Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
-from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG, REWARD_HEAD, VALUE_HEAD, Export
+from reshard.conversion.output_model import LIGHTRFT, Export
 from reshard.conversion.planning import exported
 from reshard.conversion.verification import check_listed, child_of
 from reshard.core.catalog import Catalog
@@ -33,9 +34,11 @@ from reshard.formats.info import named
 from reshard.naming import FitOptions
 from reshard.naming.families import CONSTANTS
 from reshard.naming.patterns import matches_any
+from reshard.naming.rewards import REWARD_CONFIG, REWARD_HEAD
 from reshard.naming.search import unwrap
-from reshard.naming.value_heads import SCORE
+from reshard.naming.value_heads import SCORE, VALUE_HEAD
 from reshard.storage.local import Sources
+from reshard.storage.paths import absolute, is_file, is_folder
 
 #: The files of a side: those beside the model by name, the model itself under the empty name.
 Parts = dict[str, dict[str, Entry]]
@@ -50,9 +53,9 @@ class Pairing(Struct, frozen=True):
     """
 
     pairs: list[Pair]
-    left: tuple[Difference, ...] = ()
-    omitted: tuple[Difference, ...] = ()
-    filled: tuple[Difference, ...] = ()
+    left: tuple[Compared, ...] = ()
+    omitted: tuple[Compared, ...] = ()
+    filled: tuple[Compared, ...] = ()
     by_name: bool = False
 
     def turned(self) -> Pairing:
@@ -63,7 +66,7 @@ class Pairing(Struct, frozen=True):
         return Pairing(pairs, left, omitted, filled, self.by_name)
 
 
-def _turned(found: Difference) -> Difference:
+def _turned(found: Compared) -> Compared:
     kind: dict[Kind, Kind] = {
         "only in the first": "only in the second",
         "only in the second": "only in the first",
@@ -76,7 +79,7 @@ def _turned(found: Difference) -> Difference:
 def tells_names(catalog: Catalog) -> bool:
     """Whether names can be fitted onto a checkpoint's: a model with its config, or an output of
     reshard, which states what became of them."""
-    return (catalog.origin.root / MANIFEST).is_file() or holds_config(catalog)
+    return is_file(catalog.origin.root / MANIFEST) or holds_config(catalog)
 
 
 def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None = None) -> Pairing:
@@ -121,7 +124,7 @@ def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -
 
 def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
     folder = catalog.origin.root
-    if not (folder / MANIFEST).is_file():
+    if not is_file(folder / MANIFEST):
         return None
     stated = manifest.read(folder, sources)
     check_listed(folder, stated)
@@ -134,11 +137,11 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
     beside: list[str] = []
     if stated is not None:
         beside = list(stated.beside)
-    elif named(catalog.format).holds_config and folder.is_dir():
+    elif named(catalog.format).holds_config and is_folder(folder):
         # A `pytorch_model.bin` without this config is the model over again.
-        scored = (folder / REWARD_CONFIG).is_file()
+        scored = is_file(folder / REWARD_CONFIG)
         known = (REWARD_HEAD, VALUE_HEAD, LIGHTRFT) if scored else (REWARD_HEAD, VALUE_HEAD)
-        beside = [name for name in known if (folder / name).is_file()]
+        beside = [name for name in known if is_file(folder / name)]
     parts: Parts = {}
     if stated is None or stated.tensors:
         parts[""] = dict(catalog.entries)
@@ -215,7 +218,7 @@ def _onto_itself(
     model, filled = dict(held[""]), []
     for name in sorted(said.filled.intersection(made.filled)):
         entry = model.pop(name)
-        filled.append(Difference(name, "only in the second", "", described(entry.spec)))
+        filled.append(Compared(name, "only in the second", "", described(entry.spec)))
     pairs = _pairs(planned, {**held, "": model})
     return Pairing(pairs, *_left(first, made, options), tuple(filled))
 
@@ -270,7 +273,7 @@ def _check_apart(planned: Mapping[str, Mapping[str, Entry]], folder: Path) -> No
     for tensors in planned.values():
         for name, made in tensors.items():
             if any(
-                Path(extent.file.path).is_relative_to(folder.absolute())
+                Path(extent.file.path).is_relative_to(absolute(folder))
                 for extent in stored(made.fragments)
             ):
                 raise PlanError(
@@ -301,13 +304,13 @@ def _pairs(
 
 def _left(
     first: Catalog, made: Export, options: Options
-) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:
+) -> tuple[tuple[Compared, ...], tuple[Compared, ...]]:
     """The checkpoint's tensors that the conversion leaves out; second, those it was told to."""
     allowed = FitOptions(allow=options.allow)
     shown = {unwrap(n): described(e.spec) for n, e in first.entries.items()}
     # What a module computes from its config is in no file of a released model.
     dropped = [
-        Difference(name, "only in the first", shown.get(name, ""), "")
+        Compared(name, "only in the first", shown.get(name, ""), "")
         for name in made.name_map.dropped
         if not matches_any(CONSTANTS, name)
     ]

@@ -23,6 +23,7 @@ from reshard.naming.lora import output
 from reshard.naming.lora.config import AdapterConfig, ConfigFile, read_near, with_alpha
 from reshard.naming.lora.find import Adapter, Separated, is_traced, separate
 from reshard.storage.local import Sources
+from reshard.storage.paths import is_file, is_folder
 from reshard.transfer.reading import equal, read_array, same_values
 
 # Initialisations that PEFT repeats, to the same weights, when it loads the adapter onto the base.
@@ -121,15 +122,15 @@ def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None
 def _is_of_peft(catalog: Catalog, base: Base) -> bool:
     """Whether an adapter_config.json near the checkpoint is about it."""
     root = catalog.origin.root
-    saved = huggingface.is_adapter(root if root.is_dir() else root.parent)
+    saved = huggingface.is_adapter(root if is_folder(root) else root.parent)
     return saved or is_traced(catalog.names(), base.entries)
 
 
 def _is_peft_folder(catalog: Catalog) -> bool:
     """Whether the checkpoint is what PEFT's `save_pretrained` wrote."""
     root = catalog.origin.root
-    files = [root] if root.is_file() else [root / f"adapter_model{end}" for end in _WEIGHTS]
-    return any(file.stem == "adapter_model" and file.is_file() for file in files) and (
+    files = [root] if is_file(root) else [root / f"adapter_model{end}" for end in _WEIGHTS]
+    return any(file.stem == "adapter_model" and is_file(file) for file in files) and (
         huggingface.is_adapter(files[0].parent)
     )
 

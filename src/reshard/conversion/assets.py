@@ -14,15 +14,15 @@ read is an error: the output would be a model without it.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from reshard.core.catalog import Asset
 from reshard.errors import FormatError, NotFoundError
-from reshard.storage.local import child, real
+from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
+from reshard.storage.local import child, read_start
+from reshard.storage.paths import exists, is_file, is_folder, is_link, listing, real
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
                     ".onnx", ".onnx_data", ".onnx.data", ".distcp", ".tflite", ".ot", ".npz", ".pb",
@@ -30,8 +30,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msg
 # model.safetensors.index.json, model.safetensors.index.fp16.json; OpenVINO's graph of weights.
 _WEIGHT_LISTS = re.compile(r".*\.index(\.\w+)?\.json|openvino_.*\.xml")
 # PEFT's, whose weights are left behind: without them transformers cannot load the folder.
-_ADAPTER_CONFIG = "adapter_config.json"
-_LEFT = frozenset({_ADAPTER_CONFIG, "reshard.json"})
+_LEFT = frozenset({ADAPTER_CONFIG, "reshard.json"})
 # Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
 _NOT_ASSETS = frozenset({".git", ".cache", "__pycache__"})
 # A module's own weights, as save_pretrained names them.
@@ -41,7 +40,7 @@ _OWN = re.compile(
 )
 # What a training leaves in a folder of its own: an earlier model, not a part of this one.
 _OF_TRAINING = frozenset({"trainer_state.json", "optimizer.pt", "training_args.bin", "latest",
-                          ".metadata", _ADAPTER_CONFIG})  # fmt: skip
+                          ".metadata", ADAPTER_CONFIG})  # fmt: skip
 
 
 def assets(folder: Path) -> tuple[Asset, ...]:
@@ -54,11 +53,6 @@ def assets(folder: Path) -> tuple[Asset, ...]:
         Asset(path.relative_to(folder).as_posix(), path)
         for path in _walk(folder, folder, (real(folder),))
     )
-
-
-def is_weights(asset: Asset) -> bool:
-    """Whether a file holds weights of a module in a sub-folder."""
-    return names_weights(asset.name)
 
 
 def names_weights(name: str) -> bool:
@@ -78,9 +72,9 @@ def _walk(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
         weights = names_weights(name) or _WEIGHT_LISTS.fullmatch(name) is not None
         if name in _LEFT or (weights and not (module and _OWN.fullmatch(name))):
             continue
-        if path.is_symlink():
+        if is_link(path):
             child(folder, name, store=True)
-        if path.is_dir():
+        if is_folder(path):
             if real(path) not in above:  # a link to a folder above would never end
                 yield from _walk(path, root, (*above, real(path)))
         else:
@@ -90,29 +84,28 @@ def _walk(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return [entry.name for entry in folder.iterdir()]
-    except OSError as error:
+        return [entry.name for entry in listing(folder)]
+    except NotFoundError as error:
         raise _unreadable(folder, error) from None
 
 
 def _check_readable(path: Path) -> None:
     """Raise unless it is a regular file that can be opened; a named pipe is not waited for."""
+    if exists(path) and not is_file(path):
+        raise FormatError(
+            "it is not a regular file, so it cannot come along with the model.",
+            path=path,
+            hint="Remove it, or put the file itself there.",
+        )
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            raise FormatError(
-                "it is not a regular file, so it cannot come along with the model.",
-                path=path,
-                hint="Remove it, or put the file itself there.",
-            )
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
-    except OSError as error:
+        read_start(path, 0)
+    except NotFoundError as error:
         raise _unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: OSError) -> NotFoundError:
+def _unreadable(path: Path, error: NotFoundError) -> NotFoundError:
     return NotFoundError(
-        f"it cannot be read, and belongs to the base model: {error.strerror}.",
+        f"it belongs to the base model, and {error.message}",
         path=path,
         hint="Make it readable, or remove it from the folder if the model does not need it.",
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,13 +16,14 @@ from reshard.conversion.modules import Module, read_modules
 from reshard.core.catalog import Asset, Catalog
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry, Record
-from reshard.errors import FormatError, NotFoundError, ReshardError
+from reshard.errors import FormatError, NotFoundError, at
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.formats.info import named
 from reshard.naming import Schema
 from reshard.naming.quantised import Numbers, numbers, refused, statement
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, download, snapshot
+from reshard.storage.paths import is_file, is_folder
 
 CONFIG = "config.json"
 # The keys under which a config states the dtype of the weights, before and since transformers 4.56.
@@ -63,7 +63,7 @@ def holds_config(catalog: Catalog, folder: Path | None = None) -> bool:
     `folder` is where it would lie; by default the checkpoint is that folder.
     """
     folder = catalog.origin.root if folder is None else folder
-    return named(catalog.format).holds_config and (folder / CONFIG).is_file()
+    return named(catalog.format).holds_config and is_file(folder / CONFIG)
 
 
 def read_base(folder: Path, sources: Sources) -> Base:
@@ -74,11 +74,11 @@ def read_base(folder: Path, sources: Sources) -> Base:
     `NotFoundError` where there is no folder, no config.json or no file of weights.
     """
     given, folder = folder, snapshot(folder)
-    if not folder.is_dir():
-        is_file = folder.is_file()
-        hint = f"Pass its folder: {folder.parent}" if is_file else download(folder)
+    if not is_folder(folder):
+        one_file = is_file(folder)
+        hint = f"Pass its folder: {folder.parent}" if one_file else download(folder)
         raise NotFoundError(
-            "the base is a file, not a folder." if is_file else "there is no such folder.",
+            "the base is a file, not a folder." if one_file else "there is no such folder.",
             path=given,
             hint=hint or "--base must be a local folder with the original model.",
         )
@@ -94,11 +94,8 @@ def read_base(folder: Path, sources: Sources) -> Base:
             hint="Name the folder of the whole original model. What trainers leave beside a "
             "checkpoint (verl's `huggingface/`) is its config and tokenizer alone.",
         )
-    try:
+    with at(folder):
         tensors = _numbers(catalog.entries, config)
-    except ReshardError as error:
-        error.path = error.path or os.fspath(folder)
-        raise
     return base_of(folder, config, tensors, catalog.records, sources)
 
 

@@ -28,6 +28,7 @@ from reshard.errors import VerificationError, listed
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, snapshot
+from reshard.storage.paths import file_size
 from reshard.transfer.commit import check_space
 from reshard.transfer.engine import Outcome
 
@@ -97,7 +98,7 @@ def convert(
         # The source may have been found below the folder that was named.
         inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))
         check_apart(options.target, "source", inputs)
-        copied = sum(asset.path.stat().st_size for asset in job.plan.assets)
+        copied = sum(file_size(asset.path) for asset in job.plan.assets)
         check_space(options.target, job.plan.bytes_to_write + copied)
         if running.dry_run:
             return _report(job, given, time.monotonic() - began, replaced)

@@ -56,9 +56,6 @@ from reshard.progress import StagedProgress
 # More threads than this only compete for the memory bus.
 _MAX_THREADS = 4
 
-#: The groups of options, in the order of `--help`.
-GROUPS = ("Input", "Output", "Adapters", "Reward models and critics", "What may differ")
-
 #: Other words for dtypes.
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -302,7 +299,7 @@ CONVERT = table(
     ),
     Option(
         "strict",
-        Codes(CODES),
+        Codes({code: about for code, about in CODES.items() if not about.by}),
         "Treat every warning as an error; with codes, the findings of these codes.",
         False,
         group="What may differ",

@@ -27,9 +27,19 @@ from reshard.conversion import manifest
 from reshard.conversion.manifest import MANIFEST, Manifest, WrittenFile, file_digest
 from reshard.conversion.verification import verify_folder
 from reshard.core.sizes import size
-from reshard.errors import ReshardError, WriteError, listed
+from reshard.errors import NotFoundError, ReshardError, WriteError, listed
 from reshard.formats import locate
-from reshard.storage.local import Sources, real
+from reshard.storage.local import Sources
+from reshard.storage.paths import (
+    exists,
+    files_below,
+    is_folder,
+    is_here,
+    is_link,
+    listing,
+    real,
+    status,
+)
 
 # Python's own, made anew from the modules beside it.
 _REMADE = "__pycache__"
@@ -67,7 +77,7 @@ def check_destination(
     Where the command has no way to replace an output, `replaces` is False. Raises `WriteError`
     where the output is, holds or lies in an input, or would replace what reshard did not write.
     """
-    if real(target) == Path.cwd():
+    if is_here(target):
         raise WriteError(
             "the output is the current folder, which a new one would replace.",
             path=target,
@@ -78,10 +88,10 @@ def check_destination(
         check_apart(target, "base model", [base])
     try:
         replaced = check_replaceable(target, overwrite=overwrite, replaces=replaces)
-    except OSError as error:
+    except NotFoundError as error:
         raise WriteError(
-            f"what is there cannot be examined: {error.strerror}.",
-            path=target,
+            f"what is there cannot be examined: {error.message}",
+            path=error.path or target,
             hint="Name another output.",
         ) from None
     _check_outside(target, "source", source)
@@ -105,7 +115,7 @@ def check_apart(target: Path, what: str, inputs: Iterable[Path]) -> None:
 def _check_outside(target: Path, what: str, given: Path) -> None:
     """Refuse an output inside an input: the next run would read it as a part of the input."""
     folder = real(given)
-    if folder.is_dir() and real(target).is_relative_to(folder):
+    if is_folder(folder) and real(target).is_relative_to(folder):
         raise WriteError(
             f"the output lies inside the {what}, {given}.",
             path=target,
@@ -116,18 +126,22 @@ def _check_outside(target: Path, what: str, given: Path) -> None:
 def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -> Replaced | None:
     """What of reshard's own is at `target`; None where nothing is, or an empty folder.
 
-    Raises `WriteError` where it is not to be replaced, `OSError` where it cannot be examined.
+    Raises `WriteError` where it is not to be replaced, `NotFoundError` where it cannot be examined.
     """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if is_link(real(target)):
+        raise WriteError(
+            "the output is in a loop of links.", path=target, hint="Name another output."
+        )
+    if not exists(target) or (is_folder(target) and not any(listing(target))):
         return None
-    if not target.is_dir():
+    if not is_folder(target):
         raise WriteError(
             "the output is a file, not a folder.", path=target, hint="Name another output."
         )
     stated = _stated(target)
     if stated is None:
         raise _not_ours(target)
-    if target.is_symlink():
+    if is_link(target):
         raise WriteError(
             f"the output is a link to {real(target)}, where reshard wrote a model, and nothing is "
             "replaced through a link.",
@@ -159,7 +173,7 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
 
 def _stated(folder: Path) -> Manifest | None:
     """The folder's `reshard.json`; None where there is none, or a file that is not one."""
-    if (folder / MANIFEST).is_symlink():
+    if is_link(folder / MANIFEST):
         return None
     try:
         with Sources() as sources:
@@ -170,23 +184,14 @@ def _stated(folder: Path) -> Manifest | None:
 
 def _files(folder: Path) -> Iterator[_File]:
     """Everything below a folder that is not a folder itself; links are not followed."""
-    for parent, below, names in os.walk(folder, onerror=_raise):
-        place = Path(parent)
-        links = [name for name in below if (place / name).is_symlink()]
-        for name in sorted((*names, *links)):
-            if place.name == _REMADE and name.endswith(".pyc"):
-                continue
-            path = place / name
-            yield _File(path.relative_to(folder).as_posix(), path.lstat())
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    for path in files_below(folder):
+        if not (path.parent.name == _REMADE and path.suffix == ".pyc"):
+            yield _File(path.relative_to(folder).as_posix(), status(path, follow=False))
 
 
 def _foreign(folder: Path, stated: Manifest, files: Iterable[_File]) -> list[str]:
     """The files of a folder that reshard did not write, or that were changed since."""
-    written = (folder / MANIFEST).stat()
+    written = status(folder / MANIFEST)
     foreign: list[str] = []
     doubtful: list[str] = []
     for file in files:
@@ -254,7 +259,7 @@ def description(folder: Path) -> tuple[str, bool]:
         names = listed((str(save.path.relative_to(folder)) for save in below), _LISTED)
         of_them = f" ({names})" if names else ""
         return f"a folder with {len(below) or 'several'} checkpoints{of_them}, {amount}", True
-    return f"a folder with {formats.listing(folder)} ({_counted(count)}, {amount})", False
+    return f"a folder with {formats.contents(folder)} ({_counted(count)}, {amount})", False
 
 
 def _counted(number: int) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from reshard.conversion.base_model import Base
 from reshard.conversion.options import Options
-from reshard.conversion.output_model import LIGHTRFT, REWARD_HEAD, Export
+from reshard.conversion.output_model import LIGHTRFT, Export
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.naming.judge import matched
+from reshard.naming.rewards import REWARD_HEAD
 from reshard.naming.search import unwrap
 
 _NO_HEADS = "the checkpoint holds no heads of a reward model"

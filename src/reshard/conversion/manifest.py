@@ -32,6 +32,7 @@ from reshard.core.tensors import TensorSpec
 from reshard.errors import FormatError, NotFoundError, UnsupportedError
 from reshard.storage import strict_json
 from reshard.storage.local import Source, Sources
+from reshard.storage.paths import is_file
 
 MANIFEST = "reshard.json"
 #: The version that is written, and the first whose digests are trees.
@@ -147,7 +148,7 @@ def _digest(source: Source) -> str:
 def read(folder: Path, sources: Sources) -> Manifest:
     """What a folder's `reshard.json` states. Raises `NotFoundError`, `FormatError`."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_file(path):
         raise NotFoundError(
             f"it has no {MANIFEST}: it was not written by reshard.",
             path=folder,

@@ -17,16 +17,17 @@ from pathlib import Path, PurePosixPath
 from msgspec import Struct
 
 from reshard import formats
-from reshard.conversion.assets import is_weights
+from reshard.conversion.assets import names_weights
 from reshard.core.catalog import Asset
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError
+from reshard.formats import huggingface
 from reshard.naming.search import shared_prefixes, unwrap
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
+from reshard.storage.paths import is_file
 
 MODULES = "modules.json"
-WEIGHTS = "model.safetensors"
 
 
 class Module(Struct, frozen=True):
@@ -39,12 +40,12 @@ class Module(Struct, frozen=True):
     @property
     def file(self) -> str:
         """Where its weights are written."""
-        return f"{self.folder}/{WEIGHTS}"
+        return f"{self.folder}/{huggingface.SINGLE}"
 
     def owns(self, asset: Asset) -> bool:
         """Whether a file of the base holds its weights, or lists them."""
         within = PurePosixPath(asset.name).parent == PurePosixPath(self.folder)
-        return within and (is_weights(asset) or asset.name.endswith(".index.json"))
+        return within and (names_weights(asset.name) or asset.name.endswith(".index.json"))
 
 
 def read_modules(folder: Path, found: Iterable[Asset], sources: Sources) -> tuple[Module, ...]:
@@ -53,8 +54,8 @@ def read_modules(folder: Path, found: Iterable[Asset], sources: Sources) -> tupl
     Raises `FormatError` where `modules.json` is no list of modules, and what the readers of the
     weights raise.
     """
-    weights = {PurePosixPath(a.name).parent.as_posix() for a in found if is_weights(a)}
-    if not weights or not (folder / MODULES).is_file():
+    weights = {PurePosixPath(a.name).parent.as_posix() for a in found if names_weights(a.name)}
+    if not weights or not is_file(folder / MODULES):
         return ()
     listed = sources.open(folder / MODULES)
     text = strict_json.read_whole(listed, max_nbytes=strict_json.MAX_CONFIG)

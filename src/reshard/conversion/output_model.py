@@ -37,16 +37,21 @@ from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.lora.find import holds_adapters, without_peft
 from reshard.naming.lora.output import Updates, updates
 from reshard.naming.partners import schema_with_ties
-from reshard.naming.rewards import Parts, check, lightrft_state, reward_config, split
+from reshard.naming.rewards import (
+    REWARD_CONFIG,
+    REWARD_HEAD,
+    Parts,
+    check,
+    lightrft_state,
+    reward_config,
+    split,
+)
 from reshard.naming.schema import comes_with_base
 from reshard.naming.search import unwrap
-from reshard.naming.value_heads import SCORE, classifier
+from reshard.naming.value_heads import SCORE, VALUE_HEAD, classifier
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
 
-REWARD_HEAD = "reward_head.safetensors"
-REWARD_CONFIG = "reward_config.json"
-VALUE_HEAD = "value_head.safetensors"
 LIGHTRFT = "pytorch_model.bin"
 # Beside a merged model: in its root, transformers would apply the adapter a second time.
 ADAPTER_FOLDER = "adapter/"

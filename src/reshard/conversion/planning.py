@@ -36,6 +36,7 @@ from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
 from reshard.formats.info import named, target_named
 from reshard.storage.local import Sources, snapshot
+from reshard.storage.paths import exists
 from reshard.transfer.checksums import without_checksum
 from reshard.transfer.commit import check_space
 
@@ -104,7 +105,7 @@ def _from_cache(options: Options) -> tuple[Finding, ...]:
     return tuple(
         Finding("from-cache", f"{path} is read from the Hugging Face cache: {snapshot(path)}.")
         for path in (options.source, options.base)
-        if path is not None and not path.exists()
+        if path is not None and not exists(path)
     )
 
 

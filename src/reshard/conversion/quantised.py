@@ -15,7 +15,7 @@ from reshard.conversion.base_model import Base, base_of, holds_config
 from reshard.conversion.options import Options
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.errors import ReshardError
+from reshard.errors import at
 from reshard.formats import huggingface
 from reshard.naming.lora.find import holds_adapters
 from reshard.naming.quantised import (
@@ -27,6 +27,7 @@ from reshard.naming.quantised import (
     without_codes,
 )
 from reshard.storage.local import Sources
+from reshard.storage.paths import is_folder
 
 _SOURCE_HINT = "Convert the unquantised release that it was made from."
 _ADAPTERS_HINT = (
@@ -38,7 +39,7 @@ _ADAPTERS_HINT = (
 def config_of(catalog: Catalog, sources: Sources) -> Mapping[str, Any]:
     """The config beside a checkpoint's tensors; empty where there is none."""
     root = catalog.origin.root
-    folder = root if root.is_dir() else root.parent
+    folder = root if is_folder(root) else root.parent
     return huggingface.read_config(folder, sources) if holds_config(catalog, folder) else {}
 
 
@@ -88,11 +89,8 @@ def as_numbers(
     """The checkpoint of a conversion with its quantised weights as numbers."""
     config = None if base is None else base.config
     filled = base is not None and (options.fill_from_base or options.lora.mode == "adapter")
-    try:
+    with at(options.source):
         return source_numbers(catalog, sources, config=config, filled=filled)
-    except ReshardError as error:
-        error.path = error.path or str(options.source)
-        raise
 
 
 def itself(catalog: Catalog, found: Numbers, sources: Sources) -> Base | None:

@@ -26,6 +26,7 @@ from reshard.errors import ReshardError, VerificationError, brief
 from reshard.formats import Selection, read
 from reshard.progress import Progress
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import is_file, listing
 from reshard.transfer.reading import Known, leaf_digest, plain_digest
 
 
@@ -93,8 +94,8 @@ def check_listed(folder: Path, stated: Manifest) -> None:
     listed = stated.files or stated.beside
     if stated.tensors and not stated.files:
         return  # an earlier version, which did not list the model's files
-    for path in sorted(folder.iterdir()):
-        if names_weights(path.name) and path.is_file() and path.name not in listed:
+    for path in listing(folder):
+        if names_weights(path.name) and is_file(path) and path.name not in listed:
             raise VerificationError(
                 f"it is there, and {manifest.MANIFEST} does not list it.",
                 path=path,

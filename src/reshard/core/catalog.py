@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import Struct, field
 
 from reshard.core.findings import Finding
+from reshard.core.state import ReadState
 from reshard.core.tensors import Entry, Record
 
 
@@ -44,7 +45,9 @@ class Catalog(Struct, frozen=True):
     all where the path named a folder above it; they change no weight. `renamed` are those aliases
     that are no tied parameters, but what other layouts of the model call the tensor. `unshaped` are
     entries that hold a tensor flattened, whose shape the checkpoint does not state (FSDP1's local
-    state dicts): a base gives them their shapes, see `reshard.naming.flat`.
+    state dicts): a base gives them their shapes, see `reshard.naming.flat`. `optimizer`, where the
+    checkpoint holds training state, reads it when it is called, while the `Sources` that the
+    catalog was read with are open; its names are those of `entries`.
     """
 
     format: str
@@ -54,6 +57,7 @@ class Catalog(Struct, frozen=True):
     findings: tuple[Finding, ...] = ()
     renamed: frozenset[str] = frozenset()
     unshaped: frozenset[str] = frozenset()
+    optimizer: ReadState | None = None
 
     def of_one_layout(self) -> Mapping[str, Entry]:
         """The entries with the names of one layout: with tied parameters, without the renamed."""

@@ -1,17 +1,18 @@
 """Findings: what a person should know about a checkpoint, a conversion or a model.
 
 A finding has a code, and `CODES` says once what each code means and how to fix it. Readers, the
-fit of the names and the conversion all report findings; `--strict` and `--json` speak of codes.
+fit of the names, the conversion, doctor and try all report findings of this one type; `--strict`
+and `--json` speak of codes.
 Adding one is a line in `CODES` and the place that reports it; `docs/findings.md` is made from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from shlex import quote
 from typing import Any, Literal
 
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import force_setattr
 
 from reshard.errors import listed, shortened, shown
@@ -26,11 +27,16 @@ _MAX_MESSAGE = 2000
 
 
 class Code(Struct, frozen=True):
-    """What a code means, in one line, and how to fix what it reports; no fix where none is due."""
+    """What a code means, in one line, and how to fix what it reports; no fix where none is due.
+
+    `by` names the commands that report it of a model, `doctor` and `try`; empty: it is reported by
+    readers, conversions and comparisons.
+    """
 
     severity: Severity
     meaning: str
     fix: str = ""
+    by: tuple[str, ...] = ()
 
 
 class Finding(Struct, frozen=True):
@@ -38,17 +44,21 @@ class Finding(Struct, frozen=True):
 
     `code` is a key of `CODES`. `message` is one or two sentences with the evidence. `subject` is
     the tensor or file concerned, empty where it is the whole. `fix` says what to do in this case;
-    empty: the code's own.
+    empty: the code's own. `evidence` are names and numbers for programs, as JSON values.
     """
 
     code: str
     message: str
     subject: str = ""
     fix: str = ""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # A note is as long as a file makes it.
         force_setattr(self, "message", shortened(self.message, _MAX_MESSAGE))
+
+    def __hash__(self) -> int:
+        return hash((self.code, self.message, self.subject))  # evidence are a dict
 
     @property
     def severity(self) -> Severity:
@@ -66,6 +76,7 @@ class Finding(Struct, frozen=True):
             "subject": self.subject,
             "message": self.message,
             "fix": self.fix or CODES[self.code].fix,
+            "evidence": dict(self.evidence),
         }
 
 
@@ -111,18 +122,32 @@ CODES: dict[str, Code] = {
         "warning", "a pattern of --allow matches no name",
         "Correct the pattern, or leave it out."),
     "alpha-from-file": Code("info", "alpha was read from an adapter_config.json near the run"),
+    "answer-repeats-token": Code(
+        "warning", "some long answers are one token over and over", by=("try",)),
     "architecture-repaired": Code(
         "info", "the base's config named the class as FSDP calls it; the output names the class"),
+    "backbone-names": Code(
+        "warning", "names are those of the backbone, under a class with a head", by=("doctor",)),
+    "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
     "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
     "checkpoints-below": Code(
         "info", "an exported model was read, and training checkpoints lie below it",
         "To convert one of them, name its folder."),
+    "code-missing": Code("error", "code that the config names is missing", by=("doctor",)),
     "codes-compared": Code(
         "info", "quantised weights of a kind that is not read were compared as they are stored"),
     "codes-left-out": Code(
         "warning", "quantised weights under adapters were left out; the base's were taken"),
+    "codes-unread": Code(
+        "warning", "the weights are codes of a kind that is not read", by=("doctor",)),
+    "codes-unreadable": Code("error", "quantised weights lack their scales", by=("doctor",)),
+    "config-missing": Code("error", "config.json is missing or cannot be read", by=("doctor",)),
+    "damaged-file": Code(
+        "error", "a weight file is cut off or breaks its format's rules", by=("doctor",)),
     "dequantised": Code(
         "info", "quantised weights are written as the numbers that they stand for"),
+    "dtype-contradicts-config": Code(
+        "warning", "the weights' dtype is not the config's", by=("doctor",)),
     "export-beside": Code(
         "info", "a training checkpoint was read, and an exported model lies beside it",
         "To convert the exported model, name its file."),
@@ -130,13 +155,34 @@ CODES: dict[str, Code] = {
         "warning",
         "flat parameters were cut in the order of the model's family, which no file states"),
     "from-cache": Code("info", "a model was read from the Hugging Face cache; which snapshot"),
+    "fsdp-class": Code(
+        "error", "the config names a class as FSDP calls it, which transformers has none of",
+        by=("doctor",)),
+    "generation-config-missing": Code(
+        "warning", "generation_config.json is missing", by=("doctor", "try")),
+    "generation-loops": Code("warning", "the last half of a long answer is a loop", by=("try",)),
+    "generation-outside-vocabulary": Code(
+        "error", "an answer holds a token that the tokenizer does not have", by=("try",)),
+    "generation-repeats-token": Code(
+        "error", "every long answer is one token over and over", by=("try",)),
     "head-claimed": Code(
         "warning", "the config names a class with an output head, which the folder does not have",
         "Name the backbone's own class in config.json's architectures, or serve it only to score."),
+    "head-contradicts-config": Code(
+        "error", "the config ties a head that is not the embedding", by=("doctor", "try")),
+    "head-missing": Code("error", "the output head is missing", by=("doctor",)),
+    "head-stored-twice": Code(
+        "warning", "the output head is stored although it is the embedding", by=("doctor", "try")),
     "head-untied": Code("warning", "an output head differs from the embedding that it was tied to"),
+    "identical-to-base": Code(
+        "error", "the weights are the base's: nothing was trained", by=("doctor",)),
+    "in-memory-names": Code(
+        "error", "names are those of a live module, not those of the files", by=("doctor",)),
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
         "Copy the newer one again, or name the one that is meant."),
+    "index-mismatch": Code("error", "the index does not match the files", by=("doctor",)),
+    "layer-count": Code("error", "the layers are not as many as the config says", by=("doctor",)),
     "layers-beyond-base": Code(
         "info", "layers for multi-token prediction are written, of which the base has none"),
     "live-layout-apart": Code(
@@ -150,10 +196,15 @@ CODES: dict[str, Code] = {
     "live-version-unread": Code(
         "warning", "the transformers version that was named is none whose live modules were read",
         "Load the output with strict names, or name the version with --transformers-version."),
+    "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
     "module-from-base": Code(
         "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
+    "names-do-not-fit": Code(
+        "error", "tensors are missing, left over or of another shape", by=("doctor",)),
+    "names-unknown": Code(
+        "error", "tensors have names that no class of the architecture has", by=("doctor",)),
     "names-without-weights": Code(
         "warning", "the checkpoint has names without weights", "Pass --fill-from-base."),
     "newer-export": Code(
@@ -184,13 +235,19 @@ CODES: dict[str, Code] = {
     "part-left-out": Code(
         "info", "the checkpoint holds another part that could be a model, and it was not read",
         "To convert it, pass --prefix."),
+    "part-missing": Code("error", "a whole part of the model is missing", by=("doctor",)),
     "partial-output": Code("info", "what an interrupted run of this output left was removed"),
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",
         "Remove it, if nobody needs it."),
+    "pickled-weights": Code("warning", "the weights are in torch.save files", by=("doctor",)),
     "probing-layer-assumed": Code(
         "warning", "which hidden state the reward heads read was assumed",
         "Pass --probing-layer with the value of the training."),
+    "processor-missing": Code(
+        "error", "the image or audio processor is missing", by=("doctor", "try")),
+    "quantisation-contradicts-config": Code(
+        "error", "the config does not say what the weights are", by=("doctor",)),
     "quantisation-unfounded": Code(
         "warning", "the config says that weights are quantised, and they are not"),
     "replicas-missing": Code(
@@ -199,20 +256,53 @@ CODES: dict[str, Code] = {
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),
+    "scales-left-over": Code(
+        "error", "scales lie beside weights that are not quantised", by=("doctor",)),
     "settings-unread": Code(
         "warning", "a file with the run's settings cannot be read; they were not compared"),
     "several-models": Code(
         "info", "the folder holds several models of one run; which one was read",
         "To convert another, name it."),
+    "shapes-differ": Code("error", "shapes are not what the config's sizes make", by=("doctor",)),
     "shapes-unstated": Code(
         "warning", "the shards state no whole shapes: missing last ranks cannot be seen",
         "Pass --base."),
+    "state-named-by-order": Code(
+        "warning", "an optimizer's state has no names; the order of the parameters gave them",
+        "Compare the first losses of the run that goes on with those before."),
+    "stray-head": Code(
+        "error", "there is a head that the class in the config does not have", by=("doctor",)),
+    "tensors-missing": Code(
+        "error", "tensors that the architecture has are missing", by=("doctor",)),
     "tied-twin-copied": Code("warning", "a tensor was read from its tied twin"),
+    "tokenizer-missing": Code("error", "the tokenizer is missing", by=("doctor",)),
+    "tokenizer-too-large": Code(
+        "warning", "the tokenizer has more tokens than the embedding", by=("doctor", "try")),
+    "tokenizer-too-small": Code(
+        "warning", "the embedding has over 1,024 rows more than the tokenizer has tokens",
+        by=("try",)),
+    "transposed-experts": Code("error", "stacked experts are transposed", by=("doctor",)),
     "unchanged": Code("warning", "every tensor equals the base model's: nothing was trained"),
     "untrained-layers": Code("info", "layers that no live module holds are the base's"),
+    "vectors-constant": Code(
+        "info", "a vector holds one value throughout, as fresh biases and norms do", by=("try",)),
     "vocabulary-padded": Code(
         "info", "rows after the base's vocabulary were taken to be Megatron's padding",
         "If the training added tokens, name a base of that vocabulary."),
+    "vocabulary-size": Code("error", "the vocabulary's size is not the config's", by=("doctor",)),
+    "weights-all-zero": Code("error", "a matrix is zero throughout", by=("try",)),
+    "weights-constant": Code("error", "a matrix holds one other value throughout", by=("try",)),
+    "weights-missing": Code(
+        "error", "a weight is not in the files; transformers filled it with random numbers",
+        by=("try",)),
+    "weights-not-finite": Code("error", "weights are NaN or infinite", by=("doctor", "try")),
+    "weights-not-safetensors": Code(
+        "warning", "the weights are in another format and were not looked at", by=("try",)),
+    "weights-unexpected": Code(
+        "error", "a tensor of the files belongs to no weight of the model", by=("try",)),
     "weights-unread": Code(
         "info", "weight files beside the model were not read", "To convert one, name it."),
+    "wrapper-prefix": Code("error", "names carry a wrapper's or trainer's prefix", by=("doctor",)),
+    "zero3-placeholders": Code(
+        "error", "zeRO-3 left placeholders where the weights should be", by=("doctor", "try")),
 }  # fmt: skip

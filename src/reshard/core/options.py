@@ -23,6 +23,9 @@ from msgspec import Struct
 from reshard.core.plan import parse_size
 from reshard.errors import OptionError, brief, shown
 
+#: The groups of options, in the order of `--help`.
+GROUPS = ("Input", "Output", "Adapters", "Reward models and critics", "What may differ")
+
 PathLike = str | os.PathLike[str]
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 
-from reshard.core.tensors import Box, Entry, Fragment, Shape, TensorSpec, span, stored
+from reshard.core.tensors import Box, Entry, Fragment, Kind, Shape, TensorSpec, span, stored, whole
 from reshard.errors import FormatError, IncompleteError
 
 # Corners that are written out, at most: 0.5 s and, if none cancel, 150 MB. 32,768 parts of a tensor
@@ -65,6 +65,18 @@ def check_tiling(entry: Entry) -> None:
         tensor=spec.name,
         hint="A rank's part is missing.",
     )
+
+
+def proven(
+    spec: TensorSpec,
+    fragments: Iterable[Fragment],
+    kind: Kind = "parameter",
+    aliases: tuple[str, ...] = (),
+) -> Entry:
+    """The entry of these fragments, which must tile it; raises as `check_tiling` does."""
+    entry = Entry(spec, tuple(fragments), kind, aliases)
+    check_tiling(entry)
+    return entry
 
 
 def tiles(boxes: Sequence[Box], shape: Shape) -> bool:
@@ -117,8 +129,7 @@ def _sums_agree(boxes: Sequence[Box], shape: Shape, cut: Sequence[int]) -> bool:
             found = found * (at(dim, start) - at(dim, start + box.sizes[dim])) % _PRIME
         return found
 
-    whole = value(Box(shape, (0,) * len(shape), shape))
-    return (sum(map(value, boxes)) - whole) % _PRIME == 0
+    return (sum(map(value, boxes)) - value(whole(shape))) % _PRIME == 0
 
 
 def overlapping(boxes: Sequence[Box]) -> tuple[Box, Box] | None:

@@ -1,6 +1,6 @@
-"""`reshard.doctor`: look at a model folder, name what is wrong with it, and write a mended one.
+"""`reshard.doctor`: look at a model folder, name what is wrong with it, and write a repaired one.
 
-read -> check every ailment of the table -> (with `repair`) mend -> check again -> commit
+read -> every check of the table -> (with `repair`) repair -> check again -> commit
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ from msgspec import Struct
 from reshard.conversion.base_model import read_base
 from reshard.conversion.declared import workers
 from reshard.conversion.destination import check_destination
-from reshard.conversion.output_model import REWARD_HEAD, VALUE_HEAD
+from reshard.core.findings import Finding
 from reshard.core.options import PathLike, documented, parse
 from reshard.diagnosis import case as cases
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.declared import DOCTOR
-from reshard.diagnosis.findings import Finding
+from reshard.diagnosis.found import Found, found
 from reshard.diagnosis.repair import write_mended
-from reshard.diagnosis.table import AILMENTS
+from reshard.diagnosis.table import CHECKS
 from reshard.errors import PlanError, VerificationError
+from reshard.naming.rewards import REWARD_HEAD
+from reshard.naming.value_heads import VALUE_HEAD
 from reshard.progress import StagedProgress
-from reshard.storage.local import Sources, real, snapshot
+from reshard.storage.local import Sources, snapshot
+from reshard.storage.paths import exists, is_file, real
 
 
 class Diagnosis(Struct, frozen=True):
     """What is wrong with a folder.
 
-    `repaired` is the mended folder, None where none was written. `remaining` are the findings that
-    it still has, or that `folder` has where there is no mended one. Sizes are bytes.
+    `repairable` are the codes of the findings that `repair` fixes. `repaired` is the repaired
+    folder, None where none was written. `remaining` are the findings that it still has, or that
+    `folder` has where there is no repaired one. Sizes are bytes.
     """
 
     folder: str
@@ -40,6 +44,7 @@ class Diagnosis(Struct, frozen=True):
     num_tensors: int
     total_bytes: int
     findings: tuple[Finding, ...]
+    repairable: tuple[str, ...]
     repaired: str | None
     remaining: tuple[Finding, ...]
 
@@ -56,8 +61,9 @@ class Diagnosis(Struct, frozen=True):
             "num_tensors": self.num_tensors,
             "total_bytes": self.total_bytes,
             "findings": [finding.to_json() for finding in self.findings],
+            "repairable": list(self.repairable),
             "repaired": self.repaired,
-            "remaining": [finding.name for finding in self.remaining],
+            "remaining": [finding.code for finding in self.remaining],
         }
 
 
@@ -79,12 +85,12 @@ def doctor(
     an exception.
 
     >>> diagnosis = doctor("export", base="Qwen2.5-7B", repair="mended")     # doctest: +SKIP
-    >>> [finding.name for finding in diagnosis.findings]                     # doctest: +SKIP
+    >>> [finding.code for finding in diagnosis.findings]                     # doctest: +SKIP
     ['wrapper-prefix', 'tokenizer-missing']
     """
     values = parse(DOCTOR, dict(locals()))
     path, base_path, target = snapshot(values["folder"]), values["base"], values["repair"]
-    if base_path is not None and base_path.exists() and real(path) == real(base_path):
+    if base_path is not None and exists(base_path) and real(path) == real(base_path):
         raise PlanError("the folder is the base itself.", path=path)
     if target is not None:
         check_destination(target, path, base_path, overwrite=False, replaces=False)
@@ -92,12 +98,13 @@ def doctor(
     with Sources() as sources:
         known = None if base_path is None else read_base(base_path, sources)
         case = cases.read(path, known, sources, threads=threads, progress=progress)
-        findings = examine(case)
+        all_found = examine(case)
+        findings = tuple(each.finding for each in all_found)
         remaining, repaired = findings, None
-        if target is not None and _mendable(findings):
+        if target is not None and _mendable(all_found):
             _check_alone(case)
             _check_numbers(case)
-            remaining = _mend(case, findings, target, sources, threads, progress)
+            remaining = _mend(case, all_found, target, sources, threads, progress)
             repaired = os.fspath(target)
         sources.check_unchanged()
     return Diagnosis(
@@ -106,26 +113,27 @@ def doctor(
         num_tensors=len(case.folder.entries),
         total_bytes=sum(entry.spec.nbytes for entry in case.folder.entries.values()),
         findings=findings,
+        repairable=tuple(each.finding.code for each in all_found if each.repair is not None),
         repaired=repaired,
         remaining=remaining,
     )
 
 
-def examine(case: Case) -> tuple[Finding, ...]:
-    """Every ailment of the table that the folder has."""
-    found = (ailment.examine(case) for ailment in AILMENTS)
-    return tuple(finding for finding in found if finding is not None)
+def examine(case: Case) -> tuple[Found, ...]:
+    """What every check of the table finds in the folder."""
+    seen = ((code, check(case)) for code, check in CHECKS.items())
+    return tuple(found(code, signs) for code, signs in seen if signs is not None)
 
 
-def _mendable(findings: Sequence[Finding]) -> bool:
-    """Whether there is something to mend, and no error that a copy would keep."""
-    hopeless = any(f.severity == "error" and f.repair is None for f in findings)
-    return not hopeless and any(finding.repair is not None for finding in findings)
+def _mendable(all_found: Sequence[Found]) -> bool:
+    """Whether there is something to repair, and no error that a copy would keep."""
+    hopeless = any(f.finding.severity == "error" and f.repair is None for f in all_found)
+    return not hopeless and any(each.repair is not None for each in all_found)
 
 
 def _check_alone(case: Case) -> None:
     """Refuse to mend a model whose other half, its head, would be left behind."""
-    heads = [name for name in (REWARD_HEAD, VALUE_HEAD) if (case.folder.path / name).is_file()]
+    heads = [name for name in (REWARD_HEAD, VALUE_HEAD) if is_file(case.folder.path / name)]
     if heads:
         raise PlanError(
             f"{heads[0]} lies beside the model, and a mended copy would be without it.",
@@ -149,7 +157,7 @@ def _check_numbers(case: Case) -> None:
 
 def _mend(
     case: Case,
-    findings: Sequence[Finding],
+    all_found: Sequence[Found],
     target: Path,
     sources: Sources,
     threads: int,
@@ -162,15 +170,15 @@ def _mend(
         # By themselves: these files get another place, and are then no longer what was opened.
         with Sources() as written:
             again = cases.read(partial, case.base, written, threads=threads, weights=False)
-        kept.extend(examine(again))
+        kept.extend(each.finding for each in examine(again))
         for finding in kept:
             if finding.severity == "error":
                 raise VerificationError(
-                    f"the mended folder still has {finding.name}: {finding.evidence[0]}. Nothing "
+                    f"the mended folder still has {finding.code}: {finding.message}. Nothing "
                     "was written.",
                     path=case.folder.path,
                     hint="Convert the run's checkpoint again: reshard convert RUN OUT.",
                 )
 
-    write_mended(case, findings, target, sources, threads=threads, check=check, progress=progress)
+    write_mended(case, all_found, target, sources, threads=threads, check=check, progress=progress)
     return tuple(kept)

@@ -18,16 +18,18 @@ from reshard.containers import safetensors as safetensors_file
 from reshard.containers.dcp import shards as rank_shards
 from reshard.conversion.assets import assets as assets_of
 from reshard.conversion.base_model import CONFIG, Base
-from reshard.conversion.output_model import LIGHTRFT, REWARD_CONFIG
+from reshard.conversion.output_model import LIGHTRFT
 from reshard.core.catalog import Asset
 from reshard.core.tensors import Entry, Fragment, Record, stored, whole
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
-from reshard.naming.lora.folder import CONFIG as ADAPTER_CONFIG
+from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.naming.lora.folder import WEIGHTS as ADAPTER_WEIGHTS
+from reshard.naming.rewards import REWARD_CONFIG
 from reshard.naming.schema import is_backbone
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import is_file, is_folder, listing, matching
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
@@ -92,7 +94,7 @@ def read(path: Path, sources: Sources) -> Folder:
     Raises `NotFoundError` where there is no folder, or no file that should hold a model's weights,
     `UnsupportedError` where the weights are no model's by themselves.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         raise NotFoundError("there is no such folder.", path=path)
     _refuse_parts(path)
     config, config_fault = read_json(path, CONFIG, sources)
@@ -107,7 +109,7 @@ def read(path: Path, sources: Sources) -> Folder:
 
 def _refuse_parts(path: Path) -> None:
     """Refuse what transformers does not load as a model, and is not ill for that."""
-    there = {file.name for file in path.iterdir()}
+    there = {file.name for file in listing(path)}
     weights = {name for name in there if name.endswith(".safetensors")}
     ranks = rank_shards.names(path)
     if weights and weights == set(ranks):
@@ -189,9 +191,9 @@ def _by_file(entries: Iterable[Entry]) -> dict[str, frozenset[str]]:
 
 def _weight_files(path: Path, sources: Sources) -> tuple[list[str], dict[str, str] | None, str]:
     """The safetensors files that should hold the model, what the index lists, its fault."""
-    there = {file.name for file in path.glob("*.safetensors")}
+    there = {file.name for file in matching(path, "*.safetensors")}
     shards = {name for name in there if _SHARD.fullmatch(name)}
-    if not (path / huggingface.INDEX).is_file():
+    if not is_file(path / huggingface.INDEX):
         return sorted(shards or there), None, ""
     index, fault = read_json(path, huggingface.INDEX, sources)
     weight_map = None if index is None else index.get("weight_map")

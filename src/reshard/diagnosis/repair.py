@@ -21,7 +21,7 @@ from reshard.core.catalog import Origin
 from reshard.core.plan import Plan, parse_size
 from reshard.core.tensors import Entry, Record
 from reshard.diagnosis.case import Case, Rescue
-from reshard.diagnosis.findings import Finding, Repair
+from reshard.diagnosis.found import Found, Repair
 from reshard.errors import VerificationError
 from reshard.formats import huggingface
 from reshard.naming import NameMap, identity
@@ -48,7 +48,7 @@ class _Mended(Struct, frozen=True):
 
 def write_mended(
     case: Case,
-    findings: Sequence[Finding],
+    all_found: Sequence[Found],
     target: Path,
     sources: Sources,
     *,
@@ -60,7 +60,7 @@ def write_mended(
 
     `check` looks at the finished folder before it gets its name, and raises where it is not well.
     """
-    repairs = [finding.repair for finding in findings if finding.repair is not None]
+    repairs = [each.repair for each in all_found if each.repair is not None]
     mended = _mended(case, repairs)
     dtype = "base" if any(mend.cast or mend.rescued for mend in repairs) else "keep"
     references = {} if case.base is None else case.base.entries
@@ -72,7 +72,7 @@ def write_mended(
         if outcome.compared and not outcome.changed:
             raise VerificationError("all tensors equal the base's.", path=case.folder.path)
         stated = manifest.state([item.spec for item in targets], "", outcome.digests)
-        return _manifest(mended, findings, dtype, stated, manifest.listed(plan, sources))
+        return _manifest(mended, all_found, dtype, stated, manifest.listed(plan, sources))
 
     writing = Writing(threads, progress=progress)
     carry_out(plan, sources, mended.records, target, writing, render=render, check=check)
@@ -146,7 +146,7 @@ def _config(case: Case, repairs: Sequence[Repair], found: NameMap) -> bytes | No
 
 def _manifest(
     mended: _Mended,
-    findings: Sequence[Finding],
+    all_found: Sequence[Found],
     dtype: str,
     stated: Mapping[str, manifest.Stated],
     files: Mapping[str, manifest.WrittenFile],
@@ -155,7 +155,7 @@ def _manifest(
         "to": "hf",
         "dtype": dtype,
         "max_shard_nbytes": parse_size(_MAX_SHARD_SIZE),
-        "repaired": [finding.name for finding in findings if finding.repair is not None],
+        "repaired": [each.finding.code for each in all_found if each.repair is not None],
     }
     names = {
         "prefix": mended.name_map.prefix,

@@ -13,6 +13,7 @@ import transformers
 from reshard.errors import UnsupportedError
 from reshard.evaluate.folder import Folder
 from reshard.evaluate.media import load_audio, load_image
+from reshard.storage.paths import is_file
 
 Inputs = dict[str, torch.Tensor]
 
@@ -150,7 +151,7 @@ def load_encoder(folder: Folder, tokenizer: Any, *, chat: bool, remote_code: boo
 def load_processor(folder: Folder, tokenizer: Any, *, remote_code: bool) -> Any:
     """The folder's processor, None if it has none."""
     files = ("processor_config.json", "preprocessor_config.json")
-    if not any((folder.path / name).is_file() for name in files):
+    if not any(is_file(folder.path / name) for name in files):
         return None
     options = {"trust_remote_code": remote_code, "local_files_only": True}
     try:

@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
-from reshard.formats.huggingface import is_adapter
+from reshard.formats.huggingface import INDEX, SINGLE, is_adapter
+from reshard.naming.rewards import REWARD_CONFIG, REWARD_HEAD
+from reshard.naming.value_heads import VALUE_HEAD
 from reshard.storage import strict_json
 from reshard.storage.local import snapshot
+from reshard.storage.paths import is_file, is_folder
 
-REWARD_CONFIG = "reward_config.json"
-REWARD_HEAD = "reward_head.safetensors"
-VALUE_HEAD = "value_head.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 
 class Kind(str, Enum):
@@ -74,7 +72,7 @@ class Folder:
 
     @property
     def has_tokenizer(self) -> bool:
-        return any((self.path / name).is_file() for name in _TOKENIZERS)
+        return any(is_file(self.path / name) for name in _TOKENIZERS)
 
     @property
     def tied(self) -> bool | None:
@@ -96,7 +94,7 @@ def read_folder(path: Path) -> Folder:
     `IncompleteError` (the index names a file that is not there) and `UnsupportedError` (a model
     that neither generates nor scores text, or an adapter alone).
     """
-    if not path.is_dir():
+    if not is_folder(path):
         raise NotFoundError("there is no such model folder.", path=path)
     path = snapshot(path)
     if is_adapter(path):
@@ -105,7 +103,7 @@ def read_folder(path: Path) -> Folder:
             path=path,
             hint="Merge it: reshard convert SRC DST --base BASE --fill-from-base.",
         )
-    if not (path / "config.json").is_file():
+    if not is_file(path / "config.json"):
         raise NotFoundError(
             "the folder has no config.json, so it is not a Hugging Face model.",
             path=path,
@@ -115,7 +113,7 @@ def read_folder(path: Path) -> Folder:
     architecture = _architecture(config)
     kind = _kind(path, config, architecture)
     weights = _weight_files(path)
-    if kind is Kind.REWARD and (path / REWARD_HEAD).is_file():
+    if kind is Kind.REWARD and is_file(path / REWARD_HEAD):
         weights += (path / REWARD_HEAD,)
     return Folder(path, config, kind, architecture, weights)
 
@@ -133,7 +131,7 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def _kind(path: Path, config: Mapping[str, Any], architecture: str | None) -> Kind:
-    if (path / REWARD_CONFIG).is_file():
+    if is_file(path / REWARD_CONFIG):
         return Kind.REWARD
     if architecture is not None and architecture.endswith("ForSequenceClassification"):
         return Kind.CLASSIFIER
@@ -143,7 +141,7 @@ def _kind(path: Path, config: Mapping[str, Any], architecture: str | None) -> Ki
             "nor scores it.",
             path=path / "config.json",
             hint="Its scores come from value_head.safetensors, which the trainer's own code loads."
-            if (path / VALUE_HEAD).is_file()
+            if is_file(path / VALUE_HEAD)
             else "Set `architectures` to the class that was trained, such as Qwen2ForCausalLM.",
         )
     if isinstance(config.get("vision_config"), dict):
@@ -162,10 +160,10 @@ def _headless(architecture: str | None) -> bool:
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
-    index = path / _INDEX
-    if not index.is_file():
-        single = path / _SINGLE
-        return (single,) if single.is_file() else ()
+    index = path / INDEX
+    if not is_file(index):
+        single = path / SINGLE
+        return (single,) if is_file(single) else ()
     weight_map = parse_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
         raise FormatError("`weight_map` is not a table of tensor and file.", path=index)
@@ -173,7 +171,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise FormatError(f"the index names a file outside the folder: {outside[0]!r}.", path=index)
-    absent = [name for name in names if not (path / name).is_file()]
+    absent = [name for name in names if not is_file(path / name)]
     if absent:
         raise IncompleteError(
             f"{len(absent)} of {len(names)} weight files are missing: {', '.join(absent[:5])}.",

@@ -1,6 +1,6 @@
-"""Findings about a model that need no reference: each a fixed name, a severity and its evidence.
+"""Findings about a model that need no reference. The thresholds stand here.
 
-`docs/try.md` lists the names; a test holds the two together. The thresholds stand here.
+`docs/try.md` lists the codes; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from reshard.core.findings import Finding
 from reshard.evaluate.encoding import Encoder
 from reshard.evaluate.folder import Folder
 from reshard.evaluate.loading import Gaps, Loaded
-from reshard.evaluate.report import Finding, Json, Severity
+from reshard.evaluate.report import Json
 from reshard.evaluate.scan import TensorFacts
+from reshard.storage.paths import is_file, listing
 
 # Names in a finding's evidence; a broken export can have thousands.
 _SHOWN = 10
@@ -41,28 +43,24 @@ def check_weights(tensors: Iterable[TensorFacts]) -> list[Finding]:
     return [
         *_about(
             "weights-not-finite",
-            "error",
             "{n} tensors hold NaN or infinity.",
             broken,
             {t.name: {"nan": t.nan, "infinite": t.infinite} for t in broken[:_SHOWN]},
         ),
         *_about(
-            "weights-empty",
-            "error",
+            "zero3-placeholders",
             "{n} tensors have no elements, as placeholders left by ZeRO-3 have.",
             empty,
             {t.name: list(t.shape) for t in empty[:_SHOWN]},
         ),
         *_about(
             "weights-all-zero",
-            "error",
             "{n} matrices are zero throughout: they were never filled.",
             zero,
             {t.name: list(t.shape) for t in zero[:_SHOWN]},
         ),
         *_about(
             "weights-constant",
-            "error",
             "{n} matrices hold one value throughout.",
             constant,
             {t.name: t.high for t in constant[:_SHOWN]},
@@ -70,7 +68,6 @@ def check_weights(tensors: Iterable[TensorFacts]) -> list[Finding]:
         # Fresh biases are zero and fresh norms one: ordinary where training left them alone.
         *_about(
             "vectors-constant",
-            "info",
             "{n} vectors hold one value throughout, as before training.",
             plain,
             {t.name: t.high for t in plain[:_SHOWN]},
@@ -79,8 +76,7 @@ def check_weights(tensors: Iterable[TensorFacts]) -> list[Finding]:
 
 
 def _about(
-    name: str,
-    severity: Severity,
+    code: str,
     message: str,
     tensors: Sequence[TensorFacts],
     shown: dict[str, Json],
@@ -88,13 +84,13 @@ def _about(
     if not tensors:
         return []
     evidence: dict[str, Json] = {"count": len(tensors), "tensors": shown}
-    return [Finding(name, severity, message.format(n=len(tensors)), evidence)]
+    return [Finding(code, message.format(n=len(tensors)), evidence=evidence)]
 
 
 def check_gaps(gaps: Gaps) -> list[Finding]:
     """Findings about names and shapes that the model's class and its files do not share."""
     found: list[Finding] = []
-    for name, names, message in (
+    for code, names, message in (
         (
             "weights-missing",
             gaps.missing,
@@ -108,7 +104,7 @@ def check_gaps(gaps: Gaps) -> list[Finding]:
     ):
         if names:
             evidence: dict[str, Json] = {"count": len(names), "tensors": list(names[:_SHOWN])}
-            found.append(Finding(name, "error", message.format(n=len(names)), evidence))
+            found.append(Finding(code, message.format(n=len(names)), evidence=evidence))
     return found
 
 
@@ -119,16 +115,14 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
         found.append(
             Finding(
                 "weights-not-safetensors",
-                "warning",
                 "The folder has no safetensors files, so its weights were not looked at.",
-                {"files": sorted(p.name for p in folder.path.iterdir() if p.is_file())[:50]},
+                evidence={"files": sorted(p.name for p in listing(folder.path) if is_file(p))[:50]},
             )
         )
-    if folder.kind.generates and not (folder.path / "generation_config.json").is_file():
+    if folder.kind.generates and not is_file(folder.path / "generation_config.json"):
         found.append(
             Finding(
                 "generation-config-missing",
-                "warning",
                 "There is no generation_config.json: end tokens and sampling are guessed from "
                 "the config.",
             )
@@ -139,7 +133,6 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
         found.append(
             Finding(
                 "chat-template-missing",
-                "warning",
                 "The tokenizer has no chat template: prompts went in as raw text.",
             )
         )
@@ -147,7 +140,6 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
         found.append(
             Finding(
                 "processor-missing",
-                "warning",
                 "There is no processor: the model can be given text alone.",
             )
         )
@@ -161,13 +153,13 @@ def check_vocabulary(loaded: Loaded, encoder: Encoder) -> list[Finding]:
     evidence: dict[str, Json] = {"embedding_rows": rows, "tokenizer_tokens": tokens}
     if tokens > rows:
         message = f"The tokenizer makes {tokens} tokens, the embedding has only {rows} rows."
-        return [Finding("vocabulary-size", "error", message, evidence)]
+        return [Finding("tokenizer-too-large", message, evidence=evidence)]
     if rows - tokens > _PADDING_ROWS:
         message = (
             f"The embedding has {rows} rows for {tokens} tokens: more than padding explains; "
             "perhaps the tokenizer is another model's."
         )
-        return [Finding("vocabulary-size", "warning", message, evidence)]
+        return [Finding("tokenizer-too-small", message, evidence=evidence)]
     return []
 
 
@@ -188,9 +180,9 @@ def check_tied(loaded: Loaded) -> list[Finding]:
     }
     if difference == 0:
         message = "The config ties the head to the embedding; they are equal but stored twice."
-        return [Finding("tied-stored-twice", "info", message, evidence)]
+        return [Finding("head-stored-twice", message, evidence=evidence)]
     message = "The config ties the head to the embedding, but the files hold two that differ."
-    return [Finding("tied-not-tied", "error", message, evidence)]
+    return [Finding("head-contradicts-config", message, evidence=evidence)]
 
 
 def _largest_difference(one: torch.Tensor, other: torch.Tensor) -> float | None:

@@ -30,6 +30,7 @@ from reshard.evaluate.scoring import score
 from reshard.evaluate.texts import read_text, shipped_text
 from reshard.evaluate.verdict import THRESHOLDS, judge_logits, judge_scores
 from reshard.evaluate.weights import compare_weights
+from reshard.storage.paths import file_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def judge(first: FirstSide, options: Options, other: Path, heard: Heard) -> Comp
     weights = _compare_files(first.folder, folder, heard)
     loaded = load_model(
         folder,
-        place(options.device, sum(path.stat().st_size for path in folder.weights)),
+        place(options.device, sum(file_size(path) for path in folder.weights)),
         dtype=options.dtype,
         remote_code=options.trust_remote_code,
     )

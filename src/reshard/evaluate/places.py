@@ -9,7 +9,8 @@ from typing import Any
 
 from reshard.errors import ReshardError, WriteError, brief
 from reshard.storage import strict_json
-from reshard.storage.local import real
+from reshard.storage.local import read_start
+from reshard.storage.paths import is_file, real
 
 #: In the head of every page that `reshard try` writes; a page is known by it.
 PAGE_MARK = '<meta name="generator" content="reshard try">'
@@ -24,7 +25,7 @@ def earlier_report(path: Path) -> Mapping[str, Any] | None:
     Raises `WriteError` where a file is there that is not a report.
     """
     found = _report(path)
-    if found is None and path.is_file():
+    if found is None and is_file(path):
         raise WriteError(
             "this file is not a report of an earlier run, and is not replaced; nothing was run.",
             path=path,
@@ -35,19 +36,16 @@ def earlier_report(path: Path) -> Mapping[str, Any] | None:
 
 def _report(path: Path) -> Mapping[str, Any] | None:
     try:
-        found = strict_json.read_file(path, max_nbytes=_MAX_REPORT) if path.is_file() else {}
-    except (OSError, ReshardError):
+        found = strict_json.read_file(path, max_nbytes=_MAX_REPORT) if is_file(path) else {}
+    except ReshardError:
         return None
     return found if found.keys() >= _MARKS else None
 
 
 def check_page(path: Path) -> None:
     """Raise `WriteError` where a file is at `path` that is not a page of an earlier run."""
-    if not path.is_file():
+    if not is_file(path) or PAGE_MARK.encode() in read_start(path, _HEAD):
         return
-    with path.open("rb") as file:
-        if PAGE_MARK.encode() in file.read(_HEAD):
-            return
     raise WriteError(
         "this file is not a page of an earlier run, and is not replaced; nothing was run.",
         path=path,
@@ -67,7 +65,7 @@ def free(path: Path, model: Path) -> Path:
 def _is_free(path: Path, model: Path) -> bool:
     report = _report(path)
     if report is None:
-        return not path.is_file()
+        return not is_file(path)
     return real(Path(str(report["model_path"]))) == real(model)
 
 

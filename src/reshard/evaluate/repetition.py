@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reshard.evaluate.report import Answer, Finding, Json, Severity
+from reshard.core.findings import Finding
+from reshard.evaluate.report import Answer, Json
 
 # Prompts in a finding's evidence.
 _SHOWN = 10
@@ -54,17 +55,18 @@ def _outside(answers: Sequence[Answer], tokens: int) -> list[Finding]:
         return []
     message = f"{len(outside)} answers hold tokens that the tokenizer does not have."
     evidence: dict[str, Json] = {"tokenizer_tokens": tokens, "prompts": _first(outside)}
-    return [Finding("generation-outside-vocabulary", "error", message, evidence)]
+    return [Finding("generation-outside-vocabulary", message, evidence=evidence)]
 
 
 def _repeating(repeating: Mapping[str, tuple[int, float]], long: int) -> list[Finding]:
     """An error only if every long answer is one repeated token: a prompt may ask for one."""
     if not repeating:
         return []
-    severity: Severity = "error" if len(repeating) == long else "warning"
+    every = len(repeating) == long
+    code = "generation-repeats-token" if every else "answer-repeats-token"
     shown = {n: {"token": token, "share": share} for n, (token, share) in repeating.items()}
     message = f"{len(repeating)} of {long} long answers repeat one token."
-    return [Finding("generation-repeats-token", severity, message, {"prompts": _first(shown)})]
+    return [Finding(code, message, evidence={"prompts": _first(shown)})]
 
 
 def _looping(loops: Mapping[str, int], long: int) -> list[Finding]:
@@ -73,7 +75,7 @@ def _looping(loops: Mapping[str, int], long: int) -> list[Finding]:
         return []
     message = f"{len(loops)} of {long} long answers end in a loop."
     evidence: dict[str, Json] = {"tokens_in_loop": _first(loops)}
-    return [Finding("generation-loops", "warning", message, evidence)]
+    return [Finding("generation-loops", message, evidence=evidence)]
 
 
 def _first(prompts: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def check_logits(bad_steps: int) -> list[Finding]:
     if not bad_steps:
         return []
     message = f"The logits of {bad_steps} steps hold NaN or infinity."
-    return [Finding("logits-not-finite", "error", message, {"steps": bad_steps})]
+    return [Finding("logits-not-finite", message, evidence={"steps": bad_steps})]
 
 
 def _commonest(tokens: Sequence[int]) -> tuple[int, float]:

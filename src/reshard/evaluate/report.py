@@ -17,24 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from reshard.core.findings import Finding
 from reshard.errors import WriteError
-from reshard.storage.local import real
+from reshard.storage.paths import exists, is_file, real
 
-Severity = Literal["error", "warning", "info"]
 Verdict = Literal["identical", "same model, other rounding", "another model"]
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something about the model that a user should know."""
-
-    name: Annotated[str, "What was found, as a fixed word; docs/try.md lists them all."]
-    severity: Annotated[Severity, "An error makes the run fail; a warning and an info do not."]
-    message: Annotated[str, "The finding in a sentence."]
-    evidence: Annotated[Mapping[str, Json], "The names and numbers it rests on."] = field(
-        default_factory=dict
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +268,7 @@ def write_text(path: Path, text: str) -> None:
     place = real(path)
     partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
     try:
-        if place.exists() and not place.is_file():
+        if exists(place) and not is_file(place):
             with place.open("w", encoding="utf-8") as file:
                 file.write(text)
             return
@@ -295,6 +283,8 @@ def write_text(path: Path, text: str) -> None:
 
 def plain(value: object) -> Any:
     """Dataclasses, tuples and paths as JSON values; numbers that are not finite become null."""
+    if isinstance(value, Finding):
+        return plain(value.to_json())
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -29,7 +29,9 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from reshard.errors import FormatError, IncompleteError, NamesError
-from reshard.evaluate.folder import REWARD_CONFIG, REWARD_HEAD, parse_json
+from reshard.evaluate.folder import parse_json
+from reshard.naming.rewards import REWARD_CONFIG, REWARD_HEAD
+from reshard.storage.paths import is_file
 
 Pooling = Literal["attn", "last"]
 
@@ -164,7 +166,7 @@ def load_reward(folder: Path, backbone: Any) -> ScalarReward:
     config = parse_reward_config(folder / REWARD_CONFIG)
     _check_backbone(folder, backbone, config)
     path = folder / REWARD_HEAD
-    if not path.is_file():
+    if not is_file(path):
         raise IncompleteError("the export of a reward model lacks its heads.", path=path)
     stored = load_file(path, device=str(backbone.device))
     tensors = {name: t for name, t in stored.items() if not name.endswith("_logit_scale")}

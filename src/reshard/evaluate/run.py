@@ -36,6 +36,7 @@ from reshard.evaluate.scoring import score
 from reshard.evaluate.stage import Stage
 from reshard.evaluate.texts import DEFAULT_PROMPTS, shipped_prompts
 from reshard.evaluate.timing import benchmark
+from reshard.storage.paths import file_size
 
 
 def run(options: Options, listen: Listener = silent) -> Report:
@@ -124,7 +125,7 @@ class _Trial:
 
     def _load(self, folder: Folder, encoder: Encoder | None) -> None:
         with self._stage("load the model"):
-            placement = place(self.options.device, sum(p.stat().st_size for p in folder.weights))
+            placement = place(self.options.device, sum(file_size(p) for p in folder.weights))
             if placement.note is not None:
                 self.report.notes.append(placement.note)
             loaded = load_model(

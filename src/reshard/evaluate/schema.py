@@ -15,10 +15,21 @@ import types
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from reshard.core.findings import Finding, Severity
 from reshard.evaluate.report import Json, Report
 
 Schema = dict[str, Any]
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+
+# `Finding.to_json()`, which is every command's: what a code means is not stored in a finding.
+_FINDING: dict[str, tuple[Any, str]] = {
+    "code": (str, "What was found, as a fixed word; docs/findings.md lists them all."),
+    "severity": (Severity, "An error makes the run fail; a warning and an info do not."),
+    "subject": (str, "The tensor or file concerned; empty where it is the whole."),
+    "message": (str, "The finding in a sentence."),
+    "fix": (str, "What to do about it; empty where there is nothing to do."),
+    "evidence": (Mapping[str, Json], "The names and numbers it rests on."),
+}
 
 
 def report_schema() -> Schema:
@@ -34,14 +45,12 @@ def report_schema() -> Schema:
 
 
 def _object(record: type, definitions: dict[str, Schema]) -> Schema:
-    properties: dict[str, Schema] = {}
-    hints = get_type_hints(record, include_extras=True)
-    for field in dataclasses.fields(record):
-        annotated = hints[field.name]
-        kind, description = get_args(annotated)
-        properties[field.name] = {"description": description, **_schema(kind, definitions)}
+    properties = {
+        name: {"description": description, **_schema(kind, definitions)}
+        for name, (kind, description) in _fields(record).items()
+    }
     return {
-        "description": record.__doc__,
+        "description": (record.__doc__ or "").split("\n\n")[0],
         "type": "object",
         "properties": properties,
         "required": list(properties),
@@ -49,12 +58,20 @@ def _object(record: type, definitions: dict[str, Schema]) -> Schema:
     }
 
 
+def _fields(record: type) -> dict[str, tuple[Any, str]]:
+    """The type and the description of each field."""
+    if record is Finding:
+        return _FINDING
+    hints = get_type_hints(record, include_extras=True)
+    return {field.name: get_args(hints[field.name]) for field in dataclasses.fields(record)}
+
+
 def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:
     if kind == Json:
         return {}
     if kind in _PLAIN:
         return {"type": _PLAIN[kind]}
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+    if kind is Finding or (dataclasses.is_dataclass(kind) and isinstance(kind, type)):
         if kind.__name__ not in definitions:
             definitions[kind.__name__] = {}
             definitions[kind.__name__] = _object(kind, definitions)

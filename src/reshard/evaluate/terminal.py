@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
+from reshard.core.findings import Finding
 from reshard.evaluate.options import Options
 from reshard.evaluate.progress import Event
-from reshard.evaluate.report import Answer, Batch, Comparison, Finding, Report, Score, Spread
+from reshard.evaluate.report import Answer, Batch, Comparison, Report, Score, Spread
 
 _COLOURS = {"error": "red", "warning": "yellow", "info": "blue"}
 
@@ -105,7 +106,7 @@ def summary(report: Report) -> Iterator[str]:
 
 
 def _finding(finding: Finding) -> str:
-    label = click.style(f"{finding.severity}: {finding.name}", fg=_COLOURS[finding.severity])
+    label = click.style(f"{finding.severity}: {finding.code}", fg=_COLOURS[finding.severity])
     return f"{label}: {finding.message}"
 
 

@@ -8,6 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from reshard.errors import FormatError
+from reshard.storage.local import read_start
+from reshard.storage.paths import file_size
 
 # How many of the shipped prompts are asked when the user gives none.
 DEFAULT_PROMPTS = 3
@@ -35,7 +37,7 @@ def shipped_text() -> str:
 def read_text(path: Path) -> str:
     """A user's text for the perplexity; raises `FormatError` if it is not UTF-8 or empty."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_start(path, file_size(path)).decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise FormatError(f"the text is not UTF-8: {error.reason}.", path=path) from error
     if not text.strip():

@@ -16,10 +16,12 @@ from msgspec import Struct
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile
+from reshard.core.state import TrainingState
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import FormatError, NotFoundError, listed
 from reshard.formats.info import FormatInfo, every, named, single_for
 from reshard.storage.local import Sources
+from reshard.storage.paths import exists, is_folder, listing
 
 
 class Selection(Struct, frozen=True):
@@ -63,6 +65,33 @@ class Writable(Protocol):
         self, slots: Sequence[Wanted], max_file_nbytes: int, /
     ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
         """Tensor files and small files."""
+
+
+class Laid(Struct, frozen=True):
+    """What a layout gives: tensor files, small files, and what a user should know of them."""
+
+    files: tuple[OutputFile, ...]
+    texts: tuple[tuple[str, bytes], ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+class StateWritable(Protocol):
+    """What the module of a format that training state is written in offers besides."""
+
+    def lay_out_state(
+        self,
+        weights: Sequence[Wanted],
+        state: TrainingState,
+        max_file_nbytes: int,
+        layout: str | None,
+        /,
+    ) -> Laid:
+        """The model's files and those of its optimizer, under the same names.
+
+        Files of the model have the part `""`, those of the state `STATE_PART`, and a tensor of
+        the state goes by `tensor_name` in its slots. `layout` is one of `FormatInfo.layouts`.
+        Raises `PlanError` where the format cannot hold what the state has.
+        """
 
 
 class Description(Struct, frozen=True):
@@ -151,7 +180,7 @@ def detect(path: Path) -> str:
     Raises `NotFoundError` where nothing is recognised, `FormatError` where it could be of several
     formats.
     """
-    if not path.exists():
+    if not exists(path):
         raise NotFoundError("there is no such file or folder.", path=path)
     return told(path, claims(path))
 
@@ -161,12 +190,12 @@ def told(path: Path, reasons: Mapping[str, str]) -> str:
 
     Raises as `detect` does.
     """
-    if not reasons and not path.is_dir():
+    if not reasons and not is_folder(path):
         inside = f"Pass its folder: {path.parent}" if claims(path.parent) else None
         raise NotFoundError("this file alone is not a checkpoint.", path=path, hint=inside)
     if not reasons:
         raise NotFoundError(
-            f"no checkpoint was recognised here; it holds {listing(path)}.",
+            f"no checkpoint was recognised here; it holds {contents(path)}.",
             path=path,
             hint="Name the folder that holds the checkpoint's files, or the folder above it.",
         )
@@ -229,7 +258,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     return load(detect(path)).read(path, sources, selection)
 
 
-def listing(path: Path) -> str:
+def contents(path: Path) -> str:
     """The first names in a folder, in words."""
-    names = sorted(child.name + ("/" if child.is_dir() else "") for child in path.iterdir())
+    names = sorted(child.name + ("/" if is_folder(child) else "") for child in listing(path))
     return listed(names) or "nothing"

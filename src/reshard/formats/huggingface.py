@@ -26,16 +26,16 @@ from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
-from reshard.core.tiling import check_tiling
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
 from reshard.formats import Description, Selection, Wanted
+from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import is_file, is_folder, matching
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# PEFT's, whose weights are left behind: without them transformers cannot load the folder.
-_ADAPTER_CONFIG = "adapter_config.json"
 # torch/distributed/checkpoint/_hf_utils.py (torch 2.13): each rank's parts of tensors.
 _DCP_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 # One shard of several, as save_pretrained names them.
@@ -46,11 +46,11 @@ _BESIDE = re.compile(r"(adapter_model|consolidated(-\d+-of-\d+)?|model_\d+)\.saf
 
 def detect(path: Path) -> str | None:
     """A `.safetensors` file, an index of such, or a folder with either."""
-    if path.is_file() and path.name == INDEX:
+    if is_file(path) and path.name == INDEX:
         return f"it is a {INDEX}"
-    if path.is_file():
+    if is_file(path):
         return "a safetensors file" if path.suffix == ".safetensors" else None
-    if (path / INDEX).is_file():
+    if is_file(path / INDEX):
         return f"it holds {INDEX}"
     if _shards(path):
         return "it holds safetensors files"
@@ -69,8 +69,8 @@ def description(path: Path) -> Description | None:
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """The tensors of a model folder, or of one file."""
-    folder = path.parent if path.is_file() else path
-    listed = path.is_dir() or path.name == INDEX
+    folder = path.parent if is_file(path) else path
+    listed = is_folder(path) or path.name == INDEX
     located = _located(folder, sources) if listed else {path.name: None}
     entries: dict[str, Entry] = {}
     for name, expected in located.items():
@@ -86,7 +86,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         format="huggingface",
         origin=Origin(root=path, framework="safetensors", details={"files": sorted(located)}),
         entries=entries,
-        findings=_unread(folder, located) if path.is_dir() else (),
+        findings=_unread(folder, located) if is_folder(path) else (),
     )
 
 
@@ -113,7 +113,7 @@ def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
             hint="Name the model that it was trained on, which adapter_config.json states as "
             "base_model_name_or_path.",
         )
-    if not path.is_file():
+    if not is_file(path):
         raise NotFoundError(
             "the base model has no config.json.",
             path=folder,
@@ -124,7 +124,7 @@ def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder is what PEFT's `save_pretrained` writes: an adapter, and no model."""
-    return (folder / _ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    return is_file(folder / ADAPTER_CONFIG) and not is_file(folder / "config.json")
 
 
 def lay_out(
@@ -205,7 +205,7 @@ _RANK = {dtype: -_ENUM.index(dtype.safetensors) for dtype in dtypes.ALL}
 
 def _shards(folder: Path) -> list[str]:
     """The safetensors files of a folder, but for those of DCP's writer, which hold parts."""
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = sorted(path.name for path in matching(folder, "*.safetensors"))
     return [name for name in names if not _DCP_SHARD.fullmatch(name)]
 
 
@@ -215,7 +215,7 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
     Without an index these are the files that transformers loads; a folder may hold others besides
     (Mistral's `consolidated.safetensors`).
     """
-    if not (folder / INDEX).is_file():
+    if not is_file(folder / INDEX):
         names = _shards(folder)
         if SINGLE in names:
             return {SINGLE: None}
@@ -236,7 +236,7 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
         if tensors is not None:
             tensors.add(tensor)
     for name in located:
-        if not child(folder, name, store=True).is_file():
+        if not is_file(child(folder, name, store=True)):
             raise IncompleteError(
                 f"{INDEX} lists it, and it is not there.",
                 path=folder / name,
@@ -262,9 +262,7 @@ def _check_numbers(folder: Path, names: Sequence[str]) -> None:
 
 def _entry(spec: TensorSpec, extent: Extent) -> Entry:
     fragment = Fragment(whole(spec.shape), extent, spec.dtype)
-    entry = Entry(spec, (fragment,) if spec.numel else ())
-    check_tiling(entry)
-    return entry
+    return proven(spec, (fragment,) if spec.numel else ())
 
 
 def _stored_shape(spec: TensorSpec) -> list[int]:

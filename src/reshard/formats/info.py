@@ -40,6 +40,10 @@ class FormatInfo(Struct, frozen=True):
     max_shard_size: the default size of a written file.
     takes_files: the base's other files and heads beside the model go along when it is written.
     single: the suffix of single files of it that can be written beside a model; None: none can.
+    training_state: one can hold an optimizer's state, which its reader offers.
+    writes_state: training state is written in it (`lay_out_state` of its room).
+    layouts: the values of `--layout` by which that is written, the default first; empty: there is
+    one layout.
     """
 
     name: str
@@ -59,6 +63,9 @@ class FormatInfo(Struct, frozen=True):
     max_shard_size: str = "5GB"
     takes_files: bool = False
     single: str | None = None
+    training_state: bool = False
+    writes_state: bool = False
+    layouts: tuple[str, ...] = ()
 
 
 #: The formats that come with reshard.
@@ -85,6 +92,7 @@ OWN = (
         advice="Convert it with ds2hf.",
         scripts=("ds2hf",),
         has_tags=True,
+        training_state=True,
     ),
     FormatInfo(
         "huggingface",

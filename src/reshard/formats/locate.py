@@ -32,7 +32,8 @@ from reshard.errors import IncompleteError, NotFoundError
 from reshard.formats import OPTIMIZER, tags
 from reshard.formats.info import named
 from reshard.naming.part import under
-from reshard.storage.local import Sources, real, snapshot
+from reshard.storage.local import Sources, snapshot
+from reshard.storage.paths import is_file, is_folder, is_link, listing, real, status
 
 _DEPTH = 3
 # A run's folder has tens of entries; more than this is somebody's home directory.
@@ -59,7 +60,7 @@ class Found(Struct, frozen=True):
     @property
     def age(self) -> tuple[int, float]:
         """Ascending with time: the number in the save's name, then when it was written."""
-        return (tags.number_of(self.path.name), self.path.stat().st_mtime)
+        return (tags.number_of(self.path.name), status(self.path).st_mtime)
 
 
 def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
@@ -78,7 +79,7 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
 
 
 def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
-    if not path.is_dir():
+    if not is_folder(path):
         catalog = _load(path, formats.detect(path), {}, sources, selection)
         return replace(catalog, findings=(*catalog.findings, *_of_file(path)))
     claims = formats.claims(path)
@@ -132,7 +133,7 @@ def _load(
     are the formats that claim a folder.
     """
     tag = selection.tag
-    if tag is not None and tag == real(path).name and not (path / tag).is_dir():
+    if tag is not None and tag == real(path).name and not is_folder(path / tag):
         selection = replace(selection, tag=None)
     elif tag is not None and not named(format_).has_tags:
         raise NotFoundError(
@@ -211,8 +212,8 @@ def _below(path: Path, depth: int) -> list[Found]:
 
 
 def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
-    for child in sorted(folder.iterdir()):
-        if not child.is_dir() or child.is_symlink() or child.name.startswith("."):
+    for child in listing(folder):
+        if not is_folder(child) or is_link(child) or child.name.startswith("."):
             continue
         budget[0] -= 1
         if budget[0] < 0:
@@ -228,7 +229,7 @@ def _tracked(folder: Path, sources: Sources) -> str | None:
     """The last save that was finished, as the run's own file states it: its number, or `release`,
     which Megatron-LM calls a converted model."""
     path = folder / _TRACKER
-    if not path.is_file():
+    if not is_file(path):
         return None
     source = sources.open(path)
     text = source.read(0, min(source.size, 64)).strip()
@@ -274,8 +275,8 @@ def _inside(save: Found, tag: str | None) -> str | None:
     """The save within a folder of several that a tag means; None: the folder is what it means."""
     if tag is None or not _has_tags(save.format):
         return None
-    inside = [child.name for child in save.path.iterdir() if child.is_dir()]
-    found = tag if (save.path / tag).is_dir() else None
+    inside = [child.name for child in listing(save.path) if is_folder(child)]
+    found = tag if is_folder(save.path / tag) else None
     by_number = None if tags.number_of(save.path.name) >= 0 else tags.meant(tag, inside)
     return found or by_number
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from reshard.storage.local import read_start
+from reshard.storage.paths import exists, is_file, matching
+
 #: What Megatron-Core writes last into a folder: {"sharded_backend": "torch_dist", ..}.
 MCORE = "metadata.json"
 #: What it keeps of a run beside the tensors, as one torch.save file.
@@ -16,10 +19,8 @@ _MAX_NBYTES = 4096
 def is_mcore(folder: Path) -> bool:
     """Whether a folder holds a distributed checkpoint of Megatron-Core, finished or not."""
     stated = folder / MCORE
-    if stated.is_file():
-        with stated.open("rb") as file:
-            if _BACKEND in file.read(_MAX_NBYTES):
-                return True
-    if not (folder / MCORE_COMMON).is_file():
+    if is_file(stated) and _BACKEND in read_start(stated, _MAX_NBYTES):
+        return True
+    if not is_file(folder / MCORE_COMMON):
         return False
-    return (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
+    return exists(folder / ".metadata") or any(matching(folder, "*.distcp"))

@@ -55,6 +55,7 @@ from reshard.formats import (
 )
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import is_file, is_folder, listing, matching
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
@@ -70,11 +71,11 @@ _DEEPSPEED = "ds_version"
 
 def detect(path: Path) -> str | None:
     """A torch.save file, or a folder with a whole model in one and no safetensors."""
-    if path.is_file():
+    if is_file(path):
         return "a torch.save file" if path.suffix in _SUFFIXES else None
-    if any(path.glob("*.safetensors")):
+    if any(matching(path, "*.safetensors")):
         return None
-    found = [_INDEX] if (path / _INDEX).is_file() else _singles(path)
+    found = [_INDEX] if is_file(path / _INDEX) else _singles(path)
     return f"it holds {found[0]}" if found else None
 
 
@@ -127,9 +128,9 @@ def lay_out_file(name: str, slots: Sequence[Wanted]) -> OutputFile:
 
 
 def _files(path: Path, sources: Sources) -> list[Path]:
-    if path.is_file():
+    if is_file(path):
         return [path]
-    if not (path / _INDEX).is_file():
+    if not is_file(path / _INDEX):
         return [child(path, next(iter(_singles(path)), _SINGLE), store=True)]
     index = strict_json.read_object(
         sources.open(child(path, _INDEX, store=True)), max_nbytes=strict_json.MAX_INDEX
@@ -141,7 +142,7 @@ def _files(path: Path, sources: Sources) -> list[Path]:
         raise FormatError("its weight_map names no file.", path=path / _INDEX)
     files = [child(path, name, store=True) for name in sorted(set(weight_map.values()))]
     for file in files:
-        if not file.is_file():
+        if not is_file(file):
             raise IncompleteError(
                 f"{_INDEX} lists it, and it is not there.",
                 path=file,
@@ -152,15 +153,15 @@ def _files(path: Path, sources: Sources) -> list[Path]:
 
 def _singles(path: Path) -> list[str]:
     """The files of a folder that each hold a whole state dict; the first is meant."""
-    named = [name for name in (_SINGLE, _ADAPTER) if (path / name).is_file()]
+    named = [name for name in (_SINGLE, _ADAPTER) if is_file(path / name)]
     return named or _models(path)
 
 
 def _models(path: Path) -> list[str]:
     """The files of accelerate's models in a folder, by their numbers."""
-    if not path.is_dir():
+    if not is_folder(path):
         return []
-    return numbered((file.name for file in path.iterdir()), _FSDP)
+    return numbered((file.name for file in listing(path)), _FSDP)
 
 
 def _state_dict(

@@ -31,6 +31,10 @@ from reshard.naming.value_heads import ValueHead
 ModelType = Literal["vision2seq", "grm", "srm_vl", "srm_al", "critic"]
 Pooling = Literal["attn", "last"]
 
+#: What lies beside the backbone: the heads' tensors, and what a loader must know of them.
+REWARD_HEAD = "reward_head.safetensors"
+REWARD_CONFIG = "reward_config.json"
+
 #: Heads of the attention pooling; LightRFT fixes the number.
 POOLING_HEADS = 4
 

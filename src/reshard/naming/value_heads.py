@@ -25,6 +25,8 @@ from reshard.naming.search import shared_prefixes, unwrap
 
 #: The head of transformers' classifiers.
 SCORE = "score"
+#: Every other head, in a file beside the model.
+VALUE_HEAD = "value_head.safetensors"
 # Names that no part of a language model has: heads that are found without being named.
 _KNOWN = (SCORE, "v_head")
 

@@ -23,12 +23,22 @@ from typing import IO
 from reshard.core.tensors import FileRef
 from reshard.errors import FormatError, IncompleteError, NotFoundError, brief, listed
 from reshard.storage import frames
+from reshard.storage.paths import (
+    absolute,
+    exists,
+    is_file,
+    is_folder,
+    is_link,
+    listing,
+    real,
+    status,
+)
 
 # Descriptors kept open: the two files of each of 2,000 ranks. A file beyond them is opened anew for
 # each read (about 10 us).
 _MAX_OPEN = 4096
 # Bytes of a file name on any system.
-_MAX_NAME = 255
+MAX_NAME = 255
 # Bytes of a file that holds one name.
 _MAX_POINTER = 4096
 # Compressed frames kept expanded, each in a temporary file. Readers take a frame's bytes in order
@@ -124,7 +134,7 @@ class Sources:
 
     def open(self, file: FileRef | str | Path) -> Source:
         """The file, opened. Raises `NotFoundError`, `FormatError` (not a regular file)."""
-        ref = file if isinstance(file, FileRef) else FileRef(str(Path(file).absolute()))
+        ref = file if isinstance(file, FileRef) else FileRef(str(absolute(Path(file))))
         with self._lock:
             if ref.codec:
                 return self._frame(ref)
@@ -160,8 +170,8 @@ class Sources:
 
     def _plain(self, ref: FileRef) -> Source:
         fd = _open_regular(ref.path)
-        status = os.fstat(fd)
-        if self._known.get(ref.path, _identity(status)) != _identity(status):
+        now = os.fstat(fd)
+        if self._known.get(ref.path, _identity(now)) != _identity(now):
             os.close(fd)
             raise IncompleteError(
                 "the file is not the one that it was when the checkpoint was opened.",
@@ -171,7 +181,7 @@ class Sources:
         keep = len(self._open) < self._max_open
         if not keep:
             os.close(fd)
-        return Source(ref, fd if keep else None, _identity(status), status.st_size)
+        return Source(ref, fd if keep else None, _identity(now), now.st_size)
 
     def _expand(self, ref: FileRef) -> _Expanded:
         plain = self._whole(ref.path)
@@ -197,10 +207,10 @@ class Sources:
         """Raise `IncompleteError` if a file that was read is no longer the file it was."""
         for source in self._open.values():
             try:
-                status = Path(source.ref.path).stat()
-            except OSError:
+                now = status(Path(source.ref.path))
+            except NotFoundError:
                 raise _changed(source.ref.path) from None
-            if _identity(status) != source.identity:
+            if _identity(now) != source.identity:
                 raise _changed(source.ref.path)
 
     def close(self) -> None:
@@ -221,11 +231,6 @@ class Sources:
         self.close()
 
 
-def real(path: Path) -> Path:
-    """The absolute path with all links followed, as far as they lead; a loop of links is left."""
-    return Path(os.path.realpath(path))  # `Path.resolve` raises RuntimeError for a loop
-
-
 def snapshot(folder: Path) -> Path:
     """The model in a repository's folder of the Hugging Face cache; any other folder is itself.
 
@@ -235,13 +240,13 @@ def snapshot(folder: Path) -> Path:
     (huggingface_hub 2.4, file_download.py.) A path where nothing is that reads like a name on the
     hub, `org/name`, is that model in the cache. Raises `NotFoundError` where it is not clear which.
     """
-    if not folder.exists():
+    if not exists(folder):
         folder = cached(str(folder)) or folder
-    if not all((folder / name).is_dir() for name in ("blobs", "snapshots")):
+    if not all(is_folder(folder / name) for name in ("blobs", "snapshots")):
         return folder
-    there = {path.name: path for path in (folder / "snapshots").iterdir() if path.is_dir()}
+    there = {path.name: path for path in listing(folder / "snapshots") if is_folder(path)}
     main = folder / "refs" / "main"
-    named = _commit(main) if main.is_file() else ""
+    named = _commit(main) if is_file(main) else ""
     if named in there:
         return there[named]
     if len(there) == 1:
@@ -252,6 +257,13 @@ def snapshot(folder: Path) -> Path:
         path=folder / "snapshots",
         hint="Name the folder of one of them." if there else "Download the model again.",
     )
+
+
+def read_start(path: Path, nbytes: int) -> bytes:
+    """The first `nbytes` of a small file, or all of it. Raises as `Sources` does."""
+    with Sources() as sources:
+        source = sources.open(path)
+        return source.read(0, min(source.size, nbytes))
 
 
 def _commit(pointer: Path) -> str:
@@ -277,12 +289,12 @@ def cached(name: str) -> Path | None:
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
     folder = cache / (_CACHED + name.replace("/", "--"))
-    return folder if folder.is_dir() else None
+    return folder if is_folder(folder) else None
 
 
 def download(path: Path) -> str | None:
     """How a model that is not here is downloaded, if the path can be a name on the hub."""
-    if not re.fullmatch(_HUB_NAME, str(path)) or path.parent.exists():
+    if not re.fullmatch(_HUB_NAME, str(path)) or exists(path.parent):
         return None
     return f"It is not in the Hugging Face cache either. If it is on the hub: hf download {path}"
 
@@ -302,7 +314,7 @@ def child(folder: Path, name: str, *, store: bool = False) -> Path:
             hint="The checkpoint is damaged or was made to mislead.",
         )
     path = folder / name
-    if path.is_symlink():
+    if is_link(path):
         target = real(path)
         in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith(_CACHED)
         in_cache = in_cache or (store and _in_store(name, target))
@@ -328,7 +340,7 @@ def _is_plain(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return (
-        name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"} and len(raw) <= _MAX_NAME
+        name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"} and len(raw) <= MAX_NAME
     )
 
 
@@ -369,8 +381,8 @@ def _read_fully(fd: int, offset: int, buffer: memoryview, path: str) -> None:
         done += got
 
 
-def _identity(status: os.stat_result) -> Identity:
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+def _identity(now: os.stat_result) -> Identity:
+    return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
 
 
 def _changed(path: str) -> IncompleteError:

@@ -23,12 +23,11 @@ from msgspec import Struct
 
 from reshard._version import __version__
 from reshard.core.findings import Finding
+from reshard.storage.local import MAX_NAME
 from reshard.transfer.system import Identity, close_read, identity, sync_folder, write_fully
 
 MARK = "run.json"
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# Bytes of a file name on any system.
-_MAX_NAME = 255
 _MAX_MARK = 4096
 
 
@@ -40,9 +39,9 @@ class _Mark(Struct, frozen=True):
 def beside(target: Path, suffix: str) -> Path:
     """The path of `.NAME` with a suffix, beside the output; a name that is too long is cut."""
     name = f".{target.name}{suffix}"
-    if len(os.fsencode(name)) > _MAX_NAME:
+    if len(os.fsencode(name)) > MAX_NAME:
         digest = xxhash.xxh3_64_hexdigest(os.fsencode(target.name))
-        kept = os.fsencode(target.name)[: _MAX_NAME - len(suffix) - len(digest) - 2]
+        kept = os.fsencode(target.name)[: MAX_NAME - len(suffix) - len(digest) - 2]
         name = f".{os.fsdecode(kept)}~{digest}{suffix}"
     return target.with_name(name)
 

@@ -11,6 +11,7 @@ from reshard.errors import UnsupportedError
 from reshard.formats import locate
 from reshard.formats.info import every, named
 from reshard.storage.local import snapshot
+from reshard.storage.paths import is_folder
 
 
 def carry_out(script: str, source: Path, target: Path, **options: Any) -> None:
@@ -31,7 +32,7 @@ def expect(path: Path, script: str) -> None:
     wanted = [info.name for info in every().values() if script in info.scripts]
     path = snapshot(path)
     claims = formats.claims(path)
-    if path.is_dir() and not claims:
+    if is_folder(path) and not claims:
         formats_below = [save.format for save in locate.saves(path)]
         if not formats_below or set(formats_below) & {*wanted, ""}:
             return  # which of them is meant, or what is there instead, is said when it is read
@@ -43,7 +44,7 @@ def expect(path: Path, script: str) -> None:
     if found not in wanted or is_found.title != named(found).title:
         is_wanted = named(wanted[0]).title
         elsewhere = is_found.advice
-        below = [s for s in locate.saves(path) if s.format in wanted] if path.is_dir() else []
+        below = [s for s in locate.saves(path) if s.format in wanted] if is_folder(path) else []
         if {*wanted} & claims.keys():
             elsewhere += " It also holds an exported model: name the file of that to convert it."
         newest = max(below, key=lambda save: save.age, default=None)

@@ -13,8 +13,8 @@ from reshard.containers.dcp.metadata import Chunk, Metadata, StoredTensor
 from reshard.containers.dcp.zips import StoredItem
 from reshard.core import dtypes
 from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec
-from reshard.core.tiling import check_tiling
-from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
+from reshard.core.tiling import proven
+from reshard.errors import FormatError, IncompleteError, UnsupportedError, at
 from reshard.storage.local import Sources
 
 _RANK_DATA = re.compile(r"__(\d+)_\d+\.distcp")
@@ -62,13 +62,8 @@ def _entry(
         fragments.append(Fragment(box, item.extent, spec.dtype, item.strides))
         if item.record is not None:
             records.append(item.record)
-    entry = Entry(spec, tuple(fragments), "parameter" if spec.dtype.floating else "buffer")
-    try:
-        check_tiling(entry)
-    except ReshardError as error:
-        error.path = error.path or str(folder)
-        raise
-    return entry, records
+    with at(folder):
+        return proven(spec, fragments, "parameter" if spec.dtype.floating else "buffer"), records
 
 
 def _item(key: str, spec: TensorSpec, chunk: Chunk, items: Items, folder: Path) -> StoredItem:

@@ -20,6 +20,7 @@ from reshard.containers.dcp.zips import StoredItem, Zips, ends_in_file, ends_of_
 from reshard.core.tensors import Extent, FileRef, Shape, TensorSpec
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 from reshard.storage.local import Source, Sources, child
+from reshard.storage.paths import exists
 
 _ZIP = b"PK\3\4"
 # Bytes that a zip may have beside its tensor; torch's have less than 2 KiB.
@@ -80,7 +81,7 @@ class Items:
         source = self._files.get(name)
         if source is None:
             path = child(self._folder, name)
-            if not path.exists():
+            if not exists(path):
                 raise IncompleteError(
                     "the checkpoint's metadata names it, and it is not there.",
                     path=path,

@@ -131,7 +131,7 @@ class _Parser:
         for key, raw in described.items():
             if not isinstance(key, str):
                 raise self._broken(f"a key of its state dict is a {type(key).__name__}")
-            if isinstance(raw, Opaque) and _last(raw.name) == "BytesStorageMetadata":
+            if isinstance(raw, Opaque) and raw.short_name == "BytesStorageMetadata":
                 place = stored.pop((key, _WHOLE), None)
                 objects[key] = () if place is None else (place,)
             else:
@@ -275,7 +275,7 @@ class _Parser:
 
     def _record(self, raw: object, kind: str, key: str | None = None) -> Mapping[str, object]:
         """The fields of an instance of `kind`, whatever module it came from (they moved)."""
-        if not isinstance(raw, Opaque) or not _last(raw.name).endswith(kind):
+        if not isinstance(raw, Opaque) or not raw.short_name.endswith(kind):
             found = raw.name if isinstance(raw, Opaque) else type(raw).__name__
             raise self._broken(f"it has a {found} where a {kind} belongs", key)
         state = raw.state if raw.state is not None else {}
@@ -290,10 +290,6 @@ class _Parser:
             tensor=key,
             hint="The file is damaged, or was not written by torch.distributed.checkpoint.",
         )
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def merge(parts: list[Metadata], path: str) -> Metadata:

@@ -20,6 +20,7 @@ from reshard.containers.torch import Opaque, TensorRef
 from reshard.core.tensors import Record
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import exists
 
 # Dicts in dicts that are looked into; `{"optimizer": {"state": {0: {"exp_avg": t}}}}` has four.
 _MAX_STEPS = 8
@@ -69,7 +70,7 @@ def _read(key: str, place: Location, folder: Path, sources: Sources) -> torchfil
             hint="Load it with the extension that wrote it and save it again without.",
         )
     path = child(folder, place.file)
-    if not path.exists():
+    if not exists(path):
         raise IncompleteError(
             "the checkpoint's metadata names it, and it is not there.",
             path=path,

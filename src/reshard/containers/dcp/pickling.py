@@ -49,7 +49,7 @@ class _Instance(Struct, frozen=True, eq=False):
 
 
 def dump(metadata: Metadata) -> bytes:
-    """The bytes of a `.metadata` file; it lists tensors only, each chunk with one copy.
+    """The bytes of a `.metadata` file, which lists each chunk and each object with one copy.
 
     An alias is one more key with the same chunks, which lie where the tensor's lie; the field
     `ALIASES`, which torch does not look at, says which keys are aliases.
@@ -62,8 +62,14 @@ def dump(metadata: Metadata) -> bytes:
         for key, tensor in tensors.items()
         for index, chunk in enumerate(tensor.chunks)
     }  # fmt: skip
+    stored.update(
+        (_instance("MetadataIndex", fqn=key, offset=None, index=None), _location(copies[0]))
+        for key, copies in metadata.objects.items()
+    )
+    described = {key: _tensor(tensor) for key, tensor in tensors.items()}
+    described.update((key, _instance("BytesStorageMetadata")) for key in metadata.objects)
     fields: dict[str, object] = {
-        "state_dict_metadata": {key: _tensor(tensor) for key, tensor in tensors.items()},
+        "state_dict_metadata": described,
         "planner_data": dict(metadata.paths),
         "storage_data": stored,
         "version": _VERSION,
@@ -124,7 +130,9 @@ class _Pickler:
         return bytes(self._out + b".")
 
     def put(self, value: object) -> None:
-        if isinstance(value, bool):
+        if value is None:
+            self._out += b"N"
+        elif isinstance(value, bool):
             self._out += b"\x88" if value else b"\x89"
         elif isinstance(value, int):
             self._put_integer(value)

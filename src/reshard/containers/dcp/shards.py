@@ -20,11 +20,12 @@ from msgspec import Struct
 
 from reshard.containers import safetensors as safetensors_file
 from reshard.containers.safetensors import SafetensorsFile
-from reshard.core.tensors import Box, Entry, Extent, Fragment, Shape, TensorSpec
-from reshard.core.tiling import check_tiling
+from reshard.core.tensors import Box, Entry, Extent, Fragment, Kind, Shape, TensorSpec
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, brief
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import listing
 
 
 class _Part(Struct, frozen=True):
@@ -39,7 +40,7 @@ _INFO = "DCP_SHARDING_INFO"
 
 def names(folder: Path) -> list[str]:
     """The shards of the folder."""
-    return sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(path.name for path in listing(folder) if _NAME.fullmatch(path.name))
 
 
 def ranks(folder: Path) -> int:
@@ -101,17 +102,13 @@ def _entry(name: str, parts: list[_Part]) -> Entry:
             )
     ends = [map(int.__add__, part.start, part.spec.shape) for part in parts]
     shape = tuple(max(reached) for reached in zip(*ends, strict=True))
-    entry = Entry(
-        TensorSpec(name, first.dtype, shape),
-        tuple(
-            Fragment(Box(shape, part.start, part.spec.shape), part.extent, first.dtype)
-            for part in parts
-            if part.spec.numel
-        ),
-        "parameter" if first.dtype.floating else "buffer",
+    fragments = (
+        Fragment(Box(shape, part.start, part.spec.shape), part.extent, first.dtype)
+        for part in parts
+        if part.spec.numel
     )
-    check_tiling(entry)
-    return entry
+    kind: Kind = "parameter" if first.dtype.floating else "buffer"
+    return proven(TensorSpec(name, first.dtype, shape), fragments, kind)
 
 
 def saved_offsets(file: SafetensorsFile, path: str) -> dict[str, Shape]:

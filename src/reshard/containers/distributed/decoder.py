@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reshard.containers.distributed import dtensor, sharded
 from reshard.containers.distributed import mesh as meshes
-from reshard.containers.distributed.local import Local, Place, attributes, short_name
+from reshard.containers.distributed.local import Local, Place, attributes
 from reshard.containers.distributed.mesh import Mesh
 from reshard.containers.torch import Opaque
 from reshard.errors import FormatError
@@ -18,7 +18,7 @@ def is_distributed(value: object) -> bool:
     return (
         isinstance(value, Opaque)
         and value.name.startswith("torch.distributed.")
-        and short_name(value) in _KINDS
+        and value.short_name in _KINDS
     )
 
 
@@ -42,7 +42,7 @@ class Decoder:
         `UnsupportedError` for placements that are not handled.
         """
         place = Place(self._path, name)
-        if short_name(value) == "DTensor":
+        if value.short_name == "DTensor":
             mesh = self._mesh(value, place)
             self._check_rank(mesh.rank)
             return dtensor.decode(value, mesh, place)

@@ -24,7 +24,6 @@ from reshard.containers.distributed.local import (
     Place,
     attributes,
     natural,
-    short_name,
     whole_shape,
 )
 from reshard.containers.distributed.mesh import Mesh
@@ -112,7 +111,7 @@ def _placements(value: object, dims: int, place: Place) -> tuple[Placement, ...]
 
 
 def _placement(value: object, dims: int, place: Place) -> Placement:
-    kind = short_name(value)
+    kind = value.short_name if isinstance(value, Opaque) else ""
     if kind == "Replicate":
         return Placement(None)
     if kind.endswith("Partial"):

@@ -84,11 +84,6 @@ def whole_shape(value: Opaque, place: Place) -> tuple[DType, Shape]:
     return value.args[1], shape_of(value.args[2], place)
 
 
-def short_name(value: object) -> str:
-    """A record's class without its module."""
-    return value.name.rpartition(".")[2] if isinstance(value, Opaque) else ""
-
-
 def natural(value: object) -> bool:
     """Whether a file's value is a number of a rank, dimension or size."""
     return type(value) is int and 0 <= value < 1 << 62

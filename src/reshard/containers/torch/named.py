@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from reshard.containers.torch.records import TensorRef
 from reshard.core.tensors import Entry, TensorSpec
-from reshard.core.tiling import check_tiling
+from reshard.core.tiling import proven
 
 
 def entries_of(tensors: Mapping[str, TensorRef]) -> dict[str, Entry]:
@@ -22,6 +22,5 @@ def entries_of(tensors: Mapping[str, TensorRef]) -> dict[str, Entry]:
             entries[first] = replace(entries[first], aliases=(*entries[first].aliases, name))
             continue
         spec = TensorSpec(name, tensor.dtype, tensor.shape)
-        entries[name] = Entry(spec, (tensor.fragment(),) if spec.numel else ())
-        check_tiling(entries[name])
+        entries[name] = proven(spec, (tensor.fragment(),) if spec.numel else ())
     return entries

@@ -40,6 +40,11 @@ class Opaque(Struct, eq=False):
         return f"<Opaque {self.name}>"
 
     @property
+    def short_name(self) -> str:
+        """The class or function without its module."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def is_tensor(self) -> bool:
         """Whether it would be a tensor, of a kind that is not handled."""
         return self.reason is not None or self.name.startswith("torch._utils._rebuild_")

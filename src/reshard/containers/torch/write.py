@@ -133,11 +133,14 @@ def lay_out_state_dict(specs: Sequence[TensorSpec]) -> StateDictArchive:
     return StateDictArchive(at + len(literals[-1][1]), tuple(literals), tuple(places))
 
 
-def lay_out_numbers(values: Mapping[str, int]) -> bytes:
-    """The archive that torch.save would write of a dict of whole numbers."""
+def lay_out_data(value: object) -> bytes:
+    """The archive that torch.save would write of plain data: None, bool, int, float, str, and lists
+    and dicts of these, of a few hundred items in all.
+
+    Raises `TypeError` for anything else.
+    """
     zip_ = _Zip()
-    items = b"".join(_text(name) + _integer(value) for name, value in values.items())
-    zip_.add("data.pkl", b"\x80\x02}(" + items + b"u.")
+    zip_.add("data.pkl", b"\x80\x02" + _data(value) + b".")
     zip_.add(".format_version", b"1")
     zip_.add(".storage_alignment", str(ALIGNMENT).encode())
     zip_.add("byteorder", b"little")
@@ -259,12 +262,32 @@ def _text(value: str) -> bytes:
     return b"X" + struct.pack("<L", len(value.encode())) + value.encode()
 
 
+def _data(value: object) -> bytes:
+    """What pushes plain data."""
+    if value is None:
+        return b"N"
+    if isinstance(value, bool):
+        return b"\x88" if value else b"\x89"
+    if isinstance(value, int):
+        return _integer(value)
+    if isinstance(value, float):
+        return b"G" + struct.pack(">d", value)
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, list):
+        return b"](" + b"".join(map(_data, value)) + b"e"
+    if isinstance(value, Mapping):
+        items = b"".join(_data(part) for item in value.items() for part in item)
+        return b"}(" + items + b"u"
+    raise TypeError(f"{type(value).__name__} is no plain data")
+
+
 def _integers(values: Shape) -> bytes:
     return b"(" + b"".join(map(_integer, values)) + b"t"
 
 
 def _integer(value: int) -> bytes:
-    if value < 1 << 31:
+    if -(1 << 31) <= value < 1 << 31:
         return b"J" + struct.pack("<l", value)
     raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
     return b"\x8a" + bytes([len(raw)]) + raw

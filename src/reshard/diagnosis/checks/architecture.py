@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.findings import Repair, Signs, some
+from reshard.diagnosis.found import Repair, Signs, some
 
 _AGAIN = "Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR."
 _UNNOTICED = "engines leave it at random values or refuse: vLLM says nothing, mlx-lm refuses"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from reshard.core.tensors import Shape
 from reshard.diagnosis.case import Case, Rescue
 from reshard.diagnosis.checks.vocabulary import head_is_lost, rows_disagree
-from reshard.diagnosis.findings import Repair, Signs, some
+from reshard.diagnosis.found import Repair, Signs, some
 from reshard.errors import NamesError
 from reshard.naming import patterns
 from reshard.naming.families import WRAPPERS
@@ -166,7 +166,7 @@ def _turned_by_config(case: Case) -> Iterator[tuple[str, Shape, Shape]]:
 
 
 def misfit(case: Case) -> Signs | None:
-    """Tensors that are not the base's, where no other ailment explains it."""
+    """Tensors that are not the base's, where no other check explains it."""
     error = case.fitted.misfit
     if error is None or case.placeholders or head_is_lost(case) or rows_disagree(case):
         return None

@@ -7,8 +7,8 @@ from collections import Counter
 from reshard.conversion.base_model import dtype_patches
 from reshard.core import dtypes
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.findings import Repair, Signs
 from reshard.diagnosis.folder import classes
+from reshard.diagnosis.found import Repair, Signs
 from reshard.errors import NamesError
 from reshard.naming.partners import rows_of
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from reshard.containers.dcp import shards
+from reshard.containers.dcp.layout import lay_out
 from reshard.containers.dcp.metadata import Metadata, merge, opened, unpickled
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
@@ -30,9 +31,9 @@ from reshard.errors import FormatError, IncompleteError
 from reshard.formats import Selection, numbered, of_several
 from reshard.formats.dcp import parts
 from reshard.formats.dcp.chunked import read_chunks
-from reshard.formats.dcp.layout import lay_out
 from reshard.formats.signs import is_mcore
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import exists, is_folder, listing
 
 __all__ = ["detect", "lay_out", "read"]
 
@@ -50,11 +51,11 @@ _NO_SHAPES = (
 
 def detect(path: Path) -> str | None:
     """A folder with `.metadata`, `.distcp` files or DCP's shards, but Megatron-Core's."""
-    if not path.is_dir():
+    if not is_folder(path):
         return None
     if is_mcore(path):
         return None
-    names = {entry.name for entry in path.iterdir()}
+    names = {entry.name for entry in listing(path)}
     if METADATA in names:
         return f"it holds {METADATA}"
     models = _models(path)
@@ -78,25 +79,25 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     (damaged, overlapping chunks, names that leave the folder), `UnsupportedError` (another kind
     of checkpoint, an unknown transform), `NamesError` (several parts could be the model).
     """
-    models = [] if (path / METADATA).exists() else _models(path)
+    models = [] if exists(path / METADATA) else _models(path)
     if models:
         catalog = read(models[0], sources, selection)
         names = [model.name for model in models]
         return replace(catalog, findings=of_several(path, names, names[0], "folder"))
-    if shards.names(path) and not (path / METADATA).exists():
+    if shards.names(path) and not exists(path / METADATA):
         return _read_shards(path, sources, selection)
     return read_chunks(path, sources, selection, _metadata(path, sources))
 
 
 def _models(folder: Path) -> list[Path]:
     """The folders of accelerate's models in a checkpoint folder, by their numbers."""
-    folders = (path.name for path in folder.iterdir() if path.is_dir())
+    folders = (path.name for path in listing(folder) if is_folder(path))
     return [folder / name for name in numbered(folders, _ACCELERATE)]
 
 
 def _metadata(folder: Path, sources: Sources) -> Metadata:
     """The folder's metadata, that of all ranks merged where each wrote its own."""
-    names = {entry.name for entry in folder.iterdir()}
+    names = {entry.name for entry in listing(folder)}
     ranks = sorted(int(m[1]) for name in names if (m := _RANK_METADATA.fullmatch(name)))
     begun = sorted(name for name in names if name.endswith(_BEGUN))
     if METADATA not in names and not ranks:

@@ -9,11 +9,11 @@
 
 from __future__ import annotations
 
-from reshard.containers.torch.write import lay_out_numbers
+from reshard.containers.torch.write import lay_out_data
 
 CLIENT_STATE = "client_state.pt"
 
 
 def client_state(consumed_samples: int) -> tuple[str, bytes]:
     """The file that says how many samples a run has used up: its name, and its bytes."""
-    return CLIENT_STATE, lay_out_numbers({"consumed_samples": consumed_samples})
+    return CLIENT_STATE, lay_out_data({"consumed_samples": consumed_samples})

@@ -16,7 +16,8 @@ those of DeepSpeed's mixtures of experts (experts.py), a folder `zero` is that o
 checkpoint (universal.py).
 
 Weights are read from the fp32 masters; frozen parameters and buffers from the model file, which is
-the only place that has them. Moments are never read. Read off DeepSpeed 0.19.8
+the only place that has them. Moments are read only where they are asked for
+(state.py). Read off DeepSpeed 0.19.8
 (runtime/engine.py, runtime/zero/stage_1_and_2.py, stage3.py, utils/zero_to_fp32.py) and files that
 it wrote; older versions from their sources.
 """
@@ -29,7 +30,15 @@ from msgspec.structs import replace
 
 from reshard.core.catalog import Catalog
 from reshard.formats import Selection, of_several
-from reshard.formats.deepspeed import files, place, stage3, stages012, tensor_parallel, universal
+from reshard.formats.deepspeed import (
+    files,
+    place,
+    stage3,
+    stages012,
+    state,
+    tensor_parallel,
+    universal,
+)
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources
@@ -50,6 +59,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         _catalog(rank, one, sources, selection) for rank, one in zip(ranks, saved, strict=True)
     ]
     catalog = parts[0] if len(parts) == 1 else tensor_parallel.join(saved, parts, sources)
+    catalog = replace(catalog, optimizer=state.reader(ranks, saved, catalog, sources))
     models = () if selection.tag else place.several_models(path)
     return replace(
         catalog, findings=(*catalog.findings, *of_several(path, models, location.tag, "tag"))

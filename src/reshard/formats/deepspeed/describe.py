@@ -54,4 +54,4 @@ def describe(
 
 
 def _codes(entries: Mapping[str, Entry]) -> set[str]:
-    return {entry.spec.dtype.safetensors for entry in entries.values() if entry.kind != "buffer"}
+    return {entry.spec.dtype.safetensors for entry in entries.values() if entry.kind == "parameter"}

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from reshard.containers.torch import TensorRef
 from reshard.core.tensors import Entry, Extent, Fragment, Kind, TensorSpec, flat
-from reshard.core.tiling import check_tiling
+from reshard.core.tiling import proven
 from reshard.errors import FormatError
 
 
@@ -49,19 +49,10 @@ class FlatSpace:
         return found
 
 
-def flat_entry(spec: TensorSpec, fragments: Sequence[Fragment], kind: Kind) -> Entry:
-    """An entry of flat fragments, proven to tile."""
-    entry = Entry(spec, tuple(fragments), kind)
-    check_tiling(entry)
-    return entry
-
-
 def stored_entry(name: str, tensor: TensorRef, kind: Kind) -> Entry:
     """An entry of a tensor that a file holds whole."""
     spec = TensorSpec(name, tensor.dtype, tensor.shape)
-    entry = Entry(spec, (tensor.fragment(),) if spec.numel else (), kind)
-    check_tiling(entry)
-    return entry
+    return proven(spec, (tensor.fragment(),) if spec.numel else (), kind)
 
 
 def in_module_order(

@@ -22,7 +22,8 @@ class ModelFile(Struct, frozen=True):
 
     `parallel_info` is `universal_checkpoint_info`, as it stands: how tensor parallel ranks split
     the parameters. `num_experts` has a number for each layer of experts, `autoep` for each module
-    whose experts AutoEP has split.
+    whose experts AutoEP has split. `holds_optimizer`: without ZeRO its state is in this file;
+    `masters` are then the fp32 weights that a 16-bit run keeps without names, group by group.
     """
 
     path: Path
@@ -44,6 +45,8 @@ class ModelFile(Struct, frozen=True):
     num_experts: tuple[int, ...]
     autoep: Mapping[str, int]
     data_before_experts: bool
+    holds_optimizer: bool
+    masters: tuple[tuple[TensorRef, ...], ...]
     records: tuple[Record, ...]
     opaque: tuple[str, ...]
     written_as: str | None
@@ -122,11 +125,27 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
         if isinstance(experts, list)
         else (),
         autoep=_autoep(top, path),
+        holds_optimizer=isinstance(top.get("optimizer"), dict),
+        masters=_masters(_settings(top.get("optimizer")).get("fp32_groups"), path),
         data_before_experts=config.get("use_data_before_expert_parallelism") is True,
         records=file.records,
         opaque=file.opaque,
         written_as=file.written_as,
     )
+
+
+def _masters(groups: object, path: Path) -> tuple[tuple[TensorRef, ...], ...]:
+    """`fp32_groups` of FP16_UnfusedOptimizer: a list of shaped tensors for each group."""
+    if groups is None:
+        return ()
+    found: list[tuple[TensorRef, ...]] = []
+    for group in groups if isinstance(groups, list) else [None]:
+        tensors = group if isinstance(group, list) else [None]
+        held = tuple(t for t in tensors if isinstance(t, TensorRef) and t.dtype.floating)
+        if len(held) != len(tensors):
+            raise FormatError("its fp32_groups are not lists of tensors.", path=path)
+        found.append(held)
+    return tuple(found)
 
 
 def _autoep(top: Mapping[str, Any], path: Path) -> dict[str, int]:

@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError, listed
 from reshard.formats import numbered, tags
-from reshard.storage.local import Sources, child, real
+from reshard.storage.local import Sources, child
+from reshard.storage.paths import is_file, is_folder, is_link, listing, real
 
 # runtime/engine.py: _get_ckpt_name, _get_zero_ckpt_name, _get_optimizer_ckpt_name,
 # _get_expert_ckpt_name; runtime/pipe/module.py: ckpt_layer_path. "pp_rank" is the data parallel
@@ -67,14 +68,14 @@ class Location(Struct, frozen=True):
 
 def reason(path: Path) -> str | None:
     """Why a folder looks like DeepSpeed's, or None."""
-    if not path.is_dir():
+    if not is_folder(path):
         return None
     if _is_tag_folder(path):
         return "it holds DeepSpeed's model_states files"
-    if (path / _LATEST_UNIVERSAL).is_file():
+    if is_file(path / _LATEST_UNIVERSAL):
         return f"it holds {_LATEST_UNIVERSAL}"
     tags = _tags(path)
-    if (path / LATEST).is_file() and (tags or not _has_other_weights(path)):
+    if is_file(path / LATEST) and (tags or not _has_other_weights(path)):
         return f"it holds {LATEST}"
     return f"it holds the DeepSpeed checkpoint {tags[0]}" if tags else None
 
@@ -95,7 +96,7 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
                 hint=f"Name the folder above it: {path.parent}.",
             )
         return _classified(path, own)
-    if tag == tags.LATEST and not (path / tag).is_dir():
+    if tag == tags.LATEST and not is_folder(path / tag):
         tag = None
     name = _latest(path, sources) if tag is None else tags.meant(tag, _tags(path)) or tag
     if tag is None and name in (models := several_models(path)):
@@ -111,7 +112,7 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
         folder = child(folder, part)
     if not _is_tag_folder(folder):
         there = tags.listed(_tags(path))
-        problem = "holds no model_states files" if folder.is_dir() else "is not there"
+        problem = "holds no model_states files" if is_folder(folder) else "is not there"
         chosen = "" if tag is not None else f", which `{LATEST}` names,"
         raise NotFoundError(
             f"the checkpoint {name!r}{chosen} {problem}; the tags that are there: {there}.",
@@ -137,7 +138,7 @@ def _tag_of(folder: Path, sources: Sources) -> str:
     A tag may hold slashes: `epoch1/step2`.
     """
     for parent in list(folder.parents)[1:_MAX_NESTED]:
-        if (parent / LATEST).is_file() and not (parent / LATEST).is_symlink():
+        if is_file(parent / LATEST) and not is_link(parent / LATEST):
             tag = folder.relative_to(parent).as_posix()
             if _content(parent / LATEST, sources).strip() == tag.encode():
                 return tag
@@ -158,7 +159,7 @@ def _is_tag(name: str) -> bool:
 def _latest(path: Path, sources: Sources) -> str:
     there = _tags(path)
     for pointer in (LATEST, _LATEST_UNIVERSAL):
-        if not (path / pointer).is_file():
+        if not is_file(path / pointer):
             continue
         try:
             name = _content(child(path, pointer), sources).decode().strip()
@@ -185,7 +186,7 @@ def _classified(folder: Path, tag: str) -> Location:
     optim: dict[tuple[int, int], Path] = {}
     experts: dict[tuple[int, int], Path] = {}
     partitioned = False
-    for path in sorted(folder.iterdir()):
+    for path in listing(folder):
         name = path.name
         if match := _MODEL.fullmatch(name):
             _put(model, (0, int(match[1])), folder, name)
@@ -216,7 +217,7 @@ def _classified(folder: Path, tag: str) -> Location:
             path=folder,
             hint="Remove the files of the older save.",
         )
-    universal = (folder / "zero").is_dir() and not optim
+    universal = is_folder(folder / "zero") and not optim
     return Location(folder, tag, model, optim, experts, partitioned, universal)
 
 
@@ -303,18 +304,18 @@ def _numbers(numbers: Sequence[int]) -> str:
 
 
 def _is_tag_folder(path: Path) -> bool:
-    return path.is_dir() and any(
+    return is_folder(path) and any(
         _MODEL.fullmatch(file.name)
         or _MODEL_STAGE3.fullmatch(file.name)
         or _OPTIM.fullmatch(file.name)
         or _PIPELINE.fullmatch(file.name)
-        for file in path.iterdir()
+        for file in listing(path)
     )
 
 
 def _tags(path: Path) -> list[str]:
-    return sorted(folder.name for folder in path.iterdir() if _is_tag_folder(folder))
+    return sorted(folder.name for folder in listing(path) if _is_tag_folder(folder))
 
 
 def _has_other_weights(path: Path) -> bool:
-    return any(file.suffix in (".safetensors", ".distcp", ".bin") for file in path.iterdir())
+    return any(file.suffix in (".safetensors", ".distcp", ".bin") for file in listing(path))

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import proof
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
+from reshard.formats.deepspeed.flat import FlatSpace, in_module_order, stored_entry
 from reshard.formats.deepspeed.parse import Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources
@@ -27,8 +28,13 @@ def catalog(
     proof.check_frozen_copies(saved.model, sources)
     if not allow_step_mismatch:
         proof.check_model_step(saved, sources)
-    entries, findings = complete({entry.spec.name: entry for entry in _parameters(saved)}, saved)
+    entries, findings = complete(parameters(saved), saved)
     return describe(location, saved, entries, findings)
+
+
+def parameters(saved: Saved) -> dict[str, Entry]:
+    """The flat tensors of all sub-groups, cut into parameters."""
+    return {entry.spec.name: entry for entry in _parameters(saved)}
 
 
 def complete(masters: Mapping[str, Entry], saved: Saved) -> tuple[dict[str, Entry], list[Finding]]:
@@ -78,7 +84,7 @@ def _parameters(saved: Saved) -> Iterator[Entry]:
             at = min(rank * piece, spec.numel)
             length = min(piece, spec.numel - at)
             fragments += space.fragments(cursor, length, spec.numel, at)
-        yield flat_entry(spec, fragments, "parameter")
+        yield proven(spec, fragments, "parameter")
         cursor += piece
 
 
@@ -134,4 +140,4 @@ def _frozen(saved: Saved) -> Iterator[Entry]:
             length = min(piece, numel - at)
             fragments += FlatSpace([part]).fragments(0, length, numel, at)
         if dtype is not None:
-            yield flat_entry(TensorSpec(name, dtype, shape), fragments, "frozen")
+            yield proven(TensorSpec(name, dtype, shape), fragments, "frozen")

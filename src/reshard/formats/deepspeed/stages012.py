@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from reshard.containers.torch import TensorRef
 from reshard.core.catalog import Catalog
-from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry, Kind, TensorSpec
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError
-from reshard.formats.deepspeed import experts, proof
+from reshard.formats.deepspeed import experts, proof, unnamed
+from reshard.formats.deepspeed.aliases import other_names
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import FlatSpace, flat_entry, in_module_order, stored_entry
+from reshard.formats.deepspeed.flat import FlatSpace, in_module_order, stored_entry
 from reshard.formats.deepspeed.parse import ModelFile, OptimFile, Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources
@@ -22,13 +22,23 @@ from reshard.storage.local import Sources
 
 def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
     """The masters of all groups, and from the module what has no master."""
+    entries = parameters(saved)
+    if saved.optim:
+        proof.check_steps(saved.optim, sources)
+        proof.check_masters(saved.module, entries, sources)
+    elif saved.model[0].masters and not saved.experts:
+        entries = unnamed.masters(saved, sources) or {}
+        proof.check_masters(saved.module, entries, sources)
+    return describe(location, saved, complete(entries, saved))
+
+
+def parameters(saved: Saved) -> dict[str, Entry]:
+    """The flat tensors of all groups, cut into parameters; none without ZeRO."""
     entries: dict[str, Entry] = {}
     if saved.optim:
         for number, shapes in enumerate(saved.model[0].groups):
             entries.update(_group(number, shapes, saved))
-        proof.check_steps(saved.optim, sources)
-        proof.check_masters(saved.module, entries, sources)
-    return describe(location, saved, complete(entries, saved))
+    return entries
 
 
 def complete(masters: Mapping[str, Entry], saved: Saved) -> dict[str, Entry]:
@@ -40,7 +50,7 @@ def complete(masters: Mapping[str, Entry], saved: Saved) -> dict[str, Entry]:
     """
     model, module = saved.model[0], saved.module
     entries = dict(masters)
-    aliases = _aliases(model, entries)
+    aliases = other_names(model, entries)
     refuse_unread(model, model.unread.keys() - entries.keys() - aliases.keys())
     for name, tensor in module.items():
         owner = aliases.get(name, name)
@@ -87,9 +97,7 @@ def _cut(number: int, shapes: Shapes, optim: tuple[OptimFile, ...]) -> dict[str,
     at = 0
     for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
         spec = TensorSpec(name, dtype, shape)
-        entries[name] = flat_entry(
-            spec, space.fragments(at, spec.numel, spec.numel, 0), "parameter"
-        )
+        entries[name] = proven(spec, space.fragments(at, spec.numel, spec.numel, 0), "parameter")
         at += spec.numel + padding
     return entries
 
@@ -122,39 +130,6 @@ def _check_partitions(number: int, needed: int, optim: tuple[OptimFile, ...]) ->
             path=optim[0].path,
             hint="The files are of different saves, or a rank's file is missing.",
         )
-
-
-def _aliases(model: ModelFile, entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Other names of stored weights: alias -> stored name.
-
-    Stated since DeepSpeed 0.9.2. Before, two names of one place in the module's storage. Before
-    0.19.6 empty parameters were stated to be tied to one another: those are not.
-    """
-    module = model.module
-    if model.shared is not None:
-        return {
-            alias: stored
-            for alias, stored in model.shared.items()
-            if alias not in entries and not (alias in module and _empty(module[alias]))
-        }
-    places: dict[tuple[object, ...], str] = {}
-    for name in [*(name for name in module if name in entries), *module]:
-        tensor = module[name]
-        if not _empty(tensor):
-            places.setdefault(_place(tensor), name)
-    return {
-        name: places[_place(tensor)]
-        for name, tensor in module.items()
-        if places.get(_place(tensor), name) != name and name not in entries
-    }
-
-
-def _empty(tensor: TensorRef) -> bool:
-    return 0 in tensor.shape
-
-
-def _place(tensor: TensorRef) -> tuple[tuple[str, int], DType, tuple[int, ...], object]:
-    return tensor.storage, tensor.dtype, tensor.shape, tensor.strides
 
 
 def _kind(name: str, model: ModelFile, *, zero: bool) -> Kind:

@@ -12,14 +12,14 @@ others must equal it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
 from reshard.core import rearrange
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Box, Entry, TensorSpec
-from reshard.core.tiling import check_tiling
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import parallel_info, proof
 from reshard.formats.deepspeed.files import Saved
@@ -64,18 +64,9 @@ def check(location: Location, saved: Sequence[Saved], sources: Sources) -> list[
 
 def join(saved: Sequence[Saved], parts: Sequence[Catalog], sources: Sources) -> Catalog:
     """The catalog of the whole, given those of all tensor parallel ranks, in order."""
-    first = saved[0].model[0]
-    info = parallel_info.parse(first.parallel_info or {}, first.path)
+    join_one = joiner(saved, sources)
     _check_names(saved, parts)
-    entries = {}
-    for name in parts[0].entries:
-        held = [part.entries[name] for part in parts]
-        sharding = _sharding(info, held)
-        for block in sharding.blocks:
-            copies = [_cropped(held, block, number) for number in range(len(block.held))]
-            for copy in copies[1:]:
-                proof.check_replicas(copies[0], copy, sources)
-        entries[name] = _joined(held, sharding)
+    entries = {name: join_one([part.entries[name] for part in parts]) for name in parts[0].entries}
     origin = parts[0].origin
     return replace(
         parts[0],
@@ -88,6 +79,22 @@ def join(saved: Sequence[Saved], parts: Sequence[Catalog], sources: Sources) -> 
             details={**origin.details, "tensor_parallel": len(parts)},
         ),
     )
+
+
+def joiner(saved: Sequence[Saved], sources: Sources) -> Callable[[Sequence[Entry]], Entry]:
+    """What joins one tensor, given as all tensor parallel ranks hold it, in order."""
+    first = saved[0].model[0]
+    info = parallel_info.parse(first.parallel_info or {}, first.path)
+
+    def join_one(held: Sequence[Entry]) -> Entry:
+        sharding = _sharding(info, held)
+        for block in sharding.blocks:
+            copies = [_cropped(held, block, number) for number in range(len(block.held))]
+            for copy in copies[1:]:
+                proof.check_replicas(copies[0], copy, sources)
+        return _joined(held, sharding)
+
+    return join_one
 
 
 def _check_handled(location: Location, saved: Sequence[Saved]) -> None:
@@ -174,9 +181,7 @@ def _joined(held: Sequence[Entry], sharding: Sharding) -> Entry:
             box = Box(sharding.shape, offsets, fragment.box.sizes)
             fragments.append(replace(fragment, box=box))
     spec = TensorSpec(like.spec.name, like.spec.dtype, sharding.shape)
-    entry = Entry(spec, tuple(fragments), like.kind, held[0].aliases)
-    check_tiling(entry)
-    return entry
+    return proven(spec, fragments, like.kind, held[0].aliases)
 
 
 def _cropped(held: Sequence[Entry], block: Block, number: int) -> Entry:

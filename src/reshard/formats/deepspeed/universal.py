@@ -28,14 +28,15 @@ from reshard.containers.torch import TensorRef, TorchFile
 from reshard.containers.torch import read as read_torch
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, Record, Shape, TensorSpec, flat
+from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed import autoep, proof, stage3, stages012
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import flat_entry
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import is_file
 
 
 def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
@@ -53,7 +54,7 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
     saved = replace(saved, model=(autoep.with_routers(model), *saved.model[1:]))
     for name, shape in (item for group in model.groups for item in group.items()):
         path = child(child(child(location.folder, "zero"), name), "fp32.pt")
-        if not path.is_file():
+        if not is_file(path):
             raise IncompleteError(
                 "it is not there.",
                 path=path,
@@ -65,7 +66,7 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
         if count is not None:
             autoep.check(file, count, path, name)
             shape = (count, *shape[1:])
-        entries[name] = _master(name, shape, _stored(file, path), path)
+        entries[name] = master(name, shape, stored(file, path), path)
         records += file.records
     if location.partitioned_model:
         entries, findings = stage3.complete(entries, saved)
@@ -76,7 +77,7 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
     return replace(found, records=(*found.records, *records))
 
 
-def _stored(file: TorchFile, path: Path) -> TensorRef:
+def stored(file: TorchFile, path: Path) -> TensorRef:
     value = file.value
     stored = value.get("param") if isinstance(value, dict) else value
     if not isinstance(stored, TensorRef) or stored.strides is not None:
@@ -84,7 +85,7 @@ def _stored(file: TorchFile, path: Path) -> TensorRef:
     return stored
 
 
-def _master(name: str, shape: Shape, stored: TensorRef, path: Path) -> Entry:
+def master(name: str, shape: Shape, stored: TensorRef, path: Path) -> Entry:
     """A master whose shape the model file states; the file has it in full shape or flat."""
     spec = TensorSpec(name, stored.dtype, shape)
     if stored.shape not in (shape, (spec.numel,)):
@@ -95,4 +96,4 @@ def _master(name: str, shape: Shape, stored: TensorRef, path: Path) -> Entry:
             tensor=name,
             hint="Make the universal checkpoint again.",
         )
-    return flat_entry(spec, [stored.fragment(flat(spec.numel, 0, spec.numel))], "parameter")
+    return proven(spec, [stored.fragment(flat(spec.numel, 0, spec.numel))], "parameter")

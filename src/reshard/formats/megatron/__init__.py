@@ -32,6 +32,7 @@ from reshard.errors import IncompleteError, NotFoundError, ReshardError
 from reshard.formats import Selection
 from reshard.formats.megatron import folders, plans, refused, settings
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import exists
 
 __all__ = ["detect", "read"]
 
@@ -83,7 +84,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 def _metadata(folder: Path, sources: Sources) -> Metadata:
     path = child(folder, _METADATA)
-    if not path.exists():
+    if not exists(path):
         raise IncompleteError(
             f"it holds no {_METADATA}, which says where each tensor lies.",
             path=folder,

@@ -18,6 +18,7 @@ from reshard.errors import IncompleteError, NotFoundError, UnsupportedError, bri
 from reshard.formats import of_role
 from reshard.formats.signs import MCORE, MCORE_COMMON, is_mcore
 from reshard.storage import strict_json
+from reshard.storage.paths import exists, is_file, is_folder, is_link, listing, matching
 
 # Where the model lies in a folder that a trainer names: NeMo 2, verl up to 0.8, verl 0.9.
 _MODEL = ("weights", "dist_ckpt", "model/dist_ckpt")
@@ -36,10 +37,10 @@ _TORCH = (
 
 def why(path: Path) -> str | None:
     """Why `path` looks like Megatron-Core's, or None."""
-    if path.is_file():
+    if is_file(path):
         rank = path.name in _RANK_FILES and _RANK.fullmatch(path.parent.name)
         return f"it is a rank's file of {path.parent.name}" if rank else None
-    if not path.is_dir():
+    if not is_folder(path):
         return None
     if is_mcore(path):
         return "it holds a distributed checkpoint of Megatron-Core"
@@ -57,7 +58,7 @@ def find(path: Path, role: str | None) -> Path:
 
     Raises `NotFoundError`, `UnsupportedError`, `IncompleteError`.
     """
-    if path.is_file() or _rank_folders(path):
+    if is_file(path) or _rank_folders(path):
         raise UnsupportedError(
             f"{_TORCH}.",
             path=path,
@@ -89,23 +90,23 @@ def _roles(path: Path) -> list[Path]:
     below = (*_MODEL[1:], *_STATE)
     return [
         role
-        for role in sorted(path.iterdir())
-        if role.is_dir() and not role.is_symlink() and any(is_mcore(role / each) for each in below)
+        for role in listing(path)
+        if is_folder(role) and not is_link(role) and any(is_mcore(role / each) for each in below)
     ]
 
 
 def _rank_folders(path: Path) -> list[str]:
     return sorted(
         one.name
-        for one in path.iterdir()
-        if _RANK.fullmatch(one.name) and any((one / file).is_file() for file in _RANK_FILES)
+        for one in listing(path)
+        if _RANK.fullmatch(one.name) and any(is_file(one / file) for file in _RANK_FILES)
     )
 
 
 def _check(folder: Path) -> None:
     """Refuse a save that did not finish, and backends that are not read."""
     stated = folder / MCORE
-    if not stated.is_file():
+    if not is_file(stated):
         raise IncompleteError(
             f"it holds {MCORE_COMMON} and no {MCORE}, which Megatron-Core writes last: the save "
             "did not finish.",
@@ -121,7 +122,7 @@ def _check(folder: Path) -> None:
             hint="Load it with the Megatron that wrote it, and save it with --ckpt-format "
             "torch_dist.",
         )
-    if (folder / "modelopt_state").exists():
+    if exists(folder / "modelopt_state"):
         raise UnsupportedError(
             "it is of a model that ModelOpt has quantised or pruned (modelopt_state), which is "
             "not read.",
@@ -135,7 +136,7 @@ def where_weights_lie(folder: Path) -> str | None:
     for parent in (folder, *folder.parents[:3]):
         for below in ("model/dist_ckpt", "model/huggingface", "huggingface", "hf"):
             one = parent / below
-            if one != folder and (is_mcore(one) or any(one.glob("*.safetensors"))):
+            if one != folder and (is_mcore(one) or any(matching(one, "*.safetensors"))):
                 return f"The model lies in {one}: name that folder."
     return None
 
@@ -155,6 +156,6 @@ def export_beside(folder: Path) -> Path | None:
     """A folder with the whole model that the trainer wrote as well."""
     for below in _EXPORTS:
         one = folder.parent / below[3:] if below.startswith("../") else folder / below
-        if any(one.glob("*.safetensors")):
+        if any(matching(one, "*.safetensors")):
             return one
     return None

@@ -26,6 +26,7 @@ from reshard.formats.signs import MCORE_COMMON
 from reshard.naming.megatron_args import SETTINGS
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
+from reshard.storage.paths import file_size, is_file
 
 _JSON = ("../transformer_config.json", "../../transformer_config.json")
 _YAML = ("run_config.yaml", "../context/model.yaml")
@@ -51,7 +52,7 @@ def read(folder: Path, sources: Sources) -> Stated:
     for values in _others(folder, sources):
         found.update(values)
     path = folder / MCORE_COMMON
-    if path.is_file():
+    if is_file(path):
         try:
             found.update(_args(torchfile.read(sources.open(path)).value))
         except ReshardError as error:
@@ -75,13 +76,13 @@ def _args(common: object) -> Mapping[str, Any]:
 def _others(folder: Path, sources: Sources) -> Iterator[Mapping[str, Any]]:
     for name in _YAML:
         path = _beside(folder, name)
-        if path.is_file() and path.stat().st_size <= _MAX_NBYTES:
+        if is_file(path) and file_size(path) <= _MAX_NBYTES:
             source = sources.open(path)
             text = source.read(0, source.size).decode("utf-8", "replace")
             yield _of_yaml(text)
     for name in _JSON:
         path = _beside(folder, name)
-        if path.is_file():
+        if is_file(path):
             try:
                 yield strict_json.read_object(sources.open(path))
             except ReshardError:

@@ -31,6 +31,7 @@ from reshard.formats import Selection, of_several
 from reshard.formats.rank_files import files, join, local
 from reshard.formats.rank_files.state import read_state
 from reshard.storage.local import Sources
+from reshard.storage.paths import is_folder, matching
 
 __all__ = ["detect", "read"]
 
@@ -78,7 +79,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 def _beside(folder: Path) -> list[Finding]:
     """That the model's full weights lie beside the ranks' files."""
     export = folder / _EXPORT
-    if not export.is_dir() or not any(export.glob("*.safetensors")):
+    if not is_folder(export) or not any(matching(export, "*.safetensors")):
         return []
     message = (
         f"{export} holds the full weights as well, in the type that verl saved them in; the ranks' "

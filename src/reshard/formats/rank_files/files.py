@@ -20,6 +20,7 @@ from reshard.errors import FormatError, IncompleteError, NotFoundError, brief, l
 from reshard.formats import numbered, of_role
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
+from reshard.storage.paths import is_file, is_folder, is_link, listing
 
 _VERL = re.compile(r"(?P<model>model)_world_size_(?P<world>\d{1,7})_rank_(?P<rank>\d{1,7})\.pt")
 _ACCELERATE = re.compile(r"(?P<model>pytorch_model_fsdp(?:_\d+)?)_rank_?(?P<rank>\d{1,7})\.bin")
@@ -100,7 +101,7 @@ class _File(Struct, frozen=True):
 
 def why(path: Path) -> str | None:
     """Why `path` looks like rank files, or None."""
-    if path.is_file():
+    if is_file(path):
         mine = _parse(path)
         if mine is None or mine not in _of_folder(path.parent):
             return None
@@ -117,7 +118,7 @@ def find(path: Path, role: str | None, sources: Sources) -> Saved:
 
     Raises `NotFoundError`, `FormatError`, `IncompleteError`.
     """
-    named = _parse(path) if path.is_file() else None
+    named = _parse(path) if is_file(path) else None
     folder = path.parent if named is not None else path
     found = _of_folder(folder)
     if not found:
@@ -152,13 +153,13 @@ def find(path: Path, role: str | None, sources: Sources) -> Saved:
 
 def _of_folder(folder: Path) -> list[_File]:
     """The rank files of a folder, those of a known trainer before any other's."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         return []
-    found = [file for path in sorted(folder.iterdir()) if (file := _parse(path)) is not None]
+    found = [file for path in listing(folder) if (file := _parse(path)) is not None]
     known = [file for file in found if file.writer != "torch"]
     if known:
         return [file for file in known if file.writer == known[0].writer]
-    if any(path.name.endswith(_FOREIGN) for path in folder.iterdir()):
+    if any(path.name.endswith(_FOREIGN) for path in listing(folder)):
         return []
     models = {file.model for file in found}
     ranks = {model: {file.rank for file in found if file.model == model} for model in models}
@@ -181,9 +182,9 @@ def _parse(path: Path) -> _File | None:
 
 def _roles(folder: Path) -> list[Path]:
     """The folders of a step's models, one a role; verl's only."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         return []
-    below = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
+    below = [path for path in listing(folder) if is_folder(path) and not is_link(path)]
     return [path for path in below if any(file.writer == "verl" for file in _of_folder(path))]
 
 
@@ -208,7 +209,7 @@ def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
 def _agreed(folder: Path, world: int | None, sources: Sources) -> int | None:
     """The world, held against verl's `fsdp_config.json` where there is one (since mid-2025)."""
     path = folder / _CONFIG
-    if not path.is_file():
+    if not is_file(path):
         return world
     config = strict_json.read_object(sources.open(child(folder, _CONFIG)))
     if "world_size" not in config:

@@ -16,8 +16,8 @@ from reshard.containers.distributed import Local
 from reshard.containers.torch import TensorRef
 from reshard.core.findings import Finding
 from reshard.core.tensors import Box, Entry, Record, TensorSpec
-from reshard.core.tiling import check_tiling
-from reshard.errors import FormatError, IncompleteError
+from reshard.core.tiling import proven
+from reshard.errors import FormatError, IncompleteError, at
 from reshard.formats.rank_files.files import NOTHING_MISSING, Missing, Saved
 from reshard.formats.rank_files.state import State
 from reshard.storage.local import Sources
@@ -168,18 +168,13 @@ def entry_of(
     """
     spec = TensorSpec(name, first.dtype, first.shape)
     fragments = tuple(each.tensor.fragment(each.box) for each in held) if spec.numel else ()
-    entry = Entry(spec, fragments, "parameter" if spec.dtype.floating else "buffer")
     try:
-        check_tiling(entry)
-    except IncompleteError as error:
-        error.path = str(saved.folder)
+        with at(saved.folder):
+            return proven(spec, fragments, "parameter" if spec.dtype.floating else "buffer")
+    except IncompleteError:
         if missing.count:
             raise ranks_missing(missing, saved) from None
         raise
-    except FormatError as error:
-        error.path = error.path or str(saved.folder)
-        raise
-    return entry
 
 
 def ranks_missing(missing: Missing, saved: Saved) -> IncompleteError:

@@ -17,10 +17,11 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from reshard.errors import FormatError, NotFoundError, UnsupportedError, brief
+from reshard.errors import FormatError, NotFoundError, UnsupportedError, at, brief
 from reshard.naming.lora import methods, patterns
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
+from reshard.storage.paths import is_file, is_folder
 
 NAME = "adapter_config.json"
 # verl puts the adapter's own folder beside the ranks' files.
@@ -61,11 +62,6 @@ class AdapterConfig(Struct, frozen=True):
         alpha = self.alpha if key is None else self.alphas[key]
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
-    def rank_of(self, module: str) -> int | None:
-        """The rank that a module's adapter has by this config; None where it states none."""
-        key = patterns.key_of(self.ranks, module)
-        return self.rank if key is None else self.ranks[key]
-
     def to_json(self) -> dict[str, Any]:
         """What `reshard.json` records: all that decides a value, and no path."""
         return {
@@ -94,13 +90,13 @@ def read_near(checkpoint: Path, sources: Sources | None, named: Path | None) -> 
     Raises `NotFoundError` where the named one is not there, and what `parse_adapter_config` does.
     """
     if named is not None:
-        path = named / NAME if named.is_dir() else named
-        if not path.is_file():
+        path = named / NAME if is_folder(named) else named
+        if not is_file(path):
             raise NotFoundError("there is no such file.", path=path)
         return ConfigFile(path, _read(path, sources), named=True)
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    near = (path for place in _FOLDERS if (path := folder / place / NAME).is_file())
-    verls = [folder / _META] if (folder / _META).is_file() else []
+    folder = checkpoint if is_folder(checkpoint) else checkpoint.parent
+    near = (path for place in _FOLDERS if is_file(path := folder / place / NAME))
+    verls = [folder / _META] if is_file(folder / _META) else []
     found = [ConfigFile(path, _read(path, sources)) for path in (*islice(near, 1), *verls)]
     # verl's merger writes an alpha of 0 into its adapter folder where it does not know it.
     known = [file for file in found if file.config.alpha] or found[:1]
@@ -112,12 +108,8 @@ def read_near(checkpoint: Path, sources: Sources | None, named: Path | None) -> 
 def _read(path: Path, sources: Sources | None) -> AdapterConfig:
     with Sources() as own:
         raw = strict_json.read_object((sources or own).open(path))
-    try:
+    with at(path):
         return parse_adapter_config(raw)
-    except UnsupportedError as error:
-        raise UnsupportedError(error.message, path=path, hint=error.hint) from None
-    except FormatError as error:
-        raise FormatError(error.message, path=path, hint=error.hint) from None
 
 
 def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:

@@ -29,8 +29,8 @@ from reshard.naming.lora import methods
 from reshard.naming.search import unwrap
 
 # PeftModel holds a tuner as `base_model`, which holds the model as `model` (peft/peft_model.py).
-_PREFIX = "base_model.model."
-_WRAPPED = f".{_PREFIX}"
+PREFIX = "base_model.model."
+_WRAPPED = f".{PREFIX}"
 # Parameters of torch's MultiheadAttention, which PEFT wraps whole.
 _ATTENTION = ("in_proj_weight", "in_proj_bias")
 
@@ -166,7 +166,7 @@ class _Separation:
         self._found = {found for name in names for found in self._adapters_in(name.split("."))}
         self._name = self._choose(adapter)
         # ms-swift saves what it trained in full (vit.safetensors) without PEFT's prefix.
-        wrapped = sum(name.startswith(_PREFIX) for name in names)
+        wrapped = sum(name.startswith(PREFIX) for name in names)
         self._mixed = not self._name and 0 < wrapped < len(names)
         for entry in entries.values():
             self._sort(entry)
@@ -202,7 +202,7 @@ class _Separation:
         """Put a tensor where it belongs: with its adapter, among the plain names, or nowhere."""
         names = []
         for name in entry.names:
-            parts = unwrap(name.removeprefix(_PREFIX) if self._mixed else name).split(".")
+            parts = unwrap(name.removeprefix(PREFIX) if self._mixed else name).split(".")
             if self._is_own(parts):
                 names.append(".".join(parts))
                 continue

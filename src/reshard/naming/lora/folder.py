@@ -16,14 +16,14 @@ from msgspec import Struct
 
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
-from reshard.naming.lora.config import AdapterConfig
-from reshard.naming.lora.find import Separated
+from reshard.naming.lora.config import NAME, AdapterConfig
+from reshard.naming.lora.find import PREFIX, Separated
+from reshard.storage.paths import absolute
 
 #: The file names that PEFT looks for.
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+CONFIG = NAME
 
-_PREFIX = "base_model.model."
 # A repository's name on the hub, with its owner; it is no path of one machine.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 # The folder of a snapshot in the Hugging Face cache: models--owner--name/snapshots/<revision>.
@@ -78,7 +78,7 @@ def named(config: AdapterConfig, base: Path, base_config: Mapping[str, Any]) -> 
     if task is None and class_ and "auto_map" not in base_config:
         # PEFT's AutoPeftModel makes the class that is named here, where no task says which.
         mapping = {"base_model_class": class_, "parent_library": "transformers"}
-    return Named(name or str(base.absolute()), task, mapping, revision)
+    return Named(name or str(absolute(base)), task, mapping, revision)
 
 
 def _task(class_: str, config: Mapping[str, Any]) -> str | None:
@@ -99,7 +99,7 @@ def adapter_folder(
     tensors: dict[str, Entry] = {}
 
     def keep(name: str, entry: Entry) -> None:
-        key = _PREFIX + name.removeprefix(prefix)
+        key = PREFIX + name.removeprefix(prefix)
         tensors[key] = entry.renamed(key)
 
     for module, adapter in separated.adapters.items():

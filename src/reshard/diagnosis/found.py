@@ -1,18 +1,14 @@
-"""What a check finds: an ailment by name, its evidence, and the mend where there is one."""
+"""What a check sees of a model folder, and how it is repaired where it can be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
 
 from msgspec import Struct, field
 
 from reshard.core.catalog import Asset
-from reshard.diagnosis.case import Case
+from reshard.core.findings import Finding
 from reshard.errors import listed
-
-#: An error makes the model wrong or unusable somewhere; a warning does not.
-Severity = Literal["error", "warning"]
 
 # Names shown in a line of evidence; a broken export can have thousands.
 _SHOWN = 4
@@ -46,44 +42,17 @@ class Signs(Struct, frozen=True):
     advice: str = ""
 
 
-class Finding(Struct, frozen=True):
-    """An ailment that a folder has."""
+class Found(Struct, frozen=True):
+    """A finding of a check, and its repair where there is one."""
 
-    name: str
-    severity: Severity
-    about: str
-    evidence: tuple[str, ...]
+    finding: Finding
     repair: Repair | None = None
-    advice: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The finding as JSON values; `repair` is null where it cannot be mended."""
-        return {
-            "name": self.name,
-            "severity": self.severity,
-            "about": self.about,
-            "evidence": list(self.evidence),
-            "repair": None if self.repair is None else self.repair.words,
-            "advice": self.advice,
-        }
 
 
-class Ailment(Struct, frozen=True):
-    """A thing that can be wrong: what it is, in one line, and the check that sees it."""
-
-    name: str
-    severity: Severity
-    about: str
-    check: Callable[[Case], Signs | None]
-
-    def examine(self, case: Case) -> Finding | None:
-        """The finding, or None where the folder does not have this ailment."""
-        signs = self.check(case)
-        if signs is None:
-            return None
-        return Finding(
-            self.name, self.severity, self.about, signs.evidence, signs.repair, signs.advice
-        )
+def found(code: str, signs: Signs) -> Found:
+    """What a check saw as a finding; its fix is the repair or, where there is none, the advice."""
+    fix = signs.advice if signs.repair is None else signs.repair.words
+    return Found(Finding(code, "; ".join(signs.evidence), fix=fix), signs.repair)
 
 
 def some(names: Iterable[str]) -> str:

@@ -4,16 +4,17 @@
     __0_1.distcp
     .metadata      written by `pickling`
 
-As if one rank had saved with several writer threads. A large tensor is cut into rows, so that a
-rank that loads its part of it reads little more than that part: `dcp.load` reads chunks whole.
-The number of chunks is a power of two and each but the last has ceil(rows / chunks) rows, as
-FSDP cuts: for as many ranks, each chunk is exactly one rank's.
+As if one rank had saved with several writer threads. A large tensor is cut into rows (`by_rows`),
+so that a rank that loads its part of it reads little more than that part: `dcp.load` reads chunks
+whole. The number of chunks is a power of two and each but the last has ceil(rows / chunks) rows, as
+FSDP cuts: for as many ranks, each chunk is exactly one rank's. Objects that are no tensors follow
+the tensors, each a torch.save stream that the caller gives.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct, field
 
@@ -30,10 +31,23 @@ from reshard.core.tensors import Box, Entry, Shape, TensorSpec, whole
 MAX_CHUNK_NBYTES = 64 << 20
 # Bytes of a chunk's zip beside its tensor, rounded up.
 _ZIP_NBYTES = 2048
+#: Cuts a tensor into chunks of at most so many bytes, where rows allow it: boxes over its shape in
+#: row-major order, each one unbroken run of its elements, with the elements.
+Cut = Callable[[TensorSpec, Entry, int], Iterable[tuple[Box, Entry]]]
+
+
+def by_rows(spec: TensorSpec, source: Entry, max_nbytes: int) -> Iterator[tuple[Box, Entry]]:
+    """The tensor in chunks of rows, ascending; a tensor without rows to cut is one chunk."""
+    for box in rows(spec, max_nbytes):
+        yield box, source if box.sizes == spec.shape else crop(source, box)
 
 
 def lay_out(
-    slots: Sequence[tuple[TensorSpec, Entry, Entry | None]], max_file_nbytes: int
+    slots: Sequence[tuple[TensorSpec, Entry, Entry | None]],
+    max_file_nbytes: int,
+    *,
+    cut: Cut = by_rows,
+    objects: Mapping[str, bytes] | None = None,
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Files and metadata for tensors given as (target, source, reference), in state dict order.
 
@@ -41,23 +55,40 @@ def lay_out(
     `max_file_nbytes`, unless a single row of a tensor does not fit.
     """
     max_chunk_nbytes = min(MAX_CHUNK_NBYTES, max_file_nbytes - _ZIP_NBYTES)
-    files: list[_File] = [_File("__0_0.distcp")]
+    files = _Files(max_file_nbytes)
     tensors: dict[str, StoredTensor] = {}
     aliases: dict[str, str] = {}
     for spec, source, _ in slots:
         chunks = []
-        for box in _cut(spec, max_chunk_nbytes):
+        for box, held in cut(spec, source, max_chunk_nbytes):
             archive = _archive(spec.dtype, box.sizes)
-            if files[-1].nbytes and files[-1].nbytes + archive.nbytes > max_file_nbytes:
-                files.append(_File(f"__0_{len(files)}.distcp"))
-            held = source if box.sizes == spec.shape else crop(source, box)
-            location = files[-1].add(TensorSpec(spec.name, spec.dtype, box.sizes), held, archive)
+            location = files.room(archive.nbytes).add(
+                TensorSpec(spec.name, spec.dtype, box.sizes), held, archive
+            )
             chunks.append(Chunk(box.offsets, box.sizes, (location,)))
         tensors[spec.name] = StoredTensor(spec.dtype.name, spec.shape, tuple(chunks))
         aliases.update(dict.fromkeys(source.aliases, spec.name))
-    paths = {name: (name,) for name in (*tensors, *aliases)}
-    metadata = pickling.dump(Metadata(tensors, {}, paths, None, aliases))
-    return tuple(file.output() for file in files), ((".metadata", metadata),)
+    stored = {
+        key: (files.room(len(data)).add_object(data),) for key, data in (objects or {}).items()
+    }
+    paths = {name: (name,) for name in (*tensors, *aliases, *stored)}
+    metadata = pickling.dump(Metadata(tensors, stored, paths, None, aliases))
+    return tuple(file.output() for file in files.all), ((".metadata", metadata),)
+
+
+class _Files:
+    """The files, of which the last one grows."""
+
+    def __init__(self, max_nbytes: int) -> None:
+        self._max_nbytes = max_nbytes
+        self.all = [_File("__0_0.distcp")]
+
+    def room(self, nbytes: int) -> _File:
+        """The file that an item of this size goes into."""
+        last = self.all[-1]
+        if last.nbytes and last.nbytes + nbytes > self._max_nbytes:
+            self.all.append(_File(f"__0_{len(self.all)}.distcp"))
+        return self.all[-1]
 
 
 class _File(Struct):
@@ -78,23 +109,29 @@ class _File(Struct):
         self.nbytes += archive.nbytes
         return Location(self.name, start, archive.nbytes)
 
+    def add_object(self, data: bytes) -> Location:
+        start = self.nbytes
+        self.literals.append((start, data))
+        self.nbytes += len(data)
+        return Location(self.name, start, len(data))
+
     def output(self) -> OutputFile:
         return OutputFile(self.name, self.nbytes, tuple(self.literals), tuple(self.slots))
 
 
-def _cut(spec: TensorSpec, max_nbytes: int) -> Iterator[Box]:
-    """The tensor in chunks of rows, ascending; a tensor without rows to cut is one chunk."""
-    rows = spec.shape[0] if spec.shape else 1
+def rows(spec: TensorSpec, max_nbytes: int) -> Iterator[Box]:
+    """The boxes of `by_rows`."""
+    total = spec.shape[0] if spec.shape else 1
     count = 1
-    while spec.nbytes > max_nbytes * count and count < rows:
+    while spec.nbytes > max_nbytes * count and count < total:
         count *= 2
     if count == 1:
         yield whole(spec.shape)
         return
-    step = -(-rows // count)
+    step = -(-total // count)
     tail = (0,) * (len(spec.shape) - 1)
-    for start in range(0, rows, step):
-        sizes = (min(step, rows - start), *spec.shape[1:])
+    for start in range(0, total, step):
+        sizes = (min(step, total - start), *spec.shape[1:])
         yield Box(spec.shape, (start, *tail), sizes)
 
 

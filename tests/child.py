@@ -7,15 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
-def run(module: str, *arguments: str) -> None:
-    """`python -m module arguments`, on one thread; fails with the end of what it said."""
+def run(module: str, *arguments: str, **more: str) -> None:
+    """Run `python -m module arguments` on one thread, with `more` in its environment.
+
+    If it fails, the test fails with the end of what it said.
+    """
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
+        **more,
     }
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],

@@ -1,0 +1,134 @@
+"""The command `reshard diff`: flags in, `reshard.diff`, tables or JSON out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from reshard.cli import output
+from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
+from reshard.cli.progress import Shown, how_shown, shown_progress
+from reshard.comparison.declared import DIFF
+
+if TYPE_CHECKING:
+    from reshard.comparison.result import Compared, Comparison
+    from reshard.comparison.sums import Key, Sum
+
+_PATH = FolderOrFile()
+_KEYS = ("name", "change", "largest", "mean", "elements")
+
+
+@click.command(cls=Command, short_help="Compare two checkpoints, tensor by tensor.")
+@click.argument("a", type=_PATH, cls=Argument, words=DIFF["first"].help)
+@click.argument("b", type=_PATH, cls=Argument, words=DIFF["second"].help)
+@flags(DIFF.values())
+@how_shown
+@click.option("--tensors", is_flag=True, help="Show a row for each tensor, not for each layer.")
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Show the first N rows of each table, by default those that moved most.",
+)
+@click.option(
+    "--sort",
+    type=click.Choice(_KEYS),
+    help="Order of the rows, the largest first: change is the norm of the change over that of the "
+    "weights, elements the share of elements that differ. Default: by name, and with --top by "
+    "change.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@debug
+def diff(
+    a: Path,
+    b: Path,
+    base: Path | None,
+    spectrum: bool,
+    tensors: bool,
+    top: int | None,
+    sort: Key | None,
+    as_json: bool,
+    shown: Shown | None,
+    quiet: bool,
+) -> int:
+    """Compare the checkpoints A and B, of any formats, tensor by tensor.
+
+    Where dtypes differ, the wider is rounded to the narrower. Exits with 1 where they differ.
+    """
+    from reshard.comparison.compare import diff as run
+
+    with shown_progress(shown, quiet=as_json or quiet) as progress:
+        step = None if progress is None else lambda done, total: progress("compare", done, total)
+        found = run(a, b, base=base, spectrum=spectrum, progress=step)
+    if as_json:
+        output.print_json(found.to_json())
+    elif not quiet:
+        output.say_findings(found.findings)
+        show(found, tensors=tensors, top=top, sort=sort)
+    return 0 if found.same else 1
+
+
+def show(found: Comparison, *, tensors: bool, top: int | None, sort: Key | None) -> None:
+    """The summary, then tables: what differs most can be seen at once."""
+    from reshard.comparison.sums import ordered
+
+    output.tell(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
+    if found.same:
+        return
+    output.print_table(found.rows())
+    apart = found.apart()
+    if apart:
+        output.tell("")
+        cells = [(str(count), how, name) for how, name, count in apart[:top]]
+        output.print_table(cells, header=("tensors", "how", "tensor"), right={0})
+    differing = [one for one in found.measured if one.kind == "values"]
+    if tensors and differing:
+        _print_tensors(differing, sort, top)
+    elif differing:
+        layers, modules = found.layers(), found.modules()
+        _print_sums("layer", ordered(layers, sort, top))
+        if len(modules) < len(layers):
+            _print_sums("module", ordered(modules, sort, top))
+
+
+def _print_sums(title: str, rows: Iterable[Sum]) -> None:
+    """A row for each layer or module; names come last, so that they may be of any length."""
+    from reshard.comparison.sums import percent, short
+
+    cells = [
+        (
+            f"{row.differ} of {row.tensors}",
+            percent(row.share),
+            short(row.largest),
+            short(row.mean),
+            short(row.relative),
+            row.name,
+        )
+        for row in rows
+    ]
+    header = ("tensors", "elements", "largest", "mean", "change", title)
+    output.tell("")
+    output.print_table(cells, header=header, right=range(len(header) - 1))
+
+
+def _print_tensors(differing: Sequence[Compared], sort: Key | None, top: int | None) -> None:
+    from reshard.comparison.sums import ordered, percent, short, summed
+
+    by_name = {one.name: one.change for one in differing}
+    rows = ordered((summed(one.name, [one]) for one in differing), sort, top)
+    header = ["elements", "largest", "mean", "rel. max", "rel. mean", "cosine", "change"]
+    ranks = any(change.energy for change in by_name.values())
+    header += ["rank 1", "rank 8"] if ranks else []
+    cells = []
+    for row in rows:
+        change = by_name[row.name]
+        measures = (row.largest, row.mean, row.largest_relative, row.mean_relative)
+        cosine = "-" if change.cosine is None else f"{change.cosine:.6f}"
+        energy = [percent(change.energy[at]) if change.energy else "-" for at in (0, -1)]
+        columns = [percent(row.share), *map(short, measures), cosine, short(row.relative)]
+        cells.append((*columns, *(energy if ranks else []), row.name))
+    output.tell("")
+    output.print_table(cells, header=(*header, "tensor"), right=range(len(header)))

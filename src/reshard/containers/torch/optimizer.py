@@ -1,0 +1,152 @@
+"""A torch optimizer's state dict, as types.
+
+    {"state": {0: {"step": .., "exp_avg": tensor, ..}, ..},
+     "param_groups": [{"lr": .., "betas": (..), "params": [0, 1]}, ..]}
+
+Parameters go by numbers, in the order of the groups, or by names where a framework put those in
+their place. Which tensors a parameter has is the optimizer's own: `exp_avg` and `exp_avg_sq` of
+Adam, `momentum_buffer` of SGD. The step is a tensor (torch), an integer beside the moments
+(DeepSpeedCPUAdam), or one in the group (FusedAdam).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from msgspec import Struct
+
+from reshard.containers.torch.plain import Parts, number
+from reshard.containers.torch.records import Opaque, TensorRef
+from reshard.core.state import Plain, Step, Stored
+from reshard.errors import FormatError, UnsupportedError, brief
+
+Key = int | str
+# What is no hyperparameter in a group.
+_NOT_HYPER = ("params", "param_names", "step")
+# bitsandbytes: state1, qmap1, absmax1, ..; torchao's are tensors of a class of their own.
+_EIGHT_BIT = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
+# One number for each element of the parameter, also where that is a scalar; what other optimizers
+# keep as a tensor without dimensions is a setting of theirs.
+_ELEMENTWISE = frozenset(
+    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg", "sum"}
+)
+_STORED: tuple[Stored, ...] = ("float32", "int32", "int64")
+
+
+class ParamState(Struct, frozen=True):
+    """What the optimizer holds of one parameter (or of one flat tensor of several).
+
+    `moments` are tensors by kind; sharded ones are records, which the format's room decodes.
+    """
+
+    moments: Mapping[str, TensorRef | Opaque]
+    step: Step | None = None
+
+
+class ParamGroup(Struct, frozen=True):
+    """A parameter group: the keys of its parameters, and its hyperparameters."""
+
+    params: tuple[Key, ...]
+    hyperparameters: Mapping[str, Plain]
+
+
+class OptimizerDict(Struct, frozen=True):
+    """An optimizer's state dict: what it holds by parameter, and the groups."""
+
+    states: Mapping[Key, ParamState]
+    groups: tuple[ParamGroup, ...]
+
+
+def parse(value: object, parts: Parts, path: Path) -> OptimizerDict:
+    """A state dict as types; what in it is no plain data is listed in `parts`.
+
+    Raises `FormatError` where it is none, `UnsupportedError` for 8-bit states.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
+        raise FormatError("its optimizer's state is not a dict.", path=path)
+    raw = value.get("param_groups")
+    if not isinstance(raw, list) or not all(isinstance(group, dict) for group in raw):
+        raise FormatError("its optimizer's param_groups are not a list of dicts.", path=path)
+    groups, steps = [], {}
+    for at, group in enumerate(raw):
+        params = _params(group.get("params"), path)
+        groups.append(ParamGroup(params, hyperparameters(group, parts, f"param_groups.{at}")))
+        step = parse_step(group.get("step"), parts, path)
+        if step is not None:
+            steps.update(dict.fromkeys(params, step))
+    states = {
+        key: param_state(state, parts, path, f"state.{key}", steps.get(key))
+        for key, state in value["state"].items()
+        if isinstance(key, int | str)
+    }
+    return OptimizerDict(states, tuple(groups))
+
+
+def _params(value: object, path: Path) -> tuple[Key, ...]:
+    keys = value if isinstance(value, list | tuple) else None
+    if keys is None or not all(type(key) in (int, str) for key in keys):
+        raise FormatError(f"the params of a group are {brief(value)}.", path=path)
+    return tuple(keys)
+
+
+def hyperparameters(group: Mapping[object, object], parts: Parts, where: str) -> dict[str, Plain]:
+    """The settings of a group."""
+    settings = {key: value for key, value in group.items() if key not in _NOT_HYPER}
+    return parts.mapping(settings, where)
+
+
+def param_state(
+    value: object, parts: Parts, path: Path, where: str, step: Step | None = None
+) -> ParamState:
+    """What is held of one parameter. `step` is that of its group, which its own goes before.
+
+    Raises `FormatError`, `UnsupportedError`.
+    """
+    if not isinstance(value, dict):
+        raise FormatError(f"the state of a parameter is a {type(value).__name__}.", path=path)
+    moments: dict[str, TensorRef | Opaque] = {}
+    for kind, held in value.items():
+        if not isinstance(kind, str) or kind == "step" or held is None:
+            continue
+        if kind in _EIGHT_BIT or _is_codes(held):
+            raise eight_bit(path, kind)
+        if (isinstance(held, Opaque) and held.is_tensor) or (
+            isinstance(held, TensorRef) and (held.shape != () or kind in _ELEMENTWISE)
+        ):
+            moments[kind] = held
+        else:
+            parts.left_out.append(f"{where}.{kind}")
+    return ParamState(moments, parse_step(value.get("step"), parts, path) or step)
+
+
+def _is_codes(held: object) -> bool:
+    return isinstance(held, TensorRef) and not held.dtype.floating and held.shape not in ((), (1,))
+
+
+def eight_bit(path: Path, kind: str) -> UnsupportedError:
+    """That a state is quantised, and says nothing to another optimizer."""
+    return UnsupportedError(
+        f"the optimizer's state is quantised ({brief(kind)}), as 8-bit optimizers keep it, and is "
+        "not read.",
+        path=path,
+        hint="Convert the weights alone, without --optimizer.",
+    )
+
+
+def parse_step(value: object, parts: Parts, path: Path) -> Step | None:
+    """A step count. Raises `FormatError` where it is none."""
+    if value is None:
+        return None
+    stored: Stored = "int"
+    count: object = value
+    if isinstance(value, TensorRef) and value.shape in ((), (1,)):
+        count = number(value, parts.sources)
+        name = next((known for known in _STORED if known == value.dtype.name), None)
+        stored = name or "float32"
+    if isinstance(count, bool) or not isinstance(count, int | float):
+        raise FormatError(f"its optimizer's step count is {brief(value)}.", path=path)
+    if not math.isfinite(count) or count != int(count) or count < 0:
+        raise FormatError(f"its optimizer's step count is {count}.", path=path)
+    return Step(int(count), stored)

@@ -1,0 +1,138 @@
+"""Training state: what an optimizer holds of each parameter, as entries like any other.
+
+    moments   {"exp_avg": {name: Entry}, "exp_avg_sq": {name: Entry}}     in the parameter's shape
+    masters   {name: Entry}         full-precision weights that the optimizer updates
+    steps     {name: Step}          how often each parameter was updated
+    groups    (Group, ...)          which parameters share which hyperparameters
+
+Names are those of the catalog that the state belongs to: a parameter's own name, never that of a
+tied alias. Frozen parameters and buffers have no state. Of a kind of moment that only some of the
+parameters have (Muon beside AdamW) the table has these alone. What else a run needs to go on
+(schedule, counters, what the user's own code saved) is plain data; what is none is listed, and
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, TypeAlias
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from reshard.core.findings import Finding
+from reshard.core.tensors import Entry, Record
+
+#: Data without tensors and objects: None, bool, int, float, str, and lists, tuples and dicts of it.
+Plain: TypeAlias = object
+#: How a step count stands in a file: as a tensor of that type, or as Python's integer.
+Stored = Literal["float32", "int32", "int64", "int"]
+
+
+class Step(Struct, frozen=True):
+    """How many updates a parameter has had, and how the checkpoint stores the number."""
+
+    count: int
+    stored: Stored = "float32"
+
+
+class Group(Struct, frozen=True):
+    """A parameter group: the names that it covers, in the optimizer's order.
+
+    `hyperparameters` are as the checkpoint states them (`lr` is that of the last step,
+    `initial_lr` there where a scheduler had set it), but for the parameters themselves and a step.
+    Empty: the checkpoint does not hold them.
+    """
+
+    names: tuple[str, ...]
+    hyperparameters: Mapping[str, Plain] = field(default_factory=dict)
+
+
+class TrainingState(Struct, frozen=True):
+    """The state of one model's optimizer, and what of its run is plain data.
+
+    `masters` is empty where the optimizer updates the model's weights themselves. `scheduler` is
+    the scheduler's state dict. `counters` are what the checkpoint counts, by the framework's names
+    (`global_steps`, `skipped_steps`, `consumed_samples`). `scaler` is the state of the loss scaler
+    of fp16 training. `left_out` says what the checkpoint holds beside these that does not travel.
+    `records` are the checksums of the files' stretches that the entries lie in. `source` says in
+    words where it was read (`"ZeRO-2"`).
+    """
+
+    moments: Mapping[str, Mapping[str, Entry]]
+    masters: Mapping[str, Entry] = field(default_factory=dict)
+    steps: Mapping[str, Step] = field(default_factory=dict)
+    groups: tuple[Group, ...] = ()
+    scheduler: Mapping[str, Plain] | None = None
+    counters: Mapping[str, int] = field(default_factory=dict)
+    client_state: Mapping[str, Plain] = field(default_factory=dict)
+    scaler: Mapping[str, Plain] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    records: tuple[Record, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    source: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that a group covers or that have any state, each once."""
+        covered = (name for group in self.groups for name in group.names)
+        held = (name for table in self.moments.values() for name in table)
+        return tuple(dict.fromkeys((*covered, *held, *self.masters)))
+
+    @property
+    def hyperparameters_known(self) -> bool:
+        """Whether every group states its hyperparameters."""
+        return bool(self.groups) and all(group.hyperparameters for group in self.groups)
+
+    def tables(self) -> Iterator[tuple[str, Mapping[str, Entry]]]:
+        """Every table of tensors by its kind, `MASTER` among them where there are masters."""
+        if self.masters:
+            yield MASTER, self.masters
+        yield from self.moments.items()
+
+    def entries(self) -> Iterator[tuple[str, Entry]]:
+        """Every tensor of the state with the name that it goes by among all, see `tensor_name`."""
+        for kind, table in self.tables():
+            for name, entry in table.items():
+                yield tensor_name(kind, name), entry
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all moments, as the checkpoint holds them; masters are not counted."""
+        tables = self.moments.values()
+        return sum(entry.spec.nbytes for table in tables for entry in table.values())
+
+    def renamed(self, rename: Callable[[str], str]) -> TrainingState:
+        """The same state with other names for the parameters, which must stay different."""
+
+        def table(of: Mapping[str, Entry]) -> dict[str, Entry]:
+            return {rename(name): entry.renamed(rename(name)) for name, entry in of.items()}
+
+        return replace(
+            self,
+            moments={kind: table(of) for kind, of in self.moments.items()},
+            masters=table(self.masters),
+            steps={rename(name): step for name, step in self.steps.items()},
+            groups=tuple(
+                replace(group, names=tuple(map(rename, group.names))) for group in self.groups
+            ),
+        )
+
+
+#: What the table of masters is called among the kinds of moments.
+MASTER = "master"
+#: The part of an output's files that hold training state (`OutputFile.part`).
+STATE_PART = "optimizer"
+
+
+def tensor_name(kind: str, name: str) -> str:
+    """What a tensor of the state is called among all tensors of a checkpoint.
+
+    >>> tensor_name("exp_avg", "model.norm.weight")
+    'exp_avg.model.norm.weight'
+    """
+    return f"{kind}.{name}"
+
+
+#: Reads a checkpoint's training state, from its metadata and a few bytes for each step count.
+ReadState: TypeAlias = Callable[[], TrainingState]

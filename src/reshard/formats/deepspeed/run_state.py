@@ -1,0 +1,50 @@
+"""What a model file says of its run beside the weights: schedule, counters, the user's state.
+
+DeepSpeed puts the user's `client_state` at the top of the model file, among its own keys; what is
+not known as its own is the user's (runtime/engine.py, `_load_checkpoint`, hands all of it back).
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from reshard.containers.torch import read as read_torch
+from reshard.containers.torch.plain import Parts
+from reshard.core.state import TrainingState
+from reshard.formats.deepspeed.parse import ModelFile
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+# runtime/engine.py, `_common_checkpoint_state` and around it; checkpoint/constants.py.
+_OWN = frozenset(
+    {
+        *_COUNTERS,
+        "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes",
+        "shared_params", "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd",
+        "sparse_tensor_module_names", "dp_world_size", "mp_world_size", "ds_config", "ds_version",
+        "num_experts", "ds_autoep_layers", "autoep_layers", "universal_checkpoint_info",
+        "checkpoint_parallel_dimensions", "autoep_folding", "zero_stage", "csr_tensor_module_names",
+    }
+)  # fmt: skip
+# Objects of DeepSpeed's data efficiency library; each is None where it is not used.
+_LEFT_OUT = ("data_sampler", "random_ltd")
+
+
+def run_state(state: TrainingState, model: ModelFile, parts: Parts) -> TrainingState:
+    """The state with what the model file says of the run."""
+    content = read_torch(parts.sources.open(model.path)).value
+    top = content if isinstance(content, dict) else {}
+    scheduler = top.get("lr_scheduler")
+    known = parts.mapping(scheduler, "lr_scheduler")
+    client = {key: value for key, value in top.items() if key not in _OWN}
+    counters = {key: top[key] for key in _COUNTERS if type(top.get(key)) is int}
+    plain = parts.mapping(client)
+    left = [key for key in _LEFT_OUT if top.get(key) is not None]
+    if scheduler is not None and not isinstance(scheduler, dict):
+        left.append("lr_scheduler (an object)")
+    return replace(
+        state,
+        scheduler=known if isinstance(scheduler, dict) else None,
+        counters=counters,
+        client_state=plain,
+        left_out=(*state.left_out, *left, *parts.left_out),
+    )

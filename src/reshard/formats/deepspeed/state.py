@@ -1,0 +1,191 @@
+"""A save's training state: moments cut out of the flat tensors exactly as the masters are.
+
+    ZeRO-1, 2, BF16_Optimizer    a moment's flat tensors keep the padding that masters may drop
+    ZeRO-3                       one for each sub-group; a sub-group is of one parameter group
+    without ZeRO                 shaped tensors without names: `unnamed`
+    universal                    a file for each parameter and kind: `universal_state`
+
+Read again from the files when it is asked for: only the masters are kept of what the catalog read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from reshard.containers.torch import read as read_torch
+from reshard.containers.torch.plain import Parts
+from reshard.core.catalog import Catalog
+from reshard.core.state import Group, ReadState, Step, TrainingState
+from reshard.core.tensors import Entry
+from reshard.errors import FormatError
+from reshard.formats.deepspeed import (
+    experts,
+    stage3,
+    stages012,
+    tensor_parallel,
+    universal_state,
+    unnamed,
+)
+from reshard.formats.deepspeed.experts import holds_experts
+from reshard.formats.deepspeed.files import Saved
+from reshard.formats.deepspeed.parse import Shapes
+from reshard.formats.deepspeed.place import Location
+from reshard.formats.deepspeed.run_state import run_state
+from reshard.formats.deepspeed.wrapped import Wrapped, WrappedGroup, parse_wrapped
+from reshard.storage.local import Sources
+
+_ONE_SAVE = "Copy all files of one save."
+
+
+def reader(
+    ranks: Sequence[Location], saved: Sequence[Saved], catalog: Catalog, sources: Sources
+) -> ReadState | None:
+    """What reads the state of a save, given the files of all model parallel ranks; None where it
+    holds none."""
+    first = saved[0].model[0]
+    if not (saved[0].optim or ranks[0].universal or first.holds_optimizer):
+        return None
+
+    def read() -> TrainingState:
+        parts = Parts(sources)
+        if saved[0].optim:
+            state = _zero(saved, parts)
+        elif ranks[0].universal:
+            state = universal_state.read(ranks[0], saved[0], catalog, parts)
+        else:
+            state = unnamed.read(saved, catalog, parts)
+        return run_state(state, first, parts)
+
+    return read
+
+
+def _zero(saved: Sequence[Saved], parts: Parts) -> TrainingState:
+    """The state of a ZeRO save, that of tensor parallel ranks joined as their weights are."""
+    found = [_of_rank(one, parts) for one in saved]
+    if len(saved) == 1:
+        return found[0]
+    join = tensor_parallel.joiner(saved, parts.sources)
+    first = found[0]
+    for other in found[1:]:
+        if (other.groups, other.steps) != (first.groups, first.steps):
+            raise FormatError(
+                "its optimizer's groups or steps are not those of the first tensor parallel rank.",
+                path=saved[1].optim[0].path,
+                hint=_ONE_SAVE,
+            )
+    moments = {
+        kind: {name: join([f.moments[kind][name] for f in found]) for name in first.moments[kind]}
+        for kind in first.moments
+    }
+    masters = {name: join([f.masters[name] for f in found]) for name in first.masters}
+    records = tuple(dict.fromkeys(record for f in found for record in f.records))
+    return replace(first, moments=moments, masters=masters, records=records)
+
+
+def _of_rank(saved: Saved, parts: Parts) -> TrainingState:
+    """What the files of one model parallel rank hold."""
+    wrapped = []
+    for file in saved.optim:
+        content = read_torch(parts.sources.open(file.path))
+        wrapped.append(parse_wrapped(file.path, content.value, len(file.flats), parts))
+    _check_same(wrapped)
+    numbers = len(saved.optim[0].flats)
+    shapes = _shapes(saved, numbers)
+    moments: dict[str, dict[str, Entry]] = {}
+    kinds = [kind for number in range(numbers) for kind in wrapped[0].kinds(number)]
+    for kind in dict.fromkeys(kinds):
+        moments[kind] = _table(saved, wrapped, kind)
+    names = [_names(number, of, saved) for number, of in enumerate(shapes)]
+    steps: dict[str, Step] = {}
+    for number, state in enumerate(wrapped[0].states):
+        if state is not None and state.step is not None:
+            steps.update(dict.fromkeys(names[number], state.step))
+    return TrainingState(
+        moments=moments,
+        masters=stage3.parameters(saved) if saved.stage == 3 else stages012.parameters(saved),
+        steps=steps,
+        groups=tuple(_group(group, names) for group in wrapped[0].groups),
+        scaler=wrapped[0].scaler,
+        records=tuple(dict.fromkeys(r for file in saved.optim for r in file.records)),
+        source=f"ZeRO-{saved.stage}",
+    )
+
+
+def _shapes(saved: Saved, numbers: int) -> tuple[Shapes, ...]:
+    """The parameters of each flat tensor."""
+    groups = saved.model[0].groups
+    if len(groups) != numbers:
+        raise FormatError(
+            f"it has {numbers} flat tensors, and the model file lists the parameters of "
+            f"{len(groups)}, so nothing says which group a parameter is of.",
+            path=saved.optim[0].path,
+            hint="Load and save it once with a newer DeepSpeed, or convert the weights alone.",
+        )
+    return groups
+
+
+def _names(number: int, shapes: Shapes, saved: Saved) -> tuple[str, ...]:
+    """The parameters of a flat tensor; of all experts where it is theirs."""
+    if saved.stage == 3 or not holds_experts(shapes):
+        return tuple(shapes)
+    return tuple(
+        rank.names[name] for rank in experts.ranks(number, shapes, saved) for name in shapes
+    )
+
+
+def _group(group: WrappedGroup, names: Sequence[tuple[str, ...]]) -> Group:
+    covered = tuple(name for number in group.flats for name in names[number])
+    return Group(covered, group.hyperparameters)
+
+
+def _table(saved: Saved, wrapped: Sequence[Wrapped], kind: str) -> dict[str, Entry]:
+    """The moments of a kind, of those flat tensors that have it."""
+    numbers = [n for n in range(len(saved.optim[0].flats)) if kind in wrapped[0].kinds(n)]
+
+    def only(of: Sequence[object]) -> tuple[object, ...]:
+        return tuple(of[number] for number in numbers)
+
+    optim = tuple(
+        replace(
+            file,
+            flats=tuple(one.flat(number, kind) for number in numbers),
+            partition_count=only(file.partition_count)
+            if len(file.partition_count) == len(file.flats)
+            else file.partition_count,
+            paddings=None if file.paddings is None else only(file.paddings),
+        )
+        for file, one in zip(saved.optim, wrapped, strict=True)
+    )
+    first = saved.model[0]
+    model = (replace(first, groups=only(first.groups)), *saved.model[1:])
+    held = replace(saved, optim=optim, model=model)
+    return stage3.parameters(held) if saved.stage == 3 else stages012.parameters(held)
+
+
+def _check_same(wrapped: Sequence[Wrapped]) -> None:
+    """All ranks must have the same groups, kinds of moments and steps."""
+    first = wrapped[0]
+    for other in wrapped[1:]:
+        for what, mine, theirs in (
+            ("optimizer's groups", first.groups, other.groups),
+            ("optimizer's steps", _steps(first), _steps(other)),
+            ("kinds of moments", _kinds(first), _kinds(other)),
+        ):
+            if mine != theirs:
+                numbers = f" ({theirs} and {mine})" if "groups" not in what else ""
+                raise FormatError(
+                    f"its {what} are not those of {first.path.name}{numbers}: files of "
+                    "different saves are mixed.",
+                    path=other.path,
+                    hint=_ONE_SAVE,
+                )
+
+
+def _steps(one: Wrapped) -> list[int | None]:
+    return [None if s is None or s.step is None else s.step.count for s in one.states]
+
+
+def _kinds(one: Wrapped) -> list[tuple[str, ...]]:
+    return [one.kinds(number) for number in range(len(one.states))]

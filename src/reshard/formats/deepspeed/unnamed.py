@@ -1,0 +1,199 @@
+"""The optimizer of a save without ZeRO: shaped tensors without names, in the model file.
+
+    optimizer                   fp32: torch's own state dict; the module's weights are the masters
+    optimizer
+      optimizer_state_dict      bf16, fp16 (FP16_UnfusedOptimizer): the same
+      fp32_groups[g][k]         the master of the k-th parameter of group g
+      cur_scale, ..             the loss scaler
+    optimizer
+      fp32_groups_flat[g]       bf16, fp16 of a fused optimizer (FP16_Optimizer): not handled
+
+Whose a tensor is, the file does not say. Masters round to what the module holds, so values tell;
+without masters there are the shapes and the order, see `reshard.naming.order`. What these do not
+tell is refused. DeepSpeed 0.19.8: runtime/fp16/unfused_optimizer.py, fused_optimizer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from reshard.containers.torch import TensorRef
+from reshard.containers.torch import read as read_torch
+from reshard.containers.torch.optimizer import OptimizerDict, parse
+from reshard.containers.torch.plain import Parts
+from reshard.core.catalog import Catalog
+from reshard.core.dtypes import DType
+from reshard.core.findings import Finding
+from reshard.core.state import Group, TrainingState
+from reshard.core.tensors import Entry, TensorSpec, flat
+from reshard.core.tiling import proven
+from reshard.errors import FormatError, UnsupportedError
+from reshard.formats.deepspeed.aliases import other_names
+from reshard.formats.deepspeed.files import Saved
+from reshard.formats.deepspeed.flat import stored_entry
+from reshard.formats.deepspeed.parse import ModelFile
+from reshard.formats.deepspeed.wrapped import refuse_sharded, scaling
+from reshard.naming.order import groups_in_order
+from reshard.storage.local import Sources
+
+_T = TypeVar("_T")
+# Elements of a tensor that stand for it: so many from its start, and from its middle.
+_SAMPLE = 64
+
+
+def masters(saved: Saved, sources: Sources) -> dict[str, Entry] | None:
+    """The masters of a 16-bit run, told by their values; None where these do not tell them."""
+    model = saved.model[0]
+    names = _by_values(model, saved, sources)
+    if names is None:
+        return None
+    found = {}
+    for name, tensor in zip(_flattened(names), _flattened(model.masters), strict=True):
+        spec = TensorSpec(name, tensor.dtype, tensor.shape)
+        fragment = tensor.fragment(flat(spec.numel, 0, spec.numel))
+        found[name] = proven(spec, [fragment], "parameter")
+    return found
+
+
+def read(saved: Sequence[Saved], catalog: Catalog, parts: Parts) -> TrainingState:
+    """The state in the model file, its tensors under the names of the model's parameters.
+
+    Raises `UnsupportedError` where nothing tells whose they are.
+    """
+    model = saved[0].model[0]
+    if len(saved) > 1:
+        raise _no_names(model, "tensor parallel ranks hold it")
+    if saved[0].experts:
+        raise _no_names(model, "that of the experts lies in other files")
+    top = read_torch(parts.sources.open(model.path)).value
+    optimizer = top["optimizer"] if isinstance(top, dict) else None
+    if not isinstance(optimizer, dict):
+        raise FormatError("its optimizer is not a dict.", path=model.path)
+    if "fp32_groups_flat" in optimizer:
+        raise _no_names(model, "its masters are flattened")
+    wrapped = "optimizer_state_dict" in optimizer
+    found = parse(optimizer["optimizer_state_dict"] if wrapped else optimizer, parts, model.path)
+    if wrapped and [len(g) for g in model.masters] != [len(g.params) for g in found.groups]:
+        raise FormatError("it does not have a master for each parameter.", path=model.path)
+    names = (
+        _by_values(model, saved[0], parts.sources)
+        if wrapped
+        else groups_in_order(
+            [[_shape(found, key) for key in group.params] for group in found.groups],
+            [(name, tensor.shape) for name, tensor in _module(saved[0]).items()],
+        )
+    )
+    if names is None:
+        by = "the order and the values" if wrapped else "the order and the shapes"
+        raise _no_names(model, f"{by} of its parameters fit none of the model's or several ways")
+    groups = [
+        Group(tuple(of), group.hyperparameters)
+        for of, group in zip(names, found.groups, strict=True)
+    ]
+    named = {
+        name: state
+        for of, group in zip(names, found.groups, strict=True)
+        for name, key in zip(of, group.params, strict=True)
+        if (state := found.states.get(key)) is not None
+    }
+    moments: dict[str, dict[str, Entry]] = {}
+    for name, state in named.items():
+        for kind, tensor in refuse_sharded(state, model.path, name).items():
+            entry = stored_entry(name, tensor, "parameter")
+            if entry.spec.shape != catalog.entries[name].spec.shape:
+                raise FormatError(
+                    f"its {kind} is of shape {entry.spec.shape}.", path=model.path, tensor=name
+                )
+            moments.setdefault(kind, {})[name] = entry
+    return TrainingState(
+        moments=moments,
+        masters={name: catalog.entries[name] for name in _flattened(names)} if wrapped else {},
+        steps={name: state.step for name, state in named.items() if state.step is not None},
+        groups=tuple(groups),
+        scaler=scaling(optimizer, parts),
+        records=model.records,
+        findings=() if wrapped else (_by_order(len(named)),),
+        source="no ZeRO",
+    )
+
+
+def _flattened(groups: Iterable[Iterable[_T]]) -> list[_T]:
+    return [item for group in groups for item in group]
+
+
+def _module(saved: Saved) -> dict[str, TensorRef]:
+    """The model's parameters, frozen ones too, each once, in the model's order."""
+    model = saved.model[0]
+    aliases = other_names(model, {})
+    return {
+        name: tensor
+        for name, tensor in saved.module.items()
+        if name not in aliases and name not in model.buffers
+    }
+
+
+def _by_values(model: ModelFile, saved: Saved, sources: Sources) -> list[list[str]] | None:
+    """Whose the masters are: in the model's order, or in any where each looks like no other."""
+    module = _module(saved)
+    dtypes = {tensor.dtype.name: tensor.dtype for tensor in module.values()}
+    if len(dtypes) != 1 or any(t.strides is not None for t in _flattened(model.masters)):
+        return None
+    (dtype,) = dtypes.values()
+    looks = [[_look(master, dtype, sources) for master in group] for group in model.masters]
+    held = [(name, _look(tensor, dtype, sources)) for name, tensor in module.items()]
+    return groups_in_order(looks, held) or _in_any_order(looks, held)
+
+
+def _in_any_order(
+    looks: Sequence[Sequence[Hashable]], held: Sequence[tuple[str, Hashable]]
+) -> list[list[str]] | None:
+    """The parameters in whatever order, where each looks like no other."""
+    owners: dict[Hashable, list[str]] = {}
+    for name, look in held:
+        owners.setdefault(look, []).append(name)
+    found = [[owners.get(look, []) for look in group] for group in looks]
+    every = [name for group in found for names in group for name in names]
+    if any(len(names) != 1 for group in found for names in group) or len(set(every)) != len(every):
+        return None
+    return [[names[0] for names in group] for group in found]
+
+
+def _shape(found: OptimizerDict, key: int | str) -> Hashable:
+    """The shape of a parameter, which its moments have."""
+    state = found.states.get(key)
+    tensors = [] if state is None else list(state.moments.values())
+    return next((t.shape for t in tensors if isinstance(t, TensorRef)), None)
+
+
+def _look(tensor: TensorRef, dtype: DType, sources: Sources) -> Hashable:
+    """A tensor's shape, and some of its values in the precision of the module."""
+    size = tensor.dtype.itemsize
+    numel = tensor.extent.nbytes // size
+    count = min(_SAMPLE, numel)
+    values = []
+    # Tensors that are not contiguous have no values here; shapes tell them, or nothing does.
+    for start in (0, (numel - count) // 2) if tensor.strides is None else ():
+        at = tensor.extent.offset + start * size
+        data = sources.open(tensor.extent.file).read(at, count * size)
+        values.append(np.frombuffer(data, tensor.dtype.numpy).astype(dtype.numpy).tobytes())
+    return (tensor.shape, *values)
+
+
+def _by_order(count: int) -> Finding:
+    return Finding(
+        "state-named-by-order",
+        f"the optimizer's state has no names; that of {count} parameters was given theirs by the "
+        "order and the shapes of the model's parameters, which fit in one way only.",
+    )
+
+
+def _no_names(model: ModelFile, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"without ZeRO the optimizer's state is stored without names, and {why}: nothing tells "
+        "whose it is.",
+        path=model.path,
+        hint="Resume the run once with ZeRO stage 1 and save, or convert the weights alone.",
+    )
