@@ -91,7 +91,8 @@ CONVERT = table(
     Option(
         "to",
         Choice(tuple(targets())),
-        "The format of the output: a Hugging Face folder, or PyTorch DCP for FSDP.",
+        "The format of the output: a Hugging Face folder, PyTorch DCP for FSDP, or the torch_dist "
+        "format of Megatron.",
         "hf",
         group="Output",
     ),
@@ -105,7 +106,7 @@ CONVERT = table(
     Option(
         "max_shard_size",
         Size(),
-        "The largest size of a file, e.g. 5GB; default: 5GB, with --to dcp 1GB.",
+        "The largest size of a file, e.g. 5GB; default: 5GB, of Hugging Face files; else 1GB.",
         group="Output",
         metavar="SIZE",
     ),
@@ -372,6 +373,12 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
 def _check_target(values: Mapping[str, Any]) -> None:
     """Refuse options that the target format has no place for."""
     to = values["to"]
+    if values["names"] is not None and target_named(to).naming is not None:
+        raise OptionError(
+            f"names: with --to {to} tensors have the names of that trainer.",
+            hint="Leave out --names.",
+            option="names",
+        )
     if values["names"] == "all" and not target_named(to).names_twice:
         raise OptionError(
             "names 'all' gives the same bytes several names, which files of --to hf cannot.",

@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.conversion import live_names, output_model
+from reshard.conversion import live_names, output_model, trainer_names
 from reshard.conversion.base_model import (
     CONFIG,
     Base,
@@ -157,13 +157,18 @@ def check_strict(
 
 
 def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sources) -> Export:
-    """What the checkpoint becomes: by the base's names or its own, or those of a live module."""
+    """What the checkpoint becomes: by the base's names or its own, or those of a live module or of
+    a trainer."""
     if base is None:
         made = output_model.plain(catalog, options)
     else:
         made = output_model.onto(catalog, base, options, sources)
+    if trainer_names.trainer(options) is not None:
+        config = live_names.config_of(made, catalog, base, sources, f"--to {options.to}")
+        return trainer_names.renamed(made, config, sources)
     if options.names in ("all", "memory"):
-        config = live_names.config_of(made, catalog, base, sources, options.names)
+        asked = f"--names {options.names}"
+        config = live_names.config_of(made, catalog, base, sources, asked)
         place = live_names.placed if options.names == "memory" else live_names.answering
         made = place(made, config, options)
     return made

@@ -142,6 +142,8 @@ CODES: dict[str, Code] = {
         "warning", "the weights are codes of a kind that is not read", by=("doctor",)),
     "codes-unreadable": Code("error", "quantised weights lack their scales", by=("doctor",)),
     "config-missing": Code("error", "config.json is missing or cannot be read", by=("doctor",)),
+    "copies-shared": Code(
+        "info", "copies that the trainer shares with another tensor are not written"),
     "damaged-file": Code(
         "error", "a weight file is cut off or breaks its format's rules", by=("doctor",)),
     "dequantised": Code(

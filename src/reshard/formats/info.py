@@ -35,6 +35,7 @@ class FormatInfo(Struct, frozen=True):
     holds_config: the model's config lies beside the weights, and names are those of its files.
     checksums: its files state checksums of the tensors' bytes.
     target: the value of `--to` that writes it; None where it is not written.
+    naming: the trainer whose names a model's tensors have there; None: the hub's.
     names_twice: what is written can give the same bytes several names.
     client_state: LightRFT's client_state.pt may lie beside what is written.
     max_shard_size: the default size of a written file.
@@ -58,6 +59,7 @@ class FormatInfo(Struct, frozen=True):
     holds_config: bool = False
     checksums: bool = False
     target: str | None = None
+    naming: str | None = None
     names_twice: bool = False
     client_state: bool = False
     max_shard_size: str = "5GB"
@@ -112,6 +114,9 @@ OWN = (
         "reshard.formats.megatron",
         checksums=True,
         has_roles=True,
+        target="megatron",
+        naming="megatron",
+        max_shard_size="1GB",
     ),
     FormatInfo(
         "ranks",
@@ -129,6 +134,7 @@ OWN = (
         checksums=True,
         scripts=("ds2hf", "fsdp2hf"),
         exported=True,
+        holds_config=True,
         single=".bin",
     ),
 )

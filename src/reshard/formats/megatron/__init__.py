@@ -31,10 +31,11 @@ from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError, ReshardError
 from reshard.formats import Selection
 from reshard.formats.megatron import folders, plans, refused, settings
+from reshard.formats.megatron.layout import lay_out
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import exists
 
-__all__ = ["detect", "read"]
+__all__ = ["detect", "lay_out", "read"]
 
 _METADATA = ".metadata"
 #: The optimizer's tensors; of several optimizers (experts have one of their own) with a number.
@@ -62,7 +63,11 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     if not mine:
         raise _no_model(folder, metadata)
     refused.check(metadata, mine, folder)
-    entries, records = find_tensors({key: [key] for key in mine}, metadata, folder, sources)
+    keys = {key: [key] for key in mine}
+    for alias, key in metadata.aliases.items():
+        if key in keys:
+            keys[key].append(alias)
+    entries, records = find_tensors(keys, metadata, folder, sources)
     stated = settings.read(folder, sources)
     return Catalog(
         format="megatron",
@@ -79,6 +84,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         entries=entries,
         records=records,
         findings=(*_findings(metadata, mine, folder), *stated.findings),
+        renamed=frozenset(metadata.aliases),
     )
 
 
