@@ -24,6 +24,8 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Leave out --masters.": "megatron/test_masters.py::test_without_masters_to_read",
+    "Leave out --masters; or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",
     "The model lies in {}{}: name that folder.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
     "Name the one that is meant.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
     "Use an earlier checkpoint, or copy the folder again if the file was left behind.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
@@ -35,6 +37,7 @@ ELSEWHERE: dict[str, str] = {
     "Copy the folder again, from where it was saved.": "fsdp/test_refusals.py::test_one_ranks_file_over_anothers",
     "The metadata is damaged, or the save did not finish.": "fsdp/test_refusals.py::test_chunk_without_a_place",
     "Save again with use_collectives=True, or move the files of the other ranks away.": "fsdp/test_refusals.py::test_replicas_that_differ",
+    "Install the extra, in reshard's folder: pip install '.[html]'.": "pages/test_changes.py::test_a_page_needs_jinja2",
     "Load it with the extension that wrote it and save it again without.": "fsdp/test_refusals.py::test_unknown_transform",
     "The folder holds files of different saves.": "fsdp/test_refusals.py::test_writers_of_different_saves",
     "It holds shards of different saves; keep those of one.": "fsdp/test_refusals.py::test_shards_of_different_saves",
@@ -59,6 +62,7 @@ ELSEWHERE: dict[str, str] = {
     "The config is that of another model.": "evaluate/test_broken.py::test_the_config_is_another_models",
     "Read that code, then allow it with --trust-remote-code.": "evaluate/test_broken.py::test_remote_code_runs_only_when_it_is_trusted",
     "Name another file with --html.": "evaluate/test_command.py::test_a_file_that_is_not_a_report_is_never_replaced",
+    "Name a file with --html.": "pages/test_changes.py::test_a_file_that_is_no_page_is_never_replaced",
     "Name another file with --output-file.": "evaluate/test_command.py::test_reports_of_other_models_stay",
     "Copy it again, or convert again.": "evaluate/test_broken.py::test_a_file_is_cut_short",
     "Copy the files of every rank and expert.": "deepspeed/test_experts.py::test_a_missing_expert_is_named",
@@ -66,6 +70,8 @@ ELSEWHERE: dict[str, str] = {
     "Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the framework that trained it.": "deepspeed/test_tensor_parallel.py::test_without_the_metadata_it_is_refused",
     "Convert the checkpoint that it was made from.": "deepspeed/test_universal.py::test_made_from_other_parallelism_it_is_refused",
     "Convert the weights alone, without --optimizer.": "state/test_refusals.py::test_eight_bit_moments",
+    "Convert the weights alone, without --optimizer; or save once without --use_mp_opt.": "state/test_refusals.py::test_one_optimizer_file_a_rank",
+    "Save it with get_optimizer_state_dict, or convert the weights alone.": "state/test_refusals.py::test_numbers_for_names",
     "The file is damaged, or of an optimizer that is not handled.": "state/test_refusals.py::test_groups_that_do_not_cover_the_parameters",
     "Resume the run once with ZeRO stage 1 and save, or convert the weights alone.": "state/test_refusals.py::test_without_zero_groups_in_no_order_of_the_model",
     "Make the universal checkpoint again.": "deepspeed/test_universal.py::test_masters_of_another_save",

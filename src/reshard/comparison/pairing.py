@@ -132,6 +132,13 @@ def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
     return stated
 
 
+def reads_masters(folder: Path, sources: Sources) -> bool:
+    """Whether a folder was converted from the masters of its checkpoint (`--masters`)."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    return manifest.read(folder, sources).options.get("masters") is True
+
+
 def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts:
     """A side's tensors, with those of the files beside its model."""
     folder = catalog.origin.root

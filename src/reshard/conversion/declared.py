@@ -104,6 +104,14 @@ CONVERT = table(
         group="Output",
     ),
     Option(
+        "masters",
+        Flag(),
+        "Of a Megatron checkpoint, take the weights from the fp32 masters in its optimizer's "
+        "state. Of DeepSpeed's they are taken anyway.",
+        False,
+        group="Input",
+    ),
+    Option(
         "max_shard_size",
         Size(),
         "The largest size of a file, e.g. 5GB; default: 5GB, of Hugging Face files; else 1GB.",
@@ -338,7 +346,11 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
         base=values["base"],
         to=values["to"],
         selection=formats.Selection(
-            values["tag"], values["prefix"], values["allow_step_mismatch"], values["role"]
+            values["tag"],
+            values["prefix"],
+            values["allow_step_mismatch"],
+            values["role"],
+            values["masters"],
         ),
         dtype=_dtype(values["dtype"], values["base"]),
         max_shard_nbytes=values["max_shard_size"] or _shard_size(values["to"]),

@@ -120,6 +120,7 @@ class Options(Struct, frozen=True):
             "lora": self.lora.mode,
             "adapter": self.lora.adapter,
             "prefix": self.selection.prefix,
+            "masters": self.selection.masters,
             "allow": list(self.allow),
             "names": self.names,
             "consumed_samples": self.consumed_samples,

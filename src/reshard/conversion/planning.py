@@ -31,7 +31,7 @@ from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
 from reshard.core.tensors import Extent
-from reshard.errors import FormatError, PlanError
+from reshard.errors import FormatError, PlanError, UnsupportedError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
 from reshard.formats.info import named, target_named
@@ -60,6 +60,12 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     With `strict` a finding is an error: any warning, or those of the codes given.
     """
     catalog = locate.read(options.source, sources, options.selection)
+    if options.selection.masters and named(catalog.format).masters == "never":
+        raise UnsupportedError(
+            f"{named(catalog.format).title} holds no masters that are read.",
+            path=options.source,
+            hint="Leave out --masters.",
+        )
     unprotected = without_checksum(catalog.entries.values(), catalog.records)
     catalog = replace(catalog, findings=(*catalog.findings, *_unchecked(catalog, unprotected)))
     check_strict(catalog.findings, options, strict)

@@ -199,6 +199,8 @@ CODES: dict[str, Code] = {
         "warning", "the transformers version that was named is none whose live modules were read",
         "Load the output with strict names, or name the version with --transformers-version."),
     "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
+    "masters-missing": Code(
+        "info", "some 16-bit tensors have no fp32 master, and are as the model holds them"),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
     "module-from-base": Code(

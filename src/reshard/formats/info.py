@@ -14,6 +14,7 @@ import sys
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
@@ -32,6 +33,8 @@ class FormatInfo(Struct, frozen=True):
     has_roles: one save holds several models, each under a role.
     has_tags: one folder holds several saves, each under a tag.
     finds_model: its reader takes the model's part out of a nested state dict by `prefix` itself.
+    masters: whether the optimizer's full-precision weights are read: never, always where they have
+    names, or where that is asked for.
     holds_config: the model's config lies beside the weights, and names are those of its files.
     checksums: its files state checksums of the tensors' bytes.
     target: the value of `--to` that writes it; None where it is not written.
@@ -56,6 +59,7 @@ class FormatInfo(Struct, frozen=True):
     has_roles: bool = False
     has_tags: bool = False
     finds_model: bool = False
+    masters: Literal["never", "always", "asked"] = "never"
     holds_config: bool = False
     checksums: bool = False
     target: str | None = None
@@ -85,6 +89,7 @@ OWN = (
         client_state=True,
         # Small enough that many ranks read different files.
         max_shard_size="1GB",
+        training_state=True,
     ),
     FormatInfo(
         "deepspeed",
@@ -94,6 +99,7 @@ OWN = (
         advice="Convert it with ds2hf.",
         scripts=("ds2hf",),
         has_tags=True,
+        masters="always",
         training_state=True,
     ),
     FormatInfo(
@@ -114,6 +120,7 @@ OWN = (
         "reshard.formats.megatron",
         checksums=True,
         has_roles=True,
+        masters="asked",
         target="megatron",
         naming="megatron",
         max_shard_size="1GB",
