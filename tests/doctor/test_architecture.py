@@ -11,6 +11,7 @@ import torch
 import reshard
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, mended, names, refused
+from tests.folders import edit_config
 
 Change = Callable[[models.Tensors], object]
 
@@ -52,7 +53,7 @@ def test_layers_unlike_the_configs_number(pairs: Pairs, tmp_path: Path) -> None:
     ill = damaged(pairs("llama"), tmp_path / "ill", without("layers.1."))
     assert names(reshard.doctor(ill)) == ["layer-count"]
     whole = pairs("llama").copy(tmp_path / "whole")
-    models.edit_config(whole, num_hidden_layers=1)
+    edit_config(whole, num_hidden_layers=1)
     refused(whole, None, tmp_path / "out", "layer-count")
 
 
@@ -73,7 +74,7 @@ def test_a_head_that_the_class_does_not_have(pairs: Pairs, tmp_path: Path) -> No
 
 def test_shapes_of_another_config(pairs: Pairs, tmp_path: Path) -> None:
     ill = pairs("llama").copy(tmp_path / "ill")
-    models.edit_config(ill, intermediate_size=44)
+    edit_config(ill, intermediate_size=44)
     refused(ill, None, tmp_path / "out", "shapes-differ")
 
 
@@ -91,7 +92,7 @@ def test_names_of_the_backbone(pairs: Pairs, tmp_path: Path) -> None:
 def test_a_class_that_no_table_knows(pairs: Pairs, tmp_path: Path) -> None:
     """Its layers are held against each other alone."""
     ill = damaged(pairs("llama"), tmp_path / "ill", without("layers.1.self_attn.q_proj"))
-    models.edit_config(ill, model_type="own", architectures=["OwnForCausalLM"])
+    edit_config(ill, model_type="own", architectures=["OwnForCausalLM"])
     assert names(reshard.doctor(ill)) == []  # of two layers, either may be right
     three = models.load(pairs("llama").healthy)
     for name in [name for name in three if ".layers.1." in name]:
@@ -99,5 +100,5 @@ def test_a_class_that_no_table_knows(pairs: Pairs, tmp_path: Path) -> None:
             three[name.replace(".1.", f".{number}.")] = three[name]
     del three["model.layers.2.self_attn.q_proj.weight"]
     models.save(ill, three)
-    models.edit_config(ill, num_hidden_layers=4)
+    edit_config(ill, num_hidden_layers=4)
     assert names(reshard.doctor(ill)) == ["tensors-missing"]
