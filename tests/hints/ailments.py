@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reshard
-from tests.folders import edit_weights
+from tests.folders import edit_config, edit_weights
 from tests.hints import tiny
 from tests.hints.case import Case, follows
 from tests.hints.folders import after, converting
@@ -281,7 +281,7 @@ def without_its_tower(at: Path) -> Case:
 @follows("Is config.json that of another model? Convert the run's checkpoint again: reshard "
          "convert RUN OUT --base HF_DIR.")  # fmt: skip
 def of_another_size(at: Path) -> Case:
-    folder, base = ill(at, lambda f: tiny.edit_config(f, lambda c: c.update(hidden_size=99)))
+    folder, base = ill(at, lambda f: edit_config(f, hidden_size=99))
     again = after(converting(tiny.zero(at / "run"), at / "again", base=base),
                   looking(at / "again", base))  # fmt: skip
     return Case(looking(folder), again, same=is_well)
