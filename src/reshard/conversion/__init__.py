@@ -1,6 +1,6 @@
 """The pipeline that converts a checkpoint, in its order.
 
-options.py       what was asked for
+options.py       the conversion's options
 base_model.py    the model that training started from
 output_model.py  names and dtypes of all that will be written
 other_names.py   Megatron's and torchtitan's names turned into the hub's

@@ -1,4 +1,4 @@
-"""What a checkpoint becomes: the model, and what goes beside it.
+"""What a checkpoint becomes: the model, and the files beside it.
 
     LightRFT actor, GRM     model
     scalar reward model     model (the backbone), reward_head.safetensors, reward_config.json and
@@ -6,8 +6,8 @@
     critic                  model with its head, or model and value_head.safetensors
     LoRA                    model with the updates merged in, and/or an adapter folder
 
-Names and shapes come from the base model's own files; see `reshard.naming`. Nothing is read here
-but the values that decide whether two tied tensors are one.
+Names and shapes come from the base model's own files; see `reshard.naming`. This module reads only
+the values that decide whether two tied tensors are one.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def plain(catalog: Catalog, options: Options) -> Export:
 def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Export:
     """With a base: its names, its dtypes, its files.
 
-    Without `sources` no value is read, and tied tensors are taken to be equal.
+    Without `sources` no value is read, and tied tensors are assumed to be equal.
     """
     known = by_hub_names(catalog, base)
     made = _Export(known.catalog, known.base, options, sources).result()
@@ -140,7 +140,7 @@ class _Export:
         self._allows = FitOptions(allow=options.allow).allows
         self._fit = self._fitted(self._equal)
         self._findings = list(self._adapters.findings)
-        if not self._alone:  # else they are on the model, of which an adapter is no part
+        if not self._alone:  # else they are on the model, of which an adapter is not part
             self._findings += self._fit.findings
         self._updates = Updates()
         if self._scaling is not None:
@@ -192,7 +192,7 @@ class _Export:
         )
 
     def _update(self, scaling: AdapterConfig, sources: Sources | None) -> None:
-        """What the adapters update or, where they are written alone, what is left out."""
+        """Set what the adapters update or, if only they are written, what is left out."""
         base, options = self._base, self._options
         adapters.check_place(self._adapters, self._fit)
         if not self._alone:
@@ -253,7 +253,7 @@ class _Export:
         )
 
     def _check_head(self, made: Mapping[str, Entry], filled: Sequence[str]) -> None:
-        """What PEFT leaves out was frozen, and a scalar reward model uses no head."""
+        """A tensor that PEFT leaves out was frozen, and a scalar reward model uses no head."""
         known = self._separated.adapters or self._parts.rewards is not None
         if self._alone or self._equal is None or known:
             return
@@ -322,7 +322,8 @@ class _Export:
     def _lightrft(self) -> list[Target]:
         """LightRFT's own state dict: every name of training, the backbone in the base's dtype.
 
-        PEFT's prefix is left out: the adapters are merged, and LightRFT wraps no model to load it.
+        PEFT's prefix is removed: the adapters are merged, and LightRFT loads into an unwrapped
+        model.
         """
         self._check_complete()
         targets = self._updates.by_target.items()
@@ -344,7 +345,7 @@ class _Export:
         ]
 
     def _check_complete(self) -> None:
-        """LightRFT loads strictly: what the checkpoint lacks has no name of training here."""
+        """LightRFT loads strictly: tensors that the checkpoint lacks have no training name here."""
         trained = has_head(self._parts.backbone)
         lacking = [
             name for name in self._fit.filled if trained or not name.endswith("lm_head.weight")
@@ -382,7 +383,7 @@ class _Export:
         return Side(name, choose(items, {}, self._kept()))
 
     def _kept(self) -> str:
-        """The dtype of tensors that the base does not have: as stored, unless one is asked for."""
+        """The dtype of tensors that the base lacks: as stored, unless `--dtype` names one."""
         return "keep" if self._options.dtype == "base" else self._options.dtype
 
 

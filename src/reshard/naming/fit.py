@@ -124,7 +124,7 @@ class _Fitting:
         return {name: assembler.arrange(pieces) for name, pieces in wanted.items()}
 
     def _origins(self) -> dict[str, str]:
-        """Which tensors are one of the source's, whole and unturned."""
+        """Which tensors are one of the source's, complete and not transposed."""
         have = self._candidate.source.pieces
         origins = {}
         for hub, piece in self._candidate.base.pieces.items():
@@ -170,8 +170,8 @@ class _Fitting:
     def _judge_twins(self, outputs: dict[str, Arrangement], written: Mapping[str, str]) -> None:
         """Compare what the base or its config says is one tensor, and the source stores twice.
 
-        Raises `NamesError` where the two differ and one of them is no output head: no file and no
-        config could tell them apart.
+        Raises `NamesError` where the two differ and neither is an output head: then no file and no
+        config can state that they are two.
         """
         candidate = self._candidate
         have, here = candidate.source.pieces, candidate.base_view.name_here
@@ -200,7 +200,7 @@ class _Fitting:
                 self._untie(outputs, hub)
 
     def _untie(self, outputs: dict[str, Arrangement], hub: str) -> None:
-        """Write a head of its own, and have the config say so."""
+        """Write the head as a separate tensor, and make the config say so."""
         name = self._candidate.base_view.name_here(hub)
         own = self._owners[self._candidate.source.pieces[hub].name]
         outputs[name] = Whole(own)
@@ -222,8 +222,8 @@ class _Fitting:
         self._findings.append(Finding("head-untied", message, subject=head))
 
     def _leave_heads_behind(self, outputs: dict[str, Arrangement]) -> None:
-        """A head that the source does not hold, whose embedding was trained apart from it, stays
-        what the base ties it to; one whose embedding is updated is the embedding as it was.
+        """If the source lacks a head whose embedding was trained separately, the head stays the
+        base's; if adapters update the embedding, the head is the embedding before the update.
 
         Raises `NamesError` where the base is not to be copied, or has another vocabulary.
         """
@@ -278,7 +278,8 @@ class _Fitting:
         return self._equal(one, other)
 
     def _sort_dropped(self, written: Mapping[str, str]) -> tuple[str, ...]:
-        """What is not written: other names of written tensors are ties, the rest is returned."""
+        """Record what is not written: other names of written tensors are ties; the rest is
+        returned."""
         candidate = self._candidate
         have = candidate.source.pieces
         stores = {
