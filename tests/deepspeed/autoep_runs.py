@@ -1,8 +1,10 @@
 """Runs whose experts AutoEP split over two ranks: `python -m tests.deepspeed.autoep_runs FOLDER`.
 
-FOLDER/zero<stage>/checkpoint/              given to save_checkpoint
-                   universal/               what ds_to_universal makes of it
-                   truth.safetensors        the masters by name, gathered from the live engine
+FOLDER/<run>/base/                      the model that the run starts from
+             checkpoint/                given to save_checkpoint
+             universal/                 what ds_to_universal makes of it
+             truth.safetensors          the masters by name, gathered from the live engine
+             logits.safetensors         what the live engine answers to IDS
 
 Which expert a rank holds is asked of the live layers, never of what is saved.
 """
@@ -13,7 +15,6 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.module_inject.auto_ep_presets import base
 from deepspeed.utils import safe_get_full_fp32_param
@@ -32,20 +34,37 @@ from tests.oracle import launch, models
 from tests.oracle.worker import Rank
 
 STAGES = (2, 3)
+IDS = torch.arange(9)[None]
+_TINY: dict[str, Any] = {
+    "vocab_size": models.VOCAB, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 6,
+}  # fmt: skip
+_MLA = {"q_lora_rank": 4, "kv_lora_rank": 4, "qk_rope_head_dim": 2, "qk_nope_head_dim": 4,
+        "v_head_dim": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "n_routed_experts": 4, "n_shared_experts": 1}  # fmt: skip
+#: Run -> (preset, config class, config, stage). Those but for Mixtral have shared experts.
+RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
+    **{f"zero{stage}": ("mixtral", "MixtralConfig",
+                        {**_TINY, "intermediate_size": 6, "num_local_experts": 4}, stage)
+       for stage in STAGES},
+    "qwen2_moe": ("qwen3_moe", "Qwen2MoeConfig",
+                  {**_TINY, "shared_expert_intermediate_size": 6, "num_experts": 4}, 2),
+    "deepseek_v3": ("deepseek_v3", "DeepseekV3Config",
+                    {**_TINY, **_MLA, "num_key_value_heads": 2, "intermediate_size": 6}, 2),
+}  # fmt: skip
 
 
-def make(stage: int, rank: Rank, folder: Path) -> None:
-    """Train, save and write the truth of a tiny Mixtral."""
+def make(name: str, rank: Rank, folder: Path) -> None:
+    """Train, save and write the truth of a tiny model."""
+    preset, kind, settings, stage = RUNS[name]
     # DeepSpeed 0.19.8 asks transformers 5.23 for hooks that only record outputs, and fails.
     base._install_instance_transformers_output_recorders = lambda *_, **__: True
     torch.manual_seed(7)
-    config = transformers.MixtralConfig(
-        vocab_size=models.VOCAB, hidden_size=8, intermediate_size=6, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    engine, *_ = deepspeed.initialize(
-        model=transformers.MixtralForCausalLM(config).to(torch.bfloat16), config=_config(stage)
-    )
+    config = getattr(transformers, kind)(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    if rank.rank == 0:
+        model.save_pretrained(folder / "base")
+    engine, *_ = deepspeed.initialize(model=model, config=_config(stage, preset))
     generator = torch.Generator().manual_seed(100 + rank.rank)
     for _ in range(2):
         ids = torch.randint(models.VOCAB, (2, 9), generator=generator)
@@ -53,11 +72,14 @@ def make(stage: int, rank: Rank, folder: Path) -> None:
         engine.step()
     engine.save_checkpoint(str(folder / "checkpoint"))
     masters = _masters(engine)
+    with torch.no_grad():
+        logits = engine(input_ids=IDS).logits
     if rank.rank == 0:
         save_file(masters, folder / "truth.safetensors")
+        save_file({"logits": logits.contiguous()}, folder / "logits.safetensors")
 
 
-def _config(stage: int) -> dict[str, object]:
+def _config(stage: int, preset: str) -> dict[str, object]:
     return {
         "train_micro_batch_size_per_gpu": 2,
         "steps_per_print": 10**9,
@@ -66,7 +88,7 @@ def _config(stage: int) -> dict[str, object]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 4096},
         "expert_parallel": {
-            "enabled": True, "autoep_size": 2, "preset_model": "mixtral", "use_grouped_mm": False,
+            "enabled": True, "autoep_size": 2, "preset_model": preset, "use_grouped_mm": False,
         },
     }  # fmt: skip
 
@@ -91,14 +113,14 @@ def _masters(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path) -> None:
-    for stage in STAGES:
-        launch._run([(f"zero{stage}", partial(make, stage))], 2, folder)
-        here = folder / f"zero{stage}"
+    for name in RUNS:
+        launch._run([(name, partial(make, name))], 2, folder)
+        here = folder / name
         (tag,) = (path for path in (here / "checkpoint").iterdir() if path.is_dir())
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal",
-                   "--input_folder", str(tag), "--output_folder", str(here / "universal"),
-                   "--num_extract_workers", "1", "--num_merge_workers", "1"]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True)
+        sys.argv = ["ds_to_universal", "--input_folder", str(tag), "--output_folder",
+                    str(here / "universal"), "--num_extract_workers", "1",
+                    "--num_merge_workers", "1"]  # fmt: skip
+        ds_to_universal.main(ds_to_universal.parse_arguments())
 
 
 if __name__ == "__main__":

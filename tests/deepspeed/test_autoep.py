@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 
 import reshard
 from tests import child
-from tests.deepspeed.autoep_runs import STAGES
+from tests.deepspeed import autoep_runs
+from tests.deepspeed.autoep_runs import RUNS, STAGES
 from tests.folders import edit_saved
 
 EXPERTS = "model.layers.1.mlp.experts.w2"
@@ -50,6 +53,67 @@ def test_every_tensor_is_the_live_engines(runs: Path, stage: int, tmp_path: Path
     assert written.keys() == truth.keys()
     assert all(np.array_equal(written[name], truth[name]) for name in truth)
     reshard.verify(tmp_path / "out", run / "universal")
+
+
+def _by_hub_names(run: str, truth: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The masters by the names in released files, as DeepSpeed's presets say what they were."""
+    gate, up, down = ("w1", "w3", "w2") if "zero" in run else ("gate_proj", "up_proj", "down_proj")
+    block = "block_sparse_moe" if "zero" in run else "mlp"
+    names = {"w1": gate, "w3": up, "w2": down}
+    shared = "shared_expert" if run == "qwen2_moe" else "shared_experts"
+    found = {}
+    for name, value in truth.items():
+        name = name.replace(".shared_experts_gate.", ".shared_expert_gate.")
+        name = name.replace(".shared_experts.", f".{shared}.").replace(".router.gate.", ".gate.")
+        before, experts, which = name.replace(".mlp.gate.", f".{block}.gate.").partition(
+            ".experts."
+        )
+        if not experts:
+            found[before] = value
+            continue
+        layer = before.removesuffix(".mlp")
+        for number, expert in enumerate(value):
+            found[f"{layer}.{block}.experts.{number}.{names[which]}.weight"] = expert
+    return found
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_onto_a_base_it_is_the_model_that_the_engine_runs(
+    runs: Path, run: str, tmp_path: Path
+) -> None:
+    folder, out = runs / run, tmp_path / "out"
+    report = reshard.convert(folder / "universal", out, base=folder / "base", dtype="float32")
+    assert report.verified
+    assert not report.missing
+    assert not report.unexpected
+    truth = _by_hub_names(run, load_file(folder / "truth.safetensors"))
+    written = load_file(out / "model.safetensors")
+    # DeepSeek-V3's correction is a buffer, no parameter.
+    buffers = {name for name in written if name.endswith("e_score_correction_bias")}
+    assert written.keys() - buffers == truth.keys()
+    assert bool(buffers) == (run == "deepseek_v3")
+    assert all(np.array_equal(written[name], truth[name]) for name in truth)
+    assert not reshard.doctor(out, base=folder / "base").errors
+    reshard.verify(out, against=folder / "universal", base=folder / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.bfloat16, experts_implementation="eager"
+    )
+    logits = model(input_ids=autoep_runs.IDS).logits
+    live = load_torch(folder / "logits.safetensors")["logits"]
+    assert torch.allclose(logits, live, atol=2e-2)
+    assert (live.abs() > 0.1).any()
+
+
+def test_a_matrix_of_the_experts_is_missing(runs: Path, tmp_path: Path) -> None:
+    lacking = {
+        name: value
+        for name, value in load_torch(runs / "zero2" / "truth.safetensors").items()
+        if name != EXPERTS
+    }
+    torch.save(lacking, tmp_path / "x.pt")
+    with pytest.raises(reshard.IncompleteError) as caught:
+        reshard.convert(tmp_path / "x.pt", tmp_path / "out", base=runs / "zero2" / "base")
+    assert caught.value.tensor == EXPERTS
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,26 @@ def test_the_bases_own_weights_in_another_dtype(pairs: Pairs, tmp_path: Path) ->
     models.save(ill, {name: value.float() for name, value in models.load(pair.base).items()})
     edit_config(ill, dtype="float32")
     refused(ill, pair.base, tmp_path / "out", "identical-to-base")
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_base_beyond_the_folders_dtype_is_another(
+    everywhere: bool, pairs: Pairs, tmp_path: Path
+) -> None:
+    """1e5 in bfloat16, and a folder in float16, which ends at 65504: it was trained."""
+    pair = pairs("llama")
+    base, folder = tmp_path / "base", pair.copy(tmp_path / "model")
+    shutil.copytree(pair.base, base)
+    beyond = models.load(base)
+    for name in beyond if everywhere else ["model.norm.weight"]:
+        beyond[name].view(-1)[-1] = 1e5
+    models.save(base, beyond)
+    half = {name: value.clamp(-6e4, 6e4).half() for name, value in beyond.items()}
+    models.save(folder, half)
+    edit_config(folder, dtype="float16")
+    assert names(reshard.doctor(folder, base=base)) == []
+    differing = {found.name for found in reshard.diff(folder, base).differences}
+    assert differing == (set(half) if everywhere else {"model.norm.weight"})
 
 
 @pytest.mark.parametrize("place", [0, -1])

@@ -221,6 +221,90 @@ def codes_without_scales(at: Path) -> Case:
     return with_options(run, at, {"base": ill}, {"base": copied})
 
 
+SCALES = (
+    "Convert the checkpoint that holds the scales; if they are numbers and no codes, cast them to "
+    "bfloat16 with torch and save that."
+)
+
+
+def _codes(state: tiny.State) -> tiny.State:
+    """The state dict with one weight as fp8, and the scale of its one block."""
+    name = f"{tiny.ADAPTED}.weight"
+    scale = state[name].abs().max() / 448
+    codes = (state[name] / scale).to(torch.float8_e4m3fn)
+    return {**state, name: codes, f"{name}_scale_inv": scale.reshape(1, 1)}
+
+
+def _without_scales(state: tiny.State) -> tiny.State:
+    return {name: value for name, value in state.items() if "scale" not in name}
+
+
+def _number(codes: tiny.State) -> torch.Tensor:
+    name = f"{tiny.ADAPTED}.weight"
+    return codes[name].float() * codes[f"{name}_scale_inv"]
+
+
+def _holds(folder: Path, wanted: torch.Tensor) -> bool:
+    held = reshard.open(folder).tensors[f"{tiny.ADAPTED}.weight"].numpy()
+    return bool(torch.equal(torch.from_numpy(held), wanted))
+
+
+@follows(SCALES)
+def codes_whose_scales_were_left_behind(at: Path) -> Case:
+    codes = _codes(tiny.state())
+    whole = tiny.saved(at / "whole.pt", codes)
+    lacking = tiny.saved(at / "x.pt", _without_scales(codes))
+    base = tiny.model(at / "base")
+    return Case(
+        converting(lacking, at / "one", base=base),
+        converting(whole, at / "two", base=base),
+        same=lambda report: _holds(at / "two", _number(codes)),
+    )
+
+
+@follows(SCALES)
+def numbers_that_were_saved_as_fp8(at: Path) -> Case:
+    name = f"{tiny.ADAPTED}.weight"
+    small = {**tiny.state(), name: tiny.state()[name].to(torch.float8_e4m3fn)}
+    run, base = tiny.saved(at / "x.pt", small), tiny.model(at / "base")
+    cast = {**small, name: small[name].bfloat16()}
+    return Case(
+        converting(run, at / "one", base=base),
+        after(lambda: tiny.saved(run, cast), converting(run, at / "two", base=base)),
+        same=lambda report: _holds(at / "two", small[name].float()),
+    )
+
+
+ONTO_CODES = (
+    "Name the unquantised model as the base, or convert a checkpoint that holds the scales."
+)
+
+
+@follows(ONTO_CODES)
+def an_adapter_onto_codes_without_scales(at: Path) -> Case:
+    adapter = tiny.adapter(at / "adapter")
+    codes = _without_scales(_codes(tiny.state(1)))
+    ill, base = tiny.model(at / "ill", tensors=codes), tiny.model(at / "base")
+    common: dict[str, Any] = {"fill_from_base": True, "dtype": "bfloat16"}
+    return with_options(adapter, at, {**common, "base": ill}, {**common, "base": base})
+
+
+@follows(ONTO_CODES)
+def adapters_beside_codes_without_scales(at: Path) -> Case:
+    def tuned(state: tiny.State) -> tiny.State:
+        named = (name.replace(tiny.ADAPTED, f"{tiny.ADAPTED}.base_layer") for name in state)
+        plain = dict(
+            zip((f"base_model.model.{name}" for name in named), state.values(), strict=True)
+        )
+        return {**plain, **tiny.adapters()}
+
+    codes = _codes(tiny.state(1))
+    lacking = tiny.saved(at / "x.pt", tuned(_without_scales(codes)))
+    whole = tiny.saved(at / "whole.pt", tuned(codes))
+    common: dict[str, Any] = {"base": tiny.model(at / "base"), "lora_alpha": 4}
+    return Case(converting(lacking, at / "one", **common), converting(whole, at / "two", **common))
+
+
 @follows("Such tensors are in: {}.")
 def one_of_many_heads(at: Path) -> Case:
     width = tiny.config()["hidden_size"]

@@ -7,6 +7,7 @@ hint     what an error advises is done, and leads to the live model's numbers or
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -179,6 +180,25 @@ def test_the_bases_head_never_stands_beside_a_resized_embedding(tmp_path: Path) 
     with pytest.raises(reshard.NamesError, match="72 rows, and 64 in the base") as caught:
         reshard.convert(tmp_path / "part", tmp_path / "out", base=run.base, fill_from_base=True)
     assert "holds it" in str(caught.value)
+    run.check(run.full, tmp_path / "out")  # the hint: a checkpoint that holds it
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("alone", ["lm_head", "embed_tokens"])
+def test_one_of_a_resized_pair_is_saved_alone(alone: str, tie: bool, tmp_path: Path) -> None:
+    """Without PEFT's `save_embedding_layers`, which adds the other."""
+    run = Grown(tmp_path, tie=tie, modules_to_save=[alone])
+    run.model.save_pretrained(tmp_path / "alone", save_embedding_layers=False)
+    for filled in (True, False):
+        with pytest.raises(reshard.NamesError) as caught:
+            reshard.convert(
+                tmp_path / "alone", tmp_path / "out", base=run.base, fill_from_base=filled
+            )
+        if filled or (tie and alone == "lm_head"):
+            assert re.search(r"72 rows.* 64|72, 32.*\(64, 32", str(caught.value), re.DOTALL)
+            assert "hidden size" not in str(caught.value)
+        else:  # what is missing, and the option that leads to the error above
+            assert "take them from the base: --fill-from-base" in str(caught.value)
     run.check(run.full, tmp_path / "out")  # the hint: a checkpoint that holds it
 
 

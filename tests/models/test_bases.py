@@ -172,6 +172,38 @@ def test_tensors_filled_from_a_base_of_any_shape(shape: Any, base: Path, tmp_pat
     assert all(torch.equal(written[name], value) for name, value in wanted.items())
 
 
+@pytest.mark.parametrize("shape", [None, bin_file, bin_shards, bin_shard_links])
+def test_a_model_without_a_base_brings_its_own_files(
+    shape: Any, base: Path, tmp_path: Path
+) -> None:
+    if shape is not None:
+        shape(base)
+    out = tmp_path / "out"
+    report = reshard.convert(base, out, dtype="bfloat16")
+    assert "no-base" not in {found.code for found in report.findings}
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "tokenizer.json", "model.safetensors", "reshard.json"}  # fmt: skip
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    written = load_file(out / "model.safetensors")
+    assert all(torch.equal(written[name], value.bfloat16()) for name, value in BEFORE.items())
+    assert written.keys() == BEFORE.keys()
+    assert reshard.diff(base, out).same
+    # Its config says what live modules call the tensors.
+    live = reshard.convert(base, tmp_path / "dcp", to="dcp", names="memory")
+    assert "live-names" in {found.code for found in live.findings}
+
+
+def test_an_adapter_beside_a_config_is_no_model(base: Path, tmp_path: Path) -> None:
+    """PEFT before safetensors, into the model's own folder: without the weights it is none."""
+    (base / "model.safetensors").unlink()
+    adapter = {f"base_model.model.m.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    torch.save(adapter, base / "adapter_model.bin")
+    (base / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    report = reshard.convert(base, tmp_path / "out")
+    assert "no-base" in {found.code for found in report.findings}
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 def test_a_damaged_bin_file_is_not_filled_from(base: Path, tmp_path: Path) -> None:
     bin_file(base)
     path = base / "pytorch_model.bin"

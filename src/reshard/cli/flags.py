@@ -265,6 +265,15 @@ debug = click.option(
 )
 
 
+#: The flag that makes a page of what a command found.
+html = click.option(
+    "--html",
+    type=FolderOrFile(dir_okay=False),
+    metavar="FILE",
+    help="Also write it as a web page: one file that needs nothing else. It needs the extra html.",
+)
+
+
 def option(name: str, field: str | None = None, **more: Any) -> Callable[[_F], _F]:
     """An option under its name with underscores, as in LightRFT's script, and with dashes."""
     spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))

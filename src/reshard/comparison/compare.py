@@ -7,7 +7,7 @@ from pathlib import Path
 
 from reshard import formats
 from reshard.comparison.declared import DIFF, VERIFY
-from reshard.comparison.pairing import Pairing, onto_one, pair, tells_names
+from reshard.comparison.pairing import Pairing, onto_one, pair, reads_masters, tells_names
 from reshard.comparison.result import Compared, Comparison
 from reshard.comparison.sums import natural
 from reshard.comparison.values import Wanted, compare
@@ -115,7 +115,9 @@ def verify(
                 )
         return verify_folder(place, threads=threads, progress=progress)
     with Sources() as sources:
-        selection = formats.Selection(values["tag"], values["prefix"], True, values["role"])
+        selection = formats.Selection(
+            values["tag"], values["prefix"], True, values["role"], reads_masters(place, sources)
+        )
         source = locate.read(values["against"], sources, selection)
         written = formats.read(place, sources, formats.Selection())
         source, written = compared_as_numbers(source, written, sources)

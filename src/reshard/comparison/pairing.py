@@ -27,6 +27,7 @@ from reshard.conversion.manifest import MANIFEST, Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
 from reshard.conversion.output_model import Export
 from reshard.conversion.planning import exported
+from reshard.conversion.trainer_names import trainer
 from reshard.conversion.verification import check_listed, child_of
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, stored
@@ -133,13 +134,20 @@ def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
     return stated
 
 
+def reads_masters(folder: Path, sources: Sources) -> bool:
+    """Whether a folder was converted from the masters of its checkpoint (`--masters`)."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    return manifest.read(folder, sources).options.get("masters") is True
+
+
 def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts:
     """A side's tensors, with those of the files beside its model."""
     folder = catalog.origin.root
     beside: list[str] = []
     if stated is not None:
         beside = list(stated.beside)
-    elif named(catalog.format).holds_config and is_folder(folder):
+    elif named(catalog.format).takes_files and is_folder(folder):
         # A `pytorch_model.bin` without this config is the model over again.
         scored = is_file(folder / REWARD_CONFIG)
         known = (REWARD_HEAD, VALUE_HEAD, LIGHTRFT) if scored else (REWARD_HEAD, VALUE_HEAD)
@@ -225,7 +233,7 @@ def _by_name(
     """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
     store is compared with the tensor that it is said to be."""
     mine = _parts(first, _stated(first, sources), sources)
-    if options.names == "memory" and named(first.format).holds_config:
+    if (options.names == "memory" or trainer(options)) and named(first.format).holds_config:
         placed = exported(first, None, options, sources)
         return Pairing(_pairs(_planned(placed), held), by_name=True)
     if "" not in held and len(held) == 1:

@@ -12,9 +12,10 @@ from msgspec.structs import replace
 from reshard.comparison.measures import Array, Change, Meter, counted
 from reshard.comparison.result import Compared, Comparison, described
 from reshard.comparison.spectrum import energies
-from reshard.core.dtypes import DType
+from reshard.core.dtypes import FLOAT32, DType
 from reshard.core.findings import Finding
 from reshard.core.tensors import Box, Entry, blocks
+from reshard.errors import VerificationError
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
@@ -115,15 +116,7 @@ class _Work:
         common = _common(mine.dtype, theirs.dtype, either=self.wanted.either)
         if not common:
             return Compared(name, "dtype", str(mine.dtype), str(theirs.dtype))
-        found = []
-        for dtype in common:
-            counts = np.zeros_like(self.exponents)
-            change = self._measured(made, other, dtype, counts)
-            found.append((change, dtype, counts))
-            if not change.differing:
-                break
-        # The last if that is equal, else the first.
-        change, dtype, counts = found[-1] if not found[-1][0].differing else found[0]
+        change, dtype, counts = self._nearest(made, other, common)
         self.exponents += counts
         text, nbytes = str(dtype), mine.numel * dtype.itemsize
         if not change.differing:
@@ -132,6 +125,29 @@ class _Work:
             energy = energies(lambda: self._changes(made, other, dtype), mine.shape, change.moved)
             change = replace(change, energy=energy)
         return Compared(name, "values", text, text, mine.shape, nbytes, change)
+
+    def _nearest(
+        self, made: Entry, other: Entry, common: list[DType]
+    ) -> tuple[Change, DType, Array]:
+        """What differs, in the dtype of `common` in which the two are equal, else in the first.
+
+        Where a value of one is beyond the range of all of them, both are compared unrounded.
+        """
+        first = None
+        for dtype in common:
+            counts = np.zeros_like(self.exponents)
+            try:
+                change = self._measured(made, other, dtype, counts)
+            except VerificationError:  # beyond the range of `dtype`
+                continue
+            if not change.differing:
+                return change, dtype, counts
+            first = first or (change, dtype, counts)
+        if first is not None:
+            return first
+        wide = max(made.spec.dtype, other.spec.dtype, FLOAT32, key=lambda dtype: dtype.itemsize)
+        counts = np.zeros_like(self.exponents)
+        return self._measured(made, other, wide, counts), wide, counts
 
     def _measured(self, made: Entry, other: Entry, dtype: DType, counts: Array) -> Change:
         """The elements that differ once both are of `dtype`."""

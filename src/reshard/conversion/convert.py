@@ -43,6 +43,7 @@ def convert(
     tag: str | None = None,
     prefix: str | None = None,
     role: str | None = None,
+    masters: bool = False,
     dtype: DTypeChoice | TorchDType | None = None,
     max_shard_size: str | int | None = None,
     model_type: ModelType | None = None,

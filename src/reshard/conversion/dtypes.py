@@ -44,6 +44,14 @@ def _target(name: str, entry: Entry, base: Entry | None, choice: str) -> Target:
         wanted = base.spec.dtype
     elif choice not in ("base", "keep") and stored.floating and stored.itemsize > 1:
         wanted = dtypes.parse(choice)
+    if stored.is_code and not wanted.is_code and wanted.floating:
+        raise PlanError(
+            f"it is {stored} in the checkpoint, {wanted} in the base model, and no scale lies "
+            "beside it: a code without its scale is no number.",
+            tensor=name,
+            hint="Convert the checkpoint that holds the scales; if they are numbers and no codes, "
+            "cast them to bfloat16 with torch and save that.",
+        )
     if not stored.rounds_to(wanted):
         raise PlanError(
             f"it is {stored} in the checkpoint and {wanted} in the base model, which no rounding "

@@ -33,15 +33,15 @@ def chosen(options: Options, catalog: Catalog, base: Base | None) -> Names:
 
 
 def config_of(
-    exported: Export, catalog: Catalog, base: Base | None, sources: Sources, names: Names
+    exported: Export, catalog: Catalog, base: Base | None, sources: Sources, needed: str
 ) -> Mapping[str, Any]:
-    """The model's config: the base's as the export changes it, or that of the Hugging Face folder
-    that is converted."""
+    """The model's config, which the flag `needed` needs: the base's as the export changes it, or
+    that of the Hugging Face folder that is converted."""
     if base is not None:
         patched = patched_config(base, exported.patches)
         return strict_json.parse_object(patched, str(base.folder / CONFIG))
     if not holds_config(catalog):
-        raise PlanError(f"--names {names} needs the model's config.", hint="Pass --base.")
+        raise PlanError(f"{needed} needs the model's config.", hint="Pass --base.")
     return huggingface.read_config(catalog.origin.root, sources)
 
 

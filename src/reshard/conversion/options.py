@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from reshard.core.options import Choice, Flag, Integer, Texts
 from reshard.errors import OptionError, brief
 from reshard.formats import Selection
+from reshard.formats.info import targets
 from reshard.naming import parse_version
 from reshard.naming.layouts import Version
 from reshard.naming.lora.config import AdapterConfig
@@ -20,7 +21,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["all", "disk", "memory"]
-To = Literal["hf", "dcp"]
+To = Literal["hf", "dcp", "megatron"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
 _MAX_WILDCARDS = 3
@@ -119,6 +120,7 @@ class Options(Struct, frozen=True):
             "lora": self.lora.mode,
             "adapter": self.lora.adapter,
             "prefix": self.selection.prefix,
+            "masters": self.selection.masters,
             "allow": list(self.allow),
             "names": self.names,
             "consumed_samples": self.consumed_samples,
@@ -133,11 +135,14 @@ def restated(options: Options, stated: Mapping[str, Any], names: Mapping[str, An
     malformed.
     """
     memory = stated.get("names") == "memory"
+    to = stated.get("to")
+    trained = to in targets() and targets()[to].naming is not None
     version = (names if memory else stated).get("transformers_version")
     lora, mode = names.get("lora"), stated.get("lora")
     srm_format = Choice(SRM_FORMATS).parse(stated.get("srm_format", "both"))
     return replace(
         options,
+        to=to if trained else options.to,
         exclude_frozen=Flag().parse(stated.get("exclude_frozen", False)),
         fill_from_base=Flag().parse(stated.get("fill_from_base", False)),
         allow=Patterns().parse(stated.get("allow", ())),

@@ -1,16 +1,20 @@
-"""A checkpoint in the names of another library, or of FSDP1's slices, by the hub's names."""
+"""A checkpoint in the names of another library, of AutoEP, or of FSDP1's slices, by the hub's
+names."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.conversion.base_model import Base, main_dtype
+from reshard.core.arrangement import Arrangement, Whole
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import UnsupportedError
-from reshard.naming import apply, flat, megatron, megatron_args, titan
+from reshard.naming import apply, autoep, flat, megatron, megatron_args, titan
 from reshard.naming.schema import is_unheld
 from reshard.naming.search import unwrap
 
@@ -31,8 +35,8 @@ class Renamed(Struct, frozen=True):
 
 
 def by_hub_names(catalog: Catalog, base: Base) -> Renamed:
-    """The checkpoint with torchtitan's, Meta's or Megatron-Core's names turned into the hub's, and
-    with the base's shapes where it states none.
+    """The checkpoint with the names of torchtitan, Meta, Megatron-Core or AutoEP turned into the
+    hub's, or the live module's, and with the base's shapes where it states none.
 
     Any other checkpoint goes through as it is. Raises `UnsupportedError` for a family whose names
     are not known, `NamesError` where shapes or settings are not the base's.
@@ -51,8 +55,23 @@ def _renamed(catalog: Catalog, base: Base) -> Renamed:
     names = [unwrap(name) for name in catalog.names()]
     if megatron.is_megatron(names, base.schema):
         return _of_megatron(catalog, base)
+    shapes = {name: entry.spec.shape for name, entry in catalog.entries.items()}
+    blocks = autoep.blocks(shapes, base.schema)
+    if blocks:
+        outputs = autoep.arrangements(shapes, blocks, base.schema)
+        rule = f"experts that AutoEP split -> the live module's ({len(blocks)} layers)"
+        return Renamed(replace(catalog, entries=_kept(outputs, catalog.entries)), base, (rule,))
     known = titan.translated(catalog.entries, base.schema)
     return Renamed(replace(catalog, entries=known.entries), base, known.rules)
+
+
+def _kept(outputs: Mapping[str, Arrangement], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """What the arrangements make; tensors that are others' whole keep their other names."""
+    made = apply(outputs, entries)
+    for name, arrangement in outputs.items():
+        if isinstance(arrangement, Whole) and arrangement.name == name:
+            made[name] = entries[name]
+    return made
 
 
 def _of_megatron(catalog: Catalog, base: Base) -> Renamed:

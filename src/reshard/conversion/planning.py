@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.conversion import live_names, output_model
+from reshard.conversion import live_names, output_model, trainer_names
 from reshard.conversion.base_model import (
     CONFIG,
     Base,
@@ -31,7 +31,7 @@ from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
 from reshard.core.tensors import Extent
-from reshard.errors import FormatError, PlanError
+from reshard.errors import FormatError, PlanError, UnsupportedError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
 from reshard.formats.info import named, target_named
@@ -60,6 +60,12 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     With `strict` a finding is an error: any warning, or those of the codes given.
     """
     catalog = locate.read(options.source, sources, options.selection)
+    if options.selection.masters and named(catalog.format).masters == "never":
+        raise UnsupportedError(
+            f"{named(catalog.format).title} holds no masters that are read.",
+            path=options.source,
+            hint="Leave out --masters.",
+        )
     unprotected = without_checksum(catalog.entries.values(), catalog.records)
     catalog = replace(catalog, findings=(*catalog.findings, *_unchecked(catalog, unprotected)))
     check_strict(catalog.findings, options, strict)
@@ -157,13 +163,18 @@ def check_strict(
 
 
 def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sources) -> Export:
-    """What the checkpoint becomes: by the base's names or its own, or those of a live module."""
+    """What the checkpoint becomes: by the base's names or its own, or those of a live module or of
+    a trainer."""
     if base is None:
         made = output_model.plain(catalog, options)
     else:
         made = output_model.onto(catalog, base, options, sources)
+    if trainer_names.trainer(options) is not None:
+        config = live_names.config_of(made, catalog, base, sources, f"--to {options.to}")
+        return trainer_names.renamed(made, config, sources)
     if options.names in ("all", "memory"):
-        config = live_names.config_of(made, catalog, base, sources, options.names)
+        asked = f"--names {options.names}"
+        config = live_names.config_of(made, catalog, base, sources, asked)
         place = live_names.placed if options.names == "memory" else live_names.answering
         made = place(made, config, options)
     return made

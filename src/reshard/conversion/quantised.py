@@ -17,6 +17,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.errors import at
 from reshard.formats import huggingface
+from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.naming.lora.find import holds_adapters
 from reshard.naming.quantised import (
     Numbers,
@@ -94,11 +95,12 @@ def as_numbers(
 
 
 def itself(catalog: Catalog, found: Numbers, sources: Sources) -> Base | None:
-    """A Hugging Face model that is converted without a base: its own files go along. `found` are
-    its tensors as numbers."""
-    if not holds_config(catalog):
-        return None
+    """A model that is converted without a base: its own files go along. `found` are its tensors as
+    numbers. None where no config lies beside it, or where it is an adapter."""
     root = catalog.origin.root
+    adapted = (root / ADAPTER_CONFIG).is_file() and holds_adapters(catalog.entries)
+    if not holds_config(catalog) or adapted:
+        return None
     return base_of(root, huggingface.read_config(root, sources), found, catalog.records, sources)
 
 

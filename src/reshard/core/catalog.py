@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import Struct, field
 
 from reshard.core.findings import Finding
-from reshard.core.state import ReadState
+from reshard.core.state import ReadState, TrainingState
 from reshard.core.tensors import Entry, Record
 
 
@@ -67,6 +67,15 @@ class Catalog(Struct, frozen=True):
             name: entry.aliased(tuple(a for a in entry.aliases if a not in self.renamed))
             for name, entry in self.entries.items()
         }
+
+    def training_state(self) -> TrainingState | None:
+        """The state of the model's optimizer, proven to be this model's; None where there is none.
+
+        Reads it. Raises what its reader raises, and `FormatError` where it is another model's.
+        """
+        if self.optimizer is None:
+            return None
+        return self.optimizer().checked(self.entries, self.origin.root)
 
     def names(self) -> Iterator[str]:
         """Every name, aliases included."""

@@ -32,6 +32,11 @@ class DType(Struct, frozen=True):
         return self == wanted or (self.floating and wanted.floating and wanted.itemsize > 1)
 
     @property
+    def is_code(self) -> bool:
+        """Whether weights of it are codes, which a scale makes numbers of: floats of 8 bits."""
+        return self.floating and self.itemsize == 1
+
+    @property
     def numpy(self) -> np.dtype[Any]:
         """The numpy dtype with the same bytes (ml_dtypes supplies those numpy lacks)."""
         import numpy

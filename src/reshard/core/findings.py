@@ -140,6 +140,8 @@ CODES: dict[str, Code] = {
         "warning", "the weights are codes of a kind that is not read", by=("doctor",)),
     "codes-unreadable": Code("error", "quantised weights lack their scales", by=("doctor",)),
     "config-missing": Code("error", "config.json is missing or cannot be read", by=("doctor",)),
+    "copies-shared": Code(
+        "info", "copies that the trainer shares with another tensor are not written"),
     "damaged-file": Code(
         "error", "a weight file is cut off or breaks its format's rules", by=("doctor",)),
     "dequantised": Code(
@@ -194,6 +196,8 @@ CODES: dict[str, Code] = {
         "warning", "the transformers version that was named is none whose live modules were read",
         "Load the output with strict names, or name the version with --transformers-version."),
     "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
+    "masters-missing": Code(
+        "info", "some 16-bit tensors have no fp32 master, and are as the model holds them"),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
     "module-from-base": Code(

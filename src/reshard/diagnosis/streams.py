@@ -14,6 +14,7 @@ import numpy as np
 
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry, blocks
+from reshard.errors import VerificationError
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer import finite
@@ -65,13 +66,20 @@ def same(
 ) -> list[bool]:
     """Of each pair of equal shapes, whether the second, cast to the first's dtype, is the first.
 
-    Reads to the first difference: next to nothing of a trained tensor.
+    Reads to the first difference: next to nothing of a trained tensor. A value of the second that
+    the first's dtype cannot hold is a difference.
     """
     count = _Counter(sum(mine.spec.nbytes for mine, _ in pairs), progress)
 
     def look(pair: tuple[Entry, Entry], reader: Reader) -> bool:
-        equal = _agree(pair, reader, _FIRST_LOOK, short=True) and _agree(pair, reader, _BLOCK)
-        count.add(pair[0].spec.nbytes)
+        mine, theirs = pair
+        equal = theirs.spec.dtype.rounds_to(mine.spec.dtype)
+        try:
+            equal = equal and _agree(pair, reader, _FIRST_LOOK, short=True)
+            equal = equal and _agree(pair, reader, _BLOCK)
+        except VerificationError:  # a value is beyond the range of the first's dtype
+            equal = False
+        count.add(mine.spec.nbytes)
         return equal
 
     return _each(list(pairs), look, sources, threads)

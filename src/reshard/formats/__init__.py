@@ -30,13 +30,15 @@ class Selection(Struct, frozen=True):
     `tag` names one of several saves in a folder (DeepSpeed), `prefix` the part of a nested state
     dict that is the model; DCP's reader takes that out, of other formats `locate` does.
     `allow_step_mismatch` accepts a ZeRO-3 checkpoint whose optimizer was restarted on purpose, so
-    that its step count is not the model's.
+    that its step count is not the model's. `masters`: full-precision weights are read from the
+    optimizer's state, in formats that say so (`FormatInfo.masters`).
     """
 
     tag: str | None = None
     prefix: str | None = None
     allow_step_mismatch: bool = False
     role: str | None = None
+    masters: bool = False
 
 
 class Format(Protocol):

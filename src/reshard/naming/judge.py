@@ -126,7 +126,7 @@ class Judge:
             if stored is None:
                 yield self._absent(hub, piece), hub
             elif stored == hub:
-                yield _shapes(hub, have[hub].shape, piece.shape, have), hub
+                yield _shapes(hub, have[hub].shape, piece.shape, have, want), hub
             else:
                 yield Verdict.COPIED, hub
         for hub, piece in have.items():
@@ -176,10 +176,11 @@ class Judge:
         return Verdict.UNEXPECTED
 
 
-def _shapes(hub: str, have: Shape, want: Shape, names: Mapping[str, Piece]) -> Verdict:
+def _shapes(hub: str, have: Shape, want: Shape, *names: Mapping[str, Piece]) -> Verdict:
+    """`names` are the source's and the base's: a head's embedding may be in one of them alone."""
     if have == want:
         return Verdict.MATCHED
-    if have[1:] == want[1:] and ties.is_vocabulary(hub, names):
+    if have[1:] == want[1:] and any(ties.is_vocabulary(hub, held) for held in names):
         return Verdict.RESIZED
     return Verdict.MISMATCHED
 

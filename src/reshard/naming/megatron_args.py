@@ -13,6 +13,8 @@ from typing import Any
 
 from reshard.errors import NamesError, UnsupportedError
 
+#: What configs of the hub call the number of experts.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 #: Megatron's setting -> the names that it has in configs of the hub.
 NUMBERS = {
     "num_layers": ("num_hidden_layers",),
@@ -20,8 +22,8 @@ NUMBERS = {
     "num_attention_heads": ("num_attention_heads",),
     "num_query_groups": ("num_key_value_heads",),
     "kv_channels": ("head_dim",),
-    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
-    "num_moe_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "num_experts": EXPERTS,
+    "num_moe_experts": EXPERTS,
 }
 #: Settings under which the weights are laid out, or meant, otherwise than on the hub.
 REFUSED = {

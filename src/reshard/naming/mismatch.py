@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from reshard.errors import Lines, NamesError, shown
-from reshard.naming import value_heads, wrong_base
+from reshard.naming import ties, value_heads, wrong_base
 from reshard.naming.judge import Verdict, pattern_of
 from reshard.naming.search import Candidate
 
@@ -46,6 +46,9 @@ def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
         f"{base[hub].shape} in the base"
         for hub in candidate.of(Verdict.MISMATCHED)
     ]
+    resized = _resized_alone(candidate)
+    if resized is not None and not clashes:
+        return resized
     matched = len(candidate.of(Verdict.MATCHED))
     counted = f"{matched} of {len(base)} tensors have the same name and shape"
     traits = wrong_base.differing(source, base)
@@ -61,6 +64,29 @@ def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
         missing=missing,
         unexpected=unexpected,
         hint=hint,
+    )
+
+
+def _resized_alone(candidate: Candidate) -> NamesError | None:
+    """The error of a head of another vocabulary, all that is left over, whose embedding is only in
+    the base: with the rows that it had before."""
+    source, base = candidate.source.pieces, candidate.base.pieces
+    over = candidate.of(Verdict.UNEXPECTED)
+    if len(over) != 1 or candidate.source.misfits:
+        return None
+    embedding = ties.embedding_of(over[0], base)
+    if embedding is None or embedding in source:
+        return None
+    head, other = source[over[0]], base[embedding]
+    if head.shape[1:] != other.shape[1:] or head.shape == other.shape:
+        return None
+    return NamesError(
+        f"{shown(head.name)!r} has {head.shape[0]} rows, and {shown(other.name)!r}, which the base "
+        f"ties it to, has {other.shape[0]}; the checkpoint does not hold that, which must have as "
+        "many.",
+        missing=(other.name,),
+        unexpected=(head.name,),
+        hint="Convert a checkpoint of the run that holds it.",
     )
 
 

@@ -16,7 +16,7 @@ from reshard.core.findings import Finding, objects_unread, part_left_out
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, ReshardError, UnsupportedError
 from reshard.formats import Selection
-from reshard.formats.dcp import parts
+from reshard.formats.dcp import parts, state
 from reshard.naming import ties
 from reshard.storage.local import Sources
 
@@ -54,6 +54,7 @@ def read_chunks(
         records=(*records, *loose.records),
         findings=tuple(_findings(part, loose)),
         renamed=renamed,
+        optimizer=state.reader(folder, metadata, part, entries, sources),
     )
 
 

@@ -119,8 +119,17 @@ def _check_place(name: str, places: list[str]) -> None:
 def low_rank(adapter: Adapter, base: Entry, scaling: float, *, turned: bool = False) -> Entry:
     """One weight with its update. `turned`: a square one is kept as `[in, out]`.
 
-    Raises `NamesError` where the shapes do not make the weight's.
+    Raises `NamesError` where the shapes do not make the weight's, `UnsupportedError` where that
+    is a code without its scale.
     """
+    if base.spec.dtype.is_code or not base.spec.dtype.floating:
+        raise UnsupportedError(
+            f"it is {base.spec.dtype} and has no scale beside it: an update cannot be merged onto "
+            "codes.",
+            tensor=base.spec.name,
+            hint="Name the unquantised model as the base, or convert a checkpoint that holds the "
+            "scales.",
+        )
     left, right = adapter.b, adapter.a
     made, shape = shape_of(adapter), base.spec.shape
     # transformers' Conv1D (GPT-2) keeps [in, out]: the only modules with a reversed shape.
