@@ -254,7 +254,7 @@ class FolderOrFile(click.Path):
             except OptionError as error:
                 self.fail(str(error), param, ctx)
         if isinstance(value, str):
-            # Path.expanduser raises where `~name` is no user's.
+            # Path.expanduser raises where `~name` is not a user's.
             value = os.path.expanduser(value)  # noqa: PTH111
         return super().convert(value, param, ctx)
 

@@ -32,7 +32,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on standard output."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    # A path may hold bytes that are no text, which Python spells as half a surrogate pair.
+    # A path may hold bytes that are not text, which Python spells as half a surrogate pair.
     click.echo(text if printable(text, lines=True) == text else json.dumps(value, indent=2))
 
 

@@ -5,7 +5,7 @@
 
 Checked more strictly than safetensors 0.8.0 (safetensors/src/tensor.rs) checks: no key twice, no
 shape whose size overflows, and the tensors fill the rest of the file without gap or overlap. Not
-taken either: more than `tensors.MAX_DIMS` dimensions, and names that are no Unicode.
+taken either: more than `tensors.MAX_DIMS` dimensions, and names that are not Unicode.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def _check_base_held(separated: Separated, config: AdapterConfig, choice: LoraCh
         )
     if choice.mode in ("adapter", "both"):
         raise UnsupportedError(
-            f"{told}: the adapter alone is no update of the base.", hint="Pass --lora merge."
+            f"{told}: the adapter alone is not an update of the base.", hint="Pass --lora merge."
         )
 
 

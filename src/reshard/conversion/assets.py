@@ -46,7 +46,7 @@ _OF_TRAINING = frozenset({"trainer_state.json", "optimizer.pt", "training_args.b
 def assets(folder: Path) -> tuple[Asset, ...]:
     """The files that go along, by name, sub-folders included.
 
-    Raises `FormatError` for a link that leaves the folder or what is no regular file,
+    Raises `FormatError` for a link that leaves the folder or what is not a regular file,
     `NotFoundError` for a file or folder that cannot be read.
     """
     return tuple(

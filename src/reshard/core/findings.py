@@ -1,4 +1,4 @@
-"""Findings: what a person should know about a checkpoint, a conversion or a model.
+"""Findings: what a user should know about a checkpoint, a conversion or a model.
 
 A finding has a code, and `CODES` says once what each code means and how to fix it. Readers, the
 fit of the names, the conversion, doctor and try all report findings of this one type; `--strict`
@@ -40,11 +40,11 @@ class Code(Struct, frozen=True):
 
 
 class Finding(Struct, frozen=True):
-    """Something that a person should know.
+    """Something that a user should know.
 
     `code` is a key of `CODES`. `message` is one or two sentences with the evidence. `subject` is
-    the tensor or file concerned, empty where it is the whole. `fix` says what to do in this case;
-    empty: the code's own. `evidence` are names and numbers for programs, as JSON values.
+    the tensor or file concerned, empty for the whole checkpoint. `fix` says what to do in this
+    case; empty: the code's own. `evidence` are names and numbers for programs, as JSON values.
     """
 
     code: str
@@ -54,7 +54,7 @@ class Finding(Struct, frozen=True):
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A note is as long as a file makes it.
+        # A file decides how long a message is.
         force_setattr(self, "message", shortened(self.message, _MAX_MESSAGE))
 
     def __hash__(self) -> int:

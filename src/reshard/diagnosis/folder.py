@@ -92,7 +92,7 @@ def read(path: Path, sources: Sources) -> Folder:
     """Read a model folder's headers, config and file names.
 
     Raises `NotFoundError` where there is no folder, or no file that should hold a model's weights,
-    `UnsupportedError` where the weights are no model's by themselves.
+    `UnsupportedError` where the weights alone are not a model.
     """
     if not is_folder(path):
         raise NotFoundError("there is no such folder.", path=path)

@@ -37,7 +37,7 @@ class Quantisation(Struct, frozen=True):
 
     stated: what the config says. numbers: the tensors, where codes are read as numbers.
     unread: the kind of codes that are not. fault: why the codes could not be read.
-    stale: weight that is no code -> the scale beside it. cast: those of them that hold the codes
+    stale: weight that is not a code -> the scale beside it. cast: those of them that hold the codes
     themselves, cast to another dtype.
     """
 

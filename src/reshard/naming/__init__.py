@@ -1,8 +1,8 @@
-"""Names as data: what the tensors of a checkpoint are called, and what its users need them called.
+"""Names as data: the names of a checkpoint's tensors, and the names that its users need.
 
-The base model's own safetensors headers are the contract. Everything here only finds the map onto
-them: wrappers' prefixes, the layouts of model families (`families.py`, the table to extend), tied
-heads, adapters, reward heads. Nothing is opened, instantiated or imported for it.
+The base model's own safetensors headers are the contract. This room finds the map onto them:
+wrappers' prefixes, the layouts of model families (`families.py`, the table to extend), tied heads,
+adapters, reward heads. It opens no file, builds no model and imports no framework.
 """
 
 from __future__ import annotations

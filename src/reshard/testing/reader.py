@@ -270,7 +270,7 @@ class ReaderConformance:
         with pytest.raises(reshard.ReshardError) as caught:
             reshard.open(copy)
         if isinstance(caught.value, reshard.NotFoundError) and not formats.claims(copy):
-            return  # what is left is no checkpoint of any format, and cannot say what it lacks
+            return  # what is left is not a checkpoint of any format, and cannot say what it lacks
         called = re.escape(file.name) if file.exists() else self.called(file)
         assert re.search(called, str(caught.value)), caught.value
 

@@ -81,7 +81,7 @@ class OutputFolder:
     def create(self, name: str, nbytes: int) -> int:
         """Open a new file of `nbytes` bytes for writing; returns its descriptor."""
         with self._creating:
-            # A number: it fits where the final name fits, and is no file's of the output.
+            # A number: it fits where the final name fits, and is not a file's of the output.
             path = self._own / "tmp" / str(self._count)
             self._count += 1
         try:

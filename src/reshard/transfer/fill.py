@@ -162,7 +162,7 @@ def _views(shape: Shape, part: Fragment, out: Array) -> Iterator[tuple[Box, Arra
         yield Box(shape, tuple(first), tuple(sizes)), view.reshape(sizes)
         return
     if part.strides is not None or not out.flags.c_contiguous:
-        raise PlanError(f"its part {part.box} is no box of the computed shape {shape}.")
+        raise PlanError(f"its part {part.box} is not a box of the computed shape {shape}.")
     run, done = out.reshape(-1), 0
     for box in boxes_of_range(shape, start, start + part.box.numel):
         yield box, run[done : done + box.numel].reshape(box.sizes)

@@ -102,7 +102,7 @@ def is_ours(own: Path, target: Path) -> bool:
     try:
         if os.fstat(fd).st_uid != os.geteuid():
             return False
-        names = os.listdir(fd)  # noqa: PTH208 (a descriptor is no path)
+        names = os.listdir(fd)  # noqa: PTH208 (a descriptor is not a path)
         if not names:
             return True  # killed before it could say what it is; there is nothing to lose
         found = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=fd)

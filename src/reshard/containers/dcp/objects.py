@@ -30,7 +30,8 @@ _MAX_OBJECT = 1 << 16
 
 
 class Loose(Struct, frozen=True):
-    """What the objects hold: by paths in the state dict the tensors, and what are no plain ones."""
+    """What the objects hold: by paths in the state dict the tensors, and what are not plain
+    ones."""
 
     tensors: Mapping[StatePath, TensorRef]
     others: Mapping[StatePath, Opaque]

@@ -161,7 +161,7 @@ class _Pickler:
             self.put(value.state)
             self._out += b"b"
         else:
-            raise TypeError(f"{type(value).__name__} is no part of a metadata file")
+            raise TypeError(f"{type(value).__name__} is not part of a metadata file")
 
     def _put_integer(self, value: int) -> None:
         if value < 1 << 31:

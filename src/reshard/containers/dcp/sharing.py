@@ -19,8 +19,8 @@ from reshard.storage.local import Sources, child
 
 
 def check(metadata: Metadata, folder: Path, sources: Sources) -> None:
-    """Refuse a checkpoint of which two items share bytes, or one is no chunk's. The items must have
-    been found, and the chunks must tile their tensors.
+    """Refuse a checkpoint of which two items share bytes, or one is not a chunk's. The items must
+    have been found, and the chunks must tile their tensors.
 
     Raises `FormatError`.
     """

@@ -100,7 +100,7 @@ class _Frame(Source):
 
     def read(self, offset: int, nbytes: int) -> bytes:
         raise FormatError(
-            f"the bytes from {offset} on are no part of a tensor.",
+            f"the bytes from {offset} on are not part of a tensor.",
             path=self.ref.path,
             hint="It was not written by torch.distributed.checkpoint.",
         )

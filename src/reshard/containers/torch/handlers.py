@@ -95,7 +95,7 @@ def _make(
 ) -> TensorRef | Opaque:
     """A tensor of `storage`, checked to lie inside it. `offset` and `stride` count elements."""
     if not isinstance(storage, Storage):
-        raise Malformed("a tensor's storage is no storage")
+        raise Malformed("a tensor's storage is not a storage")
     dtype = storage.dtype if dtype is None else dtype
     reason = _not_handled(storage, dtype, bits)
     if reason is not None or not isinstance(dtype, DType):

@@ -37,7 +37,7 @@ def _refuse(m: Machine, pos: int) -> int:
     code = m.data[pos - 1]
     name = _REFUSED.get(chr(code))
     if name is None:
-        raise m.broken(f"byte {pos - 1} of its pickle, {code:#04x}, is no opcode.")
+        raise m.broken(f"byte {pos - 1} of its pickle, {code:#04x}, is not an opcode.")
     raise m.refused(f"its pickle uses the opcode {name}, at byte {pos - 1}.")
 
 

@@ -23,7 +23,7 @@ from reshard.core.state import Plain, Step, Stored
 from reshard.errors import FormatError, UnsupportedError, brief
 
 Key = int | str
-# What is no hyperparameter in a group.
+# What is not a hyperparameter in a group.
 _NOT_HYPER = ("params", "param_names", "step")
 # bitsandbytes: state1, qmap1, absmax1, ..; torchao's are tensors of a class of their own.
 _EIGHT_BIT = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
@@ -60,7 +60,7 @@ class OptimizerDict(Struct, frozen=True):
 
 
 def parse(value: object, parts: Parts, path: Path) -> OptimizerDict:
-    """A state dict as types; what in it is no plain data is listed in `parts`.
+    """A state dict as types; what in it is not plain data is listed in `parts`.
 
     Raises `FormatError` where it is none, `UnsupportedError` for 8-bit states.
     """

@@ -1,6 +1,6 @@
 """The plain data in what a torch.save stream holds: settings, counters, a scheduler's state.
 
-Objects and tensors that are no numbers are left out, each listed by its path.
+Objects and tensors that are not numbers are left out, each listed by its path.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Parts(Struct):
         return self._take(value, path, _MAX_DEPTH)
 
     def mapping(self, value: object, path: str = "") -> dict[str, object]:
-        """The plain data of a dict; empty where the value is no dict."""
+        """The plain data of a dict; empty where the value is not a dict."""
         taken = self.take(value, path) if isinstance(value, Mapping) else {}
         return {str(key): item for key, item in taken.items()} if isinstance(taken, dict) else {}
 

@@ -279,7 +279,7 @@ def _data(value: object) -> bytes:
     if isinstance(value, Mapping):
         items = b"".join(_data(part) for item in value.items() for part in item)
         return b"}(" + items + b"u"
-    raise TypeError(f"{type(value).__name__} is no plain data")
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
 def _integers(values: Shape) -> bytes:

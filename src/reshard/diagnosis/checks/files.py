@@ -94,7 +94,7 @@ def pickled(case: Case) -> Signs | None:
 
 
 def config(case: Case) -> Signs | None:
-    """No config.json, or one that is no JSON."""
+    """No config.json, or one that is not JSON."""
     if case.folder.config is not None:
         return None
     evidence = (f"{CONFIG}: {case.folder.config_fault}",)

@@ -15,7 +15,7 @@ def scales_left_over(case: Case) -> Signs | None:
         return None
     pairs = (f"{name} is {case.shown_dtype(name)}, beside it {scale}" for name, scale in
              found.stale.items())  # fmt: skip
-    evidence = [f"{len(found.stale)} weights are no codes and have scales: {some(pairs)}"]
+    evidence = [f"{len(found.stale)} weights are not codes and have scales: {some(pairs)}"]
     if found.cast:
         evidence.append(
             f"{len(found.cast)} of them hold the codes themselves, cast: they are as many times "

@@ -56,7 +56,7 @@ class Location(Struct, frozen=True):
 
     @property
     def mp_ranks(self) -> list[int]:
-        """The model parallel ranks that files are there of, ascending."""
+        """The model parallel ranks that have files, ascending."""
         return sorted({mp for _, mp in (*self.model, *self.optim)})
 
     def of(self, mp_rank: int) -> Location:
@@ -81,11 +81,11 @@ def reason(path: Path) -> str | None:
 
 
 def locate(path: Path, sources: Sources, tag: str | None) -> Location:
-    """The tag folder meant by a path and a tag, its files classified.
+    """The tag folder that a path and a tag select, with its files classified.
 
-    `path` is the folder with `latest` and the tag folders, or a tag folder itself. Of several
-    models that accelerate saved, `latest` names the last; the first is meant. Raises
-    `NotFoundError` (the tags that are there are listed), `FormatError`, `UnsupportedError`.
+    `path` is the folder with `latest` and the tag folders, or a tag folder itself. If accelerate
+    saved several models, `latest` names the last; reshard takes the first. Raises `NotFoundError`
+    (which lists the tags), `FormatError`, `UnsupportedError`.
     """
     if _is_tag_folder(path):
         own = _tag_of(real(path), sources)
@@ -103,7 +103,7 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
         name = models[0]
     if not _is_tag(name):
         raise NotFoundError(
-            f"{name!r} is no tag, which is the name of a folder in this one.",
+            f"{name!r} is not a tag, which is the name of a folder in this one.",
             path=path,
             hint=f"The tags that are there: {tags.listed(_tags(path))}.",
         )
@@ -167,7 +167,7 @@ def _latest(path: Path, sources: Sources) -> str:
             name = ""
         if not _is_tag(name):
             raise FormatError(
-                f"it names {name!r}, which is no tag." if name else "it names no tag.",
+                f"it names {name!r}, which is not a tag." if name else "it names no tag.",
                 path=path / pointer,
                 hint="Pass --tag.",
             )
@@ -234,10 +234,10 @@ def _put(
 
 
 def check_written_as(path: Path, written_as: str | None) -> None:
-    """A rank's file must bear the name that torch wrote it under, where the file tells.
+    """A rank's file must have the name that torch wrote it under, if the file states that name.
 
-    Nothing else in a file says whose rank it is. Raises `FormatError` for a file that was renamed,
-    or copied onto another rank's.
+    Nothing else in a file says which rank wrote it. Raises `FormatError` for a file that was
+    renamed, or copied onto another rank's.
     """
     known = (_MODEL, _MODEL_STAGE3, _OPTIM, _EXPERT)
     name = f"{written_as}.pt"
@@ -269,7 +269,7 @@ def check_ranks(location: Location, kind: str, ranks: list[int], world_size: int
 
 
 def absent(there: Collection[int], count: int, folder: Path) -> list[int]:
-    """Which of the numbers 0 to `count` - 1 are not there, ascending."""
+    """Which of the numbers 0 to `count` - 1 are missing, ascending."""
     if count > _MAX_COUNT:
         raise FormatError(f"its files state a number of {count} ranks or experts.", path=folder)
     return sorted(set(range(count)) - set(there))
@@ -294,7 +294,7 @@ def _missing_rank(
 
 
 def also_there(extra: Sequence[int], what: str = "rank") -> str:
-    """That files of ranks are there which no save of this size has, in words."""
+    """A sentence that names files of ranks that a save of this size does not have."""
     verb = "files of {}s {} are" if len(extra) > 1 else "a file of {} {} is"
     return f"{verb.format(what, _numbers(extra))} there, of another save or renamed"
 
