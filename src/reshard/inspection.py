@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from its metadata alone."""
+"""What a checkpoint holds, from its metadata alone."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ INSPECT = {
 
 
 class Fitting(Struct, frozen=True):
-    """How a checkpoint's names fit onto a base's, found without reading a weight.
+    """How a checkpoint's names fit onto a base's, without reading weights.
 
-    `message` is what a conversion would refuse with, empty where the names fit. `undecided` are
+    `message` is the error that a conversion would raise, empty where the names fit. `undecided` are
     pairs of tensors whose values decide whether they are one. `beside` are the files beside the
     model, `merged` counts adapters (their alpha need not be known here).
     """
@@ -103,8 +103,8 @@ class Fitting(Struct, frozen=True):
 class Codes(Struct, frozen=True):
     """What a checkpoint's quantised weights are.
 
-    `kinds`: the name of a kind -> how many weights are codes of it. `read`: they can be read as the
-    numbers that they stand for. `stated` is the kind that the config names, empty where it says
+    `kinds`: the name of a kind -> how many weights are codes of it. `read`: reshard reads them as
+    the numbers that they represent. `stated` is the kind that the config names, empty where it says
     nothing. `fault` says why they cannot be read, as a conversion would.
     """
 
@@ -165,7 +165,8 @@ class Inspection(Struct, frozen=True):
         return rows if self.fitting is None else [*rows, *self.fitting.rows(self.num_tensors)]
 
     def _kind(self) -> str:
-        """What it is: the framework, how it was saved, by how many ranks, at which step."""
+        """What the checkpoint is: the framework, how it was saved, by how many ranks, at which
+        step."""
         catalog = self.checkpoint.catalog
         origin, details = catalog.origin, catalog.origin.details
         title = named(catalog.format).title
@@ -343,7 +344,7 @@ def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
     root = checkpoint.catalog.origin.root
     with Sources() as sources:
         base = read_base(folder, sources)
-        # Any alpha will do: adapters are counted, not merged.
+        # Any alpha works: adapters are counted, not merged.
         options = Options(root, folder, folder, "hf", Selection(), "base", 1,
                           lora=LoraChoice(alpha=1.0))  # fmt: skip
         try:

@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint belongs to which of a converted folder.
 
-Given the base that a conversion was onto, its plan is made again. Without it a Hugging Face folder
-stands in for the base, whose names and config it has. Failing that, names must be the same.
+With the base of the conversion, its plan is made again. Without it a Hugging Face folder serves as
+the base, whose names and config it has. Otherwise names must be the same.
 
 What a folder's `reshard.json` states of how it was made (which head, how adapters were scaled, what
 was left out) is taken from there; neither its plan nor its digests are.
@@ -50,9 +50,9 @@ Parts = dict[str, dict[str, Entry]]
 class Pairing(Struct, frozen=True):
     """What is to be compared, and what cannot be.
 
-    left: tensors of the first side without a place on the second. omitted: those of them of which
-    the conversion said so. filled: tensors of the second side that it took from its base. by_name:
-    nothing but equal names paired the tensors.
+    left: tensors of the first side without a place on the second. omitted: those of them that the
+    conversion recorded as left out. filled: tensors of the second side that it took from its base.
+    by_name: nothing but equal names paired the tensors.
     """
 
     pairs: list[Pair]
@@ -81,7 +81,7 @@ def _turned(found: Compared) -> Compared:
 
 def tells_names(catalog: Catalog) -> bool:
     """Whether names can be fitted onto a checkpoint's: a model with its config, or an output of
-    reshard, which states what became of them."""
+    reshard, which records what happened to them."""
     return is_file(catalog.origin.root / MANIFEST) or holds_config(catalog)
 
 
@@ -136,7 +136,7 @@ def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
 
 def reads_masters(folder: Path, sources: Sources) -> bool:
     """Whether a folder was converted from the masters of its checkpoint (`--masters`)."""
-    if not (folder / MANIFEST).is_file():
+    if not is_file(folder / MANIFEST):
         return False
     return manifest.read(folder, sources).options.get("masters") is True
 
@@ -164,7 +164,7 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
 def _said(
     first: Catalog, folder: Path, stated: Manifest | None, held: Parts
 ) -> tuple[Options, Matching]:
-    """The conversion's options, as far as they decide what goes where, and what it said of names.
+    """The conversion's options, as far as they decide what goes where, and its record of names.
 
     Dtypes are the second side's.
     """
@@ -183,7 +183,7 @@ def _said(
 
 
 def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
-    """Whether the second side's names and config are to tell what goes where."""
+    """Whether the second side's names and config decide what goes where."""
     if not holds_config(second) or "" not in held:
         return False
     same = not first.unshaped and set(first.names()) == set(second.entries)
@@ -198,7 +198,7 @@ def _onto_itself(
     held: Parts,
     sources: Sources,
 ) -> Pairing:
-    """The pairing where the second side stands in for the base."""
+    """The pairing where the second side serves as the base."""
     if options.exclude_frozen and not options.fill_from_base:
         # They are in no file of the folder, so have no place there.
         options = replace(options, allow=(*options.allow, *_frozen(first)))
@@ -247,7 +247,7 @@ def _by_name(
         if options.exclude_frozen and entry.kind == "frozen":
             continue
         known = [n for name in entry.names for n in (name, unwrap(name)) if n in there]
-        # Two tensors of one side may be one of the other, by its two names.
+        # Two tensors of one side may correspond to one of the other, by its two names.
         for name in {there[name].spec.name: name for name in reversed(known)}.values():
             model[name], theirs[name] = entry, there[name]
         if not known:
@@ -267,7 +267,8 @@ def _called(catalog: Catalog, old: str, new: str) -> Catalog:
 
 
 def _check_apart(planned: Mapping[str, Mapping[str, Entry]], folder: Path) -> None:
-    """Refuse to compare a folder with itself: what would be merged into the base's weights."""
+    """Refuse to compare a folder with itself where adapters would be merged into the base's
+    weights."""
     for tensors in planned.values():
         for name, made in tensors.items():
             if any(
@@ -303,7 +304,8 @@ def _pairs(
 def _left(
     first: Catalog, made: Export, options: Options
 ) -> tuple[tuple[Compared, ...], tuple[Compared, ...]]:
-    """The checkpoint's tensors that the conversion leaves out; second, those it was told to."""
+    """The checkpoint's tensors that the conversion leaves out; second, those that an option
+    named."""
     allowed = FitOptions(allow=options.allow)
     shown = {unwrap(n): described(e.spec) for n, e in first.entries.items()}
     # What a module computes from its config is in no file of a released model.

@@ -1,6 +1,6 @@
 """The pipeline that converts a checkpoint, in its order.
 
-options.py       what was asked for
+options.py       the conversion's options
 base_model.py    the model that training started from
 fitted.py        a checkpoint taken apart, its names fitted onto the base's
 beside.py        the files beside the model

@@ -100,7 +100,7 @@ def _reward_files(found: Fitted) -> Beside:
 def _lightrft(found: Fitted, heads: RewardHeads) -> list[Target]:
     """LightRFT's own state dict: every name of training, the backbone in the base's dtype.
 
-    PEFT's prefix is left out: the adapters are merged, and LightRFT wraps no model to load it.
+    PEFT's prefix is removed: the adapters are merged, and LightRFT loads into an unwrapped model.
     """
     _check_complete(found)
     origins, dtype = found.name_map.origins, found.options.dtype
@@ -120,7 +120,7 @@ def _lightrft(found: Fitted, heads: RewardHeads) -> list[Target]:
 
 
 def _check_complete(found: Fitted) -> None:
-    """LightRFT loads strictly: what the checkpoint lacks has no name of training here."""
+    """LightRFT loads strictly: tensors that the checkpoint lacks have no training name here."""
     trained = has_head(found.parts.backbone)
     filled = found.name_map.matching.filled
     lacking = [name for name in filled if trained or not name.endswith("lm_head.weight")]
@@ -174,7 +174,7 @@ def _side(found: Fitted, name: str, entries: Iterable[Entry]) -> Side:
 
 
 def _kept(found: Fitted) -> str:
-    """The dtype of tensors that the base does not have: as stored, unless one is asked for."""
+    """The dtype of tensors that the base lacks: as stored, unless `--dtype` names one."""
     return "keep" if found.options.dtype == "base" else found.options.dtype
 
 

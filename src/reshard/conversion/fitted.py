@@ -68,7 +68,7 @@ class Fitted(Struct, frozen=True):
 def fitted(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Fitted:
     """Take a checkpoint apart and fit its names onto the base's.
 
-    Without `sources` no value is read, and tied tensors are taken to be equal.
+    Without `sources` no value is read, and tied tensors are assumed to be equal.
     """
     found = adapters.find(catalog, base, options, sources)
     entries, modules = take(found.separated.entries, base.modules)

@@ -18,9 +18,10 @@ _NO_HEADS = "the checkpoint holds no heads of a reward model"
 
 
 def idle(options: Options, catalog: Catalog, base: Base | None, made: Export) -> Iterator[Finding]:
-    """A finding for each option that was given for nothing.
+    """A finding for each option that has no effect.
 
-    What only permits something (`--allow-unchanged`) is none, nor what a script passes always.
+    Options that only permit something (`--allow-unchanged`), and options that a script always
+    passes, do not count.
     """
     if base is not None:
         yield from _patterns(options, catalog, base, made)

@@ -23,7 +23,7 @@ class Report(Struct, frozen=True):
     resized; each is an attribute as well. `merged` counts low-rank updates. `changed` of `compared`
     tensors differ from the base model's. `records_checked` checksums that the source's files state
     were compared with what was read; of `records_unchecked` stretches of them they state none.
-    `findings` are what a person should read. Sizes are bytes.
+    `findings` are what a user should know. Sizes are bytes.
     """
 
     source: str
@@ -81,7 +81,7 @@ class Report(Struct, frozen=True):
         return rows
 
     def _checksums(self) -> str:
-        """How many of the source's checksums were compared, and that there are none of the rest."""
+        """How many of the source's checksums were compared, and that the rest has none."""
         total = self.records_checked + self.records_unchecked
         told = f"{self.records_checked} of {total} source checksums"
         if not self.records_unchecked:

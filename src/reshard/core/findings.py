@@ -276,6 +276,22 @@ CODES: dict[str, Code] = {
         by=("try",)),
     "transposed-experts": Code("error", "stacked experts are transposed", by=("doctor",)),
     "unchanged": Code("warning", "every tensor equals the base model's: nothing was trained"),
+    "universal-groups": Code(
+        "info", "DeepSpeed matches the parameter groups of a universal checkpoint by position",
+        "Make the script's parameter groups in that order."),
+    "universal-loss-scale": Code(
+        "info", "the loss scale of an fp16 run is not carried into a universal checkpoint"),
+    "universal-no-schedule": Code(
+        "info", "a universal checkpoint was written without the state of a schedule",
+        "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint."),
+    "universal-stage3": Code(
+        "warning", "DeepSpeed's ZeRO stage 3 goes on wrongly from this universal checkpoint",
+        "Load it with ZeRO stage 1 or 2, or after loading run the lines of "
+        "docs/training-state.md."),
+    "universal-unrestored": Code(
+        "warning", "DeepSpeed does not restore frozen parameters or buffers of a universal "
+        "checkpoint",
+        "Start the script from the weights that the run started from."),
     "untrained-layers": Code("info", "layers that no live module holds are the base's"),
     "vectors-constant": Code(
         "info", "a vector holds one value throughout, as fresh biases and norms do", by=("try",)),

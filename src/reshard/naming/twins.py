@@ -55,8 +55,8 @@ def _parted_by_update(known: Known, hub: str, twin: str) -> Part:
 def judged(known: Known, written: Mapping[str, str]) -> Part:
     """Compare what the base or its config says is one tensor, and the source stores twice.
 
-    Raises `NamesError` where the two differ and one of them is no output head: no file and no
-    config could tell them apart.
+    Raises `NamesError` where the two differ and neither is an output head: then no file and no
+    config can state that they are two.
     """
     candidate, have = known.candidate, known.have
     part = Part()
@@ -105,7 +105,7 @@ def _compared(known: Known, hub: str, twin: str) -> tuple[bool, Part]:
 
 
 def _untied(known: Known, hub: str) -> Part:
-    """Write a head of its own, and have the config say so."""
+    """Write the head as a separate tensor, and make the config say so."""
     name, own = known.here(hub), known.own(hub)
     part = Part(outputs={name: Whole(own)})
     if hub not in known.want:
@@ -130,8 +130,8 @@ def _said_untied(known: Known, head: str, what: str) -> Part:
 
 
 def left_behind(known: Known) -> Part:
-    """A head that the source does not hold, whose embedding was trained apart from it, stays
-    what the base ties it to; one whose embedding is updated is the embedding as it was.
+    """If the source lacks a head whose embedding was trained separately, the head stays the
+    base's; if adapters update the embedding, the head is the embedding before the update.
 
     Raises `NamesError` where the base is not to be copied, or has another vocabulary.
     """

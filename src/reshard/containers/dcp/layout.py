@@ -77,7 +77,7 @@ def lay_out(
 
 
 class _Files:
-    """The files, of which the last one grows."""
+    """The output files; only the last one still grows."""
 
     def __init__(self, max_nbytes: int) -> None:
         self._max_nbytes = max_nbytes

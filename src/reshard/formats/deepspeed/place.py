@@ -30,7 +30,10 @@ _OTHER_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\
 _ACCELERATE = re.compile(r"pytorch_model(?:_(\d+))?")
 
 LATEST = "latest"
-_LATEST_UNIVERSAL = "latest_universal"
+LATEST_UNIVERSAL = "latest_universal"
+#: The model files of a universal checkpoint: of stages 1 and 2, and of stage 3.
+MODEL = "mp_rank_00_model_states.pt"
+MODEL_STAGE3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 # A tag is a short name; anything longer is not DeepSpeed's file.
 _MAX_LATEST = 4096
 # Folders that a tag with slashes goes down, looked for above a tag folder.
@@ -72,8 +75,8 @@ def reason(path: Path) -> str | None:
         return None
     if _is_tag_folder(path):
         return "it holds DeepSpeed's model_states files"
-    if is_file(path / _LATEST_UNIVERSAL):
-        return f"it holds {_LATEST_UNIVERSAL}"
+    if is_file(path / LATEST_UNIVERSAL):
+        return f"it holds {LATEST_UNIVERSAL}"
     tags = _tags(path)
     if is_file(path / LATEST) and (tags or not _has_other_weights(path)):
         return f"it holds {LATEST}"
@@ -158,7 +161,7 @@ def _is_tag(name: str) -> bool:
 
 def _latest(path: Path, sources: Sources) -> str:
     there = _tags(path)
-    for pointer in (LATEST, _LATEST_UNIVERSAL):
+    for pointer in (LATEST, LATEST_UNIVERSAL):
         if not is_file(path / pointer):
             continue
         try:
@@ -186,8 +189,12 @@ def _classified(folder: Path, tag: str) -> Location:
     optim: dict[tuple[int, int], Path] = {}
     experts: dict[tuple[int, int], Path] = {}
     partitioned = False
-    for path in listing(folder):
-        name = path.name
+    names = {path.name for path in listing(folder)}
+    universal = is_folder(folder / "zero") and not any(map(_OPTIM.fullmatch, names))
+    if universal and MODEL in names:
+        # One folder for every stage, as reshard writes it (layout.py): the same, less `module`.
+        names.discard(MODEL_STAGE3)
+    for name in sorted(names):
         if match := _MODEL.fullmatch(name):
             _put(model, (0, int(match[1])), folder, name)
         elif match := _MODEL_STAGE3.fullmatch(name):
@@ -217,7 +224,6 @@ def _classified(folder: Path, tag: str) -> Location:
             path=folder,
             hint="Remove the files of the older save.",
         )
-    universal = is_folder(folder / "zero") and not optim
     return Location(folder, tag, model, optim, experts, partitioned, universal)
 
 
