@@ -5,8 +5,8 @@
     2_Dense/config.json
     2_Dense/model.safetensors   {"linear.weight": .., "linear.bias": ..}
 
-A run that trains the whole saves `0.auto_model.**` and `2.linear.**`: each module's tensors go back
-into its own folder. (sentence-transformers 5: SentenceTransformer.py, save.)
+A run that trains all modules saves `0.auto_model.**` and `2.linear.**`: each module's tensors go
+back into its own folder. (sentence-transformers 5: SentenceTransformer.py, save.)
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def read_modules(folder: Path, found: Iterable[Asset], sources: Sources) -> tupl
 def take(
     entries: Mapping[str, Entry], modules: Iterable[Module]
 ) -> tuple[Mapping[str, Entry], dict[str, Mapping[str, Entry]]]:
-    """The entries without those of the modules, and these by the file that they go into.
+    """The entries without those of the modules, and the modules' entries by output file.
 
-    A module is taken where the checkpoint holds all its tensors, with its shapes.
+    A module is included if the checkpoint holds all its tensors, with its shapes.
     """
     clean = {unwrap(name): name for name in entries}
     shared = shared_prefixes(clean)[-1]

@@ -125,9 +125,11 @@ def carried(
     Raises `PlanError` where a parameter's moments have no place in the output, or where what is
     joined was trained apart.
     """
-    for outputs in maps:
-        state = _through(state, outputs)
     written = {target.spec.name: target.spec.shape for target in made.model}
+    for at, outputs in enumerate(maps, start=1):
+        if at == len(maps):  # without the tied names, under which nothing has a state of its own
+            outputs = {name: outputs[name] for name in outputs if name in written}
+        state = _through(state, outputs)
     for kind, table in state.moments.items():
         for name, entry in table.items():
             if written.get(name) != entry.spec.shape:

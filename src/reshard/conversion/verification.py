@@ -1,4 +1,4 @@
-"""Reading a written folder again, by a reader that does not share the plan, and comparing it.
+"""Read a written folder again, with a reader that does not share the plan, and compare it.
 
 `reshard.json` holds the digest of every tensor, taken as its bytes were written. Verification
 reads the folder's own headers and every byte, and must find the same tensors and digests.
@@ -21,7 +21,6 @@ from reshard.conversion.manifest import Manifest, Stated
 from reshard.core.catalog import Catalog
 from reshard.core.digests import joined, leaf_numel, leaves
 from reshard.core.findings import Finding
-from reshard.core.state import tensor_name
 from reshard.core.tensors import Entry
 from reshard.errors import ReshardError, VerificationError, brief
 from reshard.formats import Selection, read
@@ -57,7 +56,7 @@ def verify_folder(
 ) -> Verified:
     """Compare every tensor of a converted folder with its digest in `reshard.json`.
 
-    What of its files is `known`, because it was read already, is not read again.
+    Stretches of its files that are `known`, because they were read already, are not read again.
 
     Raises `VerificationError` naming the first that differs, or a tensor that is missing or was
     added; `NotFoundError` where the folder has no `reshard.json`.
@@ -106,18 +105,15 @@ def _state(catalog: Catalog, stated: Manifest) -> list[tuple[Catalog, Mapping[st
                 path=folder,
                 hint="Convert again.",
             )
-    entries = {
-        tensor_name(kind, name): entry
-        for kind, table in state.moments.items()
-        for name, entry in table.items()
-    }
+    entries = {entry.spec.name: entry for entry in state.slots()}
     return [(replace(catalog, entries=entries), stated.state)]
 
 
 def check_listed(folder: Path, stated: Manifest) -> None:
     """Raise `VerificationError` where a folder has weights that its `reshard.json` does not list.
 
-    A model that no tensor is stated of would be passed over, and what is beside it alone compared.
+    Otherwise a model without stated tensors would be skipped, and only the files beside it
+    compared.
     """
     listed = stated.files or stated.beside
     if stated.tensors and not stated.files:

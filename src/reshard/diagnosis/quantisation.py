@@ -26,9 +26,9 @@ from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Reader, fill
 
-# Elements of a weight that are looked at for what it holds.
+# Elements of a weight that are examined.
 _SAMPLE = 64 << 10
-# Codes fill the range of their type, up to 448; no weight of a language model comes near it.
+# Codes fill the range of their type, up to 448, far above the weights of language models.
 _LARGE = 64.0
 
 

@@ -142,7 +142,7 @@ def _item(known: TensorBytes) -> bytes:
 
 
 class _Files:
-    """The files, of which the last one grows."""
+    """The output files; only the last one still grows."""
 
     def __init__(self, max_nbytes: int, rank: int = 0) -> None:
         self._max_nbytes = max_nbytes

@@ -36,7 +36,7 @@ class _Call(Struct, frozen=True):
 
 
 class _Again(Struct, frozen=True):
-    """A string that is written in full, though it may stand before: the two prove each other."""
+    """A string that is written in full although it may occur before: a reader compares the two."""
 
     text: str
 
@@ -79,8 +79,8 @@ def dump(metadata: Metadata, paths: Mapping[str, tuple[str | int, ...]] | None =
     }
     if metadata.aliases:
         fields[ALIASES] = dict(metadata.aliases)
-        # Names that nothing beside the file states get a witness in it. Without aliases the file is
-        # as torch writes it of a flat state dict: each name once.
+        # Names that only this file states are written twice, so that a reader notices a flipped
+        # bit. Without aliases the file is as torch writes it for a flat state dict: each name once.
         fields["planner_data"] = {
             key: tuple(_Again(step) if isinstance(step, str) else step for step in path)
             for key, path in steps.items()

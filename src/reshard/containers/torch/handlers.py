@@ -1,4 +1,4 @@
-"""The few calls that are carried out, by handlers of ours: pure functions from data to data.
+"""Handlers for the few calls that are executed: pure functions from data to data.
 
 Chosen by the dotted name that the pickle states. What torch 2.13 writes, and what it still reads of
 older versions, stands in torch/_utils.py, torch/_tensor.py and torch/serialization.py.

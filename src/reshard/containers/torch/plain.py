@@ -19,14 +19,14 @@ _MAX_DEPTH, _MAX_VALUES = 16, 100_000
 
 
 class Parts(Struct):
-    """Plain data taken out of values, and the paths of what is none."""
+    """Plain data from values, and the paths of everything else."""
 
     sources: Sources
     left_out: list[str] = field(default_factory=list)
     seen: int = 0
 
     def take(self, value: object, path: str = "") -> object:
-        """The plain data in a value; None in the place of what is none (and listed).
+        """The plain data in a value; None in place of anything else, which is listed.
 
         A tensor of one element is its number, a tuple stays a tuple. Items of a dict that are not
         plain are not there.
