@@ -59,7 +59,7 @@ def test_a_file_is_cut_short(copied: Models, tmp_path: Path, size: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     report = attempt(folder, tmp_path)
-    assert [failure.error for failure in report.failures] == ["FormatError"]
+    assert [failure.error for failure in report.failures] == ["IncompleteError"]
     assert "model.safetensors" in report.failures[0].message
 
 

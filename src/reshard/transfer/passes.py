@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry, Shape
+from reshard.errors import VerificationError
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer import finite
@@ -115,15 +116,21 @@ def same(
 ) -> list[bool]:
     """Of each pair of equal shapes, whether the second, cast to the first's dtype, is the first.
 
-    Reads to the first difference: next to nothing of a trained tensor.
+    It reads up to the first difference, so very little of a trained tensor. A value of the second
+    that the first's dtype cannot hold is a difference.
     """
     count = _Counter(sum(mine.spec.nbytes for mine, _ in pairs), progress)
     readers = Readers(sources)
 
     def look(pair: tuple[Entry, Entry]) -> bool:
-        reader = readers.own()
-        equal = _agree(pair, reader, _FIRST_LOOK, short=True) and _agree(pair, reader, _BLOCK)
-        count.add(pair[0].spec.nbytes)
+        mine, theirs = pair
+        equal = theirs.spec.dtype.rounds_to(mine.spec.dtype)
+        try:
+            equal = equal and _agree(pair, readers.own(), _FIRST_LOOK, short=True)
+            equal = equal and _agree(pair, readers.own(), _BLOCK)
+        except VerificationError:  # a value is beyond the range of the first's dtype
+            equal = False
+        count.add(mine.spec.nbytes)
         return equal
 
     return each(pairs, look, threads)
@@ -161,7 +168,7 @@ class Readers:
 
 
 class _Counter:
-    """Adds up bytes from several threads and tells them on."""
+    """Adds up the bytes of several threads and reports the sum."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._total = total
