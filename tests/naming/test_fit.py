@@ -260,7 +260,7 @@ def test_no_hint_puts_untrained_experts_beside_trained_layers() -> None:
     [
         (
             {"value.weight": (1, 2)},
-            r"pass --allow 'value\.\*'\. Is it a critic's head, pass --value-head value\.$",
+            r"pass --allow 'value\.\*'\. If it is a critic's head, pass --value-head value\.$",
         ),
         (
             {"model.mtp.a.weight": (3,), "model.mtp.b.weight": (3,), "extra.bias": (3,), "x": (1,)},

@@ -302,7 +302,8 @@ class _Export:
         config = reward_config(heads, choice.layer, self._base.config)
         if choice.probing_layer is None:
             message = (
-                f"the heads are taken to read hidden state {choice.layer}, LightRFT's default: no "
+                f"the heads are assumed to read hidden state {choice.layer}, LightRFT's default: "
+                f"no "
                 "checkpoint states the layer."
             )
             self._findings.append(Finding("probing-layer-assumed", message))

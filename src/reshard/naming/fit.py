@@ -253,7 +253,8 @@ class _Fitting:
         if self._options.fill_from_base and fits:
             return
         raise NamesError(
-            f"{embedding.name!r} was trained apart from the head that the base ties it to, and "
+            f"{embedding.name!r} was trained separately from the head that the base ties it to, "
+            f"and "
             f"the checkpoint does not hold the head, of shape {embedding.shape}.",
             missing=(name,),
             hint="Take it from the base: --fill-from-base."
@@ -340,7 +341,7 @@ class _Fitting:
             raise NamesError(
                 f"{resized.name!r} has {resized.rows} rows, and {resized.base_rows} in the base; "
                 f"the checkpoint does not hold {stale[0]!r}, which must have as many, and the "
-                "base's has not.",
+                f"base's does not.",
                 missing=tuple(stale),
                 hint="Convert a checkpoint of the run that holds it.",
             )
