@@ -250,7 +250,7 @@ def test_no_hint_puts_untrained_experts_beside_trained_layers() -> None:
     base = {**TIED, **many, "model.layers.0.experts.0.up.weight": (2, 2)}
     source = {**TIED, **many, "model.layers.0.experts.packed": (8,)}
     for fill in (False, True):
-        with pytest.raises(NamesError, match="layout that is not known") as caught:
+        with pytest.raises(NamesError, match="an unknown layout") as caught:
             run(source, base, fill_from_base=fill)
         assert "--allow" not in str(caught.value)
 

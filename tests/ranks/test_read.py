@@ -153,7 +153,7 @@ def test_flattened_tensors_need_a_base_that_fits(ranks: Ranks, tmp_path: Path) -
         with pytest.raises(PlanError, match=r"no file states their shapes.*--base"):
             reshard.convert(ranks[name], tmp_path / "out")
     other = base_of(truth, tmp_path / "gpt", model_type="gpt_neo")
-    with pytest.raises(UnsupportedError, match="not of 'gpt_neo'"):
+    with pytest.raises(UnsupportedError, match="not for 'gpt_neo'"):
         reshard.convert(ranks["flat-w2"], tmp_path / "out", base=other)
     truth["model.norm.weight"] = torch.ones(13)
     wrong = base_of(truth, tmp_path / "wrong")

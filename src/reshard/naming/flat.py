@@ -119,7 +119,7 @@ def _ordered(schema: Schema) -> list[TensorSpec]:
     if kind not in ORDERED:
         raise UnsupportedError(
             "it holds flat parameters, which do not name their contents, and their order is known "
-            "only for {', '.join(ORDERED)} alone, not of {kind!r}.",
+            f"only for {', '.join(ORDERED)}, not for {kind!r}.",
             hint="Load the checkpoint into the training run and save it with SHARDED_STATE_DICT.",
         )
     tied = says_tied(schema.config)
