@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from glob import escape
 from pathlib import Path
 
-from msgspec import Struct, field
+from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
@@ -21,10 +21,11 @@ from reshard.comparison.result import Compared, Kind, described
 from reshard.comparison.values import Pair
 from reshard.conversion import manifest, output_model
 from reshard.conversion.base_model import Base, holds_config, read_base
+from reshard.conversion.beside import LIGHTRFT
 from reshard.conversion.dtypes import Target
 from reshard.conversion.manifest import MANIFEST, Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
-from reshard.conversion.output_model import LIGHTRFT, Export
+from reshard.conversion.output_model import Export
 from reshard.conversion.planning import exported
 from reshard.conversion.trainer_names import trainer
 from reshard.conversion.verification import check_listed, child_of
@@ -34,6 +35,7 @@ from reshard.errors import FormatError, NamesError, OptionError, PlanError
 from reshard.formats.info import named
 from reshard.naming import FitOptions
 from reshard.naming.families import CONSTANTS
+from reshard.naming.matching import Matching, parsed
 from reshard.naming.patterns import matches_any
 from reshard.naming.rewards import REWARD_CONFIG, REWARD_HEAD
 from reshard.naming.search import unwrap
@@ -134,7 +136,7 @@ def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
 
 def reads_masters(folder: Path, sources: Sources) -> bool:
     """Whether a folder was converted from the masters of its checkpoint (`--masters`)."""
-    if not (folder / MANIFEST).is_file():
+    if not is_file(folder / MANIFEST):
         return False
     return manifest.read(folder, sources).options.get("masters") is True
 
@@ -159,17 +161,9 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
     return parts
 
 
-class _Said(Struct, frozen=True):
-    """What a conversion recorded in `reshard.json` about names."""
-
-    dropped: tuple[str, ...] = ()
-    filled: frozenset[str] = frozenset()
-    tied: Mapping[str, str] = field(default_factory=dict)
-
-
 def _said(
     first: Catalog, folder: Path, stated: Manifest | None, held: Parts
-) -> tuple[Options, _Said]:
+) -> tuple[Options, Matching]:
     """The conversion's options, as far as they decide what goes where, and its record of names.
 
     Dtypes are the second side's.
@@ -178,18 +172,14 @@ def _said(
     options = Options(first.origin.root, folder, folder, "hf", nothing, "keep", 1)
     if stated is None:
         srm_format: SrmFormat = "both" if LIGHTRFT in held else "split"
-        return replace(options, rewards=RewardChoice(srm_format=srm_format)), _Said()
+        return replace(options, rewards=RewardChoice(srm_format=srm_format)), Matching()
     names = stated.names
     try:
         options = restated(options, stated.options, names)
-        said = _Said(
-            tuple(map(str, names.get("unexpected", ()))),
-            frozenset(names.get("filled", ())),
-            {str(name): str(tie) for name, tie in names.get("tied", {}).items()},
-        )
+        said = parsed(names)
     except (OptionError, TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise FormatError("it is damaged.", path=folder / MANIFEST) from None
-    return replace(options, allow=(*options.allow, *map(escape, said.dropped))), said
+    return replace(options, allow=(*options.allow, *map(escape, said.unexpected))), said
 
 
 def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
@@ -204,7 +194,7 @@ def _onto_itself(
     first: Catalog,
     base: Base,
     options: Options,
-    said: _Said,
+    said: Matching,
     held: Parts,
     sources: Sources,
 ) -> Pairing:
@@ -220,11 +210,11 @@ def _onto_itself(
         options = replace(options, rewards=replace(options.rewards, heads=heads))
     made = output_model.onto(first, base, options, sources)
     planned = _planned(made)
-    for name in made.filled:
+    for name in made.matching.filled:
         planned[""].pop(name)
     _check_apart(planned, base.folder)
     model, filled = dict(held[""]), []
-    for name in sorted(said.filled.intersection(made.filled)):
+    for name in sorted({*said.filled}.intersection(made.matching.filled)):
         entry = model.pop(name)
         filled.append(Compared(name, "only in the second", "", described(entry.spec)))
     pairs = _pairs(planned, {**held, "": model})
@@ -238,7 +228,7 @@ def _frozen(catalog: Catalog) -> list[str]:
 
 
 def _by_name(
-    first: Catalog, options: Options, said: _Said, held: Parts, sources: Sources
+    first: Catalog, options: Options, said: Matching, held: Parts, sources: Sources
 ) -> Pairing:
     """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
     store is compared with the tensor that it is said to be."""
@@ -321,7 +311,7 @@ def _left(
     # What a module computes from its config is in no file of a released model.
     dropped = [
         Compared(name, "only in the first", shown.get(name, ""), "")
-        for name in made.name_map.dropped
+        for name in made.matching.unexpected
         if not matches_any(CONSTANTS, name)
     ]
     said = {found.name for found in dropped if allowed.allows(found.name)}

@@ -28,7 +28,7 @@ from reshard.naming.quantised import (
     without_codes,
 )
 from reshard.storage.local import Sources
-from reshard.storage.paths import is_folder
+from reshard.storage.paths import is_file, is_folder
 
 _SOURCE_HINT = "Convert the unquantised release that it was made from."
 _ADAPTERS_HINT = (
@@ -98,7 +98,7 @@ def itself(catalog: Catalog, found: Numbers, sources: Sources) -> Base | None:
     """A model that is converted without a base: its own files go along. `found` are its tensors as
     numbers. None where no config lies beside it, or where it is an adapter."""
     root = catalog.origin.root
-    adapted = (root / ADAPTER_CONFIG).is_file() and holds_adapters(catalog.entries)
+    adapted = is_file(root / ADAPTER_CONFIG) and holds_adapters(catalog.entries)
     if not holds_config(catalog) or adapted:
         return None
     return base_of(root, huggingface.read_config(root, sources), found, catalog.records, sources)

@@ -18,7 +18,7 @@ from reshard.containers import safetensors as safetensors_file
 from reshard.containers.dcp import shards as rank_shards
 from reshard.conversion.assets import assets as assets_of
 from reshard.conversion.base_model import CONFIG, Base
-from reshard.conversion.output_model import LIGHTRFT
+from reshard.conversion.beside import LIGHTRFT
 from reshard.core.catalog import Asset
 from reshard.core.tensors import Entry, Fragment, Record, stored, whole
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError

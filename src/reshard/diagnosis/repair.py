@@ -157,12 +157,10 @@ def _manifest(
         "max_shard_nbytes": parse_size(_MAX_SHARD_SIZE),
         "repaired": [each.finding.code for each in all_found if each.repair is not None],
     }
+    found = mended.name_map
     names = {
-        "prefix": mended.name_map.prefix,
-        "rules": list(mended.name_map.rules),
-        "tied": dict(mended.name_map.tied),
-        "filled": [],
-        "missing": list(mended.name_map.filled),
-        "unexpected": list(mended.name_map.dropped),
+        "prefix": found.prefix,
+        "rules": list(found.rules),
+        **replace(found.matching, missing=found.matching.filled, filled=()).to_json(),
     }
     return manifest.render(mended.format, mended.origin, options, names, stated, {}, files)

@@ -10,13 +10,15 @@ from __future__ import annotations
 from reshard.naming.fit import fit
 from reshard.naming.judge import FitOptions
 from reshard.naming.layouts import parse_version
+from reshard.naming.matching import Matching, Resize
 from reshard.naming.memory import NEWEST, to_memory, was_read
-from reshard.naming.name_map import NameMap, Resize, apply, identity
+from reshard.naming.name_map import NameMap, apply, identity
 from reshard.naming.schema import Schema
 
 __all__ = [
     "NEWEST",
     "FitOptions",
+    "Matching",
     "NameMap",
     "Resize",
     "Schema",

@@ -27,7 +27,7 @@ def head_stored_twice(case: Case) -> Signs | None:
         spare = True in _stated_at(case).values()
     else:
         found = case.fitted.fit
-        spare = found is not None and case.clean_name(vocabulary.head) in found.tied
+        spare = found is not None and case.clean_name(vocabulary.head) in found.matching.tied
     if not spare:
         return None
     evidence = (f"{vocabulary.head} holds the same values as {vocabulary.embedding}",)

@@ -101,7 +101,7 @@ def updates(
 def lost(separated: Separated, found: NameMap, keys: Mapping[str, str]) -> list[str]:
     """The weights that adapters update and that are neither in the checkpoint nor in the base."""
     placed = {keys.get(name) for name in found.origins.values()}
-    dropped = separated.absent.intersection(found.dropped)
+    dropped = separated.absent.intersection(found.matching.unexpected)
     return sorted(name for name in dropped if keys.get(name) not in placed)
 
 
