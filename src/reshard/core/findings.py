@@ -127,7 +127,8 @@ CODES: dict[str, Code] = {
     "architecture-repaired": Code(
         "info", "the base's config had FSDP's name of the class; the output has the class's own "
                 "name"),
-        "info", "the base's config named the class as FSDP calls it; the output names the class"),
+        "info", "the base's config had FSDP's name of the class; the output has the class's own "
+                "name"),
     "backbone-names": Code(
         "warning", "names are those of the backbone, under a class with a head", by=("doctor",)),
     "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
@@ -277,12 +278,12 @@ CODES: dict[str, Code] = {
         "warning", "an optimizer's state has no names; the order of the parameters gave them",
         "Compare the first losses of the continued run with those before."),
     "tied-twin-copied": Code("warning", "a tensor was read from the tensor that it is tied to"),
-        "Compare the first losses of the run that goes on with those before."),
+        "Compare the first losses of the continued run with those before."),
     "stray-head": Code(
         "error", "there is a head that the class in the config does not have", by=("doctor",)),
     "tensors-missing": Code(
         "error", "tensors that the architecture has are missing", by=("doctor",)),
-    "tied-twin-copied": Code("warning", "a tensor was read from its tied twin"),
+    "tied-twin-copied": Code("warning", "a tensor was read from the tensor that it is tied to"),
     "tokenizer-missing": Code("error", "the tokenizer is missing", by=("doctor",)),
     "tokenizer-too-large": Code(
         "warning", "the tokenizer has more tokens than the embedding", by=("doctor", "try")),
