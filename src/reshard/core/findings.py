@@ -125,10 +125,7 @@ CODES: dict[str, Code] = {
     "answer-repeats-token": Code(
         "warning", "some long answers are one token over and over", by=("try",)),
     "architecture-repaired": Code(
-        "info", "the base's config had FSDP's name of the class; the output has the class's own "
-                "name"),
-        "info", "the base's config had FSDP's name of the class; the output has the class's own "
-                "name"),
+        "info", "the base's config had FSDP's class name; the output has the class's own name"),
     "backbone-names": Code(
         "warning", "names are those of the backbone, under a class with a head", by=("doctor",)),
     "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
@@ -276,8 +273,6 @@ CODES: dict[str, Code] = {
         "Pass --base."),
     "state-named-by-order": Code(
         "warning", "an optimizer's state has no names; the order of the parameters gave them",
-        "Compare the first losses of the continued run with those before."),
-    "tied-twin-copied": Code("warning", "a tensor was read from the tensor that it is tied to"),
         "Compare the first losses of the continued run with those before."),
     "stray-head": Code(
         "error", "there is a head that the class in the config does not have", by=("doctor",)),

@@ -189,7 +189,7 @@ def _refuse_other_rows(known: Known, resized: Resize) -> None:
         raise NamesError(
             f"{resized.name!r} has {resized.rows} rows, and {resized.base_rows} in the base; "
             f"the checkpoint does not hold {stale[0]!r}, which must have as many, and the base's "
-            f"does not.",
+            "does not.",
             missing=tuple(stale),
             hint="Convert a checkpoint of the run that holds it.",
         )
