@@ -68,6 +68,15 @@ ELSEWHERE: dict[str, str] = {
     "Copy every rank's files.": "deepspeed/test_tensor_parallel.py::test_missing_files_are_named",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the framework that trained it.": "deepspeed/test_tensor_parallel.py::test_without_the_metadata_it_is_refused",
     "Convert the checkpoint that it was made from.": "deepspeed/test_universal.py::test_made_from_other_parallelism_it_is_refused",
+    "Pass {}, or leave out --optimizer.": "state/test_writing.py::test_options_that_do_not_go_together",
+    "Pass --names memory, or leave out --names.": "state/test_writing.py::test_options_that_do_not_go_together",
+    "Pass --optimizer, or leave out --{}.": "state/test_writing.py::test_options_that_do_not_go_together",
+    "Leave out --hyperparameters.": "state/test_writing.py::test_hyperparameters_that_the_checkpoint_states",
+    "Leave out --base: without it the names stay, and the state travels with them.": "state/test_writing.py::test_a_base_whose_names_the_moments_do_not_fit",
+    "Pass --consumed-samples.": "state/test_writing.py::test_the_samples_that_a_run_consumed_can_be_given",
+    "Leave out --dtype.": "state/test_writing.py::test_masters_that_are_rounded_are_a_finding",
+    'Write a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_are_none",
+    'Pass --hyperparameters with a JSON file of them, a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_no_file_holds_are_asked_for",
     "Convert the weights alone, without --optimizer.": "state/test_refusals.py::test_eight_bit_moments",
     "Convert the weights alone, without --optimizer; or save once without --use_mp_opt.": "state/test_refusals.py::test_one_optimizer_file_a_rank",
     "Save it with get_optimizer_state_dict, or convert the weights alone.": "state/test_refusals.py::test_numbers_for_names",
@@ -148,6 +157,9 @@ WITHOUT: dict[str, str] = {
         _OTHER + "a package whose format cannot be imported",
     "Load it and save it again with torch on a little-endian machine.":
         _OTHER + "a big-endian one wrote it",
+    "Leave out --layout.": _LATE,
+    "Set the schedule in the script that goes on, at the step that the report states.":
+        _UNSEEN + "a training script",
     "Load and save it once with a newer DeepSpeed, or convert the weights alone.":
         _OTHER + "a DeepSpeed of before 0.5.4",
     "Compare the first losses of the continued run with those before.":
