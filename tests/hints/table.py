@@ -27,7 +27,7 @@ ELSEWHERE: dict[str, str] = {
     "Leave out --masters.": "megatron/test_masters.py::test_without_masters_to_read",
     "Leave out --masters; or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",
     "The model lies in {}{}: name that folder.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
-    "Name the one that is meant.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
+    "Name the one to read.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
     "Use an earlier checkpoint, or copy the folder again if the file was left behind.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
     "Pass --base, the model as it was released, whose names they then get.": "megatron/test_into.py::test_tensors_without_a_place",
     "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base.": "megatron/test_into.py::test_a_model_that_lacks_tensors",
@@ -51,7 +51,7 @@ ELSEWHERE: dict[str, str] = {
     "For such a run, convert with --names memory --transformers-version {}, or whichever version the run has.": "models/test_every_name.py::test_a_layout_that_stacks_is_a_finding_whose_fix_works",
     "Copy the model again.": "quantised/test_doctor.py::test_a_code_without_its_scale",
     "Convert the quantised release again: reshard convert FP8MODEL OUT.": "quantised/test_doctor.py::test_scales_beside_weights_that_are_no_codes",
-    "To have them compared, look at the unquantised model.": "quantised/test_refused.py::test_doctor_says_so",
+    "To compare them, examine the unquantised model.": "quantised/test_refused.py::test_doctor_says_so",
     "Copy the config of the model that it was made from.": "quantised/test_refused.py::test_doctor_says_so",
     "Convert the run's checkpoint again: reshard convert RUN OUT.": "doctor/test_command.py::test_the_mended_folder_must_be_well",
     "Try --device cpu.": "evaluate/test_broken.py::test_a_device_that_is_not_there",
@@ -64,7 +64,6 @@ ELSEWHERE: dict[str, str] = {
     "Name another file with --html.": "evaluate/test_command.py::test_a_file_that_is_not_a_report_is_never_replaced",
     "Name a file with --html.": "pages/test_changes.py::test_a_file_that_is_no_page_is_never_replaced",
     "Name another file with --output-file.": "evaluate/test_command.py::test_reports_of_other_models_stay",
-    "Copy it again, or convert again.": "evaluate/test_broken.py::test_a_file_is_cut_short",
     "Copy the files of every rank and expert.": "deepspeed/test_experts.py::test_a_missing_expert_is_named",
     "Copy every rank's files.": "deepspeed/test_tensor_parallel.py::test_missing_files_are_named",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the framework that trained it.": "deepspeed/test_tensor_parallel.py::test_without_the_metadata_it_is_refused",
@@ -123,7 +122,7 @@ ELSEWHERE: dict[str, str] = {
 WITHOUT: dict[str, str] = {
     "Use the merged model: the base with the adapter is another one.": _LATE,
     "Name a local path; of a mounted store, the folder where it is mounted.": _LATE,
-    "Name the part that is meant: --prefix {}.": _LATE,
+    "Name the part to read: --prefix {}.": _LATE,
     "Name the file that holds the model.": _LATE,
     "It is not in the Hugging Face cache either. If it is on the hub: hf download {}": _CACHE,
     "Import it with Megatron-Bridge.": _MEGATRON,
@@ -163,7 +162,7 @@ WITHOUT: dict[str, str] = {
         _UNSEEN + "a training script",
     "Load and save it once with a newer DeepSpeed, or convert the weights alone.":
         _OTHER + "a DeepSpeed of before 0.5.4",
-    "Compare the first losses of the run that goes on with those before.":
+    "Compare the first losses of the continued run with those before.":
         _UNSEEN + "a training run's losses",
     "Load and save it once with a newer DeepSpeed.":
         _OTHER + "a DeepSpeed of before 0.5",
@@ -209,11 +208,11 @@ WITHOUT: dict[str, str] = {
         "names without weights are of frozen parameters, which the oracle's DeepSpeed alone saves so",
     "Convert an earlier checkpoint of the run.":
         "doctor advises the same of the same weights, which is followed",
-    "Make the 16-bit model first, and mend that: reshard convert DIR OUT.":
+    "Make the 16-bit model first, and repair that: reshard convert DIR OUT.":
         "doctor has no other repair for a sound quantised model; tests/quantised convert each kind",
-    "Mend the unquantised model that it was made from.":
+    "Repair the unquantised model that it was made from.":
         "of codes that are not read: there is nothing to run on them",
-    "Name the model as it was released; reshard doctor tells more of this one.":
+    "Name the model as it was released; reshard doctor says more about this one.":
         "doctor finds the same scales and their repair is followed in tests/quantised",
     "Pass --scale_for_train.":
         "the flag is on or not given; where it is not, nothing is refused",

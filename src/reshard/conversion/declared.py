@@ -82,7 +82,8 @@ CONVERT = table(
         "base",
         Place(),
         "The Hugging Face model that training started from, a local folder. Its files define the "
-        "names and dtypes of the output, and come along. Without it, only weights are written.",
+        "names and dtypes of the output, and the other files are copied. Without it, only weights "
+        "are written.",
         group="Input",
         short="b",
     ),
@@ -141,7 +142,7 @@ CONVERT = table(
         "consumed_samples",
         Integer(0, (1 << 63) - 1),
         "With --to dcp: write client_state.pt, which LightRFT's load_ckpt needs: how many samples "
-        "the run has used up; 0 for a new one.",
+        "the run has consumed; 0 for a new one.",
         group="Output",
         metavar="N",
         underscored=True,
@@ -244,7 +245,7 @@ CONVERT = table(
     Option(
         "value_head",
         Text(),
-        "The name of a critic's head, e.g. value_head; score and v_head are found.",
+        "The name of a critic's head, e.g. value_head; score and v_head are detected.",
         group="Reward models and critics",
         metavar="NAME",
         needs_base=True,
@@ -262,7 +263,7 @@ CONVERT = table(
     Option(
         "lora",
         Choice(LORA),
-        "What is written of LoRA adapters: the model with them merged (default with a base), a "
+        "How LoRA adapters are written: the model with them merged (default with a base), a "
         "folder for PEFT, or both.",
         group="Adapters",
         needs_base=True,

@@ -62,8 +62,8 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
     if not was_read(version):
         newest = ".".join(map(str, NEWEST))
         message = (
-            f"the live modules of transformers {text} were never read: their names are taken to be "
-            f"those of the nearest version that was, of which the newest is {newest}."
+            f"the live modules of transformers {text} are not known: their names are assumed to "
+            f"be those of the nearest known version, of which the newest is {newest}."
         )
         said.append(Finding("live-version-unread", message))
     return replace(
@@ -133,7 +133,8 @@ def _apart(apart: Apart) -> Finding:
     return Finding(
         "live-layout-apart",
         f"the live modules of transformers {apart.versions} hold {apart.count} tensors that are "
-        f"stacked, turned or cut otherwise than in the files, {apart.name!r} among them: dcp.load "
+        f"stacked, transposed or cut differently than in the files, {apart.name!r} among them: "
+        f"dcp.load "
         "into such a module does not find them here.",
         fix=f"For such a run, convert with --names memory --transformers-version {since}, or "
         "whichever version the run has.",

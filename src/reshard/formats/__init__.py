@@ -223,7 +223,7 @@ def told(path: Path, reasons: Mapping[str, str]) -> str:
         raise FormatError(
             f"it looks like more than one format ({why}).",
             path=path,
-            hint="Name the folder of the one that is meant.",
+            hint="Name the folder of the one to read.",
         )
     return found
 
@@ -267,7 +267,7 @@ def of_role(path: Path, roles: Sequence[Path], role: str | None) -> Path:
         raise NotFoundError(
             f"it holds the models of {len(roles)} roles: {there}.",
             path=path,
-            hint="Name the one that is meant with --role, or its folder.",
+            hint="Name the one to read with --role, or its folder.",
         )
     return path / role if role is not None else next(iter(roles), path)
 
