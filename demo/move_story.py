@@ -59,10 +59,8 @@ def main(folder: Path, picture: Path) -> None:
     universal = place / "universal"
     convert("4. Move that to DeepSpeed", place / "fsdp2", universal, "--to", "deepspeed")
     train("5. Go on in ZeRO-3, 1 process", 1, "zero3", SECOND + 1, LAST, back, "--load", universal)
-    weights = place / "weights"
-    convert("6. Move the weights alone", place / "zero2", weights, "--to", "dcp")
-    alone = ("--load", weights, "--weights-only")
-    train("7. Go on without the optimizer's state", 3, "fsdp2", FIRST + 1, LAST, bare, *alone)
+    alone = ("--load", to_fsdp, "--weights-only")
+    train("6. The same with the weights alone", 3, "fsdp2", FIRST + 1, LAST, bare, *alone)
     losses = {path.stem: _losses(path) for path in (whole, moved, back, bare)}
     together = losses["moved"] | losses["back"]
     apart = max(abs(loss / losses["whole"][at] - 1) for at, loss in together.items())

@@ -9,8 +9,8 @@
     --weights-only    load no state of the optimizer
     --save FOLDER --save-at STEP
 
-A small Llama learns the text of this project's licence, byte by byte. The batches of a step are the same
-in every engine and at every world size. Written as such scripts are: nothing in it knows reshard.
+A small Llama learns the text of this project's licence, byte by byte. The batches of a step are the
+same in every engine and at every world size. Nothing here knows reshard: it is an ordinary script.
 """
 
 from __future__ import annotations

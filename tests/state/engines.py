@@ -120,7 +120,9 @@ class Deepspeed:
         self._engine.save_checkpoint(place.folder, client_state=dict(_CLIENT))
 
     def load(self, place: Place) -> dict[str, object]:
-        path, client = self._engine.load_checkpoint(place.folder)
+        path, client = self._engine.load_checkpoint(
+            place.folder, load_lr_scheduler_states=self._job.schedule
+        )
         if path is None:
             raise RuntimeError(f"DeepSpeed found nothing in {place.folder}")
         tag = Path(place.folder, "latest_universal")

@@ -41,6 +41,7 @@ from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists
 from reshard.transfer.checksums import without_checksum
 from reshard.transfer.commit import check_space
+from reshard.transfer.reading import equal
 
 
 class Job(Struct, frozen=True):
@@ -203,6 +204,7 @@ def _with_state(
     maps: list[Mapping[str, Arrangement]] = []
     if base is None:
         made = replace(made, model=[replace(t, aliases=t.source.aliases) for t in made.model])
+        made = training.with_ties(made, state, lambda one, other: equal(one, other, sources))
     else:
         maps.append(made.name_map.outputs)
         if options.names == "memory":
