@@ -57,7 +57,7 @@ def draw(title: str, lines: Sequence[Line], parts: Sequence[Part]) -> str:
             edge = x(part.first - 0.5)
             body.append(_stroke([(edge, 30), (edge, HEIGHT - _BOTTOM)], _INK, 1, dashed=True))
     body.append(_text((x(0) + x(last)) / 2, HEIGHT - 8, "step", anchor="middle"))
-    for tick in range(0, last + 1, 20):
+    for tick in range(0, last + 1, 10):
         body.append(_text(x(tick), HEIGHT - _BOTTOM + 16, str(tick), anchor="middle"))
     for line in lines:
         points = [(x(step), y(loss)) for step, loss in sorted(line.losses.items())]
@@ -75,7 +75,7 @@ def _legend(lines: Sequence[Line]) -> list[str]:
     found = []
     for number, line in enumerate(lines):
         at = _TOP + 18 + 20 * number
-        start = WIDTH - 330
+        start = _LEFT + 110
         width = 6 if line.wide else 1.8
         found.append(
             _stroke([(start, at - 4), (start + 26, at - 4)], line.colour, width, dashed=line.dashed)
