@@ -115,6 +115,7 @@ WITHOUT: dict[str, str] = {
     "Name the part that is meant: --prefix {}.": _LATE,
     "Name the file that holds the model.": _LATE,
     "It is not in the Hugging Face cache either. If it is on the hub: hf download {}": _CACHE,
+    "Import it with torchtitan's own conversion from Hugging Face.": _OTHER + "torchtitan, which this does not test with",
     "Import it with Megatron-Bridge.": _MEGATRON,
     "Save with --ckpt-format torch_dist, and convert that.": _MEGATRON,
     "Name the backbone's own class in config.json's architectures, or serve it only to score.": _LATE,

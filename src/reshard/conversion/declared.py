@@ -124,7 +124,7 @@ CONVERT = table(
         "all: each tensor by its name on disk and by those that live modules of any transformers "
         "version ask for (default with --to dcp, where the model's config is at hand); disk: as in "
         "the files of released models (else the default); memory: as the live module of one "
-        "version has them.",
+        "version has them; torchtitan: as its own models have them, of 0.3 and of 2025.",
         group="Output",
     ),
     Option(
@@ -389,6 +389,12 @@ def _check_target(values: Mapping[str, Any]) -> None:
         raise OptionError(
             f"names: with --to {to} tensors have the names of that trainer.",
             hint="Leave out --names.",
+            option="names",
+        )
+    if values["names"] == "torchtitan" and not target_named(to).names_twice:
+        raise OptionError(
+            f"names 'torchtitan' are those of a DCP checkpoint, not of --to {to}.",
+            hint="Pass --to dcp, or leave out --names.",
             option="names",
         )
     if values["names"] == "all" and not target_named(to).names_twice:

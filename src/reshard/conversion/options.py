@@ -20,7 +20,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
-Names = Literal["all", "disk", "memory"]
+Names = Literal["all", "disk", "memory", "torchtitan"]
 To = Literal["hf", "dcp", "megatron"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
@@ -30,7 +30,7 @@ _MAX_WILDCARDS = 3
 MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "critic")
 SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
-NAMES: tuple[Names, ...] = ("all", "disk", "memory")
+NAMES: tuple[Names, ...] = ("all", "disk", "memory", "torchtitan")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
 #: What LightRFT takes where no probing layer is named: the input of the last layer.
 PROBING_LAYER = -1
@@ -156,9 +156,15 @@ def restated(options: Options, stated: Mapping[str, Any], names: Mapping[str, An
             adapter=_optional(stated.get("adapter")),
             scaling=None if lora is None else _scaling(lora),
         ),
-        names="memory" if memory else "disk",
+        names=_stated_names(stated),
         transformers_version=None if version is None else parse_version(_text(version)),
     )
+
+
+def _stated_names(stated: Mapping[str, Any]) -> Names:
+    """The names that a folder has, where another version or trainer gave them; else the files'."""
+    names = stated.get("names")
+    return cast(Names, names) if names in ("memory", "torchtitan") else "disk"
 
 
 def _scaling(lora: Mapping[str, Any]) -> AdapterConfig:
