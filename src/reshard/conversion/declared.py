@@ -383,7 +383,7 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
 
 
 def _check_target(values: Mapping[str, Any]) -> None:
-    """Refuse options that the target format has no place for."""
+    """Refuse options that the target format does not support."""
     to = values["to"]
     if values["names"] is not None and target_named(to).naming is not None:
         raise OptionError(

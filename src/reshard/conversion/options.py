@@ -32,7 +32,7 @@ SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
 NAMES: tuple[Names, ...] = ("all", "disk", "memory")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
-#: What LightRFT takes where no probing layer is named: the input of the last layer.
+#: LightRFT's default probing layer: the input of the last layer.
 PROBING_LAYER = -1
 
 
@@ -52,9 +52,9 @@ class Patterns(Texts, frozen=True):
 
 
 class RewardChoice(Struct, frozen=True):
-    """What was asked for of a reward model or critic; `model_type` None: found by its heads.
+    """The options for a reward model or critic; `model_type` None: detected by its heads.
 
-    `probing_layer` None: nothing was said, and LightRFT's default is assumed.
+    `probing_layer` None: LightRFT's default.
     """
 
     model_type: ModelType | None = None
@@ -69,9 +69,10 @@ class RewardChoice(Struct, frozen=True):
 
 
 class LoraChoice(Struct, frozen=True):
-    """What becomes of adapters. `mode` None: merged, where there is a base.
+    """What to do with adapters. `mode` None: merge them, if there is a base.
 
-    They scale by `alpha`, or as the file `config` says; `scaling` is what a conversion found so.
+    They scale by `alpha`, or as the file `config` says; `scaling` is the scaling that a conversion
+    found.
     """
 
     mode: Lora | None = None

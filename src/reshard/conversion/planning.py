@@ -1,4 +1,4 @@
-"""Everything of a conversion that can be decided, and every user's error, before a byte is written.
+"""Everything that a conversion decides, and every user error, before a byte is written.
 
 locate and read -> export (names, dtypes) -> live layout -> files, patched config, assets
 """
@@ -77,7 +77,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     options = replace(options, names=live_names.chosen(options, catalog, base))
     catalog, found = as_numbers(catalog, base, options, sources)
     made = exported(catalog, base, options, sources)
-    # Before the files are laid out: of a few petabytes, as a damaged file may state, that is long.
+    # Before the layout, which takes long for the petabytes that a damaged file may state.
     check_space(options.target, sum(target.spec.nbytes for target in made.model))
     files, texts = _files(made, options)
     if not files:
@@ -129,7 +129,8 @@ def _check_names(plan: Plan) -> None:
 
 
 def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding, ...]:
-    """That files lack checksums which their format has, unless its reader has said so."""
+    """The finding that files lack checksums that their format has, unless its reader reported
+    it."""
     known = any(found.code == "no-checksums" for found in catalog.findings)
     if not unprotected or known or not named(catalog.format).checksums:
         return ()
@@ -145,7 +146,8 @@ def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding
 def check_strict(
     findings: Sequence[Finding], options: Options, strict: bool | Sequence[str]
 ) -> None:
-    """Refuse findings of the codes in `strict`, or where it is True all but mere information."""
+    """Refuse findings of the codes in `strict`, or, if it is True, all except those of severity
+    info."""
     codes = strict if not isinstance(strict, bool) else ()
     refused = [
         found
@@ -199,7 +201,7 @@ def _files(
 
 
 def _lies_among(name: str, files: Sequence[OutputFile]) -> bool:
-    """Whether a file's name does not tell it from the model's own: same folder, same suffix."""
+    """Whether a file's name does not distinguish it from the model's: same folder, same suffix."""
     return "/" not in name and PurePath(name).suffix in {PurePath(f.name).suffix for f in files}
 
 
@@ -237,7 +239,7 @@ def _assets(
 
 
 def _said_of(base: Base) -> tuple[Finding, ...]:
-    """What of the base a user should know: a class name that is put right."""
+    """The finding on the base's config: a class name that was repaired."""
     if not base.repairs:
         return ()
     message = (

@@ -26,7 +26,6 @@ from reshard.watching.declared import CONVERSION, WATCH
 from reshard.watching.record import State
 from reshard.watching.saves import Save, age, fingerprint, saves_of, unfinished
 
-
 # Seconds that a sleep may take; the system knows a limit.
 _LONGEST = 1e6
 
