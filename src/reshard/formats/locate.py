@@ -41,15 +41,9 @@ _MAX_FOLDERS = 10_000
 # One shard of several, of safetensors or torch.save files.
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
 # Written last, once a save is whole.
-<<<<<<< HEAD
 TRACKER = "latest_checkpointed_iteration.txt"
-# LightRFT keeps actor and critic side by side; without a word more, the actor is meant.
-ACTOR = "_actor"
-=======
-_TRACKER = "latest_checkpointed_iteration.txt"
 # LightRFT keeps actor and critic side by side; the actor is the default.
-_ACTOR = "_actor"
->>>>>>> main
+ACTOR = "_actor"
 
 
 class Found(Struct, frozen=True):
