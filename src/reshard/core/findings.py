@@ -126,6 +126,8 @@ CODES: dict[str, Code] = {
         "warning", "some long answers are one token over and over", by=("try",)),
     "architecture-repaired": Code(
         "info", "the base's config named the class as FSDP calls it; the output names the class"),
+    "backbone-names": Code(
+        "warning", "names are those of the backbone, under a class with a head", by=("doctor",)),
     "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
     "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
     "checkpoints-below": Code(
@@ -182,6 +184,7 @@ CODES: dict[str, Code] = {
         "warning", "a newer checkpoint is incomplete; an older one was read",
         "Copy the newer one again, or name the one that is meant."),
     "index-mismatch": Code("error", "the index does not match the files", by=("doctor",)),
+    "layer-count": Code("error", "the layers are not as many as the config says", by=("doctor",)),
     "layers-beyond-base": Code(
         "info", "layers for multi-token prediction are written, of which the base has none"),
     "live-layout-apart": Code(
@@ -204,6 +207,8 @@ CODES: dict[str, Code] = {
         "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
     "names-do-not-fit": Code(
         "error", "tensors are missing, left over or of another shape", by=("doctor",)),
+    "names-unknown": Code(
+        "error", "tensors have names that no class of the architecture has", by=("doctor",)),
     "names-without-weights": Code(
         "warning", "the checkpoint has names without weights", "Pass --fill-from-base."),
     "newer-export": Code(
@@ -234,6 +239,7 @@ CODES: dict[str, Code] = {
     "part-left-out": Code(
         "info", "the checkpoint holds another part that could be a model, and it was not read",
         "To convert it, pass --prefix."),
+    "part-missing": Code("error", "a whole part of the model is missing", by=("doctor",)),
     "partial-output": Code("info", "what an interrupted run of this output left was removed"),
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",
@@ -261,12 +267,17 @@ CODES: dict[str, Code] = {
     "several-models": Code(
         "info", "the folder holds several models of one run; which one was read",
         "To convert another, name it."),
+    "shapes-differ": Code("error", "shapes are not what the config's sizes make", by=("doctor",)),
     "shapes-unstated": Code(
         "warning", "the shards state no whole shapes: missing last ranks cannot be seen",
         "Pass --base."),
     "state-named-by-order": Code(
         "warning", "an optimizer's state has no names; the order of the parameters gave them",
         "Compare the first losses of the run that goes on with those before."),
+    "stray-head": Code(
+        "error", "there is a head that the class in the config does not have", by=("doctor",)),
+    "tensors-missing": Code(
+        "error", "tensors that the architecture has are missing", by=("doctor",)),
     "tied-twin-copied": Code("warning", "a tensor was read from its tied twin"),
     "tokenizer-missing": Code("error", "the tokenizer is missing", by=("doctor",)),
     "tokenizer-too-large": Code(

@@ -20,9 +20,11 @@ from reshard.naming.schema import (
     backbone_part,
     bare_layout,
     classes_of,
+    family,
     is_backbone,
     is_unheld,
     levels,
+    text_config,
     views,
 )
 
@@ -57,6 +59,20 @@ def to_memory(
 def pieces_of(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Mapping[str, Piece]:
     """Where each hub tensor lies in a model's files, given by names and shapes."""
     return _read(shapes, config).pieces
+
+
+def hub_shapes(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[str, Shape]:
+    """The hub's names and shapes of a model's files, which may have been saved in a live layout."""
+    pieces = _towers(pieces_of(shapes, config), config)
+    # The rules of the language model's layouts name its modules wherever they stand.
+    text = family(text_config(config).get("model_type"))
+    inner = [View((layout,)) for layout in text.layouts] if text is not None else []
+    found = {}
+    for hub, piece in pieces.items():
+        for view in inner if hub.startswith(families.TOWER_PARTS) else ():
+            hub = view.name_here(hub)
+        found[hub] = piece.shape
+    return found
 
 
 def placed_pieces(
