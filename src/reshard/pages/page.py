@@ -12,6 +12,7 @@ from reshard._version import __version__
 from reshard.comparison.sums import percent, short
 from reshard.core.sizes import size
 from reshard.errors import UnsupportedError, WriteError, printable
+from reshard.storage.local import read_start
 from reshard.storage.paths import absolute, is_file, is_folder
 
 #: In the head of every page; a page is known by it.
@@ -30,11 +31,8 @@ def check_place(path: Path) -> None:
         raise WriteError("there is no such folder.", path=absolute(path).parent)
     if is_folder(path):
         raise WriteError("this is a folder.", path=path, hint="Name a file with --html.")
-    if not is_file(path):
+    if not is_file(path) or MARK.encode() in read_start(path, _HEAD):
         return
-    with path.open("rb") as file:
-        if MARK.encode() in file.read(_HEAD):
-            return
     raise WriteError(
         "this file is not a page of reshard, and is not replaced; nothing was read.",
         path=path,

@@ -1,8 +1,7 @@
-"""Writing one small file: whole or not at all."""
+"""Small files of text that are written for people: reports and pages."""
 
 from __future__ import annotations
 
-import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -20,16 +19,12 @@ def write_text(path: Path, text: str) -> None:
     partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
     try:
         if exists(place) and not is_file(place):
-            with place.open("w", encoding="utf-8") as file:
-                file.write(text)
+            place.write_text(text, encoding="utf-8")
             return
         with partial.open("x", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
         partial.replace(place)
     except OSError as error:
-        raise WriteError(f"cannot write the file: {error.strerror}.", path=path) from error
-    finally:
         with suppress(OSError):
             partial.unlink()
+        raise WriteError(f"it cannot be written: {error.strerror}.", path=path) from error
