@@ -64,7 +64,6 @@ ELSEWHERE: dict[str, str] = {
     "Name another file with --html.": "evaluate/test_command.py::test_a_file_that_is_not_a_report_is_never_replaced",
     "Name a file with --html.": "pages/test_changes.py::test_a_file_that_is_no_page_is_never_replaced",
     "Name another file with --output-file.": "evaluate/test_command.py::test_reports_of_other_models_stay",
-    "Copy it again, or convert again.": "evaluate/test_broken.py::test_a_file_is_cut_short",
     "Copy the files of every rank and expert.": "deepspeed/test_experts.py::test_a_missing_expert_is_named",
     "Copy every rank's files.": "deepspeed/test_tensor_parallel.py::test_missing_files_are_named",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the framework that trained it.": "deepspeed/test_tensor_parallel.py::test_without_the_metadata_it_is_refused",
