@@ -90,6 +90,7 @@ def inspect(
     prefix: str | None,
     role: str | None,
     base: Path | None,
+    optimizer: bool,
     tensors: bool,
     html: Path | None,
     as_json: bool,
@@ -104,7 +105,7 @@ def inspect(
         from reshard.pages.page import check_place
 
         check_place(html)
-    inspection = run(src, tag=tag, prefix=prefix, role=role, base=base)
+    inspection = run(src, tag=tag, prefix=prefix, role=role, base=base, optimizer=optimizer)
     if html is not None:
         from reshard.pages.contents import contents_page
         from reshard.storage.texts import write_text
@@ -118,7 +119,7 @@ def inspect(
     output.print_table(inspection.rows(), colours={"fits": "green" if fits else "red"})
     if inspection.fitting is not None and not fits:
         output.tell(inspection.fitting.message, lines=True)
-    output.say_findings(inspection.checkpoint.catalog.findings)
+    output.say_findings(inspection.findings)
     if tensors:
         _print_tensors(found["tensors"])
     if html is not None:

@@ -74,7 +74,7 @@ def contents_page(inspection: Inspection) -> str:
         "contents.html.jinja",
         title=os.fspath(root),
         inspection=inspection,
-        findings=checkpoint.catalog.findings,
+        findings=inspection.findings,
         fitting=fitting,
         tree=_tree(leaves, tensors),
         leaves=leaves,
