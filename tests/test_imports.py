@@ -41,6 +41,7 @@ ORDER = (
     ("inspection",),
     ("comparison",),
     ("diagnosis",),
+    ("pages",),
     ("reshard",),
     ("evaluate",),
     ("cli",),

@@ -34,7 +34,7 @@ Shown = pytest.CaptureFixture[str]
         (["convert", "a", "b", "c d"], "Is it the base model? Then write: --base 'c d'"),
         (["verify", "a", "b"], "Is it what to compare with? Then write: --against b"),
         (["convert", "a", "b", "c", "--base", "d"], "takes SRC and DST; 'c' is one too much."),
-        (["diff", "a", "b", "c"], "takes A and B; 'c' is one too much."),
+        (["inspect", "a", "b", "c"], "takes SRC; 'b' is one too much."),
         (["help", "inspct"], "Did you mean inspect?"),
     ],
 )

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from reshard.testing import ReaderConformance
+from reshard.testing import ReaderConformance, WriterConformance
 from reshard.testing.truth import Tensors
-from tests.conformance.arrays import to_torch
+from tests.conformance.arrays import to_numpy, to_torch
 
 _BACKEND = {
     "sharded_backend": "torch_dist",
@@ -35,3 +36,18 @@ class TestReading(ReaderConformance):
         torch.save({"args": args, "iteration": 10}, folder / "common.pt")
         (folder / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
         return folder
+
+
+class TestWriting(WriterConformance):
+    """What megatron-core itself makes of it is in `tests/megatron/test_into.py`."""
+
+    target = "megatron"
+
+    def load(self, folder: Path) -> Tensors:
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+        state = {}
+        for name, stored in metadata.state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)
+            state[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        return {name: to_numpy(tensor) for name, tensor in state.items()}

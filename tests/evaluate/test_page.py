@@ -5,8 +5,6 @@ from __future__ import annotations
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,10 @@ from reshard.core.findings import Finding
 from reshard.evaluate.page import render_page
 from reshard.evaluate.plots import axis, strip
 from reshard.evaluate.report import Answer, Failure, Report
+from tests.browser import browse, needs_browser
 from tests.evaluate.conftest import Models
 from tests.evaluate.trying import attempt
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-)
 # Put behind the page: what it finds becomes an attribute of <body>, which --dump-dom prints.
 PROBE = """<script>
 const inside = (outer, inner) => { const a = outer.getBoundingClientRect(),
@@ -50,20 +37,6 @@ document.body.setAttribute("data-probe", JSON.stringify({
   alert: window.alerted === true,
 }));
 </script>"""
-
-
-def browse(page: Path, tmp_path: Path, *flags: str) -> str:
-    """Run the browser on a page, in a profile of its own; returns what it prints."""
-    assert BROWSER is not None
-    profile = tmp_path / "profile"
-    done = subprocess.run(
-        [BROWSER, *FLAGS, f"--user-data-dir={profile}", *flags, page.resolve().as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout
 
 
 def probe(page: str, tmp_path: Path, width: int = 1000) -> dict[str, Any]:

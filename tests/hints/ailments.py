@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import reshard
-from tests.folders import edit_weights
+from tests.folders import edit_config, edit_weights
 from tests.hints import tiny
 from tests.hints.case import Case, follows
 from tests.hints.folders import after, converting
@@ -262,3 +262,26 @@ def mended_without_its_head(at: Path) -> Case:
     run = tiny.zero(at / "run")
     again = after(converting(run, at / "again", base=base), looking(at / "again", base))
     return Case(looking(folder, base, at / "out"), again, same=is_well)
+
+
+@follows("If it was frozen and not saved: reshard convert RUN OUT --base HF_DIR --fill-from-base.")
+def without_its_tower(at: Path) -> Case:
+    kind: dict[str, Any] = {
+        "name": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]
+    }  # fmt: skip
+    base = tiny.model(at / "base", **kind)
+    held = load_file(tiny.model(at / "ill", 2, **kind) / "model.safetensors")
+    kept = {name: value for name, value in held.items() if not name.startswith("visual.")}
+    save_file(kept, at / "ill" / "model.safetensors", {"format": "pt"})
+    out = at / "out"
+    filled = after(converting(at / "ill", out, base=base, fill_from_base=True), looking(out))
+    return Case(looking(at / "ill"), filled, same=is_well)
+
+
+@follows("Is config.json that of another model? Convert the run's checkpoint again: reshard "
+         "convert RUN OUT --base HF_DIR.")  # fmt: skip
+def of_another_size(at: Path) -> Case:
+    folder, base = ill(at, lambda f: edit_config(f, hidden_size=99))
+    again = after(converting(tiny.zero(at / "run"), at / "again", base=base),
+                  looking(at / "again", base))  # fmt: skip
+    return Case(looking(folder), again, same=is_well)

@@ -30,16 +30,24 @@ _PIECE = "no hint by itself: the text is put together from others, which stand h
 _OTHER = "it needs another machine or package: "
 _STATED = "each finding of this code states a fix of its own, which stands here"
 _GUARD = "a last look at the plan, which every input that is known is refused before"
+_UNREACHED = "no command writes universal checkpoints yet"
 _UNSEEN = "what is done outside leaves nothing to run: "
 
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
     "Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that.": "deepspeed/test_autoep.py::test_the_checkpoint_itself_leads_to_the_universal_one",
+    "Leave out --masters.": "megatron/test_masters.py::test_without_masters_to_read",
+    "Leave out --masters; or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",
+    "Pass --base, the model as it was released, whose names they then get.": "megatron/test_into.py::test_tensors_without_a_place",
+    "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base.": "megatron/test_into.py::test_a_model_that_lacks_tensors",
+    "Is the config that of this model?": "megatron/test_into.py::test_shapes_that_are_not_the_configs",
+    "Leave out --names.": "megatron/test_into.py::test_names_are_the_trainers",
     "Change into a folder that exists, or name the whole path.": "test_door.py::test_the_current_folder_is_gone",
     "Copy the folder again, from where it was saved.": "fsdp/test_refusals.py::test_one_ranks_file_over_anothers",
     "The metadata is damaged, or the save did not finish.": "fsdp/test_refusals.py::test_chunk_without_a_place",
     "Save again with use_collectives=True, or move the files of the other ranks away.": "fsdp/test_refusals.py::test_replicas_that_differ",
+    "Install the extra, in reshard's folder: pip install '.[html]'.": "pages/test_changes.py::test_a_page_needs_jinja2",
     "Load it with the extension that wrote it and save it again without.": "fsdp/test_refusals.py::test_unknown_transform",
     "The folder holds files of different saves.": "fsdp/test_refusals.py::test_writers_of_different_saves",
     "It holds shards of different saves; keep those of one.": "fsdp/test_refusals.py::test_shards_of_different_saves",
@@ -52,11 +60,14 @@ ELSEWHERE: dict[str, str] = {
     "Install the extra, in reshard's folder: pip install '.[zstd]'.": "fsdp/test_refusals.py::test_without_zstandard",
     "For such a run, convert with --names memory --transformers-version {}, or whichever version the run has.": "models/test_every_name.py::test_a_layout_that_stacks_is_a_finding_whose_fix_works",
     "Read that code, then allow it with --trust-remote-code.": "evaluate/test_broken.py::test_remote_code_runs_only_when_it_is_trusted",
+    "Name a file with --html.": "pages/test_changes.py::test_a_file_that_is_no_page_is_never_replaced",
     "Copy the files of every rank and expert.": "deepspeed/test_experts.py::test_a_missing_expert_is_named",
     "Copy every rank's files.": "deepspeed/test_tensor_parallel.py::test_missing_files_are_named",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the framework that trained it.": "deepspeed/test_tensor_parallel.py::test_without_the_metadata_it_is_refused",
     "Convert the checkpoint that it was made from.": "deepspeed/test_universal.py::test_made_from_other_parallelism_it_is_refused",
     "Convert the weights alone, without --optimizer.": "state/test_refusals.py::test_eight_bit_moments",
+    "Convert the weights alone, without --optimizer; or save once without --use_mp_opt.": "state/test_refusals.py::test_one_optimizer_file_a_rank",
+    "Save it with get_optimizer_state_dict, or convert the weights alone.": "state/test_refusals.py::test_numbers_for_names",
     "The file is damaged, or of an optimizer that is not handled.": "state/test_refusals.py::test_groups_that_do_not_cover_the_parameters",
     "Resume the run once with ZeRO stage 1 and save, or convert the weights alone.": "state/test_refusals.py::test_without_zero_groups_in_no_order_of_the_model",
     "Make the universal checkpoint again.": "deepspeed/test_universal.py::test_masters_of_another_save",
@@ -79,12 +90,13 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
-
     "{}": _PIECE,
     "Start vLLM with --max-lora-rank {}.":
         _OTHER + "one that vLLM runs on",
     "Convert a checkpoint that holds head and embedding of one vocabulary.":
         _GUARD,
+    "Import it with Megatron-Bridge.":
+        _OTHER + "one with Megatron-Bridge",
     "Install torchvision.":
         _OTHER + "one without torchvision",
     "Load and save it once with a newer DeepSpeed, or convert the weights alone.":
@@ -103,4 +115,12 @@ WITHOUT: dict[str, str] = {
         _STATED,
     "To convert it, pass --prefix.":
         _STATED,
+    "Make the script's parameter groups in that order.": _UNREACHED,
+    "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint.": _UNREACHED,
+    "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md.": _UNREACHED,
+    "Start the script from the weights that the run started from.": _UNREACHED,
+    "Write it with --to dcp, which has a step for each parameter.": _UNREACHED,
+    "The state is of another model, or the files are of different saves.": _UNREACHED,
+    "The state is of another model, or of other names than the output's.": _UNREACHED,
+    "The state is of another model.": _UNREACHED,
 }  # fmt: skip

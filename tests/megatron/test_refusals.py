@@ -137,3 +137,26 @@ def test_a_base_of_a_family_that_is_not_known(tmp_path: Path) -> None:
     with pytest.raises(reshard.UnsupportedError, match="gemma2"):
         reshard.convert(run, tmp_path / "out", base=model)
     assert "gemma2" in reshard.inspect(run, base=model).fitting.message  # type: ignore[union-attr]
+
+
+def test_hints_that_name_a_folder(tmp_path: Path) -> None:
+    """The state of an optimizer beside the model; two models in one folder; an unfinished save."""
+    model = {"decoder.final_layernorm.weight": torch.ones(2)}
+    state = {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.ones(2)}
+    actor = tmp_path / "global_step_5" / "actor"
+    alone = saved(actor / "optimizer" / "dist_ckpt", state)
+    there = saved(actor / "model" / "dist_ckpt", model)
+    with pytest.raises(reshard.NotFoundError, match="no model") as caught:
+        reshard.open(alone)
+    assert caught.value.hint == f"The model lies in {there}: name that folder."
+    assert list(reshard.open(there).tensors) == list(model)
+    other = saved(actor / "dist_ckpt", model)
+    with pytest.raises(reshard.NotFoundError, match=r"dist_ckpt and model/dist_ckpt") as caught:
+        reshard.open(actor)
+    assert caught.value.hint == "Name the one that is meant."
+    assert list(reshard.open(other).tensors) == list(model)
+    (other / "metadata.json").unlink()
+    with pytest.raises(reshard.IncompleteError, match="did not finish") as unfinished:
+        reshard.open(other)
+    assert str(unfinished.value.hint).startswith("Use an earlier checkpoint")
+    assert list(reshard.open(there).tensors) == list(model)

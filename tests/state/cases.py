@@ -124,8 +124,9 @@ def opened(folder: Path, selection: Selection | None = None) -> Iterator[Opened]
     """The catalog and the training state of what lies at `folder`."""
     with Sources() as sources:
         catalog = locate.read(folder, sources, selection or Selection())
-        assert catalog.optimizer is not None
-        yield Opened(catalog, catalog.optimizer(), sources)
+        state = catalog.training_state()
+        assert state is not None
+        yield Opened(catalog, state, sources)
 
 
 def plain(value: object) -> object:

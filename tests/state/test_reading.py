@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from reshard.core.state import Step
 from reshard.formats import Selection, locate
 from reshard.formats.info import OWN
 from reshard.storage.local import Sources
-from tests.state.cases import DEEPSPEED, Opened, case, opened, plain
+from tests.state.cases import DEEPSPEED, FSDP, Opened, case, opened, plain
 
-EVERY = DEEPSPEED
+EVERY = (*DEEPSPEED, *FSDP)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -60,6 +63,32 @@ def test_the_run_of_deepspeed(name: str) -> None:
     assert state.scaler == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "client", "counters"),
+    [
+        ("fsdp2_lightrft_fp32", {"consumed_samples": 12}, {}),
+        ("fsdp2_accelerate_bf16", {}, {}),
+        ("fsdp2_titan_fp32", {}, {"step": 3, "ntokens_seen": 144}),
+    ],
+)
+def test_the_run_of_fsdp(name: str, client: dict[str, int], counters: dict[str, int]) -> None:
+    run = case(name)
+    with opened(run.folder) as found:
+        state = found.state
+    schedule = run.facts["lr_scheduler"]
+    want = {"last_epoch": schedule["last_epoch"]} if "titan" in name else schedule
+    assert plain(state.scheduler) == want
+    assert (state.client_state, state.counters, state.left_out) == (client, counters, ())
+
+
+def test_the_hf_trainers_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(case("fsdp2_accelerate_bf16").folder, run)
+    (run / "checkpoint-3/trainer_state.json").write_text('{"global_step": 3, "epoch": 0.5}')
+    with opened(run / "checkpoint-3") as found:
+        assert found.state.counters == {"global_steps": 3}
+
+
 def test_without_zero_the_masters_are_the_weights() -> None:
     run = case("ds_s0_bf16")
     with opened(run.folder) as found:
@@ -97,7 +126,7 @@ def test_the_state_is_read_only_when_it_is_asked_for() -> None:
 
 
 def test_the_formats_that_hold_state_say_so() -> None:
-    assert {info.name for info in OWN if info.training_state} >= {"deepspeed"}
+    assert {info.name for info in OWN if info.training_state} >= {"deepspeed", "dcp"}
 
 
 def test_sizes_and_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 import reshard
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
@@ -152,3 +157,98 @@ def test_masters_that_round_to_nothing_in_the_module(tmp_path: Path) -> None:
     checkpoint = reshard.open(run)
     assert [found.code for found in checkpoint.catalog.findings] == ["masters-unnamed"]
     assert {t.dtype.name for t in checkpoint.tensors.values()} == {"bfloat16"}
+
+
+def dcp_run(tmp_path: Path) -> tuple[Path, Path]:
+    """LightRFT's run, and its optimizer's folder."""
+    run = tmp_path / "run"
+    shutil.copytree(case("fsdp2_lightrft_fp32").folder, run)
+    return run, run / "_actor/global_step3/optim_states"
+
+
+def optimizer_dict(folder: Path) -> dict[str, Any]:
+    """An optimizer's save as `dcp.save` was given it, its objects included."""
+    found: dict[str, Any] = {}
+    _load_state_dict(
+        found,
+        storage_reader=FileSystemReader(str(folder)),
+        planner=_EmptyStateDictLoadPlanner(),
+        no_dist=True,
+    )
+    return found
+
+
+def resave(folder: Path, edit: Edit) -> None:
+    """Save an optimizer's folder again with one thing changed."""
+    content = optimizer_dict(folder)
+    edit(content)
+    shutil.rmtree(folder)
+    dcp.save(content, checkpoint_id=str(folder), no_dist=True)
+
+
+def test_the_optimizer_of_another_model(tmp_path: Path) -> None:
+    def rename(content: dict[str, Any]) -> None:
+        content["state"] = {f"critic.{name}": value for name, value in content["state"].items()}
+
+    run, folder = dcp_run(tmp_path)
+    resave(folder, rename)
+    error = refused(run, FormatError)
+    assert "25 parameters that the model does not have: critic.model" in str(error)
+    weights_alone(run, tmp_path)
+
+
+def test_the_optimizer_of_a_wider_model(tmp_path: Path) -> None:
+    def widen(content: dict[str, Any]) -> None:
+        content["state"]["model.norm.weight"]["exp_avg"] = torch.zeros(18)
+
+    run, folder = dcp_run(tmp_path)
+    resave(folder, widen)
+    error = refused(run, FormatError)
+    assert error.tensor == "model.norm.weight"
+    assert "(18,)" in str(error)
+    assert "(17,)" in str(error)
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_groups_that_do_not_cover_each_parameter_once(tmp_path: Path, twice: bool) -> None:
+    def change(content: dict[str, Any]) -> None:
+        first, second = (group["params"] for group in content["param_groups"])
+        if twice:
+            first.append(second[0])
+        else:
+            first.remove("model.embed_tokens.weight")
+
+    run, folder = dcp_run(tmp_path)
+    resave(folder, change)
+    want = "input_layernorm.weight is in several|bias is in several" if twice else "is in none"
+    assert re.search(want, str(refused(run, FormatError)))
+
+
+def test_numbers_for_names(tmp_path: Path) -> None:
+    def number(content: dict[str, Any]) -> None:
+        for group in content["param_groups"]:
+            group["params"] = list(range(len(group["params"])))
+
+    run, folder = dcp_run(tmp_path)
+    resave(folder, number)
+    assert "without names" in str(refused(run, UnsupportedError))
+    weights_alone(run, tmp_path)
+
+
+def test_one_optimizer_file_a_rank(tmp_path: Path) -> None:
+    run, folder = dcp_run(tmp_path)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    torch.save({"base_optim_states": {}}, folder / "_rank0")
+    assert "each rank saved its optimizer" in str(refused(run, UnsupportedError))
+    weights_alone(run, tmp_path)
+
+
+def test_several_optimizers_of_one_model(tmp_path: Path) -> None:
+    run, folder = dcp_run(tmp_path)
+    content = optimizer_dict(folder)
+    both = {"model": {"w": torch.zeros(3)}, "optim_a": content, "optim_b": content}
+    shutil.rmtree(run)
+    dcp.save(both, checkpoint_id=str(run), no_dist=True)
+    assert "several optimizers (optim_a, optim_b)" in str(refused(run, UnsupportedError))
+    weights_alone(run, tmp_path)

@@ -91,7 +91,8 @@ CONVERT = table(
     Option(
         "to",
         Choice(tuple(targets())),
-        "The format of the output: a Hugging Face folder, or PyTorch DCP for FSDP.",
+        "The format of the output: a Hugging Face folder, PyTorch DCP for FSDP, or the torch_dist "
+        "format of Megatron.",
         "hf",
         group="Output",
     ),
@@ -103,9 +104,17 @@ CONVERT = table(
         group="Output",
     ),
     Option(
+        "masters",
+        Flag(),
+        "Of a Megatron checkpoint, take the weights from the fp32 masters in its optimizer's "
+        "state. Of DeepSpeed's they are taken anyway.",
+        False,
+        group="Input",
+    ),
+    Option(
         "max_shard_size",
         Size(),
-        "The largest size of a file, e.g. 5GB; default: 5GB, with --to dcp 1GB.",
+        "The largest size of a file, e.g. 5GB; default: 5GB, of Hugging Face files; else 1GB.",
         group="Output",
         metavar="SIZE",
     ),
@@ -337,7 +346,11 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
         base=values["base"],
         to=values["to"],
         selection=formats.Selection(
-            values["tag"], values["prefix"], values["allow_step_mismatch"], values["role"]
+            values["tag"],
+            values["prefix"],
+            values["allow_step_mismatch"],
+            values["role"],
+            values["masters"],
         ),
         dtype=_dtype(values["dtype"], values["base"]),
         max_shard_nbytes=values["max_shard_size"] or _shard_size(values["to"]),
@@ -370,8 +383,14 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
 
 
 def _check_target(values: Mapping[str, Any]) -> None:
-    """Refuse options that the target format has no place for."""
+    """Refuse options that the target format does not support."""
     to = values["to"]
+    if values["names"] is not None and target_named(to).naming is not None:
+        raise OptionError(
+            f"names: with --to {to} tensors have the names of that trainer.",
+            hint="Leave out --names.",
+            option="names",
+        )
     if values["names"] == "all" and not target_named(to).names_twice:
         raise OptionError(
             "names 'all' gives the same bytes several names, which files of --to hf cannot.",

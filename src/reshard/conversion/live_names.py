@@ -25,7 +25,7 @@ from reshard.storage.local import Sources
 
 
 def chosen(options: Options, catalog: Catalog, base: Base | None) -> Names:
-    """Which names are written: those asked for, or by default all that the same bytes may have."""
+    """Which names are written: those of the option, or by default all names of the same bytes."""
     if options.names is not None:
         return options.names
     at_hand = base is not None or holds_config(catalog)
@@ -33,15 +33,15 @@ def chosen(options: Options, catalog: Catalog, base: Base | None) -> Names:
 
 
 def config_of(
-    exported: Export, catalog: Catalog, base: Base | None, sources: Sources, names: Names
+    exported: Export, catalog: Catalog, base: Base | None, sources: Sources, needed: str
 ) -> Mapping[str, Any]:
-    """The model's config: the base's as the export changes it, or that of the Hugging Face folder
-    that is converted."""
+    """The model's config, which the flag `needed` needs: the base's as the export changes it, or
+    that of the Hugging Face folder that is converted."""
     if base is not None:
         patched = patched_config(base, exported.patches)
         return strict_json.parse_object(patched, str(base.folder / CONFIG))
     if not holds_config(catalog):
-        raise PlanError(f"--names {names} needs the model's config.", hint="Pass --base.")
+        raise PlanError(f"{needed} needs the model's config.", hint="Pass --base.")
     return huggingface.read_config(catalog.origin.root, sources)
 
 
@@ -49,7 +49,7 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
     """The export with the names and shapes of a live module of the wanted transformers version."""
     entries: dict[str, Entry] = {}
     for target in exported.model:
-        # The dtype that is written rides along: the layout joins tensors of one dtype only.
+        # The output's dtype goes with each tensor: the layout joins only tensors of one dtype.
         spec = TensorSpec(target.spec.name, target.spec.dtype, target.spec.shape)
         entries[target.spec.name] = replace(target.source, spec=spec)
     version = options.transformers_version or _installed() or NEWEST
@@ -79,7 +79,7 @@ def _each(entries: Mapping[str, Entry]) -> list[Target]:
 
 
 def _once(entries: Mapping[str, Entry]) -> list[Target]:
-    """A target for each tensor; what is the same bytes as one before it is another name of that."""
+    """A target for each tensor; a tensor with the bytes of an earlier one becomes its alias."""
     targets: dict[object, Target] = {}
     for target in _each(entries):
         held = target.source.fragments
@@ -117,7 +117,7 @@ def answering(exported: Export, config: Mapping[str, Any], options: Options) -> 
 
 
 def _apart(apart: Apart) -> Finding:
-    """That the live modules of some versions will not find their tensors."""
+    """The finding that the live modules of some versions will not find their tensors."""
     if not apart.name:
         return Finding(
             "live-layout-unknown",

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from reshard.core.options import Choice, Flag, Integer, Texts
 from reshard.errors import OptionError, brief
 from reshard.formats import Selection
+from reshard.formats.info import targets
 from reshard.naming import parse_version
 from reshard.naming.layouts import Version
 from reshard.naming.lora.config import AdapterConfig
@@ -20,7 +21,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["all", "disk", "memory"]
-To = Literal["hf", "dcp"]
+To = Literal["hf", "dcp", "megatron"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
 _MAX_WILDCARDS = 3
@@ -31,7 +32,7 @@ SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
 NAMES: tuple[Names, ...] = ("all", "disk", "memory")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
-#: What LightRFT takes where no probing layer is named: the input of the last layer.
+#: LightRFT's default probing layer: the input of the last layer.
 PROBING_LAYER = -1
 
 
@@ -51,9 +52,9 @@ class Patterns(Texts, frozen=True):
 
 
 class RewardChoice(Struct, frozen=True):
-    """What was asked for of a reward model or critic; `model_type` None: found by its heads.
+    """The options for a reward model or critic; `model_type` None: detected by its heads.
 
-    `probing_layer` None: nothing was said, and LightRFT's default is assumed.
+    `probing_layer` None: LightRFT's default.
     """
 
     model_type: ModelType | None = None
@@ -68,9 +69,10 @@ class RewardChoice(Struct, frozen=True):
 
 
 class LoraChoice(Struct, frozen=True):
-    """What becomes of adapters. `mode` None: merged, where there is a base.
+    """What to do with adapters. `mode` None: merge them, if there is a base.
 
-    They scale by `alpha`, or as the file `config` says; `scaling` is what a conversion found so.
+    They scale by `alpha`, or as the file `config` says; `scaling` is the scaling that a conversion
+    found.
     """
 
     mode: Lora | None = None
@@ -119,6 +121,7 @@ class Options(Struct, frozen=True):
             "lora": self.lora.mode,
             "adapter": self.lora.adapter,
             "prefix": self.selection.prefix,
+            "masters": self.selection.masters,
             "allow": list(self.allow),
             "names": self.names,
             "consumed_samples": self.consumed_samples,
@@ -133,11 +136,14 @@ def restated(options: Options, stated: Mapping[str, Any], names: Mapping[str, An
     malformed.
     """
     memory = stated.get("names") == "memory"
+    to = stated.get("to")
+    trained = to in targets() and targets()[to].naming is not None
     version = (names if memory else stated).get("transformers_version")
     lora, mode = names.get("lora"), stated.get("lora")
     srm_format = Choice(SRM_FORMATS).parse(stated.get("srm_format", "both"))
     return replace(
         options,
+        to=to if trained else options.to,
         exclude_frozen=Flag().parse(stated.get("exclude_frozen", False)),
         fill_from_base=Flag().parse(stated.get("fill_from_base", False)),
         allow=Patterns().parse(stated.get("allow", ())),

@@ -1,4 +1,4 @@
-"""Everything of a conversion that can be decided, and every user's error, before a byte is written.
+"""Everything that a conversion decides, and every user error, before a byte is written.
 
 locate and read -> export (names, dtypes) -> live layout -> files, patched config, assets
 """
@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.conversion import live_names, output_model
+from reshard.conversion import live_names, output_model, trainer_names
 from reshard.conversion.base_model import (
     CONFIG,
     Base,
@@ -31,7 +31,7 @@ from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
 from reshard.core.tensors import Extent
-from reshard.errors import FormatError, PlanError
+from reshard.errors import FormatError, PlanError, UnsupportedError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
 from reshard.formats.info import named, target_named
@@ -60,6 +60,12 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     With `strict` a finding is an error: any warning, or those of the codes given.
     """
     catalog = locate.read(options.source, sources, options.selection)
+    if options.selection.masters and named(catalog.format).masters == "never":
+        raise UnsupportedError(
+            f"{named(catalog.format).title} holds no masters that are read.",
+            path=options.source,
+            hint="Leave out --masters.",
+        )
     unprotected = without_checksum(catalog.entries.values(), catalog.records)
     findings = (*_unsettled(catalog, options), *_unchecked(catalog, unprotected))
     catalog = replace(catalog, findings=findings)
@@ -72,7 +78,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     options = replace(options, names=live_names.chosen(options, catalog, base))
     catalog, found = as_numbers(catalog, base, options, sources)
     made = exported(catalog, base, options, sources)
-    # Before the files are laid out: of a few petabytes, as a damaged file may state, that is long.
+    # Before the layout, which takes long for the petabytes that a damaged file may state.
     check_space(options.target, sum(target.spec.nbytes for target in made.model))
     files, texts = _files(made, options)
     if not files:
@@ -131,7 +137,8 @@ def _unsettled(catalog: Catalog, options: Options) -> tuple[Finding, ...]:
 
 
 def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding, ...]:
-    """That files lack checksums which their format has, unless its reader has said so."""
+    """The finding that files lack checksums that their format has, unless its reader reported
+    it."""
     known = any(found.code == "no-checksums" for found in catalog.findings)
     if not unprotected or known or not named(catalog.format).checksums:
         return ()
@@ -147,7 +154,8 @@ def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding
 def check_strict(
     findings: Sequence[Finding], options: Options, strict: bool | Sequence[str]
 ) -> None:
-    """Refuse findings of the codes in `strict`, or where it is True all but mere information."""
+    """Refuse findings of the codes in `strict`, or, if it is True, all except those of severity
+    info."""
     codes = strict if not isinstance(strict, bool) else ()
     refused = [
         found
@@ -165,13 +173,18 @@ def check_strict(
 
 
 def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sources) -> Export:
-    """What the checkpoint becomes: by the base's names or its own, or those of a live module."""
+    """What the checkpoint becomes: by the base's names or its own, or those of a live module or of
+    a trainer."""
     if base is None:
         made = output_model.plain(catalog, options)
     else:
         made = output_model.onto(catalog, base, options, sources)
+    if trainer_names.trainer(options) is not None:
+        config = live_names.config_of(made, catalog, base, sources, f"--to {options.to}")
+        return trainer_names.renamed(made, config, sources)
     if options.names in ("all", "memory"):
-        config = live_names.config_of(made, catalog, base, sources, options.names)
+        asked = f"--names {options.names}"
+        config = live_names.config_of(made, catalog, base, sources, asked)
         place = live_names.placed if options.names == "memory" else live_names.answering
         made = place(made, config, options)
     return made
@@ -196,7 +209,7 @@ def _files(
 
 
 def _lies_among(name: str, files: Sequence[OutputFile]) -> bool:
-    """Whether a file's name does not tell it from the model's own: same folder, same suffix."""
+    """Whether a file's name does not distinguish it from the model's: same folder, same suffix."""
     return "/" not in name and PurePath(name).suffix in {PurePath(f.name).suffix for f in files}
 
 
@@ -234,7 +247,7 @@ def _assets(
 
 
 def _said_of(base: Base) -> tuple[Finding, ...]:
-    """What of the base a user should know: a class name that is put right."""
+    """The finding on the base's config: a class name that was repaired."""
     if not base.repairs:
         return ()
     message = (

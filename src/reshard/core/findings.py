@@ -1,4 +1,4 @@
-"""Findings: what a person should know about a checkpoint, a conversion or a model.
+"""Findings: what a user should know about a checkpoint, a conversion or a model.
 
 A finding has a code, and `CODES` says once what each code means and how to fix it. Readers, the
 fit of the names, the conversion, doctor and try all report findings of this one type; `--strict`
@@ -40,11 +40,11 @@ class Code(Struct, frozen=True):
 
 
 class Finding(Struct, frozen=True):
-    """Something that a person should know.
+    """Something that a user should know.
 
     `code` is a key of `CODES`. `message` is one or two sentences with the evidence. `subject` is
-    the tensor or file concerned, empty where it is the whole. `fix` says what to do in this case;
-    empty: the code's own. `evidence` are names and numbers for programs, as JSON values.
+    the tensor or file concerned, empty for the whole checkpoint. `fix` says what to do in this
+    case; empty: the code's own. `evidence` are names and numbers for programs, as JSON values.
     """
 
     code: str
@@ -54,7 +54,7 @@ class Finding(Struct, frozen=True):
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A note is as long as a file makes it.
+        # A file decides how long a message is.
         force_setattr(self, "message", shortened(self.message, _MAX_MESSAGE))
 
     def __hash__(self) -> int:
@@ -126,6 +126,8 @@ CODES: dict[str, Code] = {
         "warning", "some long answers are one token over and over", by=("try",)),
     "architecture-repaired": Code(
         "info", "the base's config named the class as FSDP calls it; the output names the class"),
+    "backbone-names": Code(
+        "warning", "names are those of the backbone, under a class with a head", by=("doctor",)),
     "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
     "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
     "checkpoints-below": Code(
@@ -140,6 +142,8 @@ CODES: dict[str, Code] = {
         "warning", "the weights are codes of a kind that is not read", by=("doctor",)),
     "codes-unreadable": Code("error", "quantised weights lack their scales", by=("doctor",)),
     "config-missing": Code("error", "config.json is missing or cannot be read", by=("doctor",)),
+    "copies-shared": Code(
+        "info", "copies that the trainer shares with another tensor are not written"),
     "damaged-file": Code(
         "error", "a weight file is cut off or breaks its format's rules", by=("doctor",)),
     "dequantised": Code(
@@ -180,6 +184,7 @@ CODES: dict[str, Code] = {
         "warning", "a newer checkpoint is incomplete; an older one was read",
         "Copy the newer one again, or name the one that is meant."),
     "index-mismatch": Code("error", "the index does not match the files", by=("doctor",)),
+    "layer-count": Code("error", "the layers are not as many as the config says", by=("doctor",)),
     "layers-beyond-base": Code(
         "info", "layers for multi-token prediction are written, of which the base has none"),
     "live-layout-apart": Code(
@@ -194,12 +199,16 @@ CODES: dict[str, Code] = {
         "warning", "the transformers version that was named is none whose live modules were read",
         "Load the output with strict names, or name the version with --transformers-version."),
     "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
+    "masters-missing": Code(
+        "info", "some 16-bit tensors have no fp32 master, and are as the model holds them"),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
     "module-from-base": Code(
         "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
     "names-do-not-fit": Code(
         "error", "tensors are missing, left over or of another shape", by=("doctor",)),
+    "names-unknown": Code(
+        "error", "tensors have names that no class of the architecture has", by=("doctor",)),
     "names-without-weights": Code(
         "warning", "the checkpoint has names without weights", "Pass --fill-from-base."),
     "newer-export": Code(
@@ -230,6 +239,7 @@ CODES: dict[str, Code] = {
     "part-left-out": Code(
         "info", "the checkpoint holds another part that could be a model, and it was not read",
         "To convert it, pass --prefix."),
+    "part-missing": Code("error", "a whole part of the model is missing", by=("doctor",)),
     "partial-output": Code("info", "what an interrupted run of this output left was removed"),
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",
@@ -257,12 +267,17 @@ CODES: dict[str, Code] = {
     "several-models": Code(
         "info", "the folder holds several models of one run; which one was read",
         "To convert another, name it."),
+    "shapes-differ": Code("error", "shapes are not what the config's sizes make", by=("doctor",)),
     "shapes-unstated": Code(
         "warning", "the shards state no whole shapes: missing last ranks cannot be seen",
         "Pass --base."),
     "state-named-by-order": Code(
         "warning", "an optimizer's state has no names; the order of the parameters gave them",
         "Compare the first losses of the run that goes on with those before."),
+    "stray-head": Code(
+        "error", "there is a head that the class in the config does not have", by=("doctor",)),
+    "tensors-missing": Code(
+        "error", "tensors that the architecture has are missing", by=("doctor",)),
     "tied-twin-copied": Code("warning", "a tensor was read from its tied twin"),
     "tokenizer-missing": Code("error", "the tokenizer is missing", by=("doctor",)),
     "tokenizer-too-large": Code(
@@ -272,6 +287,22 @@ CODES: dict[str, Code] = {
         by=("try",)),
     "transposed-experts": Code("error", "stacked experts are transposed", by=("doctor",)),
     "unchanged": Code("warning", "every tensor equals the base model's: nothing was trained"),
+    "universal-groups": Code(
+        "info", "DeepSpeed matches the parameter groups of a universal checkpoint by position",
+        "Make the script's parameter groups in that order."),
+    "universal-loss-scale": Code(
+        "info", "the loss scale of an fp16 run is not carried into a universal checkpoint"),
+    "universal-no-schedule": Code(
+        "info", "a universal checkpoint was written without the state of a schedule",
+        "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint."),
+    "universal-stage3": Code(
+        "warning", "DeepSpeed's ZeRO stage 3 goes on wrongly from this universal checkpoint",
+        "Load it with ZeRO stage 1 or 2, or after loading run the lines of "
+        "docs/training-state.md."),
+    "universal-unrestored": Code(
+        "warning", "DeepSpeed does not restore frozen parameters or buffers of a universal "
+        "checkpoint",
+        "Start the script from the weights that the run started from."),
     "untrained-layers": Code("info", "layers that no live module holds are the base's"),
     "vectors-constant": Code(
         "info", "a vector holds one value throughout, as fresh biases and norms do", by=("try",)),

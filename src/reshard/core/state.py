@@ -6,14 +6,15 @@
     groups    (Group, ...)          which parameters share which hyperparameters
 
 Names are those of the catalog that the state belongs to: a parameter's own name, never that of a
-tied alias. Frozen parameters and buffers have no state. Of a kind of moment that only some of the
-parameters have (Muon beside AdamW) the table has these alone. What else a run needs to go on
-(schedule, counters, what the user's own code saved) is plain data; what is none is listed, and
+tied alias. Frozen parameters and buffers have no state. If only some parameters have a kind of
+moment (Muon beside AdamW), its table has only these. Whatever else a run needs to continue
+(schedule, counters, what the user's own code saved) is plain data; everything else is listed and
 left out.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, TypeAlias
 
@@ -22,6 +23,7 @@ from msgspec.structs import replace
 
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Record
+from reshard.errors import FormatError, listed
 
 #: Data without tensors and objects: None, bool, int, float, str, and lists, tuples and dicts of it.
 Plain: TypeAlias = object
@@ -118,7 +120,48 @@ class TrainingState(Struct, frozen=True):
             ),
         )
 
+    def checked(self, entries: Mapping[str, Entry], root: object) -> TrainingState:
+        """The same state, proven to be of the model that `entries` are of.
 
+        Every name is that of an entry, every tensor has its parameter's shape, and the groups
+        cover each parameter with moments exactly once. `root` is named in errors.
+
+        Raises `FormatError`.
+        """
+        foreign = [name for name in self.names if name not in entries]
+        if foreign:
+            raise FormatError(
+                f"the optimizer's state is of {len(foreign)} parameters that the model does not "
+                f"have: {listed(foreign, 4)}. It is that of another model.",
+                path=str(root),
+                hint=_WEIGHTS_ALONE,
+            )
+        for kind, table in self.tables():
+            for name, entry in table.items():
+                if entry.spec.shape != entries[name].spec.shape:
+                    raise FormatError(
+                        f"its {kind} has shape {entry.spec.shape}, and the parameter "
+                        f"{entries[name].spec.shape}: the optimizer's state is that of another "
+                        "model, or of an optimizer that factors its moments.",
+                        path=str(root),
+                        tensor=name,
+                        hint=_WEIGHTS_ALONE,
+                    )
+        covered = [name for group in self.groups for name in group.names]
+        twice = [name for name, count in Counter(covered).items() if count > 1]
+        held = {name for table in self.moments.values() for name in table}
+        lost = sorted(held.difference(covered))
+        if twice or lost:
+            what = f"{listed(lost, 4)} is in none" if lost else f"{listed(twice, 4)} is in several"
+            raise FormatError(
+                f"the parameter groups do not cover the parameters: {what}.",
+                path=str(root),
+                hint=_WEIGHTS_ALONE,
+            )
+        return self
+
+
+_WEIGHTS_ALONE = "Convert the weights alone, without --optimizer."
 #: What the table of masters is called among the kinds of moments.
 MASTER = "master"
 #: The part of an output's files that hold training state (`OutputFile.part`).

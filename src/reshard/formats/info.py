@@ -14,6 +14,7 @@ import sys
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
@@ -32,9 +33,12 @@ class FormatInfo(Struct, frozen=True):
     has_roles: one save holds several models, each under a role.
     has_tags: one folder holds several saves, each under a tag.
     finds_model: its reader takes the model's part out of a nested state dict by `prefix` itself.
+    masters: whether the optimizer's full-precision weights are read: never, always where they have
+    names, or where that is asked for.
     holds_config: the model's config lies beside the weights, and names are those of its files.
     checksums: its files state checksums of the tensors' bytes.
     target: the value of `--to` that writes it; None where it is not written.
+    naming: the trainer whose names a model's tensors have there; None: the hub's.
     names_twice: what is written can give the same bytes several names.
     client_state: LightRFT's client_state.pt may lie beside what is written.
     max_shard_size: the default size of a written file.
@@ -55,9 +59,11 @@ class FormatInfo(Struct, frozen=True):
     has_roles: bool = False
     has_tags: bool = False
     finds_model: bool = False
+    masters: Literal["never", "always", "asked"] = "never"
     holds_config: bool = False
     checksums: bool = False
     target: str | None = None
+    naming: str | None = None
     names_twice: bool = False
     client_state: bool = False
     max_shard_size: str = "5GB"
@@ -83,6 +89,7 @@ OWN = (
         client_state=True,
         # Small enough that many ranks read different files.
         max_shard_size="1GB",
+        training_state=True,
     ),
     FormatInfo(
         "deepspeed",
@@ -92,6 +99,7 @@ OWN = (
         advice="Convert it with ds2hf.",
         scripts=("ds2hf",),
         has_tags=True,
+        masters="always",
         training_state=True,
     ),
     FormatInfo(
@@ -112,6 +120,10 @@ OWN = (
         "reshard.formats.megatron",
         checksums=True,
         has_roles=True,
+        masters="asked",
+        target="megatron",
+        naming="megatron",
+        max_shard_size="1GB",
     ),
     FormatInfo(
         "ranks",

@@ -1,4 +1,4 @@
-"""Models in the names of Megatron-Core: renamed, and taken apart into the tensors of the hub.
+"""Models in the names of Megatron-Core: renamed, and split into the tensors of the hub.
 
     embedding.word_embeddings.weight [V + padding, h]               model.embed_tokens.weight
     output_layer.weight [V + padding, h]                            lm_head.weight
@@ -52,8 +52,8 @@ MTP_NAMES = {
     "eh_proj.weight": "eh_proj.weight",
     "final_layernorm.weight": "shared_head.norm.weight",
 }
-# Copies that the hub's layers of multi-token prediction have of these; Megatron shares them.
-_MTP_COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}
+#: Copies that the hub's layers of multi-token prediction have of these; Megatron shares them.
+MTP_COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}
 _QK_NORMS = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
@@ -81,8 +81,8 @@ _SIGN = re.compile(r"(?:.*\.)?decoder\.layers\.(?:\d+\.)?self_attention\.linear_
 LEFT_OUT = re.compile(
     r"(?:.*\.)?(?:inv_freq|router\.(?:local_tokens_per_expert|global_tokens_per_expert))"
 )
-# More experts or layers than any model has: a tensor without elements may state any number.
-_MAX_ROWS = 1 << 16
+#: More experts or layers than any model has: a tensor without elements may state any number.
+MAX_ROWS = 1 << 16
 
 
 class Family(Struct, frozen=True):
@@ -138,7 +138,7 @@ class Named(Struct, frozen=True):
 
 
 def is_megatron(names: Iterable[str], schema: Schema) -> bool:
-    """Whether a checkpoint's tensors have Megatron-Core's names, and the base's have not."""
+    """Whether a checkpoint's tensors have Megatron-Core's names and the base's do not."""
     if any(_SIGN.fullmatch(name) for name in schema.specs):
         return False
     return any(_SIGN.fullmatch(name) for name in names)
@@ -159,7 +159,7 @@ class _Naming:
         self._schema = schema
         self._config = schema.config
         self._family = family_of(schema.config)
-        self._layers = _number(schema.config, "num_hidden_layers")
+        self._layers = number(schema.config, "num_hidden_layers")
         self._outputs: dict[str, Arrangement] = {}
         self._padding: dict[str, int] = {}
 
@@ -212,7 +212,7 @@ class _Naming:
 
     def _more_layers(self) -> int:
         count = self._config.get(MORE_LAYERS)
-        return count if type(count) is int and 0 <= count < _MAX_ROWS else 0
+        return count if type(count) is int and 0 <= count < MAX_ROWS else 0
 
     def _layer(
         self, part: str, index: int, name: str, of: Arrangement, shape: Shape
@@ -278,7 +278,7 @@ class _Naming:
         """The tensors of one expert, or of all of them, stacked."""
         gate, up, down = self._family.expert
         stacked = number is None
-        if len(shape) != 2 + stacked or shape[0] > _MAX_ROWS:
+        if len(shape) != 2 + stacked or shape[0] > MAX_ROWS:
             raise NamesError(
                 f"its shape is {shape} in a layer, which is not that of experts.",
                 tensor=next(sources(of)),
@@ -295,12 +295,12 @@ class _Naming:
     def _heads(self, kind: str, of: Arrangement, shape: Shape) -> Iterator[tuple[str, Arrangement]]:
         """Queries, keys and values, whose rows are grouped by key head."""
         config = self._config
-        heads = _number(config, "num_attention_heads")
-        groups = _number(config, "num_key_value_heads", "num_attention_heads")
+        heads = number(config, "num_attention_heads")
+        groups = number(config, "num_key_value_heads", "num_attention_heads")
         if "head_dim" in config and config["head_dim"] is not None:
-            size = _number(config, "head_dim")
+            size = number(config, "head_dim")
         else:
-            size = _number(config, "hidden_size") // heads
+            size = number(config, "hidden_size") // heads
         queries = heads // groups
         if heads % groups or shape[:1] != ((heads + 2 * groups) * size,):
             raise NamesError(
@@ -343,7 +343,7 @@ class _Naming:
             spec = self._schema.specs.get(name)
             if spec is not None and spec.shape:
                 return spec.shape[0]
-        return _number(self._config, "vocab_size")
+        return number(self._config, "vocab_size")
 
     def _copy_shared(self) -> None:
         """The copies of embedding and head that the base's layers of multi-token prediction have,
@@ -352,7 +352,7 @@ class _Naming:
             start = f"model.layers.{index}."
             if f"{start}eh_proj.weight" not in self._outputs:
                 continue
-            for name, shared in _MTP_COPIES.items():
+            for name, shared in MTP_COPIES.items():
                 if start + name in self._schema.specs and shared in self._outputs:
                     self._outputs[start + name] = self._outputs[shared]
 
@@ -362,8 +362,8 @@ def _rows(of: Arrangement, shape: Shape, start: int, count: int) -> Arrangement:
     return Crop(of, Box(shape, (start, *(0 for _ in tail)), (count, *tail)))
 
 
-def _number(config: Mapping[str, Any], *keys: str) -> int:
-    """The first of these numbers that the config states."""
+def number(config: Mapping[str, Any], *keys: str) -> int:
+    """The first of these numbers that the config states. Raises `NamesError` where it has none."""
     for key in keys:
         value = config.get(key)
         if type(value) is int and 0 < value < 1 << 32:
@@ -371,14 +371,21 @@ def _number(config: Mapping[str, Any], *keys: str) -> int:
     raise NamesError(f"the base's config states no {keys[0]}, which Megatron's names need.")
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a base's config. Raises `UnsupportedError` where it is not known."""
+def family_of(config: Mapping[str, Any], *, writing: bool = False) -> Family:
+    """The family of a base's config, or of a model to be written by Megatron-Core's names.
+
+    Raises `UnsupportedError` where it is not known.
+    """
     kind = config.get("model_type")
     if kind not in FAMILIES:
+        known = f"are known of {listed(list(FAMILIES), len(FAMILIES))}, not of {kind!r}."
         raise UnsupportedError(
-            f"its tensors have the names of Megatron-Core, which are known of "
-            f"{listed(list(FAMILIES), len(FAMILIES))}, not of {kind!r}.",
-            hint="Export it with Megatron-Bridge, or with the trainer's own conversion.",
+            f"Megatron-Core's names {known}"
+            if writing
+            else f"its tensors have the names of Megatron-Core, which {known}",
+            hint="Import it with Megatron-Bridge."
+            if writing
+            else "Export it with Megatron-Bridge, or with the trainer's own conversion.",
         )
     if config.get("rope_interleave") is False:
         raise UnsupportedError(

@@ -2,8 +2,8 @@
 
 With `DefaultSavePlanner(flatten_state_dict=False)` a nested state dict is one item for each key at
 its top, `{"model": {"a.b": t}, ..}` one for `model`: a torch.save stream of the dict, written by
-one rank (torch 2.13, planner_helpers.py, `_create_write_items`). Of a sharded tensor it holds that
-rank's part alone.
+one rank (torch 2.13, planner_helpers.py, `_create_write_items`). Of a sharded tensor it holds only
+that rank's part.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from reshard.containers import torch as torchfile
 from reshard.containers.dcp.metadata import Location, Metadata
 from reshard.containers.dcp.metadata import Path as StatePath
 from reshard.containers.torch import Opaque, TensorRef
+from reshard.containers.torch.plain import Parts
 from reshard.core.tensors import Record
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
-from reshard.storage.local import Sources, child
+from reshard.storage.local import Source, Sources, child
 from reshard.storage.paths import exists
 
-# Dicts in dicts that are looked into; `{"optimizer": {"state": {0: {"exp_avg": t}}}}` has four.
+# Levels of nested dicts that are searched; `{"optimizer": {"state": {0: {"exp_avg": t}}}}` has
+# four.
 _MAX_STEPS = 8
+# Bytes of an object that is compared with others before it is parsed: a setting has 1.2 kB.
+_MAX_OBJECT = 1 << 16
 
 
 class Loose(Struct, frozen=True):
-    """What the objects hold: by paths in the state dict the tensors, and what are no plain ones."""
+    """What the objects hold, by paths in the state dict: plain tensors, and distributed ones."""
 
     tensors: Mapping[StatePath, TensorRef]
     others: Mapping[StatePath, Opaque]
@@ -61,7 +65,30 @@ def find(metadata: Metadata, folder: Path, sources: Sources) -> Loose:
     return Loose(tensors, others, tuple(records), tuple(sorted(unread)))
 
 
+def read_object(
+    key: str, place: Location, folder: Path, parts: Parts, known: dict[bytes, object]
+) -> object:
+    """The plain data of one object, as `parts` takes it. `known` remembers by the item's bytes.
+
+    Raises as `find` does.
+    """
+    source = _opened(key, place, folder, parts.sources)
+    data = source.read(place.offset, min(place.nbytes, _MAX_OBJECT))
+    if data not in known:
+        file = torchfile.read(source, offset=place.offset, nbytes=place.nbytes)
+        taken = parts.take(file.value, key)
+        if place.nbytes > _MAX_OBJECT:
+            return taken
+        known[data] = taken
+    return known[data]
+
+
 def _read(key: str, place: Location, folder: Path, sources: Sources) -> torchfile.TorchFile:
+    source = _opened(key, place, folder, sources)
+    return torchfile.read(source, offset=place.offset, nbytes=place.nbytes)
+
+
+def _opened(key: str, place: Location, folder: Path, sources: Sources) -> Source:
     if place.transforms:
         raise UnsupportedError(
             f"the object went through {', '.join(place.transforms)} when it was saved.",
@@ -76,11 +103,11 @@ def _read(key: str, place: Location, folder: Path, sources: Sources) -> torchfil
             path=path,
             hint="Copy the whole folder again; each rank wrote files of its own.",
         )
-    return torchfile.read(sources.open(path), offset=place.offset, nbytes=place.nbytes)
+    return sources.open(path)
 
 
 def _walk(path: StatePath, value: object) -> Iterator[tuple[StatePath, TensorRef | Opaque]]:
-    """The tensors in a dict of dicts, each with its path; other objects are passed over."""
+    """The tensors in a dict of dicts, each with its path; other objects are skipped."""
     if isinstance(value, TensorRef) or (isinstance(value, Opaque) and value.is_tensor):
         yield path, value
     elif isinstance(value, dict) and len(path) < _MAX_STEPS:

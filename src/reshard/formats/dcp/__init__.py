@@ -24,23 +24,18 @@ from msgspec.structs import replace
 
 from reshard.containers.dcp import shards
 from reshard.containers.dcp.layout import lay_out
-from reshard.containers.dcp.metadata import Metadata, merge, opened, unpickled
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
-from reshard.errors import FormatError, IncompleteError
 from reshard.formats import Selection, numbered, of_several
 from reshard.formats.dcp import parts
 from reshard.formats.dcp.chunked import read_chunks
+from reshard.formats.dcp.save import METADATA, RANK_METADATA, folder_metadata
 from reshard.formats.signs import is_mcore
-from reshard.storage.local import Sources, child
+from reshard.storage.local import Sources
 from reshard.storage.paths import exists, is_folder, listing
 
 __all__ = ["detect", "lay_out", "read"]
 
-METADATA = ".metadata"
-# The metadata's name until it is whole; then it is renamed.
-_BEGUN = ".metadata.tmp"
-_RANK_METADATA = re.compile(r"__(\d+)\.metadata")
 # Where accelerate and the HF Trainer put the models of a checkpoint folder, one as a rule.
 _ACCELERATE = re.compile(r"pytorch_model_fsdp_(\d+)")
 _NO_SHAPES = (
@@ -62,7 +57,7 @@ def detect(path: Path) -> str | None:
     if models:
         return f"it holds {models[0].name}/"
     for name in sorted(names):
-        if _RANK_METADATA.fullmatch(name) or name.endswith(".distcp"):
+        if RANK_METADATA.fullmatch(name) or name.endswith(".distcp"):
             return f"it holds {name}"
     if shards.names(path):
         return "it holds shards of DCP's Hugging Face writer"
@@ -86,64 +81,13 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         return replace(catalog, findings=of_several(path, names, names[0], "folder"))
     if shards.names(path) and not exists(path / METADATA):
         return _read_shards(path, sources, selection)
-    return read_chunks(path, sources, selection, _metadata(path, sources))
+    return read_chunks(path, sources, selection, folder_metadata(path, sources))
 
 
 def _models(folder: Path) -> list[Path]:
     """The folders of accelerate's models in a checkpoint folder, by their numbers."""
     folders = (path.name for path in listing(folder) if is_folder(path))
     return [folder / name for name in numbered(folders, _ACCELERATE)]
-
-
-def _metadata(folder: Path, sources: Sources) -> Metadata:
-    """The folder's metadata, that of all ranks merged where each wrote its own."""
-    names = {entry.name for entry in listing(folder)}
-    ranks = sorted(int(m[1]) for name in names if (m := _RANK_METADATA.fullmatch(name)))
-    begun = sorted(name for name in names if name.endswith(_BEGUN))
-    if METADATA not in names and not ranks:
-        raise _unfinished(folder, begun)
-    if begun:
-        raise IncompleteError(
-            f"{begun[0]} lies beside the metadata: a later save into this folder did not finish, "
-            "and its data files may be of either save.",
-            path=folder,
-            hint="Use another checkpoint.",
-        )
-    if METADATA in names and ranks:
-        raise FormatError(
-            f"it holds both {METADATA} and __{ranks[0]}{METADATA}: two saves into one folder.",
-            path=folder,
-            hint=f"Move {METADATA}, or all files __*.metadata, away: those of the save that is "
-            "not meant.",
-        )
-    if METADATA in names:
-        return _parse(child(folder, METADATA), sources)
-    if ranks != list(range(len(ranks))):
-        missing = next(rank for rank in range(len(ranks) + 1) if rank not in ranks)
-        raise IncompleteError(
-            f"each rank wrote metadata of its own, up to rank {max(ranks)}, and "
-            f"__{missing}{METADATA} is missing.",
-            path=folder,
-            hint="Copy the whole folder again.",
-        )
-    found = [_parse(child(folder, f"__{rank}{METADATA}"), sources) for rank in ranks]
-    return merge(found, str(folder))
-
-
-def _parse(path: Path, sources: Sources) -> Metadata:
-    _, data = opened(path, sources)
-    return unpickled(data, path)
-
-
-def _unfinished(folder: Path, begun: list[str]) -> IncompleteError:
-    there = f"; {begun[0]} was begun" if begun else ""
-    return IncompleteError(
-        f"it holds .distcp files and no {METADATA}, which is written last{there}: the save did "
-        "not finish.",
-        path=folder,
-        hint="Use an earlier checkpoint, or copy the folder again if the file was left behind "
-        "(its name begins with a dot).",
-    )
 
 
 def _read_shards(folder: Path, sources: Sources, selection: Selection) -> Catalog:

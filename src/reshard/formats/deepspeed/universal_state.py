@@ -5,7 +5,7 @@
     zero/optimizer_state.pt                          param_groups; of ZeRO-3 rank 0's whole state,
                                                      whose first step is that of all parameters
 
-Which parameters a group has, the model file's lists say.
+The model file's lists say which parameters a group has.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from reshard.formats.deepspeed.place import Location
 from reshard.formats.deepspeed.universal import master, stored
 from reshard.formats.deepspeed.wrapped import scaling
 from reshard.storage.local import child
+from reshard.storage.paths import is_file, matching
 
 _STEP, _MASTER = "step", "fp32"
 _OPTIMIZER = "optimizer_state.pt"
@@ -45,7 +46,7 @@ def read(location: Location, saved: Saved, catalog: Catalog, parts: Parts) -> Tr
     records: list[Record] = []
     for name in every:
         folder = child(zero, name)
-        for path in sorted(folder.glob("*.pt")):
+        for path in sorted(matching(folder, "*.pt")):
             kind = path.stem
             if kind == _MASTER:
                 continue
@@ -81,7 +82,7 @@ def _value(file: TorchFile) -> object:
 
 def _optimizer(zero: Path, parts: Parts) -> dict[str, Any]:
     path = zero / _OPTIMIZER
-    if not path.is_file():
+    if not is_file(path):
         raise IncompleteError(
             "it is not there, so nothing says which hyperparameters the groups have.",
             path=path,

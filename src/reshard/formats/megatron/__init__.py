@@ -13,7 +13,7 @@ slime, ms-swift and verl's Megatron workers.
 
 Tensors are whole: of tensor, pipeline, expert and data parallelism only the chunks are left. Their
 names are Megatron's, and stay so here; `reshard.naming.megatron` turns them into the hub's. Beside
-them lie items that are no tensors (`_extra_state`, `rng_state`), which are not opened, and the
+them lie items that are not tensors (`_extra_state`, `rng_state`), which are not opened, and the
 state of the optimizer. Read off megatron-core 0.12 and 0.16 (dist_checkpointing/), Megatron-LM,
 Megatron-Bridge, verl 0.9.1, and files that megatron-core wrote.
 """
@@ -30,11 +30,12 @@ from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError, ReshardError
 from reshard.formats import Selection
-from reshard.formats.megatron import folders, plans, refused, settings
+from reshard.formats.megatron import folders, masters, plans, refused, settings
+from reshard.formats.megatron.layout import lay_out
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import exists
 
-__all__ = ["detect", "read"]
+__all__ = ["detect", "lay_out", "read"]
 
 _METADATA = ".metadata"
 #: The optimizer's tensors; of several optimizers (experts have one of their own) with a number.
@@ -50,7 +51,8 @@ def detect(path: Path) -> str | None:
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """The model's tensors by Megatron's names, each proven to be tiled by its chunks.
 
-    `selection.role` names one of the models of verl's step.
+    `selection.role` names one of the models of verl's step. With `selection.masters` the fp32
+    masters of the optimizer's state stand in for the weights.
 
     Raises `IncompleteError` (an unfinished save; a file missing or short; a hole), `FormatError`
     (damaged), `UnsupportedError` (another backend, weights in FP8, adapters), `NotFoundError` (no
@@ -62,7 +64,14 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     if not mine:
         raise _no_model(folder, metadata)
     refused.check(metadata, mine, folder)
-    entries, records = find_tensors({key: [key] for key in mine}, metadata, folder, sources)
+    keys = {key: [key] for key in mine}
+    for alias, key in metadata.aliases.items():
+        if key in keys:
+            keys[key].append(alias)
+    of_masters = masters.named(metadata, mine, folder) if selection.masters else {}
+    keys.update((key, [key]) for key in of_masters.values())
+    entries, records = find_tensors(keys, metadata, folder, sources)
+    entries, findings = masters.placed(entries, of_masters, folder) if of_masters else (entries, ())
     stated = settings.read(folder, sources)
     return Catalog(
         format="megatron",
@@ -72,13 +81,18 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
             world_size=world_size(metadata),
             details={
                 "settings": stated.settings,
-                "tensors_left_out": len(metadata.tensors) - len(mine),
+                "tensors_left_out": len(metadata.tensors) - len(mine) - len(of_masters),
                 "non_tensors": len(metadata.objects),
             },
         ),
         entries=entries,
         records=records,
-        findings=(*_findings(metadata, mine, folder), *stated.findings),
+        findings=(
+            *_findings(metadata, len(mine) + len(of_masters), folder),
+            *stated.findings,
+            *findings,
+        ),
+        renamed=frozenset(metadata.aliases),
     )
 
 
@@ -113,8 +127,8 @@ def _no_model(folder: Path, metadata: Metadata) -> NotFoundError:
     )
 
 
-def _findings(metadata: Metadata, mine: list[str], folder: Path) -> Iterable[Finding]:
-    rest = len(metadata.tensors) - len(mine)
+def _findings(metadata: Metadata, read: int, folder: Path) -> Iterable[Finding]:
+    rest = len(metadata.tensors) - read
     if rest:
         message = f"the state of the optimizer that it holds ({rest} tensors) was not read."
         yield Finding("optimizer-left-out", message)

@@ -1,0 +1,79 @@
+"""Into training: a model's tensors by the names of a trainer that has models of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec.structs import replace
+
+from reshard.conversion.dtypes import Target
+from reshard.conversion.options import Options
+from reshard.conversion.output_model import Export
+from reshard.core.findings import Finding
+from reshard.core.tensors import Entry, TensorSpec
+from reshard.errors import PlanError, listed
+from reshard.formats.info import target_named
+from reshard.naming import apply, megatron_into
+from reshard.storage.local import Sources
+from reshard.transfer.reading import equal
+
+_LISTED = 5
+
+
+def trainer(options: Options) -> str | None:
+    """The trainer whose names the output has; None: its names are the hub's, or a live module's."""
+    return target_named(options.to).naming
+
+
+def renamed(made: Export, config: Mapping[str, Any], sources: Sources) -> Export:
+    """The export by Megatron-Core's names.
+
+    Raises `UnsupportedError`, `NamesError`; `PlanError` where what the trainer shares is two.
+    """
+    entries = _with_dtypes(made)
+    found = megatron_into.into({name: e.spec for name, e in entries.items()}, config)
+    _check_copies(found.copies, entries, sources)
+    model = [
+        Target(
+            TensorSpec(name, entry.spec.dtype, entry.spec.shape),
+            entry,
+            aliases=found.aliases.get(name, ()),
+        )
+        for name, entry in apply(found.outputs, entries).items()
+    ]
+    rule = f"the hub's names -> Megatron-Core's ({len(entries)} -> {len(model)})"
+    name_map = replace(made.name_map, rules=(*made.name_map.rules, rule))
+    findings = [*made.findings, *_left_out(found)]
+    return replace(made, model=model, name_map=name_map, findings=tuple(findings))
+
+
+def _with_dtypes(made: Export) -> dict[str, Entry]:
+    """The tensors, each with the dtype that is written: what is joined must be of one."""
+    return {target.spec.name: replace(target.source, spec=target.spec) for target in made.model}
+
+
+def _check_copies(
+    copies: Mapping[str, str], entries: Mapping[str, Entry], sources: Sources
+) -> None:
+    """Refuse copies that are none: the trainer would have one tensor for two."""
+    for name, shared in copies.items():
+        if shared not in entries or entries[name].spec.shape != entries[shared].spec.shape:
+            raise PlanError(
+                f"it is not the copy of {shared!r} that the trainer shares.", tensor=name
+            )
+        if not equal(entries[name], entries[shared], sources):
+            raise PlanError(
+                f"it differs from {shared!r}, and the trainer has one tensor for both.",
+                tensor=name,
+            )
+
+
+def _left_out(found: megatron_into.Into) -> list[Finding]:
+    if not found.copies:
+        return []
+    message = (
+        f"{len(found.copies)} copies of embedding and head in layers for multi-token prediction "
+        f"are not written, since Megatron-Core shares them: {listed(list(found.copies), _LISTED)}."
+    )
+    return [Finding("copies-shared", message)]

@@ -1,0 +1,140 @@
+"""What frameworks put beside a model's DCP checkpoint: its optimizer, schedule and counters.
+
+    LightRFT     global_stepN/optim_states/, scheduler_state.pt, client_state.pt
+    accelerate   checkpoint-N/optimizer_0/, scheduler.pt (the HF Trainer), scheduler.bin;
+                 the model in pytorch_model_fsdp_0/
+    torchtitan   in the save itself: lr_scheduler.last_epoch, train_state.step
+
+The HF Trainer keeps the step of the run in trainer_state.json.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from reshard.containers.dcp.chunked import find_tensors
+from reshard.containers.dcp.metadata import Metadata
+from reshard.containers.dcp.objects import read_object
+from reshard.containers.torch import TensorRef
+from reshard.containers.torch import read as read_torch
+from reshard.containers.torch.plain import Parts, number
+from reshard.core.state import Plain, TrainingState
+from reshard.errors import ReshardError, UnsupportedError
+from reshard.formats import OPTIMIZER
+from reshard.formats.dcp.save import METADATA, RANK_METADATA
+from reshard.storage import strict_json
+from reshard.storage.local import child
+from reshard.storage.paths import exists, is_file, is_folder, listing
+
+_MODEL = re.compile(r"pytorch_model_fsdp_(\d+)")
+_RANK = re.compile(r"_?rank_?\d+(\.pt)?")
+_SCHEDULERS = ("scheduler_state.pt", "scheduler.pt", "scheduler.bin")
+_CLIENT = "client_state.pt"
+_TRAINER = "trainer_state.json"
+_SCHEDULER_PART = re.compile(r"(lr_)?schedulers?(_\d+)?")
+
+
+def optimizer_folder(folder: Path) -> Path | None:
+    """The folder of the optimizer's save: below the model's, or beside it with its number."""
+    below = [path for path in listing(folder) if _is_optimizer(path)]
+    model = _MODEL.fullmatch(folder.name)
+    if len(below) == 1:
+        return below[0]
+    if model is None:
+        return None
+    beside = folder.parent / f"optimizer_{model[1]}"
+    return beside if _is_optimizer(beside) else None
+
+
+def _is_optimizer(path: Path) -> bool:
+    if not OPTIMIZER.fullmatch(path.name) or not is_folder(path):
+        return False
+    names = [inside.name for inside in listing(path)]
+    return any(n == METADATA or RANK_METADATA.fullmatch(n) or _RANK.fullmatch(n) for n in names)
+
+
+def refuse_rank_files(folder: Path) -> None:
+    """Raise `UnsupportedError` where each rank saved its own optimizer, as LightRFT does with
+    `--use_mp_opt`."""
+    ranks = [path for path in listing(folder) if _RANK.fullmatch(path.name)]
+    if ranks and not exists(folder / METADATA):
+        raise UnsupportedError(
+            f"each rank saved its optimizer for itself ({ranks[0].name}), with numbers for names: "
+            "nothing tells whose the state is.",
+            path=folder,
+            hint="Convert the weights alone, without --optimizer; or save once without "
+            "--use_mp_opt.",
+        )
+
+
+def run_state(
+    state: TrainingState, folder: Path, metadata: Metadata, parts: Parts
+) -> TrainingState:
+    """The state with the schedule, counters and the user's state that lie beside it."""
+    above = folder.parent if _MODEL.fullmatch(folder.name) else folder
+    scheduler = _scheduler_file(above, parts) or _scheduler_part(folder, metadata, parts)
+    client: dict[str, Plain] = {}
+    if is_file(above / _CLIENT):
+        client = parts.mapping(
+            read_torch(parts.sources.open(child(above, _CLIENT))).value, "client_state"
+        )
+    counters = _titan_counters(folder, metadata, parts) | _trainer_counters(above)
+    return replace(
+        state,
+        scheduler=scheduler,
+        client_state=client,
+        counters=counters,
+        left_out=(*state.left_out, *parts.left_out),
+    )
+
+
+def _scheduler_file(folder: Path, parts: Parts) -> dict[str, Plain] | None:
+    for name in _SCHEDULERS:
+        if is_file(folder / name):
+            try:
+                value = read_torch(parts.sources.open(child(folder, name))).value
+            except ReshardError:
+                parts.left_out.append(f"{name} (cannot be read)")
+                return None
+            if isinstance(value, dict):
+                return parts.mapping(value, name)
+            parts.left_out.append(f"{name} (an object)")
+    return None
+
+
+def _scheduler_part(folder: Path, metadata: Metadata, parts: Parts) -> dict[str, Plain] | None:
+    """A scheduler in the save itself; only settings at its top are taken."""
+    found: dict[str, Plain] = {}
+    for key, copies in metadata.objects.items():
+        path = metadata.paths[key]
+        if len(path) == 2 and _SCHEDULER_PART.fullmatch(path[0]) and copies:
+            found[path[1]] = read_object(key, copies[0], folder, parts, {})
+    return found or None
+
+
+def _titan_counters(folder: Path, metadata: Metadata, parts: Parts) -> dict[str, int]:
+    """`train_state.step` and its like, which torchtitan saves as tensors without dimensions."""
+    counters = {}
+    for key, tensor in metadata.tensors.items():
+        path = metadata.paths[key]
+        if path[:1] == ("train_state",) and len(path) == 2 and tensor.shape == ():
+            entries, _ = find_tensors({key: (key,)}, metadata, folder, parts.sources)
+            fragment = entries[key].fragments[0]
+            ref = TensorRef(fragment.dtype, (), fragment.in_file, None, ("", 0))
+            value = number(ref, parts.sources)
+            if isinstance(value, int):
+                counters[path[1]] = value
+    return counters
+
+
+def _trainer_counters(folder: Path) -> dict[str, int]:
+    if not is_file(folder / _TRAINER):
+        return {}
+    try:
+        step = strict_json.read_file(child(folder, _TRAINER)).get("global_step")
+    except ReshardError:
+        return {}
+    return {"global_steps": step} if type(step) is int else {}

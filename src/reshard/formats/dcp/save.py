@@ -1,0 +1,67 @@
+"""The metadata of one save: of one file, or of one a rank."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from reshard.containers.dcp.metadata import Metadata, merge, opened, unpickled
+from reshard.errors import FormatError, IncompleteError
+from reshard.storage.local import Sources, child
+from reshard.storage.paths import listing
+
+METADATA = ".metadata"
+# The metadata's name until it is whole; then it is renamed.
+_BEGUN = ".metadata.tmp"
+RANK_METADATA = re.compile(r"__(\d+)\.metadata")
+
+
+def folder_metadata(folder: Path, sources: Sources) -> Metadata:
+    """The folder's metadata, that of all ranks merged where each wrote its own."""
+    names = {entry.name for entry in listing(folder)}
+    ranks = sorted(int(m[1]) for name in names if (m := RANK_METADATA.fullmatch(name)))
+    begun = sorted(name for name in names if name.endswith(_BEGUN))
+    if METADATA not in names and not ranks:
+        raise _unfinished(folder, begun)
+    if begun:
+        raise IncompleteError(
+            f"{begun[0]} lies beside the metadata: a later save into this folder did not finish, "
+            "and its data files may be of either save.",
+            path=folder,
+            hint="Use another checkpoint.",
+        )
+    if METADATA in names and ranks:
+        raise FormatError(
+            f"it holds both {METADATA} and __{ranks[0]}{METADATA}: two saves into one folder.",
+            path=folder,
+            hint=f"Move {METADATA}, or all files __*.metadata, away: those of the save that is "
+            "not meant.",
+        )
+    if METADATA in names:
+        return _parse(child(folder, METADATA), sources)
+    if ranks != list(range(len(ranks))):
+        missing = next(rank for rank in range(len(ranks) + 1) if rank not in ranks)
+        raise IncompleteError(
+            f"each rank wrote metadata of its own, up to rank {max(ranks)}, and "
+            f"__{missing}{METADATA} is missing.",
+            path=folder,
+            hint="Copy the whole folder again.",
+        )
+    found = [_parse(child(folder, f"__{rank}{METADATA}"), sources) for rank in ranks]
+    return merge(found, str(folder))
+
+
+def _parse(path: Path, sources: Sources) -> Metadata:
+    _, data = opened(path, sources)
+    return unpickled(data, path)
+
+
+def _unfinished(folder: Path, begun: list[str]) -> IncompleteError:
+    there = f"; {begun[0]} was begun" if begun else ""
+    return IncompleteError(
+        f"it holds .distcp files and no {METADATA}, which is written last{there}: the save did "
+        "not finish.",
+        path=folder,
+        hint="Use an earlier checkpoint, or copy the folder again if the file was left behind "
+        "(its name begins with a dot).",
+    )

@@ -1,0 +1,239 @@
+"""Training state in DCP checkpoints: moments as tensors, steps and hyperparameters beside them.
+
+    path in the state dict, below the optimizer's part            written by
+    state, <name>, exp_avg       param_groups, <g>, lr            get_optimizer_state_dict
+    state.<name>.exp_avg         param_groups.<name>.lr           the same with
+                                             flatten_optimizer_state_dict, torchtitan
+
+    <ckpt>/optim_states/                        LightRFT: the part is the whole save
+    pytorch_model_fsdp_0/  optimizer_0/         accelerate, the HF Trainer: the part `optimizer`
+    one save with the model                     beside the model's part: `optimizer`, `optim`
+
+Steps are tensors without dimensions, one a parameter. Each hyperparameter is an object of its own;
+`params` of a group are names. Flattened, each parameter has its own copy of them: those that have
+the same are one group. FSDP1's states are written alike (torch 2.13, state_dict.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from msgspec import Struct, field
+
+from reshard.containers import torch as torchfile
+from reshard.containers.dcp.chunked import find_tensors
+from reshard.containers.dcp.metadata import Metadata
+from reshard.containers.dcp.objects import read_object
+from reshard.containers.torch.optimizer import eight_bit, parse_step
+from reshard.containers.torch.plain import Parts
+from reshard.core.state import Group, Plain, ReadState, Step, TrainingState, tensor_name
+from reshard.core.tensors import Entry
+from reshard.errors import FormatError, UnsupportedError, listed
+from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS
+from reshard.formats.dcp import besides
+from reshard.formats.dcp.parts import Part
+from reshard.formats.dcp.save import folder_metadata
+from reshard.storage.local import Sources
+
+StatePath = tuple[str, ...]
+_STEP = "step"
+
+
+def reader(
+    folder: Path, metadata: Metadata, part: Part, entries: Mapping[str, Entry], sources: Sources
+) -> ReadState | None:
+    """What reads the state that belongs to a model's part; None where there is none."""
+    roots = _roots(metadata, part.path)
+    beside = None if roots else besides.optimizer_folder(folder)
+    if not roots and beside is None:
+        return None
+
+    def read() -> TrainingState:
+        parts = Parts(sources)
+        if len(roots) > 1:
+            names = listed(".".join(root) for root in roots)
+            raise UnsupportedError(
+                f"it holds the states of several optimizers ({names}), and nothing says which "
+                "one is this model's.",
+                path=folder,
+                hint="Convert the weights alone, without --optimizer.",
+            )
+        if beside is None:
+            state = _read(folder, metadata, roots[0], parts)
+        else:
+            besides.refuse_rank_files(beside)
+            inside = folder_metadata(beside, sources)
+            found = _roots(inside, ()) or [()]
+            state = _read(beside, inside, found[0], parts)
+        state = besides.run_state(state, folder, metadata, parts)
+        return _own_names(state, entries, part.path)
+
+    return read
+
+
+def _roots(metadata: Metadata, model: StatePath) -> list[StatePath]:
+    """The parts that are an optimizer's: beside the model's part, or beside one above it."""
+    found: dict[StatePath, None] = {}
+    for path in metadata.paths.values():
+        for depth in range(min(len(model) + 1, len(path) - 1)):
+            if path[:depth] != model[:depth]:
+                break
+            step, rest = path[depth], path[depth + 1]
+            known = rest in OPTIMIZER_KEYS or rest.startswith(("state.", "param_groups."))
+            if OPTIMIZER.fullmatch(step) and known:
+                found[path[: depth + 1]] = None
+    return list(found)
+
+
+class _Found(Struct):
+    """The keys of a state as they are sorted by what they hold."""
+
+    moments: dict[str, tuple[str, str]] = field(default_factory=dict)
+    steps: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    flattened: bool = False
+
+
+def _sorted(metadata: Metadata, root: StatePath) -> _Found:
+    """The keys below a root; `settings` by group (its number, or a name where it is flattened)."""
+    found = _Found()
+    for key, path in metadata.paths.items():
+        if path[: len(root)] != root:
+            continue
+        rest = path[len(root) :]
+        if len(rest) == 1 and "." in rest[0]:
+            found.flattened = True
+            what, _, tail = rest[0].partition(".")
+            name, _, kind = tail.rpartition(".")
+        elif len(rest) == 3:
+            what, name, kind = rest
+        else:
+            what, name, kind = "", "", ""
+        if what == "state" and kind == _STEP:
+            found.steps[name] = key
+        elif what == "state" and kind and key in metadata.tensors:
+            found.moments[key] = (kind, name)
+        elif what == "param_groups" and kind:
+            found.settings.setdefault(name, {})[kind] = key
+        else:
+            found.others.append(key)
+    return found
+
+
+def _read(folder: Path, metadata: Metadata, root: StatePath, parts: Parts) -> TrainingState:
+    found = _sorted(metadata, root)
+    if not found.settings and not found.moments:
+        raise FormatError("it holds no state of an optimizer.", path=folder)
+    steps, moments = dict(found.steps), dict(found.moments)
+    tensors = {key: (tensor_name(kind, name),) for key, (kind, name) in moments.items()}
+    tensors |= {
+        key: (tensor_name(_STEP, name),) for name, key in steps.items() if key in metadata.tensors
+    }
+    entries, records = find_tensors(tensors, metadata, folder, parts.sources)
+    tables: dict[str, dict[str, Entry]] = {}
+    for kind, name in moments.values():
+        entry = entries[tensor_name(kind, name)].renamed(name)
+        if not entry.spec.dtype.floating:
+            raise eight_bit(folder, kind)
+        tables.setdefault(kind, {})[name] = entry
+    objects = _Objects(folder, metadata, parts)
+    counted = {
+        name: step
+        for name, key in steps.items()
+        if (step := _step(entries.get(tensor_name(_STEP, name)), key, objects)) is not None
+    }
+    groups = _flattened(found, objects) if found.flattened else _groups(found, objects)
+    return TrainingState(
+        moments=tables,
+        steps=counted,
+        groups=groups,
+        left_out=tuple(found.others),
+        records=tuple(records),
+        source="a DCP checkpoint",
+    )
+
+
+class _Objects:
+    """The objects of a save; equal bytes, as flattened hyperparameters have, are parsed once."""
+
+    def __init__(self, folder: Path, metadata: Metadata, parts: Parts) -> None:
+        self._folder, self._metadata, self.parts = folder, metadata, parts
+        self._known: dict[bytes, Plain] = {}
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def value(self, key: str) -> Plain:
+        """The plain data of an object."""
+        copies = self._metadata.objects.get(key)
+        if not copies:
+            raise FormatError(
+                "the metadata does not say where it lies.", path=self._folder, tensor=key
+            )
+        return read_object(key, copies[0], self._folder, self.parts, self._known)
+
+
+def _step(entry: Entry | None, key: str, objects: _Objects) -> Step | None:
+    """A parameter's step count: a tensor, or an object where it was Python's integer."""
+    if entry is None:
+        return parse_step(objects.value(key), objects.parts, objects.folder)
+    fragment = entry.fragments[0]
+    extent = fragment.in_file
+    tensor = torchfile.TensorRef(fragment.dtype, entry.spec.shape, extent, None, ("", 0))
+    return parse_step(tensor, objects.parts, objects.folder)
+
+
+def _groups(found: _Found, objects: _Objects) -> tuple[Group, ...]:
+    groups = []
+    for number in sorted(found.settings, key=_number):
+        settings = {kind: objects.value(key) for kind, key in found.settings[number].items()}
+        names = settings.pop("params", None)
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise UnsupportedError(
+                f"the parameters of its group {number} go by numbers, without names: nothing "
+                "tells whose the state is.",
+                path=objects.folder,
+                hint="Save it with get_optimizer_state_dict, or convert the weights alone.",
+            )
+        groups.append(Group(tuple(names), settings))
+    return tuple(groups)
+
+
+def _number(text: str) -> tuple[int, str]:
+    return (int(text) if text.isdecimal() and len(text) < 9 else 1 << 30, text)
+
+
+def _flattened(found: _Found, objects: _Objects) -> tuple[Group, ...]:
+    """The parameters with the same hyperparameters are one group."""
+    groups: dict[str, tuple[dict[str, Plain], list[str]]] = {}
+    for name, keys in found.settings.items():
+        settings = {kind: objects.value(key) for kind, key in keys.items()}
+        alike = repr(sorted(settings.items()))
+        groups.setdefault(alike, (settings, []))[1].append(name)
+    return tuple(Group(tuple(names), settings) for settings, names in groups.values())
+
+
+def _own_names(
+    state: TrainingState, entries: Mapping[str, Entry], model: StatePath
+) -> TrainingState:
+    """The state under the names of the entries: not under an alias, nor with the prefix that a
+    flat state dict's part was named by."""
+    owners = {alias: name for name, entry in entries.items() for alias in entry.aliases}
+    prefix = ".".join(model) + "."
+
+    def own(name: str) -> str:
+        for known in (name, name.removeprefix(prefix)):
+            if known in entries or known in owners:
+                return owners.get(known, known)
+        return name
+
+    wanted: Sequence[str] = state.names
+    if all(name in entries for name in wanted):
+        return state
+    inside = {name for name in wanted if name in entries or own(name) != name}
+    if len({own(name) for name in inside}) < len(inside):
+        return state  # two names of one tensor; the check of the state says so
+    return state.renamed(own)
