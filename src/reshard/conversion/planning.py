@@ -5,7 +5,6 @@ locate and read -> export (names, dtypes) -> live layout -> files, patched confi
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePath
 
@@ -30,7 +29,7 @@ from reshard.conversion.quantised import as_numbers, dequantised, itself
 from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
-from reshard.core.tensors import Extent
+from reshard.core.tensors import Extent, main_dtype
 from reshard.errors import FormatError, PlanError, UnsupportedError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
@@ -260,14 +259,11 @@ def _said_of(base: Base) -> tuple[Finding, ...]:
 def _stated_dtype(made: Export, base: Base, options: Options) -> str | None:
     """The dtype that the config must state where it need not be the base's; None: leave it.
 
-    Of `keep`, and of a base that is quantised, it is the one that most bytes have.
+    Of `keep`, and of a base that is quantised, it is the one that most elements have.
     """
     if options.dtype == "base" and base.quantised is None:
         return None
     if options.dtype not in ("base", "keep"):
         return options.dtype
-    nbytes: Counter[str] = Counter()
-    for target in made.model:
-        if target.spec.dtype.floating and target.spec.dtype.itemsize > 1:
-            nbytes[target.spec.dtype.name] += target.spec.nbytes
-    return max(nbytes, key=lambda name: nbytes[name], default=None)
+    main = main_dtype(target.spec for target in made.model)
+    return main.name if main is not None and main.floating and main.itemsize > 1 else None
