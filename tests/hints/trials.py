@@ -156,7 +156,7 @@ def shard_that_was_not_copied(at: Path) -> Case:
     return Case(trying(model, at), after(lambda: (at / "lost").rename(shard), trying(model, at)))
 
 
-@follows("Copy it again, or convert again.")
+@follows("The file was cut off; copy it again or use another checkpoint.")
 def weights_that_were_cut_short(at: Path) -> Case:
     model, shard = _in_shards(at)
     shutil.copy(shard, at / "whole.safetensors")

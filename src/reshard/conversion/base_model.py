@@ -89,8 +89,8 @@ def read_base(folder: Path, sources: Sources) -> Base:
         raise NotFoundError(
             "the base model has no weights: no *.safetensors and no pytorch_model*.bin.",
             path=folder,
-            hint="Name the folder of the whole original model. What trainers leave beside a "
-            "checkpoint (verl's `huggingface/`) is its config and tokenizer alone.",
+            hint="Name the folder of the whole original model. Trainers leave only config and "
+            "tokenizer beside a checkpoint (verl's `huggingface/`).",
         )
     with at(folder):
         tensors = _numbers(catalog.entries, config)

@@ -89,7 +89,7 @@ def _reward_files(found: Fitted) -> Beside:
         sides.append(Side(LIGHTRFT, _lightrft(found, heads)))
     config = reward_config(heads, choice.layer, found.base.config)
     message = (
-        f"the heads are taken to read hidden state {choice.layer}, LightRFT's default: no "
+        f"the heads are assumed to read hidden state {choice.layer}, LightRFT's default: no "
         "checkpoint states the layer."
     )
     assumed = (Finding("probing-layer-assumed", message),) if choice.probing_layer is None else ()

@@ -108,7 +108,7 @@ def _padding(name: str, rows: int, catalog: Catalog) -> Finding:
     total = catalog.entries[name].spec.shape[0]
     message = (
         f"of the {total} rows of {name!r} the base's {total - rows} are written: the others are "
-        "taken to be padding, which Megatron adds."
+        f"assumed to be padding, which Megatron adds."
     )
     return Finding("vocabulary-padded", message, subject=name)
 

@@ -118,19 +118,19 @@ def _refuse_parts(path: Path) -> None:
             "of tensors, as save_pretrained(distributed_checkpoint=True) writes them. transformers "
             "5 loads it with a device mesh; vLLM and others do not.",
             path=path,
-            hint="Convert it, then look at the result: reshard convert SRC DST --base HF_DIR.",
+            hint="Convert it, then examine the result: reshard convert SRC DST --base HF_DIR.",
         )
     if weights == {ADAPTER_WEIGHTS} and ADAPTER_CONFIG in there:
         raise UnsupportedError(
             "it holds an adapter, which PEFT loads onto a model, and no model.",
             path=path,
-            hint="Look at the model, or at the export of convert --lora merge.",
+            hint="Examine the model, or the output of convert --lora merge.",
         )
     if not weights and {LIGHTRFT, REWARD_CONFIG} <= there:
         raise UnsupportedError(
             "it holds LightRFT's own state dict of a reward model, by the names of training.",
             path=path,
-            hint="Look at the export of convert --srm-format split.",
+            hint="Examine the output of convert --srm-format split.",
         )
 
 

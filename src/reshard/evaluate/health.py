@@ -118,7 +118,7 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
         found.append(
             Finding(
                 "weights-not-safetensors",
-                "The folder has no safetensors files, so its weights were not looked at.",
+                "The folder has no safetensors files, so its weights were not checked.",
                 evidence={"files": sorted(p.name for p in listing(folder.path) if is_file(p))[:50]},
             )
         )
