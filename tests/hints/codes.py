@@ -37,7 +37,7 @@ def _quantised(at: Path, **more: Any) -> Path:
     return tiny.model(at, tensors=state, **stated, **more)
 
 
-@follows("Name the model as it was released; reshard doctor tells more of this one.")
+@follows("Name the model as it was released; reshard doctor says more about this one.")
 def scales_of_other_weights(at: Path) -> Case:
     released, ill = _quantised(at / "released"), _quantised(at / "ill")
     name = f"{tiny.ADAPTED}.weight"
@@ -46,7 +46,7 @@ def scales_of_other_weights(at: Path) -> Case:
     return moved(ill, released, at)
 
 
-@follows("Make the 16-bit model first, and mend that: reshard convert DIR OUT.")
+@follows("Make the 16-bit model first, and repair that: reshard convert DIR OUT.")
 def quantised_model_to_repair(at: Path) -> Case:
     ill = _quantised(at / "ill", architectures=["FSDPLlamaForCausalLM"])
     (ill / "tokenizer.json").write_text(TOKENIZER)
@@ -58,7 +58,7 @@ def quantised_model_to_repair(at: Path) -> Case:
     )
 
 
-@follows("Mend the unquantised model that it was made from.")
+@follows("Repair the unquantised model that it was made from.")
 def codes_that_are_not_read_to_repair(at: Path) -> Case:
     stated: dict[str, Any] = {"architectures": ["FSDPLlamaForCausalLM"]}
     plain = tiny.model(at / "plain", **stated)
@@ -99,7 +99,7 @@ def _awq(held: tiny.State) -> None:
     held[f"{tiny.ADAPTED}.scales"] = torch.ones(1, len(weight))
 
 
-@follows("To have them compared, look at the unquantised model.")
+@follows("To compare them, examine the unquantised model.")
 def codes_that_are_not_compared(at: Path) -> Case:
     plain = tiny.model(at / "plain", 2)
     codes, base = shutil.copytree(plain, at / "codes"), tiny.model(at / "base")

@@ -199,7 +199,7 @@ def megatron_fsdp(at: Path) -> Case:
     )
 
 
-@follows("Name the one that is meant.")
+@follows("Name the one to read.")
 def two_models_in_a_folder(at: Path) -> Case:
     run = at / "run"
     for below in ("weights", "dist_ckpt"):

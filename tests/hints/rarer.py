@@ -156,14 +156,14 @@ def square_experts(at: Path) -> Case:
 # --- what is read ------------------------------------------------------------------------------
 
 
-@follows("Name the part that is meant: --prefix {}.")
+@follows("Name the part to read: --prefix {}.")
 def an_average_alone(at: Path) -> Case:
     run = tiny.saved(at / "x.pt", {"ema": tiny.state(), "epoch": 3})
     base = tiny.model(at / "base")
     return with_options(run, at, {"base": base}, {"base": base, "prefix": "ema"})
 
 
-@follows("Name the part that is meant: --prefix {}.")
+@follows("Name the part to read: --prefix {}.")
 def an_average_alone_of_dcp(at: Path) -> Case:
     dcp.save({"ema": tiny.state()}, checkpoint_id=at / "run", no_dist=True)
     base = tiny.model(at / "base")

@@ -39,12 +39,6 @@ ELSEWHERE: dict[str, str] = {
     "Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that.": "deepspeed/test_autoep.py::test_the_checkpoint_itself_leads_to_the_universal_one",
     "Leave out --masters.": "megatron/test_masters.py::test_without_masters_to_read",
     "Leave out --masters; or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",
-<<<<<<< HEAD
-=======
-    "The model lies in {}{}: name that folder.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
-    "Name the one to read.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
-    "Use an earlier checkpoint, or copy the folder again if the file was left behind.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
->>>>>>> main
     "Pass --base, the model as it was released, whose names they then get.": "megatron/test_into.py::test_tensors_without_a_place",
     "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base.": "megatron/test_into.py::test_a_model_that_lacks_tensors",
     "Is the config that of this model?": "megatron/test_into.py::test_shapes_that_are_not_the_configs",
@@ -65,20 +59,6 @@ ELSEWHERE: dict[str, str] = {
     "Copy the file again or use another checkpoint.": "fsdp/test_refusals.py::test_damaged_zstd_frame",
     "Install the extra, in reshard's folder: pip install '.[zstd]'.": "fsdp/test_refusals.py::test_without_zstandard",
     "For such a run, convert with --names memory --transformers-version {}, or whichever version the run has.": "models/test_every_name.py::test_a_layout_that_stacks_is_a_finding_whose_fix_works",
-<<<<<<< HEAD
-=======
-    "Copy the model again.": "quantised/test_doctor.py::test_a_code_without_its_scale",
-    "Convert the quantised release again: reshard convert FP8MODEL OUT.": "quantised/test_doctor.py::test_scales_beside_weights_that_are_no_codes",
-    "To compare them, examine the unquantised model.": "quantised/test_refused.py::test_doctor_says_so",
-    "Copy the config of the model that it was made from.": "quantised/test_refused.py::test_doctor_says_so",
-    "Convert the run's checkpoint again: reshard convert RUN OUT.": "doctor/test_command.py::test_the_mended_folder_must_be_well",
-    "Try --device cpu.": "evaluate/test_broken.py::test_a_device_that_is_not_there",
-    "Merge it: reshard convert SRC DST --base BASE --fill-from-base.": "models/test_adapters.py::test_an_adapter_folder_is_called_one_where_a_model_is_asked_for",
-    "A training checkpoint is converted first: reshard convert SRC DST --base BASE.": "evaluate/test_broken.py::test_a_training_checkpoint_is_told_from_a_model",
-    "Set `architectures` to the class that was trained, such as Qwen2ForCausalLM.": "evaluate/test_broken.py::test_a_bare_backbone_is_refused",
-    "Copy the missing files, or convert again.": "evaluate/test_broken.py::test_a_shard_is_missing",
-    "The config is that of another model.": "evaluate/test_broken.py::test_the_config_is_another_models",
->>>>>>> main
     "Read that code, then allow it with --trust-remote-code.": "evaluate/test_broken.py::test_remote_code_runs_only_when_it_is_trusted",
     "Name a file with --html.": "pages/test_changes.py::test_a_file_that_is_no_page_is_never_replaced",
     "Copy the files of every rank and expert.": "deepspeed/test_experts.py::test_a_missing_expert_is_named",
@@ -119,7 +99,6 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
-<<<<<<< HEAD
     "{}": _PIECE,
     "Start vLLM with --max-lora-rank {}.":
         _OTHER + "one that vLLM runs on",
@@ -129,48 +108,9 @@ WITHOUT: dict[str, str] = {
         _OTHER + "one with Megatron-Bridge",
     "Install torchvision.":
         _OTHER + "one without torchvision",
-=======
-    "Use the merged model: the base with the adapter is another one.": _LATE,
-    "Name a local path; of a mounted store, the folder where it is mounted.": _LATE,
-    "Name the part to read: --prefix {}.": _LATE,
-    "Name the file that holds the model.": _LATE,
-    "It is not in the Hugging Face cache either. If it is on the hub: hf download {}": _CACHE,
-    "Import it with Megatron-Bridge.": _MEGATRON,
-    "Save with --ckpt-format torch_dist, and convert that.": _MEGATRON,
-    "Name the backbone's own class in config.json's architectures, or serve it only to score.": _LATE,
-    "If the training added tokens, name a base of that vocabulary.": _LATE,
-    "Its scores come from value_head.safetensors, which the trainer's own code loads.": _LATE,
-    "Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that.": _LATE,
-    "The model's checkpoint lies beside it, or was not saved.": _MEGATRON,
-    "Copy the folder again (the file's name begins with a dot), or use an earlier checkpoint.": _MEGATRON,
-    "The run saved the state of its optimizer and no model.": _MEGATRON,
-    "Convert it to torch_dist with Megatron-LM (--ckpt-convert-format torch_dist).": _MEGATRON,
-    "Load it with the Megatron that wrote it, and save it with --ckpt-format torch_dist.": _MEGATRON,
-    "Convert the checkpoint from before that, or export it with ModelOpt.": _MEGATRON,
-    "Save them in bfloat16 (without --fp8-param-gather).": _MEGATRON,
-    "Export it with Megatron-Bridge, or with the trainer's own conversion.": _MEGATRON,
-    "Name the base as it was released.": _MEGATRON,
-    "Name the base whose vocabulary the training had.": _MEGATRON,
-    "{}":
-        _PIECE,
-    "{} tensors differ, {} are equal.":
-        "it counts what differs, and advises nothing",
-    "Install them, in reshard's folder: pip install '.[eval]'":
-        _OTHER + "one without torch and transformers",
-    "Install torchvision.":
-        _OTHER + "one without torchvision",
-    "Install the version that the model was trained with.":
-        _OTHER + "another transformers",
-    "Remove that package.":
-        _OTHER + "a package that registers a format twice",
-    "Install that package again, or remove it.":
-        _OTHER + "a package whose format cannot be imported",
-    "Load it and save it again with torch on a little-endian machine.":
-        _OTHER + "a big-endian one wrote it",
-    "Leave out --layout.": _LATE,
+    "Leave out --layout.": _UNREACHED,
     "Set the schedule in the script that goes on, at the step that the report states.":
         _UNSEEN + "a training script",
->>>>>>> main
     "Load and save it once with a newer DeepSpeed, or convert the weights alone.":
         _OTHER + "a DeepSpeed of before 0.5.4",
     "Compare the first losses of the continued run with those before.":
@@ -187,7 +127,6 @@ WITHOUT: dict[str, str] = {
         _STATED,
     "To convert it, pass --prefix.":
         _STATED,
-<<<<<<< HEAD
     "Make the script's parameter groups in that order.": _UNREACHED,
     "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint.": _UNREACHED,
     "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md.": _UNREACHED,
@@ -196,24 +135,4 @@ WITHOUT: dict[str, str] = {
     "The state is of another model, or the files are of different saves.": _UNREACHED,
     "The state is of another model, or of other names than the output's.": _UNREACHED,
     "The state is of another model.": _UNREACHED,
-=======
-    "Load the output with strict names, or name the version with --transformers-version.":
-        _UNSEEN + "the output is loaded into a live module of that version",
-    "Pass --fill-from-base.":
-        "names without weights are of frozen parameters, which the oracle's DeepSpeed alone saves so",
-    "Convert an earlier checkpoint of the run.":
-        "doctor advises the same of the same weights, which is followed",
-    "Make the 16-bit model first, and repair that: reshard convert DIR OUT.":
-        "doctor has no other repair for a sound quantised model; tests/quantised convert each kind",
-    "Repair the unquantised model that it was made from.":
-        "of codes that are not read: there is nothing to run on them",
-    "Name the model as it was released; reshard doctor says more about this one.":
-        "doctor finds the same scales and their repair is followed in tests/quantised",
-    "Pass --scale_for_train.":
-        "the flag is on or not given; where it is not, nothing is refused",
-    "Without --names memory the names are those of the files.":
-        "of models whose live modules split tensors in ways that are not known; none of the small tables is one",
-    "Name the version of another one of these ways, if it was trained with that.":
-        "of two layouts of one version that both fit a square matrix; no released family has them",
->>>>>>> main
 }  # fmt: skip
