@@ -89,6 +89,7 @@ def inspect(
     prefix: str | None,
     role: str | None,
     base: Path | None,
+    optimizer: bool,
     tensors: bool,
     as_json: bool,
 ) -> int:
@@ -98,7 +99,7 @@ def inspect(
     """
     from reshard.inspection import inspect as run
 
-    inspection = run(src, tag=tag, prefix=prefix, role=role, base=base)
+    inspection = run(src, tag=tag, prefix=prefix, role=role, base=base, optimizer=optimizer)
     found = inspection.to_json(tensors=tensors)
     fits = inspection.fitting is None or inspection.fitting.fits
     if as_json:
@@ -107,7 +108,7 @@ def inspect(
     output.print_table(inspection.rows(), colours={"fits": "green" if fits else "red"})
     if inspection.fitting is not None and not fits:
         output.tell(inspection.fitting.message, lines=True)
-    output.say_findings(inspection.checkpoint.catalog.findings)
+    output.say_findings(inspection.findings)
     if tensors:
         _print_tensors(found["tensors"])
     if fits and sys.stdout.isatty():
