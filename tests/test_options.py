@@ -61,7 +61,7 @@ TAKEN: dict[str, set[str]] = {
     "consumed_samples": {"0", "1"}, "probing_layer": {"0", "1", "-1", "huge"},
     "lora_alpha": {"1", "1.5"}, "overwrite": _FLAG, "verify": _FLAG, "dry_run": _FLAG,
     "scale_for_train": _FLAG, "exclude_frozen": _FLAG, "masters": _FLAG, "fill_from_base": _FLAG,
-    "allow_unchanged": _FLAG, "allow_step_mismatch": _FLAG, "strict": {*_FLAG, "no list"},
+    "spectrum": _FLAG, "allow_unchanged": _FLAG, "allow_step_mismatch": _FLAG, "strict": {*_FLAG, "no list"},
     "allow": _LISTS, "heads_types": {*_LISTS, "many wildcards"},
     "progress": {"a function", "a class"},
 }  # fmt: skip
