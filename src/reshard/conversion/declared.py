@@ -18,6 +18,7 @@ from reshard import formats
 from reshard.checkpoint import PREFIX, ROLE, TAG
 from reshard.conversion.dtypes import CHOICES
 from reshard.conversion.options import (
+    LAYOUTS,
     LORA,
     MODEL_TYPES,
     NAMES,
@@ -47,7 +48,7 @@ from reshard.core.options import (
     table,
 )
 from reshard.core.plan import parse_size
-from reshard.errors import OptionError
+from reshard.errors import OptionError, listed
 from reshard.formats.info import target_named, targets
 from reshard.naming import parse_version
 from reshard.naming.rewards import RewardOptions
@@ -145,6 +146,30 @@ CONVERT = table(
         group="Output",
         metavar="N",
         underscored=True,
+    ),
+    Option(
+        "optimizer",
+        Flag(),
+        "Write the training state along with the weights: the optimizer's moments, steps and "
+        "groups, the schedule, the user's state. Weights keep the checkpoint's dtype, fp32 masters "
+        "among them, and names are those of the live module.",
+        False,
+        group="Training state",
+    ),
+    Option(
+        "layout",
+        Choice(LAYOUTS),
+        "With --optimizer and --to dcp, who loads it: LightRFT's load_ckpt (default), accelerate "
+        "and the HF Trainer, or one nested state dict.",
+        group="Training state",
+    ),
+    Option(
+        "hyperparameters",
+        Place(),
+        "With --optimizer: a JSON file with the groups' hyperparameters, where the checkpoint does "
+        "not hold them (DeepSpeed's elastic ones): a list with an object for each group.",
+        group="Training state",
+        metavar="FILE",
     ),
     THREADS,
     Option(
@@ -339,6 +364,7 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
     """The options of a conversion, from their keywords. Raises `OptionError`."""
     values = parse(CONVERT, given)
     _check_target(values)
+    _check_state(values)
     if values["base"] is None:
         _check_needs_no_base(values)
     options = Options(
@@ -353,7 +379,7 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
             values["role"],
             values["masters"],
         ),
-        dtype=_dtype(values["dtype"], values["base"]),
+        dtype=_dtype(values["dtype"], values["base"], optimizer=values["optimizer"]),
         max_shard_nbytes=values["max_shard_size"] or _shard_size(values["to"]),
         exclude_frozen=values["exclude_frozen"],
         fill_from_base=values["fill_from_base"],
@@ -375,6 +401,9 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
         names=values["names"],
         transformers_version=values["transformers_version"],
         consumed_samples=values["consumed_samples"],
+        optimizer=values["optimizer"],
+        layout=values["layout"] or _layout(values),
+        hyperparameters=values["hyperparameters"],
     )
     running = Running(
         threads=workers(values["threads"]),
@@ -406,6 +435,45 @@ def _check_target(values: Mapping[str, Any]) -> None:
         )
 
 
+def _layout(values: Mapping[str, Any]) -> str | None:
+    """The default of `layout`."""
+    layouts = target_named(values["to"]).layouts
+    return layouts[0] if values["optimizer"] and layouts else None
+
+
+def _check_state(values: Mapping[str, Any]) -> None:
+    """Refuse training state that the target cannot hold, and its options where it is not asked
+    for."""
+    to = values["to"]
+    target = target_named(to)
+    if values["optimizer"] and not target.writes_state:
+        able = listed(f"--to {name}" for name, info in targets().items() if info.writes_state)
+        raise OptionError(
+            f"optimizer: training state is not written with --to {to}.",
+            hint=f"Pass {able}, or leave out --optimizer.",
+            option="optimizer",
+        )
+    for name in ("layout", "hyperparameters"):
+        if values[name] is not None and not values["optimizer"]:
+            raise OptionError(
+                f"{name}: it says how training state is written, and none is.",
+                hint=f"Pass --optimizer, or leave out --{name}.",
+                option=name,
+            )
+    if values["layout"] is not None and values["layout"] not in target.layouts:
+        raise OptionError(
+            f"layout: with --to {to} there is one layout.",
+            hint="Leave out --layout.",
+            option="layout",
+        )
+    if values["optimizer"] and values["names"] == "all":
+        raise OptionError(
+            "names 'all' gives a parameter several names, and its optimizer's state has one.",
+            hint="Pass --names memory, or leave out --names.",
+            option="names",
+        )
+
+
 def words(given: Mapping[str, object]) -> list[str]:
     """The command line of options that were given by keyword, but for those at their defaults."""
     line: list[str] = []
@@ -430,12 +498,12 @@ def workers(threads: int | None) -> int:
     return threads or min(_MAX_THREADS, os.cpu_count() or 1)
 
 
-def _dtype(choice: str | None, base: Path | None) -> str:
+def _dtype(choice: str | None, base: Path | None, *, optimizer: bool) -> str:
     if choice == "base" and base is None:
         raise OptionError(
             "dtype 'base' takes the dtypes of a base.", hint="Pass --base.", option="dtype"
         )
-    return choice or ("keep" if base is None else "base")
+    return choice or ("keep" if base is None or optimizer else "base")
 
 
 def _check_needs_no_base(values: Mapping[str, Any]) -> None:

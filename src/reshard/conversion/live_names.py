@@ -28,6 +28,9 @@ def chosen(options: Options, catalog: Catalog, base: Base | None) -> Names:
     """Which names are written: those of the option, or by default all names of the same bytes."""
     if options.names is not None:
         return options.names
+    if options.optimizer:
+        # A moment has one name, that of the live module; a checkpoint of training has it already.
+        return "disk" if base is None else "memory"
     at_hand = base is not None or holds_config(catalog)
     return "all" if target_named(options.to).names_twice and at_hand else "disk"
 
@@ -52,7 +55,7 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
         # The output's dtype goes with each tensor: the layout joins only tensors of one dtype.
         spec = TensorSpec(target.spec.name, target.spec.dtype, target.spec.shape)
         entries[target.spec.name] = replace(target.source, spec=spec)
-    version = options.transformers_version or _installed() or NEWEST
+    version = version_of(options)
     live = to_memory(entries, config, version)
     text = ".".join(map(str, version))
     said = [Finding("live-names", f"names are those of a live module of transformers {text}.")]
@@ -62,13 +65,21 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
             f"the live modules of transformers {text} are not known: their names are assumed to "
             f"be those of the nearest known version, of which the newest is {newest}."
         )
-        said.append(Finding("live-version-unread", message))
+        # Where the version was named, the code's own fix would offer what was passed.
+        fix = "Load the output with strict names: one that differs is then an error."
+        passed = options.transformers_version is not None
+        said.append(Finding("live-version-unread", message, fix=fix if passed else ""))
     return replace(
         exported,
         model=_once(live) if target_named(options.to).names_twice else _each(live),
         findings=(*exported.findings, *said),
         live=text,
     )
+
+
+def version_of(options: Options) -> Version:
+    """The transformers version whose live module is meant."""
+    return options.transformers_version or _installed() or NEWEST
 
 
 def _each(entries: Mapping[str, Entry]) -> list[Target]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, field
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from reshard.conversion import manifest
 from reshard.conversion.assets import names_weights
@@ -67,23 +67,46 @@ def verify_folder(
         parts = [(folder, stated.tensors)] if stated.tensors else []
         parts += [(child_of(folder, name), tensors) for name, tensors in stated.beside.items()]
         found = []
-        for path, tensors in parts:
+        for path, listed in parts:
             catalog = read(path, sources, Selection())
+            checks = [(catalog, listed)]
             if path == folder:
                 _check_aliases(catalog, stated.names.get("aliases", {}))
-            found.append(
-                check_digests(
-                    catalog,
-                    tensors,
-                    sources,
-                    threads=threads,
-                    trees=stated.version >= manifest.TREES,
-                    known=known,
-                    progress=progress,
+                checks += _state(catalog, stated)
+            for table, tensors in checks:
+                found.append(
+                    check_digests(
+                        table,
+                        tensors,
+                        sources,
+                        threads=threads,
+                        trees=stated.version >= manifest.TREES,
+                        known=known,
+                        progress=progress,
+                    )
                 )
-            )
         sources.check_unchanged()
     return Verified(sum(f.num_tensors for f in found), sum(f.bytes_read for f in found))
+
+
+def _state(catalog: Catalog, stated: Manifest) -> list[tuple[Catalog, Mapping[str, Stated]]]:
+    """The moments as a table of their own; steps and groups are compared here."""
+    if not stated.state:
+        return []
+    folder = catalog.origin.root
+    state = catalog.training_state()
+    if state is None:
+        raise VerificationError("its training state is stated and not there.", path=folder)
+    found = manifest.run_of(state)
+    for what in ("steps", "groups"):
+        if found[what] != stated.run.get(what):
+            raise VerificationError(
+                f"the {what} of its optimizer are not those that {manifest.MANIFEST} states.",
+                path=folder,
+                hint="Convert again.",
+            )
+    entries = {entry.spec.name: entry for entry in state.slots()}
+    return [(replace(catalog, entries=entries), stated.state)]
 
 
 def check_listed(folder: Path, stated: Manifest) -> None:

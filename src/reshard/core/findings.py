@@ -142,6 +142,9 @@ CODES: dict[str, Code] = {
         "warning", "the weights are codes of a kind that is not read", by=("doctor",)),
     "codes-unreadable": Code("error", "quantised weights lack their scales", by=("doctor",)),
     "config-missing": Code("error", "config.json is missing or cannot be read", by=("doctor",)),
+    "consumed-samples-unknown": Code(
+        "warning", "client_state.pt lacks what LightRFT's training needs to resume",
+        "Pass --consumed-samples."),
     "copies-shared": Code(
         "info", "copies that the trainer shares with another tensor are not written"),
     "damaged-file": Code(
@@ -260,8 +263,13 @@ CODES: dict[str, Code] = {
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),
+    "run-state-left-out": Code(
+        "info", "counters or a user's state of the run have no place in the output"),
     "scales-left-over": Code(
         "error", "scales lie beside weights that are not quantised", by=("doctor",)),
+    "scheduler-left-out": Code(
+        "warning", "the schedule's state was not written: torch's schedulers would not take it",
+        "Set the schedule in the script that goes on, at the step that the report states."),
     "settings-unread": Code(
         "warning", "a file with the run's settings cannot be read; they were not compared"),
     "several-models": Code(
@@ -271,6 +279,11 @@ CODES: dict[str, Code] = {
     "shapes-unstated": Code(
         "warning", "the shards do not state full shapes: missing last ranks cannot be noticed",
         "Pass --base."),
+    "state-left-out": Code(
+        "warning", "a part of the training state is no plain data and does not travel"),
+    "state-masters-rounded": Code(
+        "warning", "fp32 masters were rounded to the dtype of the output's weights",
+        "Leave out --dtype."),
     "state-named-by-order": Code(
         "warning", "an optimizer's state has no names; the order of the parameters gave them",
         "Compare the first losses of the continued run with those before."),

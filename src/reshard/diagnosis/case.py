@@ -180,7 +180,7 @@ def read(
 def _tells(
     folder: Folder, base: Base | None, placeholders: Sequence[str], found: Quantisation
 ) -> bool:
-    """Whether the names at hand are all that the folder holds, and nothing else tells more."""
+    """Whether the known names are all that the folder holds, and nothing else says more."""
     whole = not (folder.damaged or folder.index_fault or placeholders)
     lost = (folder.listed or {}).keys() - folder.entries.keys()
     # An index may name what lies elsewhere; then the scales beside codes are its own.

@@ -134,6 +134,11 @@ def writer(info: FormatInfo) -> Writable:
     return cast(Writable, import_module(info.module))
 
 
+def state_writer(info: FormatInfo) -> StateWritable:
+    """The module that lays out a model with its training state in a format."""
+    return cast(StateWritable, import_module(info.module))
+
+
 def index(info: FormatInfo, files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
     """The small files that distinguish a model's files from others beside them.
 

@@ -69,7 +69,7 @@ def reader(
         state = besides.run_state(state, folder, metadata, parts)
         return _own_names(state, entries, part.path)
 
-    return read
+    return ReadState(read)
 
 
 def _roots(metadata: Metadata, model: StatePath) -> list[StatePath]:
