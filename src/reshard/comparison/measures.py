@@ -160,7 +160,7 @@ def differ(one: Array, two: Array) -> Array:
 
 
 def _wide(values: Array) -> Array:
-    with np.errstate(invalid="ignore"):  # a signalling NaN, which stays a NaN
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
         return values.astype(np.complex128 if values.dtype.kind == "c" else np.float64)
 
 
