@@ -38,10 +38,12 @@ ALLOWED = {
     "reshard.transfer.leftovers": "removes what it made, by inode",
     "reshard.transfer.lock": "holds a file beside the output",
     "reshard.transfer.system": "calls that pathlib does not have, on the output",
+    "reshard.cli.topics": "reads reshard's own pages",
     "reshard.cli.interrupts": "looks at the output while a signal waits, and raises nothing",
     "reshard.evaluate.memory": "reads /proc",
     "reshard.evaluate.page": "reads a template of the package",
     "reshard.evaluate.texts": "reads texts of the package",
+    "reshard.watching.watch": "makes the folder of the outputs",
     "reshard.pages.page": "reads a template of the package, looks at a page's head and writes one",
     "reshard.formats.info": "reads the entry points of installed packages",
 }
