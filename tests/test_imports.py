@@ -41,6 +41,8 @@ ORDER = (
     ("inspection",),
     ("comparison",),
     ("diagnosis",),
+    ("pages",),
+    ("watching",),
     ("reshard",),
     ("evaluate",),
     ("cli",),

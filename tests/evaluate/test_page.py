@@ -5,8 +5,6 @@ from __future__ import annotations
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,11 @@ import pytest
 from reshard.core.findings import Finding
 from reshard.evaluate.page import render_page
 from reshard.evaluate.plots import axis, strip
-from reshard.evaluate.report import Answer, Failure, Report
+from reshard.evaluate.report import Answer, Failure, TryReport
+from tests.browser import browse, needs_browser
 from tests.evaluate.conftest import Models
 from tests.evaluate.trying import attempt
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-)
 # Put behind the page: what it finds becomes an attribute of <body>, which --dump-dom prints.
 PROBE = """<script>
 const inside = (outer, inner) => { const a = outer.getBoundingClientRect(),
@@ -52,20 +39,6 @@ document.body.setAttribute("data-probe", JSON.stringify({
 </script>"""
 
 
-def browse(page: Path, tmp_path: Path, *flags: str) -> str:
-    """Run the browser on a page, in a profile of its own; returns what it prints."""
-    assert BROWSER is not None
-    profile = tmp_path / "profile"
-    done = subprocess.run(
-        [BROWSER, *FLAGS, f"--user-data-dir={profile}", *flags, page.resolve().as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout
-
-
 def probe(page: str, tmp_path: Path, width: int = 1000) -> dict[str, Any]:
     path = tmp_path / "probed.html"
     path.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
@@ -77,7 +50,7 @@ def probe(page: str, tmp_path: Path, width: int = 1000) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def full(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, str]:
+def full(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[TryReport, str]:
     """A report with everything in it, and its page."""
     tmp_path = tmp_path_factory.mktemp("page")
     page = tmp_path / "page.html"
@@ -95,7 +68,7 @@ def full(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Repo
 
 @needs_browser
 @pytest.mark.parametrize("width", [1000, 500])
-def test_the_page_in_a_browser(full: tuple[Report, str], tmp_path: Path, width: int) -> None:
+def test_the_page_in_a_browser(full: tuple[TryReport, str], tmp_path: Path, width: int) -> None:
     report, page = full
     found = probe(page, tmp_path, width)
     assert found["window"] == width
@@ -115,7 +88,7 @@ def test_the_page_in_a_browser(full: tuple[Report, str], tmp_path: Path, width: 
 
 
 @needs_browser
-def test_the_page_is_drawn(full: tuple[Report, str], tmp_path: Path) -> None:
+def test_the_page_is_drawn(full: tuple[TryReport, str], tmp_path: Path) -> None:
     from PIL import Image
 
     path = tmp_path / "page.html"
@@ -134,7 +107,7 @@ def test_the_page_is_drawn(full: tuple[Report, str], tmp_path: Path) -> None:
 @needs_browser
 def test_what_a_model_says_is_text_and_never_runs(tmp_path: Path) -> None:
     evil = "<script>window.alerted = true</script><img src=x onerror='window.alerted = true'>"
-    report = Report(
+    report = TryReport(
         model_path=evil,
         answers=[Answer(evil, evil, evil, 1, (1,), "stop", 1.0)],
         findings=[Finding("weights-constant", evil, evidence={evil: evil})],
@@ -178,7 +151,7 @@ class _Outside(html.parser.HTMLParser):
         self.found += [name for name, _ in attrs if name in ("src", "href", "srcset")]
 
 
-def test_the_page_stands_alone(full: tuple[Report, str]) -> None:
+def test_the_page_stands_alone(full: tuple[TryReport, str]) -> None:
     parser = _Outside()
     parser.feed(full[1])
     assert parser.found == []

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import reshard
-from tests.folders import edit_weights
+from tests.folders import edit_config, edit_weights
 from tests.hints import tiny
 from tests.hints.case import Case, follows
 from tests.hints.folders import after, converting
@@ -181,14 +181,16 @@ def wrapped_twice(at: Path) -> Case:
     return Case(looking(folder), looking(folder, base), same=lambda found: bool(found.errors))
 
 
-@follows("Is it the model that --base was the start of?")
+@follows("Did the training start from --base?")
 def another_base(at: Path) -> Case:
     folder = tiny.model(at / "ill", 2)
     other = tiny.model(at / "other", name="qwen2")
     return Case(looking(folder, other), looking(folder, tiny.model(at / "base")), same=is_well)
 
 
-@follows("Were they frozen and left out: reshard convert DIR OUT --base HF_DIR --fill-from-base.")
+@follows(
+    "If they were frozen and left out: reshard convert DIR OUT --base HF_DIR --fill-from-base."
+)
 def frozen_left_out(at: Path) -> Case:
     def change(folder: Path) -> None:
         edit_weights(folder, lambda held: held.pop("model.norm.weight"))
@@ -219,7 +221,7 @@ def a_training_checkpoint(at: Path) -> Case:
     return Case(looking(run), converted, same=is_well)
 
 
-@follows("Look at the model, or at the export of convert --lora merge.")
+@follows("Examine the model, or the output of convert --lora merge.")
 def an_adapter(at: Path) -> Case:
     folder, base = tiny.adapter(at / "adapter"), tiny.model(at / "base")
     merged = after(
@@ -229,7 +231,7 @@ def an_adapter(at: Path) -> Case:
     return Case(looking(folder), merged, same=is_well)
 
 
-@follows("Convert it, then look at the result: reshard convert SRC DST --base HF_DIR.")
+@follows("Convert it, then examine the result: reshard convert SRC DST --base HF_DIR.")
 def shards_of_ranks(at: Path) -> Case:
     folder, base = at / "ranks", tiny.model(at / "base")
     from torch.distributed import checkpoint as dcp
@@ -244,7 +246,7 @@ def shards_of_ranks(at: Path) -> Case:
     return Case(looking(folder), converted, same=is_well)
 
 
-@follows("Look at the export of convert --srm-format split.")
+@follows("Examine the output of convert --srm-format split.")
 def of_lightrft(at: Path) -> Case:
     from tests.hints.flags import _reward
 
@@ -262,3 +264,26 @@ def mended_without_its_head(at: Path) -> Case:
     run = tiny.zero(at / "run")
     again = after(converting(run, at / "again", base=base), looking(at / "again", base))
     return Case(looking(folder, base, at / "out"), again, same=is_well)
+
+
+@follows("If it was frozen and not saved: reshard convert RUN OUT --base HF_DIR --fill-from-base.")
+def without_its_tower(at: Path) -> Case:
+    kind: dict[str, Any] = {
+        "name": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]
+    }  # fmt: skip
+    base = tiny.model(at / "base", **kind)
+    held = load_file(tiny.model(at / "ill", 2, **kind) / "model.safetensors")
+    kept = {name: value for name, value in held.items() if not name.startswith("visual.")}
+    save_file(kept, at / "ill" / "model.safetensors", {"format": "pt"})
+    out = at / "out"
+    filled = after(converting(at / "ill", out, base=base, fill_from_base=True), looking(out))
+    return Case(looking(at / "ill"), filled, same=is_well)
+
+
+@follows("Is config.json that of another model? Convert the run's checkpoint again: reshard "
+         "convert RUN OUT --base HF_DIR.")  # fmt: skip
+def of_another_size(at: Path) -> Case:
+    folder, base = ill(at, lambda f: edit_config(f, hidden_size=99))
+    again = after(converting(tiny.zero(at / "run"), at / "again", base=base),
+                  looking(at / "again", base))  # fmt: skip
+    return Case(looking(folder), again, same=is_well)

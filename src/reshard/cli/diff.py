@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
+from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, html
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import DIFF
+from reshard.errors import NotFoundError, listed
 
 if TYPE_CHECKING:
     from reshard.comparison.result import Compared, Comparison
@@ -24,6 +25,13 @@ _KEYS = ("name", "change", "largest", "mean", "elements")
 @click.command(cls=Command, short_help="Compare two checkpoints, tensor by tensor.")
 @click.argument("a", type=_PATH, cls=Argument, words=DIFF["first"].help)
 @click.argument("b", type=_PATH, cls=Argument, words=DIFF["second"].help)
+@click.argument(
+    "more",
+    type=_PATH,
+    nargs=-1,
+    cls=Argument,
+    words="Further checkpoints of a run, as in RUN/*: each is compared with the one before it.",
+)
 @flags(DIFF.values())
 @how_shown
 @click.option("--tensors", is_flag=True, help="Show a row for each tensor, not for each layer.")
@@ -40,48 +48,114 @@ _KEYS = ("name", "change", "largest", "mean", "elements")
     "weights, elements the share of elements that differ. Default: by name, and with --top by "
     "change.",
 )
+@html
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @debug
 def diff(
     a: Path,
     b: Path,
+    more: tuple[Path, ...],
     base: Path | None,
     spectrum: bool,
     tensors: bool,
     top: int | None,
     sort: Key | None,
+    html: Path | None,
     as_json: bool,
     shown: Shown | None,
     quiet: bool,
 ) -> int:
     """Compare the checkpoints A and B, of any formats, tensor by tensor.
 
-    Where dtypes differ, the wider is rounded to the narrower. Exits with 1 where they differ.
+    Where dtypes differ, the wider is rounded to the narrower. Of more than two, each is compared
+    with the one before it. Exits with 1 where they differ.
     """
-    from reshard.comparison.compare import diff as run
+    from reshard.comparison.steps import diff_steps
 
+    if html is not None:
+        from reshard.pages.page import check_place
+
+        check_place(html)
+    paths = _checkpoints([a, b, *more])
     with shown_progress(shown, quiet=as_json or quiet) as progress:
         step = None if progress is None else lambda done, total: progress("compare", done, total)
-        found = run(a, b, base=base, spectrum=spectrum, progress=step)
+        found = diff_steps(paths, base=base, spectrum=spectrum, progress=step)
+    if html is not None:
+        from reshard.pages.changes import changes_page
+        from reshard.storage.texts import write_text
+
+        write_text(html, changes_page(found))
     if as_json:
-        output.print_json(found.to_json())
+        steps = [{"first": one.first, "second": one.second, **one.to_json()} for one in found]
+        same = all(one.same for one in found)
+        output.print_json(found[0].to_json() if len(paths) == 2 else {"same": same, "steps": steps})
     elif not quiet:
-        output.say_findings(found.findings)
-        show(found, tensors=tensors, top=top, sort=sort)
-    return 0 if found.same else 1
+        output.print_findings(dict.fromkeys(finding for one in found for finding in one.findings))
+        if len(found) == 1:
+            show(found[0], tensors=tensors, top=top, sort=sort)
+        else:
+            _show_steps(found, tensors=tensors, top=top, sort=sort)
+        if html is not None:
+            output.print_result(f"\nPage: {html}", lines=True)
+    return 0 if all(one.same for one in found) else 1
+
+
+def _checkpoints(paths: list[Path]) -> list[Path]:
+    """What is compared: of more than two paths, those that are checkpoints, in their order."""
+    if len(paths) == 2:
+        return paths
+    from reshard.comparison.steps import of_run
+
+    found, left = of_run(paths)
+    if left:
+        output.print_message(
+            f"left out, since no checkpoint is there: {listed(map(str, left))}.", "note"
+        )
+    if len(found) < 2:
+        raise NotFoundError(
+            f"of these {len(paths)} paths, {len(found)} is a checkpoint; two or more are compared."
+        )
+    return found
+
+
+def _show_steps(
+    found: Sequence[Comparison], *, tensors: bool, top: int | None, sort: Key | None
+) -> None:
+    """A row for each step; with `tensors` each step as that of two checkpoints."""
+    from reshard.comparison.sums import percent, short
+
+    cells = []
+    for one in found:
+        total = one.total
+        cells.append(
+            (
+                f"{len(one.differences)} of {len(one.tensors)}",
+                percent(total.share),
+                short(total.largest),
+                short(total.mean),
+                short(total.relative),
+                f"{one.first} -> {one.second}",
+            )
+        )
+    header = ("tensors", "elements", "largest", "mean", "change", "from -> to")
+    output.print_table(cells, header=header, right=range(len(header) - 1))
+    if tensors:
+        for one in found:
+            output.print_result(f"\n{one.first} -> {one.second}", lines=True)
+            show(one, tensors=True, top=top, sort=sort)
 
 
 def show(found: Comparison, *, tensors: bool, top: int | None, sort: Key | None) -> None:
-    """The summary, then tables: what differs most can be seen at once."""
+    """Print the summary, then the tables, which begin with what differs most."""
     from reshard.comparison.sums import ordered
 
-    output.tell(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
+    output.print_result(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
     if found.same:
         return
     output.print_table(found.rows())
     apart = found.apart()
     if apart:
-        output.tell("")
+        output.print_result("")
         cells = [(str(count), how, name) for how, name, count in apart[:top]]
         output.print_table(cells, header=("tensors", "how", "tensor"), right={0})
     differing = [one for one in found.measured if one.kind == "values"]
@@ -110,7 +184,7 @@ def _print_sums(title: str, rows: Iterable[Sum]) -> None:
         for row in rows
     ]
     header = ("tensors", "elements", "largest", "mean", "change", title)
-    output.tell("")
+    output.print_result("")
     output.print_table(cells, header=header, right=range(len(header) - 1))
 
 
@@ -130,5 +204,5 @@ def _print_tensors(differing: Sequence[Compared], sort: Key | None, top: int | N
         energy = [percent(change.energy[at]) if change.energy else "-" for at in (0, -1)]
         columns = [percent(row.share), *map(short, measures), cosine, short(row.relative)]
         cells.append((*columns, *(energy if ranks else []), row.name))
-    output.tell("")
+    output.print_result("")
     output.print_table(cells, header=(*header, "tensor"), right=range(len(header)))

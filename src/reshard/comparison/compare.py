@@ -10,7 +10,7 @@ from reshard.comparison.declared import DIFF, VERIFY
 from reshard.comparison.pairing import Pairing, onto_one, pair, reads_masters, tells_names
 from reshard.comparison.result import Compared, Comparison
 from reshard.comparison.sums import natural
-from reshard.comparison.values import Wanted, compare
+from reshard.comparison.values import Method, compare
 from reshard.conversion.declared import workers
 from reshard.conversion.quantised import compared_as_numbers
 from reshard.conversion.verification import Verified, verify_folder
@@ -44,8 +44,8 @@ def diff(
     With a `base` both are fitted onto it, as conversions would be: two saves of one run are
     compared by its names. Without, a checkpoint is fitted onto a Hugging Face folder or an output
     of reshard, on whichever side that is. Where dtypes differ, the wider is rounded to the
-    narrower, and a finding says so. The files beside a model are compared too. The two may be
-    exchanged: the conclusion is the same.
+    narrower, and a finding says so. The files beside a model are compared too. The order of the two
+    does not change the conclusion.
 
     Memory: a few blocks of 4 MiB, and with `spectrum` about 200 bytes for each column of a matrix.
     Raises `OptionError` for a wrong value, and another `ReshardError` where one cannot be read.
@@ -59,8 +59,8 @@ def diff(
             pairing = _paired(mine, theirs, sources)
         else:
             pairing = onto_one(mine, theirs, sources, base=values["base"])
-        wanted = Wanted(either=True, norms=True, spectrum=values["spectrum"])
-        found = compare(pairing.pairs, sources, progress, wanted=wanted)
+        method = Method(either=True, norms=True, spectrum=values["spectrum"])
+        found = compare(pairing.pairs, sources, progress, method=method)
         sources.check_unchanged()
     apart = (*pairing.left, *pairing.omitted, *pairing.filled)
     findings = (*mine.findings, *theirs.findings, *found.findings)
@@ -70,7 +70,7 @@ def diff(
 
 
 def _paired(first: Catalog, second: Catalog, sources: Sources) -> Pairing:
-    """The pairing of two checkpoints, whichever of them tells how names go together."""
+    """The pairing of two checkpoints; either may decide how names correspond."""
     swapped = tells_names(first) and not tells_names(second)
     ways = [True, False] if swapped else [False, True]
     failures: list[ReshardError] = []
@@ -146,8 +146,8 @@ def _check_names(pairing: Pairing, folder: Path) -> None:
     lost = sorted(name for pair in pairing.pairs for name in pair.first.keys() ^ pair.second.keys())
     if lost:
         raise PlanError(
-            f"{len(lost)} names are on one side only, {lost[0]!r} among them, and the folder alone "
-            "does not tell how names were changed.",
+            f"{len(lost)} names are on one side only, {lost[0]!r} among them, and the folder does "
+            f"not show how names were changed.",
             path=folder,
             hint="Pass --base, the model that it was converted onto. Without one, names must be "
             "the checkpoint's; reshard diff lists those that are not.",

@@ -21,6 +21,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["all", "disk", "memory", "torchtitan"]
+Layout = Literal["lightrft", "accelerate", "nested"]
 To = Literal["hf", "dcp", "megatron"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
@@ -31,8 +32,10 @@ MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "
 SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
 NAMES: tuple[Names, ...] = ("all", "disk", "memory", "torchtitan")
+#: Every format's values of `--layout`.
+LAYOUTS: tuple[Layout, ...] = ("lightrft", "accelerate", "nested")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
-#: What LightRFT takes where no probing layer is named: the input of the last layer.
+#: LightRFT's default probing layer: the input of the last layer.
 PROBING_LAYER = -1
 
 
@@ -52,9 +55,9 @@ class Patterns(Texts, frozen=True):
 
 
 class RewardChoice(Struct, frozen=True):
-    """What was asked for of a reward model or critic; `model_type` None: found by its heads.
+    """The options for a reward model or critic; `model_type` None: detected by its heads.
 
-    `probing_layer` None: nothing was said, and LightRFT's default is assumed.
+    `probing_layer` None: LightRFT's default.
     """
 
     model_type: ModelType | None = None
@@ -69,9 +72,10 @@ class RewardChoice(Struct, frozen=True):
 
 
 class LoraChoice(Struct, frozen=True):
-    """What becomes of adapters. `mode` None: merged, where there is a base.
+    """What to do with adapters. `mode` None: merge them, if there is a base.
 
-    They scale by `alpha`, or as the file `config` says; `scaling` is what a conversion found so.
+    They scale by `alpha`, or as the file `config` says; `scaling` is the scaling that a conversion
+    found.
     """
 
     mode: Lora | None = None
@@ -83,6 +87,9 @@ class LoraChoice(Struct, frozen=True):
 
 class Options(Struct, frozen=True):
     """A conversion's options; paths are as the user gave them.
+
+    With `optimizer` the training state goes along, laid out as `layout` says; `hyperparameters` is
+    a JSON file of those that the checkpoint does not hold.
 
     `names` None: all that a live module may ask for where the target can hold them and the model's
     config is at hand, else those on disk.
@@ -103,6 +110,9 @@ class Options(Struct, frozen=True):
     names: Names | None = None
     transformers_version: Version | None = None
     consumed_samples: int | None = None
+    optimizer: bool = False
+    layout: str | None = None
+    hyperparameters: Path | None = None
 
     def stated(self) -> dict[str, Any]:
         """The options as `reshard.json` records them: no paths."""
@@ -125,6 +135,7 @@ class Options(Struct, frozen=True):
             "names": self.names,
             "consumed_samples": self.consumed_samples,
             "transformers_version": None if version is None else ".".join(map(str, version)),
+            **({"optimizer": True, "layout": self.layout} if self.optimizer else {}),
         }
 
 

@@ -1,19 +1,18 @@
-"""Everything of a conversion that can be decided, and every user's error, before a byte is written.
+"""Everything that a conversion decides, and every user error, before a byte is written.
 
 locate and read -> export (names, dtypes) -> live layout -> files, patched config, assets
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.conversion import live_names, output_model, trainer_names
+from reshard.conversion import live_names, output_model, trainer_names, training
 from reshard.conversion.base_model import (
     CONFIG,
     Base,
@@ -27,14 +26,17 @@ from reshard.conversion.idle import idle
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
 from reshard.conversion.quantised import as_numbers, dequantised, itself
+from reshard.core.arrangement import Arrangement
 from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
-from reshard.core.tensors import Extent
+from reshard.core.state import TrainingState
+from reshard.core.tensors import Extent, main_dtype
 from reshard.errors import FormatError, PlanError, UnsupportedError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
 from reshard.formats.info import named, target_named
+from reshard.naming import apply, memory_outputs
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists
 from reshard.transfer.checksums import without_checksum
@@ -67,22 +69,26 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
             hint="Leave out --masters.",
         )
     unprotected = without_checksum(catalog.entries.values(), catalog.records)
-    catalog = replace(catalog, findings=(*catalog.findings, *_unchecked(catalog, unprotected)))
+    findings = (*_unsettled(catalog, options), *_unchecked(catalog, unprotected))
+    catalog = replace(catalog, findings=findings)
     check_strict(catalog.findings, options, strict)
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
+    catalog, state = training.with_state(catalog, options)
     base = None if options.base is None else read_base(options.base, sources)
     if base is not None:
         catalog = replace(catalog, records=(*catalog.records, *base.records))
     options = replace(options, names=live_names.chosen(options, catalog, base))
     catalog, found = as_numbers(catalog, base, options, sources)
     made = exported(catalog, base, options, sources)
-    # Before the files are laid out: of a few petabytes, as a damaged file may state, that is long.
+    if state is not None:
+        made = _with_state(made, state, catalog, base, options, sources)
+    # Before the layout, which takes long for the petabytes that a damaged file may state.
     check_space(options.target, sum(target.spec.nbytes for target in made.model))
-    files, texts = _files(made, options)
+    files, texts, said = _files(made, options)
     if not files:
         raise PlanError("nothing is left to write.", path=options.source)
-    if options.consumed_samples is not None:
+    if options.consumed_samples is not None and state is None:
         texts = (*texts, client_state(options.consumed_samples))
     model = base
     if base is None and target_named(options.to).takes_files:
@@ -97,6 +103,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
             *_from_cache(options),
             *dequantised(found, base),
             *made.findings,
+            *said,
             *idle(options, catalog, base, made),
             *lacking,
         ),
@@ -128,8 +135,16 @@ def _check_names(plan: Plan) -> None:
             ) from None
 
 
+def _unsettled(catalog: Catalog, options: Options) -> tuple[Finding, ...]:
+    """The reader's findings, but for those whose fix is an option that is passed."""
+    settled = {"shapes-unstated"} if options.base is not None else set()
+    settled |= {"names-without-weights"} if options.fill_from_base else set()
+    return tuple(found for found in catalog.findings if found.code not in settled)
+
+
 def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding, ...]:
-    """That files lack checksums which their format has, unless its reader has said so."""
+    """The finding that files lack checksums that their format has, unless its reader reported
+    it."""
     known = any(found.code == "no-checksums" for found in catalog.findings)
     if not unprotected or known or not named(catalog.format).checksums:
         return ()
@@ -145,7 +160,8 @@ def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding
 def check_strict(
     findings: Sequence[Finding], options: Options, strict: bool | Sequence[str]
 ) -> None:
-    """Refuse findings of the codes in `strict`, or where it is True all but mere information."""
+    """Refuse findings of the codes in `strict`, or, if it is True, all except those of severity
+    info."""
     codes = strict if not isinstance(strict, bool) else ()
     refused = [
         found
@@ -180,13 +196,46 @@ def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sou
     return made
 
 
+def _with_state(
+    made: Export,
+    state: TrainingState,
+    catalog: Catalog,
+    base: Base | None,
+    options: Options,
+    sources: Sources,
+) -> Export:
+    """The export with the training state under its names.
+
+    Without a base the live module asks for the tied names, too, which a base's layout adds.
+    """
+    maps: list[Mapping[str, Arrangement]] = []
+    if base is None:
+        made = replace(made, model=[replace(t, aliases=t.source.aliases) for t in made.model])
+    else:
+        maps.append(made.name_map.outputs)
+        if options.names == "memory":
+            shapes = {n: e.spec.shape for n, e in apply(maps[0], catalog.entries).items()}
+            config = live_names.config_of(made, catalog, base, sources, "--optimizer")
+            maps.append(memory_outputs(shapes, config, live_names.version_of(options)))
+    carried = training.carried(state, made, maps)
+    findings = (*made.findings, *training.rounded(carried, made))
+    return replace(made, state=carried, findings=findings)
+
+
 def _files(
     made: Export, options: Options
-) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
-    """The model's files and those beside it, and the small files that list them."""
+) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...], tuple[Finding, ...]]:
+    """The model's files and those beside it, the small files that list them, and what a user
+    should know of them."""
     files: tuple[OutputFile, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
-    if made.model:
+    findings: tuple[Finding, ...] = ()
+    if made.state is not None:
+        laid = formats.state_writer(target_named(options.to)).lay_out_state(
+            _slots(made.model), made.state, options.max_shard_nbytes, options.layout
+        )
+        files, texts, findings = laid.files, laid.texts, laid.findings
+    elif made.model:
         layout = formats.writer(target_named(options.to))
         files, texts = layout.lay_out(_slots(made.model), options.max_shard_nbytes)
     beside = tuple(
@@ -195,15 +244,15 @@ def _files(
     )
     if not texts and any(_lies_among(side.name, files) for side in made.sides):
         texts = formats.index(target_named(options.to), files)
-    return files + beside, texts
+    return files + beside, texts, findings
 
 
 def _lies_among(name: str, files: Sequence[OutputFile]) -> bool:
-    """Whether a file's name does not tell it from the model's own: same folder, same suffix."""
+    """Whether a file's name does not distinguish it from the model's: same folder, same suffix."""
     return "/" not in name and PurePath(name).suffix in {PurePath(f.name).suffix for f in files}
 
 
-def _slots(targets: Sequence[Target]) -> list[formats.Wanted]:
+def _slots(targets: Sequence[Target]) -> list[formats.TensorToWrite]:
     return [(t.spec, t.source.aliased(t.aliases), t.reference) for t in targets]
 
 
@@ -237,7 +286,7 @@ def _assets(
 
 
 def _said_of(base: Base) -> tuple[Finding, ...]:
-    """What of the base a user should know: a class name that is put right."""
+    """The finding on the base's config: a class name that was repaired."""
     if not base.repairs:
         return ()
     message = (
@@ -250,14 +299,11 @@ def _said_of(base: Base) -> tuple[Finding, ...]:
 def _stated_dtype(made: Export, base: Base, options: Options) -> str | None:
     """The dtype that the config must state where it need not be the base's; None: leave it.
 
-    Of `keep`, and of a base that is quantised, it is the one that most bytes have.
+    Of `keep`, and of a base that is quantised, it is the one that most elements have.
     """
     if options.dtype == "base" and base.quantised is None:
         return None
     if options.dtype not in ("base", "keep"):
         return options.dtype
-    nbytes: Counter[str] = Counter()
-    for target in made.model:
-        if target.spec.dtype.floating and target.spec.dtype.itemsize > 1:
-            nbytes[target.spec.dtype.name] += target.spec.nbytes
-    return max(nbytes, key=lambda name: nbytes[name], default=None)
+    main = main_dtype(target.spec for target in made.model)
+    return main.name if main is not None and main.floating and main.itemsize > 1 else None

@@ -5,25 +5,52 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msgspec import Struct, field
+from msgspec import Struct
 from msgspec.structs import asdict
 
 from reshard.conversion.adapters import Summary
 from reshard.conversion.destination import Replaced
 from reshard.core.findings import Finding
 from reshard.core.sizes import size
-from reshard.errors import listed, printable
+from reshard.core.state import TrainingState
+from reshard.errors import printable
+from reshard.naming.matching import Matching
+
+
+class Moments(Struct, frozen=True):
+    """The training state that was written: the kinds of moments, of how many parameters, in how
+    many groups, after how many steps (the fewest and the most), and their bytes."""
+
+    kinds: tuple[str, ...]
+    num_parameters: int
+    num_groups: int
+    steps: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, state: TrainingState) -> Moments:
+        """What a state amounts to."""
+        counts = sorted({step.count for step in state.steps.values()})
+        ends = tuple(dict.fromkeys((counts[0], counts[-1]))) if counts else ()
+        return cls(tuple(state.moments), len(state.names), len(state.groups), ends, state.nbytes)
+
+    def __str__(self) -> str:
+        steps = " to ".join(map(str, self.steps))
+        at = f", step {steps}" if steps else ""
+        return (
+            f"{', '.join(self.kinds)} of {self.num_parameters} parameters in {self.num_groups} "
+            f"groups{at}, {size(self.nbytes)}"
+        )
 
 
 class Report(Struct, frozen=True):
     """What a conversion did, or with `dry_run` would do.
 
-    `missing` are tensors of the base that the output lacks, `unexpected` tensors of the checkpoint
-    that were left out, `tied` names whose weights are stored under another name, `filled` tensors
-    copied from the base. `merged` counts low-rank updates. `changed` of `compared` tensors differ
-    from the base model's. `records_checked` checksums that the source's files state were compared
-    with what was read; of `records_unchecked` stretches of them they state none. `findings` are
-    what a person should read. Sizes are bytes.
+    `matching` says what of the base and the checkpoint is missing, filled, unexpected, tied and
+    resized; each is an attribute as well. `merged` counts low-rank updates. `changed` of `compared`
+    tensors differ from the base model's. `records_checked` checksums that the source's files state
+    were compared with what was read; of `records_unchecked` stretches of them they state none.
+    `findings` are what a user should know. Sizes are bytes.
     """
 
     source: str
@@ -36,10 +63,7 @@ class Report(Struct, frozen=True):
     seconds: float
     verified: bool
     files: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    tied: Mapping[str, str] = field(default_factory=dict)
-    filled: tuple[str, ...] = ()
+    matching: Matching = Matching()
     prefix: str = ""
     rules: tuple[str, ...] = ()
     merged: int = 0
@@ -52,6 +76,7 @@ class Report(Struct, frozen=True):
     replaced: Replaced | None = None
     checkpoint: str = ""
     adapter: Summary | None = None
+    state: Moments | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as lines of a label and its words, as `convert` shows it."""
@@ -63,17 +88,14 @@ class Report(Struct, frozen=True):
             ("would read" if dry else "read", size(self.bytes_read)),
             ("would write" if dry else "written", size(self.bytes_written)),
         ]
+        if self.state is not None:
+            rows.insert(3, ("optimizer", str(self.state)))
         if self.replaced is not None:
             rows.insert(2, ("would replace" if dry else "replaced", str(self.replaced)))
         if self.rules or self.prefix:
             prefix = [f"prefix {self.prefix!r} stripped"] if self.prefix else []
             rows.append(("names", "; ".join([*prefix, *self.rules])))
-        if self.tied:
-            rows.append(("tied", listed(f"{a} = {b}" for a, b in self.tied.items())))
-        for what in ("filled", "missing", "unexpected"):
-            names = getattr(self, what)
-            if names:
-                rows.append((what, f"{len(names)}: {listed(names, 5)}"))
+        rows += self.matching.rows()
         if self.adapter is not None:
             rows.append(("adapter", str(self.adapter)))
         if self.merged:
@@ -89,7 +111,7 @@ class Report(Struct, frozen=True):
         return rows
 
     def _checksums(self) -> str:
-        """How many of the source's checksums were compared, and that there are none of the rest."""
+        """How many of the source's checksums were compared, and that the rest has none."""
         total = self.records_checked + self.records_unchecked
         told = f"{self.records_checked} of {total} source checksums"
         if not self.records_unchecked:
@@ -107,6 +129,26 @@ class Report(Struct, frozen=True):
         return f"<Report {self.target!r}: {written}, {len(self.findings)} finding(s)>"
 
     @property
+    def missing(self) -> tuple[str, ...]:
+        """Tensors of the base that the output lacks."""
+        return self.matching.missing
+
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """Tensors that were copied from the base."""
+        return self.matching.filled
+
+    @property
+    def unexpected(self) -> tuple[str, ...]:
+        """Tensors of the checkpoint that were left out."""
+        return self.matching.unexpected
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """A name that is not stored -> the name that its weights are stored under."""
+        return self.matching.tied
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """The findings' messages."""
         return tuple(finding.message for finding in self.findings)
@@ -116,14 +158,19 @@ class Report(Struct, frozen=True):
         values = {
             name: list(value) if isinstance(value, tuple) else value
             for name in self.__struct_fields__
+            if name != "matching"
             for value in (getattr(self, name),)
         }
         records = {
             name: None if record is None else _plain(record)
-            for name, record in (("replaced", self.replaced), ("adapter", self.adapter))
+            for name, record in (
+                ("replaced", self.replaced),
+                ("adapter", self.adapter),
+                ("state", self.state),
+            )
         }
         findings = [finding.to_json() for finding in self.findings]
-        return {**values, "findings": findings, **records}
+        return {**values, **self.matching.to_json(), "findings": findings, **records}
 
 
 def _files(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Findings: what a person should know about a checkpoint, a conversion or a model.
+"""Findings: what a user should know about a checkpoint, a conversion or a model.
 
 A finding has a code, and `CODES` says once what each code means and how to fix it. Readers, the
 fit of the names, the conversion, doctor and try all report findings of this one type; `--strict`
@@ -40,11 +40,11 @@ class Code(Struct, frozen=True):
 
 
 class Finding(Struct, frozen=True):
-    """Something that a person should know.
+    """Something that a user should know.
 
     `code` is a key of `CODES`. `message` is one or two sentences with the evidence. `subject` is
-    the tensor or file concerned, empty where it is the whole. `fix` says what to do in this case;
-    empty: the code's own. `evidence` are names and numbers for programs, as JSON values.
+    the tensor or file concerned, empty for the whole checkpoint. `fix` says what to do in this
+    case; empty: the code's own. `evidence` are names and numbers for programs, as JSON values.
     """
 
     code: str
@@ -54,7 +54,7 @@ class Finding(Struct, frozen=True):
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A note is as long as a file makes it.
+        # A file decides how long a message is.
         force_setattr(self, "message", shortened(self.message, _MAX_MESSAGE))
 
     def __hash__(self) -> int:
@@ -104,9 +104,9 @@ CODES: dict[str, Code] = {
         "warning", "half of an adapter's rows or more are exact zeros: a part may not be saved",
         "Gather every rank's part before saving, and convert that."),
     "adapter-rank-for-vllm": Code(
-        "warning", "vLLM takes adapters of such a rank only where it is told to"),
+        "warning", "vLLM accepts adapters of this rank only with a flag"),
     "adapter-scales-differ": Code(
-        "warning", "an engine would scale the adapter otherwise than PEFT does",
+        "warning", "an engine would scale the adapter differently than PEFT does",
         "To serve it, pass --lora merge."),
     "adapter-setting-unknown": Code(
         "warning", "adapter_config.json has a setting that is not known here",
@@ -125,7 +125,9 @@ CODES: dict[str, Code] = {
     "answer-repeats-token": Code(
         "warning", "some long answers are one token over and over", by=("try",)),
     "architecture-repaired": Code(
-        "info", "the base's config named the class as FSDP calls it; the output names the class"),
+        "info", "the base's config had FSDP's class name; the output has the class's own name"),
+    "backbone-names": Code(
+        "warning", "names are those of the backbone, under a class with a head", by=("doctor",)),
     "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
     "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
     "checkpoints-below": Code(
@@ -140,12 +142,15 @@ CODES: dict[str, Code] = {
         "warning", "the weights are codes of a kind that is not read", by=("doctor",)),
     "codes-unreadable": Code("error", "quantised weights lack their scales", by=("doctor",)),
     "config-missing": Code("error", "config.json is missing or cannot be read", by=("doctor",)),
+    "consumed-samples-unknown": Code(
+        "warning", "client_state.pt lacks what LightRFT's training needs to resume",
+        "Pass --consumed-samples."),
     "copies-shared": Code(
         "info", "copies that the trainer shares with another tensor are not written"),
     "damaged-file": Code(
         "error", "a weight file is cut off or breaks its format's rules", by=("doctor",)),
     "dequantised": Code(
-        "info", "quantised weights are written as the numbers that they stand for"),
+        "info", "quantised weights are written as the numbers that they represent"),
     "dtype-contradicts-config": Code(
         "warning", "the weights' dtype is not the config's", by=("doctor",)),
     "export-beside": Code(
@@ -156,7 +161,7 @@ CODES: dict[str, Code] = {
         "flat parameters were cut in the order of the model's family, which no file states"),
     "from-cache": Code("info", "a model was read from the Hugging Face cache; which snapshot"),
     "fsdp-class": Code(
-        "error", "the config names a class as FSDP calls it, which transformers has none of",
+        "error", "the config has FSDP's name of a class, which transformers does not know",
         by=("doctor",)),
     "generation-config-missing": Code(
         "warning", "generation_config.json is missing", by=("doctor", "try")),
@@ -180,8 +185,9 @@ CODES: dict[str, Code] = {
         "error", "names are those of a live module, not those of the files", by=("doctor",)),
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
-        "Copy the newer one again, or name the one that is meant."),
+        "Copy the newer one again, or name the one to read."),
     "index-mismatch": Code("error", "the index does not match the files", by=("doctor",)),
+    "layer-count": Code("error", "the layers are not as many as the config says", by=("doctor",)),
     "layers-beyond-base": Code(
         "info", "layers for multi-token prediction are written, of which the base has none"),
     "layers-left-out": Code(
@@ -195,7 +201,7 @@ CODES: dict[str, Code] = {
     "live-names-added": Code(
         "info", "tensors also have the names that live modules ask for, without further bytes"),
     "live-version-unread": Code(
-        "warning", "the transformers version that was named is none whose live modules were read",
+        "warning", "the live modules of the named transformers version are not known",
         "Load the output with strict names, or name the version with --transformers-version."),
     "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
     "masters-missing": Code(
@@ -206,6 +212,8 @@ CODES: dict[str, Code] = {
         "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
     "names-do-not-fit": Code(
         "error", "tensors are missing, left over or of another shape", by=("doctor",)),
+    "names-unknown": Code(
+        "error", "tensors have names that no class of the architecture has", by=("doctor",)),
     "names-without-weights": Code(
         "warning", "the checkpoint has names without weights", "Pass --fill-from-base."),
     "newer-export": Code(
@@ -236,6 +244,7 @@ CODES: dict[str, Code] = {
     "part-left-out": Code(
         "info", "the checkpoint holds another part that could be a model, and it was not read",
         "To convert it, pass --prefix."),
+    "part-missing": Code("error", "a whole part of the model is missing", by=("doctor",)),
     "partial-output": Code("info", "what an interrupted run of this output left was removed"),
     "partial-output-kept": Code(
         "warning", "something beside the output looks like a run's leftover and was not removed",
@@ -247,7 +256,7 @@ CODES: dict[str, Code] = {
     "processor-missing": Code(
         "error", "the image or audio processor is missing", by=("doctor", "try")),
     "quantisation-contradicts-config": Code(
-        "error", "the config does not say what the weights are", by=("doctor",)),
+        "error", "the config contradicts the quantisation of the weights", by=("doctor",)),
     "quantisation-unfounded": Code(
         "warning", "the config says that weights are quantised, and they are not"),
     "replicas-missing": Code(
@@ -256,20 +265,35 @@ CODES: dict[str, Code] = {
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),
+    "run-state-left-out": Code(
+        "info", "counters or a user's state of the run have no place in the output"),
     "scales-left-over": Code(
         "error", "scales lie beside weights that are not quantised", by=("doctor",)),
+    "scheduler-left-out": Code(
+        "warning", "the schedule's state was not written: torch's schedulers would not take it",
+        "Set the schedule in the script that goes on, at the step that the report states."),
     "settings-unread": Code(
         "warning", "a file with the run's settings cannot be read; they were not compared"),
     "several-models": Code(
         "info", "the folder holds several models of one run; which one was read",
         "To convert another, name it."),
+    "shapes-differ": Code("error", "shapes are not what the config's sizes make", by=("doctor",)),
     "shapes-unstated": Code(
-        "warning", "the shards state no whole shapes: missing last ranks cannot be seen",
+        "warning", "the shards do not state full shapes: missing last ranks cannot be noticed",
         "Pass --base."),
+    "state-left-out": Code(
+        "warning", "a part of the training state is no plain data and does not travel"),
+    "state-masters-rounded": Code(
+        "warning", "fp32 masters were rounded to the dtype of the output's weights",
+        "Leave out --dtype."),
     "state-named-by-order": Code(
         "warning", "an optimizer's state has no names; the order of the parameters gave them",
-        "Compare the first losses of the run that goes on with those before."),
-    "tied-twin-copied": Code("warning", "a tensor was read from its tied twin"),
+        "Compare the first losses of the continued run with those before."),
+    "stray-head": Code(
+        "error", "there is a head that the class in the config does not have", by=("doctor",)),
+    "tensors-missing": Code(
+        "error", "tensors that the architecture has are missing", by=("doctor",)),
+    "tied-twin-copied": Code("warning", "a tensor was read from the tensor that it is tied to"),
     "tokenizer-missing": Code("error", "the tokenizer is missing", by=("doctor",)),
     "tokenizer-too-large": Code(
         "warning", "the tokenizer has more tokens than the embedding", by=("doctor", "try")),
@@ -278,11 +302,27 @@ CODES: dict[str, Code] = {
         by=("try",)),
     "transposed-experts": Code("error", "stacked experts are transposed", by=("doctor",)),
     "unchanged": Code("warning", "every tensor equals the base model's: nothing was trained"),
+    "universal-groups": Code(
+        "info", "DeepSpeed matches the parameter groups of a universal checkpoint by position",
+        "Make the script's parameter groups in that order."),
+    "universal-loss-scale": Code(
+        "info", "the loss scale of an fp16 run is not carried into a universal checkpoint"),
+    "universal-no-schedule": Code(
+        "info", "a universal checkpoint was written without the state of a schedule",
+        "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint."),
+    "universal-stage3": Code(
+        "warning", "DeepSpeed's ZeRO stage 3 goes on wrongly from this universal checkpoint",
+        "Load it with ZeRO stage 1 or 2, or after loading run the lines of "
+        "docs/training-state.md."),
+    "universal-unrestored": Code(
+        "warning", "DeepSpeed does not restore frozen parameters or buffers of a universal "
+        "checkpoint",
+        "Start the script from the weights that the run started from."),
     "untrained-layers": Code("info", "layers that no live module holds are the base's"),
     "vectors-constant": Code(
-        "info", "a vector holds one value throughout, as fresh biases and norms do", by=("try",)),
+        "info", "a vector holds one value throughout, as new biases and norms do", by=("try",)),
     "vocabulary-padded": Code(
-        "info", "rows after the base's vocabulary were taken to be Megatron's padding",
+        "info", "rows after the base's vocabulary were assumed to be Megatron's padding",
         "If the training added tokens, name a base of that vocabulary."),
     "vocabulary-size": Code("error", "the vocabulary's size is not the config's", by=("doctor",)),
     "weights-all-zero": Code("error", "a matrix is zero throughout", by=("try",)),
@@ -292,7 +332,7 @@ CODES: dict[str, Code] = {
         by=("try",)),
     "weights-not-finite": Code("error", "weights are NaN or infinite", by=("doctor", "try")),
     "weights-not-safetensors": Code(
-        "warning", "the weights are in another format and were not looked at", by=("try",)),
+        "warning", "the weights are in another format and were not checked", by=("try",)),
     "weights-unexpected": Code(
         "error", "a tensor of the files belongs to no weight of the model", by=("try",)),
     "weights-unread": Code(

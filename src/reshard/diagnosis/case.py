@@ -1,11 +1,11 @@
-"""All that the checks look at: a folder, the base, the fit of one onto the other, facts of values.
+"""The input of the checks: a folder, the base, the fit of one onto the other, facts about values.
 
 Everything is read here, once; the checks are pure functions of a `Case`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from reshard.conversion.base_model import Base
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, Shape
 from reshard.diagnosis import folder as folders
-from reshard.diagnosis import quantisation, streams
+from reshard.diagnosis import quantisation
 from reshard.diagnosis.checks.companions import Companions, read_companions
 from reshard.diagnosis.folder import Folder
 from reshard.diagnosis.quantisation import Quantisation
@@ -24,10 +24,12 @@ from reshard.formats import Selection, deepspeed
 from reshard.naming import FitOptions, NameMap, apply, fit, partners, schema
 from reshard.naming.families import PREFIXES
 from reshard.naming.search import unwrap
+from reshard.naming.structure import Structure, examine
 from reshard.naming.ties import HEADS
 from reshard.naming.value_heads import SCORE
 from reshard.progress import Progress, StagedProgress
 from reshard.storage.local import Sources
+from reshard.transfer import passes
 from reshard.transfer.finite import NotFinite
 from reshard.transfer.reading import equal
 
@@ -78,12 +80,13 @@ class Rescue(Struct, frozen=True):
 
 
 class Case(Struct, frozen=True):
-    """A folder and everything that was found out about it.
+    """A folder and everything that is known about it.
 
-    placeholders: tensors without their elements. prefix: what precedes all names.
-    clean: name without wrappers' parts and prefix -> the folder's own name, aliases included.
-    rescue: None, or why not, or a checkpoint that the weights can be taken from.
-    quantisation: what the weights are made of; the folder's tensors are numbers where they can be.
+    placeholders: tensors without their elements. prefix: what precedes all names. clean: name
+    without wrappers' parts and prefix -> the folder's own name, aliases included. rescue: None, or
+    why there is none, or a checkpoint that has the weights. quantisation: what the weights are made
+    of; the folder's tensors are numbers where possible.
+    structure: what is unlike the architecture; None where a base says more, or not all was read.
     """
 
     folder: Folder
@@ -97,6 +100,7 @@ class Case(Struct, frozen=True):
     values: Values
     rescue: Rescue | str | None = None
     quantisation: Quantisation = Quantisation()
+    structure: Structure | None = None
 
     @property
     def alone(self) -> bool:
@@ -152,7 +156,7 @@ def read(
     folder, found = quantisation.examine(folders.read(path, sources), sources)
     placeholders = _placeholders(folder, base)
     whole = {name: entry for name, entry in folder.entries.items() if name not in placeholders}
-    # What codes stand for is not known where they are not read: there is nothing to fit.
+    # Codes that are not read have no known numbers: there is nothing to fit.
     fitted = _fitted(folder, whole, None if found.unread else base, sources)
     names = [name for entry in folder.entries.values() for name in entry.names]
     prefix = fitted.fit.prefix if fitted.fit is not None else guess_prefix(map(unwrap, names))
@@ -169,7 +173,24 @@ def read(
         values=_values(folder, base, fitted.entries, sources, weights, threads, progress),
         rescue=_rescue(path, base, sources) if placeholders else None,
         quantisation=found,
+        structure=_structure(folder, clean) if _tells(folder, base, placeholders, found) else None,
     )
+
+
+def _tells(
+    folder: Folder, base: Base | None, placeholders: Sequence[str], found: Quantisation
+) -> bool:
+    """Whether the known names are all that the folder holds, and nothing else says more."""
+    whole = not (folder.damaged or folder.index_fault or placeholders)
+    lost = (folder.listed or {}).keys() - folder.entries.keys()
+    # An index may name what lies elsewhere; then the scales beside codes are its own.
+    read = found.unread is None and not found.fault
+    return base is None and whole and read and not (lost and found.stated is None)
+
+
+def _structure(folder: Folder, clean: Mapping[str, str]) -> Structure:
+    shapes = {name: entry.spec.shape for entry in folder.entries.values() for name in entry.names}
+    return examine({name: shapes[own] for name, own in clean.items()}, folder.settings)
 
 
 def _placeholders(folder: Folder, base: Base | None) -> tuple[str, ...]:
@@ -226,9 +247,9 @@ def _heads(names: Iterable[str]) -> frozenset[str]:
 
 
 def guess_prefix(names: Iterable[str]) -> str:
-    """What a trainer put before all names, by the names alone; `""` where nothing is certain.
+    """The prefix that a trainer put before all names, from the names alone; `""` where uncertain.
 
-    `model.` precedes the names of many a sound model: it is one too many only where the next part
+    Many intact models have `model.` before their names: it is superfluous only where the next part
     belongs to the top of a model.
 
     >>> guess_prefix(["model.model.norm.weight", "model.lm_head.weight"])
@@ -294,9 +315,7 @@ def _values(
     def step(what: str) -> Progress | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    spoilt = streams.not_finite(
-        folder.entries, sources, threads=threads, progress=step("examining")
-    )
+    spoilt = passes.not_finite(folder.entries, sources, threads=threads, progress=step("examining"))
     pairs = [
         (entry, base.entries[name])
         for name, entry in fitted.items()
@@ -305,7 +324,7 @@ def _values(
         and entry.spec.numel
         and entry.spec.shape == base.entries[name].spec.shape
     ]
-    unchanged = streams.same(pairs, sources, threads=threads, progress=step("comparing"))
+    unchanged = passes.same(pairs, sources, threads=threads, progress=step("comparing"))
     return Values(spoilt, len(pairs), unchanged.count(False), conflicts)
 
 

@@ -1,4 +1,4 @@
-"""`reshard.doctor`: look at a model folder, name what is wrong with it, and write a repaired one.
+"""`reshard.doctor`: examine a model folder, name what is wrong with it, and write a repaired one.
 
 read -> every check of the table -> (with `repair`) repair -> check again -> commit
 """
@@ -21,7 +21,7 @@ from reshard.diagnosis import case as cases
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.declared import DOCTOR
 from reshard.diagnosis.found import Found, found
-from reshard.diagnosis.repair import write_mended
+from reshard.diagnosis.repair import write_repaired
 from reshard.diagnosis.table import CHECKS
 from reshard.errors import PlanError, VerificationError
 from reshard.naming.rewards import REWARD_HEAD
@@ -76,7 +76,7 @@ def doctor(
     threads: int | None = None,
     progress: StagedProgress | None = None,
 ) -> Diagnosis:
-    """Find what is wrong with the model folder `folder`, whoever wrote it.
+    """Find what is wrong with the model folder `folder`, from any tool.
 
     `folder` itself is never touched. The weights are streamed, in blocks.
 
@@ -84,7 +84,7 @@ def doctor(
     look at or no base, and where the output cannot be written; what is wrong with `folder` is never
     an exception.
 
-    >>> diagnosis = doctor("export", base="Qwen2.5-7B", repair="mended")     # doctest: +SKIP
+    >>> diagnosis = doctor("export", base="Qwen2.5-7B", repair="repaired")     # doctest: +SKIP
     >>> [finding.code for finding in diagnosis.findings]                     # doctest: +SKIP
     ['wrapper-prefix', 'tokenizer-missing']
     """
@@ -101,10 +101,10 @@ def doctor(
         all_found = examine(case)
         findings = tuple(each.finding for each in all_found)
         remaining, repaired = findings, None
-        if target is not None and _mendable(all_found):
+        if target is not None and _repairable(all_found):
             _check_alone(case)
             _check_numbers(case)
-            remaining = _mend(case, all_found, target, sources, threads, progress)
+            remaining = _repair(case, all_found, target, sources, threads, progress)
             repaired = os.fspath(target)
         sources.check_unchanged()
     return Diagnosis(
@@ -125,37 +125,37 @@ def examine(case: Case) -> tuple[Found, ...]:
     return tuple(found(code, signs) for code, signs in seen if signs is not None)
 
 
-def _mendable(all_found: Sequence[Found]) -> bool:
+def _repairable(all_found: Sequence[Found]) -> bool:
     """Whether there is something to repair, and no error that a copy would keep."""
     hopeless = any(f.finding.severity == "error" and f.repair is None for f in all_found)
     return not hopeless and any(each.repair is not None for each in all_found)
 
 
 def _check_alone(case: Case) -> None:
-    """Refuse to mend a model whose other half, its head, would be left behind."""
+    """Refuse to repair a model whose other half, its head, would be left out."""
     heads = [name for name in (REWARD_HEAD, VALUE_HEAD) if is_file(case.folder.path / name)]
     if heads:
         raise PlanError(
-            f"{heads[0]} lies beside the model, and a mended copy would be without it.",
+            f"{heads[0]} lies beside the model, and a repaired copy would be without it.",
             path=case.folder.path,
             hint="Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR.",
         )
 
 
 def _check_numbers(case: Case) -> None:
-    """Refuse to mend a sound quantised model: the copy would be one of 16-bit weights."""
+    """Refuse to repair an intact quantised model: the copy would have 16-bit weights."""
     found = case.quantisation
     if found.unread is not None or (found.kinds and found.stated is not None):
         raise PlanError(
-            "its weights are quantised, and a mended copy would hold no codes.",
+            "its weights are quantised, and a repaired copy would hold no codes.",
             path=case.folder.path,
-            hint="Make the 16-bit model first, and mend that: reshard convert DIR OUT."
+            hint="Make the 16-bit model first, and repair that: reshard convert DIR OUT."
             if found.unread is None
-            else "Mend the unquantised model that it was made from.",
+            else "Repair the unquantised model that it was made from.",
         )
 
 
-def _mend(
+def _repair(
     case: Case,
     all_found: Sequence[Found],
     target: Path,
@@ -163,7 +163,7 @@ def _mend(
     threads: int,
     progress: StagedProgress | None,
 ) -> tuple[Finding, ...]:
-    """Write the mended folder, and return the warnings that it keeps."""
+    """Write the repaired folder, and return the warnings that it keeps."""
     kept: list[Finding] = []
 
     def check(partial: Path) -> None:
@@ -174,11 +174,13 @@ def _mend(
         for finding in kept:
             if finding.severity == "error":
                 raise VerificationError(
-                    f"the mended folder still has {finding.code}: {finding.message}. Nothing "
+                    f"the repaired folder still has {finding.code}: {finding.message}. Nothing "
                     "was written.",
                     path=case.folder.path,
                     hint="Convert the run's checkpoint again: reshard convert RUN OUT.",
                 )
 
-    write_mended(case, all_found, target, sources, threads=threads, check=check, progress=progress)
+    write_repaired(
+        case, all_found, target, sources, threads=threads, check=check, progress=progress
+    )
     return tuple(kept)

@@ -1,7 +1,7 @@
 """A model folder as it is, however broken: what can be read of it, and what is wrong with the rest.
 
-The formats' readers refuse a folder at the first rule that is broken; this one notes the fault and
-reads on. A file that is read passes all of the format's own checks, so its tensors can be trusted.
+The formats' readers refuse a folder at the first broken rule; this one records the fault and
+continues. A file that is read passes all of the format's own checks, so its tensors can be trusted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from reshard.containers import safetensors as safetensors_file
 from reshard.containers.dcp import shards as rank_shards
 from reshard.conversion.assets import assets as assets_of
 from reshard.conversion.base_model import CONFIG, Base
-from reshard.conversion.output_model import LIGHTRFT
+from reshard.conversion.beside import LIGHTRFT
 from reshard.core.catalog import Asset
-from reshard.core.tensors import Entry, Fragment, Record, stored, whole
+from reshard.core.tensors import Entry, Record, stored
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
@@ -72,8 +71,8 @@ class Folder(Struct, frozen=True):
 
     @property
     def headless(self) -> bool:
-        """Whether the model's users want no output head: it scores, by itself or by a reward head
-        beside it, or it is a backbone by its class."""
+        """Whether the model needs no output head: it scores, by itself or by a reward head beside
+        it, or its class is a backbone."""
         scores = self.classifies or REWARD_CONFIG in self.assets
         return scores or is_backbone(self.settings)
 
@@ -92,7 +91,7 @@ def read(path: Path, sources: Sources) -> Folder:
     """Read a model folder's headers, config and file names.
 
     Raises `NotFoundError` where there is no folder, or no file that should hold a model's weights,
-    `UnsupportedError` where the weights are no model's by themselves.
+    `UnsupportedError` where the weights alone are not a model.
     """
     if not is_folder(path):
         raise NotFoundError("there is no such folder.", path=path)
@@ -108,7 +107,8 @@ def read(path: Path, sources: Sources) -> Folder:
 
 
 def _refuse_parts(path: Path) -> None:
-    """Refuse what transformers does not load as a model, and is not ill for that."""
+    """Refuse folders that transformers does not load as a model, although nothing is wrong with
+    them."""
     there = {file.name for file in listing(path)}
     weights = {name for name in there if name.endswith(".safetensors")}
     ranks = rank_shards.names(path)
@@ -118,19 +118,19 @@ def _refuse_parts(path: Path) -> None:
             "of tensors, as save_pretrained(distributed_checkpoint=True) writes them. transformers "
             "5 loads it with a device mesh; vLLM and others do not.",
             path=path,
-            hint="Convert it, then look at the result: reshard convert SRC DST --base HF_DIR.",
+            hint="Convert it, then examine the result: reshard convert SRC DST --base HF_DIR.",
         )
     if weights == {ADAPTER_WEIGHTS} and ADAPTER_CONFIG in there:
         raise UnsupportedError(
             "it holds an adapter, which PEFT loads onto a model, and no model.",
             path=path,
-            hint="Look at the model, or at the export of convert --lora merge.",
+            hint="Examine the model, or the output of convert --lora merge.",
         )
     if not weights and {LIGHTRFT, REWARD_CONFIG} <= there:
         raise UnsupportedError(
             "it holds LightRFT's own state dict of a reward model, by the names of training.",
             path=path,
-            hint="Look at the export of convert --srm-format split.",
+            hint="Examine the output of convert --srm-format split.",
         )
 
 
@@ -141,7 +141,7 @@ def _with_tensors(folder: Folder, names: Iterable[str], sources: Sources) -> Fol
     found: dict[str, list[Entry]] = {}
     for name in names:
         try:
-            entries = _read_file(child(folder.path, name, store=True), sources)
+            entries = huggingface.read_file(child(folder.path, name, store=True), sources)
         except ReshardError as error:
             damaged[name] = error.message
             continue
@@ -195,21 +195,12 @@ def _weight_files(path: Path, sources: Sources) -> tuple[list[str], dict[str, st
     shards = {name for name in there if _SHARD.fullmatch(name)}
     if not is_file(path / huggingface.INDEX):
         return sorted(shards or there), None, ""
-    index, fault = read_json(path, huggingface.INDEX, sources)
-    weight_map = None if index is None else index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        return sorted(shards or there), None, fault or "it has no weight_map of names to files."
+    try:
+        weight_map = huggingface.weight_map(path, sources)
+    except ReshardError as error:
+        return sorted(shards or there), None, error.message
     named = set(weight_map.values())
     return sorted(shards | (named & there)), weight_map, ""
-
-
-def _read_file(path: Path, sources: Sources) -> list[Entry]:
-    """The tensors of one safetensors file."""
-    entries = []
-    for spec, extent in safetensors_file.read(sources.open(path)).tensors.values():
-        fragment = Fragment(whole(spec.shape), extent, spec.dtype)
-        entries.append(Entry(spec, (fragment,) if spec.numel else ()))
-    return entries
 
 
 def read_json(path: Path, name: str, sources: Sources) -> tuple[dict[str, Any] | None, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.checks import files, names, quantised, values, vocabulary
+from reshard.diagnosis.checks import architecture, files, names, quantised, values, vocabulary
 from reshard.diagnosis.found import Signs
 
 CHECKS: Mapping[str, Callable[[Case], Signs | None]] = {
@@ -27,6 +27,13 @@ CHECKS: Mapping[str, Callable[[Case], Signs | None]] = {
     "in-memory-names": names.memory_names,
     "transposed-experts": names.transposed_experts,
     "names-do-not-fit": names.misfit,
+    "tensors-missing": architecture.tensors_missing,
+    "part-missing": architecture.part_missing,
+    "layer-count": architecture.layer_count,
+    "names-unknown": architecture.names_unknown,
+    "stray-head": architecture.stray_head,
+    "shapes-differ": architecture.shapes_differ,
+    "backbone-names": architecture.backbone_names,
     "head-stored-twice": vocabulary.head_stored_twice,
     "head-missing": vocabulary.head_missing,
     "head-contradicts-config": vocabulary.head_contradicts_config,

@@ -1,4 +1,4 @@
-"""The formats, by name. A format is one room: detect, read and, where it can be written, lay out.
+"""The formats, by name. A format is one room: detect, read and, if it is writable, lay out.
 
 Adding one is a module with the functions of `Format`, and its `FormatInfo` (`info`).
 """
@@ -25,10 +25,10 @@ from reshard.storage.paths import exists, is_folder, listing
 
 
 class Selection(Struct, frozen=True):
-    """Which part of a checkpoint is meant.
+    """Which part of a checkpoint to read.
 
     `tag` names one of several saves in a folder (DeepSpeed), `prefix` the part of a nested state
-    dict that is the model; DCP's reader takes that out, of other formats `locate` does.
+    dict that is the model; DCP's reader extracts that part, for other formats `locate` does.
     `allow_step_mismatch` accepts a ZeRO-3 checkpoint whose optimizer was restarted on purpose, so
     that its step count is not the model's. `masters`: full-precision weights are read from the
     optimizer's state, in formats that say so (`FormatInfo.masters`).
@@ -57,14 +57,14 @@ class Format(Protocol):
 
 #: A tensor to be laid out: what is written, what from, and the base's tensor to compare with. A
 #: format that can name the same bytes more than once gives them the source's aliases, too.
-Wanted = tuple[TensorSpec, Entry, Entry | None]
+TensorToWrite = tuple[TensorSpec, Entry, Entry | None]
 
 
 class Writable(Protocol):
-    """What the module of a format that a model is written in offers besides."""
+    """What the module of a format that can hold a model offers in addition."""
 
     def lay_out(
-        self, slots: Sequence[Wanted], max_file_nbytes: int, /
+        self, slots: Sequence[TensorToWrite], max_file_nbytes: int, /
     ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
         """Tensor files and small files."""
 
@@ -78,11 +78,11 @@ class Laid(Struct, frozen=True):
 
 
 class StateWritable(Protocol):
-    """What the module of a format that training state is written in offers besides."""
+    """What the module of a format that can hold training state offers in addition."""
 
     def lay_out_state(
         self,
-        weights: Sequence[Wanted],
+        weights: Sequence[TensorToWrite],
         state: TrainingState,
         max_file_nbytes: int,
         layout: str | None,
@@ -104,9 +104,9 @@ class Description(Struct, frozen=True):
 
 
 class Single(Protocol):
-    """What the module of a format offers whose files stand beside a model."""
+    """What the module of a format whose files lie beside a model offers."""
 
-    def lay_out_file(self, name: str, slots: Sequence[Wanted], /) -> OutputFile:
+    def lay_out_file(self, name: str, slots: Sequence[TensorToWrite], /) -> OutputFile:
         """One file of that name with these tensors."""
 
 
@@ -120,7 +120,7 @@ OPTIMIZER_KEYS = frozenset({"state", "param_groups"})
 RUN_STATE = re.compile(
     rf"{OPTIMIZER.pattern}|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?"
 )
-#: These, and other parts that hold tensors and are not the model that is meant.
+#: These, and other parts that hold tensors and are not the model to read.
 NOT_MODEL = re.compile(rf"{RUN_STATE.pattern}|extra(_.*)?|ema(_.*)?")
 
 
@@ -134,10 +134,16 @@ def writer(info: FormatInfo) -> Writable:
     return cast(Writable, import_module(info.module))
 
 
-def index(info: FormatInfo, files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
-    """The small files that tell a model's files from others beside them.
+def state_writer(info: FormatInfo) -> StateWritable:
+    """The module that lays out a model with its training state in a format."""
+    return cast(StateWritable, import_module(info.module))
 
-    None where the format's room has no function `index`: then its files are told by their names.
+
+def index(info: FormatInfo, files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
+    """The small files that distinguish a model's files from others beside them.
+
+    None where the format's room has no function `index`: then the names of its files distinguish
+    them.
     """
     special = getattr(writer(info), "index", None)
     found: tuple[tuple[str, bytes], ...] = () if special is None else special(files)
@@ -156,7 +162,7 @@ def claims(path: Path) -> dict[str, str]:
 
 
 def meant(claimed: Iterable[str]) -> str | None:
-    """Which of the formats that claim a folder is meant; None where it could be several.
+    """Which of the formats that claim a folder to read it as; None where it could be several.
 
     A training checkpoint goes before a model exported beside it: the HF Trainer writes both into
     `checkpoint-N`, and the checkpoint holds the same weights in the precision of training.
@@ -188,7 +194,7 @@ def detect(path: Path) -> str:
 
 
 def told(path: Path, reasons: Mapping[str, str]) -> str:
-    """The name of the format of what lies at `path`, by the reasons that its claims gave.
+    """The name of the format of what lies at `path`, from the reasons of the formats that claim it.
 
     Raises as `detect` does.
     """
@@ -207,7 +213,7 @@ def told(path: Path, reasons: Mapping[str, str]) -> str:
         raise FormatError(
             f"it looks like more than one format ({why}).",
             path=path,
-            hint="Name the folder of the one that is meant.",
+            hint="Name the folder of the one to read.",
         )
     return found
 
@@ -234,9 +240,10 @@ def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tupl
 
 
 def of_role(path: Path, roles: Sequence[Path], role: str | None) -> Path:
-    """The folder of the role that is meant, of those in `path`; `path` where it holds none.
+    """The folder of the selected role among those in `path`; `path` itself where it holds none.
 
-    Raises `NotFoundError` where there is no such role, or none was named of several.
+    Raises `NotFoundError` where there is no such role, or where there are several and none was
+    named.
     """
     there = ", ".join(found.name for found in roles)
     if role is not None and role not in (found.name for found in roles):
@@ -250,7 +257,7 @@ def of_role(path: Path, roles: Sequence[Path], role: str | None) -> Path:
         raise NotFoundError(
             f"it holds the models of {len(roles)} roles: {there}.",
             path=path,
-            hint="Name the one that is meant with --role, or its folder.",
+            hint="Name the one to read with --role, or its folder.",
         )
     return path / role if role is not None else next(iter(roles), path)
 

@@ -28,7 +28,7 @@ from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
-from reshard.formats import Description, Selection, Wanted
+from reshard.formats import Description, Selection, TensorToWrite
 from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
@@ -74,8 +74,8 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     located = _located(folder, sources) if listed else {path.name: None}
     entries: dict[str, Entry] = {}
     for name, expected in located.items():
-        shard = safetensors_file.read(sources.open(child(folder, name, store=True)))
-        found = {tensor: _entry(*place) for tensor, place in shard.tensors.items()}
+        shard = read_file(child(folder, name, store=True), sources)
+        found = {entry.spec.name: entry for entry in shard}
         if expected is not None and expected != set(found):
             raise _index_mismatch(folder / name, expected, set(found))
         twice = entries.keys() & found.keys()
@@ -88,6 +88,11 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         entries=entries,
         findings=_unread(folder, located) if is_folder(path) else (),
     )
+
+
+def read_file(path: Path, sources: Sources) -> list[Entry]:
+    """The tensors of one safetensors file. Raises what the container's reader raises."""
+    return [_entry(*place) for place in safetensors_file.read(sources.open(path)).tensors.values()]
 
 
 def _unread(folder: Path, located: Collection[str]) -> tuple[Finding, ...]:
@@ -123,12 +128,12 @@ def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder is what PEFT's `save_pretrained` writes: an adapter, and no model."""
+    """Whether a folder is what PEFT's `save_pretrained` writes: an adapter without a model."""
     return is_file(folder / ADAPTER_CONFIG) and not is_file(folder / "config.json")
 
 
 def lay_out(
-    slots: Sequence[Wanted], max_shard_nbytes: int
+    slots: Sequence[TensorToWrite], max_shard_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Shards and index for tensors given as (target, source, reference), in state dict order.
 
@@ -149,8 +154,9 @@ def lay_out(
 def index(files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
     """The index of the model's files, by its name.
 
-    Of a single file too where heads lie beside it: vLLM and sglang load every `*.safetensors` of a
-    folder without an index. transformers loads `model.safetensors` first, with an index or without.
+    A single file has one too if heads lie beside it: vLLM and sglang load every `*.safetensors` of
+    a folder without an index. transformers loads `model.safetensors` first, with an index or
+    without.
     """
     held = {slot.spec.name: (file.name, slot.spec) for file in files for slot in file.slots}
     content = {
@@ -164,7 +170,7 @@ def index(files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
     return ((INDEX, text.encode()),)
 
 
-def lay_out_file(name: str, slots: Sequence[Wanted]) -> OutputFile:
+def lay_out_file(name: str, slots: Sequence[TensorToWrite]) -> OutputFile:
     """One safetensors file beside the model: reward heads, an adapter."""
     by_name = {spec.name: (source, reference) for spec, source, reference in slots}
     return replace(_shard(name, [spec for spec, _, _ in slots], by_name), part=name)
@@ -222,16 +228,8 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
         numbered = [name for name in names if _NUMBERED.fullmatch(name)]
         _check_numbers(folder, numbered)
         return dict.fromkeys(numbered or names)
-    stated = strict_json.read_object(
-        sources.open(child(folder, INDEX, store=True)), max_nbytes=strict_json.MAX_INDEX
-    )
-    weight_map = stated.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) for name in weight_map.values()
-    ):
-        raise FormatError("it has no weight_map of names to files.", path=folder / INDEX)
     located: dict[str, set[str] | None] = {}
-    for tensor, name in weight_map.items():
+    for tensor, name in weight_map(folder, sources).items():
         tensors = located.setdefault(name, set())
         if tensors is not None:
             tensors.add(tensor)
@@ -245,11 +243,22 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
     return located
 
 
+def weight_map(folder: Path, sources: Sources) -> dict[str, str]:
+    """The index of a folder: tensor -> file. Raises `FormatError` where it holds no such table."""
+    stated = strict_json.read_object(
+        sources.open(child(folder, INDEX, store=True)), max_nbytes=strict_json.MAX_INDEX
+    )
+    found = stated.get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise FormatError("it has no weight_map of names to files.", path=folder / INDEX)
+    return found
+
+
 def _check_numbers(folder: Path, names: Sequence[str]) -> None:
     """Raise `IncompleteError` unless all shards are there that one of them counts."""
     counts = {match[2] for name in names if (match := _NUMBERED.fullmatch(name))}
     if len(counts) != 1:
-        return  # two sets are told apart by their tensors, which are then stored twice
+        return  # the check of the tensors finds two sets: it finds each tensor in two files
     count = counts.pop()
     lost = {f"model-{n:05d}-of-{count}.safetensors" for n in range(1, int(count) + 1)} - {*names}
     if lost:
@@ -275,7 +284,8 @@ def _index_mismatch(path: Path, expected: set[str], found: set[str]) -> FormatEr
     lost, extra = sorted(expected - found), sorted(found - expected)
     return FormatError(
         f"{INDEX} lists {len(expected)} tensors in it and it holds {len(found)}; "
-        f"not in the file: {lost[:5] or 'none'}; not in the index: {extra[:5] or 'none'}.",
+        f"not in the file: {listed(lost, 5) or 'none'}; "
+        f"not in the index: {listed(extra, 5) or 'none'}.",
         path=path,
         hint="The index belongs to other files; copy the folder again.",
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+from reshard.core.arrangement import Arrangement
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import PlanError, UnsupportedError
 from reshard.naming import families, patterns, ties
@@ -20,9 +21,11 @@ from reshard.naming.schema import (
     backbone_part,
     bare_layout,
     classes_of,
+    family,
     is_backbone,
     is_unheld,
     levels,
+    text_config,
     views,
 )
 
@@ -48,15 +51,36 @@ def to_memory(
     hold only some experts of a layer.
     """
     shapes = {name: entry.spec.shape for name, entry in entries.items()}
+    return apply(memory_outputs(shapes, config, version), entries)
+
+
+def memory_outputs(
+    shapes: Mapping[str, Shape], config: Mapping[str, Any], version: Version
+) -> dict[str, Arrangement]:
+    """What makes each tensor of the live module, by the names in the files; raises as `to_memory`
+    does."""
     wanted = placed_pieces(pieces_of(shapes, config), config, memory_view(config, version))
-    assembler = Assembler(shapes, {name: name for name in entries})
-    outputs = {name: assembler.arrange(pairs) for name, pairs in wanted.items()}
-    return apply(outputs, entries)
+    assembler = Assembler(shapes, {name: name for name in shapes})
+    return {name: assembler.arrange(pairs) for name, pairs in wanted.items()}
 
 
 def pieces_of(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Mapping[str, Piece]:
     """Where each hub tensor lies in a model's files, given by names and shapes."""
     return _read(shapes, config).pieces
+
+
+def hub_shapes(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[str, Shape]:
+    """The hub's names and shapes of a model's files, which may have been saved in a live layout."""
+    pieces = _towers(pieces_of(shapes, config), config)
+    # The rules of the language model's layouts name its modules wherever they stand.
+    text = family(text_config(config).get("model_type"))
+    inner = [View((layout,)) for layout in text.layouts] if text is not None else []
+    found = {}
+    for hub, piece in pieces.items():
+        for view in inner if hub.startswith(families.TOWER_PARTS) else ():
+            hub = view.name_here(hub)
+        found[hub] = piece.shape
+    return found
 
 
 def placed_pieces(
@@ -156,7 +180,7 @@ def _is_bare(names: Container[str], config: Mapping[str, Any]) -> bool:
 
 
 def _are_the_hubs(names: Iterable[str], view: View) -> bool:
-    """Whether some name is more exactly one of the hub's than one of the layout's."""
+    """Whether some name matches the hub's patterns more exactly than the layout's."""
     pairs = [pair for layout in view.layouts for pair in layout.names]
     hubs, here = [hub for hub, _ in pairs], [here for _, here in pairs]
     return any(patterns.exactness(hubs, name) > patterns.exactness(here, name) for name in names)
@@ -170,9 +194,10 @@ def _is_its_own(reading: Reading, view: View) -> bool:
 def _orientation_is_right(
     reading: Reading, effects: tuple[Effect, ...], config: Mapping[str, Any]
 ) -> bool:
-    """Whether tensors that the layout exchanges have, once turned back, the hub's orientation.
+    """Whether tensors that the layout transposes have, once transposed back, the hub's orientation.
 
-    Told by the model's width; with a square tensor or no width stated, the files are the hub's.
+    The model's width decides; with a square tensor or without a stated width, the files have the
+    hub's.
     """
     if not any(effect.swapped for effect in effects):
         return True
@@ -189,7 +214,7 @@ def _orientation_is_right(
 
 
 def _held(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str, Piece]:
-    """The tensors that a live module has a place for: what it computes is not in its state dict."""
+    """The tensors that a live module holds: its state dict lacks what it computes."""
     return {
         hub: piece
         for hub, piece in pieces.items()

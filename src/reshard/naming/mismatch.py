@@ -1,4 +1,4 @@
-"""The error of a source that does not fit: what differs, or both lists and the nearest names."""
+"""The error for a source that does not fit: what differs, or both lists and the nearest names."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _CHECK = (
     "actor.model)."
 )
 _OTHERWISE = (
-    "In modules of the base the checkpoint holds other tensors, as a layout that is not known "
-    "would: neither to leave these out nor to take the base's would be right."
+    "In some modules of the base the checkpoint holds other tensors, as in an unknown layout: it "
+    "would be wrong to leave these out, and wrong to take the base's."
 )
 # Names shown of each list; the error's fields hold all of them.
 _SHOWN = 10
@@ -31,7 +31,7 @@ _POOL = 200
 
 def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
     """The error for the best candidate. Names are the base's and the checkpoint's own; where the
-    user has `chosen` a prefix, none is offered.
+    user has `chosen` a prefix, it suggests none.
 
     Where the two are models of different sizes it says so, in a table of what differs; else it
     lists the names, the nearest beside each.
@@ -82,8 +82,8 @@ def _resized_alone(candidate: Candidate) -> NamesError | None:
         return None
     return NamesError(
         f"{shown(head.name)!r} has {head.shape[0]} rows, and {shown(other.name)!r}, which the base "
-        f"ties it to, has {other.shape[0]}; the checkpoint does not hold that, which must have as "
-        "many.",
+        f"ties it to, has {other.shape[0]}; the checkpoint lacks the latter, which must have as "
+        f"many.",
         missing=(other.name,),
         unexpected=(head.name,),
         hint="Convert a checkpoint of the run that holds it.",
@@ -135,7 +135,7 @@ def _hint(
     """The options that would help, where the base is the right one."""
     if missing and not unexpected and not clashes:
         return (
-            "Were they frozen and left out when it was saved, take them from the base: "
+            "If they were frozen and left out when it was saved, take them from the base: "
             "--fill-from-base."
         )
     matched = len(candidate.of(Verdict.MATCHED))
@@ -159,7 +159,7 @@ def _holds_otherwise(candidate: Candidate) -> bool:
 
 
 def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:
-    """The option that leaves the names out: patterns as short as leave in all that fit."""
+    """The option that leaves the names out: the shortest patterns that match no name that fits."""
     left_out = set(unexpected)
     fitting = {p.name for p in candidate.source.pieces.values() if p.name not in left_out}
     kept = {head for name in fitting for head in _heads(name)}
@@ -175,7 +175,7 @@ def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:
 
 
 def _heads(name: str) -> Sequence[str]:
-    """What stands before each dot of a name, the shortest first."""
+    """The beginnings of a name up to each dot, the shortest first."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
@@ -185,7 +185,7 @@ def _value_head(candidate: Candidate) -> str:
     pieces = candidate.source.pieces
     left = [(pieces[hub].name, pieces[hub].shape) for hub in candidate.of(Verdict.UNEXPECTED)]
     names = value_heads.candidates(left)
-    return f" Is it a critic's head, pass --value-head {names[0]}." if len(names) == 1 else ""
+    return f" If it is a critic's head, pass --value-head {names[0]}." if len(names) == 1 else ""
 
 
 def _names(names: Iterable[str]) -> tuple[str, ...]:

@@ -9,20 +9,20 @@ _CONVERT = "Convert the quantised release again: reshard convert FP8MODEL OUT."
 
 
 def scales_left_over(case: Case) -> Signs | None:
-    """Scales of codes beside weights that are none."""
+    """Scales of codes beside weights that are not codes."""
     found = case.quantisation
     if not found.stale:
         return None
     pairs = (f"{name} is {case.shown_dtype(name)}, beside it {scale}" for name, scale in
              found.stale.items())  # fmt: skip
-    evidence = [f"{len(found.stale)} weights are no codes and have scales: {some(pairs)}"]
+    evidence = [f"{len(found.stale)} weights are not codes and have scales: {some(pairs)}"]
     if found.cast:
         evidence.append(
             f"{len(found.cast)} of them hold the codes themselves, cast: they are as many times "
             "too large as their scales are small"
         )
         return Signs(tuple(evidence), advice=_CONVERT)
-    words = "the scales are left out, and the config does not speak of them"
+    words = "the scales are left out, and the config does not mention them"
     return Signs(tuple(evidence), Repair(words) if case.alone or case.fits else None)
 
 
@@ -33,7 +33,7 @@ def codes_unreadable(case: Case) -> Signs | None:
 
 
 def contradicts_config(case: Case) -> Signs | None:
-    """A config that says what the weights are not."""
+    """A config that contradicts the weights."""
     found = case.quantisation
     if found.fault:
         return None
@@ -41,7 +41,7 @@ def contradicts_config(case: Case) -> Signs | None:
         evidence = f"{len(found.kinds)} weights are codes, and config.json does not say so: some "
         names = some(f"{name} ({kind})" for name, kind in found.kinds.items())
         repair = Repair("the weights are written as numbers") if case.alone or case.fits else None
-        return Signs((f"{evidence}are {names}", "loaders take the codes for weights"), repair)
+        return Signs((f"{evidence}are {names}", "loaders mistake the codes for weights"), repair)
     if found.stated is None and found.unread is not None:
         evidence = f"the weights are quantised by {found.unread.title}, config.json does not say so"
         return Signs((evidence,), advice="Copy the config of the model that it was made from.")
@@ -54,12 +54,12 @@ def contradicts_config(case: Case) -> Signs | None:
 
 
 def unread(case: Case) -> Signs | None:
-    """Codes of a kind that is not read: nothing that they stand for was looked at."""
+    """Codes of a kind that is not read: their numbers were not checked."""
     kind = case.quantisation.unread
     if kind is None:
         return None
     evidence = f"{len(kind.modules)} modules are quantised by {kind.title}: {some(kind.modules)}"
     return Signs(
         (evidence, "their names, shapes and values were not compared"),
-        advice="To have them compared, look at the unquantised model.",
+        advice="To compare them, examine the unquantised model.",
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from reshard.conversion.base_model import dtype_patches
 from reshard.core import dtypes
+from reshard.core.tensors import main_dtype
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.folder import classes
 from reshard.diagnosis.found import Repair, Signs
@@ -27,7 +26,7 @@ def head_stored_twice(case: Case) -> Signs | None:
         spare = True in _stated_at(case).values()
     else:
         found = case.fitted.fit
-        spare = found is not None and case.clean_name(vocabulary.head) in found.tied
+        spare = found is not None and case.clean_name(vocabulary.head) in found.matching.tied
     if not spare:
         return None
     evidence = (f"{vocabulary.head} holds the same values as {vocabulary.embedding}",)
@@ -40,7 +39,7 @@ def head_stored_twice(case: Case) -> Signs | None:
 
 
 def head_missing(case: Case) -> Signs | None:
-    """No head, though the config (or the base) says that it is a tensor of its own."""
+    """No head, although the config (or the base) says that it is a separate tensor."""
     if not head_is_lost(case):
         return None
     evidence = [f"{case.vocabulary.embedding} is there, no lm_head.weight beside it"]
@@ -57,7 +56,7 @@ def head_missing(case: Case) -> Signs | None:
 
 
 def head_contradicts_config(case: Case) -> Signs | None:
-    """A head of its own, though the config says that it is the embedding."""
+    """A separate head, although the config says that it is the embedding."""
     vocabulary = case.vocabulary
     if case.placeholders or vocabulary.head is None or vocabulary.equal or rows_disagree(case):
         return None
@@ -112,34 +111,26 @@ def dtype(case: Case) -> Signs | None:
     """A dtype in the config that is not the weights'."""
     settings = case.folder.settings
     stated = settings.get("dtype") or settings.get("torch_dtype")
-    counts: Counter[str] = Counter()
-    for entry in case.folder.entries.values():
-        if entry.spec.dtype.floating and entry.spec.dtype.itemsize > 1:
-            counts[entry.spec.dtype.name] += entry.spec.numel
-    total = counts.total()
+    specs = [entry.spec for entry in case.folder.entries.values()]
+    wide = [spec for spec in specs if spec.dtype.floating and spec.dtype.itemsize > 1]
+    main, total = main_dtype(wide), sum(spec.numel for spec in wide)
     known = isinstance(stated, str) and stated in {known.name for known in dtypes.ALL}
-    if not known or not total or "quantization_config" in settings:
+    if not known or main is None or not total or "quantization_config" in settings:
         return None
-    have, most = counts.most_common(1)[0]
+    have, most = main.name, sum(spec.numel for spec in wide if spec.dtype == main)
     if have == stated:
         return None
     evidence = (f"config.json says {stated}, {100 * most / total:.0f}% of the weights are {have}",)
-    if case.base is not None and _main_dtype(case) == stated:
+    of_base = () if case.base is None else (e.spec for e in case.base.entries.values())
+    theirs = main_dtype(of_base)
+    if theirs is not None and theirs.name == stated:
         return Signs(evidence, Repair(f"the weights are rounded to the base's {stated}", cast=True))
     patches = dtype_patches(case.folder.as_base(), have)
     return Signs(evidence, Repair(f"the config's dtype is set to {have}", config=patches))
 
 
-def _main_dtype(case: Case) -> str:
-    """The dtype of most of the base's elements."""
-    counts: Counter[str] = Counter()
-    for entry in case.base.entries.values() if case.base is not None else ():
-        counts[entry.spec.dtype.name] += entry.spec.numel
-    return counts.most_common(1)[0][0] if counts else ""
-
-
 def head_is_lost(case: Case) -> bool:
-    """Whether a head should be there and is not."""
+    """Whether a head is missing."""
     vocabulary = case.vocabulary
     if case.placeholders or vocabulary.embedding is None or vocabulary.head is not None:
         return False
@@ -177,7 +168,7 @@ def rows_disagree(case: Case) -> bool:
 
 
 def _says_untied(case: Case) -> bool:
-    """The top level decides where it speaks: transformers 5 reads only that."""
+    """The top level decides if it states anything: transformers 5 reads only that."""
     return next(iter(_stated_at(case).values()), True) is False
 
 

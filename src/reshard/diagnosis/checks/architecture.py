@@ -1,0 +1,100 @@
+"""Checks of names and shapes against the architecture that the config names, without a base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from reshard.diagnosis.case import Case
+from reshard.diagnosis.found import Repair, Signs, some
+
+_AGAIN = "Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR."
+_UNNOTICED = "engines leave it at random values or refuse: vLLM says nothing, mlx-lm refuses"
+
+
+def tensors_missing(case: Case) -> Signs | None:
+    """Tensors that every model of this architecture has, or that the other layers have."""
+    found = case.structure
+    if found is None or not found.absent:
+        return None
+    evidence = f"{len(found.absent)} tensors are not here: {some(found.absent)}"
+    return Signs((evidence, _UNNOTICED), advice=_AGAIN)
+
+
+def part_missing(case: Case) -> Signs | None:
+    """A whole part of the model, as a vision tower."""
+    found = case.structure
+    if found is None or not found.parts:
+        return None
+    parts = (f"no name begins with {part!r}" for part in found.parts)
+    advice = (
+        "If it was frozen and not saved: reshard convert RUN OUT --base HF_DIR --fill-from-base."
+    )
+    return Signs(tuple(parts), advice=advice)
+
+
+def layer_count(case: Case) -> Signs | None:
+    """Another number of layers than the config says."""
+    found = case.structure
+    if found is None or not found.layers:
+        return None
+    evidence = tuple(
+        f"{each.have} layers begin with {each.prefix!r}, "
+        + (f"{each.key} is {each.stated}" if each.key else f"numbered up to {each.stated - 1}")
+        for each in found.layers
+    )
+    return Signs(evidence, advice=_AGAIN)
+
+
+def names_unknown(case: Case) -> Signs | None:
+    """Names that no class of the architecture has."""
+    found = case.structure
+    if found is None or not found.strange:
+        return None
+    return _strange(case, found.strange, "tensors have no place in")
+
+
+def stray_head(case: Case) -> Signs | None:
+    """A head that the class in the config does not have."""
+    found = case.structure
+    if found is None or not found.heads:
+        return None
+    return _strange(case, found.heads, "tensors are of a head that is not in")
+
+
+def _strange(case: Case, names: Iterable[str], what: str) -> Signs:
+    listed = tuple(names)
+    stated = case.folder.settings["architectures"][0]
+    evidence = (
+        f"{len(listed)} {what} {stated}: {some(listed)}",
+        "transformers ignores them, vLLM, llama.cpp and mlx-lm refuse a weight and drop a bias",
+    )
+    return Signs(evidence, advice=_AGAIN)
+
+
+def shapes_differ(case: Case) -> Signs | None:
+    """Shapes that are not what the config's sizes make."""
+    found = case.structure
+    if found is None or not found.other:
+        return None
+    shapes = (
+        f"{name} is ({', '.join(map(str, have))}), not {want}"
+        for name, (have, want) in found.other.items()
+    )
+    evidence = (f"{len(found.other)} tensors: {some(shapes)}",)
+    return Signs(evidence, advice="Is config.json that of another model? " + _AGAIN)
+
+
+def backbone_names(case: Case) -> Signs | None:
+    """Names as saved from the backbone, though the config names a class with a head."""
+    found = case.structure
+    if found is None or not found.bare or case.folder.headless:
+        return None
+    stated = case.folder.settings["architectures"][0]
+    evidence = (
+        f"the names are those of the backbone ({next(iter(case.clean))}), the class is {stated}",
+        "transformers loads it, vLLM (but for pooling) and mlx-lm refuse it",
+    )
+    renamed = {
+        own: f"model.{clean}" for clean, own in case.clean.items() if not clean.startswith("lm_")
+    }
+    return Signs(evidence, Repair("`model.` is put before the names", renamed=renamed))

@@ -1,0 +1,74 @@
+"""Compare the layers of a model whose architecture no table knows with each other.
+
+A layer whose names are all among another's and lack some that most layers have was damaged, if what
+it lacks lies in a module of which it holds the rest: models whose layers are of several kinds have
+in each kind something that the others lack, or lack a module as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_CONTAINER = re.compile(r"(?:.*?\.)?(?:layers|layer|h|block|blocks|resblocks)(?=\.\d+\.)")
+# At least so many layers, of which at most a third lack a name: else the model is made like this.
+_LEAST, _SHARE = 3, 3
+# Keys of a config that say how many layers there are.
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
+# With this many layers that read the keys and values of others, those hold none of their own.
+_SHARED = "num_kv_shared_layers"
+
+
+def absent(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tensors that a layer lacks and its sister layers have."""
+    if config.get(_SHARED):
+        return ()
+    found = []
+    for container, layers in sorted(_containers(names).items()):
+        if len(layers) < _LEAST:
+            continue
+        counts = Counter(rest for held in layers.values() for rest in held)
+        for number, held in sorted(layers.items()):
+            lacking = {
+                rest
+                for rest, count in counts.items()
+                if rest not in held and len(layers) - count <= len(layers) // _SHARE
+            }
+            if not lacking or not any(held < other for other in layers.values()):
+                continue
+            modules = {rest.rpartition(".")[0].rpartition(".")[0] for rest in held}
+            lost = (r for r in lacking if r.rpartition(".")[0].rpartition(".")[0] in modules)
+            found += [f"{container}.{number}.{rest}" for rest in sorted(lost)]
+    return tuple(found)
+
+
+def uncounted(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, int, int, str] | None:
+    """The layers of a model that are not as many as its config says: prefix, number, the number
+    stated, and by which key. None where the config states none, or there are several kinds."""
+    stated = [key for key in _COUNTS if isinstance(config.get(key), int)]
+    containers = {
+        name: layers
+        for name, layers in _containers(names).items()
+        if not re.search(r"\.\d+\.", name)
+    }
+    if len(stated) != 1 or len(containers) != 1:
+        return None
+    ((container, layers),) = containers.items()
+    number = config[stated[0]]
+    if set(layers) == set(range(number)):
+        return None
+    return f"{container}.", len(layers), number, stated[0]
+
+
+def _containers(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
+    """What holds numbered layers -> layer -> the names in it; of nested ones, the outermost."""
+    found: dict[str, dict[int, set[str]]] = {}
+    for name in names:
+        match = _CONTAINER.match(name)
+        if match is None:
+            continue
+        number, _, rest = name[match.end() + 1 :].partition(".")
+        found.setdefault(match.group(), {}).setdefault(int(number), set()).add(rest)
+    return found

@@ -1,0 +1,95 @@
+"""The rows of architectures are what transformers' classes save, and every loss is seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from reshard.core.tensors import Shape
+from reshard.naming import sisters, structure
+from tests.naming import tables
+
+TABLES = [(version, name) for version in tables.VERSIONS for name in tables.names(version)]
+# `norm_type` says which norm it is, and one of them has no bias; and heads are doctor's own matter.
+UNSEEN = ("lm_head.weight", "layernorm_before.bias", "layernorm_after.bias")
+
+
+def config_of(version: str, name: str) -> dict[str, Any]:
+    raw = json.loads((tables.LAYOUTS / version / f"{name}.json").read_text("utf-8"))
+    return {**tables.table(version, name).config, "architectures": [raw["class"]]}
+
+
+def examined(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> structure.Structure:
+    assert structure.is_known(config)
+    return structure.examine(shapes, config)
+
+
+@pytest.mark.parametrize(("version", "name"), TABLES)
+def test_files_and_live_modules_are_sound(version: str, name: str) -> None:
+    table, config = tables.table(version, name), config_of(version, name)
+    for shapes in (table.disk_shapes(), table.memory):
+        found = examined(shapes, config)
+        assert found.sound, found
+
+
+@pytest.mark.parametrize("name", tables.names("4.57"))
+def test_each_tensor_is_missed_and_each_stranger_seen(name: str) -> None:
+    shapes, config = tables.table("4.57", name).disk_shapes(), config_of("4.57", name)
+    for lost in shapes:
+        rest = {key: shape for key, shape in shapes.items() if key != lost}
+        assert examined(rest, config).sound == lost.endswith(UNSEEN), lost
+        stranger = f"{lost.rpartition('.')[0]}.own.weight".removeprefix(".")
+        found = examined({**shapes, stranger: (3,)}, config)
+        assert found.strange or found.heads, lost
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "qwen3_moe", "deepseek_v3", "llava"])
+def test_other_sizes_are_seen(name: str) -> None:
+    shapes, config = tables.table("4.57", name).disk_shapes(), config_of("4.57", name)
+    level = config.get("text_config", config)
+    found = examined(shapes, {**config, "text_config": {**level, "hidden_size": 48}}
+                     if level is not config else {**config, "hidden_size": 48})  # fmt: skip
+    assert any(key.endswith("norm.weight") for key in found.other)
+    assert not found.absent
+
+
+def test_layers_that_the_config_does_not_count() -> None:
+    shapes, config = tables.table("4.57", "llama").disk_shapes(), config_of("4.57", "llama")
+    (found,) = examined(shapes, {**config, "num_hidden_layers": 5}).layers
+    assert (found.prefix, found.have, found.stated) == ("model.layers.", 2, 5)
+
+
+# Layers of models that no table knows, of several kinds each.
+HYBRID = {
+    f"model.layers.{i}.{name}": (2, 2)
+    for i in range(6)
+    for name in (
+        ("norm.weight", "attn.q.weight", "attn.k.weight")
+        if i % 2
+        else ("norm.weight", "mixer.a.weight", "mixer.b.weight")
+    )
+}
+
+
+def test_layers_of_several_kinds_are_sound() -> None:
+    assert sisters.absent(HYBRID, {}) == ()
+    t5 = {f"encoder.block.{i}.layer.0.SelfAttention.q.weight": (2, 2) for i in range(6)}
+    t5["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (2, 2)
+    assert sisters.absent(t5, {}) == ()
+
+
+def test_what_one_layer_lacks_and_its_sisters_have() -> None:
+    names = {f"h.{i}.attn.{part}.weight" for i in range(4) for part in "qkvo"}
+    assert sisters.absent(names - {"h.2.attn.q.weight"}, {}) == ("h.2.attn.q.weight",)
+    assert sisters.uncounted(names, {"n_layer": 4}) is None
+    assert sisters.uncounted(names, {"n_layer": 5}) == ("h.", 4, 5, "n_layer")
+
+
+def test_keys_and_values_that_layers_share_are_not_missed() -> None:
+    names = {f"h.{i}.attn.{part}.weight" for i in range(4) for part in "qkvo"} - {
+        "h.3.attn.k.weight"
+    }
+    assert sisters.absent(names, {"num_kv_shared_layers": 1}) == ()

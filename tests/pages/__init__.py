@@ -1,0 +1,1 @@
+"""Pages: what they show, in a real browser."""
