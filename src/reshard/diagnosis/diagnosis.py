@@ -19,7 +19,9 @@ from reshard.core.findings import Finding
 from reshard.core.options import PathLike, documented, parse
 from reshard.diagnosis import case as cases
 from reshard.diagnosis.case import Case
+from reshard.diagnosis.checks.engines import CHECKS as ENGINE_CHECKS
 from reshard.diagnosis.declared import DOCTOR
+from reshard.diagnosis.engines import EngineName
 from reshard.diagnosis.found import Found, found
 from reshard.diagnosis.repair import write_mended
 from reshard.diagnosis.table import CHECKS
@@ -73,6 +75,7 @@ def doctor(
     *,
     base: PathLike | None = None,
     repair: PathLike | None = None,
+    engine: EngineName | None = None,
     threads: int | None = None,
     progress: StagedProgress | None = None,
 ) -> Diagnosis:
@@ -98,13 +101,13 @@ def doctor(
     with Sources() as sources:
         known = None if base_path is None else read_base(base_path, sources)
         case = cases.read(path, known, sources, threads=threads, progress=progress)
-        all_found = examine(case)
+        all_found = examine(case, engine)
         findings = tuple(each.finding for each in all_found)
         remaining, repaired = findings, None
         if target is not None and _mendable(all_found):
             _check_alone(case)
             _check_numbers(case)
-            remaining = _mend(case, all_found, target, sources, threads, progress)
+            remaining = _mend(case, all_found, target, sources, threads, engine, progress)
             repaired = os.fspath(target)
         sources.check_unchanged()
     return Diagnosis(
@@ -119,9 +122,11 @@ def doctor(
     )
 
 
-def examine(case: Case) -> tuple[Found, ...]:
-    """What every check of the table finds in the folder."""
-    seen = ((code, check(case)) for code, check in CHECKS.items())
+def examine(case: Case, engine: EngineName | None = None) -> tuple[Found, ...]:
+    """What every check of the table finds in the folder, and those of an engine."""
+    seen = [(code, check(case)) for code, check in CHECKS.items()]
+    if engine is not None:
+        seen += [(code, check(case, engine)) for code, check in ENGINE_CHECKS.items()]
     return tuple(found(code, signs) for code, signs in seen if signs is not None)
 
 
@@ -161,6 +166,7 @@ def _mend(
     target: Path,
     sources: Sources,
     threads: int,
+    engine: EngineName | None,
     progress: StagedProgress | None,
 ) -> tuple[Finding, ...]:
     """Write the mended folder, and return the warnings that it keeps."""
@@ -170,7 +176,7 @@ def _mend(
         # By themselves: these files get another place, and are then no longer what was opened.
         with Sources() as written:
             again = cases.read(partial, case.base, written, threads=threads, weights=False)
-        kept.extend(each.finding for each in examine(again))
+        kept.extend(each.finding for each in examine(again, engine))
         for finding in kept:
             if finding.severity == "error":
                 raise VerificationError(

@@ -24,7 +24,7 @@ from reshard.naming.architectures import (
     Composite,
     Decoder,
 )
-from reshard.naming.memory import hub_shapes
+from reshard.naming.memory import hub_pieces
 from reshard.naming.schema import classes_of, comes_with_base, is_backbone, text_config
 
 Config = Mapping[str, Any]
@@ -93,8 +93,8 @@ class Region(Struct, frozen=True):
 def examine(shapes: Mapping[str, Shape], config: Config) -> Structure:
     """Hold a model's names and shapes, wrappers' parts left out, against its architecture."""
     hub = {
-        name: shape
-        for name, shape in hub_shapes(shapes, config).items()
+        name: piece.shape
+        for name, piece in hub_pieces(shapes, config).items()
         if not comes_with_base(name, config)
     }
     regions = regions_of(config)
