@@ -17,6 +17,7 @@ from reshard.conversion.declared import workers
 from reshard.conversion.destination import check_destination
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, documented, parse
+from reshard.diagnosis import adapters
 from reshard.diagnosis import case as cases
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.checks.engines import CHECKS as ENGINE_CHECKS
@@ -26,11 +27,12 @@ from reshard.diagnosis.found import Found, found
 from reshard.diagnosis.repair import write_mended
 from reshard.diagnosis.table import CHECKS
 from reshard.errors import PlanError, VerificationError
+from reshard.naming.lora.folder import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.naming.rewards import REWARD_HEAD
 from reshard.naming.value_heads import VALUE_HEAD
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, snapshot
-from reshard.storage.paths import exists, is_file, real
+from reshard.storage.paths import exists, file_size, is_file, real
 
 
 class Diagnosis(Struct, frozen=True):
@@ -99,6 +101,8 @@ def doctor(
         check_destination(target, path, base_path, overwrite=False, replaces=False)
     threads = workers(values["threads"])
     with Sources() as sources:
+        if engine is not None and adapters.is_adapter(path):
+            return _of_adapter(path, base, adapters.examine(adapters.read(path, sources), engine))
         known = None if base_path is None else read_base(base_path, sources)
         case = cases.read(path, known, sources, threads=threads, progress=progress)
         all_found = examine(case, engine)
@@ -119,6 +123,21 @@ def doctor(
         repairable=tuple(each.finding.code for each in all_found if each.repair is not None),
         repaired=repaired,
         remaining=remaining,
+    )
+
+
+def _of_adapter(folder: Path, base: PathLike | None, findings: tuple[Finding, ...]) -> Diagnosis:
+    """What an engine makes of an adapter folder, which is no model and cannot be repaired."""
+    size = file_size(folder / ADAPTER_WEIGHTS)
+    return Diagnosis(
+        os.fspath(folder),
+        None if base is None else os.fspath(base),
+        0,
+        size,
+        findings,
+        (),
+        None,
+        findings,
     )
 
 
