@@ -63,7 +63,7 @@ TAKEN: dict[str, set[str]] = {
     "scale_for_train": _FLAG, "exclude_frozen": _FLAG, "masters": _FLAG, "fill_from_base": _FLAG,
     "allow_unchanged": _FLAG, "allow_step_mismatch": _FLAG, "strict": {*_FLAG, "no list"},
     "allow": _LISTS, "heads_types": {*_LISTS, "many wildcards"},
-    "progress": {"a function", "a class"},
+    "progress": {"a function", "a class"}, "engine": set(),
 }  # fmt: skip
 
 FUNCTIONS: dict[Callable[..., Any], tuple[Options, dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""A checkpoint as a mapping of tensors: what `reshard.open` gives."""
+"""A checkpoint as a mapping of tensors, which `reshard.open` returns."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Files:
             found.sort(key=_start)
 
     def records(self, entry: Entry) -> list[Record]:
-        """The records that the bytes of a tensor lie in, each once."""
+        """The records that contain a tensor's bytes, each once."""
         found: dict[Record, None] = {}
         for extent in stored(entry.fragments):
             records = self._records.get(extent.file, [])
@@ -110,9 +110,9 @@ class Tensor(Struct, frozen=True):
     def numpy(self) -> np.ndarray[Any, Any]:
         """The tensor's elements, read now. bfloat16 and float8 are types of ml_dtypes.
 
-        Memory: the tensor, and 4 MiB. Raises `IncompleteError` where a file was cut off or is not
-        the file that it was when the checkpoint was opened, `FormatError` where its bytes are not
-        those of the checksum that the file states.
+        Memory: the tensor, and 4 MiB. Raises `IncompleteError` where a file was truncated or
+        changed since the checkpoint was opened, `FormatError` where its bytes do not match the
+        checksum that the file states.
         """
         from reshard.transfer.reading import read_array
 
@@ -123,7 +123,7 @@ class Tensor(Struct, frozen=True):
 
 
 class UnknownNameError(KeyError):
-    """A tensor's name that the checkpoint does not have; its text lists the nearest ones."""
+    """The checkpoint has no tensor of this name; the text lists the nearest names."""
 
     def __init__(self, name: str, names: Iterable[str]) -> None:
         super().__init__(name)

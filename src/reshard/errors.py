@@ -4,7 +4,7 @@
     ├── NotFoundError       nothing that can be read lies where the user pointed
     ├── FormatError         a file breaks the rules of its own format
     ├── IncompleteError     a part of the checkpoint is missing, short or from another save
-    ├── UnsupportedError    understood, but not handled; the message names what
+    ├── UnsupportedError    recognised, but not supported; the message says what
     ├── NamesError          the checkpoint's tensors and the base model's do not match
     ├── PlanError           the conversion asked for cannot be planned
     │   └── OptionError     an option's value is malformed, or it has no effect here
@@ -70,7 +70,7 @@ class ReshardError(Exception):
 
 @contextmanager
 def at(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give `path` to an error that is raised inside and names no path of its own."""
+    """Add `path` to an error that is raised inside and names no path."""
     try:
         yield
     except ReshardError as error:
@@ -91,7 +91,7 @@ def brief(value: object) -> str:
 
 
 class Lines(str):
-    """A message whose line breaks are ours: whatever in it is a file's went through `printable`."""
+    """A message whose line breaks are ours: all text from a file in it went through `printable`."""
 
     __slots__ = ()
 
@@ -121,7 +121,7 @@ def shortened(text: str, limit: int = _MAX_MESSAGE) -> str:
 
 
 def shown(name: str) -> str:
-    r"""A name of a file for a text of ours: short, on one line.
+    r"""A name from a file, for a text of ours: short, on one line.
 
     >>> shown("a\nb")
     'a\\nb'
@@ -141,7 +141,7 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
 
 
 class NotFoundError(ReshardError):
-    """Nothing that can be read lies where the user pointed."""
+    """The path that the user named holds nothing that reshard can read."""
 
 
 class FormatError(ReshardError):
@@ -153,7 +153,7 @@ class IncompleteError(ReshardError):
 
 
 class UnsupportedError(ReshardError):
-    """The input is understood but not handled; the message names what is not."""
+    """The input is recognised but not supported; the message says what is not."""
 
 
 class NamesError(ReshardError):

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from its metadata alone."""
+"""What a checkpoint holds, from its metadata alone."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from reshard.errors import (
     printable,
 )
 from reshard.formats.info import named
+from reshard.naming.matching import Matching, of_error
 from reshard.storage.local import Sources
 from reshard.storage.paths import file_size, files_below, is_file
 
@@ -44,26 +45,21 @@ INSPECT = {
 
 
 class Fitting(Struct, frozen=True):
-    """How a checkpoint's names fit onto a base's, found without reading a weight.
+    """How a checkpoint's names fit onto a base's, without reading weights.
 
-    `message` is what a conversion would refuse with, empty where the names fit. `undecided` are
+    `message` is the error that a conversion would raise, empty where the names fit. `undecided` are
     pairs of tensors whose values decide whether they are one. `beside` are the files beside the
-    model, `merged` counts adapters (their alpha need not be known here). `missing` of the base are
-    not written, `filled` are copied from it, `unexpected` of the checkpoint are left out.
+    model, `merged` counts adapters (their alpha need not be known here).
     """
 
     message: str = ""
     prefix: str = ""
     rules: tuple[str, ...] = ()
-    tied: Mapping[str, str] = field(default_factory=dict)
+    matching: Matching = Matching()
     undecided: tuple[tuple[str, str], ...] = ()
-    resized: tuple[str, ...] = ()
     config_patches: Mapping[str, object] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
     merged: int = 0
-    missing: tuple[str, ...] = ()
-    filled: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -73,36 +69,42 @@ class Fitting(Struct, frozen=True):
         """How the names of a `number` of tensors fit, as lines of a label and its words."""
         if not self.fits:
             return [("fits", "NO")]
-        lists = {"missing": self.missing, "filled": self.filled, "unexpected": self.unexpected}
-        every = not any(lists.values()) and not self.merged
+        match = self.matching
+        every = not (match.missing or match.filled or match.unexpected or self.merged)
         rows = [("fits", f"yes, all {number} names and shapes" if every else "yes")]
         if self.prefix:
             rows.append(("prefix", f"{self.prefix!r} is stripped"))
         if self.rules:
             rows.append(("names", "; ".join(self.rules)))
-        if self.tied:
-            rows.append(("base ties", listed(f"{a} = {b}" for a, b in self.tied.items())))
         if self.undecided:
             pairs = listed(f"{a} = {b}" for a, b in self.undecided)
             rows.append(("may be tied", f"{pairs}: their values decide"))
         if self.merged:
             rows.append(("adapters", f"{self.merged} low-rank updates are merged"))
-        if self.resized:
-            rows.append(("resized", listed(self.resized)))
         if self.config_patches:
             patches = listed(f"{path}: {value}" for path, value in self.config_patches.items())
             rows.append(("config", f"changed: {patches}"))
         if self.beside:
             rows.append(("beside", listed(self.beside)))
-        rows += [(what, f"{len(v)}: {listed(v, 5)}") for what, v in lists.items() if v]
-        return rows
+        called = {"tied": "base ties"}
+        return [*rows, *((called.get(what, what), words) for what, words in match.rows())]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fit as JSON values."""
+        values = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name in self.__struct_fields__
+            for value in (getattr(self, name),)
+            if name != "matching"
+        }
+        return {"fits": self.fits, **values, **self.matching.to_json()}
 
 
 class Codes(Struct, frozen=True):
     """What a checkpoint's quantised weights are.
 
-    `kinds`: the name of a kind -> how many weights are codes of it. `read`: they can be read as the
-    numbers that they stand for. `stated` is the kind that the config names, empty where it says
+    `kinds`: the name of a kind -> how many weights are codes of it. `read`: reshard reads them as
+    the numbers that they represent. `stated` is the kind that the config names, empty where it says
     nothing. `fault` says why they cannot be read, as a conversion would.
     """
 
@@ -163,7 +165,8 @@ class Inspection(Struct, frozen=True):
         return rows if self.fitting is None else [*rows, *self.fitting.rows(self.num_tensors)]
 
     def _kind(self) -> str:
-        """What it is: the framework, how it was saved, by how many ranks, at which step."""
+        """What the checkpoint is: the framework, how it was saved, by how many ranks, at which
+        step."""
         catalog = self.checkpoint.catalog
         origin, details = catalog.origin, catalog.origin.details
         title = named(catalog.format).title
@@ -237,11 +240,7 @@ class Inspection(Struct, frozen=True):
             **catalog.origin.details,
         }
         if self.fitting is not None:
-            found = {
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in asdict(self.fitting).items()
-            }
-            result["base"] = {"fits": self.fitting.fits, **found}
+            result["base"] = self.fitting.to_json()
         if tensors:
             result["tensors"] = [
                 {
@@ -345,27 +344,23 @@ def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
     root = checkpoint.catalog.origin.root
     with Sources() as sources:
         base = read_base(folder, sources)
-        # Any alpha will do: adapters are counted, not merged.
+        # Any alpha works: adapters are counted, not merged.
         options = Options(root, folder, folder, "hf", Selection(), "base", 1,
                           lora=LoraChoice(alpha=1.0))  # fmt: skip
         try:
             numbers, _ = as_numbers(checkpoint.catalog, base, options, sources)
             exported = output_model.onto(numbers, base, options, None)
         except NamesError as error:
-            return Fitting(str(error), missing=error.missing, unexpected=error.unexpected)
+            return Fitting(str(error), matching=of_error(error))
         except (FormatError, IncompleteError, PlanError, UnsupportedError) as error:
             return Fitting(str(error))
     found = exported.name_map
     return Fitting(
         prefix=found.prefix,
         rules=found.rules,
-        tied=found.tied,
+        matching=exported.matching,
         undecided=found.undecided,
-        resized=tuple(f"{r.name}: {r.base_rows} rows to {r.rows}" for r in found.resized),
         config_patches=exported.patches,
         beside=tuple(side.name for side in exported.sides),
         merged=exported.merged,
-        missing=exported.missing,
-        filled=exported.filled,
-        unexpected=found.dropped,
     )

@@ -1,4 +1,4 @@
-"""How long work tells those who wait for it how far it is."""
+"""How long operations report their progress."""
 
 from __future__ import annotations
 

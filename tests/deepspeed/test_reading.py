@@ -86,7 +86,7 @@ def test_without_latest_several_tags_are_listed(oracle: Oracle) -> None:
 
 @pytest.mark.parametrize("tag", ["../x", "/etc", "a//b", "."])
 def test_a_tag_that_leads_elsewhere(oracle: Oracle, tag: str) -> None:
-    with pytest.raises(reshard.NotFoundError, match="is no tag, which is the name of a folder"):
+    with pytest.raises(reshard.NotFoundError, match="is not a tag, which is the name of a folder"):
         reshard.open(oracle["no-latest-two-tags"].root, tag=tag)
 
 

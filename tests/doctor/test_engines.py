@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 import reshard
+from reshard.cli.app import reshard as command
+from reshard.cli.app import run
 from reshard.diagnosis.engines import ENGINES, EngineName
 from tests.doctor import models
-from tests.doctor.conftest import Pairs
+from tests.doctor.conftest import Pairs, mended
 from tests.folders import edit_config
 from tests.models import released
 from tests.naming import tables
@@ -49,6 +52,11 @@ def test_right_folders(name: str, tmp_path: Path) -> None:
     for engine in ALL:
         wanted = {REFUSED[name, engine]} if (name, engine) in REFUSED else set()
         assert codes(tmp_path / "model", engine) == wanted, engine
+
+
+def test_weights_that_mlx_reads_as_codes_alone(tmp_path: Path) -> None:
+    models.write(tmp_path / "model", "gpt_oss", 1)
+    assert codes(tmp_path / "model", "mlx") == {"engine-weights"}
 
 
 def damaged(pair: models.Pair, folder: Path, change: Callable[[models.Tensors], object]) -> Path:
@@ -156,8 +164,8 @@ def test_names_of_a_live_module(name: str, effects: dict[EngineName, str], tmp_p
 
 
 def test_a_layout_that_nobody_tried(tmp_path: Path) -> None:
-    ill = live("qwen2_moe", tmp_path / "ill")
-    assert "engine-names-unread" in codes(ill, "sglang")
+    ill = live("phimoe", tmp_path / "ill")
+    assert codes(ill, "vllm") == {"engine-names-unread", "engine-class"}
 
 
 def test_a_backbones_names(pairs: Pairs, tmp_path: Path) -> None:
@@ -203,11 +211,12 @@ def test_fields_that_transformers_5_does_not_write(tmp_path: Path) -> None:
     for name, engines in wanted.items():
         for engine, field in engines.items():
             ill = tmp_path / name
-            assert ("engine-config" in codes(ill, engine)) == bool(field), (name, engine)
+            if field:
+                assert codes(ill, engine) == {"engine-config"}, (name, engine)
+            else:
+                assert codes(ill, engine) == set(), (name, engine)
             words = said(ill, engine, "engine-config") if field else ""
             assert all(word in words for word in field.split(" ", 1)), words
-        found = {each.code for each in reshard.doctor(tmp_path / name).findings}
-        assert "config-fields-missing" in found
 
 
 def test_pickled_weights(pairs: Pairs, tmp_path: Path) -> None:
@@ -249,15 +258,47 @@ def adapter(folder: Path, rank: int = 4, **settings: Any) -> Path:
 )
 def test_adapter_folders(settings: dict[str, Any], engines: set[str], tmp_path: Path) -> None:
     folder = adapter(tmp_path / "adapter", **settings)
-    assert {engine for engine in ALL if codes(folder, engine)} == engines
+    found = {engine: codes(folder, engine) for engine in ALL}
+    assert {engine for engine in ALL if found[engine] == {"engine-adapter"}} == engines
+    assert all(not found[engine] for engine in ALL if engine not in engines)
 
 
-def test_the_flag(pairs: Pairs, tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from reshard.cli.app import app
-
+def test_the_flag(pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ill = damaged(pairs("qwen2"), tmp_path / "ill", without("_proj.bias"))
-    done = CliRunner().invoke(app, ["doctor", str(ill), "--for", "vllm"])
-    assert done.exit_code == 1
-    assert "engine-tensors" in done.output
+    assert run(command, ["doctor", str(ill), "--for", "vllm"]) == 1
+    assert "engine-tensors" in capsys.readouterr().out
+
+
+def test_the_fields_are_written(pairs: Pairs, tmp_path: Path) -> None:
+    """As the release has them, beside those of transformers 5, which reads both alike."""
+    pair = pairs("qwen3_vl_moe")
+    ill = pair.copy(tmp_path / "ill")
+    config = json.loads((ill / "config.json").read_text())
+    text = config["text_config"]
+    theta, scaling = text.pop("rope_theta"), text.pop("rope_scaling")
+    text["rope_parameters"] = {"rope_theta": theta, **scaling}
+    text["num_local_experts"] = text.pop("num_experts")
+    del text["norm_topk_prob"]
+    edit_config(ill, text_config=text)
+    mended(ill, None, tmp_path / "out", "config-fields-missing")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert {key: written[key] for key in ("rope_theta", "num_experts", "norm_topk_prob")} == {
+        "rope_theta": theta, "num_experts": 3, "norm_topk_prob": True
+    }  # fmt: skip
+    assert written["rope_scaling"] == scaling
+    models.assert_same_weights(tmp_path / "out", pair.healthy)
+    one, other = (AutoConfig.from_pretrained(folder) for folder in (ill, tmp_path / "out"))
+    assert one.text_config.rope_parameters == other.text_config.rope_parameters
+
+
+def test_local_and_global_positions_of_gemma(tmp_path: Path) -> None:
+    ill = tmp_path / "ill"
+    models.write(ill, "gemma3_text", 1)
+    config = json.loads((ill / "config.json").read_text())
+    both = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}  # fmt: skip
+    keys = ("rope_theta", "rope_local_base_freq", "rope_scaling")
+    edit_config(ill, **dict.fromkeys(key for key in keys if key in config), rope_parameters=both)
+    mended(ill, None, tmp_path / "out", "config-fields-missing")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [written[key] for key in keys] == [5e5, 2e4, {"rope_type": "linear", "factor": 8.0}]

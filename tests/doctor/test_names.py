@@ -40,14 +40,16 @@ def test_placeholders_with_the_checkpoint_beside(
 ) -> None:
     base = pairs("llama").base
     assert {value.shape for value in models.load(trainer).values()} == {(0,)}
-    diagnosis = mended(trainer, base, tmp_path / "out", "zero3-placeholders")
+    # The config is one that transformers 5 wrote.
+    ill = ("zero3-placeholders", "config-fields-missing")
+    diagnosis = mended(trainer, base, tmp_path / "out", *ill)
     assert "21 of 21 tensors are empty" in evidence(diagnosis, "zero3-placeholders")
     truth, written = load_file(f"{trainer}.safetensors"), models.load(tmp_path / "out")
     assert written.keys() == truth.keys()
     assert all(torch.equal(written[name], truth[name]) for name in truth)
     models.live(tmp_path / "out")
     # Without the base nobody knows what the checkpoint's tensors should be called.
-    refused(trainer, None, tmp_path / "other", "zero3-placeholders")
+    refused(trainer, None, tmp_path / "other", *ill)
 
 
 def test_placeholders_alone_cannot_be_mended(pairs: Pairs, tmp_path: Path) -> None:

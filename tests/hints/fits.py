@@ -61,7 +61,7 @@ def held_otherwise(at: Path) -> Case:
         tensors["model.norm.gain"] = tensors.pop(NORM)
         return tensors
 
-    own = {"architectures": ["OwnForCausalLM"]}  # no class of Llama has such a norm
+    own: dict[str, Any] = {"architectures": ["OwnForCausalLM"]}  # no class of Llama has such a norm
     run, base = tiny.zero(at / "run", renamed(2)), tiny.model(at / "base", **own)
     right = tiny.model(at / "right", tensors=renamed(1), **own)
     return with_options(run, at, {"base": base}, {"base": right})

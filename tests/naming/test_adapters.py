@@ -81,7 +81,7 @@ class Run:
         for name, entry in apply(found.outputs, separated.entries).items():
             if name not in merged:
                 merged[name] = tables.values(entry, self.content)
-        return {**{name: self.base[name] for name in found.filled}, **merged}
+        return {**{name: self.base[name] for name in found.matching.filled}, **merged}
 
 
 def merge(merged_entry: Entry, content: Mapping[str, bytes]) -> tables.Array:
@@ -158,7 +158,7 @@ def test_layers_injected_in_place() -> None:
     ]
     base = tables.table("4.57", "qwen2_5_vl").schema()
     found = fit(separated.entries, base, options=FitOptions(headless=True))
-    assert found.left_out == ("lm_head.weight",)
+    assert found.matching.missing == ("lm_head.weight",)
     assert len(updates(separated, found, AdapterConfig(ALPHA), {}).by_target) == 2
 
 

@@ -129,7 +129,11 @@ def test_both_ways(name: str, tmp_path: Path) -> None:
         tables.schema({key: value.shape for key, value in disk.items()}, config),
         equal=same,
     )
-    assert (found.filled, found.dropped, dict(found.config_patches)) == ((), (), {})
+    assert (found.matching.filled, found.matching.unexpected, dict(found.config_patches)) == (
+        (),
+        (),
+        {},
+    )
     hold(found.entries, tables.files(memory, "module."), disk)
 
     base = tables.entries({key: value.shape for key, value in disk.items()})

@@ -53,7 +53,7 @@ def run(
 def test_a_head_equal_to_the_embedding_is_left_out_as_the_base_does() -> None:
     found = run(UNTIED, TIED, {"tie_word_embeddings": True})
     assert found.entries.keys() == TIED.keys()
-    assert found.tied == {HEAD: EMBEDDING}
+    assert found.matching.tied == {HEAD: EMBEDDING}
     assert found.config_patches == {}
 
 
@@ -62,7 +62,7 @@ def test_a_head_that_differs_is_written_and_the_config_says_so() -> None:
     found = run(UNTIED, TIED, config, same=False)
     assert tables.origin(found.entries[HEAD]) == HEAD
     assert tables.origin(found.entries[EMBEDDING]) == EMBEDDING
-    assert found.tied == {}
+    assert found.matching.tied == {}
     assert found.config_patches == {
         "tie_word_embeddings": False,
         "text_config.tie_word_embeddings": False,
@@ -73,7 +73,7 @@ def test_a_head_that_differs_is_written_and_the_config_says_so() -> None:
 def test_a_head_that_the_base_stores_is_stored() -> None:
     found = run(UNTIED, UNTIED, {"tie_word_embeddings": False})
     assert tables.origin(found.entries[HEAD]) == HEAD
-    assert found.tied == {}
+    assert found.matching.tied == {}
 
 
 def test_a_config_that_contradicts_the_weights_is_corrected() -> None:
@@ -99,7 +99,7 @@ def test_one_tensor_with_two_names_is_stored_as_the_base_stores_it(stored: str) 
     }
     once = run(source, TIED, same=False)
     assert tables.origin(once.entries[EMBEDDING]) == stored
-    assert once.tied == {HEAD: EMBEDDING}
+    assert once.matching.tied == {HEAD: EMBEDDING}
     assert once.entries[EMBEDDING].aliases == ()
     twice = run(source, UNTIED, same=False)
     assert tables.origin(twice.entries[HEAD]) == tables.origin(twice.entries[EMBEDDING]) == stored
@@ -131,7 +131,7 @@ def test_a_head_that_was_trained_apart_is_no_embedding(stored: dict[str, Shape])
     config = {"tie_word_embeddings": True}
     found = run(source, stored, config, fill_from_base=True, untied=frozenset([HEAD]))
     assert found.entries.keys() == {HEAD, NORM}
-    assert found.filled == (EMBEDDING,)
+    assert found.matching.filled == (EMBEDDING,)
     assert found.config_patches == {"tie_word_embeddings": False}
 
 
@@ -144,7 +144,7 @@ def test_a_head_stays_behind_an_embedding_that_was_trained_apart(stored: dict[st
     if stored == TIED:
         assert found.from_base == {HEAD: EMBEDDING}
     else:
-        assert found.filled == (HEAD,)
+        assert found.matching.filled == (HEAD,)
     with pytest.raises(NamesError, match="--fill-from-base") as caught:
         run(TIED, stored, config, untied=apart)
     assert caught.value.missing == (HEAD,)
@@ -163,7 +163,7 @@ def test_a_tie_that_nobody_compared_is_listed() -> None:
 
 def test_a_class_without_a_head() -> None:
     found = run(TIED, UNTIED, {"tie_word_embeddings": False}, headless=True)
-    assert found.left_out == (HEAD,)
+    assert found.matching.missing == (HEAD,)
     assert found.entries.keys() == TIED.keys()
 
 
@@ -181,7 +181,7 @@ def test_what_may_be_left_out_is_not_where_it_fits(allow: str) -> None:
 def test_a_resized_vocabulary_is_written_into_the_config() -> None:
     source = {**UNTIED, EMBEDDING: (9, 2), HEAD: (9, 2)}
     found = run(source, UNTIED, {"vocab_size": 6, "text_config": {"vocab_size": 6}})
-    assert {(item.name, item.base_rows, item.rows) for item in found.resized} == {
+    assert {(item.name, item.base_rows, item.rows) for item in found.matching.resized} == {
         (EMBEDDING, 6, 9),
         (HEAD, 6, 9),
     }
@@ -193,7 +193,7 @@ def test_a_resized_vocabulary_is_written_into_the_config() -> None:
 
 def test_a_resized_embedding_resizes_the_head_that_is_copied_from_it() -> None:
     found = run({**TIED, EMBEDDING: (9, 2)}, UNTIED, {"tie_word_embeddings": True})
-    assert Resize(HEAD, 6, 9) in found.resized
+    assert Resize(HEAD, 6, 9) in found.matching.resized
     assert found.entries[HEAD].spec.shape == (9, 2)
 
 
@@ -279,7 +279,9 @@ def test_the_options_that_would_help_are_named(extra: dict[str, Shape], hint: st
         run({**TIED, **many, **extra}, {**base, "model.more": (5,)})
     allowed = re.findall("'(.*?)'", str(caught.value.hint))
     if allowed:
-        assert set(run({**base, **extra}, base, allow=tuple(allowed)).dropped) == set(extra)
+        assert set(run({**base, **extra}, base, allow=tuple(allowed)).matching.unexpected) == set(
+            extra
+        )
 
 
 def test_a_shape_that_differs_is_shown_with_both() -> None:
@@ -301,7 +303,7 @@ def test_filled_from_the_base() -> None:
         run({NORM: (2,)}, UNTIED)
     assert set(caught.value.missing) == {EMBEDDING, HEAD}
     found = run({NORM: (2,)}, UNTIED, fill_from_base=True)
-    assert set(found.filled) == {EMBEDDING, HEAD}
+    assert set(found.matching.filled) == {EMBEDDING, HEAD}
     assert found.entries.keys() == {NORM}
 
 
@@ -309,14 +311,14 @@ def test_allowed_names() -> None:
     source = {**TIED, "extra.head.weight": (5,)}
     base = {**TIED, "model.vision.weight": (7,)}
     found = run(source, base, allow=("extra.**", "model.vision.*"))
-    assert found.dropped == ("extra.head.weight",)
-    assert found.left_out == ("model.vision.weight",)
+    assert found.matching.unexpected == ("extra.head.weight",)
+    assert found.matching.missing == ("model.vision.weight",)
 
 
 def test_constants_come_and_go() -> None:
     constant = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    assert run({**TIED, constant: (4,)}, TIED).dropped == (constant,)
-    assert run(TIED, {**TIED, constant: (4,)}).filled == (constant,)
+    assert run({**TIED, constant: (4,)}, TIED).matching.unexpected == (constant,)
+    assert run(TIED, {**TIED, constant: (4,)}).matching.filled == (constant,)
 
 
 def test_some_experts_of_a_stack() -> None:

@@ -26,8 +26,8 @@ def test_memory_fits_what_the_same_version_saves(version: str, name: str, prefix
     table = tables.table(version, name)
     found = fit(tables.entries(table.memory, prefix), table.schema(), equal=equal)
     assert {key: entry.spec.shape for key, entry in found.entries.items()} == table.disk_shapes()
-    assert not found.filled
-    assert not found.dropped
+    assert not found.matching.filled
+    assert not found.matching.unexpected
     for key, origin in table.disk.items():
         if isinstance(origin, str):
             assert tables.origin(found.entries[key]) == prefix + origin

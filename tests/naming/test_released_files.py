@@ -67,8 +67,8 @@ EXTRA = ("model.layers.1.mlp.up_proj.weight", "model.layers.1.eh_proj.weight")
 
 def test_files_saved_from_a_backbone() -> None:
     found = fit(tables.entries(GPT2_RUN), tables.schema(GPT2, GPT2_CONFIG), equal=same)
-    assert found.filled == ("h.0.attn.bias",)
-    assert {*found.entries, *found.filled} == GPT2.keys()
+    assert found.matching.filled == ("h.0.attn.bias",)
+    assert {*found.entries, *found.matching.filled} == GPT2.keys()
     assert tables.origin(found.entries["h.0.ln_1.weight"]) == "transformer.h.0.ln_1.weight"
     live = to_memory(tables.entries(GPT2), GPT2_CONFIG)
     assert live.keys() - {"transformer.h.0.attn.bias"} == GPT2_RUN.keys()
@@ -99,7 +99,7 @@ def test_layers_that_predict_more_tokens(extra: tuple[str, ...]) -> None:
     base = {**run, **dict.fromkeys(extra, (6, 4))}
     found = fit(tables.entries(run), tables.schema(base, DEEPSEEK_CONFIG), equal=same)
     assert found.entries.keys() == run.keys()
-    assert found.filled == extra
+    assert found.matching.filled == extra
     assert "2 tensors of layers that no live module holds" in found.findings[0].message
     assert to_memory(tables.entries(base), DEEPSEEK_CONFIG).keys() == run.keys()
 

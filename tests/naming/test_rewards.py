@@ -74,7 +74,7 @@ def test_scalar_rewards_are_the_same_after_the_export(
     parts = check(split(saved.entries, schema.specs), model_type, options)
     assert parts.rewards is not None
     found = fit(parts.backbone, schema, options=FitOptions(headless=model_type == "srm_vl"))
-    assert found.left_out == (("lm_head.weight",) if model_type == "srm_vl" else ())
+    assert found.matching.missing == (("lm_head.weight",) if model_type == "srm_vl" else ())
     saved.export(tmp_path, found, schema)
     saved.write(tmp_path / "reward_head.safetensors", parts.rewards.tensors)
     config = reward_config(parts.rewards, -1, schema.config)

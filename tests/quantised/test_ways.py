@@ -317,7 +317,7 @@ def test_inspect_says_so(
         fitting = reshard.inspect(first, base=second).fitting
         assert fitting is not None
         assert fitting.fits
-        assert fitting.unexpected == ()
+        assert fitting.matching.unexpected == ()
     assert reshard.inspect(tmp_path / "out").codes is None
     assert reshard.inspect(tmp_path / "out").to_json()["quantised"] is None
 

@@ -1,4 +1,4 @@
-"""The command line: words and exit codes. All work is done by the library.
+"""The command line: texts and exit codes. The library does all work.
 
 app.py         the `reshard` command, exit codes, errors in words
 commands.py    convert, inspect, verify

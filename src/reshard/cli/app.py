@@ -1,4 +1,4 @@
-"""The command line: words and exit codes. All work is done by the library.
+"""The command line: texts and exit codes. The library does all work.
 
 Exit codes: 0 done; 1 a stated failure; 2 wrong usage; 130 interrupted. An error is one short
 paragraph on standard error: what, where, how to fix it; `--debug` adds the traceback.
@@ -45,7 +45,7 @@ _COMMANDS = {
     "try": "reshard.cli.try_:try_model",
     "help": "reshard.cli.help:help_",
 }
-# What people type for a command of another name.
+# What people type instead of a command's name.
 _MEANT = {
     "merge": "convert",
     "export": "convert",
@@ -74,7 +74,8 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that is called; of an unknown one, the nearest is named, and all."""
+        """The command with this name; the error for an unknown one names the nearest, and lists
+        all."""
         name = args[0]
         if name in _COMMANDS or ctx.resilient_parsing or name.startswith("-"):
             return super().resolve_command(ctx, args)
@@ -130,7 +131,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
 
 
 def _say_usage(error: click.ClickException) -> None:
-    """How the command is used, where that is at fault, and what is wrong."""
+    """Print the command's usage, if the usage is wrong, and what is wrong."""
     context = getattr(error, "ctx", None)
     if context is not None:
         output.say(context.get_usage(), lines=True)
@@ -140,7 +141,7 @@ def _say_usage(error: click.ClickException) -> None:
 
 
 def _say_error(command: click.Command, error: Exception) -> None:
-    """An error and those found besides, each as one paragraph."""
+    """Print an error and those in its `also`, each as one paragraph."""
     for one in (error, *getattr(error, "also", ())):
         output.say(f"{_in_flags(one)}{_elsewhere(command, one)}", "error", lines=True)
 
@@ -153,8 +154,8 @@ def _fields(error: Exception) -> dict[str, str | None]:
 
 
 def _in_flags(error: Exception) -> str:
-    """The error's words, which name the option at fault as it is spelt here."""
-    # A `ReshardError` has made its text fit to be shown, line breaks of its own included.
+    """The error's text, which names the option as this command spells it."""
+    # A `ReshardError` has already made its text printable, with its own line breaks.
     words = str(error) if isinstance(error, ReshardError) else printable(str(error))
     option = getattr(error, "option", None)
     if option and words.startswith(f"{option}: "):
@@ -163,7 +164,7 @@ def _in_flags(error: Exception) -> str:
 
 
 def _elsewhere(command: click.Command, error: Exception) -> str:
-    """Where the flags are that the error advises, if the script that was called lacks them."""
+    """Which command has the flags that the error suggests, if this script lacks them."""
     hint = getattr(error, "hint", None)
     if isinstance(command, click.Group) or not hint:
         return ""
@@ -207,6 +208,6 @@ def main() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """Leave with an exit code; what it says is true, so nothing that comes now may change it."""
+    """Exit with this code; nothing that happens from now on may change it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)

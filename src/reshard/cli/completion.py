@@ -1,4 +1,4 @@
-"""What the shell offers on TAB beside options, choices and paths: the tags of a run."""
+"""Shell completion beside options, choices and paths: the tags of a run."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def _show_steps(
 
 
 def show(found: Comparison, *, tensors: bool, top: int | None, sort: Key | None) -> None:
-    """The summary, then tables: what differs most can be seen at once."""
+    """Print the summary, then the tables, which begin with what differs most."""
     from reshard.comparison.sums import ordered
 
     output.tell(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")

@@ -1,4 +1,4 @@
-"""How options are spelt: flags made of their declarations, values after one flag, groups in --help.
+"""How options are spelt: flags from their declarations, values after one flag, groups in --help.
 
 A flag has dashes; those that LightRFT's script knows have underscores as well.
 """
@@ -30,7 +30,7 @@ from reshard.core.options import (
 from reshard.errors import OptionError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-# Flags of other programs: what is meant here.
+# Flags of other programs, and reshard's equivalents.
 _MEANT = {
     "-help": "--help",
     "--step": "--tag",
@@ -55,9 +55,9 @@ class Command(click.Command):
     """A command whose options are shown in groups.
 
     Repeatable options take one or more values after one flag, as argparse's `nargs="+"` does:
-    `--test_prompts "a" "b"`. An option of one value that is given twice is refused: it would be
-    guessing to take one of them. `examples` are lines at the end of `--help`, `usage` is its
-    first one where an option belongs there.
+    `--test_prompts "a" "b"`. An option of one value that is given twice is refused: to take either
+    would be a guess. `examples` are lines at the end of `--help`, `usage` is its first one where an
+    option belongs there.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Command(click.Command):
         return extra
 
     def _check_meant(self, ctx: click.Context, args: Sequence[str], names: Collection[str]) -> None:
-        """Refuse a flag of other programs, and say how it is spelt here."""
+        """Refuse a flag of other programs, and name reshard's flag."""
         for argument in takewhile(lambda argument: argument != "--", args):
             flag = argument.partition("=")[0]
             meant = _MEANT.get(flag)
@@ -98,7 +98,7 @@ class Command(click.Command):
                 raise click.UsageError(f"No such option {flag!r}. Did you mean {meant}?", ctx)
 
     def _superfluous(self, ctx: click.Context, extra: Sequence[str]) -> str:
-        """That there is an argument too much, and what it may be meant as."""
+        """The error for one argument too many, with what it may be meant as."""
         takes = " and ".join(p.make_metavar(ctx) for p in self.params if isinstance(p, Argument))
         message = (
             f"{ctx.command_path} takes {takes or 'no argument'}; {extra[0]!r} is one too much."
@@ -145,12 +145,12 @@ class Command(click.Command):
 
 
 def _place(title: str) -> int:
-    """The place of a group in `--help`: what is asked for most comes first."""
+    """The position of a group in `--help`: the most used comes first."""
     return GROUPS.index(title) if title in GROUPS else -1
 
 
 class Argument(click.Argument):
-    """An argument with words of its own in `--help`."""
+    """An argument with its own text in `--help`."""
 
     def __init__(self, *given: Any, words: str = "", **more: Any) -> None:
         super().__init__(*given, **more)
@@ -254,7 +254,7 @@ class FolderOrFile(click.Path):
             except OptionError as error:
                 self.fail(str(error), param, ctx)
         if isinstance(value, str):
-            # Path.expanduser raises where `~name` is no user's.
+            # Path.expanduser raises where `~name` is not a user's.
             value = os.path.expanduser(value)  # noqa: PTH111
         return super().convert(value, param, ctx)
 

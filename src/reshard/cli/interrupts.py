@@ -1,4 +1,4 @@
-"""What is said when a person or the system ends a run: what stands under the output's name."""
+"""The message when a user or the system ends a run: what stands under the output's name."""
 
 from __future__ import annotations
 

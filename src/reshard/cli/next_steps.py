@@ -1,4 +1,4 @@
-"""What a person does next with the folder that a conversion wrote."""
+"""Next steps with the folder that a conversion wrote."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def next_commands(report: Report, base: Path | None) -> list[tuple[str, str]]:
-    """What can be done with the output, in words, and the command for it.
+    """What a user can do with the output, in words, and the command for it.
 
     Only for a folder that is a model which writes text; vLLM is named for causal language models
     and for those with a vision tower alone.

@@ -1,7 +1,7 @@
-"""What people see: results on standard output, talk on standard error, colours that mean something.
+"""What users see: results on standard output, messages on standard error, colours with a meaning.
 
-Red is an error, yellow a warning or a result that nobody checked, green a result that was checked.
-Colours and bold type are for terminals only, and not where NO_COLOR is set.
+Red is an error, yellow a warning or an unverified result, green a verified result. Colours and bold
+type are for terminals only, and not where NO_COLOR is set.
 """
 
 from __future__ import annotations
@@ -32,23 +32,25 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on standard output."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    # A path may hold bytes that are no text, which Python spells as half a surrogate pair.
+    # A path may hold bytes that are not text, which Python spells as half a surrogate pair.
     click.echo(text if printable(text, lines=True) == text else json.dumps(value, indent=2))
 
 
 def coloured(stream: TextIO) -> bool:
-    """Whether colours are shown there: on a terminal that knows them, unless NO_COLOR is set."""
+    """Whether colours are shown there: on a terminal that supports them, unless NO_COLOR is set."""
     known = os.environ.get("TERM", "") not in ("", "dumb")
     return stream.isatty() and known and not os.environ.get("NO_COLOR")
 
 
 def tell(text: str, label: str = "", *, lines: bool = False) -> None:
-    """A result in words on standard output, after a coloured label; `lines`: breaks are ours."""
+    """Print a result on standard output, after a coloured label; `lines`: its line breaks are
+    ours."""
     click.echo(_labelled(printable(text, lines=lines), label, sys.stdout))
 
 
 def say(text: str, label: str = "", *, lines: bool = False) -> None:
-    """A remark on standard error, after a coloured label; `lines` says that its breaks are ours."""
+    """Print a message on standard error, after a coloured label; `lines`: its line breaks are
+    ours."""
     click.echo(_labelled(printable(text, lines=lines), label, sys.stderr), err=True)
 
 
@@ -80,8 +82,8 @@ def print_table(
     """A table on standard output, its columns lined up; those of `right` to the right.
 
     Names and paths are never cut. On a terminal, the last column is broken at spaces where it is
-    too long, and without a header the first column is bold. `colours` gives the last cells of the
-    rows that begin so a colour.
+    too long, and without a header the first column is bold. `colours`: first cell of a row -> the
+    colour of its last cell.
     """
     rows = [[printable(shortened(cell, _MAX_CELL)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*filter(None, (header, *rows)), strict=True)]

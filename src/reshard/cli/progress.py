@@ -1,4 +1,4 @@
-"""How far the work is: a bar on a terminal, a line each half minute in a log, or nothing."""
+"""Progress: a bar on a terminal, a line every half minute in a log, or nothing."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def shown_progress(
 
 
 class Lines:
-    """Progress as lines: one at the start, then one each half minute.
+    """Progress as lines: one at the start, then one every half minute.
 
     `now` and `each` are for tests: the clock, in seconds, and the seconds between two lines.
     """

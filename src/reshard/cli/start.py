@@ -1,4 +1,4 @@
-"""Where every console command begins: before anything that takes long to import.
+"""The start of every console command, before anything that takes long to import.
 
 Importing the commands takes 0.1 s and more, in which Ctrl-C would end in a traceback. Nothing is
 written so early, so the process may end at once.

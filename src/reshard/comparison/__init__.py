@@ -3,8 +3,8 @@
 compare.py     the functions of the API
 pairing.py     which tensor is compared with which
 values.py      the tensors of a pairing, compared in a stream
-measures.py    how far two tensors are apart
-spectrum.py    of which rank a change is
+measures.py    how much two tensors differ
+spectrum.py    the rank of a change
 sums.py        changes by layer and by module
 result.py      what was found
 """

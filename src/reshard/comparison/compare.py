@@ -44,8 +44,8 @@ def diff(
     With a `base` both are fitted onto it, as conversions would be: two saves of one run are
     compared by its names. Without, a checkpoint is fitted onto a Hugging Face folder or an output
     of reshard, on whichever side that is. Where dtypes differ, the wider is rounded to the
-    narrower, and a finding says so. The files beside a model are compared too. The two may be
-    exchanged: the conclusion is the same.
+    narrower, and a finding says so. The files beside a model are compared too. The order of the two
+    does not change the conclusion.
 
     Memory: a few blocks of 4 MiB, and with `spectrum` about 200 bytes for each column of a matrix.
     Raises `OptionError` for a wrong value, and another `ReshardError` where one cannot be read.
@@ -70,7 +70,7 @@ def diff(
 
 
 def _paired(first: Catalog, second: Catalog, sources: Sources) -> Pairing:
-    """The pairing of two checkpoints, whichever of them tells how names go together."""
+    """The pairing of two checkpoints; either may decide how names correspond."""
     swapped = tells_names(first) and not tells_names(second)
     ways = [True, False] if swapped else [False, True]
     failures: list[ReshardError] = []

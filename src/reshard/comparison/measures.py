@@ -1,4 +1,4 @@
-"""How far the elements of two tensors are apart, measured in a stream."""
+"""How much the elements of two tensors differ, measured in a stream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EXPONENTS, _BIAS = 1 << 11, 1023
 
 
 class Change(Struct, frozen=True):
-    """How far the elements of two tensors of one shape are apart.
+    """How much the elements of two tensors of one shape differ.
 
     `differing` of `numel` elements differ in a bit; `unmeasured` of these are not finite on one
     side. Of the others, `largest` and `mean` are those of |a - b|, `largest_relative` and
@@ -48,7 +48,7 @@ class Change(Struct, frozen=True):
 
 
 def ratio(moved: float, norm: float) -> float | None:
-    """A change's norm over the weights'; 0 without a change, None where it cannot be told."""
+    """A change's norm over the weights'; 0 without a change, None where it is undefined."""
     if not moved:
         return 0.0
     found = moved / norm if norm else math.inf
@@ -56,7 +56,7 @@ def ratio(moved: float, norm: float) -> float | None:
 
 
 class Meter:
-    """Takes two tensors in blocks, in turn, and says how far they are apart.
+    """Takes two tensors in blocks, in turn, and measures how much they differ.
 
     Without `norms`, the elements of pieces that are equal are not looked at further, and the norms
     and the cosine are those of the pieces that differ. `exponents` counts the changes that are not

@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint belongs to which of a converted folder.
 
-Given the base that a conversion was onto, its plan is made again. Without it a Hugging Face folder
-stands in for the base, whose names and config it has. Failing that, names must be the same.
+With the base of the conversion, its plan is made again. Without it a Hugging Face folder serves as
+the base, whose names and config it has. Otherwise names must be the same.
 
 What a folder's `reshard.json` states of how it was made (which head, how adapters were scaled, what
 was left out) is taken from there; neither its plan nor its digests are.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from glob import escape
 from pathlib import Path
 
-from msgspec import Struct, field
+from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
@@ -21,19 +21,21 @@ from reshard.comparison.result import Compared, Kind, described
 from reshard.comparison.values import Pair
 from reshard.conversion import manifest, output_model
 from reshard.conversion.base_model import Base, holds_config, read_base
+from reshard.conversion.beside import LIGHTRFT
 from reshard.conversion.dtypes import Target
 from reshard.conversion.manifest import MANIFEST, Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
-from reshard.conversion.output_model import LIGHTRFT, Export
+from reshard.conversion.output_model import Export
 from reshard.conversion.planning import exported
 from reshard.conversion.trainer_names import trainer
 from reshard.conversion.verification import check_listed, child_of
 from reshard.core.catalog import Catalog
-from reshard.core.tensors import Entry, stored
+from reshard.core.tensors import Entry, Shape, stored
 from reshard.errors import FormatError, NamesError, OptionError, PlanError
 from reshard.formats.info import named
 from reshard.naming import FitOptions
 from reshard.naming.families import CONSTANTS
+from reshard.naming.matching import Matching, parsed
 from reshard.naming.patterns import matches_any
 from reshard.naming.rewards import REWARD_CONFIG, REWARD_HEAD
 from reshard.naming.search import unwrap
@@ -48,9 +50,9 @@ Parts = dict[str, dict[str, Entry]]
 class Pairing(Struct, frozen=True):
     """What is to be compared, and what cannot be.
 
-    left: tensors of the first side without a place on the second. omitted: those of them of which
-    the conversion said so. filled: tensors of the second side that it took from its base. by_name:
-    nothing but equal names paired the tensors.
+    left: tensors of the first side without a place on the second. omitted: those of them that the
+    conversion recorded as left out. filled: tensors of the second side that it took from its base.
+    by_name: nothing but equal names paired the tensors.
     """
 
     pairs: list[Pair]
@@ -79,7 +81,7 @@ def _turned(found: Compared) -> Compared:
 
 def tells_names(catalog: Catalog) -> bool:
     """Whether names can be fitted onto a checkpoint's: a model with its config, or an output of
-    reshard, which states what became of them."""
+    reshard, which records what happened to them."""
     return is_file(catalog.origin.root / MANIFEST) or holds_config(catalog)
 
 
@@ -134,7 +136,7 @@ def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
 
 def reads_masters(folder: Path, sources: Sources) -> bool:
     """Whether a folder was converted from the masters of its checkpoint (`--masters`)."""
-    if not (folder / MANIFEST).is_file():
+    if not is_file(folder / MANIFEST):
         return False
     return manifest.read(folder, sources).options.get("masters") is True
 
@@ -159,18 +161,10 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
     return parts
 
 
-class _Said(Struct, frozen=True):
-    """What a conversion said in `reshard.json` that it did with names."""
-
-    dropped: tuple[str, ...] = ()
-    filled: frozenset[str] = frozenset()
-    tied: Mapping[str, str] = field(default_factory=dict)
-
-
 def _said(
     first: Catalog, folder: Path, stated: Manifest | None, held: Parts
-) -> tuple[Options, _Said]:
-    """The conversion's options, as far as they decide what goes where, and what it said of names.
+) -> tuple[Options, Matching]:
+    """The conversion's options, as far as they decide what goes where, and its record of names.
 
     Dtypes are the second side's.
     """
@@ -178,37 +172,38 @@ def _said(
     options = Options(first.origin.root, folder, folder, "hf", nothing, "keep", 1)
     if stated is None:
         srm_format: SrmFormat = "both" if LIGHTRFT in held else "split"
-        return replace(options, rewards=RewardChoice(srm_format=srm_format)), _Said()
+        return replace(options, rewards=RewardChoice(srm_format=srm_format)), Matching()
     names = stated.names
     try:
         options = restated(options, stated.options, names)
-        said = _Said(
-            tuple(map(str, names.get("unexpected", ()))),
-            frozenset(names.get("filled", ())),
-            {str(name): str(tie) for name, tie in names.get("tied", {}).items()},
-        )
+        said = parsed(names)
     except (OptionError, TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise FormatError("it is damaged.", path=folder / MANIFEST) from None
-    return replace(options, allow=(*options.allow, *map(escape, said.dropped))), said
+    return replace(options, allow=(*options.allow, *map(escape, said.unexpected))), said
 
 
 def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
-    """Whether the second side's names and config are to tell what goes where."""
+    """Whether the second side's names and config decide what goes where."""
     if not holds_config(second) or "" not in held:
         return False
-    same = not first.unshaped and set(first.names()) == set(second.entries)
+    same = not first.unshaped and _shapes(first) == _shapes(second)
     return not same or (len(held) > 1 and not named(first.format).holds_config)
+
+
+def _shapes(catalog: Catalog) -> dict[str, Shape]:
+    """The shape of each tensor, by all of its names."""
+    return {name: e.spec.shape for e in catalog.entries.values() for name in e.names}
 
 
 def _onto_itself(
     first: Catalog,
     base: Base,
     options: Options,
-    said: _Said,
+    said: Matching,
     held: Parts,
     sources: Sources,
 ) -> Pairing:
-    """The pairing where the second side stands in for the base."""
+    """The pairing where the second side serves as the base."""
     if options.exclude_frozen and not options.fill_from_base:
         # They are in no file of the folder, so have no place there.
         options = replace(options, allow=(*options.allow, *_frozen(first)))
@@ -220,11 +215,11 @@ def _onto_itself(
         options = replace(options, rewards=replace(options.rewards, heads=heads))
     made = output_model.onto(first, base, options, sources)
     planned = _planned(made)
-    for name in made.filled:
+    for name in made.matching.filled:
         planned[""].pop(name)
     _check_apart(planned, base.folder)
     model, filled = dict(held[""]), []
-    for name in sorted(said.filled.intersection(made.filled)):
+    for name in sorted({*said.filled}.intersection(made.matching.filled)):
         entry = model.pop(name)
         filled.append(Compared(name, "only in the second", "", described(entry.spec)))
     pairs = _pairs(planned, {**held, "": model})
@@ -238,7 +233,7 @@ def _frozen(catalog: Catalog) -> list[str]:
 
 
 def _by_name(
-    first: Catalog, options: Options, said: _Said, held: Parts, sources: Sources
+    first: Catalog, options: Options, said: Matching, held: Parts, sources: Sources
 ) -> Pairing:
     """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
     store is compared with the tensor that it is said to be."""
@@ -257,7 +252,7 @@ def _by_name(
         if options.exclude_frozen and entry.kind == "frozen":
             continue
         known = [n for name in entry.names for n in (name, unwrap(name)) if n in there]
-        # Two tensors of one side may be one of the other, by its two names.
+        # Two tensors of one side may correspond to one of the other, by its two names.
         for name in {there[name].spec.name: name for name in reversed(known)}.values():
             model[name], theirs[name] = entry, there[name]
         if not known:
@@ -277,7 +272,8 @@ def _called(catalog: Catalog, old: str, new: str) -> Catalog:
 
 
 def _check_apart(planned: Mapping[str, Mapping[str, Entry]], folder: Path) -> None:
-    """Refuse to compare a folder with itself: what would be merged into the base's weights."""
+    """Refuse to compare a folder with itself where adapters would be merged into the base's
+    weights."""
     for tensors in planned.values():
         for name, made in tensors.items():
             if any(
@@ -313,13 +309,14 @@ def _pairs(
 def _left(
     first: Catalog, made: Export, options: Options
 ) -> tuple[tuple[Compared, ...], tuple[Compared, ...]]:
-    """The checkpoint's tensors that the conversion leaves out; second, those it was told to."""
+    """The checkpoint's tensors that the conversion leaves out; second, those that an option
+    named."""
     allowed = FitOptions(allow=options.allow)
     shown = {unwrap(n): described(e.spec) for n, e in first.entries.items()}
     # What a module computes from its config is in no file of a released model.
     dropped = [
         Compared(name, "only in the first", shown.get(name, ""), "")
-        for name in made.name_map.dropped
+        for name in made.matching.unexpected
         if not matches_any(CONSTANTS, name)
     ]
     said = {found.name for found in dropped if allowed.allows(found.name)}

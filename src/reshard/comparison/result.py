@@ -1,4 +1,4 @@
-"""What a comparison found: its tensors, its sums, and both for people and machines."""
+"""The result of a comparison: its tensors and its sums, for people and for machines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 class Compared(Struct, frozen=True):
-    """A tensor of either side, and what became of the comparison.
+    """A tensor of either side, and the result of its comparison.
 
     `first` and `second` are what each side has: for `equal` and `values` the dtype in which they
     were compared, of which the tensor takes `nbytes`. Only these two kinds have a shape and a

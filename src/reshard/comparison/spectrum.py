@@ -1,7 +1,7 @@
-"""Of which rank the change of a matrix is: the share of it that few directions hold.
+"""The rank of the change of a matrix: the share of it that a few directions hold.
 
-The change of a LoRA run has the adapter's rank, that of a full run has not. The singular values are
-found by subspace iteration: the change is multiplied by a few columns, and the product by the
+The change of a LoRA run has the adapter's rank, that of a full run does not. The singular values
+are found by subspace iteration: the change is multiplied by a few columns, and the product by the
 change again, row block by row block, so that only these columns are held. Each pass reads both
 tensors once. The shares are never above the true ones; they are exact where the change has no more
 than `_COLUMNS` directions, and a little below where it has many of about the same size.

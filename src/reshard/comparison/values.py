@@ -1,4 +1,4 @@
-"""What differs between tensors that belong together, element by element, in a stream."""
+"""Compare paired tensors element by element, in a stream."""
 
 from __future__ import annotations
 

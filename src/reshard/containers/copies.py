@@ -1,9 +1,9 @@
 """Whether one rank's file was copied over another's.
 
-Nothing in a `.distcp` file says which rank wrote it, or which tensors it holds: the metadata says
-what lies where. The files of ranks that torch.save wrote name the rank only in places. A file in
-another's place is noticed if its tensors are of other sizes. With even shards they are not; then
-only the values tell, which no two ranks' shards of all tensors share.
+Nothing in a `.distcp` file says which rank wrote it, or which tensors it holds: only the metadata
+does. Rank files of torch.save name the rank only sometimes. A file in another's place is noticed if
+its tensors have other sizes. With even shards the sizes are equal; then only the values show it,
+because no two ranks have equal shards of all tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from reshard.core.tensors import Record
 from reshard.errors import IncompleteError
 from reshard.storage.local import Sources
 
-# Bytes of an item that are looked at to see whether its elements differ.
+# Bytes of an item that are read to see whether its elements differ.
 _SAMPLE = 1 << 16
 # The widest element is complex128.
 _ITEMSIZE = 16

@@ -1,11 +1,11 @@
-"""The safetensors container, alone in a file or at the end of one; header only, no tensor is read.
+"""The safetensors container, as a file or at the end of one; only the header is read, no tensor.
 
     [u64 header length][header: JSON, padded with spaces][tensor bytes, one after another]
     header:  {"__metadata__": {..}, name: {"dtype": "BF16", "shape": [..], "data_offsets": [a, b]}}
 
 Checked more strictly than safetensors 0.8.0 (safetensors/src/tensor.rs) checks: no key twice, no
-shape whose size overflows, and the tensors fill the rest of the file without gap or overlap. Not
-taken either: more than `tensors.MAX_DIMS` dimensions, and names that are no Unicode.
+shape whose size overflows, and the tensors fill the rest of the file without gap or overlap. Also
+refused: more than `tensors.MAX_DIMS` dimensions, and names that are not Unicode.
 """
 
 from __future__ import annotations

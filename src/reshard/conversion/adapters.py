@@ -1,6 +1,6 @@
-"""Adapters in a conversion: the config that is read first, and the values that must be looked at.
+"""Adapters in a conversion: the config, which is read first, and the values that must be checked.
 
-read config (refuses by name) -> take the adapters off -> how they scale -> fit -> what is left out
+read config (refuses by name) -> separate the adapters -> how they scale -> fit -> what is left out
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _RECOMPUTED = ("pissa", "olora")
 _WEIGHTS = (".safetensors", ".bin")
 # Names shown of a list, and patterns that a hint spells out.
 _SHOWN, _PATTERNS = 10, 4
-# From this share of exact zeros on, a part of a trained lora_B is taken not to be saved.
+# With at least this share of exact zeros, a part of a trained lora_B is assumed not to be saved.
 _ZEROS = 0.5
 
 
@@ -60,7 +60,7 @@ class Summary(Struct, frozen=True):
 
 class Found(Struct, frozen=True):
     """A checkpoint's adapters, how they scale (None: there are none), and the keys of their
-    updates, which two tied tensors share where they are updated alike."""
+    updates, which two tied tensors share if they have the same update."""
 
     separated: Separated
     config: AdapterConfig | None = None
@@ -86,7 +86,7 @@ def summary(found: Found) -> Summary | None:
 
 
 def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Found:
-    """Take a checkpoint's adapters off, once their config allows it.
+    """Separate a checkpoint's adapters, if their config permits it.
 
     Raises `UnsupportedError` for what is not merged, by its name, `PlanError` where nothing says
     how they scale or a config is of another run, and what `separate` raises.
@@ -138,7 +138,7 @@ def _is_peft_folder(catalog: Catalog) -> bool:
 def _scaling(
     separated: Separated, file: ConfigFile | None, choice: LoraChoice
 ) -> tuple[AdapterConfig, list[Finding]]:
-    """How the adapters scale: as the user says, and as the file does for all else."""
+    """How the adapters scale: as the user says, otherwise as the file says."""
     if choice.scaling is not None:
         return choice.scaling, []
     ranks = ", ".join(map(str, separated.ranks))
@@ -170,7 +170,8 @@ def _scaling(
 
 
 def _check_alpha(file: ConfigFile) -> None:
-    """Refuse an alpha that was not known when it was written, or that another file contradicts."""
+    """Refuse an alpha that was unknown when the file was written, or that another file
+    contradicts."""
     if not file.config.alpha:
         raise PlanError(
             "it states an alpha of 0, which switches the adapters off: alpha was not known when it "
@@ -219,12 +220,12 @@ def _check_base_held(separated: Separated, config: AdapterConfig, choice: LoraCh
         )
     if choice.mode in ("adapter", "both"):
         raise UnsupportedError(
-            f"{told}: the adapter alone is no update of the base.", hint="Pass --lora merge."
+            f"{told}: the adapter alone is not an update of the base.", hint="Pass --lora merge."
         )
 
 
 def _check_twice(separated: Separated, sources: Sources) -> None:
-    """What is saved under two names, with PEFT's or a wrapper's parts, must hold one value."""
+    """A tensor saved under two names, with PEFT's or a wrapper's parts, must have one value."""
     for one, other in separated.twice:
         if not equal(one, other, sources):
             raise NamesError(
@@ -237,7 +238,7 @@ def _check_twice(separated: Separated, sources: Sources) -> None:
 
 
 def _zeros(separated: Separated, sources: Sources) -> list[Finding]:
-    """Whether a part of the updates is exact zeros, as where one rank's part was saved."""
+    """Whether a part of the updates is exact zeros, as if only one rank's part was saved."""
     shares = {m: _share_of_zeros(a, sources) for m, a in separated.adapters.items()}
     if all(share == 1 for share in shares.values()):
         message = f"lora_B is zero in all of {len(shares)} adapters: they change nothing."
@@ -253,14 +254,15 @@ def _zeros(separated: Separated, sources: Sources) -> list[Finding]:
 
 
 def _share_of_zeros(adapter: Adapter, sources: Sources) -> float:
-    """Of the matrix that starts at zero; an embedding's is 0 or 1, for tokens may never be met."""
+    """The share of zeros of the matrix that starts at zero; 0 or 1 for an embedding's, as tokens
+    may never occur."""
     values = read_array(adapter.a if adapter.embedding else adapter.b, sources)
     zeros = 1 - np.count_nonzero(values) / max(values.size, 1)
     return float(zeros == 1) if adapter.embedding else float(zeros)
 
 
 def explained(error: NamesError, separated: Separated) -> NamesError:
-    """The error of the fit, saying first what it is about the adapters that does not fit."""
+    """The error of the fit, which says first what does not fit about the adapters."""
     modules = len(separated.adapters)
     lost = [name for name in error.unexpected if name in separated.absent]
     if lost:
@@ -290,8 +292,8 @@ def check_left_out(
 ) -> list[Finding]:
     """Compare with the base what an adapter leaves out.
 
-    Raises `PlanError` for tensors that differ and are not allowed to: they were trained. Beside
-    the merged model, which holds them, they are a finding.
+    Raises `PlanError` for tensors that differ without `--allow`: they were trained. Beside the
+    merged model, which holds them, they are a finding.
     """
     saved = {f"{module}." for module in found.separated.saved}
     different = []
@@ -322,7 +324,7 @@ def check_left_out(
 
 
 def _only_in_model(names: Sequence[str]) -> list[Finding]:
-    """What the merged model holds, and the adapter beside it does not."""
+    """The finding on what the merged model holds and the adapter beside it lacks."""
     if not names:
         return []
     message = (

@@ -1,7 +1,7 @@
-"""The files of a base model that go along with the weights.
+"""The files of a base model that are copied with the weights.
 
 Everything but the weights of the model itself: config, tokenizer, templates, code, and sub-folders
-of these. Weights in a sub-folder with a config of its own belong to another module, and come along:
+of these. Weights in a sub-folder with its own config belong to another module, and are copied too:
 
     modules.json                 sentence-transformers: which folder is which module
     1_Pooling/config.json
@@ -29,7 +29,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msg
                     ".pdparams", ".mlmodel")  # fmt: skip
 # model.safetensors.index.json, model.safetensors.index.fp16.json; OpenVINO's graph of weights.
 _WEIGHT_LISTS = re.compile(r".*\.index(\.\w+)?\.json|openvino_.*\.xml")
-# PEFT's, whose weights are left behind: without them transformers cannot load the folder.
+# PEFT's, whose weights are not copied: without them transformers cannot load the folder.
 _LEFT = frozenset({ADAPTER_CONFIG, "reshard.json"})
 # Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
 _NOT_ASSETS = frozenset({".git", ".cache", "__pycache__"})
@@ -44,9 +44,9 @@ _OF_TRAINING = frozenset({"trainer_state.json", "optimizer.pt", "training_args.b
 
 
 def assets(folder: Path) -> tuple[Asset, ...]:
-    """The files that go along, by name, sub-folders included.
+    """The files to copy, by name, sub-folders included.
 
-    Raises `FormatError` for a link that leaves the folder or what is no regular file,
+    Raises `FormatError` for a link that leaves the folder or what is not a regular file,
     `NotFoundError` for a file or folder that cannot be read.
     """
     return tuple(

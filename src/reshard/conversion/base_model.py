@@ -29,17 +29,17 @@ CONFIG = "config.json"
 # The keys under which a config states the dtype of the weights, before and since transformers 4.56.
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
-# What describes the codes of a model beside config.json: ModelOpt's, AutoGPTQ's, AutoAWQ's files.
+# Files beside config.json that describe a model's codes: ModelOpt's, AutoGPTQ's, AutoAWQ's.
 _OF_CODES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 class Base(Struct, frozen=True):
-    """A base model: its tensors, its config, and the files that go along with the weights.
+    """A base model: its tensors, its config, and the files that are copied with the weights.
 
     `config` is as it should be: `repairs` says, by dotted path, where the file says otherwise.
-    `stated_class` is the class that the file names then. `records` are the checksummed stretches
-    of its weight files. `modules` have weights of their own in sub-folders.
-    Tensors that it stores quantised are the numbers that they stand for; `quantised` says which.
+    `stated_class` is the class that the file names then. `records` are the checksummed stretches of
+    its weight files. `modules` have weights of their own in sub-folders. Its quantised tensors are
+    the numbers that they represent; `quantised` says which.
     """
 
     folder: Path
@@ -131,8 +131,8 @@ def _numbers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Numbers
 
 
 def class_repairs(config: Mapping[str, Any]) -> dict[str, object]:
-    """What the config should say: accelerate's FSDP2 calls the class FSDP...  while it trains, and
-    a model that was saved meanwhile names that (torch/distributed/fsdp, fully_shard)."""
+    """What the config should say: accelerate's FSDP2 renames the class to FSDP... while it trains,
+    and a model that is saved meanwhile has that name (torch/distributed/fsdp, fully_shard)."""
     classes = config.get("architectures")
     if not isinstance(classes, list):
         return {}
@@ -150,7 +150,7 @@ def main_dtype(base: Base) -> DType:
 
 
 def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
-    """The base's config.json with a few fields changed; all else, order included, as it is.
+    """The base's config.json with a few fields changed; everything else, order included, stays.
 
     `patches` maps dotted paths to values; the base's own repairs are made as well. What states
     that the weights are quantised is left out: no weight is written as a code. Raises `FormatError`

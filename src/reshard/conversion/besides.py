@@ -1,7 +1,7 @@
-"""What else is wrong with a conversion's inputs, once an error has stopped it.
+"""Other faults of a conversion's inputs, once an error has stopped it.
 
-A person who mistypes three paths should learn of all three in one run. Nothing is read twice where
-all is well.
+A user who mistypes three paths should learn of all three in one run. Without an error nothing is
+read twice.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _other(
         try:
             with Sources() as sources:
                 check(sources)
-        except NamesError:  # whether names fit can be said once all is there
+        except NamesError:  # whether names fit is known only once all paths are right
             continue
         except ReshardError as other:
             if str(other) != str(error):

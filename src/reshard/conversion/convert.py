@@ -80,7 +80,7 @@ def convert(
     options by the same names.
 
     Raises `OptionError`, which names the option, for a wrong value, and another `ReshardError` for
-    anything that stands in the way; `target` then does not exist.
+    any other failure; `target` then does not exist.
 
     >>> report = convert("run/_actor", "out", base="Qwen2.5-7B")      # doctest: +SKIP
     >>> report.verified                                               # doctest: +SKIP
@@ -124,7 +124,7 @@ def convert(
 
 
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
-    """A result whose every tensor is the base's is not what training gives."""
+    """Training does not give a result whose every tensor equals the base's."""
     if outcome.compared and not outcome.changed and not allow_unchanged:
         raise VerificationError(
             f"all {outcome.compared} tensors equal the base model's, so nothing was trained.",
@@ -134,7 +134,7 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
 
 
 def _of_values(outcome: Outcome) -> list[Finding]:
-    """What the values that passed show: NaN and infinity."""
+    """The findings on the values that passed: NaN and infinity."""
     spoilt = [
         f"{part}{': ' if part else ''}{name} ({found.nan} NaN, {found.infinite} infinite)"
         for (part, name), found in outcome.not_finite.items()
@@ -150,10 +150,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
     names = {
         "prefix": exported.name_map.prefix,
         "rules": list(exported.name_map.rules),
-        "tied": dict(exported.name_map.tied),
-        "filled": list(exported.filled),
-        "missing": list(exported.missing),
-        "unexpected": list(exported.name_map.dropped),
+        **exported.matching.to_json(),
         "merged": exported.merged,
         "transformers_version": exported.live,
         "aliases": {name: target.spec.name for target in exported.model for name in target.aliases},
@@ -189,7 +186,7 @@ def _completed(found: Finding, job: Job, given: Mapping[str, object]) -> Finding
 
 
 def _tag(job: Job) -> str | None:
-    """The tag that was read, or what a checkpoint found below the source is called."""
+    """The tag that was read, or the name of a checkpoint found below the source."""
     origin, source = job.catalog.origin, snapshot(job.options.source)
     if origin.tag is not None or origin.root == source:
         return origin.tag
@@ -228,10 +225,7 @@ def _report(
         seconds=round(seconds, 3),
         verified=verified,
         files=tuple(file.name for file in job.plan.files),
-        missing=exported.missing,
-        unexpected=exported.name_map.dropped,
-        tied=exported.name_map.tied,
-        filled=exported.filled,
+        matching=exported.matching,
         prefix=exported.name_map.prefix,
         rules=exported.name_map.rules,
         merged=exported.merged,

@@ -1,15 +1,14 @@
-"""Whether an output may be written where it was asked for: nothing of anybody else's is replaced.
+"""Whether an output may be written to its path: reshard replaces only its own outputs.
 
-What may be replaced is an empty folder and, with `--overwrite`, a folder that holds what reshard
-wrote there and nothing else:
+It replaces an empty folder and, with `--overwrite`, a folder that holds only what reshard wrote:
 
     reshard.json                     parsed as one; it lists the folder's files
     every other file is listed, and is as it was written
 
-Small files are proven by their digests, and weights are where their inode or content changed after
-`reshard.json`, which is written last: a copied folder (`cp -r`) passes, an edited config or a
+Small files are checked by their digests; weights are too, if their inode or content changed after
+`reshard.json`, which is written last. A copied folder (`cp -r`) passes, an edited config or a
 checkpoint saved into the folder does not. Folders of earlier versions list no files: nothing there
-tells what was added, and they are not replaced.
+shows what was added, so they are not replaced.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class _File(Struct, frozen=True):
 def check_destination(
     target: Path, source: Path, base: Path | None, *, overwrite: bool, replaces: bool = True
 ) -> Replaced | None:
-    """What of reshard's own the output would replace; None where nothing is there.
+    """The output of reshard that this output would replace; None where nothing is there.
 
     Where the command has no way to replace an output, `replaces` is False. Raises `WriteError`
     where the output is, holds or lies in an input, or would replace what reshard did not write.
@@ -124,7 +123,7 @@ def _check_outside(target: Path, what: str, given: Path) -> None:
 
 
 def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -> Replaced | None:
-    """What of reshard's own is at `target`; None where nothing is, or an empty folder.
+    """The output of reshard at `target`; None where nothing is, or an empty folder.
 
     Raises `WriteError` where it is not to be replaced, `NotFoundError` where it cannot be examined.
     """
@@ -197,7 +196,7 @@ def _foreign(folder: Path, stated: Manifest, files: Iterable[_File]) -> list[str
     for file in files:
         if file.name == MANIFEST:
             continue
-        # A copy that keeps the times (`cp -a`) has the older ones in `mtime` alone.
+        # A copy that keeps the times (`cp -a`) has the older times only in `mtime`.
         late = (
             file.status.st_ctime_ns > written.st_ctime_ns
             or file.status.st_mtime_ns > written.st_mtime_ns

@@ -1,4 +1,4 @@
-"""What a conversion writes of each tensor: its dtype, its place in the order, its reference."""
+"""What a conversion writes for each tensor: its dtype, its place in the order, its reference."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def choose(
 ) -> list[Target]:
     """A target for each entry, in the order given, with the dtype that `--dtype` asks for.
 
-    Only floating types are cast into one another; an integer tensor keeps its type, and a type of
-    8 bits or less is never cast to unasked. Raises `PlanError`.
+    Only floating types are cast into one another; an integer tensor keeps its type, and nothing is
+    cast to a type of 8 bits or less without a request. Raises `PlanError`.
     """
     return [_target(name, entry, base.get(name), dtype) for name, entry in entries]
 

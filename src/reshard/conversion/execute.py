@@ -1,4 +1,4 @@
-"""Carrying out a plan: everything into a partial folder, checked, then one rename."""
+"""Carry out a plan: write everything into a partial folder, check it, then rename it once."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def carry_out(
 
     `records` are the source's checksums, which are compared as its bytes pass, `unprotected` its
     stretches without. `render` makes the bytes of `reshard.json`; it may refuse what the engine
-    found. `check` looks at the finished folder before it gets its name, and raises where it is not
-    well.
+    found.`check` examines the finished folder before it gets its name, and raises if something is
+    wrong.
 
-    Raises what stands in the way; `target` is then as it was, or the error says what stands there.
+    If this raises, `target` is as it was, or the error says what is there.
     """
     with OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder:
         threads = writing.threads

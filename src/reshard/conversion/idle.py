@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reshard.conversion.base_model import Base
+from reshard.conversion.beside import LIGHTRFT
 from reshard.conversion.options import Options
-from reshard.conversion.output_model import LIGHTRFT, Export
+from reshard.conversion.output_model import Export
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.naming.judge import matched
@@ -17,16 +18,17 @@ _NO_HEADS = "the checkpoint holds no heads of a reward model"
 
 
 def idle(options: Options, catalog: Catalog, base: Base | None, made: Export) -> Iterator[Finding]:
-    """A finding for each option that was given for nothing.
+    """A finding for each option that has no effect.
 
-    What only permits something (`--allow-unchanged`) is none, nor what a script passes always.
+    Options that only permit something (`--allow-unchanged`), and options that a script always
+    passes, do not count.
     """
     if base is not None:
         yield from _patterns(options, catalog, base, made)
     frozen = any(entry.kind == "frozen" for entry in catalog.entries.values())
-    if options.exclude_frozen and not frozen and not made.missing:
+    if options.exclude_frozen and not frozen and not made.matching.missing:
         yield _without("--exclude-frozen", "the checkpoint holds no frozen parameters")
-    if options.fill_from_base and not made.filled:
+    if options.fill_from_base and not made.matching.filled:
         yield _without("--fill-from-base", "the checkpoint lacks nothing that the base has")
     if made.scaling is None:
         yield from _of_adapters(options)
@@ -41,7 +43,7 @@ def _patterns(options: Options, catalog: Catalog, base: Base, made: Export) -> I
     known = {*base.entries}
     for name in catalog.names():
         known |= {name, unwrap(name), name.removeprefix(prefix), unwrap(name).removeprefix(prefix)}
-    apart = {*made.name_map.dropped, *made.missing}
+    apart = {*made.matching.unexpected, *made.matching.missing}
     for pattern in options.allow:
         if not matched(known | apart, [pattern]):
             message = f"--allow {pattern!r} matches no name of the checkpoint or the base."

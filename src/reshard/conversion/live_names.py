@@ -25,7 +25,7 @@ from reshard.storage.local import Sources
 
 
 def chosen(options: Options, catalog: Catalog, base: Base | None) -> Names:
-    """Which names are written: those asked for, or by default all that the same bytes may have."""
+    """Which names are written: those of the option, or by default all names of the same bytes."""
     if options.names is not None:
         return options.names
     at_hand = base is not None or holds_config(catalog)
@@ -49,7 +49,7 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
     """The export with the names and shapes of a live module of the wanted transformers version."""
     entries: dict[str, Entry] = {}
     for target in exported.model:
-        # The dtype that is written rides along: the layout joins tensors of one dtype only.
+        # The output's dtype goes with each tensor: the layout joins only tensors of one dtype.
         spec = TensorSpec(target.spec.name, target.spec.dtype, target.spec.shape)
         entries[target.spec.name] = replace(target.source, spec=spec)
     version = options.transformers_version or _installed() or NEWEST
@@ -76,7 +76,7 @@ def _each(entries: Mapping[str, Entry]) -> list[Target]:
 
 
 def _once(entries: Mapping[str, Entry]) -> list[Target]:
-    """A target for each tensor; what is the same bytes as one before it is another name of that."""
+    """A target for each tensor; a tensor with the bytes of an earlier one becomes its alias."""
     targets: dict[object, Target] = {}
     for target in _each(entries):
         held = target.source.fragments
@@ -114,7 +114,7 @@ def answering(exported: Export, config: Mapping[str, Any], options: Options) -> 
 
 
 def _apart(apart: Apart) -> Finding:
-    """That the live modules of some versions will not find their tensors."""
+    """The finding that the live modules of some versions will not find their tensors."""
     if not apart.name:
         return Finding(
             "live-layout-unknown",

@@ -5,8 +5,8 @@
     2_Dense/config.json
     2_Dense/model.safetensors   {"linear.weight": .., "linear.bias": ..}
 
-A run that trains the whole saves `0.auto_model.**` and `2.linear.**`: each module's tensors go back
-into its own folder. (sentence-transformers 5: SentenceTransformer.py, save.)
+A run that trains all modules saves `0.auto_model.**` and `2.linear.**`: each module's tensors go
+back into its own folder. (sentence-transformers 5: SentenceTransformer.py, save.)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Module(Struct, frozen=True):
 def read_modules(folder: Path, found: Iterable[Asset], sources: Sources) -> tuple[Module, ...]:
     """The modules of a base that have weights of their own; none where it states no modules.
 
-    Raises `FormatError` where `modules.json` is no list of modules, and what the readers of the
+    Raises `FormatError` where `modules.json` is not a list of modules, and what the readers of the
     weights raise.
     """
     weights = {PurePosixPath(a.name).parent.as_posix() for a in found if names_weights(a.name)}
@@ -61,7 +61,7 @@ def read_modules(folder: Path, found: Iterable[Asset], sources: Sources) -> tupl
     text = strict_json.read_whole(listed, max_nbytes=strict_json.MAX_CONFIG)
     stated = strict_json.parse(text, str(folder / MODULES))
     if not isinstance(stated, list) or not all(isinstance(one, dict) for one in stated):
-        raise FormatError("it is no list of modules.", path=folder / MODULES)
+        raise FormatError("it is not a list of modules.", path=folder / MODULES)
     paths = {str(one.get("path")): str(one.get("name", one.get("idx"))) for one in stated}
     return tuple(
         Module(name, path, formats.read(folder / path, sources, formats.Selection()).entries)
@@ -73,9 +73,9 @@ def read_modules(folder: Path, found: Iterable[Asset], sources: Sources) -> tupl
 def take(
     entries: Mapping[str, Entry], modules: Iterable[Module]
 ) -> tuple[Mapping[str, Entry], dict[str, Mapping[str, Entry]]]:
-    """The entries without those of the modules, and these by the file that they go into.
+    """The entries without those of the modules, and the modules' entries by output file.
 
-    A module is taken where the checkpoint holds all its tensors, with its shapes.
+    A module is included if the checkpoint holds all its tensors, with its shapes.
     """
     clean = {unwrap(name): name for name in entries}
     shared = shared_prefixes(clean)[-1]

@@ -20,7 +20,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
-Names = Literal["all", "disk", "memory"]
+Names = Literal["all", "disk", "memory", "hub"]
 To = Literal["hf", "dcp", "megatron"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
@@ -30,9 +30,9 @@ _MAX_WILDCARDS = 3
 MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "critic")
 SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
-NAMES: tuple[Names, ...] = ("all", "disk", "memory")
+NAMES: tuple[Names, ...] = ("all", "disk", "memory", "hub")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
-#: What LightRFT takes where no probing layer is named: the input of the last layer.
+#: LightRFT's default probing layer: the input of the last layer.
 PROBING_LAYER = -1
 
 
@@ -52,9 +52,9 @@ class Patterns(Texts, frozen=True):
 
 
 class RewardChoice(Struct, frozen=True):
-    """What was asked for of a reward model or critic; `model_type` None: found by its heads.
+    """The options for a reward model or critic; `model_type` None: detected by its heads.
 
-    `probing_layer` None: nothing was said, and LightRFT's default is assumed.
+    `probing_layer` None: LightRFT's default.
     """
 
     model_type: ModelType | None = None
@@ -69,9 +69,10 @@ class RewardChoice(Struct, frozen=True):
 
 
 class LoraChoice(Struct, frozen=True):
-    """What becomes of adapters. `mode` None: merged, where there is a base.
+    """What to do with adapters. `mode` None: merge them, if there is a base.
 
-    They scale by `alpha`, or as the file `config` says; `scaling` is what a conversion found so.
+    They scale by `alpha`, or as the file `config` says; `scaling` is the scaling that a conversion
+    found.
     """
 
     mode: Lora | None = None

@@ -1,8 +1,8 @@
-"""The plan of a conversion held against the rules of a finished model, before a byte is written.
+"""Check a conversion's plan by the rules of a finished model, before a byte is written.
 
-Nothing trained is paired with a stale partner: a head with an embedding of another vocabulary, or a
-base's head with an embedding that was trained. The rules are `naming/partners.py`'s, which
-`reshard doctor` applies to what others wrote.
+No trained tensor may be paired with a stale one: a head with an embedding of another vocabulary, or
+a base's head with a trained embedding. The rules are those of `naming/partners.py`, which `reshard
+doctor` applies to other tools' folders.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def check_head(made: Mapping[str, Entry], filled: Iterable[str], base: Base, equ
         if embedding is None or embedding not in base.entries:
             continue
         released = base.entries[embedding]
-        # Masters of a frozen embedding are the base's once rounded to its dtype.
+        # Masters of a frozen embedding equal the base's after rounding to its dtype.
         spec = replace(made[embedding].spec, dtype=released.spec.dtype)
         trained = replace(made[embedding], spec=spec)
         if trained.spec.shape != released.spec.shape or not equal(trained, released):

@@ -1,4 +1,4 @@
-"""Everything of a conversion that can be decided, and every user's error, before a byte is written.
+"""Everything that a conversion decides, and every user error, before a byte is written.
 
 locate and read -> export (names, dtypes) -> live layout -> files, patched config, assets
 """
@@ -13,11 +13,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.conversion import live_names, output_model, trainer_names
+from reshard.conversion import live_names, output_model, released, trainer_names
 from reshard.conversion.base_model import (
     CONFIG,
     Base,
     dtype_patches,
+    holds_config,
     patched_config,
     quantisation_paths,
     read_base,
@@ -77,7 +78,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     options = replace(options, names=live_names.chosen(options, catalog, base))
     catalog, found = as_numbers(catalog, base, options, sources)
     made = exported(catalog, base, options, sources)
-    # Before the files are laid out: of a few petabytes, as a damaged file may state, that is long.
+    # Before the layout, which takes long for the petabytes that a damaged file may state.
     check_space(options.target, sum(target.spec.nbytes for target in made.model))
     files, texts = _files(made, options)
     if not files:
@@ -97,6 +98,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
             *_from_cache(options),
             *dequantised(found, base),
             *made.findings,
+            *_of_release(made, catalog, base, options, sources),
             *idle(options, catalog, base, made),
             *lacking,
         ),
@@ -129,7 +131,8 @@ def _check_names(plan: Plan) -> None:
 
 
 def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding, ...]:
-    """That files lack checksums which their format has, unless its reader has said so."""
+    """The finding that files lack checksums that their format has, unless its reader reported
+    it."""
     known = any(found.code == "no-checksums" for found in catalog.findings)
     if not unprotected or known or not named(catalog.format).checksums:
         return ()
@@ -145,7 +148,8 @@ def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding
 def check_strict(
     findings: Sequence[Finding], options: Options, strict: bool | Sequence[str]
 ) -> None:
-    """Refuse findings of the codes in `strict`, or where it is True all but mere information."""
+    """Refuse findings of the codes in `strict`, or, if it is True, all except those of severity
+    info."""
     codes = strict if not isinstance(strict, bool) else ()
     refused = [
         found
@@ -177,7 +181,23 @@ def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sou
         config = live_names.config_of(made, catalog, base, sources, asked)
         place = live_names.placed if options.names == "memory" else live_names.answering
         made = place(made, config, options)
+    elif options.names == "hub":
+        config = live_names.config_of(made, catalog, base, sources, options.names)
+        made = released.in_layout(made, config)
     return made
+
+
+def _of_release(
+    made: Export, catalog: Catalog, base: Base | None, options: Options, sources: Sources
+) -> tuple[Finding, ...]:
+    """What of the output no release has, where it is a model's folder."""
+    known = base is not None or holds_config(catalog)
+    if not (known and made.model and made.assets and target_named(options.to).takes_files):
+        return ()
+    if options.names == "memory":
+        return ()
+    config = live_names.config_of(made, catalog, base, sources, "disk")
+    return tuple(released.findings(made, config))
 
 
 def _files(
@@ -199,7 +219,7 @@ def _files(
 
 
 def _lies_among(name: str, files: Sequence[OutputFile]) -> bool:
-    """Whether a file's name does not tell it from the model's own: same folder, same suffix."""
+    """Whether a file's name does not distinguish it from the model's: same folder, same suffix."""
     return "/" not in name and PurePath(name).suffix in {PurePath(f.name).suffix for f in files}
 
 
@@ -237,7 +257,7 @@ def _assets(
 
 
 def _said_of(base: Base) -> tuple[Finding, ...]:
-    """What of the base a user should know: a class name that is put right."""
+    """The finding on the base's config: a class name that was repaired."""
     if not base.repairs:
         return ()
     message = (

@@ -1,7 +1,7 @@
-"""Quantised models on their way in: a base or a checkpoint as the numbers that its codes stand for.
+"""Quantised models as input: a base or a checkpoint as the numbers that its codes represent.
 
-Kinds that are not read as numbers are refused here, by name. Of a checkpoint with adapters on such
-weights the adapters alone are taken, where the weights come from an unquantised base.
+Kinds that are not read as numbers are refused here, by name. If a checkpoint has adapters on such
+weights, only the adapters are read, and the weights come from an unquantised base.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from reshard.naming.quantised import (
     without_codes,
 )
 from reshard.storage.local import Sources
-from reshard.storage.paths import is_folder
+from reshard.storage.paths import is_file, is_folder
 
 _SOURCE_HINT = "Convert the unquantised release that it was made from."
 _ADAPTERS_HINT = (
@@ -45,7 +45,7 @@ def config_of(catalog: Catalog, sources: Sources) -> Mapping[str, Any]:
 
 
 def refused_kind(catalog: Catalog, sources: Sources) -> Refused | None:
-    """The kind that a checkpoint's weights are of, if it is one that is not read as numbers."""
+    """The kind of a checkpoint's weights, if that kind is not read as numbers."""
     return refused(catalog.entries, statement(config_of(catalog, sources)))
 
 
@@ -98,7 +98,7 @@ def itself(catalog: Catalog, found: Numbers, sources: Sources) -> Base | None:
     """A model that is converted without a base: its own files go along. `found` are its tensors as
     numbers. None where no config lies beside it, or where it is an adapter."""
     root = catalog.origin.root
-    adapted = (root / ADAPTER_CONFIG).is_file() and holds_adapters(catalog.entries)
+    adapted = is_file(root / ADAPTER_CONFIG) and holds_adapters(catalog.entries)
     if not holds_config(catalog) or adapted:
         return None
     return base_of(root, huggingface.read_config(root, sources), found, catalog.records, sources)
@@ -122,8 +122,8 @@ def dequantised(found: Numbers, base: Base | None) -> tuple[Finding, ...]:
 def compared_as_numbers(
     first: Catalog, second: Catalog, sources: Sources
 ) -> tuple[Catalog, Catalog]:
-    """Two sides with their quantised weights as numbers; codes that are not read, of both sides
-    alike, are compared as they are stored."""
+    """Two sides with their quantised weights as numbers; if both have codes that are not read,
+    these are compared as they are stored."""
     kinds = (refused_kind(first, sources), refused_kind(second, sources))
     if kinds[0] is not None and kinds[1] is not None:
         return _with_note(first, kinds[0]), _with_note(second, kinds[1])

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msgspec import Struct, field
+from msgspec import Struct
 from msgspec.structs import asdict
 
 from reshard.conversion.adapters import Summary
 from reshard.conversion.destination import Replaced
 from reshard.core.findings import Finding
 from reshard.core.sizes import size
-from reshard.errors import listed, printable
+from reshard.errors import printable
+from reshard.naming.matching import Matching
 
 
 class Report(Struct, frozen=True):
     """What a conversion did, or with `dry_run` would do.
 
-    `missing` are tensors of the base that the output lacks, `unexpected` tensors of the checkpoint
-    that were left out, `tied` names whose weights are stored under another name, `filled` tensors
-    copied from the base. `merged` counts low-rank updates. `changed` of `compared` tensors differ
-    from the base model's. `records_checked` checksums that the source's files state were compared
-    with what was read; of `records_unchecked` stretches of them they state none. `findings` are
-    what a person should read. Sizes are bytes.
+    `matching` says what of the base and the checkpoint is missing, filled, unexpected, tied and
+    resized; each is an attribute as well. `merged` counts low-rank updates. `changed` of `compared`
+    tensors differ from the base model's. `records_checked` checksums that the source's files state
+    were compared with what was read; of `records_unchecked` stretches of them they state none.
+    `findings` are what a user should know. Sizes are bytes.
     """
 
     source: str
@@ -36,10 +36,7 @@ class Report(Struct, frozen=True):
     seconds: float
     verified: bool
     files: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    tied: Mapping[str, str] = field(default_factory=dict)
-    filled: tuple[str, ...] = ()
+    matching: Matching = Matching()
     prefix: str = ""
     rules: tuple[str, ...] = ()
     merged: int = 0
@@ -68,12 +65,7 @@ class Report(Struct, frozen=True):
         if self.rules or self.prefix:
             prefix = [f"prefix {self.prefix!r} stripped"] if self.prefix else []
             rows.append(("names", "; ".join([*prefix, *self.rules])))
-        if self.tied:
-            rows.append(("tied", listed(f"{a} = {b}" for a, b in self.tied.items())))
-        for what in ("filled", "missing", "unexpected"):
-            names = getattr(self, what)
-            if names:
-                rows.append((what, f"{len(names)}: {listed(names, 5)}"))
+        rows += self.matching.rows()
         if self.adapter is not None:
             rows.append(("adapter", str(self.adapter)))
         if self.merged:
@@ -89,7 +81,7 @@ class Report(Struct, frozen=True):
         return rows
 
     def _checksums(self) -> str:
-        """How many of the source's checksums were compared, and that there are none of the rest."""
+        """How many of the source's checksums were compared, and that the rest has none."""
         total = self.records_checked + self.records_unchecked
         told = f"{self.records_checked} of {total} source checksums"
         if not self.records_unchecked:
@@ -107,6 +99,26 @@ class Report(Struct, frozen=True):
         return f"<Report {self.target!r}: {written}, {len(self.findings)} finding(s)>"
 
     @property
+    def missing(self) -> tuple[str, ...]:
+        """Tensors of the base that the output lacks."""
+        return self.matching.missing
+
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """Tensors that were copied from the base."""
+        return self.matching.filled
+
+    @property
+    def unexpected(self) -> tuple[str, ...]:
+        """Tensors of the checkpoint that were left out."""
+        return self.matching.unexpected
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """A name that is not stored -> the name that its weights are stored under."""
+        return self.matching.tied
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """The findings' messages."""
         return tuple(finding.message for finding in self.findings)
@@ -116,6 +128,7 @@ class Report(Struct, frozen=True):
         values = {
             name: list(value) if isinstance(value, tuple) else value
             for name in self.__struct_fields__
+            if name != "matching"
             for value in (getattr(self, name),)
         }
         records = {
@@ -123,7 +136,7 @@ class Report(Struct, frozen=True):
             for name, record in (("replaced", self.replaced), ("adapter", self.adapter))
         }
         findings = [finding.to_json() for finding in self.findings]
-        return {**values, "findings": findings, **records}
+        return {**values, **self.matching.to_json(), "findings": findings, **records}
 
 
 def _files(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Reading a written folder again, by a reader that does not share the plan, and comparing it.
+"""Read a written folder again, with a reader that does not share the plan, and compare it.
 
 `reshard.json` holds the digest of every tensor, taken as its bytes were written. Verification
 reads the folder's own headers and every byte, and must find the same tensors and digests.
@@ -56,7 +56,7 @@ def verify_folder(
 ) -> Verified:
     """Compare every tensor of a converted folder with its digest in `reshard.json`.
 
-    What of its files is `known`, because it was read already, is not read again.
+    Stretches of its files that are `known`, because they were read already, are not read again.
 
     Raises `VerificationError` naming the first that differs, or a tensor that is missing or was
     added; `NotFoundError` where the folder has no `reshard.json`.
@@ -89,7 +89,8 @@ def verify_folder(
 def check_listed(folder: Path, stated: Manifest) -> None:
     """Raise `VerificationError` where a folder has weights that its `reshard.json` does not list.
 
-    A model that no tensor is stated of would be passed over, and what is beside it alone compared.
+    Otherwise a model without stated tensors would be skipped, and only the files beside it
+    compared.
     """
     listed = stated.files or stated.beside
     if stated.tensors and not stated.files:

@@ -1,4 +1,4 @@
-"""Tensors that are made by arithmetic: `W + B A`, computed block by block, rounded once.
+"""Tensors computed from others: `W + B A`, block by block, rounded once.
 
 Each is a `Computed`: it says which tensors it is made of, and what its elements are in float32.
 `transfer/fill.py` reads the tensors and rounds the result to the output's dtype.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-# Elements of a merged block: `right` is read anew for each, so a block should have many rows.
+# Elements of a merged block: `right` is read again for each, so a block should have many rows.
 _MERGED_AT_ONCE = 2 << 20
 
 
@@ -37,8 +37,8 @@ class LowRank(Computed, frozen=True):
 
     `base` is `[rows, columns]`, `left` `[rows, rank]`, `right` `[rank, columns]` (for a linear
     layer LoRA's B and A). With `magnitude` `[rows]` (DoRA) each row of the sum is then multiplied
-    by its magnitude and divided by its Euclidean norm; with `by_column`, of a matrix that is stored
-    turned, each column, and `magnitude` is `[columns]`. Computed in float32, rounded once.
+    by its magnitude and divided by its Euclidean norm; with `by_column` (a matrix that is stored
+    transposed) each column, and `magnitude` is `[columns]`. Computed in float32, rounded once.
     """
 
     base: Entry
@@ -110,9 +110,10 @@ class LowRank(Computed, frozen=True):
 
 
 class _ColumnScales:
-    """The columns' scales of the matrix that was asked for last.
+    """The column scales of the last matrix.
 
-    The blocks of one are filled one after another, by several threads; each would read it anew.
+    Several threads fill the blocks of one matrix one after another; without this each thread would
+    read the matrix again.
     """
 
     def __init__(self) -> None:

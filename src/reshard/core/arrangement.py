@@ -117,8 +117,8 @@ class Arranger:
         return rearrange.stack(parts)
 
     def _row(self, of: Arrangement, index: int) -> Entry:
-        """One row. Each tensor is taken apart once, fragment by fragment: cutting 128 experts out
-        of 64 ranks' ranges one by one would look at 8,192 overlaps."""
+        """One row. Each tensor is split once, fragment by fragment: to cut 128 experts out of 64
+        ranks' ranges one by one would compare 8,192 overlaps."""
         if of not in self._rows:
             self._rows[of] = rearrange.rows(self.make(of))
         return self._rows[of][index]
@@ -127,7 +127,7 @@ class Arranger:
 def inverse(
     outputs: Mapping[str, Arrangement], specs: Mapping[str, TensorSpec]
 ) -> dict[str, Arrangement]:
-    """The arrangements that make the tensors `specs` out of the outputs.
+    """The arrangements that recover the tensors `specs` from the outputs.
 
     `specs` are the tensors that the outputs are made of. Raises `PlanError` where the outputs do
     not hold every element of them exactly once.
@@ -179,7 +179,7 @@ def _source_box(spec: TensorSpec, fragment: Fragment) -> tuple[Box, list[int | N
         if size == 1:
             axis = None
         elif axis is None:
-            raise PlanError("its elements are no box of the tensor.", tensor=spec.name)
+            raise PlanError("its elements are not a box of the tensor.", tensor=spec.name)
         else:
             sizes[axis] = size
         axes.append(axis)

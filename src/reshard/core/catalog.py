@@ -1,4 +1,4 @@
-"""The catalog: a checkpoint as a table of tensors, and what is known of where it came from."""
+"""The catalog: a checkpoint as a table of tensors, and where it came from."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Asset(Struct, frozen=True):
 class Catalog(Struct, frozen=True):
     """A checkpoint: its tensors by name, and everything known about their source.
 
-    `entries` holds each stored tensor once; other names of the same weights are in
-    `Entry.aliases`. `records` are the checksummed stretches of the files, which the engine checks
-    as their bytes pass. `findings` are what a user should read, which checkpoint was taken first of
-    all where the path named a folder above it; they change no weight. `renamed` are those aliases
-    that are no tied parameters, but what other layouts of the model call the tensor. `unshaped` are
+    `entries` holds each stored tensor once; other names of the same weights are in `Entry.aliases`.
+    `records` are the checksummed stretches of the files, which the engine checks as their bytes
+    pass. `findings` are what a user should know; if the path named a folder above the checkpoint,
+    the first says which checkpoint was taken. They change no weights. `renamed` are aliases that
+    are not tied parameters but names of the tensor in other layouts of the model. `unshaped` are
     entries that hold a tensor flattened, whose shape the checkpoint does not state (FSDP1's local
     state dicts): a base gives them their shapes, see `reshard.naming.flat`. `optimizer`, where the
     checkpoint holds training state, reads it when it is called, while the `Sources` that the

@@ -1,4 +1,4 @@
-"""A tensor's digest, as a tree: so that its parts can be hashed by themselves, in any order.
+"""A tensor's digest, as a tree, so that its parts can be hashed separately and in any order.
 
     leaves   64 MiB each of the tensor's row-major bytes, the last one shorter: xxh3-128 of each
     tensor   of one leaf: that leaf's digest; of several: xxh3-128 of theirs, one after another

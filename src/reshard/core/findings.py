@@ -1,4 +1,4 @@
-"""Findings: what a person should know about a checkpoint, a conversion or a model.
+"""Findings: what a user should know about a checkpoint, a conversion or a model.
 
 A finding has a code, and `CODES` says once what each code means and how to fix it. Readers, the
 fit of the names, the conversion, doctor and try all report findings of this one type; `--strict`
@@ -40,11 +40,11 @@ class Code(Struct, frozen=True):
 
 
 class Finding(Struct, frozen=True):
-    """Something that a person should know.
+    """Something that a user should know.
 
     `code` is a key of `CODES`. `message` is one or two sentences with the evidence. `subject` is
-    the tensor or file concerned, empty where it is the whole. `fix` says what to do in this case;
-    empty: the code's own. `evidence` are names and numbers for programs, as JSON values.
+    the tensor or file concerned, empty for the whole checkpoint. `fix` says what to do in this
+    case; empty: the code's own. `evidence` are names and numbers for programs, as JSON values.
     """
 
     code: str
@@ -54,7 +54,7 @@ class Finding(Struct, frozen=True):
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A note is as long as a file makes it.
+        # A file decides how long a message is.
         force_setattr(self, "message", shortened(self.message, _MAX_MESSAGE))
 
     def __hash__(self) -> int:
@@ -318,6 +318,22 @@ CODES: dict[str, Code] = {
         by=("try",)),
     "transposed-experts": Code("error", "stacked experts are transposed", by=("doctor",)),
     "unchanged": Code("warning", "every tensor equals the base model's: nothing was trained"),
+    "universal-groups": Code(
+        "info", "DeepSpeed matches the parameter groups of a universal checkpoint by position",
+        "Make the script's parameter groups in that order."),
+    "universal-loss-scale": Code(
+        "info", "the loss scale of an fp16 run is not carried into a universal checkpoint"),
+    "universal-no-schedule": Code(
+        "info", "a universal checkpoint was written without the state of a schedule",
+        "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint."),
+    "universal-stage3": Code(
+        "warning", "DeepSpeed's ZeRO stage 3 goes on wrongly from this universal checkpoint",
+        "Load it with ZeRO stage 1 or 2, or after loading run the lines of "
+        "docs/training-state.md."),
+    "universal-unrestored": Code(
+        "warning", "DeepSpeed does not restore frozen parameters or buffers of a universal "
+        "checkpoint",
+        "Start the script from the weights that the run started from."),
     "untrained-layers": Code("info", "layers that no live module holds are the base's"),
     "vectors-constant": Code(
         "info", "a vector holds one value throughout, as fresh biases and norms do", by=("try",)),

@@ -41,15 +41,16 @@ class Kind(Struct, frozen=True):
     def parse(self, value: object) -> Any:
         """The value as the program uses it; raises `ValueError` where it is not of the kind.
 
-        Kinds that know better what is wrong raise `OptionError` themselves.
+        Kinds that can say more precisely what is wrong raise `OptionError` themselves.
         """
         raise NotImplementedError
 
 
 class Flag(Kind, frozen=True):
-    """True or False. With `no`, the flag says that it is not so (`--no-verify`), in these words.
+    """True or False. With `no`, the flag turns the option off (`--no-verify`), and this text
+    describes it.
 
-    `either`: there is a flag for each of both.
+    `either`: there is a flag for each value.
     """
 
     no: str = ""
@@ -246,7 +247,7 @@ class Function(Kind, frozen=True):
 
 
 class TorchDType(Protocol):
-    """A `torch.dtype`, which types alone can be told by: torch is not imported."""
+    """A `torch.dtype`, for type annotations only: torch is not imported."""
 
     @property
     def is_floating_point(self) -> bool: ...

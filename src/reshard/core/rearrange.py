@@ -1,8 +1,8 @@
 """Cut, join and transpose tensors without touching a byte, by mapping boxes onto boxes.
 
 Experts that one layout stacks and another lists, gate and up projections that one layout fuses,
-vocabulary rows that were added: each is another arrangement of the same bytes. All functions
-return entries whose boxes tile them again; the engine needs to know nothing of it.
+vocabulary rows that were added: each is another arrangement of the same bytes. All functions return
+entries whose boxes tile them again; the engine does not need to know about it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def transpose(entry: Entry, dim0: int, dim1: int) -> Entry:
 def reshape(entry: Entry, shape: Shape) -> Entry:
     """The same elements, in row-major order, as a tensor of another shape.
 
-    Raises `PlanError` where a part of it is not stored as an unbroken run of its elements.
+    Raises `PlanError` where one of its parts is not stored contiguously.
     """
     if math.prod(shape) != entry.spec.numel:
         raise PlanError(
@@ -102,7 +102,7 @@ def reshape(entry: Entry, shape: Shape) -> Entry:
         box = fragment.box
         start = sum(o * s for o, s in zip(box.offsets, contiguous_strides(box.shape), strict=True))
         if fragment.strides is not None or not _is_run(box):
-            raise PlanError("a part of it is no unbroken run.", tensor=entry.spec.name)
+            raise PlanError("one of its parts is not contiguous.", tensor=entry.spec.name)
         fragments.append(replace(fragment, box=flat(numel, start, box.numel)))
     return unflatten(_entry(entry, shape, fragments))
 

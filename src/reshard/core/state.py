@@ -6,9 +6,9 @@
     groups    (Group, ...)          which parameters share which hyperparameters
 
 Names are those of the catalog that the state belongs to: a parameter's own name, never that of a
-tied alias. Frozen parameters and buffers have no state. Of a kind of moment that only some of the
-parameters have (Muon beside AdamW) the table has these alone. What else a run needs to go on
-(schedule, counters, what the user's own code saved) is plain data; what is none is listed, and
+tied alias. Frozen parameters and buffers have no state. If only some parameters have a kind of
+moment (Muon beside AdamW), its table has only these. Whatever else a run needs to continue
+(schedule, counters, what the user's own code saved) is plain data; everything else is listed and
 left out.
 """
 

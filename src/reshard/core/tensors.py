@@ -93,9 +93,9 @@ class Read(Protocol):
 class Computed(Struct, frozen=True):
     """An array that arithmetic makes of stored tensors, block by block, in float32.
 
-    The one protocol of such arrays; `core/arithmetic.py` has them. To the geometry one is a file
-    that holds the array's elements in row-major order: a `Portion` counts in those bytes, so that
-    a computed tensor is cut, joined and turned as a stored one is.
+    The one protocol of such arrays; `core/arithmetic.py` has them. The geometry treats it as a file
+    that holds the array's elements in row-major order: a `Portion` counts in those bytes, so that a
+    computed tensor is cut, joined and transposed like a stored one.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""All that the checks look at: a folder, the base, the fit of one onto the other, facts of values.
+"""The input of the checks: a folder, the base, the fit of one onto the other, facts about values.
 
 Everything is read here, once; the checks are pure functions of a `Case`.
 """
@@ -79,12 +79,12 @@ class Rescue(Struct, frozen=True):
 
 
 class Case(Struct, frozen=True):
-    """A folder and everything that was found out about it.
+    """A folder and everything that is known about it.
 
-    placeholders: tensors without their elements. prefix: what precedes all names.
-    clean: name without wrappers' parts and prefix -> the folder's own name, aliases included.
-    rescue: None, or why not, or a checkpoint that the weights can be taken from.
-    quantisation: what the weights are made of; the folder's tensors are numbers where they can be.
+    placeholders: tensors without their elements. prefix: what precedes all names. clean: name
+    without wrappers' parts and prefix -> the folder's own name, aliases included. rescue: None, or
+    why there is none, or a checkpoint that has the weights. quantisation: what the weights are made
+    of; the folder's tensors are numbers where possible.
     structure: what is unlike the architecture; None where not all was read.
     """
 
@@ -155,7 +155,7 @@ def read(
     folder, found = quantisation.examine(folders.read(path, sources), sources)
     placeholders = _placeholders(folder, base)
     whole = {name: entry for name, entry in folder.entries.items() if name not in placeholders}
-    # What codes stand for is not known where they are not read: there is nothing to fit.
+    # Codes that are not read have no known numbers: there is nothing to fit.
     fitted = _fitted(folder, whole, None if found.unread else base, sources)
     names = [name for entry in folder.entries.values() for name in entry.names]
     prefix = fitted.fit.prefix if fitted.fit is not None else guess_prefix(map(unwrap, names))
@@ -244,9 +244,9 @@ def _heads(names: Iterable[str]) -> frozenset[str]:
 
 
 def guess_prefix(names: Iterable[str]) -> str:
-    """What a trainer put before all names, by the names alone; `""` where nothing is certain.
+    """The prefix that a trainer put before all names, from the names alone; `""` where uncertain.
 
-    `model.` precedes the names of many a sound model: it is one too many only where the next part
+    Many intact models have `model.` before their names: it is superfluous only where the next part
     belongs to the top of a model.
 
     >>> guess_prefix(["model.model.norm.weight", "model.lm_head.weight"])

@@ -1,4 +1,4 @@
-"""`reshard.doctor`: look at a model folder, name what is wrong with it, and write a repaired one.
+"""`reshard.doctor`: examine a model folder, name what is wrong with it, and write a repaired one.
 
 read -> every check of the table -> (with `repair`) repair -> check again -> commit
 """
@@ -156,7 +156,7 @@ def _mendable(all_found: Sequence[Found]) -> bool:
 
 
 def _check_alone(case: Case) -> None:
-    """Refuse to mend a model whose other half, its head, would be left behind."""
+    """Refuse to repair a model whose other half, its head, would be left out."""
     heads = [name for name in (REWARD_HEAD, VALUE_HEAD) if is_file(case.folder.path / name)]
     if heads:
         raise PlanError(
@@ -167,7 +167,7 @@ def _check_alone(case: Case) -> None:
 
 
 def _check_numbers(case: Case) -> None:
-    """Refuse to mend a sound quantised model: the copy would be one of 16-bit weights."""
+    """Refuse to repair an intact quantised model: the copy would have 16-bit weights."""
     found = case.quantisation
     if found.unread is not None or (found.kinds and found.stated is not None):
         raise PlanError(
@@ -188,7 +188,7 @@ def _mend(
     engine: EngineName | None,
     progress: StagedProgress | None,
 ) -> tuple[Finding, ...]:
-    """Write the mended folder, and return the warnings that it keeps."""
+    """Write the repaired folder, and return the warnings that it keeps."""
     kept: list[Finding] = []
 
     def check(partial: Path) -> None:

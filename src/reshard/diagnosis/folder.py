@@ -1,7 +1,7 @@
 """A model folder as it is, however broken: what can be read of it, and what is wrong with the rest.
 
-The formats' readers refuse a folder at the first rule that is broken; this one notes the fault and
-reads on. A file that is read passes all of the format's own checks, so its tensors can be trusted.
+The formats' readers refuse a folder at the first broken rule; this one records the fault and
+continues. A file that is read passes all of the format's own checks, so its tensors can be trusted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from reshard.containers import safetensors as safetensors_file
 from reshard.containers.dcp import shards as rank_shards
 from reshard.conversion.assets import assets as assets_of
 from reshard.conversion.base_model import CONFIG, Base
-from reshard.conversion.output_model import LIGHTRFT
+from reshard.conversion.beside import LIGHTRFT
 from reshard.core.catalog import Asset
 from reshard.core.tensors import Entry, Fragment, Record, stored, whole
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError
@@ -74,8 +74,8 @@ class Folder(Struct, frozen=True):
 
     @property
     def headless(self) -> bool:
-        """Whether the model's users want no output head: it scores, by itself or by a reward head
-        beside it, or it is a backbone by its class."""
+        """Whether the model needs no output head: it scores, by itself or by a reward head beside
+        it, or its class is a backbone."""
         scores = self.classifies or REWARD_CONFIG in self.assets
         return scores or is_backbone(self.settings)
 
@@ -94,7 +94,7 @@ def read(path: Path, sources: Sources) -> Folder:
     """Read a model folder's headers, config and file names.
 
     Raises `NotFoundError` where there is no folder, or no file that should hold a model's weights,
-    `UnsupportedError` where the weights are no model's by themselves.
+    `UnsupportedError` where the weights alone are not a model.
     """
     if not is_folder(path):
         raise NotFoundError("there is no such folder.", path=path)
@@ -111,7 +111,8 @@ def read(path: Path, sources: Sources) -> Folder:
 
 
 def _refuse_parts(path: Path) -> None:
-    """Refuse what transformers does not load as a model, and is not ill for that."""
+    """Refuse folders that transformers does not load as a model, although nothing is wrong with
+    them."""
     there = {file.name for file in listing(path)}
     weights = {name for name in there if name.endswith(".safetensors")}
     ranks = rank_shards.names(path)

@@ -15,7 +15,7 @@ _SHOWN = 4
 
 
 class Repair(Struct, frozen=True):
-    """How a finding is mended: in words, and what that changes beside the fit onto the base.
+    """How a finding is repaired: in words, and what that changes beside the fit onto the base.
 
     config: dotted path in `config.json` -> new value.
     assets, texts: files that the folder lacks, and small files that are written anew.

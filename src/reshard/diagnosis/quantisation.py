@@ -26,9 +26,9 @@ from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Reader, fill
 
-# Elements of a weight that are looked at for what it holds.
+# Elements of a weight that are examined.
 _SAMPLE = 64 << 10
-# Codes fill the range of their type, up to 448; no weight of a language model comes near it.
+# Codes fill the range of their type, up to 448, far above the weights of language models.
 _LARGE = 64.0
 
 
@@ -37,7 +37,7 @@ class Quantisation(Struct, frozen=True):
 
     stated: what the config says. numbers: the tensors, where codes are read as numbers.
     unread: the kind of codes that are not. fault: why the codes could not be read.
-    stale: weight that is no code -> the scale beside it. cast: those of them that hold the codes
+    stale: weight that is not a code -> the scale beside it. cast: those of them that hold the codes
     themselves, cast to another dtype.
     """
 

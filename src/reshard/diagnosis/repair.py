@@ -1,8 +1,8 @@
-"""A new folder in which everything that was found is mended.
+"""Write a new folder in which every finding is repaired.
 
-The tensors go the way of every conversion: fitted onto the base, laid out, streamed, hashed, read
-back. What a conversion has no part in is added here: the folder's own config and other files are
-kept, patched where a finding says so, and joined by those of the base that are missing.
+The tensors pass through an ordinary conversion: fitted onto the base, laid out, streamed, hashed,
+read back. This module adds the rest: it keeps the folder's own config and other files, patches them
+where a finding says so, and adds the base's files that are missing.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def write_mended(
     check: Callable[[Path], None],
     progress: StagedProgress | None = None,
 ) -> None:
-    """Write `target`, whole or not at all. Every error among the findings must have a repair.
+    """Write `target`, completely or not at all. Every error among the findings must have a repair.
 
-    `check` looks at the finished folder before it gets its name, and raises where it is not well.
+    `check` examines the finished folder before it gets its name, and raises if something is wrong.
     """
     repairs = [each.repair for each in all_found if each.repair is not None]
     mended = _mended(case, repairs)
@@ -157,12 +157,10 @@ def _manifest(
         "max_shard_nbytes": parse_size(_MAX_SHARD_SIZE),
         "repaired": [each.finding.code for each in all_found if each.repair is not None],
     }
+    found = mended.name_map
     names = {
-        "prefix": mended.name_map.prefix,
-        "rules": list(mended.name_map.rules),
-        "tied": dict(mended.name_map.tied),
-        "filled": [],
-        "missing": list(mended.name_map.filled),
-        "unexpected": list(mended.name_map.dropped),
+        "prefix": found.prefix,
+        "rules": list(found.rules),
+        **replace(found.matching, missing=found.matching.filled, filled=()).to_json(),
     }
     return manifest.render(mended.format, mended.origin, options, names, stated, {}, files)

@@ -66,8 +66,8 @@ def same(
 ) -> list[bool]:
     """Of each pair of equal shapes, whether the second, cast to the first's dtype, is the first.
 
-    Reads to the first difference: next to nothing of a trained tensor. A value of the second that
-    the first's dtype cannot hold is a difference.
+    It reads up to the first difference, so very little of a trained tensor. A value of the second
+    that the first's dtype cannot hold is a difference.
     """
     count = _Counter(sum(mine.spec.nbytes for mine, _ in pairs), progress)
 
@@ -110,7 +110,7 @@ def _parts(source: Entry, dtype: DType, reader: Reader, limit: int) -> Iterator[
 
 
 class _Counter:
-    """Adds up bytes from several threads and tells them on."""
+    """Adds up the bytes of several threads and reports the sum."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._total = total

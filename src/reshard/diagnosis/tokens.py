@@ -1,4 +1,4 @@
-"""How many token ids a `tokenizer.json` has, read without its merges: those take the most memory.
+"""The number of token ids of a `tokenizer.json`, read without its merges, which take most memory.
 
     {"added_tokens": [{"id": 5, "content": "<s>"}, ..], "model": {"vocab": ..., "merges": [..]}}
 

@@ -46,7 +46,7 @@ class Watch:
 class Clock:
     """A streamer that notes when each step's tokens reached the CPU.
 
-    `generate` first hands over the prompt, which is no step.
+    `generate` first hands over the prompt, which is not a step.
     """
 
     on_token: Callable[[int], None] | None = None

@@ -66,7 +66,7 @@ class WeightFiles:
             self._add(path, opened)
 
     def _add(self, path: Path, opened: Any) -> None:
-        for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+        for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
             if name in self._where:
                 self._stack.close()
                 raise IncompleteError("two files hold this tensor.", path=path, tensor=name)

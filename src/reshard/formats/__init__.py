@@ -1,4 +1,4 @@
-"""The formats, by name. A format is one room: detect, read and, where it can be written, lay out.
+"""The formats, by name. A format is one room: detect, read and, if it is writable, lay out.
 
 Adding one is a module with the functions of `Format`, and its `FormatInfo` (`info`).
 """
@@ -25,10 +25,10 @@ from reshard.storage.paths import exists, is_folder, listing
 
 
 class Selection(Struct, frozen=True):
-    """Which part of a checkpoint is meant.
+    """Which part of a checkpoint to read.
 
     `tag` names one of several saves in a folder (DeepSpeed), `prefix` the part of a nested state
-    dict that is the model; DCP's reader takes that out, of other formats `locate` does.
+    dict that is the model; DCP's reader extracts that part, for other formats `locate` does.
     `allow_step_mismatch` accepts a ZeRO-3 checkpoint whose optimizer was restarted on purpose, so
     that its step count is not the model's. `masters`: full-precision weights are read from the
     optimizer's state, in formats that say so (`FormatInfo.masters`).
@@ -61,7 +61,7 @@ Wanted = tuple[TensorSpec, Entry, Entry | None]
 
 
 class Writable(Protocol):
-    """What the module of a format that a model is written in offers besides."""
+    """What the module of a format that can hold a model offers in addition."""
 
     def lay_out(
         self, slots: Sequence[Wanted], max_file_nbytes: int, /
@@ -78,7 +78,7 @@ class Laid(Struct, frozen=True):
 
 
 class StateWritable(Protocol):
-    """What the module of a format that training state is written in offers besides."""
+    """What the module of a format that can hold training state offers in addition."""
 
     def lay_out_state(
         self,
@@ -104,7 +104,7 @@ class Description(Struct, frozen=True):
 
 
 class Single(Protocol):
-    """What the module of a format offers whose files stand beside a model."""
+    """What the module of a format whose files lie beside a model offers."""
 
     def lay_out_file(self, name: str, slots: Sequence[Wanted], /) -> OutputFile:
         """One file of that name with these tensors."""
@@ -120,7 +120,7 @@ OPTIMIZER_KEYS = frozenset({"state", "param_groups"})
 RUN_STATE = re.compile(
     rf"{OPTIMIZER.pattern}|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?"
 )
-#: These, and other parts that hold tensors and are not the model that is meant.
+#: These, and other parts that hold tensors and are not the model to read.
 NOT_MODEL = re.compile(rf"{RUN_STATE.pattern}|extra(_.*)?|ema(_.*)?")
 
 
@@ -135,9 +135,10 @@ def writer(info: FormatInfo) -> Writable:
 
 
 def index(info: FormatInfo, files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
-    """The small files that tell a model's files from others beside them.
+    """The small files that distinguish a model's files from others beside them.
 
-    None where the format's room has no function `index`: then its files are told by their names.
+    None where the format's room has no function `index`: then the names of its files distinguish
+    them.
     """
     special = getattr(writer(info), "index", None)
     found: tuple[tuple[str, bytes], ...] = () if special is None else special(files)
@@ -156,7 +157,7 @@ def claims(path: Path) -> dict[str, str]:
 
 
 def meant(claimed: Iterable[str]) -> str | None:
-    """Which of the formats that claim a folder is meant; None where it could be several.
+    """Which of the formats that claim a folder to read it as; None where it could be several.
 
     A training checkpoint goes before a model exported beside it: the HF Trainer writes both into
     `checkpoint-N`, and the checkpoint holds the same weights in the precision of training.
@@ -188,7 +189,7 @@ def detect(path: Path) -> str:
 
 
 def told(path: Path, reasons: Mapping[str, str]) -> str:
-    """The name of the format of what lies at `path`, by the reasons that its claims gave.
+    """The name of the format of what lies at `path`, from the reasons of the formats that claim it.
 
     Raises as `detect` does.
     """
@@ -234,9 +235,10 @@ def of_several(path: Path, models: Sequence[str], taken: str, what: str) -> tupl
 
 
 def of_role(path: Path, roles: Sequence[Path], role: str | None) -> Path:
-    """The folder of the role that is meant, of those in `path`; `path` where it holds none.
+    """The folder of the selected role among those in `path`; `path` itself where it holds none.
 
-    Raises `NotFoundError` where there is no such role, or none was named of several.
+    Raises `NotFoundError` where there is no such role, or where there are several and none was
+    named.
     """
     there = ", ".join(found.name for found in roles)
     if role is not None and role not in (found.name for found in roles):

@@ -123,7 +123,7 @@ def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder is what PEFT's `save_pretrained` writes: an adapter, and no model."""
+    """Whether a folder is what PEFT's `save_pretrained` writes: an adapter without a model."""
     return is_file(folder / ADAPTER_CONFIG) and not is_file(folder / "config.json")
 
 
@@ -149,8 +149,9 @@ def lay_out(
 def index(files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
     """The index of the model's files, by its name.
 
-    Of a single file too where heads lie beside it: vLLM and sglang load every `*.safetensors` of a
-    folder without an index. transformers loads `model.safetensors` first, with an index or without.
+    A single file has one too if heads lie beside it: vLLM and sglang load every `*.safetensors` of
+    a folder without an index. transformers loads `model.safetensors` first, with an index or
+    without.
     """
     held = {slot.spec.name: (file.name, slot.spec) for file in files for slot in file.slots}
     content = {
@@ -249,7 +250,7 @@ def _check_numbers(folder: Path, names: Sequence[str]) -> None:
     """Raise `IncompleteError` unless all shards are there that one of them counts."""
     counts = {match[2] for name in names if (match := _NUMBERED.fullmatch(name))}
     if len(counts) != 1:
-        return  # two sets are told apart by their tensors, which are then stored twice
+        return  # the check of the tensors finds two sets: it finds each tensor in two files
     count = counts.pop()
     lost = {f"model-{n:05d}-of-{count}.safetensors" for n in range(1, int(count) + 1)} - {*names}
     if lost:

@@ -1,9 +1,9 @@
-"""Finding the checkpoint that a person means by a folder above it.
+"""Find the checkpoint in a folder that a user named.
 
-A path that a format claims is taken as it is. Otherwise the folders below it are searched, three
-levels down and never inside a checkpoint: `results/run` leads to
-`results/run/_actor/global_step6`. Of saves side by side the newest complete one is taken, and the
-catalog's findings say so; saves of different models are listed instead.
+A path that a format claims is read itself. Otherwise the folders below it are searched, three
+levels down and never inside a checkpoint: `results/run` leads to `results/run/_actor/global_step6`.
+If several saves lie side by side, the newest complete one is taken, and the catalog's findings say
+so; saves of different models are an error that lists them.
 
 Trainers export models among their checkpoints. The HF Trainer (transformers 5.23, trainer.py):
 
@@ -12,8 +12,8 @@ Trainers export models among their checkpoints. The HF Trainer (transformers 5.2
     run/checkpoint-20/global_step20/          DeepSpeed's save, with `latest`: taken
     run/checkpoint-20/pytorch_model_fsdp_0/   or that of FSDP: taken
 
-verl and Megatron-LM write the number of the last save that they finished into a file beside them,
-`latest_checkpointed_iteration.txt`; that save goes before newer ones.
+verl and Megatron-LM write the number of the last finished save into a file beside the saves,
+`latest_checkpointed_iteration.txt`; that save takes precedence over newer ones.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MAX_FOLDERS = 10_000
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
 # Written last, once a save is whole.
 _TRACKER = "latest_checkpointed_iteration.txt"
-# LightRFT keeps actor and critic side by side; without a word more, the actor is meant.
+# LightRFT keeps actor and critic side by side; the actor is the default.
 _ACTOR = "_actor"
 
 
@@ -54,7 +54,7 @@ class Found(Struct, frozen=True):
 
     @property
     def format(self) -> str:
-        """The format that is meant; empty where it could be of several."""
+        """The checkpoint's format; empty where it could be of several."""
         return formats.meant(self.claims) or ""
 
     @property
@@ -64,7 +64,7 @@ class Found(Struct, frozen=True):
 
 
 def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
-    """The catalog of the checkpoint at `path`, or of the one that is meant below it.
+    """The catalog of the checkpoint at `path`, or of the selected one below it.
 
     Raises what the format's reader raises; `NotFoundError` where there is none, or several that
     are not saves of one run, `NamesError` where nothing lies under the prefix.
@@ -84,7 +84,7 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
         return replace(catalog, findings=(*catalog.findings, *_of_file(path)))
     claims = formats.claims(path)
     exported = bool(claims) and _is_export(formats.meant(claims))
-    # Above a run's checkpoints lies the model that was exported at its end, which no tag means.
+    # Above a run's checkpoints lies the model that was exported at its end; no tag selects it.
     if claims and not (exported and selection.tag not in (None, real(path).name)):
         catalog = _load(path, formats.told(path, claims), claims, sources, selection)
         return _and_below(catalog, path) if exported else catalog
@@ -183,7 +183,7 @@ def _and_below(catalog: Catalog, path: Path) -> Catalog:
 
 
 def _is_export(format_: str | None) -> bool:
-    """Whether it is a format of whole models; an empty name is one that could not be told."""
+    """Whether it is a format of whole models; the name is empty if the format is ambiguous."""
     return bool(format_) and named(format_ or "").exported
 
 
@@ -272,7 +272,8 @@ def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
 
 
 def _inside(save: Found, tag: str | None) -> str | None:
-    """The save within a folder of several that a tag means; None: the folder is what it means."""
+    """The save that a tag selects in a folder of several; None: the tag selects the folder
+    itself."""
     if tag is None or not _has_tags(save.format):
         return None
     inside = [child.name for child in listing(save.path) if is_folder(child)]
@@ -315,7 +316,7 @@ def _taken(
 def _why(
     save: Found, chosen: list[Found], number: int, tag: str | None, tracked: str | None
 ) -> str:
-    """Why it is this one of a `number` of checkpoints, in brackets."""
+    """Why this one of `number` checkpoints was taken, in brackets."""
     if number == 1:
         return ""
     if tag not in (None, tags.LATEST):

@@ -1,4 +1,5 @@
-"""Signs of a format that the rooms of others look for as well, to leave its folders alone."""
+"""Signs of a format that other formats' rooms look for too, so that they do not claim its
+folders."""
 
 from __future__ import annotations
 

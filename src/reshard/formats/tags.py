@@ -1,4 +1,4 @@
-"""The save that a person means by a tag: by its name, by its number, or the latest."""
+"""The save that a tag selects: by its name, by its number, or the latest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def number_of(name: str) -> int:
 
 
 def meant(tag: str, names: Iterable[str]) -> str | None:
-    """The name that is meant by a tag: itself, or the only one with that number.
+    """The name that a tag selects: itself, or the only one with that number.
 
     >>> meant("10", ["global_step5", "global_step10"])
     'global_step10'

@@ -80,7 +80,7 @@ def detect(path: Path) -> str | None:
 
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
-    """The tensors of the state dict; what it holds besides is listed in the findings."""
+    """The tensors of the state dict; the findings list what else it holds."""
     entries: dict[str, Entry] = {}
     records: list[Record] = []
     findings: list[Finding] = []
@@ -206,15 +206,15 @@ def _no_state_dict(path: Path, value: object) -> UnsupportedError:
 
 
 def _beside(value: object, part: _Dict | None, depth: int = _MAX_DEPTH) -> dict[str, int]:
-    """The dicts of tensors that are left out and are no state of a run, with their numbers of
-    tensors, by their dotted names: another model, such as `ema` or `reference`."""
+    """The omitted dicts of tensors that are not a run's state, with their numbers of tensors, by
+    their dotted names: another model, such as `ema` or `reference`."""
     found: dict[str, int] = {}
     for key, inner in value.items() if isinstance(value, dict) and depth else ():
         if not isinstance(key, str) or not isinstance(inner, dict) or inner is part:
             continue
         if RUN_STATE.fullmatch(key) or key in OPTIMIZER_KEYS:
             continue
-        # A loss or a step as a tensor is no weight.
+        # A loss or a step that is stored as a tensor is not a weight.
         if tensors := sum(bool(tensor.shape) for tensor in _tensors(inner).values()):
             found[key] = tensors
         else:
@@ -246,7 +246,7 @@ def _model_part(value: _Dict, path: Path) -> _Dict:
             for key, inner in value.items()
             if isinstance(key, str) and not NOT_MODEL.fullmatch(key) and _holds_tensors(inner)
         ]
-        # A step or a loss as a tensor, beside the model, is no model.
+        # A step or a loss that is stored as a tensor beside the model is not a model.
         own = [tensor for tensor in value.values() if _is_tensor(tensor)]
         if not known and any(not isinstance(t, TensorRef) or t.shape for t in own):
             return value
@@ -279,8 +279,8 @@ def _is_tensor(value: object) -> bool:
 
 
 def _whole(path: Path, value: object, sources: Sources) -> object:
-    """The state dict with the tensors that several ranks could share, and one holds whole, as plain
-    ones. Raises `UnsupportedError` where the file holds a part of one."""
+    """The state dict, with distributed tensors that one rank holds completely as plain tensors.
+    Raises `UnsupportedError` where the file holds only a part of one."""
     if not isinstance(value, dict) or not any(map(is_distributed, value.values())):
         return value
     decoder = Decoder(str(path), None, sources)

@@ -1,8 +1,8 @@
-"""Names as data: what the tensors of a checkpoint are called, and what its users need them called.
+"""Names as data: the names of a checkpoint's tensors, and the names that its users need.
 
-The base model's own safetensors headers are the contract. Everything here only finds the map onto
-them: wrappers' prefixes, the layouts of model families (`families.py`, the table to extend), tied
-heads, adapters, reward heads. Nothing is opened, instantiated or imported for it.
+The base model's own safetensors headers are the contract. This room finds the map onto them:
+wrappers' prefixes, the layouts of model families (`families.py`, the table to extend), tied heads,
+adapters, reward heads. It opens no file, builds no model and imports no framework.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 from reshard.naming.fit import fit
 from reshard.naming.judge import FitOptions
 from reshard.naming.layouts import parse_version
+from reshard.naming.matching import Matching, Resize
 from reshard.naming.memory import NEWEST, to_memory, was_read
-from reshard.naming.name_map import NameMap, Resize, apply, identity
+from reshard.naming.name_map import NameMap, apply, identity
 from reshard.naming.schema import Schema
 
 __all__ = [
     "NEWEST",
     "FitOptions",
+    "Matching",
     "NameMap",
     "Resize",
     "Schema",

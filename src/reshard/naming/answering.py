@@ -1,8 +1,8 @@
-"""Every name that a live module may ask for a tensor by, where layouts only rename.
+"""All names that live modules use for the tensors of the files, where layouts only rename.
 
-A container that can name the same bytes more than once (DCP) answers to the names in the files and
-to those of the live modules of every transformers version that was read. A layout that stacks or
-turns tensors has no bytes here that could be named; it is listed as `apart`.
+A container that can name the same bytes more than once (DCP) gets the names in the files and those
+of the live modules of every known transformers version. A layout that stacks or transposes tensors
+has no bytes here to name; it is listed as `apart`.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class Answers(Struct, frozen=True):
 
 
 def answers(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Answers:
-    """What the live modules of a model call the tensors of its files.
+    """The names in live modules of the tensors of a model's files.
 
     `shapes` are by the names in the files, `config` is the parsed `config.json`. The result depends
-    on nothing else: not on what is installed.
+    on nothing else, such as installed packages.
     """
     reading = pieces_of(shapes, config)
     owners = {name: name for name in shapes}

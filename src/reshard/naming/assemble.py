@@ -1,4 +1,4 @@
-"""Arranges the tensors of one layout out of another's, piece by piece."""
+"""Builds the tensors of one layout from another's, piece by piece."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from reshard.naming.layouts import Piece
 class Assembler:
     """Cuts hub tensors out of a source's tensors and joins them.
 
-    `shapes` are the source's, by the names of its pieces; `owners` the names that the arrangements
-    shall use for them.
+    `shapes` are the source's, by the names of its pieces; `owners` the names for them in the
+    arrangements.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], owners: Mapping[str, str]) -> None:

@@ -1,7 +1,7 @@
-"""The class of a model's backbone alone: what a folder without an output head is.
+"""The class of a model's backbone: the class of a folder without an output head.
 
-Where such a folder's config names the class with a head (`LlamaForCausalLM`), an engine makes the
-head up: vLLM leaves it at random values without a word. Read from transformers 5.23
+If such a folder's config names the class with a head (`LlamaForCausalLM`), an engine invents the
+head: vLLM leaves it at random values without a word. Read from transformers 5.23
 (models/auto/modeling_auto.py: MODEL_MAPPING_NAMES).
 """
 
@@ -38,7 +38,7 @@ OTHERS = {"MiniMaxM3SparseForConditionalGeneration": "MiniMaxM3VLModel"}
 
 
 class Bare(Struct, frozen=True):
-    """What is due for a model without an output head: changes of the config, and what to say."""
+    """For a model without an output head: the changes of the config, and the finding."""
 
     patches: Mapping[str, object]
     findings: tuple[Finding, ...]
@@ -56,10 +56,11 @@ def has_head(backbone: Mapping[str, Entry]) -> bool:
 def without_head(
     config: Mapping[str, Any], left_out: Iterable[str], classifier: Mapping[str, object] | None
 ) -> Bare | None:
-    """What is due where the base's output head is among the tensors that are not written.
+    """The changes and the finding, where the base's output head is not written.
 
     `config` is the base's; `classifier` are the changes that make it a classifier, where it becomes
-    one. None where there is a head, or the config ties it to the embedding: then none is made up.
+    one. None where there is a head, or the config ties it to the embedding: then no engine invents
+    one.
     """
     head = next(filter(is_head, left_out), "")
     if classifier is None and (not head or says_tied(config)):

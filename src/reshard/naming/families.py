@@ -4,8 +4,8 @@ Read from transformers 4.49 to 5.23 (`conversion_mapping.py`, the modeling files
 family in `tests/naming/layouts`, the state dicts of live models). A family that is not listed has
 the same names in memory as on the hub.
 
-Families beyond these tables were read from live classes of 4.57 and 5.23 alone; where the two
-differ, the change is taken to be that of 5.0.
+Families outside these tables were read only from live classes of 4.57 and 5.23; where the two
+differ, the change is assumed to be that of 5.0.
 
 When the names in memory changed: vision-language models in 4.52 (`model.language_model`), stacked
 experts in 5.0, CLIP and SigLIP towers in 5.6 (no `vision_model`), Qwen2-Audio in 5.10.
@@ -485,7 +485,7 @@ BACKBONES = (
     )),
 )  # fmt: skip
 
-#: Which dimension of a hub tensor is the model's width: tells orientations apart.
+#: Which dimension of a hub tensor is the model's width: distinguishes orientations.
 WIDTHS = (("**.mlp.experts.gate_up_proj", 1), ("**.mlp.experts.down_proj", 2))
 
 #: Model types whose input embedding has rows that neither head nor `vocab_size` count: Mllama's

@@ -4,9 +4,9 @@
     use_orig_params=False  model.layers.0._flat_param: all parameters of the module end to end, in
                            the order in which it registers them, those of wrapped modules left out
 
-The order is in no file. It is known of the families below, whose live classes the tests compare it
-with; that two tensors of one size changed places could not be noticed. transformers before 4.31
-registered `down_proj` before `up_proj` in Llama.
+No file states the order. It is known for the families below, and tests compare it with their live
+classes; reshard could not notice that two tensors of equal size changed places. transformers before
+4.31 registered `down_proj` before `up_proj` in Llama.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _ordered(schema: Schema) -> list[TensorSpec]:
 
 
 def _place(name: str) -> tuple[int, int, int, int]:
-    """Where a parameter stands in the order."""
+    """A parameter's position in the order."""
     module, _, last = name.rpartition(".")
     layer = _LAYER.fullmatch(module)
     if last in ("weight", "bias"):

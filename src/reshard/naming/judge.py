@@ -1,4 +1,4 @@
-"""What becomes of each hub tensor, once source and base are read: the verdicts."""
+"""The verdict on each hub tensor, once source and base are read."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _MAX_PATTERN = 200
 class FitOptions(Struct, frozen=True):
     """What the user declared.
 
-    `prefix`: take only the tensors under it, and strip it. `chosen`: a prefix was named, and taken
-    out before, so that no error offers one. `fill_from_base`: tensors that the
-    checkpoint does not hold are copied from the base. `headless`: the checkpoint is of a class
-    without an output head, the base's is left out. `allow`: names (on the base's or the
-    checkpoint's side) that may be missing or left over, where `*` is any characters.
-    `transformers_version`: what the checkpoint was trained with; needed only where its layout
-    cannot be told from shapes. `untied`: tensors of the checkpoint, by its names, that are known to
-    be tied to no other. `updated`: those that are written with an update, and a key of it: two
-    tensors of equal values are one in the output only where their updates are, too.
+    `prefix`: take only the tensors under it, and strip it. `chosen`: a prefix was named and
+    stripped before, so that no error suggests one. `fill_from_base`: tensors that the checkpoint
+    does not hold are copied from the base. `headless`: the checkpoint is of a class without an
+    output head, the base's is left out. `allow`: names (on the base's or the checkpoint's side)
+    that may be missing or left over, where `*` is any characters. `transformers_version`: what the
+    checkpoint was trained with; needed only where shapes do not show its layout. `untied`: tensors
+    of the checkpoint, by its names, that are known to be tied to no other. `updated`: those that
+    are written with an update, and a key of it: two tensors of equal values are one in the output
+    only where their updates are, too.
     """
 
     prefix: str | None = None
@@ -58,7 +58,7 @@ def matched(names: Collection[str], patterns: Iterable[str]) -> bool:
 
 
 def pattern_of(name: str) -> str:
-    r"""What `--allow` takes for a name, fit to stand in single quotes on a command line.
+    r"""The pattern for `--allow` that matches a name, safe in single quotes on a command line.
 
     Wildcards take the place of the end of a long name and of what a shell, a terminal or the
     pattern itself would read as something else.
@@ -71,7 +71,7 @@ def pattern_of(name: str) -> str:
 
 
 class Verdict(Enum):
-    """What becomes of one hub tensor; the last three are faults."""
+    """What happens to one hub tensor; the last three are faults."""
 
     MATCHED = "in both, with one shape"
     RESIZED = "in both, with another number of vocabulary rows"
@@ -101,7 +101,7 @@ class Judge:
         self._config = schema.config
 
     def may_fit(self, source: Reading, base: Reading, prefix: str) -> bool:
-        """Whether no tensor stands in the way; most readings fail with the first."""
+        """Whether no tensor contradicts the reading; most readings fail at the first."""
         if source.misfits:
             return False
         return all(verdict not in FAULTS for verdict, _ in self._judge(source, base, prefix))
@@ -137,7 +137,7 @@ class Judge:
     def _twin(
         self, hub: str, piece: Piece, have: Mapping[str, Piece], want: Mapping[str, Piece]
     ) -> str | None:
-        """The tensor of the source that stands for one of the base, which it has no tensor of."""
+        """The tensor of the source that serves for one of the base that the source lacks."""
         twin = ties.twin_of(hub, have)
         if twin is None or have[twin].name in self._options.untied:
             return None
@@ -152,7 +152,7 @@ class Judge:
         return twin if one else None
 
     def _absent(self, hub: str, piece: Piece) -> Verdict:
-        """A tensor of the base that the source does not have under any name."""
+        """A tensor of the base that the source has under no name."""
         options = self._options
         if options.headless and ties.is_head(hub):
             return Verdict.LEFT_OUT

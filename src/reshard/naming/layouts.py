@@ -1,4 +1,4 @@
-"""Layouts: the ways in which one model's tensors are named, stacked and oriented.
+"""Layouts: how one model's tensors are named, stacked and oriented.
 
 Every family has one layout on the hub, the released files', and others in the memory of a live
 module, by version of transformers. All of them are described relative to the hub's:
@@ -44,8 +44,8 @@ class Layout(Struct, frozen=True):
     """One layout of a family. `title` says whose it is.
 
     A live module has it in memory under transformers versions `[since, before)`: of the full model,
-    or with `backbone` of the AutoModel class. `since` is None for a layout that is only ever met in
-    files; `released` where these are files that a training starts from.
+    or with `backbone` of the AutoModel class. `since` is None for a layout that occurs only in
+    files; `released` where training starts from such files.
     """
 
     title: str
@@ -86,7 +86,7 @@ class Piece(NamedTuple):
 
 
 class Effect(Struct, frozen=True):
-    """What a view does to a name: the hub's name, the rules used in words, what to take apart."""
+    """What a view does to a name: the hub's name, the rules used in words, what to split."""
 
     hub: str
     rules: tuple[str, ...]
@@ -139,7 +139,7 @@ class View(Struct, frozen=True):
 
 
 class Reading(Struct, frozen=True):
-    """What a set of tensors holds when it is read through a view.
+    """What a set of tensors holds if it is read through a view.
 
     `pieces`: hub name -> where it lies. `rules`: how often each rule was used. `misfits`: names
     without the prefix, or that read as a hub tensor which another name already gave. `allowed`:
@@ -191,7 +191,7 @@ class Names:
         return Reading(pieces, {_shown(rule): n for rule, n in rules.items()}, tuple(misfits))
 
 
-#: Stands for a part of a name that is a number; a name that holds it itself is no view's.
+#: Stands for a part of a name that is a number. A name that contains it belongs to no view.
 NUMBER = "\0"
 # Experts in one tensor: far more than any model has. A shape without elements may state any number.
 _MAX_EXPERTS = 1 << 16
@@ -246,11 +246,11 @@ def _unstack(name: str, shape: Shape, effect: Effect, numbers: tuple[str, ...]) 
 def parse_version(text: str) -> Version:
     """`"4.57.1"` as numbers; `.dev0` and the like are left out.
 
-    Raises `OptionError` where the text is no version.
+    Raises `OptionError` where the text is not a version.
     """
     found = re.match(r"\d{1,6}(\.\d{1,6})*(?!\d)", text.strip())
     if found is None:
         raise OptionError(
-            f"{text!r} is no version of transformers.", hint="Write it as in 4.57.1 or 5.23."
+            f"{text!r} is not a version of transformers.", hint="Write it as in 4.57.1 or 5.23."
         )
     return tuple(int(part) for part in found.group().split("."))

@@ -1,4 +1,4 @@
-"""Models in the names of Megatron-Core: renamed, and taken apart into the tensors of the hub.
+"""Models in the names of Megatron-Core: renamed, and split into the tensors of the hub.
 
     embedding.word_embeddings.weight [V + padding, h]               model.embed_tokens.weight
     output_layer.weight [V + padding, h]                            lm_head.weight
@@ -138,7 +138,7 @@ class Named(Struct, frozen=True):
 
 
 def is_megatron(names: Iterable[str], schema: Schema) -> bool:
-    """Whether a checkpoint's tensors have Megatron-Core's names, and the base's have not."""
+    """Whether a checkpoint's tensors have Megatron-Core's names and the base's do not."""
     if any(_SIGN.fullmatch(name) for name in schema.specs):
         return False
     return any(_SIGN.fullmatch(name) for name in names)

@@ -1,9 +1,9 @@
-"""What a Megatron-Core run says of its model, held against the base's config.
+"""What a Megatron-Core run states about its model, compared with the base's config.
 
-Shapes alone do not tell everything: queries of eight heads and of four twice as wide are as large,
-and a norm that counts from zero has the shape of one that does not. Where the run's settings are at
-hand (`args` in `common.pt`, verl's `transformer_config.json`), they must be the base's. Settings as
-`TransformerConfig` and Megatron-LM's arguments name them (megatron-core 0.16).
+Shapes do not show everything: queries of eight heads and of four heads twice as wide have the same
+size, and a norm that counts from zero has the shape of one that does not. If the run's settings are
+available (`args` in `common.pt`, verl's `transformer_config.json`), they must be the base's.
+Settings as `TransformerConfig` and Megatron-LM's arguments name them (megatron-core 0.16).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUMBERS = {
     "num_experts": EXPERTS,
     "num_moe_experts": EXPERTS,
 }
-#: Settings under which the weights are laid out, or meant, otherwise than on the hub.
+#: Settings under which the weights have another layout or meaning than on the hub.
 REFUSED = {
     "rotary_interleaved": "rotary embeddings that pair neighbouring rows",
     "apply_layernorm_1p": "norms that are stored less one",
@@ -39,7 +39,7 @@ SETTINGS = (*NUMBERS, *REFUSED, "vocab_size", "multi_latent_attention")
 
 
 def check(settings: Mapping[str, Any], config: Mapping[str, Any], *, rows: int | None) -> None:
-    """Refuse a base that the run was not of, and settings that are not read.
+    """Refuse a base that the run did not start from, and settings that are not supported.
 
     `rows` are those of the base's vocabulary. Raises `UnsupportedError`, `NamesError`.
     """

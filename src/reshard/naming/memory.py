@@ -172,7 +172,7 @@ def is_bare(names: Container[str], config: Mapping[str, Any]) -> bool:
 
 
 def _are_the_hubs(names: Iterable[str], view: View) -> bool:
-    """Whether some name is more exactly one of the hub's than one of the layout's."""
+    """Whether some name matches the hub's patterns more exactly than the layout's."""
     pairs = [pair for layout in view.layouts for pair in layout.names]
     hubs, here = [hub for hub, _ in pairs], [here for _, here in pairs]
     return any(patterns.exactness(hubs, name) > patterns.exactness(here, name) for name in names)
@@ -186,9 +186,10 @@ def _is_its_own(reading: Reading, view: View) -> bool:
 def _orientation_is_right(
     reading: Reading, effects: tuple[Effect, ...], config: Mapping[str, Any]
 ) -> bool:
-    """Whether tensors that the layout exchanges have, once turned back, the hub's orientation.
+    """Whether tensors that the layout transposes have, once transposed back, the hub's orientation.
 
-    Told by the model's width; with a square tensor or no width stated, the files are the hub's.
+    The model's width decides; with a square tensor or without a stated width, the files have the
+    hub's.
     """
     if not any(effect.swapped for effect in effects):
         return True
@@ -205,7 +206,7 @@ def _orientation_is_right(
 
 
 def _held(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str, Piece]:
-    """The tensors that a live module has a place for: what it computes is not in its state dict."""
+    """The tensors that a live module holds: its state dict lacks what it computes."""
     return {
         hub: piece
         for hub, piece in pieces.items()

@@ -1,4 +1,4 @@
-"""The error of a source that does not fit: what differs, or both lists and the nearest names."""
+"""The error for a source that does not fit: what differs, or both lists and the nearest names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _POOL = 200
 
 def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
     """The error for the best candidate. Names are the base's and the checkpoint's own; where the
-    user has `chosen` a prefix, none is offered.
+    user has `chosen` a prefix, it suggests none.
 
     Where the two are models of different sizes it says so, in a table of what differs; else it
     lists the names, the nearest beside each.
@@ -159,7 +159,7 @@ def _holds_otherwise(candidate: Candidate) -> bool:
 
 
 def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:
-    """The option that leaves the names out: patterns as short as leave in all that fit."""
+    """The option that leaves the names out: the shortest patterns that match no name that fits."""
     left_out = set(unexpected)
     fitting = {p.name for p in candidate.source.pieces.values() if p.name not in left_out}
     kept = {head for name in fitting for head in _heads(name)}
@@ -175,7 +175,7 @@ def _allowing(candidate: Candidate, unexpected: Sequence[str]) -> str:
 
 
 def _heads(name: str) -> Sequence[str]:
-    """What stands before each dot of a name, the shortest first."""
+    """The beginnings of a name up to each dot, the shortest first."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 

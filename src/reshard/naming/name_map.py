@@ -14,14 +14,7 @@ from msgspec.structs import replace
 from reshard.core.arrangement import Arrangement, Arranger, Whole
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
-
-
-class Resize(Struct, frozen=True):
-    """A vocabulary of `rows` rows where the base has `base_rows`."""
-
-    name: str
-    base_rows: int
-    rows: int
+from reshard.naming.matching import Matching
 
 
 class NameMap(Struct, frozen=True):
@@ -30,12 +23,9 @@ class NameMap(Struct, frozen=True):
     outputs: name -> what makes it, by the checkpoint's own names.
     origins: name -> the checkpoint's name, of tensors that are one of its tensors as it stands.
     prefix, rules: what was stripped from the names, and what was done to them, in words.
-    tied: a name that is not stored -> the name that its weights are stored under.
-    filled: tensors to copy from the base. from_base: a name -> the tensor of the base, of another
-    name, to copy. left_out: tensors of the base that are not written.
+    matching: what is missing, to be filled, unexpected, tied and resized.
+    from_base: a name -> the tensor of the base, of another name, to copy.
     tied_to: a head of its own in the output -> the tensor that the base ties it to.
-    dropped: tensors of the checkpoint (its own names) that are not written.
-    resized: tensors with another number of vocabulary rows than the base's.
     config_patches: dotted path in `config.json` -> new value.
     undecided: pairs of the checkpoint's names whose values decide a tie, where no `equal` was
     given; they were taken to be equal.
@@ -46,13 +36,9 @@ class NameMap(Struct, frozen=True):
     origins: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     rules: tuple[str, ...] = ()
-    tied: Mapping[str, str] = field(default_factory=dict)
-    filled: tuple[str, ...] = ()
+    matching: Matching = Matching()
     from_base: Mapping[str, str] = field(default_factory=dict)
     tied_to: Mapping[str, str] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-    resized: tuple[Resize, ...] = ()
     config_patches: Mapping[str, object] = field(default_factory=dict)
     undecided: tuple[tuple[str, str], ...] = ()
     findings: tuple[Finding, ...] = ()

@@ -1,4 +1,4 @@
-"""Whose a list of tensors without names is, told from the model's parameters in their order.
+"""Which parameters the tensors of a list without names belong to, from the model's order.
 
 An optimizer numbers its parameters in the order in which they were given to it, group by group,
 and trainers give them in the model's order. So a group's tensors are some of the model's
@@ -58,7 +58,7 @@ def groups_in_order(
     """The parameters of each group of tensors, given what each looks like (a shape, or a shape and
     values) and the model's parameters with what they look like, in the model's order.
 
-    None where the groups do not tell them: no or several choices fit, or two groups take one.
+    None where the groups do not determine them: no choice or several fit, or two groups take one.
     """
     taken: set[str] = set()
     found: list[list[str]] = []

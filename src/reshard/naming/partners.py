@@ -1,7 +1,7 @@
-"""Head, embedding and `vocab_size`: partners that must agree, in a plan as in a finished model.
+"""Head, embedding and `vocab_size`, which must agree in a plan and in a finished model.
 
-The rules are said here once. A conversion holds its plan against them before a byte is written, and
-`reshard doctor` a folder that anyone wrote.
+The rules are here once. A conversion checks its plan by them before it writes a byte, and `reshard
+doctor` checks any folder.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def vocabulary(matrices: Container[str]) -> Vocabulary:
 
 
 def rows_of(embedding: Shape, head: Shape | None, config: Mapping[str, Any]) -> Rows:
-    """The vocabulary's rows, held against the head's and the config's; of models whose embedding
-    has rows to spare nothing is said."""
+    """The vocabulary's rows, compared with the head's and the config's; models whose embedding has
+    spare rows are not checked."""
     rows = embedding[0]
     if any(level.get("model_type") in SPARE_ROWS for level in levels(config)):
         return Rows(rows, None, {})

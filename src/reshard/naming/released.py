@@ -68,7 +68,7 @@ def unreleased(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Unrele
 def undecided(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> tuple[str, ...]:
     """The tensors whose orientation neither shapes nor config tell.
 
-    Where all are square, the version of transformers that the config says it was saved by decides.
+    Where shapes do not, the version of transformers that the config says it was saved by decides.
     """
     found = _swappable(shapes, config)
     told = not found or _are_told(shapes, found, config) or _saved_by(config) is not None
@@ -87,8 +87,8 @@ def to_hub(
     unknown = undecided(shapes, config)
     if unknown:
         raise PlanError(
-            f"the orientation of {len(unknown)} stacked tensors cannot be told: their last two "
-            "dimensions are equal, and config.json does not say which transformers saved them.",
+            f"the orientation of {len(unknown)} stacked tensors cannot be told: neither do their "
+            "shapes and hidden_size, nor does config.json say which transformers saved them.",
             tensor=unknown[0],
             hint="Write the version into the base's config.json, as transformers_version.",
         )
@@ -105,12 +105,13 @@ def _pieces(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[str,
     pieces = hub_pieces(shapes, config)
     if _by_version(shapes, config):
         for hub in _swappable(shapes, config):
-            pieces[hub] = pieces[hub]._replace(swapped=True)
+            *outer, rows, columns = pieces[hub].shape
+            pieces[hub] = pieces[hub]._replace(shape=(*outer, columns, rows), swapped=True)
     return pieces
 
 
 def _by_version(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> bool:
-    """Whether square tensors are turned by what the config says of the version that saved them."""
+    """Whether they are turned by what the config says of the version that saved them."""
     found = _swappable(shapes, config)
     version = _saved_by(config)
     untold = bool(found) and not _are_told(shapes, found, config)

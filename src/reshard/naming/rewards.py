@@ -11,7 +11,7 @@ width of the language model):
 
 A critic keeps one head beside its backbone (`value_heads.py`). Which heads there are, the pooling
 and the scale can be read from the names; the probing layer and the order of the heads cannot, so
-they are asked for. (lightrft/models: srm_vl.py, srm_al.py, critics.)
+options state them. (lightrft/models: srm_vl.py, srm_al.py, critics.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from reshard.naming.value_heads import ValueHead
 ModelType = Literal["vision2seq", "grm", "srm_vl", "srm_al", "critic"]
 Pooling = Literal["attn", "last"]
 
-#: What lies beside the backbone: the heads' tensors, and what a loader must know of them.
+#: The tensors beside the backbone: the heads, and what a loader must know about them.
 REWARD_HEAD = "reward_head.safetensors"
 REWARD_CONFIG = "reward_config.json"
 
@@ -65,10 +65,10 @@ class RewardHeads(Struct, frozen=True):
 
 
 class Parts(Struct, frozen=True):
-    """A checkpoint split in its backbone, by the checkpoint's names, and what stands beside it.
+    """A checkpoint split into its backbone, by the checkpoint's names, and its heads.
 
-    `rewards` are the heads of a scalar reward model, `value` is that of a critic; one of them at
-    most is there.
+    `rewards` are the heads of a scalar reward model, `value` is the head of a critic; at most one
+    of them is set.
     """
 
     backbone: Mapping[str, Entry]
@@ -100,10 +100,10 @@ def split(
     value_head: str | None = None,
     allows: Callable[[str], bool] = lambda _: False,
 ) -> Parts:
-    """Find the heads by their names and shapes, and take them off the backbone.
+    """Find the heads by their names and shapes, and separate them from the backbone.
 
     `base` are the names of the base model: a head that it has is a part of the backbone. `allows`
-    says which names the user leaves out; they are no head unless `value_head` names them.
+    says which names the user leaves out; they are not heads unless `value_head` names them.
 
     Raises `IncompleteError` for a head of which a tensor is missing, `NamesError` for shapes that
     do not agree or a `value_head` that is not there.
@@ -171,9 +171,9 @@ def _critic(kind: str) -> str:
 
 
 def check(parts: Parts, model_type: ModelType | None, options: RewardOptions) -> Parts:
-    """Hold what the names say against what the user said; the heads come in the user's order.
+    """Compare what the names say with what the user said; the heads come in the user's order.
 
-    Without a `model_type` the checkpoint's own counts, and what was said of heads must have heads.
+    Without a `model_type` the checkpoint's own counts, and options about heads need heads.
 
     Raises `NamesError` where they disagree, with the flag that would agree.
     """

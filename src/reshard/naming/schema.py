@@ -13,7 +13,7 @@ from reshard.naming import families, patterns
 from reshard.naming.families import BACKBONES, FAMILIES, PLAIN
 from reshard.naming.layouts import Family, Layout, View
 
-# Ends of the names of classes with a head that are called a model all the same.
+# Ends of the names of classes that have a head although they are called a model.
 _HEADED = ("LMHeadModel", "DoubleHeadsModel", "MTModel", "EncoderDecoderModel")
 
 
@@ -28,10 +28,10 @@ class Schema(Struct, frozen=True):
 
 
 def views(config: Mapping[str, Any], *, guess: bool = True) -> tuple[View, ...]:
-    """The layouts that a model of this config may be met in, the hub's first.
+    """The layouts that a model of this config may have, the hub's first.
 
-    A model type without a family has all families' layouts tried on it, for names and shapes to
-    decide; without `guess` it has the hub's names only.
+    For a model type without a family, all families' layouts are tried, and names and shapes decide;
+    without `guess` it has only the hub's names.
     """
     text = family(text_config(config).get("model_type"))
     inner = PLAIN.layouts[:1] if text is None or text in families.ALONE else text.layouts
@@ -69,8 +69,8 @@ def backbone_part(config: Mapping[str, Any]) -> str:
 
 
 def comes_with_base(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor of the base is no training's: computed from the config, or of layers that
-    no live module holds. It is the base's in any output."""
+    """Whether training cannot change a tensor of the base: it is computed from the config, or
+    belongs to layers that no live module holds. Every output has the base's."""
     return is_constant(name, config) or is_unheld(name, config)
 
 

@@ -51,7 +51,7 @@ class Candidate(Struct, frozen=True):
 
     @property
     def given_up(self) -> int:
-        """How many tensors of either side are not in the output."""
+        """How many tensors of the source and of the base are not in the output."""
         left_out, dropped = self.of(Verdict.LEFT_OUT), self.of(Verdict.DROPPED)
         return len(left_out) + len(dropped) + len(self.source.allowed)
 
@@ -108,7 +108,7 @@ def sources(entries: Mapping[str, Entry], prefix: str | None) -> Sources:
 
 
 def clash(one: str, other: str, name: str) -> NamesError:
-    """The error of two tensors that would be one without wrappers' parts, and are not."""
+    """The error for two different tensors whose names are equal without wrappers' parts."""
     return NamesError(
         f"{one!r} and {other!r} are both {name!r} without wrappers' parts, and are two tensors.",
         hint="Load the checkpoint, take the names out that are not meant, and save it again.",
@@ -152,7 +152,7 @@ _Way = tuple[str, Views, Reading]
 
 
 class _Trial:
-    """Readings of the source, held against the base."""
+    """Readings of the source, compared with the base."""
 
     def __init__(self, found: Sources, schema: Schema, options: FitOptions) -> None:
         self._found = found
@@ -250,7 +250,7 @@ def _distinct(names: Names, layouts: Iterable[View]) -> Iterator[tuple[Views, Re
 
 
 def _without_allowed(source: Reading, prefix: str, options: FitOptions) -> Reading:
-    """The reading, where names outside the prefix that the user leaves out are no fault."""
+    """The reading, in which omitted names outside the prefix are not faults."""
     if not options.allow or not source.misfits:
         return source
     outside = [name for name in source.misfits if not name.startswith(prefix)]

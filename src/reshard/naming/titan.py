@@ -1,4 +1,5 @@
-"""Models in the names of torchtitan and of Meta: renamed and turned into those of the hub.
+"""Models in the names of torchtitan and of Meta: renamed to the hub's, with rows of heads
+reordered.
 
 torchtitan trains models of its own. Its names are Meta's, with what was added since:
 
@@ -10,9 +11,10 @@ torchtitan trains models of its own. Its names are Meta's, with what was added s
     layers.0.moe.routed_experts.inner_experts.w1_EFD    the same, torchtitan 0.3
     output.weight, lm_head.weight                       lm_head.weight
 
-Llama's queries and keys are turned: rotary embeddings pair neighbouring rows of a head there, and
-rows half a head apart on the hub. Read off torchtitan 0.3 (models/llama3, qwen3, deepseek_v3:
-state_dict_adapter.py), its checkpoints of 2025, and Meta's llama-models.
+"turned" above: the rows of Llama's queries and keys are reordered, because rotary embeddings pair
+neighbouring rows of a head there, and rows half a head apart on the hub. Read off torchtitan 0.3
+(models/llama3, qwen3, deepseek_v3: state_dict_adapter.py), its checkpoints of 2025, and Meta's
+llama-models.
 """
 
 from __future__ import annotations
@@ -115,10 +117,10 @@ class Translated(Struct, frozen=True):
 
 
 def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
-    """The tensors of torchtitan's or Meta's model by the hub's names, turned as the hub has them.
+    """The tensors of torchtitan's or Meta's model by the hub's names, with rows in the hub's order.
 
-    Any other checkpoint goes through as it is. Raises `UnsupportedError` for a family whose names
-    there are not known, `NamesError` where the base's config does not say how many heads there are.
+    Any other checkpoint stays as it is. Raises `UnsupportedError` for a family whose names there
+    are not known, `NamesError` where the base's config does not say how many heads there are.
     """
     names = [unwrap(name) for entry in entries.values() for name in entry.names]
     if not all(any(patterns.match(sign, name) is not None for name in names) for sign in _SIGNS):

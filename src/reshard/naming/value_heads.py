@@ -1,4 +1,4 @@
-"""A critic's head: what it is called, how it is found, and which class takes it in.
+"""A critic's head: its name, how it is detected, and which class includes it.
 
     score.weight [1, H]                          LightRFT, `...ForSequenceClassification`
     score.weight [1, H]   score.bias [1]         old verl, `...ForTokenClassification`
@@ -27,7 +27,7 @@ from reshard.naming.search import shared_prefixes, unwrap
 SCORE = "score"
 #: Every other head, in a file beside the model.
 VALUE_HEAD = "value_head.safetensors"
-# Names that no part of a language model has: heads that are found without being named.
+# Names that no part of a language model has: these heads are detected without an option.
 _KNOWN = (SCORE, "v_head")
 
 #: Causal models of which transformers (5.23) has a classifier whose head is `score`, by what their
@@ -116,7 +116,7 @@ def classifier(
 ) -> dict[str, object] | None:
     """Config changes that make the base a classifier of one label with that head.
 
-    None where it keeps its class: where it is no causal model or one that transformers has no
+    None where it keeps its class: where it is not a causal model or one that transformers has no
     classifier of, where it keeps its output head (it `speaks`), or the head is not one layer.
     """
     first = str(architectures[0]) if architectures else ""

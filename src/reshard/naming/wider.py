@@ -1,8 +1,8 @@
-"""Where else a model may lie: under a prefix that is not known, or as a part of its base.
+"""Other places of a model: under an unknown prefix, or as a part of its base.
 
-The search turns here when no prefix and layout that trainers use makes a fit. A part of a composite
-base can be trained by itself: its language model, or the thinker of an omni model. On disk such a
-part lies under a prefix, which the live module of the part does not have:
+The search comes here if no prefix and layout that trainers use fits. A part of a composite base can
+be trained separately: its language model, or the thinker of an omni model. On disk such a part lies
+under a prefix, which the live module of the part does not have:
 
     Gemma 3, Llama 4, Mistral 3     language_model.model.**     model.**      (Gemma3ForCausalLM)
                                     language_model.lm_head.**   lm_head.**
@@ -39,7 +39,7 @@ _PARTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 
 
 def part_views(config: Mapping[str, Any], names: Collection[str]) -> tuple[View, ...]:
-    """The layouts in which a part of a composite model may be met that was trained by itself.
+    """The layouts of a part of a composite model that was trained separately.
 
     `names` are the hub's names of the whole model.
     """

@@ -1,4 +1,4 @@
-"""What tells one model from another: layers, widths, vocabulary, and kinds of tensors."""
+"""How two models differ: in layers, widths, vocabulary, and kinds of tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Trait(Struct, frozen=True):
 def differing(source: Mapping[str, Piece], base: Mapping[str, Piece]) -> tuple[Trait, ...]:
     """The traits in which two models differ, given by hub name; none where the names are alike.
 
-    The number of layers and the width come first: whoever trained another size sees it there.
+    The number of layers and the width come first, because they show another size of the model.
     """
     mine, theirs = _Facts(source), _Facts(base)
     group = theirs.group

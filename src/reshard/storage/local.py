@@ -44,7 +44,7 @@ _MAX_POINTER = 4096
 # Compressed frames kept expanded, each in a temporary file. Readers take a frame's bytes in order
 # and do not come back, so a few for each thread will do.
 _MAX_EXPANDED = 16
-# What is parsed as tensors and nothing else: a link to another such file tells nothing but tensors.
+# Files that are parsed only as tensors: a link to another such file can reveal only tensors.
 _WEIGHTS = (".safetensors", ".bin")
 # What a model is called on the hub, <owner>/<name>.
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
@@ -267,7 +267,8 @@ def read_start(path: Path, nbytes: int) -> bytes:
 
 
 def _commit(pointer: Path) -> str:
-    """The commit that a file of `refs` names. Raises `FormatError` for one that is no pointer."""
+    """The commit that a file of `refs` names. Raises `FormatError` for one that is not a
+    pointer."""
     with Sources() as sources:
         source = sources.open(pointer)
         if source.size > _MAX_POINTER:

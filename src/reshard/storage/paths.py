@@ -1,4 +1,4 @@
-"""What lies under a path: every room asks the system here, and nowhere else.
+"""What lies under a path: all other rooms ask the system through these functions.
 
 That nothing is there is an answer. Where the system does not say what is there (no permission, a
 disk that fails, a name that no file can have), a `NotFoundError` says so in words.
@@ -89,7 +89,8 @@ def matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All that lies below a folder and is no folder; links to folders are among it, not followed.
+    """All that lies below a folder and is not a folder; links to folders are among it, not
+    followed.
 
     Raises `NotFoundError`.
     """

@@ -1,4 +1,4 @@
-"""Reading an entry the slow, obvious way: element by element, by the definition of box and strides.
+"""Read an entry in the slow, obvious way: element by element, by the definition of box and strides.
 
 What the engine and the rearrangements do is compared with this; it shares no code with them.
 """

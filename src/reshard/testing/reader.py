@@ -50,12 +50,12 @@ class Sample(Struct, frozen=True, dict=True):
 
 
 class ReaderConformance:
-    """Inherit it as `Test...`, set `format`, and say in `make` how a checkpoint comes about.
+    """Inherit it as `Test...`, set `format`, and write a checkpoint in `make`.
 
     A format whose checkpoints cannot be made at will overrides the fixture `sample` instead.
 
-    `unread` are patterns (of `Path.match`) of the checkpoint's files that the reader has no use
-    for: whatever becomes of them, it must be read as before. `dispensable` are those that may be
+    `unread` are patterns (of `Path.match`) of the checkpoint's files that the reader does not need:
+    the result must be the same whatever happens to them. `dispensable` are those that may be
     missing, and must be sound where they are there.
     """
 
@@ -68,7 +68,7 @@ class ReaderConformance:
         raise NotImplementedError
 
     def called(self, missing: Path) -> str:
-        """A pattern of what the error says of a file that is missing: its name."""
+        """A pattern that the error for a missing file must match: its name."""
         return re.escape(missing.name)
 
     @pytest.fixture
@@ -270,13 +270,13 @@ class ReaderConformance:
         with pytest.raises(reshard.ReshardError) as caught:
             reshard.open(copy)
         if isinstance(caught.value, reshard.NotFoundError) and not formats.claims(copy):
-            return  # what is left is no checkpoint of any format, and cannot say what it lacks
+            return  # what is left is not a checkpoint of any format, and cannot say what it lacks
         called = re.escape(file.name) if file.exists() else self.called(file)
         assert re.search(called, str(caught.value)), caught.value
 
 
 def _add_strangers(folder: Path) -> None:
-    """Files that lie about in any checkpoint folder and mean nothing."""
+    """Files that occur in any checkpoint folder and mean nothing."""
     (folder / "README.md").write_text("# notes\n", encoding="utf-8")
     (folder / ".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
     (folder / "training_args.json").write_text("{}", encoding="utf-8")

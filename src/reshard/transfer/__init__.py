@@ -1,1 +1,1 @@
-"""Moving bytes: the engine, the checks of what passes, and the output folder that appears whole."""
+"""Move bytes: the engine, the checks of the bytes that pass, and the output folder."""

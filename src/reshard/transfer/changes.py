@@ -1,4 +1,4 @@
-"""Whether a tensor that is written differs from the base model's, at the price of small reads."""
+"""Whether a written tensor differs from the base model's, with small reads."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A zip archive states one checksum for each stored tensor; the engine reads a tensor in blocks, from
 several threads, and may skip padding. The ledger keeps the checksum of each run of bytes that was
-read, joins those that touch, and in the end combines them, reading only what nobody has read.
+read, joins those that touch, and in the end combines them, reading only what was not read yet.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class _Passed(Struct):
 class Ledger:
     """The records of a checkpoint and what has been read of them. Safe to use from threads.
 
-    `bare` are stretches that no record holds, of which only is noted that they were read.
+    `bare` are stretches outside records; the ledger notes only that they were read.
     """
 
     def __init__(self, records: Iterable[Record], bare: Iterable[Extent] = ()) -> None:

@@ -1,11 +1,11 @@
-"""The output folder: it appears whole, under its final name, or not at all.
+"""The output folder: it appears complete, under its final name, or not at all.
 
 Everything is written into a folder of this run beside the output, on the same file system
 (`leftovers` draws it), each file under a temporary name, synced, and renamed into its place there.
-`commit` syncs the folders and renames the whole once, in a way that refuses to replace; with
-`overwrite`, old and new exchange places in one step and the old is deleted afterwards. Anything
-that goes wrong before removes what this run made, and nothing else. A lock beside the output is
-held from the beginning until the last deletion (`lock`).
+`commit` syncs the folders and renames the folder once, in a way that refuses to replace; with
+`overwrite`, old and new exchange places in one step and the old is deleted afterwards. A failure
+before that removes what this run made, and nothing else. A lock beside the output is held from the
+beginning until the last deletion (`lock`).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class OutputFolder:
 
     `digest` names the plan: a run finds what an earlier one of the same plan left. Where `target`
     is a symbolic link, the folder that it names is written. `partial` is where the output lies
-    until then. `findings` say what this run found of earlier ones, and what it could not clear
-    away. Raises `WriteError`.
+    until then. `findings` say what this run found from earlier runs, and what it could not delete.
+    Raises `WriteError`.
     """
 
     def __init__(self, target: Path, digest: str, *, overwrite: bool = False) -> None:
@@ -81,7 +81,7 @@ class OutputFolder:
     def create(self, name: str, nbytes: int) -> int:
         """Open a new file of `nbytes` bytes for writing; returns its descriptor."""
         with self._creating:
-            # A number: it fits where the final name fits, and is no file's of the output.
+            # A number: it fits where the final name fits, and no file of the output has this name.
             path = self._own / "tmp" / str(self._count)
             self._count += 1
         try:
@@ -95,8 +95,8 @@ class OutputFolder:
     def put(self, name: str, fd: int, data: memoryview, offset: int) -> None:
         """Write `data` at `offset` of a file made by `create`."""
         try:
-            # The kernel lets one writer of a file in at a time, and those who wait for it spin:
-            # two threads of a conversion burnt up to 0.8 s of processor time a gigabyte so.
+            # The kernel admits one writer per file, and waiting threads spin: two threads of a
+            # conversion wasted up to 0.8 s of processor time per gigabyte.
             with self._writing:
                 write_fully(fd, data, offset)
         except OSError as error:
@@ -110,7 +110,7 @@ class OutputFolder:
             path = self._open.pop(fd)
             os.close(fd)
             final.parent.mkdir(parents=True, exist_ok=True)
-            if os.path.lexists(final):  # on a disk that takes README and readme for one name
+            if os.path.lexists(final):  # on a disk that does not distinguish README from readme
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             path.rename(final)
             sync_folder(final.parent)
@@ -196,7 +196,8 @@ class OutputFolder:
                 sync_folder(folder.parent)
 
     def _check_still_ours(self) -> None:
-        """Raise where the lock or what stands under the name is not what it was at first."""
+        """Raise where the lock, or what has the output's name, is no longer what it was at
+        first."""
         if not self._lock.held:
             raise WriteError(
                 "the lock file was removed while this run wrote; another run may have begun.",
@@ -292,7 +293,7 @@ class OutputFolder:
         return WriteError(reason, path=self.target)
 
     def _finish(self) -> None:
-        """Remove what this run made and did not commit, and let go of the lock."""
+        """Remove what this run made and did not commit, and release the lock."""
         with held_signals():
             for fd in self._open:
                 with suppress(OSError):

@@ -1,8 +1,8 @@
-"""The engine: fills the slots of a plan from the checkpoint, piece by piece, with a few threads.
+"""The engine: fills the slots of a plan from the checkpoint, piece by piece, in a few threads.
 
-Pieces (`pieces`) are taken in output order, so files are written front to back. Whoever takes a
-piece makes it alone, in small blocks: reads, casts, writes, hashes. No thread waits for another,
-but for the one that writes into the same file at that moment; no tensor is ever held whole.
+Pieces (`pieces`) are taken in output order, so files are written front to back. One thread makes a
+piece, in small blocks: reads, casts, writes, hashes. A thread waits for another only while both
+write into one file; no tensor is ever held as a whole.
 
 Memory: threads * (_BLOCK + _SCRATCH) bytes, four times that for tensors stored in another order.
 """
@@ -219,9 +219,10 @@ class Engine:
         return reader.bytes_read
 
     def _take(self) -> _Piece | ReadJob | None:
-        """What is written is read again first, while it is cached; None where all is done.
+        """Written bytes are read back first, while they are cached; None where all is done.
 
-        Who finds nothing while others still make pieces waits: there will be more to read.
+        A thread that finds nothing while others still make pieces waits: there will be more to
+        read.
         """
         with self._taking:
             while True:
@@ -377,7 +378,7 @@ class Engine:
                 self._progress(self._written, self._total)
 
     def _release(self, file: _File) -> None:
-        """Let go of a file; whoever is last syncs it and gives it its name."""
+        """Release a file; the last thread syncs it and gives it its name."""
         with self._counting:
             file.pending -= 1
             last = file.pending == 0

@@ -1,4 +1,4 @@
-"""Who makes the pieces of a plan: threads of this process are the one executor there is today.
+"""What makes the pieces of a plan. There is one executor today: threads of this process.
 
 An executor gets all that the work needs with `run`: the plan, which is data, the sources, and the
 folder to write into. A piece (`pieces`) can be made by anyone who has these, and made again.
@@ -30,10 +30,10 @@ class Executor(Protocol):
 class Threads(Struct, frozen=True):
     """A few threads of this process.
 
-    `records` are the sources' own checksums, which are compared as the bytes pass; of
-    `unprotected`, the stretches without, is counted how many were read. With `read_back`, files
-    are read again while others are written; the outcome says what was found. `progress` is called
-    with (bytes written, bytes to write) after each block.
+    `records` are the sources' own checksums, which are compared as the bytes pass; `unprotected`
+    are the stretches without; it counts how many of them were read. With `read_back`, files are
+    read again while others are written; the outcome says what was found. `progress` is called with
+    (bytes written, bytes to write) after each block.
     """
 
     count: int

@@ -2,8 +2,8 @@
 
 A block is an unbroken run of the tensor's row-major bytes (`tensors.blocks`). Where a fragment is
 stored in that order and in the target's dtype, its bytes are read straight into the block;
-otherwise they pass through a scratch buffer and are cast and spread from there. What is computed is
-computed here, block by block.
+otherwise they pass through a scratch buffer and are cast and spread from there. Computed tensors
+are computed here, block by block.
 
 A cast rounds to nearest even, as torch does. Where torch would turn a finite value into infinity
 (70000 as float16, say), `fill` stops: such a model does not compute what was trained.
@@ -162,7 +162,7 @@ def _views(shape: Shape, part: Fragment, out: Array) -> Iterator[tuple[Box, Arra
         yield Box(shape, tuple(first), tuple(sizes)), view.reshape(sizes)
         return
     if part.strides is not None or not out.flags.c_contiguous:
-        raise PlanError(f"its part {part.box} is no box of the computed shape {shape}.")
+        raise PlanError(f"its part {part.box} is not a box of the computed shape {shape}.")
     run, done = out.reshape(-1), 0
     for box in boxes_of_range(shape, start, start + part.box.numel):
         yield box, run[done : done + box.numel].reshape(box.sizes)

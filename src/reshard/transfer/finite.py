@@ -1,8 +1,8 @@
 """Whether a block of elements holds NaN or infinity, by its bits.
 
 Seen as integers, infinities and NaNs are the largest signed values (sign bit clear) and the largest
-unsigned ones (sign bit set): two maxima tell, at 20 GB/s a core, so that every block of a
-conversion is looked at as it passes.
+unsigned ones (sign bit set): two maxima show them, at 20 GB/s per core, so every block of a
+conversion is checked as it passes.
 """
 
 from __future__ import annotations

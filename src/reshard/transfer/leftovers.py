@@ -1,12 +1,12 @@
-"""What runs leave beside an output, how it is told from other people's, and how it goes.
+"""What runs leave beside an output, how reshard recognises it as its own, and how it is removed.
 
     .NAME.partial-DIGEST/    a run's own folder
-        run.json             {"reshard": version, "target": NAME}: that it is one
+        run.json             {"reshard": version, "target": NAME}: marks it as such
         new/                 the output, as it will stand under NAME
         tmp/                 files that are being written
         old/                 what stood under NAME, where old and new cannot exchange in one step
 
-Only the holder of the lock on NAME calls these functions, so no run of NAME is alive but itself.
+Only the holder of the lock on NAME calls these functions, so no other run of NAME is alive.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def beside(target: Path, suffix: str) -> Path:
 
 
 def mark(own: Path, target: Path) -> None:
-    """Write into a run's own folder what it is."""
+    """Mark a folder as a run's own."""
     text = msgspec.json.encode(_Mark(__version__, _named(target)))
     fd = os.open(own / MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -58,7 +58,7 @@ def mark(own: Path, target: Path) -> None:
 
 
 def put_back(target: Path) -> list[Finding]:
-    """Where a killed run had moved the old output aside and nothing took its place: put it back."""
+    """If a killed run had moved the old output aside and nothing took its place, put it back."""
     if os.path.lexists(target):
         return []
     for own in _partials(target):
@@ -77,7 +77,7 @@ def put_back(target: Path) -> list[Finding]:
 
 
 def clear(target: Path) -> list[Finding]:
-    """Remove what killed runs of this output left; what is not certainly theirs is only named."""
+    """Remove what killed runs of this output left; if that is not certain, only name it."""
     return [_cleared(own, target) for own in _partials(target)]
 
 
@@ -94,7 +94,7 @@ def _cleared(own: Path, target: Path) -> Finding:
 
 
 def is_ours(own: Path, target: Path) -> bool:
-    """Whether a folder certainly is one that a run of this user made for this output."""
+    """Whether it is certain that a run of this user made the folder for this output."""
     try:
         fd = os.open(own, _OPEN)
     except OSError:
@@ -102,7 +102,7 @@ def is_ours(own: Path, target: Path) -> bool:
     try:
         if os.fstat(fd).st_uid != os.geteuid():
             return False
-        names = os.listdir(fd)  # noqa: PTH208 (a descriptor is no path)
+        names = os.listdir(fd)  # noqa: PTH208 (a descriptor is not a path)
         if not names:
             return True  # killed before it could say what it is; there is nothing to lose
         found = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=fd)
@@ -155,7 +155,7 @@ def _empty(fd: int, device: int) -> OSError | None:
     first: OSError | None = None
     with os.scandir(fd) as listed:
         entries = list(listed)
-    # The mark last: what is left of a folder must still say what it is.
+    # The mark last: the rest of a folder must stay recognisable.
     for entry in sorted(entries, key=lambda entry: entry.name == MARK):
         try:
             if first is not None and entry.name == MARK:

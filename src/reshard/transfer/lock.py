@@ -1,12 +1,11 @@
-"""The lock on an output's name: one run at a time writes, replaces or clears away an output.
+"""The lock on an output's name: one run at a time writes, replaces or removes an output.
 
     .NAME.lock     beside the output NAME: {"host", "boot", "space", "pid", "started"}
 
-The file is never renamed, so that all runs meet at it. It is locked with flock; where the file
-system has no flock, having made the file is the lock, and what it says of its maker tells a later
-run on the same machine whether the maker lives. Whoever holds the lock removes the file at the end;
-a run that then locks the removed file finds that it is no longer the one of that name, and begins
-again.
+The file is never renamed, so that all runs use the same one. It is locked with flock; if the file
+system has no flock, creating the file is the lock, and the file's content tells a later run on the
+same machine whether its creator is alive. Whoever holds the lock removes the file at the end; a run
+that then locks the removed file finds that it is no longer the one of that name, and begins again.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ class TargetLock:
         return self._fd >= 0 and identity_of(self.path) == identity(os.fstat(self._fd))
 
     def release(self) -> None:
-        """Remove the file and let go of it; what fails is left to the next run."""
+        """Remove the file and release it; if that fails, the next run does it."""
         if self._fd < 0:
             return
         with suppress(OSError):

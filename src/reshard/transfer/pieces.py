@@ -1,4 +1,4 @@
-"""Cutting what is to be written into pieces: each is made, hashed and verified by itself.
+"""Cut the output into pieces: each is made, hashed and verified separately.
 
 A piece is a leaf of one tensor's digest (`core.digests`): 64 MiB of its row-major bytes, or all of
 a smaller tensor. It lies in one file, or where a layout cuts tensors (DCP) in the chunks that the

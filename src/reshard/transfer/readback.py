@@ -1,7 +1,7 @@
-"""Reading files again as soon as they are written: while others are written, and still cached.
+"""Read files back as soon as they are written: while others are written, and while they are cached.
 
-What is found are digests of stretches of files, and nothing else. Whether the stretches are those
-of the tensors is for verification to say, which reads the folder without the plan.
+The result is only digests of stretches of files. Verification, which reads the folder without the
+plan, decides whether these stretches are the tensors'.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def leaf_digest(entry: Entry, index: int, sources: Sources, known: Known | None 
 
 
 def plain_digest(entry: Entry, sources: Sources) -> str:
-    """xxh3-128 of a tensor's row-major bytes, as reshard stated it before it had trees."""
+    """xxh3-128 of a tensor's row-major bytes, as reshard stated it before digests were trees."""
     hasher = xxhash.xxh3_128()
     for part in _stream(entry, sources):
         hasher.update(part.data)

@@ -1,8 +1,8 @@
-"""Holding signals while something is half done.
+"""Hold signals back while an operation is half done.
 
 Python runs a signal's handler between any two steps of the main thread, and most handlers raise:
-between two renames, or half-way through a clean-up, that would leave what nobody wants. SIGKILL
-cannot be held; what it leaves is dealt with by the next run (`leftovers`).
+between two renames, or half-way through a clean-up, that would leave a broken state. SIGKILL cannot
+be held back; the next run repairs what it leaves (`leftovers`).
 """
 
 from __future__ import annotations

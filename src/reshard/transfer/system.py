@@ -1,4 +1,4 @@
-"""System calls that not every system or file system has, and what serves where one is missing."""
+"""System calls that not every system or file system has, and what replaces a missing one."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def write_fully(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         wrote = os.pwrite(fd, data[done:], offset + done)
-        if wrote == 0:  # what no disk should answer would be asked for ever
+        if wrote == 0:  # otherwise a disk that writes nothing would loop for ever
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         done += wrote
 

@@ -1,7 +1,7 @@
-"""Getting written bytes to the disk while others are still being written.
+"""Sync written bytes to the disk while others are still being written.
 
-Without it the whole file waits in the page cache until the fsync at its end, and the disk is idle
-until then: for a shard of 1 GB that was half of a conversion's time.
+Without this the file stays in the page cache until the fsync at its end, and the disk is idle until
+then: for a shard of 1 GB that was half of a conversion's time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A DCP checkpoint's chunks as entries: every chunk found, every tensor proven to be tiled."""
+"""A DCP checkpoint's chunks as entries: find every chunk, and prove that every tensor is tiled."""
 
 from __future__ import annotations
 

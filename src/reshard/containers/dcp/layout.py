@@ -7,7 +7,7 @@
 As if one rank had saved with several writer threads. A large tensor is cut into rows (`by_rows`),
 so that a rank that loads its part of it reads little more than that part: `dcp.load` reads chunks
 whole. The number of chunks is a power of two and each but the last has ceil(rows / chunks) rows, as
-FSDP cuts: for as many ranks, each chunk is exactly one rank's. Objects that are no tensors follow
+FSDP cuts: for as many ranks, each chunk is exactly one rank's. Objects that are not tensors follow
 the tensors, each a torch.save stream that the caller gives.
 """
 
@@ -77,7 +77,7 @@ def lay_out(
 
 
 class _Files:
-    """The files, of which the last one grows."""
+    """The output files; only the last one still grows."""
 
     def __init__(self, max_nbytes: int) -> None:
         self._max_nbytes = max_nbytes

@@ -11,9 +11,9 @@ what was pickled, and `parse` turns those into the types below, or raises.
     version               "1.0.0"; older torch writes none
     reshard_aliases       alias -> key of the same bytes; written by reshard alone
 
-What the three tables say of each other is compared: the file has no checksum, and one flipped bit
-must not lose or rename a tensor. Where torch pickles a name once for all tables (a flat state
-dict), a bit of the name itself has no witness here; a base model's names are one.
+The three tables are compared with each other: the file has no checksum, and one flipped bit must
+not lose or rename a tensor. If torch pickles a name once for all tables (a flat state dict), a
+flipped bit in the name itself cannot be noticed here; a base model's names show it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Metadata(Struct, frozen=True):
     `objects` are the keys that are not tensors, each with its copies: where its torch.save stream
     lies. `aliases` are other keys of tensors, and name the key in `tensors`. `paths` has every key.
     `unclaimed` are places (key, offsets) of items that no key has a chunk for. `flattened`: whether
-    nested dicts were taken apart; else one of `objects` may be a dict of tensors.
+    nested dicts were flattened; else one of `objects` may be a dict of tensors.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -155,7 +155,7 @@ class _Parser:
     def _tensor(
         self, key: str, raw: object, stored: dict[tuple[str, Shape | None], Location]
     ) -> StoredTensor:
-        """One tensor; the places of its chunks are taken out of `stored`."""
+        """One tensor; the places of its chunks are removed from `stored`."""
         fields = self._record(raw, "TensorStorageMetadata", key)
         chunks: dict[Shape, Chunk] = {}
         # Of ranks that hold nothing of the tensor; torch writes an empty item for each.

@@ -2,8 +2,8 @@
 
 With `DefaultSavePlanner(flatten_state_dict=False)` a nested state dict is one item for each key at
 its top, `{"model": {"a.b": t}, ..}` one for `model`: a torch.save stream of the dict, written by
-one rank (torch 2.13, planner_helpers.py, `_create_write_items`). Of a sharded tensor it holds that
-rank's part alone.
+one rank (torch 2.13, planner_helpers.py, `_create_write_items`). Of a sharded tensor it holds only
+that rank's part.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.storage.local import Source, Sources, child
 from reshard.storage.paths import exists
 
-# Dicts in dicts that are looked into; `{"optimizer": {"state": {0: {"exp_avg": t}}}}` has four.
+# Levels of nested dicts that are searched; `{"optimizer": {"state": {0: {"exp_avg": t}}}}` has
+# four.
 _MAX_STEPS = 8
 # Bytes of an object that is compared with others before it is parsed: a setting has 1.2 kB.
 _MAX_OBJECT = 1 << 16
 
 
 class Loose(Struct, frozen=True):
-    """What the objects hold: by paths in the state dict the tensors, and what are no plain ones."""
+    """What the objects hold, by paths in the state dict: plain tensors, and distributed ones."""
 
     tensors: Mapping[StatePath, TensorRef]
     others: Mapping[StatePath, Opaque]
@@ -106,7 +107,7 @@ def _opened(key: str, place: Location, folder: Path, sources: Sources) -> Source
 
 
 def _walk(path: StatePath, value: object) -> Iterator[tuple[StatePath, TensorRef | Opaque]]:
-    """The tensors in a dict of dicts, each with its path; other objects are passed over."""
+    """The tensors in a dict of dicts, each with its path; other objects are skipped."""
     if isinstance(value, TensorRef) or (isinstance(value, Opaque) and value.is_tensor):
         yield path, value
     elif isinstance(value, dict) and len(path) < _MAX_STEPS:

@@ -35,7 +35,7 @@ class _Call(Struct, frozen=True):
 
 
 class _Again(Struct, frozen=True):
-    """A string that is written in full, though it may stand before: the two prove each other."""
+    """A string that is written in full although it may occur before: a reader compares the two."""
 
     text: str
 
@@ -76,8 +76,8 @@ def dump(metadata: Metadata) -> bytes:
     }
     if metadata.aliases:
         fields[ALIASES] = dict(metadata.aliases)
-        # Names that nothing beside the file states get a witness in it. Without aliases the file is
-        # as torch writes it of a flat state dict: each name once.
+        # Names that only this file states are written twice, so that a reader notices a flipped
+        # bit. Without aliases the file is as torch writes it for a flat state dict: each name once.
         paths = metadata.paths.items()
         fields["planner_data"] = {key: tuple(map(_Again, path)) for key, path in paths}
     pickler = _Pickler()
@@ -161,7 +161,7 @@ class _Pickler:
             self.put(value.state)
             self._out += b"b"
         else:
-            raise TypeError(f"{type(value).__name__} is no part of a metadata file")
+            raise TypeError(f"{type(value).__name__} is not part of a metadata file")
 
     def _put_integer(self, value: int) -> None:
         if value < 1 << 31:

@@ -7,8 +7,8 @@
                              "DCP_SHARDING_INFO": JSON {name: {"saved_offsets": [..]}}}
 
 Written by `HuggingFaceStorageWriter(save_distributed=True)` (torch 2.13, hf_storage.py), without
-`.metadata` and index. A tensor's whole shape is stated nowhere: it is as far as its parts reach.
-So a last rank whose files are all missing cannot be noticed here; every other gap is.
+`.metadata` and index. No file states a tensor's full shape: it follows from the extent of the
+parts. So a last rank whose files are all missing cannot be noticed here; every other gap is.
 """
 
 from __future__ import annotations

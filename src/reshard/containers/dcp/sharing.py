@@ -1,8 +1,8 @@
-"""Whether each item of a checkpoint has a chunk and bytes of its own.
+"""Whether each item of a checkpoint has its own chunk and its own bytes.
 
-A place that two items share is one that a damaged metadata gives to the wrong tensor; a place that
-no chunk has is one whose tensor it lost. Keys that a checkpoint states to be names of one tensor
-(its aliases) are one item here. In a safetensors blob all items state the place of the whole blob,
+If two items share a place, a damaged metadata gives it to the wrong tensor; if no chunk has a
+place, the metadata lost its tensor. Keys that a checkpoint declares as names of one tensor (its
+aliases) count as one item here. In a safetensors blob all items state the place of the whole blob,
 and its header keeps them apart.
 """
 
@@ -19,8 +19,8 @@ from reshard.storage.local import Sources, child
 
 
 def check(metadata: Metadata, folder: Path, sources: Sources) -> None:
-    """Refuse a checkpoint of which two items share bytes, or one is no chunk's. The items must have
-    been found, and the chunks must tile their tensors.
+    """Refuse a checkpoint of which two items share bytes, or one is not a chunk's. The items must
+    have been found, and the chunks must tile their tensors.
 
     Raises `FormatError`.
     """
@@ -51,7 +51,7 @@ def check(metadata: Metadata, folder: Path, sources: Sources) -> None:
 
 
 def _places(metadata: Metadata) -> Iterator[tuple[str, Location]]:
-    """Every item with its bytes; copies of a chunk by several ranks are items of their own."""
+    """Every item with its bytes; copies of a chunk by several ranks are separate items."""
     for key, tensor in metadata.tensors.items():
         for chunk in tensor.chunks:
             for copy in chunk.copies:

@@ -21,7 +21,7 @@ from reshard.storage.local import Identity, Source
 # Bytes kept of each end. torch.save puts about 700 before the tensor of an item and 600 behind it,
 # its directory included; `Archive` asks for as much at once.
 _END_NBYTES = 4096
-# Bytes. The pickle of a plain tensor has about 150; what is not one need not be read.
+# Bytes. The pickle of a plain tensor has about 150; a larger one is not a plain tensor's.
 _MAX_PICKLE_NBYTES = 1 << 20
 
 
@@ -100,7 +100,7 @@ class _Frame(Source):
 
     def read(self, offset: int, nbytes: int) -> bytes:
         raise FormatError(
-            f"the bytes from {offset} on are no part of a tensor.",
+            f"the bytes from {offset} on are not part of a tensor.",
             path=self.ref.path,
             hint="It was not written by torch.distributed.checkpoint.",
         )

@@ -1,4 +1,4 @@
-"""Tensors that several ranks share, as torch pickles them: which part lies in one rank's file.
+"""Tensors that are distributed over ranks, as torch pickles them: which part one rank's file holds.
 
     dtensor     DTensor: a mesh of ranks, and a placement for each of its dimensions
     sharded     ShardedTensor: the offsets and sizes of every rank's shard

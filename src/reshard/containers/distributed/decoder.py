@@ -24,7 +24,7 @@ def is_distributed(value: object) -> bool:
 
 class Decoder:
     """Decodes the distributed tensors of one file, whose name says that `rank` wrote it; None where
-    it says nothing, and the tensors must.
+    only the tensors state the rank.
 
     The file's tensors share their meshes, each of which is read once.
     """

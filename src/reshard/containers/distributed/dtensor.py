@@ -44,7 +44,7 @@ class Placement(Struct, frozen=True):
 
 
 def decode(value: Opaque, mesh: Mesh, place: Place) -> Local:
-    """One rank's part. Raises `FormatError`, `UnsupportedError` (a sum that is not made yet)."""
+    """One rank's part. Raises `FormatError`, `UnsupportedError` (a partial sum)."""
     dtype, shape = whole_shape(value, place)
     found = attributes(value, place)
     tensor, spec = found.get("_local_tensor"), attributes(found.get("_spec"), place)
@@ -167,8 +167,8 @@ def _order(
 def _strided(
     axes: Sequence[int], placements: Sequence[Placement], mesh: Mesh, place: Place
 ) -> list[int]:
-    """The order of mesh dimensions that cut one dimension, where a split factor tells it: each
-    comes after as many of those behind it as make that many pieces."""
+    """The order of mesh dimensions that cut one dimension, from the split factors: each comes after
+    as many of those behind it as make that many pieces."""
     order: list[int] = []
     for axis in reversed(axes):
         pieces, at = 1, 0

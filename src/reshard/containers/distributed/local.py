@@ -1,4 +1,4 @@
-"""What one rank's file says of a tensor that is spread over ranks, and reading it off records."""
+"""What one rank's file says about a distributed tensor, and how to read it from records."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Local(Struct, frozen=True):
 
 
 class Place(Struct, frozen=True):
-    """Where a value was met: the file, and the tensor's name."""
+    """Where a value occurs: the file, and the tensor's name."""
 
     path: str
     tensor: str

@@ -1,7 +1,7 @@
 """The directory of a zip archive: bytes in, entries out. Nothing here reads a file.
 
-PKWARE's APPNOTE 6.3.10, sections 4.3.12 to 4.3.16 and 4.5.3, held to what torch.save writes:
-every entry stored as it is, no comment at the end, the end records back to back.
+PKWARE's APPNOTE 6.3.10, sections 4.3.12 to 4.3.16 and 4.5.3, restricted to what torch.save writes:
+every entry stored uncompressed, no comment at the end, the end records back to back.
 """
 
 from __future__ import annotations

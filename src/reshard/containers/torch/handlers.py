@@ -1,4 +1,4 @@
-"""The few calls that are carried out, by handlers of ours: pure functions from data to data.
+"""Handlers for the few calls that are executed: pure functions from data to data.
 
 Chosen by the dotted name that the pickle states. What torch 2.13 writes, and what it still reads of
 older versions, stands in torch/_utils.py, torch/_tensor.py and torch/serialization.py.
@@ -95,7 +95,7 @@ def _make(
 ) -> TensorRef | Opaque:
     """A tensor of `storage`, checked to lie inside it. `offset` and `stride` count elements."""
     if not isinstance(storage, Storage):
-        raise Malformed("a tensor's storage is no storage")
+        raise Malformed("a tensor's storage is not a storage")
     dtype = storage.dtype if dtype is None else dtype
     reason = _not_handled(storage, dtype, bits)
     if reason is not None or not isinstance(dtype, DType):

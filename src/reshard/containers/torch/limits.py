@@ -1,4 +1,5 @@
-"""What a pickle may cost. Real training files stay far below; hostile ones stop here, early."""
+"""Limits on the cost of a pickle. Real training files stay far below; hostile ones are stopped
+early."""
 
 # Bytes. DCP metadata takes about 143 bytes a chunk: room for 1.9 million chunks.
 MAX_NBYTES = 256 << 20

@@ -1,9 +1,9 @@
 """A pickle machine that builds data and calls nothing.
 
-A pickle is a program for a stack machine. Two of its acts are dangerous: resolving a name, and
-calling what it got. This machine does neither. A name becomes a `Global`, two strings' worth of
-data; a call runs one of a few pure handlers chosen by that name, or leaves an `Opaque` record.
-No attribute of anything in the file is looked up, nothing is imported, nothing of it is run.
+A pickle is a program for a stack machine. Two of its actions are dangerous: to resolve a name, and
+to call the result. This machine does neither. A name becomes a `Global`, which is only text; a call
+runs one of a few pure handlers chosen by that name, or leaves an `Opaque` record. No attribute of
+anything in the file is looked up, nothing is imported, nothing of it is run.
 
     opcodes.py    the table: one small function an opcode
     machine.py    the loop, the stack, what opcodes share, the budgets (limits.py)
@@ -275,7 +275,7 @@ class Machine:
 
 @contextmanager
 def _paused_gc() -> Iterator[None]:
-    """Keep the cycle collector out: it finds nothing here, and doubles the time.
+    """Pause the cycle collector: it finds nothing here, and doubles the time.
 
     If two threads parse at once, the first to end switches it on again, which is only slower.
     """

@@ -1,4 +1,4 @@
-"""What the pure parts of this room raise: they know what is wrong, not in which file."""
+"""The errors of the pure parts of this room: they know what is wrong, but not in which file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def show(value: object) -> str:
 
 
 class Compressed(Malformed):
-    """An entry of a zip that torch.save would not have compressed; TorchScript does its code."""
+    """A compressed entry of a zip; torch.save compresses none, TorchScript compresses its code."""
 
     def __init__(self, name: str, shown: str) -> None:
         super().__init__(f"its entry {shown} is compressed; torch.save compresses none")

@@ -37,7 +37,7 @@ def _refuse(m: Machine, pos: int) -> int:
     code = m.data[pos - 1]
     name = _REFUSED.get(chr(code))
     if name is None:
-        raise m.broken(f"byte {pos - 1} of its pickle, {code:#04x}, is no opcode.")
+        raise m.broken(f"byte {pos - 1} of its pickle, {code:#04x}, is not an opcode.")
     raise m.refused(f"its pickle uses the opcode {name}, at byte {pos - 1}.")
 
 
@@ -150,7 +150,7 @@ def _push_text(m: Machine, pos: int, nbytes: int) -> int:
 def _spelt_out(raw: bytes) -> str:
     r"""Text with halves of surrogate pairs, as file names that are not UTF-8 have: as `\udc80`.
 
-    Text as it is here can be written and shown by whoever takes it.
+    The result can be written and shown.
     """
     try:
         return raw.decode("utf-8", "surrogatepass").encode("utf-8", "backslashreplace").decode()

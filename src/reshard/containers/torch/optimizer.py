@@ -3,9 +3,9 @@
     {"state": {0: {"step": .., "exp_avg": tensor, ..}, ..},
      "param_groups": [{"lr": .., "betas": (..), "params": [0, 1]}, ..]}
 
-Parameters go by numbers, in the order of the groups, or by names where a framework put those in
-their place. Which tensors a parameter has is the optimizer's own: `exp_avg` and `exp_avg_sq` of
-Adam, `momentum_buffer` of SGD. The step is a tensor (torch), an integer beside the moments
+Numbers identify the parameters, in the order of the groups, or names where a framework replaced the
+numbers. The optimizer decides which tensors a parameter has: `exp_avg` and `exp_avg_sq` of Adam,
+`momentum_buffer` of SGD. The step is a tensor (torch), an integer beside the moments
 (DeepSpeedCPUAdam), or one in the group (FusedAdam).
 """
 
@@ -23,7 +23,7 @@ from reshard.core.state import Plain, Step, Stored
 from reshard.errors import FormatError, UnsupportedError, brief
 
 Key = int | str
-# What is no hyperparameter in a group.
+# Keys of a group that are not hyperparameters.
 _NOT_HYPER = ("params", "param_names", "step")
 # bitsandbytes: state1, qmap1, absmax1, ..; torchao's are tensors of a class of their own.
 _EIGHT_BIT = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
@@ -60,9 +60,9 @@ class OptimizerDict(Struct, frozen=True):
 
 
 def parse(value: object, parts: Parts, path: Path) -> OptimizerDict:
-    """A state dict as types; what in it is no plain data is listed in `parts`.
+    """A state dict as types; `parts` lists what is not plain data.
 
-    Raises `FormatError` where it is none, `UnsupportedError` for 8-bit states.
+    Raises `FormatError` where it is not a state dict, `UnsupportedError` for 8-bit states.
     """
     if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
         raise FormatError("its optimizer's state is not a dict.", path=path)
@@ -100,7 +100,8 @@ def hyperparameters(group: Mapping[object, object], parts: Parts, where: str) ->
 def param_state(
     value: object, parts: Parts, path: Path, where: str, step: Step | None = None
 ) -> ParamState:
-    """What is held of one parameter. `step` is that of its group, which its own goes before.
+    """The state of one parameter. `step` is that of its group; the parameter's own takes
+    precedence.
 
     Raises `FormatError`, `UnsupportedError`.
     """
@@ -126,7 +127,7 @@ def _is_codes(held: object) -> bool:
 
 
 def eight_bit(path: Path, kind: str) -> UnsupportedError:
-    """That a state is quantised, and says nothing to another optimizer."""
+    """The error for a quantised state, which another optimizer cannot use."""
     return UnsupportedError(
         f"the optimizer's state is quantised ({brief(kind)}), as 8-bit optimizers keep it, and is "
         "not read.",
@@ -136,7 +137,7 @@ def eight_bit(path: Path, kind: str) -> UnsupportedError:
 
 
 def parse_step(value: object, parts: Parts, path: Path) -> Step | None:
-    """A step count. Raises `FormatError` where it is none."""
+    """A step count. Raises `FormatError` where it is not one."""
     if value is None:
         return None
     stored: Stored = "int"

@@ -1,6 +1,6 @@
 """The plain data in what a torch.save stream holds: settings, counters, a scheduler's state.
 
-Objects and tensors that are no numbers are left out, each listed by its path.
+Objects and tensors that are not numbers are left out, each listed by its path.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _MAX_DEPTH, _MAX_VALUES = 16, 100_000
 
 
 class Parts(Struct):
-    """Plain data taken out of values, and the paths of what is none."""
+    """Plain data from values, and the paths of everything else."""
 
     sources: Sources
     left_out: list[str] = field(default_factory=list)
     seen: int = 0
 
     def take(self, value: object, path: str = "") -> object:
-        """The plain data in a value; None in the place of what is none (and listed).
+        """The plain data in a value; None in place of anything else, which is listed.
 
         A tensor of one element is its number, a tuple stays a tuple. Items of a dict that are not
         plain are not there.
@@ -34,7 +34,7 @@ class Parts(Struct):
         return self._take(value, path, _MAX_DEPTH)
 
     def mapping(self, value: object, path: str = "") -> dict[str, object]:
-        """The plain data of a dict; empty where the value is no dict."""
+        """The plain data of a dict; empty where the value is not a dict."""
         taken = self.take(value, path) if isinstance(value, Mapping) else {}
         return {str(key): item for key, item in taken.items()} if isinstance(taken, dict) else {}
 

@@ -31,10 +31,10 @@ def read(
 ) -> TorchFile:
     """The torch.save stream in bytes `[offset, offset + nbytes)` of an opened file.
 
-    `nbytes` None: to the file's end. Reads the pickle, the directory and 30 bytes a storage, and
-    no tensor. The pickle's CRC-32 is checked; those of the storages are handed on in `records`.
-    With `known`, shared by the reads of files that repeat each other, a pickle that was parsed
-    before is not parsed again, if its tensors are empty: where they lie says nothing then.
+    `nbytes` None: to the file's end. Reads the pickle, the directory and 30 bytes a storage, and no
+    tensor. The pickle's CRC-32 is checked; those of the storages are handed on in `records`. With
+    `known`, shared by the reads of files that repeat each other, a pickle that was parsed before is
+    not parsed again, if its tensors are empty: then their places do not matter.
 
     Raises `IncompleteError` (empty, cut off), `FormatError` (damaged), `UnsupportedError` (not a
     torch.save file, or beyond what training files are).
@@ -93,7 +93,7 @@ def _read_zip(archive: Archive, path: str, known: Known | None) -> TorchFile:
 
 
 def _check_byte_order(archive: Archive, path: str) -> None:
-    # Before torch 2.1 there was no such entry, and little-endian machines all but alone.
+    # Before torch 2.1 there was no such entry, and almost all machines were little-endian.
     if "byteorder" not in archive.entries:
         return
     order = archive.read("byteorder", 16)

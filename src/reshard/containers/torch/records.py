@@ -1,7 +1,7 @@
-"""What a torch.save file is read into: plain data, tensors as byte ranges, inert records.
+"""The result of reading a torch.save file: plain data, tensors as byte ranges, inert records.
 
-None of these classes does anything when it is built, compared or dropped. Whatever a file asks
-for that reshard does not know becomes an `Opaque`: the name it asked for, and what it gave it.
+None of these classes does anything when it is built, compared or dropped. A call in a file that
+reshard does not know becomes an `Opaque`: the name that it calls, and the arguments.
 """
 
 from __future__ import annotations

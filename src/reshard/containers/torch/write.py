@@ -8,7 +8,7 @@ The same entries in the same order as torch 2.13 writes them to a stream
 (torch/serialization.py, caffe2/serialize/inline_container.cc), less `.data/serialization_id`,
 which torch does not need to read a file. The checksum of the data stands only behind it, so the
 archive can be written front to back: `before`, the data, `after(crc32)`. A dict of tensors has
-`data/0`, `data/1`, ... one after another.
+`data/0`, `data/1`, ... one after another. Small tensors whose bytes are known are literals.
 """
 
 from __future__ import annotations
@@ -92,8 +92,16 @@ def lay_out_tensor(dtype: DType, shape: Shape) -> TensorArchive:
     )
 
 
-class StateDictArchive(Struct, frozen=True):
-    """A torch.save archive of a dict of tensors, but for their data.
+class TensorBytes(Struct, frozen=True):
+    """A small tensor whose row-major bytes are known."""
+
+    dtype: DType
+    shape: Shape
+    data: bytes
+
+
+class DataArchive(Struct, frozen=True):
+    """A torch.save archive of data with tensors in it, but for what these hold.
 
     `literals` are the bytes around the data, each with its offset in the file. `places` say for
     each tensor, in the order given, where its data begins and where its CRC-32 belongs.
@@ -104,49 +112,58 @@ class StateDictArchive(Struct, frozen=True):
     places: tuple[tuple[int, tuple[int, int]], ...]
 
 
-def lay_out_state_dict(specs: Sequence[TensorSpec]) -> StateDictArchive:
+def lay_out_state_dict(specs: Sequence[TensorSpec]) -> DataArchive:
     """The archive that torch.save would write of `{spec.name: contiguous tensor}`."""
+    return lay_out({spec.name: spec for spec in specs})
+
+
+def lay_out_data(value: object) -> bytes:
+    """The archive that torch.save would write of data without tensors whose bytes are not known.
+
+    Raises `TypeError` as `lay_out` does.
+    """
+    return b"".join(literal for _, literal in lay_out(value).literals)
+
+
+def lay_out(value: object) -> DataArchive:
+    """The archive that torch.save would write of plain data with tensors in it.
+
+    The data are None, bool, int, float, str, and lists, tuples and dicts of these, of some
+    thousands of items in all. A `TensorSpec` stands for a contiguous tensor that is written later,
+    a `TensorBytes` for one whose bytes go into the literals.
+
+    Raises `TypeError` for anything else.
+    """
+    tensors: list[TensorSpec | TensorBytes] = []
+    pickled = b"\x80\x02" + _data(value, tensors) + b"."
     zip_ = _Zip()
-    items = (_text(spec.name) + _tensor(spec, str(i)) for i, spec in enumerate(specs))
-    zip_.add("data.pkl", b"\x80\x02}(" + b"".join(items) + b"u.")
+    zip_.add("data.pkl", pickled)
     zip_.add(".format_version", b"1")
     zip_.add(".storage_alignment", str(ALIGNMENT).encode())
     zip_.add("byteorder", b"little")
     literals: list[tuple[int, bytes]] = []
-    starts: list[int] = []
-    descriptors: list[int] = []
+    later: list[tuple[str, int, int]] = []  # entry, start of the data, of its checksum behind it
     at, cut = 0, 0
-    for index, spec in enumerate(specs):
-        zip_.begin(f"data/{index}", spec.nbytes)
+    for index, tensor in enumerate(tensors):
+        name = f"data/{index}"
+        if isinstance(tensor, TensorBytes):
+            zip_.add(name, tensor.data)
+            continue
+        zip_.begin(name, tensor.nbytes)
         literals.append((at, bytes(zip_.out[cut:])))
         cut = len(zip_.out)
-        starts.append(at + len(literals[-1][1]))
-        zip_.skip(spec.nbytes)
-        at = starts[-1] + spec.nbytes
-        zip_.finish(spec.nbytes, 0)
-        descriptors.append(at + 4)
+        start = at + len(literals[-1][1])
+        zip_.skip(tensor.nbytes)
+        at = start + tensor.nbytes
+        zip_.finish(tensor.nbytes, 0)
+        later.append((name, start, at + 4))
     zip_.add("version", b"3\n")
     directory = zip_.close()
     literals.append((at, bytes(zip_.out[cut:])))
-    central = [at + directory[f"data/{i}"] - cut + 16 for i in range(len(specs))]
-    places = zip(starts, zip(descriptors, central, strict=True), strict=True)
-    return StateDictArchive(at + len(literals[-1][1]), tuple(literals), tuple(places))
-
-
-def lay_out_data(value: object) -> bytes:
-    """The archive that torch.save would write of plain data: None, bool, int, float, str, and lists
-    and dicts of these, of a few hundred items in all.
-
-    Raises `TypeError` for anything else.
-    """
-    zip_ = _Zip()
-    zip_.add("data.pkl", b"\x80\x02" + _data(value) + b".")
-    zip_.add(".format_version", b"1")
-    zip_.add(".storage_alignment", str(ALIGNMENT).encode())
-    zip_.add("byteorder", b"little")
-    zip_.add("version", b"3\n")
-    zip_.close()
-    return bytes(zip_.out)
+    places = tuple(
+        (start, (descriptor, at + directory[name] - cut + 16)) for name, start, descriptor in later
+    )
+    return DataArchive(at + len(literals[-1][1]), tuple(literals), places)
 
 
 class _Zip:
@@ -262,8 +279,11 @@ def _text(value: str) -> bytes:
     return b"X" + struct.pack("<L", len(value.encode())) + value.encode()
 
 
-def _data(value: object) -> bytes:
-    """What pushes plain data."""
+def _data(value: object, tensors: list[TensorSpec | TensorBytes]) -> bytes:
+    """What pushes data; the tensors in it are appended to `tensors`, and named by their numbers."""
+    if isinstance(value, TensorSpec | TensorBytes):
+        tensors.append(value)
+        return _tensor(TensorSpec("", value.dtype, value.shape), str(len(tensors) - 1))
     if value is None:
         return b"N"
     if isinstance(value, bool):
@@ -275,11 +295,13 @@ def _data(value: object) -> bytes:
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, list):
-        return b"](" + b"".join(map(_data, value)) + b"e"
+        return b"](" + b"".join(_data(part, tensors) for part in value) + b"e"
+    if isinstance(value, tuple):
+        return b"(" + b"".join(_data(part, tensors) for part in value) + b"t"
     if isinstance(value, Mapping):
-        items = b"".join(_data(part) for item in value.items() for part in item)
-        return b"}(" + items + b"u"
-    raise TypeError(f"{type(value).__name__} is no plain data")
+        items = (_data(part, tensors) for item in value.items() for part in item)
+        return b"}(" + b"".join(items) + b"u"
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
 def _integers(values: Shape) -> bytes:

@@ -94,7 +94,7 @@ def pickled(case: Case) -> Signs | None:
 
 
 def config(case: Case) -> Signs | None:
-    """No config.json, or one that is no JSON."""
+    """No config.json, or one that is not JSON."""
     if case.folder.config is not None:
         return None
     evidence = (f"{CONFIG}: {case.folder.config_fault}",)
@@ -104,7 +104,7 @@ def config(case: Case) -> Signs | None:
 
 
 def fsdp_class(case: Case) -> Signs | None:
-    """A class as FSDP2 calls it while it trains, which transformers has none of."""
+    """FSDP2's name for a class while it trains, which transformers does not have."""
     repairs = class_repairs(case.folder.settings)
     if not repairs:
         return None
@@ -131,7 +131,7 @@ def _speaks(case: Case) -> bool:
 
 
 def processor(case: Case) -> Signs | None:
-    """No processor for a model that sees or hears."""
+    """No processor for a model of images or audio."""
     senses = [key for key in ("vision_config", "audio_config") if case.folder.settings.get(key)]
     expected = _has_processor(_base_assets(case)) if case.base else bool(senses)
     if not expected or _has_processor(case.folder.assets):
@@ -188,7 +188,8 @@ def _base_assets(case: Case) -> dict[str, Asset]:
 
 
 def _from_base(case: Case, evidence: list[str], belongs: Callable[[str], bool]) -> Signs | None:
-    """Signs of missing files; the repair takes those of the base that belong and are not there."""
+    """Signs of missing files; the repair copies the base's files that belong there and are
+    missing."""
     if not evidence:
         return None
     taken = tuple(

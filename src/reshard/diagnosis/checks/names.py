@@ -74,11 +74,11 @@ def memory_names(case: Case) -> Signs | None:
     found = case.fitted.fit
     if found is None:
         return None
-    known = {*case.base.entries, *case.fitted.entries, *found.tied}
+    known = {*case.base.entries, *case.fitted.entries, *found.matching.tied}
     strange = [
         clean
         for clean, own in case.clean.items()
-        if clean not in known and own not in found.dropped
+        if clean not in known and own not in found.matching.unexpected
     ]
     if not strange:
         return None

@@ -9,13 +9,13 @@ _CONVERT = "Convert the quantised release again: reshard convert FP8MODEL OUT."
 
 
 def scales_left_over(case: Case) -> Signs | None:
-    """Scales of codes beside weights that are none."""
+    """Scales of codes beside weights that are not codes."""
     found = case.quantisation
     if not found.stale:
         return None
     pairs = (f"{name} is {case.shown_dtype(name)}, beside it {scale}" for name, scale in
              found.stale.items())  # fmt: skip
-    evidence = [f"{len(found.stale)} weights are no codes and have scales: {some(pairs)}"]
+    evidence = [f"{len(found.stale)} weights are not codes and have scales: {some(pairs)}"]
     if found.cast:
         evidence.append(
             f"{len(found.cast)} of them hold the codes themselves, cast: they are as many times "
@@ -33,7 +33,7 @@ def codes_unreadable(case: Case) -> Signs | None:
 
 
 def contradicts_config(case: Case) -> Signs | None:
-    """A config that says what the weights are not."""
+    """A config that contradicts the weights."""
     found = case.quantisation
     if found.fault:
         return None
@@ -54,7 +54,7 @@ def contradicts_config(case: Case) -> Signs | None:
 
 
 def unread(case: Case) -> Signs | None:
-    """Codes of a kind that is not read: nothing that they stand for was looked at."""
+    """Codes of a kind that is not read: their numbers were not checked."""
     kind = case.quantisation.unread
     if kind is None:
         return None

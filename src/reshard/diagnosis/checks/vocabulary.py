@@ -27,7 +27,7 @@ def head_stored_twice(case: Case) -> Signs | None:
         spare = True in _stated_at(case).values()
     else:
         found = case.fitted.fit
-        spare = found is not None and case.clean_name(vocabulary.head) in found.tied
+        spare = found is not None and case.clean_name(vocabulary.head) in found.matching.tied
     if not spare:
         return None
     evidence = (f"{vocabulary.head} holds the same values as {vocabulary.embedding}",)
@@ -40,7 +40,7 @@ def head_stored_twice(case: Case) -> Signs | None:
 
 
 def head_missing(case: Case) -> Signs | None:
-    """No head, though the config (or the base) says that it is a tensor of its own."""
+    """No head, although the config (or the base) says that it is a separate tensor."""
     if not head_is_lost(case):
         return None
     evidence = [f"{case.vocabulary.embedding} is there, no lm_head.weight beside it"]
@@ -57,7 +57,7 @@ def head_missing(case: Case) -> Signs | None:
 
 
 def head_contradicts_config(case: Case) -> Signs | None:
-    """A head of its own, though the config says that it is the embedding."""
+    """A separate head, although the config says that it is the embedding."""
     vocabulary = case.vocabulary
     if case.placeholders or vocabulary.head is None or vocabulary.equal or rows_disagree(case):
         return None
@@ -139,7 +139,7 @@ def _main_dtype(case: Case) -> str:
 
 
 def head_is_lost(case: Case) -> bool:
-    """Whether a head should be there and is not."""
+    """Whether a head is missing."""
     vocabulary = case.vocabulary
     if case.placeholders or vocabulary.embedding is None or vocabulary.head is not None:
         return False
@@ -177,7 +177,7 @@ def rows_disagree(case: Case) -> bool:
 
 
 def _says_untied(case: Case) -> bool:
-    """The top level decides where it speaks: transformers 5 reads only that."""
+    """The top level decides if it states anything: transformers 5 reads only that."""
     return next(iter(_stated_at(case).values()), True) is False
 
 

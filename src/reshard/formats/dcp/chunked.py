@@ -31,7 +31,7 @@ def read_chunks(
     part = parts.find({**chunked, **inside}, selection.prefix, str(folder), metadata.objects)
     _check_names(part, folder)
     entries, records = find_tensors(_named(part, metadata), metadata, folder, sources)
-    # What one stream stores once is tied, whatever it is called.
+    # Names of one stored tensor in a stream are tied, whatever they are.
     renamed = _renamed(entries.values())
     entries |= entries_of(_whole(part, loose, folder))
     taken = sum(key in part.names for key in {*metadata.tensors, *inside})
@@ -68,7 +68,7 @@ def _loose(metadata: Metadata, folder: Path, sources: Sources) -> Loose:
     except ReshardError:
         if not metadata.tensors:
             raise
-        # An object that cannot be read is no part of a model whose tensors are items.
+        # An object that cannot be read is not part of a model whose tensors are items.
         return nothing
 
 

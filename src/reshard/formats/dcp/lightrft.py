@@ -15,5 +15,5 @@ CLIENT_STATE = "client_state.pt"
 
 
 def client_state(consumed_samples: int) -> tuple[str, bytes]:
-    """The file that says how many samples a run has used up: its name, and its bytes."""
+    """The file that says how many samples a run has consumed: its name, and its bytes."""
     return CLIENT_STATE, lay_out_data({"consumed_samples": consumed_samples})

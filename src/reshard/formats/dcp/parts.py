@@ -10,8 +10,8 @@ path, `("model", "a.b")`. Names contain dots themselves, so paths are never gues
     {"app": {"model": {..}, "optim": ..}}          ("app", "model")     torch's tutorial
     {"state_dict": {..}, "optimizer_0": ..}        ("state_dict",)      Lightning
 
-Everything beside it is left out: what a run needs to go on without a word, what could be another
-model (`ema`, `reference`) with a finding.
+Everything beside it is left out: without a finding what a run needs to continue, with a finding
+what could be another model (`ema`, `reference`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def find(
     """The part of the checkpoint that is the model; `tensors` maps keys to paths.
 
     `prefix` names it (`"app.model"`); otherwise it is found by the names that frameworks use.
-    `objects` are the keys of what is no tensor, for the error.
+    `objects` are the keys of what is not a tensor, for the error.
 
     Raises `NotFoundError` where nothing is left, `NamesError` where it could be several,
     `FormatError` where a tensor and a dict of tensors are at one place.
@@ -79,7 +79,7 @@ def find(
 
 
 def _beside(tensors: Mapping[str, Path], names: Collection[str], start: Path) -> dict[str, int]:
-    """The parts that are left out and are no state of a run: beside the model's, or above it."""
+    """The omitted parts that are not a run's state: beside the model's, or above it."""
     found: dict[str, int] = {}
     for key, path in tensors.items():
         depth = next((d for d, step in enumerate(start) if path[d : d + 1] != (step,)), len(start))

@@ -16,8 +16,7 @@ those of DeepSpeed's mixtures of experts (experts.py), a folder `zero` is that o
 checkpoint (universal.py).
 
 Weights are read from the fp32 masters; frozen parameters and buffers from the model file, which is
-the only place that has them. Moments are read only where they are asked for
-(state.py). Read off DeepSpeed 0.19.8
+the only place that has them. Moments are read only on request (state.py). Read off DeepSpeed 0.19.8
 (runtime/engine.py, runtime/zero/stage_1_and_2.py, stage3.py, utils/zero_to_fp32.py) and files that
 it wrote; older versions from their sources.
 """

@@ -1,4 +1,4 @@
-"""Experts that AutoEP split, as a universal checkpoint has them: whole, one tensor of all experts.
+"""Experts that AutoEP split, as a universal checkpoint stores them: one tensor for all experts.
 
     <module>.experts.w1, .w2, .w3    [experts, ...]; `ds_autoep_layers` states their number
     <module>.router.*                the router, also by the module's own name: <module>.gate.*

@@ -138,7 +138,7 @@ def _split_by_autoep(location: Location, model: ModelFile) -> UnsupportedError:
 def _model_files(location: Location, sources: Sources) -> list[ModelFile]:
     """The model files of all data parallel ranks, which must state the same step and parameters.
 
-    What they state alike is kept once: of 256 ranks it took 300 MB.
+    What all of them state is kept once: for 256 ranks it took 300 MB.
     """
     model: list[ModelFile] = []
     known: Known = {}

@@ -16,7 +16,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class ModelFile(Struct, frozen=True):
-    """A `*_model_states.pt` file. Values of `module` that are no tensors are left out.
+    """A `*_model_states.pt` file. Values of `module` that are not tensors are left out.
 
     `unread` are tensors of `module` of kinds that are not handled, each with what it is.
 
@@ -262,7 +262,7 @@ def _base_state(state: Mapping[str, Any]) -> tuple[TensorRef | int | None, tuple
 def _mapping(value: object, path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(
-            f"{what} is a {type(value).__name__}, not a dict; it is no checkpoint of DeepSpeed.",
+            f"{what} is a {type(value).__name__}, not a dict; it is not a checkpoint of DeepSpeed.",
             path=path,
         )
     return value

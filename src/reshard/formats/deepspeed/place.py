@@ -30,7 +30,10 @@ _OTHER_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\
 _ACCELERATE = re.compile(r"pytorch_model(?:_(\d+))?")
 
 LATEST = "latest"
-_LATEST_UNIVERSAL = "latest_universal"
+LATEST_UNIVERSAL = "latest_universal"
+#: The model files of a universal checkpoint: of stages 1 and 2, and of stage 3.
+MODEL = "mp_rank_00_model_states.pt"
+MODEL_STAGE3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 # A tag is a short name; anything longer is not DeepSpeed's file.
 _MAX_LATEST = 4096
 # Folders that a tag with slashes goes down, looked for above a tag folder.
@@ -56,7 +59,7 @@ class Location(Struct, frozen=True):
 
     @property
     def mp_ranks(self) -> list[int]:
-        """The model parallel ranks that files are there of, ascending."""
+        """The model parallel ranks that have files, ascending."""
         return sorted({mp for _, mp in (*self.model, *self.optim)})
 
     def of(self, mp_rank: int) -> Location:
@@ -72,8 +75,8 @@ def reason(path: Path) -> str | None:
         return None
     if _is_tag_folder(path):
         return "it holds DeepSpeed's model_states files"
-    if is_file(path / _LATEST_UNIVERSAL):
-        return f"it holds {_LATEST_UNIVERSAL}"
+    if is_file(path / LATEST_UNIVERSAL):
+        return f"it holds {LATEST_UNIVERSAL}"
     tags = _tags(path)
     if is_file(path / LATEST) and (tags or not _has_other_weights(path)):
         return f"it holds {LATEST}"
@@ -81,11 +84,11 @@ def reason(path: Path) -> str | None:
 
 
 def locate(path: Path, sources: Sources, tag: str | None) -> Location:
-    """The tag folder meant by a path and a tag, its files classified.
+    """The tag folder that a path and a tag select, with its files classified.
 
-    `path` is the folder with `latest` and the tag folders, or a tag folder itself. Of several
-    models that accelerate saved, `latest` names the last; the first is meant. Raises
-    `NotFoundError` (the tags that are there are listed), `FormatError`, `UnsupportedError`.
+    `path` is the folder with `latest` and the tag folders, or a tag folder itself. If accelerate
+    saved several models, `latest` names the last; reshard takes the first. Raises `NotFoundError`
+    (which lists the tags), `FormatError`, `UnsupportedError`.
     """
     if _is_tag_folder(path):
         own = _tag_of(real(path), sources)
@@ -103,7 +106,7 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
         name = models[0]
     if not _is_tag(name):
         raise NotFoundError(
-            f"{name!r} is no tag, which is the name of a folder in this one.",
+            f"{name!r} is not a tag, which is the name of a folder in this one.",
             path=path,
             hint=f"The tags that are there: {tags.listed(_tags(path))}.",
         )
@@ -158,7 +161,7 @@ def _is_tag(name: str) -> bool:
 
 def _latest(path: Path, sources: Sources) -> str:
     there = _tags(path)
-    for pointer in (LATEST, _LATEST_UNIVERSAL):
+    for pointer in (LATEST, LATEST_UNIVERSAL):
         if not is_file(path / pointer):
             continue
         try:
@@ -167,7 +170,7 @@ def _latest(path: Path, sources: Sources) -> str:
             name = ""
         if not _is_tag(name):
             raise FormatError(
-                f"it names {name!r}, which is no tag." if name else "it names no tag.",
+                f"it names {name!r}, which is not a tag." if name else "it names no tag.",
                 path=path / pointer,
                 hint="Pass --tag.",
             )
@@ -186,8 +189,12 @@ def _classified(folder: Path, tag: str) -> Location:
     optim: dict[tuple[int, int], Path] = {}
     experts: dict[tuple[int, int], Path] = {}
     partitioned = False
-    for path in listing(folder):
-        name = path.name
+    names = {path.name for path in listing(folder)}
+    universal = is_folder(folder / "zero") and not any(map(_OPTIM.fullmatch, names))
+    if universal and MODEL in names:
+        # One folder for every stage, as reshard writes it (layout.py): the same, less `module`.
+        names.discard(MODEL_STAGE3)
+    for name in sorted(names):
         if match := _MODEL.fullmatch(name):
             _put(model, (0, int(match[1])), folder, name)
         elif match := _MODEL_STAGE3.fullmatch(name):
@@ -217,7 +224,6 @@ def _classified(folder: Path, tag: str) -> Location:
             path=folder,
             hint="Remove the files of the older save.",
         )
-    universal = is_folder(folder / "zero") and not optim
     return Location(folder, tag, model, optim, experts, partitioned, universal)
 
 
@@ -234,10 +240,10 @@ def _put(
 
 
 def check_written_as(path: Path, written_as: str | None) -> None:
-    """A rank's file must bear the name that torch wrote it under, where the file tells.
+    """A rank's file must have the name that torch wrote it under, if the file states that name.
 
-    Nothing else in a file says whose rank it is. Raises `FormatError` for a file that was renamed,
-    or copied onto another rank's.
+    Nothing else in a file says which rank wrote it. Raises `FormatError` for a file that was
+    renamed, or copied onto another rank's.
     """
     known = (_MODEL, _MODEL_STAGE3, _OPTIM, _EXPERT)
     name = f"{written_as}.pt"
@@ -269,7 +275,7 @@ def check_ranks(location: Location, kind: str, ranks: list[int], world_size: int
 
 
 def absent(there: Collection[int], count: int, folder: Path) -> list[int]:
-    """Which of the numbers 0 to `count` - 1 are not there, ascending."""
+    """Which of the numbers 0 to `count` - 1 are missing, ascending."""
     if count > _MAX_COUNT:
         raise FormatError(f"its files state a number of {count} ranks or experts.", path=folder)
     return sorted(set(range(count)) - set(there))
@@ -294,7 +300,7 @@ def _missing_rank(
 
 
 def also_there(extra: Sequence[int], what: str = "rank") -> str:
-    """That files of ranks are there which no save of this size has, in words."""
+    """A sentence that names files of ranks that a save of this size does not have."""
     verb = "files of {}s {} are" if len(extra) > 1 else "a file of {} {} is"
     return f"{verb.format(what, _numbers(extra))} there, of another save or renamed"
 

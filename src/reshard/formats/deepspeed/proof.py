@@ -1,9 +1,9 @@
 """Proof that the files of a folder are of one save, from what they hold.
 
-DeepSpeed writes each rank's file on its own, and nothing but the file's name says whose it is. A
-copied, renamed or stale file has the right shapes. What gives it away is read here: step counts,
-checksums that two ranks should not share, and for stages 1 and 2 a sample of the weights, which
-the model file holds a second time, rounded.
+DeepSpeed writes each rank's file separately, and only the file's name says which rank wrote it. A
+copied, renamed or stale file has the right shapes. This module reads what reveals it: step counts,
+checksums that two ranks should not share, and for stages 1 and 2 a sample of the weights, which the
+model file holds a second time, rounded.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def check_masters(
 ) -> None:
     """The masters, rounded to the module's dtype, must be the module's weights (stages 1 and 2).
 
-    Compared is a sample of every fragment, so each rank's file vouches for its own part.
+    A sample of every fragment is compared, so each rank's file is checked for its own part.
     """
     for name, entry in entries.items():
         stored = module.get(name)
@@ -129,7 +129,7 @@ def check_masters(
 
 
 def check_replicas(one: Entry, other: Entry, sources: Sources) -> None:
-    """Two ranks' copies of one tensor must be the same. Compared is a sample of every fragment."""
+    """Two ranks' copies of one tensor must be the same. A sample of every fragment is compared."""
     for fragment in (*unflatten(one).fragments, *unflatten(other).fragments):
         for run in _runs(fragment.box):
             first, second = (_run(entry, run, sources) for entry in (one, other))
@@ -201,7 +201,7 @@ def _sample(tensor: TensorRef, sources: Sources) -> bytes:
 
 
 def _constant(tensor: TensorRef, sources: Sources) -> bool:
-    """Whether the first values are all the same: such parts may well be equal on two ranks."""
+    """Whether the first values are all the same: two ranks can hold equal parts of this kind."""
     size = tensor.dtype.itemsize
     nbytes = min(tensor.extent.nbytes, 4096 * size)
     extent = Extent(tensor.extent.file, tensor.extent.offset, nbytes)

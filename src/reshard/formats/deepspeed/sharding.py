@@ -124,7 +124,9 @@ def _corner(view: Sequence[Any], sizes: Shape, shape: Shape) -> Shape:
     if not len(sizes) == len(shape) == len(strides) or any(
         size > 1 and have != want for size, have, want in zip(sizes, strides, wanted, strict=True)
     ):
-        raise ValueError(f"a piece of shape {sizes} and strides {strides} is no block of {shape}")
+        raise ValueError(
+            f"a piece of shape {sizes} and strides {strides} is not a block of {shape}"
+        )
     corner = []
     for stride in wanted:
         corner.append(offset // stride)

@@ -5,7 +5,7 @@
     without ZeRO                 shaped tensors without names: `unnamed`
     universal                    a file for each parameter and kind: `universal_state`
 
-Read again from the files when it is asked for: only the masters are kept of what the catalog read.
+The state is read again from the files on request: the catalog keeps only the masters.
 """
 
 from __future__ import annotations

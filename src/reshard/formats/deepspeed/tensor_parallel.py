@@ -5,9 +5,9 @@
     mp_rank_01_model_states.pt
     [bf16_]zero_pp_rank_<D>_mp_rank_01_optim_states.pt
 
-How the parts make a whole stands in `universal_checkpoint_info` alone, which AutoTP writes and
-Megatron does not. What several ranks hold is taken from the first of them, and a sample of the
-others must equal it.
+Only `universal_checkpoint_info`, which AutoTP writes and Megatron does not, says how the parts form
+the full tensor. What several ranks hold is taken from the first of them, and a sample of the others
+must equal it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from reshard.storage.local import Sources
 
 
 def check(location: Location, saved: Sequence[Saved], sources: Sources) -> list[Saved]:
-    """Prove that all model parallel ranks are there and of one save; the same, ready to be read.
+    """Prove that all model parallel ranks are there and of one save; returns them, ready for
+    reading.
 
-    Only global rank 0 writes which parameters are tied, so all ranks are given what it wrote.
-    Raises `IncompleteError`, `FormatError`, `UnsupportedError`.
+    Only global rank 0 writes which parameters are tied, so all ranks get what it wrote. Raises
+    `IncompleteError`, `FormatError`, `UnsupportedError`.
     """
     first = saved[0].model[0]
     world_size = first.mp_world_size or len(saved)
@@ -165,7 +166,7 @@ def _sharding(info: ParallelInfo, held: Sequence[Entry]) -> Sharding:
 
 def _joined(held: Sequence[Entry], sharding: Sharding) -> Entry:
     """The whole tensor, each block from the first rank that holds it."""
-    # A rank may hold no element of a parameter; it is then no optimizer's, and in another dtype.
+    # A rank may hold no element of a parameter; then no optimizer has it, and its dtype differs.
     like = next((entry for entry in held if entry.spec.numel), held[0])
     fragments = []
     for block in sharding.blocks:

@@ -5,7 +5,7 @@
     zero/optimizer_state.pt                          param_groups; of ZeRO-3 rank 0's whole state,
                                                      whose first step is that of all parameters
 
-Which parameters a group has, the model file's lists say.
+The model file's lists say which parameters a group has.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@
     optimizer
       fp32_groups_flat[g]       bf16, fp16 of a fused optimizer (FP16_Optimizer): not handled
 
-Whose a tensor is, the file does not say. Masters round to what the module holds, so values tell;
-without masters there are the shapes and the order, see `reshard.naming.order`. What these do not
-tell is refused. DeepSpeed 0.19.8: runtime/fp16/unfused_optimizer.py, fused_optimizer.py.
+The file does not say which parameter a tensor belongs to. Masters round to what the module holds,
+so their values identify them; without masters only shapes and order do, see `reshard.naming.order`.
+If these do not suffice, the state is refused. DeepSpeed 0.19.8: runtime/fp16/unfused_optimizer.py,
+fused_optimizer.py.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _SAMPLE = 64
 
 
 def masters(saved: Saved, sources: Sources) -> dict[str, Entry] | None:
-    """The masters of a 16-bit run, told by their values; None where these do not tell them."""
+    """The masters of a 16-bit run, identified by their values; None where the values do not
+    suffice."""
     model = saved.model[0]
     names = _by_values(model, saved, sources)
     if names is None:
@@ -61,7 +63,7 @@ def masters(saved: Saved, sources: Sources) -> dict[str, Entry] | None:
 def read(saved: Sequence[Saved], catalog: Catalog, parts: Parts) -> TrainingState:
     """The state in the model file, its tensors under the names of the model's parameters.
 
-    Raises `UnsupportedError` where nothing tells whose they are.
+    Raises `UnsupportedError` where nothing says which parameters they belong to.
     """
     model = saved[0].model[0]
     if len(saved) > 1:
@@ -136,7 +138,7 @@ def _module(saved: Saved) -> dict[str, TensorRef]:
 
 
 def _by_values(model: ModelFile, saved: Saved, sources: Sources) -> list[list[str]] | None:
-    """Whose the masters are: in the model's order, or in any where each looks like no other."""
+    """The parameter of each master: in the model's order, or in any order if no two look alike."""
     module = _module(saved)
     dtypes = {tensor.dtype.name: tensor.dtype for tensor in module.values()}
     if len(dtypes) != 1 or any(t.strides is not None for t in _flattened(model.masters)):
@@ -150,7 +152,7 @@ def _by_values(model: ModelFile, saved: Saved, sources: Sources) -> list[list[st
 def _in_any_order(
     looks: Sequence[Sequence[Hashable]], held: Sequence[tuple[str, Hashable]]
 ) -> list[list[str]] | None:
-    """The parameters in whatever order, where each looks like no other."""
+    """The parameters in any order, if no two look alike."""
     owners: dict[Hashable, list[str]] = {}
     for name, look in held:
         owners.setdefault(look, []).append(name)
@@ -174,7 +176,7 @@ def _look(tensor: TensorRef, dtype: DType, sources: Sources) -> Hashable:
     numel = tensor.extent.nbytes // size
     count = min(_SAMPLE, numel)
     values = []
-    # Tensors that are not contiguous have no values here; shapes tell them, or nothing does.
+    # Tensors that are not contiguous have no values here; only their shapes identify them.
     for start in (0, (numel - count) // 2) if tensor.strides is None else ():
         at = tensor.extent.offset + start * size
         data = sources.open(tensor.extent.file).read(at, count * size)

@@ -47,7 +47,8 @@ class Wrapped(Struct, frozen=True):
         found = None if state is None else state.moments.get(kind)
         if not isinstance(found, TensorRef) or len(found.shape) != 1 or found.strides is not None:
             raise FormatError(
-                f"the {kind} of its flat group {number} is not there, or is no flat tensor, while "
+                f"the {kind} of its flat group {number} is not there, or is not a flat tensor, "
+                f"while "
                 "other ranks have it.",
                 path=self.path,
                 hint="Copy all files of one save.",
@@ -91,7 +92,7 @@ def parse_wrapped(path: Path, value: object, flats: int, parts: Parts) -> Wrappe
 
 
 def scaling(top: Mapping[str, Any], parts: Parts) -> dict[str, Plain]:
-    """The loss scaler of fp16 training; of other training it scales by one, and says nothing."""
+    """The loss scaler of fp16 training; in other training it scales by one and is left out."""
     scaler = top.get("loss_scaler")
     stated: dict[str, Any] = {}
     if isinstance(scaler, Opaque) and isinstance(scaler.state, dict):

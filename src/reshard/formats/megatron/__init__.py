@@ -13,7 +13,7 @@ slime, ms-swift and verl's Megatron workers.
 
 Tensors are whole: of tensor, pipeline, expert and data parallelism only the chunks are left. Their
 names are Megatron's, and stay so here; `reshard.naming.megatron` turns them into the hub's. Beside
-them lie items that are no tensors (`_extra_state`, `rng_state`), which are not opened, and the
+them lie items that are not tensors (`_extra_state`, `rng_state`), which are not opened, and the
 state of the optimizer. Read off megatron-core 0.12 and 0.16 (dist_checkpointing/), Megatron-LM,
 Megatron-Bridge, verl 0.9.1, and files that megatron-core wrote.
 """

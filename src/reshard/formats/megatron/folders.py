@@ -1,4 +1,4 @@
-"""Which folder is meant, and what is refused by its files alone.
+"""Which folder to read, and what is refused by its file names.
 
     named by the user              what is read
     run/iter_0000010, run/release  that folder
@@ -22,7 +22,7 @@ from reshard.storage.paths import exists, is_file, is_folder, is_link, listing, 
 
 # Where the model lies in a folder that a trainer names: NeMo 2, verl up to 0.8, verl 0.9.
 _MODEL = ("weights", "dist_ckpt", "model/dist_ckpt")
-# Where verl 0.9 keeps what is no model.
+# Where verl 0.9 keeps what is not a model.
 _STATE = ("optimizer/dist_ckpt", "extra/dist_ckpt")
 # One file a rank, tensors in parts: Megatron-LM's `--ckpt-format torch`.
 _RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*")

@@ -1,12 +1,12 @@
-"""What a run states of its model, to be held against the base's config.
+"""What a run states about its model, for comparison with the base's config.
 
     common.pt                       `args`: Megatron-LM, slime, ms-swift
     run_config.yaml                 Megatron-Bridge
     ../transformer_config.json      verl; ../../ in the layout of 0.9
     ../context/model.yaml           NeMo 2
 
-All are optional, and none is needed for the weights. Of the two YAML files only lines `name: value`
-are looked at, of settings that they state once.
+All are optional, and none is needed for the weights. From the two YAML files, only lines `name:
+value` are used, for settings that occur once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Stated(Struct, frozen=True):
 def read(folder: Path, sources: Sources) -> Stated:
     """The settings of the run that saved a folder; empty where no file states them.
 
-    A file that cannot be read is passed over, `common.pt` with a finding.
+    A file that cannot be read is skipped, `common.pt` with a finding.
     """
     found: dict[str, Any] = {}
     findings = []

@@ -12,8 +12,8 @@ accelerate and the HF Trainer, with use_dcp=False or LOCAL_STATE_DICT:
 
     pytorch_model_fsdp_0_rank0.bin    pytorch_model_fsdp_rank0.bin    one a rank
 
-anybody's `torch.save(model.state_dict(), f"model_rank{rank}.pt")`. FSDP1's LOCAL_STATE_DICT holds
-flat parameters (see `local`).
+any script's `torch.save(model.state_dict(), f"model_rank{rank}.pt")`. FSDP1's LOCAL_STATE_DICT
+holds flat parameters (see `local`).
 
 A file holds a rank's parts of all tensors, and says of each which part it is: a DTensor by mesh and
 placements, a ShardedTensor by offsets. Plain tensors are the same in every file. Optimizer files
@@ -47,8 +47,8 @@ def detect(path: Path) -> str | None:
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """The tensors of all ranks, each proven to be tiled by their parts.
 
-    `selection.role` names one of the models in verl's folder of a step. Where `path` is a file,
-    its fellows in the folder are read with it.
+    `selection.role` names one of the models in verl's folder of a step. Where `path` is a file, the
+    other ranks' files in the folder are read with it.
 
     Raises `IncompleteError` (a rank's file is missing, or a copy of another's), `FormatError`
     (ranks that contradict each other or themselves), `UnsupportedError`, `NotFoundError` (several

@@ -28,12 +28,12 @@ _OTHER = re.compile(
     r"(?P<model>.*?)[._-]?rank[._-]?(?P<rank>\d{1,7})(?:[._-]of[._-](?P<world>\d{1,7}))?"
     r"\.(?:pt|pth|bin|ckpt)"
 )
-# What else trainers save a file a rank of.
+# Other files that trainers save once per rank.
 _NOT_MODEL = re.compile(
     r"(.*[._-])?(optim(izer)?s?|extra|rng|random|scheduler|sched|dataloader|data|sampler|trainer|"
     r"client|grad|ema)([._-].*|\d*)"
 )
-# Files of another format, whose folders may hold a rank's odds and ends.
+# Files of another format, whose folders may hold other files of a rank.
 _FOREIGN = (".metadata", ".distcp", ".safetensors", "_model_states.pt", "_optim_states.pt")
 _CONFIG = "fsdp_config.json"
 _NUMBER = re.compile(r".*?(\d*)")
@@ -41,7 +41,7 @@ _LISTED = 5
 
 
 class Missing(Struct, frozen=True):
-    """Files of ranks that are not there: how many, and the first of them."""
+    """Missing files of ranks: how many, and the first of them."""
 
     count: int
     names: tuple[str, ...]
@@ -70,7 +70,7 @@ class Saved(Struct, frozen=True):
     models: tuple[str, ...]
 
     def missing(self, world: int) -> Missing:
-        """The files that a world of so many ranks has and this folder has not."""
+        """The files that a world of so many ranks has and this folder lacks."""
         some = next(iter(self.files.values())).name
         found = re.match(r"(.*rank[._-]?)\d+(.*)", some, re.DOTALL)
         before, after = found.groups() if found else (some, "")
@@ -114,7 +114,7 @@ def why(path: Path) -> str | None:
 
 
 def find(path: Path, role: str | None, sources: Sources) -> Saved:
-    """The rank files that are meant by a file, a role's folder or the folder of roles.
+    """The rank files that a file, a role's folder or the folder of roles selects.
 
     Raises `NotFoundError`, `FormatError`, `IncompleteError`.
     """
@@ -207,7 +207,7 @@ def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
 
 
 def _agreed(folder: Path, world: int | None, sources: Sources) -> int | None:
-    """The world, held against verl's `fsdp_config.json` where there is one (since mid-2025)."""
+    """The world, compared with verl's `fsdp_config.json` if there is one (since mid-2025)."""
     path = folder / _CONFIG
     if not is_file(path):
         return world

@@ -28,7 +28,7 @@ _ONE_SAVE = "Copy the files of all ranks again, from one save."
 
 
 class Table(Struct, frozen=True):
-    """The tensors of all ranks. `unshaped` are flattened, and their shapes are stated nowhere."""
+    """The tensors of all ranks. `unshaped` are flattened, and no file states their shapes."""
 
     entries: Mapping[str, Entry]
     records: tuple[Record, ...]
@@ -132,7 +132,7 @@ def _parts(state: State, value: TensorRef | Local) -> list[Held]:
 
 
 def _described(value: TensorRef | Local) -> tuple[object, ...]:
-    """What all ranks must state alike of a tensor."""
+    """What all ranks must agree on about a tensor."""
     if isinstance(value, TensorRef):
         return ("Tensor", value.dtype, value.shape)
     return (value.kind, value.dtype, value.shape, value.layout)

@@ -11,11 +11,12 @@ and with use_orig_params=True every parameter besides, as a slice of that part w
     rank 1   q_proj.weight[]       k_proj.weight[]       up_proj.weight[0:548]     ...
 
 A slice is a view of the part, in the file as in memory: so its place in the flat parameter is
-known, and that slices of one parameter follow each other is proven, not supposed. Shapes are stated
-nowhere: such tensors are flattened, and the base gives them their shapes (`reshard.naming.flat`).
-With use_orig_params=False the names of the parameters are nowhere either, and the flat parameters
-are what is read. Between parameters lies padding up to 16 bytes, at the end up to a multiple of the
-ranks. Read off torch 2.13 (torch/distributed/fsdp/_flat_param.py, _state_dict_utils.py).
+known, and reshard proves that the slices of one parameter follow each other. No file states the
+shapes: such tensors are flattened, and the base gives them their shapes (`reshard.naming.flat`).
+With use_orig_params=False no file states the names of the parameters either, and the flat
+parameters themselves are read. Between parameters lies padding up to 16 bytes, at the end up to a
+multiple of the ranks. Read off torch 2.13 (torch/distributed/fsdp/_flat_param.py,
+_state_dict_utils.py).
 """
 
 from __future__ import annotations
@@ -212,14 +213,14 @@ def _shape(state: State, name: str) -> tuple[int, ...]:
 
 
 def _refuse_slices(loose: Sequence[str], states: Sequence[State]) -> None:
-    """Beside flat parameters of which nothing is known to be a slice, a tensor of one dimension may
-    be one that was copied off, and could belong anywhere; or a buffer."""
+    """Beside flat parameters without a known slice, a tensor of one dimension may be a slice that
+    was copied out of one, and could belong anywhere, or a buffer."""
     for name in loose:
         value = states[0].tensors[name]
         if value.dtype.floating and any(len(_shape(state, name)) == 1 for state in states):
             raise UnsupportedError(
-                "it may be a slice of a flat parameter, and is no view of one, so where it belongs "
-                "cannot be proven.",
+                "it may be a slice of a flat parameter, but it is not a view of one, so reshard "
+                "cannot prove where it belongs.",
                 path=states[0].path,
                 tensor=name,
                 hint="Save without offloading to the CPU, or with SHARDED_STATE_DICT.",

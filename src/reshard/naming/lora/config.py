@@ -1,8 +1,8 @@
-"""`adapter_config.json`: found near a checkpoint, read before any name is compared, judged.
+"""`adapter_config.json`: find it near a checkpoint, and check it before any names are compared.
 
     {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "use_rslora": false, "alpha_pattern": {}, ...}
 
-It says how the adapters scale, which no tensor does, and whether a merge is `W + B A s` at all.
+It says how the adapters scale, which no tensor shows, and whether a merge is `W + B A s` at all.
 verl's runs have `lora_train_meta.json` beside the ranks' files, since 0.9: {"r", "lora_alpha", ..}.
 """
 
@@ -28,7 +28,7 @@ NAME = "adapter_config.json"
 _FOLDERS = (".", "lora_adapter", "..", "../lora_adapter")
 # Of the adapters of the ranks' files beside it, and of no other.
 _META = "lora_train_meta.json"
-# No alpha comes near it; an infinite one would make a model of NaNs.
+# Far above any alpha; an infinite one would make a model of NaNs.
 _MAX_ALPHA = 1e9
 _MAX_RANK = 1 << 24
 
@@ -38,7 +38,7 @@ class AdapterConfig(Struct, frozen=True):
 
     `alphas` and `ranks`: pattern of module names -> alpha or rank, where it differs from `alpha`
     and `rank`. `rank` None: not stated. `init` is an initialisation that changed the base's
-    weights, empty where none did. `unknown` are settings of no PEFT that is known here.
+    weights, empty where none did. `unknown` are settings that no known version of PEFT has.
     """
 
     alpha: float
@@ -166,12 +166,12 @@ def _check_method(name: object) -> None:
 
 
 def with_alpha(config: AdapterConfig | None, alpha: float) -> AdapterConfig:
-    """What a file says, but for the alpha that the user states: it counts for every module."""
+    """The file's settings with the user's alpha, which applies to every module."""
     return AdapterConfig(alpha) if config is None else replace(config, alpha=alpha, alphas={})
 
 
 def _is_alpha(value: object) -> bool:
-    """Whether a scale can be computed with; a NaN is in no range."""
+    """Whether a scale is usable; NaN is not."""
     return isinstance(value, int | float) and -_MAX_ALPHA < value < _MAX_ALPHA
 
 

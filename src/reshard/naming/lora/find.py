@@ -1,4 +1,4 @@
-"""LoRA adapters inside a checkpoint: found by their names, paired, described for merging.
+"""Find LoRA adapters in a checkpoint by their names, pair them, and describe them for merging.
 
 PEFT (0.21: tuners/lora/layer.py, utils/other.py) wraps a module `m` and names its tensors
 
@@ -9,9 +9,9 @@ PEFT (0.21: tuners/lora/layer.py, utils/other.py) wraps a module `m` and names i
     m.modules_to_save.<adapter>.weight       trained in full: used; m.original_module: dropped
 
 under `base_model.model.`; LightRFT's scalar reward models have the same names in place, without
-that prefix. PEFT's `save_pretrained` leaves `<adapter>` out: `m.lora_A.weight`. Neither alpha nor
-the kind of scaling is in the tensors: they come from an `adapter_config.json` or from the user, and
-are never guessed.
+that prefix. PEFT's `save_pretrained` leaves `<adapter>` out: `m.lora_A.weight`. The tensors hold
+neither alpha nor the kind of scaling: these come from an `adapter_config.json` or from the user,
+and are never guessed.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Adapter(Struct, frozen=True):
 
 
 class Separated(Struct, frozen=True):
-    """A checkpoint with its adapters taken off.
+    """A checkpoint, and its adapters separately.
 
     `entries` are the tensors by the names they would have without adapters; `adapters` belong to
-    `<module>.weight` among them. `absent` are entries made up for base weights that the
-    checkpoint does not hold: they have a shape and no bytes. `saved` are the modules that were
-    trained in full (`modules_to_save`). `twice` are pairs of tensors that are stored for one name
-    and must hold the same values.
+    `<module>.weight` among them. `absent` are placeholder entries for base weights that the
+    checkpoint lacks: they have a shape and no bytes. `saved` are the modules that were trained in
+    full (`modules_to_save`). `twice` are pairs of tensors that are stored for one name and must
+    hold the same values.
     """
 
     entries: Mapping[str, Entry]
@@ -68,7 +68,8 @@ class Separated(Struct, frozen=True):
 
     @property
     def apart(self) -> frozenset[str]:
-        """The names of tensors that were trained apart from what the base ties them to.
+        """The names of tensors that were trained separately from the tensors that the base ties
+        them to.
 
         PEFT trains a copy of a module in `modules_to_save`; where it keeps a tie all the same
         (`ensure_weight_tying`), both names are there. A folder of its own, which leaves the
@@ -90,11 +91,11 @@ def separate(
     adapter: str | None = None,
     base: Mapping[str, Entry] | None = None,
 ) -> Separated:
-    """Take the adapters off a checkpoint; without any, everything stays as it is.
+    """Separate the adapters from a checkpoint; without any, everything stays as it is.
 
-    `adapter` names the one to use where there are several. `base` are the base model's tensors:
-    what it calls by an adapter's name (Phi-4-multimodal's own, SAM's `prompt_encoder`) is no
-    adapter, and a weight that the checkpoint lacks lies as it lies there.
+    `adapter` names the one to use where there are several. `base` are the base model's tensors: a
+    tensor of the base with an adapter's name (Phi-4-multimodal's own, SAM's `prompt_encoder`) is
+    not an adapter, and a weight that the checkpoint lacks has the base's layout.
 
     Raises `UnsupportedError` for methods that are not handled, by name; `PlanError` where there
     are several adapters and none was named; `IncompleteError` where A or B is missing.
@@ -108,7 +109,7 @@ def holds_adapters(entries: Iterable[str]) -> bool:
 
 
 def is_traced(names: Iterable[str], base: Iterable[str] = ()) -> bool:
-    """Whether PEFT wrapped the model that has these names, by what the base's do not have."""
+    """Whether PEFT wrapped the model that has these names, by parts that the base's names lack."""
     own = methods.parts_of(base)
     return any(_is_trace(unwrap(name).split("."), own) for name in names)
 
@@ -185,7 +186,8 @@ class _Separation:
         return next(iter(self._found), "default")
 
     def _is_own(self, parts: list[str]) -> bool:
-        """Whether the base has a tensor of this name itself, adapter-like as it is."""
+        """Whether the base itself has a tensor of this name, although it looks like an
+        adapter's."""
         return bool(self._own_tails) and _tail(parts) in self._own_tails
 
     def _adapters_in(self, parts: list[str]) -> Iterable[str]:
@@ -199,7 +201,7 @@ class _Separation:
             yield _named(parts[parts.index("modules_to_save") + 1 :])[0]
 
     def _sort(self, entry: Entry) -> None:
-        """Put a tensor where it belongs: with its adapter, among the plain names, or nowhere."""
+        """Assign a tensor to its adapter, to the plain names, or to nothing."""
         names = []
         for name in entry.names:
             parts = unwrap(name.removeprefix(PREFIX) if self._mixed else name).split(".")

@@ -24,7 +24,7 @@ from reshard.storage.paths import absolute
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = NAME
 
-# A repository's name on the hub, with its owner; it is no path of one machine.
+# A repository's name on the hub, with its owner; it is not a path on one machine.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 # The folder of a snapshot in the Hugging Face cache: models--owner--name/snapshots/<revision>.
 _CACHED = re.compile(r"models--([A-Za-z0-9][\w.\-]*?)--([\w.\-]+)")
@@ -58,10 +58,10 @@ class AdapterFolder(Struct, frozen=True):
 
 
 def named(config: AdapterConfig, base: Path, base_config: Mapping[str, Any]) -> Named:
-    """How the folder names its base and task: as the run's own config does, where that is of use.
+    """How the folder names its base and task: as the run's own config does, if that is usable.
 
-    A path that the run states is one of the machine that it ran on: the repository's name counts,
-    of the run, of the Hugging Face cache, or of the base's config, and else the base's folder.
+    A path in the run's config is a path on the machine of the run. So the repository's name is
+    used, from the run, the Hugging Face cache or the base's config, else the base's folder.
     """
     cached = next((m for part in base.parts if (m := _CACHED.fullmatch(part))), None)
     stated = (
@@ -76,7 +76,7 @@ def named(config: AdapterConfig, base: Path, base_config: Mapping[str, Any]) -> 
     task = config.task_type or _task(class_, base_config)
     mapping = None
     if task is None and class_ and "auto_map" not in base_config:
-        # PEFT's AutoPeftModel makes the class that is named here, where no task says which.
+        # PEFT's AutoPeftModel builds the class that is named here if no task says which.
         mapping = {"base_model_class": class_, "parent_library": "transformers"}
     return Named(name or str(absolute(base)), task, mapping, revision)
 
@@ -200,5 +200,5 @@ def _refused_by_engines(config: Mapping[str, Any]) -> list[str]:
 
 
 def allowed_rank(rank: int) -> int:
-    """The least value of vLLM's --max-lora-rank that takes a rank."""
+    """The smallest value of vLLM's --max-lora-rank that permits a rank."""
     return next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), rank)

@@ -1,8 +1,8 @@
-"""What PEFT can train, by name: which of it is merged, and how the rest is called in a refusal.
+"""What PEFT can train, by name: what is merged, and how a refusal names the rest.
 
 Read off PEFT 0.21: utils/peft_types.py (the methods), mapping.py (the first letters of their
 parameters), tuners/lora/config.py (the settings) and tuners/lora/layer.py (what an initialisation
-does to the base). `tests/naming/test_methods.py` holds every table against the installed PEFT.
+does to the base). `tests/naming/test_methods.py` compares every table with the installed PEFT.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ PROMPTS = ("prompt_encoder", "prompt_embeddings")
 
 
 class Setting(Struct, frozen=True):
-    """A setting of LoRA that makes it something else than `W + B A s`.
+    """A setting of LoRA that makes it something other than `W + B A s`.
 
-    `part` is what a part of its tensors' names begins with; None: its tensors are called like
-    everyone's, or by no name that tells. `merges`: PEFT itself can merge it.
+    `part` is what a part of its tensors' names begins with; None: its tensors have the usual names,
+    or names that do not show it. `merges`: PEFT itself can merge it.
     """
 
     title: str
@@ -126,7 +126,8 @@ WRAPPING = ("base_layer", "modules_to_save", "original_module")
 
 
 def base_changing(init: object) -> bool:
-    """Whether an `init_lora_weights` takes the adapter's first update out of the base's weights."""
+    """Whether an `init_lora_weights` subtracts the adapter's first update from the base's
+    weights."""
     return isinstance(init, str) and init.lower().startswith(BASE_CHANGING)
 
 
@@ -137,7 +138,7 @@ def is_of_training(part: str) -> bool:
 
 @lru_cache(4096)
 def refused_part(part: str) -> tuple[str, bool] | None:
-    """The title of what a part of a tensor's name gives away, and whether PEFT can merge it.
+    """The title of the method that a part of a tensor's name shows, and whether PEFT can merge it.
 
     >>> refused_part("lora_diag"), refused_part("lora_A"), refused_part("q_proj")
     (('KaSA', True), None, None)
@@ -181,5 +182,6 @@ _CONV1D_TYPES = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imageg
 
 
 def turned_modules(model_type: object) -> tuple[str, ...]:
-    """The last names of modules that keep their weight turned, which a square one does not show."""
+    """The last names of modules that store their weight transposed, which a square weight does not
+    show."""
     return _CONV1D if model_type in _CONV1D_TYPES else ()

@@ -1,4 +1,4 @@
-"""What becomes of adapters: updates to merge into the base's tensors."""
+"""Adapters as updates to merge into the base's tensors."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def updates(
 def lost(separated: Separated, found: NameMap, keys: Mapping[str, str]) -> list[str]:
     """The weights that adapters update and that are neither in the checkpoint nor in the base."""
     placed = {keys.get(name) for name in found.origins.values()}
-    dropped = separated.absent.intersection(found.dropped)
+    dropped = separated.absent.intersection(found.matching.unexpected)
     return sorted(name for name in dropped if keys.get(name) not in placed)
 
 
@@ -117,10 +117,10 @@ def _check_place(name: str, places: list[str]) -> None:
 
 
 def low_rank(adapter: Adapter, base: Entry, scaling: float, *, turned: bool = False) -> Entry:
-    """One weight with its update. `turned`: a square one is kept as `[in, out]`.
+    """One weight with its update. `turned`: a square one is stored as `[in, out]`.
 
-    Raises `NamesError` where the shapes do not make the weight's, `UnsupportedError` where that
-    is a code without its scale.
+    Raises `NamesError` where the product does not have the weight's shape, `UnsupportedError`
+    where the weight is codes without a scale.
     """
     if base.spec.dtype.is_code or not base.spec.dtype.floating:
         raise UnsupportedError(

@@ -1,8 +1,9 @@
-"""The regular expressions of `alpha_pattern` and `rank_pattern`, read from a file, so held plain.
+"""The regular expressions of `alpha_pattern` and `rank_pattern`, restricted because a file states
+them.
 
 PEFT (utils/other.py, get_pattern_key) takes the first key for which `(.*\\.)?(key)$` matches a
-module's name. A file's expression may be made to run for years, so only what cannot is taken:
-letters, dots, classes, alternatives, and at most two repetitions, of a single character or class.
+module's name. A hostile expression can run for years, so only harmless ones are accepted: letters,
+dots, classes, alternatives, and at most two repetitions, of a single character or class.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _MAX_NAME = 300
 
 
 def check(patterns: Iterable[str], setting: str) -> None:
-    """Raises `UnsupportedError` for a pattern that is not of the plain kind."""
+    """Raises `UnsupportedError` for a pattern with anything else."""
     for count, pattern in enumerate(patterns):
         if count >= _MAX_PATTERNS or not _is_plain(pattern):
             raise UnsupportedError(

@@ -1,4 +1,5 @@
-"""Quantised weights: which tensors are codes, which are their scales, and what they stand for.
+"""Quantised weights: which tensors are codes, which are their scales, and which numbers they
+represent.
 
 stated.py      what a config says of its weights' quantisation
 refused.py     the kinds whose codes are not read as numbers, by name

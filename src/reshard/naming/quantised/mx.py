@@ -7,7 +7,7 @@ from reshard.core.tensors import Entry
 
 #: Codes that one scale stands for.
 BLOCK = 32
-#: The type of the scales, of which many files know only the bytes.
+#: The type of the scales; many files store them as plain bytes.
 E8M0 = parse("float8_e8m0fnu")
 
 

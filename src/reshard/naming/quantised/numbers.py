@@ -1,7 +1,7 @@
-"""Codes and their scales as one tensor: the numbers that they stand for.
+"""Codes and their scales as one tensor: the numbers that they represent.
 
-Scales are found by their names beside a code's, and what they stand for by their shapes. Nothing is
-read here: the tensors are made to be computed (`core/arithmetic.py`).
+The names show which scales belong to which codes, and the shapes show which codes a scale covers.
+Nothing is read here: the tensors are computed later (`core/arithmetic.py`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _PACKED = ("uint8", "int8", "float4_e2m1fn_x2")
 _USUAL_BLOCK = 128
 # gpt-oss: [experts, rows, groups, 16] codes two a byte, [experts, rows, groups] scales.
 _BLOCKS, _SCALES = "_blocks", "_scales"
-# What else quantised modules hold: scales of activations and of the cache, and zero points of
-# codes that have none.
+# Other tensors of quantised modules: scales of activations and of the cache, and unused zero
+# points.
 _BESIDE = re.compile(
     r"(?:.*\.)?(?:(?:\w+_)?(?:input|activation|output)_(?:scale|scale_ub|scale_inv|global_scale|"
     r"zero_point)|[qkv]_scale|kv_scale|prob_output_scale|weight_zero_point)"
@@ -40,10 +40,11 @@ _BESIDE = re.compile(
 
 
 class Numbers(Struct, frozen=True):
-    """A table of tensors whose quantised ones are the numbers that they stand for, as bfloat16.
+    """A table of tensors in which the quantised ones are the numbers that they represent, as
+    bfloat16.
 
-    `kinds`: name of such a tensor -> what its codes are, in words. `left_out` are the scales, and
-    what else belongs to the codes.
+    `kinds`: name of such a tensor -> what its codes are, in words. `left_out` are the scales and
+    the other tensors that belong to the codes.
     """
 
     entries: Mapping[str, Entry]
@@ -58,7 +59,7 @@ class Numbers(Struct, frozen=True):
         return "; ".join(f"{count} in {kind}" for kind, count in counts.most_common())
 
     def exact(self) -> dict[str, Entry]:
-        """The entries, those of `kinds` as float32: the products as they are computed."""
+        """The entries, those of `kinds` as float32: the unrounded products."""
         return {
             name: replace(entry, spec=replace(entry.spec, dtype=FLOAT32))
             if name in self.kinds
@@ -67,7 +68,7 @@ class Numbers(Struct, frozen=True):
         }
 
     def finding(self, whose: str) -> Finding:
-        """That they are read as numbers; `whose` they are: the checkpoint's or the base's."""
+        """The finding that they are read as numbers; `whose`: the checkpoint's or the base's."""
         return Finding(
             "dequantised",
             f"{whose} weights are quantised ({self.summary}): they are read as the numbers that "
@@ -76,10 +77,10 @@ class Numbers(Struct, frozen=True):
 
 
 def numbers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Numbers:
-    """Take codes and scales together. Entries that are neither stay as they are, in their order.
+    """Combine codes and scales. Other entries stay as they are, in their order.
 
     Raises `UnsupportedError` for codes or scales whose meaning is not known, `IncompleteError`
-    for a code without its scale, `FormatError` for a scale beside a weight that is no code.
+    for a code without its scale, `FormatError` for a scale beside a weight that is not a code.
     """
     return _Pairing(entries, statement(config)).result()
 
@@ -102,7 +103,7 @@ class _Pairing:
         return Numbers(kept, self._kinds, tuple(n for n in made if n in left_out), self._stated)
 
     def _number(self, name: str, entry: Entry) -> Entry:
-        """The tensor that a code stands for; any other as it is."""
+        """The tensor that codes represent; any other as it is."""
         dtype = entry.spec.dtype.name
         if name.endswith(_BLOCKS) and dtype == "uint8":
             scales = self._entries.get(name.removesuffix(_BLOCKS) + _SCALES)
@@ -121,7 +122,7 @@ class _Pairing:
         return entry
 
     def _gpt_oss(self, name: str, codes: Entry, scales: Entry) -> Entry:
-        """Experts' codes, whose tensor is kept as the transposed of what the codes are of."""
+        """Experts' codes; the tensor is the transpose of the matrix that was quantised."""
         shape = codes.spec.shape
         if len(shape) != 4 or shape[3] * 2 != BLOCK or scales.spec.shape != shape[:3]:
             raise FormatError(
@@ -177,7 +178,7 @@ class _Pairing:
         )
 
     def _check_alone(self) -> None:
-        """Refuse codes without scales, and scales beside what is no code."""
+        """Refuse codes without scales, and scales beside what is not a code."""
         known = self._kinds.keys() | self._scales
         for name, entry in self._entries.items() if self._kinds or self._stated else ():
             if entry.spec.dtype.name in _FP8 and name not in known and not _BESIDE.fullmatch(name):
@@ -191,14 +192,14 @@ class _Pairing:
             name, scale = next(iter(stale.items()))
             raise FormatError(
                 f"it is {self._entries[name].spec.dtype} and has a scale beside it, {scale!r}: "
-                f"{len(stale)} weights are no codes, and their scales are of other weights.",
+                f"{len(stale)} weights are not codes, and their scales are of other weights.",
                 tensor=name,
                 hint="Name the model as it was released; reshard doctor tells more of this one.",
             )
 
 
 def stale_scales(entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Weight -> scale, of weights that are no codes and have a scale of codes beside them."""
+    """Weight -> scale, of weights that are not codes and have a scale of codes beside them."""
     found = {}
     for name, entry in entries.items():
         if not entry.spec.dtype.floating or entry.spec.dtype.itemsize == 1:
@@ -240,7 +241,7 @@ def _grid(scales: Shape, dims: int) -> Shape | None:
 
 
 def _size(n: int, count: int, edge: int | None) -> int | None:
-    """How many of `n` elements one of `count` scales stands for; None where that is not known."""
+    """How many of `n` elements each of `count` scales covers; None where that is not known."""
     if count == 1:
         return n
     if count == n:

@@ -1,4 +1,4 @@
-"""The kinds of quantised weights whose codes are not read as numbers, told by their tensors.
+"""The kinds of quantised weights whose codes are not read as numbers, recognised by their tensors.
 
 **A table to extend.** Read off bitsandbytes 0.48 (functional.py: QuantState; nn/modules.py),
 AutoGPTQ, AutoAWQ, compressed-tensors 0.20 (compressors), mlx-lm, TensorRT Model Optimizer and the
@@ -17,8 +17,8 @@ from reshard.errors import UnsupportedError
 from reshard.naming.quantised.mx import are_mx
 from reshard.naming.quantised.stated import Statement
 
-# The last part of a name -> the kind that it gives away, and how many parts, itself one of them,
-# stand behind the module's name.
+# The last part of a name -> the kind that it shows, and how many parts, itself included, follow the
+# module's name.
 _SIGNS = {
     "bitsandbytes__nf4": ("bitsandbytes nf4", 3),
     "bitsandbytes__fp4": ("bitsandbytes fp4", 3),
@@ -41,7 +41,7 @@ _SIGNS = {
     "qbiases": ("MLX", 1),
     "_data": ("quanto", 2),
 }
-# Of kinds whose signs are found together, the one that is meant stands first.
+# If signs of several kinds occur together, the first of them here is the kind.
 _RANK = (
     "bitsandbytes nf4", "bitsandbytes fp4", "bitsandbytes 4-bit", "bitsandbytes int8", "GPTQ",
     "NVFP4",
@@ -116,7 +116,7 @@ def _signs(entries: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
 
 
 def _told_by_its_shape(module: str, entry: Entry, entries: Mapping[str, Entry]) -> str:
-    """The kind of a module's weight that the names alone do not tell, or nothing."""
+    """The kind of a module's weight that the names do not show, or nothing."""
     dtype, shape = entry.spec.dtype, entry.spec.shape
     if dtype.name == "uint32" and f"{module}.scales" in entries:
         return "MLX"

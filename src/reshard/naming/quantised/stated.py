@@ -25,7 +25,7 @@ _TITLES = {
     "quark": "Quark",
     "gguf": "GGUF",
 }
-# Methods whose weights may be codes of the kinds that are read; their tensors decide.
+# Methods whose weights may be codes of readable kinds; the tensors decide.
 _READ = ("fp8", "fbgemm_fp8", "mxfp4", "mxfp8", "compressed-tensors", "modelopt", "quark")
 
 # That of ModelOpt's FP8_PB_WO, which its configs do not state.

@@ -1,0 +1,182 @@
+"""The files that go beside the model, with tensors of their own.
+
+reward heads    reward_head.safetensors, reward_config.json and/or LightRFT's pytorch_model.bin
+value head      value_head.safetensors, where it is not a class of the model
+modules         the weights of the base's modules in sub-folders
+adapter         adapter_model.safetensors and adapter_config.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+from msgspec import Struct
+
+from reshard.conversion.base_model import main_dtype
+from reshard.conversion.dtypes import Target, choose
+from reshard.conversion.fitted import Fitted
+from reshard.core.findings import Finding
+from reshard.core.tensors import Entry
+from reshard.errors import PlanError
+from reshard.formats.info import target_named
+from reshard.naming.backbone import has_head
+from reshard.naming.lora import folder as adapter_files
+from reshard.naming.lora.find import without_peft
+from reshard.naming.rewards import (
+    REWARD_CONFIG,
+    REWARD_HEAD,
+    Parts,
+    RewardHeads,
+    lightrft_state,
+    reward_config,
+)
+from reshard.naming.search import unwrap
+from reshard.naming.value_heads import VALUE_HEAD
+
+LIGHTRFT = "pytorch_model.bin"
+# Beside a merged model: in its root, transformers would apply the adapter a second time.
+ADAPTER_FOLDER = "adapter/"
+
+
+class Side(Struct, frozen=True):
+    """A file beside the model, with tensors of its own."""
+
+    name: str
+    targets: Sequence[Target]
+
+
+class Beside(Struct, frozen=True):
+    """What one step puts beside the model: files of tensors, small files, and what to say."""
+
+    sides: tuple[Side, ...] = ()
+    texts: tuple[tuple[str, bytes], ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    def __add__(self, later: Beside) -> Beside:
+        return Beside(
+            (*self.sides, *later.sides),
+            (*self.texts, *later.texts),
+            (*self.findings, *later.findings),
+        )
+
+
+def beside(found: Fitted) -> Beside:
+    """All that goes beside the model. Raises `PlanError` where there is no place for it."""
+    to = found.options.to
+    made = _reward_files(found) + _value_head(found) + _modules(found) + _adapter(found)
+    if made.sides and not target_named(to).takes_files:
+        raise PlanError(
+            f"{made.sides[0].name} goes beside a Hugging Face model; there is no place for it in "
+            f"--to {to}.",
+            hint="Without --base every tensor is kept, under the name that it has.",
+        )
+    return made
+
+
+def _reward_files(found: Fitted) -> Beside:
+    heads, choice = found.parts.rewards, found.options.rewards
+    if heads is None:
+        return Beside()
+    if found.alone and choice.srm_format == "lightrft":
+        raise PlanError(
+            "LightRFT loads a state dict of the whole model, which an adapter alone is not.",
+            hint="Pass --lora merge, or --srm-format split.",
+        )
+    sides = []
+    if choice.srm_format in ("split", "both"):
+        sides.append(_side(found, REWARD_HEAD, heads.tensors.values()))
+    if choice.srm_format in ("lightrft", "both") and not found.alone:
+        sides.append(Side(LIGHTRFT, _lightrft(found, heads)))
+    config = reward_config(heads, choice.layer, found.base.config)
+    message = (
+        f"the heads are taken to read hidden state {choice.layer}, LightRFT's default: no "
+        "checkpoint states the layer."
+    )
+    assumed = (Finding("probing-layer-assumed", message),) if choice.probing_layer is None else ()
+    return Beside(tuple(sides), ((REWARD_CONFIG, _json(config)),), assumed)
+
+
+def _lightrft(found: Fitted, heads: RewardHeads) -> list[Target]:
+    """LightRFT's own state dict: every name of training, the backbone in the base's dtype.
+
+    PEFT's prefix is removed: the adapters are merged, and LightRFT loads into an unwrapped model.
+    """
+    _check_complete(found)
+    origins, dtype = found.name_map.origins, found.options.dtype
+    merged = {origins[name]: made for name, made in found.updates.by_target.items()}
+    merged.update(found.updates.by_source)
+    backbone: dict[str, Entry] = {}
+    for name, entry in lightrft_state(Parts(found.parts.backbone)).items():
+        made = merged.get(entry.spec.name, merged.get(name, entry))
+        for called in (name, *map(unwrap, entry.aliases)):
+            plain = without_peft(called)
+            backbone[plain] = made.renamed(plain)
+    of_base = main_dtype(found.base).name if dtype == "base" else dtype
+    return [
+        *choose(list(backbone.items()), {}, of_base),
+        *choose(list(heads.tensors.items()), {}, _kept(found)),
+    ]
+
+
+def _check_complete(found: Fitted) -> None:
+    """LightRFT loads strictly: tensors that the checkpoint lacks have no training name here."""
+    trained = has_head(found.parts.backbone)
+    filled = found.name_map.matching.filled
+    lacking = [name for name in filled if trained or not name.endswith("lm_head.weight")]
+    if lacking:
+        raise PlanError(
+            f"the checkpoint lacks {len(lacking)} tensors of the state dict that LightRFT "
+            f"loads strictly, {lacking[0]!r} among them.",
+            hint="Pass --srm-format split.",
+        )
+
+
+def _value_head(found: Fitted) -> Beside:
+    """A critic's head, where the model that is written does not have it."""
+    head = found.parts.value
+    if head is None or not (found.classes is None or found.alone):
+        return Beside()
+    return Beside((_side(found, VALUE_HEAD, head.called(head.name).values()),))
+
+
+def _modules(found: Fitted) -> Beside:
+    """The weights of the base's modules in sub-folders, in the dtypes that the base has."""
+    sides, findings = [], []
+    for module in () if found.alone else found.base.modules:
+        held = found.modules.get(module.file)
+        if held is not None:
+            made = choose(list(held.items()), module.tensors, found.options.dtype)
+            sides.append(Side(module.file, made))
+        elif target_named(found.options.to).takes_files:
+            message = f"{module.folder} is the base's: the checkpoint holds no tensor of it."
+            findings.append(Finding("module-from-base", message, subject=module.folder))
+    return Beside(tuple(sides), findings=tuple(findings))
+
+
+def _adapter(found: Fitted) -> Beside:
+    scaling, base = found.adapters.config, found.base
+    if scaling is None or not found.with_adapter:
+        return Beside()
+    folder = "" if found.alone else ADAPTER_FOLDER
+    separated = found.separated
+    names = adapter_files.named(scaling, base.folder, base.config)
+    made = adapter_files.adapter_folder(separated, found.name_map.prefix, scaling, names)
+    side = _side(found, folder + adapter_files.WEIGHTS, made.tensors.values())
+    text = (folder + adapter_files.CONFIG, _json(made.config))
+    findings = adapter_files.findings(made.config, separated.ranks)
+    return Beside((side,), (text,), tuple(findings))
+
+
+def _side(found: Fitted, name: str, entries: Iterable[Entry]) -> Side:
+    items = [(entry.spec.name, entry) for entry in entries]
+    return Side(name, choose(items, {}, _kept(found)))
+
+
+def _kept(found: Fitted) -> str:
+    """The dtype of tensors that the base lacks: as stored, unless `--dtype` names one."""
+    return "keep" if found.options.dtype == "base" else found.options.dtype
+
+
+def _json(value: Mapping[str, object]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,171 @@
+"""Tensors that the base or its config says are one: what is written of them, under which name.
+
+A head that is tied to its embedding is stored once, twice, or not at all; what the checkpoint holds
+is compared by its values, and the config says in the end what is so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from reshard.core.arrangement import Whole
+from reshard.core.findings import Finding
+from reshard.errors import NamesError
+from reshard.naming import ties
+from reshard.naming.judge import FitOptions, Verdict
+from reshard.naming.layouts import Piece
+from reshard.naming.mismatch import refuse
+from reshard.naming.schema import says_tied, stating_levels
+from reshard.naming.steps import Known, Part, is_chosen
+
+
+def copied(known: Known) -> tuple[dict[str, str], Part]:
+    """Write what the base stores under a name that the source has no tensor of.
+
+    Returns the tensors that are written by their own hub names, and the copied ones' twins.
+    """
+    written = {hub: hub for hub in known.want if hub in known.have}
+    part = Part()
+    for hub in known.candidate.of(Verdict.COPIED):
+        twin = ties.twin_of(hub, known.have)
+        if twin is None:
+            continue
+        name, own = known.want[hub].name, known.own(twin)
+        part += Part(outputs={name: Whole(own)})
+        written[twin] = hub
+        if ties.is_head(twin):
+            message = (
+                f"{name!r} is read from {own!r}: the base's config ties them, "
+                "and the checkpoint holds one."
+            )
+            part += Part(findings=(Finding("tied-twin-copied", message, subject=name),))
+        part += _parted_by_update(known, hub, twin)
+    return written, part
+
+
+def _parted_by_update(known: Known, hub: str, twin: str) -> Part:
+    """Of a tied pair that the source stores once, untie the head where one is updated."""
+    if known.have[twin].name not in known.options.updated:
+        return Part()
+    if ties.is_head(hub):
+        return _said_untied(known, known.want[hub].name, "it has no update")
+    return _untied(known, twin) if ties.is_head(twin) and twin not in known.want else Part()
+
+
+def judged(known: Known, written: Mapping[str, str]) -> Part:
+    """Compare what the base or its config says is one tensor, and the source stores twice.
+
+    Raises `NamesError` where the two differ and neither is an output head: then no file and no
+    config can state that they are two.
+    """
+    candidate, have = known.candidate, known.have
+    part = Part()
+    for hub in candidate.of(Verdict.TWIN):
+        if hub in written:
+            continue
+        twin = ties.twin_of(hub, written)
+        same, undecided = (False, Part()) if twin is None else _compared(known, hub, twin)
+        part += undecided
+        if twin is not None and same:
+            part += Part(tied={known.here(hub): known.here(written[twin])})
+        elif ties.embedding_of(hub, known.want) is not None:
+            # One whose embedding is the base's was trained apart, else it would stand for it.
+            part += _untied(known, hub)
+        elif twin is None:
+            raise refuse(candidate, is_chosen(known.options))
+        else:
+            raise NamesError(
+                f"it differs from {have[twin].name!r}; the base stores one tensor for both.",
+                tensor=have[hub].name,
+                unexpected=(have[hub].name,),
+            )
+    for hub in candidate.of(Verdict.MATCHED) if says_tied(known.config) else ():
+        embedding = ties.embedding_of(hub, {**known.want, **have})
+        if embedding is None or written[hub] == embedding:
+            continue
+        same, undecided = _compared(known, hub, embedding) if embedding in have else (False, Part())
+        part += undecided if same else undecided + _untied(known, hub)
+    return part
+
+
+def _compared(known: Known, hub: str, twin: str) -> tuple[bool, Part]:
+    """Whether two of the source's tensors hold the same values; and a pair that is undecided."""
+    one, other = known.by_name[known.have[hub].name], known.by_name[known.have[twin].name]
+    updated = known.options.updated
+    if updated.get(known.have[hub].name) != updated.get(known.have[twin].name):
+        return False, Part()
+    if one.fragments == other.fragments:
+        return True, Part()
+    if not (one.fragments and other.fragments):
+        # They are the base's, which ties them.
+        return one.spec.shape == other.spec.shape, Part()
+    if known.equal is None:
+        return True, Part(undecided=((one.spec.name, other.spec.name),))
+    return known.equal(one, other), Part()
+
+
+def _untied(known: Known, hub: str) -> Part:
+    """Write the head as a separate tensor, and make the config say so."""
+    name, own = known.here(hub), known.own(hub)
+    part = Part(outputs={name: Whole(own)})
+    if hub not in known.want:
+        part += Part(origins={name: own})
+        embedding = ties.embedding_of(hub, known.want)
+        if embedding is not None:
+            part += Part(tied_to={name: known.want[embedding].name})
+    return part + _said_untied(known, name, "it is written")
+
+
+def _said_untied(known: Known, head: str, what: str) -> Part:
+    """That a head differs from what the base ties it to, in the config and as a finding."""
+    levels = stating_levels(known.config)
+    message = (
+        f"{head!r} differs from the embedding that the base ties it to: {what}, and the config "
+        "says so."
+    )
+    return Part(
+        config_patches={f"{level}tie_word_embeddings": False for level in levels},
+        findings=(Finding("head-untied", message, subject=head),),
+    )
+
+
+def left_behind(known: Known) -> Part:
+    """If the source lacks a head whose embedding was trained separately, the head stays the
+    base's; if adapters update the embedding, the head is the embedding before the update.
+
+    Raises `NamesError` where the base is not to be copied, or has another vocabulary.
+    """
+    options, part = known.options, Part()
+    if not says_tied(known.config) or options.headless:
+        return part
+    heads = ties.missing_heads(known.have, known.config.get("model_type"))
+    for hub, embedding in heads.items():
+        piece = known.have[embedding]
+        apart = piece.name in options.untied
+        if embedding not in known.want or hub in known.candidate.of(Verdict.COPIED):
+            continue
+        name = known.here(hub)
+        if piece.name in options.updated and not apart:
+            part += Part(outputs={name: Whole(known.owners[piece.name])})
+            part += _said_untied(known, name, "it has no update")
+        elif apart:
+            _check_head(options, name, piece, known.want[embedding])
+            if hub not in known.want:
+                part += Part(from_base={name: known.want[embedding].name})
+            part += _said_untied(known, name, "it is the base's")
+    return part
+
+
+def _check_head(options: FitOptions, name: str, embedding: Piece, base: Piece) -> None:
+    """Check that a head can be the base's. Raises `NamesError`."""
+    fits = base.shape == embedding.shape
+    if options.fill_from_base and fits:
+        return
+    raise NamesError(
+        f"{embedding.name!r} was trained apart from the head that the base ties it to, and "
+        f"the checkpoint does not hold the head, of shape {embedding.shape}.",
+        missing=(name,),
+        hint="Take it from the base: --fill-from-base."
+        if fits
+        else f"The base's has shape {base.shape}: save the head too, with the whole model.",
+    )

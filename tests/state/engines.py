@@ -1,0 +1,344 @@
+"""The real frameworks, each behind the same few verbs: train, save, load, and look inside."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import types
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+from torch import distributed
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as sd
+
+from tests.state import model as models
+from tests.state.jobs import Job, Place, Result
+
+Tensors = dict[str, torch.Tensor]
+_CLIENT = {"consumed_samples": 18}
+_KINDS = ("exp_avg", "exp_avg_sq")
+
+
+class Framework(Protocol):
+    """A model in training."""
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor: ...
+    def save(self, place: Place) -> None: ...
+    def load(self, place: Place) -> dict[str, object]: ...
+    def tensors(self) -> Tensors:
+        """Weights and moments in full and in float32, as `param.NAME` and `exp_avg.NAME`."""
+
+    def optimizer(self) -> torch.optim.Optimizer: ...
+    def end(self) -> None: ...
+
+
+def work(job: Job) -> None:
+    """Do a job; every rank of its world calls it."""
+    framework = Deepspeed(job) if job.engine.startswith("zero") else Fsdp(job)
+    client: dict[str, object] = {} if job.load is None else framework.load(job.load)
+    record(job, framework, "start", client)
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    losses = []
+    for step in range(*job.steps):
+        ids = models.batch(step, rank, world)
+        loss = framework.step(ids).detach().double().reshape(1).clone()
+        distributed.all_reduce(loss)
+        losses.append(loss.item() / world)
+    if job.save is not None:
+        framework.save(job.save)
+    record(job, framework, "end", client, losses)
+    framework.end()
+    distributed.barrier()
+
+
+def record(
+    job: Job, framework: Framework, when: str, client: dict[str, object], losses: Any = ()
+) -> None:
+    """Write `<when>.safetensors` and `<when>.json` (a `Result`) in the job's folder."""
+    tensors = framework.tensors()
+    inner = framework.optimizer()
+    groups = tuple(
+        {k: v for k, v in group.items() if k in ("lr", "weight_decay", "betas", "initial_lr")}
+        for group in inner.param_groups
+    )
+    counts = {float(state["step"]) for state in inner.state.values() if "step" in state}
+    if distributed.get_rank() == 0:
+        out = Path(job.out)
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.detach().float().contiguous().clone() for n, t in tensors.items()},
+                  out / f"{when}.safetensors")  # fmt: skip
+        result = Result(tuple(losses), groups, tuple(sorted(counts)), client)
+        (out / f"{when}.json").write_bytes(msgspec.json.encode(result))
+
+
+class Deepspeed:
+    """ZeRO of one stage; `load_universal` where that is what it is to load."""
+
+    def __init__(self, job: Job) -> None:
+        import deepspeed
+
+        self._job = job
+        self._model = models.build(job.kind, frozen=job.frozen)
+        if job.load is not None:
+            models.spoil(self._model)
+        inner = models.optimizer(self._model, job)
+        self._engine, *_ = deepspeed.initialize(
+            model=self._model,
+            optimizer=inner,
+            lr_scheduler=models.schedule(inner),
+            config=self._config(),
+        )
+
+    def _config(self) -> dict[str, Any]:
+        stage = int(self._job.engine.removeprefix("zero"))
+        zero: dict[str, Any] = {"stage": stage}
+        if stage == 3:
+            zero["stage3_param_persistence_threshold"] = 0
+        universal = self._job.load is not None and self._job.load.layout == "universal"
+        return {
+            "train_micro_batch_size_per_gpu": models.ROWS // self._job.world,
+            "zero_optimization": zero,
+            "gradient_clipping": 1.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+            "bf16": {"enabled": self._job.precision == "bfloat16"},
+            "checkpoint": {"load_universal": universal},
+        }
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self._engine(input_ids=ids, labels=ids).loss
+        self._engine.backward(loss)
+        self._engine.step()
+        return loss.float()
+
+    def save(self, place: Place) -> None:
+        self._engine.save_checkpoint(place.folder, client_state=dict(_CLIENT))
+
+    def load(self, place: Place) -> dict[str, object]:
+        path, client = self._engine.load_checkpoint(place.folder)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found nothing in {place.folder}")
+        tag = Path(place.folder, "latest_universal")
+        if self._job.after:
+            folder = Path(place.folder, tag.read_text("utf-8"))
+            exec(self._job.after, {"engine": self._engine, "folder": folder})
+        return {"consumed_samples": client.get("consumed_samples")}
+
+    def tensors(self) -> Tensors:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self._job.engine in ("zero1", "zero2"):
+            return self._partitioned()
+        found: Tensors = {}
+        for name, parameter in self._trained().items():
+            found[f"param.{name}"] = safe_get_full_fp32_param(parameter)
+            for kind in _KINDS if self._begun() else ():
+                found[f"{kind}.{name}"] = safe_get_full_optimizer_state(parameter, kind)
+        return found
+
+    def _trained(self) -> dict[str, Any]:
+        return {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+
+    def _begun(self) -> bool:
+        """Whether the optimizer has moments: not before its first step, nor a loaded state."""
+        return any("exp_avg" in state for state in self.optimizer().state.values())
+
+    def _partitioned(self) -> Tensors:
+        """By a parameter's place in the flat buffer, not by DeepSpeed's own tables."""
+        outer: Any = self._engine.optimizer
+        names = {id(p): n for n, p in self._trained().items()}
+        found: Tensors = {}
+        for index, group in enumerate(outer.optimizer.param_groups):
+            (flat,) = group["params"]
+            low = outer.bit16_groups_flat[index]
+            parts = {"param": outer.single_partition_of_fp32_groups[index]}
+            parts |= {k: self.optimizer().state[flat][k] for k in _KINDS if self._begun()}
+            whole = {kind: _gathered(part.detach()) for kind, part in parts.items()}
+            for parameter in outer.bit16_groups[index]:
+                start = (parameter.data_ptr() - low.data_ptr()) // low.element_size()
+                for kind, tensor in whole.items():
+                    cut = tensor[start : start + parameter.numel()].reshape(parameter.shape)
+                    found[f"{kind}.{names[id(parameter)]}"] = cut
+        return found
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        inner: Any = self._engine.optimizer
+        return getattr(inner, "optimizer", inner)
+
+    def end(self) -> None:
+        self._engine.destroy()
+
+
+class Fsdp:
+    """FSDP1 or FSDP2, float32 or with a policy of mixed precision."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._plain = models.build(job.kind, frozen=job.frozen)
+        if job.load is not None:
+            models.spoil(self._plain)
+        self._model = self._wrapped()
+        self._optimizer = models.optimizer(self._model, job)
+        self._schedule = models.schedule(self._optimizer)
+
+    def _wrapped(self) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+        from torch.distributed.fsdp import fully_shard as shard
+
+        if self._job.engine == "fsdp1":
+            return FullyShardedDataParallel(
+                self._plain, use_orig_params=True, device_id=torch.device("cpu")
+            )
+        options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (self._job.world,))}
+        if self._job.precision == "bfloat16":
+            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        inner = self._plain.get_base_model() if self._job.kind == "lora" else self._plain
+        for layer in inner.model.layers:
+            shard(layer, **options)
+        # Embedding and head are one tied weight: both belong to the root's group.
+        return shard(self._plain, **options)
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self._model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if self._job.engine == "fsdp1":
+            self._model.clip_grad_norm_(1.0)
+        else:
+            trained = [p for p in self._model.parameters() if p.requires_grad]
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        return loss.float()
+
+    def save(self, place: Place) -> None:
+        """LightRFT's statements (FSDPV2Strategy.save_ckpt), accelerate's functions, torch's own."""
+        folder = Path(place.folder)
+        rank0 = distributed.get_rank() == 0
+        folder.mkdir(parents=True, exist_ok=True)
+        distributed.barrier()
+        model, inner = self._model, self._optimizer
+        if place.layout == "lightrft":
+            dcp.save(sd.get_model_state_dict(model), checkpoint_id=folder)
+            state = sd.get_optimizer_state_dict(model, inner)
+            dcp.save(state, checkpoint_id=folder / "optim_states")
+            torch.save(dict(_CLIENT), folder / "client_state.pt")
+            torch.save(self._schedule.state_dict(), folder / "scheduler_state.pt")
+        elif place.layout == "accelerate":
+            from accelerate.utils import fsdp_utils
+
+            accelerate = _accelerate(self._job)
+            fsdp_utils.save_fsdp_model(*accelerate, model, place.folder)
+            fsdp_utils.save_fsdp_optimizer(*accelerate, inner, model, place.folder)
+            if rank0:
+                torch.save(self._schedule.state_dict(), folder / "scheduler.pt")
+        else:
+            state = sd.get_optimizer_state_dict(model, inner, options=_options(place))
+            both = {"model": sd.get_model_state_dict(model), "optimizer": state}
+            dcp.save(both, checkpoint_id=folder)
+            if rank0:
+                torch.save(self._schedule.state_dict(), folder / "scheduler.pt")
+
+    def load(self, place: Place) -> dict[str, object]:
+        folder, client = Path(place.folder), {}
+        model, inner = self._model, self._optimizer
+        if place.layout == "accelerate":
+            from accelerate.utils import fsdp_utils
+
+            accelerate = _accelerate(self._job)
+            fsdp_utils.load_fsdp_model(*accelerate, model, place.folder)
+            fsdp_utils.load_fsdp_optimizer(*accelerate, inner, model, place.folder)
+        else:
+            weights = sd.get_model_state_dict(model)
+            state = sd.get_optimizer_state_dict(model, inner, options=_options(place))
+            if place.layout == "lightrft":  # FSDPV2Strategy.load_ckpt
+                dcp.load(weights, checkpoint_id=folder)
+                sd.set_model_state_dict(model, weights)
+                dcp.load(state, checkpoint_id=folder / "optim_states")
+                client = torch.load(folder / "client_state.pt")
+            else:
+                both = {"model": weights, "optimizer": state}
+                dcp.load(both, checkpoint_id=folder)
+                sd.set_model_state_dict(model, both["model"])
+                state = both["optimizer"]
+            sd.set_optimizer_state_dict(model, inner, state, options=_options(place))
+        name = "scheduler_state.pt" if place.layout == "lightrft" else "scheduler.pt"
+        self._schedule.load_state_dict(torch.load(folder / name))
+        return client
+
+    def tensors(self) -> Tensors:
+        found: Tensors = {}
+        options = sd.StateDictOptions(full_state_dict=True)
+        weights = sd.get_model_state_dict(self._model, options=options)
+        trained = {n for n, p in self._plain_names() if p.requires_grad}
+        found |= {f"param.{n}": t for n, t in weights.items() if n in trained}
+        if self._job.engine == "fsdp1":
+            return found  # torch 2.13 gathers exp_avg_sq in exp_avg's place there, on the CPU
+        for name, parameter in self._model.named_parameters():
+            state = self._optimizer.state.get(parameter, {})
+            found |= {f"{kind}.{name}": state[kind].full_tensor() for kind in _KINDS if state}
+        return found
+
+    def _plain_names(self) -> Any:
+        for name, parameter in self._model.named_parameters():
+            yield name.replace("_fsdp_wrapped_module.", ""), parameter
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def end(self) -> None:
+        del self._model, self._plain, self._optimizer, self._schedule
+
+
+def _gathered(part: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty_like(part) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, part.contiguous())
+    return torch.cat(parts)
+
+
+def _options(place: Place) -> Any:
+    return sd.StateDictOptions(flatten_optimizer_state_dict=place.layout == "flat")
+
+
+def _accelerate(job: Job) -> tuple[Any, Any]:
+    """What accelerate's own functions ask of their plugin and of their accelerator."""
+    from accelerate import PartialState
+    from torch.distributed import fsdp
+
+    PartialState(cpu=True)
+    plugin = types.SimpleNamespace(
+        state_dict_type=fsdp.StateDictType.SHARDED_STATE_DICT,
+        fsdp_version=int(job.engine[-1]),
+        state_dict_config=fsdp.ShardedStateDictConfig(offload_to_cpu=False),
+        optim_state_dict_config=fsdp.ShardedOptimStateDictConfig(offload_to_cpu=False),
+        cpu_ram_efficient_loading=False,
+        activation_checkpointing=False,
+    )
+    rank = distributed.get_rank()
+    accelerator = types.SimpleNamespace(
+        num_processes=distributed.get_world_size(),
+        process_index=rank,
+        is_main_process=rank == 0,
+        wait_for_everyone=distributed.barrier,
+    )
+    return plugin, accelerator
+
+
+def join(rank: int, world: int, meeting: str) -> None:
+    """Enter the process group whose ranks meet at the file `meeting`."""
+    import deepspeed
+
+    # DeepSpeed would first compile its shared-memory operator; gloo does as well.
+    backend = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    os.environ["LOCAL_RANK"] = str(rank)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world
+    )
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
