@@ -254,7 +254,7 @@ def test_a_script_says_where_the_names_that_the_base_lacks_are_allowed(
     flags = ["--checkpoint_dir", str(tmp_path / "dcp"), "--hf_base", str(case.base)]
     assert run(fsdp2hf, [*flags, "--output_dir", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
-    assert "pass --allow 'value.*'. Is it a critic's head, pass --value-head value." in said
+    assert "pass --allow 'value.*'. If it is a critic's head, pass --value-head value." in said
     assert "(--allow: see `reshard convert --help`, which does the same.)" in said
     flags = [*flags, "--value-head", "value"]
     assert run(fsdp2hf, [*flags, "--output_dir", str(tmp_path / "out")]) == 0

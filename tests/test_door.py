@@ -40,8 +40,8 @@ ALLOWED = {
     "reshard.cli.interrupts": "looks at the output while a signal waits, and raises nothing",
     "reshard.evaluate.memory": "reads /proc",
     "reshard.evaluate.page": "reads a template of the package",
-    "reshard.evaluate.report": "writes the report",
     "reshard.evaluate.texts": "reads texts of the package",
+    "reshard.pages.page": "reads templates of the package",
     "reshard.formats.info": "reads the entry points of installed packages",
 }
 

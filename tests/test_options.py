@@ -61,6 +61,7 @@ TAKEN: dict[str, set[str]] = {
     "consumed_samples": {"0", "1"}, "probing_layer": {"0", "1", "-1", "huge"},
     "lora_alpha": {"1", "1.5"}, "overwrite": _FLAG, "verify": _FLAG, "dry_run": _FLAG,
     "scale_for_train": _FLAG, "exclude_frozen": _FLAG, "masters": _FLAG, "fill_from_base": _FLAG,
+    "optimizer": _FLAG, "layout": set(), "hyperparameters": _PATHS,
     "allow_unchanged": _FLAG, "allow_step_mismatch": _FLAG, "strict": {*_FLAG, "no list"},
     "allow": _LISTS, "heads_types": {*_LISTS, "many wildcards"},
     "progress": {"a function", "a class"}, "engine": set(),
@@ -91,8 +92,10 @@ def test_a_wrong_value_is_an_option_error_that_names_the_option(
     for label, value in VALUES.items():
         taken = label in TAKEN[name] or (value is None and option.default is None)
         given = {**needed, name: value}
-        if name == "consumed_samples":
+        if name in ("consumed_samples", "optimizer", "layout", "hyperparameters"):
             given["to"] = "dcp"
+        if name in ("layout", "hyperparameters"):
+            given["optimizer"] = True
         if taken and not (value is None and option.required):
             with pytest.raises(reshard.ReshardError) as caught:
                 function(**given)

@@ -33,8 +33,8 @@ Shown = pytest.CaptureFixture[str]
         (["convert", "a", "b", "--bse", "c"], "--base"),
         (["convert", "a", "b", "c d"], "Is it the base model? Then write: --base 'c d'"),
         (["verify", "a", "b"], "Is it what to compare with? Then write: --against b"),
-        (["convert", "a", "b", "c", "--base", "d"], "takes SRC and DST; 'c' is one too much."),
-        (["inspect", "a", "b", "c"], "takes SRC; 'b' is one too much."),
+        (["convert", "a", "b", "c", "--base", "d"], "takes SRC and DST; 'c' is one too many."),
+        (["inspect", "a", "b", "c"], "takes SRC; 'b' is one too many."),
         (["help", "inspct"], "Did you mean inspect?"),
     ],
 )

@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 import reshard
 from reshard.core import dtypes
 from reshard.core.rearrange import transpose
-from reshard.diagnosis import streams
 from reshard.formats import Selection, huggingface
 from reshard.storage.local import Sources
-from reshard.transfer import finite
+from reshard.transfer import finite, passes
 from reshard.transfer.finite import NotFinite
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, names, refused
@@ -47,7 +46,7 @@ def test_weights_that_are_not_finite(pairs: Pairs, value: str, tmp_path: Path) -
 def test_every_bit_pattern_of_a_type_is_judged_as_numpy_judges_it(
     dtype: dtypes.DType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "_BLOCK", 1 << 10)
+    monkeypatch.setattr(passes, "_BLOCK", 1 << 10)
     generator = np.random.default_rng(0)
     if dtype.itemsize <= 2:
         bits = np.arange(256**dtype.itemsize, dtype=f"u{dtype.itemsize}")
@@ -67,7 +66,7 @@ def test_every_bit_pattern_of_a_type_is_judged_as_numpy_judges_it(
     save_file({"x": raw}, path)
     with Sources() as sources:
         entries = huggingface.read(path, sources, Selection()).entries
-        assert streams.not_finite(entries, sources, threads=1) == {"x": wanted}
+        assert passes.not_finite(entries, sources, threads=1) == {"x": wanted}
     assert wanted.nan
 
 
@@ -144,7 +143,7 @@ def test_tensors_are_compared_to_their_last_element_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for block in ("_BLOCK", "_FIRST_LOOK", "_STRIDED_BLOCK"):
-        monkeypatch.setattr(streams, block, 64)
+        monkeypatch.setattr(passes, block, 64)
     one = torch.randn(3, 7, 5)
     other = one.clone()
     other[2, 6, 4] += 1
@@ -159,7 +158,7 @@ def test_tensors_are_compared_to_their_last_element_in_any_order(
             (transpose(found["turned"], 1, 2), found["one"]),
             (transpose(found["turned"], 1, 2), found["other"]),
         ]
-        assert streams.same(pairs, sources, threads=2) == [True, False, True, False]
+        assert passes.same(pairs, sources, threads=2) == [True, False, True, False]
 
 
 def test_memory_does_not_grow_with_the_model(pairs: Pairs, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from reshard.evaluate import compare, texts
 from reshard.evaluate.divergence import Divergence, Perplexity, score_difference
 from reshard.evaluate.report import Comparison
-from reshard.evaluate.scan import WeightFiles
+from reshard.evaluate.scan import read_weights
 from reshard.evaluate.weights import relate
+from reshard.storage.local import Sources
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
 from tests.evaluate.trying import attempt
@@ -295,22 +296,24 @@ def test_relations_of_two_tensors(
     paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
     for path, values in zip(paths, (one, other), strict=True):
         save_file({"t": torch.tensor(values)}, path)
-    with WeightFiles(paths[:1]) as here, WeightFiles(paths[1:]) as there:
-        assert relate(here, there, "t") == relation
-        assert relate(there, here, "t") == relation
+    with Sources() as sources:
+        here, there = (read_weights([path], sources)["t"] for path in paths)
+        assert relate(here, there, sources) == relation
+        assert relate(there, here, sources) == relation
 
 
 def test_the_relation_holds_over_all_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tensor whose blocks are each a rounding, but in opposite directions, is different."""
-    monkeypatch.setattr("reshard.evaluate.scan.BLOCK_NBYTES", 8)
+    monkeypatch.setattr("reshard.evaluate.weights.BLOCK_NUMEL", 1)
     paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
     save_file({"t": torch.tensor([[1.001], [2.0]]), "i": torch.tensor([1, 2])}, paths[0])
     save_file({"t": torch.tensor([[1.0], [2.001]]), "i": torch.tensor([1, 3])}, paths[1])
-    with WeightFiles(paths[:1]) as here, WeightFiles(paths[1:]) as there:
-        assert relate(here, there, "t") == "different"
-        assert relate(here, there, "i") == "different"
+    with Sources() as sources:
+        here, there = (read_weights([path], sources) for path in paths)
+        assert relate(here["t"], there["t"], sources) == "different"
+        assert relate(here["i"], there["i"], sources) == "different"
 
 
 def test_windows_cover_the_text_up_to_the_limit() -> None:

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from reshard.core.findings import Finding
-from reshard.evaluate import scan
 from reshard.evaluate.repetition import check_answers
 from reshard.evaluate.report import Answer
+from reshard.evaluate.scan import read_weights
+from reshard.storage.local import Sources
+from reshard.transfer import passes
+from reshard.transfer.passes import Facts, scan
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
 from tests.evaluate.trying import attempt, named, names
@@ -160,25 +163,43 @@ def test_loops_and_short_answers() -> None:
 _SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
+def _looked_at(path: Path) -> Facts:
+    with Sources() as sources:
+        (found,) = scan(read_weights([path], sources).values(), sources, threads=1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("facts")
+
+
 @settings(max_examples=60, deadline=None)
-@given(shape=_SHAPES, seed=st.integers(0, 999), bad=st.sampled_from(["", "nan", "inf", "both"]))
-def test_facts_are_those_of_numpy(shape: tuple[int, ...], seed: int, bad: str) -> None:
-    array = np.random.default_rng(seed).integers(-2, 3, size=shape).astype(np.float32)
+@given(
+    shape=_SHAPES,
+    seed=st.integers(0, 999),
+    high=st.integers(0, 2),
+    bad=st.sampled_from(["", "nan", "inf", "both"]),
+    nbytes=st.sampled_from([4, 8, 1 << 20]),
+)
+def test_facts_are_those_of_numpy(
+    folder: Path, shape: tuple[int, ...], seed: int, high: int, bad: str, nbytes: int
+) -> None:
+    random = np.random.default_rng(seed)
+    array = random.integers(0, high, size=shape, endpoint=True).astype(np.float32)
+    array *= random.choice([-1, 1], size=shape if seed % 2 else ())  # zeros of both signs
     if array.size and bad in ("nan", "both"):
         array.flat[0] = np.nan
     if array.size and bad in ("inf", "both"):
         array.flat[array.size - 1] = -np.inf
-    tensor = torch.from_numpy(array)
-    blocks = tensor.split(2) if shape and array.size else (tensor,)
-    found = scan.facts("t", shape, iter(blocks))
-    assert found.nan == int(np.isnan(array).sum())
-    assert found.infinite == int(np.isinf(array).sum())
-    if array.size and np.isfinite(array).all():
-        assert (found.low, found.high) == (array.min(), array.max())
-        assert found.constant == (array.size > 1 and array.min() == array.max())
-    else:
-        assert found.low is None
-        assert not found.constant
+    save_file({"t": torch.from_numpy(array)}, folder / "t.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "_BLOCK", nbytes)
+        found = _looked_at(folder / "t.safetensors")
+    assert found.special.nan == int(np.isnan(array).sum())
+    assert found.special.infinite == int(np.isinf(array).sum())
+    one = array.size > 1 and np.isfinite(array).all() and array.min() == array.max()
+    assert found.value == (array.min() if one else None)
 
 
 @pytest.mark.parametrize(
@@ -187,18 +208,8 @@ def test_facts_are_those_of_numpy(shape: tuple[int, ...], seed: int, bad: str) -
 def test_every_dtype_can_be_scanned(tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "t.safetensors"
     save_file({"t": torch.tensor([[0.0, 1.0]]).to(dtype)}, path)
-    with scan.WeightFiles([path]) as weights:
-        (found,) = scan.scan(weights)
-    assert (found.nan, found.infinite, found.constant) == (0, 0, False)
-
-
-def test_blocks_are_bounded_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "BLOCK_NBYTES", 8 * 10 * 3)
-    path = tmp_path / "t.safetensors"
-    tensor = torch.randn(8, 10)
-    save_file({"t": tensor, "scalar": torch.tensor(2.0)}, path)
-    with scan.WeightFiles([path]) as weights:
-        blocks = list(weights.blocks("t"))
-        assert [len(block) for block in blocks] == [3, 3, 2]
-        assert torch.equal(torch.cat(blocks), tensor)
-        assert [float(block) for block in weights.blocks("scalar")] == [2.0]
+    found = _looked_at(path)
+    assert not found.special
+    assert found.value is None
+    save_file({"t": torch.ones(2, 3).to(dtype)}, path)
+    assert _looked_at(path).value == (None if dtype.is_complex else 1)

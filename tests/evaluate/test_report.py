@@ -80,7 +80,7 @@ def test_numbers_that_json_cannot_spell_become_null(tmp_path: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(WriteError, match="cannot write"):
+    with pytest.raises(WriteError, match="cannot be written"):
         Report().write(tmp_path / "no" / "report.json")
 
 

@@ -366,12 +366,12 @@ def _share_twice(metadata: Metadata) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_lose, "its planner_data has it, its state dict has not"),
+        (_lose, "its planner_data has it, its state dict does not"),
         (_lose_everywhere, r"has a place for it at \(\d+, 0\), and its state dict no such chunk"),
         (_make_an_object, r"has a place for it at \(\d+, 0\), and its state dict no such chunk"),
-        (_rename, "its state dict has it, its planner_data has not|planner_data has it"),
+        (_rename, "its state dict has it, its planner_data does not|planner_data has it"),
         (_rename_path, r"its path in the state dict is \('renamed',\)"),
-        (_lose_path, "its state dict has it, its planner_data has not"),
+        (_lose_path, "its state dict has it, its planner_data does not"),
         (_lose_paths, "it has no planner_data"),
         (_rename_place, "has a place for it at .*, and its state dict no such chunk"),
         (_share, "are also those of"),

@@ -181,14 +181,16 @@ def wrapped_twice(at: Path) -> Case:
     return Case(looking(folder), looking(folder, base), same=lambda found: bool(found.errors))
 
 
-@follows("Is it the model that --base was the start of?")
+@follows("Did the training start from --base?")
 def another_base(at: Path) -> Case:
     folder = tiny.model(at / "ill", 2)
     other = tiny.model(at / "other", name="qwen2")
     return Case(looking(folder, other), looking(folder, tiny.model(at / "base")), same=is_well)
 
 
-@follows("Were they frozen and left out: reshard convert DIR OUT --base HF_DIR --fill-from-base.")
+@follows(
+    "If they were frozen and left out: reshard convert DIR OUT --base HF_DIR --fill-from-base."
+)
 def frozen_left_out(at: Path) -> Case:
     def change(folder: Path) -> None:
         edit_weights(folder, lambda held: held.pop("model.norm.weight"))
@@ -219,7 +221,7 @@ def a_training_checkpoint(at: Path) -> Case:
     return Case(looking(run), converted, same=is_well)
 
 
-@follows("Look at the model, or at the export of convert --lora merge.")
+@follows("Examine the model, or the output of convert --lora merge.")
 def an_adapter(at: Path) -> Case:
     folder, base = tiny.adapter(at / "adapter"), tiny.model(at / "base")
     merged = after(
@@ -229,7 +231,7 @@ def an_adapter(at: Path) -> Case:
     return Case(looking(folder), merged, same=is_well)
 
 
-@follows("Convert it, then look at the result: reshard convert SRC DST --base HF_DIR.")
+@follows("Convert it, then examine the result: reshard convert SRC DST --base HF_DIR.")
 def shards_of_ranks(at: Path) -> Case:
     folder, base = at / "ranks", tiny.model(at / "base")
     from torch.distributed import checkpoint as dcp
@@ -244,7 +246,7 @@ def shards_of_ranks(at: Path) -> Case:
     return Case(looking(folder), converted, same=is_well)
 
 
-@follows("Look at the export of convert --srm-format split.")
+@follows("Examine the output of convert --srm-format split.")
 def of_lightrft(at: Path) -> Case:
     from tests.hints.flags import _reward
 

@@ -115,7 +115,7 @@ DAMAGES: list[tuple[str, str, str, Damage]] = [
     ("Save it as UTF-8 without one.",
      "ranks/no-mesh", CONFIG, holding(b'\xef\xbb\xbf{"world_size": 3}')),
     ("It is not what its name says.", "ranks/no-mesh", CONFIG, holding(b" " * (17 << 20))),
-    ("Copy the whole folder again, or name a rank's file of the save that is meant.",
+    ("Copy the whole folder again, or name a rank's file of the save to read.",
      "ranks/no-mesh", CONFIG, holding(b'{"world_size": 8}')),
     ("It is damaged or was made to exhaust memory.",
      "ranks/no-mesh", CONFIG, holding(b"[" + b"1," * (2 << 20) + b"1]")),

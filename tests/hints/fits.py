@@ -25,7 +25,7 @@ PREFIX = (
 ALL_NAMES = "All names: reshard inspect SRC --base BASE --json."
 
 
-@follows("Were they frozen and left out when it was saved, take them from the base: "
+@follows("If they were frozen and left out when it was saved, take them from the base: "
          "--fill-from-base.")  # fmt: skip
 def left_out(at: Path) -> Case:
     tensors = {name: value for name, value in tiny.state().items() if name != NORM}
@@ -52,8 +52,8 @@ def left_out_and_over(at: Path) -> Case:
 
 
 @follows(
-    "{} In modules of the base the checkpoint holds other tensors, as a layout that is not known "
-    "would: neither to leave these out nor to take the base's would be right."
+    "{} In some modules of the base the checkpoint holds other tensors, as in an unknown layout: "
+    "it would be wrong to leave these out, and wrong to take the base's."
 )
 def held_otherwise(at: Path) -> Case:
     def renamed(seed: int) -> tiny.State:
@@ -223,7 +223,7 @@ def codes_without_scales(at: Path) -> Case:
 
 
 SCALES = (
-    "Convert the checkpoint that holds the scales; if they are numbers and no codes, cast them to "
+    "Convert the checkpoint that holds the scales; if they are numbers and not codes, cast them to "
     "bfloat16 with torch and save that."
 )
 

@@ -88,14 +88,14 @@ def unchanged(at: Path) -> Case:
     return with_options(run, at, {"base": base}, {"base": base, "allow_unchanged": True})
 
 
-@follows("Name the one that is meant with --prefix.")
+@follows("Name the one to read with --prefix.")
 def parts_of_a_file(at: Path) -> Case:
     run = tiny.saved(at / "x.pt", {"policy": tiny.state(2), "teacher": tiny.state(3)})
     base = tiny.model(at / "base")
     return with_options(run, at, {"base": base}, {"base": base, "prefix": "policy"})
 
 
-@follows("Name the one that is meant: {}.")
+@follows("Name the one to read: {}.")
 def models_under_prefixes(at: Path) -> Case:
     two = {f"{part}.{k}": v for part in ("student", "teacher") for k, v in tiny.state().items()}
     run, base = tiny.saved(at / "x.pt", two), tiny.model(at / "base")

@@ -74,7 +74,7 @@ def one_file_of_several(at: Path) -> Case:
     return moved(file, run, at, same=as_golden("zero3"))
 
 
-@follows("Name the folder of the one that is meant.")
+@follows("Name the folder of the one to read.")
 def two_formats(at: Path) -> Case:
     run = golden("zero2", at / "run")
     shutil.copytree(GOLDEN / "dcp" / "checkpoint", run / "global_step2", dirs_exist_ok=True)
@@ -89,7 +89,7 @@ def two_runs(at: Path) -> Case:
     return moved(at / "runs", at / "runs" / "one", at, same=as_golden("zero2"))
 
 
-@follows("Copy the newer one again, or name the one that is meant.")
+@follows("Copy the newer one again, or name the one to read.")
 def newest_is_incomplete(at: Path) -> Case:
     runs = at / "runs"
     for step in (1, 2):
@@ -165,7 +165,7 @@ def another_part(at: Path) -> Case:
 VERL = "global_step_7/actor/model_world_size_{}_rank_{}.pt"
 
 
-@follows("Name a file of the save that is meant ({}), or move the others away.")
+@follows("Name a file of the save to read ({}), or move the others away.")
 def two_worlds(at: Path) -> Case:
     run = golden("ranks/no-mesh", at / "run")
     (run / "global_step_7/actor/fsdp_config.json").unlink()
@@ -175,7 +175,7 @@ def two_worlds(at: Path) -> Case:
     return moved(run, run / VERL.format(3, 0), at)
 
 
-@follows("Name the one that is meant with --role, or its folder.")
+@follows("Name the one to read with --role, or its folder.")
 def two_roles(at: Path) -> Case:
     run = golden("ranks/no-mesh", at / "run")
     shutil.copytree(run / "global_step_7" / "actor", run / "global_step_7" / "critic")
@@ -191,7 +191,7 @@ def no_such_role(at: Path) -> Case:
     )
 
 
-@follows("Name a file of the one that is meant.")
+@follows("Name a file of the one to read.")
 def rank_files_of_two_models(at: Path) -> Case:
     for model in ("actor", "critic"):
         for rank in range(2):
@@ -320,7 +320,7 @@ def latest_of_nothing(at: Path) -> Case:
     return moved(at / "run", golden("zero2", at / "other"), at)
 
 
-@follows("Move .metadata, or all files __*.metadata, away: those of the save that is not meant.")
+@follows("Move .metadata, or all files __*.metadata, away: those of the other save.")
 def two_dcp_saves(at: Path) -> Case:
     run = golden("dcp", at / "run")
     shutil.copy(run / ".metadata", run / "__0.metadata")
@@ -349,7 +349,7 @@ def an_optimizer_alone(at: Path) -> Case:
     return moved(at / "run" / "optim", at / "run", at)
 
 
-@follows("Load the checkpoint, take the names out that are not meant, and save it again.")
+@follows("Load the checkpoint, remove the wrong one of the two, and save it again.")
 def two_tensors_of_a_name(at: Path) -> Case:
     mine = tiny.state()
     both = {**mine, **{f"module.{name}": value + 1 for name, value in mine.items()}}
@@ -366,7 +366,7 @@ def two_tensors_of_a_name(at: Path) -> Case:
     )
 
 
-@follows("Load the checkpoint, take the names out that are not meant, and save it again.")
+@follows("Load the checkpoint, remove the wrong one of the two, and save it again.")
 def two_tensors_of_a_name_below_a_prefix(at: Path) -> Case:
     mine = {f"actor.{name}": value for name, value in tiny.state().items()}
     both = {**mine, **{f"module.{name}": value + 1 for name, value in mine.items()}}
@@ -480,8 +480,8 @@ def no_base(at: Path) -> Case:
 
 
 @follows(
-    "Name the folder of the whole original model. What trainers leave beside a checkpoint (verl's "
-    "`huggingface/`) is its config and tokenizer alone."
+    "Name the folder of the whole original model. Trainers leave only config and tokenizer beside "
+    "a checkpoint (verl's `huggingface/`)."
 )
 def base_without_weights(at: Path) -> Case:
     shutil.copytree(tiny.model(at / "base"), at / "bare")

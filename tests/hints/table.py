@@ -35,7 +35,7 @@ ELSEWHERE: dict[str, str] = {
     "Leave out --masters.": "megatron/test_masters.py::test_without_masters_to_read",
     "Leave out --masters; or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",
     "The model lies in {}{}: name that folder.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
-    "Name the one that is meant.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
+    "Name the one to read.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
     "Use an earlier checkpoint, or copy the folder again if the file was left behind.": "megatron/test_refusals.py::test_hints_that_name_a_folder",
     "Pass --base, the model as it was released, whose names they then get.": "megatron/test_into.py::test_tensors_without_a_place",
     "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base.": "megatron/test_into.py::test_a_model_that_lacks_tensors",
@@ -59,7 +59,7 @@ ELSEWHERE: dict[str, str] = {
     "For such a run, convert with --names memory --transformers-version {}, or whichever version the run has.": "models/test_every_name.py::test_a_layout_that_stacks_is_a_finding_whose_fix_works",
     "Copy the model again.": "quantised/test_doctor.py::test_a_code_without_its_scale",
     "Convert the quantised release again: reshard convert FP8MODEL OUT.": "quantised/test_doctor.py::test_scales_beside_weights_that_are_no_codes",
-    "To have them compared, look at the unquantised model.": "quantised/test_refused.py::test_doctor_says_so",
+    "To compare them, examine the unquantised model.": "quantised/test_refused.py::test_doctor_says_so",
     "Copy the config of the model that it was made from.": "quantised/test_refused.py::test_doctor_says_so",
     "Convert the run's checkpoint again: reshard convert RUN OUT.": "doctor/test_command.py::test_the_mended_folder_must_be_well",
     "Try --device cpu.": "evaluate/test_broken.py::test_a_device_that_is_not_there",
@@ -77,6 +77,15 @@ ELSEWHERE: dict[str, str] = {
     "Copy every rank's files.": "deepspeed/test_tensor_parallel.py::test_missing_files_are_named",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the framework that trained it.": "deepspeed/test_tensor_parallel.py::test_without_the_metadata_it_is_refused",
     "Convert the checkpoint that it was made from.": "deepspeed/test_universal.py::test_made_from_other_parallelism_it_is_refused",
+    "Pass {}, or leave out --optimizer.": "state/test_writing.py::test_options_that_do_not_go_together",
+    "Pass --names memory, or leave out --names.": "state/test_writing.py::test_options_that_do_not_go_together",
+    "Pass --optimizer, or leave out --{}.": "state/test_writing.py::test_options_that_do_not_go_together",
+    "Leave out --hyperparameters.": "state/test_writing.py::test_hyperparameters_that_the_checkpoint_states",
+    "Leave out --base: without it the names stay, and the state travels with them.": "state/test_writing.py::test_a_base_whose_names_the_moments_do_not_fit",
+    "Pass --consumed-samples.": "state/test_writing.py::test_the_samples_that_a_run_consumed_can_be_given",
+    "Leave out --dtype.": "state/test_writing.py::test_masters_that_are_rounded_are_a_finding",
+    'Write a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_are_none",
+    'Pass --hyperparameters with a JSON file of them, a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_no_file_holds_are_asked_for",
     "Convert the weights alone, without --optimizer.": "state/test_refusals.py::test_eight_bit_moments",
     "Convert the weights alone, without --optimizer; or save once without --use_mp_opt.": "state/test_refusals.py::test_one_optimizer_file_a_rank",
     "Save it with get_optimizer_state_dict, or convert the weights alone.": "state/test_refusals.py::test_numbers_for_names",
@@ -126,7 +135,7 @@ WITHOUT: dict[str, str] = {
     "Subtract the reward of some fixed text from every reward.": f"{_UNSEEN}the user's own sums",
     "Use the merged model: the base with the adapter is another one.": _LATE,
     "Name a local path; of a mounted store, the folder where it is mounted.": _LATE,
-    "Name the part that is meant: --prefix {}.": _LATE,
+    "Name the part to read: --prefix {}.": _LATE,
     "Name the file that holds the model.": _LATE,
     "It is not in the Hugging Face cache either. If it is on the hub: hf download {}": _CACHE,
     "Import it with Megatron-Bridge.": _MEGATRON,
@@ -161,9 +170,12 @@ WITHOUT: dict[str, str] = {
         _OTHER + "a package whose format cannot be imported",
     "Load it and save it again with torch on a little-endian machine.":
         _OTHER + "a big-endian one wrote it",
+    "Leave out --layout.": _LATE,
+    "Set the schedule in the script that goes on, at the step that the report states.":
+        _UNSEEN + "a training script",
     "Load and save it once with a newer DeepSpeed, or convert the weights alone.":
         _OTHER + "a DeepSpeed of before 0.5.4",
-    "Compare the first losses of the run that goes on with those before.":
+    "Compare the first losses of the continued run with those before.":
         _UNSEEN + "a training run's losses",
     "Load and save it once with a newer DeepSpeed.":
         _OTHER + "a DeepSpeed of before 0.5",
@@ -209,11 +221,11 @@ WITHOUT: dict[str, str] = {
         "names without weights are of frozen parameters, which the oracle's DeepSpeed alone saves so",
     "Convert an earlier checkpoint of the run.":
         "doctor advises the same of the same weights, which is followed",
-    "Make the 16-bit model first, and mend that: reshard convert DIR OUT.":
+    "Make the 16-bit model first, and repair that: reshard convert DIR OUT.":
         "doctor has no other repair for a sound quantised model; tests/quantised convert each kind",
-    "Mend the unquantised model that it was made from.":
+    "Repair the unquantised model that it was made from.":
         "of codes that are not read: there is nothing to run on them",
-    "Name the model as it was released; reshard doctor tells more of this one.":
+    "Name the model as it was released; reshard doctor says more about this one.":
         "doctor finds the same scales and their repair is followed in tests/quantised",
     "Pass --scale_for_train.":
         "the flag is on or not given; where it is not, nothing is refused",

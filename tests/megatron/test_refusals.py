@@ -153,7 +153,7 @@ def test_hints_that_name_a_folder(tmp_path: Path) -> None:
     other = saved(actor / "dist_ckpt", model)
     with pytest.raises(reshard.NotFoundError, match=r"dist_ckpt and model/dist_ckpt") as caught:
         reshard.open(actor)
-    assert caught.value.hint == "Name the one that is meant."
+    assert caught.value.hint == "Name the one to read."
     assert list(reshard.open(other).tensors) == list(model)
     (other / "metadata.json").unlink()
     with pytest.raises(reshard.IncompleteError, match="did not finish") as unfinished:

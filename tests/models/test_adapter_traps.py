@@ -374,7 +374,7 @@ def test_adapters_on_listed_experts_of_a_base_that_stacks_them(source: str, tmp_
     torch.save(run, tmp_path / "run.bin")
     options: dict[str, Any] = {"base": base, "lora_alpha": 4, "fill_from_base": True}
     if source == "saved":
-        with pytest.raises(reshard.UnsupportedError, match="stacks or turns this weight"):
+        with pytest.raises(reshard.UnsupportedError, match="stacks or transposes this weight"):
             reshard.convert(tmp_path / "run.bin", tmp_path / "out", **options)
         return
     for name, without in (("out", False), ("without", True)):

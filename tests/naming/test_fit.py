@@ -250,7 +250,7 @@ def test_no_hint_puts_untrained_experts_beside_trained_layers() -> None:
     base = {**TIED, **many, "model.layers.0.experts.0.up.weight": (2, 2)}
     source = {**TIED, **many, "model.layers.0.experts.packed": (8,)}
     for fill in (False, True):
-        with pytest.raises(NamesError, match="layout that is not known") as caught:
+        with pytest.raises(NamesError, match="an unknown layout") as caught:
             run(source, base, fill_from_base=fill)
         assert "--allow" not in str(caught.value)
 
@@ -260,7 +260,7 @@ def test_no_hint_puts_untrained_experts_beside_trained_layers() -> None:
     [
         (
             {"value.weight": (1, 2)},
-            r"pass --allow 'value\.\*'\. Is it a critic's head, pass --value-head value\.$",
+            r"pass --allow 'value\.\*'\. If it is a critic's head, pass --value-head value\.$",
         ),
         (
             {"model.mtp.a.weight": (3,), "model.mtp.b.weight": (3,), "extra.bias": (3,), "x": (1,)},

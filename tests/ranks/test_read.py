@@ -150,10 +150,10 @@ def test_flat_parameters_are_cut_in_the_order_of_their_family(ranks: Ranks, tmp_
 def test_flattened_tensors_need_a_base_that_fits(ranks: Ranks, tmp_path: Path) -> None:
     truth = load_file(ranks.truth("local-w2"))
     for name in ("local-w2", "flat-w2"):
-        with pytest.raises(PlanError, match=r"shapes are stated nowhere.*--base"):
+        with pytest.raises(PlanError, match=r"no file states their shapes.*--base"):
             reshard.convert(ranks[name], tmp_path / "out")
     other = base_of(truth, tmp_path / "gpt", model_type="gpt_neo")
-    with pytest.raises(UnsupportedError, match="not of 'gpt_neo'"):
+    with pytest.raises(UnsupportedError, match="not for 'gpt_neo'"):
         reshard.convert(ranks["flat-w2"], tmp_path / "out", base=other)
     truth["model.norm.weight"] = torch.ones(13)
     wrong = base_of(truth, tmp_path / "wrong")

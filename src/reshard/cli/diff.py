@@ -82,9 +82,9 @@ def diff(
         found = diff_steps(paths, base=base, spectrum=spectrum, progress=step)
     if html is not None:
         from reshard.pages.changes import changes_page
-        from reshard.pages.page import write
+        from reshard.storage.texts import write_text
 
-        write(html, changes_page(found))
+        write_text(html, changes_page(found))
     if as_json:
         steps = [{"first": one.first, "second": one.second, **one.to_json()} for one in found]
         same = all(one.same for one in found)

@@ -101,7 +101,7 @@ class Command(click.Command):
         """The error for one argument too many, with what it may be meant as."""
         takes = " and ".join(p.make_metavar(ctx) for p in self.params if isinstance(p, Argument))
         message = (
-            f"{ctx.command_path} takes {takes or 'no argument'}; {extra[0]!r} is one too much."
+            f"{ctx.command_path} takes {takes or 'no argument'}; {extra[0]!r} is one too many."
         )
         for option in self.params:
             free = option.name in ("base", "against") and ctx.params.get(option.name) is None

@@ -38,14 +38,14 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         multiple=True,
         type=_EXISTING,
         metavar="PATH...",
-        help="Images that go along with every prompt.",
+        help="Images that are sent with every prompt.",
     ),
     option(
         "audio",
         multiple=True,
         type=_EXISTING,
         metavar="PATH...",
-        help="Sounds (WAV) that go along with every prompt.",
+        help="Sounds (WAV) that are sent with every prompt.",
     ),
     option(
         "no_chat", is_flag=True, help="Give the prompts as raw text, without the chat template."

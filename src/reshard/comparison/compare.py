@@ -146,8 +146,8 @@ def _check_names(pairing: Pairing, folder: Path) -> None:
     lost = sorted(name for pair in pairing.pairs for name in pair.first.keys() ^ pair.second.keys())
     if lost:
         raise PlanError(
-            f"{len(lost)} names are on one side only, {lost[0]!r} among them, and the folder alone "
-            "does not tell how names were changed.",
+            f"{len(lost)} names are on one side only, {lost[0]!r} among them, and the folder does "
+            f"not show how names were changed.",
             path=folder,
             hint="Pass --base, the model that it was converted onto. Without one, names must be "
             "the checkpoint's; reshard diff lists those that are not.",

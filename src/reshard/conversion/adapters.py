@@ -98,7 +98,7 @@ def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     separated = separate(catalog.of_one_layout(), choice.adapter, base.entries)
     if choice.mode in ("adapter", "both") and not separated.adapters:
         raise PlanError(
-            f"--lora {choice.mode} was asked for, and the checkpoint holds no adapters.",
+            f"--lora {choice.mode} needs adapters, and the checkpoint holds none.",
             hint="Leave out --lora.",
         )
     if choice.mode == "adapter" and _is_peft_folder(catalog):
@@ -232,8 +232,7 @@ def _check_twice(separated: Separated, sources: Sources) -> None:
                 "two different tensors of the checkpoint have this name without the parts of PEFT "
                 "and wrappers.",
                 tensor=one.spec.name,
-                hint="Load the checkpoint, take the names out that are not meant, and save it "
-                "again.",
+                hint="Load the checkpoint, remove the wrong one of the two, and save it again.",
             )
 
 

@@ -93,7 +93,7 @@ def _check_readable(path: Path) -> None:
     """Raise unless it is a regular file that can be opened; a named pipe is not waited for."""
     if exists(path) and not is_file(path):
         raise FormatError(
-            "it is not a regular file, so it cannot come along with the model.",
+            "it is not a regular file, so it cannot be copied with the model.",
             path=path,
             hint="Remove it, or put the file itself there.",
         )

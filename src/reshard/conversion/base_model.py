@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from msgspec import Struct, field
 from reshard.conversion.assets import assets
 from reshard.conversion.modules import Module, read_modules
 from reshard.core.catalog import Asset, Catalog
-from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry, Record
 from reshard.errors import FormatError, NotFoundError, at
 from reshard.formats import Selection, huggingface, torch_state_dict
@@ -91,8 +89,8 @@ def read_base(folder: Path, sources: Sources) -> Base:
         raise NotFoundError(
             "the base model has no weights: no *.safetensors and no pytorch_model*.bin.",
             path=folder,
-            hint="Name the folder of the whole original model. What trainers leave beside a "
-            "checkpoint (verl's `huggingface/`) is its config and tokenizer alone.",
+            hint="Name the folder of the whole original model. Trainers leave only config and "
+            "tokenizer beside a checkpoint (verl's `huggingface/`).",
         )
     with at(folder):
         tensors = _numbers(catalog.entries, config)
@@ -139,14 +137,6 @@ def class_repairs(config: Mapping[str, Any]) -> dict[str, object]:
     plain = [re.sub(r"^FSDP(?=[A-Z])", "", name) if isinstance(name, str) else name
              for name in classes]  # fmt: skip
     return {} if plain == classes else {"architectures": plain}
-
-
-def main_dtype(base: Base) -> DType:
-    """The dtype that most of the base's bytes have."""
-    nbytes: Counter[DType] = Counter()
-    for entry in base.entries.values():
-        nbytes[entry.spec.dtype] += entry.spec.nbytes
-    return nbytes.most_common(1)[0][0]
 
 
 def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:

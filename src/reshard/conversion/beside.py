@@ -13,11 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
-from reshard.conversion.base_model import main_dtype
 from reshard.conversion.dtypes import Target, choose
 from reshard.conversion.fitted import Fitted
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry
+from reshard.core.tensors import Entry, main_dtype
 from reshard.errors import PlanError
 from reshard.formats.info import target_named
 from reshard.naming.backbone import has_head
@@ -90,7 +89,7 @@ def _reward_files(found: Fitted) -> Beside:
         sides.append(Side(LIGHTRFT, _lightrft(found, heads)))
     config = reward_config(heads, choice.layer, found.base.config)
     message = (
-        f"the heads are taken to read hidden state {choice.layer}, LightRFT's default: no "
+        f"the heads are assumed to read hidden state {choice.layer}, LightRFT's default: no "
         "checkpoint states the layer."
     )
     assumed = (Finding("probing-layer-assumed", message),) if choice.probing_layer is None else ()
@@ -112,7 +111,7 @@ def _lightrft(found: Fitted, heads: RewardHeads) -> list[Target]:
         for called in (name, *map(unwrap, entry.aliases)):
             plain = without_peft(called)
             backbone[plain] = made.renamed(plain)
-    of_base = main_dtype(found.base).name if dtype == "base" else dtype
+    of_base = _main_dtype(found) if dtype == "base" else dtype
     return [
         *choose(list(backbone.items()), {}, of_base),
         *choose(list(heads.tensors.items()), {}, _kept(found)),
@@ -171,6 +170,12 @@ def _adapter(found: Fitted) -> Beside:
 def _side(found: Fitted, name: str, entries: Iterable[Entry]) -> Side:
     items = [(entry.spec.name, entry) for entry in entries]
     return Side(name, choose(items, {}, _kept(found)))
+
+
+def _main_dtype(found: Fitted) -> str:
+    """The dtype of the base, which has tensors."""
+    dtype = main_dtype(entry.spec for entry in found.base.entries.values())
+    return "keep" if dtype is None else dtype.name
 
 
 def _kept(found: Fitted) -> str:

@@ -19,11 +19,13 @@ from reshard.conversion.besides import besides
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
 from reshard.conversion.execute import Writing, carry_out
-from reshard.conversion.options import DTypeChoice, Lora, Names, SrmFormat, To
+from reshard.conversion.options import DTypeChoice, Layout, Lora, Names, SrmFormat, To
 from reshard.conversion.planning import Job, check_strict, prepare
-from reshard.conversion.report import Report
+from reshard.conversion.report import Moments, Report
 from reshard.core.findings import Finding
+from reshard.core.hyperparameters import completed
 from reshard.core.options import PathLike, TorchDType, documented
+from reshard.core.state import STATE_PART
 from reshard.errors import VerificationError, listed
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
@@ -60,6 +62,9 @@ def convert(
     names: Names | None = None,
     transformers_version: str | None = None,
     consumed_samples: int | None = None,
+    optimizer: bool = False,
+    layout: Layout | None = None,
+    hyperparameters: PathLike | None = None,
     exclude_frozen: bool = False,
     fill_from_base: bool = False,
     allow: Sequence[str] = (),
@@ -161,6 +166,12 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         side.name: manifest.state([t.spec for t in side.targets], side.name, digests)
         for side in exported.sides
     }
+    state = exported.state
+    moments = (
+        {}
+        if state is None
+        else manifest.state([entry.spec for entry in state.slots()], STATE_PART, digests)
+    )
     catalog, stated = job.catalog, job.options.stated()
     files = manifest.listed(job.plan, sources)
     return manifest.render(
@@ -172,6 +183,8 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         beside,
         files,
         generates=exported.generates,
+        state=moments,
+        run=None if state is None else manifest.run_of(completed(state)),
     )
 
 
@@ -236,4 +249,5 @@ def _report(
         findings=tuple(findings),
         dry_run=outcome is None,
         replaced=replaced,
+        state=None if exported.state is None else Moments.of(exported.state),
     )

@@ -18,6 +18,7 @@ from reshard import formats
 from reshard.checkpoint import PREFIX, ROLE, TAG
 from reshard.conversion.dtypes import CHOICES
 from reshard.conversion.options import (
+    LAYOUTS,
     LORA,
     MODEL_TYPES,
     NAMES,
@@ -47,7 +48,7 @@ from reshard.core.options import (
     table,
 )
 from reshard.core.plan import parse_size
-from reshard.errors import OptionError
+from reshard.errors import OptionError, listed
 from reshard.formats.info import target_named, targets
 from reshard.naming import parse_version
 from reshard.naming.rewards import RewardOptions
@@ -81,7 +82,8 @@ CONVERT = table(
         "base",
         Place(),
         "The Hugging Face model that training started from, a local folder. Its files define the "
-        "names and dtypes of the output, and come along. Without it, only weights are written.",
+        "names and dtypes of the output, and the other files are copied. Without it, only weights "
+        "are written.",
         group="Input",
         short="b",
     ),
@@ -141,10 +143,34 @@ CONVERT = table(
         "consumed_samples",
         Integer(0, (1 << 63) - 1),
         "With --to dcp: write client_state.pt, which LightRFT's load_ckpt needs: how many samples "
-        "the run has used up; 0 for a new one.",
+        "the run has consumed; 0 for a new one.",
         group="Output",
         metavar="N",
         underscored=True,
+    ),
+    Option(
+        "optimizer",
+        Flag(),
+        "Write the training state along with the weights: the optimizer's moments, steps and "
+        "groups, the schedule, the user's state. Weights keep the checkpoint's dtype, fp32 masters "
+        "among them, and names are those of the live module.",
+        False,
+        group="Training state",
+    ),
+    Option(
+        "layout",
+        Choice(LAYOUTS),
+        "With --optimizer and --to dcp, who loads it: LightRFT's load_ckpt (default), accelerate "
+        "and the HF Trainer, or one nested state dict.",
+        group="Training state",
+    ),
+    Option(
+        "hyperparameters",
+        Place(),
+        "With --optimizer: a JSON file with the groups' hyperparameters, where the checkpoint does "
+        "not hold them (DeepSpeed's elastic ones): a list with an object for each group.",
+        group="Training state",
+        metavar="FILE",
     ),
     THREADS,
     Option(
@@ -220,7 +246,7 @@ CONVERT = table(
     Option(
         "value_head",
         Text(),
-        "The name of a critic's head, e.g. value_head; score and v_head are found.",
+        "The name of a critic's head, e.g. value_head; score and v_head are detected.",
         group="Reward models and critics",
         metavar="NAME",
         needs_base=True,
@@ -238,7 +264,7 @@ CONVERT = table(
     Option(
         "lora",
         Choice(LORA),
-        "What is written of LoRA adapters: the model with them merged (default with a base), a "
+        "How LoRA adapters are written: the model with them merged (default with a base), a "
         "folder for PEFT, or both.",
         group="Adapters",
         needs_base=True,
@@ -339,6 +365,7 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
     """The options of a conversion, from their keywords. Raises `OptionError`."""
     values = parse(CONVERT, given)
     _check_target(values)
+    _check_state(values)
     if values["base"] is None:
         _check_needs_no_base(values)
     options = Options(
@@ -353,7 +380,7 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
             values["role"],
             values["masters"],
         ),
-        dtype=_dtype(values["dtype"], values["base"]),
+        dtype=_dtype(values["dtype"], values["base"], optimizer=values["optimizer"]),
         max_shard_nbytes=values["max_shard_size"] or _shard_size(values["to"]),
         exclude_frozen=values["exclude_frozen"],
         fill_from_base=values["fill_from_base"],
@@ -375,6 +402,9 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
         names=values["names"],
         transformers_version=values["transformers_version"],
         consumed_samples=values["consumed_samples"],
+        optimizer=values["optimizer"],
+        layout=values["layout"] or _layout(values),
+        hyperparameters=values["hyperparameters"],
     )
     running = Running(
         threads=workers(values["threads"]),
@@ -412,6 +442,45 @@ def _check_target(values: Mapping[str, Any]) -> None:
         )
 
 
+def _layout(values: Mapping[str, Any]) -> str | None:
+    """The default of `layout`."""
+    layouts = target_named(values["to"]).layouts
+    return layouts[0] if values["optimizer"] and layouts else None
+
+
+def _check_state(values: Mapping[str, Any]) -> None:
+    """Refuse training state that the target cannot hold, and its options where it is not asked
+    for."""
+    to = values["to"]
+    target = target_named(to)
+    if values["optimizer"] and not target.writes_state:
+        able = listed(f"--to {name}" for name, info in targets().items() if info.writes_state)
+        raise OptionError(
+            f"optimizer: training state is not written with --to {to}.",
+            hint=f"Pass {able}, or leave out --optimizer.",
+            option="optimizer",
+        )
+    for name in ("layout", "hyperparameters"):
+        if values[name] is not None and not values["optimizer"]:
+            raise OptionError(
+                f"{name}: it says how training state is written, and none is.",
+                hint=f"Pass --optimizer, or leave out --{name}.",
+                option=name,
+            )
+    if values["layout"] is not None and values["layout"] not in target.layouts:
+        raise OptionError(
+            f"layout: with --to {to} there is one layout.",
+            hint="Leave out --layout.",
+            option="layout",
+        )
+    if values["optimizer"] and values["names"] == "all":
+        raise OptionError(
+            "names 'all' gives a parameter several names, and its optimizer's state has one.",
+            hint="Pass --names memory, or leave out --names.",
+            option="names",
+        )
+
+
 def words(given: Mapping[str, object]) -> list[str]:
     """The command line of options that were given by keyword, but for those at their defaults."""
     line: list[str] = []
@@ -436,12 +505,12 @@ def workers(threads: int | None) -> int:
     return threads or min(_MAX_THREADS, os.cpu_count() or 1)
 
 
-def _dtype(choice: str | None, base: Path | None) -> str:
+def _dtype(choice: str | None, base: Path | None, *, optimizer: bool) -> str:
     if choice == "base" and base is None:
         raise OptionError(
             "dtype 'base' takes the dtypes of a base.", hint="Pass --base.", option="dtype"
         )
-    return choice or ("keep" if base is None else "base")
+    return choice or ("keep" if base is None or optimizer else "base")
 
 
 def _check_needs_no_base(values: Mapping[str, Any]) -> None:

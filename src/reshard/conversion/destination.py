@@ -150,7 +150,7 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
     if not stated.files:
         raise WriteError(
             "not replaced: reshard wrote this folder, and its reshard.json lists no files, as "
-            "those of earlier versions do: nothing tells what was added since.",
+            "those of earlier versions do: nothing shows what was added since.",
             path=target,
             hint="Name another output, or remove it yourself.",
         )

@@ -47,9 +47,9 @@ def _target(name: str, entry: Entry, base: Entry | None, choice: str) -> Target:
     if stored.is_code and not wanted.is_code and wanted.floating:
         raise PlanError(
             f"it is {stored} in the checkpoint, {wanted} in the base model, and no scale lies "
-            "beside it: a code without its scale is no number.",
+            "beside it: a code without its scale is not a number.",
             tensor=name,
-            hint="Convert the checkpoint that holds the scales; if they are numbers and no codes, "
+            hint="Convert the checkpoint that holds the scales; if they are numbers and not codes, "
             "cast them to bfloat16 with torch and save that.",
         )
     if not stored.rounds_to(wanted):

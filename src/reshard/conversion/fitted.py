@@ -77,7 +77,7 @@ def fitted(catalog: Catalog, base: Base, options: Options, sources: Sources | No
     compare = _comparison(sources)
     name_map = _name_map(parts, found, base, options, compare, scored=classes is not None)
     made, left_out = _updates(found, name_map, base, options, sources)
-    alone = options.lora.mode == "adapter"  # the findings are on the model, which it is no part of
+    alone = options.lora.mode == "adapter"  # the findings concern the model, not the adapter
     findings = (*found.findings, *(() if alone else name_map.findings), *left_out)
     return Fitted(base, options, found, parts, modules, classes, compare, name_map, made, findings)
 

@@ -28,6 +28,9 @@ def chosen(options: Options, catalog: Catalog, base: Base | None) -> Names:
     """Which names are written: those of the option, or by default all names of the same bytes."""
     if options.names is not None:
         return options.names
+    if options.optimizer:
+        # A moment has one name, that of the live module; a checkpoint of training has it already.
+        return "disk" if base is None else "memory"
     at_hand = base is not None or holds_config(catalog)
     return "all" if target_named(options.to).names_twice and at_hand else "disk"
 
@@ -52,15 +55,15 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
         # The output's dtype goes with each tensor: the layout joins only tensors of one dtype.
         spec = TensorSpec(target.spec.name, target.spec.dtype, target.spec.shape)
         entries[target.spec.name] = replace(target.source, spec=spec)
-    version = options.transformers_version or _installed() or NEWEST
+    version = version_of(options)
     live = to_memory(entries, config, version)
     text = ".".join(map(str, version))
     said = [Finding("live-names", f"names are those of a live module of transformers {text}.")]
     if not was_read(version):
         newest = ".".join(map(str, NEWEST))
         message = (
-            f"the live modules of transformers {text} were never read: their names are taken to be "
-            f"those of the nearest version that was, of which the newest is {newest}."
+            f"the live modules of transformers {text} are not known: their names are assumed to "
+            f"be those of the nearest known version, of which the newest is {newest}."
         )
         said.append(Finding("live-version-unread", message))
     return replace(
@@ -69,6 +72,11 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
         findings=(*exported.findings, *said),
         live=text,
     )
+
+
+def version_of(options: Options) -> Version:
+    """The transformers version whose live module is meant."""
+    return options.transformers_version or _installed() or NEWEST
 
 
 def _each(entries: Mapping[str, Entry]) -> list[Target]:
@@ -125,7 +133,8 @@ def _apart(apart: Apart) -> Finding:
     return Finding(
         "live-layout-apart",
         f"the live modules of transformers {apart.versions} hold {apart.count} tensors that are "
-        f"stacked, turned or cut otherwise than in the files, {apart.name!r} among them: dcp.load "
+        f"stacked, transposed or cut differently than in the files, {apart.name!r} among them: "
+        f"dcp.load "
         "into such a module does not find them here.",
         fix=f"For such a run, convert with --names memory --transformers-version {since}, or "
         "whichever version the run has.",

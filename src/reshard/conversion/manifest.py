@@ -5,6 +5,8 @@
      "generates": false where the model has no output head, else left out,
      "tensors": {name: {"dtype": ..., "shape": [...], "xxh3_128": ...}},
      "beside": {file: {name: ...}},
+     "state": {"exp_avg.NAME": ...}, "run": {"steps": {name: count}, "groups": [...]}, where
+              training state was written,
      "files": {file: {"nbytes": ..., "xxh3_128": ... unless it holds tensors}}}
 
 Of version 1, or without one, digests are those of a tensor's row-major bytes; of version 2 they are
@@ -28,6 +30,7 @@ from msgspec import Struct
 from reshard._version import __version__
 from reshard.core.catalog import Origin
 from reshard.core.plan import Plan
+from reshard.core.state import TrainingState
 from reshard.core.tensors import TensorSpec
 from reshard.errors import FormatError, NotFoundError, UnsupportedError
 from reshard.storage import strict_json
@@ -61,7 +64,8 @@ class WrittenFile(Struct, frozen=True, omit_defaults=True, rename={"digest": "xx
 
 class Manifest(Struct, frozen=True, omit_defaults=True):
     """The file: the tensors of the model and of each file beside it, the conversion's options, what
-    it did to the names, and all other files of the folder."""
+    it did to the names, and all other files of the folder; the moments in `state`, and the steps
+    and groups of their optimizer in `run`."""
 
     reshard: str
     source: Mapping[str, Any]
@@ -72,6 +76,8 @@ class Manifest(Struct, frozen=True, omit_defaults=True):
     files: Mapping[str, WrittenFile] = {}
     version: int = 1
     generates: bool = True
+    state: Mapping[str, Stated] = {}
+    run: Mapping[str, Any] = {}
 
 
 # The fields as they stand in the text, not parsed; empty where there is none.
@@ -100,6 +106,8 @@ def render(
     files: Mapping[str, WrittenFile],
     *,
     generates: bool = True,
+    state: Mapping[str, Stated] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The file's bytes."""
     source = {
@@ -110,7 +118,17 @@ def render(
         "world_size": origin.world_size,
     }
     content = Manifest(
-        __version__, source, options, names, tensors, beside, files, VERSION, generates
+        __version__,
+        source,
+        options,
+        names,
+        tensors,
+        beside,
+        files,
+        VERSION,
+        generates,
+        state or {},
+        run or {},
     )
     try:
         text = msgspec.json.encode(content)
@@ -119,6 +137,17 @@ def render(
         whole = json.dumps(msgspec.to_builtins(content), ensure_ascii=False)
         text = _SURROGATE.sub(lambda half: f"\\\\u{ord(half[0]):04x}", whole).encode()
     return msgspec.json.format(text, indent=1) + b"\n"
+
+
+def run_of(state: TrainingState) -> dict[str, Any]:
+    """What is stated of an optimizer beside its tensors, as JSON values."""
+    groups = [
+        {"names": list(group.names), "hyperparameters": dict(group.hyperparameters)}
+        for group in state.groups
+    ]
+    run = {"steps": {name: step.count for name, step in state.steps.items()}, "groups": groups}
+    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(run))
+    return found
 
 
 def listed(plan: Plan, sources: Sources) -> dict[str, WrittenFile]:
@@ -190,7 +219,7 @@ def _parse(text: bytes, path: str) -> Manifest:
         if not bytes(raw):
             continue
         members += 1
-        if name == "tensors":
+        if name in ("tensors", "state"):
             found[name] = strict_json.parse_as(raw, dict[str, Stated], path)
             members += _members(found[name])
         elif name == "beside":

@@ -21,6 +21,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["all", "disk", "memory", "hub"]
+Layout = Literal["lightrft", "accelerate", "nested"]
 To = Literal["hf", "dcp", "megatron"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
@@ -31,6 +32,8 @@ MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "
 SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
 NAMES: tuple[Names, ...] = ("all", "disk", "memory", "hub")
+#: Every format's values of `--layout`.
+LAYOUTS: tuple[Layout, ...] = ("lightrft", "accelerate", "nested")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
 #: LightRFT's default probing layer: the input of the last layer.
 PROBING_LAYER = -1
@@ -85,6 +88,9 @@ class LoraChoice(Struct, frozen=True):
 class Options(Struct, frozen=True):
     """A conversion's options; paths are as the user gave them.
 
+    With `optimizer` the training state goes along, laid out as `layout` says; `hyperparameters` is
+    a JSON file of those that the checkpoint does not hold.
+
     `names` None: all that a live module may ask for where the target can hold them and the model's
     config is at hand, else those on disk.
     """
@@ -104,6 +110,9 @@ class Options(Struct, frozen=True):
     names: Names | None = None
     transformers_version: Version | None = None
     consumed_samples: int | None = None
+    optimizer: bool = False
+    layout: str | None = None
+    hyperparameters: Path | None = None
 
     def stated(self) -> dict[str, Any]:
         """The options as `reshard.json` records them: no paths."""
@@ -126,6 +135,7 @@ class Options(Struct, frozen=True):
             "names": self.names,
             "consumed_samples": self.consumed_samples,
             "transformers_version": None if version is None else ".".join(map(str, version)),
+            **({"optimizer": True, "layout": self.layout} if self.optimizer else {}),
         }
 
 

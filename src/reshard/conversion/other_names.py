@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from msgspec import Struct
 from msgspec.structs import replace
 
-from reshard.conversion.base_model import Base, main_dtype
+from reshard.conversion.base_model import Base
 from reshard.core.arrangement import Arrangement, Whole
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry
+from reshard.core.tensors import Entry, main_dtype
 from reshard.errors import UnsupportedError
 from reshard.naming import apply, autoep, flat, megatron, megatron_args, titan
 from reshard.naming.schema import is_unheld
@@ -108,7 +108,7 @@ def _padding(name: str, rows: int, catalog: Catalog) -> Finding:
     total = catalog.entries[name].spec.shape[0]
     message = (
         f"of the {total} rows of {name!r} the base's {total - rows} are written: the others are "
-        "taken to be padding, which Megatron adds."
+        f"assumed to be padding, which Megatron adds."
     )
     return Finding("vocabulary-padded", message, subject=name)
 
@@ -119,8 +119,9 @@ def _with_layers(base: Base, beyond: dict[str, Entry]) -> Base:
         return base
     last = f"model.layers.{base.config['num_hidden_layers'] - 1}."
     entries = dict(base.entries)
+    main = main_dtype(entry.spec for entry in entries.values())
     for name, entry in beyond.items():
         twin = base.entries.get(last + name.split(".", 3)[3])
-        dtype = main_dtype(base) if twin is None else twin.spec.dtype
-        entries[name] = Entry(replace(entry.spec, dtype=dtype), (), entry.kind)
+        dtype = main if twin is None else twin.spec.dtype
+        entries[name] = Entry(replace(entry.spec, dtype=dtype or entry.spec.dtype), (), entry.kind)
     return replace(base, entries=entries)

@@ -27,6 +27,7 @@ from reshard.conversion.other_names import by_hub_names
 from reshard.conversion.partners import check_head, check_vocabulary
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
+from reshard.core.state import TrainingState
 from reshard.core.tensors import Entry
 from reshard.formats.info import target_named
 from reshard.naming import FitOptions, Matching, NameMap, apply, flat, identity
@@ -51,7 +52,8 @@ class Export(Struct, frozen=True):
     `merged` counts low-rank updates, which `scaling` scales, and `adapter` says of them what the
     report shows. With `assets` the base's other files come along. `live` is the transformers
     version whose live module has the names; None: they are those of the files. Without an output
-    head it `generates` nothing.
+    head it `generates` nothing. `state` is the training state to write, under the model's
+    names.
     """
 
     model: Sequence[Target]
@@ -67,6 +69,7 @@ class Export(Struct, frozen=True):
     assets: bool = True
     live: str | None = None
     generates: bool = True
+    state: TrainingState | None = None
 
 
 def plain(catalog: Catalog, options: Options) -> Export:

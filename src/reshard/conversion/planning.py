@@ -5,15 +5,14 @@ locate and read -> export (names, dtypes) -> live layout -> files, patched confi
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.conversion import live_names, output_model, released, trainer_names
+from reshard.conversion import live_names, output_model, released, trainer_names, training
 from reshard.conversion.base_model import (
     CONFIG,
     Base,
@@ -28,14 +27,17 @@ from reshard.conversion.idle import idle
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
 from reshard.conversion.quantised import as_numbers, dequantised, itself
+from reshard.core.arrangement import Arrangement
 from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
-from reshard.core.tensors import Extent
+from reshard.core.state import TrainingState
+from reshard.core.tensors import Extent, main_dtype
 from reshard.errors import FormatError, PlanError, UnsupportedError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
 from reshard.formats.info import named, target_named
+from reshard.naming import apply, memory_outputs
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists
 from reshard.transfer.checksums import without_checksum
@@ -72,18 +74,21 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     check_strict(catalog.findings, options, strict)
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
+    catalog, state = training.with_state(catalog, options)
     base = None if options.base is None else read_base(options.base, sources)
     if base is not None:
         catalog = replace(catalog, records=(*catalog.records, *base.records))
     options = replace(options, names=live_names.chosen(options, catalog, base))
     catalog, found = as_numbers(catalog, base, options, sources)
     made = exported(catalog, base, options, sources)
+    if state is not None:
+        made = _with_state(made, state, catalog, base, options, sources)
     # Before the layout, which takes long for the petabytes that a damaged file may state.
     check_space(options.target, sum(target.spec.nbytes for target in made.model))
-    files, texts = _files(made, options)
+    files, texts, said = _files(made, options)
     if not files:
         raise PlanError("nothing is left to write.", path=options.source)
-    if options.consumed_samples is not None:
+    if options.consumed_samples is not None and state is None:
         texts = (*texts, client_state(options.consumed_samples))
     model = base
     if base is None and target_named(options.to).takes_files:
@@ -99,6 +104,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
             *dequantised(found, base),
             *made.findings,
             *_of_release(made, catalog, base, options, sources),
+            *said,
             *idle(options, catalog, base, made),
             *lacking,
         ),
@@ -182,7 +188,7 @@ def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sou
         place = live_names.placed if options.names == "memory" else live_names.answering
         made = place(made, config, options)
     elif options.names == "hub":
-        config = live_names.config_of(made, catalog, base, sources, options.names)
+        config = live_names.config_of(made, catalog, base, sources, "--names hub")
         made = released.in_layout(made, config)
     return made
 
@@ -196,17 +202,50 @@ def _of_release(
         return ()
     if options.names == "memory":
         return ()
-    config = live_names.config_of(made, catalog, base, sources, "disk")
+    config = live_names.config_of(made, catalog, base, sources, "--names hub")
     return tuple(released.findings(made, config))
+
+
+def _with_state(
+    made: Export,
+    state: TrainingState,
+    catalog: Catalog,
+    base: Base | None,
+    options: Options,
+    sources: Sources,
+) -> Export:
+    """The export with the training state under its names.
+
+    Without a base the live module asks for the tied names, too, which a base's layout adds.
+    """
+    maps: list[Mapping[str, Arrangement]] = []
+    if base is None:
+        made = replace(made, model=[replace(t, aliases=t.source.aliases) for t in made.model])
+    else:
+        maps.append(made.name_map.outputs)
+        if options.names == "memory":
+            shapes = {n: e.spec.shape for n, e in apply(maps[0], catalog.entries).items()}
+            config = live_names.config_of(made, catalog, base, sources, "--optimizer")
+            maps.append(memory_outputs(shapes, config, live_names.version_of(options)))
+    carried = training.carried(state, made, maps)
+    findings = (*made.findings, *training.rounded(carried, made))
+    return replace(made, state=carried, findings=findings)
 
 
 def _files(
     made: Export, options: Options
-) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
-    """The model's files and those beside it, and the small files that list them."""
+) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...], tuple[Finding, ...]]:
+    """The model's files and those beside it, the small files that list them, and what a user
+    should know of them."""
     files: tuple[OutputFile, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
-    if made.model:
+    findings: tuple[Finding, ...] = ()
+    if made.state is not None:
+        laid = formats.state_writer(target_named(options.to)).lay_out_state(
+            _slots(made.model), made.state, options.max_shard_nbytes, options.layout
+        )
+        files, texts, findings = laid.files, laid.texts, laid.findings
+    elif made.model:
         layout = formats.writer(target_named(options.to))
         files, texts = layout.lay_out(_slots(made.model), options.max_shard_nbytes)
     beside = tuple(
@@ -215,7 +254,7 @@ def _files(
     )
     if not texts and any(_lies_among(side.name, files) for side in made.sides):
         texts = formats.index(target_named(options.to), files)
-    return files + beside, texts
+    return files + beside, texts, findings
 
 
 def _lies_among(name: str, files: Sequence[OutputFile]) -> bool:
@@ -270,14 +309,11 @@ def _said_of(base: Base) -> tuple[Finding, ...]:
 def _stated_dtype(made: Export, base: Base, options: Options) -> str | None:
     """The dtype that the config must state where it need not be the base's; None: leave it.
 
-    Of `keep`, and of a base that is quantised, it is the one that most bytes have.
+    Of `keep`, and of a base that is quantised, it is the one that most elements have.
     """
     if options.dtype == "base" and base.quantised is None:
         return None
     if options.dtype not in ("base", "keep"):
         return options.dtype
-    nbytes: Counter[str] = Counter()
-    for target in made.model:
-        if target.spec.dtype.floating and target.spec.dtype.itemsize > 1:
-            nbytes[target.spec.dtype.name] += target.spec.nbytes
-    return max(nbytes, key=lambda name: nbytes[name], default=None)
+    main = main_dtype(target.spec for target in made.model)
+    return main.name if main is not None and main.floating and main.itemsize > 1 else None

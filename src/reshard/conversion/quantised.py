@@ -76,8 +76,8 @@ def source_numbers(
             Finding(
                 "codes-left-out",
                 f"{len(kind.modules)} weights of the checkpoint are quantised by {kind.title}: "
-                f"their {left} tensors are left out, and the base's weights taken, which differ "
-                "from them by the rounding of the quantisation.",
+                f"their {left} tensors are left out, and the base's weights, which differ from "
+                f"them by the quantisation error, are used instead.",
             ),
         )
     found = numbers(entries, own)

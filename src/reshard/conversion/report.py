@@ -12,8 +12,35 @@ from reshard.conversion.adapters import Summary
 from reshard.conversion.destination import Replaced
 from reshard.core.findings import Finding
 from reshard.core.sizes import size
+from reshard.core.state import TrainingState
 from reshard.errors import printable
 from reshard.naming.matching import Matching
+
+
+class Moments(Struct, frozen=True):
+    """The training state that was written: the kinds of moments, of how many parameters, in how
+    many groups, after how many steps (the fewest and the most), and their bytes."""
+
+    kinds: tuple[str, ...]
+    num_parameters: int
+    num_groups: int
+    steps: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, state: TrainingState) -> Moments:
+        """What a state amounts to."""
+        counts = sorted({step.count for step in state.steps.values()})
+        ends = tuple(dict.fromkeys((counts[0], counts[-1]))) if counts else ()
+        return cls(tuple(state.moments), len(state.names), len(state.groups), ends, state.nbytes)
+
+    def __str__(self) -> str:
+        steps = " to ".join(map(str, self.steps))
+        at = f", step {steps}" if steps else ""
+        return (
+            f"{', '.join(self.kinds)} of {self.num_parameters} parameters in {self.num_groups} "
+            f"groups{at}, {size(self.nbytes)}"
+        )
 
 
 class Report(Struct, frozen=True):
@@ -49,6 +76,7 @@ class Report(Struct, frozen=True):
     replaced: Replaced | None = None
     checkpoint: str = ""
     adapter: Summary | None = None
+    state: Moments | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as lines of a label and its words, as `convert` shows it."""
@@ -60,6 +88,8 @@ class Report(Struct, frozen=True):
             ("would read" if dry else "read", size(self.bytes_read)),
             ("would write" if dry else "written", size(self.bytes_written)),
         ]
+        if self.state is not None:
+            rows.insert(3, ("optimizer", str(self.state)))
         if self.replaced is not None:
             rows.insert(2, ("would replace" if dry else "replaced", str(self.replaced)))
         if self.rules or self.prefix:
@@ -133,7 +163,11 @@ class Report(Struct, frozen=True):
         }
         records = {
             name: None if record is None else _plain(record)
-            for name, record in (("replaced", self.replaced), ("adapter", self.adapter))
+            for name, record in (
+                ("replaced", self.replaced),
+                ("adapter", self.adapter),
+                ("state", self.state),
+            )
         }
         findings = [finding.to_json() for finding in self.findings]
         return {**values, **self.matching.to_json(), "findings": findings, **records}

@@ -7,13 +7,12 @@ reads the folder's own headers and every byte, and must find the same tensors an
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, field
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from reshard.conversion import manifest
 from reshard.conversion.assets import names_weights
@@ -22,12 +21,13 @@ from reshard.core.catalog import Catalog
 from reshard.core.digests import joined, leaf_numel, leaves
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
-from reshard.errors import ReshardError, VerificationError, brief
+from reshard.errors import VerificationError, brief
 from reshard.formats import Selection, read
 from reshard.progress import Progress
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file, listing
 from reshard.transfer.reading import Known, leaf_digest, plain_digest
+from reshard.transfer.threads import in_order
 
 
 class Verified(Struct, frozen=True):
@@ -67,23 +67,46 @@ def verify_folder(
         parts = [(folder, stated.tensors)] if stated.tensors else []
         parts += [(child_of(folder, name), tensors) for name, tensors in stated.beside.items()]
         found = []
-        for path, tensors in parts:
+        for path, listed in parts:
             catalog = read(path, sources, Selection())
+            checks = [(catalog, listed)]
             if path == folder:
                 _check_aliases(catalog, stated.names.get("aliases", {}))
-            found.append(
-                check_digests(
-                    catalog,
-                    tensors,
-                    sources,
-                    threads=threads,
-                    trees=stated.version >= manifest.TREES,
-                    known=known,
-                    progress=progress,
+                checks += _state(catalog, stated)
+            for table, tensors in checks:
+                found.append(
+                    check_digests(
+                        table,
+                        tensors,
+                        sources,
+                        threads=threads,
+                        trees=stated.version >= manifest.TREES,
+                        known=known,
+                        progress=progress,
+                    )
                 )
-            )
         sources.check_unchanged()
     return Verified(sum(f.num_tensors for f in found), sum(f.bytes_read for f in found))
+
+
+def _state(catalog: Catalog, stated: Manifest) -> list[tuple[Catalog, Mapping[str, Stated]]]:
+    """The moments as a table of their own; steps and groups are compared here."""
+    if not stated.state:
+        return []
+    folder = catalog.origin.root
+    state = catalog.training_state()
+    if state is None:
+        raise VerificationError("its training state is stated and not there.", path=folder)
+    found = manifest.run_of(state)
+    for what in ("steps", "groups"):
+        if found[what] != stated.run.get(what):
+            raise VerificationError(
+                f"the {what} of its optimizer are not those that {manifest.MANIFEST} states.",
+                path=folder,
+                hint="Convert again.",
+            )
+    entries = {entry.spec.name: entry for entry in state.slots()}
+    return [(replace(catalog, entries=entries), stated.state)]
 
 
 def check_listed(folder: Path, stated: Manifest) -> None:
@@ -149,8 +172,9 @@ def check_digests(
     done = 0
     counting = threading.Lock()
 
-    def work(check: _Check, leaf: int) -> None:
+    def work(unit: tuple[_Check, int]) -> None:
         nonlocal done
+        check, leaf = unit
         if leaf == 0:
             _check_spec(folder, check)
         count = leaves(check.entry.spec) if trees else 1
@@ -169,7 +193,7 @@ def check_digests(
             check.found.clear()
             _compare(folder, check, whole)
 
-    _in_order(work, _units(checks, trees=trees), threads)
+    in_order(work, _units(checks, trees=trees), threads)
     return Verified(len(catalog.entries), total)
 
 
@@ -186,38 +210,6 @@ def _units(checks: Iterable[_Check], *, trees: bool) -> Iterator[tuple[_Check, i
     for check in checks:
         for leaf in range(max(1, leaves(check.entry.spec)) if trees else 1):
             yield check, leaf
-
-
-def _in_order(
-    work: Callable[[_Check, int], None], units: Iterator[tuple[_Check, int]], threads: int
-) -> None:
-    """Work on every unit in a few threads; raises the error of the first that has one."""
-    numbered = enumerate(units)
-    taking = threading.Lock()
-    failures: dict[int, ReshardError] = {}
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.is_set():
-            with taking:
-                place, unit = next(numbered, (-1, None))
-            if unit is None:
-                return
-            try:
-                work(*unit)
-            except ReshardError as error:
-                failures[place] = error
-                stop.set()
-
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for future in [pool.submit(run) for _ in range(threads)]:
-                future.result()
-        finally:
-            stop.set()  # after Ctrl-C the pool waits for its threads
-    if failures:
-        # Units are taken in order, and whoever had begun one came to its end.
-        raise failures[min(failures)]
 
 
 def _check_spec(folder: Path, check: _Check) -> None:

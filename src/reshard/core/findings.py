@@ -104,9 +104,9 @@ CODES: dict[str, Code] = {
         "warning", "half of an adapter's rows or more are exact zeros: a part may not be saved",
         "Gather every rank's part before saving, and convert that."),
     "adapter-rank-for-vllm": Code(
-        "warning", "vLLM takes adapters of such a rank only where it is told to"),
+        "warning", "vLLM accepts adapters of this rank only with a flag"),
     "adapter-scales-differ": Code(
-        "warning", "an engine would scale the adapter otherwise than PEFT does",
+        "warning", "an engine would scale the adapter differently than PEFT does",
         "To serve it, pass --lora merge."),
     "adapter-setting-unknown": Code(
         "warning", "adapter_config.json has a setting that is not known here",
@@ -125,7 +125,7 @@ CODES: dict[str, Code] = {
     "answer-repeats-token": Code(
         "warning", "some long answers are one token over and over", by=("try",)),
     "architecture-repaired": Code(
-        "info", "the base's config named the class as FSDP calls it; the output names the class"),
+        "info", "the base's config had FSDP's class name; the output has the class's own name"),
     "backbone-names": Code(
         "warning", "names are those of the backbone, under a class with a head", by=("doctor",)),
     "base-config-fields": Code(
@@ -150,12 +150,15 @@ CODES: dict[str, Code] = {
     "config-fields-missing": Code(
         "warning", "the config lacks fields that releases have and engines read", by=("doctor",)),
     "config-missing": Code("error", "config.json is missing or cannot be read", by=("doctor",)),
+    "consumed-samples-unknown": Code(
+        "warning", "client_state.pt lacks what LightRFT's training needs to resume",
+        "Pass --consumed-samples."),
     "copies-shared": Code(
         "info", "copies that the trainer shares with another tensor are not written"),
     "damaged-file": Code(
         "error", "a weight file is cut off or breaks its format's rules", by=("doctor",)),
     "dequantised": Code(
-        "info", "quantised weights are written as the numbers that they stand for"),
+        "info", "quantised weights are written as the numbers that they represent"),
     "dtype-contradicts-config": Code(
         "warning", "the weights' dtype is not the config's", by=("doctor",)),
     "engine-adapter": Code(
@@ -187,7 +190,7 @@ CODES: dict[str, Code] = {
         "flat parameters were cut in the order of the model's family, which no file states"),
     "from-cache": Code("info", "a model was read from the Hugging Face cache; which snapshot"),
     "fsdp-class": Code(
-        "error", "the config names a class as FSDP calls it, which transformers has none of",
+        "error", "the config has FSDP's name of a class, which transformers does not know",
         by=("doctor",)),
     "generation-config-missing": Code(
         "warning", "generation_config.json is missing", by=("doctor", "try")),
@@ -211,7 +214,7 @@ CODES: dict[str, Code] = {
         "error", "names are those of a live module, not those of the files", by=("doctor",)),
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
-        "Copy the newer one again, or name the one that is meant."),
+        "Copy the newer one again, or name the one to read."),
     "index-mismatch": Code("error", "the index does not match the files", by=("doctor",)),
     "layer-count": Code("error", "the layers are not as many as the config says", by=("doctor",)),
     "layers-beyond-base": Code(
@@ -225,7 +228,7 @@ CODES: dict[str, Code] = {
     "live-names-added": Code(
         "info", "tensors also have the names that live modules ask for, without further bytes"),
     "live-version-unread": Code(
-        "warning", "the transformers version that was named is none whose live modules were read",
+        "warning", "the live modules of the named transformers version are not known",
         "Load the output with strict names, or name the version with --transformers-version."),
     "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
     "masters-missing": Code(
@@ -282,7 +285,7 @@ CODES: dict[str, Code] = {
     "processor-missing": Code(
         "error", "the image or audio processor is missing", by=("doctor", "try")),
     "quantisation-contradicts-config": Code(
-        "error", "the config does not say what the weights are", by=("doctor",)),
+        "error", "the config contradicts the quantisation of the weights", by=("doctor",)),
     "quantisation-unfounded": Code(
         "warning", "the config says that weights are quantised, and they are not"),
     "replicas-missing": Code(
@@ -291,8 +294,13 @@ CODES: dict[str, Code] = {
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
         "Name the folder that holds it."),
+    "run-state-left-out": Code(
+        "info", "counters or a user's state of the run have no place in the output"),
     "scales-left-over": Code(
         "error", "scales lie beside weights that are not quantised", by=("doctor",)),
+    "scheduler-left-out": Code(
+        "warning", "the schedule's state was not written: torch's schedulers would not take it",
+        "Set the schedule in the script that goes on, at the step that the report states."),
     "settings-unread": Code(
         "warning", "a file with the run's settings cannot be read; they were not compared"),
     "several-models": Code(
@@ -300,16 +308,21 @@ CODES: dict[str, Code] = {
         "To convert another, name it."),
     "shapes-differ": Code("error", "shapes are not what the config's sizes make", by=("doctor",)),
     "shapes-unstated": Code(
-        "warning", "the shards state no whole shapes: missing last ranks cannot be seen",
+        "warning", "the shards do not state full shapes: missing last ranks cannot be noticed",
         "Pass --base."),
+    "state-left-out": Code(
+        "warning", "a part of the training state is no plain data and does not travel"),
+    "state-masters-rounded": Code(
+        "warning", "fp32 masters were rounded to the dtype of the output's weights",
+        "Leave out --dtype."),
     "state-named-by-order": Code(
         "warning", "an optimizer's state has no names; the order of the parameters gave them",
-        "Compare the first losses of the run that goes on with those before."),
+        "Compare the first losses of the continued run with those before."),
     "stray-head": Code(
         "error", "there is a head that the class in the config does not have", by=("doctor",)),
     "tensors-missing": Code(
         "error", "tensors that the architecture has are missing", by=("doctor",)),
-    "tied-twin-copied": Code("warning", "a tensor was read from its tied twin"),
+    "tied-twin-copied": Code("warning", "a tensor was read from the tensor that it is tied to"),
     "tokenizer-missing": Code("error", "the tokenizer is missing", by=("doctor",)),
     "tokenizer-too-large": Code(
         "warning", "the tokenizer has more tokens than the embedding", by=("doctor", "try")),
@@ -336,9 +349,9 @@ CODES: dict[str, Code] = {
         "Start the script from the weights that the run started from."),
     "untrained-layers": Code("info", "layers that no live module holds are the base's"),
     "vectors-constant": Code(
-        "info", "a vector holds one value throughout, as fresh biases and norms do", by=("try",)),
+        "info", "a vector holds one value throughout, as new biases and norms do", by=("try",)),
     "vocabulary-padded": Code(
-        "info", "rows after the base's vocabulary were taken to be Megatron's padding",
+        "info", "rows after the base's vocabulary were assumed to be Megatron's padding",
         "If the training added tokens, name a base of that vocabulary."),
     "vocabulary-size": Code("error", "the vocabulary's size is not the config's", by=("doctor",)),
     "weights-all-zero": Code("error", "a matrix is zero throughout", by=("try",)),
@@ -348,7 +361,7 @@ CODES: dict[str, Code] = {
         by=("try",)),
     "weights-not-finite": Code("error", "weights are NaN or infinite", by=("doctor", "try")),
     "weights-not-safetensors": Code(
-        "warning", "the weights are in another format and were not looked at", by=("try",)),
+        "warning", "the weights are in another format and were not checked", by=("try",)),
     "weights-unexpected": Code(
         "error", "a tensor of the files belongs to no weight of the model", by=("try",)),
     "weights-unread": Code(

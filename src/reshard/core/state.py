@@ -98,6 +98,12 @@ class TrainingState(Struct, frozen=True):
             for name, entry in table.items():
                 yield tensor_name(kind, name), entry
 
+    def slots(self) -> Iterator[Entry]:
+        """The moments by the names that they have among all tensors of an output."""
+        for kind, table in self.moments.items():
+            for name, entry in table.items():
+                yield entry.renamed(tensor_name(kind, name))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all moments, as the checkpoint holds them; masters are not counted."""
@@ -177,5 +183,21 @@ def tensor_name(kind: str, name: str) -> str:
     return f"{kind}.{name}"
 
 
-#: Reads a checkpoint's training state, from its metadata and a few bytes for each step count.
-ReadState: TypeAlias = Callable[[], TrainingState]
+class ReadState:
+    """Reads a checkpoint's training state when it is called, from its metadata and a few bytes for
+    each step count.
+
+    Says nothing of what it will read: of two catalogs that are equal, the readers are too.
+    """
+
+    def __init__(self, read: Callable[[], TrainingState]) -> None:
+        self._read = read
+
+    def __call__(self) -> TrainingState:
+        return self._read()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ReadState)
+
+    def __hash__(self) -> int:
+        return hash(ReadState)

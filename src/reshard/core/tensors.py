@@ -16,6 +16,7 @@ plain data and pure functions; nothing opens a file.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -269,6 +270,18 @@ class Entry(Struct, frozen=True):
 
 #: Whether two tensors of one shape hold the same values; reads them, in a stream.
 Equal = Callable[[Entry, Entry], bool]
+
+
+def main_dtype(specs: Iterable[TensorSpec]) -> DType | None:
+    """The dtype that a model is said to have: that of most elements.
+
+    Only floating types wider than a byte count, where there are any; None where there is no tensor.
+    """
+    numel: Counter[DType] = Counter()
+    for spec in specs:
+        numel[spec.dtype] += spec.numel
+    counted = [d for d in numel if d.floating and d.itemsize > 1] or list(numel)
+    return max(counted, key=lambda dtype: numel[dtype], default=None)
 
 
 def blocks(shape: Shape, max_numel: int) -> Iterator[Box]:

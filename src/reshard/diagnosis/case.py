@@ -15,7 +15,7 @@ from reshard.conversion.base_model import Base
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, Shape
 from reshard.diagnosis import folder as folders
-from reshard.diagnosis import quantisation, streams
+from reshard.diagnosis import quantisation
 from reshard.diagnosis.checks.companions import Companions, read_companions
 from reshard.diagnosis.folder import Folder
 from reshard.diagnosis.quantisation import Quantisation
@@ -29,6 +29,7 @@ from reshard.naming.ties import HEADS
 from reshard.naming.value_heads import SCORE
 from reshard.progress import Progress, StagedProgress
 from reshard.storage.local import Sources
+from reshard.transfer import passes
 from reshard.transfer.finite import NotFinite
 from reshard.transfer.reading import equal
 
@@ -312,9 +313,7 @@ def _values(
     def step(what: str) -> Progress | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    spoilt = streams.not_finite(
-        folder.entries, sources, threads=threads, progress=step("examining")
-    )
+    spoilt = passes.not_finite(folder.entries, sources, threads=threads, progress=step("examining"))
     pairs = [
         (entry, base.entries[name])
         for name, entry in fitted.items()
@@ -323,7 +322,7 @@ def _values(
         and entry.spec.numel
         and entry.spec.shape == base.entries[name].spec.shape
     ]
-    unchanged = streams.same(pairs, sources, threads=threads, progress=step("comparing"))
+    unchanged = passes.same(pairs, sources, threads=threads, progress=step("comparing"))
     return Values(spoilt, len(pairs), unchanged.count(False), conflicts)
 
 

@@ -8,7 +8,7 @@ from reshard.diagnosis.engines import ENGINES
 
 #: The options of `reshard.doctor` and `reshard doctor`.
 DOCTOR = table(
-    Option("folder", Place(), "The exported model, whoever wrote it.", required=True),
+    Option("folder", Place(), "The exported model, from any tool.", required=True),
     Option(
         "base",
         Place(),

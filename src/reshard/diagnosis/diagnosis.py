@@ -160,7 +160,7 @@ def _check_alone(case: Case) -> None:
     heads = [name for name in (REWARD_HEAD, VALUE_HEAD) if is_file(case.folder.path / name)]
     if heads:
         raise PlanError(
-            f"{heads[0]} lies beside the model, and a mended copy would be without it.",
+            f"{heads[0]} lies beside the model, and a repaired copy would be without it.",
             path=case.folder.path,
             hint="Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR.",
         )
@@ -171,11 +171,11 @@ def _check_numbers(case: Case) -> None:
     found = case.quantisation
     if found.unread is not None or (found.kinds and found.stated is not None):
         raise PlanError(
-            "its weights are quantised, and a mended copy would hold no codes.",
+            "its weights are quantised, and a repaired copy would hold no codes.",
             path=case.folder.path,
-            hint="Make the 16-bit model first, and mend that: reshard convert DIR OUT."
+            hint="Make the 16-bit model first, and repair that: reshard convert DIR OUT."
             if found.unread is None
-            else "Mend the unquantised model that it was made from.",
+            else "Repair the unquantised model that it was made from.",
         )
 
 
@@ -199,7 +199,7 @@ def _mend(
         for finding in kept:
             if finding.severity == "error":
                 raise VerificationError(
-                    f"the mended folder still has {finding.code}: {finding.message}. Nothing "
+                    f"the repaired folder still has {finding.code}: {finding.message}. Nothing "
                     "was written.",
                     path=case.folder.path,
                     hint="Convert the run's checkpoint again: reshard convert RUN OUT.",

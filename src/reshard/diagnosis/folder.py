@@ -14,13 +14,12 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from reshard.containers import safetensors as safetensors_file
 from reshard.containers.dcp import shards as rank_shards
 from reshard.conversion.assets import assets as assets_of
 from reshard.conversion.base_model import CONFIG, Base
 from reshard.conversion.beside import LIGHTRFT
 from reshard.core.catalog import Asset
-from reshard.core.tensors import Entry, Fragment, Record, stored, whole
+from reshard.core.tensors import Entry, Record, stored
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
@@ -122,19 +121,19 @@ def _refuse_parts(path: Path) -> None:
             "of tensors, as save_pretrained(distributed_checkpoint=True) writes them. transformers "
             "5 loads it with a device mesh; vLLM and others do not.",
             path=path,
-            hint="Convert it, then look at the result: reshard convert SRC DST --base HF_DIR.",
+            hint="Convert it, then examine the result: reshard convert SRC DST --base HF_DIR.",
         )
     if weights == {ADAPTER_WEIGHTS} and ADAPTER_CONFIG in there:
         raise UnsupportedError(
             "it holds an adapter, which PEFT loads onto a model, and no model.",
             path=path,
-            hint="Look at the model, or at the export of convert --lora merge.",
+            hint="Examine the model, or the output of convert --lora merge.",
         )
     if not weights and {LIGHTRFT, REWARD_CONFIG} <= there:
         raise UnsupportedError(
             "it holds LightRFT's own state dict of a reward model, by the names of training.",
             path=path,
-            hint="Look at the export of convert --srm-format split.",
+            hint="Examine the output of convert --srm-format split.",
         )
 
 
@@ -145,7 +144,7 @@ def _with_tensors(folder: Folder, names: Iterable[str], sources: Sources) -> Fol
     found: dict[str, list[Entry]] = {}
     for name in names:
         try:
-            entries = _read_file(child(folder.path, name, store=True), sources)
+            entries = huggingface.read_file(child(folder.path, name, store=True), sources)
         except ReshardError as error:
             damaged[name] = error.message
             continue
@@ -199,21 +198,12 @@ def _weight_files(path: Path, sources: Sources) -> tuple[list[str], dict[str, st
     shards = {name for name in there if _SHARD.fullmatch(name)}
     if not is_file(path / huggingface.INDEX):
         return sorted(shards or there), None, ""
-    index, fault = read_json(path, huggingface.INDEX, sources)
-    weight_map = None if index is None else index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        return sorted(shards or there), None, fault or "it has no weight_map of names to files."
+    try:
+        weight_map = huggingface.weight_map(path, sources)
+    except ReshardError as error:
+        return sorted(shards or there), None, error.message
     named = set(weight_map.values())
     return sorted(shards | (named & there)), weight_map, ""
-
-
-def _read_file(path: Path, sources: Sources) -> list[Entry]:
-    """The tensors of one safetensors file."""
-    entries = []
-    for spec, extent in safetensors_file.read(sources.open(path)).tensors.values():
-        fragment = Fragment(whole(spec.shape), extent, spec.dtype)
-        entries.append(Entry(spec, (fragment,) if spec.numel else ()))
-    return entries
 
 
 def read_json(path: Path, name: str, sources: Sources) -> tuple[dict[str, Any] | None, str]:

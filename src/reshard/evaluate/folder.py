@@ -16,12 +16,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
-from reshard.formats.huggingface import INDEX, SINGLE, is_adapter
+from reshard.errors import IncompleteError, NotFoundError, UnsupportedError, listed
+from reshard.formats.huggingface import INDEX, SINGLE, is_adapter, weight_map
 from reshard.naming.rewards import REWARD_CONFIG, REWARD_HEAD
 from reshard.naming.value_heads import VALUE_HEAD
 from reshard.storage import strict_json
-from reshard.storage.local import snapshot
+from reshard.storage.local import Sources, child, snapshot
 from reshard.storage.paths import is_file, is_folder
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -160,21 +160,15 @@ def _headless(architecture: str | None) -> bool:
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
-    index = path / INDEX
-    if not is_file(index):
+    if not is_file(path / INDEX):
         single = path / SINGLE
         return (single,) if is_file(single) else ()
-    weight_map = parse_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
-        raise FormatError("`weight_map` is not a table of tensor and file.", path=index)
-    names = sorted(set(weight_map.values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise FormatError(f"the index names a file outside the folder: {outside[0]!r}.", path=index)
-    absent = [name for name in names if not is_file(path / name)]
+    with Sources() as sources:
+        names = sorted(set(weight_map(path, sources).values()))
+    absent = [name for name in names if not is_file(child(path, name, store=True))]
     if absent:
         raise IncompleteError(
-            f"{len(absent)} of {len(names)} weight files are missing: {', '.join(absent[:5])}.",
+            f"{len(absent)} of {len(names)} weight files are missing: {listed(absent, 5)}.",
             path=path,
             hint="Copy the missing files, or convert again.",
         )

@@ -14,8 +14,8 @@ from reshard.evaluate.encoding import Encoder
 from reshard.evaluate.folder import Folder
 from reshard.evaluate.loading import Gaps, Loaded
 from reshard.evaluate.report import Json
-from reshard.evaluate.scan import TensorFacts
 from reshard.storage.paths import is_file, listing
+from reshard.transfer.passes import Facts
 
 # Names in a finding's evidence; a broken export can have thousands.
 _SHOWN = 10
@@ -23,29 +23,32 @@ _SHOWN = 10
 _PADDING_ROWS = 1024
 
 
-def check_weights(tensors: Iterable[TensorFacts]) -> list[Finding]:
+def check_weights(tensors: Iterable[Facts]) -> list[Finding]:
     """Findings about the values of the weights."""
-    broken: list[TensorFacts] = []
-    empty: list[TensorFacts] = []
-    zero: list[TensorFacts] = []
-    constant: list[TensorFacts] = []
-    plain: list[TensorFacts] = []
+    broken: list[Facts] = []
+    empty: list[Facts] = []
+    zero: list[Facts] = []
+    constant: list[Facts] = []
+    plain: list[Facts] = []
     for tensor in tensors:
-        if tensor.nan or tensor.infinite:
+        if tensor.special:
             broken.append(tensor)
         elif not tensor.numel:
             empty.append(tensor)
-        elif tensor.constant:
+        elif tensor.value is not None:
             if len([size for size in tensor.shape if size > 1]) < 2:
                 plain.append(tensor)
             else:
-                (constant if tensor.high else zero).append(tensor)
+                (constant if tensor.value else zero).append(tensor)
     return [
         *_about(
             "weights-not-finite",
             "{n} tensors hold NaN or infinity.",
             broken,
-            {t.name: {"nan": t.nan, "infinite": t.infinite} for t in broken[:_SHOWN]},
+            {
+                t.name: {"nan": t.special.nan, "infinite": t.special.infinite}
+                for t in broken[:_SHOWN]
+            },
         ),
         *_about(
             "zero3-placeholders",
@@ -63,14 +66,14 @@ def check_weights(tensors: Iterable[TensorFacts]) -> list[Finding]:
             "weights-constant",
             "{n} matrices hold one value throughout.",
             constant,
-            {t.name: t.high for t in constant[:_SHOWN]},
+            {t.name: t.value for t in constant[:_SHOWN]},
         ),
         # Fresh biases are zero and fresh norms one: ordinary where training left them alone.
         *_about(
             "vectors-constant",
             "{n} vectors hold one value throughout, as before training.",
             plain,
-            {t.name: t.high for t in plain[:_SHOWN]},
+            {t.name: t.value for t in plain[:_SHOWN]},
         ),
     ]
 
@@ -78,7 +81,7 @@ def check_weights(tensors: Iterable[TensorFacts]) -> list[Finding]:
 def _about(
     code: str,
     message: str,
-    tensors: Sequence[TensorFacts],
+    tensors: Sequence[Facts],
     shown: dict[str, Json],
 ) -> list[Finding]:
     if not tensors:
@@ -115,7 +118,7 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
         found.append(
             Finding(
                 "weights-not-safetensors",
-                "The folder has no safetensors files, so its weights were not looked at.",
+                "The folder has no safetensors files, so its weights were not checked.",
                 evidence={"files": sorted(p.name for p in listing(folder.path) if is_file(p))[:50]},
             )
         )

@@ -25,11 +25,12 @@ from reshard.evaluate.folder import Folder, read_folder
 from reshard.evaluate.loading import Loaded, load_model, load_tokenizer
 from reshard.evaluate.options import Options
 from reshard.evaluate.report import Answer, Comparison, Weights
-from reshard.evaluate.scan import WeightFiles
+from reshard.evaluate.scan import read_weights
 from reshard.evaluate.scoring import score
 from reshard.evaluate.texts import read_text, shipped_text
 from reshard.evaluate.verdict import THRESHOLDS, judge_logits, judge_scores
 from reshard.evaluate.weights import compare_weights
+from reshard.storage.local import Sources
 from reshard.storage.paths import file_size
 
 
@@ -142,8 +143,9 @@ def judge(first: FirstSide, options: Options, other: Path, heard: Heard) -> Comp
 def _compare_files(ours: Folder, theirs: Folder, heard: Heard) -> Weights | None:
     if not (ours.weights and theirs.weights):
         return None
-    with WeightFiles(ours.weights) as here, WeightFiles(theirs.weights) as there:
-        return compare_weights(here, there, heard)
+    with Sources() as sources:
+        here, there = (read_weights(side.weights, sources) for side in (ours, theirs))
+        return compare_weights(here, there, sources, heard)
 
 
 def _judge_scores(found: Comparison, first: FirstSide, loaded: Loaded) -> Comparison:

@@ -10,7 +10,8 @@ from typing import Any
 import jinja2
 
 from reshard.evaluate.plots import WIDTH, benchmark_plots
-from reshard.evaluate.report import Report, plain, write_text
+from reshard.evaluate.report import Report, plain
+from reshard.storage.texts import write_text
 
 
 def write_page(report: Report, path: Path) -> None:

@@ -10,16 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from reshard.core.findings import Finding
-from reshard.errors import WriteError
-from reshard.storage.paths import exists, is_file, real
+from reshard.storage.texts import write_text
 
 Verdict = Literal["identical", "same model, other rounding", "another model"]
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -258,27 +255,6 @@ class Report:
 def finite(value: float) -> float | None:
     """`value`, or None where it is not a finite number, which JSON cannot spell."""
     return value if math.isfinite(value) else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; raises `WriteError`.
-
-    A link is followed. Into a device or a pipe the text is written as it is.
-    """
-    place = real(path)
-    partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
-    try:
-        if exists(place) and not is_file(place):
-            with place.open("w", encoding="utf-8") as file:
-                file.write(text)
-            return
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
-        partial.replace(place)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise WriteError(f"cannot write the file: {error.strerror}.", path=path) from error
 
 
 def plain(value: object) -> Any:

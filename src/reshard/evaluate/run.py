@@ -31,12 +31,17 @@ from reshard.evaluate.page import write_page
 from reshard.evaluate.progress import Event, Listener, silent
 from reshard.evaluate.repetition import check_answers, check_logits
 from reshard.evaluate.report import Answer, Report, Score, plain
-from reshard.evaluate.scan import WeightFiles, scan
+from reshard.evaluate.scan import read_weights
 from reshard.evaluate.scoring import score
 from reshard.evaluate.stage import Stage
 from reshard.evaluate.texts import DEFAULT_PROMPTS, shipped_prompts
 from reshard.evaluate.timing import benchmark
+from reshard.storage.local import Sources
 from reshard.storage.paths import file_size
+from reshard.transfer.passes import scan
+
+# Threads that look at the weights.
+_SCANNING = 2
 
 
 def run(options: Options, listen: Listener = silent) -> Report:
@@ -112,8 +117,10 @@ class _Trial:
 
     def _weights(self, folder: Folder) -> bool:
         name = "look at the weights"
-        with self._stage(name) as stage, WeightFiles(folder.weights) as weights:
-            self.report.findings += health.check_weights(scan(weights, self._steps(name)))
+        with self._stage(name) as stage, Sources() as sources:
+            entries = read_weights(folder.weights, sources).values()
+            found = scan(entries, sources, threads=_SCANNING, heard=self._steps(name))
+            self.report.findings += health.check_weights(found)
         return stage.failure is None
 
     def _encoder(self, folder: Folder) -> Encoder | None:

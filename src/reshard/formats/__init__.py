@@ -134,6 +134,11 @@ def writer(info: FormatInfo) -> Writable:
     return cast(Writable, import_module(info.module))
 
 
+def state_writer(info: FormatInfo) -> StateWritable:
+    """The module that lays out a model with its training state in a format."""
+    return cast(StateWritable, import_module(info.module))
+
+
 def index(info: FormatInfo, files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
     """The small files that distinguish a model's files from others beside them.
 
@@ -208,7 +213,7 @@ def told(path: Path, reasons: Mapping[str, str]) -> str:
         raise FormatError(
             f"it looks like more than one format ({why}).",
             path=path,
-            hint="Name the folder of the one that is meant.",
+            hint="Name the folder of the one to read.",
         )
     return found
 
@@ -252,7 +257,7 @@ def of_role(path: Path, roles: Sequence[Path], role: str | None) -> Path:
         raise NotFoundError(
             f"it holds the models of {len(roles)} roles: {there}.",
             path=path,
-            hint="Name the one that is meant with --role, or its folder.",
+            hint="Name the one to read with --role, or its folder.",
         )
     return path / role if role is not None else next(iter(roles), path)
 

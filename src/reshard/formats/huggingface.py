@@ -74,8 +74,8 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     located = _located(folder, sources) if listed else {path.name: None}
     entries: dict[str, Entry] = {}
     for name, expected in located.items():
-        shard = safetensors_file.read(sources.open(child(folder, name, store=True)))
-        found = {tensor: _entry(*place) for tensor, place in shard.tensors.items()}
+        shard = read_file(child(folder, name, store=True), sources)
+        found = {entry.spec.name: entry for entry in shard}
         if expected is not None and expected != set(found):
             raise _index_mismatch(folder / name, expected, set(found))
         twice = entries.keys() & found.keys()
@@ -88,6 +88,11 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         entries=entries,
         findings=_unread(folder, located) if is_folder(path) else (),
     )
+
+
+def read_file(path: Path, sources: Sources) -> list[Entry]:
+    """The tensors of one safetensors file. Raises what the container's reader raises."""
+    return [_entry(*place) for place in safetensors_file.read(sources.open(path)).tensors.values()]
 
 
 def _unread(folder: Path, located: Collection[str]) -> tuple[Finding, ...]:
@@ -223,16 +228,8 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
         numbered = [name for name in names if _NUMBERED.fullmatch(name)]
         _check_numbers(folder, numbered)
         return dict.fromkeys(numbered or names)
-    stated = strict_json.read_object(
-        sources.open(child(folder, INDEX, store=True)), max_nbytes=strict_json.MAX_INDEX
-    )
-    weight_map = stated.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) for name in weight_map.values()
-    ):
-        raise FormatError("it has no weight_map of names to files.", path=folder / INDEX)
     located: dict[str, set[str] | None] = {}
-    for tensor, name in weight_map.items():
+    for tensor, name in weight_map(folder, sources).items():
         tensors = located.setdefault(name, set())
         if tensors is not None:
             tensors.add(tensor)
@@ -244,6 +241,17 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
                 hint="Download or copy the missing shard.",
             )
     return located
+
+
+def weight_map(folder: Path, sources: Sources) -> dict[str, str]:
+    """The index of a folder: tensor -> file. Raises `FormatError` where it holds no such table."""
+    stated = strict_json.read_object(
+        sources.open(child(folder, INDEX, store=True)), max_nbytes=strict_json.MAX_INDEX
+    )
+    found = stated.get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise FormatError("it has no weight_map of names to files.", path=folder / INDEX)
+    return found
 
 
 def _check_numbers(folder: Path, names: Sequence[str]) -> None:

@@ -90,6 +90,8 @@ OWN = (
         # Small enough that many ranks read different files.
         max_shard_size="1GB",
         training_state=True,
+        writes_state=True,
+        layouts=("lightrft", "accelerate", "nested"),
     ),
     FormatInfo(
         "deepspeed",

@@ -196,7 +196,7 @@ def _no_state_dict(path: Path, value: object) -> UnsupportedError:
     others = list(_beside(value, None))
     if others:
         what = "what it holds is not taken for the model unless it is named"
-        hint = f"Name the part that is meant: --prefix {quote(shown(others[0]))}."
+        hint = f"Name the part to read: --prefix {quote(shown(others[0]))}."
         return UnsupportedError(f"{what}: {listed(others)}.", path=path, hint=hint)
     return UnsupportedError(
         "it holds no state dict: no dict of names to tensors.",
@@ -254,7 +254,7 @@ def _model_part(value: _Dict, path: Path) -> _Dict:
             raise NamesError(
                 f"several parts of it could be the model: {', '.join(map(repr, inside))}.",
                 path=path,
-                hint="Name the one that is meant with --prefix.",
+                hint="Name the one to read with --prefix.",
             )
         if not known and not inside:
             return value

@@ -11,7 +11,7 @@ from reshard.naming.fit import fit
 from reshard.naming.judge import FitOptions
 from reshard.naming.layouts import parse_version
 from reshard.naming.matching import Matching, Resize
-from reshard.naming.memory import NEWEST, to_memory, was_read
+from reshard.naming.memory import NEWEST, memory_outputs, to_memory, was_read
 from reshard.naming.name_map import NameMap, apply, identity
 from reshard.naming.schema import Schema
 
@@ -25,6 +25,7 @@ __all__ = [
     "apply",
     "fit",
     "identity",
+    "memory_outputs",
     "parse_version",
     "to_memory",
     "was_read",

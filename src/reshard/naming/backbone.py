@@ -77,7 +77,7 @@ def without_head(
         return Bare({}, (found,))
     message = (
         f"config.json names {listed(stated)}, which has an output head, and the folder has none: "
-        "an engine that generates with it makes one up."
+        "an engine that generates with it invents one."
     )
     return Bare({}, (found, Finding("head-claimed", message, subject="config.json")))
 

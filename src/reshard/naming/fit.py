@@ -188,8 +188,8 @@ def _refuse_other_rows(known: Known, resized: Resize) -> None:
     if stale:
         raise NamesError(
             f"{resized.name!r} has {resized.rows} rows, and {resized.base_rows} in the base; "
-            f"the checkpoint does not hold {stale[0]!r}, which must have as many, and the "
-            "base's has not.",
+            f"the checkpoint does not hold {stale[0]!r}, which must have as many, and the base's "
+            "does not.",
             missing=tuple(stale),
             hint="Convert a checkpoint of the run that holds it.",
         )

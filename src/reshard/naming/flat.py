@@ -75,8 +75,8 @@ def shaped(catalog: Catalog, schema: Schema) -> Shaped:
     kind = schema.config["model_type"]
     order = f"in the order of {kind}'s modules (transformers 4.31 and later)"
     message = (
-        f"{len(units)} flat parameters name nothing of what is in them; they were cut {order}. "
-        "Tensors of one size that lie in another order could not be noticed."
+        f"{len(units)} flat parameters do not name their contents; they were cut {order}. "
+        "reshard could not notice tensors of equal size in another order."
     )
     rule = f"flat parameters cut {order} ({len(units)})"
     return Shaped({**entries, **cut}, (rule,), (Finding("flat-parameters-cut", message),))
@@ -118,8 +118,8 @@ def _ordered(schema: Schema) -> list[TensorSpec]:
     kind = schema.config.get("model_type")
     if kind not in ORDERED:
         raise UnsupportedError(
-            "it holds flat parameters, which name nothing of what is in them, and their order is "
-            f"known of {', '.join(ORDERED)} alone, not of {kind!r}.",
+            "it holds flat parameters, which do not name their contents, and their order is known "
+            f"only for {', '.join(ORDERED)}, not for {kind!r}.",
             hint="Load the checkpoint into the training run and save it with SHARDED_STATE_DICT.",
         )
     tied = says_tied(schema.config)
@@ -201,8 +201,8 @@ def refuse(catalog: Catalog) -> None:
     """Refuse to write flattened tensors as they are. Raises `PlanError`."""
     if catalog.unshaped:
         raise PlanError(
-            f"it holds {len(catalog.unshaped)} tensors flattened, and their shapes are stated "
-            "nowhere (a local state dict of FSDP1).",
+            f"it holds {len(catalog.unshaped)} tensors flattened, and no file states their shapes "
+            f"(a local state dict of FSDP1).",
             path=catalog.origin.root,
             hint="Pass --base, the model that the training started from.",
         )

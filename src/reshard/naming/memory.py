@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+from reshard.core.arrangement import Arrangement
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import PlanError, UnsupportedError
 from reshard.naming import families, patterns, ties
@@ -50,10 +51,17 @@ def to_memory(
     hold only some experts of a layer.
     """
     shapes = {name: entry.spec.shape for name, entry in entries.items()}
+    return apply(memory_outputs(shapes, config, version), entries)
+
+
+def memory_outputs(
+    shapes: Mapping[str, Shape], config: Mapping[str, Any], version: Version
+) -> dict[str, Arrangement]:
+    """What makes each tensor of the live module, by the names in the files; raises as `to_memory`
+    does."""
     wanted = placed_pieces(pieces_of(shapes, config), config, memory_view(config, version))
-    assembler = Assembler(shapes, {name: name for name in entries})
-    outputs = {name: assembler.arrange(pairs) for name, pairs in wanted.items()}
-    return apply(outputs, entries)
+    assembler = Assembler(shapes, {name: name for name in shapes})
+    return {name: assembler.arrange(pairs) for name, pairs in wanted.items()}
 
 
 def pieces_of(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Mapping[str, Piece]:

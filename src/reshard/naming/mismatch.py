@@ -18,8 +18,8 @@ _CHECK = (
     "actor.model)."
 )
 _OTHERWISE = (
-    "In modules of the base the checkpoint holds other tensors, as a layout that is not known "
-    "would: neither to leave these out nor to take the base's would be right."
+    "In some modules of the base the checkpoint holds other tensors, as in an unknown layout: it "
+    "would be wrong to leave these out, and wrong to take the base's."
 )
 # Names shown of each list; the error's fields hold all of them.
 _SHOWN = 10
@@ -82,8 +82,8 @@ def _resized_alone(candidate: Candidate) -> NamesError | None:
         return None
     return NamesError(
         f"{shown(head.name)!r} has {head.shape[0]} rows, and {shown(other.name)!r}, which the base "
-        f"ties it to, has {other.shape[0]}; the checkpoint does not hold that, which must have as "
-        "many.",
+        f"ties it to, has {other.shape[0]}; the checkpoint lacks the latter, which must have as "
+        f"many.",
         missing=(other.name,),
         unexpected=(head.name,),
         hint="Convert a checkpoint of the run that holds it.",
@@ -135,7 +135,7 @@ def _hint(
     """The options that would help, where the base is the right one."""
     if missing and not unexpected and not clashes:
         return (
-            "Were they frozen and left out when it was saved, take them from the base: "
+            "If they were frozen and left out when it was saved, take them from the base: "
             "--fill-from-base."
         )
     matched = len(candidate.of(Verdict.MATCHED))
@@ -185,7 +185,7 @@ def _value_head(candidate: Candidate) -> str:
     pieces = candidate.source.pieces
     left = [(pieces[hub].name, pieces[hub].shape) for hub in candidate.of(Verdict.UNEXPECTED)]
     names = value_heads.candidates(left)
-    return f" Is it a critic's head, pass --value-head {names[0]}." if len(names) == 1 else ""
+    return f" If it is a critic's head, pass --value-head {names[0]}." if len(names) == 1 else ""
 
 
 def _names(names: Iterable[str]) -> tuple[str, ...]:

@@ -180,7 +180,7 @@ def check(parts: Parts, model_type: ModelType | None, options: RewardOptions) ->
     fitting = _model_types(parts)
     if model_type is None and parts.rewards is None and options.says_heads:
         raise NamesError(
-            "the checkpoint holds no reward heads, and some were described.",
+            "the checkpoint holds no reward heads, and the options describe some.",
             hint="Leave out --pooling_method, --scale_for_train and --heads_types.",
         )
     if model_type is not None and model_type not in fitting:

@@ -110,8 +110,8 @@ def sources(entries: Mapping[str, Entry], prefix: str | None) -> Sources:
 def clash(one: str, other: str, name: str) -> NamesError:
     """The error for two different tensors whose names are equal without wrappers' parts."""
     return NamesError(
-        f"{one!r} and {other!r} are both {name!r} without wrappers' parts, and are two tensors.",
-        hint="Load the checkpoint, take the names out that are not meant, and save it again.",
+        f"{one!r} and {other!r} are both {name!r} without wrappers' parts, but they differ.",
+        hint="Load the checkpoint, remove the wrong one of the two, and save it again.",
     )
 
 
@@ -234,7 +234,7 @@ def _refuse_several(candidates: Iterable[Candidate], found: Sources) -> None:
     raise NamesError(
         f"the checkpoint holds {len(holders)} models that fit the base, under {listed}.",
         unexpected=tuple(rest),
-        hint="Name the one that is meant: "
+        hint="Name the one to read: "
         + " or ".join(f"--prefix {prefix.removesuffix('.')}" for prefix in holders)
         + ".",
     )

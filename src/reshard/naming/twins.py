@@ -162,7 +162,7 @@ def _check_head(options: FitOptions, name: str, embedding: Piece, base: Piece) -
     if options.fill_from_base and fits:
         return
     raise NamesError(
-        f"{embedding.name!r} was trained apart from the head that the base ties it to, and "
+        f"{embedding.name!r} was trained separately from the head that the base ties it to, and "
         f"the checkpoint does not hold the head, of shape {embedding.shape}.",
         missing=(name,),
         hint="Take it from the base: --fill-from-base."

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import secrets
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ from reshard._version import __version__
 from reshard.comparison.sums import percent, short
 from reshard.core.sizes import size
 from reshard.errors import UnsupportedError, WriteError, printable
-from reshard.storage.paths import absolute, exists, is_file, is_folder, real
+from reshard.storage.local import read_start
+from reshard.storage.paths import absolute, is_file, is_folder
 
 #: In the head of every page; a page is known by it.
 MARK = '<meta name="generator" content="reshard">'
@@ -32,11 +31,8 @@ def check_place(path: Path) -> None:
         raise WriteError("there is no such folder.", path=absolute(path).parent)
     if is_folder(path):
         raise WriteError("this is a folder.", path=path, hint="Name a file with --html.")
-    if not is_file(path):
+    if not is_file(path) or MARK.encode() in read_start(path, _HEAD):
         return
-    with path.open("rb") as file:
-        if MARK.encode() in file.read(_HEAD):
-            return
     raise WriteError(
         "this file is not a page of reshard, and is not replaced; nothing was read.",
         path=path,
@@ -88,20 +84,3 @@ def _data(name: str) -> str:
 def _finalize(value: object) -> object:
     """What is put out: of a plain text, what can be shown of it; a name may hold anything."""
     return printable(value, lines=True) if type(value) is str else value
-
-
-def write(path: Path, page: str) -> None:
-    """Write a page whole or not at all; raises `WriteError`. A link is followed."""
-    place = real(path)
-    partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
-    try:
-        if exists(place) and not is_file(place):
-            place.write_text(page, encoding="utf-8")
-            return
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(page)
-        partial.replace(place)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise WriteError(f"the page cannot be written: {error.strerror}.", path=path) from error

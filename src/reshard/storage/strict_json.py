@@ -53,6 +53,12 @@ def read_file(path: Path, *, max_nbytes: int = MAX_CONFIG) -> dict[str, Any]:
         return read_object(sources.open(path), max_nbytes=max_nbytes)
 
 
+def read_value(path: Path, *, max_nbytes: int = MAX_CONFIG) -> Any:
+    """The JSON value, of whatever kind, that a file of the user's holds."""
+    with Sources() as sources:
+        return parse(read_whole(sources.open(path), max_nbytes=max_nbytes), str(path))
+
+
 def read_whole(source: Source, *, max_nbytes: int) -> bytes:
     """All bytes of an opened file. Raises `FormatError` where there are more than `max_nbytes`."""
     if source.size > max_nbytes:

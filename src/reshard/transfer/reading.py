@@ -93,14 +93,31 @@ def _stream(
     longest = max((fragment.extent.nbytes for fragment in entry.fragments), default=0)
     # Most tensors of a mixture of experts are far smaller than a block.
     reader = Reader(sources, ledger or Ledger(()), page_aligned(min(_BLOCK, longest)).data)
+    for part in parts(entry, reader, dtype or entry.spec.dtype, start=start, stop=stop):
+        yield part.view(np.uint8)
+
+
+def parts(
+    entry: Entry,
+    reader: Reader,
+    dtype: DType,
+    *,
+    limit: int = _BLOCK,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[Array]:
+    """Elements `[start, stop)` in row-major order as `dtype`, in one buffer of `limit` bytes.
+
+    A part is one-dimensional and is overwritten by the next.
+    """
     spec = entry.spec
-    stored = (dtype or spec.dtype).numpy
     end = spec.numel if stop is None else stop
-    buffer = page_aligned(min(_BLOCK, (end - start) * stored.itemsize)).view(stored)
-    for box in blocks_of_range(spec.shape, start, end, len(buffer)):
+    room = min(limit // dtype.itemsize, end - start) * dtype.itemsize
+    buffer = page_aligned(room).view(dtype.numpy)
+    for box in blocks_of_range(spec.shape, start, end, max(len(buffer), 1)):
         part = buffer[: box.numel]
         fill(entry, box, part, reader)
-        yield part.view(np.uint8)
+        yield part
 
 
 def read_array(entry: Entry, sources: Sources, records: Iterable[Record] = ()) -> Array:

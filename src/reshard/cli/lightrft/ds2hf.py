@@ -21,7 +21,7 @@ _PATH = FolderOrFile()
 @click.option("--checkpoint_dir", "source", type=_PATH, required=True,
               help="The folder with `latest` and the tag folders, or a tag folder.")  # fmt: skip
 @click.option("--output_dir", "target", type=_PATH, required=True,
-              help="A new folder; it appears whole, or not at all.")  # fmt: skip
+              help="A new folder; it appears complete or not at all.")  # fmt: skip
 @click.option("--hf_base", "base", type=_PATH, required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--tag", "-t", help="Which save, e.g. global_step1; default: `latest`.")

@@ -21,7 +21,7 @@ _PATH = FolderOrFile()
 @click.option("--checkpoint_dir", "source", type=_PATH, required=True,
               help="The folder with .metadata and .distcp files, or with rank files.")  # fmt: skip
 @click.option("--output_dir", "target", type=_PATH, required=True,
-              help="A new folder; it appears whole, or not at all.")  # fmt: skip
+              help="A new folder; it appears complete or not at all.")  # fmt: skip
 @flag(CONVERT["prefix"])
 @flag(CONVERT["role"])
 @flag(CONVERT["fill_from_base"])

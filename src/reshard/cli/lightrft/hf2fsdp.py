@@ -19,7 +19,7 @@ _PATH = FolderOrFile()
 @click.option("--hf_checkpoint", "source", type=_PATH, required=True,
               help="The Hugging Face model folder.")  # fmt: skip
 @click.option("--output", "target", type=_PATH, required=True,
-              help="A new folder; it appears whole, or not at all.")  # fmt: skip
+              help="A new folder; it appears complete or not at all.")  # fmt: skip
 @flag(CONVERT["names"])
 @flag(CONVERT["transformers_version"])
 @flag(CONVERT["consumed_samples"])

@@ -17,10 +17,11 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct, field
+from zlib_ng import zlib_ng
 
 from reshard.containers.dcp import pickling
 from reshard.containers.dcp.metadata import Chunk, Location, Metadata, StoredTensor
-from reshard.containers.torch.write import TensorArchive, lay_out_tensor
+from reshard.containers.torch.write import TensorArchive, TensorBytes, lay_out_tensor
 from reshard.core.dtypes import DType
 from reshard.core.plan import OutputFile, Slot
 from reshard.core.rearrange import crop
@@ -31,6 +32,8 @@ from reshard.core.tensors import Box, Entry, Shape, TensorSpec, whole
 MAX_CHUNK_NBYTES = 64 << 20
 # Bytes of a chunk's zip beside its tensor, rounded up.
 _ZIP_NBYTES = 2048
+#: Steps in the nested state dict; a number is one of a list's.
+StatePath = tuple[str | int, ...]
 #: Cuts a tensor into chunks of at most so many bytes, where rows allow it: boxes over its shape in
 #: row-major order, each one unbroken run of its elements, with the elements.
 Cut = Callable[[TensorSpec, Entry, int], Iterable[tuple[Box, Entry]]]
@@ -40,6 +43,24 @@ def by_rows(spec: TensorSpec, source: Entry, max_nbytes: int) -> Iterator[tuple[
     """The tensor in chunks of rows, ascending; a tensor without rows to cut is one chunk."""
     for box in rows(spec, max_nbytes):
         yield box, source if box.sizes == spec.shape else crop(source, box)
+
+
+class Section(Struct, frozen=True):
+    """What one save holds of one kind: tensors given as (target, source, reference), in state dict
+    order, tensors whose bytes are known, and objects, as torch.save streams.
+
+    `paths` are the keys' places in the nested state dict, by the targets' names; a name that is not
+    in it is its own key. The keys of `known` and `objects` are such places. `part` is the output
+    files' (`OutputFile.part`), `rank` the number of the writer in their names, which two sections
+    of one folder must not share.
+    """
+
+    slots: Sequence[tuple[TensorSpec, Entry, Entry | None]]
+    objects: Mapping[StatePath, bytes] = {}
+    known: Mapping[StatePath, TensorBytes] = {}
+    paths: Mapping[str, StatePath] = {}
+    part: str = ""
+    rank: int = 0
 
 
 def lay_out(
@@ -54,41 +75,90 @@ def lay_out(
     A source's aliases become further keys of the same bytes. A file holds at most
     `max_file_nbytes`, unless a single row of a tensor does not fit.
     """
-    max_chunk_nbytes = min(MAX_CHUNK_NBYTES, max_file_nbytes - _ZIP_NBYTES)
-    files = _Files(max_file_nbytes)
+    section = Section(slots, {(key,): data for key, data in (objects or {}).items()})
+    return lay_out_sections([section], max_file_nbytes, cut=cut)
+
+
+def lay_out_sections(
+    sections: Sequence[Section], max_file_nbytes: int, *, cut: Cut = by_rows, folder: str = ""
+) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
+    """Files and metadata of one save, in a sub-folder where `folder` (`"optim_states/"`) is given.
+
+    Aliases and sizes as in `lay_out`.
+    """
     tensors: dict[str, StoredTensor] = {}
+    stored: dict[str, tuple[Location, ...]] = {}
     aliases: dict[str, str] = {}
-    for spec, source, _ in slots:
-        chunks = []
-        for box, held in cut(spec, source, max_chunk_nbytes):
-            archive = _archive(spec.dtype, box.sizes)
-            location = files.room(archive.nbytes).add(
-                TensorSpec(spec.name, spec.dtype, box.sizes), held, archive
-            )
-            chunks.append(Chunk(box.offsets, box.sizes, (location,)))
-        tensors[spec.name] = StoredTensor(spec.dtype.name, spec.shape, tuple(chunks))
-        aliases.update(dict.fromkeys(source.aliases, spec.name))
-    stored = {
-        key: (files.room(len(data)).add_object(data),) for key, data in (objects or {}).items()
-    }
-    paths = {name: (name,) for name in (*tensors, *aliases, *stored)}
-    metadata = pickling.dump(Metadata(tensors, stored, paths, None, aliases))
-    return tuple(file.output() for file in files.all), ((".metadata", metadata),)
+    paths: dict[str, StatePath] = {}
+    output: list[OutputFile] = []
+    for section in sections:
+        files = _Files(max_file_nbytes, section.rank)
+        for spec, source, _ in section.slots:
+            path = section.paths.get(spec.name, (spec.name,))
+            key = _key(path)
+            tensors[key] = _chunked(spec, source, files, max_file_nbytes, cut)
+            paths[key] = path
+            for alias in source.aliases:
+                other = (*path[:-1], alias)
+                aliases[_key(other)] = key
+                paths[_key(other)] = other
+        for path, known in section.known.items():
+            data = _item(known)
+            chunk = Chunk((0,) * len(known.shape), known.shape, (files.add_object(data),))
+            paths[_key(path)] = path
+            tensors[_key(path)] = StoredTensor(known.dtype.name, known.shape, (chunk,))
+        for path, data in section.objects.items():
+            paths[_key(path)] = path
+            stored[_key(path)] = (files.add_object(data),)
+        output += [file.output(folder, section.part) for file in files.all]
+    found = Metadata(tensors, stored, {}, None, aliases)
+    # In the order that torch writes them, aliases before objects.
+    ordered = {key: paths[key] for key in (*tensors, *aliases, *stored)}
+    return tuple(output), ((f"{folder}.metadata", pickling.dump(found, ordered)),)
+
+
+def _key(path: StatePath) -> str:
+    return ".".join(map(str, path))
+
+
+def _chunked(
+    spec: TensorSpec, source: Entry, files: _Files, max_file_nbytes: int, cut: Cut
+) -> StoredTensor:
+    max_chunk_nbytes = min(MAX_CHUNK_NBYTES, max_file_nbytes - _ZIP_NBYTES)
+    chunks = []
+    for box, held in cut(spec, source, max_chunk_nbytes):
+        archive = _archive(spec.dtype, box.sizes)
+        location = files.room(archive.nbytes).add(
+            TensorSpec(spec.name, spec.dtype, box.sizes), held, archive
+        )
+        chunks.append(Chunk(box.offsets, box.sizes, (location,)))
+    return StoredTensor(spec.dtype.name, spec.shape, tuple(chunks))
+
+
+def _item(known: TensorBytes) -> bytes:
+    """The whole item of a tensor whose bytes are known."""
+    archive = _archive(known.dtype, known.shape)
+    return archive.before + known.data + archive.after(zlib_ng.crc32(known.data))
 
 
 class _Files:
     """The output files; only the last one still grows."""
 
-    def __init__(self, max_nbytes: int) -> None:
+    def __init__(self, max_nbytes: int, rank: int = 0) -> None:
         self._max_nbytes = max_nbytes
-        self.all = [_File("__0_0.distcp")]
+        self._rank = rank
+        self.all = [_File(f"__{rank}_0.distcp")]
 
     def room(self, nbytes: int) -> _File:
         """The file that an item of this size goes into."""
         last = self.all[-1]
         if last.nbytes and last.nbytes + nbytes > self._max_nbytes:
-            self.all.append(_File(f"__0_{len(self.all)}.distcp"))
+            self.all.append(_File(f"__{self._rank}_{len(self.all)}.distcp"))
         return self.all[-1]
+
+    def add_object(self, data: bytes) -> Location:
+        """An item whose bytes are known, into whichever file has room."""
+        return self.room(len(data)).add_object(data)
 
 
 class _File(Struct):
@@ -115,8 +185,10 @@ class _File(Struct):
         self.nbytes += len(data)
         return Location(self.name, start, len(data))
 
-    def output(self) -> OutputFile:
-        return OutputFile(self.name, self.nbytes, tuple(self.literals), tuple(self.slots))
+    def output(self, folder: str, part: str) -> OutputFile:
+        """The file as a plan has it."""
+        name = folder + self.name
+        return OutputFile(name, self.nbytes, tuple(self.literals), tuple(self.slots), part)
 
 
 def rows(spec: TensorSpec, max_nbytes: int) -> Iterator[Box]:

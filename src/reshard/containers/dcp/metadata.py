@@ -241,12 +241,12 @@ class _Parser:
         known = set(keys)
         for lost, path in planned.items():
             if lost not in known and isinstance(path, tuple):
-                raise self._broken("its planner_data has it, its state dict has not", str(lost))
+                raise self._broken("its planner_data has it, its state dict does not", str(lost))
         paths = {}
         for key in keys:
             path = planned.get(key)
             if path is None:
-                raise self._broken("its state dict has it, its planner_data has not", key)
+                raise self._broken("its state dict has it, its planner_data does not", key)
             if not isinstance(path, tuple) or not path or set(map(type, path)) - {str, int}:
                 raise self._broken("its path in the state dict is not of names and numbers", key)
             if len(path) > MAX_STEPS:

@@ -8,6 +8,7 @@ the same in every torch since 2.4.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 from msgspec import Struct
 
@@ -48,9 +49,10 @@ class _Instance(Struct, frozen=True, eq=False):
     state: object
 
 
-def dump(metadata: Metadata) -> bytes:
+def dump(metadata: Metadata, paths: Mapping[str, tuple[str | int, ...]] | None = None) -> bytes:
     """The bytes of a `.metadata` file, which lists each chunk and each object with one copy.
 
+    `paths`, where given, go before the metadata's own, whose steps are all texts.
     An alias is one more key with the same chunks, which lie where the tensor's lie; the field
     `ALIASES`, which torch does not look at, says which keys are aliases.
     """
@@ -68,9 +70,10 @@ def dump(metadata: Metadata) -> bytes:
     )
     described = {key: _tensor(tensor) for key, tensor in tensors.items()}
     described.update((key, _instance("BytesStorageMetadata")) for key in metadata.objects)
+    steps: Mapping[str, tuple[str | int, ...]] = metadata.paths if paths is None else paths
     fields: dict[str, object] = {
         "state_dict_metadata": described,
-        "planner_data": dict(metadata.paths),
+        "planner_data": dict(steps),
         "storage_data": stored,
         "version": _VERSION,
     }
@@ -78,8 +81,10 @@ def dump(metadata: Metadata) -> bytes:
         fields[ALIASES] = dict(metadata.aliases)
         # Names that only this file states are written twice, so that a reader notices a flipped
         # bit. Without aliases the file is as torch writes it for a flat state dict: each name once.
-        paths = metadata.paths.items()
-        fields["planner_data"] = {key: tuple(map(_Again, path)) for key, path in paths}
+        fields["planner_data"] = {
+            key: tuple(_Again(step) if isinstance(step, str) else step for step in path)
+            for key, path in steps.items()
+        }
     pickler = _Pickler()
     pickler.put(_instance("Metadata", **fields))
     return pickler.finish()

@@ -39,7 +39,7 @@ def index(case: Case) -> Signs | None:
     lost = sorted((folder.listed or {}).keys() - folder.entries.keys())
     if case.values.conflicts or folder.damaged or (lost and not case.fits):
         return Signs(tuple(evidence), advice="Copy the folder again, with all of its files.")
-    words = f"shards and index are written anew from the {len(folder.entries)} tensors in the files"
+    words = f"shards and index are rewritten from the {len(folder.entries)} tensors in the files"
     return Signs(tuple(evidence), Repair(words))
 
 
@@ -71,7 +71,7 @@ def _index_faults(case: Case) -> list[str]:
     if unlisted:
         faults.append(f"it does not know {some(unlisted)}")
         if SINGLE in unlisted:
-            faults.append(f"loaders take {SINGLE} and never look at the index")
+            faults.append(f"loaders take {SINGLE} and ignore the index")
     return faults
 
 

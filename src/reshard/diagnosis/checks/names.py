@@ -64,7 +64,7 @@ def wrapper_prefix(case: Case) -> Signs | None:
     if len(case.clean) < len(case.folder.entries):
         return Signs(tuple(evidence), advice="Two tensors would get one name. " + _NAME_BASE)
     renamed = {own: clean for clean, own in case.clean.items()}
-    return Signs(tuple(evidence), Repair("these parts are taken off", renamed=renamed))
+    return Signs(tuple(evidence), Repair("these parts are removed", renamed=renamed))
 
 
 def memory_names(case: Case) -> Signs | None:
@@ -138,7 +138,7 @@ def transposed_experts(case: Case) -> Signs | None:
     evidence = (f"{len(turned)} stacked tensors: {some(shapes)}",)
     if case.base is None:
         return Signs(evidence, advice=_NAME_BASE)
-    return Signs(evidence, Repair("they are turned as the base has them") if case.fits else None)
+    return Signs(evidence, Repair("they are transposed as in the base") if case.fits else None)
 
 
 def _turned(case: Case) -> Iterator[tuple[str, Shape, Shape]]:
@@ -170,7 +170,7 @@ def misfit(case: Case) -> Signs | None:
     error = case.fitted.misfit
     if error is None or case.placeholders or head_is_lost(case) or rows_disagree(case):
         return None
-    advice = "Is it the model that --base was the start of?"
+    advice = "Did the training start from --base?"
     if not isinstance(error, NamesError) or not (error.missing or error.unexpected):
         return Signs((error.message,), advice=error.hint or advice)
     evidence = []
@@ -182,7 +182,8 @@ def misfit(case: Case) -> Signs | None:
         )
     elif not _of_another_family(case):
         advice = (
-            "Were they frozen and left out: reshard convert DIR OUT --base HF_DIR --fill-from-base."
+            "If they were frozen and left out: reshard convert DIR OUT --base HF_DIR "
+            "--fill-from-base."
         )
     return Signs(tuple(evidence), advice=advice)
 

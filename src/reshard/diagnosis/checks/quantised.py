@@ -22,7 +22,7 @@ def scales_left_over(case: Case) -> Signs | None:
             "too large as their scales are small"
         )
         return Signs(tuple(evidence), advice=_CONVERT)
-    words = "the scales are left out, and the config does not speak of them"
+    words = "the scales are left out, and the config does not mention them"
     return Signs(tuple(evidence), Repair(words) if case.alone or case.fits else None)
 
 
@@ -41,7 +41,7 @@ def contradicts_config(case: Case) -> Signs | None:
         evidence = f"{len(found.kinds)} weights are codes, and config.json does not say so: some "
         names = some(f"{name} ({kind})" for name, kind in found.kinds.items())
         repair = Repair("the weights are written as numbers") if case.alone or case.fits else None
-        return Signs((f"{evidence}are {names}", "loaders take the codes for weights"), repair)
+        return Signs((f"{evidence}are {names}", "loaders mistake the codes for weights"), repair)
     if found.stated is None and found.unread is not None:
         evidence = f"the weights are quantised by {found.unread.title}, config.json does not say so"
         return Signs((evidence,), advice="Copy the config of the model that it was made from.")
@@ -61,5 +61,5 @@ def unread(case: Case) -> Signs | None:
     evidence = f"{len(kind.modules)} modules are quantised by {kind.title}: {some(kind.modules)}"
     return Signs(
         (evidence, "their names, shapes and values were not compared"),
-        advice="To have them compared, look at the unquantised model.",
+        advice="To compare them, examine the unquantised model.",
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from reshard.conversion.base_model import dtype_patches
 from reshard.core import dtypes
+from reshard.core.tensors import main_dtype
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.folder import classes
 from reshard.diagnosis.found import Repair, Signs
@@ -112,30 +111,22 @@ def dtype(case: Case) -> Signs | None:
     """A dtype in the config that is not the weights'."""
     settings = case.folder.settings
     stated = settings.get("dtype") or settings.get("torch_dtype")
-    counts: Counter[str] = Counter()
-    for entry in case.folder.entries.values():
-        if entry.spec.dtype.floating and entry.spec.dtype.itemsize > 1:
-            counts[entry.spec.dtype.name] += entry.spec.numel
-    total = counts.total()
+    specs = [entry.spec for entry in case.folder.entries.values()]
+    wide = [spec for spec in specs if spec.dtype.floating and spec.dtype.itemsize > 1]
+    main, total = main_dtype(wide), sum(spec.numel for spec in wide)
     known = isinstance(stated, str) and stated in {known.name for known in dtypes.ALL}
-    if not known or not total or "quantization_config" in settings:
+    if not known or main is None or not total or "quantization_config" in settings:
         return None
-    have, most = counts.most_common(1)[0]
+    have, most = main.name, sum(spec.numel for spec in wide if spec.dtype == main)
     if have == stated:
         return None
     evidence = (f"config.json says {stated}, {100 * most / total:.0f}% of the weights are {have}",)
-    if case.base is not None and _main_dtype(case) == stated:
+    of_base = () if case.base is None else (e.spec for e in case.base.entries.values())
+    theirs = main_dtype(of_base)
+    if theirs is not None and theirs.name == stated:
         return Signs(evidence, Repair(f"the weights are rounded to the base's {stated}", cast=True))
     patches = dtype_patches(case.folder.as_base(), have)
     return Signs(evidence, Repair(f"the config's dtype is set to {have}", config=patches))
-
-
-def _main_dtype(case: Case) -> str:
-    """The dtype of most of the base's elements."""
-    counts: Counter[str] = Counter()
-    for entry in case.base.entries.values() if case.base is not None else ():
-        counts[entry.spec.dtype.name] += entry.spec.numel
-    return counts.most_common(1)[0][0] if counts else ""
 
 
 def head_is_lost(case: Case) -> bool:

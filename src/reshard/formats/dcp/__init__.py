@@ -30,11 +30,12 @@ from reshard.formats import Selection, numbered, of_several
 from reshard.formats.dcp import parts
 from reshard.formats.dcp.chunked import read_chunks
 from reshard.formats.dcp.save import METADATA, RANK_METADATA, folder_metadata
+from reshard.formats.dcp.state_layout import lay_out_state
 from reshard.formats.signs import is_mcore
 from reshard.storage.local import Sources
 from reshard.storage.paths import exists, is_folder, listing
 
-__all__ = ["detect", "lay_out", "read"]
+__all__ = ["detect", "lay_out", "lay_out_state", "read"]
 
 # Where accelerate and the HF Trainer put the models of a checkpoint folder, one as a rule.
 _ACCELERATE = re.compile(r"pytorch_model_fsdp_(\d+)")

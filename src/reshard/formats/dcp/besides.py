@@ -63,7 +63,7 @@ def refuse_rank_files(folder: Path) -> None:
     if ranks and not exists(folder / METADATA):
         raise UnsupportedError(
             f"each rank saved its optimizer for itself ({ranks[0].name}), with numbers for names: "
-            "nothing tells whose the state is.",
+            "nothing says which parameters the state belongs to.",
             path=folder,
             hint="Convert the weights alone, without --optimizer; or save once without "
             "--use_mp_opt.",

@@ -12,8 +12,10 @@ from __future__ import annotations
 from reshard.containers.torch.write import lay_out_data
 
 CLIENT_STATE = "client_state.pt"
+#: What of it a run that is resumed needs.
+CONSUMED_SAMPLES = "consumed_samples"
 
 
 def client_state(consumed_samples: int) -> tuple[str, bytes]:
     """The file that says how many samples a run has consumed: its name, and its bytes."""
-    return CLIENT_STATE, lay_out_data({"consumed_samples": consumed_samples})
+    return CLIENT_STATE, lay_out_data({CONSUMED_SAMPLES: consumed_samples})

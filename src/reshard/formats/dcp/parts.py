@@ -116,7 +116,7 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
                 "what it holds is not taken for the model unless it is named: "
                 f"{listed(others, _LISTED)}.",
                 path=root,
-                hint=f"Name the part that is meant: --prefix {first}.",
+                hint=f"Name the part to read: --prefix {first}.",
             )
         raise _only_optimizer(root)
     several = (
@@ -126,7 +126,7 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
     raise NamesError(
         f"several parts of it could be the model: {listed(several, _LISTED)}.",
         path=root,
-        hint="Name the one that is meant with --prefix.",
+        hint="Name the one to read with --prefix.",
     )
 
 

@@ -34,8 +34,7 @@ def folder_metadata(folder: Path, sources: Sources) -> Metadata:
         raise FormatError(
             f"it holds both {METADATA} and __{ranks[0]}{METADATA}: two saves into one folder.",
             path=folder,
-            hint=f"Move {METADATA}, or all files __*.metadata, away: those of the save that is "
-            "not meant.",
+            hint=f"Move {METADATA}, or all files __*.metadata, away: those of the other save.",
         )
     if METADATA in names:
         return _parse(child(folder, METADATA), sources)

@@ -69,7 +69,7 @@ def reader(
         state = besides.run_state(state, folder, metadata, parts)
         return _own_names(state, entries, part.path)
 
-    return read
+    return ReadState(read)
 
 
 def _roots(metadata: Metadata, model: StatePath) -> list[StatePath]:
@@ -193,8 +193,8 @@ def _groups(found: _Found, objects: _Objects) -> tuple[Group, ...]:
         names = settings.pop("params", None)
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise UnsupportedError(
-                f"the parameters of its group {number} go by numbers, without names: nothing "
-                "tells whose the state is.",
+                f"the parameters of its group {number} go by numbers, without names: nothing says "
+                f"which parameters the state belongs to.",
                 path=objects.folder,
                 hint="Save it with get_optimizer_state_dict, or convert the weights alone.",
             )

@@ -58,7 +58,7 @@ def reader(
             state = unnamed.read(saved, catalog, parts)
         return run_state(state, first, parts)
 
-    return read
+    return ReadState(read)
 
 
 def _zero(saved: Sequence[Saved], parts: Parts) -> TrainingState:

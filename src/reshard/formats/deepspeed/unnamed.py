@@ -194,8 +194,8 @@ def _by_order(count: int) -> Finding:
 
 def _no_names(model: ModelFile, why: str) -> UnsupportedError:
     return UnsupportedError(
-        f"without ZeRO the optimizer's state is stored without names, and {why}: nothing tells "
-        "whose it is.",
+        f"without ZeRO the optimizer's state is stored without names, and {why}: nothing says "
+        f"which parameters it belongs to.",
         path=model.path,
         hint="Resume the run once with ZeRO stage 1 and save, or convert the weights alone.",
     )

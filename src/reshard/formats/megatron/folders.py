@@ -80,7 +80,7 @@ def _inside(path: Path) -> Path | None:
         raise NotFoundError(
             f"it holds {' and '.join(str(one.relative_to(path)) for one in found)}.",
             path=path,
-            hint="Name the one that is meant.",
+            hint="Name the one to read.",
         )
     return found[0] if found else None
 

@@ -50,8 +50,8 @@ def named(metadata: Metadata, keys: Iterable[str], folder: Path) -> dict[str, st
         return found
     if any(_UNNAMED.fullmatch(key) for key in metadata.tensors):
         raise UnsupportedError(
-            "the fp32 masters lie in the optimizer's buckets, which name nothing of what is in "
-            "them (dp_reshardable).",
+            "the fp32 masters lie in the optimizer's buckets, which do not name their contents "
+            "(dp_reshardable).",
             path=folder,
             hint="Leave out --masters; or load the checkpoint into the run, and save it with "
             "--dist-ckpt-optim-fully-reshardable.",

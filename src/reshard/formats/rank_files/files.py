@@ -136,7 +136,7 @@ def find(path: Path, role: str | None, sources: Sources) -> Saved:
         raise NotFoundError(
             f"it holds the rank files of several models: {listed(models, _LISTED)}.",
             path=folder,
-            hint="Name a file of the one that is meant.",
+            hint="Name a file of the one to read.",
         )
     mine = [file for file in found if file.model == model]
     world = _world(folder, mine, None if named is None else named.world)
@@ -201,7 +201,7 @@ def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
         raise IncompleteError(
             f"it holds rank files of two saves, by worlds of {both} ranks.",
             path=folder,
-            hint=f"Name a file of the save that is meant ({first}), or move the others away.",
+            hint=f"Name a file of the save to read ({first}), or move the others away.",
         )
     return next(iter(worlds), None)
 
@@ -220,7 +220,7 @@ def _agreed(folder: Path, world: int | None, sources: Sources) -> int | None:
             f"{_CONFIG} states {brief(stated)} ranks, and the rank files are of a world of "
             f"{world}: files of two saves are mixed, or those of the last save are missing.",
             path=folder,
-            hint="Copy the whole folder again, or name a rank's file of the save that is meant.",
+            hint="Copy the whole folder again, or name a rank's file of the save to read.",
         )
     return world
 

@@ -109,7 +109,7 @@ def _check_place(name: str, places: list[str]) -> None:
     """Raises `UnsupportedError` where a weight that the base holds is not one of its tensors."""
     if not places:
         raise UnsupportedError(
-            "the base stacks or turns this weight, which the checkpoint does not hold, so its "
+            "the base stacks or transposes this weight, which the checkpoint does not hold, so its "
             "adapter cannot be merged.",
             tensor=name,
             hint="Convert a checkpoint of the run that holds all weights.",

@@ -72,7 +72,7 @@ class Numbers(Struct, frozen=True):
         return Finding(
             "dequantised",
             f"{whose} weights are quantised ({self.summary}): they are read as the numbers that "
-            "they stand for, and the output has neither their scales nor a quantization_config.",
+            f"they represent, and the output has neither their scales nor a quantization_config.",
         )
 
 
@@ -194,7 +194,7 @@ class _Pairing:
                 f"it is {self._entries[name].spec.dtype} and has a scale beside it, {scale!r}: "
                 f"{len(stale)} weights are not codes, and their scales are of other weights.",
                 tensor=name,
-                hint="Name the model as it was released; reshard doctor tells more of this one.",
+                hint="Name the model as it was released; reshard doctor says more about this one.",
             )
 
 

@@ -1,0 +1,213 @@
+"""The training state that goes along with the weights: read, completed by what was given, and
+carried through every change of names that the weights go through.
+
+    catalog.training_state() -> hyperparameters given -> names as the weights' -> lay_out_state
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from reshard.conversion.options import Options
+from reshard.conversion.output_model import Export
+from reshard.core.arrangement import Arrangement, sources
+from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
+from reshard.core.hyperparameters import NEEDED
+from reshard.core.state import Group, Plain, Step, TrainingState
+from reshard.core.tensors import Entry
+from reshard.errors import OptionError, PlanError, listed
+from reshard.formats.dcp.lightrft import CONSUMED_SAMPLES
+from reshard.formats.info import named
+from reshard.naming import apply
+from reshard.storage import strict_json
+
+_ALONE = "Convert the weights alone, without --optimizer."
+
+
+def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingState | None]:
+    """The catalog with the masters for weights, and its training state, where it was asked for.
+
+    Raises `PlanError` where the checkpoint holds none, and what its reader raises.
+    """
+    if not options.optimizer:
+        return catalog, None
+    state = catalog.training_state()
+    if state is None:
+        what = "its format holds none" if not _can_hold(catalog) else "it holds none"
+        raise PlanError(
+            f"the state of an optimizer was asked for, and {what}.",
+            path=catalog.origin.root,
+            hint=_ALONE,
+        )
+    state = _with_given(state, options)
+    entries = dict(catalog.entries)
+    for name, master in state.masters.items():
+        entries[name] = replace(master, kind=entries[name].kind, aliases=entries[name].aliases)
+    records = tuple(dict.fromkeys((*catalog.records, *state.records)))
+    findings = (*catalog.findings, *state.findings, *_left_out(state))
+    return replace(catalog, entries=entries, records=records, findings=findings), state
+
+
+def _can_hold(catalog: Catalog) -> bool:
+    return named(catalog.format).training_state
+
+
+def _left_out(state: TrainingState) -> tuple[Finding, ...]:
+    if not state.left_out:
+        return ()
+    message = f"of the training state was left out what is no plain data: {listed(state.left_out)}."
+    return (Finding("state-left-out", message),)
+
+
+def _with_given(state: TrainingState, options: Options) -> TrainingState:
+    """The state with the hyperparameters and the samples that the options give."""
+    if options.consumed_samples is not None:
+        given = {**state.client_state, CONSUMED_SAMPLES: options.consumed_samples}
+        state = replace(state, client_state=given)
+    if options.hyperparameters is None:
+        return state
+    if state.hyperparameters_known:
+        raise OptionError(
+            "hyperparameters: the checkpoint states them itself.",
+            hint="Leave out --hyperparameters.",
+            option="hyperparameters",
+        )
+    settings = _parsed(options.hyperparameters, len(state.groups))
+    groups = zip(state.groups, settings, strict=True)
+    return replace(state, groups=tuple(replace(g, hyperparameters=s) for g, s in groups))
+
+
+def _parsed(path: Path, count: int) -> list[dict[str, Plain]]:
+    """The hyperparameters in a JSON file: a list with an object for each of `count` groups."""
+    value: Any = strict_json.read_value(path)
+    if not isinstance(value, list) or not all(isinstance(group, dict) for group in value):
+        raise _wrong(path, "it is not a list of objects")
+    if len(value) != count:
+        raise _wrong(path, f"it is of {len(value)} parameter groups, the checkpoint has {count}")
+    for at, group in enumerate(value):
+        for key in NEEDED:
+            numbers = group.get(key) if key == "betas" else [group.get(key)]
+            sound = isinstance(numbers, list) and len(numbers) == (2 if key == "betas" else 1)
+            if not sound or not all(type(number) in (int, float) for number in numbers):
+                raise _wrong(path, f"the {key} of group {at} is {group.get(key)!r}")
+    return [{**group, "betas": tuple(group["betas"])} for group in value]
+
+
+def _wrong(path: Path, why: str) -> OptionError:
+    return OptionError(
+        f"hyperparameters: {why}.",
+        path=path,
+        hint='Write a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], '
+        '"eps": 1e-8, "weight_decay": 0.1}].',
+        option="hyperparameters",
+    )
+
+
+def carried(
+    state: TrainingState, made: Export, maps: Sequence[Mapping[str, Arrangement]]
+) -> TrainingState:
+    """The state under the names of the export, whose tensors `maps` made, one after the other.
+
+    Raises `PlanError` where a parameter's moments have no place in the output, or where what is
+    joined was trained apart.
+    """
+    written = {target.spec.name: target.spec.shape for target in made.model}
+    for at, outputs in enumerate(maps, start=1):
+        if at == len(maps):  # without the tied names, under which nothing has a state of its own
+            outputs = {name: outputs[name] for name in outputs if name in written}
+        state = _through(state, outputs)
+    for kind, table in state.moments.items():
+        for name, entry in table.items():
+            if written.get(name) != entry.spec.shape:
+                raise PlanError(
+                    f"its {kind} is of shape {entry.spec.shape}, and the weight that is written "
+                    f"of {written.get(name, 'no shape')}: the optimizer's state cannot be carried "
+                    "through this change.",
+                    tensor=name,
+                    hint=_ALONE,
+                )
+    return state
+
+
+def _through(state: TrainingState, outputs: Mapping[str, Arrangement]) -> TrainingState:
+    """The state by the names of one map's outputs."""
+    covered = set(state.names)
+    owners: dict[str, tuple[str, ...]] = {}
+    for name, arrangement in outputs.items():
+        made_of = tuple(dict.fromkeys(sources(arrangement)))
+        trained = covered.intersection(made_of)
+        if trained and len(trained) < len(made_of):
+            raise PlanError(
+                "it is made of parameters with and without an optimizer's state "
+                f"({listed(sorted(trained), 2)} has one).",
+                tensor=name,
+                hint=_ALONE,
+            )
+        if trained:
+            owners[name] = made_of
+    lost = covered.difference(*owners.values()) if owners else covered
+    if lost:
+        raise PlanError(
+            f"the moments of {len(lost)} parameters cannot be carried to the names of the output: "
+            f"{listed(sorted(lost), 4)}.",
+            hint="Leave out --base: without it the names stay, and the state travels with them.",
+        )
+    moments = {kind: _table(table, outputs, owners) for kind, table in state.moments.items()}
+    steps = {
+        name: _one([state.steps.get(source) for source in made_of], name, "steps")
+        for name, made_of in owners.items()
+    }
+    numbers = {name: at for at, group in enumerate(state.groups) for name in group.names}
+    members: dict[int, list[str]] = {at: [] for at in range(len(state.groups))}
+    for name, made_of in owners.items():
+        at = _one([numbers.get(source) for source in made_of], name, "parameter groups")
+        if at is not None:
+            members[at].append(name)
+    groups = [
+        Group(tuple(members[at]), group.hyperparameters) for at, group in enumerate(state.groups)
+    ]
+    found: dict[str, Step] = {name: step for name, step in steps.items() if step is not None}
+    return replace(state, moments=moments, masters={}, steps=found, groups=tuple(groups))
+
+
+def _table(
+    table: Mapping[str, Entry],
+    outputs: Mapping[str, Arrangement],
+    owners: Mapping[str, tuple[str, ...]],
+) -> dict[str, Entry]:
+    wanted = {name: outputs[name] for name, made_of in owners.items() if set(made_of) <= {*table}}
+    return apply(wanted, table)
+
+
+def _one(values: Sequence[Any], name: str, what: str) -> Any:
+    """The value that all sources of a tensor have."""
+    if any(value != values[0] for value in values):
+        raise PlanError(
+            f"it is made of parameters of different {what}, so no one optimizer's state is its.",
+            tensor=name,
+            hint=_ALONE,
+        )
+    return values[0]
+
+
+def rounded(state: TrainingState, made: Export) -> tuple[Finding, ...]:
+    """That the weights are written in fewer bits than the optimizer's masters have."""
+    trained = set(state.names)
+    names = [
+        target.spec.name
+        for target in made.model
+        if target.spec.name in trained
+        and target.spec.dtype.itemsize < target.source.spec.dtype.itemsize
+    ]
+    if not names:
+        return ()
+    message = (
+        f"{len(names)} of the weights are masters of the optimizer that were rounded "
+        f"({listed(names, 2)}): the run goes on from other weights than it had."
+    )
+    return (Finding("state-masters-rounded", message),)

@@ -1,0 +1,108 @@
+"""The settings of torch's optimizers: which a state dict holds, and what DeepSpeed's leave out.
+
+`set_optimizer_state_dict` asks a checkpoint for every key that the live optimizer has, and takes no
+notice of others. DeepSpeedCPUAdam and FusedAdam keep five of the eleven; the others are switches of
+torch's own, whose defaults say what those optimizers do. A value that decides the training
+(`lr`, `betas`, `eps`, `weight_decay`) is never made up. torch 2.13, torch/optim/adam.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from msgspec.structs import replace
+
+from reshard.core.state import Group, Plain, TrainingState
+from reshard.errors import PlanError, listed
+
+#: What AdamW's state dict must say itself.
+NEEDED = ("lr", "betas", "eps", "weight_decay")
+# What it holds besides.
+_SWITCHES: Mapping[str, Plain] = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+_ADAM = frozenset({"exp_avg", "exp_avg_sq"})
+_STEP_NEEDED = "Convert the weights alone, without --optimizer."
+
+
+def is_adam(state: TrainingState) -> bool:
+    """Whether it is the state of Adam or AdamW, for every parameter."""
+    return state.moments.keys() >= _ADAM
+
+
+def completed(state: TrainingState) -> TrainingState:
+    """The state whose groups have every key that torch's AdamW asks for, `initial_lr` among them.
+
+    Of another optimizer the groups are as they are, but for `initial_lr`. Raises `PlanError` where
+    something is missing that a run cannot go on without: a setting, a step, a parameter's moments.
+    """
+    _check_held(state)
+    lrs = base_lrs(state)
+    groups = [
+        _completed(group, at, None if lrs is None else lrs[at], adam=is_adam(state))
+        for at, group in enumerate(state.groups)
+    ]
+    return replace(state, groups=tuple(groups))
+
+
+def base_lrs(state: TrainingState) -> Sequence[float] | None:
+    """The learning rates that the scheduler starts from, one for each group; None: not known."""
+    found = None if state.scheduler is None else state.scheduler.get("base_lrs")
+    if not isinstance(found, list | tuple) or len(found) != len(state.groups):
+        return None
+    rates = [rate for rate in found if isinstance(rate, int | float)]
+    return rates if len(rates) == len(found) else None
+
+
+def _completed(group: Group, at: int, base_lr: float | None, *, adam: bool) -> Group:
+    settings = dict(group.hyperparameters)
+    lacking = [key for key in (NEEDED if adam else ("lr",)) if key not in settings]
+    if lacking:
+        raise PlanError(
+            f"the checkpoint does not hold the {listed(lacking)} of parameter group {at}, of "
+            f"{len(group.names)} parameters ({listed(group.names, 2)}).",
+            hint="Pass --hyperparameters with a JSON file of them, a list with an object for each "
+            'group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].',
+        )
+    if adam:
+        settings = {**_SWITCHES, **settings, "betas": _pair(settings["betas"], at)}
+    if "initial_lr" not in settings:
+        settings["initial_lr"] = settings["lr"] if base_lr is None else base_lr
+    return replace(group, hyperparameters=settings)
+
+
+def _pair(betas: Plain, at: int) -> tuple[Plain, ...]:
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise PlanError(f"the betas of parameter group {at} are not two numbers: {betas!r}.")
+    return tuple(betas)
+
+
+def _check_held(state: TrainingState) -> None:
+    """Every parameter of a group must have what the others have: its moments, and a step."""
+    if not state.moments:
+        raise PlanError(
+            "the optimizer has not made a step: it holds no moments.", hint=_STEP_NEEDED
+        )
+    held = {name for table in state.moments.values() for name in table}
+    covered = [name for group in state.groups for name in group.names]
+    never = [name for name in covered if name not in held]
+    if never:
+        raise PlanError(
+            f"the optimizer holds no moments of {len(never)} parameters that its groups cover, "
+            f"as of those that no step has updated: {listed(never, 4)}.",
+            hint=_STEP_NEEDED,
+        )
+    for kind in _ADAM & state.moments.keys():
+        without = [name for name in state.moments[kind] if name not in state.steps]
+        if without:
+            raise PlanError(
+                f"it does not say how many steps {len(without)} parameters have had, which their "
+                f"{kind} goes by: {listed(without, 4)}.",
+                hint=_STEP_NEEDED,
+            )

@@ -1,0 +1,158 @@
+"""Lay out a model and its optimizer as the frameworks load them with `dcp.load`. Pure, no I/O.
+
+    lightrft     .metadata, __0_<n>.distcp                    {name: weight}
+                 optim_states/                                {"state": .., "param_groups": ..}
+                 client_state.pt, scheduler_state.pt
+    accelerate   pytorch_model_fsdp_0/                        {"model": {name: weight}}
+                 optimizer_0/                                 {"optimizer": {"state": ..}}
+                 scheduler.pt
+    nested       .metadata, __0_<n>.distcp, __1_<n>.distcp    {"model": .., "optimizer": ..}
+                 scheduler.pt
+
+The optimizer's part is what `get_optimizer_state_dict` gives: moments by parameter name, each step
+a float32 tensor without dimensions, each hyperparameter an object of its own, `params` of a group
+the names. Frozen parameters and tied aliases have no state. torch 2.13 (checkpoint/state_dict.py),
+accelerate 1.15 (utils/fsdp_utils.py), LightRFT (strategy/fsdp/fsdpv2.py, `load_ckpt`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+
+from msgspec import Struct
+
+from reshard.containers.dcp.layout import Section, StatePath, lay_out_sections
+from reshard.containers.torch.write import TensorBytes, lay_out_data
+from reshard.core.dtypes import FLOAT32
+from reshard.core.findings import Finding
+from reshard.core.hyperparameters import completed
+from reshard.core.state import STATE_PART, Plain, TrainingState, tensor_name
+from reshard.core.tensors import TensorSpec
+from reshard.errors import PlanError, listed
+from reshard.formats import Laid, Wanted
+from reshard.formats.dcp.lightrft import CLIENT_STATE, CONSUMED_SAMPLES
+
+#: The values of `--layout`, the default first.
+LAYOUTS = ("lightrft", "accelerate", "nested")
+# float32 counts every whole number up to here.
+_MAX_STEP = 1 << 24
+
+
+class _Place(Struct, frozen=True):
+    """Where a layout keeps the parts: folders, and keys in the state dict; and small files."""
+
+    model_folder: str
+    model_root: StatePath
+    state_folder: str
+    state_root: StatePath
+    scheduler: str
+    client_state: bool = False
+
+
+_PLACES: Mapping[str, _Place] = {
+    "lightrft": _Place("", (), "optim_states/", (), "scheduler_state.pt", client_state=True),
+    "accelerate": _Place(
+        "pytorch_model_fsdp_0/", ("model",), "optimizer_0/", ("optimizer",), "scheduler.pt"
+    ),
+    "nested": _Place("", ("model",), "", ("optimizer",), "scheduler.pt"),
+}
+
+
+def lay_out_state(
+    weights: Sequence[Wanted], state: TrainingState, max_file_nbytes: int, layout: str | None
+) -> Laid:
+    """The model's files, the optimizer's, and those of the run, see `formats.StateWritable`.
+
+    Raises `PlanError` where the state lacks what a run needs, or a step is beyond float32.
+    """
+    place = _PLACES[layout or LAYOUTS[0]]
+    state = completed(state)
+    model = Section(
+        weights, paths={spec.name: (*place.model_root, spec.name) for spec, _, _ in weights}
+    )
+    together = place.model_folder == place.state_folder
+    optimizer = _section(state, place.state_root, rank=1 if together else 0)
+    if together:
+        files, texts = lay_out_sections(
+            [model, optimizer], max_file_nbytes, folder=place.model_folder
+        )
+    else:
+        files, texts = lay_out_sections([model], max_file_nbytes, folder=place.model_folder)
+        more, metadata = lay_out_sections([optimizer], max_file_nbytes, folder=place.state_folder)
+        files, texts = files + more, texts + metadata
+    beside, findings = _run(state, place)
+    return Laid(files, (*texts, *beside), findings)
+
+
+def _section(state: TrainingState, root: StatePath, *, rank: int) -> Section:
+    slots: list[Wanted] = []
+    paths: dict[str, StatePath] = {}
+    known: dict[StatePath, TensorBytes] = {}
+    for name in state.names:
+        if name in state.steps:
+            step: StatePath = (*root, "state", name, "step")
+            known[step] = _step(state.steps[name].count, name)
+        for kind, table in state.moments.items():
+            if name in table:
+                key = tensor_name(kind, name)
+                spec = table[name].spec
+                slots.append((TensorSpec(key, spec.dtype, spec.shape), table[name], None))
+                paths[key] = (*root, "state", name, kind)
+    objects = {
+        (*root, "param_groups", at, key): lay_out_data(value)
+        for at, group in enumerate(state.groups)
+        for key, value in {**group.hyperparameters, "params": list(group.names)}.items()
+    }
+    return Section(slots, objects, known, paths, STATE_PART, rank)
+
+
+def _step(count: int, name: str) -> TensorBytes:
+    if count > _MAX_STEP:
+        raise PlanError(f"its step count, {count}, is beyond those of float32.", tensor=name)
+    return TensorBytes(FLOAT32, (), struct.pack("<f", count))
+
+
+def _run(
+    state: TrainingState, place: _Place
+) -> tuple[tuple[tuple[str, bytes], ...], tuple[Finding, ...]]:
+    """The schedule and the client state, and what of the run is not written."""
+    texts: list[tuple[str, bytes]] = []
+    findings: list[Finding] = []
+    why = _misfit(state)
+    if state.scheduler is not None and why is None:
+        texts.append((place.scheduler, lay_out_data(dict(state.scheduler))))
+    elif why is not None:
+        findings.append(Finding("scheduler-left-out", f"the scheduler's state {why}."))
+    if place.client_state:
+        texts.append((CLIENT_STATE, lay_out_data(dict(state.client_state))))
+        if CONSUMED_SAMPLES not in state.client_state:
+            message = (
+                f"{CLIENT_STATE} does not say how many samples the run has used up, without which "
+                "LightRFT's training does not resume."
+            )
+            findings.append(Finding("consumed-samples-unknown", message, CLIENT_STATE))
+    left = [*_unwritten(state, place)]
+    if left:
+        message = f"this layout has no place for {listed(left)}; it was not written."
+        findings.append(Finding("run-state-left-out", message))
+    return tuple(texts), tuple(findings)
+
+
+def _misfit(state: TrainingState) -> str | None:
+    """Why torch's scheduler would not take the state; None: it does, or there is none."""
+    scheduler: Mapping[str, Plain] = state.scheduler or {}
+    if state.scheduler is not None and "last_epoch" not in scheduler:
+        return f"is not that of a scheduler of torch: it holds {listed(scheduler, 4) or 'nothing'}"
+    rates = scheduler.get("base_lrs")
+    if isinstance(rates, list | tuple) and len(rates) != len(state.groups):
+        return f"is of {len(rates)} parameter groups, and the optimizer has {len(state.groups)}"
+    return None
+
+
+def _unwritten(state: TrainingState, place: _Place) -> Iterator[str]:
+    if not place.client_state:
+        yield from state.client_state
+    yield from state.counters
+    if state.scaler:
+        yield "the loss scale"

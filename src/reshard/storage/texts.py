@@ -1,0 +1,30 @@
+"""Small files of text that are written for people: reports and pages."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from reshard.errors import WriteError
+from reshard.storage.paths import exists, is_file, real
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; raises `WriteError`.
+
+    A link is followed. Into a device or a pipe the text is written as it is.
+    """
+    place = real(path)
+    partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
+    try:
+        if exists(place) and not is_file(place):
+            place.write_text(text, encoding="utf-8")
+            return
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+        partial.replace(place)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise WriteError(f"it cannot be written: {error.strerror}.", path=path) from error

@@ -1,0 +1,183 @@
+"""Passes over the weights, a block at a time: what they hold, which of two models are equal.
+
+Memory: each thread holds a block of at most 8 MiB twice and a scratch buffer of 4 MiB.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from msgspec import Struct
+
+from reshard.core.dtypes import DType
+from reshard.core.tensors import Entry, Shape
+from reshard.errors import VerificationError
+from reshard.progress import Progress
+from reshard.storage.local import Sources
+from reshard.transfer import finite
+from reshard.transfer.checksums import Ledger
+from reshard.transfer.fill import Array, Reader
+from reshard.transfer.finite import NotFinite
+from reshard.transfer.reading import parts
+from reshard.transfer.threads import each
+
+_BLOCK = 4 << 20
+# A trained tensor differs from the base's within its first elements: the first look is short.
+_FIRST_LOOK = 64 << 10
+# A tensor stored in another order is read over and over, once a block: fewer, larger blocks.
+_STRIDED_BLOCK = 8 << 20
+
+
+class Facts(Struct, frozen=True):
+    """What one pass over a tensor shows.
+
+    `value` is what all elements are, where there are several and they are one finite number.
+    """
+
+    name: str
+    shape: Shape
+    numel: int
+    special: NotFinite = NotFinite()
+    value: float | None = None
+
+
+def scan(
+    entries: Iterable[Entry],
+    sources: Sources,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+    heard: Callable[[int, int], None] | None = None,
+) -> list[Facts]:
+    """Look at every element of every tensor. `progress` counts bytes, `heard` counts tensors."""
+    chosen = list(entries)
+    count = _Counter(sum(entry.spec.nbytes for entry in chosen), progress)
+    readers = Readers(sources)
+
+    def look(entry: Entry) -> Facts:
+        spec = entry.spec
+        special, same = NotFinite(), _Same(spec.dtype)
+        for part in parts(entry, readers.own(), spec.dtype, limit=_BLOCK):
+            special += finite.not_finite(part, spec.dtype)
+            same.add(part)
+            count.add(part.nbytes)
+        value = same.value if spec.numel > 1 and not special else None
+        return Facts(spec.name, spec.shape, spec.numel, special, value)
+
+    return each(chosen, look, threads, heard)
+
+
+def not_finite(
+    entries: Mapping[str, Entry],
+    sources: Sources,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> dict[str, NotFinite]:
+    """The tensors that hold NaN or infinity, by name. Reads every byte of floating tensors."""
+    chosen = [entry for entry in entries.values() if finite.has_special(entry.spec.dtype)]
+    found = scan(chosen, sources, threads=threads, progress=progress)
+    return {facts.name: facts.special for facts in found if facts.special}
+
+
+class _Same:
+    """Whether all elements so far are one: of the same bits, or zeros of either sign."""
+
+    def __init__(self, dtype: DType) -> None:
+        self._bits = f"u{dtype.itemsize}" if dtype.itemsize in (1, 2, 4, 8) else ""
+        self._known = bool(self._bits) and dtype.numpy.kind != "c"
+        self._negative = 1 << (8 * dtype.itemsize - 1) if dtype.floating else 0
+        self._first: int | None = None
+        self.value: float | None = None
+
+    def add(self, part: Array) -> None:
+        if not (self._known and part.size):
+            return
+        bits = part.view(self._bits)
+        if self._first is None:
+            self._first, self.value = int(bits[0]), float(part[0])
+        if int(bits[-1]) == self._first or not self.value:  # nearly always it ends here
+            alike = bits == self._first
+            if not self.value and self._negative:
+                alike |= bits == self._first ^ self._negative
+            if alike.all():
+                return
+        self._known, self.value = False, None
+
+
+def same(
+    pairs: Sequence[tuple[Entry, Entry]],
+    sources: Sources,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> list[bool]:
+    """Of each pair of equal shapes, whether the second, cast to the first's dtype, is the first.
+
+    It reads up to the first difference, so very little of a trained tensor. A value of the second
+    that the first's dtype cannot hold is a difference.
+    """
+    count = _Counter(sum(mine.spec.nbytes for mine, _ in pairs), progress)
+    readers = Readers(sources)
+
+    def look(pair: tuple[Entry, Entry]) -> bool:
+        mine, theirs = pair
+        equal = theirs.spec.dtype.rounds_to(mine.spec.dtype)
+        try:
+            equal = equal and _agree(pair, readers.own(), _FIRST_LOOK, short=True)
+            equal = equal and _agree(pair, readers.own(), _BLOCK)
+        except VerificationError:  # a value is beyond the range of the first's dtype
+            equal = False
+        count.add(mine.spec.nbytes)
+        return equal
+
+    return each(pairs, look, threads)
+
+
+def _agree(pair: tuple[Entry, Entry], reader: Reader, limit: int, *, short: bool = False) -> bool:
+    """Whether two tensors agree, or with `short` their first `limit` bytes."""
+    mine, theirs = pair
+    dtype = mine.spec.dtype
+    if any(fragment.strides for fragment in mine.fragments + theirs.fragments):
+        limit = _STRIDED_BLOCK
+    ours, others = (parts(made, reader, dtype, limit=limit) for made in pair)
+    for one, other in zip(ours, others, strict=True):
+        if not np.array_equal(one.view(np.uint8), other.view(np.uint8)):
+            return False
+        if short:
+            break
+    return True
+
+
+class Readers:
+    """A reader for each thread."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._local = threading.local()
+
+    def own(self) -> Reader:
+        """The reader of the thread that asks."""
+        reader: Reader | None = getattr(self._local, "reader", None)
+        if reader is None:
+            reader = Reader(self._sources, Ledger(()), memoryview(bytearray(_BLOCK)))
+            self._local.reader = reader
+        return reader
+
+
+class _Counter:
+    """Adds up the bytes of several threads and reports the sum."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress(self._done, self._total)
