@@ -41,7 +41,8 @@ def test_what_the_installed_transformers_loads_and_saves(
     # transformers 5.23 really turns this model's experts (huggingface/transformers#43201), and
     # writes `tie_word_embeddings: true` into text_config, which 4.57 and vLLM obey, beside a head.
     ill = ["transposed-experts", "head-contradicts-config"] if name == "qwen3_vl_moe" else []
-    ill.append("config-fields-missing")  # rope_theta and others
+    # It leaves rope_theta out, which of these is not what every reader takes anyway.
+    ill += ["config-fields-missing"] if name.startswith("qwen") else []
     assert names(reshard.doctor(saved)) == ill
     assert names(reshard.doctor(saved, base=pair.base)) == ill
 

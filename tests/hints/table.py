@@ -129,10 +129,6 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
-    "Serve it with another engine, or with transformers.": f"{_UNSEEN}another engine",
-    "Serve it with another engine.": f"{_UNSEEN}another engine",
-    "Use it to score or to embed.": f"{_UNSEEN}an engine's mode",
-    "Subtract the reward of some fixed text from every reward.": f"{_UNSEEN}the user's own sums",
     "Use the merged model: the base with the adapter is another one.": _LATE,
     "Name a local path; of a mounted store, the folder where it is mounted.": _LATE,
     "Name the part to read: --prefix {}.": _LATE,

@@ -129,7 +129,7 @@ CODES: dict[str, Code] = {
     "backbone-names": Code(
         "warning", "names are those of the backbone, under a class with a head", by=("doctor",)),
     "base-config-fields": Code(
-        "warning", "the base's config lacks fields that releases have and engines read",
+        "info", "the base's config lacks fields that releases have and engines read",
         "To write them: reshard doctor OUT --repair REPAIRED."),
     "base-layout": Code(
         "warning", "the base's names or orientation are those of no release",

@@ -22,6 +22,12 @@ CONSTANT: dict[str, dict[str, object]] = {
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
 }
+#: Model type -> the positions that every reader takes where the config states none.
+DEFAULTS: dict[str, dict[str, object]] = {
+    "llama": {"rope_theta": 1e4}, "mistral": {"rope_theta": 1e4}, "gemma": {"rope_theta": 1e4},
+    "gemma2": {"rope_theta": 1e4}, "mixtral": {"rope_theta": 1e6},
+    "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+}  # fmt: skip
 
 
 class Missing(Struct, frozen=True):
@@ -39,12 +45,13 @@ class Missing(Struct, frozen=True):
 
 
 def missing(config: Mapping[str, Any]) -> tuple[Missing, ...]:
-    """The fields that releases of this model have and its config does not."""
+    """The fields that releases of this model have and its config does not, but for those whose
+    values are what every reader takes anyway."""
     found = []
     for path, level in zip(stating_levels(config), levels(config), strict=True):
         kind = str(level.get("model_type"))
         for key, value in {**_constant(kind, level), **_rotary(level)}.items():
-            if key not in level:
+            if key not in level and DEFAULTS.get(kind, {}).get(key) != value:
                 found.append(Missing(f"{path}{key}", value, kind))
     return tuple(found)
 

@@ -63,10 +63,7 @@ def class_served(case: Case, key: EngineName) -> Signs | None:
     if named in engine.unserved or (
         scores and engine.scores is not None and named not in engine.scores
     ):
-        return Signs(
-            (f"{CONFIG} names {named}, which {engine.title} has no class of its own for",),
-            advice="Serve it with another engine, or with transformers.",
-        )
+        return Signs((f"{CONFIG} names {named}, which {engine.title} has no class of its own for",))
     return None
 
 
@@ -75,8 +72,8 @@ def no_head(case: Case, key: EngineName) -> Signs | None:
     if not is_backbone(case.folder.settings):
         return None
     (named, *_), title = classes_of(case.folder.settings), ENGINES[key].title
-    evidence = f"{CONFIG} names {named}, a class without an output head: {title} cannot generate"
-    return Signs((evidence,), advice="Use it to score or to embed.")
+    evidence = f"{CONFIG} names {named}, a class without an output head: {title} cannot generate, but score or embed"
+    return Signs((evidence,))
 
 
 def tensors(case: Case, key: EngineName) -> Signs | None:
@@ -166,10 +163,7 @@ def weights(case: Case, key: EngineName) -> Signs | None:
     if isinstance(stated, Mapping):
         method = str(stated.get("quant_method", "mlx"))
     if key == "mlx" and settings.get("model_type") == "gpt_oss" and method is None:
-        return Signs(
-            ("mlx-lm reads gpt-oss as MXFP4 only, and these weights are not quantised",),
-            advice="Serve it with another engine.",
-        )
+        return Signs(("mlx-lm reads gpt-oss as MXFP4 only, and these weights are not quantised",))
     if key == "mlx" and method == "fp8" and settings.get("model_type") == "deepseek_v3":
         return None
     if method is None or (engine.codes is None and method != "mlx"):
@@ -216,8 +210,11 @@ def score_bias(case: Case, key: EngineName) -> Signs | None:
     named = next(iter(classes_of(case.folder.settings)), "")
     if key != "sglang" or named not in SCORE_BIAS or "score.bias" in case.clean:
         return None
-    evidence = "sglang's class has score.bias, which stays at its random initial value"
-    return Signs((evidence,), advice="Subtract the reward of some fixed text from every reward.")
+    evidence = (
+        "sglang's class has score.bias, which stays at its random initial value: every reward is off "
+        "by the same amount"
+    )
+    return Signs((evidence,))
 
 
 def _split(
