@@ -41,7 +41,7 @@ ALLOWED = {
     "reshard.evaluate.memory": "reads /proc",
     "reshard.evaluate.page": "reads a template of the package",
     "reshard.evaluate.texts": "reads texts of the package",
-    "reshard.pages.page": "reads templates of the package",
+    "reshard.pages.page": "reads a template of the package, looks at a page's head and writes one",
     "reshard.formats.info": "reads the entry points of installed packages",
 }
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from reshard.core.findings import Finding
     from reshard.diagnosis.diagnosis import Diagnosis, doctor
     from reshard.inspection import Inspection, inspect
+    from reshard.watching.watch import watch
 
 __all__ = [
     "Checkpoint",
@@ -61,6 +62,7 @@ __all__ = [
     "inspect",
     "open",
     "verify",
+    "watch",
 ]
 
 # numpy and ml_dtypes take 0.15 s to import: only what is used is loaded.
@@ -78,6 +80,7 @@ _LAZY = {
     "verify": ("reshard.comparison.compare", "verify"),
     "diff": ("reshard.comparison.compare", "diff"),
     "Comparison": ("reshard.comparison.compare", "Comparison"),
+    "watch": ("reshard.watching.watch", "watch"),
 }
 
 

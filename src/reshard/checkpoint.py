@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -14,6 +15,7 @@ from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
 from reshard.core.options import Option, PathLike, Place, Text, documented, parse, table
+from reshard.core.state import TrainingState
 from reshard.core.tensors import Entry, FileRef, Kind, Record, stored
 from reshard.errors import listed
 from reshard.formats import locate
@@ -160,10 +162,41 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
+class Optimizer:
+    """The training state of a checkpoint: what its optimizer holds of each parameter.
+
+    `moments` are tensors by kind (`exp_avg`) and parameter, read by their `numpy` only. `steps` are
+    the updates that each parameter has had, `groups` the parameters of each group with their
+    hyperparameters. `scheduler` is None where the checkpoint holds none.
+    """
+
+    def __init__(self, state: TrainingState, identities: Mapping[str, Identity]) -> None:
+        files = Files(identities, state.records)
+        self.state = state
+        self.moments: Mapping[str, Mapping[str, Tensor]] = {
+            kind: Tensors(table, files) for kind, table in state.moments.items()
+        }
+        self.masters: Mapping[str, Tensor] = Tensors(state.masters, files)
+        self.steps = {name: step.count for name, step in state.steps.items()}
+        self.groups = state.groups
+        self.scheduler = state.scheduler
+        self.counters = state.counters
+        self.client_state = state.client_state
+
+    def __repr__(self) -> str:
+        return f"<Optimizer {', '.join(self.moments)} of {len(self.state.names)} parameters>"
+
+
 class Checkpoint:
     """A checkpoint, read from its metadata. No file stays open."""
 
-    def __init__(self, catalog: Catalog, identities: Mapping[str, Identity]) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        identities: Mapping[str, Identity],
+        again: Callable[[Sources], Catalog] | None = None,
+    ) -> None:
+        self._again = again
         self.files = Files(identities, catalog.records)
         self.catalog = catalog
         self.format = catalog.format
@@ -171,6 +204,25 @@ class Checkpoint:
         self.tag = catalog.origin.tag
         self.world_size = catalog.origin.world_size
         self.tensors: Mapping[str, Tensor] = Tensors(catalog.entries, self.files)
+
+    @cached_property
+    def optimizer(self) -> Optimizer | None:
+        """The training state; None where the checkpoint holds none. Read when first asked for.
+
+        Raises `ReshardError` where it cannot be read: it lacks names, is of another model or
+        quantised, or its files changed since the checkpoint was opened.
+        """
+        if self.catalog.optimizer is None or self._again is None:
+            return None
+        with Sources(self.files.identities) as sources:
+            catalog = self._again(sources)
+            state = catalog.training_state()
+            if state is None:
+                return None
+            entries = [entry for _, entry in state.entries()]
+            for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
+                sources.open(file)
+            return Optimizer(state, sources.identities())
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.format} {os.fspath(self.catalog.origin.root)!r}>"
@@ -192,12 +244,17 @@ def open_checkpoint(
     >>> checkpoint = open_checkpoint("run/_actor")                    # doctest: +SKIP
     >>> checkpoint.tensors["lm_head.weight"].shape                    # doctest: +SKIP
     (32000, 4096)
+    >>> checkpoint.optimizer.moments["exp_avg"]["lm_head.weight"].numpy()      # doctest: +SKIP
     """
     values = parse(OPEN, dict(locals()))
     selection = formats.Selection(values["tag"], values["prefix"], True, values["role"])
+
+    def read(sources: Sources) -> Catalog:
+        return locate.read(values["path"], sources, selection)
+
     with Sources() as sources:
-        catalog = locate.read(values["path"], sources, selection)
+        catalog = read(sources)
         entries = catalog.entries.values()
         for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
             sources.open(file)
-        return Checkpoint(catalog, sources.identities())
+        return Checkpoint(catalog, sources.identities(), read)

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from reshard.evaluate.report import Report
+from reshard.evaluate.report import TryReport
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
 from tests.evaluate.trying import attempt, named
 from tests.folders import edit_config, edit_weights
 
 
-def written(tmp_path: Path, report: Report) -> dict[str, Any]:
+def written(tmp_path: Path, report: TryReport) -> dict[str, Any]:
     """The report as it lies on disk, which must be what was returned."""
     raw: dict[str, Any] = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert raw == report.to_json()

@@ -19,7 +19,7 @@ from reshard.cli.lightrft.test_model import command
 from reshard.cli.try_ import try_model
 from reshard.evaluate.options import Options
 from reshard.evaluate.progress import Event
-from reshard.evaluate.report import Answer, Report
+from reshard.evaluate.report import Answer, TryReport
 from reshard.evaluate.terminal import Terminal
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
@@ -160,7 +160,7 @@ def test_a_wrong_path_writes_nothing(
     models: Models, door: click.Command, start: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     earlier = Path("test_results.json")
-    for text in ("precious", Report(model_path="other").to_json()):
+    for text in ("precious", TryReport(model_path="other").to_json()):
         earlier.write_text(json.dumps(text), encoding="utf-8")
         assert run(door, [*start, "nope"]) == 1
         assert run(door, [*start, str(models("causal")), "--compare", "nope"]) == 1
@@ -248,7 +248,7 @@ def test_an_interrupt_is_130_and_leaves_the_report(
 ) -> None:
     import reshard.evaluate.run as flow
 
-    def interrupt(*arguments: object, **named: object) -> Report:
+    def interrupt(*arguments: object, **named: object) -> TryReport:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(flow, "benchmark", interrupt)

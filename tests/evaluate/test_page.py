@@ -13,7 +13,7 @@ import pytest
 from reshard.core.findings import Finding
 from reshard.evaluate.page import render_page
 from reshard.evaluate.plots import axis, strip
-from reshard.evaluate.report import Answer, Failure, Report
+from reshard.evaluate.report import Answer, Failure, TryReport
 from tests.browser import browse, needs_browser
 from tests.evaluate.conftest import Models
 from tests.evaluate.trying import attempt
@@ -50,7 +50,7 @@ def probe(page: str, tmp_path: Path, width: int = 1000) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def full(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, str]:
+def full(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[TryReport, str]:
     """A report with everything in it, and its page."""
     tmp_path = tmp_path_factory.mktemp("page")
     page = tmp_path / "page.html"
@@ -68,7 +68,7 @@ def full(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Repo
 
 @needs_browser
 @pytest.mark.parametrize("width", [1000, 500])
-def test_the_page_in_a_browser(full: tuple[Report, str], tmp_path: Path, width: int) -> None:
+def test_the_page_in_a_browser(full: tuple[TryReport, str], tmp_path: Path, width: int) -> None:
     report, page = full
     found = probe(page, tmp_path, width)
     assert found["window"] == width
@@ -88,7 +88,7 @@ def test_the_page_in_a_browser(full: tuple[Report, str], tmp_path: Path, width: 
 
 
 @needs_browser
-def test_the_page_is_drawn(full: tuple[Report, str], tmp_path: Path) -> None:
+def test_the_page_is_drawn(full: tuple[TryReport, str], tmp_path: Path) -> None:
     from PIL import Image
 
     path = tmp_path / "page.html"
@@ -107,7 +107,7 @@ def test_the_page_is_drawn(full: tuple[Report, str], tmp_path: Path) -> None:
 @needs_browser
 def test_what_a_model_says_is_text_and_never_runs(tmp_path: Path) -> None:
     evil = "<script>window.alerted = true</script><img src=x onerror='window.alerted = true'>"
-    report = Report(
+    report = TryReport(
         model_path=evil,
         answers=[Answer(evil, evil, evil, 1, (1,), "stop", 1.0)],
         findings=[Finding("weights-constant", evil, evidence={evil: evil})],
@@ -151,7 +151,7 @@ class _Outside(html.parser.HTMLParser):
         self.found += [name for name, _ in attrs if name in ("src", "href", "srcset")]
 
 
-def test_the_page_stands_alone(full: tuple[Report, str]) -> None:
+def test_the_page_stands_alone(full: tuple[TryReport, str]) -> None:
     parser = _Outside()
     parser.feed(full[1])
     assert parser.found == []

@@ -13,7 +13,7 @@ import pytest
 
 from reshard.core.findings import CODES, Finding
 from reshard.errors import WriteError
-from reshard.evaluate.report import Failure, Model, Report, Score
+from reshard.evaluate.report import Failure, Model, Score, TryReport
 from reshard.evaluate.schema import report_schema
 from reshard.evaluate.verdict import THRESHOLDS
 from tests.evaluate import tiny
@@ -66,13 +66,17 @@ def test_a_report_of_a_failure_keeps_the_schema(tmp_path: Path) -> None:
 
 def test_the_schema_refuses_what_is_not_a_report() -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
-    for wrong in ({}, {**Report().to_json(), "more": 1}, {**Report().to_json(), "status": "well"}):
+    for wrong in (
+        {},
+        {**TryReport().to_json(), "more": 1},
+        {**TryReport().to_json(), "status": "well"},
+    ):
         with pytest.raises(jsonschema.ValidationError):
             validate(wrong)
 
 
 def test_numbers_that_json_cannot_spell_become_null(tmp_path: Path) -> None:
-    report = Report(scores=[Score("p", "p", {"a": math.nan, "b": math.inf, "c": 1.0}, 1, 0.1)])
+    report = TryReport(scores=[Score("p", "p", {"a": math.nan, "b": math.inf, "c": 1.0}, 1, 0.1)])
     path = tmp_path / "report.json"
     report.write(path)
     assert json.loads(path.read_text())["scores"][0]["scores"] == {"a": None, "b": None, "c": 1.0}
@@ -81,7 +85,7 @@ def test_numbers_that_json_cannot_spell_become_null(tmp_path: Path) -> None:
 
 def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="cannot be written"):
-        Report().write(tmp_path / "no" / "report.json")
+        TryReport().write(tmp_path / "no" / "report.json")
 
 
 MODEL = Model("k", "a", None, 1, {"float32": 1}, ("cpu",), True, 0.1)
@@ -90,14 +94,14 @@ MODEL = Model("k", "a", None, 1, {"float32": 1}, ("cpu",), True, 0.1)
 @pytest.mark.parametrize(
     ("report", "status"),
     [
-        (Report(model=MODEL), "passed"),
-        (Report(), "failed"),
-        (Report(model=MODEL, failures=[Failure("s", "e", "m", None)]), "failed"),
-        (Report(model=MODEL, findings=[Finding("weights-constant", "m")]), "failed"),
-        (Report(model=MODEL, findings=[Finding("generation-loops", "m")]), "passed"),
+        (TryReport(model=MODEL), "passed"),
+        (TryReport(), "failed"),
+        (TryReport(model=MODEL, failures=[Failure("s", "e", "m", None)]), "failed"),
+        (TryReport(model=MODEL, findings=[Finding("weights-constant", "m")]), "failed"),
+        (TryReport(model=MODEL, findings=[Finding("generation-loops", "m")]), "passed"),
     ],
 )
-def test_the_status_and_the_exit_code(report: Report, status: str) -> None:
+def test_the_status_and_the_exit_code(report: TryReport, status: str) -> None:
     report.close()
     assert report.status == status
     assert report.exit_code == (0 if status == "passed" else 1)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reshard.evaluate.report import Report
+from reshard.evaluate.report import TryReport
 from reshard.evaluate.texts import shipped_text
 from tests.evaluate.trying import attempt, names
 from tests.oracle.cache import kept
@@ -43,7 +43,7 @@ def make(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def asked(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+def asked(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> TryReport:
     return attempt(
         smollm2,
         tmp_path_factory.mktemp("asked"),
@@ -53,7 +53,7 @@ def asked(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     )
 
 
-def test_the_answers_make_sense(asked: Report) -> None:
+def test_the_answers_make_sense(asked: TryReport) -> None:
     assert asked.status == "passed", (asked.failures, asked.findings)
     assert names(asked) == set()
     capital, sum_of_two = asked.answers
@@ -62,7 +62,7 @@ def test_the_answers_make_sense(asked: Report) -> None:
     assert capital.ended == "stop"
 
 
-def test_it_is_itself(asked: Report) -> None:
+def test_it_is_itself(asked: TryReport) -> None:
     found = asked.comparison
     assert found is not None
     assert found.verdict == "identical"

@@ -42,6 +42,7 @@ _COMMANDS = {
     "verify": "reshard.cli.commands:verify",
     "diff": "reshard.cli.diff:diff",
     "doctor": "reshard.cli.doctor:doctor",
+    "watch": "reshard.cli.watch:watch",
     "try": "reshard.cli.try_:try_model",
     "help": "reshard.cli.help:help_",
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
+from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, html
 from reshard.cli.interrupts import writes
 from reshard.cli.next_steps import at_least, conversion_of, next_commands
 from reshard.cli.progress import Shown, how_shown, shown_progress
@@ -81,6 +81,7 @@ def show_report(report: Report, base: Path | None = None) -> None:
 @click.argument("src", type=_PATH, cls=Argument, words=INSPECT["path"].help)
 @flags(INSPECT.values())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@html
 @_json
 @debug
 def inspect(
@@ -89,7 +90,9 @@ def inspect(
     prefix: str | None,
     role: str | None,
     base: Path | None,
+    optimizer: bool,
     tensors: bool,
+    html: Path | None,
     as_json: bool,
 ) -> int:
     """Show what is in the checkpoint SRC, from its metadata alone.
@@ -98,7 +101,16 @@ def inspect(
     """
     from reshard.inspection import inspect as run
 
-    inspection = run(src, tag=tag, prefix=prefix, role=role, base=base)
+    if html is not None:
+        from reshard.pages.page import check_place
+
+        check_place(html)
+    inspection = run(src, tag=tag, prefix=prefix, role=role, base=base, optimizer=optimizer)
+    if html is not None:
+        from reshard.pages.contents import contents_page
+        from reshard.storage.texts import write_text
+
+        write_text(html, contents_page(inspection))
     found = inspection.to_json(tensors=tensors)
     fits = inspection.fitting is None or inspection.fitting.fits
     if as_json:
@@ -107,9 +119,11 @@ def inspect(
     output.print_table(inspection.rows(), colours={"fits": "green" if fits else "red"})
     if inspection.fitting is not None and not fits:
         output.tell(inspection.fitting.message, lines=True)
-    output.say_findings(inspection.checkpoint.catalog.findings)
+    output.say_findings(inspection.findings)
     if tensors:
         _print_tensors(found["tensors"])
+    if html is not None:
+        output.tell(f"page       {html}")
     if fits and sys.stdout.isatty():
         output.tell(f"next   {conversion_of(src, base, tag, prefix, role)}")
     return 0 if fits else 1

@@ -196,7 +196,7 @@ def _has_ranks(config: AdapterConfig, separated: Separated) -> bool:
 def _unknown(config: AdapterConfig | None) -> list[Finding]:
     if config is None or not config.unknown:
         return []
-    names = ", ".join(name[:40] for name in config.unknown[:_SHOWN])
+    names = listed(config.unknown, _SHOWN)
     message = f"adapter_config.json has settings that are not known here: {names}."
     return [Finding("adapter-setting-unknown", message)]
 

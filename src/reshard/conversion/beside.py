@@ -1,4 +1,4 @@
-"""The files that go beside the model, with tensors of their own.
+"""The files beside the model, with their own tensors.
 
 reward heads    reward_head.safetensors, reward_config.json and/or LightRFT's pytorch_model.bin
 value head      value_head.safetensors, where it is not a class of the model
@@ -39,14 +39,14 @@ ADAPTER_FOLDER = "adapter/"
 
 
 class Side(Struct, frozen=True):
-    """A file beside the model, with tensors of its own."""
+    """A file beside the model, with its own tensors."""
 
     name: str
     targets: Sequence[Target]
 
 
 class Beside(Struct, frozen=True):
-    """What one step puts beside the model: files of tensors, small files, and what to say."""
+    """What one step puts beside the model: files of tensors, small files, and findings."""
 
     sides: tuple[Side, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
@@ -61,7 +61,7 @@ class Beside(Struct, frozen=True):
 
 
 def beside(found: Fitted) -> Beside:
-    """All that goes beside the model. Raises `PlanError` where there is no place for it."""
+    """Everything beside the model. Raises `PlanError` where the format has no place for it."""
     to = found.options.to
     made = _reward_files(found) + _value_head(found) + _modules(found) + _adapter(found)
     if made.sides and not target_named(to).takes_files:

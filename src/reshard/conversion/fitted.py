@@ -1,6 +1,6 @@
 """A checkpoint on its base: what its tensors are, and the map of their names.
 
-    adapters taken off -> modules of sub-folders -> heads taken off -> names fitted -> updates
+    separate adapters -> modules of sub-folders -> separate heads -> fit names -> updates
 
 Each step is a function, and its value a field of `Fitted`.
 """
@@ -51,7 +51,7 @@ class Fitted(Struct, frozen=True):
 
     @property
     def alone(self) -> bool:
-        """Whether the adapters are written alone, without the model."""
+        """Whether only the adapters are written, without the model."""
         return self.options.lora.mode == "adapter"
 
     @property
@@ -66,7 +66,7 @@ class Fitted(Struct, frozen=True):
 
 
 def fitted(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Fitted:
-    """Take a checkpoint apart and fit its names onto the base's.
+    """Split a checkpoint into model, heads and adapters, and fit its names onto the base's.
 
     Without `sources` no value is read, and tied tensors are assumed to be equal.
     """

@@ -89,7 +89,7 @@ _Fields = msgspec.defstruct(
 def state(
     specs: list[TensorSpec], part: str, digests: Mapping[tuple[str, str], str]
 ) -> dict[str, Stated]:
-    """What will be stated of each tensor of a part."""
+    """What `reshard.json` will state about each tensor of a part."""
     return {
         spec.name: Stated(spec.dtype.name, spec.shape, digests[part, spec.name])
         for spec in sorted(specs, key=lambda spec: spec.name)

@@ -6,8 +6,8 @@
     critic                  model with its head, or model and value_head.safetensors
     LoRA                    model with the updates merged in, and/or an adapter folder
 
-Names and shapes come from the base model's own files; see `reshard.naming`. Of values, only
-those are read that decide whether two tied tensors are one.
+Names and shapes come from the base model's own files; see `reshard.naming`. Only the values that
+decide whether two tied tensors are one are read.
 """
 
 from __future__ import annotations
@@ -49,11 +49,10 @@ class Export(Struct, frozen=True):
     """Everything that a conversion writes, by what it is; `name_map` says how the names were found.
 
     `matching` says what in the end is missing and filled. `patches` change the base's config.
-    `merged` counts low-rank updates, which `scaling` scales, and `adapter` says of them what the
-    report shows. With `assets` the base's other files come along. `live` is the transformers
-    version whose live module has the names; None: they are those of the files. Without an output
-    head it `generates` nothing. `state` is the training state to write, under the model's
-    names.
+    `merged` counts low-rank updates, which `scaling` scales, and `adapter` describes them for the
+    report. With `assets` the base's other files are copied. `live` is the transformers version
+    whose live module has the names; None: they are those of the files. Without an output head it
+    `generates` nothing. `state` is the training state to write, under the model's names.
     """
 
     model: Sequence[Target]
@@ -176,7 +175,7 @@ def _check_head(found: Fitted, made: Mapping[str, Entry], matching: Matching) ->
 
 
 def _without_head(found: Fitted) -> Bare | None:
-    """What the config must say of a model that is written without its output head."""
+    """What the config must state for a model that is written without its output head."""
     if found.alone:
         return None
     return without_head(found.base.config, found.name_map.matching.missing, found.classes)

@@ -70,7 +70,8 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
             hint="Leave out --masters.",
         )
     unprotected = without_checksum(catalog.entries.values(), catalog.records)
-    catalog = replace(catalog, findings=(*catalog.findings, *_unchecked(catalog, unprotected)))
+    findings = (*_unsettled(catalog, options), *_unchecked(catalog, unprotected))
+    catalog = replace(catalog, findings=findings)
     check_strict(catalog.findings, options, strict)
     if not catalog.entries:
         raise PlanError("it holds no tensors; there is nothing to convert.", path=options.source)
@@ -134,6 +135,13 @@ def _check_names(plan: Plan) -> None:
                 path=asset.path,
                 hint="Rename it, or move it away.",
             ) from None
+
+
+def _unsettled(catalog: Catalog, options: Options) -> tuple[Finding, ...]:
+    """The reader's findings, but for those whose fix is an option that is passed."""
+    settled = {"shapes-unstated"} if options.base is not None else set()
+    settled |= {"names-without-weights"} if options.fill_from_base else set()
+    return tuple(found for found in catalog.findings if found.code not in settled)
 
 
 def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding, ...]:

@@ -1,4 +1,4 @@
-"""Into training: a model's tensors by the names of a trainer that has models of its own."""
+"""Into training: a model's tensors under the names of a trainer that has its own models."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _with_dtypes(made: Export) -> dict[str, Entry]:
 def _check_copies(
     copies: Mapping[str, str], entries: Mapping[str, Entry], sources: Sources
 ) -> None:
-    """Refuse copies that are none: the trainer would have one tensor for two."""
+    """Refuse copies that differ: the trainer has one tensor for both."""
     for name, shared in copies.items():
         if shared not in entries or entries[name].spec.shape != entries[shared].spec.shape:
             raise PlanError(

@@ -178,7 +178,7 @@ def read(
 
 
 def _tells(folder: Folder, placeholders: Sequence[str], found: Quantisation) -> bool:
-    """Whether the names at hand are all that the folder is to hold."""
+    """Whether the known names are all that the folder is to hold."""
     whole = not (folder.damaged or folder.index_fault or placeholders)
     lost = (folder.listed or {}).keys() - folder.entries.keys()
     # An index may name what lies elsewhere; then the scales beside codes are its own.

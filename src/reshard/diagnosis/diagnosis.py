@@ -81,7 +81,7 @@ def doctor(
     threads: int | None = None,
     progress: StagedProgress | None = None,
 ) -> Diagnosis:
-    """Find what is wrong with the model folder `folder`, whoever wrote it.
+    """Find what is wrong with the model folder `folder`, from any tool.
 
     `folder` itself is never touched. The weights are streamed, in blocks.
 

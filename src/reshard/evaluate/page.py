@@ -10,16 +10,16 @@ from typing import Any
 import jinja2
 
 from reshard.evaluate.plots import WIDTH, benchmark_plots
-from reshard.evaluate.report import Report, plain
+from reshard.evaluate.report import TryReport, plain
 from reshard.storage.texts import write_text
 
 
-def write_page(report: Report, path: Path) -> None:
+def write_page(report: TryReport, path: Path) -> None:
     """Write the page to `path`; raises `WriteError`."""
     write_text(path, render_page(report))
 
 
-def render_page(report: Report) -> str:
+def render_page(report: TryReport) -> str:
     """The page as HTML. All that a model or a user wrote is escaped."""
     environment = jinja2.Environment(
         autoescape=True,

@@ -203,7 +203,7 @@ class Comparison:
 
 
 @dataclass(slots=True)
-class Report:
+class TryReport:
     """One run; filled in while it goes, so that a failed run still leaves what was done."""
 
     status: Annotated[

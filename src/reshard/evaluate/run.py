@@ -30,7 +30,7 @@ from reshard.evaluate.options import Options
 from reshard.evaluate.page import write_page
 from reshard.evaluate.progress import Event, Listener, silent
 from reshard.evaluate.repetition import check_answers, check_logits
-from reshard.evaluate.report import Answer, Report, Score, plain
+from reshard.evaluate.report import Answer, Score, TryReport, plain
 from reshard.evaluate.scan import read_weights
 from reshard.evaluate.scoring import score
 from reshard.evaluate.stage import Stage
@@ -44,7 +44,7 @@ from reshard.transfer.passes import scan
 _SCANNING = 2
 
 
-def run(options: Options, listen: Listener = silent) -> Report:
+def run(options: Options, listen: Listener = silent) -> TryReport:
     """Try a model, and write the report to `options.output_file` (and `options.html`).
 
     Never raises for what the model does; `report.exit_code` and `report.failures` tell. Raises
@@ -73,7 +73,7 @@ class _Trial:
     def __init__(self, options: Options, listen: Listener) -> None:
         self.options = options
         self.listen = listen
-        self.report = Report(
+        self.report = TryReport(
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             model_path=str(options.model),
             options=plain(options),

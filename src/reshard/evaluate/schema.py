@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from reshard.core.findings import Finding, Severity
-from reshard.evaluate.report import Json, Report
+from reshard.evaluate.report import Json, TryReport
 
 Schema = dict[str, Any]
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
@@ -33,9 +33,9 @@ _FINDING: dict[str, tuple[Any, str]] = {
 
 
 def report_schema() -> Schema:
-    """The schema of `Report.to_json()`; every other type of the report is one of its `$defs`."""
+    """The schema of `TryReport.to_json()`; every other type of the report is one of its `$defs`."""
     definitions: dict[str, Schema] = {}
-    root = _object(Report, definitions)
+    root = _object(TryReport, definitions)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Report of reshard try",

@@ -13,7 +13,7 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from reshard.core.findings import Finding
 from reshard.evaluate.options import Options
 from reshard.evaluate.progress import Event
-from reshard.evaluate.report import Answer, Batch, Comparison, Report, Score, Spread
+from reshard.evaluate.report import Answer, Batch, Comparison, Score, Spread, TryReport
 
 _COLOURS = {"error": "red", "warning": "yellow", "info": "blue"}
 
@@ -58,7 +58,7 @@ class Terminal:
             click.echo(_outcome(event.result))
             self._progress.start()
 
-    def summarise(self, report: Report, options: Options) -> None:
+    def summarise(self, report: TryReport, options: Options) -> None:
         """Print everything but the answers, which were printed as they came."""
         click.echo()
         for line in summary(report):
@@ -83,7 +83,7 @@ def _harmless(text: str) -> str:
     return "".join(c if c in "\n\t" or category(c) != "Cc" else "�" for c in text)
 
 
-def summary(report: Report) -> Iterator[str]:
+def summary(report: TryReport) -> Iterator[str]:
     """The report in lines for a terminal, answers left out."""
     yield from (f"note: {note}" for note in report.notes)
     if report.model is not None:

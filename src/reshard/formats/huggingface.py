@@ -284,7 +284,8 @@ def _index_mismatch(path: Path, expected: set[str], found: set[str]) -> FormatEr
     lost, extra = sorted(expected - found), sorted(found - expected)
     return FormatError(
         f"{INDEX} lists {len(expected)} tensors in it and it holds {len(found)}; "
-        f"not in the file: {lost[:5] or 'none'}; not in the index: {extra[:5] or 'none'}.",
+        f"not in the file: {listed(lost, 5) or 'none'}; "
+        f"not in the index: {listed(extra, 5) or 'none'}.",
         path=path,
         hint="The index belongs to other files; copy the folder again.",
     )

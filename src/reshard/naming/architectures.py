@@ -1,8 +1,8 @@
-"""What the released files of an architecture hold, name for name. **A table to extend.**
+"""The tensors in the released files of each architecture. **A table to extend.**
 
-Read off the modeling files of transformers 4.57 and 5.23, and held against what their classes
-save (`tests/naming/test_architectures.py`). A model type that is not listed is judged by its own
-layers alone (`structure.py`).
+Read off the modeling files of transformers 4.57 and 5.23, and compared with what their classes save
+(`tests/naming/test_architectures.py`). For a model type that is not listed, only its own layers are
+compared (`structure.py`).
 
 A block of rows is text, a row a line:
 
@@ -49,8 +49,8 @@ class Decoder(Struct, frozen=True):
 
 
 class Tower(Struct, frozen=True):
-    """What sees or hears: rows of each layer of `layers` and those outside. `count`: the config's
-    keys that state how many layers there are."""
+    """A vision or audio tower: rows of each layer of `layers` and those outside. `count`: the
+    config's keys that state how many layers there are."""
 
     model_types: tuple[str, ...]
     layers: str

@@ -1,4 +1,4 @@
-"""Experts that DeepSpeed's AutoEP took apart, by the names that the live module has without it.
+"""Experts that DeepSpeed's AutoEP split, under the names that the live module has without it.
 
     <block>.experts.w1 [E, I, H], .w3 [E, I, H]    <block>.experts.gate_up_proj [E, 2I, H]
     <block>.experts.w2 [E, H, I]                   <block>.experts.down_proj [E, H, I]
@@ -24,14 +24,14 @@ from reshard.naming.search import unwrap
 
 _GATE, _DOWN, _UP = "w1", "w2", "w3"
 _EXPERTS = re.compile(rf"(.+)\.experts\.({_GATE}|{_DOWN}|{_UP})")
-# The router is the layer's `router`, and once more what the family calls its own.
+# The router is stored as the layer's `router`, and once more under the family's own name.
 _ROUTER = re.compile(r"(?:router|gate)\.gate\.(weight|bias)")
 _BIAS = re.compile(r"(?:router|gate)\.e_score_correction_bias")
 
 
 def blocks(shapes: Mapping[str, Shape], schema: Schema) -> frozenset[str]:
-    """The modules whose experts AutoEP took apart, by names without wrappers' parts; none where the
-    base has such names itself."""
+    """The modules whose experts AutoEP split, by names without wrappers' parts; none where the base
+    has such names itself."""
     plain = {unwrap(name): shape for name, shape in shapes.items()}
     if any(_EXPERTS.fullmatch(name) for name in schema.specs):
         return frozenset()

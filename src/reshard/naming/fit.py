@@ -124,7 +124,7 @@ def _origins(known: Known) -> dict[str, str]:
 
 
 def _unwritten(known: Known, written: Mapping[str, str], heads: Mapping[str, str]) -> Part:
-    """What is not written: other names of written tensors are ties, the rest is unexpected.
+    """What is not written: other names of written tensors are ties; the rest is unexpected.
 
     `heads` are written although the base does not store them.
     """
@@ -148,7 +148,7 @@ def _unwritten(known: Known, written: Mapping[str, str], heads: Mapping[str, str
 
 
 def _unheld(known: Known) -> Part:
-    """That layers which no live module holds are the base's."""
+    """The finding that layers which no live module holds are the base's."""
     count = sum(is_unheld(name, known.config) for name in known.named(Verdict.FILLED))
     message = (
         f"{count} tensors of layers that no live module holds (multi-token prediction) "

@@ -1,7 +1,7 @@
-"""What a checkpoint and its base do not share, as one record.
+"""The differences between a checkpoint and its base, as one record.
 
-It goes from the fit of the names through the conversion to errors, the report, `inspect`, `diff`
-and `reshard.json`; what a conversion decides (to copy from the base or not) moves names in it.
+The fit of the names creates it; the conversion, errors, the report, `inspect`, `diff` and
+`reshard.json` use it. A conversion's decisions (to copy from the base or not) move names in it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Matching(Struct, frozen=True):
 
 
 def of_error(error: NamesError) -> Matching:
-    """What an error says of the names: a conversion that is refused fills and ties nothing."""
+    """The record for an error about names: a refused conversion fills and ties nothing."""
     return Matching(missing=error.missing, unexpected=error.unexpected)
 
 

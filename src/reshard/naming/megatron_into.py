@@ -4,12 +4,12 @@
     layer 3's gate_proj, up_proj          decoder.layers.mlp.linear_fc1.weight [L, 2I, h]
     all experts' gate_proj and up_proj    ...mlp.experts.experts.linear_fc1.weight [L, E, 2I, h]
 
-The rules here say only which names a model has there, and their shapes. What each tensor is made of
-is the inverse of the way back (`megatron.arrangements`), so the two cannot disagree. Layers are
-stacked where all are alike, as Megatron-Core asks for them; those of DeepSeek, whose first ones are
-dense, and of other mixtures are tensors of their own. Vocabularies are not padded: Megatron-Core
-takes a vocabulary of fewer rows than its own. Norms go by both names that they have there, within
-TransformerEngine's fused modules and by themselves.
+The rules here give only the names and shapes of a model in Megatron-Core. What each tensor is made
+of is the inverse of the other direction (`megatron.arrangements`), so the two cannot disagree.
+Layers are stacked where all are alike, as Megatron-Core asks for them; those of DeepSeek, whose
+first ones are dense, and of other mixtures are tensors of their own. Vocabularies are not padded:
+Megatron-Core takes a vocabulary of fewer rows than its own. Norms go by both names that they have
+there, within TransformerEngine's fused modules and by themselves.
 """
 
 from __future__ import annotations
@@ -249,7 +249,8 @@ def _add_rows(layer: _Layer, name: str, shape: Shape) -> None:
 def _check_shapes(
     outputs: Mapping[str, Arrangement], there: Mapping[str, Shape], specs: Mapping[str, TensorSpec]
 ) -> None:
-    """Refuse a model that Megatron-Core's tensors of those shapes would not be taken apart into."""
+    """Refuse a model that cannot be recovered by splitting Megatron-Core's tensors of those
+    shapes."""
     dtype = _dtype(specs)
     arranger = Arranger({name: _symbol(TensorSpec(name, dtype, s)) for name, s in there.items()})
     lost = outputs.keys() ^ specs.keys()

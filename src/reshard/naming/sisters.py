@@ -1,4 +1,4 @@
-"""Layers held against each other: of a model whose architecture no table knows.
+"""Compare the layers of a model whose architecture no table knows with each other.
 
 A layer whose names are all among another's and lack some that most layers have was damaged, if what
 it lacks lies in a module of which it holds the rest: models whose layers are of several kinds have
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _CONTAINER = re.compile(r"(?:.*?\.)?(?:layers|layer|h|block|blocks|resblocks)(?=\.\d+\.)")
-# Of so many layers at least, at most a third may lack a name: else it is how the model is made.
+# At least so many layers, of which at most a third lack a name: else the model is made like this.
 _LEAST, _SHARE = 3, 3
 # Keys of a config that say how many layers there are.
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
@@ -22,7 +22,7 @@ _SHARED = "num_kv_shared_layers"
 
 
 def absent(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The tensors that some layer lacks and its sisters have."""
+    """The tensors that a layer lacks and its sister layers have."""
     if config.get(_SHARED):
         return ()
     found = []

@@ -1,4 +1,4 @@
-"""What the steps of the fit share: the map that the search found, and what each adds to it."""
+"""Shared by the steps of the fit: the map that the search found, and what each step adds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Known(Struct, frozen=True):
         return self.owners[self.have[hub].name]
 
     def here(self, hub: str) -> str:
-        """What the base calls, or would call, a piece."""
+        """The base's name of a piece, or the name that the base would give it."""
         return self.candidate.base_view.name_here(hub)
 
     def named(self, verdict: Verdict) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ class Part(Struct, frozen=True):
     findings: tuple[Finding, ...] = ()
 
     def __add__(self, later: Part) -> Part:
-        """Both; where both name something, the later one counts."""
+        """Both parts; where both name something, the later one counts."""
         joined: dict[str, Any] = {}
         for name in self.__struct_fields__:
             mine, theirs = getattr(self, name), getattr(later, name)

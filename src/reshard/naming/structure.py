@@ -1,8 +1,9 @@
-"""Whether a model's names and shapes are those of its architecture, by its config alone.
+"""Whether a model's names and shapes are those of its architecture, judged by its config.
 
-The files are read through the layout that they are in (`layouts.py`), and their hub names are held
-against the rows of `architectures.py`, region by region: the language model, each tower, what lies
-beside them. Where a region has no rows, its layers are held against each other (`sisters.py`).
+The files are read through the layout that they are in (`layouts.py`), and their hub names are
+compared with the rows of `architectures.py`, region by region: the language model, each tower, and
+the tensors beside them. If a region has no rows, its layers are compared with each other
+(`sisters.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Config = Mapping[str, Any]
 _GENERATE = ("ForCausalLM", "ForConditionalGeneration")
 _SCORE = ("ForSequenceClassification", "ForTokenClassification")
 _BARE = ("Model", "TextModel")
-# What the last part before `.weight` of a head is called, by whoever trains one.
+# The last part before `.weight` in a head's name, in known trainers.
 _HEAD_PARTS = ("lm_head", "score", "classifier", "v_head", "qa_outputs", "reward", "logit_scale",
                "attnpool")  # fmt: skip
 _HEAD_ENDS = ("_head", "_attnpool", "_logit_scale")
@@ -47,7 +48,8 @@ class Row(NamedTuple):
 
 
 class Layers(Struct, frozen=True):
-    """Layers that are not as many as the config says: `have` below `prefix`, `stated` by `key`."""
+    """A wrong number of layers: `have` below `prefix`, while `key` in the config states
+    `stated`."""
 
     prefix: str
     have: int
@@ -91,7 +93,7 @@ class Region(Struct, frozen=True):
 
 
 def examine(shapes: Mapping[str, Shape], config: Config) -> Structure:
-    """Hold a model's names and shapes, wrappers' parts left out, against its architecture."""
+    """Compare a model's names and shapes, without wrappers' parts, with its architecture."""
     hub = {
         name: piece.shape
         for name, piece in hub_pieces(shapes, config).items()
@@ -114,14 +116,14 @@ def _is_bare(names: Iterable[str], text: str) -> bool:
 
 
 def _alike(names: Mapping[str, Shape], config: Config) -> Structure:
-    """What the layers of a model that no table knows tell of each other."""
+    """What the layers of a model that no table knows show when compared with each other."""
     counted = sisters.uncounted(names, config)
     layers = () if counted is None else (Layers(*counted),)
     return Structure(absent=sisters.absent(names, config), layers=layers)
 
 
 def is_known(config: Config) -> bool:
-    """Whether the tables say what a model of this config holds."""
+    """Whether the tables describe a model of this config."""
     return regions_of(config) is not None
 
 
@@ -274,7 +276,7 @@ class _Examination:
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor is called as trainers call a head."""
+    """Whether a tensor has the name of a head."""
     parts = name.split(".")
     return any(part in _HEAD_PARTS or part.endswith(_HEAD_ENDS) for part in parts)
 
@@ -328,7 +330,7 @@ def _is_there(row: Row, config: Config) -> bool:
 
 
 def _sizes(config: Config) -> dict[str, int]:
-    """The sizes that a config states; what it leaves to a class's default is not known."""
+    """The sizes that a config states; those that it leaves to a class's defaults are unknown."""
     found = {}
     for letter, keys in SIZES.items():
         value = next((config[key] for key in keys if isinstance(config.get(key), int)), None)

@@ -1,7 +1,7 @@
-"""Tensors that the base or its config says are one: what is written of them, under which name.
+"""Tensors that are one in the base or by its config: what is written for them, under which name.
 
-A head that is tied to its embedding is stored once, twice, or not at all; what the checkpoint holds
-is compared by its values, and the config says in the end what is so.
+A head that is tied to its embedding is stored once, twice, or not at all. The checkpoint's values
+are compared, and the output's config states the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reshard.naming.steps import Known, Part, is_chosen
 
 
 def copied(known: Known) -> tuple[dict[str, str], Part]:
-    """Write what the base stores under a name that the source has no tensor of.
+    """Write what the base stores under a name that the source lacks.
 
     Returns the tensors that are written by their own hub names, and the copied ones' twins.
     """
@@ -69,7 +69,8 @@ def judged(known: Known, written: Mapping[str, str]) -> Part:
         if twin is not None and same:
             part += Part(tied={known.here(hub): known.here(written[twin])})
         elif ties.embedding_of(hub, known.want) is not None:
-            # One whose embedding is the base's was trained apart, else it would stand for it.
+            # A head whose embedding is the base's was trained separately, else it would serve for
+            # both.
             part += _untied(known, hub)
         elif twin is None:
             raise refuse(candidate, is_chosen(known.options))
@@ -117,7 +118,7 @@ def _untied(known: Known, hub: str) -> Part:
 
 
 def _said_untied(known: Known, head: str, what: str) -> Part:
-    """That a head differs from what the base ties it to, in the config and as a finding."""
+    """Record that a head differs from what the base ties it to, in the config and as a finding."""
     levels = stating_levels(known.config)
     message = (
         f"{head!r} differs from the embedding that the base ties it to: {what}, and the config "

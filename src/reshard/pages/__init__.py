@@ -1,4 +1,4 @@
-"""Pages for people: one HTML file each, which needs nothing from anywhere else.
+"""Pages for people: one HTML file each, which loads nothing else.
 
 page.py         the frame: templates, what is escaped, the file
 changes.py      the page of `reshard diff`

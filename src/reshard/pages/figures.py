@@ -10,7 +10,7 @@ from msgspec import Struct
 from reshard.comparison.result import Compared
 from reshard.comparison.sums import Place, Sum, natural, percent, place, short, summed
 
-# What a heat map can show, and how its legend calls it.
+# What a heat map can show, and its name in the legend.
 MEASURES = {
     "change": "norm of the change / norm of the weights",
     "largest": "largest difference",

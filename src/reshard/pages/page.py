@@ -15,7 +15,7 @@ from reshard.errors import UnsupportedError, WriteError, printable
 from reshard.storage.local import read_start
 from reshard.storage.paths import absolute, is_file, is_folder
 
-#: In the head of every page; a page is known by it.
+#: In the head of every page; it identifies a page.
 MARK = '<meta name="generator" content="reshard">'
 # Bytes at the start of a page in which the mark stands.
 _HEAD = 4096
@@ -82,5 +82,6 @@ def _data(name: str) -> str:
 
 
 def _finalize(value: object) -> object:
-    """What is put out: of a plain text, what can be shown of it; a name may hold anything."""
+    """The output of a value: the printable form of a plain text, because a name may hold
+    anything."""
     return printable(value, lines=True) if type(value) is str else value

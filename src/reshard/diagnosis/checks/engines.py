@@ -72,8 +72,8 @@ def no_head(case: Case, key: EngineName) -> Signs | None:
     if not is_backbone(case.folder.settings):
         return None
     (named, *_), title = classes_of(case.folder.settings), ENGINES[key].title
-    evidence = f"{CONFIG} names {named}, a class without an output head: {title} cannot generate, but score or embed"
-    return Signs((evidence,))
+    evidence = f"{CONFIG} names {named}, a class without an output head"
+    return Signs((evidence, f"{title} cannot generate with it, but score or embed"))
 
 
 def tensors(case: Case, key: EngineName) -> Signs | None:
@@ -211,8 +211,8 @@ def score_bias(case: Case, key: EngineName) -> Signs | None:
     if key != "sglang" or named not in SCORE_BIAS or "score.bias" in case.clean:
         return None
     evidence = (
-        "sglang's class has score.bias, which stays at its random initial value: every reward is off "
-        "by the same amount"
+        "sglang's class has score.bias, which stays at its random initial value: it is "
+        "added to every reward"
     )
     return Signs((evidence,))
 

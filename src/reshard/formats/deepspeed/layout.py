@@ -8,11 +8,11 @@
     <tag>/zero/<parameter>/fp32.pt, exp_avg.pt, ..     {"cat_dim": 0, "param": the whole tensor}
     <tag>/zero/<parameter>/step.pt            a tensor, as torch's Adam wants it
 
-What DeepSpeed's converter writes of a ZeRO-1 or 2 save only those stages load, what it writes of a
-ZeRO-3 save only stage 3. Here are both stages' files: stages 1 and 2 read every file of a
-parameter's folder, stage 3 opens three by name and takes tensors in a dict, too. Pure, no I/O. Read
-off DeepSpeed 0.19.8 (runtime/engine.py, runtime/base_optimizer.py, runtime/zero/stage3.py,
-checkpoint/universal_checkpoint.py) and proven by loading into each stage.
+Only stages 1 and 2 load what DeepSpeed's converter writes for a save of these stages, and only
+stage 3 loads what it writes for a ZeRO-3 save. This layout has the files of both: stages 1 and 2
+read every file of a parameter's folder, stage 3 opens three by name and also accepts tensors in a
+dict. Pure, no I/O. Read off DeepSpeed 0.19.8 (runtime/engine.py, runtime/base_optimizer.py,
+runtime/zero/stage3.py, checkpoint/universal_checkpoint.py) and proven by loading into each stage.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ def _step(group: Group, state: TrainingState) -> _GroupStep | None:
 
 
 def _counters(state: TrainingState, steps: Sequence[_GroupStep | None]) -> dict[str, int]:
-    """The counters that DeepSpeed asks for; where the source counts otherwise, by its steps."""
+    """The counters that DeepSpeed needs; if the source counts differently, they follow from its
+    steps."""
     done = max((step.count for step in steps if step is not None), default=0)
     found = {"global_steps": done, "skipped_steps": 0}
     own = ("global_steps", "skipped_steps", "global_samples")

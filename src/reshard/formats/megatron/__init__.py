@@ -11,11 +11,11 @@ slime, ms-swift and verl's Megatron workers.
     run/global_step_7/actor/dist_ckpt/        verl up to 0.8, beside actor/huggingface/
     run/global_step_7/actor/model/dist_ckpt/  verl 0.9; optimizer/ and extra/ lie beside model/
 
-Tensors are whole: of tensor, pipeline, expert and data parallelism only the chunks are left. Their
-names are Megatron's, and stay so here; `reshard.naming.megatron` turns them into the hub's. Beside
-them lie items that are not tensors (`_extra_state`, `rng_state`), which are not opened, and the
-state of the optimizer. Read off megatron-core 0.12 and 0.16 (dist_checkpointing/), Megatron-LM,
-Megatron-Bridge, verl 0.9.1, and files that megatron-core wrote.
+Tensors have their full shapes: tensor, pipeline, expert and data parallelism leave only chunks.
+Here their names stay Megatron's; `reshard.naming.megatron` maps them to the hub's. Beside them lie
+items that are not tensors (`_extra_state`, `rng_state`), which are not opened, and the state of the
+optimizer. Read off megatron-core 0.12 and 0.16 (dist_checkpointing/), Megatron-LM, Megatron-Bridge,
+verl 0.9.1, and files that megatron-core wrote.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """The model's tensors by Megatron's names, each proven to be tiled by its chunks.
 
     `selection.role` names one of the models of verl's step. With `selection.masters` the fp32
-    masters of the optimizer's state stand in for the weights.
+    masters of the optimizer's state replace the weights.
 
     Raises `IncompleteError` (an unfinished save; a file missing or short; a hole), `FormatError`
     (damaged), `UnsupportedError` (another backend, weights in FP8, adapters), `NotFoundError` (no

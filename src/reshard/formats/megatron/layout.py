@@ -5,8 +5,8 @@
     common.pt          how layers and experts are named, for those who load it; no run's settings
     metadata.json      the backend's name
 
-Megatron-Core's modules ask for a state beside their tensors, which holds something in FP8 alone. It
-is None here, as modules without TransformerEngine save it; that of TransformerEngine takes it too.
+Megatron-Core's modules load a state beside their tensors, which holds data only in FP8. It is None
+here, as modules without TransformerEngine save it; TransformerEngine's modules accept it too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _OWN_LAYER = re.compile(r"decoder\.layers\.\d+\..+")
 def lay_out(
     slots: Sequence[Wanted], max_file_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
-    """Files and small files for tensors by Megatron-Core's names; aliases are more of these."""
+    """Files and small files for tensors by Megatron-Core's names; aliases are further such
+    names."""
     named = [
         (name, spec.shape) for spec, source, _ in slots for name in (spec.name, *source.aliases)
     ]

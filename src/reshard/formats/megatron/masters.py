@@ -90,7 +90,7 @@ def placed(
 
 
 def _shaped(entry: Entry, shape: Shape, folder: Path) -> Entry:
-    """The master in the shape of the model's tensor: as it is, or put together from its blocks."""
+    """The master in the shape of the model's tensor: as it is, or assembled from its blocks."""
     own = entry.spec.shape
     if own == shape:
         return entry
