@@ -10,7 +10,7 @@ from reshard.comparison.declared import DIFF, VERIFY
 from reshard.comparison.pairing import Pairing, onto_one, pair, reads_masters, tells_names
 from reshard.comparison.result import Compared, Comparison
 from reshard.comparison.sums import natural
-from reshard.comparison.values import Wanted, compare
+from reshard.comparison.values import Method, compare
 from reshard.conversion.declared import workers
 from reshard.conversion.quantised import compared_as_numbers
 from reshard.conversion.verification import Verified, verify_folder
@@ -59,8 +59,8 @@ def diff(
             pairing = _paired(mine, theirs, sources)
         else:
             pairing = onto_one(mine, theirs, sources, base=values["base"])
-        wanted = Wanted(either=True, norms=True, spectrum=values["spectrum"])
-        found = compare(pairing.pairs, sources, progress, wanted=wanted)
+        method = Method(either=True, norms=True, spectrum=values["spectrum"])
+        found = compare(pairing.pairs, sources, progress, method=method)
         sources.check_unchanged()
     apart = (*pairing.left, *pairing.omitted, *pairing.filled)
     findings = (*mine.findings, *theirs.findings, *found.findings)
