@@ -141,6 +141,16 @@ def reads_masters(folder: Path, sources: Sources) -> bool:
     return manifest.read(folder, sources).options.get("masters") is True
 
 
+def stated_options(first: Catalog, second: Catalog, sources: Sources) -> Options | None:
+    """The options of the conversion that made the second of the first, as its `reshard.json` states
+    them; None where it has none."""
+    stated = _stated(second, sources)
+    if stated is None:
+        return None
+    options, _ = _said(first, second.origin.root, stated, {})
+    return options
+
+
 def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts:
     """A side's tensors, with those of the files beside its model."""
     folder = catalog.origin.root
