@@ -18,7 +18,7 @@ from reshard.comparison.pairing import (
 )
 from reshard.comparison.result import Compared, Comparison
 from reshard.comparison.sums import natural
-from reshard.comparison.values import Wanted, compare
+from reshard.comparison.values import Method, compare
 from reshard.conversion.declared import workers
 from reshard.conversion.quantised import compared_as_numbers
 from reshard.conversion.verification import Verified, verify_folder
@@ -68,14 +68,14 @@ def diff(
             pairing = _paired(mine, theirs, sources)
         else:
             pairing = onto_one(mine, theirs, sources, base=values["base"])
-        wanted = Wanted(either=True, norms=True, spectrum=values["spectrum"])
+        method = Method(either=True, norms=True, spectrum=values["spectrum"])
         pairs = pairing.pairs
         said: tuple[Compared, ...] = ()
         if values["optimizer"]:
             held = states.both(mine, theirs)
             pairs = [*pairs, *states.pairs(*held)]
             said = tuple(one for one in states.settings(*held) if one.kind != "equal")
-        found = compare(pairs, sources, progress, wanted=wanted)
+        found = compare(pairs, sources, progress, method=method)
         sources.check_unchanged()
     apart = (*said, *pairing.left, *pairing.omitted, *pairing.filled)
     findings = (*mine.findings, *theirs.findings, *found.findings)

@@ -94,17 +94,17 @@ def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None
     folder = second.origin.root
     stated = _stated(second, sources)
     held = _parts(second, stated, sources)
-    options, said = _said(first, folder, stated, held)
+    options, recorded = _recorded(first, folder, stated, held)
     if base is not None:
         made = exported(first, read_base(base, sources), options, sources)
         return Pairing(_pairs(_planned(made), held), *_left(first, made, options))
     if _stands_in(first, second, held):
         try:
-            return _onto_itself(first, read_base(folder, sources), options, said, held, sources)
+            return _onto_itself(first, read_base(folder, sources), options, recorded, held, sources)
         except NamesError:
             if not set(first.names()) >= set(second.entries):
                 raise
-    return _by_name(first, options, said, held, sources)
+    return _by_name(first, options, recorded, held, sources)
 
 
 def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -> Pairing:
@@ -171,7 +171,7 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
     return parts
 
 
-def _said(
+def _recorded(
     first: Catalog, folder: Path, stated: Manifest | None, held: Parts
 ) -> tuple[Options, Matching]:
     """The conversion's options, as far as they decide what goes where, and its record of names.
@@ -186,10 +186,10 @@ def _said(
     names = stated.names
     try:
         options = restated(options, stated.options, names)
-        said = parsed(names)
+        recorded = parsed(names)
     except (OptionError, TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise FormatError("it is damaged.", path=folder / MANIFEST) from None
-    return replace(options, allow=(*options.allow, *map(escape, said.unexpected))), said
+    return replace(options, allow=(*options.allow, *map(escape, recorded.unexpected))), recorded
 
 
 def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
@@ -204,7 +204,7 @@ def _onto_itself(
     first: Catalog,
     base: Base,
     options: Options,
-    said: Matching,
+    recorded: Matching,
     held: Parts,
     sources: Sources,
 ) -> Pairing:
@@ -224,7 +224,7 @@ def _onto_itself(
         planned[""].pop(name)
     _check_apart(planned, base.folder)
     model, filled = dict(held[""]), []
-    for name in sorted({*said.filled}.intersection(made.matching.filled)):
+    for name in sorted({*recorded.filled}.intersection(made.matching.filled)):
         entry = model.pop(name)
         filled.append(Compared(name, "only in the second", "", described(entry.spec)))
     pairs = _pairs(planned, {**held, "": model})
@@ -238,10 +238,10 @@ def _frozen(catalog: Catalog) -> list[str]:
 
 
 def _by_name(
-    first: Catalog, options: Options, said: Matching, held: Parts, sources: Sources
+    first: Catalog, options: Options, recorded: Matching, held: Parts, sources: Sources
 ) -> Pairing:
     """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
-    store is compared with the tensor that it is said to be."""
+    store is compared with the tensor that it is recorded to be."""
     mine = _parts(first, _stated(first, sources), sources)
     if (options.names == "memory" or trainer(options)) and named(first.format).holds_config:
         placed = exported(first, None, options, sources)
@@ -250,7 +250,7 @@ def _by_name(
         held = {"": next(iter(held.values()))}
     kept = held.get("", {})
     there = {name: e for e in kept.values() for name in e.names}
-    there = {name: there[tie] for name, tie in said.tied.items() if tie in there} | there
+    there = {name: there[tie] for name, tie in recorded.tied.items() if tie in there} | there
     model: dict[str, Entry] = {}
     theirs: dict[str, Entry] = {}
     for entry in mine.get("", {}).values():
@@ -324,8 +324,8 @@ def _left(
         for name in made.matching.unexpected
         if not matches_any(CONSTANTS, name)
     ]
-    said = {found.name for found in dropped if allowed.allows(found.name)}
+    recorded = {found.name for found in dropped if allowed.allows(found.name)}
     return (
-        tuple(found for found in dropped if found.name not in said),
-        tuple(found for found in dropped if found.name in said),
+        tuple(found for found in dropped if found.name not in recorded),
+        tuple(found for found in dropped if found.name in recorded),
     )

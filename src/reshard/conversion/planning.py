@@ -252,7 +252,7 @@ def _lies_among(name: str, files: Sequence[OutputFile]) -> bool:
     return "/" not in name and PurePath(name).suffix in {PurePath(f.name).suffix for f in files}
 
 
-def _slots(targets: Sequence[Target]) -> list[formats.Wanted]:
+def _slots(targets: Sequence[Target]) -> list[formats.TensorToWrite]:
     return [(t.spec, t.source.aliased(t.aliases), t.reference) for t in targets]
 
 

@@ -21,7 +21,7 @@ from reshard.diagnosis import case as cases
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.declared import DOCTOR
 from reshard.diagnosis.found import Found, found
-from reshard.diagnosis.repair import write_mended
+from reshard.diagnosis.repair import write_repaired
 from reshard.diagnosis.table import CHECKS
 from reshard.errors import PlanError, VerificationError
 from reshard.naming.rewards import REWARD_HEAD
@@ -84,7 +84,7 @@ def doctor(
     look at or no base, and where the output cannot be written; what is wrong with `folder` is never
     an exception.
 
-    >>> diagnosis = doctor("export", base="Qwen2.5-7B", repair="mended")     # doctest: +SKIP
+    >>> diagnosis = doctor("export", base="Qwen2.5-7B", repair="repaired")     # doctest: +SKIP
     >>> [finding.code for finding in diagnosis.findings]                     # doctest: +SKIP
     ['wrapper-prefix', 'tokenizer-missing']
     """
@@ -101,10 +101,10 @@ def doctor(
         all_found = examine(case)
         findings = tuple(each.finding for each in all_found)
         remaining, repaired = findings, None
-        if target is not None and _mendable(all_found):
+        if target is not None and _repairable(all_found):
             _check_alone(case)
             _check_numbers(case)
-            remaining = _mend(case, all_found, target, sources, threads, progress)
+            remaining = _repair(case, all_found, target, sources, threads, progress)
             repaired = os.fspath(target)
         sources.check_unchanged()
     return Diagnosis(
@@ -125,7 +125,7 @@ def examine(case: Case) -> tuple[Found, ...]:
     return tuple(found(code, signs) for code, signs in seen if signs is not None)
 
 
-def _mendable(all_found: Sequence[Found]) -> bool:
+def _repairable(all_found: Sequence[Found]) -> bool:
     """Whether there is something to repair, and no error that a copy would keep."""
     hopeless = any(f.finding.severity == "error" and f.repair is None for f in all_found)
     return not hopeless and any(each.repair is not None for each in all_found)
@@ -155,7 +155,7 @@ def _check_numbers(case: Case) -> None:
         )
 
 
-def _mend(
+def _repair(
     case: Case,
     all_found: Sequence[Found],
     target: Path,
@@ -180,5 +180,7 @@ def _mend(
                     hint="Convert the run's checkpoint again: reshard convert RUN OUT.",
                 )
 
-    write_mended(case, all_found, target, sources, threads=threads, check=check, progress=progress)
+    write_repaired(
+        case, all_found, target, sources, threads=threads, check=check, progress=progress
+    )
     return tuple(kept)

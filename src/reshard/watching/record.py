@@ -17,6 +17,7 @@ from msgspec import Struct, field
 from msgspec.structs import asdict, replace
 
 from reshard.errors import FormatError, WriteError
+from reshard.storage.local import read_start
 from reshard.storage.paths import is_file, real
 from reshard.storage.texts import write_text
 
@@ -101,8 +102,7 @@ class State:
 
 
 def _read(path: Path) -> Record:
-    with path.open("rb") as file:
-        text = file.read(_MAX_NBYTES)
+    text = read_start(path, _MAX_NBYTES)
     try:
         found = msgspec.json.decode(text, type=Record)
     except msgspec.MsgspecError:

@@ -24,6 +24,7 @@ from reshard import formats
 from reshard.errors import NotFoundError, OptionError, listed
 from reshard.formats import locate, tags
 from reshard.formats.info import named
+from reshard.storage.local import read_start
 from reshard.storage.paths import files_below, is_file, is_folder, listing, status
 
 # What a step's folder is called: global_step10, checkpoint-500, iter_0000010, step_5, epoch_2.
@@ -128,8 +129,7 @@ def unfinished(save: Save, run: Path) -> str:
     marker = _marker(save.path, run)
     if marker is None:
         return ""
-    with marker.open("rb") as file:
-        text = file.read(_MAX_NBYTES).decode(errors="replace").strip()
+    text = read_start(marker, _MAX_NBYTES).decode(errors="replace").strip()
     if text == save.name or tags.number_of(text) >= tags.number_of(save.name):
         return ""
     written = status(marker).st_mtime_ns

@@ -30,7 +30,7 @@ from reshard.core.hyperparameters import completed
 from reshard.core.state import STATE_PART, Plain, TrainingState, tensor_name
 from reshard.core.tensors import TensorSpec
 from reshard.errors import PlanError, listed
-from reshard.formats import Laid, Wanted
+from reshard.formats import Laid, TensorToWrite
 from reshard.formats.dcp.lightrft import CLIENT_STATE, CONSUMED_SAMPLES
 
 #: The values of `--layout`, the default first.
@@ -60,7 +60,7 @@ _PLACES: Mapping[str, _Place] = {
 
 
 def lay_out_state(
-    weights: Sequence[Wanted], state: TrainingState, max_file_nbytes: int, layout: str | None
+    weights: Sequence[TensorToWrite], state: TrainingState, max_file_nbytes: int, layout: str | None
 ) -> Laid:
     """The model's files, the optimizer's, and those of the run, see `formats.StateWritable`.
 
@@ -86,7 +86,7 @@ def lay_out_state(
 
 
 def _section(state: TrainingState, root: StatePath, *, rank: int) -> Section:
-    slots: list[Wanted] = []
+    slots: list[TensorToWrite] = []
     paths: dict[str, StatePath] = {}
     known: dict[StatePath, TensorBytes] = {}
     for name in state.names:
