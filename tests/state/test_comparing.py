@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import reshard
+from reshard.conversion.options import Layout
 from reshard.errors import PlanError, VerificationError
 from tests.state.cases import DEEPSPEED, FSDP, case
 from tests.state.test_refusals import base_state, edited
@@ -45,9 +46,10 @@ def bump(content: dict[str, Any]) -> None:
     base_state(content)[0]["exp_avg"][2990] += 0.25
 
 
-def test_another_moment_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["lightrft", "accelerate", "nested"])
+def test_another_moment_is_found(layout: Layout, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    reshard.convert(case("ds_s2_fp32").folder, out, to="dcp", optimizer=True)
+    reshard.convert(case("ds_s2_fp32").folder, out, to="dcp", optimizer=True, layout=layout)
     with pytest.raises(VerificationError, match=r"1 of 459 elements differ, by 0\.25") as caught:
         reshard.verify(out, against=changed(tmp_path, bump))
     assert caught.value.tensor == "exp_avg: model.layers.1.mlp.down_proj.weight"
