@@ -36,6 +36,14 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "For the layout of the release, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",
+    "Write the version into the base's config.json, as transformers_version.": "models/test_released_layout.py::test_an_orientation_that_nothing_tells",
+    "To write them: reshard doctor OUT --repair REPAIRED.": "models/test_released_layout.py::test_fields_that_the_base_lacks_are_said",
+    "Pass --to hf, or leave out --names.": "models/test_released_layout.py::test_dcp_has_no_released_layout",
+    "Write it in the layout of the release: reshard convert DIR OUT --names hub.": "doctor/test_engines.py::test_names_of_a_live_module",
+    "Move them into a folder below, or away.": "doctor/test_engines.py::test_a_head_file_without_an_index",
+    " Or convert the run again: reshard writes an index, which keeps them apart.": "doctor/test_engines.py::test_a_head_file_without_an_index",
+    "Make the 16-bit model: reshard convert DIR OUT.": "doctor/test_engines.py::test_codes_that_mlx_does_not_read",
     "Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that.": "deepspeed/test_autoep.py::test_the_checkpoint_itself_leads_to_the_universal_one",
     "Leave out --masters.": "megatron/test_masters.py::test_without_masters_to_read",
     "Leave out --masters; or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",

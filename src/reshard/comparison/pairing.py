@@ -30,7 +30,7 @@ from reshard.conversion.planning import exported
 from reshard.conversion.trainer_names import trainer
 from reshard.conversion.verification import check_listed, child_of
 from reshard.core.catalog import Catalog
-from reshard.core.tensors import Entry, stored
+from reshard.core.tensors import Entry, Shape, stored
 from reshard.errors import FormatError, NamesError, OptionError, PlanError
 from reshard.formats.info import named
 from reshard.naming import FitOptions
@@ -205,8 +205,13 @@ def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
     """Whether the second side's names and config decide what goes where."""
     if not holds_config(second) or "" not in held:
         return False
-    same = not first.unshaped and set(first.names()) == set(second.entries)
+    same = not first.unshaped and _shapes(first) == _shapes(second)
     return not same or (len(held) > 1 and not named(first.format).holds_config)
+
+
+def _shapes(catalog: Catalog) -> dict[str, Shape]:
+    """The shape of each tensor, by all of its names."""
+    return {name: e.spec.shape for e in catalog.entries.values() for name in e.names}
 
 
 def _onto_itself(

@@ -20,7 +20,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
-Names = Literal["all", "disk", "memory"]
+Names = Literal["all", "disk", "memory", "hub"]
 Layout = Literal["lightrft", "accelerate", "nested"]
 To = Literal["hf", "dcp", "megatron"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
@@ -31,7 +31,7 @@ _MAX_WILDCARDS = 3
 MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "critic")
 SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
-NAMES: tuple[Names, ...] = ("all", "disk", "memory")
+NAMES: tuple[Names, ...] = ("all", "disk", "memory", "hub")
 #: Every format's values of `--layout`.
 LAYOUTS: tuple[Layout, ...] = ("lightrft", "accelerate", "nested")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")

@@ -12,11 +12,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.conversion import live_names, output_model, trainer_names, training
+from reshard.conversion import live_names, output_model, released, trainer_names, training
 from reshard.conversion.base_model import (
     CONFIG,
     Base,
     dtype_patches,
+    holds_config,
     patched_config,
     quantisation_paths,
     read_base,
@@ -103,6 +104,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
             *_from_cache(options),
             *dequantised(found, base),
             *made.findings,
+            *_of_release(made, catalog, base, options, sources),
             *said,
             *idle(options, catalog, base, made),
             *lacking,
@@ -193,7 +195,23 @@ def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sou
         config = live_names.config_of(made, catalog, base, sources, asked)
         place = live_names.placed if options.names == "memory" else live_names.answering
         made = place(made, config, options)
+    elif options.names == "hub":
+        config = live_names.config_of(made, catalog, base, sources, "--names hub")
+        made = released.in_layout(made, config)
     return made
+
+
+def _of_release(
+    made: Export, catalog: Catalog, base: Base | None, options: Options, sources: Sources
+) -> tuple[Finding, ...]:
+    """What of the output no release has, where it is a model's folder."""
+    known = base is not None or holds_config(catalog)
+    if not (known and made.model and made.assets and target_named(options.to).takes_files):
+        return ()
+    if options.names == "memory":
+        return ()
+    config = live_names.config_of(made, catalog, base, sources, "--names hub")
+    return tuple(released.findings(made, config))
 
 
 def carried_along(
