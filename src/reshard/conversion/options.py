@@ -147,7 +147,8 @@ def restated(options: Options, stated: Mapping[str, Any], names: Mapping[str, An
     """
     memory = stated.get("names") == "memory"
     to = stated.get("to")
-    trained = to in targets() and targets()[to].naming is not None
+    # Both decide which names a tensor has, and whether it has several.
+    trained = to in targets() and (memory or targets()[to].naming is not None)
     version = (names if memory else stated).get("transformers_version")
     lora, mode = names.get("lora"), stated.get("lora")
     srm_format = Choice(SRM_FORMATS).parse(stated.get("srm_format", "both"))
@@ -168,6 +169,7 @@ def restated(options: Options, stated: Mapping[str, Any], names: Mapping[str, An
             scaling=None if lora is None else _scaling(lora),
         ),
         names=_stated_names(stated),
+        optimizer=Flag().parse(stated.get("optimizer", False)),
         transformers_version=None if version is None else parse_version(_text(version)),
     )
 
