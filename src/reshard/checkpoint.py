@@ -241,6 +241,8 @@ def open_checkpoint(
     The format is detected. Raises `OptionError` for a wrong value, and another `ReshardError` for
     anything that is missing or damaged.
 
+    Examples
+    --------
     >>> checkpoint = open_checkpoint("run/_actor")                    # doctest: +SKIP
     >>> checkpoint.tensors["lm_head.weight"].shape                    # doctest: +SKIP
     (32000, 4096)
