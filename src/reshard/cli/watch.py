@@ -51,9 +51,9 @@ def watch(run: Path, out: Path, once: bool, quiet: bool, **options: Any) -> int:
     def listen(event: Event) -> None:
         line = f"{time.strftime('%H:%M:%S')} {event.save} {event.message}"
         if event.failed:
-            output.say(line, "error", lines=True)
+            output.print_message(line, "error", lines=True)
         elif not quiet:
-            output.tell(line, lines=True)
+            output.print_result(line, lines=True)
 
     try:
         failed = follow(run, out, once=once, listen=listen, **options)

@@ -18,7 +18,9 @@ from reshard.core.sizes import size
 from reshard.core.tensors import TensorSpec
 from reshard.errors import printable
 
-Kind = Literal["equal", "values", "shape", "dtype", "only in the first", "only in the second"]
+Kind = Literal[
+    "equal", "values", "shape", "dtype", "setting", "only in the first", "only in the second"
+]
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -28,7 +30,7 @@ class Compared(Struct, frozen=True):
 
     `first` and `second` are what each side has: for `equal` and `values` the dtype in which they
     were compared, of which the tensor takes `nbytes`. Only these two kinds have a shape and a
-    change.
+    change. A `setting` is no tensor: an optimizer's step or hyperparameter, which differs.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""What became of each save, in a small JSON file: for people, and for a restart.
+"""The state of each save, in a small JSON file: for users, and for a restart.
 
     OUT/watch.json    {"version": 1, "run": ..., "doing": ..., "pid": ..., "saves": {NAME: {...}}}
 
-It is written anew at each change, whole or not at all.
+It is rewritten at each change, completely or not at all.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from msgspec import Struct, field
 from msgspec.structs import asdict, replace
 
 from reshard.errors import FormatError, WriteError
+from reshard.storage.local import read_start
 from reshard.storage.paths import is_file, real
 from reshard.storage.texts import write_text
 
@@ -46,7 +47,7 @@ class SaveState(Struct, frozen=True):
 
 
 class Record(Struct):
-    """The state of all saves; `doing` says in words what is done now."""
+    """The state of all saves; `doing` says in words what watch is doing now."""
 
     run: str
     doing: str = ""
@@ -101,8 +102,7 @@ class State:
 
 
 def _read(path: Path) -> Record:
-    with path.open("rb") as file:
-        text = file.read(_MAX_NBYTES)
+    text = read_start(path, _MAX_NBYTES)
     try:
         found = msgspec.json.decode(text, type=Record)
     except msgspec.MsgspecError:
