@@ -64,7 +64,7 @@ TAKEN: dict[str, set[str]] = {
     "optimizer": _FLAG, "layout": set(), "hyperparameters": _PATHS,
     "allow_unchanged": _FLAG, "allow_step_mismatch": _FLAG, "strict": {*_FLAG, "no list"},
     "allow": _LISTS, "heads_types": {*_LISTS, "many wildcards"},
-    "progress": {"a function", "a class"},
+    "engine": set(), "spectrum": _FLAG, "progress": {"a function", "a class"},
 }  # fmt: skip
 
 FUNCTIONS: dict[Callable[..., Any], tuple[Options, dict[str, Any]]] = {
@@ -92,7 +92,12 @@ def test_a_wrong_value_is_an_option_error_that_names_the_option(
     for label, value in VALUES.items():
         taken = label in TAKEN[name] or (value is None and option.default is None)
         given = {**needed, name: value}
-        if name in ("consumed_samples", "optimizer", "layout", "hyperparameters"):
+        if function is reshard.convert and name in (
+            "consumed_samples",
+            "optimizer",
+            "layout",
+            "hyperparameters",
+        ):
             given["to"] = "dcp"
         if name in ("layout", "hyperparameters"):
             given["optimizer"] = True

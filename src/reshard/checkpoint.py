@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -13,7 +15,10 @@ from msgspec import Struct
 from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
+from reshard.core.notebook import folded, html_table
 from reshard.core.options import Option, PathLike, Place, Text, documented, parse, table
+from reshard.core.sizes import size
+from reshard.core.state import TrainingState
 from reshard.core.tensors import Entry, FileRef, Kind, Record, stored
 from reshard.errors import listed
 from reshard.formats import locate
@@ -160,10 +165,41 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
+class Optimizer:
+    """The training state of a checkpoint: what its optimizer holds of each parameter.
+
+    `moments` are tensors by kind (`exp_avg`) and parameter, read by their `numpy` only. `steps` are
+    the updates that each parameter has had, `groups` the parameters of each group with their
+    hyperparameters. `scheduler` is None where the checkpoint holds none.
+    """
+
+    def __init__(self, state: TrainingState, identities: Mapping[str, Identity]) -> None:
+        files = Files(identities, state.records)
+        self.state = state
+        self.moments: Mapping[str, Mapping[str, Tensor]] = {
+            kind: Tensors(table, files) for kind, table in state.moments.items()
+        }
+        self.masters: Mapping[str, Tensor] = Tensors(state.masters, files)
+        self.steps = {name: step.count for name, step in state.steps.items()}
+        self.groups = state.groups
+        self.scheduler = state.scheduler
+        self.counters = state.counters
+        self.client_state = state.client_state
+
+    def __repr__(self) -> str:
+        return f"<Optimizer {', '.join(self.moments)} of {len(self.state.names)} parameters>"
+
+
 class Checkpoint:
     """A checkpoint, read from its metadata. No file stays open."""
 
-    def __init__(self, catalog: Catalog, identities: Mapping[str, Identity]) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        identities: Mapping[str, Identity],
+        again: Callable[[Sources], Catalog] | None = None,
+    ) -> None:
+        self._again = again
         self.files = Files(identities, catalog.records)
         self.catalog = catalog
         self.format = catalog.format
@@ -172,8 +208,56 @@ class Checkpoint:
         self.world_size = catalog.origin.world_size
         self.tensors: Mapping[str, Tensor] = Tensors(catalog.entries, self.files)
 
+    @cached_property
+    def optimizer(self) -> Optimizer | None:
+        """The training state; None where the checkpoint holds none. Read when first asked for.
+
+        Raises `ReshardError` where it cannot be read: it lacks names, is of another model or
+        quantised, or its files changed since the checkpoint was opened.
+        """
+        if self.catalog.optimizer is None or self._again is None:
+            return None
+        with Sources(self.files.identities) as sources:
+            catalog = self._again(sources)
+            state = catalog.training_state()
+            if state is None:
+                return None
+            entries = [entry for _, entry in state.entries()]
+            for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
+                sources.open(file)
+            return Optimizer(state, sources.identities())
+
+    def _repr_html_(self) -> str:
+        """The checkpoint as a notebook shows it: what it is, and its tensors to unfold."""
+        found = {
+            "format": self.format,
+            "version": self.version,
+            "tag": self.tag,
+            "ranks": self.world_size,
+            "tensors": len(self.catalog.entries),
+            "parameters": f"{sum(e.spec.numel for e in self.catalog.entries.values()):,}",
+            "bytes": size(sum(e.spec.nbytes for e in self.catalog.entries.values())),
+        }
+        rows = [(label, str(value)) for label, value in found.items() if value is not None]
+        title = f"Checkpoint: {os.fspath(self.catalog.origin.root)}"
+        return html_table(title, rows, more=tensors_to_unfold(self.tensors))
+
     def __repr__(self) -> str:
         return f"<Checkpoint {self.format} {os.fspath(self.catalog.origin.root)!r}>"
+
+
+# A notebook keeps what it shows: of very many tensors, these.
+_SHOWN = 1000
+
+
+def tensors_to_unfold(tensors: Mapping[str, Tensor]) -> str:
+    """The tensors as a notebook's table that is shown on request; the first of very many."""
+    rows = [
+        (one.name, str(one.dtype), str(list(one.shape)), size(one.nbytes), one.kind)
+        for one in islice(tensors.values(), _SHOWN)
+    ]
+    title = f"{len(tensors)} tensors" + (f", of them {_SHOWN}" if len(tensors) > _SHOWN else "")
+    return folded(title, html_table("", rows, header=("name", "dtype", "shape", "size", "kind")))
 
 
 @documented(OPEN)
@@ -189,15 +273,22 @@ def open_checkpoint(
     The format is detected. Raises `OptionError` for a wrong value, and another `ReshardError` for
     anything that is missing or damaged.
 
+    Examples
+    --------
     >>> checkpoint = open_checkpoint("run/_actor")                    # doctest: +SKIP
     >>> checkpoint.tensors["lm_head.weight"].shape                    # doctest: +SKIP
     (32000, 4096)
+    >>> checkpoint.optimizer.moments["exp_avg"]["lm_head.weight"].numpy()      # doctest: +SKIP
     """
     values = parse(OPEN, dict(locals()))
     selection = formats.Selection(values["tag"], values["prefix"], True, values["role"])
+
+    def read(sources: Sources) -> Catalog:
+        return locate.read(values["path"], sources, selection)
+
     with Sources() as sources:
-        catalog = locate.read(values["path"], sources, selection)
+        catalog = read(sources)
         entries = catalog.entries.values()
         for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
             sources.open(file)
-        return Checkpoint(catalog, sources.identities())
+        return Checkpoint(catalog, sources.identities(), read)

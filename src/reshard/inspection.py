@@ -11,10 +11,13 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import asdict
 
-from reshard.checkpoint import OPEN, Checkpoint, open_checkpoint
+from reshard.checkpoint import OPEN, Checkpoint, open_checkpoint, tensors_to_unfold
 from reshard.core.catalog import Catalog
-from reshard.core.options import Option, PathLike, Place, documented, parse
+from reshard.core.findings import Finding
+from reshard.core.notebook import html_table
+from reshard.core.options import Flag, Option, PathLike, Place, documented, parse
 from reshard.core.sizes import size
+from reshard.core.summary import StateSummary
 from reshard.core.tensors import nbytes_read
 from reshard.errors import (
     FormatError,
@@ -40,6 +43,13 @@ INSPECT = {
         "Also show how the names fit onto those of this Hugging Face model.",
         group="Input",
         short="b",
+    ),
+    "optimizer": Option(
+        "optimizer",
+        Flag(),
+        "Also show the training state: moments by kind, steps, parameter groups, schedule.",
+        False,
+        group="Output",
     ),
 }
 
@@ -141,6 +151,7 @@ class Inspection(Struct, frozen=True):
     kinds: dict[str, int]
     fitting: Fitting | None = None
     codes: Codes | None = None
+    optimizer: StateSummary | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The summary as lines of a label and its words, as `inspect` shows it."""
@@ -162,6 +173,8 @@ class Inspection(Struct, frozen=True):
         for name, value in catalog.origin.details.items():
             if name not in ("zero_stage", "global_steps") and value not in (None, [], {}, "", 0):
                 rows.append((name.replace("_", " "), _shown(value)))
+        if self.optimizer is not None:
+            rows += self.optimizer.rows()
         return rows if self.fitting is None else [*rows, *self.fitting.rows(self.num_tensors)]
 
     def _kind(self) -> str:
@@ -209,8 +222,20 @@ class Inspection(Struct, frozen=True):
     def __str__(self) -> str:
         return "\n".join(f"{label:<10} {printable(words)}" for label, words in self.rows())
 
+    def _repr_html_(self) -> str:
+        """The summary as a notebook shows it."""
+        return html_table(
+            "Checkpoint", self.rows(), more=tensors_to_unfold(self.checkpoint.tensors)
+        )
+
     def __repr__(self) -> str:
         return f"<Inspection: {self._kind()}; {self._contents()}>"
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Those of the checkpoint, and of its training state where that was asked for."""
+        state = None if self.optimizer is None else self.optimizer.state
+        return (*self.checkpoint.catalog.findings, *(() if state is None else state.findings))
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
         """The summary as JSON values, as `inspect --json` prints it."""
@@ -236,9 +261,11 @@ class Inspection(Struct, frozen=True):
                 for alias in entry.aliases
             },
             "frozen": [e.spec.name for e in catalog.entries.values() if e.kind == "frozen"],
-            "findings": [finding.to_json() for finding in catalog.findings],
+            "findings": [finding.to_json() for finding in self.findings],
             **catalog.origin.details,
         }
+        if self.optimizer is not None:
+            result["optimizer"] = self.optimizer.to_json()
         if self.fitting is not None:
             result["base"] = self.fitting.to_json()
         if tensors:
@@ -263,8 +290,9 @@ def inspect(
     prefix: str | None = None,
     role: str | None = None,
     base: PathLike | None = None,
+    optimizer: bool = False,
 ) -> Inspection:
-    """Summarise the checkpoint at `path`; no weights are read.
+    """Summarise the checkpoint at `path`; no weights are read, and of moments only where they lie.
 
     Raises `OptionError` for a wrong value, and another `ReshardError` for anything that is missing
     or damaged.
@@ -285,7 +313,14 @@ def inspect(
         kinds=dict(Counter(t.kind for t in checkpoint.tensors.values())),
         fitting=None if values["base"] is None else _fit(checkpoint, values["base"]),
         codes=_codes(checkpoint.catalog),
+        optimizer=_state(checkpoint) if values["optimizer"] else None,
     )
+
+
+def _state(checkpoint: Checkpoint) -> StateSummary:
+    """The training state; of a checkpoint without one, that it has none."""
+    held = checkpoint.optimizer
+    return StateSummary() if held is None else StateSummary(held.state)
 
 
 def _shown(value: object) -> str:

@@ -117,9 +117,13 @@ def test_a_matrix_of_the_experts_is_missing(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_checkpoint_itself_leads_to_the_universal_one(runs: Path, stage: int) -> None:
+def test_the_checkpoint_itself_leads_to_the_universal_one(
+    runs: Path, stage: int, tmp_path: Path
+) -> None:
     with pytest.raises(reshard.UnsupportedError, match=r"AutoEP.*ds_to_universal"):
         reshard.open(runs / f"zero{stage}" / "checkpoint")
+    shutil.copytree(runs / f"zero{stage}" / "universal", tmp_path / "made")
+    assert reshard.convert(tmp_path / "made", tmp_path / "out").verified
 
 
 @pytest.mark.parametrize("stated", [{"ep_num_experts": 3}, {"is_expert_param": False}])

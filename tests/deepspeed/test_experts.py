@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def test_a_missing_expert_is_named(parallel_runs: ParallelRuns, tmp_path: Path) 
     expert(tag, 0, 2).unlink()
     with pytest.raises(reshard.IncompleteError, match=r"1 of 4 experts of layer 0.*expert 2"):
         reshard.open(tag)
+    shutil.copy(expert(parallel_runs["experts-zero1"].copy(tmp_path / "whole"), 0, 2), tag)
+    assert reshard.open(tag).tensors
 
 
 def test_all_experts_missing(parallel_runs: ParallelRuns, tmp_path: Path) -> None:

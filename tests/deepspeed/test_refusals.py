@@ -186,6 +186,10 @@ def test_two_ranks_are_exchanged(oracle: Oracle, workspace: Path, stage: int) ->
     other.rename(one)
     (root / "aside").rename(other)
     refused(workspace, root, None, reshard.ReshardError)
+    one.rename(root / "aside")  # each under its own name again
+    other.rename(one)
+    (root / "aside").rename(other)
+    check_against_truth(reshard.open(root), oracle[f"zero{stage}-bf16-w2"].last)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

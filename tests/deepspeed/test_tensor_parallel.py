@@ -155,6 +155,7 @@ def test_without_the_metadata_it_is_refused(
         edit_saved(path, forget)
     with pytest.raises(reshard.UnsupportedError, match=f"tensor parallelism over 2 ranks.*{KEY}"):
         reshard.open(tag)
+    check_against_truth(reshard.open(parallel_runs[name].root), parallel_runs, name)  # with it
 
 
 @pytest.mark.parametrize(
@@ -177,6 +178,10 @@ def test_missing_files_are_named(
         path.unlink()
     with pytest.raises(reshard.IncompleteError, match=message):
         reshard.open(tag)
+    whole = parallel_runs[name].copy(tmp_path / "whole")
+    for path in files:  # copied, as the hint asks
+        shutil.copy(whole / path.name, path)
+    check_against_truth(reshard.open(tag), parallel_runs, name)
 
 
 def test_files_of_a_larger_run_are_left_over(parallel_runs: ParallelRuns, tmp_path: Path) -> None:

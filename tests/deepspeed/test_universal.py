@@ -69,6 +69,7 @@ def test_a_missing_master_is_named(case: Case, tmp_path: Path) -> None:
     with pytest.raises(reshard.IncompleteError, match=r"up\.bias") as caught:
         reshard.open(folder)
     assert caught.value.tensor == "up.bias"
+    assert reshard.open(copied(case, tmp_path / "again")).tensors
 
 
 def test_a_master_of_another_shape(case: Case, tmp_path: Path) -> None:
@@ -86,6 +87,7 @@ def test_masters_of_another_save(oracle: Oracle, tmp_path: Path) -> None:
     with pytest.raises(reshard.FormatError, match="different saves") as caught:
         reshard.open(folder)
     assert caught.value.tensor == "up.weight"
+    assert reshard.open(copied(oracle["universal-zero2"], tmp_path / "again")).tensors
 
 
 def test_a_file_that_holds_no_master(case: Case, tmp_path: Path) -> None:
@@ -128,6 +130,7 @@ def test_made_from_other_parallelism_it_is_refused(
         path.unlink()
     with pytest.raises(reshard.UnsupportedError, match="universal checkpoint.*" + what):
         reshard.open(folder)
+    assert reshard.open(parallel_runs[name].root).tensors  # what it was made from
 
 
 def test_its_buffers_are_bit_for_bit_the_modules(case: Case) -> None:

@@ -49,6 +49,13 @@ def edit(folder: Path, change: Callable[[Any], None]) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def mended(folder: Path, whole: Path) -> None:
+    """What the hint asks for: the folder copied again, or another save, is converted."""
+    shutil.rmtree(folder)
+    shutil.copytree(whole, folder)
+    assert reshard.convert(folder, folder.parent / "again").verified
+
+
 def refused(
     folder: Path, kind: type[ReshardError], words: str | None, hint: bool = True
 ) -> ReshardError:
@@ -225,7 +232,7 @@ def test_unknown_dtype(folder: Path) -> None:
     assert refused(folder, UnsupportedError, words, hint=False).tensor == TENSOR
 
 
-def test_item_that_is_no_tensor(folder: Path) -> None:
+def test_item_that_is_no_tensor(folder: Path, oracle: Oracle) -> None:
     stream = io.BytesIO()
     torch.save({"a": 1}, stream)
     (folder / "__9_0.distcp").write_bytes(stream.getvalue())
@@ -237,6 +244,7 @@ def test_item_that_is_no_tensor(folder: Path) -> None:
 
     edit(folder, change)
     refused(folder, FormatError, "its item holds no plain tensor")
+    mended(folder, oracle["fsdp2-w2"].checkpoint)
 
 
 def _chunks(metadata: Metadata) -> list[Any]:
@@ -244,10 +252,11 @@ def _chunks(metadata: Metadata) -> list[Any]:
     return chunks
 
 
-def test_hole(folder: Path) -> None:
+def test_hole(folder: Path, oracle: Oracle) -> None:
     edit(folder, lambda metadata: _chunks(metadata).pop())
     words = "132 of its 264 elements are in the checkpoint"
     assert refused(folder, IncompleteError, words).tensor == TENSOR
+    mended(folder, oracle["fsdp2-w2"].checkpoint)
 
 
 def test_a_path_of_endless_steps(folder: Path) -> None:
@@ -275,10 +284,11 @@ def test_a_tensor_and_a_dict_at_one_place(paths: list[tuple[str, ...]]) -> None:
         parts.find({str(number): path for number, path in enumerate(paths)}, None, "x")
 
 
-def test_chunk_without_a_place(folder: Path) -> None:
+def test_chunk_without_a_place(folder: Path, oracle: Oracle) -> None:
     edit(folder, lambda metadata: metadata.storage_data.pop(MetadataIndex(TENSOR, [11, 0])))
     words = r"does not say where its chunk at \(11, 0\) lies"
     assert refused(folder, IncompleteError, words).tensor == TENSOR
+    mended(folder, oracle["fsdp2-w2"].checkpoint)
 
 
 def test_overlap(folder: Path) -> None:
@@ -379,10 +389,11 @@ def _share_twice(metadata: Metadata) -> None:
     ],
 )
 def test_tables_of_the_metadata_that_contradict_each_other(
-    folder: Path, change: Callable[[Metadata], None], words: str
+    folder: Path, oracle: Oracle, change: Callable[[Metadata], None], words: str
 ) -> None:
     edit(folder, change)
     refused(folder, FormatError, words, hint=True)
+    mended(folder, oracle["fsdp2-w2"].checkpoint)
 
 
 def test_a_key_that_is_set_twice(folder: Path) -> None:
@@ -426,6 +437,7 @@ def test_unknown_transform(oracle: Oracle, tmp_path: Path) -> None:
 
     edit(folder, change)
     refused(folder, UnsupportedError, "it went through stream.secret@corp/2")
+    mended(folder, oracle["fsdp2-w2"].checkpoint)
 
 
 def test_damaged_zstd_frame(oracle: Oracle, tmp_path: Path) -> None:
@@ -434,6 +446,7 @@ def test_damaged_zstd_frame(oracle: Oracle, tmp_path: Path) -> None:
     data[2000:2600] = bytes(600)
     (folder / "__1_0.distcp").write_bytes(data)
     refused(folder, FormatError, "zstd", hint=False)
+    mended(folder, oracle["zstd"].checkpoint)
 
 
 def test_zstd_frame_that_swells(oracle: Oracle, tmp_path: Path) -> None:
@@ -448,6 +461,7 @@ def test_zstd_frame_that_swells(oracle: Oracle, tmp_path: Path) -> None:
 
     edit(folder, change)
     refused(folder, FormatError, "its frame holds more than 66064 bytes")
+    mended(folder, oracle["zstd"].checkpoint)
 
 
 def test_without_zstandard(oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,12 +469,15 @@ def test_without_zstandard(oracle: Oracle, tmp_path: Path, monkeypatch: pytest.M
     folder = oracle.copy("zstd", tmp_path)
     error = refused(folder, UnsupportedError, "compressed with zstd")
     assert ".[zstd]" in str(error.hint)
+    monkeypatch.undo()  # the extra is installed again
+    mended(folder, oracle["zstd"].checkpoint)
 
 
 def test_writers_without_collectives(oracle: Oracle, tmp_path: Path) -> None:
     folder = oracle.copy("no-collectives", tmp_path)
     (folder / "__0.metadata").unlink()
     refused(folder, IncompleteError, r"up to rank 1, and __0\.metadata is missing")
+    mended(folder, oracle["no-collectives"].checkpoint)
 
 
 def test_a_writer_of_an_endless_rank(oracle: Oracle, tmp_path: Path) -> None:
@@ -487,6 +504,7 @@ def test_writers_of_different_saves(oracle: Oracle, tmp_path: Path) -> None:
     metadata.state_dict_metadata["long"].size = torch.Size([264, 3])
     (folder / "__1.metadata").write_bytes(pickle.dumps(metadata))
     refused(folder, FormatError, r"the ranks disagree.*\(263, 3\).*\(264, 3\)")
+    mended(folder, oracle["no-collectives"].checkpoint)
 
 
 def test_replicas_that_differ(oracle: Oracle, tmp_path: Path) -> None:
@@ -501,6 +519,13 @@ def test_replicas_that_differ(oracle: Oracle, tmp_path: Path) -> None:
     (folder / info.relative_path).write_bytes(data)
     words = "2 ranks saved it, each for itself, and their values differ"
     assert refused(folder, FormatError, words).tensor == "positions"
+    spoilt = shutil.copytree(folder, tmp_path / "spoilt")
+    mended(folder, oracle["fsdp2-w2"].checkpoint)  # whose ranks agreed on who saves what
+    shutil.copytree(spoilt, tmp_path / "apart")
+    for path in (tmp_path / "apart").glob("__1*"):
+        path.unlink()
+    with pytest.raises(IncompleteError):  # of shards, the other ranks' files are missed
+        reshard.open(tmp_path / "apart")
 
 
 def test_two_saves_in_one_folder(oracle: Oracle, tmp_path: Path) -> None:
@@ -524,6 +549,8 @@ def test_shards_of_different_saves(oracle: Oracle, tmp_path: Path) -> None:
     old = folder / "shard-00002-model-00002-of-00002.safetensors"
     old.rename(folder / "shard-00002-model-00002-of-00003.safetensors")
     refused(folder, FormatError, "the model has 2 and 3 files")
+    (folder / "shard-00002-model-00002-of-00003.safetensors").rename(old)
+    assert reshard.convert(folder, tmp_path / "again").verified
 
 
 def test_short_shard(oracle: Oracle, tmp_path: Path) -> None:
@@ -552,6 +579,7 @@ def test_one_ranks_file_over_anothers(oracle: Oracle, tmp_path: Path, name: str)
     folder = oracle.copy(name, tmp_path)
     shutil.copy(folder / "__0_0.distcp", folder / "__1_0.distcp")
     refused(folder, IncompleteError, "one rank's file was copied over another's")
+    mended(folder, oracle[name].checkpoint)
 
 
 @pytest.mark.parametrize("values", [bytes(256), b"\x00\x00\x80\x3f" * 64, bytes(range(256))])

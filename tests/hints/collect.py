@@ -101,8 +101,7 @@ class Module:
                     if keyword.arg in _KEYWORDS:
                         yield from self.templates(keyword.value, owners.get(node, self.tree))
                 yield from self._records(node, owners.get(node, self.tree))
-        if self.name == "containers/torch/sniff":
-            yield from self.kinds()
+        yield from self.kinds()
 
     def _records(self, node: ast.Call, within: ast.AST) -> Iterator[str]:
         """Hints of records that are written by position: the codes' own, and `_Kind`."""

@@ -167,6 +167,11 @@ def test_flattened_tensors_need_a_base_that_fits(ranks: Ranks, tmp_path: Path) -
     wrong = base_of(truth, tmp_path / "unknown")
     with pytest.raises(UnsupportedError, match="its place among the flat parameters is not known"):
         reshard.convert(ranks["flat-w2"], tmp_path / "out", base=wrong)
+    # The hints: the base that fits, or SHARDED_STATE_DICT, which states the shapes.
+    right = base_of(load_file(ranks.truth("local-w2")), tmp_path / "right")
+    for name in ("local-w2", "flat-w2"):
+        assert reshard.convert(ranks[name], tmp_path / f"out-{name}", base=right).verified
+    assert reshard.convert(ranks["st-w3"], tmp_path / "sharded").verified
 
 
 def test_inspect_and_diff(ranks: Ranks) -> None:

@@ -188,6 +188,7 @@ def test_slices_that_were_copied_off_their_flat_parameter(ranks: Ranks) -> None:
     """As when the state dict is offloaded to the CPU: where they belong cannot be proven."""
     with pytest.raises(UnsupportedError, match="cannot prove where it belongs"):
         reshard.open(ranks["local-cloned"])
+    assert reshard.open(ranks["st-w3"]).tensors  # SHARDED_STATE_DICT
 
 
 def test_a_file_without_a_state_dict(tmp_path: Path) -> None:

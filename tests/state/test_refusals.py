@@ -86,6 +86,9 @@ def test_groups_that_do_not_cover_the_parameters(tmp_path: Path) -> None:
 
     run = edited("ds_s2_fp32", tmp_path, RANK1, fewer)
     assert "cover the flat tensors [0], and it has 2" in str(refused(run, FormatError))
+    weights_alone(run, tmp_path)
+    with opened(case("ds_s2_fp32").folder) as found:  # the file as it was saved
+        assert found.state.names
 
 
 def test_a_rank_without_one_kind_of_moments(tmp_path: Path) -> None:

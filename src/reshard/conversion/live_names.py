@@ -65,7 +65,10 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
             f"the live modules of transformers {text} are not known: their names are assumed to "
             f"be those of the nearest known version, of which the newest is {newest}."
         )
-        said.append(Finding("live-version-unread", message))
+        # Where the version was named, the code's own fix would offer what was passed.
+        fix = "Load the output with strict names: one that differs is then an error."
+        passed = options.transformers_version is not None
+        said.append(Finding("live-version-unread", message, fix=fix if passed else ""))
     return replace(
         exported,
         model=_once(live) if target_named(options.to).names_twice else _each(live),

@@ -45,7 +45,7 @@ def expect(path: Path, script: str) -> None:
         is_wanted = named(wanted[0]).title
         elsewhere = is_found.advice
         below = [s for s in locate.saves(path) if s.format in wanted] if is_folder(path) else []
-        if {*wanted} & claims.keys():
+        if found not in wanted and {*wanted} & claims.keys():
             elsewhere += " It also holds an exported model: name the file of that to convert it."
         newest = max(below, key=lambda save: save.age, default=None)
         raise UnsupportedError(

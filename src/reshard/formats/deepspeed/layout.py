@@ -31,7 +31,7 @@ from reshard.core.plan import OutputFile, Slot
 from reshard.core.state import STATE_PART, Group, Plain, TrainingState, tensor_name
 from reshard.core.tensors import Entry, Shape, TensorSpec
 from reshard.errors import PlanError
-from reshard.formats import Laid, Wanted
+from reshard.formats import Laid, TensorToWrite
 from reshard.formats.deepspeed import universal_findings
 from reshard.formats.deepspeed.place import LATEST_UNIVERSAL, MODEL, MODEL_STAGE3
 
@@ -64,7 +64,7 @@ def _plain(group: Group) -> dict[str, Plain]:
 
 
 def lay_out_state(
-    weights: Sequence[Wanted],
+    weights: Sequence[TensorToWrite],
     state: TrainingState,
     max_file_nbytes: int,
     layout: str | None,
@@ -81,7 +81,7 @@ def lay_out_state(
 
 
 class _Universal:
-    def __init__(self, weights: Mapping[str, Wanted], state: TrainingState) -> None:
+    def __init__(self, weights: Mapping[str, TensorToWrite], state: TrainingState) -> None:
         self._weights = weights
         self._state = state
         self._groups = state.groups
