@@ -1,4 +1,4 @@
-"""What `reshard help` finds beside commands: kinds of errors, codes of findings, pages.
+"""Topics of `reshard help` beside commands: kinds of errors, codes of findings, pages.
 
 The pages are those of `docs/`, which an installed package has as `reshard/docs/`.
 """
@@ -31,7 +31,7 @@ def classes() -> list[str]:
 
 
 def topics() -> dict[str, list[str]]:
-    """Everything that can be asked for, by kind."""
+    """Every topic, by kind."""
     return {
         "Pages": [*pages()],
         "Errors": classes(),
@@ -40,7 +40,7 @@ def topics() -> dict[str, list[str]]:
 
 
 def text(topic: str) -> str | None:
-    """What is said of a topic, as Markdown; None where there is none of that name."""
+    """The text on a topic, as Markdown; None where there is none of that name."""
     wanted = topic.strip().lower().removesuffix(".md").removeprefix("docs/")
     there = pages()
     for name in classes():

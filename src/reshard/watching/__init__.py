@@ -1,8 +1,8 @@
-"""A training run followed: each save is converted once it is complete.
+"""Follow a training run, and convert each complete save.
 
 watch.py       the loop
 saves.py       which saves a run has, and whether they are complete
-record.py      the state in a file, which a restart goes on from
-command.py     what is run after each conversion
+record.py      the state in a file, from which a restart continues
+command.py     the command to run after each conversion
 declared.py    the options
 """

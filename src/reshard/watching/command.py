@@ -1,4 +1,4 @@
-"""What is run after each conversion: by the shell, with the output's path."""
+"""Run the user's shell command after each conversion, with the output's path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GRACE = 10.0
 def run(command: str, *, output: Path, step: str, source: Path) -> int:
     """Run a command and return its exit code; of one that a signal ended, 128 and its number.
 
-    When this process is interrupted meanwhile, the command is ended too.
+    If this process is interrupted meanwhile, the command is ended too.
     """
     environment = {
         **os.environ,

@@ -1,8 +1,8 @@
-"""What became of each save, in a small JSON file: for people, and for a restart.
+"""The state of each save, in a small JSON file: for users, and for a restart.
 
     OUT/watch.json    {"version": 1, "run": ..., "doing": ..., "pid": ..., "saves": {NAME: {...}}}
 
-It is written anew at each change, whole or not at all.
+It is rewritten at each change, completely or not at all.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SaveState(Struct, frozen=True):
 
 
 class Record(Struct):
-    """The state of all saves; `doing` says in words what is done now."""
+    """The state of all saves; `doing` says in words what watch is doing now."""
 
     run: str
     doing: str = ""

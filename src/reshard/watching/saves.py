@@ -1,6 +1,6 @@
 """The saves of a run, and whether a save is complete.
 
-A save is complete where all of this holds:
+A save is complete if all of these are true:
 
     the run says so    `latest` (DeepSpeed) or latest_checkpointed_iteration.txt (Megatron-LM, verl)
                        names it or a later one, or was written after it; where there is such a file
@@ -27,7 +27,7 @@ from reshard.formats.info import named
 from reshard.storage.local import read_start
 from reshard.storage.paths import files_below, is_file, is_folder, listing, status
 
-# What a step's folder is called: global_step10, checkpoint-500, iter_0000010, step_5, epoch_2.
+# The names of a step's folder: global_step10, checkpoint-500, iter_0000010, step_5, epoch_2.
 _STEP = re.compile(
     r"(?i)(?:.*[^a-z])?(?:step|checkpoint|ckpt|iter(?:ation)?|epoch|save)s?[_\-=.]?\d+"
 )
@@ -37,7 +37,7 @@ _MAX_NBYTES = 256
 
 
 class Save(Struct, frozen=True):
-    """A save of a run: what it is called, and the path that is converted."""
+    """A save of a run: its name, and the path to convert."""
 
     name: str
     path: Path
@@ -92,7 +92,7 @@ def _named(run: Path, paths: Iterable[Path]) -> list[Save]:
         at = _step(path.relative_to(run).parts)
         above[Path(*path.relative_to(run).parts[:at])] = None
         name = path.relative_to(run).parts[at]
-        # Within one step the model comes first: its optimizer's folder is no save.
+        # Within one step the model comes first: its optimizer's folder is not a save.
         saves.setdefault(name, Save(name, path))
     if len(above) > 1:
         raise NotFoundError(

@@ -1,4 +1,5 @@
-"""Follow a run: look, convert what is complete, run the command, delete what is too old, again."""
+"""Follow a run in a loop: find complete saves, convert them, run the command, delete old
+outputs."""
 
 from __future__ import annotations
 
@@ -56,13 +57,13 @@ def watch(
 ) -> int:
     """Convert each save of a run, once it is complete, into a folder of its step's name.
 
-    The `options` are those of `reshard.convert`. Without `once` it goes on until it is interrupted;
-    with it, what is complete now is converted, and the number of saves that failed is returned.
-    What was done stands in `watch.json` beside the outputs: a later call goes on from there.
+    The `options` are those of `reshard.convert`. Without `once` it runs until it is interrupted;
+    with it, it converts the complete saves and returns the number of failed ones. `watch.json`
+    beside the outputs records what was done: a later call continues from there.
 
     Raises `OptionError` for a wrong value, `WriteError` where another watch writes there, or the
-    outputs are another run's, `NotFoundError` where the run holds saves of several models. What
-    goes wrong with one save is noted, and does not end the watch.
+    outputs are another run's, `NotFoundError` where the run holds saves of several models. A
+    failure of one save is recorded, and does not end the watch.
     """
     own = {"then": then, "keep": keep, "interval": interval, "listen": listen}
     values = parse({**WATCH, **CONVERSION}, {"run": run, "out": out, **own, **options})

@@ -1,7 +1,7 @@
 """Write pickles of protocol 2 without the classes that they name.
 
-A pickle names classes and states their fields; only who loads it needs the classes. `Name`, `Call`,
-`Instance` and `Persistent` stand for what a program would have as objects.
+A pickle names classes and states their fields; only the program that loads it needs the classes.
+`Name`, `Call`, `Instance` and `Persistent` stand for what a program would have as objects.
 """
 
 from __future__ import annotations

@@ -9,10 +9,11 @@
     nested       .metadata, __0_<n>.distcp, __1_<n>.distcp    {"model": .., "optimizer": ..}
                  scheduler.pt
 
-The optimizer's part is what `get_optimizer_state_dict` gives: moments by parameter name, each step
-a float32 tensor without dimensions, each hyperparameter an object of its own, `params` of a group
-the names. Frozen parameters and tied aliases have no state. torch 2.13 (checkpoint/state_dict.py),
-accelerate 1.15 (utils/fsdp_utils.py), LightRFT (strategy/fsdp/fsdpv2.py, `load_ckpt`).
+The optimizer's part is what `get_optimizer_state_dict` returns: moments by parameter name, each
+step a float32 tensor without dimensions, each hyperparameter a separate object, and `params` of a
+group the names. Frozen parameters and tied aliases have no state. torch 2.13
+(checkpoint/state_dict.py), accelerate 1.15 (utils/fsdp_utils.py), LightRFT
+(strategy/fsdp/fsdpv2.py, `load_ckpt`).
 """
 
 from __future__ import annotations
