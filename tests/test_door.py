@@ -21,6 +21,7 @@ from reshard.storage.paths import absolute, exists, file_size, is_here, is_link,
 from tests.test_imports import MODULES
 
 SRC = Path(__file__).parents[1] / "src"
+GOLDEN = Path(__file__).parent / "golden"
 # What `pathlib.Path` and `os` ask of the system or change there.
 LOOKING = {
     "absolute", "cwd", "exists", "glob", "is_dir", "is_file", "is_symlink", "iterdir", "lstat",
@@ -37,11 +38,13 @@ ALLOWED = {
     "reshard.transfer.leftovers": "removes what it made, by inode",
     "reshard.transfer.lock": "holds a file beside the output",
     "reshard.transfer.system": "calls that pathlib does not have, on the output",
+    "reshard.cli.topics": "reads reshard's own pages",
     "reshard.cli.interrupts": "looks at the output while a signal waits, and raises nothing",
     "reshard.evaluate.memory": "reads /proc",
     "reshard.evaluate.page": "reads a template of the package",
     "reshard.evaluate.texts": "reads texts of the package",
-    "reshard.pages.page": "reads templates of the package",
+    "reshard.watching.watch": "makes the folder of the outputs",
+    "reshard.pages.page": "reads a template of the package, looks at a page's head and writes one",
     "reshard.formats.info": "reads the entry points of installed packages",
 }
 
@@ -215,3 +218,32 @@ def test_links_and_what_is_absent(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     with pytest.raises(reshard.NotFoundError, match="cannot be listed: No such file"):
         listing(tmp_path)
+
+
+#: Small checkpoints of every kind, each with the call that reads it.
+CHECKPOINTS = [path.parent.name for path in sorted(GOLDEN.glob("*/checkpoint"))]
+
+
+@pytest.mark.parametrize("function", ["stat", "listdir", "open"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_path_of_every_format(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, function: str
+) -> None:
+    """A path that the system refuses is an error in words or need not be asked for."""
+    shutil.copytree(GOLDEN / name / "checkpoint", tmp_path / "run")
+    asked, told = getattr(os, function), 0
+    words = os.strerror(errno.EIO)
+    for path in (tmp_path / "run", *(tmp_path / "run").rglob("*")):
+
+        def refuse(at: Any = ".", *rest: Any, path: Path = path, **more: Any) -> Any:
+            if isinstance(at, str | Path) and str(at) == str(path):
+                raise OSError(errno.EIO, words, at)
+            return asked(at, *rest, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, refuse)
+            try:
+                reshard.convert(tmp_path / "run", tmp_path / "out", dry_run=True)
+            except reshard.ReshardError as error:
+                told += words in str(error)
+    assert told

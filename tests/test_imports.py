@@ -42,6 +42,7 @@ ORDER = (
     ("comparison",),
     ("diagnosis",),
     ("pages",),
+    ("watching",),
     ("reshard",),
     ("evaluate",),
     ("cli",),

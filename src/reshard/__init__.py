@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from reshard.conversion.report import Report
     from reshard.conversion.verification import Verified
     from reshard.core.findings import Finding
+    from reshard.core.notebook import NotebookBar
     from reshard.diagnosis.diagnosis import Diagnosis, doctor
     from reshard.inspection import Inspection, inspect
+    from reshard.watching.watch import watch
 
 __all__ = [
     "Checkpoint",
@@ -46,6 +48,7 @@ __all__ = [
     "Inspection",
     "NamesError",
     "NotFoundError",
+    "NotebookBar",
     "OptionError",
     "PlanError",
     "Report",
@@ -61,6 +64,7 @@ __all__ = [
     "inspect",
     "open",
     "verify",
+    "watch",
 ]
 
 # numpy and ml_dtypes take 0.15 s to import: only what is used is loaded.
@@ -70,6 +74,7 @@ _LAZY = {
     "Report": ("reshard.conversion.report", "Report"),
     "convert": ("reshard.conversion.convert", "convert"),
     "Finding": ("reshard.core.findings", "Finding"),
+    "NotebookBar": ("reshard.core.notebook", "NotebookBar"),
     "Diagnosis": ("reshard.diagnosis.diagnosis", "Diagnosis"),
     "doctor": ("reshard.diagnosis.diagnosis", "doctor"),
     "Inspection": ("reshard.inspection", "Inspection"),
@@ -78,6 +83,7 @@ _LAZY = {
     "verify": ("reshard.comparison.compare", "verify"),
     "diff": ("reshard.comparison.compare", "diff"),
     "Comparison": ("reshard.comparison.compare", "Comparison"),
+    "watch": ("reshard.watching.watch", "watch"),
 }
 
 

@@ -22,7 +22,7 @@ from reshard.core.plan import OutputFile, Slot
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
 from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, PlanError
-from reshard.formats import Selection, Wanted
+from reshard.formats import Selection, TensorToWrite
 from reshard.formats.info import FormatInfo
 from reshard.storage.local import Source, Sources, child
 
@@ -46,7 +46,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 
 def lay_out(
-    slots: Sequence[Wanted], max_file_nbytes: int
+    slots: Sequence[TensorToWrite], max_file_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """One file an array, and the index. A file is as large as its array, whatever is asked for."""
     files = []

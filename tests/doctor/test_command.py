@@ -17,6 +17,7 @@ from reshard.cli.app import run
 from reshard.core.findings import CODES, Code
 from reshard.diagnosis import diagnosis as module
 from reshard.diagnosis.case import Case
+from reshard.diagnosis.checks.engines import CHECKS as ENGINE_CHECKS
 from reshard.diagnosis.found import Signs
 from reshard.diagnosis.table import CHECKS
 from reshard.errors import VerificationError
@@ -140,20 +141,23 @@ def test_the_mended_folder_must_be_well(
     assert list(tmp_path.iterdir()) == [ill]
 
 
+ALL = (*CHECKS, *ENGINE_CHECKS, "engine-adapter")
+
+
 def test_every_check_is_on_the_page() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \| .+ \| .+ \|$", PAGE, re.MULTILINE)
-    assert rows == [(code, CODES[code].severity) for code in CHECKS]
+    assert rows == [(code, CODES[code].severity) for code in ALL]
 
 
 def test_every_code_of_doctor_is_checked() -> None:
-    assert CHECKS.keys() == {name for name, code in CODES.items() if "doctor" in code.by}
+    assert set(ALL) == {name for name, code in CODES.items() if "doctor" in code.by}
 
 
 def test_every_code_is_made_and_found_in_a_test() -> None:
     rooms = ("doctor", "quantised")
     files = [path for room in rooms for path in (ROOT / "tests" / room).glob("test_*.py")]
     tests = "".join(path.read_text("utf-8") for path in files)
-    for code in CHECKS:
+    for code in ALL:
         assert re.search(rf'(mended|refused|names)\([^)]*"{code}"', tests) or re.search(
             rf'(== [\[{{]?|findings\[)"{code}"', tests
         ), code

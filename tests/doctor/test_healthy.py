@@ -41,6 +41,8 @@ def test_what_the_installed_transformers_loads_and_saves(
     # transformers 5.23 really turns this model's experts (huggingface/transformers#43201), and
     # writes `tie_word_embeddings: true` into text_config, which 4.57 and vLLM obey, beside a head.
     ill = ["transposed-experts", "head-contradicts-config"] if name == "qwen3_vl_moe" else []
+    # It leaves rope_theta out, which of these is not what every reader takes anyway.
+    ill += ["config-fields-missing"] if name.startswith("qwen") else []
     assert names(reshard.doctor(saved)) == ill
     assert names(reshard.doctor(saved, base=pair.base)) == ill
 
@@ -54,7 +56,9 @@ def test_what_reshard_converts(pairs: Pairs, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", tables.names(models.RELEASED))
 def test_no_released_layout_is_taken_for_that_of_a_live_module(name: str, tmp_path: Path) -> None:
     models.write(tmp_path / "model", name, 0)
-    assert names(reshard.doctor(tmp_path / "model")) == []
+    # 4.57 writes no topk_method, which the release of DeepSeek-V3 has.
+    lacking = ["config-fields-missing"] if name == "deepseek_v3" else []
+    assert names(reshard.doctor(tmp_path / "model")) == lacking
 
 
 def test_a_repair_of_nothing_writes_nothing(pairs: Pairs, tmp_path: Path) -> None:
@@ -124,7 +128,8 @@ def test_what_is_no_model_by_itself_is_not_ill(pairs: Pairs, tmp_path: Path) -> 
 
 
 # What a folder of weights alone lacks.
-_COMPANIONS = {"tokenizer-missing", "processor-missing", "generation-config-missing"}
+_COMPANIONS = {"tokenizer-missing", "processor-missing", "generation-config-missing",
+               "config-fields-missing"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,14 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "For the layout of the release, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",
+    "Write the version into the base's config.json, as transformers_version.": "models/test_released_layout.py::test_an_orientation_that_nothing_tells",
+    "To write them: reshard doctor OUT --repair REPAIRED.": "models/test_released_layout.py::test_fields_that_the_base_lacks_are_said",
+    "Pass --to hf, or leave out --names.": "models/test_released_layout.py::test_dcp_has_no_released_layout",
+    "Write it in the layout of the release: reshard convert DIR OUT --names hub.": "doctor/test_engines.py::test_names_of_a_live_module",
+    "Move them into a folder below, or away.": "doctor/test_engines.py::test_a_head_file_without_an_index",
+    " Or convert the run again: reshard writes an index, which keeps them apart.": "doctor/test_engines.py::test_a_head_file_without_an_index",
+    "Make the 16-bit model: reshard convert DIR OUT.": "doctor/test_engines.py::test_codes_that_mlx_does_not_read",
     "Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that.": "deepspeed/test_autoep.py::test_the_checkpoint_itself_leads_to_the_universal_one",
     "Leave out --masters.": "megatron/test_masters.py::test_without_masters_to_read",
     "Leave out --masters; or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",
@@ -48,6 +56,9 @@ ELSEWHERE: dict[str, str] = {
     "The metadata is damaged, or the save did not finish.": "fsdp/test_refusals.py::test_chunk_without_a_place",
     "Save again with use_collectives=True, or move the files of the other ranks away.": "fsdp/test_refusals.py::test_replicas_that_differ",
     "Install the extra, in reshard's folder: pip install '.[html]'.": "pages/test_changes.py::test_a_page_needs_jinja2",
+    "Name the folder above it, or convert it: reshard convert SRC DST.": "watching/test_watch.py::test_what_is_refused_at_once",
+    "Name another folder for the outputs of this run.": "watching/test_watch.py::test_what_is_refused_at_once",
+    "Remove it: outputs that are there are taken as they are.": "watching/test_watch.py::test_what_is_refused_at_once",
     "Load it with the extension that wrote it and save it again without.": "fsdp/test_refusals.py::test_unknown_transform",
     "The folder holds files of different saves.": "fsdp/test_refusals.py::test_writers_of_different_saves",
     "It holds shards of different saves; keep those of one.": "fsdp/test_refusals.py::test_shards_of_different_saves",
@@ -74,6 +85,7 @@ ELSEWHERE: dict[str, str] = {
     "Leave out --dtype.": "state/test_writing.py::test_masters_that_are_rounded_are_a_finding",
     'Write a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_are_none",
     'Pass --hyperparameters with a JSON file of them, a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_no_file_holds_are_asked_for",
+    "Leave out --optimizer.": "state/test_comparing.py::test_a_side_without_state",
     "Convert the weights alone, without --optimizer.": "state/test_refusals.py::test_eight_bit_moments",
     "Convert the weights alone, without --optimizer; or save once without --use_mp_opt.": "state/test_refusals.py::test_one_optimizer_file_a_rank",
     "Save it with get_optimizer_state_dict, or convert the weights alone.": "state/test_refusals.py::test_numbers_for_names",
@@ -99,6 +111,8 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
+    "Import it with torchtitan's own conversion from Hugging Face.":
+        _OTHER + "one with torchtitan",
     "{}": _PIECE,
     "Start vLLM with --max-lora-rank {}.":
         _OTHER + "one that vLLM runs on",

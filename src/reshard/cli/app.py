@@ -42,6 +42,7 @@ _COMMANDS = {
     "verify": "reshard.cli.commands:verify",
     "diff": "reshard.cli.diff:diff",
     "doctor": "reshard.cli.doctor:doctor",
+    "watch": "reshard.cli.watch:watch",
     "try": "reshard.cli.try_:try_model",
     "help": "reshard.cli.help:help_",
 }
@@ -134,16 +135,16 @@ def _say_usage(error: click.ClickException) -> None:
     """Print the command's usage, if the usage is wrong, and what is wrong."""
     context = getattr(error, "ctx", None)
     if context is not None:
-        output.say(context.get_usage(), lines=True)
+        output.print_message(context.get_usage(), lines=True)
         if context.command.get_help_option(context) is not None:
-            output.say(f"Help: {context.command_path} {context.help_option_names[-1]}")
-    output.say(error.format_message(), "error")
+            output.print_message(f"Help: {context.command_path} {context.help_option_names[-1]}")
+    output.print_message(error.format_message(), "error")
 
 
 def _say_error(command: click.Command, error: Exception) -> None:
     """Print an error and those in its `also`, each as one paragraph."""
     for one in (error, *getattr(error, "also", ())):
-        output.say(f"{_in_flags(one)}{_elsewhere(command, one)}", "error", lines=True)
+        output.print_message(f"{_in_flags(one)}{_elsewhere(command, one)}", "error", lines=True)
 
 
 def _fields(error: Exception) -> dict[str, str | None]:

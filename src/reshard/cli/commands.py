@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
+from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, html
 from reshard.cli.interrupts import writes
 from reshard.cli.next_steps import at_least, conversion_of, next_commands
 from reshard.cli.progress import Shown, how_shown, shown_progress
@@ -63,7 +63,7 @@ def convert(
 def show_report(report: Report, base: Path | None = None) -> None:
     """A conversion's report as a table with its warnings and, on a terminal, what to do next."""
     last = [found for found in report.findings if found.code == "no-base"]
-    output.say_findings(found for found in report.findings if found not in last)
+    output.print_findings(found for found in report.findings if found not in last)
     checked = "green" if report.verified else "yellow"
     rows = report.rows()
     if report.dry_run:
@@ -71,16 +71,17 @@ def show_report(report: Report, base: Path | None = None) -> None:
         rows.append(("free", f"{output.size(shutil.disk_usage(place).free)} at {place}"))
     output.print_table(rows, colours={"verified": checked})
     for found in last:
-        output.tell(f"{found.message} {found.fix}", "warning")
+        output.print_result(f"{found.message} {found.fix}", "warning")
     if sys.stdout.isatty():
         for words, command in next_commands(report, base):
-            output.tell(f"next   {words:<9} {command}")
+            output.print_result(f"next   {words:<9} {command}")
 
 
 @click.command(cls=Command, short_help="Show what is in a checkpoint.")
 @click.argument("src", type=_PATH, cls=Argument, words=INSPECT["path"].help)
 @flags(INSPECT.values())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@html
 @_json
 @debug
 def inspect(
@@ -91,6 +92,7 @@ def inspect(
     base: Path | None,
     optimizer: bool,
     tensors: bool,
+    html: Path | None,
     as_json: bool,
 ) -> int:
     """Show what is in the checkpoint SRC, from its metadata alone.
@@ -99,7 +101,16 @@ def inspect(
     """
     from reshard.inspection import inspect as run
 
+    if html is not None:
+        from reshard.pages.page import check_place
+
+        check_place(html)
     inspection = run(src, tag=tag, prefix=prefix, role=role, base=base, optimizer=optimizer)
+    if html is not None:
+        from reshard.pages.contents import contents_page
+        from reshard.storage.texts import write_text
+
+        write_text(html, contents_page(inspection))
     found = inspection.to_json(tensors=tensors)
     fits = inspection.fitting is None or inspection.fitting.fits
     if as_json:
@@ -107,12 +118,14 @@ def inspect(
         return 0 if fits else 1
     output.print_table(inspection.rows(), colours={"fits": "green" if fits else "red"})
     if inspection.fitting is not None and not fits:
-        output.tell(inspection.fitting.message, lines=True)
-    output.say_findings(inspection.findings)
+        output.print_result(inspection.fitting.message, lines=True)
+    output.print_findings(inspection.findings)
     if tensors:
         _print_tensors(found["tensors"])
+    if html is not None:
+        output.print_result(f"page       {html}")
     if fits and sys.stdout.isatty():
-        output.tell(f"next   {conversion_of(src, base, tag, prefix, role)}")
+        output.print_result(f"next   {conversion_of(src, base, tag, prefix, role)}")
     return 0 if fits else 1
 
 
@@ -133,7 +146,7 @@ def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
     rows = [*zip(*columns.values(), strict=True)]
     output.print_table(rows, header=header, right={header.index("size")})
     if alike:
-        output.tell(f"All of them: {', '.join(alike)}.")
+        output.print_result(f"All of them: {', '.join(alike)}.")
 
 
 @click.command(cls=Command, short_help="Read an output again and compare it, bit for bit.")
@@ -167,9 +180,9 @@ def verify(
         output.print_json(verified.to_json())
     if as_json or quiet:
         return 0
-    output.say_findings(verified.findings)
+    output.print_findings(verified.findings)
     amount = output.size(verified.bytes_read)
     what = "as written" if against is None else f"as in {against}"
     apart = f"; {verified.num_filled} are the base's" if verified.num_filled else ""
-    output.tell(f"{dst}: {verified.num_tensors} tensors, {amount}, all {what}{apart}.")
+    output.print_result(f"{dst}: {verified.num_tensors} tensors, {amount}, all {what}{apart}.")
     return 0

@@ -57,6 +57,7 @@ def diff(
     more: tuple[Path, ...],
     base: Path | None,
     spectrum: bool,
+    optimizer: bool,
     tensors: bool,
     top: int | None,
     sort: Key | None,
@@ -79,7 +80,7 @@ def diff(
     paths = _checkpoints([a, b, *more])
     with shown_progress(shown, quiet=as_json or quiet) as progress:
         step = None if progress is None else lambda done, total: progress("compare", done, total)
-        found = diff_steps(paths, base=base, spectrum=spectrum, progress=step)
+        found = diff_steps(paths, base=base, spectrum=spectrum, optimizer=optimizer, progress=step)
     if html is not None:
         from reshard.pages.changes import changes_page
         from reshard.storage.texts import write_text
@@ -90,13 +91,13 @@ def diff(
         same = all(one.same for one in found)
         output.print_json(found[0].to_json() if len(paths) == 2 else {"same": same, "steps": steps})
     elif not quiet:
-        output.say_findings(dict.fromkeys(finding for one in found for finding in one.findings))
+        output.print_findings(dict.fromkeys(finding for one in found for finding in one.findings))
         if len(found) == 1:
             show(found[0], tensors=tensors, top=top, sort=sort)
         else:
             _show_steps(found, tensors=tensors, top=top, sort=sort)
         if html is not None:
-            output.tell(f"\nPage: {html}", lines=True)
+            output.print_result(f"\nPage: {html}", lines=True)
     return 0 if all(one.same for one in found) else 1
 
 
@@ -108,7 +109,9 @@ def _checkpoints(paths: list[Path]) -> list[Path]:
 
     found, left = of_run(paths)
     if left:
-        output.say(f"left out, since no checkpoint is there: {listed(map(str, left))}.", "note")
+        output.print_message(
+            f"left out, since no checkpoint is there: {listed(map(str, left))}.", "note"
+        )
     if len(found) < 2:
         raise NotFoundError(
             f"of these {len(paths)} paths, {len(found)} is a checkpoint; two or more are compared."
@@ -139,7 +142,7 @@ def _show_steps(
     output.print_table(cells, header=header, right=range(len(header) - 1))
     if tensors:
         for one in found:
-            output.tell(f"\n{one.first} -> {one.second}", lines=True)
+            output.print_result(f"\n{one.first} -> {one.second}", lines=True)
             show(one, tensors=True, top=top, sort=sort)
 
 
@@ -147,13 +150,13 @@ def show(found: Comparison, *, tensors: bool, top: int | None, sort: Key | None)
     """Print the summary, then the tables, which begin with what differs most."""
     from reshard.comparison.sums import ordered
 
-    output.tell(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
+    output.print_result(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
     if found.same:
         return
     output.print_table(found.rows())
     apart = found.apart()
     if apart:
-        output.tell("")
+        output.print_result("")
         cells = [(str(count), how, name) for how, name, count in apart[:top]]
         output.print_table(cells, header=("tensors", "how", "tensor"), right={0})
     differing = [one for one in found.measured if one.kind == "values"]
@@ -182,7 +185,7 @@ def _print_sums(title: str, rows: Iterable[Sum]) -> None:
         for row in rows
     ]
     header = ("tensors", "elements", "largest", "mean", "change", title)
-    output.tell("")
+    output.print_result("")
     output.print_table(cells, header=header, right=range(len(header) - 1))
 
 
@@ -202,5 +205,5 @@ def _print_tensors(differing: Sequence[Compared], sort: Key | None, top: int | N
         energy = [percent(change.energy[at]) if change.energy else "-" for at in (0, -1)]
         columns = [percent(row.share), *map(short, measures), cosine, short(row.relative)]
         cells.append((*columns, *(energy if ranks else []), row.name))
-    output.tell("")
+    output.print_result("")
     output.print_table(cells, header=(*header, "tensor"), right=range(len(header)))

@@ -47,24 +47,26 @@ def doctor(folder: Path, as_json: bool, shown: Shown | None, quiet: bool, **opti
 def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
     for finding in diagnosis.findings:
         # Names are not broken over lines as a table would: people search for them.
-        output.tell(f"{finding.code}: {CODES[finding.code].meaning}")
-        output.tell(f"  {finding.message}")
+        output.print_result(f"{finding.code}: {CODES[finding.code].meaning}")
+        output.print_result(f"  {finding.message}")
     if diagnosis.findings:
         header = ("finding", "severity", "repair")
         output.print_table(list(_rows(diagnosis)), header=header)
     amount = output.size(diagnosis.total_bytes)
-    output.tell(f"{diagnosis.folder}: {diagnosis.num_tensors} tensors, {amount}: {_sum(diagnosis)}")
+    output.print_result(
+        f"{diagnosis.folder}: {diagnosis.num_tensors} tensors, {amount}: {_sum(diagnosis)}"
+    )
     if diagnosis.repaired is not None:
-        output.tell(f"Repaired in {diagnosis.repaired}, read back and examined again.")
+        output.print_result(f"Repaired in {diagnosis.repaired}, read back and examined again.")
         return
     hopeless = [f.code for f in diagnosis.errors if f.code not in diagnosis.repairable]
     if asked and hopeless:
-        output.say(
+        output.print_message(
             f"Nothing was written: {', '.join(hopeless)} cannot be repaired from what is here."
         )
     elif diagnosis.repairable and not hopeless:
         base = f" --base {diagnosis.base}" if diagnosis.base else ""
-        output.say(f"To repair it: reshard doctor {diagnosis.folder}{base} --repair OUT")
+        output.print_message(f"To repair it: reshard doctor {diagnosis.folder}{base} --repair OUT")
 
 
 def _rows(diagnosis: Diagnosis) -> Iterator[tuple[str, str, str]]:

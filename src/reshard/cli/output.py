@@ -20,7 +20,7 @@ from reshard.core.findings import Finding
 from reshard.core.sizes import size
 from reshard.errors import printable, shortened
 
-__all__ = ["print_json", "print_table", "say", "say_findings", "size", "tell"]
+__all__ = ["print_findings", "print_json", "print_message", "print_result", "print_table", "size"]
 
 # Characters of a cell of a table: a file's names may be of any length. --json has them whole.
 _MAX_CELL = 500
@@ -42,13 +42,13 @@ def coloured(stream: TextIO) -> bool:
     return stream.isatty() and known and not os.environ.get("NO_COLOR")
 
 
-def tell(text: str, label: str = "", *, lines: bool = False) -> None:
+def print_result(text: str, label: str = "", *, lines: bool = False) -> None:
     """Print a result on standard output, after a coloured label; `lines`: its line breaks are
     ours."""
     click.echo(_labelled(printable(text, lines=lines), label, sys.stdout))
 
 
-def say(text: str, label: str = "", *, lines: bool = False) -> None:
+def print_message(text: str, label: str = "", *, lines: bool = False) -> None:
     """Print a message on standard error, after a coloured label; `lines`: its line breaks are
     ours."""
     click.echo(_labelled(printable(text, lines=lines), label, sys.stderr), err=True)
@@ -66,10 +66,10 @@ def painted(text: str, colour: str | None, stream: TextIO, *, bold: bool = False
     return click.style(text, colour, bold=bold or None) if styled else text
 
 
-def say_findings(findings: Iterable[Finding]) -> None:
+def print_findings(findings: Iterable[Finding]) -> None:
     """Each finding as a line on standard error: a note, or a warning."""
     for finding in findings:
-        say(finding.message, "note" if finding.severity == "info" else finding.severity)
+        print_message(finding.message, "note" if finding.severity == "info" else finding.severity)
 
 
 def print_table(

@@ -74,14 +74,16 @@ class Lines:
         verb = _VERBS.get(what, what)
         if self._last is None:
             self._last = now
-            output.say(f"reshard: {verb} {size(total)}")
+            output.print_message(f"reshard: {verb} {size(total)}")
         began, first = self._began.setdefault(what, (now, done))
         if now - self._last < self._each:
             return
         self._last = now
         speed = (done - first) / max(now - began, 1e-9)
         left = f", {(total - done) / speed:.0f} s left" if speed > 0 and done < total else ""
-        output.say(f"reshard: {verb} {size(done)} of {size(total)}, {size(int(speed))}/s{left}")
+        output.print_message(
+            f"reshard: {verb} {size(done)} of {size(total)}, {size(int(speed))}/s{left}"
+        )
 
 
 @contextmanager

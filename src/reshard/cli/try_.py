@@ -218,5 +218,5 @@ def run_command(**given: Any) -> int:
             return 130
     terminal.summarise(report, options)
     if replaced:
-        output.say(replaced, "note")
+        output.print_message(replaced, "note")
     return report.exit_code

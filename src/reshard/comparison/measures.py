@@ -160,7 +160,8 @@ def differ(one: Array, two: Array) -> Array:
 
 
 def _wide(values: Array) -> Array:
-    return values.astype(np.complex128 if values.dtype.kind == "c" else np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        return values.astype(np.complex128 if values.dtype.kind == "c" else np.float64)
 
 
 def _root(square: float) -> float:

@@ -30,7 +30,7 @@ from reshard.conversion.planning import exported
 from reshard.conversion.trainer_names import trainer
 from reshard.conversion.verification import check_listed, child_of
 from reshard.core.catalog import Catalog
-from reshard.core.tensors import Entry, stored
+from reshard.core.tensors import Entry, Shape, stored
 from reshard.errors import FormatError, NamesError, OptionError, PlanError
 from reshard.formats.info import named
 from reshard.naming import FitOptions
@@ -94,17 +94,17 @@ def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None
     folder = second.origin.root
     stated = _stated(second, sources)
     held = _parts(second, stated, sources)
-    options, said = _said(first, folder, stated, held)
+    options, recorded = _recorded(first, folder, stated, held)
     if base is not None:
         made = exported(first, read_base(base, sources), options, sources)
         return Pairing(_pairs(_planned(made), held), *_left(first, made, options))
     if _stands_in(first, second, held):
         try:
-            return _onto_itself(first, read_base(folder, sources), options, said, held, sources)
+            return _onto_itself(first, read_base(folder, sources), options, recorded, held, sources)
         except NamesError:
             if not set(first.names()) >= set(second.entries):
                 raise
-    return _by_name(first, options, said, held, sources)
+    return _by_name(first, options, recorded, held, sources)
 
 
 def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -> Pairing:
@@ -128,10 +128,19 @@ def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -
 def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
     folder = catalog.origin.root
     if not is_file(folder / MANIFEST):
-        return None
+        return _stated_above(folder, sources)
     stated = manifest.read(folder, sources)
     check_listed(folder, stated)
     return stated
+
+
+def _stated_above(folder: Path, sources: Sources) -> Manifest | None:
+    """What the folder above states, where this one is a part of that output."""
+    if not is_file(folder.parent / MANIFEST):
+        return None
+    stated = manifest.read(folder.parent, sources)
+    inside = any(name.startswith(f"{folder.name}/") for name in stated.files)
+    return stated if inside else None
 
 
 def reads_masters(folder: Path, sources: Sources) -> bool:
@@ -139,6 +148,16 @@ def reads_masters(folder: Path, sources: Sources) -> bool:
     if not is_file(folder / MANIFEST):
         return False
     return manifest.read(folder, sources).options.get("masters") is True
+
+
+def stated_options(first: Catalog, second: Catalog, sources: Sources) -> Options | None:
+    """The options of the conversion that made the second of the first, as its `reshard.json` states
+    them; None where it has none."""
+    stated = _stated(second, sources)
+    if stated is None:
+        return None
+    options, _ = _recorded(first, second.origin.root, stated, {})
+    return options
 
 
 def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts:
@@ -161,7 +180,7 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
     return parts
 
 
-def _said(
+def _recorded(
     first: Catalog, folder: Path, stated: Manifest | None, held: Parts
 ) -> tuple[Options, Matching]:
     """The conversion's options, as far as they decide what goes where, and its record of names.
@@ -176,25 +195,30 @@ def _said(
     names = stated.names
     try:
         options = restated(options, stated.options, names)
-        said = parsed(names)
+        recorded = parsed(names)
     except (OptionError, TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise FormatError("it is damaged.", path=folder / MANIFEST) from None
-    return replace(options, allow=(*options.allow, *map(escape, said.unexpected))), said
+    return replace(options, allow=(*options.allow, *map(escape, recorded.unexpected))), recorded
 
 
 def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
     """Whether the second side's names and config decide what goes where."""
     if not holds_config(second) or "" not in held:
         return False
-    same = not first.unshaped and set(first.names()) == set(second.entries)
+    same = not first.unshaped and _shapes(first) == _shapes(second)
     return not same or (len(held) > 1 and not named(first.format).holds_config)
+
+
+def _shapes(catalog: Catalog) -> dict[str, Shape]:
+    """The shape of each tensor, by all of its names."""
+    return {name: e.spec.shape for e in catalog.entries.values() for name in e.names}
 
 
 def _onto_itself(
     first: Catalog,
     base: Base,
     options: Options,
-    said: Matching,
+    recorded: Matching,
     held: Parts,
     sources: Sources,
 ) -> Pairing:
@@ -214,7 +238,7 @@ def _onto_itself(
         planned[""].pop(name)
     _check_apart(planned, base.folder)
     model, filled = dict(held[""]), []
-    for name in sorted({*said.filled}.intersection(made.matching.filled)):
+    for name in sorted({*recorded.filled}.intersection(made.matching.filled)):
         entry = model.pop(name)
         filled.append(Compared(name, "only in the second", "", described(entry.spec)))
     pairs = _pairs(planned, {**held, "": model})
@@ -228,10 +252,10 @@ def _frozen(catalog: Catalog) -> list[str]:
 
 
 def _by_name(
-    first: Catalog, options: Options, said: Matching, held: Parts, sources: Sources
+    first: Catalog, options: Options, recorded: Matching, held: Parts, sources: Sources
 ) -> Pairing:
     """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
-    store is compared with the tensor that it is said to be."""
+    store is compared with the tensor that it is recorded to be."""
     mine = _parts(first, _stated(first, sources), sources)
     if (options.names == "memory" or trainer(options)) and named(first.format).holds_config:
         placed = exported(first, None, options, sources)
@@ -240,7 +264,7 @@ def _by_name(
         held = {"": next(iter(held.values()))}
     kept = held.get("", {})
     there = {name: e for e in kept.values() for name in e.names}
-    there = {name: there[tie] for name, tie in said.tied.items() if tie in there} | there
+    there = {name: there[tie] for name, tie in recorded.tied.items() if tie in there} | there
     model: dict[str, Entry] = {}
     theirs: dict[str, Entry] = {}
     for entry in mine.get("", {}).values():
@@ -314,8 +338,8 @@ def _left(
         for name in made.matching.unexpected
         if not matches_any(CONSTANTS, name)
     ]
-    said = {found.name for found in dropped if allowed.allows(found.name)}
+    recorded = {found.name for found in dropped if allowed.allows(found.name)}
     return (
-        tuple(found for found in dropped if found.name not in said),
-        tuple(found for found in dropped if found.name in said),
+        tuple(found for found in dropped if found.name not in recorded),
+        tuple(found for found in dropped if found.name in recorded),
     )

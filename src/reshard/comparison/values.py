@@ -35,7 +35,7 @@ class Pair(Struct, frozen=True):
     second: Mapping[str, Entry]
 
 
-class Wanted(Struct, frozen=True):
+class Method(Struct, frozen=True):
     """How two tensors are compared.
 
     `either`: whichever side has the wider dtype is rounded to the other's, so that the result does
@@ -54,14 +54,14 @@ def compare(
     sources: Sources,
     progress: Progress | None = None,
     *,
-    wanted: Wanted | None = None,
+    method: Method | None = None,
 ) -> Comparison:
     """Compare every tensor.
 
     Memory: three blocks of 4 MiB and what assembling a block takes.
     """
     rounded: Counter[tuple[str, str, str]] = Counter()
-    work = _Work(sources, Wanted() if wanted is None else wanted)
+    work = _Work(sources, Method() if method is None else method)
     total = sum(made.spec.nbytes for pair in pairs for made in pair.first.values())
     done = 0
     tensors = []
@@ -100,8 +100,8 @@ def compare(
 class _Work:
     """The buffers in which tensors are compared, and what was counted over all of them."""
 
-    def __init__(self, sources: Sources, wanted: Wanted) -> None:
-        self.wanted = wanted
+    def __init__(self, sources: Sources, method: Method) -> None:
+        self.method = method
         self.reader = Reader(sources, Ledger(()), page_aligned(_BLOCK).data)
         self.exponents = Meter().exponents
         self._buffers = page_aligned(_BLOCK), page_aligned(_BLOCK)
@@ -113,7 +113,7 @@ class _Work:
         mine, theirs = made.spec, other.spec
         if mine.shape != theirs.shape:
             return Compared(name, "shape", str(mine.shape), str(theirs.shape))
-        common = _common(mine.dtype, theirs.dtype, either=self.wanted.either)
+        common = _common(mine.dtype, theirs.dtype, either=self.method.either)
         if not common:
             return Compared(name, "dtype", str(mine.dtype), str(theirs.dtype))
         change, dtype, counts = self._nearest(made, other, common)
@@ -121,7 +121,7 @@ class _Work:
         text, nbytes = str(dtype), mine.numel * dtype.itemsize
         if not change.differing:
             return Compared(name, "equal", text, text, mine.shape, nbytes, change)
-        if self.wanted.spectrum and change.moved and dtype.numpy.kind != "c":
+        if self.method.spectrum and change.moved and dtype.numpy.kind != "c":
             energy = energies(lambda: self._changes(made, other, dtype), mine.shape, change.moved)
             change = replace(change, energy=energy)
         return Compared(name, "values", text, text, mine.shape, nbytes, change)
@@ -151,7 +151,7 @@ class _Work:
 
     def _measured(self, made: Entry, other: Entry, dtype: DType, counts: Array) -> Change:
         """The elements that differ once both are of `dtype`."""
-        meter = Meter(norms=self.wanted.norms, exponents=counts)
+        meter = Meter(norms=self.method.norms, exponents=counts)
         for _, one, two in self._blocks(made, other, dtype):
             meter.add(one, two)
         return meter.result()

@@ -125,8 +125,10 @@ CONVERT = table(
         Choice(NAMES),
         "all: each tensor by its name on disk and by those that live modules of any transformers "
         "version ask for (default with --to dcp, where the model's config is at hand); disk: as in "
-        "the files of released models (else the default); memory: as the live module of one "
-        "version has them.",
+        "the base's files (else the default); memory: as the live module of one version has them; "
+        "hub: with --to hf, in the layout of released models, where the base is a save of "
+        "transformers 5 that has another; torchtitan: with --to dcp, as its own models have "
+        "them, of 0.3 and of 2025.",
         group="Output",
     ),
     Option(
@@ -421,10 +423,22 @@ def _check_target(values: Mapping[str, Any]) -> None:
             hint="Leave out --names.",
             option="names",
         )
+    if values["names"] == "torchtitan" and not target_named(to).names_twice:
+        raise OptionError(
+            f"names 'torchtitan' are those of a DCP checkpoint, not of --to {to}.",
+            hint="Pass --to dcp, or leave out --names.",
+            option="names",
+        )
     if values["names"] == "all" and not target_named(to).names_twice:
         raise OptionError(
             "names 'all' gives the same bytes several names, which files of --to hf cannot.",
             hint="Pass --to dcp, or leave out --names.",
+            option="names",
+        )
+    if values["names"] == "hub" and not target_named(to).takes_files:
+        raise OptionError(
+            f"names 'hub' is the layout of released models, which are not written with --to {to}.",
+            hint="Pass --to hf, or leave out --names.",
             option="names",
         )
     if values["consumed_samples"] is not None and not target_named(to).client_state:

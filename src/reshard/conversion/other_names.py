@@ -55,14 +55,19 @@ def _renamed(catalog: Catalog, base: Base) -> Renamed:
     names = [unwrap(name) for name in catalog.names()]
     if megatron.is_megatron(names, base.schema):
         return _of_megatron(catalog, base)
+    known = titan.translated(catalog.entries, base.schema)
+    if known.rules:
+        return Renamed(replace(catalog, entries=known.entries), base, known.rules)
+    # After torchtitan's names, whose experts are called the same.
     shapes = {name: entry.spec.shape for name, entry in catalog.entries.items()}
-    blocks = autoep.blocks(shapes, base.schema)
+    # torchtitan's stacks of 2025 have the names of AutoEP's.
+    theirs = titan.is_titan(names, base.schema)
+    blocks = frozenset[str]() if theirs else autoep.blocks(shapes, base.schema)
     if blocks:
         outputs = autoep.arrangements(shapes, blocks, base.schema)
         rule = f"experts that AutoEP split -> the live module's ({len(blocks)} layers)"
         return Renamed(replace(catalog, entries=_kept(outputs, catalog.entries)), base, (rule,))
-    known = titan.translated(catalog.entries, base.schema)
-    return Renamed(replace(catalog, entries=known.entries), base, known.rules)
+    return Renamed(catalog, base)
 
 
 def _kept(outputs: Mapping[str, Arrangement], entries: Mapping[str, Entry]) -> dict[str, Entry]:

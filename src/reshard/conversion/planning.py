@@ -12,11 +12,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.conversion import live_names, output_model, trainer_names, training
+from reshard.conversion import live_names, output_model, released, trainer_names, training
 from reshard.conversion.base_model import (
     CONFIG,
     Base,
     dtype_patches,
+    holds_config,
     patched_config,
     quantisation_paths,
     read_base,
@@ -82,7 +83,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     catalog, found = as_numbers(catalog, base, options, sources)
     made = exported(catalog, base, options, sources)
     if state is not None:
-        made = _with_state(made, state, catalog, base, options, sources)
+        made = carried_along(made, state, catalog, base, options, sources)
     # Before the layout, which takes long for the petabytes that a damaged file may state.
     check_space(options.target, sum(target.spec.nbytes for target in made.model))
     files, texts, said = _files(made, options)
@@ -103,6 +104,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
             *_from_cache(options),
             *dequantised(found, base),
             *made.findings,
+            *_of_release(made, catalog, base, options, sources),
             *said,
             *idle(options, catalog, base, made),
             *lacking,
@@ -186,17 +188,33 @@ def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sou
     else:
         made = output_model.onto(catalog, base, options, sources)
     if trainer_names.trainer(options) is not None:
-        config = live_names.config_of(made, catalog, base, sources, f"--to {options.to}")
-        return trainer_names.renamed(made, config, sources)
+        config = live_names.config_of(made, catalog, base, sources, trainer_names.asked(options))
+        return trainer_names.renamed(made, config, options, sources)
     if options.names in ("all", "memory"):
         asked = f"--names {options.names}"
         config = live_names.config_of(made, catalog, base, sources, asked)
         place = live_names.placed if options.names == "memory" else live_names.answering
         made = place(made, config, options)
+    elif options.names == "hub":
+        config = live_names.config_of(made, catalog, base, sources, "--names hub")
+        made = released.in_layout(made, config)
     return made
 
 
-def _with_state(
+def _of_release(
+    made: Export, catalog: Catalog, base: Base | None, options: Options, sources: Sources
+) -> tuple[Finding, ...]:
+    """What of the output no release has, where it is a model's folder."""
+    known = base is not None or holds_config(catalog)
+    if not (known and made.model and made.assets and target_named(options.to).takes_files):
+        return ()
+    if options.names == "memory":
+        return ()
+    config = live_names.config_of(made, catalog, base, sources, "--names hub")
+    return tuple(released.findings(made, config))
+
+
+def carried_along(
     made: Export,
     state: TrainingState,
     catalog: Catalog,
@@ -252,7 +270,7 @@ def _lies_among(name: str, files: Sequence[OutputFile]) -> bool:
     return "/" not in name and PurePath(name).suffix in {PurePath(f.name).suffix for f in files}
 
 
-def _slots(targets: Sequence[Target]) -> list[formats.Wanted]:
+def _slots(targets: Sequence[Target]) -> list[formats.TensorToWrite]:
     return [(t.spec, t.source.aliased(t.aliases), t.reference) for t in targets]
 
 

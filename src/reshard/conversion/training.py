@@ -1,5 +1,5 @@
-"""The training state that goes along with the weights: read, completed by what was given, and
-carried through every change of names that the weights go through.
+"""The training state beside the weights: it is read, completed by options, and renamed in the same
+way as the weights.
 
     catalog.training_state() -> hyperparameters given -> names as the weights' -> lay_out_state
 """
@@ -30,7 +30,7 @@ _ALONE = "Convert the weights alone, without --optimizer."
 
 
 def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingState | None]:
-    """The catalog with the masters for weights, and its training state, where it was asked for.
+    """The catalog with the masters as weights, and its training state, if the options ask for it.
 
     Raises `PlanError` where the checkpoint holds none, and what its reader raises.
     """
@@ -113,8 +113,8 @@ def carried(
 ) -> TrainingState:
     """The state under the names of the export, whose tensors `maps` made, one after the other.
 
-    Raises `PlanError` where a parameter's moments have no place in the output, or where what is
-    joined was trained apart.
+    Raises `PlanError` where a parameter's moments have no place in the output, or where tensors
+    that are joined were trained separately.
     """
     written = {target.spec.name: target.spec.shape for target in made.model}
     for at, outputs in enumerate(maps, start=1):

@@ -128,6 +128,12 @@ CODES: dict[str, Code] = {
         "info", "the base's config had FSDP's class name; the output has the class's own name"),
     "backbone-names": Code(
         "warning", "names are those of the backbone, under a class with a head", by=("doctor",)),
+    "base-config-fields": Code(
+        "info", "the base's config lacks fields that releases have and engines read",
+        "To write them: reshard doctor OUT --repair REPAIRED."),
+    "base-layout": Code(
+        "warning", "the base's names or orientation are those of no release",
+        "For the layout of the release, pass --names hub."),
     "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
     "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
     "checkpoints-below": Code(
@@ -141,6 +147,8 @@ CODES: dict[str, Code] = {
     "codes-unread": Code(
         "warning", "the weights are codes of a kind that is not read", by=("doctor",)),
     "codes-unreadable": Code("error", "quantised weights lack their scales", by=("doctor",)),
+    "config-fields-missing": Code(
+        "warning", "the config lacks fields that releases have and engines read", by=("doctor",)),
     "config-missing": Code("error", "config.json is missing or cannot be read", by=("doctor",)),
     "consumed-samples-unknown": Code(
         "warning", "client_state.pt lacks what LightRFT's training needs to resume",
@@ -153,6 +161,27 @@ CODES: dict[str, Code] = {
         "info", "quantised weights are written as the numbers that they represent"),
     "dtype-contradicts-config": Code(
         "warning", "the weights' dtype is not the config's", by=("doctor",)),
+    "engine-adapter": Code(
+        "error", "an engine refuses the adapter, or scales it otherwise", by=("doctor",)),
+    "engine-class": Code("error", "an engine has no class of this name", by=("doctor",)),
+    "engine-config": Code(
+        "error", "an engine asks for fields that the config lacks", by=("doctor",)),
+    "engine-files": Code(
+        "error", "an engine reads weight files that are not the model's, or not those that are",
+        by=("doctor",)),
+    "engine-names": Code(
+        "error", "an engine does not take the names or the layout", by=("doctor",)),
+    "engine-names-unread": Code(
+        "warning", "whether an engine takes the names or the layout is not known", by=("doctor",)),
+    "engine-no-head": Code(
+        "warning", "a model without an output head: an engine cannot generate with it",
+        by=("doctor",)),
+    "engine-score-bias": Code(
+        "warning", "an engine gives the head a bias that no file has", by=("doctor",)),
+    "engine-strangers": Code("error", "an engine drops or refuses tensors", by=("doctor",)),
+    "engine-tensors": Code(
+        "error", "an engine lacks tensors, and makes them up or refuses", by=("doctor",)),
+    "engine-weights": Code("error", "an engine does not read weights of this kind", by=("doctor",)),
     "export-beside": Code(
         "info", "a training checkpoint was read, and an exported model lies beside it",
         "To convert the exported model, name its file."),
@@ -190,6 +219,8 @@ CODES: dict[str, Code] = {
     "layer-count": Code("error", "the layers are not as many as the config says", by=("doctor",)),
     "layers-beyond-base": Code(
         "info", "layers for multi-token prediction are written, of which the base has none"),
+    "layers-left-out": Code(
+        "warning", "layers for multi-token prediction are not written in the trainer's names"),
     "live-layout-apart": Code(
         "warning", "live modules of some versions hold tensors that the folder has no bytes for",
         "For a run of such a version, convert with --names memory."),
@@ -239,6 +270,8 @@ CODES: dict[str, Code] = {
     "optimizer-left-out": Code(
         "info", "the checkpoint also holds the state of an optimizer, which was not read"),
     "option-idle": Code("info", "an option has no effect on this conversion"),
+    "output-unlike-architecture": Code(
+        "warning", "what is written lacks tensors of the architecture, or has more"),
     "part-left-out": Code(
         "info", "the checkpoint holds another part that could be a model, and it was not read",
         "To convert it, pass --prefix."),

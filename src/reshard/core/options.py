@@ -260,7 +260,8 @@ class Option(Struct, frozen=True):
 
     A `required` option has no default; on the command line it is an argument, of no flag.
     `needs_base`: it acts on a base's names or values. `underscored`: the flag is also known with
-    underscores, as LightRFT has it. `only_python`: there is no flag.
+    underscores, as LightRFT has it. `only_python`: there is no flag. `spelt`: the flag,
+    where it is another.
     """
 
     name: str
@@ -274,11 +275,12 @@ class Option(Struct, frozen=True):
     needs_base: bool = False
     underscored: bool = False
     only_python: bool = False
+    spelt: str = ""
 
     @property
     def flag(self) -> str:
         """The flag without its dashes in front."""
-        return self.name.replace("_", "-")
+        return self.spelt or self.name.replace("_", "-")
 
     def parse(self, value: object) -> Any:
         """The value as the program uses it; None stays None where that is the default.

@@ -86,7 +86,7 @@ class Case(Struct, frozen=True):
     without wrappers' parts and prefix -> the folder's own name, aliases included. rescue: None, or
     why there is none, or a checkpoint that has the weights. quantisation: what the weights are made
     of; the folder's tensors are numbers where possible.
-    structure: what is unlike the architecture; None where a base says more, or not all was read.
+    structure: what is unlike the architecture; None where not all was read.
     """
 
     folder: Folder
@@ -173,19 +173,17 @@ def read(
         values=_values(folder, base, fitted.entries, sources, weights, threads, progress),
         rescue=_rescue(path, base, sources) if placeholders else None,
         quantisation=found,
-        structure=_structure(folder, clean) if _tells(folder, base, placeholders, found) else None,
+        structure=_structure(folder, clean) if _tells(folder, placeholders, found) else None,
     )
 
 
-def _tells(
-    folder: Folder, base: Base | None, placeholders: Sequence[str], found: Quantisation
-) -> bool:
-    """Whether the known names are all that the folder holds, and nothing else says more."""
+def _tells(folder: Folder, placeholders: Sequence[str], found: Quantisation) -> bool:
+    """Whether the known names are all that the folder is to hold."""
     whole = not (folder.damaged or folder.index_fault or placeholders)
     lost = (folder.listed or {}).keys() - folder.entries.keys()
     # An index may name what lies elsewhere; then the scales beside codes are its own.
     read = found.unread is None and not found.fault
-    return base is None and whole and read and not (lost and found.stated is None)
+    return whole and read and not (lost and found.stated is None)
 
 
 def _structure(folder: Folder, clean: Mapping[str, str]) -> Structure:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from reshard.conversion.declared import PROGRESS, THREADS
-from reshard.core.options import Option, Place, table
+from reshard.core.options import Choice, Option, Place, table
+from reshard.diagnosis.engines import ENGINES
 
 #: The options of `reshard.doctor` and `reshard doctor`.
 DOCTOR = table(
@@ -20,6 +21,12 @@ DOCTOR = table(
         Place(),
         "Write a repaired copy as a new folder, if every error can be repaired.",
         metavar="OUT",
+    ),
+    Option(
+        "engine",
+        Choice(tuple(ENGINES)),
+        "Say as well whether this inference engine takes the folder, by tables of what it takes.",
+        spelt="for",
     ),
     THREADS,
     PROGRESS,

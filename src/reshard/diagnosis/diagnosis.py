@@ -17,18 +17,22 @@ from reshard.conversion.declared import workers
 from reshard.conversion.destination import check_destination
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, documented, parse
+from reshard.diagnosis import adapters
 from reshard.diagnosis import case as cases
 from reshard.diagnosis.case import Case
+from reshard.diagnosis.checks.engines import CHECKS as ENGINE_CHECKS
 from reshard.diagnosis.declared import DOCTOR
+from reshard.diagnosis.engines import EngineName
 from reshard.diagnosis.found import Found, found
-from reshard.diagnosis.repair import write_mended
+from reshard.diagnosis.repair import write_repaired
 from reshard.diagnosis.table import CHECKS
 from reshard.errors import PlanError, VerificationError
+from reshard.naming.lora.folder import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.naming.rewards import REWARD_HEAD
 from reshard.naming.value_heads import VALUE_HEAD
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, snapshot
-from reshard.storage.paths import exists, is_file, real
+from reshard.storage.paths import exists, file_size, is_file, real
 
 
 class Diagnosis(Struct, frozen=True):
@@ -73,6 +77,7 @@ def doctor(
     *,
     base: PathLike | None = None,
     repair: PathLike | None = None,
+    engine: EngineName | None = None,
     threads: int | None = None,
     progress: StagedProgress | None = None,
 ) -> Diagnosis:
@@ -84,7 +89,7 @@ def doctor(
     look at or no base, and where the output cannot be written; what is wrong with `folder` is never
     an exception.
 
-    >>> diagnosis = doctor("export", base="Qwen2.5-7B", repair="mended")     # doctest: +SKIP
+    >>> diagnosis = doctor("export", base="Qwen2.5-7B", repair="repaired")     # doctest: +SKIP
     >>> [finding.code for finding in diagnosis.findings]                     # doctest: +SKIP
     ['wrapper-prefix', 'tokenizer-missing']
     """
@@ -96,15 +101,17 @@ def doctor(
         check_destination(target, path, base_path, overwrite=False, replaces=False)
     threads = workers(values["threads"])
     with Sources() as sources:
+        if engine is not None and adapters.is_adapter(path):
+            return _of_adapter(path, base, adapters.examine(adapters.read(path, sources), engine))
         known = None if base_path is None else read_base(base_path, sources)
         case = cases.read(path, known, sources, threads=threads, progress=progress)
-        all_found = examine(case)
+        all_found = examine(case, engine)
         findings = tuple(each.finding for each in all_found)
         remaining, repaired = findings, None
-        if target is not None and _mendable(all_found):
+        if target is not None and _repairable(all_found):
             _check_alone(case)
             _check_numbers(case)
-            remaining = _mend(case, all_found, target, sources, threads, progress)
+            remaining = _repair(case, all_found, target, sources, threads, engine, progress)
             repaired = os.fspath(target)
         sources.check_unchanged()
     return Diagnosis(
@@ -119,13 +126,30 @@ def doctor(
     )
 
 
-def examine(case: Case) -> tuple[Found, ...]:
-    """What every check of the table finds in the folder."""
-    seen = ((code, check(case)) for code, check in CHECKS.items())
+def _of_adapter(folder: Path, base: PathLike | None, findings: tuple[Finding, ...]) -> Diagnosis:
+    """What an engine makes of an adapter folder, which is no model and cannot be repaired."""
+    size = file_size(folder / ADAPTER_WEIGHTS)
+    return Diagnosis(
+        os.fspath(folder),
+        None if base is None else os.fspath(base),
+        0,
+        size,
+        findings,
+        (),
+        None,
+        findings,
+    )
+
+
+def examine(case: Case, engine: EngineName | None = None) -> tuple[Found, ...]:
+    """What every check of the table finds in the folder, and those of an engine."""
+    seen = [(code, check(case)) for code, check in CHECKS.items()]
+    if engine is not None:
+        seen += [(code, check(case, engine)) for code, check in ENGINE_CHECKS.items()]
     return tuple(found(code, signs) for code, signs in seen if signs is not None)
 
 
-def _mendable(all_found: Sequence[Found]) -> bool:
+def _repairable(all_found: Sequence[Found]) -> bool:
     """Whether there is something to repair, and no error that a copy would keep."""
     hopeless = any(f.finding.severity == "error" and f.repair is None for f in all_found)
     return not hopeless and any(each.repair is not None for each in all_found)
@@ -155,12 +179,13 @@ def _check_numbers(case: Case) -> None:
         )
 
 
-def _mend(
+def _repair(
     case: Case,
     all_found: Sequence[Found],
     target: Path,
     sources: Sources,
     threads: int,
+    engine: EngineName | None,
     progress: StagedProgress | None,
 ) -> tuple[Finding, ...]:
     """Write the repaired folder, and return the warnings that it keeps."""
@@ -170,7 +195,7 @@ def _mend(
         # By themselves: these files get another place, and are then no longer what was opened.
         with Sources() as written:
             again = cases.read(partial, case.base, written, threads=threads, weights=False)
-        kept.extend(each.finding for each in examine(again))
+        kept.extend(each.finding for each in examine(again, engine))
         for finding in kept:
             if finding.severity == "error":
                 raise VerificationError(
@@ -180,5 +205,7 @@ def _mend(
                     hint="Convert the run's checkpoint again: reshard convert RUN OUT.",
                 )
 
-    write_mended(case, all_found, target, sources, threads=threads, check=check, progress=progress)
+    write_repaired(
+        case, all_found, target, sources, threads=threads, check=check, progress=progress
+    )
     return tuple(kept)

@@ -43,6 +43,7 @@ class Folder(Struct, frozen=True):
     config: None where `config_fault` says why there is none.
     assets: every file without weights, by its path in the folder.
     pickled: whether the weights are in torch.save files. records: their checksums.
+    safetensors: all such files in the folder, whatever they hold.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Folder(Struct, frozen=True):
     repeated: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
     pickled: bool = False
     records: tuple[Record, ...] = ()
+    safetensors: tuple[str, ...] = ()
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -98,7 +100,8 @@ def read(path: Path, sources: Sources) -> Folder:
     _refuse_parts(path)
     config, config_fault = read_json(path, CONFIG, sources)
     assets = {asset.name: asset for asset in assets_of(path)}
-    folder = Folder(path, assets, config, config_fault)
+    there = tuple(sorted(file.name for file in matching(path, "*.safetensors")))
+    folder = Folder(path, assets, config, config_fault, safetensors=there)
     names, listed, index_fault = _weight_files(path, sources)
     if not names and listed is None:
         return _with_pickled(folder, sources)

@@ -36,7 +36,7 @@ from reshard.transfer.engine import Outcome
 _MAX_SHARD_SIZE = "5GB"
 
 
-class _Mended(Struct, frozen=True):
+class _Repaired(Struct, frozen=True):
     """The tensors as they should be, by their right names, and where they were read."""
 
     entries: Mapping[str, Entry]
@@ -46,7 +46,7 @@ class _Mended(Struct, frozen=True):
     records: tuple[Record, ...]
 
 
-def write_mended(
+def write_repaired(
     case: Case,
     all_found: Sequence[Found],
     target: Path,
@@ -61,29 +61,29 @@ def write_mended(
     `check` examines the finished folder before it gets its name, and raises if something is wrong.
     """
     repairs = [each.repair for each in all_found if each.repair is not None]
-    mended = _mended(case, repairs)
-    dtype = "base" if any(mend.cast or mend.rescued for mend in repairs) else "keep"
+    repaired = _repaired(case, repairs)
+    dtype = "base" if any(repair.cast or repair.rescued for repair in repairs) else "keep"
     references = {} if case.base is None else case.base.entries
-    targets = choose(list(mended.entries.items()), references, dtype)
-    plan = _plan(case, repairs, mended, targets)
+    targets = choose(list(repaired.entries.items()), references, dtype)
+    plan = _plan(case, repairs, repaired, targets)
     check_space(target, plan.bytes_to_write)
 
     def render(outcome: Outcome) -> bytes:
         if outcome.compared and not outcome.changed:
             raise VerificationError("all tensors equal the base's.", path=case.folder.path)
         stated = manifest.state([item.spec for item in targets], "", outcome.digests)
-        return _manifest(mended, all_found, dtype, stated, manifest.listed(plan, sources))
+        return _manifest(repaired, all_found, dtype, stated, manifest.listed(plan, sources))
 
     writing = Writing(threads, progress=progress)
-    carry_out(plan, sources, mended.records, target, writing, render=render, check=check)
+    carry_out(plan, sources, repaired.records, target, writing, render=render, check=check)
 
 
-def _mended(case: Case, repairs: Sequence[Repair]) -> _Mended:
+def _repaired(case: Case, repairs: Sequence[Repair]) -> _Repaired:
     """The tensors: those of the rescued checkpoint, or the folder's under their right names."""
     rescue, found, folder = case.rescue, case.fitted.fit, case.folder
     if isinstance(rescue, Rescue):
         catalog = rescue.catalog
-        return _Mended(
+        return _Repaired(
             rescue.entries, rescue.name_map, catalog.format, catalog.origin, catalog.records
         )
     if case.base is None or found is None:
@@ -93,7 +93,7 @@ def _mended(case: Case, repairs: Sequence[Repair]) -> _Mended:
         entries = dict(case.fitted.entries)
     origin = Origin(folder.path, "torch" if folder.pickled else "safetensors")
     format_ = "torch" if folder.pickled else "huggingface"
-    return _Mended(entries, found, format_, origin, folder.records)
+    return _Repaired(entries, found, format_, origin, folder.records)
 
 
 def _renamed(case: Case, repairs: Sequence[Repair]) -> dict[str, Entry]:
@@ -101,8 +101,8 @@ def _renamed(case: Case, repairs: Sequence[Repair]) -> dict[str, Entry]:
 
     Only a head that the config ties is left to the loader.
     """
-    renamed = {own: name for mend in repairs for own, name in mend.renamed.items()}
-    dropped: set[str | None] = {name for mend in repairs for name in mend.dropped}
+    renamed = {own: name for repair in repairs for own, name in repair.renamed.items()}
+    dropped: set[str | None] = {name for repair in repairs for name in repair.dropped}
     if says_tied(case.folder.settings) and case.vocabulary.equal:
         dropped.add(case.vocabulary.head)
     entries = {}
@@ -115,16 +115,16 @@ def _renamed(case: Case, repairs: Sequence[Repair]) -> dict[str, Entry]:
 
 
 def _plan(
-    case: Case, repairs: Sequence[Repair], mended: _Mended, targets: Sequence[Target]
+    case: Case, repairs: Sequence[Repair], repaired: _Repaired, targets: Sequence[Target]
 ) -> Plan:
     slots = [(item.spec, item.source, item.reference) for item in targets]
     files, index = huggingface.lay_out(slots, parse_size(_MAX_SHARD_SIZE))
     assets = dict(case.folder.assets)
     texts = dict(index)
-    for mend in repairs:
-        assets.update((asset.name, asset) for asset in mend.assets)
-        texts.update(mend.texts)
-    config = _config(case, repairs, mended.name_map)
+    for repair in repairs:
+        assets.update((asset.name, asset) for asset in repair.assets)
+        texts.update(repair.texts)
+    config = _config(case, repairs, repaired.name_map)
     if config is not None:
         texts[CONFIG] = config
     kept = tuple(asset for name, asset in assets.items() if name not in texts)
@@ -133,7 +133,7 @@ def _plan(
 
 def _config(case: Case, repairs: Sequence[Repair], found: NameMap) -> bytes | None:
     """The config where it is not the folder's as it is."""
-    patches = {path: value for mend in repairs for path, value in mend.config.items()}
+    patches = {path: value for repair in repairs for path, value in repair.config.items()}
     if case.base is not None and (case.folder.config is None or isinstance(case.rescue, Rescue)):
         return patched_config(case.base, {**found.config_patches, **patches})
     own = case.folder.as_base()
@@ -145,7 +145,7 @@ def _config(case: Case, repairs: Sequence[Repair], found: NameMap) -> bytes | No
 
 
 def _manifest(
-    mended: _Mended,
+    repaired: _Repaired,
     all_found: Sequence[Found],
     dtype: str,
     stated: Mapping[str, manifest.Stated],
@@ -157,10 +157,10 @@ def _manifest(
         "max_shard_nbytes": parse_size(_MAX_SHARD_SIZE),
         "repaired": [each.finding.code for each in all_found if each.repair is not None],
     }
-    found = mended.name_map
+    found = repaired.name_map
     names = {
         "prefix": found.prefix,
         "rules": list(found.rules),
         **replace(found.matching, missing=found.matching.filled, filled=()).to_json(),
     }
-    return manifest.render(mended.format, mended.origin, options, names, stated, {}, files)
+    return manifest.render(repaired.format, repaired.origin, options, names, stated, {}, files)

@@ -39,6 +39,7 @@ CHECKS: Mapping[str, Callable[[Case], Signs | None]] = {
     "head-contradicts-config": vocabulary.head_contradicts_config,
     "vocabulary-size": vocabulary.vocabulary_size,
     "tokenizer-too-large": vocabulary.tokenizer_size,
+    "config-fields-missing": architecture.config_fields,
     "dtype-contradicts-config": vocabulary.dtype,
     "tokenizer-missing": files.tokenizer,
     "processor-missing": files.processor,

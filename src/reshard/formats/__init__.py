@@ -57,14 +57,14 @@ class Format(Protocol):
 
 #: A tensor to be laid out: what is written, what from, and the base's tensor to compare with. A
 #: format that can name the same bytes more than once gives them the source's aliases, too.
-Wanted = tuple[TensorSpec, Entry, Entry | None]
+TensorToWrite = tuple[TensorSpec, Entry, Entry | None]
 
 
 class Writable(Protocol):
     """What the module of a format that can hold a model offers in addition."""
 
     def lay_out(
-        self, slots: Sequence[Wanted], max_file_nbytes: int, /
+        self, slots: Sequence[TensorToWrite], max_file_nbytes: int, /
     ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
         """Tensor files and small files."""
 
@@ -82,7 +82,7 @@ class StateWritable(Protocol):
 
     def lay_out_state(
         self,
-        weights: Sequence[Wanted],
+        weights: Sequence[TensorToWrite],
         state: TrainingState,
         max_file_nbytes: int,
         layout: str | None,
@@ -106,7 +106,7 @@ class Description(Struct, frozen=True):
 class Single(Protocol):
     """What the module of a format whose files lie beside a model offers."""
 
-    def lay_out_file(self, name: str, slots: Sequence[Wanted], /) -> OutputFile:
+    def lay_out_file(self, name: str, slots: Sequence[TensorToWrite], /) -> OutputFile:
         """One file of that name with these tensors."""
 
 

@@ -28,7 +28,7 @@ from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
-from reshard.formats import Description, Selection, Wanted
+from reshard.formats import Description, Selection, TensorToWrite
 from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
@@ -133,7 +133,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def lay_out(
-    slots: Sequence[Wanted], max_shard_nbytes: int
+    slots: Sequence[TensorToWrite], max_shard_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Shards and index for tensors given as (target, source, reference), in state dict order.
 
@@ -170,7 +170,7 @@ def index(files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
     return ((INDEX, text.encode()),)
 
 
-def lay_out_file(name: str, slots: Sequence[Wanted]) -> OutputFile:
+def lay_out_file(name: str, slots: Sequence[TensorToWrite]) -> OutputFile:
     """One safetensors file beside the model: reward heads, an adapter."""
     by_name = {spec.name: (source, reference) for spec, source, reference in slots}
     return replace(_shard(name, [spec for spec, _, _ in slots], by_name), part=name)

@@ -41,9 +41,9 @@ _MAX_FOLDERS = 10_000
 # One shard of several, of safetensors or torch.save files.
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
 # Written last, once a save is whole.
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 # LightRFT keeps actor and critic side by side; the actor is the default.
-_ACTOR = "_actor"
+ACTOR = "_actor"
 
 
 class Found(Struct, frozen=True):
@@ -228,7 +228,7 @@ def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
 def _tracked(folder: Path, sources: Sources) -> str | None:
     """The last save that was finished, as the run's own file states it: its number, or `release`,
     which Megatron-LM calls a converted model."""
-    path = folder / _TRACKER
+    path = folder / TRACKER
     if not is_file(path):
         return None
     source = sources.open(path)
@@ -247,7 +247,7 @@ def _choose(
 ) -> list[Found]:
     """The saves to try, the one that the run's own file names first, then the newest."""
     saves = _training(saves if tag is None else _tagged(path, saves, tag))
-    actors = [save for save in saves if _ACTOR in save.path.relative_to(path).parts]
+    actors = [save for save in saves if ACTOR in save.path.relative_to(path).parts]
     saves = actors or saves
     if len({save.path.parent for save in saves}) > 1:
         raise _several(path, saves, "it holds checkpoints of several models or runs")
@@ -322,8 +322,8 @@ def _why(
     if tag not in (None, tags.LATEST):
         return f" (named by --tag, one of {number})"
     if _is_tracked(save, tracked):
-        return f" (named by {_TRACKER}, one of {number})"
+        return f" (named by {TRACKER}, one of {number})"
     why = f"one of {number}" if len(chosen) == 1 else f"the newest complete one of {len(chosen)}"
     if tracked is not None:
-        why += f"; {_TRACKER} names {tracked}, which was not found or is incomplete"
+        why += f"; {TRACKER} names {tracked}, which was not found or is incomplete"
     return f" ({why})"

@@ -49,7 +49,7 @@ from reshard.formats import (
     OPTIMIZER_KEYS,
     RUN_STATE,
     Selection,
-    Wanted,
+    TensorToWrite,
     numbered,
     of_several,
 )
@@ -110,7 +110,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     )
 
 
-def lay_out_file(name: str, slots: Sequence[Wanted]) -> OutputFile:
+def lay_out_file(name: str, slots: Sequence[TensorToWrite]) -> OutputFile:
     """A torch.save file of a state dict, for consumers that load nothing else."""
     layout = lay_out_state_dict([spec for spec, _, _ in slots])
     return OutputFile(

@@ -69,8 +69,8 @@ def pieces_of(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Mapping
     return _read(shapes, config).pieces
 
 
-def hub_shapes(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[str, Shape]:
-    """The hub's names and shapes of a model's files, which may have been saved in a live layout."""
+def hub_pieces(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[str, Piece]:
+    """Where each tensor lies, by the hub's name, in files that may be in a live layout."""
     pieces = _towers(pieces_of(shapes, config), config)
     # The rules of the language model's layouts name its modules wherever they stand.
     text = family(text_config(config).get("model_type"))
@@ -79,7 +79,7 @@ def hub_shapes(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[s
     for hub, piece in pieces.items():
         for view in inner if hub.startswith(families.TOWER_PARTS) else ():
             hub = view.name_here(hub)
-        found[hub] = piece.shape
+        found[hub] = piece
     return found
 
 
@@ -151,7 +151,7 @@ def _read(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Reading:
     """
     names = Names(shapes)
     known = views(config, guess=False)
-    if _is_bare(shapes, config):
+    if is_bare(shapes, config):
         known = tuple(View((bare_layout(config), *view.layouts)) for view in known[:1])
     best = names.read(names.effects(known[0]))
     for view in known[1:]:
@@ -171,7 +171,7 @@ def _read(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Reading:
     return best
 
 
-def _is_bare(names: Container[str], config: Mapping[str, Any]) -> bool:
+def is_bare(names: Container[str], config: Mapping[str, Any]) -> bool:
     """Whether the files of a class with a head were saved from its backbone: the embedding lies at
     the top."""
     part = backbone_part(config)

@@ -190,7 +190,7 @@ def check(parts: Parts, model_type: ModelType | None, options: RewardOptions) ->
         elif parts.value is not None:
             held = f"a value head ({parts.value.name})"
         raise NamesError(
-            f"the checkpoint holds {held}, and a model of type {model_type!r} was asked for.",
+            f"the checkpoint holds {held}, but the model type is {model_type!r}.",
             hint=f"Pass --model-type {' or '.join(fitting)}.",
         )
     if parts.rewards is None:
@@ -210,7 +210,7 @@ def _check_heads(heads: RewardHeads, options: RewardOptions) -> RewardHeads:
     if options.pooling not in (None, heads.pooling):
         raise NamesError(
             f"the checkpoint {'has' if heads.pooling == 'attn' else 'has no'} attention pooling, "
-            f"and {options.pooling!r} was asked for.",
+            f"but the pooling method is {options.pooling!r}.",
             hint=f"Pass --pooling_method {heads.pooling}.",
         )
     if options.scaled not in (None, heads.scaled):
@@ -222,7 +222,7 @@ def _check_heads(heads: RewardHeads, options: RewardOptions) -> RewardHeads:
     types = heads.types if options.types is None else options.types
     if sorted(types) != sorted(heads.types):
         raise NamesError(
-            f"the checkpoint's heads are {', '.join(heads.types)}, asked for were "
+            f"the checkpoint's heads are {', '.join(heads.types)}, and the option names "
             f"{', '.join(types)}.",
             hint=f"Pass --heads_types {' '.join(heads.types)}.",
         )
@@ -247,7 +247,7 @@ def reward_config(
     # LightRFT's own bound: the states after the last layer are not among those it probes.
     if layers is not None and not -layers <= probing_layer < layers:
         raise NamesError(
-            f"the backbone has {layers} layers, probing layer {probing_layer} was asked for.",
+            f"the backbone has {layers} layers, probing layer {probing_layer} is not among them.",
             hint=f"Pass --probing_layer between {-layers} and {layers - 1}.",
         )
     width = _stated(config, "hidden_size")

@@ -25,7 +25,7 @@ from reshard.naming.architectures import (
     Composite,
     Decoder,
 )
-from reshard.naming.memory import hub_shapes
+from reshard.naming.memory import hub_pieces
 from reshard.naming.schema import classes_of, comes_with_base, is_backbone, text_config
 
 Config = Mapping[str, Any]
@@ -95,8 +95,8 @@ class Region(Struct, frozen=True):
 def examine(shapes: Mapping[str, Shape], config: Config) -> Structure:
     """Compare a model's names and shapes, without wrappers' parts, with its architecture."""
     hub = {
-        name: shape
-        for name, shape in hub_shapes(shapes, config).items()
+        name: piece.shape
+        for name, piece in hub_pieces(shapes, config).items()
         if not comes_with_base(name, config)
     }
     regions = regions_of(config)

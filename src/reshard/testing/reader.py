@@ -15,6 +15,7 @@ from typing import ClassVar, get_args
 import numpy as np
 import pytest
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 import reshard
 from reshard import formats
@@ -177,7 +178,8 @@ class ReaderConformance:
         json.dumps(dict(catalog.origin.details))
 
     def test_reading_twice_gives_equal_catalogs(self, sample: Sample) -> None:
-        assert self.read(sample.path) == self.read(sample.path)
+        once, again = (replace(self.read(sample.path), optimizer=None) for _ in range(2))
+        assert once == again
 
     def test_reading_opens_no_weights(self, large: Path) -> None:
         assert _bytes_read(lambda: self.read(large)) < MAX_METADATA_NBYTES

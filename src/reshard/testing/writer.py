@@ -25,7 +25,7 @@ from reshard.core.tensors import (
     flat,
     whole,
 )
-from reshard.formats import Selection, Wanted
+from reshard.formats import Selection, TensorToWrite
 from reshard.formats.info import target_named
 from reshard.storage.local import Sources
 from reshard.testing import truth
@@ -53,20 +53,20 @@ class WriterConformance:
         raise NotImplementedError
 
     def lay_out(
-        self, wanted: Sequence[Wanted], max_file_nbytes: int = _UNBOUNDED
+        self, to_write: Sequence[TensorToWrite], max_file_nbytes: int = _UNBOUNDED
     ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
-        return formats.writer(target_named(self.target)).lay_out(wanted, max_file_nbytes)
+        return formats.writer(target_named(self.target)).lay_out(to_write, max_file_nbytes)
 
     def write(
         self,
-        wanted: Sequence[Wanted],
+        to_write: Sequence[TensorToWrite],
         folder: Path,
         *,
         max_file_nbytes: int = _UNBOUNDED,
         threads: int = 1,
     ) -> Path:
         """Lay out and write; returns `folder`."""
-        files, texts = self.lay_out(wanted, max_file_nbytes)
+        files, texts = self.lay_out(to_write, max_file_nbytes)
         with Sources() as sources, OutputFolder(folder, "conformance") as output:
             Threads(threads).run(Plan(files), sources, output)
             for name, text in texts:
@@ -83,14 +83,16 @@ class WriterConformance:
         return truth.ordinary()
 
     @pytest.fixture
-    def wanted(self, tensors: Tensors, tmp_path: Path) -> list[Wanted]:
+    def to_write(self, tensors: Tensors, tmp_path: Path) -> list[TensorToWrite]:
         return [stored(tmp_path, name, array) for name, array in tensors.items()]
 
     # The layout
 
-    def test_literals_and_tensors_fill_each_file_exactly(self, wanted: list[Wanted]) -> None:
+    def test_literals_and_tensors_fill_each_file_exactly(
+        self, to_write: list[TensorToWrite]
+    ) -> None:
         for limit in (_UNBOUNDED, _SMALL):
-            for file in self.lay_out(wanted, limit)[0]:
+            for file in self.lay_out(to_write, limit)[0]:
                 parts = [(offset, len(literal)) for offset, literal in file.literals]
                 parts += [(slot.offset, slot.spec.nbytes) for slot in file.slots]
                 end = 0
@@ -99,28 +101,28 @@ class WriterConformance:
                     end += nbytes
                 assert end == file.nbytes
 
-    def test_tensors_are_written_front_to_back(self, wanted: list[Wanted]) -> None:
-        for file in self.lay_out(wanted, _SMALL)[0]:
+    def test_tensors_are_written_front_to_back(self, to_write: list[TensorToWrite]) -> None:
+        for file in self.lay_out(to_write, _SMALL)[0]:
             offsets = [slot.offset for slot in file.slots]
             assert offsets == sorted(offsets)
 
-    def test_every_tensor_is_laid_out_once_and_in_full(self, wanted: list[Wanted]) -> None:
+    def test_every_tensor_is_laid_out_once_and_in_full(self, to_write: list[TensorToWrite]) -> None:
         numel: dict[str, int] = {}
-        for file in self.lay_out(wanted, _SMALL)[0]:
+        for file in self.lay_out(to_write, _SMALL)[0]:
             assert file.part == ""
             for slot in file.slots:
                 assert slot.source.spec.shape == slot.spec.shape
                 numel[slot.spec.name] = numel.get(slot.spec.name, 0) + slot.spec.numel
-        assert numel == {spec.name: spec.numel for spec, _, _ in wanted}
+        assert numel == {spec.name: spec.numel for spec, _, _ in to_write}
 
-    def test_file_names_are_plain_and_differ(self, wanted: list[Wanted]) -> None:
-        files, texts = self.lay_out(wanted, _SMALL)
+    def test_file_names_are_plain_and_differ(self, to_write: list[TensorToWrite]) -> None:
+        files, texts = self.lay_out(to_write, _SMALL)
         names = [file.name for file in files] + [name for name, _ in texts]
         assert len(set(names)) == len(names)
         assert all(Path(name).name == name for name in names)
 
-    def test_files_are_bounded(self, wanted: list[Wanted]) -> None:
-        files, _ = self.lay_out(wanted, _SMALL)
+    def test_files_are_bounded(self, to_write: list[TensorToWrite]) -> None:
+        files, _ = self.lay_out(to_write, _SMALL)
         assert len(files) > 1
         for file in files:
             held = sum(slot.spec.nbytes for slot in file.slots)
@@ -128,15 +130,15 @@ class WriterConformance:
 
     def test_laying_out_opens_no_file(self, tensors: Tensors) -> None:
         nowhere = Path("/nowhere")
-        wanted = [described(nowhere, name, array) for name, array in tensors.items()]
-        files, _ = self.lay_out(wanted)
+        to_write = [described(nowhere, name, array) for name, array in tensors.items()]
+        files, _ = self.lay_out(to_write)
         assert sum(len(file.slots) for file in files) == len(tensors)
 
-    def test_laying_out_twice_gives_the_same(self, wanted: list[Wanted]) -> None:
-        assert self.lay_out(wanted, _SMALL) == self.lay_out(wanted, _SMALL)
+    def test_laying_out_twice_gives_the_same(self, to_write: list[TensorToWrite]) -> None:
+        assert self.lay_out(to_write, _SMALL) == self.lay_out(to_write, _SMALL)
 
-    def test_checksums_have_their_places(self, wanted: list[Wanted]) -> None:
-        for file in self.lay_out(wanted)[0]:
+    def test_checksums_have_their_places(self, to_write: list[TensorToWrite]) -> None:
+        for file in self.lay_out(to_write)[0]:
             for offset in (offset for slot in file.slots for offset in slot.crc_offsets):
                 holders = [
                     literal[offset - start : offset - start + 4]
@@ -148,17 +150,19 @@ class WriterConformance:
     # What is written
 
     def test_files_have_the_size_that_was_planned(
-        self, wanted: list[Wanted], tmp_path: Path
+        self, to_write: list[TensorToWrite], tmp_path: Path
     ) -> None:
-        folder = self.write(wanted, tmp_path / "out", max_file_nbytes=_SMALL)
-        files, texts = self.lay_out(wanted, _SMALL)
+        folder = self.write(to_write, tmp_path / "out", max_file_nbytes=_SMALL)
+        files, texts = self.lay_out(to_write, _SMALL)
         planned = {file.name: file.nbytes for file in files}
         planned.update((name, len(text)) for name, text in texts)
         assert {path.name: path.stat().st_size for path in folder.iterdir()} == planned
 
-    def test_checksums_are_those_of_the_bytes(self, wanted: list[Wanted], tmp_path: Path) -> None:
-        folder = self.write(wanted, tmp_path / "out")
-        for file in self.lay_out(wanted)[0]:
+    def test_checksums_are_those_of_the_bytes(
+        self, to_write: list[TensorToWrite], tmp_path: Path
+    ) -> None:
+        folder = self.write(to_write, tmp_path / "out")
+        for file in self.lay_out(to_write)[0]:
             data = (folder / file.name).read_bytes()
             for slot in file.slots:
                 crc = zlib.crc32(data[slot.offset : slot.offset + slot.spec.nbytes])
@@ -166,38 +170,38 @@ class WriterConformance:
                     assert data[offset : offset + 4] == crc.to_bytes(4, "little"), slot.spec.name
 
     def test_the_consumer_loads_it(
-        self, tensors: Tensors, wanted: list[Wanted], tmp_path: Path
+        self, tensors: Tensors, to_write: list[TensorToWrite], tmp_path: Path
     ) -> None:
-        loaded = self.load(self.write(wanted, tmp_path / "out"))
+        loaded = self.load(self.write(to_write, tmp_path / "out"))
         assert truth.differing(loaded, tensors) == []
 
     def test_the_consumer_loads_it_from_small_files(
-        self, tensors: Tensors, wanted: list[Wanted], tmp_path: Path
+        self, tensors: Tensors, to_write: list[TensorToWrite], tmp_path: Path
     ) -> None:
-        loaded = self.load(self.write(wanted, tmp_path / "out", max_file_nbytes=_SMALL))
+        loaded = self.load(self.write(to_write, tmp_path / "out", max_file_nbytes=_SMALL))
         assert truth.differing(loaded, tensors) == []
 
     def test_the_consumer_loads_a_single_tensor(self, tmp_path: Path) -> None:
         array = np.arange(6, dtype=np.float32).reshape(2, 3)
         arrays: list[Array] = [array, array[:0], np.array(7, np.int64)]
         for number, one in enumerate(arrays):
-            wanted = [stored(tmp_path, f"t{number}", one)]
-            loaded = self.load(self.write(wanted, tmp_path / f"out-{number}"))
+            to_write = [stored(tmp_path, f"t{number}", one)]
+            loaded = self.load(self.write(to_write, tmp_path / f"out-{number}"))
             assert truth.differing(loaded, {f"t{number}": one}) == []
 
     def test_a_tensor_of_many_pieces(self, tmp_path: Path) -> None:
         """More than the engine moves at a time, and more than one piece of a chunked format."""
         array = np.arange(5 << 20, dtype=np.float32).reshape(-1, 1024)
         limit = array.nbytes // 3
-        wanted = [stored(tmp_path, "large", array)]
-        loaded = self.load(self.write(wanted, tmp_path / "out", max_file_nbytes=limit, threads=3))
+        to_write = [stored(tmp_path, "large", array)]
+        loaded = self.load(self.write(to_write, tmp_path / "out", max_file_nbytes=limit, threads=3))
         assert truth.differing(loaded, {"large": array}) == []
 
     def test_a_cast_on_the_way(self, tmp_path: Path) -> None:
         array = np.linspace(-3, 3, 40, dtype=np.float32).reshape(8, 5)
         spec, source, _ = stored(tmp_path, "w", array)
-        wanted = [(replace(spec, dtype=self.narrow), source, None)]
-        loaded = self.load(self.write(wanted, tmp_path / "out"))
+        to_write = [(replace(spec, dtype=self.narrow), source, None)]
+        loaded = self.load(self.write(to_write, tmp_path / "out"))
         assert truth.differing(loaded, {"w": array.astype(self.narrow.numpy)}) == []
 
     def test_a_source_in_another_order(self, tmp_path: Path) -> None:
@@ -208,53 +212,55 @@ class WriterConformance:
         spec = TensorSpec("w", FLOAT32, array.shape)
         extent = Extent(FileRef(str(path)), 0, array.nbytes)
         fragment = Fragment(whole(spec.shape), extent, FLOAT32, strides=(1, 60))
-        wanted: list[Wanted] = [(spec, Entry(spec, (fragment,)), None)]
-        loaded = self.load(self.write(wanted, tmp_path / "out", max_file_nbytes=_SMALL))
+        to_write: list[TensorToWrite] = [(spec, Entry(spec, (fragment,)), None)]
+        loaded = self.load(self.write(to_write, tmp_path / "out", max_file_nbytes=_SMALL))
         assert truth.differing(loaded, {"w": array}) == []
 
     def test_the_number_of_threads_changes_no_byte(
-        self, wanted: list[Wanted], tmp_path: Path
+        self, to_write: list[TensorToWrite], tmp_path: Path
     ) -> None:
         found = []
         for threads in (1, 2, 5):
             folder = tmp_path / f"out-{threads}"
-            self.write(wanted, folder, max_file_nbytes=_SMALL, threads=threads)
+            self.write(to_write, folder, max_file_nbytes=_SMALL, threads=threads)
             found.append({path.name: path.read_bytes() for path in folder.iterdir()})
         assert found[0] == found[1] == found[2]
 
-    def test_writing_again_changes_no_byte(self, wanted: list[Wanted], tmp_path: Path) -> None:
-        one, other = (self.write(wanted, tmp_path / name) for name in ("one", "other"))
+    def test_writing_again_changes_no_byte(
+        self, to_write: list[TensorToWrite], tmp_path: Path
+    ) -> None:
+        one, other = (self.write(to_write, tmp_path / name) for name in ("one", "other"))
         assert {path.name: path.read_bytes() for path in one.iterdir()} == {
             path.name: path.read_bytes() for path in other.iterdir()
         }
 
     # Back again
 
-    def test_it_is_detected(self, wanted: list[Wanted], tmp_path: Path) -> None:
-        folder = self.write(wanted, tmp_path / "out")
+    def test_it_is_detected(self, to_write: list[TensorToWrite], tmp_path: Path) -> None:
+        folder = self.write(to_write, tmp_path / "out")
         assert list(formats.claims(folder)) == [target_named(self.target).name]
 
     def test_our_reader_gives_the_same(
-        self, tensors: Tensors, wanted: list[Wanted], tmp_path: Path
+        self, tensors: Tensors, to_write: list[TensorToWrite], tmp_path: Path
     ) -> None:
-        folder = self.write(wanted, tmp_path / "out", max_file_nbytes=_SMALL)
+        folder = self.write(to_write, tmp_path / "out", max_file_nbytes=_SMALL)
         assert truth.differing(truth.held(self.read_back(folder)), tensors) == []
 
 
-def stored(folder: Path, name: str, array: Array) -> Wanted:
+def stored(folder: Path, name: str, array: Array) -> TensorToWrite:
     """A tensor to be written, its bytes in two files of `folder`."""
-    wanted = described(folder, name, array)
+    to_write = described(folder, name, array)
     data = array.tobytes()
     position = 0
-    for fragment in wanted[1].fragments:
+    for fragment in to_write[1].fragments:
         nbytes = fragment.extent.nbytes
         path = Path(fragment.in_file.file.path)
         path.write_bytes(b"\xff" * fragment.extent.offset + data[position : position + nbytes])
         position += nbytes
-    return wanted
+    return to_write
 
 
-def described(folder: Path, name: str, array: Array) -> Wanted:
+def described(folder: Path, name: str, array: Array) -> TensorToWrite:
     """A tensor to be written, whose bytes would lie in two files of `folder`, flat."""
     dtype = dtypes.parse(array.dtype.name)
     spec = TensorSpec(name, dtype, array.shape)

@@ -51,7 +51,7 @@ def scan(
     progress: Progress | None = None,
     heard: Callable[[int, int], None] | None = None,
 ) -> list[Facts]:
-    """Look at every element of every tensor. `progress` counts bytes, `heard` counts tensors."""
+    """Examine every element of every tensor. `progress` counts bytes, `heard` counts tensors."""
     chosen = list(entries)
     count = _Counter(sum(entry.spec.nbytes for entry in chosen), progress)
     readers = Readers(sources)

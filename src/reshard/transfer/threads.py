@@ -43,7 +43,7 @@ def in_order(work: Callable[[Item], object], items: Iterable[Item], threads: int
         finally:
             stop.set()  # after Ctrl-C the pool waits for its threads
     if failures:
-        # Items are taken in order, and whoever had begun one came to its end.
+        # Items are taken in order, and every item that was begun was finished.
         raise failures[min(failures)]
 
 

@@ -30,7 +30,7 @@ _MAX_STEPS = 8
 _MAX_OBJECT = 1 << 16
 
 
-class Loose(Struct, frozen=True):
+class ObjectTensors(Struct, frozen=True):
     """What the objects hold, by paths in the state dict: plain tensors, and distributed ones."""
 
     tensors: Mapping[StatePath, TensorRef]
@@ -39,7 +39,7 @@ class Loose(Struct, frozen=True):
     unread: tuple[str, ...]
 
 
-def find(metadata: Metadata, folder: Path, sources: Sources) -> Loose:
+def find(metadata: Metadata, folder: Path, sources: Sources) -> ObjectTensors:
     """The tensors in all objects of a checkpoint.
 
     Raises `IncompleteError` where a file is missing or short, `UnsupportedError` where an object
@@ -62,7 +62,7 @@ def find(metadata: Metadata, folder: Path, sources: Sources) -> Loose:
                 tensors[path] = value
             else:
                 others[path] = value
-    return Loose(tensors, others, tuple(records), tuple(sorted(unread)))
+    return ObjectTensors(tensors, others, tuple(records), tuple(sorted(unread)))
 
 
 def read_object(

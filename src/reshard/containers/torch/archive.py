@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import bisect
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from zlib_ng import zlib_ng
 
@@ -36,7 +36,7 @@ from reshard.containers.torch.directory import (
 )
 from reshard.containers.torch.malformed import Compressed, Malformed, show
 from reshard.core.tensors import Extent
-from reshard.errors import FormatError, IncompleteError, UnsupportedError
+from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.storage.local import Source
 
 # Bytes. A directory takes about 70 bytes an entry: room for 900,000 storages.
@@ -163,8 +163,10 @@ def _common_folder(names: list[str], path: str) -> str:
     folder, slash, _ = names[0].partition("/") if names else ("", "", "")
     folder += slash
     if f"{folder}data.pkl" not in names or not all(name.startswith(folder) for name in names):
+        held = listed(sorted(names), 5) or "nothing"
         raise UnsupportedError(
-            f"it is a zip archive, and not one of torch.save: it holds {_some(names)}.", path=path
+            f"it is a zip archive, and not one of torch.save: it holds {held}.",
+            path=path,
         )
     if f"{folder}constants.pkl" in names or any(n.startswith(f"{folder}{_CODE}") for n in names):
         raise _torchscript(path)
@@ -177,8 +179,3 @@ def _torchscript(path: str) -> UnsupportedError:
         path=path,
         hint="Save the model's state_dict() with torch.save.",
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = [show(name) for name in sorted(names)[:5]]
-    return ", ".join(shown) + (", ..." if len(names) > 5 else "") or "nothing"

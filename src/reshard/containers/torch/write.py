@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 from zlib_ng import zlib_ng
 
+from reshard.containers.torch.pickler import Call, Name, Persistent, Pickler
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Shape, TensorSpec, contiguous_strides
 
@@ -33,6 +34,8 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END = struct.Struct("<4s4H2LH")
 _U16, _U32 = 0xFFFF, 0xFFFFFFFF
+# The class of a storage without a dtype.
+_UNTYPED = ("torch.storage", "UntypedStorage")
 # Sizes and checksum follow the data (bit 3); the name is UTF-8 (bit 11).
 _FLAGS = 1 << 3 | 1 << 11
 _VERSION_NEEDED = 45  # zip64
@@ -73,7 +76,7 @@ def lay_out_tensor(dtype: DType, shape: Shape) -> TensorArchive:
     """
     spec = TensorSpec("", dtype, shape)
     zip_ = _Zip()
-    zip_.add("data.pkl", b"\x80\x02" + _tensor(spec, "0") + b".")
+    zip_.add("data.pkl", _pickled(_tensor(spec, "0")))
     zip_.add(".format_version", b"1")
     zip_.add(".storage_alignment", str(ALIGNMENT).encode())
     zip_.add("byteorder", b"little")
@@ -135,7 +138,7 @@ def lay_out(value: object) -> DataArchive:
     Raises `TypeError` for anything else.
     """
     tensors: list[TensorSpec | TensorBytes] = []
-    pickled = b"\x80\x02" + _data(value, tensors) + b"."
+    pickled = _pickled(_described(value, tensors))
     zip_ = _Zip()
     zip_.add("data.pkl", pickled)
     zip_.add(".format_version", b"1")
@@ -240,76 +243,42 @@ class _Zip:
         self.out += name + extra
 
 
-def _tensor(spec: TensorSpec, key: str) -> bytes:
-    """`_rebuild_tensor_v2(storage, 0, size, stride, False, OrderedDict())`, in protocol 2.
+def _pickled(value: object) -> bytes:
+    pickler = Pickler()
+    pickler.put(value)
+    return pickler.finish()
+
+
+def _tensor(spec: TensorSpec, key: str) -> Call:
+    """`_rebuild_tensor_v2(storage, 0, size, stride, False, OrderedDict())`.
 
     A dtype without a storage class of its own: `_rebuild_tensor_v3(…, dtype)` of an untyped
     storage, whose size counts bytes.
     """
-    typed = spec.dtype.storage is not None
-    function = "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"
-    storage = ("torch", spec.dtype.storage) if typed else ("torch.storage", "UntypedStorage")
-    return b"".join(
-        (
-            _global("torch._utils", function),
-            b"((",
-            _text("storage"),
-            _global(*storage),
-            _text(key),
-            _text("cpu"),
-            _integer(spec.numel if typed else spec.nbytes),
-            b"tQ",
-            _integer(0),
-            _integers(spec.shape),
-            _integers(contiguous_strides(spec.shape)),
-            b"\x89",
-            _global("collections", "OrderedDict"),
-            b")R",
-            b"" if typed else _global("torch", spec.dtype.name),
-            b"tR",
-        )
-    )
+    storage = spec.dtype.storage
+    kind = Name("torch", storage) if storage is not None else Name(*_UNTYPED)
+    size = spec.nbytes if storage is None else spec.numel
+    hooks = Call(Name("collections", "OrderedDict"), ())
+    stored = Persistent(("storage", kind, key, "cpu", size))
+    args = (stored, 0, spec.shape, contiguous_strides(spec.shape), False, hooks)
+    if storage is None:
+        rebuild = Name("torch._utils", "_rebuild_tensor_v3")
+        return Call(rebuild, (*args, Name("torch", spec.dtype.name)))
+    return Call(Name("torch._utils", "_rebuild_tensor_v2"), args)
 
 
-def _global(module: str, name: str | None) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-def _text(value: str) -> bytes:
-    return b"X" + struct.pack("<L", len(value.encode())) + value.encode()
-
-
-def _data(value: object, tensors: list[TensorSpec | TensorBytes]) -> bytes:
-    """What pushes data; the tensors in it are appended to `tensors`, and named by their numbers."""
+def _described(value: object, tensors: list[TensorSpec | TensorBytes]) -> object:
+    """Data with its tensors as calls that make them; they are appended to `tensors`, and named by
+    their numbers."""
     if isinstance(value, TensorSpec | TensorBytes):
         tensors.append(value)
         return _tensor(TensorSpec("", value.dtype, value.shape), str(len(tensors) - 1))
-    if value is None:
-        return b"N"
-    if isinstance(value, bool):
-        return b"\x88" if value else b"\x89"
-    if isinstance(value, int):
-        return _integer(value)
-    if isinstance(value, float):
-        return b"G" + struct.pack(">d", value)
-    if isinstance(value, str):
-        return _text(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
     if isinstance(value, list):
-        return b"](" + b"".join(_data(part, tensors) for part in value) + b"e"
+        return [_described(part, tensors) for part in value]
     if isinstance(value, tuple):
-        return b"(" + b"".join(_data(part, tensors) for part in value) + b"t"
+        return tuple(_described(part, tensors) for part in value)
     if isinstance(value, Mapping):
-        items = (_data(part, tensors) for item in value.items() for part in item)
-        return b"}(" + b"".join(items) + b"u"
+        return {key: _described(part, tensors) for key, part in value.items()}
     raise TypeError(f"{type(value).__name__} is not plain data")
-
-
-def _integers(values: Shape) -> bytes:
-    return b"(" + b"".join(map(_integer, values)) + b"t"
-
-
-def _integer(value: int) -> bytes:
-    if -(1 << 31) <= value < 1 << 31:
-        return b"J" + struct.pack("<l", value)
-    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8a" + bytes([len(raw)]) + raw

@@ -6,14 +6,21 @@ from collections.abc import Iterable
 
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.found import Repair, Signs, some
+from reshard.naming import fields
+from reshard.naming.structure import Structure
 
 _AGAIN = "Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR."
 _UNNOTICED = "engines leave it at random values or refuse: vLLM says nothing, mlx-lm refuses"
 
 
+def _structure(case: Case) -> Structure | None:
+    """What is unlike the architecture; None where a base tells more."""
+    return case.structure if case.base is None else None
+
+
 def tensors_missing(case: Case) -> Signs | None:
     """Tensors that every model of this architecture has, or that the other layers have."""
-    found = case.structure
+    found = _structure(case)
     if found is None or not found.absent:
         return None
     evidence = f"{len(found.absent)} tensors are not here: {some(found.absent)}"
@@ -22,7 +29,7 @@ def tensors_missing(case: Case) -> Signs | None:
 
 def part_missing(case: Case) -> Signs | None:
     """A whole part of the model, as a vision tower."""
-    found = case.structure
+    found = _structure(case)
     if found is None or not found.parts:
         return None
     parts = (f"no name begins with {part!r}" for part in found.parts)
@@ -34,7 +41,7 @@ def part_missing(case: Case) -> Signs | None:
 
 def layer_count(case: Case) -> Signs | None:
     """Another number of layers than the config says."""
-    found = case.structure
+    found = _structure(case)
     if found is None or not found.layers:
         return None
     evidence = tuple(
@@ -47,7 +54,7 @@ def layer_count(case: Case) -> Signs | None:
 
 def names_unknown(case: Case) -> Signs | None:
     """Names that no class of the architecture has."""
-    found = case.structure
+    found = _structure(case)
     if found is None or not found.strange:
         return None
     return _strange(case, found.strange, "tensors have no place in")
@@ -55,7 +62,7 @@ def names_unknown(case: Case) -> Signs | None:
 
 def stray_head(case: Case) -> Signs | None:
     """A head that the class in the config does not have."""
-    found = case.structure
+    found = _structure(case)
     if found is None or not found.heads:
         return None
     return _strange(case, found.heads, "tensors are of a head that is not in")
@@ -73,7 +80,7 @@ def _strange(case: Case, names: Iterable[str], what: str) -> Signs:
 
 def shapes_differ(case: Case) -> Signs | None:
     """Shapes that are not what the config's sizes make."""
-    found = case.structure
+    found = _structure(case)
     if found is None or not found.other:
         return None
     shapes = (
@@ -86,7 +93,7 @@ def shapes_differ(case: Case) -> Signs | None:
 
 def backbone_names(case: Case) -> Signs | None:
     """Names as saved from the backbone, though the config names a class with a head."""
-    found = case.structure
+    found = _structure(case)
     if found is None or not found.bare or case.folder.headless:
         return None
     stated = case.folder.settings["architectures"][0]
@@ -98,3 +105,16 @@ def backbone_names(case: Case) -> Signs | None:
         own: f"model.{clean}" for clean, own in case.clean.items() if not clean.startswith("lm_")
     }
     return Signs(evidence, Repair("`model.` is put before the names", renamed=renamed))
+
+
+def config_fields(case: Case) -> Signs | None:
+    """Fields that releases of the model have, and that transformers 5 leaves out."""
+    found = fields.missing(case.folder.settings)
+    if not found:
+        return None
+    evidence = (
+        f"config.json does not state {some(each.path for each in found)}",
+        "programs that read it as releases have it take defaults of their own, or refuse",
+    )
+    patches = {each.path: each.value for each in found}
+    return Signs(evidence, Repair("they are written as the release has them", patches))

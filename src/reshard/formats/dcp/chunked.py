@@ -8,7 +8,7 @@ from pathlib import Path
 from reshard.containers.dcp import objects
 from reshard.containers.dcp.chunked import find_tensors, world_size
 from reshard.containers.dcp.metadata import Metadata
-from reshard.containers.dcp.objects import Loose
+from reshard.containers.dcp.objects import ObjectTensors
 from reshard.containers.torch import TensorRef
 from reshard.containers.torch.named import entries_of
 from reshard.core.catalog import Catalog, Origin
@@ -25,15 +25,15 @@ def read_chunks(
     folder: Path, sources: Sources, selection: Selection, metadata: Metadata
 ) -> Catalog:
     """The model's part of the checkpoint that `metadata` describes."""
-    loose = _loose(metadata, folder, sources)
-    inside = {_key(path): path for path in (*loose.tensors, *loose.others)}
+    in_objects = _in_objects(metadata, folder, sources)
+    inside = {_key(path): path for path in (*in_objects.tensors, *in_objects.others)}
     chunked = {key: metadata.paths[key] for key in (*metadata.tensors, *metadata.aliases)}
     part = parts.find({**chunked, **inside}, selection.prefix, str(folder), metadata.objects)
     _check_names(part, folder)
     entries, records = find_tensors(_named(part, metadata), metadata, folder, sources)
     # Names of one stored tensor in a stream are tied, whatever they are.
     renamed = _renamed(entries.values())
-    entries |= entries_of(_whole(part, loose, folder))
+    entries |= entries_of(_whole(part, in_objects, folder))
     taken = sum(key in part.names for key in {*metadata.tensors, *inside})
     return Catalog(
         format="dcp",
@@ -51,16 +51,16 @@ def read_chunks(
             },
         ),
         entries=entries,
-        records=(*records, *loose.records),
-        findings=tuple(_findings(part, loose)),
+        records=(*records, *in_objects.records),
+        findings=tuple(_findings(part, in_objects)),
         renamed=renamed,
         optimizer=state.reader(folder, metadata, part, entries, sources),
     )
 
 
-def _loose(metadata: Metadata, folder: Path, sources: Sources) -> Loose:
+def _in_objects(metadata: Metadata, folder: Path, sources: Sources) -> ObjectTensors:
     """The tensors in objects, of a checkpoint that was saved without flattening."""
-    nothing = Loose({}, {}, (), ())
+    nothing = ObjectTensors({}, {}, (), ())
     if metadata.flattened:
         return nothing
     try:
@@ -95,12 +95,12 @@ def _named(part: parts.Part, metadata: Metadata) -> dict[str, list[str]]:
     return names
 
 
-def _whole(part: parts.Part, loose: Loose, folder: Path) -> Mapping[str, TensorRef]:
+def _whole(part: parts.Part, in_objects: ObjectTensors, folder: Path) -> Mapping[str, TensorRef]:
     """The part's tensors that lie in objects, by name.
 
     Raises `UnsupportedError` where one is a sharded tensor, of which an object has one rank's part.
     """
-    for path, found in loose.others.items():
+    for path, found in in_objects.others.items():
         name = part.names.get(_key(path))
         if name is not None:
             raise UnsupportedError(
@@ -110,7 +110,7 @@ def _whole(part: parts.Part, loose: Loose, folder: Path) -> Mapping[str, TensorR
                 tensor=name,
                 hint="Save with flatten_state_dict=True, which is the default.",
             )
-    named = ((part.names.get(_key(path)), tensor) for path, tensor in loose.tensors.items())
+    named = ((part.names.get(_key(path)), tensor) for path, tensor in in_objects.tensors.items())
     return {name: tensor for name, tensor in named if name is not None}
 
 
@@ -124,8 +124,8 @@ def _renamed(entries: Iterable[Entry]) -> frozenset[str]:
     )
 
 
-def _findings(part: parts.Part, loose: Loose) -> Iterable[Finding]:
+def _findings(part: parts.Part, in_objects: ObjectTensors) -> Iterable[Finding]:
     for name, count in part.beside.items():
         yield part_left_out(name, count)
-    if loose.unread:
-        yield objects_unread(loose.unread)
+    if in_objects.unread:
+        yield objects_unread(in_objects.unread)

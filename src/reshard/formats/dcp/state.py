@@ -10,8 +10,8 @@
     one save with the model                     beside the model's part: `optimizer`, `optim`
 
 Steps are tensors without dimensions, one a parameter. Each hyperparameter is an object of its own;
-`params` of a group are names. Flattened, each parameter has its own copy of them: those that have
-the same are one group. FSDP1's states are written alike (torch 2.13, state_dict.py).
+`params` of a group are names. Flattened, each parameter has its own copy of them: parameters with
+equal copies are one group. FSDP1's states have the same form (torch 2.13, state_dict.py).
 """
 
 from __future__ import annotations

@@ -9,10 +9,11 @@
     nested       .metadata, __0_<n>.distcp, __1_<n>.distcp    {"model": .., "optimizer": ..}
                  scheduler.pt
 
-The optimizer's part is what `get_optimizer_state_dict` gives: moments by parameter name, each step
-a float32 tensor without dimensions, each hyperparameter an object of its own, `params` of a group
-the names. Frozen parameters and tied aliases have no state. torch 2.13 (checkpoint/state_dict.py),
-accelerate 1.15 (utils/fsdp_utils.py), LightRFT (strategy/fsdp/fsdpv2.py, `load_ckpt`).
+The optimizer's part is what `get_optimizer_state_dict` returns: moments by parameter name, each
+step a float32 tensor without dimensions, each hyperparameter a separate object, and `params` of a
+group the names. Frozen parameters and tied aliases have no state. torch 2.13
+(checkpoint/state_dict.py), accelerate 1.15 (utils/fsdp_utils.py), LightRFT
+(strategy/fsdp/fsdpv2.py, `load_ckpt`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from reshard.core.hyperparameters import completed
 from reshard.core.state import STATE_PART, Plain, TrainingState, tensor_name
 from reshard.core.tensors import TensorSpec
 from reshard.errors import PlanError, listed
-from reshard.formats import Laid, Wanted
+from reshard.formats import Laid, TensorToWrite
 from reshard.formats.dcp.lightrft import CLIENT_STATE, CONSUMED_SAMPLES
 
 #: The values of `--layout`, the default first.
@@ -60,7 +61,7 @@ _PLACES: Mapping[str, _Place] = {
 
 
 def lay_out_state(
-    weights: Sequence[Wanted], state: TrainingState, max_file_nbytes: int, layout: str | None
+    weights: Sequence[TensorToWrite], state: TrainingState, max_file_nbytes: int, layout: str | None
 ) -> Laid:
     """The model's files, the optimizer's, and those of the run, see `formats.StateWritable`.
 
@@ -86,7 +87,7 @@ def lay_out_state(
 
 
 def _section(state: TrainingState, root: StatePath, *, rank: int) -> Section:
-    slots: list[Wanted] = []
+    slots: list[TensorToWrite] = []
     paths: dict[str, StatePath] = {}
     known: dict[StatePath, TensorBytes] = {}
     for name in state.names:

@@ -24,9 +24,9 @@ from reshard.formats.deepspeed.parse import (
 from reshard.formats.deepspeed.place import (
     Location,
     absent,
-    also_there,
     check_ranks,
     check_written_as,
+    describe_extra,
 )
 from reshard.storage.local import Sources
 
@@ -190,7 +190,7 @@ def _check_experts(location: Location, model: ModelFile, optim: list[OptimFile])
         missing = absent(there, count, location.folder)
         extra = sorted(expert for expert in there if expert >= count)
         if missing:
-            beyond = f"; {also_there(extra, 'expert')}" if extra else ""
+            beyond = f"; {describe_extra(extra, 'expert')}" if extra else ""
             raise IncompleteError(
                 f"the files of {len(missing)} of {count} experts of layer {layer} are missing, the "
                 f"first of expert {missing[0]}{beyond}.",

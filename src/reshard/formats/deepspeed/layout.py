@@ -29,7 +29,7 @@ from reshard.core.plan import OutputFile, Slot
 from reshard.core.state import STATE_PART, Group, TrainingState, tensor_name
 from reshard.core.tensors import Entry, Shape, TensorSpec
 from reshard.errors import PlanError, listed
-from reshard.formats import Laid, Wanted
+from reshard.formats import Laid, TensorToWrite
 from reshard.formats.deepspeed import universal_findings
 from reshard.formats.deepspeed.place import LATEST_UNIVERSAL, MODEL, MODEL_STAGE3
 
@@ -37,7 +37,7 @@ _WEIGHT = "fp32"
 
 
 def lay_out_state(
-    weights: Sequence[Wanted],
+    weights: Sequence[TensorToWrite],
     state: TrainingState,
     max_file_nbytes: int,
     layout: str | None,
@@ -55,7 +55,7 @@ def lay_out_state(
 
 
 class _Universal:
-    def __init__(self, weights: Mapping[str, Wanted], state: TrainingState) -> None:
+    def __init__(self, weights: Mapping[str, TensorToWrite], state: TrainingState) -> None:
         self._weights = weights
         self._state = state
         self._groups = [group for group in state.groups if group.names]
@@ -208,7 +208,7 @@ def _counters(state: TrainingState, steps: Sequence[_GroupStep | None]) -> dict[
     return found | {key: state.counters[key] for key in own if key in state.counters}
 
 
-def _check(weights: Mapping[str, Wanted], state: TrainingState) -> None:
+def _check(weights: Mapping[str, TensorToWrite], state: TrainingState) -> None:
     """Each parameter that has a state must be a weight of this shape, and be in one group."""
     for kind, table in state.tables():
         for name, entry in table.items():

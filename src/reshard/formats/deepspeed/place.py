@@ -289,7 +289,7 @@ def _missing_rank(
     extra: Sequence[int] = (),
 ) -> IncompleteError:
     of = f" of {world_size}" if world_size is not None else ""
-    beyond = f"; {also_there(extra)}" if extra else ""
+    beyond = f"; {describe_extra(extra)}" if extra else ""
     return IncompleteError(
         f"the {kind} file{'s' if len(missing) > 1 else ''} of rank {_numbers(missing)}{of} "
         f"{'are' if len(missing) > 1 else 'is'} missing{beyond}.",
@@ -299,7 +299,7 @@ def _missing_rank(
     )
 
 
-def also_there(extra: Sequence[int], what: str = "rank") -> str:
+def describe_extra(extra: Sequence[int], what: str = "rank") -> str:
     """A sentence that names files of ranks that a save of this size does not have."""
     verb = "files of {}s {} are" if len(extra) > 1 else "a file of {} {} is"
     return f"{verb.format(what, _numbers(extra))} there, of another save or renamed"

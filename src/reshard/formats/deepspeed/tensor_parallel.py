@@ -24,7 +24,7 @@ from reshard.errors import FormatError, IncompleteError, UnsupportedError, liste
 from reshard.formats.deepspeed import parallel_info, proof
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.parallel_info import ParallelInfo
-from reshard.formats.deepspeed.place import Location, absent, also_there
+from reshard.formats.deepspeed.place import Location, absent, describe_extra
 from reshard.formats.deepspeed.sharding import Block, Sharding, replicated
 from reshard.storage.local import Sources
 
@@ -41,7 +41,7 @@ def check(location: Location, saved: Sequence[Saved], sources: Sources) -> list[
     missing = absent(location.mp_ranks, world_size, location.folder)
     extra = [rank for rank in location.mp_ranks if rank >= world_size]
     if missing:
-        beyond = f"; {also_there(extra, 'model parallel rank')}" if extra else ""
+        beyond = f"; {describe_extra(extra, 'model parallel rank')}" if extra else ""
         raise IncompleteError(
             f"the files of model parallel rank {missing[0]} of {world_size} (mp_rank_"
             f"{missing[0]:02d}) are missing{beyond}.",

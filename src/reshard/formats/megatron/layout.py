@@ -20,7 +20,7 @@ from reshard.containers.torch.write import lay_out_data
 from reshard.core import rearrange
 from reshard.core.plan import OutputFile
 from reshard.core.tensors import Box, Entry, TensorSpec
-from reshard.formats import Wanted
+from reshard.formats import TensorToWrite
 from reshard.formats.signs import MCORE, MCORE_COMMON
 from reshard.naming.megatron_into import extra_states, leading_axes
 
@@ -38,7 +38,7 @@ _OWN_LAYER = re.compile(r"decoder\.layers\.\d+\..+")
 
 
 def lay_out(
-    slots: Sequence[Wanted], max_file_nbytes: int
+    slots: Sequence[TensorToWrite], max_file_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """Files and small files for tensors by Megatron-Core's names; aliases are further such
     names."""

@@ -176,12 +176,12 @@ def findings(config: Mapping[str, Any], ranks: tuple[int, ...]) -> list[Finding]
         found.append(Finding("adapter-not-served", message))
     elif max(ranks) > _VLLM_RANK:
         message = f"vLLM takes adapters of rank {_VLLM_RANK} by default, and this has {max(ranks)}."
-        fix = f"Start vLLM with --max-lora-rank {_allowed_rank(max(ranks))}."
+        fix = f"Start vLLM with --max-lora-rank {allowed_rank(max(ranks))}."
         found.append(Finding("adapter-rank-for-vllm", message, fix=fix))
     misread = [
-        ("alpha_pattern", "vLLM and llama.cpp scale every module by the one lora_alpha"),
-        ("rank_pattern", "vLLM scales every module as if it had the one rank"),
-        ("use_rslora", "llama.cpp's converter scales by lora_alpha / r, as without use_rslora"),
+        ("alpha_pattern", "sglang and llama.cpp scale every module by the one lora_alpha"),
+        ("rank_pattern", "sglang scales every module as if it had the one rank"),
+        ("use_rslora", "sglang and llama.cpp scale by lora_alpha / r, as without use_rslora"),
     ]
     for key, what in misread:
         if config[key]:
@@ -199,6 +199,6 @@ def _refused_by_engines(config: Mapping[str, Any]) -> list[str]:
     return refused
 
 
-def _allowed_rank(rank: int) -> int:
+def allowed_rank(rank: int) -> int:
     """The smallest value of vLLM's --max-lora-rank that permits a rank."""
     return next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), rank)

@@ -57,7 +57,7 @@ for (const controls of document.querySelectorAll(".controls[data-table]")) {
 }
 
 // A cell's row may be filtered out: show every row before the browser goes there.
-for (const link of document.querySelectorAll("table.map a[href]")) {
+for (const link of document.querySelectorAll("table.map a[href], .leaf a[href]")) {
   const told = link.closest(".card").querySelector(".told");
   const tell = () => { if (told) told.textContent = link.title; };
   link.addEventListener("pointerenter", tell);

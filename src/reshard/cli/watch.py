@@ -1,0 +1,63 @@
+"""The command `reshard watch`: flags in, `reshard.watching`, a line for each thing that happens."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from reshard.cli import output
+from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
+from reshard.cli.interrupts import Interrupted
+from reshard.watching.declared import CONVERSION, WATCH
+
+if TYPE_CHECKING:
+    from reshard.watching.watch import Event
+
+_PATH = FolderOrFile()
+_EXAMPLES = (
+    "reshard watch results/run/_actor converted --base Qwen2.5-7B",
+    "reshard watch outputs converted --base Qwen2.5-7B --keep 3 --then 'python evaluate.py'",
+)
+
+
+@click.command(
+    cls=Command,
+    examples=_EXAMPLES,
+    usage="RUN OUT --base MODEL [OPTIONS]",
+    short_help="Follow a run: convert each save once it is complete.",
+)
+@click.argument("run", type=_PATH, cls=Argument, words=WATCH["run"].help)
+@click.argument("out", type=_PATH, cls=Argument, words=WATCH["out"].help)
+@flags(WATCH.values())
+@click.option(
+    "--once",
+    is_flag=True,
+    help="Convert what is complete now, and end; exits with 1 if a save failed.",
+)
+@flags(CONVERSION.values())
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but failures.")
+@debug
+def watch(run: Path, out: Path, once: bool, quiet: bool, **options: Any) -> int:
+    """Convert each save of the run in RUN into OUT/STEP, once it is complete.
+
+    It goes on until it is interrupted (Ctrl-C, SIGTERM), and leaves nothing half done.
+    OUT/watch.json says what was done, and the same command goes on from there.
+    """
+    from reshard.watching.watch import watch as follow
+
+    def listen(event: Event) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {event.save} {event.message}"
+        if event.failed:
+            output.print_message(line, "error", lines=True)
+        elif not quiet:
+            output.print_result(line, lines=True)
+
+    try:
+        failed = follow(run, out, once=once, listen=listen, **options)
+    except KeyboardInterrupt as error:
+        again = "run the command again to go on"
+        raise Interrupted(f"{out}/watch.json says what was done; {again}.") from error
+    return 1 if failed else 0

@@ -1,0 +1,146 @@
+"""Write pickles of protocol 2 without the classes that they name.
+
+A pickle names classes and states their fields; only the program that loads it needs the classes.
+`Name`, `Call`, `Instance` and `Persistent` stand for what a program would have as objects.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from msgspec import Struct
+
+
+class Name(Struct, frozen=True):
+    """A class or function, by module and name."""
+
+    module: str
+    name: str
+
+
+class Call(Struct, frozen=True):
+    """What `function(*args)` gives."""
+
+    function: Name
+    args: tuple[object, ...]
+
+
+class Again(Struct, frozen=True):
+    """A string that is written in full although it may occur before: a reader compares the two."""
+
+    text: str
+
+
+class Persistent(Struct, frozen=True):
+    """What the reader looks up by `key`, as torch does its storages."""
+
+    key: tuple[object, ...]
+
+
+# By identity: instances are keys of a dict, and their fields are not hashable.
+class Instance(Struct, frozen=True, eq=False):
+    """An instance of `kind` whose `__setstate__` is given, or whose fields are, `state`."""
+
+    kind: Name
+    state: object
+
+
+class Pickler:
+    """Writes None, bool, int, float, str, tuples, lists, dicts and the records above.
+
+    With `memo`, names and strings that recur are written once. `batch` items of a list or dict are
+    pushed at a time, as Python's own pickler does, so that a reader's stack stays small; None: all.
+    """
+
+    def __init__(self, *, memo: bool = False, batch: int | None = None) -> None:
+        self._out = bytearray(b"\x80\x02")
+        self._memo: dict[Name | str, int] | None = {} if memo else None
+        self._batch = batch
+
+    def finish(self) -> bytes:
+        """The pickle of the value that was put."""
+        return bytes(self._out + b".")
+
+    def put(self, value: object) -> None:
+        """Write a value. Raises `TypeError` for what is none of the above."""
+        if value is None:
+            self._out += b"N"
+        elif isinstance(value, bool):
+            self._out += b"\x88" if value else b"\x89"
+        elif isinstance(value, int):
+            self._put_integer(value)
+        elif isinstance(value, float):
+            self._out += b"G" + struct.pack(">d", value)
+        elif isinstance(value, str | Name):
+            self._put_once(value)
+        elif isinstance(value, Again):
+            self._put_text(value.text)
+        elif isinstance(value, tuple):
+            self._put_tuple(value)
+        elif isinstance(value, list):
+            self._out += b"]"
+            self._put_items([(item,) for item in value], b"e")
+        elif isinstance(value, dict):
+            self._out += b"}"
+            self._put_items(list(value.items()), b"u")
+        else:
+            self._put_object(value)
+
+    def _put_object(self, value: object) -> None:
+        if isinstance(value, Call):
+            self.put(value.function)
+            if value.args:
+                self._put_tuple(value.args)
+            else:
+                self._out += b")"
+            self._out += b"R"
+        elif isinstance(value, Instance):
+            self.put(value.kind)
+            self._out += b")\x81"
+            self.put(value.state)
+            self._out += b"b"
+        elif isinstance(value, Persistent):
+            self._put_tuple(value.key)
+            self._out += b"Q"
+        else:
+            raise TypeError(f"{type(value).__name__} is not plain data")
+
+    def _put_tuple(self, value: tuple[object, ...]) -> None:
+        self._out += b"("
+        for item in value:
+            self.put(item)
+        self._out += b"t"
+
+    def _put_integer(self, value: int) -> None:
+        if -(1 << 31) <= value < 1 << 31:
+            self._out += b"J" + struct.pack("<l", value)
+        else:
+            raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            self._out += b"\x8a" + bytes([len(raw)]) + raw
+
+    def _put_once(self, value: Name | str) -> None:
+        known = None if self._memo is None else self._memo.get(value)
+        if known is not None:
+            self._out += b"j" + struct.pack("<L", known)
+            return
+        if isinstance(value, Name):
+            self._out += f"c{value.module}\n{value.name}\n".encode()
+        else:
+            self._put_text(value)
+        if self._memo is not None:
+            self._out += b"r" + struct.pack("<L", len(self._memo))
+            self._memo[value] = len(self._memo)
+
+    def _put_text(self, text: str) -> None:
+        raw = text.encode()
+        self._out += b"X" + struct.pack("<L", len(raw)) + raw
+
+    def _put_items(self, items: list[tuple[object, ...]], end: bytes) -> None:
+        step = self._batch or max(len(items), 1)
+        # Without batches an empty one is written too.
+        for start in range(0, len(items) if self._batch else max(len(items), 1), step):
+            self._out += b"("
+            for item in items[start : start + step]:
+                for value in item:
+                    self.put(value)
+            self._out += end

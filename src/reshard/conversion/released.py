@@ -1,0 +1,77 @@
+"""The output held against releases: in their layout with `--names hub`, else what is other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from msgspec.structs import replace
+
+from reshard.conversion.base_model import CONFIG
+from reshard.conversion.dtypes import Target
+from reshard.conversion.output_model import Export
+from reshard.core.findings import Finding
+from reshard.core.tensors import Entry, Shape, TensorSpec
+from reshard.errors import listed
+from reshard.naming import fields, released, structure
+
+_ORIENTATION = "Write the version into the base's config.json, as transformers_version."
+# Names shown in a finding.
+_SHOWN = 4
+
+
+def in_layout(made: Export, config: Mapping[str, Any]) -> Export:
+    """The export in the released layout. Raises `PlanError` where an orientation is not told."""
+    entries: dict[str, Entry] = {}
+    compared = {t.spec.name: t.reference for t in made.model if t.reference is not None}
+    for target in made.model:
+        # The dtype that is written rides along: the layout joins tensors of one dtype only.
+        spec = TensorSpec(target.spec.name, target.spec.dtype, target.spec.shape)
+        entries[target.spec.name] = replace(target.source, spec=spec)
+    found, patches = released.to_hub(entries, config)
+    whole = len(compared) == len(entries)
+    references = released.to_hub(compared, config)[0] if whole else compared
+    model = [
+        Target(replace(entry.spec, name=name), entry, references.get(name))
+        for name, entry in found.items()
+    ]
+    return replace(made, model=model, patches={**made.patches, **patches})
+
+
+def findings(made: Export, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What of a planned model no release has, and every engine shares: layout, names, fields."""
+    shapes = {target.spec.name: target.spec.shape for target in made.model}
+    other = released.unreleased(shapes, config)
+    if other is not None:
+        message = (
+            f"the output has the base's layout, which no release has: {other.words}. vLLM and "
+            "others refuse some of these layouts."
+        )
+        yield Finding("base-layout", message)
+    unknown = released.undecided(shapes, config)
+    if unknown:
+        message = (
+            f"the orientation of {len(unknown)} stacked tensors is the base's, and neither shapes "
+            "nor config tell which that is."
+        )
+        yield Finding("base-layout", message, subject=unknown[0], fix=_ORIENTATION)
+    missing = fields.missing(config)
+    if missing:
+        message = f"{CONFIG} does not state {listed((f.path for f in missing), _SHOWN)}."
+        yield Finding("base-config-fields", message, subject=CONFIG)
+    yield from _unlike(shapes, config)
+
+
+def _unlike(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the architecture has and the output has not, or the other way."""
+    found = structure.examine(shapes, config)
+    parts = [
+        (found.absent, "lacks"),
+        (found.parts, "lacks every tensor of"),
+        ((*found.strange, *found.heads), "has, beyond the class in the config,"),
+        (tuple(f"{e.have} layers of {e.stated}" for e in found.layers), "has"),
+    ]
+    told = [f"it {what} {listed(names, _SHOWN)}" for names, what in parts if names]
+    if told:
+        message = f"the output is not what its architecture is: {' and '.join(told)}."
+        yield Finding("output-unlike-architecture", message)

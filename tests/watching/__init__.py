@@ -1,0 +1,1 @@
+"""`reshard watch`: a run that is followed."""
