@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 
-.PHONY: test test-slow check demo demo-fsdp bench clean
+.PHONY: test test-slow check demo demo-fsdp bench docs clean
 
 # One worker a core; a file's tests run in one worker, in their order.
 test: check
@@ -32,6 +32,13 @@ demo-fsdp: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench bench-out
 
+# The documentation as a site, in `site/`; needs no tests' packages.
+docs:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs --editable .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # torch comes first: by itself, so that a CPU build that pip is told of (PIP_FIND_LINKS or
 # PIP_EXTRA_INDEX_URL) is taken. DeepSpeed is built from source, its operators are not compiled.
 $(STAMP): pyproject.toml constraints.txt
@@ -44,4 +51,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out bench-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site demo-out bench-out .pytest_cache .mypy_cache .ruff_cache

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from reshard.conversion.report import Report
     from reshard.conversion.verification import Verified
     from reshard.core.findings import Finding
+    from reshard.core.notebook import NotebookBar
     from reshard.diagnosis.diagnosis import Diagnosis, doctor
     from reshard.inspection import Inspection, inspect
     from reshard.watching.watch import watch
@@ -47,6 +48,7 @@ __all__ = [
     "Inspection",
     "NamesError",
     "NotFoundError",
+    "NotebookBar",
     "OptionError",
     "PlanError",
     "Report",
@@ -72,6 +74,7 @@ _LAZY = {
     "Report": ("reshard.conversion.report", "Report"),
     "convert": ("reshard.conversion.convert", "convert"),
     "Finding": ("reshard.core.findings", "Finding"),
+    "NotebookBar": ("reshard.core.notebook", "NotebookBar"),
     "Diagnosis": ("reshard.diagnosis.diagnosis", "Diagnosis"),
     "doctor": ("reshard.diagnosis.diagnosis", "doctor"),
     "Inspection": ("reshard.inspection", "Inspection"),

@@ -2,4 +2,5 @@
 
 from reshard.cli.start import reshard
 
-reshard()
+if __name__ == "__main__":
+    reshard()

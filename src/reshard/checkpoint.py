@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -14,7 +15,9 @@ from msgspec import Struct
 from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
+from reshard.core.notebook import folded, html_table
 from reshard.core.options import Option, PathLike, Place, Text, documented, parse, table
+from reshard.core.sizes import size
 from reshard.core.state import TrainingState
 from reshard.core.tensors import Entry, FileRef, Kind, Record, stored
 from reshard.errors import listed
@@ -224,8 +227,37 @@ class Checkpoint:
                 sources.open(file)
             return Optimizer(state, sources.identities())
 
+    def _repr_html_(self) -> str:
+        """The checkpoint as a notebook shows it: what it is, and its tensors to unfold."""
+        found = {
+            "format": self.format,
+            "version": self.version,
+            "tag": self.tag,
+            "ranks": self.world_size,
+            "tensors": len(self.catalog.entries),
+            "parameters": f"{sum(e.spec.numel for e in self.catalog.entries.values()):,}",
+            "bytes": size(sum(e.spec.nbytes for e in self.catalog.entries.values())),
+        }
+        rows = [(label, str(value)) for label, value in found.items() if value is not None]
+        title = f"Checkpoint: {os.fspath(self.catalog.origin.root)}"
+        return html_table(title, rows, more=tensors_to_unfold(self.tensors))
+
     def __repr__(self) -> str:
         return f"<Checkpoint {self.format} {os.fspath(self.catalog.origin.root)!r}>"
+
+
+# A notebook keeps what it shows: of very many tensors, these.
+_SHOWN = 1000
+
+
+def tensors_to_unfold(tensors: Mapping[str, Tensor]) -> str:
+    """The tensors as a notebook's table that is shown on request; the first of very many."""
+    rows = [
+        (one.name, str(one.dtype), str(list(one.shape)), size(one.nbytes), one.kind)
+        for one in islice(tensors.values(), _SHOWN)
+    ]
+    title = f"{len(tensors)} tensors" + (f", of them {_SHOWN}" if len(tensors) > _SHOWN else "")
+    return folded(title, html_table("", rows, header=("name", "dtype", "shape", "size", "kind")))
 
 
 @documented(OPEN)
@@ -241,6 +273,8 @@ def open_checkpoint(
     The format is detected. Raises `OptionError` for a wrong value, and another `ReshardError` for
     anything that is missing or damaged.
 
+    Examples
+    --------
     >>> checkpoint = open_checkpoint("run/_actor")                    # doctest: +SKIP
     >>> checkpoint.tensors["lm_head.weight"].shape                    # doctest: +SKIP
     (32000, 4096)

@@ -11,9 +11,10 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import asdict
 
-from reshard.checkpoint import OPEN, Checkpoint, open_checkpoint
+from reshard.checkpoint import OPEN, Checkpoint, open_checkpoint, tensors_to_unfold
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
+from reshard.core.notebook import html_table
 from reshard.core.options import Flag, Option, PathLike, Place, documented, parse
 from reshard.core.sizes import size
 from reshard.core.summary import StateSummary
@@ -220,6 +221,12 @@ class Inspection(Struct, frozen=True):
 
     def __str__(self) -> str:
         return "\n".join(f"{label:<10} {printable(words)}" for label, words in self.rows())
+
+    def _repr_html_(self) -> str:
+        """The summary as a notebook shows it."""
+        return html_table(
+            "Checkpoint", self.rows(), more=tensors_to_unfold(self.checkpoint.tensors)
+        )
 
     def __repr__(self) -> str:
         return f"<Inspection: {self._kind()}; {self._contents()}>"

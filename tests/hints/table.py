@@ -85,6 +85,7 @@ ELSEWHERE: dict[str, str] = {
     "Leave out --dtype.": "state/test_writing.py::test_masters_that_are_rounded_are_a_finding",
     'Write a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_are_none",
     'Pass --hyperparameters with a JSON file of them, a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_no_file_holds_are_asked_for",
+    "Leave out --optimizer.": "state/test_comparing.py::test_a_side_without_state",
     "Convert the weights alone, without --optimizer.": "state/test_refusals.py::test_eight_bit_moments",
     "Convert the weights alone, without --optimizer; or save once without --use_mp_opt.": "state/test_refusals.py::test_one_optimizer_file_a_rank",
     "Save it with get_optimizer_state_dict, or convert the weights alone.": "state/test_refusals.py::test_numbers_for_names",
@@ -110,6 +111,8 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
+    "Import it with torchtitan's own conversion from Hugging Face.":
+        _OTHER + "one with torchtitan",
     "{}": _PIECE,
     "Start vLLM with --max-lora-rank {}.":
         _OTHER + "one that vLLM runs on",

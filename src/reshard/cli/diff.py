@@ -57,6 +57,7 @@ def diff(
     more: tuple[Path, ...],
     base: Path | None,
     spectrum: bool,
+    optimizer: bool,
     tensors: bool,
     top: int | None,
     sort: Key | None,
@@ -79,7 +80,7 @@ def diff(
     paths = _checkpoints([a, b, *more])
     with shown_progress(shown, quiet=as_json or quiet) as progress:
         step = None if progress is None else lambda done, total: progress("compare", done, total)
-        found = diff_steps(paths, base=base, spectrum=spectrum, progress=step)
+        found = diff_steps(paths, base=base, spectrum=spectrum, optimizer=optimizer, progress=step)
     if html is not None:
         from reshard.pages.changes import changes_page
         from reshard.storage.texts import write_text

@@ -6,8 +6,16 @@ import os
 from pathlib import Path
 
 from reshard import formats
+from reshard.comparison import states
 from reshard.comparison.declared import DIFF, VERIFY
-from reshard.comparison.pairing import Pairing, onto_one, pair, reads_masters, tells_names
+from reshard.comparison.pairing import (
+    Pairing,
+    onto_one,
+    pair,
+    reads_masters,
+    stated_options,
+    tells_names,
+)
 from reshard.comparison.result import Compared, Comparison
 from reshard.comparison.sums import natural
 from reshard.comparison.values import Method, compare
@@ -37,6 +45,7 @@ def diff(
     *,
     base: PathLike | None = None,
     spectrum: bool = False,
+    optimizer: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare two checkpoints of any formats, tensor by tensor.
@@ -60,9 +69,15 @@ def diff(
         else:
             pairing = onto_one(mine, theirs, sources, base=values["base"])
         method = Method(either=True, norms=True, spectrum=values["spectrum"])
-        found = compare(pairing.pairs, sources, progress, method=method)
+        pairs = pairing.pairs
+        said: tuple[Compared, ...] = ()
+        if values["optimizer"]:
+            held = states.both(mine, theirs)
+            pairs = [*pairs, *states.pairs(*held)]
+            said = tuple(one for one in states.settings(*held) if one.kind != "equal")
+        found = compare(pairs, sources, progress, method=method)
         sources.check_unchanged()
-    apart = (*pairing.left, *pairing.omitted, *pairing.filled)
+    apart = (*said, *pairing.left, *pairing.omitted, *pairing.filled)
     findings = (*mine.findings, *theirs.findings, *found.findings)
     tensors = sorted((*found.tensors, *apart), key=lambda one: natural(one.name))
     names = (os.fspath(values["first"]), os.fspath(values["second"]))
@@ -124,9 +139,16 @@ def verify(
         pairing = pair(source, written, sources, base=values["base"])
         if pairing.by_name:
             _check_names(pairing, place)
-        found = compare(pairing.pairs, sources, progress)
+        said = []
+        pairs = pairing.pairs
+        stated = stated_options(source, written, sources)
+        if stated is not None and stated.optimizer:
+            held = states.of_output(source, written, stated, sources, base=values["base"])
+            pairs = [*pairs, *states.pairs(*held)]
+            said = [one for one in states.settings(*held, completed=True) if one.kind != "equal"]
+        found = compare(pairs, sources, progress)
         sources.check_unchanged()
-    differences = (*found.differences, *pairing.left)
+    differences = (*said, *found.differences, *pairing.left)
     for difference in differences:
         raise VerificationError(
             f"it is not what {values['against']} holds; {difference}.",

@@ -48,5 +48,11 @@ DIFF = table(
         "of rank 1 to 8 hold. Both are read a few times more.",
         default=False,
     ),
+    Option(
+        "optimizer",
+        Flag(),
+        "Also compare the training state: moments by layer, steps, hyperparameters.",
+        default=False,
+    ),
     PROGRESS,
 )

@@ -128,10 +128,19 @@ def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -
 def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
     folder = catalog.origin.root
     if not is_file(folder / MANIFEST):
-        return None
+        return _stated_above(folder, sources)
     stated = manifest.read(folder, sources)
     check_listed(folder, stated)
     return stated
+
+
+def _stated_above(folder: Path, sources: Sources) -> Manifest | None:
+    """What the folder above states, where this one is a part of that output."""
+    if not is_file(folder.parent / MANIFEST):
+        return None
+    stated = manifest.read(folder.parent, sources)
+    inside = any(name.startswith(f"{folder.name}/") for name in stated.files)
+    return stated if inside else None
 
 
 def reads_masters(folder: Path, sources: Sources) -> bool:
@@ -139,6 +148,16 @@ def reads_masters(folder: Path, sources: Sources) -> bool:
     if not is_file(folder / MANIFEST):
         return False
     return manifest.read(folder, sources).options.get("masters") is True
+
+
+def stated_options(first: Catalog, second: Catalog, sources: Sources) -> Options | None:
+    """The options of the conversion that made the second of the first, as its `reshard.json` states
+    them; None where it has none."""
+    stated = _stated(second, sources)
+    if stated is None:
+        return None
+    options, _ = _recorded(first, second.origin.root, stated, {})
+    return options
 
 
 def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts:

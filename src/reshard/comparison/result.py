@@ -13,11 +13,14 @@ from msgspec.structs import asdict
 from reshard.comparison.measures import Change
 from reshard.comparison.sums import Sum, by_layer, by_module, moved_most, percent, short, summed
 from reshard.core.findings import Finding
+from reshard.core.notebook import folded, html_table
 from reshard.core.sizes import size
 from reshard.core.tensors import TensorSpec
 from reshard.errors import printable
 
-Kind = Literal["equal", "values", "shape", "dtype", "only in the first", "only in the second"]
+Kind = Literal[
+    "equal", "values", "shape", "dtype", "setting", "only in the first", "only in the second"
+]
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -27,7 +30,7 @@ class Compared(Struct, frozen=True):
 
     `first` and `second` are what each side has: for `equal` and `values` the dtype in which they
     were compared, of which the tensor takes `nbytes`. Only these two kinds have a shape and a
-    change.
+    change. A `setting` is no tensor: an optimizer's step or hyperparameter, which differs.
     """
 
     name: str
@@ -170,6 +173,17 @@ class Comparison(Struct, frozen=True):
     def __str__(self) -> str:
         return "\n".join(f"{label:<11} {printable(words)}" for label, words in self.rows())
 
+    def _repr_html_(self) -> str:
+        """The comparison as a notebook shows it: the summary, and tables to unfold."""
+        below = "".join(
+            folded(title, html_table("", map(_cells, sums), header=_HEADER))
+            for title, sums in (("by layer", self.layers()), ("by module", self.modules()))
+            if not self.same
+        )
+        findings = [(finding.severity, finding.message) for finding in self.findings]
+        title = f"{self.num_equal} tensors are equal, {len(self.differences)} differ"
+        return html_table(title, [*self.rows(), *findings], more=below)
+
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON values, as `diff --json` prints it."""
         return {
@@ -186,6 +200,16 @@ class Comparison(Struct, frozen=True):
 
 def _json(sums: Iterable[Sum]) -> list[dict[str, Any]]:
     return [{"name": one.name, **one.to_json()} for one in sums]
+
+
+_HEADER = ("", "tensors", "elements", "largest", "mean", "change")
+
+
+def _cells(one: Sum) -> tuple[str, ...]:
+    """A row of a notebook's table."""
+    counts = f"{one.differ} of {one.tensors}"
+    measures = map(short, (one.largest, one.mean, one.relative))
+    return (one.name, counts, percent(one.share), *measures)
 
 
 def described(spec: TensorSpec) -> str:

@@ -22,6 +22,7 @@ def diff_steps(
     *,
     base: PathLike | None = None,
     spectrum: bool = False,
+    optimizer: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Comparison, ...]:
     """Compare each of several checkpoints with the one before it, in the order given.
@@ -33,7 +34,7 @@ def diff_steps(
     if len(paths) < 2:
         raise OptionError("two checkpoints or more are compared.", option="checkpoints")
     return tuple(
-        diff(first, second, base=base, spectrum=spectrum, progress=progress)
+        diff(first, second, base=base, spectrum=spectrum, optimizer=optimizer, progress=progress)
         for first, second in pairwise(paths)
     )
 

@@ -87,6 +87,8 @@ def convert(
     Raises `OptionError`, which names the option, for a wrong value, and another `ReshardError` for
     any other failure; `target` then does not exist.
 
+    Examples
+    --------
     >>> report = convert("run/_actor", "out", base="Qwen2.5-7B")      # doctest: +SKIP
     >>> report.verified                                               # doctest: +SKIP
     True

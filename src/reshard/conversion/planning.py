@@ -83,7 +83,7 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     catalog, found = as_numbers(catalog, base, options, sources)
     made = exported(catalog, base, options, sources)
     if state is not None:
-        made = _with_state(made, state, catalog, base, options, sources)
+        made = carried_along(made, state, catalog, base, options, sources)
     # Before the layout, which takes long for the petabytes that a damaged file may state.
     check_space(options.target, sum(target.spec.nbytes for target in made.model))
     files, texts, said = _files(made, options)
@@ -188,8 +188,8 @@ def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sou
     else:
         made = output_model.onto(catalog, base, options, sources)
     if trainer_names.trainer(options) is not None:
-        config = live_names.config_of(made, catalog, base, sources, f"--to {options.to}")
-        return trainer_names.renamed(made, config, sources)
+        config = live_names.config_of(made, catalog, base, sources, trainer_names.asked(options))
+        return trainer_names.renamed(made, config, options, sources)
     if options.names in ("all", "memory"):
         asked = f"--names {options.names}"
         config = live_names.config_of(made, catalog, base, sources, asked)
@@ -214,7 +214,7 @@ def _of_release(
     return tuple(released.findings(made, config))
 
 
-def _with_state(
+def carried_along(
     made: Export,
     state: TrainingState,
     catalog: Catalog,

@@ -11,6 +11,7 @@ from msgspec.structs import asdict
 from reshard.conversion.adapters import Summary
 from reshard.conversion.destination import Replaced
 from reshard.core.findings import Finding
+from reshard.core.notebook import html_table
 from reshard.core.sizes import size
 from reshard.core.state import TrainingState
 from reshard.errors import printable
@@ -147,6 +148,11 @@ class Report(Struct, frozen=True):
     def tied(self) -> Mapping[str, str]:
         """A name that is not stored -> the name that its weights are stored under."""
         return self.matching.tied
+
+    def _repr_html_(self) -> str:
+        """The report as a notebook shows it."""
+        findings = [(f.severity, f.message) for f in self.findings]
+        return html_table(f"Report: {self.target}", [*self.rows(), *findings])
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -31,9 +31,10 @@ _ADAM = frozenset({"exp_avg", "exp_avg_sq"})
 _STEP_NEEDED = "Convert the weights alone, without --optimizer."
 
 
-def is_adam(state: TrainingState) -> bool:
-    """Whether it is the state of Adam or AdamW, for every parameter."""
-    return state.moments.keys() >= _ADAM
+def is_adam(state: TrainingState, group: Group) -> bool:
+    """Whether the parameters of a group have the moments of Adam or AdamW."""
+    held = [state.moments.get(kind, {}) for kind in _ADAM]
+    return all(name in table for table in held for name in group.names)
 
 
 def completed(state: TrainingState) -> TrainingState:
@@ -45,7 +46,7 @@ def completed(state: TrainingState) -> TrainingState:
     _check_held(state)
     lrs = base_lrs(state)
     groups = [
-        _completed(group, at, None if lrs is None else lrs[at], adam=is_adam(state))
+        _completed(group, at, None if lrs is None else lrs[at], adam=is_adam(state, group))
         for at, group in enumerate(state.groups)
     ]
     return replace(state, groups=tuple(groups))
@@ -98,11 +99,16 @@ def _check_held(state: TrainingState) -> None:
             f"as of those that no step has updated: {listed(never, 4)}.",
             hint=_STEP_NEEDED,
         )
-    for kind in _ADAM & state.moments.keys():
-        without = [name for name in state.moments[kind] if name not in state.steps]
-        if without:
-            raise PlanError(
-                f"it does not say how many steps {len(without)} parameters have had, which their "
-                f"{kind} goes by: {listed(without, 4)}.",
-                hint=_STEP_NEEDED,
-            )
+    without = [
+        name
+        for group in state.groups
+        if is_adam(state, group)
+        for name in group.names
+        if name not in state.steps
+    ]
+    if without:
+        raise PlanError(
+            f"it does not say how many steps {len(without)} parameters have had, by which Adam "
+            f"corrects their moments: {listed(without, 4)}.",
+            hint=_STEP_NEEDED,
+        )
