@@ -111,6 +111,8 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
+    "Import it with torchtitan's own conversion from Hugging Face.":
+        _OTHER + "one with torchtitan",
     "{}": _PIECE,
     "Start vLLM with --max-lora-rank {}.":
         _OTHER + "one that vLLM runs on",

@@ -19,6 +19,7 @@ from reshard.core.dtypes import FLOAT32
 from reshard.core.tensors import Box, Entry, Extent, FileRef, Fragment, TensorSpec
 from reshard.core.tiling import check_tiling
 from reshard.naming.titan import turn
+from reshard.naming.titan_into import turn_back
 from reshard.testing.gathering import gather
 from tests import folders
 
@@ -172,9 +173,9 @@ def test_metas_file(tmp_path: Path) -> None:
 def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     hub, theirs = made("llama", 0)
     torch.save(theirs, tmp_path / "model.pt")
-    other = base_of(hub, tmp_path / "other", "gpt_oss")
+    other = base_of(hub, tmp_path / "other", "llama4")
     with pytest.raises(
-        reshard.UnsupportedError, match="known of llama, qwen3, qwen3_moe, deepseek_v3"
+        reshard.UnsupportedError, match="known of llama, qwen3, qwen3_moe, deepseek_v3, gpt_oss"
     ):
         reshard.convert(tmp_path / "model.pt", tmp_path / "out", base=other)
     bare = base_of(
@@ -236,7 +237,11 @@ def test_heads_are_turned_in_any_parts(heads: int, pairs: int, across: int, alon
             box = Box(shape, (top, left), (bottom - top, right - left))
             fragments.append(Fragment(box, extent, FLOAT32))
             content += part
-    entry = turn(Entry(TensorSpec("q", FLOAT32, shape), tuple(fragments)), heads)
-    check_tiling(entry)
-    wanted = whole.reshape(heads, pairs, 2, 4).transpose(0, 2, 1, 3).reshape(shape)
-    assert np.array_equal(gather(entry, {"x": content}), wanted)
+    given_entry = Entry(TensorSpec("q", FLOAT32, shape), tuple(fragments))
+    for made, wanted in (
+        (turn(given_entry, heads), whole.reshape(heads, pairs, 2, 4).transpose(0, 2, 1, 3)),
+        (turn_back(given_entry, heads), whole.reshape(heads, 2, pairs, 4).transpose(0, 2, 1, 3)),
+        (turn_back(turn(given_entry, heads), heads), whole),
+    ):
+        check_tiling(made)
+        assert np.array_equal(gather(made, {"x": content}), wanted.reshape(shape))

@@ -127,7 +127,8 @@ CONVERT = table(
         "version ask for (default with --to dcp, where the model's config is at hand); disk: as in "
         "the base's files (else the default); memory: as the live module of one version has them; "
         "hub: with --to hf, in the layout of released models, where the base is a save of "
-        "transformers 5 that has another.",
+        "transformers 5 that has another; torchtitan: with --to dcp, as its own models have "
+        "them, of 0.3 and of 2025.",
         group="Output",
     ),
     Option(
@@ -420,6 +421,12 @@ def _check_target(values: Mapping[str, Any]) -> None:
         raise OptionError(
             f"names: with --to {to} tensors have the names of that trainer.",
             hint="Leave out --names.",
+            option="names",
+        )
+    if values["names"] == "torchtitan" and not target_named(to).names_twice:
+        raise OptionError(
+            f"names 'torchtitan' are those of a DCP checkpoint, not of --to {to}.",
+            hint="Pass --to dcp, or leave out --names.",
             option="names",
         )
     if values["names"] == "all" and not target_named(to).names_twice:

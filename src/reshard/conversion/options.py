@@ -20,7 +20,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
-Names = Literal["all", "disk", "memory", "hub"]
+Names = Literal["all", "disk", "memory", "hub", "torchtitan"]
 Layout = Literal["lightrft", "accelerate", "nested"]
 To = Literal["hf", "dcp", "megatron"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
@@ -31,7 +31,7 @@ _MAX_WILDCARDS = 3
 MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "critic")
 SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
-NAMES: tuple[Names, ...] = ("all", "disk", "memory", "hub")
+NAMES: tuple[Names, ...] = ("all", "disk", "memory", "hub", "torchtitan")
 #: Every format's values of `--layout`.
 LAYOUTS: tuple[Layout, ...] = ("lightrft", "accelerate", "nested")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
@@ -168,10 +168,16 @@ def restated(options: Options, stated: Mapping[str, Any], names: Mapping[str, An
             adapter=_optional(stated.get("adapter")),
             scaling=None if lora is None else _scaling(lora),
         ),
-        names="memory" if memory else "disk",
+        names=_stated_names(stated),
         optimizer=Flag().parse(stated.get("optimizer", False)),
         transformers_version=None if version is None else parse_version(_text(version)),
     )
+
+
+def _stated_names(stated: Mapping[str, Any]) -> Names:
+    """The names that a folder has, where another version or trainer gave them; else the files'."""
+    names = stated.get("names")
+    return cast(Names, names) if names in ("memory", "torchtitan") else "disk"
 
 
 def _scaling(lora: Mapping[str, Any]) -> AdapterConfig:

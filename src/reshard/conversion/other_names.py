@@ -60,7 +60,9 @@ def _renamed(catalog: Catalog, base: Base) -> Renamed:
         return Renamed(replace(catalog, entries=known.entries), base, known.rules)
     # After torchtitan's names, whose experts are called the same.
     shapes = {name: entry.spec.shape for name, entry in catalog.entries.items()}
-    blocks = autoep.blocks(shapes, base.schema)
+    # torchtitan's stacks of 2025 have the names of AutoEP's.
+    theirs = titan.is_titan(names, base.schema)
+    blocks = frozenset[str]() if theirs else autoep.blocks(shapes, base.schema)
     if blocks:
         outputs = autoep.arrangements(shapes, blocks, base.schema)
         rule = f"experts that AutoEP split -> the live module's ({len(blocks)} layers)"

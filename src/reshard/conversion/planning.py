@@ -188,8 +188,8 @@ def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sou
     else:
         made = output_model.onto(catalog, base, options, sources)
     if trainer_names.trainer(options) is not None:
-        config = live_names.config_of(made, catalog, base, sources, f"--to {options.to}")
-        return trainer_names.renamed(made, config, sources)
+        config = live_names.config_of(made, catalog, base, sources, trainer_names.asked(options))
+        return trainer_names.renamed(made, config, options, sources)
     if options.names in ("all", "memory"):
         asked = f"--names {options.names}"
         config = live_names.config_of(made, catalog, base, sources, asked)

@@ -8,30 +8,62 @@ from typing import Any
 from msgspec.structs import replace
 
 from reshard.conversion.dtypes import Target
-from reshard.conversion.options import Options
+from reshard.conversion.options import Names, Options
 from reshard.conversion.output_model import Export
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import PlanError, listed
 from reshard.formats.info import target_named
-from reshard.naming import apply, megatron_into
+from reshard.naming import apply, megatron_into, titan_into
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
 
 _LISTED = 5
+_TITAN: Names = "torchtitan"
 
 
 def trainer(options: Options) -> str | None:
     """The trainer whose names the output has; None: its names are the hub's, or a live module's."""
-    return target_named(options.to).naming
+    return target_named(options.to).naming or (_TITAN if options.names == _TITAN else None)
 
 
-def renamed(made: Export, config: Mapping[str, Any], sources: Sources) -> Export:
-    """The export by Megatron-Core's names.
+def asked(options: Options) -> str:
+    """The flag that asked for them."""
+    return f"--names {_TITAN}" if options.names == _TITAN else f"--to {options.to}"
+
+
+def renamed(made: Export, config: Mapping[str, Any], options: Options, sources: Sources) -> Export:
+    """The export by the trainer's names.
 
     Raises `UnsupportedError`, `NamesError`; `PlanError` where what the trainer shares is two.
     """
     entries = _with_dtypes(made)
+    if options.names == _TITAN:
+        return _of_titan(made, entries, config)
+    return _of_megatron(made, entries, config, sources)
+
+
+def _of_titan(made: Export, entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Export:
+    found = titan_into.into(entries, config)
+    model = [
+        Target(TensorSpec(name, entry.spec.dtype, entry.spec.shape), entry, aliases=entry.aliases)
+        for name, entry in found.entries.items()
+    ]
+    findings = made.findings
+    if found.left_out:
+        message = (
+            f"{len(found.left_out)} tensors of layers for multi-token prediction are not written: "
+            f"{listed(found.left_out, _LISTED)}."
+        )
+        findings = (*findings, Finding("layers-left-out", message))
+    rule = f"the hub's names -> torchtitan's ({len(entries)} -> {len(model)})"
+    name_map = replace(made.name_map, rules=(*made.name_map.rules, rule))
+    return replace(made, model=model, name_map=name_map, findings=findings)
+
+
+def _of_megatron(
+    made: Export, entries: Mapping[str, Entry], config: Mapping[str, Any], sources: Sources
+) -> Export:
     found = megatron_into.into({name: e.spec for name, e in entries.items()}, config)
     _check_copies(found.copies, entries, sources)
     model = [

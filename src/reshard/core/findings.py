@@ -219,6 +219,8 @@ CODES: dict[str, Code] = {
     "layer-count": Code("error", "the layers are not as many as the config says", by=("doctor",)),
     "layers-beyond-base": Code(
         "info", "layers for multi-token prediction are written, of which the base has none"),
+    "layers-left-out": Code(
+        "warning", "layers for multi-token prediction are not written in the trainer's names"),
     "live-layout-apart": Code(
         "warning", "live modules of some versions hold tensors that the folder has no bytes for",
         "For a run of such a version, convert with --names memory."),

@@ -19,7 +19,7 @@ llama-models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from msgspec import Struct
@@ -89,12 +89,40 @@ _DEEPSEEK = (
 )
 
 
+_PROJECTIONS = ("wq", "q_proj"), ("wk", "k_proj"), ("wv", "v_proj")
+_INNER = "layers.*.moe.routed_experts.inner_experts"
+# Experts of gpt-oss, which both stack: rows and columns are exchanged on the hub.
+_GPT_OSS_WEIGHTS = (
+    ("model.layers.*.mlp.experts.gate_up_proj", f"{_INNER}.mlp1_weight_EGD"),
+    ("model.layers.*.mlp.experts.gate_up_proj", "layers.*.moe.experts.mlp1_weight"),
+    ("model.layers.*.mlp.experts.down_proj", f"{_INNER}.mlp2_weight_EDF"),
+    ("model.layers.*.mlp.experts.down_proj", "layers.*.moe.experts.mlp2_weight"),
+)
+_GPT_OSS = (
+    *_GPT_OSS_WEIGHTS,
+    ("model.layers.*.mlp.experts.gate_up_proj_bias", f"{_INNER}.mlp1_bias_EG"),
+    ("model.layers.*.mlp.experts.gate_up_proj_bias", "layers.*.moe.experts.mlp1_bias"),
+    ("model.layers.*.mlp.experts.down_proj_bias", f"{_INNER}.mlp2_bias_ED"),
+    ("model.layers.*.mlp.experts.down_proj_bias", "layers.*.moe.experts.mlp2_bias"),
+    ("model.layers.*.mlp.router.weight", "layers.*.moe.router.gate.weight"),
+    ("model.layers.*.mlp.router.bias", "layers.*.moe.router.gate.bias"),
+    ("model.layers.*.self_attn.sinks", "layers.*.attention.sinks"),
+    ("model.layers.*.self_attn.o_proj.bias", "layers.*.attention.wo.bias"),
+    *(
+        (f"model.layers.*.self_attn.{hub}.bias", f"layers.*.attention.{part}{here}.bias")
+        for here, hub in _PROJECTIONS
+        for part in ("qkv_linear.", "")
+    ),
+)
+
+
 class Family(Struct, frozen=True):
     """What a model type has of its own: `names` go before `NAMES`; `turns`: queries and keys are
-    turned."""
+    turned; of the tensors that `exchanged` matches on the hub, rows and columns are exchanged."""
 
     turns: bool = False
     names: tuple[tuple[str, str], ...] = ()
+    exchanged: tuple[str, ...] = ()
 
 
 #: By model type.
@@ -103,6 +131,7 @@ FAMILIES = {
     "qwen3": Family(),
     "qwen3_moe": Family(),
     "deepseek_v3": Family(names=_DEEPSEEK),
+    "gpt_oss": Family(names=_GPT_OSS, exchanged=tuple(hub for hub, _ in _GPT_OSS_WEIGHTS)),
 }
 # Names that every such model has. InternLM2's are like them on the hub.
 _SIGNS = ("tok_embeddings.weight", "layers.*.attention.wo.weight")
@@ -116,16 +145,21 @@ class Translated(Struct, frozen=True):
     rules: tuple[str, ...] = ()
 
 
+def is_titan(names: Iterable[str], schema: Schema) -> bool:
+    """Whether a checkpoint's tensors have torchtitan's or Meta's names, and the base's have not."""
+    plain = [unwrap(name) for name in names]
+    if not all(any(patterns.match(sign, name) is not None for name in plain) for sign in _SIGNS):
+        return False
+    return all(patterns.match(_HUBS_OWN, name) is None for name in schema.specs)
+
+
 def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
     """The tensors of torchtitan's or Meta's model by the hub's names, with rows in the hub's order.
 
     Any other checkpoint stays as it is. Raises `UnsupportedError` for a family whose names there
     are not known, `NamesError` where the base's config does not say how many heads there are.
     """
-    names = [unwrap(name) for entry in entries.values() for name in entry.names]
-    if not all(any(patterns.match(sign, name) is not None for name in names) for sign in _SIGNS):
-        return Translated(entries)
-    if any(patterns.match(_HUBS_OWN, name) is not None for name in schema.specs):
+    if not is_titan((name for entry in entries.values() for name in entry.names), schema):
         return Translated(entries)
     config = schema.config
     kind = config.get("model_type")
@@ -170,13 +204,16 @@ def _of(entry: Entry, config: Mapping[str, Any], family: Family) -> Iterator[tup
     aliases = (patterns.rewrite(unwrap(alias), rules)[0] for alias in entry.aliases)
     made = replace(entry.renamed(hub_name), aliases=tuple(a for a in aliases if a != hub_name))
     if family.turns and hub_name.endswith("self_attn.q_proj.weight"):
-        made = turn(made, _heads(config, "num_attention_heads"))
+        made = turn(made, heads_of(config, "num_attention_heads"))
     elif family.turns and hub_name.endswith("self_attn.k_proj.weight"):
-        made = turn(made, _heads(config, "num_key_value_heads", "num_attention_heads"))
+        made = turn(made, heads_of(config, "num_key_value_heads", "num_attention_heads"))
+    elif patterns.matches_any(family.exchanged, hub_name) and len(entry.spec.shape) == 3:
+        made = rearrange.transpose(made, 1, 2)
     yield hub_name, made
 
 
-def _heads(config: Mapping[str, Any], *keys: str) -> int:
+def heads_of(config: Mapping[str, Any], *keys: str) -> int:
+    """The number of heads, by the first of these keys that the config states."""
     for key in keys:
         if type(config.get(key)) is int and config[key] > 0:
             return int(config[key])
@@ -214,14 +251,16 @@ def _turned(fragment: Fragment, size: int) -> Iterator[Fragment]:
             tail, sizes = box.offsets[1:], (1, *box.sizes[1:])
             one = rearrange.cut(fragment, Box(box.shape, (start, *tail), sizes))
             place = head * size + side * (size // 2) + (start - head * size) // 2
-            yield _rows(
-                one, fragment, Box(box.shape, (place, *tail), (length, *sizes[1:])), strides
+            yield every_nth(
+                one, fragment, Box(box.shape, (place, *tail), (length, *sizes[1:])), strides, 2
             )
 
 
-def _rows(one: Fragment, of: Fragment, box: Box, strides: tuple[int, ...]) -> Fragment:
-    """Every second row of a part, of which `one` is the first, as the elements of `box`."""
-    apart = (2 * strides[0], *strides[1:])
+def every_nth(
+    one: Fragment, of: Fragment, box: Box, strides: tuple[int, ...], step: int
+) -> Fragment:
+    """Rows of a part, `step` apart, of which `one` is the first, as the elements of `box`."""
+    apart = (step * strides[0], *strides[1:])
     span = 1 + sum((n - 1) * s for n, s in zip(box.sizes, apart, strict=True))
     extent = replace(one.extent, nbytes=span * of.dtype.itemsize)
     return Fragment(box, extent, of.dtype, apart)
