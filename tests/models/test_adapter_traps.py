@@ -202,6 +202,70 @@ def test_one_of_a_resized_pair_is_saved_alone(alone: str, tie: bool, tmp_path: P
     run.check(run.full, tmp_path / "out")  # the hint: a checkpoint that holds it
 
 
+def t5() -> Any:
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def bert() -> Any:
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4,
+    )  # fmt: skip
+    return transformers.BertForMaskedLM(config)
+
+
+@pytest.mark.parametrize("settings", [
+    {"target_modules": ["q", "shared"]},
+    {"target_modules": ["q"], "modules_to_save": ["shared"]},
+    {"target_modules": ["q", "embed_tokens"]},
+])  # fmt: skip
+@pytest.mark.parametrize("source", ["full", "saved"])
+def test_one_of_an_embeddings_names_was_trained(
+    source: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """T5 holds its embedding as `shared` and in encoder and decoder; the files hold one."""
+    run = Run(tmp_path, t5, **settings)
+    with pytest.raises(
+        (reshard.UnsupportedError, reshard.NamesError), match=r"one tensor for both|does not fit"
+    ):
+        reshard.convert(getattr(run, source), tmp_path / "out", base=run.base, fill_from_base=True)
+
+
+@pytest.mark.parametrize("source", ["full", "saved"])
+def test_an_encoders_head_stays_behind_its_embedding(source: str, tmp_path: Path) -> None:
+    """BERT's predictions are tied to the embedding that was updated alone."""
+    run = Run(tmp_path, bert, target_modules=["word_embeddings", "query"])
+    report = reshard.convert(
+        getattr(run, source), tmp_path / "out", base=run.base, fill_from_base=True
+    )
+    assert "head-untied" in {found.code for found in report.findings}
+    found = run.kind.from_pretrained(tmp_path / "out").eval()(IDS).logits
+    torch.testing.assert_close(found, run.logits(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("source", ["full", "saved"])
+def test_a_tied_head_alone_is_trained(source: str, dora: bool, tmp_path: Path) -> None:
+    """Every tensor that the base has is as it was; the head is another."""
+    run = Run(tmp_path, tied, target_modules=["lm_head"], use_dora=dora)
+    run.check(getattr(run, source), tmp_path / "out", fill_from_base=True)
+
+
+def test_an_untied_head_has_the_dtype_of_what_it_was_tied_to(tmp_path: Path) -> None:
+    model = tied().bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    state = {name: value.float() for name, value in model.state_dict().items()}
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    torch.save(state, tmp_path / "x.pt")
+    reshard.convert(tmp_path / "x.pt", tmp_path / "out", base=tmp_path / "base")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in written.values()} == {torch.bfloat16}
+    assert torch.equal(written["lm_head.weight"], state["lm_head.weight"].bfloat16())
+
+
 # --- initialisations that change the base -------------------------------------------------------
 
 

@@ -105,7 +105,12 @@ def _exported(found: Fitted) -> Export:
     files = beside(found)
     _check_head(found, made, matching)
     bare = _without_head(found)
-    targets: Sequence[Target] = choose(list(made.items()), found.base.entries, found.options.dtype)
+    released = found.base.entries
+    # A head that the base stores as its embedding has that one's dtype, and is compared with it.
+    ties = {head: released[tie] for head, tie in found.name_map.tied_to.items() if tie in released}
+    targets: Sequence[Target] = choose(
+        list(made.items()), {**released, **ties}, found.options.dtype
+    )
     if found.alone or (found.parts.rewards and found.options.rewards.srm_format == "lightrft"):
         targets = ()
     patches = {**found.name_map.config_patches, **(bare.patches if bare else {})}

@@ -47,7 +47,9 @@ class Candidate(Struct, frozen=True):
 
     @property
     def complete(self) -> bool:
-        return self.faults == 0 and bool(self.of(Verdict.MATCHED))
+        # A head alone, of a base that ties it, is the base's embedding under another name.
+        fitting = (*self.of(Verdict.MATCHED), *self.of(Verdict.COPIED))
+        return self.faults == 0 and bool(fitting)
 
     @property
     def given_up(self) -> int:
@@ -311,7 +313,8 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
     different = _apart(complete)
     version = options.transformers_version
     if len(different) > 1 and version is not None:
-        different = [c for c in different if any(view.is_live(version) for view in c.views)]
+        live = [c for c in different if any(view.is_live(version) for view in c.views)]
+        different = live or different  # none has that version: all are named
     if len(different) == 1:
         return different[0]
     ways = "; ".join(candidate.title for candidate in different)

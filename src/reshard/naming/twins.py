@@ -10,12 +10,13 @@ from collections.abc import Mapping
 
 from reshard.core.arrangement import Whole
 from reshard.core.findings import Finding
-from reshard.errors import NamesError
+from reshard.errors import NamesError, UnsupportedError
 from reshard.naming import ties
 from reshard.naming.judge import FitOptions, Verdict
 from reshard.naming.layouts import Piece
+from reshard.naming.lora import methods
 from reshard.naming.mismatch import refuse
-from reshard.naming.schema import says_tied, stating_levels
+from reshard.naming.schema import says_tied, says_untied, stating_levels
 from reshard.naming.steps import Known, Part, is_chosen
 
 
@@ -47,6 +48,8 @@ def _parted_by_update(known: Known, hub: str, twin: str) -> Part:
     """Of a tied pair that the source stores once, untie the head where one is updated."""
     if known.have[twin].name not in known.options.updated:
         return Part()
+    if not (ties.is_head(hub) or ties.is_head(twin)):
+        raise _one_of_copies(known, twin, hub)
     if ties.is_head(hub):
         return _said_untied(known, known.want[hub].name, "it has no update")
     return _untied(known, twin) if ties.is_head(twin) and twin not in known.want else Part()
@@ -134,12 +137,13 @@ def left_behind(known: Known) -> Part:
     """If the source lacks a head whose embedding was trained separately, the head stays the
     base's; if adapters update the embedding, the head is the embedding before the update.
 
-    Raises `NamesError` where the base is not to be copied, or has another vocabulary.
+    Raises `NamesError` where the base is not to be copied, or has another vocabulary, and
+    `UnsupportedError` for one of several names of an embedding.
     """
     options, part = known.options, Part()
-    if not says_tied(known.config) or options.headless:
+    heads = _unheld(known)
+    if options.headless:
         return part
-    heads = ties.missing_heads(known.have, known.config.get("model_type"))
     for hub, embedding in heads.items():
         piece = known.have[embedding]
         apart = piece.name in options.untied
@@ -147,7 +151,10 @@ def left_behind(known: Known) -> Part:
             continue
         name = known.here(hub)
         if piece.name in options.updated and not apart:
-            part += Part(outputs={name: Whole(known.owners[piece.name])})
+            part += Part(
+                outputs={name: Whole(known.owners[piece.name])},
+                tied_to={name: known.want[embedding].name},
+            )
             part += _said_untied(known, name, "it has no update")
         elif apart:
             _check_head(options, name, piece, known.want[embedding])
@@ -155,6 +162,43 @@ def left_behind(known: Known) -> Part:
                 part += Part(from_base={name: known.want[embedding].name})
             part += _said_untied(known, name, "it is the base's")
     return part
+
+
+def _unheld(known: Known) -> dict[str, str]:
+    """Head -> embedding, of heads that the live module has and the source lacks, tied to an
+    embedding that it holds.
+
+    Raises `UnsupportedError` for an embedding that was trained under one of its names, where the
+    live module has others for it that are no heads: no file can say that they differ.
+    """
+    have, config = known.have, known.config
+    heads = ties.missing_heads(have, config.get("model_type")) if says_tied(config) else {}
+    trained = {
+        hub
+        for hub, piece in have.items()
+        if piece.name in known.options.updated or piece.name in known.options.untied
+    }
+    if not trained & ties.EMBEDDINGS:
+        return heads
+    names = {*known.want, *have}
+    modules = {name[:dot] for name in names for dot, sign in enumerate(name) if sign == "."}
+    for name, original in ties.missing_parts(names, modules.__contains__).items():
+        if original not in trained:
+            continue
+        if not ties.is_head(name):
+            raise _one_of_copies(known, original, name)
+        if not says_untied(config):
+            heads[name] = original
+    return heads
+
+
+def _one_of_copies(known: Known, trained: str, other: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"it was trained by PEFT, and the live model holds it as {known.here(other)!r} too, which "
+        "was not: the base stores one tensor for both.",
+        tensor=known.have[trained].name,
+        hint=methods.hint(merges=False),
+    )
 
 
 def _check_head(options: FitOptions, name: str, embedding: Piece, base: Piece) -> None:
