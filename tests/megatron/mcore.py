@@ -58,6 +58,8 @@ CASES = (
     Case("qwen2-moe-ep2-fused", "qwen2_moe", expert=2, fused=True),
     Case("qwen3-moe-ep2-fused", "qwen3_moe", expert=2, fused=True),
     Case("mixtral-ep2", "mixtral", expert=2),
+    Case("glm4-moe-tp2", "glm4_moe", tensor=2),
+    Case("glm4-moe-ep2", "glm4_moe", expert=2),
     Case("deepseek-v2-ep2", "deepseek_v2", expert=2),
     Case("deepseek-v3-ep2", "deepseek_v3", expert=2),
     Case("deepseek-v3-mtp", "deepseek_v3", more=1),
@@ -155,6 +157,7 @@ def built(config: dict[str, Any], case: Case) -> Any:
         share_embeddings_and_output_weights=case.tied,
         position_embedding_type="rope",
         rotary_base=10000,
+        rotary_percent=_rotated(config),
         **more,
     )
     return model.eval()
@@ -173,9 +176,9 @@ def _settings(config: dict[str, Any], case: Case) -> dict[str, Any]:
         "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
         "ffn_hidden_size": config["intermediate_size"],
         "add_bias_linear": False,
-        "add_qkv_bias": config["model_type"] in ("qwen2", "qwen2_moe"),
+        "add_qkv_bias": config["model_type"] in ("qwen2", "qwen2_moe", "glm4_moe"),
         "qk_layernorm": config["model_type"]
-        in ("qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"),
+        in ("qwen3", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3"),
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "normalization": "RMSNorm",
@@ -210,9 +213,13 @@ def _settings(config: dict[str, Any], case: Case) -> dict[str, Any]:
     if config["model_type"] == "qwen2_moe":
         found["moe_shared_expert_intermediate_size"] = config["shared_expert_intermediate_size"]
         found["moe_shared_expert_gate"] = True
+    if config.get("n_shared_experts"):
+        width = config["n_shared_experts"] * config["moe_intermediate_size"]
+        found["moe_shared_expert_intermediate_size"] = width
+        found["moe_router_topk_scaling_factor"] = config["routed_scaling_factor"]
     if "kv_lora_rank" in config:
         found |= _latent(config)
-    if config["model_type"] == "deepseek_v3":
+    if config["model_type"] in ("deepseek_v3", "glm4_moe"):
         found |= {
             "moe_router_score_function": "sigmoid",
             "moe_router_enable_expert_bias": True,
@@ -223,6 +230,12 @@ def _settings(config: dict[str, Any], case: Case) -> dict[str, Any]:
     if config["model_type"] == "deepseek_v2":
         found["moe_router_pre_softmax"] = True
     return found
+
+
+def _rotated(config: dict[str, Any]) -> float:
+    """The share of a head that rotary embeddings turn."""
+    stated = config.get("rope_parameters") or config
+    return float(stated.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
 
 
 def _latent(config: dict[str, Any]) -> dict[str, Any]:
@@ -236,9 +249,6 @@ def _latent(config: dict[str, Any]) -> dict[str, Any]:
         "rope_type": "rope",
         "rotary_base": 10000,
         "rotary_percent": 1.0,
-        "moe_shared_expert_intermediate_size": config["n_shared_experts"]
-        * config["moe_intermediate_size"],
-        "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
         "moe_router_dtype": "fp32",
     }
 
@@ -252,11 +262,11 @@ def _spec(config: dict[str, Any], settings: Any, case: Case) -> Any:
 
     from tests.megatron import fused
 
-    if "kv_lora_rank" in config:
+    if config.get("first_k_dense_replace"):  # layers that differ
         spec = get_gpt_decoder_block_spec(
             settings, use_transformer_engine=False, normalization="RMSNorm"
         )
-        for layer in spec.layer_specs:
+        for layer in spec.layer_specs if "kv_lora_rank" in config else ():
             layer.submodules.self_attention.submodules.core_attention = fused.LatentAttention
         return spec
     norms = settings.qk_layernorm

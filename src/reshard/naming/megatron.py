@@ -120,6 +120,10 @@ FAMILIES = {
         moe="block_sparse_moe",
         expert=("w1", "w3", "w2"),
     ),
+    "glm4_moe": Family(
+        {**_QK_NORMS, "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias"},
+        shared="mlp.shared_experts",
+    ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
 }
