@@ -23,7 +23,7 @@ _VISION = ("<|vision_start|>", "<|vision_end|>")
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """What goes along with every prompt: PIL images, and sound as mono samples."""
+    """The media sent with every prompt: PIL images, and sound as mono samples."""
 
     images: tuple[Any, ...] = ()
     audio: tuple[Any, ...] = ()
@@ -64,6 +64,17 @@ class Encoder:
             content += [{"type": "text", "text": prompt}]
         text: str = self._templater.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        return text
+
+    def render_turns(self, turns: Sequence[tuple[str, str]]) -> str:
+        """A conversation as the tokenizer gets it: (role, text) in order, through the template."""
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
+            for role, text in turns
+        ]
+        text: str = self._templater.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
         )
         return text
 
