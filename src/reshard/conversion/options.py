@@ -88,8 +88,8 @@ class LoraChoice(Struct, frozen=True):
 class Options(Struct, frozen=True):
     """A conversion's options; paths are as the user gave them.
 
-    With `optimizer` the training state goes along, laid out as `layout` says; `hyperparameters` is
-    a JSON file of those that the checkpoint does not hold.
+    With `optimizer` the training state is written too, laid out as `layout` says; `hyperparameters`
+    is a JSON file of those that the checkpoint does not hold.
 
     `names` None: all that a live module may ask for where the target can hold them and the model's
     config is at hand, else those on disk.

@@ -1,8 +1,8 @@
 """What each format says of itself, and the table of formats.
 
-Nobody outside a format's room compares its name: whoever needs to know something of a format asks
-its `FormatInfo`. The formats that come with reshard stand in `OWN`. Another package adds one by an
-entry point of the group `reshard.formats` that leads to a `FormatInfo`:
+No code outside a format's room compares its name: code that needs to know something about a format
+reads its `FormatInfo`. The formats that come with reshard stand in `OWN`. Another package adds one
+by an entry point of the group `reshard.formats` that leads to a `FormatInfo`:
 
     [project.entry-points."reshard.formats"]
     npy = "reshard_npy:INFO"
@@ -135,6 +135,7 @@ OWN = (
         advice="Convert it with fsdp2hf.",
         scripts=("fsdp2hf",),
         has_roles=True,
+        training_state=True,
     ),
     FormatInfo(
         "torch",
