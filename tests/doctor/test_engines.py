@@ -32,6 +32,12 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("phimoe", engine): "engine-class" for engine in ("vllm", "sglang", "llama.cpp")},
     ("qwen2_audio", "mlx"): "engine-class",
     ("gpt_oss", "mlx"): "engine-weights",
+    ("phimoe", "mlx"): "engine-weights",
+    ("ernie4_5_moe", "mlx"): "engine-strangers",  # it drops the correction of the routing
+    # 4.57 writes no `tie_word_embeddings` into these text_configs.
+    ("qwen2_vl", "mlx"): "engine-config",
+    ("qwen2_5_vl", "mlx"): "engine-config",
+    ("qwen3_vl_moe", "mlx"): "engine-config",
 }  # fmt: skip
 
 

@@ -116,12 +116,12 @@ def test_medians_and_spread() -> None:
 
 
 def test_the_clock_leaves_the_prompt_out() -> None:
-    heard: list[int] = []
-    clock = Clock(heard.append)
+    heard: list[tuple[int, list[int]]] = []
+    clock = Clock(lambda count, new: heard.append((count, new)))
     began = time.perf_counter()
-    for value in (torch.ones(1, 9), torch.ones(1), torch.ones(1)):
+    for value in (torch.ones(1, 9), torch.tensor([7]), torch.tensor([8])):
         clock.put(value)
-    assert heard == [1, 2]
+    assert heard == [(1, [7]), (2, [8])]
     assert began <= clock.times[0] <= clock.times[1]
 
 

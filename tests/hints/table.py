@@ -59,6 +59,8 @@ ELSEWHERE: dict[str, str] = {
     "Name the folder above it, or convert it: reshard convert SRC DST.": "watching/test_watch.py::test_what_is_refused_at_once",
     "Name another folder for the outputs of this run.": "watching/test_watch.py::test_what_is_refused_at_once",
     "Remove it: outputs that are there are taken as they are.": "watching/test_watch.py::test_what_is_refused_at_once",
+    "Leave out --chat: its prompts are scored.": "evaluate/test_chat.py::test_what_cannot_be_talked_with",
+    "Copy chat_template.jinja from the base model, or leave out --chat.": "evaluate/test_chat.py::test_what_cannot_be_talked_with",
     "Load it with the extension that wrote it and save it again without.": "fsdp/test_refusals.py::test_unknown_transform",
     "The folder holds files of different saves.": "fsdp/test_refusals.py::test_writers_of_different_saves",
     "It holds shards of different saves; keep those of one.": "fsdp/test_refusals.py::test_shards_of_different_saves",

@@ -42,6 +42,7 @@ FSDP = (
     "fsdp2_nested_flat_fp32",
     "fsdp2_nested_fp32",
     "fsdp2_titan_fp32",
+    "fsdp2_verl_fp32",
 )
 
 

@@ -126,7 +126,7 @@ def test_the_state_is_read_only_when_it_is_asked_for() -> None:
 
 
 def test_the_formats_that_hold_state_say_so() -> None:
-    assert {info.name for info in OWN if info.training_state} >= {"deepspeed", "dcp"}
+    assert {info.name for info in OWN if info.training_state} >= {"deepspeed", "dcp", "ranks"}
 
 
 def test_sizes_and_names() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,3 +253,31 @@ def test_several_optimizers_of_one_model(tmp_path: Path) -> None:
     dcp.save(both, checkpoint_id=str(run), no_dist=True)
     assert "several optimizers (optim_a, optim_b)" in str(refused(run, UnsupportedError))
     weights_alone(run, tmp_path)
+
+
+def test_verl_without_the_optimizer_of_one_rank(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(case("fsdp2_verl_fp32").folder, run)
+    (lost,) = run.glob("*/actor/optim_world_size_2_rank_1.pt")
+    kept = lost.rename(tmp_path / "kept.pt")
+    assert "file of rank 1 is not there" in str(refused(run, IncompleteError))
+    kept.rename(lost)
+    with opened(run) as found:
+        assert found.state.names
+
+
+def test_verl_with_ranks_of_different_steps(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(case("fsdp2_verl_fp32").folder, run)
+    (file,) = run.glob("*/actor/optim_world_size_2_rank_1.pt")
+    change(file, b"\x00\x00\x40\x40", b"\x00\x00\x80\x40")
+    assert "groups or steps are not those" in str(refused(run, FormatError))
+
+
+def change(file: Path, old: bytes, new: bytes) -> None:
+    """Replace four bytes of each tensor of one element, and put its checksum right."""
+    with zipfile.ZipFile(file) as archive:
+        held = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in held.items():
+            archive.writestr(name, new if data == old else data)

@@ -103,7 +103,7 @@ def test_every_source_becomes_what_lightrft_loads(name: str, tmp_path: Path) -> 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("layout", ["accelerate", "nested"])
-@pytest.mark.parametrize("name", ["ds_s3_fp32_subgroups", "fsdp2_titan_fp32"])
+@pytest.mark.parametrize("name", KNOWN)
 def test_the_other_layouts(name: str, layout: str, tmp_path: Path) -> None:
     check(name, *parts(converted(name, tmp_path, layout=layout), layout))
 

@@ -23,7 +23,6 @@ from typing import NoReturn, cast
 
 import click
 
-from reshard._version import __version__
 from reshard.cli import output
 from reshard.cli.flags import debug
 from reshard.cli.interrupts import Interrupted
@@ -85,12 +84,28 @@ class Group(click.Group):
         return ctx.fail(f"No such command {name!r}.{question} Commands: {', '.join(_COMMANDS)}.")
 
 
+def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from reshard.cli.version import words
+
+        click.echo(words())
+        ctx.exit()
+
+
 @click.group(
     cls=Group,
     context_settings=HELP,
     epilog="Options and examples of a command: reshard COMMAND --help",
 )
-@click.version_option(__version__, "--version", "-V", prog_name="reshard")
+@click.option(
+    "--version",
+    "-V",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the version, and which extras are there.",
+)
 @debug
 def reshard() -> None:
     """Convert checkpoints between DeepSpeed, FSDP/DCP and Hugging Face, and prove the result."""

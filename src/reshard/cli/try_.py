@@ -5,6 +5,7 @@ Imports no torch: the model's libraries are loaded when a command runs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from reshard.evaluate.options import DTYPES, Options, Sampling
 from reshard.evaluate.places import check_page, free, replacing
 from reshard.storage.paths import absolute, is_folder, real
 
+_DEFAULT = ParameterSource.DEFAULT
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _EXISTING = FolderOrFile(exists=True, dir_okay=False)
@@ -142,8 +144,15 @@ def shared_options(function: _F) -> _F:
 
 @click.command("try", cls=Command, short_help="Run a converted model: answers, speed, health.")
 @click.argument("model", type=FolderOrFile())
+@click.option(
+    "--chat",
+    "converse",
+    is_flag=True,
+    help="Talk with the model on the terminal: a line for each turn, /new to begin anew, Ctrl-D to "
+    "end. No report is written.",
+)
 @shared_options
-def try_model(**given: Any) -> int:
+def try_model(converse: bool, **given: Any) -> int:
     """Run a converted model: its answers, its speed, its health, and whether it is the same.
 
     MODEL is a Hugging Face folder. The report goes to a JSON file, by default test_results.json, or
@@ -151,9 +160,52 @@ def try_model(**given: Any) -> int:
     every prompt was answered and nothing that was found is an error.
     """
     context = click.get_current_context()
-    if context.get_parameter_source("output_file") is ParameterSource.DEFAULT:
+    if converse:
+        return _converse(make_options(given), context)
+    if context.get_parameter_source("output_file") is _DEFAULT:
         given["output_file"] = free(given["output_file"], given["model"])
     return run_command(**given)
+
+
+# What a conversation has no use for.
+_NO_CHAT = ("prompts", "images", "audio", "no_chat", "benchmark", "compare", "text", "html")
+
+
+def _converse(options: Options, context: click.Context) -> int:
+    """Talk with the model; a line of standard input is a turn."""
+    given = [p for p in context.command.params if p.name in _NO_CHAT]
+    idle = [p for p in given if context.get_parameter_source(p.name or "") is not _DEFAULT]
+    if idle:
+        raise click.UsageError(f"{max(idle[0].opts, key=len)} has no effect with --chat.", context)
+    if not is_folder(options.model):
+        raise NotFoundError("there is no such model folder.", path=options.model)
+    _check_installed()
+    from reshard.evaluate.chat import converse
+    from reshard.evaluate.terminal import harmless
+
+    interactive = sys.stdin.isatty()
+
+    def read() -> str | None:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            return None
+        return line if line.strip() else read()
+
+    converse(options, read, lambda text: click.echo(harmless(text), nl=False))
+    return 0
+
+
+def _check_installed() -> None:
+    """Raise `UnsupportedError` where torch or transformers are not installed."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(
+            f"running a model needs torch and transformers: {error}.",
+            hint="Install them, in reshard's folder: pip install '.[eval]'",
+        ) from error
 
 
 def make_options(given: dict[str, Any]) -> Options:
@@ -199,14 +251,7 @@ def run_command(**given: Any) -> int:
     replaced = replacing(options.output_file)
     if options.html is not None:
         check_page(options.html)
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UnsupportedError(
-            f"running a model needs torch and transformers: {error}.",
-            hint="Install them, in reshard's folder: pip install '.[eval]'",
-        ) from error
+    _check_installed()
     from reshard.evaluate.run import run
     from reshard.evaluate.terminal import Terminal
 

@@ -17,7 +17,7 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import TensorSpec
 from reshard.diagnosis.engines import ENGINES, EngineName
 from reshard.errors import listed
-from reshard.naming.lora.folder import CONFIG, WEIGHTS, allowed_rank
+from reshard.naming.lora.folder import CONFIG, WEIGHTS, allowed_rank, is_repository
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_folder, listing
@@ -96,9 +96,9 @@ def _llama_cpp(adapter: Adapter) -> Iterator[tuple[str, str]]:
     if others:
         yield f"takes lora_A and lora_B only, and the adapter has {listed(others, 2)}", _MERGE
     yield from _one_scale(adapter, ("alpha_pattern", "use_rslora"))
-    if not adapter.settings.get("base_model_name_or_path"):
+    if not is_repository(adapter.settings.get("base_model_name_or_path")):
         yield (
-            "asks for the base, and base_model_name_or_path is empty",
+            "finds the base by a repository's name, which base_model_name_or_path is not",
             "Pass --base HF_DIR to convert_lora_to_gguf.py.",
         )
 

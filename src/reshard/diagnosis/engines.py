@@ -157,6 +157,8 @@ MLX_THETA: Mapping[str, float | None] = {
     "mixtral": 1e6, "qwen2_moe": 1e6, "deepseek_v3": 1e4, "qwen3_moe": None,
     "qwen3_vl_moe_text": None, "ernie4_5_moe": None,
 }  # fmt: skip
+#: Models whose tie mlx-lm reads in `text_config` alone, and takes for granted or asks for.
+MLX_TIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 MLX_ROTARY = ("qwen3", "qwen3_vl_text", "ministral3", "qwen3_5_text")
 
 #: (engine, model type, field) -> what it does where config.json lacks the field.
@@ -169,6 +171,11 @@ FIELDS: Mapping[tuple[EngineName, str, str], str] = {
     ("mlx", "qwen3_moe", "num_experts"): "refuses",
     ("mlx", "qwen3_vl_moe_text", "num_experts"): "refuses",
     ("mlx", "qwen3_vl_moe_text", "norm_topk_prob"): "refuses",
+}
+
+#: Engine -> the tensors of right folders that it drops, without a word.
+DROPPED: Mapping[EngineName, tuple[str, ...]] = {
+    "mlx": ("**.mlp.moe_statics.e_score_correction_bias",),
 }
 
 #: Classifiers whose head has a bias in sglang that Hugging Face's has not.

@@ -67,6 +67,17 @@ class Encoder:
         )
         return text
 
+    def render_turns(self, turns: Sequence[tuple[str, str]]) -> str:
+        """A conversation as the tokenizer gets it: (role, text) in order, through the template."""
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
+            for role, text in turns
+        ]
+        text: str = self._templater.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return text
+
     def encode(self, texts: Sequence[str], media: Media = Media()) -> Inputs:
         """Rendered texts as a batch, padded on the left, each with all of `media`.
 

@@ -27,6 +27,10 @@ _SHOWN = (
 )
 
 
+#: Called with the number of steps done and the last step's tokens, one for each row.
+OnToken = Callable[[int, list[int]], None]
+
+
 @dataclass(slots=True)
 class Watch:
     """A logits processor that changes nothing and counts the steps with NaN or +infinity.
@@ -49,7 +53,7 @@ class Clock:
     `generate` first hands over the prompt, which is not a step.
     """
 
-    on_token: Callable[[int], None] | None = None
+    on_token: OnToken | None = None
     times: list[float] = field(default_factory=list)
     prompt_seen: bool = False
 
@@ -59,7 +63,7 @@ class Clock:
             return
         self.times.append(time.perf_counter())
         if self.on_token is not None:
-            self.on_token(len(self.times))
+            self.on_token(len(self.times), value.reshape(-1).tolist())
 
     def end(self) -> None:
         """Nothing is held back."""
@@ -114,9 +118,9 @@ def generate(
     arguments: Mapping[str, Any],
     *,
     watched: bool = True,
-    on_token: Callable[[int], None] | None = None,
+    on_token: OnToken | None = None,
 ) -> Generated:
-    """Generate from a batch of inputs; `on_token` hears the number of steps done.
+    """Generate from a batch of inputs; `on_token` hears the steps done, and the new tokens.
 
     `watched` looks at every step's logits, which costs a pass over them; timing goes without.
     """

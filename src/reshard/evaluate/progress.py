@@ -11,12 +11,14 @@ from reshard.evaluate.report import Answer, Score
 @dataclass(frozen=True, slots=True)
 class Event:
     """A step of a stage. `total` is None where it is not known; `result` is a prompt's outcome,
-    told once, as soon as it is there."""
+    told once, as soon as it is there. `text` is what was added to the answer to `prompt`."""
 
     stage: str
     done: int = 0
     total: int | None = None
     result: Answer | Score | None = None
+    prompt: str = ""
+    text: str = ""
 
 
 Listener = Callable[[Event], None]

@@ -34,6 +34,7 @@ from reshard.evaluate.report import Answer, Score, TryReport, plain
 from reshard.evaluate.scan import read_weights
 from reshard.evaluate.scoring import score
 from reshard.evaluate.stage import Stage
+from reshard.evaluate.streaming import Spoken
 from reshard.evaluate.texts import DEFAULT_PROMPTS, shipped_prompts
 from reshard.evaluate.timing import benchmark
 from reshard.storage.local import Sources
@@ -199,9 +200,12 @@ class _Trial:
             rendered = encoder.render(prompt, media)
             inputs = encoder.encode([rendered], media)
             set_seed(self.options.seed)
-            tokens = self._steps(name)
-            most = self.options.max_new_tokens
-            made = generate(loaded, inputs, arguments, on_token=lambda count: tokens(count, most))
+            spoken, most = Spoken(encoder.tokenizer), self.options.max_new_tokens
+
+            def heard(count: int, new: list[int]) -> None:
+                self.listen(Event(name, count, most, prompt=prompt, text=spoken.add(new)))
+
+            made = generate(loaded, inputs, arguments, on_token=heard)
             new = made.rows[0]
             ended = bool(new) and new[-1] in end_tokens(arguments, loaded.core)
             answer = Answer(

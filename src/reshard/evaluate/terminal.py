@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from unicodedata import category
 
@@ -35,6 +36,8 @@ class Terminal:
         )
         self._stage = "start"
         self._task = self._progress.add_task(self._stage, total=None)
+        # What was shown of the answer that is being written.
+        self._written: str | None = None
 
     def __enter__(self) -> Terminal:
         self._progress.start()
@@ -51,12 +54,33 @@ class Terminal:
             self._stage = event.stage
             self._task = self._progress.add_task(event.stage, total=event.total)
         self._progress.update(self._task, completed=event.done, total=event.total)
+        if event.text and sys.stdout.isatty():
+            self._write(event.prompt, event.text)
         if event.result is not None:
-            # The bar shares the screen with what is printed: take it off for a moment.
+            self._end(event.result)
+
+    def _write(self, prompt: str, text: str) -> None:
+        """Show what was added to an answer; the bar shares the screen, so it goes meanwhile."""
+        if self._written is None:
             self._progress.stop()
-            click.echo(click.style(f"\n> {_harmless(event.result.prompt)}", bold=True))
-            click.echo(_outcome(event.result))
-            self._progress.start()
+            click.echo(_asked(prompt))
+            self._written = ""
+        self._written += text
+        click.echo(harmless(text), nl=False)
+
+    def _end(self, result: Answer | Score) -> None:
+        """Show a result, or what is left of it."""
+        written, self._written = self._written, None
+        self._progress.stop()
+        whole = result.text if isinstance(result, Answer) else None
+        if written is None:
+            click.echo(_asked(result.prompt))
+            click.echo(_outcome(result))
+        elif whole is not None and whole.startswith(written):
+            click.echo(_outcome(result, whole[len(written) :]))
+        else:  # the tokenizer writes the whole otherwise, or the answer failed
+            click.echo(f"\n{_outcome(result)}")
+        self._progress.start()
 
     def summarise(self, report: TryReport, options: Options) -> None:
         """Print everything but the answers, which were printed as they came."""
@@ -68,17 +92,23 @@ class Terminal:
             click.echo(f"page:   {options.html}")
 
 
-def _outcome(result: Answer | Score) -> str:
+def _asked(prompt: str) -> str:
+    return click.style(f"\n> {harmless(prompt)}", bold=True)
+
+
+def _outcome(result: Answer | Score, text: str | None = None) -> str:
+    """A result in words; of an answer whose beginning is shown, `text` is the rest."""
     if result.error is not None:
-        return click.style(f"no result: {_harmless(result.error)}", fg="red")
+        return click.style(f"no result: {harmless(result.error)}", fg="red")
     if isinstance(result, Score):
         return "\n".join(f"{name}: {value:.6g}" for name, value in result.scores.items())
     rate = len(result.token_ids) / result.seconds if result.seconds else 0.0
     note = f"[{len(result.token_ids)} tokens, {rate:.1f} a second, ended by {result.ended}]"
-    return f"{_harmless(result.text or '')}\n{click.style(note, dim=True)}"
+    shown = result.text or "" if text is None else text
+    return f"{harmless(shown)}\n{click.style(note, dim=True)}"
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """What a model wrote, without the control characters that a terminal would obey."""
     return "".join(c if c in "\n\t" or category(c) != "Cc" else "�" for c in text)
 

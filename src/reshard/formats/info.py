@@ -135,6 +135,7 @@ OWN = (
         advice="Convert it with fsdp2hf.",
         scripts=("fsdp2hf",),
         has_roles=True,
+        training_state=True,
     ),
     FormatInfo(
         "torch",

@@ -10,20 +10,22 @@ from reshard.conversion.base_model import CONFIG
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.checks.vocabulary import head_is_lost
 from reshard.diagnosis.engines import (
+    DROPPED,
     ENGINES,
     FIELDS,
     LAYOUTS,
     MLX_ROTARY,
     MLX_THETA,
+    MLX_TIES,
     SCORE_BIAS,
     EngineName,
     Kind,
 )
 from reshard.diagnosis.found import Repair, Signs, some
-from reshard.naming import fields
+from reshard.naming import fields, patterns
 from reshard.naming.families import TOWER_PARTS
 from reshard.naming.released import Unreleased, unreleased
-from reshard.naming.schema import classes_of, is_backbone, says_tied
+from reshard.naming.schema import classes_of, is_backbone, says_tied, text_config
 
 _HUB = "Write it in the layout of the release: reshard convert DIR OUT --names hub."
 _AGAIN = "Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR."
@@ -99,6 +101,9 @@ def strangers(case: Case, key: EngineName) -> Signs | None:
         if group:
             effect = engine.biases if bias else engine.strange
             evidence.append(f"{engine.title} {effect} {some(group)}")
+    dropped = [name for name in case.clean if patterns.matches_any(DROPPED.get(key, ()), name)]
+    if dropped:
+        evidence.append(f"{engine.title} drops, without a word, {some(dropped)}")
     head = case.vocabulary.head
     own = head is not None and not case.vocabulary.equal
     if own and key in ("vllm", "mlx") and says_tied(case.folder.settings):
@@ -164,6 +169,8 @@ def weights(case: Case, key: EngineName) -> Signs | None:
         method = str(stated.get("quant_method", "mlx"))
     if key == "mlx" and settings.get("model_type") == "gpt_oss" and method is None:
         return Signs(("mlx-lm reads gpt-oss as MXFP4 only, and these weights are not quantised",))
+    if key == "mlx" and settings.get("model_type") == "phimoe" and not _has_biases(settings):
+        return Signs(("mlx-lm's class has biases of queries, keys, values and the head",))
     if key == "mlx" and method == "fp8" and settings.get("model_type") == "deepseek_v3":
         return None
     if method is None or (engine.codes is None and method != "mlx"):
@@ -176,6 +183,10 @@ def weights(case: Case, key: EngineName) -> Signs | None:
     )
 
 
+def _has_biases(settings: Mapping[str, object]) -> bool:
+    return bool(settings.get("attention_bias")) and bool(settings.get("lm_head_bias"))
+
+
 def config(case: Case, key: EngineName) -> Signs | None:
     """Fields of the config that the engine asks for."""
     title, evidence, patches = ENGINES[key].title, [], {}
@@ -186,9 +197,22 @@ def config(case: Case, key: EngineName) -> Signs | None:
         if effect is not None:
             evidence.append(f"without {field.path} {title} {effect}")
             patches[field.path] = field.value
+    path = "text_config.tie_word_embeddings"
+    if key == "mlx" and _unstated_tie(case):
+        evidence.append(f"without {path} mlx-lm refuses, or takes the head for a stranger")
+        patches[path] = says_tied(case.folder.settings)
     if not evidence:
         return None
     return Signs(tuple(evidence), Repair("they are written as the release has them", patches))
+
+
+def _unstated_tie(case: Case) -> bool:
+    """Whether mlx-lm, which reads the inner config alone, misses what it says of ties: its classes
+    of Qwen take a tie for granted, and those of Qwen's experts ask."""
+    text = text_config(case.folder.settings)
+    kind = str(case.folder.settings.get("model_type"))
+    asks = kind == "qwen3_vl_moe" or case.vocabulary.head is not None
+    return bool(text) and "tie_word_embeddings" not in text and kind in MLX_TIES and asks
 
 
 def _rotary(field: fields.Missing) -> str | None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.formats import Selection, of_several
-from reshard.formats.rank_files import files, join, local
+from reshard.formats.rank_files import files, join, local, optimizer
 from reshard.formats.rank_files.state import read_state
 from reshard.storage.local import Sources
 from reshard.storage.paths import is_folder, matching
@@ -73,6 +73,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         records=table.records,
         findings=(*dict.fromkeys(findings), *table.findings, *_beside(saved.folder)),
         unshaped=table.unshaped,
+        optimizer=optimizer.reader(saved, table.entries, sources),
     )
 
 

@@ -199,6 +199,11 @@ def _refused_by_engines(config: Mapping[str, Any]) -> list[str]:
     return refused
 
 
+def is_repository(base: object) -> bool:
+    """Whether a base is named as on the hub, and not by a folder of one machine."""
+    return isinstance(base, str) and _REPOSITORY.fullmatch(base) is not None
+
+
 def allowed_rank(rank: int) -> int:
     """The smallest value of vLLM's --max-lora-rank that permits a rank."""
     return next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), rank)
