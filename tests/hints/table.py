@@ -30,7 +30,6 @@ _PIECE = "no hint by itself: the text is put together from others, which stand h
 _OTHER = "it needs another machine or package: "
 _STATED = "each finding of this code states a fix of its own, which stands here"
 _GUARD = "a last look at the plan, which every input that is known is refused before"
-_UNREACHED = "no command writes universal checkpoints yet"
 _UNSEEN = "what is done outside leaves nothing to run: "
 
 #: Hint -> the test, `file::function` below `tests/`.
@@ -84,6 +83,14 @@ ELSEWHERE: dict[str, str] = {
     "Leave out --hyperparameters.": "state/test_writing.py::test_hyperparameters_that_the_checkpoint_states",
     "Leave out --base: without it the names stay, and the state travels with them.": "state/test_writing.py::test_a_base_whose_names_the_moments_do_not_fit",
     "Pass --consumed-samples.": "state/test_writing.py::test_the_samples_that_a_run_consumed_can_be_given",
+    "Leave out --layout.": "state/test_universal.py::test_options_that_have_no_place",
+    "Leave out --max-shard-size.": "state/test_universal.py::test_options_that_have_no_place",
+    "Write it with --to dcp, which has a step for each parameter.": "state/test_universal.py::test_a_group_of_different_steps",
+    "A new run starts from a Hugging Face model: pass --to hf, and load the output with from_pretrained before deepspeed.initialize.": "state/test_universal.py::test_weights_without_a_state",
+    "Make the script's parameter groups in that order.": "state/test_curves.py::test_the_curve_is_unbroken",
+    "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md.": "state/test_curves.py::test_the_curve_is_unbroken",
+    "Start the script from the weights that the run started from.": "state/test_curves.py::test_the_curve_is_unbroken",
+    "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint.": "state/test_universal.py::test_a_script_with_a_schedule_and_a_folder_without",
     "Leave out --dtype.": "state/test_writing.py::test_masters_that_are_rounded_are_a_finding",
     'Write a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_are_none",
     'Pass --hyperparameters with a JSON file of them, a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_no_file_holds_are_asked_for",
@@ -124,7 +131,6 @@ WITHOUT: dict[str, str] = {
         _OTHER + "one with Megatron-Bridge",
     "Install torchvision.":
         _OTHER + "one without torchvision",
-    "Leave out --layout.": _UNREACHED,
     "Set the schedule in the script that goes on, at the step that the report states.":
         _UNSEEN + "a training script",
     "Load and save it once with a newer DeepSpeed, or convert the weights alone.":
@@ -143,12 +149,4 @@ WITHOUT: dict[str, str] = {
         _STATED,
     "To convert it, pass --prefix.":
         _STATED,
-    "Make the script's parameter groups in that order.": _UNREACHED,
-    "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint.": _UNREACHED,
-    "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md.": _UNREACHED,
-    "Start the script from the weights that the run started from.": _UNREACHED,
-    "Write it with --to dcp, which has a step for each parameter.": _UNREACHED,
-    "The state is of another model, or the files are of different saves.": _UNREACHED,
-    "The state is of another model, or of other names than the output's.": _UNREACHED,
-    "The state is of another model.": _UNREACHED,
 }  # fmt: skip

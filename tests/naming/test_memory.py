@@ -94,5 +94,5 @@ def test_an_expert_that_is_missing() -> None:
 def test_a_version_is_numbers() -> None:
     assert parse_version("5.0.0.dev0") == (5, 0, 0)
     for text in ("latest", "9" * 5000, ""):
-        with pytest.raises(PlanError, match="no version"):
+        with pytest.raises(PlanError, match="is not a version"):
             parse_version(text)

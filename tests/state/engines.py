@@ -120,7 +120,9 @@ class Deepspeed:
         self._engine.save_checkpoint(place.folder, client_state=dict(_CLIENT))
 
     def load(self, place: Place) -> dict[str, object]:
-        path, client = self._engine.load_checkpoint(place.folder)
+        path, client = self._engine.load_checkpoint(
+            place.folder, load_lr_scheduler_states=self._job.schedule
+        )
         if path is None:
             raise RuntimeError(f"DeepSpeed found nothing in {place.folder}")
         tag = Path(place.folder, "latest_universal")
@@ -135,6 +137,12 @@ class Deepspeed:
         if self._job.engine in ("zero1", "zero2"):
             return self._partitioned()
         found: Tensors = {}
+        if self._job.engine == "zero0":
+            for name, parameter in self._trained().items():
+                held = self.optimizer().state.get(parameter, {})
+                found |= {f"{kind}.{name}": held[kind] for kind in _KINDS if kind in held}
+                found[f"param.{name}"] = parameter
+            return found
         for name, parameter in self._trained().items():
             found[f"param.{name}"] = safe_get_full_fp32_param(parameter)
             for kind in _KINDS if self._begun() else ():

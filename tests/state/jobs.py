@@ -27,9 +27,9 @@ class Job(Struct, frozen=True):
     Without `load` it begins with the model's first weights; with `load` they are spoilt before.
     `precision` is that of the forward pass, over float32 masters. `groups` is how many parameter
     groups the optimizer has; with `spoilt` it is made with other hyperparameters, which the
-    checkpoint's must replace. `after` are lines that the script runs after
-    `load_checkpoint`, with `engine` and `folder`, the tag's, at hand. The results go to the folder
-    `out`: see `engines.record`.
+    checkpoint's must replace. With `schedule` DeepSpeed loads the schedule's state,
+    too. `after` are lines that the script runs after `load_checkpoint`, with `engine` and `folder`,
+    the tag's, at hand. The results go to the folder `out`: see `engines.record`.
     """
 
     engine: Engine
@@ -44,6 +44,7 @@ class Job(Struct, frozen=True):
     groups: int = 2
     spoilt: bool = False
     after: str = ""
+    schedule: bool = True
 
 
 class Result(Struct, frozen=True):

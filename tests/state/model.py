@@ -82,7 +82,7 @@ def optimizer(model: nn.Module, job: Job) -> torch.optim.Optimizer:
         for group in found:
             group.update(weight_decay=0.7)
     betas = (0.5, 0.5) if job.spoilt else (0.9, 0.95)
-    return torch.optim.AdamW(found, lr=1e-2, betas=betas, eps=1e-8)
+    return torch.optim.AdamW(found, lr=1e-2, betas=betas, eps=1e-6)
 
 
 def schedule(inner: torch.optim.Optimizer) -> Any:

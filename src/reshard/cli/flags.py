@@ -236,7 +236,7 @@ def repeat_flags(args: Sequence[str], repeatable: set[str]) -> list[str]:
 
 
 class FolderOrFile(click.Path):
-    """A path that is not empty: `Path("")` is the current folder, which nobody means by it.
+    """A path that is not empty: `Path("")` is the current folder, which no user means by it.
 
     A leading `~` is the user's home: shells leave it in `--base=~/model` and within quotes. A
     folder of that name is `./~`.

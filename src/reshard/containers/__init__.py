@@ -1,4 +1,4 @@
-"""Files that hold tensors, whoever wrote them.
+"""Files that hold tensors, from any framework.
 
 torch/          torch.save files and pickles, read without torch and without running anything
 safetensors.py  the header of a safetensors file, checked strictly

@@ -364,8 +364,10 @@ def _shard_size(to: str) -> int:
 
 def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
     """The options of a conversion, from their keywords. Raises `OptionError`."""
-    values = parse(CONVERT, given)
+    values = dict(parse(CONVERT, given))
+    values["optimizer"] = values["optimizer"] or target_named(values["to"]).needs_state
     _check_target(values)
+    _check_files(values)
     _check_state(values)
     if values["base"] is None:
         _check_needs_no_base(values)
@@ -446,6 +448,24 @@ def _check_target(values: Mapping[str, Any]) -> None:
             f"consumed_samples: it is written beside a DCP checkpoint, not with --to {to}.",
             hint="Pass --to dcp, or leave out --consumed-samples.",
             option="consumed_samples",
+        )
+
+
+def _check_files(values: Mapping[str, Any]) -> None:
+    """Refuse sizes and dtypes where the target has its own."""
+    to, dtype = values["to"], values["dtype"]
+    if target_named(to).file_each and values["max_shard_size"] is not None:
+        raise OptionError(
+            f"max_shard_size: with --to {to} every tensor is a file of its own.",
+            hint="Leave out --max-shard-size.",
+            option="max_shard_size",
+        )
+    if target_named(to).full_precision and dtype not in (None, "keep", "float32"):
+        raise OptionError(
+            f"dtype: with --to {to} the weights are those in full precision that the optimizer "
+            "updates.",
+            hint="Leave out --dtype.",
+            option="dtype",
         )
 
 

@@ -22,7 +22,7 @@ SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["all", "disk", "memory", "hub", "torchtitan"]
 Layout = Literal["lightrft", "accelerate", "nested"]
-To = Literal["hf", "dcp", "megatron"]
+To = Literal["hf", "dcp", "megatron", "deepspeed"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
 _MAX_WILDCARDS = 3
@@ -88,8 +88,8 @@ class LoraChoice(Struct, frozen=True):
 class Options(Struct, frozen=True):
     """A conversion's options; paths are as the user gave them.
 
-    With `optimizer` the training state goes along, laid out as `layout` says; `hyperparameters` is
-    a JSON file of those that the checkpoint does not hold.
+    With `optimizer` the training state is written too, laid out as `layout` says; `hyperparameters`
+    is a JSON file of those that the checkpoint does not hold.
 
     `names` None: all that a live module may ask for where the target can hold them and the model's
     config is at hand, else those on disk.

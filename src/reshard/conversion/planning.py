@@ -42,6 +42,7 @@ from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists
 from reshard.transfer.checksums import without_checksum
 from reshard.transfer.commit import check_space
+from reshard.transfer.reading import equal
 
 
 class Job(Struct, frozen=True):
@@ -229,13 +230,17 @@ def carried_along(
     maps: list[Mapping[str, Arrangement]] = []
     if base is None:
         made = replace(made, model=[replace(t, aliases=t.source.aliases) for t in made.model])
+        made = training.with_ties(made, state, lambda one, other: equal(one, other, sources))
     else:
         maps.append(made.name_map.outputs)
         if options.names == "memory":
             shapes = {n: e.spec.shape for n, e in apply(maps[0], catalog.entries).items()}
             config = live_names.config_of(made, catalog, base, sources, "--optimizer")
             maps.append(memory_outputs(shapes, config, live_names.version_of(options)))
-    carried = training.carried(state, made, maps)
+    target = target_named(options.to)
+    carried = formats.as_written(target, training.carried(state, made, maps))
+    if target.full_precision:
+        return training.in_full_precision(carried, made)
     findings = (*made.findings, *training.rounded(carried, made))
     return replace(made, state=carried, findings=findings)
 

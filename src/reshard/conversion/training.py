@@ -12,17 +12,19 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from reshard.conversion.dtypes import Target
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import Export
 from reshard.core.arrangement import Arrangement, sources
 from reshard.core.catalog import Catalog
+from reshard.core.dtypes import FLOAT32
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import NEEDED
 from reshard.core.state import Group, Plain, Step, TrainingState
-from reshard.core.tensors import Entry
+from reshard.core.tensors import Entry, Equal
 from reshard.errors import OptionError, PlanError, listed
 from reshard.formats.dcp.lightrft import CONSUMED_SAMPLES
-from reshard.formats.info import named
+from reshard.formats.info import named, target_named
 from reshard.naming import apply
 from reshard.storage import strict_json
 
@@ -37,6 +39,14 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
     if not options.optimizer:
         return catalog, None
     state = catalog.training_state()
+    if state is None and target_named(options.to).needs_state:
+        raise PlanError(
+            f"--to {options.to} writes a universal checkpoint, from which DeepSpeed takes weights "
+            "only together with an optimizer's state, and it holds none.",
+            path=catalog.origin.root,
+            hint="A new run starts from a Hugging Face model: pass --to hf, and load the output "
+            "with from_pretrained before deepspeed.initialize.",
+        )
     if state is None:
         what = "its format holds none" if not _can_hold(catalog) else "it holds none"
         raise PlanError(
@@ -193,6 +203,53 @@ def _one(values: Sequence[Any], name: str, what: str) -> Any:
             hint=_ALONE,
         )
     return values[0]
+
+
+def with_ties(made: Export, state: TrainingState, same: Equal) -> Export:
+    """The export in which a matrix without moments that equals a trained one is that one's alias.
+
+    DCP stores a tied head twice, and its optimizer has one of the two names. A matrix that is
+    frozen equals no trained one, value by value.
+    """
+    trained = set(state.names)
+    model: list[Target] = []
+    tied: dict[str, str] = {}
+    for target in made.model:
+        twin = None
+        if target.spec.name not in trained and len(target.spec.shape) == 2:
+            twin = next((t for t in made.model if _is_twin(t, target, trained, same)), None)
+        if twin is None:
+            model.append(target)
+        else:
+            tied[target.spec.name] = twin.spec.name
+    if not tied:
+        return made
+    model = [
+        replace(t, aliases=(*t.aliases, *(a for a, name in tied.items() if name == t.spec.name)))
+        for t in model
+    ]
+    matching = replace(made.matching, tied={**made.matching.tied, **tied})
+    return replace(made, model=model, matching=matching)
+
+
+def _is_twin(one: Target, other: Target, trained: set[str], same: Equal) -> bool:
+    return one.spec.name in trained and same(one.source, other.source)
+
+
+def in_full_precision(state: TrainingState, made: Export) -> Export:
+    """The export with float32 for what the optimizer updates, and for its moments."""
+    trained = set(state.names)
+    model = [
+        replace(target, spec=replace(target.spec, dtype=FLOAT32))
+        if target.spec.name in trained
+        else target
+        for target in made.model
+    ]
+    moments = {
+        kind: {n: replace(e, spec=replace(e.spec, dtype=FLOAT32)) for n, e in table.items()}
+        for kind, table in state.moments.items()
+    }
+    return replace(made, model=model, state=replace(state, moments=moments))
 
 
 def rounded(state: TrainingState, made: Export) -> tuple[Finding, ...]:

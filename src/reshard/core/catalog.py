@@ -30,7 +30,7 @@ class Origin(Struct, frozen=True):
 
 
 class Asset(Struct, frozen=True):
-    """A file that goes along unchanged; `name` is its path inside the folder, with `/`."""
+    """A file that is copied unchanged; `name` is its path inside the folder, with `/`."""
 
     name: str
     path: Path

@@ -217,7 +217,8 @@ def refuse_url(text: str) -> None:
 
 
 class Place(Kind, frozen=True):
-    """A path of a file or folder. The empty path is refused: nobody means the current folder."""
+    """A path of a file or folder. The empty path is refused: no user means the current folder by
+    it."""
 
     @property
     def words(self) -> str:

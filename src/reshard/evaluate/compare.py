@@ -2,7 +2,7 @@
 
 The models are loaded one after the other, never together: the first leaves its logits in a
 temporary folder (at most `MOST_TOKENS` tokens of text, and the prompts with their answers), the
-second is held against them position by position. Memory: one model, and the logits of one text.
+second is compared with them position by position. Memory: one model, and the logits of one text.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _VISION = ("<|vision_start|>", "<|vision_end|>")
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """What goes along with every prompt: PIL images, and sound as mono samples."""
+    """The media sent with every prompt: PIL images, and sound as mono samples."""
 
     images: tuple[Any, ...] = ()
     audio: tuple[Any, ...] = ()

@@ -1,4 +1,4 @@
-"""`--compare`: what the first model leaves behind, the second held against it, the verdict."""
+"""`--compare`: the first model's results, the second model compared with them, the verdict."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def record_first(
 
 
 def judge(first: FirstSide, options: Options, other: Path, heard: Heard) -> Comparison:
-    """Load the other model and hold it against what the first left.
+    """Load the other model and compare it with what the first left.
 
     Raises what loading raises, and `UnsupportedError` if one model speaks and the other scores.
     """

@@ -1,4 +1,4 @@
-"""What a run tells while it goes. The library prints nothing: whoever listens draws."""
+"""The events of a run. The library prints nothing: the caller shows the events."""
 
 from __future__ import annotations
 

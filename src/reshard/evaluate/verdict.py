@@ -1,4 +1,4 @@
-"""What two models are to each other, by thresholds that stand here and in every report.
+"""The verdict on two models, by thresholds that are defined here and recorded in every report.
 
 Measured on SmolLM2-135M, logits on the shipped text against float32 (relative difference, mean KL):
 
@@ -8,7 +8,7 @@ Measured on SmolLM2-135M, logits on the shipped text against float32 (relative d
     20 steps of AdamW at 1e-6 on one sentence 0.0047    0.0001
 
 So the logits find what is further off than 16-bit rounding, but a short training hides below it:
-there only the weights tell the two apart, and they go first.
+there only the weights distinguish the two, and they are compared first.
 """
 
 from __future__ import annotations

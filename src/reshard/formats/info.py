@@ -1,8 +1,8 @@
 """What each format says of itself, and the table of formats.
 
-Nobody outside a format's room compares its name: whoever needs to know something of a format asks
-its `FormatInfo`. The formats that come with reshard stand in `OWN`. Another package adds one by an
-entry point of the group `reshard.formats` that leads to a `FormatInfo`:
+No code outside a format's room compares its name: code that needs to know something about a format
+reads its `FormatInfo`. The formats that come with reshard stand in `OWN`. Another package adds one
+by an entry point of the group `reshard.formats` that leads to a `FormatInfo`:
 
     [project.entry-points."reshard.formats"]
     npy = "reshard_npy:INFO"
@@ -46,6 +46,9 @@ class FormatInfo(Struct, frozen=True):
     single: the suffix of single files of it that can be written beside a model; None: none can.
     training_state: one can hold an optimizer's state, which its reader offers.
     writes_state: training state is written in it (`lay_out_state` of its room).
+    needs_state: a model alone is not written in it: its training state always goes along.
+    full_precision: weights that an optimizer updates are float32 in it, and so are its moments.
+    file_each: every tensor is a file of its own, of whatever size.
     layouts: the values of `--layout` by which that is written, the default first; empty: there is
     one layout.
     """
@@ -71,6 +74,9 @@ class FormatInfo(Struct, frozen=True):
     single: str | None = None
     training_state: bool = False
     writes_state: bool = False
+    needs_state: bool = False
+    full_precision: bool = False
+    file_each: bool = False
     layouts: tuple[str, ...] = ()
 
 
@@ -103,6 +109,12 @@ OWN = (
         has_tags=True,
         masters="always",
         training_state=True,
+        target="deepspeed",
+        client_state=True,
+        writes_state=True,
+        needs_state=True,
+        full_precision=True,
+        file_each=True,
     ),
     FormatInfo(
         "huggingface",

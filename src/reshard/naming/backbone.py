@@ -26,7 +26,7 @@ OF_TEXT = frozenset({
     "CohereCompass", "Dots3Note", "Gemma3", "Gemma3n", "Gemma4", "Gemma4Unified", "Inkling",
     "Inkling2", "Llama4", "MiniMaxM3VL", "Qwen3_5", "Qwen3_5Moe", "Qwen4Exp",
 })  # fmt: skip
-#: Classes with a head whose backbone transformers has no class of by itself.
+#: Classes with a head for whose backbone transformers has no separate class.
 ALONE = frozenset({
     "Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM",
     "Llama4ForConditionalGeneration", "PPFormulaNetForConditionalGeneration",

@@ -52,7 +52,7 @@ class Owner(Struct, frozen=True):
         """Whether it is certain that the process is gone."""
         here = this_process()
         if (self.host, self.boot, self.space) != (here.host, here.boot, here.space):
-            return False  # another machine: nobody here can tell
+            return False  # another machine: this one cannot know
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -88,7 +88,7 @@ class TargetLock:
             try:
                 locked = self._lock(fd, made=made)
             except BaseException as error:
-                if made and isinstance(error, OSError):  # nobody's: it could not be locked
+                if made and isinstance(error, OSError):  # no run's: it could not be locked
                     with suppress(OSError):
                         self.path.unlink()
                 os.close(fd)

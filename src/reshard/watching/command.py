@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-# Seconds that a command has to end by itself when the watch ends.
+# Seconds that a command has to exit when the watch ends.
 _GRACE = 10.0
 
 

@@ -81,7 +81,7 @@ def is_tokenizer(name: str) -> bool:
 
 
 def is_processor(name: str, *, enough: bool = False) -> bool:
-    """Whether a file of this name belongs to a processor; with `enough`, is one by itself."""
+    """Whether a file of this name belongs to a processor; with `enough`, whether it suffices."""
     return any(fnmatchcase(name, pattern) for pattern in (_PROCESSORS if enough else _PROCESSOR))
 
 

@@ -153,7 +153,7 @@ def chat_template(case: Case) -> Signs | None:
     evidence = (f"the base has one in {known.file}, the folder has none",)
     files = _base_assets(case)
     if known.value is None or known.file not in case.folder.assets:
-        # A template inside tokenizer_config.json comes along with it.
+        # A template inside tokenizer_config.json is copied with it.
         return Signs(
             evidence, Repair(f"the base's {known.file} is taken", assets=(files[known.file],))
         )

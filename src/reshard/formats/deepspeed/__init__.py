@@ -13,7 +13,7 @@
 
 Files of several mp ranks are those of tensor parallelism (tensor_parallel.py), files of experts
 those of DeepSpeed's mixtures of experts (experts.py), a folder `zero` is that of a universal
-checkpoint (universal.py).
+checkpoint (universal.py), which is what is written (layout.py).
 
 Weights are read from the fp32 masters; frozen parameters and buffers from the model file, which is
 the only place that has them. Moments are read only on request (state.py). Read off DeepSpeed 0.19.8
@@ -39,8 +39,11 @@ from reshard.formats.deepspeed import (
     universal,
 )
 from reshard.formats.deepspeed.files import Saved
+from reshard.formats.deepspeed.layout import as_written, lay_out_state
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources
+
+__all__ = ["as_written", "detect", "lay_out_state", "read"]
 
 
 def detect(path: Path) -> str | None:

@@ -22,18 +22,45 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.containers.torch.write import DataArchive, TensorBytes, lay_out, lay_out_data
 from reshard.core.dtypes import FLOAT32
+from reshard.core.hyperparameters import completed
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.state import STATE_PART, Group, TrainingState, tensor_name
+from reshard.core.state import STATE_PART, Group, Plain, TrainingState, tensor_name
 from reshard.core.tensors import Entry, Shape, TensorSpec
-from reshard.errors import PlanError, listed
+from reshard.errors import PlanError
 from reshard.formats import Laid, TensorToWrite
 from reshard.formats.deepspeed import universal_findings
 from reshard.formats.deepspeed.place import LATEST_UNIVERSAL, MODEL, MODEL_STAGE3
 
 _WEIGHT = "fp32"
+# How torch computes a step, not what. `fused` and `capturable` ask for step counts on the GPU, and
+# DeepSpeed loads them to the CPU.
+_PLAIN: Mapping[str, Plain] = {
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
+}
+
+
+def as_written(state: TrainingState) -> TrainingState:
+    """The state with complete groups, whose switches suit what DeepSpeed loads.
+
+    Raises `PlanError` where the state lacks what a run needs.
+    """
+    groups = [
+        replace(group, hyperparameters={**group.hyperparameters, **_plain(group)})
+        for group in completed(state).groups
+        if group.names
+    ]
+    return replace(state, groups=tuple(groups))
+
+
+def _plain(group: Group) -> dict[str, Plain]:
+    return {key: value for key, value in _PLAIN.items() if key in group.hyperparameters}
 
 
 def lay_out_state(
@@ -47,8 +74,7 @@ def lay_out_state(
     A parameter's folder holds its master, or its weight where the optimizer updated that itself,
     and its moments, all in float32. Each tensor is a file, of whatever size.
 
-    Raises `PlanError` where the state is of other parameters than the weights, a parameter is in no
-    group or in two, or those of a group were updated a different number of times.
+    Raises `PlanError` where the parameters of a group were updated a different number of times.
     """
     made = _Universal({spec.name: (spec, source, ref) for spec, source, ref in weights}, state)
     return made.laid()
@@ -58,8 +84,7 @@ class _Universal:
     def __init__(self, weights: Mapping[str, TensorToWrite], state: TrainingState) -> None:
         self._weights = weights
         self._state = state
-        self._groups = [group for group in state.groups if group.names]
-        _check(weights, state)
+        self._groups = state.groups
         self._steps = [_step(group, state) for group in self._groups]
         self._trained = {name for group in self._groups for name in group.names}
         self._counters = _counters(state, self._steps)
@@ -206,43 +231,6 @@ def _counters(state: TrainingState, steps: Sequence[_GroupStep | None]) -> dict[
     found = {"global_steps": done, "skipped_steps": 0}
     own = ("global_steps", "skipped_steps", "global_samples")
     return found | {key: state.counters[key] for key in own if key in state.counters}
-
-
-def _check(weights: Mapping[str, TensorToWrite], state: TrainingState) -> None:
-    """Each parameter that has a state must be a weight of this shape, and be in one group."""
-    for kind, table in state.tables():
-        for name, entry in table.items():
-            if name not in weights:
-                raise PlanError(
-                    f"the optimizer has its {kind}, and no weight of that name is written.",
-                    tensor=name,
-                    hint="The state is of another model, or of other names than the output's.",
-                )
-            shape = weights[name][0].shape
-            if entry.spec.shape != shape:
-                raise PlanError(
-                    f"its {kind} has shape {entry.spec.shape}, the weight {shape}.",
-                    tensor=name,
-                    hint="The state is of another model.",
-                )
-    covered = [name for group in state.groups for name in group.names]
-    twice = (
-        sorted({name for name in covered if covered.count(name) > 1})
-        if (len(set(covered)) != len(covered))
-        else []
-    )
-    without = [name for name in state.names if name not in set(covered)]
-    unknown = [name for name in covered if name not in weights]
-    for names, what in (
-        (twice, "are in two parameter groups"),
-        (without, "have a state and are in no parameter group"),
-        (unknown, "are in a parameter group and are not written"),
-    ):
-        if names:
-            raise PlanError(
-                f"{len(names)} parameters {what}: {listed(names)}.",
-                hint="The state is of another model, or the files are of different saves.",
-            )
 
 
 def _tensor(step: int) -> TensorBytes:

@@ -76,7 +76,7 @@ def _check_distinct(
     held: Mapping[Path, tuple[TensorRef, ...]], records: list[Record], sources: Sources
 ) -> None:
     """The tensors of two files may not all be the same. Legacy containers have no checksums:
-    samples stand in for them."""
+    samples replace them."""
     crc = {(record.extent.file.path, record.extent.offset): record.crc32 for record in records}
     seen: dict[tuple[object, ...], Path] = {}
     for path, tensors in held.items():

@@ -61,7 +61,7 @@ def joined(shapes: Sequence[Shape], dim: int) -> Sharding:
 
 
 def interleaved(shapes: Sequence[Shape], dim: int, widths: Sequence[Sequence[int]]) -> Sharding:
-    """Several sub-parameters along `dim`, each split by itself.
+    """Several sub-parameters along `dim`, each split separately.
 
     `widths[sub][rank]` is what a rank holds of a sub-parameter; its part is its share of the first,
     then of the second, and so on.

@@ -43,8 +43,8 @@ def _unrestored(rest: Sequence[Entry]) -> Iterator[Finding]:
     frozen = [entry.spec.name for entry in rest if entry.kind != "buffer"]
     buffers = [entry.spec.name for entry in rest if entry.kind == "buffer"]
     counted = [
-        f"{len(names)} {what} ({listed(names, 3)})"
-        for names, what in ((frozen, "parameters without optimizer state"), (buffers, "buffers"))
+        f"{len(names)} {what}{'s' * (len(names) > 1)} ({listed(names, 3)})"
+        for names, what in ((frozen, "frozen parameter"), (buffers, "buffer"))
         if names
     ]
     if counted:

@@ -143,7 +143,7 @@ def name_in_peft(module: str, prefix: str) -> str:
 
 
 class _Part(NamedTuple):
-    """A tensor's name taken apart: `module`, the adapter's tensor, its adapter, what follows."""
+    """The parts of a tensor's name: `module`, the adapter's tensor, its adapter, what follows."""
 
     module: str
     tensor: str
