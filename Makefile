@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 
-.PHONY: test test-slow check demo demo-fsdp demo-move bench docs clean
+.PHONY: test test-slow check demo demo-fsdp demo-megatron demo-move bench docs clean
 
 # One worker a core; a file's tests run in one worker, in their order.
 test: check
@@ -27,6 +27,10 @@ demo: $(STAMP)
 # The same with FSDP: converted for it, loaded, trained, saved by DCP, and converted back.
 demo-fsdp: $(STAMP)
 	$(BIN)/python -m demo.fsdp_story demo-out
+
+# The same with megatron-core: into a Megatron model, taught, saved as torch_dist, and converted back.
+demo-megatron: $(STAMP)
+	$(BIN)/python -m demo.megatron_story demo-out
 
 # A run that moves from DeepSpeed to FSDP and back, with its optimizer; the loss curves in an SVG picture.
 demo-move: $(STAMP)

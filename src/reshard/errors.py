@@ -62,7 +62,9 @@ class ReshardError(Exception):
             more = "..." if len(self.tensor) > _MAX_NAME else ""
             where += f"tensor {self.tensor[:_MAX_NAME] + more!r}: "
         if self.path is not None:
-            where = f"{self.path}: {where}"
+            path = os.fspath(self.path)
+            # A space at its end is not seen without quotes.
+            where = f"{path if path == path.strip() else repr(path)}: {where}"
         hint = f" {self.hint}" if self.hint else ""
         message = printable(shortened(self.message), lines=isinstance(self.message, Lines))
         return f"{printable(where)}{message}{printable(hint)}"

@@ -184,11 +184,8 @@ class Inspection(Struct, frozen=True):
         origin, details = catalog.origin, catalog.origin.details
         title = named(catalog.format).title
         version = f"{origin.framework} {origin.version or ''}".strip()
-        stage, step, ranks = (
-            details.get("zero_stage"),
-            details.get("global_steps"),
-            origin.world_size,
-        )
+        stage, step = details.get("zero_stage"), details.get("global_steps")
+        ranks = origin.world_size
         parts = [
             title.removeprefix("a ").removeprefix("an "),
             version,

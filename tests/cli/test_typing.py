@@ -121,3 +121,8 @@ def test_the_shell_completes_tags(oracle: Oracle, tmp_path: Path) -> None:
     assert completed("reshard convert nope out --tag ") == []
     assert completed("reshard convert --tag ") == []
     assert completed("reshard insp") == ["inspect"]
+
+
+def test_a_space_at_the_end_of_a_path_is_seen(tmp_path: Path, capsys: Shown) -> None:
+    assert run(command, ["inspect", f"{tmp_path}/run "]) == 1
+    assert f"error: '{tmp_path}/run ': there is no such file or folder." in capsys.readouterr().err

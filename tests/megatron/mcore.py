@@ -10,19 +10,19 @@ it assumes a GPU; loading goes through its `dist_checkpointing.load`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
+
+from demo.cpu_megatron import without_gpu
 
 TIMEOUT_SECONDS = 240
 TOKENS = torch.arange(12).reshape(1, 12) * 37 % 61
@@ -92,7 +92,7 @@ def main(folder: Path) -> None:
 def _rank(rank: int, world: int, meeting: Path, folder: Path) -> None:
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     torch.set_num_threads(1)
-    _without_gpu()
+    without_gpu()
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     from megatron.core import parallel_state
 
@@ -298,57 +298,6 @@ def said(model: Any, case: Case, config: dict[str, Any]) -> torch.Tensor | None:
         dist.send(made.contiguous(), ranks[stage + 1])
         return None
     return made
-
-
-def _without_gpu() -> None:
-    """What megatron-core asks of a GPU, answered on the CPU."""
-
-    class Stream:
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-        def __enter__(self) -> Stream:
-            return self
-
-        def __exit__(self, *_: Any) -> None: ...
-        def wait_stream(self, *_: Any) -> None: ...
-        def wait_event(self, *_: Any) -> None: ...
-        def record_event(self, *_: Any) -> Stream:
-            return self
-
-    class Tracker:
-        @contextlib.contextmanager
-        def fork(self, *_: Any, **__: Any) -> Iterator[None]:
-            yield
-
-        def is_initialized(self) -> bool:
-            return True
-
-        def add(self, *_: Any, **__: Any) -> None: ...
-
-    cuda: Any = torch.cuda
-    cuda.current_device = lambda: torch.device("cpu")
-    for name in ("synchronize", "empty_cache", "manual_seed", "set_device"):
-        setattr(cuda, name, lambda *_, **__: None)
-    cuda.Stream = cuda.Event = Stream
-    cuda.current_stream = lambda *_: Stream()
-    cuda.stream = lambda *_, **__: Stream()
-    tensor: Any = torch.Tensor
-    tensor.cuda = lambda self, *_, **__: self
-    module: Any = torch.nn.Module
-    module.cuda = lambda self, *_, **__: self
-    tracker = Tracker()
-    for each in list[Any](sys.modules.values()):
-        named = getattr(each, "__name__", "")
-        if named.startswith("megatron") and hasattr(each, "get_cuda_rng_tracker"):
-            each.get_cuda_rng_tracker = lambda *_, **__: tracker
-    import megatron.core.transformer.moe.moe_utils as routing
-    import megatron.core.transformer.multi_latent_attention as latent
-
-    if not hasattr(routing, "te_general_gemm"):
-        routing.te_general_gemm = None
-    for name in ("TELinear", "TEColumnParallelLinear", "TELayerNormColumnParallelLinear"):
-        # None without TransformerEngine, and asked for by isinstance all the same.
-        if hasattr(latent, name) and not isinstance(getattr(latent, name), type):
-            setattr(latent, name, type(name, (), {}))
 
 
 if __name__ == "__main__":
