@@ -203,6 +203,7 @@ def test_a_source_without_state(tmp_path: Path) -> None:
     [
         ({"to": "hf", "optimizer": True}, "not written with --to hf"),
         ({"to": "dcp", "layout": "nested"}, "none is"),
+        ({"to": "deepspeed", "layout": "nested", "optimizer": True}, "there is one layout"),
         ({"to": "dcp", "optimizer": True, "names": "all"}, "its optimizer's state has one"),
     ],
 )
