@@ -48,6 +48,8 @@ def _reshard(*options: str) -> Callable[[Input, Path, Path], list[str]]:
         convert = [sys.executable, "-m", "reshard", "convert", str(given.source), str(target)]
         if given.kind == "huggingface":
             return [*convert, "--to", "dcp", "--json", *options]
+        if given.kind == "state":
+            return [*convert, "--to", "deepspeed", "--json", *options]
         if given.kind == "quantised":
             return [*convert, "--json", *options]
         return [*convert, "--base", str(given.base), "--json", *options]
@@ -93,7 +95,13 @@ def _fill(path: Path, source: Path, nbytes: int) -> None:
                     nbytes -= out.write(block)
 
 
-_ALL = ("deepspeed", "dcp", "huggingface", "quantised")
+_ALL = ("deepspeed", "dcp", "huggingface", "quantised", "state")
+
+
+def _to_dcp(given: Input, target: Path, _: Path) -> list[str]:
+    convert = [sys.executable, "-m", "reshard", "convert", str(given.source), str(target)]
+    return [*convert, "--to", "dcp", "--optimizer", "--json"]
+
 
 CONTENDERS: tuple[Contender, ...] = (
     Contender(
@@ -161,6 +169,13 @@ CONTENDERS: tuple[Contender, ...] = (
         ("quantised",),
         _peer("dequantise"),
         "from_pretrained on the CPU, save_pretrained; not synced",
+    ),
+    Contender("reshard, to DCP", ("state",), _to_dcp, "the same state for FSDP, verified"),
+    Contender(
+        "ds_to_universal",
+        ("state",),
+        _peer("ds_to_universal"),
+        "DeepSpeed's own converter, two workers of each kind; not synced",
     ),
     Contender("load all, dcp.save", ("huggingface",), _peer("dcp_save"), "synced by dcp.save"),
 )

@@ -252,6 +252,7 @@ def _save_optimizer(tag: Path, rank: int, state: Mapping[str, Any]) -> None:
 RECIPES: tuple[Recipe, ...] = (
     Recipe("zero2-0.5b", "deepspeed", trained(2)),
     Recipe("zero3-0.5b", "deepspeed", trained(3)),
+    Recipe("zero2-state-0.5b", "state", trained(2)),
     Recipe("zero2-1.9b", "deepspeed", laid_out(2), large=True),
     Recipe("zero3-1.9b", "deepspeed", laid_out(3), large=True),
 )

@@ -84,6 +84,26 @@ def dequantise(source: str, base: str, target: str) -> None:
     model.save_pretrained(target, save_original_format=False)
 
 
+def ds_to_universal(source: str, base: str, target: str) -> None:
+    """DeepSpeed's own converter of training state, which writes slices of all of it first."""
+    from argparse import Namespace
+
+    from deepspeed.checkpoint import ds_to_universal as own
+
+    (tag,) = (path for path in Path(source).iterdir() if path.is_dir())
+    own.main(
+        Namespace(
+            input_folder=str(tag),
+            output_folder=target,
+            num_extract_workers=2,
+            num_merge_workers=2,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
+
+
 PEERS = {
     peer.__name__: peer
     for peer in (
@@ -94,6 +114,7 @@ PEERS = {
         merge_weights,
         dcp_save,
         dequantise,
+        ds_to_universal,
     )
 }
 

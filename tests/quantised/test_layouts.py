@@ -18,7 +18,9 @@ from tests.tensors import assert_same
 def test_a_model_becomes_the_16_bit_model(layout: str, tmp_path: Path) -> None:
     made, out = layouts.READ[layout](tmp_path / "model"), tmp_path / "out"
     report = reshard.convert(made.folder, out, dtype="bfloat16")
-    assert [finding.code for finding in report.findings] == ["dequantised"]
+    found = [finding.code for finding in report.findings]
+    # The config is as transformers 5 writes it.
+    assert [code for code in found if code != "base-config-fields"] == ["dequantised"]
     assert_same(load_file(out / "model.safetensors"), made.numbers)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert not (out / "hf_quant_config.json").exists()

@@ -69,7 +69,9 @@ def trained(model: Model) -> dict[str, torch.Tensor]:
 
 
 def codes(report: reshard.Report) -> list[str]:
-    return [finding.code for finding in report.findings]
+    """What a conversion finds, but for what transformers 5 leaves out of a config."""
+    found = [finding.code for finding in report.findings]
+    return [code for code in found if code != "base-config-fields"]
 
 
 def test_a_model_becomes_the_16_bit_model(kind: str, model: Get, tmp_path: Path) -> None:
