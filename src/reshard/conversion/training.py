@@ -48,7 +48,7 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
             "with from_pretrained before deepspeed.initialize.",
         )
     if state is None:
-        what = "its format holds none" if not _can_hold(catalog) else "it holds none"
+        what = "none is read of its format" if not _can_hold(catalog) else "it holds none"
         raise PlanError(
             f"the state of an optimizer was asked for, and {what}.",
             path=catalog.origin.root,
