@@ -32,7 +32,7 @@ def model(folder: Path, value: float = 1, name: str = "w") -> Path:
     """A causal language model, as far as its config says."""
     folder.mkdir()
     save_file({name: np.full((3, 2), value, np.float32)}, folder / "model.safetensors")
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config = {"model_type": "tiny", "architectures": ["TinyForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -146,8 +146,7 @@ def run_of(state: TrainingState) -> dict[str, Any]:
         for group in state.groups
     ]
     run = {"steps": {name: step.count for name, step in state.steps.items()}, "groups": groups}
-    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(run))
-    return found
+    return strict_json.parse_object(msgspec.json.encode(run), MANIFEST)
 
 
 def listed(plan: Plan, sources: Sources) -> dict[str, WrittenFile]:

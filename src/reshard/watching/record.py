@@ -12,11 +12,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 from msgspec import Struct, field
 from msgspec.structs import asdict, replace
 
 from reshard.errors import FormatError, WriteError
+from reshard.storage import strict_json
 from reshard.storage.local import read_start
 from reshard.storage.paths import is_file, real
 from reshard.storage.texts import write_text
@@ -104,8 +104,8 @@ class State:
 def _read(path: Path) -> Record:
     text = read_start(path, _MAX_NBYTES)
     try:
-        found = msgspec.json.decode(text, type=Record)
-    except msgspec.MsgspecError:
+        found = strict_json.parse_as(text, Record, str(path))
+    except FormatError:
         found = Record("", version=0)
     if found.version != _VERSION:
         raise FormatError(
