@@ -117,6 +117,8 @@ ELSEWHERE: dict[str, str] = {
     "Convert a checkpoint of the run that holds all weights.": "models/test_adapter_traps.py::test_adapters_of_a_base_that_they_changed",
     "Gather every rank's part before saving, and convert that.": "models/test_adapter_traps.py::test_a_part_of_exact_zeros_is_a_finding",
     "Name the transformers version it was trained with: --transformers-version.": "naming/test_layout_tables.py::test_a_square_stack_needs_the_version",
+    "Save it again with a newer torch, or with torch.distributed.checkpoint.": "ranks/test_placements.py::test_two_cuts_of_one_dimension_need_their_order",
+    "The file is damaged, or torch of another release wrote it.": "ranks/test_refusals.py::test_a_record_that_lacks_a_part",
 }
 
 #: Hint -> why it is followed by no test.
@@ -140,10 +142,6 @@ WITHOUT: dict[str, str] = {
         _UNSEEN + "a training run's losses",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8.":
         _OTHER + "an older AutoTP",
-    "Save it again with a newer torch, or with torch.distributed.checkpoint.":
-        _TRAINING + "a DTensor of a torch before 2.4",
-    "The file is damaged, or torch of another release wrote it.":
-        "no release writes such a ShardedTensor; the damage is only in hostile files",
     "Name the model that the training started from as the base.":
         _GUARD,
     "For a run of such a version, convert with --names memory.":

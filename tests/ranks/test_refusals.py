@@ -107,6 +107,28 @@ def _rewrite(path: Path, content: bytes, *changes: tuple[bytes, bytes]) -> None:
             target.writestr(info.filename, data)
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "said"),
+    [
+        ("st-w3", b"shards_metadata", "it lists no shards"),
+        ("fsdp2-w3", b"placements", "it has no placements"),
+    ],
+)
+def test_a_record_that_lacks_a_part(
+    ranks: Ranks, tmp_path: Path, name: str, part: bytes, said: str
+) -> None:
+    """Of a sharded tensor and a DTensor; the file as it was saved is read."""
+    folder = ranks.copy(name, tmp_path / "ill")
+    ill = sorted(path for path in folder.iterdir() if "rank" in path.name)[1]
+    whole = ill.read_bytes()
+    _rewrite(ill, whole, (part, part[:-1] + b"x"))
+    with pytest.raises(FormatError, match=said) as caught:
+        reshard.open(folder)
+    assert caught.value.hint == "The file is damaged, or torch of another release wrote it."
+    ill.write_bytes(whole)
+    assert reshard.diff(folder, ranks.copy(name, tmp_path / "well")).same
+
+
 def _lacks_a_name(state: dict[str, torch.Tensor]) -> None:
     del state["b"]
 
