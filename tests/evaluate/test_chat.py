@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -118,6 +119,11 @@ def test_what_cannot_be_talked_with(
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(reshard.UnsupportedError, match="no chat template"):
         conversation(bare, [])
+    shutil.copy(models("causal") / "chat_template.jinja", bare)
+    assert conversation(bare, ["Hello"])[0]
+    place = tmp_path / "report.json"
+    scored = Options(models("srm_vl"), ("Hello",), device="cpu", output_file=place)
+    assert run_model(scored).scores  # --chat is left out
     folder = str(models("causal"))
     assert run(command, ["try", folder, "--chat", "--benchmark"]) == 2
     assert "--benchmark has no effect with --chat" in capsys.readouterr().err

@@ -79,6 +79,7 @@ ELSEWHERE: dict[str, str] = {
     "Convert the checkpoint that it was made from.": "deepspeed/test_universal.py::test_made_from_other_parallelism_it_is_refused",
     "Pass {}, or leave out --optimizer.": "state/test_writing.py::test_options_that_do_not_go_together",
     "Pass --names memory, or leave out --names.": "state/test_writing.py::test_options_that_do_not_go_together",
+    "Pass --to dcp --optimizer, or leave out --{}.": "state/test_writing.py::test_options_that_do_not_go_together",
     "Pass --optimizer, or leave out --{}.": "state/test_writing.py::test_options_that_do_not_go_together",
     "Leave out --hyperparameters.": "state/test_writing.py::test_hyperparameters_that_the_checkpoint_states",
     "Leave out --base: without it the names stay, and the state travels with them.": "state/test_writing.py::test_a_base_whose_names_the_moments_do_not_fit",

@@ -209,6 +209,7 @@ def test_options_that_have_no_place(option: str, value: str, tmp_path: Path) -> 
         written(case("ds_s2_fp32").folder, tmp_path, **{option: value})
     assert caught.value.option == option
     assert f"Leave out --{option.replace('_', '-')}." == caught.value.hint
+    written(case("ds_s2_fp32").folder, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -164,6 +164,7 @@ def test_hyperparameters_that_no_file_holds_are_asked_for(tmp_path: Path) -> Non
     assert [group["initial_lr"] for group in optimizer["param_groups"]] == [0.01, 0.005]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -179,6 +180,15 @@ def test_hyperparameters_that_are_none(value: object, message: str, tmp_path: Pa
     with pytest.raises(OptionError, match=message) as caught:
         converted(ELASTIC, tmp_path, hyperparameters=file)
     assert '"weight_decay": 0.1' in str(caught.value)
+    # The list of the hint, with an object for each of the two groups.
+    offered = json.loads(str(caught.value.hint).partition(": ")[2].removesuffix("."))
+    file.write_text(json.dumps(offered * 2))
+    optimizer = loaded(converted(ELASTIC, tmp_path, hyperparameters=file) / "optim_states")
+    for group in optimizer["param_groups"]:
+        assert {key: group[key] for key in offered[0] if key != "betas"} == {
+            key: value for key, value in offered[0].items() if key != "betas"
+        }
+        assert group["betas"] == tuple(offered[0]["betas"])
 
 
 def test_hyperparameters_that_the_checkpoint_states(tmp_path: Path) -> None:
@@ -198,21 +208,43 @@ def test_a_source_without_state(tmp_path: Path) -> None:
     assert reshard.convert(weights, tmp_path / "out", to="dcp").verified
 
 
+DCP: dict[str, Any] = {"to": "dcp", "optimizer": True}
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "hint", "mends"),
     [
-        ({"to": "hf", "optimizer": True}, "not written with --to hf"),
-        ({"to": "dcp", "layout": "nested"}, "none is"),
-        ({"to": "deepspeed", "layout": "nested", "optimizer": True}, "there is one layout"),
-        ({"to": "dcp", "optimizer": True, "names": "all"}, "its optimizer's state has one"),
+        ({"to": "hf", "optimizer": True},
+         "Pass --to dcp, --to deepspeed, or leave out --optimizer.",
+         [DCP, {"to": "deepspeed", "optimizer": True}, {"to": "hf"}]),
+        ({"to": "dcp", "layout": "nested"}, "Pass --optimizer, or leave out --layout.",
+         [{**DCP, "layout": "nested"}, {"to": "dcp"}]),
+        ({"to": "hf", "layout": "nested"}, "Pass --to dcp --optimizer, or leave out --layout.",
+         [{**DCP, "layout": "nested"}, {"to": "hf"}]),
+        ({"to": "deepspeed", "layout": "nested", "optimizer": True}, "Leave out --layout.",
+         [{"to": "deepspeed", "optimizer": True}]),
+        ({**DCP, "names": "all"}, "Pass --names memory, or leave out --names.",
+         [{**DCP, "names": "memory"}, DCP]),
+        ({**DCP, "names": "hub"}, "Leave out --names.", [DCP]),
+        ({"to": "deepspeed", "names": "hub"}, "Leave out --names.", [{"to": "deepspeed"}]),
+        ({"to": "deepspeed", "names": "all"}, "Leave out --names.", [{"to": "deepspeed"}]),
     ],
-)
+)  # fmt: skip
 def test_options_that_do_not_go_together(
-    options: dict[str, Any], message: str, tmp_path: Path
+    options: dict[str, Any], hint: str, mends: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    with pytest.raises(OptionError, match=message):
-        reshard.convert(case("ds_s2_fp32").folder, tmp_path / "out", **options)
-    assert converted("ds_s2_fp32", tmp_path, layout="nested").is_dir()
+    """Each way that the hint offers is taken: none of them leads to another refusal."""
+    source, base = case("ds_s2_fp32").folder, base_model(tmp_path)
+    given: dict[str, Any] = {"base": base, "allow_unchanged": True}
+    with pytest.raises(OptionError) as caught:
+        reshard.convert(source, tmp_path / "out", **given, **options)
+    assert caught.value.hint == hint
+    if options["to"] == "deepspeed" and "names" in options:
+        assert "--to deepspeed" in str(caught.value)
+    for at, mend in enumerate(mends):
+        report = reshard.convert(source, tmp_path / f"out{at}", **given, **mend)
+        assert report.verified
+        assert bool(report.state) == (mend["to"] == "deepspeed" or "optimizer" in mend)
 
 
 def test_masters_that_are_rounded_are_a_finding(tmp_path: Path) -> None:

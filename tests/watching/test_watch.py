@@ -246,6 +246,7 @@ def test_what_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     save(run / "step_1", 1)
     with pytest.raises(reshard.OptionError, match="one checkpoint, not the folder of a run"):
         watch(run / "step_1", out, once=True, interval=FAST)
+    assert reshard.convert(run / "step_1", tmp_path / "converted").verified
     with pytest.raises(reshard.OptionError, match="there is no such option"):
         watch(run, out, once=True, bse="x")
     with pytest.raises(reshard.NotFoundError, match="no such"):
@@ -255,6 +256,9 @@ def test_what_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     look(run, out)
     with pytest.raises(reshard.WriteError, match="the outputs of another run are there"):
         watch(tmp_path / "other", out, once=True, interval=FAST)
+    save(tmp_path / "other" / "step_1", 3)
+    look(tmp_path / "other", tmp_path / "another")
+    assert states(tmp_path / "another") == {"step_1": "done"}
     (out / RECORD).write_text("{")
     with pytest.raises(reshard.FormatError, match=r"watch\.json: it is damaged.*Remove it"):
         watch(run, out, once=True, interval=FAST)

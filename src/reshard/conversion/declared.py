@@ -433,14 +433,18 @@ def _check_target(values: Mapping[str, Any]) -> None:
         )
     if values["names"] == "all" and not target_named(to).names_twice:
         raise OptionError(
-            "names 'all' gives the same bytes several names, which files of --to hf cannot.",
-            hint="Pass --to dcp, or leave out --names.",
+            f"names 'all' gives the same bytes several names, which files of --to {to} cannot.",
+            hint="Leave out --names."
+            if values["optimizer"]
+            else "Pass --to dcp, or leave out --names.",
             option="names",
         )
     if values["names"] == "hub" and not target_named(to).takes_files:
         raise OptionError(
             f"names 'hub' is the layout of released models, which are not written with --to {to}.",
-            hint="Pass --to hf, or leave out --names.",
+            hint="Leave out --names."
+            if values["optimizer"]  # which --to hf does not write
+            else "Pass --to hf, or leave out --names.",
             option="names",
         )
     if values["consumed_samples"] is not None and not target_named(to).client_state:
@@ -487,11 +491,12 @@ def _check_state(values: Mapping[str, Any]) -> None:
             hint=f"Pass {able}, or leave out --optimizer.",
             option="optimizer",
         )
+    target_that_holds = "" if target.writes_state else "--to dcp "
     for name in ("layout", "hyperparameters"):
         if values[name] is not None and not values["optimizer"]:
             raise OptionError(
                 f"{name}: it says how training state is written, and none is.",
-                hint=f"Pass --optimizer, or leave out --{name}.",
+                hint=f"Pass {target_that_holds}--optimizer, or leave out --{name}.",
                 option=name,
             )
     if values["layout"] is not None and values["layout"] not in target.layouts:
