@@ -63,3 +63,12 @@ def test_what_is_unknown_names_what_is_near(capsys: Shown) -> None:
     assert "No such topic 'not-finit'. Did you mean not-finite" in capsys.readouterr().err
     assert run(command, ["help", "zzzzzz"]) == 2
     assert "All of them: reshard help topics" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "page"), [("LoRA", "adapters"), ("vllm", "serving"), ("tokenizer", "doctor")]
+)
+def test_words_name_the_pages_that_say_them(words: str, page: str, capsys: Shown) -> None:
+    assert run(command, ["help", words]) == 2
+    told = capsys.readouterr().err.partition("Pages that speak of it: ")[2]
+    assert page in told

@@ -606,6 +606,12 @@ def output_is_the_source(at: Path) -> Case:
     return Case(converting(run, run), converting(run, at / "out"))
 
 
+@follows("Name a new folder.")
+def output_is_named_like_a_file(at: Path) -> Case:
+    run = tiny.zero(at / "run")
+    return Case(converting(run, at / "out.safetensors"), converting(run, at / "out"))
+
+
 @follows("Name a folder outside of it.")
 def output_inside_the_source(at: Path) -> Case:
     run = tiny.zero(at / "run")

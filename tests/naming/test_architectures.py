@@ -56,6 +56,15 @@ def test_other_sizes_are_seen(name: str) -> None:
     assert not found.absent
 
 
+def test_biases_that_the_config_rules_out_are_not_missed() -> None:
+    shapes, config = tables.table("4.57", "qwen2_moe").disk_shapes(), config_of("4.57", "qwen2_moe")
+    plain = {name: shape for name, shape in shapes.items() if not name.endswith("_proj.bias")}
+    assert len(plain) < len(shapes)
+    assert examined(plain, {**config, "qkv_bias": False}).sound
+    assert examined(plain, config).absent
+    assert examined(shapes, {**config, "qkv_bias": False}).strange
+
+
 def test_layers_that_the_config_does_not_count() -> None:
     shapes, config = tables.table("4.57", "llama").disk_shapes(), config_of("4.57", "llama")
     (found,) = examined(shapes, {**config, "num_hidden_layers": 5}).layers

@@ -18,7 +18,7 @@ def help_(name: str | None) -> None:
 
     Without a topic, it lists the commands; `reshard help topics` lists all topics.
     """
-    from reshard.cli.topics import text, topics
+    from reshard.cli.topics import about, text, topics
 
     context = click.get_current_context()
     group = context.find_root()
@@ -34,10 +34,12 @@ def help_(name: str | None) -> None:
     if found is not None:
         _show(found)
         return
-    every = [topic for group_of in topics().values() for topic in group_of]
-    if not get_close_matches(name, group.command.list_commands(group), 1, 0.5):
+    said = about(name)
+    if said or not get_close_matches(name, group.command.list_commands(group), 1, 0.5):
+        every = [topic for group_of in topics().values() for topic in group_of]
         near = get_close_matches(name, every, 3, 0.5)
         question = f" Did you mean {' or '.join(near)}?" if near else ""
+        question += f" Pages that speak of it: {', '.join(said)}." if said else ""
         context.fail(f"No such topic {name!r}.{question} All of them: reshard help topics")
     group.command.resolve_command(group, [name])  # names the nearest command
 

@@ -52,6 +52,16 @@ def text(topic: str) -> str | None:
     return short[wanted].read_text(encoding="utf-8") if wanted in short else None
 
 
+def about(words: str) -> list[str]:
+    """The pages that say the words most often: three of them at most."""
+    wanted = re.compile(rf"\b{re.escape(words.strip())}", re.IGNORECASE)
+    said = {
+        name: len(wanted.findall(path.read_text(encoding="utf-8")))
+        for name, path in pages().items()
+    }
+    return sorted((name for name in said if said[name]), key=lambda name: -said[name])[:3]
+
+
 def heading(name: str) -> str:
     """The heading that an error's class has in errors.md.
 

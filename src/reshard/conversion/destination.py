@@ -42,6 +42,8 @@ from reshard.storage.paths import (
 
 # Python's own, made anew from the modules beside it.
 _REMADE = "__pycache__"
+# A folder of such a name would be taken for a file, by users and by programs that load it.
+_FILE_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # Names that a message lists, and files that are counted to describe a folder.
 _LISTED, _MAX_COUNTED = 4, 100_000
 
@@ -96,6 +98,12 @@ def check_destination(
     _check_outside(target, "source", source)
     if base is not None:
         _check_outside(target, "base model", base)
+    if target.suffix in _FILE_ENDS and not is_folder(target):
+        raise WriteError(
+            f"the output is a folder, and {target.suffix} is the end of a file's name.",
+            path=target,
+            hint="Name a new folder.",
+        )
     return replaced
 
 

@@ -93,6 +93,11 @@ self_attn.k_proj.weight   K H
 self_attn.v_proj.weight   K H
 self_attn.o_proj.weight   H Q
 """
+_BIASES_OF_QWEN2_MOE = """
+self_attn.q_proj.bias   Q   qkv_bias+
+self_attn.k_proj.bias   K   qkv_bias+
+self_attn.v_proj.bias   K   qkv_bias+
+"""
 _BIASES_IF_STATED = """
 self_attn.q_proj.bias   Q   attention_bias
 self_attn.k_proj.bias   K   attention_bias
@@ -204,7 +209,7 @@ DECODERS = (
             (_NORMS_WITH_BIAS, _ATTENTION, _BIASES_IF_STATED, _MIXTRAL_EXPERTS),
             "embed_tokens.weight ? H\nnorm.weight H\nnorm.bias H"),
     Decoder(("qwen2_moe",), "Qwen2Moe",
-            (_NORMS, _ATTENTION, _BIASES_OF_QWEN2, (_EXPERTS + _SHARED_EXPERT, _MLP))),
+            (_NORMS, _ATTENTION, _BIASES_OF_QWEN2_MOE, (_EXPERTS + _SHARED_EXPERT, _MLP))),
     Decoder(("qwen3_moe",), "Qwen3Moe",
             (_NORMS, _ATTENTION, _BIASES_IF_STATED, _HEAD_NORMS, (_EXPERTS, _MLP))),
     Decoder(("qwen3_vl_moe_text",), "Qwen3VLMoe",
