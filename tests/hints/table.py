@@ -137,8 +137,6 @@ WITHOUT: dict[str, str] = {
         _OTHER + "one without torchvision",
     "Set the schedule in the script that goes on, at the step that the report states.":
         _UNSEEN + "a training script",
-    "Load and save it once with a newer DeepSpeed, or convert the weights alone.":
-        _OTHER + "a DeepSpeed of before 0.5.4",
     "Compare the first losses of the continued run with those before.":
         _UNSEEN + "a training run's losses",
     "Name the model that the training started from as the base.":
