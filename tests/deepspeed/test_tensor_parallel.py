@@ -305,6 +305,16 @@ def test_what_is_not_handled_is_refused_by_name(
         reshard.open(tag)
 
 
+def test_metadata_of_an_older_autotp(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
+    tag = parallel_runs["tp-zero1"].copy(tmp_path)
+    edit_info(tag, lambda info: info.update(universal_checkpoint_version=0.1))
+    with pytest.raises(reshard.UnsupportedError, match=r"version 0\.1.*does not say") as caught:
+        reshard.open(tag)
+    assert caught.value.hint == "Load and save it once with AutoTP of DeepSpeed 0.19.8."
+    # What that release saves is the run itself.
+    check_against_truth(reshard.open(parallel_runs["tp-zero1"].root), parallel_runs, "tp-zero1")
+
+
 def _overlapping(entry: dict[str, Any]) -> None:
     entry["ranks"][1]["pieces"][0]["source"][0] = 0
 

@@ -147,10 +147,14 @@ def test_a_head_file_without_an_index(pairs: Pairs, engine: EngineName, tmp_path
     (below / "heads").mkdir()
     (below / "value_head.safetensors").rename(below / "heads" / "value_head.safetensors")
     assert codes(below, engine) == set()
-    index = {"metadata": {}, "weight_map": dict.fromkeys(models.load(pairs("llama").healthy),
-                                                         "model.safetensors")}  # fmt: skip
-    (ill / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert codes(ill, engine) == set()
+    # The run converted again, whose head has two layers.
+    head = {f"value_head.{layer}.{part}": torch.ones(*(width, 32)[: 2 if part == "weight" else 1])
+            for layer, width in ((0, 32), (2, 1)) for part in ("weight", "bias")}  # fmt: skip
+    torch.save({**models.load(pairs("llama").healthy), **head}, tmp_path / "run.pt")
+    again = tmp_path / "again"
+    reshard.convert(tmp_path / "run.pt", again, base=pairs("llama").base, value_head="value_head")
+    assert (again / "value_head.safetensors").is_file()
+    assert codes(again, engine) == set()
 
 
 def test_stale_shards_that_only_mlx_reads(pairs: Pairs, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ ELSEWHERE: dict[str, str] = {
     "Name the transformers version it was trained with: --transformers-version.": "naming/test_layout_tables.py::test_a_square_stack_needs_the_version",
     "Save it again with a newer torch, or with torch.distributed.checkpoint.": "ranks/test_placements.py::test_two_cuts_of_one_dimension_need_their_order",
     "The file is damaged, or torch of another release wrote it.": "ranks/test_refusals.py::test_a_record_that_lacks_a_part",
+    "Load and save it once with AutoTP of DeepSpeed 0.19.8.": "deepspeed/test_tensor_parallel.py::test_metadata_of_an_older_autotp",
 }
 
 #: Hint -> why it is followed by no test.
@@ -136,12 +137,8 @@ WITHOUT: dict[str, str] = {
         _OTHER + "one without torchvision",
     "Set the schedule in the script that goes on, at the step that the report states.":
         _UNSEEN + "a training script",
-    "Load and save it once with a newer DeepSpeed, or convert the weights alone.":
-        _OTHER + "a DeepSpeed of before 0.5.4",
     "Compare the first losses of the continued run with those before.":
         _UNSEEN + "a training run's losses",
-    "Load and save it once with AutoTP of DeepSpeed 0.19.8.":
-        _OTHER + "an older AutoTP",
     "Name the model that the training started from as the base.":
         _GUARD,
     "For a run of such a version, convert with --names memory.":

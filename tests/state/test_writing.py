@@ -164,6 +164,9 @@ def test_hyperparameters_that_no_file_holds_are_asked_for(tmp_path: Path) -> Non
     assert [group["initial_lr"] for group in optimizer["param_groups"]] == [0.01, 0.005]
 
 
+GROUP = {"lr": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
     ("value", "message"),
@@ -172,6 +175,11 @@ def test_hyperparameters_that_no_file_holds_are_asked_for(tmp_path: Path) -> Non
         ([{"lr": 1}], "of 1 parameter groups, the checkpoint has 2"),
         ([{"lr": "x"}, {}], "the lr of group 0 is 'x'"),
         ([{"lr": 1, "betas": [0.9]}, {}], "the betas of group 0"),
+        ([{"lr": float("nan")}, {}], "the lr of group 0 is nan"),
+        ([{"lr": -1}, {}], "the lr of group 0 is -1"),
+        ([{"lr": 10**400}, {}], "the lr of group 0 is 1"),
+        ([{"lr": 1, "betas": [0.9, 1.5]}, {}], "the betas of group 0"),
+        ([{**GROUP, "params": [0]}, GROUP], "group 0 lists params"),
     ],
 )
 def test_hyperparameters_that_are_none(value: object, message: str, tmp_path: Path) -> None:

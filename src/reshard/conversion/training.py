@@ -6,6 +6,7 @@ way as the weights.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,12 @@ def _parsed(path: Path, count: int) -> list[dict[str, Plain]]:
         for key in NEEDED:
             numbers = group.get(key) if key == "betas" else [group.get(key)]
             sound = isinstance(numbers, list) and len(numbers) == (2 if key == "betas" else 1)
-            if not sound or not all(type(number) in (int, float) for number in numbers):
+            # What torch's AdamW accepts; NaN, which JSON of Python may hold, is below nothing.
+            limit = 1.0 if key == "betas" else sys.float_info.max
+            if not sound or not all(type(n) in (int, float) and 0 <= n < limit for n in numbers):
                 raise _wrong(path, f"the {key} of group {at} is {group.get(key)!r}")
+        if "params" in group:
+            raise _wrong(path, f"group {at} lists params, which the checkpoint states itself")
     return [{**group, "betas": tuple(group["betas"])} for group in value]
 
 

@@ -121,7 +121,7 @@ def _shapes(saved: Saved, numbers: int) -> tuple[Shapes, ...]:
             f"it has {numbers} flat tensors, and the model file lists the parameters of "
             f"{len(groups)}, so nothing says which group a parameter is of.",
             path=saved.optim[0].path,
-            hint="Load and save it once with a newer DeepSpeed, or convert the weights alone.",
+            hint="Load and save it once with a newer DeepSpeed.",
         )
     return groups
 
