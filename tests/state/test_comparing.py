@@ -55,6 +55,26 @@ def test_another_moment_is_found(layout: Layout, tmp_path: Path) -> None:
     assert caught.value.tensor == "exp_avg: model.layers.1.mlp.down_proj.weight"
 
 
+@pytest.mark.parametrize("damage", ["edited", "removed"])
+@pytest.mark.parametrize("layout", ["lightrft", "accelerate"])
+def test_a_schedule_that_changed_is_found(layout: Layout, damage: str, tmp_path: Path) -> None:
+    source, out = case("ds_s2_fp32").folder, tmp_path / "out"
+    reshard.convert(source, out, to="dcp", optimizer=True, layout=layout)
+    files = sorted(out.rglob("*.pt"))
+    assert any(file.name.startswith("scheduler") for file in files)
+    for file in files:
+        before = file.read_bytes()
+        if damage == "removed":
+            file.unlink()
+        else:
+            torch.save({"last_epoch": 77}, file)
+        for against in (None, source):
+            with pytest.raises(VerificationError, match=file.name):
+                reshard.verify(out, against=against)
+        file.write_bytes(before)
+    reshard.verify(out, against=source)
+
+
 def test_diff_shows_the_moments_by_layer(tmp_path: Path) -> None:
     one, other = case("ds_s2_fp32").folder, changed(tmp_path, bump)
     assert reshard.diff(one, other).same

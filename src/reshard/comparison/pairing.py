@@ -28,7 +28,7 @@ from reshard.conversion.options import Options, RewardChoice, SrmFormat, restate
 from reshard.conversion.output_model import Export
 from reshard.conversion.planning import exported
 from reshard.conversion.trainer_names import trainer
-from reshard.conversion.verification import check_listed, child_of
+from reshard.conversion.verification import check_listed, check_run, child_of
 from reshard.core.catalog import Catalog
 from reshard.core.tensors import Entry, Shape, stored
 from reshard.errors import FormatError, NamesError, OptionError, PlanError
@@ -131,6 +131,7 @@ def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
         return _stated_above(folder, sources)
     stated = manifest.read(folder, sources)
     check_listed(folder, stated)
+    check_run(folder, stated)
     return stated
 
 
@@ -139,6 +140,7 @@ def _stated_above(folder: Path, sources: Sources) -> Manifest | None:
     if not is_file(folder.parent / MANIFEST):
         return None
     stated = manifest.read(folder.parent, sources)
+    check_run(folder.parent, stated)
     inside = any(name.startswith(f"{folder.name}/") for name in stated.files)
     return stated if inside else None
 

@@ -64,6 +64,7 @@ def verify_folder(
     with Sources() as sources:
         stated = manifest.read(folder, sources)
         check_listed(folder, stated)
+        check_run(folder, stated)
         parts = [(folder, stated.tensors)] if stated.tensors else []
         parts += [(child_of(folder, name), tensors) for name, tensors in stated.beside.items()]
         found = []
@@ -124,6 +125,27 @@ def check_listed(folder: Path, stated: Manifest) -> None:
                 f"it is there, and {manifest.MANIFEST} does not list it.",
                 path=path,
                 hint="Move it away, or convert again: what is not listed cannot be verified.",
+            )
+
+
+def check_run(folder: Path, stated: Manifest) -> None:
+    """Raise `VerificationError` unless the schedule, the counters and the other files of a run that
+    lie beside its training state are those that were written.
+    """
+    if not stated.state:
+        return
+    for name, written in stated.files.items():
+        if not written.digest or not name.endswith(".pt"):
+            continue
+        path = child_of(folder, name)
+        if not is_file(path):
+            raise VerificationError("it was written with the training state, and is not there.",
+                                    path=path, hint="Convert again.")  # fmt: skip
+        if manifest.file_digest(path) != written.digest:
+            raise VerificationError(
+                f"its bytes are not those that {manifest.MANIFEST} states.",
+                path=path,
+                hint="Convert again.",
             )
 
 
