@@ -56,13 +56,20 @@ def test_other_sizes_are_seen(name: str) -> None:
     assert not found.absent
 
 
-def test_biases_that_the_config_rules_out_are_not_missed() -> None:
-    shapes, config = tables.table("4.57", "qwen2_moe").disk_shapes(), config_of("4.57", "qwen2_moe")
-    plain = {name: shape for name, shape in shapes.items() if not name.endswith("_proj.bias")}
+@pytest.mark.parametrize(
+    ("name", "key"), [("qwen2_moe", "qkv_bias"), ("gpt_oss", "attention_bias")]
+)
+def test_biases_that_the_config_rules_out_are_not_missed(name: str, key: str) -> None:
+    shapes, config = tables.table("4.57", name).disk_shapes(), config_of("4.57", name)
+    plain = {
+        tensor: shape
+        for tensor, shape in shapes.items()
+        if not tensor.endswith("_proj.bias") or "self_attn" not in tensor
+    }
     assert len(plain) < len(shapes)
-    assert examined(plain, {**config, "qkv_bias": False}).sound
+    assert examined(plain, {**config, key: False}).sound
     assert examined(plain, config).absent
-    assert examined(shapes, {**config, "qkv_bias": False}).strange
+    assert examined(shapes, {**config, key: False}).strange
 
 
 def test_layers_that_the_config_does_not_count() -> None:

@@ -115,10 +115,10 @@ self_attn.k_norm.weight   D
 """
 _SINKS = """
 self_attn.sinks         ?
-self_attn.q_proj.bias   Q
-self_attn.k_proj.bias   K
-self_attn.v_proj.bias   K
-self_attn.o_proj.bias   H
+self_attn.q_proj.bias   Q   attention_bias+
+self_attn.k_proj.bias   K   attention_bias+
+self_attn.v_proj.bias   K   attention_bias+
+self_attn.o_proj.bias   H   attention_bias+
 """
 _LATENT = """
 self_attn.kv_a_proj_with_mqa.weight   ? H
