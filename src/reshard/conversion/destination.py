@@ -43,7 +43,7 @@ from reshard.storage.paths import (
 # Python's own, made anew from the modules beside it.
 _REMADE = "__pycache__"
 # A folder of such a name would be taken for a file, by users and by programs that load it.
-_FILE_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_FILE_ENDS = (".safetensors", ".gguf")
 # Names that a message lists, and files that are counted to describe a folder.
 _LISTED, _MAX_COUNTED = 4, 100_000
 
