@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from reshard.testing import ReaderConformance, WriterConformance
 from reshard.testing.truth import Tensors
-from tests.conformance.arrays import to_numpy, to_torch
+from tests.conformance.arrays import loaded_by_dcp, to_torch
 
 _BACKEND = {
     "sharded_backend": "torch_dist",
@@ -44,10 +43,4 @@ class TestWriting(WriterConformance):
     target = "megatron"
 
     def load(self, folder: Path) -> Tensors:
-        metadata = dcp.FileSystemReader(folder).read_metadata()
-        state = {}
-        for name, stored in metadata.state_dict_metadata.items():
-            assert isinstance(stored, TensorStorageMetadata)
-            state[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
-        return {name: to_numpy(tensor) for name, tensor in state.items()}
+        return loaded_by_dcp(folder)

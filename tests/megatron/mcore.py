@@ -4,17 +4,15 @@ FOLDER/NAME/model/        a Hugging Face model, tiny, of random weights
 FOLDER/NAME/checkpoint/   what `reshard convert --to megatron` made of it
 FOLDER/NAME/logits.pt     written here: what the model that loaded it says of `TOKENS`
 
-The ranks are forked from one process and meet at a file (gloo). megatron-core is patched only where
+The ranks are forked from one process. megatron-core is patched only where
 it assumes a GPU; loading goes through its `dist_checkpointing.load`.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 
 from demo.cpu_megatron import without_gpu
+from tests.forking import run_ranks
 
-TIMEOUT_SECONDS = 240
 TOKENS = torch.arange(12).reshape(1, 12) * 37 % 61
 _MULTIPLE = 8
 
@@ -70,23 +68,14 @@ CASES = (
 def main(folder: Path) -> None:
     import megatron.core.models.gpt  # noqa: F401, imported once, before the ranks fork
 
-    context = multiprocessing.get_context("fork")
     for world in sorted({case.world for case in CASES}):
-        with tempfile.TemporaryDirectory() as scratch:
-            meeting = Path(scratch, "meeting")
-            ranks = [
-                context.Process(target=_rank, args=(rank, world, meeting, folder))
-                for rank in range(world)
-            ]
-            for rank in ranks:
-                rank.start()
-            for rank in ranks:
-                rank.join(TIMEOUT_SECONDS)
-            codes = [rank.exitcode for rank in ranks]
-            for rank in ranks:
-                rank.kill()
-            if any(code != 0 for code in codes):
-                raise SystemExit(f"the ranks ended with {codes}")
+
+        def work(rank: int, meeting: Path, world: int = world) -> None:
+            _rank(rank, world, meeting, folder)
+
+        codes = run_ranks(world, work)
+        if any(codes):
+            raise SystemExit(f"the ranks ended with {codes}")
 
 
 def _rank(rank: int, world: int, meeting: Path, folder: Path) -> None:

@@ -3,27 +3,25 @@
 Those that need a GPU are made only where they are named, with DS_ACCELERATOR=cuda.
 
 torch and DeepSpeed are imported once, here; the ranks are forked from this process, which saves
-each of them the seconds of importing. Ranks meet at a file: no port is needed.
+each of them the seconds of importing.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
-import multiprocessing
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from tests.forking import run_ranks
 from tests.oracle import parallel, worker
 from tests.oracle.recipes import BY_NAME, PARALLEL, RECIPES, Recipe
 from tests.oracle.worker import Rank
 
-TIMEOUT_SECONDS = 300
 # Imported by torch, DeepSpeed and the recipes on first use; here once, before the ranks fork.
 PRELOADED = (
     "torch._dynamo",
@@ -65,24 +63,11 @@ def _parallel(name: str, rank: Rank, folder: Path) -> None:
 
 def _run(jobs: list[Job], world: int, folder: Path) -> None:
     """Does `jobs` in `world` new ranks, and ends them all as soon as one of them fails."""
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as scratch:
-        meeting = Path(scratch, "meeting")
-        ranks = [
-            context.Process(target=_rank, args=(jobs, Rank(index, world), folder, meeting))
-            for index in range(world)
-        ]
-        for rank in ranks:
-            rank.start()
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while any(rank.is_alive() for rank in ranks):
-            if any(rank.exitcode for rank in ranks) or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-    codes = [rank.exitcode for rank in ranks]
+
+    def work(rank: int, meeting: Path) -> None:
+        _rank(jobs, Rank(rank, world), folder, meeting)
+
+    codes = run_ranks(world, work)
     if any(codes):
         sys.exit(f"{world} ranks doing {', '.join(name for name, _ in jobs)}: exit codes {codes}")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -22,10 +21,10 @@ from pathlib import Path
 
 import msgspec
 
+from tests.forking import run_ranks
 from tests.state import engines
 from tests.state.jobs import Job
 
-TIMEOUT_SECONDS = 240
 PRELOADED = (
     "deepspeed",
     "torch._dynamo",
@@ -56,25 +55,13 @@ def run(jobs: Sequence[Job]) -> str | None:
 
     All ranks are ended as soon as one of them fails.
     """
-    context = multiprocessing.get_context("fork")
-    world = jobs[0].world
     with tempfile.TemporaryDirectory() as scratch:
-        meeting, errors = Path(scratch, "meeting"), Path(scratch, "errors")
-        ranks = [
-            context.Process(target=_rank, args=(jobs, rank, str(meeting), str(errors)))
-            for rank in range(world)
-        ]
-        for rank in ranks:
-            rank.start()
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while any(rank.is_alive() for rank in ranks):
-            if any(rank.exitcode for rank in ranks) or time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
+        errors = Path(scratch, "errors")
+
+        def work(rank: int, meeting: Path) -> None:
+            _rank(jobs, rank, str(meeting), str(errors))
+
+        if any(run_ranks(jobs[0].world, work)):
             return errors.read_text("utf-8") if errors.exists() else "a rank ended without a word"
     return None
 

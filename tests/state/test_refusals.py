@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 import reshard
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 from tests.state.cases import case, opened
+from tests.state.test_writing import loaded
 
 Edit = Callable[[dict[str, Any]], None]
 RANK1 = "global_step3/zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -167,21 +165,9 @@ def dcp_run(tmp_path: Path) -> tuple[Path, Path]:
     return run, run / "_actor/global_step3/optim_states"
 
 
-def optimizer_dict(folder: Path) -> dict[str, Any]:
-    """An optimizer's save as `dcp.save` was given it, its objects included."""
-    found: dict[str, Any] = {}
-    _load_state_dict(
-        found,
-        storage_reader=FileSystemReader(str(folder)),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
-    return found
-
-
 def resave(folder: Path, edit: Edit) -> None:
     """Save an optimizer's folder again with one thing changed."""
-    content = optimizer_dict(folder)
+    content = loaded(folder)
     edit(content)
     shutil.rmtree(folder)
     dcp.save(content, checkpoint_id=str(folder), no_dist=True)
@@ -247,7 +233,7 @@ def test_one_optimizer_file_a_rank(tmp_path: Path) -> None:
 
 def test_several_optimizers_of_one_model(tmp_path: Path) -> None:
     run, folder = dcp_run(tmp_path)
-    content = optimizer_dict(folder)
+    content = loaded(folder)
     both = {"model": {"w": torch.zeros(3)}, "optim_a": content, "optim_b": content}
     shutil.rmtree(run)
     dcp.save(both, checkpoint_id=str(run), no_dist=True)
