@@ -21,15 +21,13 @@ from reshard.core.catalog import Catalog
 from reshard.core.dtypes import FLOAT32
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import NEEDED
-from reshard.core.state import Group, Plain, Step, TrainingState
+from reshard.core.state import WEIGHTS_ALONE, Group, Plain, Step, TrainingState
 from reshard.core.tensors import Entry, Equal
 from reshard.errors import OptionError, PlanError, listed
 from reshard.formats.dcp.lightrft import CONSUMED_SAMPLES
 from reshard.formats.info import named, target_named
 from reshard.naming import apply
 from reshard.storage import strict_json
-
-_ALONE = "Convert the weights alone, without --optimizer."
 
 
 def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingState | None]:
@@ -53,7 +51,7 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
         raise PlanError(
             f"the state of an optimizer was asked for, and {what}.",
             path=catalog.origin.root,
-            hint=_ALONE,
+            hint=WEIGHTS_ALONE,
         )
     state = _with_given(state, options)
     entries = dict(catalog.entries)
@@ -144,7 +142,7 @@ def carried(
                     f"of {written.get(name, 'no shape')}: the optimizer's state cannot be carried "
                     "through this change.",
                     tensor=name,
-                    hint=_ALONE,
+                    hint=WEIGHTS_ALONE,
                 )
     return state
 
@@ -161,7 +159,7 @@ def _through(state: TrainingState, outputs: Mapping[str, Arrangement]) -> Traini
                 "it is made of parameters with and without an optimizer's state "
                 f"({listed(sorted(trained), 2)} has one).",
                 tensor=name,
-                hint=_ALONE,
+                hint=WEIGHTS_ALONE,
             )
         if trained:
             owners[name] = made_of
@@ -205,7 +203,7 @@ def _one(values: Sequence[Any], name: str, what: str) -> Any:
         raise PlanError(
             f"it is made of parameters of different {what}, so no one optimizer's state is its.",
             tensor=name,
-            hint=_ALONE,
+            hint=WEIGHTS_ALONE,
         )
     return values[0]
 

@@ -92,6 +92,15 @@ def part_left_out(name: str, count: int) -> Finding:
     return Finding("part-left-out", message, shown(name), fix)
 
 
+def state_named_by_order(count: int) -> Finding:
+    """That the state of `count` parameters has no names, and got theirs by order and shapes."""
+    return Finding(
+        "state-named-by-order",
+        f"the optimizer's state has no names; that of {count} parameters was given theirs by the "
+        "order and the shapes of the model's parameters, which fit in one way only.",
+    )
+
+
 #: Every code, in alphabetical order.
 CODES: dict[str, Code] = {
     "adapter-base-folder": Code(

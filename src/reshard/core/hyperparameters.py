@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
-from reshard.core.state import Group, Plain, TrainingState
+from reshard.core.state import WEIGHTS_ALONE, Group, Plain, TrainingState
 from reshard.errors import PlanError, listed
 
 #: What AdamW's state dict must state itself.
@@ -28,7 +28,6 @@ _SWITCHES: Mapping[str, Plain] = {
     "decoupled_weight_decay": True,
 }
 _ADAM = frozenset({"exp_avg", "exp_avg_sq"})
-_STEP_NEEDED = "Convert the weights alone, without --optimizer."
 
 
 def is_adam(state: TrainingState, group: Group) -> bool:
@@ -88,7 +87,7 @@ def _check_held(state: TrainingState) -> None:
     """Every parameter of a group must have what the others have: its moments, and a step."""
     if not state.moments:
         raise PlanError(
-            "the optimizer has not made a step: it holds no moments.", hint=_STEP_NEEDED
+            "the optimizer has not made a step: it holds no moments.", hint=WEIGHTS_ALONE
         )
     held = {name for table in state.moments.values() for name in table}
     covered = [name for group in state.groups for name in group.names]
@@ -97,7 +96,7 @@ def _check_held(state: TrainingState) -> None:
         raise PlanError(
             f"the optimizer holds no moments of {len(never)} parameters that its groups cover, "
             f"as of those that no step has updated: {listed(never, 4)}.",
-            hint=_STEP_NEEDED,
+            hint=WEIGHTS_ALONE,
         )
     without = [
         name
@@ -110,5 +109,5 @@ def _check_held(state: TrainingState) -> None:
         raise PlanError(
             f"it does not say how many steps {len(without)} parameters have had, by which Adam "
             f"corrects their moments: {listed(without, 4)}.",
-            hint=_STEP_NEEDED,
+            hint=WEIGHTS_ALONE,
         )

@@ -140,7 +140,7 @@ class TrainingState(Struct, frozen=True):
                 f"the optimizer's state is of {len(foreign)} parameters that the model does not "
                 f"have: {listed(foreign, 4)}. It is that of another model.",
                 path=str(root),
-                hint=_WEIGHTS_ALONE,
+                hint=WEIGHTS_ALONE,
             )
         for kind, table in self.tables():
             for name, entry in table.items():
@@ -151,7 +151,7 @@ class TrainingState(Struct, frozen=True):
                         "model, or of an optimizer that factors its moments.",
                         path=str(root),
                         tensor=name,
-                        hint=_WEIGHTS_ALONE,
+                        hint=WEIGHTS_ALONE,
                     )
         covered = [name for group in self.groups for name in group.names]
         twice = [name for name, count in Counter(covered).items() if count > 1]
@@ -162,12 +162,13 @@ class TrainingState(Struct, frozen=True):
             raise FormatError(
                 f"the parameter groups do not cover the parameters: {what}.",
                 path=str(root),
-                hint=_WEIGHTS_ALONE,
+                hint=WEIGHTS_ALONE,
             )
         return self
 
 
-_WEIGHTS_ALONE = "Convert the weights alone, without --optimizer."
+#: The way out where a training state cannot be carried.
+WEIGHTS_ALONE = "Convert the weights alone, without --optimizer."
 #: What the table of masters is called among the kinds of moments.
 MASTER = "master"
 #: The part of an output's files that hold training state (`OutputFile.part`).

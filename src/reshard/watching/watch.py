@@ -15,7 +15,7 @@ from reshard.conversion.convert import convert
 from reshard.conversion.destination import check_apart, check_replaceable
 from reshard.conversion.manifest import MANIFEST
 from reshard.core.options import PathLike, documented, parse
-from reshard.errors import IncompleteError, NotFoundError, ReshardError, WriteError
+from reshard.errors import FormatError, IncompleteError, NotFoundError, ReshardError, WriteError
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
 from reshard.storage.paths import exists, is_file, status
@@ -110,12 +110,10 @@ class _Watch:
                 self._state.say(f"waiting for saves of {self._run}")
                 time.sleep(min(self._interval, _LONGEST))
                 try:
-                    prints = self._scan()
-                except NotFoundError as error:
-                    # The training deletes what is too old, at any time.
-                    self._tell(str(self._run), f"cannot be looked at now: {error}", failed=True)
-                    prints = {}
-                self._look(prints)
+                    found = self._scan()
+                except NotFoundError as error:  # at the start, a mistake in the command
+                    found = self._not_now(error)
+                self._look(found)
                 if once:
                     break
         finally:
@@ -124,9 +122,18 @@ class _Watch:
 
     def _scan(self) -> dict[Save, tuple[str, str]]:
         """The saves that are there: each one's fingerprint, and why it is not finished."""
-        return {
-            save: (fingerprint(save), unfinished(save, self._run)) for save in saves_of(self._run)
-        }
+        try:
+            return {
+                save: (fingerprint(save), unfinished(save, self._run))
+                for save in saves_of(self._run)
+            }
+        except (IncompleteError, FormatError) as error:
+            return self._not_now(error)
+
+    def _not_now(self, error: ReshardError) -> dict[Save, tuple[str, str]]:
+        """No saves: the training writes, and deletes what is too old, at any time."""
+        self._tell(str(self._run), f"cannot be looked at now: {error}", failed=True)
+        return {}
 
     def _look(self, found: Mapping[Save, tuple[str, str]]) -> None:
         """Do what can be done now."""
@@ -183,7 +190,10 @@ class _Watch:
             self._say(save.name, f"is not complete yet: {error}")
             return False
         except ReshardError as error:
-            self._state.set(save.name, status="failed", fingerprint=print_, message=str(error))
+            # An exit code says that the output of this fingerprint is there: it is not.
+            self._state.set(
+                save.name, status="failed", fingerprint=print_, message=str(error), exit_code=None
+            )
             self._tell(save.name, f"was not converted: {error}", failed=True)
             return False
         self._state.set(

@@ -11,6 +11,7 @@ from reshard.containers.dcp import sharing
 from reshard.containers.dcp.items import Items
 from reshard.containers.dcp.metadata import Chunk, Metadata, StoredTensor
 from reshard.containers.dcp.zips import StoredItem
+from reshard.containers.torch.records import TensorRef
 from reshard.core import dtypes
 from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec
 from reshard.core.tiling import proven
@@ -38,6 +39,17 @@ def find_tensors(
     sharing.check(metadata, folder, sources)
     copies.check(records, sources)
     return entries, tuple(record for found in records.values() for record in found)
+
+
+def scalar(entry: Entry) -> TensorRef:
+    """A tensor of one element, as what a stream refers to.
+
+    Raises `FormatError` where it has none.
+    """
+    if not entry.fragments:
+        raise FormatError(f"its shape {entry.spec.shape} has no number.", tensor=entry.spec.name)
+    fragment = entry.fragments[0]
+    return TensorRef(fragment.dtype, entry.spec.shape, fragment.in_file, None, ("", 0))
 
 
 def _entry(

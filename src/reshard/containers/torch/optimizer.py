@@ -12,6 +12,7 @@ numbers. The optimizer decides which tensors a parameter has: `exp_avg` and `exp
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,12 +20,16 @@ from msgspec import Struct
 
 from reshard.containers.torch.plain import Parts, number
 from reshard.containers.torch.records import Opaque, TensorRef
-from reshard.core.state import Plain, Step, Stored
-from reshard.errors import FormatError, UnsupportedError, brief
+from reshard.containers.torch.write import TensorBytes
+from reshard.core.dtypes import FLOAT32
+from reshard.core.state import WEIGHTS_ALONE, Plain, Step, Stored
+from reshard.errors import FormatError, PlanError, UnsupportedError, brief
 
 Key = int | str
-# Keys of a group that are not hyperparameters.
-_NOT_HYPER = ("params", "param_names", "step")
+# float32 counts every whole number up to here.
+_MAX_STEP = 1 << 24
+#: Keys of a group that are not hyperparameters.
+NOT_HYPER = ("params", "param_names", "step")
 # bitsandbytes: state1, qmap1, absmax1, ..; torchao's are tensors of a class of their own.
 _EIGHT_BIT = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
 # One number for each element of the parameter, also where that is a scalar; what other optimizers
@@ -93,7 +98,7 @@ def _params(value: object, path: Path) -> tuple[Key, ...]:
 
 def hyperparameters(group: Mapping[object, object], parts: Parts, where: str) -> dict[str, Plain]:
     """The settings of a group."""
-    settings = {key: value for key, value in group.items() if key not in _NOT_HYPER}
+    settings = {key: value for key, value in group.items() if key not in NOT_HYPER}
     return parts.mapping(settings, where)
 
 
@@ -118,7 +123,7 @@ def param_state(
         ):
             moments[kind] = held
         else:
-            parts.left_out.append(f"{where}.{kind}")
+            parts.leave(f"{where}.{kind}")
     return ParamState(moments, parse_step(value.get("step"), parts, path) or step)
 
 
@@ -132,8 +137,18 @@ def eight_bit(path: Path, kind: str) -> UnsupportedError:
         f"the optimizer's state is quantised ({brief(kind)}), as 8-bit optimizers keep it, and is "
         "not read.",
         path=path,
-        hint="Convert the weights alone, without --optimizer.",
+        hint=WEIGHTS_ALONE,
     )
+
+
+def step_tensor(count: int, name: str) -> TensorBytes:
+    """A step count as torch's optimizers keep it: a float32 tensor without dimensions.
+
+    Raises `PlanError`, which names the parameter, for a count that float32 does not have.
+    """
+    if count > _MAX_STEP:
+        raise PlanError(f"its step count, {count}, is beyond those of float32.", tensor=name)
+    return TensorBytes(FLOAT32, (), struct.pack("<f", count))
 
 
 def parse_step(value: object, parts: Parts, path: Path) -> Step | None:

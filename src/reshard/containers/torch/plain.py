@@ -22,7 +22,7 @@ class Parts(Struct):
     """Plain data from values, and the paths of everything else."""
 
     sources: Sources
-    left_out: list[str] = field(default_factory=list)
+    left_out: dict[str, None] = field(default_factory=dict)
     seen: int = 0
 
     def take(self, value: object, path: str = "") -> object:
@@ -31,12 +31,25 @@ class Parts(Struct):
         A tensor of one element is its number, a tuple stays a tuple. Items of a dict that are not
         plain are not there.
         """
+        self.seen = 0
         return self._take(value, path, _MAX_DEPTH)
 
     def mapping(self, value: object, path: str = "") -> dict[str, object]:
         """The plain data of a dict; empty where the value is not a dict."""
         taken = self.take(value, path) if isinstance(value, Mapping) else {}
         return {str(key): item for key, item in taken.items()} if isinstance(taken, dict) else {}
+
+    def state_dict(self, value: object, path: str) -> dict[str, object] | None:
+        """The plain data of a state dict; None if there is none, or an object, which is listed."""
+        if value is None or isinstance(value, dict):
+            return None if value is None else self.mapping(value, path)
+        self.leave(f"{path} (an object)")
+        return None
+
+    def leave(self, what: str) -> None:
+        """List what is left out; every rank's file holds the same."""
+        if what not in self.left_out:
+            self.left_out[what] = None
 
     def _take(self, value: object, path: str, depth: int) -> object:
         self.seen += 1
@@ -71,7 +84,7 @@ class Parts(Struct):
     def _leave(self, path: str, what: str) -> None:
         # A list of a million objects is one line.
         if len(self.left_out) < _MAX_VALUES:
-            self.left_out.append(f"{path} ({what})")
+            self.leave(f"{path} ({what})")
 
 
 def _step(path: str, key: object) -> str:

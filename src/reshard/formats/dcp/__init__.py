@@ -17,7 +17,6 @@ metadata.py, filesystem.py, default_planner.py, hf_storage.py) and files that it
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -29,7 +28,7 @@ from reshard.core.findings import Finding
 from reshard.formats import Selection, numbered, of_several
 from reshard.formats.dcp import parts
 from reshard.formats.dcp.chunked import read_chunks
-from reshard.formats.dcp.save import METADATA, RANK_METADATA, folder_metadata
+from reshard.formats.dcp.save import ACCELERATE_MODEL, METADATA, RANK_METADATA, folder_metadata
 from reshard.formats.dcp.state_layout import lay_out_state
 from reshard.formats.signs import is_mcore
 from reshard.storage.local import Sources
@@ -37,8 +36,6 @@ from reshard.storage.paths import exists, is_folder, listing
 
 __all__ = ["detect", "lay_out", "lay_out_state", "read"]
 
-# Where accelerate and the HF Trainer put the models of a checkpoint folder, one as a rule.
-_ACCELERATE = re.compile(r"pytorch_model_fsdp_(\d+)")
 _NO_SHAPES = (
     "Shards of DCP's Hugging Face writer state no whole shapes: if all files of the last ranks are "
     "missing, this cannot be seen without a base model."
@@ -88,7 +85,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 def _models(folder: Path) -> list[Path]:
     """The folders of accelerate's models in a checkpoint folder, by their numbers."""
     folders = (path.name for path in listing(folder) if is_folder(path))
-    return [folder / name for name in numbered(folders, _ACCELERATE)]
+    return [folder / name for name in numbered(folders, ACCELERATE_MODEL)]
 
 
 def _read_shards(folder: Path, sources: Sources, selection: Selection) -> Catalog:

@@ -15,24 +15,22 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from reshard.containers.dcp.chunked import find_tensors
+from reshard.containers.dcp.chunked import find_tensors, scalar
 from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.dcp.objects import read_object
-from reshard.containers.torch import TensorRef
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.plain import Parts, number
 from reshard.core.state import Plain, TrainingState
 from reshard.errors import ReshardError, UnsupportedError
 from reshard.formats import OPTIMIZER
-from reshard.formats.dcp.save import METADATA, RANK_METADATA
+from reshard.formats.dcp.lightrft import CLIENT_STATE
+from reshard.formats.dcp.save import ACCELERATE_MODEL, METADATA, RANK_METADATA
 from reshard.storage import strict_json
 from reshard.storage.local import child
 from reshard.storage.paths import exists, is_file, is_folder, listing
 
-_MODEL = re.compile(r"pytorch_model_fsdp_(\d+)")
 _RANK = re.compile(r"_?rank_?\d+(\.pt)?")
 _SCHEDULERS = ("scheduler_state.pt", "scheduler.pt", "scheduler.bin")
-_CLIENT = "client_state.pt"
 _TRAINER = "trainer_state.json"
 _SCHEDULER_PART = re.compile(r"(lr_)?schedulers?(_\d+)?")
 
@@ -40,7 +38,7 @@ _SCHEDULER_PART = re.compile(r"(lr_)?schedulers?(_\d+)?")
 def optimizer_folder(folder: Path) -> Path | None:
     """The folder of the optimizer's save: below the model's, or beside it with its number."""
     below = [path for path in listing(folder) if _is_optimizer(path)]
-    model = _MODEL.fullmatch(folder.name)
+    model = ACCELERATE_MODEL.fullmatch(folder.name)
     if len(below) == 1:
         return below[0]
     if model is None:
@@ -74,12 +72,12 @@ def run_state(
     state: TrainingState, folder: Path, metadata: Metadata, parts: Parts
 ) -> TrainingState:
     """The state with the schedule, counters and the user's state that lie beside it."""
-    above = folder.parent if _MODEL.fullmatch(folder.name) else folder
+    above = folder.parent if ACCELERATE_MODEL.fullmatch(folder.name) else folder
     scheduler = _scheduler_file(above, parts) or _scheduler_part(folder, metadata, parts)
     client: dict[str, Plain] = {}
-    if is_file(above / _CLIENT):
+    if is_file(above / CLIENT_STATE):
         client = parts.mapping(
-            read_torch(parts.sources.open(child(above, _CLIENT))).value, "client_state"
+            read_torch(parts.sources.open(child(above, CLIENT_STATE))).value, "client_state"
         )
     counters = _titan_counters(folder, metadata, parts) | _trainer_counters(above)
     return replace(
@@ -97,36 +95,40 @@ def _scheduler_file(folder: Path, parts: Parts) -> dict[str, Plain] | None:
             try:
                 value = read_torch(parts.sources.open(child(folder, name))).value
             except ReshardError:
-                parts.left_out.append(f"{name} (cannot be read)")
+                parts.leave(f"{name} (cannot be read)")
                 return None
-            if isinstance(value, dict):
-                return parts.mapping(value, name)
-            parts.left_out.append(f"{name} (an object)")
+            found = parts.state_dict(value, name)
+            if found is not None:
+                return found
     return None
 
 
 def _scheduler_part(folder: Path, metadata: Metadata, parts: Parts) -> dict[str, Plain] | None:
     """A scheduler in the save itself; only settings at its top are taken."""
     found: dict[str, Plain] = {}
+    known: dict[bytes, Plain] = {}
     for key, copies in metadata.objects.items():
         path = metadata.paths[key]
         if len(path) == 2 and _SCHEDULER_PART.fullmatch(path[0]) and copies:
-            found[path[1]] = read_object(key, copies[0], folder, parts, {})
+            found[path[1]] = read_object(key, copies[0], folder, parts, known)
     return found or None
 
 
 def _titan_counters(folder: Path, metadata: Metadata, parts: Parts) -> dict[str, int]:
     """`train_state.step` and its like, which torchtitan saves as tensors without dimensions."""
+    keys = {
+        key: (key,)
+        for key, tensor in metadata.tensors.items()
+        if metadata.paths[key][:1] == ("train_state",)
+        and len(metadata.paths[key]) == 2
+        and tensor.shape == ()
+    }
+    entries = find_tensors(keys, metadata, folder, parts.sources)[0] if keys else {}
     counters = {}
-    for key, tensor in metadata.tensors.items():
-        path = metadata.paths[key]
-        if path[:1] == ("train_state",) and len(path) == 2 and tensor.shape == ():
-            entries, _ = find_tensors({key: (key,)}, metadata, folder, parts.sources)
-            fragment = entries[key].fragments[0]
-            ref = TensorRef(fragment.dtype, (), fragment.in_file, None, ("", 0))
-            value = number(ref, parts.sources)
-            if isinstance(value, int):
-                counters[path[1]] = value
+    for key, entry in entries.items():
+        value = number(scalar(entry), parts.sources)
+        if isinstance(value, int):
+            counters[metadata.paths[key][1]] = value
     return counters
 
 

@@ -11,6 +11,8 @@ from reshard.storage.local import Sources, child
 from reshard.storage.paths import listing
 
 METADATA = ".metadata"
+#: Where accelerate and the HF Trainer put the models of a checkpoint folder, one as a rule.
+ACCELERATE_MODEL = re.compile(r"pytorch_model_fsdp_(\d+)")
 # The metadata's name until it is whole; then it is renamed.
 _BEGUN = ".metadata.tmp"
 RANK_METADATA = re.compile(r"__(\d+)\.metadata")

@@ -21,13 +21,20 @@ from pathlib import Path
 
 from msgspec import Struct, field
 
-from reshard.containers import torch as torchfile
-from reshard.containers.dcp.chunked import find_tensors
+from reshard.containers.dcp.chunked import find_tensors, scalar
 from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.dcp.objects import read_object
-from reshard.containers.torch.optimizer import eight_bit, parse_step
+from reshard.containers.torch.optimizer import NOT_HYPER, eight_bit, parse_step
 from reshard.containers.torch.plain import Parts
-from reshard.core.state import Group, Plain, ReadState, Step, TrainingState, tensor_name
+from reshard.core.state import (
+    WEIGHTS_ALONE,
+    Group,
+    Plain,
+    ReadState,
+    Step,
+    TrainingState,
+    tensor_name,
+)
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, UnsupportedError, listed
 from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS
@@ -51,21 +58,20 @@ def reader(
 
     def read() -> TrainingState:
         parts = Parts(sources)
-        if len(roots) > 1:
-            names = listed(".".join(root) for root in roots)
+        place, inside, found = folder, metadata, roots
+        if beside is not None:
+            besides.refuse_rank_files(beside)
+            place, inside = beside, folder_metadata(beside, sources)
+            found = _roots(inside, ()) or [()]
+        if len(found) > 1:
+            names = listed(".".join(root) for root in found)
             raise UnsupportedError(
                 f"it holds the states of several optimizers ({names}), and nothing says which "
                 "one is this model's.",
-                path=folder,
-                hint="Convert the weights alone, without --optimizer.",
+                path=place,
+                hint=WEIGHTS_ALONE,
             )
-        if beside is None:
-            state = _read(folder, metadata, roots[0], parts)
-        else:
-            besides.refuse_rank_files(beside)
-            inside = folder_metadata(beside, sources)
-            found = _roots(inside, ()) or [()]
-            state = _read(beside, inside, found[0], parts)
+        state = _read(place, inside, found[0], parts)
         state = besides.run_state(state, folder, metadata, parts)
         return _own_names(state, entries, part.path)
 
@@ -126,7 +132,7 @@ def _read(folder: Path, metadata: Metadata, root: StatePath, parts: Parts) -> Tr
     found = _sorted(metadata, root)
     if not found.settings and not found.moments:
         raise FormatError("it holds no state of an optimizer.", path=folder)
-    steps, moments = dict(found.steps), dict(found.moments)
+    steps, moments = found.steps, found.moments
     tensors = {key: (tensor_name(kind, name),) for key, (kind, name) in moments.items()}
     tensors |= {
         key: (tensor_name(_STEP, name),) for name, key in steps.items() if key in metadata.tensors
@@ -159,38 +165,32 @@ class _Objects:
     """The objects of a save; equal bytes, as flattened hyperparameters have, are parsed once."""
 
     def __init__(self, folder: Path, metadata: Metadata, parts: Parts) -> None:
-        self._folder, self._metadata, self.parts = folder, metadata, parts
+        self.folder, self._metadata, self.parts = folder, metadata, parts
         self._known: dict[bytes, Plain] = {}
-
-    @property
-    def folder(self) -> Path:
-        return self._folder
 
     def value(self, key: str) -> Plain:
         """The plain data of an object."""
         copies = self._metadata.objects.get(key)
         if not copies:
             raise FormatError(
-                "the metadata does not say where it lies.", path=self._folder, tensor=key
+                "the metadata does not say where it lies.", path=self.folder, tensor=key
             )
-        return read_object(key, copies[0], self._folder, self.parts, self._known)
+        return read_object(key, copies[0], self.folder, self.parts, self._known)
 
 
 def _step(entry: Entry | None, key: str, objects: _Objects) -> Step | None:
     """A parameter's step count: a tensor, or an object where it was Python's integer."""
     if entry is None:
         return parse_step(objects.value(key), objects.parts, objects.folder)
-    fragment = entry.fragments[0]
-    extent = fragment.in_file
-    tensor = torchfile.TensorRef(fragment.dtype, entry.spec.shape, extent, None, ("", 0))
-    return parse_step(tensor, objects.parts, objects.folder)
+    return parse_step(scalar(entry), objects.parts, objects.folder)
 
 
 def _groups(found: _Found, objects: _Objects) -> tuple[Group, ...]:
     groups = []
     for number in sorted(found.settings, key=_number):
-        settings = {kind: objects.value(key) for kind, key in found.settings[number].items()}
-        names = settings.pop("params", None)
+        keys = found.settings[number]
+        settings = _settings(keys, objects)
+        names = objects.value(keys["params"]) if "params" in keys else None
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise UnsupportedError(
                 f"the parameters of its group {number} go by numbers, without names: nothing says "
@@ -202,6 +202,11 @@ def _groups(found: _Found, objects: _Objects) -> tuple[Group, ...]:
     return tuple(groups)
 
 
+def _settings(keys: Mapping[str, str], objects: _Objects) -> dict[str, Plain]:
+    """The hyperparameters of a group; its own step is that of FusedAdam."""
+    return {kind: objects.value(key) for kind, key in keys.items() if kind not in NOT_HYPER}
+
+
 def _number(text: str) -> tuple[int, str]:
     return (int(text) if text.isdecimal() and len(text) < 9 else 1 << 30, text)
 
@@ -210,7 +215,7 @@ def _flattened(found: _Found, objects: _Objects) -> tuple[Group, ...]:
     """The parameters with the same hyperparameters are one group."""
     groups: dict[str, tuple[dict[str, Plain], list[str]]] = {}
     for name, keys in found.settings.items():
-        settings = {kind: objects.value(key) for kind, key in keys.items()}
+        settings = _settings(keys, objects)
         alike = repr(sorted(settings.items()))
         groups.setdefault(alike, (settings, []))[1].append(name)
     return tuple(Group(tuple(names), settings) for settings, names in groups.values())

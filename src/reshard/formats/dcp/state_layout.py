@@ -18,26 +18,23 @@ group the names. Frozen parameters and tied aliases have no state. torch 2.13
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
 from reshard.containers.dcp.layout import Section, StatePath, lay_out_sections
+from reshard.containers.torch.optimizer import step_tensor
 from reshard.containers.torch.write import TensorBytes, lay_out_data
-from reshard.core.dtypes import FLOAT32
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import completed
 from reshard.core.state import STATE_PART, Plain, TrainingState, tensor_name
 from reshard.core.tensors import TensorSpec
-from reshard.errors import PlanError, listed
+from reshard.errors import listed
 from reshard.formats import Laid, TensorToWrite
 from reshard.formats.dcp.lightrft import CLIENT_STATE, CONSUMED_SAMPLES
 
 #: The values of `--layout`, the default first.
 LAYOUTS = ("lightrft", "accelerate", "nested")
-# float32 counts every whole number up to here.
-_MAX_STEP = 1 << 24
 
 
 class _Place(Struct, frozen=True):
@@ -93,7 +90,7 @@ def _section(state: TrainingState, root: StatePath, *, rank: int) -> Section:
     for name in state.names:
         if name in state.steps:
             step: StatePath = (*root, "state", name, "step")
-            known[step] = _step(state.steps[name].count, name)
+            known[step] = step_tensor(state.steps[name].count, name)
         for kind, table in state.moments.items():
             if name in table:
                 key = tensor_name(kind, name)
@@ -106,12 +103,6 @@ def _section(state: TrainingState, root: StatePath, *, rank: int) -> Section:
         for key, value in {**group.hyperparameters, "params": list(group.names)}.items()
     }
     return Section(slots, objects, known, paths, STATE_PART, rank)
-
-
-def _step(count: int, name: str) -> TensorBytes:
-    if count > _MAX_STEP:
-        raise PlanError(f"its step count, {count}, is beyond those of float32.", tensor=name)
-    return TensorBytes(FLOAT32, (), struct.pack("<f", count))
 
 
 def _run(

@@ -18,13 +18,13 @@ runtime/zero/stage3.py, checkpoint/universal_checkpoint.py) and proven by loadin
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from reshard.containers.torch.write import DataArchive, TensorBytes, lay_out, lay_out_data
+from reshard.containers.torch.optimizer import step_tensor
+from reshard.containers.torch.write import DataArchive, lay_out, lay_out_data
 from reshard.core.dtypes import FLOAT32
 from reshard.core.hyperparameters import completed
 from reshard.core.plan import OutputFile, Slot
@@ -34,6 +34,7 @@ from reshard.errors import PlanError
 from reshard.formats import Laid, TensorToWrite
 from reshard.formats.deepspeed import universal_findings
 from reshard.formats.deepspeed.place import LATEST_UNIVERSAL, MODEL, MODEL_STAGE3
+from reshard.formats.deepspeed.run_state import COUNTERS
 
 _WEIGHT = "fp32"
 # How torch computes a step, not what. `fused` and `capturable` ask for step counts on the GPU, and
@@ -137,7 +138,7 @@ class _Universal:
         for group, step in zip(self._groups, self._steps, strict=True):
             if step is None:
                 continue
-            text = lay_out_data(_tensor(step.count))
+            text = lay_out_data(step_tensor(step.count, group.names[0]))
             for name in group.names:
                 yield f"{self._tag}/zero/{name}/step.pt", text
 
@@ -154,7 +155,7 @@ class _Universal:
         inner: dict[str, object] = {"param_groups": groups}
         first = next((step for step in self._steps if step is not None), None)
         if first is not None:
-            value = first.count if first.integer else _tensor(first.count)
+            value = first.count if first.integer else step_tensor(first.count, "")
             inner["state"] = {0: {"step": value}}
         return {
             "ds_version": universal_findings.VERSION,
@@ -229,12 +230,7 @@ def _counters(state: TrainingState, steps: Sequence[_GroupStep | None]) -> dict[
     steps."""
     done = max((step.count for step in steps if step is not None), default=0)
     found = {"global_steps": done, "skipped_steps": 0}
-    own = ("global_steps", "skipped_steps", "global_samples")
-    return found | {key: state.counters[key] for key in own if key in state.counters}
-
-
-def _tensor(step: int) -> TensorBytes:
-    return TensorBytes(FLOAT32, (), struct.pack("<f", step))
+    return found | {key: state.counters[key] for key in COUNTERS if key in state.counters}
 
 
 @functools.lru_cache(maxsize=256)

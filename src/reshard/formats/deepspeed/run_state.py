@@ -13,11 +13,12 @@ from reshard.containers.torch.plain import Parts
 from reshard.core.state import TrainingState
 from reshard.formats.deepspeed.parse import ModelFile
 
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+#: What DeepSpeed counts.
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # runtime/engine.py, `_common_checkpoint_state` and around it; checkpoint/constants.py.
 _OWN = frozenset(
     {
-        *_COUNTERS,
+        *COUNTERS,
         "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes",
         "shared_params", "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd",
         "sparse_tensor_module_names", "dp_world_size", "mp_world_size", "ds_config", "ds_version",
@@ -33,17 +34,14 @@ def run_state(state: TrainingState, model: ModelFile, parts: Parts) -> TrainingS
     """The state with what the model file says of the run."""
     content = read_torch(parts.sources.open(model.path)).value
     top = content if isinstance(content, dict) else {}
-    scheduler = top.get("lr_scheduler")
-    known = parts.mapping(scheduler, "lr_scheduler")
+    scheduler = parts.state_dict(top.get("lr_scheduler"), "lr_scheduler")
     client = {key: value for key, value in top.items() if key not in _OWN}
-    counters = {key: top[key] for key in _COUNTERS if type(top.get(key)) is int}
+    counters = {key: top[key] for key in COUNTERS if type(top.get(key)) is int}
     plain = parts.mapping(client)
     left = [key for key in _LEFT_OUT if top.get(key) is not None]
-    if scheduler is not None and not isinstance(scheduler, dict):
-        left.append("lr_scheduler (an object)")
     return replace(
         state,
-        scheduler=known if isinstance(scheduler, dict) else None,
+        scheduler=scheduler,
         counters=counters,
         client_state=plain,
         left_out=(*state.left_out, *left, *parts.left_out),

@@ -68,11 +68,13 @@ def _zero(saved: Sequence[Saved], parts: Parts) -> TrainingState:
         return found[0]
     join = tensor_parallel.joiner(saved, parts.sources)
     first = found[0]
-    for other in found[1:]:
-        if (other.groups, other.steps) != (first.groups, first.steps):
+    for one, other in zip(saved[1:], found[1:], strict=True):
+        alike = (other.groups, other.steps) == (first.groups, first.steps)
+        if not alike or other.moments.keys() != first.moments.keys():
             raise FormatError(
-                "its optimizer's groups or steps are not those of the first tensor parallel rank.",
-                path=saved[1].optim[0].path,
+                "its optimizer's groups, steps or kinds of moments are not those of the first "
+                "tensor parallel rank.",
+                path=one.optim[0].path,
                 hint=_ONE_SAVE,
             )
     moments = {

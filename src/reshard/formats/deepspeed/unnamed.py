@@ -27,7 +27,7 @@ from reshard.containers.torch.optimizer import OptimizerDict, parse
 from reshard.containers.torch.plain import Parts
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
-from reshard.core.findings import Finding
+from reshard.core.findings import state_named_by_order
 from reshard.core.state import Group, TrainingState
 from reshard.core.tensors import Entry, TensorSpec, flat
 from reshard.core.tiling import proven
@@ -117,7 +117,7 @@ def read(saved: Sequence[Saved], catalog: Catalog, parts: Parts) -> TrainingStat
         groups=tuple(groups),
         scaler=scaling(optimizer, parts),
         records=model.records,
-        findings=() if wrapped else (_by_order(len(named)),),
+        findings=() if wrapped else (state_named_by_order(len(named)),),
         source="no ZeRO",
     )
 
@@ -182,14 +182,6 @@ def _look(tensor: TensorRef, dtype: DType, sources: Sources) -> Hashable:
         data = sources.open(tensor.extent.file).read(at, count * size)
         values.append(np.frombuffer(data, tensor.dtype.numpy).astype(dtype.numpy).tobytes())
     return (tensor.shape, *values)
-
-
-def _by_order(count: int) -> Finding:
-    return Finding(
-        "state-named-by-order",
-        f"the optimizer's state has no names; that of {count} parameters was given theirs by the "
-        "order and the shapes of the model's parameters, which fit in one way only.",
-    )
 
 
 def _no_names(model: ModelFile, why: str) -> UnsupportedError:

@@ -21,8 +21,8 @@ from reshard.containers.torch import Opaque, TensorRef
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.optimizer import Key, OptimizerDict, parse
 from reshard.containers.torch.plain import Parts
-from reshard.core.findings import Finding
-from reshard.core.state import Group, Plain, ReadState, TrainingState, tensor_name
+from reshard.core.findings import state_named_by_order
+from reshard.core.state import WEIGHTS_ALONE, Group, Plain, ReadState, TrainingState, tensor_name
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.rank_files import join
@@ -84,11 +84,7 @@ def _read(saved: Saved, entries: Mapping[str, Entry], parts: Parts) -> TrainingS
             entry = table.entries[tensor_name(kind, str(key))]
             moments.setdefault(kind, {})[name] = entry.renamed(name)
     steps = {names[key]: state.step for key, state in first.states.items() if key in names}
-    scheduler, left_out = _scheduler(saved, parts)
-    message = (
-        f"the optimizer's state has no names; that of {len(names)} parameters was given theirs by "
-        "the order and the shapes of the model's parameters, which fit in one way only."
-    )
+    scheduler = _scheduler(saved, parts)
     return TrainingState(
         moments=moments,
         steps={name: step for name, step in steps.items() if step is not None},
@@ -97,9 +93,9 @@ def _read(saved: Saved, entries: Mapping[str, Entry], parts: Parts) -> TrainingS
             for group in first.groups
         ),
         scheduler=scheduler,
-        left_out=(*parts.left_out, *left_out),
+        left_out=tuple(parts.left_out),
         records=table.records,
-        findings=(Finding("state-named-by-order", message), *table.findings),
+        findings=(state_named_by_order(len(names)), *table.findings),
         source="files of each rank",
     )
 
@@ -126,7 +122,7 @@ def _tensors(
                     f"the {kind} of parameter {key} is {what}, and no file "
                     "says how the ranks share it.",
                     path=path,
-                    hint="Convert the weights alone, without --optimizer.",
+                    hint=WEIGHTS_ALONE,
                 )
     return tensors
 
@@ -167,21 +163,20 @@ def _names(
             "the parameters of the optimizer go by numbers, and their order and shapes fit none "
             "of the model's parameters or several ways: nothing tells whose the state is.",
             path=path,
-            hint="Convert the weights alone, without --optimizer.",
+            hint=WEIGHTS_ALONE,
         )
     keys = [key for group in first.groups for key in group.params]
     return dict(zip(keys, (name for group in named for name in group), strict=True))
 
 
-def _scheduler(saved: Saved, parts: Parts) -> tuple[dict[str, Plain] | None, tuple[str, ...]]:
+def _scheduler(saved: Saved, parts: Parts) -> dict[str, Plain] | None:
     """The schedule of the first rank's extra state; what else is in it does not travel."""
     name = saved.files[min(saved.files)].name.replace(_OPTIMIZER, _EXTRA, 1)
     if not is_file(saved.folder / name):
-        return None, ()
+        return None
     value = read_torch(parts.sources.open(child(saved.folder, name))).value
     held = value if isinstance(value, dict) else {}
-    found = held.get("lr_scheduler")
-    left = tuple(f"{key} ({name})" for key in held if key != "lr_scheduler")
-    if found is None:
-        return None, left
-    return parts.mapping(found, "lr_scheduler") or None, left
+    for key in held:
+        if key != "lr_scheduler":
+            parts.leave(f"{key} ({name})")
+    return parts.state_dict(held.get("lr_scheduler"), "lr_scheduler") or None
