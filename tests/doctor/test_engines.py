@@ -282,6 +282,7 @@ def adapter(folder: Path, rank: int = 4, **settings: Any) -> Path:
         ({"bias": "all"}, {"vllm", "mlx"}),
         ({"modules_to_save": ["lm_head"]}, {"vllm", "mlx"}),
         ({"modules_to_save": ["score"]}, {"mlx"}),
+        ({"modules_to_save": 5}, {"mlx"}),
         ({"init_lora_weights": "pissa"}, {"vllm", "mlx"}),
         ({"rank": 17}, {"vllm", "mlx"}),
         ({"use_rslora": True}, {"sglang", "llama.cpp", "mlx"}),
@@ -291,6 +292,9 @@ def adapter(folder: Path, rank: int = 4, **settings: Any) -> Path:
 )
 def test_adapter_folders(settings: dict[str, Any], engines: set[str], tmp_path: Path) -> None:
     folder = adapter(tmp_path / "adapter", **settings)
+    rank = settings.get("rank", 4)
+    seen = reshard.doctor(folder, engine="vllm")
+    assert (seen.num_tensors, seen.total_bytes) == (2, 2 * rank * 32 * 4)
     found = {engine: codes(folder, engine) for engine in ALL}
     assert {engine for engine in ALL if found[engine] == {"engine-adapter"}} == engines
     assert all(not found[engine] for engine in ALL if engine not in engines)

@@ -100,7 +100,7 @@ def test_a_conversation_is_taken_from_standard_input(models: Models, tmp_path: P
     arguments = ["try", str(models("causal")), "--chat", "--device", "cpu", "--max_new_tokens", "4"]
     done = subprocess.run(
         [sys.executable, "-m", "reshard", *arguments],
-        cwd=tmp_path, input="Hello\n\nAgain\n", capture_output=True, text=True,
+        cwd=tmp_path, input="Hello\n" + "\n" * 3000 + "Again\n", capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

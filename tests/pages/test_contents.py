@@ -72,6 +72,20 @@ def test_frozen_parts_are_summed(oracle: Oracle) -> None:
     assert " frozen</span>" in page
 
 
+def test_files_are_told_apart_by_their_folders(
+    oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in oracle.values() if case.recipe.universal)
+    monkeypatch.chdir(case.universal.parent)
+    page = contents_page(reshard.inspect(case.universal.name))
+    names = reshard.open(case.universal).catalog.entries
+    told = [name for name in names if f"zero/{name}/fp32.pt" in page]
+    assert len(told) > 1
+    file = case.folder / "one.safetensors"
+    save_file({"w": np.ones(2, np.float32)}, file)
+    assert "one.safetensors: 100" in contents_page(reshard.inspect(file))
+
+
 @needs_browser
 def test_hostile_names_are_text_and_deep_ones_end(tmp_path: Path) -> None:
     evil = "<img src=x onerror=window.alerted=true>"

@@ -208,6 +208,19 @@ def test_a_command_that_failed_is_run_again_by_the_next_watch_and_nothing_else(
     assert (out / "step_1" / "model.safetensors").stat().st_ino == written
 
 
+def test_a_save_that_fails_after_its_command_failed_does_not_count_as_converted(
+    tmp_path: Path,
+) -> None:
+    run, out, log = tmp_path / "run", tmp_path / "out", tmp_path / "log"
+    folder = save(run / "step_1", 1)
+    look(run, out, then=f"echo ran >> {log}; exit 3 #")
+    (folder / "model.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"no json!")
+    for _ in range(2):
+        look(run, out, then=f"echo ran >> {log}; test -d")
+        assert states(out) == {"step_1": "failed"}
+    assert log.read_text().split() == ["ran"]
+
+
 def test_an_output_that_is_there_without_a_record_is_taken(tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     save(run / "step_1", 1)

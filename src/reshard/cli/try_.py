@@ -186,11 +186,13 @@ def _converse(options: Options, context: click.Context) -> int:
     interactive = sys.stdin.isatty()
 
     def read() -> str | None:
-        try:
-            line = input("> " if interactive else "")
-        except EOFError:
-            return None
-        return line if line.strip() else read()
+        while True:
+            try:
+                line = input("> " if interactive else "")
+            except EOFError:
+                return None
+            if line.strip():
+                return line
 
     converse(options, read, lambda text: click.echo(harmless(text), nl=False))
     return 0

@@ -13,7 +13,6 @@ from reshard.comparison.pairing import (
     onto_one,
     pair,
     reads_masters,
-    stated_options,
     tells_names,
 )
 from reshard.comparison.result import Compared, Comparison
@@ -141,7 +140,7 @@ def verify(
             _check_names(pairing, place)
         said = []
         pairs = pairing.pairs
-        stated = stated_options(source, written, sources)
+        stated = pairing.options
         if stated is not None and stated.optimizer:
             held = states.of_output(source, written, stated, sources, base=values["base"])
             pairs = [*pairs, *states.pairs(*held)]

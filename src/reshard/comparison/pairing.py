@@ -52,7 +52,8 @@ class Pairing(Struct, frozen=True):
 
     left: tensors of the first side without a place on the second. omitted: those of them that the
     conversion recorded as left out. filled: tensors of the second side that it took from its base.
-    by_name: nothing but equal names paired the tensors.
+    by_name: nothing but equal names paired the tensors. options: those of the conversion that made
+    the second of the first, as its `reshard.json` states them; None where it has none.
     """
 
     pairs: list[Pair]
@@ -60,6 +61,7 @@ class Pairing(Struct, frozen=True):
     omitted: tuple[Compared, ...] = ()
     filled: tuple[Compared, ...] = ()
     by_name: bool = False
+    options: Options | None = None
 
     def turned(self) -> Pairing:
         """The same with first and second exchanged."""
@@ -95,16 +97,20 @@ def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None
     stated = _stated(second, sources)
     held = _parts(second, stated, sources)
     options, recorded = _recorded(first, folder, stated, held)
+    found: Pairing | None = None
     if base is not None:
         made = exported(first, read_base(base, sources), options, sources)
-        return Pairing(_pairs(_planned(made), held), *_left(first, made, options))
-    if _stands_in(first, second, held):
+        found = Pairing(_pairs(_planned(made), held), *_left(first, made, options))
+    elif _stands_in(first, second, held):
         try:
-            return _onto_itself(first, read_base(folder, sources), options, recorded, held, sources)
+            model = read_base(folder, sources)
+            found = _onto_itself(first, model, options, recorded, held, sources)
         except NamesError:
             if not set(first.names()) >= set(second.entries):
                 raise
-    return _by_name(first, options, recorded, held, sources)
+    if found is None:
+        found = _by_name(first, options, recorded, held, sources)
+    return found if stated is None else replace(found, options=options)
 
 
 def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -> Pairing:
@@ -150,16 +156,6 @@ def reads_masters(folder: Path, sources: Sources) -> bool:
     if not is_file(folder / MANIFEST):
         return False
     return manifest.read(folder, sources).options.get("masters") is True
-
-
-def stated_options(first: Catalog, second: Catalog, sources: Sources) -> Options | None:
-    """The options of the conversion that made the second of the first, as its `reshard.json` states
-    them; None where it has none."""
-    stated = _stated(second, sources)
-    if stated is None:
-        return None
-    options, _ = _recorded(first, second.origin.root, stated, {})
-    return options
 
 
 def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts:

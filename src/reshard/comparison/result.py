@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -11,7 +10,16 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from reshard.comparison.measures import Change
-from reshard.comparison.sums import Sum, by_layer, by_module, moved_most, percent, short, summed
+from reshard.comparison.sums import (
+    Sum,
+    by_layer,
+    by_module,
+    moved_most,
+    percent,
+    short,
+    starred,
+    summed,
+)
 from reshard.core.findings import Finding
 from reshard.core.notebook import folded, html_table
 from reshard.core.sizes import size
@@ -21,8 +29,6 @@ from reshard.errors import printable
 Kind = Literal[
     "equal", "values", "shape", "dtype", "setting", "only in the first", "only in the second"
 ]
-
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 class Compared(Struct, frozen=True):
@@ -40,6 +46,11 @@ class Compared(Struct, frozen=True):
     shape: tuple[int, ...] = ()
     nbytes: int = 0
     change: Change = Change()
+
+    @property
+    def measured(self) -> bool:
+        """Whether its elements were compared: it is equal, or differs in values."""
+        return self.kind in ("equal", "values")
 
     @property
     def differing(self) -> int:
@@ -107,7 +118,7 @@ class Comparison(Struct, frozen=True):
     @property
     def measured(self) -> tuple[Compared, ...]:
         """The tensors whose elements were compared: those that are equal or differ in values."""
-        return tuple(one for one in self.tensors if one.kind in ("equal", "values"))
+        return tuple(one for one in self.tensors if one.measured)
 
     @property
     def same(self) -> bool:
@@ -160,7 +171,7 @@ class Comparison(Struct, frozen=True):
         groups: dict[tuple[str, str], list[str]] = {}
         for one in self.differences:
             if one.kind != "values":
-                name = _NUMBER.sub("*", one.name)
+                name = starred(one.name)
                 groups.setdefault((str(one), name), []).append(one.name)
         return [
             (how, names[0] if len(names) == 1 else name, len(names))

@@ -16,7 +16,15 @@ from reshard.comparison.measures import Change, ratio
 _LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<layer>\d+)\.(?P<module>.+\..+)$", re.DOTALL)
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 Key = Literal["name", "change", "largest", "mean", "elements"]
-KEYS: tuple[Key, ...] = ("name", "change", "largest", "mean", "elements")
+
+
+def starred(name: str) -> str:
+    """A name with its numbers folded.
+
+    >>> starred("visual.merger.0.weight")
+    'visual.merger.*.weight'
+    """
+    return _NUMBER.sub("*", name)
 
 
 class Measured(Protocol):
@@ -51,8 +59,8 @@ def place(name: str) -> Place:
     """
     found = _LAYER.match(name)
     if found is None or len(found["layer"]) > 18:
-        return Place("", None, _NUMBER.sub("*", name))
-    return Place(found["stack"] or "", int(found["layer"]), _NUMBER.sub("*", found["module"]))
+        return Place("", None, starred(name))
+    return Place(found["stack"] or "", int(found["layer"]), starred(found["module"]))
 
 
 class Sum(Struct, frozen=True):
@@ -133,15 +141,16 @@ def by_module(tensors: Sequence[Measured]) -> list[Sum]:
 
 def _layer(one: Measured) -> str:
     found = place(one.name)
-    return one.name if found.layer is None else _joined(found.stack, str(found.layer))
+    return one.name if found.layer is None else joined(found.stack, str(found.layer))
 
 
 def _module(one: Measured) -> str:
     found = place(one.name)
-    return one.name if found.layer is None else _joined(found.stack, "*", found.module)
+    return one.name if found.layer is None else joined(found.stack, "*", found.module)
 
 
-def _joined(*parts: str) -> str:
+def joined(*parts: str) -> str:
+    """The parts of a name that are not empty, with dots between them."""
     return ".".join(filter(None, parts))
 
 

@@ -96,12 +96,12 @@ def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     near = choice.config is not None or _is_of_peft(catalog, base)
     file = read_near(root, sources, choice.config) if near and choice.scaling is None else None
     separated = separate(catalog.of_one_layout(), choice.adapter, base.entries)
-    if choice.mode in ("adapter", "both") and not separated.adapters:
+    if choice.writes_adapter and not separated.adapters:
         raise PlanError(
             f"--lora {choice.mode} needs adapters, and the checkpoint holds none.",
             hint="Leave out --lora.",
         )
-    if choice.mode == "adapter" and _is_peft_folder(catalog):
+    if choice.alone and _is_peft_folder(catalog):
         raise PlanError("it is an adapter folder already.", path=options.source)
     if sources is not None:
         _check_twice(separated, sources)
@@ -218,7 +218,7 @@ def _check_base_held(separated: Separated, config: AdapterConfig, choice: LoraCh
             tensor=min(separated.absent),
             hint=f"Convert a checkpoint of the run that holds all weights.{again}",
         )
-    if choice.mode in ("adapter", "both"):
+    if choice.writes_adapter:
         raise UnsupportedError(
             f"{told}: the adapter alone is not an update of the base.", hint="Pass --lora merge."
         )

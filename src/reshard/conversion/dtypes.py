@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.core import dtypes
 from reshard.core.tensors import Entry, TensorSpec
@@ -24,6 +25,19 @@ class Target(Struct, frozen=True):
     source: Entry
     reference: Entry | None = None
     aliases: tuple[str, ...] = ()
+
+
+def as_entries(targets: Iterable[Target]) -> dict[str, Entry]:
+    """The tensors of an output by name, each with the dtype that is written: a layout joins only
+    tensors of one dtype."""
+    return {target.spec.name: replace(target.source, spec=target.spec) for target in targets}
+
+
+def target_of(
+    name: str, entry: Entry, reference: Entry | None = None, aliases: tuple[str, ...] = ()
+) -> Target:
+    """An entry as a tensor of the output, in its dtype."""
+    return Target(replace(entry.spec, name=name), entry, reference, aliases)
 
 
 def choose(

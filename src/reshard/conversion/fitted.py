@@ -52,7 +52,7 @@ class Fitted(Struct, frozen=True):
     @property
     def alone(self) -> bool:
         """Whether only the adapters are written, without the model."""
-        return self.options.lora.mode == "adapter"
+        return self.options.lora.alone
 
     @property
     def separated(self) -> Separated:
@@ -62,7 +62,7 @@ class Fitted(Struct, frozen=True):
     @property
     def with_adapter(self) -> bool:
         """Whether an adapter folder is written."""
-        return self.adapters.config is not None and self.options.lora.mode in ("adapter", "both")
+        return self.adapters.config is not None and self.options.lora.writes_adapter
 
 
 def fitted(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Fitted:
@@ -77,7 +77,7 @@ def fitted(catalog: Catalog, base: Base, options: Options, sources: Sources | No
     compare = _comparison(sources)
     name_map = _name_map(parts, found, base, options, compare, scored=classes is not None)
     made, left_out = _updates(found, name_map, base, options, sources)
-    alone = options.lora.mode == "adapter"  # the findings concern the model, not the adapter
+    alone = options.lora.alone  # the findings concern the model, not the adapter
     findings = (*found.findings, *(() if alone else name_map.findings), *left_out)
     return Fitted(base, options, found, parts, modules, classes, compare, name_map, made, findings)
 
@@ -109,7 +109,7 @@ def _name_map(
     """The map of the names. `scored`: the model becomes a sequence classifier."""
     # A scalar reward model without an output head.
     scalar = parts.rewards is not None and not has_head(parts.backbone)
-    alone = options.lora.mode == "adapter"
+    alone = options.lora.alone
     fit_options = FitOptions(
         chosen=options.selection.prefix is not None,
         fill_from_base=options.fill_from_base or options.exclude_frozen or alone,
@@ -138,7 +138,7 @@ def _updates(
         return Updates(), []
     adapters.check_place(found, name_map)
     made = Updates()
-    if options.lora.mode != "adapter":
+    if not options.lora.alone:
         made = updates(
             found.separated,
             name_map,
@@ -147,7 +147,7 @@ def _updates(
             keys=found.keys,
             base_config=base.config,
         )
-    written = options.lora.mode in ("adapter", "both")
+    written = options.lora.writes_adapter
     if not written or sources is None or options.lora.scaling is not None:
         return made, []
     return made, adapters.check_left_out(found, name_map, base, options, sources)

@@ -8,12 +8,12 @@ from typing import Any
 from msgspec.structs import replace
 
 from reshard.conversion.base_model import CONFIG, Base, holds_config, patched_config
-from reshard.conversion.dtypes import Target
+from reshard.conversion.dtypes import Target, as_entries, target_of
 from reshard.conversion.options import Names, Options
 from reshard.conversion.output_model import Export
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, TensorSpec
+from reshard.core.tensors import Entry
 from reshard.errors import PlanError
 from reshard.formats import huggingface
 from reshard.formats.info import target_named
@@ -50,13 +50,8 @@ def config_of(
 
 def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Export:
     """The export with the names and shapes of a live module of the wanted transformers version."""
-    entries: dict[str, Entry] = {}
-    for target in exported.model:
-        # The output's dtype goes with each tensor: the layout joins only tensors of one dtype.
-        spec = TensorSpec(target.spec.name, target.spec.dtype, target.spec.shape)
-        entries[target.spec.name] = replace(target.source, spec=spec)
     version = version_of(options)
-    live = to_memory(entries, config, version)
+    live = to_memory(as_entries(exported.model), config, version)
     text = ".".join(map(str, version))
     said = [Finding("live-names", f"names are those of a live module of transformers {text}.")]
     if not was_read(version):
@@ -83,7 +78,7 @@ def version_of(options: Options) -> Version:
 
 
 def _each(entries: Mapping[str, Entry]) -> list[Target]:
-    return [Target(replace(entry.spec, name=name), entry) for name, entry in entries.items()]
+    return [target_of(name, entry) for name, entry in entries.items()]
 
 
 def _once(entries: Mapping[str, Entry]) -> list[Target]:

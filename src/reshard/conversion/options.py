@@ -84,6 +84,16 @@ class LoraChoice(Struct, frozen=True):
     adapter: str | None = None
     scaling: AdapterConfig | None = None
 
+    @property
+    def alone(self) -> bool:
+        """Whether the adapter is written, and not the model."""
+        return self.mode == "adapter"
+
+    @property
+    def writes_adapter(self) -> bool:
+        """Whether an adapter folder is written."""
+        return self.mode in ("adapter", "both")
+
 
 class Options(Struct, frozen=True):
     """A conversion's options; paths are as the user gave them.

@@ -42,7 +42,7 @@ from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists
 from reshard.transfer.checksums import without_checksum
 from reshard.transfer.commit import check_space
-from reshard.transfer.reading import equal
+from reshard.transfer.reading import equal, first_bytes
 
 
 class Job(Struct, frozen=True):
@@ -230,7 +230,12 @@ def carried_along(
     maps: list[Mapping[str, Arrangement]] = []
     if base is None:
         made = replace(made, model=[replace(t, aliases=t.source.aliases) for t in made.model])
-        made = training.with_ties(made, state, lambda one, other: equal(one, other, sources))
+        made = training.with_ties(
+            made,
+            state,
+            lambda one, other: equal(one, other, sources),
+            lambda entry: first_bytes(entry, sources),
+        )
     else:
         maps.append(made.name_map.outputs)
         if options.names == "memory":

@@ -89,7 +89,7 @@ def as_numbers(
 ) -> tuple[Catalog, Numbers]:
     """The checkpoint of a conversion with its quantised weights as numbers."""
     config = None if base is None else base.config
-    filled = base is not None and (options.fill_from_base or options.lora.mode == "adapter")
+    filled = base is not None and (options.fill_from_base or options.lora.alone)
     with at(options.source):
         return source_numbers(catalog, sources, config=config, filled=filled)
 

@@ -8,10 +8,10 @@ from typing import Any
 from msgspec.structs import replace
 
 from reshard.conversion.base_model import CONFIG
-from reshard.conversion.dtypes import Target
+from reshard.conversion.dtypes import as_entries, target_of
 from reshard.conversion.output_model import Export
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, Shape, TensorSpec
+from reshard.core.tensors import Shape
 from reshard.errors import listed
 from reshard.naming import fields, released, structure
 
@@ -22,19 +22,12 @@ _SHOWN = 4
 
 def in_layout(made: Export, config: Mapping[str, Any]) -> Export:
     """The export in the released layout. Raises `PlanError` where an orientation is not told."""
-    entries: dict[str, Entry] = {}
+    entries = as_entries(made.model)
     compared = {t.spec.name: t.reference for t in made.model if t.reference is not None}
-    for target in made.model:
-        # The dtype that is written rides along: the layout joins tensors of one dtype only.
-        spec = TensorSpec(target.spec.name, target.spec.dtype, target.spec.shape)
-        entries[target.spec.name] = replace(target.source, spec=spec)
     found, patches = released.to_hub(entries, config)
     whole = len(compared) == len(entries)
     references = released.to_hub(compared, config)[0] if whole else compared
-    model = [
-        Target(replace(entry.spec, name=name), entry, references.get(name))
-        for name, entry in found.items()
-    ]
+    model = [target_of(name, entry, references.get(name)) for name, entry in found.items()]
     return replace(made, model=model, patches={**made.patches, **patches})
 
 

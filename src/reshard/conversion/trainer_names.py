@@ -7,11 +7,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.conversion.dtypes import Target
+from reshard.conversion.dtypes import as_entries, target_of
 from reshard.conversion.options import Names, Options
 from reshard.conversion.output_model import Export
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, TensorSpec
+from reshard.core.tensors import Entry
 from reshard.errors import PlanError, listed
 from reshard.formats.info import target_named
 from reshard.naming import apply, megatron_into, titan_into
@@ -37,7 +37,7 @@ def renamed(made: Export, config: Mapping[str, Any], options: Options, sources: 
 
     Raises `UnsupportedError`, `NamesError`; `PlanError` where what the trainer shares is two.
     """
-    entries = _with_dtypes(made)
+    entries = as_entries(made.model)
     if options.names == _TITAN:
         return _of_titan(made, entries, config)
     return _of_megatron(made, entries, config, sources)
@@ -45,10 +45,7 @@ def renamed(made: Export, config: Mapping[str, Any], options: Options, sources: 
 
 def _of_titan(made: Export, entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Export:
     found = titan_into.into(entries, config)
-    model = [
-        Target(TensorSpec(name, entry.spec.dtype, entry.spec.shape), entry, aliases=entry.aliases)
-        for name, entry in found.entries.items()
-    ]
+    model = [target_of(name, entry, aliases=entry.aliases) for name, entry in found.entries.items()]
     findings = made.findings
     if found.left_out:
         message = (
@@ -67,22 +64,13 @@ def _of_megatron(
     found = megatron_into.into({name: e.spec for name, e in entries.items()}, config)
     _check_copies(found.copies, entries, sources)
     model = [
-        Target(
-            TensorSpec(name, entry.spec.dtype, entry.spec.shape),
-            entry,
-            aliases=found.aliases.get(name, ()),
-        )
+        target_of(name, entry, aliases=found.aliases.get(name, ()))
         for name, entry in apply(found.outputs, entries).items()
     ]
     rule = f"the hub's names -> Megatron-Core's ({len(entries)} -> {len(model)})"
     name_map = replace(made.name_map, rules=(*made.name_map.rules, rule))
     findings = [*made.findings, *_left_out(found)]
     return replace(made, model=model, name_map=name_map, findings=tuple(findings))
-
-
-def _with_dtypes(made: Export) -> dict[str, Entry]:
-    """The tensors, each with the dtype that is written: what is joined must be of one."""
-    return {target.spec.name: replace(target.source, spec=target.spec) for target in made.model}
 
 
 def _check_copies(

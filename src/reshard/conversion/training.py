@@ -7,7 +7,8 @@ way as the weights.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -208,19 +209,31 @@ def _one(values: Sequence[Any], name: str, what: str) -> Any:
     return values[0]
 
 
-def with_ties(made: Export, state: TrainingState, same: Equal) -> Export:
+def with_ties(
+    made: Export, state: TrainingState, same: Equal, first: Callable[[Entry], bytes]
+) -> Export:
     """The export in which a matrix without moments that equals a trained one is that one's alias.
 
     DCP stores a tied head twice, and its optimizer has one of the two names. A matrix that is
-    frozen equals no trained one, value by value.
+    frozen equals no trained one, value by value. `first` gives a tensor's first bytes: only those
+    that begin alike are read whole.
     """
     trained = set(state.names)
     model: list[Target] = []
     tied: dict[str, str] = {}
-    for target in made.model:
+    starts = cache(lambda number: first(made.model[number].source))
+    alike: dict[object, list[int]] = {}
+    for number, target in enumerate(made.model):
+        if target.spec.name in trained:
+            alike.setdefault((target.source.spec.dtype, target.spec.shape), []).append(number)
+    for number, target in enumerate(made.model):
         twin = None
         if target.spec.name not in trained and len(target.spec.shape) == 2:
-            twin = next((t for t in made.model if _is_twin(t, target, trained, same)), None)
+            for other in alike.get((target.source.spec.dtype, target.spec.shape), ()):
+                candidate = made.model[other]
+                if starts(other) == starts(number) and same(candidate.source, target.source):
+                    twin = candidate
+                    break
         if twin is None:
             model.append(target)
         else:
@@ -233,10 +246,6 @@ def with_ties(made: Export, state: TrainingState, same: Equal) -> Export:
     ]
     matching = replace(made.matching, tied={**made.matching.tied, **tied})
     return replace(made, model=model, matching=matching)
-
-
-def _is_twin(one: Target, other: Target, trained: set[str], same: Equal) -> bool:
-    return one.spec.name in trained and same(one.source, other.source)
 
 
 def in_full_precision(state: TrainingState, made: Export) -> Export:

@@ -17,16 +17,20 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import TensorSpec
 from reshard.diagnosis.engines import ENGINES, EngineName
 from reshard.errors import listed
-from reshard.naming.lora.folder import CONFIG, WEIGHTS, allowed_rank, is_repository
+from reshard.naming.lora.folder import (
+    CONFIG,
+    VLLM_RANK,
+    WEIGHTS,
+    allowed_rank,
+    is_repository,
+    saved_refused,
+)
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_folder, listing
 
 # Inits that leave the base's weights as they are, so that the adapter alone is the update (vLLM).
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-# What vLLM lets an adapter save in full, and the rank that it takes by default.
-_VLLM_SAVED = ("score", "classifier")
-_VLLM_RANK = 16
 _MERGE = "Merge it: reshard convert DIR OUT --base HF_DIR --fill-from-base."
 
 
@@ -72,7 +76,7 @@ def _vllm(adapter: Adapter) -> Iterator[tuple[str, str]]:
                if settings.get(key)]  # fmt: skip
     if settings.get("bias", "none") != "none":
         refused.append("trained biases")
-    saved = [m for m in settings.get("modules_to_save") or () if m not in _VLLM_SAVED]
+    saved = saved_refused(settings)
     if saved:
         refused.append(f"modules_to_save ({listed(saved)})")
     init = settings.get("init_lora_weights")
@@ -80,9 +84,9 @@ def _vllm(adapter: Adapter) -> Iterator[tuple[str, str]]:
         refused.append(f"init_lora_weights {init!r}, which changes the base")
     if refused:
         yield f"refuses an adapter with {', '.join(refused)}", _MERGE
-    if adapter.rank > _VLLM_RANK:
+    if adapter.rank > VLLM_RANK:
         fix = f"Start vLLM with --max-lora-rank {allowed_rank(adapter.rank)}."
-        yield f"takes rank {_VLLM_RANK} by default, and this adapter has {adapter.rank}", fix
+        yield f"takes rank {VLLM_RANK} by default, and this adapter has {adapter.rank}", fix
 
 
 def _sglang(adapter: Adapter) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ from reshard.core.findings import Finding
 from reshard.core.options import PathLike, documented, parse
 from reshard.diagnosis import adapters
 from reshard.diagnosis import case as cases
+from reshard.diagnosis.adapters import Adapter
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.checks.engines import CHECKS as ENGINE_CHECKS
 from reshard.diagnosis.declared import DOCTOR
@@ -27,12 +28,11 @@ from reshard.diagnosis.found import Found, found
 from reshard.diagnosis.repair import write_repaired
 from reshard.diagnosis.table import CHECKS
 from reshard.errors import PlanError, VerificationError
-from reshard.naming.lora.folder import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.naming.rewards import REWARD_HEAD
 from reshard.naming.value_heads import VALUE_HEAD
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, snapshot
-from reshard.storage.paths import exists, file_size, is_file, real
+from reshard.storage.paths import exists, is_file, real
 
 
 class Diagnosis(Struct, frozen=True):
@@ -102,7 +102,9 @@ def doctor(
     threads = workers(values["threads"])
     with Sources() as sources:
         if engine is not None and adapters.is_adapter(path):
-            return _of_adapter(path, base, adapters.examine(adapters.read(path, sources), engine))
+            held = adapters.read(path, sources)
+            sources.check_unchanged()
+            return _of_adapter(folder, base, held, adapters.examine(held, engine))
         known = None if base_path is None else read_base(base_path, sources)
         case = cases.read(path, known, sources, threads=threads, progress=progress)
         all_found = examine(case, engine)
@@ -126,14 +128,15 @@ def doctor(
     )
 
 
-def _of_adapter(folder: Path, base: PathLike | None, findings: tuple[Finding, ...]) -> Diagnosis:
-    """What an engine makes of an adapter folder, which is no model and cannot be repaired."""
-    size = file_size(folder / ADAPTER_WEIGHTS)
+def _of_adapter(
+    folder: PathLike, base: PathLike | None, held: Adapter, findings: tuple[Finding, ...]
+) -> Diagnosis:
+    """What an engine makes of an adapter folder, which holds no model and cannot be repaired."""
     return Diagnosis(
         os.fspath(folder),
         None if base is None else os.fspath(base),
-        0,
-        size,
+        len(held.tensors),
+        sum(spec.nbytes for spec in held.tensors.values()),
         findings,
         (),
         None,

@@ -20,10 +20,9 @@ from reshard.conversion.base_model import CONFIG, Base
 from reshard.conversion.beside import LIGHTRFT
 from reshard.core.catalog import Asset
 from reshard.core.tensors import Entry, Record, stored
+from reshard.diagnosis import adapters
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
-from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
-from reshard.naming.lora.folder import WEIGHTS as ADAPTER_WEIGHTS
 from reshard.naming.rewards import REWARD_CONFIG
 from reshard.naming.schema import is_backbone
 from reshard.storage import strict_json
@@ -123,7 +122,7 @@ def _refuse_parts(path: Path) -> None:
             path=path,
             hint="Convert it, then examine the result: reshard convert SRC DST --base HF_DIR.",
         )
-    if weights == {ADAPTER_WEIGHTS} and ADAPTER_CONFIG in there:
+    if adapters.is_adapter(path):
         raise UnsupportedError(
             "it holds an adapter, which PEFT loads onto a model, and no model.",
             path=path,

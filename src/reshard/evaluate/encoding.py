@@ -62,10 +62,7 @@ class Encoder:
             content = [{"type": "image"}] * len(media.images)
             content += [{"type": "audio"}] * len(media.audio)
             content += [{"type": "text", "text": prompt}]
-        text: str = self._templater.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        return text
+        return self._templated([{"role": "user", "content": content}])
 
     def render_turns(self, turns: Sequence[tuple[str, str]]) -> str:
         """A conversation as the tokenizer gets it: (role, text) in order, through the template."""
@@ -73,6 +70,9 @@ class Encoder:
             {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
             for role, text in turns
         ]
+        return self._templated(messages)
+
+    def _templated(self, messages: list[dict[str, Any]]) -> str:
         text: str = self._templater.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )

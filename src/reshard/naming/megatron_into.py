@@ -63,13 +63,11 @@ class Into(Struct, frozen=True):
 
     `outputs`: each tensor as an arrangement of the hub's. `aliases`: further names of its bytes.
     `copies`: tensors of the hub that Megatron-Core shares, each with the one whose copy it must be.
-    `left_out`: buffers that are computed.
     """
 
     outputs: Mapping[str, Arrangement]
     aliases: Mapping[str, tuple[str, ...]]
     copies: Mapping[str, str]
-    left_out: tuple[str, ...]
 
 
 def into(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Into:
@@ -80,8 +78,7 @@ def into(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Into:
     """
     family = megatron.family_of(config, writing=True)
     copies = _copies(specs, config)
-    left_out = tuple(name for name in specs if is_constant(name, config))
-    taken = {n: s for n, s in specs.items() if n not in copies and n not in left_out}
+    taken = {n: s for n, s in specs.items() if n not in copies and not is_constant(n, config)}
     found = _Builder(taken, config, family).found()
     schema = Schema(taken, config)
     there = {name: shape for name, (shape, _) in found.items()}
@@ -90,7 +87,7 @@ def into(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Into:
     symbols = {name: TensorSpec(name, _dtype(taken), shape) for name, shape in there.items()}
     outputs = inverse(named.outputs, symbols)
     aliases = {name: others for name, (_, others) in found.items() if others}
-    return Into(outputs, aliases, copies, left_out)
+    return Into(outputs, aliases, copies)
 
 
 def _dtype(specs: Mapping[str, TensorSpec]) -> DType:

@@ -122,11 +122,6 @@ def _alike(names: Mapping[str, Shape], config: Config) -> Structure:
     return Structure(absent=sisters.absent(names, config), layers=layers)
 
 
-def is_known(config: Config) -> bool:
-    """Whether the tables describe a model of this config."""
-    return regions_of(config) is not None
-
-
 def regions_of(config: Config) -> list[Region] | None:
     """The parts of a model of this config; None where the tables do not know its class."""
     kind, named = config.get("model_type"), next(iter(classes_of(config)), "")

@@ -19,7 +19,7 @@ llama-models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from msgspec import Struct
@@ -203,13 +203,24 @@ def _of(entry: Entry, config: Mapping[str, Any], family: Family) -> Iterator[tup
         return
     aliases = (patterns.rewrite(unwrap(alias), rules)[0] for alias in entry.aliases)
     made = replace(entry.renamed(hub_name), aliases=tuple(a for a in aliases if a != hub_name))
-    if family.turns and hub_name.endswith("self_attn.q_proj.weight"):
-        made = turn(made, heads_of(config, "num_attention_heads"))
-    elif family.turns and hub_name.endswith("self_attn.k_proj.weight"):
-        made = turn(made, heads_of(config, "num_key_value_heads", "num_attention_heads"))
-    elif patterns.matches_any(family.exchanged, hub_name) and len(entry.spec.shape) == 3:
-        made = rearrange.transpose(made, 1, 2)
-    yield hub_name, made
+    yield hub_name, reordered(hub_name, made, config, family, turn)
+
+
+def reordered(
+    hub: str,
+    entry: Entry,
+    config: Mapping[str, Any],
+    family: Family,
+    turning: Callable[[Entry, int], Entry],
+) -> Entry:
+    """A tensor in the other's order of rows: `turning` is that of queries and keys."""
+    if family.turns and hub.endswith("self_attn.q_proj.weight"):
+        return turning(entry, heads_of(config, "num_attention_heads"))
+    if family.turns and hub.endswith("self_attn.k_proj.weight"):
+        return turning(entry, heads_of(config, "num_key_value_heads", "num_attention_heads"))
+    if patterns.matches_any(family.exchanged, hub) and len(entry.spec.shape) == 3:
+        return rearrange.transpose(entry, 1, 2)
+    return entry
 
 
 def heads_of(config: Mapping[str, Any], *keys: str) -> int:

@@ -16,7 +16,7 @@ from reshard.core.tensors import Box, Entry, Fragment, contiguous_strides
 from reshard.errors import NamesError, UnsupportedError, listed
 from reshard.naming import patterns
 from reshard.naming.schema import is_constant, is_unheld, says_tied
-from reshard.naming.titan import EXPERTS, FAMILIES, NAMES, Family, every_nth, heads_of
+from reshard.naming.titan import EXPERTS, FAMILIES, NAMES, every_nth, reordered
 
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "lm_head.weight"
 _LISTED = 5
@@ -55,7 +55,7 @@ def into(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Into:
             if place is not None:
                 stacks.setdefault(place[0], {})[place[1]] = entry
             elif names:
-                _add(made, names, _turned(name, entry, config, family))
+                _add(made, names, reordered(name, entry, config, family, turn_back))
             else:
                 unknown.append(name)
     if unknown:
@@ -105,16 +105,6 @@ def _stacked(name: str, experts: Mapping[int, Entry]) -> Entry:
     if lacking:
         raise NamesError(f"expert {lacking[0]} is missing.", tensor=name)
     return rearrange.stack([experts[number] for number in range(len(experts))])
-
-
-def _turned(name: str, entry: Entry, config: Mapping[str, Any], family: Family) -> Entry:
-    if patterns.matches_any(family.exchanged, name) and len(entry.spec.shape) == 3:
-        return rearrange.transpose(entry, 1, 2)
-    if family.turns and name.endswith("self_attn.q_proj.weight"):
-        return turn_back(entry, heads_of(config, "num_attention_heads"))
-    if family.turns and name.endswith("self_attn.k_proj.weight"):
-        return turn_back(entry, heads_of(config, "num_key_value_heads", "num_attention_heads"))
-    return entry
 
 
 def turn_back(entry: Entry, heads: int) -> Entry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -14,6 +15,7 @@ from reshard.comparison.sums import natural, percent
 from reshard.core.tensors import stored
 from reshard.inspection import Inspection
 from reshard.pages.page import render
+from reshard.storage.paths import absolute
 
 # A name's parts beyond these stay together: a name of a hostile file may have any number.
 _DEPTH = 10
@@ -60,7 +62,8 @@ class Module(Struct):
 def contents_page(inspection: Inspection) -> str:
     """The page of a checkpoint. Raises `UnsupportedError` without jinja2."""
     checkpoint = inspection.checkpoint
-    root = checkpoint.catalog.origin.root
+    origin = checkpoint.catalog.origin
+    root = absolute(origin.root)
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural(tensor.name))
     fitting = inspection.fitting
     unexpected = frozenset(() if fitting is None else fitting.matching.unexpected)
@@ -72,7 +75,7 @@ def contents_page(inspection: Inspection) -> str:
     total = max(sum(files.values()), 1)
     return render(
         "contents.html.jinja",
-        title=os.fspath(root),
+        title=os.fspath(origin.root),
         inspection=inspection,
         findings=inspection.findings,
         fitting=fitting,
@@ -100,10 +103,12 @@ def _leaf(number: int, tensor: Tensor, root: Path, unexpected: frozenset[str]) -
     return Leaf(name, number, shape, dtype, tensor.nbytes, tensor.kind, note, parts, tensor.name)
 
 
+@cache
 def _file(path: str, root: Path) -> str:
-    """A file's path below the checkpoint's."""
+    """A file's path below the checkpoint's, which is absolute as all paths of files are."""
     place = Path(path)
-    return place.relative_to(root).as_posix() if place.is_relative_to(root) else place.name
+    inside = place != root and place.is_relative_to(root)
+    return place.relative_to(root).as_posix() if inside else place.name
 
 
 def _tree(leaves: Iterable[Leaf], tensors: Iterable[Tensor]) -> Module:

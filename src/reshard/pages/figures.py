@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec import Struct
 
 from reshard.comparison.result import Compared
-from reshard.comparison.sums import Place, Sum, natural, percent, place, short, summed
+from reshard.comparison.sums import Place, Sum, joined, natural, percent, place, short, summed
 
 # What a heat map can show, and its name in the legend.
 MEASURES = {
@@ -20,6 +20,8 @@ MEASURES = {
 # The faintest colour of a cell that differs at all.
 _FAINTEST = 0.06
 _BINS = 24
+# Marks below a histogram, besides the first.
+_TICKS = 4
 
 
 class Cell(Struct, frozen=True):
@@ -110,7 +112,7 @@ def maps(tensors: Sequence[Compared]) -> tuple[list[Map], Scale]:
     for number, where in enumerate(places):
         groups.setdefault(_key(where, tensors[number].name), []).append(number)
     sums = {
-        key: summed(_title(key), [tensors[n] for n in numbers if _measured(tensors[n])])
+        key: summed(joined(*key), [tensors[n] for n in numbers if tensors[n].measured])
         for key, numbers in groups.items()
     }
     scale = Scale(sums.values())
@@ -133,16 +135,8 @@ def _key(where: Place, name: str) -> tuple[str, str, str]:
     return where.stack, str(where.layer), where.module
 
 
-def _title(key: tuple[str, str, str]) -> str:
-    return ".".join(filter(None, key))
-
-
-def _measured(one: Compared) -> bool:
-    return one.kind in ("equal", "values")
-
-
 def _cell(found: Sum, tensors: Sequence[Compared], row: int, scale: Scale) -> Cell:
-    apart = [one for one in tensors if not _measured(one)]
+    apart = [one for one in tensors if not one.measured]
     if apart:
         return Cell(f"{apart[0].name}: {apart[0]}", row, mark="apart")
     several = f", {found.tensors} tensors" if found.tensors > 1 else ""
@@ -252,9 +246,9 @@ def _power(exponent: int) -> str:
     return f"{math.ldexp(1.0, exponent):.2g}"
 
 
-def _ticks(edges: Sequence[str], number: int = 4) -> tuple[tuple[float, str], ...]:
+def _ticks(edges: Sequence[str]) -> tuple[tuple[float, str], ...]:
     last = len(edges) - 1
-    places = sorted({round(last * at / number) for at in range(number + 1)})
+    places = sorted({round(last * at / _TICKS) for at in range(_TICKS + 1)})
     return tuple((at / last, edges[at]) for at in places)
 
 

@@ -36,8 +36,8 @@ _TASKS = (
     ("ForTokenClassification", "TOKEN_CLS"),
     ("ForQuestionAnswering", "QUESTION_ANS"),
 )
-# vLLM 0.33's default of --max-lora-rank.
-_VLLM_RANK = 16
+#: vLLM 0.33's default of --max-lora-rank.
+VLLM_RANK = 16
 _VLLM_SAVED = ("score", "classifier")
 
 
@@ -167,15 +167,15 @@ def findings(config: Mapping[str, Any], ranks: tuple[int, ...]) -> list[Finding]
     """
     found = []
     base = config["base_model_name_or_path"]
-    if isinstance(base, str) and not _REPOSITORY.fullmatch(base):
+    if isinstance(base, str) and not is_repository(base):
         message = f"adapter_config.json names the base by its folder, {base}."
         found.append(Finding("adapter-base-folder", message))
     refused = _refused_by_engines(config)
     if refused:
         message = f"vLLM and llama.cpp refuse such an adapter: it has {', '.join(refused)}."
         found.append(Finding("adapter-not-served", message))
-    elif max(ranks) > _VLLM_RANK:
-        message = f"vLLM takes adapters of rank {_VLLM_RANK} by default, and this has {max(ranks)}."
+    elif max(ranks) > VLLM_RANK:
+        message = f"vLLM takes adapters of rank {VLLM_RANK} by default, and this has {max(ranks)}."
         fix = f"Start vLLM with --max-lora-rank {allowed_rank(max(ranks))}."
         found.append(Finding("adapter-rank-for-vllm", message, fix=fix))
     misread = [
@@ -193,10 +193,16 @@ def findings(config: Mapping[str, Any], ranks: tuple[int, ...]) -> list[Finding]
 def _refused_by_engines(config: Mapping[str, Any]) -> list[str]:
     """What vLLM refuses. llama.cpp refuses every module saved in full, a classifier's head too."""
     refused = ["DoRA"] if config["use_dora"] else []
-    saved = [m for m in config["modules_to_save"] or () if m not in _VLLM_SAVED]
+    saved = saved_refused(config)
     if saved:
         refused.append(f"modules_to_save ({', '.join(saved)})")
     return refused
+
+
+def saved_refused(config: Mapping[str, Any]) -> list[str]:
+    """The modules saved in full that vLLM does not take; a file's setting may be anything."""
+    saved = config.get("modules_to_save")
+    return [str(m) for m in saved if m not in _VLLM_SAVED] if isinstance(saved, list) else []
 
 
 def is_repository(base: object) -> bool:
