@@ -20,7 +20,7 @@ from reshard.transfer.fill import Array, Reader, fill, page_aligned
 from reshard.transfer.finite import NotFinite, not_finite
 from reshard.transfer.pieces import Run
 
-# Bytes of an output block. 4 MiB of source and target stay in a core's cache; twice as much is no
+# Bytes of an output block. 4 MiB of source and output stay in a core's cache; twice as much is no
 # faster, half as much costs 10% in calls.
 _BLOCK = 4 << 20
 # A tensor stored in another order is read over and over, once a block: fewer, larger blocks.
