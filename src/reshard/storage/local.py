@@ -123,10 +123,14 @@ class Sources:
     Safe to use from several threads. A compressed frame is expanded into an unnamed temporary
     file, so memory does not grow with it; the last few frames are kept. `known` are the identities
     that files had when they were seen before: one that is another by now is an `IncompleteError`.
+    `elsewhere`: on another machine, whose numbers of devices are others.
     """
 
-    def __init__(self, known: Mapping[str, Identity] | None = None) -> None:
+    def __init__(
+        self, known: Mapping[str, Identity] | None = None, *, elsewhere: bool = False
+    ) -> None:
         self._known = known or {}
+        self._compared = slice(1 if elsewhere else 0, None)
         self._open: dict[FileRef, Source] = {}
         self._expanded: OrderedDict[FileRef, _Expanded] = OrderedDict()
         self._lock = threading.Lock()
@@ -171,7 +175,8 @@ class Sources:
     def _plain(self, ref: FileRef) -> Source:
         fd = _open_regular(ref.path)
         now = os.fstat(fd)
-        if self._known.get(ref.path, _identity(now)) != _identity(now):
+        known = self._known.get(ref.path, _identity(now))
+        if known[self._compared] != _identity(now)[self._compared]:
             os.close(fd)
             raise IncompleteError(
                 "the file is not the one that it was when the checkpoint was opened.",
