@@ -63,6 +63,7 @@ HEAVY = {
     "PIL": {"evaluate"},
     "jinja2": {"evaluate"},
     "rich": {"evaluate"},
+    "ray": set(),
     "pytest": {"testing"},
     "hypothesis": {"testing"},
 }

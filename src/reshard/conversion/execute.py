@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -18,17 +19,23 @@ from reshard.core.tensors import Extent, Record
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
+from reshard.transfer.cluster.connection import Workers, connected
+from reshard.transfer.cluster.executor import OnRay
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
 
 
 class Writing(Struct, frozen=True):
-    """How a plan is carried out; nothing here changes a byte of the output."""
+    """How a plan is carried out; nothing here changes a byte of the output.
+
+    `workers`: by those of a Ray cluster, instead of threads.
+    """
 
     threads: int
     overwrite: bool = False
     verify: bool = True
     progress: StagedProgress | None = None
+    workers: Workers | None = None
 
     def step(self, what: str) -> Callable[[int, int], None] | None:
         """The progress of one part of the work."""
@@ -56,11 +63,10 @@ def carry_out(
 
     If this raises, `target` is as it was, or the error says what is there.
     """
-    with OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder:
-        threads = writing.threads
-        executor: Executor = Threads(
-            threads, records, writing.verify, writing.step("write"), unprotected
-        )
+    with (
+        OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder,
+        _executor(writing, records, unprotected) as executor,
+    ):
         outcome = executor.run(plan, sources, folder)
         stated = render(outcome)
         for asset in plan.assets:
@@ -72,8 +78,7 @@ def carry_out(
         if writing.verify:
             verify_folder(
                 folder.partial,
-                threads=threads,
-                known=outcome.read_back,
+                leaf_digests=executor.leaf_digests(outcome.read_back),
                 progress=writing.step("verify"),
             )
         if check is not None:
@@ -81,7 +86,20 @@ def carry_out(
         if writing.overwrite:  # what was there may have changed in the hours since
             check_replaceable(target, overwrite=True)
         folder.commit()
-    return replace(outcome, findings=tuple(folder.findings), read_back={})
+    return replace(outcome, findings=(*folder.findings, *outcome.findings), read_back={})
+
+
+@contextmanager
+def _executor(
+    writing: Writing, records: Iterable[Record], unprotected: Sequence[Extent]
+) -> Iterator[Executor]:
+    """Who moves the bytes; a cluster that was started for it ends with the block."""
+    progress = writing.step("write")
+    if writing.workers is None:
+        yield Threads(writing.threads, records, writing.verify, progress, unprotected)
+        return
+    with connected(writing.workers) as ray:
+        yield OnRay(ray, writing.workers, records, unprotected, progress)
 
 
 def plan_digest(plan: Plan) -> str:

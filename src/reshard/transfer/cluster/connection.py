@@ -35,8 +35,7 @@ class Workers(Struct, frozen=True):
 
 
 def check_installed() -> None:
-    """Raise `UnsupportedError` where Ray is not installed, `OptionError` for an address that no
-    driver can have."""
+    """Raise `UnsupportedError` where Ray is not installed."""
     _ray()
 
 
@@ -58,21 +57,29 @@ def connected(workers: Workers) -> Iterator[Any]:
     Raises `WriteError` where the cluster cannot be reached or started.
     """
     ray = _ray()
-    address = workers.address or os.environ.get("RAY_ADDRESS") or None
-    check_address(address)
     if ray.is_initialized():  # by the program that calls reshard
+        _check_same(ray, workers.address)
         yield ray
         return
     try:
-        with _signals_kept():
-            ray.init(**_arguments(address, workers.most))
-    except (OSError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-        raise _unreachable(address, error) from None
-    try:
+        _begin(ray, workers)
         yield ray
     finally:
-        with _signals_kept():
-            ray.shutdown()
+        ray.shutdown()
+
+
+def _begin(ray: Any, workers: Workers) -> None:
+    address = workers.address or os.environ.get("RAY_ADDRESS") or None
+    check_address(address)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**_arguments(address, workers.most))
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise _unreachable(address, error) from None
+    finally:
+        # Ray's own ends the program at once, whatever is half done.
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _arguments(address: str | None, most: int | None) -> dict[str, Any]:
@@ -103,16 +110,15 @@ def _unreachable(address: str | None, error: Exception) -> WriteError:
     )
 
 
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray sets a handler of SIGTERM that ends the program at once."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if main and before is not None:
-            signal.signal(signal.SIGTERM, before)
+def _check_same(ray: Any, address: str | None) -> None:
+    """Raise `OptionError` where the program is connected to another cluster than is asked for."""
+    there = ray.get_runtime_context().gcs_address
+    if address not in (None, "auto", there):
+        raise OptionError(
+            f"ray_address: this program is connected to the cluster at {there} already.",
+            hint="Leave out ray_address, or call ray.shutdown() first.",
+            option="ray_address",
+        )
 
 
 def _ray() -> Any:

@@ -25,8 +25,10 @@ from reshard.transfer.cluster.connection import Workers
 from reshard.transfer.cluster.tasks import Tasks
 from reshard.transfer.cluster.wire import Inputs, MakeTask, Output, Packer, Stretch
 from reshard.transfer.commit import OutputFolder
+from reshard.transfer.executor import LeafDigests
 from reshard.transfer.finite import NotFinite
 from reshard.transfer.making import Made
+from reshard.transfer.reading import Known
 from reshard.transfer.system import identity_of
 
 # Bytes of pieces in a task, and tensors: the task of very many small ones is long to write down.
@@ -52,20 +54,23 @@ class OnRay(Struct, frozen=True):
         ledger = Ledger(self.records, self.unprotected)
         return _Transfer(self, plan, sources, folder, ledger).run()
 
-    def leaf_digests(
+    def leaf_digests(self, known: Known) -> LeafDigests:
+        """The workers read; nothing is known, since who wrote may have it cached."""
+        return self._hash
+
+    def _hash(
         self,
         leaves: Iterator[tuple[Entry, int]],
         sources: Sources,
         found: Callable[[int, bytes], None],
     ) -> None:
         """Have leaves of tensors read and hashed; `found` gets each one's place and digest."""
-        tasks: Tasks[int] = Tasks(self.ray, self.workers)
 
-        def answered(first: int, answer: wire.Answer) -> None:
-            assert isinstance(answer, wire.HashAnswer)
+        def answered(first: int, answer: wire.HashAnswer) -> None:
             for place, digest in enumerate(answer.digests, first):
                 found(place, digest)
 
+        tasks = Tasks(self.ray, self.workers, wire.HashAnswer)
         tasks.run(_hash_tasks(leaves, sources), answered)
 
 
@@ -96,14 +101,13 @@ class _Transfer:
         self._written = 0
 
     def run(self) -> Outcome:
-        tasks: Tasks[_Making] = Tasks(self._cluster.ray, self._cluster.workers)
+        tasks = Tasks(self._cluster.ray, self._cluster.workers, wire.MakeAnswer)
         tasks.run(self._tasks(), self._answered)
         findings = (_made_again(tasks.lost),) if tasks.lost else ()
         return self._assembly.outcome(self._read, self._ledger.check(self._sources), findings)
 
-    def _answered(self, making: _Making, answer: wire.Answer) -> None:
+    def _answered(self, making: _Making, answer: wire.MakeAnswer) -> None:
         """Note what a task made."""
-        assert isinstance(answer, wire.MakeAnswer)
         for stretch, crc in answer.read:
             file = making.files[stretch.file]
             self._ledger.take(Passage(file, stretch.start, stretch.stop, crc))
@@ -160,11 +164,10 @@ class _Transfer:
                 around[extent.file, start, stop] = stated
 
     def _output(self, file: File) -> Output:
-        assert file.path is not None
-        known = identity_of(file.path)
+        known = identity_of(file.place)
         inode = 0 if known is None else known[1]
         shown = str(self._folder.target / file.output.name)
-        return Output(str(file.path), inode, file.output.nbytes, shown)
+        return Output(str(file.place), inode, file.output.nbytes, shown)
 
 
 def inputs(packer: Packer, sources: Sources) -> Inputs:

@@ -34,6 +34,7 @@ _LOOK = 5.0
 _PATIENCE = 30.0
 
 Job = TypeVar("Job")
+Answered = TypeVar("Answered", bound=wire.MakeAnswer | wire.HashAnswer)
 
 
 class _UnderWay(Struct, Generic[Job]):
@@ -44,11 +45,12 @@ class _UnderWay(Struct, Generic[Job]):
     tries: int = 1
 
 
-class Tasks(Generic[Job]):
-    """Runs tasks; `lost` counts those that were handed out again."""
+class Tasks(Generic[Answered]):
+    """Runs tasks that are answered so; `lost` counts those that were handed out again."""
 
-    def __init__(self, ray: Any, workers: Workers) -> None:
+    def __init__(self, ray: Any, workers: Workers, kind: type[Answered]) -> None:
         self.lost = 0
+        self._kind = kind
         self._ray = ray
         self._most = workers.most
         self._remote = ray.remote(num_cpus=1, max_retries=0)(work)
@@ -58,7 +60,7 @@ class Tasks(Generic[Job]):
     def run(
         self,
         jobs: Iterator[tuple[Job, bytes]],
-        answered: Callable[[Job, wire.MakeAnswer | wire.HashAnswer], None],
+        answered: Callable[[Job, Answered], None],
     ) -> None:
         """Run every task and hand on its answer. Raises the `ReshardError` of one that fails."""
         under_way: dict[Any, _UnderWay[Job]] = {}
@@ -72,12 +74,12 @@ class Tasks(Generic[Job]):
                     answer = self._answer(ref)
                     with held_signals():
                         task = under_way.pop(ref)
-                    if isinstance(answer, Exception):
-                        again.append(self._again(task, answer))
-                    elif isinstance(answer, wire.Failure):
-                        raise _failed(answer)
-                    else:
+                    if isinstance(answer, self._kind):
                         answered(task.job, answer)
+                    elif isinstance(answer, Exception):
+                        again.append(self._again(task, answer))
+                    else:
+                        raise _failed(answer)
         except BaseException:
             self._end(list(under_way))
             raise
@@ -129,7 +131,7 @@ class Tasks(Generic[Job]):
         try:
             return wire.decode_answer(self._ray.get(ref))
         except lost as error:
-            return error if isinstance(error, Exception) else RuntimeError(str(error))
+            return RuntimeError(_line(error))
         except known.RayTaskError as error:
             if "No module named 'reshard" in str(error):
                 raise UnsupportedError(
@@ -164,8 +166,10 @@ class Tasks(Generic[Job]):
                 )
 
 
-def _failed(failure: wire.Failure) -> ReshardError:
+def _failed(failure: wire.Answer) -> ReshardError:
     """The error that a worker met."""
+    if not isinstance(failure, wire.Failure):
+        raise TypeError(f"a worker answered another question: {type(failure).__name__}")
     kind: type[ReshardError] = getattr(errors, failure.kind)
     return kind(failure.message, path=failure.path, tensor=failure.tensor, hint=failure.hint)
 
