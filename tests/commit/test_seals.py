@@ -13,9 +13,13 @@ from reshard.transfer.seals import Seals
 
 def test_seals_run_side_by_side() -> None:
     together = threading.Barrier(8, timeout=20)
+
+    def meet() -> None:
+        together.wait()  # for all the others
+
     seals = Seals()
     for _ in range(8):
-        seals.add(lambda: None if together.wait() >= 0 else None)  # each waits for all others
+        seals.add(meet)
     seals.settle()
     seals.close()
 
