@@ -441,7 +441,7 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
         **{
             name: values[name]
             for name in Running.__struct_fields__
-            if name in CONVERT.keys() - {"threads"}
+            if name not in ("threads", "workers")
         },
     )
     return options, running

@@ -20,7 +20,6 @@ from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.cluster.connection import Workers, connected
-from reshard.transfer.cluster.executor import OnRay
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
 
@@ -100,6 +99,8 @@ def _executor(
     if writing.workers is None:
         yield Threads(writing.threads, records, writing.verify, progress, unprotected)
         return
+    from reshard.transfer.cluster.executor import OnRay
+
     with connected(writing.workers) as ray:
         yield OnRay(ray, writing.workers, records, unprotected, progress)
 

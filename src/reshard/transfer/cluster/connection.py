@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,19 +62,32 @@ def connected(workers: Workers) -> Iterator[Any]:
         _check_same(ray, workers.address)
         yield ray
         return
-    try:
-        _begin(ray, workers)
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _begin(ray: Any, workers: Workers) -> None:
     address = workers.address or os.environ.get("RAY_ADDRESS") or None
     check_address(address)
+    with _scratch() as scratch:
+        try:
+            _begin(ray, address, _arguments(address, workers.most, scratch))
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder for the sockets and logs of a cluster of our own.
+
+    Its path is short: a socket's has at most 107 bytes, and Ray adds 65.
+    """
+    with tempfile.TemporaryDirectory(
+        prefix="reshard-", dir="/tmp", ignore_cleanup_errors=True
+    ) as folder:
+        yield folder
+
+
+def _begin(ray: Any, address: str | None, arguments: Mapping[str, Any]) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**_arguments(address, workers.most))
+        ray.init(**arguments)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _unreachable(address, error) from None
     finally:
@@ -82,7 +96,7 @@ def _begin(ray: Any, workers: Workers) -> None:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _arguments(address: str | None, most: int | None) -> dict[str, Any]:
+def _arguments(address: str | None, most: int | None, scratch: str) -> dict[str, Any]:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address not in (None, "local"):
         return {"address": address, **quiet}
@@ -93,6 +107,7 @@ def _arguments(address: str | None, most: int | None) -> dict[str, Any]:
         "num_cpus": most or os.cpu_count() or 1,
         "include_dashboard": False,
         "object_store_memory": _STORE_NBYTES,
+        "_temp_dir": scratch,
         **quiet,
     }
 

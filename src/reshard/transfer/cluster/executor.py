@@ -34,6 +34,8 @@ from reshard.transfer.system import identity_of
 # Bytes of pieces in a task, and tensors: the task of very many small ones is long to write down.
 _TASK_NBYTES = 256 << 20
 _TASK_PARTS = 2048
+# Tasks for each processor, at least, as far as there are pieces: none is idle for long at the end.
+_EACH = 8
 
 
 class OnRay(Struct, frozen=True):
@@ -103,6 +105,7 @@ class _Transfer:
     def run(self) -> Outcome:
         tasks = Tasks(self._cluster.ray, self._cluster.workers, wire.MakeAnswer)
         tasks.run(self._tasks(), self._answered)
+        self._folder.settle()
         findings = (_made_again(tasks.lost),) if tasks.lost else ()
         return self._assembly.outcome(self._read, self._ledger.check(self._sources), findings)
 
@@ -120,7 +123,9 @@ class _Transfer:
             self._cluster.progress(self._written, self._assembly.total)
 
     def _tasks(self) -> Iterator[tuple[_Making, bytes]]:
-        for pieces in _together(self._assembly.pieces()):
+        processors = int(self._cluster.ray.cluster_resources().get("CPU", 0))
+        share = self._assembly.total // (_EACH * max(processors, 1))
+        for pieces in _together(self._assembly.pieces(), min(_TASK_NBYTES, share)):
             yield self._task(pieces)
 
     def _task(self, pieces: list[Piece]) -> tuple[_Making, bytes]:
@@ -179,14 +184,12 @@ def inputs(packer: Packer, sources: Sources) -> Inputs:
     return Inputs(tuple(packer.files), known)
 
 
-def _together(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """The pieces of each task."""
+def _together(pieces: Iterator[Piece], most: int) -> Iterator[list[Piece]]:
+    """The pieces of each task: one, or several of `most` bytes."""
     batch: list[Piece] = []
     nbytes = parts = 0
     for piece in pieces:
-        if batch and (
-            nbytes + piece.nbytes > _TASK_NBYTES or parts + len(piece.parts) > _TASK_PARTS
-        ):
+        if batch and (nbytes + piece.nbytes > most or parts + len(piece.parts) > _TASK_PARTS):
             yield batch
             batch, nbytes, parts = [], 0, 0
         batch.append(piece)

@@ -53,7 +53,7 @@ class Tasks(Generic[Answered]):
         self._kind = kind
         self._ray = ray
         self._most = workers.most
-        self._remote = ray.remote(num_cpus=1, max_retries=0)(work)
+        self._remote = ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(work)
         self._processors = 0
         self._looked = float("-inf")
 
