@@ -165,8 +165,8 @@ def test_stale_shards_that_only_mlx_reads(pairs: Pairs, tmp_path: Path) -> None:
     assert codes(out, "vllm") == codes(out, "llama.cpp") == set()
 
 
-def live(name: str, folder: Path, version: str = "5.23") -> Path:
-    """A folder with the names that a live module of some version has."""
+def in_memory(name: str, folder: Path, version: str = "5.23") -> Path:
+    """A folder with the names that a loaded model of some version has."""
     models.write(folder, name, 1)
     arrays = tables.random_arrays(tables.table(version, name).memory, 2)
     models.save(folder, {key: torch.from_numpy(value) for key, value in arrays.items()})
@@ -186,7 +186,7 @@ def live(name: str, folder: Path, version: str = "5.23") -> Path:
     ],
 )
 def test_names_of_a_live_module(name: str, effects: dict[EngineName, str], tmp_path: Path) -> None:
-    ill = live(name, tmp_path / "ill")
+    ill = in_memory(name, tmp_path / "ill")
     for engine, effect in effects.items():
         assert ("engine-names" in codes(ill, engine)) == bool(effect), engine
         if effect:
@@ -197,7 +197,7 @@ def test_names_of_a_live_module(name: str, effects: dict[EngineName, str], tmp_p
 
 
 def test_a_layout_that_nobody_tried(tmp_path: Path) -> None:
-    ill = live("phimoe", tmp_path / "ill")
+    ill = in_memory("phimoe", tmp_path / "ill")
     assert codes(ill, "vllm") == {"engine-names-unread", "engine-class"}
 
 

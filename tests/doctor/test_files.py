@@ -25,7 +25,7 @@ def sharded(pairs: Pairs, tmp_path: Path) -> Path:
     """A healthy llama in several shards, as `save_pretrained` writes them."""
     ill = pairs("llama").copy(tmp_path / "ill")
     (ill / "model.safetensors").unlink()
-    models.live(pairs("llama").healthy).save_pretrained(ill, max_shard_size="20KB")
+    models.loaded(pairs("llama").healthy).save_pretrained(ill, max_shard_size="20KB")
     assert len(list(ill.glob("model-*-of-*.safetensors"))) == 3
     assert names(reshard.doctor(ill)) == []
     return ill
@@ -140,7 +140,7 @@ def test_weights_in_torch_files(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("llama_tied")
     for base, out in ((pair.base, "with"), (None, "without")):
         ill = pair.copy(tmp_path / f"ill-{out}")
-        state = models.live(pair.healthy).state_dict()
+        state = models.loaded(pair.healthy).state_dict()
         (ill / "model.safetensors").unlink()
         torch.save(state, ill / "pytorch_model.bin")
         assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()

@@ -45,7 +45,7 @@ def test_placeholders_with_the_checkpoint_beside(
     truth, written = load_file(f"{trainer}.safetensors"), models.load(tmp_path / "out")
     assert written.keys() == truth.keys()
     assert all(torch.equal(written[name], truth[name]) for name in truth)
-    models.live(tmp_path / "out")
+    models.loaded(tmp_path / "out")
     # Without the base nobody knows what the checkpoint's tensors should be called.
     refused(trainer, None, tmp_path / "other", "zero3-placeholders")
 
@@ -113,7 +113,7 @@ def test_two_names_that_become_one_are_not_mended(pairs: Pairs, tmp_path: Path) 
 def test_the_names_of_a_live_module(pairs: Pairs, name: str, tmp_path: Path) -> None:
     pair = pairs(name)
     ill = pair.copy(tmp_path / "ill")
-    state = models.live(pair.healthy).state_dict()
+    state = models.loaded(pair.healthy).state_dict()
     tied = name.endswith("tied")
     if tied:
         del state["lm_head.weight"]
@@ -146,7 +146,7 @@ def test_every_layout_of_a_live_module_is_known(name: str, version: str, tmp_pat
 def test_experts_that_transformers_5_turned(pairs: Pairs, with_base: bool, tmp_path: Path) -> None:
     pair = pairs("qwen3_vl_moe")
     ill = pair.copy(tmp_path / "ill")
-    models.save(ill, models.live(pair.healthy).state_dict())
+    models.save(ill, models.loaded(pair.healthy).state_dict())
     if not with_base:
         diagnosis = refused(ill, None, tmp_path / "out", "transposed-experts")
         assert "(3, 24, 32), not (3, 32, 24)" in evidence(diagnosis, "transposed-experts")
@@ -195,7 +195,7 @@ def test_another_models_base(pairs: Pairs, tmp_path: Path) -> None:
 def test_several_ailments_at_once(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("llava")
     ill = pair.copy(tmp_path / "ill")
-    state = models.live(pair.healthy).state_dict()
+    state = models.loaded(pair.healthy).state_dict()
     models.save(ill, {f"module.model.{name}": value for name, value in state.items()})
     edit_config(ill, dtype="float16")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",

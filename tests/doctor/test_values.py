@@ -90,7 +90,7 @@ def test_the_bases_own_weights(pairs: Pairs, name: str, tmp_path: Path) -> None:
     """As `load_state_dict(strict=False)` leaves them when no name fits, then saved."""
     pair = pairs(name)
     ill = tmp_path / "ill"
-    models.live(pair.base).save_pretrained(ill)
+    models.loaded(pair.base).save_pretrained(ill)
     for file in pair.base.iterdir():
         if not (ill / file.name).exists():
             (ill / file.name).write_bytes(file.read_bytes())

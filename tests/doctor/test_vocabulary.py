@@ -34,7 +34,7 @@ def test_a_head_that_the_config_wrongly_unties(pairs: Pairs, tmp_path: Path) -> 
     ill = pair.copy(tmp_path / "ill")
     edit_config(ill, tie_word_embeddings=False)
     with pytest.raises(AssertionError, match="missing_keys"):
-        models.live(ill)
+        models.loaded(ill)
     refused(ill, None, tmp_path / "no", "head-missing")
     diagnosis = mended(ill, pair.base, tmp_path / "out", "head-missing")
     assert "loaders make a random head" in evidence(diagnosis, "head-missing")
@@ -102,7 +102,7 @@ def test_a_tied_base_whose_run_untied_the_head(pairs: Pairs, tmp_path: Path) -> 
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     models.save(ill, tensors)
     mended(ill, pair.base, tmp_path / "out", "head-contradicts-config")
-    state = models.live(tmp_path / "out").state_dict()
+    state = models.loaded(tmp_path / "out").state_dict()
     assert torch.equal(state["lm_head.weight"], tensors["lm_head.weight"])
 
 
@@ -128,8 +128,8 @@ def test_a_vocabulary_that_the_config_does_not_know(
     told = evidence(diagnosis, "vocabulary-size")
     assert "100 rows" in told
     assert "vocab_size is 96" in told
-    live = models.live(tmp_path / "out")
-    assert live.get_input_embeddings().weight.shape[0] == 100
+    model = models.loaded(tmp_path / "out")
+    assert model.get_input_embeddings().weight.shape[0] == 100
     assert models.load(tmp_path / "out").keys() == tensors.keys()
 
 
@@ -184,7 +184,7 @@ def test_weights_wider_than_the_config_says(pairs: Pairs, tmp_path: Path) -> Non
     assert not diagnosis.errors
     models.assert_same_weights(tmp_path / "rounded", pair.healthy)
     mended(ill, None, tmp_path / "kept", "dtype-contradicts-config")
-    assert models.live(tmp_path / "kept").dtype == torch.float32
+    assert models.loaded(tmp_path / "kept").dtype == torch.float32
     models.assert_same_model(tmp_path / "kept", pair.healthy)
 
 

@@ -29,7 +29,7 @@ class Made:
 
     @property
     def truth(self) -> Path:
-        """A safetensors file: the full state dict, gathered from the live ranks."""
+        """A safetensors file: the full state dict, gathered from the running ranks."""
         return self.root / self.case.name / "truth.safetensors"
 
 

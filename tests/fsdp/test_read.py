@@ -1,4 +1,4 @@
-"""Every kind of DCP checkpoint, read and compared bit for bit with what the live ranks held."""
+"""Every kind of DCP checkpoint, read and compared bit for bit with what the running ranks held."""
 
 from __future__ import annotations
 

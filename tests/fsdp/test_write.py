@@ -115,7 +115,8 @@ def test_fsdp_models_load_it_at_every_world_size(tmp_path: Path) -> None:
 
 
 def assert_loaded(folder: Path, kinds: Iterable[str], device: str = "cpu") -> None:
-    """A `Decoder` made into DCP under `folder` is what each kind of live model gathers from it."""
+    """A `Decoder` made into DCP under `folder` is what each kind of loaded model gathers from
+    it."""
     torch.manual_seed(2)
     hf = folder / "hf"
     hf.mkdir()

@@ -1,6 +1,6 @@
 """Parts of composite models that were trained by themselves, back into their bases.
 
-The parts are live modules of the installed transformers. What comes out is loaded by the class of
+The parts are loaded models of the installed transformers. What comes out is loaded by the class of
 the whole, whose part must hold the trained tensors, bit for bit, and compute what it computed.
 """
 
@@ -185,11 +185,11 @@ def test_kimi_k2_alone_and_in_a_composite_base(version: str) -> None:
     assert found.entries.keys() == whole.keys()
     assert found.matching.filled == ("vision_tower.patch.weight",)
     if version == "4.57":
-        live = to_memory(tables.entries(disk.disk_shapes()), text, (5, 23))
-        assert live.keys() == disk.disk.keys()  # its own code has the files' names
+        loaded = to_memory(tables.entries(disk.disk_shapes()), text, (5, 23))
+        assert loaded.keys() == disk.disk.keys()  # its own code has the files' names
 
 
-def live_config(name: str) -> tuple[Any, Any]:
+def config_of(name: str) -> tuple[Any, Any]:
     """Of a composite model of transformers 5: its class and a tiny config."""
     text: dict[str, Any] = {**TEXT}
     vision: dict[str, Any] = QWEN3_VISION
@@ -215,7 +215,7 @@ def live_config(name: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("name", ["Llama4", "Qwen3_5", "Qwen3_5Moe"])
 def test_the_language_model_of_a_base_that_transformers_writes(name: str, tmp_path: Path) -> None:
-    class_, config = live_config(name)
+    class_, config = config_of(name)
     base = tmp_path / "base"
     shuffled(class_._from_config(config), seed=0).save_pretrained(base)
     text_class = getattr(transformers, f"{name}ForCausalLM")

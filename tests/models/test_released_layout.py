@@ -16,7 +16,7 @@ from tests.folders import edit_config, edit_weights
 from tests.models import released
 from tests.naming import tables
 
-# Families whose live modules, or saves from a config, are in a layout that no release has.
+# Families whose loaded models, or saves from a config, are in a layout that no release has.
 MOVED = ("gemma3", "llava", "llava_next", "qwen3_vl_moe", "qwen3_moe", "mixtral", "qwen2_audio",
          "qwen2_5_vl", "mistral3", "internvl_moe", "phimoe")  # fmt: skip
 AS_RELEASED = ("llama", "qwen2", "gpt_oss", "qwen3_vl", "gemma2")

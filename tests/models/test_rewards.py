@@ -1,6 +1,6 @@
 """LightRFT's reward models and critics, from what the real DeepSpeed and DCP saved to their scores.
 
-The scores before are those of the live wrapper (`tests/naming/lightrft_models.py`), the scores
+The scores before are those of the running wrapper (`tests/naming/lightrft_models.py`), the scores
 after those of `reshard try`'s own code on the exported folder: they share nothing but the weights.
 """
 
@@ -39,7 +39,7 @@ EXACT = {"rtol": 1e-5, "atol": 1e-6}
 
 
 class Trained:
-    """A run: its base, the live wrapper with the weights that were saved, the checkpoint."""
+    """A run: its base, the running wrapper with the weights that were saved, the checkpoint."""
 
     def __init__(self, name: str, saved: Path, folder: Path) -> None:
         self.run = RUNS[name]

@@ -38,7 +38,7 @@ def trained(folder: Path, name: str) -> tuple[Path, Any]:
     release, which mlx-lm reads itself, and what it needs to tell a tie."""
     base = released.write(folder / "base", name, released.values(name, seed=0))
     models.tokenizer().save_pretrained(base)
-    model = released.live(base, released.class_of(name))
+    model = released.loaded(base, released.class_of(name))
     torch.save(model.state_dict(), folder / "model.pt")
     reshard.convert(folder / "model.pt", folder / "out", base=base)
     return folder / "out", model

@@ -148,7 +148,7 @@ def hold(found: Any, content: Any, wanted: dict[str, tables.Array]) -> None:
 
 
 def test_what_is_not_known_is_refused() -> None:
-    """Kimi's live modules hold permuted thirds of the files' projections."""
+    """Kimi's loaded models hold permuted thirds of the files' projections."""
     config = {"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"]}
     base = tables.entries({"language_model.model.embed_tokens.weight": (8, 2)})
     with pytest.raises(UnsupportedError, match=r"kimi_k25 split, join, permute"):

@@ -98,7 +98,7 @@ def test_a_mixture_becomes_the_16_bit_model(folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_without_the_mtp_layer(folder: Path, tmp_path: Path) -> None:
-    """A live module does not hold it: it comes from the base, dequantised."""
+    """A loaded model does not hold it: it comes from the base, dequantised."""
     wanted = numbers(folder)
     state = {n: v.float() + 1 for n, v in wanted.items() if ".layers.2." not in n}
     torch.save(state, tmp_path / "run.pt")

@@ -37,9 +37,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def numbers_of(model: Model) -> dict[str, torch.Tensor]:
     """The released files' tensors in bfloat16, as transformers saves the dequantised model."""
-    state = model.live.state_dict()
+    state = model.model.state_dict()
     stacked = [name for name in state if name.endswith("experts.gate_up_proj")]
-    if not stacked or "gpt_oss" in type(model.live).__module__:
+    if not stacked or "gpt_oss" in type(model.model).__module__:
         return dict(state)
     made = {name: value for name, value in state.items() if ".experts." not in name}
     for name in stacked:
@@ -82,9 +82,9 @@ def test_a_model_becomes_the_16_bit_model(kind: str, model: Get, tmp_path: Path)
     stated = config_of(out)
     assert "quantization_config" not in stated
     assert stated["dtype"] == "bfloat16"
-    live = makers.loaded(out)
+    loaded = makers.loaded(out)
     with torch.no_grad():
-        assert torch.equal(live(IDS).logits, made.live(IDS).logits)
+        assert torch.equal(loaded(IDS).logits, made.model(IDS).logits)
     assert reshard.verify(out).num_tensors == len(numbers_of(made))
     assert reshard.verify(out, made.folder).num_tensors == len(numbers_of(made))
 
@@ -141,9 +141,9 @@ def test_into_a_live_module(
     arguments = ["--hf_checkpoint", str(made.folder), "--output", str(out), "--names", "memory"]
     assert cli.run(hf2fsdp.command, arguments) == 0
     assert "weights are quantised" in "".join(capsys.readouterr())
-    found = {name: torch.zeros_like(value) for name, value in made.live.state_dict().items()}
+    found = {name: torch.zeros_like(value) for name, value in made.model.state_dict().items()}
     dcp.load(found, checkpoint_id=out)
-    assert_same(found, made.live.state_dict())
+    assert_same(found, made.model.state_dict())
 
 
 def test_out_of_training(kind: str, model: Get, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rank files of every kind, read and compared bit for bit with what the live ranks held."""
+"""Rank files of every kind, read and compared bit for bit with what the running ranks held."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         "rules": list(output.name_map.rules),
         **output.matching.to_json(),
         "merged": output.merged,
-        "transformers_version": output.live,
+        "transformers_version": output.loaded_by,
         "aliases": {name: t.spec.name for t in output.model for name in t.aliases},
         "lora": None if output.scaling is None else output.scaling.to_json(),
     }

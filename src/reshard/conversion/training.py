@@ -227,17 +227,17 @@ def with_ties(
         if tensor.spec.name in trained:
             alike.setdefault((tensor.source.spec.dtype, tensor.spec.shape), []).append(number)
     for number, tensor in enumerate(made.model):
-        twin = None
+        equal = None
         if tensor.spec.name not in trained and len(tensor.spec.shape) == 2:
             for other in alike.get((tensor.source.spec.dtype, tensor.spec.shape), ()):
                 candidate = made.model[other]
                 if starts(other) == starts(number) and same(candidate.source, tensor.source):
-                    twin = candidate
+                    equal = candidate
                     break
-        if twin is None:
+        if equal is None:
             model.append(tensor)
         else:
-            tied[tensor.spec.name] = twin.spec.name
+            tied[tensor.spec.name] = equal.spec.name
     if not tied:
         return made
     model = [

@@ -1,6 +1,7 @@
 """The fit of a checkpoint's tensors onto a base model's, name for name and shape for shape.
 
-    search -> outputs -> twins: copied, judged -> unwritten -> heads left behind -> vocabulary
+    search -> outputs -> tied tensors: copied, judged -> unwritten -> heads left behind ->
+    vocabulary
 
 Each step is a function of what the search found, and returns what it adds to the map.
 """
@@ -15,7 +16,7 @@ from reshard.core.arrangement import Arrangement
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Equal
 from reshard.errors import NamesError
-from reshard.naming import ties, twins
+from reshard.naming import tied_tensors, ties
 from reshard.naming.assemble import Assembler
 from reshard.naming.judge import FitOptions, Verdict
 from reshard.naming.layouts import Piece
@@ -56,13 +57,13 @@ def fit(
         raise refuse(candidate, is_chosen(options))
     by_name = {clean: entries[own] for clean, own in found.owners.items()}
     known = Known(candidate, found.owners, by_name, schema.config, options, equal)
-    written, copies = twins.copied(known)
-    judged = copies + twins.judged(known, written)
+    written, copies = tied_tensors.copied(known)
+    judged = copies + tied_tensors.judged(known, written)
     steps = (
         Part(outputs=_outputs(known), origins=_origins(known))
         + judged
         + _unwritten(known, written, judged.origins)
-        + twins.left_behind(known)
+        + tied_tensors.left_behind(known)
         + _unheld(known)
     )
     resized, patched = _resized(known)
@@ -148,10 +149,10 @@ def _unwritten(known: Known, written: Mapping[str, str], heads: Mapping[str, str
 
 
 def _unheld(known: Known) -> Part:
-    """The finding that layers which no live module holds are the base's."""
+    """The finding that layers which no loaded model holds are the base's."""
     count = sum(is_unheld(name, known.config) for name in known.named(Verdict.FILLED))
     message = (
-        f"{count} tensors of layers that no live module holds (multi-token prediction) "
+        f"{count} tensors of layers that no loaded model holds (multi-token prediction) "
         "are the base's, untrained."
     )
     return Part(findings=(Finding("untrained-layers", message),) if count else ())
@@ -163,7 +164,7 @@ def _resized(known: Known) -> tuple[tuple[Resize, ...], Part]:
     resized = []
     for hub in hubs:
         name, base_rows = known.want[hub].name, known.want[hub].shape[0]
-        stored = hub if hub in known.have else ties.twin_of(hub, known.have)
+        stored = hub if hub in known.have else ties.tied_partner(hub, known.have)
         rows = base_rows if stored is None else known.have[stored].shape[0]
         if rows != base_rows:
             resized.append(Resize(name, base_rows, rows))

@@ -313,8 +313,8 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
     different = _apart(complete)
     version = options.transformers_version
     if len(different) > 1 and version is not None:
-        live = [c for c in different if any(view.is_live(version) for view in c.views)]
-        different = live or different  # none has that version: all are named
+        loaded = [c for c in different if any(view.loads_as(version) for view in c.views)]
+        different = loaded or different  # none has that version: all are named
     if len(different) == 1:
         return different[0]
     ways = "; ".join(candidate.title for candidate in different)

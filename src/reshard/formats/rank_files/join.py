@@ -61,9 +61,9 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
         held = parts_of(name, states, sources)
         entry = entry_of(name, states[0].tensors[name], held, saved, missing)
         key = tuple((h.state.rank, h.tensor.storage, h.tensor.strides) for h in held)
-        twin = first.setdefault((entry.spec.shape, key), name) if entry.fragments else name
-        if twin != name and entry.spec.numel:
-            entries[twin] = replace(entries[twin], aliases=(*entries[twin].aliases, name))
+        earlier = first.setdefault((entry.spec.shape, key), name) if entry.fragments else name
+        if earlier != name and entry.spec.numel:
+            entries[earlier] = replace(entries[earlier], aliases=(*entries[earlier].aliases, name))
             continue
         entries[name] = entry
         if len(held) > 1:

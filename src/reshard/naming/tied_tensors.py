@@ -23,36 +23,38 @@ from reshard.naming.steps import Known, Part, is_chosen
 def copied(known: Known) -> tuple[dict[str, str], Part]:
     """Write what the base stores under a name that the source lacks.
 
-    Returns the tensors that are written by their own hub names, and the copied ones' twins.
+    Returns the tensors that are written by their own hub names, and the copied ones' tied_tensors.
     """
     written = {hub: hub for hub in known.want if hub in known.have}
     part = Part()
     for hub in known.candidate.of(Verdict.COPIED):
-        twin = ties.twin_of(hub, known.have)
-        if twin is None:
+        partner = ties.tied_partner(hub, known.have)
+        if partner is None:
             continue
-        name, own = known.want[hub].name, known.own(twin)
+        name, own = known.want[hub].name, known.own(partner)
         part += Part(outputs={name: Whole(own)})
-        written[twin] = hub
-        if ties.is_head(twin):
+        written[partner] = hub
+        if ties.is_head(partner):
             message = (
                 f"{name!r} is read from {own!r}: the base's config ties them, "
                 "and the checkpoint holds one."
             )
-            part += Part(findings=(Finding("tied-twin-copied", message, subject=name),))
-        part += _parted_by_update(known, hub, twin)
+            part += Part(findings=(Finding("tied-tensor-copied", message, subject=name),))
+        part += _parted_by_update(known, hub, partner)
     return written, part
 
 
-def _parted_by_update(known: Known, hub: str, twin: str) -> Part:
+def _parted_by_update(known: Known, hub: str, partner: str) -> Part:
     """Of a tied pair that the source stores once, untie the head where one is updated."""
-    if known.have[twin].name not in known.options.updated:
+    if known.have[partner].name not in known.options.updated:
         return Part()
-    if not (ties.is_head(hub) or ties.is_head(twin)):
-        raise _one_of_copies(known, twin, hub)
+    if not (ties.is_head(hub) or ties.is_head(partner)):
+        raise _one_of_copies(known, partner, hub)
     if ties.is_head(hub):
         return _said_untied(known, known.want[hub].name, "it has no update")
-    return _untied(known, twin) if ties.is_head(twin) and twin not in known.want else Part()
+    return (
+        _untied(known, partner) if ties.is_head(partner) and partner not in known.want else Part()
+    )
 
 
 def judged(known: Known, written: Mapping[str, str]) -> Part:
@@ -66,20 +68,20 @@ def judged(known: Known, written: Mapping[str, str]) -> Part:
     for hub in candidate.of(Verdict.TWIN):
         if hub in written:
             continue
-        twin = ties.twin_of(hub, written)
-        same, undecided = (False, Part()) if twin is None else _compared(known, hub, twin)
+        partner = ties.tied_partner(hub, written)
+        same, undecided = (False, Part()) if partner is None else _compared(known, hub, partner)
         part += undecided
-        if twin is not None and same:
-            part += Part(tied={known.here(hub): known.here(written[twin])})
+        if partner is not None and same:
+            part += Part(tied={known.here(hub): known.here(written[partner])})
         elif ties.embedding_of(hub, known.want) is not None:
             # A head whose embedding is the base's was trained separately, else it would serve for
             # both.
             part += _untied(known, hub)
-        elif twin is None:
+        elif partner is None:
             raise refuse(candidate, is_chosen(known.options))
         else:
             raise NamesError(
-                f"it differs from {have[twin].name!r}; the base stores one tensor for both.",
+                f"it differs from {have[partner].name!r}; the base stores one tensor for both.",
                 tensor=have[hub].name,
                 unexpected=(have[hub].name,),
             )
@@ -92,11 +94,11 @@ def judged(known: Known, written: Mapping[str, str]) -> Part:
     return part
 
 
-def _compared(known: Known, hub: str, twin: str) -> tuple[bool, Part]:
+def _compared(known: Known, hub: str, partner: str) -> tuple[bool, Part]:
     """Whether two of the source's tensors hold the same values; and a pair that is undecided."""
-    one, other = known.by_name[known.have[hub].name], known.by_name[known.have[twin].name]
+    one, other = known.by_name[known.have[hub].name], known.by_name[known.have[partner].name]
     updated = known.options.updated
-    if updated.get(known.have[hub].name) != updated.get(known.have[twin].name):
+    if updated.get(known.have[hub].name) != updated.get(known.have[partner].name):
         return False, Part()
     if one.fragments == other.fragments:
         return True, Part()
@@ -165,11 +167,11 @@ def left_behind(known: Known) -> Part:
 
 
 def _unheld(known: Known) -> dict[str, str]:
-    """Head -> embedding, of heads that the live module has and the source lacks, tied to an
+    """Head -> embedding, of heads that the loaded model has and the source lacks, tied to an
     embedding that it holds.
 
     Raises `UnsupportedError` for an embedding that was trained under one of its names, where the
-    live module has others for it that are no heads: no file can say that they differ.
+    loaded model has others for it that are no heads: no file can say that they differ.
     """
     have, config = known.have, known.config
     heads = ties.missing_heads(have, config.get("model_type")) if says_tied(config) else {}
@@ -194,8 +196,8 @@ def _unheld(known: Known) -> dict[str, str]:
 
 def _one_of_copies(known: Known, trained: str, other: str) -> UnsupportedError:
     return UnsupportedError(
-        f"it was trained by PEFT, and the live model holds it as {known.here(other)!r} too, which "
-        "was not: the base stores one tensor for both.",
+        f"it was trained by PEFT, and the loaded model holds it as {known.here(other)!r} too, "
+        "which was not: the base stores one tensor for both.",
         tensor=known.have[trained].name,
         hint=methods.hint(merges=False),
     )
