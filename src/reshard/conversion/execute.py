@@ -17,8 +17,8 @@ from reshard.core.plan import Plan
 from reshard.core.tensors import Extent, Record
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
+from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import OutputFolder
-from reshard.transfer.engine import Outcome
 from reshard.transfer.executor import Executor, Threads
 
 

@@ -102,6 +102,29 @@ class OutputFolder:
         except OSError as error:
             raise _cannot_write(self.target / name, error) from None
 
+    def lend(self, name: str, fd: int) -> Path:
+        """Sync and close a file made by `create`, so that others can write into it; where it is."""
+        try:
+            os.fsync(fd)
+            path = self._open.pop(fd)
+            os.close(fd)
+        except OSError as error:
+            raise _cannot_write(self.target / name, error) from None
+        return path
+
+    def take_back(self, name: str, path: Path) -> int:
+        """Open a file again that was lent; returns its descriptor.
+
+        For writing alone: a network file system that may read, too, reads a page before a part of
+        it is written, and then writes the whole page, over what others wrote there.
+        """
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            self._open[fd] = path
+        except OSError as error:
+            raise _cannot_write(self.target / name, error) from None
+        return fd
+
     def seal(self, name: str, fd: int) -> None:
         """Sync and close a file made by `create`, and give it its name."""
         final = self.partial / name
