@@ -1,6 +1,6 @@
 """Adapters whose result depends on more than `W + B A s`: each right, or refused, and never silent.
 
-live     the model that was trained; a converted folder computes what it computes
+loaded   the model that was trained; a converted folder computes what it computes
 hint     what an error advises is done, and leads to the loaded model's numbers or another refusal
 """
 

@@ -1,6 +1,6 @@
 """Checkpoints with LoRA layers, with the real PEFT as the oracle.
 
-live     PEFT's model: base + B A s in every forward
+loaded   PEFT's model: base + B A s in every forward
 merged   PEFT's merge_and_unload, what a merge must give
 loaded   PEFT's from_pretrained, what an adapter folder must load into
 """

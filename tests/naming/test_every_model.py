@@ -151,7 +151,7 @@ def test_what_is_not_known_is_refused() -> None:
     """Kimi's loaded models hold permuted thirds of the files' projections."""
     config = {"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"]}
     base = tables.entries({"language_model.model.embed_tokens.weight": (8, 2)})
-    with pytest.raises(UnsupportedError, match=r"kimi_k25 split, join, permute"):
+    with pytest.raises(UnsupportedError, match=r"kimi_k25 as models that split, join, permute"):
         to_memory(base, config, INSTALLED)
 
 

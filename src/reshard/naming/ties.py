@@ -1,7 +1,7 @@
 """Tensors that a model holds under several names. **A table to extend**; see `docs/names.md`.
 
-Read from `_tied_weights_keys` of transformers 4.57 and 5.23. Files keep one of the names, live
-modules have them all. Names are the hub's.
+Read from `_tied_weights_keys` of transformers 4.57 and 5.23. Files keep one of the names, loaded
+models have them all. Names are the hub's.
 """
 
 from __future__ import annotations
