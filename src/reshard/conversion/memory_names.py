@@ -49,7 +49,8 @@ def config_of(
 
 
 def placed(output: OutputModel, config: Mapping[str, Any], options: Options) -> OutputModel:
-    """The output with the names and shapes of a loaded model of the wanted transformers version."""
+    """The output with the names and shapes of a loaded model of the requested transformers
+    version."""
     version = version_of(options)
     loaded = to_memory(as_entries(output.model), config, version)
     text = ".".join(map(str, version))

@@ -194,8 +194,8 @@ def _table(
     outputs: Mapping[str, Arrangement],
     owners: Mapping[str, tuple[str, ...]],
 ) -> dict[str, Entry]:
-    wanted = {name: outputs[name] for name, made_of in owners.items() if set(made_of) <= {*table}}
-    return apply(wanted, table)
+    complete = {name: outputs[name] for name, made_of in owners.items() if set(made_of) <= {*table}}
+    return apply(complete, table)
 
 
 def _one(values: Sequence[Any], name: str, what: str) -> Any:

@@ -1,8 +1,8 @@
 """The names and shapes that a loaded model has: from files, for `dcp.load` into a running model.
 
 The files are read as the hub's layout (or as the memory layout they were dumped in), and the hub
-tensors are placed in the layout of the wanted transformers version: experts stacked, names moved,
-the tied head added, since the state dict of a loaded model holds it.
+tensors are placed in the layout of the requested transformers version: experts stacked, names
+moved, the tied head added, since the state dict of a loaded model holds it.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def memory_outputs(
 ) -> dict[str, Arrangement]:
     """What makes each tensor of the loaded model, by the names in the files; raises as `to_memory`
     does."""
-    wanted = placed_pieces(pieces_of(shapes, config), config, memory_view(config, version))
+    placed = placed_pieces(pieces_of(shapes, config), config, memory_view(config, version))
     assembler = Assembler(shapes, {name: name for name in shapes})
-    return {name: assembler.arrange(pairs) for name, pairs in wanted.items()}
+    return {name: assembler.arrange(pairs) for name, pairs in placed.items()}
 
 
 def pieces_of(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Mapping[str, Piece]:
@@ -90,10 +90,10 @@ def placed_pieces(
     one lies in the module, where it lies in the files (`stored`)."""
     pieces = _towers(_held(stored, config), config)
     _add_tied(pieces, config)
-    wanted: dict[str, list[tuple[Piece, Piece]]] = {}
+    placed: dict[str, list[tuple[Piece, Piece]]] = {}
     for hub, piece in _place({hub: piece.shape for hub, piece in pieces.items()}, view).items():
-        wanted.setdefault(piece.name, []).append((piece, pieces[hub]))
-    return wanted
+        placed.setdefault(piece.name, []).append((piece, pieces[hub]))
+    return placed
 
 
 def memory_view(config: Mapping[str, Any], version: Version) -> View:
@@ -130,8 +130,8 @@ def was_read(version: Version) -> bool:
 def memory_layout(config: Mapping[str, Any], version: Version) -> View | None:
     """The layout of that version's loaded models; None where the version has no such model."""
     loaded = [view for view in views(config, guess=False) if view.loads_as(version)]
-    wanted = is_backbone(config)
-    loaded = [view for view in loaded if view.backbone == wanted] or loaded
+    bare = is_backbone(config)
+    loaded = [view for view in loaded if view.backbone == bare] or loaded
     return max(
         loaded, key=lambda view: [layout.since or () for layout in view.layouts], default=None
     )

@@ -261,14 +261,14 @@ def _without_allowed(source: Reading, prefix: str, options: FitOptions) -> Readi
     return replace(source, misfits=misfits, allowed=allowed)
 
 
-def prefixes(names: Iterable[str], wanted: str | None) -> Iterator[str]:
+def prefixes(names: Iterable[str], given: str | None) -> Iterator[str]:
     """The prefixes worth a try: what all names share, part by part, and the trainers' known ones.
 
     A known prefix needs half of the names behind it: fewer could not make a fit, only a bad guess
     in an error message.
     """
-    if wanted is not None:
-        yield wanted
+    if given is not None:
+        yield given
         return
     listed = tuple(names)
     split = [name.split(".")[:-1] for name in listed]

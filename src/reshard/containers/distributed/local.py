@@ -15,7 +15,7 @@ from reshard.errors import FormatError, brief
 MAX_RANKS = 1 << 20
 
 
-class Part(Struct, frozen=True):
+class LocalFragment(Struct, frozen=True):
     """A box of the whole tensor and the bytes that hold it."""
 
     box: Box
@@ -33,7 +33,7 @@ class Local(Struct, frozen=True):
     kind: str
     dtype: DType
     shape: Shape
-    parts: tuple[Part, ...]
+    fragments: tuple[LocalFragment, ...]
     layout: tuple[object, ...]
     world: int | None = None
     rank: int | None = None

@@ -128,7 +128,7 @@ def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]
 def _parts(state: State, value: TensorRef | Local) -> list[Held]:
     if isinstance(value, TensorRef):
         return [Held(state, value.fragment().box, value)]
-    return [Held(state, part.box, part.tensor) for part in value.parts]
+    return [Held(state, piece.box, piece.tensor) for piece in value.fragments]
 
 
 def _described(value: TensorRef | Local) -> tuple[object, ...]:
