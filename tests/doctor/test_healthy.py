@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import reshard
 from tests.doctor import models
-from tests.doctor.conftest import Pairs, mended, names
+from tests.doctor.conftest import Pairs, names, repaired
 from tests.naming import tables, test_every_model
 from tests.naming.make_layouts import build
 
@@ -97,7 +97,7 @@ def test_a_score_survives_a_repair(pairs: Pairs, tmp_path: Path) -> None:
     pair, ill = pairs("llama"), tmp_path / "ill"
     reshard.convert(wrapped(pair, tmp_path / "model.pt", "score"), ill, base=pair.base)
     (ill / "tokenizer.json").unlink()
-    mended(ill, pair.base, tmp_path / "out", "tokenizer-missing")
+    repaired(ill, pair.base, tmp_path / "out", "tokenizer-missing")
     assert models.load(tmp_path / "out").keys() == models.load(ill).keys()
     assert "score.weight" in models.load(ill)
 

@@ -118,11 +118,11 @@ def named_version_that_was_never_read(at: Path) -> Case:
 
     def load() -> Any:
         state = model.state_dict()
-        wanted = {name: value.clone() for name, value in state.items()}
+        expected = {name: value.clone() for name, value in state.items()}
         for value in state.values():
             value.zero_()
         dcp.load(state, checkpoint_id=at / "one", no_dist=True)
-        return all(torch.equal(state[name], wanted[name]) for name in wanted)
+        return all(torch.equal(state[name], expected[name]) for name in expected)
 
     return Case(converting(at / "model", at / "one", **common), load, same=bool)
 

@@ -168,8 +168,8 @@ def test_tensors_filled_from_a_base_of_any_shape(shape: Any, base: Path, tmp_pat
     torch.save({name: AFTER[name] for name in HALVES[0]}, tmp_path / "run.pt")
     reshard.convert(tmp_path / "run.pt", tmp_path / "out", base=base, fill_from_base=True)
     written = load_file(tmp_path / "out" / "model.safetensors")
-    wanted = {**BEFORE, **{name: AFTER[name] for name in HALVES[0]}}
-    assert all(torch.equal(written[name], value) for name, value in wanted.items())
+    expected = {**BEFORE, **{name: AFTER[name] for name in HALVES[0]}}
+    assert all(torch.equal(written[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("shape", [None, bin_file, bin_shards, bin_shard_links])

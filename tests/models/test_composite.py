@@ -121,8 +121,8 @@ def test_the_language_model_of_a_composite_base(name: str, backbone: bool, tmp_p
     loaded = check_part(out, base, whole, part, trained.model)
     if not backbone:
         with torch.no_grad():
-            found, wanted = loaded(input_ids=IDS).logits, trained(input_ids=IDS).logits
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            found, expected = loaded(input_ids=IDS).logits, trained(input_ids=IDS).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def whole_on_disk(kind: str, seed: int) -> tuple[Any, State, dict[str, Any]]:
@@ -166,8 +166,8 @@ def test_the_thinker_of_an_omni_model(kind: str, tmp_path: Path) -> None:
     written = load_file(out / "model.safetensors")
     assert written.keys() == before.keys()
     for name, value in written.items():
-        wanted = after if name.startswith("thinker.") else before
-        assert torch.equal(value, wanted[name]), name
+        expected = after if name.startswith("thinker.") else before
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("version", ["4.57", "5.23"])

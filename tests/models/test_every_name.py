@@ -59,20 +59,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_sharded_modules_of_every_version_load_it(folders: Path, name: str, kind: str) -> None:
     for version in versions(name):
-        wanted = truth(version, name, folders / name / "base")
+        expected = truth(version, name, folders / name / "base")
         found = load_file(folders / name / f"{version}-{kind}.safetensors")
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
             assert torch.equal(found[key], value), (version, key)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_plain_tensors_of_every_version_load_it(folders: Path, name: str) -> None:
     for version in versions(name):
-        wanted = truth(version, name, folders / name / "base")
-        found = {key: torch.full_like(value, -1) for key, value in wanted.items()}
+        expected = truth(version, name, folders / name / "base")
+        found = {key: torch.full_like(value, -1) for key, value in expected.items()}
         dcp.load(found, checkpoint_id=folders / name / "dcp", no_dist=True)
-        for key, value in wanted.items():
+        for key, value in expected.items():
             assert torch.equal(found[key], value), (version, key)
 
 

@@ -108,8 +108,8 @@ def test_an_orientation_by_the_version_that_saved_it(
     assert done.verified
     one, other = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
     for key, value in one.items():
-        wanted = value.transpose(1, 2) if turned and "experts" in key else value
-        assert torch.equal(other[key], wanted), key
+        expected = value.transpose(1, 2) if turned and "experts" in key else value
+        assert torch.equal(other[key], expected), key
     # The output is itself in the layout of the release, and says so.
     again = reshard.convert(tmp_path / "out", tmp_path / "again", names="hub")
     assert again.verified

@@ -189,10 +189,10 @@ def test_what_each_srm_format_holds(trained: Get, kind: SrmFormat, tmp_path: Pat
     report = reshard.convert(run.checkpoint, out, base=run.base, srm_format=kind)
     files = {path.name for path in out.iterdir()}
     model, heads, state = "model.safetensors", "reward_head.safetensors", "pytorch_model.bin"
-    wanted = {"lightrft": {state}, "split": {model, heads}, "both": {model, heads, state}}[kind]
-    index = {f"{model}.index.json"} if heads in wanted else set()
-    assert files == wanted | {"config.json", "reshard.json", "reward_config.json"} | index
-    assert set(report.files) == wanted
+    expected = {"lightrft": {state}, "split": {model, heads}, "both": {model, heads, state}}[kind]
+    index = {f"{model}.index.json"} if heads in expected else set()
+    assert files == expected | {"config.json", "reshard.json", "reward_config.json"} | index
+    assert set(report.files) == expected
     reshard.verify(out)
     check_compared(run, out)
     if kind == "lightrft":

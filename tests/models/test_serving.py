@@ -58,10 +58,10 @@ def test_mlx_lm_computes_what_was_trained(name: str, tmp_path: Path) -> None:
         edit_config(out, text_config={**text, "tie_word_embeddings": False})
     served, _ = utils.load_model(out)
     with torch.no_grad():
-        wanted = model(input_ids=torch.from_numpy(IDS)).logits.numpy()
+        expected = model(input_ids=torch.from_numpy(IDS)).logits.numpy()
     found = np.array(served(mx.array(IDS)).astype(mx.float32))
     # gemma's gelu is an approximation in mlx.
-    np.testing.assert_allclose(found, wanted, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_mlx_lm_answers(tmp_path: Path) -> None:

@@ -120,9 +120,9 @@ def test_a_tower_that_lost_a_part_of_its_name() -> None:
     old = "model.vision_tower.vision_model.post_layernorm.weight"
     new = "model.vision_tower.post_layernorm.weight"
     for files in (old, new):
-        for version, wanted in (((4, 57), old), ((5, 23), new)):
+        for version, expected in (((4, 57), old), ((5, 23), new)):
             loaded = to_memory(tables.entries({files: (4,)}), config, version)
-            assert list(loaded) == [wanted]
+            assert list(loaded) == [expected]
 
 
 def test_one_tensor_under_names_that_only_one_side_knows() -> None:

@@ -141,7 +141,7 @@ def test_leftover_scales_are_mended(model: Get, tmp_path: Path) -> None:
     for name, value in made.model.state_dict().items():
         assert torch.equal(written[name], value), name
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    # A sound quantised model with another ailment is not made a 16-bit one on the way.
+    # A sound quantised model with another fault is not made a 16-bit one on the way.
     lacking = changed(made.folder, tmp_path / "lacking")
     complete(lacking)
     (lacking / "tokenizer_config.json").unlink()
