@@ -67,7 +67,9 @@ def carry_out(
             folder.copy(asset.name, sources.open(asset.path))
         for name, text in plan.texts:
             folder.write(name, text)
+        folder.settle()  # reshard.json is the last to get its name
         folder.write(manifest.MANIFEST, stated)
+        folder.settle()
         sources.check_unchanged()
         if writing.verify:
             verify_folder(

@@ -80,6 +80,7 @@ class Engine:
         failures = [failure for future in futures if (failure := future.exception())]
         for failure in sorted(failures, key=lambda failure: isinstance(failure, _StoppedError)):
             raise failure
+        self._folder.settle()
         bytes_read = sum(future.result() for future in futures)
         return self._assembly.outcome(bytes_read, self._ledger.check(self._sources))
 
