@@ -230,6 +230,11 @@ CODES: dict[str, Code] = {
         "info", "layers for multi-token prediction are written, of which the base has none"),
     "layers-left-out": Code(
         "warning", "layers for multi-token prediction are not written in the trainer's names"),
+    "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
+    "masters-missing": Code(
+        "info", "some 16-bit tensors have no fp32 master, and are as the model holds them"),
+    "masters-unnamed": Code(
+        "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
     "memory-layout-apart": Code(
         "warning", "loaded models of some versions hold tensors that the folder has no bytes for",
         "For a run of such a version, convert with --names memory."),
@@ -241,11 +246,6 @@ CODES: dict[str, Code] = {
     "memory-version-unknown": Code(
         "warning", "the loaded models of the named transformers version are not known",
         "Load the output with strict names, or name the version with --transformers-version."),
-    "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
-    "masters-missing": Code(
-        "info", "some 16-bit tensors have no fp32 master, and are as the model holds them"),
-    "masters-unnamed": Code(
-        "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
     "module-from-base": Code(
         "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
     "names-do-not-fit": Code(
