@@ -27,13 +27,13 @@ from reshard.transfer.cluster.wire import Inputs, MakeTask, Output, Packer, Stre
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import LeafDigests
 from reshard.transfer.finite import NotFinite
-from reshard.transfer.making import Made
+from reshard.transfer.making import SegmentResult
 from reshard.transfer.reading import Known
 from reshard.transfer.system import identity_of
 
 # Bytes of pieces in a task, and tensors: the task of very many small ones is long to write down.
 _TASK_NBYTES = 256 << 20
-_TASK_PARTS = 2048
+_TASK_SEGMENTS = 2048
 # Tasks for each processor, at least, as far as there are pieces: none is idle for long at the end.
 _EACH = 8
 
@@ -115,9 +115,12 @@ class _Transfer:
             file = making.files[stretch.file]
             self._ledger.take(Passage(file, stretch.start, stretch.stop, crc))
         self._read += answer.bytes_read
-        for piece, (digest, parts) in zip(making.pieces, answer.pieces, strict=True):
-            made = [Made(p.nbytes, p.crc, p.changed, NotFinite(p.nan, p.infinite)) for p in parts]
-            self._written += sum(part.nbytes for part in made)
+        for piece, (digest, segments) in zip(making.pieces, answer.pieces, strict=True):
+            made = [
+                SegmentResult(s.nbytes, s.crc, s.changed, NotFinite(s.nan, s.infinite))
+                for s in segments
+            ]
+            self._written += sum(segment.nbytes for segment in made)
             self._assembly.made(piece, digest, made)
         if self._cluster.progress is not None:
             self._cluster.progress(self._written, self._assembly.total)
@@ -136,17 +139,17 @@ class _Transfer:
         around: dict[tuple[FileRef, int, int], bool] = {}
         made = []
         for piece in pieces:
-            parts = []
-            for part in piece.parts:
-                slot, file = part.tensor.slot, part.tensor.file
+            segments = []
+            for segment in piece.segments:
+                slot, file = segment.tensor.slot, segment.tensor.file
                 if file.output.name not in outputs:
                     outputs[file.output.name] = len(files)
                     files.append(self._output(file))
-                source = wire.narrowed(slot.source, *wire.reached(part.runs))
+                source = wire.narrowed(slot.source, *wire.reached(segment.runs))
                 self._note(source, around)
-                parts.append((len(slots), tuple(map(wire.packed_run, part.runs))))
+                segments.append((len(slots), tuple(map(wire.packed_run, segment.runs))))
                 slots.append(packer.slot(slot, outputs[file.output.name], source))
-            made.append(tuple(parts))
+            made.append(tuple(segments))
         stretches: tuple[list[Stretch], list[Stretch]] = ([], [])
         for (ref, start, stop), stated in around.items():
             stretches[not stated].append(Stretch(packer.number(ref), start, stop))
@@ -187,14 +190,16 @@ def inputs(packer: Packer, sources: Sources) -> Inputs:
 def _together(pieces: Iterator[Piece], most: int) -> Iterator[list[Piece]]:
     """The pieces of each task: one, or several of `most` bytes."""
     batch: list[Piece] = []
-    nbytes = parts = 0
+    nbytes = segments = 0
     for piece in pieces:
-        if batch and (nbytes + piece.nbytes > most or parts + len(piece.parts) > _TASK_PARTS):
+        if batch and (
+            nbytes + piece.nbytes > most or segments + len(piece.segments) > _TASK_SEGMENTS
+        ):
             yield batch
-            batch, nbytes, parts = [], 0, 0
+            batch, nbytes, segments = [], 0, 0
         batch.append(piece)
         nbytes += piece.nbytes
-        parts += len(piece.parts)
+        segments += len(piece.segments)
     if batch:
         yield batch
 
@@ -207,7 +212,7 @@ def _hash_tasks(
     nbytes = first = 0
     for entry, leaf in leaves:
         taken = min(entry.spec.nbytes, LEAF_NBYTES)
-        if batch and (nbytes + taken > _TASK_NBYTES or len(batch) >= _TASK_PARTS):
+        if batch and (nbytes + taken > _TASK_NBYTES or len(batch) >= _TASK_SEGMENTS):
             yield first, _hash_task(batch, sources)
             first, batch, nbytes = first + len(batch), [], 0
         batch.append((entry, leaf))

@@ -126,7 +126,7 @@ class Inputs(Struct, frozen=True, array_like=True):
 
 
 class MakeTask(Struct, frozen=True, array_like=True, tag="make"):
-    """Make pieces. Of each, its parts: the number of a slot, and runs.
+    """Make pieces. Of each, its segments: the number of a slot, and runs.
 
     `records` are stretches whose CRC-32 is wanted of what is read, `bare` those that have none.
     """
@@ -146,8 +146,8 @@ class HashTask(Struct, frozen=True, array_like=True, tag="hash"):
     leaves: tuple[tuple[WireEntry, int], ...]
 
 
-class PartAnswer(Struct, frozen=True, array_like=True):
-    """A `Made`."""
+class SegmentAnswer(Struct, frozen=True, array_like=True):
+    """A `SegmentResult`."""
 
     nbytes: int
     crc: int
@@ -157,12 +157,12 @@ class PartAnswer(Struct, frozen=True, array_like=True):
 
 
 class MakeAnswer(Struct, frozen=True, array_like=True, tag="made"):
-    """The digest of each piece and what its parts showed; the CRC-32 of what was read.
+    """The digest of each piece and what its segments showed; the CRC-32 of what was read.
 
     Of `read`, a CRC-32 of None stands for a stretch that has none.
     """
 
-    pieces: tuple[tuple[bytes, tuple[PartAnswer, ...]], ...]
+    pieces: tuple[tuple[bytes, tuple[SegmentAnswer, ...]], ...]
     bytes_read: int
     read: tuple[tuple[Stretch, int | None], ...]
 

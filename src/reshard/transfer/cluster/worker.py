@@ -32,7 +32,7 @@ from reshard.transfer.cluster.wire import (
     MakeAnswer,
     MakeTask,
     Output,
-    PartAnswer,
+    SegmentAnswer,
     Unpacker,
 )
 from reshard.transfer.making import Maker
@@ -98,10 +98,10 @@ def _make(task: MakeTask, sources: Sources) -> MakeAnswer:
     maker = Maker(sources, ledger)
     pieces = []
     with _Outputs(task.outputs) as outputs:
-        for parts in task.pieces:
+        for segments in task.pieces:
             hasher = xxhash.xxh3_128()
             answers = []
-            for number, runs in parts:
+            for number, runs in segments:
                 slot = slots[number]
                 made = maker.make(
                     slot,
@@ -111,7 +111,9 @@ def _make(task: MakeTask, sources: Sources) -> MakeAnswer:
                 )
                 special = made.special
                 answers.append(
-                    PartAnswer(made.nbytes, made.crc, made.changed, special.nan, special.infinite)
+                    SegmentAnswer(
+                        made.nbytes, made.crc, made.changed, special.nan, special.infinite
+                    )
                 )
             pieces.append((hasher.digest(), tuple(answers)))
         outputs.sync()
