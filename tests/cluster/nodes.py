@@ -41,15 +41,16 @@ def at_work() -> list[int]:
 
 
 def writers(folder: Path) -> list[int]:
-    """Processes, other than this one, that have a file below a folder open, deleted ones too."""
+    """Processes that have a file of an unfinished output below a folder open, deleted ones too."""
     found = []
     for place in Path("/proc").iterdir():
-        if not place.name.isdigit() or int(place.name) == os.getpid():
+        if not place.name.isdigit():
             continue
         with suppress(OSError):
             for fd in (place / "fd").iterdir():
                 with suppress(OSError):
-                    if os.readlink(fd).startswith(f"{folder}/"):  # noqa: PTH115 (of /proc)
+                    path = os.readlink(fd)  # noqa: PTH115 (of /proc)
+                    if path.startswith(f"{folder}/") and ".partial-" in path:
                         found.append(int(place.name))
     return found
 

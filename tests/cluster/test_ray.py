@@ -20,8 +20,8 @@ import reshard
 from reshard.conversion import execute
 from reshard.conversion.options import ENGINES, DTypeChoice
 from reshard.conversion.verification import verify_folder
-from reshard.errors import OptionError, ReshardError, VerificationError
-from reshard.transfer.cluster import executor
+from reshard.errors import OptionError, ReshardError, VerificationError, WriteError
+from reshard.transfer.cluster import executor, tasks
 from tests.cluster import nodes
 from tests.golden.make import CONVERSIONS, GOLDEN, HERE
 
@@ -197,10 +197,37 @@ def test_an_interrupt_ends_the_workers(cluster: Any, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["run"]
 
 
-def test_another_cluster_than_the_program_is_connected_to(cluster: Any, tmp_path: Path) -> None:
+def test_a_task_that_ends_its_workers(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given up in the end, and a run of fewer tasks at a time is what is advised."""
+    source = save(tmp_path / "run", layers=8)
+    monkeypatch.setattr(tasks, "_TRIES", 1)
+    stop = threading.Event()
+
+    def end_workers() -> None:
+        while not stop.wait(0.01):
+            nodes.kill(nodes.at_work())
+
+    killer = threading.Thread(target=end_workers)
+    killer.start()
+    try:
+        with pytest.raises(WriteError, match="were lost") as caught:
+            reshard.convert(source, tmp_path / "out", engine="ray")
+    finally:
+        stop.set()
+        killer.join()
+    assert "--threads N" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+    monkeypatch.undo()
+    assert reshard.convert(source, tmp_path / "out", engine="ray", threads=1).verified
+
+
+def test_addresses(cluster: Any, tmp_path: Path) -> None:
+    """A program that is connected uses its own cluster, and names no other."""
     source = save(tmp_path / "run", layers=1)
     with pytest.raises(OptionError, match="connected to the cluster at"):
         reshard.convert(source, tmp_path / "out", engine="ray", ray_address="192.0.2.1:6379")
-    for address in ("auto", cluster.address):
-        out = tmp_path / address.partition(":")[0]
+    for number, address in enumerate((None, "auto", cluster.address)):
+        out = tmp_path / str(number)
         assert reshard.convert(source, out, engine="ray", ray_address=address).verified

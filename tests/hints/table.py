@@ -35,6 +35,16 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Install the extra, in reshard's folder: pip install '.[ray]'.": "cluster/test_refusals.py::test_without_ray",
+    "Pass --engine ray, or leave out --ray-address.": "cluster/test_refusals.py::test_an_address_without_the_engine",
+    "Run the command on a node of the cluster, with --ray-address auto.": "cluster/test_ray.py::test_addresses",
+    "ray status shows the address of a cluster.": "cluster/test_ray.py::test_addresses",
+    "Run the command on a node of the cluster (see ray status), with --ray-address auto.": "cluster/test_ray.py::test_addresses",
+    "Leave out ray_address, or call ray.shutdown() first.": "cluster/test_ray.py::test_addresses",
+    "Leave out --engine: threads of this process do the same.": "cluster/test_refusals.py::test_a_cluster_that_cannot_be_had",
+    "Install the same version on every node.": "cluster/test_wire.py::test_errors_come_back_as_they_were",
+    "Source, base and output must lie on storage that every node has under the same path.": "cluster/test_wire.py::test_errors_come_back_as_they_were",
+    "If its nodes lack memory, run fewer pieces at a time: --threads N.": "cluster/test_ray.py::test_a_task_that_ends_its_workers",
     "For the layout of the release, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",
     "Write the version into the base's config.json, as transformers_version.": "models/test_released_layout.py::test_an_orientation_that_nothing_tells",
     "To write them: reshard doctor OUT --repair REPAIRED.": "models/test_released_layout.py::test_fields_that_the_base_lacks_are_said",
@@ -124,6 +134,8 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
+    "Install reshard {} on every node.":
+        _OTHER + "a node without it",
     "Import it with torchtitan's own conversion from Hugging Face.":
         _OTHER + "one with torchtitan",
     "{}": _PIECE,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,13 @@ from typing import Any
 
 from msgspec import Struct
 
-from reshard.errors import OptionError, UnsupportedError, WriteError
+from reshard.errors import OptionError, UnsupportedError, WriteError, shown
 
 # Bytes of a local cluster's object store, the least that Ray takes: tasks are a few KB.
 _STORE_NBYTES = 80 << 20
+_MAX_PORT = 65535
+# Seconds in which the head of a cluster must answer.
+_PATIENCE = 10.0
 _EXTRA = "Install the extra, in reshard's folder: pip install '.[ray]'."
 
 
@@ -41,14 +45,30 @@ def check_installed() -> None:
 
 
 def check_address(address: str | None) -> None:
-    """Raise `OptionError` for an address of Ray's client."""
-    if address is not None and "://" in address:
+    """Raise `OptionError` for what is no address of a cluster, and for one of Ray's client."""
+    if address in (None, "auto", "local"):
+        return
+    if "://" in address:
         raise OptionError(
-            f"ray_address: {address!r} is an address of Ray's client, which works from elsewhere; "
-            "files are planned and committed here.",
+            f"ray_address: {shown(address)} is an address of Ray's client, which works from "
+            "elsewhere; files are planned and committed here.",
             hint="Run the command on a node of the cluster, with --ray-address auto.",
             option="ray_address",
         )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > _MAX_PORT:
+        raise OptionError(
+            f"ray_address: {shown(address)} is not HOST:PORT, auto or local.",
+            hint="ray status shows the address of a cluster.",
+            option="ray_address",
+        )
+
+
+def _check_answers(address: str) -> None:
+    """Raise `OSError` where nobody listens: Ray tries for more than a minute."""
+    if address not in ("auto", "local"):
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
 
 
 @contextmanager
@@ -87,6 +107,7 @@ def _scratch() -> Iterator[str]:
 def _begin(ray: Any, address: str | None, arguments: Mapping[str, Any]) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        _check_answers(arguments["address"])
         ray.init(**arguments)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _unreachable(address, error) from None

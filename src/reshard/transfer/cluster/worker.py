@@ -35,7 +35,7 @@ from reshard.transfer.cluster.wire import (
     SegmentAnswer,
     Unpacker,
 )
-from reshard.transfer.making import Maker
+from reshard.transfer.making import Maker, SegmentResult
 from reshard.transfer.reading import leaf_digest
 from reshard.transfer.system import SharedFile
 
@@ -109,15 +109,15 @@ def _make(task: MakeTask, sources: Sources) -> MakeAnswer:
                     hasher,
                     partial(outputs.put, task.slots[number].output),
                 )
-                special = made.special
-                answers.append(
-                    SegmentAnswer(
-                        made.nbytes, made.crc, made.changed, special.nan, special.infinite
-                    )
-                )
+                answers.append(_stated(made))
             pieces.append((hasher.digest(), tuple(answers)))
         outputs.sync()
     return MakeAnswer(tuple(pieces), maker.bytes_read, _read(ledger, files))
+
+
+def _stated(made: SegmentResult) -> SegmentAnswer:
+    nan, infinite = made.special.nan, made.special.infinite
+    return SegmentAnswer(made.nbytes, made.crc, made.changed, nan, infinite)
 
 
 def _read(
