@@ -27,7 +27,7 @@ from reshard.transfer.changes import differs
 from reshard.transfer.checksums import Checked, Ledger
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
-from reshard.transfer.finite import NotFinite, not_finite
+from reshard.transfer.finite import NotFinite, spoilt
 from reshard.transfer.pieces import Run, runs
 from reshard.transfer.readback import ReadBack, ReadJob, Stretch
 from reshard.transfer.reading import Known
@@ -350,10 +350,10 @@ class Engine:
         self._release(tensor.file)
 
     def _look(self, tensor: _Tensor, raw: Array) -> None:
-        """Count what is not finite in the bytes of a run."""
-        found = not_finite(raw, tensor.slot.spec.dtype)
+        """Count what cannot be right in the bytes of a run."""
+        key = (tensor.file.output.part, tensor.slot.spec.name)
+        found = spoilt(raw, tensor.slot.spec, key[0])
         if found:
-            key = (tensor.file.output.part, tensor.slot.spec.name)
             with self._counting:
                 self._not_finite[key] = self._not_finite.get(key, NotFinite()) + found
 
