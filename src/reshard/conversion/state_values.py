@@ -27,7 +27,7 @@ def check_values(state: TrainingState | None, outcome: Outcome) -> None:
     the same as the mean itself.
     """
     for (part, name), found in outcome.not_finite.items():
-        if found.negative:
+        if part == STATE_PART and found.negative:
             raise VerificationError(
                 f"{found.negative} of its values are below zero, which no mean of squares is: it "
                 "is another tensor, or damaged.",

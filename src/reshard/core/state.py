@@ -213,13 +213,13 @@ def tensor_name(kind: str, name: str) -> str:
     return f"{kind}.{name}"
 
 
-def is_square(part: str, tensor: str) -> bool:
-    """Whether a tensor of an output is a moment that is never below zero.
+def is_square(tensor: str) -> bool:
+    """Whether a tensor's name is that of a moment that is never below zero, see `tensor_name`.
 
-    >>> is_square("optimizer", "exp_avg_sq.model.norm.weight")
+    >>> is_square("exp_avg_sq.model.norm.weight")
     True
     """
-    return part == STATE_PART and tensor.partition(".")[0] in _SQUARES
+    return tensor.partition(".")[0] in _SQUARES
 
 
 class ReadState:

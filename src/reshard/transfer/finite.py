@@ -75,10 +75,10 @@ def not_finite(block: Array, dtype: DType) -> NotFinite:
     return NotFinite(nan, special.size - nan)
 
 
-def spoilt(block: Array, spec: TensorSpec, part: str) -> NotFinite:
-    """What cannot be right in a contiguous block of a tensor of an output's part."""
+def spoilt(block: Array, spec: TensorSpec) -> NotFinite:
+    """What cannot be right in a contiguous block of a tensor; of a moment by its name."""
     found = not_finite(block, spec.dtype)
-    return found + _negative(block, spec.dtype) if is_square(part, spec.name) else found
+    return found + _negative(block, spec.dtype) if is_square(spec.name) else found
 
 
 def _negative(block: Array, dtype: DType) -> NotFinite:
