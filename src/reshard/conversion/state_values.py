@@ -15,7 +15,7 @@ from reshard.core.findings import Finding
 from reshard.core.state import STATE_PART, TrainingState, tensor_name
 from reshard.core.tensors import TensorSpec
 from reshard.errors import VerificationError, listed
-from reshard.transfer.engine import Outcome
+from reshard.transfer.assembly import Outcome
 
 # Moments of fewer elements may well be equal.
 _MIN_NUMEL = 8
