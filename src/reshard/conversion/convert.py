@@ -26,12 +26,13 @@ from reshard.conversion.state_values import alike, check_values
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import completed
 from reshard.core.options import PathLike, TorchDType, documented
-from reshard.core.state import STATE_PART
+from reshard.core.state import STATE_TABLE
 from reshard.errors import VerificationError, listed
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import file_size
+from reshard.transfer import memory
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import check_space
 
@@ -110,7 +111,7 @@ def convert(
         copied = sum(file_size(asset.path) for asset in job.plan.assets)
         check_space(options.target, job.plan.bytes_to_write + copied)
         if running.dry_run:
-            return _report(job, given, time.monotonic() - began, replaced)
+            return _report(job, given, time.monotonic() - began, replaced, threads=running.threads)
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
@@ -129,7 +130,9 @@ def convert(
             unprotected=job.unprotected,
         )
     seconds = time.monotonic() - began
-    return _report(job, given, seconds, replaced, outcome, verified=running.verify)
+    return _report(
+        job, given, seconds, replaced, outcome, threads=running.threads, verified=running.verify
+    )
 
 
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
@@ -145,8 +148,8 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
 def _of_values(job: Job, outcome: Outcome) -> list[Finding]:
     """The findings on the values that passed: NaN, infinity, moments that are others'."""
     spoilt = [
-        f"{part}{': ' if part else ''}{name} ({found.nan} NaN, {found.infinite} infinite)"
-        for (part, name), found in outcome.not_finite.items()
+        f"{table}{': ' if table else ''}{name} ({found.nan} NaN, {found.infinite} infinite)"
+        for (table, name), found in outcome.not_finite.items()
         if found.nan or found.infinite
     ]
     what = f"{len(spoilt)} of {len(outcome.digests)} tensors hold values that are not finite"
@@ -161,7 +164,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         "rules": list(output.name_map.rules),
         **output.matching.to_json(),
         "merged": output.merged,
-        "transformers_version": output.live,
+        "transformers_version": output.loaded_by,
         "aliases": {name: t.spec.name for t in output.model for name in t.aliases},
         "lora": None if output.scaling is None else output.scaling.to_json(),
     }
@@ -174,7 +177,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
     moments = (
         {}
         if state is None
-        else manifest.state([entry.spec for entry in state.slots()], STATE_PART, digests)
+        else manifest.state([entry.spec for entry in state.slots()], STATE_TABLE, digests)
     )
     catalog, stated = job.catalog, job.options.stated()
     files = manifest.listed(job.plan, sources)
@@ -218,6 +221,7 @@ def _report(
     replaced: Replaced | None,
     outcome: Outcome | None = None,
     *,
+    threads: int,
     verified: bool = False,
 ) -> Report:
     findings = list(job.plan.findings)
@@ -242,6 +246,9 @@ def _report(
         seconds=round(seconds, 3),
         verified=verified,
         files=tuple(file.name for file in job.plan.files),
+        copied=tuple(asset.name for asset in job.plan.assets),
+        config=job.config,
+        memory=memory.needed(job.plan, threads) if outcome is None else None,
         matching=output.matching,
         prefix=output.name_map.prefix,
         rules=output.name_map.rules,

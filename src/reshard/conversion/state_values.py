@@ -12,7 +12,7 @@ import xxhash
 
 from reshard.core.digests import LEAF_NBYTES, joined
 from reshard.core.findings import Finding
-from reshard.core.state import STATE_PART, TrainingState, tensor_name
+from reshard.core.state import STATE_TABLE, TrainingState, tensor_name
 from reshard.core.tensors import TensorSpec
 from reshard.errors import VerificationError, listed
 from reshard.transfer.assembly import Outcome
@@ -26,18 +26,18 @@ def check_values(state: TrainingState | None, outcome: Outcome) -> None:
     """Raise `VerificationError` where a mean of squares holds what is below zero, or where it is
     the same as the mean itself.
     """
-    for (part, name), found in outcome.not_finite.items():
-        if part == STATE_PART and found.negative:
+    for (table, name), found in outcome.not_finite.items():
+        if table == STATE_TABLE and found.negative:
             raise VerificationError(
                 f"{found.negative} of its values are below zero, which no mean of squares is: it "
                 "is another tensor, or damaged.",
-                tensor=f"{part}: {name}",
+                tensor=f"{table}: {name}",
                 hint=_HINT,
             )
     for kinds in _same(state, outcome, across=False):
         raise VerificationError(
             f"it equals {kinds[1]} bit for bit: one of the two is a copy of the other.",
-            tensor=f"{STATE_PART}: {kinds[0]}",
+            tensor=f"{STATE_TABLE}: {kinds[0]}",
             hint=_HINT,
         )
 
@@ -59,7 +59,7 @@ def _same(
     for kind, table in ({} if state is None else state.moments).items():
         for name, entry in table.items():
             key = tensor_name(kind, name)
-            digest = outcome.digests.get((STATE_PART, key))
+            digest = outcome.digests.get((STATE_TABLE, key))
             if digest is not None and entry.spec.numel >= _MIN_NUMEL:
                 specs[key] = entry.spec
                 groups.setdefault((kind if across else name, digest), []).append(key)

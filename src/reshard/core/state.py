@@ -198,8 +198,8 @@ def _of(table: Mapping[str, _Held], names: Mapping[str, str]) -> dict[str, _Held
 WEIGHTS_ALONE = "Convert the weights alone, without --optimizer."
 #: What the table of masters is called among the kinds of moments.
 MASTER = "master"
-#: The part of an output's files that hold training state (`OutputFile.part`).
-STATE_PART = "optimizer"
+#: The table of an output's files that hold training state (`OutputFile.table`).
+STATE_TABLE = "optimizer"
 # Means and maxima of squares, and of magnitudes.
 _SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg"})
 
