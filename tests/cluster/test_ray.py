@@ -6,6 +6,7 @@ import filecmp
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import reshard
+from reshard.cli.app import run
 from reshard.conversion import execute
 from reshard.conversion.options import ENGINES, DTypeChoice
 from reshard.conversion.verification import verify_folder
@@ -24,6 +26,9 @@ from reshard.errors import OptionError, ReshardError, VerificationError, WriteEr
 from reshard.transfer.cluster import executor, tasks
 from tests.cluster import nodes
 from tests.golden.make import CONVERSIONS, GOLDEN, HERE
+from tests.hints import tiny
+from tests.test_page_commands import CLUSTER
+from tests.test_site import CASES, parsed
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds workers in /proc")
@@ -174,7 +179,7 @@ def test_the_workers_read_the_output_again(
         return verify_folder(folder, **more)
 
     monkeypatch.setattr(execute, "verify_folder", flipped)
-    monkeypatch.setattr("reshard.transfer.reading.leaf_digest", None)  # of this process
+    monkeypatch.setattr("reshard.transfer.executor.leaf_digest", None)  # of this process
     with pytest.raises(VerificationError, match="has changed since it was written") as caught:
         reshard.convert(source, tmp_path / "out", engine="ray")
     assert caught.value.tensor == "layers.3.weight"
@@ -231,3 +236,19 @@ def test_addresses(cluster: Any, tmp_path: Path) -> None:
     for number, address in enumerate((None, "auto", cluster.address)):
         out = tmp_path / str(number)
         assert reshard.convert(source, out, engine="ray", ray_address=address).verified
+
+
+def test_the_commands_of_the_pages(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the documentation has run on a cluster, on one."""
+    monkeypatch.chdir(tmp_path)
+    tiny.model(tmp_path / "MODEL")
+    tiny.zero(tmp_path / "RUN")
+    lines = [line for _, line in CASES if CLUSTER in line]
+    assert len(lines) > 2
+    for line in lines:
+        found, given = parsed(line)
+        assert found is not None
+        assert run(found, [*given, "--quiet"]) == 0, line
+        shutil.rmtree(tmp_path / "OUT")
