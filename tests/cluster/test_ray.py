@@ -250,5 +250,5 @@ def test_the_commands_of_the_pages(
     for line in lines:
         found, given = parsed(line)
         assert found is not None
-        assert run(found, [*given, "--quiet"]) == 0, line
+        assert run(found, given) == 0, line
         shutil.rmtree(tmp_path / "OUT")
