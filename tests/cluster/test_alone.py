@@ -61,6 +61,7 @@ def wait_until(true: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_the_command_alone(tmp_path: Path, mark: str) -> None:
     source = HERE / "zero3" / "checkpoint"
     run = start(mark, source, tmp_path / "out", "--threads", "2", "--json")

@@ -90,8 +90,8 @@ def test_golden_checkpoints_give_the_same_files_as_ever(cluster: Any, tmp_path: 
             }
 
 
-def test_workers_and_a_node_that_are_lost(cluster: Any, tmp_path: Path) -> None:
-    """Their pieces are made again: first workers are killed at their work, then a whole node."""
+def test_workers_that_are_lost(cluster: Any, tmp_path: Path) -> None:
+    """Their pieces are made again: workers are killed at their work."""
     source = save(tmp_path / "run")
     reshard.convert(source, tmp_path / "local", dtype="bfloat16")
     seen: list[tuple[str, int, int]] = []
@@ -110,6 +110,12 @@ def test_workers_and_a_node_that_are_lost(cluster: Any, tmp_path: Path) -> None:
         assert done == sorted(done)
         assert done[-1] == max(total for what, _, total in seen if what == stage)
 
+
+@pytest.mark.slow
+def test_a_node_that_is_lost(cluster: Any, tmp_path: Path) -> None:
+    """A whole node, its workers and what it had before it, killed in the middle."""
+    source = save(tmp_path / "run")
+    reshard.convert(source, tmp_path / "local", dtype="bfloat16")
     lost = cluster.add_node(num_cpus=2, object_store_memory=nodes.STORE)
     cluster.wait_for_nodes()
 
@@ -202,6 +208,7 @@ def test_an_interrupt_ends_the_workers(cluster: Any, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["run"]
 
 
+@pytest.mark.slow
 def test_a_task_that_ends_its_workers(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ from reshard.formats.info import output_format, output_formats
 from reshard.naming import parse_version
 from reshard.naming.rewards import RewardOptions
 from reshard.progress import StagedProgress
-from reshard.transfer.cluster.connection import Workers, check_address, check_installed
+from reshard.transfer.cluster.connection import Workers, check_installed, parse_address
 
 # More threads than this only compete for the memory bus.
 _MAX_THREADS = 4
@@ -193,7 +193,7 @@ CONVERT = table(
     ),
     Option(
         "ray_address",
-        Text(),
+        Parsed(parse_address),
         "With --engine ray: the cluster, as HOST:PORT, or auto: the one that this machine is a "
         "node of. Default: RAY_ADDRESS, else a cluster of this machine for this run.",
         group="Output",
@@ -459,7 +459,6 @@ def _workers(values: Mapping[str, Any]) -> Workers | None:
             )
         return None
     check_installed()
-    check_address(address)
     return Workers(address, values["threads"])
 
 

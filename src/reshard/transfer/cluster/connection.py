@@ -44,24 +44,34 @@ def check_installed() -> None:
     _ray()
 
 
-def check_address(address: str | None) -> None:
-    """Raise `OptionError` for what is no address of a cluster, and for one of Ray's client."""
-    if address in (None, "auto", "local"):
-        return
-    if "://" in address:
+def parse_address(text: str) -> str:
+    """An address of a cluster, as it is. Raises `OptionError`, for one of Ray's client, too."""
+    if text in ("auto", "local"):
+        return text
+    if "://" in text:
         raise OptionError(
-            f"ray_address: {shown(address)} is an address of Ray's client, which works from "
-            "elsewhere; files are planned and committed here.",
+            f"{shown(text)} is an address of Ray's client, which works from elsewhere; files are "
+            "planned and committed here.",
             hint="Run the command on a node of the cluster, with --ray-address auto.",
-            option="ray_address",
         )
-    host, _, port = address.rpartition(":")
+    host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or int(port) > _MAX_PORT:
         raise OptionError(
-            f"ray_address: {shown(address)} is not HOST:PORT, auto or local.",
+            f"{shown(text)} is not HOST:PORT, auto or local.",
             hint="ray status shows the address of a cluster.",
-            option="ray_address",
         )
+    return text
+
+
+def _address(workers: Workers) -> str | None:
+    """The address that is asked for, if one is."""
+    stated = os.environ.get("RAY_ADDRESS")
+    if workers.address is not None or not stated:
+        return workers.address
+    try:
+        return parse_address(stated)
+    except OptionError as error:
+        raise OptionError(f"RAY_ADDRESS: {error.message}", hint=error.hint) from None
 
 
 def _check_answers(address: str) -> None:
@@ -82,8 +92,7 @@ def connected(workers: Workers) -> Iterator[Any]:
         _check_same(ray, workers.address)
         yield ray
         return
-    address = workers.address or os.environ.get("RAY_ADDRESS") or None
-    check_address(address)
+    address = _address(workers)
     with _scratch() as scratch:
         try:
             _begin(ray, address, _arguments(address, workers.most, scratch))
