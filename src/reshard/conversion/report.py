@@ -16,6 +16,7 @@ from reshard.core.sizes import size
 from reshard.core.state import TrainingState
 from reshard.errors import printable
 from reshard.naming.matching import Matching
+from reshard.storage.requests import Requests
 
 
 class Moments(Struct, frozen=True):
@@ -51,7 +52,8 @@ class Report(Struct, frozen=True):
     resized; each is an attribute as well. `merged` counts low-rank updates. `changed` of `compared`
     tensors differ from the base model's. `records_checked` checksums that the source's files state
     were compared with what was read; of `records_unchecked` stretches of them they state none.
-    `findings` are what a user should know. Sizes are bytes.
+    `requests` are those to stores, where a path was a URL. `findings` are what a user should know.
+    Sizes are bytes.
     """
 
     source: str
@@ -78,6 +80,7 @@ class Report(Struct, frozen=True):
     checkpoint: str = ""
     adapter: Summary | None = None
     state: Moments | None = None
+    requests: Requests | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as lines of a label and its words, as `convert` shows it."""
@@ -109,6 +112,8 @@ class Report(Struct, frozen=True):
             rows.append(("checksums", self._checksums()))
             rows.append(("verified", "yes, read back" if self.verified else unread))
             rows.append(("time", f"{self.seconds:.1f} s, {size(int(speed))}/s"))
+        if self.requests is not None:
+            rows.append(("requests", str(self.requests)))
         return rows
 
     def _checksums(self) -> str:
@@ -173,6 +178,7 @@ class Report(Struct, frozen=True):
                 ("replaced", self.replaced),
                 ("adapter", self.adapter),
                 ("state", self.state),
+                ("requests", self.requests),
             )
         }
         findings = [finding.to_json() for finding in self.findings]
