@@ -27,7 +27,7 @@ from reshard.formats.info import FormatInfo
 from reshard.storage.local import Sources, child
 from reshard.storage.source import Source
 
-INFO = FormatInfo("npy", "a folder of NumPy arrays", __name__, target="npy")
+INFO = FormatInfo("npy", "a folder of NumPy arrays", __name__, to="npy")
 INDEX = "tensors.json"
 _MAGIC = b"\x93NUMPY\x01\x00"
 
