@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -313,27 +314,73 @@ def test_a_web_server(model: Path, tmp_path: Path) -> None:
         assert reshard.verify(f"http://{host}/out").num_tensors == 2
         with pytest.raises(reshard.NotFoundError):
             reshard.open(f"http://{host}/model")
+        stated = json.loads((tmp_path / "out" / "reshard.json").read_text())
+        (tmp_path / "out" / "reshard.json").write_text(json.dumps({**stated, "files": {}}))
+        with pytest.raises(reshard.IncompleteError, match="cannot be told"):
+            reshard.verify(f"http://{host}/out")
+        assert reshard.verify(tmp_path / "out").num_tensors == 2  # the copy
 
 
-def test_urls_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for url, words in {
-        "hdfs://host/x": "not handled",
-        "file:///x": "local file",
-        "https://user:pw@host/m": "password",
-        "https://host/m?X-Amz-Signature=pw": "signature",
-        "http://example.com/m": "without encryption",
-        "s3://": "no place",
-        "s3://bucket/a/../b": "no place",
-        "hf://gpt2": "no place",
+def test_urls_that_are_refused(
+    bucket: Bucket, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with what its hint leads to, where that can be followed here."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    url = bucket.upload(model, "m")
+    for wrong, (words, mended) in {
+        f"hdfs://host{model}": ("not handled", str(model)),
+        f"file://{model}": ("local file", str(model)),
+        f"s3://user:pw@{BUCKET}/m": ("password", url),
+        f"{url}?X-Amz-Signature=pw": ("signature", url),
+        f"s3://{BUCKET}/a/../m": ("no place", url),
+        "s3://": ("no place", url),
+        "https://user:pw@host/m": ("password", None),
+        "http://example.com/m": ("without encryption", None),
+        "hf://gpt2": ("no place", None),
     }.items():
         with pytest.raises(reshard.OptionError, match=words) as told:
-            reshard.open(url)
-        assert "pw" not in str(told.value)
-        result = CliRunner().invoke(command, ["inspect", url])
+            reshard.open(wrong)
+        result = CliRunner().invoke(command, ["inspect", wrong])
         assert result.exit_code == 2
-        assert "pw" not in result.output
-    assert not [*tmp_path.iterdir()]
+        assert "pw" not in str(told.value) + result.output
+        assert mended is None or reshard.open(mended).format == "huggingface"
+    for function in (reshard.convert, reshard.watch):
+        with pytest.raises(reshard.OptionError, match="is a URL"):
+            function(model, "file:///x")  # type: ignore[operator]
+    assert not [*(tmp_path / "here").iterdir()]
+
+
+def test_an_output_that_is_not_complete(bucket: Bucket, model: Path, tmp_path: Path) -> None:
+    reshard.convert(model, tmp_path / "out")
+    url = bucket.upload(tmp_path / "out", "out")
+    manifest = bucket.get("out/reshard.json")
+    bucket.client.delete_object(Bucket=BUCKET, Key="out/reshard.json")
+    bucket.put("out/reshard.partial.json", b"{}")
+    for call in (
+        reshard.open,
+        reshard.verify,
+        reshard.doctor,
+        lambda path: reshard.diff(model, path),
+        lambda path: reshard.convert(path, tmp_path / "again"),
+        lambda path: reshard.convert(model, tmp_path / "again", base=path),
+    ):
+        with pytest.raises(reshard.IncompleteError, match="not complete"):
+            call(url)
+    bucket.put("out/reshard.json", manifest)  # the run that wrote it goes on
+    assert reshard.verify(url).num_tensors == 2
+
+
+def test_without_the_extra(bucket: Bucket, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = bucket.upload(model, "m")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "another")  # opens the bucket anew
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "obstore.store", None)
+        patch.setitem(sys.modules, "obstore", None)
+        with pytest.raises(reshard.UnsupportedError, match="obstore, which is not installed"):
+            reshard.open(url)
+        assert reshard.open(model).format == "huggingface"
+    assert reshard.open(url).format == "huggingface"
 
 
 def test_a_remote_path_is_read_by_its_door_alone() -> None:
