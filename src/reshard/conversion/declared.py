@@ -81,7 +81,7 @@ CONVERT = table(
     Option(
         "base",
         Place(remote=True),
-        "The Hugging Face model that training started from, a local folder. Its files define the "
+        "The Hugging Face model that training started from, a folder or URL. Its files define the "
         "names and dtypes of the output, and the other files are copied. Without it, only weights "
         "are written.",
         group="Input",
