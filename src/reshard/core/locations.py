@@ -26,7 +26,7 @@ READABLE = (*WRITABLE, "hf", "https", "http")
 
 # By one slash too: `pathlib` makes `s3:/bucket` of `s3://bucket`.
 _URL = re.compile(
-    r"([A-Za-z][\w+.-]*)://(.*)|(s3|gs|gcs|az|abfss?|hf|hdfs|https?|file):/(.*)", re.DOTALL
+    r"([A-Za-z][\w+.-]*)://(.*)|(s3a?|gs|gcs|az|abfss?|hf|hdfs|https?|file):/(.*)", re.DOTALL
 )
 _LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 # Parts of a URL that name no object: the scheme and the bucket; on the hub, owner and model.
