@@ -55,8 +55,8 @@ class Report(Struct, frozen=True):
     were compared with what was read; of `records_unchecked` stretches of them they state none.
     `copied` are the files that come from the base as they are, `config` the fields of its
     config.json that change, with both values. `memory` is about what the process will hold at most,
-    which only a dry run estimates. `requests` are those to stores, where a path was a URL. `findings`
-    are what a user should know. Sizes are bytes.
+    which only a dry run estimates. `requests` are those to stores, where a path was a URL.
+    `findings` are what a user should know. Sizes are bytes.
     """
 
     source: str
