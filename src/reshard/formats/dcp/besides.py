@@ -21,17 +21,14 @@ from reshard.containers.dcp.objects import read_object
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.plain import Parts, number
 from reshard.core.state import Plain, TrainingState
-from reshard.errors import ReshardError, UnsupportedError
-from reshard.formats import OPTIMIZER
+from reshard.errors import UnsupportedError
+from reshard.formats import OPTIMIZER, run_files
 from reshard.formats.dcp.lightrft import CLIENT_STATE
 from reshard.formats.dcp.save import ACCELERATE_MODEL, METADATA, RANK_METADATA
-from reshard.storage import strict_json
 from reshard.storage.local import child
 from reshard.storage.paths import exists, is_file, is_folder, listing
 
 _RANK = re.compile(r"_?rank_?\d+(\.pt)?")
-_SCHEDULERS = ("scheduler_state.pt", "scheduler.pt", "scheduler.bin")
-_TRAINER = "trainer_state.json"
 _SCHEDULER_PART = re.compile(r"(lr_)?schedulers?(_\d+)?")
 
 
@@ -73,13 +70,13 @@ def run_state(
 ) -> TrainingState:
     """The state with the schedule, counters and the user's state that lie beside it."""
     above = folder.parent if ACCELERATE_MODEL.fullmatch(folder.name) else folder
-    scheduler = _scheduler_file(above, parts) or _scheduler_part(folder, metadata, parts)
+    scheduler = run_files.scheduler(above, parts) or _scheduler_part(folder, metadata, parts)
     client: dict[str, Plain] = {}
     if is_file(above / CLIENT_STATE):
         client = parts.mapping(
             read_torch(parts.sources.open(child(above, CLIENT_STATE))).value, "client_state"
         )
-    counters = _titan_counters(folder, metadata, parts) | _trainer_counters(above)
+    counters = _titan_counters(folder, metadata, parts) | run_files.trainer_counters(above)
     return replace(
         state,
         scheduler=scheduler,
@@ -87,20 +84,6 @@ def run_state(
         counters=counters,
         left_out=(*state.left_out, *parts.left_out),
     )
-
-
-def _scheduler_file(folder: Path, parts: Parts) -> dict[str, Plain] | None:
-    for name in _SCHEDULERS:
-        if is_file(folder / name):
-            try:
-                value = read_torch(parts.sources.open(child(folder, name))).value
-            except ReshardError:
-                parts.leave(f"{name} (cannot be read)")
-                return None
-            found = parts.state_dict(value, name)
-            if found is not None:
-                return found
-    return None
 
 
 def _scheduler_part(folder: Path, metadata: Metadata, parts: Parts) -> dict[str, Plain] | None:
@@ -130,13 +113,3 @@ def _titan_counters(folder: Path, metadata: Metadata, parts: Parts) -> dict[str,
         if isinstance(value, int):
             counters[metadata.paths[key][1]] = value
     return counters
-
-
-def _trainer_counters(folder: Path) -> dict[str, int]:
-    if not is_file(folder / _TRAINER):
-        return {}
-    try:
-        step = strict_json.read_file(child(folder, _TRAINER)).get("global_step")
-    except ReshardError:
-        return {}
-    return {"global_steps": step} if type(step) is int else {}

@@ -16,7 +16,7 @@ equal copies are one group. FSDP1's states have the same form (torch 2.13, state
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -73,7 +73,7 @@ def reader(
             )
         state = _read(place, inside, found[0], parts)
         state = besides.run_state(state, folder, metadata, parts)
-        return _own_names(state, entries, part.path)
+        return state.owned(entries, ".".join(part.path) + ".")
 
     return ReadState(read)
 
@@ -219,26 +219,3 @@ def _flattened(found: _Found, objects: _Objects) -> tuple[Group, ...]:
         alike = repr(sorted(settings.items()))
         groups.setdefault(alike, (settings, []))[1].append(name)
     return tuple(Group(tuple(names), settings) for settings, names in groups.values())
-
-
-def _own_names(
-    state: TrainingState, entries: Mapping[str, Entry], model: StatePath
-) -> TrainingState:
-    """The state under the names of the entries: not under an alias, nor with the prefix that a
-    flat state dict's part was named by."""
-    owners = {alias: name for name, entry in entries.items() for alias in entry.aliases}
-    prefix = ".".join(model) + "."
-
-    def own(name: str) -> str:
-        for known in (name, name.removeprefix(prefix)):
-            if known in entries or known in owners:
-                return owners.get(known, known)
-        return name
-
-    wanted: Sequence[str] = state.names
-    if all(name in entries for name in wanted):
-        return state
-    inside = {name for name in wanted if name in entries or own(name) != name}
-    if len({own(name) for name in inside}) < len(inside):
-        return state  # two names of one tensor; the check of the state says so
-    return state.renamed(own)
