@@ -91,9 +91,9 @@ def test_numbers_in_an_order_that_nothing_tells(
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
-    with pytest.raises(UnsupportedError, match="go by numbers in the model's order") as caught:
-        with opened(folder):
-            pass
+    order = pytest.raises(UnsupportedError, match="go by numbers in the model's order")
+    with order as caught, opened(folder):
+        pass
     assert caught.value.hint == "Convert the weights alone, without --optimizer."
     assert reshard.convert(folder, tmp_path / "out", to="dcp").verified
     # The same in the order of the model's own file is named.
