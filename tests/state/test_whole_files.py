@@ -54,7 +54,7 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Live]:
         str(folder), max_steps=3, save_steps=3, per_device_train_batch_size=2, use_cpu=True,
         report_to=[], disable_tqdm=True, weight_decay=0.1, learning_rate=1e-2, optim="adamw_torch",
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer = Trainer(model, arguments, train_dataset=rows)
     trainer.train()
     optimizer: Any = trainer.optimizer
     return folder / "checkpoint-3", live_state(model, getattr(optimizer, "optimizer", optimizer))

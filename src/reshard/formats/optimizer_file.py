@@ -24,7 +24,7 @@ from reshard.containers.torch import TensorRef
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.named import entries_of
 from reshard.containers.torch.optimizer import Key, OptimizerDict, parse
-from reshard.containers.torch.plain import Parts
+from reshard.containers.torch.plain import PlainData
 from reshard.core.findings import state_named_by_order
 from reshard.core.state import WEIGHTS_ALONE, Group, Plain, ReadState, TrainingState
 from reshard.core.tensors import Entry, Record
@@ -55,15 +55,15 @@ def beside(
         return None
 
     def read() -> TrainingState:
-        parts = Parts(sources)
+        plain = PlainData(sources)
         path = child(folder, name)
         content = read_torch(sources.open(path))
-        state = _state(content.value, path, content.records, entries, order(), parts)
+        state = _state(content.value, path, content.records, entries, order(), plain)
         return replace(
             state,
-            scheduler=run_files.scheduler(folder, parts),
+            scheduler=run_files.scheduler(folder, plain),
             counters=run_files.trainer_counters(folder),
-            left_out=tuple(parts.left_out),
+            left_out=tuple(plain.left_out),
             source=name,
         )
 
@@ -95,10 +95,10 @@ def inside(
                 path=path,
                 hint=WEIGHTS_ALONE,
             )
-        parts = Parts(sources)
-        state = _state(value[held[0]], path, records, entries, order, parts)
-        scheduler: dict[str, Plain] | None = parts.state_dict(schedule, "lr_scheduler")
-        return replace(state, scheduler=scheduler, left_out=tuple(parts.left_out), source=path.name)
+        plain = PlainData(sources)
+        state = _state(value[held[0]], path, records, entries, order, plain)
+        scheduler: dict[str, Plain] | None = plain.state_dict(schedule, "lr_scheduler")
+        return replace(state, scheduler=scheduler, left_out=tuple(plain.left_out), source=path.name)
 
     return ReadState(read)
 
@@ -114,9 +114,9 @@ def _state(
     records: Sequence[Record],
     entries: Mapping[str, Entry],
     order: Sequence[str] | None,
-    parts: Parts,
+    plain: PlainData,
 ) -> TrainingState:
-    found = parse(value, parts, path)
+    found = parse(value, plain, path)
     keys = [key for group in found.groups for key in group.params]
     numbered = any(isinstance(key, int) for key in keys)
     names: Mapping[Key, str] = {key: str(key) for key in (*keys, *found.states)}
@@ -132,8 +132,7 @@ def _state(
                     f"its {kind} is {tensor.describe()}, of which the file holds one rank's part.",
                     path=path,
                     tensor=names[key],
-                    hint="Save it with FULL_STATE_DICT or as DCP (SHARDED_STATE_DICT), or convert "
-                    "the weights alone, without --optimizer.",
+                    hint=WEIGHTS_ALONE,
                 )
             name = names[key]
             moments.setdefault(kind, {})[name] = entries_of({name: tensor})[name]

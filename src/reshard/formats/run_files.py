@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from reshard.containers.torch import read as read_torch
-from reshard.containers.torch.plain import Parts
+from reshard.containers.torch.plain import PlainData
 from reshard.core.state import Plain
 from reshard.errors import ReshardError
 from reshard.storage import strict_json
@@ -16,16 +16,16 @@ _SCHEDULERS = ("scheduler_state.pt", "scheduler.pt", "scheduler.bin")
 _TRAINER = "trainer_state.json"
 
 
-def scheduler(folder: Path, parts: Parts) -> dict[str, Plain] | None:
+def scheduler(folder: Path, plain: PlainData) -> dict[str, Plain] | None:
     """The state of the schedule that lies in a folder; what cannot be read is listed."""
     for name in _SCHEDULERS:
         if is_file(folder / name):
             try:
-                value = read_torch(parts.sources.open(child(folder, name))).value
+                value = read_torch(plain.sources.open(child(folder, name))).value
             except ReshardError:
-                parts.leave(f"{name} (cannot be read)")
+                plain.leave(f"{name} (cannot be read)")
                 return None
-            found = parts.state_dict(value, name)
+            found = plain.state_dict(value, name)
             if found is not None:
                 return found
     return None
