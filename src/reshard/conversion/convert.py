@@ -31,6 +31,7 @@ from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import file_size
+from reshard.transfer import memory
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import check_space
 
@@ -109,7 +110,7 @@ def convert(
         copied = sum(file_size(asset.path) for asset in job.plan.assets)
         check_space(options.target, job.plan.bytes_to_write + copied)
         if running.dry_run:
-            return _report(job, given, time.monotonic() - began, replaced)
+            return _report(job, given, time.monotonic() - began, replaced, threads=running.threads)
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
@@ -127,7 +128,9 @@ def convert(
             unprotected=job.unprotected,
         )
     seconds = time.monotonic() - began
-    return _report(job, given, seconds, replaced, outcome, verified=running.verify)
+    return _report(
+        job, given, seconds, replaced, outcome, threads=running.threads, verified=running.verify
+    )
 
 
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
@@ -216,6 +219,7 @@ def _report(
     replaced: Replaced | None,
     outcome: Outcome | None = None,
     *,
+    threads: int,
     verified: bool = False,
 ) -> Report:
     findings = list(job.plan.findings)
@@ -240,6 +244,9 @@ def _report(
         seconds=round(seconds, 3),
         verified=verified,
         files=tuple(file.name for file in job.plan.files),
+        copied=tuple(asset.name for asset in job.plan.assets),
+        config=job.config,
+        memory=memory.needed(job.plan, threads) if outcome is None else None,
         matching=output.matching,
         prefix=output.name_map.prefix,
         rules=output.name_map.rules,

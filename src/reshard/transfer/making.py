@@ -26,6 +26,9 @@ _BLOCK = 4 << 20
 # A tensor stored in another order is read over and over, once a block: fewer, larger blocks.
 _STRIDED_BLOCK = 4 * _BLOCK
 _SCRATCH = 2 * _BLOCK
+#: What a maker holds, and once it met a tensor that is stored in another order.
+MAKER_NBYTES = _BLOCK + _SCRATCH
+STRIDED_MAKER_NBYTES = _STRIDED_BLOCK + 4 * _SCRATCH
 
 #: Writes bytes at an offset of the output file that a segment lies in.
 Put = Callable[[memoryview, int], None]
