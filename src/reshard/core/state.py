@@ -126,7 +126,6 @@ class TrainingState(Struct, frozen=True):
             ),
         )
 
-<<<<<<< HEAD
     def owned(self, entries: Mapping[str, Entry], prefix: str = "") -> TrainingState:
         """The state under the names of the entries: not under an alias, nor with a prefix by which
         a flat state dict names the model."""
@@ -145,7 +144,7 @@ class TrainingState(Struct, frozen=True):
         if len({own(name) for name in inside}) < len(inside):
             return self  # two names of one tensor; `checked` says so
         return self.renamed(own)
-=======
+
     def only(self, names: Mapping[str, str]) -> TrainingState:
         """The state of some parameters, under new names; what it holds of others is left out, and a
         group without parameters is dropped."""
@@ -165,7 +164,6 @@ class TrainingState(Struct, frozen=True):
             left = f"the state of {len(others)} parameters outside ({listed(others, 2)})"
             held = replace(held, left_out=(*held.left_out, left))
         return held.renamed(lambda name: names[name])
->>>>>>> main
 
     def checked(self, entries: Mapping[str, Entry], root: object) -> TrainingState:
         """The same state, proven to be of the model that `entries` are of.

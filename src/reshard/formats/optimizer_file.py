@@ -59,6 +59,7 @@ def beside(
         path = child(folder, name)
         content = read_torch(sources.open(path))
         state = _state(content.value, path, content.records, entries, order(), plain)
+        run_files.leave_files(folder, plain)
         return replace(
             state,
             scheduler=run_files.scheduler(folder, plain),
