@@ -124,7 +124,7 @@ def test_a_node_that_is_lost(cluster: Any, tmp_path: Path) -> None:
             cluster.remove_node(lost, allow_graceful=False)
 
     out = tmp_path / "again"
-    report = reshard.convert(source, out, dtype="bfloat16", engine="ray", progress=kill_node)
+    reshard.convert(source, out, dtype="bfloat16", engine="ray", progress=kill_node)
     assert lost not in cluster.worker_nodes
     assert_same_folder(out, tmp_path / "local")
 

@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("torch", "transformers", "accelerate", "pillow", "jinja2"),
     "html": ("jinja2",),
     "ray": ("ray",),
+    "remote": ("obstore",),
     "testing": ("pytest", "hypothesis"),
     "zstd": ("zstandard",),
 }
