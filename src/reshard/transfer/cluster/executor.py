@@ -183,7 +183,7 @@ def inputs(packer: Packer, sources: Sources) -> Inputs:
     known = {}
     for file in packer.files:
         _, inode, size, mtime = sources.open(file.path).identity
-        known[file.path] = (inode, size, mtime)
+        known[file.path] = (str(inode), size, mtime)
     return Inputs(tuple(packer.files), known)
 
 

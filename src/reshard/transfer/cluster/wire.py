@@ -119,10 +119,13 @@ class Stretch(Struct, frozen=True, array_like=True):
 
 
 class Inputs(Struct, frozen=True, array_like=True):
-    """Files that are read, and what they were when the run began: inode, size, mtime, by path."""
+    """Files that are read, and what they were when the run began: inode, size, mtime, by path.
+
+    An object in a store has a number of 128 bits for an inode: it is spelt out.
+    """
 
     files: tuple[FileRef, ...]
-    known: dict[str, tuple[int, int, int]]
+    known: dict[str, tuple[str, int, int]]
 
 
 class MakeTask(Struct, frozen=True, array_like=True, tag="make"):

@@ -74,7 +74,9 @@ def _answer(version: str, task: bytes) -> Answer:
 
 
 def _opened(inputs: Inputs) -> Sources:
-    known = {path: (0, *identity) for path, identity in inputs.known.items()}
+    known = {
+        path: (0, int(inode), size, mtime) for path, (inode, size, mtime) in inputs.known.items()
+    }
     return Sources(known, elsewhere=True)
 
 
