@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from reshard.cli.app import reshard as command
 from reshard.core.locations import RemotePath
 from reshard.storage import credentials
 from reshard.storage.local import Sources
-from tests.remote.server import BUCKET, KEYS, Bucket, Request, contents, serving, slowly
+from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request, contents, serving, slowly
 from tests.remote.web import COMMIT, Hub, web
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -93,17 +94,22 @@ def test_faults_that_pass(bucket: Bucket, model: Path, tmp_path: Path, fault: in
     reshard.convert(model, tmp_path / "local")
     struck: set[str] = set()
 
-    def once(request: Request) -> object:
+    def once(request: Request) -> Fault:
         key = request.path
         if request.method != "GET" or key in struck or (fault == "cut" and "list" in key):
             return None
         struck.add(key)
         return slowly(0.05) if fault == "slow" else fault
 
-    bucket.proxy.fault = once  # type: ignore[assignment]
+    bucket.proxy.fault = once
     reshard.convert(url, tmp_path / "remote")
     assert struck
     assert contents(tmp_path / "remote") == contents(tmp_path / "local")
+
+
+def reads(fault: Fault) -> Callable[[Request], Fault]:
+    """A fault of every read of a range."""
+    return lambda request: fault if "range" in request.headers else None
 
 
 def test_a_store_that_stays_broken(
@@ -116,9 +122,7 @@ def test_a_store_that_stays_broken(
     monkeypatch.setenv("AWS_SESSION_TOKEN", "another")  # opens the bucket anew
     url = bucket.upload(model, "m")
     for fault, words in ((500, "500 Internal Server Error"), ("cut", "")):
-        bucket.proxy.fault = (  # type: ignore[assignment]
-            lambda request, fault=fault: fault if "range" in request.headers else None
-        )
+        bucket.proxy.fault = reads(fault)
         with pytest.raises(reshard.IncompleteError, match="it cannot be read") as told:
             reshard.convert(url, tmp_path / "out")
         assert words in str(told.value)
@@ -134,27 +138,21 @@ def test_an_object_that_changes_in_the_middle(
 ) -> None:
     url = bucket.upload(model, "m")
     name = "m/model-00001-of-00002.safetensors"
-    reads = 0
+    looked = 0
 
-    def change(request: Request) -> None:
-        nonlocal reads
+    def change(request: Request) -> Fault:
+        nonlocal looked
         if name in request.path and "range" in request.headers:
-            reads += 1
-            if reads == 1 and when == "during":
-                data = bytearray(bucket.get(name))
-                data[-1] ^= 1
-                bucket.put(name, bytes(data))
-
-    if when == "after":  # what was read was the old object
-
-        def seen(what: str, done: int, total: int) -> None:
-            if what == "write" and done == total:
+            looked += 1
+            if looked == 1 and when == "during":
                 bucket.put(name, bucket.get(name)[:-1] + b"!")
+        return None
 
-        progress = seen
-    else:
-        bucket.proxy.fault = change  # type: ignore[assignment]
-        progress = None  # type: ignore[assignment]
+    def progress(what: str, done: int, total: int) -> None:
+        if when == "after" and what == "write" and done == total:  # what was read was the old one
+            bucket.put(name, bucket.get(name)[:-1] + b"!")
+
+    bucket.proxy.fault = change
     with pytest.raises(reshard.IncompleteError, match="changed while it was read") as told:
         reshard.convert(url, tmp_path / "out", progress=progress)
     assert "model-00001-of-00002.safetensors" in str(told.value)
@@ -259,7 +257,7 @@ def test_a_model_of_the_hub(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
         # Another host by its name, as the hub's files are.
         far = elsewhere.replace("127.0.0.1", "localhost")
         changes = {"root": model, "seen": [], "token": "hf_secret", "elsewhere": far}
-        hub = type("Handler", (Hub,), changes)
+        hub: type[Hub] = type("Handler", (Hub,), changes)
         with serving(hub) as port:
             monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
             monkeypatch.setenv("HF_TOKEN", "hf_wrong")
@@ -328,7 +326,7 @@ def test_urls_that_are_refused(
         assert mended is None or reshard.open(mended).format == "huggingface"
     for function in (reshard.convert, reshard.watch):
         with pytest.raises(reshard.OptionError, match="is a URL"):
-            function(model, "file:///x")  # type: ignore[operator]
+            function(model, "file:///x")
     assert not [*(tmp_path / "here").iterdir()]
 
 

@@ -22,7 +22,8 @@ from reshard.errors import OptionError, shown
 
 #: The stores that can be written, and those that are only read.
 WRITABLE = ("s3", "gs", "az")
-READABLE = (*WRITABLE, "hf", "https", "http")
+HUB = "hf"
+READABLE = (*WRITABLE, HUB, "https", "http")
 
 # By one slash too: `pathlib` makes `s3:/bucket` of `s3://bucket`.
 _URL = re.compile(
@@ -30,7 +31,7 @@ _URL = re.compile(
 )
 _LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 # Parts of a URL that name no object: the scheme and the bucket; on the hub, owner and model.
-_ROOT = {"hf": 3}
+_ROOT = {HUB: 3}
 # What `pathlib` would drop from a path, or climb by.
 _NOT_NAMES = frozenset({"", ".", ".."})
 
@@ -134,7 +135,7 @@ def location(text: str, *, remote: bool = False, writes: bool = False) -> Path:
 def _parsed(scheme: str, rest: str, bare: str) -> RemotePath:
     global _named
     authority = rest.partition("/")[0]
-    if re.search(r"[?#]", rest) or ("@" in authority and scheme != "hf"):
+    if re.search(r"[?#]", rest) or ("@" in authority and scheme != HUB):
         raise OptionError(
             f"{shown(bare)} was given with a password, a signature or a query.",
             hint="Leave it out; the store's own settings hold credentials (docs/remote.md).",
@@ -149,7 +150,7 @@ def _parsed(scheme: str, rest: str, bare: str) -> RemotePath:
         raise OptionError(
             f"{shown(bare)} names no place in a store.",
             hint="Write it as hf://OWNER/NAME or hf://OWNER/NAME@REVISION."
-            if scheme == "hf"
+            if scheme == HUB
             else "Write it as s3://BUCKET/FOLDER, without empty names, `.` and `..`.",
         )
     _named += 1

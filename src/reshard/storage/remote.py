@@ -20,7 +20,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from reshard.core.locations import RemotePath, located, named
+from reshard.core.locations import HUB, RemotePath, located, named
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.storage import credentials
 from reshard.storage.ahead import Ahead
@@ -59,7 +59,7 @@ class _View(Struct):
 
 
 def _view(path: RemotePath) -> _View:
-    if path.scheme == "hf":
+    if path.scheme == HUB:
         _forget_revisions(named())
     return _opened(path.scheme, path.bucket, credentials.fingerprint())
 
@@ -81,7 +81,7 @@ def _opened(scheme: str, bucket: str, settings: object) -> _View:
 
 def store_of(path: RemotePath) -> Store:
     """The store that a URL lies in. Raises `NotFoundError`, `UnsupportedError`."""
-    if path.scheme == "hf":
+    if path.scheme == HUB:
         from reshard.storage.hub import model_of
 
         return model_of(path)
@@ -221,7 +221,7 @@ class Opened(Struct, frozen=True):
 
     def identity_now(self) -> tuple[int, int, int, int] | None:
         """Which object lies there now (`forget` first); None where there is none."""
-        if self.path.scheme == "hf":  # a commit does not change
+        if self.path.scheme == HUB:  # a commit does not change
             return identity(self.known)
         try:
             there = found(self.path)
