@@ -184,7 +184,7 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
 
 def _unfinished(target: RemotePath, *, overwrite: bool) -> Replaced:
     """What a run left in a store that was killed, or that writes there now."""
-    claim = strict_json.read_file(target / remote.CLAIM, max_nbytes=strict_json.MAX_INDEX)
+    claim = strict_json.parse_object(remote.claim(target), os.fspath(target / remote.CLAIM))
     if not overwrite:
         who = ", ".join(f"{name} {brief(claim[name])}" for name in ("host", "pid", "began")
                         if name in claim)  # fmt: skip

@@ -123,6 +123,15 @@ def is_unfinished(path: RemotePath) -> bool:
     return CLAIM in there and MANIFEST not in there
 
 
+def claim(path: RemotePath) -> bytes:
+    """The text of what stands in an output that is not complete. Raises `NotFoundError`."""
+    store, key = _view(path).store, (path / CLAIM).key
+    there = store.head(key)
+    if there is None:
+        raise NotFoundError("there is no such object.", path=path / CLAIM)
+    return bytes(store.read(key, 0, there.nbytes, there))
+
+
 def contents(path: RemotePath) -> Listing:
     """What lies in a folder, complete or not."""
     view = _view(path)
@@ -188,7 +197,7 @@ def status(path: RemotePath) -> os.stat_result | None:
     seconds, exactly = int(when), int(when * 1e9)
     return os.stat_result(
         (mode, 0, 0, 1, 0, 0, nbytes, seconds, seconds, seconds),
-        {name: exactly for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns")},
+        dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), exactly),
     )
 
 

@@ -22,9 +22,10 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from reshard._version import __version__
 from reshard.core.findings import Finding
@@ -77,12 +78,8 @@ class RemoteFolder:
         self._seals = Seals()
 
     def __enter__(self) -> RemoteFolder:
+        self._begin()
         remote.being_written.add(str(self.target))
-        try:
-            self._begin()
-        except BaseException:
-            remote.being_written.discard(str(self.target))
-            raise
         return self
 
     def key(self, name: str) -> str:
@@ -147,6 +144,7 @@ class RemoteFolder:
     def settle(self) -> None:
         """Wait until every file that was sealed is in the store."""
         self._seals.settle()
+        remote.forget(self.target)  # verification asks what is there
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file; `reshard.json` is kept until `commit`."""
@@ -216,12 +214,14 @@ class RemoteFolder:
                 raise WriteError(
                     "the output exists.", path=self.target, hint="Name another output."
                 )
-            self._old = [MANIFEST, *_listed(self.target / MANIFEST)]
+            text = strict_json.read_file(self.target / MANIFEST, max_nbytes=strict_json.MAX_INDEX)
+            self._old = [MANIFEST, *_listed(text)]
         if CLAIM in old and self.overwrite:
             # What a run that was killed left, or one whose output is complete.
-            left = [] if MANIFEST in old else _listed(self.target / CLAIM)
+            text = strict_json.parse_object(remote.claim(self.target), str(self.target / CLAIM))
+            left = [] if MANIFEST in old else _listed(text)
             self.bucket.delete([self.key(name) for name in (*left, CLAIM)])
-        text = {
+        stated = {
             "reshard": __version__,
             "plan": self._plan,
             "host": platform.node(),
@@ -230,7 +230,7 @@ class RemoteFolder:
             "files": {name: {} for name in self._names},
         }
         try:
-            claim = json.dumps(text, indent=1).encode()
+            claim = json.dumps(stated, indent=1).encode()
             self._claim = self.bucket.put(self.key(CLAIM), claim, new=True)
         except FileExistsError:
             raise self._not_alone() from None
@@ -294,8 +294,8 @@ class RemoteFolder:
             self.bucket.delete([self.key(name) for name in names])
 
 
-def _listed(path: RemotePath) -> list[str]:
+def _listed(stated: Mapping[str, Any]) -> list[str]:
     """The files that a `reshard.json`, or what stands for it, lists."""
-    files = strict_json.read_file(path, max_nbytes=strict_json.MAX_INDEX).get("files")
+    files = stated.get("files")
     names = [*files] if isinstance(files, dict) else []
     return [name for name in names if not {"", ".", ".."} & {*name.split("/")}]
