@@ -37,6 +37,7 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
     "Install the extra, in reshard's folder: pip install '.[ray]'.": "cluster/test_refusals.py::test_without_ray",
+    "Leave out --engine, or name an output on storage that all nodes share.": "cluster/test_refusals.py::test_an_output_in_a_store",
     "Pass --engine ray, or leave out --ray-address.": "cluster/test_refusals.py::test_an_address_without_the_engine",
     "Run the command on a node of the cluster, with --ray-address auto.": "cluster/test_ray.py::test_addresses",
     "ray status shows the address of a cluster.": "cluster/test_ray.py::test_addresses",
@@ -51,7 +52,9 @@ ELSEWHERE: dict[str, str] = {
     "Leave it out; the store's own settings hold credentials (docs/remote.md).": "remote/test_reading.py::test_urls_that_are_refused",
     "Write it as s3://BUCKET/FOLDER, without empty names, `.` and `..`.": "remote/test_reading.py::test_urls_that_are_refused",
     "Write it as hf://OWNER/NAME or hf://OWNER/NAME@REVISION.": "remote/test_reading.py::test_a_model_of_the_hub",
-    "Name an output in s3://, gs:// or az://, or a local folder.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Name an output in s3://, gs:// or az://, or a local folder.": "remote/test_writing.py::test_the_command_says_where_it_wrote",
+    "Name an output in a shared folder, or leave out --engine ray.": "remote/test_writing.py::test_workers_do_not_write_into_a_store",
+    "Wait for it. If it runs no more, convert again with --overwrite, which deletes what it left; or name another output.": "remote/test_writing.py::test_a_run_that_was_killed",
     "Wait for the run that writes it; if none does, convert again with --overwrite.": "remote/test_reading.py::test_an_output_that_is_not_complete",
     "Install the extra, in reshard's folder: pip install '.[remote]'.": "remote/test_reading.py::test_without_the_extra",
     "Copy the folder here, and name the copy.": "remote/test_reading.py::test_a_web_server",

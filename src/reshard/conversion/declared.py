@@ -31,6 +31,7 @@ from reshard.conversion.options import (
     RewardChoice,
 )
 from reshard.core.findings import CODES
+from reshard.core.locations import RemotePath
 from reshard.core.options import (
     Choice,
     Codes,
@@ -79,7 +80,7 @@ PROGRESS = Option(
 #: The options of `reshard.convert` and `reshard convert`, in the order in which errors name them.
 CONVERT = table(
     Option("source", Place(remote=True), "The checkpoint, or a folder above it.", required=True),
-    Option("target", Place(), "The output: a new folder.", required=True),
+    Option("target", Place(remote=True, writes=True), "The output: a new folder.", required=True),
     Option(
         "base",
         Place(remote=True),
@@ -458,6 +459,12 @@ def _workers(values: Mapping[str, Any]) -> Workers | None:
                 option="ray_address",
             )
         return None
+    if isinstance(values["target"], RemotePath):
+        raise OptionError(
+            "engine: an output in a store is written by one process.",
+            hint="Leave out --engine, or name an output on storage that all nodes share.",
+            option="engine",
+        )
     check_installed()
     return Workers(address, values["threads"])
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 from msgspec import Struct
@@ -14,6 +15,7 @@ from msgspec.structs import replace
 from reshard.conversion import manifest
 from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
+from reshard.core.locations import RemotePath
 from reshard.core.plan import Plan
 from reshard.core.tensors import Extent, Record
 from reshard.progress import StagedProgress
@@ -22,6 +24,9 @@ from reshard.transfer.assembly import Outcome
 from reshard.transfer.cluster.connection import Workers, connected
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
+
+if TYPE_CHECKING:
+    from reshard.transfer.remote import RemoteFolder
 
 
 class Writing(Struct, frozen=True):
@@ -63,8 +68,11 @@ def carry_out(
     If this raises, `target` is as it was, or the error says what is there.
     """
     with (
-        OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder,
-        _executor(writing, records, unprotected) as executor,
+        output(target, plan, overwrite=writing.overwrite) as folder,
+        # What lies in a store is not cached here.
+        _executor(
+            writing, records, unprotected, read_back=writing.verify and not folder.in_order
+        ) as executor,
     ):
         outcome = executor.run(plan, sources, folder)
         stated = render(outcome)
@@ -80,11 +88,13 @@ def carry_out(
             verify_folder(
                 folder.partial,
                 leaf_digests=executor.leaf_digests(outcome.read_back),
+                manifest_text=stated if folder.in_order else None,
                 progress=writing.step("verify"),
             )
         if check is not None:
             check(folder.partial)
-        if writing.overwrite:  # what was there may have changed in the hours since
+        # What was there may have changed in the hours since; that of a store is deleted by now.
+        if writing.overwrite and not folder.in_order:
             check_replaceable(target, overwrite=True)
         folder.commit()
     return replace(outcome, findings=(*folder.findings, *outcome.findings), read_back={})
@@ -92,17 +102,29 @@ def carry_out(
 
 @contextmanager
 def _executor(
-    writing: Writing, records: Iterable[Record], unprotected: Sequence[Extent]
+    writing: Writing, records: Iterable[Record], unprotected: Sequence[Extent], *, read_back: bool
 ) -> Iterator[Executor]:
     """Who moves the bytes; a cluster that was started for it ends with the block."""
     progress = writing.step("write")
     if writing.workers is None:
-        yield Threads(writing.threads, records, writing.verify, progress, unprotected)
+        yield Threads(writing.threads, records, read_back, progress, unprotected)
         return
     from reshard.transfer.cluster.executor import OnRay
 
     with connected(writing.workers) as ray:
         yield OnRay(ray, writing.workers, records, unprotected, progress)
+
+
+def output(target: Path, plan: Plan, *, overwrite: bool) -> OutputFolder | RemoteFolder:
+    """The output of a plan, to be entered: in a folder of this machine, or of a store."""
+    digest = plan_digest(plan)
+    if not isinstance(target, RemotePath):
+        return OutputFolder(target, digest, overwrite=overwrite)
+    from reshard.transfer.remote import RemoteFolder
+
+    names = [file.name for file in plan.files] + [asset.name for asset in plan.assets]
+    names += [name for name, _ in plan.texts]
+    return RemoteFolder(target, digest, names, overwrite=overwrite)
 
 
 def plan_digest(plan: Plan) -> str:

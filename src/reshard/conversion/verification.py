@@ -53,17 +53,22 @@ def verify_folder(
     *,
     threads: int = 2,
     leaf_digests: LeafDigests | None = None,
+    manifest_text: bytes | None = None,
     progress: Progress | None = None,
 ) -> Verified:
     """Compare every tensor of a converted folder with its digest in `reshard.json`.
 
     `leaf_digests` reads the tensors; without, `threads` threads of this process do.
+    `manifest_text` is that of a `reshard.json` which is not in its place yet.
 
     Raises `VerificationError` naming the first that differs, or a tensor that is missing or was
     added; `NotFoundError` where the folder has no `reshard.json`.
     """
     with Sources() as sources:
-        stated = manifest.read(folder, sources)
+        if manifest_text is None:
+            stated = manifest.read(folder, sources)
+        else:
+            stated = manifest.parsed(manifest_text, folder / manifest.MANIFEST)
         check_listed(folder, stated)
         check_run(folder, stated)
         parts = [(folder, stated.tensors)] if stated.tensors else []

@@ -1,4 +1,4 @@
-"""What makes the pieces of a plan. There is one executor today: threads of this process.
+"""What makes the pieces of a plan: threads of this process; those of a cluster are in `cluster`.
 
 An executor gets all that the work needs with `run`: the plan, which is data, the sources, and the
 folder to write into. A piece (`pieces`) can be made by anyone who has these, and made again.
@@ -17,8 +17,8 @@ from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.checksums import Ledger
-from reshard.transfer.commit import OutputFolder
 from reshard.transfer.engine import Engine
+from reshard.transfer.output import Output
 from reshard.transfer.reading import Known, leaf_digest
 from reshard.transfer.threads import in_order
 
@@ -26,7 +26,7 @@ from reshard.transfer.threads import in_order
 class Executor(Protocol):
     """Carries out a plan's transfer."""
 
-    def run(self, plan: Plan, sources: Sources, folder: OutputFolder) -> Outcome:
+    def run(self, plan: Plan, sources: Sources, folder: Output) -> Outcome:
         """Write every file of the plan into the folder, synced and named. Raises what fails."""
 
     def leaf_digests(self, known: Known) -> LeafDigests:
@@ -82,7 +82,7 @@ class Threads(Struct, frozen=True):
     progress: Progress | None = None
     unprotected: Sequence[Extent] = ()
 
-    def run(self, plan: Plan, sources: Sources, folder: OutputFolder) -> Outcome:
+    def run(self, plan: Plan, sources: Sources, folder: Output) -> Outcome:
         """Write every file of the plan into the folder, synced and named. Raises what fails."""
         return Engine(
             plan,

@@ -28,6 +28,7 @@ from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import LeafDigests
 from reshard.transfer.finite import NotFinite
 from reshard.transfer.making import SegmentResult
+from reshard.transfer.output import Output as Folder
 from reshard.transfer.reading import Known
 from reshard.transfer.system import identity_of
 
@@ -51,8 +52,10 @@ class OnRay(Struct, frozen=True):
     unprotected: Sequence[Extent] = ()
     progress: Progress | None = None
 
-    def run(self, plan: Plan, sources: Sources, folder: OutputFolder) -> Outcome:
+    def run(self, plan: Plan, sources: Sources, folder: Folder) -> Outcome:
         """Write every file of the plan into the folder, synced and named. Raises what fails."""
+        if not isinstance(folder, OutputFolder):
+            raise TypeError("workers write into a folder that they see")
         ledger = Ledger(self.records, self.unprotected)
         return _Transfer(self, plan, sources, folder, ledger).run()
 
