@@ -14,7 +14,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, main_dtype
 from reshard.errors import UnsupportedError
-from reshard.naming import apply, autoep, flat, megatron, megatron_args, titan
+from reshard.naming import apply, autoep, flat, megatron, megatron_args, pipeline, titan
 from reshard.naming.schema import is_unheld
 from reshard.naming.search import unwrap
 
@@ -55,6 +55,10 @@ def _renamed(catalog: Catalog, base: Base) -> Renamed:
     names = [unwrap(name) for name in catalog.names()]
     if megatron.is_megatron(names, base.schema):
         return _of_megatron(catalog, base)
+    if pipeline.is_sequence(names, base.schema):
+        shapes = {name: entry.spec.shape for name, entry in catalog.entries.items()}
+        found = pipeline.arrangements(shapes, base.schema)
+        return Renamed(replace(catalog, entries=_kept(found.outputs, catalog.entries)), base, (found.rule,))
     known = titan.translated(catalog.entries, base.schema)
     if known.rules:
         return Renamed(replace(catalog, entries=known.entries), base, known.rules)

@@ -230,6 +230,8 @@ CODES: dict[str, Code] = {
         "info", "layers for multi-token prediction are written, of which the base has none"),
     "layers-left-out": Code(
         "warning", "layers for multi-token prediction are not written in the trainer's names"),
+    "layers-without-files": Code(
+        "info", "numbers of a pipeline's layers have no file"),
     "live-layout-apart": Code(
         "warning", "live modules of some versions hold tensors that the folder has no bytes for",
         "For a run of such a version, convert with --names memory."),
