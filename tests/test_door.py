@@ -35,6 +35,7 @@ CHANGING = {
 #: Who does so beside `storage/`, and why.
 ALLOWED = {
     "reshard.transfer.commit": "makes the output folder and gives it its name",
+    "reshard.transfer.journal": "appends to its file in the output folder",
     "reshard.transfer.leftovers": "removes what it made, by inode",
     "reshard.transfer.lock": "holds a file beside the output",
     "reshard.transfer.system": "calls that pathlib does not have, on the output",

@@ -173,7 +173,7 @@ def test_no_format_imports_another() -> None:
 
 
 def test_nobody_asks_for_a_format_by_its_name() -> None:
-    names = {*OWN_NAMES, *(info.target for info in OWN)}
+    names = {*OWN_NAMES, *(info.to for info in OWN)}
     asked = []
     for module, path in MODULES.items():
         # A pickle may name the module torch.

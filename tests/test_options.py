@@ -139,8 +139,8 @@ def test_types_and_choices_agree() -> None:
     hints = get_type_hints(inspect.unwrap(reshard.convert))
     for name, option in CONVERT.items():
         choices: set[str] = set()
-        if isinstance(option.kind, Choice):
-            choices = {*option.kind.choices, *option.kind.aliases}
+        if isinstance(option.type, Choice):
+            choices = {*option.type.choices, *option.type.aliases}
         assert literals(hints[name]) == choices, name
 
 
@@ -304,5 +304,5 @@ def test_help_is_made_of_the_declarations(capsys: pytest.CaptureFixture[str]) ->
     options: list[Option] = list(CONVERT.values())
     assert len(options) > 30
     for option in options:
-        words = getattr(option.kind, "no", "") or option.help
+        words = getattr(option.type, "no", "") or option.help
         assert option.only_python or re.sub(r"\s+", " ", words) in shown, option.name

@@ -19,7 +19,7 @@ from reshard.core.notebook import folded, html_table
 from reshard.core.options import Option, PathLike, Place, Text, documented, parse, table
 from reshard.core.sizes import size
 from reshard.core.state import TrainingState
-from reshard.core.tensors import Entry, FileRef, Kind, Record, stored
+from reshard.core.tensors import Entry, FileRef, Record, TensorKind, stored
 from reshard.errors import listed
 from reshard.formats import locate
 from reshard.storage.local import Identity, Sources
@@ -93,7 +93,7 @@ class Tensor(Struct, frozen=True):
     """
 
     name: str
-    kind: Kind
+    kind: TensorKind
     entry: Entry
     files: Files = _NO_FILES
 

@@ -381,18 +381,18 @@ def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
                           lora=LoraChoice(alpha=1.0))  # fmt: skip
         try:
             numbers, _ = as_numbers(checkpoint.catalog, base, options, sources)
-            exported = output_model.onto(numbers, base, options, None)
+            output = output_model.onto(numbers, base, options, None)
         except NamesError as error:
             return Fitting(str(error), matching=of_error(error))
         except (FormatError, IncompleteError, PlanError, UnsupportedError) as error:
             return Fitting(str(error))
-    found = exported.name_map
+    found = output.name_map
     return Fitting(
         prefix=found.prefix,
         rules=found.rules,
-        matching=exported.matching,
+        matching=output.matching,
         undecided=found.undecided,
-        config_patches=exported.patches,
-        beside=tuple(side.name for side in exported.sides),
-        merged=exported.merged,
+        config_patches=output.patches,
+        beside=tuple(file.name for file in output.side_files),
+        merged=output.merged,
     )

@@ -26,7 +26,7 @@ from reshard.formats import Selection, TensorToWrite
 from reshard.formats.info import FormatInfo
 from reshard.storage.local import Source, Sources, child
 
-INFO = FormatInfo("npy", "a folder of NumPy arrays", __name__, target="npy")
+INFO = FormatInfo("npy", "a folder of NumPy arrays", __name__, to="npy")
 INDEX = "tensors.json"
 _MAGIC = b"\x93NUMPY\x01\x00"
 

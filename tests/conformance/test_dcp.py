@@ -37,7 +37,7 @@ class TestReadingWhatSeveralRanksSaved(ReaderConformance):
 
 
 class TestWriting(WriterConformance):
-    target = "dcp"
+    to = "dcp"
 
     def load(self, folder: Path) -> Tensors:
         return loaded_by_dcp(folder)

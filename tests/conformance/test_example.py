@@ -64,7 +64,7 @@ class TestReading(ReaderConformance):
 
 
 class TestWriting(WriterConformance):
-    target = "npy"
+    to = "npy"
     narrow = FLOAT16
 
     def load(self, folder: Path) -> Tensors:

@@ -41,7 +41,7 @@ class TestReadingShards(ReaderConformance):
 
 
 class TestWriting(WriterConformance):
-    target = "hf"
+    to = "hf"
 
     def load(self, folder: Path) -> Tensors:
         index = folder / "model.safetensors.index.json"

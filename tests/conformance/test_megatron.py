@@ -40,7 +40,7 @@ class TestReading(ReaderConformance):
 class TestWriting(WriterConformance):
     """What megatron-core itself makes of it is in `tests/megatron/test_into.py`."""
 
-    target = "megatron"
+    to = "megatron"
 
     def load(self, folder: Path) -> Tensors:
         return loaded_by_dcp(folder)

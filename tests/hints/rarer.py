@@ -75,7 +75,7 @@ def not_in_the_cache(at: Path) -> Case:
 @follows("Use one of {}.")
 def target_that_is_none(at: Path) -> Case:
     """For callers of the library's parts; `--to` is a choice, refused before."""
-    return Case(lambda: info.target_named("onnx"), lambda: info.target_named("hf"))
+    return Case(lambda: info.output_format("onnx"), lambda: info.output_format("hf"))
 
 
 @follows("It is a whole number or like 5GB.")

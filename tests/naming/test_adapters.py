@@ -75,7 +75,7 @@ class Run:
         separated = separate(self.entries)
         found = fit(separated.entries, self.schema, equal=self.equal, options=FitOptions(**options))
         config = parse_adapter_config(self.settings)
-        changed = updates(separated, found, config, self.base_entries()).by_target
+        changed = updates(separated, found, config, self.base_entries()).by_output
         assert changed
         merged = {name: merge(update, self.content) for name, update in changed.items()}
         for name, entry in apply(found.outputs, separated.entries).items():
@@ -138,7 +138,7 @@ def test_names_of_a_family_and_adapters_together() -> None:
     run = Run("qwen2_5_vl", target_modules=["q_proj", "v_proj"])
     separated = separate(run.entries)
     found = fit(separated.entries, tables.table("4.57", "qwen2_5_vl").schema())
-    changed = updates(separated, found, AdapterConfig(ALPHA), {}).by_target
+    changed = updates(separated, found, AdapterConfig(ALPHA), {}).by_output
     assert sorted(changed) == sorted(
         f"model.layers.{layer}.self_attn.{name}.weight"
         for layer in range(2)
@@ -159,7 +159,7 @@ def test_layers_injected_in_place() -> None:
     base = tables.table("4.57", "qwen2_5_vl").schema()
     found = fit(separated.entries, base, options=FitOptions(headless=True))
     assert found.matching.missing == ("lm_head.weight",)
-    assert len(updates(separated, found, AdapterConfig(ALPHA), {}).by_target) == 2
+    assert len(updates(separated, found, AdapterConfig(ALPHA), {}).by_output) == 2
 
 
 def test_modules_that_keep_their_weight_transposed() -> None:
@@ -177,7 +177,7 @@ def test_modules_that_keep_their_weight_transposed() -> None:
     theirs = {k: v.numpy() for k, v in wrapped.merge_and_unload().state_dict().items()}
     shapes = {name: value.shape for name, value in theirs.items() if name != "lm_head.weight"}
     found = fit(separated.entries, tables.schema(shapes))
-    changed = updates(separated, found, AdapterConfig(ALPHA), {}).by_target
+    changed = updates(separated, found, AdapterConfig(ALPHA), {}).by_output
     assert len(changed) == 2
     for name, update in changed.items():
         np.testing.assert_allclose(merge(update, content), theirs[name], rtol=2e-6, atol=2e-6)
@@ -216,7 +216,7 @@ def test_without_adapters_nothing_changes() -> None:
     separated = separate(entries)
     assert separated.entries == entries
     found = fit(entries, tables.table("5.23", "llama").schema())
-    assert updates(separated, found, AdapterConfig(ALPHA), {}).by_target == {}
+    assert updates(separated, found, AdapterConfig(ALPHA), {}).by_output == {}
 
 
 def test_one_of_several_adapters_must_be_named() -> None:

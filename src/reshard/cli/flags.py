@@ -312,7 +312,7 @@ def flag(declared: Option, **changes: Any) -> Callable[[_F], _F]:
     more: dict[str, Any] = {"cls": Grouped, "group": declared.group, "help": declared.help}
     if declared.name == "tag":
         more["shell_complete"] = complete_tag
-    kind = declared.kind
+    kind = declared.type
     if isinstance(kind, Flag):
         more |= {"is_flag": True, "default": declared.default}
         if kind.either:

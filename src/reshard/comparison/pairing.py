@@ -17,16 +17,16 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.comparison.result import Compared, Kind, described
+from reshard.comparison.result import Compared, Difference, described
 from reshard.comparison.values import Pair
 from reshard.conversion import manifest, output_model
 from reshard.conversion.base_model import Base, holds_config, read_base
 from reshard.conversion.beside import LIGHTRFT
-from reshard.conversion.dtypes import Target
+from reshard.conversion.dtypes import OutputTensor
 from reshard.conversion.manifest import MANIFEST, Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
-from reshard.conversion.output_model import Export
-from reshard.conversion.planning import exported
+from reshard.conversion.output_model import OutputModel
+from reshard.conversion.planning import plan_output
 from reshard.conversion.trainer_names import trainer
 from reshard.conversion.verification import check_listed, check_run, child_of
 from reshard.core.catalog import Catalog
@@ -72,7 +72,7 @@ class Pairing(Struct, frozen=True):
 
 
 def _turned(found: Compared) -> Compared:
-    kind: dict[Kind, Kind] = {
+    kind: dict[Difference, Difference] = {
         "only in the first": "only in the second",
         "only in the second": "only in the first",
     }
@@ -99,7 +99,7 @@ def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None
     options, recorded = _recorded(first, folder, stated, held)
     found: Pairing | None = None
     if base is not None:
-        made = exported(first, read_base(base, sources), options, sources)
+        made = plan_output(first, read_base(base, sources), options, sources)
         found = Pairing(_pairs(_planned(made), held), *_left(first, made, options))
     elif _stands_in(first, second, held):
         try:
@@ -124,7 +124,7 @@ def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -
     for catalog in (first, second):
         root = catalog.origin.root
         options = Options(root, root, root, "hf", nothing, "keep", 1, names="disk")
-        made = exported(catalog, model, options, sources)
+        made = plan_output(catalog, model, options, sources)
         sides.append((_planned(made), Pairing([], *_left(catalog, made, options))))
     (mine, left), (theirs, right) = sides
     right = right.turned()
@@ -256,7 +256,7 @@ def _by_name(
     store is compared with the tensor that it is recorded to be."""
     mine = _parts(first, _stated(first, sources), sources)
     if (options.names == "memory" or trainer(options)) and named(first.format).holds_config:
-        placed = exported(first, None, options, sources)
+        placed = plan_output(first, None, options, sources)
         return Pairing(_pairs(_planned(placed), held), by_name=True)
     if "" not in held and len(held) == 1:
         held = {"": next(iter(held.values()))}
@@ -305,14 +305,14 @@ def _check_apart(planned: Mapping[str, Mapping[str, Entry]], folder: Path) -> No
                 )
 
 
-def _planned(made: Export) -> dict[str, dict[str, Entry]]:
+def _planned(made: OutputModel) -> dict[str, dict[str, Entry]]:
     """What a conversion writes, by file."""
-    parts = {"": _by_target(made.model)} if made.model else {}
-    return parts | {side.name: _by_target(side.targets) for side in made.sides}
+    parts = {"": _sources_of(made.model)} if made.model else {}
+    return parts | {file.name: _sources_of(file.tensors) for file in made.side_files}
 
 
-def _by_target(targets: Iterable[Target]) -> dict[str, Entry]:
-    return {target.spec.name: target.source for target in targets}
+def _sources_of(tensors: Iterable[OutputTensor]) -> dict[str, Entry]:
+    return {t.spec.name: t.source for t in tensors}
 
 
 def _pairs(
@@ -324,7 +324,7 @@ def _pairs(
 
 
 def _left(
-    first: Catalog, made: Export, options: Options
+    first: Catalog, made: OutputModel, options: Options
 ) -> tuple[tuple[Compared, ...], tuple[Compared, ...]]:
     """The checkpoint's tensors that the conversion leaves out; second, those that an option
     named."""

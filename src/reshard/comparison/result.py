@@ -26,7 +26,7 @@ from reshard.core.sizes import size
 from reshard.core.tensors import TensorSpec
 from reshard.errors import printable
 
-Kind = Literal[
+Difference = Literal[
     "equal", "values", "shape", "dtype", "setting", "only in the first", "only in the second"
 ]
 
@@ -40,7 +40,7 @@ class Compared(Struct, frozen=True):
     """
 
     name: str
-    kind: Kind
+    kind: Difference
     first: str
     second: str
     shape: tuple[int, ...] = ()

@@ -15,7 +15,7 @@ from reshard.comparison.result import Compared
 from reshard.comparison.values import Pair
 from reshard.conversion.base_model import read_base
 from reshard.conversion.options import Options
-from reshard.conversion.planning import carried_along, exported
+from reshard.conversion.planning import carried_along, plan_output
 from reshard.conversion.training import with_state
 from reshard.core.catalog import Catalog
 from reshard.core.state import Group, TrainingState
@@ -62,7 +62,7 @@ def of_output(
                 hint="Pass --base, the model that it was converted onto.",
             )
         model = read_base(base, sources)
-        made = exported(catalog, model, options, sources)
+        made = plan_output(catalog, model, options, sources)
         state = carried_along(made, state, catalog, model, options, sources).state or state
     return state, there
 

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
-from reshard.conversion.dtypes import Target, choose
+from reshard.conversion.dtypes import OutputTensor, choose
 from reshard.conversion.fitted import Fitted
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, main_dtype
 from reshard.errors import PlanError
-from reshard.formats.info import target_named
+from reshard.formats.info import output_format
 from reshard.naming.backbone import has_head
 from reshard.naming.lora import folder as adapter_files
 from reshard.naming.lora.find import without_peft
@@ -38,23 +38,23 @@ LIGHTRFT = "pytorch_model.bin"
 ADAPTER_FOLDER = "adapter/"
 
 
-class Side(Struct, frozen=True):
+class SideFile(Struct, frozen=True):
     """A file beside the model, with its own tensors."""
 
     name: str
-    targets: Sequence[Target]
+    tensors: Sequence[OutputTensor]
 
 
 class Beside(Struct, frozen=True):
     """What one step puts beside the model: files of tensors, small files, and findings."""
 
-    sides: tuple[Side, ...] = ()
+    side_files: tuple[SideFile, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
     findings: tuple[Finding, ...] = ()
 
     def __add__(self, later: Beside) -> Beside:
         return Beside(
-            (*self.sides, *later.sides),
+            (*self.side_files, *later.side_files),
             (*self.texts, *later.texts),
             (*self.findings, *later.findings),
         )
@@ -64,10 +64,10 @@ def beside(found: Fitted) -> Beside:
     """Everything beside the model. Raises `PlanError` where the format has no place for it."""
     to = found.options.to
     made = _reward_files(found) + _value_head(found) + _modules(found) + _adapter(found)
-    if made.sides and not target_named(to).takes_files:
+    if made.side_files and not output_format(to).takes_files:
         raise PlanError(
-            f"{made.sides[0].name} goes beside a Hugging Face model; there is no place for it in "
-            f"--to {to}.",
+            f"{made.side_files[0].name} goes beside a Hugging Face model; there is no place for "
+            f"it in --to {to}.",
             hint="Without --base every tensor is kept, under the name that it has.",
         )
     return made
@@ -82,28 +82,28 @@ def _reward_files(found: Fitted) -> Beside:
             "LightRFT loads a state dict of the whole model, which an adapter alone is not.",
             hint="Pass --lora merge, or --srm-format split.",
         )
-    sides = []
+    files = []
     if choice.srm_format in ("split", "both"):
-        sides.append(_side(found, REWARD_HEAD, heads.tensors.values()))
+        files.append(_side_file(found, REWARD_HEAD, heads.tensors.values()))
     if choice.srm_format in ("lightrft", "both") and not found.alone:
-        sides.append(Side(LIGHTRFT, _lightrft(found, heads)))
+        files.append(SideFile(LIGHTRFT, _lightrft(found, heads)))
     config = reward_config(heads, choice.layer, found.base.config)
     message = (
         f"the heads are assumed to read hidden state {choice.layer}, LightRFT's default: no "
         "checkpoint states the layer."
     )
     assumed = (Finding("probing-layer-assumed", message),) if choice.probing_layer is None else ()
-    return Beside(tuple(sides), ((REWARD_CONFIG, _json(config)),), assumed)
+    return Beside(tuple(files), ((REWARD_CONFIG, _json(config)),), assumed)
 
 
-def _lightrft(found: Fitted, heads: RewardHeads) -> list[Target]:
+def _lightrft(found: Fitted, heads: RewardHeads) -> list[OutputTensor]:
     """LightRFT's own state dict: every name of training, the backbone in the base's dtype.
 
     PEFT's prefix is removed: the adapters are merged, and LightRFT loads into an unwrapped model.
     """
     _check_complete(found)
     origins, dtype = found.name_map.origins, found.options.dtype
-    merged = {origins[name]: made for name, made in found.updates.by_target.items()}
+    merged = {origins[name]: made for name, made in found.updates.by_output.items()}
     merged.update(found.updates.by_source)
     backbone: dict[str, Entry] = {}
     for name, entry in lightrft_state(Parts(found.parts.backbone)).items():
@@ -136,21 +136,21 @@ def _value_head(found: Fitted) -> Beside:
     head = found.parts.value
     if head is None or not (found.classes is None or found.alone):
         return Beside()
-    return Beside((_side(found, VALUE_HEAD, head.called(head.name).values()),))
+    return Beside((_side_file(found, VALUE_HEAD, head.called(head.name).values()),))
 
 
 def _modules(found: Fitted) -> Beside:
     """The weights of the base's modules in sub-folders, in the dtypes that the base has."""
-    sides, findings = [], []
+    files, findings = [], []
     for module in () if found.alone else found.base.modules:
         held = found.modules.get(module.file)
         if held is not None:
             made = choose(list(held.items()), module.tensors, found.options.dtype)
-            sides.append(Side(module.file, made))
-        elif target_named(found.options.to).takes_files:
+            files.append(SideFile(module.file, made))
+        elif output_format(found.options.to).takes_files:
             message = f"{module.folder} is the base's: the checkpoint holds no tensor of it."
             findings.append(Finding("module-from-base", message, subject=module.folder))
-    return Beside(tuple(sides), findings=tuple(findings))
+    return Beside(tuple(files), findings=tuple(findings))
 
 
 def _adapter(found: Fitted) -> Beside:
@@ -161,15 +161,15 @@ def _adapter(found: Fitted) -> Beside:
     separated = found.separated
     names = adapter_files.named(scaling, base.folder, base.config)
     made = adapter_files.adapter_folder(separated, found.name_map.prefix, scaling, names)
-    side = _side(found, folder + adapter_files.WEIGHTS, made.tensors.values())
+    file = _side_file(found, folder + adapter_files.WEIGHTS, made.tensors.values())
     text = (folder + adapter_files.CONFIG, _json(made.config))
     findings = adapter_files.findings(made.config, separated.ranks)
-    return Beside((side,), (text,), tuple(findings))
+    return Beside((file,), (text,), tuple(findings))
 
 
-def _side(found: Fitted, name: str, entries: Iterable[Entry]) -> Side:
+def _side_file(found: Fitted, name: str, entries: Iterable[Entry]) -> SideFile:
     items = [(entry.spec.name, entry) for entry in entries]
-    return Side(name, choose(items, {}, _kept(found)))
+    return SideFile(name, choose(items, {}, _kept(found)))
 
 
 def _main_dtype(found: Fitted) -> str:

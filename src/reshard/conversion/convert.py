@@ -1,6 +1,6 @@
 """Convert a checkpoint: one straight line from the source's metadata to the folder's rename.
 
-prepare: read -> export (names, dtypes) -> lay out      nothing is written
+prepare: read -> output model (names, dtypes) -> lay out      nothing is written
 carry out: transfer -> manifest -> verify -> commit
 """
 
@@ -153,22 +153,22 @@ def _of_values(outcome: Outcome) -> list[Finding]:
 
 
 def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:
-    exported = job.export
+    output = job.output
     names = {
-        "prefix": exported.name_map.prefix,
-        "rules": list(exported.name_map.rules),
-        **exported.matching.to_json(),
-        "merged": exported.merged,
-        "transformers_version": exported.live,
-        "aliases": {name: target.spec.name for target in exported.model for name in target.aliases},
-        "lora": None if exported.scaling is None else exported.scaling.to_json(),
+        "prefix": output.name_map.prefix,
+        "rules": list(output.name_map.rules),
+        **output.matching.to_json(),
+        "merged": output.merged,
+        "transformers_version": output.live,
+        "aliases": {name: t.spec.name for t in output.model for name in t.aliases},
+        "lora": None if output.scaling is None else output.scaling.to_json(),
     }
-    model = manifest.state([target.spec for target in exported.model], "", digests)
+    model = manifest.state([t.spec for t in output.model], "", digests)
     beside = {
-        side.name: manifest.state([t.spec for t in side.targets], side.name, digests)
-        for side in exported.sides
+        file.name: manifest.state([t.spec for t in file.tensors], file.name, digests)
+        for file in output.side_files
     }
-    state = exported.state
+    state = output.state
     moments = (
         {}
         if state is None
@@ -184,7 +184,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         model,
         beside,
         files,
-        generates=exported.generates,
+        generates=output.generates,
         state=moments,
         run=None if state is None else manifest.run_of(completed(state)),
     )
@@ -226,24 +226,24 @@ def _report(
     if outcome is not None:
         findings.extend((*_of_values(outcome), *outcome.findings))
     findings = [_completed(found, job, given) for found in findings]
-    exported = job.export
+    output = job.output
     return Report(
         source=os.fspath(job.options.source),
         target=os.fspath(job.options.target),
         format=job.catalog.format,
         tag=_tag(job),
         checkpoint=os.fspath(job.catalog.origin.root),
-        adapter=exported.adapter,
-        num_tensors=len(exported.model) or sum(len(side.targets) for side in exported.sides),
+        adapter=output.adapter,
+        num_tensors=len(output.model) or sum(len(file.tensors) for file in output.side_files),
         bytes_read=job.plan.bytes_to_read if outcome is None else outcome.bytes_read,
         bytes_written=job.plan.bytes_to_write,
         seconds=round(seconds, 3),
         verified=verified,
         files=tuple(file.name for file in job.plan.files),
-        matching=exported.matching,
-        prefix=exported.name_map.prefix,
-        rules=exported.name_map.rules,
-        merged=exported.merged,
+        matching=output.matching,
+        prefix=output.name_map.prefix,
+        rules=output.name_map.rules,
+        merged=output.merged,
         compared=0 if outcome is None else outcome.compared,
         changed=0 if outcome is None else outcome.changed,
         records_checked=0 if outcome is None else outcome.checked.compared,
@@ -251,5 +251,5 @@ def _report(
         findings=tuple(findings),
         dry_run=outcome is None,
         replaced=replaced,
-        state=None if exported.state is None else Moments.of(exported.state),
+        state=None if output.state is None else Moments.of(output.state),
     )

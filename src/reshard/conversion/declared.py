@@ -49,7 +49,7 @@ from reshard.core.options import (
 )
 from reshard.core.plan import parse_size
 from reshard.errors import OptionError, listed
-from reshard.formats.info import target_named, targets
+from reshard.formats.info import output_format, output_formats
 from reshard.naming import parse_version
 from reshard.naming.rewards import RewardOptions
 from reshard.progress import StagedProgress
@@ -92,7 +92,7 @@ CONVERT = table(
     ROLE,
     Option(
         "to",
-        Choice(tuple(targets())),
+        Choice(tuple(output_formats())),
         "The format of the output: a Hugging Face folder, PyTorch DCP for FSDP, or the torch_dist "
         "format of Megatron.",
         "hf",
@@ -359,13 +359,13 @@ class Running(Struct, frozen=True):
 
 def _shard_size(to: str) -> int:
     """The default of `max_shard_size`, in bytes."""
-    return parse_size(target_named(to).max_shard_size)
+    return parse_size(output_format(to).max_shard_size)
 
 
 def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
     """The options of a conversion, from their keywords. Raises `OptionError`."""
     values = dict(parse(CONVERT, given))
-    values["optimizer"] = values["optimizer"] or target_named(values["to"]).needs_state
+    values["optimizer"] = values["optimizer"] or output_format(values["to"]).needs_state
     _check_target(values)
     _check_files(values)
     _check_state(values)
@@ -417,21 +417,21 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
 
 
 def _check_target(values: Mapping[str, Any]) -> None:
-    """Refuse options that the target format does not support."""
+    """Refuse options that the output format does not support."""
     to = values["to"]
-    if values["names"] is not None and target_named(to).naming is not None:
+    if values["names"] is not None and output_format(to).naming is not None:
         raise OptionError(
             f"names: with --to {to} tensors have the names of that trainer.",
             hint="Leave out --names.",
             option="names",
         )
-    if values["names"] == "torchtitan" and not target_named(to).names_twice:
+    if values["names"] == "torchtitan" and not output_format(to).names_twice:
         raise OptionError(
             f"names 'torchtitan' are those of a DCP checkpoint, not of --to {to}.",
             hint="Pass --to dcp, or leave out --names.",
             option="names",
         )
-    if values["names"] == "all" and not target_named(to).names_twice:
+    if values["names"] == "all" and not output_format(to).names_twice:
         raise OptionError(
             f"names 'all' gives the same bytes several names, which files of --to {to} cannot.",
             hint="Leave out --names."
@@ -439,7 +439,7 @@ def _check_target(values: Mapping[str, Any]) -> None:
             else "Pass --to dcp, or leave out --names.",
             option="names",
         )
-    if values["names"] == "hub" and not target_named(to).takes_files:
+    if values["names"] == "hub" and not output_format(to).takes_files:
         raise OptionError(
             f"names 'hub' is the layout of released models, which are not written with --to {to}.",
             hint="Leave out --names."
@@ -447,7 +447,7 @@ def _check_target(values: Mapping[str, Any]) -> None:
             else "Pass --to hf, or leave out --names.",
             option="names",
         )
-    if values["consumed_samples"] is not None and not target_named(to).client_state:
+    if values["consumed_samples"] is not None and not output_format(to).client_state:
         raise OptionError(
             f"consumed_samples: it is written beside a DCP checkpoint, not with --to {to}.",
             hint="Pass --to dcp, or leave out --consumed-samples.",
@@ -456,15 +456,15 @@ def _check_target(values: Mapping[str, Any]) -> None:
 
 
 def _check_files(values: Mapping[str, Any]) -> None:
-    """Refuse sizes and dtypes where the target has its own."""
+    """Refuse sizes and dtypes where the output format has its own."""
     to, dtype = values["to"], values["dtype"]
-    if target_named(to).file_each and values["max_shard_size"] is not None:
+    if output_format(to).file_each and values["max_shard_size"] is not None:
         raise OptionError(
             f"max_shard_size: with --to {to} every tensor is a file of its own.",
             hint="Leave out --max-shard-size.",
             option="max_shard_size",
         )
-    if target_named(to).full_precision and dtype not in (None, "keep", "float32"):
+    if output_format(to).full_precision and dtype not in (None, "keep", "float32"):
         raise OptionError(
             f"dtype: with --to {to} the weights are those in full precision that the optimizer "
             "updates.",
@@ -475,31 +475,33 @@ def _check_files(values: Mapping[str, Any]) -> None:
 
 def _layout(values: Mapping[str, Any]) -> str | None:
     """The default of `layout`."""
-    layouts = target_named(values["to"]).layouts
+    layouts = output_format(values["to"]).layouts
     return layouts[0] if values["optimizer"] and layouts else None
 
 
 def _check_state(values: Mapping[str, Any]) -> None:
-    """Refuse training state that the target cannot hold, and its options where it is not asked
-    for."""
+    """Refuse training state that the output format cannot hold, and the state's options where it
+    is not asked for."""
     to = values["to"]
-    target = target_named(to)
-    if values["optimizer"] and not target.writes_state:
-        able = listed(f"--to {name}" for name, info in targets().items() if info.writes_state)
+    info = output_format(to)
+    if values["optimizer"] and not info.writes_state:
+        able = listed(
+            f"--to {name}" for name, other in output_formats().items() if other.writes_state
+        )
         raise OptionError(
             f"optimizer: training state is not written with --to {to}.",
             hint=f"Pass {able}, or leave out --optimizer.",
             option="optimizer",
         )
-    target_that_holds = "" if target.writes_state else "--to dcp "
+    format_that_holds = "" if info.writes_state else "--to dcp "
     for name in ("layout", "hyperparameters"):
         if values[name] is not None and not values["optimizer"]:
             raise OptionError(
                 f"{name}: it says how training state is written, and none is.",
-                hint=f"Pass {target_that_holds}--optimizer, or leave out --{name}.",
+                hint=f"Pass {format_that_holds}--optimizer, or leave out --{name}.",
                 option=name,
             )
-    if values["layout"] is not None and values["layout"] not in target.layouts:
+    if values["layout"] is not None and values["layout"] not in info.layouts:
         raise OptionError(
             f"layout: with --to {to} there is one layout.",
             hint="Leave out --layout.",
@@ -520,7 +522,7 @@ def words(given: Mapping[str, object]) -> list[str]:
         value = given.get(name, option.default)
         if option.only_python or value in (option.default, ()):
             continue
-        if isinstance(option.kind, Flag):
+        if isinstance(option.type, Flag):
             line.append(f"--{'' if value else 'no-'}{option.flag}")
         elif isinstance(value, (list, tuple)):
             line += [f"--{option.flag}", *map(str, value)]

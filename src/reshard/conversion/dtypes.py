@@ -15,7 +15,7 @@ from reshard.errors import PlanError
 CHOICES = ("base", "keep", "float32", "bfloat16", "float16")
 
 
-class Target(Struct, frozen=True):
+class OutputTensor(Struct, frozen=True):
     """A tensor of the output: what is written, what from, and the base's tensor to compare with.
 
     `aliases` are the other names that the same bytes get, where the format can name them twice.
@@ -27,31 +27,31 @@ class Target(Struct, frozen=True):
     aliases: tuple[str, ...] = ()
 
 
-def as_entries(targets: Iterable[Target]) -> dict[str, Entry]:
+def as_entries(tensors: Iterable[OutputTensor]) -> dict[str, Entry]:
     """The tensors of an output by name, each with the dtype that is written: a layout joins only
     tensors of one dtype."""
-    return {target.spec.name: replace(target.source, spec=target.spec) for target in targets}
+    return {tensor.spec.name: replace(tensor.source, spec=tensor.spec) for tensor in tensors}
 
 
-def target_of(
+def output_tensor(
     name: str, entry: Entry, reference: Entry | None = None, aliases: tuple[str, ...] = ()
-) -> Target:
+) -> OutputTensor:
     """An entry as a tensor of the output, in its dtype."""
-    return Target(replace(entry.spec, name=name), entry, reference, aliases)
+    return OutputTensor(replace(entry.spec, name=name), entry, reference, aliases)
 
 
 def choose(
     entries: Sequence[tuple[str, Entry]], base: Mapping[str, Entry], dtype: str
-) -> list[Target]:
-    """A target for each entry, in the order given, with the dtype that `--dtype` asks for.
+) -> list[OutputTensor]:
+    """The output's tensors in the order of the entries, with the dtypes that `--dtype` asks for.
 
     Only floating types are cast into one another; an integer tensor keeps its type, and nothing is
     cast to a type of 8 bits or less without a request. Raises `PlanError`.
     """
-    return [_target(name, entry, base.get(name), dtype) for name, entry in entries]
+    return [_output_tensor(name, entry, base.get(name), dtype) for name, entry in entries]
 
 
-def _target(name: str, entry: Entry, base: Entry | None, choice: str) -> Target:
+def _output_tensor(name: str, entry: Entry, base: Entry | None, choice: str) -> OutputTensor:
     stored = entry.spec.dtype
     wanted = stored
     if choice == "base" and base is not None:
@@ -77,4 +77,4 @@ def _target(name: str, entry: Entry, base: Entry | None, choice: str) -> Target:
     same_shape = base is not None and base.spec.shape == spec.shape and base.spec.dtype.floating
     # Of layers that its files do not hold, the base has no values.
     held = base is not None and (base.fragments or not base.spec.numel)
-    return Target(spec, entry, base if same_shape and held else None)
+    return OutputTensor(spec, entry, base if same_shape and held else None)

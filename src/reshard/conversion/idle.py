@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from reshard.conversion.base_model import Base
 from reshard.conversion.beside import LIGHTRFT
 from reshard.conversion.options import Options
-from reshard.conversion.output_model import Export
+from reshard.conversion.output_model import OutputModel
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.naming.judge import matched
@@ -17,7 +17,9 @@ from reshard.naming.search import unwrap
 _NO_HEADS = "the checkpoint holds no heads of a reward model"
 
 
-def idle(options: Options, catalog: Catalog, base: Base | None, made: Export) -> Iterator[Finding]:
+def idle(
+    options: Options, catalog: Catalog, base: Base | None, made: OutputModel
+) -> Iterator[Finding]:
     """A finding for each option that has no effect.
 
     Options that only permit something (`--allow-unchanged`), and options that a script always
@@ -38,7 +40,9 @@ def idle(options: Options, catalog: Catalog, base: Base | None, made: Export) ->
         yield _without("--transformers-version", "names stay as they are in the checkpoint")
 
 
-def _patterns(options: Options, catalog: Catalog, base: Base, made: Export) -> Iterator[Finding]:
+def _patterns(
+    options: Options, catalog: Catalog, base: Base, made: OutputModel
+) -> Iterator[Finding]:
     prefix = made.name_map.prefix
     known = {*base.entries}
     for name in catalog.names():
@@ -48,7 +52,7 @@ def _patterns(options: Options, catalog: Catalog, base: Base, made: Export) -> I
         if not matched(known | apart, [pattern]):
             message = f"--allow {pattern!r} matches no name of the checkpoint or the base."
             yield Finding("allow-unmatched", message)
-        elif not made.sides and not matched(apart, [pattern]):
+        elif not made.side_files and not matched(apart, [pattern]):
             why = "all that it matches is in the checkpoint and in the base"
             yield _without(f"--allow {pattern!r}", why)
 
@@ -67,9 +71,9 @@ def _of_adapters(options: Options) -> Iterator[Finding]:
         yield Finding("no-adapters", message)
 
 
-def _of_heads(options: Options, made: Export) -> Iterator[Finding]:
+def _of_heads(options: Options, made: OutputModel) -> Iterator[Finding]:
     rewards = options.rewards
-    if any(side.name in (REWARD_HEAD, LIGHTRFT) for side in made.sides):
+    if any(file.name in (REWARD_HEAD, LIGHTRFT) for file in made.side_files):
         return
     given = {
         "--probing-layer": rewards.probing_layer is not None,

@@ -8,15 +8,15 @@ from typing import Any
 from msgspec.structs import replace
 
 from reshard.conversion.base_model import CONFIG, Base, holds_config, patched_config
-from reshard.conversion.dtypes import Target, as_entries, target_of
+from reshard.conversion.dtypes import OutputTensor, as_entries, output_tensor
 from reshard.conversion.options import Names, Options
-from reshard.conversion.output_model import Export
+from reshard.conversion.output_model import OutputModel
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import PlanError
 from reshard.formats import huggingface
-from reshard.formats.info import target_named
+from reshard.formats.info import output_format
 from reshard.naming import NEWEST, parse_version, to_memory, was_read
 from reshard.naming.answering import Apart, answers
 from reshard.naming.layouts import Version
@@ -32,26 +32,26 @@ def chosen(options: Options, catalog: Catalog, base: Base | None) -> Names:
         # A moment has one name, that of the live module; a checkpoint of training has it already.
         return "disk" if base is None else "memory"
     at_hand = base is not None or holds_config(catalog)
-    return "all" if target_named(options.to).names_twice and at_hand else "disk"
+    return "all" if output_format(options.to).names_twice and at_hand else "disk"
 
 
 def config_of(
-    exported: Export, catalog: Catalog, base: Base | None, sources: Sources, needed: str
+    output: OutputModel, catalog: Catalog, base: Base | None, sources: Sources, needed: str
 ) -> Mapping[str, Any]:
-    """The model's config, which the flag `needed` needs: the base's as the export changes it, or
+    """The model's config, which the flag `needed` needs: the base's as the output changes it, or
     that of the Hugging Face folder that is converted."""
     if base is not None:
-        patched = patched_config(base, exported.patches)
+        patched = patched_config(base, output.patches)
         return strict_json.parse_object(patched, str(base.folder / CONFIG))
     if not holds_config(catalog):
         raise PlanError(f"{needed} needs the model's config.", hint="Pass --base.")
     return huggingface.read_config(catalog.origin.root, sources)
 
 
-def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Export:
-    """The export with the names and shapes of a live module of the wanted transformers version."""
+def placed(output: OutputModel, config: Mapping[str, Any], options: Options) -> OutputModel:
+    """The output with the names and shapes of a live module of the wanted transformers version."""
     version = version_of(options)
-    live = to_memory(as_entries(exported.model), config, version)
+    live = to_memory(as_entries(output.model), config, version)
     text = ".".join(map(str, version))
     said = [Finding("live-names", f"names are those of a live module of transformers {text}.")]
     if not was_read(version):
@@ -65,9 +65,9 @@ def placed(exported: Export, config: Mapping[str, Any], options: Options) -> Exp
         passed = options.transformers_version is not None
         said.append(Finding("live-version-unread", message, fix=fix if passed else ""))
     return replace(
-        exported,
-        model=_once(live) if target_named(options.to).names_twice else _each(live),
-        findings=(*exported.findings, *said),
+        output,
+        model=_once(live) if output_format(options.to).names_twice else _each(live),
+        findings=(*output.findings, *said),
         live=text,
     )
 
@@ -77,30 +77,30 @@ def version_of(options: Options) -> Version:
     return options.transformers_version or _installed() or NEWEST
 
 
-def _each(entries: Mapping[str, Entry]) -> list[Target]:
-    return [target_of(name, entry) for name, entry in entries.items()]
+def _each(entries: Mapping[str, Entry]) -> list[OutputTensor]:
+    return [output_tensor(name, entry) for name, entry in entries.items()]
 
 
-def _once(entries: Mapping[str, Entry]) -> list[Target]:
-    """A target for each tensor; a tensor with the bytes of an earlier one becomes its alias."""
-    targets: dict[object, Target] = {}
-    for target in _each(entries):
-        held = target.source.fragments
+def _once(entries: Mapping[str, Entry]) -> list[OutputTensor]:
+    """A tensor of the output for each; one with the bytes of an earlier one becomes its alias."""
+    tensors: dict[object, OutputTensor] = {}
+    for tensor in _each(entries):
+        held = tensor.source.fragments
         # An empty tensor has no bytes to share.
-        key = (held, target.spec.shape) if held else target.spec.name
-        first = targets.setdefault(key, target)
-        if first is not target:
-            targets[key] = replace(first, aliases=(*first.aliases, target.spec.name))
-    return list(targets.values())
+        key = (held, tensor.spec.shape) if held else tensor.spec.name
+        first = tensors.setdefault(key, tensor)
+        if first is not tensor:
+            tensors[key] = replace(first, aliases=(*first.aliases, tensor.spec.name))
+    return list(tensors.values())
 
 
-def answering(exported: Export, config: Mapping[str, Any], options: Options) -> Export:
-    """The export whose tensors also have the names that the live modules of every transformers
+def answering(output: OutputModel, config: Mapping[str, Any], options: Options) -> OutputModel:
+    """The output whose tensors also have the names that the live modules of every transformers
     version ask for, as far as these are the same bytes.
 
     Raises `PlanError` where they are not for the version that the options name.
     """
-    found = answers({t.spec.name: t.spec.shape for t in exported.model}, config)
+    found = answers({t.spec.name: t.spec.shape for t in output.model}, config)
     version = options.transformers_version
     findings = []
     for apart in found.apart:
@@ -108,15 +108,15 @@ def answering(exported: Export, config: Mapping[str, Any], options: Options) -> 
         if version is not None and apart.holds(version):
             raise PlanError(finding.message, hint=finding.fix)
         findings.append(finding)
-    model = [replace(t, aliases=found.names.get(t.spec.name, ())) for t in exported.model]
-    count = sum(len(target.aliases) for target in model)
+    model = [replace(t, aliases=found.names.get(t.spec.name, ())) for t in output.model]
+    count = sum(len(tensor.aliases) for tensor in model)
     if count:
         message = (
             f"the tensors also have the names that live modules ask for: {count} more names for "
             "the same bytes."
         )
         findings.append(Finding("live-names-added", message))
-    return replace(exported, model=model, findings=(*exported.findings, *findings))
+    return replace(output, model=model, findings=(*output.findings, *findings))
 
 
 def _apart(apart: Apart) -> Finding:

@@ -80,12 +80,12 @@ def take(
     clean = {unwrap(name): name for name in entries}
     shared = shared_prefixes(clean)[-1]
     taken: dict[str, str] = {}
-    sides: dict[str, Mapping[str, Entry]] = {}
+    by_file: dict[str, Mapping[str, Entry]] = {}
     for module in modules:
         owners = {name: clean.get(f"{shared}{module.name}.{name}") for name in module.tensors}
         held = {name: entries[own] for name, own in owners.items() if own is not None}
         same = all(held[n].spec.shape == module.tensors[n].spec.shape for n in held)
         if held.keys() == module.tensors.keys() and same:
-            sides[module.file] = {name: entry.renamed(name) for name, entry in held.items()}
+            by_file[module.file] = {name: entry.renamed(name) for name, entry in held.items()}
             taken |= {own: name for name, own in owners.items() if own is not None}
-    return {name: entry for name, entry in entries.items() if name not in taken}, sides
+    return {name: entry for name, entry in entries.items() if name not in taken}, by_file

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from reshard.core.options import Choice, Flag, Integer, Texts
 from reshard.errors import OptionError, brief
 from reshard.formats import Selection
-from reshard.formats.info import targets
+from reshard.formats.info import output_formats
 from reshard.naming import parse_version
 from reshard.naming.layouts import Version
 from reshard.naming.lora.config import AdapterConfig
@@ -101,8 +101,8 @@ class Options(Struct, frozen=True):
     With `optimizer` the training state is written too, laid out as `layout` says; `hyperparameters`
     is a JSON file of those that the checkpoint does not hold.
 
-    `names` None: all that a live module may ask for where the target can hold them and the model's
-    config is at hand, else those on disk.
+    `names` None: all that a live module may ask for where the output format can hold them and the
+    model's config is at hand, else those on disk.
     """
 
     source: Path
@@ -158,7 +158,7 @@ def restated(options: Options, stated: Mapping[str, Any], names: Mapping[str, An
     memory = stated.get("names") == "memory"
     to = stated.get("to")
     # Both decide which names a tensor has, and whether it has several.
-    trained = to in targets() and (memory or targets()[to].naming is not None)
+    trained = to in output_formats() and (memory or output_formats()[to].naming is not None)
     version = (names if memory else stated).get("transformers_version")
     lora, mode = names.get("lora"), stated.get("lora")
     srm_format = Choice(SRM_FORMATS).parse(stated.get("srm_format", "both"))

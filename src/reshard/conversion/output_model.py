@@ -19,8 +19,8 @@ from msgspec.structs import replace
 
 from reshard.conversion import adapters
 from reshard.conversion.base_model import Base
-from reshard.conversion.beside import Side, beside
-from reshard.conversion.dtypes import Target, choose
+from reshard.conversion.beside import SideFile, beside
+from reshard.conversion.dtypes import OutputTensor, choose
 from reshard.conversion.fitted import Fitted, fitted
 from reshard.conversion.options import Options
 from reshard.conversion.other_names import by_hub_names
@@ -29,7 +29,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.state import TrainingState
 from reshard.core.tensors import Entry
-from reshard.formats.info import target_named
+from reshard.formats.info import output_format
 from reshard.naming import FitOptions, Matching, NameMap, apply, flat, identity
 from reshard.naming.backbone import Bare, without_head
 from reshard.naming.lora.config import AdapterConfig
@@ -45,7 +45,7 @@ _UNMERGED = Finding(
 )
 
 
-class Export(Struct, frozen=True):
+class OutputModel(Struct, frozen=True):
     """Everything that a conversion writes, by what it is; `name_map` says how the names were found.
 
     `matching` says what in the end is missing and filled. `patches` change the base's config.
@@ -55,10 +55,10 @@ class Export(Struct, frozen=True):
     `generates` nothing. `state` is the training state to write, under the model's names.
     """
 
-    model: Sequence[Target]
+    model: Sequence[OutputTensor]
     name_map: NameMap
     matching: Matching
-    sides: tuple[Side, ...] = ()
+    side_files: tuple[SideFile, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
     patches: Mapping[str, object] = field(default_factory=dict)
     merged: int = 0
@@ -71,7 +71,7 @@ class Export(Struct, frozen=True):
     state: TrainingState | None = None
 
 
-def plain(catalog: Catalog, options: Options) -> Export:
+def plain(catalog: Catalog, options: Options) -> OutputModel:
     """Without a base: every tensor under the name that it has in the checkpoint."""
     flat.refuse(catalog)
     kept = {
@@ -80,8 +80,8 @@ def plain(catalog: Catalog, options: Options) -> Export:
         if not (options.exclude_frozen and entry.kind == "frozen")
     }
     tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
-    unmerged = target_named(options.to).takes_files and holds_adapters(kept)
-    return Export(
+    unmerged = output_format(options.to).takes_files and holds_adapters(kept)
+    return OutputModel(
         model=choose(list(kept.items()), {}, options.dtype),
         name_map=NameMap(identity(kept)),
         matching=Matching(tuple(n for n in catalog.entries if n not in kept), tied=tied),
@@ -89,18 +89,18 @@ def plain(catalog: Catalog, options: Options) -> Export:
     )
 
 
-def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Export:
+def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> OutputModel:
     """With a base: its names, its dtypes, its files.
 
     Without `sources` no value is read, and tied tensors are assumed to be equal.
     """
     known = by_hub_names(catalog, base)
-    made = _exported(fitted(known.catalog, known.base, options, sources))
+    made = _output_model(fitted(known.catalog, known.base, options, sources))
     named = replace(made.name_map, rules=(*known.rules, *made.name_map.rules))
     return replace(made, name_map=named, findings=(*known.findings, *made.findings))
 
 
-def _exported(found: Fitted) -> Export:
+def _output_model(found: Fitted) -> OutputModel:
     made, matching = _model(found)
     files = beside(found)
     _check_head(found, made, matching)
@@ -108,23 +108,23 @@ def _exported(found: Fitted) -> Export:
     released = found.base.entries
     # A head that the base stores as its embedding has that one's dtype, and is compared with it.
     ties = {head: released[tie] for head, tie in found.name_map.tied_to.items() if tie in released}
-    targets: Sequence[Target] = choose(
+    tensors: Sequence[OutputTensor] = choose(
         list(made.items()), {**released, **ties}, found.options.dtype
     )
     if found.alone or (found.parts.rewards and found.options.rewards.srm_format == "lightrft"):
-        targets = ()
+        tensors = ()
     patches = {**found.name_map.config_patches, **(bare.patches if bare else {})}
-    check_vocabulary(targets, found.base, patches)
+    check_vocabulary(tensors, found.base, patches)
     if found.alone:
         matching = replace(matching, missing=(), filled=())
-    return Export(
-        model=targets,
+    return OutputModel(
+        model=tensors,
         name_map=found.name_map,
         matching=matching,
-        sides=files.sides,
+        side_files=files.side_files,
         texts=files.texts,
         patches=patches,
-        merged=len(found.updates.by_target) + len(found.updates.by_source),
+        merged=len(found.updates.by_output) + len(found.updates.by_source),
         scaling=found.adapters.config,
         adapter=adapters.summary(found.adapters),
         findings=(*found.findings, *files.findings, *(bare.findings if bare else ())),
@@ -161,12 +161,12 @@ def _made(found: Fitted) -> tuple[dict[str, Entry], set[str]]:
     """The tensors that the checkpoint makes, and the names of those with an update."""
     outputs, updates, backbone = found.name_map.outputs, found.updates, found.parts.backbone
     made = apply(outputs, backbone)
-    updated = {*updates.by_target}
+    updated = {*updates.by_output}
     if updates.by_source:
         with_updates = apply(outputs, {**backbone, **updates.by_source})
         updated |= {n for n, e in with_updates.items() if e.fragments != made[n].fragments}
         made = with_updates
-    return {**made, **updates.by_target}, updated
+    return {**made, **updates.by_output}, updated
 
 
 def _check_head(found: Fitted, made: Mapping[str, Entry], matching: Matching) -> None:

@@ -13,19 +13,21 @@ from typing import Any
 from msgspec.structs import replace
 
 from reshard.conversion.base_model import Base, section_of
-from reshard.conversion.dtypes import Target
+from reshard.conversion.dtypes import OutputTensor
 from reshard.core.tensors import Entry, Equal
 from reshard.errors import PlanError
 from reshard.naming import ties
 from reshard.naming.partners import rows_in
 
 
-def check_vocabulary(model: Iterable[Target], base: Base, patches: Mapping[str, object]) -> None:
+def check_vocabulary(
+    model: Iterable[OutputTensor], base: Base, patches: Mapping[str, object]
+) -> None:
     """Refuse a plan in which head, embedding and `vocab_size` do not agree, where the base's do.
 
     Raises `PlanError`.
     """
-    shapes = {target.spec.name: target.spec.shape for target in model}
+    shapes = {tensor.spec.name: tensor.spec.shape for tensor in model}
     planned = rows_in(shapes, _patched(base.config, patches))
     before = rows_in({name: e.spec.shape for name, e in base.entries.items()}, base.config)
     if planned is None or planned.agree or (before is not None and not before.agree):

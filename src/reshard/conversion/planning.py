@@ -1,6 +1,6 @@
 """Everything that a conversion decides, and every user error, before a byte is written.
 
-locate and read -> export (names, dtypes) -> live layout -> files, patched config, assets
+locate and read -> output model (names, dtypes) -> live layout -> files, patched config, assets
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from reshard.conversion.base_model import (
     quantisation_paths,
     read_base,
 )
-from reshard.conversion.dtypes import Target
+from reshard.conversion.dtypes import OutputTensor
 from reshard.conversion.idle import idle
 from reshard.conversion.options import Options
-from reshard.conversion.output_model import Export
+from reshard.conversion.output_model import OutputModel
 from reshard.conversion.quantised import as_numbers, dequantised, itself
 from reshard.core.arrangement import Arrangement
 from reshard.core.catalog import Asset, Catalog
@@ -36,7 +36,7 @@ from reshard.core.tensors import Extent, main_dtype
 from reshard.errors import FormatError, PlanError, UnsupportedError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
-from reshard.formats.info import named, target_named
+from reshard.formats.info import named, output_format
 from reshard.naming import apply, memory_outputs
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists
@@ -53,7 +53,7 @@ class Job(Struct, frozen=True):
 
     options: Options
     catalog: Catalog
-    export: Export
+    output: OutputModel
     plan: Plan
     unprotected: Sequence[Extent] = ()
 
@@ -82,18 +82,18 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
         catalog = replace(catalog, records=(*catalog.records, *base.records))
     options = replace(options, names=live_names.chosen(options, catalog, base))
     catalog, found = as_numbers(catalog, base, options, sources)
-    made = exported(catalog, base, options, sources)
+    made = plan_output(catalog, base, options, sources)
     if state is not None:
         made = carried_along(made, state, catalog, base, options, sources)
     # Before the layout, which takes long for the petabytes that a damaged file may state.
-    check_space(options.target, sum(target.spec.nbytes for target in made.model))
+    check_space(options.target, sum(tensor.spec.nbytes for tensor in made.model))
     files, texts, said = _files(made, options)
     if not files:
         raise PlanError("nothing is left to write.", path=options.source)
     if options.consumed_samples is not None and state is None:
         texts = (*texts, client_state(options.consumed_samples))
     model = base
-    if base is None and target_named(options.to).takes_files:
+    if base is None and output_format(options.to).takes_files:
         model = itself(catalog, found, sources)
     assets, patched, lacking = _assets(made, model, options)
     plan = Plan(
@@ -181,7 +181,9 @@ def check_strict(
         )
 
 
-def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sources) -> Export:
+def plan_output(
+    catalog: Catalog, base: Base | None, options: Options, sources: Sources
+) -> OutputModel:
     """What the checkpoint becomes: by the base's names or its own, or those of a live module or of
     a trainer."""
     if base is None:
@@ -203,11 +205,11 @@ def exported(catalog: Catalog, base: Base | None, options: Options, sources: Sou
 
 
 def _of_release(
-    made: Export, catalog: Catalog, base: Base | None, options: Options, sources: Sources
+    made: OutputModel, catalog: Catalog, base: Base | None, options: Options, sources: Sources
 ) -> tuple[Finding, ...]:
     """What of the output no release has, where it is a model's folder."""
     known = base is not None or holds_config(catalog)
-    if not (known and made.model and made.assets and target_named(options.to).takes_files):
+    if not (known and made.model and made.assets and output_format(options.to).takes_files):
         return ()
     if options.names == "memory":
         return ()
@@ -216,14 +218,14 @@ def _of_release(
 
 
 def carried_along(
-    made: Export,
+    made: OutputModel,
     state: TrainingState,
     catalog: Catalog,
     base: Base | None,
     options: Options,
     sources: Sources,
-) -> Export:
-    """The export with the training state under its names.
+) -> OutputModel:
+    """The output with the training state under its names.
 
     Without a base the live module asks for the tied names, too, which a base's layout adds.
     """
@@ -242,16 +244,16 @@ def carried_along(
             shapes = {n: e.spec.shape for n, e in apply(maps[0], catalog.entries).items()}
             config = live_names.config_of(made, catalog, base, sources, "--optimizer")
             maps.append(memory_outputs(shapes, config, live_names.version_of(options)))
-    target = target_named(options.to)
-    carried = formats.as_written(target, training.carried(state, made, maps))
-    if target.full_precision:
+    to = output_format(options.to)
+    carried = formats.as_written(to, training.carried(state, made, maps))
+    if to.full_precision:
         return training.in_full_precision(carried, made)
     findings = (*made.findings, *training.rounded(carried, made))
     return replace(made, state=carried, findings=findings)
 
 
 def _files(
-    made: Export, options: Options
+    made: OutputModel, options: Options
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...], tuple[Finding, ...]]:
     """The model's files and those beside it, the small files that list them, and what a user
     should know of them."""
@@ -259,19 +261,19 @@ def _files(
     texts: tuple[tuple[str, bytes], ...] = ()
     findings: tuple[Finding, ...] = ()
     if made.state is not None:
-        laid = formats.state_writer(target_named(options.to)).lay_out_state(
+        laid = formats.state_writer(output_format(options.to)).lay_out_state(
             _slots(made.model), made.state, options.max_shard_nbytes, options.layout
         )
         files, texts, findings = laid.files, laid.texts, laid.findings
     elif made.model:
-        layout = formats.writer(target_named(options.to))
+        layout = formats.writer(output_format(options.to))
         files, texts = layout.lay_out(_slots(made.model), options.max_shard_nbytes)
     beside = tuple(
-        formats.single_writer(side.name).lay_out_file(side.name, _slots(side.targets))
-        for side in made.sides
+        formats.single_writer(file.name).lay_out_file(file.name, _slots(file.tensors))
+        for file in made.side_files
     )
-    if not texts and any(_lies_among(side.name, files) for side in made.sides):
-        texts = formats.index(target_named(options.to), files)
+    if not texts and any(_lies_among(file.name, files) for file in made.side_files):
+        texts = formats.index(output_format(options.to), files)
     return files + beside, texts, findings
 
 
@@ -280,15 +282,15 @@ def _lies_among(name: str, files: Sequence[OutputFile]) -> bool:
     return "/" not in name and PurePath(name).suffix in {PurePath(f.name).suffix for f in files}
 
 
-def _slots(targets: Sequence[Target]) -> list[formats.TensorToWrite]:
-    return [(t.spec, t.source.aliased(t.aliases), t.reference) for t in targets]
+def _slots(tensors: Sequence[OutputTensor]) -> list[formats.TensorToWrite]:
+    return [(t.spec, t.source.aliased(t.aliases), t.reference) for t in tensors]
 
 
 def _assets(
-    made: Export, base: Base | None, options: Options
+    made: OutputModel, base: Base | None, options: Options
 ) -> tuple[tuple[Asset, ...], tuple[tuple[str, bytes], ...], tuple[Finding, ...]]:
     """The base's other files, its patched config, and what a folder without them lacks."""
-    if not target_named(options.to).takes_files:
+    if not output_format(options.to).takes_files:
         return (), (), ()
     if base is None:
         lacks = Finding(
@@ -304,7 +306,7 @@ def _assets(
     dtype = _stated_dtype(made, base, options)
     if dtype is not None:
         patches.update(dtype_patches(base, dtype))
-    written = {side.name for side in made.sides}
+    written = {file.name for file in made.side_files}
     modules = [module for module in base.modules if module.file in written]
     assets = tuple(a for a in base.assets if not any(module.owns(a) for module in modules))
     if not patches and not quantisation_paths(base):
@@ -324,7 +326,7 @@ def _said_of(base: Base) -> tuple[Finding, ...]:
     return (Finding("architecture-repaired", message, subject=CONFIG),)
 
 
-def _stated_dtype(made: Export, base: Base, options: Options) -> str | None:
+def _stated_dtype(made: OutputModel, base: Base, options: Options) -> str | None:
     """The dtype that the config must state where it need not be the base's; None: leave it.
 
     Of `keep`, and of a base that is quantised, it is the one that most elements have.
@@ -333,5 +335,5 @@ def _stated_dtype(made: Export, base: Base, options: Options) -> str | None:
         return None
     if options.dtype not in ("base", "keep"):
         return options.dtype
-    main = main_dtype(target.spec for target in made.model)
+    main = main_dtype(tensor.spec for tensor in made.model)
     return main.name if main is not None and main.floating and main.itemsize > 1 else None

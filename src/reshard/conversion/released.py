@@ -8,8 +8,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from reshard.conversion.base_model import CONFIG
-from reshard.conversion.dtypes import as_entries, target_of
-from reshard.conversion.output_model import Export
+from reshard.conversion.dtypes import as_entries, output_tensor
+from reshard.conversion.output_model import OutputModel
 from reshard.core.findings import Finding
 from reshard.core.tensors import Shape
 from reshard.errors import listed
@@ -20,20 +20,20 @@ _ORIENTATION = "Write the version into the base's config.json, as transformers_v
 _SHOWN = 4
 
 
-def in_layout(made: Export, config: Mapping[str, Any]) -> Export:
-    """The export in the released layout. Raises `PlanError` where an orientation is not told."""
+def in_layout(made: OutputModel, config: Mapping[str, Any]) -> OutputModel:
+    """The output in the released layout. Raises `PlanError` where an orientation is not told."""
     entries = as_entries(made.model)
     compared = {t.spec.name: t.reference for t in made.model if t.reference is not None}
     found, patches = released.to_hub(entries, config)
     whole = len(compared) == len(entries)
     references = released.to_hub(compared, config)[0] if whole else compared
-    model = [target_of(name, entry, references.get(name)) for name, entry in found.items()]
+    model = [output_tensor(name, entry, references.get(name)) for name, entry in found.items()]
     return replace(made, model=model, patches={**made.patches, **patches})
 
 
-def findings(made: Export, config: Mapping[str, Any]) -> Iterator[Finding]:
+def findings(made: OutputModel, config: Mapping[str, Any]) -> Iterator[Finding]:
     """What of a planned model no release has, and every engine shares: layout, names, fields."""
-    shapes = {target.spec.name: target.spec.shape for target in made.model}
+    shapes = {tensor.spec.name: tensor.spec.shape for tensor in made.model}
     other = released.unreleased(shapes, config)
     if other is not None:
         message = (

@@ -7,13 +7,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.conversion.dtypes import as_entries, target_of
+from reshard.conversion.dtypes import as_entries, output_tensor
 from reshard.conversion.options import Names, Options
-from reshard.conversion.output_model import Export
+from reshard.conversion.output_model import OutputModel
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import PlanError, listed
-from reshard.formats.info import target_named
+from reshard.formats.info import output_format
 from reshard.naming import apply, megatron_into, titan_into
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
@@ -24,7 +24,7 @@ _TITAN: Names = "torchtitan"
 
 def trainer(options: Options) -> str | None:
     """The trainer whose names the output has; None: its names are the hub's, or a live module's."""
-    return target_named(options.to).naming or (_TITAN if options.names == _TITAN else None)
+    return output_format(options.to).naming or (_TITAN if options.names == _TITAN else None)
 
 
 def asked(options: Options) -> str:
@@ -32,8 +32,10 @@ def asked(options: Options) -> str:
     return f"--names {_TITAN}" if options.names == _TITAN else f"--to {options.to}"
 
 
-def renamed(made: Export, config: Mapping[str, Any], options: Options, sources: Sources) -> Export:
-    """The export by the trainer's names.
+def renamed(
+    made: OutputModel, config: Mapping[str, Any], options: Options, sources: Sources
+) -> OutputModel:
+    """The output by the trainer's names.
 
     Raises `UnsupportedError`, `NamesError`; `PlanError` where what the trainer shares is two.
     """
@@ -43,9 +45,13 @@ def renamed(made: Export, config: Mapping[str, Any], options: Options, sources: 
     return _of_megatron(made, entries, config, sources)
 
 
-def _of_titan(made: Export, entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Export:
+def _of_titan(
+    made: OutputModel, entries: Mapping[str, Entry], config: Mapping[str, Any]
+) -> OutputModel:
     found = titan_into.into(entries, config)
-    model = [target_of(name, entry, aliases=entry.aliases) for name, entry in found.entries.items()]
+    model = [
+        output_tensor(name, entry, aliases=entry.aliases) for name, entry in found.entries.items()
+    ]
     findings = made.findings
     if found.left_out:
         message = (
@@ -59,12 +65,12 @@ def _of_titan(made: Export, entries: Mapping[str, Entry], config: Mapping[str, A
 
 
 def _of_megatron(
-    made: Export, entries: Mapping[str, Entry], config: Mapping[str, Any], sources: Sources
-) -> Export:
+    made: OutputModel, entries: Mapping[str, Entry], config: Mapping[str, Any], sources: Sources
+) -> OutputModel:
     found = megatron_into.into({name: e.spec for name, e in entries.items()}, config)
     _check_copies(found.copies, entries, sources)
     model = [
-        target_of(name, entry, aliases=found.aliases.get(name, ()))
+        output_tensor(name, entry, aliases=found.aliases.get(name, ()))
         for name, entry in apply(found.outputs, entries).items()
     ]
     rule = f"the hub's names -> Megatron-Core's ({len(entries)} -> {len(model)})"

@@ -14,9 +14,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.conversion.dtypes import Target
+from reshard.conversion.dtypes import OutputTensor
 from reshard.conversion.options import Options
-from reshard.conversion.output_model import Export
+from reshard.conversion.output_model import OutputModel
 from reshard.core.arrangement import Arrangement, sources
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import FLOAT32
@@ -26,7 +26,7 @@ from reshard.core.state import WEIGHTS_ALONE, Group, Plain, Step, TrainingState
 from reshard.core.tensors import Entry, Equal
 from reshard.errors import OptionError, PlanError, listed
 from reshard.formats.dcp.lightrft import CONSUMED_SAMPLES
-from reshard.formats.info import named, target_named
+from reshard.formats.info import named, output_format
 from reshard.naming import apply
 from reshard.storage import strict_json
 
@@ -39,7 +39,7 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
     if not options.optimizer:
         return catalog, None
     state = catalog.training_state()
-    if state is None and target_named(options.to).needs_state:
+    if state is None and output_format(options.to).needs_state:
         raise PlanError(
             f"--to {options.to} writes a universal checkpoint, from which DeepSpeed takes weights "
             "only together with an optimizer's state, and it holds none.",
@@ -123,14 +123,14 @@ def _wrong(path: Path, why: str) -> OptionError:
 
 
 def carried(
-    state: TrainingState, made: Export, maps: Sequence[Mapping[str, Arrangement]]
+    state: TrainingState, made: OutputModel, maps: Sequence[Mapping[str, Arrangement]]
 ) -> TrainingState:
-    """The state under the names of the export, whose tensors `maps` made, one after the other.
+    """The state under the names of the output, whose tensors `maps` made, one after the other.
 
     Raises `PlanError` where a parameter's moments have no place in the output, or where tensors
     that are joined were trained separately.
     """
-    written = {target.spec.name: target.spec.shape for target in made.model}
+    written = {tensor.spec.name: tensor.spec.shape for tensor in made.model}
     for at, outputs in enumerate(maps, start=1):
         if at == len(maps):  # without the tied names, under which nothing has a state of its own
             outputs = {name: outputs[name] for name in outputs if name in written}
@@ -210,34 +210,34 @@ def _one(values: Sequence[Any], name: str, what: str) -> Any:
 
 
 def with_ties(
-    made: Export, state: TrainingState, same: Equal, first: Callable[[Entry], bytes]
-) -> Export:
-    """The export in which a matrix without moments that equals a trained one is that one's alias.
+    made: OutputModel, state: TrainingState, same: Equal, first: Callable[[Entry], bytes]
+) -> OutputModel:
+    """The output in which a matrix without moments that equals a trained one is that one's alias.
 
     DCP stores a tied head twice, and its optimizer has one of the two names. A matrix that is
     frozen equals no trained one, value by value. `first` gives a tensor's first bytes: only those
     that begin alike are read whole.
     """
     trained = set(state.names)
-    model: list[Target] = []
+    model: list[OutputTensor] = []
     tied: dict[str, str] = {}
     starts = cache(lambda number: first(made.model[number].source))
     alike: dict[object, list[int]] = {}
-    for number, target in enumerate(made.model):
-        if target.spec.name in trained:
-            alike.setdefault((target.source.spec.dtype, target.spec.shape), []).append(number)
-    for number, target in enumerate(made.model):
+    for number, tensor in enumerate(made.model):
+        if tensor.spec.name in trained:
+            alike.setdefault((tensor.source.spec.dtype, tensor.spec.shape), []).append(number)
+    for number, tensor in enumerate(made.model):
         twin = None
-        if target.spec.name not in trained and len(target.spec.shape) == 2:
-            for other in alike.get((target.source.spec.dtype, target.spec.shape), ()):
+        if tensor.spec.name not in trained and len(tensor.spec.shape) == 2:
+            for other in alike.get((tensor.source.spec.dtype, tensor.spec.shape), ()):
                 candidate = made.model[other]
-                if starts(other) == starts(number) and same(candidate.source, target.source):
+                if starts(other) == starts(number) and same(candidate.source, tensor.source):
                     twin = candidate
                     break
         if twin is None:
-            model.append(target)
+            model.append(tensor)
         else:
-            tied[target.spec.name] = twin.spec.name
+            tied[tensor.spec.name] = twin.spec.name
     if not tied:
         return made
     model = [
@@ -248,14 +248,14 @@ def with_ties(
     return replace(made, model=model, matching=matching)
 
 
-def in_full_precision(state: TrainingState, made: Export) -> Export:
-    """The export with float32 for what the optimizer updates, and for its moments."""
+def in_full_precision(state: TrainingState, made: OutputModel) -> OutputModel:
+    """The output with float32 for what the optimizer updates, and for its moments."""
     trained = set(state.names)
     model = [
-        replace(target, spec=replace(target.spec, dtype=FLOAT32))
-        if target.spec.name in trained
-        else target
-        for target in made.model
+        replace(tensor, spec=replace(tensor.spec, dtype=FLOAT32))
+        if tensor.spec.name in trained
+        else tensor
+        for tensor in made.model
     ]
     moments = {
         kind: {n: replace(e, spec=replace(e.spec, dtype=FLOAT32)) for n, e in table.items()}
@@ -264,14 +264,14 @@ def in_full_precision(state: TrainingState, made: Export) -> Export:
     return replace(made, model=model, state=replace(state, moments=moments))
 
 
-def rounded(state: TrainingState, made: Export) -> tuple[Finding, ...]:
+def rounded(state: TrainingState, made: OutputModel) -> tuple[Finding, ...]:
     """That the weights are written in fewer bits than the optimizer's masters have."""
     trained = set(state.names)
     names = [
-        target.spec.name
-        for target in made.model
-        if target.spec.name in trained
-        and target.spec.dtype.itemsize < target.source.spec.dtype.itemsize
+        tensor.spec.name
+        for tensor in made.model
+        if tensor.spec.name in trained
+        and tensor.spec.dtype.itemsize < tensor.source.spec.dtype.itemsize
     ]
     if not names:
         return ()

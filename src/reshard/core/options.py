@@ -2,7 +2,7 @@
 
 An option is declared once. The keyword of the Python function, the flag of the command line, the
 line in `--help` and `docs/cli.md` and the paragraph in the docstring are all made from that, and
-every value, from wherever it comes, is parsed by the option's kind: what is not of the kind is an
+every value, from wherever it comes, is parsed by the option's kind: what is not of the type is an
 `OptionError` that names the option.
 """
 
@@ -30,7 +30,7 @@ PathLike = str | os.PathLike[str]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Kind(Struct, frozen=True):
+class ValueType(Struct, frozen=True):
     """The values that an option takes. `shown` is its place holder on the command line."""
 
     @property
@@ -39,14 +39,14 @@ class Kind(Struct, frozen=True):
         raise NotImplementedError
 
     def parse(self, value: object) -> Any:
-        """The value as the program uses it; raises `ValueError` where it is not of the kind.
+        """The value as the program uses it; raises `ValueError` where it is not of the type.
 
-        Kinds that can say more precisely what is wrong raise `OptionError` themselves.
+        Types that can say more precisely what is wrong raise `OptionError` themselves.
         """
         raise NotImplementedError
 
 
-class Flag(Kind, frozen=True):
+class Flag(ValueType, frozen=True):
     """True or False. With `no`, the flag turns the option off (`--no-verify`), and this text
     describes it.
 
@@ -66,7 +66,7 @@ class Flag(Kind, frozen=True):
         return value
 
 
-class Choice(Kind, frozen=True):
+class Choice(ValueType, frozen=True):
     """One of a few words; `aliases` maps other spellings to them."""
 
     choices: tuple[str, ...]
@@ -94,7 +94,7 @@ class DTypeName(Choice, frozen=True):
         return super().parse(value)
 
 
-class Text(Kind, frozen=True):
+class Text(ValueType, frozen=True):
     """A word or a name; not empty."""
 
     @property
@@ -116,7 +116,7 @@ class Parsed(Text, frozen=True):
         return self.reads(super().parse(value))
 
 
-class Texts(Kind, frozen=True):
+class Texts(ValueType, frozen=True):
     """A list of words or names; one text is not a list."""
 
     @property
@@ -127,7 +127,7 @@ class Texts(Kind, frozen=True):
         return tuple(map(Text().parse, listed(value)))
 
 
-class Codes(Kind, frozen=True):
+class Codes(ValueType, frozen=True):
     """True, False, or a list of codes of `known`."""
 
     known: Mapping[str, object]
@@ -148,7 +148,7 @@ class Codes(Kind, frozen=True):
         return codes or False
 
 
-class Integer(Kind, frozen=True):
+class Integer(ValueType, frozen=True):
     """A whole number, from `least` to `most`."""
 
     least: int | None = None
@@ -171,7 +171,7 @@ class Integer(Kind, frozen=True):
         return number
 
 
-class Number(Kind, frozen=True):
+class Number(ValueType, frozen=True):
     """A positive finite number."""
 
     @property
@@ -190,7 +190,7 @@ class Number(Kind, frozen=True):
         return number
 
 
-class Size(Kind, frozen=True):
+class Size(ValueType, frozen=True):
     """Bytes: a whole number, or a text like 5GB."""
 
     @property
@@ -216,7 +216,7 @@ def refuse_url(text: str) -> None:
         )
 
 
-class Place(Kind, frozen=True):
+class Place(ValueType, frozen=True):
     """A path of a file or folder. The empty path is refused: no user means the current folder by
     it."""
 
@@ -234,7 +234,7 @@ class Place(Kind, frozen=True):
         return Path(text)
 
 
-class Function(Kind, frozen=True):
+class Function(ValueType, frozen=True):
     """Something to call."""
 
     @property
@@ -266,7 +266,7 @@ class Option(Struct, frozen=True):
     """
 
     name: str
-    kind: Kind
+    type: ValueType
     help: str
     default: object = None
     required: bool = False
@@ -291,14 +291,14 @@ class Option(Struct, frozen=True):
         if value is None and self.default is None and not self.required:
             return None
         try:
-            return self.kind.parse(value)
+            return self.type.parse(value)
         except OptionError as error:
             raise OptionError(
                 f"{self.name}: {error.message}", hint=error.hint, option=self.name
             ) from None
         except (ValueError, TypeError):
             raise OptionError(
-                f"{self.name}: {brief(value)} is not {self.kind.words}.", option=self.name
+                f"{self.name}: {brief(value)} is not {self.type.words}.", option=self.name
             ) from None
 
 

@@ -19,7 +19,7 @@ from reshard.errors import OptionError
 class Slot(Struct, frozen=True):
     """The place of a tensor (or of a chunk of one) in an output file.
 
-    `spec` is what is written: its name, target dtype and shape; `source` holds the same elements
+    `spec` is what is written: its name, output dtype and shape; `source` holds the same elements
     as they lie in the checkpoint. The engine writes the tensor's row-major bytes at `offset`, and
     their CRC-32, four bytes little-endian, at each of `crc_offsets`. `reference`, where given, is
     the base model's tensor, to see whether the values changed.

@@ -37,7 +37,7 @@ Shape = tuple[int, ...]
 MAX_DIMS = 32
 # Elements, sizes and offsets, exclusive: none is a tensor's, and their sums stay in 64 bits.
 MAX_NUMEL = 1 << 62
-Kind = Literal["parameter", "buffer", "frozen", "tied"]
+TensorKind = Literal["parameter", "buffer", "frozen", "tied"]
 
 
 class TensorSpec(Struct, frozen=True):
@@ -251,7 +251,7 @@ class Entry(Struct, frozen=True):
 
     spec: TensorSpec
     fragments: tuple[Fragment, ...]
-    kind: Kind = "parameter"
+    kind: TensorKind = "parameter"
     aliases: tuple[str, ...] = ()
 
     @property

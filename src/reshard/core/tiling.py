@@ -20,7 +20,17 @@ import random
 from collections.abc import Iterable, Sequence
 from itertools import product
 
-from reshard.core.tensors import Box, Entry, Fragment, Kind, Shape, TensorSpec, span, stored, whole
+from reshard.core.tensors import (
+    Box,
+    Entry,
+    Fragment,
+    Shape,
+    TensorKind,
+    TensorSpec,
+    span,
+    stored,
+    whole,
+)
 from reshard.errors import FormatError, IncompleteError
 
 # Corners that are written out, at most: 0.5 s and, if none cancel, 150 MB. 32,768 parts of a tensor
@@ -70,7 +80,7 @@ def check_tiling(entry: Entry) -> None:
 def proven(
     spec: TensorSpec,
     fragments: Iterable[Fragment],
-    kind: Kind = "parameter",
+    kind: TensorKind = "parameter",
     aliases: tuple[str, ...] = (),
 ) -> Entry:
     """The entry of these fragments, which must tile it; raises as `check_tiling` does."""

@@ -94,11 +94,11 @@ def doctor(
     ['wrapper-prefix', 'tokenizer-missing']
     """
     values = parse(DOCTOR, dict(locals()))
-    path, base_path, target = snapshot(values["folder"]), values["base"], values["repair"]
+    path, base_path, output = snapshot(values["folder"]), values["base"], values["repair"]
     if base_path is not None and exists(base_path) and real(path) == real(base_path):
         raise PlanError("the folder is the base itself.", path=path)
-    if target is not None:
-        check_destination(target, path, base_path, overwrite=False, replaces=False)
+    if output is not None:
+        check_destination(output, path, base_path, overwrite=False, replaces=False)
     threads = workers(values["threads"])
     with Sources() as sources:
         if engine is not None and adapters.is_adapter(path):
@@ -110,11 +110,11 @@ def doctor(
         all_found = examine(case, engine)
         findings = tuple(each.finding for each in all_found)
         remaining, repaired = findings, None
-        if target is not None and _repairable(all_found):
+        if output is not None and _repairable(all_found):
             _check_alone(case)
             _check_numbers(case)
-            remaining = _repair(case, all_found, target, sources, threads, engine, progress)
-            repaired = os.fspath(target)
+            remaining = _repair(case, all_found, output, sources, threads, engine, progress)
+            repaired = os.fspath(output)
         sources.check_unchanged()
     return Diagnosis(
         folder=os.fspath(folder),
@@ -185,7 +185,7 @@ def _check_numbers(case: Case) -> None:
 def _repair(
     case: Case,
     all_found: Sequence[Found],
-    target: Path,
+    output: Path,
     sources: Sources,
     threads: int,
     engine: EngineName | None,
@@ -209,6 +209,6 @@ def _repair(
                 )
 
     write_repaired(
-        case, all_found, target, sources, threads=threads, check=check, progress=progress
+        case, all_found, output, sources, threads=threads, check=check, progress=progress
     )
     return tuple(kept)

@@ -102,7 +102,7 @@ ENGINES: Mapping[EngineName, Engine] = {
 
 #: How files may differ from the release's (`naming/released.py`); `tower`: in names of a tower that
 #: lack `vision_model` alone.
-Kind = Literal["moved", "tower", "stacked", "turned"]
+LayoutChange = Literal["moved", "tower", "stacked", "turned"]
 
 _LLAVA = ("llava", "llava_next", "gemma3", "mistral3")
 _QWEN2_VL = ("qwen2_vl", "qwen2_5_vl")
@@ -110,13 +110,13 @@ _MOE = ("qwen2_moe", "qwen3_moe")
 
 
 def _rows(
-    engine: EngineName, *rows: tuple[Kind, tuple[str, ...], Effect]
-) -> dict[tuple[EngineName, Kind, str], Effect]:
+    engine: EngineName, *rows: tuple[LayoutChange, tuple[str, ...], Effect]
+) -> dict[tuple[EngineName, LayoutChange, str], Effect]:
     return {(engine, kind, model): effect for kind, models, effect in rows for model in models}
 
 
 #: (engine, kind, model type) -> what it makes of such files. What is not listed is not known.
-LAYOUTS: Mapping[tuple[EngineName, Kind, str], Effect] = {
+LAYOUTS: Mapping[tuple[EngineName, LayoutChange, str], Effect] = {
     **_rows(
         "vllm",
         ("moved", (*_QWEN2_VL, *_LLAVA), "takes"),

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from reshard.conversion import manifest
 from reshard.conversion.base_model import CONFIG, patched_config
-from reshard.conversion.dtypes import Target, choose
+from reshard.conversion.dtypes import OutputTensor, choose
 from reshard.conversion.execute import Writing, carry_out
 from reshard.core.catalog import Origin
 from reshard.core.plan import Plan, parse_size
@@ -49,14 +49,14 @@ class _Repaired(Struct, frozen=True):
 def write_repaired(
     case: Case,
     all_found: Sequence[Found],
-    target: Path,
+    output: Path,
     sources: Sources,
     *,
     threads: int,
     check: Callable[[Path], None],
     progress: StagedProgress | None = None,
 ) -> None:
-    """Write `target`, completely or not at all. Every error among the findings must have a repair.
+    """Write `output`, completely or not at all. Every error among the findings must have a repair.
 
     `check` examines the finished folder before it gets its name, and raises if something is wrong.
     """
@@ -64,18 +64,18 @@ def write_repaired(
     repaired = _repaired(case, repairs)
     dtype = "base" if any(repair.cast or repair.rescued for repair in repairs) else "keep"
     references = {} if case.base is None else case.base.entries
-    targets = choose(list(repaired.entries.items()), references, dtype)
-    plan = _plan(case, repairs, repaired, targets)
-    check_space(target, plan.bytes_to_write)
+    tensors = choose(list(repaired.entries.items()), references, dtype)
+    plan = _plan(case, repairs, repaired, tensors)
+    check_space(output, plan.bytes_to_write)
 
     def render(outcome: Outcome) -> bytes:
         if outcome.compared and not outcome.changed:
             raise VerificationError("all tensors equal the base's.", path=case.folder.path)
-        stated = manifest.state([item.spec for item in targets], "", outcome.digests)
+        stated = manifest.state([item.spec for item in tensors], "", outcome.digests)
         return _manifest(repaired, all_found, dtype, stated, manifest.listed(plan, sources))
 
     writing = Writing(threads, progress=progress)
-    carry_out(plan, sources, repaired.records, target, writing, render=render, check=check)
+    carry_out(plan, sources, repaired.records, output, writing, render=render, check=check)
 
 
 def _repaired(case: Case, repairs: Sequence[Repair]) -> _Repaired:
@@ -115,9 +115,9 @@ def _renamed(case: Case, repairs: Sequence[Repair]) -> dict[str, Entry]:
 
 
 def _plan(
-    case: Case, repairs: Sequence[Repair], repaired: _Repaired, targets: Sequence[Target]
+    case: Case, repairs: Sequence[Repair], repaired: _Repaired, tensors: Sequence[OutputTensor]
 ) -> Plan:
-    slots = [(item.spec, item.source, item.reference) for item in targets]
+    slots = [(item.spec, item.source, item.reference) for item in tensors]
     files, index = huggingface.lay_out(slots, parse_size(_MAX_SHARD_SIZE))
     assets = dict(case.folder.assets)
     texts = dict(index)

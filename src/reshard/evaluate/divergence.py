@@ -25,10 +25,10 @@ class Perplexity:
         """Count tokens 1.. of `ids` [tokens] under the logits of the tokens before them."""
         for start in range(0, len(ids) - 1, _ROWS):
             rows = logits[: len(ids) - 1][start : start + _ROWS].double()
-            targets = ids[1:][start : start + _ROWS]
-            taken = torch.log_softmax(rows, dim=-1).gather(1, targets[:, None])
+            following = ids[1:][start : start + _ROWS]
+            taken = torch.log_softmax(rows, dim=-1).gather(1, following[:, None])
             self.nats -= float(taken.sum())
-            self.tokens += len(targets)
+            self.tokens += len(following)
 
     def value(self) -> float | None:
         """The perplexity; None without tokens, or where it is not finite."""

@@ -113,7 +113,7 @@ class Encoder:
         if _VISION[0] in self.tokenizer.get_added_vocab():
             image = image.join(_VISION)
         begin, end = (
-            getattr(self.processor, f"audio_{side}_token", "") or "" for side in ("bos", "eos")
+            getattr(self.processor, f"audio_{end}_token", "") or "" for end in ("bos", "eos")
         )
         sound = begin + str(getattr(self.processor, "audio_token", "")) + end
         return f"{image}\n" * len(media.images) + f"{sound}\n" * len(media.audio)

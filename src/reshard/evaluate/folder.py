@@ -27,7 +27,7 @@ from reshard.storage.paths import is_file, is_folder
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-class Kind(str, Enum):
+class ModelKind(str, Enum):
     """What a model takes and gives, which decides its class and what is asked of it."""
 
     CAUSAL = "causal language model"
@@ -39,7 +39,7 @@ class Kind(str, Enum):
     @property
     def generates(self) -> bool:
         """Whether it answers with text; the others give scores."""
-        return self not in (Kind.CLASSIFIER, Kind.REWARD)
+        return self not in (ModelKind.CLASSIFIER, ModelKind.REWARD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Folder:
 
     path: Path
     config: Mapping[str, Any]
-    kind: Kind
+    kind: ModelKind
     architecture: str | None
     weights: tuple[Path, ...]
 
@@ -113,7 +113,7 @@ def read_folder(path: Path) -> Folder:
     architecture = _architecture(config)
     kind = _kind(path, config, architecture)
     weights = _weight_files(path)
-    if kind is Kind.REWARD and is_file(path / REWARD_HEAD):
+    if kind is ModelKind.REWARD and is_file(path / REWARD_HEAD):
         weights += (path / REWARD_HEAD,)
     return Folder(path, config, kind, architecture, weights)
 
@@ -130,11 +130,11 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _kind(path: Path, config: Mapping[str, Any], architecture: str | None) -> Kind:
+def _kind(path: Path, config: Mapping[str, Any], architecture: str | None) -> ModelKind:
     if is_file(path / REWARD_CONFIG):
-        return Kind.REWARD
+        return ModelKind.REWARD
     if architecture is not None and architecture.endswith("ForSequenceClassification"):
-        return Kind.CLASSIFIER
+        return ModelKind.CLASSIFIER
     if config.get("is_encoder_decoder") or _headless(architecture):
         raise UnsupportedError(
             f"{architecture or config.get('model_type')} neither generates text from a prompt "
@@ -145,10 +145,10 @@ def _kind(path: Path, config: Mapping[str, Any], architecture: str | None) -> Ki
             else "Set `architectures` to the class that was trained, such as Qwen2ForCausalLM.",
         )
     if isinstance(config.get("vision_config"), dict):
-        return Kind.VISION
+        return ModelKind.VISION
     if isinstance(config.get("audio_config"), dict):
-        return Kind.AUDIO
-    return Kind.CAUSAL
+        return ModelKind.AUDIO
+    return ModelKind.CAUSAL
 
 
 def _headless(architecture: str | None) -> bool:

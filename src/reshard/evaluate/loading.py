@@ -20,7 +20,7 @@ import transformers
 
 from reshard.errors import NamesError, UnsupportedError
 from reshard.evaluate.device import Placement
-from reshard.evaluate.folder import Folder, Kind
+from reshard.evaluate.folder import Folder, ModelKind
 from reshard.evaluate.report import Model
 from reshard.evaluate.reward import ScalarReward, load_reward
 
@@ -97,7 +97,7 @@ def load_model(folder: Folder, placement: Placement, *, dtype: str, remote_code:
     )
     _check_shapes(folder, info)
     core.eval()
-    reward = load_reward(folder.path, core) if folder.kind is Kind.REWARD else None
+    reward = load_reward(folder.path, core) if folder.kind is ModelKind.REWARD else None
     gaps = _gaps(folder, info)
     return Loaded(folder, core, reward, placement.inputs, gaps, time.perf_counter() - began)
 
@@ -109,7 +109,7 @@ def _class_of(folder: Folder, remote_code: bool) -> Any:
         wanted = (_automatic(folder.kind).__name__, "AutoModelForCausalLM", "AutoModel")
         named = next((name for name in wanted if name in own), wanted[0])
         return getattr(transformers, named)
-    if folder.kind is Kind.REWARD and not folder.takes_audio:
+    if folder.kind is ModelKind.REWARD and not folder.takes_audio:
         # LightRFT trains its vision-language reward models on the backbone without a head
         # (lightrft/models/srm_vl.py: AutoModel), those for audio on the whole class (srm_al.py).
         return transformers.AutoModel
@@ -132,15 +132,15 @@ def _class_of(folder: Folder, remote_code: bool) -> Any:
     )
 
 
-def _automatic(kind: Kind) -> Any:
-    if kind is Kind.VISION:
+def _automatic(kind: ModelKind) -> Any:
+    if kind is ModelKind.VISION:
         return transformers.AutoModelForImageTextToText
-    if kind is Kind.CLASSIFIER:
+    if kind is ModelKind.CLASSIFIER:
         return transformers.AutoModelForSequenceClassification
-    if kind is Kind.AUDIO:
+    if kind is ModelKind.AUDIO:
         # transformers 4 has no automatic class for audio and text.
         return getattr(transformers, "AutoModelForMultimodalLM", transformers.AutoModel)
-    return transformers.AutoModel if kind is Kind.REWARD else transformers.AutoModelForCausalLM
+    return transformers.AutoModel if kind is ModelKind.REWARD else transformers.AutoModelForCausalLM
 
 
 def _dtype_argument() -> str:
@@ -167,7 +167,7 @@ def _check_shapes(folder: Folder, info: Mapping[str, Any]) -> None:
 
 def _gaps(folder: Folder, info: Mapping[str, Any]) -> Gaps:
     unexpected = sorted(info.get("unexpected_keys") or ())
-    if folder.kind is Kind.REWARD:
+    if folder.kind is ModelKind.REWARD:
         # The backbone's class has no language head; an export may hold the base model's.
         unexpected = [name for name in unexpected if not name.endswith("lm_head.weight")]
     return Gaps(tuple(sorted(info.get("missing_keys") or ())), tuple(unexpected))

@@ -135,7 +135,7 @@ def is_adapter(folder: Path) -> bool:
 def lay_out(
     slots: Sequence[TensorToWrite], max_shard_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
-    """Shards and index for tensors given as (target, source, reference), in state dict order.
+    """Shards and index for tensors given as (spec, source, reference), in state dict order.
 
     Returns the shards and the small files (the index, where there is more than one shard). Names,
     distribution and bytes are those of `save_pretrained` for the same state dict.

@@ -37,7 +37,7 @@ class FormatInfo(Struct, frozen=True):
     names, or where that is asked for.
     holds_config: the model's config lies beside the weights, and names are those of its files.
     checksums: its files state checksums of the tensors' bytes.
-    target: the value of `--to` that writes it; None where it is not written.
+    to: the value of `--to` that writes it; None where it is not written.
     naming: the trainer whose names a model's tensors have there; None: the hub's.
     names_twice: what is written can give the same bytes several names.
     client_state: LightRFT's client_state.pt may lie beside what is written.
@@ -65,7 +65,7 @@ class FormatInfo(Struct, frozen=True):
     masters: Literal["never", "always", "asked"] = "never"
     holds_config: bool = False
     checksums: bool = False
-    target: str | None = None
+    to: str | None = None
     naming: str | None = None
     names_twice: bool = False
     client_state: bool = False
@@ -90,7 +90,7 @@ OWN = (
         advice="Convert it with fsdp2hf.",
         scripts=("fsdp2hf",),
         finds_model=True,
-        target="dcp",
+        to="dcp",
         names_twice=True,
         client_state=True,
         # Small enough that many ranks read different files.
@@ -109,7 +109,7 @@ OWN = (
         has_tags=True,
         masters="always",
         training_state=True,
-        target="deepspeed",
+        to="deepspeed",
         client_state=True,
         writes_state=True,
         needs_state=True,
@@ -124,7 +124,7 @@ OWN = (
         scripts=("hf2fsdp",),
         exported=True,
         holds_config=True,
-        target="hf",
+        to="hf",
         takes_files=True,
         single=".safetensors",
     ),
@@ -135,7 +135,7 @@ OWN = (
         checksums=True,
         has_roles=True,
         masters="asked",
-        target="megatron",
+        to="megatron",
         naming="megatron",
         max_shard_size="1GB",
     ),
@@ -211,18 +211,20 @@ def named(name: str) -> FormatInfo:
     return every()[name]
 
 
-def targets() -> dict[str, FormatInfo]:
+def output_formats() -> dict[str, FormatInfo]:
     """The formats that can be written, by the values of `--to`; the default first."""
-    found = [info for info in every().values() if info.target is not None]
-    found.sort(key=lambda info: info.target != "hf")
-    return {info.target or "": info for info in found}
+    found = [info for info in every().values() if info.to is not None]
+    found.sort(key=lambda info: info.to != "hf")
+    return {info.to or "": info for info in found}
 
 
-def target_named(to: str) -> FormatInfo:
+def output_format(to: str) -> FormatInfo:
     """The format that a value of `--to` names. Raises `OptionError` where there is none."""
-    found = targets()
+    found = output_formats()
     if to not in found:
-        raise OptionError(f"{to!r} is not a target.", hint=f"Use one of {', '.join(found)}.")
+        raise OptionError(
+            f"{to!r} is not an output format.", hint=f"Use one of {', '.join(found)}."
+        )
     return found[to]
 
 

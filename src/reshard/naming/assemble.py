@@ -23,11 +23,11 @@ class Assembler:
     def arrange(self, wanted: Sequence[tuple[Piece, Piece]]) -> Arrangement:
         """One tensor out of (its piece, the source's piece) for each hub tensor in it.
 
-        Where the source stacks as the target does, its tensor goes through whole.
+        Where the source stacks as the output does, its tensor goes through whole.
         """
-        target, source = wanted[0]
-        if target.expert is None:
-            return self._take(source, swapped=target.swapped)
+        place, source = wanted[0]
+        if place.expert is None:
+            return self._take(source, swapped=place.swapped)
         if all(one._replace(name=source.name) == other for one, other in wanted):
             return Whole(self._owners[source.name])
         return self._stack(wanted)
@@ -48,8 +48,8 @@ class Assembler:
 
     def _stack(self, wanted: Iterable[tuple[Piece, Piece]]) -> Arrangement:
         experts: dict[int, list[tuple[int, Piece]]] = {}
-        for target, source in wanted:
-            experts.setdefault(target.expert or 0, []).append((target.start, source))
+        for place, source in wanted:
+            experts.setdefault(place.expert or 0, []).append((place.start, source))
         rows = []
         for expert in sorted(experts):
             ordered = sorted(experts[expert], key=lambda item: item[0])

@@ -264,9 +264,9 @@ class _Naming:
         self, fused: re.Match[str], hubs: tuple[str, str], of: Arrangement, shape: Shape
     ) -> Iterator[tuple[str, Arrangement]]:
         """Gate and up, in one tensor one after the other, or one of them."""
-        kind, side = fused[2], fused[3]
-        if side is not None:
-            yield f"{hubs[side == '_v']}.{kind}", of
+        kind, which = fused[2], fused[3]
+        if which is not None:
+            yield f"{hubs[which == '_v']}.{kind}", of
             return
         if not shape or shape[0] % 2:
             raise NamesError(

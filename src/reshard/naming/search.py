@@ -74,7 +74,7 @@ class Candidate(Struct, frozen=True):
         return {hub: piece for hub, piece in self.source.pieces.items() if hub in self.base.pieces}
 
 
-class Sources(Struct, frozen=True):
+class SourceNames(Struct, frozen=True):
     """The checkpoint's tensors by every name they have, wrappers' parts left out.
 
     `owners`: cleaned name -> the entry's own name. `shapes`: cleaned name -> shape.
@@ -84,7 +84,7 @@ class Sources(Struct, frozen=True):
     shapes: Mapping[str, Shape]
 
 
-def sources(entries: Mapping[str, Entry], prefix: str | None) -> Sources:
+def sources(entries: Mapping[str, Entry], prefix: str | None) -> SourceNames:
     """The names of all entries and aliases, without wrappers' parts; with `prefix`, those under it.
 
     Raises `NamesError` where two tensors get the same name that way, or none has the prefix.
@@ -106,7 +106,7 @@ def sources(entries: Mapping[str, Entry], prefix: str | None) -> Sources:
             else "the checkpoint holds no tensor.",
             unexpected=tuple(entries),
         )
-    return Sources(owners, shapes)
+    return SourceNames(owners, shapes)
 
 
 def clash(one: str, other: str, name: str) -> NamesError:
@@ -126,7 +126,7 @@ def unwrap(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in families.WRAPPERS)
 
 
-def search(found: Sources, schema: Schema, options: FitOptions) -> Candidate:
+def search(found: SourceNames, schema: Schema, options: FitOptions) -> Candidate:
     """The one complete candidate; where there is none, the best of the incomplete.
 
     Prefixes and layouts that trainers use are tried first; where none is complete, prefixes that
@@ -156,7 +156,7 @@ _Way = tuple[str, Views, Reading]
 class _Trial:
     """Readings of the source, compared with the base."""
 
-    def __init__(self, found: Sources, schema: Schema, options: FitOptions) -> None:
+    def __init__(self, found: SourceNames, schema: Schema, options: FitOptions) -> None:
         self._found = found
         self._options = options
         self._config = schema.config
@@ -220,7 +220,7 @@ class _Trial:
         ]
 
 
-def _refuse_several(candidates: Iterable[Candidate], found: Sources) -> None:
+def _refuse_several(candidates: Iterable[Candidate], found: SourceNames) -> None:
     """Raise `NamesError` where the only fault is that other tensors lie beside those that fit."""
     fitting = []
     for one in candidates:

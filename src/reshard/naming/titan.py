@@ -232,7 +232,7 @@ def heads_of(config: Mapping[str, Any], *keys: str) -> int:
 
 
 def turn(entry: Entry, heads: int) -> Entry:
-    """Rows `(head, pair, side)` of queries or keys as rows `(head, side, pair)`.
+    """Rows `(head, pair, half)` of queries or keys as rows `(head, half, pair)`.
 
     A head of four rows, 0 1 2 3, becomes 0 2 1 3. No byte moves: a part of the output is every
     second row of a part of the input.
@@ -254,14 +254,14 @@ def _turned(fragment: Fragment, size: int) -> Iterator[Fragment]:
     strides = fragment.strides or contiguous_strides(box.sizes)
     for head in range(first // size, -(-(first + count) // size)):
         low, high = max(first, head * size), min(first + count, (head + 1) * size)
-        for side in range(2):
-            start = low + (low - head * size + side) % 2
+        for half in range(2):
+            start = low + (low - head * size + half) % 2
             length = (high - start + 1) // 2
             if length <= 0:
                 continue
             tail, sizes = box.offsets[1:], (1, *box.sizes[1:])
             one = rearrange.cut(fragment, Box(box.shape, (start, *tail), sizes))
-            place = head * size + side * (size // 2) + (start - head * size) // 2
+            place = head * size + half * (size // 2) + (start - head * size) // 2
             yield every_nth(
                 one, fragment, Box(box.shape, (place, *tail), (length, *sizes[1:])), strides, 2
             )

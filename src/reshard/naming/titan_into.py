@@ -108,7 +108,7 @@ def _stacked(name: str, experts: Mapping[int, Entry]) -> Entry:
 
 
 def turn_back(entry: Entry, heads: int) -> Entry:
-    """Rows `(head, side, pair)` of queries or keys as rows `(head, pair, side)`.
+    """Rows `(head, half, pair)` of queries or keys as rows `(head, pair, half)`.
 
     A head of four rows, 0 1 2 3, becomes 0 2 1 3. No byte moves: the two rows of a pair are one
     part of the output where they are in one part of the input.
@@ -131,10 +131,10 @@ def _pairs(fragment: Fragment, half: int) -> Iterator[Fragment]:
     tail, sizes = box.offsets[1:], box.sizes[1:]
     for row in range(first, end):
         head, at = divmod(row, 2 * half)
-        side, pair = divmod(at, half)
-        if side and row - half >= first:
+        upper, pair = divmod(at, half)
+        if upper and row - half >= first:
             continue  # it came with the other row of its pair
-        count = 1 if side or row + half >= end else 2
+        count = 1 if upper or row + half >= end else 2
         one = rearrange.cut(fragment, Box(box.shape, (row, *tail), (1, *sizes)))
-        place = (2 * half * head + 2 * pair + side, *tail)
+        place = (2 * half * head + 2 * pair + upper, *tail)
         yield every_nth(one, fragment, Box(box.shape, place, (count, *sizes)), strides, half)

@@ -1,6 +1,6 @@
 """Pages for people: one HTML file each, which loads nothing else.
 
-page.py         the frame: templates, what is escaped, the file
+page.py         what every page has: templates, what is escaped, the file
 changes.py      the page of `reshard diff`
 contents.py     the page of `reshard inspect`
 figures.py      heat maps and histograms: plain geometry, which the templates draw

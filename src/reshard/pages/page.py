@@ -1,4 +1,4 @@
-"""The frame of a page: its template, its policy, and the file that it becomes."""
+"""What every page has: its template, its policy, and the file that it becomes."""
 
 from __future__ import annotations
 

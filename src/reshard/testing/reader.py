@@ -20,7 +20,7 @@ from msgspec.structs import replace
 import reshard
 from reshard import formats
 from reshard.core.catalog import Catalog
-from reshard.core.tensors import Kind
+from reshard.core.tensors import TensorKind
 from reshard.core.tiling import check_tiling
 from reshard.formats import Selection
 from reshard.storage.local import Sources
@@ -155,7 +155,7 @@ class ReaderConformance:
 
     def test_kinds(self, sample: Sample) -> None:
         kinds = {entry.kind for entry in self.read(sample.path).entries.values()}
-        assert kinds <= set(get_args(Kind))
+        assert kinds <= set(get_args(TensorKind))
 
     def test_bytes_lie_inside_files_of_the_checkpoint(self, sample: Sample) -> None:
         catalog = self.read(sample.path)

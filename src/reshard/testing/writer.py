@@ -26,7 +26,7 @@ from reshard.core.tensors import (
     whole,
 )
 from reshard.formats import Selection, TensorToWrite
-from reshard.formats.info import target_named
+from reshard.formats.info import output_format
 from reshard.storage.local import Sources
 from reshard.testing import truth
 from reshard.testing.truth import Array, Tensors
@@ -39,13 +39,13 @@ _SMALL = 4_000
 
 
 class WriterConformance:
-    """Inherit it as `Test...`, set `target`, and say in `load` how the real consumer reads.
+    """Inherit it as `Test...`, set `to`, and say in `load` how the real consumer reads.
 
-    `target` is the value of `--to`. The tensors to be written lie in plain files of bytes, in two
+    `to` is the value of `--to`. The tensors to be written lie in plain files of bytes, in two
     parts each, so that no reader is needed. `narrow` is a 16-bit dtype that the format can say.
     """
 
-    target: ClassVar[str]
+    to: ClassVar[str]
     narrow: ClassVar[DType] = BFLOAT16
 
     def load(self, folder: Path) -> Tensors:
@@ -55,7 +55,7 @@ class WriterConformance:
     def lay_out(
         self, to_write: Sequence[TensorToWrite], max_file_nbytes: int = _UNBOUNDED
     ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
-        return formats.writer(target_named(self.target)).lay_out(to_write, max_file_nbytes)
+        return formats.writer(output_format(self.to)).lay_out(to_write, max_file_nbytes)
 
     def write(
         self,
@@ -238,7 +238,7 @@ class WriterConformance:
 
     def test_it_is_detected(self, to_write: list[TensorToWrite], tmp_path: Path) -> None:
         folder = self.write(to_write, tmp_path / "out")
-        assert list(formats.claims(folder)) == [target_named(self.target).name]
+        assert list(formats.claims(folder)) == [output_format(self.to).name]
 
     def test_our_reader_gives_the_same(
         self, tensors: Tensors, to_write: list[TensorToWrite], tmp_path: Path

@@ -22,10 +22,10 @@ def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
     """
     if slot.reference is None:
         return False
-    target = slot.spec.dtype.numpy
-    values = raw.view(target)
+    dtype = slot.spec.dtype.numpy
+    values = raw.view(dtype)
     numel = slot.spec.numel
-    buffer = np.empty(min(len(values), _MOST_COMPARED), target)
+    buffer = np.empty(min(len(values), _MOST_COMPARED), dtype)
     at, count = 0, _COMPARED
     while at < len(values):
         part = values[at : at + count]
@@ -33,7 +33,7 @@ def differs(slot: Slot, start: int, raw: Array, reader: Reader) -> bool:
         try:
             fill(slot.reference, flat(numel, start + at, len(part)), other, reader)
         except VerificationError:
-            # The reference has a value beyond the range of `target`; the block has none.
+            # The reference has a value beyond the range of `dtype`; the block has none.
             return True
         if part.tobytes() != other.tobytes():
             return True

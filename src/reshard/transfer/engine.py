@@ -33,7 +33,7 @@ from reshard.transfer.readback import ReadBack, ReadJob, Stretch
 from reshard.transfer.reading import Known
 from reshard.transfer.writeback import Writeback
 
-# Bytes of an output block. 4 MiB of source and target stay in a core's cache; twice as much is no
+# Bytes of an output block. 4 MiB of source and output stay in a core's cache; twice as much is no
 # faster, half as much costs 10% in calls.
 _BLOCK = 4 << 20
 # A tensor stored in another order is read over and over, once a block: fewer, larger blocks.

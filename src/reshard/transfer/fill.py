@@ -1,7 +1,7 @@
 """Filling one block of an output tensor from the fragments that hold it.
 
 A block is an unbroken run of the tensor's row-major bytes (`tensors.blocks`). Where a fragment is
-stored in that order and in the target's dtype, its bytes are read straight into the block;
+stored in that order and in the output's dtype, its bytes are read straight into the block;
 otherwise they pass through a scratch buffer and are cast and spread from there. Computed tensors
 are computed here, block by block.
 
@@ -70,10 +70,10 @@ class Reader(Struct):
     scratch: memoryview
     bytes_read: int = 0
 
-    def read(self, extent: Extent, target: memoryview) -> None:
-        """Fill `target`, of the extent's size, and note the bytes for their checksum."""
-        self.sources.open(extent.file).read_into(extent.offset, target)
-        self.ledger.add(extent, target)
+    def read(self, extent: Extent, buffer: memoryview) -> None:
+        """Fill `buffer`, of the extent's size, and note the bytes for their checksum."""
+        self.sources.open(extent.file).read_into(extent.offset, buffer)
+        self.ledger.add(extent, buffer)
         self.bytes_read += extent.nbytes
 
 

@@ -46,10 +46,10 @@ def by_rows(spec: TensorSpec, source: Entry, max_nbytes: int) -> Iterator[tuple[
 
 
 class Section(Struct, frozen=True):
-    """What one save holds of one kind: tensors given as (target, source, reference), in state dict
+    """What one save holds of one kind: tensors given as (spec, source, reference), in state dict
     order, tensors whose bytes are known, and objects, as torch.save streams.
 
-    `paths` are the keys' places in the nested state dict, by the targets' names; a name that is not
+    `paths` are the keys' places in the nested state dict, by the specs' names; a name that is not
     in it is its own key. The keys of `known` and `objects` are such places. `part` is the output
     files' (`OutputFile.part`), `rank` the number of the writer in their names, which two sections
     of one folder must not share.
@@ -70,7 +70,7 @@ def lay_out(
     cut: Cut = by_rows,
     objects: Mapping[str, bytes] | None = None,
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
-    """Files and metadata for tensors given as (target, source, reference), in state dict order.
+    """Files and metadata for tensors given as (spec, source, reference), in state dict order.
 
     A source's aliases become further keys of the same bytes. A file holds at most
     `max_file_nbytes`, unless a single row of a tensor does not fit.

@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from reshard.containers import safetensors as safetensors_file
 from reshard.containers.safetensors import SafetensorsFile
-from reshard.core.tensors import Box, Entry, Extent, Fragment, Kind, Shape, TensorSpec
+from reshard.core.tensors import Box, Entry, Extent, Fragment, Shape, TensorKind, TensorSpec
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, brief
 from reshard.storage import strict_json
@@ -107,7 +107,7 @@ def _entry(name: str, parts: list[_Part]) -> Entry:
         for part in parts
         if part.spec.numel
     )
-    kind: Kind = "parameter" if first.dtype.floating else "buffer"
+    kind: TensorKind = "parameter" if first.dtype.floating else "buffer"
     return proven(TensorSpec(name, first.dtype, shape), fragments, kind)
 
 

@@ -216,26 +216,26 @@ class Machine:
             return Opaque(function.name, (function, args))
         raise Malformed(f"it calls a {type(function).__name__}")
 
-    def set_items(self, target: object, flat: list[object]) -> None:
-        """`target[flat[0]] = flat[1]`, and so on."""
+    def set_items(self, obj: object, flat: list[object]) -> None:
+        """`obj[flat[0]] = flat[1]`, and so on."""
         if len(flat) % 2:
             raise Malformed("a key lacks its value")
         pairs = zip(flat[::2], flat[1::2], strict=True)
-        if type(target) is dict:
+        if type(obj) is dict:
             for key, value in pairs:
                 if type(key) is not str:
-                    self._check_key(target, key)
-                if key in target:
+                    self._check_key(obj, key)
+                if key in obj:
                     # A pickler writes a dictionary's keys once; the later one would hide this one.
                     raise Malformed(f"it sets the key {show(key)} twice")
-                target[key] = value
-        elif isinstance(target, Opaque):
+                obj[key] = value
+        elif isinstance(obj, Opaque):
             self.made_nbytes += len(flat) // 2 * TUPLE_NBYTES
-            self.append(target, list(pairs))
+            self.append(obj, list(pairs))
         else:
-            raise Malformed(f"it sets items of a {type(target).__name__}")
+            raise Malformed(f"it sets items of a {type(obj).__name__}")
 
-    def _check_key(self, target: dict[object, object], key: object) -> None:
+    def _check_key(self, obj: dict[object, object], key: object) -> None:
         if type(key) in _HARMLESS_KEYS:
             return
         if type(key) is int and -MAX_SMALL_KEY < key < MAX_SMALL_KEY:
@@ -244,33 +244,33 @@ class Machine:
             raise self.refused(
                 f"a dictionary of its pickle has a key that is a {type(key).__name__}."
             )
-        count = self.other_keys.get(id(target), 0) + 1
-        self.other_keys[id(target)] = count
+        count = self.other_keys.get(id(obj), 0) + 1
+        self.other_keys[id(obj)] = count
         self.probes += count
         if self.probes > MAX_PROBES:
             raise self.refused(
                 f"a dictionary of its pickle has {count} keys that are large numbers or tuples."
             )
 
-    def append(self, target: object, values: list[object]) -> None:
-        if type(target) is list:
-            target.extend(values)
-        elif isinstance(target, Opaque):
-            if target.items is None:
-                target.items = []
-            target.items.extend(values)
+    def append(self, obj: object, values: list[object]) -> None:
+        if type(obj) is list:
+            obj.extend(values)
+        elif isinstance(obj, Opaque):
+            if obj.items is None:
+                obj.items = []
+            obj.items.extend(values)
         else:
-            raise Malformed(f"it appends to a {type(target).__name__}")
+            raise Malformed(f"it appends to a {type(obj).__name__}")
 
-    def build(self, target: object, state: object) -> None:
+    def build(self, obj: object, state: object) -> None:
         """Store what would have become attributes.
 
         An OrderedDict's (`_metadata` of a state dict) and a tensor's are of no use and dropped.
         """
-        if isinstance(target, Opaque):
-            target.state = state
-        elif type(target) is not dict and not isinstance(target, TensorRef):
-            raise Malformed(f"it sets attributes of a {type(target).__name__}")
+        if isinstance(obj, Opaque):
+            obj.state = state
+        elif type(obj) is not dict and not isinstance(obj, TensorRef):
+            raise Malformed(f"it sets attributes of a {type(obj).__name__}")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from reshard.diagnosis.engines import (
     MLX_TIES,
     SCORE_BIAS,
     EngineName,
-    Kind,
+    LayoutChange,
 )
 from reshard.diagnosis.found import Repair, Signs, some
 from reshard.naming import fields, patterns
@@ -150,11 +150,11 @@ def _layout(case: Case, key: EngineName) -> tuple[str | None, str]:
     return None, unknown
 
 
-def _kinds(other: Unreleased) -> dict[Kind, tuple[str, ...]]:
+def _kinds(other: Unreleased) -> dict[LayoutChange, tuple[str, ...]]:
     towers = tuple(name for name in other.moved if name.startswith(TOWER_PARTS))
     lacking = tuple(name for name in towers if ".vision_model." not in f".{name}")
     moved = tuple(name for name in other.moved if name not in set(lacking))
-    found: dict[Kind, tuple[str, ...]] = {
+    found: dict[LayoutChange, tuple[str, ...]] = {
         "moved": moved, "tower": lacking, "stacked": other.stacked, "turned": other.turned
     }  # fmt: skip
     return {kind: names for kind, names in found.items() if names}

@@ -9,7 +9,7 @@ from itertools import accumulate
 from msgspec.structs import replace
 
 from reshard.containers.torch import TensorRef
-from reshard.core.tensors import Entry, Extent, Fragment, Kind, TensorSpec, flat
+from reshard.core.tensors import Entry, Extent, Fragment, TensorKind, TensorSpec, flat
 from reshard.core.tiling import proven
 from reshard.errors import FormatError
 
@@ -49,7 +49,7 @@ class FlatSpace:
         return found
 
 
-def stored_entry(name: str, tensor: TensorRef, kind: Kind) -> Entry:
+def stored_entry(name: str, tensor: TensorRef, kind: TensorKind) -> Entry:
     """An entry of a tensor that a file holds whole."""
     spec = TensorSpec(name, tensor.dtype, tensor.shape)
     return proven(spec, (tensor.fragment(),) if spec.numel else (), kind)

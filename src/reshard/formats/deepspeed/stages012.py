@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from reshard.core.catalog import Catalog
-from reshard.core.tensors import Entry, Kind, TensorSpec
+from reshard.core.tensors import Entry, TensorKind, TensorSpec
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats.deepspeed import experts, proof, unnamed
@@ -132,7 +132,7 @@ def _check_partitions(number: int, needed: int, optim: tuple[OptimFile, ...]) ->
         )
 
 
-def _kind(name: str, model: ModelFile, *, zero: bool) -> Kind:
+def _kind(name: str, model: ModelFile, *, zero: bool) -> TensorKind:
     if name in model.buffers:
         return "buffer"
     return "frozen" if zero else "parameter"

@@ -45,7 +45,7 @@ class Updates(Struct, frozen=True):
     """The updated weights: by the output's name, where they are one of its tensors; by the
     checkpoint's, where the output stacks, splits or turns them."""
 
-    by_target: Mapping[str, Entry] = field(default_factory=dict)
+    by_output: Mapping[str, Entry] = field(default_factory=dict)
     by_source: Mapping[str, Entry] = field(default_factory=dict)
 
 
@@ -66,17 +66,17 @@ def updates(
     Raises `UnsupportedError` for an adapter on a weight that the checkpoint does not hold and the
     base stacks or turns.
     """
-    targets: dict[str, list[str]] = {}
-    for target, own in found.origins.items():
-        targets.setdefault(own, []).append(target)
+    outputs: dict[str, list[str]] = {}
+    for output, own in found.origins.items():
+        outputs.setdefault(own, []).append(output)
     known = keys or {}
-    placed = {known.get(name) for name in targets}
+    placed = {known.get(name) for name in outputs}
     turned = methods.turned_modules((base_config or {}).get("model_type"))
-    by_target: dict[str, Entry] = {}
+    by_output: dict[str, Entry] = {}
     by_source: dict[str, Entry] = {}
     for module, adapter in separated.adapters.items():
         name = f"{module}.weight"
-        places = targets.get(name, [])
+        places = outputs.get(name, [])
         if not places and known.get(name, module) != module and known[name] in placed:
             continue  # the tensor that it is tied to is updated alike
         absent = name in separated.absent
@@ -92,10 +92,10 @@ def updates(
             turned=module.rpartition(".")[2] in turned if turned else config.fan_in_fan_out,
         )
         if places:
-            by_target.update((place, updated.renamed(place)) for place in places)
+            by_output.update((place, updated.renamed(place)) for place in places)
         else:
             by_source[name] = updated
-    return Updates(by_target, by_source)
+    return Updates(by_output, by_source)
 
 
 def lost(separated: Separated, found: NameMap, keys: Mapping[str, str]) -> list[str]:

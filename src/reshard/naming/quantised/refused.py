@@ -140,12 +140,12 @@ def _adapted_numel(module: str, entries: Mapping[str, Entry]) -> int | None:
     wrapped = module.removesuffix(".base_layer")
     if wrapped == module:
         return None
-    sides = {
-        side: entry.spec.shape
+    shapes = {
+        matrix: entry.spec.shape
         for name, entry in entries.items()
-        for side in ("lora_A", "lora_B")
-        if name.startswith(f"{wrapped}.{side}.")
+        for matrix in ("lora_A", "lora_B")
+        if name.startswith(f"{wrapped}.{matrix}.")
     }
-    if len(sides) != 2 or any(len(shape) != 2 for shape in sides.values()):
+    if len(shapes) != 2 or any(len(shape) != 2 for shape in shapes.values()):
         return None
-    return sides["lora_B"][0] * sides["lora_A"][1]
+    return shapes["lora_B"][0] * shapes["lora_A"][1]
