@@ -3,11 +3,12 @@
 Made by `python -m tests.deepspeed.pipeline_oracle FOLDER`:
 
 FOLDER/<recipe>/checkpoint/              given to save_checkpoint
+                universal/               what ds_to_universal made of it (tied)
                 base/                    the untrained model, as transformers saves it
                 truth.safetensors        by the hub's names: masters, else what the module holds
                 moments.safetensors      `exp_avg.<name>`, `exp_avg_sq.<name>`
 
-Layers are transformers' own: an embedding, a Llama's or a Qwen's layers, a norm, a head.
+Layers are transformers' own: an embedding, a Llama's layers, a norm, a head.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from tests.oracle import launch
+from tests.oracle import launch, worker
 from tests.oracle.worker import Rank
 
 VOCAB, _LENGTH = 37, 9
@@ -48,7 +49,8 @@ class Recipe:
     """One run: two stages, each of `world` / 2 data parallel ranks.
 
     `wrapped`: each layer is a module of the user's around the model's own. `tied`: the head is the
-    embedding. `model_axis`: the topology has an axis of tensor parallelism, of one rank.
+    embedding. `model_axis`: the topology has an axis of tensor parallelism, of one rank. Not
+    `staged`: the same layers in an `nn.Sequential`, without stages.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Recipe:
     tied: bool = False
     model_axis: bool = False
     frozen: bool = False
+    staged: bool = True
     steps: int = 2
     config: Mapping[str, object] = field(default_factory=dict)
 
@@ -75,6 +78,7 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("model-axis", model_axis=True, config=_FP32_ACCUMULATION),
         Recipe("no-zero", stage=0, dtype="float32"),
         Recipe("no-zero-bf16", stage=0),
+        Recipe("sequential", staged=False),
     )
 }
 
@@ -167,7 +171,7 @@ def _layers(recipe: Recipe, config: Any) -> tuple[list[Any], dict[str, str]]:
         end = LayerSpec(nn.Linear, width, rows, bias=False)
         names |= {"0.": "model.embed_tokens.", f"{last + 3}.": "lm_head."}
     # A layer without parameters, as users have for masks and reshapes.
-    return [first, nn.Dropout(0.0), *blocks, norm, end], names
+    return [first, LayerSpec(nn.Dropout, 0.0), *blocks, norm, end], names
 
 
 def make(recipe: Recipe, rank: Rank, folder: Path) -> None:
@@ -175,13 +179,7 @@ def make(recipe: Recipe, rank: Rank, folder: Path) -> None:
     torch.manual_seed(7)
     config = _config(recipe.tied)
     layers, names = _layers(recipe, config)
-    topology = PipeModelDataParallelTopology(num_pp=2, num_mp=1, num_dp=recipe.world // 2)
-    module = PipelineModule(
-        layers,
-        loss_fn=_loss,
-        partition_method="uniform",
-        **({"topology": topology} if recipe.model_axis else {"num_stages": 2}),
-    )
+    module = _module(recipe, layers)
     for name, parameter in module.named_parameters():
         if recipe.frozen and "q_proj" in name:
             parameter.requires_grad_(False)
@@ -206,9 +204,25 @@ def make(recipe: Recipe, rank: Rank, folder: Path) -> None:
     )
     batches = _batches(rank)
     for _ in range(recipe.steps):
-        engine.train_batch(batches)
+        if recipe.staged:
+            engine.train_batch(batches)
+            continue
+        for _ in range(engine.gradient_accumulation_steps()):
+            ids, labels = next(batches)
+            engine.backward(_loss(engine(ids), labels))
+            engine.step()
     engine.save_checkpoint(str(folder / "checkpoint"))
     _write_truth(engine, recipe, names, rank, folder)
+    if recipe.name == "tied" and rank.rank == 0:
+        worker._universal(folder / "checkpoint" / "global_step2", folder / "universal")
+
+
+def _module(recipe: Recipe, layers: list[Any]) -> nn.Module:
+    if not recipe.staged:
+        return nn.Sequential(*(layer.build() for layer in layers)).to(getattr(torch, recipe.dtype))
+    topology = PipeModelDataParallelTopology(num_pp=2, num_mp=1, num_dp=recipe.world // 2)
+    stages = {"topology": topology} if recipe.model_axis else {"num_stages": 2}
+    return PipelineModule(layers, loss_fn=_loss, partition_method="uniform", **stages)
 
 
 def _batches(rank: Rank) -> Iterator[tuple[Tensor, Tensor]]:
@@ -232,7 +246,7 @@ def _write_truth(
         start = max((s for s in names if own.startswith(s)), key=len)
         name = names[start] + own.removeprefix(start)
         value = parameter.detach()
-        if recipe.stage and parameter.requires_grad:
+        if parameter.requires_grad and hasattr(parameter, "_hp_mapping"):
             value = safe_get_full_fp32_param(parameter)
             for kind in _MOMENTS:
                 moment = safe_get_full_optimizer_state(parameter, kind)

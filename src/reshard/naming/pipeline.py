@@ -1,10 +1,11 @@
 """A pipeline's layers, which go by their numbers, as the layers of the base's model.
 
-    0.weight [V, h]                          model.embed_tokens.weight   before the blocks, by shape
-    2.self_attn.q_proj.weight                model.layers.0.self_attn.q_proj.weight
-    3.layer.self_attn.q_proj.weight          model.layers.1....          within a module of the user's
-    5.weight [h]                             model.norm.weight           after the blocks
-    6.lm_head.weight [V, h]                  lm_head.weight              by its name
+    0.weight [V, h]                    model.embed_tokens.weight         before the blocks, by shape
+    2.self_attn.q_proj.weight          model.layers.0.self_attn.q_proj.weight
+    3.layer.self_attn.q_proj.weight    model.layers.1....                in a module of the user's
+    5.weight [h]                       model.norm.weight                 after the blocks
+    6.lm_head.weight [V, h]            lm_head.weight                    by its name
+    tied_modules.embed.weight [V, h]   model.embed_tokens.weight         shared by layers
 
 A layer that holds tensors of one of the base's blocks, by their names there and in their shapes, is
 a block, the first of them block 0. What is left is matched by its name's end, or else by the side
@@ -29,7 +30,9 @@ from reshard.naming.search import unwrap
 from reshard.naming.ties import is_head
 
 _NUMBERED = re.compile(r"(\d{1,6})\.(.+)")
-_BLOCK = re.compile(r"((?:.+\.)?)(\d{1,6})\.(.+)")
+_TIED = re.compile(r"tied_modules\.[^.]+\.(.+)")
+# The first number of a name: experts have numbers within a block.
+_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d{1,6})\.(.+)")
 # Parts of the names of tensors before the first block; those of heads and norms come after.
 _BEFORE = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.")
 _HEAD = "lm_head.weight"
@@ -47,8 +50,12 @@ class Sequence(Struct, frozen=True):
 
 def is_sequence(names: Iterable[str], schema: Schema) -> bool:
     """Whether every tensor goes by a layer's number, and none of the base's does."""
-    numbered = [_NUMBERED.fullmatch(unwrap(name)) is not None for name in names]
-    return bool(numbered) and all(numbered) and not any(map(_NUMBERED.fullmatch, schema.specs))
+    plain = [unwrap(name) for name in names]
+    return (
+        any(map(_NUMBERED.fullmatch, plain))
+        and all(_NUMBERED.fullmatch(name) or _TIED.fullmatch(name) for name in plain)
+        and not any(map(_NUMBERED.fullmatch, schema.specs))
+    )
 
 
 def arrangements(shapes: Mapping[str, Shape], schema: Schema) -> Sequence:
@@ -57,25 +64,27 @@ def arrangements(shapes: Mapping[str, Shape], schema: Schema) -> Sequence:
     Raises `NamesError` where the layers are not the base's, or a tensor has no place or several.
     """
     layers: dict[int, dict[str, str]] = {}
+    rest: list[tuple[bool, str, str]] = []
     for own in shapes:
-        match = _NUMBERED.fullmatch(unwrap(own))
+        match, tied = _NUMBERED.fullmatch(unwrap(own)), _TIED.fullmatch(unwrap(own))
         if match is not None:
             layers.setdefault(int(match[1]), {})[match[2]] = own
+        elif tied is not None:  # the layer that has it first comes before the others
+            rest.append((True, tied[1], own))
     blocks, outside = _of_base(schema)
     found: dict[str, str] = {}
-    rest: list[tuple[bool, str, str]] = []
     places = _places(layers, shapes, blocks)
     for number, held in sorted(layers.items()):
         if number in places:
             index, start = places[number]
             prefix = blocks.prefix
-            found |= {f"{prefix}{index}.{key.removeprefix(start)}": own for key, own in held.items()}
+            found |= {f"{prefix}{index}.{k.removeprefix(start)}": own for k, own in held.items()}
         else:
             before = number < min(places)
             rest += [(before, key, own) for key, own in held.items()]
     found |= _matched(rest, shapes, outside)
-    count = len(places)
-    rule = f"the numbers of a pipeline's layers -> the hub's names ({count} of {len(layers)} are blocks)"
+    of = f"{len(places)} of {len(layers)} layers are blocks"
+    rule = f"the numbers of a pipeline's layers -> the hub's names ({of})"
     return Sequence({name: Whole(own) for name, own in found.items()}, rule)
 
 
@@ -91,16 +100,13 @@ def _of_base(schema: Schema) -> tuple[_Blocks, _Tensors]:
     found: dict[str, dict[int, _Tensors]] = {}
     outside: _Tensors = {}
     for name, spec in schema.specs.items():
-        match = _BLOCK.fullmatch(name)
         if is_constant(name, schema.config) or is_unheld(name, schema.config):
             continue
+        match = _BLOCK.fullmatch(name)
         if match is None:
             outside[name] = spec.shape
-            continue
-        outer = re.match(r"((?:[^.]+\.)*?)(\d{1,6})\.(.+)", name)
-        if outer is not None:
-            layer = found.setdefault(outer[1], {}).setdefault(int(outer[2]), {})
-            layer[outer[3]] = spec.shape
+        else:
+            found.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = spec.shape
     counted = [p for p, of in found.items() if of.keys() == set(range(len(of)))]
     if len(counted) != 1 or len(found) != 1:
         raise NamesError(
@@ -185,9 +191,10 @@ def _matched(
             else:
                 left.append((before, key, own))
         rest = left
-    for before, key, own in rest:
+    for before, _, own in rest:
         # A head of its own, of a base that has none because it is tied.
-        if not before and _HEAD not in found and _HEAD not in outside and _is_matrix(own, shapes, outside):
+        headless = not before and _HEAD not in found and _HEAD not in outside
+        if headless and _is_matrix(own, shapes, outside):
             found[_HEAD] = own
         else:
             unknown.append(f"{own} {list(shapes[own])}")

@@ -151,7 +151,9 @@ def _groups_held(model: ModelFile, optim: Sequence[OptimFile]) -> tuple[Shapes, 
     none: the ranks' files name them in their order, and the module has their shapes."""
     groups = []
     for number in range(len(optim[0].flats)):
-        names = [n for file in optim for n in (file.held[number] if number < len(file.held) else ())]
+        names = [
+            n for file in optim for n in (file.held[number] if number < len(file.held) else ())
+        ]
         lost = [name for name in names if name not in model.module]
         if lost:
             raise IncompleteError(

@@ -215,9 +215,7 @@ def parse_expert(path: Path, file: TorchFile) -> ExpertFile:
 def parse_layer(path: Path, file: TorchFile) -> LayerFile:
     """The content of a file of a pipeline's layer as types."""
     top = _mapping(file.value, path, "the file")
-    return LayerFile(
-        path, _tensors(top), _unread(top), file.records, file.opaque, file.written_as
-    )
+    return LayerFile(path, _tensors(top), _unread(top), file.records, file.opaque, file.written_as)
 
 
 def parse_optim(path: Path, file: TorchFile) -> OptimFile:
@@ -290,7 +288,9 @@ def _base_state(state: Mapping[str, Any]) -> tuple[TensorRef | int | None, tuple
 def _held(mappings: object) -> tuple[tuple[str, ...], ...]:
     """The names in `param_slice_mappings`, a dict for each group; none where it is another."""
     groups = mappings if isinstance(mappings, list) else []
-    if not all(isinstance(group, dict) and all(isinstance(n, str) for n in group) for group in groups):
+    if not all(
+        isinstance(group, dict) and all(isinstance(n, str) for n in group) for group in groups
+    ):
         return ()
     return tuple(tuple(group) for group in groups)
 

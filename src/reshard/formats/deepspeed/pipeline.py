@@ -34,7 +34,7 @@ from reshard.core.tensors import Entry
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import files, proof, stages012, state, tensor_parallel, universal
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.parse import LayerFile, parse_layer, parse_model
+from reshard.formats.deepspeed.parse import LayerFile, Shapes, parse_layer, parse_model
 from reshard.formats.deepspeed.place import Location
 from reshard.formats.deepspeed.run_state import run_state
 from reshard.storage.local import Sources
@@ -47,15 +47,45 @@ _LISTED = 4
 
 def read(location: Location, sources: Sources) -> Catalog | None:
     """The tensors of all stages; None where the run had none."""
-    if not location.layers and not (location.universal and _was_staged(location, sources)):
-        return None
-    return _catalog(location, _saved(location, sources), sources)
+    if location.universal:
+        saved = _of_universal(location, sources)
+        return None if saved is None else _universal(location, saved, sources)
+    return _catalog(location, _saved(location, sources), sources) if location.layers else None
 
 
-def _was_staged(location: Location, sources: Sources) -> bool:
-    """Whether a universal checkpoint is of such a run: its model files hold no module."""
+def _of_universal(location: Location, sources: Sources) -> list[Saved] | None:
+    """The model files of all stages, of a universal checkpoint of such a run: they hold no
+    module."""
     path = next(iter(location.model.values()), None)
-    return path is not None and parse_model(path, read_torch(sources.open(path))).staged
+    if path is None or not parse_model(path, read_torch(sources.open(path))).staged:
+        return None
+    ranks = [location.of(mp) for mp in location.mp_ranks]
+    saved = [files.read(rank, sources) for rank in ranks]
+    tensor_parallel.check_ranks(location, saved)
+    tensor_parallel.check_one_save(saved, sources)
+    stages = saved[0].model[0].pipeline_stages
+    if stages > 1 and stages != len(saved):
+        raise UnsupportedError(
+            f"it is a universal checkpoint of {stages} pipeline stages of "
+            f"{len(saved) // stages} tensor parallel ranks each, which is not handled.",
+            path=location.folder,
+        )
+    return saved
+
+
+def _universal(location: Location, saved: Sequence[Saved], sources: Sources) -> Catalog:
+    """The masters of `zero/`, of the parameters that all stages list."""
+    groups: list[Shapes] = []
+    for one in saved:
+        for number, group in enumerate(one.model[0].groups):
+            groups += [{}] * (number + 1 - len(groups))
+            groups[number] = {**groups[number], **group}
+    whole = replace(saved[0], model=(replace(saved[0].model[0], groups=tuple(groups)),))
+    made = universal.catalog(location, whole, sources)
+    details = {**made.origin.details, "pipeline_stages": len(saved)}
+    entries = {entry.spec.name: entry for entry in sorted(made.entries.values(), key=_layer)}
+    made = replace(made, entries=entries, origin=replace(made.origin, details=details))
+    return replace(made, optimizer=state.reader([location], [whole], made, sources))
 
 
 def _saved(location: Location, sources: Sources) -> list[Saved]:
@@ -65,25 +95,23 @@ def _saved(location: Location, sources: Sources) -> list[Saved]:
     """
     ranks = [location.of(mp) for mp in location.mp_ranks]
     saved = [files.parsed(rank, sources) for rank in ranks]
-    if not location.universal:
-        if not all(one.model[0].staged for one in saved):
-            raise FormatError(
-                "it holds files of a pipeline's layers, and model files that hold the module "
-                "themselves: files of different saves are mixed.",
-                path=location.folder,
-                hint="Remove the files of the older save.",
-            )
-        layers = {
-            number: parse_layer(path, read_torch(sources.open(path)))
-            for number, path in sorted(location.layers.items())
-        }
-        saved = _with_layers(saved, layers, location)
+    if not all(one.model[0].staged for one in saved):
+        raise FormatError(
+            "it holds files of a pipeline's layers, and model files that hold the module "
+            "themselves: files of different saves are mixed.",
+            path=location.folder,
+            hint="Remove the files of the older save.",
+        )
+    layers = {
+        number: parse_layer(path, read_torch(sources.open(path)))
+        for number, path in sorted(location.layers.items())
+    }
+    saved = _with_layers(saved, layers, location)
     saved = [files.checked(rank, one) for rank, one in zip(ranks, saved, strict=True)]
     tensor_parallel.check_ranks(location, saved)
     tensor_parallel.check_one_save(saved, sources)
-    if not location.universal:
-        saved = [_with_tied(one, saved, sources) for one in saved]
-    # Global rank 0 alone states which of its parameters are shared; of the others' nothing is known.
+    saved = [_with_tied(one, saved, sources) for one in saved]
+    # Global rank 0 alone states which of its parameters are shared.
     model = [replace(one.model[0], shared=None) for one in saved[1:]]
     rest = zip(saved[1:], model, strict=True)
     return [saved[0], *(replace(one, model=(m, *one.model[1:])) for one, m in rest)]
@@ -92,8 +120,7 @@ def _saved(location: Location, sources: Sources) -> list[Saved]:
 def _catalog(location: Location, saved: Sequence[Saved], sources: Sources) -> Catalog:
     """The tensors of all stages, in the order of the layers."""
     ranks = [location.of(mp) for mp in location.mp_ranks]
-    read = universal.catalog if location.universal else stages012.catalog
-    parts = [read(rank, one, sources) for rank, one in zip(ranks, saved, strict=True)]
+    parts = [stages012.catalog(rank, one, sources) for rank, one in zip(ranks, saved, strict=True)]
     entries: dict[str, Entry] = {}
     for part in parts:
         for name, entry in part.entries.items():
@@ -117,7 +144,7 @@ def _catalog(location: Location, saved: Sequence[Saved], sources: Sources) -> Ca
             details={**origin.details, "groups": _sizes(saved), "pipeline_stages": len(parts)},
         ),
     )
-    return replace(made, optimizer=_reader(location, saved, made, sources))
+    return replace(made, optimizer=_reader(saved, made, sources))
 
 
 def _with_layers(
@@ -212,9 +239,7 @@ def _spare(saved: Sequence[Saved]) -> list[LayerFile]:
     ]
 
 
-def _are(
-    held: Mapping[str, TensorRef], masters: Mapping[str, Entry], sources: Sources
-) -> bool:
+def _are(held: Mapping[str, TensorRef], masters: Mapping[str, Entry], sources: Sources) -> bool:
     """Whether these weights are those masters, rounded."""
     try:
         proof.check_masters(held, masters, sources)
@@ -273,12 +298,10 @@ def _absent(location: Location) -> tuple[Finding, ...]:
     return (Finding("layers-without-files", message),)
 
 
-def _reader(
-    location: Location, saved: Sequence[Saved], made: Catalog, sources: Sources
-) -> ReadState | None:
+def _reader(saved: Sequence[Saved], made: Catalog, sources: Sources) -> ReadState | None:
     """What reads the state of all stages; None where there is none."""
     first = saved[0].model[0]
-    if location.universal or not (saved[0].optim or first.holds_optimizer):
+    if not (saved[0].optim or first.holds_optimizer):
         return None
 
     def read() -> TrainingState:
@@ -316,7 +339,8 @@ def _joined(
                 hint=_ONE_SAVE,
             )
         seen = {name for group in groups for name in group.names}
-        for table, theirs in ((masters, other.masters), *((moments[k], other.moments[k]) for k in moments)):
+        tables = ((moments[kind], other.moments[kind]) for kind in moments)
+        for table, theirs in ((masters, other.masters), *tables):
             for name in table.keys() & theirs.keys():
                 proof.check_replicas(table[name], theirs[name], sources)
             table.update({name: entry for name, entry in theirs.items() if name not in table})
