@@ -386,7 +386,7 @@ def test_an_interrupted_conversion_leaves_nothing(
 ) -> None:
     """A conversion slowed down to seconds is interrupted in its midst: exit code 130."""
     code = (
-        "import signal, sys, time, reshard.transfer.engine as e; fill = e.fill\n"
+        "import signal, sys, time, reshard.transfer.making as e; fill = e.fill\n"
         # A shell's background jobs, and what they start, may ignore these.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"

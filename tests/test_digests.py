@@ -18,7 +18,7 @@ from reshard.core import digests
 from reshard.core.dtypes import parse
 from reshard.core.plan import Slot
 from reshard.core.tensors import Entry, Extent, FileRef, Fragment, TensorSpec, whole
-from reshard.transfer import engine, readback, reading
+from reshard.transfer import making, readback, reading
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.pieces import runs
 
@@ -39,8 +39,8 @@ def expected(array: Any) -> str:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves and blocks of a few rows."""
     monkeypatch.setattr(digests, "LEAF_NBYTES", LEAF)
-    monkeypatch.setattr(engine, "_BLOCK", 320)
-    monkeypatch.setattr(engine, "_STRIDED_BLOCK", 1280)
+    monkeypatch.setattr(making, "_BLOCK", 320)
+    monkeypatch.setattr(making, "_STRIDED_BLOCK", 1280)
     monkeypatch.setattr(layout, "MAX_CHUNK_NBYTES", 700)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import reshard
-from reshard.transfer import engine
+from reshard.transfer import making
 from reshard.transfer.commit import OutputFolder, check_space
 from tests.commit.conftest import listing
 
@@ -25,7 +25,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, threads: int
 ) -> None:
     """The disk is full within the weights, and (12,100 bytes on) within the small files."""
-    monkeypatch.setattr(engine, "_BLOCK", 1024)
+    monkeypatch.setattr(making, "_BLOCK", 1024)
     original, left = os.pwrite, room
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:

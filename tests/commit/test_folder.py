@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 import reshard
 from reshard.storage.local import Source, Sources
-from reshard.transfer import engine, leftovers
+from reshard.transfer import leftovers, making
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import fill
 from tests.commit.conftest import listing
@@ -35,7 +35,7 @@ def test_the_same_conversion_twice_at_once(
         time.sleep(0.1)
         fill(*arguments)
 
-    monkeypatch.setattr(engine, "fill", slow)
+    monkeypatch.setattr(making, "fill", slow)
     outcomes: list[object] = []
 
     def convert() -> None:

@@ -23,7 +23,7 @@ def interrupt(owner, name, signum):
         os.kill(os.getpid(), signum)
         return original(*arguments, **options)
     setattr(owner, name, call)
-from reshard.transfer import commit, engine, leftovers
+from reshard.transfer import commit, leftovers, making
 """
 
 
@@ -61,8 +61,8 @@ def test_while_the_command_is_imported(tmp_path: Path, package: str, signal: str
 
 # Moments, what stands afterwards, and whether an old output is replaced.
 MOMENTS = [
-    ("engine, 'fill'", "before", False),  # while bytes pass
-    ("engine, 'fill'", "before", True),
+    ("making, 'fill'", "before", False),  # while bytes pass
+    ("making, 'fill'", "before", True),
     ("commit, 'reserve'", "before", False),
     ("leftovers, 'mark'", "before", True),  # while the folder is begun: held
     ("commit, 'rename_new'", "new", False),  # in the commit: held

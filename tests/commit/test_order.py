@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import reshard
-from reshard.transfer import engine, leftovers, system
+from reshard.transfer import leftovers, making, system
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -146,7 +146,7 @@ def test_the_order_of_calls_in_this_process(
     threads: int,
     overwrite: bool,
 ) -> None:
-    monkeypatch.setattr(engine, "_BLOCK", 1024)
+    monkeypatch.setattr(making, "_BLOCK", 1024)
     target = tmp_path / "out"
     if overwrite:
         reshard.convert(model, target, dtype="float16")

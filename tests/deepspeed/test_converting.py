@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import reshard
 from reshard.conversion.options import DTypeChoice
-from reshard.transfer import engine
+from reshard.transfer import making
 from tests.deepspeed.test_reading import same_bits
 from tests.oracle.cache import Oracle
 from tests.oracle.recipes import RECIPES
@@ -111,7 +111,7 @@ def test_the_bytes_do_not_depend_on_threads_place_or_block(
     shutil.copytree(case.root, copy)
     reshard.convert(case.root, tmp_path / "one", base=case.base, threads=1)
     reshard.convert(copy, tmp_path / "four", base=case.base, threads=4)
-    monkeypatch.setattr(engine, "_BLOCK", 512)
+    monkeypatch.setattr(making, "_BLOCK", 512)
     reshard.convert(copy, tmp_path / "small", base=case.base, threads=3)
     for other in ("four", "small"):
         for file in sorted((tmp_path / "one").iterdir()):

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import reshard
-from reshard.transfer import engine
+from reshard.transfer import making
 from reshard.transfer.fill import fill
 
 SRC = Path(__file__).parents[2] / "src"
@@ -156,7 +156,7 @@ def test_a_source_that_changes(
         if count == 1:
             change(model / what)
 
-    monkeypatch.setattr(engine, "fill", changing)
+    monkeypatch.setattr(making, "fill", changing)
     with pytest.raises(reshard.ReshardError, match=r"changed while|the file ends at|no such file"):
         convert(model, place / "out", overwrite=True)
     assert files(place / "out") == old

@@ -31,8 +31,8 @@ from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import file_size
+from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import check_space
-from reshard.transfer.engine import Outcome
 
 
 @documented(CONVERT)

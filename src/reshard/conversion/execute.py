@@ -17,8 +17,8 @@ from reshard.core.plan import Plan
 from reshard.core.tensors import Extent, Record
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
+from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import OutputFolder
-from reshard.transfer.engine import Outcome
 from reshard.transfer.executor import Executor, Threads
 
 
@@ -67,7 +67,9 @@ def carry_out(
             folder.copy(asset.name, sources.open(asset.path))
         for name, text in plan.texts:
             folder.write(name, text)
+        folder.settle()  # reshard.json is the last to get its name
         folder.write(manifest.MANIFEST, stated)
+        folder.settle()
         sources.check_unchanged()
         if writing.verify:
             verify_folder(

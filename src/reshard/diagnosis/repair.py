@@ -29,8 +29,8 @@ from reshard.naming.quantised import Numbers
 from reshard.naming.schema import says_tied
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
+from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import check_space
-from reshard.transfer.engine import Outcome
 
 # As `save_pretrained` of transformers 4 has it.
 _MAX_SHARD_SIZE = "5GB"

@@ -1,11 +1,11 @@
 """The output folder: it appears complete, under its final name, or not at all.
 
 Everything is written into a folder of this run beside the output, on the same file system
-(`leftovers` draws it), each file under a temporary name, synced, and renamed into its place there.
-`commit` syncs the folders and renames the folder once, in a way that refuses to replace; with
-`overwrite`, old and new exchange places in one step and the old is deleted afterwards. A failure
-before that removes what this run made, and nothing else. A lock beside the output is held from the
-beginning until the last deletion (`lock`).
+(`leftovers` draws it), each file under a temporary name, synced, and renamed into its place there
+(`seals`). `commit` syncs the folders and renames the folder once, in a way that refuses to replace;
+with `overwrite`, old and new exchange places in one step and the old is deleted afterwards. A
+failure before that removes what this run made, and nothing else. A lock beside the output is held
+from the beginning until the last deletion (`lock`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from reshard.storage.local import Source
 from reshard.storage.paths import real
 from reshard.transfer import leftovers
 from reshard.transfer.lock import TargetLock
+from reshard.transfer.seals import Seals
 from reshard.transfer.signals import held_signals
 from reshard.transfer.system import (
     Identity,
@@ -65,6 +66,7 @@ class OutputFolder:
         self._count = 0
         self._creating = threading.Lock()
         self._writing = threading.Lock()
+        self._seals = Seals()
 
     def __enter__(self) -> OutputFolder:
         try:
@@ -102,8 +104,38 @@ class OutputFolder:
         except OSError as error:
             raise _cannot_write(self.target / name, error) from None
 
+    def lend(self, name: str, fd: int) -> Path:
+        """Sync and close a file made by `create`, so that others can write into it; where it is."""
+        try:
+            os.fsync(fd)
+            path = self._open.pop(fd)
+            os.close(fd)
+        except OSError as error:
+            raise _cannot_write(self.target / name, error) from None
+        return path
+
+    def take_back(self, name: str, path: Path) -> int:
+        """Open a file again that was lent; returns its descriptor.
+
+        For writing alone: a network file system that may read, too, reads a page before a part of
+        it is written, and then writes the whole page, over what others wrote there.
+        """
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            self._open[fd] = path
+        except OSError as error:
+            raise _cannot_write(self.target / name, error) from None
+        return fd
+
     def seal(self, name: str, fd: int) -> None:
-        """Sync and close a file made by `create`, and give it its name."""
+        """Have a file made by `create` synced, closed and given its name; `settle` waits for it."""
+        self._seals.add(lambda: self._seal(name, fd))
+
+    def settle(self) -> None:
+        """Wait until every file that was sealed is synced and has its name."""
+        self._seals.settle()
+
+    def _seal(self, name: str, fd: int) -> None:
         final = self.partial / name
         try:
             os.fsync(fd)
@@ -112,8 +144,7 @@ class OutputFolder:
             final.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(final):  # on a disk that does not distinguish README from readme
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            path.rename(final)
-            sync_folder(final.parent)
+            path.rename(final)  # `commit` makes the names durable
         except OSError as error:
             raise _cannot_write(self.target / name, error) from None
 
@@ -136,6 +167,7 @@ class OutputFolder:
 
         Signals wait meanwhile. Where this raises, the output is as it was before the run.
         """
+        self.settle()
         with held_signals():
             try:
                 folders = [path for path in self.partial.rglob("*") if path.is_dir()]
@@ -295,6 +327,7 @@ class OutputFolder:
     def _finish(self) -> None:
         """Remove what this run made and did not commit, and release the lock."""
         with held_signals():
+            self._seals.close()
             for fd in self._open:
                 with suppress(OSError):
                     os.close(fd)

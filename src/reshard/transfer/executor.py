@@ -15,9 +15,10 @@ from reshard.core.plan import Plan
 from reshard.core.tensors import Extent, Record
 from reshard.progress import Progress
 from reshard.storage.local import Sources
+from reshard.transfer.assembly import Outcome
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder
-from reshard.transfer.engine import Engine, Outcome
+from reshard.transfer.engine import Engine
 
 
 class Executor(Protocol):

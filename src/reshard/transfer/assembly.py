@@ -1,0 +1,273 @@
+"""The output on its way: its pieces, in output order, and what is known of those that were made.
+
+Whoever makes the pieces (threads of this process, workers of a cluster) takes them here and says
+what making each showed. Digests and CRC-32s are put together from that, and a file is sealed once
+its last piece is made.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from msgspec import Struct, field
+from zlib_ng import zlib_ng
+
+from reshard.core.digests import joined
+from reshard.core.findings import Finding
+from reshard.core.plan import OutputFile, Plan, Slot
+from reshard.transfer.checksums import Checked
+from reshard.transfer.commit import OutputFolder
+from reshard.transfer.finite import NotFinite
+from reshard.transfer.making import Made, block_numel
+from reshard.transfer.pieces import Run, runs
+from reshard.transfer.readback import ReadBack, Stretch
+from reshard.transfer.reading import Known
+
+
+class Outcome(Struct, frozen=True):
+    """What a transfer did.
+
+    `digests` are those of each tensor (`core.digests`), by part and name. `checked` counts the
+    checksums of the source that were compared, and the stretches without. `not_finite` are tensors
+    that hold NaN or infinity, by part and name. `changed` counts the slots whose values differ from
+    their reference, of `compared`. `findings` say what happened on the way: to what earlier runs
+    left, to the output that was replaced, to workers. `read_back` are digests of bytes of the
+    written files, read from them again.
+    """
+
+    digests: Mapping[tuple[str, str], str]
+    bytes_read: int
+    checked: Checked
+    compared: int
+    changed: int
+    not_finite: Mapping[tuple[str, str], NotFinite] = {}
+    findings: tuple[Finding, ...] = ()
+    read_back: Known = field(default_factory=dict)
+
+
+class _Digest(Struct):
+    """A tensor's digest on its way: those of its leaves. Most tensors have one leaf."""
+
+    first: bytes = b""
+    others: dict[int, bytes] | None = None
+
+    def put(self, leaf: int, digest: bytes) -> None:
+        """Note a leaf's digest; call with the assembly's lock held."""
+        if leaf == 0:
+            self.first = digest
+        elif self.others is None:
+            self.others = {leaf: digest}
+        else:
+            self.others[leaf] = digest
+
+    def text(self) -> str:
+        """The digest, once all leaves are in."""
+        others = self.others or {}
+        first = [self.first] if self.first else []
+        return joined([*first, *(others[leaf] for leaf in sorted(others))])
+
+
+class File(Struct):
+    """An output file on its way, with `pending` parts to come. `late` is written before it is
+    sealed: (offset, CRC-32).
+
+    Of a lent file `path` is where it lies meanwhile, and `fd` is -1.
+    """
+
+    output: OutputFile
+    fd: int
+    pending: int = 1
+    path: Path | None = None
+    late: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Tensor(Struct):
+    """A slot on its way; `changed` once it differs from its reference.
+
+    `crcs` are the CRC-32 and size of the parts that are written, by their first element; `pending`
+    parts are not, and more may come until `complete`.
+    """
+
+    slot: Slot
+    file: File
+    crcs: dict[int, tuple[int, int]] = field(default_factory=dict)
+    pending: int = 0
+    complete: bool = False
+    changed: bool = False
+
+
+class Part(Struct, frozen=True):
+    """What a piece has of one slot."""
+
+    tensor: Tensor
+    runs: list[Run]
+
+
+class Piece(Struct, frozen=True):
+    """A leaf of a tensor's digest, and where its bytes go."""
+
+    digest: _Digest
+    leaf: int
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            run.numel * part.tensor.slot.spec.dtype.itemsize
+            for part in self.parts
+            for run in part.runs
+        )
+
+
+class Assembly:
+    """A plan's output on its way into a folder. Take `pieces` from one thread at a time.
+
+    `back` is told what can be read again. With `lent`, a file is closed once its literals are
+    written, so that others can write into it, and opened again when all of them are done.
+    """
+
+    def __init__(
+        self, plan: Plan, folder: OutputFolder, back: ReadBack | None = None, *, lent: bool = False
+    ) -> None:
+        self.total = sum(slot.spec.nbytes for slot in plan.slots())
+        self._plan = plan
+        self._folder = folder
+        self._back = back
+        self._lent = lent
+        self._compared: list[Tensor] = []
+        self._digests: dict[tuple[str, str], _Digest] = {}
+        self._not_finite: dict[tuple[str, str], NotFinite] = {}
+        self._counting = threading.Lock()
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece, in output order; each file is made as its turn comes."""
+        piece: Piece | None = None
+        before = 0
+        for output in self._plan.files:
+            file = self._begin(output)
+            for slot in output.slots:
+                key = (output.part, slot.spec.name)
+                if key not in self._digests:  # the slots of one tensor follow each other
+                    self._digests[key] = _Digest()
+                    before = 0
+                digest = self._digests[key]
+                tensor = Tensor(slot, file)
+                if slot.reference is not None:
+                    self._compared.append(tensor)
+                for leaf, run in runs(slot, before, block_numel(slot)):
+                    if piece is None or piece.digest is not digest or piece.leaf != leaf:
+                        if piece is not None:
+                            self._note(piece)
+                            yield piece
+                        piece = Piece(digest, leaf)
+                    self._add(piece, tensor, run)
+                before += slot.spec.numel
+                self._complete(tensor)
+            self._release(file)
+        if piece is not None:
+            self._note(piece)
+            yield piece
+
+    def made(self, piece: Piece, digest: bytes, parts: Sequence[Made]) -> None:
+        """That a piece is written, and what making its parts showed."""
+        with self._counting:
+            piece.digest.put(piece.leaf, digest)
+        for part, made in zip(piece.parts, parts, strict=True):
+            tensor = part.tensor
+            with self._counting:
+                tensor.changed = tensor.changed or made.changed
+                if made.special:
+                    key = (tensor.file.output.part, tensor.slot.spec.name)
+                    self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
+                if tensor.slot.crc_offsets:
+                    tensor.crcs[part.runs[0].start] = made.crc, made.nbytes
+                tensor.pending -= 1
+                if tensor.complete and not tensor.pending:
+                    _put_crc(tensor)
+            self._release(tensor.file)
+
+    def outcome(
+        self, bytes_read: int, checked: Checked, findings: tuple[Finding, ...] = ()
+    ) -> Outcome:
+        """What came of it, once every piece is made."""
+        return Outcome(
+            digests={name: digest.text() for name, digest in self._digests.items()},
+            bytes_read=bytes_read,
+            checked=checked,
+            compared=len(self._compared),
+            changed=sum(tensor.changed for tensor in self._compared),
+            not_finite={
+                key: self._not_finite[key] for key in self._digests if key in self._not_finite
+            },
+            findings=findings,
+            read_back={} if self._back is None else self._back.found,
+        )
+
+    def _begin(self, output: OutputFile) -> File:
+        """Make a file, with the bytes that are known beforehand."""
+        fd = self._folder.create(output.name, output.nbytes)
+        for offset, literal in output.literals:
+            self._folder.put(output.name, fd, memoryview(literal), offset)
+        if self._lent:
+            return File(output, -1, path=self._folder.lend(output.name, fd))
+        return File(output, fd)
+
+    def _note(self, piece: Piece) -> None:
+        """Have a piece read again later, if it is one stretch of a file."""
+        if self._back is None or len(piece.parts) != 1:
+            return
+        (part,) = piece.parts
+        file, slot = part.tensor.file, part.tensor.slot
+        first, last = part.runs[0], part.runs[-1]
+        itemsize = slot.spec.dtype.itemsize
+        path = os.fspath(self._folder.partial / file.output.name)
+        offset = slot.offset + first.start * itemsize
+        nbytes = (last.start + last.numel - first.start) * itemsize
+        self._back.note(file.fd, Stretch(path, offset, nbytes))
+
+    def _add(self, piece: Piece, tensor: Tensor, run: Run) -> None:
+        """Note a run in its piece; parts are counted before anyone can finish them."""
+        if not piece.parts or piece.parts[-1].tensor is not tensor:
+            piece.parts.append(Part(tensor, []))
+            with self._counting:
+                tensor.pending += 1
+                tensor.file.pending += 1
+        piece.parts[-1].runs.append(run)
+
+    def _complete(self, tensor: Tensor) -> None:
+        """Note that no more parts of a slot will come."""
+        with self._counting:
+            tensor.complete = True
+            if not tensor.pending:
+                _put_crc(tensor)
+
+    def _release(self, file: File) -> None:
+        """Release a file; the last one seals it."""
+        with self._counting:
+            file.pending -= 1
+            last = file.pending == 0
+        if last:
+            self._seal(file)
+
+    def _seal(self, file: File) -> None:
+        """Write what could not be known before, sync the file and give it its name."""
+        name = file.output.name
+        fd = file.fd if file.path is None else self._folder.take_back(name, file.path)
+        for offset, crc in sorted(file.late):
+            self._folder.put(name, fd, memoryview(crc.to_bytes(4, "little")), offset)
+        file.late.clear()
+        if self._back is not None:
+            self._back.written(fd)
+        self._folder.seal(name, fd)
+
+
+def _put_crc(tensor: Tensor) -> None:
+    """Have the CRC-32 of a slot written, of which every part is made."""
+    crc = 0
+    for _, (following, nbytes) in sorted(tensor.crcs.items()):
+        crc = zlib_ng.crc32_combine(crc, following, nbytes)
+    tensor.crcs.clear()
+    tensor.file.late += [(offset, crc) for offset in tensor.slot.crc_offsets]
