@@ -73,6 +73,9 @@ ELSEWHERE: dict[str, str] = {
     "For such a run, convert with --names memory --transformers-version {}, or whichever version the run has.": "models/test_every_name.py::test_a_layout_that_stacks_is_a_finding_whose_fix_works",
     "Read that code, then allow it with --trust-remote-code.": "evaluate/test_broken.py::test_remote_code_runs_only_when_it_is_trusted",
     "Name a file with --html.": "pages/test_changes.py::test_a_file_that_is_no_page_is_never_replaced",
+    "Copy the files of every rank and layer.": "deepspeed/test_pipeline.py::test_a_layer_whose_file_is_missing",
+    "Is it the base that the training started from? Convert it without --base: the tensors keep their names, by which a script of yours can rename them.": "deepspeed/test_pipeline.py::test_a_base_of_other_layers",
+    "Convert it without --base: the tensors keep their names, by which a script of yours can rename them.": "deepspeed/test_pipeline.py::test_tensors_that_fit_several_of_the_bases",
     "Copy the files of every rank and expert.": "deepspeed/test_experts.py::test_a_missing_expert_is_named",
     "Copy every rank's files.": "deepspeed/test_tensor_parallel.py::test_missing_files_are_named",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the framework that trained it.": "deepspeed/test_tensor_parallel.py::test_without_the_metadata_it_is_refused",
@@ -127,6 +130,8 @@ WITHOUT: dict[str, str] = {
     "Import it with torchtitan's own conversion from Hugging Face.":
         _OTHER + "one with torchtitan",
     "{}": _PIECE,
+    "Export it with the framework that trained it, as Megatron-DeepSpeed.":
+        _OTHER + "one with Megatron-DeepSpeed",
     "Start vLLM with --max-lora-rank {}.":
         _OTHER + "one that vLLM runs on",
     "Convert a checkpoint that holds head and embedding of one vocabulary.":
