@@ -64,6 +64,7 @@ def test_the_optimizers_state_goes_along(name: str, pipeline_runs: Path, tmp_pat
     found = {f"{kind}.{n}": e for kind, table in state.moments.items() for n, e in table.items()}
     assert found.keys() == truth.keys()
     opened = reshard.open(out).optimizer
+    assert opened is not None
     for full, tensor in truth.items():
         kind, _, own = full.partition(".")
         assert torch.equal(torch.from_numpy(opened.moments[kind][own].numpy()), tensor), full

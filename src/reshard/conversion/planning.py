@@ -5,7 +5,7 @@ locate and read -> output model (names, dtypes) -> layout in memory -> files, pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 from msgspec import Struct

@@ -232,17 +232,6 @@ CODES: dict[str, Code] = {
         "warning", "layers for multi-token prediction are not written in the trainer's names"),
     "layers-without-files": Code(
         "info", "numbers of a pipeline's layers have no file"),
-    "live-layout-apart": Code(
-        "warning", "live modules of some versions hold tensors that the folder has no bytes for",
-        "For a run of such a version, convert with --names memory."),
-    "live-layout-unknown": Code(
-        "warning", "the names that live modules of some versions ask for are not known"),
-    "live-names": Code("info", "names are those of a live module, not those of the files"),
-    "live-names-added": Code(
-        "info", "tensors also have the names that live modules ask for, without further bytes"),
-    "live-version-unread": Code(
-        "warning", "the live modules of the named transformers version are not known",
-        "Load the output with strict names, or name the version with --transformers-version."),
     "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
     "masters-missing": Code(
         "info", "some 16-bit tensors have no fp32 master, and are as the model holds them"),
