@@ -45,7 +45,7 @@ ELSEWHERE: dict[str, str] = {
     "Make the 16-bit model: reshard convert DIR OUT.": "doctor/test_engines.py::test_codes_that_mlx_does_not_read",
     "Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that.": "deepspeed/test_autoep.py::test_the_checkpoint_itself_leads_to_the_universal_one",
     "Leave out --masters.": "megatron/test_masters.py::test_without_masters_to_read",
-    "Leave out --masters; or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",
+    "{} Or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",
     "Pass --base, the model as it was released, whose names they then get.": "megatron/test_into.py::test_tensors_without_a_place",
     "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base.": "megatron/test_into.py::test_a_model_that_lacks_tensors",
     "Is the config that of this model?": "megatron/test_into.py::test_shapes_that_are_not_the_configs",

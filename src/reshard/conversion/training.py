@@ -58,7 +58,8 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
     for name, master in state.masters.items():
         entries[name] = replace(master, kind=entries[name].kind, aliases=entries[name].aliases)
     records = tuple(dict.fromkeys((*catalog.records, *state.records)))
-    findings = (*catalog.findings, *state.findings, *_left_out(state))
+    kept = (found for found in catalog.findings if found.code != "optimizer-left-out")
+    findings = (*kept, *state.findings, *_left_out(state))
     return replace(catalog, entries=entries, records=records, findings=findings), state
 
 

@@ -279,7 +279,7 @@ CODES: dict[str, Code] = {
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
     "optimizer-left-out": Code(
-        "info", "the checkpoint also holds the state of an optimizer, which was not read"),
+        "info", "the checkpoint also holds the state of an optimizer"),
     "option-idle": Code("info", "an option has no effect on this conversion"),
     "output-unlike-architecture": Code(
         "warning", "what is written lacks tensors of the architecture, or has more"),
@@ -323,6 +323,8 @@ CODES: dict[str, Code] = {
     "shapes-unstated": Code(
         "warning", "the shards do not state full shapes: missing last ranks cannot be noticed",
         "Pass --base."),
+    "state-groups-by-rule": Code(
+        "warning", "which parameters a group has is not stated, and follows from Megatron's rules"),
     "state-left-out": Code(
         "warning", "a part of the training state is no plain data and does not travel"),
     "state-masters-rounded": Code(
