@@ -54,13 +54,19 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
             hint=WEIGHTS_ALONE,
         )
     state = _with_given(state, options)
+    catalog = with_masters(catalog, state)
+    kept = (found for found in catalog.findings if found.code != "optimizer-left-out")
+    findings = (*kept, *state.findings, *_left_out(state))
+    return replace(catalog, findings=findings), state
+
+
+def with_masters(catalog: Catalog, state: TrainingState) -> Catalog:
+    """The catalog with the optimizer's masters as weights."""
     entries = dict(catalog.entries)
     for name, master in state.masters.items():
         entries[name] = replace(master, kind=entries[name].kind, aliases=entries[name].aliases)
     records = tuple(dict.fromkeys((*catalog.records, *state.records)))
-    kept = (found for found in catalog.findings if found.code != "optimizer-left-out")
-    findings = (*kept, *state.findings, *_left_out(state))
-    return replace(catalog, entries=entries, records=records, findings=findings), state
+    return replace(catalog, entries=entries, records=records)
 
 
 def _can_hold(catalog: Catalog) -> bool:
