@@ -127,6 +127,7 @@ OWN = (
         to="hf",
         takes_files=True,
         single=".safetensors",
+        training_state=True,
     ),
     FormatInfo(
         "megatron",
@@ -159,6 +160,7 @@ OWN = (
         exported=True,
         holds_config=True,
         single=".bin",
+        training_state=True,
     ),
 )
 

@@ -17,7 +17,7 @@ from reshard.storage.local import Sources
 from reshard.transfer.changes import differs
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
-from reshard.transfer.finite import NotFinite, not_finite
+from reshard.transfer.finite import NotFinite, spoilt
 from reshard.transfer.pieces import Run
 
 # Bytes of an output block. 4 MiB of source and output stay in a core's cache; twice as much is no
@@ -38,7 +38,7 @@ class SegmentResult(Struct, frozen=True):
     """What making a segment showed.
 
     `crc` is the CRC-32 of its `nbytes` bytes, 0 where none is asked for; `changed` whether it
-    differs from the slot's reference; `special` counts NaN and infinities.
+    differs from the slot's reference; `special` counts values that cannot be right.
     """
 
     nbytes: int
@@ -79,7 +79,7 @@ class Maker:
         special = NotFinite()
         for run in runs:
             raw = self._fill(slot, run, itemsize)
-            found = not_finite(raw, slot.spec.dtype)
+            found = spoilt(raw, slot.spec)
             if found:
                 special += found
             if slot.reference is not None and not changed:
