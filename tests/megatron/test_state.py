@@ -73,7 +73,7 @@ def test_moments_and_masters_are_the_live_optimizers(name: str, runs: Path, tmp_
         name
         for group in state.groups
         for name in group.names
-        if group.hyperparameters["weight_decay"] > 0
+        if group.hyperparameters["weight_decay"] != 0
     }
     assert decayed == {n for n in opened.tensors if "norm" not in n and not n.endswith(".bias")}
     codes = [found.code for found in report.findings]
@@ -99,10 +99,11 @@ def test_states_without_names_are_refused_by_their_kind(
 ) -> None:
     run = runs / name
     kind = {"dp-reshardable": "dp_reshardable", "dp-zero": "dp_zero_gather_scatter"}[name]
-    for options, otherwise in (
+    asked: tuple[tuple[dict[str, Any], str], ...] = (
         ({"masters": True}, "Leave out --masters."),
         ({"optimizer": True, "to": "dcp"}, "Convert the weights alone"),
-    ):
+    )
+    for options, otherwise in asked:
         with pytest.raises(reshard.UnsupportedError, match=kind) as caught:
             reshard.convert(run / "run", tmp_path / "out", base=run / "base", **options)
         assert str(caught.value.hint).startswith(otherwise)
@@ -113,8 +114,7 @@ def test_blocks_of_megatron_core_012(tmp_path: Path) -> None:
     """Of `fully_sharded_model_space` each dimension is cut, and the pieces are flattened."""
     model = base(_REAL, tmp_path / "base")
     out = tmp_path / "out"
-    options = {"base": model, "to": "dcp", "names": "disk", "dtype": "keep"}
-    reshard.convert(checkpoint(_REAL), out, optimizer=True, **options)
+    reshard.convert(checkpoint(_REAL), out, base=model, to="dcp", optimizer=True, names="disk")
     found = reshard.open(out).optimizer
     assert found is not None
     folder = weights(copied(_REAL, tmp_path / "copy"))

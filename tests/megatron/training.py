@@ -67,7 +67,7 @@ def main(folder: Path, names: list[str]) -> None:
         raise SystemExit(f"the ranks ended with {codes}")
 
 
-class _OnCpu(TorchFunctionMode):
+class _OnCpu(TorchFunctionMode):  # type: ignore[misc]  # torch is untyped here
     """What the optimizers ask for on a GPU, made on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

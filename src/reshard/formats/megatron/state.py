@@ -211,7 +211,7 @@ def _stated(group: _RawGroup, rule: str) -> object:
 
 
 def _settings(group: _RawGroup, at: int, plain: PlainData) -> dict[str, Any]:
-    held = {key: value for key, value in group.stated.items() if key not in _RULES}
+    held: dict[object, object] = {k: v for k, v in group.stated.items() if k not in _RULES}
     return hyperparameters(held, plain, f"param_groups.{at}")
 
 
