@@ -326,11 +326,11 @@ CODES: dict[str, Code] = {
     "shapes-unstated": Code(
         "warning", "the shards do not state full shapes: missing last ranks cannot be noticed",
         "Pass --base."),
-    "state-groups-by-rule": Code(
-        "warning", "which parameters a group has is not stated, and follows from Megatron's rules"),
     "state-alike": Code(
         "warning", "moments of two parameters are equal bit for bit: a file may be a copy of "
         "another's", "Copy the checkpoint again, or use another save."),
+    "state-groups-by-rule": Code(
+        "warning", "which parameters a group has is not stated, and follows from Megatron's rules"),
     "state-left-out": Code(
         "warning", "a part of the training state is no plain data and does not travel"),
     "state-masters-rounded": Code(
