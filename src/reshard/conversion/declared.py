@@ -77,7 +77,7 @@ PROGRESS = Option(
 #: The options of `reshard.convert` and `reshard convert`, in the order in which errors name them.
 CONVERT = table(
     Option("source", Place(remote=True), "The checkpoint, or a folder above it.", required=True),
-    Option("target", Place(), "The output: a new folder.", required=True),
+    Option("target", Place(remote=True, writes=True), "The output: a new folder.", required=True),
     Option(
         "base",
         Place(remote=True),

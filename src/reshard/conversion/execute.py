@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 from msgspec import Struct
@@ -13,6 +14,7 @@ from msgspec.structs import replace
 from reshard.conversion import manifest
 from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
+from reshard.core.locations import RemotePath
 from reshard.core.plan import Plan
 from reshard.core.tensors import Extent, Record
 from reshard.progress import StagedProgress
@@ -20,6 +22,9 @@ from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
+
+if TYPE_CHECKING:
+    from reshard.transfer.remote import RemoteFolder
 
 
 class Writing(Struct, frozen=True):
@@ -56,10 +61,12 @@ def carry_out(
 
     If this raises, `target` is as it was, or the error says what is there.
     """
-    with OutputFolder(target, plan_digest(plan), overwrite=writing.overwrite) as folder:
+    with output(target, plan, overwrite=writing.overwrite) as folder:
         threads = writing.threads
+        # What lies in a store is not cached here.
+        read_back = writing.verify and not folder.in_order
         executor: Executor = Threads(
-            threads, records, writing.verify, writing.step("write"), unprotected
+            threads, records, read_back, writing.step("write"), unprotected
         )
         outcome = executor.run(plan, sources, folder)
         stated = render(outcome)
@@ -76,14 +83,28 @@ def carry_out(
                 folder.partial,
                 threads=threads,
                 known=outcome.read_back,
+                manifest_text=stated if folder.in_order else None,
                 progress=writing.step("verify"),
             )
         if check is not None:
             check(folder.partial)
-        if writing.overwrite:  # what was there may have changed in the hours since
+        # What was there may have changed in the hours since; that of a store is deleted by now.
+        if writing.overwrite and not folder.in_order:
             check_replaceable(target, overwrite=True)
         folder.commit()
     return replace(outcome, findings=tuple(folder.findings), read_back={})
+
+
+def output(target: Path, plan: Plan, *, overwrite: bool) -> OutputFolder | RemoteFolder:
+    """The output of a plan, to be entered: in a folder of this machine, or of a store."""
+    digest = plan_digest(plan)
+    if not isinstance(target, RemotePath):
+        return OutputFolder(target, digest, overwrite=overwrite)
+    from reshard.transfer.remote import RemoteFolder
+
+    names = [file.name for file in plan.files] + [asset.name for asset in plan.assets]
+    names += [name for name, _ in plan.texts]
+    return RemoteFolder(target, digest, names, overwrite=overwrite)
 
 
 def plan_digest(plan: Plan) -> str:
