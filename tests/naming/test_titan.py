@@ -173,7 +173,7 @@ def test_metas_file(tmp_path: Path) -> None:
 def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     hub, theirs = made("llama", 0)
     torch.save(theirs, tmp_path / "model.pt")
-    other = base_of(hub, tmp_path / "other", "llama4")
+    other = base_of(hub, tmp_path / "other", "gemma2")
     with pytest.raises(
         reshard.UnsupportedError, match="known of llama, qwen3, qwen3_moe, deepseek_v3, gpt_oss"
     ):
