@@ -295,6 +295,8 @@ CODES: dict[str, Code] = {
         "warning", "something beside the output looks like a run's leftover and was not removed",
         "Remove it, if nobody needs it."),
     "pickled-weights": Code("warning", "the weights are in torch.save files", by=("doctor",)),
+    "pieces-made-again": Code(
+        "info", "workers of the cluster were lost, and others did their work"),
     "probing-layer-assumed": Code(
         "warning", "which hidden state the reward heads read was assumed",
         "Pass --probing-layer with the value of the training."),
