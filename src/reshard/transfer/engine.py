@@ -89,8 +89,10 @@ class Engine:
                     piece.read(maker.buffer)
                     continue
                 hasher = xxhash.xxh3_128()
-                made = [self._make(segment, hasher, maker) for segment in piece.segments]
-                self._assembly.made(piece, hasher.digest(), made)
+                for segment in piece.segments:
+                    made = self._make(segment, hasher, maker)
+                    self._assembly.segment_made(segment, made)
+                self._assembly.hashed(piece, hasher.digest())
                 self._made()
         except BaseException:
             self._halt()
