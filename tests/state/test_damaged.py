@@ -75,6 +75,21 @@ def test_two_optimizers_beside_one_model(tmp_path: Path) -> None:
     assert "several optimizers (optim_states, optimizer_old)" in str(error)
 
 
+def test_an_optimizer_in_one_file_beside_a_sharded_model(tmp_path: Path) -> None:
+    run = copied("fsdp1_accelerate_fp32", tmp_path)
+    shutil.rmtree(run / "checkpoint-3/optimizer_0")
+    (run / "checkpoint-3/optimizer.bin").write_bytes(b"PK")
+    error = refused(run, UnsupportedError)
+    assert str(error.path).endswith("optimizer.bin")
+    assert reshard.convert(run, tmp_path / "weights", to="dcp").verified
+
+
+def test_a_universal_checkpoint_without_its_folder(tmp_path: Path) -> None:
+    run = copied("uc_s2_fp32", tmp_path)
+    shutil.rmtree(run / ZERO)
+    assert "its folder zero/" in str(refused(run, IncompleteError))
+
+
 def test_one_parameter_of_another_step(tmp_path: Path) -> None:
     run = copied("uc_s2_fp32", tmp_path)
     path = run / ZERO / "model.norm.weight" / "step.pt"

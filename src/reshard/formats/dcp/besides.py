@@ -31,6 +31,7 @@ from reshard.storage.paths import exists, is_file, is_folder, listing
 
 _RANK = re.compile(r"_?rank_?\d+(\.pt)?")
 _SCHEDULERS = ("scheduler_state.pt", "scheduler.pt", "scheduler.bin")
+_WHOLE = ("optimizer.bin", "optimizer.pt")
 _TRAINER = "trainer_state.json"
 # accelerate 1.15 (utils/constants.py, checkpointing.py), transformers 5 (trainer.py).
 _OWN_FILES = {
@@ -50,6 +51,17 @@ def optimizer_folders(folder: Path) -> list[Path]:
         return below
     beside = folder.parent / f"optimizer_{model[1]}"
     return [beside] if _is_optimizer(beside) else []
+
+
+def whole_file(folder: Path) -> Path | None:
+    """An optimizer's state dict in one file, as accelerate and the HF Trainer name it."""
+    above = _above(folder)
+    return next((above / name for name in _WHOLE if is_file(above / name)), None)
+
+
+def _above(folder: Path) -> Path:
+    """Where the files of a run lie beside its model's folder."""
+    return folder.parent if ACCELERATE_MODEL.fullmatch(folder.name) else folder
 
 
 def _is_optimizer(path: Path) -> bool:
@@ -78,7 +90,7 @@ def run_state(
     state: TrainingState, folder: Path, metadata: Metadata, plain: PlainData
 ) -> TrainingState:
     """The state with the schedule, counters and the user's state that lie beside it."""
-    above = folder.parent if ACCELERATE_MODEL.fullmatch(folder.name) else folder
+    above = _above(folder)
     scheduler = _scheduler_file(above, plain) or _scheduler_part(folder, metadata, plain)
     client: dict[str, Plain] = {}
     if is_file(above / CLIENT_STATE):

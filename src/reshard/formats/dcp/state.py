@@ -53,10 +53,17 @@ def reader(
     """What reads the state that belongs to a model's part; None where there is none."""
     roots = _roots(metadata, part.path)
     beside = [] if roots else besides.optimizer_folders(folder)
-    if not roots and not beside:
+    whole = None if roots or beside else besides.whole_file(folder)
+    if not roots and not beside and whole is None:
         return None
 
     def read() -> TrainingState:
+        if whole is not None:
+            raise UnsupportedError(
+                "the optimizer's state lies in one file, beside a sharded model, and is not read.",
+                path=whole,
+                hint=WEIGHTS_ALONE,
+            )
         plain = PlainData(sources)
         place, inside, found = folder, metadata, roots
         if len(beside) > 1:
