@@ -22,6 +22,7 @@ from reshard.errors import (
 )
 from tests.state.cases import case, opened
 from tests.state.test_refusals import resave
+from tests.state.test_writing import loaded
 
 STEP = "_actor/global_step3"
 ZERO = "global_step3_universal/zero"
@@ -77,11 +78,14 @@ def test_two_optimizers_beside_one_model(tmp_path: Path) -> None:
 
 def test_an_optimizer_in_one_file_beside_a_sharded_model(tmp_path: Path) -> None:
     run = copied("fsdp1_accelerate_fp32", tmp_path)
-    shutil.rmtree(run / "checkpoint-3/optimizer_0")
-    (run / "checkpoint-3/optimizer.bin").write_bytes(b"PK")
-    error = refused(run, UnsupportedError)
-    assert str(error.path).endswith("optimizer.bin")
-    assert reshard.convert(run, tmp_path / "weights", to="dcp").verified
+    folder = run / "checkpoint-3/optimizer_0"
+    torch.save(loaded(folder)["optimizer"], run / "checkpoint-3/optimizer.bin")
+    shutil.rmtree(folder)
+    truth = case("fsdp1_accelerate_fp32").moments()
+    with opened(run) as found:
+        held = {key: found.stored(entry) for key, entry in found.state.entries()}
+    assert held == truth
+    assert len(held) == 50
 
 
 def test_a_universal_checkpoint_without_its_folder(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from reshard.errors import (
     brief,
 )
 from reshard.storage import strict_json
-from reshard.storage.local import Source
+from reshard.storage.source import Source
 
 # safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
 MAX_HEADER_NBYTES = 100_000_000

@@ -16,7 +16,7 @@ equal copies are one group. FSDP1's states have the same form (torch 2.13, state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -37,7 +37,7 @@ from reshard.core.state import (
 )
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, UnsupportedError, listed
-from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS
+from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS, optimizer_file
 from reshard.formats.dcp import besides
 from reshard.formats.dcp.parts import Part
 from reshard.formats.dcp.save import folder_metadata
@@ -53,17 +53,13 @@ def reader(
     """What reads the state that belongs to a model's part; None where there is none."""
     roots = _roots(metadata, part.path)
     beside = [] if roots else besides.optimizer_folders(folder)
-    whole = None if roots or beside else besides.whole_file(folder)
-    if not roots and not beside and whole is None:
-        return None
+    if not roots and not beside:
+        number = besides.number_of(folder)
+        return optimizer_file.beside(
+            besides.above_of(folder), number, entries, lambda: None, sources
+        )
 
     def read() -> TrainingState:
-        if whole is not None:
-            raise UnsupportedError(
-                "the optimizer's state lies in one file, beside a sharded model, and is not read.",
-                path=whole,
-                hint=WEIGHTS_ALONE,
-            )
         plain = PlainData(sources)
         place, inside, found = folder, metadata, roots
         if len(beside) > 1:
@@ -76,7 +72,7 @@ def reader(
             raise _several(place, (".".join(root) for root in found))
         state = _read(place, inside, found[0], plain)
         state = besides.run_state(state, folder, metadata, plain)
-        state = _own_names(state, entries, part.path)
+        state = state.owned(entries, ".".join(part.path) + ".")
         return _inside(state, entries, metadata, part)
 
     return ReadState(read)
@@ -248,26 +244,3 @@ def _inside(
     if not foreign or not foreign <= outside or len(foreign) == len(state.names):
         return state
     return state.only({name: name for name in state.names if name not in foreign})
-
-
-def _own_names(
-    state: TrainingState, entries: Mapping[str, Entry], model: StatePath
-) -> TrainingState:
-    """The state under the names of the entries: not under an alias, nor with the prefix that a
-    flat state dict's part was named by."""
-    owners = {alias: name for name, entry in entries.items() for alias in entry.aliases}
-    prefix = ".".join(model) + "."
-
-    def own(name: str) -> str:
-        for known in (name, name.removeprefix(prefix)):
-            if known in entries or known in owners:
-                return owners.get(known, known)
-        return name
-
-    expected: Sequence[str] = state.names
-    if all(name in entries for name in expected):
-        return state
-    inside = {name for name in expected if name in entries or own(name) != name}
-    if len({own(name) for name in inside}) < len(inside):
-        return state  # two names of one tensor; the check of the state says so
-    return state.renamed(own)
