@@ -34,6 +34,9 @@ from reshard.storage.paths import file_size
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import check_space
 
+# Options of a run that a later command does not repeat.
+_ONCE = ("overwrite", "resume", "dry_run")
+
 
 @documented(CONVERT)
 def convert(
@@ -73,6 +76,7 @@ def convert(
     strict: bool | Sequence[str] = False,
     threads: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     verify: bool = True,
     dry_run: bool = False,
     progress: StagedProgress | None = None,
@@ -116,7 +120,9 @@ def convert(
             check_strict(_of_values(outcome), options, running.strict)
             return _manifest(job, outcome.digests, sources)
 
-        writing = Writing(running.threads, running.overwrite, running.verify, running.progress)
+        writing = Writing(
+            running.threads, running.overwrite, running.resume, running.verify, running.progress
+        )
         outcome = carry_out(
             job.plan,
             sources,
@@ -127,7 +133,8 @@ def convert(
             unprotected=job.unprotected,
         )
     seconds = time.monotonic() - began
-    return _report(job, given, seconds, replaced, outcome, verified=running.verify)
+    report = _report(job, given, seconds, replaced, outcome, verified=running.verify)
+    return replace(report, bytes_reused=outcome.reused) if running.resume else report
 
 
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
@@ -194,7 +201,7 @@ def _completed(found: Finding, job: Job, given: Mapping[str, object]) -> Finding
     """A finding that no base was given, with the command that makes the output complete."""
     if found.code != "no-base":
         return found
-    again = {name: value for name, value in given.items() if name not in ("overwrite", "dry_run")}
+    again = {name: value for name, value in given.items() if name not in _ONCE}
     command = ["reshard", "convert", *words(again), "--base", "MODEL"]
     command += [] if given["dry_run"] else ["--overwrite"]
     return replace(found, fix=f"To complete it: {shlex.join(command)}")

@@ -183,6 +183,15 @@ CONVERT = table(
         group="Output",
     ),
     Option(
+        "resume",
+        Flag(),
+        "Continue a run of the same command that was interrupted: what it had finished is read and "
+        "hashed again, and reused where it is right. If this run is interrupted, what it finished "
+        "is kept. Without anything to continue, it is an ordinary run.",
+        False,
+        group="Output",
+    ),
+    Option(
         "verify",
         Flag(no="Do not read the output again."),
         "Read the output again and compare.",
@@ -350,6 +359,7 @@ class Running(Struct, frozen=True):
 
     threads: int
     overwrite: bool
+    resume: bool
     verify: bool
     dry_run: bool
     allow_unchanged: bool

@@ -51,7 +51,8 @@ class Report(Struct, frozen=True):
     resized; each is an attribute as well. `merged` counts low-rank updates. `changed` of `compared`
     tensors differ from the base model's. `records_checked` checksums that the source's files state
     were compared with what was read; of `records_unchecked` stretches of them they state none.
-    `findings` are what a user should know. Sizes are bytes.
+    `bytes_reused` are those that an interrupted run had made; None without `resume`. `findings` are
+    what a user should know. Sizes are bytes.
     """
 
     source: str
@@ -78,6 +79,7 @@ class Report(Struct, frozen=True):
     checkpoint: str = ""
     adapter: Summary | None = None
     state: Moments | None = None
+    bytes_reused: int | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as lines of a label and its words, as `convert` shows it."""
@@ -89,6 +91,9 @@ class Report(Struct, frozen=True):
             ("would read" if dry else "read", size(self.bytes_read)),
             ("would write" if dry else "written", size(self.bytes_written)),
         ]
+        if self.bytes_reused is not None:
+            found = "of an interrupted run" if self.bytes_reused else "no run to continue was found"
+            rows.append(("reused", f"{size(self.bytes_reused)}, {found}"))
         if self.state is not None:
             rows.insert(3, ("optimizer", str(self.state)))
         if self.replaced is not None:

@@ -18,7 +18,9 @@ from zlib_ng import zlib_ng
 from reshard.core.digests import joined
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Plan, Slot
-from reshard.transfer.checksums import Checked
+from reshard.core.tensors import FileRef
+from reshard.transfer import journal
+from reshard.transfer.checksums import Checked, PassedRun
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.finite import NotFinite
 from reshard.transfer.making import Made, block_numel
@@ -35,7 +37,8 @@ class Outcome(Struct, frozen=True):
     that hold NaN or infinity, by part and name. `changed` counts the slots whose values differ from
     their reference, of `compared`. `findings` say what happened on the way: to what earlier runs
     left, to the output that was replaced, to workers. `read_back` are digests of bytes of the
-    written files, read from them again.
+    written files, read from them again. `reused` are the bytes that an interrupted run had made, of
+    which `damaged` pieces were not as it noted them.
     """
 
     digests: Mapping[tuple[str, str], str]
@@ -46,6 +49,8 @@ class Outcome(Struct, frozen=True):
     not_finite: Mapping[tuple[str, str], NotFinite] = {}
     findings: tuple[Finding, ...] = ()
     read_back: Known = field(default_factory=dict)
+    reused: int = 0
+    damaged: int = 0
 
 
 class _Digest(Struct):
@@ -114,12 +119,25 @@ class Piece(Struct, frozen=True):
     parts: list[Part] = field(default_factory=list)
 
     @property
+    def name(self) -> tuple[str, str]:
+        """The part and the name of its tensor."""
+        tensor = self.parts[0].tensor
+        return tensor.file.output.part, tensor.slot.spec.name
+
+    @property
     def nbytes(self) -> int:
         return sum(
             run.numel * part.tensor.slot.spec.dtype.itemsize
             for part in self.parts
             for run in part.runs
         )
+
+
+class Noted(Struct, frozen=True):
+    """What an interrupted run noted of a piece: its digest, and what was read of records."""
+
+    digest: bytes
+    read: Sequence[PassedRun]
 
 
 class Assembly:
@@ -140,6 +158,8 @@ class Assembly:
         self._compared: list[Tensor] = []
         self._digests: dict[tuple[str, str], _Digest] = {}
         self._not_finite: dict[tuple[str, str], NotFinite] = {}
+        self._reused = self._damaged = 0
+        self._numbers = {path: number for number, path in enumerate(folder.journal.sources)}
         self._counting = threading.Lock()
 
     def pieces(self) -> Iterator[Piece]:
@@ -160,7 +180,6 @@ class Assembly:
                 for leaf, run in runs(slot, before, block_numel(slot)):
                     if piece is None or piece.digest is not digest or piece.leaf != leaf:
                         if piece is not None:
-                            self._note(piece)
                             yield piece
                         piece = Piece(digest, leaf)
                     self._add(piece, tensor, run)
@@ -168,11 +187,45 @@ class Assembly:
                 self._complete(tensor)
             self._release(file)
         if piece is not None:
-            self._note(piece)
             yield piece
 
-    def made(self, piece: Piece, digest: bytes, parts: Sequence[Made]) -> None:
-        """That a piece is written, and what making its parts showed."""
+    def noted(self, piece: Piece) -> Noted | None:
+        """What an interrupted run noted of a piece: it counts if the piece's bytes have that
+        digest."""
+        noted = self._folder.journal.noted
+        found = None if noted is None else noted.piece(*piece.name, piece.leaf)
+        if found is None:
+            return None
+        sources = self._folder.journal.sources
+        read = [(FileRef(sources[n]), start, stop, crc) for n, start, stop, crc in found.read]
+        return Noted(found.digest, read)
+
+    def differs(self, piece: Piece) -> None:
+        """That the bytes of a piece are not those that were noted, so that it is made again."""
+        with self._counting:
+            self._damaged += 1
+
+    def made(
+        self, piece: Piece, digest: bytes, parts: Sequence[Made], read: Sequence[PassedRun]
+    ) -> None:
+        """That a piece is written, what making its parts showed, and what was read of records."""
+        if self._back is not None and (stretch := self._stretch(piece)) is not None:
+            self._back.note(piece.parts[0].tensor.file.fd, stretch)
+        self._done(piece, digest, parts)
+        if all(file.codec is None and file.path in self._numbers for file, *_ in read):
+            numbered = tuple((self._numbers[f.path], start, stop, c) for f, start, stop, c in read)
+            line = journal.Piece(*piece.name, piece.leaf, digest, numbered)
+            self._folder.journal.note(line, piece.nbytes)
+
+    def reused(self, piece: Piece, digest: bytes, parts: Sequence[Made]) -> None:
+        """That a piece stands in the output as an interrupted run noted it."""
+        if self._back is not None and (stretch := self._stretch(piece)) is not None:
+            self._back.known(stretch, digest)
+        with self._counting:
+            self._reused += piece.nbytes
+        self._done(piece, digest, parts)
+
+    def _done(self, piece: Piece, digest: bytes, parts: Sequence[Made]) -> None:
         with self._counting:
             piece.digest.put(piece.leaf, digest)
         for part, made in zip(piece.parts, parts, strict=True):
@@ -204,6 +257,8 @@ class Assembly:
             },
             findings=findings,
             read_back={} if self._back is None else self._back.found,
+            reused=self._reused,
+            damaged=self._damaged,
         )
 
     def _begin(self, output: OutputFile) -> File:
@@ -215,10 +270,10 @@ class Assembly:
             return File(output, -1, path=self._folder.lend(output.name, fd))
         return File(output, fd)
 
-    def _note(self, piece: Piece) -> None:
-        """Have a piece read again later, if it is one stretch of a file."""
-        if self._back is None or len(piece.parts) != 1:
-            return
+    def _stretch(self, piece: Piece) -> Stretch | None:
+        """Where a piece lies, if it is one stretch of a file."""
+        if len(piece.parts) != 1:
+            return None
         (part,) = piece.parts
         file, slot = part.tensor.file, part.tensor.slot
         first, last = part.runs[0], part.runs[-1]
@@ -226,7 +281,7 @@ class Assembly:
         path = os.fspath(self._folder.partial / file.output.name)
         offset = slot.offset + first.start * itemsize
         nbytes = (last.start + last.numel - first.start) * itemsize
-        self._back.note(file.fd, Stretch(path, offset, nbytes))
+        return Stretch(path, offset, nbytes)
 
     def _add(self, piece: Piece, tensor: Tensor, run: Run) -> None:
         """Note a run in its piece; parts are counted before anyone can finish them."""
@@ -262,6 +317,7 @@ class Assembly:
         if self._back is not None:
             self._back.written(fd)
         self._folder.seal(name, fd)
+        self._folder.journal.seal(name, file.output.nbytes)
 
 
 def _put_crc(tensor: Tensor) -> None:

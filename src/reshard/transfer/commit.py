@@ -2,6 +2,7 @@
 
 Everything is written into a folder of this run beside the output, on the same file system
 (`leftovers` draws it), each file under a temporary name, synced, and renamed into its place there.
+What is finished is noted in a journal, so that a run that is killed can be resumed.
 `commit` syncs the folders and renames the folder once, in a way that refuses to replace; with
 `overwrite`, old and new exchange places in one step and the old is deleted afterwards. A failure
 before that removes what this run made, and nothing else. A lock beside the output is held from the
@@ -14,15 +15,18 @@ import errno
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from reshard.core.findings import Finding
 from reshard.errors import WriteError
+from reshard.storage.fingerprints import Fingerprint
 from reshard.storage.local import Source
 from reshard.storage.paths import real
-from reshard.transfer import leftovers
+from reshard.transfer import leftovers, resuming
+from reshard.transfer.journal import Basis, Journal
 from reshard.transfer.lock import TargetLock
 from reshard.transfer.signals import held_signals
 from reshard.transfer.system import (
@@ -47,12 +51,28 @@ class OutputFolder:
     `digest` names the plan: a run finds what an earlier one of the same plan left. Where `target`
     is a symbolic link, the folder that it names is written. `partial` is where the output lies
     until then. `findings` say what this run found from earlier runs, and what it could not delete.
+
+    With `resume`, a run of the same plan that was killed is continued: `create` opens the files
+    that it left, `journal.noted` is what it noted, and `resumed` its age in words. If this run is
+    interrupted in turn, what is finished stays. `sources` say which files the plan's are.
+
     Raises `WriteError`.
     """
 
-    def __init__(self, target: Path, digest: str, *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        target: Path,
+        digest: str,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        sources: Mapping[str, Fingerprint] | None = None,
+    ) -> None:
         self.target = real(target)
         self.overwrite = overwrite
+        self.resumed = ""
+        self._resume = resume
+        self._basis = Basis(digest, sources or {})
         self.findings: list[Finding] = []
         self.committed = False
         self._own = leftovers.beside(self.target, f".partial-{digest[:16]}")
@@ -62,8 +82,9 @@ class OutputFolder:
         self._replaced: Identity | None = None
         self._parents: list[tuple[Path, Identity]] = []
         self._open: dict[int, Path] = {}
-        self._count = 0
+        self._journal: Journal | None = None
         self._creating = threading.Lock()
+        self._created: set[str] = set()
         self._writing = threading.Lock()
 
     def __enter__(self) -> OutputFolder:
@@ -78,15 +99,28 @@ class OutputFolder:
             raise
         return self
 
+    @property
+    def journal(self) -> Journal:
+        """Where finished pieces are noted."""
+        assert self._journal is not None
+        return self._journal
+
     def create(self, name: str, nbytes: int) -> int:
-        """Open a new file of `nbytes` bytes for writing; returns its descriptor."""
-        with self._creating:
-            # A number: it fits where the final name fits, and no file of the output has this name.
-            path = self._own / "tmp" / str(self._count)
-            self._count += 1
+        """Open a file of `nbytes` bytes for writing; returns its descriptor.
+
+        It is a new one, or that of the interrupted run which is continued, with its bytes.
+        """
+        path = self._own / "tmp" / leftovers.temporary(name)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with self._creating:
+                if name in self._created:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                self._created.add(name)
+            new = 0 if self.resumed else os.O_EXCL
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | new | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             self._open[fd] = path
+            if self.resumed and os.fstat(fd).st_size > nbytes:
+                os.truncate(fd, nbytes)
             reserve(fd, nbytes)
         except OSError as error:
             raise _cannot_write(self.target / name, error) from None
@@ -178,7 +212,8 @@ class OutputFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._finish()
+        keep = self._resume and not self.committed and resuming.can_be_continued(error)
+        self._finish(keep=keep)
 
     def _begin(self) -> None:
         for _ in range(_TRIES):
@@ -191,19 +226,18 @@ class OutputFolder:
         self.findings += leftovers.put_back(self.target)
         refuse_existing(self.target, overwrite=self.overwrite)
         self._replaced = identity_of(self.target)
-        self.findings += leftovers.clear(self.target)
-        try:
-            self._own.mkdir()
-        except FileExistsError:
-            raise WriteError(
-                "it stands where this run would write, and no run of this user made it.",
-                path=self._own,
-                hint="Remove it, or name another output.",
-            ) from None
-        self._own_identity = identity(self._own.lstat())
-        leftovers.mark(self._own, self.target)
-        (self._own / "tmp").mkdir()
-        self.partial.mkdir()
+        self.findings += leftovers.clear(self.target, self._own if self._resume else None)
+        if not (self._resume and self._take_up()):
+            self._own_identity, self._journal = resuming.begin(self._own, self.target, self._basis)
+
+    def _take_up(self) -> bool:
+        """Whether a run of this plan was interrupted, which this one continues."""
+        found = resuming.take_up(self._own, self.target, self._basis)
+        if isinstance(found, Finding):
+            self.findings.append(found)
+        elif found is not None:
+            self._own_identity, self._journal, self.resumed = found
+        return self.resumed != ""
 
     def _make_parents(self) -> None:
         """Make the folders above the target, remembering them: a failed run removes them again."""
@@ -315,15 +349,17 @@ class OutputFolder:
             reason += f" The old output lies at {aside}."
         return WriteError(reason, path=self.target)
 
-    def _finish(self) -> None:
-        """Remove what this run made and did not commit, and release the lock."""
+    def _finish(self, *, keep: bool = False) -> None:
+        """Remove what this run made and did not commit, unless `keep`, and release the lock."""
         with held_signals():
             for fd in self._open:
                 with suppress(OSError):
                     os.close(fd)
             self._open.clear()
+            if self._journal is not None:
+                self._journal.close()
             # An old output that could not be put back or deleted stays, whatever happened.
-            if self._own_identity is not None and self._aside() is None:
+            if self._own_identity is not None and self._aside() is None and not keep:
                 leftovers.remove_tree(self._own, self._own_identity)
             self._lock.release()
             for folder, known in [] if self.committed else reversed(self._parents):
@@ -348,7 +384,7 @@ def check_space(target: Path, nbytes: int) -> None:
     folder = real(target).parent
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + leftovers.reclaimable(real(target))
     if free < nbytes:
         raise WriteError(
             f"{nbytes:,} bytes are to be written and {free:,} are free.",

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 import xxhash
 
 from reshard.core.plan import Plan
+from reshard.core.tensors import stored
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Assembly, Outcome, Part, Piece
@@ -91,9 +93,10 @@ class Engine:
                 if isinstance(piece, ReadJob):
                     piece.read(maker.buffer)
                     continue
-                hasher = xxhash.xxh3_128()
-                made = [self._make(part, hasher, maker) for part in piece.parts]
-                self._assembly.made(piece, hasher.digest(), made)
+                if not self._found(piece, maker):
+                    hasher = xxhash.xxh3_128()
+                    made = [self._make(part, hasher, maker) for part in piece.parts]
+                    self._assembly.made(piece, hasher.digest(), made, maker.read())
                 self._made()
         except BaseException:
             self._halt()
@@ -134,6 +137,34 @@ class Engine:
 
         tensor = part.tensor
         return maker.make(tensor.slot, part.runs, hasher, put, changed=tensor.changed)
+
+    def _found(self, piece: Piece, maker: Maker) -> bool:
+        """Whether a piece stands in the output as an interrupted run noted it.
+
+        Every byte is read and hashed; where they are others, the piece is to be made again.
+        """
+        noted = self._assembly.noted(piece)
+        if noted is None:
+            return False
+        hasher = xxhash.xxh3_128()
+        found = []
+        with suppress(OSError):
+            for part in piece.parts:
+                tensor = part.tensor
+                found.append(
+                    maker.find(
+                        tensor.slot, part.runs, hasher, tensor.file.fd, changed=tensor.changed
+                    )
+                )
+        whole = len(found) == len(piece.parts) and hasher.digest() == noted.digest
+        if not whole or not self._ledger.add_noted(noted.read):
+            self._assembly.differs(piece)
+            return False
+        for part in piece.parts:
+            self._ledger.add_bare(stored(part.tensor.slot.source.fragments))
+        self._assembly.reused(piece, hasher.digest(), found)
+        self._count(piece.nbytes)
+        return True
 
     def _made(self) -> None:
         """That a piece is done."""

@@ -34,12 +34,11 @@ import xxhash
 from msgspec import Struct
 
 from reshard._version import __version__
+from reshard.storage.fingerprints import Fingerprint
 from reshard.transfer.system import close_read, write_fully
 
 #: The version of the lines above.
 VERSION = 1
-#: Which file it was: numbers that differ once it is replaced or written to.
-Fingerprint = tuple[int | str, ...]
 # Bytes of a line, at most: a piece that is made of more stretches is not noted.
 _MAX_LINE = 1 << 20
 # Bytes of pieces after which lines are written. Lines that wait are lost with the process.
@@ -319,6 +318,21 @@ class Journal:
         if self._fd >= 0:
             close_read(self._fd)
             self._fd = -1
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process that lives has the journal at `path`, as far as the system can tell."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        _lock(fd)
+    except BlockingIOError:
+        return True
+    finally:
+        close_read(fd)
+    return False
 
 
 def _lock(fd: int) -> None:

@@ -36,6 +36,7 @@ _PATH = FolderOrFile()
 @flag(CONVERT["value_head"])
 @flag(CONVERT["lora_alpha"])
 @flag(CONVERT["overwrite"])
+@flag(CONVERT["resume"])
 @debug
 @writes("target")
 def command(model_type: ModelType, value_head: str | None, **given: Any) -> None:

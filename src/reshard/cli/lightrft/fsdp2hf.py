@@ -30,6 +30,7 @@ _PATH = FolderOrFile()
 @flag(CONVERT["value_head"])
 @flag(CONVERT["lora_alpha"])
 @flag(CONVERT["overwrite"])
+@flag(CONVERT["resume"])
 @debug
 @writes("target")
 def command(**given: Any) -> None:

@@ -24,6 +24,7 @@ _PATH = FolderOrFile()
 @flag(CONVERT["transformers_version"])
 @flag(CONVERT["consumed_samples"])
 @flag(CONVERT["overwrite"])
+@flag(CONVERT["resume"])
 @debug
 @writes("target")
 def command(**given: Any) -> None:
