@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from tests.hints import (
     adapted,
-    ailments,
     codes,
     damaged,
+    doctors,
     fits,
     flags,
     folders,
@@ -22,7 +22,7 @@ from tests.hints import (
     trials,
 )
 
-SCENARIOS = (adapted, ailments, codes, damaged, fits, flags, folders, megatrons, outputs, rarer,
+SCENARIOS = (adapted, doctors, codes, damaged, fits, flags, folders, megatrons, outputs, rarer,
              trials)  # fmt: skip
 
 _TRAINING = "it is followed in the training run, which saves otherwise: "

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial as partial_
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,6 +46,11 @@ def model(at: Path) -> Path:
         tensors["none"] = np.zeros((0, 3), np.float32)
         save_file(tensors, folder / "model.safetensors")
     return at
+
+
+def converter(source: Path, **options: Any) -> Callable[..., reshard.Report]:
+    """Converts `source` in one thread; takes the output and further options."""
+    return partial_(reshard.convert, source, threads=1, **options)
 
 
 def small() -> Any:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial as given
 from pathlib import Path
-from typing import Any
 
 import pytest
 import xxhash
@@ -23,6 +22,7 @@ from tests.resume.runs import (
     beside,
     codes,
     content,
+    converter,
     facts,
     golden,
     journal_of,
@@ -31,8 +31,6 @@ from tests.resume.runs import (
     partial,
     small,
 )
-
-Convert = Callable[..., reshard.Report]
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +44,7 @@ class Interrupted:
 
     def __init__(self, at: Path) -> None:
         self.at = model(at / "in")
-        options: dict[str, Any] = {"base": self.at / "base", "threads": 1}
-        options["max_shard_size"] = 13000
-        self.convert = given(reshard.convert, self.at / "trained", **options)
+        self.convert = converter(self.at / "trained", base=self.at / "base", max_shard_size=13000)
         self.out = at / "place" / "out"
         self.out.parent.mkdir()
         self.expected = self.convert(at / "whole")
@@ -60,7 +56,7 @@ class Interrupted:
 
     def resume(self) -> reshard.Report:
         """The report of a resumed run, whose output is right."""
-        report: reshard.Report = self.convert(self.out, resume=True)
+        report = self.convert(self.out, resume=True)
         assert content(self.out) == self.whole
         assert facts(report) == facts(self.expected)
         return report
@@ -290,7 +286,8 @@ def test_another_plan_has_another_folder(run: Interrupted) -> None:
 def test_a_source_that_is_damaged_is_refused_by_the_resumed_run(tmp_path: Path) -> None:
     """The killed run read the damaged bytes, and the checksum was not compared yet."""
     source = golden("zero2", tmp_path / "in")
-    convert, out = given(reshard.convert, source, threads=1), tmp_path / "out"
+    convert = converter(source)
+    out = tmp_path / "out"
     reshard.convert(source, tmp_path / "right")
     (optim, *_) = sorted(source.rglob("*rank_0*optim_states.pt"))
     data = bytearray(optim.read_bytes())
@@ -321,7 +318,8 @@ def _middle_of_a_tensor(source: Path, file: Path) -> int:
 def test_checksums_that_are_forged_in_lines(tmp_path: Path) -> None:
     """A wrong CRC-32 of what was read does not refuse a source that is whole."""
     source = golden("zero2", tmp_path / "in")
-    convert, out = given(reshard.convert, source, threads=1), tmp_path / "place" / "out"
+    convert = converter(source)
+    out = tmp_path / "place" / "out"
     out.parent.mkdir()
     convert(tmp_path / "whole")
     assert killed(given(convert, out), 6)

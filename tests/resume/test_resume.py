@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from functools import partial as given
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -191,8 +191,8 @@ def test_room_that_a_killed_run_takes_is_counted_as_free(
     taken = leftovers.reclaimable(out)
     assert taken > 10000
     needed = 36500 + 2 * 5000
-    free = namedtuple("free", "total used free")(0, 0, needed - taken + 100)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    free = mock.Mock(return_value=mock.Mock(free=needed - taken + 100))
+    monkeypatch.setattr(shutil, "disk_usage", free)
     with pytest.raises(reshard.WriteError, match="are free"):
         convert(out.with_name("other"), resume=True)
     assert convert(out, resume=True).bytes_reused

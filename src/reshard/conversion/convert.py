@@ -25,7 +25,7 @@ from reshard.conversion.report import Moments, Report
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import completed
 from reshard.core.options import PathLike, TorchDType, documented
-from reshard.core.state import STATE_PART
+from reshard.core.state import STATE_TABLE
 from reshard.errors import VerificationError, listed
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
@@ -150,8 +150,8 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
 def _of_values(outcome: Outcome) -> list[Finding]:
     """The findings on the values that passed: NaN and infinity."""
     spoilt = [
-        f"{part}{': ' if part else ''}{name} ({found.nan} NaN, {found.infinite} infinite)"
-        for (part, name), found in outcome.not_finite.items()
+        f"{table}{': ' if table else ''}{name} ({found.nan} NaN, {found.infinite} infinite)"
+        for (table, name), found in outcome.not_finite.items()
     ]
     if not spoilt:
         return []
@@ -166,7 +166,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         "rules": list(output.name_map.rules),
         **output.matching.to_json(),
         "merged": output.merged,
-        "transformers_version": output.live,
+        "transformers_version": output.loaded_by,
         "aliases": {name: t.spec.name for t in output.model for name in t.aliases},
         "lora": None if output.scaling is None else output.scaling.to_json(),
     }
@@ -179,7 +179,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
     moments = (
         {}
         if state is None
-        else manifest.state([entry.spec for entry in state.slots()], STATE_PART, digests)
+        else manifest.state([entry.spec for entry in state.slots()], STATE_TABLE, digests)
     )
     catalog, stated = job.catalog, job.options.stated()
     files = manifest.listed(job.plan, sources)

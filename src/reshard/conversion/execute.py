@@ -77,7 +77,9 @@ def carry_out(
             folder.copy(asset.name, sources.open(asset.path))
         for name, text in plan.texts:
             folder.write(name, text)
+        folder.settle()  # reshard.json is the last to get its name
         folder.write(manifest.MANIFEST, stated)
+        folder.settle()
         sources.check_unchanged()
         if writing.verify:
             verify_folder(
@@ -103,7 +105,7 @@ def plan_digest(plan: Plan) -> str:
         for offset, literal in file.literals:
             hasher.update(offset.to_bytes(8, "little") + literal)
         for slot in file.slots:
-            hasher.update(f"{file.part}\0{slot.offset}\0{slot.spec}\0{slot.crc_offsets}".encode())
+            hasher.update(f"{file.table}\0{slot.offset}\0{slot.spec}\0{slot.crc_offsets}".encode())
             for fragment in slot.source.fragments:
                 hasher.update(_described(fragment).encode("utf-8", "surrogateescape"))
     for name, text in plan.texts:

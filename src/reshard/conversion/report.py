@@ -173,8 +173,8 @@ class Report(Struct, frozen=True):
             for value in (getattr(self, name),)
         }
         records = {
-            name: None if record is None else _plain(record)
-            for name, record in (
+            name: None if struct is None else _plain(struct)
+            for name, struct in (
                 ("replaced", self.replaced),
                 ("adapter", self.adapter),
                 ("state", self.state),
@@ -192,6 +192,6 @@ def _tagged(tag: str | None) -> str:
     return f", tag {tag}" if tag else ""
 
 
-def _plain(record: Struct) -> dict[str, Any]:
-    """A record as JSON values, as they are after a round trip."""
-    return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(record).items()}
+def _plain(struct: Struct) -> dict[str, Any]:
+    """A struct as JSON values, as they are after a round trip."""
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(struct).items()}

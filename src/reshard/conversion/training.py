@@ -194,8 +194,8 @@ def _table(
     outputs: Mapping[str, Arrangement],
     owners: Mapping[str, tuple[str, ...]],
 ) -> dict[str, Entry]:
-    wanted = {name: outputs[name] for name, made_of in owners.items() if set(made_of) <= {*table}}
-    return apply(wanted, table)
+    complete = {name: outputs[name] for name, made_of in owners.items() if set(made_of) <= {*table}}
+    return apply(complete, table)
 
 
 def _one(values: Sequence[Any], name: str, what: str) -> Any:
@@ -227,17 +227,17 @@ def with_ties(
         if tensor.spec.name in trained:
             alike.setdefault((tensor.source.spec.dtype, tensor.spec.shape), []).append(number)
     for number, tensor in enumerate(made.model):
-        twin = None
+        equal = None
         if tensor.spec.name not in trained and len(tensor.spec.shape) == 2:
             for other in alike.get((tensor.source.spec.dtype, tensor.spec.shape), ()):
                 candidate = made.model[other]
                 if starts(other) == starts(number) and same(candidate.source, tensor.source):
-                    twin = candidate
+                    equal = candidate
                     break
-        if twin is None:
+        if equal is None:
             model.append(tensor)
         else:
-            tied[tensor.spec.name] = twin.spec.name
+            tied[tensor.spec.name] = equal.spec.name
     if not tied:
         return made
     model = [

@@ -220,7 +220,7 @@ CODES: dict[str, Code] = {
     "identical-to-base": Code(
         "error", "the weights are the base's: nothing was trained", by=("doctor",)),
     "in-memory-names": Code(
-        "error", "names are those of a live module, not those of the files", by=("doctor",)),
+        "error", "names are those of a loaded model, not those of the files", by=("doctor",)),
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
         "Copy the newer one again, or name the one to read."),
@@ -230,22 +230,22 @@ CODES: dict[str, Code] = {
         "info", "layers for multi-token prediction are written, of which the base has none"),
     "layers-left-out": Code(
         "warning", "layers for multi-token prediction are not written in the trainer's names"),
-    "live-layout-apart": Code(
-        "warning", "live modules of some versions hold tensors that the folder has no bytes for",
-        "For a run of such a version, convert with --names memory."),
-    "live-layout-unknown": Code(
-        "warning", "the names that live modules of some versions ask for are not known"),
-    "live-names": Code("info", "names are those of a live module, not those of the files"),
-    "live-names-added": Code(
-        "info", "tensors also have the names that live modules ask for, without further bytes"),
-    "live-version-unread": Code(
-        "warning", "the live modules of the named transformers version are not known",
-        "Load the output with strict names, or name the version with --transformers-version."),
     "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
     "masters-missing": Code(
         "info", "some 16-bit tensors have no fp32 master, and are as the model holds them"),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
+    "memory-layout-apart": Code(
+        "warning", "loaded models of some versions hold tensors that the folder has no bytes for",
+        "For a run of such a version, convert with --names memory."),
+    "memory-layout-unknown": Code(
+        "warning", "the names that loaded models of some versions ask for are not known"),
+    "memory-names": Code("info", "names are those of a loaded model, not those of the files"),
+    "memory-names-added": Code(
+        "info", "tensors also have the names that loaded models ask for, without further bytes"),
+    "memory-version-unknown": Code(
+        "warning", "the loaded models of the named transformers version are not known",
+        "Load the output with strict names, or name the version with --transformers-version."),
     "module-from-base": Code(
         "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
     "names-do-not-fit": Code(
@@ -336,7 +336,7 @@ CODES: dict[str, Code] = {
         "error", "there is a head that the class in the config does not have", by=("doctor",)),
     "tensors-missing": Code(
         "error", "tensors that the architecture has are missing", by=("doctor",)),
-    "tied-twin-copied": Code("warning", "a tensor was read from the tensor that it is tied to"),
+    "tied-tensor-copied": Code("warning", "a tensor was read from the tensor that it is tied to"),
     "tokenizer-missing": Code("error", "the tokenizer is missing", by=("doctor",)),
     "tokenizer-too-large": Code(
         "warning", "the tokenizer has more tokens than the embedding", by=("doctor", "try")),
@@ -361,7 +361,7 @@ CODES: dict[str, Code] = {
         "warning", "DeepSpeed does not restore frozen parameters or buffers of a universal "
         "checkpoint",
         "Start the script from the weights that the run started from."),
-    "untrained-layers": Code("info", "layers that no live module holds are the base's"),
+    "untrained-layers": Code("info", "layers that no loaded model holds are the base's"),
     "vectors-constant": Code(
         "info", "a vector holds one value throughout, as new biases and norms do", by=("try",)),
     "vocabulary-padded": Code(

@@ -1,9 +1,9 @@
 """The settings of torch's optimizers: those in a state dict, and those that DeepSpeed's lack.
 
-`set_optimizer_state_dict` asks a checkpoint for every key that the live optimizer has, and ignores
-others. DeepSpeedCPUAdam and FusedAdam keep five of the eleven; the others are switches of torch's
-own, whose defaults say what those optimizers do. A value that decides the training (`lr`, `betas`,
-`eps`, `weight_decay`) is never invented. torch 2.13, torch/optim/adam.py.
+`set_optimizer_state_dict` asks a checkpoint for every key that the running optimizer has, and
+ignores others. DeepSpeedCPUAdam and FusedAdam keep five of the eleven; the others are switches of
+torch's own, whose defaults say what those optimizers do. A value that decides the training (`lr`,
+`betas`, `eps`, `weight_decay`) is never invented. torch 2.13, torch/optim/adam.py.
 """
 
 from __future__ import annotations

@@ -171,8 +171,8 @@ class TrainingState(Struct, frozen=True):
 WEIGHTS_ALONE = "Convert the weights alone, without --optimizer."
 #: What the table of masters is called among the kinds of moments.
 MASTER = "master"
-#: The part of an output's files that hold training state (`OutputFile.part`).
-STATE_PART = "optimizer"
+#: The table of an output's files that hold training state (`OutputFile.table`).
+STATE_TABLE = "optimizer"
 
 
 def tensor_name(kind: str, name: str) -> str:

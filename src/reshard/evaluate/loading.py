@@ -106,8 +106,8 @@ def _class_of(folder: Folder, remote_code: bool) -> Any:
     """The class to load: the named one, or the automatic class of the folder's kind."""
     own = folder.config.get("auto_map")
     if isinstance(own, dict) and remote_code:
-        wanted = (_automatic(folder.kind).__name__, "AutoModelForCausalLM", "AutoModel")
-        named = next((name for name in wanted if name in own), wanted[0])
+        classes = (_automatic(folder.kind).__name__, "AutoModelForCausalLM", "AutoModel")
+        named = next((name for name in classes if name in own), classes[0])
         return getattr(transformers, named)
     if folder.kind is ModelKind.REWARD and not folder.takes_audio:
         # LightRFT trains its vision-language reward models on the backbone without a head
@@ -154,8 +154,8 @@ def _check_shapes(folder: Folder, info: Mapping[str, Any]) -> None:
     if not mismatched:
         return
     shown = "; ".join(
-        f"{name} is {list(stored)} in the files, {list(wanted)} by the config"
-        for name, stored, wanted in mismatched[:3]
+        f"{name} is {list(stored)} in the files, {list(expected)} by the config"
+        for name, stored, expected in mismatched[:3]
     )
     raise NamesError(
         f"{len(mismatched)} weights have another shape than the config says: {shown}.",

@@ -342,9 +342,9 @@ def _sizes(config: Config) -> dict[str, int]:
 def _fits(shape: Shape, dims: tuple[str, ...], sizes: Mapping[str, int]) -> bool:
     if dims == ("-",):
         return True
-    wanted = [int(dim) if dim.isdigit() else sizes.get(dim) for dim in dims]
-    return len(shape) == len(wanted) and all(
-        size is None or size == have for have, size in zip(shape, wanted, strict=True)
+    expected = [int(dim) if dim.isdigit() else sizes.get(dim) for dim in dims]
+    return len(shape) == len(expected) and all(
+        size is None or size == have for have, size in zip(shape, expected, strict=True)
     )
 
 

@@ -23,7 +23,7 @@ from reshard.transfer import journal
 from reshard.transfer.checksums import Checked, PassedRun
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.finite import NotFinite
-from reshard.transfer.making import Made, block_numel
+from reshard.transfer.making import SegmentResult, block_numel
 from reshard.transfer.pieces import Run, runs
 from reshard.transfer.readback import ReadBack, Stretch
 from reshard.transfer.reading import Known
@@ -32,11 +32,11 @@ from reshard.transfer.reading import Known
 class Outcome(Struct, frozen=True):
     """What a transfer did.
 
-    `digests` are those of each tensor (`core.digests`), by part and name. `checked` counts the
+    `digests` are those of each tensor (`core.digests`), by table and name. `checked` counts the
     checksums of the source that were compared, and the stretches without. `not_finite` are tensors
-    that hold NaN or infinity, by part and name. `changed` counts the slots whose values differ from
-    their reference, of `compared`. `findings` say what happened on the way: to what earlier runs
-    left, to the output that was replaced, to workers. `read_back` are digests of bytes of the
+    that hold NaN or infinity, by table and name. `changed` counts the slots whose values differ
+    from their reference, of `compared`. `findings` say what happened on the way: to what earlier
+    runs left, to the output that was replaced, to workers. `read_back` are digests of bytes of the
     written files, read from them again. `reused` are the bytes that an interrupted run had made, of
     which `damaged` pieces were not as it noted them.
     """
@@ -76,7 +76,7 @@ class _Digest(Struct):
 
 
 class File(Struct):
-    """An output file on its way, with `pending` parts to come. `late` is written before it is
+    """An output file on its way, with `pending` segments to come. `late` is written before it is
     sealed: (offset, CRC-32).
 
     Of a lent file `path` is where it lies meanwhile, and `fd` is -1.
@@ -92,8 +92,8 @@ class File(Struct):
 class Tensor(Struct):
     """A slot on its way; `changed` once it differs from its reference.
 
-    `crcs` are the CRC-32 and size of the parts that are written, by their first element; `pending`
-    parts are not, and more may come until `complete`.
+    `crcs` are the CRC-32 and size of the segments that are written, by their first element;
+    `pending` segments are not, and more may come until `complete`.
     """
 
     slot: Slot
@@ -104,7 +104,7 @@ class Tensor(Struct):
     changed: bool = False
 
 
-class Part(Struct, frozen=True):
+class Segment(Struct, frozen=True):
     """What a piece has of one slot."""
 
     tensor: Tensor
@@ -116,20 +116,20 @@ class Piece(Struct, frozen=True):
 
     digest: _Digest
     leaf: int
-    parts: list[Part] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
 
     @property
     def name(self) -> tuple[str, str]:
-        """The part and the name of its tensor."""
-        tensor = self.parts[0].tensor
-        return tensor.file.output.part, tensor.slot.spec.name
+        """The table and the name of its tensor."""
+        tensor = self.segments[0].tensor
+        return tensor.file.output.table, tensor.slot.spec.name
 
     @property
     def nbytes(self) -> int:
         return sum(
-            run.numel * part.tensor.slot.spec.dtype.itemsize
-            for part in self.parts
-            for run in part.runs
+            run.numel * segment.tensor.slot.spec.dtype.itemsize
+            for segment in self.segments
+            for run in segment.runs
         )
 
 
@@ -169,7 +169,7 @@ class Assembly:
         for output in self._plan.files:
             file = self._begin(output)
             for slot in output.slots:
-                key = (output.part, slot.spec.name)
+                key = (output.table, slot.spec.name)
                 if key not in self._digests:  # the slots of one tensor follow each other
                     self._digests[key] = _Digest()
                     before = 0
@@ -206,37 +206,44 @@ class Assembly:
             self._damaged += 1
 
     def made(
-        self, piece: Piece, digest: bytes, parts: Sequence[Made], read: Sequence[PassedRun]
+        self,
+        piece: Piece,
+        digest: bytes,
+        results: Sequence[SegmentResult],
+        read: Sequence[PassedRun],
     ) -> None:
-        """That a piece is written, what making its parts showed, and what was read of records."""
+        """That a piece is written, what making its segments showed, and what was read of records.
+
+        It is noted in the journal, unless it was made of compressed frames that state checksums.
+        """
         if self._back is not None and (stretch := self._stretch(piece)) is not None:
-            self._back.note(piece.parts[0].tensor.file.fd, stretch)
-        self._done(piece, digest, parts)
+            self._back.note(piece.segments[0].tensor.file.fd, stretch)
+        self._done(piece, digest, results)
         if all(file.codec is None and file.path in self._numbers for file, *_ in read):
             numbered = tuple((self._numbers[f.path], start, stop, c) for f, start, stop, c in read)
             line = journal.Piece(*piece.name, piece.leaf, digest, numbered)
             self._folder.journal.note(line, piece.nbytes)
 
-    def reused(self, piece: Piece, digest: bytes, parts: Sequence[Made]) -> None:
+    def reused(self, piece: Piece, digest: bytes, results: Sequence[SegmentResult]) -> None:
         """That a piece stands in the output as an interrupted run noted it."""
         if self._back is not None and (stretch := self._stretch(piece)) is not None:
             self._back.known(stretch, digest)
         with self._counting:
             self._reused += piece.nbytes
-        self._done(piece, digest, parts)
+        self._done(piece, digest, results)
 
-    def _done(self, piece: Piece, digest: bytes, parts: Sequence[Made]) -> None:
+    def _done(self, piece: Piece, digest: bytes, results: Sequence[SegmentResult]) -> None:
         with self._counting:
             piece.digest.put(piece.leaf, digest)
-        for part, made in zip(piece.parts, parts, strict=True):
-            tensor = part.tensor
+        for segment, made in zip(piece.segments, results, strict=True):
+            tensor = segment.tensor
             with self._counting:
                 tensor.changed = tensor.changed or made.changed
                 if made.special:
-                    key = (tensor.file.output.part, tensor.slot.spec.name)
+                    key = (tensor.file.output.table, tensor.slot.spec.name)
                     self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
                 if tensor.slot.crc_offsets:
-                    tensor.crcs[part.runs[0].start] = made.crc, made.nbytes
+                    tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
                 tensor.pending -= 1
                 if tensor.complete and not tensor.pending:
                     _put_crc(tensor)
@@ -272,11 +279,11 @@ class Assembly:
 
     def _stretch(self, piece: Piece) -> Stretch | None:
         """Where a piece lies, if it is one stretch of a file."""
-        if len(piece.parts) != 1:
+        if len(piece.segments) != 1:
             return None
-        (part,) = piece.parts
-        file, slot = part.tensor.file, part.tensor.slot
-        first, last = part.runs[0], part.runs[-1]
+        (segment,) = piece.segments
+        file, slot = segment.tensor.file, segment.tensor.slot
+        first, last = segment.runs[0], segment.runs[-1]
         itemsize = slot.spec.dtype.itemsize
         path = os.fspath(self._folder.partial / file.output.name)
         offset = slot.offset + first.start * itemsize
@@ -284,16 +291,16 @@ class Assembly:
         return Stretch(path, offset, nbytes)
 
     def _add(self, piece: Piece, tensor: Tensor, run: Run) -> None:
-        """Note a run in its piece; parts are counted before anyone can finish them."""
-        if not piece.parts or piece.parts[-1].tensor is not tensor:
-            piece.parts.append(Part(tensor, []))
+        """Note a run in its piece; segments are counted before anyone can finish them."""
+        if not piece.segments or piece.segments[-1].tensor is not tensor:
+            piece.segments.append(Segment(tensor, []))
             with self._counting:
                 tensor.pending += 1
                 tensor.file.pending += 1
-        piece.parts[-1].runs.append(run)
+        piece.segments[-1].runs.append(run)
 
     def _complete(self, tensor: Tensor) -> None:
-        """Note that no more parts of a slot will come."""
+        """Note that no more segments of a slot will come."""
         with self._counting:
             tensor.complete = True
             if not tensor.pending:
@@ -317,11 +324,10 @@ class Assembly:
         if self._back is not None:
             self._back.written(fd)
         self._folder.seal(name, fd)
-        self._folder.journal.seal(name, file.output.nbytes)
 
 
 def _put_crc(tensor: Tensor) -> None:
-    """Have the CRC-32 of a slot written, of which every part is made."""
+    """Have the CRC-32 of a slot written, of which every segment is made."""
     crc = 0
     for _, (following, nbytes) in sorted(tensor.crcs.items()):
         crc = zlib_ng.crc32_combine(crc, following, nbytes)

@@ -1,12 +1,12 @@
 """The output folder: it appears complete, under its final name, or not at all.
 
 Everything is written into a folder of this run beside the output, on the same file system
-(`leftovers` draws it), each file under a temporary name, synced, and renamed into its place there.
-What is finished is noted in a journal, so that a run that is killed can be resumed.
-`commit` syncs the folders and renames the folder once, in a way that refuses to replace; with
-`overwrite`, old and new exchange places in one step and the old is deleted afterwards. A failure
-before that removes what this run made, and nothing else. A lock beside the output is held from the
-beginning until the last deletion (`lock`).
+(`leftovers` draws it), each file under a temporary name, synced, and renamed into its place there
+(`seals`). What is finished is noted in a journal, so that a run that is killed can be resumed
+(`resuming`). `commit` syncs the folders and renames the folder once, in a way that refuses to
+replace; with `overwrite`, old and new exchange places in one step and the old is deleted
+afterwards. A failure before that removes what this run made, and nothing else. A lock beside the
+output is held from the beginning until the last deletion (`lock`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from reshard.storage.paths import real
 from reshard.transfer import leftovers, resuming
 from reshard.transfer.journal import Basis, Journal
 from reshard.transfer.lock import TargetLock
+from reshard.transfer.seals import Seals
 from reshard.transfer.signals import held_signals
 from reshard.transfer.system import (
     Identity,
     exchange,
-    identity,
     identity_of,
     rename_new,
     reserve,
@@ -86,6 +86,7 @@ class OutputFolder:
         self._creating = threading.Lock()
         self._created: set[str] = set()
         self._writing = threading.Lock()
+        self._seals = Seals()
 
     def __enter__(self) -> OutputFolder:
         try:
@@ -160,17 +161,25 @@ class OutputFolder:
         return fd
 
     def seal(self, name: str, fd: int) -> None:
-        """Sync and close a file made by `create`, and give it its name."""
+        """Have a file made by `create` synced, closed and given its name; `settle` waits for it."""
+        self._seals.add(lambda: self._seal(name, fd))
+
+    def settle(self) -> None:
+        """Wait until every file that was sealed is synced and has its name."""
+        self._seals.settle()
+
+    def _seal(self, name: str, fd: int) -> None:
         final = self.partial / name
         try:
             os.fsync(fd)
+            nbytes = os.fstat(fd).st_size
             path = self._open.pop(fd)
             os.close(fd)
             final.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(final):  # on a disk that does not distinguish README from readme
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            path.rename(final)
-            sync_folder(final.parent)
+            path.rename(final)  # `commit` makes the names durable
+            self.journal.seal(name, nbytes)
         except OSError as error:
             raise _cannot_write(self.target / name, error) from None
 
@@ -193,6 +202,7 @@ class OutputFolder:
 
         Signals wait meanwhile. Where this raises, the output is as it was before the run.
         """
+        self.settle()
         with held_signals():
             try:
                 folders = [path for path in self.partial.rglob("*") if path.is_dir()]
@@ -218,7 +228,7 @@ class OutputFolder:
     def _begin(self) -> None:
         for _ in range(_TRIES):
             try:
-                self._make_parents()
+                resuming.make_parents(self.target, self._parents)
                 self._lock.take()
                 break
             except FileNotFoundError:  # another run failed, and removed the folders that it made
@@ -238,19 +248,6 @@ class OutputFolder:
         elif found is not None:
             self._own_identity, self._journal, self.resumed = found
         return self.resumed != ""
-
-    def _make_parents(self) -> None:
-        """Make the folders above the target, remembering them: a failed run removes them again."""
-        missing = []
-        folder = self.target.parent
-        while not folder.exists():
-            missing.append(folder)
-            folder = folder.parent
-        for folder in reversed(missing):
-            with suppress(FileExistsError):  # another run makes it at the same time
-                folder.mkdir()
-                self._parents.append((folder, identity(folder.lstat())))
-                sync_folder(folder.parent)
 
     def _check_still_ours(self) -> None:
         """Raise where the lock, or what has the output's name, is no longer what it was at
@@ -352,6 +349,7 @@ class OutputFolder:
     def _finish(self, *, keep: bool = False) -> None:
         """Remove what this run made and did not commit, unless `keep`, and release the lock."""
         with held_signals():
+            self._seals.close()
             for fd in self._open:
                 with suppress(OSError):
                     os.close(fd)

@@ -19,10 +19,10 @@ from reshard.core.plan import Plan
 from reshard.core.tensors import stored
 from reshard.progress import Progress
 from reshard.storage.local import Sources
-from reshard.transfer.assembly import Assembly, Outcome, Part, Piece
+from reshard.transfer.assembly import Assembly, Outcome, Piece, Segment
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder
-from reshard.transfer.making import Made, Maker
+from reshard.transfer.making import Maker, SegmentResult
 from reshard.transfer.readback import ReadBack, ReadJob
 from reshard.transfer.writeback import Writeback
 
@@ -82,6 +82,7 @@ class Engine:
         failures = [failure for future in futures if (failure := future.exception())]
         for failure in sorted(failures, key=lambda failure: isinstance(failure, _StoppedError)):
             raise failure
+        self._folder.settle()
         bytes_read = sum(future.result() for future in futures)
         return self._assembly.outcome(bytes_read, self._ledger.check(self._sources))
 
@@ -95,7 +96,7 @@ class Engine:
                     continue
                 if not self._found(piece, maker):
                     hasher = xxhash.xxh3_128()
-                    made = [self._make(part, hasher, maker) for part in piece.parts]
+                    made = [self._make(segment, hasher, maker) for segment in piece.segments]
                     self._assembly.made(piece, hasher.digest(), made, maker.read())
                 self._made()
         except BaseException:
@@ -124,9 +125,9 @@ class Engine:
                     return None
                 self._taking.wait()
 
-    def _make(self, part: Part, hasher: xxhash.xxh3_128, maker: Maker) -> Made:
+    def _make(self, segment: Segment, hasher: xxhash.xxh3_128, maker: Maker) -> SegmentResult:
         """Make what a piece has of a slot."""
-        file = part.tensor.file
+        file = segment.tensor.file
 
         def put(data: memoryview, offset: int) -> None:
             if self._stop.is_set():
@@ -135,8 +136,8 @@ class Engine:
             self._writeback.wrote(file.fd, len(data))
             self._count(len(data))
 
-        tensor = part.tensor
-        return maker.make(tensor.slot, part.runs, hasher, put, changed=tensor.changed)
+        tensor = segment.tensor
+        return maker.make(tensor.slot, segment.runs, hasher, put, changed=tensor.changed)
 
     def _found(self, piece: Piece, maker: Maker) -> bool:
         """Whether a piece stands in the output as an interrupted run noted it.
@@ -149,19 +150,16 @@ class Engine:
         hasher = xxhash.xxh3_128()
         found = []
         with suppress(OSError):
-            for part in piece.parts:
-                tensor = part.tensor
-                found.append(
-                    maker.find(
-                        tensor.slot, part.runs, hasher, tensor.file.fd, changed=tensor.changed
-                    )
-                )
-        whole = len(found) == len(piece.parts) and hasher.digest() == noted.digest
+            for segment in piece.segments:
+                tensor = segment.tensor
+                fd, known = tensor.file.fd, tensor.changed
+                found.append(maker.find(tensor.slot, segment.runs, hasher, fd, changed=known))
+        whole = len(found) == len(piece.segments) and hasher.digest() == noted.digest
         if not whole or not self._ledger.add_noted(noted.read):
             self._assembly.differs(piece)
             return False
-        for part in piece.parts:
-            self._ledger.add_bare(stored(part.tensor.slot.source.fragments))
+        for segment in piece.segments:
+            self._ledger.add_bare(stored(segment.tensor.slot.source.fragments))
         self._assembly.reused(piece, hasher.digest(), found)
         self._count(piece.nbytes)
         return True

@@ -1,4 +1,4 @@
-"""Making a part of a piece: read and cast, examine, compare, write, hash, block by block.
+"""Making a segment of a piece: read and cast, examine, compare, write, hash, block by block.
 
 Memory of a maker: `_BLOCK` and `_SCRATCH` bytes, four times as many for blocks once it met a tensor
 that is stored in another order.
@@ -28,12 +28,12 @@ _BLOCK = 4 << 20
 _STRIDED_BLOCK = 4 * _BLOCK
 _SCRATCH = 2 * _BLOCK
 
-#: Writes bytes at an offset of the output file that a part lies in.
+#: Writes bytes at an offset of the output file that a segment lies in.
 Put = Callable[[memoryview, int], None]
 
 
-class Made(Struct, frozen=True):
-    """What making a part showed.
+class SegmentResult(Struct, frozen=True):
+    """What making a segment showed.
 
     `crc` is the CRC-32 of its `nbytes` bytes, 0 where none is asked for; `changed` whether it
     differs from the slot's reference; `special` counts NaN and infinities.
@@ -46,7 +46,8 @@ class Made(Struct, frozen=True):
 
 
 class Maker:
-    """Makes parts, one after another; one a thread. `ledger` notes what is read of the source."""
+    """Makes segments, one after another; one a thread. `ledger` notes what is read of the
+    source."""
 
     def __init__(self, sources: Sources, ledger: Ledger) -> None:
         scratch = page_aligned(_SCRATCH).data
@@ -67,7 +68,7 @@ class Maker:
         put: Put,
         *,
         changed: bool = False,
-    ) -> Made:
+    ) -> SegmentResult:
         """Make what `runs` are of a slot. `changed`: it is known that the tensor differs."""
         itemsize = slot.spec.dtype.itemsize
 
@@ -86,7 +87,7 @@ class Maker:
         fd: int,
         *,
         changed: bool = False,
-    ) -> Made:
+    ) -> SegmentResult:
         """The same of bytes that stand in the output's file already. Raises `OSError`."""
         itemsize = slot.spec.dtype.itemsize
 
@@ -110,7 +111,7 @@ class Maker:
         bytes_of: Callable[[Run], Array],
         *,
         changed: bool,
-    ) -> Made:
+    ) -> SegmentResult:
         """What the bytes of `runs` show as they pass."""
         if strided(slot) and len(self.buffer) < _STRIDED_BLOCK:
             self.buffer = page_aligned(_STRIDED_BLOCK)
@@ -127,7 +128,7 @@ class Maker:
             if slot.crc_offsets:
                 crc = zlib_ng.crc32(raw.data, crc)
             nbytes += len(raw)
-        return Made(nbytes, crc, changed, special)
+        return SegmentResult(nbytes, crc, changed, special)
 
     def _fill(self, slot: Slot, run: Run, itemsize: int) -> Array:
         """The bytes of a run, in the buffer."""

@@ -1,14 +1,29 @@
-"""A run's own folder: making it, or taking up that of an interrupted run of the same plan."""
+"""A run's own folder, and those above: making them, or taking up an interrupted run's."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from reshard.core.findings import Finding
 from reshard.errors import ReshardError, WriteError
 from reshard.transfer import leftovers
 from reshard.transfer.journal import Basis, Journal, StaleError
-from reshard.transfer.system import Identity, identity
+from reshard.transfer.system import Identity, identity, sync_folder
+
+
+def make_parents(target: Path, made: list[tuple[Path, Identity]]) -> None:
+    """Make the folders above the target, and append them: a failed run removes them again."""
+    missing = []
+    folder = target.parent
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for folder in reversed(missing):
+        with suppress(FileExistsError):  # another run makes it at the same time
+            folder.mkdir()
+            made.append((folder, identity(folder.lstat())))
+            sync_folder(folder.parent)
 
 
 def begin(own: Path, target: Path, basis: Basis) -> tuple[Identity, Journal]:

@@ -19,7 +19,7 @@ from reshard.containers.dcp.chunked import find_tensors, scalar
 from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.dcp.objects import read_object
 from reshard.containers.torch import read as read_torch
-from reshard.containers.torch.plain import Parts, number
+from reshard.containers.torch.plain import PlainData, number
 from reshard.core.state import Plain, TrainingState
 from reshard.errors import ReshardError, UnsupportedError
 from reshard.formats import OPTIMIZER
@@ -69,52 +69,52 @@ def refuse_rank_files(folder: Path) -> None:
 
 
 def run_state(
-    state: TrainingState, folder: Path, metadata: Metadata, parts: Parts
+    state: TrainingState, folder: Path, metadata: Metadata, plain: PlainData
 ) -> TrainingState:
     """The state with the schedule, counters and the user's state that lie beside it."""
     above = folder.parent if ACCELERATE_MODEL.fullmatch(folder.name) else folder
-    scheduler = _scheduler_file(above, parts) or _scheduler_part(folder, metadata, parts)
+    scheduler = _scheduler_file(above, plain) or _scheduler_part(folder, metadata, plain)
     client: dict[str, Plain] = {}
     if is_file(above / CLIENT_STATE):
-        client = parts.mapping(
-            read_torch(parts.sources.open(child(above, CLIENT_STATE))).value, "client_state"
+        client = plain.mapping(
+            read_torch(plain.sources.open(child(above, CLIENT_STATE))).value, "client_state"
         )
-    counters = _titan_counters(folder, metadata, parts) | _trainer_counters(above)
+    counters = _titan_counters(folder, metadata, plain) | _trainer_counters(above)
     return replace(
         state,
         scheduler=scheduler,
         client_state=client,
         counters=counters,
-        left_out=(*state.left_out, *parts.left_out),
+        left_out=(*state.left_out, *plain.left_out),
     )
 
 
-def _scheduler_file(folder: Path, parts: Parts) -> dict[str, Plain] | None:
+def _scheduler_file(folder: Path, plain: PlainData) -> dict[str, Plain] | None:
     for name in _SCHEDULERS:
         if is_file(folder / name):
             try:
-                value = read_torch(parts.sources.open(child(folder, name))).value
+                value = read_torch(plain.sources.open(child(folder, name))).value
             except ReshardError:
-                parts.leave(f"{name} (cannot be read)")
+                plain.leave(f"{name} (cannot be read)")
                 return None
-            found = parts.state_dict(value, name)
+            found = plain.state_dict(value, name)
             if found is not None:
                 return found
     return None
 
 
-def _scheduler_part(folder: Path, metadata: Metadata, parts: Parts) -> dict[str, Plain] | None:
+def _scheduler_part(folder: Path, metadata: Metadata, plain: PlainData) -> dict[str, Plain] | None:
     """A scheduler in the save itself; only settings at its top are taken."""
     found: dict[str, Plain] = {}
     known: dict[bytes, Plain] = {}
     for key, copies in metadata.objects.items():
         path = metadata.paths[key]
         if len(path) == 2 and _SCHEDULER_PART.fullmatch(path[0]) and copies:
-            found[path[1]] = read_object(key, copies[0], folder, parts, known)
+            found[path[1]] = read_object(key, copies[0], folder, plain, known)
     return found or None
 
 
-def _titan_counters(folder: Path, metadata: Metadata, parts: Parts) -> dict[str, int]:
+def _titan_counters(folder: Path, metadata: Metadata, plain: PlainData) -> dict[str, int]:
     """`train_state.step` and its like, which torchtitan saves as tensors without dimensions."""
     keys = {
         key: (key,)
@@ -123,10 +123,10 @@ def _titan_counters(folder: Path, metadata: Metadata, parts: Parts) -> dict[str,
         and len(metadata.paths[key]) == 2
         and tensor.shape == ()
     }
-    entries = find_tensors(keys, metadata, folder, parts.sources)[0] if keys else {}
+    entries = find_tensors(keys, metadata, folder, plain.sources)[0] if keys else {}
     counters = {}
     for key, entry in entries.items():
-        value = number(scalar(entry), parts.sources)
+        value = number(scalar(entry), plain.sources)
         if isinstance(value, int):
             counters[metadata.paths[key][1]] = value
     return counters

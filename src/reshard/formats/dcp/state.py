@@ -25,7 +25,7 @@ from reshard.containers.dcp.chunked import find_tensors, scalar
 from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.dcp.objects import read_object
 from reshard.containers.torch.optimizer import NOT_HYPER, eight_bit, parse_step
-from reshard.containers.torch.plain import Parts
+from reshard.containers.torch.plain import PlainData
 from reshard.core.state import (
     WEIGHTS_ALONE,
     Group,
@@ -57,7 +57,7 @@ def reader(
         return None
 
     def read() -> TrainingState:
-        parts = Parts(sources)
+        plain = PlainData(sources)
         place, inside, found = folder, metadata, roots
         if beside is not None:
             besides.refuse_rank_files(beside)
@@ -71,8 +71,8 @@ def reader(
                 path=place,
                 hint=WEIGHTS_ALONE,
             )
-        state = _read(place, inside, found[0], parts)
-        state = besides.run_state(state, folder, metadata, parts)
+        state = _read(place, inside, found[0], plain)
+        state = besides.run_state(state, folder, metadata, plain)
         return _own_names(state, entries, part.path)
 
     return ReadState(read)
@@ -128,7 +128,7 @@ def _sorted(metadata: Metadata, root: StatePath) -> _Found:
     return found
 
 
-def _read(folder: Path, metadata: Metadata, root: StatePath, parts: Parts) -> TrainingState:
+def _read(folder: Path, metadata: Metadata, root: StatePath, plain: PlainData) -> TrainingState:
     found = _sorted(metadata, root)
     if not found.settings and not found.moments:
         raise FormatError("it holds no state of an optimizer.", path=folder)
@@ -137,14 +137,14 @@ def _read(folder: Path, metadata: Metadata, root: StatePath, parts: Parts) -> Tr
     tensors |= {
         key: (tensor_name(_STEP, name),) for name, key in steps.items() if key in metadata.tensors
     }
-    entries, records = find_tensors(tensors, metadata, folder, parts.sources)
+    entries, records = find_tensors(tensors, metadata, folder, plain.sources)
     tables: dict[str, dict[str, Entry]] = {}
     for kind, name in moments.values():
         entry = entries[tensor_name(kind, name)].renamed(name)
         if not entry.spec.dtype.floating:
             raise eight_bit(folder, kind)
         tables.setdefault(kind, {})[name] = entry
-    objects = _Objects(folder, metadata, parts)
+    objects = _Objects(folder, metadata, plain)
     counted = {
         name: step
         for name, key in steps.items()
@@ -164,8 +164,8 @@ def _read(folder: Path, metadata: Metadata, root: StatePath, parts: Parts) -> Tr
 class _Objects:
     """The objects of a save; equal bytes, as flattened hyperparameters have, are parsed once."""
 
-    def __init__(self, folder: Path, metadata: Metadata, parts: Parts) -> None:
-        self.folder, self._metadata, self.parts = folder, metadata, parts
+    def __init__(self, folder: Path, metadata: Metadata, plain: PlainData) -> None:
+        self.folder, self._metadata, self.plain = folder, metadata, plain
         self._known: dict[bytes, Plain] = {}
 
     def value(self, key: str) -> Plain:
@@ -175,14 +175,14 @@ class _Objects:
             raise FormatError(
                 "the metadata does not say where it lies.", path=self.folder, tensor=key
             )
-        return read_object(key, copies[0], self.folder, self.parts, self._known)
+        return read_object(key, copies[0], self.folder, self.plain, self._known)
 
 
 def _step(entry: Entry | None, key: str, objects: _Objects) -> Step | None:
     """A parameter's step count: a tensor, or an object where it was Python's integer."""
     if entry is None:
-        return parse_step(objects.value(key), objects.parts, objects.folder)
-    return parse_step(scalar(entry), objects.parts, objects.folder)
+        return parse_step(objects.value(key), objects.plain, objects.folder)
+    return parse_step(scalar(entry), objects.plain, objects.folder)
 
 
 def _groups(found: _Found, objects: _Objects) -> tuple[Group, ...]:
@@ -235,10 +235,10 @@ def _own_names(
                 return owners.get(known, known)
         return name
 
-    wanted: Sequence[str] = state.names
-    if all(name in entries for name in wanted):
+    expected: Sequence[str] = state.names
+    if all(name in entries for name in expected):
         return state
-    inside = {name for name in wanted if name in entries or own(name) != name}
+    inside = {name for name in expected if name in entries or own(name) != name}
     if len({own(name) for name in inside}) < len(inside):
         return state  # two names of one tensor; the check of the state says so
     return state.renamed(own)
