@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import starmap
 from typing import Any
 
 from msgspec import Struct
@@ -14,7 +15,7 @@ from reshard.core.findings import Finding
 from reshard.core.notebook import html_table
 from reshard.core.sizes import size
 from reshard.core.state import TrainingState
-from reshard.errors import printable
+from reshard.errors import brief, listed, printable
 from reshard.naming.matching import Matching
 
 
@@ -51,8 +52,14 @@ class Report(Struct, frozen=True):
     resized; each is an attribute as well. `merged` counts low-rank updates. `changed` of `compared`
     tensors differ from the base model's. `records_checked` checksums that the source's files state
     were compared with what was read; of `records_unchecked` stretches of them they state none.
+<<<<<<< HEAD
     `bytes_reused` are those that an interrupted run had made; None without `resume`. `findings` are
     what a user should know. Sizes are bytes.
+=======
+    `copied` are the files that come from the base as they are, `config` the fields of its
+    config.json that change, with both values. `memory` is about what the process will hold at most,
+    which only a dry run estimates. `findings` are what a user should know. Sizes are bytes.
+>>>>>>> main
     """
 
     source: str
@@ -79,7 +86,13 @@ class Report(Struct, frozen=True):
     checkpoint: str = ""
     adapter: Summary | None = None
     state: Moments | None = None
+<<<<<<< HEAD
     bytes_reused: int | None = None
+=======
+    copied: tuple[str, ...] = ()
+    config: Mapping[str, tuple[object, object]] = {}
+    memory: int | None = None
+>>>>>>> main
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as lines of a label and its words, as `convert` shows it."""
@@ -96,6 +109,12 @@ class Report(Struct, frozen=True):
             rows.append(("reused", f"{size(self.bytes_reused)}, {found}"))
         if self.state is not None:
             rows.insert(3, ("optimizer", str(self.state)))
+        if self.memory is not None:
+            rows.append(("memory", f"at most about {size(self.memory)}"))
+        if self.copied and dry:
+            rows.append(("copied", f"{listed(self.copied)}, from the base"))
+        if self.config:
+            rows.append(("config", listed([*starmap(_changed, self.config.items())])))
         if self.replaced is not None:
             rows.insert(2, ("would replace" if dry else "replaced", str(self.replaced)))
         if self.rules or self.prefix:
@@ -181,11 +200,20 @@ class Report(Struct, frozen=True):
             )
         }
         findings = [finding.to_json() for finding in self.findings]
+        values["config"] = {path: list(pair) for path, pair in self.config.items()}
         return {**values, **self.matching.to_json(), "findings": findings, **records}
 
 
 def _files(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} files"
+
+
+def _changed(path: str, values: tuple[object, object]) -> str:
+    """A field of config.json that changes, in words."""
+    before, after = (brief(value) for value in values)
+    if values[1] is None:
+        return f"{path} removed"
+    return f"{path} {after}" if values[0] is None else f"{path} {before} -> {after}"
 
 
 def _tagged(tag: str | None) -> str:

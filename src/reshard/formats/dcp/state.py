@@ -16,7 +16,7 @@ equal copies are one group. FSDP1's states have the same form (torch 2.13, state
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -52,30 +52,36 @@ def reader(
 ) -> ReadState | None:
     """What reads the state that belongs to a model's part; None where there is none."""
     roots = _roots(metadata, part.path)
-    beside = None if roots else besides.optimizer_folder(folder)
-    if not roots and beside is None:
+    beside = [] if roots else besides.optimizer_folders(folder)
+    if not roots and not beside:
         return None
 
     def read() -> TrainingState:
         plain = PlainData(sources)
         place, inside, found = folder, metadata, roots
-        if beside is not None:
-            besides.refuse_rank_files(beside)
-            place, inside = beside, folder_metadata(beside, sources)
+        if len(beside) > 1:
+            raise _several(folder, (path.name for path in beside))
+        if beside:
+            besides.refuse_rank_files(beside[0])
+            place, inside = beside[0], folder_metadata(beside[0], sources)
             found = _roots(inside, ()) or [()]
         if len(found) > 1:
-            names = listed(".".join(root) for root in found)
-            raise UnsupportedError(
-                f"it holds the states of several optimizers ({names}), and nothing says which "
-                "one is this model's.",
-                path=place,
-                hint=WEIGHTS_ALONE,
-            )
+            raise _several(place, (".".join(root) for root in found))
         state = _read(place, inside, found[0], plain)
         state = besides.run_state(state, folder, metadata, plain)
-        return _own_names(state, entries, part.path)
+        state = _own_names(state, entries, part.path)
+        return _inside(state, entries, metadata, part)
 
     return ReadState(read)
+
+
+def _several(place: Path, names: Iterable[str]) -> UnsupportedError:
+    return UnsupportedError(
+        f"it holds the states of several optimizers ({listed(names)}), and nothing says which "
+        "one is this model's.",
+        path=place,
+        hint=WEIGHTS_ALONE,
+    )
 
 
 def _roots(metadata: Metadata, model: StatePath) -> list[StatePath]:
@@ -219,6 +225,22 @@ def _flattened(found: _Found, objects: _Objects) -> tuple[Group, ...]:
         alike = repr(sorted(settings.items()))
         groups.setdefault(alike, (settings, []))[1].append(name)
     return tuple(Group(tuple(names), settings) for settings, names in groups.values())
+
+
+def _inside(
+    state: TrainingState, entries: Mapping[str, Entry], metadata: Metadata, part: Part
+) -> TrainingState:
+    """The state without what it holds of other parts of the checkpoint, as where one optimizer
+    updates an actor and a critic."""
+    outside = {
+        ".".join(path)
+        for key, path in metadata.paths.items()
+        if key in metadata.tensors and key not in part.names
+    }
+    foreign = {name for name in state.names if name not in entries}
+    if not foreign or not foreign <= outside or len(foreign) == len(state.names):
+        return state
+    return state.only({name: name for name in state.names if name not in foreign})
 
 
 def _own_names(
