@@ -52,14 +52,10 @@ class Report(Struct, frozen=True):
     resized; each is an attribute as well. `merged` counts low-rank updates. `changed` of `compared`
     tensors differ from the base model's. `records_checked` checksums that the source's files state
     were compared with what was read; of `records_unchecked` stretches of them they state none.
-<<<<<<< HEAD
-    `bytes_reused` are those that an interrupted run had made; None without `resume`. `findings` are
-    what a user should know. Sizes are bytes.
-=======
     `copied` are the files that come from the base as they are, `config` the fields of its
     config.json that change, with both values. `memory` is about what the process will hold at most,
-    which only a dry run estimates. `findings` are what a user should know. Sizes are bytes.
->>>>>>> main
+    which only a dry run estimates. `bytes_reused` are those that an interrupted run had made; None
+    without `resume`. `findings` are what a user should know. Sizes are bytes.
     """
 
     source: str
@@ -86,13 +82,10 @@ class Report(Struct, frozen=True):
     checkpoint: str = ""
     adapter: Summary | None = None
     state: Moments | None = None
-<<<<<<< HEAD
-    bytes_reused: int | None = None
-=======
     copied: tuple[str, ...] = ()
     config: Mapping[str, tuple[object, object]] = {}
     memory: int | None = None
->>>>>>> main
+    bytes_reused: int | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as lines of a label and its words, as `convert` shows it."""

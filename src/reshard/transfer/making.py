@@ -121,13 +121,8 @@ class Maker:
         crc = nbytes = 0
         special = NotFinite()
         for run in runs:
-<<<<<<< HEAD
             raw = bytes_of(run)
-            found = not_finite(raw, slot.spec.dtype)
-=======
-            raw = self._fill(slot, run, itemsize)
             found = spoilt(raw, slot.spec)
->>>>>>> main
             if found:
                 special += found
             if slot.reference is not None and not changed:
