@@ -98,8 +98,8 @@ class Report(Struct, frozen=True):
             ("would write" if dry else "written", size(self.bytes_written)),
         ]
         if self.bytes_reused is not None:
-            found = "of an interrupted run" if self.bytes_reused else "no run to continue was found"
-            rows.append(("reused", f"{size(self.bytes_reused)}, {found}"))
+            reused = f"{size(self.bytes_reused)} of an interrupted run"
+            rows.append(("reused", reused if self.bytes_reused else "nothing of an earlier run"))
         if self.state is not None:
             rows.insert(3, ("optimizer", str(self.state)))
         if self.memory is not None:

@@ -233,8 +233,9 @@ class OutputFolder:
                 break
             except FileNotFoundError:  # another run failed, and removed the folders that it made
                 self._parents.clear()
-        self.findings += leftovers.put_back(self.target)
-        refuse_existing(self.target, overwrite=self.overwrite)
+        restored = leftovers.put_back(self.target)
+        self.findings += restored
+        refuse_existing(self.target, overwrite=self.overwrite, restored=bool(restored))
         self._replaced = identity_of(self.target)
         self.findings += leftovers.clear(self.target, self._own if self._resume else None)
         if not (self._resume and self._take_up()):
@@ -366,15 +367,19 @@ class OutputFolder:
                         folder.rmdir()
 
 
-def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise `WriteError` where `target` exists and holds anything, unless it may be replaced."""
+def refuse_existing(target: Path, *, overwrite: bool, restored: bool = False) -> None:
+    """Raise `WriteError` where `target` exists and holds anything, unless it may be replaced.
+
+    `restored`: it was just put back from where a killed run had moved it.
+    """
     if target.is_dir():
         if overwrite or not any(target.iterdir()):
             return
     elif not target.exists():
         return
     kind = "folder exists and is not empty" if target.is_dir() else "is a file, not a folder"
-    raise WriteError(f"the output {kind}.", path=target, hint="Name another output.")
+    back = " A run that was killed had moved it aside; it is back in its place." * restored
+    raise WriteError(f"the output {kind}.{back}", path=target, hint="Name another output.")
 
 
 def check_space(target: Path, nbytes: int) -> None:
