@@ -71,7 +71,7 @@ def test_an_old_output_is_put_back(tmp_path: Path) -> None:
     (own / "old").mkdir()
     (own / "old" / "precious").touch()
     with (
-        pytest.raises(WriteError, match="exists.*it is back in its place"),
+        pytest.raises(WriteError, match=r"exists.*it is back in its place"),
         OutputFolder(tmp_path / "out", "digest"),
     ):
         pass
