@@ -210,16 +210,18 @@ class Assembly:
         piece: Piece,
         digest: bytes,
         results: Sequence[SegmentResult],
-        read: Sequence[PassedRun],
+        read: Sequence[PassedRun] | None,
     ) -> None:
         """That a piece is written, what making its segments showed, and what was read of records.
 
-        It is noted in the journal, unless it was made of compressed frames that state checksums.
+        It is noted in the journal, unless the latter is not known, or was of compressed frames.
         """
         if self._back is not None and (stretch := self._stretch(piece)) is not None:
             self._back.note(piece.segments[0].tensor.file.fd, stretch)
         self._done(piece, digest, results)
-        if all(file.codec is None and file.path in self._numbers for file, *_ in read):
+        if read is not None and all(
+            file.codec is None and file.path in self._numbers for file, *_ in read
+        ):
             numbered = tuple((self._numbers[f.path], start, stop, c) for f, start, stop, c in read)
             line = journal.Piece(*piece.name, piece.leaf, digest, numbered)
             self._folder.journal.note(line, piece.nbytes)
