@@ -132,7 +132,7 @@ def test_what_is_finished_is_kept_with_resume(model: Path, tmp_path: Path, signu
     )
     done = run(f"from reshard.conversion import manifest\n{code}", *arguments)
     assert done.returncode == 130, done.stderr
-    assert "what is finished is kept beside it: the same command continues." in done.stderr
+    assert "what is finished is kept beside it: run the command again to continue." in done.stderr
     assert [path.name[:13] for path in place.iterdir()] == [".out.partial-"]
     done = run("from reshard.cli.start import reshard\nreshard()", *arguments)
     assert done.returncode == 0, done.stderr

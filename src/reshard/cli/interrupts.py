@@ -52,7 +52,7 @@ def telling_what_stands(target: Path | None, *, resumable: bool = False) -> Iter
             stands = f"No output was written to {target}; {again}."
         if resumable and target is not None and after == before and _can_be_continued(target):
             stands = stands.removesuffix(f"{again}.")
-            stands += "what is finished is kept beside it: the same command continues."
+            stands += f"what is finished is kept beside it: {again} to continue."
         raise Interrupted(stands) from error
 
 
