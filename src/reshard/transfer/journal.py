@@ -329,7 +329,7 @@ class Journal:
 def is_held(path: Path) -> bool:
     """Whether a process that lives has the journal at `path`, as far as the system can tell."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, _FLAGS)  # for writing, too: NFS locks nothing else
     except OSError:
         return False
     try:

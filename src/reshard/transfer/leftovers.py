@@ -142,6 +142,8 @@ def gather(own: Path) -> bool:
     """
     new, tmp = own / "new", own / "tmp"
     for folder in (new, tmp):
+        with suppress(FileExistsError):  # or a run was killed right here
+            folder.mkdir()
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return False
     for place, _, names in os.walk(new):  # it follows no links
