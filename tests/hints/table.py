@@ -36,6 +36,15 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Name its path.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Handled are s3://, gs://, az://, hf:// and https://. Of a mounted store, name the folder where it is mounted.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Leave it out; the store's own settings hold credentials (docs/remote.md).": "remote/test_reading.py::test_urls_that_are_refused",
+    "Write it as s3://BUCKET/FOLDER, without empty names, `.` and `..`.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Write it as hf://OWNER/NAME or hf://OWNER/NAME@REVISION.": "remote/test_reading.py::test_a_model_of_the_hub",
+    "Name an output in s3://, gs:// or az://, or a local folder.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Wait for the run that writes it; if none does, convert again with --overwrite.": "remote/test_reading.py::test_an_output_that_is_not_complete",
+    "Install the extra, in reshard's folder: pip install '.[remote]'.": "remote/test_reading.py::test_without_the_extra",
+    "Copy the folder here, and name the copy.": "remote/test_reading.py::test_a_web_server",
     "For the layout of the release, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",
     "Write the version into the base's config.json, as transformers_version.": "models/test_released_layout.py::test_an_orientation_that_nothing_tells",
     "To write them: reshard doctor OUT --repair REPAIRED.": "models/test_released_layout.py::test_fields_that_the_base_lacks_are_said",
@@ -125,6 +134,8 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
+    "Name it by https://.":
+        _OTHER + "one that serves it encrypted",
     "Import it with torchtitan's own conversion from Hugging Face.":
         _OTHER + "one with torchtitan",
     "{}": _PIECE,

@@ -30,8 +30,10 @@ from reshard.core.state import STATE_TABLE
 from reshard.errors import VerificationError, listed
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
+from reshard.storage import requests
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import file_size
+from reshard.storage.requests import Requests
 from reshard.transfer import memory
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import check_space
@@ -100,7 +102,7 @@ def convert(
     True
     """
     given = dict(locals())
-    began = time.monotonic()
+    began, asked = time.monotonic(), requests.total()
     options, running = parsed(given)
     with besides(options):
         replaced = check_destination(
@@ -115,7 +117,10 @@ def convert(
         copied = sum(file_size(asset.path) for asset in job.plan.assets)
         check_space(options.target, job.plan.bytes_to_write + copied)
         if running.dry_run:
-            return _report(job, given, time.monotonic() - began, replaced, threads=running.threads)
+            report = _report(
+                job, given, time.monotonic() - began, replaced, threads=running.threads
+            )
+            return _with_requests(report, asked)
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
@@ -139,7 +144,15 @@ def convert(
     report = _report(
         job, given, seconds, replaced, outcome, threads=running.threads, verified=running.verify
     )
-    return replace(report, bytes_reused=outcome.reused) if running.resume else report
+    if running.resume:
+        report = replace(report, bytes_reused=outcome.reused)
+    return _with_requests(report, asked)
+
+
+def _with_requests(report: Report, before: Requests) -> Report:
+    """The report with what stores were asked for since `before`."""
+    since = requests.total() - before
+    return replace(report, requests=since) if since.number else report
 
 
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reshard.errors import IncompleteError
+from reshard.core.tensors import FileRef
 from reshard.storage.local import Sources
 from reshard.storage.paths import status
+from reshard.storage.source import RemoteSource, changed, identity_of
 
 #: Numbers or words that differ once a file is replaced or written to.
 Fingerprint = tuple[int | str, ...]
@@ -16,15 +17,14 @@ def fingerprint(path: str, sources: Sources) -> Fingerprint:
     """A file's inode, size, and the times of its content and of its inode, in ns.
 
     Not its device, which has another number after another mount. The time of the inode shows that
-    a file was written to, whatever time of content it was given. Raises as `Sources.open` does, and
-    `IncompleteError` where it is no longer the file that was opened.
+    a file was written to, whatever time of content it was given. Of an object of a store it is the
+    object's identity. Raises as `Sources.open` does, and `IncompleteError` where it is no longer
+    the file that was opened.
     """
-    opened = sources.open(path).identity
+    source = sources.open(FileRef(path))
+    if isinstance(source, RemoteSource):
+        return source.identity
     now = status(Path(path))
-    if (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) != opened:
-        raise IncompleteError(
-            "the file changed while it was read.",
-            path=path,
-            hint="Convert again once nothing writes to the checkpoint.",
-        )
+    if identity_of(now) != source.identity:
+        raise changed(path)
     return (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)

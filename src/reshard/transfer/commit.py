@@ -23,8 +23,8 @@ from types import TracebackType
 from reshard.core.findings import Finding
 from reshard.errors import WriteError
 from reshard.storage.fingerprints import Fingerprint
-from reshard.storage.local import Source
 from reshard.storage.paths import real
+from reshard.storage.source import Source
 from reshard.transfer import leftovers, resuming
 from reshard.transfer.journal import Basis, Journal
 from reshard.transfer.lock import TargetLock
