@@ -23,7 +23,7 @@ def fingerprint(path: str, sources: Sources) -> Fingerprint:
     """
     source = sources.open(FileRef(path))
     if isinstance(source, RemoteSource):
-        return source.identity
+        return tuple(map(str, source.identity))  # numbers of more than 64 bits
     now = status(Path(path))
     if identity_of(now) != source.identity:
         raise changed(path)
