@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from reshard.conversion.report import Report
 
 _PATH = FolderOrFile(place=Place(remote=True))
+_OUTPUT = FolderOrFile(place=Place(remote=True, writes=True))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 _EXAMPLES = (
@@ -41,7 +42,7 @@ _EXAMPLES = (
     short_help="Convert the checkpoint SRC into the folder DST.",
 )
 @click.argument("source", type=_PATH, metavar="SRC", cls=Argument, words=CONVERT["source"].help)
-@click.argument("target", type=_PATH, metavar="DST", cls=Argument, words=CONVERT["target"].help)
+@click.argument("target", type=_OUTPUT, metavar="DST", cls=Argument, words=CONVERT["target"].help)
 @flags(CONVERT.values())
 @how_shown
 @_json

@@ -30,6 +30,7 @@ from reshard.conversion.options import (
     RewardChoice,
 )
 from reshard.core.findings import CODES
+from reshard.core.locations import RemotePath
 from reshard.core.options import (
     Choice,
     Codes,
@@ -77,7 +78,7 @@ PROGRESS = Option(
 #: The options of `reshard.convert` and `reshard convert`, in the order in which errors name them.
 CONVERT = table(
     Option("source", Place(remote=True), "The checkpoint, or a folder above it.", required=True),
-    Option("target", Place(), "The output: a new folder.", required=True),
+    Option("target", Place(remote=True, writes=True), "The output: a new folder.", required=True),
     Option(
         "base",
         Place(remote=True),
@@ -456,6 +457,12 @@ def _check_target(values: Mapping[str, Any]) -> None:
             if values["optimizer"]  # which --to hf does not write
             else "Pass --to hf, or leave out --names.",
             option="names",
+        )
+    if values["resume"] and isinstance(values["target"], RemotePath):
+        raise OptionError(
+            "resume: an output in a store is not continued.",
+            hint="Leave out --resume; --overwrite deletes what a killed run left there.",
+            option="resume",
         )
     if values["consumed_samples"] is not None and not output_format(to).client_state:
         raise OptionError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 from msgspec import Struct
@@ -14,6 +15,7 @@ from reshard.conversion import manifest
 from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
 from reshard.core.findings import Finding
+from reshard.core.locations import RemotePath
 from reshard.core.plan import Plan
 from reshard.core.sizes import size
 from reshard.core.tensors import Extent, Fragment, Record, stored
@@ -23,6 +25,9 @@ from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
+
+if TYPE_CHECKING:
+    from reshard.transfer.remote import RemoteFolder
 
 
 class Writing(Struct, frozen=True):
@@ -60,16 +65,12 @@ def carry_out(
 
     If this raises, `target` is as it was, or the error says what is there.
     """
-    with OutputFolder(
-        target,
-        plan_digest(plan),
-        overwrite=writing.overwrite,
-        resume=writing.resume,
-        sources=_fingerprints(plan, sources),
-    ) as folder:
+    with _output(plan, sources, target, writing) as folder:
         threads = writing.threads
+        # What lies in a store is not cached here.
+        read_back = writing.verify and not folder.in_order
         executor: Executor = Threads(
-            threads, records, writing.verify, writing.step("write"), unprotected
+            threads, records, read_back, writing.step("write"), unprotected
         )
         outcome = executor.run(plan, sources, folder)
         stated = render(outcome)
@@ -86,15 +87,37 @@ def carry_out(
                 folder.partial,
                 threads=threads,
                 known=outcome.read_back,
+                manifest_text=stated if folder.in_order else None,
                 progress=writing.step("verify"),
             )
         if check is not None:
             check(folder.partial)
-        if writing.overwrite:  # what was there may have changed in the hours since
+        # What was there may have changed in the hours since; that of a store is deleted by now.
+        if writing.overwrite and not folder.in_order:
             check_replaceable(target, overwrite=True)
         folder.commit()
     findings = (*folder.findings, *outcome.findings, *_resumed(folder, outcome, plan))
     return replace(outcome, findings=findings, read_back={})
+
+
+def _output(
+    plan: Plan, sources: Sources, target: Path, writing: Writing
+) -> OutputFolder | RemoteFolder:
+    """The output of a plan, to be entered: in a folder of this machine, or of a store."""
+    digest = plan_digest(plan)
+    if not isinstance(target, RemotePath):
+        return OutputFolder(
+            target,
+            digest,
+            overwrite=writing.overwrite,
+            resume=writing.resume,
+            sources=_fingerprints(plan, sources),
+        )
+    from reshard.transfer.remote import RemoteFolder
+
+    names = [file.name for file in plan.files] + [asset.name for asset in plan.assets]
+    names += [name for name, _ in plan.texts]
+    return RemoteFolder(target, digest, names, overwrite=writing.overwrite)
 
 
 def plan_digest(plan: Plan) -> str:
@@ -130,9 +153,9 @@ def _fingerprints(plan: Plan, sources: Sources) -> dict[str, Fingerprint]:
     return {path: fingerprint(path, sources) for path in sorted(paths)}
 
 
-def _resumed(folder: OutputFolder, outcome: Outcome, plan: Plan) -> list[Finding]:
+def _resumed(folder: OutputFolder | RemoteFolder, outcome: Outcome, plan: Plan) -> list[Finding]:
     """The finding that an interrupted run was continued."""
-    if not folder.resumed:
+    if not isinstance(folder, OutputFolder) or not folder.resumed:
         return []
     total = sum(slot.spec.nbytes for slot in plan.slots())
     message = (
@@ -141,7 +164,7 @@ def _resumed(folder: OutputFolder, outcome: Outcome, plan: Plan) -> list[Finding
     )
     if outcome.damaged:
         message += f"; pieces made again, because their bytes had changed: {outcome.damaged}"
-    noted = folder.journal.noted
+    noted = None if folder.journal is None else folder.journal.noted
     if noted is not None and noted.damaged:
         message += "; its journal was torn or damaged, and counted up to there"
     return [Finding("resumed", f"{message}.")]

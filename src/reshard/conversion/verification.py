@@ -52,17 +52,22 @@ def verify_folder(
     *,
     threads: int = 2,
     known: Known | None = None,
+    manifest_text: bytes | None = None,
     progress: Progress | None = None,
 ) -> Verified:
     """Compare every tensor of a converted folder with its digest in `reshard.json`.
 
-    Stretches of its files that are `known`, because they were read already, are not read again.
+    `manifest_text` is that of a `reshard.json` which is not in its place yet. Stretches of its
+    files that are `known`, because they were read already, are not read again.
 
     Raises `VerificationError` naming the first that differs, or a tensor that is missing or was
     added; `NotFoundError` where the folder has no `reshard.json`.
     """
     with Sources() as sources:
-        stated = manifest.read(folder, sources)
+        if manifest_text is None:
+            stated = manifest.read(folder, sources)
+        else:
+            stated = manifest.parsed(manifest_text, folder / manifest.MANIFEST)
         check_listed(folder, stated)
         check_run(folder, stated)
         parts = [(folder, stated.tensors)] if stated.tensors else []

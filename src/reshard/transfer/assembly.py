@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -21,9 +22,9 @@ from reshard.core.plan import OutputFile, Plan, Slot
 from reshard.core.tensors import FileRef
 from reshard.transfer import journal
 from reshard.transfer.checksums import Checked, PassedRun
-from reshard.transfer.commit import OutputFolder
 from reshard.transfer.finite import NotFinite
 from reshard.transfer.making import SegmentResult, block_numel
+from reshard.transfer.output import Output
 from reshard.transfer.pieces import Run, runs
 from reshard.transfer.readback import ReadBack, Stretch
 from reshard.transfer.reading import Known
@@ -148,7 +149,7 @@ class Assembly:
     """
 
     def __init__(
-        self, plan: Plan, folder: OutputFolder, back: ReadBack | None = None, *, lent: bool = False
+        self, plan: Plan, folder: Output, back: ReadBack | None = None, *, lent: bool = False
     ) -> None:
         self.total = sum(slot.spec.nbytes for slot in plan.slots())
         self._plan = plan
@@ -159,7 +160,8 @@ class Assembly:
         self._digests: dict[tuple[str, str], _Digest] = {}
         self._not_finite: dict[tuple[str, str], NotFinite] = {}
         self._reused = self._damaged = 0
-        self._numbers = {path: number for number, path in enumerate(folder.journal.sources)}
+        sources = [] if folder.journal is None else folder.journal.sources
+        self._numbers = {path: number for number, path in enumerate(sources)}
         self._counting = threading.Lock()
 
     def pieces(self) -> Iterator[Piece]:
@@ -192,11 +194,12 @@ class Assembly:
     def noted(self, piece: Piece) -> Noted | None:
         """What an interrupted run noted of a piece: it counts if the piece's bytes have that
         digest."""
-        noted = self._folder.journal.noted
-        found = None if noted is None else noted.piece(*piece.name, piece.leaf)
+        own = self._folder.journal
+        if own is None or own.noted is None:
+            return None
+        found, sources = own.noted.piece(*piece.name, piece.leaf), own.sources
         if found is None:
             return None
-        sources = self._folder.journal.sources
         read = [(FileRef(sources[n]), start, stop, crc) for n, start, stop, crc in found.read]
         return Noted(found.digest, read)
 
@@ -219,12 +222,13 @@ class Assembly:
         if self._back is not None and (stretch := self._stretch(piece)) is not None:
             self._back.note(piece.segments[0].tensor.file.fd, stretch)
         self._done(piece, digest, results)
-        if read is not None and all(
-            file.codec is None and file.path in self._numbers for file, *_ in read
-        ):
+        own = self._folder.journal
+        if own is None or read is None:
+            return
+        if all(file.codec is None and file.path in self._numbers for file, *_ in read):
             numbered = tuple((self._numbers[f.path], start, stop, c) for f, start, stop, c in read)
             line = journal.Piece(*piece.name, piece.leaf, digest, numbered)
-            self._folder.journal.note(line, piece.nbytes)
+            own.note(line, piece.nbytes)
 
     def reused(self, piece: Piece, digest: bytes, results: Sequence[SegmentResult]) -> None:
         """That a piece stands in the output as an interrupted run noted it."""
@@ -248,7 +252,7 @@ class Assembly:
                     tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
                 tensor.pending -= 1
                 if tensor.complete and not tensor.pending:
-                    _put_crc(tensor)
+                    self._put_crc(tensor)
             self._release(tensor.file)
 
     def outcome(
@@ -273,8 +277,9 @@ class Assembly:
     def _begin(self, output: OutputFile) -> File:
         """Make a file, with the bytes that are known beforehand."""
         fd = self._folder.create(output.name, output.nbytes)
-        for offset, literal in output.literals:
-            self._folder.put(output.name, fd, memoryview(literal), offset)
+        literals = without_crcs(output) if self._folder.in_order else output.literals
+        for offset, literal in literals:
+            self._folder.put(output.name, fd, memoryview(literal), offset, known=True)
         if self._lent:
             return File(output, -1, path=self._folder.lend(output.name, fd))
         return File(output, fd)
@@ -306,7 +311,7 @@ class Assembly:
         with self._counting:
             tensor.complete = True
             if not tensor.pending:
-                _put_crc(tensor)
+                self._put_crc(tensor)
 
     def _release(self, file: File) -> None:
         """Release a file; the last one seals it."""
@@ -320,18 +325,36 @@ class Assembly:
         """Write what could not be known before, sync the file and give it its name."""
         name = file.output.name
         fd = file.fd if file.path is None else self._folder.take_back(name, file.path)
-        for offset, crc in sorted(file.late):
-            self._folder.put(name, fd, memoryview(crc.to_bytes(4, "little")), offset)
+        self._put_late(name, fd, sorted(file.late))
         file.late.clear()
         if self._back is not None:
             self._back.written(fd)
         self._folder.seal(name, fd)
 
+    def _put_crc(self, tensor: Tensor) -> None:
+        """Have the CRC-32 of a slot written, of which every segment is made."""
+        crc = 0
+        for _, (following, nbytes) in sorted(tensor.crcs.items()):
+            crc = zlib_ng.crc32_combine(crc, following, nbytes)
+        tensor.crcs.clear()
+        late = [(offset, crc) for offset in tensor.slot.crc_offsets]
+        if self._folder.in_order:  # what comes after it waits for it
+            self._put_late(tensor.file.output.name, tensor.file.fd, late)
+        else:
+            tensor.file.late += late
 
-def _put_crc(tensor: Tensor) -> None:
-    """Have the CRC-32 of a slot written, of which every segment is made."""
-    crc = 0
-    for _, (following, nbytes) in sorted(tensor.crcs.items()):
-        crc = zlib_ng.crc32_combine(crc, following, nbytes)
-    tensor.crcs.clear()
-    tensor.file.late += [(offset, crc) for offset in tensor.slot.crc_offsets]
+    def _put_late(self, name: str, fd: int, late: Iterable[tuple[int, int]]) -> None:
+        for offset, crc in late:
+            data = memoryview(crc.to_bytes(4, "little"))
+            self._folder.put(name, fd, data, offset, known=True)
+
+
+def without_crcs(output: OutputFile) -> Iterator[tuple[int, bytes]]:
+    """The literals of a file, without the four bytes where each CRC-32 will be."""
+    places = sorted(offset for slot in output.slots for offset in slot.crc_offsets)
+    for offset, literal in output.literals:
+        at, end = offset, offset + len(literal)
+        for place in places[bisect_left(places, offset) : bisect_left(places, end)]:
+            yield at, literal[at - offset : place - offset]
+            at = place + 4
+        yield at, literal[at - offset :]

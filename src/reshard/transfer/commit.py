@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from reshard.core.findings import Finding
+from reshard.core.locations import RemotePath
 from reshard.errors import WriteError
 from reshard.storage.fingerprints import Fingerprint
 from reshard.storage.paths import real
@@ -59,6 +60,8 @@ class OutputFolder:
     Raises `WriteError`.
     """
 
+    in_order = False
+
     def __init__(
         self,
         target: Path,
@@ -82,7 +85,7 @@ class OutputFolder:
         self._replaced: Identity | None = None
         self._parents: list[tuple[Path, Identity]] = []
         self._open: dict[int, Path] = {}
-        self._journal: Journal | None = None
+        self.journal: Journal | None = None
         self._creating = threading.Lock()
         self._created: set[str] = set()
         self._writing = threading.Lock()
@@ -99,12 +102,6 @@ class OutputFolder:
             self._finish()
             raise
         return self
-
-    @property
-    def journal(self) -> Journal:
-        """Where finished pieces are noted."""
-        assert self._journal is not None
-        return self._journal
 
     def create(self, name: str, nbytes: int) -> int:
         """Open a file of `nbytes` bytes for writing; returns its descriptor.
@@ -127,7 +124,9 @@ class OutputFolder:
             raise _cannot_write(self.target / name, error) from None
         return fd
 
-    def put(self, name: str, fd: int, data: memoryview, offset: int) -> None:
+    def put(
+        self, name: str, fd: int, data: memoryview, offset: int, *, known: bool = False
+    ) -> None:
         """Write `data` at `offset` of a file made by `create`."""
         try:
             # The kernel admits one writer per file, and waiting threads spin: two threads of a
@@ -164,6 +163,9 @@ class OutputFolder:
         """Have a file made by `create` synced, closed and given its name; `settle` waits for it."""
         self._seals.add(lambda: self._seal(name, fd))
 
+    def halt(self) -> None:
+        """Nobody waits here."""
+
     def settle(self) -> None:
         """Wait until every file that was sealed is synced and has its name."""
         self._seals.settle()
@@ -179,7 +181,8 @@ class OutputFolder:
             if os.path.lexists(final):  # on a disk that does not distinguish README from readme
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             path.rename(final)  # `commit` makes the names durable
-            self.journal.seal(name, nbytes)
+            if self.journal is not None:
+                self.journal.seal(name, nbytes)
         except OSError as error:
             raise _cannot_write(self.target / name, error) from None
 
@@ -235,11 +238,11 @@ class OutputFolder:
                 self._parents.clear()
         restored = leftovers.put_back(self.target)
         self.findings += restored
-        refuse_existing(self.target, overwrite=self.overwrite, restored=bool(restored))
+        resuming.refuse_existing(self.target, overwrite=self.overwrite, restored=bool(restored))
         self._replaced = identity_of(self.target)
         self.findings += leftovers.clear(self.target, self._own if self._resume else None)
         if not (self._resume and self._take_up()):
-            self._own_identity, self._journal = resuming.begin(self._own, self.target, self._basis)
+            self._own_identity, self.journal = resuming.begin(self._own, self.target, self._basis)
 
     def _take_up(self) -> bool:
         """Whether a run of this plan was interrupted, which this one continues."""
@@ -247,7 +250,7 @@ class OutputFolder:
         if isinstance(found, Finding):
             self.findings.append(found)
         elif found is not None:
-            self._own_identity, self._journal, self.resumed = found
+            self._own_identity, self.journal, self.resumed = found
         return self.resumed != ""
 
     def _check_still_ours(self) -> None:
@@ -355,8 +358,8 @@ class OutputFolder:
                 with suppress(OSError):
                     os.close(fd)
             self._open.clear()
-            if self._journal is not None:
-                self._journal.close()
+            if self.journal is not None:
+                self.journal.close()
             # An old output that could not be put back or deleted stays, whatever happened.
             if self._own_identity is not None and self._aside() is None and not keep:
                 leftovers.remove_tree(self._own, self._own_identity)
@@ -367,23 +370,13 @@ class OutputFolder:
                         folder.rmdir()
 
 
-def refuse_existing(target: Path, *, overwrite: bool, restored: bool = False) -> None:
-    """Raise `WriteError` where `target` exists and holds anything, unless it may be replaced.
-
-    `restored`: it was just put back from where a killed run had moved it.
-    """
-    if target.is_dir():
-        if overwrite or not any(target.iterdir()):
-            return
-    elif not target.exists():
-        return
-    kind = "folder exists and is not empty" if target.is_dir() else "is a file, not a folder"
-    back = " A run that was killed had moved it aside; it is back in its place." * restored
-    raise WriteError(f"the output {kind}.{back}", path=target, hint="Name another output.")
-
-
 def check_space(target: Path, nbytes: int) -> None:
-    """Raise `WriteError` where the file system has no room for `nbytes` bytes."""
+    """Raise `WriteError` where the file system has no room for `nbytes` bytes.
+
+    A store always has.
+    """
+    if isinstance(target, RemotePath):
+        return
     folder = real(target).parent
     while not folder.exists():
         folder = folder.parent

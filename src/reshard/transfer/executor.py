@@ -17,14 +17,14 @@ from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.checksums import Ledger
-from reshard.transfer.commit import OutputFolder
 from reshard.transfer.engine import Engine
+from reshard.transfer.output import Output
 
 
 class Executor(Protocol):
     """Carries out a plan's transfer."""
 
-    def run(self, plan: Plan, sources: Sources, folder: OutputFolder) -> Outcome:
+    def run(self, plan: Plan, sources: Sources, folder: Output) -> Outcome:
         """Write every file of the plan into the folder, synced and named. Raises what fails."""
 
 
@@ -43,7 +43,7 @@ class Threads(Struct, frozen=True):
     progress: Progress | None = None
     unprotected: Sequence[Extent] = ()
 
-    def run(self, plan: Plan, sources: Sources, folder: OutputFolder) -> Outcome:
+    def run(self, plan: Plan, sources: Sources, folder: Output) -> Outcome:
         """Write every file of the plan into the folder, synced and named. Raises what fails."""
         return Engine(
             plan,

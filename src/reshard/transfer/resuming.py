@@ -26,6 +26,21 @@ def make_parents(target: Path, made: list[tuple[Path, Identity]]) -> None:
             sync_folder(folder.parent)
 
 
+def refuse_existing(target: Path, *, overwrite: bool, restored: bool = False) -> None:
+    """Raise `WriteError` where `target` exists and holds anything, unless it may be replaced.
+
+    `restored`: it was just put back from where a killed run had moved it.
+    """
+    if target.is_dir():
+        if overwrite or not any(target.iterdir()):
+            return
+    elif not target.exists():
+        return
+    kind = "folder exists and is not empty" if target.is_dir() else "is a file, not a folder"
+    back = " A run that was killed had moved it aside; it is back in its place." * restored
+    raise WriteError(f"the output {kind}.{back}", path=target, hint="Name another output.")
+
+
 def begin(own: Path, target: Path, basis: Basis) -> tuple[Identity, Journal]:
     """Make the folder of a run. Raises `WriteError` where something has its name, `OSError`."""
     try:
