@@ -37,6 +37,17 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
     "Leave out --resume; --overwrite deletes what a killed run left there.": "resume/test_resume.py::test_an_output_in_a_store",
+    "Install the extra, in reshard's folder: pip install '.[ray]'.": "cluster/test_refusals.py::test_without_ray",
+    "Leave out --engine, or name an output on storage that all nodes share.": "cluster/test_refusals.py::test_an_output_in_a_store",
+    "Pass --engine ray, or leave out --ray-address.": "cluster/test_refusals.py::test_an_address_without_the_engine",
+    "Run the command on a node of the cluster, with --ray-address auto.": "cluster/test_ray.py::test_addresses",
+    "ray status shows the address of a cluster.": "cluster/test_ray.py::test_addresses",
+    "Run the command on a node of the cluster (see ray status), with --ray-address auto.": "cluster/test_ray.py::test_addresses",
+    "Leave out ray_address, or call ray.shutdown() first.": "cluster/test_ray.py::test_addresses",
+    "Leave out --engine: threads of this process do the same.": "cluster/test_refusals.py::test_a_cluster_that_cannot_be_had",
+    "Install the same version on every node.": "cluster/test_wire.py::test_errors_come_back_as_they_were",
+    "Source, base and output must lie on storage that every node has under the same path.": "cluster/test_wire.py::test_errors_come_back_as_they_were",
+    "If its nodes lack memory, run fewer pieces at a time: --threads N.": "cluster/test_ray.py::test_a_task_that_ends_its_workers",
     "Name its path.": "remote/test_reading.py::test_urls_that_are_refused",
     "Handled are s3://, gs://, az://, hf:// and https://. Of a mounted store, name the folder where it is mounted.": "remote/test_reading.py::test_urls_that_are_refused",
     "Leave it out; the store's own settings hold credentials (docs/remote.md).": "remote/test_reading.py::test_urls_that_are_refused",
@@ -140,6 +151,8 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
+    "Install reshard {} on every node.":
+        _OTHER + "a node without it",
     "Name it by https://.":
         _OTHER + "one that serves it encrypted",
     "Import it with torchtitan's own conversion from Hugging Face.":

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial as given
 from pathlib import Path
 
@@ -177,8 +178,12 @@ def test_links_to_other_files_are_not_written_through(
     run: Interrupted, where: str, kind: str
 ) -> None:
     theirs = run.out.parent.parent / "theirs"
-    places = list((run.own / where).rglob("*") if where == "tmp" else (run.own / "new").iterdir())
-    for number, path in enumerate(path for path in places if path.is_file()):
+    name = "model-00001-of-00003.safetensors"
+    named, unnamed = run.own / "new" / name, run.own / "tmp" / leftovers.temporary(name)
+    if where == "new" and not named.exists():  # files are named by threads of their own
+        unnamed.rename(named)
+    places = [path for path in (run.own / where).iterdir() if path.is_file()]
+    for number, path in enumerate(places):
         other = theirs.with_name(f"theirs{number}")
         shutil.copy(path, other)
         path.unlink()
@@ -296,8 +301,13 @@ def test_a_source_that_is_damaged_is_refused_by_the_resumed_run(tmp_path: Path) 
     optim.write_bytes(data)
     with pytest.raises(reshard.FormatError, match="CRC-32"):
         convert(tmp_path / "plain")
+
+    def refused() -> None:
+        with suppress(reshard.FormatError):
+            convert(out)
+
     after = 0
-    while killed(given(convert, out), after):
+    while killed(refused, after):
         after += 3
         with pytest.raises(reshard.FormatError, match="CRC-32"):
             convert(out, resume=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from reshard.progress import StagedProgress
 from reshard.storage.fingerprints import Fingerprint, fingerprint
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
+from reshard.transfer.cluster.connection import Workers, connected
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
 
@@ -31,13 +33,17 @@ if TYPE_CHECKING:
 
 
 class Writing(Struct, frozen=True):
-    """How a plan is carried out; nothing here changes a byte of the output."""
+    """How a plan is carried out; nothing here changes a byte of the output.
+
+    `workers`: by those of a Ray cluster, instead of threads.
+    """
 
     threads: int
     overwrite: bool = False
     resume: bool = False
     verify: bool = True
     progress: StagedProgress | None = None
+    workers: Workers | None = None
 
     def step(self, what: str) -> Callable[[int, int], None] | None:
         """The progress of one part of the work."""
@@ -65,13 +71,13 @@ def carry_out(
 
     If this raises, `target` is as it was, or the error says what is there.
     """
-    with _output(plan, sources, target, writing) as folder:
-        threads = writing.threads
+    with (
+        _output(plan, sources, target, writing) as folder,
         # What lies in a store is not cached here.
-        read_back = writing.verify and not folder.in_order
-        executor: Executor = Threads(
-            threads, records, read_back, writing.step("write"), unprotected
-        )
+        _executor(
+            writing, records, unprotected, read_back=writing.verify and not folder.in_order
+        ) as executor,
+    ):
         outcome = executor.run(plan, sources, folder)
         stated = render(outcome)
         for asset in plan.assets:
@@ -85,8 +91,7 @@ def carry_out(
         if writing.verify:
             verify_folder(
                 folder.partial,
-                threads=threads,
-                known=outcome.read_back,
+                leaf_digests=executor.leaf_digests(outcome.read_back),
                 manifest_text=stated if folder.in_order else None,
                 progress=writing.step("verify"),
             )
@@ -98,6 +103,21 @@ def carry_out(
         folder.commit()
     findings = (*folder.findings, *outcome.findings, *_resumed(folder, outcome, plan))
     return replace(outcome, findings=findings, read_back={})
+
+
+@contextmanager
+def _executor(
+    writing: Writing, records: Iterable[Record], unprotected: Sequence[Extent], *, read_back: bool
+) -> Iterator[Executor]:
+    """Who moves the bytes; a cluster that was started for it ends with the block."""
+    progress = writing.step("write")
+    if writing.workers is None:
+        yield Threads(writing.threads, records, read_back, progress, unprotected)
+        return
+    from reshard.transfer.cluster.executor import OnRay
+
+    with connected(writing.workers) as ray:
+        yield OnRay(ray, writing.workers, records, unprotected, progress)
 
 
 def _output(

@@ -4,6 +4,7 @@ A finding has a code, and `CODES` says once what each code means and how to fix 
 fit of the names, the conversion, doctor and try all report findings of this one type; `--strict`
 and `--json` speak of codes.
 Adding one is a line in `CODES` and the place that reports it; `docs/findings.md` is made from here.
+Long because it is one table.
 """
 
 from __future__ import annotations
@@ -297,6 +298,8 @@ CODES: dict[str, Code] = {
         "warning", "something beside the output looks like a run's leftover and was not removed",
         "Remove it, if nobody needs it."),
     "pickled-weights": Code("warning", "the weights are in torch.save files", by=("doctor",)),
+    "pieces-made-again": Code(
+        "info", "workers of the cluster were lost, and others did their work"),
     "probing-layer-assumed": Code(
         "warning", "which hidden state the reward heads read was assumed",
         "Pass --probing-layer with the value of the training."),

@@ -48,6 +48,18 @@ class Checked(NamedTuple):
     unchecked: int
 
 
+class Passage(NamedTuple):
+    """Bytes `[start, stop)` of a file that were read, and their CRC-32.
+
+    None: they belong to a stretch of which no checksum is stated, and are all of it.
+    """
+
+    file: FileRef
+    start: int
+    stop: int
+    crc: int | None
+
+
 class _Bare(Struct):
     """Bytes `[start, stop)` that no checksum is stated of."""
 
@@ -148,8 +160,36 @@ class Ledger:
             if isinstance(passed, _Bare):
                 passed.read = True
 
+    def around(self, extent: Extent) -> tuple[int, int, bool] | None:
+        """The stretch `[start, stop)` that an extent lies in, and whether its checksum is stated.
+
+        None where it lies in none.
+        """
+        passed = self._holding(extent)
+        return None if passed is None else (passed.start, passed.stop, isinstance(passed, _Passed))
+
+    def passed(self) -> list[Passage]:
+        """What was read, for the ledger of another process."""
+        found = []
+        for file, stretches in self._files.items():
+            for one in stretches:
+                if isinstance(one, _Passed):
+                    found += [Passage(file, run.start, run.stop, run.crc) for run in one.runs]
+                elif one.read:
+                    found.append(Passage(file, one.start, one.stop, None))
+        return found
+
+    def take(self, passage: Passage) -> None:
+        """Note what another process read."""
+        passed = self._holding(Extent(passage.file, passage.start, passage.stop - passage.start))
+        if isinstance(passed, _Bare):
+            passed.read = True
+        elif passed is not None and passage.crc is not None:
+            with self._lock:
+                passed.add(_Run(passage.start, passage.stop, passage.crc))
+
     def _holding(self, extent: Extent) -> _Passed | _Bare | None:
-        """The record or the stretch without checksum that an extent lies in."""
+        """The stretch that an extent lies in."""
         starts = self._starts.get(extent.file)
         if starts is None or not extent.nbytes:
             return None
