@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PretrainedConfig
 
 from reshard.diagnosis import tokens
 from reshard.errors import FormatError
