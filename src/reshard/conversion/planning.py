@@ -165,12 +165,7 @@ def check_strict(
 ) -> None:
     """Refuse findings of the codes in `strict`, or, if it is True, all except those of severity
     info."""
-    codes = strict if not isinstance(strict, bool) else ()
-    refused = [
-        found
-        for found in findings
-        if found.code in codes or (strict is True and found.severity != "info")
-    ]
+    refused = [found for found in findings if found.refused_by(strict)]
     if refused:
         more = f" And {len(refused) - 1} more." if len(refused) > 1 else ""
         raise PlanError(

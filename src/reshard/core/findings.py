@@ -65,6 +65,12 @@ class Finding(Struct, frozen=True):
         """How serious it is."""
         return CODES[self.code].severity
 
+    def refused_by(self, strict: bool | Sequence[str]) -> bool:
+        """Whether `--strict` refuses it: all but infos, or only the codes given."""
+        if isinstance(strict, bool):
+            return strict and self.severity != "info"
+        return self.code in strict
+
     def __str__(self) -> str:
         return self.message
 

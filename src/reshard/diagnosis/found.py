@@ -10,6 +10,8 @@ from reshard.core.catalog import Asset
 from reshard.core.findings import Finding
 from reshard.errors import listed
 
+#: The advice on what only the run's own checkpoint holds.
+CONVERT_AGAIN = "Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR."
 # Names shown in a line of evidence; a broken export can have thousands.
 _SHOWN = 4
 

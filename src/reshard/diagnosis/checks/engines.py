@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -21,15 +20,14 @@ from reshard.diagnosis.engines import (
     EngineName,
     LayoutChange,
 )
-from reshard.diagnosis.found import Repair, Signs, some
+from reshard.diagnosis.folder import model_files
+from reshard.diagnosis.found import CONVERT_AGAIN, Repair, Signs, some
 from reshard.naming import fields, patterns
 from reshard.naming.families import TOWER_PARTS
 from reshard.naming.released import Unreleased, unreleased
-from reshard.naming.schema import classes_of, is_backbone, says_tied, text_config
+from reshard.naming.schema import CLASSIFIERS, classes_of, is_backbone, says_tied, text_config
 
 _HUB = "Write it in the layout of the release: reshard convert DIR OUT --names hub."
-_AGAIN = "Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR."
-_CLASSIFIES = ("ForSequenceClassification", "ForTokenClassification")
 
 
 def files(case: Case, key: EngineName) -> Signs | None:
@@ -43,7 +41,7 @@ def files(case: Case, key: EngineName) -> Signs | None:
     if engine.by_index and folder.listed is not None:
         return None
     read = {name for name in folder.safetensors if fnmatchcase(name, engine.files)}
-    extra = sorted(read - own if folder.listed is not None else read - _models(own))
+    extra = sorted(read - own if folder.listed is not None else read - model_files(own))
     if not extra:
         return None
     evidence = f"{engine.title} reads {engine.files}, so it takes {some(extra)} for a part of it"
@@ -53,15 +51,10 @@ def files(case: Case, key: EngineName) -> Signs | None:
     return Signs((evidence,), advice=advice)
 
 
-def _models(files: Iterable[str]) -> set[str]:
-    """The files that are a model's own by their names."""
-    return {name for name in files if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)}
-
-
 def class_served(case: Case, key: EngineName) -> Signs | None:
     """A class that the engine has none for."""
     engine, named = ENGINES[key], next(iter(classes_of(case.folder.settings)), "")
-    scores = named.endswith(_CLASSIFIES)
+    scores = named.endswith(CLASSIFIERS)
     if named in engine.unserved or (
         scores and engine.scores is not None and named not in engine.scores
     ):
@@ -89,7 +82,7 @@ def tensors(case: Case, key: EngineName) -> Signs | None:
         if names:
             effect = engine.norms if what else engine.absent
             evidence.append(f"{engine.title} {effect} without {some(names)}")
-    return Signs(tuple(evidence), advice=_AGAIN) if evidence else None
+    return Signs(tuple(evidence), advice=CONVERT_AGAIN) if evidence else None
 
 
 def strangers(case: Case, key: EngineName) -> Signs | None:
@@ -108,7 +101,7 @@ def strangers(case: Case, key: EngineName) -> Signs | None:
     own = head is not None and not case.vocabulary.equal
     if own and key in ("vllm", "mlx") and says_tied(case.folder.settings):
         evidence.append(f"{engine.title} ignores {head}, since the config ties it")
-    return Signs(tuple(evidence), advice=_AGAIN) if evidence else None
+    return Signs(tuple(evidence), advice=CONVERT_AGAIN) if evidence else None
 
 
 def names_taken(case: Case, key: EngineName) -> Signs | None:
