@@ -39,7 +39,7 @@ INSPECT = {
     **OPEN,
     "base": Option(
         "base",
-        Place(),
+        Place(remote=True),
         "Also show how the names fit onto those of this Hugging Face model.",
         group="Input",
         short="b",
@@ -171,7 +171,11 @@ class Inspection(Struct, frozen=True):
         if frozen:
             rows.append(("frozen", f"{len(frozen)}: {listed(frozen, 5)}"))
         for name, value in catalog.origin.details.items():
-            if name not in ("zero_stage", "global_steps") and value not in (None, [], {}, "", 0):
+            if name == "groups" and value:
+                rows.append(
+                    ("groups", f"{len(value)} of the optimizer: {_shown(value)} parameters")
+                )
+            elif name not in ("zero_stage", "global_steps") and value not in (None, [], {}, "", 0):
                 rows.append((name.replace("_", " "), _shown(value)))
         if self.optimizer is not None:
             rows += self.optimizer.rows()

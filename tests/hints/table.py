@@ -19,11 +19,12 @@ from tests.hints import (
     megatrons,
     outputs,
     rarer,
+    states,
     trials,
 )
 
 SCENARIOS = (adapted, doctors, codes, damaged, fits, flags, folders, megatrons, outputs, rarer,
-             trials)  # fmt: skip
+             states, trials)  # fmt: skip
 
 _TRAINING = "it is followed in the training run, which saves otherwise: "
 _PIECE = "no hint by itself: the text is put together from others, which stand here"
@@ -35,6 +36,15 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Name its path.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Handled are s3://, gs://, az://, hf:// and https://. Of a mounted store, name the folder where it is mounted.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Leave it out; the store's own settings hold credentials (docs/remote.md).": "remote/test_reading.py::test_urls_that_are_refused",
+    "Write it as s3://BUCKET/FOLDER, without empty names, `.` and `..`.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Write it as hf://OWNER/NAME or hf://OWNER/NAME@REVISION.": "remote/test_reading.py::test_a_model_of_the_hub",
+    "Name an output in s3://, gs:// or az://, or a local folder.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Wait for the run that writes it; if none does, convert again with --overwrite.": "remote/test_reading.py::test_an_output_that_is_not_complete",
+    "Install the extra, in reshard's folder: pip install '.[remote]'.": "remote/test_reading.py::test_without_the_extra",
+    "Copy the folder here, and name the copy.": "remote/test_reading.py::test_a_web_server",
     "For the layout of the release, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",
     "Write the version into the base's config.json, as transformers_version.": "models/test_released_layout.py::test_an_orientation_that_nothing_tells",
     "To write them: reshard doctor OUT --repair REPAIRED.": "models/test_released_layout.py::test_fields_that_the_base_lacks_are_said",
@@ -88,9 +98,9 @@ ELSEWHERE: dict[str, str] = {
     "Leave out --max-shard-size.": "state/test_universal.py::test_options_that_have_no_place",
     "Write it with --to dcp, which has a step for each parameter.": "state/test_universal.py::test_a_group_of_different_steps",
     "A new run starts from a Hugging Face model: pass --to hf, and load the output with from_pretrained before deepspeed.initialize.": "state/test_universal.py::test_weights_without_a_state",
-    "Make the script's parameter groups in that order.": "state/test_curves.py::test_the_curve_is_unbroken",
-    "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md.": "state/test_curves.py::test_the_curve_is_unbroken",
-    "Start the script from the weights that the run started from.": "state/test_curves.py::test_the_curve_is_unbroken",
+    "Make the script's parameter groups in that order.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
+    "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
+    "Start the script from the weights that the run started from.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
     "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint.": "state/test_universal.py::test_a_script_with_a_schedule_and_a_folder_without",
     "Leave out --dtype.": "state/test_writing.py::test_masters_that_are_rounded_are_a_finding",
     'Write a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_are_none",
@@ -124,6 +134,8 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
+    "Name it by https://.":
+        _OTHER + "one that serves it encrypted",
     "Import it with torchtitan's own conversion from Hugging Face.":
         _OTHER + "one with torchtitan",
     "{}": _PIECE,
@@ -144,5 +156,7 @@ WITHOUT: dict[str, str] = {
     "For a run of such a version, convert with --names memory.":
         _STATED,
     "To convert it, pass --prefix.":
+        _STATED,
+    "Name the output first: reshard verify OUT --against SRC.":
         _STATED,
 }  # fmt: skip

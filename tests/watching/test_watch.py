@@ -193,6 +193,20 @@ def test_only_the_newest_are_converted_and_kept(tmp_path: Path) -> None:
     assert look(run, out, keep=2) == []
 
 
+def test_a_conversion_shows_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    for step in (1, 2):
+        save(run / f"step_{step}", step)
+    arguments = ["watch", str(run), str(out), "--once", "--interval", str(FAST)]
+    assert run_command(command, [*arguments, "--progress", "plain"]) == 0
+    assert capsys.readouterr().err.count("reshard: writing 12 B") == 2
+    shutil.rmtree(out)
+    assert run_command(command, [*arguments, "--progress", "none"]) == 0
+    assert "writing" not in capsys.readouterr().err
+
+
 def test_a_command_that_failed_is_run_again_by_the_next_watch_and_nothing_else(
     tmp_path: Path,
 ) -> None:

@@ -17,12 +17,13 @@ from reshard.cli.next_steps import at_least, conversion_of, next_commands
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import VERIFY
 from reshard.conversion.declared import CONVERT
+from reshard.core.options import Place
 from reshard.inspection import INSPECT
 
 if TYPE_CHECKING:
     from reshard.conversion.report import Report
 
-_PATH = FolderOrFile()
+_PATH = FolderOrFile(place=Place(remote=True))
 
 _EXAMPLES = (
     "reshard convert results/run/_actor out --base Qwen2.5-7B       # DeepSpeed (LightRFT)",

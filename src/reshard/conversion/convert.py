@@ -22,6 +22,7 @@ from reshard.conversion.execute import Writing, carry_out
 from reshard.conversion.options import DTypeChoice, Layout, Lora, Names, SrmFormat, To
 from reshard.conversion.planning import Job, check_strict, prepare
 from reshard.conversion.report import Moments, Report
+from reshard.conversion.state_values import alike, check_values
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import completed
 from reshard.core.options import PathLike, TorchDType, documented
@@ -29,8 +30,11 @@ from reshard.core.state import STATE_TABLE
 from reshard.errors import VerificationError, listed
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
+from reshard.storage import requests
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import file_size
+from reshard.storage.requests import Requests
+from reshard.transfer import memory
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import check_space
 
@@ -94,7 +98,7 @@ def convert(
     True
     """
     given = dict(locals())
-    began = time.monotonic()
+    began, asked = time.monotonic(), requests.total()
     options, running = parsed(given)
     with besides(options):
         replaced = check_destination(
@@ -109,11 +113,15 @@ def convert(
         copied = sum(file_size(asset.path) for asset in job.plan.assets)
         check_space(options.target, job.plan.bytes_to_write + copied)
         if running.dry_run:
-            return _report(job, given, time.monotonic() - began, replaced)
+            report = _report(
+                job, given, time.monotonic() - began, replaced, threads=running.threads
+            )
+            return _with_requests(report, asked)
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
-            check_strict(_of_values(outcome), options, running.strict)
+            check_values(job.output.state, outcome)
+            check_strict(_of_values(job, outcome), options, running.strict)
             return _manifest(job, outcome.digests, sources)
 
         writing = Writing(running.threads, running.overwrite, running.verify, running.progress)
@@ -127,7 +135,16 @@ def convert(
             unprotected=job.unprotected,
         )
     seconds = time.monotonic() - began
-    return _report(job, given, seconds, replaced, outcome, verified=running.verify)
+    report = _report(
+        job, given, seconds, replaced, outcome, threads=running.threads, verified=running.verify
+    )
+    return _with_requests(report, asked)
+
+
+def _with_requests(report: Report, before: Requests) -> Report:
+    """The report with what stores were asked for since `before`."""
+    since = requests.total() - before
+    return replace(report, requests=since) if since.number else report
 
 
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
@@ -140,16 +157,16 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
         )
 
 
-def _of_values(outcome: Outcome) -> list[Finding]:
-    """The findings on the values that passed: NaN and infinity."""
+def _of_values(job: Job, outcome: Outcome) -> list[Finding]:
+    """The findings on the values that passed: NaN, infinity, moments that are others'."""
     spoilt = [
         f"{table}{': ' if table else ''}{name} ({found.nan} NaN, {found.infinite} infinite)"
         for (table, name), found in outcome.not_finite.items()
+        if found.nan or found.infinite
     ]
-    if not spoilt:
-        return []
     what = f"{len(spoilt)} of {len(outcome.digests)} tensors hold values that are not finite"
-    return [Finding("not-finite", f"{what}: {listed(spoilt)}.")]
+    found = [Finding("not-finite", f"{what}: {listed(spoilt)}.")] if spoilt else []
+    return [*found, *alike(job.output.state, outcome)]
 
 
 def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:
@@ -213,6 +230,7 @@ def _report(
     replaced: Replaced | None,
     outcome: Outcome | None = None,
     *,
+    threads: int,
     verified: bool = False,
 ) -> Report:
     findings = list(job.plan.findings)
@@ -221,7 +239,7 @@ def _report(
             Finding("unchanged", f"all {outcome.compared} tensors equal the base model's.")
         )
     if outcome is not None:
-        findings.extend((*_of_values(outcome), *outcome.findings))
+        findings.extend((*_of_values(job, outcome), *outcome.findings))
     findings = [_completed(found, job, given) for found in findings]
     output = job.output
     return Report(
@@ -237,6 +255,9 @@ def _report(
         seconds=round(seconds, 3),
         verified=verified,
         files=tuple(file.name for file in job.plan.files),
+        copied=tuple(asset.name for asset in job.plan.assets),
+        config=job.config,
+        memory=memory.needed(job.plan, threads) if outcome is None else None,
         matching=output.matching,
         prefix=output.name_map.prefix,
         rules=output.name_map.rules,

@@ -76,12 +76,12 @@ PROGRESS = Option(
 
 #: The options of `reshard.convert` and `reshard convert`, in the order in which errors name them.
 CONVERT = table(
-    Option("source", Place(), "The checkpoint, or a folder above it.", required=True),
+    Option("source", Place(remote=True), "The checkpoint, or a folder above it.", required=True),
     Option("target", Place(), "The output: a new folder.", required=True),
     Option(
         "base",
-        Place(),
-        "The Hugging Face model that training started from, a local folder. Its files define the "
+        Place(remote=True),
+        "The Hugging Face model that training started from, a folder or URL. Its files define the "
         "names and dtypes of the output, and the other files are copied. Without it, only weights "
         "are written.",
         group="Input",

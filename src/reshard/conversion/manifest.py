@@ -34,8 +34,9 @@ from reshard.core.state import TrainingState
 from reshard.core.tensors import TensorSpec
 from reshard.errors import FormatError, NotFoundError, UnsupportedError
 from reshard.storage import strict_json
-from reshard.storage.local import Source, Sources
+from reshard.storage.local import Sources
 from reshard.storage.paths import is_file
+from reshard.storage.source import Source
 
 MANIFEST = "reshard.json"
 #: The version that is written, and the first whose digests are trees.

@@ -16,6 +16,7 @@ from reshard.conversion import memory_names, output_model, released, trainer_nam
 from reshard.conversion.base_model import (
     CONFIG,
     Base,
+    changed_fields,
     dtype_patches,
     holds_config,
     patched_config,
@@ -48,7 +49,8 @@ from reshard.transfer.reading import equal, first_bytes
 class Job(Struct, frozen=True):
     """A conversion that is planned and not begun; `options` are those that it decided on.
 
-    `unprotected` are the source's stretches that have no checksum.
+    `unprotected` are the source's stretches that have no checksum, `config` the fields of
+    config.json that are not the base's: its value and the new one.
     """
 
     options: Options
@@ -56,6 +58,7 @@ class Job(Struct, frozen=True):
     output: OutputModel
     plan: Plan
     unprotected: Sequence[Extent] = ()
+    config: Mapping[str, tuple[object, object]] = {}
 
 
 def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str]) -> Job:
@@ -113,7 +116,13 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     )
     check_strict(plan.findings, options, strict)
     _check_names(plan)
-    return Job(options, catalog, made, plan, unprotected)
+    texts_by_name = dict(plan.texts)
+    changed = (
+        changed_fields(model, texts_by_name[CONFIG])
+        if model is not None and CONFIG in texts_by_name
+        else {}
+    )
+    return Job(options, catalog, made, plan, unprotected, changed)
 
 
 def _from_cache(options: Options) -> tuple[Finding, ...]:

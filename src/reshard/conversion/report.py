@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import starmap
 from typing import Any
 
 from msgspec import Struct
@@ -14,8 +15,9 @@ from reshard.core.findings import Finding
 from reshard.core.notebook import html_table
 from reshard.core.sizes import size
 from reshard.core.state import TrainingState
-from reshard.errors import printable
+from reshard.errors import brief, listed, printable
 from reshard.naming.matching import Matching
+from reshard.storage.requests import Requests
 
 
 class Moments(Struct, frozen=True):
@@ -51,6 +53,9 @@ class Report(Struct, frozen=True):
     resized; each is an attribute as well. `merged` counts low-rank updates. `changed` of `compared`
     tensors differ from the base model's. `records_checked` checksums that the source's files state
     were compared with what was read; of `records_unchecked` stretches of them they state none.
+    `copied` are the files that come from the base as they are, `config` the fields of its
+    config.json that change, with both values. `memory` is about what the process will hold at most,
+    which only a dry run estimates. `requests` are those to stores, where a path was a URL.
     `findings` are what a user should know. Sizes are bytes.
     """
 
@@ -78,6 +83,10 @@ class Report(Struct, frozen=True):
     checkpoint: str = ""
     adapter: Summary | None = None
     state: Moments | None = None
+    requests: Requests | None = None
+    copied: tuple[str, ...] = ()
+    config: Mapping[str, tuple[object, object]] = {}
+    memory: int | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as lines of a label and its words, as `convert` shows it."""
@@ -91,6 +100,12 @@ class Report(Struct, frozen=True):
         ]
         if self.state is not None:
             rows.insert(3, ("optimizer", str(self.state)))
+        if self.memory is not None:
+            rows.append(("memory", f"at most about {size(self.memory)}"))
+        if self.copied and dry:
+            rows.append(("copied", f"{listed(self.copied)}, from the base"))
+        if self.config:
+            rows.append(("config", listed([*starmap(_changed, self.config.items())])))
         if self.replaced is not None:
             rows.insert(2, ("would replace" if dry else "replaced", str(self.replaced)))
         if self.rules or self.prefix:
@@ -109,6 +124,8 @@ class Report(Struct, frozen=True):
             rows.append(("checksums", self._checksums()))
             rows.append(("verified", "yes, read back" if self.verified else unread))
             rows.append(("time", f"{self.seconds:.1f} s, {size(int(speed))}/s"))
+        if self.requests is not None:
+            rows.append(("requests", str(self.requests)))
         return rows
 
     def _checksums(self) -> str:
@@ -173,14 +190,24 @@ class Report(Struct, frozen=True):
                 ("replaced", self.replaced),
                 ("adapter", self.adapter),
                 ("state", self.state),
+                ("requests", self.requests),
             )
         }
         findings = [finding.to_json() for finding in self.findings]
+        values["config"] = {path: list(pair) for path, pair in self.config.items()}
         return {**values, **self.matching.to_json(), "findings": findings, **records}
 
 
 def _files(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} files"
+
+
+def _changed(path: str, values: tuple[object, object]) -> str:
+    """A field of config.json that changes, in words."""
+    before, after = (brief(value) for value in values)
+    if values[1] is None:
+        return f"{path} removed"
+    return f"{path} {after}" if values[0] is None else f"{path} {before} -> {after}"
 
 
 def _tagged(tag: str | None) -> str:

@@ -223,6 +223,9 @@ CODES: dict[str, Code] = {
     "head-stored-twice": Code(
         "warning", "the output head is stored although it is the embedding", by=("doctor", "try")),
     "head-untied": Code("warning", "an output head differs from the embedding that it was tied to"),
+    "hyperparameters-unknown": Code(
+        "warning", "a given hyperparameter is none of torch's AdamW, which ignores it",
+        "Correct its name, or leave it out."),
     "identical-to-base": Code(
         "error", "the weights are the base's: nothing was trained", by=("doctor",)),
     "in-memory-names": Code(
@@ -327,6 +330,9 @@ CODES: dict[str, Code] = {
     "shapes-unstated": Code(
         "warning", "the shards do not state full shapes: missing last ranks cannot be noticed",
         "Pass --base."),
+    "state-alike": Code(
+        "warning", "moments of two parameters are equal bit for bit: a file may be a copy of "
+        "another's", "Copy the checkpoint again, or use another save."),
     "state-left-out": Code(
         "warning", "a part of the training state is no plain data and does not travel"),
     "state-masters-rounded": Code(
@@ -335,6 +341,8 @@ CODES: dict[str, Code] = {
     "state-named-by-order": Code(
         "warning", "an optimizer's state has no names; the order of the parameters gave them",
         "Compare the first losses of the continued run with those before."),
+    "state-steps-differ": Code(
+        "info", "parameters have had different numbers of steps, as where some got no gradient"),
     "stray-head": Code(
         "error", "there is a head that the class in the config does not have", by=("doctor",)),
     "tensors-missing": Code(
@@ -360,6 +368,9 @@ CODES: dict[str, Code] = {
         "warning", "DeepSpeed's ZeRO stage 3 goes on wrongly from this universal checkpoint",
         "Load it with ZeRO stage 1 or 2, or after loading run the lines of "
         "docs/training-state.md."),
+    "universal-unlisted": Code(
+        "warning", "a universal checkpoint holds parameters that its model files do not list",
+        "Is the folder a copy of two? Make the universal checkpoint again."),
     "universal-unrestored": Code(
         "warning", "DeepSpeed does not restore frozen parameters or buffers of a universal "
         "checkpoint",
@@ -367,6 +378,9 @@ CODES: dict[str, Code] = {
     "untrained-layers": Code("info", "layers that no loaded model holds are the base's"),
     "vectors-constant": Code(
         "info", "a vector holds one value throughout, as new biases and norms do", by=("try",)),
+    "verify-exchanged": Code(
+        "warning", "a checkpoint was compared with an output of reshard, as if it were made of it",
+        "Name the output first: reshard verify OUT --against SRC."),
     "vocabulary-padded": Code(
         "info", "rows after the base's vocabulary were assumed to be Megatron's padding",
         "If the training added tokens, name a base of that vocabulary."),

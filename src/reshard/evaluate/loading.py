@@ -99,7 +99,18 @@ def load_model(folder: Folder, placement: Placement, *, dtype: str, remote_code:
     core.eval()
     reward = load_reward(folder.path, core) if folder.kind is ModelKind.REWARD else None
     gaps = _gaps(folder, info)
-    return Loaded(folder, core, reward, placement.inputs, gaps, time.perf_counter() - began)
+    inputs = _first_device(core) or placement.inputs
+    return Loaded(folder, core, reward, inputs, gaps, time.perf_counter() - began)
+
+
+def _first_device(core: Any) -> str | None:
+    """Where a model that accelerate spread over devices takes its inputs: at its embedding, which
+    need not be on the first GPU. None for a model in one place."""
+    hook = getattr(core, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is None or getattr(core, "hf_device_map", None) is None:
+        return None
+    return f"cuda:{device}" if isinstance(device, int) else str(device)
 
 
 def _class_of(folder: Folder, remote_code: bool) -> Any:

@@ -127,6 +127,7 @@ OWN = (
         to="hf",
         takes_files=True,
         single=".safetensors",
+        training_state=True,
     ),
     FormatInfo(
         "megatron",
@@ -158,6 +159,7 @@ OWN = (
         exported=True,
         holds_config=True,
         single=".bin",
+        training_state=True,
     ),
 )
 

@@ -20,8 +20,8 @@ from types import TracebackType
 
 from reshard.core.findings import Finding
 from reshard.errors import WriteError
-from reshard.storage.local import Source
 from reshard.storage.paths import real
+from reshard.storage.source import Source
 from reshard.transfer import leftovers
 from reshard.transfer.lock import TargetLock
 from reshard.transfer.seals import Seals

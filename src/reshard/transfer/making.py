@@ -17,7 +17,7 @@ from reshard.storage.local import Sources
 from reshard.transfer.changes import differs
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
-from reshard.transfer.finite import NotFinite, not_finite
+from reshard.transfer.finite import NotFinite, spoilt
 from reshard.transfer.pieces import Run
 
 # Bytes of an output block. 4 MiB of source and output stay in a core's cache; twice as much is no
@@ -26,6 +26,9 @@ _BLOCK = 4 << 20
 # A tensor stored in another order is read over and over, once a block: fewer, larger blocks.
 _STRIDED_BLOCK = 4 * _BLOCK
 _SCRATCH = 2 * _BLOCK
+#: What a maker holds, and once it met a tensor that is stored in another order.
+MAKER_NBYTES = _BLOCK + _SCRATCH
+STRIDED_MAKER_NBYTES = _STRIDED_BLOCK + 4 * _SCRATCH
 
 #: Writes bytes at an offset of the output file that a segment lies in.
 Put = Callable[[memoryview, int], None]
@@ -35,7 +38,7 @@ class SegmentResult(Struct, frozen=True):
     """What making a segment showed.
 
     `crc` is the CRC-32 of its `nbytes` bytes, 0 where none is asked for; `changed` whether it
-    differs from the slot's reference; `special` counts NaN and infinities.
+    differs from the slot's reference; `special` counts values that cannot be right.
     """
 
     nbytes: int
@@ -76,7 +79,7 @@ class Maker:
         special = NotFinite()
         for run in runs:
             raw = self._fill(slot, run, itemsize)
-            found = not_finite(raw, slot.spec.dtype)
+            found = spoilt(raw, slot.spec)
             if found:
                 special += found
             if slot.reference is not None and not changed:

@@ -11,8 +11,9 @@ from reshard.cli.flags import Command, FolderOrFile, debug, flag
 from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import carry_out
 from reshard.conversion.declared import CONVERT
+from reshard.core.options import Place
 
-_PATH = FolderOrFile()
+_PATH = FolderOrFile(place=Place(remote=True))
 
 
 @click.command(cls=Command, context_settings=HELP)

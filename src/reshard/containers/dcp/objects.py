@@ -14,14 +14,16 @@ from pathlib import Path
 from msgspec import Struct
 
 from reshard.containers import torch as torchfile
+from reshard.containers.dcp.items import item_at
 from reshard.containers.dcp.metadata import Location, Metadata
 from reshard.containers.dcp.metadata import Path as StatePath
 from reshard.containers.torch import Opaque, TensorRef
 from reshard.containers.torch.plain import PlainData
 from reshard.core.tensors import Record
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
-from reshard.storage.local import Source, Sources, child
+from reshard.storage.local import Sources, child
 from reshard.storage.paths import exists
+from reshard.storage.source import Source
 
 # Levels of nested dicts that are searched; `{"optimizer": {"state": {0: {"exp_avg": t}}}}` has
 # four.
@@ -75,7 +77,8 @@ def read_object(
     source = _opened(key, place, folder, plain.sources)
     data = source.read(place.offset, min(place.nbytes, _MAX_OBJECT))
     if data not in known:
-        file = torchfile.read(source, offset=place.offset, nbytes=place.nbytes)
+        with item_at(source, place.offset):
+            file = torchfile.read(source, offset=place.offset, nbytes=place.nbytes)
         taken = plain.take(file.value, key)
         if place.nbytes > _MAX_OBJECT:
             return taken
@@ -85,7 +88,8 @@ def read_object(
 
 def _read(key: str, place: Location, folder: Path, sources: Sources) -> torchfile.TorchFile:
     source = _opened(key, place, folder, sources)
-    return torchfile.read(source, offset=place.offset, nbytes=place.nbytes)
+    with item_at(source, place.offset):
+        return torchfile.read(source, offset=place.offset, nbytes=place.nbytes)
 
 
 def _opened(key: str, place: Location, folder: Path, sources: Sources) -> Source:

@@ -18,7 +18,7 @@ from reshard.containers.torch.records import Pickled, Storage, TorchFile
 from reshard.containers.torch.storages import parse_storage_id
 from reshard.core.tensors import Record
 from reshard.errors import FormatError, UnsupportedError
-from reshard.storage.local import Source
+from reshard.storage.source import Source
 
 #: Files without a byte of tensors, by their pickles; `read` fills it, and takes from it.
 Known: TypeAlias = dict[bytes, TorchFile]

@@ -18,40 +18,36 @@ from msgspec.structs import replace
 from reshard.containers.dcp.chunked import find_tensors, scalar
 from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.dcp.objects import read_object
-from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.plain import PlainData, number
 from reshard.core.state import Plain, TrainingState
-from reshard.errors import ReshardError, UnsupportedError
-from reshard.formats import OPTIMIZER
+from reshard.errors import UnsupportedError
+from reshard.formats import OPTIMIZER, run_files
 from reshard.formats.dcp.lightrft import CLIENT_STATE
-from reshard.formats.dcp.save import ACCELERATE_MODEL, METADATA, RANK_METADATA
-from reshard.storage import strict_json
+from reshard.formats.dcp.save import ACCELERATE_MODEL, METADATA, is_of_a_save
 from reshard.storage.local import child
 from reshard.storage.paths import exists, is_file, is_folder, listing
 
 _RANK = re.compile(r"_?rank_?\d+(\.pt)?")
-_SCHEDULERS = ("scheduler_state.pt", "scheduler.pt", "scheduler.bin")
-_TRAINER = "trainer_state.json"
 _SCHEDULER_PART = re.compile(r"(lr_)?schedulers?(_\d+)?")
 
 
-def optimizer_folder(folder: Path) -> Path | None:
-    """The folder of the optimizer's save: below the model's, or beside it with its number."""
+def optimizer_folders(folder: Path) -> list[Path]:
+    """The folders of optimizers' saves, finished or not: those below the model's folder, or the
+    one beside it with its number."""
     below = [path for path in listing(folder) if _is_optimizer(path)]
     model = ACCELERATE_MODEL.fullmatch(folder.name)
-    if len(below) == 1:
-        return below[0]
-    if model is None:
-        return None
+    if below or model is None:
+        return below
     beside = folder.parent / f"optimizer_{model[1]}"
-    return beside if _is_optimizer(beside) else None
+    return [beside] if _is_optimizer(beside) else []
 
 
 def _is_optimizer(path: Path) -> bool:
+    """An empty folder is that of a save which was begun; one of other files is somebody's notes."""
     if not OPTIMIZER.fullmatch(path.name) or not is_folder(path):
         return False
     names = [inside.name for inside in listing(path)]
-    return any(n == METADATA or RANK_METADATA.fullmatch(n) or _RANK.fullmatch(n) for n in names)
+    return not names or any(is_of_a_save(name) or _RANK.fullmatch(name) for name in names)
 
 
 def refuse_rank_files(folder: Path) -> None:
@@ -73,13 +69,14 @@ def run_state(
 ) -> TrainingState:
     """The state with the schedule, counters and the user's state that lie beside it."""
     above = folder.parent if ACCELERATE_MODEL.fullmatch(folder.name) else folder
-    scheduler = _scheduler_file(above, plain) or _scheduler_part(folder, metadata, plain)
+    scheduler = run_files.scheduler(above, plain) or _scheduler_part(folder, metadata, plain)
     client: dict[str, Plain] = {}
     if is_file(above / CLIENT_STATE):
         client = plain.mapping(
-            read_torch(plain.sources.open(child(above, CLIENT_STATE))).value, "client_state"
+            run_files.read_run_file(child(above, CLIENT_STATE), plain.sources), "client_state"
         )
-    counters = _titan_counters(folder, metadata, plain) | _trainer_counters(above)
+    run_files.leave_files(above, plain)
+    counters = _titan_counters(folder, metadata, plain) | run_files.trainer_counters(above)
     return replace(
         state,
         scheduler=scheduler,
@@ -87,20 +84,6 @@ def run_state(
         counters=counters,
         left_out=(*state.left_out, *plain.left_out),
     )
-
-
-def _scheduler_file(folder: Path, plain: PlainData) -> dict[str, Plain] | None:
-    for name in _SCHEDULERS:
-        if is_file(folder / name):
-            try:
-                value = read_torch(plain.sources.open(child(folder, name))).value
-            except ReshardError:
-                plain.leave(f"{name} (cannot be read)")
-                return None
-            found = plain.state_dict(value, name)
-            if found is not None:
-                return found
-    return None
 
 
 def _scheduler_part(folder: Path, metadata: Metadata, plain: PlainData) -> dict[str, Plain] | None:
@@ -130,13 +113,3 @@ def _titan_counters(folder: Path, metadata: Metadata, plain: PlainData) -> dict[
         if isinstance(value, int):
             counters[metadata.paths[key][1]] = value
     return counters
-
-
-def _trainer_counters(folder: Path) -> dict[str, int]:
-    if not is_file(folder / _TRAINER):
-        return {}
-    try:
-        step = strict_json.read_file(child(folder, _TRAINER)).get("global_step")
-    except ReshardError:
-        return {}
-    return {"global_steps": step} if type(step) is int else {}

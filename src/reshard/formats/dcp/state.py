@@ -16,7 +16,7 @@ equal copies are one group. FSDP1's states have the same form (torch 2.13, state
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -52,30 +52,36 @@ def reader(
 ) -> ReadState | None:
     """What reads the state that belongs to a model's part; None where there is none."""
     roots = _roots(metadata, part.path)
-    beside = None if roots else besides.optimizer_folder(folder)
-    if not roots and beside is None:
+    beside = [] if roots else besides.optimizer_folders(folder)
+    if not roots and not beside:
         return None
 
     def read() -> TrainingState:
         plain = PlainData(sources)
         place, inside, found = folder, metadata, roots
-        if beside is not None:
-            besides.refuse_rank_files(beside)
-            place, inside = beside, folder_metadata(beside, sources)
+        if len(beside) > 1:
+            raise _several(folder, (path.name for path in beside))
+        if beside:
+            besides.refuse_rank_files(beside[0])
+            place, inside = beside[0], folder_metadata(beside[0], sources)
             found = _roots(inside, ()) or [()]
         if len(found) > 1:
-            names = listed(".".join(root) for root in found)
-            raise UnsupportedError(
-                f"it holds the states of several optimizers ({names}), and nothing says which "
-                "one is this model's.",
-                path=place,
-                hint=WEIGHTS_ALONE,
-            )
+            raise _several(place, (".".join(root) for root in found))
         state = _read(place, inside, found[0], plain)
         state = besides.run_state(state, folder, metadata, plain)
-        return _own_names(state, entries, part.path)
+        state = state.owned(entries, ".".join(part.path) + ".")
+        return _inside(state, entries, metadata, part)
 
     return ReadState(read)
+
+
+def _several(place: Path, names: Iterable[str]) -> UnsupportedError:
+    return UnsupportedError(
+        f"it holds the states of several optimizers ({listed(names)}), and nothing says which "
+        "one is this model's.",
+        path=place,
+        hint=WEIGHTS_ALONE,
+    )
 
 
 def _roots(metadata: Metadata, model: StatePath) -> list[StatePath]:
@@ -221,24 +227,17 @@ def _flattened(found: _Found, objects: _Objects) -> tuple[Group, ...]:
     return tuple(Group(tuple(names), settings) for settings, names in groups.values())
 
 
-def _own_names(
-    state: TrainingState, entries: Mapping[str, Entry], model: StatePath
+def _inside(
+    state: TrainingState, entries: Mapping[str, Entry], metadata: Metadata, part: Part
 ) -> TrainingState:
-    """The state under the names of the entries: not under an alias, nor with the prefix that a
-    flat state dict's part was named by."""
-    owners = {alias: name for name, entry in entries.items() for alias in entry.aliases}
-    prefix = ".".join(model) + "."
-
-    def own(name: str) -> str:
-        for known in (name, name.removeprefix(prefix)):
-            if known in entries or known in owners:
-                return owners.get(known, known)
-        return name
-
-    expected: Sequence[str] = state.names
-    if all(name in entries for name in expected):
+    """The state without what it holds of other parts of the checkpoint, as where one optimizer
+    updates an actor and a critic."""
+    outside = {
+        ".".join(path)
+        for key, path in metadata.paths.items()
+        if key in metadata.tensors and key not in part.names
+    }
+    foreign = {name for name in state.names if name not in entries}
+    if not foreign or not foreign <= outside or len(foreign) == len(state.names):
         return state
-    inside = {name for name in expected if name in entries or own(name) != name}
-    if len({own(name) for name in inside}) < len(inside):
-        return state  # two names of one tensor; the check of the state says so
-    return state.renamed(own)
+    return state.only({name: name for name in state.names if name not in foreign})

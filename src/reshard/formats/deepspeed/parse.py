@@ -23,7 +23,8 @@ class ModelFile(Struct, frozen=True):
     `parallel_info` is `universal_checkpoint_info`, as it stands: how tensor parallel ranks split
     the parameters. `num_experts` has a number for each layer of experts, `autoep` for each module
     whose experts AutoEP has split. `holds_optimizer`: without ZeRO its state is in this file;
-    `masters` are then the fp32 weights that a 16-bit run keeps without names, group by group.
+    `masters` are then the fp32 weights that a 16-bit run keeps without names, group by group;
+    `flat_masters` those of a group end to end, as a fused optimizer has them.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class ModelFile(Struct, frozen=True):
     data_before_experts: bool
     holds_optimizer: bool
     masters: tuple[tuple[TensorRef, ...], ...]
+    flat_masters: tuple[TensorRef, ...]
     records: tuple[Record, ...]
     opaque: tuple[str, ...]
     written_as: str | None
@@ -127,11 +129,21 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
         autoep=_autoep(top, path),
         holds_optimizer=isinstance(top.get("optimizer"), dict),
         masters=_masters(_settings(top.get("optimizer")).get("fp32_groups"), path),
+        flat_masters=_flat_masters(_settings(top.get("optimizer")).get("fp32_groups_flat"), path),
         data_before_experts=config.get("use_data_before_expert_parallelism") is True,
         records=file.records,
         opaque=file.opaque,
         written_as=file.written_as,
     )
+
+
+def _flat_masters(groups: object, path: Path) -> tuple[TensorRef, ...]:
+    """`fp32_groups_flat` of FP16_Optimizer: a flat tensor for each group."""
+    held = groups if isinstance(groups, list) else [] if groups is None else [None]
+    found = [t for t in held if isinstance(t, TensorRef) and t.dtype.floating]
+    if len(found) != len(held) or any(len(t.shape) != 1 or t.strides for t in found):
+        raise FormatError("its fp32_groups_flat are not flat tensors.", path=path)
+    return tuple(found)
 
 
 def _masters(groups: object, path: Path) -> tuple[tuple[TensorRef, ...], ...]:

@@ -20,7 +20,7 @@ from reshard.containers.torch.plain import PlainData
 from reshard.core.catalog import Catalog
 from reshard.core.state import Group, Step, TrainingState
 from reshard.core.tensors import Entry, Record
-from reshard.errors import IncompleteError
+from reshard.errors import FormatError, IncompleteError
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.place import Location
 from reshard.formats.deepspeed.universal import master, stored
@@ -30,6 +30,7 @@ from reshard.storage.paths import is_file, matching
 
 _STEP, _MASTER = "step", "fp32"
 _OPTIMIZER = "optimizer_state.pt"
+_AGAIN = "Copy the whole folder, or make the universal checkpoint again."
 
 
 def read(location: Location, saved: Saved, catalog: Catalog, plain: PlainData) -> TrainingState:
@@ -65,6 +66,7 @@ def read(location: Location, saved: Saved, catalog: Catalog, plain: PlainData) -
     if not steps and (step := _first_step(top, plain, zero)) is not None:
         steps = dict.fromkeys(every, step)
     _check_complete(zero, moments, steps, names)
+    _check_steps(zero, steps, names)
     return TrainingState(
         moments=moments,
         masters={name: catalog.entries[name] for name in every},
@@ -86,7 +88,7 @@ def _optimizer(zero: Path, plain: PlainData) -> dict[str, Any]:
         raise IncompleteError(
             "it is not there, so nothing says which hyperparameters the groups have.",
             path=path,
-            hint="Copy the whole folder, or make the universal checkpoint again.",
+            hint=_AGAIN,
         )
     value = read_torch(plain.sources.open(child(zero, _OPTIMIZER))).value
     return value if isinstance(value, dict) else {}
@@ -135,5 +137,21 @@ def _check_complete(
                     f"its {kind} is not there, and those of others of its group are.",
                     path=zero / absent[0] / f"{kind}.pt",
                     tensor=absent[0],
-                    hint="Copy the whole folder, or make the universal checkpoint again.",
+                    hint=_AGAIN,
+                )
+
+
+def _check_steps(zero: Path, steps: dict[str, Step], names: list[tuple[str, ...]]) -> None:
+    """DeepSpeed updates a list of parameters as one flat tensor, which has had one number of
+    steps."""
+    for group in names:
+        first = steps.get(group[0]) if group else None
+        for name in group:
+            if first is not None and steps[name].count != first.count:
+                raise FormatError(
+                    f"it has had {steps[name].count} steps, and {group[0]} of the same flat tensor "
+                    f"{first.count}: files of different saves are mixed.",
+                    path=zero / name / f"{_STEP}.pt",
+                    tensor=name,
+                    hint=_AGAIN,
                 )

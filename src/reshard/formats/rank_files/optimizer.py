@@ -28,6 +28,7 @@ from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.rank_files import join
 from reshard.formats.rank_files.files import Saved
 from reshard.formats.rank_files.state import State
+from reshard.formats.run_files import read_run_file
 from reshard.naming.order import groups_in_order
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file
@@ -174,7 +175,7 @@ def _scheduler(saved: Saved, plain: PlainData) -> dict[str, Plain] | None:
     name = saved.files[min(saved.files)].name.replace(_OPTIMIZER, _EXTRA, 1)
     if not is_file(saved.folder / name):
         return None
-    value = read_torch(plain.sources.open(child(saved.folder, name))).value
+    value = read_run_file(child(saved.folder, name), plain.sources)
     held = value if isinstance(value, dict) else {}
     for key in held:
         if key != "lr_scheduler":
