@@ -42,7 +42,7 @@ class ReshardError(Exception):
     tensor: the tensor's name in the checkpoint.
     hint: what the user can do about it.
 
-    `also` are other errors of the same command that were found besides.
+    `also` are other errors of the same command.
     """
 
     also: tuple[ReshardError, ...] = ()

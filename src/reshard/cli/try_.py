@@ -149,7 +149,7 @@ def shared_options(function: _F) -> _F:
     "--chat",
     "converse",
     is_flag=True,
-    help="Talk with the model on the terminal: a line for each turn, /new to begin anew, Ctrl-D to "
+    help="Talk with the model on the terminal: a line for each turn, /new to start over, Ctrl-D to "
     "end. No report is written.",
 )
 @shared_options

@@ -38,7 +38,7 @@ class Compared(Struct, frozen=True):
 
     `first` and `second` are what each side has: for `equal` and `values` the dtype in which they
     were compared, of which the tensor takes `nbytes`. Only these two kinds have a shape and a
-    change. A `setting` is no tensor: an optimizer's step or hyperparameter, which differs.
+    change. A `setting` is not a tensor: an optimizer's step or hyperparameter, which differs.
     """
 
     name: str

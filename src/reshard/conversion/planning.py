@@ -211,7 +211,7 @@ def plan_output(
 def _of_release(
     made: OutputModel, catalog: Catalog, base: Base | None, options: Options, sources: Sources
 ) -> tuple[Finding, ...]:
-    """What of the output no release has, where it is a model's folder."""
+    """How the output differs from releases, where it is a model's folder."""
     known = base is not None or holds_config(catalog)
     if not (known and made.model and made.assets and output_format(options.to).takes_files):
         return ()

@@ -193,9 +193,9 @@ CODES: dict[str, Code] = {
         by=("doctor",)),
     "engine-score-bias": Code(
         "warning", "an engine gives the head a bias that no file has", by=("doctor",)),
-    "engine-strangers": Code("error", "an engine drops or refuses tensors", by=("doctor",)),
     "engine-tensors": Code(
         "error", "an engine lacks tensors, and makes them up or refuses", by=("doctor",)),
+    "engine-unknown-tensors": Code("error", "an engine drops or refuses tensors", by=("doctor",)),
     "engine-weights": Code("error", "an engine does not read weights of this kind", by=("doctor",)),
     "export-beside": Code(
         "info", "a training checkpoint was read, and an exported model lies beside it",
@@ -334,7 +334,7 @@ CODES: dict[str, Code] = {
         "warning", "moments of two parameters are equal bit for bit: a file may be a copy of "
         "another's", "Copy the checkpoint again, or use another save."),
     "state-left-out": Code(
-        "warning", "a part of the training state is no plain data and does not travel"),
+        "warning", "a part of the training state is not plain data and is not carried over"),
     "state-masters-rounded": Code(
         "warning", "fp32 masters were rounded to the dtype of the output's weights",
         "Leave out --dtype."),
@@ -399,5 +399,5 @@ CODES: dict[str, Code] = {
         "info", "weight files beside the model were not read", "To convert one, name it."),
     "wrapper-prefix": Code("error", "names carry a wrapper's or trainer's prefix", by=("doctor",)),
     "zero3-placeholders": Code(
-        "error", "zeRO-3 left placeholders where the weights should be", by=("doctor", "try")),
+        "error", "ZeRO-3 left placeholders where the weights should be", by=("doctor", "try")),
 }  # fmt: skip

@@ -31,7 +31,7 @@ _HUB = "Write it in the layout of the release: reshard convert DIR OUT --names h
 
 
 def files(case: Case, key: EngineName) -> Signs | None:
-    """Weight files that the engine reads besides the model's, or that it does not read."""
+    """Weight files that the engine reads in addition to the model's, or that it does not read."""
     engine, folder = ENGINES[key], case.folder
     if folder.pickled:
         words = f"{engine.title} reads {engine.files} only, and the weights are pickled"
@@ -85,8 +85,8 @@ def tensors(case: Case, key: EngineName) -> Signs | None:
     return Signs(tuple(evidence), advice=CONVERT_AGAIN) if evidence else None
 
 
-def strangers(case: Case, key: EngineName) -> Signs | None:
-    """What the engine would drop in silence, or refuse for."""
+def unknown_tensors(case: Case, key: EngineName) -> Signs | None:
+    """What the engine would drop silently, or refuse for."""
     engine, found = ENGINES[key], case.structure
     evidence = []
     names = () if found is None else (*found.strange, *found.heads)
@@ -96,7 +96,7 @@ def strangers(case: Case, key: EngineName) -> Signs | None:
             evidence.append(f"{engine.title} {effect} {some(group)}")
     dropped = [name for name in case.clean if patterns.matches_any(DROPPED.get(key, ()), name)]
     if dropped:
-        evidence.append(f"{engine.title} drops, without a word, {some(dropped)}")
+        evidence.append(f"{engine.title} silently drops {some(dropped)}")
     head = case.vocabulary.head
     own = head is not None and not case.vocabulary.equal
     if own and key in ("vllm", "mlx") and says_tied(case.folder.settings):
@@ -135,9 +135,9 @@ def _layout(case: Case, key: EngineName) -> tuple[str | None, str]:
         if effect is None:
             unknown = f"{said}: whether {engine.title} takes them is not known"
         elif effect == "turned":
-            return effect, f"{said}: {engine.title} exports the experts turned, without a word"
+            return effect, f"{said}: {engine.title} silently exports the experts transposed"
         elif effect == "random":
-            return effect, f"{said}: {engine.title} leaves them at random values, without a word"
+            return effect, f"{said}: {engine.title} silently leaves them at random values"
         elif effect == "refuses":
             return effect, f"{said}: {engine.title} refuses them"
     return None, unknown
@@ -192,7 +192,7 @@ def config(case: Case, key: EngineName) -> Signs | None:
             patches[field.path] = field.value
     path = "text_config.tie_word_embeddings"
     if key == "mlx" and _unstated_tie(case):
-        evidence.append(f"without {path} mlx-lm refuses, or takes the head for a stranger")
+        evidence.append(f"without {path} mlx-lm refuses, or does not know the head")
         patches[path] = says_tied(case.folder.settings)
     if not evidence:
         return None
@@ -213,13 +213,13 @@ def _rotary(field: fields.Missing) -> str | None:
     if field.model_type in MLX_ROTARY:
         return None
     if field.name != "rope_theta":
-        return "takes none without a word"
+        return "silently takes none"
     theta = MLX_THETA.get(field.model_type, 0.0)
     if theta is None:
         return "refuses"
     if theta == 0.0:
-        return "may take a default without a word"
-    return None if theta == field.value else f"takes {theta:g} without a word"
+        return "may silently take a default"
+    return None if theta == field.value else f"silently takes {theta:g}"
 
 
 def score_bias(case: Case, key: EngineName) -> Signs | None:
@@ -247,7 +247,7 @@ CHECKS: Mapping[str, Callable[[Case, EngineName], Signs | None]] = {
     "engine-class": class_served,
     "engine-no-head": no_head,
     "engine-tensors": tensors,
-    "engine-strangers": strangers,
+    "engine-unknown-tensors": unknown_tensors,
     "engine-names": names_taken,
     "engine-names-unread": names_unread,
     "engine-weights": weights,
