@@ -25,25 +25,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINTS = [path.parent.name for path in sorted(GOLDEN.glob("*/checkpoint"))]
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A small model folder of two shards, with a folder in it."""
-    folder = tmp_path / "model"
-    (folder / "sub").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    shards = [{f"w{n}": rng.random((64, 1 << n), np.float32)} for n in range(8, 10)]
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-00002.safetensors"
-        save_file(shard, folder / file)
-        weight_map.update(dict.fromkeys(shard, file))
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text('{"model_type": "x", "torch_dtype": "bfloat16"}')
-    (folder / "sub" / "note.txt").write_text("copied")
-    return folder
-
-
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_in_a_store_gives_the_same_bytes(
     bucket: Bucket, tmp_path: Path, name: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from reshard.conversion.report import Report
 
 _PATH = FolderOrFile(place=Place(remote=True))
+_OUTPUT = FolderOrFile(place=Place(remote=True, writes=True))
 
 _EXAMPLES = (
     "reshard convert results/run/_actor out --base Qwen2.5-7B       # DeepSpeed (LightRFT)",
@@ -40,7 +42,7 @@ _EXAMPLES = (
     short_help="Convert the checkpoint SRC into the folder DST.",
 )
 @click.argument("source", type=_PATH, metavar="SRC", cls=Argument, words=CONVERT["source"].help)
-@click.argument("target", type=_PATH, metavar="DST", cls=Argument, words=CONVERT["target"].help)
+@click.argument("target", type=_OUTPUT, metavar="DST", cls=Argument, words=CONVERT["target"].help)
 @flags(CONVERT.values())
 @how_shown
 @json_flag
@@ -52,7 +54,9 @@ def convert(
     """Convert the checkpoint SRC into the folder DST."""
     from reshard.conversion.convert import convert as run
 
-    with shown_progress(shown, quiet=as_json or quiet) as progress:
+    # Ray prints what happens to its nodes, on standard output.
+    aside = redirect_stdout(sys.stderr) if options["engine"] == "ray" else nullcontext()
+    with shown_progress(shown, quiet=as_json or quiet) as progress, aside:
         report = run(source, target, progress=progress, **options)
     if as_json:
         output.print_json(report.to_json())

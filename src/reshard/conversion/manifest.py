@@ -184,6 +184,11 @@ def read(folder: Path, sources: Sources) -> Manifest:
             hint="Only folders that reshard wrote state their digests.",
         )
     text = strict_json.read_whole(sources.open(path), max_nbytes=strict_json.MAX_INDEX)
+    return parsed(text, path)
+
+
+def parsed(text: bytes, path: Path) -> Manifest:
+    """What the text of a `reshard.json` states; `path` is its place. Raises `FormatError`."""
     try:
         found = _parse(text, str(path))
     except FormatError as error:

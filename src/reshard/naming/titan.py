@@ -29,6 +29,7 @@ from reshard.core import rearrange
 from reshard.core.tensors import Box, Entry, Fragment, contiguous_strides
 from reshard.errors import NamesError, UnsupportedError
 from reshard.naming import patterns
+from reshard.naming.name_map import Translation
 from reshard.naming.schema import Schema
 from reshard.naming.search import unwrap
 
@@ -139,10 +140,14 @@ _HUBS_OWN = "**.attention.wo.weight"
 
 
 class Translated(Struct, frozen=True):
-    """A checkpoint's tensors by the hub's names; `rules` say in words what was done to them."""
+    """A checkpoint's tensors by the hub's names; `rules` say in words what was done to them.
+
+    `names` does the same to any table of its tensors; None where they have the hub's names.
+    """
 
     entries: Mapping[str, Entry]
     rules: tuple[str, ...] = ()
+    names: Translation | None = None
 
 
 def is_titan(names: Iterable[str], schema: Schema) -> bool:
@@ -170,18 +175,25 @@ def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
             hint="Export it with torchtitan's own conversion to Hugging Face.",
         )
     family = FAMILIES[kind]
-    found: dict[str, Entry] = {}
-    turned = 0
-    for entry in entries.values():
-        for name, made in _of(entry, config, family):
-            if name in found:
-                raise NamesError("two tensors are it.", tensor=name)
-            found[name] = made
-            turned += family.turns and name.endswith(("q_proj.weight", "k_proj.weight"))
+    owners: dict[str, tuple[str, ...]] = {}
+
+    def make(table: Mapping[str, Entry]) -> dict[str, Entry]:
+        found: dict[str, Entry] = {}
+        for own, entry in table.items():
+            for name, made in _of(entry, config, family):
+                if name in found:
+                    raise NamesError("two tensors are it.", tensor=name)
+                found[name] = made
+                owners.setdefault(name, (own,))
+        return found
+
+    found = make(entries)
+    heads = ("q_proj.weight", "k_proj.weight")
+    turned = sum(family.turns and name.endswith(heads) for name in found)
     rules = [f"torchtitan's names -> the hub's ({len(entries)})"]
     if turned:
         rules.append(f"heads of queries and keys turned for the hub's rotary embeddings ({turned})")
-    return Translated(found, tuple(rules))
+    return Translated(found, tuple(rules), Translation(owners, make))
 
 
 def _of(entry: Entry, config: Mapping[str, Any], family: Family) -> Iterator[tuple[str, Entry]]:

@@ -3,7 +3,8 @@
 paths.py       what lies under a path, links, listings: no other room asks the system
 source.py      an open input: a file, read with pread, or an object, read by ranges
 local.py       the inputs of a run: identity checks, frames, links of the hub cache
-remote.py      what lies at a URL, kept for a short time; reading ahead
+remote.py      what lies at a URL, kept for a short time
+ahead.py       ranges of an object, read before they are needed
 stores.py      object stores (S3, Google Cloud, Azure) by obstore, and what they refuse, in words
 hub.py         models of the Hugging Face hub
 web.py         files of web servers

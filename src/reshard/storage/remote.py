@@ -5,9 +5,6 @@ conversion asks some thousand times what lies in a folder, and one list answers 
 
 A folder of ours is complete once it has its `reshard.json`, which is written last. Until then it
 holds `reshard.partial.json`, and reading it is an `IncompleteError`.
-
-Reads of neighbouring bytes become one request (`Ahead`): headers are read in small steps, and
-weights in blocks of 1 to 4 MiB, front to back.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ import os
 import stat
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -27,20 +23,13 @@ from msgspec import Struct, field
 from reshard.core.locations import HUB, RemotePath, located, named
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.storage import credentials
+from reshard.storage.ahead import Ahead
 from reshard.storage.stores import Listing, Object, Store, bucket_of
 
 #: The last object of an output, and the one that stands while it is written.
 MANIFEST, CLAIM = "reshard.json", "reshard.partial.json"
 # Seconds that an answer of a store is taken for.
 _FRESH = 60.0
-# Bytes of the first request at a place, and of the requests of one who reads on from there.
-_FIRST, _MOST = 128 << 10, 4 << 20
-# Bytes of a stretch that is kept even once all of it was used.
-_HEADER = 1 << 20
-# Bytes that are kept of what was read ahead, in all files together.
-_KEPT = 48 << 20
-
-
 # What is not in a list.
 _NOTHING = Object(-2)
 
@@ -118,7 +107,7 @@ def listing(path: RemotePath) -> Listing:
     Raises `IncompleteError` for an output of ours that is not complete.
     """
     found = contents(path)
-    if CLAIM in found and MANIFEST not in found and str(path) not in being_written:
+    if is_unfinished(path) and str(path) not in being_written:
         raise IncompleteError(
             f"it is an output of reshard that is not complete: it has no {MANIFEST}, which is "
             "written last.",
@@ -126,6 +115,21 @@ def listing(path: RemotePath) -> Listing:
             hint="Wait for the run that writes it; if none does, convert again with --overwrite.",
         )
     return found
+
+
+def is_unfinished(path: RemotePath) -> bool:
+    """Whether an output of ours lies there that is not complete."""
+    there = contents(path)
+    return CLAIM in there and MANIFEST not in there
+
+
+def claim(path: RemotePath) -> bytes:
+    """The text of what stands in an output that is not complete. Raises `NotFoundError`."""
+    store, key = _view(path).store, (path / CLAIM).key
+    there = store.head(key)
+    if there is None:
+        raise NotFoundError("there is no such object.", path=path / CLAIM)
+    return bytes(store.read(key, 0, there.nbytes, there))
 
 
 def contents(path: RemotePath) -> Listing:
@@ -187,10 +191,14 @@ def status(path: RemotePath) -> os.stat_result | None:
         there = found(path)
     except FileNotFoundError:
         return None
-    if there is None:
-        return os.stat_result((stat.S_IFDIR | 0o755, 0, 0, 1, 0, 0, 0, 0, 0, 0))
-    when = int(there.modified)
-    return os.stat_result((stat.S_IFREG | 0o644, 0, 0, 1, 0, 0, there.nbytes, when, when, when))
+    mode, nbytes, when = stat.S_IFDIR | 0o755, 0, 0.0
+    if there is not None:
+        mode, nbytes, when = stat.S_IFREG | 0o644, there.nbytes, there.modified
+    seconds, exactly = int(when), int(when * 1e9)
+    return os.stat_result(
+        (mode, 0, 0, 1, 0, 0, nbytes, seconds, seconds, seconds),
+        dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), exactly),
+    )
 
 
 def identity(there: Object) -> tuple[int, int, int, int]:
@@ -211,6 +219,14 @@ class Opened(Struct, frozen=True):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` on. Raises `IncompleteError`."""
         self.ahead.read_into(self, offset, buffer)
+
+    @property
+    def nbytes(self) -> int:
+        return self.known.nbytes
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Bytes `[start, stop)`, by one request. Raises `IncompleteError`."""
+        return self.store.read(self.path.key, start, stop, self.known)
 
     def identity_now(self) -> tuple[int, int, int, int] | None:
         """Which object lies there now (`forget` first); None where there is none."""
@@ -247,107 +263,3 @@ def opened(path: str) -> Opened:
 def _ahead(path: str, which: tuple[int, int, int, int]) -> Ahead:
     """What was read of an object: a run opens most of them several times."""
     return Ahead()
-
-
-class _Kept:
-    """Stretches of objects that were read ahead, the last used last. Safe to use from threads."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._most = nbytes
-        self._held = 0
-        self._all: OrderedDict[tuple[int, int], tuple[Ahead, memoryview]] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def put(self, owner: Ahead, start: int, data: memoryview) -> None:
-        """Keep a stretch; call with the lock held."""
-        self._all[id(owner), start] = owner, data
-        owner.stretches[start] = data
-        self._held += len(data)
-        while self._held > self._most and len(self._all) > 1:
-            (_, first), (other, old) = self._all.popitem(last=False)
-            other.stretches.pop(first, None)
-            self._held -= len(old)
-
-    def drop(self, owner: Ahead, start: int) -> None:
-        """Forget a stretch; call with the lock held."""
-        found = self._all.pop((id(owner), start), None)
-        if found is not None:
-            owner.stretches.pop(start, None)
-            self._held -= len(found[1])
-
-
-_kept = _Kept(_KEPT)
-
-
-class Ahead:
-    """What was read of one object and not yet used, and where its readers are expected next."""
-
-    def __init__(self) -> None:
-        self.stretches: dict[int, memoryview] = {}
-        self._expected: OrderedDict[int, int] = OrderedDict()
-        self._coming: dict[int, int] = {}
-        self._arrived = threading.Condition(_kept.lock)
-
-    def read_into(self, opened: Opened, offset: int, buffer: memoryview) -> None:
-        """Fill a buffer, by what is kept and by new requests."""
-        done = 0
-        while done < len(buffer):
-            at = offset + done
-            with self._arrived:
-                there = self._take(at, len(buffer) - done)
-                if there is None and any(
-                    start <= at < stop for start, stop in self._coming.items()
-                ):
-                    self._arrived.wait()
-                    continue
-                if there is None:
-                    needed, nbytes = len(buffer) - done, opened.known.nbytes
-                    stop = self._reach(at, needed, nbytes, opened.path)
-                    self._coming[at] = stop
-            if there is None:
-                self._fetch(opened, at, stop)
-            else:
-                buffer[done : done + len(there)] = there
-                done += len(there)
-
-    def _take(self, at: int, nbytes: int) -> memoryview | None:
-        """What is kept from `at` on, at most `nbytes` bytes."""
-        for start, data in self.stretches.items():
-            if start <= at < start + len(data):
-                there = data[at - start : at - start + nbytes]
-                # Weights are read once, headers again and again.
-                if at + len(there) == start + len(data) and len(data) > _HEADER:
-                    _kept.drop(self, start)
-                return there
-        return None
-
-    def _reach(self, at: int, needed: int, nbytes: int, path: RemotePath) -> int:
-        """Where a request from `at` on ends: who reads on gets twice as much each time."""
-        if at >= nbytes:
-            raise IncompleteError(
-                f"the object ends at byte {nbytes}; bytes to {at + needed} are needed.",
-                path=path,
-                hint="The file was cut off; copy it again or use another checkpoint.",
-            )
-        window = self._expected.pop(at, _FIRST)
-        stop = min(at + max(min(needed, 2 * _MOST), window), nbytes)
-        # Not beyond what is kept or comes already.
-        others = [*self.stretches, *self._coming]
-        stop = min([stop, *(start for start in others if start > at)])
-        self._expected[stop] = min(2 * window, _MOST)
-        while len(self._expected) > 64:
-            self._expected.popitem(last=False)
-        return stop
-
-    def _fetch(self, opened: Opened, at: int, stop: int) -> None:
-        try:
-            data = opened.store.read(opened.path.key, at, stop, opened.known)
-        except BaseException:
-            with self._arrived:
-                del self._coming[at]
-                self._arrived.notify_all()
-            raise
-        with self._arrived:
-            del self._coming[at]
-            _kept.put(self, at, data)
-            self._arrived.notify_all()

@@ -64,7 +64,7 @@ def reader(
 
 def _zero(saved: Sequence[Saved], plain: PlainData) -> TrainingState:
     """The state of a ZeRO save, that of tensor parallel ranks joined as their weights are."""
-    found = [_of_rank(one, plain) for one in saved]
+    found = [of_rank(one, plain) for one in saved]
     if len(saved) == 1:
         return found[0]
     join = tensor_parallel.joiner(saved, plain.sources)
@@ -92,7 +92,7 @@ def _with_masters(state: TrainingState, catalog: Catalog) -> TrainingState:
     return replace(state, masters={name: catalog.entries[name] for name in names})
 
 
-def _of_rank(saved: Saved, plain: PlainData) -> TrainingState:
+def of_rank(saved: Saved, plain: PlainData) -> TrainingState:
     """What the files of one model parallel rank hold."""
     wrapped = []
     for file in saved.optim:
