@@ -76,7 +76,8 @@ class Module:
                     found += self.templates(value, within, depth + 1)
                 if found:
                     break
-            owner = None if found else self._imported_from(node.id)
+            own = found or node.id.startswith("__")
+            owner = None if own else self._imported_from(node.id)
             if owner is not None:
                 found += owner.templates(node, owner.tree, depth + 1)
         elif depth < _DEPTH and isinstance(node, ast.Call):
