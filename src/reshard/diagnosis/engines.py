@@ -13,7 +13,7 @@ from typing import Literal
 from msgspec import Struct
 
 EngineName = Literal["vllm", "sglang", "llama.cpp", "mlx"]
-Effect = Literal["takes", "refuses", "random", "turned"]
+Effect = Literal["takes", "refuses", "random", "transposed"]
 
 
 class Engine(Struct, frozen=True):
@@ -102,7 +102,7 @@ ENGINES: Mapping[EngineName, Engine] = {
 
 #: How files may differ from the release's (`naming/released.py`); `tower`: in names of a tower that
 #: lack `vision_model` alone.
-LayoutChange = Literal["moved", "tower", "stacked", "turned"]
+LayoutChange = Literal["moved", "tower", "stacked", "transposed"]
 
 _LLAVA = ("llava", "llava_next", "gemma3", "mistral3")
 _QWEN2_VL = ("qwen2_vl", "qwen2_5_vl")
@@ -124,7 +124,7 @@ LAYOUTS: Mapping[tuple[EngineName, LayoutChange, str], Effect] = {
         ("tower", _LLAVA, "refuses"),
         ("stacked", ("qwen3_moe",), "takes"),
         ("stacked", ("mixtral",), "refuses"),
-        ("turned", ("qwen3_vl_moe",), "refuses"),
+        ("transposed", ("qwen3_vl_moe",), "refuses"),
     ),
     **_rows(
         "sglang",
@@ -132,14 +132,14 @@ LAYOUTS: Mapping[tuple[EngineName, LayoutChange, str], Effect] = {
         ("tower", ("gemma3",), "refuses"),
         ("tower", ("llava",), "takes"),
         ("stacked", ("qwen3_moe",), "random"),
-        ("turned", ("qwen3_vl_moe",), "refuses"),
+        ("transposed", ("qwen3_vl_moe",), "refuses"),
     ),
     **_rows(
         "llama.cpp",
         ("moved", (*_QWEN2_VL, "qwen2_audio"), "takes"),
         ("tower", ("llava", "gemma3"), "takes"),
         ("stacked", _MOE, "takes"),
-        ("turned", ("qwen3_vl_moe",), "turned"),
+        ("transposed", ("qwen3_vl_moe",), "transposed"),
     ),
     **_rows(
         "mlx",

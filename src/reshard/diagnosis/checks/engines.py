@@ -134,7 +134,7 @@ def _layout(case: Case, key: EngineName) -> tuple[str | None, str]:
         said = f"{len(names)} names are not the release's, {names[0]} among them"
         if effect is None:
             unknown = f"{said}: whether {engine.title} takes them is not known"
-        elif effect == "turned":
+        elif effect == "transposed":
             return effect, f"{said}: {engine.title} silently exports the experts transposed"
         elif effect == "random":
             return effect, f"{said}: {engine.title} silently leaves them at random values"
@@ -148,7 +148,7 @@ def _kinds(other: Unreleased) -> dict[LayoutChange, tuple[str, ...]]:
     lacking = tuple(name for name in towers if ".vision_model." not in f".{name}")
     moved = tuple(name for name in other.moved if name not in set(lacking))
     found: dict[LayoutChange, tuple[str, ...]] = {
-        "moved": moved, "tower": lacking, "stacked": other.stacked, "turned": other.turned
+        "moved": moved, "tower": lacking, "stacked": other.stacked, "transposed": other.turned
     }  # fmt: skip
     return {kind: names for kind, names in found.items() if names}
 
