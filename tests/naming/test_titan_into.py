@@ -108,10 +108,10 @@ def test_gpt_oss(era: int, tmp_path: Path) -> None:
 
 
 def test_layers_of_multi_token_prediction_are_a_finding(tmp_path: Path) -> None:
-    hub, _ = made("deepseek_v3", 0)
+    hub, _ = made("qwen3_moe", 0)
     more = {"model.layers.2.eh_proj.weight": torch.ones(2, 4)}
     config = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
-    model = _model({**hub, **more}, tmp_path / "model", "deepseek_v3", **config)
+    model = _model({**hub, **more}, tmp_path / "model", "qwen3_moe", **config)
     report = reshard.convert(model, tmp_path / "out", to="dcp", names="torchtitan")
     found = next(each for each in report.findings if each.code == "layers-left-out")
     assert "model.layers.2.eh_proj.weight" in found.message
@@ -122,7 +122,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     hub, _ = made("qwen3_moe", 0)
     for number, (model_type, change, error) in enumerate(
         (
-            ("llama4", {}, "known of llama"),
+            ("gemma2", {}, "known of llama"),
             ("qwen3_moe", {"model.odd": torch.ones(1)}, "no place in torchtitan's model"),
             ("qwen3_moe", {"model.layers.0.mlp.experts.1.up_proj.weight": None}, "expert 1 is"),
         )

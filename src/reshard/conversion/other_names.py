@@ -73,7 +73,8 @@ def _renamed(catalog: Catalog, base: Base) -> Renamed:
     known = titan.translated(catalog.entries, base.schema)
     if known.rules:
         of_titan = replace(catalog, entries=known.entries)
-        return Renamed(of_titan, base, known.rules, names=known.names)
+        more, said = _with_beyond(base, known.entries)
+        return Renamed(of_titan, more, known.rules, said, known.names)
     # After torchtitan's names, whose experts are called the same.
     # torchtitan's stacks of 2025 have the names of AutoEP's.
     theirs = titan.is_titan(names, base.schema)
@@ -116,19 +117,13 @@ def _of_megatron(catalog: Catalog, base: Base) -> Renamed:
     rows = None if embedding is None else embedding.spec.shape[0]
     megatron_args.check(catalog.origin.details.get("settings", {}), base.config, rows=rows)
     entries = apply(named.outputs, catalog.entries)
-    beyond = [n for n in entries if n not in base.entries and is_unheld(n, base.config)]
-    findings = [_padding(name, rows, catalog) for name, rows in named.padding.items()]
-    if beyond:
-        message = (
-            f"{len(beyond)} tensors of layers for multi-token prediction are written, of which "
-            "the base's files hold none: transformers does not load them."
-        )
-        findings.append(Finding("layers-beyond-base", message))
+    padded = [_padding(name, rows, catalog) for name, rows in named.padding.items()]
+    more, said = _with_beyond(base, entries)
     return Renamed(
         replace(catalog, entries=entries),
-        _with_layers(base, {name: entries[name] for name in beyond}),
+        more,
         (f"Megatron-Core's names -> the hub's ({len(catalog.entries)} -> {len(entries)})",),
-        tuple(findings),
+        (*padded, *said),
         translation(named.outputs),
     )
 
@@ -140,6 +135,19 @@ def _padding(name: str, rows: int, catalog: Catalog) -> Finding:
         f"assumed to be padding, which Megatron adds."
     )
     return Finding("vocabulary-padded", message, subject=name)
+
+
+def _with_beyond(base: Base, entries: Mapping[str, Entry]) -> tuple[Base, tuple[Finding, ...]]:
+    """The base with the layers for multi-token prediction that only the checkpoint has."""
+    beyond = [n for n in entries if n not in base.entries and is_unheld(n, base.config)]
+    if not beyond:
+        return base, ()
+    message = (
+        f"{len(beyond)} tensors of layers for multi-token prediction are written, of which "
+        "the base's files hold none: transformers does not load them."
+    )
+    made = _with_layers(base, {name: entries[name] for name in beyond})
+    return made, (Finding("layers-beyond-base", message),)
 
 
 def _with_layers(base: Base, beyond: dict[str, Entry]) -> Base:
