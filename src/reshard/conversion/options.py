@@ -21,7 +21,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["all", "disk", "memory", "hub", "torchtitan"]
-Layout = Literal["lightrft", "accelerate", "nested"]
+Layout = Literal["lightrft", "accelerate", "nested", "torchtitan"]
 To = Literal["hf", "dcp", "megatron", "deepspeed"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
@@ -33,7 +33,7 @@ SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
 NAMES: tuple[Names, ...] = ("all", "disk", "memory", "hub", "torchtitan")
 #: Every format's values of `--layout`.
-LAYOUTS: tuple[Layout, ...] = ("lightrft", "accelerate", "nested")
+LAYOUTS: tuple[Layout, ...] = ("lightrft", "accelerate", "nested", "torchtitan")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
 #: LightRFT's default probing layer: the input of the last layer.
 PROBING_LAYER = -1
