@@ -63,6 +63,7 @@ HEAVY: dict[str, set[str]] = {
     "PIL": {"evaluate"},
     "jinja2": {"evaluate"},
     "rich": {"evaluate"},
+    "ray": set(),
     "obstore": set(),
     "pytest": {"testing"},
     "hypothesis": {"testing"},

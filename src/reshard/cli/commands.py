@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,9 @@ def convert(
     """Convert the checkpoint SRC into the folder DST."""
     from reshard.conversion.convert import convert as run
 
-    with shown_progress(shown, quiet=as_json or quiet) as progress:
+    # Ray prints what happens to its nodes, on standard output.
+    aside = redirect_stdout(sys.stderr) if options["engine"] == "ray" else nullcontext()
+    with shown_progress(shown, quiet=as_json or quiet) as progress, aside:
         report = run(source, target, progress=progress, **options)
     if as_json:
         output.print_json(report.to_json())

@@ -19,7 +19,7 @@ from reshard.conversion.besides import besides
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
 from reshard.conversion.execute import Writing, carry_out
-from reshard.conversion.options import DTypeChoice, Layout, Lora, Names, SrmFormat, To
+from reshard.conversion.options import DTypeChoice, Engine, Layout, Lora, Names, SrmFormat, To
 from reshard.conversion.planning import Job, check_strict, prepare
 from reshard.conversion.report import Moments, Report
 from reshard.conversion.state_values import alike, check_values
@@ -76,6 +76,8 @@ def convert(
     allow_step_mismatch: bool = False,
     strict: bool | Sequence[str] = False,
     threads: int | None = None,
+    engine: Engine = "local",
+    ray_address: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
     dry_run: bool = False,
@@ -124,7 +126,9 @@ def convert(
             check_strict(_of_values(job, outcome), options, running.strict)
             return _manifest(job, outcome.digests, sources)
 
-        writing = Writing(running.threads, running.overwrite, running.verify, running.progress)
+        writing = Writing(
+            running.threads, running.overwrite, running.verify, running.progress, running.workers
+        )
         outcome = carry_out(
             job.plan,
             sources,

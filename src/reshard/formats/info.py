@@ -136,6 +136,7 @@ OWN = (
         checksums=True,
         has_roles=True,
         masters="asked",
+        training_state=True,
         to="megatron",
         naming="megatron",
         max_shard_size="1GB",

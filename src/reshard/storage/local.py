@@ -56,10 +56,14 @@ class Sources:
     Safe to use from several threads. A compressed frame is expanded into an unnamed temporary
     file, so memory does not grow with it; the last few frames are kept. `known` are the identities
     that files had when they were seen before: one that is another by now is an `IncompleteError`.
+    `elsewhere`: on another machine, whose numbers of devices are others.
     """
 
-    def __init__(self, known: Mapping[str, Identity] | None = None) -> None:
+    def __init__(
+        self, known: Mapping[str, Identity] | None = None, *, elsewhere: bool = False
+    ) -> None:
         self._known = known or {}
+        self._compared = slice(1 if elsewhere else 0, None)
         self._open: dict[FileRef, Source] = {}
         self._expanded: OrderedDict[FileRef, Expanded] = OrderedDict()
         self._lock = threading.Lock()
@@ -120,7 +124,8 @@ class Sources:
         return Source(ref, fd if keep else None, identity_of(now), now.st_size)
 
     def _check_known(self, path: str, now: Identity) -> None:
-        if self._known.get(path, now) != now:
+        known = self._known.get(path, now)
+        if known[self._compared] != now[self._compared]:
             raise IncompleteError(
                 "the file is not the one that it was when the checkpoint was opened.",
                 path=path,

@@ -84,6 +84,13 @@ class File(Struct):
     path: Path | None = None
     late: list[tuple[int, int]] = field(default_factory=list)
 
+    @property
+    def place(self) -> Path:
+        """Where a lent file lies."""
+        if self.path is None:
+            raise ValueError(f"{self.output.name} is not lent")
+        return self.path
+
 
 class Tensor(Struct):
     """A slot on its way; `changed` once it differs from its reference.

@@ -110,9 +110,11 @@ class OutputFolder:
             raise _cannot_write(self.target / name, error) from None
 
     def lend(self, name: str, fd: int) -> Path:
-        """Sync and close a file made by `create`, so that others can write into it; where it is."""
+        """Close a file made by `create`, so that others can write into it; where it lies.
+
+        Closing shows other machines what was written so far.
+        """
         try:
-            os.fsync(fd)
             path = self._open.pop(fd)
             os.close(fd)
         except OSError as error:
