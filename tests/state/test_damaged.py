@@ -22,6 +22,7 @@ from reshard.errors import (
 )
 from tests.state.cases import case, opened
 from tests.state.test_refusals import resave
+from tests.state.test_writing import loaded
 
 STEP = "_actor/global_step3"
 ZERO = "global_step3_universal/zero"
@@ -73,6 +74,24 @@ def test_two_optimizers_beside_one_model(tmp_path: Path) -> None:
     shutil.copytree(run / STEP / "optim_states", run / STEP / "optimizer_old")
     error = refused(run, UnsupportedError)
     assert "several optimizers (optim_states, optimizer_old)" in str(error)
+
+
+def test_an_optimizer_in_one_file_beside_a_sharded_model(tmp_path: Path) -> None:
+    run = copied("fsdp1_accelerate_fp32", tmp_path)
+    folder = run / "checkpoint-3/optimizer_0"
+    torch.save(loaded(folder)["optimizer"], run / "checkpoint-3/optimizer.bin")
+    shutil.rmtree(folder)
+    truth = case("fsdp1_accelerate_fp32").moments()
+    with opened(run) as found:
+        held = {key: found.stored(entry) for key, entry in found.state.entries()}
+    assert held == truth
+    assert len(held) == 50
+
+
+def test_a_universal_checkpoint_without_its_folder(tmp_path: Path) -> None:
+    run = copied("uc_s2_fp32", tmp_path)
+    shutil.rmtree(run / ZERO)
+    assert "its folder zero/" in str(refused(run, IncompleteError))
 
 
 def test_one_parameter_of_another_step(tmp_path: Path) -> None:

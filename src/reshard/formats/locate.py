@@ -31,6 +31,7 @@ from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.formats import OPTIMIZER, tags
 from reshard.formats.info import named
+from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.naming.part import catalog_under
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import is_file, is_folder, is_link, listing, real, status
@@ -248,10 +249,17 @@ def _choose(
     saves = actors or saves
     if len({save.path.parent for save in saves}) > 1:
         raise _several(path, saves, "it holds checkpoints of several models or runs")
+    if len(saves) > 1 and all(_is_unnumbered_adapter(save) for save in saves):
+        raise _several(path, saves, "it holds several adapters")
     unclear = [save for save in saves if not save.format]
     if unclear:
         formats.told(unclear[0].path, unclear[0].claims)  # raises, naming both formats
     return sorted(saves, key=lambda save: (_is_tracked(save, tracked), save.age), reverse=True)
+
+
+def _is_unnumbered_adapter(save: Found) -> bool:
+    """PEFT puts each adapter of a model into a folder of its name; steps have numbers."""
+    return save.age[0] < 0 and is_file(save.path / ADAPTER_CONFIG)
 
 
 def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:

@@ -37,7 +37,7 @@ from reshard.core.state import (
 )
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, UnsupportedError, listed
-from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS
+from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS, optimizer_file
 from reshard.formats.dcp import besides
 from reshard.formats.dcp.parts import Part
 from reshard.formats.dcp.save import folder_metadata
@@ -54,7 +54,10 @@ def reader(
     roots = _roots(metadata, part.path)
     beside = [] if roots else besides.optimizer_folders(folder)
     if not roots and not beside:
-        return None
+        number = besides.number_of(folder)
+        return optimizer_file.beside(
+            besides.above_of(folder), number, entries, lambda: None, sources
+        )
 
     def read() -> TrainingState:
         plain = PlainData(sources)
