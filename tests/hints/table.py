@@ -62,7 +62,7 @@ ELSEWHERE: dict[str, str] = {
     "Write the version into the base's config.json, as transformers_version.": "models/test_released_layout.py::test_an_orientation_that_nothing_tells",
     "To write them: reshard doctor OUT --repair REPAIRED.": "models/test_released_layout.py::test_fields_that_the_base_lacks_are_said",
     "Pass --to hf, or leave out --names.": "models/test_released_layout.py::test_dcp_has_no_released_layout",
-    "Write it in the layout of the release: reshard convert DIR OUT --names hub.": "doctor/test_engines.py::test_names_of_a_live_module",
+    "Write it in the layout of the release: reshard convert DIR OUT --names hub.": "doctor/test_engines.py::test_names_of_a_loaded_model",
     "Move them into a folder below, or away.": "doctor/test_engines.py::test_a_head_file_without_an_index",
     " Or convert the run again: reshard writes an index, which keeps them apart.": "doctor/test_engines.py::test_a_head_file_without_an_index",
     "Make the 16-bit model: reshard convert DIR OUT.": "doctor/test_engines.py::test_codes_that_mlx_does_not_read",

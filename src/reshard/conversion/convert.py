@@ -190,11 +190,8 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         for file in output.side_files
     }
     state = output.state
-    moments = (
-        {}
-        if state is None
-        else manifest.state([entry.spec for entry in state.slots()], STATE_TABLE, digests)
-    )
+    written = () if state is None else state.entries(masters=False)
+    moments = manifest.state([entry.spec for entry in written], STATE_TABLE, digests)
     catalog, stated = job.catalog, job.options.stated()
     files = manifest.listed(job.plan, sources)
     return manifest.render(
