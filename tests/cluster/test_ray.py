@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,36 @@ def test_golden_checkpoints_give_the_same_files_as_ever(cluster: Any, tmp_path: 
             assert {k: v for k, v in report.to_json().items() if k not in apart} == {
                 k: v for k, v in local.to_json().items() if k not in apart
             }
+
+
+def test_workers_import_what_they_need_and_tasks_are_made_when_they_are_due(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No torch, no reader of a format; and no more tasks at a time than the workers soon take."""
+    source = save(tmp_path / "run", layers=32, rows=64)
+    together, under_way, most = executor._together, 0, 0
+
+    def counted(*arguments: Any) -> Iterator[Any]:
+        nonlocal under_way, most
+        for pieces in together(*arguments):
+            under_way += 1
+            most = max(most, under_way)
+            yield pieces
+
+    def answered(stage: str, done: int, total: int) -> None:
+        nonlocal under_way
+        under_way -= stage == "write"
+
+    monkeypatch.setattr(executor, "_together", counted)
+    reshard.convert(source, tmp_path / "out", engine="ray", progress=answered)
+    assert under_way == 0
+    assert most == tasks._AHEAD * 3 < 32
+    ask = ray.remote(scheduling_strategy="SPREAD")(lambda: sorted(sys.modules))
+    found = [modules for modules in ray.get([ask.remote() for _ in range(6)])
+             if "reshard.transfer.cluster.worker" in modules]  # fmt: skip
+    assert found
+    unwanted = ("torch", "reshard.formats", "reshard.conversion", "reshard.containers")
+    assert [name for modules in found for name in modules if name.startswith(unwanted)] == []
 
 
 def test_workers_that_are_lost(cluster: Any, tmp_path: Path) -> None:

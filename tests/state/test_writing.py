@@ -346,7 +346,7 @@ def base_model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_with_a_base_the_masters_stay_and_names_are_the_live_modules(tmp_path: Path) -> None:
+def test_with_a_base_the_masters_stay_and_names_are_the_loaded_models(tmp_path: Path) -> None:
     base = base_model(tmp_path)
     out = converted("ds_s2_fp32", tmp_path, base=base, allow_unchanged=True)
     check("ds_s2_fp32", *parts(out, "lightrft"))

@@ -17,7 +17,7 @@ from reshard.errors import PlanError, listed
 
 #: What AdamW's state dict must state itself.
 NEEDED = ("lr", "betas", "eps", "weight_decay")
-#: What it holds besides.
+#: What else it holds.
 SWITCHES: Mapping[str, Plain] = {
     "amsgrad": False,
     "maximize": False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from msgspec import Struct, field
@@ -68,6 +68,10 @@ class _Bare(Struct):
     read: bool = False
 
 
+#: Bytes `[start, stop)` of a file that were read, as a part of a record, and their CRC-32.
+PassedRun = tuple[FileRef, int, int, int]
+
+
 class _Passed(Struct):
     """What was read of one record: `runs`, in file order, that neither overlap nor touch.
 
@@ -76,6 +80,8 @@ class _Passed(Struct):
 
     record: Record
     runs: list[_Run] = field(default_factory=list)
+    # Whether runs are among them that this run did not read.
+    noted: bool = False
 
     @property
     def start(self) -> int:
@@ -121,15 +127,38 @@ class Ledger:
         }
         self._lock = threading.Lock()
 
-    def add(self, extent: Extent, data: memoryview) -> None:
-        """Note that `data` was read from `extent`."""
+    def add(self, extent: Extent, data: memoryview) -> PassedRun | None:
+        """Note that `data` was read from `extent`; what of it counts for a record."""
         passed = self._holding(extent)
         if isinstance(passed, _Bare):
             passed.read = True
-        elif passed is not None:
-            run = _Run(extent.offset, extent.offset + extent.nbytes, zlib_ng.crc32(data))
-            with self._lock:
+        if not isinstance(passed, _Passed):
+            return None
+        run = _Run(extent.offset, extent.offset + extent.nbytes, zlib_ng.crc32(data))
+        with self._lock:
+            passed.add(run)
+        return extent.file, *run
+
+    def add_noted(self, runs: Sequence[PassedRun]) -> bool:
+        """Note what an earlier run read; False where a run lies in no record: nothing is noted."""
+        found = []
+        for file, start, stop, crc in runs:
+            passed = self._holding(Extent(file, start, stop - start))
+            if not isinstance(passed, _Passed):
+                return False
+            found.append((passed, _Run(start, stop, crc)))
+        with self._lock:
+            for passed, run in found:
                 passed.add(run)
+                passed.noted = True
+        return True
+
+    def add_bare(self, extents: Iterable[Extent]) -> None:
+        """Note that an earlier run read these, as far as no checksum is stated of them."""
+        for extent in extents:
+            passed = self._holding(extent)
+            if isinstance(passed, _Bare):
+                passed.read = True
 
     def around(self, extent: Extent) -> tuple[int, int, bool] | None:
         """The stretch `[start, stop)` that an extent lies in, and whether its checksum is stated.
@@ -184,6 +213,8 @@ class Ledger:
                 unchecked += bool(read)
                 continue
             found = _combined(passed, sources)
+            if found != passed.record.crc32 and passed.noted:
+                found = _combined(_Passed(passed.record), sources)  # what was noted may be wrong
             if found != passed.record.crc32:
                 raise FormatError(
                     f"bytes {extent.offset} to {extent.offset + extent.nbytes} have CRC-32 "
@@ -193,6 +224,14 @@ class Ledger:
                 )
             compared += 1
         return Checked(compared, unchecked)
+
+
+def join(runs: list[PassedRun], run: PassedRun) -> None:
+    """Append a run to others, or join it to the last where it begins there."""
+    if runs and (runs[-1][0], runs[-1][2]) == run[:2]:
+        file, *last = runs.pop()
+        run = (file, *_Run(*last).then(_Run(*run[1:])))
+    runs.append(run)
 
 
 def without_checksum(entries: Iterable[Entry], records: Iterable[Record]) -> list[Extent]:

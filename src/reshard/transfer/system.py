@@ -97,6 +97,16 @@ def write_fully(fd: int, data: memoryview, offset: int) -> None:
         done += wrote
 
 
+def read_fully(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from `offset` on. Raises `OSError`, where the file ends before, too."""
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], offset + done)
+        if got == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += got
+
+
 class SharedFile:
     """A file that another process made, opened for writing into it.
 

@@ -124,7 +124,7 @@ class _Transfer:
                 for s in segments
             ]
             self._written += sum(segment.nbytes for segment in made)
-            self._assembly.made(piece, digest, made)
+            self._assembly.made(piece, digest, made, None)
         if self._cluster.progress is not None:
             self._cluster.progress(self._written, self._assembly.total)
 
