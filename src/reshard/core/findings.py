@@ -5,6 +5,7 @@ fit of the names, the conversion, doctor and try all report findings of this one
 and `--json` speak of codes.
 Adding one is a line in `CODES` and the place that reports it; `docs/findings.md` is made from here.
 Long because every code stands in one table.
+Long because it is one table.
 """
 
 from __future__ import annotations
@@ -279,6 +280,8 @@ CODES: dict[str, Code] = {
     "not-finite": Code(
         "warning", "weights hold NaN or infinity: the run has diverged, or a buffer is made so",
         "Convert an earlier checkpoint of the run."),
+    "not-resumed": Code(
+        "warning", "nothing of an interrupted run of this output could be reused"),
     "objects-unread": Code(
         "warning", "a pickle holds objects that are not data; they were not made"),
     "old-output-kept": Code(
@@ -315,6 +318,7 @@ CODES: dict[str, Code] = {
         "warning", "the config says that weights are quantised, and they are not"),
     "replicas-missing": Code(
         "info", "files of some ranks are missing; the others hold all that they held"),
+    "resumed": Code("info", "an interrupted run of this conversion was continued"),
     "rounded": Code("info", "tensors of two checkpoints are equal once one side is rounded"),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
