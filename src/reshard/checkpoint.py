@@ -219,14 +219,7 @@ class Checkpoint:
         if self.catalog.optimizer is None or self._again is None:
             return None
         with Sources(self.files.identities) as sources:
-            catalog = self._again(sources)
-            state = catalog.training_state()
-            if state is None:
-                return None
-            entries = [entry for _, entry in state.entries()]
-            for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
-                sources.open(file)
-            return Optimizer(state, sources.identities())
+            return _optimizer(self._again(sources), sources)
 
     def _repr_html_(self) -> str:
         """The checkpoint as a notebook shows it: what it is, and its tensors to unfold."""
@@ -245,6 +238,16 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.format} {os.fspath(self.catalog.origin.root)!r}>"
+
+
+def _optimizer(catalog: Catalog, sources: Sources) -> Optimizer | None:
+    """The training state of a catalog whose files are open; None where it has none."""
+    state = catalog.training_state()
+    if state is None:
+        return None
+    for file in {extent.file.path for e in state.entries() for extent in stored(e.fragments)}:
+        sources.open(file)
+    return Optimizer(state, sources.identities())
 
 
 # A notebook keeps what it shows: of very many tensors, these.
@@ -282,6 +285,11 @@ def open_checkpoint(
     >>> checkpoint.optimizer.moments["exp_avg"]["lm_head.weight"].numpy()      # doctest: +SKIP
     """
     values = parse(OPEN, dict(locals()))
+    return opened(values)
+
+
+def opened(values: Mapping[str, Any], *, optimizer: bool = False) -> Checkpoint:
+    """The checkpoint that parsed options name; with `optimizer` its training state is read, too."""
     selection = formats.Selection(values["tag"], values["prefix"], True, values["role"])
 
     def read(sources: Sources) -> Catalog:
@@ -292,4 +300,8 @@ def open_checkpoint(
         entries = catalog.entries.values()
         for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
             sources.open(file)
-        return Checkpoint(catalog, sources.identities(), read)
+        checkpoint = Checkpoint(catalog, sources.identities(), read)
+        if optimizer:
+            # In place of the cached property, which would read the table a second time.
+            checkpoint.__dict__["optimizer"] = _optimizer(catalog, sources)
+        return checkpoint

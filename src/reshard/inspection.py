@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import asdict
 
-from reshard.checkpoint import OPEN, Checkpoint, open_checkpoint, tensors_to_unfold
+from reshard.checkpoint import OPEN, Checkpoint, opened, tensors_to_unfold
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.notebook import html_table
@@ -30,7 +30,7 @@ from reshard.errors import (
     printable,
 )
 from reshard.formats.info import named
-from reshard.naming.matching import Matching, of_error
+from reshard.naming.matching import Matching
 from reshard.storage.local import Sources
 from reshard.storage.paths import file_size, files_below, is_file
 
@@ -299,9 +299,7 @@ def inspect(
     or damaged.
     """
     values = parse(INSPECT, dict(locals()))
-    checkpoint = open_checkpoint(
-        values["path"], tag=values["tag"], prefix=values["prefix"], role=values["role"]
-    )
+    checkpoint = opened(values, optimizer=values["optimizer"])
     entries = list(checkpoint.catalog.entries.values())
     return Inspection(
         checkpoint=checkpoint,
@@ -387,7 +385,7 @@ def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
             numbers, _ = as_numbers(checkpoint.catalog, base, options, sources)
             output = output_model.onto(numbers, base, options, None)
         except NamesError as error:
-            return Fitting(str(error), matching=of_error(error))
+            return Fitting(str(error), matching=error.matching)
         except (FormatError, IncompleteError, PlanError, UnsupportedError) as error:
             return Fitting(str(error))
     found = output.name_map

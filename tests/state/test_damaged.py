@@ -85,7 +85,7 @@ def test_an_optimizer_in_one_file_beside_a_sharded_model(tmp_path: Path) -> None
     shutil.rmtree(folder)
     truth = case("fsdp1_accelerate_fp32").moments()
     with opened(run) as found:
-        held = {key: found.stored(entry) for key, entry in found.state.entries()}
+        held = {entry.spec.name: found.stored(entry) for entry in found.state.entries()}
     assert held == truth
     assert len(held) == 50
 

@@ -209,6 +209,15 @@ CONVERT = table(
         group="Output",
     ),
     Option(
+        "resume",
+        Flag(),
+        "Continue a run of the same command that was interrupted: what it had finished is read and "
+        "hashed again, and reused where it is right. If this run is interrupted, what it finished "
+        "is kept. Without anything to continue, it is an ordinary run.",
+        False,
+        group="Output",
+    ),
+    Option(
         "verify",
         Flag(no="Do not read the output again."),
         "Read the output again and compare.",
@@ -376,6 +385,7 @@ class Running(Struct, frozen=True):
 
     threads: int
     overwrite: bool
+    resume: bool
     verify: bool
     dry_run: bool
     allow_unchanged: bool
@@ -499,6 +509,12 @@ def _check_target(values: Mapping[str, Any]) -> None:
             if values["optimizer"]  # which --to hf does not write
             else "Pass --to hf, or leave out --names.",
             option="names",
+        )
+    if values["resume"] and isinstance(values["target"], RemotePath):
+        raise OptionError(
+            "resume: an output in a store is not continued.",
+            hint="Leave out --resume; --overwrite deletes what a killed run left there.",
+            option="resume",
         )
     if values["consumed_samples"] is not None and not output_format(to).client_state:
         raise OptionError(
