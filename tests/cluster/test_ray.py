@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 import reshard
 from reshard.cli.app import run
 from reshard.conversion import execute
-from reshard.conversion.options import ENGINES, DTypeChoice
+from reshard.conversion.options import ENGINES, DTypeChoice, Engine
 from reshard.conversion.verification import verify_folder
 from reshard.errors import OptionError, ReshardError, VerificationError, WriteError
 from reshard.transfer.cluster import executor, tasks
@@ -237,6 +237,38 @@ def test_an_interrupt_ends_the_workers(cluster: Any, tmp_path: Path) -> None:
         reshard.convert(source, out, dtype="bfloat16", engine="ray", progress=interrupt)
     assert nodes.writers(tmp_path) == []
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["run"]
+
+
+@pytest.mark.parametrize("first", ENGINES)
+@pytest.mark.parametrize("second", ENGINES)
+def test_an_interrupted_run_is_continued(
+    cluster: Any, tmp_path: Path, first: Engine, second: Engine
+) -> None:
+    """By either engine, whichever was interrupted; pieces that were damaged are made again."""
+    if first == second == "local":
+        return  # tests/resume
+    source = save(tmp_path / "run")
+    out = tmp_path / "out"
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reshard.convert(
+            source, out, dtype="bfloat16", engine=first, resume=True, progress=interrupt
+        )
+    (left,) = tmp_path.glob(".out.partial-*/tmp/*")
+    with left.open("r+b") as file:
+        file.seek(5 << 20)
+        file.write(b"damage")
+    report = reshard.convert(source, out, dtype="bfloat16", engine=second, resume=True)
+    assert "resumed" in [finding.code for finding in report.findings]
+    total = left.stat().st_size if left.exists() else (out / "model.safetensors").stat().st_size
+    assert report.bytes_reused is not None
+    assert total // 3 < report.bytes_reused < total
+    reshard.convert(source, tmp_path / "local", dtype="bfloat16")
+    assert_same_folder(out, tmp_path / "local")
 
 
 @pytest.mark.slow

@@ -48,18 +48,6 @@ class Checked(NamedTuple):
     unchecked: int
 
 
-class Passage(NamedTuple):
-    """Bytes `[start, stop)` of a file that were read, and their CRC-32.
-
-    None: they belong to a stretch of which no checksum is stated, and are all of it.
-    """
-
-    file: FileRef
-    start: int
-    stop: int
-    crc: int | None
-
-
 class _Bare(Struct):
     """Bytes `[start, stop)` that no checksum is stated of."""
 
@@ -141,17 +129,39 @@ class Ledger:
 
     def add_noted(self, runs: Sequence[PassedRun]) -> bool:
         """Note what an earlier run read; False where a run lies in no record: nothing is noted."""
-        found = []
-        for file, start, stop, crc in runs:
-            passed = self._holding(Extent(file, start, stop - start))
-            if not isinstance(passed, _Passed):
-                return False
-            found.append((passed, _Run(start, stop, crc)))
+        found = self._held(runs)
+        if found is None:
+            return False
         with self._lock:
             for passed, run in found:
                 passed.add(run)
                 passed.noted = True
         return True
+
+    def add_read(self, runs: Sequence[PassedRun]) -> None:
+        """Note what another process read of records, for this run."""
+        with self._lock:
+            for passed, run in self._held(runs) or ():
+                passed.add(run)
+
+    def hold(self, runs: Sequence[PassedRun]) -> bool:
+        """Whether each of these lies in a record."""
+        return self._held(runs) is not None
+
+    def record_around(self, extent: Extent) -> Extent | None:
+        """The record that an extent lies in."""
+        passed = self._holding(extent)
+        return passed.record.extent if isinstance(passed, _Passed) else None
+
+    def _held(self, runs: Sequence[PassedRun]) -> list[tuple[_Passed, _Run]] | None:
+        """The records that these lie in; None where one lies in none."""
+        found = []
+        for file, start, stop, crc in runs:
+            passed = self._holding(Extent(file, start, stop - start))
+            if not isinstance(passed, _Passed):
+                return None
+            found.append((passed, _Run(start, stop, crc)))
+        return found
 
     def add_bare(self, extents: Iterable[Extent]) -> None:
         """Note that an earlier run read these, as far as no checksum is stated of them."""
@@ -159,34 +169,6 @@ class Ledger:
             passed = self._holding(extent)
             if isinstance(passed, _Bare):
                 passed.read = True
-
-    def around(self, extent: Extent) -> tuple[int, int, bool] | None:
-        """The stretch `[start, stop)` that an extent lies in, and whether its checksum is stated.
-
-        None where it lies in none.
-        """
-        passed = self._holding(extent)
-        return None if passed is None else (passed.start, passed.stop, isinstance(passed, _Passed))
-
-    def passed(self) -> list[Passage]:
-        """What was read, for the ledger of another process."""
-        found = []
-        for file, stretches in self._files.items():
-            for one in stretches:
-                if isinstance(one, _Passed):
-                    found += [Passage(file, run.start, run.stop, run.crc) for run in one.runs]
-                elif one.read:
-                    found.append(Passage(file, one.start, one.stop, None))
-        return found
-
-    def take(self, passage: Passage) -> None:
-        """Note what another process read."""
-        passed = self._holding(Extent(passage.file, passage.start, passage.stop - passage.start))
-        if isinstance(passed, _Bare):
-            passed.read = True
-        elif passed is not None and passage.crc is not None:
-            with self._lock:
-                passed.add(_Run(passage.start, passage.stop, passage.crc))
 
     def _holding(self, extent: Extent) -> _Passed | _Bare | None:
         """The stretch that an extent lies in."""
