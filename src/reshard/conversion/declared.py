@@ -576,9 +576,11 @@ def _check_state(values: Mapping[str, Any]) -> None:
             hint="Leave out --layout.",
             option="layout",
         )
-    if values["optimizer"] and values["names"] == "all":
+    # torchtitan's, too, are those of several of its versions.
+    if values["optimizer"] and values["names"] in ("all", "torchtitan"):
         raise OptionError(
-            "names 'all' gives a parameter several names, and its optimizer's state has one.",
+            f"names {values['names']!r} gives a parameter several names, and its optimizer's state "
+            "has one.",
             hint="Pass --names memory, or leave out --names.",
             option="names",
         )

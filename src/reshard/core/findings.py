@@ -4,6 +4,7 @@ A finding has a code, and `CODES` says once what each code means and how to fix 
 fit of the names, the conversion, doctor and try all report findings of this one type; `--strict`
 and `--json` speak of codes.
 Adding one is a line in `CODES` and the place that reports it; `docs/findings.md` is made from here.
+Long because every code stands in one table.
 Long because it is one table.
 """
 

@@ -246,21 +246,33 @@ class Assembly:
         self._done(piece, digest, results)
 
     def _done(self, piece: Piece, digest: bytes, results: Sequence[SegmentResult]) -> None:
+        self.hashed(piece, digest)
+        for segment, made in zip(piece.segments, results, strict=True):
+            self.segment_made(segment, made)
+
+    def hashed(self, piece: Piece, digest: bytes) -> None:
+        """Note the digest of a piece whose segments are all noted, or will be."""
         with self._counting:
             piece.digest.put(piece.leaf, digest)
-        for segment, made in zip(piece.segments, results, strict=True):
-            tensor = segment.tensor
-            with self._counting:
-                tensor.changed = tensor.changed or made.changed
-                if made.special:
-                    key = (tensor.file.output.table, tensor.slot.spec.name)
-                    self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
-                if tensor.slot.crc_offsets:
-                    tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
-                tensor.pending -= 1
-                if tensor.complete and not tensor.pending:
-                    self._put_crc(tensor)
-            self._release(tensor.file)
+
+    def segment_made(self, segment: Segment, made: SegmentResult) -> None:
+        """That a segment is written, and what making it showed.
+
+        Where bytes are taken in order, the next segment of the same piece may wait for this one:
+        for the CRC-32 between two chunks.
+        """
+        tensor = segment.tensor
+        with self._counting:
+            tensor.changed = tensor.changed or made.changed
+            if made.special:
+                key = (tensor.file.output.table, tensor.slot.spec.name)
+                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
+            if tensor.slot.crc_offsets:
+                tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
+            tensor.pending -= 1
+            if tensor.complete and not tensor.pending:
+                self._put_crc(tensor)
+        self._release(tensor.file)
 
     def outcome(
         self, bytes_read: int, checked: Checked, findings: tuple[Finding, ...] = ()

@@ -90,7 +90,9 @@ class Engine:
                 if isinstance(piece, ReadJob):
                     piece.read(maker.buffer)
                     continue
-                if not self._found(piece, maker):
+                if self._folder.in_order:
+                    self._make_in_order(piece, maker)
+                elif not self._found(piece, maker):
                     hasher = xxhash.xxh3_128()
                     made = [self._make(segment, hasher, maker) for segment in piece.segments]
                     self._assembly.made(piece, hasher.digest(), made, maker.read())
@@ -120,6 +122,14 @@ class Engine:
                 if not self._making or self._back is None:
                     return None
                 self._taking.wait()
+
+    def _make_in_order(self, piece: Piece, maker: Maker) -> None:
+        """Make a piece whose next segment may wait until the one before it is noted."""
+        hasher = xxhash.xxh3_128()
+        for segment in piece.segments:
+            self._assembly.segment_made(segment, self._make(segment, hasher, maker))
+        self._assembly.hashed(piece, hasher.digest())
+        maker.read()  # for a journal, which a store's output has not
 
     def _make(self, segment: Segment, hasher: xxhash.xxh3_128, maker: Maker) -> SegmentResult:
         """Make what a piece has of a slot."""
