@@ -18,6 +18,7 @@ from reshard.errors import (
     FormatError,
     IncompleteError,
     OptionError,
+    PlanError,
     ReshardError,
     UnsupportedError,
     VerificationError,
@@ -266,3 +267,32 @@ def test_one_optimizer_of_an_actor_and_a_critic(at: str, nested: bool, tmp_path:
     with opened(tmp_path / "out") as found:
         assert found.state.names == ("a.weight",)
         assert np.array_equal(found.array(found.state.moments["exp_avg"]["a.weight"]), first)
+
+
+def test_a_setting_that_one_group_lacks_is_asked_for_and_taken(tmp_path: Path) -> None:
+    """What the file states must be what the checkpoint states, where it states something."""
+
+    run = copied("ds_s2_fp32", tmp_path)
+    for file in run.rglob("*optim_states.pt"):
+        content = torch.load(file, weights_only=False)
+        groups = content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+        del groups[1]["weight_decay"]
+        torch.save(content, file)
+    with opened(case("ds_s2_fp32").folder) as whole:
+        stated = [dict(group.hyperparameters) for group in whole.state.groups]
+    keys = ("lr", "betas", "eps", "weight_decay")
+    given = [{key: group[key] for key in keys} for group in stated]
+    given_file = tmp_path / "groups.json"
+    options: dict[str, Any] = {"to": "dcp", "optimizer": True}
+    with pytest.raises(PlanError, match="weight_decay of parameter group 1") as caught:
+        reshard.convert(run, tmp_path / "out", **options)
+    assert "--hyperparameters" in str(caught.value)
+    given_file.write_text(json.dumps([{**given[0], "lr": 5}, given[1]]), encoding="utf-8")
+    with pytest.raises(OptionError, match="the lr of group 0 is 5, the checkpoint's"):
+        reshard.convert(run, tmp_path / "out", hyperparameters=given_file, **options)
+    given_file.write_text(json.dumps(given), encoding="utf-8")
+    reshard.convert(run, tmp_path / "out", hyperparameters=given_file, **options)
+    with opened(tmp_path / "out") as written:
+        assert [group.hyperparameters["weight_decay"] for group in written.state.groups] == [
+            group["weight_decay"] for group in stated
+        ]

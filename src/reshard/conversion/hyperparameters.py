@@ -1,4 +1,4 @@
-"""The hyperparameters that `--hyperparameters` gives, where the checkpoint holds none.
+"""The hyperparameters that `--hyperparameters` gives, where the checkpoint lacks some.
 
 [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}]    one for each group
 """
@@ -14,7 +14,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from reshard.core.findings import Finding
-from reshard.core.hyperparameters import NEEDED, SWITCHES
+from reshard.core.hyperparameters import NEEDED, SWITCHES, lacking
 from reshard.core.state import Plain, TrainingState
 from reshard.errors import OptionError, brief, listed
 from reshard.storage import strict_json
@@ -27,9 +27,10 @@ _MAXIMA = "max_exp_avg_sq"
 def with_given(state: TrainingState, path: Path) -> TrainingState:
     """The state with the settings of a JSON file.
 
-    Raises `OptionError` where the checkpoint states them itself, or the file is not such a list.
+    Raises `OptionError` where the checkpoint states all of them itself, or others, or the file is
+    not such a list.
     """
-    if state.hyperparameters_known:
+    if state.hyperparameters_known and not any(lacking(state, group) for group in state.groups):
         raise OptionError(
             "hyperparameters: the checkpoint states them itself.",
             hint="Leave out --hyperparameters.",
@@ -38,10 +39,15 @@ def with_given(state: TrainingState, path: Path) -> TrainingState:
     settings = _parsed(path, len(state.groups))
     if any(group.get("amsgrad") for group in settings) and _MAXIMA not in state.moments:
         raise _wrong(path, f"amsgrad is true, and the checkpoint holds no {_MAXIMA}")
-    groups = [
-        replace(group, hyperparameters=given)
-        for group, given in zip(state.groups, settings, strict=True)
-    ]
+    groups = []
+    for at, (group, given) in enumerate(zip(state.groups, settings, strict=True)):
+        for key, value in given.items():
+            stated = group.hyperparameters.get(key, value)
+            stated = tuple(stated) if isinstance(stated, list) else stated
+            if stated != value:
+                why = f"the {key} of group {at} is {brief(value)}, the checkpoint's {brief(stated)}"
+                raise _wrong(path, why)
+        groups.append(replace(group, hyperparameters={**group.hyperparameters, **given}))
     return replace(
         state, groups=tuple(groups), findings=(*state.findings, *_unknown(path, settings))
     )

@@ -39,6 +39,12 @@ def is_adam(state: TrainingState, group: Group) -> bool:
     return all(name in table for table in held for name in group.names)
 
 
+def lacking(state: TrainingState, group: Group) -> list[str]:
+    """What a group's parameters cannot be trained on without, and it does not state."""
+    needed = NEEDED if is_adam(state, group) else ("lr",)
+    return [key for key in needed if key not in group.hyperparameters]
+
+
 def completed(state: TrainingState) -> TrainingState:
     """The state whose groups have every key that torch's AdamW asks for, `initial_lr` among them.
 
@@ -48,8 +54,7 @@ def completed(state: TrainingState) -> TrainingState:
     _check_held(state)
     lrs = base_lrs(state)
     groups = [
-        _completed(group, at, None if lrs is None else lrs[at], adam=is_adam(state, group))
-        for at, group in enumerate(state.groups)
+        _completed(state, at, None if lrs is None else lrs[at]) for at in range(len(state.groups))
     ]
     return replace(state, groups=tuple(groups))
 
@@ -63,17 +68,17 @@ def base_lrs(state: TrainingState) -> Sequence[float] | None:
     return rates if len(rates) == len(found) else None
 
 
-def _completed(group: Group, at: int, base_lr: float | None, *, adam: bool) -> Group:
+def _completed(state: TrainingState, at: int, base_lr: float | None) -> Group:
+    group = state.groups[at]
     settings = dict(group.hyperparameters)
-    lacking = [key for key in (NEEDED if adam else ("lr",)) if key not in settings]
-    if lacking:
+    if missing := lacking(state, group):
         raise PlanError(
-            f"the checkpoint does not hold the {listed(lacking)} of parameter group {at}, of "
+            f"the checkpoint does not hold the {listed(missing)} of parameter group {at}, of "
             f"{len(group.names)} parameters ({listed(group.names, 2)}).",
             hint="Pass --hyperparameters with a JSON file of them, a list with an object for each "
             'group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].',
         )
-    if adam:
+    if is_adam(state, group):
         settings = {**SWITCHES, **settings, "betas": _pair(settings["betas"], at)}
     if "initial_lr" not in settings:
         settings["initial_lr"] = settings["lr"] if base_lr is None else base_lr
