@@ -16,8 +16,6 @@ import io
 import json
 import os
 import pickle
-import sys
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -140,7 +138,7 @@ def _ends(shape: Shape) -> tuple[bytes, int, bytes]:
     tensor = torch.zeros(shape, dtype=torch.bfloat16)
     saved = _saved(tensor)
     nbytes = tensor.numel() * tensor.element_size()
-    start = torch._C.PyTorchFileReader(io.BytesIO(saved)).get_record_offset("data/0")  # type: ignore[no-untyped-call]
+    start = torch._C.PyTorchFileReader(io.BytesIO(saved)).get_record_offset("data/0")
     return saved[:start], nbytes, saved[start + nbytes :]
 
 
@@ -202,7 +200,7 @@ def make_megatron(folder: Path, size: Size = WHOLE) -> None:
     planner = {name: (name,) for name in described}
     by_rank = _gathered(stored)
     found = dcp.Metadata(described, planner, by_rank, dcp.StorageMeta(folder), "1.0.0")
-    found.all_local_plans = [SavePlan(items) for items in plans]  # type: ignore[attr-defined]
+    found.all_local_plans = [SavePlan(items) for items in plans]
     torch.save({"checkpoint_version": 3.0, "iteration": 10}, folder / "common.pt")
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
                "common_backend": "torch", "common_backend_version": 1}  # fmt: skip
@@ -315,11 +313,14 @@ def _model_file(shapes: dict[str, torch.Size], device: int, size: Size) -> bytes
 
 def _optimizer(numel: int, size: Size) -> dict[str, Any]:
     """Rank's flat masters and moments, in sub-groups of 1e9 elements as DeepSpeed cuts them."""
-    flat = [torch.empty(0).expand(0)] * 0
     cut = [min(10**9, numel - start) for start in range(0, numel, 10**9)]
     flat = [torch.empty(n) for n in cut]
     state = {
-        number: {"step": torch.tensor(100.0), "exp_avg": torch.empty(n), "exp_avg_sq": torch.empty(n)}
+        number: {
+            "step": torch.tensor(100.0),
+            "exp_avg": torch.empty(n),
+            "exp_avg_sq": torch.empty(n),
+        }
         for number, n in enumerate(cut)
     }
     return {

@@ -104,10 +104,10 @@ def test_numbers_are_rounded_as_torch_rounds_them(
         values = rounded_once(values)
     assert len(values) > 60_000
     found = cast(stored(tmp_path / "w", values, source), target)
-    wanted = values.to(torch_type(target))
+    expected = values.to(torch_type(target))
     mine = torch.frombuffer(bytearray(found.tobytes()), dtype=BITS[target.itemsize])
-    wrong = mine != wanted.view(BITS[target.itemsize])
-    assert not wrong.any(), (values[wrong][:5], found[wrong.numpy()][:5], wanted[wrong][:5])
+    wrong = mine != expected.view(BITS[target.itemsize])
+    assert not wrong.any(), (values[wrong][:5], found[wrong.numpy()][:5], expected[wrong][:5])
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)

@@ -42,6 +42,7 @@ ALLOWED = {
     "reshard.cli.topics": "reads reshard's own pages",
     "reshard.cli.interrupts": "looks at the output while a signal waits, and raises nothing",
     "reshard.evaluate.memory": "reads /proc",
+    "reshard.transfer.memory": "reads /proc",
     "reshard.evaluate.page": "reads a template of the package",
     "reshard.evaluate.texts": "reads texts of the package",
     "reshard.watching.watch": "makes the folder of the outputs",

@@ -78,11 +78,11 @@ def test_a_magnitude_scales_every_row_to_it(
     magnitude = np.arange(1, 14, dtype=np.float32)
     dora = replace(update, magnitude=stored(tmp_path, "m", magnitude))
     merged = evaluate(dora, np.dtype(np.float32), limit)
-    wanted = exact / np.linalg.norm(exact, axis=1, keepdims=True) * magnitude[:, None]
-    np.testing.assert_allclose(merged, wanted, rtol=1e-5, atol=1e-6)
+    expected = exact / np.linalg.norm(exact, axis=1, keepdims=True) * magnitude[:, None]
+    np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6)
     box = Box((13, 9), (2, 0), (7, 9))
     rows = evaluate(rearrange.crop(computed(dora, dora.base), box), np.dtype(np.float32), limit)
-    np.testing.assert_allclose(rows, wanted[2:9], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rows, expected[2:9], rtol=1e-5, atol=1e-6)
 
 
 def test_a_computed_matrix_is_cut_turned_and_joined_as_a_stored_one(
@@ -96,7 +96,7 @@ def test_a_computed_matrix_is_cut_turned_and_joined_as_a_stored_one(
     stacked = rearrange.stack([merged, merged])
     middle = rearrange.select(rearrange.transpose(stacked, 1, 2), 1)
     joined = rearrange.concat([turned, rearrange.crop(turned, Box((9, 13), (2, 0), (4, 13)))], 0)
-    for made, wanted in (
+    for made, expected in (
         (turned, whole_matrix.T),
         (corner, whole_matrix[3:11, 2:7]),
         (stacked, np.stack([whole_matrix, whole_matrix])),
@@ -105,10 +105,10 @@ def test_a_computed_matrix_is_cut_turned_and_joined_as_a_stored_one(
     ):
         for limit in (1, 7, 1000):
             np.testing.assert_allclose(
-                evaluate(made, np.dtype(np.float32), limit), wanted, rtol=1e-6, atol=1e-6
+                evaluate(made, np.dtype(np.float32), limit), expected, rtol=1e-6, atol=1e-6
             )
         out = np.empty(made.spec.numel - 4, np.float32)
         with Sources() as sources:
             reader = Reader(sources, Ledger(()), memoryview(bytearray(1 << 16)))
             fill(made, flat(made.spec.numel, 3, len(out)), out, reader)
-        np.testing.assert_allclose(out, wanted.reshape(-1)[3:-1], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(out, expected.reshape(-1)[3:-1], rtol=1e-6, atol=1e-6)

@@ -60,8 +60,8 @@ def test_another_model_beside_it_is_a_finding(save: Save, tmp_path: Path) -> Non
 def assert_converted(source: Path, out: Path, prefix: str, value: float) -> None:
     reshard.convert(source, out, prefix=prefix)
     for name, tensor in load_file(out / "model.safetensors").items():
-        wanted = weights(value)[name.removeprefix(f"{prefix}.")]
-        assert torch.equal(tensor, wanted)
+        expected = weights(value)[name.removeprefix(f"{prefix}.")]
+        assert torch.equal(tensor, expected)
 
 
 @SAVES

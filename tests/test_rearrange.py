@@ -29,8 +29,8 @@ def test_crop(case: Torn, data: st.DataObject) -> None:
     box = Box(case.array.shape, tuple(a for a, _ in ranges), tuple(b - a for a, b in ranges))
     entry = rearrange.crop(case.entry, box)
     check_tiling(entry)
-    wanted = case.array[tuple(slice(a, b) for a, b in ranges)]
-    np.testing.assert_array_equal(gather(entry, case.files), wanted)
+    expected = case.array[tuple(slice(a, b) for a, b in ranges)]
+    np.testing.assert_array_equal(gather(entry, case.files), expected)
 
 
 @given(torn(solid_shapes), st.data())

@@ -6,14 +6,18 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import reshard
 from reshard.cli.app import reshard as command
 from reshard.cli.app import run
+from reshard.conversion.base_model import changed_fields
+from tests.budget import needs_proc, peak
 from tests.golden.make import HERE as GOLDEN
 from tests.oracle.cache import Oracle
 
@@ -153,3 +157,43 @@ def test_without_a_base_the_last_line_says_what_completes_the_folder(
     assert codes(report) == []  # a whole model's own files go along
     assert reshard.diff(tmp_path / "copy", out).same
     assert (tmp_path / "copy" / "config.json").is_file()
+
+
+class TestDryRun:
+    def test_it_says_what_would_come_along_and_change(self, oracle: Oracle, tmp_path: Path) -> None:
+        case, out = oracle["llama-zero2"], tmp_path / "out"
+        planned = reshard.convert(case.root, out, base=case.base, dtype="float32", dry_run=True)
+        rows = dict(planned.rows())
+        assert rows["copied"] == f"{', '.join(planned.copied)}, from the base"
+        assert rows["config"] == "dtype 'bfloat16' -> 'float32'"
+        assert planned.to_json()["config"] == {"dtype": ["bfloat16", "float32"]}
+        made = reshard.convert(case.root, out, base=case.base, dtype="float32")
+        assert made.memory is None
+        assert (made.copied, made.config) == (planned.copied, planned.config)
+        assert "copied" not in dict(made.rows())
+        written = {path.name for path in out.iterdir()}
+        assert written == {*made.copied, *made.files, "config.json", "reshard.json"}
+
+    def test_a_field_that_goes_or_comes_is_said(self, tmp_path: Path) -> None:
+        given = {"a": 1, "part": {"b": [1]}, "gone": {"c": 2}}
+        base = SimpleNamespace(config=given)
+        text = json.dumps({"a": 1, "part": {"b": [1], "new": "x"}}).encode()
+        changed = changed_fields(base, text)  # type: ignore[arg-type]
+        assert changed == {"gone.c": (2, None), "part.new": (None, "x")}
+
+    @needs_proc
+    def test_the_memory_that_it_states_is_what_a_run_takes(self, tmp_path: Path) -> None:
+        tensors = {f"w.{i}": np.ones((1 << 20,), np.float32) for i in range(48)}
+        (tmp_path / "src").mkdir()
+        save_file(tensors, tmp_path / "src" / "model.safetensors")
+        code = """
+import reshard
+report = reshard.convert(sys.argv[1], sys.argv[2], threads=2, dtype="bfloat16",
+                         dry_run=sys.argv[3] == "dry")
+if report.memory is not None:
+    open(sys.argv[4], "w").write(str(report.memory))
+"""
+        said = tmp_path / "said"
+        peak(code, tmp_path / "src", tmp_path / "out", "dry", said)
+        took = peak(code, tmp_path / "src", tmp_path / "out", "wet", said)
+        assert 0.85 < int(said.read_text()) / took < 1.4

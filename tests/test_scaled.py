@@ -58,8 +58,8 @@ def made(
     return computed(entry, like), numbers * expanded(scales.astype(np.float32), block, shape)
 
 
-def same(found: Array, wanted: Array) -> None:
-    np.testing.assert_array_equal(found.astype(np.float32), wanted.astype(np.float32))
+def same(found: Array, expected: Array) -> None:
+    np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
 
 
 CASES: dict[str, tuple[Code, Shape, Shape, str]] = {
@@ -80,11 +80,11 @@ CASES: dict[str, tuple[Code, Shape, Shape, str]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_of_any_size_give_the_numbers(case: str, limit: int, tmp_path: Path) -> None:
     code, shape, block, scale = CASES[case]
-    entry, wanted = made(tmp_path, code, shape, block, scale)
+    entry, expected = made(tmp_path, code, shape, block, scale)
     if entry.spec.numel // limit > 3000:
         entry = rearrange.crop(entry, Box(shape, (0,) * len(shape), (1,) * len(shape)))
-        wanted = wanted[(slice(0, 1),) * len(shape)]
-    same(evaluate(entry, limit), wanted)
+        expected = expected[(slice(0, 1),) * len(shape)]
+    same(evaluate(entry, limit), expected)
 
 
 def test_the_product_is_rounded_once_as_torch_does(tmp_path: Path) -> None:
@@ -100,24 +100,26 @@ def test_the_product_is_rounded_once_as_torch_does(tmp_path: Path) -> None:
 
 
 def test_a_quantised_tensor_is_turned_and_stacked(tmp_path: Path) -> None:
-    entry, wanted = made(tmp_path, "float4_e2m1", (2, 6, 96), (1, 1, 32), "float8_e8m0fnu")
+    entry, expected = made(tmp_path, "float4_e2m1", (2, 6, 96), (1, 1, 32), "float8_e8m0fnu")
     turned = rearrange.transpose(entry, 1, 2)
-    same(evaluate(turned, 500), wanted.transpose(0, 2, 1))
-    same(evaluate(rearrange.select(turned, 1), 55), wanted[1].T)
+    same(evaluate(turned, 500), expected.transpose(0, 2, 1))
+    same(evaluate(rearrange.select(turned, 1), 55), expected[1].T)
     odd = rearrange.crop(entry, Box((2, 6, 96), (0, 1, 33), (2, 4, 31)))
-    same(evaluate(odd, 20), wanted[:, 1:5, 33:64])
-    same(evaluate(rearrange.concat([entry, entry], 1), 300), np.concatenate([wanted, wanted], 1))
+    same(evaluate(odd, 20), expected[:, 1:5, 33:64])
+    same(
+        evaluate(rearrange.concat([entry, entry], 1), 300), np.concatenate([expected, expected], 1)
+    )
 
 
 def test_an_update_onto_dequantised_numbers(tmp_path: Path) -> None:
-    entry, wanted = made(tmp_path, "float8_e4m3fn", (200, 333), (128, 128))
+    entry, expected = made(tmp_path, "float8_e4m3fn", (200, 333), (128, 128))
     random = np.random.default_rng(0)
     left, right = (random.standard_normal(s).astype(np.float32) for s in ((200, 4), (4, 333)))
     update = LowRank(entry, stored(tmp_path, "b", left), stored(tmp_path, "a", right), 0.5)
-    known = np.isfinite(wanted)
+    known = np.isfinite(expected)
     found = evaluate(computed(update, entry), 7000)
     np.testing.assert_allclose(
-        found[known], (wanted + left @ right * np.float32(0.5))[known], rtol=1e-6, atol=1e-6
+        found[known], (expected + left @ right * np.float32(0.5))[known], rtol=1e-6, atol=1e-6
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tests.browser import browse, needs_browser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+SCRIPTS: dict[str, click.Command] = runpy.run_path(str(DOCS / "make_cli.py"))["SCRIPTS"]
 PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if path.stem != "cli")]
 
 
@@ -78,17 +80,29 @@ def test_the_site_in_a_browser(site: Path, tmp_path: Path) -> None:
 
 
 def commands(page: Path) -> Iterator[str]:
-    """The `reshard` command lines of a page: in fences, and in code of a table or a sentence."""
+    """The command lines of a page: in fences, and in code of a table or a sentence."""
     text = page.read_text(encoding="utf-8")
     for fence in re.findall(r"^```(?:bash|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         joined = fence.replace("\\\n", " ")
         for line in joined.splitlines():
-            found = re.match(r"(?:\$ )?(reshard .*)", line)
-            if found:
+            found = re.match(r"(?:\$ )?(?:python \S*/)?((?:reshard|\w+\.py) .*)", line)
+            if found and found[1].split()[0].removesuffix(".py") in ("reshard", *SCRIPTS):
                 yield found[1]
     for code in re.findall(r"`(reshard [a-z]+ [^`\n]*)`", text):
         if not re.search(r"\.\.\.|\{", code):
             yield code
+
+
+def parsed(line: str) -> tuple[click.Command | None, list[str]]:
+    """The command of a line and what it is given; None for `reshard` with a flag alone."""
+    name, *given = shlex.split(line, comments=True)
+    if name != "reshard":
+        return SCRIPTS[name.removesuffix(".py")], given
+    if given[0].startswith("-"):
+        return None, given
+    found = command.get_command(click.Context(command), given[0])
+    assert found is not None, line
+    return found, given[1:]
 
 
 CASES = [(page, line) for page in PAGES for line in dict.fromkeys(commands(page))]
@@ -98,12 +112,9 @@ CASES = [(page, line) for page in PAGES for line in dict.fromkeys(commands(page)
     ("page", "line"), CASES, ids=[f"{page.stem}: {line}" for page, line in CASES]
 )
 def test_the_commands_of_the_pages_are_ones_that_exist(page: Path, line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
-    if words[0].startswith("-"):
+    found, given = parsed(line)
+    if found is None:
         return
-    found = command.get_command(click.Context(command), words[0])
-    assert found is not None, line
-    given = words[1:]
     if any(word in ("--help", "COMMAND", "TOPIC") for word in given):
         return
     # A shell makes several paths of a pattern; a sentence may name a command by its flag alone.
@@ -111,4 +122,4 @@ def test_the_commands_of_the_pages_are_ones_that_exist(page: Path, line: str) ->
     if given[-1].startswith("--") and any(given[-1] in option.opts for option in found.params):
         return
     with contextlib.suppress(click.MissingParameter):
-        assert found.make_context(words[0], given).params
+        assert found.make_context(str(found.name), given).params

@@ -75,11 +75,11 @@ def test_the_proof_agrees_with_counting(case: tuple[list[Box], Shape], corners: 
         assert (pair is not None) == bool((counts > 1).any())
         if pair is not None:
             assert pair[0].intersect(pair[1]) is not None
-        wanted: type[ReshardError] = FormatError if (counts > 1).any() else IncompleteError
+        expected: type[ReshardError] = FormatError if (counts > 1).any() else IncompleteError
         if (counts == 1).all():
             check_tiling(entry_of(boxes, shape))
         else:
-            with pytest.raises(wanted):
+            with pytest.raises(expected):
                 check_tiling(entry_of(boxes, shape))
 
 

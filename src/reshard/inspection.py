@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import asdict
 
-from reshard.checkpoint import OPEN, Checkpoint, open_checkpoint, tensors_to_unfold
+from reshard.checkpoint import OPEN, Checkpoint, opened, tensors_to_unfold
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.notebook import html_table
@@ -138,7 +138,8 @@ class Inspection(Struct, frozen=True):
     `total_bytes` is what the tensors take as the checkpoint holds them, `bytes_to_read` what a
     conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take. `dtypes` and
     sizes are those of what is stored, codes and scales included; `codes` is None where nothing
-    is quantised.
+    is quantised. Of a DCP checkpoint the items are not looked at, only what the metadata says of
+    them; whoever reads a tensor of `checkpoint` opens it anew.
     """
 
     checkpoint: Checkpoint
@@ -171,7 +172,11 @@ class Inspection(Struct, frozen=True):
         if frozen:
             rows.append(("frozen", f"{len(frozen)}: {listed(frozen, 5)}"))
         for name, value in catalog.origin.details.items():
-            if name not in ("zero_stage", "global_steps") and value not in (None, [], {}, "", 0):
+            if name == "groups" and value:
+                rows.append(
+                    ("groups", f"{len(value)} of the optimizer: {_shown(value)} parameters")
+                )
+            elif name not in ("zero_stage", "global_steps") and value not in (None, [], {}, "", 0):
                 rows.append((name.replace("_", " "), _shown(value)))
         if self.optimizer is not None:
             rows += self.optimizer.rows()
@@ -295,9 +300,7 @@ def inspect(
     or damaged.
     """
     values = parse(INSPECT, dict(locals()))
-    checkpoint = open_checkpoint(
-        values["path"], tag=values["tag"], prefix=values["prefix"], role=values["role"]
-    )
+    checkpoint = opened(values, located=False)
     entries = list(checkpoint.catalog.entries.values())
     return Inspection(
         checkpoint=checkpoint,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from reshard.cli.app import reshard as command
 from reshard.cli.app import run
 from reshard.cli.topics import classes, pages, text, topics
 from reshard.core.findings import CODES
+from reshard.core.options import GROUPS
+from tests.oracle.cache import Oracle
 
 Shown = pytest.CaptureFixture[str]
 
@@ -72,3 +77,19 @@ def test_words_name_the_pages_that_say_them(words: str, page: str, capsys: Shown
     assert run(command, ["help", words]) == 2
     told = capsys.readouterr().err.partition("Pages that speak of it: ")[2]
     assert page in told
+
+
+def test_the_most_used_options_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, ["convert", "--help"]) == 0
+    titles = re.findall(r"^([A-Z][\w ]+):$", capsys.readouterr().out, re.MULTILINE)
+    known = [title for title in titles if title in GROUPS]
+    assert known == list(GROUPS)
+    assert titles[0] == "Arguments"
+
+
+def test_a_save_is_named_by_its_step(
+    oracle: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = oracle["two-tags"].root
+    assert run(command, ["inspect", str(root), "--step", "1"]) == 0
+    assert "tag global_step1" in capsys.readouterr().out

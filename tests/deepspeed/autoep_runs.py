@@ -3,10 +3,10 @@
 FOLDER/<run>/base/                      the model that the run starts from
              checkpoint/                given to save_checkpoint
              universal/                 what ds_to_universal makes of it
-             truth.safetensors          the masters by name, gathered from the live engine
-             logits.safetensors         what the live engine answers to IDS
+             truth.safetensors          the masters by name, gathered from the running engine
+             logits.safetensors         what the running engine answers to IDS
 
-Which expert a rank holds is asked of the live layers, never of what is saved.
+Which expert a rank holds is asked of the running layers, never of what is saved.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 Made by `python -m tests.deepspeed.parallel_oracle FOLDER`, each in ranks of its own:
 
 FOLDER/<recipe>/checkpoint/              given to save_checkpoint
-                truth_fp32.safetensors   the masters, gathered from the live engine
+                truth_fp32.safetensors   the masters, gathered from the running engine
                 truth_module.safetensors what the module computes with, by every name, whole
                 base/                    the untrained model (those that transformers loads)
 
-Which parts make a whole is asked of the live layers (`gather_params`), never of what is saved.
+Which parts make a whole is asked of the running layers (`gather_params`), never of what is saved.
 """
 
 from __future__ import annotations

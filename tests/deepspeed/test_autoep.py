@@ -1,4 +1,4 @@
-"""Experts that AutoEP split: universal checkpoints of real runs, against the live engine."""
+"""Experts that AutoEP split: universal checkpoints of real runs, against the running engine."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def test_onto_a_base_it_is_the_model_that_the_engine_runs(
         out, dtype=torch.bfloat16, experts_implementation="eager"
     )
     logits = model(input_ids=autoep_runs.IDS).logits
-    live = load_torch(folder / "logits.safetensors")["logits"]
-    assert torch.allclose(logits, live, atol=2e-2)
-    assert (live.abs() > 0.1).any()
+    loaded = load_torch(folder / "logits.safetensors")["logits"]
+    assert torch.allclose(logits, loaded, atol=2e-2)
+    assert (loaded.abs() > 0.1).any()
 
 
 def test_a_matrix_of_the_experts_is_missing(runs: Path, tmp_path: Path) -> None:

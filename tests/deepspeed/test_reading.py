@@ -1,4 +1,5 @@
-"""Every checkpoint of the real DeepSpeed, read without it, against the truth of the live engine."""
+"""Every checkpoint of the real DeepSpeed, read without it, against the truth of the running
+engine."""
 
 from __future__ import annotations
 

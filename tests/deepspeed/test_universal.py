@@ -1,4 +1,4 @@
-"""Universal checkpoints that the real ds_to_universal made, against the live engine's truth."""
+"""Universal checkpoints that the real ds_to_universal made, against the running engine's truth."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def evidence(diagnosis: reshard.Diagnosis, name: str) -> str:
     return finding.message
 
 
-def mended(ill: Path, base: Path | None, out: Path, *expected: str) -> reshard.Diagnosis:
+def repaired(ill: Path, base: Path | None, out: Path, *expected: str) -> reshard.Diagnosis:
     """Repair a folder in which exactly the expected codes must be found; nothing must remain."""
     before = {path: path.stat() for path in ill.rglob("*")}
     diagnosis = reshard.doctor(ill, base=base, repair=out)

@@ -110,7 +110,7 @@ def load(folder: Path) -> Tensors:
     return tensors
 
 
-def live(folder: Path) -> Any:
+def loaded(folder: Path) -> Any:
     """The model that transformers loads from a folder, with every key in its place."""
     (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
     model, info = getattr(transformers, architecture).from_pretrained(
@@ -122,7 +122,7 @@ def live(folder: Path) -> Any:
 
 
 def assert_same_weights(folder: Path, healthy: Path) -> None:
-    """The same tensors on disk, bit for bit, and the same live model."""
+    """The same tensors on disk, bit for bit, and the same loaded model."""
     mine, theirs = load(folder), load(healthy)
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -133,7 +133,7 @@ def assert_same_weights(folder: Path, healthy: Path) -> None:
 
 def assert_same_model(folder: Path, healthy: Path) -> None:
     """transformers loads both, with every key in its place, and they are equal."""
-    mine, theirs = live(folder).state_dict(), truth(healthy)
+    mine, theirs = loaded(folder).state_dict(), truth(healthy)
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(mine[name].float(), tensor.float()), name
@@ -141,6 +141,6 @@ def assert_same_model(folder: Path, healthy: Path) -> None:
 
 @cache
 def truth(healthy: Path) -> Tensors:
-    """The state dict of a healthy folder's live model."""
-    state: Tensors = live(healthy).state_dict()
+    """The state dict of a healthy folder's loaded model."""
+    state: Tensors = loaded(healthy).state_dict()
     return state

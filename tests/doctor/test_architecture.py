@@ -10,7 +10,7 @@ import torch
 
 import reshard
 from tests.doctor import models
-from tests.doctor.conftest import Pairs, evidence, mended, names, refused
+from tests.doctor.conftest import Pairs, evidence, names, refused, repaired
 from tests.folders import edit_config
 
 Change = Callable[[models.Tensors], object]
@@ -85,7 +85,7 @@ def test_names_of_the_backbone(pairs: Pairs, tmp_path: Path) -> None:
 
     pair = pairs("llama")
     ill = damaged(pair, tmp_path / "ill", change)
-    mended(ill, None, tmp_path / "out", "backbone-names")
+    repaired(ill, None, tmp_path / "out", "backbone-names")
     models.assert_same_weights(tmp_path / "out", pair.healthy)
 
 

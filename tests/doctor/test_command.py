@@ -131,8 +131,8 @@ def test_the_mended_folder_must_be_well(
     edit_config(ill, dtype="float16")
 
     def only_without_float16(case: Case) -> Signs | None:
-        mended = case.folder.settings["dtype"] != "float16"
-        return Signs(("it lacks float16",)) if mended else None
+        corrected = case.folder.settings["dtype"] != "float16"
+        return Signs(("it lacks float16",)) if corrected else None
 
     monkeypatch.setitem(CODES, "stubborn", Code("error", "always there"))
     monkeypatch.setattr(module, "CHECKS", {**CHECKS, "stubborn": only_without_float16})
@@ -158,7 +158,7 @@ def test_every_code_is_made_and_found_in_a_test() -> None:
     files = [path for room in rooms for path in (ROOT / "tests" / room).glob("test_*.py")]
     tests = "".join(path.read_text("utf-8") for path in files)
     for code in ALL:
-        assert re.search(rf'(mended|refused|names)\([^)]*"{code}"', tests) or re.search(
+        assert re.search(rf'(repaired|refused|names)\([^)]*"{code}"', tests) or re.search(
             rf'(== [\[{{]?|findings\[)"{code}"', tests
         ), code
 

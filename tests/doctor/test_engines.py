@@ -18,7 +18,7 @@ from reshard.cli.app import reshard as command
 from reshard.cli.app import run
 from reshard.diagnosis.engines import ENGINES, EngineName
 from tests.doctor import models
-from tests.doctor.conftest import Pairs, mended
+from tests.doctor.conftest import Pairs, repaired
 from tests.folders import edit_config
 from tests.models import released
 from tests.naming import tables
@@ -56,8 +56,8 @@ def said(folder: Path, engine: EngineName, code: str) -> str:
 def test_right_folders(name: str, tmp_path: Path) -> None:
     models.write(tmp_path / "model", name, 1)
     for engine in ALL:
-        wanted = {REFUSED[name, engine]} if (name, engine) in REFUSED else set()
-        assert codes(tmp_path / "model", engine) == wanted, engine
+        expected = {REFUSED[name, engine]} if (name, engine) in REFUSED else set()
+        assert codes(tmp_path / "model", engine) == expected, engine
 
 
 def test_weights_that_mlx_reads_as_codes_alone(tmp_path: Path) -> None:
@@ -165,8 +165,8 @@ def test_stale_shards_that_only_mlx_reads(pairs: Pairs, tmp_path: Path) -> None:
     assert codes(out, "vllm") == codes(out, "llama.cpp") == set()
 
 
-def live(name: str, folder: Path, version: str = "5.23") -> Path:
-    """A folder with the names that a live module of some version has."""
+def in_memory(name: str, folder: Path, version: str = "5.23") -> Path:
+    """A folder with the names that a loaded model of some version has."""
     models.write(folder, name, 1)
     arrays = tables.random_arrays(tables.table(version, name).memory, 2)
     models.save(folder, {key: torch.from_numpy(value) for key, value in arrays.items()})
@@ -186,7 +186,7 @@ def live(name: str, folder: Path, version: str = "5.23") -> Path:
     ],
 )
 def test_names_of_a_live_module(name: str, effects: dict[EngineName, str], tmp_path: Path) -> None:
-    ill = live(name, tmp_path / "ill")
+    ill = in_memory(name, tmp_path / "ill")
     for engine, effect in effects.items():
         assert ("engine-names" in codes(ill, engine)) == bool(effect), engine
         if effect:
@@ -197,7 +197,7 @@ def test_names_of_a_live_module(name: str, effects: dict[EngineName, str], tmp_p
 
 
 def test_a_layout_that_nobody_tried(tmp_path: Path) -> None:
-    ill = live("phimoe", tmp_path / "ill")
+    ill = in_memory("phimoe", tmp_path / "ill")
     assert codes(ill, "vllm") == {"engine-names-unread", "engine-class"}
 
 
@@ -234,14 +234,14 @@ def test_fields_that_transformers_5_does_not_write(tmp_path: Path) -> None:
         stated = json.loads((ill / "config.json").read_text())["architectures"]
         edit_config(ill, **dict.fromkeys(json.loads((ill / "config.json").read_text())))
         edit_config(ill, **{**written, "architectures": stated})
-    wanted: dict[str, dict[EngineName, str]] = {
+    expected: dict[str, dict[EngineName, str]] = {
         "deepseek_v3": {"vllm": "topk_method", "sglang": "topk_method", "mlx": ""},
         "qwen3_vl_moe": {"vllm": "norm_topk_prob", "sglang": "", "mlx": "num_experts"},
         "qwen3_moe": {"vllm": "", "mlx": "rope_theta"},
         "qwen2": {"vllm": "", "mlx": "rope_theta takes 1e+06"},
         "qwen3": {"vllm": "", "mlx": ""},
     }
-    for name, engines in wanted.items():
+    for name, engines in expected.items():
         for engine, field in engines.items():
             ill = tmp_path / name
             if field:
@@ -258,9 +258,9 @@ def test_pickled_weights(pairs: Pairs, tmp_path: Path) -> None:
     (ill / "model.safetensors").unlink()
     assert codes(ill, "mlx") == {"engine-files"}
     assert codes(ill, "vllm") == set()
-    mended = reshard.doctor(ill, engine="mlx", repair=tmp_path / "out")
-    assert mended.repaired
-    assert not mended.errors
+    diagnosis = reshard.doctor(ill, engine="mlx", repair=tmp_path / "out")
+    assert diagnosis.repaired
+    assert not diagnosis.errors
 
 
 def adapter(folder: Path, rank: int = 4, **settings: Any) -> Path:
@@ -317,7 +317,7 @@ def test_the_fields_are_written(pairs: Pairs, tmp_path: Path) -> None:
     text["num_local_experts"] = text.pop("num_experts")
     del text["norm_topk_prob"]
     edit_config(ill, text_config=text)
-    mended(ill, None, tmp_path / "out", "config-fields-missing")
+    repaired(ill, None, tmp_path / "out", "config-fields-missing")
     written = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
     assert {key: written[key] for key in ("rope_theta", "num_experts", "norm_topk_prob")} == {
         "rope_theta": theta, "num_experts": 3, "norm_topk_prob": True
@@ -336,6 +336,6 @@ def test_local_and_global_positions_of_gemma(tmp_path: Path) -> None:
             "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}  # fmt: skip
     keys = ("rope_theta", "rope_local_base_freq", "rope_scaling")
     edit_config(ill, **dict.fromkeys(key for key in keys if key in config), rope_parameters=both)
-    mended(ill, None, tmp_path / "out", "config-fields-missing")
+    repaired(ill, None, tmp_path / "out", "config-fields-missing")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert [written[key] for key in keys] == [5e5, 2e4, {"rope_type": "linear", "factor": 8.0}]

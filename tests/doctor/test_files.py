@@ -1,4 +1,4 @@
-"""Ailments of the files, each made for real, found and mended."""
+"""Faults of the files, each made for real, found and repaired."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import reshard
 from reshard.errors import NotFoundError, PlanError, WriteError
 from tests.doctor import models
-from tests.doctor.conftest import Pairs, evidence, mended, names, refused
+from tests.doctor.conftest import Pairs, evidence, names, refused, repaired
 from tests.folders import edit_config
 
 INDEX = "model.safetensors.index.json"
@@ -25,7 +25,7 @@ def sharded(pairs: Pairs, tmp_path: Path) -> Path:
     """A healthy llama in several shards, as `save_pretrained` writes them."""
     ill = pairs("llama").copy(tmp_path / "ill")
     (ill / "model.safetensors").unlink()
-    models.live(pairs("llama").healthy).save_pretrained(ill, max_shard_size="20KB")
+    models.loaded(pairs("llama").healthy).save_pretrained(ill, max_shard_size="20KB")
     assert len(list(ill.glob("model-*-of-*.safetensors"))) == 3
     assert names(reshard.doctor(ill)) == []
     return ill
@@ -40,10 +40,10 @@ def edit_index(folder: Path, change: dict[str, str | None]) -> None:
 
 
 def assert_mended(sharded: Path, pairs: Pairs, out: Path, said: str) -> None:
-    """The index is found wrong for that reason and mended, with the base and without."""
+    """The index is found wrong for that reason and repaired, with the base and without."""
     pair = pairs("llama")
     for base, name in ((None, "without"), (pair.base, "with")):
-        diagnosis = mended(sharded, base, out / name, "index-mismatch")
+        diagnosis = repaired(sharded, base, out / name, "index-mismatch")
         assert said in evidence(diagnosis, "index-mismatch")
         models.assert_same_weights(out / name, pair.healthy)
 
@@ -105,7 +105,7 @@ def test_an_index_that_lists_what_the_model_does_not_need(
 ) -> None:
     edit_index(sharded, {"old.weight": "model-00009-of-00009.safetensors"})
     refused(sharded, None, tmp_path / "no", "index-mismatch")
-    mended(sharded, pairs("llama").base, tmp_path / "out", "index-mismatch")
+    repaired(sharded, pairs("llama").base, tmp_path / "out", "index-mismatch")
 
 
 def test_an_index_cannot_lead_out_of_the_folder(sharded: Path, tmp_path: Path) -> None:
@@ -140,11 +140,11 @@ def test_weights_in_torch_files(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("llama_tied")
     for base, out in ((pair.base, "with"), (None, "without")):
         ill = pair.copy(tmp_path / f"ill-{out}")
-        state = models.live(pair.healthy).state_dict()
+        state = models.loaded(pair.healthy).state_dict()
         (ill / "model.safetensors").unlink()
         torch.save(state, ill / "pytorch_model.bin")
         assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
-        diagnosis = mended(ill, base, tmp_path / out, "pickled-weights")
+        diagnosis = repaired(ill, base, tmp_path / out, "pickled-weights")
         assert evidence(diagnosis, "pickled-weights") == "the weights are in pytorch_model.bin"
         models.assert_same_weights(tmp_path / out, pair.healthy)
 
@@ -167,7 +167,7 @@ def test_a_config_that_is_missing_or_no_json(
     if text is not None:
         (ill / "config.json").write_text(text)
     refused(ill, None, tmp_path / "no", "config-missing")
-    diagnosis = mended(ill, pair.base, tmp_path / "out", "config-missing")
+    diagnosis = repaired(ill, pair.base, tmp_path / "out", "config-missing")
     assert evidence(diagnosis, "config-missing").startswith("config.json: ")
     models.assert_same_weights(tmp_path / "out", pair.healthy)
     written = (tmp_path / "out" / "config.json").read_text()
@@ -186,7 +186,7 @@ def test_a_missing_tokenizer(pairs: Pairs, tmp_path: Path) -> None:
     ill = pair.copy(tmp_path / "ill")
     remove(ill, "tokenizer.json", "tokenizer_config.json")
     refused(ill, None, tmp_path / "no", "tokenizer-missing")
-    mended(ill, pair.base, tmp_path / "out", "tokenizer-missing")
+    repaired(ill, pair.base, tmp_path / "out", "tokenizer-missing")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == models.TEMPLATE
 
 
@@ -194,7 +194,7 @@ def test_a_tokenizer_without_its_config(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("llama")
     ill = pair.copy(tmp_path / "ill")
     remove(ill, "tokenizer_config.json")
-    diagnosis = mended(ill, pair.base, tmp_path / "out", "tokenizer-missing")
+    diagnosis = repaired(ill, pair.base, tmp_path / "out", "tokenizer-missing")
     assert "no tokenizer_config.json" in evidence(diagnosis, "tokenizer-missing")
 
 
@@ -207,7 +207,7 @@ def test_the_folders_own_files_are_kept(pairs: Pairs, tmp_path: Path) -> None:
     (ill / "runs").mkdir()
     (ill / "runs" / "notes.txt").write_text("trained on tuesday")
     remove(ill, "generation_config.json")
-    mended(ill, pair.base, tmp_path / "out", "generation-config-missing")
+    repaired(ill, pair.base, tmp_path / "out", "generation-config-missing")
     for file in ("tokenizer.json", "config.json", "runs/notes.txt"):
         assert (tmp_path / "out" / file).read_bytes() == (ill / file).read_bytes()
 
@@ -219,7 +219,7 @@ def test_a_missing_processor(pairs: Pairs, name: str, tmp_path: Path) -> None:
     remove(ill, "preprocessor_config.json")
     told = evidence(refused(ill, None, tmp_path / "no", "processor-missing"), "processor-missing")
     assert "the config has vision_config" in told
-    mended(ill, pair.base, tmp_path / "out", "processor-missing")
+    repaired(ill, pair.base, tmp_path / "out", "processor-missing")
     name = "preprocessor_config.json"
     assert (tmp_path / "out" / name).read_bytes() == (pair.base / name).read_bytes()
 
@@ -243,7 +243,7 @@ def test_a_missing_chat_template(pairs: Pairs, place: str, tmp_path: Path) -> No
         )
         (base / place).write_text(text)
     assert names(reshard.doctor(ill)) == []
-    diagnosis = mended(ill, base, tmp_path / "out", "chat-template-missing")
+    diagnosis = repaired(ill, base, tmp_path / "out", "chat-template-missing")
     where = "tokenizer_config.json" if place == "inside" else place
     assert f"the base has one in {where}" in evidence(diagnosis, "chat-template-missing")
     if place != "chat_template.json":
@@ -266,7 +266,7 @@ def test_missing_code(pairs: Pairs, tmp_path: Path) -> None:
     assert told.endswith("configuration_own.py, tokenization_own.py")
     for file in ("configuration_own.py", "tokenization_own.py", "helper.py"):
         (base / file).write_text(f"# {file}\n")
-    mended(ill, base, tmp_path / "out", "code-missing")
+    repaired(ill, base, tmp_path / "out", "code-missing")
     assert (tmp_path / "out" / "helper.py").read_text() == "# helper.py\n"
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import reshard
 from tests.doctor import models
-from tests.doctor.conftest import Pairs, mended, names
+from tests.doctor.conftest import Pairs, names, repaired
 from tests.naming import tables, test_every_model
 from tests.naming.make_layouts import build
 
@@ -36,7 +36,7 @@ def test_what_the_installed_transformers_loads_and_saves(
     saved = pair.copy(tmp_path / "saved")
     for old in saved.glob("*.safetensors*"):
         old.unlink()
-    models.live(pair.healthy).save_pretrained(saved, max_shard_size=shards)
+    models.loaded(pair.healthy).save_pretrained(saved, max_shard_size=shards)
     assert len(list(saved.glob("*.safetensors"))) == 1 or shards == "20KB"
     # transformers 5.23 really turns this model's experts (huggingface/transformers#43201), and
     # writes `tie_word_embeddings: true` into text_config, which 4.57 and vLLM obey, beside a head.
@@ -97,7 +97,7 @@ def test_a_score_survives_a_repair(pairs: Pairs, tmp_path: Path) -> None:
     pair, ill = pairs("llama"), tmp_path / "ill"
     reshard.convert(wrapped(pair, tmp_path / "model.pt", "score"), ill, base=pair.base)
     (ill / "tokenizer.json").unlink()
-    mended(ill, pair.base, tmp_path / "out", "tokenizer-missing")
+    repaired(ill, pair.base, tmp_path / "out", "tokenizer-missing")
     assert models.load(tmp_path / "out").keys() == models.load(ill).keys()
     assert "score.weight" in models.load(ill)
 
@@ -145,7 +145,7 @@ def test_models_of_other_families(name: str, tmp_path: Path) -> None:
 
 
 def test_a_tower_by_the_names_of_its_release(tmp_path: Path) -> None:
-    """`model.vision_tower.vision_model` is the hub's, though live modules have `vision_tower`."""
+    """`model.vision_tower.vision_model` is the hub's, though loaded models have `vision_tower`."""
     save_file({"model.vision_tower.vision_model.post_layernorm.weight": torch.ones(4)},
               tmp_path / "model.safetensors")  # fmt: skip
     (tmp_path / "config.json").write_text('{"model_type": "cohere2_vision"}', encoding="utf-8")

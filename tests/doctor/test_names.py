@@ -1,4 +1,4 @@
-"""Ailments of names and shapes, each made for real, found and mended."""
+"""Faults of names and shapes, each made for real, found and repaired."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import reshard
 from tests.doctor import models
-from tests.doctor.conftest import Pairs, evidence, mended, names, refused
+from tests.doctor.conftest import Pairs, evidence, names, refused, repaired
 from tests.folders import edit_config
 from tests.naming import tables
 
@@ -40,12 +40,12 @@ def test_placeholders_with_the_checkpoint_beside(
 ) -> None:
     base = pairs("llama").base
     assert {value.shape for value in models.load(trainer).values()} == {(0,)}
-    diagnosis = mended(trainer, base, tmp_path / "out", "zero3-placeholders")
+    diagnosis = repaired(trainer, base, tmp_path / "out", "zero3-placeholders")
     assert "21 of 21 tensors are empty" in evidence(diagnosis, "zero3-placeholders")
     truth, written = load_file(f"{trainer}.safetensors"), models.load(tmp_path / "out")
     assert written.keys() == truth.keys()
     assert all(torch.equal(written[name], truth[name]) for name in truth)
-    models.live(tmp_path / "out")
+    models.loaded(tmp_path / "out")
     # Without the base nobody knows what the checkpoint's tensors should be called.
     refused(trainer, None, tmp_path / "other", "zero3-placeholders")
 
@@ -69,7 +69,7 @@ def test_a_prefix_before_all_names(pairs: Pairs, name: str, prefix: str, tmp_pat
     pair = pairs(name)
     ill = pair.copy(tmp_path / "ill")
     models.save(ill, {prefix + key: value for key, value in models.load(ill).items()})
-    diagnosis = mended(ill, pair.base, tmp_path / "out", "wrapper-prefix")
+    diagnosis = repaired(ill, pair.base, tmp_path / "out", "wrapper-prefix")
     told = evidence(diagnosis, "wrapper-prefix")
     assert ("module" if prefix == "module." else repr(prefix)) in told
     models.assert_same_weights(tmp_path / "out", pair.healthy)
@@ -80,7 +80,7 @@ def test_a_prefix_is_known_without_the_base(pairs: Pairs, prefix: str, tmp_path:
     pair = pairs("llama")
     ill = pair.copy(tmp_path / "ill")
     models.save(ill, {prefix + key: value for key, value in models.load(ill).items()})
-    mended(ill, None, tmp_path / "out", "wrapper-prefix")
+    repaired(ill, None, tmp_path / "out", "wrapper-prefix")
     models.assert_same_weights(tmp_path / "out", pair.healthy)
 
 
@@ -95,7 +95,7 @@ def test_wrappers_inside_the_names(pairs: Pairs, tmp_path: Path) -> None:
 
     models.save(ill, {wrapped(name): value for name, value in models.load(ill).items()})
     for base, out in ((pair.base, "with"), (None, "without")):
-        diagnosis = mended(ill, base, tmp_path / out, "wrapper-prefix")
+        diagnosis = repaired(ill, base, tmp_path / out, "wrapper-prefix")
         told = evidence(diagnosis, "wrapper-prefix")
         assert "_checkpoint_wrapped_module, _fsdp_wrapped_module, _orig_mod" in told
         models.assert_same_weights(tmp_path / out, pair.healthy)
@@ -113,12 +113,12 @@ def test_two_names_that_become_one_are_not_mended(pairs: Pairs, tmp_path: Path) 
 def test_the_names_of_a_live_module(pairs: Pairs, name: str, tmp_path: Path) -> None:
     pair = pairs(name)
     ill = pair.copy(tmp_path / "ill")
-    state = models.live(pair.healthy).state_dict()
+    state = models.loaded(pair.healthy).state_dict()
     tied = name.endswith("tied")
     if tied:
         del state["lm_head.weight"]
     models.save(ill, state)
-    diagnosis = mended(ill, pair.base, tmp_path / "out", "in-memory-names")
+    diagnosis = repaired(ill, pair.base, tmp_path / "out", "in-memory-names")
     told = evidence(diagnosis, "in-memory-names")
     assert ("experts" if name == "mixtral" else "model.language_model.**") in told
     models.assert_same_weights(tmp_path / "out", pair.healthy)
@@ -146,12 +146,12 @@ def test_every_layout_of_a_live_module_is_known(name: str, version: str, tmp_pat
 def test_experts_that_transformers_5_turned(pairs: Pairs, with_base: bool, tmp_path: Path) -> None:
     pair = pairs("qwen3_vl_moe")
     ill = pair.copy(tmp_path / "ill")
-    models.save(ill, models.live(pair.healthy).state_dict())
+    models.save(ill, models.loaded(pair.healthy).state_dict())
     if not with_base:
         diagnosis = refused(ill, None, tmp_path / "out", "transposed-experts")
         assert "(3, 24, 32), not (3, 32, 24)" in evidence(diagnosis, "transposed-experts")
         return
-    diagnosis = mended(ill, pair.base, tmp_path / "out", "transposed-experts")
+    diagnosis = repaired(ill, pair.base, tmp_path / "out", "transposed-experts")
     assert "4 stacked tensors" in evidence(diagnosis, "transposed-experts")
     models.assert_same_weights(tmp_path / "out", pair.healthy)
 
@@ -192,16 +192,16 @@ def test_another_models_base(pairs: Pairs, tmp_path: Path) -> None:
     refused(pairs("llama").healthy, pairs("mixtral").base, tmp_path / "out", "names-do-not-fit")
 
 
-def test_several_ailments_at_once(pairs: Pairs, tmp_path: Path) -> None:
+def test_several_faults_at_once(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("llava")
     ill = pair.copy(tmp_path / "ill")
-    state = models.live(pair.healthy).state_dict()
+    state = models.loaded(pair.healthy).state_dict()
     models.save(ill, {f"module.model.{name}": value for name, value in state.items()})
     edit_config(ill, dtype="float16")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                  "preprocessor_config.json", "generation_config.json"):  # fmt: skip
         (ill / file).unlink(missing_ok=True)
-    mended(
+    repaired(
         ill, pair.base, tmp_path / "out",
         "wrapper-prefix", "in-memory-names", "dtype-contradicts-config", "tokenizer-missing",
         "processor-missing", "chat-template-missing", "generation-config-missing",

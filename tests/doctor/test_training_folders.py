@@ -12,7 +12,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import reshard
-from tests.doctor.conftest import Pairs, mended
+from tests.doctor.conftest import Pairs, repaired
 from tests.models import released
 
 
@@ -22,7 +22,7 @@ def test_a_class_as_fsdp_calls_it(pairs: Pairs, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     text = json.dumps({**config, "architectures": ["FSDPLlamaForCausalLM"]})
     (folder / "config.json").write_text(text)
-    mended(folder, None, tmp_path / "out", "fsdp-class")
+    repaired(folder, None, tmp_path / "out", "fsdp-class")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
     released.load(tmp_path / "out", "LlamaForCausalLM")
 

@@ -1,4 +1,4 @@
-"""Ailments of the values: NaN, infinity, and weights that are the base's."""
+"""Faults of the values: NaN, infinity, and weights that are the base's."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def test_every_bit_pattern_of_a_type_is_judged_as_numpy_judges_it(
     real = array.view(np.float32) if dtype.name == "complex64" else array
     with np.errstate(invalid="ignore"):
         wide = real.astype(np.float64)
-    wanted = NotFinite(int(np.isnan(wide).sum()), int(np.isinf(wide).sum()))
+    expected = NotFinite(int(np.isnan(wide).sum()), int(np.isinf(wide).sum()))
     path = tmp_path / "model.safetensors"
     raw = torch.from_numpy(array.view(np.uint8).copy()).view(getattr(torch, dtype.name))
     save_file({"x": raw}, path)
     with Sources() as sources:
         entries = huggingface.read(path, sources, Selection()).entries
-        assert passes.not_finite(entries, sources, threads=1) == {"x": wanted}
-    assert wanted.nan
+        assert passes.not_finite(entries, sources, threads=1) == {"x": expected}
+    assert expected.nan
 
 
 def test_progress_reaches_the_end(pairs: Pairs) -> None:
@@ -90,7 +90,7 @@ def test_the_bases_own_weights(pairs: Pairs, name: str, tmp_path: Path) -> None:
     """As `load_state_dict(strict=False)` leaves them when no name fits, then saved."""
     pair = pairs(name)
     ill = tmp_path / "ill"
-    models.live(pair.base).save_pretrained(ill)
+    models.loaded(pair.base).save_pretrained(ill)
     for file in pair.base.iterdir():
         if not (ill / file.name).exists():
             (ill / file.name).write_bytes(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Ailments of the head, the vocabulary and the dtype, each made for real, found and mended."""
+"""Faults of the head, the vocabulary and the dtype, each made for real, found and repaired."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 import reshard
 from tests.doctor import models
-from tests.doctor.conftest import Pairs, evidence, mended, names, refused
+from tests.doctor.conftest import Pairs, evidence, names, refused, repaired
 from tests.folders import edit_config
 
 TIED = {"llama_tied": "model.embed_tokens.weight", "qwen2_5_vl_tied": "model.embed_tokens.weight"}
@@ -23,7 +23,9 @@ def test_a_head_stored_twice(pairs: Pairs, name: str, with_base: bool, tmp_path:
     ill = pair.copy(tmp_path / "ill")
     tensors = models.load(ill)
     models.save(ill, {**tensors, "lm_head.weight": tensors[TIED[name]]})
-    diagnosis = mended(ill, pair.base if with_base else None, tmp_path / "out", "head-stored-twice")
+    diagnosis = repaired(
+        ill, pair.base if with_base else None, tmp_path / "out", "head-stored-twice"
+    )
     assert f"same values as {TIED[name]}" in evidence(diagnosis, "head-stored-twice")
     assert not diagnosis.errors
     models.assert_same_weights(tmp_path / "out", pair.healthy)
@@ -34,9 +36,9 @@ def test_a_head_that_the_config_wrongly_unties(pairs: Pairs, tmp_path: Path) -> 
     ill = pair.copy(tmp_path / "ill")
     edit_config(ill, tie_word_embeddings=False)
     with pytest.raises(AssertionError, match="missing_keys"):
-        models.live(ill)
+        models.loaded(ill)
     refused(ill, None, tmp_path / "no", "head-missing")
-    diagnosis = mended(ill, pair.base, tmp_path / "out", "head-missing")
+    diagnosis = repaired(ill, pair.base, tmp_path / "out", "head-missing")
     assert "loaders make a random head" in evidence(diagnosis, "head-missing")
     models.assert_same_weights(tmp_path / "out", pair.healthy)
 
@@ -63,7 +65,7 @@ def test_a_config_that_ties_a_head_of_its_own(
     ill = pair.copy(tmp_path / "ill")
     edit_config(ill, tie_word_embeddings=True)
     base = pair.base if with_base else None
-    diagnosis = mended(ill, base, tmp_path / "out", "head-contradicts-config")
+    diagnosis = repaired(ill, base, tmp_path / "out", "head-contradicts-config")
     assert "lm_head.weight differs from" in evidence(diagnosis, "head-contradicts-config")
     models.assert_same_weights(tmp_path / "out", pair.healthy)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -86,7 +88,7 @@ def test_a_base_that_ties_by_its_values_alone(pairs: Pairs, tmp_path: Path) -> N
         return made
 
     tied, apart = silent(tmp_path / "tied", embedding), silent(tmp_path / "apart", -embedding)
-    diagnosis = mended(apart, tied, tmp_path / "out", "head-contradicts-config")
+    diagnosis = repaired(apart, tied, tmp_path / "out", "head-contradicts-config")
     assert "does not state" in evidence(diagnosis, "head-contradicts-config")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
@@ -101,8 +103,8 @@ def test_a_tied_base_whose_run_untied_the_head(pairs: Pairs, tmp_path: Path) -> 
     tensors = models.load(ill)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     models.save(ill, tensors)
-    mended(ill, pair.base, tmp_path / "out", "head-contradicts-config")
-    state = models.live(tmp_path / "out").state_dict()
+    repaired(ill, pair.base, tmp_path / "out", "head-contradicts-config")
+    state = models.loaded(tmp_path / "out").state_dict()
     assert torch.equal(state["lm_head.weight"], tensors["lm_head.weight"])
 
 
@@ -124,12 +126,12 @@ def test_a_vocabulary_that_the_config_does_not_know(
     tensors = resize(models.load(ill), 100, "embed_tokens", "lm_head")
     models.save(ill, tensors)
     base = pair.base if with_base else None
-    diagnosis = mended(ill, base, tmp_path / "out", "vocabulary-size")
+    diagnosis = repaired(ill, base, tmp_path / "out", "vocabulary-size")
     told = evidence(diagnosis, "vocabulary-size")
     assert "100 rows" in told
     assert "vocab_size is 96" in told
-    live = models.live(tmp_path / "out")
-    assert live.get_input_embeddings().weight.shape[0] == 100
+    model = models.loaded(tmp_path / "out")
+    assert model.get_input_embeddings().weight.shape[0] == 100
     assert models.load(tmp_path / "out").keys() == tensors.keys()
 
 
@@ -178,13 +180,13 @@ def test_weights_wider_than_the_config_says(pairs: Pairs, tmp_path: Path) -> Non
     pair = pairs("llama")
     ill = pair.copy(tmp_path / "ill")
     models.save(ill, {name: value.float() for name, value in models.load(ill).items()})
-    diagnosis = mended(ill, pair.base, tmp_path / "rounded", "dtype-contradicts-config")
+    diagnosis = repaired(ill, pair.base, tmp_path / "rounded", "dtype-contradicts-config")
     told = evidence(diagnosis, "dtype-contradicts-config")
     assert told == "config.json says bfloat16, 100% of the weights are float32"
     assert not diagnosis.errors
     models.assert_same_weights(tmp_path / "rounded", pair.healthy)
-    mended(ill, None, tmp_path / "kept", "dtype-contradicts-config")
-    assert models.live(tmp_path / "kept").dtype == torch.float32
+    repaired(ill, None, tmp_path / "kept", "dtype-contradicts-config")
+    assert models.loaded(tmp_path / "kept").dtype == torch.float32
     models.assert_same_model(tmp_path / "kept", pair.healthy)
 
 
@@ -192,7 +194,7 @@ def test_a_config_of_another_dtype_than_weights_and_base(pairs: Pairs, tmp_path:
     pair = pairs("qwen2_5_vl")
     ill = pair.copy(tmp_path / "ill")
     edit_config(ill, dtype=None, torch_dtype="float16")
-    mended(ill, pair.base, tmp_path / "out", "dtype-contradicts-config")
+    repaired(ill, pair.base, tmp_path / "out", "dtype-contradicts-config")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     models.assert_same_weights(tmp_path / "out", pair.healthy)

@@ -64,7 +64,7 @@ def test_a_converted_dcp_checkpoint_is_the_model_that_was_saved(
 def test_a_converted_reward_model_gives_the_scores_of_training(
     models: Models, tmp_path: Path, name: str, kind: ModelType, pooling: Pooling
 ) -> None:
-    """LightRFT saves one state dict: the live backbone under `model.`, the heads beside it."""
+    """LightRFT saves one state dict: the running backbone under `model.`, the heads beside it."""
     trained = models(name)
     backbone = (
         AutoModel if name == "srm_vl" else Qwen2AudioForConditionalGeneration
@@ -94,9 +94,9 @@ def test_a_converted_reward_model_gives_the_scores_of_training(
 
 def test_a_converted_generative_reward_model_speaks(models: Models, tmp_path: Path) -> None:
     trained = models("qwen_vl")
-    live = Qwen2_5_VLForConditionalGeneration.from_pretrained(trained)
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(trained)
     (tmp_path / "run").mkdir()
-    state = {f"model.{key}": value for key, value in live.state_dict().items()}
+    state = {f"model.{key}": value for key, value in loaded.state_dict().items()}
     torch.save(state, tmp_path / "run" / "pytorch_model.bin")
     out = tmp_path / "out"
     base = tiny.qwen_vl(tmp_path / "base", seed=5)

@@ -14,6 +14,7 @@ from reshard.evaluate.generation import Clock, Watch
 from reshard.evaluate.report import Sample
 from reshard.evaluate.texts import shipped_prompts
 from reshard.evaluate.timing import summarise
+from reshard.transfer.memory import peak_cpu_nbytes
 from tests.evaluate import tiny
 from tests.evaluate.conftest import Models
 from tests.evaluate.trying import attempt
@@ -138,17 +139,17 @@ def test_the_watch_sees_nan_and_infinity_but_not_forbidden_tokens() -> None:
 def test_the_peak_of_memory_is_that_of_the_call() -> None:
     if memory.reset_peaks() != "largest resident memory during the call":
         pytest.skip("this system cannot reset the mark of the largest resident memory")
-    before = memory.peak_cpu_nbytes()
+    before = peak_cpu_nbytes()
     # Mapped anew: an allocator may hand out memory that the process already holds.
     block = mmap.mmap(-1, 64 << 20)
     for page in range(0, len(block), mmap.PAGESIZE):
         block[page] = 1
-    held = memory.peak_cpu_nbytes()
+    held = peak_cpu_nbytes()
     assert before is not None
     assert held is not None
     assert held - before > 50 << 20
     block.close()
     memory.reset_peaks()
-    after = memory.peak_cpu_nbytes()
+    after = peak_cpu_nbytes()
     assert after is not None
     assert held - after > 50 << 20

@@ -57,7 +57,7 @@ def check_killed(outcome: Outcome) -> None:
     assert outcome.ended in ("killed", "done"), outcome
     assert outcome.stands in allowed, outcome
     assert outcome.kept, outcome
-    assert outcome.mended == "done", outcome
+    assert outcome.rerun == "done", outcome
 
 
 def check_failed(outcome: Outcome) -> None:
@@ -70,7 +70,7 @@ def check_failed(outcome: Outcome) -> None:
     else:
         assert outcome.stands == before(outcome), outcome
     assert outcome.kept, outcome
-    assert outcome.mended == "done", outcome
+    assert outcome.rerun == "done", outcome
 
 
 def check_races(bench: Bench, rounds: int) -> None:

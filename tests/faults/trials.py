@@ -57,7 +57,7 @@ class Outcome:
     """What happened: `ended` is "done", "killed" or "error"; `stands` what the output's name has.
 
     `left` are the names beside the output. `kept` says whether a plain run, without --overwrite,
-    found and kept the old output; `mended` whether a run with --overwrite then succeeded and left
+    found and kept the old output; `rerun` whether a run with --overwrite then succeeded and left
     the new output alone.
     """
 
@@ -67,7 +67,7 @@ class Outcome:
     stands: str
     left: list[str]
     kept: bool
-    mended: str
+    rerun: str
     calls: list[str] = field(default_factory=list)
 
 
@@ -196,7 +196,7 @@ def perform(stage: Stage, faults: Faults, trial: Trial) -> Outcome:
     calls = json.loads(message) if ended == "done" and message else []
     stands, left = stage.stands(), stage.left()
     kept = stands != "nothing" or not trial.overwrite or keeps(stage)
-    mended, why = in_child(lambda: again(stage))
+    rerun, why = in_child(lambda: again(stage))
     assert content(stage.model) == stage.source, "the source was changed"
     return Outcome(
         trial,
@@ -205,7 +205,7 @@ def perform(stage: Stage, faults: Faults, trial: Trial) -> Outcome:
         stands,
         left,
         kept,
-        mended if mended == "done" else f"{mended}: {why}",
+        rerun if rerun == "done" else f"{rerun}: {why}",
         calls,
     )
 

@@ -16,7 +16,7 @@ _SOURCES = Path(__file__).parent / "oracle"
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class OracleCase:
     """A case as the oracle made it."""
 
     case: Case
@@ -29,7 +29,7 @@ class Made:
 
     @property
     def truth(self) -> Path:
-        """A safetensors file: the full state dict, gathered from the live ranks."""
+        """A safetensors file: the full state dict, gathered from the running ranks."""
         return self.root / self.case.name / "truth.safetensors"
 
 
@@ -39,8 +39,8 @@ class Oracle:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def __getitem__(self, name: str) -> Made:
-        return Made(BY_NAME[name], self._root)
+    def __getitem__(self, name: str) -> OracleCase:
+        return OracleCase(BY_NAME[name], self._root)
 
     def copy(self, name: str, folder: Path) -> Path:
         """A copy of the case's checkpoint under `folder`, for a test that damages it."""

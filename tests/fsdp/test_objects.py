@@ -34,14 +34,14 @@ def saved(folder: Path, content: dict[str, Any], *, flatten: bool) -> Path:
     return folder
 
 
-def holds(folder: Path, wanted: dict[str, torch.Tensor], out: Path, **options: Any) -> None:
+def holds(folder: Path, expected: dict[str, torch.Tensor], out: Path, **options: Any) -> None:
     opened = reshard.open(folder, **options).tensors
-    assert opened.keys() == wanted.keys()
+    assert opened.keys() == expected.keys()
     assert reshard.convert(folder, out, **options).verified
     written = load_file(out / "model.safetensors")
-    assert written.keys() <= wanted.keys()
+    assert written.keys() <= expected.keys()
     for name, value in written.items():
-        assert torch.equal(value, wanted[name]), name
+        assert torch.equal(value, expected[name]), name
 
 
 def test_a_model_that_was_saved_whole(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of DCP checkpoint, read and compared bit for bit with what the live ranks held."""
+"""Every kind of DCP checkpoint, read and compared bit for bit with what the running ranks held."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from reshard.core.tiling import check_tiling
 from reshard.errors import NamesError, NotFoundError
 from reshard.formats import Selection, huggingface
 from reshard.storage.local import Sources
-from tests.fsdp.conftest import Made, Oracle
+from tests.fsdp.conftest import Oracle, OracleCase
 from tests.fsdp.elements import elements
 from tests.fsdp.oracle.cases import CASES
 
@@ -37,17 +37,17 @@ def read(path: Path, prefix: str | None = None) -> Catalog:
         return formats.read(path, sources, Selection(prefix=prefix))
 
 
-def assert_true(catalog: Catalog, made: Made, prefix: str = "") -> None:
+def assert_true(catalog: Catalog, made: OracleCase, prefix: str = "") -> None:
     """The catalog has exactly the truth's tensors, each with its dtype, shape and bytes."""
     with Sources() as sources:
         truth = huggingface.read(made.truth, sources, Selection()).entries
     assert set(catalog.entries) == {prefix + name for name in truth}
-    for name, wanted in truth.items():
+    for name, expected in truth.items():
         found = catalog.entries[prefix + name]
         check_tiling(found)
-        assert found.spec.dtype == wanted.spec.dtype, name
-        assert found.spec.shape == wanted.spec.shape, name
-        assert elements(found) == elements(wanted), name
+        assert found.spec.dtype == expected.spec.dtype, name
+        assert found.spec.shape == expected.spec.shape, name
+        assert elements(found) == elements(expected), name
 
 
 @pytest.mark.parametrize("name", _READABLE)

@@ -49,7 +49,7 @@ def edit(folder: Path, change: Callable[[Any], None]) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def mended(folder: Path, whole: Path) -> None:
+def copied_again(folder: Path, whole: Path) -> None:
     """What the hint asks for: the folder copied again, or another save, is converted."""
     shutil.rmtree(folder)
     shutil.copytree(whole, folder)
@@ -244,7 +244,7 @@ def test_item_that_is_no_tensor(folder: Path, oracle: Oracle) -> None:
 
     edit(folder, change)
     refused(folder, FormatError, "its item holds no plain tensor")
-    mended(folder, oracle["fsdp2-w2"].checkpoint)
+    copied_again(folder, oracle["fsdp2-w2"].checkpoint)
 
 
 def _chunks(metadata: Metadata) -> list[Any]:
@@ -256,7 +256,7 @@ def test_hole(folder: Path, oracle: Oracle) -> None:
     edit(folder, lambda metadata: _chunks(metadata).pop())
     words = "132 of its 264 elements are in the checkpoint"
     assert refused(folder, IncompleteError, words).tensor == TENSOR
-    mended(folder, oracle["fsdp2-w2"].checkpoint)
+    copied_again(folder, oracle["fsdp2-w2"].checkpoint)
 
 
 def test_a_path_of_endless_steps(folder: Path) -> None:
@@ -288,7 +288,7 @@ def test_chunk_without_a_place(folder: Path, oracle: Oracle) -> None:
     edit(folder, lambda metadata: metadata.storage_data.pop(MetadataIndex(TENSOR, [11, 0])))
     words = r"does not say where its chunk at \(11, 0\) lies"
     assert refused(folder, IncompleteError, words).tensor == TENSOR
-    mended(folder, oracle["fsdp2-w2"].checkpoint)
+    copied_again(folder, oracle["fsdp2-w2"].checkpoint)
 
 
 def test_overlap(folder: Path) -> None:
@@ -393,7 +393,7 @@ def test_tables_of_the_metadata_that_contradict_each_other(
 ) -> None:
     edit(folder, change)
     refused(folder, FormatError, words, hint=True)
-    mended(folder, oracle["fsdp2-w2"].checkpoint)
+    copied_again(folder, oracle["fsdp2-w2"].checkpoint)
 
 
 def test_a_key_that_is_set_twice(folder: Path) -> None:
@@ -437,7 +437,7 @@ def test_unknown_transform(oracle: Oracle, tmp_path: Path) -> None:
 
     edit(folder, change)
     refused(folder, UnsupportedError, "it went through stream.secret@corp/2")
-    mended(folder, oracle["fsdp2-w2"].checkpoint)
+    copied_again(folder, oracle["fsdp2-w2"].checkpoint)
 
 
 def test_damaged_zstd_frame(oracle: Oracle, tmp_path: Path) -> None:
@@ -446,7 +446,7 @@ def test_damaged_zstd_frame(oracle: Oracle, tmp_path: Path) -> None:
     data[2000:2600] = bytes(600)
     (folder / "__1_0.distcp").write_bytes(data)
     refused(folder, FormatError, "zstd", hint=False)
-    mended(folder, oracle["zstd"].checkpoint)
+    copied_again(folder, oracle["zstd"].checkpoint)
 
 
 def test_zstd_frame_that_swells(oracle: Oracle, tmp_path: Path) -> None:
@@ -461,7 +461,7 @@ def test_zstd_frame_that_swells(oracle: Oracle, tmp_path: Path) -> None:
 
     edit(folder, change)
     refused(folder, FormatError, "its frame holds more than 66064 bytes")
-    mended(folder, oracle["zstd"].checkpoint)
+    copied_again(folder, oracle["zstd"].checkpoint)
 
 
 def test_without_zstandard(oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,14 +470,14 @@ def test_without_zstandard(oracle: Oracle, tmp_path: Path, monkeypatch: pytest.M
     error = refused(folder, UnsupportedError, "compressed with zstd")
     assert ".[zstd]" in str(error.hint)
     monkeypatch.undo()  # the extra is installed again
-    mended(folder, oracle["zstd"].checkpoint)
+    copied_again(folder, oracle["zstd"].checkpoint)
 
 
 def test_writers_without_collectives(oracle: Oracle, tmp_path: Path) -> None:
     folder = oracle.copy("no-collectives", tmp_path)
     (folder / "__0.metadata").unlink()
     refused(folder, IncompleteError, r"up to rank 1, and __0\.metadata is missing")
-    mended(folder, oracle["no-collectives"].checkpoint)
+    copied_again(folder, oracle["no-collectives"].checkpoint)
 
 
 def test_a_writer_of_an_endless_rank(oracle: Oracle, tmp_path: Path) -> None:
@@ -504,7 +504,7 @@ def test_writers_of_different_saves(oracle: Oracle, tmp_path: Path) -> None:
     metadata.state_dict_metadata["long"].size = torch.Size([264, 3])
     (folder / "__1.metadata").write_bytes(pickle.dumps(metadata))
     refused(folder, FormatError, r"the ranks disagree.*\(263, 3\).*\(264, 3\)")
-    mended(folder, oracle["no-collectives"].checkpoint)
+    copied_again(folder, oracle["no-collectives"].checkpoint)
 
 
 def test_replicas_that_differ(oracle: Oracle, tmp_path: Path) -> None:
@@ -520,7 +520,7 @@ def test_replicas_that_differ(oracle: Oracle, tmp_path: Path) -> None:
     words = "2 ranks saved it, each for itself, and their values differ"
     assert refused(folder, FormatError, words).tensor == "positions"
     spoilt = shutil.copytree(folder, tmp_path / "spoilt")
-    mended(folder, oracle["fsdp2-w2"].checkpoint)  # whose ranks agreed on who saves what
+    copied_again(folder, oracle["fsdp2-w2"].checkpoint)  # whose ranks agreed on who saves what
     shutil.copytree(spoilt, tmp_path / "apart")
     for path in (tmp_path / "apart").glob("__1*"):
         path.unlink()
@@ -579,7 +579,7 @@ def test_one_ranks_file_over_anothers(oracle: Oracle, tmp_path: Path, name: str)
     folder = oracle.copy(name, tmp_path)
     shutil.copy(folder / "__0_0.distcp", folder / "__1_0.distcp")
     refused(folder, IncompleteError, "one rank's file was copied over another's")
-    mended(folder, oracle[name].checkpoint)
+    copied_again(folder, oracle[name].checkpoint)
 
 
 @pytest.mark.parametrize("values", [bytes(256), b"\x00\x00\x80\x3f" * 64, bytes(range(256))])

@@ -179,10 +179,10 @@ def test_frozen_weights_that_were_not_saved_are_the_bases(qwen2: Path, tmp_path:
 def test_hf2fsdp_and_back(qwen2: Path, tmp_path: Path) -> None:
     done = run("hf2fsdp", "--hf_checkpoint", qwen2, "--output", tmp_path / "dcp")
     assert done.returncode == 0, done.stderr
-    wanted = load_file(qwen2 / "model.safetensors")
-    state = {name: torch.empty_like(value) for name, value in wanted.items()}
+    expected = load_file(qwen2 / "model.safetensors")
+    state = {name: torch.empty_like(value) for name, value in expected.items()}
     dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    for name, value in wanted.items():
+    for name, value in expected.items():
         assert torch.equal(state[name], value), name
     done = run(
         "fsdp2hf", "--hf_base", qwen2, "--checkpoint_dir", tmp_path / "dcp",

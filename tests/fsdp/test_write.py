@@ -71,14 +71,14 @@ def test_metadata_says_what_torchs_own_says(
     tensors: dict[str, torch.Tensor], folder: Path, tmp_path: Path
 ) -> None:
     dcp.save(dict(tensors), checkpoint_id=tmp_path / "torch", no_dist=True)
-    wanted = dcp.FileSystemReader(tmp_path / "torch").read_metadata()
+    expected = dcp.FileSystemReader(tmp_path / "torch").read_metadata()
     found = dcp.FileSystemReader(folder / "dcp").read_metadata()
     assert isinstance(found, Metadata)
-    assert found.planner_data == wanted.planner_data
-    assert found.version == wanted.version
-    assert found.state_dict_metadata.keys() == wanted.state_dict_metadata.keys()
+    assert found.planner_data == expected.planner_data
+    assert found.version == expected.version
+    assert found.state_dict_metadata.keys() == expected.state_dict_metadata.keys()
     for name, mine in found.state_dict_metadata.items():
-        theirs = wanted.state_dict_metadata[name]
+        theirs = expected.state_dict_metadata[name]
         assert isinstance(mine, TensorStorageMetadata)
         assert (mine.properties, mine.size) == (theirs.properties, theirs.size), name
         if len(mine.chunks) == 1:
@@ -115,16 +115,17 @@ def test_fsdp_models_load_it_at_every_world_size(tmp_path: Path) -> None:
 
 
 def assert_loaded(folder: Path, kinds: Iterable[str], device: str = "cpu") -> None:
-    """A `Decoder` made into DCP under `folder` is what each kind of live model gathers from it."""
+    """A `Decoder` made into DCP under `folder` is what each kind of loaded model gathers from
+    it."""
     torch.manual_seed(2)
     hf = folder / "hf"
     hf.mkdir()
     save_file(models.Decoder().state_dict(), hf / "model.safetensors", {"format": "pt"})
     reshard.convert(hf, folder / "dcp", to="dcp", max_shard_size="4KB")
     run_oracle("load", str(folder / "dcp"), str(folder), device=device)
-    wanted = load_file(hf / "model.safetensors")
+    expected = load_file(hf / "model.safetensors")
     for kind in kinds:
         found = load_file(folder / f"{kind}.safetensors")
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
             assert raw(found[name]) == raw(value), (kind, name)

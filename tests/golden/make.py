@@ -88,7 +88,7 @@ def _make(name: str, golden: Golden, scratch: Path) -> None:
 
 
 def _truth(made: Path) -> dict[str, torch.Tensor]:
-    """What the live ranks held: masters where there are any, tied weights once."""
+    """What the running ranks held: masters where there are any, tied weights once."""
     if (made / "truth.safetensors").is_file():
         whole: dict[str, torch.Tensor] = load_file(made / "truth.safetensors")
         return whole

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tests.folders import edit_config, edit_saved
 from tests.hints import tiny
-from tests.hints.ailments import is_well, looking
 from tests.hints.case import Case, follows
+from tests.hints.doctors import is_well, looking
 from tests.hints.flags import _reward, with_options
 from tests.hints.folders import _equal, after, converting, moved
 from tests.models.test_adapter_traps import IDS, Run, llama
@@ -206,10 +206,10 @@ def prompts_that_were_learned(at: Path) -> Case:
         return peft.PeftModel.from_pretrained(plain, at / "adapter").eval()(IDS).logits
 
     with torch.no_grad():
-        wanted = model(IDS).logits
+        expected = model(IDS).logits
     return Case(
         converting(at / "adapter", at / "out", base=at / "base", fill_from_base=True), load,
-        same=lambda logits: torch.allclose(logits, wanted, atol=1e-5),
+        same=lambda logits: torch.allclose(logits, expected, atol=1e-5),
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ LACKING = {"tokenizer-missing", "processor-missing", "identical-to-base", "code-
 
 @dataclass(frozen=True)
 class Case:
-    """One input; `same` says that the mended call gives what it must."""
+    """One input; `same` says that the corrected call gives what it must."""
 
     cause: Callable[[], Any]
     mend: Callable[[], Any]

@@ -16,8 +16,8 @@ from reshard.diagnosis.found import Signs
 from reshard.diagnosis.table import CHECKS
 from tests.folders import edit_config, edit_weights
 from tests.hints import tiny
-from tests.hints.ailments import is_well, looking
 from tests.hints.case import Case, follows
+from tests.hints.doctors import is_well, looking
 from tests.hints.folders import after, converting, moved
 
 TOKENIZER = '{"model": {"vocab": {"a": 0}}}'
@@ -119,14 +119,14 @@ def codes_without_their_config(at: Path) -> Case:
 
 @follows("Convert the run's checkpoint again: reshard convert RUN OUT.")
 def repair_that_leaves_an_error(at: Path) -> Case:
-    """Of a check that no repair satisfies: the folder is not shown as mended."""
+    """Of a check that no repair satisfies: the folder is not shown as repaired."""
     ill = tiny.model(at / "ill", 2, architectures=["FSDPLlamaForCausalLM"])
     (ill / "tokenizer.json").write_text(TOKENIZER)
     run, base = tiny.zero(at / "run"), tiny.model(at / "base")
 
     def stubborn(case: Any) -> Signs | None:
-        mended = case.folder.settings["architectures"] == ["LlamaForCausalLM"]
-        return Signs(("it is always there",)) if mended else None
+        corrected = case.folder.settings["architectures"] == ["LlamaForCausalLM"]
+        return Signs(("it is always there",)) if corrected else None
 
     def repair() -> Any:
         with (

@@ -12,8 +12,8 @@ import torch
 import reshard
 from tests.folders import edit_weights
 from tests.hints import tiny
-from tests.hints.ailments import is_well, looking
 from tests.hints.case import GOLDEN, Case, as_golden, follows, golden
+from tests.hints.doctors import is_well, looking
 from tests.hints.flags import _reward, with_options
 from tests.hints.folders import after, converting
 
@@ -245,9 +245,9 @@ def _number(codes: tiny.State) -> torch.Tensor:
     return codes[name].float() * codes[f"{name}_scale_inv"]
 
 
-def _holds(folder: Path, wanted: torch.Tensor) -> bool:
+def _holds(folder: Path, expected: torch.Tensor) -> bool:
     held = reshard.open(folder).tensors[f"{tiny.ADAPTED}.weight"].numpy()
-    return bool(torch.equal(torch.from_numpy(held), wanted))
+    return bool(torch.equal(torch.from_numpy(held), expected))
 
 
 @follows(SCALES)

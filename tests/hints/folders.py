@@ -38,9 +38,9 @@ def after(change: Call, call: Call) -> Call:
     return done
 
 
-def moved(source: Path, mended: Path, at: Path, **more: Any) -> Case:
+def moved(source: Path, named: Path, at: Path, **more: Any) -> Case:
     """A folder or file that cannot be converted, and the one that the hint names."""
-    return Case(converting(source, at / "one"), converting(mended, at / "two"), **more)
+    return Case(converting(source, at / "one"), converting(named, at / "two"), **more)
 
 
 # --- the source --------------------------------------------------------------------------------

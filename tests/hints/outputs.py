@@ -157,5 +157,5 @@ def checkpoint_that_was_saved_again(at: Path) -> Case:
     def again() -> Any:
         return reshard.open(path.parent).tensors[tiny.HEAD].numpy()
 
-    wanted = tiny.state(5)[tiny.HEAD]
-    return Case(read, again, same=lambda found: torch.equal(torch.from_numpy(found), wanted))
+    expected = tiny.state(5)[tiny.HEAD]
+    return Case(read, again, same=lambda found: torch.equal(torch.from_numpy(found), expected))

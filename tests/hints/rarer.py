@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 import reshard
-from reshard.conversion import live_names
+from reshard.conversion import memory_names
 from reshard.core.plan import parse_size
 from reshard.formats import info
 from tests.folders import edit_saved
@@ -103,7 +103,7 @@ def installed_version_that_was_never_read(at: Path) -> Case:
     model = tiny.model(at / "model")
 
     def convert(name: str, **options: Any) -> Any:
-        with mock.patch.object(live_names, "_installed", return_value=(99, 1)):
+        with mock.patch.object(memory_names, "_installed", return_value=(99, 1)):
             return reshard.convert(model, at / name, to="dcp", names="memory", **options)
 
     return Case(lambda: convert("one"), lambda: convert("two", transformers_version="5.23"))
@@ -118,17 +118,17 @@ def named_version_that_was_never_read(at: Path) -> Case:
 
     def load() -> Any:
         state = model.state_dict()
-        wanted = {name: value.clone() for name, value in state.items()}
+        expected = {name: value.clone() for name, value in state.items()}
         for value in state.values():
             value.zero_()
         dcp.load(state, checkpoint_id=at / "one", no_dist=True)
-        return all(torch.equal(state[name], wanted[name]) for name in wanted)
+        return all(torch.equal(state[name], expected[name]) for name in expected)
 
     return Case(converting(at / "model", at / "one", **common), load, same=bool)
 
 
 @follows("Without --names memory the names are those of the files.")
-def live_names_that_are_not_known(at: Path) -> Case:
+def names_in_memory_that_are_not_known(at: Path) -> Case:
     model = tiny.model(at / "model", model_type="kimi_linear")
     common: dict[str, Any] = {"to": "dcp"}
     return with_options(model, at, {**common, "names": "memory"}, {**common, "names": "disk"})

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 from tests.hints import (
     adapted,
-    ailments,
     codes,
     damaged,
+    doctors,
     fits,
     flags,
     folders,
     megatrons,
     outputs,
     rarer,
+    states,
     trials,
 )
 
-SCENARIOS = (adapted, ailments, codes, damaged, fits, flags, folders, megatrons, outputs, rarer,
-             trials)  # fmt: skip
+SCENARIOS = (adapted, doctors, codes, damaged, fits, flags, folders, megatrons, outputs, rarer,
+             states, trials)  # fmt: skip
 
 _TRAINING = "it is followed in the training run, which saves otherwise: "
 _PIECE = "no hint by itself: the text is put together from others, which stand here"
@@ -88,9 +89,9 @@ ELSEWHERE: dict[str, str] = {
     "Leave out --max-shard-size.": "state/test_universal.py::test_options_that_have_no_place",
     "Write it with --to dcp, which has a step for each parameter.": "state/test_universal.py::test_a_group_of_different_steps",
     "A new run starts from a Hugging Face model: pass --to hf, and load the output with from_pretrained before deepspeed.initialize.": "state/test_universal.py::test_weights_without_a_state",
-    "Make the script's parameter groups in that order.": "state/test_curves.py::test_the_curve_is_unbroken",
-    "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md.": "state/test_curves.py::test_the_curve_is_unbroken",
-    "Start the script from the weights that the run started from.": "state/test_curves.py::test_the_curve_is_unbroken",
+    "Make the script's parameter groups in that order.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
+    "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
+    "Start the script from the weights that the run started from.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
     "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint.": "state/test_universal.py::test_a_script_with_a_schedule_and_a_folder_without",
     "Leave out --dtype.": "state/test_writing.py::test_masters_that_are_rounded_are_a_finding",
     'Write a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_are_none",
@@ -144,5 +145,7 @@ WITHOUT: dict[str, str] = {
     "For a run of such a version, convert with --names memory.":
         _STATED,
     "To convert it, pass --prefix.":
+        _STATED,
+    "Name the output first: reshard verify OUT --against SRC.":
         _STATED,
 }  # fmt: skip

@@ -163,12 +163,12 @@ def test_a_model_that_lacks_tensors(tmp_path: Path) -> None:
 def test_tensors_without_a_place(tmp_path: Path) -> None:
     """Another layout of the same model becomes the released one by the base."""
     base = model("qwen3_moe", tmp_path / "base")
-    live = tmp_path / "live"
-    reshard.convert(base, live, names="memory", transformers_version="5.0")
+    loaded = tmp_path / "loaded"
+    reshard.convert(base, loaded, names="memory", transformers_version="5.0")
     with pytest.raises(reshard.NamesError, match="have no place in Megatron-Core's") as caught:
-        reshard.convert(live, tmp_path / "there", to="megatron")
+        reshard.convert(loaded, tmp_path / "there", to="megatron")
     assert "Pass --base" in str(caught.value.hint)
-    reshard.convert(live, tmp_path / "there", to="megatron", base=base)
+    reshard.convert(loaded, tmp_path / "there", to="megatron", base=base)
     assert reshard.diff(base, tmp_path / "there").same
 
 

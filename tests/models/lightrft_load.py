@@ -51,7 +51,7 @@ def _load_all(folder: Path, names: list[str]) -> None:
 
 
 def _sharded(base: Path, class_name: str) -> nn.Module:
-    """A live model of other values, in float32 as `prepare_model` makes it for training."""
+    """A loaded model of other values, in float32 as `prepare_model` makes it for training."""
     config = transformers.AutoConfig.from_pretrained(base)
     torch.manual_seed(11)
     model: nn.Module = getattr(transformers, class_name)._from_config(config)

@@ -4,7 +4,7 @@ Released files have the layout that transformers 4.57 writes (`tests/naming/layo
 values. A training run's state dict has the names of the transformers version that trained it:
 
     4.51, 4.57   from the key tables: which tensor in memory has the bytes of which one on disk
-    5.23         from a live module of the installed transformers
+    5.23         from a loaded model of the installed transformers
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def in_memory(version: str, name: str, tensors: Mapping[str, torch.Tensor]) -> S
     return state
 
 
-def live(base: Path, class_name: str) -> Any:
+def loaded(base: Path, class_name: str) -> Any:
     """A random model of the base's config, no two tensors of it alike: a run's, after training."""
     made = transformers.AutoConfig.from_pretrained(base)
     torch.manual_seed(2)

@@ -50,7 +50,7 @@ class Run:
     def build(self, folder: Path) -> nn.Module:
         """The wrapper with random weights; `folder` gets the base's files."""
         base = released.write(folder, self.base, released.values(self.base, seed=0))
-        backbone = released.live(base, self.backbone)
+        backbone = released.loaded(base, self.backbone)
         torch.manual_seed(5)
         if self.heads is not None:
             return ScalarRewardModel(backbone, -1, WIDTH, **self.heads)

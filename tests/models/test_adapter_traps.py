@@ -1,7 +1,7 @@
 """Adapters whose result depends on more than `W + B A s`: each right, or refused, and never silent.
 
-live     the model that was trained; a converted folder computes what it computes
-hint     what an error advises is done, and leads to the live model's numbers or another refusal
+loaded   the model that was trained; a converted folder computes what it computes
+hint     what an error advises is done, and leads to the loaded model's numbers or another refusal
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Run:
         return found
 
     def check(self, source: Path, out: Path, **options: Any) -> reshard.Report:
-        """Convert, and compare what the folder computes with the live model."""
+        """Convert, and compare what the folder computes with the loaded model."""
         report = reshard.convert(source, out, base=self.base, **options)
         reshard.verify(out, source, base=self.base)
         torch.testing.assert_close(self.computed_by(out), self.logits(), rtol=1e-4, atol=1e-5)

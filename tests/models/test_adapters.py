@@ -1,6 +1,6 @@
 """Checkpoints with LoRA layers, with the real PEFT as the oracle.
 
-live     PEFT's model: base + B A s in every forward
+loaded   PEFT's model: base + B A s in every forward
 merged   PEFT's merge_and_unload, what a merge must give
 loaded   PEFT's from_pretrained, what an adapter folder must load into
 """
@@ -121,7 +121,7 @@ def test_merged_weights_are_those_of_peft(made: Get, variant: str, tmp_path: Pat
 
 
 def test_adapters_are_merged_into_the_tensors_of_a_live_module(tmp_path: Path) -> None:
-    """The updates of listed experts, merged where a live module stacks them."""
+    """The updates of listed experts, merged where a loaded model stacks them."""
     base = released.write(tmp_path / "base", "qwen3_moe", released.values("qwen3_moe", seed=0))
     weights = load_file(base / "model.safetensors")
     names = [n for n in weights if ".experts." in n and n.endswith("up_proj.weight")]
@@ -229,12 +229,12 @@ def test_a_deepspeed_run(oracle: Oracle, stage: int, lora: Lora, tmp_path: Path)
 
         base = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32)
         config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
-        live = peft.get_peft_model(base, config)
-        missing, unexpected = live.load_state_dict(masters, strict=False)
+        loaded = peft.get_peft_model(base, config)
+        missing, unexpected = loaded.load_state_dict(masters, strict=False)
         assert not unexpected
         assert not any("lora_" in name for name in missing)
         written = load_file(out / "model.safetensors")
-        for name, value in live.merge_and_unload().state_dict().items():
+        for name, value in loaded.merge_and_unload().state_dict().items():
             assert ulps(written[name], value.bfloat16()) <= 1, name
         released.load(out, "LlamaForCausalLM", torch.bfloat16)
 
@@ -402,7 +402,7 @@ def test_adapters_without_a_base_are_said_to_be_of_no_use(made: Get, tmp_path: P
 def test_a_layout_and_adapters_together(tmp_path: Path) -> None:
     """Mixtral of transformers 5: experts are stacked in memory, the adapters are on attention."""
     base = released.write(tmp_path / "base", "mixtral", released.values("mixtral", seed=0))
-    model = released.live(base, "MixtralForCausalLM")
+    model = released.loaded(base, "MixtralForCausalLM")
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
     adapted = peft.get_peft_model(model, config).eval()
     with torch.no_grad():
@@ -427,7 +427,7 @@ class InPlace:
     def __init__(self, folder: Path) -> None:
         values = released.values("qwen2_5_vl", seed=0)
         self.base = released.write(folder / "base", "qwen2_5_vl", values)
-        self.backbone = released.live(self.base, "AutoModel")
+        self.backbone = released.loaded(self.base, "AutoModel")
         self.model = self.wrapper(self.backbone)
         config = peft.LoraConfig(
             r=RANK, lora_alpha=ALPHA, target_modules=r".*language_model.*(q_proj|down_proj)"
@@ -519,7 +519,7 @@ def test_a_merged_backbone_has_the_names_of_one_without_adapters(
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=r".*language_model.*(q_proj|down_proj)"
     )
-    backbone = peft.get_peft_model(released.live(base, name), config)
+    backbone = peft.get_peft_model(released.loaded(base, name), config)
     model = InPlace.wrapper(backbone).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -534,7 +534,7 @@ def test_a_merged_backbone_has_the_names_of_one_without_adapters(
     )  # fmt: skip
     assert report.merged == 4
     state = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
-    plain = InPlace.wrapper(released.live(base, name)).eval()
+    plain = InPlace.wrapper(released.loaded(base, name)).eval()
     plain.load_state_dict(state, strict=True)
     with torch.no_grad():
         torch.testing.assert_close(plain(IDS)["preference"], scores, rtol=1e-4, atol=1e-5)

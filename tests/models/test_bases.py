@@ -168,8 +168,8 @@ def test_tensors_filled_from_a_base_of_any_shape(shape: Any, base: Path, tmp_pat
     torch.save({name: AFTER[name] for name in HALVES[0]}, tmp_path / "run.pt")
     reshard.convert(tmp_path / "run.pt", tmp_path / "out", base=base, fill_from_base=True)
     written = load_file(tmp_path / "out" / "model.safetensors")
-    wanted = {**BEFORE, **{name: AFTER[name] for name in HALVES[0]}}
-    assert all(torch.equal(written[name], value) for name, value in wanted.items())
+    expected = {**BEFORE, **{name: AFTER[name] for name in HALVES[0]}}
+    assert all(torch.equal(written[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("shape", [None, bin_file, bin_shards, bin_shard_links])
@@ -188,9 +188,9 @@ def test_a_model_without_a_base_brings_its_own_files(
     assert all(torch.equal(written[name], value.bfloat16()) for name, value in BEFORE.items())
     assert written.keys() == BEFORE.keys()
     assert reshard.diff(base, out).same
-    # Its config says what live modules call the tensors.
-    live = reshard.convert(base, tmp_path / "dcp", to="dcp", names="memory")
-    assert "live-names" in {found.code for found in live.findings}
+    # Its config says what loaded models call the tensors.
+    loaded = reshard.convert(base, tmp_path / "dcp", to="dcp", names="memory")
+    assert "memory-names" in {found.code for found in loaded.findings}
 
 
 def test_an_adapter_beside_a_config_is_no_model(base: Path, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_names_of_a_version_that_was_never_read_are_a_finding(
     report = reshard.convert(
         run, tmp_path / "out", base=base, to="dcp", names="memory", transformers_version=version
     )
-    unread = [found for found in report.findings if found.code == "live-version-unread"]
+    unread = [found for found in report.findings if found.code == "memory-version-unknown"]
     assert len(unread) == (version == "6.0")
     assert all("6.0" in found.message and "5.23" in found.message for found in unread)
 

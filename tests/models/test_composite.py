@@ -1,6 +1,6 @@
 """Parts of composite models that were trained by themselves, back into their bases.
 
-The parts are live modules of the installed transformers. What comes out is loaded by the class of
+The parts are loaded models of the installed transformers. What comes out is loaded by the class of
 the whole, whose part must hold the trained tensors, bit for bit, and compute what it computed.
 """
 
@@ -121,8 +121,8 @@ def test_the_language_model_of_a_composite_base(name: str, backbone: bool, tmp_p
     loaded = check_part(out, base, whole, part, trained.model)
     if not backbone:
         with torch.no_grad():
-            found, wanted = loaded(input_ids=IDS).logits, trained(input_ids=IDS).logits
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            found, expected = loaded(input_ids=IDS).logits, trained(input_ids=IDS).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def whole_on_disk(kind: str, seed: int) -> tuple[Any, State, dict[str, Any]]:
@@ -166,8 +166,8 @@ def test_the_thinker_of_an_omni_model(kind: str, tmp_path: Path) -> None:
     written = load_file(out / "model.safetensors")
     assert written.keys() == before.keys()
     for name, value in written.items():
-        wanted = after if name.startswith("thinker.") else before
-        assert torch.equal(value, wanted[name]), name
+        expected = after if name.startswith("thinker.") else before
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("version", ["4.57", "5.23"])
@@ -185,11 +185,11 @@ def test_kimi_k2_alone_and_in_a_composite_base(version: str) -> None:
     assert found.entries.keys() == whole.keys()
     assert found.matching.filled == ("vision_tower.patch.weight",)
     if version == "4.57":
-        live = to_memory(tables.entries(disk.disk_shapes()), text, (5, 23))
-        assert live.keys() == disk.disk.keys()  # its own code has the files' names
+        loaded = to_memory(tables.entries(disk.disk_shapes()), text, (5, 23))
+        assert loaded.keys() == disk.disk.keys()  # its own code has the files' names
 
 
-def live_config(name: str) -> tuple[Any, Any]:
+def config_of(name: str) -> tuple[Any, Any]:
     """Of a composite model of transformers 5: its class and a tiny config."""
     text: dict[str, Any] = {**TEXT}
     vision: dict[str, Any] = QWEN3_VISION
@@ -215,7 +215,7 @@ def live_config(name: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("name", ["Llama4", "Qwen3_5", "Qwen3_5Moe"])
 def test_the_language_model_of_a_base_that_transformers_writes(name: str, tmp_path: Path) -> None:
-    class_, config = live_config(name)
+    class_, config = config_of(name)
     base = tmp_path / "base"
     shuffled(class_._from_config(config), seed=0).save_pretrained(base)
     text_class = getattr(transformers, f"{name}ForCausalLM")

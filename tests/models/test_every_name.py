@@ -18,12 +18,12 @@ from tests.models import released
 from tests.naming import tables
 
 MODELS = ("llama_tied", "qwen2_5_vl", "qwen2_5_vl_tied", "qwen2_audio", "internvl", "llava")
-# Whose files are taken apart or turned by a live module of transformers 5.
+# Whose files are taken apart or turned by a loaded model of transformers 5.
 STACKED = ("mixtral", "qwen3_moe", "qwen3_vl_moe")
 
 
 def truth(version: str, name: str, base: Path) -> released.State:
-    """What a live model of that version holds: by transformers itself for the installed one."""
+    """What a loaded model of that version holds: by transformers itself for the installed one."""
     if version == released.INSTALLED:
         return dict(released.load(base, released.class_of(name)).state_dict())
     return released.in_memory(version, name, released.values(name, seed=0))
@@ -59,20 +59,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_sharded_modules_of_every_version_load_it(folders: Path, name: str, kind: str) -> None:
     for version in versions(name):
-        wanted = truth(version, name, folders / name / "base")
+        expected = truth(version, name, folders / name / "base")
         found = load_file(folders / name / f"{version}-{kind}.safetensors")
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
             assert torch.equal(found[key], value), (version, key)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_plain_tensors_of_every_version_load_it(folders: Path, name: str) -> None:
     for version in versions(name):
-        wanted = truth(version, name, folders / name / "base")
-        found = {key: torch.full_like(value, -1) for key, value in wanted.items()}
+        expected = truth(version, name, folders / name / "base")
+        found = {key: torch.full_like(value, -1) for key, value in expected.items()}
         dcp.load(found, checkpoint_id=folders / name / "dcp", no_dist=True)
-        for key, value in wanted.items():
+        for key, value in expected.items():
             assert torch.equal(found[key], value), (version, key)
 
 
@@ -144,7 +144,7 @@ def test_the_installed_transformers_changes_no_byte(
 def test_a_layout_that_stacks_is_a_finding_whose_fix_works(name: str, tmp_path: Path) -> None:
     base = released.write(tmp_path / "base", name, released.values(name, seed=0))
     report = reshard.convert(base, tmp_path / "all", to="dcp")
-    (finding,) = [f for f in report.findings if f.code == "live-layout-apart"]
+    (finding,) = [f for f in report.findings if f.code == "memory-layout-apart"]
     assert "transformers 5.0 and later" in finding.message
     assert "--names memory --transformers-version 5.0" in finding.fix
     asked = tables.table("5.23", name).memory

@@ -66,7 +66,7 @@ def test_a_run_of_an_older_transformers(version: str, name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", released.MODELS)
 def test_a_live_module_of_the_installed_transformers(name: str, tmp_path: Path) -> None:
     base = released.write(tmp_path / "base", name, released.values(name, seed=0))
-    model = released.live(base, released.class_of(name))
+    model = released.loaded(base, released.class_of(name))
     torch.save(model.state_dict(), tmp_path / "model.pt")
 
     report = reshard.convert(tmp_path / "model.pt", tmp_path / "out", base=base)
@@ -84,7 +84,7 @@ def test_a_live_module_of_the_installed_transformers(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_5_vl", "mixtral", "qwen3_vl_moe", "gpt_oss"])
 def test_a_dcp_save_gives_the_same_folder(name: str, tmp_path: Path) -> None:
     base = released.write(tmp_path / "base", name, released.values(name, seed=0))
-    state = released.live(base, released.class_of(name)).state_dict()
+    state = released.loaded(base, released.class_of(name)).state_dict()
     torch.save(state, tmp_path / "model.pt")
     dcp.save(dict(state), checkpoint_id=tmp_path / "dcp", no_dist=True)
     reshard.convert(tmp_path / "model.pt", tmp_path / "torch", base=base)
@@ -102,7 +102,7 @@ def test_masters_are_rounded_to_the_bases_dtypes(name: str, tmp_path: Path) -> N
     }
     mixed = {key: v.to(kinds[key]) for key, v in released.values(name, seed=0).items()}
     base = released.write(tmp_path / "base", name, mixed)
-    model = released.live(base, released.class_of(name))
+    model = released.loaded(base, released.class_of(name))
     torch.save(model.state_dict(), tmp_path / "model.pt")
     reshard.convert(tmp_path / "model.pt", tmp_path / "out", base=base)
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -115,7 +115,7 @@ def test_masters_are_rounded_to_the_bases_dtypes(name: str, tmp_path: Path) -> N
 
 def test_shards_of_a_model_with_experts(tmp_path: Path) -> None:
     base = released.write(tmp_path / "base", "mixtral", released.values("mixtral", seed=0))
-    model = released.live(base, "MixtralForCausalLM")
+    model = released.loaded(base, "MixtralForCausalLM")
     torch.save(model.state_dict(), tmp_path / "model.pt")
     report = reshard.convert(
         tmp_path / "model.pt", tmp_path / "out", base=base, max_shard_size="20KB"
@@ -139,7 +139,7 @@ def test_a_square_projection_is_turned_as_its_neighbour_is(tmp_path: Path) -> No
     }
     base = released.write(tmp_path / "base", name, values)
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    state = released.live(base, released.class_of(name)).state_dict()
+    state = released.loaded(base, released.class_of(name)).state_dict()
     torch.save(state, tmp_path / "model.pt")
     reshard.convert(tmp_path / "model.pt", tmp_path / "out", base=base)
     for key, value in load_file(tmp_path / "out" / "model.safetensors").items():

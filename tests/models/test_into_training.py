@@ -95,7 +95,7 @@ def test_from_one_versions_run_into_anothers(tmp_path: Path) -> None:
     torch.save(released.in_memory("4.51", name, trained), tmp_path / "old.pt")
     out = tmp_path / "dcp"
     report = reshard.convert(tmp_path / "old.pt", out, base=base, to="dcp", names="memory")
-    assert any("live module of transformers 5.23" in warning for warning in report.warnings)
+    assert any("loaded model of transformers 5.23" in warning for warning in report.warnings)
     truth = released.load(
         released.write(tmp_path / "truth", name, trained), released.class_of(name)
     )

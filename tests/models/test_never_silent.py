@@ -268,12 +268,12 @@ def test_the_wrong_base_is_told_with_both_lists(
     name: str, base: str, words: str, tmp_path: Path
 ) -> None:
     case = Case(tmp_path, name)
-    wanted = released.values(base, seed=0)
-    released.write(case.base, base, wanted)
+    expected = released.values(base, seed=0)
+    released.write(case.base, base, expected)
     with pytest.raises(reshard.NamesError, match=words) as caught:
         case.convert()
-    assert set(caught.value.missing) == wanted.keys() - case.state.keys()
-    assert set(caught.value.unexpected) == case.state.keys() - wanted.keys()
+    assert set(caught.value.missing) == expected.keys() - case.state.keys()
+    assert set(caught.value.unexpected) == case.state.keys() - expected.keys()
     assert not case.out.exists()
 
 
@@ -417,9 +417,9 @@ def test_the_config_states_the_dtype_that_is_written(dtype: str, tmp_path: Path)
     config["torch_dtype"] = config["text_config"]["torch_dtype"] = "bfloat16"
     (case.base / "config.json").write_text(json.dumps(config))
     case.convert(dtype=dtype)
-    wanted = {"base": "bfloat16", "keep": "float32", "float16": "float16"}[dtype]
-    assert {str(v.dtype) for v in case.written().values()} == {f"torch.{wanted}"}
-    assert case.config()["torch_dtype"] == case.config()["text_config"]["torch_dtype"] == wanted
+    expected = {"base": "bfloat16", "keep": "float32", "float16": "float16"}[dtype]
+    assert {str(v.dtype) for v in case.written().values()} == {f"torch.{expected}"}
+    assert case.config()["torch_dtype"] == case.config()["text_config"]["torch_dtype"] == expected
 
 
 def test_no_conversion_needs_a_warning_of_the_importer(tmp_path: Path) -> None:

@@ -57,10 +57,10 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_live_model_holds_what_the_files_hold(loaded: Path, name: str, file: str) -> None:
     # The oracle: what transformers itself makes of the same files.
-    wanted = released.load(loaded / name / "base", released.class_of(name)).state_dict()
+    expected = released.load(loaded / name / "base", released.class_of(name)).state_dict()
     found = load_file(loaded / name / f"{file}.safetensors")
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
         assert torch.equal(found[key], value), key
 
 

@@ -16,7 +16,7 @@ from tests.folders import edit_config, edit_weights
 from tests.models import released
 from tests.naming import tables
 
-# Families whose live modules, or saves from a config, are in a layout that no release has.
+# Families whose loaded models, or saves from a config, are in a layout that no release has.
 MOVED = ("gemma3", "llava", "llava_next", "qwen3_vl_moe", "qwen3_moe", "mixtral", "qwen2_audio",
          "qwen2_5_vl", "mistral3", "internvl_moe", "phimoe")  # fmt: skip
 AS_RELEASED = ("llama", "qwen2", "gpt_oss", "qwen3_vl", "gemma2")
@@ -108,8 +108,8 @@ def test_an_orientation_by_the_version_that_saved_it(
     assert done.verified
     one, other = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
     for key, value in one.items():
-        wanted = value.transpose(1, 2) if turned and "experts" in key else value
-        assert torch.equal(other[key], wanted), key
+        expected = value.transpose(1, 2) if turned and "experts" in key else value
+        assert torch.equal(other[key], expected), key
     # The output is itself in the layout of the release, and says so.
     again = reshard.convert(tmp_path / "out", tmp_path / "again", names="hub")
     assert again.verified

@@ -1,6 +1,6 @@
 """LightRFT's reward models and critics, from what the real DeepSpeed and DCP saved to their scores.
 
-The scores before are those of the live wrapper (`tests/naming/lightrft_models.py`), the scores
+The scores before are those of the running wrapper (`tests/naming/lightrft_models.py`), the scores
 after those of `reshard try`'s own code on the exported folder: they share nothing but the weights.
 """
 
@@ -39,7 +39,7 @@ EXACT = {"rtol": 1e-5, "atol": 1e-6}
 
 
 class Trained:
-    """A run: its base, the live wrapper with the weights that were saved, the checkpoint."""
+    """A run: its base, the running wrapper with the weights that were saved, the checkpoint."""
 
     def __init__(self, name: str, saved: Path, folder: Path) -> None:
         self.run = RUNS[name]
@@ -189,10 +189,10 @@ def test_what_each_srm_format_holds(trained: Get, kind: SrmFormat, tmp_path: Pat
     report = reshard.convert(run.checkpoint, out, base=run.base, srm_format=kind)
     files = {path.name for path in out.iterdir()}
     model, heads, state = "model.safetensors", "reward_head.safetensors", "pytorch_model.bin"
-    wanted = {"lightrft": {state}, "split": {model, heads}, "both": {model, heads, state}}[kind]
-    index = {f"{model}.index.json"} if heads in wanted else set()
-    assert files == wanted | {"config.json", "reshard.json", "reward_config.json"} | index
-    assert set(report.files) == wanted
+    expected = {"lightrft": {state}, "split": {model, heads}, "both": {model, heads, state}}[kind]
+    index = {f"{model}.index.json"} if heads in expected else set()
+    assert files == expected | {"config.json", "reshard.json", "reward_config.json"} | index
+    assert set(report.files) == expected
     reshard.verify(out)
     check_compared(run, out)
     if kind == "lightrft":

@@ -38,7 +38,7 @@ def trained(folder: Path, name: str) -> tuple[Path, Any]:
     release, which mlx-lm reads itself, and what it needs to tell a tie."""
     base = released.write(folder / "base", name, released.values(name, seed=0))
     models.tokenizer().save_pretrained(base)
-    model = released.live(base, released.class_of(name))
+    model = released.loaded(base, released.class_of(name))
     torch.save(model.state_dict(), folder / "model.pt")
     reshard.convert(folder / "model.pt", folder / "out", base=base)
     return folder / "out", model
@@ -58,10 +58,10 @@ def test_mlx_lm_computes_what_was_trained(name: str, tmp_path: Path) -> None:
         edit_config(out, text_config={**text, "tie_word_embeddings": False})
     served, _ = utils.load_model(out)
     with torch.no_grad():
-        wanted = model(input_ids=torch.from_numpy(IDS)).logits.numpy()
+        expected = model(input_ids=torch.from_numpy(IDS)).logits.numpy()
     found = np.array(served(mx.array(IDS)).astype(mx.float32))
     # gemma's gelu is an approximation in mlx.
-    np.testing.assert_allclose(found, wanted, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_mlx_lm_answers(tmp_path: Path) -> None:

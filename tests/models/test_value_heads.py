@@ -92,9 +92,9 @@ def test_a_head_beside_a_policy_is_a_file_beside_the_model(
     for name, value in trained().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     heads = load_file(out / "value_head.safetensors")
-    wanted = {n: v for n, v in state.items() if n.removeprefix("model.").startswith("v")}
-    assert heads.keys() == {name.removeprefix("model.") for name in wanted}
-    for name, value in wanted.items():
+    expected = {n: v for n, v in state.items() if n.removeprefix("model.").startswith("v")}
+    assert heads.keys() == {name.removeprefix("model.") for name in expected}
+    for name, value in expected.items():
         assert torch.equal(heads[name.removeprefix("model.")], value)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     model = load_file(out / "model.safetensors")

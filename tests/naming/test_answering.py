@@ -1,4 +1,4 @@
-"""Every name that a live module asks for, from names and shapes of the files alone."""
+"""Every name that a loaded model asks for, from names and shapes of the files alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from reshard.naming.layouts import parse_version
 from tests.naming import tables
 from tests.naming.test_memory import FULL
 
-# Models whose experts a live module of transformers 5 stacks, or holds turned.
+# Models whose experts a loaded model of transformers 5 stacks, or holds turned.
 STACKED = {
     name for name in FULL if any(part in name for part in ("moe", "mixtral", "deepseek"))
 }  # fmt: skip
@@ -33,20 +33,20 @@ def test_each_versions_names_are_there_or_it_is_said_to_be_apart(name: str, file
 
 @pytest.mark.parametrize("name", sorted(set(FULL) - STACKED))
 def test_a_name_is_that_of_the_tensor_with_the_same_values(name: str) -> None:
-    """Which tensor of the files a live name is, as the tables of real modules say it."""
+    """Which tensor of the files a name in memory is, as the tables of real modules say it."""
     table = tables.table("4.57", name)
     found = answers(table.disk_shapes(), table.config)
     owner = {more: own for own, names in found.names.items() for more in names}
     for version in ("4.51", "4.57"):
         if name in tables.names(version):
-            live = tables.table(version, name)
-            for own, here in live.disk.items():
+            loaded = tables.table(version, name)
+            for own, here in loaded.disk.items():
                 if isinstance(here, str) and own in table.disk and here != own:
                     assert owner[here] == own, (version, here)
 
 
 def test_a_name_is_never_that_of_two_tensors() -> None:
-    """Files in which a live module's name is that of another tensor: that version is apart."""
+    """Files in which a loaded model's name is that of another tensor: that version is apart."""
     config = {"model_type": "gpt_neox", "tie_word_embeddings": False}
     shapes = {
         "gpt_neox.embed_in.weight": (8, 4),

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from reshard.core.tensors import Shape
-from reshard.naming import sisters, structure
+from reshard.naming import fields, sisters, structure
+from reshard.naming.architectures import DECODERS
 from tests.naming import tables
 
 TABLES = [(version, name) for version in tables.VERSIONS for name in tables.names(version)]
@@ -70,6 +71,55 @@ def test_biases_that_the_config_rules_out_are_not_missed(name: str, key: str) ->
     assert examined(plain, {**config, key: False}).sound
     assert examined(plain, config).absent
     assert examined(shapes, {**config, key: False}).strange
+
+
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "moe_intermediate_size": 16,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8, "shared_expert_intermediate_size": 16, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "pad_token_id": 0,
+}  # fmt: skip
+DECODER_TYPES = [
+    decoder.model_types[0] for decoder in DECODERS if decoder.stem != "Qwen3VLMoe"
+]  # whose text model is no class of its own
+
+
+@pytest.mark.parametrize("kind", DECODER_TYPES)
+def test_live_modules_are_sound_with_every_switch_either_way(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    stated = transformers.AutoConfig.for_model(kind)
+    known = {*stated.to_dict(), *type(stated).attribute_map}
+    small = {key: value for key, value in SMALL.items() if key in known}
+    switches = [
+        key
+        for key, value in stated.to_dict().items()
+        if isinstance(value, bool) and not key.startswith(("output_", "return_", "is_"))
+    ]
+    assert switches
+    for switch in switches:
+        for value in (True, False):
+            config = transformers.AutoConfig.for_model(kind, **{**small, switch: value})
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config)
+            shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            found = examined(shapes, {**config.to_dict(), "architectures": [type(model).__name__]})
+            assert found.sound, (switch, value, found)
+
+
+def test_fields_of_a_class_of_its_own_code_are_not_guessed() -> None:
+    config = {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "rope_parameters": {"rope_theta": 5e5},
+        "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+    }
+    found = {field.name for field in fields.missing(config)}
+    assert found == {"topk_method", "scoring_func", "rope_theta"}
+    assert fields.missing({**config, "architectures": ["OwnForCausalLM"]}) == ()
+    assert fields.missing({**config, "model_type": "own"}) == ()
 
 
 def test_layers_that_the_config_does_not_count() -> None:

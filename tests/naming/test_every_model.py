@@ -140,18 +140,18 @@ def test_both_ways(name: str, tmp_path: Path) -> None:
     hold(to_memory(base, config, INSTALLED), tables.files(disk), memory)
 
 
-def hold(found: Any, content: Any, wanted: dict[str, tables.Array]) -> None:
-    """The entries are the wanted arrays, name for name and bit for bit."""
-    assert found.keys() == wanted.keys()
-    for key, array in wanted.items():
+def hold(found: Any, content: Any, expected: dict[str, tables.Array]) -> None:
+    """The entries are the expected arrays, name for name and bit for bit."""
+    assert found.keys() == expected.keys()
+    for key, array in expected.items():
         np.testing.assert_array_equal(tables.values(found[key], content), array)
 
 
 def test_what_is_not_known_is_refused() -> None:
-    """Kimi's live modules hold permuted thirds of the files' projections."""
+    """Kimi's loaded models hold permuted thirds of the files' projections."""
     config = {"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"]}
     base = tables.entries({"language_model.model.embed_tokens.weight": (8, 2)})
-    with pytest.raises(UnsupportedError, match=r"kimi_k25 split, join, permute"):
+    with pytest.raises(UnsupportedError, match=r"kimi_k25 as models that split, join, permute"):
         to_memory(base, config, INSTALLED)
 
 
@@ -165,6 +165,6 @@ def test_the_installed_version_is_the_newest_known() -> None:
 def test_a_class_that_computes_its_positions_is_refused() -> None:
     config = {"model_type": "marian", "architectures": ["MarianMTModel"]}
     base = tables.entries({"model.shared.weight": (8, 2)})
-    with pytest.raises(UnsupportedError, match=r"4\.57 makes of MarianMTModel"):
+    with pytest.raises(UnsupportedError, match=r"4\.57 loads MarianMTModel"):
         to_memory(base, config, (4, 57))
     assert to_memory(base, {**config, "architectures": ["MarianModel"]}).keys() == base.keys()

@@ -27,12 +27,12 @@ def test_a_model_type_has_one_family() -> None:
 def test_a_family_starts_with_the_hub_and_follows_the_versions(family: Family) -> None:
     hub = family.layouts[0]
     assert (hub.names, hub.stacked, hub.swapped) == ((), (), ())
-    live = [layout for layout in family.layouts if layout.since is not None]
-    assert live[0] is hub
+    loaded = [layout for layout in family.layouts if layout.since is not None]
+    assert loaded[0] is hub
     assert not hub.backbone
-    assert any(layout.is_live(NEWEST) for layout in live)
+    assert any(layout.loads_as(NEWEST) for layout in loaded)
     for backbone in (False, True):
-        own = [layout for layout in live if layout.backbone == backbone]
+        own = [layout for layout in loaded if layout.backbone == backbone]
         assert sorted(own, key=lambda layout: layout.since or ()) == own
 
 

@@ -1,4 +1,4 @@
-"""Every family, in every layout that a live module has had, fits the files of released models."""
+"""Every family, in every layout that a loaded model has had, fits the files of released models."""
 
 from __future__ import annotations
 

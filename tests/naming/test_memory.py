@@ -1,4 +1,4 @@
-"""Files -> the tensors of a live module: every key of its state dict, shape for shape."""
+"""Files -> the tensors of a loaded model: every key of its state dict, shape for shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.naming import tables
 from tests.naming.tables import fit
 from tests.naming.test_layout_tables import equal
 
-# Backbone classes have layouts of their own; live full models are what a trainer loads into.
+# Backbone classes have layouts of their own; loaded full models are what a trainer loads into.
 FULL = [name for name in tables.names("4.57") if not name.endswith("_backbone")]
 
 
@@ -22,9 +22,9 @@ FULL = [name for name in tables.names("4.57") if not name.endswith("_backbone")]
 def test_files_become_the_live_state_dict(version: str, name: str, written: str) -> None:
     if name not in tables.names(version):
         pytest.skip(f"transformers {version} has no such model")
-    files, live = tables.table(written, name), tables.table(version, name)
+    files, loaded = tables.table(written, name), tables.table(version, name)
     found = to_memory(tables.entries(files.disk_shapes()), files.config, parse_version(version))
-    assert {key: entry.spec.shape for key, entry in found.items()} == live.memory
+    assert {key: entry.spec.shape for key, entry in found.items()} == loaded.memory
 
 
 @pytest.mark.parametrize("name", FULL)

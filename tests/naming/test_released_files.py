@@ -50,7 +50,7 @@ BERT_RUN: Shapes = {
 }
 BERT_CONFIG = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
 
-# DeepSeek-V3: the layer after the last predicts more tokens; no live module holds it.
+# DeepSeek-V3: the layer after the last predicts more tokens; no loaded model holds it.
 DEEPSEEK: Shapes = {
     "model.embed_tokens.weight": (9, 4),
     "model.layers.0.mlp.up_proj.weight": (6, 4),
@@ -70,9 +70,9 @@ def test_files_saved_from_a_backbone() -> None:
     assert found.matching.filled == ("h.0.attn.bias",)
     assert {*found.entries, *found.matching.filled} == GPT2.keys()
     assert tables.origin(found.entries["h.0.ln_1.weight"]) == "transformer.h.0.ln_1.weight"
-    live = to_memory(tables.entries(GPT2), GPT2_CONFIG)
-    assert live.keys() - {"transformer.h.0.attn.bias"} == GPT2_RUN.keys()
-    assert tables.origin(live["lm_head.weight"]) == "wte.weight"
+    loaded = to_memory(tables.entries(GPT2), GPT2_CONFIG)
+    assert loaded.keys() - {"transformer.h.0.attn.bias"} == GPT2_RUN.keys()
+    assert tables.origin(loaded["lm_head.weight"]) == "wte.weight"
 
 
 def test_a_backbone_that_was_trained_by_itself() -> None:
@@ -88,9 +88,9 @@ def test_the_names_of_tensorflow() -> None:
     assert found.entries.keys() | {"bert.embeddings.position_ids"} == BERT.keys()
     gamma = found.entries["bert.embeddings.LayerNorm.gamma"]
     assert tables.origin(gamma) == "bert.embeddings.LayerNorm.weight"
-    live = to_memory(tables.entries(BERT), BERT_CONFIG)
-    assert live.keys() - {"bert.embeddings.position_ids"} == BERT_RUN.keys()
-    assert tables.origin(live["cls.predictions.decoder.bias"]) == "cls.predictions.bias"
+    loaded = to_memory(tables.entries(BERT), BERT_CONFIG)
+    assert loaded.keys() - {"bert.embeddings.position_ids"} == BERT_RUN.keys()
+    assert tables.origin(loaded["cls.predictions.decoder.bias"]) == "cls.predictions.bias"
 
 
 @pytest.mark.parametrize("extra", [EXTRA, ("mtp.fc.weight", "mtp.layers.0.norm.weight")])
@@ -100,7 +100,7 @@ def test_layers_that_predict_more_tokens(extra: tuple[str, ...]) -> None:
     found = fit(tables.entries(run), tables.schema(base, DEEPSEEK_CONFIG), equal=same)
     assert found.entries.keys() == run.keys()
     assert found.matching.filled == extra
-    assert "2 tensors of layers that no live module holds" in found.findings[0].message
+    assert "2 tensors of layers that no loaded model holds" in found.findings[0].message
     assert to_memory(tables.entries(base), DEEPSEEK_CONFIG).keys() == run.keys()
 
 
@@ -120,9 +120,9 @@ def test_a_tower_that_lost_a_part_of_its_name() -> None:
     old = "model.vision_tower.vision_model.post_layernorm.weight"
     new = "model.vision_tower.post_layernorm.weight"
     for files in (old, new):
-        for version, wanted in (((4, 57), old), ((5, 23), new)):
-            live = to_memory(tables.entries({files: (4,)}), config, version)
-            assert list(live) == [wanted]
+        for version, expected in (((4, 57), old), ((5, 23), new)):
+            loaded = to_memory(tables.entries({files: (4,)}), config, version)
+            assert list(loaded) == [expected]
 
 
 def test_one_tensor_under_names_that_only_one_side_knows() -> None:

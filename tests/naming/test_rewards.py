@@ -17,7 +17,7 @@ from reshard.core.tensors import Entry
 from reshard.errors import IncompleteError, NamesError
 from reshard.naming import FitOptions, NameMap, Schema, identity
 from reshard.naming.rewards import (
-    Parts,
+    ModelParts,
     RewardHeads,
     RewardOptions,
     check,
@@ -161,7 +161,7 @@ def test_a_head_that_the_base_has_is_no_value_head() -> None:
 # --- disagreements -----------------------------------------------------------------------------
 
 
-def reward_parts(pooling: str = "attn", scaled: bool = True) -> Parts:
+def reward_parts(pooling: str = "attn", scaled: bool = True) -> ModelParts:
     model = ScalarRewardModel(
         torch.nn.Linear(2, 2), -1, 8, types=("preference",), pooling=pooling, scaled=scaled
     )
@@ -178,15 +178,17 @@ def reward_parts(pooling: str = "attn", scaled: bool = True) -> Parts:
         (reward_parts(), "srm_vl", {"scaled": False}, "a logit scale. Pass --scale_for_train"),
         (reward_parts(scaled=False), "srm_vl", {"scaled": True}, "Leave out --scale_for_train"),
         (reward_parts(), "srm_vl", {"types": ("alignment",)}, "--heads_types preference"),
-        (Parts({}), "srm_vl", {}, "no reward or value head.*--model-type vision2seq or grm"),
+        (ModelParts({}), "srm_vl", {}, "no reward or value head.*--model-type vision2seq or grm"),
         (
-            Parts({}, value=ValueHead("score", {"weight": tables.entry("score.weight", (1, 8))})),
+            ModelParts(
+                {}, value=ValueHead("score", {"weight": tables.entry("score.weight", (1, 8))})
+            ),
             "grm",
             {},
             "--model-type critic",
         ),
         (
-            Parts({"model.audio_tower.w": tables.entry("w", (1,))}, reward_parts().rewards),
+            ModelParts({"model.audio_tower.w": tables.entry("w", (1,))}, reward_parts().rewards),
             "srm_vl",
             {},
             "--model-type srm_al",
@@ -194,7 +196,7 @@ def reward_parts(pooling: str = "attn", scaled: bool = True) -> Parts:
     ],
 )
 def test_flags_that_disagree_with_the_checkpoint(
-    parts: Parts, model_type: Any, options: dict[str, Any], words: str
+    parts: ModelParts, model_type: Any, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(NamesError, match=words):
         check(parts, model_type, RewardOptions(**options))

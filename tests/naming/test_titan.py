@@ -238,10 +238,10 @@ def test_heads_are_turned_in_any_parts(heads: int, pairs: int, across: int, alon
             fragments.append(Fragment(box, extent, FLOAT32))
             content += part
     given_entry = Entry(TensorSpec("q", FLOAT32, shape), tuple(fragments))
-    for made, wanted in (
+    for made, expected in (
         (turn(given_entry, heads), whole.reshape(heads, pairs, 2, 4).transpose(0, 2, 1, 3)),
         (turn_back(given_entry, heads), whole.reshape(heads, 2, pairs, 4).transpose(0, 2, 1, 3)),
         (turn_back(turn(given_entry, heads), heads), whole),
     ):
         check_tiling(made)
-        assert np.array_equal(gather(made, {"x": content}), wanted.reshape(shape))
+        assert np.array_equal(gather(made, {"x": content}), expected.reshape(shape))

@@ -39,9 +39,9 @@ def test_runs_of_both_versions_find_their_names(model_type: str, tmp_path: Path)
     report = reshard.convert(model, out, to="dcp", names="torchtitan")
     assert any("torchtitan's" in rule for rule in report.rules)
     for era in (0, 1):
-        wanted = {n: t for n, t in made(model_type, era)[1].items() if "tokens_per" not in n}
-        found = _loaded(out, wanted)
-        assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+        expected = {n: t for n, t in made(model_type, era)[1].items() if "tokens_per" not in n}
+        found = _loaded(out, expected)
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert reshard.verify(out, model).num_tensors
     base = base_of(hub, tmp_path / "base", model_type)
     reshard.convert(out, tmp_path / "back", base=base)

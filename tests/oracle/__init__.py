@@ -1,8 +1,8 @@
-"""Real checkpoints of the real DeepSpeed, with the truth gathered from the live engine.
+"""Real checkpoints of the real DeepSpeed, with the truth gathered from the running engine.
 
 recipes.py   which training runs, as data
 models.py    the tiny models
-truth.py     gathering every tensor from a live engine
+truth.py     gathering every tensor from a running engine
 worker.py    one rank: trains, saves, writes the truth
 parallel.py  pipeline, experts, tensor parallel: refused, or read where the format says how
 launch.py    forks the ranks of each world size

@@ -32,7 +32,7 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class Saved:
-    """One checkpoint and the truth of the live engine at that moment."""
+    """One checkpoint and the truth of the running engine at that moment."""
 
     save: Save
     path: Path

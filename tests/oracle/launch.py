@@ -37,10 +37,10 @@ def main(folder: Path, names: Sequence[str]) -> None:
         importlib.import_module(module)
     # DeepSpeed collects garbage all the time; frozen, the objects of the imports are passed over.
     gc.freeze()
-    wanted = set(names)
-    recipes = [BY_NAME[name] for name in names if name not in PARALLEL] if wanted else RECIPES
+    expected = set(names)
+    recipes = [BY_NAME[name] for name in names if name not in PARALLEL] if expected else RECIPES
     for world, jobs in _runs(recipes):
-        chosen = [job for job in jobs if not wanted or job[0] in wanted]
+        chosen = [job for job in jobs if not expected or job[0] in expected]
         if chosen:
             _run(chosen, world, folder)
 

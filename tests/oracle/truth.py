@@ -1,4 +1,4 @@
-"""What a live DeepSpeed engine holds, gathered over its ranks without reading any file.
+"""What a running DeepSpeed engine holds, gathered over its ranks without reading any file.
 
 The master of a parameter is found by memory, not by DeepSpeed's own maps (which `save_checkpoint`
 and `safe_get_full_fp32_param` share, and which are wrong with `round_robin_gradients`): the

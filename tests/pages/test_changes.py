@@ -263,6 +263,9 @@ def test_a_page_needs_jinja2(
     assert run(command, ["diff", one, one, "--html", str(tmp_path / "page.html")]) == 1
     assert "pip install '.[html]'" in capsys.readouterr().err
     assert run(command, ["diff", one, one]) == 0
+    monkeypatch.undo()  # the extra is installed
+    assert run(command, ["diff", one, one, "--html", str(tmp_path / "page.html")]) == 0
+    assert "<html" in (tmp_path / "page.html").read_text("utf-8")
 
 
 def test_every_file_of_the_pages_is_installed() -> None:

@@ -15,7 +15,7 @@ class Model(NamedTuple):
     """A quantised model's folder, and the model as transformers loads it from there."""
 
     folder: Path
-    live: Any
+    model: Any
 
 
 MAKERS: dict[str, Callable[[Path], Path]] = {

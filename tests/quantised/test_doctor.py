@@ -59,7 +59,7 @@ def test_a_sound_model_is_one(kind: str, model: Get, tmp_path: Path) -> None:
 
 def test_a_finetuned_model_beside_its_quantised_base(model: Get, tmp_path: Path) -> None:
     folder = model("blocks").folder
-    state = {k: v + 0.01 for k, v in model("blocks").live.state_dict().items()}
+    state = {k: v + 0.01 for k, v in model("blocks").model.state_dict().items()}
     torch.save(state, tmp_path / "run.pt")
     reshard.convert(tmp_path / "run.pt", tmp_path / "out", base=folder)
     assert found(tmp_path / "out", folder) == set()
@@ -118,7 +118,7 @@ def test_scales_beside_weights_that_are_no_codes(cast: bool, model: Get, tmp_pat
     roles: tuple[dict[str, Any], ...] = ({"base": ill}, {})
     for role in roles:
         source = tmp_path / "run.pt" if role else ill
-        torch.save(made.live.state_dict(), tmp_path / "run.pt")
+        torch.save(made.model.state_dict(), tmp_path / "run.pt")
         with pytest.raises(reshard.FormatError, match="reshard doctor"):
             reshard.convert(source, tmp_path / "out", **role)
 
@@ -138,10 +138,10 @@ def test_leftover_scales_are_mended(model: Get, tmp_path: Path) -> None:
     diagnosis = reshard.doctor(ill, repair=tmp_path / "out")
     assert diagnosis.repaired is not None, [str(f) for f in diagnosis.findings]
     written = load_file(tmp_path / "out" / "model.safetensors")
-    for name, value in made.live.state_dict().items():
+    for name, value in made.model.state_dict().items():
         assert torch.equal(written[name], value), name
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    # A sound quantised model with another ailment is not made a 16-bit one on the way.
+    # A sound quantised model with another fault is not made a 16-bit one on the way.
     lacking = changed(made.folder, tmp_path / "lacking")
     complete(lacking)
     (lacking / "tokenizer_config.json").unlink()

@@ -85,9 +85,9 @@ def test_the_base_is_a_mixture(folder: Path) -> None:
 
 
 def test_a_mixture_becomes_the_16_bit_model(folder: Path, tmp_path: Path) -> None:
-    out, wanted = tmp_path / "out", numbers(folder)
+    out, expected = tmp_path / "out", numbers(folder)
     reshard.convert(folder, out, dtype="bfloat16")
-    assert_same(load_file(out / "model.safetensors"), wanted)
+    assert_same(load_file(out / "model.safetensors"), expected)
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["num_nextn_predict_layers"] == 1
@@ -98,12 +98,12 @@ def test_a_mixture_becomes_the_16_bit_model(folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_without_the_mtp_layer(folder: Path, tmp_path: Path) -> None:
-    """A live module does not hold it: it comes from the base, dequantised."""
-    wanted = numbers(folder)
-    state = {n: v.float() + 1 for n, v in wanted.items() if ".layers.2." not in n}
+    """A loaded model does not hold it: it comes from the base, dequantised."""
+    expected = numbers(folder)
+    state = {n: v.float() + 1 for n, v in expected.items() if ".layers.2." not in n}
     torch.save(state, tmp_path / "run.pt")
     reshard.convert(tmp_path / "run.pt", tmp_path / "out", base=folder)
-    trained = {n: state[n].bfloat16() if n in state else value for n, value in wanted.items()}
+    trained = {n: state[n].bfloat16() if n in state else value for n, value in expected.items()}
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert_same(found, trained)
     assert not [n for n in found if "scale" in n]
@@ -118,20 +118,20 @@ def test_a_run_with_the_mtp_layer(folder: Path, tmp_path: Path) -> None:
 
 
 def test_into_training(folder: Path, tmp_path: Path) -> None:
-    wanted = numbers(folder)
+    expected = numbers(folder)
     reshard.convert(folder, tmp_path / "dcp", to="dcp", names="disk")
-    found = {name: torch.zeros_like(value) for name, value in wanted.items()}
+    found = {name: torch.zeros_like(value) for name, value in expected.items()}
     dcp.load(found, checkpoint_id=tmp_path / "dcp")
-    assert_same(found, wanted)
+    assert_same(found, expected)
 
 
 def test_into_a_live_module(folder: Path, tmp_path: Path) -> None:
     arguments = ["--hf_checkpoint", str(folder), "--output", str(tmp_path / "dcp")]
     assert cli.run(hf2fsdp.command, [*arguments, "--names", "memory"]) == 0
-    wanted = makers.loaded(folder).state_dict()
-    found = {name: torch.zeros_like(value) for name, value in wanted.items()}
+    expected = makers.loaded(folder).state_dict()
+    found = {name: torch.zeros_like(value) for name, value in expected.items()}
     dcp.load(found, checkpoint_id=tmp_path / "dcp")
-    assert_same(found, wanted)
+    assert_same(found, expected)
 
 
 def test_diff_and_doctor(folder: Path, tmp_path: Path) -> None:

@@ -277,8 +277,8 @@ def test_adapters_over_codes_are_merged_onto_the_16_bit_base(kind: str, tmp_path
     for name, value in load_file(tmp_path / "base" / "model.safetensors").items():
         if name in parts:
             a, b = parts[name]
-            wanted = value.float() + 2 * b @ a
-            torch.testing.assert_close(written[name].float(), wanted, rtol=2**-8, atol=1e-6)
+            expected = value.float() + 2 * b @ a
+            torch.testing.assert_close(written[name].float(), expected, rtol=2**-8, atol=1e-6)
         else:
             assert torch.equal(written[name], value)
     reshard.convert(tmp_path / "run.pt", tmp_path / "adapter", lora="adapter", **options)

@@ -37,9 +37,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def numbers_of(model: Model) -> dict[str, torch.Tensor]:
     """The released files' tensors in bfloat16, as transformers saves the dequantised model."""
-    state = model.live.state_dict()
+    state = model.model.state_dict()
     stacked = [name for name in state if name.endswith("experts.gate_up_proj")]
-    if not stacked or "gpt_oss" in type(model.live).__module__:
+    if not stacked or "gpt_oss" in type(model.model).__module__:
         return dict(state)
     made = {name: value for name, value in state.items() if ".experts." not in name}
     for name in stacked:
@@ -82,9 +82,9 @@ def test_a_model_becomes_the_16_bit_model(kind: str, model: Get, tmp_path: Path)
     stated = config_of(out)
     assert "quantization_config" not in stated
     assert stated["dtype"] == "bfloat16"
-    live = makers.loaded(out)
+    loaded = makers.loaded(out)
     with torch.no_grad():
-        assert torch.equal(live(IDS).logits, made.live(IDS).logits)
+        assert torch.equal(loaded(IDS).logits, made.model(IDS).logits)
     assert reshard.verify(out).num_tensors == len(numbers_of(made))
     assert reshard.verify(out, made.folder).num_tensors == len(numbers_of(made))
 
@@ -127,10 +127,10 @@ def test_an_unchanged_run_is_found_to_be_one(kind: str, model: Get, tmp_path: Pa
 def test_into_training(kind: str, model: Get, tmp_path: Path) -> None:
     made, out = model(kind), tmp_path / "dcp"
     report = reshard.convert(made.folder, out, to="dcp")
-    wanted = numbers_of(made)
-    found = {name: torch.zeros_like(value) for name, value in wanted.items()}
+    expected = numbers_of(made)
+    found = {name: torch.zeros_like(value) for name, value in expected.items()}
     dcp.load(found, checkpoint_id=out)
-    assert_same(found, wanted)
+    assert_same(found, expected)
     assert "dequantised" in codes(report)
 
 
@@ -141,9 +141,9 @@ def test_into_a_live_module(
     arguments = ["--hf_checkpoint", str(made.folder), "--output", str(out), "--names", "memory"]
     assert cli.run(hf2fsdp.command, arguments) == 0
     assert "weights are quantised" in "".join(capsys.readouterr())
-    found = {name: torch.zeros_like(value) for name, value in made.live.state_dict().items()}
+    found = {name: torch.zeros_like(value) for name, value in made.model.state_dict().items()}
     dcp.load(found, checkpoint_id=out)
-    assert_same(found, made.live.state_dict())
+    assert_same(found, made.model.state_dict())
 
 
 def test_out_of_training(kind: str, model: Get, tmp_path: Path) -> None:
@@ -207,8 +207,8 @@ def products(folder: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
 
 def test_adapters_are_merged_onto_the_numbers(kind: str, model: Get, tmp_path: Path) -> None:
     made, out = model(kind), tmp_path / "out"
-    wanted = numbers_of(made)
-    parts = adapters(wanted)
+    expected = numbers_of(made)
+    parts = adapters(expected)
     folder = adapter_folder(tmp_path / "adapter", parts)
     reshard.convert(folder, out, base=made.folder, fill_from_base=True)
     found = tensors(out)
@@ -217,8 +217,8 @@ def test_adapters_are_merged_onto_the_numbers(kind: str, model: Get, tmp_path: P
         merged = exact[name] + 2 * b @ a
         # One rounding to bfloat16, of a sum that another order of adding may change.
         torch.testing.assert_close(found.pop(name).float(), merged, rtol=2**-8, atol=1e-6)
-        wanted.pop(name)
-    assert_same(found, wanted)
+        expected.pop(name)
+    assert_same(found, expected)
 
 
 def run_with_adapters(made: Model, path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -243,14 +243,14 @@ def test_a_run_on_the_codes_is_merged(kind: str, model: Get, tmp_path: Path) -> 
     made, out = model(kind), tmp_path / "out"
     parts = run_with_adapters(made, tmp_path / "run.pt")
     reshard.convert(tmp_path / "run.pt", out, base=made.folder, lora_alpha=8)
-    found, wanted = tensors(out), numbers_of(made)
+    found, expected = tensors(out), numbers_of(made)
     exact = products(made.folder, tmp_path)
     for name, (a, b) in parts.items():
         torch.testing.assert_close(
             found.pop(name).float(), exact[name] + 2 * b @ a, rtol=2**-8, atol=1e-6
         )
-        wanted.pop(name)
-    assert_same(found, wanted)
+        expected.pop(name)
+    assert_same(found, expected)
 
 
 def test_a_run_on_the_codes_gives_its_adapter(kind: str, model: Get, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Ranks:
         return self._root / name / "checkpoint"
 
     def truth(self, name: str) -> Path:
-        """A safetensors file: the full state dict, gathered from the live ranks."""
+        """A safetensors file: the full state dict, gathered from the running ranks."""
         return self._root / name / "truth.safetensors"
 
     def copy(self, name: str, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The order in which flat parameters hold their tensors: that of the live classes."""
+"""The order in which flat parameters hold their tensors: that of the loaded classes."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_it_is_that_of_the_live_classes(
     name = config.removesuffix("Config") + head
     with torch.device("meta"):
         model = getattr(transformers, name)(settings)
-    live = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    loaded = {n: tuple(p.shape) for n, p in model.named_parameters()}
     # As a base's files list them: by name.
-    specs = {n: TensorSpec(n, FLOAT32, shape) for n, shape in sorted(live.items())}
+    specs = {n: TensorSpec(n, FLOAT32, shape) for n, shape in sorted(loaded.items())}
     tying = tied and head == "ForCausalLM"
     found = _ordered(Schema(specs, {"model_type": model_type, "tie_word_embeddings": tying}))
-    assert [spec.name for spec in found] == list(live)
+    assert [spec.name for spec in found] == list(loaded)
 
 
 def test_every_family_is_compared() -> None:

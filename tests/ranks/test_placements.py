@@ -99,10 +99,10 @@ def test_coordinates_in_a_slice_of_a_mesh(sizes: list[int], data: st.DataObject)
     with Sources() as sources:
         for position, rank in enumerate(ranks):
             whole = np.unravel_index(position, sizes)
-            wanted = tuple(int(whole[dim]) for dim in sorted(kept))
+            expected = tuple(int(whole[dim]) for dim in sorted(kept))
             mesh = record(_flatten_rank_map=tuple(ranks), _layout=layout(*flat))
             found = parse(mesh, rank, sources, _HERE)
-            assert found.coordinate == wanted
+            assert found.coordinate == expected
             assert found.shape == tuple(sizes[dim] for dim in sorted(kept))
             older = Opaque(
                 "_MeshLayout",
@@ -112,7 +112,7 @@ def test_coordinates_in_a_slice_of_a_mesh(sizes: list[int], data: st.DataObject)
                 },
             )
             mesh = record(_flatten_rank_map=tuple(ranks), _layout=older)
-            assert parse(mesh, rank, sources, _HERE).coordinate == wanted
+            assert parse(mesh, rank, sources, _HERE).coordinate == expected
 
 
 def test_meshes_before_layouts(tmp_path: Path) -> None:

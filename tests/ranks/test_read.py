@@ -1,4 +1,4 @@
-"""Rank files of every kind, read and compared bit for bit with what the live ranks held."""
+"""Rank files of every kind, read and compared bit for bit with what the running ranks held."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def assert_true(path: Path, truth: dict[str, torch.Tensor]) -> None:
     """The checkpoint has exactly the truth's tensors, bit for bit."""
     checkpoint = reshard.open(path)
     assert set(checkpoint.tensors) == set(truth)
-    for name, wanted in truth.items():
+    for name, expected in truth.items():
         found = checkpoint.tensors[name]
-        assert found.shape == tuple(wanted.shape), name
-        assert elements(found.entry) == raw(wanted), name
+        assert found.shape == tuple(expected.shape), name
+        assert elements(found.entry) == raw(expected), name
 
 
 @pytest.mark.parametrize("name", sorted(BY_NAME.keys() - _FLAT))

@@ -33,7 +33,7 @@ def read(path: Path, basis: Basis = BASIS) -> list[Piece]:
     """The pieces that a resumed run finds, of those that may be there."""
     found = Journal.resume(path, basis)
     assert found.noted is not None
-    pieces = [found.noted.piece(p.part, p.tensor, p.leaf) for p in (W, *LATER)]
+    pieces = [found.noted.piece(p.table, p.tensor, p.leaf) for p in (W, *LATER)]
     found.close()
     assert [p for p in pieces if p is not None] == [p for p in (W, *LATER) if p in pieces]
     return [piece for piece in pieces if piece is not None]

@@ -55,14 +55,14 @@ class Stored(Struct, frozen=True):
 
 
 class Case(Struct, frozen=True):
-    """A golden run: the folder that was saved, and what the live engine held."""
+    """A golden run: the folder that was saved, and what the running engine held."""
 
     name: str
     folder: Path
     facts: dict[str, Any]
 
     def truth(self) -> dict[str, Stored]:
-        """`exp_avg.NAME` and the like -> what the live engine held."""
+        """`exp_avg.NAME` and the like -> what the running engine held."""
         return truth(self.facts["truth"])
 
     def moments(self) -> dict[str, Stored]:

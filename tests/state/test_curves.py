@@ -85,6 +85,7 @@ class Done(msgspec.Struct):
 
     move: Move
     folder: Path
+    fixes: tuple[str, ...] = ()
 
     def result(self, run: str, when: str = "end") -> Result:
         return msgspec.json.decode((self.folder / run / f"{when}.json").read_bytes(), type=Result)
@@ -140,17 +141,12 @@ def _after(job: Job, place: Place) -> Job:
 
 
 def convert(one: Done) -> None:
-    """The conversion that a move is about."""
-    if one.move.loaded == "universal":
-        reshard.convert(one.folder / "saved", one.folder / "moved", to="deepspeed")
-        return
-    reshard.convert(
-        one.folder / "saved",
-        one.folder / "moved",
-        to="dcp",
-        optimizer=True,
-        layout=one.move.loaded,  # type: ignore[arg-type]
-    )
+    """The conversion that a move is about; what its findings say to do is kept."""
+    options: dict[str, Any] = {"to": "deepspeed"}
+    if one.move.loaded != "universal":
+        options = {"to": "dcp", "optimizer": True, "layout": one.move.loaded}
+    report = reshard.convert(one.folder / "saved", one.folder / "moved", **options)
+    one.fixes = tuple(found.to_json()["fix"] for found in report.findings)
 
 
 def after_loading() -> str:
@@ -184,6 +180,27 @@ def quick(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[Done]:
 @pytest.mark.parametrize("number", range(len(QUICK)), ids=[move.name for move in QUICK])
 def test_the_curve_is_unbroken(quick: list[Done], number: int) -> None:
     check(quick[number], TOLERANCE)
+
+
+STAGE3 = "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md."
+GROUPS = "Make the script's parameter groups in that order."
+FROZEN = "Start the script from the weights that the run started from."
+
+
+@pytest.mark.parametrize(
+    ("fix", "numbers"),
+    [
+        (STAGE3, (1, 3)),  # loaded by stage 3, with the lines; and by stage 2
+        (GROUPS, (1, 3)),  # the script makes the run's two groups
+        (FROZEN, (1, 3)),  # the script starts from the run's weights, one of which is frozen
+    ],
+)
+def test_a_run_that_does_what_a_finding_says(
+    quick: list[Done], fix: str, numbers: tuple[int, ...]
+) -> None:
+    for number in numbers:
+        assert fix in quick[number].fixes
+        check(quick[number], TOLERANCE)
 
 
 @pytest.mark.slow

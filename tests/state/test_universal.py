@@ -214,7 +214,7 @@ def test_options_that_have_no_place(option: str, value: str, tmp_path: Path) -> 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_tied_head_that_dcp_stored_twice(tmp_path: Path) -> None:
-    """It is one parameter of the live module, and no frozen one."""
+    """It is one parameter of the loaded model, and no frozen one."""
     out, report = written(case("fsdp2_lightrft_fp32").folder, tmp_path)
     assert report.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     (found,) = [f for f in report.findings if f.code == "universal-unrestored"]

@@ -68,7 +68,7 @@ def converted(name: str, tmp_path: Path, **options: Any) -> Path:
 
 
 def check(name: str, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
-    """An output's two parts against what the live engine held."""
+    """An output's two parts against what the running engine held."""
     run = case(name)
     truth = run.truth()
     trained = {key.partition(".")[2] for key in run.moments()}

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 import reshard
 from reshard.cli.app import reshard as command
 from reshard.cli.app import run as run_command
-from reshard.watching.record import RECORD
 from reshard.watching.saves import saves_of
+from reshard.watching.state_file import STATE_FILE
 from reshard.watching.watch import Event, watch
 from tests.oracle.cache import Oracle
 
@@ -49,8 +49,8 @@ for step in range(1, 7):
 
 
 def states(out: Path) -> dict[str, str]:
-    """What the record says of each save."""
-    found = json.loads((out / RECORD).read_text())
+    """What the state file says of each save."""
+    found = json.loads((out / STATE_FILE).read_text())
     return {name: state["status"] for name, state in found["saves"].items()}
 
 
@@ -91,8 +91,8 @@ def test_a_run_that_saves_while_it_is_watched(tmp_path: Path) -> None:
     try:
         subprocess.run([sys.executable, "-c", TRAINING, run, truth], check=True, cwd=ROOT)
         expected = {"step_2": "removed", "step_4": "done", "step_6": "done"}
-        until(lambda: (out / RECORD).exists() and states(out) == expected, watching)
-        assert json.loads((out / RECORD).read_text())["pid"] == watching.pid
+        until(lambda: (out / STATE_FILE).exists() and states(out) == expected, watching)
+        assert json.loads((out / STATE_FILE).read_text())["pid"] == watching.pid
         watching.send_signal(signal.SIGTERM)
         said = watching.communicate(timeout=30)
     finally:
@@ -100,7 +100,7 @@ def test_a_run_that_saves_while_it_is_watched(tmp_path: Path) -> None:
     assert watching.returncode == 130
     assert "Traceback" not in said[1]
     assert "watch.json says what was done; run the command again to go on." in said[1]
-    assert sorted(path.name for path in out.iterdir()) == ["step_4", "step_6", RECORD]
+    assert sorted(path.name for path in out.iterdir()) == ["step_4", "step_6", STATE_FILE]
     for step in (4, 6):
         written = load_file(out / f"step_{step}" / "model.safetensors")
         kept = load_file(truth / f"{step}.safetensors")
@@ -108,9 +108,9 @@ def test_a_run_that_saves_while_it_is_watched(tmp_path: Path) -> None:
         assert all(np.array_equal(written[name], kept[name]) for name in kept)
     assert log.read_text().split() == ["step_2", "step_4", "step_6"]
     # Once more: nothing is done twice.
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != RECORD}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != STATE_FILE}
     assert look(run, out, then=then, keep=2) == []
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != RECORD} == before
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != STATE_FILE} == before
     assert log.read_text().split() == ["step_2", "step_4", "step_6"]
 
 
@@ -193,6 +193,20 @@ def test_only_the_newest_are_converted_and_kept(tmp_path: Path) -> None:
     assert look(run, out, keep=2) == []
 
 
+def test_a_conversion_shows_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    for step in (1, 2):
+        save(run / f"step_{step}", step)
+    arguments = ["watch", str(run), str(out), "--once", "--interval", str(FAST)]
+    assert run_command(command, [*arguments, "--progress", "plain"]) == 0
+    assert capsys.readouterr().err.count("reshard: writing 12 B") == 2
+    shutil.rmtree(out)
+    assert run_command(command, [*arguments, "--progress", "none"]) == 0
+    assert "writing" not in capsys.readouterr().err
+
+
 def test_a_command_that_failed_is_run_again_by_the_next_watch_and_nothing_else(
     tmp_path: Path,
 ) -> None:
@@ -225,7 +239,7 @@ def test_an_output_that_is_there_without_a_record_is_taken(tmp_path: Path) -> No
     run, out = tmp_path / "run", tmp_path / "out"
     save(run / "step_1", 1)
     look(run, out)
-    (out / RECORD).unlink()
+    (out / STATE_FILE).unlink()
     assert look(run, out) == [
         "step_1 is not complete yet", f"step_1 is there already: {out / 'step_1'}",
     ]  # fmt: skip
@@ -272,10 +286,10 @@ def test_what_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     save(tmp_path / "other" / "step_1", 3)
     look(tmp_path / "other", tmp_path / "another")
     assert states(tmp_path / "another") == {"step_1": "done"}
-    (out / RECORD).write_text("{")
+    (out / STATE_FILE).write_text("{")
     with pytest.raises(reshard.FormatError, match=r"watch\.json: it is damaged.*Remove it"):
         watch(run, out, once=True, interval=FAST)
-    (out / RECORD).unlink()
+    (out / STATE_FILE).unlink()
     look(run, out)
     save(run / "b" / "step_2", 2)
     with pytest.raises(reshard.NotFoundError, match="saves of several models or runs"):

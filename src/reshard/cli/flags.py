@@ -309,6 +309,8 @@ def flag(declared: Option, **changes: Any) -> Callable[[_F], _F]:
     if declared.underscored:
         spellings.append(f"--{declared.name}")
     spellings.append(f"--{declared.flag}")
+    if declared.name == "tag":
+        spellings.append("--step")  # its number is what most people have in mind
     more: dict[str, Any] = {"cls": Grouped, "group": declared.group, "help": declared.help}
     if declared.name == "tag":
         more["shell_complete"] = complete_tag

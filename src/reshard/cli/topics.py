@@ -41,23 +41,22 @@ def topics() -> dict[str, list[str]]:
 
 def text(topic: str) -> str | None:
     """The text on a topic, as Markdown; None where there is none of that name."""
-    wanted = topic.strip().lower().removesuffix(".md").removeprefix("docs/")
+    asked = topic.strip().lower().removesuffix(".md").removeprefix("docs/")
     there = pages()
     for name in classes():
-        if wanted in (name.lower(), heading(name).lower()) and _ERRORS in there:
+        if asked in (name.lower(), heading(name).lower()) and _ERRORS in there:
             return _section(there[_ERRORS].read_text(encoding="utf-8"), heading(name))
-    if wanted in CODES:
-        return _finding(wanted)
+    if asked in CODES:
+        return _finding(asked)
     short = {name.rpartition("/")[2]: path for name, path in there.items()} | there
-    return short[wanted].read_text(encoding="utf-8") if wanted in short else None
+    return short[asked].read_text(encoding="utf-8") if asked in short else None
 
 
 def about(words: str) -> list[str]:
     """The pages that say the words most often: three of them at most."""
-    wanted = re.compile(rf"\b{re.escape(words.strip())}", re.IGNORECASE)
+    asked = re.compile(rf"\b{re.escape(words.strip())}", re.IGNORECASE)
     said = {
-        name: len(wanted.findall(path.read_text(encoding="utf-8")))
-        for name, path in pages().items()
+        name: len(asked.findall(path.read_text(encoding="utf-8"))) for name, path in pages().items()
     }
     return sorted((name for name in said if said[name]), key=lambda name: -said[name])[:3]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ import click
 from reshard.cli import output
 from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
 from reshard.cli.interrupts import Interrupted
+from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.watching.declared import CONVERSION, WATCH
 
 if TYPE_CHECKING:
+    from reshard.progress import StagedProgress
     from reshard.watching.watch import Event
 
 _PATH = FolderOrFile()
@@ -38,9 +41,11 @@ _EXAMPLES = (
     help="Convert what is complete now, and end; exits with 1 if a save failed.",
 )
 @flags(CONVERSION.values())
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but failures.")
+@how_shown
 @debug
-def watch(run: Path, out: Path, once: bool, quiet: bool, **options: Any) -> int:
+def watch(
+    run: Path, out: Path, once: bool, shown: Shown | None, quiet: bool, **options: Any
+) -> int:
     """Convert each save of the run in RUN into OUT/STEP, once it is complete.
 
     It goes on until it is interrupted (Ctrl-C, SIGTERM), and leaves nothing half done.
@@ -48,7 +53,19 @@ def watch(run: Path, out: Path, once: bool, quiet: bool, **options: Any) -> int:
     """
     from reshard.watching.watch import watch as follow
 
+    bar = ExitStack()
+    show: StagedProgress | None = None
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal show
+        if show is None:
+            show = bar.enter_context(shown_progress(shown, quiet=quiet)) or _nothing
+        show(what, done, total)
+
     def listen(event: Event) -> None:
+        nonlocal show
+        bar.close()  # each conversion has its own
+        show = None
         line = f"{time.strftime('%H:%M:%S')} {event.save} {event.message}"
         if event.failed:
             output.print_message(line, "error", lines=True)
@@ -56,8 +73,13 @@ def watch(run: Path, out: Path, once: bool, quiet: bool, **options: Any) -> int:
             output.print_result(line, lines=True)
 
     try:
-        failed = follow(run, out, once=once, listen=listen, **options)
+        with bar:
+            failed = follow(run, out, once=once, listen=listen, progress=progress, **options)
     except KeyboardInterrupt as error:
         again = "run the command again to go on"
         raise Interrupted(f"{out}/watch.json says what was done; {again}.") from error
     return 1 if failed else 0
+
+
+def _nothing(what: str, done: int, total: int) -> None:
+    """Progress that is not shown."""

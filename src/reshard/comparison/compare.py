@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from reshard import formats
@@ -19,9 +20,11 @@ from reshard.comparison.result import Compared, Comparison
 from reshard.comparison.sums import natural
 from reshard.comparison.values import Method, compare
 from reshard.conversion.declared import workers
+from reshard.conversion.manifest import MANIFEST
 from reshard.conversion.quantised import compared_as_numbers
 from reshard.conversion.verification import Verified, verify_folder
 from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
 from reshard.core.options import PathLike, documented, parse
 from reshard.errors import (
     NamesError,
@@ -33,6 +36,7 @@ from reshard.errors import (
 from reshard.formats import locate
 from reshard.progress import Progress
 from reshard.storage.local import Sources
+from reshard.storage.paths import is_file
 
 __all__ = ["Compared", "Comparison", "diff", "verify"]
 
@@ -159,7 +163,25 @@ def verify(
         raise VerificationError(
             f"none of its tensors is in {values['against']}: they are all the base's.", path=folder
         )
-    return Verified(found.num_equal, found.bytes_read, len(pairing.filled), source.findings)
+    findings = (*source.findings, *_exchanged(place, values["against"]))
+    return Verified(found.num_equal, found.bytes_read, len(pairing.filled), findings)
+
+
+def _exchanged(folder: Path, against: Path) -> tuple[Finding, ...]:
+    """That a checkpoint was verified against what was made of it, and not the other way round.
+
+    Then tensors are compared as if the checkpoint had been converted from its own output: what
+    `reshard.json` states of a conversion, and the optimizer's state, are not.
+    """
+    if is_file(folder / MANIFEST) or not is_file(against / MANIFEST):
+        return ()
+    command = shlex.join(["reshard", "verify", str(against), "--against", str(folder)])
+    message = (
+        f"{against} was written by reshard, and {folder} was not: its tensors are equal to those "
+        "of the output, which shows neither that all of it was converted, nor anything of an "
+        "optimizer's state."
+    )
+    return (Finding("verify-exchanged", message, fix=f"To verify the output: {command}."),)
 
 
 def _check_names(pairing: Pairing, folder: Path) -> None:

@@ -44,7 +44,7 @@ from reshard.storage.local import Sources
 from reshard.storage.paths import absolute, is_file, is_folder
 
 #: The files of a side: those beside the model by name, the model itself under the empty name.
-Parts = dict[str, dict[str, Entry]]
+Tables = dict[str, dict[str, Entry]]
 
 
 class Pairing(Struct, frozen=True):
@@ -95,7 +95,7 @@ def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None
     """
     folder = second.origin.root
     stated = _stated(second, sources)
-    held = _parts(second, stated, sources)
+    held = _tables(second, stated, sources)
     options, recorded = _recorded(first, folder, stated, held)
     found: Pairing | None = None
     if base is not None:
@@ -158,7 +158,7 @@ def reads_masters(folder: Path, sources: Sources) -> bool:
     return manifest.read(folder, sources).options.get("masters") is True
 
 
-def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts:
+def _tables(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Tables:
     """A side's tensors, with those of the files beside its model."""
     folder = catalog.origin.root
     beside: list[str] = []
@@ -169,17 +169,17 @@ def _parts(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Parts
         scored = is_file(folder / REWARD_CONFIG)
         known = (REWARD_HEAD, VALUE_HEAD, LIGHTRFT) if scored else (REWARD_HEAD, VALUE_HEAD)
         beside = [name for name in known if is_file(folder / name)]
-    parts: Parts = {}
+    tables: Tables = {}
     if stated is None or stated.tensors:
-        parts[""] = dict(catalog.entries)
+        tables[""] = dict(catalog.entries)
     for name in beside:
         found = formats.read(child_of(folder, name), sources, formats.Selection()).entries
-        parts[name] = {called: e for e in found.values() for called in e.names}
-    return parts
+        tables[name] = {called: e for e in found.values() for called in e.names}
+    return tables
 
 
 def _recorded(
-    first: Catalog, folder: Path, stated: Manifest | None, held: Parts
+    first: Catalog, folder: Path, stated: Manifest | None, held: Tables
 ) -> tuple[Options, Matching]:
     """The conversion's options, as far as they decide what goes where, and its record of names.
 
@@ -199,7 +199,7 @@ def _recorded(
     return replace(options, allow=(*options.allow, *map(escape, recorded.unexpected))), recorded
 
 
-def _stands_in(first: Catalog, second: Catalog, held: Parts) -> bool:
+def _stands_in(first: Catalog, second: Catalog, held: Tables) -> bool:
     """Whether the second side's names and config decide what goes where."""
     if not holds_config(second) or "" not in held:
         return False
@@ -217,7 +217,7 @@ def _onto_itself(
     base: Base,
     options: Options,
     recorded: Matching,
-    held: Parts,
+    held: Tables,
     sources: Sources,
 ) -> Pairing:
     """The pairing where the second side serves as the base."""
@@ -250,11 +250,11 @@ def _frozen(catalog: Catalog) -> list[str]:
 
 
 def _by_name(
-    first: Catalog, options: Options, recorded: Matching, held: Parts, sources: Sources
+    first: Catalog, options: Options, recorded: Matching, held: Tables, sources: Sources
 ) -> Pairing:
     """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
     store is compared with the tensor that it is recorded to be."""
-    mine = _parts(first, _stated(first, sources), sources)
+    mine = _tables(first, _stated(first, sources), sources)
     if (options.names == "memory" or trainer(options)) and named(first.format).holds_config:
         placed = plan_output(first, None, options, sources)
         return Pairing(_pairs(_planned(placed), held), by_name=True)
@@ -307,8 +307,8 @@ def _check_apart(planned: Mapping[str, Mapping[str, Entry]], folder: Path) -> No
 
 def _planned(made: OutputModel) -> dict[str, dict[str, Entry]]:
     """What a conversion writes, by file."""
-    parts = {"": _sources_of(made.model)} if made.model else {}
-    return parts | {file.name: _sources_of(file.tensors) for file in made.side_files}
+    tables = {"": _sources_of(made.model)} if made.model else {}
+    return tables | {file.name: _sources_of(file.tensors) for file in made.side_files}
 
 
 def _sources_of(tensors: Iterable[OutputTensor]) -> dict[str, Entry]:

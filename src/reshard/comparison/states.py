@@ -1,6 +1,6 @@
 """Training state of two checkpoints: moments as tensors like any other, and what is said of them.
 
-Moments of a kind are one more part of the two sides, so that a comparison sums them by layer as it
+Moments of a kind are one more table of the two sides, so that a comparison sums them by layer as it
 does the weights: `exp_avg: model.layers.3`.
 """
 
@@ -68,7 +68,7 @@ def of_output(
 
 
 def pairs(first: TrainingState, second: TrainingState) -> list[Pair]:
-    """The moments of both, a part for each kind."""
+    """The moments of both, a table for each kind."""
     kinds = dict.fromkeys((*first.moments, *second.moments))
     return [Pair(kind, first.moments.get(kind, {}), second.moments.get(kind, {})) for kind in kinds]
 

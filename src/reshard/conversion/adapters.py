@@ -301,8 +301,8 @@ def check_left_out(
         own = fit.origins.get(name, name)
         if own in found.separated.absent or any(own.startswith(module) for module in saved):
             continue
-        twin = base.entries.get(fit.tied_to.get(name, name))
-        if twin is None or not same_values(entry, twin, sources):
+        stored = base.entries.get(fit.tied_to.get(name, name))
+        if stored is None or not same_values(entry, stored, sources):
             different.append((name, own))
     if options.lora.mode == "both":
         return _only_in_model([name for name, _ in different])

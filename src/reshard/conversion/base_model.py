@@ -159,6 +159,27 @@ def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def changed_fields(base: Base, text: bytes) -> dict[str, tuple[object, object]]:
+    """The fields of the base's config that another one has otherwise, by dotted path: the base's
+    value and the other's, None where one of the two has none."""
+    before, after = _fields(base.config), _fields(json.loads(text))
+    return {
+        path: (before.get(path), after.get(path))
+        for path in dict.fromkeys((*before, *after))
+        if before.get(path) != after.get(path)
+    }
+
+
+def _fields(config: Mapping[str, Any], path: str = "") -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            fields |= _fields(value, f"{path}{key}.")
+        else:
+            fields[f"{path}{key}"] = value
+    return fields
+
+
 def section_of(config: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, str]:
     """The section of a config that a dotted path leads to, None where there is none, and the
     path's last part, which is a key in it."""

@@ -25,7 +25,7 @@ from reshard.naming.lora.find import without_peft
 from reshard.naming.rewards import (
     REWARD_CONFIG,
     REWARD_HEAD,
-    Parts,
+    ModelParts,
     RewardHeads,
     lightrft_state,
     reward_config,
@@ -106,7 +106,7 @@ def _lightrft(found: Fitted, heads: RewardHeads) -> list[OutputTensor]:
     merged = {origins[name]: made for name, made in found.updates.by_output.items()}
     merged.update(found.updates.by_source)
     backbone: dict[str, Entry] = {}
-    for name, entry in lightrft_state(Parts(found.parts.backbone)).items():
+    for name, entry in lightrft_state(ModelParts(found.parts.backbone)).items():
         made = merged.get(entry.spec.name, merged.get(name, entry))
         for called in (name, *map(unwrap, entry.aliases)):
             plain = without_peft(called)

@@ -22,17 +22,19 @@ from reshard.conversion.execute import Writing, carry_out
 from reshard.conversion.options import DTypeChoice, Layout, Lora, Names, SrmFormat, To
 from reshard.conversion.planning import Job, check_strict, prepare
 from reshard.conversion.report import Moments, Report
+from reshard.conversion.state_values import alike, check_values
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import completed
 from reshard.core.options import PathLike, TorchDType, documented
-from reshard.core.state import STATE_PART
-from reshard.errors import VerificationError, listed
+from reshard.core.state import STATE_TABLE
+from reshard.errors import VerificationError, WriteError, listed
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import file_size
+from reshard.transfer import memory
 from reshard.transfer.assembly import Outcome
-from reshard.transfer.commit import check_space
+from reshard.transfer.commit import lacking_space
 
 
 @documented(CONVERT)
@@ -102,18 +104,23 @@ def convert(
         )
     with Sources() as sources:
         with besides(options, checked_target=True):
-            job = prepare(options, sources, strict=running.strict)
+            job = prepare(options, sources, strict=running.strict, dry_run=running.dry_run)
         # The source may have been found below the folder that was named.
         inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))
         check_apart(options.target, "source", inputs)
         copied = sum(file_size(asset.path) for asset in job.plan.assets)
-        check_space(options.target, job.plan.bytes_to_write + copied)
+        lacking = lacking_space(options.target, job.plan.bytes_to_write + copied)
         if running.dry_run:
-            return _report(job, given, time.monotonic() - began, replaced)
+            job = job if lacking is None else _without_room(job, lacking)
+            check_strict(job.plan.findings, options, running.strict)
+            return _report(job, given, time.monotonic() - began, replaced, threads=running.threads)
+        if lacking is not None:
+            raise lacking
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
-            check_strict(_of_values(outcome), options, running.strict)
+            check_values(job.output.state, outcome)
+            check_strict(_of_values(job, outcome), options, running.strict)
             return _manifest(job, outcome.digests, sources)
 
         writing = Writing(running.threads, running.overwrite, running.verify, running.progress)
@@ -127,7 +134,15 @@ def convert(
             unprotected=job.unprotected,
         )
     seconds = time.monotonic() - began
-    return _report(job, given, seconds, replaced, outcome, verified=running.verify)
+    return _report(
+        job, given, seconds, replaced, outcome, threads=running.threads, verified=running.verify
+    )
+
+
+def _without_room(job: Job, lacking: WriteError) -> Job:
+    """The plan with the finding that there is no room for its output: a dry run's answer."""
+    found = Finding("no-space", lacking.message, fix=lacking.hint or "")
+    return replace(job, plan=replace(job.plan, findings=(*job.plan.findings, found)))
 
 
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:
@@ -140,16 +155,16 @@ def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None
         )
 
 
-def _of_values(outcome: Outcome) -> list[Finding]:
-    """The findings on the values that passed: NaN and infinity."""
+def _of_values(job: Job, outcome: Outcome) -> list[Finding]:
+    """The findings on the values that passed: NaN, infinity, moments that are others'."""
     spoilt = [
-        f"{part}{': ' if part else ''}{name} ({found.nan} NaN, {found.infinite} infinite)"
-        for (part, name), found in outcome.not_finite.items()
+        f"{table}{': ' if table else ''}{name} ({found.nan} NaN, {found.infinite} infinite)"
+        for (table, name), found in outcome.not_finite.items()
+        if found.nan or found.infinite
     ]
-    if not spoilt:
-        return []
     what = f"{len(spoilt)} of {len(outcome.digests)} tensors hold values that are not finite"
-    return [Finding("not-finite", f"{what}: {listed(spoilt)}.")]
+    found = [Finding("not-finite", f"{what}: {listed(spoilt)}.")] if spoilt else []
+    return [*found, *alike(job.output.state, outcome)]
 
 
 def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:
@@ -159,7 +174,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         "rules": list(output.name_map.rules),
         **output.matching.to_json(),
         "merged": output.merged,
-        "transformers_version": output.live,
+        "transformers_version": output.loaded_by,
         "aliases": {name: t.spec.name for t in output.model for name in t.aliases},
         "lora": None if output.scaling is None else output.scaling.to_json(),
     }
@@ -172,7 +187,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
     moments = (
         {}
         if state is None
-        else manifest.state([entry.spec for entry in state.slots()], STATE_PART, digests)
+        else manifest.state([entry.spec for entry in state.slots()], STATE_TABLE, digests)
     )
     catalog, stated = job.catalog, job.options.stated()
     files = manifest.listed(job.plan, sources)
@@ -216,6 +231,7 @@ def _report(
     replaced: Replaced | None,
     outcome: Outcome | None = None,
     *,
+    threads: int,
     verified: bool = False,
 ) -> Report:
     findings = list(job.plan.findings)
@@ -224,7 +240,7 @@ def _report(
             Finding("unchanged", f"all {outcome.compared} tensors equal the base model's.")
         )
     if outcome is not None:
-        findings.extend((*_of_values(outcome), *outcome.findings))
+        findings.extend((*_of_values(job, outcome), *outcome.findings))
     findings = [_completed(found, job, given) for found in findings]
     output = job.output
     return Report(
@@ -240,6 +256,9 @@ def _report(
         seconds=round(seconds, 3),
         verified=verified,
         files=tuple(file.name for file in job.plan.files),
+        copied=tuple(asset.name for asset in job.plan.assets),
+        config=job.config,
+        memory=memory.needed(job.plan, threads) if outcome is None else None,
         matching=output.matching,
         prefix=output.name_map.prefix,
         rules=output.name_map.rules,

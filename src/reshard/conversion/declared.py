@@ -123,9 +123,9 @@ CONVERT = table(
     Option(
         "names",
         Choice(NAMES),
-        "all: each tensor by its name on disk and by those that live modules of any transformers "
+        "all: each tensor by its name on disk and by those that loaded models of any transformers "
         "version ask for (default with --to dcp, where the model's config is at hand); disk: as in "
-        "the base's files (else the default); memory: as the live module of one version has them; "
+        "the base's files (else the default); memory: as the loaded model of one version has them; "
         "hub: with --to hf, in the layout of released models, where the base is a save of "
         "transformers 5 that has another; torchtitan: with --to dcp, as its own models have "
         "them, of 0.3 and of 2025.",
@@ -154,7 +154,7 @@ CONVERT = table(
         Flag(),
         "Write the training state along with the weights: the optimizer's moments, steps and "
         "groups, the schedule, the user's state. Weights keep the checkpoint's dtype, fp32 masters "
-        "among them, and names are those of the live module.",
+        "among them, and names are those of the loaded model.",
         False,
         group="Training state",
     ),

@@ -53,27 +53,27 @@ def choose(
 
 def _output_tensor(name: str, entry: Entry, base: Entry | None, choice: str) -> OutputTensor:
     stored = entry.spec.dtype
-    wanted = stored
+    expected = stored
     if choice == "base" and base is not None:
-        wanted = base.spec.dtype
+        expected = base.spec.dtype
     elif choice not in ("base", "keep") and stored.floating and stored.itemsize > 1:
-        wanted = dtypes.parse(choice)
-    if stored.is_code and not wanted.is_code and wanted.floating:
+        expected = dtypes.parse(choice)
+    if stored.is_code and not expected.is_code and expected.floating:
         raise PlanError(
-            f"it is {stored} in the checkpoint, {wanted} in the base model, and no scale lies "
+            f"it is {stored} in the checkpoint, {expected} in the base model, and no scale lies "
             "beside it: a code without its scale is not a number.",
             tensor=name,
             hint="Convert the checkpoint that holds the scales; if they are numbers and not codes, "
             "cast them to bfloat16 with torch and save that.",
         )
-    if not stored.rounds_to(wanted):
+    if not stored.rounds_to(expected):
         raise PlanError(
-            f"it is {stored} in the checkpoint and {wanted} in the base model, which no rounding "
+            f"it is {stored} in the checkpoint and {expected} in the base model, which no rounding "
             "connects.",
             tensor=name,
             hint="Pass --dtype keep to write what the checkpoint holds.",
         )
-    spec = TensorSpec(name, wanted, entry.spec.shape)
+    spec = TensorSpec(name, expected, entry.spec.shape)
     same_shape = base is not None and base.spec.shape == spec.shape and base.spec.dtype.floating
     # Of layers that its files do not hold, the base has no values.
     held = base is not None and (base.fragments or not base.spec.numel)

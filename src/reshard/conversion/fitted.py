@@ -24,7 +24,7 @@ from reshard.naming.backbone import has_head
 from reshard.naming.lora.find import Separated
 from reshard.naming.lora.output import Updates, updates
 from reshard.naming.partners import schema_with_ties
-from reshard.naming.rewards import Parts, check, split
+from reshard.naming.rewards import ModelParts, check, split
 from reshard.naming.value_heads import classifier
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
@@ -41,7 +41,7 @@ class Fitted(Struct, frozen=True):
     base: Base
     options: Options
     adapters: adapters.Found
-    parts: Parts
+    parts: ModelParts
     modules: Mapping[str, Mapping[str, Entry]]
     classes: Mapping[str, object] | None
     compare: Equal | None
@@ -82,14 +82,14 @@ def fitted(catalog: Catalog, base: Base, options: Options, sources: Sources | No
     return Fitted(base, options, found, parts, modules, classes, compare, name_map, made, findings)
 
 
-def _parts(entries: Mapping[str, Entry], base: Base, options: Options) -> Parts:
+def _parts(entries: Mapping[str, Entry], base: Base, options: Options) -> ModelParts:
     choice = options.rewards
     allows = FitOptions(allow=options.allow).allows
     parts = split(entries, base.entries, choice.heads.value_head, allows)
     return check(parts, choice.model_type, choice.heads)
 
 
-def _classes(parts: Parts, base: Base) -> dict[str, object] | None:
+def _classes(parts: ModelParts, base: Base) -> dict[str, object] | None:
     """The config changes of a critic that becomes a sequence classifier."""
     if parts.value is None:
         return None
@@ -98,7 +98,7 @@ def _classes(parts: Parts, base: Base) -> dict[str, object] | None:
 
 
 def _name_map(
-    parts: Parts,
+    parts: ModelParts,
     found: adapters.Found,
     base: Base,
     options: Options,

@@ -87,11 +87,11 @@ _Fields = msgspec.defstruct(
 
 
 def state(
-    specs: list[TensorSpec], part: str, digests: Mapping[tuple[str, str], str]
+    specs: list[TensorSpec], table: str, digests: Mapping[tuple[str, str], str]
 ) -> dict[str, Stated]:
-    """What `reshard.json` will state about each tensor of a part."""
+    """What `reshard.json` will state about each tensor of a table."""
     return {
-        spec.name: Stated(spec.dtype.name, spec.shape, digests[part, spec.name])
+        spec.name: Stated(spec.dtype.name, spec.shape, digests[table, spec.name])
         for spec in sorted(specs, key=lambda spec: spec.name)
     }
 

@@ -101,7 +101,7 @@ class Options(Struct, frozen=True):
     With `optimizer` the training state is written too, laid out as `layout` says; `hyperparameters`
     is a JSON file of those that the checkpoint does not hold.
 
-    `names` None: all that a live module may ask for where the output format can hold them and the
+    `names` None: all that a loaded model may ask for where the output format can hold them and the
     model's config is at hand, else those on disk.
     """
 

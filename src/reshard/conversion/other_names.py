@@ -36,7 +36,7 @@ class Renamed(Struct, frozen=True):
 
 def by_hub_names(catalog: Catalog, base: Base) -> Renamed:
     """The checkpoint with the names of torchtitan, Meta, Megatron-Core or AutoEP turned into the
-    hub's, or the live module's, and with the base's shapes where it states none.
+    hub's, or the loaded model's, and with the base's shapes where it states none.
 
     Any other checkpoint goes through as it is. Raises `UnsupportedError` for a family whose names
     are not known, `NamesError` where shapes or settings are not the base's.
@@ -65,7 +65,7 @@ def _renamed(catalog: Catalog, base: Base) -> Renamed:
     blocks = frozenset[str]() if theirs else autoep.blocks(shapes, base.schema)
     if blocks:
         outputs = autoep.arrangements(shapes, blocks, base.schema)
-        rule = f"experts that AutoEP split -> the live module's ({len(blocks)} layers)"
+        rule = f"experts that AutoEP split -> the loaded model's ({len(blocks)} layers)"
         return Renamed(replace(catalog, entries=_kept(outputs, catalog.entries)), base, (rule,))
     return Renamed(catalog, base)
 
@@ -126,7 +126,7 @@ def _with_layers(base: Base, beyond: dict[str, Entry]) -> Base:
     entries = dict(base.entries)
     main = main_dtype(entry.spec for entry in entries.values())
     for name, entry in beyond.items():
-        twin = base.entries.get(last + name.split(".", 3)[3])
-        dtype = main if twin is None else twin.spec.dtype
+        of_base = base.entries.get(last + name.split(".", 3)[3])
+        dtype = main if of_base is None else of_base.spec.dtype
         entries[name] = Entry(replace(entry.spec, dtype=dtype or entry.spec.dtype), (), entry.kind)
     return replace(base, entries=entries)

@@ -50,8 +50,8 @@ class OutputModel(Struct, frozen=True):
 
     `matching` says what in the end is missing and filled. `patches` change the base's config.
     `merged` counts low-rank updates, which `scaling` scales, and `adapter` describes them for the
-    report. With `assets` the base's other files are copied. `live` is the transformers version
-    whose live module has the names; None: they are those of the files. Without an output head it
+    report. With `assets` the base's other files are copied. `loaded_by` is the transformers version
+    whose loaded model has the names; None: they are those of the files. Without an output head it
     `generates` nothing. `state` is the training state to write, under the model's names.
     """
 
@@ -66,7 +66,7 @@ class OutputModel(Struct, frozen=True):
     adapter: adapters.Summary | None = None
     findings: tuple[Finding, ...] = ()
     assets: bool = True
-    live: str | None = None
+    loaded_by: str | None = None
     generates: bool = True
     state: TrainingState | None = None
 

@@ -1,6 +1,6 @@
 """Everything that a conversion decides, and every user error, before a byte is written.
 
-locate and read -> output model (names, dtypes) -> live layout -> files, patched config, assets
+locate and read -> output model (names, dtypes) -> layout in memory -> files, patched config, assets
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard import formats
-from reshard.conversion import live_names, output_model, released, trainer_names, training
+from reshard.conversion import memory_names, output_model, released, trainer_names, training
 from reshard.conversion.base_model import (
     CONFIG,
     Base,
+    changed_fields,
     dtype_patches,
     holds_config,
     patched_config,
@@ -48,7 +49,8 @@ from reshard.transfer.reading import equal, first_bytes
 class Job(Struct, frozen=True):
     """A conversion that is planned and not begun; `options` are those that it decided on.
 
-    `unprotected` are the source's stretches that have no checksum.
+    `unprotected` are the source's stretches that have no checksum, `config` the fields of
+    config.json that are not the base's: its value and the new one.
     """
 
     options: Options
@@ -56,10 +58,19 @@ class Job(Struct, frozen=True):
     output: OutputModel
     plan: Plan
     unprotected: Sequence[Extent] = ()
+    config: Mapping[str, tuple[object, object]] = {}
 
 
-def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str]) -> Job:
+# Bytes of an output that is planned though there is no room for it: thousand trillion parameters.
+_MAX_PLANNED = 1 << 52
+
+
+def prepare(
+    options: Options, sources: Sources, *, strict: bool | Sequence[str], dry_run: bool = False
+) -> Job:
     """The plan of a conversion, or the error that stands in its way; no byte is written.
+
+    With `dry_run` an output that there is no room for is planned all the same.
 
     With `strict` a finding is an error: any warning, or those of the codes given.
     """
@@ -80,13 +91,15 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     base = None if options.base is None else read_base(options.base, sources)
     if base is not None:
         catalog = replace(catalog, records=(*catalog.records, *base.records))
-    options = replace(options, names=live_names.chosen(options, catalog, base))
+    options = replace(options, names=memory_names.chosen(options, catalog, base))
     catalog, found = as_numbers(catalog, base, options, sources)
     made = plan_output(catalog, base, options, sources)
     if state is not None:
         made = carried_along(made, state, catalog, base, options, sources)
     # Before the layout, which takes long for the petabytes that a damaged file may state.
-    check_space(options.target, sum(tensor.spec.nbytes for tensor in made.model))
+    nbytes = sum(tensor.spec.nbytes for tensor in made.model)
+    if not dry_run or nbytes > _MAX_PLANNED:
+        check_space(options.target, nbytes)
     files, texts, said = _files(made, options)
     if not files:
         raise PlanError("nothing is left to write.", path=options.source)
@@ -113,7 +126,13 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     )
     check_strict(plan.findings, options, strict)
     _check_names(plan)
-    return Job(options, catalog, made, plan, unprotected)
+    texts_by_name = dict(plan.texts)
+    changed = (
+        changed_fields(model, texts_by_name[CONFIG])
+        if model is not None and CONFIG in texts_by_name
+        else {}
+    )
+    return Job(options, catalog, made, plan, unprotected, changed)
 
 
 def _from_cache(options: Options) -> tuple[Finding, ...]:
@@ -184,22 +203,22 @@ def check_strict(
 def plan_output(
     catalog: Catalog, base: Base | None, options: Options, sources: Sources
 ) -> OutputModel:
-    """What the checkpoint becomes: by the base's names or its own, or those of a live module or of
+    """What the checkpoint becomes: by the base's names or its own, or those of a loaded model or of
     a trainer."""
     if base is None:
         made = output_model.plain(catalog, options)
     else:
         made = output_model.onto(catalog, base, options, sources)
     if trainer_names.trainer(options) is not None:
-        config = live_names.config_of(made, catalog, base, sources, trainer_names.asked(options))
+        config = memory_names.config_of(made, catalog, base, sources, trainer_names.asked(options))
         return trainer_names.renamed(made, config, options, sources)
     if options.names in ("all", "memory"):
         asked = f"--names {options.names}"
-        config = live_names.config_of(made, catalog, base, sources, asked)
-        place = live_names.placed if options.names == "memory" else live_names.answering
+        config = memory_names.config_of(made, catalog, base, sources, asked)
+        place = memory_names.placed if options.names == "memory" else memory_names.answering
         made = place(made, config, options)
     elif options.names == "hub":
-        config = live_names.config_of(made, catalog, base, sources, "--names hub")
+        config = memory_names.config_of(made, catalog, base, sources, "--names hub")
         made = released.in_layout(made, config)
     return made
 
@@ -213,7 +232,7 @@ def _of_release(
         return ()
     if options.names == "memory":
         return ()
-    config = live_names.config_of(made, catalog, base, sources, "--names hub")
+    config = memory_names.config_of(made, catalog, base, sources, "--names hub")
     return tuple(released.findings(made, config))
 
 
@@ -227,7 +246,7 @@ def carried_along(
 ) -> OutputModel:
     """The output with the training state under its names.
 
-    Without a base the live module asks for the tied names, too, which a base's layout adds.
+    Without a base the loaded model asks for the tied names, too, which a base's layout adds.
     """
     maps: list[Mapping[str, Arrangement]] = []
     if base is None:
@@ -242,8 +261,8 @@ def carried_along(
         maps.append(made.name_map.outputs)
         if options.names == "memory":
             shapes = {n: e.spec.shape for n, e in apply(maps[0], catalog.entries).items()}
-            config = live_names.config_of(made, catalog, base, sources, "--optimizer")
-            maps.append(memory_outputs(shapes, config, live_names.version_of(options)))
+            config = memory_names.config_of(made, catalog, base, sources, "--optimizer")
+            maps.append(memory_outputs(shapes, config, memory_names.version_of(options)))
     to = output_format(options.to)
     carried = formats.as_written(to, training.carried(state, made, maps))
     if to.full_precision:

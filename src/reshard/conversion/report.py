@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import starmap
 from typing import Any
 
 from msgspec import Struct
@@ -14,7 +15,7 @@ from reshard.core.findings import Finding
 from reshard.core.notebook import html_table
 from reshard.core.sizes import size
 from reshard.core.state import TrainingState
-from reshard.errors import printable
+from reshard.errors import brief, listed, printable
 from reshard.naming.matching import Matching
 
 
@@ -51,7 +52,9 @@ class Report(Struct, frozen=True):
     resized; each is an attribute as well. `merged` counts low-rank updates. `changed` of `compared`
     tensors differ from the base model's. `records_checked` checksums that the source's files state
     were compared with what was read; of `records_unchecked` stretches of them they state none.
-    `findings` are what a user should know. Sizes are bytes.
+    `copied` are the files that come from the base as they are, `config` the fields of its
+    config.json that change, with both values. `memory` is about what the process will hold at most,
+    which only a dry run estimates. `findings` are what a user should know. Sizes are bytes.
     """
 
     source: str
@@ -78,6 +81,9 @@ class Report(Struct, frozen=True):
     checkpoint: str = ""
     adapter: Summary | None = None
     state: Moments | None = None
+    copied: tuple[str, ...] = ()
+    config: Mapping[str, tuple[object, object]] = {}
+    memory: int | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as lines of a label and its words, as `convert` shows it."""
@@ -91,6 +97,12 @@ class Report(Struct, frozen=True):
         ]
         if self.state is not None:
             rows.insert(3, ("optimizer", str(self.state)))
+        if self.memory is not None:
+            rows.append(("memory", f"at most about {size(self.memory)}"))
+        if self.copied and dry:
+            rows.append(("copied", f"{listed(self.copied)}, from the base"))
+        if self.config:
+            rows.append(("config", listed([*starmap(_changed, self.config.items())])))
         if self.replaced is not None:
             rows.insert(2, ("would replace" if dry else "replaced", str(self.replaced)))
         if self.rules or self.prefix:
@@ -168,14 +180,15 @@ class Report(Struct, frozen=True):
             for value in (getattr(self, name),)
         }
         records = {
-            name: None if record is None else _plain(record)
-            for name, record in (
+            name: None if struct is None else _plain(struct)
+            for name, struct in (
                 ("replaced", self.replaced),
                 ("adapter", self.adapter),
                 ("state", self.state),
             )
         }
         findings = [finding.to_json() for finding in self.findings]
+        values["config"] = {path: list(pair) for path, pair in self.config.items()}
         return {**values, **self.matching.to_json(), "findings": findings, **records}
 
 
@@ -183,10 +196,18 @@ def _files(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} files"
 
 
+def _changed(path: str, values: tuple[object, object]) -> str:
+    """A field of config.json that changes, in words."""
+    before, after = (brief(value) for value in values)
+    if values[1] is None:
+        return f"{path} removed"
+    return f"{path} {after}" if values[0] is None else f"{path} {before} -> {after}"
+
+
 def _tagged(tag: str | None) -> str:
     return f", tag {tag}" if tag else ""
 
 
-def _plain(record: Struct) -> dict[str, Any]:
-    """A record as JSON values, as they are after a round trip."""
-    return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(record).items()}
+def _plain(struct: Struct) -> dict[str, Any]:
+    """A struct as JSON values, as they are after a round trip."""
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(struct).items()}

@@ -23,7 +23,8 @@ _TITAN: Names = "torchtitan"
 
 
 def trainer(options: Options) -> str | None:
-    """The trainer whose names the output has; None: its names are the hub's, or a live module's."""
+    """The trainer whose names the output has; None: its names are the hub's, or a loaded
+    model's."""
     return output_format(options.to).naming or (_TITAN if options.names == _TITAN else None)
 
 

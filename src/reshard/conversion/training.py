@@ -6,29 +6,27 @@ way as the weights.
 
 from __future__ import annotations
 
-import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
 from reshard.conversion.dtypes import OutputTensor
+from reshard.conversion.hyperparameters import with_given
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import OutputModel
 from reshard.core.arrangement import Arrangement, sources
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import FLOAT32
 from reshard.core.findings import Finding
-from reshard.core.hyperparameters import NEEDED
-from reshard.core.state import WEIGHTS_ALONE, Group, Plain, Step, TrainingState
+from reshard.core.state import WEIGHTS_ALONE, Group, Step, TrainingState
 from reshard.core.tensors import Entry, Equal
-from reshard.errors import OptionError, PlanError, listed
+from reshard.errors import PlanError, listed
 from reshard.formats.dcp.lightrft import CONSUMED_SAMPLES
 from reshard.formats.info import named, output_format
 from reshard.naming import apply
-from reshard.storage import strict_json
 
 
 def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingState | None]:
@@ -59,7 +57,7 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
     for name, master in state.masters.items():
         entries[name] = replace(master, kind=entries[name].kind, aliases=entries[name].aliases)
     records = tuple(dict.fromkeys((*catalog.records, *state.records)))
-    findings = (*catalog.findings, *state.findings, *_left_out(state))
+    findings = (*catalog.findings, *state.findings, *_left_out(state), *_steps_differ(state))
     return replace(catalog, entries=entries, records=records, findings=findings), state
 
 
@@ -70,8 +68,19 @@ def _can_hold(catalog: Catalog) -> bool:
 def _left_out(state: TrainingState) -> tuple[Finding, ...]:
     if not state.left_out:
         return ()
-    message = f"of the training state was left out what is no plain data: {listed(state.left_out)}."
+    message = f"of the training state was left out: {listed(state.left_out)}."
     return (Finding("state-left-out", message),)
+
+
+def _steps_differ(state: TrainingState) -> tuple[Finding, ...]:
+    counts = Counter(step.count for step in state.steps.values())
+    if len(counts) < 2:
+        return ()
+    usual = counts.most_common(1)[0][0]
+    told = (f"{number} parameters {count}" for count, number in sorted(counts.items()))
+    others = [name for name, step in state.steps.items() if step.count != usual]
+    message = f"parameters have had different numbers of steps: {listed(told)} ({listed(others)})."
+    return (Finding("state-steps-differ", message),)
 
 
 def _with_given(state: TrainingState, options: Options) -> TrainingState:
@@ -79,47 +88,7 @@ def _with_given(state: TrainingState, options: Options) -> TrainingState:
     if options.consumed_samples is not None:
         given = {**state.client_state, CONSUMED_SAMPLES: options.consumed_samples}
         state = replace(state, client_state=given)
-    if options.hyperparameters is None:
-        return state
-    if state.hyperparameters_known:
-        raise OptionError(
-            "hyperparameters: the checkpoint states them itself.",
-            hint="Leave out --hyperparameters.",
-            option="hyperparameters",
-        )
-    settings = _parsed(options.hyperparameters, len(state.groups))
-    groups = zip(state.groups, settings, strict=True)
-    return replace(state, groups=tuple(replace(g, hyperparameters=s) for g, s in groups))
-
-
-def _parsed(path: Path, count: int) -> list[dict[str, Plain]]:
-    """The hyperparameters in a JSON file: a list with an object for each of `count` groups."""
-    value: Any = strict_json.read_value(path)
-    if not isinstance(value, list) or not all(isinstance(group, dict) for group in value):
-        raise _wrong(path, "it is not a list of objects")
-    if len(value) != count:
-        raise _wrong(path, f"it is of {len(value)} parameter groups, the checkpoint has {count}")
-    for at, group in enumerate(value):
-        for key in NEEDED:
-            numbers = group.get(key) if key == "betas" else [group.get(key)]
-            sound = isinstance(numbers, list) and len(numbers) == (2 if key == "betas" else 1)
-            # What torch's AdamW accepts; NaN, which JSON of Python may hold, is below nothing.
-            limit = 1.0 if key == "betas" else sys.float_info.max
-            if not sound or not all(type(n) in (int, float) and 0 <= n < limit for n in numbers):
-                raise _wrong(path, f"the {key} of group {at} is {group.get(key)!r}")
-        if "params" in group:
-            raise _wrong(path, f"group {at} lists params, which the checkpoint states itself")
-    return [{**group, "betas": tuple(group["betas"])} for group in value]
-
-
-def _wrong(path: Path, why: str) -> OptionError:
-    return OptionError(
-        f"hyperparameters: {why}.",
-        path=path,
-        hint='Write a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], '
-        '"eps": 1e-8, "weight_decay": 0.1}].',
-        option="hyperparameters",
-    )
+    return state if options.hyperparameters is None else with_given(state, options.hyperparameters)
 
 
 def carried(
@@ -194,8 +163,8 @@ def _table(
     outputs: Mapping[str, Arrangement],
     owners: Mapping[str, tuple[str, ...]],
 ) -> dict[str, Entry]:
-    wanted = {name: outputs[name] for name, made_of in owners.items() if set(made_of) <= {*table}}
-    return apply(wanted, table)
+    complete = {name: outputs[name] for name, made_of in owners.items() if set(made_of) <= {*table}}
+    return apply(complete, table)
 
 
 def _one(values: Sequence[Any], name: str, what: str) -> Any:
@@ -227,17 +196,17 @@ def with_ties(
         if tensor.spec.name in trained:
             alike.setdefault((tensor.source.spec.dtype, tensor.spec.shape), []).append(number)
     for number, tensor in enumerate(made.model):
-        twin = None
+        equal = None
         if tensor.spec.name not in trained and len(tensor.spec.shape) == 2:
             for other in alike.get((tensor.source.spec.dtype, tensor.spec.shape), ()):
                 candidate = made.model[other]
                 if starts(other) == starts(number) and same(candidate.source, tensor.source):
-                    twin = candidate
+                    equal = candidate
                     break
-        if twin is None:
+        if equal is None:
             model.append(tensor)
         else:
-            tied[tensor.spec.name] = twin.spec.name
+            tied[tensor.spec.name] = equal.spec.name
     if not tied:
         return made
     model = [

@@ -27,9 +27,9 @@ class DType(Struct, frozen=True):
     storage: str | None
     floating: bool
 
-    def rounds_to(self, wanted: DType) -> bool:
-        """Whether a conversion may write it as `wanted`; to 8 bits it would be no rounding."""
-        return self == wanted or (self.floating and wanted.floating and wanted.itemsize > 1)
+    def rounds_to(self, other: DType) -> bool:
+        """Whether a conversion may write it as `other`; to 8 bits it would be no rounding."""
+        return self == other or (self.floating and other.floating and other.itemsize > 1)
 
     @property
     def is_code(self) -> bool:

@@ -217,10 +217,13 @@ CODES: dict[str, Code] = {
     "head-stored-twice": Code(
         "warning", "the output head is stored although it is the embedding", by=("doctor", "try")),
     "head-untied": Code("warning", "an output head differs from the embedding that it was tied to"),
+    "hyperparameters-unknown": Code(
+        "warning", "a given hyperparameter is none of torch's AdamW, which ignores it",
+        "Correct its name, or leave it out."),
     "identical-to-base": Code(
         "error", "the weights are the base's: nothing was trained", by=("doctor",)),
     "in-memory-names": Code(
-        "error", "names are those of a live module, not those of the files", by=("doctor",)),
+        "error", "names are those of a loaded model, not those of the files", by=("doctor",)),
     "incomplete-skipped": Code(
         "warning", "a newer checkpoint is incomplete; an older one was read",
         "Copy the newer one again, or name the one to read."),
@@ -230,22 +233,22 @@ CODES: dict[str, Code] = {
         "info", "layers for multi-token prediction are written, of which the base has none"),
     "layers-left-out": Code(
         "warning", "layers for multi-token prediction are not written in the trainer's names"),
-    "live-layout-apart": Code(
-        "warning", "live modules of some versions hold tensors that the folder has no bytes for",
-        "For a run of such a version, convert with --names memory."),
-    "live-layout-unknown": Code(
-        "warning", "the names that live modules of some versions ask for are not known"),
-    "live-names": Code("info", "names are those of a live module, not those of the files"),
-    "live-names-added": Code(
-        "info", "tensors also have the names that live modules ask for, without further bytes"),
-    "live-version-unread": Code(
-        "warning", "the live modules of the named transformers version are not known",
-        "Load the output with strict names, or name the version with --transformers-version."),
     "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
     "masters-missing": Code(
         "info", "some 16-bit tensors have no fp32 master, and are as the model holds them"),
     "masters-unnamed": Code(
         "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
+    "memory-layout-apart": Code(
+        "warning", "loaded models of some versions hold tensors that the folder has no bytes for",
+        "For a run of such a version, convert with --names memory."),
+    "memory-layout-unknown": Code(
+        "warning", "the names that loaded models of some versions ask for are not known"),
+    "memory-names": Code("info", "names are those of a loaded model, not those of the files"),
+    "memory-names-added": Code(
+        "info", "tensors also have the names that loaded models ask for, without further bytes"),
+    "memory-version-unknown": Code(
+        "warning", "the loaded models of the named transformers version are not known",
+        "Load the output with strict names, or name the version with --transformers-version."),
     "module-from-base": Code(
         "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
     "names-do-not-fit": Code(
@@ -264,6 +267,9 @@ CODES: dict[str, Code] = {
         "warning", "without a base, only weights are written", "Pass --base."),
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
     "no-output-head": Code("info", "the model has no output head and is not for generation"),
+    "no-space": Code(
+        "warning", "a dry run: there is no room for the output on its disk",
+        "Make room or name an output on another disk."),
     "not-finite": Code(
         "warning", "weights hold NaN or infinity: the run has diverged, or a buffer is made so",
         "Convert an earlier checkpoint of the run."),
@@ -321,6 +327,9 @@ CODES: dict[str, Code] = {
     "shapes-unstated": Code(
         "warning", "the shards do not state full shapes: missing last ranks cannot be noticed",
         "Pass --base."),
+    "state-alike": Code(
+        "warning", "moments of two parameters are equal bit for bit: a file may be a copy of "
+        "another's", "Copy the checkpoint again, or use another save."),
     "state-left-out": Code(
         "warning", "a part of the training state is no plain data and does not travel"),
     "state-masters-rounded": Code(
@@ -329,11 +338,13 @@ CODES: dict[str, Code] = {
     "state-named-by-order": Code(
         "warning", "an optimizer's state has no names; the order of the parameters gave them",
         "Compare the first losses of the continued run with those before."),
+    "state-steps-differ": Code(
+        "info", "parameters have had different numbers of steps, as where some got no gradient"),
     "stray-head": Code(
         "error", "there is a head that the class in the config does not have", by=("doctor",)),
     "tensors-missing": Code(
         "error", "tensors that the architecture has are missing", by=("doctor",)),
-    "tied-twin-copied": Code("warning", "a tensor was read from the tensor that it is tied to"),
+    "tied-tensor-copied": Code("warning", "a tensor was read from the tensor that it is tied to"),
     "tokenizer-missing": Code("error", "the tokenizer is missing", by=("doctor",)),
     "tokenizer-too-large": Code(
         "warning", "the tokenizer has more tokens than the embedding", by=("doctor", "try")),
@@ -354,13 +365,19 @@ CODES: dict[str, Code] = {
         "warning", "DeepSpeed's ZeRO stage 3 goes on wrongly from this universal checkpoint",
         "Load it with ZeRO stage 1 or 2, or after loading run the lines of "
         "docs/training-state.md."),
+    "universal-unlisted": Code(
+        "warning", "a universal checkpoint holds parameters that its model files do not list",
+        "Is the folder a copy of two? Make the universal checkpoint again."),
     "universal-unrestored": Code(
         "warning", "DeepSpeed does not restore frozen parameters or buffers of a universal "
         "checkpoint",
         "Start the script from the weights that the run started from."),
-    "untrained-layers": Code("info", "layers that no live module holds are the base's"),
+    "untrained-layers": Code("info", "layers that no loaded model holds are the base's"),
     "vectors-constant": Code(
         "info", "a vector holds one value throughout, as new biases and norms do", by=("try",)),
+    "verify-exchanged": Code(
+        "warning", "a checkpoint was compared with an output of reshard, as if it were made of it",
+        "Name the output first: reshard verify OUT --against SRC."),
     "vocabulary-padded": Code(
         "info", "rows after the base's vocabulary were assumed to be Megatron's padding",
         "If the training added tokens, name a base of that vocabulary."),

@@ -1,9 +1,9 @@
 """The settings of torch's optimizers: those in a state dict, and those that DeepSpeed's lack.
 
-`set_optimizer_state_dict` asks a checkpoint for every key that the live optimizer has, and ignores
-others. DeepSpeedCPUAdam and FusedAdam keep five of the eleven; the others are switches of torch's
-own, whose defaults say what those optimizers do. A value that decides the training (`lr`, `betas`,
-`eps`, `weight_decay`) is never invented. torch 2.13, torch/optim/adam.py.
+`set_optimizer_state_dict` asks a checkpoint for every key that the running optimizer has, and
+ignores others. DeepSpeedCPUAdam and FusedAdam keep five of the eleven; the others are switches of
+torch's own, whose defaults say what those optimizers do. A value that decides the training (`lr`,
+`betas`, `eps`, `weight_decay`) is never invented. torch 2.13, torch/optim/adam.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from reshard.errors import PlanError, listed
 
 #: What AdamW's state dict must state itself.
 NEEDED = ("lr", "betas", "eps", "weight_decay")
-# What it holds besides.
-_SWITCHES: Mapping[str, Plain] = {
+#: What it holds besides.
+SWITCHES: Mapping[str, Plain] = {
     "amsgrad": False,
     "maximize": False,
     "foreach": None,
@@ -71,7 +71,7 @@ def _completed(group: Group, at: int, base_lr: float | None, *, adam: bool) -> G
             'group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].',
         )
     if adam:
-        settings = {**_SWITCHES, **settings, "betas": _pair(settings["betas"], at)}
+        settings = {**SWITCHES, **settings, "betas": _pair(settings["betas"], at)}
     if "initial_lr" not in settings:
         settings["initial_lr"] = settings["lr"] if base_lr is None else base_lr
     return replace(group, hyperparameters=settings)

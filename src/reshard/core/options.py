@@ -24,7 +24,8 @@ from reshard.core.plan import parse_size
 from reshard.errors import OptionError, brief, shown
 
 #: The groups of options, in the order of `--help`.
-GROUPS = ("Input", "Output", "Adapters", "Reward models and critics", "What may differ")
+GROUPS = ("Input", "Output", "Adapters", "Reward models and critics",
+          "Training state", "What may differ")  # fmt: skip
 
 PathLike = str | os.PathLike[str]
 _F = TypeVar("_F", bound=Callable[..., Any])

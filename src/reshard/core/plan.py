@@ -36,14 +36,14 @@ class OutputFile(Struct, frozen=True):
     """A file of the output: `nbytes` long, `literals` at their offsets, tensors in the slots.
 
     Literals and slots tile the file; slots are in ascending order of offset. Tensors of one name
-    in files of one `part` are chunks of one tensor; `part` is empty for the model itself.
+    in files of one `table` are chunks of one tensor; `table` is empty for the model itself.
     """
 
     name: str
     nbytes: int
     literals: tuple[tuple[int, bytes], ...]
     slots: tuple[Slot, ...]
-    part: str = ""
+    table: str = ""
 
 
 class Plan(Struct, frozen=True):

@@ -232,8 +232,10 @@ def _is_run(box: Box) -> bool:
 
 def _simplify(sizes: Shape, strides: Shape) -> Shape | None:
     """None where the strides are those of a row-major array; the stride of a size of 1 is moot."""
-    wanted = contiguous_strides(sizes)
-    same = all(n == 1 or have == want for n, have, want in zip(sizes, strides, wanted, strict=True))
+    expected = contiguous_strides(sizes)
+    same = all(
+        n == 1 or have == want for n, have, want in zip(sizes, strides, expected, strict=True)
+    )
     return None if same else strides
 
 

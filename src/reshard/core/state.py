@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -126,6 +126,26 @@ class TrainingState(Struct, frozen=True):
             ),
         )
 
+    def only(self, names: Mapping[str, str]) -> TrainingState:
+        """The state of some parameters, under new names; what it holds of others is left out, and a
+        group without parameters is dropped."""
+        others = [name for name in self.names if name not in names]
+        groups = [
+            replace(group, names=tuple(name for name in group.names if name in names))
+            for group in self.groups
+        ]
+        held = replace(
+            self,
+            moments={k: _of(table, names) for k, table in self.moments.items()},
+            masters=_of(self.masters, names),
+            steps=_of(self.steps, names),
+            groups=tuple(group for group in groups if group.names),
+        )
+        if others:
+            left = f"the state of {len(others)} parameters outside ({listed(others, 2)})"
+            held = replace(held, left_out=(*held.left_out, left))
+        return held.renamed(lambda name: names[name])
+
     def checked(self, entries: Mapping[str, Entry], root: object) -> TrainingState:
         """The same state, proven to be of the model that `entries` are of.
 
@@ -167,12 +187,21 @@ class TrainingState(Struct, frozen=True):
         return self
 
 
+_Held = TypeVar("_Held")
+
+
+def _of(table: Mapping[str, _Held], names: Mapping[str, str]) -> dict[str, _Held]:
+    return {name: held for name, held in table.items() if name in names}
+
+
 #: The way out where a training state cannot be carried.
 WEIGHTS_ALONE = "Convert the weights alone, without --optimizer."
 #: What the table of masters is called among the kinds of moments.
 MASTER = "master"
-#: The part of an output's files that hold training state (`OutputFile.part`).
-STATE_PART = "optimizer"
+#: The table of an output's files that hold training state (`OutputFile.table`).
+STATE_TABLE = "optimizer"
+# Means and maxima of squares, and of magnitudes.
+_SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg"})
 
 
 def tensor_name(kind: str, name: str) -> str:
@@ -182,6 +211,15 @@ def tensor_name(kind: str, name: str) -> str:
     'exp_avg.model.norm.weight'
     """
     return f"{kind}.{name}"
+
+
+def is_square(tensor: str) -> bool:
+    """Whether a tensor's name is that of a moment that is never below zero, see `tensor_name`.
+
+    >>> is_square("exp_avg_sq.model.norm.weight")
+    True
+    """
+    return tensor.partition(".")[0] in _SQUARES
 
 
 class ReadState:

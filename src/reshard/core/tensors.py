@@ -246,7 +246,7 @@ class Entry(Struct, frozen=True):
     """A tensor of a catalog. Its fragments' boxes tile it exactly: `tiling.check_tiling` proves it.
 
     All boxes of one entry are over the same shape: the tensor's, or `(numel,)`. `aliases` are
-    the other names of the same weights: tied parameters, and names that live modules have.
+    the other names of the same weights: tied parameters, and names that loaded models have.
     """
 
     spec: TensorSpec

@@ -94,7 +94,9 @@ def logits_of(loaded: Loaded, tokens: Tokens) -> torch.Tensor:
     return output.logits[0].cpu()
 
 
-def record(loaded: Loaded, sequences: Sequence[Tokens], spill: Spill, heard: Heard) -> Perplexity:
+def measure_and_spill(
+    loaded: Loaded, sequences: Sequence[Tokens], spill: Spill, heard: Heard
+) -> Perplexity:
     """Leave the first model's logits in `spill`; returns its perplexity on the text."""
     perplexity = Perplexity()
     for index, tokens in enumerate(sequences):

@@ -39,7 +39,7 @@ class Encoder:
 
     tokenizer: Any
     processor: Any
-    parts: bool
+    lists_content: bool
     chat: bool
 
     @property
@@ -58,7 +58,7 @@ class Encoder:
         if not (self.chat and self.has_template):
             return self._placeholders(media) + prompt
         content: Any = prompt
-        if self.parts:
+        if self.lists_content:
             content = [{"type": "image"}] * len(media.images)
             content += [{"type": "audio"}] * len(media.audio)
             content += [{"type": "text", "text": prompt}]
@@ -67,7 +67,10 @@ class Encoder:
     def render_turns(self, turns: Sequence[tuple[str, str]]) -> str:
         """A conversation as the tokenizer gets it: (role, text) in order, through the template."""
         messages = [
-            {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
+            {
+                "role": role,
+                "content": [{"type": "text", "text": text}] if self.lists_content else text,
+            }
             for role, text in turns
         ]
         return self._templated(messages)

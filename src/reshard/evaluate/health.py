@@ -139,7 +139,7 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
                 "The tokenizer has no chat template: prompts went in as raw text.",
             )
         )
-    if encoder.parts and encoder.processor is None:
+    if encoder.lists_content and encoder.processor is None:
         found.append(
             Finding(
                 "processor-missing",

@@ -12,8 +12,8 @@ from reshard.evaluate.compare import (
     Spill,
     Tokens,
     hold_against,
+    measure_and_spill,
     perplexity_of,
-    record,
     same_ids,
     windows,
     with_answer,
@@ -77,7 +77,7 @@ def record_first(
         answers = (answer.token_ids if answer else () for _, answer in asked)
         said = (with_answer(inputs, new) for inputs, new in zip(prompts, answers, strict=True))
         sequences = (*said, *windows(encoder.tokenizer, body))
-        perplexity = record(loaded, sequences, store, heard)
+        perplexity = measure_and_spill(loaded, sequences, store, heard)
     else:
         scores = tuple(score(loaded, inputs)[0] for inputs in prompts)
     return FirstSide(

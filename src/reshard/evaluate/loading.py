@@ -99,15 +99,26 @@ def load_model(folder: Folder, placement: Placement, *, dtype: str, remote_code:
     core.eval()
     reward = load_reward(folder.path, core) if folder.kind is ModelKind.REWARD else None
     gaps = _gaps(folder, info)
-    return Loaded(folder, core, reward, placement.inputs, gaps, time.perf_counter() - began)
+    inputs = _first_device(core) or placement.inputs
+    return Loaded(folder, core, reward, inputs, gaps, time.perf_counter() - began)
+
+
+def _first_device(core: Any) -> str | None:
+    """Where a model that accelerate spread over devices takes its inputs: at its embedding, which
+    need not be on the first GPU. None for a model in one place."""
+    hook = getattr(core, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is None or getattr(core, "hf_device_map", None) is None:
+        return None
+    return f"cuda:{device}" if isinstance(device, int) else str(device)
 
 
 def _class_of(folder: Folder, remote_code: bool) -> Any:
     """The class to load: the named one, or the automatic class of the folder's kind."""
     own = folder.config.get("auto_map")
     if isinstance(own, dict) and remote_code:
-        wanted = (_automatic(folder.kind).__name__, "AutoModelForCausalLM", "AutoModel")
-        named = next((name for name in wanted if name in own), wanted[0])
+        classes = (_automatic(folder.kind).__name__, "AutoModelForCausalLM", "AutoModel")
+        named = next((name for name in classes if name in own), classes[0])
         return getattr(transformers, named)
     if folder.kind is ModelKind.REWARD and not folder.takes_audio:
         # LightRFT trains its vision-language reward models on the backbone without a head
@@ -154,8 +165,8 @@ def _check_shapes(folder: Folder, info: Mapping[str, Any]) -> None:
     if not mismatched:
         return
     shown = "; ".join(
-        f"{name} is {list(stored)} in the files, {list(wanted)} by the config"
-        for name, stored, wanted in mismatched[:3]
+        f"{name} is {list(stored)} in the files, {list(expected)} by the config"
+        for name, stored, expected in mismatched[:3]
     )
     raise NamesError(
         f"{len(mismatched)} weights have another shape than the config says: {shown}.",

@@ -45,14 +45,14 @@ def load_audio(path: Path, rate: int) -> Samples:
     return decoded
 
 
-def resample(samples: Samples, found: int, wanted: int) -> Samples:
-    """Band-limited resampling of a whole recording from `found` to `wanted` samples a second.
+def resample(samples: Samples, rate: int, new_rate: int) -> Samples:
+    """Band-limited resampling of a whole recording from `rate` to `new_rate` samples a second.
 
     The spectrum is cut or padded with zeros, so a tone below both Nyquist limits stays the tone.
     """
-    if found == wanted or not len(samples):
+    if rate == new_rate or not len(samples):
         return samples
-    length = max(1, round(len(samples) * wanted / found))
+    length = max(1, round(len(samples) * new_rate / rate))
     spectrum = np.fft.rfft(samples)
     kept = np.zeros(length // 2 + 1, dtype=spectrum.dtype)
     shared = min(len(kept), len(spectrum))

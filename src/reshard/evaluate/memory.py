@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
 import torch
 
-_STATUS = Path("/proc/self/status")
+from reshard.transfer.memory import peak_cpu_nbytes
+
 _MARK = Path("/proc/self/clear_refs")
 
 
@@ -26,21 +26,6 @@ def reset_peaks() -> str | None:
         peak = peak_cpu_nbytes()
         return None if peak is None else "largest resident memory since the process began"
     return "largest resident memory during the call"
-
-
-def peak_cpu_nbytes() -> int | None:
-    """Largest resident memory since `reset_peaks`, in bytes; None where it cannot be read."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows has no such module.
-        return None
-    # getrusage counts KiB on Linux, bytes on macOS.
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
 def peak_gpu_nbytes() -> int | None:

@@ -170,14 +170,14 @@ def load_reward(folder: Path, backbone: Any) -> ScalarReward:
         raise IncompleteError("the export of a reward model lacks its heads.", path=path)
     stored = load_file(path, device=str(backbone.device))
     tensors = {name: t for name, t in stored.items() if not name.endswith("_logit_scale")}
-    wanted = {k: v for name in config.head_types for k, v in _head_shapes(name, config).items()}
+    expected = {k: v for name in config.head_types for k, v in _head_shapes(name, config).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wanted != found:
+    if expected != found:
         raise NamesError(
             "the heads are not those that reward_config.json describes: "
-            f"missing {_differing(wanted, found)}; unexpected {_differing(found, wanted)}.",
-            missing=tuple(wanted.keys() - found.keys()),
-            unexpected=tuple(found.keys() - wanted.keys()),
+            f"missing {_differing(expected, found)}; unexpected {_differing(found, expected)}.",
+            missing=tuple(expected.keys() - found.keys()),
+            unexpected=tuple(found.keys() - expected.keys()),
             path=path,
         )
     return ScalarReward(backbone, config, tensors)

@@ -44,13 +44,13 @@ def report_schema() -> Schema:
     }
 
 
-def _object(record: type, definitions: dict[str, Schema]) -> Schema:
+def _object(struct: type, definitions: dict[str, Schema]) -> Schema:
     properties = {
         name: {"description": description, **_schema(kind, definitions)}
-        for name, (kind, description) in _fields(record).items()
+        for name, (kind, description) in _fields(struct).items()
     }
     return {
-        "description": (record.__doc__ or "").split("\n\n")[0],
+        "description": (struct.__doc__ or "").split("\n\n")[0],
         "type": "object",
         "properties": properties,
         "required": list(properties),
@@ -58,12 +58,12 @@ def _object(record: type, definitions: dict[str, Schema]) -> Schema:
     }
 
 
-def _fields(record: type) -> dict[str, tuple[Any, str]]:
+def _fields(struct: type) -> dict[str, tuple[Any, str]]:
     """The type and the description of each field."""
-    if record is Finding:
+    if struct is Finding:
         return _FINDING
-    hints = get_type_hints(record, include_extras=True)
-    return {field.name: get_args(hints[field.name]) for field in dataclasses.fields(record)}
+    hints = get_type_hints(struct, include_extras=True)
+    return {field.name: get_args(hints[field.name]) for field in dataclasses.fields(struct)}
 
 
 def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:

@@ -15,10 +15,11 @@ from typing import Any
 from reshard.evaluate.encoding import Encoder, Inputs, Media
 from reshard.evaluate.generation import generate
 from reshard.evaluate.loading import Loaded
-from reshard.evaluate.memory import peak_cpu_nbytes, peak_gpu_nbytes, reset_peaks
+from reshard.evaluate.memory import peak_gpu_nbytes, reset_peaks
 from reshard.evaluate.report import Batch, Benchmark, Sample, Spread
 from reshard.evaluate.scoring import score
 from reshard.evaluate.texts import Prompt
+from reshard.transfer.memory import peak_cpu_nbytes
 
 WARMUP_CALLS = 1
 # A warm-up needs no more: kernels are chosen and memory is taken within the first few steps.

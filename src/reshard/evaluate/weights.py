@@ -18,7 +18,7 @@ from reshard.evaluate.report import Weights
 from reshard.storage.local import Sources
 from reshard.transfer.fill import Array
 from reshard.transfer.passes import Readers
-from reshard.transfer.reading import parts
+from reshard.transfer.reading import blocks
 
 Relation = Literal["identical", "rounded", "different"]
 
@@ -71,7 +71,7 @@ def relate(here: Entry, there: Entry, sources: Sources) -> Relation:
     def pairs() -> Iterator[tuple[Array, Array]]:
         # Each as it is stored.
         sides = (
-            parts(entry, reader, entry.spec.dtype, limit=BLOCK_NUMEL * entry.spec.dtype.itemsize)
+            blocks(entry, reader, entry.spec.dtype, limit=BLOCK_NUMEL * entry.spec.dtype.itemsize)
             for entry in (here, there)
         )
         return zip(*sides, strict=True)

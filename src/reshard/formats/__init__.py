@@ -93,7 +93,7 @@ class StateWritable(Protocol):
     ) -> Laid:
         """The model's files and those of its optimizer, under the same names.
 
-        Files of the model have the part `""`, those of the state `STATE_PART`, and a tensor of
+        Files of the model have the table `""`, those of the state `STATE_TABLE`, and a tensor of
         the state goes by `tensor_name` in its slots. `layout` is one of `FormatInfo.layouts`.
         Raises `PlanError` where the format cannot hold what the state has.
         """

@@ -173,7 +173,7 @@ def index(files: Sequence[OutputFile]) -> tuple[tuple[str, bytes], ...]:
 def lay_out_file(name: str, slots: Sequence[TensorToWrite]) -> OutputFile:
     """One safetensors file beside the model: reward heads, an adapter."""
     by_name = {spec.name: (source, reference) for spec, source, reference in slots}
-    return replace(_shard(name, [spec for spec, _, _ in slots], by_name), part=name)
+    return replace(_shard(name, [spec for spec, _, _ in slots], by_name), table=name)
 
 
 def _shard(

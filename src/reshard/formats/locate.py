@@ -31,7 +31,7 @@ from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.formats import OPTIMIZER, tags
 from reshard.formats.info import named
-from reshard.naming.part import under
+from reshard.naming.part import catalog_under
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import is_file, is_folder, is_link, listing, real, status
 
@@ -71,10 +71,7 @@ def read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog:
     """
     catalog = _read(snapshot(path), sources, selection)
     if selection.prefix and not named(catalog.format).finds_model:
-        entries = under(catalog.entries, selection.prefix)
-        flat = {name: catalog.entries[name] for name in catalog.unshaped}
-        unshaped = entries.keys() & (under(flat, selection.prefix) if flat else {})
-        catalog = replace(catalog, entries=entries, unshaped=frozenset(unshaped))
+        return catalog_under(catalog, selection.prefix)
     return catalog
 
 

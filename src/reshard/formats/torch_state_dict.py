@@ -123,7 +123,7 @@ def lay_out_file(name: str, slots: Sequence[TensorToWrite]) -> OutputFile:
                 slots, layout.places, strict=True
             )
         ),
-        part=name,
+        table=name,
     )
 
 
@@ -293,7 +293,7 @@ def _whole(path: Path, value: object, sources: Sources) -> object:
         ):
             continue
         local = decoder.decode(name, tensor)
-        if len(local.parts) != 1 or local.parts[0].box != whole(local.shape):
+        if len(local.fragments) != 1 or local.fragments[0].box != whole(local.shape):
             raise UnsupportedError(
                 f"the file holds one rank's part of it, of {local.world or 'several'} ranks.",
                 path=path,
@@ -301,7 +301,7 @@ def _whole(path: Path, value: object, sources: Sources) -> object:
                 hint="Put the files of all ranks into one folder, with names that end in "
                 "_rank0.pt, _rank1.pt and so on, and name the folder.",
             )
-        whole_ones[name] = local.parts[0].tensor
+        whole_ones[name] = local.fragments[0].tensor
     return whole_ones
 
 

@@ -1,7 +1,7 @@
-"""All names that live modules use for the tensors of the files, where layouts only rename.
+"""All names that loaded models use for the tensors of the files, where layouts only rename.
 
 A container that can name the same bytes more than once (DCP) gets the names in the files and those
-of the live modules of every known transformers version. A layout that stacks or transposes tensors
+of the loaded models of every known transformers version. A layout that stacks or transposes tensors
 has no bytes here to name; it is listed as `apart`.
 """
 
@@ -17,7 +17,7 @@ from msgspec import Struct
 from reshard.core.tensors import Shape
 from reshard.errors import PlanError
 from reshard.naming.layouts import Piece, Version, View
-from reshard.naming.memory import NEWEST, live_layout, pieces_of, placed_pieces, unsupported
+from reshard.naming.memory import NEWEST, memory_layout, pieces_of, placed_pieces, unsupported
 from reshard.naming.schema import views
 
 # The first version that any layout was read of, and where the layouts of families without a table
@@ -27,7 +27,7 @@ _FIRST_5: Version = (5, 0)
 
 
 class Apart(Struct, frozen=True):
-    """Versions `[since, before)` of transformers whose live modules ask for other tensors.
+    """Versions `[since, before)` of transformers whose loaded models ask for other tensors.
 
     `name` is one of those, `count` how many there are; without a name, how that version makes its
     tensors from those of the files is not known. `before` is None where no later version differs.
@@ -70,7 +70,7 @@ class Answers(Struct, frozen=True):
 
 
 def answers(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Answers:
-    """The names in live modules of the tensors of a model's files.
+    """The names in loaded models of the tensors of a model's files.
 
     `shapes` are by the names in the files, `config` is the parsed `config.json`. The result depends
     on nothing else, such as installed packages.
@@ -81,7 +81,7 @@ def answers(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Answers:
     for version in _versions(config):
         apart = Apart(version, None)
         if not unsupported(config, version):
-            view = live_layout(config, version)
+            view = memory_layout(config, version)
             if view is None:
                 continue
             named, others = _renamed(reading, config, view)
@@ -100,7 +100,7 @@ def answers(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Answers:
 
 
 def _versions(config: Mapping[str, Any]) -> list[Version]:
-    """The versions that changed a layout which a live module of this config may have."""
+    """The versions that changed a layout which a loaded model of this config may have."""
     layouts = {layout for view in views(config, guess=False) for layout in view.layouts}
     changes = {v for layout in layouts for v in (layout.since, layout.before) if v is not None}
     return sorted(version for version in changes | {_FIRST_5} if version <= NEWEST)

@@ -10,7 +10,8 @@ A block of rows is text, a row a line:
 
 `*` in a name is an expert's number. A dimension is a letter of `SIZES`, a number, or `?` for any; a
 single `-` stands for any shape at all. `when` is empty where the tensor is always there, `maybe`
-where files have it or not, else a key of the config that must be true (`key+`: or not be stated).
+where files have it or not, else keys of the config, joined by `&`, that must be true (`key+`: or
+not be stated).
 
 Long because it is one table, which is searched as one.
 """
@@ -39,13 +40,14 @@ class Decoder(Struct, frozen=True):
     """A language model: the rows of each layer and those outside, without the prefix `model.`.
 
     Where an entry of `layer` is a tuple of blocks, a layer has the rows of one of them. `stem` is
-    what its class names begin with.
+    what its class names begin with; its head has a bias where `head_bias` is true.
     """
 
     model_types: tuple[str, ...]
     stem: str
     layer: tuple[Block | tuple[Block, ...], ...]
     outside: Block = "embed_tokens.weight ? H\nnorm.weight H"
+    head_bias: str = "lm_head_bias"
 
 
 class Tower(Struct, frozen=True):
@@ -167,11 +169,33 @@ mlp.shared_experts.down_proj.weight   H ?
 _CORRECTION = """
 mlp.gate.e_score_correction_bias   E
 """
+_SHARED_EXPERTS_BIASES = """
+mlp.shared_experts.gate_proj.bias   ?   mlp_bias
+mlp.shared_experts.up_proj.bias     ?   mlp_bias
+mlp.shared_experts.down_proj.bias   H   mlp_bias
+"""
 _ERNIE_STATISTICS = """
 mlp.moe_statics.e_score_correction_bias   1 E
 mlp.shared_experts.gate_proj.weight       ? H   moe_num_shared_experts+
 mlp.shared_experts.up_proj.weight         ? H   moe_num_shared_experts+
 mlp.shared_experts.down_proj.weight       H ?   moe_num_shared_experts+
+mlp.shared_experts.gate_proj.bias         ?     moe_num_shared_experts+&use_bias
+mlp.shared_experts.up_proj.bias           ?     moe_num_shared_experts+&use_bias
+mlp.shared_experts.down_proj.bias         H     moe_num_shared_experts+&use_bias
+mlp.experts.*.gate_proj.bias              M     maybe
+mlp.experts.*.up_proj.bias                M     maybe
+mlp.experts.*.down_proj.bias              H     maybe
+"""
+_ERNIE_BIASES = """
+self_attn.q_proj.bias   Q   use_bias
+self_attn.k_proj.bias   K   use_bias
+self_attn.v_proj.bias   K   use_bias
+self_attn.o_proj.bias   H   use_bias
+"""
+_ERNIE_MLP_BIASES = """
+mlp.gate_proj.bias   I   use_bias
+mlp.up_proj.bias     I   use_bias
+mlp.down_proj.bias   H   use_bias
 """
 _MIXTRAL_EXPERTS = """
 block_sparse_moe.gate.weight           E H
@@ -218,9 +242,12 @@ DECODERS = (
             (_NORMS, _LATENT, (_LATENT_QUERY, _WHOLE_QUERY),
              (_EXPERTS + _SHARED_EXPERTS + _CORRECTION, _MLP))),
     Decoder(("deepseek_v2",), "DeepseekV2",
-            (_NORMS, _LATENT, (_LATENT_QUERY, _WHOLE_QUERY), (_EXPERTS + _SHARED_EXPERTS, _MLP))),
+            (_NORMS, _LATENT, (_LATENT_QUERY, _WHOLE_QUERY),
+             (_EXPERTS + _SHARED_EXPERTS + _SHARED_EXPERTS_BIASES, _MLP + _MLP_BIASES))),
     Decoder(("ernie4_5_moe",), "Ernie4_5_Moe",
-            (_NORMS, _ATTENTION, (_EXPERTS + _ERNIE_STATISTICS, _MLP))),
+            (_NORMS, _ATTENTION, _ERNIE_BIASES,
+             (_EXPERTS + _ERNIE_STATISTICS, _MLP + _ERNIE_MLP_BIASES)),
+            head_bias="use_bias"),
     Decoder(("gpt_oss",), "GptOss", (_NORMS, _ATTENTION, _SINKS, _GPT_OSS_EXPERTS)),
 )  # fmt: skip
 

@@ -20,17 +20,17 @@ class Assembler:
         self._shapes = shapes
         self._owners = owners
 
-    def arrange(self, wanted: Sequence[tuple[Piece, Piece]]) -> Arrangement:
+    def arrange(self, pairs: Sequence[tuple[Piece, Piece]]) -> Arrangement:
         """One tensor out of (its piece, the source's piece) for each hub tensor in it.
 
         Where the source stacks as the output does, its tensor goes through whole.
         """
-        place, source = wanted[0]
+        place, source = pairs[0]
         if place.expert is None:
             return self._take(source, swapped=place.swapped)
-        if all(one._replace(name=source.name) == other for one, other in wanted):
+        if all(one._replace(name=source.name) == other for one, other in pairs):
             return Whole(self._owners[source.name])
-        return self._stack(wanted)
+        return self._stack(pairs)
 
     def _take(self, piece: Piece, *, swapped: bool = False) -> Arrangement:
         """One hub tensor; `swapped`: with its last two dimensions exchanged."""
@@ -46,9 +46,9 @@ class Assembler:
             taken = Transpose(taken, len(shape) - 2, len(shape) - 1)
         return taken
 
-    def _stack(self, wanted: Iterable[tuple[Piece, Piece]]) -> Arrangement:
+    def _stack(self, pairs: Iterable[tuple[Piece, Piece]]) -> Arrangement:
         experts: dict[int, list[tuple[int, Piece]]] = {}
-        for place, source in wanted:
+        for place, source in pairs:
             experts.setdefault(place.expert or 0, []).append((place.start, source))
         rows = []
         for expert in sorted(experts):

@@ -1,4 +1,4 @@
-"""Experts that DeepSpeed's AutoEP split, under the names that the live module has without it.
+"""Experts that DeepSpeed's AutoEP split, under the names that the loaded model has without it.
 
     <block>.experts.w1 [E, I, H], .w3 [E, I, H]    <block>.experts.gate_up_proj [E, 2I, H]
     <block>.experts.w2 [E, H, I]                   <block>.experts.down_proj [E, H, I]
@@ -46,7 +46,7 @@ def blocks(shapes: Mapping[str, Shape], schema: Schema) -> frozenset[str]:
 def arrangements(
     shapes: Mapping[str, Shape], found: frozenset[str], schema: Schema
 ) -> dict[str, Arrangement]:
-    """The tensors by the live module's names, each as an arrangement of those that `shapes` names.
+    """The tensors by the loaded model's names, each as an arrangement of those that `shapes` names.
 
     `found` are the `blocks`. Raises `IncompleteError` where an expert's matrix is missing,
     `NamesError` where two tensors would get one name.
@@ -72,7 +72,7 @@ def arrangements(
 
 
 def _renamed(name: str, found: frozenset[str], *, shared: bool) -> str:
-    """The name in the live module; of tensors outside the blocks it is as it is."""
+    """The name in the loaded model; of tensors outside the blocks it is as it is."""
     block = next((block for block in found if name.startswith(f"{block}.")), None)
     if block is None:
         return name

@@ -1,10 +1,10 @@
 """The model families and their layouts. **This is the table to extend**; see `docs/names.md`.
 
 Read from transformers 4.49 to 5.23 (`conversion_mapping.py`, the modeling files and, for every
-family in `tests/naming/layouts`, the state dicts of live models). A family that is not listed has
+family in `tests/naming/layouts`, the state dicts of loaded models). A family that is not listed has
 the same names in memory as on the hub.
 
-Families outside these tables were read only from live classes of 4.57 and 5.23; where the two
+Families outside these tables were read only from loaded classes of 4.57 and 5.23; where the two
 differ, the change is assumed to be that of 5.0.
 
 When the names in memory changed: vision-language models in 4.52 (`model.language_model`), stacked
@@ -49,7 +49,7 @@ def _since_5(
     stacked: tuple[Stacked, ...] = (),
     backbone: tuple[tuple[str, str], ...] = (),
 ) -> Family:
-    """A family whose live modules have differed from the files since transformers 5.
+    """A family whose loaded models have differed from the files since transformers 5.
 
     `backbone`: the names' pairs of the AutoModel class, where they are others.
     """
@@ -435,7 +435,7 @@ FAMILIES = (
     BERT, CLIP_VISION, CLIP_TEXT, ULTRABERT,
 )  # fmt: skip
 
-#: Model types, of a model or of a part of one, whose live modules under transformers 5 hold split,
+#: Model types, of a model or of a part of one, whose loaded models under transformers 5 hold split,
 #: joined or permuted tensors of the files, or rename them by number. A fit onto such a base lists
 #: what does not match; --names memory refuses.
 UNSUPPORTED = (
@@ -453,7 +453,7 @@ UNSUPPORTED = (
     "vision-text-dual-encoder", "vit_mae", "yolos",
 )  # fmt: skip
 
-#: Classes whose live modules hold tensors, in every version, that neither the files nor the ties
+#: Classes whose loaded models hold tensors, in every version, that neither the files nor the ties
 #: give: shared by number, or computed. They are refused in the same way.
 UNSUPPORTED_CLASSES = (
     "BarkModel", "Blip2Model", "CpmAntForCausalLM", "FlavaForPreTraining",
@@ -518,7 +518,7 @@ CONSTANTS_OF = {
     "marian": ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"),
 }
 
-#: Tensors of released files that no live module holds, so that no training changes them:
+#: Tensors of released files that no loaded model holds, so that no training changes them:
 #: multi-token-prediction layers, which transformers ignores on load (5.23).
 UNHELD = (
     "mtp.**",

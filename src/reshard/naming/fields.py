@@ -11,7 +11,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from reshard.naming.schema import levels, stating_levels
+from reshard.naming.schema import classes_of, levels, stating_levels
+from reshard.naming.structure import is_own_class
 
 _ROTARY = "rope_parameters"
 # Model types whose releases say `num_experts` where transformers 5 says `num_local_experts`.
@@ -47,6 +48,8 @@ class Missing(Struct, frozen=True):
 def missing(config: Mapping[str, Any]) -> tuple[Missing, ...]:
     """The fields that releases of this model have and its config does not, but for those whose
     values are what every reader takes anyway."""
+    if config.get("auto_map") and not _native(config):
+        return ()  # what code of its own reads is not known
     found = []
     for path, level in zip(stating_levels(config), levels(config), strict=True):
         kind = str(level.get("model_type"))
@@ -54,6 +57,12 @@ def missing(config: Mapping[str, Any]) -> tuple[Missing, ...]:
             if key not in level and DEFAULTS.get(kind, {}).get(key) != value:
                 found.append(Missing(f"{path}{key}", value, kind))
     return tuple(found)
+
+
+def _native(config: Mapping[str, Any]) -> bool:
+    """Whether the class of a config with remote code is one of transformers' own, as in releases
+    that came before transformers had the class."""
+    return any(is_own_class(name, config) for name in classes_of(config))
 
 
 def _constant(kind: str, level: Mapping[str, Any]) -> dict[str, object]:

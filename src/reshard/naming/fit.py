@@ -1,6 +1,7 @@
 """The fit of a checkpoint's tensors onto a base model's, name for name and shape for shape.
 
-    search -> outputs -> twins: copied, judged -> unwritten -> heads left behind -> vocabulary
+    search -> outputs -> tied tensors: copied, judged -> unwritten -> heads left behind ->
+    vocabulary
 
 Each step is a function of what the search found, and returns what it adds to the map.
 """
@@ -15,7 +16,7 @@ from reshard.core.arrangement import Arrangement
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Equal
 from reshard.errors import NamesError
-from reshard.naming import ties, twins
+from reshard.naming import tied_tensors, ties
 from reshard.naming.assemble import Assembler
 from reshard.naming.judge import FitOptions, Verdict
 from reshard.naming.layouts import Piece
@@ -28,7 +29,7 @@ from reshard.naming.search import (
     search,
     sources,
 )
-from reshard.naming.steps import Known, Part, is_chosen
+from reshard.naming.steps import FitResult, Known, is_chosen
 
 
 def fit(
@@ -56,51 +57,51 @@ def fit(
         raise refuse(candidate, is_chosen(options))
     by_name = {clean: entries[own] for clean, own in found.owners.items()}
     known = Known(candidate, found.owners, by_name, schema.config, options, equal)
-    written, copies = twins.copied(known)
-    judged = copies + twins.judged(known, written)
+    written, copies = tied_tensors.copied(known)
+    judged = copies + tied_tensors.judged(known, written)
     steps = (
-        Part(outputs=_outputs(known), origins=_origins(known))
+        FitResult(outputs=_outputs(known), origins=_origins(known))
         + judged
         + _unwritten(known, written, judged.origins)
-        + twins.left_behind(known)
+        + tied_tensors.left_behind(known)
         + _unheld(known)
     )
     resized, patched = _resized(known)
     return _joined(known, steps + patched, resized)
 
 
-def _joined(known: Known, part: Part, resized: tuple[Resize, ...]) -> NameMap:
+def _joined(known: Known, result: FitResult, resized: tuple[Resize, ...]) -> NameMap:
     candidate = known.candidate
     return NameMap(
-        outputs=part.outputs,
-        origins=part.origins,
+        outputs=result.outputs,
+        origins=result.origins,
         prefix=candidate.prefix,
         rules=_rules(candidate),
         matching=Matching(
             missing=known.named(Verdict.LEFT_OUT),
             filled=known.named(Verdict.FILLED),
-            unexpected=part.unexpected,
-            tied=part.tied,
+            unexpected=result.unexpected,
+            tied=result.tied,
             resized=resized,
         ),
-        from_base=part.from_base,
-        tied_to=part.tied_to,
-        config_patches=part.config_patches,
-        undecided=part.undecided,
-        findings=part.findings,
+        from_base=result.from_base,
+        tied_to=result.tied_to,
+        config_patches=result.config_patches,
+        undecided=result.undecided,
+        findings=result.findings,
     )
 
 
 def _outputs(known: Known) -> dict[str, Arrangement]:
     """The base's tensors that the source holds."""
-    wanted: dict[str, list[tuple[Piece, Piece]]] = {}
+    pairs: dict[str, list[tuple[Piece, Piece]]] = {}
     absent: dict[str, str] = {}
     for hub, piece in known.want.items():
         if hub in known.have:
-            wanted.setdefault(piece.name, []).append((piece, known.have[hub]))
+            pairs.setdefault(piece.name, []).append((piece, known.have[hub]))
         else:
             absent[piece.name] = hub
-    for name in wanted.keys() & absent.keys():
+    for name in pairs.keys() & absent.keys():
         raise NamesError(
             f"the checkpoint holds a part of it only: {absent[name]!r} is missing.",
             tensor=name,
@@ -108,7 +109,7 @@ def _outputs(known: Known) -> dict[str, Arrangement]:
         )
     shapes = {clean: entry.spec.shape for clean, entry in known.by_name.items()}
     assembler = Assembler(shapes, known.owners)
-    return {name: assembler.arrange(pieces) for name, pieces in wanted.items()}
+    return {name: assembler.arrange(pieces) for name, pieces in pairs.items()}
 
 
 def _origins(known: Known) -> dict[str, str]:
@@ -123,7 +124,7 @@ def _origins(known: Known) -> dict[str, str]:
     return origins
 
 
-def _unwritten(known: Known, written: Mapping[str, str], heads: Mapping[str, str]) -> Part:
+def _unwritten(known: Known, written: Mapping[str, str], heads: Mapping[str, str]) -> FitResult:
     """What is not written: other names of written tensors are ties; the rest is unexpected.
 
     `heads` are written although the base does not store them.
@@ -144,36 +145,36 @@ def _unwritten(known: Known, written: Mapping[str, str], heads: Mapping[str, str
             unexpected.append(name)
         else:
             tied[known.here(hub)] = stored
-    return Part(tied=tied, unexpected=tuple(dict.fromkeys(unexpected)))
+    return FitResult(tied=tied, unexpected=tuple(dict.fromkeys(unexpected)))
 
 
-def _unheld(known: Known) -> Part:
-    """The finding that layers which no live module holds are the base's."""
+def _unheld(known: Known) -> FitResult:
+    """The finding that layers which no loaded model holds are the base's."""
     count = sum(is_unheld(name, known.config) for name in known.named(Verdict.FILLED))
     message = (
-        f"{count} tensors of layers that no live module holds (multi-token prediction) "
+        f"{count} tensors of layers that no loaded model holds (multi-token prediction) "
         "are the base's, untrained."
     )
-    return Part(findings=(Finding("untrained-layers", message),) if count else ())
+    return FitResult(findings=(Finding("untrained-layers", message),) if count else ())
 
 
-def _resized(known: Known) -> tuple[tuple[Resize, ...], Part]:
+def _resized(known: Known) -> tuple[tuple[Resize, ...], FitResult]:
     """Tensors with another number of vocabulary rows, which the config must then state."""
     hubs = (*known.candidate.of(Verdict.RESIZED), *known.candidate.of(Verdict.COPIED))
     resized = []
     for hub in hubs:
         name, base_rows = known.want[hub].name, known.want[hub].shape[0]
-        stored = hub if hub in known.have else ties.twin_of(hub, known.have)
+        stored = hub if hub in known.have else ties.tied_partner(hub, known.have)
         rows = base_rows if stored is None else known.have[stored].shape[0]
         if rows != base_rows:
             resized.append(Resize(name, base_rows, rows))
     if not resized:
-        return (), Part()
+        return (), FitResult()
     _refuse_other_rows(known, resized[0])
     paths = stating_levels(known.config)
     stated = [path for path in paths if "vocab_size" in _at(known.config, path)]
     patches = {f"{path}vocab_size": resized[0].rows for path in stated or paths[-1:]}
-    return tuple(resized), Part(config_patches=patches)
+    return tuple(resized), FitResult(config_patches=patches)
 
 
 def _refuse_other_rows(known: Known, resized: Resize) -> None:

@@ -4,7 +4,7 @@
     use_orig_params=False  model.layers.0._flat_param: all parameters of the module end to end, in
                            the order in which it registers them, those of wrapped modules left out
 
-No file states the order. It is known for the families below, and tests compare it with their live
+No file states the order. It is known for the families below, and tests compare it with their loaded
 classes; reshard could not notice that two tensors of equal size changed places. transformers before
 4.31 registered `down_proj` before `up_proj` in Llama.
 """
@@ -41,7 +41,7 @@ IN_LAYER = (
 # Before and after the layers.
 _OUTSIDE = {"model.embed_tokens": 0, "model.norm": 2, "lm_head": 3, "score": 3}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-# Versions whose live names differ, as far as a whole tensor goes: one of each layout.
+# Versions whose names in memory differ, as far as a whole tensor goes: one of each layout.
 _VERSIONS: tuple[Version, ...] = (NEWEST, (4, 57), (4, 52), (4, 49))
 _LISTED = 5
 
@@ -114,7 +114,7 @@ def _cut(units: Mapping[str, Entry], schema: Schema, world: int) -> dict[str, En
 
 
 def _ordered(schema: Schema) -> list[TensorSpec]:
-    """The base's tensors in the order in which a live module registers them."""
+    """The base's tensors in the order in which a loaded model registers them."""
     kind = schema.config.get("model_type")
     if kind not in ORDERED:
         raise UnsupportedError(
@@ -144,7 +144,7 @@ def _place(name: str) -> tuple[int, int, int, int]:
 
 
 def _named(catalog: Catalog, names: frozenset[str], schema: Schema) -> dict[str, Entry]:
-    """Flattened parameters in the shapes that the base, or a live module of it, has them in."""
+    """Flattened parameters in the shapes that the base, or a loaded model of it, has them in."""
     if not names:
         return {}
     numels = {unwrap(name): catalog.entries[name].spec.numel for name in names}
@@ -172,7 +172,7 @@ def _named(catalog: Catalog, names: frozenset[str], schema: Schema) -> dict[str,
     first = fitting[0]
     if any(other != first for other in fitting):
         raise NamesError(
-            "it holds tensors flattened, without their shapes, and live modules of the base have "
+            "it holds tensors flattened, without their shapes, and loaded models of the base have "
             "them in several.",
         )
     return {
@@ -181,15 +181,15 @@ def _named(catalog: Catalog, names: frozenset[str], schema: Schema) -> dict[str,
 
 
 def _tables(schema: Schema) -> Iterator[dict[str, Shape]]:
-    """Name -> shape: as in the base's files, and as live modules have them."""
+    """Name -> shape: as in the base's files, and as loaded models have them."""
     yield {name: spec.shape for name, spec in schema.specs.items()}
     bare = {name: Entry(spec, ()) for name, spec in schema.specs.items()}
     for version in _VERSIONS if schema.config else ():
         try:
-            live = to_memory(bare, schema.config, version)
+            loaded = to_memory(bare, schema.config, version)
         except (UnsupportedError, PlanError):
             continue
-        yield {name: entry.spec.shape for name, entry in live.items()}
+        yield {name: entry.spec.shape for name, entry in loaded.items()}
 
 
 def _reshaped(entry: Entry, name: str, shape: Shape) -> Entry:

@@ -120,7 +120,7 @@ class Judge:
         known = {**want, **have} if self._tied else have
         used: set[str] = set()
         for hub, piece in want.items():
-            stored = hub if hub in have else self._twin(hub, piece, have, want)
+            stored = hub if hub in have else self._partner(hub, piece, have, want)
             if stored is not None:
                 used.add(self._owners[have[stored].name])
             if stored is None:
@@ -134,22 +134,22 @@ class Judge:
                 others = known if ties.is_head(hub) else have
                 yield self._extra(hub, piece, others, used, prefix), hub
 
-    def _twin(
+    def _partner(
         self, hub: str, piece: Piece, have: Mapping[str, Piece], want: Mapping[str, Piece]
     ) -> str | None:
         """The tensor of the source that serves for one of the base that the source lacks."""
-        twin = ties.twin_of(hub, have)
-        if twin is None or have[twin].name in self._options.untied:
+        partner = ties.tied_partner(hub, have)
+        if partner is None or have[partner].name in self._options.untied:
             return None
         if (self._options.headless and ties.is_head(hub)) or (
-            have[twin].shape[1:] != piece.shape[1:]
+            have[partner].shape[1:] != piece.shape[1:]
         ):
             return None
         # What the base stores once is one tensor, unless its config says that head and embedding
         # are two.
-        apart = self._untied and (ties.is_head(hub) or ties.is_head(twin))
-        one = (twin not in want and not apart) or ties.are_one(hub, twin, tied=self._tied)
-        return twin if one else None
+        apart = self._untied and (ties.is_head(hub) or ties.is_head(partner))
+        one = (partner not in want and not apart) or ties.are_one(hub, partner, tied=self._tied)
+        return partner if one else None
 
     def _absent(self, hub: str, piece: Piece) -> Verdict:
         """A tensor of the base that the source has under no name."""
@@ -165,13 +165,13 @@ class Judge:
     def _extra(
         self, hub: str, piece: Piece, others: Mapping[str, Piece], used: set[str], prefix: str
     ) -> Verdict:
-        """A tensor of the source that the base does not have; its twin may be among `others`."""
+        """A tensor of the source that the base does not have; its partner may be among `others`."""
         if self._owners[piece.name] in used or is_constant(hub, self._config):
             return Verdict.DROPPED
         if self._options.allows(piece.name, prefix):
             return Verdict.DROPPED
-        twin = ties.twin_of(hub, others)
-        if twin is not None and others[twin].shape == piece.shape:
+        partner = ties.tied_partner(hub, others)
+        if partner is not None and others[partner].shape == piece.shape:
             return Verdict.TWIN
         return Verdict.UNEXPECTED
 

@@ -1,7 +1,7 @@
 """Layouts: how one model's tensors are named, stacked and oriented.
 
-Every family has one layout on the hub, the released files', and others in the memory of a live
-module, by version of transformers. All of them are described relative to the hub's:
+Every family has one layout on the hub, the released files', and others in the memory of a loaded
+model, by version of transformers. All of them are described relative to the hub's:
 
     names      pairs of patterns (on the hub, here); the first that fits a name rewrites it
     stacked    one tensor here that is many on the hub: experts, gate and up projections
@@ -43,9 +43,9 @@ class Stacked(Struct, frozen=True):
 class Layout(Struct, frozen=True):
     """One layout of a family. `title` says whose it is.
 
-    A live module has it in memory under transformers versions `[since, before)`: of the full model,
-    or with `backbone` of the AutoModel class. `since` is None for a layout that occurs only in
-    files; `released` where training starts from such files.
+    A loaded model has it in memory under transformers versions `[since, before)`: of the full
+    model, or with `backbone` of the AutoModel class. `since` is None for a layout that occurs only
+    in files; `released` where training starts from such files.
     """
 
     title: str
@@ -57,8 +57,8 @@ class Layout(Struct, frozen=True):
     backbone: bool = False
     released: bool = False
 
-    def is_live(self, version: Version) -> bool:
-        """Whether live modules of this transformers version have this layout."""
+    def loads_as(self, version: Version) -> bool:
+        """Whether loaded models of this transformers version have this layout."""
         if self.since is None or version < self.since:
             return False
         return self.before is None or version < self.before
@@ -104,9 +104,9 @@ class View(Struct, frozen=True):
     def title(self) -> str:
         return ", ".join(dict.fromkeys(layout.title for layout in self.layouts))
 
-    def is_live(self, version: Version) -> bool:
-        """Whether live modules of this transformers version have this layout."""
-        return all(layout.is_live(version) for layout in self.layouts)
+    def loads_as(self, version: Version) -> bool:
+        """Whether loaded models of this transformers version have this layout."""
+        return all(layout.loads_as(version) for layout in self.layouts)
 
     @property
     def backbone(self) -> bool:

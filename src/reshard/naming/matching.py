@@ -1,4 +1,4 @@
-"""The differences between a checkpoint and its base, as one record.
+"""The differences between a checkpoint and its base, as one value.
 
 The fit of the names creates it; the conversion, errors, the report, `inspect`, `diff` and
 `reshard.json` use it. A conversion's decisions (to copy from the base or not) move names in it.
@@ -45,7 +45,7 @@ class Matching(Struct, frozen=True):
     resized: tuple[Resize, ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
-        """The record as lines of a label and its words; what is empty has none."""
+        """The matching as lines of a label and its words; what is empty has none."""
         rows = [("tied", listed(f"{a} = {b}" for a, b in self.tied.items()))] if self.tied else []
         for what in ("filled", "missing", "unexpected"):
             names: tuple[str, ...] = getattr(self, what)
@@ -54,7 +54,7 @@ class Matching(Struct, frozen=True):
         return [*rows, ("resized", listed(map(str, self.resized)))] if self.resized else rows
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values; `resized` is left out where nothing is."""
+        """The matching as JSON values; `resized` is left out where nothing is."""
         resized = {"resized": [str(one) for one in self.resized]} if self.resized else {}
         return {
             "tied": dict(self.tied),
@@ -66,12 +66,12 @@ class Matching(Struct, frozen=True):
 
 
 def of_error(error: NamesError) -> Matching:
-    """The record for an error about names: a refused conversion fills and ties nothing."""
+    """The matching for an error about names: a refused conversion fills and ties nothing."""
     return Matching(missing=error.missing, unexpected=error.unexpected)
 
 
 def parsed(names: Mapping[str, Any]) -> Matching:
-    """The record as `reshard.json` states it, vocabularies aside.
+    """The matching as `reshard.json` states it, vocabularies aside.
 
     Raises `TypeError`, `ValueError` or `AttributeError` for what is none.
     """

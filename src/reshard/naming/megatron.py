@@ -202,13 +202,13 @@ class _Naming:
             for index in range(self._stacked(layer[1], name, shape)):
                 yield from self._layer(layer[1], index, layer[3], Select(of, index), shape[1:])
 
-    def _stacked(self, part: str, name: str, shape: Shape) -> int:
+    def _stacked(self, stack: str, name: str, shape: Shape) -> int:
         """The number of layers that a tensor holds, stacked."""
         count = shape[0] if shape else 0
-        wanted = self._layers if part == "decoder" else self._more_layers()
-        if count != wanted:
+        expected = self._layers if stack == "decoder" else self._more_layers()
+        if count != expected:
             raise NamesError(
-                f"it holds {count} layers, stacked; the base has {wanted}.",
+                f"it holds {count} layers, stacked; the base has {expected}.",
                 tensor=name,
                 hint="Is it the base that the training started from?",
             )
@@ -219,10 +219,10 @@ class _Naming:
         return count if type(count) is int and 0 <= count < MAX_ROWS else 0
 
     def _layer(
-        self, part: str, index: int, name: str, of: Arrangement, shape: Shape
+        self, stack: str, index: int, name: str, of: Arrangement, shape: Shape
     ) -> Iterator[tuple[str, Arrangement]]:
         """The hub's tensors in one tensor of one layer."""
-        if part == "decoder":
+        if stack == "decoder":
             if index >= self._layers:
                 raise NamesError(
                     f"it is of layer {index}, and the base has {self._layers} layers.",

@@ -220,10 +220,10 @@ class _Builder:
                 )
         layers = [*self._decoder.values(), *self._mtp.values()]
         stacks = [shape[0] for layer in layers for n, shape in layer.items() if _EXPERTS in n]
-        wanted = megatron.number(self._config, *megatron_args.EXPERTS) if stacks else 0
-        if any(count != wanted for count in stacks):
+        expected = megatron.number(self._config, *megatron_args.EXPERTS) if stacks else 0
+        if any(count != expected for count in stacks):
             raise NamesError(
-                f"a layer has {min(stacks)} experts, and the config says {wanted}.",
+                f"a layer has {min(stacks)} experts, and the config says {expected}.",
                 hint=_WHOLE,
             )
 

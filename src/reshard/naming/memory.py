@@ -1,8 +1,8 @@
-"""The names and shapes that a live module has: from files, for `dcp.load` into a running model.
+"""The names and shapes that a loaded model has: from files, for `dcp.load` into a running model.
 
 The files are read as the hub's layout (or as the memory layout they were dumped in), and the hub
-tensors are placed in the layout of the wanted transformers version: experts stacked, names moved,
-the tied head added, since the state dict of a live module holds it.
+tensors are placed in the layout of the requested transformers version: experts stacked, names
+moved, the tied head added, since the state dict of a loaded model holds it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _GENERATING = (
 def to_memory(
     entries: Mapping[str, Entry], config: Mapping[str, Any], version: Version = NEWEST
 ) -> dict[str, Entry]:
-    """The tensors of a model's files as a live module of that transformers version names them.
+    """The tensors of a model's files as a loaded model of that transformers version names them.
 
     `entries` are by the names in the files, `config` is the parsed `config.json`.
 
@@ -57,11 +57,11 @@ def to_memory(
 def memory_outputs(
     shapes: Mapping[str, Shape], config: Mapping[str, Any], version: Version
 ) -> dict[str, Arrangement]:
-    """What makes each tensor of the live module, by the names in the files; raises as `to_memory`
+    """What makes each tensor of the loaded model, by the names in the files; raises as `to_memory`
     does."""
-    wanted = placed_pieces(pieces_of(shapes, config), config, memory_view(config, version))
+    placed = placed_pieces(pieces_of(shapes, config), config, memory_view(config, version))
     assembler = Assembler(shapes, {name: name for name in shapes})
-    return {name: assembler.arrange(pairs) for name, pairs in wanted.items()}
+    return {name: assembler.arrange(pairs) for name, pairs in placed.items()}
 
 
 def pieces_of(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Mapping[str, Piece]:
@@ -70,7 +70,7 @@ def pieces_of(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Mapping
 
 
 def hub_pieces(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[str, Piece]:
-    """Where each tensor lies, by the hub's name, in files that may be in a live layout."""
+    """Where each tensor lies, by the hub's name, in files that may be in a layout in memory."""
     pieces = _towers(pieces_of(shapes, config), config)
     # The rules of the language model's layouts name its modules wherever they stand.
     text = family(text_config(config).get("model_type"))
@@ -86,18 +86,18 @@ def hub_pieces(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[s
 def placed_pieces(
     stored: Mapping[str, Piece], config: Mapping[str, Any], view: View
 ) -> dict[str, list[tuple[Piece, Piece]]]:
-    """The tensors that a live module of this layout has, each with the pieces that make it: where
+    """The tensors that a loaded model of this layout has, each with the pieces that make it: where
     one lies in the module, where it lies in the files (`stored`)."""
     pieces = _towers(_held(stored, config), config)
     _add_tied(pieces, config)
-    wanted: dict[str, list[tuple[Piece, Piece]]] = {}
+    placed: dict[str, list[tuple[Piece, Piece]]] = {}
     for hub, piece in _place({hub: piece.shape for hub, piece in pieces.items()}, view).items():
-        wanted.setdefault(piece.name, []).append((piece, pieces[hub]))
-    return wanted
+        placed.setdefault(piece.name, []).append((piece, pieces[hub]))
+    return placed
 
 
 def memory_view(config: Mapping[str, Any], version: Version) -> View:
-    """The layout that live modules of this config have under that transformers version.
+    """The layout that loaded models of this config have under that transformers version.
 
     Raises `UnsupportedError` where that version has no such model.
     """
@@ -105,11 +105,11 @@ def memory_view(config: Mapping[str, Any], version: Version) -> View:
     found = unsupported(config, version)
     if found:
         raise UnsupportedError(
-            f"the live modules that transformers {text} makes of {', '.join(sorted(found))} split, "
-            "join, permute or add to the tensors of the files, in ways that are not known here.",
+            f"transformers {text} loads {', '.join(sorted(found))} as models that split, join, "
+            "permute or add to the tensors of the files, in ways that are not known here.",
             hint="Without --names memory the names are those of the files.",
         )
-    view = live_layout(config, version)
+    view = memory_layout(config, version)
     if view is None:
         raise UnsupportedError(
             f"transformers {text} has no model of type {config.get('model_type')!r}.",
@@ -127,12 +127,14 @@ def was_read(version: Version) -> bool:
     return version >= OLDEST and version[:2] <= NEWEST
 
 
-def live_layout(config: Mapping[str, Any], version: Version) -> View | None:
-    """The layout of that version's live modules; None where the version has no such model."""
-    live = [view for view in views(config, guess=False) if view.is_live(version)]
-    wanted = is_backbone(config)
-    live = [view for view in live if view.backbone == wanted] or live
-    return max(live, key=lambda view: [layout.since or () for layout in view.layouts], default=None)
+def memory_layout(config: Mapping[str, Any], version: Version) -> View | None:
+    """The layout of that version's loaded models; None where the version has no such model."""
+    loaded = [view for view in views(config, guess=False) if view.loads_as(version)]
+    bare = is_backbone(config)
+    loaded = [view for view in loaded if view.backbone == bare] or loaded
+    return max(
+        loaded, key=lambda view: [layout.since or () for layout in view.layouts], default=None
+    )
 
 
 def unsupported(config: Mapping[str, Any], version: Version) -> set[str]:
@@ -145,7 +147,8 @@ def unsupported(config: Mapping[str, Any], version: Version) -> set[str]:
 
 
 def _read(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Reading:
-    """Read files through the layout they are in: the hub's, or a live one that they were dumped in.
+    """Read files through the layout they are in: the hub's, or a loaded one that they were dumped
+    in.
 
     A layout is theirs where each name is the one that it gives to the hub tensor read from it.
     """
@@ -214,7 +217,7 @@ def _orientation_is_right(
 
 
 def _held(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str, Piece]:
-    """The tensors that a live module holds: its state dict lacks what it computes."""
+    """The tensors that a loaded model holds: its state dict lacks what it computes."""
     return {
         hub: piece
         for hub, piece in pieces.items()
@@ -241,7 +244,7 @@ def _towers(pieces: Mapping[str, Piece], config: Mapping[str, Any]) -> dict[str,
 
 
 def _add_tied(pieces: dict[str, Piece], config: Mapping[str, Any]) -> None:
-    """Add the tensors that the files hold under another name only: a live module has them all."""
+    """Add the tensors that the files hold under another name only: a loaded model has them all."""
     # Of an encoder and a decoder that are models of their own, the decoder has the head.
     decoder = config.get("decoder")
     speaking = (decoder,) if isinstance(decoder, Mapping) else levels(config)

@@ -17,8 +17,8 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 
-def unique_order(wanted: int, available: int, fits: Callable[[int, int], bool]) -> list[int] | None:
-    """The only ascending choice of `available` places such that tensor `k` of `wanted` fits place
+def unique_order(needed: int, available: int, fits: Callable[[int, int], bool]) -> list[int] | None:
+    """The only ascending choice of `available` places such that tensor `k` of `needed` fits place
     `found[k]`; None where there is none, or more than one.
 
     The first choice from the front and the first from the back are the same exactly where there is
@@ -29,9 +29,9 @@ def unique_order(wanted: int, available: int, fits: Callable[[int, int], bool]) 
     >>> unique_order(1, 2, lambda tensor, place: True) is None
     True
     """
-    front = _greedy(wanted, available, fits)
+    front = _greedy(needed, available, fits)
     back = _greedy(
-        wanted, available, lambda tensor, place: fits(wanted - 1 - tensor, available - 1 - place)
+        needed, available, lambda tensor, place: fits(needed - 1 - tensor, available - 1 - place)
     )
     if front is None or back is None:
         return None
@@ -39,10 +39,10 @@ def unique_order(wanted: int, available: int, fits: Callable[[int, int], bool]) 
     return front if front == mirrored else None
 
 
-def _greedy(wanted: int, available: int, fits: Callable[[int, int], bool]) -> list[int] | None:
+def _greedy(needed: int, available: int, fits: Callable[[int, int], bool]) -> list[int] | None:
     found: list[int] = []
     place = 0
-    for tensor in range(wanted):
+    for tensor in range(needed):
         while place < available and not fits(tensor, place):
             place += 1
         if place == available:

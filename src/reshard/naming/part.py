@@ -6,9 +6,34 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
+from reshard.core.catalog import Catalog
+from reshard.core.state import ReadState
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, listed
 from reshard.naming.search import clash, unwrap
+
+
+def catalog_under(catalog: Catalog, prefix: str) -> Catalog:
+    """The catalog of the tensors below a prefix, with what an optimizer holds of them.
+
+    Raises `NamesError` as `under` does.
+    """
+    entries = under(catalog.entries, prefix)
+    flat = {name: catalog.entries[name] for name in catalog.unshaped}
+    unshaped = entries.keys() & (under(flat, prefix) if flat else {})
+    optimizer = catalog.optimizer
+    if optimizer is not None:
+        read, own = optimizer, {name: _below(name, prefix) for name in catalog.entries}
+        inside = {name: new for name, new in own.items() if new is not None}
+        optimizer = ReadState(lambda: read().only(inside))
+    return replace(catalog, entries=entries, unshaped=frozenset(unshaped), optimizer=optimizer)
+
+
+def _below(name: str, prefix: str) -> str | None:
+    """A name without the prefix and without wrappers' parts; None where it is not below it."""
+    dotted = unwrap(prefix.removesuffix(".")) + "."
+    clean = unwrap(name)
+    return clean.removeprefix(dotted) if clean.startswith(dotted) else None
 
 
 def under(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
@@ -17,12 +42,10 @@ def under(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
     Raises `NamesError` where there is none, with what the names begin with, or where two different
     tensors get one name.
     """
-    dotted = unwrap(prefix.removesuffix(".")) + "."
     found: dict[str, Entry] = {}
     owners: dict[str, Entry] = {}
     for entry in entries.values():
-        clean = (unwrap(name) for name in entry.names)
-        names = [name.removeprefix(dotted) for name in clean if name.startswith(dotted)]
+        names = [name for old in entry.names if (name := _below(old, prefix)) is not None]
         if names:
             other = owners.setdefault(names[0], entry)
             if other.fragments != entry.fragments:

@@ -53,17 +53,17 @@ def _compile_any(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 def matches_any(patterns: Iterable[str], name: str) -> bool:
     """Whether the name is of one of the patterns."""
-    wanted = tuple(patterns)
-    return bool(wanted) and _compile_any(wanted).fullmatch(name) is not None
+    given = tuple(patterns)
+    return bool(given) and _compile_any(given).fullmatch(name) is not None
 
 
-def exactness(wanted: Iterable[str], name: str) -> int:
+def exactness(given: Iterable[str], name: str) -> int:
     """The most parts that a pattern of the name spells out; -1 where none is of it.
 
     >>> exactness(["model.**", "model.language_model.**"], "model.language_model.norm.weight")
     2
     """
-    fitting = (pattern for pattern in wanted if match(pattern, name) is not None)
+    fitting = (pattern for pattern in given if match(pattern, name) is not None)
     spelt = (sum("*" not in part for part in pattern.split(".")) for pattern in fitting)
     return max(spelt, default=-1)
 

@@ -119,7 +119,7 @@ def _by_version(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> bool:
 
 
 def _swappable(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The tensors that some live layout of this model turns."""
+    """The tensors that some layout in memory of this model turns."""
     layouts = {layout for view in views(config, guess=False) for layout in view.layouts}
     swapped = [pattern for layout in layouts for pattern in layout.swapped]
     return tuple(name for name in shapes if patterns.matches_any(swapped, name))

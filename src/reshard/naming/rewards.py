@@ -64,7 +64,7 @@ class RewardHeads(Struct, frozen=True):
     width: int
 
 
-class Parts(Struct, frozen=True):
+class ModelParts(Struct, frozen=True):
     """A checkpoint split into its backbone, by the checkpoint's names, and its heads.
 
     `rewards` are the heads of a scalar reward model, `value` is the head of a critic; at most one
@@ -99,7 +99,7 @@ def split(
     base: Container[str] = (),
     value_head: str | None = None,
     allows: Callable[[str], bool] = lambda _: False,
-) -> Parts:
+) -> ModelParts:
     """Find the heads by their names and shapes, and separate them from the backbone.
 
     `base` are the names of the base model: a head that it has is a part of the backbone. `allows`
@@ -120,12 +120,12 @@ def split(
             backbone[name] = entry
     rewards = _rewards(heads) if heads else None
     if rewards is not None:
-        return Parts(backbone, rewards)
+        return ModelParts(backbone, rewards)
     found = value_heads.find(backbone, base, value_head, allows)
     if found is None:
-        return Parts(backbone)
+        return ModelParts(backbone)
     value, owners = found
-    return Parts({n: entry for n, entry in backbone.items() if n not in owners}, value=value)
+    return ModelParts({n: entry for n, entry in backbone.items() if n not in owners}, value=value)
 
 
 def _head_type(name: str) -> tuple[str, str]:
@@ -147,7 +147,7 @@ def _rewards(tensors: Mapping[str, Entry]) -> RewardHeads:
         **(_POOL if pooled else {}),
         **(_SCALE if scaled else {}),
     }.items():
-        wanted: Shape = tuple(width if wide else 1 for wide in dims)
+        expected: Shape = tuple(width if wide else 1 for wide in dims)
         for kind in types:
             entry = tensors.get(kind + suffix)
             if entry is None:
@@ -156,10 +156,10 @@ def _rewards(tensors: Mapping[str, Entry]) -> RewardHeads:
                     tensor=kind + suffix,
                     hint=_critic(kind),
                 )
-            if entry.spec.shape != wanted:
+            if entry.spec.shape != expected:
                 raise NamesError(
                     f"its shape is {entry.spec.shape}, a reward head of width {width} has "
-                    f"{wanted} here.",
+                    f"{expected} here.",
                     tensor=kind + suffix,
                     hint=_critic(kind),
                 )
@@ -170,7 +170,7 @@ def _critic(kind: str) -> str:
     return f"If it is a critic's head of several layers, pass --value-head {kind}_head."
 
 
-def check(parts: Parts, model_type: ModelType | None, options: RewardOptions) -> Parts:
+def check(parts: ModelParts, model_type: ModelType | None, options: RewardOptions) -> ModelParts:
     """Compare what the names say with what the user said; the heads come in the user's order.
 
     Without a `model_type` the checkpoint's own counts, and options about heads need heads.
@@ -195,10 +195,10 @@ def check(parts: Parts, model_type: ModelType | None, options: RewardOptions) ->
         )
     if parts.rewards is None:
         return parts
-    return Parts(parts.backbone, _check_heads(parts.rewards, options))
+    return ModelParts(parts.backbone, _check_heads(parts.rewards, options))
 
 
-def _model_types(parts: Parts) -> tuple[ModelType, ...]:
+def _model_types(parts: ModelParts) -> tuple[ModelType, ...]:
     """The model types that a checkpoint with these parts can be of."""
     if parts.rewards is not None:
         audio = any("audio_tower" in name.split(".") for name in parts.backbone)
@@ -229,7 +229,7 @@ def _check_heads(heads: RewardHeads, options: RewardOptions) -> RewardHeads:
     return RewardHeads(heads.tensors, tuple(types), heads.pooling, heads.scaled, heads.width)
 
 
-def lightrft_state(parts: Parts) -> dict[str, Entry]:
+def lightrft_state(parts: ModelParts) -> dict[str, Entry]:
     """The state dict that LightRFT loads strictly: backbone and heads by the names of training."""
     heads = {} if parts.rewards is None else parts.rewards.tensors
     return {**{unwrap(n): e.renamed(unwrap(n)) for n, e in parts.backbone.items()}, **heads}

@@ -70,7 +70,7 @@ def backbone_part(config: Mapping[str, Any]) -> str:
 
 def comes_with_base(name: str, config: Mapping[str, Any]) -> bool:
     """Whether training cannot change a tensor of the base: it is computed from the config, or
-    belongs to layers that no live module holds. Every output has the base's."""
+    belongs to layers that no loaded model holds. Every output has the base's."""
     return is_constant(name, config) or is_unheld(name, config)
 
 
@@ -81,7 +81,7 @@ def is_constant(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def is_unheld(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether no live module holds a tensor of a model's files: a multi-token-prediction layer."""
+    """Whether no loaded model holds a tensor of a model's files: a multi-token-prediction layer."""
     if patterns.matches_any(families.UNHELD, name):
         return True
     more = [level for level in levels(config) if level.get(families.MORE_LAYERS)]

@@ -261,14 +261,14 @@ def _without_allowed(source: Reading, prefix: str, options: FitOptions) -> Readi
     return replace(source, misfits=misfits, allowed=allowed)
 
 
-def prefixes(names: Iterable[str], wanted: str | None) -> Iterator[str]:
+def prefixes(names: Iterable[str], given: str | None) -> Iterator[str]:
     """The prefixes worth a try: what all names share, part by part, and the trainers' known ones.
 
     A known prefix needs half of the names behind it: fewer could not make a fit, only a bad guess
     in an error message.
     """
-    if wanted is not None:
-        yield wanted
+    if given is not None:
+        yield given
         return
     listed = tuple(names)
     split = [name.split(".")[:-1] for name in listed]
@@ -313,8 +313,8 @@ def _unique(complete: list[Candidate], options: FitOptions) -> Candidate:
     different = _apart(complete)
     version = options.transformers_version
     if len(different) > 1 and version is not None:
-        live = [c for c in different if any(view.is_live(version) for view in c.views)]
-        different = live or different  # none has that version: all are named
+        loaded = [c for c in different if any(view.loads_as(version) for view in c.views)]
+        different = loaded or different  # none has that version: all are named
     if len(different) == 1:
         return different[0]
     ways = "; ".join(candidate.title for candidate in different)

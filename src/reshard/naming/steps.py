@@ -51,7 +51,7 @@ class Known(Struct, frozen=True):
         return tuple(dict.fromkeys(self.want[hub].name for hub in self.candidate.of(verdict)))
 
 
-class Part(Struct, frozen=True):
+class FitResult(Struct, frozen=True):
     """What one step adds to the map; the fields are those of `NameMap` and its `Matching`."""
 
     outputs: Mapping[str, Arrangement] = {}
@@ -64,14 +64,14 @@ class Part(Struct, frozen=True):
     undecided: tuple[tuple[str, str], ...] = ()
     findings: tuple[Finding, ...] = ()
 
-    def __add__(self, later: Part) -> Part:
-        """Both parts; where both name something, the later one counts."""
+    def __add__(self, later: FitResult) -> FitResult:
+        """Both results; where both name something, the later one counts."""
         joined: dict[str, Any] = {}
         for name in self.__struct_fields__:
             mine, theirs = getattr(self, name), getattr(later, name)
             table = isinstance(mine, Mapping)
             joined[name] = {**mine, **theirs} if table else (*mine, *theirs)
-        return Part(**joined)
+        return FitResult(**joined)
 
 
 def is_chosen(options: FitOptions) -> bool:

@@ -133,7 +133,8 @@ def regions_of(config: Config) -> list[Region] | None:
     decoder = _of(DECODERS, kind)
     if decoder is None or not _is_of(named, decoder.stem):
         return None
-    return [_decoder(decoder, "model.", config), _beside("", "lm_head.", named, config)]
+    beside = _beside("", "lm_head.", named, config, decoder.head_bias)
+    return [_decoder(decoder, "model.", config), beside]
 
 
 def _composed(composite: Composite, config: Config) -> list[Region]:
@@ -162,10 +163,12 @@ def _decoder(decoder: Decoder, prefix: str, config: Config) -> Region:
     return Region(prefix, config, rows, "layers", layer, ("num_hidden_layers",))
 
 
-def _beside(outside: Block, head: str, named: str, config: Config) -> Region:
+def _beside(
+    outside: Block, head: str, named: str, config: Config, head_bias: str = "lm_head_bias"
+) -> Region:
     """What lies at the top: projectors, and the head that the class has."""
     if named.endswith(_GENERATE):
-        outside += f"\n{head}weight - maybe\n{head}bias - lm_head_bias\n"
+        outside += f"\n{head}weight - maybe\n{head}bias - {head_bias}\n"
     elif named.endswith(_SCORE):
         outside += "\nscore.weight -\nscore.bias - maybe\n"
     return Region("", config, outside)
@@ -177,6 +180,13 @@ def _of(table: Iterable[Any], kind: object) -> Any:
 
 def _is_of(named: str, stem: str) -> bool:
     return named in {stem + task for task in (*_GENERATE, *_SCORE, *_BARE)}
+
+
+def is_own_class(named: str, config: Config) -> bool:
+    """Whether a class is one that transformers has for the config's model type, as the tables know
+    it."""
+    found = _of(DECODERS, config.get("model_type")) or _of(COMPOSITES, config.get("model_type"))
+    return found is not None and _is_of(named, found.stem)
 
 
 @cache
@@ -320,8 +330,8 @@ def _expanded(name: str, held: Mapping[str, Shape], sizes: Mapping[str, int]) ->
 def _is_there(row: Row, config: Config) -> bool:
     if row.when in ("", "maybe"):
         return True
-    key = row.when.removesuffix("+")
-    return bool(config.get(key, row.when.endswith("+")))
+    keys = row.when.split("&")
+    return all(config.get(key.removesuffix("+"), key.endswith("+")) for key in keys)
 
 
 def _sizes(config: Config) -> dict[str, int]:
@@ -342,9 +352,9 @@ def _sizes(config: Config) -> dict[str, int]:
 def _fits(shape: Shape, dims: tuple[str, ...], sizes: Mapping[str, int]) -> bool:
     if dims == ("-",):
         return True
-    wanted = [int(dim) if dim.isdigit() else sizes.get(dim) for dim in dims]
-    return len(shape) == len(wanted) and all(
-        size is None or size == have for have, size in zip(shape, wanted, strict=True)
+    expected = [int(dim) if dim.isdigit() else sizes.get(dim) for dim in dims]
+    return len(shape) == len(expected) and all(
+        size is None or size == have for have, size in zip(shape, expected, strict=True)
     )
 
 

@@ -1,7 +1,7 @@
 """Tensors that a model holds under several names. **A table to extend**; see `docs/names.md`.
 
-Read from `_tied_weights_keys` of transformers 4.57 and 5.23. Files keep one of the names, live
-modules have them all. Names are the hub's.
+Read from `_tied_weights_keys` of transformers 4.57 and 5.23. Files keep one of the names, loaded
+models have them all. Names are the hub's.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _gather(pairs: Iterable[Pair]) -> dict[str, tuple[str, ...]]:
 # Copies first: they are one tensor for certain.
 _ALL = (*COPIES, *HEADS, *PREDICTIONS)
 _ORIGINALS = _gather(_ALL)
-_TWINS = _gather(pair for name, original in _ALL
+_PARTNERS = _gather(pair for name, original in _ALL
                  for pair in ((name, original), (original, name)))  # fmt: skip
 
 
@@ -171,14 +171,14 @@ def original_of(name: str, names: Container[str]) -> str | None:
     return next((found for found in _ORIGINALS.get(name, ()) if found in names), None)
 
 
-def twin_of(name: str, names: Container[str]) -> str | None:
+def tied_partner(name: str, names: Container[str]) -> str | None:
     """Another name among `names` that one tensor may have: its original, a copy, or another copy
     of its original."""
-    near = _TWINS.get(name, ())
-    found = next((twin for twin in near if twin in names), None)
+    near = _PARTNERS.get(name, ())
+    found = next((partner for partner in near if partner in names), None)
     if found is None and not is_head(name):
-        far = (twin for original in _ORIGINALS.get(name, ()) for twin in _TWINS[original])
-        found = next((twin for twin in far if twin != name and twin in names), None)
+        far = (partner for original in _ORIGINALS.get(name, ()) for partner in _PARTNERS[original])
+        found = next((partner for partner in far if partner != name and partner in names), None)
     return found
 
 
@@ -198,7 +198,7 @@ def are_one(one: str, other: str, *, tied: bool) -> bool:
 
 def is_vocabulary(name: str, names: Container[str]) -> bool:
     """Whether a tensor's rows are the vocabulary: an embedding, or a head beside its embedding."""
-    if name not in _TWINS:
+    if name not in _PARTNERS:
         return False
     return not is_head(name) or original_of(name, names) is not None
 

@@ -66,17 +66,17 @@ class ValueHead(Struct, frozen=True):
 def find(
     entries: Mapping[str, Entry],
     base: Container[str],
-    wanted: str | None,
+    given: str | None,
     allows: Callable[[str], bool],
 ) -> tuple[ValueHead, frozenset[str]] | None:
     """The head and the entries' names that are its; None where there is none.
 
-    Without `wanted` it is one of the known names, of the model or of what all names lie under.
-    Raises `NamesError` where the wanted one is not there.
+    Without `given` it is one of the known names, of the model or of what all names lie under.
+    Raises `NamesError` where the named one is not there.
     """
     clean = {unwrap(name): name for name in entries}
     shared = shared_prefixes(clean)[-1]
-    for head in _KNOWN if wanted is None else (wanted.removesuffix(".weight"),):
+    for head in _KNOWN if given is None else (given.removesuffix(".weight"),):
         for prefix in dict.fromkeys((shared, "")):
             inside = f"{prefix}{head}."
             found = {
@@ -85,18 +85,18 @@ def find(
                 if name.startswith(inside)
                 and name not in base
                 and name.removeprefix(prefix) not in base
-                and (wanted is not None or not allows(name.removeprefix(prefix)))
+                and (given is not None or not allows(name.removeprefix(prefix)))
             }
             if _is_head([entries[own].spec.shape for own in found.values()]):
                 tensors = {name.removeprefix(inside): entries[own] for name, own in found.items()}
                 return ValueHead(head, tensors), frozenset(found.values())
-    if wanted is None:
+    if given is None:
         return None
     alike = candidates(
         (name, entries[own].spec.shape) for name, own in clean.items() if name not in base
     )
     raise NamesError(
-        f"there is no value head {wanted!r}: tensors below that name, the last of shape [1, H].",
+        f"there is no value head {given!r}: tensors below that name, the last of shape [1, H].",
         unexpected=tuple(alike),
         hint=f"Such tensors are in: {listed(alike)}." if alike else "There is none; leave it out.",
     )

@@ -2,7 +2,7 @@
 
 The search comes here if no prefix and layout that trainers use fits. A part of a composite base can
 be trained separately: its language model, or the thinker of an omni model. On disk such a part lies
-under a prefix, which the live module of the part does not have:
+under a prefix, which the loaded model of the part does not have:
 
     Gemma 3, Llama 4, Mistral 3     language_model.model.**     model.**      (Gemma3ForCausalLM)
                                     language_model.lm_head.**   lm_head.**
@@ -10,7 +10,7 @@ under a prefix, which the live module of the part does not have:
                                     lm_head.**                  lm_head.**
     Qwen2.5-Omni, Qwen3-Omni        thinker.**                  **            (...OmniThinker...)
 
-Read off live modules of transformers 5.23 (`tests/models/test_composite.py`).
+Read off loaded models of transformers 5.23 (`tests/models/test_composite.py`).
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ class Scale:
             return 0.0
         if value >= most or least == most:
             return 1.0
-        part = math.log(value / least) / math.log(most / least)
-        return round(_FAINTEST + (1 - _FAINTEST) * max(part, 0.0), 3)
+        share = math.log(value / least) / math.log(most / least)
+        return round(_FAINTEST + (1 - _FAINTEST) * max(share, 0.0), 3)
 
     def legends(self) -> list[Legend]:
         """The ranges, as words."""

@@ -61,12 +61,12 @@ def same(one: Array, other: Array) -> bool:
     )
 
 
-def differing(found: Tensors, wanted: Tensors) -> list[str]:
+def differing(found: Tensors, expected: Tensors) -> list[str]:
     """Names that are in one only, or whose tensors differ."""
     return sorted(
         name
-        for name in found.keys() | wanted.keys()
-        if name not in found or name not in wanted or not same(found[name], wanted[name])
+        for name in found.keys() | expected.keys()
+        if name not in found or name not in expected or not same(found[name], expected[name])
     )
 
 

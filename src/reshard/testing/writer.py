@@ -109,7 +109,7 @@ class WriterConformance:
     def test_every_tensor_is_laid_out_once_and_in_full(self, to_write: list[TensorToWrite]) -> None:
         numel: dict[str, int] = {}
         for file in self.lay_out(to_write, _SMALL)[0]:
-            assert file.part == ""
+            assert file.table == ""
             for slot in file.slots:
                 assert slot.source.spec.shape == slot.spec.shape
                 numel[slot.spec.name] = numel.get(slot.spec.name, 0) + slot.spec.numel

@@ -21,7 +21,7 @@ from reshard.core.plan import OutputFile, Plan, Slot
 from reshard.transfer.checksums import Checked
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.finite import NotFinite
-from reshard.transfer.making import Made, block_numel
+from reshard.transfer.making import SegmentResult, block_numel
 from reshard.transfer.pieces import Run, runs
 from reshard.transfer.readback import ReadBack, Stretch
 from reshard.transfer.reading import Known
@@ -30,11 +30,11 @@ from reshard.transfer.reading import Known
 class Outcome(Struct, frozen=True):
     """What a transfer did.
 
-    `digests` are those of each tensor (`core.digests`), by part and name. `checked` counts the
+    `digests` are those of each tensor (`core.digests`), by table and name. `checked` counts the
     checksums of the source that were compared, and the stretches without. `not_finite` are tensors
-    that hold NaN or infinity, by part and name. `changed` counts the slots whose values differ from
-    their reference, of `compared`. `findings` say what happened on the way: to what earlier runs
-    left, to the output that was replaced, to workers. `read_back` are digests of bytes of the
+    that hold NaN or infinity, by table and name. `changed` counts the slots whose values differ
+    from their reference, of `compared`. `findings` say what happened on the way: to what earlier
+    runs left, to the output that was replaced, to workers. `read_back` are digests of bytes of the
     written files, read from them again.
     """
 
@@ -71,7 +71,7 @@ class _Digest(Struct):
 
 
 class File(Struct):
-    """An output file on its way, with `pending` parts to come. `late` is written before it is
+    """An output file on its way, with `pending` segments to come. `late` is written before it is
     sealed: (offset, CRC-32).
 
     Of a lent file `path` is where it lies meanwhile, and `fd` is -1.
@@ -87,8 +87,8 @@ class File(Struct):
 class Tensor(Struct):
     """A slot on its way; `changed` once it differs from its reference.
 
-    `crcs` are the CRC-32 and size of the parts that are written, by their first element; `pending`
-    parts are not, and more may come until `complete`.
+    `crcs` are the CRC-32 and size of the segments that are written, by their first element;
+    `pending` segments are not, and more may come until `complete`.
     """
 
     slot: Slot
@@ -99,7 +99,7 @@ class Tensor(Struct):
     changed: bool = False
 
 
-class Part(Struct, frozen=True):
+class Segment(Struct, frozen=True):
     """What a piece has of one slot."""
 
     tensor: Tensor
@@ -111,14 +111,14 @@ class Piece(Struct, frozen=True):
 
     digest: _Digest
     leaf: int
-    parts: list[Part] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         return sum(
-            run.numel * part.tensor.slot.spec.dtype.itemsize
-            for part in self.parts
-            for run in part.runs
+            run.numel * segment.tensor.slot.spec.dtype.itemsize
+            for segment in self.segments
+            for run in segment.runs
         )
 
 
@@ -149,7 +149,7 @@ class Assembly:
         for output in self._plan.files:
             file = self._begin(output)
             for slot in output.slots:
-                key = (output.part, slot.spec.name)
+                key = (output.table, slot.spec.name)
                 if key not in self._digests:  # the slots of one tensor follow each other
                     self._digests[key] = _Digest()
                     before = 0
@@ -171,19 +171,19 @@ class Assembly:
             self._note(piece)
             yield piece
 
-    def made(self, piece: Piece, digest: bytes, parts: Sequence[Made]) -> None:
-        """That a piece is written, and what making its parts showed."""
+    def made(self, piece: Piece, digest: bytes, results: Sequence[SegmentResult]) -> None:
+        """That a piece is written, and what making its segments showed."""
         with self._counting:
             piece.digest.put(piece.leaf, digest)
-        for part, made in zip(piece.parts, parts, strict=True):
-            tensor = part.tensor
+        for segment, made in zip(piece.segments, results, strict=True):
+            tensor = segment.tensor
             with self._counting:
                 tensor.changed = tensor.changed or made.changed
                 if made.special:
-                    key = (tensor.file.output.part, tensor.slot.spec.name)
+                    key = (tensor.file.output.table, tensor.slot.spec.name)
                     self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
                 if tensor.slot.crc_offsets:
-                    tensor.crcs[part.runs[0].start] = made.crc, made.nbytes
+                    tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
                 tensor.pending -= 1
                 if tensor.complete and not tensor.pending:
                     _put_crc(tensor)
@@ -217,11 +217,11 @@ class Assembly:
 
     def _note(self, piece: Piece) -> None:
         """Have a piece read again later, if it is one stretch of a file."""
-        if self._back is None or len(piece.parts) != 1:
+        if self._back is None or len(piece.segments) != 1:
             return
-        (part,) = piece.parts
-        file, slot = part.tensor.file, part.tensor.slot
-        first, last = part.runs[0], part.runs[-1]
+        (segment,) = piece.segments
+        file, slot = segment.tensor.file, segment.tensor.slot
+        first, last = segment.runs[0], segment.runs[-1]
         itemsize = slot.spec.dtype.itemsize
         path = os.fspath(self._folder.partial / file.output.name)
         offset = slot.offset + first.start * itemsize
@@ -229,16 +229,16 @@ class Assembly:
         self._back.note(file.fd, Stretch(path, offset, nbytes))
 
     def _add(self, piece: Piece, tensor: Tensor, run: Run) -> None:
-        """Note a run in its piece; parts are counted before anyone can finish them."""
-        if not piece.parts or piece.parts[-1].tensor is not tensor:
-            piece.parts.append(Part(tensor, []))
+        """Note a run in its piece; segments are counted before anyone can finish them."""
+        if not piece.segments or piece.segments[-1].tensor is not tensor:
+            piece.segments.append(Segment(tensor, []))
             with self._counting:
                 tensor.pending += 1
                 tensor.file.pending += 1
-        piece.parts[-1].runs.append(run)
+        piece.segments[-1].runs.append(run)
 
     def _complete(self, tensor: Tensor) -> None:
-        """Note that no more parts of a slot will come."""
+        """Note that no more segments of a slot will come."""
         with self._counting:
             tensor.complete = True
             if not tensor.pending:
@@ -265,7 +265,7 @@ class Assembly:
 
 
 def _put_crc(tensor: Tensor) -> None:
-    """Have the CRC-32 of a slot written, of which every part is made."""
+    """Have the CRC-32 of a slot written, of which every segment is made."""
     crc = 0
     for _, (following, nbytes) in sorted(tensor.crcs.items()):
         crc = zlib_ng.crc32_combine(crc, following, nbytes)

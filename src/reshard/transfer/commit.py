@@ -355,16 +355,24 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 def check_space(target: Path, nbytes: int) -> None:
     """Raise `WriteError` where the file system has no room for `nbytes` bytes."""
+    lacking = lacking_space(target, nbytes)
+    if lacking is not None:
+        raise lacking
+
+
+def lacking_space(target: Path, nbytes: int) -> WriteError | None:
+    """The error that the file system has no room for `nbytes` bytes; None where it has."""
     folder = real(target).parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if free < nbytes:
-        raise WriteError(
-            f"{nbytes:,} bytes are to be written and {free:,} are free.",
-            path=folder,
-            hint="Make room or name an output on another disk.",
-        )
+    if free >= nbytes:
+        return None
+    return WriteError(
+        f"{nbytes:,} bytes are to be written and {free:,} are free.",
+        path=folder,
+        hint="Make room or name an output on another disk.",
+    )
 
 
 def _cannot_write(path: Path, error: OSError) -> WriteError:

@@ -17,10 +17,10 @@ import xxhash
 from reshard.core.plan import Plan
 from reshard.progress import Progress
 from reshard.storage.local import Sources
-from reshard.transfer.assembly import Assembly, Outcome, Part, Piece
+from reshard.transfer.assembly import Assembly, Outcome, Piece, Segment
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.commit import OutputFolder
-from reshard.transfer.making import Made, Maker
+from reshard.transfer.making import Maker, SegmentResult
 from reshard.transfer.readback import ReadBack, ReadJob
 from reshard.transfer.writeback import Writeback
 
@@ -93,7 +93,7 @@ class Engine:
                     piece.read(maker.buffer)
                     continue
                 hasher = xxhash.xxh3_128()
-                made = [self._make(part, hasher, maker) for part in piece.parts]
+                made = [self._make(segment, hasher, maker) for segment in piece.segments]
                 self._assembly.made(piece, hasher.digest(), made)
                 self._made()
         except BaseException:
@@ -122,9 +122,9 @@ class Engine:
                     return None
                 self._taking.wait()
 
-    def _make(self, part: Part, hasher: xxhash.xxh3_128, maker: Maker) -> Made:
+    def _make(self, segment: Segment, hasher: xxhash.xxh3_128, maker: Maker) -> SegmentResult:
         """Make what a piece has of a slot."""
-        file = part.tensor.file
+        file = segment.tensor.file
 
         def put(data: memoryview, offset: int) -> None:
             if self._stop.is_set():
@@ -133,8 +133,8 @@ class Engine:
             self._writeback.wrote(file.fd, len(data))
             self._count(len(data))
 
-        tensor = part.tensor
-        return maker.make(tensor.slot, part.runs, hasher, put, changed=tensor.changed)
+        tensor = segment.tensor
+        return maker.make(tensor.slot, segment.runs, hasher, put, changed=tensor.changed)
 
     def _made(self) -> None:
         """That a piece is done."""

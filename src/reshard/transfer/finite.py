@@ -1,4 +1,4 @@
-"""Whether a block of elements holds NaN or infinity, by its bits.
+"""Whether a block of elements holds NaN, infinity or what is below zero, by its bits.
 
 Seen as integers, infinities and NaNs are the largest signed values (sign bit clear) and the largest
 unsigned ones (sign bit set): two maxima show them, at 20 GB/s per core, so every block of a
@@ -11,20 +11,26 @@ import numpy as np
 from msgspec import Struct
 
 from reshard.core.dtypes import DType
+from reshard.core.state import is_square
+from reshard.core.tensors import TensorSpec
 from reshard.transfer.fill import Array
 
 
 class NotFinite(Struct, frozen=True):
-    """How many of a tensor's elements are NaN, and how many infinite."""
+    """How many of a tensor's elements are NaN, how many infinite, and of a moment that is never
+    below zero, how many are."""
 
     nan: int = 0
     infinite: int = 0
+    negative: int = 0
 
     def __add__(self, other: NotFinite) -> NotFinite:
-        return NotFinite(self.nan + other.nan, self.infinite + other.infinite)
+        return NotFinite(
+            self.nan + other.nan, self.infinite + other.infinite, self.negative + other.negative
+        )
 
     def __bool__(self) -> bool:
-        return bool(self.nan or self.infinite)
+        return bool(self.nan or self.infinite or self.negative)
 
 
 class _Bits(Struct, frozen=True):
@@ -67,3 +73,22 @@ def not_finite(block: Array, dtype: DType) -> NotFinite:
     special = unsigned[(unsigned & bits.exponent) == bits.exponent]
     nan = int(np.count_nonzero(special & bits.mantissa))
     return NotFinite(nan, special.size - nan)
+
+
+def spoilt(block: Array, spec: TensorSpec) -> NotFinite:
+    """What cannot be right in a contiguous block of a tensor; of a moment by its name."""
+    found = not_finite(block, spec.dtype)
+    return found + _negative(block, spec.dtype) if is_square(spec.name) else found
+
+
+def _negative(block: Array, dtype: DType) -> NotFinite:
+    """How many elements of a contiguous block are below zero; -0 and NaN are not."""
+    bits = _BITS.get(dtype.name)
+    sign = 0 if bits is None else 1 << (8 * bits.itemsize - 1)
+    if bits is None or bits.exponent >= sign or not block.size:
+        return NotFinite()
+    unsigned = block.view(f"u{bits.itemsize}")
+    if unsigned.max() <= sign:
+        return NotFinite()
+    below = (unsigned > sign) & (unsigned <= (sign | bits.exponent))
+    return NotFinite(negative=int(np.count_nonzero(below)))

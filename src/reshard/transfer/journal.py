@@ -3,7 +3,7 @@
     CHECKSUM TEXT                                   a line; xxh3-64 of the text, in hexadecimal
     ["reshard", version, reshard's version, plan]   the first: what is made, by its digest
     ["source", path, [...]]                         each file that is read, and which one it was
-    ["piece", part, tensor, leaf, digest, [[source, start, stop, CRC-32], ...]]
+    ["piece", table, tensor, leaf, digest, [[source, start, stop, CRC-32], ...]]
     ["sealed", name, nbytes]                        a file is complete, synced and named
 
 A piece is a leaf of a tensor's digest (`pieces`). Its line holds the checksums of the bytes that
@@ -59,12 +59,12 @@ class _Source(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, 
 
 
 class Piece(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="piece"):
-    """A finished piece: a leaf of a tensor of a part, the digest of its bytes, and what was read.
+    """A finished piece: a leaf of a tensor of a table, the digest of its bytes, and what was read.
 
     Of `read`, each is the number of a source, the bytes `[start, stop)` of it, and their CRC-32.
     """
 
-    part: str
+    table: str
     tensor: str
     leaf: int
     digest: bytes
@@ -73,7 +73,7 @@ class Piece(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, ta
     @property
     def key(self) -> bytes:
         """Which piece it is, in 16 bytes."""
-        return key(self.part, self.tensor, self.leaf)
+        return key(self.table, self.tensor, self.leaf)
 
 
 class Sealed(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="sealed"):
@@ -105,9 +105,9 @@ class Basis(Struct, frozen=True):
     sources: Mapping[str, Fingerprint] = {}
 
 
-def key(part: str, tensor: str, leaf: int) -> bytes:
+def key(table: str, tensor: str, leaf: int) -> bytes:
     """Which piece it is, in 16 bytes."""
-    return xxhash.xxh3_128_digest(msgspec.json.encode((_text(part), _text(tensor), leaf)))
+    return xxhash.xxh3_128_digest(msgspec.json.encode((_text(table), _text(tensor), leaf)))
 
 
 def encoded(line: Line) -> bytes:
@@ -174,15 +174,15 @@ class Noted:
         """How many pieces were noted."""
         return len(self._at)
 
-    def piece(self, part: str, tensor: str, leaf: int) -> Piece | None:
+    def piece(self, table: str, tensor: str, leaf: int) -> Piece | None:
         """What was noted of a piece last; None where nothing was."""
-        start = self._at.get(key(part, tensor, leaf))
+        start = self._at.get(key(table, tensor, leaf))
         if start is None:
             return None
         with self._reading:
             self._file.seek(start)
             line = decoded(self._file.readline(_MAX_LINE))
-        return line if isinstance(line, Piece) and line.key == key(part, tensor, leaf) else None
+        return line if isinstance(line, Piece) and line.key == key(table, tensor, leaf) else None
 
     def close(self) -> None:
         self._file.close()

@@ -1,4 +1,4 @@
-"""Making a part of a piece: read and cast, examine, compare, write, hash, block by block.
+"""Making a segment of a piece: read and cast, examine, compare, write, hash, block by block.
 
 Memory of a maker: `_BLOCK` and `_SCRATCH` bytes, four times as many for blocks once it met a tensor
 that is stored in another order.
@@ -17,7 +17,7 @@ from reshard.storage.local import Sources
 from reshard.transfer.changes import differs
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
-from reshard.transfer.finite import NotFinite, not_finite
+from reshard.transfer.finite import NotFinite, spoilt
 from reshard.transfer.pieces import Run
 
 # Bytes of an output block. 4 MiB of source and output stay in a core's cache; twice as much is no
@@ -26,16 +26,19 @@ _BLOCK = 4 << 20
 # A tensor stored in another order is read over and over, once a block: fewer, larger blocks.
 _STRIDED_BLOCK = 4 * _BLOCK
 _SCRATCH = 2 * _BLOCK
+#: What a maker holds, and once it met a tensor that is stored in another order.
+MAKER_NBYTES = _BLOCK + _SCRATCH
+STRIDED_MAKER_NBYTES = _STRIDED_BLOCK + 4 * _SCRATCH
 
-#: Writes bytes at an offset of the output file that a part lies in.
+#: Writes bytes at an offset of the output file that a segment lies in.
 Put = Callable[[memoryview, int], None]
 
 
-class Made(Struct, frozen=True):
-    """What making a part showed.
+class SegmentResult(Struct, frozen=True):
+    """What making a segment showed.
 
     `crc` is the CRC-32 of its `nbytes` bytes, 0 where none is asked for; `changed` whether it
-    differs from the slot's reference; `special` counts NaN and infinities.
+    differs from the slot's reference; `special` counts values that cannot be right.
     """
 
     nbytes: int
@@ -45,7 +48,8 @@ class Made(Struct, frozen=True):
 
 
 class Maker:
-    """Makes parts, one after another; one a thread. `ledger` notes what is read of the source."""
+    """Makes segments, one after another; one a thread. `ledger` notes what is read of the
+    source."""
 
     def __init__(self, sources: Sources, ledger: Ledger) -> None:
         scratch = page_aligned(_SCRATCH).data
@@ -66,7 +70,7 @@ class Maker:
         put: Put,
         *,
         changed: bool = False,
-    ) -> Made:
+    ) -> SegmentResult:
         """Make what `runs` are of a slot. `changed`: it is known that the tensor differs."""
         if strided(slot) and len(self.buffer) < _STRIDED_BLOCK:
             self.buffer = page_aligned(_STRIDED_BLOCK)
@@ -75,7 +79,7 @@ class Maker:
         special = NotFinite()
         for run in runs:
             raw = self._fill(slot, run, itemsize)
-            found = not_finite(raw, slot.spec.dtype)
+            found = spoilt(raw, slot.spec)
             if found:
                 special += found
             if slot.reference is not None and not changed:
@@ -85,7 +89,7 @@ class Maker:
             if slot.crc_offsets:
                 crc = zlib_ng.crc32(raw.data, crc)
             nbytes += len(raw)
-        return Made(nbytes, crc, changed, special)
+        return SegmentResult(nbytes, crc, changed, special)
 
     def _fill(self, slot: Slot, run: Run, itemsize: int) -> Array:
         """The bytes of a run, in the buffer."""

@@ -20,7 +20,7 @@ from reshard.transfer import finite
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Array, Reader
 from reshard.transfer.finite import NotFinite
-from reshard.transfer.reading import parts
+from reshard.transfer.reading import blocks
 from reshard.transfer.threads import each
 
 _BLOCK = 4 << 20
@@ -59,10 +59,10 @@ def scan(
     def look(entry: Entry) -> Facts:
         spec = entry.spec
         special, same = NotFinite(), _Same(spec.dtype)
-        for part in parts(entry, readers.own(), spec.dtype, limit=_BLOCK):
-            special += finite.not_finite(part, spec.dtype)
-            same.add(part)
-            count.add(part.nbytes)
+        for block in blocks(entry, readers.own(), spec.dtype, limit=_BLOCK):
+            special += finite.not_finite(block, spec.dtype)
+            same.add(block)
+            count.add(block.nbytes)
         value = same.value if spec.numel > 1 and not special else None
         return Facts(spec.name, spec.shape, spec.numel, special, value)
 
@@ -92,12 +92,12 @@ class _Same:
         self._first: int | None = None
         self.value: float | None = None
 
-    def add(self, part: Array) -> None:
-        if not (self._known and part.size):
+    def add(self, block: Array) -> None:
+        if not (self._known and block.size):
             return
-        bits = part.view(self._bits)
+        bits = block.view(self._bits)
         if self._first is None:
-            self._first, self.value = int(bits[0]), float(part[0])
+            self._first, self.value = int(bits[0]), float(block[0])
         if int(bits[-1]) == self._first or not self.value:  # nearly always it ends here
             alike = bits == self._first
             if not self.value and self._negative:
@@ -142,7 +142,7 @@ def _agree(pair: tuple[Entry, Entry], reader: Reader, limit: int, *, short: bool
     dtype = mine.spec.dtype
     if any(fragment.strides for fragment in mine.fragments + theirs.fragments):
         limit = _STRIDED_BLOCK
-    ours, others = (parts(made, reader, dtype, limit=limit) for made in pair)
+    ours, others = (blocks(made, reader, dtype, limit=limit) for made in pair)
     for one, other in zip(ours, others, strict=True):
         if not np.array_equal(one.view(np.uint8), other.view(np.uint8)):
             return False

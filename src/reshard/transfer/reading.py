@@ -46,16 +46,16 @@ def leaf_digest(entry: Entry, index: int, sources: Sources, known: Known | None 
             if found is not None:
                 return found
     hasher = xxhash.xxh3_128()
-    for part in _stream(entry, sources, start=index * leaf, stop=stop):
-        hasher.update(part.data)
+    for block in _stream(entry, sources, start=index * leaf, stop=stop):
+        hasher.update(block.data)
     return hasher.digest()
 
 
 def plain_digest(entry: Entry, sources: Sources) -> str:
     """xxh3-128 of a tensor's row-major bytes, as reshard stated it before digests were trees."""
     hasher = xxhash.xxh3_128()
-    for part in _stream(entry, sources):
-        hasher.update(part.data)
+    for block in _stream(entry, sources):
+        hasher.update(block.data)
     return hasher.hexdigest()
 
 
@@ -70,7 +70,7 @@ def equal(one: Entry, other: Entry, sources: Sources) -> bool:
 def first_bytes(entry: Entry, sources: Sources) -> bytes:
     """The first 64 KiB of a tensor's row-major bytes, or all: most tensors that differ do there."""
     stop = min(entry.spec.numel, _FIRST // entry.spec.dtype.itemsize)
-    return b"".join(part.tobytes() for part in _stream(entry, sources, stop=stop))
+    return b"".join(block.tobytes() for block in _stream(entry, sources, stop=stop))
 
 
 def same_values(one: Entry, other: Entry, sources: Sources) -> bool:
@@ -100,11 +100,11 @@ def _stream(
     longest = max((fragment.extent.nbytes for fragment in entry.fragments), default=0)
     # Most tensors of a mixture of experts are far smaller than a block.
     reader = Reader(sources, ledger or Ledger(()), page_aligned(min(_BLOCK, longest)).data)
-    for part in parts(entry, reader, dtype or entry.spec.dtype, start=start, stop=stop):
-        yield part.view(np.uint8)
+    for block in blocks(entry, reader, dtype or entry.spec.dtype, start=start, stop=stop):
+        yield block.view(np.uint8)
 
 
-def parts(
+def blocks(
     entry: Entry,
     reader: Reader,
     dtype: DType,
@@ -115,16 +115,16 @@ def parts(
 ) -> Iterator[Array]:
     """Elements `[start, stop)` in row-major order as `dtype`, in one buffer of `limit` bytes.
 
-    A part is one-dimensional and is overwritten by the next.
+    A block is one-dimensional and is overwritten by the next.
     """
     spec = entry.spec
     end = spec.numel if stop is None else stop
     room = min(limit // dtype.itemsize, end - start) * dtype.itemsize
     buffer = page_aligned(room).view(dtype.numpy)
     for box in blocks_of_range(spec.shape, start, end, max(len(buffer), 1)):
-        part = buffer[: box.numel]
-        fill(entry, box, part, reader)
-        yield part
+        block = buffer[: box.numel]
+        fill(entry, box, block, reader)
+        yield block
 
 
 def read_array(entry: Entry, sources: Sources, records: Iterable[Record] = ()) -> Array:
@@ -136,8 +136,8 @@ def read_array(entry: Entry, sources: Sources, records: Iterable[Record] = ()) -
     ledger = Ledger(records)
     out = np.empty(spec.numel, spec.dtype.numpy)
     start = 0
-    for part in _stream(entry, sources, ledger=ledger):
-        values = part.view(spec.dtype.numpy)
+    for block in _stream(entry, sources, ledger=ledger):
+        values = block.view(spec.dtype.numpy)
         out[start : start + len(values)] = values
         start += len(values)
     ledger.check(sources)

@@ -2,7 +2,7 @@
 
 watch.py       the loop
 saves.py       which saves a run has, and whether they are complete
-record.py      the state in a file, from which a restart continues
+state_file.py  the state in a file, from which a restart continues
 command.py     the command to run after each conversion
 declared.py    the options
 """

@@ -24,8 +24,8 @@ from reshard.transfer.lock import TargetLock
 from reshard.transfer.system import identity
 from reshard.watching.command import run as run_command
 from reshard.watching.declared import CONVERSION, WATCH
-from reshard.watching.record import State
 from reshard.watching.saves import Save, age, fingerprint, saves_of, unfinished
+from reshard.watching.state_file import State
 
 # Seconds that a sleep may take; the system knows a limit.
 _LONGEST = 1e6

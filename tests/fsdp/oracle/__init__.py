@@ -1,1 +1,2 @@
-"""The oracle: checkpoints that real FSDP processes wrote, each beside the truth gathered live."""
+"""The oracle: checkpoints that real FSDP processes wrote, each beside the truth gathered from the
+ranks."""

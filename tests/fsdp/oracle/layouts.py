@@ -20,7 +20,7 @@ from tests.fsdp.oracle.cases import Case
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A live training run of one case, as this rank sees it."""
+    """A running training run of one case, as this rank sees it."""
 
     case: Case
     model: nn.Module

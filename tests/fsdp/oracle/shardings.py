@@ -106,7 +106,7 @@ def flat_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def gather(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The truth: the full state dict, gathered from the live ranks."""
+    """The truth: the full state dict, gathered from the running ranks."""
     if isinstance(model, FullyShardedDataParallel):
         config = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
         with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, config):

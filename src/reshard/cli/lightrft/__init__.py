@@ -29,27 +29,27 @@ def carry_out(script: str, source: Path, target: Path, **options: Any) -> None:
 def expect(path: Path, script: str) -> None:
     """Raise `UnsupportedError` where `path`, or all below it, is of a format that LightRFT's script
     of this name does not convert."""
-    wanted = [info.name for info in every().values() if script in info.scripts]
+    accepted = [info.name for info in every().values() if script in info.scripts]
     path = snapshot(path)
     claims = formats.claims(path)
     if is_folder(path) and not claims:
         formats_below = [save.format for save in locate.saves(path)]
-        if not formats_below or set(formats_below) & {*wanted, ""}:
+        if not formats_below or set(formats_below) & {*accepted, ""}:
             return  # which of them is meant, or what is there instead, is said when it is read
         found = formats_below[0]
     else:
         found = formats.told(path, claims) if claims else formats.detect(path)
     is_found = formats.describe(path, found)
     # An adapter is of the format, and no model.
-    if found not in wanted or is_found.title != named(found).title:
-        is_wanted = named(wanted[0]).title
+    if found not in accepted or is_found.title != named(found).title:
+        is_accepted = named(accepted[0]).title
         elsewhere = is_found.advice
-        below = [s for s in locate.saves(path) if s.format in wanted] if is_folder(path) else []
-        if found not in wanted and {*wanted} & claims.keys():
+        below = [s for s in locate.saves(path) if s.format in accepted] if is_folder(path) else []
+        if found not in accepted and {*accepted} & claims.keys():
             elsewhere += " It also holds an exported model: name the file of that to convert it."
         newest = max(below, key=lambda save: save.age, default=None)
         raise UnsupportedError(
-            f"it is {is_found.title}, not {is_wanted}.",
+            f"it is {is_found.title}, not {is_accepted}.",
             path=path,
             hint=elsewhere if newest is None else f"Below it there is one: {newest.path}.",
         )

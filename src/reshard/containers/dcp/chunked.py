@@ -13,7 +13,7 @@ from reshard.containers.dcp.metadata import Chunk, Metadata, StoredTensor
 from reshard.containers.dcp.zips import StoredItem
 from reshard.containers.torch.records import TensorRef
 from reshard.core import dtypes
-from reshard.core.tensors import Box, Entry, Fragment, TensorKind, Record, Shape, TensorSpec
+from reshard.core.tensors import Box, Entry, Fragment, Record, Shape, TensorKind, TensorSpec
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, at
 from reshard.storage.local import Sources

@@ -8,7 +8,8 @@ With the zstd extension each item is one zstd frame of such a zip.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from msgspec import Struct
@@ -23,6 +24,8 @@ from reshard.storage.local import Source, Sources, child
 from reshard.storage.paths import exists
 
 _ZIP = b"PK\3\4"
+# The first byte of a safetensors header, or of one that is refused for its white space.
+_HEADER = (b"{", b" ", b"\n", b"\t", b"\r")
 # Bytes that a zip may have beside its tensor; torch's have less than 2 KiB.
 _MAX_ZIP_NBYTES = 64 << 10
 _COPY_AGAIN = "Copy the whole folder again; each rank wrote files of its own."
@@ -81,7 +84,8 @@ class Items:
         ends = windows.ends(location.offset, location.nbytes)
         if not ends.head.startswith(_ZIP):
             return self._in_blob(source, location.offset, chunk.name, offsets)
-        return self._zips.locate(ends)
+        with item_at(source, location.offset):
+            return self._zips.locate(ends)
 
     def promised(self, chunk: TensorSpec, location: Location) -> Extent:
         """Bytes of the item, as many as the chunk takes: of a catalog that is never read.
@@ -123,7 +127,10 @@ class Items:
         place = (source.ref.path, start)
         blob = self._blobs.get(place)
         if blob is None:
-            file = safetensors_file.read(source, start)
+            with item_at(source, start):
+                if source.read(start + 8, 1) not in _HEADER:
+                    raise FormatError("it begins neither like a torch.save file nor safetensors.")
+                file = safetensors_file.read(source, start)
             blob = self._blobs[place] = _Blob(file.tensors, saved_offsets(file, place[0]))
         if key not in blob.tensors:
             raise IncompleteError("the file does not hold it.", path=place[0], hint=_COPY_AGAIN)
@@ -136,6 +143,23 @@ class Items:
             )
         spec, extent = blob.tensors[key]
         return StoredItem(spec.dtype, spec.shape, None, extent, None)
+
+
+@contextmanager
+def item_at(source: Source, offset: int) -> Iterator[None]:
+    """Say of a file that holds no item at a place of the metadata that it may be another's: files
+    of two ranks that were exchanged are sound in themselves."""
+    try:
+        yield
+    except (FormatError, IncompleteError) as error:
+        raise type(error)(
+            f"at byte {offset}, where the metadata has an item, the file holds none that can be "
+            f"read ({error.message.removesuffix('.')}): it is damaged, or it is the file of "
+            "another rank or of another save.",
+            path=source.ref.path,
+            tensor=error.tensor,
+            hint=_COPY_AGAIN,
+        ) from None
 
 
 def is_blob(source: Source, location: Location) -> bool:
@@ -164,7 +188,8 @@ def _check_end(source: Source, location: Location) -> None:
     end = location.offset + location.nbytes
     if end > source.size:
         raise IncompleteError(
-            f"bytes {location.offset} to {end} are needed, the file has {source.size}.",
+            f"bytes {location.offset} to {end} are needed, the file has {source.size}: it was cut "
+            "off, or it is the file of another rank.",
             path=source.ref.path,
-            hint="The file was cut off; copy it again or use another checkpoint.",
+            hint=_COPY_AGAIN,
         )

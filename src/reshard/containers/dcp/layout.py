@@ -50,8 +50,8 @@ class Section(Struct, frozen=True):
     order, tensors whose bytes are known, and objects, as torch.save streams.
 
     `paths` are the keys' places in the nested state dict, by the specs' names; a name that is not
-    in it is its own key. The keys of `known` and `objects` are such places. `part` is the output
-    files' (`OutputFile.part`), `rank` the number of the writer in their names, which two sections
+    in it is its own key. The keys of `known` and `objects` are such places. `table` is the output
+    files' (`OutputFile.table`), `rank` the number of the writer in their names, which two sections
     of one folder must not share.
     """
 
@@ -59,7 +59,7 @@ class Section(Struct, frozen=True):
     objects: Mapping[StatePath, bytes] = {}
     known: Mapping[StatePath, TensorBytes] = {}
     paths: Mapping[str, StatePath] = {}
-    part: str = ""
+    table: str = ""
     rank: int = 0
 
 
@@ -110,7 +110,7 @@ def lay_out_sections(
         for path, data in section.objects.items():
             paths[_key(path)] = path
             stored[_key(path)] = (files.add_object(data),)
-        output += [file.output(folder, section.part) for file in files.all]
+        output += [file.output(folder, section.table) for file in files.all]
     found = Metadata(tensors, stored, {}, None, aliases)
     # In the order that torch writes them, aliases before objects.
     ordered = {key: paths[key] for key in (*tensors, *aliases, *stored)}
@@ -185,10 +185,10 @@ class _File(Struct):
         self.nbytes += len(data)
         return Location(self.name, start, len(data))
 
-    def output(self, folder: str, part: str) -> OutputFile:
+    def output(self, folder: str, table: str) -> OutputFile:
         """The file as a plan has it."""
         name = folder + self.name
-        return OutputFile(name, self.nbytes, tuple(self.literals), tuple(self.slots), part)
+        return OutputFile(name, self.nbytes, tuple(self.literals), tuple(self.slots), table)
 
 
 def rows(spec: TensorSpec, max_nbytes: int) -> Iterator[Box]:

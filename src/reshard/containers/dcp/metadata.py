@@ -165,9 +165,7 @@ class _Parser:
             bool(planned),
         )
 
-    def _tensor(
-        self, key: str, raw: object, stored: _Places
-    ) -> StoredTensor:
+    def _tensor(self, key: str, raw: object, stored: _Places) -> StoredTensor:
         """One tensor; the places of its chunks are removed from `stored`."""
         fields = self._record(raw, "TensorStorageMetadata", key)
         places = stored.get(key, {})

@@ -14,10 +14,11 @@ from pathlib import Path
 from msgspec import Struct
 
 from reshard.containers import torch as torchfile
+from reshard.containers.dcp.items import item_at
 from reshard.containers.dcp.metadata import Location, Metadata
 from reshard.containers.dcp.metadata import Path as StatePath
 from reshard.containers.torch import Opaque, TensorRef
-from reshard.containers.torch.plain import Parts
+from reshard.containers.torch.plain import PlainData
 from reshard.core.tensors import Record
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.storage.local import Source, Sources, child
@@ -66,17 +67,18 @@ def find(metadata: Metadata, folder: Path, sources: Sources) -> ObjectTensors:
 
 
 def read_object(
-    key: str, place: Location, folder: Path, parts: Parts, known: dict[bytes, object]
+    key: str, place: Location, folder: Path, plain: PlainData, known: dict[bytes, object]
 ) -> object:
-    """The plain data of one object, as `parts` takes it. `known` remembers by the item's bytes.
+    """The plain data of one object, as `plain` takes it. `known` remembers by the item's bytes.
 
     Raises as `find` does.
     """
-    source = _opened(key, place, folder, parts.sources)
+    source = _opened(key, place, folder, plain.sources)
     data = source.read(place.offset, min(place.nbytes, _MAX_OBJECT))
     if data not in known:
-        file = torchfile.read(source, offset=place.offset, nbytes=place.nbytes)
-        taken = parts.take(file.value, key)
+        with item_at(source, place.offset):
+            file = torchfile.read(source, offset=place.offset, nbytes=place.nbytes)
+        taken = plain.take(file.value, key)
         if place.nbytes > _MAX_OBJECT:
             return taken
         known[data] = taken
@@ -85,7 +87,8 @@ def read_object(
 
 def _read(key: str, place: Location, folder: Path, sources: Sources) -> torchfile.TorchFile:
     source = _opened(key, place, folder, sources)
-    return torchfile.read(source, offset=place.offset, nbytes=place.nbytes)
+    with item_at(source, place.offset):
+        return torchfile.read(source, offset=place.offset, nbytes=place.nbytes)
 
 
 def _opened(key: str, place: Location, folder: Path, sources: Sources) -> Source:

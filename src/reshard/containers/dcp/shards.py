@@ -28,7 +28,7 @@ from reshard.storage.local import Sources, child
 from reshard.storage.paths import listing
 
 
-class _Part(Struct, frozen=True):
+class _Chunk(Struct, frozen=True):
     spec: TensorSpec
     extent: Extent
     start: Shape
@@ -69,11 +69,11 @@ def ranks(folder: Path) -> int:
 
 
 def read(folder: Path, sources: Sources) -> dict[str, Entry]:
-    """The tensors of all shards, each proven to be tiled by its parts.
+    """The tensors of all shards, each proven to be tiled by its chunks.
 
     Raises `FormatError`, `IncompleteError`.
     """
-    parts: dict[str, list[_Part]] = {}
+    chunks: dict[str, list[_Chunk]] = {}
     for name in names(folder):
         source = sources.open(child(folder, name))
         file = safetensors_file.read(source)
@@ -86,26 +86,26 @@ def read(folder: Path, sources: Sources) -> dict[str, Entry]:
                     path=source.ref.path,
                     tensor=tensor,
                 )
-            parts.setdefault(tensor, []).append(_Part(spec, extent, start))
-    return {name: _entry(name, found) for name, found in parts.items()}
+            chunks.setdefault(tensor, []).append(_Chunk(spec, extent, start))
+    return {name: _entry(name, found) for name, found in chunks.items()}
 
 
-def _entry(name: str, parts: list[_Part]) -> Entry:
-    first = parts[0].spec
-    for part in parts:
-        if (part.spec.dtype, len(part.start)) != (first.dtype, len(first.shape)):
+def _entry(name: str, chunks: list[_Chunk]) -> Entry:
+    first = chunks[0].spec
+    for chunk in chunks:
+        if (chunk.spec.dtype, len(chunk.start)) != (first.dtype, len(first.shape)):
             raise FormatError(
-                f"its parts disagree: {first.dtype} {first.shape}, {part.spec.dtype} "
-                f"{part.spec.shape}.",
-                path=part.extent.file.path,
+                f"its parts disagree: {first.dtype} {first.shape}, {chunk.spec.dtype} "
+                f"{chunk.spec.shape}.",
+                path=chunk.extent.file.path,
                 tensor=name,
             )
-    ends = [map(int.__add__, part.start, part.spec.shape) for part in parts]
+    ends = [map(int.__add__, chunk.start, chunk.spec.shape) for chunk in chunks]
     shape = tuple(max(reached) for reached in zip(*ends, strict=True))
     fragments = (
-        Fragment(Box(shape, part.start, part.spec.shape), part.extent, first.dtype)
-        for part in parts
-        if part.spec.numel
+        Fragment(Box(shape, chunk.start, chunk.spec.shape), chunk.extent, first.dtype)
+        for chunk in chunks
+        if chunk.spec.numel
     )
     kind: TensorKind = "parameter" if first.dtype.floating else "buffer"
     return proven(TensorSpec(name, first.dtype, shape), fragments, kind)

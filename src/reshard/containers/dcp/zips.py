@@ -96,7 +96,7 @@ class Windows:
         source = self._source
         head_nbytes = min(nbytes, _END_NBYTES)
         skip = offset - self._start
-        if 0 <= skip and skip + head_nbytes <= len(self._data):
+        if skip >= 0 and skip + head_nbytes <= len(self._data):
             head = self._data[skip : skip + head_nbytes]
         else:
             head = source.read(offset, head_nbytes)

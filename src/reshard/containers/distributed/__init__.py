@@ -8,11 +8,11 @@
 >>> with Sources() as sources:                                      # doctest: +SKIP
 ...     file = torch.read(sources.open("model_world_size_2_rank_1.pt"))
 ...     local = Decoder(path, 1, sources).decode("lm_head.weight", file.value["lm_head.weight"])
->>> local.parts[0].box                                              # doctest: +SKIP
+>>> local.fragments[0].box                                              # doctest: +SKIP
 Box(shape=(32000, 64), offsets=(16000, 0), sizes=(16000, 64))
 """
 
 from reshard.containers.distributed.decoder import Decoder, is_distributed
-from reshard.containers.distributed.local import Local, Part
+from reshard.containers.distributed.local import Local, LocalFragment
 
-__all__ = ["Decoder", "Local", "Part", "is_distributed"]
+__all__ = ["Decoder", "Local", "LocalFragment", "is_distributed"]

@@ -14,7 +14,7 @@ _KINDS = ("DTensor", "ShardedTensor")
 
 
 def is_distributed(value: object) -> bool:
-    """Whether it is a record of a DTensor or ShardedTensor."""
+    """Whether it is a DTensor or ShardedTensor."""
     return (
         isinstance(value, Opaque)
         and value.name.startswith("torch.distributed.")
@@ -38,7 +38,7 @@ class Decoder:
     def decode(self, name: str, value: Opaque) -> Local:
         """The rank's part of the tensor `name`.
 
-        Raises `FormatError` where the record contradicts itself or another rank wrote it,
+        Raises `FormatError` where the object contradicts itself or another rank wrote it,
         `UnsupportedError` for placements that are not handled.
         """
         place = Place(self._path, name)
@@ -60,9 +60,9 @@ class Decoder:
 
     def _mesh(self, value: Opaque, place: Place) -> Mesh:
         spec = attributes(attributes(value, place).get("_spec"), place)
-        record = spec.get("mesh")
-        if not isinstance(record, Opaque):
+        mesh = spec.get("mesh")
+        if not isinstance(mesh, Opaque):
             raise place.broken("it has no device mesh.")
-        if record not in self._meshes:
-            self._meshes[record] = meshes.parse(record, self._rank, self._sources, place)
-        return self._meshes[record]
+        if mesh not in self._meshes:
+            self._meshes[mesh] = meshes.parse(mesh, self._rank, self._sources, place)
+        return self._meshes[mesh]

@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from reshard.containers.distributed.local import (
     Local,
-    Part,
+    LocalFragment,
     Place,
     attributes,
     natural,
@@ -59,7 +59,7 @@ def decode(value: Opaque, mesh: Mesh, place: Place) -> Local:
             f"it has {len(placements)} placements on a mesh of {len(mesh.shape)} dimensions."
         )
     order = _order(spec.get("shard_order"), placements, mesh, place)
-    parts: tuple[Part, ...] = ()
+    fragments: tuple[LocalFragment, ...] = ()
     if mesh.coordinate is not None:
         box = box_of(shape, mesh.shape, mesh.coordinate, placements, order)
         if box.sizes != tensor.shape or dtype != tensor.dtype:
@@ -67,11 +67,11 @@ def decode(value: Opaque, mesh: Mesh, place: Place) -> Local:
                 f"its part is {tensor.dtype} {tensor.shape}, and {dtype} {box.sizes} is what its "
                 f"placements give of shape {shape}."
             )
-        parts = (Part(box, tensor),)
+        fragments = (LocalFragment(box, tensor),)
     elif tensor.extent.nbytes:
         raise place.broken("it holds a part, and its rank is not in the device mesh.")
     return Local(
-        "DTensor", dtype, shape, parts, (mesh.shape, placements, order), mesh.ranks, mesh.rank
+        "DTensor", dtype, shape, fragments, (mesh.shape, placements, order), mesh.ranks, mesh.rank
     )
 
 

@@ -15,7 +15,7 @@ from reshard.errors import FormatError, brief
 MAX_RANKS = 1 << 20
 
 
-class Part(Struct, frozen=True):
+class LocalFragment(Struct, frozen=True):
     """A box of the whole tensor and the bytes that hold it."""
 
     box: Box
@@ -33,7 +33,7 @@ class Local(Struct, frozen=True):
     kind: str
     dtype: DType
     shape: Shape
-    parts: tuple[Part, ...]
+    fragments: tuple[LocalFragment, ...]
     layout: tuple[object, ...]
     world: int | None = None
     rank: int | None = None
@@ -56,7 +56,7 @@ class Place(Struct, frozen=True):
 
 
 def attributes(value: object, place: Place) -> Mapping[object, object]:
-    """The attributes that a record was to get: of a dict, or of (dict, slots)."""
+    """The attributes that an object was to get: of a dict, or of (dict, slots)."""
     state = value.state if isinstance(value, Opaque) else None
     if isinstance(state, tuple) and len(state) == 2:
         found: dict[object, object] = {}
@@ -70,7 +70,7 @@ def attributes(value: object, place: Place) -> Mapping[object, object]:
 
 
 def shape_of(value: object, place: Place) -> Shape:
-    """A shape that a record states."""
+    """A shape that an object states."""
     if not isinstance(value, tuple | list) or not is_shape(value):
         raise place.broken(f"{brief(value)} is not a shape.")
     return tuple(value)

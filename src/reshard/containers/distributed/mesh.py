@@ -46,8 +46,8 @@ class Mesh(Struct, frozen=True):
 
 
 def parse(value: object, rank: int | None, sources: Sources, place: Place) -> Mesh:
-    """The mesh that a record describes, as `rank` sees it; None: as the rank that it states, or the
-    only one. Raises `FormatError`."""
+    """The mesh that a pickled object describes, as `rank` sees it; None: as the rank that it
+    states, or the only one. Raises `FormatError`."""
     found = attributes(value, place)
     ranks = _ranks(found.get("_flatten_rank_map"), found.get("_rank_map"), sources, place)
     if ranks is None:

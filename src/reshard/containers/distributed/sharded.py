@@ -14,7 +14,7 @@ from __future__ import annotations
 from reshard.containers.distributed.local import (
     MAX_RANKS,
     Local,
-    Part,
+    LocalFragment,
     Place,
     attributes,
     natural,
@@ -40,7 +40,7 @@ def decode(value: Opaque, place: Place) -> Local:
     if shape_of(stated.get("size"), place) != shape:
         raise place.broken(f"its shape is {shape} and its shards are of another.")
     cuts = tuple(_cut(each, shape, place) for each in listed)
-    parts = []
+    fragments = []
     for shard in shards:
         held = attributes(shard, place)
         tensor, cut = held.get("tensor"), _cut(held.get("metadata"), shape, place)
@@ -48,14 +48,14 @@ def decode(value: Opaque, place: Place) -> Local:
             raise place.broken("its shard is not a tensor of the shape that is stated.")
         if cut not in cuts:
             raise place.broken(f"its shard at {cut[0]} is not in the list of all ranks' shards.")
-        parts.append(Part(Box(shape, *cut), tensor))
+        fragments.append(LocalFragment(Box(shape, *cut), tensor))
     ranks = attributes(group, place)
     rank, world = ranks.get("global_rank"), ranks.get("global_world_size")
     return Local(
         "ShardedTensor",
         dtype,
         shape,
-        tuple(parts),
+        tuple(fragments),
         cuts,
         world if type(world) is int and 0 < world <= MAX_RANKS else None,
         rank if type(rank) is int else None,

@@ -61,8 +61,8 @@ class Machine:
     """Runs one pickle. `handlers` maps dotted names to pure functions of the call's arguments.
 
     `persistent` turns a persistent id (a storage) into a value; None refuses them. With `repeats`,
-    records that are spelt alike become `Instance`s, and `run` may raise `RecalledError`. After `run`,
-    `unknown` holds the names that neither a handler nor reshard's types know.
+    records that are spelt alike become `Instance`s, and `run` may raise `RecalledError`. After
+    `run`, `unknown` holds the names that neither a handler nor reshard's types know.
     """
 
     __slots__ = (

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from reshard.containers.torch.plain import Parts, number
+from reshard.containers.torch.plain import PlainData, number
 from reshard.containers.torch.records import Opaque, TensorRef
 from reshard.containers.torch.write import TensorBytes
 from reshard.core.dtypes import FLOAT32
@@ -64,8 +64,8 @@ class OptimizerDict(Struct, frozen=True):
     groups: tuple[ParamGroup, ...]
 
 
-def parse(value: object, parts: Parts, path: Path) -> OptimizerDict:
-    """A state dict as types; `parts` lists what is not plain data.
+def parse(value: object, plain: PlainData, path: Path) -> OptimizerDict:
+    """A state dict as types; `plain` lists what is not plain data.
 
     Raises `FormatError` where it is not a state dict, `UnsupportedError` for 8-bit states.
     """
@@ -77,12 +77,12 @@ def parse(value: object, parts: Parts, path: Path) -> OptimizerDict:
     groups, steps = [], {}
     for at, group in enumerate(raw):
         params = _params(group.get("params"), path)
-        groups.append(ParamGroup(params, hyperparameters(group, parts, f"param_groups.{at}")))
-        step = parse_step(group.get("step"), parts, path)
+        groups.append(ParamGroup(params, hyperparameters(group, plain, f"param_groups.{at}")))
+        step = parse_step(group.get("step"), plain, path)
         if step is not None:
             steps.update(dict.fromkeys(params, step))
     states = {
-        key: param_state(state, parts, path, f"state.{key}", steps.get(key))
+        key: param_state(state, plain, path, f"state.{key}", steps.get(key))
         for key, state in value["state"].items()
         if isinstance(key, int | str)
     }
@@ -96,14 +96,16 @@ def _params(value: object, path: Path) -> tuple[Key, ...]:
     return tuple(keys)
 
 
-def hyperparameters(group: Mapping[object, object], parts: Parts, where: str) -> dict[str, Plain]:
+def hyperparameters(
+    group: Mapping[object, object], plain: PlainData, where: str
+) -> dict[str, Plain]:
     """The settings of a group."""
     settings = {key: value for key, value in group.items() if key not in NOT_HYPER}
-    return parts.mapping(settings, where)
+    return plain.mapping(settings, where)
 
 
 def param_state(
-    value: object, parts: Parts, path: Path, where: str, step: Step | None = None
+    value: object, plain: PlainData, path: Path, where: str, step: Step | None = None
 ) -> ParamState:
     """The state of one parameter. `step` is that of its group; the parameter's own takes
     precedence.
@@ -123,8 +125,8 @@ def param_state(
         ):
             moments[kind] = held
         else:
-            parts.leave(f"{where}.{kind}")
-    return ParamState(moments, parse_step(value.get("step"), parts, path) or step)
+            plain.leave(f"{where}.{kind}")
+    return ParamState(moments, parse_step(value.get("step"), plain, path) or step)
 
 
 def _is_codes(held: object) -> bool:
@@ -151,14 +153,14 @@ def step_tensor(count: int, name: str) -> TensorBytes:
     return TensorBytes(FLOAT32, (), struct.pack("<f", count))
 
 
-def parse_step(value: object, parts: Parts, path: Path) -> Step | None:
+def parse_step(value: object, plain: PlainData, path: Path) -> Step | None:
     """A step count. Raises `FormatError` where it is not one."""
     if value is None:
         return None
     stored: Stored = "int"
     count: object = value
     if isinstance(value, TensorRef) and value.shape in ((), (1,)):
-        count = number(value, parts.sources)
+        count = number(value, plain.sources)
         name = next((known for known in _STORED if known == value.dtype.name), None)
         stored = name or "float32"
     if isinstance(count, bool) or not isinstance(count, int | float):

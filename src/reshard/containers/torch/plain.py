@@ -18,7 +18,7 @@ from reshard.storage.local import Sources
 _MAX_DEPTH, _MAX_VALUES = 16, 100_000
 
 
-class Parts(Struct):
+class PlainData(Struct):
     """Plain data from values, and the paths of everything else."""
 
     sources: Sources

@@ -73,9 +73,7 @@ def read_pickle(data: bytes, *, path: str, repeats: bool = False) -> Pickled:
 def _parse(
     data: bytes, path: str, persistent: PersistentId | None, *, repeats: bool = False
 ) -> Pickled:
-    machine = Machine(
-        data, path=path, handlers=HANDLERS, persistent=persistent, repeats=repeats
-    )
+    machine = Machine(data, path=path, handlers=HANDLERS, persistent=persistent, repeats=repeats)
     value, end = machine.run()
     if end != len(data):
         raise FormatError(f"its pickle ends at byte {end} of {len(data)}.", path=path)

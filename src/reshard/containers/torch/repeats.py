@@ -4,10 +4,10 @@ them.
 DCP's `.metadata` holds three records for each chunk, and of 570,000 chunks 42 million opcodes. All
 records of one class are spelt alike, but for their numbers and for which string they recall:
 
-    ) \\x81 \\x94 } \\x94 (                                a new object, and a dict
-    h+  h! M\\x00\\x0a K\\x00 \\x86 \\x94 \\x85 \\x94 R \\x94     a field: its name, a torch.Size
-    h/  j\\x10\\x27\\x00\\x00                                 a field: its name, a string or a number
-    u b                                               the dict becomes the object's state
+    ) NEWOBJ MEMOIZE } MEMOIZE (                     a new object, and a dict
+    h+  h! 2560 0 TUPLE2 MEMOIZE TUPLE1 MEMOIZE R MEMOIZE   a field: its name, a torch.Size
+    h/  j10000                                       a field: its name, a string or a number
+    u b                                              the dict becomes the object's state
 
 `Repeats` makes a regular expression of the first such record that it meets, and matches the next
 ones by it: 3 us a record, which opcode by opcode takes 7. What it builds is what the opcodes would
@@ -21,7 +21,6 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -168,9 +167,7 @@ class Repeats:
         found = self._match(m, cls, pos + nbytes + 1) if isinstance(cls, Global) else None
         return [] if found is None else [found[0], first]
 
-    def _match(
-        self, m: Machine, cls: Global, pos: int
-    ) -> tuple[_Spelling, re.Match[bytes]] | None:
+    def _match(self, m: Machine, cls: Global, pos: int) -> tuple[_Spelling, re.Match[bytes]] | None:
         """The spelling of the record at `pos`, learnt from it if it is new."""
         known = self._known.setdefault(cls, [])
         for spelling in known:
@@ -295,11 +292,12 @@ def _learn(m: Machine, cls: Global, pos: int) -> _Spelling | None:
             source += re.escape(raw) + spelt
             fields.append(_Field(_IS_SIZE, groups, groups + count))
             groups += count
-        elif type(value) is str or (match := _ONE_TEXT.match(data, pos)) is not None:
+        elif type(value) is str or _ONE_TEXT.match(data, pos) is not None:
             source += _TEXT
             fields.append(_Field(_IS_TEXT, groups))
             groups += 1
-            pos += len(raw) if raw else match.end() - pos
+            text = _ONE_TEXT.match(data, pos)
+            pos = pos + len(raw) if text is None else text.end()
         elif (match := _ONE_INT.match(data, pos)) is not None:
             source += _INT
             fields.append(_Field(_IS_INT, groups))

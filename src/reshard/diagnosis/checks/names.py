@@ -68,7 +68,7 @@ def wrapper_prefix(case: Case) -> Signs | None:
 
 
 def memory_names(case: Case) -> Signs | None:
-    """Names of a live module of some transformers version where the files have others."""
+    """Names of a loaded model of some transformers version where the files have others."""
     if case.base is None:
         return _guessed_memory_names(case)
     found = case.fitted.fit
@@ -106,7 +106,7 @@ def _guessed_memory_names(case: Case) -> Signs | None:
 
 
 def _memory_layouts(case: Case) -> Iterator[tuple[Layout, list[str]]]:
-    """The layouts of live modules that are not the hub's, newest first, with the names they name.
+    """The layouts of loaded models that are not the hub's, newest first, with the names they name.
 
     A language model inside another has its own family, and its names are those under
     `language_model`.

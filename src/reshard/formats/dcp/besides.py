@@ -18,13 +18,13 @@ from msgspec.structs import replace
 from reshard.containers.dcp.chunked import find_tensors, scalar
 from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.dcp.objects import read_object
-from reshard.containers.torch import read as read_torch
-from reshard.containers.torch.plain import Parts, number
+from reshard.containers.torch.plain import PlainData, number
 from reshard.core.state import Plain, TrainingState
-from reshard.errors import ReshardError, UnsupportedError
+from reshard.errors import UnsupportedError
 from reshard.formats import OPTIMIZER
 from reshard.formats.dcp.lightrft import CLIENT_STATE
-from reshard.formats.dcp.save import ACCELERATE_MODEL, METADATA, RANK_METADATA
+from reshard.formats.dcp.save import ACCELERATE_MODEL, METADATA, is_of_a_save
+from reshard.formats.run_files import read_run_file, undamaged
 from reshard.storage import strict_json
 from reshard.storage.local import child
 from reshard.storage.paths import exists, is_file, is_folder, listing
@@ -32,26 +32,32 @@ from reshard.storage.paths import exists, is_file, is_folder, listing
 _RANK = re.compile(r"_?rank_?\d+(\.pt)?")
 _SCHEDULERS = ("scheduler_state.pt", "scheduler.pt", "scheduler.bin")
 _TRAINER = "trainer_state.json"
+# accelerate 1.15 (utils/constants.py, checkpointing.py), transformers 5 (trainer.py).
+_OWN_FILES = {
+    "random numbers": re.compile(r"(random_states|rng_state)(_\d+)?\.(pkl|pth)"),
+    "the loss scale": re.compile(r"scaler\.pt"),
+    "the place in the data": re.compile(r"(sampler|dl_state_dict|dataloader)(_\d+)?\.(bin|pt)"),
+}
 _SCHEDULER_PART = re.compile(r"(lr_)?schedulers?(_\d+)?")
 
 
-def optimizer_folder(folder: Path) -> Path | None:
-    """The folder of the optimizer's save: below the model's, or beside it with its number."""
+def optimizer_folders(folder: Path) -> list[Path]:
+    """The folders of optimizers' saves, finished or not: those below the model's folder, or the
+    one beside it with its number."""
     below = [path for path in listing(folder) if _is_optimizer(path)]
     model = ACCELERATE_MODEL.fullmatch(folder.name)
-    if len(below) == 1:
-        return below[0]
-    if model is None:
-        return None
+    if below or model is None:
+        return below
     beside = folder.parent / f"optimizer_{model[1]}"
-    return beside if _is_optimizer(beside) else None
+    return [beside] if _is_optimizer(beside) else []
 
 
 def _is_optimizer(path: Path) -> bool:
+    """An empty folder is that of a save which was begun; one of other files is somebody's notes."""
     if not OPTIMIZER.fullmatch(path.name) or not is_folder(path):
         return False
     names = [inside.name for inside in listing(path)]
-    return any(n == METADATA or RANK_METADATA.fullmatch(n) or _RANK.fullmatch(n) for n in names)
+    return not names or any(is_of_a_save(name) or _RANK.fullmatch(name) for name in names)
 
 
 def refuse_rank_files(folder: Path) -> None:
@@ -69,52 +75,56 @@ def refuse_rank_files(folder: Path) -> None:
 
 
 def run_state(
-    state: TrainingState, folder: Path, metadata: Metadata, parts: Parts
+    state: TrainingState, folder: Path, metadata: Metadata, plain: PlainData
 ) -> TrainingState:
     """The state with the schedule, counters and the user's state that lie beside it."""
     above = folder.parent if ACCELERATE_MODEL.fullmatch(folder.name) else folder
-    scheduler = _scheduler_file(above, parts) or _scheduler_part(folder, metadata, parts)
+    scheduler = _scheduler_file(above, plain) or _scheduler_part(folder, metadata, plain)
     client: dict[str, Plain] = {}
     if is_file(above / CLIENT_STATE):
-        client = parts.mapping(
-            read_torch(parts.sources.open(child(above, CLIENT_STATE))).value, "client_state"
+        client = plain.mapping(
+            read_run_file(child(above, CLIENT_STATE), plain.sources), "client_state"
         )
-    counters = _titan_counters(folder, metadata, parts) | _trainer_counters(above)
+    _leave_files(above, plain)
+    counters = _titan_counters(folder, metadata, plain) | _trainer_counters(above)
     return replace(
         state,
         scheduler=scheduler,
         client_state=client,
         counters=counters,
-        left_out=(*state.left_out, *parts.left_out),
+        left_out=(*state.left_out, *plain.left_out),
     )
 
 
-def _scheduler_file(folder: Path, parts: Parts) -> dict[str, Plain] | None:
+def _scheduler_file(folder: Path, plain: PlainData) -> dict[str, Plain] | None:
     for name in _SCHEDULERS:
         if is_file(folder / name):
-            try:
-                value = read_torch(parts.sources.open(child(folder, name))).value
-            except ReshardError:
-                parts.leave(f"{name} (cannot be read)")
-                return None
-            found = parts.state_dict(value, name)
+            found = plain.state_dict(read_run_file(child(folder, name), plain.sources), name)
             if found is not None:
                 return found
     return None
 
 
-def _scheduler_part(folder: Path, metadata: Metadata, parts: Parts) -> dict[str, Plain] | None:
+def _leave_files(folder: Path, plain: PlainData) -> None:
+    """List the files of a run that are known, and that no other framework takes."""
+    for path in listing(folder):
+        what = next((what for what, name in _OWN_FILES.items() if name.fullmatch(path.name)), None)
+        if what is not None and is_file(path):
+            plain.leave(f"{path.name} ({what})")
+
+
+def _scheduler_part(folder: Path, metadata: Metadata, plain: PlainData) -> dict[str, Plain] | None:
     """A scheduler in the save itself; only settings at its top are taken."""
     found: dict[str, Plain] = {}
     known: dict[bytes, Plain] = {}
     for key, copies in metadata.objects.items():
         path = metadata.paths[key]
         if len(path) == 2 and _SCHEDULER_PART.fullmatch(path[0]) and copies:
-            found[path[1]] = read_object(key, copies[0], folder, parts, known)
+            found[path[1]] = read_object(key, copies[0], folder, plain, known)
     return found or None
 
 
-def _titan_counters(folder: Path, metadata: Metadata, parts: Parts) -> dict[str, int]:
+def _titan_counters(folder: Path, metadata: Metadata, plain: PlainData) -> dict[str, int]:
     """`train_state.step` and its like, which torchtitan saves as tensors without dimensions."""
     keys = {
         key: (key,)
@@ -123,10 +133,10 @@ def _titan_counters(folder: Path, metadata: Metadata, parts: Parts) -> dict[str,
         and len(metadata.paths[key]) == 2
         and tensor.shape == ()
     }
-    entries = find_tensors(keys, metadata, folder, parts.sources)[0] if keys else {}
+    entries = find_tensors(keys, metadata, folder, plain.sources)[0] if keys else {}
     counters = {}
     for key, entry in entries.items():
-        value = number(scalar(entry), parts.sources)
+        value = number(scalar(entry), plain.sources)
         if isinstance(value, int):
             counters[metadata.paths[key][1]] = value
     return counters
@@ -135,8 +145,7 @@ def _titan_counters(folder: Path, metadata: Metadata, parts: Parts) -> dict[str,
 def _trainer_counters(folder: Path) -> dict[str, int]:
     if not is_file(folder / _TRAINER):
         return {}
-    try:
-        step = strict_json.read_file(child(folder, _TRAINER)).get("global_step")
-    except ReshardError:
-        return {}
+    path = child(folder, _TRAINER)
+    with undamaged(path):
+        step = strict_json.read_file(path).get("global_step")
     return {"global_steps": step} if type(step) is int else {}

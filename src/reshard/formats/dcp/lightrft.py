@@ -1,7 +1,7 @@
 """What LightRFT expects beside the DCP files of an actor (lightrft/strategy/fsdp/fsdpv2.py).
 
 <ckpt_path>/_actor/global_step<N>/   of several the highest number is loaded
-    .metadata, __0_0.distcp          asked for by the names that the live module has
+    .metadata, __0_0.distcp          asked for by the names that the loaded model has
     client_state.pt                  torch.save of {"consumed_samples": N}; a run that is resumed
                                      without it fails (KeyError)
     optim_states/, scheduler_state.pt  may be missing: a new optimizer and schedule

@@ -18,13 +18,18 @@ _BEGUN = ".metadata.tmp"
 RANK_METADATA = re.compile(r"__(\d+)\.metadata")
 
 
+def is_of_a_save(name: str) -> bool:
+    """Whether a file is of a DCP save, which may not have been finished."""
+    return name.endswith((METADATA, _BEGUN, ".distcp"))
+
+
 def folder_metadata(folder: Path, sources: Sources) -> Metadata:
     """The folder's metadata, that of all ranks merged where each wrote its own."""
     names = {entry.name for entry in listing(folder)}
     ranks = sorted(int(m[1]) for name in names if (m := RANK_METADATA.fullmatch(name)))
     begun = sorted(name for name in names if name.endswith(_BEGUN))
     if METADATA not in names and not ranks:
-        raise _unfinished(folder, begun)
+        raise _unfinished(folder, begun, holds=bool(names))
     if begun:
         raise IncompleteError(
             f"{begun[0]} lies beside the metadata: a later save into this folder did not finish, "
@@ -57,11 +62,15 @@ def _parse(path: Path, sources: Sources) -> Metadata:
     return unpickled(data, path)
 
 
-def _unfinished(folder: Path, begun: list[str]) -> IncompleteError:
+def _unfinished(folder: Path, begun: list[str], *, holds: bool) -> IncompleteError:
     there = f"; {begun[0]} was begun" if begun else ""
+    what = (
+        f"it holds .distcp files and no {METADATA}, which is written last"
+        if holds
+        else ("it is empty")
+    )
     return IncompleteError(
-        f"it holds .distcp files and no {METADATA}, which is written last{there}: the save did "
-        "not finish.",
+        f"{what}{there}: the save did not finish.",
         path=folder,
         hint="Use an earlier checkpoint, or copy the folder again if the file was left behind "
         "(its name begins with a dot).",

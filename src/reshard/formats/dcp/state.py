@@ -16,7 +16,7 @@ equal copies are one group. FSDP1's states have the same form (torch 2.13, state
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -25,7 +25,7 @@ from reshard.containers.dcp.chunked import find_tensors, scalar
 from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.dcp.objects import read_object
 from reshard.containers.torch.optimizer import NOT_HYPER, eight_bit, parse_step
-from reshard.containers.torch.plain import Parts
+from reshard.containers.torch.plain import PlainData
 from reshard.core.state import (
     WEIGHTS_ALONE,
     Group,
@@ -52,30 +52,36 @@ def reader(
 ) -> ReadState | None:
     """What reads the state that belongs to a model's part; None where there is none."""
     roots = _roots(metadata, part.path)
-    beside = None if roots else besides.optimizer_folder(folder)
-    if not roots and beside is None:
+    beside = [] if roots else besides.optimizer_folders(folder)
+    if not roots and not beside:
         return None
 
     def read() -> TrainingState:
-        parts = Parts(sources)
+        plain = PlainData(sources)
         place, inside, found = folder, metadata, roots
-        if beside is not None:
-            besides.refuse_rank_files(beside)
-            place, inside = beside, folder_metadata(beside, sources)
+        if len(beside) > 1:
+            raise _several(folder, (path.name for path in beside))
+        if beside:
+            besides.refuse_rank_files(beside[0])
+            place, inside = beside[0], folder_metadata(beside[0], sources)
             found = _roots(inside, ()) or [()]
         if len(found) > 1:
-            names = listed(".".join(root) for root in found)
-            raise UnsupportedError(
-                f"it holds the states of several optimizers ({names}), and nothing says which "
-                "one is this model's.",
-                path=place,
-                hint=WEIGHTS_ALONE,
-            )
-        state = _read(place, inside, found[0], parts)
-        state = besides.run_state(state, folder, metadata, parts)
-        return _own_names(state, entries, part.path)
+            raise _several(place, (".".join(root) for root in found))
+        state = _read(place, inside, found[0], plain)
+        state = besides.run_state(state, folder, metadata, plain)
+        state = _own_names(state, entries, part.path)
+        return _inside(state, entries, metadata, part)
 
     return ReadState(read)
+
+
+def _several(place: Path, names: Iterable[str]) -> UnsupportedError:
+    return UnsupportedError(
+        f"it holds the states of several optimizers ({listed(names)}), and nothing says which "
+        "one is this model's.",
+        path=place,
+        hint=WEIGHTS_ALONE,
+    )
 
 
 def _roots(metadata: Metadata, model: StatePath) -> list[StatePath]:
@@ -128,7 +134,7 @@ def _sorted(metadata: Metadata, root: StatePath) -> _Found:
     return found
 
 
-def _read(folder: Path, metadata: Metadata, root: StatePath, parts: Parts) -> TrainingState:
+def _read(folder: Path, metadata: Metadata, root: StatePath, plain: PlainData) -> TrainingState:
     found = _sorted(metadata, root)
     if not found.settings and not found.moments:
         raise FormatError("it holds no state of an optimizer.", path=folder)
@@ -137,14 +143,14 @@ def _read(folder: Path, metadata: Metadata, root: StatePath, parts: Parts) -> Tr
     tensors |= {
         key: (tensor_name(_STEP, name),) for name, key in steps.items() if key in metadata.tensors
     }
-    entries, records = find_tensors(tensors, metadata, folder, parts.sources)
+    entries, records = find_tensors(tensors, metadata, folder, plain.sources)
     tables: dict[str, dict[str, Entry]] = {}
     for kind, name in moments.values():
         entry = entries[tensor_name(kind, name)].renamed(name)
         if not entry.spec.dtype.floating:
             raise eight_bit(folder, kind)
         tables.setdefault(kind, {})[name] = entry
-    objects = _Objects(folder, metadata, parts)
+    objects = _Objects(folder, metadata, plain)
     counted = {
         name: step
         for name, key in steps.items()
@@ -164,8 +170,8 @@ def _read(folder: Path, metadata: Metadata, root: StatePath, parts: Parts) -> Tr
 class _Objects:
     """The objects of a save; equal bytes, as flattened hyperparameters have, are parsed once."""
 
-    def __init__(self, folder: Path, metadata: Metadata, parts: Parts) -> None:
-        self.folder, self._metadata, self.parts = folder, metadata, parts
+    def __init__(self, folder: Path, metadata: Metadata, plain: PlainData) -> None:
+        self.folder, self._metadata, self.plain = folder, metadata, plain
         self._known: dict[bytes, Plain] = {}
 
     def value(self, key: str) -> Plain:
@@ -175,14 +181,14 @@ class _Objects:
             raise FormatError(
                 "the metadata does not say where it lies.", path=self.folder, tensor=key
             )
-        return read_object(key, copies[0], self.folder, self.parts, self._known)
+        return read_object(key, copies[0], self.folder, self.plain, self._known)
 
 
 def _step(entry: Entry | None, key: str, objects: _Objects) -> Step | None:
     """A parameter's step count: a tensor, or an object where it was Python's integer."""
     if entry is None:
-        return parse_step(objects.value(key), objects.parts, objects.folder)
-    return parse_step(scalar(entry), objects.parts, objects.folder)
+        return parse_step(objects.value(key), objects.plain, objects.folder)
+    return parse_step(scalar(entry), objects.plain, objects.folder)
 
 
 def _groups(found: _Found, objects: _Objects) -> tuple[Group, ...]:
@@ -221,6 +227,22 @@ def _flattened(found: _Found, objects: _Objects) -> tuple[Group, ...]:
     return tuple(Group(tuple(names), settings) for settings, names in groups.values())
 
 
+def _inside(
+    state: TrainingState, entries: Mapping[str, Entry], metadata: Metadata, part: Part
+) -> TrainingState:
+    """The state without what it holds of other parts of the checkpoint, as where one optimizer
+    updates an actor and a critic."""
+    outside = {
+        ".".join(path)
+        for key, path in metadata.paths.items()
+        if key in metadata.tensors and key not in part.names
+    }
+    foreign = {name for name in state.names if name not in entries}
+    if not foreign or not foreign <= outside or len(foreign) == len(state.names):
+        return state
+    return state.only({name: name for name in state.names if name not in foreign})
+
+
 def _own_names(
     state: TrainingState, entries: Mapping[str, Entry], model: StatePath
 ) -> TrainingState:
@@ -235,10 +257,10 @@ def _own_names(
                 return owners.get(known, known)
         return name
 
-    wanted: Sequence[str] = state.names
-    if all(name in entries for name in wanted):
+    expected: Sequence[str] = state.names
+    if all(name in entries for name in expected):
         return state
-    inside = {name for name in wanted if name in entries or own(name) != name}
+    inside = {name for name in expected if name in entries or own(name) != name}
     if len({own(name) for name in inside}) < len(inside):
         return state  # two names of one tensor; the check of the state says so
     return state.renamed(own)

@@ -27,7 +27,7 @@ from reshard.containers.torch.optimizer import step_tensor
 from reshard.containers.torch.write import TensorBytes, lay_out_data
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import completed
-from reshard.core.state import STATE_PART, Plain, TrainingState, tensor_name
+from reshard.core.state import STATE_TABLE, Plain, TrainingState, tensor_name
 from reshard.core.tensors import TensorSpec
 from reshard.errors import listed
 from reshard.formats import Laid, TensorToWrite
@@ -102,7 +102,7 @@ def _section(state: TrainingState, root: StatePath, *, rank: int) -> Section:
         for at, group in enumerate(state.groups)
         for key, value in {**group.hyperparameters, "params": list(group.names)}.items()
     }
-    return Section(slots, objects, known, paths, STATE_PART, rank)
+    return Section(slots, objects, known, paths, STATE_TABLE, rank)
 
 
 def _run(

@@ -49,8 +49,8 @@ def with_routers(model: ModelFile) -> ModelFile:
                 continue
             part, _, rest = name.removeprefix(_under(module)).partition(".")
             router = f"{_under(module)}{_ROUTER}.{rest}"
-            twin = model.module.get(router)
-            if part != _ROUTER and rest and twin is not None and twin.shape == tensor.shape:
+            copy = model.module.get(router)
+            if part != _ROUTER and rest and copy is not None and copy.shape == tensor.shape:
                 shared[name] = router
     return replace(model, shared=shared) if shared else model
 

@@ -197,11 +197,11 @@ def _check_experts(location: Location, model: ModelFile, optim: list[OptimFile])
                 path=location.folder,
                 hint="Copy the files of every rank and expert.",
             )
-    wanted = sum(model.num_experts)
-    if wanted != len(location.experts):
+    expected = sum(model.num_experts)
+    if expected != len(location.experts):
         raise FormatError(
             f"it holds files of {len(location.experts)} experts, and {model.path.name} states "
-            f"{wanted}: files of different saves are mixed.",
+            f"{expected}: files of different saves are mixed.",
             path=location.folder,
             hint=_ONE_SAVE,
         )

@@ -28,7 +28,7 @@ from reshard.containers.torch.write import DataArchive, lay_out, lay_out_data
 from reshard.core.dtypes import FLOAT32
 from reshard.core.hyperparameters import completed
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.state import STATE_PART, Group, Plain, TrainingState, tensor_name
+from reshard.core.state import STATE_TABLE, Group, Plain, TrainingState, tensor_name
 from reshard.core.tensors import Entry, Shape, TensorSpec
 from reshard.errors import PlanError
 from reshard.formats import Laid, TensorToWrite
@@ -116,7 +116,7 @@ class _Universal:
                 yield self._file(name, _WEIGHT, spec.shape, held, "", reference)
                 for kind, table in self._state.moments.items():
                     if name in table:
-                        yield self._file(name, kind, spec.shape, table[name], STATE_PART)
+                        yield self._file(name, kind, spec.shape, table[name], STATE_TABLE)
 
     def _file(
         self,
@@ -124,15 +124,15 @@ class _Universal:
         kind: str,
         shape: Shape,
         held: Entry,
-        part: str,
+        table: str,
         reference: Entry | None = None,
     ) -> OutputFile:
         archive = _archive(shape)
         ((start, checksums),) = archive.places
-        spec = TensorSpec(tensor_name(kind, name) if part else name, FLOAT32, shape)
+        spec = TensorSpec(tensor_name(kind, name) if table else name, FLOAT32, shape)
         slot = Slot(start, spec, held, checksums, reference)
         path = f"{self._tag}/zero/{name}/{kind}.pt"
-        return OutputFile(path, archive.nbytes, archive.literals, (slot,), part)
+        return OutputFile(path, archive.nbytes, archive.literals, (slot,), table)
 
     def _step_files(self) -> Iterator[tuple[str, bytes]]:
         for group, step in zip(self._groups, self._steps, strict=True):

@@ -87,10 +87,10 @@ def _check_distinct(
             (t.extent.nbytes, crc.get((t.extent.file.path, t.extent.offset)) or _sample(t, sources))
             for t in full
         )
-        twin = seen.setdefault(key, path)
-        if twin != path and not all(_constant(tensor, sources) for tensor in full):
+        earlier = seen.setdefault(key, path)
+        if earlier != path and not all(_constant(tensor, sources) for tensor in full):
             raise FormatError(
-                f"it holds exactly what {twin.name} holds: it is a copy of another rank's file.",
+                f"it holds exactly what {earlier.name} holds: it is a copy of another rank's file.",
                 path=path,
                 hint="Copy each rank's own file.",
             )

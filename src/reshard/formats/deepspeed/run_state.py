@@ -9,7 +9,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from reshard.containers.torch import read as read_torch
-from reshard.containers.torch.plain import Parts
+from reshard.containers.torch.plain import PlainData
 from reshard.core.state import TrainingState
 from reshard.formats.deepspeed.parse import ModelFile
 
@@ -30,19 +30,19 @@ _OWN = frozenset(
 _LEFT_OUT = ("data_sampler", "random_ltd")
 
 
-def run_state(state: TrainingState, model: ModelFile, parts: Parts) -> TrainingState:
+def run_state(state: TrainingState, model: ModelFile, plain: PlainData) -> TrainingState:
     """The state with what the model file says of the run."""
-    content = read_torch(parts.sources.open(model.path)).value
+    content = read_torch(plain.sources.open(model.path)).value
     top = content if isinstance(content, dict) else {}
-    scheduler = parts.state_dict(top.get("lr_scheduler"), "lr_scheduler")
+    scheduler = plain.state_dict(top.get("lr_scheduler"), "lr_scheduler")
     client = {key: value for key, value in top.items() if key not in _OWN}
     counters = {key: top[key] for key in COUNTERS if type(top.get(key)) is int}
-    plain = parts.mapping(client)
+    client_plain = plain.mapping(client)
     left = [key for key in _LEFT_OUT if top.get(key) is not None]
     return replace(
         state,
         scheduler=scheduler,
         counters=counters,
-        client_state=plain,
-        left_out=(*state.left_out, *left, *parts.left_out),
+        client_state=client_plain,
+        left_out=(*state.left_out, *left, *plain.left_out),
     )

@@ -120,15 +120,15 @@ def from_map(entry: Mapping[str, Any], shapes: Sequence[Shape]) -> Sharding:
 def _corner(view: Sequence[Any], sizes: Shape, shape: Shape) -> Shape:
     """Where a block begins, given as offset and strides of a view into an array of `shape`."""
     offset, strides = view
-    (offset,), strides, wanted = _counts([offset]), _counts(strides), contiguous_strides(shape)
+    (offset,), strides, expected = _counts([offset]), _counts(strides), contiguous_strides(shape)
     if not len(sizes) == len(shape) == len(strides) or any(
-        size > 1 and have != want for size, have, want in zip(sizes, strides, wanted, strict=True)
+        size > 1 and have != want for size, have, want in zip(sizes, strides, expected, strict=True)
     ):
         raise ValueError(
             f"a piece of shape {sizes} and strides {strides} is not a block of {shape}"
         )
     corner = []
-    for stride in wanted:
+    for stride in expected:
         corner.append(offset // stride)
         offset %= stride
     if any(start + size > limit for start, size, limit in zip(corner, sizes, shape, strict=True)):

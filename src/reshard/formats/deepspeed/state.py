@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from reshard.containers.torch import read as read_torch
-from reshard.containers.torch.plain import Parts
+from reshard.containers.torch.plain import PlainData
 from reshard.core.catalog import Catalog
 from reshard.core.state import Group, ReadState, Step, TrainingState
 from reshard.core.tensors import Entry
@@ -49,24 +49,24 @@ def reader(
         return None
 
     def read() -> TrainingState:
-        parts = Parts(sources)
+        plain = PlainData(sources)
         if saved[0].optim:
-            state = _zero(saved, parts)
+            state = _zero(saved, plain)
         elif ranks[0].universal:
-            state = universal_state.read(ranks[0], saved[0], catalog, parts)
+            state = universal_state.read(ranks[0], saved[0], catalog, plain)
         else:
-            state = unnamed.read(saved, catalog, parts)
-        return run_state(state, first, parts)
+            state = unnamed.read(saved, catalog, plain)
+        return run_state(state, first, plain)
 
     return ReadState(read)
 
 
-def _zero(saved: Sequence[Saved], parts: Parts) -> TrainingState:
+def _zero(saved: Sequence[Saved], plain: PlainData) -> TrainingState:
     """The state of a ZeRO save, that of tensor parallel ranks joined as their weights are."""
-    found = [_of_rank(one, parts) for one in saved]
+    found = [_of_rank(one, plain) for one in saved]
     if len(saved) == 1:
         return found[0]
-    join = tensor_parallel.joiner(saved, parts.sources)
+    join = tensor_parallel.joiner(saved, plain.sources)
     first = found[0]
     for one, other in zip(saved[1:], found[1:], strict=True):
         alike = (other.groups, other.steps) == (first.groups, first.steps)
@@ -86,12 +86,12 @@ def _zero(saved: Sequence[Saved], parts: Parts) -> TrainingState:
     return replace(first, moments=moments, masters=masters, records=records)
 
 
-def _of_rank(saved: Saved, parts: Parts) -> TrainingState:
+def _of_rank(saved: Saved, plain: PlainData) -> TrainingState:
     """What the files of one model parallel rank hold."""
     wrapped = []
     for file in saved.optim:
-        content = read_torch(parts.sources.open(file.path))
-        wrapped.append(parse_wrapped(file.path, content.value, len(file.flats), parts))
+        content = read_torch(plain.sources.open(file.path))
+        wrapped.append(parse_wrapped(file.path, content.value, len(file.flats), plain))
     _check_same(wrapped)
     numbers = len(saved.optim[0].flats)
     shapes = _shapes(saved, numbers)

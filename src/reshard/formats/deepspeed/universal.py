@@ -20,6 +20,7 @@ wrote.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -27,16 +28,17 @@ from msgspec.structs import replace
 from reshard.containers.torch import TensorRef, TorchFile
 from reshard.containers.torch import read as read_torch
 from reshard.core.catalog import Catalog
+from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Record, Shape, TensorSpec, flat
 from reshard.core.tiling import proven
-from reshard.errors import FormatError, IncompleteError, UnsupportedError
+from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import autoep, proof, stage3, stages012
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources, child
-from reshard.storage.paths import is_file
+from reshard.storage.paths import is_file, is_folder, listing
 
 
 def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
@@ -73,8 +75,22 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
     else:
         proof.check_masters(model.module, entries, sources)
         entries, findings = stages012.complete(entries, saved), []
+    findings = [*findings, *_unlisted(location, entries)]
     found = describe(location, saved, entries, findings)
     return replace(found, records=(*found.records, *records))
+
+
+def _unlisted(location: Location, entries: Mapping[str, Entry]) -> Iterator[Finding]:
+    """What lies in `zero/` and belongs to no tensor of the model files, as after copies of two."""
+    known = {name for entry in entries.values() for name in entry.names}
+    found = [path.name for path in listing(location.folder / "zero") if is_folder(path)]
+    left = sorted(set(found) - known)
+    if left:
+        yield Finding(
+            "universal-unlisted",
+            f"zero/ holds {len(left)} parameters that the model files do not list, and they were "
+            f"left out: {listed(left)}.",
+        )
 
 
 def stored(file: TorchFile, path: Path) -> TensorRef:

@@ -16,11 +16,11 @@ from typing import Any
 from reshard.containers.torch import TorchFile
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.optimizer import eight_bit, hyperparameters, parse_step
-from reshard.containers.torch.plain import Parts
+from reshard.containers.torch.plain import PlainData
 from reshard.core.catalog import Catalog
 from reshard.core.state import Group, Step, TrainingState
 from reshard.core.tensors import Entry, Record
-from reshard.errors import IncompleteError
+from reshard.errors import FormatError, IncompleteError
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.place import Location
 from reshard.formats.deepspeed.universal import master, stored
@@ -30,9 +30,10 @@ from reshard.storage.paths import is_file, matching
 
 _STEP, _MASTER = "step", "fp32"
 _OPTIMIZER = "optimizer_state.pt"
+_AGAIN = "Copy the whole folder, or make the universal checkpoint again."
 
 
-def read(location: Location, saved: Saved, catalog: Catalog, parts: Parts) -> TrainingState:
+def read(location: Location, saved: Saved, catalog: Catalog, plain: PlainData) -> TrainingState:
     """The state of every parameter that the model file lists.
 
     Raises `IncompleteError` where a kind of moment that others have is missing of one.
@@ -50,9 +51,9 @@ def read(location: Location, saved: Saved, catalog: Catalog, parts: Parts) -> Tr
             kind = path.stem
             if kind == _MASTER:
                 continue
-            file = read_torch(parts.sources.open(child(folder, path.name)))
+            file = read_torch(plain.sources.open(child(folder, path.name)))
             if kind == _STEP:
-                found = parse_step(_value(file), parts, path)
+                found = parse_step(_value(file), plain, path)
                 steps.update({} if found is None else {name: found})
                 continue
             tensor = stored(file, path)
@@ -61,16 +62,17 @@ def read(location: Location, saved: Saved, catalog: Catalog, parts: Parts) -> Tr
             shape = catalog.entries[name].spec.shape
             moments.setdefault(kind, {})[name] = master(name, shape, tensor, path)
             records += file.records
-    top = _optimizer(zero, parts)
-    if not steps and (step := _first_step(top, parts, zero)) is not None:
+    top = _optimizer(zero, plain)
+    if not steps and (step := _first_step(top, plain, zero)) is not None:
         steps = dict.fromkeys(every, step)
     _check_complete(zero, moments, steps, names)
+    _check_steps(zero, steps, names)
     return TrainingState(
         moments=moments,
         masters={name: catalog.entries[name] for name in every},
         steps=steps,
-        groups=_groups(top, names, parts),
-        scaler=scaling(top, parts),
+        groups=_groups(top, names, plain),
+        scaler=scaling(top, plain),
         records=tuple(records),
         source="a universal checkpoint",
     )
@@ -80,27 +82,29 @@ def _value(file: TorchFile) -> object:
     return file.value.get("param") if isinstance(file.value, dict) else file.value
 
 
-def _optimizer(zero: Path, parts: Parts) -> dict[str, Any]:
+def _optimizer(zero: Path, plain: PlainData) -> dict[str, Any]:
     path = zero / _OPTIMIZER
     if not is_file(path):
         raise IncompleteError(
             "it is not there, so nothing says which hyperparameters the groups have.",
             path=path,
-            hint="Copy the whole folder, or make the universal checkpoint again.",
+            hint=_AGAIN,
         )
-    value = read_torch(parts.sources.open(child(zero, _OPTIMIZER))).value
+    value = read_torch(plain.sources.open(child(zero, _OPTIMIZER))).value
     return value if isinstance(value, dict) else {}
 
 
-def _first_step(top: dict[str, Any], parts: Parts, zero: Path) -> Step | None:
+def _first_step(top: dict[str, Any], plain: PlainData, zero: Path) -> Step | None:
     inner = top.get("optimizer_state_dict")
     states = inner.get("state") if isinstance(inner, dict) else None
     first = next(iter(states.values()), None) if isinstance(states, dict) else None
     value = first.get("step") if isinstance(first, dict) else None
-    return parse_step(value, parts, zero / _OPTIMIZER)
+    return parse_step(value, plain, zero / _OPTIMIZER)
 
 
-def _groups(top: dict[str, Any], names: list[tuple[str, ...]], parts: Parts) -> tuple[Group, ...]:
+def _groups(
+    top: dict[str, Any], names: list[tuple[str, ...]], plain: PlainData
+) -> tuple[Group, ...]:
     """The parameter groups: each covers some of the lists of the model file, by their numbers."""
     raw = top.get("param_groups")
     stated = [group for group in raw if isinstance(group, dict)] if isinstance(raw, list) else []
@@ -111,7 +115,7 @@ def _groups(top: dict[str, Any], names: list[tuple[str, ...]], parts: Parts) -> 
     return tuple(
         Group(
             tuple(name for number in cover for name in names[number]),
-            hyperparameters(group, parts, f"param_groups.{at}"),
+            hyperparameters(group, plain, f"param_groups.{at}"),
         )
         for at, (group, cover) in enumerate(zip(stated, covers, strict=True))
     )
@@ -133,5 +137,21 @@ def _check_complete(
                     f"its {kind} is not there, and those of others of its group are.",
                     path=zero / absent[0] / f"{kind}.pt",
                     tensor=absent[0],
-                    hint="Copy the whole folder, or make the universal checkpoint again.",
+                    hint=_AGAIN,
+                )
+
+
+def _check_steps(zero: Path, steps: dict[str, Step], names: list[tuple[str, ...]]) -> None:
+    """DeepSpeed updates a list of parameters as one flat tensor, which has had one number of
+    steps."""
+    for group in names:
+        first = steps.get(group[0]) if group else None
+        for name in group:
+            if first is not None and steps[name].count != first.count:
+                raise FormatError(
+                    f"it has had {steps[name].count} steps, and {group[0]} of the same flat tensor "
+                    f"{first.count}: files of different saves are mixed.",
+                    path=zero / name / f"{_STEP}.pt",
+                    tensor=name,
+                    hint=_AGAIN,
                 )

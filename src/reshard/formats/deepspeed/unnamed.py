@@ -24,7 +24,7 @@ import numpy as np
 from reshard.containers.torch import TensorRef
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.optimizer import OptimizerDict, parse
-from reshard.containers.torch.plain import Parts
+from reshard.containers.torch.plain import PlainData
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
 from reshard.core.findings import state_named_by_order
@@ -60,7 +60,7 @@ def masters(saved: Saved, sources: Sources) -> dict[str, Entry] | None:
     return found
 
 
-def read(saved: Sequence[Saved], catalog: Catalog, parts: Parts) -> TrainingState:
+def read(saved: Sequence[Saved], catalog: Catalog, plain: PlainData) -> TrainingState:
     """The state in the model file, its tensors under the names of the model's parameters.
 
     Raises `UnsupportedError` where nothing says which parameters they belong to.
@@ -70,18 +70,18 @@ def read(saved: Sequence[Saved], catalog: Catalog, parts: Parts) -> TrainingStat
         raise _no_names(model, "tensor parallel ranks hold it")
     if saved[0].experts:
         raise _no_names(model, "that of the experts lies in other files")
-    top = read_torch(parts.sources.open(model.path)).value
+    top = read_torch(plain.sources.open(model.path)).value
     optimizer = top["optimizer"] if isinstance(top, dict) else None
     if not isinstance(optimizer, dict):
         raise FormatError("its optimizer is not a dict.", path=model.path)
     if "fp32_groups_flat" in optimizer:
         raise _no_names(model, "its masters are flattened")
     wrapped = "optimizer_state_dict" in optimizer
-    found = parse(optimizer["optimizer_state_dict"] if wrapped else optimizer, parts, model.path)
+    found = parse(optimizer["optimizer_state_dict"] if wrapped else optimizer, plain, model.path)
     if wrapped and [len(g) for g in model.masters] != [len(g.params) for g in found.groups]:
         raise FormatError("it does not have a master for each parameter.", path=model.path)
     names = (
-        _by_values(model, saved[0], parts.sources)
+        _by_values(model, saved[0], plain.sources)
         if wrapped
         else groups_in_order(
             [[_shape(found, key) for key in group.params] for group in found.groups],
@@ -115,7 +115,7 @@ def read(saved: Sequence[Saved], catalog: Catalog, parts: Parts) -> TrainingStat
         masters={name: catalog.entries[name] for name in _flattened(names)} if wrapped else {},
         steps={name: state.step for name, state in named.items() if state.step is not None},
         groups=tuple(groups),
-        scaler=scaling(optimizer, parts),
+        scaler=scaling(optimizer, plain),
         records=model.records,
         findings=() if wrapped else (state_named_by_order(len(named)),),
         source="no ZeRO",

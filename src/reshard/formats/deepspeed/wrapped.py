@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from reshard.containers.torch import Opaque, TensorRef
 from reshard.containers.torch.optimizer import ParamState, param_state, parse
-from reshard.containers.torch.plain import Parts
+from reshard.containers.torch.plain import PlainData
 from reshard.core.state import Plain
 from reshard.errors import FormatError, UnsupportedError
 
@@ -61,7 +61,7 @@ class Wrapped(Struct, frozen=True):
         return () if state is None else tuple(state.moments)
 
 
-def parse_wrapped(path: Path, value: object, flats: int, parts: Parts) -> Wrapped:
+def parse_wrapped(path: Path, value: object, flats: int, plain: PlainData) -> Wrapped:
     """The wrapped optimizer in the content of an optimizer file with a number of flat tensors.
 
     Raises `FormatError`, `UnsupportedError`.
@@ -70,12 +70,12 @@ def parse_wrapped(path: Path, value: object, flats: int, parts: Parts) -> Wrappe
     if not isinstance(top, dict):
         raise FormatError("it holds no optimizer_state_dict.", path=path)
     base = top.get("base_optimizer_state", top.get("optimizer_state_dict"))
-    scaler = scaling(top, parts)
+    scaler = scaling(top, plain)
     if isinstance(base, list):
-        states = [param_state(state, parts, path, f"group {at}") for at, state in enumerate(base)]
+        states = [param_state(state, plain, path, f"group {at}") for at, state in enumerate(base)]
         groups = [WrappedGroup((at,), {}) for at in range(flats)]
         return Wrapped(path, tuple(states), tuple(groups), scaler)
-    found = parse(base, parts, path)
+    found = parse(base, plain, path)
     order: list[int] = []
     covering = []
     for group in found.groups:
@@ -91,7 +91,7 @@ def parse_wrapped(path: Path, value: object, flats: int, parts: Parts) -> Wrappe
     return Wrapped(path, tuple(found.states.get(n) for n in range(flats)), tuple(covering), scaler)
 
 
-def scaling(top: Mapping[str, Any], parts: Parts) -> dict[str, Plain]:
+def scaling(top: Mapping[str, Any], plain: PlainData) -> dict[str, Plain]:
     """The loss scaler of fp16 training; in other training it scales by one and is left out."""
     scaler = top.get("loss_scaler")
     stated: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def scaling(top: Mapping[str, Any], parts: Parts) -> dict[str, Plain]:
         stated = scaler.state
     elif "cur_scale" in top:
         stated = {k: top[k] for k in ("cur_scale", "cur_iter", "last_overflow_iter") if k in top}
-    found = parts.mapping(stated, "loss_scaler")
+    found = plain.mapping(stated, "loss_scaler")
     if found.get("cur_scale") in (None, 1, 1.0):
         return {}
     return {**found, "dynamic": top.get("dynamic_loss_scale") is True}

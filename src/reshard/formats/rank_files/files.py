@@ -188,13 +188,13 @@ def _roles(folder: Path) -> list[Path]:
     return [path for path in below if any(file.writer == "verl" for file in _of_folder(path))]
 
 
-def _world(folder: Path, files: list[_File], wanted: int | None) -> int | None:
+def _world(folder: Path, files: list[_File], selected: int | None) -> int | None:
     """The world that the files' names state. Raises `IncompleteError` where they state two."""
     worlds: dict[int | None, _File] = {}
     for file in sorted(files, key=lambda file: (file.world or 0, file.rank)):
         worlds.setdefault(file.world, file)
-    if wanted is not None:
-        return wanted
+    if selected is not None:
+        return selected
     if len(worlds) > 1:
         both = " and ".join(str(world) for world in worlds)
         first = next(iter(worlds.values())).path.name

@@ -61,9 +61,9 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
         held = parts_of(name, states, sources)
         entry = entry_of(name, states[0].tensors[name], held, saved, missing)
         key = tuple((h.state.rank, h.tensor.storage, h.tensor.strides) for h in held)
-        twin = first.setdefault((entry.spec.shape, key), name) if entry.fragments else name
-        if twin != name and entry.spec.numel:
-            entries[twin] = replace(entries[twin], aliases=(*entries[twin].aliases, name))
+        earlier = first.setdefault((entry.spec.shape, key), name) if entry.fragments else name
+        if earlier != name and entry.spec.numel:
+            entries[earlier] = replace(entries[earlier], aliases=(*entries[earlier].aliases, name))
             continue
         entries[name] = entry
         if len(held) > 1:
@@ -128,7 +128,7 @@ def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]
 def _parts(state: State, value: TensorRef | Local) -> list[Held]:
     if isinstance(value, TensorRef):
         return [Held(state, value.fragment().box, value)]
-    return [Held(state, part.box, part.tensor) for part in value.parts]
+    return [Held(state, piece.box, piece.tensor) for piece in value.fragments]
 
 
 def _described(value: TensorRef | Local) -> tuple[object, ...]:

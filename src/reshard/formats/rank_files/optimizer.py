@@ -20,7 +20,7 @@ from reshard.containers.distributed import Decoder, Local, is_distributed
 from reshard.containers.torch import Opaque, TensorRef
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.optimizer import Key, OptimizerDict, parse
-from reshard.containers.torch.plain import Parts
+from reshard.containers.torch.plain import PlainData
 from reshard.core.findings import state_named_by_order
 from reshard.core.state import WEIGHTS_ALONE, Group, Plain, ReadState, TrainingState, tensor_name
 from reshard.core.tensors import Entry
@@ -28,6 +28,7 @@ from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.rank_files import join
 from reshard.formats.rank_files.files import Saved
 from reshard.formats.rank_files.state import State
+from reshard.formats.run_files import read_run_file
 from reshard.naming.order import groups_in_order
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file
@@ -51,8 +52,8 @@ def reader(saved: Saved, entries: Mapping[str, Entry], sources: Sources) -> Read
                 path=saved.folder,
                 hint=_ONE_SAVE,
             )
-        parts = Parts(sources)
-        return _read(replace(saved, files=there), entries, parts)
+        plain = PlainData(sources)
+        return _read(replace(saved, files=there), entries, plain)
 
     return ReadState(read)
 
@@ -64,19 +65,19 @@ def _beside(model: Path, prefix: str) -> Path | None:
     return model.with_name(prefix + model.name.removeprefix(_MODEL))
 
 
-def _read(saved: Saved, entries: Mapping[str, Entry], parts: Parts) -> TrainingState:
+def _read(saved: Saved, entries: Mapping[str, Entry], plain: PlainData) -> TrainingState:
     found: list[OptimizerDict] = []
     states: list[State] = []
     for rank, path in sorted(saved.files.items()):
-        content = read_torch(parts.sources.open(child(saved.folder, path.name)))
-        one = parse(content.value, parts, path)
+        content = read_torch(plain.sources.open(child(saved.folder, path.name)))
+        one = parse(content.value, plain, path)
         found.append(one)
-        tensors = _tensors(one, Decoder(str(path), rank, parts.sources), path, len(saved.files))
+        tensors = _tensors(one, Decoder(str(path), rank, plain.sources), path, len(saved.files))
         records = tuple(sorted(content.records, key=lambda record: record.extent.offset))
         states.append(State(path, rank, tensors, records))
     first = found[0]
     _check_same(found, states)
-    table = join.joined(states, saved, parts.sources)
+    table = join.joined(states, saved, plain.sources)
     names = _names(first, table.entries, entries, states[0].path)
     moments: dict[str, dict[str, Entry]] = {}
     for key, name in names.items():
@@ -84,7 +85,7 @@ def _read(saved: Saved, entries: Mapping[str, Entry], parts: Parts) -> TrainingS
             entry = table.entries[tensor_name(kind, str(key))]
             moments.setdefault(kind, {})[name] = entry.renamed(name)
     steps = {names[key]: state.step for key, state in first.states.items() if key in names}
-    scheduler = _scheduler(saved, parts)
+    scheduler = _scheduler(saved, plain)
     return TrainingState(
         moments=moments,
         steps={name: step for name, step in steps.items() if step is not None},
@@ -93,7 +94,7 @@ def _read(saved: Saved, entries: Mapping[str, Entry], parts: Parts) -> TrainingS
             for group in first.groups
         ),
         scheduler=scheduler,
-        left_out=tuple(parts.left_out),
+        left_out=tuple(plain.left_out),
         records=table.records,
         findings=(state_named_by_order(len(names)), *table.findings),
         source="files of each rank",
@@ -169,14 +170,14 @@ def _names(
     return dict(zip(keys, (name for group in named for name in group), strict=True))
 
 
-def _scheduler(saved: Saved, parts: Parts) -> dict[str, Plain] | None:
+def _scheduler(saved: Saved, plain: PlainData) -> dict[str, Plain] | None:
     """The schedule of the first rank's extra state; what else is in it does not travel."""
     name = saved.files[min(saved.files)].name.replace(_OPTIMIZER, _EXTRA, 1)
     if not is_file(saved.folder / name):
         return None
-    value = read_torch(parts.sources.open(child(saved.folder, name))).value
+    value = read_run_file(child(saved.folder, name), plain.sources)
     held = value if isinstance(value, dict) else {}
     for key in held:
         if key != "lr_scheduler":
-            parts.leave(f"{key} ({name})")
-    return parts.state_dict(held.get("lr_scheduler"), "lr_scheduler") or None
+            plain.leave(f"{key} ({name})")
+    return plain.state_dict(held.get("lr_scheduler"), "lr_scheduler") or None

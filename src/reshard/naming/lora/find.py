@@ -142,7 +142,7 @@ def name_in_peft(module: str, prefix: str) -> str:
     return after if found else module.removeprefix(prefix)
 
 
-class _Part(NamedTuple):
+class _AdapterName(NamedTuple):
     """The parts of a tensor's name: `module`, the adapter's tensor, its adapter, what follows."""
 
     module: str
@@ -172,12 +172,12 @@ class _Separation:
         for entry in entries.values():
             self._sort(entry)
 
-    def _choose(self, wanted: str | None) -> str:
-        if wanted is not None:
-            if wanted not in self._found:
-                raise PlanError(f"there is no adapter {wanted!r}; there are "
+    def _choose(self, name: str | None) -> str:
+        if name is not None:
+            if name not in self._found:
+                raise PlanError(f"there is no adapter {name!r}; there are "
                                 f"{listed(sorted(self._found)) or 'none'}.")  # fmt: skip
-            return wanted
+            return name
         if len(self._found) > 1:
             raise PlanError(
                 f"the checkpoint holds {len(self._found)} adapters: {listed(sorted(self._found))}.",
@@ -225,7 +225,7 @@ class _Separation:
                 self._twice.append((self._plain[names[0]], mine))
             self._plain[names[0]] = mine
 
-    def _add(self, part: _Part, entry: Entry) -> None:
+    def _add(self, part: _AdapterName, entry: Entry) -> None:
         if part.rest not in ([], ["weight"]):
             raise UnsupportedError(
                 f"adapters with a {'.'.join(part.rest)} of their own are not handled.",
@@ -330,12 +330,12 @@ def _tail(parts: list[str]) -> str:
     return "" if at is None else ".".join(parts[max(at - 1, 0) :])
 
 
-def _taken_apart(parts: list[str]) -> _Part | None:
+def _taken_apart(parts: list[str]) -> _AdapterName | None:
     """The name of an adapter's tensor in its parts; None for any other."""
     at = next((i for i, part in enumerate(parts) if part in methods.TENSORS), None)
     if at is None:
         return None
-    return _Part(".".join(parts[:at]), parts[at], *_named(parts[at + 1 :]))
+    return _AdapterName(".".join(parts[:at]), parts[at], *_named(parts[at + 1 :]))
 
 
 def _named(rest: list[str]) -> tuple[str, list[str]]:

@@ -93,7 +93,7 @@ def adapter_folder(
 ) -> AdapterFolder:
     """The adapters as a folder that `PeftModel.from_pretrained` loads.
 
-    `prefix` is what the fit stripped: module names are those of the live base model that the
+    `prefix` is what the fit stripped: module names are those of the loaded base model that the
     checkpoint was trained with.
     """
     tensors: dict[str, Entry] = {}

@@ -1,6 +1,6 @@
-"""Released files -> a live model of the installed transformers -> our map -> the same files.
+"""Released files -> a loaded model of the installed transformers -> our map -> the same files.
 
-transformers itself is the oracle of what went where: it loads the released layout into a live
+transformers itself is the oracle of what went where: it loads the released layout into a loaded
 module, and what the fit builds from that module's tensors must be the released tensors, bit for
 bit. So the result loads with no key missing and gives the logits of the module.
 """
@@ -25,7 +25,7 @@ from tests.naming.tables import fit
 CLASSES = {"qwen2_5_vl_backbone": "AutoModel", "llava_backbone": "AutoModel"}
 
 
-def live(
+def loaded(
     folder: Path, name: str, arrays: Mapping[str, tables.Array]
 ) -> tuple[Any, dict[str, tables.Array]]:
     """The model that transformers loads from released files, and its state dict."""
@@ -44,7 +44,7 @@ def live(
 def test_a_live_module_becomes_the_released_files(name: str, tmp_path: Path) -> None:
     hub = tables.table("4.57", name)
     arrays = tables.random_arrays(hub.disk_shapes())
-    _, state = live(tmp_path, name, arrays)
+    _, state = loaded(tmp_path, name, arrays)
     content = tables.files(state, "module.")
     source = tables.entries({key: value.shape for key, value in state.items()}, "module.")
 

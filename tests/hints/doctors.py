@@ -37,7 +37,7 @@ def ill(at: Path, change: Callable[[Path], object], **more: Any) -> tuple[Path, 
 
 
 def restored(at: Path, change: Callable[[Path], object], **more: Any) -> Case:
-    """The ailment is gone once the run is converted, or the folder copied, again."""
+    """The fault is gone once the run is converted, or the folder copied, again."""
     folder, _ = ill(at, change, **more)
     whole = tiny.model(at / "whole", 2, **more)
     out = at / "again"

@@ -22,7 +22,7 @@ from reshard.storage.paths import is_file, real
 from reshard.storage.texts import write_text
 
 #: The file's name, inside the folder of the outputs.
-RECORD = "watch.json"
+STATE_FILE = "watch.json"
 _VERSION = 1
 _MAX_NBYTES = 64 << 20
 
@@ -46,7 +46,7 @@ class SaveState(Struct, frozen=True):
     exit_code: int | None = None
 
 
-class Record(Struct):
+class RunState(Struct):
     """The state of all saves; `doing` says in words what watch is doing now."""
 
     run: str
@@ -57,56 +57,56 @@ class Record(Struct):
 
 
 class State:
-    """The record of one folder of outputs, and its file."""
+    """The state of one folder of outputs, and its file."""
 
     def __init__(self, out: Path, run: Path) -> None:
         """Reads what an earlier watch left. Raises `FormatError` where the file is damaged,
         `WriteError` where it is another run's."""
-        self.path = out / RECORD
-        self._record = Record(os.fspath(real(run)))
+        self.path = out / STATE_FILE
+        self._state = RunState(os.fspath(real(run)))
         if is_file(self.path):
             found = _read(self.path)
-            if found.run != self._record.run:
+            if found.run != self._state.run:
                 raise WriteError(
                     f"the outputs of another run are there: {found.run}.",
                     path=out,
                     hint="Name another folder for the outputs of this run.",
                 )
-            self._record = found
-        self._record.pid = os.getpid()
+            self._state = found
+        self._state.pid = os.getpid()
 
     def __getitem__(self, name: str) -> SaveState:
-        return self._record.saves.get(name, SaveState("waiting"))
+        return self._state.saves.get(name, SaveState("waiting"))
 
     @property
     def saves(self) -> dict[str, SaveState]:
         """The states by name."""
-        return self._record.saves
+        return self._state.saves
 
     def set(self, name: str, **changes: Any) -> SaveState:
         """Note a change of a save's state, in the file too."""
-        self._record.saves[name] = replace(self[name], **changes)
+        self._state.saves[name] = replace(self[name], **changes)
         self._write()
         return self[name]
 
     def say(self, doing: str) -> None:
         """Note what is done now."""
-        if doing != self._record.doing:
-            self._record.doing = doing
+        if doing != self._state.doing:
+            self._state.doing = doing
             self._write()
 
     def _write(self) -> None:
-        values = asdict(self._record)
+        values = asdict(self._state)
         values["saves"] = {name: asdict(state) for name, state in self.saves.items()}
         write_text(self.path, json.dumps(values, indent=2) + "\n")
 
 
-def _read(path: Path) -> Record:
+def _read(path: Path) -> RunState:
     text = read_start(path, _MAX_NBYTES)
     try:
-        found = strict_json.parse_as(text, Record, str(path))
+        found = strict_json.parse_as(text, RunState, str(path))
     except FormatError:
-        found = Record("", version=0)
+        found = RunState("", version=0)
     if found.version != _VERSION:
         raise FormatError(
             "it is damaged, or of another version of reshard.",

@@ -17,69 +17,75 @@ from reshard.naming.layouts import Piece
 from reshard.naming.lora import methods
 from reshard.naming.mismatch import refuse
 from reshard.naming.schema import says_tied, says_untied, stating_levels
-from reshard.naming.steps import Known, Part, is_chosen
+from reshard.naming.steps import FitResult, Known, is_chosen
 
 
-def copied(known: Known) -> tuple[dict[str, str], Part]:
+def copied(known: Known) -> tuple[dict[str, str], FitResult]:
     """Write what the base stores under a name that the source lacks.
 
-    Returns the tensors that are written by their own hub names, and the copied ones' twins.
+    Returns the tensors that are written by their own hub names, and the copied ones' tied_tensors.
     """
     written = {hub: hub for hub in known.want if hub in known.have}
-    part = Part()
+    result = FitResult()
     for hub in known.candidate.of(Verdict.COPIED):
-        twin = ties.twin_of(hub, known.have)
-        if twin is None:
+        partner = ties.tied_partner(hub, known.have)
+        if partner is None:
             continue
-        name, own = known.want[hub].name, known.own(twin)
-        part += Part(outputs={name: Whole(own)})
-        written[twin] = hub
-        if ties.is_head(twin):
+        name, own = known.want[hub].name, known.own(partner)
+        result += FitResult(outputs={name: Whole(own)})
+        written[partner] = hub
+        if ties.is_head(partner):
             message = (
                 f"{name!r} is read from {own!r}: the base's config ties them, "
                 "and the checkpoint holds one."
             )
-            part += Part(findings=(Finding("tied-twin-copied", message, subject=name),))
-        part += _parted_by_update(known, hub, twin)
-    return written, part
+            result += FitResult(findings=(Finding("tied-tensor-copied", message, subject=name),))
+        result += _parted_by_update(known, hub, partner)
+    return written, result
 
 
-def _parted_by_update(known: Known, hub: str, twin: str) -> Part:
+def _parted_by_update(known: Known, hub: str, partner: str) -> FitResult:
     """Of a tied pair that the source stores once, untie the head where one is updated."""
-    if known.have[twin].name not in known.options.updated:
-        return Part()
-    if not (ties.is_head(hub) or ties.is_head(twin)):
-        raise _one_of_copies(known, twin, hub)
+    if known.have[partner].name not in known.options.updated:
+        return FitResult()
+    if not (ties.is_head(hub) or ties.is_head(partner)):
+        raise _one_of_copies(known, partner, hub)
     if ties.is_head(hub):
         return _said_untied(known, known.want[hub].name, "it has no update")
-    return _untied(known, twin) if ties.is_head(twin) and twin not in known.want else Part()
+    return (
+        _untied(known, partner)
+        if ties.is_head(partner) and partner not in known.want
+        else FitResult()
+    )
 
 
-def judged(known: Known, written: Mapping[str, str]) -> Part:
+def judged(known: Known, written: Mapping[str, str]) -> FitResult:
     """Compare what the base or its config says is one tensor, and the source stores twice.
 
     Raises `NamesError` where the two differ and neither is an output head: then no file and no
     config can state that they are two.
     """
     candidate, have = known.candidate, known.have
-    part = Part()
+    result = FitResult()
     for hub in candidate.of(Verdict.TWIN):
         if hub in written:
             continue
-        twin = ties.twin_of(hub, written)
-        same, undecided = (False, Part()) if twin is None else _compared(known, hub, twin)
-        part += undecided
-        if twin is not None and same:
-            part += Part(tied={known.here(hub): known.here(written[twin])})
+        partner = ties.tied_partner(hub, written)
+        same, undecided = (
+            (False, FitResult()) if partner is None else _compared(known, hub, partner)
+        )
+        result += undecided
+        if partner is not None and same:
+            result += FitResult(tied={known.here(hub): known.here(written[partner])})
         elif ties.embedding_of(hub, known.want) is not None:
             # A head whose embedding is the base's was trained separately, else it would serve for
             # both.
-            part += _untied(known, hub)
-        elif twin is None:
+            result += _untied(known, hub)
+        elif partner is None:
             raise refuse(candidate, is_chosen(known.options))
         else:
             raise NamesError(
-                f"it differs from {have[twin].name!r}; the base stores one tensor for both.",
+                f"it differs from {have[partner].name!r}; the base stores one tensor for both.",
                 tensor=have[hub].name,
                 unexpected=(have[hub].name,),
             )
@@ -87,63 +93,65 @@ def judged(known: Known, written: Mapping[str, str]) -> Part:
         embedding = ties.embedding_of(hub, {**known.want, **have})
         if embedding is None or written[hub] == embedding:
             continue
-        same, undecided = _compared(known, hub, embedding) if embedding in have else (False, Part())
-        part += undecided if same else undecided + _untied(known, hub)
-    return part
+        same, undecided = (
+            _compared(known, hub, embedding) if embedding in have else (False, FitResult())
+        )
+        result += undecided if same else undecided + _untied(known, hub)
+    return result
 
 
-def _compared(known: Known, hub: str, twin: str) -> tuple[bool, Part]:
+def _compared(known: Known, hub: str, partner: str) -> tuple[bool, FitResult]:
     """Whether two of the source's tensors hold the same values; and a pair that is undecided."""
-    one, other = known.by_name[known.have[hub].name], known.by_name[known.have[twin].name]
+    one, other = known.by_name[known.have[hub].name], known.by_name[known.have[partner].name]
     updated = known.options.updated
-    if updated.get(known.have[hub].name) != updated.get(known.have[twin].name):
-        return False, Part()
+    if updated.get(known.have[hub].name) != updated.get(known.have[partner].name):
+        return False, FitResult()
     if one.fragments == other.fragments:
-        return True, Part()
+        return True, FitResult()
     if not (one.fragments and other.fragments):
         # They are the base's, which ties them.
-        return one.spec.shape == other.spec.shape, Part()
+        return one.spec.shape == other.spec.shape, FitResult()
     if known.equal is None:
-        return True, Part(undecided=((one.spec.name, other.spec.name),))
-    return known.equal(one, other), Part()
+        return True, FitResult(undecided=((one.spec.name, other.spec.name),))
+    return known.equal(one, other), FitResult()
 
 
-def _untied(known: Known, hub: str) -> Part:
+def _untied(known: Known, hub: str) -> FitResult:
     """Write the head as a separate tensor, and make the config say so."""
     name, own = known.here(hub), known.own(hub)
-    part = Part(outputs={name: Whole(own)})
+    result = FitResult(outputs={name: Whole(own)})
     if hub not in known.want:
-        part += Part(origins={name: own})
+        result += FitResult(origins={name: own})
         embedding = ties.embedding_of(hub, known.want)
         if embedding is not None:
-            part += Part(tied_to={name: known.want[embedding].name})
-    return part + _said_untied(known, name, "it is written")
+            result += FitResult(tied_to={name: known.want[embedding].name})
+    return result + _said_untied(known, name, "it is written")
 
 
-def _said_untied(known: Known, head: str, what: str) -> Part:
+def _said_untied(known: Known, head: str, what: str) -> FitResult:
     """Record that a head differs from what the base ties it to, in the config and as a finding."""
     levels = stating_levels(known.config)
     message = (
         f"{head!r} differs from the embedding that the base ties it to: {what}, and the config "
         "says so."
     )
-    return Part(
+    return FitResult(
         config_patches={f"{level}tie_word_embeddings": False for level in levels},
         findings=(Finding("head-untied", message, subject=head),),
     )
 
 
-def left_behind(known: Known) -> Part:
+def left_behind(known: Known) -> FitResult:
     """If the source lacks a head whose embedding was trained separately, the head stays the
     base's; if adapters update the embedding, the head is the embedding before the update.
 
     Raises `NamesError` where the base is not to be copied, or has another vocabulary, and
     `UnsupportedError` for one of several names of an embedding.
     """
-    options, part = known.options, Part()
+    options, result = known.options, FitResult()
     heads = _unheld(known)
     if options.headless:
-        return part
+        return result
     for hub, embedding in heads.items():
         piece = known.have[embedding]
         apart = piece.name in options.untied
@@ -151,25 +159,25 @@ def left_behind(known: Known) -> Part:
             continue
         name = known.here(hub)
         if piece.name in options.updated and not apart:
-            part += Part(
+            result += FitResult(
                 outputs={name: Whole(known.owners[piece.name])},
                 tied_to={name: known.want[embedding].name},
             )
-            part += _said_untied(known, name, "it has no update")
+            result += _said_untied(known, name, "it has no update")
         elif apart:
             _check_head(options, name, piece, known.want[embedding])
             if hub not in known.want:
-                part += Part(from_base={name: known.want[embedding].name})
-            part += _said_untied(known, name, "it is the base's")
-    return part
+                result += FitResult(from_base={name: known.want[embedding].name})
+            result += _said_untied(known, name, "it is the base's")
+    return result
 
 
 def _unheld(known: Known) -> dict[str, str]:
-    """Head -> embedding, of heads that the live module has and the source lacks, tied to an
+    """Head -> embedding, of heads that the loaded model has and the source lacks, tied to an
     embedding that it holds.
 
     Raises `UnsupportedError` for an embedding that was trained under one of its names, where the
-    live module has others for it that are no heads: no file can say that they differ.
+    loaded model has others for it that are no heads: no file can say that they differ.
     """
     have, config = known.have, known.config
     heads = ties.missing_heads(have, config.get("model_type")) if says_tied(config) else {}
@@ -194,8 +202,8 @@ def _unheld(known: Known) -> dict[str, str]:
 
 def _one_of_copies(known: Known, trained: str, other: str) -> UnsupportedError:
     return UnsupportedError(
-        f"it was trained by PEFT, and the live model holds it as {known.here(other)!r} too, which "
-        "was not: the base stores one tensor for both.",
+        f"it was trained by PEFT, and the loaded model holds it as {known.here(other)!r} too, "
+        "which was not: the base stores one tensor for both.",
         tensor=known.have[trained].name,
         hint=methods.hint(merges=False),
     )

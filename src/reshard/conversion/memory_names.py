@@ -1,4 +1,4 @@
-"""Into training: a model's tensors by the names that a live module has."""
+"""Into training: a model's tensors by the names that a loaded model has."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def chosen(options: Options, catalog: Catalog, base: Base | None) -> Names:
     if options.names is not None:
         return options.names
     if options.optimizer:
-        # A moment has one name, that of the live module; a checkpoint of training has it already.
+        # A moment has one name, that of the loaded model; a checkpoint of training has it already.
         return "disk" if base is None else "memory"
     at_hand = base is not None or holds_config(catalog)
     return "all" if output_format(options.to).names_twice and at_hand else "disk"
@@ -49,31 +49,32 @@ def config_of(
 
 
 def placed(output: OutputModel, config: Mapping[str, Any], options: Options) -> OutputModel:
-    """The output with the names and shapes of a live module of the wanted transformers version."""
+    """The output with the names and shapes of a loaded model of the requested transformers
+    version."""
     version = version_of(options)
-    live = to_memory(as_entries(output.model), config, version)
+    loaded = to_memory(as_entries(output.model), config, version)
     text = ".".join(map(str, version))
-    said = [Finding("live-names", f"names are those of a live module of transformers {text}.")]
+    said = [Finding("memory-names", f"names are those of a loaded model of transformers {text}.")]
     if not was_read(version):
         newest = ".".join(map(str, NEWEST))
         message = (
-            f"the live modules of transformers {text} are not known: their names are assumed to "
+            f"the loaded models of transformers {text} are not known: their names are assumed to "
             f"be those of the nearest known version, of which the newest is {newest}."
         )
         # Where the version was named, the code's own fix would offer what was passed.
         fix = "Load the output with strict names: one that differs is then an error."
         passed = options.transformers_version is not None
-        said.append(Finding("live-version-unread", message, fix=fix if passed else ""))
+        said.append(Finding("memory-version-unknown", message, fix=fix if passed else ""))
     return replace(
         output,
-        model=_once(live) if output_format(options.to).names_twice else _each(live),
+        model=_once(loaded) if output_format(options.to).names_twice else _each(loaded),
         findings=(*output.findings, *said),
-        live=text,
+        loaded_by=text,
     )
 
 
 def version_of(options: Options) -> Version:
-    """The transformers version whose live module is meant."""
+    """The transformers version whose loaded model is meant."""
     return options.transformers_version or _installed() or NEWEST
 
 
@@ -95,7 +96,7 @@ def _once(entries: Mapping[str, Entry]) -> list[OutputTensor]:
 
 
 def answering(output: OutputModel, config: Mapping[str, Any], options: Options) -> OutputModel:
-    """The output whose tensors also have the names that the live modules of every transformers
+    """The output whose tensors also have the names that the loaded models of every transformers
     version ask for, as far as these are the same bytes.
 
     Raises `PlanError` where they are not for the version that the options name.
@@ -112,25 +113,25 @@ def answering(output: OutputModel, config: Mapping[str, Any], options: Options) 
     count = sum(len(tensor.aliases) for tensor in model)
     if count:
         message = (
-            f"the tensors also have the names that live modules ask for: {count} more names for "
+            f"the tensors also have the names that loaded models ask for: {count} more names for "
             "the same bytes."
         )
-        findings.append(Finding("live-names-added", message))
+        findings.append(Finding("memory-names-added", message))
     return replace(output, model=model, findings=(*output.findings, *findings))
 
 
 def _apart(apart: Apart) -> Finding:
-    """The finding that the live modules of some versions will not find their tensors."""
+    """The finding that the loaded models of some versions will not find their tensors."""
     if not apart.name:
         return Finding(
-            "live-layout-unknown",
-            f"how the live modules of transformers {apart.versions} make their tensors from those "
+            "memory-layout-unknown",
+            f"how the loaded models of transformers {apart.versions} make their tensors from those "
             "of the files is not known: dcp.load into such a module may not find its names.",
         )
     since = ".".join(map(str, apart.since))
     return Finding(
-        "live-layout-apart",
-        f"the live modules of transformers {apart.versions} hold {apart.count} tensors that are "
+        "memory-layout-apart",
+        f"the loaded models of transformers {apart.versions} hold {apart.count} tensors that are "
         f"stacked, transposed or cut differently than in the files, {apart.name!r} among them: "
         f"dcp.load "
         "into such a module does not find them here.",
