@@ -41,7 +41,8 @@ PACKAGES = ("reshard", "torch", "deepspeed", "transformers", "accelerate", "safe
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One run of one contender on one input. Bytes are those of the output folder."""
+    """One run of one contender on one input. Output bytes are those of the output folder;
+    `temporary_nbytes` it had on the disk beside these, at most."""
 
     input: str
     contender: str
@@ -49,6 +50,7 @@ class Sample:
     seconds: float
     peak_nbytes: int
     output_nbytes: int
+    temporary_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Row:
     times_cp: float | None
     peak_nbytes: int
     output_nbytes: int
+    temporary_nbytes: int
 
 
 def rounds(given: Sequence[Input], count: int, scratch: Path) -> Iterator[Sample]:
@@ -89,10 +92,11 @@ def _sample(given: Input, contender: Contender, number: int, scratch: Path) -> S
     time.sleep(_SETTLE_SECONDS)
     with measure.memory_in_hand(_MEMORY_NBYTES):
         measure.warm(contender.reads(given, scratch))
-    ran = measure.run(command, _environment())
+    ran = measure.run(command, _environment(), scratch)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    temporary = max(ran.disk_nbytes - measure.allocated(target), 0)
     shutil.rmtree(target)
-    return Sample(given.name, contender.name, number, ran.seconds, ran.peak_nbytes, size)
+    return Sample(given.name, contender.name, number, ran.seconds, ran.peak_nbytes, size, temporary)
 
 
 def _environment() -> dict[str, str]:
@@ -126,6 +130,7 @@ def _row(contender: Contender, samples: Sequence[Sample], copy: float | None) ->
         None if copy is None else median / copy,
         max(sample.peak_nbytes for sample in samples),
         samples[0].output_nbytes,
+        max(sample.temporary_nbytes for sample in samples),
     )
 
 
@@ -133,7 +138,7 @@ def draw(console: Console, given: str, rows: Sequence[Row]) -> None:
     """The rows as a table."""
     table = Table(title=given, title_justify="left", title_style="bold")
     table.add_column("contender", no_wrap=True)
-    for name in ("seconds", "least - most", "x cp", "peak MiB", "output MB"):
+    for name in ("seconds", "least - most", "x cp", "peak MiB", "output MB", "temp MB"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -143,6 +148,7 @@ def draw(console: Console, given: str, rows: Sequence[Row]) -> None:
             "" if row.times_cp is None else f"{row.times_cp:.2f}",
             f"{row.peak_nbytes / MIB:.0f}",
             f"{row.output_nbytes / 1e6:.0f}",
+            f"{row.temporary_nbytes / 1e6:.0f}",
         )
     console.print(table)
 

@@ -48,7 +48,7 @@ def _reshard(*options: str) -> Callable[[Input, Path, Path], list[str]]:
         convert = [sys.executable, "-m", "reshard", "convert", str(given.source), str(target)]
         if given.kind == "huggingface":
             return [*convert, "--to", "dcp", "--json", *options]
-        if given.kind == "state":
+        if given.kind in ("state", "fsdp-state"):
             return [*convert, "--to", "deepspeed", "--json", *options]
         if given.kind == "quantised":
             return [*convert, "--json", *options]
@@ -95,7 +95,7 @@ def _fill(path: Path, source: Path, nbytes: int) -> None:
                     nbytes -= out.write(block)
 
 
-_ALL = ("deepspeed", "dcp", "huggingface", "quantised", "state")
+_ALL = ("deepspeed", "dcp", "huggingface", "quantised", "state", "fsdp-state")
 
 
 def _to_dcp(given: Input, target: Path, _: Path) -> list[str]:

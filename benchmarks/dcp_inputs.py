@@ -22,6 +22,12 @@ def sharded(folder: Path) -> None:
     run_ranks("benchmarks.dcp_train", str(folder / "base"), str(folder / "source"))
 
 
+def sharded_state(folder: Path) -> None:
+    """The same with AdamW's moments. Needs 14 GB of memory and 7 GB of disk."""
+    random_base(folder / "base")
+    run_ranks("benchmarks.dcp_train", str(folder / "base"), str(folder / "source"), "state")
+
+
 def sharded_large(folder: Path) -> None:
     """The large model by DCP, in float32. Needs 8 GB of memory, 8 GB of disk."""
     _in_process("save_sharded", folder)
@@ -70,6 +76,7 @@ def _random_state(shapes: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 
 RECIPES: tuple[Recipe, ...] = (
     Recipe("fsdp-0.5b", "dcp", sharded),
+    Recipe("fsdp-state-0.5b", "fsdp-state", sharded_state),
     Recipe("fsdp-1.9b", "dcp", sharded_large, large=True),
     Recipe("hf-0.5b", "huggingface", pretrained),
     Recipe("hf-1.9b", "huggingface", pretrained_large, large=True),

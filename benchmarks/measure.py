@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,20 +19,64 @@ class Run:
 
     `peak_nbytes` is the kernel's `ru_maxrss`: resident memory, mapped file pages included, of the
     largest process of the command. A child begins as a copy of the benchmark itself, so it cannot
-    be less than the benchmark's own 40 MiB or so.
+    be less than the benchmark's own 40 MiB or so. `disk_nbytes` is the largest size of the watched
+    folder while the command ran, beyond what it held before.
     """
 
     seconds: float
     peak_nbytes: int
     output: str
+    disk_nbytes: int = 0
 
 
 class CommandError(Exception):
     """A contender ended with another exit code than 0."""
 
 
-def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
+# Seconds between two looks at a folder: thousands of files take 15 ms.
+_LOOK_SECONDS = 0.25
+
+
+class _Watch:
+    """Looks at a folder's size while a command runs."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._before = self._size()
+        self.most = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while self._folder is not None and not self._end.wait(_LOOK_SECONDS):
+            self.most = max(self.most, self._size() - self._before)
+
+    def _size(self) -> int:
+        return 0 if self._folder is None else allocated(self._folder)
+
+
+def allocated(folder: Path) -> int:
+    """Bytes that the files under `folder` take on the disk; files may vanish meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += Path(place, name).lstat().st_blocks * 512
+    return total
+
+
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    watched: Path | None = None,
+) -> Run:
     """Run `command` to its end. Raises `CommandError`, with the end of what it said."""
+    watch = _Watch(watched)
     start = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -45,11 +90,12 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
+    watch.close()
     process.returncode = os.waitstatus_to_exitcode(status)
     process.stdout.close()
     if process.returncode != 0:
         raise CommandError(f"{' '.join(command)}: {process.returncode}\n{output[-2000:]}")
-    return Run(seconds, usage.ru_maxrss * 1024, output)
+    return Run(seconds, usage.ru_maxrss * 1024, output, watch.most)
 
 
 # In a process of its own: its peak would be taken for that of the next command.

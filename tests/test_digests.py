@@ -127,12 +127,14 @@ def test_files_are_read_again_while_others_are_written(
     monkeypatch.setattr(readback, "LEAST_NBYTES", 300)
     put, count = OutputFolder.put, 0
 
-    def damage(folder: OutputFolder, name: str, fd: int, data: memoryview, offset: int) -> None:
+    def damage(
+        folder: OutputFolder, name: str, fd: int, data: memoryview, offset: int, **more: bool
+    ) -> None:
         nonlocal count
         count += len(data) == 320
         if damaged and len(data) == 320 and count == 9:
             data = memoryview(bytes([data[0] ^ 1]) + bytes(data[1:]))
-        put(folder, name, fd, data, offset)
+        put(folder, name, fd, data, offset, **more)
 
     monkeypatch.setattr(OutputFolder, "put", damage)
     hashed: list[str] = []

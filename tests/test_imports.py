@@ -55,7 +55,7 @@ OWN_NAMES = {info.name for info in OWN}
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 # Packages that take long to import, and the rooms that may name them outside a function.
-HEAVY = {
+HEAVY: dict[str, set[str]] = {
     "torch": {"evaluate"},
     "transformers": {"evaluate"},
     "accelerate": {"evaluate"},
@@ -63,6 +63,8 @@ HEAVY = {
     "PIL": {"evaluate"},
     "jinja2": {"evaluate"},
     "rich": {"evaluate"},
+    "ray": set(),
+    "obstore": set(),
     "pytest": {"testing"},
     "hypothesis": {"testing"},
 }

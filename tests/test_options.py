@@ -64,7 +64,7 @@ TAKEN: dict[str, set[str]] = {
     "optimizer": _FLAG, "layout": set(), "hyperparameters": _PATHS,
     "allow_unchanged": _FLAG, "allow_step_mismatch": _FLAG, "strict": {*_FLAG, "no list"},
     "allow": _LISTS, "heads_types": {*_LISTS, "many wildcards"},
-    "engine": set(), "spectrum": _FLAG, "progress": {"a function", "a class"},
+    "engine": set(), "ray_address": set(), "spectrum": _FLAG, "progress": {"a function", "a class"},
 }  # fmt: skip
 
 FUNCTIONS: dict[Callable[..., Any], tuple[Options, dict[str, Any]]] = {

@@ -108,6 +108,8 @@ PARTS = {
 }
 # What models/test_rewards.py runs with these flags on a real run, which takes long to make.
 ELSEWHERE = "results/srm/ckpt"
+# What cluster/test_ray.py runs, where there is a cluster.
+CLUSTER = "--engine ray"
 # Commands that the page prints with the error that they give, and the error's start.
 REFUSED = {
     "reshard convert critic.pt out --base Qwen2.5-VL": "error: the checkpoint does not fit",
@@ -132,7 +134,11 @@ def bare(line: str) -> str:
     return shlex.join(shlex.split(line, comments=True))
 
 
-LINES = [(page, line) for page, line in CASES if bare(line) not in PARTS and ELSEWHERE not in line]
+LINES = [
+    (page, line)
+    for page, line in CASES
+    if bare(line) not in PARTS and ELSEWHERE not in line and CLUSTER not in line
+]
 
 
 def inputs(found: click.Command, given: list[str]) -> Iterator[str]:

@@ -119,7 +119,7 @@ def test_a_pattern_that_would_leave_out_more_is_not_advised(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://bucket/out", "hf://org/model", "https://host/x", "file:///x"]
+    "url", ["s3a://bucket/out", "hdfs://host/model", "gcs://bucket/x", "file:///x"]
 )
 def test_a_url_is_no_folder_called_so(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,8 @@ from reshard.core.state import TrainingState
 from reshard.core.tensors import Entry, FileRef, Record, TensorKind, stored
 from reshard.errors import listed
 from reshard.formats import locate
-from reshard.storage.local import Identity, Sources
+from reshard.storage.local import Sources
+from reshard.storage.source import Identity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,7 @@ ROLE = Option(
 )
 #: The options of `reshard.open`.
 OPEN = table(
-    Option("path", Place(), "The checkpoint, or a folder above it.", required=True),
+    Option("path", Place(remote=True), "The checkpoint, or a folder above it.", required=True),
     TAG,
     PREFIX,
     ROLE,

@@ -39,7 +39,7 @@ INSPECT = {
     **OPEN,
     "base": Option(
         "base",
-        Place(),
+        Place(remote=True),
         "Also show how the names fit onto those of this Hugging Face model.",
         group="Input",
         short="b",

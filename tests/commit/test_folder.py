@@ -17,7 +17,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import reshard
-from reshard.storage.local import Source, Sources
+from reshard.storage.local import Sources
+from reshard.storage.source import Source
 from reshard.transfer import leftovers, making
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import fill

@@ -24,7 +24,8 @@ from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError, PlanError
 from reshard.formats import Selection, TensorToWrite
 from reshard.formats.info import FormatInfo
-from reshard.storage.local import Source, Sources, child
+from reshard.storage.local import Sources, child
+from reshard.storage.source import Source
 
 INFO = FormatInfo("npy", "a folder of NumPy arrays", __name__, to="npy")
 INDEX = "tensors.json"

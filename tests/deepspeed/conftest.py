@@ -75,5 +75,19 @@ def parallel_runs(pytestconfig: pytest.Config) -> ParallelRuns:
     )
 
 
+@pytest.fixture(scope="session")
+def pipeline_runs(pytestconfig: pytest.Config) -> Path:
+    """The runs of `pipeline_oracle`; made by the real DeepSpeed, about 10 s, once."""
+    assert pytestconfig.cache is not None
+    sources = (*_SOURCES, "tests/deepspeed/pipeline_oracle.py")
+    key = digest_of(
+        (child.ROOT / source for source in sources), ("torch", "deepspeed", "transformers")
+    )
+    cache = pytestconfig.cache.mkdir("pipeline-oracle")
+    return kept(
+        cache, key, lambda folder: child.run("tests.deepspeed.pipeline_oracle", str(folder))
+    )
+
+
 def _load(path: Path) -> dict[str, Array]:
     return {name: to_numpy(tensor) for name, tensor in load_file(path).items()}

@@ -367,16 +367,3 @@ def test_a_list_that_does_not_fit(parallel_runs: ParallelRuns, tmp_path: Path) -
     edit_info(tag, change)
     with pytest.raises(reshard.FormatError, match="the same on every rank"):
         reshard.open(tag)
-
-
-def test_a_pipeline_is_refused_by_name(oracle: Oracle) -> None:
-    with pytest.raises(reshard.UnsupportedError, match="pipeline parallelism"):
-        reshard.open(oracle.parallel("pipeline") / "checkpoint")
-
-
-def test_a_pipeline_without_its_layers_is_refused_by_name(oracle: Oracle, tmp_path: Path) -> None:
-    shutil.copytree(oracle.parallel("pipeline") / "checkpoint", tmp_path / "run")
-    for path in (tmp_path / "run").rglob("layer_*"):
-        path.unlink()
-    with pytest.raises(reshard.UnsupportedError, match="pipeline parallelism"):
-        reshard.open(tmp_path / "run")

@@ -43,7 +43,7 @@ NORM = "model.norm.weight"
 def a_url(at: Path) -> Case:
     run = golden("zero2", at / "mnt" / "bucket" / "run")
     return Case(
-        lambda: reshard.convert("s3://bucket/run", at / "one"),
+        lambda: reshard.watch("s3://bucket/run", at / "one", base=at),
         converting(run, at / "two"),
         same=as_golden("zero2"),
     )

@@ -36,6 +36,28 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Install the extra, in reshard's folder: pip install '.[ray]'.": "cluster/test_refusals.py::test_without_ray",
+    "Leave out --engine, or name an output on storage that all nodes share.": "cluster/test_refusals.py::test_an_output_in_a_store",
+    "Pass --engine ray, or leave out --ray-address.": "cluster/test_refusals.py::test_an_address_without_the_engine",
+    "Run the command on a node of the cluster, with --ray-address auto.": "cluster/test_ray.py::test_addresses",
+    "ray status shows the address of a cluster.": "cluster/test_ray.py::test_addresses",
+    "Run the command on a node of the cluster (see ray status), with --ray-address auto.": "cluster/test_ray.py::test_addresses",
+    "Leave out ray_address, or call ray.shutdown() first.": "cluster/test_ray.py::test_addresses",
+    "Leave out --engine: threads of this process do the same.": "cluster/test_refusals.py::test_a_cluster_that_cannot_be_had",
+    "Install the same version on every node.": "cluster/test_wire.py::test_errors_come_back_as_they_were",
+    "Source, base and output must lie on storage that every node has under the same path.": "cluster/test_wire.py::test_errors_come_back_as_they_were",
+    "If its nodes lack memory, run fewer pieces at a time: --threads N.": "cluster/test_ray.py::test_a_task_that_ends_its_workers",
+    "Name its path.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Handled are s3://, gs://, az://, hf:// and https://. Of a mounted store, name the folder where it is mounted.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Leave it out; the store's own settings hold credentials (docs/remote.md).": "remote/test_reading.py::test_urls_that_are_refused",
+    "Write it as s3://BUCKET/FOLDER, without empty names, `.` and `..`.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Write it as hf://OWNER/NAME or hf://OWNER/NAME@REVISION.": "remote/test_reading.py::test_a_model_of_the_hub",
+    "Name an output in s3://, gs:// or az://, or a local folder.": "remote/test_writing.py::test_the_command_says_where_it_wrote",
+    "Name an output in a shared folder, or leave out --engine ray.": "remote/test_writing.py::test_workers_do_not_write_into_a_store",
+    "Wait for it. If it runs no more, convert again with --overwrite, which deletes what it left; or name another output.": "remote/test_writing.py::test_a_run_that_was_killed",
+    "Wait for the run that writes it; if none does, convert again with --overwrite.": "remote/test_reading.py::test_an_output_that_is_not_complete",
+    "Install the extra, in reshard's folder: pip install '.[remote]'.": "remote/test_reading.py::test_without_the_extra",
+    "Copy the folder here, and name the copy.": "remote/test_reading.py::test_a_web_server",
     "For the layout of the release, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",
     "Write the version into the base's config.json, as transformers_version.": "models/test_released_layout.py::test_an_orientation_that_nothing_tells",
     "To write them: reshard doctor OUT --repair REPAIRED.": "models/test_released_layout.py::test_fields_that_the_base_lacks_are_said",
@@ -46,7 +68,7 @@ ELSEWHERE: dict[str, str] = {
     "Make the 16-bit model: reshard convert DIR OUT.": "doctor/test_engines.py::test_codes_that_mlx_does_not_read",
     "Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that.": "deepspeed/test_autoep.py::test_the_checkpoint_itself_leads_to_the_universal_one",
     "Leave out --masters.": "megatron/test_masters.py::test_without_masters_to_read",
-    "Leave out --masters; or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",
+    "{} Or load the checkpoint into the run, and save it with --dist-ckpt-optim-fully-reshardable.": "megatron/test_masters.py::test_without_masters_to_read",
     "Pass --base, the model as it was released, whose names they then get.": "megatron/test_into.py::test_tensors_without_a_place",
     "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base.": "megatron/test_into.py::test_a_model_that_lacks_tensors",
     "Is the config that of this model?": "megatron/test_into.py::test_shapes_that_are_not_the_configs",
@@ -74,6 +96,9 @@ ELSEWHERE: dict[str, str] = {
     "For such a run, convert with --names memory --transformers-version {}, or whichever version the run has.": "models/test_every_name.py::test_a_layout_that_stacks_is_a_finding_whose_fix_works",
     "Read that code, then allow it with --trust-remote-code.": "evaluate/test_broken.py::test_remote_code_runs_only_when_it_is_trusted",
     "Name a file with --html.": "pages/test_changes.py::test_a_file_that_is_no_page_is_never_replaced",
+    "Copy the files of every rank and layer.": "deepspeed/test_pipeline.py::test_a_layer_whose_file_is_missing",
+    "Is it the base that the training started from? Convert it without --base: the tensors keep their names, by which a script of yours can rename them.": "deepspeed/test_pipeline.py::test_a_base_of_other_layers",
+    "Convert it without --base: the tensors keep their names, by which a script of yours can rename them.": "deepspeed/test_pipeline.py::test_tensors_that_fit_several_of_the_bases",
     "Copy the files of every rank and expert.": "deepspeed/test_experts.py::test_a_missing_expert_is_named",
     "Copy every rank's files.": "deepspeed/test_tensor_parallel.py::test_missing_files_are_named",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the framework that trained it.": "deepspeed/test_tensor_parallel.py::test_without_the_metadata_it_is_refused",
@@ -125,9 +150,15 @@ ELSEWHERE: dict[str, str] = {
 
 #: Hint -> why it is followed by no test.
 WITHOUT: dict[str, str] = {
+    "Install reshard {} on every node.":
+        _OTHER + "a node without it",
+    "Name it by https://.":
+        _OTHER + "one that serves it encrypted",
     "Import it with torchtitan's own conversion from Hugging Face.":
         _OTHER + "one with torchtitan",
     "{}": _PIECE,
+    "Export it with the framework that trained it, as Megatron-DeepSpeed.":
+        _OTHER + "one with Megatron-DeepSpeed",
     "Start vLLM with --max-lora-rank {}.":
         _OTHER + "one that vLLM runs on",
     "Convert a checkpoint that holds head and embedding of one vocabulary.":

@@ -11,8 +11,8 @@ from reshard.core.arrangement import inverse
 from reshard.core.dtypes import FLOAT32
 from reshard.core.tensors import Entry, Extent, FileRef, Fragment, TensorSpec, whole
 from reshard.errors import NamesError, UnsupportedError
-from reshard.naming import Schema, megatron_args
-from reshard.naming.megatron import FAMILIES, arrangements, is_megatron
+from reshard.naming import Schema, families, megatron_args
+from reshard.naming.megatron import FAMILIES, arrangements, family_of, is_megatron
 from reshard.naming.name_map import apply
 from tests.megatron.golden import GOLDEN, HERE, checkpoint, truth
 
@@ -188,3 +188,19 @@ def test_the_hubs_own_models_are_left_alone() -> None:
         assert not is_megatron(truth(name), Schema({}, {}))
         assert checkpoint(name).is_dir()
         json.loads((HERE / name / "config.json").read_text(encoding="utf-8"))
+
+
+def test_every_family_that_is_not_in_the_table_is_refused_by_name() -> None:
+    """Each of `naming/families.py`: its names there are not proven by a run."""
+    known = [kind for family in families.FAMILIES for kind in family.model_types]
+    known += [kind for _, kinds in families.BACKBONES for kind in kinds]
+    others = {*known, *families.UNSUPPORTED, "gemma", "gemma2", "gemma3_text"} - FAMILIES.keys()
+    assert len(others) > 150
+    for kind in others:
+        config = {**_CONFIG, "model_type": kind}
+        shapes = _shapes(stacked=True, single=False, gated=False, experts=False)
+        with pytest.raises(UnsupportedError, match="names of Megatron-Core") as caught:
+            arrangements(shapes, Schema({}, config))
+        assert repr(kind) in caught.value.message
+        with pytest.raises(UnsupportedError, match="Megatron-Core's names are known of"):
+            family_of(config, writing=True)

@@ -108,10 +108,10 @@ def test_gpt_oss(era: int, tmp_path: Path) -> None:
 
 
 def test_layers_of_multi_token_prediction_are_a_finding(tmp_path: Path) -> None:
-    hub, _ = made("deepseek_v3", 0)
+    hub, _ = made("qwen3_moe", 0)
     more = {"model.layers.2.eh_proj.weight": torch.ones(2, 4)}
     config = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
-    model = _model({**hub, **more}, tmp_path / "model", "deepseek_v3", **config)
+    model = _model({**hub, **more}, tmp_path / "model", "qwen3_moe", **config)
     report = reshard.convert(model, tmp_path / "out", to="dcp", names="torchtitan")
     found = next(each for each in report.findings if each.code == "layers-left-out")
     assert "model.layers.2.eh_proj.weight" in found.message
@@ -122,7 +122,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     hub, _ = made("qwen3_moe", 0)
     for number, (model_type, change, error) in enumerate(
         (
-            ("llama4", {}, "known of llama"),
+            ("gemma2", {}, "known of llama"),
             ("qwen3_moe", {"model.odd": torch.ones(1)}, "no place in torchtitan's model"),
             ("qwen3_moe", {"model.layers.0.mlp.experts.1.up_proj.weight": None}, "expert 1 is"),
         )
@@ -146,3 +146,30 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert str(caught.value.hint).startswith("Pass --to dcp")
     reshard.convert(whole, tmp_path / "again", to="dcp", names="torchtitan")
     assert reshard.diff(whole, tmp_path / "again").same
+
+
+@pytest.mark.parametrize("era", [0, 1])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_moments_follow_their_weights(model_type: str, era: int, tmp_path: Path) -> None:
+    """Queries and keys are turned and experts are cut in the moments as in the weights."""
+    hub, theirs = made(model_type, era)
+    base = base_of(hub, tmp_path / "base", model_type)
+    trained = {name: tensor for name, tensor in theirs.items() if "tokens_per" not in name}
+    state = {
+        name: {"exp_avg": tensor * 2, "exp_avg_sq": tensor**2, "step": torch.tensor(3.0)}
+        for name, tensor in trained.items()
+    }
+    group = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0,
+             "params": list(trained)}  # fmt: skip
+    optimizer = {"state": state, "param_groups": [group]}
+    dcp.save(
+        {"model": theirs, "optimizer": optimizer}, checkpoint_id=tmp_path / "run", no_dist=True
+    )
+    out = tmp_path / "out"
+    reshard.convert(tmp_path / "run", out, base=base, to="dcp", optimizer=True, names="disk")
+    found = reshard.open(out).optimizer
+    assert found is not None
+    assert found.moments["exp_avg"].keys() == hub.keys()
+    for name, tensor in hub.items():
+        assert torch.equal(torch.from_numpy(found.moments["exp_avg"][name].numpy()), tensor * 2)
+        assert torch.equal(torch.from_numpy(found.moments["exp_avg_sq"][name].numpy()), tensor**2)

@@ -25,6 +25,7 @@ from tests.golden.make import HERE
 ROOT = HERE / "state"
 DEEPSPEED = (
     "ds_s0_bf16",
+    "ds_s0_bf16_fused",
     "ds_s0_fp32",
     "ds_s1_bf16",
     "ds_s1_bf16_gradacc32",

@@ -238,10 +238,10 @@ class Fsdp:
             dcp.save(state, checkpoint_id=folder / "optim_states")
             torch.save(dict(_CLIENT), folder / "client_state.pt")
             torch.save(self._schedule.state_dict(), folder / "scheduler_state.pt")
-        elif place.layout == "accelerate":
+        elif place.layout in ("accelerate", "full"):
             from accelerate.utils import fsdp_utils
 
-            accelerate = _accelerate(self._job)
+            accelerate = _accelerate(self._job, full=place.layout == "full")
             fsdp_utils.save_fsdp_model(*accelerate, model, place.folder)
             fsdp_utils.save_fsdp_optimizer(*accelerate, inner, model, place.folder)
             if rank0:
@@ -314,14 +314,16 @@ def _options(place: Place) -> Any:
     return sd.StateDictOptions(flatten_optimizer_state_dict=place.layout == "flat")
 
 
-def _accelerate(job: Job) -> tuple[Any, Any]:
+def _accelerate(job: Job, *, full: bool = False) -> tuple[Any, Any]:
     """What accelerate's own functions ask of their plugin and of their accelerator."""
     from accelerate import PartialState
     from torch.distributed import fsdp
 
     PartialState(cpu=True)
     plugin = types.SimpleNamespace(
-        state_dict_type=fsdp.StateDictType.SHARDED_STATE_DICT,
+        state_dict_type=fsdp.StateDictType.FULL_STATE_DICT
+        if full
+        else fsdp.StateDictType.SHARDED_STATE_DICT,
         fsdp_version=int(job.engine[-1]),
         state_dict_config=fsdp.ShardedStateDictConfig(offload_to_cpu=False),
         optim_state_dict_config=fsdp.ShardedOptimStateDictConfig(offload_to_cpu=False),

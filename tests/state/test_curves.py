@@ -62,6 +62,7 @@ QUICK = (
     Move(("fsdp1", 2), "accelerate", ("fsdp2", 3), "accelerate"),
     Move(("zero2", 2), "deepspeed", ("fsdp2", 2), "lightrft", LORA),
     Move(("fsdp2", 3), "accelerate", ("zero2", 2), "universal", LORA),
+    Move(("fsdp2", 2), "full", ("zero2", 3), "universal"),
 )
 SLOW = (
     Move(("zero1", 3), "deepspeed", ("fsdp1", 2), "nested", {"kind": "llama"}),

@@ -89,8 +89,9 @@ def test_the_hf_trainers_step(tmp_path: Path) -> None:
         assert found.state.counters == {"global_steps": 3}
 
 
-def test_without_zero_the_masters_are_the_weights() -> None:
-    run = case("ds_s0_bf16")
+@pytest.mark.parametrize("name", ["ds_s0_bf16", "ds_s0_bf16_fused"])
+def test_without_zero_the_masters_are_the_weights(name: str) -> None:
+    run = case(name)
     with opened(run.folder) as found:
         catalog = found.catalog
     kinds = {name: entry.kind for name, entry in catalog.entries.items()}

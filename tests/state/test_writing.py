@@ -23,6 +23,7 @@ from reshard.conversion.training import _through
 from reshard.core.arrangement import Stack, Whole
 from reshard.core.state import Step, TrainingState
 from reshard.errors import OptionError, PlanError, VerificationError
+from reshard.naming import translation
 from tests.state.cases import DEEPSPEED, FSDP, case, opened, plain
 from tests.tensors import raw
 
@@ -341,7 +342,7 @@ def test_moments_follow_their_weights_through_a_map() -> None:
     with opened(case("ds_s2_fp32").folder) as found:
         names = ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_proj.bias"]
         state = only(found.state, names)
-        carried = _through(state, {"both": Stack(tuple(map(Whole, names)))})
+        carried = _through(state, translation({"both": Stack(tuple(map(Whole, names)))}))
         assert carried.names == ("both",)
         assert [group.names for group in carried.groups] == [(), ("both",)]
         for kind, table in carried.moments.items():
@@ -354,7 +355,7 @@ def test_parameters_of_two_groups_are_not_joined() -> None:
         names = ["model.norm.weight", "model.layers.1.input_layernorm.weight"]
         state = only(found.state, names)
         groups = tuple(replace(found.state.groups[0], names=(name,)) for name in names)
-        joined = {"both": Stack(tuple(map(Whole, names)))}
+        joined = translation({"both": Stack(tuple(map(Whole, names)))})
         with pytest.raises(PlanError, match="different parameter groups"):
             _through(replace(state, groups=groups), joined)
         steps = dict(zip(names, (Step(3), Step(4)), strict=True))

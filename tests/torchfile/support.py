@@ -12,7 +12,8 @@ import torch
 
 from reshard.containers.torch import TensorRef, TorchFile, read
 from reshard.core.dtypes import DType
-from reshard.storage.local import Source, Sources
+from reshard.storage.local import Sources
+from reshard.storage.source import Source
 
 OLD = {"_use_new_zipfile_serialization": False}
 

@@ -17,7 +17,8 @@ from reshard.containers.torch.write import lay_out_tensor
 from reshard.core.dtypes import FLOAT32
 from reshard.core.tensors import FileRef
 from reshard.errors import FormatError, IncompleteError
-from reshard.storage.local import Source, Sources
+from reshard.storage.local import Sources
+from reshard.storage.source import Source
 from tests.torchfile.handmade import Member, pickle, tensor, torch_file
 from tests.torchfile.support import opened, read_bytes, same, saved
 

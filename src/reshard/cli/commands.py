@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,14 @@ from reshard.cli.next_steps import at_least, conversion_of, next_commands
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import VERIFY
 from reshard.conversion.declared import CONVERT
+from reshard.core.options import Place
 from reshard.inspection import INSPECT
 
 if TYPE_CHECKING:
     from reshard.conversion.report import Report
 
-_PATH = FolderOrFile()
+_PATH = FolderOrFile(place=Place(remote=True))
+_OUTPUT = FolderOrFile(place=Place(remote=True, writes=True))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 _EXAMPLES = (
@@ -40,7 +43,7 @@ _EXAMPLES = (
     short_help="Convert the checkpoint SRC into the folder DST.",
 )
 @click.argument("source", type=_PATH, metavar="SRC", cls=Argument, words=CONVERT["source"].help)
-@click.argument("target", type=_PATH, metavar="DST", cls=Argument, words=CONVERT["target"].help)
+@click.argument("target", type=_OUTPUT, metavar="DST", cls=Argument, words=CONVERT["target"].help)
 @flags(CONVERT.values())
 @how_shown
 @_json
@@ -52,7 +55,9 @@ def convert(
     """Convert the checkpoint SRC into the folder DST."""
     from reshard.conversion.convert import convert as run
 
-    with shown_progress(shown, quiet=as_json or quiet) as progress:
+    # Ray prints what happens to its nodes, on standard output.
+    aside = redirect_stdout(sys.stderr) if options["engine"] == "ray" else nullcontext()
+    with shown_progress(shown, quiet=as_json or quiet) as progress, aside:
         report = run(source, target, progress=progress, **options)
     if as_json:
         output.print_json(report.to_json())

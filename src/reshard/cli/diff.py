@@ -12,13 +12,14 @@ from reshard.cli import output
 from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, html
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import DIFF
+from reshard.core.options import Place
 from reshard.errors import NotFoundError, listed
 
 if TYPE_CHECKING:
     from reshard.comparison.result import Compared, Comparison
     from reshard.comparison.sums import Key, Sum
 
-_PATH = FolderOrFile()
+_PATH = FolderOrFile(place=Place(remote=True))
 _KEYS = ("name", "change", "largest", "mean", "elements")
 
 

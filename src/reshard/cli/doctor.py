@@ -13,12 +13,13 @@ from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
 from reshard.cli.interrupts import writes
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.core.findings import CODES
+from reshard.core.options import Place
 from reshard.diagnosis.declared import DOCTOR
 
 if TYPE_CHECKING:
     from reshard.diagnosis.diagnosis import Diagnosis
 
-_PATH = FolderOrFile()
+_PATH = FolderOrFile(place=Place(remote=True))
 
 
 @click.command(cls=Command, short_help="Find what is wrong with an exported model.")

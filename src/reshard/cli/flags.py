@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from reshard.cli.completion import complete_tag
+from reshard.core.locations import RemotePath, location
 from reshard.core.options import (
     GROUPS,
     Choice,
@@ -25,7 +26,6 @@ from reshard.core.options import (
     Option,
     Place,
     Texts,
-    refuse_url,
 )
 from reshard.errors import OptionError
 
@@ -239,20 +239,23 @@ class FolderOrFile(click.Path):
     """A path that is not empty: `Path("")` is the current folder, which no user means by it.
 
     A leading `~` is the user's home: shells leave it in `--base=~/model` and within quotes. A
-    folder of that name is `./~`.
+    folder of that name is `./~`. The URL of a store is taken as a declared option says.
     """
 
-    def __init__(self, **more: Any) -> None:
+    def __init__(self, *, place: Place | None = None, **more: Any) -> None:
         super().__init__(path_type=Path, **more)
+        self._place = place or Place()
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("the path is empty.", param, ctx)
         if isinstance(value, str):
             try:
-                refuse_url(value)
+                path = location(value, remote=self._place.remote, writes=self._place.writes)
             except OptionError as error:
                 self.fail(str(error), param, ctx)
+            if isinstance(path, RemotePath):
+                return path
         if isinstance(value, str):
             # Path.expanduser raises where `~name` is not a user's.
             value = os.path.expanduser(value)  # noqa: PTH111
@@ -341,4 +344,4 @@ def _type(kind: object) -> click.ParamType[Any] | None:
         return click.IntRange(kind.least, kind.most) if bounded else click.INT
     if isinstance(kind, Number):
         return click.FLOAT
-    return FolderOrFile() if isinstance(kind, Place) else click.STRING
+    return FolderOrFile(place=kind) if isinstance(kind, Place) else click.STRING

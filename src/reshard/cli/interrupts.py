@@ -9,6 +9,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from reshard.core.locations import RemotePath
+
 
 class Interrupted(KeyboardInterrupt):
     """A run was ended from outside; the message says what stands now."""
@@ -40,7 +42,9 @@ def telling_what_stands(target: Path | None) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         after = _identity(target)
-        if target is None:
+        if after == _UNKNOWN:
+            stands = f"The store does not say what stands at {target}; run the command again."
+        elif target is None:
             stands = "No output was written."
         elif after != before and after is not None:
             stands = f"The new output is complete: {target}."
@@ -51,11 +55,30 @@ def telling_what_stands(target: Path | None) -> Iterator[None]:
         raise Interrupted(stands) from error
 
 
+# Of a store that does not answer.
+_UNKNOWN = (-1, -1)
+
+
 def _identity(target: Path | None) -> tuple[int, int] | None:
     if target is None:
         return None
+    if isinstance(target, RemotePath):
+        return _in_store(target)
     try:
         status = os.stat(target)  # noqa: PTH116 (a loop of links is an error here, on any Python)
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _in_store(target: RemotePath) -> tuple[int, int] | None:
+    """Which output stands in a store: that of its last object."""
+    from reshard.errors import ReshardError
+    from reshard.storage.remote import MANIFEST, identity
+    from reshard.storage.stores import bucket_of
+
+    try:
+        last = bucket_of(target).head((target / MANIFEST).key)
+    except ReshardError:
+        return _UNKNOWN
+    return None if last is None else identity(last)[1:3]

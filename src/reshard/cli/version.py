@@ -11,6 +11,8 @@ from reshard._version import __version__
 EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("torch", "transformers", "accelerate", "pillow", "jinja2"),
     "html": ("jinja2",),
+    "ray": ("ray",),
+    "remote": ("obstore",),
     "testing": ("pytest", "hypothesis"),
     "zstd": ("zstandard",),
 }

@@ -13,8 +13,8 @@ from reshard.comparison.pairing import (
     Pairing,
     onto_one,
     pair,
-    reads_masters,
     tells_names,
+    was_given,
 )
 from reshard.comparison.result import Compared, Comparison
 from reshard.comparison.sums import natural
@@ -22,6 +22,7 @@ from reshard.comparison.values import Method, compare
 from reshard.conversion.declared import workers
 from reshard.conversion.manifest import MANIFEST
 from reshard.conversion.quantised import compared_as_numbers
+from reshard.conversion.training import with_masters
 from reshard.conversion.verification import Verified, verify_folder
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
@@ -134,9 +135,15 @@ def verify(
         return verify_folder(place, threads=threads, progress=progress)
     with Sources() as sources:
         selection = formats.Selection(
-            values["tag"], values["prefix"], True, values["role"], reads_masters(place, sources)
+            values["tag"],
+            values["prefix"],
+            True,
+            values["role"],
+            was_given("masters", place, sources),
         )
         source = locate.read(values["against"], sources, selection)
+        if was_given("optimizer", place, sources) and (state := source.training_state()):
+            source = with_masters(source, state)
         written = formats.read(place, sources, formats.Selection())
         source, written = compared_as_numbers(source, written, sources)
         pairing = pair(source, written, sources, base=values["base"])

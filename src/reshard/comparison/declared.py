@@ -8,10 +8,10 @@ from reshard.core.options import Flag, Option, Place, table
 
 #: The options of `reshard.verify` and `reshard verify`.
 VERIFY = table(
-    Option("folder", Place(), "The converted folder.", required=True),
+    Option("folder", Place(remote=True), "The converted folder.", required=True),
     Option(
         "against",
-        Place(),
+        Place(remote=True),
         "The checkpoint that it was converted from; default: its own digests.",
         metavar="SRC",
     ),
@@ -20,7 +20,7 @@ VERIFY = table(
     ROLE,
     Option(
         "base",
-        Place(),
+        Place(remote=True),
         "With a checkpoint to compare with: the model that it was converted onto. Without it, "
         "tensors that came from the base are counted and not compared.",
         group="Input",
@@ -32,11 +32,11 @@ VERIFY = table(
 
 #: The options of `reshard.diff` and `reshard diff`.
 DIFF = table(
-    Option("first", Place(), "A checkpoint, of any format.", required=True),
-    Option("second", Place(), "Another.", required=True),
+    Option("first", Place(remote=True), "A checkpoint, of any format.", required=True),
+    Option("second", Place(remote=True), "Another.", required=True),
     Option(
         "base",
-        Place(),
+        Place(remote=True),
         "Fit both onto this Hugging Face model, and compare what they would become: two saves of "
         "one run by its names.",
         group="Input",

@@ -151,11 +151,11 @@ def _stated_above(folder: Path, sources: Sources) -> Manifest | None:
     return stated if inside else None
 
 
-def reads_masters(folder: Path, sources: Sources) -> bool:
-    """Whether a folder was converted from the masters of its checkpoint (`--masters`)."""
+def was_given(option: str, folder: Path, sources: Sources) -> bool:
+    """Whether a folder was converted with an option that is on or off."""
     if not is_file(folder / MANIFEST):
         return False
-    return manifest.read(folder, sources).options.get("masters") is True
+    return manifest.read(folder, sources).options.get(option) is True
 
 
 def _tables(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Tables:

@@ -19,7 +19,7 @@ from reshard.core import dtypes
 from reshard.core.tensors import MAX_NUMEL, Extent, TensorSpec, is_shape
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, brief
 from reshard.storage import strict_json
-from reshard.storage.local import Source
+from reshard.storage.source import Source
 
 # safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
 MAX_HEADER_NBYTES = 100_000_000

@@ -19,7 +19,7 @@ from reshard.conversion.besides import besides
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
 from reshard.conversion.execute import Writing, carry_out
-from reshard.conversion.options import DTypeChoice, Layout, Lora, Names, SrmFormat, To
+from reshard.conversion.options import DTypeChoice, Engine, Layout, Lora, Names, SrmFormat, To
 from reshard.conversion.planning import Job, check_strict, prepare
 from reshard.conversion.report import Moments, Report
 from reshard.conversion.state_values import alike, check_values
@@ -30,8 +30,10 @@ from reshard.core.state import STATE_TABLE
 from reshard.errors import VerificationError, WriteError, listed
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
+from reshard.storage import requests
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import file_size
+from reshard.storage.requests import Requests
 from reshard.transfer import memory
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import lacking_space
@@ -74,6 +76,8 @@ def convert(
     allow_step_mismatch: bool = False,
     strict: bool | Sequence[str] = False,
     threads: int | None = None,
+    engine: Engine = "local",
+    ray_address: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
     dry_run: bool = False,
@@ -96,7 +100,7 @@ def convert(
     True
     """
     given = dict(locals())
-    began = time.monotonic()
+    began, asked = time.monotonic(), requests.total()
     options, running = parsed(given)
     with besides(options):
         replaced = check_destination(
@@ -113,7 +117,10 @@ def convert(
         if running.dry_run:
             job = job if lacking is None else _without_room(job, lacking)
             check_strict(job.plan.findings, options, running.strict)
-            return _report(job, given, time.monotonic() - began, replaced, threads=running.threads)
+            report = _report(
+                job, given, time.monotonic() - began, replaced, threads=running.threads
+            )
+            return _with_requests(report, asked)
         if lacking is not None:
             raise lacking
 
@@ -123,7 +130,9 @@ def convert(
             check_strict(_of_values(job, outcome), options, running.strict)
             return _manifest(job, outcome.digests, sources)
 
-        writing = Writing(running.threads, running.overwrite, running.verify, running.progress)
+        writing = Writing(
+            running.threads, running.overwrite, running.verify, running.progress, running.workers
+        )
         outcome = carry_out(
             job.plan,
             sources,
@@ -134,9 +143,16 @@ def convert(
             unprotected=job.unprotected,
         )
     seconds = time.monotonic() - began
-    return _report(
+    report = _report(
         job, given, seconds, replaced, outcome, threads=running.threads, verified=running.verify
     )
+    return _with_requests(report, asked)
+
+
+def _with_requests(report: Report, before: Requests) -> Report:
+    """The report with what stores were asked for since `before`."""
+    since = requests.total() - before
+    return replace(report, requests=since) if since.number else report
 
 
 def _without_room(job: Job, lacking: WriteError) -> Job:

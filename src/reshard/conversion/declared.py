@@ -18,6 +18,7 @@ from reshard import formats
 from reshard.checkpoint import PREFIX, ROLE, TAG
 from reshard.conversion.dtypes import CHOICES
 from reshard.conversion.options import (
+    ENGINES,
     LAYOUTS,
     LORA,
     MODEL_TYPES,
@@ -30,6 +31,7 @@ from reshard.conversion.options import (
     RewardChoice,
 )
 from reshard.core.findings import CODES
+from reshard.core.locations import RemotePath
 from reshard.core.options import (
     Choice,
     Codes,
@@ -53,6 +55,7 @@ from reshard.formats.info import output_format, output_formats
 from reshard.naming import parse_version
 from reshard.naming.rewards import RewardOptions
 from reshard.progress import StagedProgress
+from reshard.transfer.cluster.connection import Workers, check_installed, parse_address
 
 # More threads than this only compete for the memory bus.
 _MAX_THREADS = 4
@@ -76,12 +79,12 @@ PROGRESS = Option(
 
 #: The options of `reshard.convert` and `reshard convert`, in the order in which errors name them.
 CONVERT = table(
-    Option("source", Place(), "The checkpoint, or a folder above it.", required=True),
-    Option("target", Place(), "The output: a new folder.", required=True),
+    Option("source", Place(remote=True), "The checkpoint, or a folder above it.", required=True),
+    Option("target", Place(remote=True, writes=True), "The output: a new folder.", required=True),
     Option(
         "base",
-        Place(),
-        "The Hugging Face model that training started from, a local folder. Its files define the "
+        Place(remote=True),
+        "The Hugging Face model that training started from, a folder or URL. Its files define the "
         "names and dtypes of the output, and the other files are copied. Without it, only weights "
         "are written.",
         group="Input",
@@ -173,7 +176,30 @@ CONVERT = table(
         group="Training state",
         metavar="FILE",
     ),
-    THREADS,
+    Option(
+        "threads",
+        Integer(1, 1024),
+        "Threads; default: the cores, at most 4. With --engine ray: pieces at a time; default: as "
+        "many as the cluster has processors.",
+        group="Output",
+        metavar="N",
+    ),
+    Option(
+        "engine",
+        Choice(ENGINES),
+        "Who moves the bytes and reads them again. local: threads of this process; ray: the "
+        "workers of a Ray cluster, which see source, base and DST under the same paths.",
+        "local",
+        group="Output",
+    ),
+    Option(
+        "ray_address",
+        Parsed(parse_address),
+        "With --engine ray: the cluster, as HOST:PORT, or auto: the one that this machine is a "
+        "node of. Default: RAY_ADDRESS, else a cluster of this machine for this run.",
+        group="Output",
+        metavar="ADDRESS",
+    ),
     Option(
         "overwrite",
         Flag(),
@@ -355,6 +381,7 @@ class Running(Struct, frozen=True):
     allow_unchanged: bool
     strict: bool | tuple[str, ...]
     progress: StagedProgress | None
+    workers: Workers | None = None
 
 
 def _shard_size(to: str) -> int:
@@ -411,9 +438,35 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
     )
     running = Running(
         threads=workers(values["threads"]),
-        **{name: values[name] for name in Running.__struct_fields__ if name != "threads"},
+        workers=_workers(values),
+        **{
+            name: values[name]
+            for name in Running.__struct_fields__
+            if name not in ("threads", "workers")
+        },
     )
     return options, running
+
+
+def _workers(values: Mapping[str, Any]) -> Workers | None:
+    """Which cluster carries the conversion out, if one does."""
+    address = values["ray_address"]
+    if values["engine"] == "local":
+        if address is not None:
+            raise OptionError(
+                "ray_address: it says where Ray's workers are, and none are asked for.",
+                hint="Pass --engine ray, or leave out --ray-address.",
+                option="ray_address",
+            )
+        return None
+    if isinstance(values["target"], RemotePath):
+        raise OptionError(
+            "engine: an output in a store is written by one process.",
+            hint="Leave out --engine, or name an output on storage that all nodes share.",
+            option="engine",
+        )
+    check_installed()
+    return Workers(address, values["threads"])
 
 
 def _check_target(values: Mapping[str, Any]) -> None:

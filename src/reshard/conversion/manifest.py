@@ -34,8 +34,9 @@ from reshard.core.state import TrainingState
 from reshard.core.tensors import TensorSpec
 from reshard.errors import FormatError, NotFoundError, UnsupportedError
 from reshard.storage import strict_json
-from reshard.storage.local import Source, Sources
+from reshard.storage.local import Sources
 from reshard.storage.paths import is_file
+from reshard.storage.source import Source
 
 MANIFEST = "reshard.json"
 #: The version that is written, and the first whose digests are trees.
@@ -183,6 +184,11 @@ def read(folder: Path, sources: Sources) -> Manifest:
             hint="Only folders that reshard wrote state their digests.",
         )
     text = strict_json.read_whole(sources.open(path), max_nbytes=strict_json.MAX_INDEX)
+    return parsed(text, path)
+
+
+def parsed(text: bytes, path: Path) -> Manifest:
+    """What the text of a `reshard.json` states; `path` is its place. Raises `FormatError`."""
     try:
         found = _parse(text, str(path))
     except FormatError as error:

@@ -22,6 +22,7 @@ SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["all", "disk", "memory", "hub", "torchtitan"]
 Layout = Literal["lightrft", "accelerate", "nested"]
+Engine = Literal["local", "ray"]
 To = Literal["hf", "dcp", "megatron", "deepspeed"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
@@ -32,6 +33,8 @@ MODEL_TYPES: tuple[ModelType, ...] = ("vision2seq", "grm", "srm_vl", "srm_al", "
 SRM_FORMATS: tuple[SrmFormat, ...] = ("lightrft", "split", "both")
 LORA: tuple[Lora, ...] = ("merge", "adapter", "both")
 NAMES: tuple[Names, ...] = ("all", "disk", "memory", "hub", "torchtitan")
+#: Who moves the bytes.
+ENGINES: tuple[Engine, ...] = ("local", "ray")
 #: Every format's values of `--layout`.
 LAYOUTS: tuple[Layout, ...] = ("lightrft", "accelerate", "nested")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")

@@ -14,7 +14,17 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, main_dtype
 from reshard.errors import UnsupportedError
-from reshard.naming import apply, autoep, flat, megatron, megatron_args, titan
+from reshard.naming import (
+    Translation,
+    apply,
+    autoep,
+    flat,
+    megatron,
+    megatron_args,
+    pipeline,
+    titan,
+    translation,
+)
 from reshard.naming.schema import is_unheld
 from reshard.naming.search import unwrap
 
@@ -25,13 +35,14 @@ MEGATRON = "megatron-core"
 class Renamed(Struct, frozen=True):
     """The checkpoint by the hub's names, and the base with the layers that only the checkpoint has.
 
-    `rules` say in words what was done to the names.
+    `rules` say in words what was done to the names; `names` does it to another table of them.
     """
 
     catalog: Catalog
     base: Base
     rules: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+    names: Translation | None = None
 
 
 def by_hub_names(catalog: Catalog, base: Base) -> Renamed:
@@ -55,19 +66,32 @@ def _renamed(catalog: Catalog, base: Base) -> Renamed:
     names = [unwrap(name) for name in catalog.names()]
     if megatron.is_megatron(names, base.schema):
         return _of_megatron(catalog, base)
+    shapes = {name: entry.spec.shape for name, entry in catalog.entries.items()}
+    if pipeline.is_sequence(shapes, base.schema):
+        found = pipeline.arrangements(shapes, base.schema)
+        return _arranged(catalog, base, found.outputs, found.rule)
     known = titan.translated(catalog.entries, base.schema)
     if known.rules:
-        return Renamed(replace(catalog, entries=known.entries), base, known.rules)
+        of_titan = replace(catalog, entries=known.entries)
+        more, said = _with_beyond(base, known.entries)
+        return Renamed(of_titan, more, known.rules, said, known.names)
     # After torchtitan's names, whose experts are called the same.
-    shapes = {name: entry.spec.shape for name, entry in catalog.entries.items()}
     # torchtitan's stacks of 2025 have the names of AutoEP's.
     theirs = titan.is_titan(names, base.schema)
     blocks = frozenset[str]() if theirs else autoep.blocks(shapes, base.schema)
     if blocks:
         outputs = autoep.arrangements(shapes, blocks, base.schema)
         rule = f"experts that AutoEP split -> the loaded model's ({len(blocks)} layers)"
-        return Renamed(replace(catalog, entries=_kept(outputs, catalog.entries)), base, (rule,))
+        return _arranged(catalog, base, outputs, rule)
     return Renamed(catalog, base)
+
+
+def _arranged(
+    catalog: Catalog, base: Base, outputs: Mapping[str, Arrangement], rule: str
+) -> Renamed:
+    """The checkpoint's tensors as these arrangements make them."""
+    made = replace(catalog, entries=_kept(outputs, catalog.entries))
+    return Renamed(made, base, (rule,), names=translation(outputs))
 
 
 def _kept(outputs: Mapping[str, Arrangement], entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -93,19 +117,14 @@ def _of_megatron(catalog: Catalog, base: Base) -> Renamed:
     rows = None if embedding is None else embedding.spec.shape[0]
     megatron_args.check(catalog.origin.details.get("settings", {}), base.config, rows=rows)
     entries = apply(named.outputs, catalog.entries)
-    beyond = [n for n in entries if n not in base.entries and is_unheld(n, base.config)]
-    findings = [_padding(name, rows, catalog) for name, rows in named.padding.items()]
-    if beyond:
-        message = (
-            f"{len(beyond)} tensors of layers for multi-token prediction are written, of which "
-            "the base's files hold none: transformers does not load them."
-        )
-        findings.append(Finding("layers-beyond-base", message))
+    padded = [_padding(name, rows, catalog) for name, rows in named.padding.items()]
+    more, said = _with_beyond(base, entries)
     return Renamed(
         replace(catalog, entries=entries),
-        _with_layers(base, {name: entries[name] for name in beyond}),
+        more,
         (f"Megatron-Core's names -> the hub's ({len(catalog.entries)} -> {len(entries)})",),
-        tuple(findings),
+        (*padded, *said),
+        translation(named.outputs),
     )
 
 
@@ -116,6 +135,19 @@ def _padding(name: str, rows: int, catalog: Catalog) -> Finding:
         f"assumed to be padding, which Megatron adds."
     )
     return Finding("vocabulary-padded", message, subject=name)
+
+
+def _with_beyond(base: Base, entries: Mapping[str, Entry]) -> tuple[Base, tuple[Finding, ...]]:
+    """The base with the layers for multi-token prediction that only the checkpoint has."""
+    beyond = [n for n in entries if n not in base.entries and is_unheld(n, base.config)]
+    if not beyond:
+        return base, ()
+    message = (
+        f"{len(beyond)} tensors of layers for multi-token prediction are written, of which "
+        "the base's files hold none: transformers does not load them."
+    )
+    made = _with_layers(base, {name: entries[name] for name in beyond})
+    return made, (Finding("layers-beyond-base", message),)
 
 
 def _with_layers(base: Base, beyond: dict[str, Entry]) -> Base:

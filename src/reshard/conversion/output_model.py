@@ -30,7 +30,7 @@ from reshard.core.findings import Finding
 from reshard.core.state import TrainingState
 from reshard.core.tensors import Entry
 from reshard.formats.info import output_format
-from reshard.naming import FitOptions, Matching, NameMap, apply, flat, identity
+from reshard.naming import FitOptions, Matching, NameMap, Translation, apply, flat, identity
 from reshard.naming.backbone import Bare, without_head
 from reshard.naming.lora.config import AdapterConfig
 from reshard.naming.lora.find import holds_adapters
@@ -53,6 +53,7 @@ class OutputModel(Struct, frozen=True):
     report. With `assets` the base's other files are copied. `loaded_by` is the transformers version
     whose loaded model has the names; None: they are those of the files. Without an output head it
     `generates` nothing. `state` is the training state to write, under the model's names.
+    `translation` is what the checkpoint's own names went through before `name_map`.
     """
 
     model: Sequence[OutputTensor]
@@ -69,6 +70,7 @@ class OutputModel(Struct, frozen=True):
     loaded_by: str | None = None
     generates: bool = True
     state: TrainingState | None = None
+    translation: Translation | None = None
 
 
 def plain(catalog: Catalog, options: Options) -> OutputModel:
@@ -97,7 +99,8 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     known = by_hub_names(catalog, base)
     made = _output_model(fitted(known.catalog, known.base, options, sources))
     named = replace(made.name_map, rules=(*known.rules, *made.name_map.rules))
-    return replace(made, name_map=named, findings=(*known.findings, *made.findings))
+    findings = (*known.findings, *made.findings)
+    return replace(made, name_map=named, findings=findings, translation=known.names)
 
 
 def _output_model(found: Fitted) -> OutputModel:

@@ -28,7 +28,6 @@ from reshard.conversion.idle import idle
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import OutputModel
 from reshard.conversion.quantised import as_numbers, dequantised, itself
-from reshard.core.arrangement import Arrangement
 from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
@@ -38,7 +37,7 @@ from reshard.errors import FormatError, PlanError, UnsupportedError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
 from reshard.formats.info import named, output_format
-from reshard.naming import apply, memory_outputs
+from reshard.naming import Translation, memory_outputs, translation
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists
 from reshard.transfer.checksums import without_checksum
@@ -248,7 +247,7 @@ def carried_along(
 
     Without a base the loaded model asks for the tied names, too, which a base's layout adds.
     """
-    maps: list[Mapping[str, Arrangement]] = []
+    maps: list[Translation] = []
     if base is None:
         made = replace(made, model=[replace(t, aliases=t.source.aliases) for t in made.model])
         made = training.with_ties(
@@ -258,11 +257,17 @@ def carried_along(
             lambda entry: first_bytes(entry, sources),
         )
     else:
-        maps.append(made.name_map.outputs)
+        if made.translation is not None:
+            maps.append(made.translation)
+        maps.append(translation(made.name_map.outputs))
         if options.names == "memory":
-            shapes = {n: e.spec.shape for n, e in apply(maps[0], catalog.entries).items()}
+            table = dict(catalog.entries)
+            for names in maps:
+                table = names.make(table)
+            shapes = {name: entry.spec.shape for name, entry in table.items()}
             config = memory_names.config_of(made, catalog, base, sources, "--optimizer")
-            maps.append(memory_outputs(shapes, config, memory_names.version_of(options)))
+            loaded = memory_outputs(shapes, config, memory_names.version_of(options))
+            maps.append(translation(loaded))
     to = output_format(options.to)
     carried = formats.as_written(to, training.carried(state, made, maps))
     if to.full_precision:

@@ -17,6 +17,7 @@ from reshard.core.sizes import size
 from reshard.core.state import TrainingState
 from reshard.errors import brief, listed, printable
 from reshard.naming.matching import Matching
+from reshard.storage.requests import Requests
 
 
 class Moments(Struct, frozen=True):
@@ -54,7 +55,8 @@ class Report(Struct, frozen=True):
     were compared with what was read; of `records_unchecked` stretches of them they state none.
     `copied` are the files that come from the base as they are, `config` the fields of its
     config.json that change, with both values. `memory` is about what the process will hold at most,
-    which only a dry run estimates. `findings` are what a user should know. Sizes are bytes.
+    which only a dry run estimates. `requests` are those to stores, where a path was a URL.
+    `findings` are what a user should know. Sizes are bytes.
     """
 
     source: str
@@ -81,6 +83,7 @@ class Report(Struct, frozen=True):
     checkpoint: str = ""
     adapter: Summary | None = None
     state: Moments | None = None
+    requests: Requests | None = None
     copied: tuple[str, ...] = ()
     config: Mapping[str, tuple[object, object]] = {}
     memory: int | None = None
@@ -121,6 +124,8 @@ class Report(Struct, frozen=True):
             rows.append(("checksums", self._checksums()))
             rows.append(("verified", "yes, read back" if self.verified else unread))
             rows.append(("time", f"{self.seconds:.1f} s, {size(int(speed))}/s"))
+        if self.requests is not None:
+            rows.append(("requests", str(self.requests)))
         return rows
 
     def _checksums(self) -> str:
@@ -185,6 +190,7 @@ class Report(Struct, frozen=True):
                 ("replaced", self.replaced),
                 ("adapter", self.adapter),
                 ("state", self.state),
+                ("requests", self.requests),
             )
         }
         findings = [finding.to_json() for finding in self.findings]

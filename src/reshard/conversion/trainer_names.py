@@ -42,14 +42,15 @@ def renamed(
     """
     entries = as_entries(made.model)
     if options.names == _TITAN:
-        return _of_titan(made, entries, config)
+        return _of_titan(made, entries, config, sources)
     return _of_megatron(made, entries, config, sources)
 
 
 def _of_titan(
-    made: OutputModel, entries: Mapping[str, Entry], config: Mapping[str, Any]
+    made: OutputModel, entries: Mapping[str, Entry], config: Mapping[str, Any], sources: Sources
 ) -> OutputModel:
     found = titan_into.into(entries, config)
+    _check_copies(found.copies, entries, sources)
     model = [
         output_tensor(name, entry, aliases=entry.aliases) for name, entry in found.entries.items()
     ]

@@ -7,7 +7,7 @@ way as the weights.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,6 @@ from reshard.conversion.dtypes import OutputTensor
 from reshard.conversion.hyperparameters import with_given
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import OutputModel
-from reshard.core.arrangement import Arrangement, sources
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import FLOAT32
 from reshard.core.findings import Finding
@@ -26,7 +25,7 @@ from reshard.core.tensors import Entry, Equal
 from reshard.errors import PlanError, listed
 from reshard.formats.dcp.lightrft import CONSUMED_SAMPLES
 from reshard.formats.info import named, output_format
-from reshard.naming import apply
+from reshard.naming import Translation
 
 
 def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingState | None]:
@@ -53,12 +52,19 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
             hint=WEIGHTS_ALONE,
         )
     state = _with_given(state, options)
+    catalog = with_masters(catalog, state)
+    kept = (found for found in catalog.findings if found.code != "optimizer-left-out")
+    findings = (*kept, *state.findings, *_left_out(state), *_steps_differ(state))
+    return replace(catalog, findings=findings), state
+
+
+def with_masters(catalog: Catalog, state: TrainingState) -> Catalog:
+    """The catalog with the optimizer's masters as weights."""
     entries = dict(catalog.entries)
     for name, master in state.masters.items():
         entries[name] = replace(master, kind=entries[name].kind, aliases=entries[name].aliases)
     records = tuple(dict.fromkeys((*catalog.records, *state.records)))
-    findings = (*catalog.findings, *state.findings, *_left_out(state), *_steps_differ(state))
-    return replace(catalog, entries=entries, records=records, findings=findings), state
+    return replace(catalog, entries=entries, records=records)
 
 
 def _can_hold(catalog: Catalog) -> bool:
@@ -91,19 +97,18 @@ def _with_given(state: TrainingState, options: Options) -> TrainingState:
     return state if options.hyperparameters is None else with_given(state, options.hyperparameters)
 
 
-def carried(
-    state: TrainingState, made: OutputModel, maps: Sequence[Mapping[str, Arrangement]]
-) -> TrainingState:
+def carried(state: TrainingState, made: OutputModel, maps: Sequence[Translation]) -> TrainingState:
     """The state under the names of the output, whose tensors `maps` made, one after the other.
 
     Raises `PlanError` where a parameter's moments have no place in the output, or where tensors
     that are joined were trained separately.
     """
     written = {tensor.spec.name: tensor.spec.shape for tensor in made.model}
-    for at, outputs in enumerate(maps, start=1):
+    for at, names in enumerate(maps, start=1):
         if at == len(maps):  # without the tied names, under which nothing has a state of its own
-            outputs = {name: outputs[name] for name in outputs if name in written}
-        state = _through(state, outputs)
+            kept = {name: of for name, of in names.sources.items() if name in written}
+            names = replace(names, sources=kept)
+        state = _through(state, names)
     for kind, table in state.moments.items():
         for name, entry in table.items():
             if written.get(name) != entry.spec.shape:
@@ -117,12 +122,11 @@ def carried(
     return state
 
 
-def _through(state: TrainingState, outputs: Mapping[str, Arrangement]) -> TrainingState:
+def _through(state: TrainingState, names: Translation) -> TrainingState:
     """The state by the names of one map's outputs."""
     covered = set(state.names)
     owners: dict[str, tuple[str, ...]] = {}
-    for name, arrangement in outputs.items():
-        made_of = tuple(dict.fromkeys(sources(arrangement)))
+    for name, made_of in names.sources.items():
         trained = covered.intersection(made_of)
         if trained and len(trained) < len(made_of):
             raise PlanError(
@@ -140,7 +144,10 @@ def _through(state: TrainingState, outputs: Mapping[str, Arrangement]) -> Traini
             f"{listed(sorted(lost), 4)}.",
             hint="Leave out --base: without it the names stay, and the state travels with them.",
         )
-    moments = {kind: _table(table, outputs, owners) for kind, table in state.moments.items()}
+    moments = {
+        kind: {name: entry for name, entry in names.make(table).items() if name in owners}
+        for kind, table in state.moments.items()
+    }
     steps = {
         name: _one([state.steps.get(source) for source in made_of], name, "steps")
         for name, made_of in owners.items()
@@ -156,15 +163,6 @@ def _through(state: TrainingState, outputs: Mapping[str, Arrangement]) -> Traini
     ]
     found: dict[str, Step] = {name: step for name, step in steps.items() if step is not None}
     return replace(state, moments=moments, masters={}, steps=found, groups=tuple(groups))
-
-
-def _table(
-    table: Mapping[str, Entry],
-    outputs: Mapping[str, Arrangement],
-    owners: Mapping[str, tuple[str, ...]],
-) -> dict[str, Entry]:
-    complete = {name: outputs[name] for name, made_of in owners.items() if set(made_of) <= {*table}}
-    return apply(complete, table)
 
 
 def _one(values: Sequence[Any], name: str, what: str) -> Any:

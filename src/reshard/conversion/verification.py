@@ -18,7 +18,7 @@ from reshard.conversion import manifest
 from reshard.conversion.assets import names_weights
 from reshard.conversion.manifest import Manifest, Stated
 from reshard.core.catalog import Catalog
-from reshard.core.digests import joined, leaf_numel, leaves
+from reshard.core.digests import LEAF_NBYTES, joined, leaves
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import VerificationError, brief
@@ -26,7 +26,8 @@ from reshard.formats import Selection, read
 from reshard.progress import Progress
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file, listing
-from reshard.transfer.reading import Known, leaf_digest, plain_digest
+from reshard.transfer.executor import LeafDigests, in_threads
+from reshard.transfer.reading import plain_digest
 from reshard.transfer.threads import in_order
 
 
@@ -51,18 +52,23 @@ def verify_folder(
     folder: Path,
     *,
     threads: int = 2,
-    known: Known | None = None,
+    leaf_digests: LeafDigests | None = None,
+    manifest_text: bytes | None = None,
     progress: Progress | None = None,
 ) -> Verified:
     """Compare every tensor of a converted folder with its digest in `reshard.json`.
 
-    Stretches of its files that are `known`, because they were read already, are not read again.
+    `leaf_digests` reads the tensors; without, `threads` threads of this process do.
+    `manifest_text` is that of a `reshard.json` which is not in its place yet.
 
     Raises `VerificationError` naming the first that differs, or a tensor that is missing or was
     added; `NotFoundError` where the folder has no `reshard.json`.
     """
     with Sources() as sources:
-        stated = manifest.read(folder, sources)
+        if manifest_text is None:
+            stated = manifest.read(folder, sources)
+        else:
+            stated = manifest.parsed(manifest_text, folder / manifest.MANIFEST)
         check_listed(folder, stated)
         check_run(folder, stated)
         parts = [(folder, stated.tensors)] if stated.tensors else []
@@ -82,7 +88,7 @@ def verify_folder(
                         sources,
                         threads=threads,
                         trees=stated.version >= manifest.TREES,
-                        known=known,
+                        leaf_digests=leaf_digests,
                         progress=progress,
                     )
                 )
@@ -178,45 +184,25 @@ def check_digests(
     *,
     threads: int,
     trees: bool = True,
-    known: Known | None = None,
+    leaf_digests: LeafDigests | None = None,
     progress: Progress | None = None,
 ) -> Verified:
     """Read every tensor of a catalog and compare it with what is stated of it.
 
-    `trees`: whether the digests are trees (`core.digests`).
+    `trees`: whether the digests are trees (`core.digests`). `leaf_digests` as for `verify_folder`.
     """
     folder = catalog.origin.root
     for name in sorted(stated.keys() ^ catalog.entries.keys()):
         where = "is stated and not there" if name in stated else "is there and not stated"
         raise VerificationError(f"it {where}.", path=folder, tensor=name)
     checks = [_Check(entry, stated[name]) for name, entry in catalog.entries.items()]
-    total = sum(check.entry.spec.nbytes for check in checks)
-    done = 0
-    counting = threading.Lock()
-
-    def work(unit: tuple[_Check, int]) -> None:
-        nonlocal done
-        check, leaf = unit
-        if leaf == 0:
-            _check_spec(folder, check)
-        count = leaves(check.entry.spec) if trees else 1
-        found = leaf_digest(check.entry, leaf, sources, known) if trees else b""
-        spec = check.entry.spec
-        piece = leaf_numel(spec.dtype) * spec.dtype.itemsize
-        with counting:
-            check.found[leaf] = found
-            complete = len(check.found) >= count
-            done += min(spec.nbytes - leaf * piece, piece) if trees else spec.nbytes
-            if progress is not None:
-                progress(done, total)
-        if complete:
-            digests = [check.found[index] for index in range(count)]
-            whole = joined(digests) if trees else plain_digest(check.entry, sources)
-            check.found.clear()
-            _compare(folder, check, whole)
-
-    in_order(work, _units(checks, trees=trees), threads)
-    return Verified(len(catalog.entries), total)
+    checking = _Checking(folder, sum(check.entry.spec.nbytes for check in checks), progress)
+    if trees:
+        hash_leaves = leaf_digests or in_threads(threads)
+        hash_leaves(checking.leaves(checks), sources, checking.found)
+    else:
+        in_order(lambda check: checking.whole(check, sources), checks, threads)
+    return Verified(len(catalog.entries), checking.total)
 
 
 class _Check(Struct):
@@ -227,11 +213,53 @@ class _Check(Struct):
     found: dict[int, bytes] = field(default_factory=dict)
 
 
-def _units(checks: Iterable[_Check], *, trees: bool) -> Iterator[tuple[_Check, int]]:
-    """What is read at a time: a leaf, or without trees a tensor; one of a tensor without any."""
-    for check in checks:
-        for leaf in range(max(1, leaves(check.entry.spec)) if trees else 1):
-            yield check, leaf
+class _Checking:
+    """A table of tensors that is checked, leaf by leaf, in any order. Safe to use from threads."""
+
+    def __init__(self, folder: Path, total: int, progress: Progress | None) -> None:
+        self.total = total
+        self._folder = folder
+        self._progress = progress
+        self._done = 0
+        self._reading: dict[int, tuple[_Check, int]] = {}
+        self._counting = threading.Lock()
+
+    def leaves(self, checks: Iterable[_Check]) -> Iterator[tuple[Entry, int]]:
+        """What is to be read, a leaf at a time; one of a tensor without any."""
+        place = 0
+        for check in checks:
+            _check_spec(self._folder, check)
+            for leaf in range(max(1, leaves(check.entry.spec))):
+                self._reading[place] = check, leaf
+                yield check.entry, leaf
+                place += 1
+
+    def found(self, place: int, digest: bytes) -> None:
+        """Note the digest of the leaf that `leaves` gave at that place."""
+        check, leaf = self._reading.pop(place)
+        spec = check.entry.spec
+        with self._counting:
+            check.found[leaf] = digest
+            count = max(1, leaves(spec))
+            complete = len(check.found) == count
+        self._count(min(spec.nbytes - leaf * LEAF_NBYTES, LEAF_NBYTES))
+        if complete:
+            digests = [check.found[index] for index in range(count)]
+            check.found.clear()
+            _compare(self._folder, check, joined(digests))
+
+    def whole(self, check: _Check, sources: Sources) -> None:
+        """Read a tensor whose digest is no tree."""
+        _check_spec(self._folder, check)
+        found = plain_digest(check.entry, sources)
+        self._count(check.entry.spec.nbytes)
+        _compare(self._folder, check, found)
+
+    def _count(self, nbytes: int) -> None:
+        with self._counting:
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress(self._done, self.total)
 
 
 def _check_spec(folder: Path, check: _Check) -> None:

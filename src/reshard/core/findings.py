@@ -233,6 +233,8 @@ CODES: dict[str, Code] = {
         "info", "layers for multi-token prediction are written, of which the base has none"),
     "layers-left-out": Code(
         "warning", "layers for multi-token prediction are not written in the trainer's names"),
+    "layers-without-files": Code(
+        "info", "numbers of a pipeline's layers have no file"),
     "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
     "masters-missing": Code(
         "info", "some 16-bit tensors have no fp32 master, and are as the model holds them"),
@@ -283,7 +285,7 @@ CODES: dict[str, Code] = {
     "one-shard": Code(
         "warning", "one shard of several was read", "For the whole model, name its folder."),
     "optimizer-left-out": Code(
-        "info", "the checkpoint also holds the state of an optimizer, which was not read"),
+        "info", "the checkpoint also holds the state of an optimizer"),
     "option-idle": Code("info", "an option has no effect on this conversion"),
     "output-unlike-architecture": Code(
         "warning", "what is written lacks tensors of the architecture, or has more"),
@@ -296,6 +298,8 @@ CODES: dict[str, Code] = {
         "warning", "something beside the output looks like a run's leftover and was not removed",
         "Remove it, if nobody needs it."),
     "pickled-weights": Code("warning", "the weights are in torch.save files", by=("doctor",)),
+    "pieces-made-again": Code(
+        "info", "workers of the cluster were lost, and others did their work"),
     "probing-layer-assumed": Code(
         "warning", "which hidden state the reward heads read was assumed",
         "Pass --probing-layer with the value of the training."),
@@ -330,6 +334,8 @@ CODES: dict[str, Code] = {
     "state-alike": Code(
         "warning", "moments of two parameters are equal bit for bit: a file may be a copy of "
         "another's", "Copy the checkpoint again, or use another save."),
+    "state-groups-by-rule": Code(
+        "warning", "which parameters a group has is not stated, and follows from Megatron's rules"),
     "state-left-out": Code(
         "warning", "a part of the training state is no plain data and does not travel"),
     "state-masters-rounded": Code(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -20,8 +19,9 @@ from typing import Any, Protocol, TypeVar
 
 from msgspec import Struct
 
+from reshard.core.locations import location
 from reshard.core.plan import parse_size
-from reshard.errors import OptionError, brief, shown
+from reshard.errors import OptionError, brief
 
 #: The groups of options, in the order of `--help`.
 GROUPS = ("Input", "Output", "Adapters", "Reward models and critics",
@@ -204,22 +204,15 @@ class Size(ValueType, frozen=True):
         return parse_size(value if isinstance(value, str) else int(value))
 
 
-#: The schemes of stores, by one slash too: `pathlib` makes `s3:/bucket` of `s3://bucket`.
-_URL = re.compile(r"[A-Za-z][\w+.-]*://|(?:s3|gs|gcs|az|abfss?|hf|hdfs|https?|file):/")
-
-
-def refuse_url(text: str) -> None:
-    """Raises `OptionError` for a URL, which as a path would be a folder called `s3:`."""
-    if _URL.match(text):
-        raise OptionError(
-            f"{shown(text)} is a URL, and only local files are read and written.",
-            hint="Name a local path; of a mounted store, the folder where it is mounted.",
-        )
-
-
 class Place(ValueType, frozen=True):
     """A path of a file or folder. The empty path is refused: no user means the current folder by
-    it."""
+    it.
+
+    `remote`: the URL of a store is taken as well; `writes`: of one that can be written.
+    """
+
+    remote: bool = False
+    writes: bool = False
 
     @property
     def words(self) -> str:
@@ -231,8 +224,7 @@ class Place(ValueType, frozen=True):
         text = os.fspath(value)
         if not isinstance(text, str) or not text or "\0" in text:
             raise ValueError
-        refuse_url(text)
-        return Path(text)
+        return location(text, remote=self.remote, writes=self.writes)
 
 
 class Function(ValueType, frozen=True):

@@ -126,6 +126,25 @@ class TrainingState(Struct, frozen=True):
             ),
         )
 
+    def owned(self, entries: Mapping[str, Entry], prefix: str = "") -> TrainingState:
+        """The state under the names of the entries: not under an alias, nor with a prefix by which
+        a flat state dict names the model."""
+        owners = {alias: name for name, entry in entries.items() for alias in entry.aliases}
+
+        def own(name: str) -> str:
+            for known in (name, name.removeprefix(prefix)):
+                if known in entries or known in owners:
+                    return owners.get(known, known)
+            return name
+
+        wanted = self.names
+        if all(name in entries for name in wanted):
+            return self
+        inside = {name for name in wanted if name in entries or own(name) != name}
+        if len({own(name) for name in inside}) < len(inside):
+            return self  # two names of one tensor; `checked` says so
+        return self.renamed(own)
+
     def only(self, names: Mapping[str, str]) -> TrainingState:
         """The state of some parameters, under new names; what it holds of others is left out, and a
         group without parameters is dropped."""

@@ -8,10 +8,10 @@ from reshard.diagnosis.engines import ENGINES
 
 #: The options of `reshard.doctor` and `reshard doctor`.
 DOCTOR = table(
-    Option("folder", Place(), "The exported model, from any tool.", required=True),
+    Option("folder", Place(remote=True), "The exported model, from any tool.", required=True),
     Option(
         "base",
-        Place(),
+        Place(remote=True),
         "The Hugging Face model that training started from: names, shapes, ties and values are "
         "compared with it.",
         short="b",

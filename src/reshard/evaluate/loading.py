@@ -23,6 +23,7 @@ from reshard.evaluate.device import Placement
 from reshard.evaluate.folder import Folder, ModelKind
 from reshard.evaluate.report import Model
 from reshard.evaluate.reward import ScalarReward, load_reward
+from reshard.naming.quantised.stated import statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Loaded:
         dtypes = Counter[str]()
         for parameter in parameters:
             dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+        stated = statement(self.folder.config)
         return Model(
             kind=self.folder.kind.value,
             architecture=type(self.core).__name__,
@@ -73,6 +75,7 @@ class Loaded:
             devices=tuple(sorted({str(parameter.device) for parameter in parameters})),
             chat_template=chat_template,
             load_seconds=self.seconds,
+            quantisation=None if stated is None else stated.title,
         )
 
 

@@ -60,6 +60,9 @@ class Model:
     devices: Annotated[tuple[str, ...], "Devices that hold parameters."]
     chat_template: Annotated[bool, "Whether prompts went through the chat template."]
     load_seconds: Annotated[float, "Time to load it."]
+    quantisation: Annotated[
+        str | None, "How config.json says that the weights are quantised; null where it does not."
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)

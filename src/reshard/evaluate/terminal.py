@@ -119,6 +119,7 @@ def summary(report: TryReport) -> Iterator[str]:
     if report.model is not None:
         model = report.model
         dtypes = ", ".join(model.dtypes)
+        dtypes += f", stored as {model.quantisation}" if model.quantisation else ""
         yield (
             f"model: {model.architecture} ({model.kind}), {model.parameters:,} parameters, "
             f"{dtypes}, on {', '.join(model.devices)}, loaded in {model.load_seconds:.1f} s"

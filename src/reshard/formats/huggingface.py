@@ -25,10 +25,12 @@ from reshard.core import dtypes
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
+from reshard.core.state import ReadState
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
-from reshard.formats import Description, Selection, TensorToWrite
+from reshard.formats import Description, Selection, TensorToWrite, optimizer_file
+from reshard.naming import flat
 from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
@@ -87,7 +89,19 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         origin=Origin(root=path, framework="safetensors", details={"files": sorted(located)}),
         entries=entries,
         findings=_unread(folder, located) if is_folder(path) else (),
+        optimizer=_optimizer(folder, entries, sources) if listed else None,
     )
+
+
+def _optimizer(folder: Path, entries: Mapping[str, Entry], sources: Sources) -> ReadState | None:
+    """What reads the optimizer's state beside the model. Its numbers count the parameters in the
+    order of the live module, which safetensors files do not keep."""
+
+    def order() -> list[str] | None:
+        there = is_file(folder / "config.json")
+        return flat.in_order(entries, read_config(folder, sources)) if there else None
+
+    return optimizer_file.beside(folder, 0, entries, order, sources)
 
 
 def read_file(path: Path, sources: Sources) -> list[Entry]:

@@ -127,6 +127,7 @@ OWN = (
         to="hf",
         takes_files=True,
         single=".safetensors",
+        training_state=True,
     ),
     FormatInfo(
         "megatron",
@@ -135,6 +136,7 @@ OWN = (
         checksums=True,
         has_roles=True,
         masters="asked",
+        training_state=True,
         to="megatron",
         naming="megatron",
         max_shard_size="1GB",
@@ -158,6 +160,7 @@ OWN = (
         exported=True,
         holds_config=True,
         single=".bin",
+        training_state=True,
     ),
 )
 

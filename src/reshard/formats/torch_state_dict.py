@@ -10,7 +10,8 @@ or, of FSDP's FULL_STATE_DICT, what accelerate and the HF Trainer save:
     pytorch_model_fsdp.bin                  the first model
     pytorch_model_fsdp_1.bin                the second, where a run trains two
 
-or an adapter of PEFT before safetensors: adapter_model.bin.
+or an adapter of PEFT before safetensors: adapter_model.bin. Its optimizer lies beside it or in the
+same file: `reshard.formats.optimizer_file`.
 
 Names that share a storage (tied weights) are one tensor with aliases. Read off DeepSpeed 0.19.8
 (`save_16bit_model`, runtime/engine.py), transformers 4.57 and accelerate 1.15 (`save_fsdp_model`,
@@ -34,6 +35,7 @@ from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread, part_left_out
 from reshard.core.plan import OutputFile, Slot
+from reshard.core.state import ReadState
 from reshard.core.tensors import Entry, Record, whole
 from reshard.errors import (
     FormatError,
@@ -52,6 +54,7 @@ from reshard.formats import (
     TensorToWrite,
     numbered,
     of_several,
+    optimizer_file,
 )
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
@@ -85,6 +88,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     records: list[Record] = []
     findings: list[Finding] = []
     files = _files(path, sources)
+    optimizer: ReadState | None = None
     for file in files:
         content = read_torch(sources.open(file))
         records += content.records
@@ -98,6 +102,16 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         findings += [Finding("no-checksums", warning, file.name) for warning in content.warnings]
         if content.opaque:
             findings.append(objects_unread(content.opaque))
+    order = [name for name, entry in entries.items() if entry.spec.dtype.floating]
+    if len(files) == 1:
+        read_before = tuple(dict.fromkeys(records))
+        optimizer = optimizer_file.inside(
+            content.value, files[0], entries, order, read_before, sources
+        )
+    if optimizer is None and is_folder(path):
+        named = _FSDP.fullmatch(files[0].name)
+        number = int(named[1] or 0) if named is not None else 0
+        optimizer = optimizer_file.beside(path, number, entries, lambda: order, sources)
     return Catalog(
         format="torch",
         origin=Origin(root=path, framework="torch"),
@@ -107,6 +121,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
             *dict.fromkeys(findings),
             *of_several(path, _models(path), files[0].name, "file"),
         ),
+        optimizer=optimizer,
     )
 
 

@@ -12,7 +12,7 @@ from reshard.naming.judge import FitOptions
 from reshard.naming.layouts import parse_version
 from reshard.naming.matching import Matching, Resize
 from reshard.naming.memory import NEWEST, memory_outputs, to_memory, was_read
-from reshard.naming.name_map import NameMap, apply, identity
+from reshard.naming.name_map import NameMap, Translation, apply, identity, translation
 from reshard.naming.schema import Schema
 
 __all__ = [
@@ -22,11 +22,13 @@ __all__ = [
     "NameMap",
     "Resize",
     "Schema",
+    "Translation",
     "apply",
     "fit",
     "identity",
     "memory_outputs",
     "parse_version",
     "to_memory",
+    "translation",
     "was_read",
 ]

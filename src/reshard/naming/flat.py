@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -125,6 +126,20 @@ def _ordered(schema: Schema) -> list[TensorSpec]:
     tied = says_tied(schema.config)
     specs = [s for s in schema.specs.values() if not (tied and s.name == "lm_head.weight")]
     return sorted(specs, key=lambda spec: _place(spec.name))
+
+
+def in_order(names: Iterable[str], config: Mapping[str, Any]) -> list[str] | None:
+    """A model's parameters in the order in which its live module registers them; None where that
+    is not known."""
+    if config.get("model_type") not in ORDERED:
+        return None
+    tied = says_tied(config)
+    try:
+        return sorted(
+            (name for name in names if not (tied and name == "lm_head.weight")), key=_place
+        )
+    except UnsupportedError:
+        return None
 
 
 def _place(name: str) -> tuple[int, int, int, int]:

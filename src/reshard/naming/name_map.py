@@ -6,12 +6,12 @@ tensors from any table with those names: the weights, the moments of an optimize
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from reshard.core.arrangement import Arrangement, Arranger, Whole
+from reshard.core.arrangement import Arrangement, Arranger, Whole, sources
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.naming.matching import Matching
@@ -59,3 +59,25 @@ def apply(outputs: Mapping[str, Arrangement], table: Mapping[str, Entry]) -> dic
         name: replace(arranger.make(made).renamed(name), aliases=())
         for name, made in outputs.items()
     }
+
+
+class Translation(Struct, frozen=True):
+    """A map of names for any table of a checkpoint's tensors: weights, or moments of some of them.
+
+    sources: each output's name -> the names of what it is made of. make: the outputs of a table
+    that holds all of their sources; others are left out.
+    """
+
+    sources: Mapping[str, tuple[str, ...]]
+    make: Callable[[Mapping[str, Entry]], dict[str, Entry]]
+
+
+def translation(outputs: Mapping[str, Arrangement]) -> Translation:
+    """The translation that arrangements make."""
+    made_of = {name: tuple(dict.fromkeys(sources(made))) for name, made in outputs.items()}
+
+    def make(table: Mapping[str, Entry]) -> dict[str, Entry]:
+        there = table.keys()
+        return apply({n: made for n, made in outputs.items() if there >= {*made_of[n]}}, table)
+
+    return Translation(made_of, make)

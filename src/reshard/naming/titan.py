@@ -9,12 +9,13 @@ torchtitan trains models of its own. Its names are Meta's, with what was added s
     layers.0.feed_forward.w1.weight                     ...mlp.gate_proj.weight
     layers.0.moe.experts.w1                             ...mlp.experts.*.gate_proj.weight, stacked
     layers.0.moe.routed_experts.inner_experts.w1_EFD    the same, torchtitan 0.3
+    mtp_layers.0.mtp_norm.weight                        model.layers.(L+0).shared_head.norm.weight
     output.weight, lm_head.weight                       lm_head.weight
 
 "turned" above: the rows of Llama's queries and keys are reordered, because rotary embeddings pair
-neighbouring rows of a head there, and rows half a head apart on the hub. Read off torchtitan 0.3
-(models/llama3, qwen3, deepseek_v3: state_dict_adapter.py), its checkpoints of 2025, and Meta's
-llama-models.
+neighbouring rows of a head there, and rows half a head apart on the hub; Llama 4's do so on the hub
+too. Its experts' gate and up are one tensor there. Read off torchtitan 0.3 (models/llama3, qwen3,
+deepseek_v3: state_dict_adapter.py), its models of 2025 (llama4 too), and Meta's llama-models.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from msgspec.structs import replace
 
 from reshard.core import rearrange
 from reshard.core.tensors import Box, Entry, Fragment, contiguous_strides
-from reshard.errors import NamesError, UnsupportedError
+from reshard.errors import NamesError, UnsupportedError, listed
 from reshard.naming import patterns
+from reshard.naming.megatron import MTP_COPIES
+from reshard.naming.name_map import Translation
 from reshard.naming.schema import Schema
 from reshard.naming.search import unwrap
 
@@ -86,6 +89,29 @@ _DEEPSEEK = (
     ("model.layers.*.mlp.shared_experts.down_proj.weight", "layers.*.moe.shared_experts.w2.weight"),
     ("model.layers.*.mlp.gate.e_score_correction_bias", "layers.*.moe.expert_bias"),
     ("model.layers.*.mlp.gate.e_score_correction_bias", "layers.*.moe.expert_bias_E"),
+    ("model.layers.*.enorm.weight", "layers.*.enorm.weight"),
+    ("model.layers.*.hnorm.weight", "layers.*.hnorm.weight"),
+    ("model.layers.*.eh_proj.weight", "layers.*.eh_proj.weight"),
+    ("model.layers.*.shared_head.norm.weight", "layers.*.mtp_norm.weight"),
+)
+# Llama 4: dense layers, and layers of experts.
+_FEED_FORWARD = "model.layers.*.feed_forward"
+_LLAMA4 = (
+    *(
+        (f"{_FEED_FORWARD}.{part}{hub}.weight", f"layers.*.{here}.{side}.weight")
+        for part, here in (("", "feed_forward"), ("shared_expert.", "moe.shared_experts"))
+        for side, hub in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+    ),
+    (f"{_FEED_FORWARD}.router.weight", "layers.*.moe.router.gate.weight"),
+)
+_EXPERTS = "layers.*.moe.experts", "layers.*.moe.routed_experts.inner_experts"
+_LLAMA4_DOWN = tuple(
+    (f"{_FEED_FORWARD}.experts.down_proj", f"{part}.{side}")
+    for part, side in zip(_EXPERTS, ("w2", "w2_EDF"), strict=True)
+)
+_LLAMA4_JOINED = tuple(
+    (f"{_FEED_FORWARD}.experts.gate_up_proj", tuple(f"{part}.{side}" for side in sides))
+    for part, sides in zip(_EXPERTS, (("w1", "w3"), ("w1_EFD", "w3_EFD")), strict=True)
 )
 
 
@@ -118,31 +144,52 @@ _GPT_OSS = (
 
 class Family(Struct, frozen=True):
     """What a model type has of its own: `names` go before `NAMES`; `turns`: queries and keys are
-    turned; of the tensors that `exchanged` matches on the hub, rows and columns are exchanged."""
+    turned; of the tensors that `exchanged` matches on the hub, rows and columns are exchanged.
+
+    joined: a tensor of the hub, and those of torchtitan that it is, exchanged and side by side.
+    prefix: what the hub's names have before those here. left_out: what the hub's model has not.
+    """
 
     turns: bool = False
     names: tuple[tuple[str, str], ...] = ()
     exchanged: tuple[str, ...] = ()
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    prefix: str = ""
+    left_out: tuple[str, ...] = ()
 
 
+_LLAMA4_TEXT = Family(
+    names=(*_LLAMA4, *_LLAMA4_DOWN),
+    exchanged=tuple(hub for hub, _ in _LLAMA4_DOWN),
+    joined=_LLAMA4_JOINED,
+    left_out=("layers.*.moe.expert_bias", "layers.*.moe.expert_bias_E"),
+)
 #: By model type.
 FAMILIES = {
     "llama": Family(turns=True),
+    "llama4": replace(_LLAMA4_TEXT, prefix="language_model."),
+    "llama4_text": _LLAMA4_TEXT,
     "qwen3": Family(),
     "qwen3_moe": Family(),
     "deepseek_v3": Family(names=_DEEPSEEK),
     "gpt_oss": Family(names=_GPT_OSS, exchanged=tuple(hub for hub, _ in _GPT_OSS_WEIGHTS)),
 }
+# Gate and up.
+_SIDES = 2
 # Names that every such model has. InternLM2's are like them on the hub.
 _SIGNS = ("tok_embeddings.weight", "layers.*.attention.wo.weight")
 _HUBS_OWN = "**.attention.wo.weight"
 
 
 class Translated(Struct, frozen=True):
-    """A checkpoint's tensors by the hub's names; `rules` say in words what was done to them."""
+    """A checkpoint's tensors by the hub's names; `rules` say in words what was done to them.
+
+    `names` does the same to any table of its tensors; None where they have the hub's names.
+    """
 
     entries: Mapping[str, Entry]
     rules: tuple[str, ...] = ()
+    names: Translation | None = None
 
 
 def is_titan(names: Iterable[str], schema: Schema) -> bool:
@@ -170,26 +217,74 @@ def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
             hint="Export it with torchtitan's own conversion to Hugging Face.",
         )
     family = FAMILIES[kind]
-    found: dict[str, Entry] = {}
-    turned = 0
-    for entry in entries.values():
-        for name, made in _of(entry, config, family):
-            if name in found:
-                raise NamesError("two tensors are it.", tensor=name)
-            found[name] = made
-            turned += family.turns and name.endswith(("q_proj.weight", "k_proj.weight"))
+    owners: dict[str, tuple[str, ...]] = {}
+
+    def make(table: Mapping[str, Entry]) -> dict[str, Entry]:
+        found: dict[str, Entry] = {}
+        parts: dict[str, dict[int, tuple[str, Entry]]] = {}
+        for own, entry in table.items():
+            part = _part(unwrap(entry.spec.name), family)
+            if part is not None:
+                parts.setdefault(part[0], {})[part[1]] = (own, entry)
+                continue
+            for name, made in _of(entry, config, family):
+                if name in found:
+                    raise NamesError("two tensors are it.", tensor=name)
+                found[name] = made
+                owners.setdefault(name, (own,))
+        for name, held in parts.items():
+            if len(held) < _SIDES:
+                raise NamesError("the checkpoint holds a part of it only.", tensor=name)
+            found[name] = rearrange.concat(
+                [rearrange.transpose(held[at][1], 1, 2) for at in range(_SIDES)], 2
+            ).renamed(name)
+            owners.setdefault(name, tuple(held[at][0] for at in range(_SIDES)))
+        found |= _copies(found, owners, schema)
+        return found
+
+    found = make(entries)
+    heads = ("q_proj.weight", "k_proj.weight")
+    turned = sum(family.turns and name.endswith(heads) for name in found)
     rules = [f"torchtitan's names -> the hub's ({len(entries)})"]
+    lost = [n for n in entries if patterns.matches_any(family.left_out, unwrap(n))]
+    if lost:
+        rules.append(f"left out what the hub's model has not: {listed(lost, 2)}")
     if turned:
         rules.append(f"heads of queries and keys turned for the hub's rotary embeddings ({turned})")
-    return Translated(found, tuple(rules))
+    return Translated(found, tuple(rules), Translation(owners, make))
+
+
+def _part(name: str, family: Family) -> tuple[str, int] | None:
+    """The tensor of the hub that one of torchtitan's is a part of, and which part."""
+    for hub, parts in family.joined:
+        for at, here in enumerate(parts):
+            wild = patterns.match(here, name)
+            if wild is not None:
+                return family.prefix + hub.replace("*", wild[0]), at
+    return None
+
+
+def _copies(
+    found: Mapping[str, Entry], owners: dict[str, tuple[str, ...]], schema: Schema
+) -> dict[str, Entry]:
+    """The copies of embedding and head that the base's layers for multi-token prediction have,
+    where the checkpoint holds such a layer; torchtitan shares them."""
+    made = {}
+    for name in [name for name in found if name.endswith(".eh_proj.weight")]:
+        start = name.removesuffix("eh_proj.weight")
+        for own, shared in MTP_COPIES.items():
+            if start + own in schema.specs and shared in found:
+                made[start + own] = found[shared].renamed(start + own).aliased(())
+                owners.setdefault(start + own, owners[shared])
+    return made
 
 
 def _of(entry: Entry, config: Mapping[str, Any], family: Family) -> Iterator[tuple[str, Entry]]:
     """The hub's tensors that one of torchtitan's is."""
-    name = unwrap(entry.spec.name)
-    if patterns.matches_any(LEFT_OUT, name):
+    name = _numbered(unwrap(entry.spec.name), config)
+    if patterns.matches_any((*LEFT_OUT, *family.left_out), name):
         return
-    for hub, here in EXPERTS:
+    for hub, here in EXPERTS if not family.joined else ():
         wild = patterns.match(here, name)
         if wild is not None and len(entry.spec.shape) == 3:  # [experts, rows, columns]
             for expert in range(entry.spec.shape[0]):
@@ -202,8 +297,19 @@ def _of(entry: Entry, config: Mapping[str, Any], family: Family) -> Iterator[tup
         yield name, replace(entry.renamed(name), aliases=())
         return
     aliases = (patterns.rewrite(unwrap(alias), rules)[0] for alias in entry.aliases)
-    made = replace(entry.renamed(hub_name), aliases=tuple(a for a in aliases if a != hub_name))
-    yield hub_name, reordered(hub_name, made, config, family, turn)
+    called = family.prefix + hub_name
+    others = tuple(family.prefix + alias for alias in aliases if alias != hub_name)
+    made = replace(entry.renamed(called), aliases=others)
+    yield called, reordered(hub_name, made, config, family, turn)
+
+
+def _numbered(name: str, config: Mapping[str, Any]) -> str:
+    """Layers for multi-token prediction by the numbers that they have on the hub."""
+    wild = patterns.match("mtp_layers.*.**", name)
+    layers = config.get("num_hidden_layers")
+    if wild is None or not wild[0].isdecimal() or type(layers) is not int:
+        return name
+    return f"layers.{layers + int(wild[0])}.{wild[1]}"
 
 
 def reordered(

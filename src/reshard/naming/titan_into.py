@@ -15,18 +15,26 @@ from reshard.core import rearrange
 from reshard.core.tensors import Box, Entry, Fragment, contiguous_strides
 from reshard.errors import NamesError, UnsupportedError, listed
 from reshard.naming import patterns
+from reshard.naming.megatron import EMBEDDING, MTP_COPIES
 from reshard.naming.schema import is_constant, is_unheld, says_tied
-from reshard.naming.titan import EXPERTS, FAMILIES, NAMES, every_nth, reordered
+from reshard.naming.titan import EXPERTS, FAMILIES, NAMES, Family, every_nth, reordered
 
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "lm_head.weight"
 _LISTED = 5
+# Experts, columns, gate and up side by side.
+_STACKED_DIMS = 3
 
 
 class Into(Struct, frozen=True):
-    """A model by torchtitan's names. `left_out`: layers for multi-token prediction."""
+    """A model by torchtitan's names.
+
+    `left_out`: layers for multi-token prediction. `copies`: tensors that torchtitan shares, each
+    with the one whose copy it must be.
+    """
 
     entries: Mapping[str, Entry]
     left_out: tuple[str, ...]
+    copies: Mapping[str, str]
 
 
 def into(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Into:
@@ -46,18 +54,26 @@ def into(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Into:
     made: dict[str, Entry] = {}
     stacks: dict[tuple[str, ...], dict[int, Entry]] = {}
     unknown, left_out = [], []
-    for name, entry in entries.items():
-        if is_unheld(name, config):
-            left_out.append(name)
+    copies: dict[str, str] = {}
+    for full, entry in entries.items():
+        name, shared = full.removeprefix(family.prefix), _shared(full, config)
+        if shared is not None:
+            copies[full] = shared if shared in entries else EMBEDDING
+        elif is_unheld(name, config) and not (_mtp(name, config) and _holds_layers(family)):
+            left_out.append(full)
         elif not is_constant(name, config):
-            names = _names(name, rules)
-            place = None if names else _expert(name)
-            if place is not None:
+            names = _names(name, rules, config)
+            place = None if names or family.joined else _expert(name, config)
+            joined = _joined(name, family)
+            if joined:
+                for at, here in enumerate(joined):
+                    _add(made, here, _side(entry, at, len(joined)))
+            elif place is not None:
                 stacks.setdefault(place[0], {})[place[1]] = entry
             elif names:
                 _add(made, names, reordered(name, entry, config, family, turn_back))
             else:
-                unknown.append(name)
+                unknown.append(full)
     if unknown:
         raise NamesError(
             f"{len(unknown)} of its tensors have no place in torchtitan's model: "
@@ -69,29 +85,81 @@ def into(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Into:
         _add(made, names, _stacked(names[0], experts))
     if _HEAD not in _all(made) and _EMBEDDING in made and says_tied(config):
         tied = made[_EMBEDDING]
-        heads = _names(_HEAD, rules)
+        heads = _names(_HEAD, rules, config)
         made[_EMBEDDING] = tied.aliased((*tied.aliases, *heads))
-    return Into(made, tuple(left_out))
+    return Into(made, tuple(left_out), copies)
 
 
 def _all(made: Mapping[str, Entry]) -> set[str]:
     return {name for entry in made.values() for name in entry.names}
 
 
-def _names(hub: str, rules: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+def _names(
+    hub: str, rules: tuple[tuple[str, str], ...], config: Mapping[str, Any]
+) -> tuple[str, ...]:
     """What torchtitan's versions call a tensor of the hub, none where they have none."""
     found = (patterns.rewrite(hub, [rule]) for rule in rules)
-    return tuple(dict.fromkeys(name for name, rule in found if rule is not None))
+    names = (_numbered(name, config) for name, rule in found if rule is not None)
+    return tuple(dict.fromkeys(names))
 
 
-def _expert(hub: str) -> tuple[tuple[str, ...], int] | None:
+def _numbered(name: str, config: Mapping[str, Any]) -> str:
+    """Layers after the last, which are for multi-token prediction, by their own numbers."""
+    wild = patterns.match("layers.*.**", name)
+    layers = config.get("num_hidden_layers")
+    if wild is None or not wild[0].isdecimal() or not isinstance(layers, int):
+        return name
+    if int(wild[0]) < layers:
+        return name
+    return f"mtp_layers.{int(wild[0]) - layers}.{wild[1]}"
+
+
+def _mtp(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor of the hub is of a numbered layer for multi-token prediction."""
+    return patterns.match("model.layers.*.**", name) is not None and is_unheld(name, config)
+
+
+def _holds_layers(family: Family) -> bool:
+    """Whether torchtitan's model of this family has layers for multi-token prediction."""
+    return any(here.endswith(".mtp_norm.weight") for _, here in family.names)
+
+
+def _shared(name: str, config: Mapping[str, Any]) -> str | None:
+    """What a tensor of such a layer is a copy of, if it is one."""
+    if not is_unheld(name, config):
+        return None
+    wild = patterns.match("model.layers.*.**", name)
+    return None if wild is None else MTP_COPIES.get(wild[1])
+
+
+def _joined(hub: str, family: Family) -> tuple[tuple[str, ...], ...]:
+    """For each part of a tensor of the hub, what torchtitan's versions call it."""
+    found = [
+        tuple(here.replace("*", wild[0]) for here in parts)
+        for pattern, parts in family.joined
+        if (wild := patterns.match(pattern, hub)) is not None
+    ]
+    return tuple(zip(*found, strict=True))
+
+
+def _side(entry: Entry, at: int, count: int) -> Entry:
+    """One of the parts that lie side by side in the last of three dimensions, exchanged."""
+    shape = entry.spec.shape
+    if len(shape) != _STACKED_DIMS or shape[2] % count:
+        raise NamesError(f"its shape is {shape}, which is not gate and up.", tensor=entry.spec.name)
+    width = shape[2] // count
+    part = rearrange.crop(entry, Box(shape, (0, 0, at * width), (*shape[:2], width)))
+    return rearrange.transpose(part, 1, 2)
+
+
+def _expert(hub: str, config: Mapping[str, Any]) -> tuple[tuple[str, ...], int] | None:
     """The names of the stack that an expert's tensor is in, and its number."""
     names = []
     number = ""
     for pattern, here in EXPERTS:
         wild = patterns.match(pattern.replace("{}", "*"), hub)
         if wild is not None and wild[1].isdigit():
-            names.append(here.replace("*", wild[0]))
+            names.append(_numbered(here.replace("*", wild[0]), config))
             number = wild[1]
     return (tuple(names), int(number)) if names else None
 

@@ -7,7 +7,6 @@ takes the pieces decides when there are too many.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -17,12 +16,14 @@ from reshard.errors import FormatError, UnsupportedError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+#: Fills a buffer from an offset on, as far as there is anything; returns the number of bytes.
+ReadSome = Callable[[int, memoryview], int]
 # Bytes of a decompressed piece.
 _PIECE = 1 << 20
 
 
-def pieces(fd: int, ref: FileRef) -> Iterator[bytes]:
-    """The decompressed bytes of the frame that `ref` names in the open file `fd`.
+def pieces(read: ReadSome, ref: FileRef) -> Iterator[bytes]:
+    """The decompressed bytes of the frame that `ref` names in the file that `read` reads.
 
     Raises `UnsupportedError` (a codec that is not handled or not installed), `FormatError`
     (damaged). A frame that is cut off gives fewer bytes.
@@ -30,15 +31,15 @@ def pieces(fd: int, ref: FileRef) -> Iterator[bytes]:
     codec = _CODECS.get(ref.codec or "")
     if codec is None:
         raise UnsupportedError(f"compression {ref.codec!r} is not handled.", path=ref.path)
-    return codec(fd, ref)
+    return codec(read, ref)
 
 
 class _Frame(io.RawIOBase):
     """The frame's compressed bytes as a stream; it reads by position and owns no descriptor."""
 
-    def __init__(self, fd: int, ref: FileRef) -> None:
+    def __init__(self, read: ReadSome, ref: FileRef) -> None:
         super().__init__()
-        self._fd = fd
+        self._read = read
         self._position = ref.frame_offset
         self._end = ref.frame_offset + ref.frame_nbytes
 
@@ -47,12 +48,12 @@ class _Frame(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         view = memoryview(buffer)[: self._end - self._position]
-        read = os.preadv(self._fd, [view], self._position)
+        read = self._read(self._position, view)
         self._position += read
         return read
 
 
-def _zstd(fd: int, ref: FileRef) -> Iterator[bytes]:
+def _zstd(read: ReadSome, ref: FileRef) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
@@ -61,7 +62,7 @@ def _zstd(fd: int, ref: FileRef) -> Iterator[bytes]:
             path=ref.path,
             hint="Install the extra, in reshard's folder: pip install '.[zstd]'.",
         ) from None
-    stream = io.BufferedReader(_Frame(fd, ref), _PIECE)
+    stream = io.BufferedReader(_Frame(read, ref), _PIECE)
     try:
         # Its memory is the frame's window, which the library limits to 128 MiB.
         with zstandard.ZstdDecompressor().stream_reader(stream) as reader:
@@ -75,4 +76,4 @@ def _zstd(fd: int, ref: FileRef) -> Iterator[bytes]:
         ) from None
 
 
-_CODECS: dict[str, Callable[[int, FileRef], Iterator[bytes]]] = {"zstd": _zstd}
+_CODECS: dict[str, Callable[[ReadSome, FileRef], Iterator[bytes]]] = {"zstd": _zstd}

@@ -10,28 +10,26 @@ from __future__ import annotations
 import os
 import re
 import resource
-import stat
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
+from reshard.core.locations import located
 from reshard.core.tensors import FileRef
 from reshard.errors import FormatError, IncompleteError, NotFoundError, brief, listed
 from reshard.storage import frames
-from reshard.storage.paths import (
-    absolute,
-    exists,
-    is_file,
-    is_folder,
-    is_link,
-    listing,
-    real,
-    status,
+from reshard.storage.paths import absolute, exists, is_file, is_folder, is_link, listing, real
+from reshard.storage.source import (
+    Expanded,
+    Identity,
+    RemoteSource,
+    Source,
+    changed,
+    identity_of,
+    open_regular,
 )
 
 # Descriptors kept open: the two files of each of 2,000 ranks. A file beyond them is opened anew for
@@ -51,71 +49,6 @@ _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 # A repository's folder in the Hugging Face cache: models--<owner>--<name>.
 _CACHED = "models--"
 
-Identity = tuple[int, int, int, int]
-
-
-class Source:
-    """An open input file. Safe to use from several threads."""
-
-    def __init__(self, ref: FileRef, fd: int | None, identity: Identity, size: int) -> None:
-        self.ref = ref
-        self.size = size
-        self.identity = identity
-        self._fd = fd
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` (writable, contiguous bytes) from `offset` on.
-
-        Raises `IncompleteError` where the file ends before the buffer is full.
-        """
-        fd = self._fd
-        if fd is None:
-            fd = _open_regular(self.ref.path)
-            try:
-                if _identity(os.fstat(fd)) != self.identity:
-                    raise _changed(self.ref.path)
-                _read_fully(fd, offset, buffer, self.ref.path)
-            finally:
-                os.close(fd)
-        else:
-            _read_fully(fd, offset, buffer, self.ref.path)
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """Bytes `[offset, offset + nbytes)`; `IncompleteError` where the file is shorter."""
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
-            raise IncompleteError(
-                f"bytes {offset} to {offset + nbytes} are needed, the file has {self.size}.",
-                path=self.ref.path,
-                hint="The file was cut off; copy it again or use another checkpoint.",
-            )
-        if self._fd is not None:
-            # All at once as a rule, and without the copy of a buffer that is filled in parts. An
-            # error is met again there, and stated.
-            with suppress(OSError):
-                data = os.pread(self._fd, nbytes, offset)
-                if len(data) == nbytes:
-                    return data
-        buffer = bytearray(nbytes)
-        self.read_into(offset, memoryview(buffer))
-        return bytes(buffer)
-
-    def close(self) -> None:
-        if self._fd is not None:
-            with suppress(OSError):  # nothing was written through it
-                os.close(self._fd)
-            self._fd = None
-
-
-class _Expanded(Source):
-    """A compressed frame in an unnamed temporary file, which goes when this does."""
-
-    def __init__(self, ref: FileRef, file: IO[bytes], identity: Identity) -> None:
-        super().__init__(ref, file.fileno(), identity, os.fstat(file.fileno()).st_size)
-        self._file = file
-
-    def close(self) -> None:
-        self._file.close()
-
 
 class Sources:
     """The input files of one run, each opened once and closed together.
@@ -123,18 +56,24 @@ class Sources:
     Safe to use from several threads. A compressed frame is expanded into an unnamed temporary
     file, so memory does not grow with it; the last few frames are kept. `known` are the identities
     that files had when they were seen before: one that is another by now is an `IncompleteError`.
+    `elsewhere`: on another machine, whose numbers of devices are others.
     """
 
-    def __init__(self, known: Mapping[str, Identity] | None = None) -> None:
+    def __init__(
+        self, known: Mapping[str, Identity] | None = None, *, elsewhere: bool = False
+    ) -> None:
         self._known = known or {}
+        self._compared = slice(1 if elsewhere else 0, None)
         self._open: dict[FileRef, Source] = {}
-        self._expanded: OrderedDict[FileRef, _Expanded] = OrderedDict()
+        self._expanded: OrderedDict[FileRef, Expanded] = OrderedDict()
         self._lock = threading.Lock()
         self._max_open = _max_open()
 
     def open(self, file: FileRef | str | Path) -> Source:
         """The file, opened. Raises `NotFoundError`, `FormatError` (not a regular file)."""
-        ref = file if isinstance(file, FileRef) else FileRef(str(absolute(Path(file))))
+        if not isinstance(file, FileRef):
+            file = FileRef(str(absolute(located(file) if isinstance(file, str) else file)))
+        ref = file
         with self._lock:
             if ref.codec:
                 return self._frame(ref)
@@ -143,12 +82,8 @@ class Sources:
     def stream(self, ref: FileRef) -> Iterator[bytes]:
         """The bytes of a compressed frame, decompressed in pieces of at most 1 MiB."""
         with self._lock:
-            self._whole(ref.path)  # its identity is checked in the end
-        fd = _open_regular(ref.path)
-        try:
-            yield from frames.pieces(fd, ref)
-        finally:
-            os.close(fd)
+            source = self._whole(ref.path)
+        yield from frames.pieces(source.read_some, ref)
 
     def _whole(self, path: str) -> Source:
         ref = FileRef(path)
@@ -169,35 +104,45 @@ class Sources:
         return source
 
     def _plain(self, ref: FileRef) -> Source:
-        fd = _open_regular(ref.path)
+        if not ref.path.startswith("/"):
+            from reshard.storage import remote
+
+            opened = remote.opened(ref.path)
+            which = remote.identity(opened.known)
+            self._check_known(ref.path, which)
+            return RemoteSource(ref, opened, which)
+        fd = open_regular(ref.path)
         now = os.fstat(fd)
-        if self._known.get(ref.path, _identity(now)) != _identity(now):
+        try:
+            self._check_known(ref.path, identity_of(now))
+        except IncompleteError:
             os.close(fd)
-            raise IncompleteError(
-                "the file is not the one that it was when the checkpoint was opened.",
-                path=ref.path,
-                hint="Open the checkpoint again once nothing writes to it.",
-            )
+            raise
         keep = len(self._open) < self._max_open
         if not keep:
             os.close(fd)
-        return Source(ref, fd if keep else None, _identity(now), now.st_size)
+        return Source(ref, fd if keep else None, identity_of(now), now.st_size)
 
-    def _expand(self, ref: FileRef) -> _Expanded:
+    def _check_known(self, path: str, now: Identity) -> None:
+        known = self._known.get(path, now)
+        if known[self._compared] != now[self._compared]:
+            raise IncompleteError(
+                "the file is not the one that it was when the checkpoint was opened.",
+                path=path,
+                hint="Open the checkpoint again once nothing writes to it.",
+            )
+
+    def _expand(self, ref: FileRef) -> Expanded:
         plain = self._whole(ref.path)
-        fd = _open_regular(ref.path)
-        try:
-            out = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the source)
-            for piece in frames.pieces(fd, ref):
-                out.write(piece)
-            out.flush()
-        finally:
-            os.close(fd)
-        return _Expanded(ref, out, plain.identity)
+        out = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the source)
+        for piece in frames.pieces(plain.read_some, ref):
+            out.write(piece)
+        out.flush()
+        return Expanded(ref, out, plain.identity)
 
     def paths(self) -> list[Path]:
         """The files that were opened so far."""
-        return [Path(ref.path) for ref in self._open]
+        return [located(ref.path) for ref in self._open]
 
     def identities(self) -> dict[str, Identity]:
         """What the files that were opened so far are, by path; `Sources(known)` takes it."""
@@ -205,13 +150,14 @@ class Sources:
 
     def check_unchanged(self) -> None:
         """Raise `IncompleteError` if a file that was read is no longer the file it was."""
+        urls = [ref.path for ref in self._open if not ref.path.startswith("/")]
+        if urls:
+            from reshard.storage import remote
+
+            remote.forget_all(urls)
         for source in self._open.values():
-            try:
-                now = status(Path(source.ref.path))
-            except NotFoundError:
-                raise _changed(source.ref.path) from None
-            if _identity(now) != source.identity:
-                raise _changed(source.ref.path)
+            if source.identity_now() != source.identity:
+                raise changed(source.ref.path)
 
     def close(self) -> None:
         for source in self._open.values():
@@ -349,46 +295,3 @@ def _max_open() -> int:
     """At most half of the descriptors that the system allows: by default 1024, on macOS 256."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MAX_OPEN if allowed == resource.RLIM_INFINITY else min(_MAX_OPEN, allowed // 2)
-
-
-def _open_regular(path: str) -> int:
-    try:
-        # O_NONBLOCK: opening a named pipe must not hang.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise NotFoundError("there is no such file.", path=path) from None
-    except OSError as error:
-        raise NotFoundError(f"it cannot be opened: {error.strerror}.", path=path) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise FormatError("it is not a regular file.", path=path)
-    return fd
-
-
-def _read_fully(fd: int, offset: int, buffer: memoryview, path: str) -> None:
-    done = 0
-    while done < len(buffer):
-        try:
-            got = os.preadv(fd, [buffer[done:]], offset + done)
-        except OSError as error:
-            raise IncompleteError(f"it cannot be read: {error.strerror}.", path=path) from None
-        if got == 0:
-            raise IncompleteError(
-                f"the file ends at byte {offset + done}; bytes to {offset + len(buffer)} are "
-                "needed.",
-                path=path,
-                hint="The file was cut off; copy it again or use another checkpoint.",
-            )
-        done += got
-
-
-def _identity(now: os.stat_result) -> Identity:
-    return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
-
-
-def _changed(path: str) -> IncompleteError:
-    return IncompleteError(
-        "the file changed while it was read.",
-        path=path,
-        hint="Convert again once nothing writes to the checkpoint.",
-    )

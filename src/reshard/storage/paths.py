@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISREG
 
+from reshard.core.locations import RemotePath
 from reshard.errors import NotFoundError
 
 # There is nothing under the name: a part of the path is absent, or a file, or a loop of links.
@@ -32,6 +33,10 @@ def status(path: Path, *, follow: bool = True) -> os.stat_result:
 
 def _status(path: Path, *, follow: bool = True) -> os.stat_result | None:
     """None where nothing is there. Raises `NotFoundError` where that cannot be told."""
+    if isinstance(path, RemotePath):
+        from reshard.storage import remote
+
+        return remote.status(path)
     try:
         return os.stat(path, follow_symlinks=follow)  # noqa: PTH116 (one call for both)
     except OSError as error:
@@ -61,6 +66,8 @@ def is_folder(path: Path) -> bool:
 
 def is_link(path: Path) -> bool:
     """Whether a link is there, wherever it leads."""
+    if isinstance(path, RemotePath):
+        return False
     found = _status(path, follow=False)
     return found is not None and S_ISLNK(found.st_mode)
 
@@ -72,6 +79,10 @@ def file_size(path: Path) -> int:
 
 def listing(folder: Path) -> list[Path]:
     """What lies in a folder, in the order of the names. Raises `NotFoundError`."""
+    if isinstance(path := folder, RemotePath):
+        from reshard.storage import remote
+
+        return [path / name for name in sorted(remote.listing(path))]
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208 (pathlib's iterator opens late)
     except OSError as error:
@@ -94,6 +105,11 @@ def files_below(folder: Path) -> Iterator[Path]:
 
     Raises `NotFoundError`.
     """
+    if isinstance(folder, RemotePath):
+        from reshard.storage import remote
+
+        yield from (folder / name for name in sorted(remote.below(folder)))
+        return
     for path in listing(folder):
         if is_folder(path) and not is_link(path):
             yield from files_below(path)
@@ -107,6 +123,8 @@ def real(path: Path) -> Path:
     Raises `NotFoundError` for a name that no file can have, and for a relative path where the
     current folder is gone.
     """
+    if isinstance(path, RemotePath):
+        return path
     try:
         return Path(os.path.realpath(path))  # `Path.resolve` raises RuntimeError for a loop
     except OSError as error:
@@ -117,6 +135,8 @@ def real(path: Path) -> Path:
 
 def absolute(path: Path) -> Path:
     """The absolute path, its links left as they are. Raises as `real` does."""
+    if isinstance(path, RemotePath):
+        return path
     try:
         return path.absolute()
     except OSError as error:
@@ -125,6 +145,8 @@ def absolute(path: Path) -> Path:
 
 def is_here(path: Path) -> bool:
     """Whether a path is the current folder."""
+    if isinstance(path, RemotePath):
+        return False
     try:
         here = Path.cwd()
     except OSError:

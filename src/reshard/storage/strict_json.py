@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from reshard.errors import FormatError
-from reshard.storage.local import Source, Sources
+from reshard.storage.local import Sources
+from reshard.storage.source import Source
 
 T = TypeVar("T")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -19,9 +20,9 @@ from reshard.core.digests import joined
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Plan, Slot
 from reshard.transfer.checksums import Checked
-from reshard.transfer.commit import OutputFolder
 from reshard.transfer.finite import NotFinite
 from reshard.transfer.making import SegmentResult, block_numel
+from reshard.transfer.output import Output
 from reshard.transfer.pieces import Run, runs
 from reshard.transfer.readback import ReadBack, Stretch
 from reshard.transfer.reading import Known
@@ -83,6 +84,13 @@ class File(Struct):
     path: Path | None = None
     late: list[tuple[int, int]] = field(default_factory=list)
 
+    @property
+    def place(self) -> Path:
+        """Where a lent file lies."""
+        if self.path is None:
+            raise ValueError(f"{self.output.name} is not lent")
+        return self.path
+
 
 class Tensor(Struct):
     """A slot on its way; `changed` once it differs from its reference.
@@ -130,7 +138,7 @@ class Assembly:
     """
 
     def __init__(
-        self, plan: Plan, folder: OutputFolder, back: ReadBack | None = None, *, lent: bool = False
+        self, plan: Plan, folder: Output, back: ReadBack | None = None, *, lent: bool = False
     ) -> None:
         self.total = sum(slot.spec.nbytes for slot in plan.slots())
         self._plan = plan
@@ -186,7 +194,7 @@ class Assembly:
                     tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
                 tensor.pending -= 1
                 if tensor.complete and not tensor.pending:
-                    _put_crc(tensor)
+                    self._put_crc(tensor)
             self._release(tensor.file)
 
     def outcome(
@@ -209,8 +217,9 @@ class Assembly:
     def _begin(self, output: OutputFile) -> File:
         """Make a file, with the bytes that are known beforehand."""
         fd = self._folder.create(output.name, output.nbytes)
-        for offset, literal in output.literals:
-            self._folder.put(output.name, fd, memoryview(literal), offset)
+        literals = without_crcs(output) if self._folder.in_order else output.literals
+        for offset, literal in literals:
+            self._folder.put(output.name, fd, memoryview(literal), offset, known=True)
         if self._lent:
             return File(output, -1, path=self._folder.lend(output.name, fd))
         return File(output, fd)
@@ -242,7 +251,7 @@ class Assembly:
         with self._counting:
             tensor.complete = True
             if not tensor.pending:
-                _put_crc(tensor)
+                self._put_crc(tensor)
 
     def _release(self, file: File) -> None:
         """Release a file; the last one seals it."""
@@ -256,18 +265,36 @@ class Assembly:
         """Write what could not be known before, sync the file and give it its name."""
         name = file.output.name
         fd = file.fd if file.path is None else self._folder.take_back(name, file.path)
-        for offset, crc in sorted(file.late):
-            self._folder.put(name, fd, memoryview(crc.to_bytes(4, "little")), offset)
+        self._put_late(name, fd, sorted(file.late))
         file.late.clear()
         if self._back is not None:
             self._back.written(fd)
         self._folder.seal(name, fd)
 
+    def _put_crc(self, tensor: Tensor) -> None:
+        """Have the CRC-32 of a slot written, of which every segment is made."""
+        crc = 0
+        for _, (following, nbytes) in sorted(tensor.crcs.items()):
+            crc = zlib_ng.crc32_combine(crc, following, nbytes)
+        tensor.crcs.clear()
+        late = [(offset, crc) for offset in tensor.slot.crc_offsets]
+        if self._folder.in_order:  # what comes after it waits for it
+            self._put_late(tensor.file.output.name, tensor.file.fd, late)
+        else:
+            tensor.file.late += late
 
-def _put_crc(tensor: Tensor) -> None:
-    """Have the CRC-32 of a slot written, of which every segment is made."""
-    crc = 0
-    for _, (following, nbytes) in sorted(tensor.crcs.items()):
-        crc = zlib_ng.crc32_combine(crc, following, nbytes)
-    tensor.crcs.clear()
-    tensor.file.late += [(offset, crc) for offset in tensor.slot.crc_offsets]
+    def _put_late(self, name: str, fd: int, late: Iterable[tuple[int, int]]) -> None:
+        for offset, crc in late:
+            data = memoryview(crc.to_bytes(4, "little"))
+            self._folder.put(name, fd, data, offset, known=True)
+
+
+def without_crcs(output: OutputFile) -> Iterator[tuple[int, bytes]]:
+    """The literals of a file, without the four bytes where each CRC-32 will be."""
+    places = sorted(offset for slot in output.slots for offset in slot.crc_offsets)
+    for offset, literal in output.literals:
+        at, end = offset, offset + len(literal)
+        for place in places[bisect_left(places, offset) : bisect_left(places, end)]:
+            yield at, literal[at - offset : place - offset]
+            at = place + 4
+        yield at, literal[at - offset :]

@@ -48,6 +48,18 @@ class Checked(NamedTuple):
     unchecked: int
 
 
+class Passage(NamedTuple):
+    """Bytes `[start, stop)` of a file that were read, and their CRC-32.
+
+    None: they belong to a stretch of which no checksum is stated, and are all of it.
+    """
+
+    file: FileRef
+    start: int
+    stop: int
+    crc: int | None
+
+
 class _Bare(Struct):
     """Bytes `[start, stop)` that no checksum is stated of."""
 
@@ -111,19 +123,50 @@ class Ledger:
 
     def add(self, extent: Extent, data: memoryview) -> None:
         """Note that `data` was read from `extent`."""
-        starts = self._starts.get(extent.file)
-        if starts is None or not extent.nbytes:
-            return
-        passed = self._files[extent.file][bisect.bisect_right(starts, extent.offset) - 1]
-        stop = extent.offset + extent.nbytes
-        if not passed.start <= extent.offset < stop <= passed.stop:
-            return
+        passed = self._holding(extent)
         if isinstance(passed, _Bare):
             passed.read = True
-            return
-        run = _Run(extent.offset, stop, zlib_ng.crc32(data))
-        with self._lock:
-            passed.add(run)
+        elif passed is not None:
+            run = _Run(extent.offset, extent.offset + extent.nbytes, zlib_ng.crc32(data))
+            with self._lock:
+                passed.add(run)
+
+    def around(self, extent: Extent) -> tuple[int, int, bool] | None:
+        """The stretch `[start, stop)` that an extent lies in, and whether its checksum is stated.
+
+        None where it lies in none.
+        """
+        passed = self._holding(extent)
+        return None if passed is None else (passed.start, passed.stop, isinstance(passed, _Passed))
+
+    def passed(self) -> list[Passage]:
+        """What was read, for the ledger of another process."""
+        found = []
+        for file, stretches in self._files.items():
+            for one in stretches:
+                if isinstance(one, _Passed):
+                    found += [Passage(file, run.start, run.stop, run.crc) for run in one.runs]
+                elif one.read:
+                    found.append(Passage(file, one.start, one.stop, None))
+        return found
+
+    def take(self, passage: Passage) -> None:
+        """Note what another process read."""
+        passed = self._holding(Extent(passage.file, passage.start, passage.stop - passage.start))
+        if isinstance(passed, _Bare):
+            passed.read = True
+        elif passed is not None and passage.crc is not None:
+            with self._lock:
+                passed.add(_Run(passage.start, passage.stop, passage.crc))
+
+    def _holding(self, extent: Extent) -> _Passed | _Bare | None:
+        """The stretch that an extent lies in."""
+        starts = self._starts.get(extent.file)
+        if starts is None or not extent.nbytes:
+            return None
+        passed = self._files[extent.file][bisect.bisect_right(starts, extent.offset) - 1]
+        inside = passed.start <= extent.offset and extent.offset + extent.nbytes <= passed.stop
+        return passed if inside else None
 
     def check(self, sources: Sources) -> Checked:
         """Compare every record of which anything substantial was read.

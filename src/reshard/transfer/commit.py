@@ -19,9 +19,10 @@ from pathlib import Path
 from types import TracebackType
 
 from reshard.core.findings import Finding
+from reshard.core.locations import RemotePath
 from reshard.errors import WriteError
-from reshard.storage.local import Source
 from reshard.storage.paths import real
+from reshard.storage.source import Source
 from reshard.transfer import leftovers
 from reshard.transfer.lock import TargetLock
 from reshard.transfer.seals import Seals
@@ -50,6 +51,8 @@ class OutputFolder:
     until then. `findings` say what this run found from earlier runs, and what it could not delete.
     Raises `WriteError`.
     """
+
+    in_order = False
 
     def __init__(self, target: Path, digest: str, *, overwrite: bool = False) -> None:
         self.target = real(target)
@@ -94,7 +97,9 @@ class OutputFolder:
             raise _cannot_write(self.target / name, error) from None
         return fd
 
-    def put(self, name: str, fd: int, data: memoryview, offset: int) -> None:
+    def put(
+        self, name: str, fd: int, data: memoryview, offset: int, *, known: bool = False
+    ) -> None:
         """Write `data` at `offset` of a file made by `create`."""
         try:
             # The kernel admits one writer per file, and waiting threads spin: two threads of a
@@ -105,9 +110,11 @@ class OutputFolder:
             raise _cannot_write(self.target / name, error) from None
 
     def lend(self, name: str, fd: int) -> Path:
-        """Sync and close a file made by `create`, so that others can write into it; where it is."""
+        """Close a file made by `create`, so that others can write into it; where it lies.
+
+        Closing shows other machines what was written so far.
+        """
         try:
-            os.fsync(fd)
             path = self._open.pop(fd)
             os.close(fd)
         except OSError as error:
@@ -130,6 +137,9 @@ class OutputFolder:
     def seal(self, name: str, fd: int) -> None:
         """Have a file made by `create` synced, closed and given its name; `settle` waits for it."""
         self._seals.add(lambda: self._seal(name, fd))
+
+    def halt(self) -> None:
+        """Nobody waits here."""
 
     def settle(self) -> None:
         """Wait until every file that was sealed is synced and has its name."""
@@ -361,7 +371,12 @@ def check_space(target: Path, nbytes: int) -> None:
 
 
 def lacking_space(target: Path, nbytes: int) -> WriteError | None:
-    """The error that the file system has no room for `nbytes` bytes; None where it has."""
+    """The error that the file system has no room for `nbytes` bytes; None where it has.
+
+    A store always has.
+    """
+    if isinstance(target, RemotePath):
+        return None
     folder = real(target).parent
     while not folder.exists():
         folder = folder.parent

@@ -19,14 +19,10 @@ from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Assembly, Outcome, Piece, Segment
 from reshard.transfer.checksums import Ledger
-from reshard.transfer.commit import OutputFolder
 from reshard.transfer.making import Maker, SegmentResult
+from reshard.transfer.output import Output, StoppedError
 from reshard.transfer.readback import ReadBack, ReadJob
 from reshard.transfer.writeback import Writeback
-
-
-class _StoppedError(Exception):
-    """Another thread failed; this one ends quietly."""
 
 
 class Engine:
@@ -37,7 +33,7 @@ class Engine:
         plan: Plan,
         sources: Sources,
         ledger: Ledger,
-        folder: OutputFolder,
+        folder: Output,
         *,
         threads: int,
         read_back: bool = False,
@@ -78,7 +74,7 @@ class Engine:
                     wait(futures)
                     self._back.close()
         failures = [failure for future in futures if (failure := future.exception())]
-        for failure in sorted(failures, key=lambda failure: isinstance(failure, _StoppedError)):
+        for failure in sorted(failures, key=lambda failure: isinstance(failure, StoppedError)):
             raise failure
         self._folder.settle()
         bytes_read = sum(future.result() for future in futures)
@@ -110,7 +106,7 @@ class Engine:
         with self._taking:
             while True:
                 if self._stop.is_set():
-                    raise _StoppedError
+                    raise StoppedError
                 job = None if self._back is None else self._back.take()
                 if job is not None:
                     return job
@@ -128,9 +124,10 @@ class Engine:
 
         def put(data: memoryview, offset: int) -> None:
             if self._stop.is_set():
-                raise _StoppedError
+                raise StoppedError
             self._folder.put(file.output.name, file.fd, data, offset)
-            self._writeback.wrote(file.fd, len(data))
+            if not self._folder.in_order:
+                self._writeback.wrote(file.fd, len(data))
             self._count(len(data))
 
         tensor = segment.tensor
@@ -145,6 +142,7 @@ class Engine:
     def _halt(self) -> None:
         """Let everybody end."""
         self._stop.set()
+        self._folder.halt()
         with self._taking:
             self._taking.notify_all()
 

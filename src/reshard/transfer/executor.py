@@ -1,4 +1,4 @@
-"""What makes the pieces of a plan. There is one executor today: threads of this process.
+"""What makes the pieces of a plan: threads of this process; those of a cluster are in `cluster`.
 
 An executor gets all that the work needs with `run`: the plan, which is data, the sources, and the
 folder to write into. A piece (`pieces`) can be made by anyone who has these, and made again.
@@ -6,26 +6,65 @@ folder to write into. A piece (`pieces`) can be made by anyone who has these, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from msgspec import Struct
 
 from reshard.core.plan import Plan
-from reshard.core.tensors import Extent, Record
+from reshard.core.tensors import Entry, Extent, Record
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.checksums import Ledger
-from reshard.transfer.commit import OutputFolder
 from reshard.transfer.engine import Engine
+from reshard.transfer.output import Output
+from reshard.transfer.reading import Known, leaf_digest
+from reshard.transfer.threads import in_order
 
 
 class Executor(Protocol):
     """Carries out a plan's transfer."""
 
-    def run(self, plan: Plan, sources: Sources, folder: OutputFolder) -> Outcome:
+    def run(self, plan: Plan, sources: Sources, folder: Output) -> Outcome:
         """Write every file of the plan into the folder, synced and named. Raises what fails."""
+
+    def leaf_digests(self, known: Known) -> LeafDigests:
+        """Reads a folder again, where what was written is not `known` to be there."""
+
+
+class LeafDigests(Protocol):
+    """Reads leaves of tensors and hashes them."""
+
+    def __call__(
+        self,
+        leaves: Iterator[tuple[Entry, int]],
+        sources: Sources,
+        found: Callable[[int, bytes], None],
+        /,
+    ) -> None:
+        """Hash each leaf, of the tensor of an entry; `found` is told its place and its digest.
+
+        `found` may be called from several threads, in any order. Raises what reading or `found`
+        raises.
+        """
+
+
+def in_threads(threads: int, known: Known | None = None) -> LeafDigests:
+    """Leaves are hashed by threads of this process, but for those that are `known`."""
+
+    def hash_leaves(
+        leaves: Iterator[tuple[Entry, int]],
+        sources: Sources,
+        found: Callable[[int, bytes], None],
+    ) -> None:
+        def work(numbered: tuple[int, tuple[Entry, int]]) -> None:
+            place, (entry, leaf) = numbered
+            found(place, leaf_digest(entry, leaf, sources, known))
+
+        in_order(work, enumerate(leaves), threads)
+
+    return hash_leaves
 
 
 class Threads(Struct, frozen=True):
@@ -43,7 +82,7 @@ class Threads(Struct, frozen=True):
     progress: Progress | None = None
     unprotected: Sequence[Extent] = ()
 
-    def run(self, plan: Plan, sources: Sources, folder: OutputFolder) -> Outcome:
+    def run(self, plan: Plan, sources: Sources, folder: Output) -> Outcome:
         """Write every file of the plan into the folder, synced and named. Raises what fails."""
         return Engine(
             plan,
@@ -54,3 +93,7 @@ class Threads(Struct, frozen=True):
             read_back=self.read_back,
             progress=self.progress,
         ).run()
+
+    def leaf_digests(self, known: Known) -> LeafDigests:
+        """Threads that read what is not `known`."""
+        return in_threads(self.count, known)

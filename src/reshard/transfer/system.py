@@ -97,6 +97,35 @@ def write_fully(fd: int, data: memoryview, offset: int) -> None:
         done += wrote
 
 
+class SharedFile:
+    """A file that another process made, opened for writing into it.
+
+    For writing alone: who may also read has a network file system fetch a page before a part of it
+    is written, and write the whole page back, over what others wrote there meanwhile.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        status = os.fstat(self._fd)
+        self.inode, self.nbytes = status.st_ino, status.st_size
+
+    def put(self, data: memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+        write_fully(self._fd, data, offset)
+
+    def sync(self) -> None:
+        """Make it durable and close it: a network file system may report only now what it lost."""
+        os.fsync(self._fd)
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    def close(self) -> None:
+        """Close it, if it is open."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
 def close_read(fd: int) -> None:
     """Close a descriptor that nothing was written through: what fails then loses nothing."""
     with suppress(OSError):

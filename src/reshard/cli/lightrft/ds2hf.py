@@ -12,15 +12,17 @@ from reshard.cli.flags import Command, FolderOrFile, debug, flag, option
 from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import carry_out
 from reshard.conversion.declared import CONVERT
+from reshard.core.options import Place
 from reshard.naming.rewards import ModelType
 
-_PATH = FolderOrFile()
+_PATH = FolderOrFile(place=Place(remote=True))
+_OUTPUT = FolderOrFile(place=Place(remote=True, writes=True))
 
 
 @click.command(cls=Command, context_settings=HELP)
 @click.option("--checkpoint_dir", "source", type=_PATH, required=True,
               help="The folder with `latest` and the tag folders, or a tag folder.")  # fmt: skip
-@click.option("--output_dir", "target", type=_PATH, required=True,
+@click.option("--output_dir", "target", type=_OUTPUT, required=True,
               help="A new folder; it appears complete or not at all.")  # fmt: skip
 @click.option("--hf_base", "base", type=_PATH, required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip

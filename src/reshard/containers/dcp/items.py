@@ -20,8 +20,9 @@ from reshard.containers.dcp.shards import saved_offsets
 from reshard.containers.dcp.zips import StoredItem, Windows, Zips, ends_of_frame
 from reshard.core.tensors import Extent, FileRef, Shape, TensorSpec
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
-from reshard.storage.local import Source, Sources, child
+from reshard.storage.local import Sources, child
 from reshard.storage.paths import exists
+from reshard.storage.source import Source
 
 _ZIP = b"PK\3\4"
 # The first byte of a safetensors header, or of one that is refused for its white space.

@@ -32,7 +32,8 @@ from reshard.containers.torch.machine import paused_gc
 from reshard.core.dtypes import DType
 from reshard.core.tensors import MAX_DIMS, MAX_NUMEL, Shape
 from reshard.errors import FormatError, IncompleteError, brief
-from reshard.storage.local import Source, Sources
+from reshard.storage.local import Sources
+from reshard.storage.source import Source
 
 Path = tuple[str, ...]
 # Steps of a path in the state dict: nested dicts have about five.

@@ -21,8 +21,9 @@ from reshard.containers.torch import Opaque, TensorRef
 from reshard.containers.torch.plain import PlainData
 from reshard.core.tensors import Record
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
-from reshard.storage.local import Source, Sources, child
+from reshard.storage.local import Sources, child
 from reshard.storage.paths import exists
+from reshard.storage.source import Source
 
 # Levels of nested dicts that are searched; `{"optimizer": {"state": {0: {"exp_avg": t}}}}` has
 # four.

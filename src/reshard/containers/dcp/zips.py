@@ -17,7 +17,7 @@ from reshard.containers.torch.directory import ArchiveEntry
 from reshard.core.dtypes import DType
 from reshard.core.tensors import Extent, FileRef, Record, Shape
 from reshard.errors import FormatError
-from reshard.storage.local import Identity, Source
+from reshard.storage.source import Identity, Source
 
 # Bytes kept of each end. torch.save puts about 700 before the tensor of an item and 600 behind it,
 # its directory included; `Archive` asks for as much at once.

@@ -37,7 +37,7 @@ from reshard.containers.torch.directory import (
 from reshard.containers.torch.malformed import Compressed, Malformed, show
 from reshard.core.tensors import Extent
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
-from reshard.storage.local import Source
+from reshard.storage.source import Source
 
 # Bytes. A directory takes about 70 bytes an entry: room for 900,000 storages.
 MAX_DIRECTORY_NBYTES = 64 << 20

@@ -25,7 +25,7 @@ from reshard.containers.torch.records import Storage, TorchFile
 from reshard.containers.torch.storages import StorageId, parse_storage_id
 from reshard.core.tensors import Extent
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
-from reshard.storage.local import Source
+from reshard.storage.source import Source
 
 MAGIC = 0x1950A86A20F9469CFC6C
 VERSION = 1001

@@ -20,7 +20,7 @@ from reshard.containers.torch.repeats import RecalledError
 from reshard.containers.torch.storages import parse_storage_id
 from reshard.core.tensors import Record
 from reshard.errors import FormatError, UnsupportedError
-from reshard.storage.local import Source
+from reshard.storage.source import Source
 
 #: Files without a byte of tensors, by their pickles; `read` fills it, and takes from it.
 Known: TypeAlias = dict[bytes, TorchFile]

@@ -21,23 +21,13 @@ from reshard.containers.dcp.objects import read_object
 from reshard.containers.torch.plain import PlainData, number
 from reshard.core.state import Plain, TrainingState
 from reshard.errors import UnsupportedError
-from reshard.formats import OPTIMIZER
+from reshard.formats import OPTIMIZER, run_files
 from reshard.formats.dcp.lightrft import CLIENT_STATE
 from reshard.formats.dcp.save import ACCELERATE_MODEL, METADATA, is_of_a_save
-from reshard.formats.run_files import read_run_file, undamaged
-from reshard.storage import strict_json
 from reshard.storage.local import child
 from reshard.storage.paths import exists, is_file, is_folder, listing
 
 _RANK = re.compile(r"_?rank_?\d+(\.pt)?")
-_SCHEDULERS = ("scheduler_state.pt", "scheduler.pt", "scheduler.bin")
-_TRAINER = "trainer_state.json"
-# accelerate 1.15 (utils/constants.py, checkpointing.py), transformers 5 (trainer.py).
-_OWN_FILES = {
-    "random numbers": re.compile(r"(random_states|rng_state)(_\d+)?\.(pkl|pth)"),
-    "the loss scale": re.compile(r"scaler\.pt"),
-    "the place in the data": re.compile(r"(sampler|dl_state_dict|dataloader)(_\d+)?\.(bin|pt)"),
-}
 _SCHEDULER_PART = re.compile(r"(lr_)?schedulers?(_\d+)?")
 
 
@@ -79,14 +69,14 @@ def run_state(
 ) -> TrainingState:
     """The state with the schedule, counters and the user's state that lie beside it."""
     above = folder.parent if ACCELERATE_MODEL.fullmatch(folder.name) else folder
-    scheduler = _scheduler_file(above, plain) or _scheduler_part(folder, metadata, plain)
+    scheduler = run_files.scheduler(above, plain) or _scheduler_part(folder, metadata, plain)
     client: dict[str, Plain] = {}
     if is_file(above / CLIENT_STATE):
         client = plain.mapping(
-            read_run_file(child(above, CLIENT_STATE), plain.sources), "client_state"
+            run_files.read_run_file(child(above, CLIENT_STATE), plain.sources), "client_state"
         )
-    _leave_files(above, plain)
-    counters = _titan_counters(folder, metadata, plain) | _trainer_counters(above)
+    run_files.leave_files(above, plain)
+    counters = _titan_counters(folder, metadata, plain) | run_files.trainer_counters(above)
     return replace(
         state,
         scheduler=scheduler,
@@ -94,23 +84,6 @@ def run_state(
         counters=counters,
         left_out=(*state.left_out, *plain.left_out),
     )
-
-
-def _scheduler_file(folder: Path, plain: PlainData) -> dict[str, Plain] | None:
-    for name in _SCHEDULERS:
-        if is_file(folder / name):
-            found = plain.state_dict(read_run_file(child(folder, name), plain.sources), name)
-            if found is not None:
-                return found
-    return None
-
-
-def _leave_files(folder: Path, plain: PlainData) -> None:
-    """List the files of a run that are known, and that no other framework takes."""
-    for path in listing(folder):
-        what = next((what for what, name in _OWN_FILES.items() if name.fullmatch(path.name)), None)
-        if what is not None and is_file(path):
-            plain.leave(f"{path.name} ({what})")
 
 
 def _scheduler_part(folder: Path, metadata: Metadata, plain: PlainData) -> dict[str, Plain] | None:
@@ -140,12 +113,3 @@ def _titan_counters(folder: Path, metadata: Metadata, plain: PlainData) -> dict[
         if isinstance(value, int):
             counters[metadata.paths[key][1]] = value
     return counters
-
-
-def _trainer_counters(folder: Path) -> dict[str, int]:
-    if not is_file(folder / _TRAINER):
-        return {}
-    path = child(folder, _TRAINER)
-    with undamaged(path):
-        step = strict_json.read_file(path).get("global_step")
-    return {"global_steps": step} if type(step) is int else {}

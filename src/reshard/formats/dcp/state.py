@@ -16,7 +16,7 @@ equal copies are one group. FSDP1's states have the same form (torch 2.13, state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -69,7 +69,7 @@ def reader(
             raise _several(place, (".".join(root) for root in found))
         state = _read(place, inside, found[0], plain)
         state = besides.run_state(state, folder, metadata, plain)
-        state = _own_names(state, entries, part.path)
+        state = state.owned(entries, ".".join(part.path) + ".")
         return _inside(state, entries, metadata, part)
 
     return ReadState(read)
@@ -241,26 +241,3 @@ def _inside(
     if not foreign or not foreign <= outside or len(foreign) == len(state.names):
         return state
     return state.only({name: name for name in state.names if name not in foreign})
-
-
-def _own_names(
-    state: TrainingState, entries: Mapping[str, Entry], model: StatePath
-) -> TrainingState:
-    """The state under the names of the entries: not under an alias, nor with the prefix that a
-    flat state dict's part was named by."""
-    owners = {alias: name for name, entry in entries.items() for alias in entry.aliases}
-    prefix = ".".join(model) + "."
-
-    def own(name: str) -> str:
-        for known in (name, name.removeprefix(prefix)):
-            if known in entries or known in owners:
-                return owners.get(known, known)
-        return name
-
-    expected: Sequence[str] = state.names
-    if all(name in entries for name in expected):
-        return state
-    inside = {name for name in expected if name in entries or own(name) != name}
-    if len({own(name) for name in inside}) < len(inside):
-        return state  # two names of one tensor; the check of the state says so
-    return state.renamed(own)

@@ -11,9 +11,10 @@
     stage 3: every parameter cut into equal pieces; a rank's flat group is its pieces
         rank 0: |a0|b0|c0|   rank 1: |a1|b1|c1|
 
-Files of several mp ranks are those of tensor parallelism (tensor_parallel.py), files of experts
-those of DeepSpeed's mixtures of experts (experts.py), a folder `zero` is that of a universal
-checkpoint (universal.py), which is what is written (layout.py).
+Files of several mp ranks are those of tensor parallelism (tensor_parallel.py) or, beside files of
+layers, of a pipeline's stages (pipeline.py). Files of experts are those of DeepSpeed's mixtures of
+experts (experts.py), a folder `zero` is that of a universal checkpoint (universal.py), which is
+what is written (layout.py).
 
 Weights are read from the fp32 masters; frozen parameters and buffers from the model file, which is
 the only place that has them. Moments are read only on request (state.py). Read off DeepSpeed 0.19.8
@@ -31,6 +32,7 @@ from reshard.core.catalog import Catalog
 from reshard.formats import Selection, of_several
 from reshard.formats.deepspeed import (
     files,
+    pipeline,
     place,
     stage3,
     stages012,
@@ -54,6 +56,15 @@ def detect(path: Path) -> str | None:
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """The tensors of the checkpoint that `selection.tag` (default: `latest`) names."""
     location = place.locate(path, sources, selection.tag)
+    catalog = pipeline.read(location, sources) or _read(location, sources, selection)
+    models = () if selection.tag else place.several_models(path)
+    return replace(
+        catalog, findings=(*catalog.findings, *of_several(path, models, location.tag, "tag"))
+    )
+
+
+def _read(location: Location, sources: Sources, selection: Selection) -> Catalog:
+    """What the files hold of a run without pipeline stages."""
     ranks = [location.of(mp) for mp in location.mp_ranks]
     saved = [files.read(rank, sources) for rank in ranks]
     saved = tensor_parallel.check(location, saved, sources)
@@ -61,11 +72,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         _catalog(rank, one, sources, selection) for rank, one in zip(ranks, saved, strict=True)
     ]
     catalog = parts[0] if len(parts) == 1 else tensor_parallel.join(saved, parts, sources)
-    catalog = replace(catalog, optimizer=state.reader(ranks, saved, catalog, sources))
-    models = () if selection.tag else place.several_models(path)
-    return replace(
-        catalog, findings=(*catalog.findings, *of_several(path, models, location.tag, "tag"))
-    )
+    return replace(catalog, optimizer=state.reader(ranks, saved, catalog, sources))
 
 
 def _catalog(location: Location, saved: Saved, sources: Sources, selection: Selection) -> Catalog:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from reshard.containers.torch import TensorRef
-from reshard.core.dtypes import DType
 from reshard.core.tensors import Entry
 from reshard.formats.deepspeed.parse import ModelFile
 
@@ -39,5 +38,6 @@ def _empty(tensor: TensorRef) -> bool:
     return 0 in tensor.shape
 
 
-def _place(tensor: TensorRef) -> tuple[tuple[str, int], DType, tuple[int, ...], object]:
-    return tensor.storage, tensor.dtype, tensor.shape, tensor.strides
+def _place(tensor: TensorRef) -> tuple[object, ...]:
+    """Where it lies: a storage's number counts within its file."""
+    return tensor.extent.file, tensor.storage, tensor.dtype, tensor.shape, tensor.strides

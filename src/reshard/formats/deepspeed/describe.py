@@ -40,7 +40,7 @@ def describe(
             tag=location.tag,
             world_size=len(saved.optim) or model.world_size,
             details={
-                "zero_stage": model.stage if location.universal else saved.stage,
+                "zero_stage": model.stage if location.universal or model.flattened else saved.stage,
                 "global_steps": model.steps,
                 "groups": [len(group) for group in model.groups],
                 "unread_objects": saved.opaque,

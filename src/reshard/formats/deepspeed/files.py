@@ -14,6 +14,7 @@ from reshard.core.tensors import Record, Shape
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed.parse import (
     ExpertFile,
+    LayerFile,
     ModelFile,
     OptimFile,
     Shapes,
@@ -44,12 +45,13 @@ class Saved(Struct, frozen=True):
     """The files of one save and one model parallel rank, known to belong together.
 
     `model` and `optim` are of data parallel ranks 0 to W - 1; below stage 3 there is one model
-    file. The `module` of those of ranks 1 and more is left out.
+    file. The `module` of those of ranks 1 and more is left out. `layers` are a pipeline's.
     """
 
     model: tuple[ModelFile, ...]
     optim: tuple[OptimFile, ...]
     experts: tuple[ExpertFile, ...] = ()
+    layers: tuple[LayerFile, ...] = ()
 
     @property
     def stage(self) -> int:
@@ -76,13 +78,26 @@ class Saved(Struct, frozen=True):
         return sorted(name for name in found if not name.startswith(_OWN))
 
     @property
-    def files(self) -> tuple[ModelFile | OptimFile | ExpertFile, ...]:
+    def files(self) -> tuple[ModelFile | OptimFile | ExpertFile | LayerFile, ...]:
         """Every file that was read."""
-        return (*self.model, *self.optim, *self.experts)
+        return (*self.model, *self.optim, *self.experts, *self.layers)
 
 
 def read(location: Location, sources: Sources) -> Saved:
     """Parse every file of one model parallel rank and check that they belong to one save."""
+    saved = parsed(location, sources)
+    if saved.model[0].staged and not location.universal:
+        raise IncompleteError(
+            "it has no module, because it is of a run with pipeline parallelism, and none of its "
+            "layer_*-model_states.pt files is there.",
+            path=saved.model[0].path,
+            hint="Copy the files of every rank and layer.",
+        )
+    return checked(location, saved)
+
+
+def parsed(location: Location, sources: Sources) -> Saved:
+    """What the files of one model parallel rank state, not yet checked against each other."""
     model = _model_files(location, sources)
     if model and model[0].autoep and not location.universal:
         raise _split_by_autoep(location, model[0])
@@ -100,8 +115,16 @@ def read(location: Location, sources: Sources) -> Saved:
             path=location.folder,
             hint="Copy the files of every rank, mp_rank_*_model_states.pt included.",
         )
+    return Saved(tuple(model), tuple(optim), tuple(experts))
+
+
+def checked(location: Location, saved: Saved) -> Saved:
+    """The files of one model parallel rank, proven to be those of all ranks and of one save."""
+    optim, model = list(saved.optim), list(saved.model)
     if optim:
         _check_optim(location, optim)
+        if model[0].flattened:
+            model[0] = replace(model[0], groups=_groups_held(model[0], optim))
         _check_model(model[0], optim[0])
         world_size: int | None = max(optim[0].partition_count)
         check_ranks(location, "optim_states", [dp for dp, _ in location.optim], world_size)
@@ -117,10 +140,30 @@ def read(location: Location, sources: Sources) -> Saved:
     if location.partitioned_model:
         check_ranks(location, "model_states", [dp for dp, _ in location.model], world_size)
     _check_experts(location, model[0], optim)
-    saved = Saved(tuple(model), tuple(optim), tuple(experts))
+    saved = replace(saved, model=tuple(model))
     for file in saved.files:
         check_written_as(file.path, file.written_as)
     return saved
+
+
+def _groups_held(model: ModelFile, optim: Sequence[OptimFile]) -> tuple[Shapes, ...]:
+    """The parameters of each group of BF16_Optimizer without ZeRO, of which the model file states
+    none: the ranks' files name them in their order, and the module has their shapes."""
+    groups = []
+    for number in range(len(optim[0].flats)):
+        names = [
+            n for file in optim for n in (file.held[number] if number < len(file.held) else ())
+        ]
+        lost = [name for name in names if name not in model.module]
+        if lost:
+            raise IncompleteError(
+                "the module does not hold it, and the optimizer does.",
+                path=model.path,
+                tensor=lost[0],
+                hint=_ONE_SAVE,
+            )
+        groups.append({name: model.module[name].shape for name in names})
+    return tuple(groups)
 
 
 def _split_by_autoep(location: Location, model: ModelFile) -> UnsupportedError:

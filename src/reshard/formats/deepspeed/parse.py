@@ -13,6 +13,8 @@ from reshard.core.tensors import Record, is_shape
 from reshard.errors import FormatError, UnsupportedError, brief
 
 Shapes = dict[str, tuple[int, ...]]
+# The masters of ZeRO-1 and 2 and of BF16_Optimizer.
+_BF16 = "single_partition_of_fp32_groups"
 
 
 class ModelFile(Struct, frozen=True):
@@ -23,7 +25,10 @@ class ModelFile(Struct, frozen=True):
     `parallel_info` is `universal_checkpoint_info`, as it stands: how tensor parallel ranks split
     the parameters. `num_experts` has a number for each layer of experts, `autoep` for each module
     whose experts AutoEP has split. `holds_optimizer`: without ZeRO its state is in this file;
-    `masters` are then the fp32 weights that a 16-bit run keeps without names, group by group.
+    `masters` are then the fp32 weights that a 16-bit run keeps without names, group by group;
+    `flat_masters` those of a group end to end, as a fused optimizer has them. `staged`: the module
+    lies in the files of a pipeline's layers. `flattened`: the run's optimizer was BF16_Optimizer
+    without ZeRO, whose flat masters are in the optimizer files.
     """
 
     path: Path
@@ -47,6 +52,9 @@ class ModelFile(Struct, frozen=True):
     data_before_experts: bool
     holds_optimizer: bool
     masters: tuple[tuple[TensorRef, ...], ...]
+    flat_masters: tuple[TensorRef, ...]
+    staged: bool
+    flattened: bool
     records: tuple[Record, ...]
     opaque: tuple[str, ...]
     written_as: str | None
@@ -57,6 +65,7 @@ class OptimFile(Struct, frozen=True):
 
     `flats` are this rank's flat fp32 tensors: one for each parameter group (stages 1 and 2) or
     sub-group (stage 3). `paddings[g][k]` elements of filler follow parameter `k` of group `g`.
+    `held[g]` are the parameters of group `g` of which this rank has a part, in their order.
     """
 
     path: Path
@@ -64,6 +73,7 @@ class OptimFile(Struct, frozen=True):
     flats: tuple[TensorRef, ...]
     partition_count: tuple[int, ...]
     paddings: tuple[tuple[int, ...], ...] | None
+    held: tuple[tuple[str, ...], ...]
     version: str | None
     step: TensorRef | int | None
     moments: tuple[TensorRef, ...]
@@ -82,14 +92,27 @@ class ExpertFile(Struct, frozen=True):
     written_as: str | None
 
 
+class LayerFile(Struct, frozen=True):
+    """A `layer_*-model_states.pt` file: the state dict of a pipeline's layer.
+
+    Values that are not tensors are left out; `unread` are tensors of kinds that are not handled.
+    """
+
+    path: Path
+    module: Mapping[str, TensorRef]
+    unread: Mapping[str, str]
+    records: tuple[Record, ...]
+    opaque: tuple[str, ...]
+    written_as: str | None
+
+
 def parse_model(path: Path, file: TorchFile) -> ModelFile:
     """A model file's content as types. Raises `FormatError` for what DeepSpeed never writes."""
     top = _mapping(file.value, path, "the file")
     module = top.get("module", {})
-    if module is None:
-        raise UnsupportedError(
-            "it has no module: the run was one of pipeline parallelism.", path=path
-        )
+    staged = module is None
+    module = {} if staged else module
+    optimizer = _settings(top.get("optimizer"))
     groups = top.get("param_shapes")
     groups = [groups] if isinstance(groups, dict) else _list(top, "param_shapes", path)
     config = _settings(top.get("ds_config"))
@@ -101,11 +124,7 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
     return ModelFile(
         path=path,
         module=_tensors(_mapping(module, path, "module")),
-        unread={
-            name: value.describe()
-            for name, value in module.items()
-            if isinstance(name, str) and isinstance(value, Opaque) and value.is_tensor
-        },
+        unread=_unread(module),
         buffers=frozenset(n for n in _list(top, "buffer_names", path) if isinstance(n, str)),
         groups=tuple(_shapes(group, path) for group in groups),
         frozen_shapes=_shapes(top.get("frozen_param_shapes") or {}, path),
@@ -126,12 +145,24 @@ def parse_model(path: Path, file: TorchFile) -> ModelFile:
         else (),
         autoep=_autoep(top, path),
         holds_optimizer=isinstance(top.get("optimizer"), dict),
-        masters=_masters(_settings(top.get("optimizer")).get("fp32_groups"), path),
+        masters=_masters(optimizer.get("fp32_groups"), path),
+        flat_masters=_flat_masters(optimizer.get("fp32_groups_flat"), path),
+        staged=staged,
+        flattened=not groups and _BF16 in optimizer,
         data_before_experts=config.get("use_data_before_expert_parallelism") is True,
         records=file.records,
         opaque=file.opaque,
         written_as=file.written_as,
     )
+
+
+def _flat_masters(groups: object, path: Path) -> tuple[TensorRef, ...]:
+    """`fp32_groups_flat` of FP16_Optimizer: a flat tensor for each group."""
+    held = groups if isinstance(groups, list) else [] if groups is None else [None]
+    found = [t for t in held if isinstance(t, TensorRef) and t.dtype.floating]
+    if len(found) != len(held) or any(len(t.shape) != 1 or t.strides for t in found):
+        raise FormatError("its fp32_groups_flat are not flat tensors.", path=path)
+    return tuple(found)
 
 
 def _masters(groups: object, path: Path) -> tuple[tuple[TensorRef, ...], ...]:
@@ -193,6 +224,12 @@ def parse_expert(path: Path, file: TorchFile) -> ExpertFile:
     return ExpertFile(path, module, file.records, file.opaque, file.written_as)
 
 
+def parse_layer(path: Path, file: TorchFile) -> LayerFile:
+    """The content of a file of a pipeline's layer as types."""
+    top = _mapping(file.value, path, "the file")
+    return LayerFile(path, _tensors(top), _unread(top), file.records, file.opaque, file.written_as)
+
+
 def parse_optim(path: Path, file: TorchFile) -> OptimFile:
     """An optimizer file's content as types. Raises `FormatError`, `UnsupportedError`."""
     top = _mapping(file.value, path, "the file")
@@ -201,9 +238,9 @@ def parse_optim(path: Path, file: TorchFile) -> OptimFile:
         raise UnsupportedError("experts split by AutoEP are not handled.", path=path)
     if "fp32_flat_groups" in state:
         key, stage = "fp32_flat_groups", 3
-    elif "single_partition_of_fp32_groups" in state:
+    elif _BF16 in state:
         # BF16_Optimizer states no stage and is laid out as stage 1.
-        key, stage = "single_partition_of_fp32_groups", _integer(state.get("zero_stage")) or 1
+        key, stage = _BF16, _integer(state.get("zero_stage")) or 1
     else:
         raise FormatError("it holds no fp32 weights.", path=path)
     flats = state[key]
@@ -226,6 +263,7 @@ def parse_optim(path: Path, file: TorchFile) -> OptimFile:
         flats=tuple(flats),
         partition_count=tuple(counts),
         paddings=_paddings(state.get("param_alignment_paddings"), path),
+        held=_held(state.get("param_slice_mappings")),
         version=_text(top.get("ds_version") or state.get("ds_version")),
         step=step,
         moments=moments,
@@ -257,6 +295,25 @@ def _base_state(state: Mapping[str, Any]) -> tuple[TensorRef | int | None, tuple
         if isinstance(value, TensorRef) and value.shape not in ((), (1,))
     ]
     return step, tuple(moments)
+
+
+def _held(mappings: object) -> tuple[tuple[str, ...], ...]:
+    """The names in `param_slice_mappings`, a dict for each group; none where it is another."""
+    groups = mappings if isinstance(mappings, list) else []
+    if not all(
+        isinstance(group, dict) and all(isinstance(n, str) for n in group) for group in groups
+    ):
+        return ()
+    return tuple(tuple(group) for group in groups)
+
+
+def _unread(values: Mapping[Any, object]) -> dict[str, str]:
+    """The tensors of kinds that are not handled, each with what it is."""
+    return {
+        name: value.describe()
+        for name, value in values.items()
+        if isinstance(name, str) and isinstance(value, Opaque) and value.is_tensor
+    }
 
 
 def _mapping(value: object, path: Path, what: str) -> dict[str, Any]:

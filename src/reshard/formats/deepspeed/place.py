@@ -21,7 +21,7 @@ from reshard.storage.paths import is_file, is_folder, is_link, listing, real
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _MODEL_STAGE3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_PIPELINE = re.compile(r"layer_\d+(?:-model_\d+)?-model_states\.pt")
+_LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 # Experts of the first releases, whose files name no layer, and of tensor parallel runs.
 _OTHER_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt")
@@ -45,8 +45,8 @@ _MAX_COUNT = 1 << 20
 class Location(Struct, frozen=True):
     """A tag folder and its files by rank: `model[(dp, mp)]`, with dp 0 below stage 3.
 
-    `experts[(layer, expert)]` are the files of DeepSpeed's experts. `universal`: the folder was
-    made by ds_to_universal.
+    `experts[(layer, expert)]` are the files of DeepSpeed's experts, `layers[layer]` those of a
+    pipeline's layers. `universal`: the folder was made by ds_to_universal.
     """
 
     folder: Path
@@ -54,6 +54,7 @@ class Location(Struct, frozen=True):
     model: dict[tuple[int, int], Path] = field(default_factory=dict)
     optim: dict[tuple[int, int], Path] = field(default_factory=dict)
     experts: dict[tuple[int, int], Path] = field(default_factory=dict)
+    layers: dict[int, Path] = field(default_factory=dict)
     partitioned_model: bool = False
     universal: bool = False
 
@@ -188,6 +189,7 @@ def _classified(folder: Path, tag: str) -> Location:
     model: dict[tuple[int, int], Path] = {}
     optim: dict[tuple[int, int], Path] = {}
     experts: dict[tuple[int, int], Path] = {}
+    layers: dict[tuple[int, int], Path] = {}
     partitioned = False
     names = {path.name for path in listing(folder)}
     universal = is_folder(folder / "zero") and not any(map(_OPTIM.fullmatch, names))
@@ -202,12 +204,9 @@ def _classified(folder: Path, tag: str) -> Location:
             _put(model, (int(match[1]), int(match[2])), folder, name)
         elif match := _OPTIM.fullmatch(name):
             _put(optim, (int(match[1]), int(match[2])), folder, name)
-        elif _PIPELINE.fullmatch(name):
-            raise UnsupportedError(
-                f"it was trained with pipeline parallelism ({name}), whose files name layers by "
-                "number; there is no way back to a model's names.",
-                path=folder,
-            )
+        elif match := _LAYER.fullmatch(name):
+            _refuse_parts(folder, name, int(match[2] or 0))
+            _put(layers, (int(match[1]), 0), folder, name)
         elif match := _EXPERT.fullmatch(name):
             _put(experts, (int(match[1]), int(match[2])), folder, name)
         elif _OTHER_EXPERT.fullmatch(name):
@@ -224,7 +223,18 @@ def _classified(folder: Path, tag: str) -> Location:
             path=folder,
             hint="Remove the files of the older save.",
         )
-    return Location(folder, tag, model, optim, experts, partitioned, universal)
+    numbered = {number: path for (number, _), path in layers.items()}
+    return Location(folder, tag, model, optim, experts, numbered, partitioned, universal)
+
+
+def _refuse_parts(folder: Path, name: str, model_rank: int) -> None:
+    """Refuse a part of a pipeline's layer, which tensor parallelism split."""
+    if model_rank:
+        raise UnsupportedError(
+            f"tensor parallelism split the layers of its pipeline ({name}), and how is not stated.",
+            path=folder,
+            hint="Export it with the framework that trained it, as Megatron-DeepSpeed.",
+        )
 
 
 def _put(
@@ -245,7 +255,7 @@ def check_written_as(path: Path, written_as: str | None) -> None:
     Nothing else in a file says which rank wrote it. Raises `FormatError` for a file that was
     renamed, or copied onto another rank's.
     """
-    known = (_MODEL, _MODEL_STAGE3, _OPTIM, _EXPERT)
+    known = (_MODEL, _MODEL_STAGE3, _OPTIM, _EXPERT, _LAYER)
     name = f"{written_as}.pt"
     if name != path.name and any(pattern.fullmatch(name) for pattern in known):
         raise FormatError(
@@ -314,7 +324,7 @@ def _is_tag_folder(path: Path) -> bool:
         _MODEL.fullmatch(file.name)
         or _MODEL_STAGE3.fullmatch(file.name)
         or _OPTIM.fullmatch(file.name)
-        or _PIPELINE.fullmatch(file.name)
+        or _LAYER.fullmatch(file.name)
         for file in listing(path)
     )
 

@@ -26,7 +26,7 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
     if saved.optim:
         proof.check_steps(saved.optim, sources)
         proof.check_masters(saved.module, entries, sources)
-    elif saved.model[0].masters and not saved.experts:
+    elif (saved.model[0].masters or saved.model[0].flat_masters) and not saved.experts:
         entries = unnamed.masters(saved, sources) or {}
         proof.check_masters(saved.module, entries, sources)
     return describe(location, saved, complete(entries, saved))

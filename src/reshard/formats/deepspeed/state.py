@@ -63,7 +63,7 @@ def reader(
 
 def _zero(saved: Sequence[Saved], plain: PlainData) -> TrainingState:
     """The state of a ZeRO save, that of tensor parallel ranks joined as their weights are."""
-    found = [_of_rank(one, plain) for one in saved]
+    found = [of_rank(one, plain) for one in saved]
     if len(saved) == 1:
         return found[0]
     join = tensor_parallel.joiner(saved, plain.sources)
@@ -86,7 +86,7 @@ def _zero(saved: Sequence[Saved], plain: PlainData) -> TrainingState:
     return replace(first, moments=moments, masters=masters, records=records)
 
 
-def _of_rank(saved: Saved, plain: PlainData) -> TrainingState:
+def of_rank(saved: Saved, plain: PlainData) -> TrainingState:
     """What the files of one model parallel rank hold."""
     wrapped = []
     for file in saved.optim:

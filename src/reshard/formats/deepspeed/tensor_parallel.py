@@ -36,6 +36,18 @@ def check(location: Location, saved: Sequence[Saved], sources: Sources) -> list[
     Only global rank 0 writes which parameters are tied, so all ranks get what it wrote. Raises
     `IncompleteError`, `FormatError`, `UnsupportedError`.
     """
+    check_ranks(location, saved)
+    if len(saved) > 1:
+        _check_handled(location, saved)
+    check_one_save(saved, sources)
+    first = saved[0].model[0]
+    model = [tuple(replace(file, shared=first.shared) for file in one.model) for one in saved]
+    return [replace(one, model=files) for one, files in zip(saved, model, strict=True)]
+
+
+def check_ranks(location: Location, saved: Sequence[Saved]) -> None:
+    """All model parallel ranks must be there, and no more. Raises `IncompleteError`,
+    `FormatError`."""
     first = saved[0].model[0]
     world_size = first.mp_world_size or len(saved)
     missing = absent(location.mp_ranks, world_size, location.folder)
@@ -55,12 +67,13 @@ def check(location: Location, saved: Sequence[Saved], sources: Sources) -> list[
             path=location.folder,
             hint="Remove the files that an older save left.",
         )
-    if len(saved) > 1:
-        _check_handled(location, saved)
+
+
+def check_one_save(saved: Sequence[Saved], sources: Sources) -> None:
+    """All model parallel ranks must state the same version, stage and step. Raises
+    `FormatError`."""
     for other in saved[1:]:
         _check_same_save(saved[0], other, sources)
-    model = [tuple(replace(file, shared=first.shared) for file in one.model) for one in saved]
-    return [replace(one, model=files) for one, files in zip(saved, model, strict=True)]
 
 
 def join(saved: Sequence[Saved], parts: Sequence[Catalog], sources: Sources) -> Catalog:

@@ -6,24 +6,27 @@
       fp32_groups[g][k]         the master of the k-th parameter of group g
       cur_scale, ..             the loss scaler
     optimizer
-      fp32_groups_flat[g]       bf16, fp16 of a fused optimizer (FP16_Optimizer): not handled
+      fp32_groups_flat[g]       bf16, fp16 of a fused optimizer (FP16_Optimizer): the masters of
+                                group g end to end; moments alike
 
 The file does not say which parameter a tensor belongs to. Masters round to what the module holds,
-so their values identify them; without masters only shapes and order do, see `reshard.naming.order`.
-If these do not suffice, the state is refused. DeepSpeed 0.19.8: runtime/fp16/unfused_optimizer.py,
-fused_optimizer.py.
+so their values identify them, and cut them out of flat tensors; without masters only shapes and
+order do, see `reshard.naming.order`. If these do not suffice, the state is refused. DeepSpeed
+0.19.8: runtime/fp16/unfused_optimizer.py, fused_optimizer.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
+from msgspec.structs import replace
 
-from reshard.containers.torch import TensorRef
+from reshard.containers.torch import Opaque, TensorRef
 from reshard.containers.torch import read as read_torch
-from reshard.containers.torch.optimizer import OptimizerDict, parse
+from reshard.containers.torch.optimizer import Key, OptimizerDict, ParamState, parse
 from reshard.containers.torch.plain import PlainData
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
@@ -48,9 +51,9 @@ _SAMPLE = 64
 def masters(saved: Saved, sources: Sources) -> dict[str, Entry] | None:
     """The masters of a 16-bit run, identified by their values; None where the values do not
     suffice."""
-    model = saved.model[0]
-    names = _by_values(model, saved, sources)
-    if names is None:
+    model = _cut(saved, sources)
+    names = None if model is None else _by_values(model, saved, sources)
+    if model is None or names is None:
         return None
     found = {}
     for name, tensor in zip(_flattened(names), _flattened(model.masters), strict=True):
@@ -74,10 +77,13 @@ def read(saved: Sequence[Saved], catalog: Catalog, plain: PlainData) -> Training
     optimizer = top["optimizer"] if isinstance(top, dict) else None
     if not isinstance(optimizer, dict):
         raise FormatError("its optimizer is not a dict.", path=model.path)
-    if "fp32_groups_flat" in optimizer:
-        raise _no_names(model, "its masters are flattened")
     wrapped = "optimizer_state_dict" in optimizer
     found = parse(optimizer["optimizer_state_dict"] if wrapped else optimizer, plain, model.path)
+    if model.flat_masters:
+        shaped = _cut(saved[0], plain.sources)
+        if shaped is None:
+            raise _no_names(model, "the values of its flat masters are not those of the module")
+        found, model = _unflattened(found, shaped), shaped
     if wrapped and [len(g) for g in model.masters] != [len(g.params) for g in found.groups]:
         raise FormatError("it does not have a master for each parameter.", path=model.path)
     names = (
@@ -120,6 +126,67 @@ def read(saved: Sequence[Saved], catalog: Catalog, plain: PlainData) -> Training
         findings=() if wrapped else (state_named_by_order(len(named)),),
         source="no ZeRO",
     )
+
+
+def _cut(saved: Saved, sources: Sources) -> ModelFile | None:
+    """The model file with flat masters cut into those of single parameters, where each begins with
+    the values of the module's parameters of one shape; None where one does not."""
+    model = saved.model[0]
+    if not model.flat_masters:
+        return model
+    module = _module(saved)
+    dtypes = {tensor.dtype.name: tensor.dtype for tensor in module.values()}
+    if len(dtypes) != 1:
+        return None
+    (dtype,) = dtypes.values()
+    looks = {_look(tensor, dtype, sources) for tensor in module.values()}
+    shapes = sorted({tensor.shape for tensor in module.values()})
+    groups = []
+    for whole in model.flat_masters:
+        at, pieces = 0, []
+        while at < whole.shape[0]:
+            every = [_piece(whole, at, shape) for shape in shapes]
+            found = [t for t in every if t is not None and _look(t, dtype, sources) in looks]
+            if len(found) != 1:
+                return None
+            pieces.append(found[0])
+            at += math.prod(found[0].shape)
+        groups.append(tuple(pieces))
+    return replace(model, masters=tuple(groups))
+
+
+def _piece(whole: TensorRef, start: int, shape: tuple[int, ...]) -> TensorRef | None:
+    """The elements of a flat tensor from `start` on as a tensor; None where they are too few."""
+    numel, size = math.prod(shape), whole.dtype.itemsize
+    if not numel or start + numel > whole.shape[0]:
+        return None
+    offset = whole.extent.offset + start * size
+    extent = replace(whole.extent, offset=offset, nbytes=numel * size)
+    storage = (whole.storage[0], whole.storage[1] + start * size)
+    return replace(whole, shape=shape, extent=extent, storage=storage)
+
+
+def _unflattened(found: OptimizerDict, model: ModelFile) -> OptimizerDict:
+    """The optimizer of flat tensors as one of the parameters that were cut out of its masters."""
+    states: dict[Key, ParamState] = {}
+    groups = []
+    for group, pieces, flats in zip(found.groups, model.masters, model.flat_masters, strict=True):
+        numbers = range(len(states), len(states) + len(pieces))
+        held = found.states.get(group.params[0]) if len(group.params) == 1 else None
+        if held is None:
+            raise FormatError("its groups are not of one flat tensor each.", path=model.path)
+        at = 0
+        for number, piece in zip(numbers, pieces, strict=True):
+            moments: dict[str, TensorRef | Opaque] = {}
+            for kind, tensor in refuse_sharded(held, model.path, f"group {number}").items():
+                cut = _piece(tensor, at, piece.shape) if tensor.shape == flats.shape else None
+                if cut is None:
+                    raise FormatError(f"its {kind} is not as long as its masters.", path=model.path)
+                moments[kind] = cut
+            states[number] = ParamState(moments, held.step)
+            at += math.prod(piece.shape)
+        groups.append(replace(group, params=tuple(numbers)))
+    return OptimizerDict(states, tuple(groups))
 
 
 def _flattened(groups: Iterable[Iterable[_T]]) -> list[_T]:

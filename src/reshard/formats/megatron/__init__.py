@@ -20,7 +20,6 @@ verl 0.9.1, and files that megatron-core wrote.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError, ReshardError
 from reshard.formats import Selection
-from reshard.formats.megatron import folders, masters, plans, refused, settings
+from reshard.formats.megatron import folders, masters, plans, refused, settings, state
 from reshard.formats.megatron.layout import lay_out
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import exists
@@ -38,8 +37,6 @@ from reshard.storage.paths import exists
 __all__ = ["detect", "lay_out", "read"]
 
 _METADATA = ".metadata"
-#: The optimizer's tensors; of several optimizers (experts have one of their own) with a number.
-_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..+")
 
 
 def detect(path: Path) -> str | None:
@@ -60,7 +57,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """
     folder = folders.find(path, selection.role)
     metadata = _metadata(folder, sources)
-    mine = [key for key in metadata.tensors if not _OPTIMIZER.fullmatch(key)]
+    mine = [key for key in metadata.tensors if not masters.OPTIMIZER.fullmatch(key)]
     if not mine:
         raise _no_model(folder, metadata)
     refused.check(metadata, mine, folder)
@@ -93,6 +90,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
             *findings,
         ),
         renamed=frozenset(metadata.aliases),
+        optimizer=state.reader(folder, metadata, entries, sources),
     )
 
 
@@ -130,7 +128,7 @@ def _no_model(folder: Path, metadata: Metadata) -> NotFoundError:
 def _findings(metadata: Metadata, read: int, folder: Path) -> Iterable[Finding]:
     rest = len(metadata.tensors) - read
     if rest:
-        message = f"the state of the optimizer that it holds ({rest} tensors) was not read."
+        message = f"the state of the optimizer that it holds ({rest} tensors) is not with these."
         yield Finding("optimizer-left-out", message)
     export = folders.export_beside(folder)
     if export is not None:

@@ -4,7 +4,8 @@
     optimizer.state.param.KEY                     fully_reshardable: the same
     optimizer.state.fp32_param.KEY [2, 2, 1, n]   fully_sharded_model_space, megatron-core 0.12:
                                                   blocks of a grid of 2 x 2 x 1, each flattened
-    optimizer.distributed.dp_group_idx_0...       dp_reshardable: buckets without names
+    optimizer.distributed.dp_group_idx_0...       dp_reshardable: buckets without names;
+                                                  dp_zero_gather_scatter: one object
 
 Of several optimizers the keys begin with `chained_0.`. Read off megatron-core 0.12 and 0.16
 (optimizer/distrib_optimizer.py, dist_checkpointing/strategies/resharding.py) and files they wrote.
@@ -25,8 +26,13 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import FormatError, NotFoundError, UnsupportedError, listed
 
+#: The optimizer's tensors; of several optimizers (experts have one of their own) with a number.
+OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..+")
+#: What the state calls masters, and what they are called here.
+KINDS, MASTER = ("fp32_param", "param"), "master"
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)")
 _UNNAMED = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\..+")
+_GATHERED = re.compile(rf"{_UNNAMED.pattern[:-2]}.*\.param_state(?:/.+)?")
 _LISTED = 5
 
 
@@ -48,19 +54,32 @@ def named(metadata: Metadata, keys: Iterable[str], folder: Path) -> dict[str, st
         found[match[1]] = key
     if found:
         return found
-    if any(_UNNAMED.fullmatch(key) for key in metadata.tensors):
-        raise UnsupportedError(
-            "the fp32 masters lie in the optimizer's buckets, which do not name their contents "
-            "(dp_reshardable).",
-            path=folder,
-            hint="Leave out --masters; or load the checkpoint into the run, and save it with "
-            "--dist-ckpt-optim-fully-reshardable.",
-        )
+    refuse_unnamed(metadata, folder, "fp32 masters", "Leave out --masters.")
     raise NotFoundError(
         "it holds no fp32 masters: the run trained in float32, or saved no optimizer.",
         path=folder,
         hint="Leave out --masters.",
     )
+
+
+def refuse_unnamed(metadata: Metadata, folder: Path, what: str, otherwise: str) -> None:
+    """Raise `UnsupportedError` where the optimizer's state lies in parts that name nothing."""
+    kinds = (
+        (metadata.tensors, _UNNAMED, "buckets, which do not name their contents (dp_reshardable)"),
+        (
+            metadata.objects,
+            _GATHERED,
+            "object, which is not opened, and names nothing (dp_zero_gather_scatter)",
+        ),
+    )
+    for held, pattern, where in kinds:
+        if any(map(pattern.fullmatch, held)):
+            raise UnsupportedError(
+                f"the {what} lie in the optimizer's {where}.",
+                path=folder,
+                hint=f"{otherwise} Or load the checkpoint into the run, and save it with "
+                "--dist-ckpt-optim-fully-reshardable.",
+            )
 
 
 def placed(
@@ -75,7 +94,7 @@ def placed(
     for name, key in keys.items():
         model = made[name]
         made[name] = replace(
-            _shaped(entries[key], model.spec.shape, folder).renamed(name),
+            shaped(entries[key], model.spec.shape, folder).renamed(name),
             kind=model.kind,
             aliases=model.aliases,
         )
@@ -89,7 +108,7 @@ def placed(
     return made, (Finding("masters-missing", message),)
 
 
-def _shaped(entry: Entry, shape: Shape, folder: Path) -> Entry:
+def shaped(entry: Entry, shape: Shape, folder: Path) -> Entry:
     """The master in the shape of the model's tensor: as it is, or assembled from its blocks."""
     own = entry.spec.shape
     if own == shape:

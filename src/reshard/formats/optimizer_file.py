@@ -1,0 +1,184 @@
+"""The optimizer of a model that one file holds: its whole state dict, in a file beside the model.
+
+    pytorch_model_fsdp.bin   optimizer.bin     accelerate, FULL_STATE_DICT: names
+    pytorch_model_fsdp_1.bin optimizer_1.bin   its second model
+    model.safetensors        optimizer.bin     accelerate: numbers; with FSDP names
+    pytorch_model.bin        optimizer.pt      the HF Trainer: numbers
+
+or, of scripts that save all in one file, `optimizer` (`optim`, ..) beside the model's part.
+
+Numbers count the parameters in the order in which the optimizer got them. Where the model's order
+is known (a torch.save file keeps it, and that of some families is known), shapes and order give the
+names, or nothing does, see `reshard.naming.order`. Read off accelerate 1.15
+(`save_fsdp_optimizer`, utils/fsdp_utils.py; checkpointing.py) and transformers 5.23 (trainer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from reshard.containers.torch import TensorRef
+from reshard.containers.torch import read as read_torch
+from reshard.containers.torch.named import entries_of
+from reshard.containers.torch.optimizer import Key, OptimizerDict, parse
+from reshard.containers.torch.plain import PlainData
+from reshard.core.findings import state_named_by_order
+from reshard.core.state import WEIGHTS_ALONE, Group, Plain, ReadState, TrainingState
+from reshard.core.tensors import Entry, Record
+from reshard.errors import UnsupportedError, listed
+from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS, run_files
+from reshard.naming.order import groups_in_order
+from reshard.storage.local import Sources, child
+from reshard.storage.paths import is_file
+
+_SCHEDULER_PARTS = ("lr_scheduler", "scheduler")
+
+
+def beside(
+    folder: Path,
+    number: int,
+    entries: Mapping[str, Entry],
+    order: Callable[[], Sequence[str] | None],
+    sources: Sources,
+) -> ReadState | None:
+    """What reads the state in the file beside a model's; None where there is no such file.
+
+    `number` is the model's among several. `order` gives the parameters' names in the model's order;
+    None where it is not known.
+    """
+    names = ("optimizer.bin", "optimizer.pt") if number == 0 else (f"optimizer_{number}.bin",)
+    name = next((name for name in names if is_file(folder / name)), None)
+    if name is None:
+        return None
+
+    def read() -> TrainingState:
+        plain = PlainData(sources)
+        path = child(folder, name)
+        content = read_torch(sources.open(path))
+        state = _state(content.value, path, content.records, entries, order(), plain)
+        run_files.leave_files(folder, plain)
+        return replace(
+            state,
+            scheduler=run_files.scheduler(folder, plain),
+            counters=run_files.trainer_counters(folder),
+            left_out=tuple(plain.left_out),
+            source=name,
+        )
+
+    return ReadState(read)
+
+
+def inside(
+    value: object,
+    path: Path,
+    entries: Mapping[str, Entry],
+    order: Sequence[str],
+    records: Sequence[Record],
+    sources: Sources,
+) -> ReadState | None:
+    """What reads the state beside the model's part of a file, whose content is `value`; None where
+    the file holds none."""
+    if not isinstance(value, dict):
+        return None
+    held = [key for key in value if isinstance(key, str) and _is_optimizer(key, value[key])]
+    if not held:
+        return None
+    schedule = next((value[key] for key in _SCHEDULER_PARTS if key in value), None)
+
+    def read() -> TrainingState:
+        if len(held) > 1:
+            raise UnsupportedError(
+                f"it holds the states of several optimizers ({listed(held)}), and nothing says "
+                "which one is this model's.",
+                path=path,
+                hint=WEIGHTS_ALONE,
+            )
+        plain = PlainData(sources)
+        state = _state(value[held[0]], path, records, entries, order, plain)
+        scheduler: dict[str, Plain] | None = plain.state_dict(schedule, "lr_scheduler")
+        return replace(state, scheduler=scheduler, left_out=tuple(plain.left_out), source=path.name)
+
+    return ReadState(read)
+
+
+def _is_optimizer(key: str, value: object) -> bool:
+    named = OPTIMIZER.fullmatch(key) is not None
+    return named and isinstance(value, dict) and value.keys() >= OPTIMIZER_KEYS
+
+
+def _state(
+    value: object,
+    path: Path,
+    records: Sequence[Record],
+    entries: Mapping[str, Entry],
+    order: Sequence[str] | None,
+    plain: PlainData,
+) -> TrainingState:
+    found = parse(value, plain, path)
+    keys = [key for group in found.groups for key in group.params]
+    numbered = any(isinstance(key, int) for key in keys)
+    names: Mapping[Key, str] = {key: str(key) for key in (*keys, *found.states)}
+    if numbered:
+        names = _names(found, entries, order, path)
+    moments: dict[str, dict[str, Entry]] = {}
+    for key, state in found.states.items():
+        if numbered and key not in names:
+            continue
+        for kind, tensor in state.moments.items():
+            if not isinstance(tensor, TensorRef):
+                raise UnsupportedError(
+                    f"its {kind} is {tensor.describe()}, of which the file holds one rank's part.",
+                    path=path,
+                    tensor=names[key],
+                    hint=WEIGHTS_ALONE,
+                )
+            name = names[key]
+            moments.setdefault(kind, {})[name] = entries_of({name: tensor})[name]
+    return TrainingState(
+        moments=moments,
+        steps={
+            names[key]: state.step
+            for key, state in found.states.items()
+            if key in names and state.step is not None
+        },
+        groups=tuple(
+            Group(tuple(names[key] for key in group.params), group.hyperparameters)
+            for group in found.groups
+        ),
+        records=tuple(records),
+        findings=(state_named_by_order(len(names)),) if numbered else (),
+    ).owned(entries)
+
+
+def _names(
+    found: OptimizerDict, entries: Mapping[str, Entry], order: Sequence[str] | None, path: Path
+) -> dict[Key, str]:
+    """The name of each number. Raises `UnsupportedError` where nothing tells it."""
+    if order is None:
+        raise UnsupportedError(
+            "the parameters of the optimizer go by numbers in the model's order, which the model's "
+            "files do not keep: nothing tells whose the state is.",
+            path=path,
+            hint=WEIGHTS_ALONE,
+        )
+    model = [(name, entries[name].spec.shape) for name in order]
+    named = groups_in_order([[_shape(found, key) for key in g.params] for g in found.groups], model)
+    if named is None:
+        raise UnsupportedError(
+            "the parameters of the optimizer go by numbers, and their order and shapes fit none "
+            "of the model's parameters or several ways: nothing tells whose the state is.",
+            path=path,
+            hint=WEIGHTS_ALONE,
+        )
+    keys = [key for group in found.groups for key in group.params]
+    return dict(zip(keys, (name for group in named for name in group), strict=True))
+
+
+def _shape(found: OptimizerDict, key: Key) -> Hashable:
+    """The shape of a parameter, which its moments have."""
+    state = found.states.get(key)
+    tensors = [] if state is None else list(state.moments.values())
+    return next((t.shape for t in tensors if isinstance(t, TensorRef)), None)

@@ -1,0 +1,230 @@
+"""A pipeline's layers, which go by their numbers, as the layers of the base's model.
+
+    0.weight [V, h]                    model.embed_tokens.weight         before the blocks, by shape
+    2.self_attn.q_proj.weight          model.layers.0.self_attn.q_proj.weight
+    3.layer.self_attn.q_proj.weight    model.layers.1....                in a module of the user's
+    5.weight [h]                       model.norm.weight                 after the blocks
+    6.lm_head.weight [V, h]            lm_head.weight                    by its name
+    tied_modules.embed.weight [V, h]   model.embed_tokens.weight         shared by layers
+
+A layer that holds tensors of one of the base's blocks, by their names there and in their shapes, is
+a block, the first of them block 0. What is left is matched by its name's end, or else by the side
+of the blocks that it is on, its shape and whether it is a weight or a bias. Each must have exactly
+one match. Nothing but names and shapes is known, so layers of other classes than the base's, which
+name their tensors otherwise, are refused. DeepSpeed's `PipelineModule` has such names, and
+`nn.Sequential`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from msgspec import Struct
+
+from reshard.core.arrangement import Arrangement, Whole
+from reshard.core.tensors import Shape
+from reshard.errors import NamesError, listed
+from reshard.naming.schema import Schema, is_constant, is_unheld
+from reshard.naming.search import unwrap
+from reshard.naming.ties import is_head
+
+_NUMBERED = re.compile(r"(\d{1,6})\.(.+)")
+_TIED = re.compile(r"tied_modules\.[^.]+\.(.+)")
+# The first number of a name: experts have numbers within a block.
+_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d{1,6})\.(.+)")
+# Parts of the names of tensors before the first block; those of heads and norms come after.
+_BEFORE = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.")
+_HEAD = "lm_head.weight"
+_LISTED = 6
+
+_Tensors = dict[str, Shape]
+
+
+class Sequence(Struct, frozen=True):
+    """The hub's tensors as those of a sequence of layers; `rule` says in words what was done."""
+
+    outputs: Mapping[str, Arrangement]
+    rule: str
+
+
+def is_sequence(names: Iterable[str], schema: Schema) -> bool:
+    """Whether every tensor goes by a layer's number, and none of the base's does."""
+    plain = [unwrap(name) for name in names]
+    return (
+        any(map(_NUMBERED.fullmatch, plain))
+        and all(_NUMBERED.fullmatch(name) or _TIED.fullmatch(name) for name in plain)
+        and not any(map(_NUMBERED.fullmatch, schema.specs))
+    )
+
+
+def arrangements(shapes: Mapping[str, Shape], schema: Schema) -> Sequence:
+    """The hub's names of a sequence's tensors.
+
+    Raises `NamesError` where the layers are not the base's, or a tensor has no place or several.
+    """
+    layers: dict[int, dict[str, str]] = {}
+    rest: list[tuple[bool, str, str]] = []
+    for own in shapes:
+        match, tied = _NUMBERED.fullmatch(unwrap(own)), _TIED.fullmatch(unwrap(own))
+        if match is not None:
+            layers.setdefault(int(match[1]), {})[match[2]] = own
+        elif tied is not None:  # the layer that has it first comes before the others
+            rest.append((True, tied[1], own))
+    blocks, outside = _of_base(schema)
+    found: dict[str, str] = {}
+    places = _places(layers, shapes, blocks)
+    for number, held in sorted(layers.items()):
+        if number in places:
+            index, start = places[number]
+            prefix = blocks.prefix
+            found |= {f"{prefix}{index}.{k.removeprefix(start)}": own for k, own in held.items()}
+        else:
+            before = number < min(places)
+            rest += [(before, key, own) for key, own in held.items()]
+    found |= _matched(rest, shapes, outside)
+    of = f"{len(places)} of {len(layers)} layers are blocks"
+    rule = f"the numbers of a pipeline's layers -> the hub's names ({of})"
+    return Sequence({name: Whole(own) for name, own in found.items()}, rule)
+
+
+class _Blocks(Struct, frozen=True):
+    """The base's blocks: what their names begin with, and each block's tensors."""
+
+    prefix: str
+    tensors: tuple[_Tensors, ...]
+
+
+def _of_base(schema: Schema) -> tuple[_Blocks, _Tensors]:
+    """The blocks of the base, and what lies outside of them."""
+    found: dict[str, dict[int, _Tensors]] = {}
+    outside: _Tensors = {}
+    for name, spec in schema.specs.items():
+        if is_constant(name, schema.config) or is_unheld(name, schema.config):
+            continue
+        match = _BLOCK.fullmatch(name)
+        if match is None:
+            outside[name] = spec.shape
+        else:
+            found.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = spec.shape
+    counted = [p for p, of in found.items() if of.keys() == set(range(len(of)))]
+    if len(counted) != 1 or len(found) != 1:
+        raise NamesError(
+            "its tensors go by the numbers of layers, and the base has "
+            + (f"several kinds of layers ({listed(found)})." if found else "none."),
+            hint=_WITHOUT,
+        )
+    layers = found[counted[0]]
+    return _Blocks(counted[0], tuple(layers[n] for n in sorted(layers))), outside
+
+
+_WITHOUT = (
+    "Convert it without --base: the tensors keep their names, by which a script of yours can "
+    "rename them."
+)
+
+
+def _places(
+    layers: Mapping[int, Mapping[str, str]], shapes: Mapping[str, Shape], blocks: _Blocks
+) -> dict[int, tuple[int, str]]:
+    """The block that a layer is, and what its own names begin with, by the layer's number."""
+    found: dict[int, tuple[int, str]] = {}
+    for number, held in sorted(layers.items()):
+        index = len(found)
+        wanted = blocks.tensors[min(index, len(blocks.tensors) - 1)]
+        start = next((s for s in _starts(held) if _is_block(held, shapes, wanted, s)), None)
+        if start is not None:
+            found[number] = (index, start)
+    if len(found) != len(blocks.tensors):
+        raise NamesError(
+            f"{len(found)} of its {len(layers)} layers hold tensors that a block of the base has, "
+            f"by their names and shapes; the base has {len(blocks.tensors)} blocks. Layer "
+            f"{_largest(layers)} holds {listed(layers[_largest(layers)], _LISTED)}; a block "
+            f"{listed(blocks.tensors[0], _LISTED)}.",
+            hint=f"Is it the base that the training started from? {_WITHOUT}",
+        )
+    return found
+
+
+def _largest(layers: Mapping[int, Mapping[str, str]]) -> int:
+    return max(layers, key=lambda number: len(layers[number]))
+
+
+def _starts(held: Mapping[str, str]) -> list[str]:
+    """What a wrapping module may have put before all names of a layer."""
+    starts = [""]
+    split = [key.split(".") for key in held]
+    for parts in zip(*(key[:-1] for key in split), strict=False):
+        if len(set(parts)) > 1:
+            break
+        starts.append(f"{starts[-1]}{parts[0]}.")
+    return starts
+
+
+def _is_block(
+    held: Mapping[str, str], shapes: Mapping[str, Shape], wanted: _Tensors, start: str
+) -> bool:
+    """Whether more than half of a layer's tensors, two at least, are a block's."""
+    same = sum(wanted.get(key.removeprefix(start)) == shapes[own] for key, own in held.items())
+    return same > 1 and 2 * same > len(held)
+
+
+def _matched(
+    rest: list[tuple[bool, str, str]], shapes: Mapping[str, Shape], outside: _Tensors
+) -> dict[str, str]:
+    """The names of what lies outside of the blocks."""
+    found: dict[str, str] = {}
+    unknown = []
+    for by_name in (True, False):
+        left = []
+        for before, key, own in rest:
+            free = [name for name in outside if name not in found]
+            fits = [
+                name
+                for name in free
+                if (_ends_alike(key, name) if by_name else _side(name) is before)
+                and name.rpartition(".")[2] == key.rpartition(".")[2]
+                and _alike(shapes[own], outside[name])
+            ]
+            if len(fits) == 1:
+                found[fits[0]] = own
+            else:
+                left.append((before, key, own))
+        rest = left
+    for before, _, own in rest:
+        # A head of its own, of a base that has none because it is tied.
+        headless = not before and _HEAD not in found and _HEAD not in outside
+        if headless and _is_matrix(own, shapes, outside):
+            found[_HEAD] = own
+        else:
+            unknown.append(f"{own} {list(shapes[own])}")
+    if unknown:
+        free = [f"{name} {list(shape)}" for name, shape in outside.items() if name not in found]
+        raise NamesError(
+            f"{len(unknown)} tensors outside of the blocks fit none or several of the base's: "
+            f"{listed(unknown, _LISTED)}; the base's are {listed(free, _LISTED)}.",
+            unexpected=tuple(unknown),
+            hint=_WITHOUT,
+        )
+    return found
+
+
+def _ends_alike(key: str, name: str) -> bool:
+    """Whether one of two names, of two parts at least, ends as the other."""
+    shorter, longer = sorted((key, name), key=len)
+    return "." in shorter and f".{longer}".endswith(f".{shorter}")
+
+
+def _side(name: str) -> bool:
+    """Whether a tensor of the base comes before its blocks."""
+    return not is_head(name) and _BEFORE.search(name) is not None
+
+
+def _alike(mine: Shape, theirs: Shape) -> bool:
+    """Whether two shapes are equal; matrices may differ in rows, which are a vocabulary's."""
+    return mine == theirs or (len(mine) == len(theirs) == 2 and mine[1] == theirs[1])
+
+
+def _is_matrix(own: str, shapes: Mapping[str, Shape], outside: _Tensors) -> bool:
+    """Whether it has the shape of the base's embedding."""
+    return any(shapes[own] == shape for name, shape in outside.items() if _side(name))

@@ -1,0 +1,265 @@
+"""Objects of stores behind the same door as files: what lies at a URL, and its bytes.
+
+What a store said is kept for a short time, and asked again each time that a user names a URL: a
+conversion asks some thousand times what lies in a folder, and one list answers all of it.
+
+A folder of ours is complete once it has its `reshard.json`, which is written last. Until then it
+holds `reshard.partial.json`, and reading it is an `IncompleteError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from msgspec import Struct, field
+
+from reshard.core.locations import HUB, RemotePath, located, named
+from reshard.errors import IncompleteError, NotFoundError
+from reshard.storage import credentials
+from reshard.storage.ahead import Ahead
+from reshard.storage.stores import Listing, Object, Store, bucket_of
+
+#: The last object of an output, and the one that stands while it is written.
+MANIFEST, CLAIM = "reshard.json", "reshard.partial.json"
+# Seconds that an answer of a store is taken for.
+_FRESH = 60.0
+# What is not in a list.
+_NOTHING = Object(-2)
+
+
+class _View(Struct):
+    """What a store said, and when; `listed` are the folders that it was asked for at any time."""
+
+    store: Store
+    generation: int
+    since: float
+    folders: dict[str, Listing] = field(default_factory=dict)
+    heads: dict[str, Object | None] = field(default_factory=dict)
+    listed: set[str] = field(default_factory=set)
+    lock: Any = field(default_factory=threading.RLock)
+
+    def refresh(self) -> None:
+        """Forget what is out of date."""
+        if self.generation != named() or time.monotonic() - self.since > _FRESH:
+            self.forget()
+
+    def forget(self) -> None:
+        """Ask anew for everything."""
+        with self.lock:
+            self.folders.clear()
+            self.heads.clear()
+            self.generation, self.since = named(), time.monotonic()
+
+
+def _view(path: RemotePath) -> _View:
+    if path.scheme == HUB:
+        _forget_revisions(named())
+    return _opened(path.scheme, path.bucket, credentials.fingerprint())
+
+
+@lru_cache(1)
+def _forget_revisions(generation: int) -> None:
+    from reshard.storage import hub
+
+    hub.forget()
+    _opened.cache_clear()
+
+
+@lru_cache(64)
+def _opened(scheme: str, bucket: str, settings: object) -> _View:
+    path = located(f"{scheme}://{bucket}")
+    assert isinstance(path, RemotePath)
+    return _View(store_of(path), named(), time.monotonic())
+
+
+def store_of(path: RemotePath) -> Store:
+    """The store that a URL lies in. Raises `NotFoundError`, `UnsupportedError`."""
+    if path.scheme == HUB:
+        from reshard.storage.hub import model_of
+
+        return model_of(path)
+    if path.scheme in ("http", "https"):
+        from reshard.storage.web import host_of
+
+        return host_of(path)
+    return bucket_of(path)
+
+
+def forget(path: RemotePath) -> None:
+    """That something was written or deleted, or may have been: ask the store anew."""
+    _view(path).forget()
+
+
+#: The URLs of the outputs that this process writes, and reads while they are not complete.
+being_written: set[str] = set()
+
+
+def listing(path: RemotePath) -> Listing:
+    """What lies in a folder, by name; empty where there is none.
+
+    Raises `IncompleteError` for an output of ours that is not complete.
+    """
+    found = contents(path)
+    if is_unfinished(path) and str(path) not in being_written:
+        raise IncompleteError(
+            f"it is an output of reshard that is not complete: it has no {MANIFEST}, which is "
+            "written last.",
+            path=path,
+            hint="Wait for the run that writes it; if none does, convert again with --overwrite.",
+        )
+    return found
+
+
+def is_unfinished(path: RemotePath) -> bool:
+    """Whether an output of ours lies there that is not complete."""
+    there = contents(path)
+    return CLAIM in there and MANIFEST not in there
+
+
+def claim(path: RemotePath) -> bytes:
+    """The text of what stands in an output that is not complete. Raises `NotFoundError`."""
+    store, key = _view(path).store, (path / CLAIM).key
+    there = store.head(key)
+    if there is None:
+        raise NotFoundError("there is no such object.", path=path / CLAIM)
+    return bytes(store.read(key, 0, there.nbytes, there))
+
+
+def contents(path: RemotePath) -> Listing:
+    """What lies in a folder, complete or not."""
+    view = _view(path)
+    with view.lock:
+        view.refresh()
+        if path.key not in view.folders:
+            view.folders[path.key] = view.store.folder(path.key)
+            view.listed.add(path.key)
+        return view.folders[path.key]
+
+
+def below(path: RemotePath) -> Mapping[str, Object]:
+    """Every object below a folder, by its name there with `/`."""
+    return _view(path).store.below(path.key)
+
+
+def found(path: RemotePath) -> Object | None:
+    """What lies at a URL: an object, None for a folder. Raises `FileNotFoundError`."""
+    if path.is_root:
+        return None
+    view = _view(path)
+    with view.lock:
+        view.refresh()
+        above = next((p for p in path.parents if p.key in view.listed or p.is_root), path)
+        if above.key in view.listed:
+            return _below(view, above, path.relative_to(above).parts)
+        # Not the folder above: it may hold thousands of others, or be closed to this user.
+        if listing(path):
+            return None
+        return _head(view, path)
+
+
+def _below(view: _View, folder: RemotePath, names: tuple[str, ...]) -> Object | None:
+    """What lies below a folder that was listed."""
+    for name in names[:-1]:
+        if listing(folder).get(name, _NOTHING) is not None:
+            raise FileNotFoundError(str(folder / name))
+        folder = folder / name
+    there = listing(folder).get(names[-1], _NOTHING)
+    if there is _NOTHING:
+        raise FileNotFoundError(str(folder / names[-1]))
+    return there if there is None or there.nbytes >= 0 else _head(view, folder / names[-1])
+
+
+def _head(view: _View, path: RemotePath) -> Object:
+    if path.key not in view.heads:
+        view.heads[path.key] = view.store.head(path.key)
+    there = view.heads[path.key]
+    if there is None:
+        raise FileNotFoundError(str(path))
+    return there
+
+
+def status(path: RemotePath) -> os.stat_result | None:
+    """What `os.stat` would say; None where nothing is there. Raises `NotFoundError`."""
+    try:
+        there = found(path)
+    except FileNotFoundError:
+        return None
+    mode, nbytes, when = stat.S_IFDIR | 0o755, 0, 0.0
+    if there is not None:
+        mode, nbytes, when = stat.S_IFREG | 0o644, there.nbytes, there.modified
+    seconds, exactly = int(when), int(when * 1e9)
+    return os.stat_result(
+        (mode, 0, 0, 1, 0, 0, nbytes, seconds, seconds, seconds),
+        dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), exactly),
+    )
+
+
+def identity(there: Object) -> tuple[int, int, int, int]:
+    """Which object it is, as `storage.local` keeps it of files: by its tag and size."""
+    tag = there.tag or str(there.modified)
+    digest = hashlib.blake2b(tag.encode(), digest_size=16).digest()
+    return -1, int.from_bytes(digest, "little"), there.nbytes, 0
+
+
+class Opened(Struct, frozen=True):
+    """An object that is read, as it was when it was opened."""
+
+    path: RemotePath
+    store: Store
+    known: Object
+    ahead: Ahead
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on. Raises `IncompleteError`."""
+        self.ahead.read_into(self, offset, buffer)
+
+    @property
+    def nbytes(self) -> int:
+        return self.known.nbytes
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Bytes `[start, stop)`, by one request. Raises `IncompleteError`."""
+        return self.store.read(self.path.key, start, stop, self.known)
+
+    def identity_now(self) -> tuple[int, int, int, int] | None:
+        """Which object lies there now (`forget` first); None where there is none."""
+        if self.path.scheme == HUB:  # a commit does not change
+            return identity(self.known)
+        try:
+            there = found(self.path)
+        except (FileNotFoundError, NotFoundError):
+            return None
+        return None if there is None else identity(there)
+
+
+def forget_all(paths: Iterable[str]) -> None:
+    """Ask the stores of these URLs anew; paths of this machine may be among them."""
+    urls = [path for path in map(located, paths) if isinstance(path, RemotePath)]
+    for path in {(path.scheme, path.bucket): path for path in urls}.values():
+        forget(path)
+
+
+def opened(path: str) -> Opened:
+    """The object of a URL. Raises `NotFoundError`."""
+    place = located(path)
+    assert isinstance(place, RemotePath)
+    try:
+        there = found(place)
+    except FileNotFoundError:
+        raise NotFoundError("there is no such object.", path=path) from None
+    if there is None:
+        raise NotFoundError("it is a folder, not an object.", path=path)
+    return Opened(place, _view(place).store, there, _ahead(path, identity(there)))
+
+
+@lru_cache(4096)
+def _ahead(path: str, which: tuple[int, int, int, int]) -> Ahead:
+    """What was read of an object: a run opens most of them several times."""
+    return Ahead()

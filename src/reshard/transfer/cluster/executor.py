@@ -1,0 +1,242 @@
+"""A transfer and a verification as tasks for the workers of a cluster.
+
+Pieces that follow each other are one task, of up to `_TASK_NBYTES`: the answer and the handing out
+take a few milliseconds, and what is lost with a worker is made again in seconds. Neither what a
+task is nor who made it changes a byte of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from reshard.core.digests import LEAF_NBYTES, leaf_numel
+from reshard.core.findings import Finding
+from reshard.core.plan import Plan
+from reshard.core.tensors import Entry, Extent, FileRef, Record, stored
+from reshard.progress import Progress
+from reshard.storage.local import Sources
+from reshard.transfer.assembly import Assembly, File, Outcome, Piece
+from reshard.transfer.checksums import Ledger, Passage
+from reshard.transfer.cluster import wire
+from reshard.transfer.cluster.connection import Workers
+from reshard.transfer.cluster.tasks import Tasks
+from reshard.transfer.cluster.wire import Inputs, MakeTask, Output, Packer, Stretch
+from reshard.transfer.commit import OutputFolder
+from reshard.transfer.executor import LeafDigests
+from reshard.transfer.finite import NotFinite
+from reshard.transfer.making import SegmentResult
+from reshard.transfer.output import Output as Folder
+from reshard.transfer.reading import Known
+from reshard.transfer.system import identity_of
+
+# Bytes of pieces in a task, and tensors: the task of very many small ones is long to write down.
+_TASK_NBYTES = 256 << 20
+_TASK_SEGMENTS = 2048
+# Tasks for each processor, at least, as far as there are pieces: none is idle for long at the end.
+_EACH = 8
+
+
+class OnRay(Struct, frozen=True):
+    """The workers of a cluster; `ray` is connected to it.
+
+    `records`, `unprotected` and `progress` are as those of `Threads`; progress is called after each
+    task.
+    """
+
+    ray: Any
+    workers: Workers
+    records: Iterable[Record] = ()
+    unprotected: Sequence[Extent] = ()
+    progress: Progress | None = None
+
+    def run(self, plan: Plan, sources: Sources, folder: Folder) -> Outcome:
+        """Write every file of the plan into the folder, synced and named. Raises what fails."""
+        if not isinstance(folder, OutputFolder):
+            raise TypeError("workers write into a folder that they see")
+        ledger = Ledger(self.records, self.unprotected)
+        return _Transfer(self, plan, sources, folder, ledger).run()
+
+    def leaf_digests(self, known: Known) -> LeafDigests:
+        """The workers read; nothing is known, since who wrote may have it cached."""
+        return self._hash
+
+    def _hash(
+        self,
+        leaves: Iterator[tuple[Entry, int]],
+        sources: Sources,
+        found: Callable[[int, bytes], None],
+    ) -> None:
+        """Have leaves of tensors read and hashed; `found` gets each one's place and digest."""
+
+        def answered(first: int, answer: wire.HashAnswer) -> None:
+            for place, digest in enumerate(answer.digests, first):
+                found(place, digest)
+
+        tasks = Tasks(self.ray, self.workers, wire.HashAnswer)
+        tasks.run(_hash_tasks(leaves, sources), answered)
+
+
+class _Making(Struct, frozen=True):
+    """What a task makes, and the files that its answer counts."""
+
+    pieces: list[Piece]
+    files: tuple[FileRef, ...]
+
+
+class _Transfer:
+    """One transfer."""
+
+    def __init__(
+        self,
+        cluster: OnRay,
+        plan: Plan,
+        sources: Sources,
+        folder: OutputFolder,
+        ledger: Ledger,
+    ) -> None:
+        self._cluster = cluster
+        self._sources = sources
+        self._folder = folder
+        self._ledger = ledger
+        self._assembly = Assembly(plan, folder, lent=True)
+        self._read = 0
+        self._written = 0
+
+    def run(self) -> Outcome:
+        tasks = Tasks(self._cluster.ray, self._cluster.workers, wire.MakeAnswer)
+        tasks.run(self._tasks(), self._answered)
+        self._folder.settle()
+        findings = (_made_again(tasks.lost),) if tasks.lost else ()
+        return self._assembly.outcome(self._read, self._ledger.check(self._sources), findings)
+
+    def _answered(self, making: _Making, answer: wire.MakeAnswer) -> None:
+        """Note what a task made."""
+        for stretch, crc in answer.read:
+            file = making.files[stretch.file]
+            self._ledger.take(Passage(file, stretch.start, stretch.stop, crc))
+        self._read += answer.bytes_read
+        for piece, (digest, segments) in zip(making.pieces, answer.pieces, strict=True):
+            made = [
+                SegmentResult(s.nbytes, s.crc, s.changed, NotFinite(s.nan, s.infinite))
+                for s in segments
+            ]
+            self._written += sum(segment.nbytes for segment in made)
+            self._assembly.made(piece, digest, made)
+        if self._cluster.progress is not None:
+            self._cluster.progress(self._written, self._assembly.total)
+
+    def _tasks(self) -> Iterator[tuple[_Making, bytes]]:
+        processors = int(self._cluster.ray.cluster_resources().get("CPU", 0))
+        share = self._assembly.total // (_EACH * max(processors, 1))
+        for pieces in _together(self._assembly.pieces(), min(_TASK_NBYTES, share)):
+            yield self._task(pieces)
+
+    def _task(self, pieces: list[Piece]) -> tuple[_Making, bytes]:
+        packer = Packer()
+        outputs: dict[str, int] = {}
+        files: list[Output] = []
+        slots: list[wire.WireSlot] = []
+        around: dict[tuple[FileRef, int, int], bool] = {}
+        made = []
+        for piece in pieces:
+            segments = []
+            for segment in piece.segments:
+                slot, file = segment.tensor.slot, segment.tensor.file
+                if file.output.name not in outputs:
+                    outputs[file.output.name] = len(files)
+                    files.append(self._output(file))
+                source = wire.narrowed(slot.source, *wire.reached(segment.runs))
+                self._note(source, around)
+                segments.append((len(slots), tuple(map(wire.packed_run, segment.runs))))
+                slots.append(packer.slot(slot, outputs[file.output.name], source))
+            made.append(tuple(segments))
+        stretches: tuple[list[Stretch], list[Stretch]] = ([], [])
+        for (ref, start, stop), stated in around.items():
+            stretches[not stated].append(Stretch(packer.number(ref), start, stop))
+        task = MakeTask(
+            inputs(packer, self._sources),
+            tuple(files),
+            tuple(slots),
+            tuple(made),
+            tuple(stretches[0]),
+            tuple(stretches[1]),
+        )
+        return _Making(pieces, task.inputs.files), wire.encode(task)
+
+    def _note(self, source: Entry, around: dict[tuple[FileRef, int, int], bool]) -> None:
+        """The stretches with and without a checksum that an entry lies in."""
+        for extent in stored(source.fragments):
+            found = self._ledger.around(extent)
+            if found is not None:
+                start, stop, stated = found
+                around[extent.file, start, stop] = stated
+
+    def _output(self, file: File) -> Output:
+        known = identity_of(file.place)
+        inode = 0 if known is None else known[1]
+        shown = str(self._folder.target / file.output.name)
+        return Output(str(file.place), inode, file.output.nbytes, shown)
+
+
+def inputs(packer: Packer, sources: Sources) -> Inputs:
+    """The files that a task reads, and what they were when this run first opened them."""
+    known = {}
+    for file in packer.files:
+        _, inode, size, mtime = sources.open(file.path).identity
+        known[file.path] = (str(inode), size, mtime)
+    return Inputs(tuple(packer.files), known)
+
+
+def _together(pieces: Iterator[Piece], most: int) -> Iterator[list[Piece]]:
+    """The pieces of each task: one, or several of `most` bytes."""
+    batch: list[Piece] = []
+    nbytes = segments = 0
+    for piece in pieces:
+        if batch and (
+            nbytes + piece.nbytes > most or segments + len(piece.segments) > _TASK_SEGMENTS
+        ):
+            yield batch
+            batch, nbytes, segments = [], 0, 0
+        batch.append(piece)
+        nbytes += piece.nbytes
+        segments += len(piece.segments)
+    if batch:
+        yield batch
+
+
+def _hash_tasks(
+    leaves: Iterator[tuple[Entry, int]], sources: Sources
+) -> Iterator[tuple[int, bytes]]:
+    """Tasks that hash leaves, with the place of the first of each."""
+    batch: list[tuple[Entry, int]] = []
+    nbytes = first = 0
+    for entry, leaf in leaves:
+        taken = min(entry.spec.nbytes, LEAF_NBYTES)
+        if batch and (nbytes + taken > _TASK_NBYTES or len(batch) >= _TASK_SEGMENTS):
+            yield first, _hash_task(batch, sources)
+            first, batch, nbytes = first + len(batch), [], 0
+        batch.append((entry, leaf))
+        nbytes += taken
+    if batch:
+        yield first, _hash_task(batch, sources)
+
+
+def _hash_task(batch: list[tuple[Entry, int]], sources: Sources) -> bytes:
+    packer = Packer()
+    packed = []
+    for entry, leaf in batch:
+        step = leaf_numel(entry.spec.dtype)
+        needed = wire.narrowed(entry, leaf * step, min((leaf + 1) * step, entry.spec.numel))
+        packed.append((packer.entry(needed), leaf))
+    return wire.encode(wire.HashTask(inputs(packer, sources), tuple(packed)))
+
+
+def _made_again(count: int) -> Finding:
+    return Finding(
+        "pieces-made-again",
+        f"{count} tasks were handed out again, because their workers or nodes were lost.",
+        evidence={"tasks": count},
+    )

@@ -1,0 +1,56 @@
+"""What an output offers to those who write it: a folder of this machine, or of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from reshard.core.findings import Finding
+from reshard.storage.source import Source
+
+
+class StoppedError(Exception):
+    """Another thread failed; this one ends quietly."""
+
+
+class Output(Protocol):
+    """A folder being written, which appears complete or not at all.
+
+    A file is begun by `create`, filled by `put` and ended by `seal`; the number that `create`
+    returns stands for it. `partial` is where the files lie until `commit`. With `in_order`, bytes
+    are taken in ascending order, and wait where they come before their turn; files have no
+    descriptors.
+    """
+
+    partial: Path
+    findings: list[Finding]
+
+    @property
+    def in_order(self) -> bool: ...
+
+    def create(self, name: str, nbytes: int) -> int: ...
+
+    def put(
+        self, name: str, fd: int, data: memoryview, offset: int, *, known: bool = False
+    ) -> None:
+        """Take bytes of a file; with `known`, ones that are no tensor's."""
+
+    def lend(self, name: str, fd: int) -> Path:
+        """Close a file so that other processes can write into it; where it is."""
+
+    def take_back(self, name: str, path: Path) -> int:
+        """Open a file again that was lent."""
+
+    def seal(self, name: str, fd: int) -> None: ...
+
+    def settle(self) -> None:
+        """Wait until every file that was sealed has its name."""
+
+    def halt(self) -> None:
+        """Let every thread that waits end: the transfer failed."""
+
+    def write(self, name: str, data: bytes) -> None: ...
+
+    def copy(self, name: str, source: Source) -> None: ...
+
+    def commit(self) -> None: ...

@@ -1,0 +1,106 @@
+"""The command starts a cluster of this machine, and ends it, however it ends itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import reshard
+from tests.cluster import nodes
+from tests.cluster.test_ray import assert_same_folder, save
+from tests.golden.make import HERE
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A variable of the environment that marks the processes of one test; they are ended."""
+    name = f"RESHARD_TEST_{os.getpid()}_{time.time_ns()}=1"
+    yield name
+    nodes.kill(marked(name))
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that are marked so."""
+    found = []
+    for place in Path("/proc").iterdir():
+        with suppress(OSError):
+            if place.name.isdigit() and mark.encode() in (place / "environ").read_bytes():
+                found.append(int(place.name))
+    return found
+
+
+def start(mark: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    name, _, value = mark.partition("=")
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "reshard", "convert", *map(str, arguments), "--engine", "ray"],
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path), name: value},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(true: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_the_command_alone(tmp_path: Path, mark: str) -> None:
+    source = HERE / "zero3" / "checkpoint"
+    run = start(mark, source, tmp_path / "out", "--threads", "2", "--json")
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert json.loads(out)["verified"] is True
+    wait_until(lambda: not marked(mark))
+    reshard.convert(source, tmp_path / "local")
+    assert_same_folder(tmp_path / "out", tmp_path / "local")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything(tmp_path: Path, mark: str, number: signal.Signals) -> None:
+    """To the whole group, as a terminal sends Ctrl-C, and to the command alone."""
+    source = save(tmp_path / "run", layers=256)
+    out = tmp_path / "out"
+    run = start(mark, source, out, "--threads", "1", "--dtype", "bfloat16")
+    wait_until(lambda: nodes.writers(tmp_path))
+    send = os.killpg if number == signal.SIGINT else os.kill
+    send(run.pid, number)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    assert f"No output was written to {out}" in err
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+    wait_until(lambda: not marked(mark))
+
+
+@pytest.mark.slow
+def test_a_killed_command_takes_its_cluster_along(tmp_path: Path, mark: str) -> None:
+    source = save(tmp_path / "run", layers=256)
+    run = start(mark, source, tmp_path / "out", "--threads", "1", "--dtype", "bfloat16")
+    wait_until(lambda: nodes.writers(tmp_path))
+    nodes.kill([run.pid])
+    run.communicate(timeout=60)
+    wait_until(lambda: not marked(mark))
+    assert not (tmp_path / "out").exists()
+    again = start(mark, source, tmp_path / "out", "--threads", "1", "--dtype", "bfloat16", "--json")
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert "partial-output" in [finding["code"] for finding in json.loads(out)["findings"]]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["out", "run"]

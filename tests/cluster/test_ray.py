@@ -1,0 +1,261 @@
+"""Conversions on a real cluster of three nodes: the same bytes, whatever happens to workers."""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import reshard
+from reshard.cli.app import run
+from reshard.conversion import execute
+from reshard.conversion.options import ENGINES, DTypeChoice
+from reshard.conversion.verification import verify_folder
+from reshard.errors import OptionError, ReshardError, VerificationError, WriteError
+from reshard.transfer.cluster import executor, tasks
+from tests.cluster import nodes
+from tests.golden.make import CONVERSIONS, GOLDEN, HERE
+from tests.hints import tiny
+from tests.test_page_commands import CLUSTER
+from tests.test_site import CASES, parsed
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds workers in /proc")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Three nodes, to which this process is connected, as a program that calls reshard may be."""
+    with nodes.cluster(3) as made:
+        ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+        yield made
+        ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tasks as a large model has."""
+    monkeypatch.setattr(executor, "_TASK_NBYTES", 2 << 10)
+
+
+def save(folder: Path, layers: int = 24, rows: int = 1024) -> Path:
+    """A checkpoint of some layers; seconds of work."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    one = random.standard_normal((rows, 1024), np.float32)
+    save_file({f"layers.{n}.weight": one + n for n in range(layers)}, folder / "model.safetensors")
+    return folder
+
+
+def assert_same_folder(one: Path, other: Path) -> None:
+    """Every file the same, byte for byte, reshard.json among them."""
+    names = sorted(path.relative_to(one) for path in one.rglob("*"))
+    assert names == sorted(path.relative_to(other) for path in other.rglob("*"))
+    assert Path("reshard.json") in names
+    differ = [
+        n for n in names if (one / n).is_file() and not filecmp.cmp(one / n, other / n, False)
+    ]
+    assert differ == []
+
+
+def test_golden_checkpoints_give_the_same_files_as_ever(cluster: Any, tmp_path: Path) -> None:
+    for name in GOLDEN:
+        kept = json.loads((HERE / name / "digests.json").read_text("utf-8"))["files"]
+        for what, options in CONVERSIONS.items():
+            out, there = tmp_path / name / what, tmp_path / f"{name}-local" / what
+            report = reshard.convert(HERE / name / "checkpoint", out, engine="ray", **options)
+            assert report.verified
+            made = {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in out.iterdir()
+                if path.name != "reshard.json"
+            }
+            assert made == kept[what]
+            local = reshard.convert(HERE / name / "checkpoint", there, **options)
+            assert_same_folder(out, there)
+            apart = ("seconds", "target", "findings")  # one of these names the target
+            assert {k: v for k, v in report.to_json().items() if k not in apart} == {
+                k: v for k, v in local.to_json().items() if k not in apart
+            }
+
+
+def test_workers_that_are_lost(cluster: Any, tmp_path: Path) -> None:
+    """Their pieces are made again: workers are killed at their work."""
+    source = save(tmp_path / "run")
+    reshard.convert(source, tmp_path / "local", dtype="bfloat16")
+    seen: list[tuple[str, int, int]] = []
+
+    def kill_workers(stage: str, done: int, total: int) -> None:
+        seen.append((stage, done, total))
+        if stage == "write" and len(seen) <= 4:
+            nodes.kill(nodes.at_work())
+
+    out = tmp_path / "out"
+    report = reshard.convert(source, out, dtype="bfloat16", engine="ray", progress=kill_workers)
+    assert "pieces-made-again" in [finding.code for finding in report.findings]
+    assert_same_folder(out, tmp_path / "local")
+    for stage in ("write", "verify"):
+        done = [done for what, done, _ in seen if what == stage]
+        assert done == sorted(done)
+        assert done[-1] == max(total for what, _, total in seen if what == stage)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost(cluster: Any, tmp_path: Path) -> None:
+    """A whole node, its workers and what it had before it, killed in the middle."""
+    source = save(tmp_path / "run")
+    reshard.convert(source, tmp_path / "local", dtype="bfloat16")
+    lost = cluster.add_node(num_cpus=2, object_store_memory=nodes.STORE)
+    cluster.wait_for_nodes()
+
+    def kill_node(stage: str, done: int, total: int) -> None:
+        if lost in cluster.worker_nodes and done >= total // 4:
+            cluster.remove_node(lost, allow_graceful=False)
+
+    out = tmp_path / "again"
+    reshard.convert(source, out, dtype="bfloat16", engine="ray", progress=kill_node)
+    assert lost not in cluster.worker_nodes
+    assert_same_folder(out, tmp_path / "local")
+
+
+def test_an_error_of_a_worker_is_the_error_of_the_command(cluster: Any, tmp_path: Path) -> None:
+    """The same class, words, path and tensor as from a thread."""
+    large = save(tmp_path / "large", layers=4)
+    tensors = {"w": np.array([1.0, 1e30], np.float32), "v": np.zeros(2048, np.float32)}
+    save_file(tensors, large / "model.safetensors")
+    damaged = HERE / "zero3" / "checkpoint"
+    copy = tmp_path / "damaged"
+    for path in damaged.rglob("*"):
+        if path.is_file():
+            place = copy / path.relative_to(damaged)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+    file = next(copy.rglob("*rank_0*optim_states.pt"))
+    catalog = reshard.open(copy)
+    extent = next(
+        f.in_file for e in catalog.tensors.values() for f in e.entry.fragments
+        if f.in_file.file.path == str(file)
+    )  # fmt: skip
+    raw = bytearray(file.read_bytes())
+    raw[extent.offset] ^= 1
+    file.write_bytes(raw)
+    cases: tuple[tuple[Path, DTypeChoice], ...] = ((large, "float16"), (copy, "keep"))
+    for source, dtype in cases:
+        errors = []
+        for engine in ENGINES:
+            with pytest.raises(ReshardError) as caught:
+                reshard.convert(source, tmp_path / "out", dtype=dtype, engine=engine)
+            errors.append(caught.value)
+            assert not [p for p in tmp_path.iterdir() if "out" in p.name and p.is_dir()]
+        fields = [(type(e), e.message, e.path, e.tensor, e.hint) for e in errors]
+        assert fields[0] == fields[1]
+
+
+def test_a_source_that_changes(cluster: Any, tmp_path: Path) -> None:
+    source = save(tmp_path / "run")
+
+    def touch(stage: str, done: int, total: int) -> None:
+        os.utime(source / "model.safetensors", ns=(1, done))
+
+    with pytest.raises(ReshardError, match=r"changed|not the one"):
+        reshard.convert(source, tmp_path / "out", engine="ray", progress=touch)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["run"]
+
+
+def test_the_workers_read_the_output_again(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(tmp_path / "run", layers=4)
+
+    def flipped(folder: Path, **more: Any) -> Any:
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.seek(-1000, os.SEEK_END)
+            file.write(b"\x55")
+        return verify_folder(folder, **more)
+
+    monkeypatch.setattr(execute, "verify_folder", flipped)
+    monkeypatch.setattr("reshard.transfer.executor.leaf_digest", None)  # of this process
+    with pytest.raises(VerificationError, match="has changed since it was written") as caught:
+        reshard.convert(source, tmp_path / "out", engine="ray")
+    assert caught.value.tensor == "layers.3.weight"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_ends_the_workers(cluster: Any, tmp_path: Path) -> None:
+    source = save(tmp_path / "run", layers=64)
+    out = tmp_path / "out"
+    sent: list[int] = []
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if not sent:
+            sent.append(done)
+            threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        reshard.convert(source, out, dtype="bfloat16", engine="ray", progress=interrupt)
+    assert nodes.writers(tmp_path) == []
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["run"]
+
+
+@pytest.mark.slow
+def test_a_task_that_ends_its_workers(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given up in the end, and a run of fewer tasks at a time is what is advised."""
+    source = save(tmp_path / "run", layers=8)
+    monkeypatch.setattr(tasks, "_TRIES", 1)
+    stop = threading.Event()
+
+    def end_workers() -> None:
+        while not stop.wait(0.01):
+            nodes.kill(nodes.at_work())
+
+    killer = threading.Thread(target=end_workers)
+    killer.start()
+    try:
+        with pytest.raises(WriteError, match="were lost") as caught:
+            reshard.convert(source, tmp_path / "out", engine="ray")
+    finally:
+        stop.set()
+        killer.join()
+    assert "--threads N" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+    monkeypatch.undo()
+    assert reshard.convert(source, tmp_path / "out", engine="ray", threads=1).verified
+
+
+def test_addresses(cluster: Any, tmp_path: Path) -> None:
+    """A program that is connected uses its own cluster, and names no other."""
+    source = save(tmp_path / "run", layers=1)
+    with pytest.raises(OptionError, match="connected to the cluster at"):
+        reshard.convert(source, tmp_path / "out", engine="ray", ray_address="192.0.2.1:6379")
+    for number, address in enumerate((None, "auto", cluster.address)):
+        out = tmp_path / str(number)
+        assert reshard.convert(source, out, engine="ray", ray_address=address).verified
+
+
+def test_the_commands_of_the_pages(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the documentation has run on a cluster, on one."""
+    monkeypatch.chdir(tmp_path)
+    tiny.model(tmp_path / "MODEL")
+    tiny.zero(tmp_path / "RUN")
+    lines = [line for _, line in CASES if CLUSTER in line]
+    assert len(lines) > 2
+    for line in lines:
+        found, given = parsed(line)
+        assert found is not None
+        assert run(found, given) == 0, line
+        shutil.rmtree(tmp_path / "OUT")

@@ -1,0 +1,294 @@
+"""Outputs in stores: the same bytes as locally, complete with the last object or not there."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+import reshard
+from reshard.cli.app import reshard as command
+from reshard.core.locations import located
+from reshard.transfer.remote import RemoteFolder
+from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request, contents
+from tests.remote.test_reading import CHECKPOINTS, GOLDEN
+
+OUT = f"s3://{BUCKET}/out"
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """28 MB in tensors of up to 12 MB: uploads in several parts, and small files."""
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    sizes = [3 << 20, 1000, 7, 3 << 20, 100_000, 1 << 20]
+    tensors = {f"w{n}": rng.random(size, np.float32) for n, size in enumerate(sizes)}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    return folder
+
+
+def left(bucket: Bucket) -> list[str]:
+    """What is there of an output, begun uploads included."""
+    return [*bucket.names("out"), *bucket.uploads()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": "bfloat16", "max_shard_size": "9MB"}, {"to": "dcp", "max_shard_size": "20MB"}],
+    ids=lambda options: " ".join(map(str, options.values())) or "hf",
+)
+def test_the_same_bytes_as_locally(
+    bucket: Bucket, trained: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    reshard.convert(trained, tmp_path / "local", **options)
+    expected = contents(tmp_path / "local")
+    report = reshard.convert(trained, OUT, threads=3, **options)
+    assert bucket.download("out") == expected
+    assert report.verified
+    assert report.target == OUT
+    assert report.requests is not None
+    # Verification read all of it from the store.
+    assert report.requests.bytes_read >= report.bytes_written
+    assert report.requests.bytes_written >= report.bytes_written
+    deletions = sum("?delete" in request.path for request in bucket.proxy.seen)
+    writes = bucket.proxy.count("PUT") + bucket.proxy.count("POST") - deletions
+    assert (report.requests.put, report.requests.delete) == (writes, deletions)
+    assert not bucket.uploads()
+    again = f"s3://{BUCKET}/again"
+    source = bucket.upload(trained, "m")
+    reshard.convert(source, again, verify=False, **options)
+    assert bucket.download("again") == expected
+    assert reshard.verify(again, trained).num_tensors == 6
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints_into_a_store(bucket: Bucket, tmp_path: Path, name: str) -> None:
+    run = GOLDEN / name / "checkpoint"
+    for to in ("hf", "dcp"):
+        reshard.convert(run, tmp_path / to, to=to)
+        assert reshard.convert(run, f"s3://{BUCKET}/{to}", to=to).verified
+        assert bucket.download(to) == contents(tmp_path / to)
+
+
+def test_the_command_says_where_it_wrote(bucket: Bucket, model: Path) -> None:
+    words = ["convert", str(model), OUT, "--dtype", "float16"]
+    dry = CliRunner().invoke(command, [*words, "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert not left(bucket)
+    done = CliRunner().invoke(command, [*words, "--json"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["target"] == OUT
+    assert report["requests"]["put"] >= 4
+    told = done.output + bucket.get("out/reshard.json").decode()
+    for secret in KEYS.values():
+        assert secret not in told
+    with pytest.raises(reshard.OptionError, match="only read"):
+        reshard.convert(model, "hf://org/name")
+    with pytest.raises(reshard.OptionError, match="only read"):
+        reshard.convert(model, "https://host/out")
+
+
+def fails(bucket: Bucket, source: Any, match: str, **options: Any) -> reshard.ReshardError:
+    """A conversion that fails, and leaves nothing."""
+    with pytest.raises(reshard.ReshardError, match=match) as told:
+        reshard.convert(source, OUT, **options)
+    bucket.proxy.fault = lambda request: None
+    assert not left(bucket)
+    for secret in KEYS.values():
+        assert secret not in str(told.value)
+    return told.value
+
+
+@pytest.mark.parametrize("what", ["partNumber=2", "uploadId", "config.json", "reshard.json"])
+def test_a_store_that_refuses_a_write(bucket: Bucket, trained: Path, what: str) -> None:
+    def refuse(request: Request) -> Fault:
+        return 403 if request.method in ("PUT", "POST") and what in request.path else None
+
+    bucket.proxy.fault = refuse
+    error = fails(bucket, trained, "403 Forbidden")
+    assert isinstance(error, reshard.WriteError)
+    assert OUT in str(error)
+
+
+def test_writes_that_fail_once(bucket: Bucket, trained: Path, tmp_path: Path) -> None:
+    reshard.convert(trained, tmp_path / "local")
+    struck: set[str] = set()
+
+    def once(request: Request) -> Fault:
+        if request.method == "GET" or request.path in struck or "reshard" in request.path:
+            return None
+        struck.add(request.path)
+        return 503
+
+    bucket.proxy.fault = once
+    reshard.convert(trained, OUT)
+    assert len(struck) >= 6
+    assert bucket.download("out") == contents(tmp_path / "local")
+    assert not bucket.uploads()
+
+
+def test_a_source_that_changes_leaves_nothing(bucket: Bucket, trained: Path) -> None:
+    url = bucket.upload(trained, "m")
+
+    def change(what: str, done: int, total: int) -> None:
+        if what == "write" and done == total:
+            bucket.put("m/model.safetensors", bucket.get("m/model.safetensors") + b"!")
+
+    fails(bucket, url, "changed while it was read", progress=change)
+
+
+def test_an_interrupt_leaves_nothing(bucket: Bucket, trained: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if done > 20 << 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reshard.convert(trained, OUT, progress=stop, threads=4)
+    assert not left(bucket)
+
+
+def test_what_is_read_back_is_what_is_there(bucket: Bucket, trained: Path) -> None:
+    """An object that is not what was sent: verification finds it, and nothing is left."""
+
+    def spoil(what: str, done: int, total: int) -> None:
+        if what == "verify" and not spoilt:
+            spoilt.append(1)
+            data = bytearray(bucket.get("out/model.safetensors"))
+            data[-5] ^= 1
+            bucket.put("out/model.safetensors", bytes(data))
+
+    spoilt: list[int] = []
+    error = fails(bucket, trained, "", progress=spoil, threads=1)
+    assert isinstance(error, (reshard.VerificationError, reshard.IncompleteError))
+
+
+def test_overwriting(bucket: Bucket, trained: Path, model: Path, tmp_path: Path) -> None:
+    reshard.convert(trained, OUT, max_shard_size="9MB")
+    before = bucket.names("out")
+    with pytest.raises(reshard.WriteError, match="the output exists: reshard wrote it"):
+        reshard.convert(model, OUT)
+    reshard.convert(model, tmp_path / "local")
+    report = reshard.convert(model, OUT, overwrite=True)
+    assert bucket.download("out") == contents(tmp_path / "local")
+    assert report.replaced is not None
+    assert report.replaced.num_files == len(before)
+    # What reshard did not write, or what was changed, is kept.
+    bucket.put("out/mine.txt", b"mine")
+    with pytest.raises(reshard.WriteError, match=r"mine\.txt"):
+        reshard.convert(model, OUT, overwrite=True)
+    bucket.client.delete_object(Bucket=BUCKET, Key="out/mine.txt")
+    bucket.put("out/config.json", b'{"model_type": "y", "torch_dtype": "bfloat16"}')
+    with pytest.raises(reshard.WriteError, match=r"config.json \(changed\)"):
+        reshard.convert(model, OUT, overwrite=True)
+    bucket.put("other/config.json", b"{}")
+    with pytest.raises(reshard.WriteError, match="not an output of reshard"):
+        reshard.convert(model, f"s3://{BUCKET}/other", overwrite=True)
+    with pytest.raises(reshard.WriteError, match="is a file"):
+        reshard.convert(model, f"{OUT}/config.json")
+    assert bucket.get("other/config.json") == b"{}"
+
+
+def test_the_old_output_stands_until_the_new_is_sent(
+    bucket: Bucket, trained: Path, model: Path
+) -> None:
+    reshard.convert(model, OUT)
+    before = bucket.download("out")
+    bucket.proxy.fault = lambda request: 403 if "?uploads" in request.path else None
+    with pytest.raises(reshard.WriteError, match="403") as told:
+        reshard.convert(trained, OUT, overwrite=True)
+    assert bucket.download("out") == before
+    assert "deleted" not in str(told.value)
+    bucket.proxy.fault = lambda request: 403 if request.path.endswith("out/config.json") and (
+        request.method == "PUT"
+    ) else None  # fmt: skip
+    fails(bucket, trained, "The old output is deleted", overwrite=True)
+
+
+@pytest.fixture
+def killed(bucket: Bucket) -> str:
+    """A run that was killed: what it wrote stands, and its first object."""
+    path = located(OUT)
+    names = ["model.safetensors", "config.json"]
+    folder = RemoteFolder(path, "plan", names)  # type: ignore[arg-type]
+    folder.__enter__()
+    folder.write("config.json", b"{}")
+    folder.settle()
+    from reshard.storage import remote
+
+    remote.being_written.discard(OUT)
+    return OUT
+
+
+def test_a_run_that_was_killed(bucket: Bucket, killed: str, trained: Path, tmp_path: Path) -> None:
+    assert bucket.names("out") == ["out/config.json", "out/reshard.partial.json"]
+    with pytest.raises(reshard.IncompleteError, match="not complete"):
+        reshard.open(killed)
+    with pytest.raises(reshard.WriteError, match="is written there, or its run was killed") as told:
+        reshard.convert(trained, killed)
+    assert "--overwrite" in str(told.value)
+    bucket.put("out/mine.txt", b"mine")
+    with pytest.raises(reshard.WriteError, match=r"mine\.txt"):
+        reshard.convert(trained, killed, overwrite=True)
+    bucket.client.delete_object(Bucket=BUCKET, Key="out/mine.txt")
+    reshard.convert(trained, tmp_path / "local")
+    reshard.convert(trained, killed, overwrite=True)
+    assert bucket.download("out") == contents(tmp_path / "local")
+
+
+def test_two_runs_of_one_output(bucket: Bucket, trained: Path, tmp_path: Path) -> None:
+    reshard.convert(trained, tmp_path / "local")
+    refused: list[str] = []
+
+    def other(what: str, done: int, total: int) -> None:
+        if not refused:
+            refused.append("")
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    def second() -> None:
+        try:
+            RemoteFolder(located(OUT), "plan", []).__enter__()  # type: ignore[arg-type]
+        except reshard.WriteError as error:
+            refused.append(str(error))
+
+    reshard.convert(trained, OUT, progress=other)
+    assert "another run writes this output" in refused[1]
+    assert bucket.download("out") == contents(tmp_path / "local")
+
+
+@pytest.mark.parametrize("what", ["config.json", "mine.txt", "reshard.partial.json"])
+def test_somebody_else_writes_there(bucket: Bucket, trained: Path, what: str) -> None:
+    def write(stage: str, done: int, total: int) -> None:
+        if stage == "verify" and done == total:
+            bucket.put(f"out/{what}", b"{}")
+
+    with pytest.raises(reshard.WriteError, match=r"something else|another run"):
+        reshard.convert(trained, OUT, progress=write)
+    names = bucket.names("out")
+    assert "out/reshard.json" not in names
+    # Taken over by another run: all of it is the other's.
+    assert (
+        names
+        == {
+            "config.json": [],
+            "mine.txt": ["out/mine.txt"],
+            "reshard.partial.json": ["out/config.json", "out/model.safetensors", f"out/{what}"],
+        }[what]
+    )
+
+
+def test_workers_do_not_write_into_a_store(bucket: Bucket) -> None:
+    folder = RemoteFolder(located(OUT), "plan", ["x"])  # type: ignore[arg-type]
+    with folder, pytest.raises(reshard.UnsupportedError, match="workers of a cluster"):
+        folder.lend("x", folder.create("x", 1))
+    assert not left(bucket)
