@@ -138,8 +138,7 @@ class Inspection(Struct, frozen=True):
     `total_bytes` is what the tensors take as the checkpoint holds them, `bytes_to_read` what a
     conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take. `dtypes` and
     sizes are those of what is stored, codes and scales included; `codes` is None where nothing
-    is quantised. Of a DCP checkpoint the items are not looked at, only what the metadata says of
-    them; whoever reads a tensor of `checkpoint` opens it anew.
+    is quantised. A DCP checkpoint's items are not opened before a tensor of `checkpoint` is read.
     """
 
     checkpoint: Checkpoint
