@@ -1,10 +1,14 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and the skipping of those whose framework is not installed."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from tests.oracle.cache import Oracle, open_or_make
+from tests.oracles import MISSING, lacking
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,3 +27,33 @@ def oracle(pytestconfig: pytest.Config) -> Oracle:
     for package in ("deepspeed", "peft"):
         pytest.importorskip(package)
     return open_or_make(pytestconfig.cache.mkdir("oracle"))
+
+
+class _Skipped(pytest.Collector):
+    """A file, or a folder with its fixtures, that needs a framework which is not installed."""
+
+    reason: str
+
+    def collect(self) -> NoReturn:
+        pytest.skip(self.reason, allow_module_level=True)
+
+
+def _skipped(path: Path, needs: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    missing = lacking(needs) if MISSING and needs.is_file() else None
+    if missing is None:
+        return None
+    made = _Skipped.from_parent(parent, name=path.name)
+    made.reason = f"{missing} is not installed"
+    return made
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Collector | None:
+    return _skipped(module_path, module_path, parent)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    return _skipped(path, path / "conftest.py", parent)

@@ -38,6 +38,7 @@ ALLOWED = {
     "reshard.transfer.journal": "appends to its file in the output folder",
     "reshard.transfer.leftovers": "removes what it made, by inode",
     "reshard.transfer.lock": "holds a file beside the output",
+    "reshard.transfer.resuming": "makes a run's own folder",
     "reshard.transfer.system": "calls that pathlib does not have, on the output",
     "reshard.cli.topics": "reads reshard's own pages",
     "reshard.cli.interrupts": "looks at the output while a signal waits, and raises nothing",

@@ -384,3 +384,19 @@ def test_tags_are_listed_by_number_and_not_all() -> None:
     assert tags.listed(["checkpoint-1000", "checkpoint-500"]) == "checkpoint-500, checkpoint-1000"
     assert tags.listed(names).startswith("20 more, checkpoint-2100, ")
     assert tags.meant("1", ["a1", "b1"]) is None
+
+
+def test_adapters_side_by_side_are_listed(tmp_path: Path) -> None:
+    """PEFT saves each adapter of a model into a folder of its name; none of them is the newest."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+        tensors = {f"base_model.model.q.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+    with pytest.raises(reshard.ReshardError, match="it holds several adapters: one, two") as caught:
+        reshard.open(tmp_path)
+    assert caught.value.hint == "Name one of them."
+    assert len(reshard.open(tmp_path / "one").tensors) == 2
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name).rename(tmp_path / f"checkpoint-{number}")
+    assert reshard.open(tmp_path).catalog.origin.root == tmp_path / "checkpoint-1"

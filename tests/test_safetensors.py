@@ -158,3 +158,19 @@ def test_what_the_hint_for_white_space_says_helps(tmp_path: Path) -> None:
     refused(path, FormatError, "save it again")
     save_file(load_file(path), path)
     assert reshard.open(path).tensors["a"].shape == (16,)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n", "Run `git lfs pull`"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page or XML, not a safetensors file"),
+        (b"PK\x03\x04" + bytes(60), "a zip archive, as torch.save writes them, not a safetensors"),
+        (bytes(600), "zero: space was reserved and never written"),
+        (b"GGUF" + bytes(60), "a GGUF file, not a safetensors file"),
+    ],
+)
+def test_other_files_under_the_name_of_a_model(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    refused(path, ReshardError, words)

@@ -232,14 +232,7 @@ class Checkpoint:
         if self.catalog.optimizer is None or self._again is None:
             return None
         with Sources(self.files.identities) as sources:
-            catalog = self._again(sources)
-            state = catalog.training_state()
-            if state is None:
-                return None
-            entries = [entry for _, entry in state.entries()]
-            for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
-                sources.open(file)
-            return Optimizer(state, sources.identities())
+            return _optimizer(self._again(sources), sources)
 
     def _repr_html_(self) -> str:
         """The checkpoint as a notebook shows it: what it is, and its tensors to unfold."""
@@ -258,6 +251,16 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.format} {os.fspath(self.catalog.origin.root)!r}>"
+
+
+def _optimizer(catalog: Catalog, sources: Sources) -> Optimizer | None:
+    """The training state of a catalog whose files are open; None where it has none."""
+    state = catalog.training_state()
+    if state is None:
+        return None
+    for file in {extent.file.path for e in state.entries() for extent in stored(e.fragments)}:
+        sources.open(file)
+    return Optimizer(state, sources.identities())
 
 
 # A notebook keeps what it shows: of very many tensors, these.
@@ -297,8 +300,10 @@ def open_checkpoint(
     return opened(parse(OPEN, dict(locals())))
 
 
-def opened(values: Mapping[str, Any], *, located: bool = True) -> Checkpoint:
-    """The checkpoint that the options `OPEN` name.
+def opened(
+    values: Mapping[str, Any], *, optimizer: bool = False, located: bool = True
+) -> Checkpoint:
+    """The checkpoint that parsed options name; with `optimizer` its training state is read, too.
 
     Without `located` a reader may leave out to look where each tensor lies, which of a checkpoint
     of many parts takes long: the catalog serves for a summary, and the first tensor that is read
@@ -317,4 +322,8 @@ def opened(values: Mapping[str, Any], *, located: bool = True) -> Checkpoint:
         for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
             sources.open(file)
         whole = None if located else cache(lambda: opened(values))
-        return Checkpoint(catalog, sources.identities(), read, whole)
+        checkpoint = Checkpoint(catalog, sources.identities(), read, whole)
+        if optimizer:
+            # In place of the cached property, which would read the table a second time.
+            checkpoint.__dict__["optimizer"] = _optimizer(catalog, sources)
+        return checkpoint

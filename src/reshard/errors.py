@@ -20,11 +20,16 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+
+from msgspec import Struct, field
 
 # Characters of a tensor's name in a message, and of a message: a file's names may be of any length.
 _MAX_NAME, _MAX_MESSAGE = 200, 10_000
+# Names in a row of a report.
+_SHOWN = 5
 
 
 class ReshardError(Exception):
@@ -37,7 +42,7 @@ class ReshardError(Exception):
     tensor: the tensor's name in the checkpoint.
     hint: what the user can do about it.
 
-    `also` are other errors of the same command that were found besides.
+    `also` are other errors of the same command.
     """
 
     also: tuple[ReshardError, ...] = ()
@@ -158,11 +163,59 @@ class UnsupportedError(ReshardError):
     """The input is recognised but not supported; the message says what is not."""
 
 
+class Resize(Struct, frozen=True):
+    """A vocabulary of `rows` rows where the base has `base_rows`."""
+
+    name: str
+    base_rows: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.base_rows} rows to {self.rows}"
+
+
+class Matching(Struct, frozen=True):
+    """How a checkpoint's tensors and the base's match; the names are the output's but for those of
+    `unexpected`, which are the checkpoint's.
+
+    missing: tensors of the base that are not written. filled: those that are copied from it.
+    unexpected: tensors of the checkpoint that are not written.
+    tied: a name that is not stored -> the name that its weights are stored under.
+    resized: tensors with another number of vocabulary rows than the base's.
+    """
+
+    missing: tuple[str, ...] = ()
+    filled: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    resized: tuple[Resize, ...] = ()
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The matching as lines of a label and its words; what is empty has none."""
+        rows = [("tied", listed(f"{a} = {b}" for a, b in self.tied.items()))] if self.tied else []
+        for what in ("filled", "missing", "unexpected"):
+            names: tuple[str, ...] = getattr(self, what)
+            if names:
+                rows.append((what, f"{len(names)}: {listed(names, _SHOWN)}"))
+        return [*rows, ("resized", listed(map(str, self.resized)))] if self.resized else rows
+
+    def to_json(self) -> dict[str, Any]:
+        """The matching as JSON values; `resized` is left out where nothing is."""
+        resized = {"resized": [str(one) for one in self.resized]} if self.resized else {}
+        return {
+            "tied": dict(self.tied),
+            "filled": list(self.filled),
+            "missing": list(self.missing),
+            "unexpected": list(self.unexpected),
+            **resized,
+        }
+
+
 class NamesError(ReshardError):
     """The checkpoint's tensors and the base model's do not match, name for name.
 
-    `missing` are tensors of the base that the checkpoint does not have, `unexpected` are tensors
-    of the checkpoint that the base does not have.
+    `matching` lists them: its `missing` are tensors of the base that the checkpoint does not have,
+    its `unexpected` are tensors of the checkpoint that the base does not have.
     """
 
     def __init__(
@@ -176,8 +229,16 @@ class NamesError(ReshardError):
         hint: str | None = None,
     ) -> None:
         super().__init__(message, path=path, tensor=tensor, hint=hint)
-        self.missing = missing
-        self.unexpected = unexpected
+        # A refused conversion fills and ties nothing.
+        self.matching = Matching(missing=missing, unexpected=unexpected)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return self.matching.missing
+
+    @property
+    def unexpected(self) -> tuple[str, ...]:
+        return self.matching.unexpected
 
 
 class PlanError(ReshardError):

@@ -30,7 +30,7 @@ from reshard.errors import (
     printable,
 )
 from reshard.formats.info import named
-from reshard.naming.matching import Matching, of_error
+from reshard.naming.matching import Matching
 from reshard.storage.local import Sources
 from reshard.storage.paths import file_size, files_below, is_file
 
@@ -299,7 +299,7 @@ def inspect(
     or damaged.
     """
     values = parse(INSPECT, dict(locals()))
-    checkpoint = opened(values, located=False)
+    checkpoint = opened(values, optimizer=values["optimizer"], located=False)
     entries = list(checkpoint.catalog.entries.values())
     return Inspection(
         checkpoint=checkpoint,
@@ -385,7 +385,7 @@ def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
             numbers, _ = as_numbers(checkpoint.catalog, base, options, sources)
             output = output_model.onto(numbers, base, options, None)
         except NamesError as error:
-            return Fitting(str(error), matching=of_error(error))
+            return Fitting(str(error), matching=error.matching)
         except (FormatError, IncompleteError, PlanError, UnsupportedError) as error:
             return Fitting(str(error))
     found = output.name_map

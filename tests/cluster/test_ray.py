@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 import reshard
 from reshard.cli.app import run
 from reshard.conversion import execute
-from reshard.conversion.options import ENGINES, DTypeChoice
+from reshard.conversion.options import ENGINES, DTypeChoice, Engine
 from reshard.conversion.verification import verify_folder
 from reshard.errors import OptionError, ReshardError, VerificationError, WriteError
 from reshard.transfer.cluster import executor, tasks
@@ -88,6 +89,36 @@ def test_golden_checkpoints_give_the_same_files_as_ever(cluster: Any, tmp_path: 
             assert {k: v for k, v in report.to_json().items() if k not in apart} == {
                 k: v for k, v in local.to_json().items() if k not in apart
             }
+
+
+def test_workers_import_what_they_need_and_tasks_are_made_when_they_are_due(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No torch, no reader of a format; and no more tasks at a time than the workers soon take."""
+    source = save(tmp_path / "run", layers=32, rows=64)
+    together, under_way, most = executor._together, 0, 0
+
+    def counted(*arguments: Any) -> Iterator[Any]:
+        nonlocal under_way, most
+        for pieces in together(*arguments):
+            under_way += 1
+            most = max(most, under_way)
+            yield pieces
+
+    def answered(stage: str, done: int, total: int) -> None:
+        nonlocal under_way
+        under_way -= stage == "write"
+
+    monkeypatch.setattr(executor, "_together", counted)
+    reshard.convert(source, tmp_path / "out", engine="ray", progress=answered)
+    assert under_way == 0
+    assert most == tasks._AHEAD * 3 < 32
+    ask = ray.remote(scheduling_strategy="SPREAD")(lambda: sorted(sys.modules))
+    found = [modules for modules in ray.get([ask.remote() for _ in range(6)])
+             if "reshard.transfer.cluster.worker" in modules]  # fmt: skip
+    assert found
+    unwanted = ("torch", "reshard.formats", "reshard.conversion", "reshard.containers")
+    assert [name for modules in found for name in modules if name.startswith(unwanted)] == []
 
 
 def test_workers_that_are_lost(cluster: Any, tmp_path: Path) -> None:
@@ -206,6 +237,38 @@ def test_an_interrupt_ends_the_workers(cluster: Any, tmp_path: Path) -> None:
         reshard.convert(source, out, dtype="bfloat16", engine="ray", progress=interrupt)
     assert nodes.writers(tmp_path) == []
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["run"]
+
+
+@pytest.mark.parametrize("first", ENGINES)
+@pytest.mark.parametrize("second", ENGINES)
+def test_an_interrupted_run_is_continued(
+    cluster: Any, tmp_path: Path, first: Engine, second: Engine
+) -> None:
+    """By either engine, whichever was interrupted; pieces that were damaged are made again."""
+    if first == second == "local":
+        return  # tests/resume
+    source = save(tmp_path / "run")
+    out = tmp_path / "out"
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reshard.convert(
+            source, out, dtype="bfloat16", engine=first, resume=True, progress=interrupt
+        )
+    (left,) = tmp_path.glob(".out.partial-*/tmp/*")
+    with left.open("r+b") as file:
+        file.seek(5 << 20)
+        file.write(b"damage")
+    report = reshard.convert(source, out, dtype="bfloat16", engine=second, resume=True)
+    assert "resumed" in [finding.code for finding in report.findings]
+    total = left.stat().st_size if left.exists() else (out / "model.safetensors").stat().st_size
+    assert report.bytes_reused is not None
+    assert total // 3 < report.bytes_reused < total
+    reshard.convert(source, tmp_path / "local", dtype="bfloat16")
+    assert_same_folder(out, tmp_path / "local")
 
 
 @pytest.mark.slow

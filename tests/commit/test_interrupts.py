@@ -114,3 +114,35 @@ def test_after_everything_is_done(model: Path, tmp_path: Path) -> None:
     assert done.returncode == 130
     assert f"The new output is complete: {tmp_path / 'out'}." in done.stderr
     assert reshard.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("signum", ["SIGINT", "SIGTERM"])
+def test_what_is_finished_is_kept_with_resume(model: Path, tmp_path: Path, signum: str) -> None:
+    """The message says so, and it is true."""
+    place = tmp_path / "place"
+    place.mkdir()
+    code = (
+        f"{AT}interrupt(commit, 'rename_new', signal.SIGKILL)\n"
+        "from reshard.cli.start import reshard\nreshard()"
+    )
+    arguments = ("convert", model, place / "out", "--dtype", "float16", "--resume")
+    assert run(code, *arguments).returncode == -9
+    code = code.replace(
+        "commit, 'rename_new', signal.SIGKILL", f"manifest, 'render', signal.{signum}"
+    )
+    done = run(f"from reshard.conversion import manifest\n{code}", *arguments)
+    assert done.returncode == 130, done.stderr
+    assert "what is finished is kept beside it: run the command again to continue." in done.stderr
+    assert [path.name[:13] for path in place.iterdir()] == [".out.partial-"]
+    done = run("from reshard.cli.start import reshard\nreshard()", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "of an interrupted run" in done.stdout
+    assert [path.name for path in place.iterdir()] == ["out"]
+    reshard.convert(model, tmp_path / "whole", dtype="float16")
+    names = listing(tmp_path / "whole")
+    assert listing(place / "out") == names
+    files = [name for name in names if (place / "out" / name).is_file()]
+    assert files
+    assert all(
+        (place / "out" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in files
+    )

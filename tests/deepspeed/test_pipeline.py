@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,23 @@ def test_the_optimizers_state_goes_along(name: str, pipeline_runs: Path, tmp_pat
     (group,) = state.groups
     assert group.hyperparameters["lr"] == 0.01
     assert sorted(group.names) == sorted(n for n in state.moments["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("to", "layout"), [("deepspeed", None), ("dcp", "accelerate"), ("dcp", "nested")]
+)
+def test_the_state_becomes_what_others_load(
+    to: Any, layout: Any, pipeline_runs: Path, tmp_path: Path
+) -> None:
+    run, out = pipeline_runs / "tied", tmp_path / "out"
+    reshard.convert(
+        run / "checkpoint", out, base=run / "base", to=to, optimizer=True, layout=layout
+    )
+    opened = reshard.open(out).optimizer
+    assert opened is not None
+    for full, tensor in load_file(run / "moments.safetensors").items():
+        kind, _, own = full.partition(".")
+        assert torch.equal(torch.from_numpy(opened.moments[kind][own].numpy()), tensor), full
 
 
 def test_without_a_base_names_are_the_layers_numbers(pipeline_runs: Path) -> None:

@@ -123,7 +123,26 @@ def test_no_model_and_an_output_that_exists(
     assert "exists" in capsys.readouterr().err
 
 
-def test_the_mended_folder_must_be_well(
+def test_strict_makes_errors_of_warnings(pairs: Pairs, tmp_path: Path) -> None:
+    """Of all of them, or of those with the codes that follow."""
+    ill = pairs("llama").copy(tmp_path / "ill")
+    (ill / "generation_config.json").unlink()
+    base = str(pairs("llama").base)
+    asked = ["doctor", str(ill), "--base", base]
+    (finding,) = reshard.doctor(ill, base=base).findings
+    assert (finding.code, finding.severity) == ("generation-config-missing", "warning")
+    assert run(command, asked) == 0
+    assert run(command, [*asked, "--strict"]) == 1
+    assert run(command, [*asked, "--strict", finding.code]) == 1
+    assert run(command, [*asked, "--strict", "tokenizer-missing"]) == 0
+    assert run(command, [*asked, "--strict", "--repair", str(tmp_path / "out")]) == 0
+    found = reshard.doctor(ill, base=base, strict=[finding.code])
+    assert found.errors == (finding,)
+    with pytest.raises(reshard.OptionError, match="strict: 'no-base' is not the code"):
+        reshard.doctor(ill, strict=["no-base"])
+
+
+def test_the_repaired_folder_must_be_well(
     pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A repair that leaves an error behind is not shown as one."""

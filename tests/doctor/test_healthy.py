@@ -54,7 +54,7 @@ def test_what_reshard_converts(pairs: Pairs, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", tables.names(models.RELEASED))
-def test_no_released_layout_is_taken_for_that_of_a_live_module(name: str, tmp_path: Path) -> None:
+def test_no_released_layout_is_taken_for_that_of_a_loaded_model(name: str, tmp_path: Path) -> None:
     models.write(tmp_path / "model", name, 0)
     # 4.57 writes no topk_method, which the release of DeepSeek-V3 has.
     lacking = ["config-fields-missing"] if name == "deepseek_v3" else []

@@ -110,7 +110,7 @@ def test_two_names_that_become_one_are_not_mended(pairs: Pairs, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_5_vl_tied", "mixtral", "llava"])
-def test_the_names_of_a_live_module(pairs: Pairs, name: str, tmp_path: Path) -> None:
+def test_the_names_of_a_loaded_model(pairs: Pairs, name: str, tmp_path: Path) -> None:
     pair = pairs(name)
     ill = pair.copy(tmp_path / "ill")
     state = models.loaded(pair.healthy).state_dict()
@@ -129,7 +129,7 @@ def test_the_names_of_a_live_module(pairs: Pairs, name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("version", ["4.57", "5.23"])
 @pytest.mark.parametrize("name", tables.names("5.23"))
-def test_every_layout_of_a_live_module_is_known(name: str, version: str, tmp_path: Path) -> None:
+def test_every_layout_of_a_loaded_model_is_known(name: str, version: str, tmp_path: Path) -> None:
     table = tables.table(version, name)
     released = tables.table(models.RELEASED, name)
     strange = table.memory.keys() - released.disk.keys() - {"lm_head.weight"}

@@ -200,7 +200,7 @@ def test_tensors_without_a_namesake_are_named(
     )
     found = compared(models("causal_tied"), other, tmp_path)
     assert found.verdict == "identical"
-    assert "1 tensors have no namesake" in found.reason
+    assert "1 tensors are not in the other folder" in found.reason
     assert found.weights is not None
     assert (found.weights.only_here, found.weights.only_there) == (0, 1)
 

@@ -23,6 +23,8 @@ SITUATIONS = [
     for overwrite in (False, True)
     for lacking in SYSTEMS
 ]
+# Of a run that continues one that was killed.
+RESUMED = [replace(situation, resumed=True) for situation in SITUATIONS]
 
 
 class Bench:
@@ -66,9 +68,11 @@ class Bench:
         return done.stdout.splitlines()
 
 
-def calls(bench: Bench, *, late: bool) -> dict[Trial, list[str]]:
+def calls(
+    bench: Bench, *, late: bool, situations: Sequence[Trial] = SITUATIONS
+) -> dict[Trial, list[str]]:
     """The calls of each situation, in order: of the whole run, or from the commit on."""
-    situations = [replace(situation, late=late) for situation in SITUATIONS]
+    situations = [replace(situation, late=late) for situation in situations]
     return {
         outcome.trial: outcome.calls for outcome in bench.run(situations) if outcome.ended == "done"
     }
@@ -79,20 +83,21 @@ def kills(
     actions: Sequence[str],
     systems: Sequence[tuple[str, ...]] = SYSTEMS,
 ) -> Iterator[Trial]:
-    """A kill at every call of every situation on these systems."""
+    """A kill at every call of every situation on these systems; every other is resumed."""
     for situation, names in counted.items():
         if situation.lacking not in systems:
             continue
         for nth in range(1, len(names) + 1):
             for action in actions:
-                yield replace(situation, action=action, nth=nth)
+                then_resume = bool(nth % 2) or situation.resumed
+                yield replace(situation, action=action, nth=nth, then_resume=then_resume)
 
 
 def random_kills(count: int, most: float, seed: int) -> Iterator[Trial]:
     """Kills at random moments within `most` seconds."""
     chance = random.Random(seed)
     for _ in range(count):
-        situation = chance.choice(SITUATIONS)
+        situation = replace(chance.choice(SITUATIONS + RESUMED), then_resume=chance.random() < 0.5)
         yield replace(situation, action="timer", nth=chance.randrange(int(most * 1e6)))
 
 

@@ -6,7 +6,17 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.faults.suite import ERRORS, ROOT, SYSTEMS, Bench, calls, failures, kills, random_kills
+from tests.faults.suite import (
+    ERRORS,
+    RESUMED,
+    ROOT,
+    SYSTEMS,
+    Bench,
+    calls,
+    failures,
+    kills,
+    random_kills,
+)
 from tests.faults.trials import Outcome
 
 PAGE = ROOT / "docs" / "reliability.md"
@@ -16,11 +26,15 @@ Made by `python -m tests.faults.table` from the suite in `tests/faults`, which r
 again and again, each time with another fault: as a new output, and with `--overwrite` onto an
 output that reshard wrote; on a system of today, on one that cannot exchange two folders (NFS, many
 FUSE), and on one that has neither that, nor flock, nor fallocate. After every fault the same
-command is run again, without a fault: it always ended well and left nothing but the new output. No
-trial ever left a torn output, or removed an old one without putting the new one in its place.
+command is run again, without a fault, and after every other kill with `--resume`: it always ended
+well, with the same bytes, and left nothing but the new output. No trial ever left a torn output, or
+removed an old one without putting the new one in its place. The order in which files are synced and
+renamed is checked in a trace of the system calls (`tests/commit/test_order.py`): kills say nothing
+about a power cut.
 
 *as before*: what stood under the output's name stands there still, nothing else is left, and the
-message says so. *done*: the run ended well, and the new output stands.
+message says so. *done*: the run ended well, and the new output stands. *a resumed run*: one with
+`--resume`, after a run that was killed before its commit; what it keeps is beside the output.
 """
 # What other tests of the folder show; each names the test.
 OTHERS = (
@@ -32,6 +46,18 @@ OTHERS = (
      "test_limits.py", "test_a_small_file_system"),
     ("a limit on the size of files (RLIMIT_FSIZE)", "an error; as before",
      "test_limits.py", "test_a_limit_on_the_size_of_files"),
+    ("Ctrl-C, SIGTERM or SIGHUP at any moment: during imports and after the commit, too",
+     "exit code 130; what stands under the name is said; with `--resume`, what is finished is kept",
+     "../commit/test_interrupts.py", "test_what_stands_is_said"),
+    ("what a killed run left is damaged: a journal torn, edited or forged, bytes that changed",
+     "with `--resume`: what is not as it was noted is made again; the same bytes",
+     "../resume/test_damage.py", "test_bytes_that_were_changed_after_their_line"),
+    ("a source changes between a killed run and `--resume`, whatever its times say",
+     "nothing is reused, and a finding names the file",
+     "../resume/test_damage.py", "test_a_source_that_changed_between"),
+    ("what lies beside the output is another user's, unmarked, a link, or of a process that lives",
+     "neither read nor removed; an error or a finding names it",
+     "../resume/test_damage.py", "test_a_folder_that_is_not_ours"),
     ("a source or a file of the base shrinks, grows, changes, is replaced or vanishes meanwhile",
      "an error that names the file; as before",
      "test_limits.py", "test_a_source_that_changes"),
@@ -68,6 +94,8 @@ def table(outcomes: Iterable[Outcome]) -> Rows:
             "short": ("`pwrite64` writes less than it was given", ""),
             "timer": ("SIGKILL at a random moment", ""),
         }.get(trial.action, ("SIGKILL at any system call", ""))
+        if trial.resumed:
+            key = (f"{key[0]}, of a resumed run", key[1])
         cells = rows.setdefault(key, (set(), set()))
         cells[trial.overwrite].add(words(outcome))
     return rows
@@ -96,8 +124,9 @@ def page(rows: Rows) -> str:
 def trials(bench: Bench) -> list[Outcome]:
     """All that the page is made from: some thousand runs, some minutes."""
     counted = calls(bench, late=False)
+    resumed = calls(bench, late=False, situations=RESUMED)
     plan = [
-        *kills(counted, ["kill before"]),
+        *kills({**counted, **resumed}, ["kill before"]),
         *random_kills(100, 0.05, seed=2),
         *failures(counted, ERRORS, SYSTEMS[:1]),
         *failures(counted, ["EIO"], SYSTEMS[1:]),

@@ -12,6 +12,8 @@ import pytest
 from tests.faults import library
 from tests.faults.suite import (
     ERRORS,
+    RESUMED,
+    SITUATIONS,
     SYSTEMS,
     Bench,
     calls,
@@ -20,7 +22,7 @@ from tests.faults.suite import (
     random_kills,
 )
 from tests.faults.table import OTHERS, PAGE, table
-from tests.faults.trials import Outcome
+from tests.faults.trials import Outcome, Trial
 
 pytestmark = pytest.mark.skipif(
     library.compiler() is None or not Path("/proc/self/fd").exists(),
@@ -90,6 +92,17 @@ def test_a_kill_at_every_call_of_the_commit(quick: Bench) -> None:
         check_killed(outcome)
 
 
+def test_a_kill_at_every_call_of_a_resumed_run(quick: Bench) -> None:
+    """And the run that resumes it in turn reuses what both had finished."""
+    counted = calls(quick, late=False, situations=RESUMED[:1])
+    outcomes = quick.run(list(kills(counted, ["kill before"])))
+    assert len(outcomes) > 50
+    for outcome in outcomes:
+        assert outcome.ended == "killed", outcome
+        check_killed(outcome)
+    assert sum(outcome.reused > 0 for outcome in outcomes) > len(outcomes) // 2
+
+
 def test_kills_at_random_moments(quick: Bench) -> None:
     for outcome in quick.run(list(random_kills(50, 0.02, seed=1))):
         check_killed(outcome)
@@ -106,12 +119,15 @@ def test_three_equal_commands_at_once(quick: Bench) -> None:
 
 def test_the_page_names_tests_that_are_there() -> None:
     for _, _, file, name in OTHERS:
-        assert f"def {name}(" in Path(__file__).with_name(file).read_text(encoding="utf-8")
+        text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+        assert f"def {name}(" in text
 
 
 @pytest.mark.slow
-def test_a_kill_at_every_call(bench: Bench) -> None:
-    trials = list(kills(calls(bench, late=False), ["kill before", "kill after"]))
+@pytest.mark.parametrize("situations", [SITUATIONS, RESUMED])
+def test_a_kill_at_every_call(bench: Bench, situations: list[Trial]) -> None:
+    counted = calls(bench, late=False, situations=situations)
+    trials = list(kills(counted, ["kill before", "kill after"]))
     assert len(trials) > 500
     for outcome in bench.run(trials):
         check_killed(outcome)

@@ -25,6 +25,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import reshard
+from reshard.transfer import journal
 from reshard.transfer.commit import OutputFolder
 from tests.faults.library import COUNT, FAIL, FAIL_ALWAYS, KILL_AFTER, KILL_BEFORE, SHORT, Faults
 
@@ -39,7 +40,8 @@ class Trial:
 
     `action` "timer" kills after `nth` microseconds, "count" only counts the calls. `call` may also
     be on the source's paths, where `on` is "source". Calls count from `OutputFolder.commit` on
-    where `late`, else from the beginning.
+    where `late`, else from the beginning. With `resumed` the run continues one that was killed
+    before its commit; with `then_resume` the next run is one with --resume.
     """
 
     action: str
@@ -50,6 +52,8 @@ class Trial:
     lacking: tuple[str, ...] = ()
     late: bool = False
     on: str = "output"
+    resumed: bool = False
+    then_resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Outcome:
 
     `left` are the names beside the output. `kept` says whether a plain run, without --overwrite,
     found and kept the old output; `rerun` whether a run with --overwrite then succeeded and left
-    the new output alone.
+    the new output alone; `reused` how many bytes that run reused.
     """
 
     trial: Trial
@@ -69,6 +73,7 @@ class Outcome:
     kept: bool
     rerun: str
     calls: list[str] = field(default_factory=list)
+    reused: int = 0
 
 
 class Stage:
@@ -79,6 +84,7 @@ class Stage:
         self.place = folder / "place"
         self.out = self.place / "out"
         self._kept = folder / "old"
+        journal._STEP = 1  # each piece is noted at once
         self._make_model()
         reshard.convert(self.model, self._kept, base=self.model, allow_unchanged=True)
         self.states = {"old": content(self._kept)}
@@ -94,16 +100,32 @@ class Stage:
         tensors = {"w": np.arange(300, dtype=np.float32), "b": np.ones(7, np.int64)}
         save_file(tensors, self.model / "model.safetensors")
 
-    def convert(self, *, overwrite: bool) -> None:
-        reshard.convert(
+    def convert(self, *, overwrite: bool, resume: bool = False) -> int:
+        """The command that is tried; the bytes that it reused."""
+        report = reshard.convert(
             self.model,
             self.out,
             base=self.model,
             dtype="float16",
             allow_unchanged=True,
             overwrite=overwrite,
+            resume=resume,
             threads=1,
         )
+        return report.bytes_reused or 0
+
+    def leave_unfinished(self, *, overwrite: bool) -> None:
+        """A run that is killed before its commit."""
+
+        def die(folder: OutputFolder) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def work() -> str:
+            OutputFolder.commit = die  # type: ignore[method-assign, assignment]
+            return str(self.convert(overwrite=overwrite))
+
+        ended, _ = in_child(work)
+        assert ended == "killed"
 
     def reset(self, *, overwrite: bool) -> None:
         shutil.rmtree(self.place)
@@ -164,6 +186,8 @@ def in_child(work: Callable[[], str], kill_after: float | None = None) -> tuple[
 def perform(stage: Stage, faults: Faults, trial: Trial) -> Outcome:
     """One trial."""
     stage.reset(overwrite=trial.overwrite)
+    if trial.resumed:
+        stage.leave_unfinished(overwrite=trial.overwrite)
     where = str(stage.place if trial.on == "output" else stage.model)
 
     def work() -> str:
@@ -188,7 +212,7 @@ def perform(stage: Stage, faults: Faults, trial: Trial) -> Outcome:
             OutputFolder.commit = late  # type: ignore[method-assign, assignment]
         else:
             arm()
-        stage.convert(overwrite=trial.overwrite)
+        stage.convert(overwrite=trial.overwrite, resume=trial.resumed)
         return json.dumps(faults.seen(added)) if trial.action == "count" else ""
 
     after = trial.nth / 1e6 if trial.action == "timer" else None
@@ -196,7 +220,7 @@ def perform(stage: Stage, faults: Faults, trial: Trial) -> Outcome:
     calls = json.loads(message) if ended == "done" and message else []
     stands, left = stage.stands(), stage.left()
     kept = stands != "nothing" or not trial.overwrite or keeps(stage)
-    rerun, why = in_child(lambda: again(stage))
+    rerun, why = in_child(lambda: again(stage, resume=trial.then_resume))
     assert content(stage.model) == stage.source, "the source was changed"
     return Outcome(
         trial,
@@ -207,6 +231,7 @@ def perform(stage: Stage, faults: Faults, trial: Trial) -> Outcome:
         kept,
         rerun if rerun == "done" else f"{rerun}: {why}",
         calls,
+        int(why) if rerun == "done" else 0,
     )
 
 
@@ -221,13 +246,14 @@ def keeps(stage: Stage) -> bool:
     return ended == "error" and stage.stands() == "old"
 
 
-def again(stage: Stage) -> str:
-    """The same command, without a fault: it must end well and leave nothing else."""
-    stage.convert(overwrite=True)
+def again(stage: Stage, *, resume: bool) -> str:
+    """The same command, without a fault: it must end well and leave nothing else. The bytes that it
+    reused."""
+    reused = stage.convert(overwrite=True, resume=resume)
     stands, left = stage.stands(), stage.left()
     if stands != "new" or left:
         raise RuntimeError(f"{stands}, beside it {left}")
-    return ""
+    return str(reused)
 
 
 def race(stage: Stage, runners: int, rounds: int) -> Iterator[list[str]]:

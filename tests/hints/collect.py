@@ -76,6 +76,10 @@ class Module:
                     found += self.templates(value, within, depth + 1)
                 if found:
                     break
+            own = found or node.id.startswith("__")
+            owner = None if own else self._imported_from(node.id)
+            if owner is not None:
+                found += owner.templates(node, owner.tree, depth + 1)
         elif depth < _DEPTH and isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
             name = node.func.id if isinstance(node.func, ast.Name) else name
@@ -86,6 +90,14 @@ class Module:
         if not found and ast.unparse(node) in _PARAMETERS:
             return
         yield from found or ["{}"]
+
+    def _imported_from(self, name: str) -> Module | None:
+        """The module of these that a constant is imported from; None where it is not."""
+        for node in self.tree.body:
+            if isinstance(node, ast.ImportFrom) and name in (alias.name for alias in node.names):
+                path = (node.module or "").removeprefix("reshard.").replace(".", "/")
+                return next((module for module in _MODULES if module.name == path), None)
+        return None
 
     def hints(self) -> Iterator[str]:
         """The templates of every hint that the module states."""

@@ -384,7 +384,7 @@ def no_value_head(at: Path) -> Case:
 
 
 @follows(
-    "If the head was frozen, take it from the base by its name: --allow {} besides "
+    "If the head was frozen, take it from the base by its name: --allow {} together with "
     "--fill-from-base."
 )
 def head_of_the_base(at: Path) -> Case:

@@ -18,6 +18,7 @@ from tests.commit.test_leftovers import partial
 from tests.hints import tiny
 from tests.hints.case import Case, follows, golden
 from tests.hints.folders import after, converting
+from tests.resume.runs import killed
 
 
 def meanwhile(source: Path, out: Path, change: Callable[[], object], **options: Any) -> Any:
@@ -77,6 +78,58 @@ def output_of_another_run(at: Path) -> Case:
     first.__enter__()
     ended = after(lambda: first.__exit__(None, None, None), converting(run, out))
     return Case(converting(run, out), ended)
+
+
+def _living(out: Path, digest: str) -> OutputFolder:
+    """A run that lives, whose lock file was removed by hand."""
+    first = OutputFolder(out, digest)
+    first.__enter__()
+    (out.parent / f".{out.name}.lock").unlink()
+    return first
+
+
+@follows("Wait for that process to end, or end it.")
+def folder_that_a_process_writes_into(at: Path) -> Case:
+    run, out = golden("zero2", at / "run"), at / "out"
+    first = _living(out, "first")
+    ended = after(lambda: first.__exit__(None, None, None), converting(run, out, overwrite=True))
+    return Case(converting(run, out), ended, same=lambda report: not list(at.glob(".out.p*")))
+
+
+@follows("Wait for it to end, or name another output.")
+def folder_of_the_same_plan_that_a_process_writes_into(at: Path) -> Case:
+    first = _living(at / "out", "digest")
+    ended = after(lambda: first.__exit__(None, None, None), _writing(at / "out"))
+    return Case(_writing(at / "out"), ended, same=lambda found: found == b"new")
+
+
+@follows("Wait for it to end, or name another output.")
+def folder_of_the_same_plan_and_another_output(at: Path) -> Case:
+    first = _living(at / "out", "digest")
+
+    def done(found: Any) -> bool:
+        first.__exit__(None, None, None)
+        return bool(found == b"new")
+
+    return Case(_writing(at / "out"), _writing(at / "two"), same=done)
+
+
+@follows("To continue it, run that command again with --resume. Without, it is removed.")
+def run_of_other_options_that_was_killed(at: Path) -> Case:
+    run, out = golden("zero2", at / "run"), at / "out"
+    assert killed(converting(run, out), 6)
+    other = converting(run, out, dtype="float16", resume=True)
+    that = converting(run, out, resume=True, overwrite=True)
+    return Case(other, that, same=lambda report: "resumed" in [f.code for f in report.findings])
+
+
+@follows("To continue it, run that command again with --resume. Without, it is removed.")
+def run_of_other_options_that_is_removed(at: Path) -> Case:
+    run, out = golden("zero2", at / "run"), at / "out"
+    assert killed(converting(run, out), 6)
+    other = converting(run, out, dtype="float16", resume=True)
+    without = converting(run, out, dtype="float16", overwrite=True)
+    return Case(other, without, same=lambda report: not list(at.glob(".out.p*")))
 
 
 def _writing(out: Path) -> Callable[[], Any]:

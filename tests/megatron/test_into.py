@@ -127,6 +127,18 @@ def test_what_is_compared_by_the_hubs_names(tmp_path: Path) -> None:
         reshard.verify(tmp_path / "there", made)
 
 
+def test_two_steps_of_a_run_are_compared_by_the_hubs_names(tmp_path: Path) -> None:
+    base = model("qwen3_moe", tmp_path / "base")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    reshard.convert(base, tmp_path / "run" / "iter_0000100", to="megatron")
+    _change(base, lambda state: state[name].add_(1))
+    reshard.convert(base, tmp_path / "run" / "iter_0000200", to="megatron")
+    steps = [tmp_path / "run" / f"iter_0000{number}00" for number in (1, 2)]
+    found = reshard.diff(*steps, base=base)
+    assert [each.name for each in found.tensors if each.kind != "equal"] == [name]
+    assert len(found.tensors) == len(load_file(base / "model.safetensors"))
+
+
 def test_another_family_is_refused(tmp_path: Path) -> None:
     made = model("llama", tmp_path / "model")
     config = json.loads((made / "config.json").read_text(encoding="utf-8"))

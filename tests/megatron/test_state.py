@@ -84,9 +84,14 @@ def test_moments_and_masters_are_the_live_optimizers(name: str, runs: Path, tmp_
 
 
 @needs_megatron
-def test_it_becomes_what_deepspeed_loads(runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("to", "layout"), [("deepspeed", None), ("dcp", "accelerate"), ("dcp", "nested")]
+)
+def test_it_becomes_what_others_load(to: Any, layout: Any, runs: Path, tmp_path: Path) -> None:
     run, out = runs / "reshardable", tmp_path / "out"
-    reshard.convert(run / "run", out, base=run / "base", to="deepspeed", optimizer=True)
+    reshard.convert(
+        run / "run", out, base=run / "base", to=to, optimizer=True, layout=layout, dtype="keep"
+    )
     found = reshard.open(out).optimizer
     assert found is not None
     assert differing(found.moments["exp_avg"], expected(run, "exp_avg", tmp_path)) == []

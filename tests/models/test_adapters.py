@@ -120,7 +120,7 @@ def test_merged_weights_are_those_of_peft(made: Get, variant: str, tmp_path: Pat
         torch.testing.assert_close(loaded(IDS).logits, run.logits(), rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_are_merged_into_the_tensors_of_a_live_module(tmp_path: Path) -> None:
+def test_adapters_are_merged_into_the_tensors_of_a_loaded_model(tmp_path: Path) -> None:
     """The updates of listed experts, merged where a loaded model stacks them."""
     base = released.write(tmp_path / "base", "qwen3_moe", released.values("qwen3_moe", seed=0))
     weights = load_file(base / "model.safetensors")

@@ -64,7 +64,7 @@ def test_a_run_of_an_older_transformers(version: str, name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", released.MODELS)
-def test_a_live_module_of_the_installed_transformers(name: str, tmp_path: Path) -> None:
+def test_a_loaded_model_of_the_installed_transformers(name: str, tmp_path: Path) -> None:
     base = released.write(tmp_path / "base", name, released.values(name, seed=0))
     model = released.loaded(base, released.class_of(name))
     torch.save(model.state_dict(), tmp_path / "model.pt")

@@ -104,7 +104,7 @@ def test_a_head_is_not_filled_beside_a_trained_embedding(
     state = {name: value for name, value in case.state.items() if name != HEAD}
     with pytest.raises(reshard.NamesError, match="--fill-from-base"):
         case.convert(state)
-    with pytest.raises(reshard.PlanError, match=f"--allow {HEAD} besides --fill-from-base"):
+    with pytest.raises(reshard.PlanError, match=f"--allow {HEAD} together with --fill-from-base"):
         case.convert(state, fill_from_base=True)
     assert not case.out.exists()
     # The hint, followed: the choice names it.

@@ -29,7 +29,7 @@ def examined(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> structur
 
 
 @pytest.mark.parametrize(("version", "name"), TABLES)
-def test_files_and_live_modules_are_sound(version: str, name: str) -> None:
+def test_files_and_loaded_models_are_sound(version: str, name: str) -> None:
     table, config = tables.table(version, name), config_of(version, name)
     for shapes in (table.disk_shapes(), table.memory):
         found = examined(shapes, config)
@@ -87,7 +87,7 @@ DECODER_TYPES = [
 
 
 @pytest.mark.parametrize("kind", DECODER_TYPES)
-def test_live_modules_are_sound_with_every_switch_either_way(kind: str) -> None:
+def test_loaded_models_are_sound_with_every_switch_either_way(kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     stated = transformers.AutoConfig.for_model(kind)

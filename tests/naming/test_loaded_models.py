@@ -41,7 +41,7 @@ def loaded(
 
 
 @pytest.mark.parametrize("name", tables.names("4.57"))
-def test_a_live_module_becomes_the_released_files(name: str, tmp_path: Path) -> None:
+def test_a_loaded_model_becomes_the_released_files(name: str, tmp_path: Path) -> None:
     hub = tables.table("4.57", name)
     arrays = tables.random_arrays(hub.disk_shapes())
     _, state = loaded(tmp_path, name, arrays)

@@ -49,7 +49,7 @@ def test_there_and_back_gives_the_same_values(name: str) -> None:
         ("BertForMaskedLM", ["bert.embeddings.position_ids"]),
     ],
 )  # fmt: skip
-def test_constants_that_a_live_module_computes_are_not_in_its_state(
+def test_constants_that_a_loaded_model_computes_are_not_in_its_state(
     class_name: str, constants: list[str]
 ) -> None:
     class_ = getattr(transformers, class_name)

@@ -125,7 +125,7 @@ def test_into_training(folder: Path, tmp_path: Path) -> None:
     assert_same(found, expected)
 
 
-def test_into_a_live_module(folder: Path, tmp_path: Path) -> None:
+def test_into_a_loaded_model(folder: Path, tmp_path: Path) -> None:
     arguments = ["--hf_checkpoint", str(folder), "--output", str(tmp_path / "dcp")]
     assert cli.run(hf2fsdp.command, [*arguments, "--names", "memory"]) == 0
     expected = makers.loaded(folder).state_dict()

@@ -134,7 +134,7 @@ def test_into_training(kind: str, model: Get, tmp_path: Path) -> None:
     assert "dequantised" in codes(report)
 
 
-def test_into_a_live_module(
+def test_into_a_loaded_model(
     kind: str, model: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, out = model(kind), tmp_path / "dcp"

@@ -14,7 +14,10 @@ from safetensors.numpy import save_file
 
 import reshard
 from reshard.cli.app import reshard as command
+from reshard.containers.dcp import layout
+from reshard.core import digests
 from reshard.core.locations import located
+from reshard.transfer import upload
 from reshard.transfer.remote import RemoteFolder
 from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request, contents
 from tests.remote.test_reading import CHECKPOINTS, GOLDEN
@@ -67,6 +70,22 @@ def test_the_same_bytes_as_locally(
     reshard.convert(source, again, verify=False, **options)
     assert bucket.download("again") == expected
     assert reshard.verify(again, trained).num_tensors == 6
+
+
+def test_threads_that_are_ahead_wait_and_never_for_ever(
+    bucket: Bucket, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaves that cross chunks, with a CRC-32 between two chunks, and little room ahead."""
+    monkeypatch.setattr(digests, "LEAF_NBYTES", 1 << 20)
+    monkeypatch.setattr(layout, "MAX_CHUNK_NBYTES", 800_000)
+    monkeypatch.setattr(upload, "_AHEAD", 1 << 16)
+    monkeypatch.setattr(upload, "_READY", 1 << 16)
+    for threads in (1, 4):
+        out = f"{OUT}{threads}"
+        reshard.convert(trained, out, to="dcp", threads=threads, verify=False)
+    reshard.convert(trained, tmp_path / "local", to="dcp", verify=False)
+    for threads in (1, 4):
+        assert bucket.download(f"out{threads}") == contents(tmp_path / "local")
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

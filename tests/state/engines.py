@@ -270,12 +270,21 @@ class Fsdp:
                 sd.set_model_state_dict(model, weights)
                 dcp.load(state, checkpoint_id=folder / "optim_states")
                 client = torch.load(folder / "client_state.pt")
+            elif place.layout == "torchtitan":
+                schedule = {"last_epoch": 0}
+                both = {**weights, "optimizer": state, "lr_scheduler": schedule}
+                dcp.load(both, checkpoint_id=folder)
+                sd.set_model_state_dict(model, {name: both[name] for name in weights})
+                state = both["optimizer"]
+                self._schedule.last_epoch = both["lr_scheduler"]["last_epoch"]
             else:
                 both = {"model": weights, "optimizer": state}
                 dcp.load(both, checkpoint_id=folder)
                 sd.set_model_state_dict(model, both["model"])
                 state = both["optimizer"]
             sd.set_optimizer_state_dict(model, inner, state, options=_options(place))
+        if place.layout == "torchtitan":
+            return client
         name = "scheduler_state.pt" if place.layout == "lightrft" else "scheduler.pt"
         self._schedule.load_state_dict(torch.load(folder / name))
         return client
@@ -311,7 +320,7 @@ def _gathered(part: torch.Tensor) -> torch.Tensor:
 
 
 def _options(place: Place) -> Any:
-    return sd.StateDictOptions(flatten_optimizer_state_dict=place.layout == "flat")
+    return sd.StateDictOptions(flatten_optimizer_state_dict=place.layout in ("flat", "torchtitan"))
 
 
 def _accelerate(job: Job, *, full: bool = False) -> tuple[Any, Any]:

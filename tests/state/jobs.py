@@ -9,8 +9,10 @@ from msgspec import Struct
 Engine = Literal["zero0", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
 #: How a framework lays out what it saves. `deepspeed` and `universal` are DeepSpeed's, the others
 #: DCP's: LightRFT's two folders, accelerate's, one folder with both parts, and that flattened.
-#: `full`: accelerate's two files of FULL_STATE_DICT.
-Layout = Literal["deepspeed", "universal", "lightrft", "accelerate", "full", "nested", "flat"]
+#: `full`: accelerate's two files of FULL_STATE_DICT. `torchtitan`: one save, weights at the top.
+Layout = Literal[
+    "deepspeed", "universal", "lightrft", "accelerate", "full", "nested", "flat", "torchtitan"
+]
 Kind = Literal["qwen2", "llama", "lora"]
 Precision = Literal["float32", "bfloat16"]
 

@@ -63,6 +63,7 @@ QUICK = (
     Move(("zero2", 2), "deepspeed", ("fsdp2", 2), "lightrft", LORA),
     Move(("fsdp2", 3), "accelerate", ("zero2", 2), "universal", LORA),
     Move(("fsdp2", 2), "full", ("zero2", 3), "universal"),
+    Move(("zero2", 2), "deepspeed", ("fsdp2", 3), "torchtitan"),
 )
 SLOW = (
     Move(("zero1", 3), "deepspeed", ("fsdp1", 2), "nested", {"kind": "llama"}),

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import reshard
 from reshard.errors import (
@@ -22,6 +24,7 @@ from reshard.errors import (
 )
 from tests.state.cases import case, opened
 from tests.state.test_refusals import resave
+from tests.state.test_writing import loaded
 
 STEP = "_actor/global_step3"
 ZERO = "global_step3_universal/zero"
@@ -73,6 +76,24 @@ def test_two_optimizers_beside_one_model(tmp_path: Path) -> None:
     shutil.copytree(run / STEP / "optim_states", run / STEP / "optimizer_old")
     error = refused(run, UnsupportedError)
     assert "several optimizers (optim_states, optimizer_old)" in str(error)
+
+
+def test_an_optimizer_in_one_file_beside_a_sharded_model(tmp_path: Path) -> None:
+    run = copied("fsdp1_accelerate_fp32", tmp_path)
+    folder = run / "checkpoint-3/optimizer_0"
+    torch.save(loaded(folder)["optimizer"], run / "checkpoint-3/optimizer.bin")
+    shutil.rmtree(folder)
+    truth = case("fsdp1_accelerate_fp32").moments()
+    with opened(run) as found:
+        held = {entry.spec.name: found.stored(entry) for entry in found.state.entries()}
+    assert held == truth
+    assert len(held) == 50
+
+
+def test_a_universal_checkpoint_without_its_folder(tmp_path: Path) -> None:
+    run = copied("uc_s2_fp32", tmp_path)
+    shutil.rmtree(run / ZERO)
+    assert "its folder zero/" in str(refused(run, IncompleteError))
 
 
 def test_one_parameter_of_another_step(tmp_path: Path) -> None:
@@ -220,3 +241,28 @@ def test_a_part_with_its_state(name: str, tmp_path: Path) -> None:
     assert reshard.verify(
         tmp_path / "out", run.folder, prefix="model.layers.0"
     ).num_tensors >= 2 * len(found.state.names)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("at", ["actor", "model.actor"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_one_optimizer_of_an_actor_and_a_critic(at: str, nested: bool, tmp_path: Path) -> None:
+    """Its state goes with the part that is named, and what is left out is said."""
+    weights = {f"{part}.a.weight": torch.randn(3, 4) for part in ("actor", "critic")}
+    first = torch.randn(3, 4)
+    state = {
+        name: {"step": torch.tensor(3.0), "exp_avg": first, "exp_avg_sq": torch.rand(3, 4)}
+        for name in weights
+    }
+    group = {**GIVEN, "betas": (0.9, 0.99), "params": list(weights)}
+    both: dict[str, Any] = dict(weights)
+    if nested:
+        both = {name.partition(".")[0]: {"a.weight": one} for name, one in weights.items()}
+    both = {"model": both} if at.startswith("model") else both
+    optimizer = {"state": state, "param_groups": [group]}
+    dcp.save({**both, "optimizer": optimizer}, checkpoint_id=str(tmp_path / "c"), no_dist=True)
+    report = reshard.convert(tmp_path / "c", tmp_path / "out", to="dcp", optimizer=True, prefix=at)
+    assert any("1 parameters outside (critic.a.weight)" in f.message for f in report.findings)
+    with opened(tmp_path / "out") as found:
+        assert found.state.names == ("a.weight",)
+        assert np.array_equal(found.array(found.state.moments["exp_avg"]["a.weight"]), first)

@@ -18,6 +18,7 @@ from reshard.core.state import Step
 from reshard.errors import PlanError
 from tests.state.cases import case, opened
 from tests.state.test_writing import ADAMW, loaded
+from tests.tensors import raw
 
 Base = dict[str, Any]
 
@@ -79,6 +80,48 @@ def lion(base: Base) -> None:
     keep(base, "lr", "betas", "weight_decay")
     for state in base["state"].values():
         del state["exp_avg_sq"], state["step"]
+
+
+def cpu_lion(base: Base) -> None:
+    """DeepSpeedCPULion 0.19.8 has Adam's moments, of which it uses one; its steps are integers."""
+    keep(base, "lr", "betas", "weight_decay")
+    for state in base["state"].values():
+        state["exp_avg_sq"].zero_()
+        state["step"] = int(state["step"])
+
+
+def amsgrad(base: Base) -> None:
+    """While the mean of squares rises it is its own maximum."""
+    for group in base["param_groups"]:
+        group["amsgrad"] = True
+    for state in base["state"].values():
+        state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("edit", "kinds", "settings"),
+    [
+        (cpu_lion, {"step", "exp_avg", "exp_avg_sq"}, {"lr", "betas", "weight_decay"}),
+        (amsgrad, {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}, ADAMW - {"params"}),
+    ],
+)
+def test_more_moments_than_are_used(
+    edit: Callable[[Base], None], kinds: set[str], settings: set[str], tmp_path: Path
+) -> None:
+    run = run_of(tmp_path, edit)
+    assert reshard.convert(run, tmp_path / "universal", to="deepspeed").verified
+    reshard.convert(run, tmp_path / "out", to="dcp", optimizer=True)
+    optimizer = loaded(tmp_path / "out/optim_states")
+    truth = case("ds_s2_fp32").truth()
+    for name, state in optimizer["state"].items():
+        assert state.keys() == kinds
+        assert raw(state["exp_avg"]) == truth[f"exp_avg.{name}"].data
+        if "max_exp_avg_sq" in kinds:
+            assert raw(state["max_exp_avg_sq"]) == truth[f"exp_avg_sq.{name}"].data
+    for group in optimizer["param_groups"]:
+        assert group.keys() == settings | {"params", "initial_lr"}
+    reshard.verify(tmp_path / "out", against=run)
 
 
 def sgd(base: Base) -> None:

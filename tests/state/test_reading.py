@@ -20,7 +20,7 @@ EVERY = (*DEEPSPEED, *FSDP)
 def test_every_moment_and_master_is_the_live_engines(name: str) -> None:
     run = case(name)
     with opened(run.folder) as found:
-        got = {key: found.stored(entry) for key, entry in found.state.entries()}
+        got = {e.spec.name: found.stored(e) for e in found.state.entries()}
         weights = {n: found.stored(entry) for n, entry in found.catalog.entries.items()}
     moments = {key: value for key, value in got.items() if not key.startswith("master.")}
     assert moments == run.moments()

@@ -142,7 +142,7 @@ def test_masters_tell_their_names_in_any_order(tmp_path: Path) -> None:
 
     run = edited("ds_s0_bf16", tmp_path, MODEL, reverse)
     with opened(run) as found:
-        got = {key: found.stored(entry) for key, entry in found.state.entries()}
+        got = {e.spec.name: found.stored(e) for e in found.state.entries()}
     want = case("ds_s0_bf16").truth()
     assert got == {key: value for key, value in want.items() if not key.startswith("param.")}
 

@@ -5,6 +5,7 @@ What DeepSpeed makes of them, test_curves proves.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,15 @@ def test_hyperparameters_that_no_file_holds_are_asked_for(tmp_path: Path) -> Non
     with pytest.raises(PlanError, match="does not hold the lr"):
         written(case(ELASTIC).folder, tmp_path)
     assert not (tmp_path / "out").exists()
+    group = {"lr": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+    file = tmp_path / "groups.json"
+    file.write_text(json.dumps([group, {**group, "weight_decay": 0.0}]))
+    out, _ = written(case(ELASTIC).folder, tmp_path, hyperparameters=file)
+    state = torch.load(tag(out) / "zero" / "optimizer_state.pt")
+    assert [g["weight_decay"] for g in state["param_groups"]] == [0.1, 0.0]
+    for key, want in case(ELASTIC).moments().items():
+        kind, _, name = key.partition(".")
+        assert raw(torch.load(tag(out) / "zero" / name / f"{kind}.pt")["param"]) == want.data
 
 
 def test_what_deepspeed_does_with_it_is_said(tmp_path: Path) -> None:

@@ -52,11 +52,30 @@ def parts(folder: Path, layout: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model and the optimizer of an output."""
     if layout == "lightrft":
         return loaded(folder), loaded(folder / "optim_states")
+    if layout == "torchtitan":
+        return torchtitan(folder)
     if layout == "accelerate":
         model, state = folder / "pytorch_model_fsdp_0", folder / "optimizer_0"
         return loaded(model)["model"], loaded(state)["optimizer"]
     both = loaded(folder)
     return both["model"], both["optimizer"]
+
+
+def torchtitan(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flattened, every parameter has its group's settings: those with equal ones are a group."""
+    model = loaded(folder)
+    state: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in model.pop("optimizer").items():
+        what, _, rest = key.partition(".")
+        name, _, kind = rest.rpartition(".")
+        (state if what == "state" else settings).setdefault(name, {})[kind] = value
+    assert model.pop("lr_scheduler", {"last_epoch": 3}) == {"last_epoch": 3}
+    assert int(model.pop("train_state", {"step": 3})["step"]) == 3
+    groups: dict[str, dict[str, Any]] = {}
+    for name, own in settings.items():
+        groups.setdefault(repr(own), {**own, "params": []})["params"].append(name)
+    return model, {"state": state, "param_groups": list(groups.values())}
 
 
 def converted(name: str, tmp_path: Path, **options: Any) -> Path:
@@ -103,13 +122,13 @@ def test_every_source_becomes_what_lightrft_loads(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("layout", ["accelerate", "nested"])
+@pytest.mark.parametrize("layout", ["accelerate", "nested", "torchtitan"])
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_other_layouts(name: str, layout: str, tmp_path: Path) -> None:
     check(name, *parts(converted(name, tmp_path, layout=layout), layout))
 
 
-@pytest.mark.parametrize("layout", ["lightrft", "accelerate", "nested"])
+@pytest.mark.parametrize("layout", ["lightrft", "accelerate", "nested", "torchtitan"])
 def test_what_was_written_is_read_again(layout: str, tmp_path: Path) -> None:
     out = converted("ds_s2_fp32", tmp_path, layout=layout)
     with opened(case("ds_s2_fp32").folder) as before, opened(out) as after:
@@ -118,7 +137,10 @@ def test_what_was_written_is_read_again(layout: str, tmp_path: Path) -> None:
         for kind, table in before.state.moments.items():
             for name, entry in table.items():
                 assert before.stored(entry) == after.stored(after.state.moments[kind][name])
-        assert plain(after.state.scheduler) == case("ds_s2_fp32").facts["lr_scheduler"]
+        schedule = case("ds_s2_fp32").facts["lr_scheduler"]
+        if layout == "torchtitan":
+            schedule = {"last_epoch": schedule["last_epoch"]}
+        assert plain(after.state.scheduler) == schedule
     again = tmp_path / "again"
     assert reshard.convert(out, again, to="dcp", optimizer=True, layout="lightrft").verified
     assert reshard.verify(again).num_tensors == 26 + 50
@@ -234,6 +256,9 @@ DCP: dict[str, Any] = {"to": "dcp", "optimizer": True}
          [{"to": "deepspeed", "optimizer": True}]),
         ({**DCP, "names": "all"}, "Pass --names memory, or leave out --names.",
          [{**DCP, "names": "memory"}, DCP]),
+        ({**DCP, "names": "torchtitan", "layout": "torchtitan"},
+         "Pass --names memory, or leave out --names.",
+         [{**DCP, "names": "memory", "layout": "torchtitan"}, {**DCP, "layout": "torchtitan"}]),
         ({**DCP, "names": "hub"}, "Leave out --names.", [DCP]),
         ({"to": "deepspeed", "names": "hub"}, "Leave out --names.", [{"to": "deepspeed"}]),
         ({"to": "deepspeed", "names": "all"}, "Leave out --names.", [{"to": "deepspeed"}]),
@@ -321,7 +346,7 @@ def base_model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_with_a_base_the_masters_stay_and_names_are_the_live_modules(tmp_path: Path) -> None:
+def test_with_a_base_the_masters_stay_and_names_are_the_loaded_models(tmp_path: Path) -> None:
     base = base_model(tmp_path)
     out = converted("ds_s2_fp32", tmp_path, base=base, allow_unchanged=True)
     check("ds_s2_fp32", *parts(out, "lightrft"))

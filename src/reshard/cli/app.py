@@ -211,7 +211,7 @@ def _allow_files() -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """End like Ctrl-C does, so that a partial output folder is removed on the way out.
+    """End as Ctrl-C does, so that a partial output folder is removed on the way out.
 
     A terminal that is closed (SIGHUP) ends a run no worse than one that is killed (SIGTERM).
     """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, html
+from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, html, json_flag
 from reshard.cli.interrupts import writes
 from reshard.cli.next_steps import at_least, conversion_of, next_commands
 from reshard.cli.progress import Shown, how_shown, shown_progress
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _PATH = FolderOrFile(place=Place(remote=True))
 _OUTPUT = FolderOrFile(place=Place(remote=True, writes=True))
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 _EXAMPLES = (
     "reshard convert results/run/_actor out --base Qwen2.5-7B       # DeepSpeed (LightRFT)",
@@ -46,7 +45,7 @@ _EXAMPLES = (
 @click.argument("target", type=_OUTPUT, metavar="DST", cls=Argument, words=CONVERT["target"].help)
 @flags(CONVERT.values())
 @how_shown
-@_json
+@json_flag
 @debug
 @writes("target")
 def convert(
@@ -87,7 +86,7 @@ def show_report(report: Report, base: Path | None = None) -> None:
 @flags(INSPECT.values())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @html
-@_json
+@json_flag
 @debug
 def inspect(
     src: Path,
@@ -158,7 +157,7 @@ def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
 @click.argument("dst", type=_PATH, cls=Argument, words=VERIFY["folder"].help)
 @flags(VERIFY.values())
 @how_shown
-@_json
+@json_flag
 @debug
 def verify(
     dst: Path,

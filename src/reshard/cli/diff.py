@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, html
+from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, html, json_flag
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import DIFF
 from reshard.core.options import Place
@@ -50,7 +50,7 @@ _KEYS = ("name", "change", "largest", "mean", "elements")
     "change.",
 )
 @html
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_flag
 @debug
 def diff(
     a: Path,
@@ -172,22 +172,14 @@ def show(found: Comparison, *, tensors: bool, top: int | None, sort: Key | None)
 
 def _print_sums(title: str, rows: Iterable[Sum]) -> None:
     """A row for each layer or module; names come last, so that they may be of any length."""
-    from reshard.comparison.sums import percent, short
+    from reshard.comparison.sums import MEASURES, cells
 
-    cells = [
-        (
-            f"{row.differ} of {row.tensors}",
-            percent(row.share),
-            short(row.largest),
-            short(row.mean),
-            short(row.relative),
-            row.name,
-        )
-        for row in rows
-    ]
-    header = ("tensors", "elements", "largest", "mean", "change", title)
     output.print_result("")
-    output.print_table(cells, header=header, right=range(len(header) - 1))
+    output.print_table(
+        [(*cells(row), row.name) for row in rows],
+        header=(*MEASURES, title),
+        right=range(len(MEASURES)),
+    )
 
 
 def _print_tensors(differing: Sequence[Compared], sort: Key | None, top: int | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
+from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, json_flag
 from reshard.cli.interrupts import writes
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.core.findings import CODES
@@ -26,13 +26,13 @@ _PATH = FolderOrFile(place=Place(remote=True))
 @click.argument("folder", metavar="DIR", type=_PATH, cls=Argument, words=DOCTOR["folder"].help)
 @flags(DOCTOR.values())
 @how_shown
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_flag
 @debug
 @writes("repair")
 def doctor(folder: Path, as_json: bool, shown: Shown | None, quiet: bool, **options: Any) -> int:
     """Find what is wrong with the exported model in DIR, and repair it.
 
-    Exit code 1 if an error was found that is not repaired.
+    Exit code 1 if an error was found that is not repaired; with --strict, or a warning.
     """
     from reshard.diagnosis.diagnosis import doctor as run
 
@@ -60,7 +60,11 @@ def _show(diagnosis: Diagnosis, *, asked: bool) -> None:
     if diagnosis.repaired is not None:
         output.print_result(f"Repaired in {diagnosis.repaired}, read back and examined again.")
         return
-    hopeless = [f.code for f in diagnosis.errors if f.code not in diagnosis.repairable]
+    hopeless = [
+        f.code
+        for f in diagnosis.remaining
+        if f.severity == "error" and f.code not in diagnosis.repairable
+    ]
     if asked and hopeless:
         output.print_message(
             f"Nothing was written: {', '.join(hopeless)} cannot be repaired from what is here."

@@ -268,6 +268,10 @@ debug = click.option(
 )
 
 
+#: The flag that prints a command's result as JSON.
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
 #: The flag that makes a page of what a command found.
 html = click.option(
     "--html",

@@ -22,7 +22,7 @@ def writes(option: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def wrapped(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def run(**given: Any) -> Any:
-            with telling_what_stands(given[option]):
+            with telling_what_stands(given[option], resumable=bool(given.get("resume"))):
                 return command(**given)
 
         return run
@@ -31,12 +31,14 @@ def writes(option: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @contextmanager
-def telling_what_stands(target: Path | None) -> Iterator[None]:
+def telling_what_stands(target: Path | None, *, resumable: bool = False) -> Iterator[None]:
     """Raise `Interrupted` in place of a KeyboardInterrupt within the block.
 
     An output appears whole or not at all, so what stands under the name is the new output exactly
-    if it is another folder than at first. None: the command writes no output.
+    if it is another folder than at first. None: the command writes no output. `resumable`: what is
+    finished is kept.
     """
+    again = "run the command again"
     before = _identity(target)
     try:
         yield
@@ -49,10 +51,19 @@ def telling_what_stands(target: Path | None) -> Iterator[None]:
         elif after != before and after is not None:
             stands = f"The new output is complete: {target}."
         elif after is not None:
-            stands = f"{target} is unchanged; run the command again."
+            stands = f"{target} is unchanged; {again}."
         else:
-            stands = f"No output was written to {target}; run the command again."
+            stands = f"No output was written to {target}; {again}."
+        if resumable and target is not None and after == before and _can_be_continued(target):
+            stands = stands.removesuffix(f"{again}.")
+            stands += f"what is finished is kept beside it: {again} to continue."
         raise Interrupted(stands) from error
+
+
+def _can_be_continued(target: Path) -> bool:
+    from reshard.transfer import leftovers
+
+    return leftovers.is_there(target)
 
 
 # Of a store that does not answer.

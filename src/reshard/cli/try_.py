@@ -17,8 +17,9 @@ from reshard.cli import output
 from reshard.cli.flags import Command, FolderOrFile, debug, option
 from reshard.errors import NotFoundError, UnsupportedError
 from reshard.evaluate.options import DTYPES, Options, Sampling
-from reshard.evaluate.places import check_page, free, replacing
+from reshard.evaluate.places import PAGE_MARK, free, replacing
 from reshard.storage.paths import absolute, is_folder, real
+from reshard.storage.texts import check_page
 
 _DEFAULT = ParameterSource.DEFAULT
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -148,7 +149,7 @@ def shared_options(function: _F) -> _F:
     "--chat",
     "converse",
     is_flag=True,
-    help="Talk with the model on the terminal: a line for each turn, /new to begin anew, Ctrl-D to "
+    help="Talk with the model on the terminal: a line for each turn, /new to start over, Ctrl-D to "
     "end. No report is written.",
 )
 @shared_options
@@ -252,7 +253,7 @@ def run_command(**given: Any) -> int:
             raise NotFoundError("there is no such model folder.", path=folder)
     replaced = replacing(options.output_file)
     if options.html is not None:
-        check_page(options.html)
+        check_page(options.html, PAGE_MARK, "a page of an earlier run")
     _check_installed()
     from reshard.evaluate.run import run
     from reshard.evaluate.terminal import Terminal

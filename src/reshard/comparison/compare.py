@@ -118,7 +118,7 @@ def verify(
     """Read a converted folder again and compare every tensor, bit for bit.
 
     Without `against`, with the digests in its `reshard.json`; with the checkpoint `against`, with
-    the checkpoint itself, read and rounded anew. A folder without a config is compared without the
+    the checkpoint itself, read and rounded again. A folder without a config is compared without the
     base only if its names are the checkpoint's.
 
     Raises `OptionError` for a wrong value, `VerificationError` naming the first tensor that

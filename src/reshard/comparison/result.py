@@ -11,9 +11,11 @@ from msgspec.structs import asdict
 
 from reshard.comparison.measures import Change
 from reshard.comparison.sums import (
+    MEASURES,
     Sum,
     by_layer,
     by_module,
+    cells,
     moved_most,
     percent,
     short,
@@ -36,7 +38,7 @@ class Compared(Struct, frozen=True):
 
     `first` and `second` are what each side has: for `equal` and `values` the dtype in which they
     were compared, of which the tensor takes `nbytes`. Only these two kinds have a shape and a
-    change. A `setting` is no tensor: an optimizer's step or hyperparameter, which differs.
+    change. A `setting` is not a tensor: an optimizer's step or hyperparameter, which differs.
     """
 
     name: str
@@ -187,7 +189,10 @@ class Comparison(Struct, frozen=True):
     def _repr_html_(self) -> str:
         """The comparison as a notebook shows it: the summary, and tables to unfold."""
         below = "".join(
-            folded(title, html_table("", map(_cells, sums), header=_HEADER))
+            folded(
+                title,
+                html_table("", ((s.name, *cells(s)) for s in sums), header=("", *MEASURES)),
+            )
             for title, sums in (("by layer", self.layers()), ("by module", self.modules()))
             if not self.same
         )
@@ -211,16 +216,6 @@ class Comparison(Struct, frozen=True):
 
 def _json(sums: Iterable[Sum]) -> list[dict[str, Any]]:
     return [{"name": one.name, **one.to_json()} for one in sums]
-
-
-_HEADER = ("", "tensors", "elements", "largest", "mean", "change")
-
-
-def _cells(one: Sum) -> tuple[str, ...]:
-    """A row of a notebook's table."""
-    counts = f"{one.differ} of {one.tensors}"
-    measures = map(short, (one.largest, one.mean, one.relative))
-    return (one.name, counts, percent(one.share), *measures)
 
 
 def described(spec: TensorSpec) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from reshard.core.tensors import Box
 
 Array = np.ndarray[Any, Any]
-#: Gives the change anew, in row-major boxes of the matrix, as float32.
+#: Gives the change again at each call, in row-major boxes of the matrix, as float32.
 Changes = Callable[[], Iterator[tuple[Box, Array]]]
 
 #: Shares are told of the ranks from 1 to this.

@@ -149,6 +149,16 @@ def _module(one: Measured) -> str:
     return one.name if found.layer is None else joined(found.stack, "*", found.module)
 
 
+#: What `cells` shows of a sum.
+MEASURES = ("tensors", "elements", "largest", "mean", "change")
+
+
+def cells(one: Sum) -> tuple[str, ...]:
+    """A row of a table: how many tensors and elements differ, by how much, and the change."""
+    counts = f"{one.differ} of {one.tensors}"
+    return (counts, percent(one.share), *map(short, (one.largest, one.mean, one.relative)))
+
+
 def joined(*parts: str) -> str:
     """The parts of a name that are not empty, with dots between them."""
     return ".".join(filter(None, parts))

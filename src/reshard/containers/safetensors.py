@@ -15,9 +15,16 @@ from typing import Any
 
 from msgspec import Struct
 
+from reshard.containers.torch.sniff import HEAD_NBYTES, not_wanted
 from reshard.core import dtypes
 from reshard.core.tensors import MAX_NUMEL, Extent, TensorSpec, is_shape
-from reshard.errors import FormatError, IncompleteError, UnsupportedError, brief
+from reshard.errors import (
+    FormatError,
+    IncompleteError,
+    ReshardError,
+    UnsupportedError,
+    brief,
+)
 from reshard.storage import strict_json
 from reshard.storage.source import Source
 
@@ -83,12 +90,25 @@ def _read_header(source: Source, start: int) -> tuple[int, dict[str, Any]]:
             hint="Copy or download the file again.",
         )
     length = int.from_bytes(source.read(start, 8), "little")
+    if not 0 < length <= min(MAX_HEADER_NBYTES, source.size - start - 8):
+        other = _other_kind(source, start)
+        if other is not None:
+            raise other
     if length > MAX_HEADER_NBYTES:
         raise FormatError(f"it is not a safetensors file: a header of {length} bytes.", path=path)
     text = source.read(start + 8, length)
     if not text.startswith(b"{"):
         raise _bad_start(text, path)
     return start + 8 + length, strict_json.parse_object(text, path)
+
+
+def _other_kind(source: Source, start: int) -> ReshardError | None:
+    """The error for a file that is known to be something else, as a Git LFS pointer."""
+    nbytes = source.size - start
+    head = source.read(start, min(HEAD_NBYTES, nbytes))
+    error = not_wanted(head, nbytes, source.ref.path, "a safetensors file")
+    known = head[8:9] != b"{" and not isinstance(error, FormatError)
+    return error if known else None
 
 
 def _bad_start(text: bytes, path: str) -> FormatError:

@@ -6,8 +6,8 @@ fitted.py        a checkpoint split into its parts, its names fitted onto the ba
 beside.py        the files beside the model
 output_model.py  names and dtypes of all that will be written
 other_names.py   Megatron's and torchtitan's names turned into the hub's
-memory_names.py    the names of a loaded model, for `--names memory`
-released.py      the layout of releases, for `--names hub`, and what of the output is other
+memory_names.py  the names of a loaded model, for `--names memory`
+released.py      the layout of releases, for `--names hub`, and how the output differs from them
 dtypes.py        the dtype of each output tensor
 planning.py      read, fit, lay out: everything before a byte is written
 execute.py       transfer, manifest, verify, commit

@@ -162,7 +162,7 @@ def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
 def changed_fields(base: Base, text: bytes) -> dict[str, tuple[object, object]]:
     """The fields of the base's config that another one has otherwise, by dotted path: the base's
     value and the other's, None where one of the two has none."""
-    before, after = _fields(base.config), _fields(json.loads(text))
+    before, after = _fields(base.config), _fields(strict_json.parse_object(text, CONFIG))
     return {
         path: (before.get(path), after.get(path))
         for path in dict.fromkeys((*before, *after))

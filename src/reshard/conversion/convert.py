@@ -38,6 +38,9 @@ from reshard.transfer import memory
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import lacking_space
 
+# Options of a run that a later command does not repeat.
+_ONCE = ("overwrite", "resume", "dry_run")
+
 
 @documented(CONVERT)
 def convert(
@@ -79,6 +82,7 @@ def convert(
     engine: Engine = "local",
     ray_address: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     verify: bool = True,
     dry_run: bool = False,
     progress: StagedProgress | None = None,
@@ -131,7 +135,12 @@ def convert(
             return _manifest(job, outcome.digests, sources)
 
         writing = Writing(
-            running.threads, running.overwrite, running.verify, running.progress, running.workers
+            running.threads,
+            running.overwrite,
+            running.resume,
+            running.verify,
+            running.progress,
+            running.workers,
         )
         outcome = carry_out(
             job.plan,
@@ -146,6 +155,8 @@ def convert(
     report = _report(
         job, given, seconds, replaced, outcome, threads=running.threads, verified=running.verify
     )
+    if running.resume:
+        report = replace(report, bytes_reused=outcome.reused)
     return _with_requests(report, asked)
 
 
@@ -200,11 +211,8 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         for file in output.side_files
     }
     state = output.state
-    moments = (
-        {}
-        if state is None
-        else manifest.state([entry.spec for entry in state.slots()], STATE_TABLE, digests)
-    )
+    written = () if state is None else state.entries(masters=False)
+    moments = manifest.state([entry.spec for entry in written], STATE_TABLE, digests)
     catalog, stated = job.catalog, job.options.stated()
     files = manifest.listed(job.plan, sources)
     return manifest.render(
@@ -225,7 +233,7 @@ def _completed(found: Finding, job: Job, given: Mapping[str, object]) -> Finding
     """A finding that no base was given, with the command that makes the output complete."""
     if found.code != "no-base":
         return found
-    again = {name: value for name, value in given.items() if name not in ("overwrite", "dry_run")}
+    again = {name: value for name, value in given.items() if name not in _ONCE}
     command = ["reshard", "convert", *words(again), "--base", "MODEL"]
     command += [] if given["dry_run"] else ["--overwrite"]
     return replace(found, fix=f"To complete it: {shlex.join(command)}")

@@ -209,6 +209,15 @@ CONVERT = table(
         group="Output",
     ),
     Option(
+        "resume",
+        Flag(),
+        "Continue a run of the same command that was interrupted: what it had finished is read and "
+        "hashed again, and reused where it is right. If this run is interrupted, what it finished "
+        "is kept. Without anything to continue, it is an ordinary run.",
+        False,
+        group="Output",
+    ),
+    Option(
         "verify",
         Flag(no="Do not read the output again."),
         "Read the output again and compare.",
@@ -376,6 +385,7 @@ class Running(Struct, frozen=True):
 
     threads: int
     overwrite: bool
+    resume: bool
     verify: bool
     dry_run: bool
     allow_unchanged: bool
@@ -500,6 +510,12 @@ def _check_target(values: Mapping[str, Any]) -> None:
             else "Pass --to hf, or leave out --names.",
             option="names",
         )
+    if values["resume"] and isinstance(values["target"], RemotePath):
+        raise OptionError(
+            "resume: an output in a store is not continued.",
+            hint="Leave out --resume; --overwrite deletes what a killed run left there.",
+            option="resume",
+        )
     if values["consumed_samples"] is not None and not output_format(to).client_state:
         raise OptionError(
             f"consumed_samples: it is written beside a DCP checkpoint, not with --to {to}.",
@@ -560,9 +576,11 @@ def _check_state(values: Mapping[str, Any]) -> None:
             hint="Leave out --layout.",
             option="layout",
         )
-    if values["optimizer"] and values["names"] == "all":
+    # torchtitan's, too, are those of several of its versions.
+    if values["optimizer"] and values["names"] in ("all", "torchtitan"):
         raise OptionError(
-            "names 'all' gives a parameter several names, and its optimizer's state has one.",
+            f"names {values['names']!r} gives a parameter several names, and its optimizer's state "
+            "has one.",
             hint="Pass --names memory, or leave out --names.",
             option="names",
         )

@@ -42,7 +42,7 @@ from reshard.storage.paths import (
     status,
 )
 
-# Python's own, made anew from the modules beside it.
+# Python's own, made again from the modules beside it.
 _REMADE = "__pycache__"
 # A folder of such a name would be taken for a file, by users and by programs that load it.
 _FILE_ENDS = (".safetensors", ".gguf")

@@ -15,10 +15,13 @@ from msgspec.structs import replace
 from reshard.conversion import manifest
 from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
+from reshard.core.findings import Finding
 from reshard.core.locations import RemotePath
 from reshard.core.plan import Plan
-from reshard.core.tensors import Extent, Record
+from reshard.core.sizes import size
+from reshard.core.tensors import Extent, Fragment, Record, stored
 from reshard.progress import StagedProgress
+from reshard.storage.fingerprints import Fingerprint, fingerprint
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.cluster.connection import Workers, connected
@@ -37,6 +40,7 @@ class Writing(Struct, frozen=True):
 
     threads: int
     overwrite: bool = False
+    resume: bool = False
     verify: bool = True
     progress: StagedProgress | None = None
     workers: Workers | None = None
@@ -68,7 +72,7 @@ def carry_out(
     If this raises, `target` is as it was, or the error says what is there.
     """
     with (
-        output(target, plan, overwrite=writing.overwrite) as folder,
+        _output(plan, sources, target, writing) as folder,
         # What lies in a store is not cached here.
         _executor(
             writing, records, unprotected, read_back=writing.verify and not folder.in_order
@@ -97,7 +101,8 @@ def carry_out(
         if writing.overwrite and not folder.in_order:
             check_replaceable(target, overwrite=True)
         folder.commit()
-    return replace(outcome, findings=(*folder.findings, *outcome.findings), read_back={})
+    findings = (*folder.findings, *outcome.findings, *_resumed(folder, outcome, plan))
+    return replace(outcome, findings=findings, read_back={})
 
 
 @contextmanager
@@ -115,16 +120,24 @@ def _executor(
         yield OnRay(ray, writing.workers, records, unprotected, progress)
 
 
-def output(target: Path, plan: Plan, *, overwrite: bool) -> OutputFolder | RemoteFolder:
+def _output(
+    plan: Plan, sources: Sources, target: Path, writing: Writing
+) -> OutputFolder | RemoteFolder:
     """The output of a plan, to be entered: in a folder of this machine, or of a store."""
     digest = plan_digest(plan)
     if not isinstance(target, RemotePath):
-        return OutputFolder(target, digest, overwrite=overwrite)
+        return OutputFolder(
+            target,
+            digest,
+            overwrite=writing.overwrite,
+            resume=writing.resume,
+            sources=_fingerprints(plan, sources),
+        )
     from reshard.transfer.remote import RemoteFolder
 
     names = [file.name for file in plan.files] + [asset.name for asset in plan.assets]
     names += [name for name, _ in plan.texts]
-    return RemoteFolder(target, digest, names, overwrite=overwrite)
+    return RemoteFolder(target, digest, names, overwrite=writing.overwrite)
 
 
 def plan_digest(plan: Plan) -> str:
@@ -135,14 +148,43 @@ def plan_digest(plan: Plan) -> str:
         for offset, literal in file.literals:
             hasher.update(offset.to_bytes(8, "little") + literal)
         for slot in file.slots:
-            # Of a computed tensor its repr, which holds the places of all that it is made of.
-            places = [
-                (f.extent.file.path, f.extent.offset) if isinstance(f.extent, Extent) else f
-                for f in slot.source.fragments
-            ]
-            hasher.update(f"{slot.offset}\0{slot.spec.name}\0{places}\0".encode())
+            hasher.update(f"{file.table}\0{slot.offset}\0{slot.spec}\0{slot.crc_offsets}".encode())
+            for fragment in slot.source.fragments:
+                hasher.update(_described(fragment).encode("utf-8", "surrogateescape"))
     for name, text in plan.texts:
-        hasher.update(f"{name}\0".encode() + text)
+        hasher.update(f"{name}\0{len(text)}\0".encode() + text)
     for asset in plan.assets:
         hasher.update(os.fsencode(f"{asset.name}\0{asset.path}\0"))
     return hasher.hexdigest()
+
+
+def _described(fragment: Fragment) -> str:
+    """All of a fragment, as text."""
+    extent, box = fragment.extent, fragment.box
+    if not isinstance(extent, Extent):
+        return repr(fragment)  # with all that a computed tensor is made of
+    where = (extent.file, extent.offset, extent.nbytes, fragment.dtype.name, fragment.strides)
+    return f"{where}{box.shape}{box.offsets}{box.sizes}"
+
+
+def _fingerprints(plan: Plan, sources: Sources) -> dict[str, Fingerprint]:
+    """Which files the tensors of a plan are made of, by path."""
+    paths = {e.file.path for slot in plan.slots() for e in stored(slot.source.fragments)}
+    return {path: fingerprint(path, sources) for path in sorted(paths)}
+
+
+def _resumed(folder: OutputFolder | RemoteFolder, outcome: Outcome, plan: Plan) -> list[Finding]:
+    """The finding that an interrupted run was continued."""
+    if not isinstance(folder, OutputFolder) or not folder.resumed:
+        return []
+    total = sum(slot.spec.nbytes for slot in plan.slots())
+    message = (
+        f"a run that was interrupted {folder.resumed} ago was continued: {size(outcome.reused)} of "
+        f"{size(total)} were there, and were read and hashed again"
+    )
+    if outcome.damaged:
+        message += f"; pieces made again, because their bytes had changed: {outcome.damaged}"
+    noted = None if folder.journal is None else folder.journal.noted
+    if noted is not None and noted.damaged:
+        message += "; its journal was torn or damaged, and counted up to there"
+    return [Finding("resumed", f"{message}.")]

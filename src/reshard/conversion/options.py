@@ -21,7 +21,7 @@ from reshard.naming.rewards import ModelType, Pooling, RewardOptions
 SrmFormat = Literal["lightrft", "split", "both"]
 Lora = Literal["merge", "adapter", "both"]
 Names = Literal["all", "disk", "memory", "hub", "torchtitan"]
-Layout = Literal["lightrft", "accelerate", "nested"]
+Layout = Literal["lightrft", "accelerate", "nested", "torchtitan"]
 Engine = Literal["local", "ray"]
 To = Literal["hf", "dcp", "megatron", "deepspeed"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
@@ -36,7 +36,7 @@ NAMES: tuple[Names, ...] = ("all", "disk", "memory", "hub", "torchtitan")
 #: Who moves the bytes.
 ENGINES: tuple[Engine, ...] = ("local", "ray")
 #: Every format's values of `--layout`.
-LAYOUTS: tuple[Layout, ...] = ("lightrft", "accelerate", "nested")
+LAYOUTS: tuple[Layout, ...] = ("lightrft", "accelerate", "nested", "torchtitan")
 POOLINGS: tuple[Pooling, ...] = ("attn", "last")
 #: LightRFT's default probing layer: the input of the last layer.
 PROBING_LAYER = -1

@@ -64,12 +64,12 @@ def check_head(made: Mapping[str, Entry], filled: Iterable[str], base: Base, equ
                 path=base.folder,
                 tensor=head,
                 hint=f"If the head was frozen, take it from the base by its name: --allow {head} "
-                "besides --fill-from-base.",
+                "together with --fill-from-base.",
             )
 
 
 def _patched(config: Mapping[str, Any], patches: Mapping[str, object]) -> dict[str, Any]:
-    """The config with its patches, by dotted paths of at most two parts."""
+    """The config with its patches, by dotted paths of at most two names."""
     found = {key: dict(v) if isinstance(v, Mapping) else v for key, v in config.items()}
     for path, value in patches.items():
         section, key = section_of(found, path)

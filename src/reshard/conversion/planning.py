@@ -183,12 +183,7 @@ def check_strict(
 ) -> None:
     """Refuse findings of the codes in `strict`, or, if it is True, all except those of severity
     info."""
-    codes = strict if not isinstance(strict, bool) else ()
-    refused = [
-        found
-        for found in findings
-        if found.code in codes or (strict is True and found.severity != "info")
-    ]
+    refused = [found for found in findings if found.refused_by(strict)]
     if refused:
         more = f" And {len(refused) - 1} more." if len(refused) > 1 else ""
         raise PlanError(
@@ -225,7 +220,7 @@ def plan_output(
 def _of_release(
     made: OutputModel, catalog: Catalog, base: Base | None, options: Options, sources: Sources
 ) -> tuple[Finding, ...]:
-    """What of the output no release has, where it is a model's folder."""
+    """How the output differs from releases, where it is a model's folder."""
     known = base is not None or holds_config(catalog)
     if not (known and made.model and made.assets and output_format(options.to).takes_files):
         return ()

@@ -1,4 +1,4 @@
-"""The output held against releases: in their layout with `--names hub`, else what is other."""
+"""The output compared with releases: in their layout with `--names hub`, else how it differs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def in_layout(made: OutputModel, config: Mapping[str, Any]) -> OutputModel:
 
 
 def findings(made: OutputModel, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """What of a planned model no release has, and every engine shares: layout, names, fields."""
+    """How a planned model differs from every release, for all engines: layout, names, fields."""
     shapes = {tensor.spec.name: tensor.spec.shape for tensor in made.model}
     other = released.unreleased(shapes, config)
     if other is not None:
@@ -56,7 +56,7 @@ def findings(made: OutputModel, config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _unlike(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterator[Finding]:
-    """What the architecture has and the output has not, or the other way."""
+    """Tensors that only the architecture has, or only the output."""
     found = structure.examine(shapes, config)
     parts = [
         (found.absent, "lacks"),

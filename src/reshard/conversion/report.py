@@ -56,7 +56,8 @@ class Report(Struct, frozen=True):
     `copied` are the files that come from the base as they are, `config` the fields of its
     config.json that change, with both values. `memory` is about what the process will hold at most,
     which only a dry run estimates. `requests` are those to stores, where a path was a URL.
-    `findings` are what a user should know. Sizes are bytes.
+    `bytes_reused` are those that an interrupted run had made; None without `resume`. `findings` are
+    what a user should know. Sizes are bytes.
     """
 
     source: str
@@ -87,6 +88,7 @@ class Report(Struct, frozen=True):
     copied: tuple[str, ...] = ()
     config: Mapping[str, tuple[object, object]] = {}
     memory: int | None = None
+    bytes_reused: int | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as lines of a label and its words, as `convert` shows it."""
@@ -98,6 +100,9 @@ class Report(Struct, frozen=True):
             ("would read" if dry else "read", size(self.bytes_read)),
             ("would write" if dry else "written", size(self.bytes_written)),
         ]
+        if self.bytes_reused is not None:
+            reused = f"{size(self.bytes_reused)} of an interrupted run"
+            rows.append(("reused", reused if self.bytes_reused else "nothing of an earlier run"))
         if self.state is not None:
             rows.insert(3, ("optimizer", str(self.state)))
         if self.memory is not None:

@@ -19,6 +19,8 @@ from reshard.transfer.assembly import Outcome
 
 # Moments of fewer elements may well be equal.
 _MIN_NUMEL = 8
+# AMSGrad's greatest mean of squares is the mean itself while that rises.
+_MAXIMUM = "max_exp_avg_sq"
 _HINT = "Copy the checkpoint again, or use another save. The weights alone: leave out --optimizer."
 
 
@@ -57,6 +59,8 @@ def _same(
     groups: dict[tuple[str, str], list[str]] = {}
     specs: dict[str, TensorSpec] = {}
     for kind, table in ({} if state is None else state.moments).items():
+        if kind == _MAXIMUM and not across:
+            continue
         for name, entry in table.items():
             key = tensor_name(kind, name)
             digest = outcome.digests.get((STATE_TABLE, key))

@@ -112,7 +112,7 @@ def _state(catalog: Catalog, stated: Manifest) -> list[tuple[Catalog, Mapping[st
                 path=folder,
                 hint="Convert again.",
             )
-    entries = {entry.spec.name: entry for entry in state.slots()}
+    entries = {entry.spec.name: entry for entry in state.entries(masters=False)}
     return [(replace(catalog, entries=entries), stated.state)]
 
 

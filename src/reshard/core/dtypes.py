@@ -131,6 +131,8 @@ def from_storage(class_name: str) -> DType | None:
 
 
 FLOAT32 = _BY_NAME["float32"]
+INT32 = _BY_NAME["int32"]
+INT64 = _BY_NAME["int64"]
 BFLOAT16 = _BY_NAME["bfloat16"]
 FLOAT16 = _BY_NAME["float16"]
 UINT8 = _BY_NAME["uint8"]

@@ -5,6 +5,8 @@ fit of the names, the conversion, doctor and try all report findings of this one
 and `--json` speak of codes.
 Adding one is a line in `CODES` and the place that reports it; `docs/findings.md` is made from here.
 Long because each code is a line or three.
+Long because every code stands in one table.
+Long because it is one table.
 """
 
 from __future__ import annotations
@@ -65,6 +67,12 @@ class Finding(Struct, frozen=True):
     def severity(self) -> Severity:
         """How serious it is."""
         return CODES[self.code].severity
+
+    def refused_by(self, strict: bool | Sequence[str]) -> bool:
+        """Whether `--strict` refuses it: all but infos, or only the codes given."""
+        if isinstance(strict, bool):
+            return strict and self.severity != "info"
+        return self.code in strict
 
     def __str__(self) -> str:
         return self.message
@@ -188,9 +196,9 @@ CODES: dict[str, Code] = {
         by=("doctor",)),
     "engine-score-bias": Code(
         "warning", "an engine gives the head a bias that no file has", by=("doctor",)),
-    "engine-strangers": Code("error", "an engine drops or refuses tensors", by=("doctor",)),
     "engine-tensors": Code(
         "error", "an engine lacks tensors, and makes them up or refuses", by=("doctor",)),
+    "engine-unknown-tensors": Code("error", "an engine drops or refuses tensors", by=("doctor",)),
     "engine-weights": Code("error", "an engine does not read weights of this kind", by=("doctor",)),
     "export-beside": Code(
         "info", "a training checkpoint was read, and an exported model lies beside it",
@@ -276,6 +284,8 @@ CODES: dict[str, Code] = {
     "not-finite": Code(
         "warning", "weights hold NaN or infinity: the run has diverged, or a buffer is made so",
         "Convert an earlier checkpoint of the run."),
+    "not-resumed": Code(
+        "warning", "nothing of an interrupted run of this output could be reused"),
     "objects-unread": Code(
         "warning", "a pickle holds objects that are not data; they were not made"),
     "old-output-kept": Code(
@@ -312,6 +322,7 @@ CODES: dict[str, Code] = {
         "warning", "the config says that weights are quantised, and they are not"),
     "replicas-missing": Code(
         "info", "files of some ranks are missing; the others hold all that they held"),
+    "resumed": Code("info", "an interrupted run of this conversion was continued"),
     "rounded": Code("info", "tensors of two checkpoints are equal once one side is rounded"),
     "rounded-weights": Code(
         "warning", "the file holds rounded weights; those in full precision lie beside it",
@@ -338,7 +349,7 @@ CODES: dict[str, Code] = {
     "state-groups-by-rule": Code(
         "warning", "which parameters a group has is not stated, and follows from Megatron's rules"),
     "state-left-out": Code(
-        "warning", "a part of the training state is no plain data and does not travel"),
+        "warning", "a part of the training state is not plain data and is not carried over"),
     "state-masters-rounded": Code(
         "warning", "fp32 masters were rounded to the dtype of the output's weights",
         "Leave out --dtype."),
@@ -403,5 +414,5 @@ CODES: dict[str, Code] = {
         "info", "weight files beside the model were not read", "To convert one, name it."),
     "wrapper-prefix": Code("error", "names carry a wrapper's or trainer's prefix", by=("doctor",)),
     "zero3-placeholders": Code(
-        "error", "zeRO-3 left placeholders where the weights should be", by=("doctor", "try")),
+        "error", "ZeRO-3 left placeholders where the weights should be", by=("doctor", "try")),
 }  # fmt: skip

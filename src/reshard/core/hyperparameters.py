@@ -17,7 +17,7 @@ from reshard.errors import PlanError, listed
 
 #: What AdamW's state dict must state itself.
 NEEDED = ("lr", "betas", "eps", "weight_decay")
-#: What it holds besides.
+#: What else it holds.
 SWITCHES: Mapping[str, Plain] = {
     "amsgrad": False,
     "maximize": False,
@@ -32,6 +32,9 @@ _ADAM = frozenset({"exp_avg", "exp_avg_sq"})
 
 def is_adam(state: TrainingState, group: Group) -> bool:
     """Whether the parameters of a group have the moments of Adam or AdamW."""
+    # DeepSpeedCPULion keeps the moments of Adam, too, one of them unused; it divides by nothing.
+    if group.hyperparameters and "eps" not in group.hyperparameters:
+        return False
     held = [state.moments.get(kind, {}) for kind in _ADAM]
     return all(name in table for table in held for name in group.names)
 

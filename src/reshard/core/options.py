@@ -1,8 +1,8 @@
-"""What an option of a command is: its name, the kind of its values, and what it is for.
+"""What an option of a command is: its name, the type of its values, and what it is for.
 
 An option is declared once. The keyword of the Python function, the flag of the command line, the
 line in `--help` and `docs/cli.md` and the paragraph in the docstring are all made from that, and
-every value, from wherever it comes, is parsed by the option's kind: what is not of the type is an
+every value, from wherever it comes, is parsed by the option's type: a wrong value is an
 `OptionError` that names the option.
 """
 

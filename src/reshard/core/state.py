@@ -92,15 +92,9 @@ class TrainingState(Struct, frozen=True):
             yield MASTER, self.masters
         yield from self.moments.items()
 
-    def entries(self) -> Iterator[tuple[str, Entry]]:
-        """Every tensor of the state with the name that it goes by among all, see `tensor_name`."""
-        for kind, table in self.tables():
-            for name, entry in table.items():
-                yield tensor_name(kind, name), entry
-
-    def slots(self) -> Iterator[Entry]:
-        """The moments by the names that they have among all tensors of an output."""
-        for kind, table in self.moments.items():
+    def entries(self, *, masters: bool = True) -> Iterator[Entry]:
+        """Every tensor of the state, by the name that it goes by among all, see `tensor_name`."""
+        for kind, table in self.tables() if masters else self.moments.items():
             for name, entry in table.items():
                 yield entry.renamed(tensor_name(kind, name))
 

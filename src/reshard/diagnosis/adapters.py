@@ -111,7 +111,7 @@ def _one_scale(adapter: Adapter, keys: tuple[str, ...]) -> Iterator[tuple[str, s
     """What an engine that scales every module by lora_alpha / r overlooks."""
     there = [key for key in keys if adapter.settings.get(key)]
     if there:
-        yield f"scales as without {', '.join(there)}, without a word", _MERGE
+        yield f"silently scales as if without {', '.join(there)}", _MERGE
 
 
 def _mlx(adapter: Adapter) -> Iterator[tuple[str, str]]:

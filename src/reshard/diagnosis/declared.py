@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from reshard.conversion.declared import PROGRESS, THREADS
-from reshard.core.options import Choice, Option, Place, table
+from reshard.core.findings import CODES
+from reshard.core.options import Choice, Codes, Option, Place, table
 from reshard.diagnosis.engines import ENGINES
 
 #: The options of `reshard.doctor` and `reshard doctor`.
@@ -27,6 +28,13 @@ DOCTOR = table(
         Choice(tuple(ENGINES)),
         "Say as well whether this inference engine takes the folder, by tables of what it takes.",
         spelt="for",
+    ),
+    Option(
+        "strict",
+        Codes({code: about for code, about in CODES.items() if "doctor" in about.by}),
+        "Exit with 1 for warnings, too; with codes, for the findings of these codes.",
+        False,
+        metavar="CODE",
     ),
     THREADS,
     PROGRESS,

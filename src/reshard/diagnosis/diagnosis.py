@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.conversion.base_model import read_base
 from reshard.conversion.declared import workers
@@ -40,7 +41,8 @@ class Diagnosis(Struct, frozen=True):
 
     `repairable` are the codes of the findings that `repair` fixes. `repaired` is the repaired
     folder, None where none was written. `remaining` are the findings that it still has, or that
-    `folder` has where there is no repaired one. Sizes are bytes.
+    `folder` has where there is no repaired one. `strict` makes errors of warnings: of all, or of
+    those with the codes that it lists. Sizes are bytes.
     """
 
     folder: str
@@ -51,11 +53,16 @@ class Diagnosis(Struct, frozen=True):
     repairable: tuple[str, ...]
     repaired: str | None
     remaining: tuple[Finding, ...]
+    strict: bool | tuple[str, ...] = False
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """The errors that remain."""
-        return tuple(finding for finding in self.remaining if finding.severity == "error")
+        """The errors that remain, and the warnings that `strict` makes errors."""
+        return tuple(
+            finding
+            for finding in self.remaining
+            if finding.severity == "error" or finding.refused_by(self.strict)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The diagnosis as JSON values, as `doctor --json` prints it."""
@@ -78,6 +85,7 @@ def doctor(
     base: PathLike | None = None,
     repair: PathLike | None = None,
     engine: EngineName | None = None,
+    strict: bool | Sequence[str] = False,
     threads: int | None = None,
     progress: StagedProgress | None = None,
 ) -> Diagnosis:
@@ -104,7 +112,8 @@ def doctor(
         if engine is not None and adapters.is_adapter(path):
             held = adapters.read(path, sources)
             sources.check_unchanged()
-            return _of_adapter(folder, base, held, adapters.examine(held, engine))
+            noted = adapters.examine(held, engine)
+            return replace(_of_adapter(folder, base, held, noted), strict=values["strict"])
         known = None if base_path is None else read_base(base_path, sources)
         case = cases.read(path, known, sources, threads=threads, progress=progress)
         all_found = examine(case, engine)
@@ -125,6 +134,7 @@ def doctor(
         repairable=tuple(each.finding.code for each in all_found if each.repair is not None),
         repaired=repaired,
         remaining=remaining,
+        strict=values["strict"],
     )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from msgspec import Struct
 
 EngineName = Literal["vllm", "sglang", "llama.cpp", "mlx"]
-Effect = Literal["takes", "refuses", "random", "turned"]
+Effect = Literal["takes", "refuses", "random", "transposed"]
 
 
 class Engine(Struct, frozen=True):
@@ -41,7 +41,7 @@ class Engine(Struct, frozen=True):
     codes: tuple[str, ...] | None = None
 
 
-_SILENT = "starts at random values, without a word,"
+_SILENT = "silently starts at random values"
 
 ENGINES: Mapping[EngineName, Engine] = {
     "vllm": Engine(
@@ -49,7 +49,7 @@ ENGINES: Mapping[EngineName, Engine] = {
         "*.safetensors",
         unserved=("PhimoeForCausalLM",),
         absent=_SILENT,
-        biases="drops, without a word,",
+        biases="silently drops",
     ),
     "sglang": Engine(
         "sglang",
@@ -67,8 +67,8 @@ ENGINES: Mapping[EngineName, Engine] = {
         ),
         absent=_SILENT,
         norms=_SILENT,
-        strange="drops without a word, or refuses,",
-        biases="drops without a word, or refuses,",
+        strange="silently drops or refuses",
+        biases="silently drops or refuses",
     ),
     "llama.cpp": Engine(
         "llama.cpp",
@@ -102,7 +102,7 @@ ENGINES: Mapping[EngineName, Engine] = {
 
 #: How files may differ from the release's (`naming/released.py`); `tower`: in names of a tower that
 #: lack `vision_model` alone.
-LayoutChange = Literal["moved", "tower", "stacked", "turned"]
+LayoutChange = Literal["moved", "tower", "stacked", "transposed"]
 
 _LLAVA = ("llava", "llava_next", "gemma3", "mistral3")
 _QWEN2_VL = ("qwen2_vl", "qwen2_5_vl")
@@ -124,7 +124,7 @@ LAYOUTS: Mapping[tuple[EngineName, LayoutChange, str], Effect] = {
         ("tower", _LLAVA, "refuses"),
         ("stacked", ("qwen3_moe",), "takes"),
         ("stacked", ("mixtral",), "refuses"),
-        ("turned", ("qwen3_vl_moe",), "refuses"),
+        ("transposed", ("qwen3_vl_moe",), "refuses"),
     ),
     **_rows(
         "sglang",
@@ -132,14 +132,14 @@ LAYOUTS: Mapping[tuple[EngineName, LayoutChange, str], Effect] = {
         ("tower", ("gemma3",), "refuses"),
         ("tower", ("llava",), "takes"),
         ("stacked", ("qwen3_moe",), "random"),
-        ("turned", ("qwen3_vl_moe",), "refuses"),
+        ("transposed", ("qwen3_vl_moe",), "refuses"),
     ),
     **_rows(
         "llama.cpp",
         ("moved", (*_QWEN2_VL, "qwen2_audio"), "takes"),
         ("tower", ("llava", "gemma3"), "takes"),
         ("stacked", _MOE, "takes"),
-        ("turned", ("qwen3_vl_moe",), "turned"),
+        ("transposed", ("qwen3_vl_moe",), "transposed"),
     ),
     **_rows(
         "mlx",
@@ -164,7 +164,7 @@ MLX_ROTARY = ("qwen3", "qwen3_vl_text", "ministral3", "qwen3_5_text")
 #: (engine, model type, field) -> what it does where config.json lacks the field.
 FIELDS: Mapping[tuple[EngineName, str, str], str] = {
     ("vllm", "deepseek_v3", "topk_method"): "refuses",
-    ("vllm", "deepseek_v3", "scoring_func"): "takes softmax without a word",
+    ("vllm", "deepseek_v3", "scoring_func"): "silently takes softmax",
     ("vllm", "qwen3_vl_moe_text", "norm_topk_prob"): "refuses",
     ("sglang", "deepseek_v3", "topk_method"): "refuses",
     ("sglang", "deepseek_v3", "scoring_func"): "refuses",
@@ -173,7 +173,7 @@ FIELDS: Mapping[tuple[EngineName, str, str], str] = {
     ("mlx", "qwen3_vl_moe_text", "norm_topk_prob"): "refuses",
 }
 
-#: Engine -> the tensors of right folders that it drops, without a word.
+#: Engine -> the tensors of right folders that it silently drops.
 DROPPED: Mapping[EngineName, tuple[str, ...]] = {
     "mlx": ("**.mlp.moe_statics.e_score_correction_bias",),
 }

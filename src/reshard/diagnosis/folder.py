@@ -24,7 +24,7 @@ from reshard.diagnosis import adapters
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.naming.rewards import REWARD_CONFIG
-from reshard.naming.schema import is_backbone
+from reshard.naming.schema import CLASSIFIERS, classes_of, is_backbone
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file, is_folder, listing, matching
@@ -67,8 +67,7 @@ class Folder(Struct, frozen=True):
     @property
     def classifies(self) -> bool:
         """Whether the config names a class with a `score` in place of an output head."""
-        tasks = ("ForSequenceClassification", "ForTokenClassification")
-        return any(name.endswith(tasks) for name in classes(self.settings))
+        return any(name.endswith(CLASSIFIERS) for name in classes_of(self.settings))
 
     @property
     def headless(self) -> bool:
@@ -82,10 +81,9 @@ class Folder(Struct, frozen=True):
         return Base(self.path, self.entries, self.settings, tuple(self.assets.values()))
 
 
-def classes(config: Mapping[str, Any]) -> list[str]:
-    """The model classes that a config names."""
-    named = config.get("architectures")
-    return list(map(str, named)) if isinstance(named, list) else []
+def model_files(names: Iterable[str]) -> set[str]:
+    """The files that are a model's own by their names."""
+    return {name for name in names if _SHARD.fullmatch(name)}
 
 
 def read(path: Path, sources: Sources) -> Folder:
@@ -194,7 +192,7 @@ def _by_file(entries: Iterable[Entry]) -> dict[str, frozenset[str]]:
 def _weight_files(path: Path, sources: Sources) -> tuple[list[str], dict[str, str] | None, str]:
     """The safetensors files that should hold the model, what the index lists, its fault."""
     there = {file.name for file in matching(path, "*.safetensors")}
-    shards = {name for name in there if _SHARD.fullmatch(name)}
+    shards = model_files(there)
     if not is_file(path / huggingface.INDEX):
         return sorted(shards or there), None, ""
     try:

@@ -10,6 +10,8 @@ from reshard.core.catalog import Asset
 from reshard.core.findings import Finding
 from reshard.errors import listed
 
+#: The advice on what only the run's own checkpoint holds.
+CONVERT_AGAIN = "Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR."
 # Names shown in a line of evidence; a broken export can have thousands.
 _SHOWN = 4
 
@@ -18,7 +20,7 @@ class Repair(Struct, frozen=True):
     """How a finding is repaired: in words, and what that changes beside the fit onto the base.
 
     config: dotted path in `config.json` -> new value.
-    assets, texts: files that the folder lacks, and small files that are written anew.
+    assets, texts: files that the folder lacks, and small files that are written again.
     renamed: tensor's name in the folder -> the right one. dropped: tensors not to write.
     cast: whether the weights take the base's dtypes.
     rescued: whether the weights are those of the training checkpoint inside the folder.

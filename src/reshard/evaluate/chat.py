@@ -14,7 +14,7 @@ from reshard.evaluate.options import Options
 from reshard.evaluate.streaming import Spoken
 from reshard.storage.paths import file_size
 
-#: What a person writes to begin anew.
+#: What a person writes to start over.
 AGAIN = "/new"
 
 

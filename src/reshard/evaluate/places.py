@@ -9,13 +9,12 @@ from typing import Any
 
 from reshard.errors import ReshardError, WriteError, brief
 from reshard.storage import strict_json
-from reshard.storage.local import read_start
 from reshard.storage.paths import is_file, real
 
 #: In the head of every page that `reshard try` writes; a page is known by it.
 PAGE_MARK = '<meta name="generator" content="reshard try">'
-# Bytes at the start of a page in which the mark stands, and the largest report that is looked at.
-_HEAD, _MAX_REPORT = 4096, 64 << 20
+# Bytes of the largest report that is looked at.
+_MAX_REPORT = 64 << 20
 _MARKS = {"schema_version", "status", "model_path", "failures"}
 
 
@@ -40,17 +39,6 @@ def _report(path: Path) -> Mapping[str, Any] | None:
     except ReshardError:
         return None
     return found if found.keys() >= _MARKS else None
-
-
-def check_page(path: Path) -> None:
-    """Raise `WriteError` where a file is at `path` that is not a page of an earlier run."""
-    if not is_file(path) or PAGE_MARK.encode() in read_start(path, _HEAD):
-        return
-    raise WriteError(
-        "this file is not a page of an earlier run, and is not replaced; nothing was run.",
-        path=path,
-        hint="Name another file with --html.",
-    )
 
 
 def free(path: Path, model: Path) -> Path:

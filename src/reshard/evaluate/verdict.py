@@ -54,7 +54,7 @@ def _judge(equal: bool, close: bool, figures: str, weights: Weights | None) -> t
         shares = f"{weights.different} of {weights.tensors} shared tensors"
         return "another model", f"{shares} differ by more than rounding; {figures}."
     alone = weights.only_here + weights.only_there
-    lone = f"; {alone} tensors have no namesake in the other folder" if alone else ""
+    lone = f"; {alone} tensors are not in the other folder" if alone else ""
     if equal and not weights.rounded:
         shares = f"all {weights.tensors} shared tensors"
         return "identical", f"Every output and {shares} are equal{lone}."

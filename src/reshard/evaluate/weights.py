@@ -59,7 +59,7 @@ def compare_weights(
 
 
 def relate(here: Entry, there: Entry, sources: Sources) -> Relation:
-    """What one tensor is to its namesake; a tensor of another shape is different.
+    """How one tensor compares with the other of its name; a tensor of another shape is different.
 
     Reads both once if they are equal, and up to the first difference for each way in which one
     could be the other's rounding.

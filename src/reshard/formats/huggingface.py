@@ -30,6 +30,7 @@ from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
 from reshard.formats import Description, Selection, TensorToWrite, optimizer_file
+from reshard.formats import weight_map as shard_index
 from reshard.naming import flat
 from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.storage import strict_json
@@ -259,13 +260,7 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
 
 def weight_map(folder: Path, sources: Sources) -> dict[str, str]:
     """The index of a folder: tensor -> file. Raises `FormatError` where it holds no such table."""
-    stated = strict_json.read_object(
-        sources.open(child(folder, INDEX, store=True)), max_nbytes=strict_json.MAX_INDEX
-    )
-    found = stated.get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise FormatError("it has no weight_map of names to files.", path=folder / INDEX)
-    return found
+    return shard_index.read(folder, INDEX, sources)
 
 
 def _check_numbers(folder: Path, names: Sequence[str]) -> None:

@@ -97,7 +97,7 @@ OWN = (
         max_shard_size="1GB",
         training_state=True,
         writes_state=True,
-        layouts=("lightrft", "accelerate", "nested"),
+        layouts=("lightrft", "accelerate", "nested", "torchtitan"),
     ),
     FormatInfo(
         "deepspeed",

@@ -31,9 +31,10 @@ from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.formats import OPTIMIZER, tags
 from reshard.formats.info import named
+from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.naming.part import catalog_under
 from reshard.storage.local import Sources, snapshot
-from reshard.storage.paths import is_file, is_folder, is_link, listing, real, status
+from reshard.storage.paths import is_file, is_folder, is_own_folder, listing, real, status
 
 _DEPTH = 3
 # A run's folder has tens of entries; more than this is somebody's home directory.
@@ -184,8 +185,14 @@ def _is_export(format_: str | None) -> bool:
     return bool(format_) and named(format_ or "").exported
 
 
-def _has_tags(format_: str) -> bool:
-    return bool(format_) and named(format_).has_tags
+def has_tags(format_: str | None) -> bool:
+    """Whether folders of a format hold several saves, each by its tag."""
+    return bool(format_) and named(format_ or "").has_tags
+
+
+def actors(saves: list[Found], root: Path) -> list[Found]:
+    """The saves of the actor below `root`; all of them where none is an actor's."""
+    return [save for save in saves if ACTOR in save.path.relative_to(root).parts] or saves
 
 
 def saves(path: Path) -> list[Found]:
@@ -210,7 +217,7 @@ def _below(path: Path, depth: int) -> list[Found]:
 
 def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
     for child in listing(folder):
-        if not is_folder(child) or is_link(child) or child.name.startswith("."):
+        if not is_own_folder(child) or child.name.startswith("."):
             continue
         budget[0] -= 1
         if budget[0] < 0:
@@ -244,14 +251,20 @@ def _choose(
 ) -> list[Found]:
     """The saves to try, the one that the run's own file names first, then the newest."""
     saves = _training(saves if tag is None else _tagged(path, saves, tag))
-    actors = [save for save in saves if ACTOR in save.path.relative_to(path).parts]
-    saves = actors or saves
+    saves = actors(saves, path)
     if len({save.path.parent for save in saves}) > 1:
         raise _several(path, saves, "it holds checkpoints of several models or runs")
+    if len(saves) > 1 and all(_is_unnumbered_adapter(save) for save in saves):
+        raise _several(path, saves, "it holds several adapters")
     unclear = [save for save in saves if not save.format]
     if unclear:
         formats.told(unclear[0].path, unclear[0].claims)  # raises, naming both formats
     return sorted(saves, key=lambda save: (_is_tracked(save, tracked), save.age), reverse=True)
+
+
+def _is_unnumbered_adapter(save: Found) -> bool:
+    """PEFT puts each adapter of a model into a folder of its name; steps have numbers."""
+    return save.age[0] < 0 and is_file(save.path / ADAPTER_CONFIG)
 
 
 def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
@@ -271,7 +284,7 @@ def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
 def _inside(save: Found, tag: str | None) -> str | None:
     """The save that a tag selects in a folder of several; None: the tag selects the folder
     itself."""
-    if tag is None or not _has_tags(save.format):
+    if tag is None or not has_tags(save.format):
         return None
     inside = [child.name for child in listing(save.path) if is_folder(child)]
     found = tag if is_folder(save.path / tag) else None

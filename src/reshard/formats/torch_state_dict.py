@@ -55,8 +55,8 @@ from reshard.formats import (
     numbered,
     of_several,
     optimizer_file,
+    weight_map,
 )
-from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file, is_folder, listing, matching
 
@@ -147,15 +147,10 @@ def _files(path: Path, sources: Sources) -> list[Path]:
         return [path]
     if not is_file(path / _INDEX):
         return [child(path, next(iter(_singles(path)), _SINGLE), store=True)]
-    index = strict_json.read_object(
-        sources.open(child(path, _INDEX, store=True)), max_nbytes=strict_json.MAX_INDEX
-    )
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise FormatError("it has no weight_map of names to files.", path=path / _INDEX)
-    if not weight_map:
+    located = weight_map.read(path, _INDEX, sources)
+    if not located:
         raise FormatError("its weight_map names no file.", path=path / _INDEX)
-    files = [child(path, name, store=True) for name in sorted(set(weight_map.values()))]
+    files = [child(path, name, store=True) for name in sorted(set(located.values()))]
     for file in files:
         if not is_file(file):
             raise IncompleteError(

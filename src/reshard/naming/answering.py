@@ -109,7 +109,8 @@ def _versions(config: Mapping[str, Any]) -> list[Version]:
 def _renamed(
     stored: Mapping[str, Piece], config: Mapping[str, Any], view: View
 ) -> tuple[dict[str, str], list[str]]:
-    """Live name -> name in the files, where the tensor is the same one; second, all other names."""
+    """Name in memory -> name in the files, where the tensor is the same one; second, all other
+    names."""
     parts = Counter(piece.name for piece in stored.values())
     named: dict[str, str] = {}
     others: list[str] = []

@@ -1,7 +1,7 @@
 """The class of a model's backbone: the class of a folder without an output head.
 
 If such a folder's config names the class with a head (`LlamaForCausalLM`), an engine invents the
-head: vLLM leaves it at random values without a word. Read from transformers 5.23
+head: vLLM silently leaves it at random values. Read from transformers 5.23
 (models/auto/modeling_auto.py: MODEL_MAPPING_NAMES).
 """
 

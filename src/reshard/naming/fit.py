@@ -1,7 +1,6 @@
 """The fit of a checkpoint's tensors onto a base model's, name for name and shape for shape.
 
-    search -> outputs -> tied tensors: copied, judged -> unwritten -> heads left behind ->
-    vocabulary
+    search -> outputs -> tied tensors -> unwritten names -> heads left behind -> vocabulary
 
 Each step is a function of what the search found, and returns what it adds to the map.
 """

@@ -79,7 +79,7 @@ class Verdict(Enum):
     FILLED = "taken from the base"
     LEFT_OUT = "the base's, not written"
     DROPPED = "the source's, not written"
-    TWIN = "another name of a tensor of the source, which the base does not store"
+    PARTNER = "another name of a tensor of the source, which the base does not store"
     MISSING = "the base's, without a source"
     UNEXPECTED = "the source's, without a place"
     MISMATCHED = "in both, with two shapes"
@@ -172,7 +172,7 @@ class Judge:
             return Verdict.DROPPED
         partner = ties.tied_partner(hub, others)
         if partner is not None and others[partner].shape == piece.shape:
-            return Verdict.TWIN
+            return Verdict.PARTNER
         return Verdict.UNEXPECTED
 
 

@@ -27,6 +27,7 @@ from reshard.errors import NamesError, listed
 from reshard.naming import megatron, megatron_args
 from reshard.naming.families import MORE_LAYERS
 from reshard.naming.megatron import EMBEDDING, HEAD, MTP_COPIES, MTP_NAMES, NAMES, Family
+from reshard.naming.mismatch import no_place
 from reshard.naming.schema import Schema, is_constant
 
 _OUTSIDE = {
@@ -50,7 +51,6 @@ _EXPERTS = "mlp.experts.experts."
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)")
 # A tensor of a module that has a state beside its tensors.
 _MODULE = re.compile(r"((?:decoder|mtp)\.(?:.+\.)?(?:linear_\w+|\w*norm|eh_proj))\.\w+")
-_LISTED = 5
 _WHOLE = (
     "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base."
 )
@@ -141,12 +141,7 @@ class _Builder:
             elif not self._in_layer(name, spec.shape):
                 unknown.append(name)
         if unknown:
-            raise NamesError(
-                f"{len(unknown)} of its tensors have no place in Megatron-Core's model: "
-                f"{listed(unknown, _LISTED)}.",
-                unexpected=tuple(unknown),
-                hint="Pass --base, the model as it was released, whose names they then get.",
-            )
+            raise no_place(unknown, "Megatron-Core's model")
         self._check()
         stacked = not self._family.latent and self._alike()
         if stacked:

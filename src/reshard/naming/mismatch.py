@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from reshard.errors import Lines, NamesError, shown
+from reshard.errors import Lines, NamesError, listed, shown
 from reshard.naming import ties, value_heads, wrong_base
 from reshard.naming.judge import Verdict, pattern_of
 from reshard.naming.search import Candidate
@@ -64,6 +64,15 @@ def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
         missing=missing,
         unexpected=unexpected,
         hint=hint,
+    )
+
+
+def no_place(unknown: Sequence[str], model: str) -> NamesError:
+    """The error for tensors that a trainer's `model` has no names for."""
+    return NamesError(
+        f"{len(unknown)} of its tensors have no place in {model}: {listed(unknown, 5)}.",
+        unexpected=tuple(unknown),
+        hint="Pass --base, the model as it was released, whose names they then get.",
     )
 
 

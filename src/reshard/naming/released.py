@@ -34,7 +34,7 @@ class Unreleased(Struct, frozen=True):
 
     @property
     def words(self) -> str:
-        """What is other, in words, to follow "it has"."""
+        """The differences in words, to follow "it has"."""
         parts = [
             f"{len(names)} tensors {what}, {names[0]!r} among them"
             for names, what in (

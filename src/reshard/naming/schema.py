@@ -93,6 +93,10 @@ def is_unheld(name: str, config: Mapping[str, Any]) -> bool:
     return False
 
 
+#: Ends of the names of classes that score: a `score` stands in place of their output head.
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+
+
 def classes_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The classes that the config names."""
     named = config.get("architectures")

@@ -26,12 +26,11 @@ from reshard.naming.architectures import (
     Decoder,
 )
 from reshard.naming.memory import hub_pieces
-from reshard.naming.schema import classes_of, comes_with_base, is_backbone, text_config
+from reshard.naming.schema import CLASSIFIERS, classes_of, comes_with_base, is_backbone, text_config
 
 Config = Mapping[str, Any]
 
 _GENERATE = ("ForCausalLM", "ForConditionalGeneration")
-_SCORE = ("ForSequenceClassification", "ForTokenClassification")
 _BARE = ("Model", "TextModel")
 # The last part before `.weight` in a head's name, in known trainers.
 _HEAD_PARTS = ("lm_head", "score", "classifier", "v_head", "qa_outputs", "reward", "logit_scale",
@@ -169,7 +168,7 @@ def _beside(
     """What lies at the top: projectors, and the head that the class has."""
     if named.endswith(_GENERATE):
         outside += f"\n{head}weight - maybe\n{head}bias - {head_bias}\n"
-    elif named.endswith(_SCORE):
+    elif named.endswith(CLASSIFIERS):
         outside += "\nscore.weight -\nscore.bias - maybe\n"
     return Region("", config, outside)
 
@@ -179,7 +178,7 @@ def _of(table: Iterable[Any], kind: object) -> Any:
 
 
 def _is_of(named: str, stem: str) -> bool:
-    return named in {stem + task for task in (*_GENERATE, *_SCORE, *_BARE)}
+    return named in {stem + task for task in (*_GENERATE, *CLASSIFIERS, *_BARE)}
 
 
 def is_own_class(named: str, config: Config) -> bool:

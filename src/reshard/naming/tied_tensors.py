@@ -23,7 +23,8 @@ from reshard.naming.steps import FitResult, Known, is_chosen
 def copied(known: Known) -> tuple[dict[str, str], FitResult]:
     """Write what the base stores under a name that the source lacks.
 
-    Returns the tensors that are written by their own hub names, and the copied ones' tied_tensors.
+    Returns the tensors that are written by their own hub names, and the partners of the copied
+    ones.
     """
     written = {hub: hub for hub in known.want if hub in known.have}
     result = FitResult()
@@ -67,7 +68,7 @@ def judged(known: Known, written: Mapping[str, str]) -> FitResult:
     """
     candidate, have = known.candidate, known.have
     result = FitResult()
-    for hub in candidate.of(Verdict.TWIN):
+    for hub in candidate.of(Verdict.PARTNER):
         if hub in written:
             continue
         partner = ties.tied_partner(hub, written)

@@ -13,14 +13,14 @@ from msgspec import Struct
 
 from reshard.core import rearrange
 from reshard.core.tensors import Box, Entry, Fragment, contiguous_strides
-from reshard.errors import NamesError, UnsupportedError, listed
+from reshard.errors import NamesError, UnsupportedError
 from reshard.naming import patterns
 from reshard.naming.megatron import EMBEDDING, MTP_COPIES
+from reshard.naming.mismatch import no_place
 from reshard.naming.schema import is_constant, is_unheld, says_tied
 from reshard.naming.titan import EXPERTS, FAMILIES, NAMES, Family, every_nth, reordered
 
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "lm_head.weight"
-_LISTED = 5
 # Experts, columns, gate and up side by side.
 _STACKED_DIMS = 3
 
@@ -75,12 +75,7 @@ def into(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Into:
             else:
                 unknown.append(full)
     if unknown:
-        raise NamesError(
-            f"{len(unknown)} of its tensors have no place in torchtitan's model: "
-            f"{listed(unknown, _LISTED)}.",
-            unexpected=tuple(unknown),
-            hint="Pass --base, the model as it was released, whose names they then get.",
-        )
+        raise no_place(unknown, "torchtitan's model")
     for names, experts in stacks.items():
         _add(made, names, _stacked(names[0], experts))
     if _HEAD not in _all(made) and _EMBEDDING in made and says_tied(config):

@@ -12,13 +12,11 @@ from reshard._version import __version__
 from reshard.comparison.sums import percent, short
 from reshard.core.sizes import size
 from reshard.errors import UnsupportedError, WriteError, printable
-from reshard.storage.local import read_start
-from reshard.storage.paths import absolute, is_file, is_folder
+from reshard.storage.paths import absolute, is_folder
+from reshard.storage.texts import check_page
 
 #: In the head of every page; it identifies a page.
 MARK = '<meta name="generator" content="reshard">'
-# Bytes at the start of a page in which the mark stands.
-_HEAD = 4096
 
 
 def check_place(path: Path) -> None:
@@ -31,13 +29,7 @@ def check_place(path: Path) -> None:
         raise WriteError("there is no such folder.", path=absolute(path).parent)
     if is_folder(path):
         raise WriteError("this is a folder.", path=path, hint="Name a file with --html.")
-    if not is_file(path) or MARK.encode() in read_start(path, _HEAD):
-        return
-    raise WriteError(
-        "this file is not a page of reshard, and is not replaced; nothing was read.",
-        path=path,
-        hint="Name another file with --html.",
-    )
+    check_page(path, MARK, "a page of reshard")
 
 
 def _jinja() -> Any:

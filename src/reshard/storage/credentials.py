@@ -27,7 +27,7 @@ _PREFIXES = ("AWS_", "GOOGLE_", "AZURE_", "HF_", "STORAGE_")
 
 
 def fingerprint() -> tuple[tuple[str, str], ...]:
-    """The settings of the environment: a store that was opened with others is opened anew."""
+    """The settings of the environment: a store that was opened with others is opened again."""
     return tuple(sorted(item for item in os.environ.items() if item[0].startswith(_PREFIXES)))
 
 

@@ -32,8 +32,8 @@ from reshard.storage.source import (
     open_regular,
 )
 
-# Descriptors kept open: the two files of each of 2,000 ranks. A file beyond them is opened anew for
-# each read (about 10 us).
+# Descriptors kept open: the two files of each of 2,000 ranks. A file beyond them is opened again
+# for each read (about 10 us).
 _MAX_OPEN = 4096
 # Bytes of a file name on any system.
 MAX_NAME = 255

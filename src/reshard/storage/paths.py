@@ -64,6 +64,12 @@ def is_folder(path: Path) -> bool:
     return found is not None and S_ISDIR(found.st_mode)
 
 
+def is_own_folder(path: Path) -> bool:
+    """Whether a folder is there, and not by a link."""
+    found = _status(path, follow=False)
+    return found is not None and S_ISDIR(found.st_mode)
+
+
 def is_link(path: Path) -> bool:
     """Whether a link is there, wherever it leads."""
     if isinstance(path, RemotePath):
@@ -111,7 +117,7 @@ def files_below(folder: Path) -> Iterator[Path]:
         yield from (folder / name for name in sorted(remote.below(folder)))
         return
     for path in listing(folder):
-        if is_folder(path) and not is_link(path):
+        if is_own_folder(path):
             yield from files_below(path)
         else:
             yield path

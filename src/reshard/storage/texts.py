@@ -7,7 +7,23 @@ from contextlib import suppress
 from pathlib import Path
 
 from reshard.errors import WriteError
+from reshard.storage.local import read_start
 from reshard.storage.paths import exists, is_file, real
+
+# Bytes at the start of a page in which its mark stands.
+_HEAD = 4096
+
+
+def check_page(path: Path, mark: str, other: str) -> None:
+    """Raise `WriteError`, which calls it `other`, where a file is at `path` that has no mark of a
+    page, and would be lost."""
+    if not is_file(path) or mark.encode() in read_start(path, _HEAD):
+        return
+    raise WriteError(
+        f"this file is not {other}, and is not replaced.",
+        path=path,
+        hint="Name another file with --html.",
+    )
 
 
 def write_text(path: Path, text: str) -> None:

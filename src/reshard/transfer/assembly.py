@@ -19,7 +19,9 @@ from zlib_ng import zlib_ng
 from reshard.core.digests import joined
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Plan, Slot
-from reshard.transfer.checksums import Checked
+from reshard.core.tensors import FileRef
+from reshard.transfer import journal
+from reshard.transfer.checksums import Checked, PassedRun
 from reshard.transfer.finite import NotFinite
 from reshard.transfer.making import SegmentResult, block_numel
 from reshard.transfer.output import Output
@@ -36,7 +38,8 @@ class Outcome(Struct, frozen=True):
     that hold NaN or infinity, by table and name. `changed` counts the slots whose values differ
     from their reference, of `compared`. `findings` say what happened on the way: to what earlier
     runs left, to the output that was replaced, to workers. `read_back` are digests of bytes of the
-    written files, read from them again.
+    written files, read from them again. `reused` are the bytes that an interrupted run had made, of
+    which `damaged` pieces were not as it noted them.
     """
 
     digests: Mapping[tuple[str, str], str]
@@ -47,6 +50,8 @@ class Outcome(Struct, frozen=True):
     not_finite: Mapping[tuple[str, str], NotFinite] = {}
     findings: tuple[Finding, ...] = ()
     read_back: Known = field(default_factory=dict)
+    reused: int = 0
+    damaged: int = 0
 
 
 class _Digest(Struct):
@@ -122,12 +127,25 @@ class Piece(Struct, frozen=True):
     segments: list[Segment] = field(default_factory=list)
 
     @property
+    def name(self) -> tuple[str, str]:
+        """The table and the name of its tensor."""
+        tensor = self.segments[0].tensor
+        return tensor.file.output.table, tensor.slot.spec.name
+
+    @property
     def nbytes(self) -> int:
         return sum(
             run.numel * segment.tensor.slot.spec.dtype.itemsize
             for segment in self.segments
             for run in segment.runs
         )
+
+
+class Noted(Struct, frozen=True):
+    """What an interrupted run noted of a piece: its digest, and what was read of records."""
+
+    digest: bytes
+    read: Sequence[PassedRun]
 
 
 class Assembly:
@@ -148,6 +166,9 @@ class Assembly:
         self._compared: list[Tensor] = []
         self._digests: dict[tuple[str, str], _Digest] = {}
         self._not_finite: dict[tuple[str, str], NotFinite] = {}
+        self._reused = self._damaged = 0
+        sources = [] if folder.journal is None else folder.journal.sources
+        self._numbers = {path: number for number, path in enumerate(sources)}
         self._counting = threading.Lock()
 
     def pieces(self) -> Iterator[Piece]:
@@ -168,7 +189,6 @@ class Assembly:
                 for leaf, run in runs(slot, before, block_numel(slot)):
                     if piece is None or piece.digest is not digest or piece.leaf != leaf:
                         if piece is not None:
-                            self._note(piece)
                             yield piece
                         piece = Piece(digest, leaf)
                     self._add(piece, tensor, run)
@@ -176,26 +196,83 @@ class Assembly:
                 self._complete(tensor)
             self._release(file)
         if piece is not None:
-            self._note(piece)
             yield piece
 
-    def made(self, piece: Piece, digest: bytes, results: Sequence[SegmentResult]) -> None:
-        """That a piece is written, and what making its segments showed."""
+    def noted(self, piece: Piece) -> Noted | None:
+        """What an interrupted run noted of a piece: it counts if the piece's bytes have that
+        digest."""
+        own = self._folder.journal
+        if own is None or own.noted is None:
+            return None
+        found, sources = own.noted.piece(*piece.name, piece.leaf), own.sources
+        if found is None:
+            return None
+        read = [(FileRef(sources[n]), start, stop, crc) for n, start, stop, crc in found.read]
+        return Noted(found.digest, read)
+
+    def differs(self, piece: Piece) -> None:
+        """That the bytes of a piece are not those that were noted, so that it is made again."""
+        with self._counting:
+            self._damaged += 1
+
+    def made(
+        self,
+        piece: Piece,
+        digest: bytes,
+        results: Sequence[SegmentResult],
+        read: Sequence[PassedRun] | None,
+    ) -> None:
+        """That a piece is written, what making its segments showed, and what was read of records.
+
+        It is noted in the journal, unless the latter is not known, or was of compressed frames.
+        """
+        if self._back is not None and (stretch := self._stretch(piece)) is not None:
+            self._back.note(piece.segments[0].tensor.file.fd, stretch)
+        self._done(piece, digest, results)
+        own = self._folder.journal
+        if own is None or read is None:
+            return
+        if all(file.codec is None and file.path in self._numbers for file, *_ in read):
+            numbered = tuple((self._numbers[f.path], start, stop, c) for f, start, stop, c in read)
+            line = journal.Piece(*piece.name, piece.leaf, digest, numbered)
+            own.note(line, piece.nbytes)
+
+    def reused(self, piece: Piece, digest: bytes, results: Sequence[SegmentResult]) -> None:
+        """That a piece stands in the output as an interrupted run noted it."""
+        if self._back is not None and (stretch := self._stretch(piece)) is not None:
+            self._back.known(stretch, digest)
+        with self._counting:
+            self._reused += piece.nbytes
+        self._done(piece, digest, results)
+
+    def _done(self, piece: Piece, digest: bytes, results: Sequence[SegmentResult]) -> None:
+        self.hashed(piece, digest)
+        for segment, made in zip(piece.segments, results, strict=True):
+            self.segment_made(segment, made)
+
+    def hashed(self, piece: Piece, digest: bytes) -> None:
+        """Note the digest of a piece whose segments are all noted, or will be."""
         with self._counting:
             piece.digest.put(piece.leaf, digest)
-        for segment, made in zip(piece.segments, results, strict=True):
-            tensor = segment.tensor
-            with self._counting:
-                tensor.changed = tensor.changed or made.changed
-                if made.special:
-                    key = (tensor.file.output.table, tensor.slot.spec.name)
-                    self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
-                if tensor.slot.crc_offsets:
-                    tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
-                tensor.pending -= 1
-                if tensor.complete and not tensor.pending:
-                    self._put_crc(tensor)
-            self._release(tensor.file)
+
+    def segment_made(self, segment: Segment, made: SegmentResult) -> None:
+        """That a segment is written, and what making it showed.
+
+        Where bytes are taken in order, the next segment of the same piece may wait for this one:
+        for the CRC-32 between two chunks.
+        """
+        tensor = segment.tensor
+        with self._counting:
+            tensor.changed = tensor.changed or made.changed
+            if made.special:
+                key = (tensor.file.output.table, tensor.slot.spec.name)
+                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
+            if tensor.slot.crc_offsets:
+                tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
+            tensor.pending -= 1
+            if tensor.complete and not tensor.pending:
+                self._put_crc(tensor)
+        self._release(tensor.file)
 
     def outcome(
         self, bytes_read: int, checked: Checked, findings: tuple[Finding, ...] = ()
@@ -212,6 +289,8 @@ class Assembly:
             },
             findings=findings,
             read_back={} if self._back is None else self._back.found,
+            reused=self._reused,
+            damaged=self._damaged,
         )
 
     def _begin(self, output: OutputFile) -> File:
@@ -224,10 +303,10 @@ class Assembly:
             return File(output, -1, path=self._folder.lend(output.name, fd))
         return File(output, fd)
 
-    def _note(self, piece: Piece) -> None:
-        """Have a piece read again later, if it is one stretch of a file."""
-        if self._back is None or len(piece.segments) != 1:
-            return
+    def _stretch(self, piece: Piece) -> Stretch | None:
+        """Where a piece lies, if it is one stretch of a file."""
+        if len(piece.segments) != 1:
+            return None
         (segment,) = piece.segments
         file, slot = segment.tensor.file, segment.tensor.slot
         first, last = segment.runs[0], segment.runs[-1]
@@ -235,7 +314,7 @@ class Assembly:
         path = os.fspath(self._folder.partial / file.output.name)
         offset = slot.offset + first.start * itemsize
         nbytes = (last.start + last.numel - first.start) * itemsize
-        self._back.note(file.fd, Stretch(path, offset, nbytes))
+        return Stretch(path, offset, nbytes)
 
     def _add(self, piece: Piece, tensor: Tensor, run: Run) -> None:
         """Note a run in its piece; segments are counted before anyone can finish them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from msgspec import Struct, field
@@ -48,24 +48,16 @@ class Checked(NamedTuple):
     unchecked: int
 
 
-class Passage(NamedTuple):
-    """Bytes `[start, stop)` of a file that were read, and their CRC-32.
-
-    None: they belong to a stretch of which no checksum is stated, and are all of it.
-    """
-
-    file: FileRef
-    start: int
-    stop: int
-    crc: int | None
-
-
 class _Bare(Struct):
     """Bytes `[start, stop)` that no checksum is stated of."""
 
     start: int
     stop: int
     read: bool = False
+
+
+#: Bytes `[start, stop)` of a file that were read, as a part of a record, and their CRC-32.
+PassedRun = tuple[FileRef, int, int, int]
 
 
 class _Passed(Struct):
@@ -76,6 +68,8 @@ class _Passed(Struct):
 
     record: Record
     runs: list[_Run] = field(default_factory=list)
+    # Whether runs are among them that this run did not read.
+    noted: bool = False
 
     @property
     def start(self) -> int:
@@ -121,43 +115,60 @@ class Ledger:
         }
         self._lock = threading.Lock()
 
-    def add(self, extent: Extent, data: memoryview) -> None:
-        """Note that `data` was read from `extent`."""
+    def add(self, extent: Extent, data: memoryview) -> PassedRun | None:
+        """Note that `data` was read from `extent`; what of it counts for a record."""
         passed = self._holding(extent)
         if isinstance(passed, _Bare):
             passed.read = True
-        elif passed is not None:
-            run = _Run(extent.offset, extent.offset + extent.nbytes, zlib_ng.crc32(data))
-            with self._lock:
+        if not isinstance(passed, _Passed):
+            return None
+        run = _Run(extent.offset, extent.offset + extent.nbytes, zlib_ng.crc32(data))
+        with self._lock:
+            passed.add(run)
+        return extent.file, *run
+
+    def add_noted(self, runs: Sequence[PassedRun]) -> bool:
+        """Note what an earlier run read; False where a run lies in no record: nothing is noted."""
+        found = self._held(runs)
+        if found is None:
+            return False
+        with self._lock:
+            for passed, run in found:
+                passed.add(run)
+                passed.noted = True
+        return True
+
+    def add_read(self, runs: Sequence[PassedRun]) -> None:
+        """Note what another process read of records, for this run."""
+        with self._lock:
+            for passed, run in self._held(runs) or ():
                 passed.add(run)
 
-    def around(self, extent: Extent) -> tuple[int, int, bool] | None:
-        """The stretch `[start, stop)` that an extent lies in, and whether its checksum is stated.
+    def hold(self, runs: Sequence[PassedRun]) -> bool:
+        """Whether each of these lies in a record."""
+        return self._held(runs) is not None
 
-        None where it lies in none.
-        """
+    def record_around(self, extent: Extent) -> Extent | None:
+        """The record that an extent lies in."""
         passed = self._holding(extent)
-        return None if passed is None else (passed.start, passed.stop, isinstance(passed, _Passed))
+        return passed.record.extent if isinstance(passed, _Passed) else None
 
-    def passed(self) -> list[Passage]:
-        """What was read, for the ledger of another process."""
+    def _held(self, runs: Sequence[PassedRun]) -> list[tuple[_Passed, _Run]] | None:
+        """The records that these lie in; None where one lies in none."""
         found = []
-        for file, stretches in self._files.items():
-            for one in stretches:
-                if isinstance(one, _Passed):
-                    found += [Passage(file, run.start, run.stop, run.crc) for run in one.runs]
-                elif one.read:
-                    found.append(Passage(file, one.start, one.stop, None))
+        for file, start, stop, crc in runs:
+            passed = self._holding(Extent(file, start, stop - start))
+            if not isinstance(passed, _Passed):
+                return None
+            found.append((passed, _Run(start, stop, crc)))
         return found
 
-    def take(self, passage: Passage) -> None:
-        """Note what another process read."""
-        passed = self._holding(Extent(passage.file, passage.start, passage.stop - passage.start))
-        if isinstance(passed, _Bare):
-            passed.read = True
-        elif passed is not None and passage.crc is not None:
-            with self._lock:
-                passed.add(_Run(passage.start, passage.stop, passage.crc))
+    def add_bare(self, extents: Iterable[Extent]) -> None:
+        """Note that an earlier run read these, as far as no checksum is stated of them."""
+        for extent in extents:
+            passed = self._holding(extent)
+            if isinstance(passed, _Bare):
+                passed.read = True
 
     def _holding(self, extent: Extent) -> _Passed | _Bare | None:
         """The stretch that an extent lies in."""
@@ -184,6 +195,8 @@ class Ledger:
                 unchecked += bool(read)
                 continue
             found = _combined(passed, sources)
+            if found != passed.record.crc32 and passed.noted:
+                found = _combined(_Passed(passed.record), sources)  # what was noted may be wrong
             if found != passed.record.crc32:
                 raise FormatError(
                     f"bytes {extent.offset} to {extent.offset + extent.nbytes} have CRC-32 "
@@ -193,6 +206,14 @@ class Ledger:
                 )
             compared += 1
         return Checked(compared, unchecked)
+
+
+def join(runs: list[PassedRun], run: PassedRun) -> None:
+    """Append a run to others, or join it to the last where it begins there."""
+    if runs and (runs[-1][0], runs[-1][2]) == run[:2]:
+        file, *last = runs.pop()
+        run = (file, *_Run(*last).then(_Run(*run[1:])))
+    runs.append(run)
 
 
 def without_checksum(entries: Iterable[Entry], records: Iterable[Record]) -> list[Extent]:

@@ -2,10 +2,11 @@
 
 Everything is written into a folder of this run beside the output, on the same file system
 (`leftovers` draws it), each file under a temporary name, synced, and renamed into its place there
-(`seals`). `commit` syncs the folders and renames the folder once, in a way that refuses to replace;
-with `overwrite`, old and new exchange places in one step and the old is deleted afterwards. A
-failure before that removes what this run made, and nothing else. A lock beside the output is held
-from the beginning until the last deletion (`lock`).
+(`seals`). What is finished is noted in a journal, so that a run that is killed can be resumed
+(`resuming`). `commit` syncs the folders and renames the folder once, in a way that refuses to
+replace; with `overwrite`, old and new exchange places in one step and the old is deleted
+afterwards. A failure before that removes what this run made, and nothing else. A lock beside the
+output is held from the beginning until the last deletion (`lock`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import errno
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,16 +23,17 @@ from types import TracebackType
 from reshard.core.findings import Finding
 from reshard.core.locations import RemotePath
 from reshard.errors import WriteError
+from reshard.storage.fingerprints import Fingerprint
 from reshard.storage.paths import real
 from reshard.storage.source import Source
-from reshard.transfer import leftovers
+from reshard.transfer import leftovers, resuming
+from reshard.transfer.journal import Basis, Journal
 from reshard.transfer.lock import TargetLock
 from reshard.transfer.seals import Seals
 from reshard.transfer.signals import held_signals
 from reshard.transfer.system import (
     Identity,
     exchange,
-    identity,
     identity_of,
     rename_new,
     reserve,
@@ -49,14 +52,30 @@ class OutputFolder:
     `digest` names the plan: a run finds what an earlier one of the same plan left. Where `target`
     is a symbolic link, the folder that it names is written. `partial` is where the output lies
     until then. `findings` say what this run found from earlier runs, and what it could not delete.
+
+    With `resume`, a run of the same plan that was killed is continued: `create` opens the files
+    that it left, `journal.noted` is what it noted, and `resumed` its age in words. If this run is
+    interrupted in turn, what is finished stays. `sources` say which files the plan's are.
+
     Raises `WriteError`.
     """
 
     in_order = False
 
-    def __init__(self, target: Path, digest: str, *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        target: Path,
+        digest: str,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        sources: Mapping[str, Fingerprint] | None = None,
+    ) -> None:
         self.target = real(target)
         self.overwrite = overwrite
+        self.resumed = ""
+        self._resume = resume
+        self._basis = Basis(digest, sources or {})
         self.findings: list[Finding] = []
         self.committed = False
         self._own = leftovers.beside(self.target, f".partial-{digest[:16]}")
@@ -66,8 +85,9 @@ class OutputFolder:
         self._replaced: Identity | None = None
         self._parents: list[tuple[Path, Identity]] = []
         self._open: dict[int, Path] = {}
-        self._count = 0
+        self.journal: Journal | None = None
         self._creating = threading.Lock()
+        self._created: set[str] = set()
         self._writing = threading.Lock()
         self._seals = Seals()
 
@@ -84,14 +104,21 @@ class OutputFolder:
         return self
 
     def create(self, name: str, nbytes: int) -> int:
-        """Open a new file of `nbytes` bytes for writing; returns its descriptor."""
-        with self._creating:
-            # A number: it fits where the final name fits, and no file of the output has this name.
-            path = self._own / "tmp" / str(self._count)
-            self._count += 1
+        """Open a file of `nbytes` bytes for writing; returns its descriptor.
+
+        It is a new one, or that of the interrupted run which is continued, with its bytes.
+        """
+        path = self._own / "tmp" / leftovers.temporary(name)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with self._creating:
+                if name in self._created:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                self._created.add(name)
+            new = 0 if self.resumed else os.O_EXCL
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | new | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             self._open[fd] = path
+            if self.resumed and os.fstat(fd).st_size > nbytes:
+                os.truncate(fd, nbytes)
             reserve(fd, nbytes)
         except OSError as error:
             raise _cannot_write(self.target / name, error) from None
@@ -149,12 +176,15 @@ class OutputFolder:
         final = self.partial / name
         try:
             os.fsync(fd)
+            nbytes = os.fstat(fd).st_size
             path = self._open.pop(fd)
             os.close(fd)
             final.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(final):  # on a disk that does not distinguish README from readme
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             path.rename(final)  # `commit` makes the names durable
+            if self.journal is not None:
+                self.journal.seal(name, nbytes)
         except OSError as error:
             raise _cannot_write(self.target / name, error) from None
 
@@ -197,45 +227,33 @@ class OutputFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._finish()
+        keep = self._resume and not self.committed and resuming.can_be_continued(error)
+        self._finish(keep=keep)
 
     def _begin(self) -> None:
         for _ in range(_TRIES):
             try:
-                self._make_parents()
+                resuming.make_parents(self.target, self._parents)
                 self._lock.take()
                 break
             except FileNotFoundError:  # another run failed, and removed the folders that it made
                 self._parents.clear()
-        self.findings += leftovers.put_back(self.target)
-        refuse_existing(self.target, overwrite=self.overwrite)
+        restored = leftovers.put_back(self.target)
+        self.findings += restored
+        resuming.refuse_existing(self.target, overwrite=self.overwrite, restored=bool(restored))
         self._replaced = identity_of(self.target)
-        self.findings += leftovers.clear(self.target)
-        try:
-            self._own.mkdir()
-        except FileExistsError:
-            raise WriteError(
-                "it stands where this run would write, and no run of this user made it.",
-                path=self._own,
-                hint="Remove it, or name another output.",
-            ) from None
-        self._own_identity = identity(self._own.lstat())
-        leftovers.mark(self._own, self.target)
-        (self._own / "tmp").mkdir()
-        self.partial.mkdir()
+        self.findings += leftovers.clear(self.target, self._own if self._resume else None)
+        if not (self._resume and self._take_up()):
+            self._own_identity, self.journal = resuming.begin(self._own, self.target, self._basis)
 
-    def _make_parents(self) -> None:
-        """Make the folders above the target, remembering them: a failed run removes them again."""
-        missing = []
-        folder = self.target.parent
-        while not folder.exists():
-            missing.append(folder)
-            folder = folder.parent
-        for folder in reversed(missing):
-            with suppress(FileExistsError):  # another run makes it at the same time
-                folder.mkdir()
-                self._parents.append((folder, identity(folder.lstat())))
-                sync_folder(folder.parent)
+    def _take_up(self) -> bool:
+        """Whether a run of this plan was interrupted, which this one continues."""
+        found = resuming.take_up(self._own, self.target, self._basis)
+        if isinstance(found, Finding):
+            self.findings.append(found)
+        elif found is not None:
+            self._own_identity, self.journal, self.resumed = found
+        return self.resumed != ""
 
     def _check_still_ours(self) -> None:
         """Raise where the lock, or what has the output's name, is no longer what it was at
@@ -334,33 +352,24 @@ class OutputFolder:
             reason += f" The old output lies at {aside}."
         return WriteError(reason, path=self.target)
 
-    def _finish(self) -> None:
-        """Remove what this run made and did not commit, and release the lock."""
+    def _finish(self, *, keep: bool = False) -> None:
+        """Remove what this run made and did not commit, unless `keep`, and release the lock."""
         with held_signals():
             self._seals.close()
             for fd in self._open:
                 with suppress(OSError):
                     os.close(fd)
             self._open.clear()
+            if self.journal is not None:
+                self.journal.close()
             # An old output that could not be put back or deleted stays, whatever happened.
-            if self._own_identity is not None and self._aside() is None:
+            if self._own_identity is not None and self._aside() is None and not keep:
                 leftovers.remove_tree(self._own, self._own_identity)
             self._lock.release()
             for folder, known in [] if self.committed else reversed(self._parents):
                 with suppress(OSError):
                     if identity_of(folder) == known:
                         folder.rmdir()
-
-
-def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise `WriteError` where `target` exists and holds anything, unless it may be replaced."""
-    if target.is_dir():
-        if overwrite or not any(target.iterdir()):
-            return
-    elif not target.exists():
-        return
-    kind = "folder exists and is not empty" if target.is_dir() else "is a file, not a folder"
-    raise WriteError(f"the output {kind}.", path=target, hint="Name another output.")
 
 
 def check_space(target: Path, nbytes: int) -> None:
@@ -380,7 +389,7 @@ def lacking_space(target: Path, nbytes: int) -> WriteError | None:
     folder = real(target).parent
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + leftovers.reclaimable(real(target))
     if free >= nbytes:
         return None
     return WriteError(

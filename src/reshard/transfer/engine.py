@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 import xxhash
 
 from reshard.core.plan import Plan
+from reshard.core.tensors import stored
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Assembly, Outcome, Piece, Segment
@@ -88,9 +90,12 @@ class Engine:
                 if isinstance(piece, ReadJob):
                     piece.read(maker.buffer)
                     continue
-                hasher = xxhash.xxh3_128()
-                made = [self._make(segment, hasher, maker) for segment in piece.segments]
-                self._assembly.made(piece, hasher.digest(), made)
+                if self._folder.in_order:
+                    self._make_in_order(piece, maker)
+                elif not self._found(piece, maker):
+                    hasher = xxhash.xxh3_128()
+                    made = [self._make(segment, hasher, maker) for segment in piece.segments]
+                    self._assembly.made(piece, hasher.digest(), made, maker.read())
                 self._made()
         except BaseException:
             self._halt()
@@ -118,6 +123,14 @@ class Engine:
                     return None
                 self._taking.wait()
 
+    def _make_in_order(self, piece: Piece, maker: Maker) -> None:
+        """Make a piece whose next segment may wait until the one before it is noted."""
+        hasher = xxhash.xxh3_128()
+        for segment in piece.segments:
+            self._assembly.segment_made(segment, self._make(segment, hasher, maker))
+        self._assembly.hashed(piece, hasher.digest())
+        maker.read()  # for a journal, which a store's output has not
+
     def _make(self, segment: Segment, hasher: xxhash.xxh3_128, maker: Maker) -> SegmentResult:
         """Make what a piece has of a slot."""
         file = segment.tensor.file
@@ -132,6 +145,31 @@ class Engine:
 
         tensor = segment.tensor
         return maker.make(tensor.slot, segment.runs, hasher, put, changed=tensor.changed)
+
+    def _found(self, piece: Piece, maker: Maker) -> bool:
+        """Whether a piece stands in the output as an interrupted run noted it.
+
+        Every byte is read and hashed; where they are others, the piece is to be made again.
+        """
+        noted = self._assembly.noted(piece)
+        if noted is None:
+            return False
+        hasher = xxhash.xxh3_128()
+        found = []
+        with suppress(OSError):
+            for segment in piece.segments:
+                tensor = segment.tensor
+                fd, known = tensor.file.fd, tensor.changed
+                found.append(maker.find(tensor.slot, segment.runs, hasher, fd, changed=known))
+        whole = len(found) == len(piece.segments) and hasher.digest() == noted.digest
+        if not whole or not self._ledger.add_noted(noted.read):
+            self._assembly.differs(piece)
+            return False
+        for segment in piece.segments:
+            self._ledger.add_bare(stored(segment.tensor.slot.source.fragments))
+        self._assembly.reused(piece, hasher.digest(), found)
+        self._count(piece.nbytes)
+        return True
 
     def _made(self) -> None:
         """That a piece is done."""

@@ -36,7 +36,7 @@ from reshard.core.tensors import (
 )
 from reshard.errors import PlanError, VerificationError
 from reshard.storage.local import Sources
-from reshard.transfer.checksums import Ledger
+from reshard.transfer.checksums import Ledger, PassedRun, join
 
 Array = np.ndarray[Any, Any]
 
@@ -62,19 +62,23 @@ class Reader(Struct):
     """Reads extents into a scratch buffer of bounded size; one a thread.
 
     `scratch` bounds the bytes held for one read; a strided part that reaches further is read in
-    pieces. `bytes_read` counts what was read.
+    pieces. `bytes_read` counts what was read. `passed`, where it is a list, gets what was read of
+    records.
     """
 
     sources: Sources
     ledger: Ledger
     scratch: memoryview
     bytes_read: int = 0
+    passed: list[PassedRun] | None = None
 
     def read(self, extent: Extent, buffer: memoryview) -> None:
         """Fill `buffer`, of the extent's size, and note the bytes for their checksum."""
         self.sources.open(extent.file).read_into(extent.offset, buffer)
-        self.ledger.add(extent, buffer)
+        run = self.ledger.add(extent, buffer)
         self.bytes_read += extent.nbytes
+        if run is not None and self.passed is not None:
+            join(self.passed, run)
 
 
 def fill(source: Entry, box: Box, out: Array, reader: Reader) -> None:

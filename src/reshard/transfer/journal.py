@@ -34,16 +34,17 @@ import xxhash
 from msgspec import Struct
 
 from reshard._version import __version__
+from reshard.storage.fingerprints import Fingerprint
 from reshard.transfer.system import close_read, write_fully
 
 #: The version of the lines above.
 VERSION = 1
-#: Which file it was: numbers that differ once it is replaced or written to.
-Fingerprint = tuple[int | str, ...]
 # Bytes of a line, at most: a piece that is made of more stretches is not noted.
 _MAX_LINE = 1 << 20
 # Bytes of pieces after which lines are written. Lines that wait are lost with the process.
 _STEP = 16 << 20
+# Bytes of pieces after which lines are synced, with the next file.
+_SYNCED = 64 << 20
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -238,7 +239,7 @@ class Journal:
         self._fd = fd
         self._at = at
         self._waiting: list[bytes] = []
-        self._passed = 0
+        self._passed = self._unsynced = 0
         self._writing = threading.Lock()
 
     @classmethod
@@ -249,7 +250,6 @@ class Journal:
             _lock(fd)
             text = opening(basis)
             write_fully(fd, memoryview(text), 0)
-            os.fsync(fd)
         except BaseException:
             close_read(fd)
             raise
@@ -283,15 +283,20 @@ class Journal:
         with self._writing:
             self._waiting.append(line)
             self._passed += nbytes
+            self._unsynced += nbytes
             if self._passed >= _STEP:
                 self._flush()
 
     def seal(self, name: str, nbytes: int) -> None:
-        """Note that a file is complete, synced and named, and make all lines durable."""
+        """Note that a file is complete, synced and named, and make all lines durable.
+
+        Not after each small file: what the lines are worth, the sync would cost.
+        """
         with self._writing:
             self._waiting.append(encoded(Sealed(_text(name), nbytes)))
             self._flush()
-            if self._fd >= 0:
+            if self._fd >= 0 and self._unsynced >= _SYNCED:
+                self._unsynced = 0
                 try:
                     os.fsync(self._fd)
                 except OSError:
@@ -319,6 +324,21 @@ class Journal:
         if self._fd >= 0:
             close_read(self._fd)
             self._fd = -1
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process that lives has the journal at `path`, as far as the system can tell."""
+    try:
+        fd = os.open(path, _FLAGS)  # for writing, too: NFS locks nothing else
+    except OSError:
+        return False
+    try:
+        _lock(fd)
+    except BlockingIOError:
+        return True
+    finally:
+        close_read(fd)
+    return False
 
 
 def _lock(fd: int) -> None:

@@ -2,8 +2,9 @@
 
     .NAME.partial-DIGEST/    a run's own folder
         run.json             {"reshard": version, "target": NAME}: marks it as such
+        journal              which pieces are finished (`journal`); locked while the run lives
         new/                 the output, as it will stand under NAME
-        tmp/                 files that are being written
+        tmp/                 files that are being written, by digests of their names
         old/                 what stood under NAME, where old and new cannot exchange in one step
 
 Only the holder of the lock on NAME calls these functions, so no other run of NAME is alive.
@@ -24,11 +25,16 @@ from msgspec import Struct
 from reshard._version import __version__
 from reshard.core.findings import Finding
 from reshard.storage.local import MAX_NAME
+from reshard.storage.paths import real
+from reshard.transfer import journal
 from reshard.transfer.system import Identity, close_read, identity, sync_folder, write_fully
 
 MARK = "run.json"
+JOURNAL = "journal"
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_MARK = 4096
+# The unit of `st_blocks`, whatever the file system's own.
+_BLOCK_NBYTES = 512
 
 
 class _Mark(Struct, frozen=True):
@@ -76,21 +82,93 @@ def put_back(target: Path) -> list[Finding]:
     return []
 
 
-def clear(target: Path) -> list[Finding]:
-    """Remove what killed runs of this output left; if that is not certain, only name it."""
-    return [_cleared(own, target) for own in _partials(target)]
+def clear(target: Path, resumed: Path | None = None) -> list[Finding]:
+    """Remove what killed runs of this output left; if that is not certain, only name it.
+
+    With `resumed`, the folder of a run that may be continued, that folder stays, and what runs of
+    other plans left is named and stays, too.
+    """
+    return [_cleared(own, target, resumed) for own in _partials(target) if own != resumed]
 
 
-def _cleared(own: Path, target: Path) -> Finding:
-    what = f"{own.name}, {_age(own)} old, {_size(own):,} bytes"
+def _cleared(own: Path, target: Path, resumed: Path | None) -> Finding:
+    what, fix = described(own), ""
     code, reason = "partial-output", "it was removed"
     if not is_ours(own, target):
         code, reason = "partial-output-kept", "no run of this user made it, so it was not removed"
+    elif journal.is_held(own / JOURNAL):
+        code, reason = "partial-output-kept", "a process writes into it, so it was not removed"
+        fix = "Wait for that process to end, or end it."
+    elif resumed is not None:
+        code, reason = "partial-output-kept", "it is of other options or inputs, and was kept"
+        fix = "To continue it, run that command again with --resume. Without, it is removed."
     elif (error := remove_tree(own, identity(own.lstat()))) is not None:
         code, reason = "partial-output-kept", f"it cannot be removed: {error.strerror or error}"
-    return Finding(
-        code, f"an interrupted run of this output left {what}; {reason}.", subject=os.fspath(own)
-    )
+    message = f"an interrupted run of this output left {what}; {reason}."
+    return Finding(code, message, subject=os.fspath(own), fix=fix)
+
+
+def described(own: Path) -> str:
+    """The name of a run's own folder, how long ago the run made something, and its size."""
+    return f"{own.name}, {age(own)} old, {_nbytes(own):,} bytes"
+
+
+def reclaimable(target: Path) -> int:
+    """Bytes on the disk of what killed runs of this output left: a run removes or reuses it."""
+    try:
+        return sum(_nbytes(o, allocated=True) for o in _partials(target) if is_ours(o, target))
+    except OSError:  # the folder above the output is not there yet
+        return 0
+
+
+def is_there(target: Path) -> bool:
+    """Whether a run of this user left something of this output that can be continued."""
+    try:
+        return any(is_ours(own, target) for own in _partials(real(target)))
+    except OSError:
+        return False
+
+
+def temporary(name: str) -> str:
+    """What a file of the output is called while it is written: it fits where its name fits."""
+    return xxhash.xxh3_128_hexdigest(os.fsencode(name))
+
+
+def gather(own: Path) -> bool:
+    """Give the finished files of an interrupted run their temporary names again.
+
+    Of what else is there, nothing stays that is not a regular file of this user with one name.
+    False where the folder is not as a run of reshard makes it. Raises `OSError`.
+    """
+    new, tmp = own / "new", own / "tmp"
+    for folder in (new, tmp):
+        with suppress(FileExistsError):  # or a run was killed right here
+            folder.mkdir()
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            return False
+    for place, _, names in os.walk(new):  # it follows no links
+        for name in names:
+            path = Path(place) / name
+            path.rename(tmp / temporary(path.relative_to(new).as_posix()))
+    for rest in (new, own / "old"):
+        if os.path.lexists(rest) and (error := remove_tree(rest, identity(rest.lstat()))):
+            raise error
+    new.mkdir()
+    with os.scandir(tmp) as listed:
+        entries = list(listed)
+    for entry in entries:
+        status = entry.stat(follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            return False
+        if not _is_own_file(status):
+            (tmp / entry.name).unlink()
+    return True
+
+
+def _is_own_file(status: os.stat_result) -> bool:
+    """Whether it is a regular file of this user that no other name leads to."""
+    regular = stat.S_ISREG(status.st_mode)
+    return regular and status.st_uid == os.geteuid() and status.st_nlink == 1
 
 
 def is_ours(own: Path, target: Path) -> bool:
@@ -194,18 +272,24 @@ def _named(target: Path) -> str:
     return os.fsencode(target.name).decode("utf-8", "backslashreplace")
 
 
-def _size(folder: Path) -> int:
-    """Bytes of the files in a folder, as far as they can be seen."""
+def _nbytes(folder: Path, *, allocated: bool = False) -> int:
+    """Bytes of the files in a folder, or those that they take on the disk, as far as they can be
+    seen."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):
-                total += (Path(place) / name).lstat().st_size
+                status = (Path(place) / name).lstat()
+                total += status.st_blocks * _BLOCK_NBYTES if allocated else status.st_size
     return total
 
 
-def _age(folder: Path) -> str:
-    seconds = max(0.0, time.time() - folder.lstat().st_mtime)
+def age(own: Path) -> str:
+    """How long ago a run noted something in its own folder, in words."""
+    last = own.lstat().st_mtime
+    with suppress(OSError):
+        last = max(last, (own / JOURNAL).lstat().st_mtime)
+    seconds = max(0.0, time.time() - last)
     for nseconds, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * nseconds:
             return f"{seconds / nseconds:.0f} {unit}"

@@ -145,7 +145,7 @@ class TargetLock:
         return identity_of(self.path) == identity(os.fstat(fd))
 
     def _break(self, fd: int) -> bool:
-        """Remove a file that a killed run made, so that it can be made anew; always False.
+        """Remove a file that a killed run made, so that it can be made again; always False.
 
         Raises `WriteError` unless its maker is certainly gone.
         """

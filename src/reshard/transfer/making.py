@@ -15,10 +15,11 @@ from zlib_ng import zlib_ng
 from reshard.core.plan import Slot
 from reshard.storage.local import Sources
 from reshard.transfer.changes import differs
-from reshard.transfer.checksums import Ledger
+from reshard.transfer.checksums import Ledger, PassedRun
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
 from reshard.transfer.finite import NotFinite, spoilt
 from reshard.transfer.pieces import Run
+from reshard.transfer.system import read_fully
 
 # Bytes of an output block. 4 MiB of source and output stay in a core's cache; twice as much is no
 # faster, half as much costs 10% in calls.
@@ -53,7 +54,7 @@ class Maker:
 
     def __init__(self, sources: Sources, ledger: Ledger) -> None:
         scratch = page_aligned(_SCRATCH).data
-        self._reader = Reader(sources, ledger, scratch)
+        self._reader = Reader(sources, ledger, scratch, passed=[])
         # The base model's bytes have no checksums and are not counted.
         self._references = Reader(sources, Ledger(()), scratch)
         self.buffer = page_aligned(_BLOCK)
@@ -72,19 +73,60 @@ class Maker:
         changed: bool = False,
     ) -> SegmentResult:
         """Make what `runs` are of a slot. `changed`: it is known that the tensor differs."""
+        itemsize = slot.spec.dtype.itemsize
+
+        def made(run: Run) -> Array:
+            raw = self._fill(slot, run, itemsize)
+            put(raw.data, slot.offset + run.start * itemsize)
+            return raw
+
+        return self._passed(slot, runs, hasher, made, changed=changed)
+
+    def find(
+        self,
+        slot: Slot,
+        runs: Sequence[Run],
+        hasher: xxhash.xxh3_128,
+        fd: int,
+        *,
+        changed: bool = False,
+    ) -> SegmentResult:
+        """The same of bytes that stand in the output's file already. Raises `OSError`."""
+        itemsize = slot.spec.dtype.itemsize
+
+        def found(run: Run) -> Array:
+            raw = self.buffer[: run.numel * itemsize]
+            read_fully(fd, raw.data, slot.offset + run.start * itemsize)
+            return raw
+
+        return self._passed(slot, runs, hasher, found, changed=changed)
+
+    def read(self) -> list[PassedRun]:
+        """What was read of records since this was last called."""
+        passed, self._reader.passed = self._reader.passed, []
+        return passed or []
+
+    def _passed(
+        self,
+        slot: Slot,
+        runs: Sequence[Run],
+        hasher: xxhash.xxh3_128,
+        bytes_of: Callable[[Run], Array],
+        *,
+        changed: bool,
+    ) -> SegmentResult:
+        """What the bytes of `runs` show as they pass."""
         if strided(slot) and len(self.buffer) < _STRIDED_BLOCK:
             self.buffer = page_aligned(_STRIDED_BLOCK)
-        itemsize = slot.spec.dtype.itemsize
         crc = nbytes = 0
         special = NotFinite()
         for run in runs:
-            raw = self._fill(slot, run, itemsize)
+            raw = bytes_of(run)
             found = spoilt(raw, slot.spec)
             if found:
                 special += found
             if slot.reference is not None and not changed:
                 changed = differs(slot, run.start, raw, self._references)
-            put(raw.data, slot.offset + run.start * itemsize)
             hasher.update(raw.data)
             if slot.crc_offsets:
                 crc = zlib_ng.crc32(raw.data, crc)

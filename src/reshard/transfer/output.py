@@ -7,6 +7,7 @@ from typing import Protocol
 
 from reshard.core.findings import Finding
 from reshard.storage.source import Source
+from reshard.transfer.journal import Journal
 
 
 class StoppedError(Exception):
@@ -27,6 +28,10 @@ class Output(Protocol):
 
     @property
     def in_order(self) -> bool: ...
+
+    @property
+    def journal(self) -> Journal | None:
+        """Where finished pieces are noted; None where the output cannot be continued."""
 
     def create(self, name: str, nbytes: int) -> int: ...
 

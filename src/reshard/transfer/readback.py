@@ -74,6 +74,12 @@ class ReadBack:
             with self._lock:
                 self._waiting.setdefault(fd, []).append(stretch)
 
+    def known(self, stretch: Stretch, digest: bytes) -> None:
+        """That a stretch was read from the file already, and has this digest."""
+        if stretch.nbytes >= LEAST_NBYTES:
+            with self._lock:
+                self.found[stretch.path, stretch.offset, stretch.nbytes] = digest
+
     def written(self, fd: int) -> None:
         """That the whole file is written; call before its descriptor is closed."""
         with self._lock:

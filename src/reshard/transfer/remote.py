@@ -35,6 +35,7 @@ from reshard.storage import remote, strict_json
 from reshard.storage.remote import CLAIM, MANIFEST
 from reshard.storage.source import Source
 from reshard.storage.stores import Bucket, Object, bucket_of
+from reshard.transfer.journal import Journal
 from reshard.transfer.output import StoppedError
 from reshard.transfer.seals import Seals
 from reshard.transfer.upload import Shared, Upload
@@ -52,6 +53,7 @@ class RemoteFolder:
     """
 
     in_order = True
+    journal: Journal | None = None  # what a killed run left is deleted
 
     def __init__(
         self, target: RemotePath, digest: str, names: Iterable[str], *, overwrite: bool = False

@@ -97,6 +97,16 @@ def write_fully(fd: int, data: memoryview, offset: int) -> None:
         done += wrote
 
 
+def read_fully(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from `offset` on. Raises `OSError`, where the file ends before, too."""
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], offset + done)
+        if got == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += got
+
+
 class SharedFile:
     """A file that another process made, opened for writing into it.
 
@@ -105,6 +115,8 @@ class SharedFile:
     """
 
     def __init__(self, path: str) -> None:
+        self._path = path
+        self._reading = -1
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         status = os.fstat(self._fd)
         self.inode, self.nbytes = status.st_ino, status.st_size
@@ -112,6 +124,21 @@ class SharedFile:
     def put(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
         write_fully(self._fd, data, offset)
+
+    def reading(self) -> int:
+        """A descriptor to read what stands there."""
+        if self._reading < 0:
+            self._reading = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return self._reading
+
+    def forget(self) -> None:
+        """Let no page stay cached that was read: others may write a part of it meanwhile."""
+        if self._reading >= 0:
+            if hasattr(os, "posix_fadvise"):
+                with suppress(OSError):
+                    os.posix_fadvise(self._reading, 0, 0, os.POSIX_FADV_DONTNEED)
+            close_read(self._reading)
+            self._reading = -1
 
     def sync(self) -> None:
         """Make it durable and close it: a network file system may report only now what it lost."""
@@ -121,6 +148,7 @@ class SharedFile:
 
     def close(self) -> None:
         """Close it, if it is open."""
+        self.forget()
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)

@@ -23,7 +23,6 @@ from msgspec import Struct
 from reshard import formats
 from reshard.errors import NotFoundError, OptionError, listed
 from reshard.formats import locate, tags
-from reshard.formats.info import named
 from reshard.storage.local import read_start
 from reshard.storage.paths import files_below, is_file, is_folder, listing, status
 
@@ -58,7 +57,7 @@ def saves_of(run: Path) -> list[Save]:
         return []
     claims = formats.claims(run)
     if claims:
-        if not _has_tags(formats.meant(claims)):
+        if not locate.has_tags(formats.meant(claims)):
             raise OptionError(
                 "it is one checkpoint, not the folder of a run.",
                 path=run,
@@ -67,17 +66,11 @@ def saves_of(run: Path) -> list[Save]:
             )
         paths = _tags(run)
     else:
-        found = locate.saves(run)
-        kept = [save for save in found if locate.ACTOR in save.path.relative_to(run).parts] or found
         paths = []
-        for save in kept:
-            folder_of_tags = _has_tags(save.format) and tags.number_of(save.path.name) < 0
+        for save in locate.actors(locate.saves(run), run):
+            folder_of_tags = locate.has_tags(save.format) and tags.number_of(save.path.name) < 0
             paths += _tags(save.path) if folder_of_tags else [save.path]
     return _named(run, paths)
-
-
-def _has_tags(format_: str | None) -> bool:
-    return bool(format_) and named(format_ or "").has_tags
 
 
 def _tags(folder: Path) -> list[Path]:

@@ -32,6 +32,7 @@ _OUTPUT = FolderOrFile(place=Place(remote=True, writes=True))
 @flag(CONVERT["value_head"])
 @flag(CONVERT["lora_alpha"])
 @flag(CONVERT["overwrite"])
+@flag(CONVERT["resume"])
 @debug
 @writes("target")
 def command(**given: Any) -> None:

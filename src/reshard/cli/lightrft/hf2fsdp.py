@@ -26,6 +26,7 @@ _OUTPUT = FolderOrFile(place=Place(remote=True, writes=True))
 @flag(CONVERT["transformers_version"])
 @flag(CONVERT["consumed_samples"])
 @flag(CONVERT["overwrite"])
+@flag(CONVERT["resume"])
 @debug
 @writes("target")
 def command(**given: Any) -> None:

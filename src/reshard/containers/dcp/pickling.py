@@ -19,10 +19,10 @@ _VERSION = "1.0.0"
 _BATCH = 1000
 
 
-def dump(metadata: Metadata, paths: Mapping[str, tuple[str | int, ...]] | None = None) -> bytes:
+def dump(metadata: Metadata, paths: Mapping[str, tuple[str | int, ...]]) -> bytes:
     """The bytes of a `.metadata` file, which lists each chunk and each object with one copy.
 
-    `paths`, where given, go before the metadata's own, whose steps are all texts.
+    `paths` are the places of the keys in the nested state dict.
     An alias is one more key with the same chunks, which lie where the tensor's lie; the field
     `ALIASES`, which torch does not look at, says which keys are aliases.
     """
@@ -40,10 +40,9 @@ def dump(metadata: Metadata, paths: Mapping[str, tuple[str | int, ...]] | None =
     )
     described = {key: _tensor(tensor) for key, tensor in tensors.items()}
     described.update((key, _instance("BytesStorageMetadata")) for key in metadata.objects)
-    steps: Mapping[str, tuple[str | int, ...]] = metadata.paths if paths is None else paths
     fields: dict[str, object] = {
         "state_dict_metadata": described,
-        "planner_data": dict(steps),
+        "planner_data": dict(paths),
         "storage_data": stored,
         "version": _VERSION,
     }
@@ -53,7 +52,7 @@ def dump(metadata: Metadata, paths: Mapping[str, tuple[str | int, ...]] | None =
         # bit. Without aliases the file is as torch writes it for a flat state dict: each name once.
         fields["planner_data"] = {
             key: tuple(Again(step) if isinstance(step, str) else step for step in path)
-            for key, path in steps.items()
+            for key, path in paths.items()
         }
     pickler = Pickler(memo=True, batch=_BATCH)
     pickler.put(_instance("Metadata", **fields))

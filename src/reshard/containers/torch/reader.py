@@ -47,7 +47,7 @@ def read(
         return _read_zip(Archive(source, offset, nbytes), source.ref.path, known)
     if head.startswith(PREFIX):
         return read_legacy(source, offset, nbytes)
-    raise sniff.not_torch(head, nbytes, source.ref.path)
+    raise sniff.not_wanted(head, nbytes, source.ref.path)
 
 
 def read_pickle(data: bytes, *, path: str, repeats: bool = False) -> Pickled:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.found import Repair, Signs, some
+from reshard.diagnosis.found import CONVERT_AGAIN, Repair, Signs, some
 from reshard.naming import fields
 from reshard.naming.structure import Structure
 
-_AGAIN = "Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR."
 _UNNOTICED = "engines leave it at random values or refuse: vLLM says nothing, mlx-lm refuses"
 
 
@@ -24,7 +23,7 @@ def tensors_missing(case: Case) -> Signs | None:
     if found is None or not found.absent:
         return None
     evidence = f"{len(found.absent)} tensors are not here: {some(found.absent)}"
-    return Signs((evidence, _UNNOTICED), advice=_AGAIN)
+    return Signs((evidence, _UNNOTICED), advice=CONVERT_AGAIN)
 
 
 def part_missing(case: Case) -> Signs | None:
@@ -49,7 +48,7 @@ def layer_count(case: Case) -> Signs | None:
         + (f"{each.key} is {each.stated}" if each.key else f"numbered up to {each.stated - 1}")
         for each in found.layers
     )
-    return Signs(evidence, advice=_AGAIN)
+    return Signs(evidence, advice=CONVERT_AGAIN)
 
 
 def names_unknown(case: Case) -> Signs | None:
@@ -75,7 +74,7 @@ def _strange(case: Case, names: Iterable[str], what: str) -> Signs:
         f"{len(listed)} {what} {stated}: {some(listed)}",
         "transformers ignores them, vLLM, llama.cpp and mlx-lm refuse a weight and drop a bias",
     )
-    return Signs(evidence, advice=_AGAIN)
+    return Signs(evidence, advice=CONVERT_AGAIN)
 
 
 def shapes_differ(case: Case) -> Signs | None:
@@ -88,7 +87,7 @@ def shapes_differ(case: Case) -> Signs | None:
         for name, (have, want) in found.other.items()
     )
     evidence = (f"{len(found.other)} tensors: {some(shapes)}",)
-    return Signs(evidence, advice="Is config.json that of another model? " + _AGAIN)
+    return Signs(evidence, advice="Is config.json that of another model? " + CONVERT_AGAIN)
 
 
 def backbone_names(case: Case) -> Signs | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -21,19 +20,18 @@ from reshard.diagnosis.engines import (
     EngineName,
     LayoutChange,
 )
-from reshard.diagnosis.found import Repair, Signs, some
+from reshard.diagnosis.folder import model_files
+from reshard.diagnosis.found import CONVERT_AGAIN, Repair, Signs, some
 from reshard.naming import fields, patterns
 from reshard.naming.families import TOWER_PARTS
 from reshard.naming.released import Unreleased, unreleased
-from reshard.naming.schema import classes_of, is_backbone, says_tied, text_config
+from reshard.naming.schema import CLASSIFIERS, classes_of, is_backbone, says_tied, text_config
 
 _HUB = "Write it in the layout of the release: reshard convert DIR OUT --names hub."
-_AGAIN = "Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR."
-_CLASSIFIES = ("ForSequenceClassification", "ForTokenClassification")
 
 
 def files(case: Case, key: EngineName) -> Signs | None:
-    """Weight files that the engine reads besides the model's, or that it does not read."""
+    """Weight files that the engine reads in addition to the model's, or that it does not read."""
     engine, folder = ENGINES[key], case.folder
     if folder.pickled:
         words = f"{engine.title} reads {engine.files} only, and the weights are pickled"
@@ -43,7 +41,7 @@ def files(case: Case, key: EngineName) -> Signs | None:
     if engine.by_index and folder.listed is not None:
         return None
     read = {name for name in folder.safetensors if fnmatchcase(name, engine.files)}
-    extra = sorted(read - own if folder.listed is not None else read - _models(own))
+    extra = sorted(read - own if folder.listed is not None else read - model_files(own))
     if not extra:
         return None
     evidence = f"{engine.title} reads {engine.files}, so it takes {some(extra)} for a part of it"
@@ -53,15 +51,10 @@ def files(case: Case, key: EngineName) -> Signs | None:
     return Signs((evidence,), advice=advice)
 
 
-def _models(files: Iterable[str]) -> set[str]:
-    """The files that are a model's own by their names."""
-    return {name for name in files if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)}
-
-
 def class_served(case: Case, key: EngineName) -> Signs | None:
     """A class that the engine has none for."""
     engine, named = ENGINES[key], next(iter(classes_of(case.folder.settings)), "")
-    scores = named.endswith(_CLASSIFIES)
+    scores = named.endswith(CLASSIFIERS)
     if named in engine.unserved or (
         scores and engine.scores is not None and named not in engine.scores
     ):
@@ -89,11 +82,11 @@ def tensors(case: Case, key: EngineName) -> Signs | None:
         if names:
             effect = engine.norms if what else engine.absent
             evidence.append(f"{engine.title} {effect} without {some(names)}")
-    return Signs(tuple(evidence), advice=_AGAIN) if evidence else None
+    return Signs(tuple(evidence), advice=CONVERT_AGAIN) if evidence else None
 
 
-def strangers(case: Case, key: EngineName) -> Signs | None:
-    """What the engine would drop in silence, or refuse for."""
+def unknown_tensors(case: Case, key: EngineName) -> Signs | None:
+    """What the engine would drop silently, or refuse for."""
     engine, found = ENGINES[key], case.structure
     evidence = []
     names = () if found is None else (*found.strange, *found.heads)
@@ -103,12 +96,12 @@ def strangers(case: Case, key: EngineName) -> Signs | None:
             evidence.append(f"{engine.title} {effect} {some(group)}")
     dropped = [name for name in case.clean if patterns.matches_any(DROPPED.get(key, ()), name)]
     if dropped:
-        evidence.append(f"{engine.title} drops, without a word, {some(dropped)}")
+        evidence.append(f"{engine.title} silently drops {some(dropped)}")
     head = case.vocabulary.head
     own = head is not None and not case.vocabulary.equal
     if own and key in ("vllm", "mlx") and says_tied(case.folder.settings):
         evidence.append(f"{engine.title} ignores {head}, since the config ties it")
-    return Signs(tuple(evidence), advice=_AGAIN) if evidence else None
+    return Signs(tuple(evidence), advice=CONVERT_AGAIN) if evidence else None
 
 
 def names_taken(case: Case, key: EngineName) -> Signs | None:
@@ -141,10 +134,10 @@ def _layout(case: Case, key: EngineName) -> tuple[str | None, str]:
         said = f"{len(names)} names are not the release's, {names[0]} among them"
         if effect is None:
             unknown = f"{said}: whether {engine.title} takes them is not known"
-        elif effect == "turned":
-            return effect, f"{said}: {engine.title} exports the experts turned, without a word"
+        elif effect == "transposed":
+            return effect, f"{said}: {engine.title} silently exports the experts transposed"
         elif effect == "random":
-            return effect, f"{said}: {engine.title} leaves them at random values, without a word"
+            return effect, f"{said}: {engine.title} silently leaves them at random values"
         elif effect == "refuses":
             return effect, f"{said}: {engine.title} refuses them"
     return None, unknown
@@ -155,7 +148,7 @@ def _kinds(other: Unreleased) -> dict[LayoutChange, tuple[str, ...]]:
     lacking = tuple(name for name in towers if ".vision_model." not in f".{name}")
     moved = tuple(name for name in other.moved if name not in set(lacking))
     found: dict[LayoutChange, tuple[str, ...]] = {
-        "moved": moved, "tower": lacking, "stacked": other.stacked, "turned": other.turned
+        "moved": moved, "tower": lacking, "stacked": other.stacked, "transposed": other.turned
     }  # fmt: skip
     return {kind: names for kind, names in found.items() if names}
 
@@ -199,7 +192,7 @@ def config(case: Case, key: EngineName) -> Signs | None:
             patches[field.path] = field.value
     path = "text_config.tie_word_embeddings"
     if key == "mlx" and _unstated_tie(case):
-        evidence.append(f"without {path} mlx-lm refuses, or takes the head for a stranger")
+        evidence.append(f"without {path} mlx-lm refuses, or does not know the head")
         patches[path] = says_tied(case.folder.settings)
     if not evidence:
         return None
@@ -220,13 +213,13 @@ def _rotary(field: fields.Missing) -> str | None:
     if field.model_type in MLX_ROTARY:
         return None
     if field.name != "rope_theta":
-        return "takes none without a word"
+        return "silently takes none"
     theta = MLX_THETA.get(field.model_type, 0.0)
     if theta is None:
         return "refuses"
     if theta == 0.0:
-        return "may take a default without a word"
-    return None if theta == field.value else f"takes {theta:g} without a word"
+        return "may silently take a default"
+    return None if theta == field.value else f"silently takes {theta:g}"
 
 
 def score_bias(case: Case, key: EngineName) -> Signs | None:
@@ -254,7 +247,7 @@ CHECKS: Mapping[str, Callable[[Case, EngineName], Signs | None]] = {
     "engine-class": class_served,
     "engine-no-head": no_head,
     "engine-tensors": tensors,
-    "engine-strangers": strangers,
+    "engine-unknown-tensors": unknown_tensors,
     "engine-names": names_taken,
     "engine-names-unread": names_unread,
     "engine-weights": weights,

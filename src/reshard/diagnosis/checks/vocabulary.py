@@ -6,10 +6,10 @@ from reshard.conversion.base_model import dtype_patches
 from reshard.core import dtypes
 from reshard.core.tensors import main_dtype
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.folder import classes
 from reshard.diagnosis.found import Repair, Signs
 from reshard.errors import NamesError
 from reshard.naming.partners import rows_of
+from reshard.naming.schema import classes_of
 
 _TIE = "tie_word_embeddings"
 # Ends of the names of classes that have an output head (config.json's `architectures`).
@@ -155,7 +155,7 @@ def _has_another_head(case: Case) -> bool:
 def _generates(case: Case) -> bool:
     """Whether the config names a class with an output head, at either level."""
     return any(
-        name.endswith(_GENERATING) for level in case.levels.values() for name in classes(level)
+        name.endswith(_GENERATING) for level in case.levels.values() for name in classes_of(level)
     )
 
 

@@ -42,6 +42,17 @@ def optimizer_folders(folder: Path) -> list[Path]:
     return [beside] if _is_optimizer(beside) else []
 
 
+def number_of(folder: Path) -> int:
+    """Which of accelerate's models a folder is that of; others are the first."""
+    model = ACCELERATE_MODEL.fullmatch(folder.name)
+    return int(model[1]) if model else 0
+
+
+def above_of(folder: Path) -> Path:
+    """The folder in which the files of a run lie beside its model's."""
+    return folder.parent if ACCELERATE_MODEL.fullmatch(folder.name) else folder
+
+
 def _is_optimizer(path: Path) -> bool:
     """An empty folder is that of a save which was begun; one of other files is somebody's notes."""
     if not OPTIMIZER.fullmatch(path.name) or not is_folder(path):
@@ -68,7 +79,7 @@ def run_state(
     state: TrainingState, folder: Path, metadata: Metadata, plain: PlainData
 ) -> TrainingState:
     """The state with the schedule, counters and the user's state that lie beside it."""
-    above = folder.parent if ACCELERATE_MODEL.fullmatch(folder.name) else folder
+    above = above_of(folder)
     scheduler = run_files.scheduler(above, plain) or _scheduler_part(folder, metadata, plain)
     client: dict[str, Plain] = {}
     if is_file(above / CLIENT_STATE):

@@ -16,7 +16,8 @@ equal copies are one group. FSDP1's states have the same form (torch 2.13, state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -37,7 +38,7 @@ from reshard.core.state import (
 )
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, UnsupportedError, listed
-from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS
+from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS, optimizer_file
 from reshard.formats.dcp import besides
 from reshard.formats.dcp.parts import Part
 from reshard.formats.dcp.save import folder_metadata
@@ -54,7 +55,10 @@ def reader(
     roots = _roots(metadata, part.path)
     beside = [] if roots else besides.optimizer_folders(folder)
     if not roots and not beside:
-        return None
+        number = besides.number_of(folder)
+        return optimizer_file.beside(
+            besides.above_of(folder), number, entries, lambda: None, sources
+        )
 
     def read() -> TrainingState:
         plain = PlainData(sources)
@@ -69,7 +73,8 @@ def reader(
             raise _several(place, (".".join(root) for root in found))
         state = _read(place, inside, found[0], plain)
         state = besides.run_state(state, folder, metadata, plain)
-        state = state.owned(entries, ".".join(part.path) + ".")
+        for prefix in ("", *_tails(".".join(part.path))):
+            state = state.owned(entries, f"{prefix}.")
         return _inside(state, entries, metadata, part)
 
     return ReadState(read)
@@ -227,16 +232,30 @@ def _flattened(found: _Found, objects: _Objects) -> tuple[Group, ...]:
     return tuple(Group(tuple(names), settings) for settings, names in groups.values())
 
 
+def _tails(dotted: str) -> Iterator[str]:
+    """A dotted name, and what is left of it without its first steps.
+
+    >>> list(_tails("model.actor"))
+    ['model.actor', 'actor']
+    """
+    while dotted:
+        yield dotted
+        dotted = dotted.partition(".")[2]
+
+
 def _inside(
     state: TrainingState, entries: Mapping[str, Entry], metadata: Metadata, part: Part
 ) -> TrainingState:
     """The state without what it holds of other parts of the checkpoint, as where one optimizer
     updates an actor and a critic."""
-    outside = {
+    others = [
         ".".join(path)
         for key, path in metadata.paths.items()
         if key in metadata.tensors and key not in part.names
-    }
+    ]
+    # The optimizer's names begin at the model's part, or at one above the part that is read.
+    depth = max(1, len(list(_tails(".".join(part.path)))))
+    outside = {tail for name in others for tail in islice(_tails(name), depth)}
     foreign = {name for name in state.names if name not in entries}
     if not foreign or not foreign <= outside or len(foreign) == len(state.names):
         return state

@@ -8,12 +8,15 @@
                  scheduler.pt
     nested       .metadata, __0_<n>.distcp, __1_<n>.distcp    {"model": .., "optimizer": ..}
                  scheduler.pt
+    torchtitan   the same files            {name: weight, "optimizer": {"state.<name>.exp_avg": ..,
+                                            "param_groups.<name>.lr": ..}, "lr_scheduler": ..}
 
 The optimizer's part is what `get_optimizer_state_dict` returns: moments by parameter name, each
 step a float32 tensor without dimensions, each hyperparameter a separate object, and `params` of a
-group the names. Frozen parameters and tied aliases have no state. torch 2.13
-(checkpoint/state_dict.py), accelerate 1.15 (utils/fsdp_utils.py), LightRFT
-(strategy/fsdp/fsdpv2.py, `load_ckpt`).
+group the names. Flattened, each parameter has its group's hyperparameters. Frozen parameters and
+tied aliases have no state. torch 2.13 (checkpoint/state_dict.py), accelerate 1.15
+(utils/fsdp_utils.py), LightRFT (strategy/fsdp/fsdpv2.py, `load_ckpt`), torchtitan 0.3.0
+(components/optimizer/utils.py, components/checkpointer/dcp.py).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from msgspec import Struct
 from reshard.containers.dcp.layout import Section, StatePath, lay_out_sections
 from reshard.containers.torch.optimizer import step_tensor
 from reshard.containers.torch.write import TensorBytes, lay_out_data
+from reshard.core.dtypes import INT32, INT64
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import completed
 from reshard.core.state import STATE_TABLE, Plain, TrainingState, tensor_name
@@ -34,11 +38,14 @@ from reshard.formats import Laid, TensorToWrite
 from reshard.formats.dcp.lightrft import CLIENT_STATE, CONSUMED_SAMPLES
 
 #: The values of `--layout`, the default first.
-LAYOUTS = ("lightrft", "accelerate", "nested")
+LAYOUTS = ("lightrft", "accelerate", "nested", "torchtitan")
 
 
 class _Place(Struct, frozen=True):
-    """Where a layout keeps the parts: folders, and keys in the state dict; and small files."""
+    """Where a layout keeps the parts: folders, and keys in the state dict; and small files.
+
+    `flattened`: hyperparameters by parameter; the schedule and counters are keys of the save.
+    """
 
     model_folder: str
     model_root: StatePath
@@ -46,6 +53,7 @@ class _Place(Struct, frozen=True):
     state_root: StatePath
     scheduler: str
     client_state: bool = False
+    flattened: bool = False
 
 
 _PLACES: Mapping[str, _Place] = {
@@ -54,6 +62,7 @@ _PLACES: Mapping[str, _Place] = {
         "pytorch_model_fsdp_0/", ("model",), "optimizer_0/", ("optimizer",), "scheduler.pt"
     ),
     "nested": _Place("", ("model",), "", ("optimizer",), "scheduler.pt"),
+    "torchtitan": _Place("", (), "", ("optimizer",), "", flattened=True),
 }
 
 
@@ -70,7 +79,7 @@ def lay_out_state(
         weights, paths={spec.name: (*place.model_root, spec.name) for spec, _, _ in weights}
     )
     together = place.model_folder == place.state_folder
-    optimizer = _section(state, place.state_root, rank=1 if together else 0)
+    optimizer = _section(state, place, rank=1 if together else 0)
     if together:
         files, texts = lay_out_sections(
             [model, optimizer], max_file_nbytes, folder=place.model_folder
@@ -83,26 +92,51 @@ def lay_out_state(
     return Laid(files, (*texts, *beside), findings)
 
 
-def _section(state: TrainingState, root: StatePath, *, rank: int) -> Section:
+def _section(state: TrainingState, place: _Place, *, rank: int) -> Section:
+    root = place.state_root
+
+    def held(name: str, kind: str) -> StatePath:
+        path = ("state", name, kind)
+        return (*root, ".".join(path)) if place.flattened else (*root, *path)
+
     slots: list[TensorToWrite] = []
     paths: dict[str, StatePath] = {}
     known: dict[StatePath, TensorBytes] = {}
     for name in state.names:
         if name in state.steps:
-            step: StatePath = (*root, "state", name, "step")
-            known[step] = step_tensor(state.steps[name].count, name)
+            known[held(name, "step")] = step_tensor(state.steps[name].count, name)
         for kind, table in state.moments.items():
             if name in table:
                 key = tensor_name(kind, name)
                 spec = table[name].spec
                 slots.append((TensorSpec(key, spec.dtype, spec.shape), table[name], None))
-                paths[key] = (*root, "state", name, kind)
-    objects = {
-        (*root, "param_groups", at, key): lay_out_data(value)
-        for at, group in enumerate(state.groups)
-        for key, value in {**group.hyperparameters, "params": list(group.names)}.items()
-    }
+                paths[key] = held(name, kind)
+    objects: dict[StatePath, bytes] = {}
+    for at, group in enumerate(state.groups):
+        settings = {key: lay_out_data(value) for key, value in group.hyperparameters.items()}
+        if not place.flattened:
+            settings["params"] = lay_out_data(list(group.names))
+            objects |= {(*root, "param_groups", at, key): data for key, data in settings.items()}
+        for name in group.names if place.flattened else ():
+            flat = {f"param_groups.{name}.{key}": data for key, data in settings.items()}
+            objects |= {(*root, key): data for key, data in flat.items()}
+    if place.flattened:
+        if state.scheduler is not None and _misfit(state) is None:
+            objects["lr_scheduler", "last_epoch"] = lay_out_data(state.scheduler["last_epoch"])
+        known |= {("train_state", key): data for key, data in _counted(state).items()}
     return Section(slots, objects, known, paths, STATE_TABLE, rank)
+
+
+def _counted(state: TrainingState) -> dict[str, TensorBytes]:
+    """torchtitan's counters as far as they are known, as it stores them."""
+    counts = {"step": state.counters.get("step", state.counters.get("global_steps"))}
+    counts["ntokens_seen"] = state.counters.get("ntokens_seen")
+    widths = {"step": (INT32, 4), "ntokens_seen": (INT64, 8)}
+    return {
+        key: TensorBytes(widths[key][0], (), count.to_bytes(widths[key][1], "little"))
+        for key, count in counts.items()
+        if count is not None and 0 <= count < 1 << 31
+    }
 
 
 def _run(
@@ -112,7 +146,7 @@ def _run(
     texts: list[tuple[str, bytes]] = []
     findings: list[Finding] = []
     why = _misfit(state)
-    if state.scheduler is not None and why is None:
+    if state.scheduler is not None and why is None and not place.flattened:
         texts.append((place.scheduler, lay_out_data(dict(state.scheduler))))
     elif why is not None:
         findings.append(Finding("scheduler-left-out", f"the scheduler's state {why}."))
@@ -145,6 +179,7 @@ def _misfit(state: TrainingState) -> str | None:
 def _unwritten(state: TrainingState, place: _Place) -> Iterator[str]:
     if not place.client_state:
         yield from state.client_state
-    yield from state.counters
+    counted = {"step", "global_steps", "ntokens_seen"} if place.flattened else set()
+    yield from (name for name in state.counters if name not in counted)
     if state.scaler:
         yield "the loss scale"

@@ -34,8 +34,8 @@ from reshard.storage.local import Sources
 _ONE_SAVE = "Copy all files of one save."
 # Versions that do not state the parameters' shapes in the model file.
 _NO_SHAPES = re.compile(r"0\.[0-5]\.")
-
-
+# What ds_to_universal is told to call its output, as a rule.
+_UNIVERSAL = "_universal"
 # Objects that DeepSpeed itself puts in its files; nothing in them is needed.
 _OWN = ("deepspeed.runtime.fp16.loss_scaler.", "deepspeed.utils.tensor_fragment.", "torch.Tensor",
         "deepspeed.runtime.bf16_optimizer.", "deepspeed.runtime.zero.config.")  # fmt: skip
@@ -128,6 +128,13 @@ def checked(location: Location, saved: Saved) -> Saved:
         _check_model(model[0], optim[0])
         world_size: int | None = max(optim[0].partition_count)
         check_ranks(location, "optim_states", [dp for dp, _ in location.optim], world_size)
+    elif model[0].groups and not location.universal and location.folder.name.endswith(_UNIVERSAL):
+        raise IncompleteError(
+            "it is named like a universal checkpoint, and its folder zero/, which holds the "
+            "weights, is not there.",
+            path=location.folder,
+            hint="Copy the whole folder, or make the universal checkpoint again.",
+        )
     elif model[0].groups and not location.universal:
         raise IncompleteError(
             f"it is a ZeRO-{model[0].stage} checkpoint and none of its optim_states files, "

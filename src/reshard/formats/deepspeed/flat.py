@@ -55,6 +55,11 @@ def stored_entry(name: str, tensor: TensorRef, kind: TensorKind) -> Entry:
     return proven(spec, (tensor.fragment(),) if spec.numel else (), kind)
 
 
+def flat_entry(spec: TensorSpec, tensor: TensorRef) -> Entry:
+    """A parameter whose elements a tensor holds in row-major order, whatever its own shape."""
+    return proven(spec, [tensor.fragment(flat(spec.numel, 0, spec.numel))], "parameter")
+
+
 def in_module_order(
     entries: Mapping[str, Entry], aliases: Mapping[str, str], order: Iterable[str]
 ) -> dict[str, Entry]:

@@ -166,7 +166,8 @@ def _with_layers(
         held = {number: layers[number] for number in sorted(mine)}
         module = {f"{n}.{key}": t for n, file in held.items() for key, t in file.module.items()}
         unread = {f"{n}.{key}": t for n, file in held.items() for key, t in file.unread.items()}
-        model = replace(one.model[0], module=module, unread=unread)
+        # Masters without names, of a run without ZeRO: those of one stage alone help nobody.
+        model = replace(one.model[0], module=module, unread=unread, masters=(), flat_masters=())
         # Layers that share a module are told apart by their masters, which are not cut yet.
         spare = tuple(layers[number] for number in sorted(rest - numbers[0]))
         every = (*held.values(), *(spare if one is saved[0] else ()))

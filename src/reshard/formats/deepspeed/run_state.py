@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.plain import PlainData
 from reshard.core.state import TrainingState
-from reshard.formats.deepspeed.parse import ModelFile
 
 #: What DeepSpeed counts.
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -30,9 +28,8 @@ _OWN = frozenset(
 _LEFT_OUT = ("data_sampler", "random_ltd")
 
 
-def run_state(state: TrainingState, model: ModelFile, plain: PlainData) -> TrainingState:
-    """The state with what the model file says of the run."""
-    content = read_torch(plain.sources.open(model.path)).value
+def run_state(state: TrainingState, content: object, plain: PlainData) -> TrainingState:
+    """The state with what the model file, whose content this is, says of the run."""
     top = content if isinstance(content, dict) else {}
     scheduler = plain.state_dict(top.get("lr_scheduler"), "lr_scheduler")
     client = {key: value for key, value in top.items() if key not in _OWN}

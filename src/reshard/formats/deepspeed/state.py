@@ -50,13 +50,14 @@ def reader(
 
     def read() -> TrainingState:
         plain = PlainData(sources)
+        content = read_torch(sources.open(first.path)).value
         if saved[0].optim:
-            state = _zero(saved, plain)
+            state = _with_masters(_zero(saved, plain), catalog)
         elif ranks[0].universal:
             state = universal_state.read(ranks[0], saved[0], catalog, plain)
         else:
-            state = unnamed.read(saved, catalog, plain)
-        return run_state(state, first, plain)
+            state = unnamed.read(saved, content, catalog, plain)
+        return run_state(state, content, plain)
 
     return ReadState(read)
 
@@ -81,9 +82,14 @@ def _zero(saved: Sequence[Saved], plain: PlainData) -> TrainingState:
         kind: {name: join([f.moments[kind][name] for f in found]) for name in first.moments[kind]}
         for kind in first.moments
     }
-    masters = {name: join([f.masters[name] for f in found]) for name in first.masters}
     records = tuple(dict.fromkeys(record for f in found for record in f.records))
-    return replace(first, moments=moments, masters=masters, records=records)
+    return replace(first, moments=moments, records=records)
+
+
+def _with_masters(state: TrainingState, catalog: Catalog) -> TrainingState:
+    """The state with its masters, which are the weights of the catalog."""
+    names = (name for group in state.groups for name in group.names)
+    return replace(state, masters={name: catalog.entries[name] for name in names})
 
 
 def of_rank(saved: Saved, plain: PlainData) -> TrainingState:
@@ -106,7 +112,6 @@ def of_rank(saved: Saved, plain: PlainData) -> TrainingState:
             steps.update(dict.fromkeys(names[number], state.step))
     return TrainingState(
         moments=moments,
-        masters=stage3.parameters(saved) if saved.stage == 3 else stages012.parameters(saved),
         steps=steps,
         groups=tuple(_group(group, names) for group in wrapped[0].groups),
         scaler=wrapped[0].scaler,

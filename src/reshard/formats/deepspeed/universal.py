@@ -29,13 +29,13 @@ from reshard.containers.torch import TensorRef, TorchFile
 from reshard.containers.torch import read as read_torch
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, Record, Shape, TensorSpec, flat
-from reshard.core.tiling import proven
+from reshard.core.tensors import Entry, Record, Shape, TensorSpec
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import autoep, proof, stage3, stages012
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
+from reshard.formats.deepspeed.flat import flat_entry
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file, is_folder, listing
@@ -112,4 +112,4 @@ def master(name: str, shape: Shape, stored: TensorRef, path: Path) -> Entry:
             tensor=name,
             hint="Make the universal checkpoint again.",
         )
-    return proven(spec, [stored.fragment(flat(spec.numel, 0, spec.numel))], "parameter")
+    return flat_entry(spec, stored)

@@ -79,7 +79,7 @@ def _stage3(
     if any(group.hyperparameters != groups[0].hyperparameters for group in groups):
         wrong.append("gives every parameter group the settings of the first")
     if state.steps and not whole and (len(groups) > 1 or numel > _SUB_GROUP_NUMEL):
-        wrong.append("lets all sub-groups count one step, which so grows several times as fast")
+        wrong.append("counts one step for all sub-groups, so that it grows several times as fast")
     others = sorted(state.moments.keys() - _STAGE3)
     if others or not state.moments.keys() >= _STAGE3:
         wrong.append(

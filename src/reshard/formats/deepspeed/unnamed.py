@@ -25,19 +25,17 @@ import numpy as np
 from msgspec.structs import replace
 
 from reshard.containers.torch import Opaque, TensorRef
-from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.optimizer import Key, OptimizerDict, ParamState, parse
 from reshard.containers.torch.plain import PlainData
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
 from reshard.core.findings import state_named_by_order
 from reshard.core.state import Group, TrainingState
-from reshard.core.tensors import Entry, TensorSpec, flat
-from reshard.core.tiling import proven
+from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import FormatError, UnsupportedError
 from reshard.formats.deepspeed.aliases import other_names
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import stored_entry
+from reshard.formats.deepspeed.flat import flat_entry, stored_entry
 from reshard.formats.deepspeed.parse import ModelFile
 from reshard.formats.deepspeed.wrapped import refuse_sharded, scaling
 from reshard.naming.order import groups_in_order
@@ -57,14 +55,12 @@ def masters(saved: Saved, sources: Sources) -> dict[str, Entry] | None:
         return None
     found = {}
     for name, tensor in zip(_flattened(names), _flattened(model.masters), strict=True):
-        spec = TensorSpec(name, tensor.dtype, tensor.shape)
-        fragment = tensor.fragment(flat(spec.numel, 0, spec.numel))
-        found[name] = proven(spec, [fragment], "parameter")
+        found[name] = flat_entry(TensorSpec(name, tensor.dtype, tensor.shape), tensor)
     return found
 
 
-def read(saved: Sequence[Saved], catalog: Catalog, plain: PlainData) -> TrainingState:
-    """The state in the model file, its tensors under the names of the model's parameters.
+def read(saved: Sequence[Saved], top: object, catalog: Catalog, plain: PlainData) -> TrainingState:
+    """The state in `top`, the content of the model file, under the names of the model's parameters.
 
     Raises `UnsupportedError` where nothing says which parameters they belong to.
     """
@@ -73,7 +69,6 @@ def read(saved: Sequence[Saved], catalog: Catalog, plain: PlainData) -> Training
         raise _no_names(model, "tensor parallel ranks hold it")
     if saved[0].experts:
         raise _no_names(model, "that of the experts lies in other files")
-    top = read_torch(plain.sources.open(model.path)).value
     optimizer = top["optimizer"] if isinstance(top, dict) else None
     if not isinstance(optimizer, dict):
         raise FormatError("its optimizer is not a dict.", path=model.path)

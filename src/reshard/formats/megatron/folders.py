@@ -18,7 +18,7 @@ from reshard.errors import IncompleteError, NotFoundError, UnsupportedError, bri
 from reshard.formats import of_role
 from reshard.formats.signs import MCORE, MCORE_COMMON, is_mcore
 from reshard.storage import strict_json
-from reshard.storage.paths import exists, is_file, is_folder, is_link, listing, matching
+from reshard.storage.paths import exists, is_file, is_folder, is_own_folder, listing, matching
 
 # Where the model lies in a folder that a trainer names: NeMo 2, verl up to 0.8, verl 0.9.
 _MODEL = ("weights", "dist_ckpt", "model/dist_ckpt")
@@ -91,7 +91,7 @@ def _roles(path: Path) -> list[Path]:
     return [
         role
         for role in listing(path)
-        if is_folder(role) and not is_link(role) and any(is_mcore(role / each) for each in below)
+        if is_own_folder(role) and any(is_mcore(role / each) for each in below)
     ]
 
 

@@ -20,7 +20,7 @@ from reshard.errors import FormatError, IncompleteError, NotFoundError, brief, l
 from reshard.formats import numbered, of_role
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
-from reshard.storage.paths import is_file, is_folder, is_link, listing
+from reshard.storage.paths import is_file, is_folder, is_own_folder, listing
 
 _VERL = re.compile(r"(?P<model>model)_world_size_(?P<world>\d{1,7})_rank_(?P<rank>\d{1,7})\.pt")
 _ACCELERATE = re.compile(r"(?P<model>pytorch_model_fsdp(?:_\d+)?)_rank_?(?P<rank>\d{1,7})\.bin")
@@ -184,7 +184,7 @@ def _roles(folder: Path) -> list[Path]:
     """The folders of a step's models, one a role; verl's only."""
     if not is_folder(folder):
         return []
-    below = [path for path in listing(folder) if is_folder(path) and not is_link(path)]
+    below = [path for path in listing(folder) if is_own_folder(path)]
     return [path for path in below if any(file.writer == "verl" for file in _of_folder(path))]
 
 

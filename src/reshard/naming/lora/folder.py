@@ -185,7 +185,7 @@ def findings(config: Mapping[str, Any], ranks: tuple[int, ...]) -> list[Finding]
     ]
     for key, what in misread:
         if config[key]:
-            message = f"the adapter has {key}: {what}, without a word."
+            message = f"the adapter has {key}: {what}, silently."
             found.append(Finding("adapter-scales-differ", message))
     return found
 

@@ -18,12 +18,12 @@ from reshard.core.plan import Plan
 from reshard.core.tensors import Entry, Extent, FileRef, Record, stored
 from reshard.progress import Progress
 from reshard.storage.local import Sources
-from reshard.transfer.assembly import Assembly, File, Outcome, Piece
-from reshard.transfer.checksums import Ledger, Passage
+from reshard.transfer.assembly import Assembly, File, Noted, Outcome, Piece
+from reshard.transfer.checksums import Ledger
 from reshard.transfer.cluster import wire
 from reshard.transfer.cluster.connection import Workers
 from reshard.transfer.cluster.tasks import Tasks
-from reshard.transfer.cluster.wire import Inputs, MakeTask, Output, Packer, Stretch
+from reshard.transfer.cluster.wire import Inputs, Output, Packer
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import LeafDigests
 from reshard.transfer.finite import NotFinite
@@ -113,20 +113,32 @@ class _Transfer:
         return self._assembly.outcome(self._read, self._ledger.check(self._sources), findings)
 
     def _answered(self, making: _Making, answer: wire.MakeAnswer) -> None:
-        """Note what a task made."""
-        for stretch, crc in answer.read:
-            file = making.files[stretch.file]
-            self._ledger.take(Passage(file, stretch.start, stretch.stop, crc))
+        """Note what a task made, and what it found made."""
         self._read += answer.bytes_read
-        for piece, (digest, segments) in zip(making.pieces, answer.pieces, strict=True):
-            made = [
+        for piece, found in zip(making.pieces, answer.pieces, strict=True):
+            results = [
                 SegmentResult(s.nbytes, s.crc, s.changed, NotFinite(s.nan, s.infinite))
-                for s in segments
+                for s in found.segments
             ]
-            self._written += sum(segment.nbytes for segment in made)
-            self._assembly.made(piece, digest, made)
+            noted = self._noted(piece)
+            if found.found and noted is not None:
+                self._ledger.add_noted(noted.read)
+                self._assembly.reused(piece, found.digest, results)
+            else:
+                if noted is not None:
+                    self._assembly.differs(piece)
+                read = [(making.files[s.file], s.start, s.stop, crc) for s, crc in found.read]
+                self._ledger.add_read(read)
+                self._assembly.made(piece, found.digest, results, read)
+            self._ledger.add_bare(_read_for(piece))
+            self._written += piece.nbytes
         if self._cluster.progress is not None:
             self._cluster.progress(self._written, self._assembly.total)
+
+    def _noted(self, piece: Piece) -> Noted | None:
+        """What an interrupted run noted of a piece, as far as it can be used."""
+        noted = self._assembly.noted(piece)
+        return noted if noted is not None and self._ledger.hold(noted.read) else None
 
     def _tasks(self) -> Iterator[tuple[_Making, bytes]]:
         processors = int(self._cluster.ray.cluster_resources().get("CPU", 0))
@@ -139,7 +151,7 @@ class _Transfer:
         outputs: dict[str, int] = {}
         files: list[Output] = []
         slots: list[wire.WireSlot] = []
-        around: dict[tuple[FileRef, int, int], bool] = {}
+        records: dict[Extent, None] = {}
         made = []
         for piece in pieces:
             segments = []
@@ -149,36 +161,33 @@ class _Transfer:
                     outputs[file.output.name] = len(files)
                     files.append(self._output(file))
                 source = wire.narrowed(slot.source, *wire.reached(segment.runs))
-                self._note(source, around)
+                for extent in stored(source.fragments):
+                    if (record := self._ledger.record_around(extent)) is not None:
+                        records[record] = None
                 segments.append((len(slots), tuple(map(wire.packed_run, segment.runs))))
                 slots.append(packer.slot(slot, outputs[file.output.name], source))
-            made.append(tuple(segments))
-        stretches: tuple[list[Stretch], list[Stretch]] = ([], [])
-        for (ref, start, stop), stated in around.items():
-            stretches[not stated].append(Stretch(packer.number(ref), start, stop))
-        task = MakeTask(
-            inputs(packer, self._sources),
-            tuple(files),
-            tuple(slots),
-            tuple(made),
-            tuple(stretches[0]),
-            tuple(stretches[1]),
+            noted = self._noted(piece)
+            made.append(wire.WirePiece(tuple(segments), None if noted is None else noted.digest))
+        stretches = tuple(
+            wire.Stretch(packer.number(record.file), record.offset, record.offset + record.nbytes)
+            for record in records
         )
-        return _Making(pieces, task.inputs.files), wire.encode(task)
-
-    def _note(self, source: Entry, around: dict[tuple[FileRef, int, int], bool]) -> None:
-        """The stretches with and without a checksum that an entry lies in."""
-        for extent in stored(source.fragments):
-            found = self._ledger.around(extent)
-            if found is not None:
-                start, stop, stated = found
-                around[extent.file, start, stop] = stated
+        read = inputs(packer, self._sources)
+        task = wire.MakeTask(read, tuple(files), tuple(slots), tuple(made), stretches)
+        return _Making(pieces, read.files), wire.encode(task)
 
     def _output(self, file: File) -> Output:
         known = identity_of(file.place)
         inode = 0 if known is None else known[1]
         shown = str(self._folder.target / file.output.name)
         return Output(str(file.place), inode, file.output.nbytes, shown)
+
+
+def _read_for(piece: Piece) -> Iterator[Extent]:
+    """What is read to make a piece."""
+    for segment in piece.segments:
+        source = wire.narrowed(segment.tensor.slot.source, *wire.reached(segment.runs))
+        yield from stored(source.fragments)
 
 
 def inputs(packer: Packer, sources: Sources) -> Inputs:

@@ -128,18 +128,24 @@ class Inputs(Struct, frozen=True, array_like=True):
     known: dict[str, tuple[str, int, int]]
 
 
-class MakeTask(Struct, frozen=True, array_like=True, tag="make"):
-    """Make pieces. Of each, its segments: the number of a slot, and runs.
+class WirePiece(Struct, frozen=True, array_like=True):
+    """A piece: its segments, each the number of a slot and runs.
 
-    `records` are stretches whose CRC-32 is wanted of what is read, `bare` those that have none.
+    `noted` is the digest that an interrupted run noted of it: where its bytes have that, they stay.
     """
+
+    segments: tuple[tuple[int, tuple[WireRun, ...]], ...]
+    noted: bytes | None = None
+
+
+class MakeTask(Struct, frozen=True, array_like=True, tag="make"):
+    """Make pieces. `records` are stretches of which the CRC-32 of what is read is wanted."""
 
     inputs: Inputs
     outputs: tuple[Output, ...]
     slots: tuple[WireSlot, ...]
-    pieces: tuple[tuple[tuple[int, tuple[WireRun, ...]], ...], ...]
+    pieces: tuple[WirePiece, ...]
     records: tuple[Stretch, ...]
-    bare: tuple[Stretch, ...]
 
 
 class HashTask(Struct, frozen=True, array_like=True, tag="hash"):
@@ -159,15 +165,23 @@ class SegmentAnswer(Struct, frozen=True, array_like=True):
     infinite: int
 
 
-class MakeAnswer(Struct, frozen=True, array_like=True, tag="made"):
-    """The digest of each piece and what its segments showed; the CRC-32 of what was read.
+class PieceAnswer(Struct, frozen=True, array_like=True):
+    """A piece's digest, what its segments showed, and the CRC-32s of what was read of records.
 
-    Of `read`, a CRC-32 of None stands for a stretch that has none.
+    `found`: its bytes were there.
     """
 
-    pieces: tuple[tuple[bytes, tuple[SegmentAnswer, ...]], ...]
+    digest: bytes
+    segments: tuple[SegmentAnswer, ...]
+    read: tuple[tuple[Stretch, int], ...] = ()
+    found: bool = False
+
+
+class MakeAnswer(Struct, frozen=True, array_like=True, tag="made"):
+    """What came of each piece."""
+
+    pieces: tuple[PieceAnswer, ...]
     bytes_read: int
-    read: tuple[tuple[Stretch, int | None], ...]
 
 
 class HashAnswer(Struct, frozen=True, array_like=True, tag="hashed"):
