@@ -374,16 +374,12 @@ class OutputFolder:
 
 def check_space(target: Path, nbytes: int) -> None:
     """Raise `WriteError` where the file system has no room for `nbytes` bytes."""
-    lacking = lacking_space(target, nbytes)
-    if lacking is not None:
+    if (lacking := lacking_space(target, nbytes)) is not None:
         raise lacking
 
 
 def lacking_space(target: Path, nbytes: int) -> WriteError | None:
-    """The error that the file system has no room for `nbytes` bytes; None where it has.
-
-    A store always has.
-    """
+    """The error that there is no room for `nbytes` bytes; None where there is, as in a store."""
     if isinstance(target, RemotePath):
         return None
     folder = real(target).parent
