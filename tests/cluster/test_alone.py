@@ -74,13 +74,20 @@ def test_the_command_alone(tmp_path: Path, mark: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_everything(tmp_path: Path, mark: str, number: signal.Signals) -> None:
-    """To the whole group, as a terminal sends Ctrl-C, and to the command alone."""
+@pytest.mark.parametrize(
+    ("number", "early"),
+    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)],
+)
+def test_a_signal_ends_everything(
+    tmp_path: Path, mark: str, number: signal.Signals, early: bool
+) -> None:
+    """To the whole group, as a terminal sends Ctrl-C, and to the command alone; while workers
+    write, and while Ray starts, which has a handler of its own."""
     source = save(tmp_path / "run", layers=256)
     out = tmp_path / "out"
     run = start(mark, source, out, "--threads", "1", "--dtype", "bfloat16")
-    wait_until(lambda: nodes.writers(tmp_path))
+    own = set() if early else {run.pid}
+    wait_until(lambda: set(nodes.writers(tmp_path)) - own)
     send = os.killpg if number == signal.SIGINT else os.kill
     send(run.pid, number)
     _, err = run.communicate(timeout=60)
@@ -94,7 +101,7 @@ def test_a_signal_ends_everything(tmp_path: Path, mark: str, number: signal.Sign
 def test_a_killed_command_takes_its_cluster_along(tmp_path: Path, mark: str) -> None:
     source = save(tmp_path / "run", layers=256)
     run = start(mark, source, tmp_path / "out", "--threads", "1", "--dtype", "bfloat16")
-    wait_until(lambda: nodes.writers(tmp_path))
+    wait_until(lambda: set(nodes.writers(tmp_path)) - {run.pid})
     nodes.kill([run.pid])
     run.communicate(timeout=60)
     wait_until(lambda: not marked(mark))

@@ -115,15 +115,21 @@ def _scratch() -> Iterator[str]:
 
 def _begin(ray: Any, address: str | None, arguments: Mapping[str, Any]) -> None:
     handler = signal.getsignal(signal.SIGTERM)
+    ended: SystemExit | None = None
     try:
         _check_answers(arguments["address"])
         ray.init(**arguments)
+    except SystemExit as error:
+        ended = error
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _unreachable(address, error) from None
     finally:
         # Ray's own ends the program at once, whatever is half done.
         if threading.current_thread() is threading.main_thread() and handler is not None:
             signal.signal(signal.SIGTERM, handler)
+    if ended is not None:  # by Ray's handler: the signal is the program's own to handle
+        signal.raise_signal(signal.SIGTERM)
+        raise ended
 
 
 def _arguments(address: str | None, most: int | None, scratch: str) -> dict[str, Any]:
