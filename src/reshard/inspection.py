@@ -173,7 +173,7 @@ class Inspection(Struct, frozen=True):
         for name, value in catalog.origin.details.items():
             if name == "groups" and value:
                 rows.append(
-                    ("groups", f"{len(value)} of the optimizer: {_shown(value)} parameters")
+                    ("groups", f"{len(value)} parameter groups, of {_shown(value)} parameters")
                 )
             elif name not in ("zero_stage", "global_steps") and value not in (None, [], {}, "", 0):
                 rows.append((name.replace("_", " "), _shown(value)))
