@@ -6,11 +6,12 @@ import bisect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard import formats
 from reshard.core.catalog import Catalog
@@ -59,10 +60,19 @@ OPEN = table(
 
 
 class Files:
-    """What the files of a checkpoint were when it was opened, and the checksums that they state."""
+    """What the files of a checkpoint were when it was opened, and the checksums that they state.
 
-    def __init__(self, identities: Mapping[str, Identity], records: Iterable[Record]) -> None:
+    `whole` opens the checkpoint anew, where it was opened without looking where each tensor lies.
+    """
+
+    def __init__(
+        self,
+        identities: Mapping[str, Identity],
+        records: Iterable[Record],
+        whole: Callable[[], Checkpoint] | None = None,
+    ) -> None:
         self.identities = identities
+        self.whole = whole
         self._records: dict[FileRef, list[Record]] = {}
         for record in records:
             self._records.setdefault(record.extent.file, []).append(record)
@@ -122,6 +132,8 @@ class Tensor(Struct, frozen=True):
         """
         from reshard.transfer.reading import read_array
 
+        if self.files.whole is not None:
+            return self.files.whole().tensors[self.name].numpy()
         with Sources(self.files.identities) as sources:
             array = read_array(self.entry, sources, self.files.records(self.entry))
             sources.check_unchanged()
@@ -199,9 +211,10 @@ class Checkpoint:
         catalog: Catalog,
         identities: Mapping[str, Identity],
         again: Callable[[Sources], Catalog] | None = None,
+        whole: Callable[[], Checkpoint] | None = None,
     ) -> None:
         self._again = again
-        self.files = Files(identities, catalog.records)
+        self.files = Files(identities, catalog.records, whole)
         self.catalog = catalog
         self.format = catalog.format
         self.version = catalog.origin.version
@@ -284,23 +297,32 @@ def open_checkpoint(
     (32000, 4096)
     >>> checkpoint.optimizer.moments["exp_avg"]["lm_head.weight"].numpy()      # doctest: +SKIP
     """
-    values = parse(OPEN, dict(locals()))
-    return opened(values)
+    return opened(parse(OPEN, dict(locals())))
 
 
-def opened(values: Mapping[str, Any], *, optimizer: bool = False) -> Checkpoint:
-    """The checkpoint that parsed options name; with `optimizer` its training state is read, too."""
-    selection = formats.Selection(values["tag"], values["prefix"], True, values["role"])
+def opened(
+    values: Mapping[str, Any], *, optimizer: bool = False, located: bool = True
+) -> Checkpoint:
+    """The checkpoint that parsed options name; with `optimizer` its training state is read, too.
+
+    Without `located` a reader may leave out to look where each tensor lies, which of a checkpoint
+    of many parts takes long: the catalog serves for a summary, and the first tensor that is read
+    opens the checkpoint anew.
+    """
+    selection = formats.Selection(
+        values["tag"], values["prefix"], True, values["role"], located=located
+    )
 
     def read(sources: Sources) -> Catalog:
-        return locate.read(values["path"], sources, selection)
+        return locate.read(values["path"], sources, replace(selection, located=True))
 
     with Sources() as sources:
-        catalog = read(sources)
+        catalog = locate.read(values["path"], sources, selection)
         entries = catalog.entries.values()
         for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
             sources.open(file)
-        checkpoint = Checkpoint(catalog, sources.identities(), read)
+        whole = None if located else cache(lambda: opened(values))
+        checkpoint = Checkpoint(catalog, sources.identities(), read, whole)
         if optimizer:
             # In place of the cached property, which would read the table a second time.
             checkpoint.__dict__["optimizer"] = _optimizer(catalog, sources)

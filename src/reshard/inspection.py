@@ -138,7 +138,7 @@ class Inspection(Struct, frozen=True):
     `total_bytes` is what the tensors take as the checkpoint holds them, `bytes_to_read` what a
     conversion reads, `bytes_on_disk` what all files of the checkpoint's folder take. `dtypes` and
     sizes are those of what is stored, codes and scales included; `codes` is None where nothing
-    is quantised.
+    is quantised. A DCP checkpoint's items are not opened before a tensor of `checkpoint` is read.
     """
 
     checkpoint: Checkpoint
@@ -299,7 +299,7 @@ def inspect(
     or damaged.
     """
     values = parse(INSPECT, dict(locals()))
-    checkpoint = opened(values, optimizer=values["optimizer"])
+    checkpoint = opened(values, optimizer=values["optimizer"], located=False)
     entries = list(checkpoint.catalog.entries.values())
     return Inspection(
         checkpoint=checkpoint,

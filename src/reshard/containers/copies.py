@@ -32,10 +32,18 @@ def check(records: Mapping[str, Sequence[Record]], sources: Sources) -> None:
         for record in found:
             files.setdefault(record.extent.file.path, []).append((name, record))
     seen: dict[tuple[tuple[str, int, int, int], ...], str] = {}
+    varies: dict[tuple[int, int], bool] = {}
+
+    def differs(record: Record) -> bool:
+        content = (record.extent.nbytes, record.crc32)
+        if content not in varies:
+            varies[content] = _varies(record, sources)
+        return varies[content]
+
     for path, held in files.items():
         content = tuple((n, r.extent.offset, r.extent.nbytes, r.crc32) for n, r in held)
         other = seen.setdefault(content, path)
-        if other != path and any(_varies(record, sources) for _, record in held):
+        if other != path and any(differs(record) for _, record in held):
             raise IncompleteError(
                 f"it holds the same values as {Path(other).name}, and each should hold shards of "
                 "its own: one rank's file was copied over another's.",

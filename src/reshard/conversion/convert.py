@@ -27,7 +27,7 @@ from reshard.core.findings import Finding
 from reshard.core.hyperparameters import completed
 from reshard.core.options import PathLike, TorchDType, documented
 from reshard.core.state import STATE_TABLE
-from reshard.errors import VerificationError, listed
+from reshard.errors import VerificationError, WriteError, listed
 from reshard.naming.rewards import ModelType, Pooling
 from reshard.progress import StagedProgress
 from reshard.storage import requests
@@ -36,7 +36,7 @@ from reshard.storage.paths import file_size
 from reshard.storage.requests import Requests
 from reshard.transfer import memory
 from reshard.transfer.assembly import Outcome
-from reshard.transfer.commit import check_space
+from reshard.transfer.commit import lacking_space
 
 # Options of a run that a later command does not repeat.
 _ONCE = ("overwrite", "resume", "dry_run")
@@ -112,17 +112,21 @@ def convert(
         )
     with Sources() as sources:
         with besides(options, checked_target=True):
-            job = prepare(options, sources, strict=running.strict)
+            job = prepare(options, sources, strict=running.strict, dry_run=running.dry_run)
         # The source may have been found below the folder that was named.
         inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))
         check_apart(options.target, "source", inputs)
         copied = sum(file_size(asset.path) for asset in job.plan.assets)
-        check_space(options.target, job.plan.bytes_to_write + copied)
+        lacking = lacking_space(options.target, job.plan.bytes_to_write + copied)
         if running.dry_run:
+            job = job if lacking is None else _without_room(job, lacking)
+            check_strict(job.plan.findings, options, running.strict)
             report = _report(
                 job, given, time.monotonic() - began, replaced, threads=running.threads
             )
             return _with_requests(report, asked)
+        if lacking is not None:
+            raise lacking
 
         def render(outcome: Outcome) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
@@ -160,6 +164,12 @@ def _with_requests(report: Report, before: Requests) -> Report:
     """The report with what stores were asked for since `before`."""
     since = requests.total() - before
     return replace(report, requests=since) if since.number else report
+
+
+def _without_room(job: Job, lacking: WriteError) -> Job:
+    """The plan with the finding that there is no room for its output: a dry run's answer."""
+    found = Finding("no-space", lacking.message, fix=lacking.hint or "")
+    return replace(job, plan=replace(job.plan, findings=(*job.plan.findings, found)))
 
 
 def _check_changed(job: Job, outcome: Outcome, *, allow_unchanged: bool) -> None:

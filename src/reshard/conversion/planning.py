@@ -60,8 +60,16 @@ class Job(Struct, frozen=True):
     config: Mapping[str, tuple[object, object]] = {}
 
 
-def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str]) -> Job:
+# Bytes of an output that is planned though there is no room for it: thousand trillion parameters.
+_MAX_PLANNED = 1 << 52
+
+
+def prepare(
+    options: Options, sources: Sources, *, strict: bool | Sequence[str], dry_run: bool = False
+) -> Job:
     """The plan of a conversion, or the error that stands in its way; no byte is written.
+
+    With `dry_run` an output that there is no room for is planned all the same.
 
     With `strict` a finding is an error: any warning, or those of the codes given.
     """
@@ -88,7 +96,9 @@ def prepare(options: Options, sources: Sources, *, strict: bool | Sequence[str])
     if state is not None:
         made = carried_along(made, state, catalog, base, options, sources)
     # Before the layout, which takes long for the petabytes that a damaged file may state.
-    check_space(options.target, sum(tensor.spec.nbytes for tensor in made.model))
+    nbytes = sum(tensor.spec.nbytes for tensor in made.model)
+    if not dry_run or nbytes > _MAX_PLANNED:
+        check_space(options.target, nbytes)
     files, texts, said = _files(made, options)
     if not files:
         raise PlanError("nothing is left to write.", path=options.source)

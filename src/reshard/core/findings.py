@@ -4,6 +4,7 @@ A finding has a code, and `CODES` says once what each code means and how to fix 
 fit of the names, the conversion, doctor and try all report findings of this one type; `--strict`
 and `--json` speak of codes.
 Adding one is a line in `CODES` and the place that reports it; `docs/findings.md` is made from here.
+Long because each code is a line or three.
 Long because every code stands in one table.
 Long because it is one table.
 """
@@ -277,6 +278,9 @@ CODES: dict[str, Code] = {
         "warning", "without a base, only weights are written", "Pass --base."),
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
     "no-output-head": Code("info", "the model has no output head and is not for generation"),
+    "no-space": Code(
+        "warning", "a dry run: there is no room for the output on its disk",
+        "Make room or name an output on another disk."),
     "not-finite": Code(
         "warning", "weights hold NaN or infinity: the run has diverged, or a buffer is made so",
         "Convert an earlier checkpoint of the run."),

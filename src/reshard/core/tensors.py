@@ -40,7 +40,7 @@ MAX_NUMEL = 1 << 62
 TensorKind = Literal["parameter", "buffer", "frozen", "tied"]
 
 
-class TensorSpec(Struct, frozen=True):
+class TensorSpec(Struct, frozen=True, gc=False):
     """A tensor's name, element type and shape."""
 
     name: str
@@ -56,7 +56,7 @@ class TensorSpec(Struct, frozen=True):
         return self.numel * self.dtype.itemsize
 
 
-class FileRef(Struct, frozen=True):
+class FileRef(Struct, frozen=True, gc=False):
     """A file of the checkpoint and how to open it; extents count in what opening gives.
 
     `path` is absolute. `codec` is None for a plain file; otherwise bytes
@@ -70,7 +70,7 @@ class FileRef(Struct, frozen=True):
     frame_nbytes: int = 0
 
 
-class Extent(Struct, frozen=True):
+class Extent(Struct, frozen=True, gc=False):
     """Bytes `[offset, offset + nbytes)` of a file."""
 
     file: FileRef
@@ -78,7 +78,7 @@ class Extent(Struct, frozen=True):
     nbytes: int
 
 
-class Record(Struct, frozen=True):
+class Record(Struct, frozen=True, gc=False):
     """A stretch of a file whose CRC-32 the file itself states (an entry of a zip archive)."""
 
     extent: Extent
@@ -127,7 +127,7 @@ class Portion(Struct, frozen=True):
     nbytes: int
 
 
-class Box(Struct, frozen=True):
+class Box(Struct, frozen=True, gc=False):
     """Elements `[offsets, offsets + sizes)` of a row-major array of `shape`.
 
     `shape` is the tensor's own shape, or `(numel,)`: then the box is a range of the flattened
@@ -199,7 +199,7 @@ def contiguous_strides(sizes: Sequence[int]) -> Shape:
     return tuple(strides)
 
 
-class Fragment(Struct, frozen=True):
+class Fragment(Struct, frozen=True, gc=False):
     """A part of a tensor: the elements of `box` lie in `extent` as `dtype`.
 
     `strides` (elements, one for each dimension of the box) is None where the elements lie in

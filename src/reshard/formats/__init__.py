@@ -31,7 +31,9 @@ class Selection(Struct, frozen=True):
     dict that is the model; DCP's reader extracts that part, for other formats `locate` does.
     `allow_step_mismatch` accepts a ZeRO-3 checkpoint whose optimizer was restarted on purpose, so
     that its step count is not the model's. `masters`: full-precision weights are read from the
-    optimizer's state, in formats that say so (`FormatInfo.masters`).
+    optimizer's state, in formats that say so (`FormatInfo.masters`). Without `located` a reader may
+    leave out to look where in its file each tensor lies, where that takes a read for each part of
+    it: the catalog then serves for a summary, and no weight can be read by it.
     """
 
     tag: str | None = None
@@ -39,6 +41,7 @@ class Selection(Struct, frozen=True):
     allow_step_mismatch: bool = False
     role: str | None = None
     masters: bool = False
+    located: bool = True
 
 
 class Format(Protocol):

@@ -373,22 +373,26 @@ class OutputFolder:
 
 
 def check_space(target: Path, nbytes: int) -> None:
-    """Raise `WriteError` where the file system has no room for `nbytes` bytes.
+    """Raise `WriteError` where the file system has no room for `nbytes` bytes."""
+    if (lacking := lacking_space(target, nbytes)) is not None:
+        raise lacking
 
-    A store always has.
-    """
+
+def lacking_space(target: Path, nbytes: int) -> WriteError | None:
+    """The error that there is no room for `nbytes` bytes; None where there is, as in a store."""
     if isinstance(target, RemotePath):
-        return
+        return None
     folder = real(target).parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free + leftovers.reclaimable(real(target))
-    if free < nbytes:
-        raise WriteError(
-            f"{nbytes:,} bytes are to be written and {free:,} are free.",
-            path=folder,
-            hint="Make room or name an output on another disk.",
-        )
+    if free >= nbytes:
+        return None
+    return WriteError(
+        f"{nbytes:,} bytes are to be written and {free:,} are free.",
+        path=folder,
+        hint="Make room or name an output on another disk.",
+    )
 
 
 def _cannot_write(path: Path, error: OSError) -> WriteError:

@@ -13,7 +13,7 @@ from reshard.containers.dcp.metadata import Chunk, Metadata, StoredTensor
 from reshard.containers.dcp.zips import StoredItem
 from reshard.containers.torch.records import TensorRef
 from reshard.core import dtypes
-from reshard.core.tensors import Box, Entry, Fragment, Record, TensorSpec
+from reshard.core.tensors import Box, Entry, Fragment, Record, Shape, TensorKind, TensorSpec
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, at
 from reshard.storage.local import Sources
@@ -21,24 +21,116 @@ from reshard.storage.local import Sources
 _RANK_DATA = re.compile(r"__(\d+)_\d+\.distcp")
 
 
+# Chunks of a layout that is kept to be met again.
+_MAX_REPEATED = 4096
+
+
 def find_tensors(
-    named: Mapping[str, Sequence[str]], metadata: Metadata, folder: Path, sources: Sources
+    named: Mapping[str, Sequence[str]],
+    metadata: Metadata,
+    folder: Path,
+    sources: Sources,
+    *,
+    located: bool = True,
 ) -> tuple[dict[str, Entry], tuple[Record, ...]]:
     """The tensors of the keys in `named`, which maps each to its names, and the checksums of their
     bytes. A tensor goes by its first name; the others are its aliases.
 
+    Without `located` no item is read: of each chunk the file and its size are right, its place is
+    not, and there are no checksums.
+
     Raises `FormatError`, `IncompleteError`, `UnsupportedError`; also where two items of the
     checkpoint share bytes, or a file is a copy of another's.
     """
-    items = Items(folder, sources)
+    finder = _Finder(folder, sources, located=located)
     entries: dict[str, Entry] = {}
     records: dict[str, list[Record]] = {}
     for key, (name, *others) in named.items():
-        entry, records[name] = _entry(key, name, metadata.tensors[key], items, folder)
-        entries[name] = entry.aliased(tuple(others))
+        entry, found = finder.entry(key, name, metadata.tensors[key])
+        if found:
+            records[name] = found
+        entries[name] = entry.aliased(tuple(others)) if others else entry
     sharing.check(metadata, folder, sources)
     copies.check(records, sources)
     return entries, tuple(record for found in records.values() for record in found)
+
+
+class _Finder:
+    """Finds the chunks of a checkpoint's tensors.
+
+    Tensors of one shape are cut alike in every layer: their boxes are made, and proven to tile
+    them, once.
+    """
+
+    def __init__(self, folder: Path, sources: Sources, *, located: bool) -> None:
+        self._folder = folder
+        self._located = located
+        self._items = Items(folder, sources)
+        self._proven: dict[tuple[Shape, tuple[tuple[Shape, Shape], ...]], tuple[Box, ...]] = {}
+
+    def entry(self, key: str, name: str, tensor: StoredTensor) -> tuple[Entry, list[Record]]:
+        """One tensor with all its chunks found, and the checksums of their bytes."""
+        try:
+            spec = TensorSpec(name, dtypes.parse(tensor.dtype), tensor.shape)
+        except UnsupportedError as error:
+            raise UnsupportedError(error.message, path=self._folder, tensor=name) from None
+        layout = (spec.shape, tuple([(chunk.offsets, chunk.sizes) for chunk in tensor.chunks]))
+        known = self._proven.get(layout)
+        boxes = known or self._boxes(spec, tensor)
+        fragments = []
+        records = []
+        plain = known is not None
+        for chunk, box in zip(tensor.chunks, boxes, strict=True):
+            item = self._item(key, spec, chunk)
+            fragments.append(Fragment(box, item.extent, spec.dtype, item.strides))
+            plain = plain and item.strides is None
+            plain = plain and item.extent.nbytes == box.numel * spec.dtype.itemsize
+            if item.record is not None:
+                records.append(item.record)
+        kind: TensorKind = "parameter" if spec.dtype.floating else "buffer"
+        if plain:
+            return Entry(spec, tuple(fragments), kind), records
+        with at(self._folder):
+            entry = proven(spec, fragments, kind)
+        if len(layout[1]) <= _MAX_REPEATED:
+            self._proven[layout] = boxes
+        return entry, records
+
+    def _boxes(self, spec: TensorSpec, tensor: StoredTensor) -> tuple[Box, ...]:
+        for chunk in tensor.chunks:
+            if len(chunk.offsets) != len(spec.shape) or len(chunk.sizes) != len(spec.shape):
+                raise FormatError(
+                    f"a chunk at {chunk.offsets} of sizes {chunk.sizes} is not of shape "
+                    f"{spec.shape}.",
+                    path=self._folder,
+                    tensor=spec.name,
+                )
+        return tuple(Box(spec.shape, chunk.offsets, chunk.sizes) for chunk in tensor.chunks)
+
+    def _item(self, key: str, spec: TensorSpec, chunk: Chunk) -> StoredItem:
+        """A chunk's bytes; where several ranks saved the same chunk, their checksums must agree."""
+        if not chunk.copies:
+            raise IncompleteError(
+                f"the metadata does not say where its chunk at {chunk.offsets} lies.",
+                path=self._folder,
+                tensor=spec.name,
+                hint="The metadata is damaged, or the save did not finish.",
+            )
+        part = TensorSpec(key, spec.dtype, chunk.sizes)
+        if not self._located:
+            extents = [self._items.promised(part, copy) for copy in chunk.copies]
+            return StoredItem(spec.dtype, chunk.sizes, None, extents[0], None)
+        found = [self._items.locate(part, chunk.offsets, copy) for copy in chunk.copies]
+        checksums = {item.record.crc32 for item in found if item.record is not None}
+        if len(checksums) > 1:
+            raise FormatError(
+                f"{len(found)} ranks saved it, each for itself, and their values differ.",
+                path=self._folder,
+                tensor=spec.name,
+                hint="Save again with use_collectives=True, or move the files of the other ranks "
+                "away.",
+            )
+        return found[0]
 
 
 def scalar(entry: Entry) -> TensorRef:
@@ -50,54 +142,6 @@ def scalar(entry: Entry) -> TensorRef:
         raise FormatError(f"its shape {entry.spec.shape} has no number.", tensor=entry.spec.name)
     fragment = entry.fragments[0]
     return TensorRef(fragment.dtype, entry.spec.shape, fragment.in_file, None, ("", 0))
-
-
-def _entry(
-    key: str, name: str, tensor: StoredTensor, items: Items, folder: Path
-) -> tuple[Entry, list[Record]]:
-    """One tensor with all its chunks found, and the checksums of their bytes."""
-    try:
-        spec = TensorSpec(name, dtypes.parse(tensor.dtype), tensor.shape)
-    except UnsupportedError as error:
-        raise UnsupportedError(error.message, path=folder, tensor=name) from None
-    fragments = []
-    records = []
-    for chunk in tensor.chunks:
-        if len(chunk.offsets) != len(spec.shape) or len(chunk.sizes) != len(spec.shape):
-            raise FormatError(
-                f"a chunk at {chunk.offsets} of sizes {chunk.sizes} is not of shape {spec.shape}.",
-                path=folder,
-                tensor=name,
-            )
-        item = _item(key, spec, chunk, items, folder)
-        box = Box(spec.shape, chunk.offsets, chunk.sizes)
-        fragments.append(Fragment(box, item.extent, spec.dtype, item.strides))
-        if item.record is not None:
-            records.append(item.record)
-    with at(folder):
-        return proven(spec, fragments, "parameter" if spec.dtype.floating else "buffer"), records
-
-
-def _item(key: str, spec: TensorSpec, chunk: Chunk, items: Items, folder: Path) -> StoredItem:
-    """A chunk's bytes; where several ranks saved the same chunk, their checksums must agree."""
-    if not chunk.copies:
-        raise IncompleteError(
-            f"the metadata does not say where its chunk at {chunk.offsets} lies.",
-            path=folder,
-            tensor=spec.name,
-            hint="The metadata is damaged, or the save did not finish.",
-        )
-    part = TensorSpec(key, spec.dtype, chunk.sizes)
-    found = [items.locate(part, chunk.offsets, copy) for copy in chunk.copies]
-    checksums = {item.record.crc32 for item in found if item.record is not None}
-    if len(checksums) > 1:
-        raise FormatError(
-            f"{len(found)} ranks saved it, each for itself, and their values differ.",
-            path=folder,
-            tensor=spec.name,
-            hint="Save again with use_collectives=True, or move the files of the other ranks away.",
-        )
-    return found[0]
 
 
 def world_size(metadata: Metadata) -> int | None:

@@ -17,7 +17,7 @@ from msgspec import Struct
 from reshard.containers import safetensors as safetensors_file
 from reshard.containers.dcp.metadata import Location
 from reshard.containers.dcp.shards import saved_offsets
-from reshard.containers.dcp.zips import StoredItem, Zips, ends_in_file, ends_of_frame
+from reshard.containers.dcp.zips import StoredItem, Windows, Zips, ends_of_frame
 from reshard.core.tensors import Extent, FileRef, Shape, TensorSpec
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
 from reshard.storage.local import Sources, child
@@ -46,6 +46,7 @@ class Items:
         self._folder = folder
         self._sources = sources
         self._files: dict[str, Source] = {}
+        self._windows: dict[str, Windows] = {}
         self._blobs: dict[tuple[str, int], _Blob] = {}
         self._zips = Zips()
 
@@ -76,11 +77,39 @@ class Items:
             ref = _frame(source, location)
             limit = chunk.nbytes + _MAX_ZIP_NBYTES
             return self._zips.locate(ends_of_frame(source, ref, self._sources.stream(ref), limit))
-        if is_blob(source, location):
+        if self._is_known_blob(source, location):
             return self._in_blob(source, location.offset, chunk.name, offsets)
-        _check_end(source, location)
+        windows = self._windows.get(location.file)
+        if windows is None:
+            windows = self._windows[location.file] = Windows(source)
+        ends = windows.ends(location.offset, location.nbytes)
+        if not ends.head.startswith(_ZIP):
+            return self._in_blob(source, location.offset, chunk.name, offsets)
         with item_at(source, location.offset):
-            return self._zips.locate(ends_in_file(source, location.offset, location.nbytes))
+            return self._zips.locate(ends)
+
+    def promised(self, chunk: TensorSpec, location: Location) -> Extent:
+        """Bytes of the item, as many as the chunk takes: of a catalog that is never read.
+
+        Raises `IncompleteError` where the file is missing or short.
+        """
+        source = self._file(location.file)
+        if not location.transforms:
+            self._is_known_blob(source, location)
+        return Extent(source.ref, location.offset, chunk.nbytes)
+
+    def _is_known_blob(self, source: Source, location: Location) -> bool:
+        """Whether a place is known to be that of a blob; what is stated of its end is not checked.
+
+        Raises `IncompleteError` where the file ends before an item does.
+        """
+        if (source.ref.path, location.offset) in self._blobs:
+            return True
+        if location.offset + location.nbytes <= source.size:
+            return False
+        if not is_blob(source, location):
+            _check_end(source, location)
+        return True
 
     def _file(self, name: str) -> Source:
         source = self._files.get(name)

@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any
 
 from msgspec import Struct
 
 from reshard.containers import torch as torchfile
-from reshard.containers.torch import Global, Opaque
+from reshard.containers.torch import Global, Instance, Opaque
 from reshard.containers.torch.limits import MAX_NBYTES
+from reshard.containers.torch.machine import paused_gc
 from reshard.core.dtypes import DType
 from reshard.core.tensors import MAX_DIMS, MAX_NUMEL, Shape
 from reshard.errors import FormatError, IncompleteError, brief
@@ -39,9 +42,14 @@ MAX_STEPS = 128
 ALIASES = "reshard_aliases"
 # Where an item lies that is not a tensor: its index has no offset.
 _WHOLE = None
+# Where each item lies, by its key and offset.
+_Places = dict[str, dict[Shape | None, "Location"]]
 
 
-class Location(Struct, frozen=True):
+_PLACE = ("relative_path", "offset", "length", "transform_descriptors")
+
+
+class Location(Struct, frozen=True, gc=False):
     """Where an item lies: bytes `[offset, offset + nbytes)` of the file named `file`.
 
     `transforms` name what the bytes went through when they were written, the last one first.
@@ -53,7 +61,7 @@ class Location(Struct, frozen=True):
     transforms: tuple[str, ...] = ()
 
 
-class Chunk(Struct, frozen=True):
+class Chunk(Struct, frozen=True, gc=False):
     """Elements `[offsets, offsets + sizes)` of a tensor, and every copy of them that was saved.
 
     A checkpoint has one copy of a chunk; several writers without collectives leave one each.
@@ -106,7 +114,8 @@ def opened(path: pathlib.Path, sources: Sources) -> tuple[Source, bytes]:
 
 def unpickled(data: bytes, path: pathlib.Path) -> Metadata:
     """What the pickle says; raises `FormatError`."""
-    return parse(torchfile.read_pickle(data, path=str(path)).value, str(path))
+    with paused_gc():
+        return parse(torchfile.read_pickle(data, path=str(path), repeats=True).value, str(path))
 
 
 def parse(value: object, path: str) -> Metadata:
@@ -122,6 +131,10 @@ class _Parser:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        # Chunks of all layers have the same few sizes, which a run of records shares.
+        self._shapes: dict[Shape, Shape] = {}
+        self._kinds: dict[tuple[str, str], bool] = {}
+        self._getters: dict[tuple[object, ...], itemgetter[Any]] = {}
 
     def metadata(self, value: object) -> Metadata:
         fields = self._record(value, "Metadata")
@@ -133,7 +146,7 @@ class _Parser:
             if not isinstance(key, str):
                 raise self._broken(f"a key of its state dict is a {type(key).__name__}")
             if isinstance(raw, Opaque) and raw.short_name == "BytesStorageMetadata":
-                place = stored.pop((key, _WHOLE), None)
+                place = stored.get(key, {}).pop(_WHOLE, None)
                 objects[key] = () if place is None else (place,)
             else:
                 tensors[key] = self._tensor(key, raw, stored)
@@ -149,15 +162,14 @@ class _Parser:
             paths,
             version if isinstance(version, str) else None,
             aliases,
-            tuple(stored),
+            tuple((key, at) for key, places in stored.items() for at in places),
             bool(planned),
         )
 
-    def _tensor(
-        self, key: str, raw: object, stored: dict[tuple[str, Shape | None], Location]
-    ) -> StoredTensor:
+    def _tensor(self, key: str, raw: object, stored: _Places) -> StoredTensor:
         """One tensor; the places of its chunks are removed from `stored`."""
         fields = self._record(raw, "TensorStorageMetadata", key)
+        places = stored.get(key, {})
         chunks: dict[Shape, Chunk] = {}
         # Of ranks that hold nothing of the tensor; torch writes an empty item for each.
         empty: set[Shape] = set()
@@ -165,9 +177,9 @@ class _Parser:
         if not isinstance(listed, list):
             raise self._broken("its chunks are not a list", key)
         for part in listed:
-            chunk = self._record(part, "ChunkStorageMetadata", key)
-            offsets = self._shape(chunk.get("offsets"), "a chunk's offsets", key)
-            sizes = self._shape(chunk.get("sizes"), "a chunk's sizes", key)
+            offsets, sizes = self._fields(part, "ChunkStorageMetadata", ("offsets", "sizes"), key)
+            offsets = self._shape(offsets, "a chunk's offsets", key)
+            sizes = self._shape(sizes, "a chunk's sizes", key)
             if 0 in sizes:
                 empty.add(offsets)
                 continue
@@ -177,26 +189,28 @@ class _Parser:
                     f"two chunks begin at {offsets}, of sizes {known.sizes} and {sizes}", key
                 )
             if known is None:
-                location = stored.pop((key, offsets), None)
+                location = places.pop(offsets, None)
                 copies = () if location is None else (location,)
                 chunks[offsets] = Chunk(offsets, sizes, copies)
         for offsets in empty:
-            stored.pop((key, offsets), None)
+            places.pop(offsets, None)
         shape = self._shape(fields.get("size"), "its size", key)
         return StoredTensor(self._dtype(fields.get("properties"), key), shape, (*chunks.values(),))
 
-    def _locations(self, raw: object) -> dict[tuple[str, Shape | None], Location]:
+    def _locations(self, raw: object) -> _Places:
         """Where each tensor chunk lies; items that are not tensors have no offset in the index."""
-        locations: dict[tuple[str, Shape | None], Location] = {}
+        locations: _Places = {}
         for index, info in self._mapping(raw, "storage_data").items():
-            fields = self._record(index, "MetadataIndex")
-            fqn, offset = fields.get("fqn"), fields.get("offset")
+            fqn, offset = self._fields(index, "MetadataIndex", ("fqn", "offset"))
             if not isinstance(fqn, str):
                 raise self._broken("an index of its storage_data has no name")
             at = None if offset is None else self._shape(offset, "an index's offset", fqn)
-            if (fqn, at) in locations:
+            known = locations.get(fqn)
+            if known is None:
+                known = locations[fqn] = {}
+            elif at in known:
                 raise self._broken("its storage_data has two places for one item", fqn)
-            locations[fqn, at] = self._location(info, fqn)
+            known[at] = self._location(info, fqn)
         return locations
 
     def _aliases(self, raw: object, tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
@@ -214,14 +228,16 @@ class _Parser:
         return aliases
 
     def _location(self, raw: object, key: str) -> Location:
-        fields = self._record(raw, "_StorageInfo", key)
-        name = fields.get("relative_path")
-        transforms = fields.get("transform_descriptors") or []
+        name, offset, nbytes, transforms = self._fields(raw, "_StorageInfo", _PLACE, key)
         if not isinstance(name, str):
             raise self._broken("a chunk's file has no name", key)
+        for number in (offset, nbytes):
+            if type(number) is not int or not 0 <= number < MAX_NUMEL:
+                self._shape((offset, nbytes), "a place", key)
+        if not transforms:
+            return Location(name, offset, nbytes)
         if not isinstance(transforms, list | tuple) or set(map(type, transforms)) - {str}:
             raise self._broken("a chunk's transforms are not a list of texts", key)
-        offset, nbytes = self._shape((fields.get("offset"), fields.get("length")), "a place", key)
         return Location(name, offset, nbytes, tuple(transforms))
 
     def _dtype(self, raw: object, key: str) -> str:
@@ -258,6 +274,12 @@ class _Parser:
         return paths
 
     def _shape(self, raw: object, what: str, key: str) -> Shape:
+        if isinstance(raw, tuple) and self._shapes.get(raw) is raw:
+            return raw
+        shape = self._checked(raw, what, key)
+        return self._shapes.setdefault(shape, raw if raw == shape else shape)
+
+    def _checked(self, raw: object, what: str, key: str) -> Shape:
         if not isinstance(raw, tuple):
             raise self._broken(f"{what} is a {type(raw).__name__}", key)
         if len(raw) > MAX_DIMS:
@@ -276,13 +298,38 @@ class _Parser:
 
     def _record(self, raw: object, kind: str, key: str | None = None) -> Mapping[str, object]:
         """The fields of an instance of `kind`, whatever module it came from (they moved)."""
+        if isinstance(raw, Instance) and self._is(raw, kind):
+            return dict(zip(raw.keys, raw.values, strict=True))
         if not isinstance(raw, Opaque) or not raw.short_name.endswith(kind):
-            found = raw.name if isinstance(raw, Opaque) else type(raw).__name__
+            found = raw.name if isinstance(raw, Opaque | Instance) else type(raw).__name__
             raise self._broken(f"it has a {found} where a {kind} belongs", key)
         state = raw.state if raw.state is not None else {}
         if not isinstance(state, dict):
             raise self._broken(f"the fields of a {kind} are a {type(state).__name__}", key)
         return state
+
+    def _is(self, raw: Instance, kind: str) -> bool:
+        known = self._kinds.get((raw.name, kind))
+        if known is None:
+            known = raw.name.rpartition(".")[2].endswith(kind)
+            self._kinds[raw.name, kind] = known
+        return known
+
+    def _fields(
+        self, raw: object, kind: str, names: tuple[str, ...], key: str | None = None
+    ) -> tuple[Any, ...]:
+        """Some fields of a record, None for those that it lacks."""
+        if type(raw) is Instance and self._is(raw, kind):
+            getter = self._getters.get((raw.keys, names))
+            if getter is None:
+                places = [*raw.keys, *(name for name in names if name not in raw.keys)]
+                lacking = len(raw.keys)
+                getter = itemgetter(*(min(places.index(name), lacking) for name in names))
+                self._getters[raw.keys, names] = getter
+            found: tuple[Any, ...] = getter((*raw.values, None))
+            return found
+        fields = self._record(raw, kind, key)
+        return tuple([fields.get(name) for name in names])
 
     def _broken(self, what: str, key: str | None = None) -> FormatError:
         return FormatError(

@@ -11,6 +11,7 @@
 from reshard.containers.torch.reader import Known, read, read_pickle
 from reshard.containers.torch.records import (
     Global,
+    Instance,
     Opaque,
     Pickled,
     Storage,
@@ -20,6 +21,7 @@ from reshard.containers.torch.records import (
 
 __all__ = [
     "Global",
+    "Instance",
     "Known",
     "Opaque",
     "Pickled",

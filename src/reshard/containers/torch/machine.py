@@ -7,6 +7,7 @@ anything in the file is looked up, nothing is imported, nothing of it is run.
 
     opcodes.py    the table: one small function an opcode
     machine.py    the loop, the stack, what opcodes share, the budgets (limits.py)
+    repeats.py    runs of records that are spelt alike, many opcodes at a time
     handlers.py   the calls that are carried out
 
 Memory is bounded by the pickle's size: 13 bytes a byte of DCP metadata (measured), at worst 128 MB
@@ -37,7 +38,8 @@ from reshard.containers.torch.limits import (
 )
 from reshard.containers.torch.malformed import EndOfPickle, Malformed, show
 from reshard.containers.torch.opcodes import TABLE
-from reshard.containers.torch.records import Global, Opaque, TensorRef
+from reshard.containers.torch.records import Global, Instance, Opaque, TensorRef
+from reshard.containers.torch.repeats import LEFT_OUT, RecalledError, Repeats
 from reshard.containers.torch.storages import is_storage_class
 from reshard.core import dtypes
 from reshard.core.dtypes import DType
@@ -58,8 +60,9 @@ class BreaksOffError(IncompleteError):
 class Machine:
     """Runs one pickle. `handlers` maps dotted names to pure functions of the call's arguments.
 
-    `persistent` turns a persistent id (a storage) into a value; None refuses them. After `run`,
-    `unknown` holds the names that neither a handler nor reshard's types know.
+    `persistent` turns a persistent id (a storage) into a value; None refuses them. With `repeats`,
+    records that are spelt alike become `Instance`s, and `run` may raise `RecalledError`. After
+    `run`, `unknown` holds the names that neither a handler nor reshard's types know.
     """
 
     __slots__ = (
@@ -73,6 +76,7 @@ class Machine:
         "path",
         "persistent",
         "probes",
+        "repeats",
         "stack",
         "unknown",
     )
@@ -84,11 +88,13 @@ class Machine:
         path: str,
         handlers: Mapping[str, Handler],
         persistent: PersistentId | None = None,
+        repeats: bool = False,
     ) -> None:
         self.data = data
         self.path = path
         self.handlers = handlers
         self.persistent = persistent
+        self.repeats = Repeats() if repeats else None
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: list[object] = []
@@ -107,14 +113,14 @@ class Machine:
         """
         data, table, pos = self.data, TABLE, start
         try:
-            with _paused_gc():
+            with paused_gc():
                 for _ in range(0, MAX_OPCODES, _SLICE):
                     for _ in range(_SLICE):
                         code = data[pos]
                         if code == _STOP:
                             return self._result(), pos + 1
                         pos = table[code](self, pos + 1)
-                    self._check_budgets(pos)
+                    self.check_budgets(pos)
         except (EndOfPickle, struct.error):
             raise self._breaks_off(pos) from None
         except IndexError:
@@ -148,7 +154,8 @@ class Machine:
             raise Malformed(f"it ends with {len(self.stack)} values and {len(self.marks)} marks")
         return self.stack[0]
 
-    def _check_budgets(self, pos: int) -> None:
+    def check_budgets(self, pos: int) -> None:
+        """Refuse a pickle that made too much by byte `pos`."""
         if len(self.stack) > MAX_STACK:
             raise self.refused(f"its pickle stacks more than {MAX_STACK} values.")
         limit = MAX_MADE_NBYTES + MAX_MADE_PER_BYTE * pos
@@ -206,7 +213,7 @@ class Machine:
                 self.made_nbytes += TENSOR_NBYTES
             elif isinstance(value, bytes):
                 self.made_nbytes += len(value)
-                self._check_budgets(pos)
+                self.check_budgets(pos)
             elif isinstance(value, str | tuple):
                 self.made_nbytes += sys.getsizeof(value)
             elif isinstance(value, Global):
@@ -214,7 +221,7 @@ class Machine:
             return value
         if isinstance(function, Opaque):
             return Opaque(function.name, (function, args))
-        raise Malformed(f"it calls a {type(function).__name__}")
+        raise _misused(function, "it calls")
 
     def set_items(self, obj: object, flat: list[object]) -> None:
         """`obj[flat[0]] = flat[1]`, and so on."""
@@ -273,8 +280,15 @@ class Machine:
             raise Malformed(f"it sets attributes of a {type(obj).__name__}")
 
 
+def _misused(value: object, what: str) -> Exception:
+    """That an opcode does something to a value that is not for it."""
+    if isinstance(value, Instance) or value is LEFT_OUT:
+        return RecalledError()
+    return Malformed(f"{what} a {type(value).__name__}")
+
+
 @contextmanager
-def _paused_gc() -> Iterator[None]:
+def paused_gc() -> Iterator[None]:
     """Pause the cycle collector: it finds nothing here, and doubles the time.
 
     If two threads parse at once, the first to end switches it on again, which is only slower.
@@ -290,7 +304,7 @@ def _paused_gc() -> Iterator[None]:
 
 _PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _DTYPES = {dtype.name: dtype for dtype in dtypes.ALL}
-_HARMLESS_KEYS = frozenset({bytes, bool, type(None), DType, Global, Opaque})
+_HARMLESS_KEYS = frozenset({bytes, bool, type(None), DType, Global, Opaque, Instance})
 _KEYS = _HARMLESS_KEYS | {str, int, float}
 
 

@@ -20,6 +20,7 @@ from reshard.containers.torch.limits import (
     TUPLE_NBYTES,
 )
 from reshard.containers.torch.malformed import EndOfPickle, Malformed
+from reshard.containers.torch.repeats import LEFT_OUT, OPENING, RecalledError
 
 if TYPE_CHECKING:
     from reshard.containers.torch.machine import Machine
@@ -224,6 +225,10 @@ def _mark(m: Machine, pos: int) -> int:
 
 @_opcode(")")
 def _empty_tuple(m: Machine, pos: int) -> int:
+    if m.repeats is not None and m.stack and m.data.startswith(OPENING, pos):
+        end = m.repeats.read(m, pos)
+        if end != pos:
+            return end
     m.stack.append(())
     return pos
 
@@ -330,7 +335,10 @@ def _setitems(m: Machine, pos: int) -> int:
 def _get(m: Machine, index: int) -> None:
     if index >= len(m.memo):
         raise Malformed(f"it recalls value {index}, and has stored {len(m.memo)}")
-    m.stack.append(m.memo[index])
+    value = m.memo[index]
+    if value is LEFT_OUT:
+        raise RecalledError
+    m.stack.append(value)
 
 
 def _put(m: Machine, index: int) -> None:
@@ -338,6 +346,8 @@ def _put(m: Machine, index: int) -> None:
         m.memo.append(m.stack[-1])
     elif index < len(m.memo):
         m.memo[index] = m.stack[-1]
+        if m.repeats is not None:
+            m.repeats.forget()
     else:
         raise Malformed(f"it stores value {index}, and has stored {len(m.memo)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TypeAlias
 
 from msgspec.structs import replace
@@ -15,6 +16,7 @@ from reshard.containers.torch.machine import Machine, PersistentId
 from reshard.containers.torch.malformed import Malformed
 from reshard.containers.torch.nesting import check_depth
 from reshard.containers.torch.records import Pickled, Storage, TorchFile
+from reshard.containers.torch.repeats import RecalledError
 from reshard.containers.torch.storages import parse_storage_id
 from reshard.core.tensors import Record
 from reshard.errors import FormatError, UnsupportedError
@@ -48,8 +50,10 @@ def read(
     raise sniff.not_wanted(head, nbytes, source.ref.path)
 
 
-def read_pickle(data: bytes, *, path: str) -> Pickled:
+def read_pickle(data: bytes, *, path: str, repeats: bool = False) -> Pickled:
     """A bare pickle, such as the `.metadata` of a DCP checkpoint; `path` is named in errors.
+
+    With `repeats` the value holds an `Instance` in place of many an `Opaque`.
 
     >>> read_pickle(b"\\x80\\x04cos\\nsystem\\n\\x8c\\x02ls\\x85R.", path=".metadata").value
     <Opaque os.system>
@@ -60,11 +64,16 @@ def read_pickle(data: bytes, *, path: str) -> Pickled:
         raise UnsupportedError(
             f"its pickle has {len(data)} bytes; at most {MAX_NBYTES} are read.", path=path
         )
+    if repeats:
+        with suppress(RecalledError):
+            return _parse(data, path, None, repeats=True)
     return _parse(data, path, None)
 
 
-def _parse(data: bytes, path: str, persistent: PersistentId | None) -> Pickled:
-    machine = Machine(data, path=path, handlers=HANDLERS, persistent=persistent)
+def _parse(
+    data: bytes, path: str, persistent: PersistentId | None, *, repeats: bool = False
+) -> Pickled:
+    machine = Machine(data, path=path, handlers=HANDLERS, persistent=persistent, repeats=repeats)
     value, end = machine.run()
     if end != len(data):
         raise FormatError(f"its pickle ends at byte {end} of {len(data)}.", path=path)

@@ -54,6 +54,18 @@ class Opaque(Struct, eq=False):
         return self.reason or _KINDS.get(self.name) or f"a record of {self.name}"
 
 
+class Instance(Struct, frozen=True, eq=False, gc=False):
+    """What an `Opaque` says of an object without arguments whose state is a dict of strings,
+    numbers, sizes and constants: the keys, which all such records share, and its values.
+
+    Only the reader of bare pickles makes them, for who asks for them.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    values: tuple[object, ...]
+
+
 _KINDS = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",

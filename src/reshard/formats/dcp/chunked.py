@@ -30,7 +30,9 @@ def read_chunks(
     chunked = {key: metadata.paths[key] for key in (*metadata.tensors, *metadata.aliases)}
     part = parts.find({**chunked, **inside}, selection.prefix, str(folder), metadata.objects)
     _check_names(part, folder)
-    entries, records = find_tensors(_named(part, metadata), metadata, folder, sources)
+    entries, records = find_tensors(
+        _named(part, metadata), metadata, folder, sources, located=selection.located
+    )
     # Names of one stored tensor in a stream are tied, whatever they are.
     renamed = _renamed(entries.values())
     entries |= entries_of(_whole(part, in_objects, folder))

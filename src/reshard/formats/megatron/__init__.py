@@ -67,7 +67,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
             keys[key].append(alias)
     of_masters = masters.named(metadata, mine, folder) if selection.masters else {}
     keys.update((key, [key]) for key in of_masters.values())
-    entries, records = find_tensors(keys, metadata, folder, sources)
+    entries, records = find_tensors(keys, metadata, folder, sources, located=selection.located)
     entries, findings = masters.placed(entries, of_masters, folder) if of_masters else (entries, ())
     stated = settings.read(folder, sources)
     return Catalog(

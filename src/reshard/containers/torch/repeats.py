@@ -1,0 +1,334 @@
+"""Records that repeat, read a whole run at a time: the metadata of large checkpoints is made of
+them.
+
+DCP's `.metadata` holds three records for each chunk, and of 570,000 chunks 42 million opcodes. All
+records of one class are spelt alike, but for their numbers and for which string they recall:
+
+    ) NEWOBJ MEMOIZE } MEMOIZE (                     a new object, and a dict
+    h+  h! 2560 0 TUPLE2 MEMOIZE TUPLE1 MEMOIZE R MEMOIZE   a field: its name, a torch.Size
+    h/  j10000                                       a field: its name, a string or a number
+    u b                                              the dict becomes the object's state
+
+`Repeats` makes a regular expression of the first such record that it meets, and matches the next
+ones by it: 3 us a record, which opcode by opcode takes 7. What it builds is what the opcodes would
+build, but for the class: `Instance`, which takes a third of the memory of an `Opaque`. Of what the
+opcodes would put into the memo, intermediate values are left out; a pickle that recalls such a one
+(`RecalledError`) is read again opcode by opcode.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import Counter
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec import Struct
+
+from reshard.containers.torch.limits import CALL_NBYTES, TUPLE_NBYTES
+from reshard.containers.torch.records import Global, Instance
+
+if TYPE_CHECKING:
+    from reshard.containers.torch.machine import Machine
+
+#: What opens a record after the class and the empty tuple of its arguments.
+OPENING = b"\x81\x94}\x94("
+_CLOSING = b"ub"
+_GET = rb"(h.|j.{4})"
+# A string: recalled, or spelt with its length, which is compared, and put into the memo.
+_TEXT = rb"(h.|j.{4}|\x8c.[^\x94]*\x94)"
+_ONE_TEXT = re.compile(rb"\x8c.[^\x94]*\x94", re.DOTALL)
+_INT = rb"(K.|M..|J.{4}|\x8a\x05.{5}|\x8a\x06.{6})"
+_ONE_INT = re.compile(_INT, re.DOTALL)
+_TUPLES = {1: b"\x85\x94", 2: b"\x86\x94", 3: b"\x87\x94"}
+_CALLED = b"\x85\x94R\x94"
+_SIZE = "torch.Size"
+_CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False}
+# Fields and dimensions of a record; of a class, spellings, and records that cannot be learnt from.
+_MAX_FIELDS, _MAX_DIMS, _MAX_SPELLINGS, _MAX_LESSONS = 8, 8, 8, 4
+# Records of a run between two looks at the budgets.
+_MAX_RUN = 4096
+# Numbers and sizes that are kept to be used again.
+_MAX_KNOWN = 1 << 17
+_U32 = struct.Struct("<I").unpack_from
+#: Stands in the memo for a value that was not made.
+LEFT_OUT = object()
+
+
+class RecalledError(Exception):
+    """The pickle recalls a value that was left out."""
+
+
+_IS_TEXT, _IS_INT, _IS_SIZE, _IS_CONSTANT = range(4)
+
+
+class _Field(NamedTuple):
+    """A field's value: a string, a number or a size of groups `first` to `last`, or a constant."""
+
+    kind: int
+    first: int = 0
+    last: int = 0
+    value: object = None
+
+
+class _Spelling(Struct, frozen=True, eq=False):
+    """How the records of a class are spelt after the class: a pattern, and what its groups are."""
+
+    cls: Global
+    source: bytes
+    pattern: re.Pattern[bytes]
+    keys: tuple[str, ...]
+    fields: tuple[_Field, ...]
+    groups: int
+    #: Of a spelling without strings, what was made already: chunks repeat in every layer.
+    made: dict[tuple[bytes, ...], tuple[Instance, list[object]]] | None
+
+
+class Repeats:
+    """The spellings of one pickle. Forgets all of them where the memo is overwritten."""
+
+    def __init__(self) -> None:
+        self._known: dict[Global, list[_Spelling]] = {}
+        self._following: dict[tuple[bytes, ...], re.Pattern[bytes]] = {}
+        self._failed: Counter[Global] = Counter()
+        self._ints: dict[bytes, int] = {}
+        self._sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._texts: dict[bytes, str] = {}
+        self._classes: dict[bytes, object] = {}
+
+    def forget(self) -> None:
+        """The memo was overwritten: the names that patterns recall may be others now."""
+        self._known.clear()
+        self._classes.clear()
+        self._following.clear()
+
+    def read(self, m: Machine, pos: int) -> int:
+        """Read the records from `pos` on, where `OPENING` stands, the class of the first on top of
+        the stack. Returns the position after them, or `pos` where they are not of this kind."""
+        cls = m.stack[-1]
+        if not isinstance(cls, Global) or cls.name in m.handlers:
+            return pos
+        found = self._match(m, cls, pos)
+        if found is None:
+            return pos
+        first, match = found
+        memo: list[object] = []
+        made = self._make(m, first, match.groups(), memo)
+        if made is None:
+            return pos
+        m.stack[-1] = made
+        m.memo.extend(memo)
+        m.made_nbytes += CALL_NBYTES + TUPLE_NBYTES
+        return self._run(m, first, match.end())
+
+    def _run(self, m: Machine, first: _Spelling, pos: int) -> int:
+        """The records after the first: of its class, or of another class and its own in turn."""
+        cycle = self._cycle(m, first, pos)
+        if not cycle:
+            return pos
+        key = tuple(one.source for one in cycle)
+        pattern = self._following.get(key)
+        if pattern is None:
+            source = b"".join(_GET + rb"\)" + one.source for one in cycle)
+            pattern = self._following[key] = re.compile(source, re.DOTALL)
+        ends = [0]
+        for one in cycle:
+            ends.append(ends[-1] + 1 + one.groups)
+        count = 0
+        while count < _MAX_RUN and (match := pattern.match(m.data, pos)) is not None:
+            groups = match.groups()
+            memo: list[object] = []
+            records = []
+            for one, start, end in zip(cycle, ends, ends[1:], strict=False):
+                cls = self._classes.get(groups[start])
+                if cls is None:
+                    cls = self._classes[groups[start]] = self._recalled(m, groups[start])
+                if cls is one.cls:
+                    records.append(self._make(m, one, groups[start + 1 : end], memo))
+            if len(records) < len(cycle) or None in records:
+                break
+            m.stack.extend(records)
+            m.memo.extend(memo)
+            count += len(records)
+            pos = match.end()
+        m.made_nbytes += count * (CALL_NBYTES + TUPLE_NBYTES)
+        m.check_budgets(pos)
+        return pos
+
+    def _cycle(self, m: Machine, first: _Spelling, pos: int) -> list[_Spelling]:
+        """The spellings that follow a record of `first`, up to and with the next of it."""
+        nbytes = 2 if m.data[pos : pos + 1] == b"h" else 5 if m.data[pos : pos + 1] == b"j" else 0
+        if not nbytes or m.data[pos + nbytes : pos + nbytes + 1] != b")":
+            return []
+        cls = self._recalled(m, m.data[pos : pos + nbytes])
+        if cls is first.cls:
+            return [first]
+        found = self._match(m, cls, pos + nbytes + 1) if isinstance(cls, Global) else None
+        return [] if found is None else [found[0], first]
+
+    def _match(self, m: Machine, cls: Global, pos: int) -> tuple[_Spelling, re.Match[bytes]] | None:
+        """The spelling of the record at `pos`, learnt from it if it is new."""
+        known = self._known.setdefault(cls, [])
+        for spelling in known:
+            match = spelling.pattern.match(m.data, pos)
+            if match is not None:
+                return spelling, match
+        if len(known) >= _MAX_SPELLINGS or self._failed[cls] >= _MAX_LESSONS:
+            return None
+        learnt = _learn(m, cls, pos)
+        match = None if learnt is None else learnt.pattern.match(m.data, pos)
+        if learnt is None or match is None:
+            self._failed[cls] += 1
+            return None
+        known.append(learnt)
+        return learnt, match
+
+    def _make(
+        self, m: Machine, one: _Spelling, groups: tuple[bytes, ...], memo: list[object]
+    ) -> Instance | None:
+        """The record that a match spells; `memo` gets what its opcodes put into the memo."""
+        if one.made is not None:
+            found = one.made.get(groups)
+            if found is not None:
+                memo += found[1]
+                return found[0]
+        values: list[object] = []
+        place = len(memo)
+        memo += (None, LEFT_OUT)
+        for kind, first, last, constant in one.fields:
+            if kind == _IS_SIZE:
+                try:
+                    numbers = tuple([self._ints[group] for group in groups[first:last]])
+                except KeyError:
+                    numbers = tuple([self._int(group) for group in groups[first:last]])
+                size = self._sizes.get(numbers)
+                if size is None:
+                    if numbers and min(numbers) < 0:
+                        return None  # the opcodes say what is wrong with it
+                    size = numbers
+                    if len(self._sizes) < _MAX_KNOWN:
+                        self._sizes[size] = size
+                if first < last:
+                    memo.append(size)
+                memo += (LEFT_OUT, size)
+                values.append(size)
+            elif kind == _IS_INT:
+                group = groups[first]
+                known = self._ints.get(group)
+                values.append(self._int(group) if known is None else known)
+            elif kind == _IS_TEXT:
+                group = groups[first]
+                value = self._text(group) if group[0] == 0x8C else self._recalled(m, group)
+                if type(value) is not str:
+                    return None
+                if group[0] == 0x8C:
+                    memo.append(value)
+                values.append(value)
+            else:
+                values.append(constant)
+        made = Instance(one.cls.name, one.keys, tuple(values))
+        memo[place] = made
+        if one.made is not None and len(one.made) < _MAX_KNOWN:
+            one.made[groups] = made, memo[place:]
+        return made
+
+    def _int(self, raw: bytes) -> int:
+        """The number that an opcode pushes. Of BININT and LONG1 with a sign."""
+        code = raw[0]
+        number = int.from_bytes(
+            raw[2:] if code == 0x8A else raw[1:], "little", signed=code in (0x4A, 0x8A)
+        )
+        if len(self._ints) < _MAX_KNOWN:
+            self._ints[raw] = number
+        return number
+
+    def _text(self, raw: bytes) -> str | None:
+        """The string that SHORT_BINUNICODE and MEMOIZE spell; None where they do not."""
+        known = self._texts.get(raw)
+        if known is None and len(raw) == raw[1] + 3:
+            with suppress(UnicodeDecodeError):  # the opcode may still know what to make of it
+                known = raw[2:-1].decode()
+                if len(self._texts) < _MAX_KNOWN:
+                    self._texts[raw] = known
+        return known
+
+    def _recalled(self, m: Machine, raw: bytes) -> object:
+        """What an opcode recalls of the memo; None where it is not there."""
+        index = raw[1] if len(raw) == 2 else _U32(raw, 1)[0]
+        return m.memo[index] if index < len(m.memo) else None
+
+
+def _learn(m: Machine, cls: Global, pos: int) -> _Spelling | None:
+    """How the record at `pos` is spelt; None where it is not one of simple fields."""
+    data, memo = m.data, m.memo
+    pos += len(OPENING)
+    source = re.escape(OPENING)
+    keys: list[str] = []
+    fields: list[_Field] = []
+    groups = 0
+
+    def recalled(at: int) -> tuple[object, bytes]:
+        nbytes = {0x68: 2, 0x6A: 5}.get(data[at], 0) if at < len(data) else 0
+        raw = data[at : at + nbytes]
+        if len(raw) != nbytes or not nbytes:
+            return None, b""
+        index = raw[1] if nbytes == 2 else _U32(raw, 1)[0]
+        return (memo[index] if index < len(memo) else None), raw
+
+    while not data.startswith(_CLOSING, pos):
+        key, raw = recalled(pos)
+        if type(key) is not str or key in keys or len(keys) >= _MAX_FIELDS:
+            return None
+        pos += len(raw)
+        source += re.escape(raw)
+        keys.append(key)
+        value, raw = recalled(pos)
+        if isinstance(value, Global) and value.name == _SIZE:
+            found = _size(data, pos + len(raw))
+            if found is None:
+                return None
+            count, spelt, pos = found
+            source += re.escape(raw) + spelt
+            fields.append(_Field(_IS_SIZE, groups, groups + count))
+            groups += count
+        elif type(value) is str or _ONE_TEXT.match(data, pos) is not None:
+            source += _TEXT
+            fields.append(_Field(_IS_TEXT, groups))
+            groups += 1
+            text = _ONE_TEXT.match(data, pos)
+            pos = pos + len(raw) if text is None else text.end()
+        elif (match := _ONE_INT.match(data, pos)) is not None:
+            source += _INT
+            fields.append(_Field(_IS_INT, groups))
+            groups += 1
+            pos = match.end()
+        elif data[pos : pos + 1] in _CONSTANTS:
+            code = data[pos : pos + 1]
+            source += re.escape(code)
+            fields.append(_Field(_IS_CONSTANT, value=_CONSTANTS[code]))
+            pos += 1
+        else:
+            return None
+    if not keys:
+        return None
+    source += _CLOSING
+    pattern = re.compile(source, re.DOTALL)
+    textless = all(one.kind != _IS_TEXT for one in fields)
+    made: dict[tuple[bytes, ...], tuple[Instance, list[object]]] | None = {} if textless else None
+    return _Spelling(cls, source, pattern, tuple(keys), tuple(fields), groups, made)
+
+
+def _size(data: bytes, pos: int) -> tuple[int, bytes, int] | None:
+    """The size at `pos`, after the name of its class: its dimensions, its pattern, its end."""
+    marked = data[pos : pos + 1] == b"("
+    pos += marked
+    count = 0
+    while count < _MAX_DIMS and (match := _ONE_INT.match(data, pos)) is not None:
+        count, pos = count + 1, match.end()
+    built = b"t\x94" if marked else _TUPLES.get(count, b")")
+    end = built + _CALLED
+    if not data.startswith(end, pos):
+        return None
+    spelt = rb"\(" * marked + _INT * count + re.escape(end)
+    return count, spelt, pos + len(end)
