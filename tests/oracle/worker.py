@@ -76,6 +76,35 @@ class TorchAdam:
         parameter.mul_(1 - lr * decay).sub_(lr * update.to(parameter.dtype))
 
 
+class TorchFusedAdam:
+    """The operator of FusedAdam on the CPU in torch, for the same reason: Muon takes it for what is
+    no matrix."""
+
+    def load(self) -> TorchFusedAdam:
+        return self
+
+    def multi_tensor_adam(
+        self,
+        chunk: int,
+        overflow: torch.Tensor,
+        lists: list[list[torch.Tensor]],
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        step: int,
+        decoupled: int,
+        correct_bias: int,
+        decay: float,
+    ) -> None:
+        assert decoupled
+        for gradient, parameter, mean, square in zip(*lists, strict=True):
+            TorchAdam().adam_update(
+                0, step, lr, beta1, beta2, eps, decay, bool(correct_bias), parameter, gradient,
+                mean, square,
+            )  # fmt: skip
+
+
 def join(rank: Rank, rendezvous: Path) -> None:
     """Enter the process group whose ranks meet at the file `rendezvous`."""
     # The shared-memory operator is compiled when first used, and hangs with several ranks on few
@@ -85,6 +114,9 @@ def join(rank: Rank, rendezvous: Path) -> None:
     backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
     cpu_adam = importlib.import_module("deepspeed.ops.adam.cpu_adam")
     cpu_adam.CPUAdamBuilder = TorchAdam  # type: ignore[attr-defined]
+    if _device() == "cpu":
+        fused_adam = importlib.import_module("deepspeed.ops.adam.fused_adam")
+        fused_adam.FusedAdamBuilder = TorchFusedAdam  # type: ignore[attr-defined]
     gpus = torch.cuda.device_count() if _device() == "cuda" else 0
     # NCCL refuses several ranks on one GPU; gloo copies their tensors through the CPU.
     backend_name = "cpu:gloo,cuda:nccl" if gpus >= rank.world else "gloo"
