@@ -26,7 +26,6 @@ Shown = pytest.CaptureFixture[str]
         (["merge", "a"], "Did you mean convert?"),
         (["version"], "Did you mean --version?"),
         (["qqq"], "No such command 'qqq'. Commands: convert"),
-        (["convert", "a", "b", "--step", "5"], "No such option '--step'. Did you mean --tag?"),
         (["convert", "a", "-o", "b"], "Did you mean DST, the second argument?"),
         (["convert", "a", "b", "--src=c"], "Did you mean SRC, the first argument?"),
         (["convert", "-help"], "Did you mean --help?"),

@@ -204,12 +204,3 @@ def test_an_output_in_a_store(tmp_path: Path) -> None:
     with pytest.raises(reshard.OptionError, match="in a store is not continued") as error:
         reshard.convert(at / "trained", "s3://bucket/out", resume=True)
     assert error.value.option == "resume"
-
-
-def test_a_cluster(tmp_path: Path) -> None:
-    """Its workers' pieces are not noted; either option alone is fine."""
-    at = model(tmp_path / "in")
-    with pytest.raises(reshard.OptionError, match="not noted") as error:
-        reshard.convert(at / "trained", tmp_path / "out", resume=True, engine="ray")
-    assert error.value.option == "resume"
-    assert reshard.convert(at / "trained", tmp_path / "out", resume=True).bytes_reused == 0

@@ -33,7 +33,6 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 # Flags of other programs, and reshard's equivalents.
 _MEANT = {
     "-help": "--help",
-    "--step": "--tag",
     "--revision": "--tag",
     "--checkpoint": "--tag",
     "--src": "SRC, the first argument",

@@ -475,12 +475,6 @@ def _workers(values: Mapping[str, Any]) -> Workers | None:
             hint="Leave out --engine, or name an output on storage that all nodes share.",
             option="engine",
         )
-    if values["resume"]:
-        raise OptionError(
-            "resume: what the workers of a cluster finish is not noted, so nothing is continued.",
-            hint="Leave out --resume, or --engine.",
-            option="resume",
-        )
     check_installed()
     return Workers(address, values["threads"])
 
