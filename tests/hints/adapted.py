@@ -218,7 +218,7 @@ def family_that_is_not_known_of_torchtitan(at: Path) -> Case:
     """What that writes is a model by the hub's names."""
     hub, theirs = test_titan.made("llama", 0)
     run = tiny.saved(at / "model.pt", theirs)
-    base = test_titan.base_of(hub, at / "base", "llama4")
+    base = test_titan.base_of(hub, at / "base", "gemma2")
     exported = tiny.saved(at / "exported" / "pytorch_model.bin", hub)
     return Case(converting(run, at / "one", base=base),
                 converting(exported.parent, at / "two", base=base))  # fmt: skip

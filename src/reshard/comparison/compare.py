@@ -158,19 +158,22 @@ def verify(
             said = [one for one in states.settings(*held, completed=True) if one.kind != "equal"]
         found = compare(pairs, sources, progress)
         sources.check_unchanged()
+    exchanged = _exchanged(place, values["against"])
     differences = (*said, *found.differences, *pairing.left)
     for difference in differences:
         raise VerificationError(
             f"it is not what {values['against']} holds; {difference}.",
             path=folder,
             tensor=difference.name,
-            hint=f"{len(differences)} tensors differ, {found.num_equal} are equal.",
+            hint=exchanged[0].fix
+            if exchanged
+            else f"{len(differences)} tensors differ, {found.num_equal} are equal.",
         )
     if not found.num_equal:
         raise VerificationError(
             f"none of its tensors is in {values['against']}: they are all the base's.", path=folder
         )
-    findings = (*source.findings, *_exchanged(place, values["against"]))
+    findings = (*source.findings, *exchanged)
     return Verified(found.num_equal, found.bytes_read, len(pairing.filled), findings)
 
 

@@ -13,7 +13,7 @@ from reshard.core.arrangement import Arrangement, Whole
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.tensors import Entry, main_dtype
-from reshard.errors import UnsupportedError
+from reshard.errors import NamesError, UnsupportedError
 from reshard.naming import (
     Translation,
     apply,
@@ -68,8 +68,13 @@ def _renamed(catalog: Catalog, base: Base) -> Renamed:
         return _of_megatron(catalog, base)
     shapes = {name: entry.spec.shape for name, entry in catalog.entries.items()}
     if pipeline.is_sequence(shapes, base.schema):
-        found = pipeline.arrangements(shapes, base.schema)
-        return _arranged(catalog, base, found.outputs, found.rule)
+        try:
+            found = pipeline.arrangements(shapes, base.schema)
+            return _arranged(catalog, base, found.outputs, found.rule)
+        except NamesError:
+            # Sentence Transformers numbers its modules, too, and they hold no block.
+            if "pipeline_stages" in catalog.origin.details:
+                raise
     known = titan.translated(catalog.entries, base.schema)
     if known.rules:
         of_titan = replace(catalog, entries=known.entries)
