@@ -106,9 +106,11 @@ PARTS = {
     "reshard help TOPIC",
     "reshard help CODE",
 }
+#: What cluster/test_ray.py runs, where there is a cluster.
+CLUSTER = "--engine ray"
 # What models/test_rewards.py runs with these flags on a real run, which takes long to make, and
-# what remote/ and cluster/ run with servers and a cluster of their own.
-ELSEWHERE = ("results/srm/ckpt", "s3://", "hf://", "--engine ray")
+# what remote/ runs with servers of its own.
+ELSEWHERE = ("results/srm/ckpt", "s3://", "hf://", CLUSTER)
 # Commands that the page prints with the error that they give, and the error's start.
 REFUSED = {
     "reshard convert critic.pt out --base Qwen2.5-VL": "error: the checkpoint does not fit",
