@@ -121,6 +121,7 @@ def test_workers_import_what_they_need_and_tasks_are_made_when_they_are_due(
     assert [name for modules in found for name in modules if name.startswith(unwanted)] == []
 
 
+@pytest.mark.slow
 def test_workers_that_are_lost(cluster: Any, tmp_path: Path) -> None:
     """Their pieces are made again: workers are killed at their work."""
     source = save(tmp_path / "run")
