@@ -92,6 +92,7 @@ def test_a_kill_at_every_call_of_the_commit(quick: Bench) -> None:
         check_killed(outcome)
 
 
+@pytest.mark.slow
 def test_a_kill_at_every_call_of_a_resumed_run(quick: Bench) -> None:
     """And the run that resumes it in turn reuses what both had finished."""
     counted = calls(quick, late=False, situations=RESUMED[:1])

@@ -58,14 +58,14 @@ QUICK = (
     Move(("fsdp2", 3), "lightrft", ("zero3", 2), "universal", ONE),
     Move(("fsdp2", 3), "lightrft", ("zero2", 2), "universal"),
     Move(("zero3", 2), "deepspeed", ("zero1", 3), "universal"),
-    Move(("zero3", 2), "deepspeed", ("zero1", 1), "universal"),
     Move(("fsdp1", 2), "accelerate", ("fsdp2", 3), "accelerate"),
     Move(("zero2", 2), "deepspeed", ("fsdp2", 2), "lightrft", LORA),
+)
+SLOW = (
+    Move(("zero3", 2), "deepspeed", ("zero1", 1), "universal"),
     Move(("fsdp2", 3), "accelerate", ("zero2", 2), "universal", LORA),
     Move(("fsdp2", 2), "full", ("zero2", 3), "universal"),
     Move(("zero2", 2), "deepspeed", ("fsdp2", 3), "torchtitan"),
-)
-SLOW = (
     Move(("zero1", 3), "deepspeed", ("fsdp1", 2), "nested", {"kind": "llama"}),
     Move(("zero3", 3), "deepspeed", ("fsdp2", 2), "accelerate", {"kind": "llama"}),
     Move(("zero3", 2), "deepspeed", ("fsdp2", 3), "nested"),

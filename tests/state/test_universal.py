@@ -232,6 +232,7 @@ def test_a_tied_head_that_dcp_stored_twice(tmp_path: Path) -> None:
     assert "lm_head.weight" not in torch.load(tag(out) / MODEL)["module"]
 
 
+@pytest.mark.slow
 def test_a_script_with_a_schedule_and_a_folder_without(ranks: Ranks, tmp_path: Path) -> None:
     """DeepSpeed fails, and with load_lr_scheduler_states=False it goes on."""
     saved = Place(str(tmp_path / "saved"), "nested")

@@ -47,6 +47,7 @@ _Places = dict[str, dict[Shape | None, "Location"]]
 
 
 _PLACE = ("relative_path", "offset", "length", "transform_descriptors")
+_INT = frozenset({int})
 
 
 class Location(Struct, frozen=True, gc=False):
@@ -274,8 +275,11 @@ class _Parser:
         return paths
 
     def _shape(self, raw: object, what: str, key: str) -> Shape:
-        if isinstance(raw, tuple) and self._shapes.get(raw) is raw:
-            return raw
+        # Hashing what is not of numbers may take for ever: a tuple of two of the tuple before.
+        if isinstance(raw, tuple) and len(raw) <= MAX_DIMS and _INT.issuperset(map(type, raw)):
+            known: Shape = raw
+            if self._shapes.get(known) is known:
+                return known
         shape = self._checked(raw, what, key)
         return self._shapes.setdefault(shape, raw if raw == shape else shape)
 
