@@ -28,6 +28,7 @@ from reshard.core.tensors import (
 from reshard.transfer.cluster import wire
 from reshard.transfer.cluster.tasks import _failed
 from reshard.transfer.cluster.worker import work
+from reshard.transfer.finite import NotFinite
 from reshard.transfer.pieces import runs
 from tests.tensors import evaluate, stored
 
@@ -93,6 +94,30 @@ def test_fragments_that_are_not_needed_stay(tmp_path: Path, over: tuple[int, ...
         assert first <= start
         assert last >= stop
     assert np.array_equal(evaluate(cut, 64, values.dtype, 1 << 10), values)
+
+
+def test_a_worker_says_all_that_it_found(tmp_path: Path) -> None:
+    """NaN, infinity, and what is below zero in a mean of squares, which a conversion refuses."""
+    values = np.array([1, -2, np.nan, np.inf], np.float32)
+    source = stored(tmp_path, "in", values)
+    slot = Slot(0, TensorSpec("exp_avg_sq.w", FLOAT32, (4,)), source)
+    out = tmp_path / "out"
+    out.write_bytes(bytes(16))
+    packer = wire.Packer()
+    sent = packer.slot(slot, 0, source)
+    run = tuple(wire.packed_run(run) for _, run in runs(slot, 0, 4))
+    task = wire.MakeTask(
+        wire.Inputs(tuple(packer.files), {}),
+        (wire.Output(str(out), out.stat().st_ino, 16, "out"),),
+        (sent,),
+        (wire.WirePiece(((0, run),)),),
+        (),
+    )
+    answer = wire.decode_answer(work(__version__, wire.encode(task)))
+    assert isinstance(answer, wire.MakeAnswer)
+    ((made,),) = (piece.segments for piece in answer.pieces)
+    assert made.special == NotFinite(nan=1, infinite=1, negative=1)
+    assert out.read_bytes() == values.tobytes()
 
 
 def test_runs_arrive_as_they_were() -> None:

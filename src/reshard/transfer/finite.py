@@ -16,7 +16,7 @@ from reshard.core.tensors import TensorSpec
 from reshard.transfer.fill import Array
 
 
-class NotFinite(Struct, frozen=True):
+class NotFinite(Struct, frozen=True, array_like=True):
     """How many of a tensor's elements are NaN, how many infinite, and of a moment that is never
     below zero, how many are."""
 

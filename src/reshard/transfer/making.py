@@ -35,8 +35,8 @@ STRIDED_MAKER_NBYTES = _STRIDED_BLOCK + 4 * _SCRATCH
 Put = Callable[[memoryview, int], None]
 
 
-class SegmentResult(Struct, frozen=True):
-    """What making a segment showed.
+class SegmentResult(Struct, frozen=True, array_like=True):
+    """What making a segment showed; a worker of a cluster sends it as it is.
 
     `crc` is the CRC-32 of its `nbytes` bytes, 0 where none is asked for; `changed` whether it
     differs from the slot's reference; `special` counts values that cannot be right.

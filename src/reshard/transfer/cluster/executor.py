@@ -26,8 +26,6 @@ from reshard.transfer.cluster.tasks import Tasks
 from reshard.transfer.cluster.wire import Inputs, Output, Packer
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import LeafDigests
-from reshard.transfer.finite import NotFinite
-from reshard.transfer.making import SegmentResult
 from reshard.transfer.output import Output as Folder
 from reshard.transfer.reading import Known
 from reshard.transfer.system import identity_of
@@ -116,20 +114,16 @@ class _Transfer:
         """Note what a task made, and what it found made."""
         self._read += answer.bytes_read
         for piece, found in zip(making.pieces, answer.pieces, strict=True):
-            results = [
-                SegmentResult(s.nbytes, s.crc, s.changed, NotFinite(s.nan, s.infinite))
-                for s in found.segments
-            ]
             noted = self._noted(piece)
             if found.found and noted is not None:
                 self._ledger.add_noted(noted.read)
-                self._assembly.reused(piece, found.digest, results)
+                self._assembly.reused(piece, found.digest, found.segments)
             else:
                 if noted is not None:
                     self._assembly.differs(piece)
                 read = [(making.files[s.file], s.start, s.stop, crc) for s, crc in found.read]
                 self._ledger.add_read(read)
-                self._assembly.made(piece, found.digest, results, read)
+                self._assembly.made(piece, found.digest, found.segments, read)
             self._ledger.add_bare(_read_for(piece))
             self._written += piece.nbytes
         if self._cluster.progress is not None:

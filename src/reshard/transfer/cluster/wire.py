@@ -26,6 +26,7 @@ from reshard.core.tensors import (
     Shape,
     TensorSpec,
 )
+from reshard.transfer.making import SegmentResult
 from reshard.transfer.pieces import Run
 
 # Fragments of an entry that are sent as they are, without asking which of them are needed.
@@ -155,16 +156,6 @@ class HashTask(Struct, frozen=True, array_like=True, tag="hash"):
     leaves: tuple[tuple[WireEntry, int], ...]
 
 
-class SegmentAnswer(Struct, frozen=True, array_like=True):
-    """A `SegmentResult`."""
-
-    nbytes: int
-    crc: int
-    changed: bool
-    nan: int
-    infinite: int
-
-
 class PieceAnswer(Struct, frozen=True, array_like=True):
     """A piece's digest, what its segments showed, and the CRC-32s of what was read of records.
 
@@ -172,7 +163,7 @@ class PieceAnswer(Struct, frozen=True, array_like=True):
     """
 
     digest: bytes
-    segments: tuple[SegmentAnswer, ...]
+    segments: tuple[SegmentResult, ...]
     read: tuple[tuple[Stretch, int], ...] = ()
     found: bool = False
 

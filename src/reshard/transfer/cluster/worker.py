@@ -29,12 +29,11 @@ from reshard.transfer.cluster.wire import (
     MakeAnswer,
     MakeTask,
     PieceAnswer,
-    SegmentAnswer,
     Unpacker,
     WirePiece,
     WireRun,
 )
-from reshard.transfer.making import Maker, SegmentResult
+from reshard.transfer.making import Maker
 from reshard.transfer.pieces import Run
 from reshard.transfer.reading import leaf_digest
 
@@ -117,7 +116,7 @@ def _made(
         put = partial(outputs.put, task.slots[number].output)
         slot = slots[number]
         made.append(maker.make(slot, _runs(runs, slot), hasher, put))
-    return PieceAnswer(hasher.digest(), tuple(map(_stated, made)))
+    return PieceAnswer(hasher.digest(), tuple(made))
 
 
 def _found(
@@ -139,13 +138,8 @@ def _found(
         outputs.forget()
     if hasher.digest() != piece.noted:
         return None
-    return PieceAnswer(piece.noted, tuple(map(_stated, found)), found=True)
+    return PieceAnswer(piece.noted, tuple(found), found=True)
 
 
 def _runs(runs: tuple[WireRun, ...], slot: Slot) -> list[Run]:
     return [wire.unpacked_run(run, slot.spec.shape) for run in runs]
-
-
-def _stated(made: SegmentResult) -> SegmentAnswer:
-    nan, infinite = made.special.nan, made.special.infinite
-    return SegmentAnswer(made.nbytes, made.crc, made.changed, nan, infinite)
