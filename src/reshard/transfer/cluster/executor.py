@@ -8,7 +8,7 @@ task is nor who made it changes a byte of the output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import Struct
 
@@ -35,6 +35,8 @@ _TASK_NBYTES = 256 << 20
 _TASK_SEGMENTS = 2048
 # Tasks for each processor, at least, as far as there are pieces: none is idle for long at the end.
 _EACH = 8
+
+Item = TypeVar("Item")
 
 
 class OnRay(Struct, frozen=True):
@@ -195,36 +197,42 @@ def inputs(packer: Packer, sources: Sources) -> Inputs:
 
 def _together(pieces: Iterator[Piece], most: int) -> Iterator[list[Piece]]:
     """The pieces of each task: one, or several of `most` bytes."""
-    batch: list[Piece] = []
-    nbytes = segments = 0
-    for piece in pieces:
-        if batch and (
-            nbytes + piece.nbytes > most or segments + len(piece.segments) > _TASK_SEGMENTS
-        ):
-            yield batch
-            batch, nbytes, segments = [], 0, 0
-        batch.append(piece)
-        nbytes += piece.nbytes
-        segments += len(piece.segments)
-    if batch:
-        yield batch
+    return _batches(pieces, lambda piece: (piece.nbytes, len(piece.segments)), most)
 
 
 def _hash_tasks(
     leaves: Iterator[tuple[Entry, int]], sources: Sources
 ) -> Iterator[tuple[int, bytes]]:
     """Tasks that hash leaves, with the place of the first of each."""
-    batch: list[tuple[Entry, int]] = []
-    nbytes = first = 0
-    for entry, leaf in leaves:
-        taken = min(entry.spec.nbytes, LEAF_NBYTES)
-        if batch and (nbytes + taken > _TASK_NBYTES or len(batch) >= _TASK_SEGMENTS):
-            yield first, _hash_task(batch, sources)
-            first, batch, nbytes = first + len(batch), [], 0
-        batch.append((entry, leaf))
-        nbytes += taken
-    if batch:
+    first = 0
+
+    def measure(leaf: tuple[Entry, int]) -> tuple[int, int]:
+        return min(leaf[0].spec.nbytes, LEAF_NBYTES), 1
+
+    for batch in _batches(leaves, measure, _TASK_NBYTES):
         yield first, _hash_task(batch, sources)
+        first += len(batch)
+
+
+def _batches(
+    items: Iterator[Item], measure: Callable[[Item], tuple[int, int]], most: int
+) -> Iterator[list[Item]]:
+    """What each task is of: one item, or several of `most` bytes.
+
+    `measure` gives an item's bytes and segments.
+    """
+    batch: list[Item] = []
+    nbytes = segments = 0
+    for item in items:
+        size, count = measure(item)
+        if batch and (nbytes + size > most or segments + count > _TASK_SEGMENTS):
+            yield batch
+            batch, nbytes, segments = [], 0, 0
+        batch.append(item)
+        nbytes += size
+        segments += count
+    if batch:
+        yield batch
 
 
 def _hash_task(batch: list[tuple[Entry, int]], sources: Sources) -> bytes:
