@@ -177,13 +177,14 @@ class Noted:
 
     def piece(self, table: str, tensor: str, leaf: int) -> Piece | None:
         """What was noted of a piece last; None where nothing was."""
-        start = self._at.get(key(table, tensor, leaf))
+        asked = key(table, tensor, leaf)
+        start = self._at.get(asked)
         if start is None:
             return None
         with self._reading:
             self._file.seek(start)
             line = decoded(self._file.readline(_MAX_LINE))
-        return line if isinstance(line, Piece) and line.key == key(table, tensor, leaf) else None
+        return line if isinstance(line, Piece) and line.key == asked else None
 
     def close(self) -> None:
         self._file.close()

@@ -80,9 +80,11 @@ class OnRay(Struct, frozen=True):
 
 
 class _Making(Struct, frozen=True):
-    """What a task makes, and the files that its answer counts."""
+    """What a task makes, what an interrupted run noted of each piece, and the files that its answer
+    counts."""
 
     pieces: list[Piece]
+    noted: list[Noted | None]
     files: tuple[FileRef, ...]
 
 
@@ -115,8 +117,7 @@ class _Transfer:
     def _answered(self, making: _Making, answer: wire.MakeAnswer) -> None:
         """Note what a task made, and what it found made."""
         self._read += answer.bytes_read
-        for piece, found in zip(making.pieces, answer.pieces, strict=True):
-            noted = self._noted(piece)
+        for piece, noted, found in zip(making.pieces, making.noted, answer.pieces, strict=True):
             if found.found and noted is not None:
                 self._ledger.add_noted(noted.read)
                 self._assembly.reused(piece, found.digest, found.segments)
@@ -148,8 +149,9 @@ class _Transfer:
         files: list[Output] = []
         slots: list[wire.WireSlot] = []
         records: dict[Extent, None] = {}
+        noted = [self._noted(piece) for piece in pieces]
         made = []
-        for piece in pieces:
+        for piece, known in zip(pieces, noted, strict=True):
             segments = []
             for segment in piece.segments:
                 slot, file = segment.tensor.slot, segment.tensor.file
@@ -162,15 +164,14 @@ class _Transfer:
                         records[record] = None
                 segments.append((len(slots), tuple(map(wire.packed_run, segment.runs))))
                 slots.append(packer.slot(slot, outputs[file.output.name], source))
-            noted = self._noted(piece)
-            made.append(wire.WirePiece(tuple(segments), None if noted is None else noted.digest))
+            made.append(wire.WirePiece(tuple(segments), None if known is None else known.digest))
         stretches = tuple(
             wire.Stretch(packer.number(record.file), record.offset, record.offset + record.nbytes)
             for record in records
         )
         read = inputs(packer, self._sources)
         task = wire.MakeTask(read, tuple(files), tuple(slots), tuple(made), stretches)
-        return _Making(pieces, read.files), wire.encode(task)
+        return _Making(pieces, noted, read.files), wire.encode(task)
 
     def _output(self, file: File) -> Output:
         known = identity_of(file.place)

@@ -101,7 +101,7 @@ def _make(task: MakeTask, sources: Sources) -> MakeAnswer:
                 (wire.Stretch(numbers[file], start, stop), crc)
                 for file, start, stop, crc in maker.read()
             )
-            pieces.append(replace(answer, read=() if answer.found else read))
+            pieces.append(replace(answer, read=read))
         outputs.sync()
     return MakeAnswer(tuple(pieces), maker.bytes_read)
 
