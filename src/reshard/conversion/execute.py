@@ -27,6 +27,7 @@ from reshard.transfer.assembly import Outcome
 from reshard.transfer.cluster.connection import Workers, connected
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
+from reshard.transfer.output import copy
 
 if TYPE_CHECKING:
     from reshard.transfer.remote import RemoteFolder
@@ -81,7 +82,7 @@ def carry_out(
         outcome = executor.run(plan, sources, folder)
         stated = render(outcome)
         for asset in plan.assets:
-            folder.copy(asset.name, sources.open(asset.path))
+            copy(folder, asset.name, sources.open(asset.path))
         for name, text in plan.texts:
             folder.write(name, text)
         folder.settle()  # reshard.json is the last to get its name

@@ -25,7 +25,6 @@ from reshard.core.locations import RemotePath
 from reshard.errors import WriteError
 from reshard.storage.fingerprints import Fingerprint
 from reshard.storage.paths import real
-from reshard.storage.source import Source
 from reshard.transfer import leftovers, resuming
 from reshard.transfer.journal import Basis, Journal
 from reshard.transfer.lock import TargetLock
@@ -41,7 +40,6 @@ from reshard.transfer.system import (
     write_fully,
 )
 
-_COPY_PIECE = 4 << 20
 # Times that the folders above the output are made, where other runs remove theirs.
 _TRIES = 100
 
@@ -192,14 +190,6 @@ class OutputFolder:
         """Write a small file."""
         fd = self.create(name, 0)
         self.put(name, fd, memoryview(data), 0)
-        self.seal(name, fd)
-
-    def copy(self, name: str, source: Source) -> None:
-        """Copy a file of the base model. Raises `IncompleteError` where it becomes shorter."""
-        fd = self.create(name, 0)
-        for start in range(0, source.size, _COPY_PIECE):
-            data = source.read(start, min(_COPY_PIECE, source.size - start))
-            self.put(name, fd, memoryview(data), start)
         self.seal(name, fd)
 
     def commit(self) -> None:

@@ -9,6 +9,9 @@ from reshard.core.findings import Finding
 from reshard.storage.source import Source
 from reshard.transfer.journal import Journal
 
+# Bytes of a file that are copied at a time.
+_COPY_PIECE = 4 << 20
+
 
 class StoppedError(Exception):
     """Another thread failed; this one ends quietly."""
@@ -56,6 +59,13 @@ class Output(Protocol):
 
     def write(self, name: str, data: bytes) -> None: ...
 
-    def copy(self, name: str, source: Source) -> None: ...
-
     def commit(self) -> None: ...
+
+
+def copy(folder: Output, name: str, source: Source) -> None:
+    """Copy a file of the base model. Raises `IncompleteError` where it becomes shorter."""
+    number = folder.create(name, source.size)
+    for start in range(0, source.size, _COPY_PIECE):
+        data = source.read(start, min(_COPY_PIECE, source.size - start))
+        folder.put(name, number, memoryview(data), start)
+    folder.seal(name, number)

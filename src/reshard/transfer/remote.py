@@ -33,7 +33,6 @@ from reshard.core.locations import RemotePath
 from reshard.errors import ReshardError, UnsupportedError, WriteError
 from reshard.storage import remote, strict_json
 from reshard.storage.remote import CLAIM, MANIFEST
-from reshard.storage.source import Source
 from reshard.storage.stores import Bucket, Object, bucket_of
 from reshard.transfer.journal import Journal
 from reshard.transfer.output import StoppedError
@@ -42,7 +41,6 @@ from reshard.transfer.upload import Shared, Upload
 
 # Bytes of small files that wait for their request.
 _WAITING = 32 << 20
-_COPY_PIECE = 4 << 20
 
 
 class RemoteFolder:
@@ -155,14 +153,6 @@ class RemoteFolder:
             return
         number = self.create(name, len(data))
         self.put(name, number, memoryview(data), 0, known=True)
-        self.seal(name, number)
-
-    def copy(self, name: str, source: Source) -> None:
-        """Copy a file of the base model. Raises `IncompleteError` where it becomes shorter."""
-        number = self.create(name, source.size)
-        for start in range(0, source.size, _COPY_PIECE):
-            data = source.read(start, min(_COPY_PIECE, source.size - start))
-            self.put(name, number, memoryview(data), start)
         self.seal(name, number)
 
     def commit(self) -> None:
