@@ -27,7 +27,7 @@ from reshard.transfer.assembly import Outcome
 from reshard.transfer.cluster.connection import Workers, connected
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
-from reshard.transfer.output import copy
+from reshard.transfer.output import Output, copy
 
 if TYPE_CHECKING:
     from reshard.transfer.remote import RemoteFolder
@@ -174,9 +174,9 @@ def _fingerprints(plan: Plan, sources: Sources) -> dict[str, Fingerprint]:
     return {path: fingerprint(path, sources) for path in sorted(paths)}
 
 
-def _resumed(folder: OutputFolder | RemoteFolder, outcome: Outcome, plan: Plan) -> list[Finding]:
+def _resumed(folder: Output, outcome: Outcome, plan: Plan) -> list[Finding]:
     """The finding that an interrupted run was continued."""
-    if not isinstance(folder, OutputFolder) or not folder.resumed:
+    if not folder.resumed:
         return []
     total = sum(slot.spec.nbytes for slot in plan.slots())
     message = (

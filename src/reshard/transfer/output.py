@@ -23,11 +23,17 @@ class Output(Protocol):
     A file is begun by `create`, filled by `put` and ended by `seal`; the number that `create`
     returns stands for it. `partial` is where the files lie until `commit`. With `in_order`, bytes
     are taken in ascending order, and wait where they come before their turn; files have no
-    descriptors.
+    descriptors. `resumed` is the age in words of the interrupted run that is continued; empty where
+    none is.
     """
 
     partial: Path
+    resumed: str
     findings: list[Finding]
+
+    @property
+    def target(self) -> Path:
+        """Where the output will be."""
 
     @property
     def in_order(self) -> bool: ...

@@ -52,6 +52,7 @@ class RemoteFolder:
 
     in_order = True
     journal: Journal | None = None  # what a killed run left is deleted
+    resumed = ""
 
     def __init__(
         self, target: RemotePath, digest: str, names: Iterable[str], *, overwrite: bool = False

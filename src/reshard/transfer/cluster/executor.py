@@ -24,7 +24,6 @@ from reshard.transfer.cluster import wire
 from reshard.transfer.cluster.connection import Workers
 from reshard.transfer.cluster.tasks import Tasks
 from reshard.transfer.cluster.wire import Inputs, Output, Packer
-from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import LeafDigests
 from reshard.transfer.output import Output as Folder
 from reshard.transfer.reading import Known
@@ -54,8 +53,6 @@ class OnRay(Struct, frozen=True):
 
     def run(self, plan: Plan, sources: Sources, folder: Folder) -> Outcome:
         """Write every file of the plan into the folder, synced and named. Raises what fails."""
-        if not isinstance(folder, OutputFolder):
-            raise TypeError("workers write into a folder that they see")
         ledger = Ledger(self.records, self.unprotected)
         return _Transfer(self, plan, sources, folder, ledger).run()
 
@@ -96,7 +93,7 @@ class _Transfer:
         cluster: OnRay,
         plan: Plan,
         sources: Sources,
-        folder: OutputFolder,
+        folder: Folder,
         ledger: Ledger,
     ) -> None:
         self._cluster = cluster
