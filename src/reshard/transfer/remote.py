@@ -253,8 +253,7 @@ class RemoteFolder:
 
     def _check_still_ours(self) -> None:
         """Raise where another run took this output over, or an object is no longer ours."""
-        claim = self.bucket.head(self.key(CLAIM))
-        if self._claim is None or claim is None or claim.tag != self._claim.tag:
+        if not self._is_ours():
             raise self._not_alone()
         there = dict(remote.below(self.target))
         there.pop(CLAIM, None)
@@ -269,6 +268,13 @@ class RemoteFolder:
                     hint="Name another output.",
                 )
 
+    def _is_ours(self) -> bool:
+        """Whether the first object is still that of this run."""
+        if self._claim is None:
+            return False
+        claim = self.bucket.head(self.key(CLAIM))
+        return claim is not None and claim.tag == self._claim.tag
+
     def _not_alone(self) -> WriteError:
         return WriteError(
             "another run writes this output, or was killed while it did.",
@@ -279,10 +285,7 @@ class RemoteFolder:
 
     def _clear(self) -> None:
         """Delete what this run wrote, if the output is still this run's."""
-        if self._claim is None:
-            return
-        claim = self.bucket.head(self.key(CLAIM))
-        if claim is not None and claim.tag == self._claim.tag:
+        if self._is_ours():
             names = [*{*self._made, *self._begun}, CLAIM]
             self.bucket.delete([self.key(name) for name in names])
 

@@ -101,16 +101,12 @@ def connected(workers: Workers) -> Iterator[Any]:
             ray.shutdown()
 
 
-@contextmanager
-def _scratch() -> Iterator[str]:
+def _scratch() -> tempfile.TemporaryDirectory[str]:
     """A folder for the sockets and logs of a cluster of our own.
 
     Its path is short: a socket's has at most 107 bytes, and Ray adds 65.
     """
-    with tempfile.TemporaryDirectory(
-        prefix="reshard-", dir="/tmp", ignore_cleanup_errors=True
-    ) as folder:
-        yield folder
+    return tempfile.TemporaryDirectory(prefix="reshard-", dir="/tmp", ignore_cleanup_errors=True)
 
 
 def _begin(ray: Any, address: str | None, arguments: Mapping[str, Any]) -> None:
