@@ -7,6 +7,7 @@ zero: what is not so lies in another's place, as after a copy of a file under a 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import xxhash
 
@@ -67,16 +68,12 @@ def _same(
             if digest is not None and entry.spec.numel >= _MIN_NUMEL:
                 specs[key] = entry.spec
                 groups.setdefault((kind if across else name, digest), []).append(key)
-    zeros: dict[int, str] = {}
     for (_, digest), keys in groups.items():
-        if len(keys) > 1:
-            nbytes = specs[keys[0]].nbytes
-            if nbytes not in zeros:
-                zeros[nbytes] = _zeros(nbytes)
-            if digest != zeros[nbytes]:
-                yield tuple(keys)
+        if len(keys) > 1 and digest != _zeros(specs[keys[0]].nbytes):
+            yield tuple(keys)
 
 
+@cache
 def _zeros(nbytes: int) -> str:
     """The digest of a tensor of zeros."""
     whole, rest = divmod(nbytes, LEAF_NBYTES)
