@@ -80,8 +80,7 @@ def _renamed(catalog: Catalog, base: Base) -> Renamed:
         of_titan = replace(catalog, entries=known.entries)
         more, said = _with_beyond(base, known.entries)
         return Renamed(of_titan, more, known.rules, said, known.names)
-    # After torchtitan's names, whose experts are called the same.
-    # torchtitan's stacks of 2025 have the names of AutoEP's.
+    # After torchtitan's names: its experts, and its stacks of 2025, are called as AutoEP's are.
     theirs = titan.is_titan(names, base.schema)
     blocks = frozenset[str]() if theirs else autoep.blocks(shapes, base.schema)
     if blocks:
@@ -157,8 +156,6 @@ def _with_beyond(base: Base, entries: Mapping[str, Entry]) -> tuple[Base, tuple[
 
 def _with_layers(base: Base, beyond: dict[str, Entry]) -> Base:
     """The base with more layers, in the dtypes that its last own layer has."""
-    if not beyond:
-        return base
     last = f"model.layers.{base.config['num_hidden_layers'] - 1}."
     entries = dict(base.entries)
     main = main_dtype(entry.spec for entry in entries.values())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.conversion.dtypes import as_entries, output_tensor
+from reshard.conversion.dtypes import OutputTensor, as_entries, output_tensor
 from reshard.conversion.options import Names, Options
 from reshard.conversion.output_model import OutputModel
 from reshard.core.findings import Finding
@@ -54,16 +54,14 @@ def _of_titan(
     model = [
         output_tensor(name, entry, aliases=entry.aliases) for name, entry in found.entries.items()
     ]
-    findings = made.findings
+    said = []
     if found.left_out:
         message = (
             f"{len(found.left_out)} tensors of layers for multi-token prediction are not written: "
             f"{listed(found.left_out, _LISTED)}."
         )
-        findings = (*findings, Finding("layers-left-out", message))
-    rule = f"the hub's names -> torchtitan's ({len(entries)} -> {len(model)})"
-    name_map = replace(made.name_map, rules=(*made.name_map.rules, rule))
-    return replace(made, model=model, name_map=name_map, findings=findings)
+        said.append(Finding("layers-left-out", message))
+    return _with_names(made, model, "torchtitan's", said)
 
 
 def _of_megatron(
@@ -75,10 +73,17 @@ def _of_megatron(
         output_tensor(name, entry, aliases=found.aliases.get(name, ()))
         for name, entry in apply(found.outputs, entries).items()
     ]
-    rule = f"the hub's names -> Megatron-Core's ({len(entries)} -> {len(model)})"
+    return _with_names(made, model, "Megatron-Core's", _left_out(found))
+
+
+def _with_names(
+    made: OutputModel, model: Sequence[OutputTensor], whose: str, said: Sequence[Finding]
+) -> OutputModel:
+    """The output with these tensors, which have the names of a trainer, and what is said of it."""
+    rule = f"the hub's names -> {whose} ({len(made.model)} -> {len(model)})"
     name_map = replace(made.name_map, rules=(*made.name_map.rules, rule))
-    findings = [*made.findings, *_left_out(found)]
-    return replace(made, model=model, name_map=name_map, findings=tuple(findings))
+    findings = (*made.findings, *said)
+    return replace(made, model=model, name_map=name_map, findings=findings)
 
 
 def _check_copies(
