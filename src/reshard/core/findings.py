@@ -4,9 +4,7 @@ A finding has a code, and `CODES` says once what each code means and how to fix 
 fit of the names, the conversion, doctor and try all report findings of this one type; `--strict`
 and `--json` speak of codes.
 Adding one is a line in `CODES` and the place that reports it; `docs/findings.md` is made from here.
-Long because each code is a line or three.
-Long because every code stands in one table.
-Long because it is one table.
+Long because it is one table, of a line or three for each code.
 """
 
 from __future__ import annotations
