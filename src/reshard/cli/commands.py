@@ -12,20 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, html, json_flag
+from reshard.cli.flags import Command, argument, debug, flags, html, json_flag
 from reshard.cli.interrupts import writes
 from reshard.cli.next_steps import at_least, conversion_of, next_commands
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import VERIFY
 from reshard.conversion.declared import CONVERT
-from reshard.core.options import Place
 from reshard.inspection import INSPECT
 
 if TYPE_CHECKING:
     from reshard.conversion.report import Report
-
-_PATH = FolderOrFile(place=Place(remote=True))
-_OUTPUT = FolderOrFile(place=Place(remote=True, writes=True))
 
 _EXAMPLES = (
     "reshard convert results/run/_actor out --base Qwen2.5-7B       # DeepSpeed (LightRFT)",
@@ -41,8 +37,8 @@ _EXAMPLES = (
     usage="SRC DST --base MODEL [OPTIONS]",
     short_help="Convert the checkpoint SRC into the folder DST.",
 )
-@click.argument("source", type=_PATH, metavar="SRC", cls=Argument, words=CONVERT["source"].help)
-@click.argument("target", type=_OUTPUT, metavar="DST", cls=Argument, words=CONVERT["target"].help)
+@argument("source", CONVERT["source"], metavar="SRC")
+@argument("target", CONVERT["target"], metavar="DST")
 @flags(CONVERT.values())
 @how_shown
 @json_flag
@@ -82,7 +78,7 @@ def show_report(report: Report, base: Path | None = None) -> None:
 
 
 @click.command(cls=Command, short_help="Show what is in a checkpoint.")
-@click.argument("src", type=_PATH, cls=Argument, words=INSPECT["path"].help)
+@argument("src", INSPECT["path"])
 @flags(INSPECT.values())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @html
@@ -154,7 +150,7 @@ def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
 
 
 @click.command(cls=Command, short_help="Read an output again and compare it, bit for bit.")
-@click.argument("dst", type=_PATH, cls=Argument, words=VERIFY["folder"].help)
+@argument("dst", VERIFY["folder"])
 @flags(VERIFY.values())
 @how_shown
 @json_flag

@@ -9,28 +9,25 @@ from typing import TYPE_CHECKING
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, html, json_flag
+from reshard.cli.flags import Command, argument, debug, flags, html, json_flag
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import DIFF
-from reshard.core.options import Place
 from reshard.errors import NotFoundError, listed
 
 if TYPE_CHECKING:
     from reshard.comparison.result import Compared, Comparison
     from reshard.comparison.sums import Key, Sum
 
-_PATH = FolderOrFile(place=Place(remote=True))
 _KEYS = ("name", "change", "largest", "mean", "elements")
 
 
 @click.command(cls=Command, short_help="Compare two checkpoints, tensor by tensor.")
-@click.argument("a", type=_PATH, cls=Argument, words=DIFF["first"].help)
-@click.argument("b", type=_PATH, cls=Argument, words=DIFF["second"].help)
-@click.argument(
+@argument("a", DIFF["first"])
+@argument("b", DIFF["second"])
+@argument(
     "more",
-    type=_PATH,
+    DIFF["second"],
     nargs=-1,
-    cls=Argument,
     words="Further checkpoints of a run, as in RUN/*: each is compared with the one before it.",
 )
 @flags(DIFF.values())

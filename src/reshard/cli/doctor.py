@@ -9,21 +9,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags, json_flag
+from reshard.cli.flags import Command, argument, debug, flags, json_flag
 from reshard.cli.interrupts import writes
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.core.findings import CODES
-from reshard.core.options import Place
 from reshard.diagnosis.declared import DOCTOR
 
 if TYPE_CHECKING:
     from reshard.diagnosis.diagnosis import Diagnosis
 
-_PATH = FolderOrFile(place=Place(remote=True))
-
 
 @click.command(cls=Command, short_help="Find what is wrong with an exported model.")
-@click.argument("folder", metavar="DIR", type=_PATH, cls=Argument, words=DOCTOR["folder"].help)
+@argument("folder", DOCTOR["folder"], metavar="DIR")
 @flags(DOCTOR.values())
 @how_shown
 @json_flag

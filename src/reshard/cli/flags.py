@@ -255,7 +255,6 @@ class FolderOrFile(click.Path):
                 self.fail(str(error), param, ctx)
             if isinstance(path, RemotePath):
                 return path
-        if isinstance(value, str):
             # Path.expanduser raises where `~name` is not a user's.
             value = os.path.expanduser(value)  # noqa: PTH111
         return super().convert(value, param, ctx)
@@ -315,10 +314,9 @@ def flag(declared: Option, **changes: Any) -> Callable[[_F], _F]:
     if declared.underscored:
         spellings.append(f"--{declared.name}")
     spellings.append(f"--{declared.flag}")
-    if declared.name == "tag":
-        spellings.append("--step")  # its number is what most people have in mind
     more: dict[str, Any] = {"cls": Grouped, "group": declared.group, "help": declared.help}
     if declared.name == "tag":
+        spellings.append("--step")  # its number is what most people have in mind
         more["shell_complete"] = complete_tag
     kind = declared.type
     if isinstance(kind, Flag):
@@ -333,13 +331,21 @@ def flag(declared: Option, **changes: Any) -> Callable[[_F], _F]:
     elif isinstance(kind, Texts):
         more |= {"multiple": True, "metavar": f"{declared.metavar or 'TEXT'}..."}
     else:
-        more |= {"type": _type(kind), "metavar": declared.metavar or None}
+        more |= {"type": type_of(declared), "metavar": declared.metavar or None}
         if declared.default is not None:
             more |= {"default": declared.default, "show_default": True}
     return click.option(*dict.fromkeys(spellings), declared.name, **{**more, **changes})
 
 
-def _type(kind: object) -> click.ParamType[Any] | None:
+def argument(name: str, declared: Option, **changes: Any) -> Callable[[_F], _F]:
+    """The argument of a declared option, by another name; `changes` are as those of `flag`."""
+    more = {"type": type_of(declared), "cls": Argument, "words": declared.help}
+    return click.argument(name, **{**more, **changes})
+
+
+def type_of(declared: Option) -> click.ParamType[Any]:
+    """Click's type for the values of a declared option, where one word is one value."""
+    kind = declared.type
     if isinstance(kind, Choice):
         return _Aliased(kind)
     if isinstance(kind, Integer):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reshard.cli import output
-from reshard.cli.flags import Argument, Command, FolderOrFile, debug, flags
+from reshard.cli.flags import Command, argument, debug, flags
 from reshard.cli.interrupts import Interrupted
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.watching.declared import CONVERSION, WATCH
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from reshard.progress import StagedProgress
     from reshard.watching.watch import Event
 
-_PATH = FolderOrFile()
 _EXAMPLES = (
     "reshard watch results/run/_actor converted --base Qwen2.5-7B",
     "reshard watch outputs converted --base Qwen2.5-7B --keep 3 --then 'python evaluate.py'",
@@ -32,8 +31,8 @@ _EXAMPLES = (
     usage="RUN OUT --base MODEL [OPTIONS]",
     short_help="Follow a run: convert each save once it is complete.",
 )
-@click.argument("run", type=_PATH, cls=Argument, words=WATCH["run"].help)
-@click.argument("out", type=_PATH, cls=Argument, words=WATCH["out"].help)
+@argument("run", WATCH["run"])
+@argument("out", WATCH["out"])
 @flags(WATCH.values())
 @click.option(
     "--once",

@@ -7,22 +7,18 @@ from typing import Any
 import click
 
 from reshard.cli.app import HELP, end, run
-from reshard.cli.flags import Command, FolderOrFile, debug, flag
+from reshard.cli.flags import Command, debug, flag, type_of
 from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import carry_out
 from reshard.conversion.declared import CONVERT
-from reshard.core.options import Place
-
-_PATH = FolderOrFile(place=Place(remote=True))
-_OUTPUT = FolderOrFile(place=Place(remote=True, writes=True))
 
 
 @click.command(cls=Command, context_settings=HELP)
-@click.option("--hf_base", "base", type=_PATH, required=True,
+@click.option("--hf_base", "base", type=type_of(CONVERT["base"]), required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip
-@click.option("--checkpoint_dir", "source", type=_PATH, required=True,
+@click.option("--checkpoint_dir", "source", type=type_of(CONVERT["source"]), required=True,
               help="The folder with .metadata and .distcp files, or with rank files.")  # fmt: skip
-@click.option("--output_dir", "target", type=_OUTPUT, required=True,
+@click.option("--output_dir", "target", type=type_of(CONVERT["target"]), required=True,
               help="A new folder; it appears complete or not at all.")  # fmt: skip
 @flag(CONVERT["prefix"])
 @flag(CONVERT["role"])

@@ -7,20 +7,16 @@ from typing import Any
 import click
 
 from reshard.cli.app import HELP, end, run
-from reshard.cli.flags import Command, FolderOrFile, debug, flag
+from reshard.cli.flags import Command, debug, flag, type_of
 from reshard.cli.interrupts import writes
 from reshard.cli.lightrft import carry_out
 from reshard.conversion.declared import CONVERT
-from reshard.core.options import Place
-
-_PATH = FolderOrFile(place=Place(remote=True))
-_OUTPUT = FolderOrFile(place=Place(remote=True, writes=True))
 
 
 @click.command(cls=Command, context_settings=HELP)
-@click.option("--hf_checkpoint", "source", type=_PATH, required=True,
+@click.option("--hf_checkpoint", "source", type=type_of(CONVERT["source"]), required=True,
               help="The Hugging Face model folder.")  # fmt: skip
-@click.option("--output", "target", type=_OUTPUT, required=True,
+@click.option("--output", "target", type=type_of(CONVERT["target"]), required=True,
               help="A new folder; it appears complete or not at all.")  # fmt: skip
 @flag(CONVERT["names"])
 @flag(CONVERT["transformers_version"])
