@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -77,6 +76,8 @@ def _address(workers: Workers) -> str | None:
 def _check_answers(address: str) -> None:
     """Raise `OSError` where nobody listens: Ray tries for more than a minute."""
     if address not in ("auto", "local"):
+        import socket  # 3 ms, and every command reads this module for its options
+
         host, _, port = address.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
 
