@@ -17,11 +17,13 @@ import pytest
 from safetensors.numpy import load_file
 
 import reshard
+from reshard.conversion import execute
 from reshard.storage.local import Sources
 from reshard.storage.source import Source
 from reshard.transfer import leftovers, making
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.fill import fill
+from reshard.transfer.output import Output, copy
 from tests.commit.conftest import listing
 
 # Several at once
@@ -237,7 +239,7 @@ def test_an_empty_folder_may_be_the_output(model: Path, tmp_path: Path) -> None:
 
 def test_files_in_sub_folders(model: Path, tmp_path: Path) -> None:
     with Sources() as sources, OutputFolder(tmp_path / "out", "digest") as folder:
-        folder.copy("a/b/c.jinja", sources.open(model / "chat" / "templates" / "plain.jinja"))
+        copy(folder, "a/b/c.jinja", sources.open(model / "chat" / "templates" / "plain.jinja"))
         folder.write("a/d.json", b"{}")
         folder.write("e.json", b"[]")
         folder.commit()
@@ -322,19 +324,18 @@ def test_a_file_of_the_base_that_changes_meanwhile(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     path = model / "chat" / "templates" / "plain.jinja"
-    original = OutputFolder.copy
 
-    def copy(folder: OutputFolder, name: str, source: Source) -> None:
+    def copied(folder: Output, name: str, source: Source) -> None:
         if change != "shrink":
-            original(folder, name, source)
+            copy(folder, name, source)
         if name.endswith("plain.jinja"):
             path.write_text(
                 {"grow": "{{ x }} and more", "shrink": "{{", "rewrite": "{{ y }}"}[change]
             )
         if change == "shrink":
-            original(folder, name, source)
+            copy(folder, name, source)
 
-    monkeypatch.setattr(OutputFolder, "copy", copy)
+    monkeypatch.setattr(execute, "copy", copied)
     with pytest.raises(reshard.IncompleteError, match=r"changed while|the file ends at"):
         reshard.convert(model, tmp_path / "out", base=model, allow_unchanged=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
