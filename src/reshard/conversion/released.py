@@ -14,6 +14,8 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Shape
 from reshard.errors import listed
 from reshard.naming import fields, released, structure
+from reshard.naming.layouts import Piece
+from reshard.naming.memory import hub_pieces
 
 _ORIENTATION = "Write the version into the base's config.json, as transformers_version."
 # Names shown in a finding.
@@ -34,7 +36,8 @@ def in_layout(made: OutputModel, config: Mapping[str, Any]) -> OutputModel:
 def findings(made: OutputModel, config: Mapping[str, Any]) -> Iterator[Finding]:
     """How a planned model differs from every release, for all engines: layout, names, fields."""
     shapes = {tensor.spec.name: tensor.spec.shape for tensor in made.model}
-    other = released.unreleased(shapes, config)
+    pieces = hub_pieces(shapes, config)  # 1.4 s for the names of 256 experts in 61 layers
+    other = released.unreleased(shapes, config, pieces)
     if other is not None:
         message = (
             f"the output has the base's layout, which no release has: {other.words}. vLLM and "
@@ -52,12 +55,14 @@ def findings(made: OutputModel, config: Mapping[str, Any]) -> Iterator[Finding]:
     if missing:
         message = f"{CONFIG} does not state {listed((f.path for f in missing), _SHOWN)}."
         yield Finding("base-config-fields", message, subject=CONFIG)
-    yield from _unlike(shapes, config)
+    yield from _unlike(shapes, config, pieces)
 
 
-def _unlike(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterator[Finding]:
+def _unlike(
+    shapes: Mapping[str, Shape], config: Mapping[str, Any], pieces: Mapping[str, Piece]
+) -> Iterator[Finding]:
     """Tensors that only the architecture has, or only the output."""
-    found = structure.examine(shapes, config)
+    found = structure.examine(shapes, config, pieces)
     parts = [
         (found.absent, "lacks"),
         (found.parts, "lacks every tensor of"),

@@ -47,13 +47,18 @@ class Unreleased(Struct, frozen=True):
         return " and ".join(parts)
 
 
-def unreleased(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Unreleased | None:
+def unreleased(
+    shapes: Mapping[str, Shape],
+    config: Mapping[str, Any],
+    pieces: Mapping[str, Piece] | None = None,
+) -> Unreleased | None:
     """How a model's files differ from the released layout; None where they do not, or are of a
-    class whose releases are not known."""
+    class whose releases are not known. `pieces` are the model's `hub_pieces`, where they are at
+    hand."""
     if is_backbone(config) or is_bare(shapes, config):
         return None
     stacked, turned, moved = dict[str, None](), [], []
-    for hub, piece in _pieces(shapes, config).items():
+    for hub, piece in _pieces(shapes, config, pieces).items():
         if piece.expert is not None:
             stacked[piece.name] = None
         elif piece.swapped:
@@ -101,8 +106,12 @@ def to_hub(
     return apply(outputs, entries), {"transformers_version": "4.57.0"} if by_version else {}
 
 
-def _pieces(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> dict[str, Piece]:
-    pieces = hub_pieces(shapes, config)
+def _pieces(
+    shapes: Mapping[str, Shape],
+    config: Mapping[str, Any],
+    known: Mapping[str, Piece] | None = None,
+) -> dict[str, Piece]:
+    pieces = hub_pieces(shapes, config) if known is None else dict(known)
     if _by_version(shapes, config):
         for hub in _swappable(shapes, config):
             *outer, rows, columns = pieces[hub].shape

@@ -25,6 +25,7 @@ from reshard.naming.architectures import (
     Composite,
     Decoder,
 )
+from reshard.naming.layouts import Piece
 from reshard.naming.memory import hub_pieces
 from reshard.naming.schema import CLASSIFIERS, classes_of, comes_with_base, is_backbone, text_config
 
@@ -91,13 +92,15 @@ class Region(Struct, frozen=True):
     count: tuple[str, ...] = ()
 
 
-def examine(shapes: Mapping[str, Shape], config: Config) -> Structure:
-    """Compare a model's names and shapes, without wrappers' parts, with its architecture."""
-    hub = {
-        name: piece.shape
-        for name, piece in hub_pieces(shapes, config).items()
-        if not comes_with_base(name, config)
-    }
+def examine(
+    shapes: Mapping[str, Shape], config: Config, pieces: Mapping[str, Piece] | None = None
+) -> Structure:
+    """Compare a model's names and shapes, without wrappers' parts, with its architecture.
+
+    `pieces` are the model's `hub_pieces`, where they are at hand.
+    """
+    pieces = hub_pieces(shapes, config) if pieces is None else pieces
+    hub = {name: piece.shape for name, piece in pieces.items() if not comes_with_base(name, config)}
     regions = regions_of(config)
     if regions is None:
         return _alike(hub, config)
