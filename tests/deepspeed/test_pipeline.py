@@ -75,6 +75,23 @@ def test_the_optimizers_state_goes_along(name: str, pipeline_runs: Path, tmp_pat
     assert sorted(group.names) == sorted(n for n in state.moments["exp_avg"])
 
 
+def test_what_the_run_keeps_beside_goes_along(copied: Callable[[str], Path]) -> None:
+    folder = copied("tied")
+    path = folder / "mp_rank_00_model_states.pt"
+    held = torch.load(path, weights_only=False)
+    torch.save({**held, "lr_scheduler": {"last_epoch": 2}, "seen": 7}, path)
+    checkpoint = reshard.open(folder)
+    state = checkpoint.catalog.training_state()
+    assert state is not None
+    assert state.counters["global_steps"] == 2
+    assert state.scheduler == {"last_epoch": 2}
+    assert state.client_state["seen"] == 7
+    assert state.masters.keys() == state.moments["exp_avg"].keys()
+    entries = checkpoint.catalog.entries
+    for name, master in state.masters.items():
+        assert master.fragments == entries[name].fragments, name
+
+
 @pytest.mark.parametrize(
     ("to", "layout"), [("deepspeed", None), ("dcp", "accelerate"), ("dcp", "nested")]
 )

@@ -315,9 +315,10 @@ def _reader(saved: Sequence[Saved], made: Catalog, sources: Sources) -> ReadStat
                 "alone.",
             )
         plain = PlainData(sources)
+        content = read_torch(sources.open(first.path)).value
         found = _joined([state.of_rank(one, plain) for one in saved], saved, sources)
-        owners = {alias: n for n, entry in made.entries.items() for alias in entry.aliases}
-        return run_state(found.renamed(lambda name: owners.get(name, name)), first, plain)
+        found = state.with_masters(found.owned(made.entries), made)
+        return run_state(found, content, plain)
 
     return ReadState(read)
 
@@ -329,7 +330,7 @@ def _joined(
     first = states[0]
     groups: list[Group] = list(first.groups)
     moments = {kind: dict(table) for kind, table in first.moments.items()}
-    masters, steps = dict(first.masters), dict(first.steps)
+    steps = dict(first.steps)
     for one, other in zip(saved[1:], states[1:], strict=True):
         settings = [group.hyperparameters for group in other.groups]
         alike = settings == [group.hyperparameters for group in groups]
@@ -340,8 +341,8 @@ def _joined(
                 hint=_ONE_SAVE,
             )
         seen = {name for group in groups for name in group.names}
-        tables = ((moments[kind], other.moments[kind]) for kind in moments)
-        for table, theirs in ((masters, other.masters), *tables):
+        for kind, table in moments.items():
+            theirs = other.moments[kind]
             for name in table.keys() & theirs.keys():
                 proof.check_replicas(table[name], theirs[name], sources)
             table.update({name: entry for name, entry in theirs.items() if name not in table})
@@ -351,11 +352,4 @@ def _joined(
             for mine, group in zip(groups, other.groups, strict=True)
         ]
     records = tuple(dict.fromkeys(record for state in states for record in state.records))
-    return replace(
-        first,
-        moments=moments,
-        masters=masters,
-        steps=steps,
-        groups=tuple(groups),
-        records=records,
-    )
+    return replace(first, moments=moments, steps=steps, groups=tuple(groups), records=records)
