@@ -34,7 +34,7 @@ from reshard.core.tensors import Entry
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import files, proof, stages012, state, tensor_parallel, universal
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.parse import LayerFile, Shapes, parse_layer, parse_model
+from reshard.formats.deepspeed.parse import LayerFile, Shapes, parse_layer
 from reshard.formats.deepspeed.place import Location
 from reshard.formats.deepspeed.run_state import run_state
 from reshard.storage.local import Sources
@@ -45,22 +45,14 @@ _ONE_SAVE = "Copy all files of one save."
 _LISTED = 4
 
 
-def read(location: Location, sources: Sources) -> Catalog | None:
-    """The tensors of all stages; None where the run had none."""
-    if location.universal:
-        saved = _of_universal(location, sources)
-        return None if saved is None else _universal(location, saved, sources)
-    return _catalog(location, _saved(location, sources), sources) if location.layers else None
+def read(location: Location, sources: Sources) -> Catalog:
+    """The tensors of all stages of a save that has files of layers."""
+    return _catalog(location, _saved(location, sources), sources)
 
 
-def _of_universal(location: Location, sources: Sources) -> list[Saved] | None:
-    """The model files of all stages, of a universal checkpoint of such a run: they hold no
-    module."""
-    path = next(iter(location.model.values()), None)
-    if path is None or not parse_model(path, read_torch(sources.open(path))).staged:
-        return None
-    ranks = [location.of(mp) for mp in location.mp_ranks]
-    saved = [files.read(rank, sources) for rank in ranks]
+def of_universal(location: Location, saved: Sequence[Saved], sources: Sources) -> Catalog:
+    """The tensors of a universal checkpoint of such a run, whose model files hold no module: the
+    masters of `zero/`, of the parameters that all stages list."""
     tensor_parallel.check_ranks(location, saved)
     tensor_parallel.check_one_save(saved, sources)
     stages = saved[0].model[0].pipeline_stages
@@ -70,11 +62,6 @@ def _of_universal(location: Location, sources: Sources) -> list[Saved] | None:
             f"{len(saved) // stages} tensor parallel ranks each, which is not handled.",
             path=location.folder,
         )
-    return saved
-
-
-def _universal(location: Location, saved: Sequence[Saved], sources: Sources) -> Catalog:
-    """The masters of `zero/`, of the parameters that all stages list."""
     groups: list[Shapes] = []
     for one in saved:
         for number, group in enumerate(one.model[0].groups):
