@@ -90,7 +90,7 @@ def _saved(location: Location, sources: Sources) -> list[Saved]:
             hint="Remove the files of the older save.",
         )
     layers = {
-        number: parse_layer(path, read_torch(sources.open(path)))
+        number: parse_layer(path, number, read_torch(sources.open(path)))
         for number, path in sorted(location.layers.items())
     }
     saved = _with_layers(saved, layers, location)
@@ -239,15 +239,15 @@ def _are(held: Mapping[str, TensorRef], masters: Mapping[str, Entry], sources: S
 def _owners(saved: Sequence[Saved]) -> dict[str, list[str]]:
     """What the parameters of shared modules are called by their layers: `0.weight`."""
     owners: dict[str, list[str]] = {}
-    spare = [file for one in saved for file in one.layers]
+    layers = [file for one in saved for file in one.layers]
     for one in saved:
         for name, tensor in one.model[0].module.items():
             match = _TIED.fullmatch(name)
-            for file in spare if match else ():
-                stored = file.module.get(match[2]) if match else None
-                if stored is not None and stored == tensor:
-                    number = int(re.split(r"[_-]", file.path.name)[1])
-                    owners.setdefault(name, []).append(f"{number}.{match[2] if match else ''}")
+            if match is None:
+                continue
+            of = [file.number for file in layers if file.module.get(match[2]) == tensor]
+            if of:
+                owners.setdefault(name, []).extend(f"{number}.{match[2]}" for number in of)
     return {name: list(dict.fromkeys(names)) for name, names in owners.items()}
 
 
