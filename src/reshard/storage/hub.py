@@ -69,7 +69,7 @@ class Model:
     def read(self, key: str, start: int, stop: int, known: Object) -> memoryview:
         # No If-Match: behind the redirect lies another server, with tags of its own.
         name = f"{self._prefix}/{key}"
-        return read_range(self._raw, name, {"range": (start, stop)}, f"{self.url}/{key}")
+        return read_range(self._raw, name, start, stop, f"{self.url}/{key}")
 
     def _resolved(self, revision: str) -> str:
         found = _ask(f"{self._api}/revision/{quote(revision, safe='')}", self._headers, self.url)[0]

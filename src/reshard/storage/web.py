@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from html.parser import HTMLParser
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from reshard.core.locations import RemotePath
@@ -23,11 +23,12 @@ from reshard.errors import FormatError, IncompleteError
 from reshard.storage.requests import count
 from reshard.storage.stores import (
     RETRY,
+    AbsentError,
     Listing,
     Object,
-    _AbsentError,
     asking,
     client,
+    head,
     library,
     read_range,
 )
@@ -51,15 +52,7 @@ class Host:
         self._stated: dict[str, list[str]] = {}
 
     def head(self, key: str) -> Object | None:
-        import obstore
-
-        count(head=1)
-        try:
-            with asking(f"{self.url}/{key}"):
-                meta = obstore.head(self._raw, key)
-        except _AbsentError:
-            return None
-        return Object(meta["size"], meta["e_tag"] or "", meta["last_modified"].timestamp())
+        return head(self._raw, key, f"{self.url}/{key}")
 
     def folder(self, key: str) -> Listing:
         manifest = self._small(f"{key}/{_MANIFEST}" if key else _MANIFEST)
@@ -84,11 +77,9 @@ class Host:
         return found
 
     def read(self, key: str, start: int, stop: int, known: Object) -> memoryview:
-        options: dict[str, Any] = {"range": (start, stop)}
         # A weak tag never matches (RFC 9110, 13.1.1).
-        if known.tag and not known.tag.startswith("W/"):
-            options["if_match"] = known.tag
-        return read_range(self._raw, key, options, f"{self.url}/{key}")
+        tag = "" if known.tag.startswith("W/") else known.tag
+        return read_range(self._raw, key, start, stop, f"{self.url}/{key}", tag)
 
     def _small(self, key: str) -> bytes | None:
         """A page or a small file whole; None where there is none."""
@@ -101,7 +92,7 @@ class Host:
                 if found.meta["size"] > _MAX_PAGE:
                     raise FormatError("it is too large.", path=f"{self.url}/{key}")
                 data = bytes(found.bytes())
-        except _AbsentError:
+        except AbsentError:
             return None
         count(bytes_read=len(data))
         return data
