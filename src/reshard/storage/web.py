@@ -11,15 +11,17 @@ A single file needs neither. The server must support ranges.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from msgspec import Raw, Struct
+
 from reshard.core.locations import RemotePath
 from reshard.errors import FormatError, IncompleteError
+from reshard.storage import strict_json
 from reshard.storage.requests import count
 from reshard.storage.stores import (
     RETRY,
@@ -41,6 +43,12 @@ _MAX_PAGE = 128 << 20
 _MANIFEST = "reshard.json"
 _TITLES = ("index of ", "directory listing for ")
 _UNKNOWN = Object(-1)
+
+
+class _Stated(Struct):
+    """What is taken of a `reshard.json`: nothing but the files' names is made."""
+
+    files: dict[str, Raw] = {}
 
 
 class Host:
@@ -113,15 +121,15 @@ def _host(scheme: str, name: str) -> Host:
 def _stated(text: bytes, url: str) -> list[str]:
     """The files that a `reshard.json` lists. It is read strictly once the folder is verified."""
     try:
-        files = json.loads(text)["files"]
-        if not isinstance(files, dict) or not files:
-            raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError):
+        files = strict_json.parse_as(text, _Stated, url).files
+    except FormatError:
+        files = {}
+    if not files:
         raise IncompleteError(
             f"its {_MANIFEST} lists no files, so that what is in it cannot be told.",
             path=url,
             hint="Copy the folder here, and name the copy.",
-        ) from None
+        )
     return list(files)
 
 
