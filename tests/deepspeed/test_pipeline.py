@@ -161,6 +161,16 @@ def test_all_layers_files_are_missing(copied: Callable[[str], Path]) -> None:
         reshard.open(folder)
 
 
+def test_all_files_but_the_layers_are_missing(copied: Callable[[str], Path]) -> None:
+    folder = copied("plain")
+    for path in folder.glob("*mp_rank_*"):
+        path.unlink()
+    with pytest.raises(reshard.IncompleteError, match="no model_states file is there") as caught:
+        reshard.open(folder)
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("Copy the files of every rank")
+
+
 def test_a_layers_file_over_anothers(copied: Callable[[str], Path]) -> None:
     folder = copied("plain")
     shutil.copy(folder / "layer_02-model_states.pt", folder / "layer_03-model_states.pt")

@@ -68,7 +68,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 def _read(location: Location, sources: Sources, selection: Selection) -> Catalog:
     """What the files hold that are not of a pipeline's layers."""
-    ranks = [location.of(mp) for mp in location.mp_ranks]
+    ranks = location.ranks
     saved = [files.read(rank, sources) for rank in ranks]
     if location.universal and saved[0].model[0].staged:
         return pipeline.of_universal(location, saved, sources)

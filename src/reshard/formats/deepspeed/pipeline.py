@@ -80,7 +80,7 @@ def _saved(location: Location, sources: Sources) -> list[Saved]:
 
     Raises `IncompleteError`, `FormatError`, `UnsupportedError`.
     """
-    ranks = [location.of(mp) for mp in location.mp_ranks]
+    ranks = location.ranks
     saved = [files.parsed(rank, sources) for rank in ranks]
     if not all(one.model[0].staged for one in saved):
         raise FormatError(
@@ -106,8 +106,10 @@ def _saved(location: Location, sources: Sources) -> list[Saved]:
 
 def _catalog(location: Location, saved: Sequence[Saved], sources: Sources) -> Catalog:
     """The tensors of all stages, in the order of the layers."""
-    ranks = [location.of(mp) for mp in location.mp_ranks]
-    parts = [stages012.catalog(rank, one, sources) for rank, one in zip(ranks, saved, strict=True)]
+    parts = [
+        stages012.catalog(rank, one, sources)
+        for rank, one in zip(location.ranks, saved, strict=True)
+    ]
     entries: dict[str, Entry] = {}
     for part in parts:
         for name, entry in part.entries.items():
