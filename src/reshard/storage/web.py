@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from msgspec import Raw, Struct
 
-from reshard.core.locations import RemotePath
+from reshard.core.locations import MANIFEST, RemotePath
 from reshard.errors import FormatError, IncompleteError
 from reshard.storage import strict_json
 from reshard.storage.requests import count
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 # Bytes of an index page or a `reshard.json`.
 _MAX_PAGE = 128 << 20
-_MANIFEST = "reshard.json"
 _TITLES = ("index of ", "directory listing for ")
 _UNKNOWN = Object(-1)
 
@@ -63,9 +62,9 @@ class Host:
         return head(self._raw, key, f"{self.url}/{key}")
 
     def folder(self, key: str) -> Listing:
-        manifest = self._small(f"{key}/{_MANIFEST}" if key else _MANIFEST)
+        manifest = self._small(f"{key}/{MANIFEST}" if key else MANIFEST)
         if manifest is not None:
-            self._stated[key] = [*_stated(manifest, f"{self.url}/{key}"), _MANIFEST]
+            self._stated[key] = [*_stated(manifest, f"{self.url}/{key}"), MANIFEST]
         for above, names in self._stated.items():
             if key == above or key.startswith(f"{above}/"):
                 start = f"{key[len(above) + 1 :]}/" if key != above else ""
@@ -126,7 +125,7 @@ def _stated(text: bytes, url: str) -> list[str]:
         files = {}
     if not files:
         raise IncompleteError(
-            f"its {_MANIFEST} lists no files, so that what is in it cannot be told.",
+            f"its {MANIFEST} lists no files, so that what is in it cannot be told.",
             path=url,
             hint="Copy the folder here, and name the copy.",
         )
