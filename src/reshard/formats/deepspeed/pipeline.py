@@ -62,12 +62,8 @@ def of_universal(location: Location, saved: Sequence[Saved], sources: Sources) -
             f"{len(saved) // stages} tensor parallel ranks each, which is not handled.",
             path=location.folder,
         )
-    groups: list[Shapes] = []
-    for one in saved:
-        for number, group in enumerate(one.model[0].groups):
-            groups += [{}] * (number + 1 - len(groups))
-            groups[number] = {**groups[number], **group}
-    whole = replace(saved[0], model=(replace(saved[0].model[0], groups=tuple(groups)),))
+    model = replace(saved[0].model[0], groups=tuple(_groups(saved)))
+    whole = replace(saved[0], model=(model,))
     made = universal.catalog(location, whole, sources)
     details = {**made.origin.details, "pipeline_stages": len(saved)}
     entries = {entry.spec.name: entry for entry in sorted(made.entries.values(), key=_layer)}
@@ -130,7 +126,11 @@ def _catalog(location: Location, saved: Sequence[Saved], sources: Sources) -> Ca
         origin=replace(
             origin,
             world_size=origin.world_size and origin.world_size * len(parts),
-            details={**origin.details, "groups": _sizes(saved), "pipeline_stages": len(parts)},
+            details={
+                **origin.details,
+                "groups": [len(group) for group in _groups(saved)],
+                "pipeline_stages": len(parts),
+            },
         ),
     )
     return replace(made, optimizer=_reader(saved, made, sources))
@@ -261,13 +261,13 @@ def _called(name: str, entry: Entry, owners: Mapping[str, Sequence[str]]) -> Ent
     return replace(entry.renamed(first), aliases=(*more, name, *entry.aliases))
 
 
-def _sizes(saved: Sequence[Saved]) -> list[int]:
-    """The number of parameters in each group, those of shared modules once."""
-    groups: dict[int, set[str]] = {}
+def _groups(saved: Sequence[Saved]) -> list[Shapes]:
+    """The parameters of each group in all stages, those of shared modules once."""
+    groups: dict[int, Shapes] = {}
     for one in saved:
         for number, group in enumerate(one.model[0].groups):
-            groups.setdefault(number, set()).update(group)
-    return [len(names) for names in groups.values()]
+            groups.setdefault(number, {}).update(group)
+    return list(groups.values())
 
 
 def _layer(entry: Entry) -> int:
