@@ -19,10 +19,10 @@ from reshard.formats import Selection, locate
 from reshard.storage.local import Sources
 from reshard.transfer import leftovers
 from reshard.transfer.commit import OutputFolder
+from tests.files import contents
 from tests.resume.runs import (
     beside,
     codes,
-    content,
     converter,
     facts,
     golden,
@@ -49,7 +49,7 @@ class Interrupted:
         self.out = at / "place" / "out"
         self.out.parent.mkdir()
         self.expected = self.convert(at / "whole")
-        self.whole = content(at / "whole")
+        self.whole = contents(at / "whole")
         assert killed(given(self.convert, self.out), 34)
         self.own = partial(self.out)
         self.lines = journal_of(self.out).read_bytes().splitlines(keepends=True)
@@ -58,7 +58,7 @@ class Interrupted:
     def resume(self) -> reshard.Report:
         """The report of a resumed run, whose output is right."""
         report = self.convert(self.out, resume=True)
-        assert content(self.out) == self.whole
+        assert contents(self.out) == self.whole
         assert facts(report) == facts(self.expected)
         return report
 
@@ -188,9 +188,9 @@ def test_links_to_other_files_are_not_written_through(
         shutil.copy(path, other)
         path.unlink()
         path.symlink_to(other) if kind == "symbolic" else path.hardlink_to(other)
-    before = content(theirs.parent)
+    before = contents(theirs.parent)
     run.resume()
-    after = content(theirs.parent)
+    after = contents(theirs.parent)
     names = [name for name in before if name.startswith("theirs")]
     assert names
     assert [after[name] for name in names] == [before[name] for name in names]
@@ -202,10 +202,10 @@ def test_a_folder_of_it_that_is_a_link(run: Interrupted, name: str) -> None:
     theirs = run.out.parent.parent / "theirs"
     (run.own / name).rename(theirs)
     (run.own / name).symlink_to(theirs)
-    before = content(theirs)
+    before = contents(theirs)
     report = run.resume()
     assert "do not lie as reshard leaves them" in run.message(report, "not-resumed")
-    assert content(theirs) == before
+    assert contents(theirs) == before
     assert beside(run.out) == []
 
 
@@ -213,10 +213,10 @@ def test_the_partial_folder_is_a_link(run: Interrupted) -> None:
     theirs = run.out.parent.parent / "theirs"
     run.own.rename(theirs)
     run.own.symlink_to(theirs)
-    before = content(theirs)
+    before = contents(theirs)
     with pytest.raises(reshard.WriteError, match="no run of this user made it"):
         run.convert(run.out, resume=True)
-    assert content(theirs) == before
+    assert contents(theirs) == before
     assert not run.out.exists()
 
 
@@ -231,10 +231,10 @@ def test_a_folder_that_is_not_ours(
         (run.own / leftovers.MARK).unlink()
     else:
         (run.own / leftovers.MARK).write_text('{"reshard": "1", "target": "other"}')
-    before = content(run.own)
+    before = contents(run.own)
     with pytest.raises(reshard.WriteError, match="no run of this user made it"):
         run.convert(run.out, resume=True)
-    assert content(run.own) == before
+    assert contents(run.own) == before
 
 
 def test_of_another_version_of_reshard(run: Interrupted) -> None:
@@ -266,8 +266,8 @@ def test_a_source_that_changed_between(run: Interrupted, change: str) -> None:
         os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
     run.convert(run.at / "anew")
     report = run.convert(run.out, resume=True)
-    assert content(run.out) == content(run.at / "anew")
-    assert (content(run.out) == run.whole) == (change == "touched")
+    assert contents(run.out) == contents(run.at / "anew")
+    assert (contents(run.out) == run.whole) == (change == "touched")
     assert reused(report) == 0
     assert str(source) in run.message(report, "not-resumed")
     assert beside(run.out) == []
@@ -345,7 +345,7 @@ def test_checksums_that_are_forged_in_lines(tmp_path: Path) -> None:
     journal_of(out).write_bytes(b"".join(forged))
     report = convert(out, resume=True)
     assert report.bytes_reused
-    assert content(out) == content(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_run_that_lives_is_not_continued(run: Interrupted, tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_run_that_lives_is_not_continued(run: Interrupted, tmp_path: Path) -> 
     folders = []
     first = OutputFolder(tmp_path / "other", "digest")
     with first:
-        folders.append(content(tmp_path))
+        folders.append(contents(tmp_path))
         (tmp_path / ".other.lock").unlink()
         for resume in (True, False):
             second = OutputFolder(tmp_path / "other", "digest", resume=resume)
