@@ -20,12 +20,12 @@ from reshard.storage.local import Sources
 from reshard.transfer import leftovers
 from reshard.transfer.commit import OutputFolder
 from tests.files import contents
+from tests.hints.case import golden
 from tests.resume.runs import (
     beside,
     codes,
     converter,
     facts,
-    golden,
     journal_of,
     killed,
     model,
@@ -142,13 +142,12 @@ def test_lines_that_are_forged_with_a_right_checksum(run: Interrupted) -> None:
 
 def test_bytes_that_were_changed_after_their_line(run: Interrupted) -> None:
     """In every file of it, one byte each: those pieces are made again, and no others."""
-    nbytes = {}
-    for path in (*(run.own / "tmp").iterdir(), *(run.own / "new").rglob("*.safetensors")):
+    files = [*(run.own / "tmp").iterdir(), *(run.own / "new").rglob("*.safetensors")]
+    for path in files:
         data = bytearray(path.read_bytes())
-        nbytes[path] = len(data)
         data[2500] ^= 0x10
         path.write_bytes(data)
-    assert len(nbytes) == 2
+    assert len(files) == 2
     report = run.resume()
     assert reused(report) > 0
     assert "pieces made again, because their bytes had changed" in run.message(report)
@@ -348,12 +347,10 @@ def test_checksums_that_are_forged_in_lines(tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_run_that_lives_is_not_continued(run: Interrupted, tmp_path: Path) -> None:
+def test_a_run_that_lives_is_not_continued(tmp_path: Path) -> None:
     """Its lock file was removed by hand; neither its folder is taken nor removed."""
-    folders = []
     first = OutputFolder(tmp_path / "other", "digest")
     with first:
-        folders.append(contents(tmp_path))
         (tmp_path / ".other.lock").unlink()
         for resume in (True, False):
             second = OutputFolder(tmp_path / "other", "digest", resume=resume)

@@ -16,11 +16,11 @@ import pytest
 import reshard
 from reshard.transfer import commit, leftovers, system
 from tests.files import contents
+from tests.hints.case import golden
 from tests.resume.runs import (
     beside,
     codes,
     facts,
-    golden,
     killed,
     model,
     small,
@@ -70,9 +70,7 @@ def test_the_same_bytes_wherever_it_was_killed(tmp_path: Path, kind: str) -> Non
         assert report.bytes_read <= expected.bytes_read
         reused.append(report.bytes_reused)
         reshard.verify(out)
-        for path in sorted(out.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-        out.rmdir()
+        shutil.rmtree(out)
         after += 1 if after < 3 else 11
     assert max(reused) > 0
     assert reused[0] == 0
@@ -89,7 +87,7 @@ def test_each_moment_between_files(tmp_path: Path) -> None:
             report = convert(out, resume=True, overwrite=True)
             assert contents(out) == contents(whole)
             assert beside(out) == []
-            assert facts(report) == {**facts(expected)}
+            assert facts(report) == facts(expected)
             if method == "commit":
                 assert report.bytes_reused == sum(
                     t.nbytes for t in reshard.open(whole).tensors.values()
