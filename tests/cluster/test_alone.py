@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,7 @@ def mark() -> Iterator[str]:
 
 def marked(mark: str) -> list[int]:
     """The processes that are marked so."""
-    found = []
-    for place in Path("/proc").iterdir():
-        with suppress(OSError):
-            if place.name.isdigit() and mark.encode() in (place / "environ").read_bytes():
-                found.append(int(place.name))
-    return found
+    return nodes.processes("environ", mark.encode())
 
 
 def start(mark: str, *arguments: str | Path) -> subprocess.Popen[str]:
