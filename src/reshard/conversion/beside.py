@@ -66,8 +66,8 @@ def beside(found: Fitted) -> Beside:
     made = _reward_files(found) + _value_head(found) + _modules(found) + _adapter(found)
     if made.side_files and not output_format(to).takes_files:
         raise PlanError(
-            f"{made.side_files[0].name} goes beside a Hugging Face model; there is no place for "
-            f"it in --to {to}.",
+            f"--to {to} has no place for {made.side_files[0].name}, which goes beside a Hugging "
+            "Face model.",
             hint="Without --base every tensor is kept, under the name that it has.",
         )
     return made

@@ -167,7 +167,7 @@ def _with_requests(report: Report, before: Requests) -> Report:
 
 
 def _without_room(job: Job, lacking: WriteError) -> Job:
-    """The plan with the finding that there is no room for its output: a dry run's answer."""
+    """Add the finding that the disk has no room for the output: a dry run reports it."""
     found = Finding("no-space", lacking.message, fix=lacking.hint or "")
     return replace(job, plan=replace(job.plan, findings=(*job.plan.findings, found)))
 

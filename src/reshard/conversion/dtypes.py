@@ -68,8 +68,8 @@ def _output_tensor(name: str, entry: Entry, base: Entry | None, choice: str) -> 
         )
     if not stored.rounds_to(expected):
         raise PlanError(
-            f"it is {stored} in the checkpoint and {expected} in the base model, which no rounding "
-            "connects.",
+            f"it is {stored} in the checkpoint and {expected} in the base model, and reshard "
+            "cannot round one to the other.",
             tensor=name,
             hint="Pass --dtype keep to write what the checkpoint holds.",
         )

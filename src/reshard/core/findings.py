@@ -227,7 +227,7 @@ CODES: dict[str, Code] = {
         "warning", "the output head is stored although it is the embedding", by=("doctor", "try")),
     "head-untied": Code("warning", "an output head differs from the embedding that it was tied to"),
     "hyperparameters-unknown": Code(
-        "warning", "a given hyperparameter is none of torch's AdamW, which ignores it",
+        "warning", "torch's AdamW does not have a given hyperparameter, and ignores it",
         "Correct its name, or leave it out."),
     "identical-to-base": Code(
         "error", "the weights are the base's: nothing was trained", by=("doctor",)),
@@ -243,7 +243,7 @@ CODES: dict[str, Code] = {
     "layers-left-out": Code(
         "warning", "layers for multi-token prediction are not written in the trainer's names"),
     "layers-without-files": Code(
-        "info", "numbers of a pipeline's layers have no file"),
+        "info", "some layers of a pipeline have no file"),
     "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
     "masters-missing": Code(
         "info", "some 16-bit tensors have no fp32 master, and are as the model holds them"),
@@ -279,7 +279,7 @@ CODES: dict[str, Code] = {
     "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
     "no-output-head": Code("info", "the model has no output head and is not for generation"),
     "no-space": Code(
-        "warning", "a dry run: there is no room for the output on its disk",
+        "warning", "a dry run found that the disk has no room for the output",
         "Make room or name an output on another disk."),
     "not-finite": Code(
         "warning", "weights hold NaN or infinity: the run has diverged, or a buffer is made so",
@@ -347,7 +347,7 @@ CODES: dict[str, Code] = {
         "warning", "moments of two parameters are equal bit for bit: a file may be a copy of "
         "another's", "Copy the checkpoint again, or use another save."),
     "state-groups-by-rule": Code(
-        "warning", "which parameters a group has is not stated, and follows from Megatron's rules"),
+        "warning", "no file states which parameters a group has; Megatron's rules decide"),
     "state-left-out": Code(
         "warning", "a part of the training state is not plain data and is not carried over"),
     "state-masters-rounded": Code(
@@ -390,7 +390,8 @@ CODES: dict[str, Code] = {
         "warning", "DeepSpeed does not restore frozen parameters or buffers of a universal "
         "checkpoint",
         "Start the script from the weights that the run started from."),
-    "untrained-layers": Code("info", "layers that no loaded model holds are the base's"),
+    "untrained-layers": Code(
+        "info", "loaded models do not hold these layers; they are copied from the base"),
     "vectors-constant": Code(
         "info", "a vector holds one value throughout, as new biases and norms do", by=("try",)),
     "verify-exchanged": Code(

@@ -36,8 +36,8 @@ def find_tensors(
     """The tensors of the keys in `named`, which maps each to its names, and the checksums of their
     bytes. A tensor goes by its first name; the others are its aliases.
 
-    Without `located` no item is read: of each chunk the file and its size are right, its place is
-    not, and there are no checksums.
+    With `located=False` it reads no item: a chunk has its file and size, but not its right offset,
+    and there are no checksums.
 
     Raises `FormatError`, `IncompleteError`, `UnsupportedError`; also where two items of the
     checkpoint share bytes, or a file is a copy of another's.

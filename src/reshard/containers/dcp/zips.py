@@ -31,7 +31,7 @@ _MAX_PICKLE_NBYTES = 1 << 20
 _CENTRAL_SIGNATURE, _CENTRAL_CRC_AT, _HEADER_AT = b"PK\1\2", 16, 42
 _LOCAL_CRC_AT = 14
 _DESCRIPTOR = b"PK\7\x08"
-# What torch writes to tell files apart: a hash of all records, which no reader looks at.
+# torch writes a hash of all records here, to distinguish files. No reader uses it.
 _OWN = ".data/serialization_id"
 # Kinds of items of one size.
 _MAX_ALIKE = 4
