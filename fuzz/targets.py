@@ -20,6 +20,7 @@ import reshard
 from reshard.containers.dcp import metadata as dcp_metadata
 from reshard.containers.torch import read, read_pickle
 from reshard.conversion import manifest
+from reshard.core.locations import MANIFEST
 from reshard.errors import ReshardError
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
@@ -180,7 +181,7 @@ def _json_seeds() -> list[bytes]:
 
 
 def _manifest(data: bytes, folder: Path) -> None:
-    (folder / manifest.MANIFEST).write_bytes(data)
+    (folder / MANIFEST).write_bytes(data)
     with Sources() as sources, suppress(ReshardError):
         manifest.read(folder, sources)
 

@@ -13,6 +13,7 @@ import reshard
 from reshard.conversion import manifest
 from reshard.conversion.manifest import Stated, WrittenFile
 from reshard.core.catalog import Origin
+from reshard.core.locations import MANIFEST
 from reshard.errors import FormatError, VerificationError
 from reshard.storage.local import Sources
 
@@ -35,7 +36,7 @@ def test_the_text_is_that_of_json(
     assert text == (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
     assert list(value["tensors"]) == list(tensors)
     assert list(value.get("beside", {})) == list(beside)
-    (tmp_path / manifest.MANIFEST).write_bytes(text)
+    (tmp_path / MANIFEST).write_bytes(text)
     if not tensors and not beside:
         with Sources() as sources, pytest.raises(FormatError, match="lists no tensor"):
             manifest.read(tmp_path, sources)
@@ -52,7 +53,7 @@ def test_a_folder_whose_manifest_lists_no_tensor_is_not_verified(tmp_path: Path)
     source.mkdir()
     save_file({"w": np.ones(3, np.float32)}, source / "model.safetensors")
     reshard.convert(source, out)
-    path = out / manifest.MANIFEST
+    path = out / MANIFEST
     stated = json.loads(path.read_text())
     reshard.verify(out)
     path.write_text(json.dumps({**stated, "tensors": {}}))
@@ -78,6 +79,6 @@ def test_a_folder_whose_manifest_lists_no_tensor_is_not_verified(tmp_path: Path)
     ids=["empty", "no section", "list", "no text", "deep", "wrong type"],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, damaged: bytes) -> None:
-    (tmp_path / manifest.MANIFEST).write_bytes(damaged)
+    (tmp_path / MANIFEST).write_bytes(damaged)
     with Sources() as sources, pytest.raises(FormatError, match="it is damaged"):
         manifest.read(tmp_path, sources)

@@ -79,6 +79,23 @@ def test_the_optimizers_state_goes_along(name: str, pipeline_runs: Path, tmp_pat
     assert sorted(group.names) == sorted(state.moments["exp_avg"])
 
 
+def test_what_the_run_keeps_beside_goes_along(copied: Callable[[str], Path]) -> None:
+    folder = copied("tied")
+    path = folder / "mp_rank_00_model_states.pt"
+    held = torch.load(path, weights_only=False)
+    torch.save({**held, "lr_scheduler": {"last_epoch": 2}, "seen": 7}, path)
+    checkpoint = reshard.open(folder)
+    state = checkpoint.catalog.training_state()
+    assert state is not None
+    assert state.counters["global_steps"] == 2
+    assert state.scheduler == {"last_epoch": 2}
+    assert state.client_state["seen"] == 7
+    assert state.masters.keys() == state.moments["exp_avg"].keys()
+    entries = checkpoint.catalog.entries
+    for name, master in state.masters.items():
+        assert master.fragments == entries[name].fragments, name
+
+
 @pytest.mark.parametrize(
     ("to", "layout"), [("deepspeed", None), ("dcp", "accelerate"), ("dcp", "nested")]
 )
@@ -138,6 +155,16 @@ def test_all_layers_files_are_missing(copied: Callable[[str], Path]) -> None:
         path.unlink()
     with pytest.raises(reshard.IncompleteError, match=r"none of its layer_\*-model_states\.pt"):
         reshard.open(folder)
+
+
+def test_all_files_but_the_layers_are_missing(copied: Callable[[str], Path]) -> None:
+    folder = copied("plain")
+    for path in folder.glob("*mp_rank_*"):
+        path.unlink()
+    with pytest.raises(reshard.IncompleteError, match="no model_states file is there") as caught:
+        reshard.open(folder)
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("Copy the files of every rank")
 
 
 def test_a_layers_file_over_anothers(copied: Callable[[str], Path]) -> None:

@@ -278,6 +278,22 @@ def test_a_model_of_the_hub(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert any(COMMIT in path for path, _ in hub.seen)
 
 
+def test_an_answer_of_the_hub_that_is_no_json(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setattr("reshard.storage.hub.time.sleep", lambda seconds: None)
+
+    def nested(self: Hub) -> None:
+        self.seen.append((self.path, {}))
+        self.send(200, b"[" * 200_000, {})
+
+    hub: type[Hub] = type("Handler", (Hub,), {"root": model, "seen": [], "do_GET": nested})
+    with serving(hub) as port:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        with pytest.raises(reshard.NotFoundError, match="does not answer: its JSON cannot be read"):
+            reshard.open("hf://org/name")
+    assert len(hub.seen) == 6
+
+
 def test_a_web_server(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("obstore")
     reshard.convert(model, tmp_path / "out")

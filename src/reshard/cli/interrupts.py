@@ -9,7 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from reshard.core.locations import RemotePath
+from reshard.core.locations import MANIFEST, RemotePath
 
 
 class Interrupted(KeyboardInterrupt):
@@ -85,7 +85,7 @@ def _identity(target: Path | None) -> tuple[int, int] | None:
 def _in_store(target: RemotePath) -> tuple[int, int] | None:
     """Which output stands in a store: that of its last object."""
     from reshard.errors import ReshardError
-    from reshard.storage.remote import MANIFEST, identity
+    from reshard.storage.remote import identity
     from reshard.storage.stores import bucket_of
 
     try:

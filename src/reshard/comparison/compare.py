@@ -20,12 +20,12 @@ from reshard.comparison.result import Compared, Comparison
 from reshard.comparison.sums import natural
 from reshard.comparison.values import Method, compare
 from reshard.conversion.declared import workers
-from reshard.conversion.manifest import MANIFEST
 from reshard.conversion.quantised import compared_as_numbers
 from reshard.conversion.training import with_masters
 from reshard.conversion.verification import Verified, verify_folder
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
+from reshard.core.locations import MANIFEST
 from reshard.core.options import PathLike, documented, parse
 from reshard.errors import (
     NamesError,

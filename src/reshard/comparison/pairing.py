@@ -24,13 +24,14 @@ from reshard.conversion import manifest, output_model
 from reshard.conversion.base_model import Base, holds_config, read_base
 from reshard.conversion.beside import LIGHTRFT
 from reshard.conversion.dtypes import OutputTensor
-from reshard.conversion.manifest import MANIFEST, Manifest
+from reshard.conversion.manifest import Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
 from reshard.conversion.output_model import OutputModel
 from reshard.conversion.planning import plan_output
 from reshard.conversion.trainer_names import trainer
 from reshard.conversion.verification import check_listed, check_run, child_of
 from reshard.core.catalog import Catalog
+from reshard.core.locations import MANIFEST
 from reshard.core.tensors import Entry, Shape, stored
 from reshard.errors import FormatError, NamesError, OptionError, PlanError
 from reshard.formats.info import named

@@ -23,9 +23,9 @@ from msgspec import Struct
 
 from reshard import formats
 from reshard.conversion import manifest
-from reshard.conversion.manifest import MANIFEST, Manifest, WrittenFile, file_digest
+from reshard.conversion.manifest import Manifest, WrittenFile, file_digest
 from reshard.conversion.verification import verify_folder
-from reshard.core.locations import RemotePath
+from reshard.core.locations import MANIFEST, RemotePath
 from reshard.core.sizes import size
 from reshard.errors import NotFoundError, ReshardError, WriteError, brief, listed
 from reshard.formats import locate

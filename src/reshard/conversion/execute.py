@@ -12,11 +12,10 @@ import xxhash
 from msgspec import Struct
 from msgspec.structs import replace
 
-from reshard.conversion import manifest
 from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
 from reshard.core.findings import Finding
-from reshard.core.locations import RemotePath
+from reshard.core.locations import MANIFEST, RemotePath
 from reshard.core.plan import Plan
 from reshard.core.sizes import size
 from reshard.core.tensors import Extent, Fragment, Record, stored
@@ -85,7 +84,7 @@ def carry_out(
         for name, text in plan.texts:
             folder.write(name, text)
         folder.settle()  # reshard.json is the last to get its name
-        folder.write(manifest.MANIFEST, stated)
+        folder.write(MANIFEST, stated)
         folder.settle()
         sources.check_unchanged()
         if writing.verify:

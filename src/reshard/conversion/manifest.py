@@ -29,6 +29,7 @@ from msgspec import Struct
 
 from reshard._version import __version__
 from reshard.core.catalog import Origin
+from reshard.core.locations import MANIFEST
 from reshard.core.plan import Plan
 from reshard.core.state import TrainingState
 from reshard.core.tensors import TensorSpec
@@ -38,7 +39,6 @@ from reshard.storage.local import Sources
 from reshard.storage.paths import is_file
 from reshard.storage.source import Source
 
-MANIFEST = "reshard.json"
 #: The version that is written, and the first whose digests are trees.
 VERSION = TREES = 2
 # Bytes that a stated tensor takes for each comma, colon and opening bracket of its lines.

@@ -20,6 +20,7 @@ from reshard.conversion.manifest import Manifest, Stated
 from reshard.core.catalog import Catalog
 from reshard.core.digests import LEAF_NBYTES, joined, leaves
 from reshard.core.findings import Finding
+from reshard.core.locations import MANIFEST
 from reshard.core.tensors import Entry
 from reshard.errors import VerificationError, brief
 from reshard.formats import Selection, read
@@ -68,7 +69,7 @@ def verify_folder(
         if manifest_text is None:
             stated = manifest.read(folder, sources)
         else:
-            stated = manifest.parsed(manifest_text, folder / manifest.MANIFEST)
+            stated = manifest.parsed(manifest_text, folder / MANIFEST)
         check_listed(folder, stated)
         check_run(folder, stated)
         parts = [(folder, stated.tensors)] if stated.tensors else []
@@ -108,7 +109,7 @@ def _state(catalog: Catalog, stated: Manifest) -> list[tuple[Catalog, Mapping[st
     for what in ("steps", "groups"):
         if found[what] != stated.run.get(what):
             raise VerificationError(
-                f"the {what} of its optimizer are not those that {manifest.MANIFEST} states.",
+                f"the {what} of its optimizer are not those that {MANIFEST} states.",
                 path=folder,
                 hint="Convert again.",
             )
@@ -128,7 +129,7 @@ def check_listed(folder: Path, stated: Manifest) -> None:
     for path in listing(folder):
         if names_weights(path.name) and is_file(path) and path.name not in listed:
             raise VerificationError(
-                f"it is there, and {manifest.MANIFEST} does not list it.",
+                f"it is there, and {MANIFEST} does not list it.",
                 path=path,
                 hint="Move it away, or convert again: what is not listed cannot be verified.",
             )
@@ -149,7 +150,7 @@ def check_run(folder: Path, stated: Manifest) -> None:
                                     path=path, hint="Convert again.")  # fmt: skip
         if manifest.file_digest(path) != written.digest:
             raise VerificationError(
-                f"its bytes are not those that {manifest.MANIFEST} states.",
+                f"its bytes are not those that {MANIFEST} states.",
                 path=path,
                 hint="Convert again.",
             )
@@ -166,7 +167,7 @@ def _check_aliases(catalog: Catalog, stated: object) -> None:
     """Compare the other names of the same bytes with those that are stated."""
     found = {alias: name for name, entry in catalog.entries.items() for alias in entry.aliases}
     if not isinstance(stated, dict):
-        raise VerificationError("it is damaged.", path=catalog.origin.root / manifest.MANIFEST)
+        raise VerificationError("it is damaged.", path=catalog.origin.root / MANIFEST)
     for alias in sorted(found.keys() | stated.keys()):
         if found.get(alias) != stated.get(alias):
             raise VerificationError(

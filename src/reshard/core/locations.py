@@ -24,6 +24,8 @@ from reshard.errors import OptionError, shown
 WRITABLE = ("s3", "gs", "az")
 HUB = "hf"
 READABLE = (*WRITABLE, HUB, "https", "http")
+#: The file of an output that lists the others; it is written last.
+MANIFEST = "reshard.json"
 
 # By one slash too: `pathlib` makes `s3:/bucket` of `s3://bucket`.
 _URL = re.compile(

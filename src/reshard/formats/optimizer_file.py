@@ -15,7 +15,7 @@ names, or nothing does, see `reshard.naming.order`. Read off accelerate 1.15
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -90,18 +90,23 @@ def inside(
 
     def read() -> TrainingState:
         if len(held) > 1:
-            raise UnsupportedError(
-                f"it holds the states of several optimizers ({listed(held)}), and nothing says "
-                "which one is this model's.",
-                path=path,
-                hint=WEIGHTS_ALONE,
-            )
+            raise several(path, held)
         plain = PlainData(sources)
         state = _state(value[held[0]], path, records, entries, order, plain)
         scheduler: dict[str, Plain] | None = plain.state_dict(schedule, "lr_scheduler")
         return replace(state, scheduler=scheduler, left_out=tuple(plain.left_out), source=path.name)
 
     return ReadState(read)
+
+
+def several(path: Path, names: Iterable[str]) -> UnsupportedError:
+    """The error for states of which none is known to be the model's."""
+    return UnsupportedError(
+        f"it holds the states of several optimizers ({listed(names)}), and nothing says which "
+        "one is this model's.",
+        path=path,
+        hint=WEIGHTS_ALONE,
+    )
 
 
 def _is_optimizer(key: str, value: object) -> bool:
@@ -165,7 +170,21 @@ def _names(
             hint=WEIGHTS_ALONE,
         )
     model = [(name, entries[name].spec.shape) for name in order]
-    named = groups_in_order([[_shape(found, key) for key in g.params] for g in found.groups], model)
+    return names_in_order(found, lambda key: shape_of(found, key), model, path)
+
+
+def names_in_order(
+    found: OptimizerDict,
+    shape: Callable[[Key], Hashable],
+    model: Sequence[tuple[str, Hashable]],
+    path: Path,
+) -> dict[Key, str]:
+    """The name of each number: that of the parameter of `model` (names and shapes, in its order)
+    at its place. `shape` is that of a number's parameter; None where it is not known.
+
+    Raises `UnsupportedError` where none or several ways fit.
+    """
+    named = groups_in_order([[shape(key) for key in g.params] for g in found.groups], model)
     if named is None:
         raise UnsupportedError(
             "the parameters of the optimizer go by numbers, and their order and shapes fit none "
@@ -177,7 +196,7 @@ def _names(
     return dict(zip(keys, (name for group in named for name in group), strict=True))
 
 
-def _shape(found: OptimizerDict, key: Key) -> Hashable:
+def shape_of(found: OptimizerDict, key: Key) -> Hashable:
     """The shape of a parameter, which its moments have."""
     state = found.states.get(key)
     tensors = [] if state is None else list(state.moments.values())

@@ -155,13 +155,12 @@ class Ahead:
             if _kept.full or any(start <= other < stop for other in taken):
                 break
             self._coming[start] = stop
-            self._triggers[start] = stop
             found.append((start, stop))
             start = stop
-        if found:  # the last one is where to go on
-            self._expected[found[-1][1]] = _MOST
-            for first, _ in found[:-1]:
-                self._triggers[first] = found[-1][1]
+        if found:  # the end of the last one is where to go on
+            end = found[-1][1]
+            self._expected[end] = _MOST
+            self._triggers.update((first, end) for first, _ in found)
         return found
 
     def _ask_for(self, opened: Readable, stretches: list[tuple[int, int]]) -> None:

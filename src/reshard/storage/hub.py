@@ -11,7 +11,6 @@ which does not change: all files are of one commit, whatever is pushed meanwhile
 
 from __future__ import annotations
 
-import json
 import re
 import time
 import urllib.error
@@ -24,7 +23,7 @@ from urllib.parse import quote, unquote, urlsplit
 from reshard._version import __version__
 from reshard.core.locations import RemotePath
 from reshard.errors import FormatError, NotFoundError, printable
-from reshard.storage import credentials
+from reshard.storage import credentials, strict_json
 from reshard.storage.requests import count
 from reshard.storage.stores import RETRY, Listing, Object, client, library, read_range
 
@@ -69,7 +68,7 @@ class Model:
     def read(self, key: str, start: int, stop: int, known: Object) -> memoryview:
         # No If-Match: behind the redirect lies another server, with tags of its own.
         name = f"{self._prefix}/{key}"
-        return read_range(self._raw, name, {"range": (start, stop)}, f"{self.url}/{key}")
+        return read_range(self._raw, name, start, stop, f"{self.url}/{key}")
 
     def _resolved(self, revision: str) -> str:
         found = _ask(f"{self._api}/revision/{quote(revision, safe='')}", self._headers, self.url)[0]
@@ -140,18 +139,22 @@ def _ask(url: str, headers: Mapping[str, str], shown: str) -> tuple[Any, str | N
             with _opener.open(request, timeout=_SECONDS) as answer:
                 text = answer.read(_MAX_ANSWER + 1)
                 link = re.search(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))
-            if len(text) > _MAX_ANSWER:
-                raise FormatError("the hub's answer is too long.", path=shown)
-            following = link[1] if link else None
-            if following and urlsplit(following).netloc != urlsplit(url).netloc:
-                raise FormatError("the hub's next page is on another host.", path=shown)
-            return json.loads(text), following
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code != 429:
                 raise _refused(error, shown) from None
             words = f"{error.code} {error.reason}"
         except (OSError, ValueError) as error:
             words = str(error)
+        else:
+            if len(text) > _MAX_ANSWER:
+                raise FormatError("the hub's answer is too long.", path=shown)
+            following = link[1] if link else None
+            if following and urlsplit(following).netloc != urlsplit(url).netloc:
+                raise FormatError("the hub's next page is on another host.", path=shown)
+            try:
+                return strict_json.parse(text, shown), following
+            except FormatError as error:  # it may have broken off
+                words = error.message.removesuffix(".")
         time.sleep(0.1 * 2**again)
     raise NotFoundError(f"the hub does not answer: {printable(words[:200])}.", path=shown)
 

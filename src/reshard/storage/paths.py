@@ -85,10 +85,10 @@ def file_size(path: Path) -> int:
 
 def listing(folder: Path) -> list[Path]:
     """What lies in a folder, in the order of the names. Raises `NotFoundError`."""
-    if isinstance(path := folder, RemotePath):
+    if isinstance(folder, RemotePath):
         from reshard.storage import remote
 
-        return [path / name for name in sorted(remote.listing(path))]
+        return [folder / name for name in sorted(remote.listing(folder))]
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208 (pathlib's iterator opens late)
     except OSError as error:

@@ -24,6 +24,7 @@ from reshard.storage import credentials
 from reshard.storage.requests import count
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 # Bytes of a part of a multipart upload, and parts of an upload at most (S3).
@@ -85,14 +86,7 @@ class Bucket:
         self._raw = raw
 
     def head(self, key: str) -> Object | None:
-        import obstore
-
-        count(head=1)
-        try:
-            with asking(f"{self.url}/{key}"):
-                return _object(obstore.head(self._raw, key))
-        except _AbsentError:
-            return None
+        return head(self._raw, key, f"{self.url}/{key}")
 
     def folder(self, key: str) -> Listing:
         import obstore
@@ -122,10 +116,7 @@ class Bucket:
         return found
 
     def read(self, key: str, start: int, stop: int, known: Object) -> memoryview:
-        options: dict[str, Any] = {"range": (start, stop)}
-        if known.tag:
-            options["if_match"] = known.tag
-        return read_range(self._raw, key, options, f"{self.url}/{key}")
+        return read_range(self._raw, key, start, stop, f"{self.url}/{key}", known.tag)
 
     def put(self, key: str, data: bytes, *, new: bool = False) -> Object:
         """Write a small object; with `new`, raises `FileExistsError` where there is one."""
@@ -210,15 +201,32 @@ def client(allow_http: bool, **headers: str) -> ClientConfig:
     return {**options, "default_headers": headers} if headers else options
 
 
-def read_range(raw: ObjectStore, key: str, options: Any, url: str) -> memoryview:
-    """A range of an object; a body that breaks off is read again.
+def head(raw: ObjectStore, key: str, url: str) -> Object | None:
+    """The object of a key; None where there is none."""
+    import obstore
 
-    Raises `IncompleteError`; where the object is no longer that of `if_match`, `ChangedError`.
+    count(head=1)
+    try:
+        with asking(url):
+            return _object(obstore.head(raw, key))
+    except AbsentError:
+        return None
+
+
+def read_range(
+    raw: ObjectStore, key: str, start: int, stop: int, url: str, tag: str = ""
+) -> memoryview:
+    """Bytes `[start, stop)` of an object; a body that breaks off is read again.
+
+    Raises `IncompleteError`; where the object has no longer the `tag` that is given,
+    `ChangedError`.
     """
     import obstore
     from obstore.exceptions import BaseError, PreconditionError
 
-    start, stop = options["range"]
+    options: GetOptions = {"range": (start, stop)}
+    if tag:
+        options["if_match"] = tag
     for again in range(_TRIES):
         count(get=1, repeated=int(again > 0))
         try:
@@ -249,7 +257,7 @@ class ChangedError(IncompleteError):
         super().__init__("the object changed while it was read.", path=url, hint=_GONE)
 
 
-class _AbsentError(Exception):
+class AbsentError(Exception):
     """There is no such object."""
 
 
@@ -263,7 +271,7 @@ def asking(url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         if "NoSuchBucket" in str(error):
             raise NotFoundError("there is no such bucket.", path=url) from None
-        raise _AbsentError from None
+        raise AbsentError from None
     except (BaseError, OSError) as error:
         words, hint, _ = _refusal(error)
         raise NotFoundError(f"it cannot be looked at: {words}.", path=url, hint=hint) from None

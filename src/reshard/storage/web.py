@@ -11,23 +11,26 @@ A single file needs neither. The server must support ranges.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from html.parser import HTMLParser
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from reshard.core.locations import RemotePath
+from msgspec import Raw, Struct
+
+from reshard.core.locations import MANIFEST, RemotePath
 from reshard.errors import FormatError, IncompleteError
+from reshard.storage import strict_json
 from reshard.storage.requests import count
 from reshard.storage.stores import (
     RETRY,
+    AbsentError,
     Listing,
     Object,
-    _AbsentError,
     asking,
     client,
+    head,
     library,
     read_range,
 )
@@ -37,9 +40,14 @@ if TYPE_CHECKING:
 
 # Bytes of an index page or a `reshard.json`.
 _MAX_PAGE = 128 << 20
-_MANIFEST = "reshard.json"
 _TITLES = ("index of ", "directory listing for ")
 _UNKNOWN = Object(-1)
+
+
+class _Stated(Struct):
+    """What is taken of a `reshard.json`: nothing but the files' names is made."""
+
+    files: dict[str, Raw] = {}
 
 
 class Host:
@@ -51,20 +59,12 @@ class Host:
         self._stated: dict[str, list[str]] = {}
 
     def head(self, key: str) -> Object | None:
-        import obstore
-
-        count(head=1)
-        try:
-            with asking(f"{self.url}/{key}"):
-                meta = obstore.head(self._raw, key)
-        except _AbsentError:
-            return None
-        return Object(meta["size"], meta["e_tag"] or "", meta["last_modified"].timestamp())
+        return head(self._raw, key, f"{self.url}/{key}")
 
     def folder(self, key: str) -> Listing:
-        manifest = self._small(f"{key}/{_MANIFEST}" if key else _MANIFEST)
+        manifest = self._small(f"{key}/{MANIFEST}" if key else MANIFEST)
         if manifest is not None:
-            self._stated[key] = [*_stated(manifest, f"{self.url}/{key}"), _MANIFEST]
+            self._stated[key] = [*_stated(manifest, f"{self.url}/{key}"), MANIFEST]
         for above, names in self._stated.items():
             if key == above or key.startswith(f"{above}/"):
                 start = f"{key[len(above) + 1 :]}/" if key != above else ""
@@ -84,11 +84,9 @@ class Host:
         return found
 
     def read(self, key: str, start: int, stop: int, known: Object) -> memoryview:
-        options: dict[str, Any] = {"range": (start, stop)}
         # A weak tag never matches (RFC 9110, 13.1.1).
-        if known.tag and not known.tag.startswith("W/"):
-            options["if_match"] = known.tag
-        return read_range(self._raw, key, options, f"{self.url}/{key}")
+        tag = "" if known.tag.startswith("W/") else known.tag
+        return read_range(self._raw, key, start, stop, f"{self.url}/{key}", tag)
 
     def _small(self, key: str) -> bytes | None:
         """A page or a small file whole; None where there is none."""
@@ -101,7 +99,7 @@ class Host:
                 if found.meta["size"] > _MAX_PAGE:
                     raise FormatError("it is too large.", path=f"{self.url}/{key}")
                 data = bytes(found.bytes())
-        except _AbsentError:
+        except AbsentError:
             return None
         count(bytes_read=len(data))
         return data
@@ -122,15 +120,15 @@ def _host(scheme: str, name: str) -> Host:
 def _stated(text: bytes, url: str) -> list[str]:
     """The files that a `reshard.json` lists. It is read strictly once the folder is verified."""
     try:
-        files = json.loads(text)["files"]
-        if not isinstance(files, dict) or not files:
-            raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError):
+        files = strict_json.parse_as(text, _Stated, url).files
+    except FormatError:
+        files = {}
+    if not files:
         raise IncompleteError(
-            f"its {_MANIFEST} lists no files, so that what is in it cannot be told.",
+            f"its {MANIFEST} lists no files, so that what is in it cannot be told.",
             path=url,
             hint="Copy the folder here, and name the copy.",
-        ) from None
+        )
     return list(files)
 
 

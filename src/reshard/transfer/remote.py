@@ -29,10 +29,10 @@ from typing import Any
 
 from reshard._version import __version__
 from reshard.core.findings import Finding
-from reshard.core.locations import RemotePath
+from reshard.core.locations import MANIFEST, RemotePath
 from reshard.errors import ReshardError, UnsupportedError, WriteError
 from reshard.storage import remote, strict_json
-from reshard.storage.remote import CLAIM, MANIFEST
+from reshard.storage.remote import CLAIM
 from reshard.storage.source import Source
 from reshard.storage.stores import Bucket, Object, bucket_of
 from reshard.transfer.journal import Journal

@@ -13,7 +13,7 @@ from msgspec import Struct
 from reshard.conversion.base_model import read_base
 from reshard.conversion.convert import convert
 from reshard.conversion.destination import check_apart, check_replaceable
-from reshard.conversion.manifest import MANIFEST
+from reshard.core.locations import MANIFEST
 from reshard.core.options import PathLike, documented, parse
 from reshard.errors import FormatError, IncompleteError, NotFoundError, ReshardError, WriteError
 from reshard.progress import StagedProgress

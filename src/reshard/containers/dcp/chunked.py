@@ -19,8 +19,6 @@ from reshard.errors import FormatError, IncompleteError, UnsupportedError, at
 from reshard.storage.local import Sources
 
 _RANK_DATA = re.compile(r"__(\d+)_\d+\.distcp")
-
-
 # Chunks of a layout that is kept to be met again.
 _MAX_REPEATED = 4096
 

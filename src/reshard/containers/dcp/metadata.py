@@ -42,12 +42,11 @@ MAX_STEPS = 128
 ALIASES = "reshard_aliases"
 # Where an item lies that is not a tensor: its index has no offset.
 _WHOLE = None
-# Where each item lies, by its key and offset.
-_Places = dict[str, dict[Shape | None, "Location"]]
-
-
+# The fields of an item's place.
 _PLACE = ("relative_path", "offset", "length", "transform_descriptors")
 _INT = frozenset({int})
+# Where each item lies, by its key and offset.
+_Places = dict[str, dict[Shape | None, "Location"]]
 
 
 class Location(Struct, frozen=True, gc=False):

@@ -24,8 +24,6 @@ from reshard.storage.source import Identity, Source
 _END_NBYTES = 4096
 # Bytes. The pickle of a plain tensor has about 150; a larger one is not a plain tensor's.
 _MAX_PICKLE_NBYTES = 1 << 20
-
-
 # In a zip: the beginning of a directory's entry, where its CRC-32 and its header's place stand; the
 # CRC-32 of a local header; the beginning of a data descriptor, whose CRC-32 follows.
 _CENTRAL_SIGNATURE, _CENTRAL_CRC_AT, _HEADER_AT = b"PK\1\2", 16, 42

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 OPENING = b"\x81\x94}\x94("
 _CLOSING = b"ub"
 _GET = rb"(h.|j.{4})"
+# Bytes of the two, with their numbers.
+_GETS = {b"h": 2, b"j": 5}
 # A string: recalled, or spelt with its length, which is compared, and put into the memo.
 _TEXT = rb"(h.|j.{4}|\x8c.[^\x94]*\x94)"
 _ONE_TEXT = re.compile(rb"\x8c.[^\x94]*\x94", re.DOTALL)
@@ -143,7 +145,7 @@ class Repeats:
             for one, start, end in zip(cycle, ends, ends[1:], strict=False):
                 cls = self._classes.get(groups[start])
                 if cls is None:
-                    cls = self._classes[groups[start]] = self._recalled(m, groups[start])
+                    cls = self._classes[groups[start]] = _recalled(m, groups[start])
                 if cls is one.cls:
                     records.append(self._make(m, one, groups[start + 1 : end], memo))
             if len(records) < len(cycle) or None in records:
@@ -158,13 +160,14 @@ class Repeats:
 
     def _cycle(self, m: Machine, first: _Spelling, pos: int) -> list[_Spelling]:
         """The spellings that follow a record of `first`, up to and with the next of it."""
-        nbytes = 2 if m.data[pos : pos + 1] == b"h" else 5 if m.data[pos : pos + 1] == b"j" else 0
-        if not nbytes or m.data[pos + nbytes : pos + nbytes + 1] != b")":
+        raw = _get_at(m.data, pos)
+        after = pos + len(raw)
+        if not raw or m.data[after : after + 1] != b")":
             return []
-        cls = self._recalled(m, m.data[pos : pos + nbytes])
+        cls = _recalled(m, raw)
         if cls is first.cls:
             return [first]
-        found = self._match(m, cls, pos + nbytes + 1) if isinstance(cls, Global) else None
+        found = self._match(m, cls, after + 1) if isinstance(cls, Global) else None
         return [] if found is None else [found[0], first]
 
     def _match(self, m: Machine, cls: Global, pos: int) -> tuple[_Spelling, re.Match[bytes]] | None:
@@ -219,7 +222,7 @@ class Repeats:
                 values.append(self._int(group) if known is None else known)
             elif kind == _IS_TEXT:
                 group = groups[first]
-                value = self._text(group) if group[0] == 0x8C else self._recalled(m, group)
+                value = self._text(group) if group[0] == 0x8C else _recalled(m, group)
                 if type(value) is not str:
                     return None
                 if group[0] == 0x8C:
@@ -253,37 +256,38 @@ class Repeats:
                     self._texts[raw] = known
         return known
 
-    def _recalled(self, m: Machine, raw: bytes) -> object:
-        """What an opcode recalls of the memo; None where it is not there."""
-        index = raw[1] if len(raw) == 2 else _U32(raw, 1)[0]
-        return m.memo[index] if index < len(m.memo) else None
+
+def _get_at(data: bytes, pos: int) -> bytes:
+    """The opcode at `pos` that recalls a value, with its number; empty where there is none."""
+    nbytes = _GETS.get(data[pos : pos + 1], 0)
+    raw = data[pos : pos + nbytes]
+    return raw if len(raw) == nbytes else b""
+
+
+def _recalled(m: Machine, raw: bytes) -> object:
+    """What an opcode recalls of the memo; None where it is not there."""
+    index = raw[1] if len(raw) == 2 else _U32(raw, 1)[0]
+    return m.memo[index] if index < len(m.memo) else None
 
 
 def _learn(m: Machine, cls: Global, pos: int) -> _Spelling | None:
     """How the record at `pos` is spelt; None where it is not one of simple fields."""
-    data, memo = m.data, m.memo
+    data = m.data
     pos += len(OPENING)
     source = re.escape(OPENING)
     keys: list[str] = []
     fields: list[_Field] = []
     groups = 0
-
-    def recalled(at: int) -> tuple[object, bytes]:
-        nbytes = {0x68: 2, 0x6A: 5}.get(data[at], 0) if at < len(data) else 0
-        raw = data[at : at + nbytes]
-        if len(raw) != nbytes or not nbytes:
-            return None, b""
-        index = raw[1] if nbytes == 2 else _U32(raw, 1)[0]
-        return (memo[index] if index < len(memo) else None), raw
-
     while not data.startswith(_CLOSING, pos):
-        key, raw = recalled(pos)
+        raw = _get_at(data, pos)
+        key = _recalled(m, raw) if raw else None
         if type(key) is not str or key in keys or len(keys) >= _MAX_FIELDS:
             return None
         pos += len(raw)
         source += re.escape(raw)
         keys.append(key)
-        value, raw = recalled(pos)
+        raw = _get_at(data, pos)
+        value = _recalled(m, raw) if raw else None
         if isinstance(value, Global) and value.name == _SIZE:
             found = _size(data, pos + len(raw))
             if found is None:

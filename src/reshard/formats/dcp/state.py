@@ -16,7 +16,7 @@ equal copies are one group. FSDP1's states have the same form (torch 2.13, state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from reshard.containers.dcp.objects import read_object
 from reshard.containers.torch.optimizer import NOT_HYPER, eight_bit, parse_step
 from reshard.containers.torch.plain import PlainData
 from reshard.core.state import (
-    WEIGHTS_ALONE,
     Group,
     Plain,
     ReadState,
@@ -37,7 +36,7 @@ from reshard.core.state import (
     tensor_name,
 )
 from reshard.core.tensors import Entry
-from reshard.errors import FormatError, UnsupportedError, listed
+from reshard.errors import FormatError, UnsupportedError
 from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS, optimizer_file
 from reshard.formats.dcp import besides
 from reshard.formats.dcp.parts import Part
@@ -64,13 +63,13 @@ def reader(
         plain = PlainData(sources)
         place, inside, found = folder, metadata, roots
         if len(beside) > 1:
-            raise _several(folder, (path.name for path in beside))
+            raise optimizer_file.several(folder, (path.name for path in beside))
         if beside:
             besides.refuse_rank_files(beside[0])
             place, inside = beside[0], folder_metadata(beside[0], sources)
             found = _roots(inside, ()) or [()]
         if len(found) > 1:
-            raise _several(place, (".".join(root) for root in found))
+            raise optimizer_file.several(place, (".".join(root) for root in found))
         state = _read(place, inside, found[0], plain)
         state = besides.run_state(state, folder, metadata, plain)
         for prefix in ("", *_tails(".".join(part.path))):
@@ -78,15 +77,6 @@ def reader(
         return _inside(state, entries, metadata, part)
 
     return ReadState(read)
-
-
-def _several(place: Path, names: Iterable[str]) -> UnsupportedError:
-    return UnsupportedError(
-        f"it holds the states of several optimizers ({listed(names)}), and nothing says which "
-        "one is this model's.",
-        path=place,
-        hint=WEIGHTS_ALONE,
-    )
 
 
 def _roots(metadata: Metadata, model: StatePath) -> list[StatePath]:

@@ -114,12 +114,15 @@ def _section(state: TrainingState, place: _Place, *, rank: int) -> Section:
     objects: dict[StatePath, bytes] = {}
     for at, group in enumerate(state.groups):
         settings = {key: lay_out_data(value) for key, value in group.hyperparameters.items()}
-        if not place.flattened:
+        if place.flattened:
+            objects |= {
+                (*root, f"param_groups.{name}.{key}"): data
+                for name in group.names
+                for key, data in settings.items()
+            }
+        else:
             settings["params"] = lay_out_data(list(group.names))
             objects |= {(*root, "param_groups", at, key): data for key, data in settings.items()}
-        for name in group.names if place.flattened else ():
-            flat = {f"param_groups.{name}.{key}": data for key, data in settings.items()}
-            objects |= {(*root, key): data for key, data in flat.items()}
     if place.flattened:
         if state.scheduler is not None and _misfit(state) is None:
             objects["lr_scheduler", "last_epoch"] = lay_out_data(state.scheduler["last_epoch"])
@@ -129,12 +132,13 @@ def _section(state: TrainingState, place: _Place, *, rank: int) -> Section:
 
 def _counted(state: TrainingState) -> dict[str, TensorBytes]:
     """torchtitan's counters as far as they are known, as it stores them."""
-    counts = {"step": state.counters.get("step", state.counters.get("global_steps"))}
-    counts["ntokens_seen"] = state.counters.get("ntokens_seen")
-    widths = {"step": (INT32, 4), "ntokens_seen": (INT64, 8)}
+    counts = {
+        "step": (INT32, state.counters.get("step", state.counters.get("global_steps"))),
+        "ntokens_seen": (INT64, state.counters.get("ntokens_seen")),
+    }
     return {
-        key: TensorBytes(widths[key][0], (), count.to_bytes(widths[key][1], "little"))
-        for key, count in counts.items()
+        key: TensorBytes(dtype, (), count.to_bytes(dtype.itemsize, "little"))
+        for key, (dtype, count) in counts.items()
         if count is not None and 0 <= count < 1 << 31
     }
 

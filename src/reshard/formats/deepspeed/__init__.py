@@ -56,7 +56,10 @@ def detect(path: Path) -> str | None:
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """The tensors of the checkpoint that `selection.tag` (default: `latest`) names."""
     location = place.locate(path, sources, selection.tag)
-    catalog = pipeline.read(location, sources) or _read(location, sources, selection)
+    if location.layers and not location.universal:
+        catalog = pipeline.read(location, sources)
+    else:
+        catalog = _read(location, sources, selection)
     models = () if selection.tag else place.several_models(path)
     return replace(
         catalog, findings=(*catalog.findings, *of_several(path, models, location.tag, "tag"))
@@ -64,9 +67,11 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 
 def _read(location: Location, sources: Sources, selection: Selection) -> Catalog:
-    """What the files hold of a run without pipeline stages."""
-    ranks = [location.of(mp) for mp in location.mp_ranks]
+    """What the files hold that are not of a pipeline's layers."""
+    ranks = location.ranks
     saved = [files.read(rank, sources) for rank in ranks]
+    if location.universal and saved[0].model[0].staged:
+        return pipeline.of_universal(location, saved, sources)
     saved = tensor_parallel.check(location, saved, sources)
     parts = [
         _catalog(rank, one, sources, selection) for rank, one in zip(ranks, saved, strict=True)

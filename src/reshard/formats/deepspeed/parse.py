@@ -93,12 +93,13 @@ class ExpertFile(Struct, frozen=True):
 
 
 class LayerFile(Struct, frozen=True):
-    """A `layer_*-model_states.pt` file: the state dict of a pipeline's layer.
+    """A `layer_*-model_states.pt` file: the state dict of the pipeline's layer `number`.
 
     Values that are not tensors are left out; `unread` are tensors of kinds that are not handled.
     """
 
     path: Path
+    number: int
     module: Mapping[str, TensorRef]
     unread: Mapping[str, str]
     records: tuple[Record, ...]
@@ -224,10 +225,12 @@ def parse_expert(path: Path, file: TorchFile) -> ExpertFile:
     return ExpertFile(path, module, file.records, file.opaque, file.written_as)
 
 
-def parse_layer(path: Path, file: TorchFile) -> LayerFile:
-    """The content of a file of a pipeline's layer as types."""
+def parse_layer(path: Path, number: int, file: TorchFile) -> LayerFile:
+    """The content of a file of the pipeline's layer `number` as types."""
     top = _mapping(file.value, path, "the file")
-    return LayerFile(path, _tensors(top), _unread(top), file.records, file.opaque, file.written_as)
+    return LayerFile(
+        path, number, _tensors(top), _unread(top), file.records, file.opaque, file.written_as
+    )
 
 
 def parse_optim(path: Path, file: TorchFile) -> OptimFile:

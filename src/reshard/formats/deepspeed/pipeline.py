@@ -34,7 +34,7 @@ from reshard.core.tensors import Entry
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import files, proof, stages012, state, tensor_parallel, universal
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.parse import LayerFile, Shapes, parse_layer, parse_model
+from reshard.formats.deepspeed.parse import LayerFile, Shapes, parse_layer
 from reshard.formats.deepspeed.place import Location
 from reshard.formats.deepspeed.run_state import run_state
 from reshard.storage.local import Sources
@@ -45,22 +45,14 @@ _ONE_SAVE = "Copy all files of one save."
 _LISTED = 4
 
 
-def read(location: Location, sources: Sources) -> Catalog | None:
-    """The tensors of all stages; None where the run had none."""
-    if location.universal:
-        saved = _of_universal(location, sources)
-        return None if saved is None else _universal(location, saved, sources)
-    return _catalog(location, _saved(location, sources), sources) if location.layers else None
+def read(location: Location, sources: Sources) -> Catalog:
+    """The tensors of all stages of a save that has files of layers."""
+    return _catalog(location, _saved(location, sources), sources)
 
 
-def _of_universal(location: Location, sources: Sources) -> list[Saved] | None:
-    """The model files of all stages, of a universal checkpoint of such a run: they hold no
-    module."""
-    path = next(iter(location.model.values()), None)
-    if path is None or not parse_model(path, read_torch(sources.open(path))).staged:
-        return None
-    ranks = [location.of(mp) for mp in location.mp_ranks]
-    saved = [files.read(rank, sources) for rank in ranks]
+def of_universal(location: Location, saved: Sequence[Saved], sources: Sources) -> Catalog:
+    """The tensors of a universal checkpoint of such a run, whose model files hold no module: the
+    masters of `zero/`, of the parameters that all stages list."""
     tensor_parallel.check_ranks(location, saved)
     tensor_parallel.check_one_save(saved, sources)
     stages = saved[0].model[0].pipeline_stages
@@ -70,17 +62,8 @@ def _of_universal(location: Location, sources: Sources) -> list[Saved] | None:
             f"{len(saved) // stages} tensor parallel ranks each, which is not handled.",
             path=location.folder,
         )
-    return saved
-
-
-def _universal(location: Location, saved: Sequence[Saved], sources: Sources) -> Catalog:
-    """The masters of `zero/`, of the parameters that all stages list."""
-    groups: list[Shapes] = []
-    for one in saved:
-        for number, group in enumerate(one.model[0].groups):
-            groups += [{}] * (number + 1 - len(groups))
-            groups[number] = {**groups[number], **group}
-    whole = replace(saved[0], model=(replace(saved[0].model[0], groups=tuple(groups)),))
+    model = replace(saved[0].model[0], groups=tuple(_groups(saved)))
+    whole = replace(saved[0], model=(model,))
     made = universal.catalog(location, whole, sources)
     details = {**made.origin.details, "pipeline_stages": len(saved)}
     entries = {entry.spec.name: entry for entry in sorted(made.entries.values(), key=_layer)}
@@ -93,7 +76,7 @@ def _saved(location: Location, sources: Sources) -> list[Saved]:
 
     Raises `IncompleteError`, `FormatError`, `UnsupportedError`.
     """
-    ranks = [location.of(mp) for mp in location.mp_ranks]
+    ranks = location.ranks
     saved = [files.parsed(rank, sources) for rank in ranks]
     if not all(one.model[0].staged for one in saved):
         raise FormatError(
@@ -103,7 +86,7 @@ def _saved(location: Location, sources: Sources) -> list[Saved]:
             hint="Remove the files of the older save.",
         )
     layers = {
-        number: parse_layer(path, read_torch(sources.open(path)))
+        number: parse_layer(path, number, read_torch(sources.open(path)))
         for number, path in sorted(location.layers.items())
     }
     saved = _with_layers(saved, layers, location)
@@ -119,8 +102,10 @@ def _saved(location: Location, sources: Sources) -> list[Saved]:
 
 def _catalog(location: Location, saved: Sequence[Saved], sources: Sources) -> Catalog:
     """The tensors of all stages, in the order of the layers."""
-    ranks = [location.of(mp) for mp in location.mp_ranks]
-    parts = [stages012.catalog(rank, one, sources) for rank, one in zip(ranks, saved, strict=True)]
+    parts = [
+        stages012.catalog(rank, one, sources)
+        for rank, one in zip(location.ranks, saved, strict=True)
+    ]
     entries: dict[str, Entry] = {}
     for part in parts:
         for name, entry in part.entries.items():
@@ -141,7 +126,11 @@ def _catalog(location: Location, saved: Sequence[Saved], sources: Sources) -> Ca
         origin=replace(
             origin,
             world_size=origin.world_size and origin.world_size * len(parts),
-            details={**origin.details, "groups": _sizes(saved), "pipeline_stages": len(parts)},
+            details={
+                **origin.details,
+                "groups": [len(group) for group in _groups(saved)],
+                "pipeline_stages": len(parts),
+            },
         ),
     )
     return replace(made, optimizer=_reader(saved, made, sources))
@@ -252,15 +241,15 @@ def _are(held: Mapping[str, TensorRef], masters: Mapping[str, Entry], sources: S
 def _owners(saved: Sequence[Saved]) -> dict[str, list[str]]:
     """What the parameters of shared modules are called by their layers: `0.weight`."""
     owners: dict[str, list[str]] = {}
-    spare = [file for one in saved for file in one.layers]
+    layers = [file for one in saved for file in one.layers]
     for one in saved:
         for name, tensor in one.model[0].module.items():
             match = _TIED.fullmatch(name)
-            for file in spare if match else ():
-                stored = file.module.get(match[2]) if match else None
-                if stored is not None and stored == tensor:
-                    number = int(re.split(r"[_-]", file.path.name)[1])
-                    owners.setdefault(name, []).append(f"{number}.{match[2] if match else ''}")
+            if match is None:
+                continue
+            of = [file.number for file in layers if file.module.get(match[2]) == tensor]
+            if of:
+                owners.setdefault(name, []).extend(f"{number}.{match[2]}" for number in of)
     return {name: list(dict.fromkeys(names)) for name, names in owners.items()}
 
 
@@ -272,13 +261,13 @@ def _called(name: str, entry: Entry, owners: Mapping[str, Sequence[str]]) -> Ent
     return replace(entry.renamed(first), aliases=(*more, name, *entry.aliases))
 
 
-def _sizes(saved: Sequence[Saved]) -> list[int]:
-    """The number of parameters in each group, those of shared modules once."""
-    groups: dict[int, set[str]] = {}
+def _groups(saved: Sequence[Saved]) -> list[Shapes]:
+    """The parameters of each group in all stages, those of shared modules once."""
+    groups: dict[int, Shapes] = {}
     for one in saved:
         for number, group in enumerate(one.model[0].groups):
-            groups.setdefault(number, set()).update(group)
-    return [len(names) for names in groups.values()]
+            groups.setdefault(number, {}).update(group)
+    return list(groups.values())
 
 
 def _layer(entry: Entry) -> int:
@@ -315,9 +304,10 @@ def _reader(saved: Sequence[Saved], made: Catalog, sources: Sources) -> ReadStat
                 "alone.",
             )
         plain = PlainData(sources)
+        content = read_torch(sources.open(first.path)).value
         found = _joined([state.of_rank(one, plain) for one in saved], saved, sources)
-        owners = {alias: n for n, entry in made.entries.items() for alias in entry.aliases}
-        return run_state(found.renamed(lambda name: owners.get(name, name)), first, plain)
+        found = state.with_masters(found.owned(made.entries), made)
+        return run_state(found, content, plain)
 
     return ReadState(read)
 
@@ -329,7 +319,7 @@ def _joined(
     first = states[0]
     groups: list[Group] = list(first.groups)
     moments = {kind: dict(table) for kind, table in first.moments.items()}
-    masters, steps = dict(first.masters), dict(first.steps)
+    steps = dict(first.steps)
     for one, other in zip(saved[1:], states[1:], strict=True):
         settings = [group.hyperparameters for group in other.groups]
         alike = settings == [group.hyperparameters for group in groups]
@@ -340,8 +330,8 @@ def _joined(
                 hint=_ONE_SAVE,
             )
         seen = {name for group in groups for name in group.names}
-        tables = ((moments[kind], other.moments[kind]) for kind in moments)
-        for table, theirs in ((masters, other.masters), *tables):
+        for kind, table in moments.items():
+            theirs = other.moments[kind]
             for name in table.keys() & theirs.keys():
                 proof.check_replicas(table[name], theirs[name], sources)
             table.update({name: entry for name, entry in theirs.items() if name not in table})
@@ -351,11 +341,4 @@ def _joined(
             for mine, group in zip(groups, other.groups, strict=True)
         ]
     records = tuple(dict.fromkeys(record for state in states for record in state.records))
-    return replace(
-        first,
-        moments=moments,
-        masters=masters,
-        steps=steps,
-        groups=tuple(groups),
-        records=records,
-    )
+    return replace(first, moments=moments, steps=steps, groups=tuple(groups), records=records)

@@ -63,8 +63,12 @@ class Location(Struct, frozen=True):
         """The model parallel ranks that have files, ascending."""
         return sorted({mp for _, mp in (*self.model, *self.optim)})
 
-    def of(self, mp_rank: int) -> Location:
-        """The same folder with the files of one model parallel rank."""
+    @property
+    def ranks(self) -> list[Location]:
+        """The same folder with the files of each model parallel rank; itself where none has any."""
+        return [self._of(mp) for mp in self.mp_ranks] or [self]
+
+    def _of(self, mp_rank: int) -> Location:
         model = {rank: path for rank, path in self.model.items() if rank[1] == mp_rank}
         optim = {rank: path for rank, path in self.optim.items() if rank[1] == mp_rank}
         return replace(self, model=model, optim=optim)

@@ -52,7 +52,7 @@ def reader(
         plain = PlainData(sources)
         content = read_torch(sources.open(first.path)).value
         if saved[0].optim:
-            state = _with_masters(_zero(saved, plain), catalog)
+            state = with_masters(_zero(saved, plain), catalog)
         elif ranks[0].universal:
             state = universal_state.read(ranks[0], saved[0], catalog, plain)
         else:
@@ -86,7 +86,7 @@ def _zero(saved: Sequence[Saved], plain: PlainData) -> TrainingState:
     return replace(first, moments=moments, records=records)
 
 
-def _with_masters(state: TrainingState, catalog: Catalog) -> TrainingState:
+def with_masters(state: TrainingState, catalog: Catalog) -> TrainingState:
     """The state with its masters, which are the weights of the catalog."""
     names = (name for group in state.groups for name in group.names)
     return replace(state, masters={name: catalog.entries[name] for name in names})

@@ -38,6 +38,7 @@ from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.flat import flat_entry, stored_entry
 from reshard.formats.deepspeed.parse import ModelFile
 from reshard.formats.deepspeed.wrapped import refuse_sharded, scaling
+from reshard.formats.optimizer_file import shape_of
 from reshard.naming.order import groups_in_order
 from reshard.storage.local import Sources
 
@@ -85,7 +86,7 @@ def read(saved: Sequence[Saved], top: object, catalog: Catalog, plain: PlainData
         _by_values(model, saved[0], plain.sources)
         if wrapped
         else groups_in_order(
-            [[_shape(found, key) for key in group.params] for group in found.groups],
+            [[shape_of(found, key) for key in group.params] for group in found.groups],
             [(name, tensor.shape) for name, tensor in _module(saved[0]).items()],
         )
     )
@@ -223,13 +224,6 @@ def _in_any_order(
     if any(len(names) != 1 for group in found for names in group) or len(set(every)) != len(every):
         return None
     return [[names[0] for names in group] for group in found]
-
-
-def _shape(found: OptimizerDict, key: int | str) -> Hashable:
-    """The shape of a parameter, which its moments have."""
-    state = found.states.get(key)
-    tensors = [] if state is None else list(state.moments.values())
-    return next((t.shape for t in tensors if isinstance(t, TensorRef)), None)
 
 
 def _look(tensor: TensorRef, dtype: DType, sources: Sources) -> Hashable:

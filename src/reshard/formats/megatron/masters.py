@@ -31,8 +31,9 @@ OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..+")
 #: What the state calls masters, and what they are called here.
 KINDS, MASTER = ("fp32_param", "param"), "master"
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)")
-_UNNAMED = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\..+")
-_GATHERED = re.compile(rf"{_UNNAMED.pattern[:-2]}.*\.param_state(?:/.+)?")
+_DISTRIBUTED = r"(?:chained_\d+\.)?optimizer\.distributed\."
+_UNNAMED = re.compile(rf"{_DISTRIBUTED}.+")
+_GATHERED = re.compile(rf"{_DISTRIBUTED}.*\.param_state(?:/.+)?")
 _LISTED = 5
 
 

@@ -145,8 +145,9 @@ def _common(folder: Path, sources: Sources) -> dict[str, Any]:
 def _groups(common: Mapping[str, Any], plain: PlainData, folder: Path) -> list[_RawGroup]:
     """The groups of all optimizers, in their order."""
     top = common.get("optimizer")
-    several = isinstance(top, dict) and bool(top) and all(isinstance(key, int) for key in top)
-    ones = list(top.values()) if several and isinstance(top, dict) else [top]
+    ones = [top]
+    if isinstance(top, dict) and top and all(isinstance(key, int) for key in top):
+        ones = list(top.values())
     found = []
     for one in ones:
         inner = one
@@ -205,7 +206,7 @@ def _told(numbers: list[int], groups: Sequence[_RawGroup], rule: str, wanted: ob
 
 def _stated(group: _RawGroup, rule: str) -> object:
     """What a group states of a rule; NeMo puts `pre_` before it."""
-    default = {"wd_mult": 1.0}.get(rule, False)
+    default: object = 1.0 if rule == "wd_mult" else False
     value = group.stated.get(rule, group.stated.get(f"pre_{rule}", default))
     return float(value) if rule == "wd_mult" and isinstance(value, int | float) else value
 

@@ -25,11 +25,11 @@ from reshard.core.findings import state_named_by_order
 from reshard.core.state import WEIGHTS_ALONE, Group, Plain, ReadState, TrainingState, tensor_name
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
+from reshard.formats.optimizer_file import names_in_order
 from reshard.formats.rank_files import join
 from reshard.formats.rank_files.files import Saved
 from reshard.formats.rank_files.state import State
 from reshard.formats.run_files import read_run_file
-from reshard.naming.order import groups_in_order
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file
 
@@ -157,17 +157,7 @@ def _names(
         return found[0] if found else None
 
     model = [(name, entry.spec.shape) for name, entry in entries.items() if entry.kind != "buffer"]
-    groups = [[shape(key) for key in group.params] for group in first.groups]
-    named = groups_in_order(groups, model)
-    if named is None:
-        raise UnsupportedError(
-            "the parameters of the optimizer go by numbers, and their order and shapes fit none "
-            "of the model's parameters or several ways: nothing tells whose the state is.",
-            path=path,
-            hint=WEIGHTS_ALONE,
-        )
-    keys = [key for group in first.groups for key in group.params]
-    return dict(zip(keys, (name for group in named for name in group), strict=True))
+    return names_in_order(first, shape, model, path)
 
 
 def _scheduler(saved: Saved, plain: PlainData) -> dict[str, Plain] | None:
