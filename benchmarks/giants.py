@@ -49,7 +49,6 @@ class Size:
 
 
 WHOLE = Size()
-SMALL = Size(layers=1, experts=24, world=64)
 
 
 def tensors(size: Size) -> Iterator[tuple[str, Shape, int, int]]:
@@ -169,10 +168,7 @@ def make_dcp(folder: Path, size: Size = WHOLE) -> None:
             stored[dcp.MetadataIndex(name, offsets, part)] = place
         described[name] = dcp.TensorStorageMetadata(properties, torch.Size(shape), chunks)
     files.close()
-    planner = {name: (name,) for name in described}
-    by_rank = _gathered(stored)
-    found = dcp.Metadata(described, planner, by_rank, dcp.StorageMeta(folder), "1.0.0")
-    _pickle(folder, found)
+    _pickle(folder, _metadata(folder, described, stored))
 
 
 def make_megatron(folder: Path, size: Size = WHOLE) -> None:
@@ -197,9 +193,7 @@ def make_megatron(folder: Path, size: Size = WHOLE) -> None:
             plans[rank].append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         described[name] = dcp.TensorStorageMetadata(properties, torch.Size(shape), chunks)
     files.close()
-    planner = {name: (name,) for name in described}
-    by_rank = _gathered(stored)
-    found = dcp.Metadata(described, planner, by_rank, dcp.StorageMeta(folder), "1.0.0")
+    found = _metadata(folder, described, stored)
     found.all_local_plans = [SavePlan(items) for items in plans]
     torch.save({"checkpoint_version": 3.0, "iteration": 10}, folder / "common.pt")
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
@@ -238,6 +232,14 @@ def _places(grid: Sequence[int]) -> Iterator[Shape]:
     for outer in _places(grid[:-1]):
         for last in range(grid[-1]):
             yield (*outer, last)
+
+
+def _metadata(
+    folder: Path, described: dict[str, Any], stored: dict[dcp.MetadataIndex, _StorageInfo]
+) -> dcp.Metadata:
+    """What `.metadata` holds of these tensors and places."""
+    paths = {name: (name,) for name in described}
+    return dcp.Metadata(described, paths, _gathered(stored), dcp.StorageMeta(folder), "1.0.0")
 
 
 def _gathered(

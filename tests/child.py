@@ -1,10 +1,12 @@
-"""Running a module of these tests in a process of its own, for what forks ranks."""
+"""Running a module of these tests in a process of its own, for what forks ranks; and waiting."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -30,3 +32,16 @@ def run(module: str, *arguments: str, **more: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+
+
+def until(
+    condition: Callable[[], object],
+    process: subprocess.Popen[str] | None = None,
+    seconds: float = 30,
+) -> None:
+    """Wait for a condition, so many seconds at most; the process must not end meanwhile."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.05)

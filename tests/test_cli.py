@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import venv
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from reshard import open as open_checkpoint
 from reshard.cli.app import reshard, run
 from reshard.cli.lightrft.ds2hf import command as ds2hf
 from reshard.cli.lightrft.fsdp2hf import command as fsdp2hf
+from tests.child import until
 from tests.oracle.cache import Oracle, digest_of, kept
 
 ROOT = Path(__file__).parent.parent
@@ -401,11 +401,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("deep/.out.partial-*/tmp/*")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
+    until(lambda: list(tmp_path.glob("deep/.out.partial-*/tmp/*")), process, seconds=60)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors

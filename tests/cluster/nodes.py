@@ -30,14 +30,19 @@ def cluster(nodes: int) -> Iterator[Any]:
         made.shutdown()
 
 
-def at_work() -> list[int]:
-    """The workers of this user that are at work on a task just now."""
+def processes(file: str, words: bytes) -> list[int]:
+    """The processes of this user whose `file` in /proc holds some words."""
     found = []
     for place in Path("/proc").iterdir():
         with suppress(OSError):
-            if place.name.isdigit() and b"ray::work" in (place / "cmdline").read_bytes():
+            if place.name.isdigit() and words in (place / file).read_bytes():
                 found.append(int(place.name))
     return found
+
+
+def at_work() -> list[int]:
+    """The workers of this user that are at work on a task just now."""
+    return processes("cmdline", b"ray::work")
 
 
 def writers(folder: Path) -> list[int]:

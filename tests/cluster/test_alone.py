@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import reshard
+from tests.child import until
 from tests.cluster import nodes
 from tests.cluster.test_ray import assert_same_folder, save
 from tests.golden.make import HERE
@@ -33,12 +33,7 @@ def mark() -> Iterator[str]:
 
 def marked(mark: str) -> list[int]:
     """The processes that are marked so."""
-    found = []
-    for place in Path("/proc").iterdir():
-        with suppress(OSError):
-            if place.name.isdigit() and mark.encode() in (place / "environ").read_bytes():
-                found.append(int(place.name))
-    return found
+    return nodes.processes("environ", mark.encode())
 
 
 def start(mark: str, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -54,13 +49,6 @@ def start(mark: str, *arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_until(true: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 def test_the_command_alone(tmp_path: Path, mark: str) -> None:
     source = HERE / "zero3" / "checkpoint"
@@ -68,7 +56,7 @@ def test_the_command_alone(tmp_path: Path, mark: str) -> None:
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
     assert json.loads(out)["verified"] is True
-    wait_until(lambda: not marked(mark))
+    until(lambda: not marked(mark), seconds=60)
     reshard.convert(source, tmp_path / "local")
     assert_same_folder(tmp_path / "out", tmp_path / "local")
 
@@ -87,24 +75,24 @@ def test_a_signal_ends_everything(
     out = tmp_path / "out"
     run = start(mark, source, out, "--threads", "1", "--dtype", "bfloat16")
     own = set() if early else {run.pid}
-    wait_until(lambda: set(nodes.writers(tmp_path)) - own)
+    until(lambda: set(nodes.writers(tmp_path)) - own, seconds=60)
     send = os.killpg if number == signal.SIGINT else os.kill
     send(run.pid, number)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130, err
     assert f"No output was written to {out}" in err
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
-    wait_until(lambda: not marked(mark))
+    until(lambda: not marked(mark), seconds=60)
 
 
 @pytest.mark.slow
 def test_a_killed_command_takes_its_cluster_along(tmp_path: Path, mark: str) -> None:
     source = save(tmp_path / "run", layers=256)
     run = start(mark, source, tmp_path / "out", "--threads", "1", "--dtype", "bfloat16")
-    wait_until(lambda: set(nodes.writers(tmp_path)) - {run.pid})
+    until(lambda: set(nodes.writers(tmp_path)) - {run.pid}, seconds=60)
     nodes.kill([run.pid])
     run.communicate(timeout=60)
-    wait_until(lambda: not marked(mark))
+    until(lambda: not marked(mark), seconds=60)
     assert not (tmp_path / "out").exists()
     again = start(mark, source, tmp_path / "out", "--threads", "1", "--dtype", "bfloat16", "--json")
     out, err = again.communicate(timeout=120)

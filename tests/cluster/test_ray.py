@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import json
 import os
 import shutil
@@ -26,8 +25,9 @@ from reshard.conversion.verification import verify_folder
 from reshard.errors import OptionError, ReshardError, VerificationError, WriteError
 from reshard.transfer.cluster import executor, tasks
 from tests.cluster import nodes
-from tests.golden.make import CONVERSIONS, GOLDEN, HERE
+from tests.golden.make import CONVERSIONS, GOLDEN, HERE, digests
 from tests.hints import tiny
+from tests.hints.case import golden
 from tests.test_page_commands import CLUSTER
 from tests.test_site import CASES, parsed
 
@@ -77,12 +77,7 @@ def test_golden_checkpoints_give_the_same_files_as_ever(cluster: Any, tmp_path: 
             out, there = tmp_path / name / what, tmp_path / f"{name}-local" / what
             report = reshard.convert(HERE / name / "checkpoint", out, engine="ray", **options)
             assert report.verified
-            made = {
-                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in out.iterdir()
-                if path.name != "reshard.json"
-            }
-            assert made == kept[what]
+            assert digests(out) == kept[what]
             local = reshard.convert(HERE / name / "checkpoint", there, **options)
             assert_same_folder(out, there)
             apart = ("seconds", "target", "findings")  # one of these names the target
@@ -166,13 +161,7 @@ def test_an_error_of_a_worker_is_the_error_of_the_command(cluster: Any, tmp_path
     large = save(tmp_path / "large", layers=4)
     tensors = {"w": np.array([1.0, 1e30], np.float32), "v": np.zeros(2048, np.float32)}
     save_file(tensors, large / "model.safetensors")
-    damaged = HERE / "zero3" / "checkpoint"
-    copy = tmp_path / "damaged"
-    for path in damaged.rglob("*"):
-        if path.is_file():
-            place = copy / path.relative_to(damaged)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(path.read_bytes())
+    copy = golden("zero3", tmp_path / "damaged")
     file = next(copy.rglob("*rank_0*optim_states.pt"))
     catalog = reshard.open(copy)
     extent = next(

@@ -8,9 +8,10 @@ import pytest
 
 import reshard
 from reshard.conversion.options import To
+from tests.files import contents
 from tests.golden.make import HERE
 from tests.remote.conftest import bucket, moto
-from tests.remote.server import Bucket, contents
+from tests.remote.server import Bucket
 
 pytest.importorskip("ray")
 pytest.importorskip("obstore")

@@ -33,9 +33,9 @@ from reshard.transfer.pieces import runs
 from tests.tensors import evaluate, stored
 
 
-def entry(shape: tuple[int, ...], name: str = "w") -> Entry:
+def entry(shape: tuple[int, ...]) -> Entry:
     extent = Extent(FileRef("/a", "zstd", 3, 4), 64, whole(shape).numel * 4)
-    return Entry(TensorSpec(name, FLOAT32, shape), (Fragment(whole(shape), extent, FLOAT32),))
+    return Entry(TensorSpec("w", FLOAT32, shape), (Fragment(whole(shape), extent, FLOAT32),))
 
 
 def entries() -> Iterator[Entry]:

@@ -38,9 +38,10 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from tests.oracle import launch, worker
+from tests.oracle.models import VOCAB, next_token_loss
 from tests.oracle.worker import Rank
 
-VOCAB, _LENGTH = 37, 9
+_LENGTH = 9
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -209,7 +210,7 @@ def make(recipe: Recipe, rank: Rank, folder: Path) -> None:
             continue
         for _ in range(engine.gradient_accumulation_steps()):
             ids, labels = next(batches)
-            engine.backward(_loss(engine(ids), labels))
+            engine.backward(next_token_loss(engine(ids), labels))
             engine.step()
     engine.save_checkpoint(str(folder / "checkpoint"))
     _write_truth(engine, recipe, names, rank, folder)
@@ -222,7 +223,7 @@ def _module(recipe: Recipe, layers: list[Any]) -> nn.Module:
         return nn.Sequential(*(layer.build() for layer in layers)).to(getattr(torch, recipe.dtype))
     topology = PipeModelDataParallelTopology(num_pp=2, num_mp=1, num_dp=recipe.world // 2)
     stages = {"topology": topology} if recipe.model_axis else {"num_stages": 2}
-    return PipelineModule(layers, loss_fn=_loss, partition_method="uniform", **stages)
+    return PipelineModule(layers, loss_fn=next_token_loss, partition_method="uniform", **stages)
 
 
 def _batches(rank: Rank) -> Iterator[tuple[Tensor, Tensor]]:
@@ -230,10 +231,6 @@ def _batches(rank: Rank) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         ids = torch.randint(VOCAB, (2, _LENGTH), generator=generator)
         yield ids, ids
-
-
-def _loss(logits: Tensor, ids: Tensor) -> Tensor:
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def _write_truth(

@@ -41,6 +41,15 @@ def same(found: Path, truth: Path) -> None:
         assert torch.equal(made[name].float(), tensor.float()), name
 
 
+def same_moments(out: Path, run: Path) -> None:
+    """What was converted holds the moments of the live engine."""
+    opened = reshard.open(out).optimizer
+    assert opened is not None
+    for full, tensor in load_file(run / "moments.safetensors").items():
+        kind, _, own = full.partition(".")
+        assert torch.equal(torch.from_numpy(opened.moments[kind][own].numpy()), tensor), full
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_tensor_is_the_live_engines_by_the_hubs_name(
     name: str, pipeline_runs: Path, tmp_path: Path
@@ -61,18 +70,13 @@ def test_the_optimizers_state_goes_along(name: str, pipeline_runs: Path, tmp_pat
     )
     state = reshard.open(out).catalog.training_state()
     assert state is not None
-    truth = load_file(run / "moments.safetensors")
-    found = {f"{kind}.{n}": e for kind, table in state.moments.items() for n, e in table.items()}
-    assert found.keys() == truth.keys()
-    opened = reshard.open(out).optimizer
-    assert opened is not None
-    for full, tensor in truth.items():
-        kind, _, own = full.partition(".")
-        assert torch.equal(torch.from_numpy(opened.moments[kind][own].numpy()), tensor), full
+    found = {f"{kind}.{n}" for kind, table in state.moments.items() for n in table}
+    assert found == load_file(run / "moments.safetensors").keys()
+    same_moments(out, run)
     assert {step.count for step in state.steps.values()} == {2}
     (group,) = state.groups
     assert group.hyperparameters["lr"] == 0.01
-    assert sorted(group.names) == sorted(n for n in state.moments["exp_avg"])
+    assert sorted(group.names) == sorted(state.moments["exp_avg"])
 
 
 def test_what_the_run_keeps_beside_goes_along(copied: Callable[[str], Path]) -> None:
@@ -102,11 +106,7 @@ def test_the_state_becomes_what_others_load(
     reshard.convert(
         run / "checkpoint", out, base=run / "base", to=to, optimizer=True, layout=layout
     )
-    opened = reshard.open(out).optimizer
-    assert opened is not None
-    for full, tensor in load_file(run / "moments.safetensors").items():
-        kind, _, own = full.partition(".")
-        assert torch.equal(torch.from_numpy(opened.moments[kind][own].numpy()), tensor), full
+    same_moments(out, run)
 
 
 def test_without_a_base_names_are_the_layers_numbers(pipeline_runs: Path) -> None:
@@ -129,11 +129,7 @@ def test_a_universal_checkpoint_of_it(pipeline_runs: Path, tmp_path: Path) -> No
     reshard.convert(
         run / "universal", tmp_path / "dcp", base=run / "base", to="dcp", optimizer=True
     )
-    opened = reshard.open(tmp_path / "dcp").optimizer
-    assert opened is not None
-    for full, tensor in load_file(run / "moments.safetensors").items():
-        kind, _, own = full.partition(".")
-        assert torch.equal(torch.from_numpy(opened.moments[kind][own].numpy()), tensor), full
+    same_moments(tmp_path / "dcp", run)
 
 
 def test_a_layer_whose_file_is_missing(copied: Callable[[str], Path]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import hashlib
 import json
 import os
 import random
@@ -28,6 +27,7 @@ import reshard
 from reshard.transfer import journal
 from reshard.transfer.commit import OutputFolder
 from tests.faults.library import COUNT, FAIL, FAIL_ALWAYS, KILL_AFTER, KILL_BEFORE, SHORT, Faults
+from tests.files import contents
 
 ACTIONS = {"fail": FAIL, "kill before": KILL_BEFORE, "kill after": KILL_AFTER, "short": SHORT}
 # What a system lacks, and what it answers there.
@@ -87,11 +87,11 @@ class Stage:
         journal._STEP = 1  # each piece is noted at once
         self._make_model()
         reshard.convert(self.model, self._kept, base=self.model, allow_unchanged=True)
-        self.states = {"old": content(self._kept)}
+        self.states = {"old": contents(self._kept)}
         self.place.mkdir()
         self.convert(overwrite=False)
-        self.states["new"] = content(self.out)
-        self.source = content(self.model)
+        self.states["new"] = contents(self.out)
+        self.source = contents(self.model)
 
     def _make_model(self) -> None:
         (self.model / "chat").mkdir(parents=True)
@@ -137,20 +137,11 @@ class Stage:
         """What the output's name has: "old", "new", "nothing", or "torn" for anything else."""
         if not os.path.lexists(self.out):
             return "nothing"
-        found = content(self.out)
+        found = contents(self.out)
         return next((name for name, files in self.states.items() if files == found), "torn")
 
     def left(self) -> list[str]:
         return sorted(path.name for path in self.place.iterdir() if path.name != "out")
-
-
-def content(folder: Path) -> dict[str, str]:
-    """A digest of each file below a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def in_child(work: Callable[[], str], kill_after: float | None = None) -> tuple[str, str]:
@@ -221,7 +212,7 @@ def perform(stage: Stage, faults: Faults, trial: Trial) -> Outcome:
     stands, left = stage.stands(), stage.left()
     kept = stands != "nothing" or not trial.overwrite or keeps(stage)
     rerun, why = in_child(lambda: again(stage, resume=trial.then_resume))
-    assert content(stage.model) == stage.source, "the source was changed"
+    assert contents(stage.model) == stage.source, "the source was changed"
     return Outcome(
         trial,
         ended,

@@ -52,8 +52,13 @@ CONVERSIONS: Mapping[str, Mapping[str, Any]] = {
 
 
 def converted(name: str, options: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a conversion but `reshard.json`, which states reshard's version."""
+    """The digests of a conversion's files."""
     reshard.convert(HERE / name / "checkpoint", folder, **options)
+    return digests(folder)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of an output but `reshard.json`, which states reshard's version."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())

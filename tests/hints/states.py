@@ -16,7 +16,8 @@ import torch
 
 import reshard
 from tests.hints.case import Case, follows
-from tests.state.cases import case
+from tests.hints.folders import after, converting
+from tests.state.cases import case, copied
 
 STEP = "_actor/global_step3"
 ZERO = "global_step3_universal/zero"
@@ -30,43 +31,29 @@ OTHER_SAVE = (
 )
 
 
-def run_of(name: str, at: Path) -> Path:
-    """A copy of a golden run, to be spoilt."""
-    return Path(shutil.copytree(case(name).folder, at / "run"))
-
-
 def convert(run: Path, out: Path, **options: Any) -> Callable[[], reshard.Report]:
     given: dict[str, Any] = {"to": "dcp", "optimizer": True, **options}
-    return lambda: reshard.convert(run, out, **given)
+    return converting(run, out, **given)
 
 
-def _put_back(run: Path, name: str, then: Callable[[], Any]) -> Callable[[], Any]:
-    def mend() -> Any:
-        file = next(path for path in case(name).folder.rglob("*") if path.name == run.name)
-        shutil.copy(file, run)
-        return then()
-
-    return mend
+def _put_back(path: Path, name: str, then: Callable[[], Any]) -> Callable[[], Any]:
+    (whole,) = case(name).folder.rglob(path.name)
+    return after(lambda: shutil.copy(whole, path), then)
 
 
 def _beside(name: str, file: str, content: bytes | None, *, away: bool) -> Callable[[Path], Case]:
     """A file beside a save that is cut off, or holds something else; put back, or moved away."""
 
     def case_(at: Path) -> Case:
-        run = run_of(name, at)
+        run = copied(name, at)
         path = run / file
         if content is None:
             os.truncate(path, path.stat().st_size // 2)
         else:
             path.write_bytes(content)
         again = convert(run, at / "out")
-        mend = _put_back(path, name, again)
-        if away or content is not None:
-
-            def mend() -> reshard.Report:
-                path.rename(at / "away")
-                return again()
-
+        moved = after(lambda: path.rename(at / "away"), again)
+        mend = moved if away else _put_back(path, name, again)
         return Case(again, mend, same=lambda report: bool(report.state.steps))
 
     return case_
@@ -85,7 +72,7 @@ for _name, _file, _content, _away in (
 
 @follows(DAMAGED)
 def verls_schedule(at: Path) -> Case:
-    run = run_of("fsdp2_verl_fp32", at)
+    run = copied("fsdp2_verl_fp32", at)
     (path,) = run.rglob("extra_state_world_size_2_rank_0.pt")
     os.truncate(path, 100)
     again = convert(run, at / "out")
@@ -96,7 +83,7 @@ def _moment(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], 
     """The norm's second moment, changed; the weights alone are right."""
 
     def case_(at: Path) -> Case:
-        run = run_of("uc_s2_fp32", at)
+        run = copied("uc_s2_fp32", at)
         path = run / NORM / "exp_avg_sq.pt"
         content = torch.load(path)
         torch.save({**content, "param": change(content["param"])}, path)
@@ -110,7 +97,7 @@ follows(OTHER_SAVE)(_moment(lambda squares: -squares))
 
 @follows(OTHER_SAVE)
 def one_moment_over_the_other(at: Path) -> Case:
-    run = run_of("uc_s2_fp32", at)
+    run = copied("uc_s2_fp32", at)
     shutil.copy(run / NORM / "exp_avg.pt", run / NORM / "exp_avg_sq.pt")
     other = case("uc_s2_fp32").folder
     return Case(convert(run, at / "out"), convert(other, at / "out"))
@@ -118,7 +105,7 @@ def one_moment_over_the_other(at: Path) -> Case:
 
 @follows(OTHER_SAVE)
 def the_square_over_the_mean(at: Path) -> Case:
-    run = run_of("uc_s3_fp32_subgroups", at)
+    run = copied("uc_s3_fp32_subgroups", at)
     shutil.copy(run / NORM / "exp_avg_sq.pt", run / NORM / "exp_avg.pt")
     return Case(convert(run, at / "out"), convert(run, at / "out", optimizer=False))
 
@@ -139,7 +126,7 @@ def an_exported_model_that_was_cut_off(at: Path) -> Case:
 
 @follows("Copy the checkpoint again, or use another save.")
 def a_moment_of_another_parameter(at: Path) -> Case:
-    run = run_of("uc_s2_fp32", at)
+    run = copied("uc_s2_fp32", at)
     shutil.copy(run / FIRST / "exp_avg.pt", run / NORM / "exp_avg.pt")
     other = case("uc_s2_fp32").folder
     return Case(convert(run, at / "out"), convert(other, at / "out2"))
@@ -147,7 +134,7 @@ def a_moment_of_another_parameter(at: Path) -> Case:
 
 @follows("Is the folder a copy of two? Make the universal checkpoint again.")
 def a_parameter_too_many(at: Path) -> Case:
-    run = run_of("uc_s2_fp32", at)
+    run = copied("uc_s2_fp32", at)
     shutil.copytree(run / NORM, run / ZERO / "foo.weight")
     other = case("uc_s2_fp32").folder
     return Case(convert(run, at / "out"), convert(other, at / "out2"))

@@ -31,7 +31,12 @@ _NAMED = [case.name for case in training.CASES if case.name not in _UNNAMED]
 def runs(pytestconfig: pytest.Config) -> Path:
     """The runs of `training`; made by megatron-core, about 15 s, once."""
     assert pytestconfig.cache is not None
-    sources = ("tests/megatron/training.py", "tests/megatron/mcore.py", "tests/megatron/models.py")
+    sources = (
+        "tests/megatron/training.py",
+        "tests/megatron/mcore.py",
+        "tests/megatron/models.py",
+        "tests/oracle/models.py",
+    )
     key = digest_of((child.ROOT / source for source in sources), ("torch", "megatron-core"))
     cache = pytestconfig.cache.mkdir("megatron-training")
     return kept(cache, key, lambda folder: child.run("tests.megatron.training", str(folder)))

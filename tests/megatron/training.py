@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from demo.cpu_megatron import without_gpu
 from tests.forking import run_ranks
 from tests.megatron import mcore
 from tests.megatron.models import model as hub_model
+from tests.oracle.models import next_token_loss
 
 _STEPS, _ITERATION = 2, 3
 _LENGTH = 12
@@ -171,7 +171,7 @@ def _loss(model: Any, generator: torch.Generator, vocabulary: int) -> torch.Tens
     positions = torch.arange(_LENGTH).expand_as(ids)
     later = torch.triu(torch.ones(_LENGTH, _LENGTH, dtype=torch.bool), 1)[None, None]
     logits = model(ids, positions, later)[..., :vocabulary]
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    return next_token_loss(logits, ids)
 
 
 def _write_truth(rank: int, optimizer: Any, module: Any, place: Path) -> None:

@@ -24,7 +24,7 @@ def _model(hub: State, folder: Path, model_type: str, **more: object) -> Path:
     return folder
 
 
-def _loaded(folder: Path, like: State) -> State:
+def loaded(folder: Path, like: State) -> State:
     """What a run with these names loads."""
     state = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
     dcp.load(state, checkpoint_id=folder, no_dist=True)
@@ -40,7 +40,7 @@ def test_runs_of_both_versions_find_their_names(model_type: str, tmp_path: Path)
     assert any("torchtitan's" in rule for rule in report.rules)
     for era in (0, 1):
         expected = {n: t for n, t in made(model_type, era)[1].items() if "tokens_per" not in n}
-        found = _loaded(out, expected)
+        found = loaded(out, expected)
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert reshard.verify(out, model).num_tensors
     base = base_of(hub, tmp_path / "base", model_type)
@@ -56,7 +56,7 @@ def test_a_tied_head_is_a_name_of_the_embedding(tmp_path: Path) -> None:
     del hub["lm_head.weight"]
     model = _model(hub, tmp_path / "model", "qwen3", tie_word_embeddings=True)
     reshard.convert(model, tmp_path / "out", to="dcp", names="torchtitan")
-    found = _loaded(tmp_path / "out", theirs)
+    found = loaded(tmp_path / "out", theirs)
     assert torch.equal(found["lm_head.weight"], theirs["tok_embeddings.weight"])
     base = base_of(hub, tmp_path / "base", "qwen3", tie_word_embeddings=True)
     reshard.convert(tmp_path / "out", tmp_path / "back", base=base)
@@ -97,7 +97,7 @@ def test_gpt_oss(era: int, tmp_path: Path) -> None:
             theirs[there + inner.format(f"{other}_weight", axes)] = weight.transpose(1, 2)
     model = _model(hub, tmp_path / "model", "gpt_oss")
     reshard.convert(model, tmp_path / "out", to="dcp", names="torchtitan")
-    found = _loaded(tmp_path / "out", theirs)
+    found = loaded(tmp_path / "out", theirs)
     assert [name for name in theirs if not torch.equal(found[name], theirs[name])] == []
     dcp.save(dict(theirs), checkpoint_id=tmp_path / "run", no_dist=True)
     base = base_of(hub, tmp_path / "base", "gpt_oss")

@@ -14,8 +14,8 @@ from torch.distributed import checkpoint as dcp
 
 import reshard
 from tests.megatron.models import model as megatron_model
+from tests.naming.test_titan_into import State, loaded
 
-State = dict[str, torch.Tensor]
 _LLAMA4 = {
     "embed_tokens.weight": "tok_embeddings.weight",
     "norm.weight": "norm.weight",
@@ -94,8 +94,7 @@ def test_llama4_both_ways(era: int, tmp_path: Path) -> None:
     assert back.keys() == hub.keys()
     assert [name for name in hub if not torch.equal(back[name], hub[name])] == []
     reshard.convert(model, tmp_path / "there", to="dcp", names="torchtitan")
-    state = {name: torch.zeros_like(tensor) for name, tensor in theirs.items()}
-    dcp.load(state, checkpoint_id=tmp_path / "there", no_dist=True)
+    state = loaded(tmp_path / "there", theirs)
     assert [name for name in theirs if not torch.equal(state[name], theirs[name])] == []
     assert reshard.verify(tmp_path / "there", model).num_tensors
 
@@ -121,8 +120,7 @@ def test_layers_for_multi_token_prediction_both_ways(tmp_path: Path) -> None:
     hub = dict(load_file(model / "model.safetensors"))
     reshard.convert(model, tmp_path / "there", to="dcp", names="torchtitan")
     theirs = _deepseek(hub)
-    state = {name: torch.zeros_like(tensor) for name, tensor in theirs.items()}
-    dcp.load(state, checkpoint_id=tmp_path / "there", no_dist=True)
+    state = loaded(tmp_path / "there", theirs)
     assert [name for name in theirs if not torch.equal(state[name], theirs[name])] == []
     names = {n for entry in reshard.open(tmp_path / "there").catalog.entries.values()
              for n in entry.names}  # fmt: skip

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.files import contents
+
 BUCKET = "bucket"
 KEYS = {"AWS_ACCESS_KEY_ID": "the-key-id", "AWS_SECRET_ACCESS_KEY": "the-secret-key"}
 
@@ -152,23 +154,13 @@ class Bucket:
 
     def upload(self, folder: Path, prefix: str) -> str:
         """Put a folder's files below a prefix; returns its URL."""
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                self.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+        for name, data in contents(folder).items():
+            self.put(f"{prefix}/{name}", data)
         return f"s3://{BUCKET}/{prefix}"
 
     def download(self, prefix: str) -> dict[str, bytes]:
         """What lies below a prefix, by name."""
         return {name[len(prefix) + 1 :]: self.get(name) for name in self.names(f"{prefix}/")}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """A folder's files, by their path in it."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def slowly(seconds: float) -> Callable[[], object]:

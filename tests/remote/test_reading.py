@@ -18,7 +18,8 @@ from reshard.cli.app import reshard as command
 from reshard.core.locations import RemotePath
 from reshard.storage import credentials
 from reshard.storage.local import Sources
-from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request, contents, serving, slowly
+from tests.files import contents
+from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request, serving, slowly
 from tests.remote.web import COMMIT, Hub, web
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -19,7 +19,8 @@ from reshard.core import digests
 from reshard.core.locations import located
 from reshard.transfer import upload
 from reshard.transfer.remote import RemoteFolder
-from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request, contents
+from tests.files import contents
+from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request
 from tests.remote.test_reading import CHECKPOINTS, GOLDEN
 
 OUT = f"s3://{BUCKET}/out"

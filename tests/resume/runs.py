@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial as partial_
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,8 @@ from reshard.core import digests
 from reshard.transfer import journal, leftovers, making
 from reshard.transfer.commit import OutputFolder
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 # Small enough that the small models of these tests have many pieces, of several blocks.
 SMALL = [(digests, "LEAF_NBYTES", 2048), (making, "_BLOCK", 1024), (journal, "_STEP", 1)]
-
-
-def golden(name: str, at: Path) -> Path:
-    return Path(shutil.copytree(GOLDEN / name / "checkpoint", at))
 
 
 def model(at: Path) -> Path:
@@ -53,23 +47,13 @@ def converter(source: Path, **options: Any) -> Callable[..., reshard.Report]:
     return partial_(reshard.convert, source, threads=1, **options)
 
 
-def small() -> Any:
+@contextmanager
+def small() -> Iterator[None]:
     """Within it, pieces and blocks are small."""
-    stack = mock.patch.multiple(digests, LEAF_NBYTES=2048)
-    return _Patches([stack, *(mock.patch.object(o, n, v) for o, n, v in SMALL[1:])])
-
-
-class _Patches:
-    def __init__(self, patches: list[Any]) -> None:
-        self._patches = patches
-
-    def __enter__(self) -> None:
-        for patch in self._patches:
-            patch.start()
-
-    def __exit__(self, *_: object) -> None:
-        for patch in reversed(self._patches):
-            patch.stop()
+    with ExitStack() as patches:
+        for owner, name, value in SMALL:
+            patches.enter_context(mock.patch.object(owner, name, value))
+        yield
 
 
 def killed(work: Callable[[], object], after: int, method: str = "put") -> bool:
@@ -96,15 +80,6 @@ def killed(work: Callable[[], object], after: int, method: str = "put") -> bool:
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
     return os.WIFSIGNALED(status)
-
-
-def content(folder: Path) -> dict[str, str]:
-    """A digest of each file below a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def beside(target: Path) -> list[str]:

@@ -19,13 +19,13 @@ from reshard.formats import Selection, locate
 from reshard.storage.local import Sources
 from reshard.transfer import leftovers
 from reshard.transfer.commit import OutputFolder
+from tests.files import contents
+from tests.hints.case import golden
 from tests.resume.runs import (
     beside,
     codes,
-    content,
     converter,
     facts,
-    golden,
     journal_of,
     killed,
     model,
@@ -49,7 +49,7 @@ class Interrupted:
         self.out = at / "place" / "out"
         self.out.parent.mkdir()
         self.expected = self.convert(at / "whole")
-        self.whole = content(at / "whole")
+        self.whole = contents(at / "whole")
         assert killed(given(self.convert, self.out), 34)
         self.own = partial(self.out)
         self.lines = journal_of(self.out).read_bytes().splitlines(keepends=True)
@@ -58,7 +58,7 @@ class Interrupted:
     def resume(self) -> reshard.Report:
         """The report of a resumed run, whose output is right."""
         report = self.convert(self.out, resume=True)
-        assert content(self.out) == self.whole
+        assert contents(self.out) == self.whole
         assert facts(report) == facts(self.expected)
         return report
 
@@ -142,13 +142,12 @@ def test_lines_that_are_forged_with_a_right_checksum(run: Interrupted) -> None:
 
 def test_bytes_that_were_changed_after_their_line(run: Interrupted) -> None:
     """In every file of it, one byte each: those pieces are made again, and no others."""
-    nbytes = {}
-    for path in (*(run.own / "tmp").iterdir(), *(run.own / "new").rglob("*.safetensors")):
+    files = [*(run.own / "tmp").iterdir(), *(run.own / "new").rglob("*.safetensors")]
+    for path in files:
         data = bytearray(path.read_bytes())
-        nbytes[path] = len(data)
         data[2500] ^= 0x10
         path.write_bytes(data)
-    assert len(nbytes) == 2
+    assert len(files) == 2
     report = run.resume()
     assert reused(report) > 0
     assert "pieces made again, because their bytes had changed" in run.message(report)
@@ -188,9 +187,9 @@ def test_links_to_other_files_are_not_written_through(
         shutil.copy(path, other)
         path.unlink()
         path.symlink_to(other) if kind == "symbolic" else path.hardlink_to(other)
-    before = content(theirs.parent)
+    before = contents(theirs.parent)
     run.resume()
-    after = content(theirs.parent)
+    after = contents(theirs.parent)
     names = [name for name in before if name.startswith("theirs")]
     assert names
     assert [after[name] for name in names] == [before[name] for name in names]
@@ -202,10 +201,10 @@ def test_a_folder_of_it_that_is_a_link(run: Interrupted, name: str) -> None:
     theirs = run.out.parent.parent / "theirs"
     (run.own / name).rename(theirs)
     (run.own / name).symlink_to(theirs)
-    before = content(theirs)
+    before = contents(theirs)
     report = run.resume()
     assert "do not lie as reshard leaves them" in run.message(report, "not-resumed")
-    assert content(theirs) == before
+    assert contents(theirs) == before
     assert beside(run.out) == []
 
 
@@ -213,10 +212,10 @@ def test_the_partial_folder_is_a_link(run: Interrupted) -> None:
     theirs = run.out.parent.parent / "theirs"
     run.own.rename(theirs)
     run.own.symlink_to(theirs)
-    before = content(theirs)
+    before = contents(theirs)
     with pytest.raises(reshard.WriteError, match="no run of this user made it"):
         run.convert(run.out, resume=True)
-    assert content(theirs) == before
+    assert contents(theirs) == before
     assert not run.out.exists()
 
 
@@ -231,10 +230,10 @@ def test_a_folder_that_is_not_ours(
         (run.own / leftovers.MARK).unlink()
     else:
         (run.own / leftovers.MARK).write_text('{"reshard": "1", "target": "other"}')
-    before = content(run.own)
+    before = contents(run.own)
     with pytest.raises(reshard.WriteError, match="no run of this user made it"):
         run.convert(run.out, resume=True)
-    assert content(run.own) == before
+    assert contents(run.own) == before
 
 
 def test_of_another_version_of_reshard(run: Interrupted) -> None:
@@ -266,8 +265,8 @@ def test_a_source_that_changed_between(run: Interrupted, change: str) -> None:
         os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
     run.convert(run.at / "anew")
     report = run.convert(run.out, resume=True)
-    assert content(run.out) == content(run.at / "anew")
-    assert (content(run.out) == run.whole) == (change == "touched")
+    assert contents(run.out) == contents(run.at / "anew")
+    assert (contents(run.out) == run.whole) == (change == "touched")
     assert reused(report) == 0
     assert str(source) in run.message(report, "not-resumed")
     assert beside(run.out) == []
@@ -345,15 +344,13 @@ def test_checksums_that_are_forged_in_lines(tmp_path: Path) -> None:
     journal_of(out).write_bytes(b"".join(forged))
     report = convert(out, resume=True)
     assert report.bytes_reused
-    assert content(out) == content(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_run_that_lives_is_not_continued(run: Interrupted, tmp_path: Path) -> None:
+def test_a_run_that_lives_is_not_continued(tmp_path: Path) -> None:
     """Its lock file was removed by hand; neither its folder is taken nor removed."""
-    folders = []
     first = OutputFolder(tmp_path / "other", "digest")
     with first:
-        folders.append(content(tmp_path))
         (tmp_path / ".other.lock").unlink()
         for resume in (True, False):
             second = OutputFolder(tmp_path / "other", "digest", resume=resume)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -79,6 +80,11 @@ def case(name: str) -> Case:
         with tarfile.open(ROOT / f"{name}.tar.xz") as archive:
             archive.extractall(folder, filter="data")
     return Case(name, folder / "ckpt", json.loads((folder / "truth.json").read_text("utf-8")))
+
+
+def copied(name: str, folder: Path) -> Path:
+    """A copy of a golden run, to be changed."""
+    return Path(shutil.copytree(case(name).folder, folder / "run"))
 
 
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []

@@ -23,16 +23,12 @@ from reshard.errors import (
     UnsupportedError,
     VerificationError,
 )
-from tests.state.cases import case, opened
+from tests.state.cases import case, copied, opened
 from tests.state.test_refusals import resave
 from tests.state.test_writing import loaded
 
 STEP = "_actor/global_step3"
 ZERO = "global_step3_universal/zero"
-
-
-def copied(name: str, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(case(name).folder, tmp_path / "run"))
 
 
 def refused(run: Path, kind: type[ReshardError]) -> ReshardError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import reshard
 from reshard.cli.app import reshard as command
 from reshard.cli.app import run
 from reshard.errors import IncompleteError
-from tests.state.cases import DEEPSPEED, FSDP, case, plain
+from tests.state.cases import DEEPSPEED, FSDP, case, copied, plain
 
 
 @pytest.mark.parametrize("name", [*DEEPSPEED, *FSDP])
@@ -37,8 +36,7 @@ def test_a_checkpoint_without_state(tmp_path: Path) -> None:
 
 
 def test_files_that_changed_since_are_not_read(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(case("ds_s2_fp32").folder, run)
+    run = copied("ds_s2_fp32", tmp_path)
     checkpoint = reshard.open(run)
     (file,) = run.glob("global_step3/zero_pp_rank_1*")
     file.write_bytes(file.read_bytes() + b"x")

@@ -5,7 +5,6 @@ The states are those of the golden ZeRO-2 run, put as each optimizer of DeepSpee
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 import reshard
 from reshard.core.state import Step
 from reshard.errors import PlanError
-from tests.state.cases import case, opened
+from tests.state.cases import case, copied, opened
 from tests.state.test_writing import ADAMW, loaded
 from tests.tensors import raw
 
@@ -25,8 +24,7 @@ Base = dict[str, Any]
 
 def run_of(tmp_path: Path, edit: Callable[[Base], None]) -> Path:
     """The golden run with every rank's wrapped optimizer changed."""
-    run = tmp_path / "run"
-    shutil.copytree(case("ds_s2_fp32").folder, run)
+    run = copied("ds_s2_fp32", tmp_path)
     for file in run.glob("global_step3/*optim_states.pt"):
         content = torch.load(file, weights_only=False)
         edit(content["optimizer_state_dict"]["base_optimizer_state"])

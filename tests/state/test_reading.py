@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from reshard.core.state import Step
 from reshard.formats import Selection, locate
 from reshard.formats.info import OWN
 from reshard.storage.local import Sources
-from tests.state.cases import DEEPSPEED, FSDP, Opened, case, opened, plain
+from tests.state.cases import DEEPSPEED, FSDP, Opened, case, copied, opened, plain
 
 EVERY = (*DEEPSPEED, *FSDP)
 
@@ -82,8 +81,7 @@ def test_the_run_of_fsdp(name: str, client: dict[str, int], counters: dict[str, 
 
 
 def test_the_hf_trainers_step(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(case("fsdp2_accelerate_bf16").folder, run)
+    run = copied("fsdp2_accelerate_bf16", tmp_path)
     (run / "checkpoint-3/trainer_state.json").write_text('{"global_step": 3, "epoch": 0.5}')
     with opened(run / "checkpoint-3") as found:
         assert found.state.counters == {"global_steps": 3}

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 
 import reshard
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
-from tests.state.cases import case, opened
+from tests.state.cases import case, copied, opened
 from tests.state.test_writing import loaded
 
 Edit = Callable[[dict[str, Any]], None]
@@ -25,8 +25,7 @@ MODEL = "global_step3/mp_rank_00_model_states.pt"
 
 def edited(name: str, tmp_path: Path, file: str, edit: Edit) -> Path:
     """A golden run of which one file was changed."""
-    run = tmp_path / "run"
-    shutil.copytree(case(name).folder, run)
+    run = copied(name, tmp_path)
     content = torch.load(run / file, weights_only=False)
     edit(content)
     torch.save(content, run / file)
@@ -107,8 +106,7 @@ def test_moments_of_another_length(tmp_path: Path) -> None:
 
 
 def test_a_universal_folder_that_lost_files(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(case("uc_s2_fp32").folder, run)
+    run = copied("uc_s2_fp32", tmp_path)
     lost = run / "global_step3_universal/zero/model.norm.weight/exp_avg_sq.pt"
     lost.rename(tmp_path / "kept.pt")
     error = refused(run, IncompleteError)
@@ -160,8 +158,7 @@ def test_masters_that_round_to_nothing_in_the_module(tmp_path: Path) -> None:
 
 def dcp_run(tmp_path: Path) -> tuple[Path, Path]:
     """LightRFT's run, and its optimizer's folder."""
-    run = tmp_path / "run"
-    shutil.copytree(case("fsdp2_lightrft_fp32").folder, run)
+    run = copied("fsdp2_lightrft_fp32", tmp_path)
     return run, run / "_actor/global_step3/optim_states"
 
 
@@ -242,8 +239,7 @@ def test_several_optimizers_of_one_model(tmp_path: Path) -> None:
 
 
 def test_verl_without_the_optimizer_of_one_rank(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(case("fsdp2_verl_fp32").folder, run)
+    run = copied("fsdp2_verl_fp32", tmp_path)
     (lost,) = run.glob("*/actor/optim_world_size_2_rank_1.pt")
     kept = lost.rename(tmp_path / "kept.pt")
     assert "file of rank 1 is not there" in str(refused(run, IncompleteError))
@@ -253,8 +249,7 @@ def test_verl_without_the_optimizer_of_one_rank(tmp_path: Path) -> None:
 
 
 def test_verl_with_ranks_of_different_steps(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(case("fsdp2_verl_fp32").folder, run)
+    run = copied("fsdp2_verl_fp32", tmp_path)
     (file,) = run.glob("*/actor/optim_world_size_2_rank_1.pt")
     change(file, b"\x00\x00\x40\x40", b"\x00\x00\x80\x40")
     assert "groups or steps are not those" in str(refused(run, FormatError))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,7 @@ def test_the_hf_trainers_numbers_are_named_by_the_models_order(
 def test_numbers_in_an_order_that_nothing_tells(
     trainers: tuple[Path, Live], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for file in trainers[0].iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = Path(shutil.copytree(trainers[0], tmp_path / "run"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
     order = pytest.raises(UnsupportedError, match="go by numbers in the model's order")

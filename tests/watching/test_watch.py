@@ -8,8 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from reshard.cli.app import run as run_command
 from reshard.watching.saves import saves_of
 from reshard.watching.state_file import STATE_FILE
 from reshard.watching.watch import Event, watch
+from tests.child import until
 from tests.oracle.cache import Oracle
 
 ROOT = Path(__file__).parents[2]
@@ -66,15 +65,6 @@ def look(run: Path, out: Path, **options: Any) -> list[str]:
     told: list[Event] = []
     watch(run, out, once=True, interval=FAST, listen=told.append, **options)
     return [f"{event.save} {event.message}" for event in told]
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    """Wait for a condition; half a minute at most."""
-    limit = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < limit
-        assert process is None or process.poll() is None, process.communicate()
-        time.sleep(0.05)
 
 
 def test_a_run_that_saves_while_it_is_watched(tmp_path: Path) -> None:

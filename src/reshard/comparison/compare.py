@@ -11,10 +11,10 @@ from reshard.comparison import states
 from reshard.comparison.declared import DIFF, VERIFY
 from reshard.comparison.pairing import (
     Pairing,
+    given_options,
     onto_one,
     pair,
     tells_names,
-    was_given,
 )
 from reshard.comparison.result import Compared, Comparison
 from reshard.comparison.sums import natural
@@ -134,15 +134,13 @@ def verify(
                 )
         return verify_folder(place, threads=threads, progress=progress)
     with Sources() as sources:
+        given = given_options(place, sources)
+        masters = given.get("masters") is True
         selection = formats.Selection(
-            values["tag"],
-            values["prefix"],
-            True,
-            values["role"],
-            was_given("masters", place, sources),
+            values["tag"], values["prefix"], True, values["role"], masters
         )
         source = locate.read(values["against"], sources, selection)
-        if was_given("optimizer", place, sources) and (state := source.training_state()):
+        if given.get("optimizer") is True and (state := source.training_state()):
             source = with_masters(source, state)
         written = formats.read(place, sources, formats.Selection())
         source, written = compared_as_numbers(source, written, sources)

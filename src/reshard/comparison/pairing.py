@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -152,11 +153,9 @@ def _stated_above(folder: Path, sources: Sources) -> Manifest | None:
     return stated if inside else None
 
 
-def was_given(option: str, folder: Path, sources: Sources) -> bool:
-    """Whether a folder was converted with an option that is on or off."""
-    if not is_file(folder / MANIFEST):
-        return False
-    return manifest.read(folder, sources).options.get(option) is True
+def given_options(folder: Path, sources: Sources) -> Mapping[str, Any]:
+    """The options that a folder was converted with; none where no `reshard.json` states them."""
+    return manifest.read(folder, sources).options if is_file(folder / MANIFEST) else {}
 
 
 def _tables(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Tables:

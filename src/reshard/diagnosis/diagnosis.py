@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from reshard.conversion.base_model import read_base
 from reshard.conversion.declared import workers
@@ -113,7 +112,7 @@ def doctor(
             held = adapters.read(path, sources)
             sources.check_unchanged()
             noted = adapters.examine(held, engine)
-            return replace(_of_adapter(folder, base, held, noted), strict=values["strict"])
+            return _of_adapter(folder, base, held, noted, values["strict"])
         known = None if base_path is None else read_base(base_path, sources)
         case = cases.read(path, known, sources, threads=threads, progress=progress)
         all_found = examine(case, engine)
@@ -139,7 +138,11 @@ def doctor(
 
 
 def _of_adapter(
-    folder: PathLike, base: PathLike | None, held: Adapter, findings: tuple[Finding, ...]
+    folder: PathLike,
+    base: PathLike | None,
+    held: Adapter,
+    findings: tuple[Finding, ...],
+    strict: bool | tuple[str, ...],
 ) -> Diagnosis:
     """What an engine makes of an adapter folder, which holds no model and cannot be repaired."""
     return Diagnosis(
@@ -151,6 +154,7 @@ def _of_adapter(
         (),
         None,
         findings,
+        strict,
     )
 
 

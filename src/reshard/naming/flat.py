@@ -116,28 +116,30 @@ def _cut(units: Mapping[str, Entry], schema: Schema, world: int) -> dict[str, En
 
 def _ordered(schema: Schema) -> list[TensorSpec]:
     """The base's tensors in the order in which a loaded model registers them."""
-    kind = schema.config.get("model_type")
+    return [schema.specs[name] for name in _registered(schema.specs, schema.config)]
+
+
+def _registered(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+    """A model's parameters in the order in which a loaded model registers them.
+
+    Raises `UnsupportedError` where that is not known.
+    """
+    kind = config.get("model_type")
     if kind not in ORDERED:
         raise UnsupportedError(
             "it holds flat parameters, which do not name their contents, and their order is known "
             f"only for {', '.join(ORDERED)}, not for {kind!r}.",
             hint="Load the checkpoint into the training run and save it with SHARDED_STATE_DICT.",
         )
-    tied = says_tied(schema.config)
-    specs = [s for s in schema.specs.values() if not (tied and s.name == "lm_head.weight")]
-    return sorted(specs, key=lambda spec: _place(spec.name))
+    tied = says_tied(config)
+    return sorted((n for n in names if not (tied and n == "lm_head.weight")), key=_place)
 
 
 def in_order(names: Iterable[str], config: Mapping[str, Any]) -> list[str] | None:
-    """A model's parameters in the order in which its live module registers them; None where that
-    is not known."""
-    if config.get("model_type") not in ORDERED:
-        return None
-    tied = says_tied(config)
+    """A model's parameters in the order in which a loaded model registers them; None where that is
+    not known."""
     try:
-        return sorted(
-            (name for name in names if not (tied and name == "lm_head.weight")), key=_place
-        )
+        return _registered(names, config)
     except UnsupportedError:
         return None
 

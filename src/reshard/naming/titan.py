@@ -146,13 +146,15 @@ class Family(Struct, frozen=True):
     """What a model type has of its own: `names` go before `NAMES`; `turns`: queries and keys are
     turned; of the tensors that `exchanged` matches on the hub, rows and columns are exchanged.
 
-    joined: a tensor of the hub, and those of torchtitan that it is, exchanged and side by side.
+    experts: tensors of one expert each on the hub, and those here that stack them. joined: a tensor
+    of the hub, and those of torchtitan that it is, exchanged and side by side.
     prefix: what the hub's names have before those here. left_out: what the hub's model has not.
     """
 
     turns: bool = False
     names: tuple[tuple[str, str], ...] = ()
     exchanged: tuple[str, ...] = ()
+    experts: tuple[tuple[str, str], ...] = EXPERTS
     joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
     prefix: str = ""
     left_out: tuple[str, ...] = ()
@@ -161,6 +163,7 @@ class Family(Struct, frozen=True):
 _LLAMA4_TEXT = Family(
     names=(*_LLAMA4, *_LLAMA4_DOWN),
     exchanged=tuple(hub for hub, _ in _LLAMA4_DOWN),
+    experts=(),
     joined=_LLAMA4_JOINED,
     left_out=("layers.*.moe.expert_bias", "layers.*.moe.expert_bias_E"),
 )
@@ -284,7 +287,7 @@ def _of(entry: Entry, config: Mapping[str, Any], family: Family) -> Iterator[tup
     name = _numbered(unwrap(entry.spec.name), config)
     if patterns.matches_any((*LEFT_OUT, *family.left_out), name):
         return
-    for hub, here in EXPERTS if not family.joined else ():
+    for hub, here in family.experts:
         wild = patterns.match(here, name)
         if wild is not None and len(entry.spec.shape) == 3:  # [experts, rows, columns]
             for expert in range(entry.spec.shape[0]):

@@ -18,7 +18,7 @@ from reshard.naming import patterns
 from reshard.naming.megatron import EMBEDDING, MTP_COPIES
 from reshard.naming.mismatch import no_place
 from reshard.naming.schema import is_constant, is_unheld, says_tied
-from reshard.naming.titan import EXPERTS, FAMILIES, NAMES, Family, every_nth, reordered
+from reshard.naming.titan import FAMILIES, NAMES, Family, every_nth, reordered
 
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "lm_head.weight"
 # Experts, columns, gate and up side by side.
@@ -59,11 +59,13 @@ def into(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Into:
         name, shared = full.removeprefix(family.prefix), _shared(full, config)
         if shared is not None:
             copies[full] = shared if shared in entries else EMBEDDING
-        elif is_unheld(name, config) and not (_mtp(name, config) and _holds_layers(family)):
+        elif is_unheld(name, config) and not (
+            _in_layer(name) is not None and _holds_layers(family)
+        ):
             left_out.append(full)
         elif not is_constant(name, config):
             names = _names(name, rules, config)
-            place = None if names or family.joined else _expert(name, config)
+            place = None if names else _expert(name, family, config)
             joined = _joined(name, family)
             if joined:
                 for at, here in enumerate(joined):
@@ -109,9 +111,10 @@ def _numbered(name: str, config: Mapping[str, Any]) -> str:
     return f"mtp_layers.{int(wild[0]) - layers}.{wild[1]}"
 
 
-def _mtp(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor of the hub is of a numbered layer for multi-token prediction."""
-    return patterns.match("model.layers.*.**", name) is not None and is_unheld(name, config)
+def _in_layer(name: str) -> str | None:
+    """What a tensor of the hub is called within its numbered layer; None of any other."""
+    wild = patterns.match("model.layers.*.**", name)
+    return None if wild is None else wild[1]
 
 
 def _holds_layers(family: Family) -> bool:
@@ -120,11 +123,9 @@ def _holds_layers(family: Family) -> bool:
 
 
 def _shared(name: str, config: Mapping[str, Any]) -> str | None:
-    """What a tensor of such a layer is a copy of, if it is one."""
-    if not is_unheld(name, config):
-        return None
-    wild = patterns.match("model.layers.*.**", name)
-    return None if wild is None else MTP_COPIES.get(wild[1])
+    """What a tensor of a layer for multi-token prediction is a copy of, if it is one."""
+    own = MTP_COPIES.get(_in_layer(name) or "")
+    return own if own is not None and is_unheld(name, config) else None
 
 
 def _joined(hub: str, family: Family) -> tuple[tuple[str, ...], ...]:
@@ -147,11 +148,13 @@ def _side(entry: Entry, at: int, count: int) -> Entry:
     return rearrange.transpose(part, 1, 2)
 
 
-def _expert(hub: str, config: Mapping[str, Any]) -> tuple[tuple[str, ...], int] | None:
+def _expert(
+    hub: str, family: Family, config: Mapping[str, Any]
+) -> tuple[tuple[str, ...], int] | None:
     """The names of the stack that an expert's tensor is in, and its number."""
     names = []
     number = ""
-    for pattern, here in EXPERTS:
+    for pattern, here in family.experts:
         wild = patterns.match(pattern.replace("{}", "*"), hub)
         if wild is not None and wild[1].isdigit():
             names.append(_numbered(here.replace("*", wild[0]), config))
