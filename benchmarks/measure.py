@@ -78,19 +78,21 @@ def run(
     """Run `command` to its end. Raises `CommandError`, with the end of what it said."""
     watch = _Watch(watched)
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=None if environment is None else dict(environment),
-    )
-    if process.stdout is None:
-        raise CommandError(f"no output to read from {command[0]}")
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    watch.close()
+    try:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=None if environment is None else dict(environment),
+        )
+        if process.stdout is None:
+            raise CommandError(f"no output to read from {command[0]}")
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+    finally:
+        watch.close()
     process.returncode = os.waitstatus_to_exitcode(status)
     process.stdout.close()
     if process.returncode != 0:
