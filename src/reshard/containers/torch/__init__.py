@@ -8,7 +8,7 @@
 (32000, 4096)
 """
 
-from reshard.containers.torch.reader import Known, read, read_pickle
+from reshard.containers.torch.reader import Known, check_size, check_start, read, read_pickle
 from reshard.containers.torch.records import (
     Global,
     Instance,
@@ -28,6 +28,8 @@ __all__ = [
     "Storage",
     "TensorRef",
     "TorchFile",
+    "check_size",
+    "check_start",
     "read",
     "read_pickle",
 ]

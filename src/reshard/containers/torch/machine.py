@@ -61,8 +61,9 @@ class Machine:
     """Runs one pickle. `handlers` maps dotted names to pure functions of the call's arguments.
 
     `persistent` turns a persistent id (a storage) into a value; None refuses them. With `repeats`,
-    records that are spelt alike become `Instance`s, and `run` may raise `RecalledError`. After
-    `run`, `unknown` holds the names that neither a handler nor reshard's types know.
+    records that are spelt alike become `Instance`s, and `run` may raise `RecalledError`. `data` may
+    be the beginning of `nbytes`. After `run`, `unknown` holds the names that neither a handler nor
+    reshard's types know, and `recalled` the containers and records that were recalled, by id.
     """
 
     __slots__ = (
@@ -72,10 +73,12 @@ class Machine:
         "marks",
         "memo",
         "names",
+        "nbytes",
         "other_keys",
         "path",
         "persistent",
         "probes",
+        "recalled",
         "repeats",
         "stack",
         "unknown",
@@ -89,8 +92,10 @@ class Machine:
         handlers: Mapping[str, Handler],
         persistent: PersistentId | None = None,
         repeats: bool = False,
+        nbytes: int | None = None,
     ) -> None:
         self.data = data
+        self.nbytes = len(data) if nbytes is None else nbytes
         self.path = path
         self.handlers = handlers
         self.persistent = persistent
@@ -104,6 +109,7 @@ class Machine:
         self.probes = 0
         self.made_nbytes = 0
         self.unknown: set[str] = set()
+        self.recalled: dict[int, object] = {}
 
     def run(self, start: int = 0) -> tuple[object, int]:
         """The value pickled at byte `start`, and the position after its end.
