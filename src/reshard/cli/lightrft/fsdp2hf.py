@@ -17,7 +17,7 @@ from reshard.conversion.declared import CONVERT
 @click.option("--hf_base", "base", type=type_of(CONVERT["base"]), required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--checkpoint_dir", "source", type=type_of(CONVERT["source"]), required=True,
-              help="The folder with .metadata and .distcp files, or with rank files.")  # fmt: skip
+              help="The folder with .metadata and .distcp files, or one file per rank.")  # fmt: skip
 @click.option("--output_dir", "target", type=type_of(CONVERT["target"]), required=True,
               help="A new folder; it appears complete or not at all.")  # fmt: skip
 @flag(CONVERT["prefix"])
@@ -32,9 +32,9 @@ from reshard.conversion.declared import CONVERT
 @debug
 @writes("target")
 def command(**given: Any) -> None:
-    """Convert an FSDP checkpoint (PyTorch DCP, or files of ranks) to a Hugging Face folder.
+    """Convert an FSDP checkpoint (PyTorch DCP, or one file per rank) to a Hugging Face folder.
 
-    Names, dtypes and all files but the weights are those of the base model, be it a language or a
+    Names, dtypes and all files but the weights come from the base, which may be a language or a
     vision-language model.
     """
     carry_out("fsdp2hf", allow_unchanged=True, **given)
