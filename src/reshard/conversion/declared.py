@@ -243,9 +243,9 @@ CONVERT = table(
     Option(
         "model_type",
         Choice(MODEL_TYPES),
-        "The kind of model; default: detected from its heads. vision2seq: language, "
-        "vision-language and audio-language models; grm: generative reward models; srm_vl, "
-        "srm_al: scalar reward models for images or audio; critic: a model with a value head.",
+        "The kind of model; default: detected from its heads. vision2seq: a model that generates "
+        "text, also from images or audio; grm: a generative reward model; srm_vl, srm_al: a scalar "
+        "reward model for images or audio; critic: a model with a value head.",
         group="Reward models and critics",
         needs_base=True,
         underscored=True,

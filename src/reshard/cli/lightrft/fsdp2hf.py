@@ -17,7 +17,7 @@ from reshard.conversion.declared import CONVERT
 @click.option("--hf_base", "base", type=type_of(CONVERT["base"]), required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--checkpoint_dir", "source", type=type_of(CONVERT["source"]), required=True,
-              help="The folder with .metadata and .distcp files, or one file per rank.")  # fmt: skip
+              help="The folder with .metadata and .distcp files, or with rank files.")  # fmt: skip
 @click.option("--output_dir", "target", type=type_of(CONVERT["target"]), required=True,
               help="A new folder; it appears complete or not at all.")  # fmt: skip
 @flag(CONVERT["prefix"])
