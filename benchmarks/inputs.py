@@ -68,7 +68,7 @@ class Recipe:
 
 
 def ready(recipe: Recipe, parent: Path) -> Input:
-    """The input under `parent`, made now if it is not there. Renamed into place when whole."""
+    """The input under `parent`, made now if it is missing. Renamed into place when whole."""
     folder = parent / recipe.name
     if not folder.is_dir():
         partial = parent / f".{recipe.name}.partial"

@@ -77,7 +77,7 @@ def test_an_optimizer_is_called_so(save: Save, tmp_path: Path) -> None:
     moments = {"exp_avg": torch.ones(2, 3), "exp_avg_sq": torch.ones(2, 3)}
     content = {"state": {"a.weight": moments}, "param_groups": [{"lr": 0.1}]}
     source = save(content, tmp_path / "run")
-    with pytest.raises(reshard.ReshardError, match="the state of an optimizer and no model"):
+    with pytest.raises(reshard.ReshardError, match="the state of an optimizer, but no model"):
         reshard.convert(source, tmp_path / "out")
 
 

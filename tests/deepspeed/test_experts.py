@@ -119,7 +119,7 @@ def test_an_expert_without_one_of_its_tensors(parallel_runs: ParallelRuns, tmp_p
         content.popitem()
 
     edit_saved(expert(tag, 0, 2), drop_one)
-    with pytest.raises(reshard.IncompleteError, match="no file of an expert holds it"):
+    with pytest.raises(reshard.IncompleteError, match="no expert's file holds it"):
         reshard.open(tag)
 
 

@@ -271,7 +271,7 @@ def test_a_buffer_of_a_kind_that_is_not_handled_is_not_left_out(
     for path in (root / "global_step2").glob("*model_states.pt"):
         edit_saved(path, change)
     message = refused(workspace, root, None, reshard.UnsupportedError)
-    assert "tensor 'mask': it is a sparse tensor, which is not handled" in message
+    assert "tensor 'mask': it is a sparse tensor, which is not supported" in message
 
 
 def test_a_weight_of_a_kind_that_is_not_handled_but_has_a_master(

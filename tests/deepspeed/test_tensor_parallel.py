@@ -223,7 +223,7 @@ def test_what_all_ranks_hold_must_be_the_same(parallel_runs: ParallelRuns, tmp_p
         content["module"]["model.norm.weight"][5] += 1
 
     edit_saved(tag / "mp_rank_01_model_states.pt", change)
-    with pytest.raises(reshard.FormatError, match="should hold the same") as caught:
+    with pytest.raises(reshard.FormatError, match="must hold the same values") as caught:
         reshard.open(tag)
     assert caught.value.tensor == "model.norm.weight"
 
@@ -236,7 +236,7 @@ def test_a_buffer_must_be_the_same_on_all_ranks(
         tag / "mp_rank_01_model_states.pt",
         lambda content: content["module"]["count"].add_(1),
     )
-    with pytest.raises(reshard.FormatError, match="should hold the same") as caught:
+    with pytest.raises(reshard.FormatError, match="must hold the same values") as caught:
         reshard.open(tag)
     assert caught.value.tensor == "count"
 

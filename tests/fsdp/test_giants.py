@@ -90,7 +90,7 @@ def test_a_file_that_is_missing_or_short_is_refused_by_the_summary(
     shutil.copytree(folder, tmp_path / "c", copy_function=os.link)
     short = tmp_path / "c" / "__3_0.distcp"
     short.unlink()
-    with pytest.raises(reshard.IncompleteError, match="it is not there"):
+    with pytest.raises(reshard.IncompleteError, match="it is missing"):
         reshard.inspect(tmp_path / "c")
     short.write_bytes(b"PK\3\4" * 9)
     with pytest.raises(reshard.IncompleteError, match="the file has 36"):

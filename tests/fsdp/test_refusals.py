@@ -128,7 +128,7 @@ def test_metadata_that_would_run_code(folder: Path, tmp_path: Path) -> None:
 
 def test_missing_file(folder: Path) -> None:
     (folder / "__1_0.distcp").unlink()
-    error = refused(folder, IncompleteError, "metadata names it, and it is not there")
+    error = refused(folder, IncompleteError, "metadata names it, but it is missing")
     assert str(error.path).endswith("__1_0.distcp")
 
 
@@ -228,7 +228,7 @@ def test_unknown_dtype(folder: Path) -> None:
         metadata.state_dict_metadata[TENSOR].properties.dtype = torch.complex128
 
     edit(folder, change)
-    words = "dtype 'torch.complex128' is not handled"
+    words = "dtype 'torch.complex128' is not supported"
     assert refused(folder, UnsupportedError, words, hint=False).tensor == TENSOR
 
 
@@ -377,15 +377,21 @@ def _share_twice(metadata: Metadata) -> None:
     ("change", "words"),
     [
         (_lose, "its planner_data has it, its state dict does not"),
-        (_lose_everywhere, r"has a place for it at \(\d+, 0\), and its state dict no such chunk"),
-        (_make_an_object, r"has a place for it at \(\d+, 0\), and its state dict no such chunk"),
+        (
+            _lose_everywhere,
+            r"has a place for it at \(\d+, 0\), but the state dict has no such chunk",
+        ),
+        (
+            _make_an_object,
+            r"has a place for it at \(\d+, 0\), but the state dict has no such chunk",
+        ),
         (_rename, "its state dict has it, its planner_data does not|planner_data has it"),
         (_rename_path, r"its path in the state dict is \('renamed',\)"),
         (_lose_path, "its state dict has it, its planner_data does not"),
         (_lose_paths, "it has no planner_data"),
-        (_rename_place, "has a place for it at .*, and its state dict no such chunk"),
-        (_share, "are also those of"),
-        (_share_twice, "are also those of"),
+        (_rename_place, "has a place for it at .*, but the state dict has no such chunk"),
+        (_share, "also belong to"),
+        (_share_twice, "also belong to"),
     ],
 )
 def test_tables_of_the_metadata_that_contradict_each_other(

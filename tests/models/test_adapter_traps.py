@@ -547,7 +547,7 @@ def test_adapters_alone_become_a_folder_for_peft(source: str, tmp_path: Path) ->
         torch.testing.assert_close(loaded(IDS).logits, run.logits())
     run.check(place, tmp_path / "merged", fill_from_base=True)
     for adapter in (run.saved, run.saved / "adapter_model.safetensors"):
-        with pytest.raises(reshard.PlanError, match="adapter folder already"):
+        with pytest.raises(reshard.PlanError, match="already an adapter folder"):
             reshard.convert(adapter, tmp_path / "no", base=run.base, lora="adapter")
 
 

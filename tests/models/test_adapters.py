@@ -319,7 +319,7 @@ def test_adapters_that_were_saved_alone(made: Get, variant: str, tmp_path: Path)
     for source in ("trained.pt", "peft", "older"):
         with pytest.raises(reshard.NamesError, match="--fill-from-base") as caught:
             reshard.convert(tmp_path / source, tmp_path / "out", **options)
-        words = r"holds LoRA adapters on \d+ modules and not the weights that they update\. The"
+        words = r"holds LoRA adapters on \d+ modules, but not the weights that they update\. The"
         assert re.search(words, str(caught.value)) or variant == "embedding"
         out = tmp_path / f"{source}-out"
         report = reshard.convert(tmp_path / source, out, fill_from_base=True, **options)

@@ -231,7 +231,7 @@ def test_fewer_than_two_checkpoints_are_refused(
     assert (
         "of these 3 paths, 1 is a checkpoint; two or more are compared" in capsys.readouterr().err
     )
-    with pytest.raises(reshard.OptionError, match="two checkpoints or more"):
+    with pytest.raises(reshard.OptionError, match="two or more checkpoints"):
         diff_steps([one])
 
 

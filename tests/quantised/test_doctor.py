@@ -169,5 +169,5 @@ def test_scales_of_another_shape(model: Get, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"
     ill = changed(made.folder, tmp_path / "ill", lambda s: {**s, name: torch.ones(5, 2)})
     assert found(ill) == {"codes-unreadable"}
-    with pytest.raises(reshard.UnsupportedError, match="does not go with codes of shape"):
+    with pytest.raises(reshard.UnsupportedError, match="does not match codes of shape"):
         reshard.convert(ill, tmp_path / "out")

@@ -124,7 +124,7 @@ def test_a_record_that_lacks_a_part(
     _rewrite(ill, whole, (part, part[:-1] + b"x"))
     with pytest.raises(FormatError, match=said) as caught:
         reshard.open(folder)
-    assert caught.value.hint == "The file is damaged, or torch of another release wrote it."
+    assert caught.value.hint == "The file is damaged, or another version of torch wrote it."
     ill.write_bytes(whole)
     assert reshard.diff(folder, ranks.copy(name, tmp_path / "well")).same
 
@@ -151,7 +151,7 @@ def _other_values(state: dict[str, torch.Tensor]) -> None:
         (_lacks_a_name, "differ in 1, 'b' among them"),
         (_other_shape, r"plain, float32 \(4,\) here, and plain, float32 \(3,\)"),
         (_other_dtype, r"plain, float16 \(3,\) here"),
-        (_other_values, "and the values differ"),
+        (_other_values, "but the values differ"),
     ],
 )
 def test_ranks_that_disagree(

@@ -224,7 +224,7 @@ def test_one_optimizer_file_a_rank(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
     torch.save({"base_optim_states": {}}, folder / "_rank0")
-    assert "each rank saved its optimizer" in str(refused(run, UnsupportedError))
+    assert "each rank saved its own optimizer state" in str(refused(run, UnsupportedError))
     weights_alone(run, tmp_path)
 
 

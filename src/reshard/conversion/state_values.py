@@ -32,7 +32,7 @@ def check_values(state: TrainingState | None, outcome: Outcome) -> None:
     for (table, name), found in outcome.not_finite.items():
         if table == STATE_TABLE and found.negative:
             raise VerificationError(
-                f"{found.negative} of its values are below zero, which no mean of squares is: it "
+                f"{found.negative} of its values are negative, but a second moment cannot be: it "
                 "is another tensor, or damaged.",
                 tensor=f"{table}: {name}",
                 hint=_HINT,

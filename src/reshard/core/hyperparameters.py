@@ -102,8 +102,8 @@ def _check_held(state: TrainingState) -> None:
     never = [name for name in covered if name not in held]
     if never:
         raise PlanError(
-            f"the optimizer holds no moments of {len(never)} parameters that its groups cover, "
-            f"as of those that no step has updated: {listed(never, 4)}.",
+            f"the optimizer holds no moments of {len(never)} parameters in its groups, perhaps "
+            f"because no step has updated them: {listed(never, 4)}.",
             hint=WEIGHTS_ALONE,
         )
     without = [
@@ -115,7 +115,7 @@ def _check_held(state: TrainingState) -> None:
     ]
     if without:
         raise PlanError(
-            f"it does not say how many steps {len(without)} parameters have had, by which Adam "
-            f"corrects their moments: {listed(without, 4)}.",
+            f"it does not state the step counts of {len(without)} parameters, which Adam needs to "
+            f"correct their moments: {listed(without, 4)}.",
             hint=WEIGHTS_ALONE,
         )

@@ -120,8 +120,8 @@ def check_masters(
             values = _numbers(master, entry.spec.dtype, sources).astype(stored.dtype.numpy)
             if not _same(values, _numbers(rounded, stored.dtype, sources)):
                 raise FormatError(
-                    f"its weights in {_file(master)} are not those in {_file(rounded)}: the "
-                    "files are of different saves or ranks.",
+                    f"its weights in {_file(master)} differ from those in {_file(rounded)}: the "
+                    "files come from different saves or ranks.",
                     path=Path(stored.extent.file.path).parent,
                     tensor=name,
                     hint=_ONE_SAVE,
@@ -135,7 +135,7 @@ def check_replicas(one: Entry, other: Entry, sources: Sources) -> None:
             first, second = (_run(entry, run, sources) for entry in (one, other))
             if not _same(first, second):
                 raise FormatError(
-                    "tensor parallel ranks should hold the same, and do not: "
+                    "tensor parallel ranks must hold the same values, but do not: "
                     f"{first.ravel()[:1]} and {second.ravel()[:1]} at {run.offsets}.",
                     path=Path(fragment.in_file.file.path).parent,
                     tensor=one.spec.name,

@@ -86,7 +86,7 @@ def parse_wrapped(path: Path, value: object, flats: int, plain: PlainData) -> Wr
         raise FormatError(
             f"its optimizer's parameter groups cover the flat tensors {order}, and it has {flats}.",
             path=path,
-            hint="The file is damaged, or of an optimizer that is not handled.",
+            hint="The file is damaged, or of an optimizer that is not supported.",
         )
     return Wrapped(path, tuple(found.states.get(n) for n in range(flats)), tuple(covering), scaler)
 
@@ -111,7 +111,9 @@ def refuse_sharded(state: ParamState, path: Path, name: str) -> dict[str, Tensor
     for kind, tensor in state.moments.items():
         if not isinstance(tensor, TensorRef):
             raise UnsupportedError(
-                f"its {kind} is {tensor.describe()}, which is not handled.", path=path, tensor=name
+                f"its {kind} is {tensor.describe()}, which is not supported.",
+                path=path,
+                tensor=name,
             )
         found[kind] = tensor
     return found

@@ -48,7 +48,8 @@ def reader(saved: Saved, entries: Mapping[str, Entry], sources: Sources) -> Read
         lost = sorted(files.keys() - there.keys())
         if lost:
             raise IncompleteError(
-                f"the optimizer's file of rank {lost[0]} is not there, and those of others are.",
+                f"the optimizer's file of rank {lost[0]} is missing, although other ranks have "
+                "theirs.",
                 path=saved.folder,
                 hint=_ONE_SAVE,
             )
