@@ -153,7 +153,7 @@ def test_all_layers_files_are_missing(copied: Callable[[str], Path]) -> None:
     folder = copied("plain")
     for path in folder.glob("layer_*"):
         path.unlink()
-    with pytest.raises(reshard.IncompleteError, match=r"none of its layer_\*-model_states\.pt"):
+    with pytest.raises(reshard.IncompleteError, match=r"all layer_\*-model_states\.pt"):
         reshard.open(folder)
 
 
