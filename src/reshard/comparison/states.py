@@ -1,4 +1,4 @@
-"""Training state of two checkpoints: moments as tensors like any other, and what is said of them.
+"""Comparison of the training state of two checkpoints: moments are tensors like any other.
 
 Moments of a kind are one more table of the two sides, so that a comparison sums them by layer as it
 does the weights: `exp_avg: model.layers.3`.

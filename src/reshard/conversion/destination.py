@@ -1,4 +1,4 @@
-"""Whether an output may be written to its path: reshard replaces only its own outputs.
+"""Check that an output may be written to its path: reshard replaces only its own outputs.
 
 It replaces an empty folder and, with `--overwrite`, a folder that holds only what reshard wrote:
 

@@ -1,4 +1,4 @@
-"""What decides the bytes of a conversion's output, and is recorded in `reshard.json`."""
+"""The options that determine the bytes of a conversion's output; `reshard.json` records them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint becomes: the model, and the files beside it.
+"""The output of a conversion: the model, and the files beside it.
 
     LightRFT actor, GRM     model
     scalar reward model     model (the backbone), reward_head.safetensors, reward_config.json and

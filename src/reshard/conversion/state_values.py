@@ -1,4 +1,4 @@
-"""What the values of an optimizer's moments say against them, once all have passed.
+"""Checks of the values of an optimizer's moments, after all have passed.
 
 A mean of squares is never below zero, and no two moments are equal bit for bit unless both are
 zero: what is not so lies in another's place, as after a copy of a file under a wrong name.

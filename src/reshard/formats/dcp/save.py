@@ -1,4 +1,4 @@
-"""The metadata of one save: of one file, or of one a rank."""
+"""The metadata of one save: one file, or one per rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proof that the files of a folder are of one save, from what they hold.
+"""Proof from their contents that the files of a folder come from one save.
 
 DeepSpeed writes each rank's file separately, and only the file's name says which rank wrote it. A
 copied, renamed or stale file has the right shapes. This module reads what reveals it: step counts,
