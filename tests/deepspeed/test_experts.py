@@ -85,7 +85,7 @@ def test_all_experts_missing(parallel_runs: ParallelRuns, tmp_path: Path) -> Non
 def test_an_expert_too_many(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
     tag = parallel_runs["experts-zero1"].copy(tmp_path)
     torch.save({}, expert(tag, 2, 0))
-    with pytest.raises(reshard.FormatError, match=r"7 experts, and .* states 6"):
+    with pytest.raises(reshard.FormatError, match=r"7 experts, but .* states 6"):
         reshard.open(tag)
 
 

@@ -135,7 +135,7 @@ def test_a_universal_checkpoint_of_it(pipeline_runs: Path, tmp_path: Path) -> No
 def test_a_layer_whose_file_is_missing(copied: Callable[[str], Path]) -> None:
     folder = copied("plain")
     (folder / "layer_03-model_states.pt").unlink()
-    with pytest.raises(reshard.IncompleteError, match="first of layer 3") as caught:
+    with pytest.raises(reshard.IncompleteError, match="beginning with layer 3") as caught:
         reshard.open(folder)
     assert caught.value.hint == "Copy the files of every rank and layer."
     shutil.rmtree(folder.parent)

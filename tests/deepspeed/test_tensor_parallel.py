@@ -163,7 +163,7 @@ def test_without_the_metadata_it_is_refused(
     [
         ("tp-zero1", "*mp_rank_01*", r"model parallel rank 1 of 2 \(mp_rank_01\)"),
         ("tp-zero1", "*mp_rank_00*", r"model parallel rank 0 of 2 \(mp_rank_00\)"),
-        ("tp-zero1", "mp_rank_01*", "no model_states file"),
+        ("tp-zero1", "mp_rank_01*", "all model_states files"),
         ("tp-zero2-w4", "*zero_pp_rank_1_mp_rank_01*", "rank 1 of 2 is missing"),
         ("tp-zero3-w4", "zero_pp_rank_1_mp_rank_01*", "rank 1 of 2 is missing"),
     ],

@@ -49,7 +49,7 @@ OTHERS = (
     ("a limit on the size of files (RLIMIT_FSIZE)", "an error; as before",
      "test_limits.py", "test_a_limit_on_the_size_of_files"),
     ("Ctrl-C, SIGTERM or SIGHUP at any moment: during imports and after the commit, too",
-     "exit code 130; the message says what is under the name; with `--resume`, finished work is kept",
+     "exit code 130; the message says what is under the name; `--resume` keeps finished work",
      "../commit/test_interrupts.py", "test_what_stands_is_said"),
     ("the files of a killed run are damaged: a torn, edited or forged journal, changed bytes",
      "with `--resume`: pieces that differ from the journal are made again; the same bytes",

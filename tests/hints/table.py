@@ -96,7 +96,8 @@ ELSEWHERE: dict[str, str] = {
     "Copy the whole folder again.": "fsdp/test_refusals.py::test_writers_without_collectives",
     "Copy the file again or use another checkpoint.": "fsdp/test_refusals.py::test_damaged_zstd_frame",
     "Install the extra, in reshard's folder: pip install '.[zstd]'.": "fsdp/test_refusals.py::test_without_zstandard",
-    "For such a run, convert with --names memory --transformers-version {}, or whichever version the run has.": "models/test_every_name.py::test_a_layout_that_stacks_is_a_finding_whose_fix_works",
+    "For such a run, convert with --names memory --transformers-version {}, or with the run's "
+    "own version.": "models/test_every_name.py::test_a_layout_that_stacks_is_a_finding_whose_fix_works",
     "Read that code, then allow it with --trust-remote-code.": "evaluate/test_broken.py::test_remote_code_runs_only_when_it_is_trusted",
     "Name a file with --html.": "pages/test_changes.py::test_a_file_that_is_no_page_is_never_replaced",
     "Copy the files of every rank and layer.": "deepspeed/test_pipeline.py::test_a_layer_whose_file_is_missing",

@@ -160,7 +160,7 @@ def test_a_code_without_its_scale(model: Get, tmp_path: Path) -> None:
         made.folder, tmp_path / "ill", lambda s: {k: v for k, v in s.items() if k != lost}
     )
     assert found(ill) == {"codes-unreadable"}
-    with pytest.raises(reshard.IncompleteError, match="no scale beside it"):
+    with pytest.raises(reshard.IncompleteError, match="but it has no scale"):
         reshard.convert(ill, tmp_path / "out")
 
 

@@ -226,5 +226,5 @@ def test_plain_tensors_that_all_ranks_hold(tmp_path: Path) -> None:
     checkpoint = reshard.open(tmp_path)
     assert np.array_equal(checkpoint.tensors["w"].numpy(), state["w"].numpy())
     torch.save({"model": {**state, "b": torch.zeros(3)}}, tmp_path / "ckpt_rank1.pt")
-    with pytest.raises(reshard.FormatError, match=r"should hold what ckpt_rank0\.pt holds"):
+    with pytest.raises(reshard.FormatError, match=r"must equal the copy in ckpt_rank0\.pt"):
         reshard.open(tmp_path)

@@ -196,7 +196,11 @@ def check_digests(
     """
     folder = catalog.origin.root
     for name in sorted(stated.keys() ^ catalog.entries.keys()):
-        where = "is stated and not there" if name in stated else "is there and not stated"
+        where = (
+            "is missing, although reshard.json lists it"
+            if name in stated
+            else "is not listed in reshard.json"
+        )
         raise VerificationError(f"it {where}.", path=folder, tensor=name)
     checks = [_Check(entry, stated[name]) for name, entry in catalog.entries.items()]
     checking = _Checking(folder, sum(check.entry.spec.nbytes for check in checks), progress)

@@ -120,7 +120,7 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
         folder = child(folder, part)
     if not _is_tag_folder(folder):
         there = tags.listed(_tags(path))
-        problem = "holds no model_states files" if is_folder(folder) else "is not there"
+        problem = "holds no model_states files" if is_folder(folder) else "is missing"
         chosen = "" if tag is not None else f", which `{LATEST}` names,"
         raise NotFoundError(
             f"the checkpoint {name!r}{chosen} {problem}; the existing tags: {there}.",

@@ -47,8 +47,7 @@ class Wrapped(Struct, frozen=True):
         found = None if state is None else state.moments.get(kind)
         if not isinstance(found, TensorRef) or len(found.shape) != 1 or found.strides is not None:
             raise FormatError(
-                f"the {kind} of its flat group {number} is not there, or is not a flat tensor, "
-                f"while "
+                f"the {kind} of its flat group {number} is missing or is not a flat tensor, while "
                 "other ranks have it.",
                 path=self.path,
                 hint="Copy all files of one save.",
