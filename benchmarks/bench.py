@@ -14,6 +14,7 @@ import argparse
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)
 #: The size that the tables show, and at which no peer is left out for lack of time.
 REFERENCE = 1.0
 RESULTS = Path(__file__).with_name("results.json")
+#: Why a contender has no figures that ended with an error, which the benchmark shows.
+FAILED = "failed"
 _STARTS = 9
 # A virtual machine's host takes freed memory back some seconds later, in large pieces: that of the
 # last output in the middle of the next run, which then took up to twice as long.
@@ -161,9 +164,8 @@ class _Turns:
         try:
             ran = measure.run(command, _environment(contender.path), self.bench.scratch)
         except measure.CommandError as error:
-            if contender.group != "peers":
-                raise
-            return f"failed: {str(error).splitlines()[-1][:200]}"
+            self.bench.tell(str(error))
+            return FAILED
         finally:
             size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
             there = measure.allocated(target)
@@ -174,7 +176,10 @@ class _Turns:
             ran.seconds,
             ran.peak_nbytes,
             ran.cpu_seconds,
-            *((calls.read, calls.written, calls.reads, calls.writes) if calls else (None,) * 4),
+            calls and calls.read,
+            calls and calls.written,
+            calls and calls.reads,
+            calls and calls.writes,
             output_nbytes=size,
             temporary_nbytes=max(ran.disk_nbytes - there, 0),
         )
@@ -268,11 +273,23 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> Results:
             costs = [bench.cost(*cell) for cell in plan]
             # Without a budget, as many rounds as were asked for.
             seconds = schedule.share(bench.left(), costs, place) if options.budget else 1e6
-            done.append(bench.cell(direction, gb, seconds))
+            done.append(_tried(bench, direction, gb, seconds))
         results = Results(of, called, done, starts)
         results.save(path)
     shutil.rmtree(scratch)
     return results
+
+
+def _tried(bench: Bench, direction: Direction, gb: float, seconds: float) -> Cell:
+    """Measure a cell; without figures where its input cannot be made."""
+    try:
+        return bench.cell(direction, gb, seconds)
+    except (measure.CommandError, subprocess.CalledProcessError) as error:
+        bench.tell(str(error))
+        names = [
+            Skipped(one.name, "its input cannot be made") for one in bench.contenders(direction)
+        ]
+        return Cell(direction.key, gb, 0, [], names)
 
 
 def _words(text: str) -> list[str]:

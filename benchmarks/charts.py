@@ -17,7 +17,7 @@ _COPIES = (RESHARD, NO_VERIFY, CP, CP_READ_BACK)
 _COLOURS = {RESHARD: "#0969da", NO_VERIFY: "#54aeff", CP: "#8c959f", CP_READ_BACK: "#24292f"}
 _OTHERS = ("#cf222e", "#bf8700", "#8250df")
 # The identifiers in the file follow from this word, and text stays text.
-_STYLE = {"svg.hashsalt": "reshard", "svg.fonttype": "none", "font.size": 9}
+_STYLE: Any = {"svg.hashsalt": "reshard", "svg.fonttype": "none", "font.size": 9}
 
 
 def save(results: Results, folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import model, random_values, save_base
+from benchmarks.shapes import Model, model, random_values, save_base
 
 WORLD = 2
 
@@ -55,7 +55,14 @@ def fp8(folder: Path, gb: float) -> None:
 def megatron(folder: Path, gb: float) -> None:
     """torch_dist, in bfloat16, made by reshard."""
     save_base(folder / "base", model(gb))
-    _reshard(folder / "base", folder / "source", "--to", "megatron")
+    save_base(folder / "trained", model(gb), seed=1)
+    _reshard(folder / "trained", folder / "source", "--to", "megatron")
+    remove(folder / "trained")
+
+
+def tiny(folder: Path, gb: float) -> None:
+    """A model of 0.2 MB."""
+    save_base(folder / "source", Model(64, 1, vocabulary=256))
 
 
 def zero2_state(folder: Path, gb: float) -> None:
@@ -75,7 +82,7 @@ def universal(folder: Path, gb: float) -> None:
     dcp_state(folder, gb)
     (folder / "source").rename(folder / "saved")
     _reshard(folder / "saved", folder / "source", "--to", "deepspeed")
-    shutil.rmtree(folder / "saved")
+    remove(folder / "saved")
 
 
 def _reshard(*arguments: str | Path) -> None:
@@ -223,6 +230,7 @@ MAKERS: Mapping[str, Callable[[Path, float], None]] = {
         zero2_state,
         dcp_state,
         universal,
+        tiny,
     )
 }
 

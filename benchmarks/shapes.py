@@ -84,7 +84,7 @@ def model(gb: float) -> Model:
     return min(choices, key=lambda one: abs(one.numel - wanted))
 
 
-def save_base(folder: Path, made: Model) -> None:
+def save_base(folder: Path, made: Model, seed: int = 0) -> None:
     """The model in bfloat16 as a Hugging Face folder, of random values."""
     import ml_dtypes
 
@@ -96,7 +96,7 @@ def save_base(folder: Path, made: Model) -> None:
     for name, shape in made.shapes():
         start, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    _write(folder / "model.safetensors", header, end, _values().astype(ml_dtypes.bfloat16))
+    _write(folder / "model.safetensors", header, end, _values(seed).astype(ml_dtypes.bfloat16))
 
 
 def _write(path: Path, header: Mapping[str, Any], nbytes: int, block: Any) -> None:
@@ -109,11 +109,12 @@ def _write(path: Path, header: Mapping[str, Any], nbytes: int, block: Any) -> No
             nbytes -= file.write(raw[: min(nbytes, len(raw))])
 
 
-def _values() -> np.ndarray[Any, np.dtype[Any]]:
+def _values(seed: int = 0) -> np.ndarray[Any, np.dtype[Any]]:
     import numpy as np
 
-    drawn = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
-    return drawn * np.float32(0.02)
+    drawn = np.random.default_rng(seed).standard_normal(_BLOCK, np.float32)
+    drawn *= np.float32(0.02)
+    return drawn
 
 
 def random_values(numel: int, dtype: Any) -> Any:

@@ -8,21 +8,19 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import measure
+from benchmarks import inputs, measure
 from benchmarks.results import Start
-from benchmarks.shapes import Model, save_base
 
 # A file system in memory, where there is one.
 _MEMORY = Path("/dev/shm")
-_TINY = Model(64, 1, vocabulary=256)
 
 
 def starts(runs: int, environment: Mapping[str, str], other: str = "") -> list[Start]:
     """Each command, `runs` times, one after the other. `other`: the source folder of another
     reshard, which runs, too."""
     with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as folder:
-        model, out = Path(folder, "model"), Path(folder, "out")
-        save_base(model, _TINY)
+        model, out = Path(folder, "source"), Path(folder, "out")
+        inputs.make("tiny", Path(folder), 0)
         reshard = [sys.executable, "-m", "reshard"]
         commands = {
             "python -c pass": [sys.executable, "-c", "pass"],

@@ -11,7 +11,7 @@ from typing import Any, AnyStr, Generic, cast
 
 class _Regex(Generic[AnyStr]):
     def __init__(self, pattern: AnyStr, flags: int) -> None:
-        self.pattern = pattern
+        self.pattern: AnyStr = pattern
         self._given = flags
 
     def __getattr__(self, name: str) -> Any:
