@@ -17,10 +17,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from benchmarks import measure, schedule, start
 from benchmarks.contenders import DIRECTIONS, Contender, Direction, Ready, made, taking_part
@@ -170,19 +172,16 @@ class _Turns:
             size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
             there = measure.allocated(target)
             shutil.rmtree(target, ignore_errors=True)
-        calls = ran.calls
         sample = Sample(
             number,
             ran.seconds,
             ran.peak_nbytes,
             ran.cpu_seconds,
-            calls and calls.read,
-            calls and calls.written,
-            calls and calls.reads,
-            calls and calls.writes,
             output_nbytes=size,
             temporary_nbytes=max(ran.disk_nbytes - there, 0),
         )
+        if ran.calls is not None:
+            sample = replace(sample, **asdict(ran.calls))
         self.samples.setdefault(contender.name, []).append(sample)
         if contender.marked and ran.marked is not None:
             part = Sample(number, ran.marked, ran.peak_nbytes, output_nbytes=size)

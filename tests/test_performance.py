@@ -15,7 +15,7 @@ from benchmarks.schedule import Pace, Rounds, share
 from benchmarks.shapes import GB, model
 
 pytest.importorskip("matplotlib", reason="draws the charts")
-from benchmarks import page
+from benchmarks import charts, page
 
 MIB = 1 << 20
 
@@ -78,7 +78,7 @@ class TestPage:
         assert load(tmp_path / "results.json") == results()
 
     def test_the_same_results_give_the_same_charts(self, tmp_path: Path) -> None:
-        drawn = [page.charts.save(results(), tmp_path / name) for name in ("one", "other")]
+        drawn = [charts.save(results(), tmp_path / name) for name in ("one", "other")]
         texts = [[path.read_text(encoding="utf-8") for path in paths] for paths in drawn]
         assert texts[0] == texts[1]
         for text in texts[0]:
