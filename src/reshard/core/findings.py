@@ -354,6 +354,9 @@ CODES: dict[str, Code] = {
     "state-named-by-order": Code(
         "warning", "an optimizer's state has no names; the order of the parameters gave them",
         "Compare the first losses of the continued run with those before."),
+    "state-never-updated": Code(
+        "info", "an optimizer's groups cover parameters of which it holds no moments",
+        "Freeze them in the run that goes on, too: one that trains them asks for their moments."),
     "state-steps-differ": Code(
         "info", "parameters have had different numbers of steps, as where some got no gradient"),
     "stray-head": Code(
