@@ -113,7 +113,7 @@ def test_a_rank_is_missing(name: str, runs: Path, tmp_path: Path) -> None:
 def test_what_fsdp1_gathers_by_numbers(runs: Path, tmp_path: Path) -> None:
     """torch 2.13 gathers the mean of squares in the mean's place, too; that is noticed."""
     run = Path(shutil.copytree(runs / "slices" / "ids", tmp_path / "run"))
-    with pytest.raises(VerificationError, match="equals exp_avg_sq.* bit for bit") as caught:
+    with pytest.raises(VerificationError, match=r"equals exp_avg_sq.* bit for bit") as caught:
         reshard.convert(run, tmp_path / "out", to="dcp", optimizer=True)
     assert "save with SHARDED_STATE_DICT" in str(caught.value.hint)
     sharded = runs / "slices" / "accelerate"

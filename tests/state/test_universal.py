@@ -211,15 +211,15 @@ def test_groups_that_cover_frozen_parameters(tmp_path: Path) -> None:
     out, report = written(folder, tmp_path)
     (told,) = [f for f in report.findings if f.code == "state-never-updated"]
     assert "cover 1 parameters that it holds no moments of" in told.message
-    assert "(b.weight" in told.message or "b.weight" in told.message
+    assert told.message.endswith("b.weight.")
     assert [path.name for path in (tag(out) / "zero").iterdir() if path.is_dir()] == ["a.weight"]
     model = torch.load(tag(out) / MODEL)
     assert list(model["module"]) == ["b.weight"]
     assert model["frozen_param_shapes"].keys() == {"b.weight"}
-    for layout in ("lightrft", "torchtitan"):
-        again = tmp_path / layout
-        reshard.convert(folder, again, to="dcp", optimizer=True, layout=layout)
-        model_part, optimizer = parts(again, layout)
+    for name in ("lightrft", "torchtitan"):
+        again = tmp_path / name
+        reshard.convert(folder, again, to="dcp", optimizer=True, layout=name)  # type: ignore[arg-type]
+        model_part, optimizer = parts(again, name)
         assert optimizer["state"].keys() == {"a.weight"}
         assert sorted(optimizer["param_groups"][0]["params"]) == ["a.weight", "b.weight"]
         assert torch.equal(optimizer["state"]["a.weight"]["exp_avg"], kept["a.weight"]["exp_avg"])
