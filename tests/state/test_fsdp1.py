@@ -25,14 +25,14 @@ from tests.state.test_refusals import refused, weights_alone
 from tests.state.test_writing import loaded
 from tests.tensors import raw
 
-ONE = {"groups": 1, "frozen": False, "wrapped": True}
+FLAT = Job("fsdp1", 3, "", (1, 3), groups=1, frozen=False, wrapped=True, flat=True)
 RUNS: dict[str, tuple[Job, tuple[Layout, ...]]] = {
-    "flat": (Job("fsdp1", 3, "", (1, 3), flat=True, **ONE), ("verl", "ranks")),
+    "flat": (FLAT, ("verl", "ranks")),
     "slices": (
         Job("fsdp1", 3, "", (1, 3), wrapped=True, frozen=False),
         ("verl", "ranks", "ids", "accelerate"),
     ),
-    "hybrid": (Job("fsdp1", 4, "", (1, 3), flat=True, hybrid=True, **ONE), ("verl",)),
+    "hybrid": (replace(FLAT, world=4, hybrid=True), ("verl",)),
     "frozen": (Job("fsdp1", 3, "", (1, 3), wrapped=True), ("verl", "ranks")),
     "fsdp2": (Job("fsdp2", 3, "", (1, 3)), ("ranks",)),
 }

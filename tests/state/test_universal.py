@@ -218,7 +218,7 @@ def test_groups_that_cover_frozen_parameters(tmp_path: Path) -> None:
     assert model["frozen_param_shapes"].keys() == {"b.weight"}
     for name in ("lightrft", "torchtitan"):
         again = tmp_path / name
-        reshard.convert(folder, again, to="dcp", optimizer=True, layout=name)  # type: ignore[arg-type]
+        reshard.convert(folder, again, to="dcp", optimizer=True, layout=name)
         model_part, optimizer = parts(again, name)
         assert optimizer["state"].keys() == {"a.weight"}
         assert sorted(optimizer["param_groups"][0]["params"]) == ["a.weight", "b.weight"]

@@ -372,14 +372,12 @@ CODES: dict[str, Code] = {
         "warning", "fp32 masters were rounded to the dtype of the output's weights",
         "Leave out --dtype."),
     "state-named-by-order": Code(
-        "warning", "an optimizer's state has no names; the order of the parameters gave them",
-        "Compare the first losses of the continued run with those before."),
-    "state-never-updated": Code(
-        "info", "an optimizer's groups cover parameters of which it holds no moments",
-        "Freeze them in the run that goes on, too: one that trains them asks for their moments."),
         "warning",
         "the optimizer's state has no names; they were derived from the order of the parameters",
         "Compare the first losses of the continued run with the last ones before."),
+    "state-never-updated": Code(
+        "info", "the optimizer's groups list parameters of which it holds no moments",
+        "Freeze them in the run that continues: one that trains them asks for their moments."),
     "state-steps-differ": Code(
         "info", "parameters have different step counts, for example because some got no gradient"),
     "stray-head": Code(

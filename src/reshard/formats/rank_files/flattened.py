@@ -70,7 +70,7 @@ def read(
     shapes = {
         name: value.shape
         for name, value in model[0].tensors.items()
-        if value.dtype.floating and math.prod(value.shape)
+        if value.dtype.floating and 0 not in value.shape
     }
     lengths = _lengths(parts, max(places.values()) + 1)
     if lengths is None:
