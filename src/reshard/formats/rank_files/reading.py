@@ -45,7 +45,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         records=table.records,
         findings=(*dict.fromkeys(findings), *table.findings, *_beside(saved.folder)),
         unshaped=table.unshaped,
-        optimizer=optimizer.reader(saved, table.entries, sources),
+        optimizer=optimizer.reader(saved, states, table.entries, sources),
     )
 
 
