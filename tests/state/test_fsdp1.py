@@ -166,7 +166,7 @@ def test_ranks_that_should_hold_the_same(runs: Path, tmp_path: Path) -> None:
     content = torch.load(path, weights_only=False)
     content["state"][1]["exp_avg"][5] += 1
     torch.save(content, path)
-    assert "should hold what" in str(refused(run, reshard.FormatError))
+    assert "must equal the copy in" in str(refused(run, reshard.FormatError))
 
 
 def test_names_that_the_optimizer_was_given(tmp_path: Path) -> None:
