@@ -122,7 +122,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     hub, _ = made("qwen3_moe", 0)
     for number, (model_type, change, error) in enumerate(
         (
-            ("gemma2", {}, "known of llama"),
+            ("gemma2", {}, "names for llama"),
             ("qwen3_moe", {"model.odd": torch.ones(1)}, "no place in torchtitan's model"),
             ("qwen3_moe", {"model.layers.0.mlp.experts.1.up_proj.weight": None}, "expert 1 is"),
         )

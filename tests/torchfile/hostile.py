@@ -246,7 +246,7 @@ FILES = (
             "zip cut off": (GOOD[:-1], "do not end"),
             "zip cut in half": (GOOD[: len(GOOD) // 2], "do not end"),
             "zip with a tail": (GOOD + b"x", "do not end"),
-            "old, cut off": (OLD_GOOD[:-1], "storage '0' takes bytes"),
+            "old, cut off": (OLD_GOOD[:-1], "storage '0' needs bytes"),
             "old, cut in its pickles": (OLD_GOOD[:90], "ends early"),
             "old, without its list": (old_file()[:-40], "ends early"),
         },

@@ -205,7 +205,7 @@ def _state_dict(
 def _no_state_dict(path: Path, value: object) -> UnsupportedError:
     others = list(_beside(value, None))
     if others:
-        what = "what it holds is not taken for the model unless it is named"
+        what = "reshard does not take these parts for the model unless you name one"
         hint = f"Name the part to read: --prefix {quote(shown(others[0]))}."
         return UnsupportedError(f"{what}: {listed(others)}.", path=path, hint=hint)
     return UnsupportedError(
