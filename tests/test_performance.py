@@ -36,7 +36,7 @@ def cell(direction: str, gb: float, **seconds: float) -> Cell:
 def results() -> Results:
     machine = {
         "platform": "Linux", "processor": "Example 9000", "cores": 2, "memory_nbytes": 16 * GB,
-        "python": "3.12", "packages": {"torch": "2.0"},
+        "load_average": 0.1, "python": "3.12", "packages": {"torch": "2.0"},
     }  # fmt: skip
     found = [
         cell("zero2", 0.5, own=0.9, bare=0.7, cp=0.7, back=0.9),
@@ -65,6 +65,13 @@ class TestPage:
         assert "ZeRO-3 to Hugging Face, 1 GB: `reshard` (needs 99 GB of disk)" in text
         assert "| `reshard convert` | 0.120 | 0.200 |" in text
         assert page.NOTES.read_text(encoding="utf-8") in text
+
+    def test_a_busy_machine_is_named(self) -> None:
+        found = results()
+        assert "other work" not in page.page(found) + page.readme(found)
+        found.machine["load_average"] = 3.0
+        assert "other work" in page.page(found)
+        assert "other work" in page.readme(found)
 
     def test_readme_says_what_the_page_says(self) -> None:
         words = page.readme(results())
