@@ -111,7 +111,7 @@ class TestSchedule:
             (5, Rounds(1, 0)),  # what was begun is ended
             (25, Rounds(2, 0)),
             (30, Rounds(3, 0)),
-            (69, Rounds(3, 0)),
+            (69, Rounds(5, 0)),
             (70, Rounds(3, 1)),
             (110, Rounds(3, 2)),
             (130, Rounds(5, 2)),
