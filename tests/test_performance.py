@@ -110,15 +110,15 @@ class TestSchedule:
         [
             (5, Rounds(1, 0)),  # what was begun is ended
             (25, Rounds(2, 0)),
-            (30, Rounds(3, 0)),
-            (69, Rounds(5, 0)),
-            (70, Rounds(3, 1)),
-            (110, Rounds(3, 2)),
+            (59, Rounds(5, 0)),
+            (60, Rounds(2, 1)),
+            (75, Rounds(3, 1)),
+            (129, Rounds(5, 1)),
             (130, Rounds(5, 2)),
             (9999, Rounds(5, 2)),
         ],
     )
-    def test_rounds_of_our_own_come_first_and_then_the_peers(
+    def test_a_few_rounds_of_our_own_come_first_then_the_peers(
         self, left: float, rounds: Rounds
     ) -> None:
         assert schedule.rounds(left, 10, 40, Rounds(5, 2)) == rounds
@@ -129,12 +129,12 @@ class TestSchedule:
         assert share(180, costs, 1) == 60
         assert share(120, costs, 2) == 120
 
-    def test_larger_sizes_are_expected_to_take_longer(self) -> None:
+    def test_guesses_are_corrected_by_what_was_measured(self) -> None:
         pace = Pace()
-        assert pace.expect(("zero2", RESHARD), 1, 7) == 7
-        pace.note(("zero2", RESHARD), 0.5, 3)
-        assert pace.expect(("zero2", RESHARD), 1, 7) == 6
-        assert pace.expect(("zero2", RESHARD), 0.25, 7) == 3
+        assert pace.expect(("zero2", RESHARD), 7) == 7
+        pace.note(("zero2", RESHARD), 6, 3)
+        assert pace.expect(("zero2", RESHARD), 7) == 3.5
+        assert pace.expect(("zero3", RESHARD), 7) == 7
 
     def test_every_direction_has_its_cells_and_small_ones_come_first(self) -> None:
         planned = cells(SIZES, [])
