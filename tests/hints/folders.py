@@ -60,7 +60,7 @@ def no_file_of_a_model(at: Path) -> Case:
     return moved(run / "latest", run, at, same=as_golden("zero2"))
 
 
-@follows("Name the folder that holds it.")
+@follows("Name the folder that contains it.")
 def rounded_weights(at: Path) -> Case:
     run = golden("zero2", at / "run")
     file = run / "global_step2" / "mp_rank_00_model_states.pt"
@@ -89,7 +89,7 @@ def two_runs(at: Path) -> Case:
     return moved(at / "runs", at / "runs" / "one", at, same=as_golden("zero2"))
 
 
-@follows("Copy the newer one again, or name the one to read.")
+@follows("Copy the newest one again, or name the one to read.")
 def newest_is_incomplete(at: Path) -> Case:
     runs = at / "runs"
     for step in (1, 2):
@@ -293,7 +293,7 @@ def with_and_without_zero3(at: Path) -> Case:
     return Case(converting(run, at / "one"), mend, same=as_golden("zero3"))
 
 
-@follows("They are of different saves; remove the older.")
+@follows("They come from different saves; remove the older one.")
 def two_files_of_a_zero_rank(at: Path) -> Case:
     run = golden("zero2", at / "run")
     newer = next((run / "global_step2").glob("bf16_zero_pp_rank_1_*"))
@@ -648,7 +648,7 @@ def _written(at: Path) -> tuple[Path, Path]:
     return run, at / "out"
 
 
-@follows("Only folders that reshard wrote state their digests.")
+@follows("Only folders that reshard wrote contain digests.")
 def not_of_reshard(at: Path) -> Case:
     _, out = _written(at)
     return Case(verifying(tiny.model(at / "model")), verifying(out))

@@ -145,7 +145,7 @@ def base_of_other_rows(at: Path) -> Case:
     return _onto(LATENT, at, wrong, base(LATENT, at / "right"))
 
 
-@follows("Is it the base that the training started from?")
+@follows("Check that --base is the model that the training started from.")
 def settings_of_another_model(at: Path) -> Case:
     wrong = base(NAME, at / "wrong", num_key_value_heads=4)
     return _onto(NAME, at, wrong, base(NAME, at / "right"))
@@ -173,7 +173,7 @@ def base_of_a_larger_vocabulary(at: Path) -> Case:
     return _onto(NAME, at, wrong, base(NAME, at / "right"))
 
 
-@follows("If the training added tokens, name a base of that vocabulary.")
+@follows("If the training added tokens, name a base with that vocabulary.")
 def padding_that_was_trained(at: Path) -> Case:
     rows = reshard.open(checkpoint(PADDED)).tensors["embedding.word_embeddings.weight"].shape[0]
     grown = _grown(base(PADDED, at / "grown"), rows)

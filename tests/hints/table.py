@@ -36,6 +36,9 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Save it with FSDP.optim_state_dict, or convert the weights alone, without --optimizer.": "state/test_fsdp1.py::test_lengths_that_fit_no_module",
+    "FSDP1 gathers them so for FULL_STATE_DICT: save with SHARDED_STATE_DICT. Another checkpoint: copy it again, or use another save. The weights alone: leave out --optimizer.": "state/test_fsdp1.py::test_what_fsdp1_gathers_by_numbers",
+    "Freeze them in the run that continues: one that trains them asks for their moments.": "state/test_curves.py::test_the_curve_is_unbroken",
     "Leave out --resume; --overwrite deletes what a killed run left there.": "resume/test_resume.py::test_an_output_in_a_store",
     "Install the extra, in reshard's folder: pip install '.[ray]'.": "cluster/test_refusals.py::test_without_ray",
     "Leave out --engine, or name an output on storage that all nodes share.": "cluster/test_refusals.py::test_an_output_in_a_store",
@@ -49,17 +52,19 @@ ELSEWHERE: dict[str, str] = {
     "Source, base and output must lie on storage that every node has under the same path.": "cluster/test_wire.py::test_errors_come_back_as_they_were",
     "If its nodes lack memory, run fewer pieces at a time: --threads N.": "cluster/test_ray.py::test_a_task_that_ends_its_workers",
     "Name its path.": "remote/test_reading.py::test_urls_that_are_refused",
-    "Handled are s3://, gs://, az://, hf:// and https://. Of a mounted store, name the folder where it is mounted.": "remote/test_reading.py::test_urls_that_are_refused",
+    "Supported are s3://, gs://, az://, hf:// and https://. For a mounted store, name the folder "
+    "where it is mounted.": "remote/test_reading.py::test_urls_that_are_refused",
     "Leave it out; the store's own settings hold credentials (docs/remote.md).": "remote/test_reading.py::test_urls_that_are_refused",
     "Write it as s3://BUCKET/FOLDER, without empty names, `.` and `..`.": "remote/test_reading.py::test_urls_that_are_refused",
     "Write it as hf://OWNER/NAME or hf://OWNER/NAME@REVISION.": "remote/test_reading.py::test_a_model_of_the_hub",
     "Name an output in s3://, gs:// or az://, or a local folder.": "remote/test_writing.py::test_the_command_says_where_it_wrote",
     "Name an output in a shared folder, or leave out --engine ray.": "remote/test_writing.py::test_workers_do_not_write_into_a_store",
-    "Wait for it. If it runs no more, convert again with --overwrite, which deletes what it left; or name another output.": "remote/test_writing.py::test_a_run_that_was_killed",
+    "Wait for it. If it no longer runs, convert again with --overwrite, which deletes what it "
+    "left; or name another output.": "remote/test_writing.py::test_a_run_that_was_killed",
     "Wait for the run that writes it; if none does, convert again with --overwrite.": "remote/test_reading.py::test_an_output_that_is_not_complete",
     "Install the extra, in reshard's folder: pip install '.[remote]'.": "remote/test_reading.py::test_without_the_extra",
     "Copy the folder here, and name the copy.": "remote/test_reading.py::test_a_web_server",
-    "For the layout of the release, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",
+    "To write the layout of the released model, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",
     "Write the version into the base's config.json, as transformers_version.": "models/test_released_layout.py::test_an_orientation_that_nothing_tells",
     "To write them: reshard doctor OUT --repair REPAIRED.": "models/test_released_layout.py::test_fields_that_the_base_lacks_are_said",
     "Pass --to hf, or leave out --names.": "models/test_released_layout.py::test_dcp_has_no_released_layout",
@@ -81,24 +86,26 @@ ELSEWHERE: dict[str, str] = {
     "Install the extra, in reshard's folder: pip install '.[html]'.": "pages/test_changes.py::test_a_page_needs_jinja2",
     "Name the folder above it, or convert it: reshard convert SRC DST.": "watching/test_watch.py::test_what_is_refused_at_once",
     "Name another folder for the outputs of this run.": "watching/test_watch.py::test_what_is_refused_at_once",
-    "Remove it: outputs that are there are taken as they are.": "watching/test_watch.py::test_what_is_refused_at_once",
-    "Leave out --chat: its prompts are scored.": "evaluate/test_chat.py::test_what_cannot_be_talked_with",
+    "Remove it: watch leaves existing outputs as they are.": "watching/test_watch.py::test_what_is_refused_at_once",
+    "Leave out --chat: reshard try then scores the prompts.": "evaluate/test_chat.py::test_what_cannot_be_talked_with",
     "Copy chat_template.jinja from the base model, or leave out --chat.": "evaluate/test_chat.py::test_what_cannot_be_talked_with",
-    "Load it with the extension that wrote it and save it again without.": "fsdp/test_refusals.py::test_unknown_transform",
-    "The folder holds files of different saves.": "fsdp/test_refusals.py::test_writers_of_different_saves",
-    "It holds shards of different saves; keep those of one.": "fsdp/test_refusals.py::test_shards_of_different_saves",
+    "Load it with the extension that wrote it, and save it again without the transform.": "fsdp/test_refusals.py::test_unknown_transform",
+    "The folder holds files from different saves.": "fsdp/test_refusals.py::test_writers_of_different_saves",
+    "It holds shards from different saves; keep those of one save.": "fsdp/test_refusals.py::test_shards_of_different_saves",
     "The metadata is damaged; copy it again, or use another checkpoint.": "fsdp/test_refusals.py::test_tables_of_the_metadata_that_contradict_each_other",
     "It was not written by torch.distributed.checkpoint.": "fsdp/test_refusals.py::test_item_that_is_no_tensor",
-    "The file is damaged or was made to mislead.": "fsdp/test_refusals.py::test_zstd_frame_that_swells",
+    "The file is damaged or was crafted to mislead.": "fsdp/test_refusals.py::test_zstd_frame_that_swells",
     "A rank's part is missing.": "fsdp/test_refusals.py::test_hole",
     "Copy the whole folder again.": "fsdp/test_refusals.py::test_writers_without_collectives",
     "Copy the file again or use another checkpoint.": "fsdp/test_refusals.py::test_damaged_zstd_frame",
     "Install the extra, in reshard's folder: pip install '.[zstd]'.": "fsdp/test_refusals.py::test_without_zstandard",
-    "For such a run, convert with --names memory --transformers-version {}, or whichever version the run has.": "models/test_every_name.py::test_a_layout_that_stacks_is_a_finding_whose_fix_works",
+    "For such a run, convert with --names memory --transformers-version {}, or with the run's "
+    "own version.": "models/test_every_name.py::test_a_layout_that_stacks_is_a_finding_whose_fix_works",
     "Read that code, then allow it with --trust-remote-code.": "evaluate/test_broken.py::test_remote_code_runs_only_when_it_is_trusted",
     "Name a file with --html.": "pages/test_changes.py::test_a_file_that_is_no_page_is_never_replaced",
     "Copy the files of every rank and layer.": "deepspeed/test_pipeline.py::test_a_layer_whose_file_is_missing",
-    "Is it the base that the training started from? Convert it without --base: the tensors keep their names, by which a script of yours can rename them.": "deepspeed/test_pipeline.py::test_a_base_of_other_layers",
+    "Check that --base is the model that the training started from. Convert it without --base: "
+    "the tensors keep their names, by which a script of yours can rename them.": "deepspeed/test_pipeline.py::test_a_base_of_other_layers",
     "Convert it without --base: the tensors keep their names, by which a script of yours can rename them.": "deepspeed/test_pipeline.py::test_tensors_that_fit_several_of_the_bases",
     "Copy the files of every rank and expert.": "deepspeed/test_experts.py::test_a_missing_expert_is_named",
     "Copy every rank's files.": "deepspeed/test_tensor_parallel.py::test_missing_files_are_named",
@@ -115,9 +122,9 @@ ELSEWHERE: dict[str, str] = {
     "Leave out --max-shard-size.": "state/test_universal.py::test_options_that_have_no_place",
     "Write it with --to dcp, which has a step for each parameter.": "state/test_universal.py::test_a_group_of_different_steps",
     "A new run starts from a Hugging Face model: pass --to hf, and load the output with from_pretrained before deepspeed.initialize.": "state/test_universal.py::test_weights_without_a_state",
-    "Make the script's parameter groups in that order.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
-    "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
-    "Start the script from the weights that the run started from.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
+    "Create the script's parameter groups in this order.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
+    "Load it with ZeRO stage 1 or 2, or run the code in docs/training-state.md after loading.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
+    "Start the script with the weights that the run started from.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
     "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint.": "state/test_universal.py::test_a_script_with_a_schedule_and_a_folder_without",
     "Leave out --dtype.": "state/test_writing.py::test_masters_that_are_rounded_are_a_finding",
     'Write a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_are_none",
@@ -126,12 +133,12 @@ ELSEWHERE: dict[str, str] = {
     "Convert the weights alone, without --optimizer.": "state/test_refusals.py::test_eight_bit_moments",
     "Convert the weights alone, without --optimizer; or save once without --use_mp_opt.": "state/test_refusals.py::test_one_optimizer_file_a_rank",
     "Save it with get_optimizer_state_dict, or convert the weights alone.": "state/test_refusals.py::test_numbers_for_names",
-    "The file is damaged, or of an optimizer that is not handled.": "state/test_refusals.py::test_groups_that_do_not_cover_the_parameters",
+    "The file is damaged, or of an optimizer that is not supported.": "state/test_refusals.py::test_groups_that_do_not_cover_the_parameters",
     "Resume the run once with ZeRO stage 1 and save, or convert the weights alone.": "state/test_refusals.py::test_without_zero_groups_in_no_order_of_the_model",
     "Make the universal checkpoint again.": "deepspeed/test_universal.py::test_masters_of_another_save",
     "Copy the whole folder, or make the universal checkpoint again.": "deepspeed/test_universal.py::test_a_missing_master_is_named",
     "Use another save; or, if this file is the newer, move the *_optim_states.pt files away: it holds all weights.": "deepspeed/test_refusals.py::test_a_tag_that_was_saved_again_in_another_stage",
-    "The files are of different runs or ranks were renamed.": "deepspeed/test_refusals.py::test_two_ranks_are_exchanged",
+    "The files come from different runs, or files of ranks were renamed.": "deepspeed/test_refusals.py::test_two_ranks_are_exchanged",
     "Or convert the model that was exported beside it: name its file.": "test_locate.py::test_of_an_incomplete_checkpoint_with_its_export_the_error_names_that",
     "Save without offloading to the CPU, or with SHARDED_STATE_DICT.": "ranks/test_refusals.py::test_slices_that_were_copied_off_their_flat_parameter",
     "Take it from the base: --fill-from-base.": "naming/test_fit.py::test_a_head_stays_behind_an_embedding_that_was_trained_apart",
@@ -142,10 +149,10 @@ ELSEWHERE: dict[str, str] = {
     "Merge it with PEFT, merge_and_unload(), and convert the model that it then saves.": "models/test_other_methods.py::test_refused_by_name_and_converted_once_peft_has_merged_it",
     "Convert a checkpoint of the run that holds all weights. Or merge it with PEFT, which computes the same weights again: merge_and_unload().": "models/test_adapter_traps.py::test_adapters_of_a_base_that_they_changed",
     "Convert a checkpoint of the run that holds all weights.": "models/test_adapter_traps.py::test_adapters_of_a_base_that_they_changed",
-    "Gather every rank's part before saving, and convert that.": "models/test_adapter_traps.py::test_a_part_of_exact_zeros_is_a_finding",
+    "Gather the parts of all ranks before saving, and convert that save.": "models/test_adapter_traps.py::test_a_part_of_exact_zeros_is_a_finding",
     "Name the transformers version it was trained with: --transformers-version.": "naming/test_layout_tables.py::test_a_square_stack_needs_the_version",
     "Save it again with a newer torch, or with torch.distributed.checkpoint.": "ranks/test_placements.py::test_two_cuts_of_one_dimension_need_their_order",
-    "The file is damaged, or torch of another release wrote it.": "ranks/test_refusals.py::test_a_record_that_lacks_a_part",
+    "The file is damaged, or another version of torch wrote it.": "ranks/test_refusals.py::test_a_record_that_lacks_a_part",
     "Load and save it once with AutoTP of DeepSpeed 0.19.8.": "deepspeed/test_tensor_parallel.py::test_metadata_of_an_older_autotp",
 }
 
@@ -168,13 +175,13 @@ WITHOUT: dict[str, str] = {
         _OTHER + "one with Megatron-Bridge",
     "Install torchvision.":
         _OTHER + "one without torchvision",
-    "Set the schedule in the script that goes on, at the step that the report states.":
+    "In the script that continues the run, set the schedule to the step in the report.":
         _UNSEEN + "a training script",
-    "Compare the first losses of the continued run with those before.":
+    "Compare the first losses of the continued run with the last ones before.":
         _UNSEEN + "a training run's losses",
     "Name the model that the training started from as the base.":
         _GUARD,
-    "For a run of such a version, convert with --names memory.":
+    "For a run with such a version, convert with --names memory.":
         _STATED,
     "To convert it, pass --prefix.":
         _STATED,

@@ -18,7 +18,6 @@ It holds no path and no time of day: the same input gives the same bytes.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from reshard._version import __version__
 from reshard.core.catalog import Origin
 from reshard.core.locations import MANIFEST
 from reshard.core.plan import Plan
+from reshard.core.regex import regex
 from reshard.core.state import TrainingState
 from reshard.core.tensors import TensorSpec
 from reshard.errors import FormatError, NotFoundError, UnsupportedError
@@ -43,7 +43,7 @@ from reshard.storage.source import Source
 VERSION = TREES = 2
 # Bytes that a stated tensor takes for each comma, colon and opening bracket of its lines.
 _STATED_TOKEN_NBYTES = 45
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE = regex("[\ud800-\udfff]")
 # Bytes of a file that is copied, in memory at once.
 _PIECE = 4 << 20
 
@@ -179,9 +179,9 @@ def read(folder: Path, sources: Sources) -> Manifest:
     path = folder / MANIFEST
     if not is_file(path):
         raise NotFoundError(
-            f"it has no {MANIFEST}: it was not written by reshard.",
+            f"it has no {MANIFEST}, so reshard did not write it.",
             path=folder,
-            hint="Only folders that reshard wrote state their digests.",
+            hint="Only folders that reshard wrote contain digests.",
         )
     text = strict_json.read_whole(sources.open(path), max_nbytes=strict_json.MAX_INDEX)
     return parsed(text, path)

@@ -1,4 +1,4 @@
-"""What the values of an optimizer's moments say against them, once all have passed.
+"""Checks of the values of an optimizer's moments, after all have passed.
 
 A mean of squares is never below zero, and no two moments are equal bit for bit unless both are
 zero: what is not so lies in another's place, as after a copy of a file under a wrong name.
@@ -23,6 +23,11 @@ _MIN_NUMEL = 8
 # AMSGrad's greatest mean of squares is the mean itself while that rises.
 _MAXIMUM = "max_exp_avg_sq"
 _HINT = "Copy the checkpoint again, or use another save. The weights alone: leave out --optimizer."
+# torch 2.13 gathers both into one buffer on the CPU (torch/distributed/fsdp/_optim_utils.py).
+_FSDP1 = (
+    "FSDP1 gathers them so for FULL_STATE_DICT: save with SHARDED_STATE_DICT. Another checkpoint: "
+    "copy it again, or use another save. The weights alone: leave out --optimizer."
+)
 
 
 def check_values(state: TrainingState | None, outcome: Outcome) -> None:
@@ -32,7 +37,7 @@ def check_values(state: TrainingState | None, outcome: Outcome) -> None:
     for (table, name), found in outcome.not_finite.items():
         if table == STATE_TABLE and found.negative:
             raise VerificationError(
-                f"{found.negative} of its values are below zero, which no mean of squares is: it "
+                f"{found.negative} of its values are negative, but a second moment cannot be: it "
                 "is another tensor, or damaged.",
                 tensor=f"{table}: {name}",
                 hint=_HINT,
@@ -41,7 +46,7 @@ def check_values(state: TrainingState | None, outcome: Outcome) -> None:
         raise VerificationError(
             f"it equals {kinds[1]} bit for bit: one of the two is a copy of the other.",
             tensor=f"{STATE_TABLE}: {kinds[0]}",
-            hint=_HINT,
+            hint=_FSDP1,
         )
 
 

@@ -18,6 +18,7 @@ import re
 from pathlib import Path, PosixPath
 from urllib.parse import unquote
 
+from reshard.core.regex import regex
 from reshard.errors import OptionError, shown
 
 #: The stores that can be written, and those that are only read.
@@ -26,12 +27,14 @@ HUB = "hf"
 READABLE = (*WRITABLE, HUB, "https", "http")
 #: The file of an output that lists the others; it is written last.
 MANIFEST = "reshard.json"
+#: What stands in an output in a store while it is written.
+CLAIM = "reshard.partial.json"
 
 # By one slash too: `pathlib` makes `s3:/bucket` of `s3://bucket`.
-_URL = re.compile(
+_URL = regex(
     r"([A-Za-z][\w+.-]*)://(.*)|(s3a?|gs|gcs|az|abfss?|hf|hdfs|https?|file):/(.*)", re.DOTALL
 )
-_LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
+_LOOPBACK = regex(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 # Parts of a URL that name no object: the scheme and the bucket; on the hub, owner and model.
 _ROOT = {HUB: 3}
 # What `pathlib` would drop from a path, or climb by.
@@ -115,20 +118,20 @@ def location(text: str, *, remote: bool = False, writes: bool = False) -> Path:
     bare = f"{scheme}://{_without_secrets(rest)}"
     if not remote:
         raise OptionError(
-            f"{shown(bare)} is a URL, and this is read and written as a local file.",
-            hint="Name a local path; of a mounted store, the folder where it is mounted.",
+            f"{shown(bare)} is a URL, but this must be a local path.",
+            hint="Name a local path; for a mounted store, the folder where it is mounted.",
         )
     if scheme == "file":
         raise OptionError(f"{shown(bare)} is a URL of a local file.", hint="Name its path.")
     if scheme not in READABLE:
         raise OptionError(
-            f"{shown(bare)} is a URL of a kind that is not handled.",
-            hint="Handled are s3://, gs://, az://, hf:// and https://. Of a mounted store, name "
-            "the folder where it is mounted.",
+            f"{shown(bare)} is a URL of an unsupported kind.",
+            hint="Supported are s3://, gs://, az://, hf:// and https://. For a mounted store, "
+            "name the folder where it is mounted.",
         )
     if writes and scheme not in WRITABLE:
         raise OptionError(
-            f"{shown(bare)} is only read; it cannot be an output.",
+            f"{shown(bare)} can only be read; it cannot be an output.",
             hint="Name an output in s3://, gs:// or az://, or a local folder.",
         )
     return _parsed(scheme, rest, bare)
@@ -139,7 +142,7 @@ def _parsed(scheme: str, rest: str, bare: str) -> RemotePath:
     authority = rest.partition("/")[0]
     if re.search(r"[?#]", rest) or ("@" in authority and scheme != HUB):
         raise OptionError(
-            f"{shown(bare)} was given with a password, a signature or a query.",
+            f"{shown(bare)} contains a password, a signature or a query.",
             hint="Leave it out; the store's own settings hold credentials (docs/remote.md).",
         )
     if scheme == "http" and not _LOOPBACK.fullmatch(authority):

@@ -55,8 +55,8 @@ class TensorSpec(Struct, frozen=True, gc=False):
         """Raise `FormatError` for a name that is longer than any."""
         if len(self.name) > MAX_NAME or self.name.count(".") > MAX_DOTS:
             raise FormatError(
-                f"its name has {len(self.name)} characters and {self.name.count('.')} dots; at "
-                f"most {MAX_NAME} and {MAX_DOTS} are read.",
+                f"its name has {len(self.name)} characters and {self.name.count('.')} dots; "
+                f"reshard reads at most {MAX_NAME} and {MAX_DOTS}.",
                 tensor=self.name,
             )
 

@@ -20,7 +20,6 @@ utils/fsdp_utils.py).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
@@ -35,6 +34,7 @@ from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread, part_left_out
 from reshard.core.plan import OutputFile, Slot
+from reshard.core.regex import regex
 from reshard.core.state import ReadState
 from reshard.core.tensors import Entry, Record, whole
 from reshard.errors import (
@@ -63,7 +63,7 @@ from reshard.storage.paths import is_file, is_folder, matching, names
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
 _ADAPTER = "adapter_model.bin"
-_FSDP = re.compile(r"pytorch_model_fsdp(?:_(\d+))?\.bin")
+_FSDP = regex(r"pytorch_model_fsdp(?:_(\d+))?\.bin")
 _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Levels of dicts that are looked into.
 _MAX_DEPTH = 4
@@ -154,7 +154,7 @@ def _files(path: Path, sources: Sources) -> list[Path]:
     for file in files:
         if not is_file(file):
             raise IncompleteError(
-                f"{_INDEX} lists it, and it is not there.",
+                f"{_INDEX} lists it, but it is missing.",
                 path=file,
                 hint="Copy the missing shard.",
             )
@@ -183,7 +183,7 @@ def _state_dict(
         _refuse_part(path, value)
         if value.keys() == OPTIMIZER_KEYS:
             raise UnsupportedError(
-                "it holds the state of an optimizer and no model.",
+                "it holds the state of an optimizer, but no model.",
                 path=path,
                 hint="Name the file that holds the model.",
             )
@@ -195,7 +195,7 @@ def _state_dict(
     for name, tensor in value.items():
         if isinstance(tensor, Opaque) and tensor.is_tensor and name not in found:
             raise UnsupportedError(
-                f"it is {tensor.describe()}, which is not handled.",
+                f"it is {tensor.describe()}, which is not supported.",
                 path=path,
                 tensor=name if isinstance(name, str) else None,
             )
@@ -205,7 +205,7 @@ def _state_dict(
 def _no_state_dict(path: Path, value: object) -> UnsupportedError:
     others = list(_beside(value, None))
     if others:
-        what = "what it holds is not taken for the model unless it is named"
+        what = "reshard does not take these parts for the model unless you name one"
         hint = f"Name the part to read: --prefix {quote(shown(others[0]))}."
         return UnsupportedError(f"{what}: {listed(others)}.", path=path, hint=hint)
     return UnsupportedError(
@@ -332,7 +332,7 @@ def _refuse_part(path: Path, value: Mapping[object, object]) -> None:
         or value.get("mp_world_size") not in (None, 1)
     ):
         raise UnsupportedError(
-            "it is one file of a DeepSpeed checkpoint, and the weights are in several.",
+            "it is one of several files of a DeepSpeed checkpoint.",
             path=path,
             hint=f"Name the folder that holds it: {path.parent}.",
         )

@@ -26,6 +26,7 @@ from typing import Any
 from msgspec import Struct, field
 
 from reshard.core.arrangement import Arrangement, Concat, Crop, Select, Whole, sources
+from reshard.core.regex import regex
 from reshard.core.tensors import Box, Shape
 from reshard.errors import NamesError, UnsupportedError, listed
 from reshard.naming.families import MORE_LAYERS
@@ -69,16 +70,16 @@ _MLA = {
     "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attn.kv_a_layernorm.weight",
     "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
 }
-_QKV = re.compile(r"self_attention\.linear_qkv\.(weight|bias)")
+_QKV = regex(r"self_attention\.linear_qkv\.(weight|bias)")
 #: Gate and up in one tensor, or in two: `weight` and `bias`, each with `_w` and `_v`.
-_FC1 = re.compile(r"(.+)\.linear_fc1\.(weight|bias)(_w|_v)?")
-_EXPERT = re.compile(r"mlp\.experts\.experts\.(?:(\d{1,6})\.)?(linear_fc[12]\.weight(?:_w|_v)?)")
-_LAYER = re.compile(r"(decoder|mtp)\.layers\.(?:(\d{1,6})\.)?(.+)")
-_INNER = re.compile(r"(?:transformer_layer|mtp_model_layer)\.(.+)")
+_FC1 = regex(r"(.+)\.linear_fc1\.(weight|bias)(_w|_v)?")
+_EXPERT = regex(r"mlp\.experts\.experts\.(?:(\d{1,6})\.)?(linear_fc[12]\.weight(?:_w|_v)?)")
+_LAYER = regex(r"(decoder|mtp)\.layers\.(?:(\d{1,6})\.)?(.+)")
+_INNER = regex(r"(?:transformer_layer|mtp_model_layer)\.(.+)")
 #: A name that every such model has.
-_SIGN = re.compile(r"(?:.*\.)?decoder\.layers\.(?:\d+\.)?self_attention\.linear_proj\.weight")
+_SIGN = regex(r"(?:.*\.)?decoder\.layers\.(?:\d+\.)?self_attention\.linear_proj\.weight")
 #: Buffers that are computed, and statistics of the router's balance: of no model on the hub.
-LEFT_OUT = re.compile(
+LEFT_OUT = regex(
     r"(?:.*\.)?(?:inv_freq|router\.(?:local_tokens_per_expert|global_tokens_per_expert))"
 )
 #: More experts or layers than any model has: a tensor without elements may state any number.
@@ -178,7 +179,7 @@ class _Naming:
                 if hub in self._outputs:
                     other = next(sources(self._outputs[hub]))
                     raise NamesError(
-                        f"it and {other!r} are both {hub!r} on the hub.", tensor=name,
+                        f"it and {other!r} both map to {hub!r}.", tensor=name,
                         unexpected=(name,),
                     )  # fmt: skip
                 self._outputs[hub] = made
@@ -210,7 +211,7 @@ class _Naming:
             raise NamesError(
                 f"it holds {count} layers, stacked; the base has {expected}.",
                 tensor=name,
-                hint="Is it the base that the training started from?",
+                hint="Check that --base is the model that the training started from.",
             )
         return count
 
@@ -227,7 +228,7 @@ class _Naming:
                 raise NamesError(
                     f"it is of layer {index}, and the base has {self._layers} layers.",
                     tensor=next(sources(of)),
-                    hint="Is it the base that the training started from?",
+                    hint="Check that --base is the model that the training started from.",
                 )
             found = self._in_layer(name, of, shape)
         else:
@@ -270,7 +271,8 @@ class _Naming:
             return
         if not shape or shape[0] % 2:
             raise NamesError(
-                f"its shape is {shape}, which is not gate and up.", tensor=next(sources(of))
+                f"its shape is {shape}, which cannot be split into gate and up.",
+                tensor=next(sources(of)),
             )
         half = shape[0] // 2
         for place, hub in enumerate(hubs):
@@ -311,7 +313,7 @@ class _Naming:
                 f"its shape is {shape} in a layer; {heads} query and {groups} key heads of {size} "
                 f"rows, as the base has, are {(heads + 2 * groups) * size} rows.",
                 tensor=next(sources(of)),
-                hint="Is it the base that the training started from?",
+                hint="Check that --base is the model that the training started from.",
             )
         each = (queries + 2) * size
         for hub, start, rows in (

@@ -17,24 +17,24 @@ name their tensors otherwise, are refused. DeepSpeed's `PipelineModule` has such
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from msgspec import Struct
 
 from reshard.core.arrangement import Arrangement, Whole
+from reshard.core.regex import regex
 from reshard.core.tensors import Shape
 from reshard.errors import NamesError, listed
 from reshard.naming.schema import Schema, is_constant, is_unheld
 from reshard.naming.search import unwrap
 from reshard.naming.ties import is_head
 
-_NUMBERED = re.compile(r"(\d{1,6})\.(.+)")
-_TIED = re.compile(r"tied_modules\.[^.]+\.(.+)")
+_NUMBERED = regex(r"(\d{1,6})\.(.+)")
+_TIED = regex(r"tied_modules\.[^.]+\.(.+)")
 # The first number of a name: experts have numbers within a block.
-_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d{1,6})\.(.+)")
+_BLOCK = regex(r"((?:[^.]+\.)*?)(\d{1,6})\.(.+)")
 # Parts of the names of tensors before the first block; those of heads and norms come after.
-_BEFORE = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.")
+_BEFORE = regex(r"(^|\.)(\w*embed\w*|wte|wpe)\.")
 _HEAD = "lm_head.weight"
 _LISTED = 6
 
@@ -110,7 +110,7 @@ def _of_base(schema: Schema) -> tuple[_Blocks, _Tensors]:
     counted = [p for p, of in found.items() if of.keys() == set(range(len(of)))]
     if len(counted) != 1 or len(found) != 1:
         raise NamesError(
-            "its tensors go by the numbers of layers, and the base has "
+            "its tensors are named by layer numbers, but the base has "
             + (f"several kinds of layers ({listed(found)})." if found else "none."),
             hint=_WITHOUT,
         )
@@ -141,7 +141,7 @@ def _places(
             f"by their names and shapes; the base has {len(blocks.tensors)} blocks. Layer "
             f"{_largest(layers)} holds {listed(layers[_largest(layers)], _LISTED)}; a block "
             f"{listed(blocks.tensors[0], _LISTED)}.",
-            hint=f"Is it the base that the training started from? {_WITHOUT}",
+            hint=f"Check that --base is the model that the training started from. {_WITHOUT}",
         )
     return found
 

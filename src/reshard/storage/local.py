@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -127,13 +126,15 @@ class Sources:
         known = self._known.get(path, now)
         if known[self._compared] != now[self._compared]:
             raise IncompleteError(
-                "the file is not the one that it was when the checkpoint was opened.",
+                "the file changed after the checkpoint was opened.",
                 path=path,
                 hint="Open the checkpoint again once nothing writes to it.",
             )
 
     def _expand(self, ref: FileRef) -> Expanded:
         plain = self._whole(ref.path)
+        import tempfile  # takes 3 ms, and few files have frames
+
         out = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the source)
         for piece in frames.pieces(plain.read_some, ref):
             out.write(piece)
@@ -258,7 +259,7 @@ def child(folder: Path, name: str, *, store: bool = False) -> Path:
         raise FormatError(
             f"it names the file {brief(name)}, which is not a plain file name.",
             path=folder,
-            hint="The checkpoint is damaged or was made to mislead.",
+            hint="The checkpoint is damaged or was crafted to mislead.",
         )
     path = folder / name
     if is_link(path):

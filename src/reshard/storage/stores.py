@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from reshard._version import __version__
 from reshard.core.locations import RemotePath
+from reshard.core.regex import regex
 from reshard.errors import IncompleteError, NotFoundError, UnsupportedError, WriteError, printable
 from reshard.storage import credentials
 from reshard.storage.requests import count
@@ -244,7 +245,9 @@ def read_range(
                 count(bytes_read=len(got))
                 return got
         time.sleep(0.1 * 2**again * random.uniform(0.5, 1.0))
-    raise IncompleteError(f"bytes {start} to {stop} did not come whole.", path=url, hint=_GONE)
+    raise IncompleteError(
+        f"the server did not return bytes {start} to {stop} completely.", path=url, hint=_GONE
+    )
 
 
 _GONE = "Convert again once nothing writes to the checkpoint."
@@ -274,7 +277,7 @@ def asking(url: str) -> Iterator[None]:
         raise AbsentError from None
     except (BaseError, OSError) as error:
         words, hint, _ = _refusal(error)
-        raise NotFoundError(f"it cannot be looked at: {words}.", path=url, hint=hint) from None
+        raise NotFoundError(f"it cannot be accessed: {words}.", path=url, hint=hint) from None
 
 
 @contextmanager
@@ -291,10 +294,10 @@ def writing(url: str) -> Iterator[None]:
         raise WriteError(f"it cannot be written: {words}.", path=url, hint=hint) from None
 
 
-_STATUS = re.compile(r"status code: (\d+ [A-Z][A-Za-z ]*[a-z])")
-_CODE = re.compile(r"<Code>(\w+)</Code>(?:\s*<Message>([^<]{1,300})</Message>)?")
+_STATUS = regex(r"status code: (\d+ [A-Z][A-Za-z ]*[a-z])")
+_CODE = regex(r"<Code>(\w+)</Code>(?:\s*<Message>([^<]{1,300})</Message>)?")
 _ACCESS = "Check the store's own settings: its keys, region and endpoint (docs/remote.md)."
-_SECRET = re.compile(r"(?<=://)[^/@\s]*@|\?\S*")
+_SECRET = regex(r"(?<=://)[^/@\s]*@|\?\S*")
 
 
 def _refusal(error: Exception) -> tuple[str, str | None, bool]:

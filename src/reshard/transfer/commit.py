@@ -379,9 +379,9 @@ def lacking_space(target: Path, nbytes: int) -> WriteError | None:
     if free >= nbytes:
         return None
     return WriteError(
-        f"{nbytes:,} bytes are to be written and {free:,} are free.",
+        f"{nbytes:,} bytes are needed, but only {free:,} are free.",
         path=folder,
-        hint="Make room or name an output on another disk.",
+        hint="Free some space, or name an output on another disk.",
     )
 
 

@@ -13,13 +13,13 @@ parts. So a last rank whose files are all missing cannot be noticed here; every 
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from msgspec import Struct
 
 from reshard.containers import safetensors as safetensors_file
 from reshard.containers.safetensors import SafetensorsFile
+from reshard.core.regex import regex
 from reshard.core.tensors import Box, Entry, Extent, Fragment, Shape, TensorKind, TensorSpec
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, brief
@@ -34,7 +34,7 @@ class _Chunk(Struct, frozen=True):
     start: Shape
 
 
-_NAME = re.compile(r"shard-(\d{5,})-model-(\d{5,})-of-(\d{5,})\.safetensors")
+_NAME = regex(r"shard-(\d{5,})-model-(\d{5,})-of-(\d{5,})\.safetensors")
 _INFO = "DCP_SHARDING_INFO"
 
 
@@ -52,7 +52,7 @@ def ranks(folder: Path) -> int:
         raise FormatError(
             f"its shards say that the model has {' and '.join(map(str, sorted(totals)))} files.",
             path=folder,
-            hint="It holds shards of different saves; keep those of one.",
+            hint="It holds shards from different saves; keep those of one save.",
         )
     world, files = max(rank for rank, _, _ in numbers), totals.pop()
     there = {(rank, file) for rank, file, _ in numbers}
@@ -61,7 +61,7 @@ def ranks(folder: Path) -> int:
             if (rank, file) not in there:
                 raise IncompleteError(
                     f"shard-{rank:05d}-model-{file:05d}-of-{files:05d}.safetensors is missing; "
-                    f"other shards are of ranks 1 to {world} and files 1 to {files}.",
+                    f"the other shards belong to ranks 1 to {world} and files 1 to {files}.",
                     path=folder,
                     hint="Copy the whole folder again; each rank wrote files of its own.",
                 )

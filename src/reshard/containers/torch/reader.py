@@ -71,7 +71,7 @@ def check_size(nbytes: int, *, path: str) -> None:
     """Raise `UnsupportedError` where a pickle has more bytes than are read."""
     if nbytes > MAX_NBYTES:
         raise UnsupportedError(
-            f"its pickle has {nbytes} bytes; at most {MAX_NBYTES} are read.",
+            f"its pickle has {nbytes} bytes; reshard reads at most {MAX_NBYTES}.",
             path=path,
             hint="It is not what its name says.",
         )
@@ -126,7 +126,7 @@ def _check_byte_order(archive: Archive, path: str) -> None:
     order = archive.read("byteorder", 16)
     if order != b"little":
         raise UnsupportedError(
-            f"it was written on a machine of byte order {order.decode('latin-1')!r}.",
+            f"it was written on a machine with byte order {order.decode('latin-1')!r}.",
             path=path,
             hint="Load it and save it again with torch on a little-endian machine.",
         )

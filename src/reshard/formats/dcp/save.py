@@ -1,21 +1,21 @@
-"""The metadata of one save: of one file, or of one a rank."""
+"""The metadata of one save: one file, or one per rank."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from reshard.containers.dcp.metadata import Metadata, merge, opened, unpickled
+from reshard.core.regex import regex
 from reshard.errors import FormatError, IncompleteError
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import names
 
 METADATA = ".metadata"
 #: Where accelerate and the HF Trainer put the models of a checkpoint folder, one as a rule.
-ACCELERATE_MODEL = re.compile(r"pytorch_model_fsdp_(\d+)")
+ACCELERATE_MODEL = regex(r"pytorch_model_fsdp_(\d+)")
 # The metadata's name until it is whole; then it is renamed.
 _BEGUN = ".metadata.tmp"
-RANK_METADATA = re.compile(r"__(\d+)\.metadata")
+RANK_METADATA = regex(r"__(\d+)\.metadata")
 
 
 def is_of_a_save(name: str) -> bool:
@@ -33,7 +33,7 @@ def folder_metadata(folder: Path, sources: Sources) -> Metadata:
     if begun:
         raise IncompleteError(
             f"{begun[0]} lies beside the metadata: a later save into this folder did not finish, "
-            "and its data files may be of either save.",
+            "and the data files may come from either save.",
             path=folder,
             hint="Use another checkpoint.",
         )
@@ -48,7 +48,7 @@ def folder_metadata(folder: Path, sources: Sources) -> Metadata:
     if ranks != list(range(len(ranks))):
         missing = next(rank for rank in range(len(ranks) + 1) if rank not in ranks)
         raise IncompleteError(
-            f"each rank wrote metadata of its own, up to rank {max(ranks)}, and "
+            f"each rank wrote its own metadata, up to rank {max(ranks)}, but "
             f"__{missing}{METADATA} is missing.",
             path=folder,
             hint="Copy the whole folder again.",

@@ -15,16 +15,16 @@ runtime/engine.py (_save_moe_checkpoint), runtime/zero/stage_1_and_2.py.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from msgspec import Struct
 
+from reshard.core.regex import regex
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.parse import OptimFile, Shapes
 
-_EXPERT = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..*)")
+_EXPERT = regex(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..*)")
 
 
 class ExpertParallelRank(Struct, frozen=True):
@@ -84,7 +84,7 @@ def _globally(name: str, rank: int, held: dict[str, int], saved: Saved) -> str:
     match = _EXPERT.fullmatch(name)
     if not match or int(match[2]) >= held[match[1]]:
         raise FormatError(
-            "it is listed in a group of experts, and is none of those that a rank holds.",
+            "a group of experts lists it, but no rank holds such an expert.",
             path=saved.model[0].path,
             tensor=name,
         )
@@ -92,6 +92,6 @@ def _globally(name: str, rank: int, held: dict[str, int], saved: Saved) -> str:
     if found not in saved.module:
         # Without it nothing would prove that the rank's masters are this expert's.
         raise IncompleteError(
-            "no file of an expert holds it.", path=saved.model[0].path.parent, tensor=found
+            "no expert's file holds it.", path=saved.model[0].path.parent, tensor=found
         )
     return found

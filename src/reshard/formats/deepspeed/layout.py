@@ -53,11 +53,15 @@ def as_written(state: TrainingState) -> TrainingState:
     Raises `PlanError` where the state lacks what a run needs.
     """
     groups = [
-        replace(group, hyperparameters={**group.hyperparameters, **_plain(group)})
+        replace(
+            group,
+            # DeepSpeed's groups hold what is trained; to it, the others are frozen.
+            names=tuple(name for name in group.names if name in state.held),
+            hyperparameters={**group.hyperparameters, **_plain(group)},
+        )
         for group in completed(state).groups
-        if group.names
     ]
-    return replace(state, groups=tuple(groups))
+    return replace(state, groups=tuple(group for group in groups if group.names))
 
 
 def _plain(group: Group) -> dict[str, Plain]:
@@ -216,7 +220,7 @@ def _step(group: Group, state: TrainingState) -> _GroupStep | None:
         values += [f"none of {absent[0]!r}"] if absent else []
         raise PlanError(
             f"the parameters of one group were updated a different number of times ({values[0]}, "
-            f"{values[1]}), and DeepSpeed loads one step for a whole group.",
+            f"{values[1]}), but DeepSpeed loads one step for a whole group.",
             hint="Write it with --to dcp, which has a step for each parameter.",
         )
     if not found:

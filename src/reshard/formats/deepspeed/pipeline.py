@@ -19,7 +19,6 @@ which key that is: the masters, rounded, are the file's weights. Read off DeepSp
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
@@ -29,6 +28,7 @@ from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.plain import PlainData
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
+from reshard.core.regex import regex
 from reshard.core.state import Group, ReadState, TrainingState
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
@@ -36,11 +36,11 @@ from reshard.formats.deepspeed import files, proof, stages012, state, tensor_par
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.parse import LayerFile, Shapes, parse_layer
 from reshard.formats.deepspeed.place import Location
-from reshard.formats.deepspeed.run_state import run_state
+from reshard.formats.deepspeed.run_state import model_file, run_state
 from reshard.storage.local import Sources
 
-_NUMBERED = re.compile(r"(\d+)\.(.+)")
-_TIED = re.compile(r"tied_modules\.([^.]+)\.(.+)")
+_NUMBERED = regex(r"(\d+)\.(.+)")
+_TIED = regex(r"tied_modules\.([^.]+)\.(.+)")
 _ONE_SAVE = "Copy all files of one save."
 _LISTED = 4
 
@@ -58,8 +58,8 @@ def of_universal(location: Location, saved: Sequence[Saved], sources: Sources) -
     stages = saved[0].model[0].pipeline_stages
     if stages > 1 and stages != len(saved):
         raise UnsupportedError(
-            f"it is a universal checkpoint of {stages} pipeline stages of "
-            f"{len(saved) // stages} tensor parallel ranks each, which is not handled.",
+            f"it is a universal checkpoint of {stages} pipeline stages of {len(saved) // stages} "
+            "tensor parallel ranks each, which is not supported.",
             path=location.folder,
         )
     model = replace(saved[0].model[0], groups=tuple(_groups(saved)))
@@ -80,8 +80,8 @@ def _saved(location: Location, sources: Sources) -> list[Saved]:
     saved = [files.parsed(rank, sources) for rank in ranks]
     if not all(one.model[0].staged for one in saved):
         raise FormatError(
-            "it holds files of a pipeline's layers, and model files that hold the module "
-            "themselves: files of different saves are mixed.",
+            "it holds files of pipeline layers, but also model files with a whole module: files "
+            "of different saves are mixed.",
             path=location.folder,
             hint="Remove the files of the older save.",
         )
@@ -144,7 +144,7 @@ def _with_layers(
     lost = sorted(set().union(*numbers) - layers.keys())
     if lost:
         raise IncompleteError(
-            f"the files of {len(lost)} of its layers are missing, the first of layer {lost[0]}.",
+            f"the files of {len(lost)} of its layers are missing, beginning with layer {lost[0]}.",
             path=location.folder,
             hint="Copy the files of every rank and layer.",
         )
@@ -298,13 +298,13 @@ def _reader(saved: Sequence[Saved], made: Catalog, sources: Sources) -> ReadStat
         if not saved[0].optim:
             raise UnsupportedError(
                 "without ZeRO the optimizer's state is stored without names, and its run has "
-                "pipeline stages: nothing says which parameters it belongs to.",
+                "pipeline stages: no file states which parameters it belongs to.",
                 path=first.path,
                 hint="Resume the run once with ZeRO stage 1 and save, or convert the weights "
                 "alone.",
             )
         plain = PlainData(sources)
-        content = read_torch(sources.open(first.path)).value
+        content = model_file(first.path, sources)
         found = _joined([state.of_rank(one, plain) for one in saved], saved, sources)
         found = state.with_masters(found.owned(made.entries), made)
         return run_state(found, content, plain)

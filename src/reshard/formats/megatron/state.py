@@ -15,7 +15,6 @@ __init__.py, optimizer.py, distrib_optimizer.py) and files that they wrote.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.torch.optimizer import eight_bit, hyperparameters, parse_step
 from reshard.containers.torch.plain import PlainData
 from reshard.core.findings import Finding
+from reshard.core.regex import regex
 from reshard.core.state import WEIGHTS_ALONE, Group, ReadState, Step, TrainingState
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import FormatError, UnsupportedError
@@ -37,9 +37,9 @@ from reshard.naming.megatron_into import leading_axes
 from reshard.storage.local import Sources
 from reshard.storage.paths import is_file
 
-_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
+_KEY = regex(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
 _EXPERTS = ".mlp.experts."
-_EMBEDDING_OR_OUTPUT = re.compile(r"(?:.*\.)?(?:embedding|output_layer)\..+")
+_EMBEDDING_OR_OUTPUT = regex(r"(?:.*\.)?(?:embedding|output_layer)\..+")
 # What Megatron-Core states in a group, which is no setting of the optimizer.
 _RULES = frozenset(
     {"wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "default_config", "max_lr",
@@ -155,8 +155,8 @@ def _groups(common: Mapping[str, Any], plain: PlainData, folder: Path) -> list[_
             inner = inner.get("optimizer", inner.get("optimizer_state_dict"))
         if not isinstance(inner, dict) or not isinstance(inner["param_groups"], list):
             raise UnsupportedError(
-                f"{MCORE_COMMON} states no parameter groups of the optimizer, so nothing says how "
-                "the run trained.",
+                f"{MCORE_COMMON} states no parameter groups of the optimizer, so the settings of "
+                "the run are unknown.",
                 path=folder,
                 hint=WEIGHTS_ALONE,
             )
@@ -186,8 +186,9 @@ def _assigned(
         left = _told(left, groups, "is_decoupled_lr", own_rate)
         if len(left) != 1:
             raise UnsupportedError(
-                f"its optimizer has {len(groups)} parameter groups, and nothing says which of them "
-                "the parameter is in: they are not those that Megatron-Core makes by itself.",
+                f"its optimizer has {len(groups)} parameter groups, and no file states which of "
+                "them the parameter belongs to: they are not those that Megatron-Core makes by "
+                "itself.",
                 path=folder,
                 tensor=name,
                 hint=WEIGHTS_ALONE,

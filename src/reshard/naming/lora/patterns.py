@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
+from reshard.core.regex import regex
 from reshard.errors import UnsupportedError, brief
 
 # One token: an escape, a class, a plain character, a group's bracket, `|`, an anchor, a repetition.
-_TOKEN = re.compile(r"\\[.dwDW\\-]|\[\^?[\w.\-]+\]|[\w\-]|\.|\(\?:|\(|\)|\||\^|\$|[*+?]")
+_TOKEN = regex(r"\\[.dwDW\\-]|\[\^?[\w.\-]+\]|[\w\-]|\.|\(\?:|\(|\)|\||\^|\$|[*+?]")
 _MAX_LENGTH, _MAX_REPEATS, _MAX_PATTERNS = 500, 2, 10_000
 # Tokens after which there is nothing to repeat.
 _NO_ATOM = ("", "(", "(?:", "|", "^", "$", ")", "*", "+", "?")
@@ -28,8 +29,8 @@ def check(patterns: Iterable[str], setting: str) -> None:
     for count, pattern in enumerate(patterns):
         if count >= _MAX_PATTERNS or not _is_plain(pattern):
             raise UnsupportedError(
-                f"the {setting} {brief(pattern)} is not a plain one: of regular expressions, "
-                "letters, dots, classes, alternatives and two repetitions are handled.",
+                f"the {setting} {brief(pattern)} is too complex: in regular expressions, reshard "
+                "supports letters, dots, classes, alternatives and two repetitions.",
                 hint="Replace it with the modules' names, one entry each.",
             )
 

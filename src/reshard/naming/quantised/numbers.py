@@ -6,7 +6,6 @@ Nothing is read here: the tensors are computed later (`core/arithmetic.py`).
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -18,6 +17,7 @@ from reshard.core import rearrange
 from reshard.core.arithmetic import computed
 from reshard.core.dtypes import BFLOAT16, FLOAT32, UINT8, DType
 from reshard.core.findings import Finding
+from reshard.core.regex import regex
 from reshard.core.scaled import Code, Scaled
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
@@ -33,7 +33,7 @@ _USUAL_BLOCK = 128
 _BLOCKS, _SCALES = "_blocks", "_scales"
 # Other tensors of quantised modules: scales of activations and of the cache, and unused zero
 # points.
-_BESIDE = re.compile(
+_BESIDE = regex(
     r"(?:.*\.)?(?:(?:\w+_)?(?:input|activation|output)_(?:scale|scale_ub|scale_inv|global_scale|"
     r"zero_point)|[qkv]_scale|kv_scale|prob_output_scale|weight_zero_point)"
 )
@@ -71,8 +71,8 @@ class Numbers(Struct, frozen=True):
         """The finding that they are read as numbers; `whose`: the checkpoint's or the base's."""
         return Finding(
             "dequantised",
-            f"{whose} weights are quantised ({self.summary}): they are read as the numbers that "
-            f"they represent, and the output has neither their scales nor a quantization_config.",
+            f"{whose} weights are quantised ({self.summary}): reshard dequantises them, and the "
+            "output has neither their scales nor a quantization_config.",
         )
 
 
@@ -126,7 +126,7 @@ class _Pairing:
         shape = codes.spec.shape
         if len(shape) != 4 or shape[3] * 2 != BLOCK or scales.spec.shape != shape[:3]:
             raise FormatError(
-                f"codes of shape {shape} and scales of {scales.spec.shape} do not go together.",
+                f"codes of shape {shape} and scales of {scales.spec.shape} do not match.",
                 tensor=codes.spec.name,
             )
         self._scales.add(scales.spec.name)
@@ -172,8 +172,8 @@ class _Pairing:
             else (f" and blocks of {self._stated.block[0]} x {self._stated.block[1]}")
         )
         return UnsupportedError(
-            f"its scales {scales.spec.name!r} have shape {scales.spec.shape}, which does not go "
-            f"with codes of shape {codes.spec.shape}{block}.",
+            f"its scales {scales.spec.name!r} have shape {scales.spec.shape}, which does not "
+            f"match codes of shape {codes.spec.shape}{block}.",
             tensor=codes.spec.name,
         )
 
@@ -183,9 +183,9 @@ class _Pairing:
         for name, entry in self._entries.items() if self._kinds or self._stated else ():
             if entry.spec.dtype.name in _FP8 and name not in known and not _BESIDE.fullmatch(name):
                 raise IncompleteError(
-                    f"it holds {entry.spec.dtype} codes, and there is no scale beside it.",
+                    f"it holds {entry.spec.dtype} codes, but it has no scale.",
                     tensor=name,
-                    hint="The quantised model's files are not all there; copy it again.",
+                    hint="Some files of the quantised model are missing; copy it again.",
                 )
         stale = stale_scales(self._entries)
         if stale:
