@@ -21,7 +21,7 @@ from reshard.errors import FormatError, IncompleteError, NotFoundError, brief, l
 from reshard.formats import numbered, of_role
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
-from reshard.storage.paths import is_file, is_folder, names, own_folders
+from reshard.storage.paths import is_file, is_folder, listing, names, own_folders
 
 _VERL = regex(r"(?P<model>model)_world_size_(?P<world>\d{1,7})_rank_(?P<rank>\d{1,7})\.pt")
 _ACCELERATE = regex(r"(?P<model>pytorch_model_fsdp(?:_\d+)?)_rank_?(?P<rank>\d{1,7})\.bin")
