@@ -110,7 +110,9 @@ def reader(place: Place) -> Callable[[bytes, Path], None]:
         with suppress(ReshardError):
             found = _table(run)
             if place.states:
-                assert found == sound, {k: (found.get(k), sound.get(k)) for k in found ^ sound}
+                assert found == sound, {
+                    k: (found.get(k), sound.get(k)) for k in found.keys() ^ sound.keys()
+                }
         with suppress(ReshardError):
             reshard.inspect(run, optimizer=True)
 

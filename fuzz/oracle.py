@@ -37,7 +37,7 @@ class _Called:
         """What a subclass of dict has."""
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         return _Called
 
@@ -71,8 +71,8 @@ def check_same(found: object, known: object) -> None:
             assert isinstance(mine, list), (mine, theirs)
         elif isinstance(theirs, list | tuple):
             assert isinstance(mine, type(theirs)), (mine, theirs)
-            assert len(mine) == len(theirs), (mine, theirs)  # type: ignore[arg-type]
-            todo += list(zip(mine, theirs, strict=True))  # type: ignore[call-overload]
+            assert len(mine) == len(theirs), (mine, theirs)
+            todo += list(zip(mine, theirs, strict=True))
         elif isinstance(theirs, bytearray):
             assert mine == bytes(theirs)
         elif isinstance(theirs, str):

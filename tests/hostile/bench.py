@@ -102,10 +102,10 @@ def _peak() -> int:
 
 def _recorded() -> set[str]:
     """From now on, every path of which a status or the content is asked for."""
-    from reshard.storage import local, paths
+    from reshard.storage import local, paths, source
 
     asked: set[str] = set()
-    status, opened = paths._status, local.open_regular
+    status, opened = paths._status, source.open_regular
 
     def recording(path: Path, *, follow: bool = True) -> os.stat_result | None:
         asked.add(os.fspath(path))
@@ -116,7 +116,7 @@ def _recorded() -> set[str]:
         return opened(path)
 
     paths._status = recording
-    local.open_regular = opening
+    setattr(local, "open_regular", opening)  # noqa: B010 (the name that it has imported)
     return asked
 
 

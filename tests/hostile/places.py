@@ -203,7 +203,7 @@ def asked(place: Place, bench: Bench) -> dict[str, list[tuple[str, ...]]]:
                 name = path[len(str(place.root)) + 1 :]
                 if "/" in name and not name.startswith((".", "new")):
                     found.setdefault(name, []).append(command)
-        for path in list(place.root.iterdir()):
-            if path.name not in before:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for made_now in list(place.root.iterdir()):
+            if made_now.name not in before:
+                shutil.rmtree(made_now)
     return found
