@@ -154,7 +154,6 @@ BINARIES: Mapping[str, Form] = {
     "a zip with a pickle of 4 GB": _stored_huge,
     "a zip of 4 GB": _sparse(b"PK\3\4", 4_000_000_000, archive(DATA)[-22:]),
     "30,000 tensors": _content(lambda: _tensors(30_000)),
-    "400,000 tensors": _content(lambda: _tensors(400_000)),
     "500,000 numbers": _content(lambda: torch_file(_dict_of(b"K\1", 500_000))),
     "500,000 dicts": _content(lambda: torch_file(b"](" + b"}" * 500_000 + b"e")),
     "lists that double": _content(lambda: torch_file(hostile.doubling(100)[2:-1])),
