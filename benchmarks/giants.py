@@ -294,12 +294,17 @@ def _fill(path: Path, rank: int, size: Size) -> None:
         for name, shape, _, _ in tensors(size):
             piece = -(-math.prod(shape) // size.world)
             if name.startswith(FILLED):
-                own = values_of(name, shape).reshape(-1)[rank * piece : (rank + 1) * piece]
                 file.seek(start + cursor * 4)
-                file.write(own.float().numpy().tobytes())
+                own = _master(name, shape)[rank * piece : (rank + 1) * piece]
+                file.write(own.numpy().tobytes())
             elif name.startswith("model.layers.0.mlp.experts.1."):
                 break
             cursor += piece
+
+
+@cache
+def _master(name: str, shape: Shape) -> torch.Tensor:
+    return values_of(name, shape).reshape(-1).float()
 
 
 @contextmanager
