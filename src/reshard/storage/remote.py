@@ -4,7 +4,8 @@ What a store said is kept for a short time, and asked again each time that a use
 conversion asks some thousand times what lies in a folder, and one list answers all of it.
 
 A folder of ours is complete once it has its `reshard.json`, which is written last. Until then it
-holds `reshard.partial.json`, and reading it is an `IncompleteError`.
+holds `reshard.partial.json`, and reading it is an `IncompleteError`. Readers never see the objects
+`reshard.partial.*`, which a run keeps there for itself.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from reshard.storage import credentials
 from reshard.storage.ahead import Ahead
 from reshard.storage.stores import Listing, Object, Store, bucket_of
 
-#: What stands in an output while it is written.
+#: What stands in an output while it is written, and how the names begin of all that a run keeps
+#: there for itself.
 CLAIM = "reshard.partial.json"
+MARKS = "reshard.partial."
 # Seconds that an answer of a store is taken for.
 _FRESH = 60.0
 # What is not in a list.
@@ -112,9 +115,10 @@ def listing(path: RemotePath) -> Listing:
             f"it is an output of reshard that is not complete: it has no {MANIFEST}, which is "
             "written last.",
             path=path,
-            hint="Wait for the run that writes it; if none does, convert again with --overwrite.",
+            hint="Wait for the run that writes it. If it was killed, run its command again; with "
+            "--resume it goes on.",
         )
-    return found
+    return {name: there for name, there in found.items() if not name.startswith(MARKS)}
 
 
 def is_unfinished(path: RemotePath) -> bool:
@@ -123,17 +127,17 @@ def is_unfinished(path: RemotePath) -> bool:
     return CLAIM in there and MANIFEST not in there
 
 
-def claim(path: RemotePath) -> bytes:
-    """The text of what stands in an output that is not complete. Raises `NotFoundError`."""
-    store, key = _view(path).store, (path / CLAIM).key
+def read_whole(path: RemotePath) -> tuple[bytes, Object]:
+    """A small object, as it is now, and which one it is. Raises `NotFoundError`."""
+    store, key = _view(path).store, path.key
     there = store.head(key)
     if there is None:
-        raise NotFoundError("there is no such object.", path=path / CLAIM)
-    return bytes(store.read(key, 0, there.nbytes, there))
+        raise NotFoundError("there is no such object.", path=path)
+    return bytes(store.read(key, 0, there.nbytes, there)) if there.nbytes else b"", there
 
 
 def contents(path: RemotePath) -> Listing:
-    """What lies in a folder, complete or not."""
+    """What lies in a folder, complete or not, with what a run keeps there for itself."""
     view = _view(path)
     with view.lock:
         view.refresh()
@@ -144,7 +148,7 @@ def contents(path: RemotePath) -> Listing:
 
 
 def below(path: RemotePath) -> Mapping[str, Object]:
-    """Every object below a folder, by its name there with `/`."""
+    """Every object below a folder, by its name there with `/`, with those of `MARKS`."""
     return _view(path).store.below(path.key)
 
 
@@ -257,6 +261,11 @@ def opened(path: str) -> Opened:
     if there is None:
         raise NotFoundError("it is a folder, not an object.", path=path)
     return Opened(place, _view(place).store, there, _ahead(path, identity(there)))
+
+
+def opened_as(path: RemotePath, known: Object) -> Opened:
+    """An object that was seen before: reading another one in its place is an `IncompleteError`."""
+    return Opened(path, _view(path).store, known, Ahead())
 
 
 @lru_cache(4096)
