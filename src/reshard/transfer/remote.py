@@ -278,7 +278,7 @@ class RemoteFolder:
     def _beat(self) -> None:
         """Give a sign of life once a minute; what is finished is noted, too."""
         while not self._end.wait(claims.BEAT):
-                if self.journal is not None:
+            if self.journal is not None:
                 self.journal.flush()
             with self._beating:
                 if self._end.is_set() or self._sign_again(self._claim):
@@ -347,7 +347,7 @@ class RemoteFolder:
         if self.abandoned:
             self._end_uploads()
         if keep and (self.sending.made or self._kept) and self.journal is not None:
-                self.journal.flush()
+            self.journal.flush()
             self._sign_again(replace(self._claim, stopped=True))
             return True
         self._delete([*{*self.sending.made, *self.sending.begun, *self._kept, *self._noted}, CLAIM])
