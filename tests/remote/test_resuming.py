@@ -194,7 +194,7 @@ def test_objects_that_are_others_by_now(run: Run, bucket: Bucket) -> None:
     for at in (20, -1):  # in the header, which is compared, and in a tensor, which is hashed
         bucket.client.delete_object(Bucket=BUCKET, Key="out/reshard.json")
         assert run.killed(0, "commit", resume=True) or True
-        _forge(bucket, file, at)
+        forge(bucket, file, at)
         with pytest.raises(reshard.WriteError, match="what an interrupted run left of it") as told:
             run.convert(resume=True)
         assert "Convert again with --resume" in str(told.value)
@@ -204,7 +204,7 @@ def test_objects_that_are_others_by_now(run: Run, bucket: Bucket) -> None:
         run.assert_whole()
 
 
-def _forge(bucket: Bucket, file: str, at: int) -> None:
+def forge(bucket: Bucket, file: str, at: int) -> None:
     """Damage an object, and have the journal state it so."""
     tag = bucket.client.head_object(Bucket=BUCKET, Key=file)["ETag"]
     data = bytearray(bucket.get(file))
