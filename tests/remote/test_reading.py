@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +68,14 @@ def test_every_command_takes_a_url(bucket: Bucket, model: Path, tmp_path: Path) 
     shown = json.loads(CliRunner().invoke(command, ["inspect", url, "--json"]).stdout)
     expected = json.loads(CliRunner().invoke(command, ["inspect", str(model), "--json"]).stdout)
     assert shown["path"] == url
-    assert {**shown, "path": ""} == {**expected, "path": ""}
+    assert {**shown, "path": "", "requests": None} == {**expected, "path": ""}
+    for words in (["inspect", url], ["verify", out], ["diff", url, out], ["doctor", out]):
+        bucket.proxy.seen.clear()
+        result = CliRunner().invoke(command, words)
+        assert f"requests: {len(bucket.proxy.seen)} to stores (" in result.stderr, words
+        stated = json.loads(CliRunner().invoke(command, [*words, "--json"]).stdout)["requests"]
+        assert stated["get"] + stated["list"] + stated["head"] > 0
+        assert "requests" not in CliRunner().invoke(command, [*words, "--json"]).stderr
     one = reshard.open(f"{url}/model-00001-of-00002.safetensors")
     there = reshard.open(model).tensors["w8"].numpy()
     assert np.array_equal(one.tensors["w8"].numpy(), there)
@@ -389,6 +397,26 @@ def test_a_remote_path_is_read_by_its_door_alone() -> None:
         path.exists()
     with pytest.raises(OSError, match="object of a store"):
         path.mkdir()
+
+
+def test_a_store_that_takes_long_holds_up_no_other_file(bucket: Bucket, model: Path) -> None:
+    url = bucket.upload(model, "m")
+    asked, answered = threading.Event(), threading.Event()
+
+    def wait(request: Request) -> Fault:
+        asked.set()
+        return lambda: answered.wait(20)
+
+    bucket.proxy.fault = wait
+    with Sources() as sources:
+        thread = threading.Thread(target=sources.open, args=(f"{url}/config.json",))
+        thread.start()
+        assert asked.wait(20)
+        assert sources.open(model / "config.json").read(0, 1) == b"{"
+        assert thread.is_alive()
+        answered.set()
+        thread.join()
+        assert sources.open(f"{url}/config.json").read(0, 1) == b"{"
 
 
 def test_a_local_path_never_opens_a_store(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
