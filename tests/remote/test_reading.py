@@ -19,6 +19,7 @@ from reshard.cli.app import reshard as command
 from reshard.core.locations import RemotePath
 from reshard.storage import credentials
 from reshard.storage.local import Sources
+from reshard.transfer import claims, upload
 from tests.files import contents
 from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request, serving, slowly
 from tests.remote.web import COMMIT, Hub, web
@@ -242,7 +243,7 @@ def _private_key() -> str:
 def test_google_cloud_storage(
     bucket: Bucket, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its XML protocol is that of S3, so far as it is used here."""
+    """Its XML protocol is that of S3, so far as it is used here, but for conditions of writes."""
     bucket.upload(model, "m")
     account = {
         "type": "service_account",
@@ -257,6 +258,24 @@ def test_google_cloud_storage(
     reshard.convert(model, tmp_path / "local")
     reshard.convert(f"gs://{BUCKET}/m", tmp_path / "remote")
     assert contents(tmp_path / "remote") == contents(tmp_path / "local")
+    monkeypatch.setattr(upload, "_SMALL", 1000)  # in parts
+    monkeypatch.setattr(claims, "BEAT", 0.02)
+    out = f"gs://{BUCKET}/out"
+
+    def stop(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reshard.convert(model, out, resume=True, progress=stop)
+    reshard.convert(model, out, resume=True)
+    assert bucket.download("out") == contents(tmp_path / "local")
+    with pytest.raises(reshard.WriteError, match="exists"):
+        reshard.convert(model, out)
+    reshard.convert(model, out, dtype="bfloat16", overwrite=True)
+    assert bucket.download("out") != contents(tmp_path / "local")
+    assert reshard.verify(out).num_tensors == 2
+    conditions = [r for r in bucket.proxy.seen if "x-goog-if-generation-match" in r.headers]
+    assert len(conditions) >= 6
 
 
 def test_a_model_of_the_hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ errors of the server and of the network. Imported only once a URL is named.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import time
@@ -223,7 +224,9 @@ def bucket_of(path: RemotePath) -> Bucket:
 @lru_cache(64)
 def _bucket(scheme: str, name: str, settings: object) -> Bucket:
     stores, url = library(), f"{scheme}://{name}"
-    more: dict[str, Any] = {"client_options": client(scheme == "gs"), "retry_config": RETRY}
+    # Another server than Google's or Azure's own is one that the user's settings name.
+    open_ = scheme == "gs" or os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() == "true"
+    more: dict[str, Any] = {"client_options": client(open_), "retry_config": RETRY}
     with asking(url):
         if scheme == "s3":
             found = credentials.aws()
