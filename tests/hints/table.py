@@ -37,7 +37,6 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
     "Wait for the run that writes it. If it was killed, run its command again; with --resume it goes on.": "remote/test_resuming.py::test_the_same_bytes_wherever_it_was_killed",
-    "Wait for it to end, or name another output.": "remote/test_writing.py::test_two_runs_of_one_output",
     "Wait for it. If it runs no more, pass --overwrite, or convert again {} minutes after its end.": "remote/test_resuming.py::test_a_run_of_another_machine",
     "Delete it, if nobody needs it, or name another output.": "remote/test_resuming.py::test_a_journal_that_is_damaged_or_of_another_run",
     "Name another output, or move away what is yours.": "remote/test_resuming.py::test_what_is_someone_elses_stays",

@@ -63,6 +63,11 @@ class Run:
         assert self.bucket.download("out") == self.whole
         assert not self.bucket.uploads()
 
+    def clear(self) -> None:
+        """Delete the output."""
+        for name in self.bucket.names("out"):
+            self.bucket.client.delete_object(Bucket=BUCKET, Key=name)
+
     def unfinished(self) -> bool:
         with pytest.raises(reshard.IncompleteError, match="not complete"):
             reshard.open(OUT)
@@ -74,9 +79,16 @@ def run(killer: Killer, bucket: Bucket, tmp_path: Path) -> Run:
     return Run(killer, bucket, tmp_path)
 
 
-@pytest.mark.parametrize("to", ["hf", "dcp"])
+@pytest.mark.parametrize(
+    ("to", "step"),
+    [
+        ("hf", 24),
+        pytest.param("hf", 7, marks=pytest.mark.slow),
+        pytest.param("dcp", 11, marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_bytes_wherever_it_was_killed(
-    killer: Killer, bucket: Bucket, tmp_path: Path, to: str
+    killer: Killer, bucket: Bucket, tmp_path: Path, to: str, step: int
 ) -> None:
     options = {"to": "dcp", "base": None, "max_shard_size": 9000} if to == "dcp" else {}
     run = Run(killer, bucket, tmp_path, **options)
@@ -90,14 +102,13 @@ def test_the_same_bytes_wherever_it_was_killed(
         assert ("resumed" in codes(report)) != ("not-resumed" in codes(report))
         reused.append(report.bytes_reused)
         assert reshard.verify(OUT).num_tensors == report.num_tensors
-        run.convert(overwrite=True)
-        for name in bucket.names("out"):
-            bucket.client.delete_object(Bucket=BUCKET, Key=name)
-        after += 1 if after < 2 else 13
+        run.clear()
+        after += step
     assert reused[0] == 0
     assert max(reused) > 20_000
 
 
+@pytest.mark.slow
 def test_killed_before_each_request(run: Run) -> None:
     """Parts that were sent and never became an object are ended by the next run."""
     after, left = 0, 0
@@ -136,8 +147,17 @@ def test_a_plain_run_removes_what_was_left(run: Run, bucket: Bucket) -> None:
     run.assert_whole()
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_killed_while_it_replaces_an_output(run: Run, bucket: Bucket, resume: bool) -> None:
+@pytest.mark.parametrize(
+    ("step", "resume"),
+    [
+        (6, True),
+        pytest.param(1, True, marks=pytest.mark.slow),
+        pytest.param(1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_while_it_replaces_an_output(
+    run: Run, bucket: Bucket, step: int, resume: bool
+) -> None:
     """The old output stands, or nothing that anyone takes for one; and then the new one."""
     reshard.convert(run.at / "base", OUT)
     old = bucket.download("out")
@@ -155,7 +175,7 @@ def test_killed_while_it_replaces_an_output(run: Run, bucket: Bucket, resume: bo
         run.assert_whole()
         reshard.convert(run.at / "base", OUT, overwrite=True)
         assert bucket.download("out") == old
-        after += 1 if after < 8 else 5
+        after += step
     assert seen == {"old", "neither"}
     assert run.killed(0, "commit", overwrite=True)
     run.convert(resume=resume)  # there is nothing left to overwrite
@@ -192,8 +212,8 @@ def test_objects_that_are_others_by_now(run: Run, bucket: Bucket) -> None:
     assert "seconds ago" in found.message
 
     for at in (20, -1):  # in the header, which is compared, and in a tensor, which is hashed
-        bucket.client.delete_object(Bucket=BUCKET, Key="out/reshard.json")
-        assert run.killed(0, "commit", resume=True) or True
+        run.clear()
+        assert run.killed(0, "commit")
         forge(bucket, file, at)
         with pytest.raises(reshard.WriteError, match="what an interrupted run left of it") as told:
             run.convert(resume=True)
@@ -225,8 +245,7 @@ def forge(bucket: Bucket, file: str, at: int) -> None:
 
 def test_a_journal_that_is_damaged_or_of_another_run(run: Run, bucket: Bucket) -> None:
     def kill() -> list[str]:
-        for name in bucket.names("out"):
-            bucket.client.delete_object(Bucket=BUCKET, Key=name)
+        run.clear()
         assert run.killed(0, "commit")
         return bucket.names("out/reshard.partial.0")
 
@@ -258,8 +277,7 @@ def test_a_journal_that_is_damaged_or_of_another_run(run: Run, bucket: Bucket) -
         run.convert()
     assert "Delete it" in str(told.value)
     bucket.client.delete_object(Bucket=BUCKET, Key=CLAIM)
-    for name in bucket.names("out"):
-        bucket.client.delete_object(Bucket=BUCKET, Key=name)
+    run.clear()
     run.convert()
     run.assert_whole()
 
@@ -290,8 +308,7 @@ def test_a_run_of_another_machine(
         later.setattr(claims, "SILENT", 0.0)
         assert run.convert(resume=True).bytes_reused
     run.assert_whole()
-    for name in bucket.names("out"):
-        bucket.client.delete_object(Bucket=BUCKET, Key=name)
+    run.clear()
     for name, data in before.items():
         bucket.put(f"out/{name}", data)
     run.convert(overwrite=True)  # the user says that it runs no more
@@ -348,8 +365,7 @@ def test_a_store_that_fails_keeps_what_is_finished(run: Run, bucket: Bucket) -> 
         if resume:
             assert run.convert(resume=True).bytes_reused
             run.assert_whole()
-            for name in bucket.names("out"):
-                bucket.client.delete_object(Bucket=BUCKET, Key=name)
+            run.clear()
 
 
 def test_a_run_gives_signs_of_life_and_notices_another(
@@ -366,8 +382,7 @@ def test_a_run_gives_signs_of_life_and_notices_another(
     signs = [r for r in bucket.proxy.seen if r.method == "PUT" and r.path.endswith("partial.json")]
     assert len(signs) > 1
     assert all("if-match" in {n.lower() for n in r.headers} for r in signs[1:])
-    for name in bucket.names("out"):
-        bucket.client.delete_object(Bucket=BUCKET, Key=name)
+    run.clear()
 
     def take(what: str, done: int, total: int) -> None:
         bucket.put(CLAIM, b"{}")
