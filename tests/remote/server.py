@@ -115,6 +115,8 @@ def _generation(tag: str) -> str:
 
 def _as_amazon(headers: dict[str, str], generations: dict[str, str]) -> dict[str, str]:
     """Headers with Google's condition of a write as Amazon's."""
+    if headers.get("authorization", "").startswith("Bearer"):
+        del headers["authorization"]
     wanted = headers.pop("x-goog-if-generation-match", None)
     if wanted == "0":
         return {**headers, "If-None-Match": "*"}

@@ -43,7 +43,8 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = tmp_path_factory.mktemp("azurite")
-    words = ["--blobPort", str(port), "--location", str(place), "--silent", "--skipApiVersionCheck"]
+    words = ["--blobPort", str(port), "--location", str(place), "--silent", "--skipApiVersionCheck",
+             "--disableTelemetry"]  # fmt: skip
     process = subprocess.Popen(
         [str(AZURITE), *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
     )
@@ -116,7 +117,8 @@ def test_interrupted_and_continued(
     box: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(claims, "BEAT", 0.02)
-    reshard.convert(model, tmp_path / "local")
+    options: dict[str, Any] = {"threads": 1, "max_shard_size": "100KB"}
+    reshard.convert(model, tmp_path / "local", **options)
     seen = 0
 
     def stop(what: str, done: int, total: int) -> None:
@@ -127,10 +129,10 @@ def test_interrupted_and_continued(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reshard.convert(model, f"{box}/run", resume=True, progress=stop, threads=1)
+        reshard.convert(model, f"{box}/run", resume=True, progress=stop, **options)
     with pytest.raises(reshard.IncompleteError, match="not complete"):
         reshard.open(f"{box}/run")
-    report = reshard.convert(model, f"{box}/run", resume=True)
+    report = reshard.convert(model, f"{box}/run", resume=True, **options)
     assert report.bytes_reused
     assert there(f"{box}/run", tmp_path) == contents(tmp_path / "local")
     with pytest.raises(KeyboardInterrupt):

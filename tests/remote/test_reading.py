@@ -255,19 +255,20 @@ def test_google_cloud_storage(
     }
     (tmp_path / "account.json").write_text(json.dumps(account))
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
-    reshard.convert(model, tmp_path / "local")
-    reshard.convert(f"gs://{BUCKET}/m", tmp_path / "remote")
+    reshard.convert(model, tmp_path / "local", max_shard_size="100KB")
+    reshard.convert(f"gs://{BUCKET}/m", tmp_path / "remote", max_shard_size="100KB")
     assert contents(tmp_path / "remote") == contents(tmp_path / "local")
     monkeypatch.setattr(upload, "_SMALL", 1000)  # in parts
     monkeypatch.setattr(claims, "BEAT", 0.02)
     out = f"gs://{BUCKET}/out"
 
     def stop(what: str, done: int, total: int) -> None:
-        raise KeyboardInterrupt
+        if done == total:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reshard.convert(model, out, resume=True, progress=stop)
-    reshard.convert(model, out, resume=True)
+        reshard.convert(model, out, resume=True, progress=stop, threads=1, max_shard_size="100KB")
+    assert reshard.convert(model, out, resume=True, max_shard_size="100KB").bytes_reused
     assert bucket.download("out") == contents(tmp_path / "local")
     with pytest.raises(reshard.WriteError, match="exists"):
         reshard.convert(model, out)

@@ -92,6 +92,7 @@ def test_threads_that_are_ahead_wait_and_never_for_ever(
         assert bucket.download(f"out{threads}") == contents(tmp_path / "local")
 
 
+@pytest.mark.slow
 @needs_proc
 def test_memory_from_store_to_store(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -195,10 +195,20 @@ class Bucket:
         import obstore
 
         names = list(keys)
-        if names:
-            count(delete=1 + len(names) // _PAGE)
-            with writing(f"{self.url}/{names[0]}"):
+        if not names:
+            return
+        count(delete=1 + len(names) // _PAGE)
+        try:
+            with writing(f"{self.url}/{names[0]}"), suppress(FileNotFoundError):
                 obstore.delete(self._raw, names)
+                return
+        except WriteError:
+            if len(names) == 1:
+                raise
+        for name in names:  # Azure ends a list of them at one that is not there
+            count(delete=1)
+            with writing(f"{self.url}/{name}"), suppress(FileNotFoundError):
+                obstore.delete(self._raw, name)
 
 
 class _Passed:

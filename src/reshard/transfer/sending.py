@@ -160,8 +160,10 @@ class Sending:
         become objects before."""
         self.halt()
         if finish:
-            with suppress(ReshardError, StoppedError):
-                self._seals.settle()
+            for file in [*self._open.values()]:
+                if isinstance(file, Upload) and file.complete:
+                    with suppress(ReshardError, StoppedError):
+                        file.finish()
         for file in [*self._open.values()]:
             if isinstance(file, Upload):
                 file.drop()
