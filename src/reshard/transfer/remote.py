@@ -28,6 +28,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from reshard.core.findings import Finding
+<<<<<<< HEAD
 from reshard.core.locations import MANIFEST, RemotePath
 from reshard.errors import ReshardError, WriteError
 from reshard.storage import remote, strict_json, uploads
@@ -42,6 +43,19 @@ from reshard.transfer.notes import Notes
 from reshard.transfer.resuming import can_be_continued
 from reshard.transfer.sending import DiffersError, Sending
 from reshard.transfer.signals import held_signals
+=======
+from reshard.core.locations import CLAIM, MANIFEST, RemotePath
+from reshard.errors import ReshardError, UnsupportedError, WriteError
+from reshard.storage import remote, strict_json
+from reshard.storage.stores import Bucket, Object, bucket_of
+from reshard.transfer.journal import Journal
+from reshard.transfer.output import StoppedError
+from reshard.transfer.seals import Seals
+from reshard.transfer.upload import Shared, Upload
+
+# Bytes of small files that wait for their request.
+_WAITING = 32 << 20
+>>>>>>> main
 
 
 class RemoteFolder:
