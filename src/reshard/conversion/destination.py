@@ -25,15 +25,10 @@ from reshard import formats
 from reshard.conversion import manifest
 from reshard.conversion.manifest import Manifest, WrittenFile, file_digest
 from reshard.conversion.verification import verify_folder
-from reshard.core.locations import CLAIM, MANIFEST, RemotePath
+from reshard.core.locations import MANIFEST, MARKS, RemotePath
 from reshard.core.sizes import size
 from reshard.errors import NotFoundError, ReshardError, WriteError, listed
 from reshard.formats import locate
-<<<<<<< HEAD
-from reshard.storage import remote
-=======
-from reshard.storage import strict_json
->>>>>>> main
 from reshard.storage.local import Sources
 from reshard.storage.paths import (
     exists,
@@ -45,7 +40,6 @@ from reshard.storage.paths import (
     real,
     status,
 )
-from reshard.transfer import claims
 
 # Python's own, made again from the modules beside it.
 _REMADE = "__pycache__"
@@ -147,18 +141,13 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
             "the output is in a loop of links.", path=target, hint="Name another output."
         )
     if isinstance(target, RemotePath):
-<<<<<<< HEAD
+        from reshard.storage import remote  # paths of this machine need nothing of it
+
         unfinished = remote.is_unfinished(target)
         if unfinished or overwrite:
             _check_left(target, overwrite=overwrite, complete=not unfinished)
         if unfinished:
             return None
-=======
-        from reshard.storage import remote  # paths of this machine need nothing of it
-
-        if remote.is_unfinished(target):
-            return _unfinished(target, overwrite=overwrite)
->>>>>>> main
     if not exists(target) or (is_folder(target) and not any(listing(target))):
         return None
     if not is_folder(target):
@@ -198,39 +187,19 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
     return found
 
 
-<<<<<<< HEAD
 def _check_left(target: RemotePath, *, overwrite: bool, complete: bool) -> None:
     """Refuse an output in a store that another run writes, or in which other objects lie.
 
     `complete`: the output is, and only what its run kept for itself may be left.
     """
+    from reshard.transfer import claims
+
     left = claims.left_at(target)
     if left is None:
         return
     left.check_gone(force=overwrite)
     if not complete:
         left.check_only_ours()
-=======
-def _unfinished(target: RemotePath, *, overwrite: bool) -> Replaced:
-    """What a run left in a store that was killed, or that writes there now."""
-    from reshard.storage import remote
-
-    claim = strict_json.parse_object(remote.claim(target), os.fspath(target / CLAIM))
-    if not overwrite:
-        who = ", ".join(f"{name} {brief(claim[name])}" for name in ("host", "pid", "began")
-                        if name in claim)  # fmt: skip
-        raise WriteError(
-            f"an output of reshard is written there, or its run was killed ({who}).",
-            path=target,
-            hint="Wait for it. If it runs no more, convert again with --overwrite, which deletes "
-            "what it left; or name another output.",
-        )
-    named, there = claim.get("files"), remote.below(target)
-    foreign = sorted({*there} - {*(named if isinstance(named, dict) else ()), CLAIM})
-    if foreign:
-        raise _mixed(target, foreign)
-    return Replaced(os.fspath(target), len(there), sum(file.nbytes for file in there.values()))
->>>>>>> main
 
 
 def _stated(folder: Path) -> Manifest | None:
@@ -247,11 +216,7 @@ def _stated(folder: Path) -> Manifest | None:
 def _files(folder: Path) -> Iterator[_File]:
     """Everything below a folder that is not a folder itself; links are not followed."""
     for path in files_below(folder):
-<<<<<<< HEAD
-        left = isinstance(path, RemotePath) and path.name.startswith(remote.MARKS)
-=======
-        left = isinstance(path, RemotePath) and path.name == CLAIM
->>>>>>> main
+        left = isinstance(path, RemotePath) and path.name.startswith(MARKS)
         if not (path.parent.name == _REMADE and path.suffix == ".pyc") and not left:
             yield _File(path.relative_to(folder).as_posix(), status(path, follow=False))
 

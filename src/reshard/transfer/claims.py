@@ -18,10 +18,9 @@ import msgspec
 from msgspec import Struct
 
 from reshard._version import __version__
-from reshard.core.locations import MANIFEST, RemotePath
+from reshard.core.locations import CLAIM, MANIFEST, MARKS, RemotePath
 from reshard.errors import FormatError, NotFoundError, WriteError, listed, printable
 from reshard.storage import remote, strict_json
-from reshard.storage.remote import CLAIM
 from reshard.storage.stores import Object
 from reshard.transfer.lock import Owner, this_process
 
@@ -78,7 +77,7 @@ class Left(Struct, frozen=True):
 
     @property
     def seen(self) -> float:
-        marks = [o.modified for name, o in self.there.items() if name.startswith(remote.MARKS)]
+        marks = [o.modified for name, o in self.there.items() if name.startswith(MARKS)]
         return max([self.object.modified, *marks])
 
     @property
@@ -87,7 +86,7 @@ class Left(Struct, frozen=True):
         return {
             name: there
             for name, there in self.there.items()
-            if name != MANIFEST and not name.startswith(remote.MARKS)
+            if name != MANIFEST and not name.startswith(MARKS)
         }
 
     def check_only_ours(self) -> None:

@@ -13,8 +13,8 @@ import io
 import threading
 from collections.abc import Callable, Mapping
 
+from reshard.core.locations import MARKS
 from reshard.errors import WriteError
-from reshard.storage.remote import MARKS
 from reshard.storage.stores import Object
 from reshard.transfer.journal import Basis, Noted, Piece, Sealed, encoded, opening, text_of
 

@@ -28,12 +28,10 @@ from typing import Any
 from msgspec.structs import replace
 
 from reshard.core.findings import Finding
-<<<<<<< HEAD
-from reshard.core.locations import MANIFEST, RemotePath
+from reshard.core.locations import CLAIM, MANIFEST, MARKS, RemotePath
 from reshard.errors import ReshardError, WriteError
 from reshard.storage import remote, strict_json, uploads
 from reshard.storage.fingerprints import Fingerprint
-from reshard.storage.remote import CLAIM
 from reshard.storage.stores import Object
 from reshard.transfer import claims, takeover
 from reshard.transfer.claims import Claim
@@ -43,19 +41,6 @@ from reshard.transfer.notes import Notes
 from reshard.transfer.resuming import can_be_continued
 from reshard.transfer.sending import DiffersError, Sending
 from reshard.transfer.signals import held_signals
-=======
-from reshard.core.locations import CLAIM, MANIFEST, RemotePath
-from reshard.errors import ReshardError, UnsupportedError, WriteError
-from reshard.storage import remote, strict_json
-from reshard.storage.stores import Bucket, Object, bucket_of
-from reshard.transfer.journal import Journal
-from reshard.transfer.output import StoppedError
-from reshard.transfer.seals import Seals
-from reshard.transfer.upload import Shared, Upload
-
-# Bytes of small files that wait for their request.
-_WAITING = 32 << 20
->>>>>>> main
 
 
 class RemoteFolder:
@@ -324,7 +309,7 @@ class RemoteFolder:
             raise self._not_alone()
         made = self.sending.made
         there = {name: found for name, found in remote.below(self.target).items()
-                 if not name.startswith(remote.MARKS)}  # fmt: skip
+                 if not name.startswith(MARKS)}  # fmt: skip
         for name in sorted({*there, *made}):
             mine, now = made.get(name), there.get(name)
             if mine is not None and now is not None and now.tag != mine.tag:
