@@ -191,7 +191,7 @@ def test_a_command_that_is_killed(
 
     mark = f"RESHARD_TEST_STORE_{os.getpid()}=1"
     reshard.convert(trained, tmp_path / "local", **OPTIONS)
-    words = [trained, OUT, "--dtype", "bfloat16", "--max-shard-size", "9MB", "--resume"]
+    words: list[str | Path] = [trained, OUT, "--dtype", "bfloat16", "--max-shard-size", "9MB", "--resume"]
     words += ["--threads", "1"]
     run = start(mark, *words)
     try:
