@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +93,10 @@ def test_golden_checkpoints_from_and_into_a_store(
             assert report.requests is not None
             assert report.requests.put > len(local.files)
             assert report.requests.bytes_written >= local.bytes_written
-            apart = ("seconds", "target", "source", "checkpoint", "findings", "requests")
+            # What two files need of a piece is read for each.
+            apart = ("seconds", "target", "source", "checkpoint", "findings", "requests",
+                     "bytes_read")  # fmt: skip
+            assert report.bytes_read >= local.bytes_read
             assert {k: v for k, v in report.to_json().items() if k not in apart} == {
                 k: v for k, v in local.to_json().items() if k not in apart
             }
@@ -179,30 +181,6 @@ def test_an_interrupted_run_is_continued(
     assert ("pieces made again" in found.message) == (second == "ray")
     assert report.bytes_reused
     assert report.bytes_reused <= len(files) * (8 << 20)
-    assert not bucket.uploads()
-
-
-def test_a_command_that_is_killed(
-    cluster: Any, bucket: Bucket, trained: Path, tmp_path: Path
-) -> None:
-    """With its cluster: what workers had sent is reused or removed."""
-    from tests.child import until
-    from tests.cluster.test_alone import marked, start
-
-    mark = f"RESHARD_TEST_STORE_{os.getpid()}=1"
-    reshard.convert(trained, tmp_path / "local", **OPTIONS)
-    words: list[str | Path] = [trained, OUT, "--dtype", "bfloat16", "--max-shard-size", "9MB", "--resume"]
-    words += ["--threads", "1"]
-    run = start(mark, *words)
-    try:
-        until(lambda: len([n for n in bucket.names("out/") if n.endswith("tensors")]) > 2, run, 90)
-    finally:
-        nodes.kill([run.pid])
-        run.communicate(timeout=60)
-    until(lambda: not marked(mark), seconds=60)
-    report = reshard.convert(trained, OUT, engine="ray", resume=True, **OPTIONS)
-    assert bucket.download("out") == contents(tmp_path / "local")
-    assert "resumed" in [f.code for f in report.findings] or "not-resumed" in str(report)
     assert not bucket.uploads()
 
 

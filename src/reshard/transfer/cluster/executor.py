@@ -82,6 +82,12 @@ class OnRay(Struct, frozen=True):
         tasks.run(_hash_tasks(leaves, sources), answered)
 
 
+def task_nbytes(cluster: OnRay, total: int) -> int:
+    """Bytes of a task, of so many in all: none of the processors is idle for long."""
+    processors = int(cluster.ray.cluster_resources().get("CPU", 0))
+    return min(TASK_NBYTES, total // (_EACH * max(processors, 1)))
+
+
 def usable(assembly: Assembly, ledger: Ledger, piece: Piece) -> Noted | None:
     """What an interrupted run noted of a piece, as far as it can be used."""
     noted = assembly.noted(piece)
@@ -145,9 +151,8 @@ class _Transfer:
         return usable(self._assembly, self._ledger, piece)
 
     def _tasks(self) -> Iterator[tuple[_Making, bytes]]:
-        processors = int(self._cluster.ray.cluster_resources().get("CPU", 0))
-        share = self._assembly.total // (_EACH * max(processors, 1))
-        for pieces in _together(self._assembly.pieces(), min(TASK_NBYTES, share)):
+        most = task_nbytes(self._cluster, self._assembly.total)
+        for pieces in _together(self._assembly.pieces(), most):
             yield self._task(pieces)
 
     def _task(self, pieces: list[Piece]) -> tuple[_Making, bytes]:

@@ -118,10 +118,11 @@ class StoreTransfer:
         batch: list[tuple[File, list[Piece]]] = []
         nbytes = segments = 0
         standing = False
+        most = executor.task_nbytes(self._cluster, self._assembly.total)
         for file, pieces in self._by_file():
             stands = self._stands(file, pieces)
             size, count = file.output.nbytes, sum(len(piece.segments) for piece in pieces)
-            full = nbytes + size > executor.TASK_NBYTES or segments + count > executor.TASK_SEGMENTS
+            full = nbytes + size > most or segments + count > executor.TASK_SEGMENTS
             if batch and (full or stands != standing):
                 yield self._task(batch, standing=standing)
                 batch, nbytes, segments = [], 0, 0
