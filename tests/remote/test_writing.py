@@ -132,9 +132,9 @@ def test_the_command_says_where_it_wrote(bucket: Bucket, model: Path) -> None:
     told = done.output + bucket.get("out/reshard.json").decode()
     for secret in KEYS.values():
         assert secret not in told
-    with pytest.raises(reshard.OptionError, match="only read"):
+    with pytest.raises(reshard.OptionError, match="only be read"):
         reshard.convert(model, "hf://org/name")
-    with pytest.raises(reshard.OptionError, match="only read"):
+    with pytest.raises(reshard.OptionError, match="only be read"):
         reshard.convert(model, "https://host/out")
 
 
