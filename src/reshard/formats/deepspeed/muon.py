@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
+from reshard.core.partition import FlatSpace
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.core.tiling import proven
 from reshard.formats.deepspeed import proof
