@@ -61,13 +61,15 @@ class Machine:
     """Runs one pickle. `handlers` maps dotted names to pure functions of the call's arguments.
 
     `persistent` turns a persistent id (a storage) into a value; None refuses them. With `repeats`,
-    records that are spelt alike become `Instance`s, and `run` may raise `RecalledError`. `data` may
-    be the beginning of `nbytes`. After `run`, `unknown` holds the names that neither a handler nor
+    records that are spelt alike become `Instance`s, and `run` may raise `RecalledError`. `devices`,
+    where given, gets the texts that may be a device's name, by their places. `data` may be the
+    beginning of `nbytes`. After `run`, `unknown` holds the names that neither a handler nor
     reshard's types know, and `recalled` the containers and records that were recalled, by id.
     """
 
     __slots__ = (
         "data",
+        "devices",
         "handlers",
         "made_nbytes",
         "marks",
@@ -92,6 +94,7 @@ class Machine:
         handlers: Mapping[str, Handler],
         persistent: PersistentId | None = None,
         repeats: bool = False,
+        devices: dict[int, bytes] | None = None,
         nbytes: int | None = None,
     ) -> None:
         self.data = data
@@ -100,6 +103,7 @@ class Machine:
         self.handlers = handlers
         self.persistent = persistent
         self.repeats = Repeats() if repeats else None
+        self.devices = devices
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: list[object] = []
