@@ -605,10 +605,10 @@ def test_ranks_may_well_hold_the_same_constants(tmp_path: Path, values: bytes) -
 
 
 def doubling() -> object:
-    """Lists of two of the list before: a small file, and a text of 2^14 brackets; a few more, and
+    """Lists of two of the list before: a small file, and a text of 2^10 brackets; a few more, and
     the pickle reader refuses them."""
     value: list[object] = []
-    for _ in range(14):
+    for _ in range(10):
         value = [value, value]
     return value
 
