@@ -36,6 +36,8 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Load it on one rank, or with offload_optimizer, by ZeRO stage 1 or 2.": "state/test_live_targets.py::test_what_was_saved_is_what_the_target_holds",
+    "Load it with ZeRO stage 1 or 2.": "state/test_live_targets.py::test_what_was_saved_is_what_the_target_holds",
     "Save it with FSDP.optim_state_dict, or convert the weights alone, without --optimizer.": "state/test_fsdp1.py::test_lengths_that_fit_no_module",
     "FSDP1 gathers them so for FULL_STATE_DICT: save with SHARDED_STATE_DICT. Another checkpoint: copy it again, or use another save. The weights alone: leave out --optimizer.": "state/test_fsdp1.py::test_what_fsdp1_gathers_by_numbers",
     "Freeze them in the run that continues: one that trains them asks for their moments.": "state/test_curves.py::test_the_curve_is_unbroken",

@@ -31,6 +31,7 @@ class Ranks:
                 "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
                 "PYTHONWARNINGS": "ignore",
+                "TORCHDYNAMO_DISABLE": "1",  # Muon's steps would be compiled for minutes
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
