@@ -28,10 +28,11 @@ import transformers
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.module_inject.auto_ep_presets import base
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 from torch import distributed
 
+from tests.deepspeed.parallel_oracle import full_moment
 from tests.oracle import launch, models
 from tests.oracle.worker import Rank
 
@@ -77,9 +78,7 @@ def make(name: str, rank: Rank, folder: Path) -> None:
     moments = {
         f"{kind}.{name}": tensor
         for kind in ("exp_avg", "exp_avg_sq")
-        for name, tensor in _gathered(
-            engine, partial(safe_get_full_optimizer_state, optim_state_key=kind)
-        ).items()
+        for name, tensor in _gathered(engine, partial(full_moment, engine, kind=kind)).items()
     }
     with torch.no_grad():
         logits = engine(input_ids=IDS).logits

@@ -11,7 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.deepspeed.conftest import pipeline_runs
 from tests.state.jobs import Job
+
+__all__ = ["Ranks", "pipeline_runs", "ranks"]
 
 _ROOT = Path(__file__).parents[2]
 

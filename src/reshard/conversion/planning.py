@@ -264,7 +264,7 @@ def carried_along(
             loaded = memory_outputs(shapes, config, memory_names.version_of(options))
             maps.append(translation(loaded))
     to = output_format(options.to)
-    carried = formats.as_written(to, training.carried(state, made, maps))
+    carried = formats.as_written(to, training.carried(state, made, maps), options.layout)
     if to.full_precision:
         return training.in_full_precision(carried, made)
     findings = (*made.findings, *training.rounded(carried, made))
