@@ -1,4 +1,4 @@
-"""Whether an output may be written to its path: reshard replaces only its own outputs.
+"""Check that an output may be written to its path: reshard replaces only its own outputs.
 
 It replaces an empty folder and, with `--overwrite`, a folder that holds only what reshard wrote:
 
@@ -25,11 +25,10 @@ from reshard import formats
 from reshard.conversion import manifest
 from reshard.conversion.manifest import Manifest, WrittenFile, file_digest
 from reshard.conversion.verification import verify_folder
-from reshard.core.locations import CLAIM, MANIFEST, RemotePath
+from reshard.core.locations import MANIFEST, MARKS, RemotePath
 from reshard.core.sizes import size
-from reshard.errors import NotFoundError, ReshardError, WriteError, brief, listed
+from reshard.errors import NotFoundError, ReshardError, WriteError, listed
 from reshard.formats import locate
-from reshard.storage import strict_json
 from reshard.storage.local import Sources
 from reshard.storage.paths import (
     exists,
@@ -93,7 +92,7 @@ def check_destination(
         replaced = check_replaceable(target, overwrite=overwrite, replaces=replaces)
     except NotFoundError as error:
         raise WriteError(
-            f"what is there cannot be examined: {error.message}",
+            f"the existing file or folder cannot be examined: {error.message}",
             path=error.path or target,
             hint="Name another output.",
         ) from None
@@ -102,7 +101,7 @@ def check_destination(
         _check_outside(target, "base model", base)
     if target.suffix in _FILE_ENDS and not is_folder(target):
         raise WriteError(
-            f"the output is a folder, and {target.suffix} is the end of a file's name.",
+            f"the output is a folder, but its name ends in {target.suffix}, like that of a file.",
             path=target,
             hint="Name a new folder.",
         )
@@ -115,7 +114,7 @@ def check_apart(target: Path, what: str, inputs: Iterable[Path]) -> None:
     for path in inputs:
         if real(path).is_relative_to(place):
             raise WriteError(
-                f"the output is or holds the {what}, {path}.",
+                f"the output is, or contains, the {what} {path}.",
                 path=target,
                 hint="Name a new folder.",
             )
@@ -144,8 +143,11 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
     if isinstance(target, RemotePath):
         from reshard.storage import remote  # paths of this machine need nothing of it
 
-        if remote.is_unfinished(target):
-            return _unfinished(target, overwrite=overwrite)
+        unfinished = remote.is_unfinished(target)
+        if unfinished or overwrite:
+            _check_left(target, overwrite=overwrite, complete=not unfinished)
+        if unfinished:
+            return None
     if not exists(target) or (is_folder(target) and not any(listing(target))):
         return None
     if not is_folder(target):
@@ -157,15 +159,15 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
         raise _not_ours(target)
     if is_link(target):
         raise WriteError(
-            f"the output is a link to {real(target)}, where reshard wrote a model, and nothing is "
-            "replaced through a link.",
+            f"the output is a link to {real(target)}, where reshard wrote a model, and reshard "
+            "replaces nothing through a link.",
             path=target,
             hint="Name that folder itself, or another output.",
         )
     if not stated.files:
         raise WriteError(
-            "not replaced: reshard wrote this folder, and its reshard.json lists no files, as "
-            "those of earlier versions do: nothing shows what was added since.",
+            "not replaced: an earlier version of reshard wrote this folder, and its reshard.json "
+            "lists no files, so reshard cannot tell what was added since.",
             path=target,
             hint="Name another output, or remove it yourself.",
         )
@@ -185,25 +187,19 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
     return found
 
 
-def _unfinished(target: RemotePath, *, overwrite: bool) -> Replaced:
-    """What a run left in a store that was killed, or that writes there now."""
-    from reshard.storage import remote
+def _check_left(target: RemotePath, *, overwrite: bool, complete: bool) -> None:
+    """Refuse an output in a store that another run writes, or in which other objects lie.
 
-    claim = strict_json.parse_object(remote.claim(target), os.fspath(target / CLAIM))
-    if not overwrite:
-        who = ", ".join(f"{name} {brief(claim[name])}" for name in ("host", "pid", "began")
-                        if name in claim)  # fmt: skip
-        raise WriteError(
-            f"an output of reshard is written there, or its run was killed ({who}).",
-            path=target,
-            hint="Wait for it. If it runs no more, convert again with --overwrite, which deletes "
-            "what it left; or name another output.",
-        )
-    named, there = claim.get("files"), remote.below(target)
-    foreign = sorted({*there} - {*(named if isinstance(named, dict) else ()), CLAIM})
-    if foreign:
-        raise _mixed(target, foreign)
-    return Replaced(os.fspath(target), len(there), sum(file.nbytes for file in there.values()))
+    `complete`: the output is, and only what its run kept for itself may be left.
+    """
+    from reshard.transfer import claims
+
+    left = claims.left_at(target)
+    if left is None:
+        return
+    left.check_gone(force=overwrite)
+    if not complete:
+        left.check_only_ours()
 
 
 def _stated(folder: Path) -> Manifest | None:
@@ -220,7 +216,7 @@ def _stated(folder: Path) -> Manifest | None:
 def _files(folder: Path) -> Iterator[_File]:
     """Everything below a folder that is not a folder itself; links are not followed."""
     for path in files_below(folder):
-        left = isinstance(path, RemotePath) and path.name == CLAIM
+        left = isinstance(path, RemotePath) and path.name.startswith(MARKS)
         if not (path.parent.name == _REMADE and path.suffix == ".pyc") and not left:
             yield _File(path.relative_to(folder).as_posix(), status(path, follow=False))
 
@@ -263,8 +259,8 @@ def _changed(folder: Path, listed: Mapping[str, WrittenFile], names: list[str]) 
 
 def _mixed(target: Path, foreign: list[str]) -> WriteError:
     return WriteError(
-        f"not replaced: reshard wrote this folder, and it holds {_counted(len(foreign))} not as "
-        f"reshard wrote them: {listed(foreign, _LISTED)}.",
+        f"not replaced: reshard wrote this folder, but {_counted(len(foreign))} in it were added "
+        f"or changed: {listed(foreign, _LISTED)}.",
         path=target,
         hint="Name another output, or move them out of the folder.",
     )

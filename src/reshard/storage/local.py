@@ -73,6 +73,7 @@ class Sources:
         if not isinstance(file, FileRef):
             file = FileRef(str(absolute(located(file) if isinstance(file, str) else file)))
         ref = file
+        self._reach(ref.path)
         with self._lock:
             if ref.codec:
                 return self._frame(ref)
@@ -80,9 +81,19 @@ class Sources:
 
     def stream(self, ref: FileRef) -> Iterator[bytes]:
         """The bytes of a compressed frame, decompressed in pieces of at most 1 MiB."""
+        self._reach(ref.path)
         with self._lock:
             source = self._whole(ref.path)
         yield from frames.pieces(source.read_some, ref)
+
+    def _reach(self, path: str) -> None:
+        """Open an object of a store before the lock is taken: its store may take long to
+        answer."""
+        ref = FileRef(path)
+        if not path.startswith("/") and ref not in self._open:
+            source = self._plain(ref)
+            with self._lock:
+                self._open.setdefault(ref, source)
 
     def _whole(self, path: str) -> Source:
         ref = FileRef(path)
@@ -126,7 +137,7 @@ class Sources:
         known = self._known.get(path, now)
         if known[self._compared] != now[self._compared]:
             raise IncompleteError(
-                "the file is not the one that it was when the checkpoint was opened.",
+                "the file changed after the checkpoint was opened.",
                 path=path,
                 hint="Open the checkpoint again once nothing writes to it.",
             )
@@ -259,7 +270,7 @@ def child(folder: Path, name: str, *, store: bool = False) -> Path:
         raise FormatError(
             f"it names the file {brief(name)}, which is not a plain file name.",
             path=folder,
-            hint="The checkpoint is damaged or was made to mislead.",
+            hint="The checkpoint is damaged or was crafted to mislead.",
         )
     path = folder / name
     if is_link(path):

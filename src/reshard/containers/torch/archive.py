@@ -34,6 +34,7 @@ from reshard.containers.torch.directory import (
     parse_end,
     parse_entries,
 )
+from reshard.containers.torch.known import Known, Listing
 from reshard.containers.torch.malformed import Compressed, Malformed, show
 from reshard.core.tensors import Extent
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
@@ -52,47 +53,49 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 class Archive:
     """The archive in bytes `[offset, offset + nbytes)` of `source`.
 
+    With `known`, a directory that was parsed before is compared with it and not parsed again.
     `folder` is the common folder's name, `entries` maps names inside it (`data.pkl`, `data/0`) to
     entries.
     Raises `IncompleteError` where the archive is cut off, `FormatError` where it breaks a rule,
     `UnsupportedError` where it is a zip archive of something else.
     """
 
-    def __init__(self, source: Source, offset: int, nbytes: int) -> None:
+    def __init__(
+        self, source: Source, offset: int, nbytes: int, known: Known | None = None
+    ) -> None:
         self._source = source
         self._offset = offset
         self._nbytes = nbytes
         self._window, self._window_start = b"", 0
         directory = self._find_directory()
-        try:
-            entries = parse_entries(self._read(directory.start, directory.nbytes), directory.count)
-            self._starts = check_places(entries, directory)
-        except Malformed as problem:
-            if isinstance(problem, Compressed) and problem.name.partition("/")[2].startswith(_CODE):
-                raise _torchscript(source.ref.path) from None
-            raise self._broken(f"{problem}.") from None
-        folder = _common_folder([entry.name for entry in entries], source.ref.path)
-        self.folder = folder.removesuffix("/")
-        self.entries: Mapping[str, ArchiveEntry] = {
-            entry.name.removeprefix(folder): entry for entry in entries
-        }
+        listing = None
+        if known is not None:
+            listing = known.listing(directory, source, offset + directory.start)
+        if listing is None:
+            raw = self._read(directory.start, directory.nbytes)
+            listing = self._parsed(raw, directory)
+            if known is not None:
+                known.note_listing(directory, raw, listing)
+        self._folder, self._starts = listing.folder, listing.starts
+        self.folder = listing.folder.removesuffix("/")
+        self.entries: Mapping[str, ArchiveEntry] = listing.entries
 
     def locate(self, name: str) -> Extent:
         """Where the data of an entry lies in the file."""
         entry = self.entries.get(name)
         if entry is None:
             raise self._broken(f"it lacks the entry {show(name)}.")
-        full = entry.name.encode()
+        full = f"{self._folder}{name}".encode()
         raw = self._read_header(entry.header, LOCAL_NBYTES + len(full))
         signature, _, flags, method, *_, name_nbytes, extra_nbytes = _LOCAL.unpack_from(raw)
         if signature != b"PK\3\4" or method or flags & ENCRYPTED or raw[LOCAL_NBYTES:] != full:
-            raise self._broken(f"the header of its entry {show(entry.name)} is damaged.")
+            raise self._broken(f"the header of its entry {show(full.decode())} is damaged.")
         start = entry.header + LOCAL_NBYTES + name_nbytes + extra_nbytes
         end = start + entry.nbytes
         limit = self._starts[bisect.bisect_right(self._starts, entry.header)]
         if end > limit:
             raise self._broken(
-                f"its entry {show(entry.name)} takes bytes {start} to {end}, and what follows "
+                f"its entry {show(full.decode())} takes bytes {start} to {end}, and what follows "
                 f"begins at {limit}."
             )
         return Extent(self._source.ref, self._offset + start, entry.nbytes)
@@ -102,7 +105,8 @@ class Archive:
         extent = self.locate(name)
         if extent.nbytes > max_nbytes:
             raise UnsupportedError(
-                f"its entry {show(name)} has {extent.nbytes} bytes; at most {max_nbytes} are read.",
+                f"its entry {show(name)} has {extent.nbytes} bytes; reshard reads at most "
+                f"{max_nbytes}.",
                 path=self._source.ref.path,
             )
         data = self._source.read(extent.offset, extent.nbytes)
@@ -114,6 +118,19 @@ class Archive:
             )
         return data
 
+    def _parsed(self, raw: bytes, directory: Directory) -> Listing:
+        try:
+            entries = parse_entries(raw, directory.count)
+            starts = check_places(entries, directory)
+        except Malformed as problem:
+            if isinstance(problem, Compressed) and problem.name.partition("/")[2].startswith(_CODE):
+                raise _torchscript(self._source.ref.path) from None
+            raise self._broken(f"{problem}.") from None
+        folder = _common_folder([entry.name for entry in entries], self._source.ref.path)
+        return Listing(
+            folder, {entry.name.removeprefix(folder): entry for entry in entries}, starts
+        )
+
     def _find_directory(self) -> Directory:
         tail_nbytes = min(TAIL_NBYTES, self._nbytes)
         tail = self._read(self._nbytes - tail_nbytes, tail_nbytes)
@@ -123,15 +140,15 @@ class Archive:
             raise self._broken(f"{problem}.") from None
         if directory is None:
             raise IncompleteError(
-                f"it begins like a torch.save file, and its {self._nbytes} bytes do not end like "
+                f"it begins like a torch.save file, but its {self._nbytes} bytes do not end like "
                 "one.",
                 path=self._source.ref.path,
-                hint="It was cut off while it was written or copied; copy it again.",
+                hint="It was truncated while it was written or copied; copy it again.",
             )
         if directory.nbytes > MAX_DIRECTORY_NBYTES:
             raise UnsupportedError(
-                f"its directory has {directory.nbytes} bytes; at most {MAX_DIRECTORY_NBYTES} are "
-                "read.",
+                f"its directory has {directory.nbytes} bytes; reshard reads at most "
+                f"{MAX_DIRECTORY_NBYTES}.",
                 path=self._source.ref.path,
             )
         return directory
@@ -165,7 +182,7 @@ def _common_folder(names: list[str], path: str) -> str:
     if f"{folder}data.pkl" not in names or not all(name.startswith(folder) for name in names):
         held = listed(sorted(names), 5) or "nothing"
         raise UnsupportedError(
-            f"it is a zip archive, and not one of torch.save: it holds {held}.",
+            f"it is a zip archive, but torch.save did not write it: it holds {held}.",
             path=path,
         )
     if f"{folder}constants.pkl" in names or any(n.startswith(f"{folder}{_CODE}") for n in names):

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, TensorSpec
+from reshard.core.partition import Ranks, partitioned
+from reshard.core.tensors import Entry, Fragment, TensorSpec
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import proof
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import FlatSpace, in_module_order, stored_entry
+from reshard.formats.deepspeed.flat import flat_space, in_module_order, stored_entry
 from reshard.formats.deepspeed.parse import Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources
@@ -72,20 +73,12 @@ def _parameters(saved: Saved) -> Iterator[Entry]:
     """Walk the sub-groups: a rank's flat group is one piece of each of its parameters, in order."""
     groups = saved.model[0].groups
     _check_lengths(groups, saved)
-    world_size = len(saved.optim)
-    spaces = [FlatSpace(file.flats) for file in saved.optim]
-    dtype = saved.optim[0].flats[0].dtype
+    ranks = Ranks([flat_space(file.flats) for file in saved.optim])
     cursor = 0
     for name, shape in (item for group in groups for item in group.items()):
-        spec = TensorSpec(name, dtype, shape)
-        piece = -(-spec.numel // world_size)
-        fragments = []
-        for rank, space in enumerate(spaces):
-            at = min(rank * piece, spec.numel)
-            length = min(piece, spec.numel - at)
-            fragments += space.fragments(cursor, length, spec.numel, at)
-        yield proven(spec, fragments, "parameter")
-        cursor += piece
+        entry = partitioned(name, shape, ranks, cursor)
+        yield entry
+        cursor += ranks.piece(entry.spec.numel)
 
 
 def _check_lengths(groups: tuple[Shapes, ...], saved: Saved) -> None:
@@ -106,15 +99,15 @@ def _check_lengths(groups: tuple[Shapes, ...], saved: Saved) -> None:
         if 0 in found and any(needed):
             raise UnsupportedError(
                 f"rank {rank}'s fp32 weights are not in the file: the optimizer was offloaded to "
-                "NVMe, whose swap files are not handled.",
+                "NVMe, whose swap files are not supported.",
                 path=file.path,
                 hint="Save with DeepSpeed's save_16bit_model, or without NVMe offload.",
             )
         raise IncompleteError(
-            f"rank {rank} holds flat groups of {found} elements; {needed} follow from the "
-            f"parameters and {world_size} ranks.",
+            f"rank {rank} holds flat groups of {found} elements, but the parameters and "
+            f"{world_size} ranks need {needed}.",
             path=file.path,
-            hint="The files are of different runs or world sizes.",
+            hint="The files come from different runs or world sizes.",
         )
 
 
@@ -124,20 +117,20 @@ def _frozen(saved: Saved) -> Iterator[Entry]:
     for name, shape in saved.model[0].frozen_shapes.items():
         numel = math.prod(shape)
         piece = -(-numel // world_size)
-        fragments = []
+        fragments: list[Fragment] = []
         dtype = None
         for rank, file in enumerate(saved.model):
             part = file.frozen_fragments.get(name)
             if part is None or part.shape != (piece,):
                 found = "none" if part is None else f"{part.shape[0] if part.shape else 1}"
                 raise FormatError(
-                    f"rank {rank} should hold {piece} of its elements and holds {found}.",
+                    f"rank {rank} should hold {piece} of its elements, but holds {found}.",
                     path=file.path,
                     tensor=name,
                 )
             dtype = part.dtype
             at = min(rank * piece, numel)
             length = min(piece, numel - at)
-            fragments += FlatSpace([part]).fragments(0, length, numel, at)
+            fragments += flat_space([part]).fragments(0, length, numel, at)
         if dtype is not None:
             yield proven(TensorSpec(name, dtype, shape), fragments, "frozen")

@@ -14,7 +14,7 @@ from reshard.formats.deepspeed.aliases import other_names
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import FlatSpace, in_module_order, stored_entry
+from reshard.formats.deepspeed.flat import flat_space, in_module_order, stored_entry
 from reshard.formats.deepspeed.parse import ModelFile, OptimFile, Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources
@@ -77,7 +77,7 @@ def _cut(number: int, shapes: Shapes, optim: tuple[OptimFile, ...]) -> dict[str,
     """
     if number >= len(optim[0].flats):
         raise FormatError(
-            f"it has {len(optim[0].flats)} flat groups, the model file lists {number + 1} or "
+            f"it has {len(optim[0].flats)} flat groups, but the model file lists {number + 1} or "
             "more: files of different saves are mixed.",
             path=optim[0].path,
         )
@@ -91,7 +91,7 @@ def _cut(number: int, shapes: Shapes, optim: tuple[OptimFile, ...]) -> dict[str,
         )
     needed = sum(math.prod(shape) for shape in shapes.values()) + sum(paddings)
     _check_partitions(number, needed, optim)
-    space = FlatSpace([file.flats[number] for file in optim])
+    space = flat_space([file.flats[number] for file in optim])
     dtype = optim[0].flats[number].dtype
     entries = {}
     at = 0
@@ -118,17 +118,18 @@ def _check_partitions(number: int, needed: int, optim: tuple[OptimFile, ...]) ->
     for rank, length in enumerate(lengths):
         if lengths != padded and length != trimmed[rank]:
             raise IncompleteError(
-                f"rank {rank} holds {length} elements of group {number}; {trimmed[rank]} follow "
-                f"from the {needed} elements of its parameters and {world_size} ranks.",
+                f"rank {rank} holds {length} elements of group {number}, but must hold "
+                f"{trimmed[rank]}: its parameters have {needed} elements, and there are "
+                f"{world_size} ranks.",
                 path=optim[rank].path,
-                hint="The files are of different runs or ranks were renamed.",
+                hint="The files come from different runs, or files of ranks were renamed.",
             )
     if sum(lengths) < needed:
         raise IncompleteError(
-            f"the ranks hold {sum(lengths)} elements of group {number}, its parameters have "
+            f"the ranks hold {sum(lengths)} elements of group {number}, but its parameters have "
             f"{needed}.",
             path=optim[0].path,
-            hint="The files are of different saves, or a rank's file is missing.",
+            hint="The files come from different saves, or a rank's file is missing.",
         )
 
 
