@@ -179,6 +179,7 @@ def spoilt(case: Layout) -> Iterator[Layout]:
     yield [*boxes[:-1], boxes[0]], shape
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("make", "few", "many"),
     [
@@ -206,6 +207,7 @@ def test_many_dimensions_are_proven_too(make: Callable[[int], Layout]) -> None:
     assert not tiles([*boxes[:-1], boxes[0]], shape)
 
 
+@pytest.mark.heavy
 def test_large_layouts_of_every_kind_tile() -> None:
     for boxes, shape in (spiral(3000), pinwheels(50), grid(100)):
         check_tiling(entry_of(boxes, shape))

@@ -9,7 +9,7 @@ import pytest
 import reshard
 from reshard.conversion.options import To
 from tests.files import contents
-from tests.golden.make import HERE
+from tests.golden.table import HERE
 from tests.remote.conftest import bucket, moto
 from tests.remote.server import Bucket
 

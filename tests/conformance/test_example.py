@@ -117,6 +117,7 @@ def run(python: Path, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.heavy
 def test_a_second_package_reads_and_writes_through_the_command(
     reshard: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def wide(data: bytes, dtype: str) -> bytes:
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_source_becomes_what_deepspeed_loads(name: str, tmp_path: Path) -> None:
     run = case(name)

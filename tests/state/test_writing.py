@@ -121,6 +121,7 @@ def test_every_source_becomes_what_lightrft_loads(name: str, tmp_path: Path) -> 
     check(name, *parts(converted(name, tmp_path), "lightrft"))
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("layout", ["accelerate", "nested", "torchtitan"])
 @pytest.mark.parametrize("name", KNOWN)
