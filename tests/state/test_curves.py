@@ -184,9 +184,9 @@ def test_the_curve_is_unbroken(quick: list[Done], number: int) -> None:
     check(quick[number], TOLERANCE)
 
 
-STAGE3 = "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md."
-GROUPS = "Make the script's parameter groups in that order."
-FROZEN = "Start the script from the weights that the run started from."
+STAGE3 = "Load it with ZeRO stage 1 or 2, or run the code in docs/training-state.md after loading."
+GROUPS = "Create the script's parameter groups in this order."
+FROZEN = "Start the script with the weights that the run started from."
 
 
 @pytest.mark.parametrize(

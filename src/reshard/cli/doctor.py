@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def doctor(folder: Path, as_json: bool, shown: Shown | None, quiet: bool, **options: Any) -> int:
     """Find what is wrong with the exported model in DIR, and repair it.
 
-    Exit code 1 if an error was found that is not repaired; with --strict, or a warning.
+    The exit code is 1 if an error remains unrepaired; with --strict, also for a warning.
     """
     from reshard.diagnosis.diagnosis import doctor as run
 
