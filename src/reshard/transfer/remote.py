@@ -61,8 +61,8 @@ class RemoteFolder:
         self.partial: Path = target
         self.overwrite = overwrite
         self.findings: list[Finding] = []
-        self.committed = False
-        self.changed = threading.Condition()
+        self.committed: bool = False
+        self.changed: threading.Condition = threading.Condition()
         self._shared = Shared(self.changed)
         self.bucket: Bucket = bucket_of(target)
         self._names = [*names, MANIFEST]

@@ -72,7 +72,7 @@ class Archive:
                 raise _torchscript(source.ref.path) from None
             raise self._broken(f"{problem}.") from None
         folder = _common_folder([entry.name for entry in entries], source.ref.path)
-        self.folder = folder.removesuffix("/")
+        self.folder: str = folder.removesuffix("/")
         self.entries: Mapping[str, ArchiveEntry] = {
             entry.name.removeprefix(folder): entry for entry in entries
         }
