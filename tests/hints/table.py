@@ -36,6 +36,9 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Save it with FSDP.optim_state_dict, or convert the weights alone, without --optimizer.": "state/test_fsdp1.py::test_lengths_that_fit_no_module",
+    "FSDP1 gathers them so for FULL_STATE_DICT: save with SHARDED_STATE_DICT. Another checkpoint: copy it again, or use another save. The weights alone: leave out --optimizer.": "state/test_fsdp1.py::test_what_fsdp1_gathers_by_numbers",
+    "Freeze them in the run that continues: one that trains them asks for their moments.": "state/test_curves.py::test_the_curve_is_unbroken",
     "Leave out --resume; --overwrite deletes what a killed run left there.": "resume/test_resume.py::test_an_output_in_a_store",
     "Install the extra, in reshard's folder: pip install '.[ray]'.": "cluster/test_refusals.py::test_without_ray",
     "Leave out --engine, or name an output on storage that all nodes share.": "cluster/test_refusals.py::test_an_output_in_a_store",

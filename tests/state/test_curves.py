@@ -51,6 +51,7 @@ class Move(msgspec.Struct, frozen=True):
 
 HAVE_CLIENT_STATE = ("deepspeed", "lightrft", "universal")
 ONE = {"groups": 1, "frozen": False}
+FLAT = {**ONE, "wrapped": True, "flat": True}
 LORA = {"kind": "lora"}
 QUICK = (
     Move(("zero2", 2), "deepspeed", ("fsdp2", 3), "lightrft"),
@@ -60,6 +61,7 @@ QUICK = (
     Move(("zero3", 2), "deepspeed", ("zero1", 3), "universal"),
     Move(("fsdp1", 2), "accelerate", ("fsdp2", 3), "accelerate"),
     Move(("zero2", 2), "deepspeed", ("fsdp2", 2), "lightrft", LORA),
+    Move(("fsdp2", 2), "nested", ("fsdp2", 3), "lightrft", {"every": True}),
 )
 SLOW = (
     Move(("zero3", 2), "deepspeed", ("zero1", 1), "universal"),
@@ -73,6 +75,9 @@ SLOW = (
     Move(("fsdp2", 2), "flat", ("zero2", 1), "universal"),
     Move(("fsdp1", 2), "accelerate", ("zero3", 3), "universal", ONE),
     Move(("fsdp2", 3), "accelerate", ("fsdp2", 2), "lightrft"),
+    Move(("fsdp1", 2), "verl", ("fsdp2", 3), "lightrft", FLAT),
+    Move(("fsdp1", 3), "ranks", ("zero2", 2), "universal", FLAT),
+    Move(("fsdp2", 2), "ranks", ("zero1", 3), "universal"),
     Move(("zero0", 2), "deepspeed", ("fsdp2", 3), "lightrft", ONE),
     Move(("zero0", 2), "deepspeed", ("zero2", 3), "universal", ONE),
 )

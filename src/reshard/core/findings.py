@@ -375,6 +375,9 @@ CODES: dict[str, Code] = {
         "warning",
         "the optimizer's state has no names; they were derived from the order of the parameters",
         "Compare the first losses of the continued run with the last ones before."),
+    "state-never-updated": Code(
+        "info", "the optimizer's groups list parameters of which it holds no moments",
+        "Freeze them in the run that continues: one that trains them asks for their moments."),
     "state-steps-differ": Code(
         "info", "parameters have different step counts, for example because some got no gradient"),
     "stray-head": Code(
