@@ -7,15 +7,15 @@ does the weights: `exp_avg: model.layers.3`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from msgspec.structs import replace
 
 from reshard.comparison.result import Compared
 from reshard.comparison.values import Pair
-from reshard.conversion.base_model import read_base
+from reshard.conversion.base_model import Base
 from reshard.conversion.options import Options
-from reshard.conversion.planning import carried_along, plan_output
+from reshard.conversion.output_model import OutputModel
+from reshard.conversion.planning import carried_along
 from reshard.conversion.training import with_state
 from reshard.core.catalog import Catalog
 from reshard.core.state import Group, TrainingState
@@ -43,27 +43,26 @@ def of_output(
     written: Catalog,
     options: Options,
     sources: Sources,
-    *,
-    base: Path | None = None,
+    planned: tuple[Base, OutputModel] | None,
 ) -> tuple[TrainingState, TrainingState]:
     """The state of a checkpoint as its conversion carried it, and that of the output.
 
-    Raises `PlanError` where the names were changed and no base is given.
+    `planned` are the base and the plan onto it, where a base is given. Raises `PlanError` where the
+    names were changed and none is.
     """
     catalog, state = with_state(source, replace(options, optimizer=True))
     there = written.training_state()
     if state is None or there is None:
         raise PlanError("it holds no training state.", path=written.origin.root)
     if set(state.names) != set(there.names):
-        if base is None:
+        if planned is None:
             raise PlanError(
                 "the names of its optimizer's state are not the checkpoint's.",
                 path=written.origin.root,
                 hint="Pass --base, the model that it was converted onto.",
             )
-        model = read_base(base, sources)
-        made = plan_output(catalog, model, options, sources)
-        state = carried_along(made, state, catalog, model, options, sources).state or state
+        base, output = planned
+        state = carried_along(output, state, catalog, base, options, sources).state or state
     return state, there
 
 

@@ -319,7 +319,7 @@ class OutputFolder:
             old.rename(self.target)
         elif not exchange(self.partial, self.target):
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        self.committed: bool = False
+        self.committed = False
 
     def _aside(self) -> Path | None:
         """Where the old output lies, if it is neither in its place nor deleted."""

@@ -195,7 +195,7 @@ Task = MakeTask | HashTask
 Answer = MakeAnswer | HashAnswer | Failure
 _TASKS: msgspec.msgpack.Decoder[Task] = msgspec.msgpack.Decoder(Task)
 _ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
-encode: Callable[[Task | Answer], bytes] = msgspec.msgpack.encode
+encode: Callable[[object], bytes] = msgspec.msgpack.encode
 decode_task: Callable[[bytes], Task] = _TASKS.decode
 decode_answer: Callable[[bytes], Answer] = _ANSWERS.decode
 
