@@ -62,6 +62,7 @@ def any_boxes(draw: st.DrawFn) -> tuple[list[Box], Shape]:
     return draw(st.permutations(boxes)), shape
 
 
+@pytest.mark.heavy
 @settings(max_examples=300)
 @given(any_boxes(), st.sampled_from([0, 1 << 20]))
 def test_the_proof_agrees_with_counting(case: tuple[list[Box], Shape], corners: int) -> None:
