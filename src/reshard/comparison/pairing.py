@@ -22,12 +22,12 @@ from reshard.comparison.result import Compared, Difference, described
 from reshard.comparison.values import Pair
 from reshard.conversion import manifest, output_model
 from reshard.conversion.base_model import Base, holds_config, read_base
-from reshard.conversion.beside import LIGHTRFT
 from reshard.conversion.dtypes import OutputTensor
 from reshard.conversion.manifest import Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
 from reshard.conversion.output_model import OutputModel
 from reshard.conversion.planning import plan_output
+from reshard.conversion.side_files import LIGHTRFT
 from reshard.conversion.trainer_names import trainer
 from reshard.conversion.verification import check_listed, check_run, child_of
 from reshard.core.catalog import Catalog

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from msgspec.structs import replace
 
 from reshard.conversion import manifest
-from reshard.conversion.besides import besides
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
 from reshard.conversion.execute import carry_out
 from reshard.conversion.options import DTypeChoice, Engine, Layout, Lora, Names, SrmFormat, To
+from reshard.conversion.other_errors import with_other_errors
 from reshard.conversion.planning import Job, check_strict, prepare
 from reshard.conversion.report import Moments, Report
 from reshard.conversion.state_values import alike, check_values
@@ -106,12 +106,12 @@ def convert(
     began, asked = time.monotonic(), requests.total()
     options, running = parsed(given)
     writing = running.writing
-    with besides(options):
+    with with_other_errors(options):
         replaced = check_destination(
             options.target, options.source, options.base, overwrite=writing.overwrite
         )
     with Sources() as sources:
-        with besides(options, checked_target=True):
+        with with_other_errors(options, checked_target=True):
             job = prepare(options, sources, strict=running.strict, dry_run=running.dry_run)
         # The source may have been found below the folder that was named.
         inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))
