@@ -123,7 +123,7 @@ def test_what_is_no_model_by_itself_is_not_ill(pairs: Pairs, tmp_path: Path) -> 
         {"base_model.model.w.lora_A.weight": torch.ones(2)}, adapter / "adapter_model.safetensors"
     )
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(reshard.UnsupportedError, match="it holds an adapter"):
+    with pytest.raises(reshard.UnsupportedError, match="it holds a PEFT adapter"):
         reshard.doctor(adapter)
 
 

@@ -214,7 +214,7 @@ def names_in_memory(at: Path) -> Case:
     return Case(looking(folder), looking(folder, base, at / "out"), same=lambda f: bool(f.repaired))
 
 
-@follows("A training checkpoint is converted first: reshard convert SRC DST --base HF_DIR.")
+@follows("Convert a training checkpoint first: reshard convert SRC DST --base HF_DIR.")
 def a_training_checkpoint(at: Path) -> Case:
     run, base = tiny.zero(at / "run"), tiny.model(at / "base")
     converted = after(converting(run, at / "out", base=base), looking(at / "out", base))

@@ -122,13 +122,14 @@ def _refuse_parts(path: Path) -> None:
         )
     if adapters.is_adapter(path):
         raise UnsupportedError(
-            "it holds an adapter, which PEFT loads onto a model, and no model.",
+            "it holds a PEFT adapter, but no model.",
             path=path,
             hint="Examine the model, or the output of convert --lora merge.",
         )
     if not weights and {LIGHTRFT, REWARD_CONFIG} <= there:
         raise UnsupportedError(
-            "it holds LightRFT's own state dict of a reward model, by the names of training.",
+            "it holds LightRFT's own state dict of a reward model, with the names used in "
+            "training.",
             path=path,
             hint="Examine the output of convert --srm-format split.",
         )
@@ -165,7 +166,7 @@ def _with_pickled(folder: Folder, sources: Sources) -> Folder:
         raise NotFoundError(
             "it holds no model: no safetensors files and no pytorch_model.bin.",
             path=folder.path,
-            hint="A training checkpoint is converted first: reshard convert SRC DST --base HF_DIR.",
+            hint="Convert a training checkpoint first: reshard convert SRC DST --base HF_DIR.",
         )
     try:
         catalog = torch_state_dict.read(folder.path, sources, Selection())
