@@ -53,10 +53,7 @@ def carry_out(
     """
     with (
         _output(plan, sources, target, writing) as folder,
-        # What lies in a store is not cached here.
-        _executor(
-            writing, records, unprotected, read_back=writing.verify and not folder.in_order
-        ) as executor,
+        _executor(writing, records, unprotected, read_back=writing.verify) as executor,
     ):
         outcome = executor.run(plan, sources, folder)
         stated = render(outcome)
@@ -117,7 +114,14 @@ def _output(
 
     names = [file.name for file in plan.files] + [asset.name for asset in plan.assets]
     names += [name for name, _ in plan.texts]
-    return RemoteFolder(target, digest, names, overwrite=writing.overwrite)
+    return RemoteFolder(
+        target,
+        digest,
+        names,
+        overwrite=writing.overwrite,
+        resume=writing.resume,
+        sources=_fingerprints(plan, sources),
+    )
 
 
 def plan_digest(plan: Plan) -> str:

@@ -19,7 +19,6 @@ from reshard.transfer.checksums import Ledger, PassedRun
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
 from reshard.transfer.finite import NotFinite, spoilt
 from reshard.transfer.pieces import Run
-from reshard.transfer.system import read_fully
 
 # Bytes of an output block. 4 MiB of source and output stay in a core's cache; twice as much is no
 # faster, half as much costs 10% in calls.
@@ -33,6 +32,8 @@ STRIDED_MAKER_NBYTES = _STRIDED_BLOCK + 4 * _SCRATCH
 
 #: Writes bytes at an offset of the output file that a segment lies in.
 Put = Callable[[memoryview, int], None]
+#: Fills a buffer with bytes of a file from an offset on. Raises `OSError`.
+ReadAt = Callable[[memoryview, int], None]
 
 
 class SegmentResult(Struct, frozen=True, array_like=True):
@@ -87,16 +88,16 @@ class Maker:
         slot: Slot,
         runs: Sequence[Run],
         hasher: xxhash.xxh3_128,
-        fd: int,
+        read: ReadAt,
         *,
         changed: bool = False,
     ) -> SegmentResult:
-        """The same of bytes that stand in the output's file already. Raises `OSError`."""
+        """The same of bytes that stand in the output's file already. Raises what `read` does."""
         itemsize = slot.spec.dtype.itemsize
 
         def found(run: Run) -> Array:
             raw = self.buffer[: run.numel * itemsize]
-            read_fully(fd, raw.data, slot.offset + run.start * itemsize)
+            read(raw.data, slot.offset + run.start * itemsize)
             return raw
 
         return self._passed(slot, runs, hasher, found, changed=changed)
