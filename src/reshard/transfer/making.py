@@ -12,6 +12,7 @@ import xxhash
 from msgspec import Struct
 from zlib_ng import zlib_ng
 
+from reshard.core.fragments import strided
 from reshard.core.plan import Slot
 from reshard.storage.local import Sources
 from reshard.transfer.changes import differs
@@ -117,7 +118,7 @@ class Maker:
         changed: bool,
     ) -> SegmentResult:
         """What the bytes of `runs` show as they pass."""
-        if strided(slot) and len(self.buffer) < _STRIDED_BLOCK:
+        if strided(slot.source) and len(self.buffer) < _STRIDED_BLOCK:
             self.buffer = page_aligned(_STRIDED_BLOCK)
         crc = nbytes = 0
         special = NotFinite()
@@ -141,11 +142,6 @@ class Maker:
         return whole[run.skip * itemsize : (run.skip + run.numel) * itemsize]
 
 
-def strided(slot: Slot) -> bool:
-    """Whether a slot's source is stored in another order."""
-    return any(fragment.strides for fragment in slot.source.fragments)
-
-
 def block_numel(slot: Slot) -> int:
     """Elements of a block of a slot."""
-    return (_STRIDED_BLOCK if strided(slot) else _BLOCK) // slot.spec.dtype.itemsize
+    return (_STRIDED_BLOCK if strided(slot.source) else _BLOCK) // slot.spec.dtype.itemsize

@@ -22,6 +22,7 @@ from reshard.core.tensors import (
     Extent,
     FileRef,
     Fragment,
+    Fragments,
     Portion,
     Shape,
     TensorSpec,
@@ -270,9 +271,8 @@ class Packer:
     def entry(self, entry: Entry) -> WireEntry:
         """An entry, with all its fragments."""
         spec = entry.spec
-        over = entry.fragments[0].box.shape if entry.fragments else spec.shape
         fragments = tuple(map(self._fragment, entry.fragments))
-        return WireEntry(spec.name, spec.dtype.name, spec.shape, over, fragments)
+        return WireEntry(spec.name, spec.dtype.name, spec.shape, entry.over, fragments)
 
     def _fragment(self, fragment: Fragment) -> WireFragment:
         extent, box = fragment.extent, fragment.box
@@ -365,9 +365,11 @@ def narrowed(entry: Entry, start: int, stop: int) -> Entry:
 
     A stacked tensor of 1,024 ranks has thousands, and a leaf of it meets a few.
     """
+    if isinstance(entry.fragments, Fragments):
+        return Entry(entry.spec, tuple(entry.fragments.within(start, stop)))
     if len(entry.fragments) <= _FEW:
         return entry
-    over, numel = entry.fragments[0].box.shape, entry.spec.numel
+    over, numel = entry.over, entry.spec.numel
     if over not in (entry.spec.shape, (numel,)) or not over:
         return entry
     row = numel // over[0]
