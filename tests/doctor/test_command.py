@@ -20,6 +20,7 @@ from reshard.diagnosis.case import Case
 from reshard.diagnosis.checks.engines import CHECKS as ENGINE_CHECKS
 from reshard.diagnosis.found import Signs
 from reshard.diagnosis.table import CHECKS
+from reshard.diagnosis.training import CODES as TRAINING
 from reshard.errors import VerificationError
 from tests.doctor import models
 from tests.doctor.conftest import Pairs
@@ -117,7 +118,7 @@ def test_no_model_and_an_output_that_exists(
     pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command, ["doctor", str(tmp_path / "nowhere")]) == 1
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "there is no such file or folder" in capsys.readouterr().err
     healthy = str(pairs("llama").healthy)
     assert run(command, ["doctor", healthy, "--repair", str(pairs("llama").base)]) == 1
     assert "exists" in capsys.readouterr().err
@@ -160,7 +161,8 @@ def test_the_repaired_folder_must_be_well(
     assert list(tmp_path.iterdir()) == [ill]
 
 
-ALL = (*CHECKS, *ENGINE_CHECKS, "engine-adapter")
+ALL = (*CHECKS, *ENGINE_CHECKS, "engine-adapter",
+       *(code for code in TRAINING if code not in CHECKS))  # fmt: skip
 
 
 def test_every_check_is_on_the_page() -> None:

@@ -151,6 +151,8 @@ CODES: dict[str, Code] = {
         "warning", "the base's names or orientation are those of no release",
         "For the layout of the release, pass --names hub."),
     "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
+    "checkpoint-damaged": Code(
+        "error", "a training checkpoint is incomplete or damaged", by=("doctor",)),
     "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
     "checkpoints-below": Code(
         "info", "an exported model was read, and training checkpoints lie below it",
@@ -258,6 +260,9 @@ CODES: dict[str, Code] = {
     "memory-version-unknown": Code(
         "warning", "the loaded models of the named transformers version are not known",
         "Load the output with strict names, or name the version with --transformers-version."),
+    "model-files-unchecked": Code(
+        "info", "a training checkpoint was examined, which has no config and no tokenizer",
+        by=("doctor",)),
     "module-from-base": Code(
         "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
     "names-do-not-fit": Code(
@@ -399,14 +404,21 @@ CODES: dict[str, Code] = {
         "info", "rows after the base's vocabulary were assumed to be Megatron's padding",
         "If the training added tokens, name a base of that vocabulary."),
     "vocabulary-size": Code("error", "the vocabulary's size is not the config's", by=("doctor",)),
-    "weights-all-zero": Code("error", "a matrix is zero throughout", by=("try",)),
-    "weights-constant": Code("error", "a matrix holds one other value throughout", by=("try",)),
+    "weights-all-zero": Code("error", "a matrix is zero throughout", by=("doctor", "try")),
+    "weights-constant": Code(
+        "error", "a matrix holds one other value throughout", by=("doctor", "try")),
+    "weights-large": Code(
+        "warning", "a matrix is far larger than those of trained models", by=("doctor",)),
     "weights-missing": Code(
         "error", "a weight is not in the files; transformers filled it with random numbers",
         by=("try",)),
     "weights-not-finite": Code("error", "weights are NaN or infinite", by=("doctor", "try")),
     "weights-not-safetensors": Code(
         "warning", "the weights are in another format and were not checked", by=("try",)),
+    "weights-repeated": Code(
+        "warning", "two matrices hold the same values: one may be a copy in the other's place",
+        "Copy the checkpoint again, or use another save. Experts that were made of one layer are "
+        "alike before they are trained.", by=("doctor",)),
     "weights-unexpected": Code(
         "error", "a tensor of the files belongs to no weight of the model", by=("try",)),
     "weights-unread": Code(
