@@ -128,6 +128,7 @@ def test_weights_that_cannot_be_right(format_: str, tmp_path: Path) -> None:
     def large(state: dict[str, torch.Tensor]) -> None:
         state[q].mul_(1e5)
 
+    assert found(reshard.doctor(WRITERS[format_](tmp_path / "whole", tiny.state()))) == []
     findings = {}
     for number, (change, name) in enumerate(
         ((nan, q), (zero, q), (constant, q), (repeated, up), (large, q))
@@ -216,7 +217,7 @@ def test_what_is_asked_of_models_alone(option: str, tmp_path: Path) -> None:
         reshard.doctor(run_, **{option: values[option]})
     assert not (tmp_path / "out").exists()
     reshard.convert(run_, tmp_path / "converted", base=base)
-    assert reshard.doctor(tmp_path / "converted", base=base, **{option: values[option]}).findings
+    assert not reshard.doctor(tmp_path / "converted", base=base, **{option: values[option]}).errors
 
 
 def test_an_adapter_alone(tmp_path: Path) -> None:

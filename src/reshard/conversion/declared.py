@@ -97,7 +97,7 @@ CONVERT = table(
         "to",
         Choice(tuple(output_formats())),
         "The format of the output: a Hugging Face folder, PyTorch DCP for FSDP, or the torch_dist "
-        "format of Megatron.",
+        "format of Megatron; or Meta's own files of Llama 1 to 3.",
         "hf",
         group="Output",
     ),
@@ -530,6 +530,12 @@ def _check_files(values: Mapping[str, Any]) -> None:
     if output_format(to).file_each and values["max_shard_size"] is not None:
         raise OptionError(
             f"max_shard_size: with --to {to} every tensor is a file of its own.",
+            hint="Leave out --max-shard-size.",
+            option="max_shard_size",
+        )
+    if output_format(to).one_file and values["max_shard_size"] is not None:
+        raise OptionError(
+            f"max_shard_size: with --to {to} all tensors are one file.",
             hint="Leave out --max-shard-size.",
             option="max_shard_size",
         )

@@ -21,6 +21,7 @@ from reshard.naming import (
     flat,
     megatron,
     megatron_args,
+    meta,
     pipeline,
     titan,
     translation,
@@ -75,6 +76,7 @@ def _renamed(catalog: Catalog, base: Base) -> Renamed:
             # Sentence Transformers numbers its modules, too, and they hold no block.
             if "pipeline_stages" in catalog.origin.details:
                 raise
+    meta.check(catalog.origin.details.get("params"), base.config)
     known = titan.translated(catalog.entries, base.schema)
     if known.rules:
         of_titan = replace(catalog, entries=known.entries)
@@ -119,7 +121,12 @@ def _of_megatron(catalog: Catalog, base: Base) -> Renamed:
     named = megatron.arrangements({n: e.spec.shape for n, e in catalog.entries.items()}, schema)
     embedding = base.entries.get(megatron.EMBEDDING)
     rows = None if embedding is None else embedding.spec.shape[0]
-    megatron_args.check(catalog.origin.details.get("settings", {}), base.config, rows=rows)
+    megatron_args.check(
+        catalog.origin.details.get("settings", {}),
+        base.config,
+        rows=rows,
+        less_one=megatron.family_of(base.config).less_one,
+    )
     entries = apply(named.outputs, catalog.entries)
     padded = [_padding(name, rows, catalog) for name, rows in named.padding.items()]
     more, said = _with_beyond(base, entries)

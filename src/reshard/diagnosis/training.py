@@ -59,6 +59,7 @@ _VOCABULARY = re.compile(
 # Of an adapter, what is zero before it is trained.
 _UPDATE = re.compile(r".*\.lora_(?:B|embedding_B)(?:\..+)?")
 _EARLIER = "The run diverged: use an earlier checkpoint of it."
+_ANOTHER = "They were never filled, or were lost in saving: use another save of the run."
 
 
 class Examined(Struct, frozen=True):
@@ -172,13 +173,12 @@ def _of_values(found: Sequence[Facts]) -> Iterator[Finding]:
     flat = [one for one in found if one.value is not None and one.is_matrix]
     zero = [one.name for one in flat if not one.value and not _UPDATE.fullmatch(one.name)]
     if zero:
-        advice = "They were never filled, or were lost in saving: use another save of the run."
         message = f"{len(zero)} of {len(found)} tensors are zero throughout: {some(zero)}"
-        yield Finding("weights-all-zero", message, fix=advice)
+        yield Finding("weights-all-zero", message, fix=_ANOTHER)
     constant = [f"{one.name} ({one.value:g})" for one in flat if one.value]
     if constant:
         message = f"{len(constant)} of {len(found)} tensors: {some(constant)}"
-        yield Finding("weights-constant", message, fix="Use another save of the run.")
+        yield Finding("weights-constant", message, fix=_ANOTHER)
     yield from _repeated(one for one in found if one.is_matrix and one.value is None)
     large = [f"{one.name} ({one.rms:.3g})" for one in found if one.is_matrix and one.rms > _LARGE]
     if large:

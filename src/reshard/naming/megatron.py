@@ -13,8 +13,8 @@
 Rows of `linear_qkv` are grouped by key head: for each of them its queries, its key, its value.
 Norms have two names, with and without TransformerEngine's fused modules. `arrangements` is a pure
 function of names, shapes and config; where no vocabulary is padded its result has an inverse
-(`core.arrangement.inverse`). Read off megatron-core 0.12 and 0.16 (transformer/, models/gpt), and
-files that these wrote.
+(`core.arrangement.inverse`). Read off megatron-core 0.12 and 0.16 (transformer/, models/gpt),
+Megatron-Bridge 0.3 (Gemma), and files that megatron-core wrote.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class Family(Struct, frozen=True):
     """What a model type has of its own.
 
     `names` go before `NAMES`. `moe` is what the hub calls the part with experts, and `expert` the
-    gate, up and down projection of one; `shared` is the part of the shared experts.
+    gate, up and down projection of one; `shared` is the part of the shared experts. Norms are
+    `less_one` there as well as on the hub: they scale by one more than they hold.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -97,8 +98,16 @@ class Family(Struct, frozen=True):
     moe: str = "mlp"
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = ""
+    less_one: bool = False
 
 
+# Megatron-Bridge's modules put these norms after the projections.
+_GEMMA = {
+    "pre_mlp_layernorm.weight": "pre_feedforward_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_feedforward_layernorm.weight",
+    "self_attention.linear_proj.post_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc2.post_layernorm.weight": "post_feedforward_layernorm.weight",
+}
 _DEEPSEEK = Family(
     {**_MLA, "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias"},
     latent=True,
@@ -124,6 +133,9 @@ FAMILIES = {
         {**_QK_NORMS, "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias"},
         shared="mlp.shared_experts",
     ),
+    "gemma": Family(less_one=True),
+    "gemma2": Family(_GEMMA, less_one=True),
+    "gemma3_text": Family({**_GEMMA, **_QK_NORMS}, less_one=True),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
 }
