@@ -14,7 +14,7 @@ from tests.conformance.arrays import to_numpy, to_torch
 
 class TestReading(ReaderConformance):
     format = "meta"
-    unread = ("params.json",)
+    dispensable = ("params.json",)
 
     def make(self, folder: Path, tensors: Tensors) -> Path:
         state = {name: to_torch(array) for name, array in tensors.items()}

@@ -77,7 +77,6 @@ ELSEWHERE: dict[str, str] = {
     "The run diverged: use an earlier checkpoint of it.": "doctor/test_checkpoints.py::test_weights_that_cannot_be_right",
     "They were never filled, or were lost in saving: use another save of the run.": "doctor/test_checkpoints.py::test_weights_that_cannot_be_right",
     "Nothing was trained, or another checkpoint is meant: name that.": "doctor/test_checkpoints.py::test_what_its_base_says",
-    "Copy the checkpoint again, or use another save.": "doctor/test_checkpoints.py::test_every_format_is_examined",
     "Convert it, and name the output: reshard convert SRC OUT --base HF_DIR.": "doctor/test_checkpoints.py::test_what_is_asked_of_models_alone",
     "Convert the model as the hub has it.": "naming/test_meta.py::test_parts_of_several_gpus",
     "Pass --to hf: programs that read such models read the hub's files.": "naming/test_meta.py::test_what_metas_code_does_not_compute",

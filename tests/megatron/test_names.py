@@ -12,7 +12,8 @@ from reshard.core.dtypes import FLOAT32
 from reshard.core.tensors import Entry, Extent, FileRef, Fragment, TensorSpec, whole
 from reshard.errors import NamesError, UnsupportedError
 from reshard.naming import Schema, families, megatron_args
-from reshard.naming.megatron import FAMILIES, arrangements, family_of, is_megatron
+from reshard.naming.megatron import arrangements, is_megatron
+from reshard.naming.megatron_families import FAMILIES, family_of
 from reshard.naming.name_map import apply
 from tests.megatron.golden import GOLDEN, HERE, checkpoint, truth
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from reshard.core.dtypes import BFLOAT16
 from reshard.core.tensors import Entry, Extent, FileRef, Fragment, Shape, TensorSpec, whole
 from reshard.naming import apply
-from reshard.naming.megatron import FAMILIES, arrangements
+from reshard.naming.megatron import arrangements
+from reshard.naming.megatron_families import FAMILIES
 from reshard.naming.megatron_into import into
 from reshard.naming.schema import Schema
 

@@ -221,7 +221,7 @@ def test_tensors_without_a_place_or_lost(tmp_path: Path) -> None:
 
 def test_a_config_of_another_model(tmp_path: Path) -> None:
     for field, value, words in (
-        ("num_hidden_layers", 1, "more layers"),
+        ("num_hidden_layers", 1, "no place in Meta's Llama"),
         ("intermediate_size", 48, "the config's model has"),
     ):
         folder = model("llama", tmp_path / field)

@@ -21,6 +21,7 @@ from reshard.naming import (
     flat,
     megatron,
     megatron_args,
+    megatron_families,
     meta,
     pipeline,
     titan,
@@ -125,7 +126,7 @@ def _of_megatron(catalog: Catalog, base: Base) -> Renamed:
         catalog.origin.details.get("settings", {}),
         base.config,
         rows=rows,
-        less_one=megatron.family_of(base.config).less_one,
+        less_one=megatron_families.family_of(base.config).less_one,
     )
     entries = apply(named.outputs, catalog.entries)
     padded = [_padding(name, rows, catalog) for name, rows in named.padding.items()]

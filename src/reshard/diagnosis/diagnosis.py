@@ -160,7 +160,7 @@ def doctor(
 def _check_examined_alone(path: Path, output: Path | None, engine: EngineName | None) -> None:
     """Refuse what can be asked of a model and not of a training checkpoint."""
     option = "repair" if output is not None else "engine" if engine is not None else None
-    if option is not None:
+    if option is not None and exists(path):
         raise OptionError(
             f"{path} is not a folder with a model; of a training checkpoint, doctor says what is "
             "wrong.",

@@ -26,7 +26,8 @@ from reshard.core.tensors import Entry, Extent, FileRef, Fragment, Shape, Tensor
 from reshard.errors import NamesError, listed
 from reshard.naming import megatron, megatron_args
 from reshard.naming.families import MORE_LAYERS
-from reshard.naming.megatron import EMBEDDING, HEAD, MTP_COPIES, MTP_NAMES, NAMES, Family
+from reshard.naming.megatron import EMBEDDING, HEAD, MTP_COPIES, MTP_NAMES, NAMES
+from reshard.naming.megatron_families import Family, family_of
 from reshard.naming.mismatch import WHOLE_MODEL, no_place
 from reshard.naming.schema import Schema, is_constant
 
@@ -73,7 +74,7 @@ def into(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Into:
     Raises `UnsupportedError` for a family whose names there are not known, `NamesError` where
     tensors are missing, have no place, or are not of the config's shapes.
     """
-    family = megatron.family_of(config, writing=True)
+    family = family_of(config, writing=True)
     copies = _copies(specs, config)
     taken = {n: s for n, s in specs.items() if n not in copies and not is_constant(n, config)}
     found = _Builder(taken, config, family).found()
