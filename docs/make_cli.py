@@ -28,25 +28,30 @@ _HEAD = """\
 
 <!-- Written by docs/make_cli.py from the commands themselves; change it there. -->
 
-`reshard` has one command for each task. LightRFT's four scripts are the same work under their own
-names and flags; they are installed as commands, and stand in `lightrft/utils/ckpt_scripts/` to be
-run as `python lightrft/utils/ckpt_scripts/ds2hf.py ...`. In Python, each command but `try` is a
-function of the same name and options: `reshard.convert`, `reshard.inspect`, `reshard.verify`,
-`reshard.diff`, `reshard.doctor`.
+`reshard` has one command for each task. The four scripts of LightRFT do the same under their own
+names and flags: they are installed as commands, and `python lightrft/utils/ckpt_scripts/ds2hf.py
+...` runs them from a clone. In Python, each command except `try` is a function of the same name
+with the same options: `reshard.convert`, `reshard.inspect`, `reshard.verify`, `reshard.diff`,
+`reshard.doctor`, `reshard.watch`.
 
-Results go to standard output, remarks and progress to standard error. On a terminal, red is an
-error, yellow a warning or a result that was not verified, green a result that was; `NO_COLOR=1`
-switches colours off. Exit codes: 0 done (and, for
-`verify` and `diff`, the same); 1 a stated failure, or a difference; 2 wrong usage; 130
-interrupted. What can fail, and how to fix it: [errors.md](errors.md).
+Results go to standard output, findings and progress to standard error. On a terminal, errors are
+red, warnings and unverified results yellow, and verified results green; `NO_COLOR=1` switches
+colours off.
+
+| exit code | |
+|---|---|
+| 0 | done; for `verify` and `diff`: no difference |
+| 1 | an error ([errors.md](errors.md)), or a difference |
+| 2 | wrong usage |
+| 130 | interrupted |
 """
 
 
 _COMPLETION = """
 ## Shell completion
 
-The shell completes commands, options, their values, paths, and the tags of the run that is on the
-line (`--tag`). One line switches it on, here for `reshard`:
+Your shell can complete commands, options, their values, paths, and the tags of a run (`--tag`).
+One line switches completion on for `reshard`:
 
 ```bash
 eval "$(_RESHARD_COMPLETE=bash_source reshard)"      # in ~/.bashrc

@@ -8,14 +8,15 @@ from reshard.core.findings import CODES
 
 HEAD = """# Findings
 
-What reshard tells about a checkpoint, a conversion or a model without refusing it. Each has a
-code; `--json` lists them as `findings` with `code`, `severity`, `subject`, `message`, `fix` and
-`evidence`, and in Python they are `reshard.Finding`s in `report.findings`.
+A finding is something about a checkpoint, a conversion or a model that reshard reports without
+refusing it. Each has a code. `reshard help CODE` explains a code; `--json` lists the findings as
+`findings`, with `code`, `severity`, `subject`, `message`, `fix` and `evidence`; in Python they are
+`reshard.Finding` objects in `report.findings`.
 
 ## Of checkpoints, conversions and comparisons
 
-With `--strict`, findings of severity `warning` and `error` are refused, with `--strict CODE...`
-those of the codes.
+`--strict` refuses findings of severity `warning` and `error`; `--strict CODE...` refuses only
+findings with these codes.
 
 | code | severity | what it means | what to do |
 |---|---|---|---|
@@ -24,8 +25,8 @@ those of the codes.
 MODELS = """
 ## Of models
 
-`reshard doctor` and `reshard try` end with code 1 where they find an error. How each is seen, and
-what doctor repairs: [doctor.md](doctor.md), [try.md](try.md).
+`reshard doctor` and `reshard try` exit with code 1 if they find an error. [doctor.md](doctor.md)
+and [try.md](try.md) say how each finding is detected, and which ones doctor repairs.
 
 | code | severity | what it means | found by |
 |---|---|---|---|

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 TAG = Option(
     "tag",
     Text(),
-    "Which of several saves: its name (global_step100, checkpoint-100), its number, or latest; "
+    "Which save of a run: its name (global_step100, checkpoint-100), its number, or latest; "
     "default: the newest complete one.",
     group="Input",
     short="t",
@@ -41,13 +41,14 @@ TAG = Option(
 PREFIX = Option(
     "prefix",
     Text(),
-    "The model's part of a nested state dict, e.g. actor.model; it is stripped from the names.",
+    "Where the model lies in a nested state dict, e.g. actor.model; the prefix is removed from "
+    "the names.",
     group="Input",
 )
 ROLE = Option(
     "role",
     Text(),
-    "Which model of a save that holds several, e.g. actor or critic.",
+    "Which model of a save with several models, e.g. actor or critic.",
     group="Input",
 )
 #: The options of `reshard.open`.

@@ -40,7 +40,7 @@ INSPECT = {
     "base": Option(
         "base",
         Place(remote=True),
-        "Also show how the names fit onto those of this Hugging Face model.",
+        "Also show how the checkpoint's names map onto those of this Hugging Face model.",
         group="Input",
         short="b",
     ),

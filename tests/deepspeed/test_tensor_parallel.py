@@ -112,6 +112,16 @@ def test_a_rank_that_holds_nothing_of_a_parameter(parallel_runs: ParallelRuns) -
     assert tensor.shape == (8, 16)
 
 
+def test_the_optimizer_of_a_rank_that_holds_nothing_of_a_parameter(
+    parallel_runs: ParallelRuns,
+) -> None:
+    """Its groups lack the parameters of which it has no element."""
+    state = reshard.open(parallel_runs["tp-three-zero2"].root).catalog.training_state()
+    assert state is not None
+    assert [len(group.names) for group in state.groups] == [21]
+    assert len(state.masters) == 21
+
+
 @pytest.mark.parametrize("name", ["tensor-parallel-zero1", "tensor-parallel-zero3"])
 def test_before_the_first_step_it_is_the_base(oracle: Oracle, name: str) -> None:
     folder = oracle.parallel(name)

@@ -99,7 +99,9 @@ def scale_that_is_there(at: Path) -> Case:
                         {**common, "scale_for_train": True})  # fmt: skip
 
 
-@follows("Name the backbone's own class in config.json's architectures, or serve it only to score.")
+@follows(
+    "In config.json, set architectures to the backbone's class, or use the model only for scores."
+)
 def class_with_a_head_that_is_not_there(at: Path) -> Case:
     width = tiny.config()["hidden_size"]
     state = {name: value for name, value in tiny.state().items() if name != tiny.HEAD}
@@ -147,7 +149,7 @@ def _product(adapter: Path) -> torch.Tensor:
     return b @ a
 
 
-@follows("Where the base lies elsewhere, change base_model_name_or_path in adapter_config.json.")
+@follows("On other machines, change base_model_name_or_path in adapter_config.json.")
 def base_that_was_moved(at: Path) -> Case:
     run = Run(at)
     moved_to = at / "elsewhere"
@@ -164,7 +166,7 @@ def base_that_was_moved(at: Path) -> Case:
     )  # fmt: skip
 
 
-@follows("Compare the output with PEFT's.")
+@follows("Compare the output with that of PEFT.")
 def setting_of_tomorrow(at: Path) -> Case:
     run = Run(at)
     run.edit(run.saved, use_tomorrow=True)

@@ -161,7 +161,7 @@ def probing(at: Path) -> Case:
     return _of_rewards(at, {"probing_layer": layers}, {"probing_layer": layers - 1})
 
 
-@follows("Pass --probing-layer with the value of the training.")
+@follows("Pass --probing-layer with the value used in training.")
 def assumed(at: Path) -> Case:
     return _of_rewards(at, {}, {"probing_layer": 0})
 

@@ -60,7 +60,7 @@ def no_file_of_a_model(at: Path) -> Case:
     return moved(run / "latest", run, at, same=as_golden("zero2"))
 
 
-@follows("Name the folder that holds it.")
+@follows("Name the folder that contains it.")
 def rounded_weights(at: Path) -> Case:
     run = golden("zero2", at / "run")
     file = run / "global_step2" / "mp_rank_00_model_states.pt"
@@ -89,7 +89,7 @@ def two_runs(at: Path) -> Case:
     return moved(at / "runs", at / "runs" / "one", at, same=as_golden("zero2"))
 
 
-@follows("Copy the newer one again, or name the one to read.")
+@follows("Copy the newest one again, or name the one to read.")
 def newest_is_incomplete(at: Path) -> Case:
     runs = at / "runs"
     for step in (1, 2):

@@ -173,7 +173,7 @@ def base_of_a_larger_vocabulary(at: Path) -> Case:
     return _onto(NAME, at, wrong, base(NAME, at / "right"))
 
 
-@follows("If the training added tokens, name a base of that vocabulary.")
+@follows("If the training added tokens, name a base with that vocabulary.")
 def padding_that_was_trained(at: Path) -> Case:
     rows = reshard.open(checkpoint(PADDED)).tensors["embedding.word_embeddings.weight"].shape[0]
     grown = _grown(base(PADDED, at / "grown"), rows)

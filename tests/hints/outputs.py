@@ -32,7 +32,7 @@ def meanwhile(source: Path, out: Path, change: Callable[[], object], **options: 
     return lambda: reshard.convert(source, out, progress=step, **options)
 
 
-@follows("Make room or name an output on another disk.")
+@follows("Free some space, or name an output on another disk.")
 def full_disk(at: Path) -> Case:
     run = golden("zero2", at / "run")
     full = mock.Mock(return_value=mock.Mock(free=100))
@@ -157,7 +157,7 @@ def link_in_place_of_the_partial_folder_of_another_output(at: Path) -> Case:
     return Case(_writing(at / "out"), _writing(at / "two"), same=lambda found: found == b"new")
 
 
-@follows("Remove it, if nobody needs it.")
+@follows("Remove them if nobody needs them.")
 def leftover_that_no_run_marked(at: Path) -> Case:
     run = golden("zero2", at / "run")
     left = partial(at / "out")
@@ -168,7 +168,7 @@ def leftover_that_no_run_marked(at: Path) -> Case:
     )
 
 
-@follows("Delete what is left of it.")
+@follows("Delete the rest yourself.")
 def old_output_that_cannot_be_deleted(at: Path) -> Case:
     run, out = golden("zero2", at / "run"), at / "out"
     reshard.convert(run, out)

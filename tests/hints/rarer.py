@@ -98,7 +98,7 @@ def against_another_run(at: Path) -> Case:
     )
 
 
-@follows("Load the output with strict names, or name the version with --transformers-version.")
+@follows("Check the names when you load the output, or pass --transformers-version.")
 def installed_version_that_was_never_read(at: Path) -> Case:
     model = tiny.model(at / "model")
 

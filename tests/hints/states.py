@@ -132,7 +132,7 @@ def a_moment_of_another_parameter(at: Path) -> Case:
     return Case(convert(run, at / "out"), convert(other, at / "out2"))
 
 
-@follows("Is the folder a copy of two? Make the universal checkpoint again.")
+@follows("The folder may be a mixture of two. Make the universal checkpoint again.")
 def a_parameter_too_many(at: Path) -> Case:
     run = copied("uc_s2_fp32", at)
     shutil.copytree(run / NORM, run / ZERO / "foo.weight")

@@ -36,6 +36,9 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Save it with FSDP.optim_state_dict, or convert the weights alone, without --optimizer.": "state/test_fsdp1.py::test_lengths_that_fit_no_module",
+    "FSDP1 gathers them so for FULL_STATE_DICT: save with SHARDED_STATE_DICT. Another checkpoint: copy it again, or use another save. The weights alone: leave out --optimizer.": "state/test_fsdp1.py::test_what_fsdp1_gathers_by_numbers",
+    "Freeze them in the run that continues: one that trains them asks for their moments.": "state/test_curves.py::test_the_curve_is_unbroken",
     "Leave out --resume; --overwrite deletes what a killed run left there.": "resume/test_resume.py::test_an_output_in_a_store",
     "Install the extra, in reshard's folder: pip install '.[ray]'.": "cluster/test_refusals.py::test_without_ray",
     "Leave out --engine, or name an output on storage that all nodes share.": "cluster/test_refusals.py::test_an_output_in_a_store",
@@ -59,7 +62,7 @@ ELSEWHERE: dict[str, str] = {
     "Wait for the run that writes it; if none does, convert again with --overwrite.": "remote/test_reading.py::test_an_output_that_is_not_complete",
     "Install the extra, in reshard's folder: pip install '.[remote]'.": "remote/test_reading.py::test_without_the_extra",
     "Copy the folder here, and name the copy.": "remote/test_reading.py::test_a_web_server",
-    "For the layout of the release, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",
+    "To write the layout of the released model, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",
     "Write the version into the base's config.json, as transformers_version.": "models/test_released_layout.py::test_an_orientation_that_nothing_tells",
     "To write them: reshard doctor OUT --repair REPAIRED.": "models/test_released_layout.py::test_fields_that_the_base_lacks_are_said",
     "Pass --to hf, or leave out --names.": "models/test_released_layout.py::test_dcp_has_no_released_layout",
@@ -123,9 +126,9 @@ ELSEWHERE: dict[str, str] = {
     "Leave out --max-shard-size.": "state/test_universal.py::test_options_that_have_no_place",
     "Write it with --to dcp, which has a step for each parameter.": "state/test_universal.py::test_a_group_of_different_steps",
     "A new run starts from a Hugging Face model: pass --to hf, and load the output with from_pretrained before deepspeed.initialize.": "state/test_universal.py::test_weights_without_a_state",
-    "Make the script's parameter groups in that order.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
-    "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
-    "Start the script from the weights that the run started from.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
+    "Create the script's parameter groups in this order.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
+    "Load it with ZeRO stage 1 or 2, or run the code in docs/training-state.md after loading.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
+    "Start the script with the weights that the run started from.": "state/test_curves.py::test_a_run_that_does_what_a_finding_says",
     "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint.": "state/test_universal.py::test_a_script_with_a_schedule_and_a_folder_without",
     "Leave out --dtype.": "state/test_writing.py::test_masters_that_are_rounded_are_a_finding",
     'Write a list with an object for each group: [{"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.1}].': "state/test_writing.py::test_hyperparameters_that_are_none",
@@ -150,7 +153,7 @@ ELSEWHERE: dict[str, str] = {
     "Merge it with PEFT, merge_and_unload(), and convert the model that it then saves.": "models/test_other_methods.py::test_refused_by_name_and_converted_once_peft_has_merged_it",
     "Convert a checkpoint of the run that holds all weights. Or merge it with PEFT, which computes the same weights again: merge_and_unload().": "models/test_adapter_traps.py::test_adapters_of_a_base_that_they_changed",
     "Convert a checkpoint of the run that holds all weights.": "models/test_adapter_traps.py::test_adapters_of_a_base_that_they_changed",
-    "Gather every rank's part before saving, and convert that.": "models/test_adapter_traps.py::test_a_part_of_exact_zeros_is_a_finding",
+    "Gather the parts of all ranks before saving, and convert that save.": "models/test_adapter_traps.py::test_a_part_of_exact_zeros_is_a_finding",
     "Name the transformers version it was trained with: --transformers-version.": "naming/test_layout_tables.py::test_a_square_stack_needs_the_version",
     "Save it again with a newer torch, or with torch.distributed.checkpoint.": "ranks/test_placements.py::test_two_cuts_of_one_dimension_need_their_order",
     "The file is damaged, or torch of another release wrote it.": "ranks/test_refusals.py::test_a_record_that_lacks_a_part",
@@ -176,13 +179,13 @@ WITHOUT: dict[str, str] = {
         _OTHER + "one with Megatron-Bridge",
     "Install torchvision.":
         _OTHER + "one without torchvision",
-    "Set the schedule in the script that goes on, at the step that the report states.":
+    "In the script that continues the run, set the schedule to the step in the report.":
         _UNSEEN + "a training script",
-    "Compare the first losses of the continued run with those before.":
+    "Compare the first losses of the continued run with the last ones before.":
         _UNSEEN + "a training run's losses",
     "Name the model that the training started from as the base.":
         _GUARD,
-    "For a run of such a version, convert with --names memory.":
+    "For a run with such a version, convert with --names memory.":
         _STATED,
     "To convert it, pass --prefix.":
         _STATED,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import types
@@ -48,8 +49,8 @@ def work(job: Job) -> None:
         loss = framework.step(ids).detach().double().reshape(1).clone()
         distributed.all_reduce(loss)
         losses.append(loss.item() / world)
-    if job.save is not None:
-        framework.save(job.save)
+    for place in (*(() if job.save is None else (job.save,)), *job.more):
+        framework.save(place)
     record(job, framework, "end", client, losses)
     framework.end()
     distributed.barrier()
@@ -200,9 +201,7 @@ class Fsdp:
         from torch.distributed.fsdp import fully_shard as shard
 
         if self._job.engine == "fsdp1":
-            return FullyShardedDataParallel(
-                self._plain, use_orig_params=True, device_id=torch.device("cpu")
-            )
+            return FullyShardedDataParallel(self._plain, **self._fsdp1())
         options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (self._job.world,))}
         if self._job.precision == "bfloat16":
             options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -211,6 +210,26 @@ class Fsdp:
             shard(layer, **options)
         # Embedding and head are one tied weight: both belong to the root's group.
         return shard(self._plain, **options)
+
+    def _fsdp1(self) -> dict[str, Any]:
+        """How FSDP1 is made."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import ShardingStrategy
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        job = self._job
+        options: dict[str, Any] = {
+            "use_orig_params": not job.flat, "device_id": torch.device("cpu")
+        }  # fmt: skip
+        if job.wrapped:
+            layer = type(self._plain.model.layers[0])
+            options["auto_wrap_policy"] = ModuleWrapPolicy({layer})
+        if job.hybrid:
+            names = ("replicate", "shard")
+            mesh = init_device_mesh("cpu", (2, job.world // 2), mesh_dim_names=names)
+            strategy = ShardingStrategy.HYBRID_SHARD
+            options |= {"device_mesh": mesh, "sharding_strategy": strategy}
+        return options
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self._model(input_ids=ids, labels=ids).loss
@@ -238,12 +257,19 @@ class Fsdp:
             dcp.save(state, checkpoint_id=folder / "optim_states")
             torch.save(dict(_CLIENT), folder / "client_state.pt")
             torch.save(self._schedule.state_dict(), folder / "scheduler_state.pt")
-        elif place.layout in ("accelerate", "full"):
+        elif place.layout == "verl":
+            self._save_verl(folder)
+        elif place.layout == "ids":
+            self._save_ids(folder)
+        elif place.layout in ("accelerate", "full", "ranks"):
             from accelerate.utils import fsdp_utils
 
             accelerate = _accelerate(self._job, full=place.layout == "full")
-            fsdp_utils.save_fsdp_model(*accelerate, model, place.folder)
-            fsdp_utils.save_fsdp_optimizer(*accelerate, inner, model, place.folder)
+            together = place.layout != "ranks"
+            fsdp_utils.save_fsdp_model(*accelerate, model, place.folder, use_dcp=together)
+            fsdp_utils.save_fsdp_optimizer(
+                *accelerate, inner, model, place.folder, use_dcp=together
+            )
             if rank0:
                 torch.save(self._schedule.state_dict(), folder / "scheduler.pt")
         else:
@@ -252,6 +278,46 @@ class Fsdp:
             dcp.save(both, checkpoint_id=folder)
             if rank0:
                 torch.save(self._schedule.state_dict(), folder / "scheduler.pt")
+
+    def _save_verl(self, folder: Path) -> None:
+        """verl's statements (FSDPCheckpointManager.save_checkpoint)."""
+        from torch.distributed import fsdp
+
+        context: Any = contextlib.nullcontext()
+        if self._job.engine == "fsdp1":
+            context = fsdp.FullyShardedDataParallel.state_dict_type(
+                self._model,
+                fsdp.StateDictType.SHARDED_STATE_DICT,
+                fsdp.ShardedStateDictConfig(offload_to_cpu=False),
+                fsdp.ShardedOptimStateDictConfig(offload_to_cpu=False),
+            )
+        name = f"world_size_{self._job.world}_rank_{distributed.get_rank()}.pt"
+        with context:
+            torch.save(self._model.state_dict(), folder / f"model_{name}")
+            torch.save(self._optimizer.state_dict(), folder / f"optim_{name}")
+            extra = {"lr_scheduler": self._schedule.state_dict(), "rng": None}
+            torch.save(extra, folder / f"extra_state_{name}")
+
+    def _save_ids(self, folder: Path) -> None:
+        """A script's: the full state dicts of FSDP1, the optimizer's by numbers."""
+        from torch.distributed.fsdp import FullStateDictConfig, OptimStateKeyType, StateDictType
+        from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1
+
+        whole = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
+        with Fsdp1.state_dict_type(self._model, StateDictType.FULL_STATE_DICT, whole):
+            weights = self._model.state_dict()
+            state = Fsdp1.optim_state_dict(self._model, self._optimizer)
+        numbers = Fsdp1.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, self._model)
+        if distributed.get_rank() == 0:
+            torch.save(weights, folder / "pytorch_model.bin")
+            torch.save(numbers, folder / "optimizer.pt")
+            order = [_clean(n) for n, _ in self._model.named_parameters()]
+            number = {name: at for at, name in enumerate(order)}
+            Path(self._job.out).mkdir(parents=True, exist_ok=True)
+            named = {
+                number[name]: name for group in state["param_groups"] for name in group["params"]
+            }
+            torch.save(named, Path(self._job.out) / "numbers.pt")
 
     def load(self, place: Place) -> dict[str, object]:
         folder, client = Path(place.folder), {}
@@ -294,17 +360,54 @@ class Fsdp:
         options = sd.StateDictOptions(full_state_dict=True)
         weights = sd.get_model_state_dict(self._model, options=options)
         trained = {n for n, p in self._plain_names() if p.requires_grad}
+        if self._job.flat:  # whose parameters have no names; all are trained
+            tied = weights.keys() - dict(models.build(self._job.kind).named_parameters()).keys()
+            trained = weights.keys() - tied
         found |= {f"param.{n}": t for n, t in weights.items() if n in trained}
         if self._job.engine == "fsdp1":
-            return found  # torch 2.13 gathers exp_avg_sq in exp_avg's place there, on the CPU
+            # torch 2.13 gathers exp_avg_sq in exp_avg's place there, on the CPU.
+            return found | (self._of_flat() if self._job.flat else self._of_slices(weights))
         for name, parameter in self._model.named_parameters():
             state = self._optimizer.state.get(parameter, {})
             found |= {f"{kind}.{name}": state[kind].full_tensor() for kind in _KINDS if state}
         return found
 
+    def _of_flat(self) -> Tensors:
+        """FSDP1's moments, cut out of its flat parameters as it says that they lie in them."""
+        from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1
+
+        found: Tensors = {}
+        for name, module in self._model.named_modules():
+            if not isinstance(module, Fsdp1):
+                continue
+            flat: Any = module._handle.flat_param
+            state = self._optimizer.state.get(flat, {})
+            for kind in _KINDS if state else ():
+                parts = _parts(state[kind], module.process_group)
+                pieces = torch.cat(parts).split_with_sizes(
+                    [*flat._numels, sum(map(len, parts)) - sum(flat._numels)]
+                )
+                for fqn, shape, piece in zip(flat._fqns, flat._shapes, pieces, strict=False):
+                    whole = _clean(f"{name}.{fqn}" if name else fqn)
+                    found[f"{kind}.{whole}"] = piece.reshape(shape)
+        return found
+
+    def _of_slices(self, weights: Tensors) -> Tensors:
+        """FSDP1's moments, of the slices of each parameter, which follow each other."""
+        found: Tensors = {}
+        for name, parameter in self._plain_names():
+            state = self._optimizer.state.get(parameter, {})
+            for kind in _KINDS:
+                parts: list[Any] = [None] * self._job.world
+                distributed.all_gather_object(parts, state.get(kind))
+                held = [part for part in parts if part is not None]
+                if held:
+                    found[f"{kind}.{name}"] = torch.cat(held).reshape(weights[name].shape)
+        return found
+
     def _plain_names(self) -> Any:
         for name, parameter in self._model.named_parameters():
-            yield name.replace("_fsdp_wrapped_module.", ""), parameter
+            yield _clean(name), parameter
 
     def optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer
@@ -313,10 +416,19 @@ class Fsdp:
         del self._model, self._plain, self._optimizer, self._schedule
 
 
+def _clean(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+def _parts(part: torch.Tensor, group: Any) -> list[torch.Tensor]:
+    """The parts of the ranks of a group."""
+    parts = [torch.empty_like(part) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(parts, part.contiguous(), group=group)
+    return parts
+
+
 def _gathered(part: torch.Tensor) -> torch.Tensor:
-    parts = [torch.empty_like(part) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, part.contiguous())
-    return torch.cat(parts)
+    return torch.cat(_parts(part, None))
 
 
 def _options(place: Place) -> Any:

@@ -9,10 +9,13 @@ from msgspec import Struct
 Engine = Literal["zero0", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
 #: How a framework lays out what it saves. `deepspeed` and `universal` are DeepSpeed's, the others
 #: DCP's: LightRFT's two folders, accelerate's, one folder with both parts, and that flattened.
-#: `full`: accelerate's two files of FULL_STATE_DICT. `torchtitan`: one save, weights at the top.
+#: `full`: accelerate's two files of FULL_STATE_DICT. `verl`, `ranks`: a file for each rank, verl's
+#: and accelerate's with use_dcp=False; `ids`: FULL_STATE_DICT by numbers. `torchtitan`: one save,
+#: weights at the top.
 Layout = Literal[
-    "deepspeed", "universal", "lightrft", "accelerate", "full", "nested", "flat", "torchtitan"
-]
+    "deepspeed", "universal", "lightrft", "accelerate", "full", "nested", "flat", "torchtitan",
+    "verl", "ranks", "ids",
+]  # fmt: skip
 Kind = Literal["qwen2", "llama", "lora"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -32,7 +35,10 @@ class Job(Struct, frozen=True):
     groups the optimizer has; with `spoilt` it is made with other hyperparameters, which the
     checkpoint's must replace. With `schedule` DeepSpeed loads the schedule's state,
     too. `after` are lines that the script runs after `load_checkpoint`, with `engine` and `folder`,
-    the tag's, at hand. The results go to the folder `out`: see `engines.record`.
+    the tag's, at hand. FSDP1 wraps the layers if `wrapped`, makes flat parameters of them if `flat`
+    (use_orig_params=False), and replicates them if `hybrid`. With `every` the groups have what is
+    frozen, too. `more` are other places to save at. The results go to the folder `out`: see
+    `engines.record`.
     """
 
     engine: Engine
@@ -48,6 +54,11 @@ class Job(Struct, frozen=True):
     spoilt: bool = False
     after: str = ""
     schedule: bool = True
+    wrapped: bool = False
+    flat: bool = False
+    hybrid: bool = False
+    every: bool = False
+    more: tuple[Place, ...] = ()
 
 
 class Result(Struct, frozen=True):

@@ -57,7 +57,7 @@ def groups(model: nn.Module, job: Job) -> list[dict[str, Any]]:
 
     Names decide, since FSDP1 flattens what a rank holds.
     """
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad or job.every}
     if job.groups == 1:
         return [{"params": list(trainable.values()), "weight_decay": 0.1, "lr": 1e-2}]
     second = {n for n in trainable if n.endswith("bias") or "norm" in n or "lora_B" in n}

@@ -51,6 +51,7 @@ class Move(msgspec.Struct, frozen=True):
 
 HAVE_CLIENT_STATE = ("deepspeed", "lightrft", "universal")
 ONE = {"groups": 1, "frozen": False}
+FLAT = {**ONE, "wrapped": True, "flat": True}
 LORA = {"kind": "lora"}
 QUICK = (
     Move(("zero2", 2), "deepspeed", ("fsdp2", 3), "lightrft"),
@@ -60,6 +61,7 @@ QUICK = (
     Move(("zero3", 2), "deepspeed", ("zero1", 3), "universal"),
     Move(("fsdp1", 2), "accelerate", ("fsdp2", 3), "accelerate"),
     Move(("zero2", 2), "deepspeed", ("fsdp2", 2), "lightrft", LORA),
+    Move(("fsdp2", 2), "nested", ("fsdp2", 3), "lightrft", {"every": True}),
 )
 SLOW = (
     Move(("zero3", 2), "deepspeed", ("zero1", 1), "universal"),
@@ -73,6 +75,9 @@ SLOW = (
     Move(("fsdp2", 2), "flat", ("zero2", 1), "universal"),
     Move(("fsdp1", 2), "accelerate", ("zero3", 3), "universal", ONE),
     Move(("fsdp2", 3), "accelerate", ("fsdp2", 2), "lightrft"),
+    Move(("fsdp1", 2), "verl", ("fsdp2", 3), "lightrft", FLAT),
+    Move(("fsdp1", 3), "ranks", ("zero2", 2), "universal", FLAT),
+    Move(("fsdp2", 2), "ranks", ("zero1", 3), "universal"),
     Move(("zero0", 2), "deepspeed", ("fsdp2", 3), "lightrft", ONE),
     Move(("zero0", 2), "deepspeed", ("zero2", 3), "universal", ONE),
 )
@@ -184,9 +189,9 @@ def test_the_curve_is_unbroken(quick: list[Done], number: int) -> None:
     check(quick[number], TOLERANCE)
 
 
-STAGE3 = "Load it with ZeRO stage 1 or 2, or after loading run the lines of docs/training-state.md."
-GROUPS = "Make the script's parameter groups in that order."
-FROZEN = "Start the script from the weights that the run started from."
+STAGE3 = "Load it with ZeRO stage 1 or 2, or run the code in docs/training-state.md after loading."
+GROUPS = "Create the script's parameter groups in this order."
+FROZEN = "Start the script with the weights that the run started from."
 
 
 @pytest.mark.parametrize(

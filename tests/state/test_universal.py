@@ -24,6 +24,7 @@ from reshard.formats.deepspeed import layout, universal_findings
 from tests.state.cases import DEEPSPEED, FSDP, case, opened, plain
 from tests.state.conftest import Ranks
 from tests.state.jobs import Job, Place
+from tests.state.test_writing import loaded, parts
 from tests.tensors import raw
 
 ELASTIC = "ds_s2_bf16_elastic"
@@ -196,6 +197,33 @@ def test_a_group_of_different_steps(tmp_path: Path) -> None:
         written(folder, tmp_path)
     assert caught.value.hint == "Write it with --to dcp, which has a step for each parameter."
     assert reshard.convert(folder, tmp_path / "out", to="dcp", optimizer=True).verified
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_groups_that_cover_frozen_parameters(tmp_path: Path) -> None:
+    """As of `AdamW(model.parameters())`: DCP keeps the names, DeepSpeed's groups lack them."""
+    folder = dcp_save(tmp_path / "save", {"a.weight": 3.0, "b.weight": 3.0})
+    state = loaded(folder / "optim_states")
+    kept = dict(state["state"])
+    del state["state"]["b.weight"]
+    shutil.rmtree(folder / "optim_states")
+    dcp.save(state, checkpoint_id=folder / "optim_states", no_dist=True)
+    out, report = written(folder, tmp_path)
+    (told,) = [f for f in report.findings if f.code == "state-never-updated"]
+    assert "cover 1 parameters that it holds no moments of" in told.message
+    assert told.message.endswith("b.weight.")
+    assert [path.name for path in (tag(out) / "zero").iterdir() if path.is_dir()] == ["a.weight"]
+    model = torch.load(tag(out) / MODEL)
+    assert list(model["module"]) == ["b.weight"]
+    assert model["frozen_param_shapes"].keys() == {"b.weight"}
+    for name in ("lightrft", "torchtitan"):
+        again = tmp_path / name
+        reshard.convert(folder, again, to="dcp", optimizer=True, layout=name)
+        model_part, optimizer = parts(again, name)
+        assert optimizer["state"].keys() == {"a.weight"}
+        assert sorted(optimizer["param_groups"][0]["params"]) == ["a.weight", "b.weight"]
+        assert torch.equal(optimizer["state"]["a.weight"]["exp_avg"], kept["a.weight"]["exp_avg"])
+        assert model_part.keys() == {"a.weight", "b.weight"}
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -104,11 +104,11 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
     expose_value=False,
     is_eager=True,
     callback=_show_version,
-    help="Show the version, and which extras are there.",
+    help="Show the version and the installed extras.",
 )
 @debug
 def reshard() -> None:
-    """Convert checkpoints between DeepSpeed, FSDP/DCP and Hugging Face, and prove the result."""
+    """Convert checkpoints between DeepSpeed, FSDP/DCP, Megatron and Hugging Face, verified."""
 
 
 def run(command: click.Command, args: Sequence[str] | None = None) -> int:

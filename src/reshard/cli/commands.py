@@ -77,7 +77,7 @@ def show_report(report: Report, base: Path | None = None) -> None:
             output.print_result(f"next   {words:<9} {command}")
 
 
-@click.command(cls=Command, short_help="Show what is in a checkpoint.")
+@click.command(cls=Command, short_help="Show what a checkpoint contains.")
 @argument("src", INSPECT["path"])
 @flags(INSPECT.values())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
@@ -95,9 +95,9 @@ def inspect(
     html: Path | None,
     as_json: bool,
 ) -> int:
-    """Show what is in the checkpoint SRC, from its metadata alone.
+    """Show what the checkpoint SRC contains, from its metadata alone.
 
-    With --base, exits with 1 where the names do not fit.
+    With --base, the exit code is 1 if the names do not fit.
     """
     from reshard.inspection import inspect as run
 

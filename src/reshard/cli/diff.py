@@ -28,23 +28,23 @@ _KEYS = ("name", "change", "largest", "mean", "elements")
     "more",
     DIFF["second"],
     nargs=-1,
-    words="Further checkpoints of a run, as in RUN/*: each is compared with the one before it.",
+    words="More checkpoints of a run, as in RUN/*: each is compared with the one before it.",
 )
 @flags(DIFF.values())
 @how_shown
-@click.option("--tensors", is_flag=True, help="Show a row for each tensor, not for each layer.")
+@click.option("--tensors", is_flag=True, help="Show a row for each tensor instead of each layer.")
 @click.option(
     "--top",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Show the first N rows of each table, by default those that moved most.",
+    help="Show only the first N rows of each table; without --sort, those that changed most.",
 )
 @click.option(
     "--sort",
     type=click.Choice(_KEYS),
-    help="Order of the rows, the largest first: change is the norm of the change over that of the "
-    "weights, elements the share of elements that differ. Default: by name, and with --top by "
-    "change.",
+    help="Order of the rows, largest first. change: the norm of the change divided by that of "
+    "the weights; elements: the share of elements that differ. Default: name, or change "
+    "with --top.",
 )
 @html
 @json_flag
@@ -66,8 +66,8 @@ def diff(
 ) -> int:
     """Compare the checkpoints A and B, of any formats, tensor by tensor.
 
-    Where dtypes differ, the wider is rounded to the narrower. Of more than two, each is compared
-    with the one before it. Exits with 1 where they differ.
+    If dtypes differ, the wider is rounded to the narrower. If you name more than two checkpoints,
+    each is compared with the one before it. The exit code is 1 if they differ.
     """
     from reshard.comparison.steps import diff_steps
 

@@ -30,7 +30,7 @@ def doctor(folder: Path, as_json: bool, shown: Shown | None, quiet: bool, **opti
     """Find what is wrong with the exported model in DIR, and repair it; or with the training
     checkpoint there, which is not repaired.
 
-    Exit code 1 if an error was found that is not repaired; with --strict, or a warning.
+    The exit code is 1 if an error remains unrepaired; with --strict, also for a warning.
     """
     from reshard.diagnosis.diagnosis import doctor as run
 

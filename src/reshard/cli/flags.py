@@ -275,7 +275,7 @@ html = click.option(
     "--html",
     type=FolderOrFile(dir_okay=False),
     metavar="FILE",
-    help="Also write it as a web page: one file that needs nothing else. It needs the extra html.",
+    help="Also write the result to FILE as one self-contained web page (needs the extra html).",
 )
 
 

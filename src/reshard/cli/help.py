@@ -14,9 +14,9 @@ from reshard.cli.flags import Command, debug
 @click.argument("name", metavar="[TOPIC]", required=False)
 @debug
 def help_(name: str | None) -> None:
-    """Explain TOPIC: a command, the class of an error, the code of a finding, a page.
+    """Explain TOPIC: a command, an error class, the code of a finding, or a page.
 
-    Without a topic, it lists the commands; `reshard help topics` lists all topics.
+    Without a topic, list the commands; `reshard help topics` lists all topics.
     """
     from reshard.cli.topics import about, text, topics
 

@@ -28,14 +28,14 @@ def how_shown(function: _F) -> _F:
         "--quiet",
         "-q",
         is_flag=True,
-        help="Print nothing but errors (and with --json, the object).",
+        help="Print only errors (and the object of --json).",
     )(function)
     return click.option(
         "--progress",
         "shown",
         type=click.Choice(_SHOWN),
-        help="bar: a bar (default on a terminal); plain: a line at the start and one each half "
-        "minute (default elsewhere); none: nothing (default with --json).",
+        help="How to show progress. bar: a progress bar (default on a terminal); plain: a line "
+        "at the start and every half minute (default elsewhere); none (default with --json).",
     )(function)
 
 

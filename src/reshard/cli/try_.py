@@ -33,7 +33,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "prompts",
         multiple=True,
         metavar="TEXT...",
-        help="One or more prompts. Default: three of the shipped ones.",
+        help="One or more prompts. Default: three built-in ones.",
     ),
     option(
         "image",
@@ -41,24 +41,24 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         multiple=True,
         type=_EXISTING,
         metavar="PATH...",
-        help="Images that are sent with every prompt.",
+        help="Images to send with every prompt.",
     ),
     option(
         "audio",
         multiple=True,
         type=_EXISTING,
         metavar="PATH...",
-        help="Sounds (WAV) that are sent with every prompt.",
+        help="Audio files (WAV) to send with every prompt.",
     ),
     option(
-        "no_chat", is_flag=True, help="Give the prompts as raw text, without the chat template."
+        "no_chat", is_flag=True, help="Send the prompts as raw text, without the chat template."
     ),
     option(
         "max_new_tokens",
         type=click.IntRange(min=1),
         default=256,
         show_default=True,
-        help="Most tokens of an answer.",
+        help="The largest number of tokens of an answer.",
     ),
     option("do_sample", is_flag=True, help="Sample instead of greedy decoding."),
     option(
@@ -69,24 +69,25 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     option(
         "top_p",
         type=click.FloatRange(min=0, max=1, min_open=True),
-        help="Sample from the likeliest tokens that make up this share. Implies --do_sample.",
+        help="Sample from the most likely tokens whose probabilities add up to this value. "
+        "Implies --do_sample.",
     ),
     option(
         "top_k",
         type=click.IntRange(min=1),
-        help="Sample from the K likeliest tokens. Implies --do_sample.",
+        help="Sample from the K most likely tokens. Implies --do_sample.",
     ),
     option(
         "repetition_penalty",
         type=click.FloatRange(min=0, min_open=True),
-        help="Above 1 makes tokens that were said already less likely.",
+        help="Values above 1 make tokens that already occurred less likely.",
     ),
-    option("seed", type=int, default=0, show_default=True, help="Seed of the sampling."),
+    option("seed", type=int, default=0, show_default=True, help="The random seed for sampling."),
     option(
         "device",
         default="cuda",
         show_default=True,
-        help="cuda (all GPUs if one is too small; the CPU where there is none), auto, or a torch "
+        help="cuda (all GPUs if one is too small; the CPU if there is none), auto, or a torch "
         "device such as cpu or cuda:1.",
     ),
     option(
@@ -94,7 +95,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=click.Choice(DTYPES),
         default="auto",
         show_default=True,
-        help="Type to run in; auto is what the model's config names.",
+        help="The dtype to run in; auto: the dtype in the model's config.",
     ),
     option("benchmark", is_flag=True, help="Measure latency, throughput and memory."),
     option(
@@ -102,7 +103,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=click.IntRange(min=1),
         default=5,
         show_default=True,
-        help="Timed calls for each batch size.",
+        help="The number of timed calls for each batch size.",
     ),
     option(
         "batch_sizes",
@@ -115,24 +116,23 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "compare",
         type=FolderOrFile(),
         metavar="OTHER",
-        help="Run a second model on the same prompts, and say whether it is the same model.",
+        help="Also run a second model on the same prompts, and report whether the two are the "
+        "same model.",
     ),
     option(
         "text",
         type=_EXISTING,
-        help="Text for the perplexity and the comparison. Default: the shipped one.",
+        help="A text file for the perplexity and the comparison. Default: a built-in text.",
     ),
     option(
         "output_file",
         type=FolderOrFile(dir_okay=False),
         default=Path("test_results.json"),
         show_default=True,
-        help="Where the report goes (JSON). A file that is not a report is never replaced.",
+        help="Where to write the report (JSON). A file that is not a report is never replaced.",
     ),
-    option("html", type=FolderOrFile(dir_okay=False), help="The report as a web page."),
-    option(
-        "trust_remote_code", is_flag=True, help="Run Python code that lies in the model's folder."
-    ),
+    option("html", type=FolderOrFile(dir_okay=False), help="Also write the report as a web page."),
+    option("trust_remote_code", is_flag=True, help="Run the Python code in the model's folder."),
 )
 
 
@@ -149,16 +149,16 @@ def shared_options(function: _F) -> _F:
     "--chat",
     "converse",
     is_flag=True,
-    help="Talk with the model on the terminal: a line for each turn, /new to start over, Ctrl-D to "
-    "end. No report is written.",
+    help="Chat with the model on the terminal: one line for each turn, /new to start over, "
+    "Ctrl-D to end. No report is written.",
 )
 @shared_options
 def try_model(converse: bool, **given: Any) -> int:
-    """Run a converted model: its answers, its speed, its health, and whether it is the same.
+    """Run a converted model: show its answers, and check its speed, health and likeness to another.
 
-    MODEL is a Hugging Face folder. The report goes to a JSON file, by default test_results.json, or
-    test_results-2.json where that is another model's; the exit code is 0 only if the model loaded,
-    every prompt was answered and nothing that was found is an error.
+    MODEL is a Hugging Face folder. The report goes to a JSON file: test_results.json, or
+    test_results-2.json if the first is another model's report. The exit code is 0 only if the model
+    loaded, every prompt was answered, and no finding is an error.
     """
     context = click.get_current_context()
     if converse:

@@ -37,7 +37,7 @@ _EXAMPLES = (
 @click.option(
     "--once",
     is_flag=True,
-    help="Convert what is complete now, and end; exits with 1 if a save failed.",
+    help="Convert the saves that are complete now, then exit, with code 1 if a save failed.",
 )
 @flags(CONVERSION.values())
 @how_shown
@@ -47,8 +47,8 @@ def watch(
 ) -> int:
     """Convert each save of the run in RUN into OUT/STEP, once it is complete.
 
-    It goes on until it is interrupted (Ctrl-C, SIGTERM), and leaves nothing half done.
-    OUT/watch.json says what was done, and the same command goes on from there.
+    watch runs until it is interrupted (Ctrl-C, SIGTERM), and leaves nothing half done.
+    OUT/watch.json records what was done; the same command continues from there.
     """
     from reshard.watching.watch import watch as follow
 

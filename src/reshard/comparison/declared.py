@@ -12,7 +12,7 @@ VERIFY = table(
     Option(
         "against",
         Place(remote=True),
-        "The checkpoint that it was converted from; default: its own digests.",
+        "Compare with this checkpoint; default: with the digests in the folder's reshard.json.",
         metavar="SRC",
     ),
     TAG,
@@ -21,8 +21,8 @@ VERIFY = table(
     Option(
         "base",
         Place(remote=True),
-        "With a checkpoint to compare with: the model that it was converted onto. Without it, "
-        "tensors that came from the base are counted and not compared.",
+        "With --against: the base of the conversion. Without it, tensors that came from the base "
+        "are counted but not compared.",
         group="Input",
         short="b",
     ),
@@ -37,15 +37,14 @@ DIFF = table(
     Option(
         "base",
         Place(remote=True),
-        "Fit both onto this Hugging Face model, and compare what they would become: two saves of "
-        "one run by its names.",
+        "First map both onto the names of this Hugging Face model, then compare them.",
         group="Input",
     ),
     Option(
         "spectrum",
         Flag(),
-        "Also measure the rank of each matrix's change: which share of it the best approximations "
-        "of rank 1 to 8 hold. Both are read a few times more.",
+        "Also measure the rank of each matrix's change: the share of the change that its best "
+        "approximations of rank 1 to 8 contain. This reads both checkpoints several more times.",
         default=False,
     ),
     Option(

@@ -66,14 +66,14 @@ DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 THREADS = Option(
     "threads",
     Integer(1, 1024),
-    "Threads; default: the cores, at most 4.",
+    "How many threads to use; default: one per core, at most 4.",
     group="Output",
     metavar="N",
 )
 PROGRESS = Option(
     "progress",
     Function(),
-    "Called with what is done, and the bytes done and to do.",
+    "A function that is called with the stage, the bytes done and the bytes in all.",
     only_python=True,
 )
 
@@ -84,9 +84,9 @@ CONVERT = table(
     Option(
         "base",
         Place(remote=True),
-        "The Hugging Face model that training started from, a folder or URL. Its files define the "
-        "names and dtypes of the output, and the other files are copied. Without it, only weights "
-        "are written.",
+        "The Hugging Face model that training started from: a folder, a URL, or a name in the "
+        "Hugging Face cache. It defines the names and dtypes of the output's tensors; its "
+        "config, tokenizer and other files are copied. Without it, only weights are written.",
         group="Input",
         short="b",
     ),
@@ -96,58 +96,67 @@ CONVERT = table(
     Option(
         "to",
         Choice(tuple(output_formats())),
+<<<<<<< HEAD
         "The format of the output: a Hugging Face folder, PyTorch DCP for FSDP, or the torch_dist "
         "format of Megatron; or Meta's own files of Llama 1 to 3.",
+=======
+        "The format of the output: hf, a Hugging Face folder; dcp, PyTorch DCP, for FSDP; "
+        "deepspeed, a universal checkpoint with the training state; megatron, Megatron-Core's "
+        "torch_dist.",
+>>>>>>> main
         "hf",
         group="Output",
     ),
     Option(
         "dtype",
         DTypeName(CHOICES, DTYPE_ALIASES),
-        "base: as the base stores each tensor (default with a base); keep: as the checkpoint does "
-        "(default without); or the dtype of all floating tensors.",
+        "The dtype of the output. base: that of each tensor in the base (default with --base); "
+        "keep: that of each tensor in the checkpoint (default without --base); otherwise the "
+        "dtype of all floating-point tensors.",
         group="Output",
     ),
     Option(
         "masters",
         Flag(),
-        "Of a Megatron checkpoint, take the weights from the fp32 masters in its optimizer's "
-        "state. Of DeepSpeed's they are taken anyway.",
+        "Read the weights of a Megatron checkpoint from the fp32 masters in its optimizer's "
+        "state. For DeepSpeed checkpoints this is always so.",
         False,
         group="Input",
     ),
     Option(
         "max_shard_size",
         Size(),
-        "The largest size of a file, e.g. 5GB; default: 5GB, of Hugging Face files; else 1GB.",
+        "The largest size of an output file, e.g. 5GB; default: 5GB for Hugging Face files, 1GB "
+        "for others.",
         group="Output",
         metavar="SIZE",
     ),
     Option(
         "names",
         Choice(NAMES),
-        "all: each tensor by its name on disk and by those that loaded models of any transformers "
-        "version ask for (default with --to dcp, where the model's config is at hand); disk: as in "
-        "the base's files (else the default); memory: as the loaded model of one version has them; "
-        "hub: with --to hf, in the layout of released models, where the base is a save of "
-        "transformers 5 that has another; torchtitan: with --to dcp, as its own models have "
-        "them, of 0.3 and of 2025.",
+        "Which names the tensors get. all: the names in the base's files and also those that "
+        "loaded models of any transformers version ask for (default with --to dcp, if the "
+        "model's config is known); disk: the names in the base's files (the default otherwise); "
+        "memory: the names of the loaded model of one transformers version; hub: with --to hf, "
+        "the names and layout of the released model, if transformers 5 saved the base in another "
+        "layout; torchtitan: with --to dcp, the names of torchtitan's own models, of 0.3 and of "
+        "2025.",
         group="Output",
     ),
     Option(
         "transformers_version",
         Parsed(parse_version),
-        "With --names memory: the version that will load the output; default: the installed one. "
-        "With --names all: a version that must be among them. Otherwise: the version used in "
-        "training, needed only if an error asks for it.",
+        "A version of transformers, e.g. 4.57. With --names memory: the version that will load "
+        "the output; default: the installed one. With --names all: a version whose names must be "
+        "included. Otherwise: the version used in training; needed only if an error asks for it.",
         group="Output",
         metavar="V",
     ),
     Option(
         "consumed_samples",
         Integer(0, (1 << 63) - 1),
-        "With --to dcp: write client_state.pt, which LightRFT's load_ckpt needs: how many samples "
-        "the run has consumed; 0 for a new one.",
+        "With --to dcp: also write client_state.pt, which LightRFT's load_ckpt needs, with this "
+        "number of consumed samples; 0 for a new run.",
         group="Output",
         metavar="N",
         underscored=True,
@@ -155,79 +164,82 @@ CONVERT = table(
     Option(
         "optimizer",
         Flag(),
-        "Write the training state along with the weights: the optimizer's moments, steps and "
-        "groups, the schedule, the user's state. Weights keep the checkpoint's dtype, fp32 masters "
-        "among them, and names are those of the loaded model.",
+        "Also write the training state: the optimizer's moments, steps and parameter groups, the "
+        "schedule, and the script's own counters. The weights keep the checkpoint's dtype (fp32 "
+        "masters stay fp32) and have the names of the loaded model.",
         False,
         group="Training state",
     ),
     Option(
         "layout",
         Choice(LAYOUTS),
-        "With --optimizer and --to dcp, who loads it: LightRFT's load_ckpt (default), accelerate "
-        "and the HF Trainer, or one nested state dict.",
+        "With --optimizer and --to dcp: which program loads the output. lightrft: LightRFT's "
+        "load_ckpt (default); accelerate: accelerate and the HF Trainer; nested: dcp.load of one "
+        "nested state dict; torchtitan: torchtitan.",
         group="Training state",
     ),
     Option(
         "hyperparameters",
         Place(),
-        "With --optimizer: a JSON file with the groups' hyperparameters, where the checkpoint does "
-        "not hold them (DeepSpeed's elastic ones): a list with an object for each group.",
+        "With --optimizer: a JSON file with the hyperparameters of each parameter group, as a "
+        "list of objects, if the checkpoint does not contain them (DeepSpeed's elastic "
+        "checkpoints).",
         group="Training state",
         metavar="FILE",
     ),
     Option(
         "threads",
         Integer(1, 1024),
-        "Threads; default: the cores, at most 4. With --engine ray: pieces at a time; default: as "
-        "many as the cluster has processors.",
+        "How many threads to use; default: one per core, at most 4. With --engine ray: how many "
+        "pieces to process at a time; default: one per processor of the cluster.",
         group="Output",
         metavar="N",
     ),
     Option(
         "engine",
         Choice(ENGINES),
-        "Who moves the bytes and reads them again. local: threads of this process; ray: the "
-        "workers of a Ray cluster, which see source, base and DST under the same paths.",
+        "What reads, writes and verifies the bytes. local: threads of this process; ray: the "
+        "workers of a Ray cluster, which must see SRC, DST and the base under the same paths.",
         "local",
         group="Output",
     ),
     Option(
         "ray_address",
         Parsed(parse_address),
-        "With --engine ray: the cluster, as HOST:PORT, or auto: the one that this machine is a "
-        "node of. Default: RAY_ADDRESS, else a cluster of this machine for this run.",
+        "With --engine ray: the cluster's address, HOST:PORT, or auto for the cluster that this "
+        "machine is a node of. Default: RAY_ADDRESS; without it, reshard starts a cluster on "
+        "this machine for this run.",
         group="Output",
         metavar="ADDRESS",
     ),
     Option(
         "overwrite",
         Flag(),
-        "If DST is an output of reshard with nothing added or changed, delete it once the new "
-        "output is complete. Nothing else that exists is ever replaced.",
+        "Replace DST if reshard wrote it and nothing in it was added or changed; the old output "
+        "is deleted once the new one is complete. reshard never replaces anything else.",
         False,
         group="Output",
     ),
     Option(
         "resume",
         Flag(),
-        "Continue a run of the same command that was interrupted: what it had finished is read and "
-        "hashed again, and reused where it is right. If this run is interrupted, what it finished "
-        "is kept. Without anything to continue, it is an ordinary run.",
+        "Continue an interrupted run of the same command: reshard reads and hashes again what "
+        "that run had finished, and reuses it if the hashes match. If this run is interrupted "
+        "too, it keeps what it finished. With nothing to continue, it is an ordinary run.",
         False,
         group="Output",
     ),
     Option(
         "verify",
-        Flag(no="Do not read the output again."),
-        "Read the output again and compare.",
+        Flag(no="Do not read the output back and compare it."),
+        "Read the output back and compare it.",
         True,
         group="Output",
     ),
     Option(
         "dry_run",
         Flag(),
-        "Check and plan everything, write nothing.",
+        "Check and plan everything, but write nothing.",
         False,
         group="Output",
         short="n",
@@ -236,8 +248,9 @@ CONVERT = table(
     Option(
         "model_type",
         Choice(MODEL_TYPES),
-        "The kind of model; default: detected by its heads. vision2seq: language, vision-language "
-        "and audio-language models; grm: generative, srm: scalar reward models.",
+        "The kind of model; default: detected from its heads. vision2seq: a model that generates "
+        "text, also from images or audio; grm: a generative reward model; srm_vl, srm_al: a scalar "
+        "reward model for images or audio; critic: a model with a value head.",
         group="Reward models and critics",
         needs_base=True,
         underscored=True,
@@ -245,7 +258,7 @@ CONVERT = table(
     Option(
         "pooling_method",
         Choice(POOLINGS),
-        "Scalar reward models only: how the heads pool. An error if the checkpoint disagrees.",
+        "Scalar reward models only: how the heads pool. It must agree with the checkpoint.",
         group="Reward models and critics",
         needs_base=True,
         underscored=True,
@@ -253,8 +266,8 @@ CONVERT = table(
     Option(
         "scale_for_train",
         Flag(either=True),
-        "Scalar reward models only: with or without a logit scale. An error if the checkpoint "
-        "disagrees.",
+        "Scalar reward models only: whether there is a logit scale. It must agree with the "
+        "checkpoint.",
         group="Reward models and critics",
         needs_base=True,
         underscored=True,
@@ -262,8 +275,8 @@ CONVERT = table(
     Option(
         "heads_types",
         Texts(),
-        "Scalar reward models only: the names of the heads, in order. An error if the checkpoint "
-        "disagrees.",
+        "Scalar reward models only: the names of the heads, in order. They must agree with the "
+        "checkpoint.",
         group="Reward models and critics",
         metavar="NAME",
         needs_base=True,
@@ -272,8 +285,9 @@ CONVERT = table(
     Option(
         "probing_layer",
         Integer(),
-        "Scalar reward models only: the hidden state that the heads read. The checkpoint does not "
-        "store it; reshard records it. Default: -1, as in LightRFT.",
+        "Scalar reward models only: the index of the hidden state that the heads read. The "
+        "checkpoint does not contain it; reshard records it in reward_config.json. Default: -1, "
+        "as in LightRFT.",
         group="Reward models and critics",
         metavar="N",
         needs_base=True,
@@ -282,7 +296,8 @@ CONVERT = table(
     Option(
         "value_head",
         Text(),
-        "The name of a critic's head, e.g. value_head; score and v_head are detected.",
+        "The name of a critic's head, e.g. value_head. reshard detects score and v_head without "
+        "it.",
         group="Reward models and critics",
         metavar="NAME",
         needs_base=True,
@@ -291,8 +306,8 @@ CONVERT = table(
     Option(
         "srm_format",
         Choice(SRM_FORMATS),
-        "How a scalar reward model is written: as LightRFT loads it, as backbone and heads, or "
-        "both.",
+        "The output of a scalar reward model. lightrft: the state dict that LightRFT loads; "
+        "split: the backbone, and the heads beside it; both: both.",
         "both",
         group="Reward models and critics",
         needs_base=True,
@@ -300,15 +315,15 @@ CONVERT = table(
     Option(
         "lora",
         Choice(LORA),
-        "How LoRA adapters are written: the model with them merged (default with a base), a "
-        "folder for PEFT, or both.",
+        "The output of LoRA adapters. merge: the model with the adapters merged into its weights "
+        "(default with --base); adapter: a folder for PEFT; both: both.",
         group="Adapters",
         needs_base=True,
     ),
     Option(
         "lora_alpha",
         Number(),
-        "The alpha that the adapters were trained with, which a checkpoint does not hold.",
+        "The alpha that the adapters were trained with; a checkpoint does not contain it.",
         group="Adapters",
         metavar="ALPHA",
         needs_base=True,
@@ -317,14 +332,14 @@ CONVERT = table(
     Option(
         "adapter_config",
         Place(),
-        "The run's adapter_config.json, which states alpha.",
+        "The run's adapter_config.json, which states alpha and the other settings of the adapters.",
         group="Adapters",
         needs_base=True,
     ),
     Option(
         "adapter",
         Text(),
-        "Which adapter, where there are several. One is converted in a run.",
+        "Which adapter to convert, if there are several.",
         group="Adapters",
         metavar="NAME",
         needs_base=True,
@@ -332,14 +347,14 @@ CONVERT = table(
     Option(
         "exclude_frozen",
         Flag(),
-        "Leave out frozen parameters.",
+        "Leave out the frozen parameters.",
         False,
         group="What may differ",
     ),
     Option(
         "fill_from_base",
         Flag(),
-        "Copy from the base what the checkpoint does not hold.",
+        "Copy the tensors that the checkpoint lacks from the base.",
         False,
         group="What may differ",
         needs_base=True,
@@ -348,7 +363,8 @@ CONVERT = table(
     Option(
         "allow",
         Patterns(),
-        "Names that may be missing or left over; `*` stands for any characters, e.g. 'visual.*'.",
+        "Tensor names that may be missing from the checkpoint, or have no place in the base; `*` "
+        "stands for any characters, e.g. 'visual.*'.",
         (),
         group="What may differ",
         metavar="PATTERN",
@@ -357,7 +373,7 @@ CONVERT = table(
     Option(
         "allow_unchanged",
         Flag(),
-        "Accept a result whose every tensor equals the base's.",
+        "Accept a result in which every tensor equals the base's.",
         False,
         group="What may differ",
         needs_base=True,
@@ -365,14 +381,15 @@ CONVERT = table(
     Option(
         "allow_step_mismatch",
         Flag(),
-        "Accept a ZeRO-3 checkpoint whose optimizer was restarted.",
+        "Accept a ZeRO-3 checkpoint whose optimizer is at another step than the model, because "
+        "it was restarted.",
         False,
         group="What may differ",
     ),
     Option(
         "strict",
         Codes({code: about for code, about in CODES.items() if not about.by}),
-        "Treat every warning as an error; with codes, the findings of these codes.",
+        "Treat every warning as an error; with codes, only the findings with these codes.",
         False,
         group="What may differ",
         metavar="CODE",

@@ -23,6 +23,11 @@ _MIN_NUMEL = 8
 # AMSGrad's greatest mean of squares is the mean itself while that rises.
 _MAXIMUM = "max_exp_avg_sq"
 _HINT = "Copy the checkpoint again, or use another save. The weights alone: leave out --optimizer."
+# torch 2.13 gathers both into one buffer on the CPU (torch/distributed/fsdp/_optim_utils.py).
+_FSDP1 = (
+    "FSDP1 gathers them so for FULL_STATE_DICT: save with SHARDED_STATE_DICT. Another checkpoint: "
+    "copy it again, or use another save. The weights alone: leave out --optimizer."
+)
 
 
 def check_values(state: TrainingState | None, outcome: Outcome) -> None:
@@ -41,7 +46,7 @@ def check_values(state: TrainingState | None, outcome: Outcome) -> None:
         raise VerificationError(
             f"it equals {kinds[1]} bit for bit: one of the two is a copy of the other.",
             tensor=f"{STATE_TABLE}: {kinds[0]}",
-            hint=_HINT,
+            hint=_FSDP1,
         )
 
 

@@ -54,7 +54,13 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
     state = _with_given(state, options)
     catalog = with_masters(catalog, state)
     kept = (found for found in catalog.findings if found.code != "optimizer-left-out")
-    findings = (*kept, *state.findings, *_left_out(state), *_steps_differ(state))
+    findings = (
+        *kept,
+        *state.findings,
+        *_left_out(state),
+        *_never_updated(state),
+        *_steps_differ(state),
+    )
     return replace(catalog, findings=findings), state
 
 
@@ -76,6 +82,19 @@ def _left_out(state: TrainingState) -> tuple[Finding, ...]:
         return ()
     message = f"of the training state was left out: {listed(state.left_out)}."
     return (Finding("state-left-out", message),)
+
+
+def _never_updated(state: TrainingState) -> tuple[Finding, ...]:
+    """That groups cover parameters without moments; of an optimizer before its first step all."""
+    held = state.held
+    never = [name for group in state.groups for name in group.names if name not in held]
+    if not never or not held:
+        return ()
+    message = (
+        f"the optimizer's groups cover {len(never)} parameters that it holds no moments of, as of "
+        f"frozen ones and of those that no step has updated: {listed(never, 4)}."
+    )
+    return (Finding("state-never-updated", message),)
 
 
 def _steps_differ(state: TrainingState) -> tuple[Finding, ...]:
@@ -217,7 +236,7 @@ def with_ties(
 
 def in_full_precision(state: TrainingState, made: OutputModel) -> OutputModel:
     """The output with float32 for what the optimizer updates, and for its moments."""
-    trained = set(state.names)
+    trained = state.held
     model = [
         replace(tensor, spec=replace(tensor.spec, dtype=FLOAT32))
         if tensor.spec.name in trained

@@ -111,294 +111,320 @@ def state_named_by_order(count: int) -> Finding:
 #: Every code, in alphabetical order.
 CODES: dict[str, Code] = {
     "adapter-base-folder": Code(
-        "info", "an adapter folder names its base by a folder of this machine",
-        "Where the base lies elsewhere, change base_model_name_or_path in adapter_config.json."),
+        "info", "an adapter folder names its base by a local path",
+        "On other machines, change base_model_name_or_path in adapter_config.json."),
     "adapter-not-served": Code(
         "warning", "vLLM and llama.cpp refuse an adapter of this kind",
         "To serve it, pass --lora merge."),
     "adapter-partly-zero": Code(
-        "warning", "half of an adapter's rows or more are exact zeros: a part may not be saved",
-        "Gather every rank's part before saving, and convert that."),
+        "warning",
+        "at least half of an adapter's rows are exact zeros: a rank's part may not have been saved",
+        "Gather the parts of all ranks before saving, and convert that save."),
     "adapter-rank-for-vllm": Code(
-        "warning", "vLLM accepts adapters of this rank only with a flag"),
+        "warning", "vLLM accepts adapters of this rank only with --max-lora-rank"),
     "adapter-scales-differ": Code(
         "warning", "an engine would scale the adapter differently than PEFT does",
         "To serve it, pass --lora merge."),
     "adapter-setting-unknown": Code(
-        "warning", "adapter_config.json has a setting that is not known here",
-        "Compare the output with PEFT's."),
+        "warning", "adapter_config.json has a setting that reshard does not know",
+        "Compare the output with that of PEFT."),
     "adapter-zero": Code("warning", "the adapters change nothing: every lora_B is zero"),
     "adapters-alone": Code(
-        "warning", "the adapter does not hold tensors that differ from the base's",
+        "warning", "some trained tensors are not part of the adapter",
         "To write the whole model, pass --lora merge."),
     "adapters-unmerged": Code(
-        "warning", "adapters were written as they are, into a file that no program loads",
+        "warning", "adapters were written unmerged, into a file that no program loads",
         "Pass --base."),
     "allow-unmatched": Code(
         "warning", "a pattern of --allow matches no name",
         "Correct the pattern, or leave it out."),
-    "alpha-from-file": Code("info", "alpha was read from an adapter_config.json near the run"),
-    "answer-repeats-token": Code(
-        "warning", "some long answers are one token over and over", by=("try",)),
+    "alpha-from-file": Code(
+        "info", "alpha was read from an adapter_config.json beside the checkpoint"),
+    "answer-repeats-token": Code("warning", "some long answers repeat one token", by=("try",)),
     "architecture-repaired": Code(
-        "info", "the base's config had FSDP's class name; the output has the class's own name"),
+        "info", "the base's config has FSDP's class name; the output has the original class name"),
     "backbone-names": Code(
-        "warning", "names are those of the backbone, under a class with a head", by=("doctor",)),
+        "warning", "the names are those of a backbone, but the class has a head", by=("doctor",)),
     "base-config-fields": Code(
-        "info", "the base's config lacks fields that releases have and engines read",
+        "info", "the base's config lacks fields that released models have and engines read",
         "To write them: reshard doctor OUT --repair REPAIRED."),
     "base-layout": Code(
-        "warning", "the base's names or orientation are those of no release",
-        "For the layout of the release, pass --names hub."),
+        "warning", "the base has names or tensor layouts that no released model has",
+        "To write the layout of the released model, pass --names hub."),
     "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
     "checkpoint-damaged": Code(
         "error", "a training checkpoint is incomplete or damaged", by=("doctor",)),
     "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
+    "checkpoint-taken": Code(
+        "info", "the path is a folder above the checkpoint; the message says which one was read"),
     "checkpoints-below": Code(
-        "info", "an exported model was read, and training checkpoints lie below it",
+        "info", "an exported model was read, but there are training checkpoints below it",
         "To convert one of them, name its folder."),
-    "code-missing": Code("error", "code that the config names is missing", by=("doctor",)),
+    "code-missing": Code("error", "Python files that the config names are missing", by=("doctor",)),
     "codes-compared": Code(
-        "info", "quantised weights of a kind that is not read were compared as they are stored"),
+        "info", "quantised weights of an unsupported kind were compared as stored"),
     "codes-left-out": Code(
-        "warning", "quantised weights under adapters were left out; the base's were taken"),
+        "warning", "quantised weights under adapters were left out; the base's weights were used"),
     "codes-unread": Code(
-        "warning", "the weights are codes of a kind that is not read", by=("doctor",)),
-    "codes-unreadable": Code("error", "quantised weights lack their scales", by=("doctor",)),
+        "warning", "the weights are quantised in an unsupported way", by=("doctor",)),
+    "codes-unreadable": Code("error", "scales of quantised weights are missing", by=("doctor",)),
     "config-fields-missing": Code(
-        "warning", "the config lacks fields that releases have and engines read", by=("doctor",)),
+        "warning", "the config lacks fields that released models have and engines read",
+        by=("doctor",)),
     "config-missing": Code("error", "config.json is missing or cannot be read", by=("doctor",)),
     "consumed-samples-unknown": Code(
         "warning", "client_state.pt lacks what LightRFT's training needs to resume",
         "Pass --consumed-samples."),
     "copies-shared": Code(
-        "info", "copies that the trainer shares with another tensor are not written"),
+        "info", "tensors that the trainer shares with another one are written once"),
     "damaged-file": Code(
-        "error", "a weight file is cut off or breaks its format's rules", by=("doctor",)),
-    "dequantised": Code(
-        "info", "quantised weights are written as the numbers that they represent"),
+        "error", "a weight file is truncated or breaks the rules of its format", by=("doctor",)),
+    "dequantised": Code("info", "quantised weights are written dequantised"),
     "dtype-contradicts-config": Code(
-        "warning", "the weights' dtype is not the config's", by=("doctor",)),
+        "warning", "the weights' dtype differs from the config's", by=("doctor",)),
     "engine-adapter": Code(
-        "error", "an engine refuses the adapter, or scales it otherwise", by=("doctor",)),
-    "engine-class": Code("error", "an engine has no class of this name", by=("doctor",)),
-    "engine-config": Code(
-        "error", "an engine asks for fields that the config lacks", by=("doctor",)),
-    "engine-files": Code(
-        "error", "an engine reads weight files that are not the model's, or not those that are",
+        "error", "an engine refuses the adapter, or scales it differently than PEFT",
         by=("doctor",)),
+    "engine-class": Code(
+        "error", "an engine does not know the class in the config", by=("doctor",)),
+    "engine-config": Code("error", "an engine needs fields that the config lacks", by=("doctor",)),
+    "engine-files": Code("error", "an engine reads the wrong weight files", by=("doctor",)),
     "engine-names": Code(
-        "error", "an engine does not take the names or the layout", by=("doctor",)),
+        "error", "an engine does not load these names or this layout", by=("doctor",)),
     "engine-names-unread": Code(
-        "warning", "whether an engine takes the names or the layout is not known", by=("doctor",)),
+        "warning", "it is unknown whether an engine loads these names or this layout",
+        by=("doctor",)),
     "engine-no-head": Code(
-        "warning", "a model without an output head: an engine cannot generate with it",
+        "warning", "the model has no output head: an engine cannot generate with it",
         by=("doctor",)),
     "engine-score-bias": Code(
-        "warning", "an engine gives the head a bias that no file has", by=("doctor",)),
+        "warning", "an engine adds a random bias to the head", by=("doctor",)),
     "engine-tensors": Code(
-        "error", "an engine lacks tensors, and makes them up or refuses", by=("doctor",)),
-    "engine-unknown-tensors": Code("error", "an engine drops or refuses tensors", by=("doctor",)),
-    "engine-weights": Code("error", "an engine does not read weights of this kind", by=("doctor",)),
+        "error", "tensors are missing, which an engine fills with random values, or refuses",
+        by=("doctor",)),
+    "engine-unknown-tensors": Code(
+        "error", "an engine ignores or refuses some tensors", by=("doctor",)),
+    "engine-weights": Code("error", "an engine does not load weights of this kind", by=("doctor",)),
     "export-beside": Code(
         "info", "a training checkpoint was read, and an exported model lies beside it",
         "To convert the exported model, name its file."),
     "flat-parameters-cut": Code(
         "warning",
-        "flat parameters were cut in the order of the model's family, which no file states"),
-    "from-cache": Code("info", "a model was read from the Hugging Face cache; which snapshot"),
+        "flat parameters were split in the order of the model's family; no file states the order"),
+    "from-cache": Code(
+        "info", "a model was read from the Hugging Face cache; the message names the snapshot"),
     "fsdp-class": Code(
-        "error", "the config has FSDP's name of a class, which transformers does not know",
+        "error", "the config has FSDP's class name, which transformers does not know",
         by=("doctor",)),
     "generation-config-missing": Code(
         "warning", "generation_config.json is missing", by=("doctor", "try")),
-    "generation-loops": Code("warning", "the last half of a long answer is a loop", by=("try",)),
+    "generation-loops": Code("warning", "the second half of a long answer is a loop", by=("try",)),
     "generation-outside-vocabulary": Code(
-        "error", "an answer holds a token that the tokenizer does not have", by=("try",)),
-    "generation-repeats-token": Code(
-        "error", "every long answer is one token over and over", by=("try",)),
+        "error", "an answer contains a token that the tokenizer does not have", by=("try",)),
+    "generation-repeats-token": Code("error", "every long answer repeats one token", by=("try",)),
     "head-claimed": Code(
-        "warning", "the config names a class with an output head, which the folder does not have",
-        "Name the backbone's own class in config.json's architectures, or serve it only to score."),
+        "warning", "the config names a class with an output head, but the folder has no head",
+        "In config.json, set architectures to the backbone's class, or use the model only for "
+        "scores."),
     "head-contradicts-config": Code(
-        "error", "the config ties a head that is not the embedding", by=("doctor", "try")),
+        "error", "the config ties the output head to the embedding, but their values differ",
+        by=("doctor", "try")),
     "head-missing": Code("error", "the output head is missing", by=("doctor",)),
     "head-stored-twice": Code(
-        "warning", "the output head is stored although it is the embedding", by=("doctor", "try")),
-    "head-untied": Code("warning", "an output head differs from the embedding that it was tied to"),
+        "warning", "the output head is stored although it is tied to the embedding",
+        by=("doctor", "try")),
+    "head-untied": Code(
+        "warning", "the output head differs from the embedding that it was tied to"),
     "hyperparameters-unknown": Code(
-        "warning", "torch's AdamW does not have a given hyperparameter, and ignores it",
+        "warning", "a hyperparameter was given that torch's AdamW ignores",
         "Correct its name, or leave it out."),
     "identical-to-base": Code(
-        "error", "the weights are the base's: nothing was trained", by=("doctor",)),
+        "error", "every tensor equals the base's: nothing was trained", by=("doctor",)),
     "in-memory-names": Code(
-        "error", "names are those of a loaded model, not those of the files", by=("doctor",)),
+        "error", "the names are those of a loaded model, not those of the files", by=("doctor",)),
     "incomplete-skipped": Code(
-        "warning", "a newer checkpoint is incomplete; an older one was read",
-        "Copy the newer one again, or name the one to read."),
+        "warning", "the newest checkpoint is incomplete; an older one was read",
+        "Copy the newest one again, or name the one to read."),
     "index-mismatch": Code("error", "the index does not match the files", by=("doctor",)),
-    "layer-count": Code("error", "the layers are not as many as the config says", by=("doctor",)),
+    "layer-count": Code("error", "the number of layers differs from the config's", by=("doctor",)),
     "layers-beyond-base": Code(
-        "info", "layers for multi-token prediction are written, of which the base has none"),
+        "info", "layers for multi-token prediction are written, although the base has none"),
     "layers-left-out": Code(
-        "warning", "layers for multi-token prediction are not written in the trainer's names"),
-    "layers-without-files": Code(
-        "info", "some layers of a pipeline have no file"),
-    "logits-not-finite": Code("error", "the logits of a step hold NaN or infinity", by=("try",)),
+        "warning",
+        "layers for multi-token prediction are left out, because the trainer has no names for "
+        "them"),
+    "layers-without-files": Code("info", "some layers of a pipeline have no file"),
+    "logits-not-finite": Code("error", "the logits contain NaN or infinity", by=("try",)),
     "masters-missing": Code(
-        "info", "some 16-bit tensors have no fp32 master, and are as the model holds them"),
+        "info", "some 16-bit tensors have no fp32 master; the model's values were used"),
     "masters-unnamed": Code(
-        "warning", "the fp32 masters are stored without names; 16-bit weights were read"),
+        "warning", "the fp32 masters have no names; the 16-bit weights were read"),
     "memory-layout-apart": Code(
-        "warning", "loaded models of some versions hold tensors that the folder has no bytes for",
-        "For a run of such a version, convert with --names memory."),
+        "warning",
+        "loaded models of some transformers versions need tensors that the output does not contain",
+        "For a run with such a version, convert with --names memory."),
     "memory-layout-unknown": Code(
-        "warning", "the names that loaded models of some versions ask for are not known"),
-    "memory-names": Code("info", "names are those of a loaded model, not those of the files"),
+        "warning",
+        "reshard does not know the names that loaded models of some transformers versions need"),
+    "memory-names": Code("info", "the names are those of a loaded model, not those of the files"),
     "memory-names-added": Code(
-        "info", "tensors also have the names that loaded models ask for, without further bytes"),
+        "info", "tensors also have the names that loaded models need; this adds no bytes"),
     "memory-version-unknown": Code(
         "warning", "the loaded models of the named transformers version are not known",
         "Load the output with strict names, or name the version with --transformers-version."),
     "model-files-unchecked": Code(
         "info", "a training checkpoint was examined, which has no config and no tokenizer",
         by=("doctor",)),
+        "warning", "reshard does not know the loaded models of this transformers version",
+        "Check the names when you load the output, or pass --transformers-version."),
     "module-from-base": Code(
-        "info", "a module in a sub-folder of the base was not in the checkpoint and is the base's"),
+        "info",
+        "a module in a sub-folder of the base is not in the checkpoint and was copied from the "
+        "base"),
     "names-do-not-fit": Code(
-        "error", "tensors are missing, left over or of another shape", by=("doctor",)),
+        "error", "tensors are missing, unexpected or of another shape", by=("doctor",)),
     "names-unknown": Code(
-        "error", "tensors have names that no class of the architecture has", by=("doctor",)),
+        "error", "tensors have names that the architecture does not have", by=("doctor",)),
     "names-without-weights": Code(
-        "warning", "the checkpoint has names without weights", "Pass --fill-from-base."),
+        "warning", "the checkpoint has names without weights",
+        "Pass --fill-from-base."),
     "newer-export": Code(
         "info", "an exported model is newer than the checkpoint that was read",
         "To convert it, name it."),
     "no-adapters": Code(
         "warning", "an option for adapters was given, and the checkpoint holds none",
         "Leave the option out, or name the checkpoint that holds the adapters."),
-    "no-base": Code(
-        "warning", "without a base, only weights are written", "Pass --base."),
-    "no-checksums": Code("warning", "the files have no checksums: damage cannot be detected"),
+    "no-base": Code("warning", "without --base, only weights are written", "Pass --base."),
+    "no-checksums": Code("warning", "the files contain no checksums, so damage cannot be detected"),
     "no-output-head": Code("info", "the model has no output head and is not for generation"),
     "no-space": Code(
-        "warning", "a dry run found that the disk has no room for the output",
-        "Make room or name an output on another disk."),
+        "warning", "a dry run found too little free disk space for the output",
+        "Free some space, or name an output on another disk."),
     "not-finite": Code(
-        "warning", "weights hold NaN or infinity: the run has diverged, or a buffer is made so",
+        "warning",
+        "weights contain NaN or infinity: the run diverged, or a buffer has such values by design",
         "Convert an earlier checkpoint of the run."),
-    "not-resumed": Code(
-        "warning", "nothing of an interrupted run of this output could be reused"),
+    "not-resumed": Code("warning", "nothing from an interrupted run could be reused"),
     "objects-unread": Code(
-        "warning", "a pickle holds objects that are not data; they were not made"),
+        "warning", "a pickle contains objects that are not data; they were skipped"),
     "old-output-kept": Code(
-        "warning", "the output that was replaced cannot be deleted entirely",
-        "Delete what is left of it."),
+        "warning", "the replaced output cannot be deleted completely",
+        "Delete the rest yourself."),
     "old-output-restored": Code(
-        "info", "a killed run had moved the old output aside; it was put back"),
+        "info", "a killed run had moved the old output aside; it was restored"),
     "one-shard": Code(
-        "warning", "one shard of several was read", "For the whole model, name its folder."),
-    "optimizer-left-out": Code(
-        "info", "the checkpoint also holds the state of an optimizer"),
+        "warning", "one shard of several was read",
+        "For the whole model, name its folder."),
+    "optimizer-left-out": Code("info", "the checkpoint also contains an optimizer's state"),
     "option-idle": Code("info", "an option has no effect on this conversion"),
     "output-unlike-architecture": Code(
-        "warning", "what is written lacks tensors of the architecture, or has more"),
+        "warning", "the output lacks tensors of the architecture, or has extra ones"),
     "part-left-out": Code(
-        "info", "the checkpoint holds another part that could be a model, and it was not read",
+        "info", "the checkpoint contains another part that could be a model; it was not read",
         "To convert it, pass --prefix."),
-    "part-missing": Code("error", "a whole part of the model is missing", by=("doctor",)),
-    "partial-output": Code("info", "what an interrupted run of this output left was removed"),
+    "part-missing": Code("error", "a part of the model (a tower) is missing", by=("doctor",)),
+    "partial-output": Code("info", "the files of an interrupted run were removed"),
     "partial-output-kept": Code(
-        "warning", "something beside the output looks like a run's leftover and was not removed",
-        "Remove it, if nobody needs it."),
-    "pickled-weights": Code("warning", "the weights are in torch.save files", by=("doctor",)),
-    "pieces-made-again": Code(
-        "info", "workers of the cluster were lost, and others did their work"),
+        "warning",
+        "files beside the output look like those of an interrupted run; they were not removed",
+        "Remove them if nobody needs them."),
+    "pickled-weights": Code(
+        "warning", "the weights are in torch.save files (pickles)", by=("doctor",)),
+    "pieces-made-again": Code("info", "workers of the cluster were lost; others did their work"),
     "probing-layer-assumed": Code(
-        "warning", "which hidden state the reward heads read was assumed",
-        "Pass --probing-layer with the value of the training."),
+        "warning", "the hidden state that the reward heads read is an assumption",
+        "Pass --probing-layer with the value used in training."),
     "processor-missing": Code(
         "error", "the image or audio processor is missing", by=("doctor", "try")),
     "quantisation-contradicts-config": Code(
-        "error", "the config contradicts the quantisation of the weights", by=("doctor",)),
+        "error", "quantization_config contradicts the weights", by=("doctor",)),
     "quantisation-unfounded": Code(
-        "warning", "the config says that weights are quantised, and they are not"),
+        "warning", "the config says that weights are quantised, but they are not"),
     "replicas-missing": Code(
-        "info", "files of some ranks are missing; the others hold all that they held"),
+        "info",
+        "files of some ranks are missing, but the others contain everything that they contained"),
     "resumed": Code("info", "an interrupted run of this conversion was continued"),
-    "rounded": Code("info", "tensors of two checkpoints are equal once one side is rounded"),
+    "rounded": Code("info", "tensors are equal after one side is rounded"),
     "rounded-weights": Code(
-        "warning", "the file holds rounded weights; those in full precision lie beside it",
-        "Name the folder that holds it."),
+        "warning", "the file contains rounded weights; the full-precision weights are beside it",
+        "Name the folder that contains it."),
     "run-state-left-out": Code(
-        "info", "counters or a user's state of the run have no place in the output"),
+        "info", "counters or other state of the script have no place in the output"),
     "scales-left-over": Code(
-        "error", "scales lie beside weights that are not quantised", by=("doctor",)),
+        "error", "there are scales for weights that are not quantised", by=("doctor",)),
     "scheduler-left-out": Code(
-        "warning", "the schedule's state was not written: torch's schedulers would not take it",
-        "Set the schedule in the script that goes on, at the step that the report states."),
+        "warning",
+        "the schedule's state was not written, because torch's schedulers cannot load it",
+        "In the script that continues the run, set the schedule to the step in the report."),
     "settings-unread": Code(
-        "warning", "a file with the run's settings cannot be read; they were not compared"),
+        "warning", "a file with the run's settings cannot be read, so they were not checked"),
     "several-models": Code(
-        "info", "the folder holds several models of one run; which one was read",
+        "info",
+        "the folder contains several models of one run; the message says which one was read",
         "To convert another, name it."),
-    "shapes-differ": Code("error", "shapes are not what the config's sizes make", by=("doctor",)),
+    "shapes-differ": Code(
+        "error", "shapes do not follow from the sizes in the config", by=("doctor",)),
     "shapes-unstated": Code(
-        "warning", "the shards do not state full shapes: missing last ranks cannot be noticed",
+        "warning", "the shards do not state full shapes, so missing last ranks cannot be detected",
         "Pass --base."),
     "state-alike": Code(
-        "warning", "moments of two parameters are equal bit for bit: a file may be a copy of "
-        "another's", "Copy the checkpoint again, or use another save."),
+        "warning",
+        "moments of two parameters are equal bit for bit: a file may be a copy of another one",
+        "Copy the checkpoint again, or use another save."),
     "state-groups-by-rule": Code(
-        "warning", "no file states which parameters a group has; Megatron's rules decide"),
+        "warning",
+        "no file states which parameters belong to which group; Megatron's rules were used"),
     "state-left-out": Code(
-        "warning", "a part of the training state is not plain data and is not carried over"),
+        "warning", "a part of the training state is not plain data and was left out"),
     "state-masters-rounded": Code(
         "warning", "fp32 masters were rounded to the dtype of the output's weights",
         "Leave out --dtype."),
     "state-named-by-order": Code(
-        "warning", "an optimizer's state has no names; the order of the parameters gave them",
-        "Compare the first losses of the continued run with those before."),
+        "warning",
+        "the optimizer's state has no names; they were derived from the order of the parameters",
+        "Compare the first losses of the continued run with the last ones before."),
+    "state-never-updated": Code(
+        "info", "the optimizer's groups list parameters of which it holds no moments",
+        "Freeze them in the run that continues: one that trains them asks for their moments."),
     "state-steps-differ": Code(
-        "info", "parameters have had different numbers of steps, as where some got no gradient"),
+        "info", "parameters have different step counts, for example because some got no gradient"),
     "stray-head": Code(
-        "error", "there is a head that the class in the config does not have", by=("doctor",)),
-    "tensors-missing": Code(
-        "error", "tensors that the architecture has are missing", by=("doctor",)),
-    "tied-tensor-copied": Code("warning", "a tensor was read from the tensor that it is tied to"),
+        "error", "there is a head, but the class in the config has none", by=("doctor",)),
+    "tensors-missing": Code("error", "tensors of the architecture are missing", by=("doctor",)),
+    "tied-tensor-copied": Code("warning", "a tied tensor is missing; its partner was used"),
     "tokenizer-missing": Code("error", "the tokenizer is missing", by=("doctor",)),
     "tokenizer-too-large": Code(
         "warning", "the tokenizer has more tokens than the embedding", by=("doctor", "try")),
     "tokenizer-too-small": Code(
-        "warning", "the embedding has over 1,024 rows more than the tokenizer has tokens",
+        "warning", "the embedding has over 1,024 more rows than the tokenizer has tokens",
         by=("try",)),
     "transposed-experts": Code("error", "stacked experts are transposed", by=("doctor",)),
     "unchanged": Code("warning", "every tensor equals the base model's: nothing was trained"),
     "universal-groups": Code(
         "info", "DeepSpeed matches the parameter groups of a universal checkpoint by position",
-        "Make the script's parameter groups in that order."),
+        "Create the script's parameter groups in this order."),
     "universal-loss-scale": Code(
-        "info", "the loss scale of an fp16 run is not carried into a universal checkpoint"),
+        "info", "a universal checkpoint does not contain the loss scale of an fp16 run"),
     "universal-no-schedule": Code(
-        "info", "a universal checkpoint was written without the state of a schedule",
+        "info", "the universal checkpoint has no state of a schedule",
         "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint."),
     "universal-stage3": Code(
-        "warning", "DeepSpeed's ZeRO stage 3 goes on wrongly from this universal checkpoint",
-        "Load it with ZeRO stage 1 or 2, or after loading run the lines of "
-        "docs/training-state.md."),
+        "warning", "DeepSpeed's ZeRO stage 3 continues incorrectly from this universal checkpoint",
+        "Load it with ZeRO stage 1 or 2, or run the code in docs/training-state.md after loading."),
     "universal-unlisted": Code(
         "warning", "a universal checkpoint holds parameters that its model files do not list",
-        "Is the folder a copy of two? Make the universal checkpoint again."),
+        "The folder may be a mixture of two. Make the universal checkpoint again."),
     "universal-unrestored": Code(
-        "warning", "DeepSpeed does not restore frozen parameters or buffers of a universal "
-        "checkpoint",
-        "Start the script from the weights that the run started from."),
+        "warning",
+        "DeepSpeed does not restore frozen parameters or buffers of a universal checkpoint",
+        "Start the script with the weights that the run started from."),
     "untrained-layers": Code(
-        "info", "loaded models do not hold these layers; they are copied from the base"),
+        "info", "loaded models do not have these layers; they were copied from the base"),
     "vectors-constant": Code(
-        "info", "a vector holds one value throughout, as new biases and norms do", by=("try",)),
+        "info", "all values of a vector are equal, as in new biases and norms", by=("try",)),
     "verify-exchanged": Code(
-        "warning", "a checkpoint was compared with an output of reshard, as if it were made of it",
+        "warning",
+        "the arguments of verify may be swapped: a checkpoint was verified against an output",
         "Name the output first: reshard verify OUT --against SRC."),
     "vocabulary-padded": Code(
         "info", "rows after the base's vocabulary were assumed to be Megatron's padding",
@@ -409,8 +435,15 @@ CODES: dict[str, Code] = {
         "error", "a matrix holds one other value throughout", by=("doctor", "try")),
     "weights-large": Code(
         "warning", "a matrix is far larger than those of trained models", by=("doctor",)),
+        "info", "rows beyond the base's vocabulary were treated as Megatron's padding",
+        "If the training added tokens, name a base with that vocabulary."),
+    "vocabulary-size": Code(
+        "error", "the vocabulary's size differs from the config's", by=("doctor",)),
+    "weights-all-zero": Code("error", "all values of a matrix are zero", by=("try",)),
+    "weights-constant": Code(
+        "error", "all values of a matrix are equal, and not zero", by=("try",)),
     "weights-missing": Code(
-        "error", "a weight is not in the files; transformers filled it with random numbers",
+        "error", "a weight is missing from the files; transformers filled it with random values",
         by=("try",)),
     "weights-not-finite": Code("error", "weights are NaN or infinite", by=("doctor", "try")),
     "weights-not-safetensors": Code(
@@ -420,10 +453,12 @@ CODES: dict[str, Code] = {
         "Copy the checkpoint again, or use another save. Experts that were made of one layer are "
         "alike before they are trained.", by=("doctor",)),
     "weights-unexpected": Code(
-        "error", "a tensor of the files belongs to no weight of the model", by=("try",)),
+        "error", "a tensor in the files is no weight of the model", by=("try",)),
     "weights-unread": Code(
-        "info", "weight files beside the model were not read", "To convert one, name it."),
-    "wrapper-prefix": Code("error", "names carry a wrapper's or trainer's prefix", by=("doctor",)),
+        "info", "weight files beside the model were not read",
+        "To convert one, name it."),
+    "wrapper-prefix": Code(
+        "error", "the names have a wrapper's or trainer's prefix", by=("doctor",)),
     "zero3-placeholders": Code(
-        "error", "ZeRO-3 left placeholders where the weights should be", by=("doctor", "try")),
+        "error", "the files contain ZeRO-3 placeholders instead of weights", by=("doctor", "try")),
 }  # fmt: skip

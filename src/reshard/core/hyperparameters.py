@@ -35,8 +35,9 @@ def is_adam(state: TrainingState, group: Group) -> bool:
     # DeepSpeedCPULion keeps the moments of Adam, too, one of them unused; it divides by nothing.
     if group.hyperparameters and "eps" not in group.hyperparameters:
         return False
-    held = [state.moments.get(kind, {}) for kind in _ADAM]
-    return all(name in table for table in held for name in group.names)
+    tables = [state.moments.get(kind, {}) for kind in _ADAM]
+    names = state.held.intersection(group.names)
+    return all(name in table for table in tables for name in names)
 
 
 def lacking(state: TrainingState, group: Group) -> list[str]:
@@ -49,7 +50,7 @@ def completed(state: TrainingState) -> TrainingState:
     """The state whose groups have every key that torch's AdamW asks for, `initial_lr` among them.
 
     Of another optimizer the groups are as they are, but for `initial_lr`. Raises `PlanError` where
-    something is missing that a run cannot go on without: a setting, a step, a parameter's moments.
+    something is missing that a run cannot go on without: a setting, a step, all moments.
     """
     _check_held(state)
     lrs = base_lrs(state)
@@ -92,26 +93,17 @@ def _pair(betas: Plain, at: int) -> tuple[Plain, ...]:
 
 
 def _check_held(state: TrainingState) -> None:
-    """Every parameter of a group must have what the others have: its moments, and a step."""
+    """Some parameters must have moments, and those of Adam a step."""
     if not state.moments:
         raise PlanError(
             "the optimizer has not made a step: it holds no moments.", hint=WEIGHTS_ALONE
-        )
-    held = {name for table in state.moments.values() for name in table}
-    covered = [name for group in state.groups for name in group.names]
-    never = [name for name in covered if name not in held]
-    if never:
-        raise PlanError(
-            f"the optimizer holds no moments of {len(never)} parameters that its groups cover, "
-            f"as of those that no step has updated: {listed(never, 4)}.",
-            hint=WEIGHTS_ALONE,
         )
     without = [
         name
         for group in state.groups
         if is_adam(state, group)
         for name in group.names
-        if name not in state.steps
+        if name in state.held and name not in state.steps
     ]
     if without:
         raise PlanError(

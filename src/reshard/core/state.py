@@ -82,6 +82,12 @@ class TrainingState(Struct, frozen=True):
         return tuple(dict.fromkeys((*covered, *held, *self.masters)))
 
     @property
+    def held(self) -> frozenset[str]:
+        """The parameters that have moments. A group may cover others: frozen ones that the script
+        passed to its optimizer, and those that no step has updated."""
+        return frozenset(name for table in self.moments.values() for name in table)
+
+    @property
     def hyperparameters_known(self) -> bool:
         """Whether every group states its hyperparameters."""
         return bool(self.groups) and all(group.hyperparameters for group in self.groups)
@@ -188,8 +194,7 @@ class TrainingState(Struct, frozen=True):
                     )
         covered = [name for group in self.groups for name in group.names]
         twice = [name for name, count in Counter(covered).items() if count > 1]
-        held = {name for table in self.moments.values() for name in table}
-        lost = sorted(held.difference(covered))
+        lost = sorted(self.held.difference(covered))
         if twice or lost:
             what = f"{listed(lost, 4)} is in none" if lost else f"{listed(twice, 4)} is in several"
             raise FormatError(

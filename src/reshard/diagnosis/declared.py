@@ -19,8 +19,8 @@ DOCTOR = table(
     Option(
         "base",
         Place(remote=True),
-        "The Hugging Face model that training started from: names, shapes, ties and values are "
-        "compared with it.",
+        "The Hugging Face model that training started from; doctor compares names, shapes, ties "
+        "and values with it.",
         short="b",
     ),
     TAG,
@@ -29,19 +29,20 @@ DOCTOR = table(
     Option(
         "repair",
         Place(),
-        "Write a repaired copy as a new folder, if every error can be repaired.",
+        "Write a repaired copy to the new folder OUT, if every error can be repaired.",
         metavar="OUT",
     ),
     Option(
         "engine",
         Choice(tuple(ENGINES)),
-        "Say as well whether this inference engine takes the folder, by tables of what it takes.",
+        "Also check whether this inference engine loads the folder; the engine need not be "
+        "installed.",
         spelt="for",
     ),
     Option(
         "strict",
         Codes({code: about for code, about in CODES.items() if "doctor" in about.by}),
-        "Exit with 1 for warnings, too; with codes, for the findings of these codes.",
+        "Exit with code 1 for warnings too; with codes, only for the findings with these codes.",
         False,
         metavar="CODE",
     ),

@@ -41,7 +41,7 @@ class Folder(Struct, frozen=True):
     listed: the index's tensor -> file, None where there is no index or `index_fault` says why not.
     config: None where `config_fault` says why there is none.
     assets: every file without weights, by its path in the folder.
-    pickled: whether the weights are in torch.save files. records: their checksums.
+    pickled: whether the weights are in torch.save files (pickles). records: their checksums.
     safetensors: all such files in the folder, whatever they hold.
     """
 

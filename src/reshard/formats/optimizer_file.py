@@ -31,6 +31,7 @@ from reshard.core.tensors import Entry, Record
 from reshard.errors import UnsupportedError, listed
 from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS, run_files
 from reshard.naming.order import groups_in_order
+from reshard.naming.search import unwrap
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file
 
@@ -125,6 +126,7 @@ def _state(
     found = parse(value, plain, path)
     keys = [key for group in found.groups for key in group.params]
     numbered = any(isinstance(key, int) for key in keys)
+    by_order = numbered and stated_names(found) is None
     names: Mapping[Key, str] = {key: str(key) for key in (*keys, *found.states)}
     if numbered:
         names = _names(found, entries, order, path)
@@ -154,7 +156,7 @@ def _state(
             for group in found.groups
         ),
         records=tuple(records),
-        findings=(state_named_by_order(len(names)),) if numbered else (),
+        findings=(state_named_by_order(len(names)),) if by_order else (),
     ).owned(entries)
 
 
@@ -162,6 +164,9 @@ def _names(
     found: OptimizerDict, entries: Mapping[str, Entry], order: Sequence[str] | None, path: Path
 ) -> dict[Key, str]:
     """The name of each number. Raises `UnsupportedError` where nothing tells it."""
+    stated = stated_names(found)
+    if stated is not None:
+        return stated
     if order is None:
         raise UnsupportedError(
             "the parameters of the optimizer go by numbers in the model's order, which the model's "
@@ -171,6 +176,16 @@ def _names(
         )
     model = [(name, entries[name].spec.shape) for name in order]
     return names_in_order(found, lambda key: shape_of(found, key), model, path)
+
+
+def stated_names(found: OptimizerDict) -> dict[Key, str] | None:
+    """The names of the parameters where all groups state them, as they do of an optimizer that was
+    given names, without what wrappers insert; None where they do not."""
+    if any(len(group.param_names) != len(group.params) for group in found.groups):
+        return None
+    keys = [key for group in found.groups for key in group.params]
+    names = [unwrap(name) for group in found.groups for name in group.param_names]
+    return dict(zip(keys, names, strict=True))
 
 
 def names_in_order(

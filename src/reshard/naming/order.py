@@ -56,7 +56,8 @@ def groups_in_order(
     groups: Sequence[Sequence[Hashable]], model: Sequence[tuple[str, Hashable]]
 ) -> list[list[str]] | None:
     """The parameters of each group of tensors, given what each looks like (a shape, or a shape and
-    values) and the model's parameters with what they look like, in the model's order.
+    values; None: not known, it could be any) and the model's parameters with what they look like,
+    in the model's order.
 
     None where the groups do not determine them: no choice or several fit, or two groups take one.
     """
@@ -77,4 +78,4 @@ def groups_in_order(
 def _alike(
     group: Sequence[Hashable], model: Sequence[tuple[str, Hashable]], tensor: int, place: int
 ) -> bool:
-    return group[tensor] == model[place][1]
+    return group[tensor] is None or group[tensor] == model[place][1]

@@ -381,7 +381,7 @@ def lacking_space(target: Path, nbytes: int) -> WriteError | None:
     return WriteError(
         f"{nbytes:,} bytes are to be written and {free:,} are free.",
         path=folder,
-        hint="Make room or name an output on another disk.",
+        hint="Free some space, or name an output on another disk.",
     )
 
 

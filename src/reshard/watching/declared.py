@@ -10,20 +10,22 @@ _OURS = ("source", "target", "tag", "overwrite", "dry_run", "progress")
 
 #: The options of `reshard.watch` and `reshard watch` that are not those of a conversion.
 WATCH = table(
-    Option("run", Place(), "The folder that the run saves into, even later.", required=True),
-    Option("out", Place(), "Where the outputs go: OUT/STEP for each save.", required=True),
+    Option(
+        "run", Place(), "The folder that the run saves into; it may not exist yet.", required=True
+    ),
+    Option("out", Place(), "The folder for the outputs: OUT/STEP for each save.", required=True),
     Option(
         "then",
         Text(),
-        "What to run after each conversion, by the shell, with the output's path as its last "
-        "argument; RESHARD_OUTPUT, RESHARD_STEP and RESHARD_SOURCE are set.",
+        "A shell command to run after each conversion. The output's path is its last argument; "
+        "RESHARD_OUTPUT, RESHARD_STEP and RESHARD_SOURCE are set.",
         group="Watching",
         metavar="COMMAND",
     ),
     Option(
         "keep",
         Integer(1),
-        "Keep the outputs of the newest N saves; older ones are deleted, unless something in them "
+        "Keep the outputs of the newest N saves and delete older ones, unless something in them "
         "was added or changed.",
         group="Watching",
         metavar="N",
@@ -31,8 +33,8 @@ WATCH = table(
     Option(
         "interval",
         Number(),
-        "Seconds between two looks at the run; a save whose files changed since the last is not "
-        "complete.",
+        "Seconds between two checks of the run; a save whose files changed since the last check "
+        "is not complete.",
         30.0,
         group="Watching",
         metavar="SECONDS",

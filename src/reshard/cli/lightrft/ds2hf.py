@@ -17,18 +17,18 @@ from reshard.naming.rewards import ModelType
 
 @click.command(cls=Command, context_settings=HELP)
 @click.option("--checkpoint_dir", "source", type=type_of(CONVERT["source"]), required=True,
-              help="The folder with `latest` and the tag folders, or a tag folder.")  # fmt: skip
+              help="The folder with `latest` and the tag folders, or one tag folder.")  # fmt: skip
 @click.option("--output_dir", "target", type=type_of(CONVERT["target"]), required=True,
               help="A new folder; it appears complete or not at all.")  # fmt: skip
 @click.option("--hf_base", "base", type=type_of(CONVERT["base"]), required=True,
               help="The Hugging Face model that training started from.")  # fmt: skip
 @click.option("--tag", "-t", help="Which save, e.g. global_step1; default: `latest`.")
 @click.option("--exclude_frozen_parameters", "exclude_frozen", is_flag=True,
-              help="Leave out frozen parameters.")  # fmt: skip
+              help="Leave out the frozen parameters.")  # fmt: skip
 @flag(CONVERT["fill_from_base"])
 @flag(CONVERT["model_type"], default="vision2seq", show_default=True)
 @flag(CONVERT["pooling_method"], default="attn", show_default=True)
-@option("scale_for_train", is_flag=True, help="Scalar reward models: with a logit scale.")
+@option("scale_for_train", is_flag=True, help="Scalar reward models only: there is a logit scale.")
 @flag(CONVERT["probing_layer"])
 @flag(CONVERT["heads_types"], default=("preference",), show_default="preference")
 @flag(CONVERT["value_head"])

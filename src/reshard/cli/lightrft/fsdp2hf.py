@@ -32,9 +32,9 @@ from reshard.conversion.declared import CONVERT
 @debug
 @writes("target")
 def command(**given: Any) -> None:
-    """Convert an FSDP checkpoint (PyTorch DCP, or files of ranks) to a Hugging Face folder.
+    """Convert an FSDP checkpoint (PyTorch DCP, or one file per rank) to a Hugging Face folder.
 
-    Names, dtypes and all files but the weights are those of the base model, be it a language or a
+    Names, dtypes and all files but the weights come from the base, which may be a language or a
     vision-language model.
     """
     carry_out("fsdp2hf", allow_unchanged=True, **given)

@@ -28,8 +28,8 @@ from reshard.conversion.declared import CONVERT
 def command(**given: Any) -> None:
     """Convert a Hugging Face model to a PyTorch DCP checkpoint.
 
-    `torch.distributed.checkpoint.load` reads it into plain tensors, FSDP1 and FSDP2 models, at any
-    world size. Dtypes are kept.
+    `torch.distributed.checkpoint.load` loads it into plain tensors, FSDP1 and FSDP2 models, at any
+    world size. Tensors keep their dtypes.
     """
     carry_out("hf2fsdp", to="dcp", **given)
 

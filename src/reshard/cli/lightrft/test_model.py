@@ -16,10 +16,10 @@ from reshard.cli.try_ import run_command, shared_options
         help="The converted model's folder.")  # fmt: skip
 @shared_options
 def command(**given: Any) -> int:
-    """Try a converted model: its answers, its speed, its health, and whether it is the same.
+    """Run a converted model: show its answers, and check its speed, health and likeness to another.
 
-    The report goes to a JSON file; the exit code is 0 only if the model loaded, every prompt was
-    answered and nothing that was found is an error.
+    The report goes to a JSON file. The exit code is 0 only if the model loaded, every prompt was
+    answered, and no finding is an error.
     """
     return run_command(**given)
 

@@ -51,10 +51,15 @@ class ParamState(Struct, frozen=True):
 
 
 class ParamGroup(Struct, frozen=True):
-    """A parameter group: the keys of its parameters, and its hyperparameters."""
+    """A parameter group: the keys of its parameters, and its hyperparameters.
+
+    `param_names` are the names that the script gave its optimizer with the parameters
+    (`AdamW(model.named_parameters())`, torch 2.6 and later), one for each key; else empty.
+    """
 
     params: tuple[Key, ...]
     hyperparameters: Mapping[str, Plain]
+    param_names: tuple[str, ...] = ()
 
 
 class OptimizerDict(Struct, frozen=True):
@@ -77,7 +82,8 @@ def parse(value: object, plain: PlainData, path: Path) -> OptimizerDict:
     groups, steps = [], {}
     for at, group in enumerate(raw):
         params = _params(group.get("params"), path)
-        groups.append(ParamGroup(params, hyperparameters(group, plain, f"param_groups.{at}")))
+        settings = hyperparameters(group, plain, f"param_groups.{at}")
+        groups.append(ParamGroup(params, settings, _param_names(group, len(params))))
         step = parse_step(group.get("step"), plain, path)
         if step is not None:
             steps.update(dict.fromkeys(params, step))
@@ -87,6 +93,13 @@ def parse(value: object, plain: PlainData, path: Path) -> OptimizerDict:
         if isinstance(key, int | str)
     }
     return OptimizerDict(states, tuple(groups))
+
+
+def _param_names(group: Mapping[object, object], count: int) -> tuple[str, ...]:
+    names = group.get("param_names")
+    if not isinstance(names, list | tuple) or len(names) != count:
+        return ()
+    return tuple(name for name in names if isinstance(name, str)) if names else ()
 
 
 def _params(value: object, path: Path) -> tuple[Key, ...]:

@@ -53,11 +53,15 @@ def as_written(state: TrainingState) -> TrainingState:
     Raises `PlanError` where the state lacks what a run needs.
     """
     groups = [
-        replace(group, hyperparameters={**group.hyperparameters, **_plain(group)})
+        replace(
+            group,
+            # DeepSpeed's groups hold what is trained; to it, the others are frozen.
+            names=tuple(name for name in group.names if name in state.held),
+            hyperparameters={**group.hyperparameters, **_plain(group)},
+        )
         for group in completed(state).groups
-        if group.names
     ]
-    return replace(state, groups=tuple(groups))
+    return replace(state, groups=tuple(group for group in groups if group.names))
 
 
 def _plain(group: Group) -> dict[str, Plain]:

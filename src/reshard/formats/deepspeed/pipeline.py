@@ -36,7 +36,7 @@ from reshard.formats.deepspeed import files, proof, stages012, state, tensor_par
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.parse import LayerFile, Shapes, parse_layer
 from reshard.formats.deepspeed.place import Location
-from reshard.formats.deepspeed.run_state import run_state
+from reshard.formats.deepspeed.run_state import model_file, run_state
 from reshard.storage.local import Sources
 
 _NUMBERED = re.compile(r"(\d+)\.(.+)")
@@ -304,7 +304,7 @@ def _reader(saved: Sequence[Saved], made: Catalog, sources: Sources) -> ReadStat
                 "alone.",
             )
         plain = PlainData(sources)
-        content = read_torch(sources.open(first.path)).value
+        content = model_file(first.path, sources)
         found = _joined([state.of_rank(one, plain) for one in saved], saved, sources)
         found = state.with_masters(found.owned(made.entries), made)
         return run_state(found, content, plain)

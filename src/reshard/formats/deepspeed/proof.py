@@ -135,7 +135,7 @@ def check_replicas(one: Entry, other: Entry, sources: Sources) -> None:
             first, second = (_run(entry, run, sources) for entry in (one, other))
             if not _same(first, second):
                 raise FormatError(
-                    "tensor parallel ranks should hold the same, and do not: "
+                    "two ranks should hold the same of it, and do not: "
                     f"{first.ravel()[:1]} and {second.ravel()[:1]} at {run.offsets}.",
                     path=Path(fragment.in_file.file.path).parent,
                     tensor=one.spec.name,

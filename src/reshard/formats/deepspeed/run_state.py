@@ -6,10 +6,16 @@ not known as its own is the user's (runtime/engine.py, `_load_checkpoint`, hands
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from msgspec.structs import replace
 
+from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.plain import PlainData
 from reshard.core.state import TrainingState
+from reshard.errors import FormatError
+from reshard.storage.local import Sources
 
 #: What DeepSpeed counts.
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -28,12 +34,20 @@ _OWN = frozenset(
 _LEFT_OUT = ("data_sampler", "random_ltd")
 
 
-def run_state(state: TrainingState, content: object, plain: PlainData) -> TrainingState:
-    """The state with what the model file, whose content this is, says of the run."""
-    top = content if isinstance(content, dict) else {}
+def model_file(path: Path, sources: Sources) -> dict[str, object]:
+    """The keys of a model file. Raises `FormatError` where it is not a dict of them."""
+    value = read_torch(sources.open(path)).value
+    if not isinstance(value, dict):
+        raise FormatError(f"it holds {type(value).__name__}, and no dict of a run.", path=path)
+    return {key: held for key, held in value.items() if isinstance(key, str)}
+
+
+def run_state(state: TrainingState, top: Mapping[str, object], plain: PlainData) -> TrainingState:
+    """The state with what the model file, whose keys these are, says of the run."""
     scheduler = plain.state_dict(top.get("lr_scheduler"), "lr_scheduler")
     client = {key: value for key, value in top.items() if key not in _OWN}
-    counters = {key: top[key] for key in COUNTERS if type(top.get(key)) is int}
+    counted = ((key, top.get(key)) for key in COUNTERS)
+    counters = {key: count for key, count in counted if type(count) is int}
     client_plain = plain.mapping(client)
     left = [key for key in _LEFT_OUT if top.get(key) is not None]
     return replace(

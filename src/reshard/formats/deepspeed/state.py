@@ -10,7 +10,8 @@ The state is read again from the files on request: the catalog keeps only the ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -18,10 +19,11 @@ from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.plain import PlainData
 from reshard.core.catalog import Catalog
 from reshard.core.state import Group, ReadState, Step, TrainingState
-from reshard.core.tensors import Entry
+from reshard.core.tensors import Entry, Shape
 from reshard.errors import FormatError
 from reshard.formats.deepspeed import (
     experts,
+    muon,
     stage3,
     stages012,
     tensor_parallel,
@@ -32,7 +34,7 @@ from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.parse import Shapes
 from reshard.formats.deepspeed.place import Location
-from reshard.formats.deepspeed.run_state import run_state
+from reshard.formats.deepspeed.run_state import model_file, run_state
 from reshard.formats.deepspeed.wrapped import Wrapped, WrappedGroup, parse_wrapped
 from reshard.storage.local import Sources
 
@@ -50,7 +52,7 @@ def reader(
 
     def read() -> TrainingState:
         plain = PlainData(sources)
-        content = read_torch(sources.open(first.path)).value
+        content = model_file(first.path, sources)
         if saved[0].optim:
             state = with_masters(_zero(saved, plain), catalog)
         elif ranks[0].universal:
@@ -70,8 +72,10 @@ def _zero(saved: Sequence[Saved], plain: PlainData) -> TrainingState:
     join = tensor_parallel.joiner(saved, plain.sources)
     first = found[0]
     for one, other in zip(saved[1:], found[1:], strict=True):
-        alike = (other.groups, other.steps) == (first.groups, first.steps)
-        if not alike or other.moments.keys() != first.moments.keys():
+        settings = [[group.hyperparameters for group in state.groups] for state in (first, other)]
+        counts = (first.steps[name] != step for name, step in other.steps.items())
+        alike = _nothing_apart(first, other, one) and settings[0] == settings[1]
+        if not alike or any(counts) or other.moments.keys() != first.moments.keys():
             raise FormatError(
                 "its optimizer's groups, steps or kinds of moments are not those of the first "
                 "tensor parallel rank.",
@@ -79,11 +83,41 @@ def _zero(saved: Sequence[Saved], plain: PlainData) -> TrainingState:
                 hint=_ONE_SAVE,
             )
     moments = {
-        kind: {name: join([f.moments[kind][name] for f in found]) for name in first.moments[kind]}
-        for kind in first.moments
+        kind: {
+            name: join([_part(f.moments[kind], entry, one) for f, one in zip(found, saved)])  # noqa: B905
+            for name, entry in table.items()
+        }
+        for kind, table in first.moments.items()
     }
     records = tuple(dict.fromkeys(record for f in found for record in f.records))
     return replace(first, moments=moments, records=records)
+
+
+def _nothing_apart(first: TrainingState, other: TrainingState, saved: Saved) -> bool:
+    """Whether a rank's groups are those of the first, but for parameters of which it has no
+    element, as where three ranks share two heads: its optimizer does not have these."""
+    if len(first.groups) != len(other.groups):
+        return False
+    for mine, theirs in zip(first.groups, other.groups, strict=True):
+        known = set(theirs.names)
+        lacking = [name for name in mine.names if name not in known]
+        if tuple(name for name in mine.names if name in known) != theirs.names:
+            return False
+        if any(math.prod(_module_shape(name, saved)) for name in lacking):
+            return False
+    return True
+
+
+def _module_shape(name: str, saved: Saved) -> Shape:
+    """The shape of a rank's part of a parameter, as its module has it."""
+    return saved.module[name].shape if name in saved.module else (1,)
+
+
+def _part(table: Mapping[str, Entry], like: Entry, saved: Saved) -> Entry:
+    """A rank's part of a moment, which may have no element."""
+    name = like.spec.name
+    spec = replace(like.spec, shape=_module_shape(name, saved))
+    return table[name] if name in table else Entry(spec, ())
 
 
 def with_masters(state: TrainingState, catalog: Catalog) -> TrainingState:
@@ -98,13 +132,13 @@ def of_rank(saved: Saved, plain: PlainData) -> TrainingState:
     for file in saved.optim:
         content = read_torch(plain.sources.open(file.path))
         wrapped.append(parse_wrapped(file.path, content.value, len(file.flats), plain))
-    _check_same(wrapped)
+    _check_same(wrapped, saved)
     numbers = len(saved.optim[0].flats)
     shapes = _shapes(saved, numbers)
     moments: dict[str, dict[str, Entry]] = {}
     kinds = [kind for number in range(numbers) for kind in wrapped[0].kinds(number)]
     for kind in dict.fromkeys(kinds):
-        moments[kind] = _table(saved, wrapped, kind)
+        moments[kind] = _table(saved, wrapped, kind, plain.sources)
     names = [_names(number, of, saved) for number, of in enumerate(shapes)]
     steps: dict[str, Step] = {}
     for number, state in enumerate(wrapped[0].states):
@@ -147,9 +181,18 @@ def _group(group: WrappedGroup, names: Sequence[tuple[str, ...]]) -> Group:
     return Group(covered, group.hyperparameters)
 
 
-def _table(saved: Saved, wrapped: Sequence[Wrapped], kind: str) -> dict[str, Entry]:
+def _table(
+    saved: Saved, wrapped: Sequence[Wrapped], kind: str, sources: Sources
+) -> dict[str, Entry]:
     """The moments of a kind, of those flat tensors that have it."""
     numbers = [n for n in range(len(saved.optim[0].flats)) if kind in wrapped[0].kinds(n)]
+    entries: dict[str, Entry] = {}
+    if saved.stage != 3 and kind == muon.MOMENTUM:
+        for number in numbers.copy():
+            found = muon.of_whole_parameters(number, saved, wrapped, sources)
+            if found is not None:
+                entries |= found
+                numbers.remove(number)
 
     def only(of: Sequence[object]) -> tuple[object, ...]:
         return tuple(of[number] for number in numbers)
@@ -168,17 +211,20 @@ def _table(saved: Saved, wrapped: Sequence[Wrapped], kind: str) -> dict[str, Ent
     first = saved.model[0]
     model = (replace(first, groups=only(first.groups)), *saved.model[1:])
     held = replace(saved, optim=optim, model=model)
-    return stage3.parameters(held) if saved.stage == 3 else stages012.parameters(held)
+    cut = stage3.parameters(held) if saved.stage == 3 else stages012.parameters(held)
+    return entries | cut
 
 
-def _check_same(wrapped: Sequence[Wrapped]) -> None:
+def _check_same(wrapped: Sequence[Wrapped], saved: Saved) -> None:
     """All ranks must have the same groups, kinds of moments and steps."""
     first = wrapped[0]
-    for other in wrapped[1:]:
+    for other, file in zip(wrapped[1:], saved.optim[1:], strict=True):
+        # Muon holds nothing of a group of which its rank has no part.
+        there = [n for n, flat in enumerate(file.flats) if flat.shape[0] or other.kinds(n)]
         for what, mine, theirs in (
             ("optimizer's groups", first.groups, other.groups),
             ("optimizer's steps", _steps(first), _steps(other)),
-            ("kinds of moments", _kinds(first), _kinds(other)),
+            ("kinds of moments", _kinds(first, there), _kinds(other, there)),
         ):
             if mine != theirs:
                 numbers = f" ({theirs} and {mine})" if "groups" not in what else ""
@@ -194,5 +240,5 @@ def _steps(one: Wrapped) -> list[int | None]:
     return [None if s is None or s.step is None else s.step.count for s in one.states]
 
 
-def _kinds(one: Wrapped) -> list[tuple[str, ...]]:
-    return [one.kinds(number) for number in range(len(one.states))]
+def _kinds(one: Wrapped, numbers: Sequence[int]) -> list[tuple[str, ...]]:
+    return [one.kinds(number) for number in numbers]

@@ -17,7 +17,8 @@ holds flat parameters (see `local`).
 
 A file holds a rank's parts of all tensors, and says of each which part it is: a DTensor by mesh and
 placements, a ShardedTensor by offsets. Plain tensors are the same in every file. Optimizer files
-and extra states lie beside and are not opened. Read off verl 0.9.1 (utils/checkpoint/
+(`optimizer`) and extra states lie beside; they are opened where the training state is
+asked for. Read off verl 0.9.1 (utils/checkpoint/
 fsdp_checkpoint_manager.py), accelerate 1.15 (utils/fsdp_utils.py), torch 2.13, and files of theirs.
 """
 
@@ -73,7 +74,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
         records=table.records,
         findings=(*dict.fromkeys(findings), *table.findings, *_beside(saved.folder)),
         unshaped=table.unshaped,
-        optimizer=optimizer.reader(saved, table.entries, sources),
+        optimizer=optimizer.reader(saved, states, table.entries, sources),
     )
 
 

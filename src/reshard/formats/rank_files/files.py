@@ -33,6 +33,7 @@ _NOT_MODEL = re.compile(
     r"(.*[._-])?(optim(izer)?s?|extra|rng|random|scheduler|sched|dataloader|data|sampler|trainer|"
     r"client|grad|ema)([._-].*|\d*)"
 )
+_OPTIMIZER = re.compile(r"(.*[._-])?optim(izer)?s?([._-].*|\d*)")
 # Files of another format, whose folders may hold other files of a rank.
 _FOREIGN = (".metadata", ".distcp", ".safetensors", "_model_states.pt", "_optim_states.pt")
 _CONFIG = "fsdp_config.json"
@@ -149,6 +150,31 @@ def find(path: Path, role: str | None, sources: Sources) -> Saved:
     if world is not None:
         saved.check_ranks(world)
     return saved
+
+
+def optimizers(saved: Saved) -> dict[str, dict[int, Path]]:
+    """The optimizers' files by rank, beside the model's: one series, or several of a script."""
+    if saved.writer == "verl":
+        named = {
+            rank: path.with_name(path.name.replace("model_", "optim_", 1))
+            for rank, path in saved.files.items()
+        }
+        there = {rank: path for rank, path in named.items() if is_file(path)}
+        return {"optim": there} if there else {}
+    found: dict[str, dict[int, Path]] = {}
+    for path in listing(saved.folder):
+        match = _OTHER.fullmatch(path.name)
+        name = "" if match is None else match["model"]
+        others = saved.writer == "accelerate" and name != optimizer_folder(saved)
+        if match is not None and _OPTIMIZER.fullmatch(name) and is_file(path) and not others:
+            found.setdefault(name, {})[int(match["rank"])] = path
+    return found
+
+
+def optimizer_folder(saved: Saved) -> str:
+    """What accelerate calls the optimizer of a model, of which it may save several."""
+    number = _NUMBER.fullmatch(saved.model.partition("_rank")[0].partition("fsdp")[2])
+    return f"optimizer_{number[1] or 0}" if number else "optimizer_0"
 
 
 def _of_folder(folder: Path) -> list[_File]:

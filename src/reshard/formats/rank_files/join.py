@@ -197,6 +197,15 @@ def _replicas_missing(missing: Missing) -> tuple[Finding, ...]:
     return (Finding("replicas-missing", message, subject=missing.names[0]),)
 
 
+def same_parts(
+    state: State, one: TensorRef | Local, other: TensorRef | Local, sources: Sources
+) -> bool:
+    """Whether a rank holds the same boxes of two tensors, with the same bytes in them."""
+    pairs = zip(_parts(state, one), _parts(state, other), strict=False)
+    alike = _described(one) == _described(other)
+    return alike and all(a.box == b.box and _same(a, b, sources) for a, b in pairs)
+
+
 def _same(one: Held, other: Held, sources: Sources) -> bool:
     """Whether two files hold the same bytes: by their checksums, else by reading them."""
     mine, theirs = one.tensor, other.tensor

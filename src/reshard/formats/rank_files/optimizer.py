@@ -1,12 +1,20 @@
-"""verl's optimizers: one file a rank, its moments sharded as the model's parameters are.
+"""The optimizers of rank files: one file a rank.
 
-    model_world_size_2_rank_0.pt         {name: DTensor}
+    model_world_size_2_rank_0.pt         verl: {name: DTensor}
     optim_world_size_2_rank_0.pt         {"state": {0: {"exp_avg": DTensor, ..}, ..},
                                           "param_groups": [{"params": [0, 1], ..}]}
     extra_state_world_size_2_rank_0.pt   {"lr_scheduler": .., "rng": ..}
 
-Parameters go by numbers. Whose a number is, the shapes and the order of the model's parameters say,
-or nothing does (`reshard.naming.order`). FSDP1 keeps moments flattened, which have no shape.
+    pytorch_model_fsdp_0_rank0.bin       accelerate with use_dcp=False: {name: DTensor}
+    optimizer_0_rank0.bin                {"state": {name: {"exp_avg": DTensor, ..}, ..}, ..}
+
+    model_rank0.pt  optim_rank0.pt       any script's
+
+`optimizer.state_dict()`, as verl saves it, numbers the parameters. Whose a number is, the shapes
+and the order of the model's parameters say, or nothing does (`reshard.naming.order`). FSDP1 keeps
+its moments flattened: see `flattened`. `FSDP.optim_state_dict` and `get_optimizer_state_dict`, as
+accelerate saves them, have names and whole shapes. verl 0.9.1, accelerate 1.15
+(utils/fsdp_utils.py), torch 2.13.
 """
 
 from __future__ import annotations
@@ -25,103 +33,203 @@ from reshard.core.findings import state_named_by_order
 from reshard.core.state import WEIGHTS_ALONE, Group, Plain, ReadState, TrainingState, tensor_name
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
-from reshard.formats.optimizer_file import names_in_order
-from reshard.formats.rank_files import join
+from reshard.formats import optimizer_file, run_files
+from reshard.formats.optimizer_file import names_in_order, stated_names
+from reshard.formats.rank_files import files, flattened, join
 from reshard.formats.rank_files.files import Saved
 from reshard.formats.rank_files.state import State
 from reshard.formats.run_files import read_run_file
 from reshard.storage.local import Sources, child
-from reshard.storage.paths import is_file
+from reshard.storage.paths import is_file, is_folder
 
-_MODEL, _OPTIMIZER, _EXTRA = "model_world_size_", "optim_world_size_", "extra_state_world_size_"
+_OPTIMIZER, _EXTRA = "optim_world_size_", "extra_state_world_size_"
 _ONE_SAVE = "Copy the files of all ranks again, from one save."
 
 
-def reader(saved: Saved, entries: Mapping[str, Entry], sources: Sources) -> ReadState | None:
-    """What reads the state beside the ranks' model files; None where there is none."""
-    files = {rank: _beside(path, _OPTIMIZER) for rank, path in saved.files.items()}
-    there = {rank: path for rank, path in files.items() if path is not None and is_file(path)}
-    if not there:
+def reader(
+    saved: Saved, model: Sequence[State], entries: Mapping[str, Entry], sources: Sources
+) -> ReadState | None:
+    """What reads the state beside the ranks' model files, whose content is `model` and whose
+    tensors are `entries`; None where there is none."""
+    series = files.optimizers(saved)
+    folder = saved.folder / files.optimizer_folder(saved)
+    if not series and not is_folder(folder):
         return None
 
     def read() -> TrainingState:
-        lost = sorted(files.keys() - there.keys())
+        if not series:
+            raise UnsupportedError(
+                f"the optimizer's state lies in {folder.name}/, another kind of save than the "
+                "model's: it is not read beside files of ranks.",
+                path=folder,
+                hint=WEIGHTS_ALONE,
+            )
+        if len(series) > 1:
+            raise optimizer_file.several(saved.folder, series)
+        ((_, there),) = series.items()
+        lost = sorted(saved.files.keys() - there.keys())
         if lost:
             raise IncompleteError(
                 f"the optimizer's file of rank {lost[0]} is not there, and those of others are.",
                 path=saved.folder,
                 hint=_ONE_SAVE,
             )
+        mine = {rank: there[rank] for rank in saved.files}
         plain = PlainData(sources)
-        return _read(replace(saved, files=there), entries, plain)
+        return _Reading(replace(saved, files=mine), model, entries, plain).state()
 
     return ReadState(read)
 
 
-def _beside(model: Path, prefix: str) -> Path | None:
-    """The file of the same rank with another prefix; None where it is not named as verl names."""
-    if not model.name.startswith(_MODEL):
-        return None
-    return model.with_name(prefix + model.name.removeprefix(_MODEL))
+class _Reading:
+    """The ranks' optimizers, and how they become one state."""
 
+    def __init__(
+        self,
+        saved: Saved,
+        model: Sequence[State],
+        entries: Mapping[str, Entry],
+        plain: PlainData,
+    ) -> None:
+        self._saved, self._model, self._entries, self._plain = saved, model, entries, plain
+        self._found: list[OptimizerDict] = []
+        self._files: list[State] = []
+        for rank, path in sorted(saved.files.items()):
+            content = read_torch(plain.sources.open(child(saved.folder, path.name)))
+            self._found.append(parse(content.value, plain, path))
+            records = tuple(sorted(content.records, key=lambda record: record.extent.offset))
+            self._files.append(State(path, rank, {}, records))
 
-def _read(saved: Saved, entries: Mapping[str, Entry], plain: PlainData) -> TrainingState:
-    found: list[OptimizerDict] = []
-    states: list[State] = []
-    for rank, path in sorted(saved.files.items()):
-        content = read_torch(plain.sources.open(child(saved.folder, path.name)))
-        one = parse(content.value, plain, path)
-        found.append(one)
-        tensors = _tensors(one, Decoder(str(path), rank, plain.sources), path, len(saved.files))
-        records = tuple(sorted(content.records, key=lambda record: record.extent.offset))
-        states.append(State(path, rank, tensors, records))
-    first = found[0]
-    _check_same(found, states)
-    table = join.joined(states, saved, plain.sources)
-    names = _names(first, table.entries, entries, states[0].path)
-    moments: dict[str, dict[str, Entry]] = {}
-    for key, name in names.items():
-        for kind in first.states[key].moments if key in first.states else ():
-            entry = table.entries[tensor_name(kind, str(key))]
-            moments.setdefault(kind, {})[name] = entry.renamed(name)
-    steps = {names[key]: state.step for key, state in first.states.items() if key in names}
-    scheduler = _scheduler(saved, plain)
-    return TrainingState(
-        moments=moments,
-        steps={name: step for name, step in steps.items() if step is not None},
-        groups=tuple(
-            Group(tuple(names[key] for key in group.params), group.hyperparameters)
-            for group in first.groups
-        ),
-        scheduler=scheduler,
-        left_out=tuple(plain.left_out),
-        records=table.records,
-        findings=(state_named_by_order(len(names)), *table.findings),
-        source="files of each rank",
-    )
+    def state(self) -> TrainingState:
+        """All moments under their names."""
+        first = self._found[0]
+        _check_same(self._found, self._files)
+        flat = self._flattened()
+        if flat is not None:
+            return self._made(flat.moments, flat.names, flat.table, by_order=True)
+        table = self._joined()
+        names, by_order = self._names(first, table.entries)
+        moments: dict[str, dict[str, Entry]] = {}
+        for key, state in first.states.items():
+            for kind in state.moments if key in names else ():
+                entry = table.entries[tensor_name(kind, str(key))]
+                moments.setdefault(kind, {})[names[key]] = entry.renamed(names[key])
+        return self._made(moments, {k: (n,) for k, n in names.items()}, table, by_order=by_order)
+
+    def _flattened(self) -> flattened.Flattened | None:
+        """FSDP1's flat tensors, if the state is of these.
+
+        Raises `UnsupportedError` where lengths do not tell whose they are.
+        """
+        tensors = [
+            tensor
+            for one in self._found
+            for key, state in one.states.items()
+            for tensor in state.moments.values()
+            if isinstance(key, int)
+        ]
+        flat = all(isinstance(t, TensorRef) and len(t.shape) == 1 for t in tensors)
+        if not tensors or not flat:
+            return None
+        found = flattened.read(
+            self._found, self._files, self._model, self._saved, self._plain.sources
+        )
+        if found is None:
+            raise UnsupportedError(
+                "the optimizer's state is flattened, as FSDP1 keeps it, and the lengths of its "
+                "tensors fit none of the model's parameters, or several ways: nothing tells whose "
+                "the state is.",
+                path=self._files[0].path,
+                hint="Save it with FSDP.optim_state_dict, or convert the weights alone, without "
+                "--optimizer.",
+            )
+        return found
+
+    def _joined(self) -> join.Table:
+        """The moments of all ranks, by kind and key."""
+        states = []
+        for one, file in zip(self._found, self._files, strict=True):
+            decoder = Decoder(str(file.path), file.rank, self._plain.sources)
+            states.append(
+                replace(file, tensors=_tensors(one, decoder, file.path, len(self._files)))
+            )
+        return join.joined(states, self._saved, self._plain.sources)
+
+    def _names(
+        self, first: OptimizerDict, moments: Mapping[str, Entry]
+    ) -> tuple[Mapping[Key, str], bool]:
+        """The name of each key, and whether the order of the model's parameters told it."""
+        keys = [key for group in first.groups for key in group.params]
+        if not any(isinstance(key, int) for key in keys):
+            return {key: str(key) for key in (*keys, *first.states)}, False
+        stated = stated_names(first)
+        if stated is not None:
+            return stated, False
+
+        def shape(key: Key) -> Hashable:
+            kinds = first.states[key].moments if key in first.states else {}
+            found = [moments[tensor_name(kind, str(key))].spec.shape for kind in kinds]
+            return found[0] if found else None
+
+        model = [(n, e.spec.shape) for n, e in self._entries.items() if e.kind != "buffer"]
+        return names_in_order(first, shape, model, self._files[0].path), True
+
+    def _made(
+        self,
+        moments: Mapping[str, Mapping[str, Entry]],
+        names: Mapping[Key, tuple[str, ...]],
+        table: join.Table,
+        *,
+        by_order: bool,
+    ) -> TrainingState:
+        first, folder = self._found[0], self._saved.folder
+        steps = {
+            name: state.step
+            for one in self._found
+            for key, state in one.states.items()
+            for name in names.get(key, ())
+            if state.step is not None
+        }
+        if self._saved.writer == "verl":
+            scheduler, counters = _scheduler(self._saved, self._plain), {}
+        else:
+            scheduler = run_files.scheduler(folder, self._plain)
+            counters = run_files.trainer_counters(folder)
+            run_files.leave_files(folder, self._plain)
+        named = sum(map(len, names.values()))
+        return TrainingState(
+            moments=moments,
+            steps=steps,
+            groups=tuple(
+                Group(tuple(n for key in group.params for n in names[key]), group.hyperparameters)
+                for group in first.groups
+            ),
+            scheduler=scheduler,
+            counters=counters,
+            left_out=tuple(self._plain.left_out),
+            records=table.records,
+            findings=(*((state_named_by_order(named),) if by_order else ()), *table.findings),
+            source="files of each rank",
+        ).owned(self._entries)
 
 
 def _tensors(
     one: OptimizerDict, decoder: Decoder, path: Path, world: int
 ) -> dict[str, TensorRef | Local]:
-    """A rank's moments by kind and number."""
+    """A rank's moments by kind and key. What has a name and is a plain tensor, every rank holds."""
     tensors: dict[str, TensorRef | Local] = {}
     for key, state in one.states.items():
         for kind, value in state.moments.items():
             name = tensor_name(kind, str(key))
             if isinstance(value, Opaque) and is_distributed(value):
                 tensors[name] = decoder.decode(name, value)
-            elif isinstance(value, TensorRef) and world == 1:
+            elif isinstance(value, TensorRef) and (world == 1 or isinstance(key, str)):
                 tensors[name] = value
             else:
-                what = (
-                    "flattened, as FSDP1 keeps it"
-                    if isinstance(value, TensorRef)
-                    else value.describe()
-                )
+                what = "a plain tensor" if isinstance(value, TensorRef) else value.describe()
                 raise UnsupportedError(
-                    f"the {kind} of parameter {key} is {what}, and no file "
-                    "says how the ranks share it.",
+                    f"the {kind} of parameter {key} is {what}, and no file says how the ranks "
+                    "share it.",
                     path=path,
                     hint=WEIGHTS_ALONE,
                 )
@@ -129,35 +237,18 @@ def _tensors(
 
 
 def _check_same(found: Sequence[OptimizerDict], states: Sequence[State]) -> None:
-    """All ranks must have the same groups and steps."""
-    first = found[0]
-    for other, state in zip(found[1:], states[1:], strict=True):
-        same = other.groups == first.groups and _steps(other) == _steps(first)
-        if not same:
+    """All ranks must have the same groups, and no two another step of one parameter."""
+    counts: dict[Key, int | None] = {}
+    for one, state in zip(found, states, strict=True):
+        held = {key: None if s.step is None else s.step.count for key, s in one.states.items()}
+        apart = any(counts.setdefault(key, count) != count for key, count in held.items())
+        if apart or one.groups != found[0].groups:
             raise FormatError(
                 f"its optimizer's groups or steps are not those of {states[0].path.name}: files "
                 "of different saves are mixed.",
                 path=state.path,
                 hint=_ONE_SAVE,
             )
-
-
-def _steps(one: OptimizerDict) -> dict[Key, int | None]:
-    return {key: None if s.step is None else s.step.count for key, s in one.states.items()}
-
-
-def _names(
-    first: OptimizerDict, moments: Mapping[str, Entry], entries: Mapping[str, Entry], path: Path
-) -> dict[Key, str]:
-    """The name of each number."""
-
-    def shape(key: Key) -> Hashable:
-        kinds = first.states[key].moments if key in first.states else {}
-        found = [moments[tensor_name(kind, str(key))].spec.shape for kind in kinds]
-        return found[0] if found else None
-
-    model = [(name, entry.spec.shape) for name, entry in entries.items() if entry.kind != "buffer"]
-    return names_in_order(first, shape, model, path)
 
 
 def _scheduler(saved: Saved, plain: PlainData) -> dict[str, Plain] | None:
