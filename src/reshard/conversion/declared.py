@@ -96,14 +96,9 @@ CONVERT = table(
     Option(
         "to",
         Choice(tuple(output_formats())),
-<<<<<<< HEAD
-        "The format of the output: a Hugging Face folder, PyTorch DCP for FSDP, or the torch_dist "
-        "format of Megatron; or Meta's own files of Llama 1 to 3.",
-=======
         "The format of the output: hf, a Hugging Face folder; dcp, PyTorch DCP, for FSDP; "
         "deepspeed, a universal checkpoint with the training state; megatron, Megatron-Core's "
-        "torch_dist.",
->>>>>>> main
+        "torch_dist; meta, Meta's own files of Llama 1 to 3.",
         "hf",
         group="Output",
     ),

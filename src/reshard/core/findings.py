@@ -154,7 +154,6 @@ CODES: dict[str, Code] = {
     "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
     "checkpoint-damaged": Code(
         "error", "a training checkpoint is incomplete or damaged", by=("doctor",)),
-    "checkpoint-taken": Code("info", "the path names a folder above; which checkpoint was read"),
     "checkpoint-taken": Code(
         "info", "the path is a folder above the checkpoint; the message says which one was read"),
     "checkpoints-below": Code(
@@ -270,13 +269,11 @@ CODES: dict[str, Code] = {
     "memory-names-added": Code(
         "info", "tensors also have the names that loaded models need; this adds no bytes"),
     "memory-version-unknown": Code(
-        "warning", "the loaded models of the named transformers version are not known",
-        "Load the output with strict names, or name the version with --transformers-version."),
+        "warning", "reshard does not know the loaded models of this transformers version",
+        "Check the names when you load the output, or pass --transformers-version."),
     "model-files-unchecked": Code(
         "info", "a training checkpoint was examined, which has no config and no tokenizer",
         by=("doctor",)),
-        "warning", "reshard does not know the loaded models of this transformers version",
-        "Check the names when you load the output, or pass --transformers-version."),
     "module-from-base": Code(
         "info",
         "a module in a sub-folder of the base is not in the checkpoint and was copied from the "
@@ -427,21 +424,16 @@ CODES: dict[str, Code] = {
         "the arguments of verify may be swapped: a checkpoint was verified against an output",
         "Name the output first: reshard verify OUT --against SRC."),
     "vocabulary-padded": Code(
-        "info", "rows after the base's vocabulary were assumed to be Megatron's padding",
-        "If the training added tokens, name a base of that vocabulary."),
-    "vocabulary-size": Code("error", "the vocabulary's size is not the config's", by=("doctor",)),
-    "weights-all-zero": Code("error", "a matrix is zero throughout", by=("doctor", "try")),
-    "weights-constant": Code(
-        "error", "a matrix holds one other value throughout", by=("doctor", "try")),
-    "weights-large": Code(
-        "warning", "a matrix is far larger than those of trained models", by=("doctor",)),
         "info", "rows beyond the base's vocabulary were treated as Megatron's padding",
         "If the training added tokens, name a base with that vocabulary."),
     "vocabulary-size": Code(
         "error", "the vocabulary's size differs from the config's", by=("doctor",)),
-    "weights-all-zero": Code("error", "all values of a matrix are zero", by=("try",)),
+    "weights-all-zero": Code(
+        "error", "all values of a matrix are zero", by=("doctor", "try")),
     "weights-constant": Code(
-        "error", "all values of a matrix are equal, and not zero", by=("try",)),
+        "error", "all values of a matrix are equal, and not zero", by=("doctor", "try")),
+    "weights-large": Code(
+        "warning", "a matrix is far larger than those of trained models", by=("doctor",)),
     "weights-missing": Code(
         "error", "a weight is missing from the files; transformers filled it with random values",
         by=("try",)),
