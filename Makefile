@@ -37,9 +37,11 @@ demo-megatron: $(STAMP)
 demo-move: $(STAMP)
 	$(BIN)/python -m demo.move_story demo-out
 
-# Time and memory against DeepSpeed's own tools, the common script and cp; tables and JSON in bench-out.
+# Time, memory, bytes and system calls against DeepSpeed's own tools, the common scripts and cp, in about
+# BUDGET minutes; writes benchmarks/results.json, docs/performance.md and its charts, README's table.
+BUDGET ?= 40
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.bench bench-out
+	$(BIN)/python -m benchmarks.bench bench-out --budget $(BUDGET) --publish
 
 # The documentation as a site, in `site/`; needs no tests' packages.
 docs:

@@ -1,9 +1,9 @@
-"""The benchmark's checkpoints, made once under a folder and found again.
+"""The benchmark's checkpoints: `python -m benchmarks.inputs KIND FOLDER GB` makes one.
 
-The small ones come from the real DeepSpeed: two ranks, one step, bfloat16 with float32 masters and
-Adam's moments, of a random model with the shapes of Qwen2-0.5B. The large ones have four times the
-parameters and are laid out by torch.save in the same structure, without the moments, which no
-conversion reads.
+A folder holds `source`, the checkpoint, and `base`, the model that training started from. ZeRO
+without training state and DCP of weights are laid out as their frameworks save them, in two ranks,
+which is quicker than to train; training state comes from one step of the real DeepSpeed and of real
+FSDP2. Megatron's and the universal checkpoint are conversions by reshard itself.
 """
 
 from __future__ import annotations
@@ -16,91 +16,78 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shapes import Model, model, random_values, save_base
+
 WORLD = 2
 
-# The shapes of Qwen/Qwen2-0.5B's config.json, but for the head: half the vocabulary, untied, makes
-# the same 494 million parameters. (DeepSpeed's zero_to_fp32 cannot write tied ones to safetensors:
-# "Some tensors share memory".) The large one has 1.94 thousand million: 3.9 times as many.
-SMALL: Mapping[str, Any] = {
-    "vocab_size": 75968,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-}
-LARGE: Mapping[str, Any] = {
-    **SMALL,
-    "hidden_size": 1792,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 28,
-}
+
+def zero2(folder: Path, gb: float) -> None:
+    """As ZeRO-2 saves: float32 masters by rank, and the module in bfloat16."""
+    _save_zero(folder, gb, _save_stage2)
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """A checkpoint to convert: `kind` is the format, `base` the model that training started from.
-
-    Only contenders with this `kind` run on it; `large` says that those which hold whole models in
-    memory do not.
-    """
-
-    name: str
-    kind: str
-    source: Path
-    base: Path
-    large: bool = False
+def zero3(folder: Path, gb: float) -> None:
+    """As ZeRO-3 saves: float32 masters by rank, each parameter cut."""
+    _save_zero(folder, gb, _save_stage3)
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How an input is made: `make(folder)` writes `folder/base` and `folder/source`."""
-
-    name: str
-    kind: str
-    make: Callable[[Path], None]
-    large: bool = False
+def dcp(folder: Path, gb: float) -> None:
+    """As FSDP2 saves: float32 parameters, sharded over two ranks, by `dcp.save`."""
+    save_base(folder / "base", model(gb))
+    run_ranks("benchmarks.dcp_ranks", str(folder / "source"), str(gb))
 
 
-def ready(recipe: Recipe, parent: Path) -> Input:
-    """The input under `parent`, made now if it is not there. Renamed into place when whole."""
-    folder = parent / recipe.name
-    if not folder.is_dir():
-        partial = parent / f".{recipe.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        recipe.make(partial)
-        partial.rename(folder)
-    return Input(recipe.name, recipe.kind, folder / "source", folder / "base", recipe.large)
+def huggingface(folder: Path, gb: float) -> None:
+    """A model in bfloat16."""
+    save_base(folder / "source", model(gb))
+    (folder / "base").symlink_to("source")
 
 
-def trained(stage: int) -> Callable[[Path], None]:
-    """By the real DeepSpeed. Needs 14 GB of memory and 7 GB of disk."""
-
-    def make(folder: Path) -> None:
-        random_base(folder / "base")
-        run_ranks("benchmarks.train", str(folder / "base"), str(stage), str(folder / "source"))
-
-    return make
+def fp8(folder: Path, gb: float) -> None:
+    """The same in fp8, in blocks of 128 x 128, as DeepSeek and Qwen release them."""
+    huggingface(folder, gb)
+    _quantise(folder / "source")
 
 
-def laid_out(stage: int) -> Callable[[Path], None]:
-    """The large model, laid out as stage 2 or 3 has it. Needs 5 GB of memory, 12 GB of disk."""
+def megatron(folder: Path, gb: float) -> None:
+    """torch_dist, in bfloat16, made by reshard."""
+    save_base(folder / "base", model(gb))
+    save_base(folder / "trained", model(gb), seed=1)
+    _reshard(folder / "trained", folder / "source", "--to", "megatron")
+    remove(folder / "trained")
 
-    def make(folder: Path) -> None:
-        _in_process("save_layout", str(stage), str(folder))
 
-    return make
+def tiny(folder: Path, gb: float) -> None:
+    """A model of 0.2 MB."""
+    save_base(folder / "source", Model(64, 1, vocabulary=256))
 
 
-def random_base(folder: Path) -> None:
-    """A random model of the small shapes in bfloat16, as `save_pretrained` writes it."""
-    _in_process("save_random_base", str(folder))
+def zero2_state(folder: Path, gb: float) -> None:
+    """By one step of the real DeepSpeed: bfloat16, with float32 masters and Adam's moments."""
+    save_base(folder / "base", model(gb))
+    run_ranks("benchmarks.train", str(folder / "base"), "2", str(folder / "source"))
+
+
+def dcp_state(folder: Path, gb: float) -> None:
+    """By one step of real FSDP2: float32 parameters with AdamW's moments, in one save."""
+    save_base(folder / "base", model(gb))
+    run_ranks("benchmarks.dcp_train", str(folder / "base"), str(folder / "source"), "state")
+
+
+def universal(folder: Path, gb: float) -> None:
+    """DeepSpeed's universal checkpoint, made by reshard from FSDP2's."""
+    dcp_state(folder, gb)
+    (folder / "source").rename(folder / "saved")
+    _reshard(folder / "saved", folder / "source", "--to", "deepspeed")
+    remove(folder / "saved")
+
+
+def _reshard(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "reshard", "convert", *map(str, arguments)]
+    subprocess.run([*command, "--quiet", "--no-verify"], check=True)
 
 
 def run_ranks(module: str, *arguments: str) -> None:
@@ -115,68 +102,15 @@ def run_ranks(module: str, *arguments: str) -> None:
     )
 
 
-def _in_process(function: str, *arguments: str) -> None:
-    """Call `function` of this module in a process of its own.
-
-    The benchmark's own process stays small: its children begin as large as it is.
-    """
-    subprocess.run([sys.executable, "-m", __name__, function, *arguments], check=True)
-
-
-def save_random_base(folder: str) -> None:
-    """Called in a process of its own by `random_base`."""
+def _save_zero(folder: Path, gb: float, save: Callable[[Path, Mapping[str, Any]], None]) -> None:
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**SMALL)).to(torch.bfloat16)
-    model.save_pretrained(folder)
-
-
-def save_layout(stage: str, folder: str) -> None:
-    """The large model's base (sparse zeros) and its checkpoint (repeated random values)."""
-    shapes = save_large_base(Path(folder, "base"))
-    tag = Path(folder, "source", "global_step1")
+    made = model(gb)
+    save_base(folder / "base", made)
+    tag = folder / "source" / "global_step1"
     tag.mkdir(parents=True)
     (tag.parent / "latest").write_text(tag.name, encoding="utf-8")
-    (_save_stage3 if stage == "3" else _save_stage2)(tag, shapes)
-
-
-def save_large_base(base: Path) -> Mapping[str, Any]:
-    """The large model in bfloat16, all zeros; its tensors' shapes."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    with torch.device("meta"):
-        model = Qwen2ForCausalLM(Qwen2Config(**LARGE))
-    shapes = OrderedDict((name, value.shape) for name, value in model.named_parameters())
-    base.mkdir(parents=True)
-    model.config.dtype = torch.bfloat16
-    model.config.save_pretrained(base)
-    _save_sparse(base / "model.safetensors", shapes)
-    return shapes
-
-
-def random_values(numel: int, dtype: Any) -> Any:
-    """`numel` random values of `dtype`; a block of them is repeated, which is quicker."""
-    import torch
-
-    block = torch.rand(1 << 22).sub_(0.5).to(dtype)
-    return block.repeat(-(-numel // block.numel()))[:numel]
-
-
-def _save_sparse(path: Path, shapes: Mapping[str, Any]) -> None:
-    """A safetensors file of bfloat16 zeros that takes no space on disk."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+    save(tag, OrderedDict((name, torch.Size(shape)) for name, shape in made.shapes()))
 
 
 def _common(shapes: Mapping[str, Any], module: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,18 +183,72 @@ def _save_optimizer(tag: Path, rank: int, state: Mapping[str, Any]) -> None:
     torch.save(file, tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
 
 
-RECIPES: tuple[Recipe, ...] = (
-    Recipe("zero2-0.5b", "deepspeed", trained(2)),
-    Recipe("zero3-0.5b", "deepspeed", trained(3)),
-    Recipe("zero2-state-0.5b", "state", trained(2)),
-    Recipe("zero2-1.9b", "deepspeed", laid_out(2), large=True),
-    Recipe("zero3-1.9b", "deepspeed", laid_out(3), large=True),
-)
+_FP8_BLOCK = [128, 128]
 
-_FUNCTIONS: Mapping[str, Callable[..., None]] = {
-    "save_random_base": save_random_base,
-    "save_layout": save_layout,
+
+def _quantise(folder: Path) -> None:
+    """Quantise the model in `folder`, in its place, by transformers' own quantiser: every
+    projection is codes, embedding, head and norms stay bfloat16."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+    from transformers.utils.quantization_config import FineGrainedFP8Config
+
+    settings = FineGrainedFP8Config(weight_block_size=_FP8_BLOCK)
+    quantiser = Fp8Quantize(FineGrainedFP8HfQuantizer(settings))
+    weights = folder / "model.safetensors"
+    state: dict[str, Any] = {}
+    with safe_open(weights, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            value = file.get_tensor(name)
+            codes = name.endswith("proj.weight")
+            state.update(quantiser.convert({name: value}) if codes else {name: value})
+    weights.unlink()
+    save_file(state, weights, {"format": "pt"})
+    path = folder / "config.json"
+    stated = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": _FP8_BLOCK,
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": ["lm_head"],
+    }
+    config = {**json.loads(path.read_text(encoding="utf-8")), "quantization_config": stated}
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+MAKERS: Mapping[str, Callable[[Path, float], None]] = {
+    maker.__name__: maker
+    for maker in (
+        zero2,
+        zero3,
+        dcp,
+        huggingface,
+        fp8,
+        megatron,
+        zero2_state,
+        dcp_state,
+        universal,
+        tiny,
+    )
 }
 
+
+def remove(folder: Path) -> None:
+    """Remove an input, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def make(kind: str, folder: Path, gb: float) -> None:
+    """Make an input in a process of its own: the benchmark's own stays small, because its children
+    begin as large as it is."""
+    remove(folder)
+    folder.mkdir(parents=True)
+    subprocess.run([sys.executable, "-m", __name__, kind, str(folder), str(gb)], check=True)
+
+
 if __name__ == "__main__":
-    _FUNCTIONS[sys.argv[1]](*sys.argv[2:])
+    if len(sys.argv) != 4 or sys.argv[1] not in MAKERS:
+        sys.exit(f"{__doc__}\nKIND: {', '.join(MAKERS)}")
+    MAKERS[sys.argv[1]](Path(sys.argv[2]), float(sys.argv[3]))

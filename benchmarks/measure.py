@@ -1,7 +1,8 @@
-"""One command in a process of its own: wall time and peak resident memory."""
+"""One command in a process of its own: time, memory, bytes and system calls."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -12,20 +13,42 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+# A command prints this line where the first part of its work is done.
+MARK = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What a command and the children that it waited for read and wrote, by /proc/PID/io.
+
+    `read` and `written` are the bytes of read-like and write-like system calls, cached or not
+    (copy_file_range among them, mapped files not); `reads` and `writes` count these calls.
+    """
+
+    read: int
+    written: int
+    reads: int
+    writes: int
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """What one run of a command took.
 
-    `peak_nbytes` is the kernel's `ru_maxrss`: resident memory, mapped file pages included, of the
-    largest process of the command. A child begins as a copy of the benchmark itself, so it cannot
-    be less than the benchmark's own 40 MiB or so. `disk_nbytes` is the largest size of the watched
-    folder while the command ran, beyond what it held before.
+    `marked` are the seconds until it printed `MARK`, None if it did not. `cpu_seconds` are user and
+    system time of the command and its children. `peak_nbytes` is the kernel's `ru_maxrss`: resident
+    memory, mapped file pages included, of the largest process of the command. A child begins as a
+    copy of the benchmark itself, so it cannot be less than the benchmark's own 30 MiB or so.
+    `disk_nbytes` is the largest size of the watched folder while the command ran, beyond what it
+    held before. `calls` is None where the system does not count them.
     """
 
     seconds: float
+    marked: float | None
+    cpu_seconds: float
     peak_nbytes: int
     output: str
+    calls: Calls | None
     disk_nbytes: int = 0
 
 
@@ -77,6 +100,8 @@ def run(
 ) -> Run:
     """Run `command` to its end. Raises `CommandError`, with the end of what it said."""
     watch = _Watch(watched)
+    marked: float | None = None
+    said: list[str] = []
     start = time.perf_counter()
     try:
         process = subprocess.Popen(
@@ -88,16 +113,33 @@ def run(
         )
         if process.stdout is None:
             raise CommandError(f"no output to read from {command[0]}")
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
+        for line in process.stdout:
+            if line.rstrip() == MARK:
+                marked = time.perf_counter() - start
+            said.append(line)
+        # It has ended, and its counters are still there, until it is waited for.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         seconds = time.perf_counter() - start
+        calls = _calls(process.pid)
+        _, status, usage = os.wait4(process.pid, 0)
     finally:
         watch.close()
     process.returncode = os.waitstatus_to_exitcode(status)
     process.stdout.close()
+    output = "".join(said)
     if process.returncode != 0:
         raise CommandError(f"{' '.join(command)}: {process.returncode}\n{output[-2000:]}")
-    return Run(seconds, usage.ru_maxrss * 1024, output, watch.most)
+    cpu = usage.ru_utime + usage.ru_stime
+    return Run(seconds, marked, cpu, usage.ru_maxrss * 1024, output, calls, watch.most)
+
+
+def _calls(pid: int) -> Calls | None:
+    try:
+        text = Path(f"/proc/{pid}/io").read_text(encoding="ascii")
+    except OSError:
+        return None
+    counts = {name: int(count) for name, count in (line.split(":") for line in text.splitlines())}
+    return Calls(counts["rchar"], counts["wchar"], counts["syscr"], counts["syscw"])
 
 
 # In a process of its own: its peak would be taken for that of the next command.
@@ -121,7 +163,8 @@ def memory_in_hand(nbytes: int) -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
-    command = [sys.executable, "-c", _HOLD, str(nbytes)]
+    whole = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    command = [sys.executable, "-S", "-c", _HOLD, str(whole)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         if holder.stdout is None or not holder.stdout.readline():
             raise CommandError(f"{nbytes} bytes of memory are not to be had")

@@ -242,9 +242,44 @@ ALL_HEAVY = ("numpy", "ml_dtypes", "xxhash", "rich", "torch", "transformers", "p
     ],
 )
 def test_what_an_import_brings_along(code: str, unwanted: tuple[str, ...]) -> None:
+    check_imports(code, unwanted)
+
+
+#: What a conversion of a model on this machine imports nothing of: packages, and what only other
+#: inputs need.
+SPARED = (
+    *ALL_HEAVY[3:], "safetensors", "jinja2", "ray", "obstore",
+    "hashlib", "configparser", "html", "tempfile",
+    "reshard.storage.remote", "reshard.formats.deepspeed.reading",
+    "reshard.formats.megatron.reading", "reshard.formats.rank_files.reading",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unwanted"),
+    [
+        (["--version"], ALL_HEAVY),
+        (["inspect", "model", "--json"], SPARED),
+        (["convert", "model", "out", "--to", "dcp", "-q"], SPARED),
+    ],
+    ids=["version", "inspect", "convert"],
+)
+def test_what_a_command_brings_along(
+    tmp_path: Path, arguments: list[str], unwanted: tuple[str, ...]
+) -> None:
+    (tmp_path / "model").mkdir()
+    header = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    weights = len(header).to_bytes(8, "little") + header + bytes(8)
+    (tmp_path / "model" / "model.safetensors").write_bytes(weights)
+    code = f"from reshard.cli.app import reshard, run; assert run(reshard, {arguments!r}) == 0"
+    check_imports(code, unwanted, tmp_path)
+
+
+def check_imports(code: str, unwanted: tuple[str, ...], folder: Path | None = None) -> None:
+    """Run some code in a process of its own, which must import none of these."""
     code += f"\nimport sys\nprint([name for name in {unwanted!r} if name in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=folder
     )
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr

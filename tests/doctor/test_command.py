@@ -53,7 +53,7 @@ def test_findings_are_shown_and_mended(
     ill, base, out = prefixed(pairs, tmp_path / "ill"), str(pairs("llama").base), tmp_path / "out"
     assert run(command, ["doctor", str(ill), "--base", base]) == 1
     shown = capsys.readouterr()
-    assert "wrapper-prefix: names carry" in shown.out
+    assert "wrapper-prefix: the names have" in shown.out
     assert "; for instance module.lm_head.weight" in shown.out
     assert "2 error(s), 0 warning(s)" in shown.out
     assert f"To repair it: reshard doctor {ill} --base {base} --repair OUT" in shown.err

@@ -11,10 +11,11 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from reshard.comparison.measures import Change, ratio
+from reshard.core.regex import regex
 
 # A layer: the first number in the name after which there is a module and its parameter.
-_LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<layer>\d+)\.(?P<module>.+\..+)$", re.DOTALL)
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_LAYER = regex(r"^(?:(?P<stack>.*?)\.)?(?P<layer>\d+)\.(?P<module>.+\..+)$", re.DOTALL)
+_NUMBER = regex(r"(?<![^.])\d+(?![^.])")
 Key = Literal["name", "change", "largest", "mean", "elements"]
 
 

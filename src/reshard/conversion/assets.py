@@ -14,11 +14,11 @@ read is an error: the output would be a model without it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from reshard.core.catalog import Asset
+from reshard.core.regex import regex
 from reshard.errors import FormatError, NotFoundError
 from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.storage.local import child, read_start
@@ -28,13 +28,13 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msg
                     ".onnx", ".onnx_data", ".onnx.data", ".distcp", ".tflite", ".ot", ".npz", ".pb",
                     ".pdparams", ".mlmodel")  # fmt: skip
 # model.safetensors.index.json, model.safetensors.index.fp16.json; OpenVINO's graph of weights.
-_WEIGHT_LISTS = re.compile(r".*\.index(\.\w+)?\.json|openvino_.*\.xml")
+_WEIGHT_LISTS = regex(r".*\.index(\.\w+)?\.json|openvino_.*\.xml")
 # PEFT's, whose weights are not copied: without them transformers cannot load the folder.
 _LEFT = frozenset({ADAPTER_CONFIG, "reshard.json"})
 # Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
 _NOT_ASSETS = frozenset({".git", ".cache", "__pycache__"})
 # A module's own weights, as save_pretrained names them.
-_OWN = re.compile(
+_OWN = regex(
     r"model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin|"
     r"(model\.safetensors|pytorch_model\.bin)\.index\.json"
 )

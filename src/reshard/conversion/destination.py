@@ -25,11 +25,11 @@ from reshard import formats
 from reshard.conversion import manifest
 from reshard.conversion.manifest import Manifest, WrittenFile, file_digest
 from reshard.conversion.verification import verify_folder
-from reshard.core.locations import MANIFEST, RemotePath
+from reshard.core.locations import CLAIM, MANIFEST, RemotePath
 from reshard.core.sizes import size
 from reshard.errors import NotFoundError, ReshardError, WriteError, brief, listed
 from reshard.formats import locate
-from reshard.storage import remote, strict_json
+from reshard.storage import strict_json
 from reshard.storage.local import Sources
 from reshard.storage.paths import (
     exists,
@@ -141,8 +141,11 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
         raise WriteError(
             "the output is in a loop of links.", path=target, hint="Name another output."
         )
-    if isinstance(target, RemotePath) and remote.is_unfinished(target):
-        return _unfinished(target, overwrite=overwrite)
+    if isinstance(target, RemotePath):
+        from reshard.storage import remote  # paths of this machine need nothing of it
+
+        if remote.is_unfinished(target):
+            return _unfinished(target, overwrite=overwrite)
     if not exists(target) or (is_folder(target) and not any(listing(target))):
         return None
     if not is_folder(target):
@@ -184,7 +187,9 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
 
 def _unfinished(target: RemotePath, *, overwrite: bool) -> Replaced:
     """What a run left in a store that was killed, or that writes there now."""
-    claim = strict_json.parse_object(remote.claim(target), os.fspath(target / remote.CLAIM))
+    from reshard.storage import remote
+
+    claim = strict_json.parse_object(remote.claim(target), os.fspath(target / CLAIM))
     if not overwrite:
         who = ", ".join(f"{name} {brief(claim[name])}" for name in ("host", "pid", "began")
                         if name in claim)  # fmt: skip
@@ -195,7 +200,7 @@ def _unfinished(target: RemotePath, *, overwrite: bool) -> Replaced:
             "what it left; or name another output.",
         )
     named, there = claim.get("files"), remote.below(target)
-    foreign = sorted({*there} - {*(named if isinstance(named, dict) else ()), remote.CLAIM})
+    foreign = sorted({*there} - {*(named if isinstance(named, dict) else ()), CLAIM})
     if foreign:
         raise _mixed(target, foreign)
     return Replaced(os.fspath(target), len(there), sum(file.nbytes for file in there.values()))
@@ -215,7 +220,7 @@ def _stated(folder: Path) -> Manifest | None:
 def _files(folder: Path) -> Iterator[_File]:
     """Everything below a folder that is not a folder itself; links are not followed."""
     for path in files_below(folder):
-        left = isinstance(path, RemotePath) and path.name == remote.CLAIM
+        left = isinstance(path, RemotePath) and path.name == CLAIM
         if not (path.parent.name == _REMADE and path.suffix == ".pyc") and not left:
             yield _File(path.relative_to(folder).as_posix(), status(path, follow=False))
 

@@ -18,7 +18,6 @@ It holds no path and no time of day: the same input gives the same bytes.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from reshard._version import __version__
 from reshard.core.catalog import Origin
 from reshard.core.locations import MANIFEST
 from reshard.core.plan import Plan
+from reshard.core.regex import regex
 from reshard.core.state import TrainingState
 from reshard.core.tensors import TensorSpec
 from reshard.errors import FormatError, NotFoundError, UnsupportedError
@@ -43,7 +43,7 @@ from reshard.storage.source import Source
 VERSION = TREES = 2
 # Bytes that a stated tensor takes for each comma, colon and opening bracket of its lines.
 _STATED_TOKEN_NBYTES = 45
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE = regex("[\ud800-\udfff]")
 # Bytes of a file that is copied, in memory at once.
 _PIECE = 4 << 20
 

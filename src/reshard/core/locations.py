@@ -18,6 +18,7 @@ import re
 from pathlib import Path, PosixPath
 from urllib.parse import unquote
 
+from reshard.core.regex import regex
 from reshard.errors import OptionError, shown
 
 #: The stores that can be written, and those that are only read.
@@ -26,12 +27,14 @@ HUB = "hf"
 READABLE = (*WRITABLE, HUB, "https", "http")
 #: The file of an output that lists the others; it is written last.
 MANIFEST = "reshard.json"
+#: What stands in an output in a store while it is written.
+CLAIM = "reshard.partial.json"
 
 # By one slash too: `pathlib` makes `s3:/bucket` of `s3://bucket`.
-_URL = re.compile(
+_URL = regex(
     r"([A-Za-z][\w+.-]*)://(.*)|(s3a?|gs|gcs|az|abfss?|hf|hdfs|https?|file):/(.*)", re.DOTALL
 )
-_LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
+_LOOPBACK = regex(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 # Parts of a URL that name no object: the scheme and the bucket; on the hub, owner and model.
 _ROOT = {HUB: 3}
 # What `pathlib` would drop from a path, or climb by.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
 from typing import Any
 
 from reshard.core.sizes import size
@@ -37,6 +36,8 @@ def folded(title: str, content: str) -> str:
 
 
 def _text(words: str) -> str:
+    from html import escape  # takes 2 ms, and is used in notebooks alone
+
     return escape(printable(words, lines=True))
 
 

@@ -6,7 +6,6 @@ continues. A file that is read passes all of the format's own checks, so its ten
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from reshard.conversion.assets import assets as assets_of
 from reshard.conversion.base_model import CONFIG, Base
 from reshard.conversion.beside import LIGHTRFT
 from reshard.core.catalog import Asset
+from reshard.core.regex import regex
 from reshard.core.tensors import Entry, Record, stored
 from reshard.diagnosis import adapters
 from reshard.errors import ReshardError, UnsupportedError
@@ -29,7 +29,7 @@ from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file, is_folder, listing, matching
 
-_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_SHARD = regex(r"model(-\d+-of-\d+)?\.safetensors")
 
 
 class Folder(Struct, frozen=True):

@@ -16,6 +16,7 @@ from msgspec import Struct
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile
+from reshard.core.regex import regex
 from reshard.core.state import TrainingState
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import FormatError, NotFoundError, listed
@@ -116,15 +117,13 @@ class Single(Protocol):
 #: What frameworks call the model's part of a nested state dict, the likeliest first.
 MODEL = ("state_dict", "module", "model", "model_state_dict")
 #: What they call an optimizer's part, or a folder of its own for it.
-OPTIMIZER = re.compile(r"(.*_)?optim(izer)?s?(_.*|\d*)")
+OPTIMIZER = regex(r"(.*_)?optim(izer)?s?(_.*|\d*)")
 #: The top level of an optimizer's own state dict.
 OPTIMIZER_KEYS = frozenset({"state", "param_groups"})
 #: What they call the parts from which a run goes on, but the model.
-RUN_STATE = re.compile(
-    rf"{OPTIMIZER.pattern}|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?"
-)
+RUN_STATE = regex(rf"{OPTIMIZER.pattern}|(lr_)?schedulers?(_.*)?|train_state|dataloader|rng(_.*)?")
 #: These, and other parts that hold tensors and are not the model to read.
-NOT_MODEL = re.compile(rf"{RUN_STATE.pattern}|extra(_.*)?|ema(_.*)?")
+NOT_MODEL = regex(rf"{RUN_STATE.pattern}|extra(_.*)?|ema(_.*)?")
 
 
 def load(name: str) -> Format:

@@ -13,7 +13,6 @@ Read off safetensors 0.8.0 (safetensors/src/tensor.rs), transformers 5.23 and hu
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from reshard.core import dtypes
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
+from reshard.core.regex import regex
 from reshard.core.state import ReadState
 from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
 from reshard.core.tiling import proven
@@ -40,11 +40,11 @@ from reshard.storage.paths import is_file, is_folder, matching
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # torch/distributed/checkpoint/_hf_utils.py (torch 2.13): each rank's parts of tensors.
-_DCP_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+_DCP_SHARD = regex(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 # One shard of several, as save_pretrained names them.
-_NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_NUMBERED = regex(r"model-(\d{5})-of-(\d{5})\.safetensors")
 # A PEFT adapter, Mistral's own names, the second and further models of an accelerate run.
-_BESIDE = re.compile(r"(adapter_model|consolidated(-\d+-of-\d+)?|model_\d+)\.safetensors")
+_BESIDE = regex(r"(adapter_model|consolidated(-\d+-of-\d+)?|model_\d+)\.safetensors")
 
 
 def detect(path: Path) -> str | None:

@@ -28,6 +28,7 @@ from msgspec.structs import replace
 from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
+from reshard.core.regex import regex
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.formats import OPTIMIZER, tags
 from reshard.formats.info import named
@@ -40,7 +41,7 @@ _DEPTH = 3
 # A run's folder has tens of entries; more than this is somebody's home directory.
 _MAX_FOLDERS = 10_000
 # One shard of several, of safetensors or torch.save files.
-_SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
+_SHARD = regex(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
 # Written last, once a save is whole.
 TRACKER = "latest_checkpointed_iteration.txt"
 # LightRFT keeps actor and critic side by side; the actor is the default.

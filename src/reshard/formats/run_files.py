@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.plain import PlainData
+from reshard.core.regex import regex
 from reshard.core.state import Plain
 from reshard.errors import FormatError, IncompleteError
 from reshard.storage import strict_json
@@ -19,9 +19,9 @@ _SCHEDULERS = ("scheduler_state.pt", "scheduler.pt", "scheduler.bin")
 _TRAINER = "trainer_state.json"
 # accelerate 1.15 (utils/constants.py, checkpointing.py), transformers 5 (trainer.py).
 _OWN_FILES = {
-    "random numbers": re.compile(r"(random_states|rng_state)(_\d+)?\.(pkl|pth)"),
-    "the loss scale": re.compile(r"scaler\.pt"),
-    "the place in the data": re.compile(r"(sampler|dl_state_dict|dataloader)(_\d+)?\.(bin|pt)"),
+    "random numbers": regex(r"(random_states|rng_state)(_\d+)?\.(pkl|pth)"),
+    "the loss scale": regex(r"scaler\.pt"),
+    "the place in the data": regex(r"(sampler|dl_state_dict|dataloader)(_\d+)?\.(bin|pt)"),
 }
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+
+from reshard.core.regex import regex
 
 #: The tag that means the newest save, where none is called so.
 LATEST = "latest"
 # The number in a save's name: the last one.
-_NUMBER = re.compile(r"(\d+)(?!.*\d)")
+_NUMBER = regex(r"(\d+)(?!.*\d)")
 # Names that a message lists.
 _LISTED = 10
 

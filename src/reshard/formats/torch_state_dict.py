@@ -20,7 +20,6 @@ utils/fsdp_utils.py).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
@@ -35,6 +34,7 @@ from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread, part_left_out
 from reshard.core.plan import OutputFile, Slot
+from reshard.core.regex import regex
 from reshard.core.state import ReadState
 from reshard.core.tensors import Entry, Record, whole
 from reshard.errors import (
@@ -64,7 +64,7 @@ from reshard.storage.paths import is_file, is_folder, listing, matching
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
 _ADAPTER = "adapter_model.bin"
-_FSDP = re.compile(r"pytorch_model_fsdp(?:_(\d+))?\.bin")
+_FSDP = regex(r"pytorch_model_fsdp(?:_(\d+))?\.bin")
 _SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Levels of dicts that are looked into.
 _MAX_DEPTH = 4

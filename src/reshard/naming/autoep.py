@@ -13,20 +13,20 @@ That is the layout of transformers 5, which the families' tables know. Read off 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from reshard.core.arrangement import Arrangement, Concat, Whole
+from reshard.core.regex import regex
 from reshard.core.tensors import Shape
 from reshard.errors import IncompleteError, NamesError
 from reshard.naming.schema import Schema
 from reshard.naming.search import unwrap
 
 _GATE, _DOWN, _UP = "w1", "w2", "w3"
-_EXPERTS = re.compile(rf"(.+)\.experts\.({_GATE}|{_DOWN}|{_UP})")
+_EXPERTS = regex(rf"(.+)\.experts\.({_GATE}|{_DOWN}|{_UP})")
 # The router is stored as the layer's `router`, and once more under the family's own name.
-_ROUTER = re.compile(r"(?:router|gate)\.gate\.(weight|bias)")
-_BIAS = re.compile(r"(?:router|gate)\.e_score_correction_bias")
+_ROUTER = regex(r"(?:router|gate)\.gate\.(weight|bias)")
+_BIAS = regex(r"(?:router|gate)\.e_score_correction_bias")
 
 
 def blocks(shapes: Mapping[str, Shape], schema: Schema) -> frozenset[str]:

@@ -12,7 +12,6 @@ classes; reshard could not notice that two tensors of equal size changed places.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from msgspec.structs import replace
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.rearrange import crop
+from reshard.core.regex import regex
 from reshard.core.tensors import Box, Entry, Shape, TensorSpec
 from reshard.errors import NamesError, PlanError, UnsupportedError, listed
 from reshard.naming.layouts import Version
@@ -41,7 +41,7 @@ IN_LAYER = (
 )  # fmt: skip
 # Before and after the layers.
 _OUTSIDE = {"model.embed_tokens": 0, "model.norm": 2, "lm_head": 3, "score": 3}
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_LAYER = regex(r"model\.layers\.(\d+)\.(.+)")
 # Versions whose names in memory differ, as far as a whole tensor goes: one of each layout.
 _VERSIONS: tuple[Version, ...] = (NEWEST, (4, 57), (4, 52), (4, 49))
 _LISTED = 5

@@ -26,6 +26,7 @@ from typing import Any
 from msgspec import Struct
 
 from reshard.core.arrangement import Arrangement, Concat, Crop, Select, Whole, sources
+from reshard.core.regex import regex
 from reshard.core.tensors import Box, Shape
 from reshard.errors import NamesError
 from reshard.naming.families import MORE_LAYERS
@@ -55,16 +56,35 @@ MTP_NAMES = {
 }
 #: Copies that the hub's layers of multi-token prediction have of these; Megatron shares them.
 MTP_COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}
+<<<<<<< HEAD
 _QKV = re.compile(r"self_attention\.linear_qkv\.(weight|bias)")
+=======
+_QK_NORMS = {
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+}
+_MLA = {
+    "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
+    "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_a_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attn.q_a_layernorm.weight",
+    "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
+    "self_attention.linear_kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "self_attention.kv_layernorm.weight": "self_attn.kv_a_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attn.kv_a_layernorm.weight",
+    "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
+}
+_QKV = regex(r"self_attention\.linear_qkv\.(weight|bias)")
+>>>>>>> main
 #: Gate and up in one tensor, or in two: `weight` and `bias`, each with `_w` and `_v`.
-_FC1 = re.compile(r"(.+)\.linear_fc1\.(weight|bias)(_w|_v)?")
-_EXPERT = re.compile(r"mlp\.experts\.experts\.(?:(\d{1,6})\.)?(linear_fc[12]\.weight(?:_w|_v)?)")
-_LAYER = re.compile(r"(decoder|mtp)\.layers\.(?:(\d{1,6})\.)?(.+)")
-_INNER = re.compile(r"(?:transformer_layer|mtp_model_layer)\.(.+)")
+_FC1 = regex(r"(.+)\.linear_fc1\.(weight|bias)(_w|_v)?")
+_EXPERT = regex(r"mlp\.experts\.experts\.(?:(\d{1,6})\.)?(linear_fc[12]\.weight(?:_w|_v)?)")
+_LAYER = regex(r"(decoder|mtp)\.layers\.(?:(\d{1,6})\.)?(.+)")
+_INNER = regex(r"(?:transformer_layer|mtp_model_layer)\.(.+)")
 #: A name that every such model has.
-_SIGN = re.compile(r"(?:.*\.)?decoder\.layers\.(?:\d+\.)?self_attention\.linear_proj\.weight")
+_SIGN = regex(r"(?:.*\.)?decoder\.layers\.(?:\d+\.)?self_attention\.linear_proj\.weight")
 #: Buffers that are computed, and statistics of the router's balance: of no model on the hub.
-LEFT_OUT = re.compile(
+LEFT_OUT = regex(
     r"(?:.*\.)?(?:inv_freq|router\.(?:local_tokens_per_expert|global_tokens_per_expert))"
 )
 #: More experts or layers than any model has: a tensor without elements may state any number.

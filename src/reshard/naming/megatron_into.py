@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from reshard.core.arrangement import Arrangement, Arranger, inverse
 from reshard.core.dtypes import DType
+from reshard.core.regex import regex
 from reshard.core.tensors import Entry, Extent, FileRef, Fragment, Shape, TensorSpec, whole
 from reshard.errors import NamesError, listed
 from reshard.naming import megatron, megatron_args
@@ -37,8 +38,8 @@ _OUTSIDE = {
     HEAD: "output_layer.weight",
     "score.weight": "output_layer.weight",
 }
-_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.(.+)")
-_PROJECTION = re.compile(r"self_attn\.[qkv]_proj\.(weight|bias)")
+_LAYER = regex(r"model\.layers\.(\d{1,6})\.(.+)")
+_PROJECTION = regex(r"self_attn\.[qkv]_proj\.(weight|bias)")
 #: What every layer has: one name of each.
 _NEEDED = (
     ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
@@ -49,9 +50,16 @@ _NEEDED = (
     ("mlp.linear_fc2.weight", "mlp.experts.experts.linear_fc2.weight"),
 )
 _EXPERTS = "mlp.experts.experts."
-_STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)")
+_STACKED = regex(r"decoder\.layers\.(?!\d+\.)")
 # A tensor of a module that has a state beside its tensors.
+<<<<<<< HEAD
 _MODULE = re.compile(r"((?:decoder|mtp)\.(?:.+\.)?(?:linear_\w+|\w*norm|eh_proj))\.\w+")
+=======
+_MODULE = regex(r"((?:decoder|mtp)\.(?:.+\.)?(?:linear_\w+|\w*norm|eh_proj))\.\w+")
+_WHOLE = (
+    "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base."
+)
+>>>>>>> main
 
 _Layer = dict[str, Shape]
 

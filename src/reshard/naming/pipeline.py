@@ -17,24 +17,24 @@ name their tensors otherwise, are refused. DeepSpeed's `PipelineModule` has such
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from msgspec import Struct
 
 from reshard.core.arrangement import Arrangement, Whole
+from reshard.core.regex import regex
 from reshard.core.tensors import Shape
 from reshard.errors import NamesError, listed
 from reshard.naming.schema import Schema, is_constant, is_unheld
 from reshard.naming.search import unwrap
 from reshard.naming.ties import is_head
 
-_NUMBERED = re.compile(r"(\d{1,6})\.(.+)")
-_TIED = re.compile(r"tied_modules\.[^.]+\.(.+)")
+_NUMBERED = regex(r"(\d{1,6})\.(.+)")
+_TIED = regex(r"tied_modules\.[^.]+\.(.+)")
 # The first number of a name: experts have numbers within a block.
-_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d{1,6})\.(.+)")
+_BLOCK = regex(r"((?:[^.]+\.)*?)(\d{1,6})\.(.+)")
 # Parts of the names of tensors before the first block; those of heads and norms come after.
-_BEFORE = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.")
+_BEFORE = regex(r"(^|\.)(\w*embed\w*|wte|wpe)\.")
 _HEAD = "lm_head.weight"
 _LISTED = 6
 

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_CONTAINER = re.compile(r"(?:.*?\.)?(?:layers|layer|h|block|blocks|resblocks)(?=\.\d+\.)")
+from reshard.core.regex import regex
+
+_CONTAINER = regex(r"(?:.*?\.)?(?:layers|layer|h|block|blocks|resblocks)(?=\.\d+\.)")
 # At least so many layers, of which at most a third lack a name: else the model is made like this.
 _LEAST, _SHARE = 3, 3
 # Keys of a config that say how many layers there are.

@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from reshard._version import __version__
 from reshard.core.locations import RemotePath
+from reshard.core.regex import regex
 from reshard.errors import FormatError, NotFoundError, printable
 from reshard.storage import credentials, strict_json
 from reshard.storage.requests import count
@@ -32,7 +33,7 @@ _MAX_ANSWER = 16 << 20
 _MAX_PAGES = 100
 _TRIES = 6
 _SECONDS = 30
-_COMMIT = re.compile(r"[0-9a-f]{7,64}")
+_COMMIT = regex(r"[0-9a-f]{7,64}")
 
 
 class Model:

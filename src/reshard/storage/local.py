@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -134,6 +133,8 @@ class Sources:
 
     def _expand(self, ref: FileRef) -> Expanded:
         plain = self._whole(ref.path)
+        import tempfile  # takes 3 ms, and few files have frames
+
         out = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the source)
         for piece in frames.pieces(plain.read_some, ref):
             out.write(piece)

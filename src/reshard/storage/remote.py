@@ -20,14 +20,12 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from reshard.core.locations import HUB, MANIFEST, RemotePath, located, named
+from reshard.core.locations import CLAIM, HUB, MANIFEST, RemotePath, located, named
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.storage import credentials
 from reshard.storage.ahead import Ahead
 from reshard.storage.stores import Listing, Object, Store, bucket_of
 
-#: What stands in an output while it is written.
-CLAIM = "reshard.partial.json"
 # Seconds that an answer of a store is taken for.
 _FRESH = 60.0
 # What is not in a list.

@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from reshard._version import __version__
 from reshard.core.locations import RemotePath
+from reshard.core.regex import regex
 from reshard.errors import IncompleteError, NotFoundError, UnsupportedError, WriteError, printable
 from reshard.storage import credentials
 from reshard.storage.requests import count
@@ -291,10 +292,10 @@ def writing(url: str) -> Iterator[None]:
         raise WriteError(f"it cannot be written: {words}.", path=url, hint=hint) from None
 
 
-_STATUS = re.compile(r"status code: (\d+ [A-Z][A-Za-z ]*[a-z])")
-_CODE = re.compile(r"<Code>(\w+)</Code>(?:\s*<Message>([^<]{1,300})</Message>)?")
+_STATUS = regex(r"status code: (\d+ [A-Z][A-Za-z ]*[a-z])")
+_CODE = regex(r"<Code>(\w+)</Code>(?:\s*<Message>([^<]{1,300})</Message>)?")
 _ACCESS = "Check the store's own settings: its keys, region and endpoint (docs/remote.md)."
-_SECRET = re.compile(r"(?<=://)[^/@\s]*@|\?\S*")
+_SECRET = regex(r"(?<=://)[^/@\s]*@|\?\S*")
 
 
 def _refusal(error: Exception) -> tuple[str, str | None, bool]:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from reshard.core.regex import regex
 from reshard.errors import FormatError
 from reshard.storage.local import Sources
 from reshard.storage.source import Source
@@ -39,8 +40,8 @@ _MAX_HELD = 176 << 20
 _TOKEN_NBYTES = 90
 _PUNCTUATION = (b",", b":", b"[", b"{")
 _BOM = b"\xef\xbb\xbf"
-_WIDE = re.compile(rb"[\xf0-\xf4]|\\[uU][dD][89abAB]")
-_KEY = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"\s*(:?)', re.DOTALL)
+_WIDE = regex(rb"[\xf0-\xf4]|\\[uU][dD][89abAB]")
+_KEY = regex(rb'"[^"\\]*(?:\\.[^"\\]*)*"\s*(:?)', re.DOTALL)
 
 
 def read_object(source: Source, *, max_nbytes: int = MAX_CONFIG) -> dict[str, Any]:

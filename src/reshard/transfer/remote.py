@@ -29,10 +29,9 @@ from typing import Any
 
 from reshard._version import __version__
 from reshard.core.findings import Finding
-from reshard.core.locations import MANIFEST, RemotePath
+from reshard.core.locations import CLAIM, MANIFEST, RemotePath
 from reshard.errors import ReshardError, UnsupportedError, WriteError
 from reshard.storage import remote, strict_json
-from reshard.storage.remote import CLAIM
 from reshard.storage.stores import Bucket, Object, bucket_of
 from reshard.transfer.journal import Journal
 from reshard.transfer.output import StoppedError

@@ -13,7 +13,6 @@ The last is found by converting it: what is incomplete gives an error and no out
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,16 +20,15 @@ import xxhash
 from msgspec import Struct
 
 from reshard import formats
+from reshard.core.regex import regex
 from reshard.errors import NotFoundError, OptionError, listed
 from reshard.formats import locate, tags
 from reshard.storage.local import read_start
 from reshard.storage.paths import files_below, is_file, is_folder, listing, status
 
 # The names of a step's folder: global_step10, checkpoint-500, iter_0000010, step_5, epoch_2.
-_STEP = re.compile(
-    r"(?i)(?:.*[^a-z])?(?:step|checkpoint|ckpt|iter(?:ation)?|epoch|save)s?[_\-=.]?\d+"
-)
-_NUMBERED = re.compile(r".*\d")
+_STEP = regex(r"(?i)(?:.*[^a-z])?(?:step|checkpoint|ckpt|iter(?:ation)?|epoch|save)s?[_\-=.]?\d+")
+_NUMBERED = regex(r".*\d")
 # Bytes of a file that names the last save.
 _MAX_NBYTES = 256
 

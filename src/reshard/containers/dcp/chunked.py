@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,12 +12,13 @@ from reshard.containers.dcp.metadata import Chunk, Metadata, StoredTensor
 from reshard.containers.dcp.zips import StoredItem
 from reshard.containers.torch.records import TensorRef
 from reshard.core import dtypes
+from reshard.core.regex import regex
 from reshard.core.tensors import Box, Entry, Fragment, Record, Shape, TensorKind, TensorSpec
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, at
 from reshard.storage.local import Sources
 
-_RANK_DATA = re.compile(r"__(\d+)_\d+\.distcp")
+_RANK_DATA = regex(r"__(\d+)_\d+\.distcp")
 # Chunks of a layout that is kept to be met again.
 _MAX_REPEATED = 4096
 

@@ -13,13 +13,13 @@ parts. So a last rank whose files are all missing cannot be noticed here; every 
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from msgspec import Struct
 
 from reshard.containers import safetensors as safetensors_file
 from reshard.containers.safetensors import SafetensorsFile
+from reshard.core.regex import regex
 from reshard.core.tensors import Box, Entry, Extent, Fragment, Shape, TensorKind, TensorSpec
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, brief
@@ -34,7 +34,7 @@ class _Chunk(Struct, frozen=True):
     start: Shape
 
 
-_NAME = re.compile(r"shard-(\d{5,})-model-(\d{5,})-of-(\d{5,})\.safetensors")
+_NAME = regex(r"shard-(\d{5,})-model-(\d{5,})-of-(\d{5,})\.safetensors")
 _INFO = "DCP_SHARDING_INFO"
 
 

@@ -28,6 +28,7 @@ from msgspec import Struct
 
 from reshard.containers.torch.limits import CALL_NBYTES, TUPLE_NBYTES
 from reshard.containers.torch.records import Global, Instance
+from reshard.core.regex import regex
 
 if TYPE_CHECKING:
     from reshard.containers.torch.machine import Machine
@@ -40,9 +41,9 @@ _GET = rb"(h.|j.{4})"
 _GETS = {b"h": 2, b"j": 5}
 # A string: recalled, or spelt with its length, which is compared, and put into the memo.
 _TEXT = rb"(h.|j.{4}|\x8c.[^\x94]*\x94)"
-_ONE_TEXT = re.compile(rb"\x8c.[^\x94]*\x94", re.DOTALL)
+_ONE_TEXT = regex(rb"\x8c.[^\x94]*\x94", re.DOTALL)
 _INT = rb"(K.|M..|J.{4}|\x8a\x05.{5}|\x8a\x06.{6})"
-_ONE_INT = re.compile(_INT, re.DOTALL)
+_ONE_INT = regex(_INT, re.DOTALL)
 _TUPLES = {1: b"\x85\x94", 2: b"\x86\x94", 3: b"\x87\x94"}
 _CALLED = b"\x85\x94R\x94"
 _SIZE = "torch.Size"

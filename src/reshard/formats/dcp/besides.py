@@ -10,7 +10,6 @@ The HF Trainer keeps the step of the run in trainer_state.json.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -19,6 +18,7 @@ from reshard.containers.dcp.chunked import find_tensors, scalar
 from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.dcp.objects import read_object
 from reshard.containers.torch.plain import PlainData, number
+from reshard.core.regex import regex
 from reshard.core.state import Plain, TrainingState
 from reshard.errors import UnsupportedError
 from reshard.formats import OPTIMIZER, run_files
@@ -27,8 +27,8 @@ from reshard.formats.dcp.save import ACCELERATE_MODEL, METADATA, is_of_a_save
 from reshard.storage.local import child
 from reshard.storage.paths import exists, is_file, is_folder, listing
 
-_RANK = re.compile(r"_?rank_?\d+(\.pt)?")
-_SCHEDULER_PART = re.compile(r"(lr_)?schedulers?(_\d+)?")
+_RANK = regex(r"_?rank_?\d+(\.pt)?")
+_SCHEDULER_PART = regex(r"(lr_)?schedulers?(_\d+)?")
 
 
 def optimizer_folders(folder: Path) -> list[Path]:

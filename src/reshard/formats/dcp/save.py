@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from reshard.containers.dcp.metadata import Metadata, merge, opened, unpickled
+from reshard.core.regex import regex
 from reshard.errors import FormatError, IncompleteError
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import listing
 
 METADATA = ".metadata"
 #: Where accelerate and the HF Trainer put the models of a checkpoint folder, one as a rule.
-ACCELERATE_MODEL = re.compile(r"pytorch_model_fsdp_(\d+)")
+ACCELERATE_MODEL = regex(r"pytorch_model_fsdp_(\d+)")
 # The metadata's name until it is whole; then it is renamed.
 _BEGUN = ".metadata.tmp"
-RANK_METADATA = re.compile(r"__(\d+)\.metadata")
+RANK_METADATA = regex(r"__(\d+)\.metadata")
 
 
 def is_of_a_save(name: str) -> bool:

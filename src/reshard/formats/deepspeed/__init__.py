@@ -24,28 +24,21 @@ it wrote; older versions from their sources.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-
-from msgspec.structs import replace
+from typing import TYPE_CHECKING
 
 from reshard.core.catalog import Catalog
-from reshard.formats import Selection, of_several
-from reshard.formats.deepspeed import (
-    files,
-    pipeline,
-    place,
-    stage3,
-    stages012,
-    state,
-    tensor_parallel,
-    universal,
-)
-from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.layout import as_written, lay_out_state
-from reshard.formats.deepspeed.place import Location
+from reshard.formats import Selection, TensorToWrite
+from reshard.formats.deepspeed import place
 from reshard.storage.local import Sources
 
-__all__ = ["as_written", "detect", "lay_out_state", "read"]
+if TYPE_CHECKING:
+    from reshard.core.state import TrainingState
+    from reshard.formats import Laid
+
+# Every conversion asks each format whether it knows the folder: what that takes is imported above,
+# the rest by those who need it.
 
 
 def detect(path: Path) -> str | None:
@@ -55,37 +48,25 @@ def detect(path: Path) -> str | None:
 
 def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     """The tensors of the checkpoint that `selection.tag` (default: `latest`) names."""
-    location = place.locate(path, sources, selection.tag)
-    if location.layers and not location.universal:
-        catalog = pipeline.read(location, sources)
-    else:
-        catalog = _read(location, sources, selection)
-    models = () if selection.tag else place.several_models(path)
-    return replace(
-        catalog, findings=(*catalog.findings, *of_several(path, models, location.tag, "tag"))
-    )
+    from reshard.formats.deepspeed import reading
+
+    return reading.read(path, sources, selection)
 
 
-def _read(location: Location, sources: Sources, selection: Selection) -> Catalog:
-    """What the files hold that are not of a pipeline's layers."""
-    ranks = location.ranks
-    saved = [files.read(rank, sources) for rank in ranks]
-    if location.universal and saved[0].model[0].staged:
-        return pipeline.of_universal(location, saved, sources)
-    saved = tensor_parallel.check(location, saved, sources)
-    parts = [
-        _catalog(rank, one, sources, selection) for rank, one in zip(ranks, saved, strict=True)
-    ]
-    catalog = parts[0] if len(parts) == 1 else tensor_parallel.join(saved, parts, sources)
-    return replace(catalog, optimizer=state.reader(ranks, saved, catalog, sources))
+def as_written(state: TrainingState) -> TrainingState:
+    """The state with complete groups, whose switches suit what DeepSpeed loads."""
+    from reshard.formats.deepspeed import layout
+
+    return layout.as_written(state)
 
 
-def _catalog(location: Location, saved: Saved, sources: Sources, selection: Selection) -> Catalog:
-    """What the files of one model parallel rank hold."""
-    if location.universal:
-        return universal.catalog(location, saved, sources)
-    if saved.stage == 3:
-        return stage3.catalog(
-            location, saved, sources, allow_step_mismatch=selection.allow_step_mismatch
-        )
-    return stages012.catalog(location, saved, sources)
+def lay_out_state(
+    weights: Sequence[TensorToWrite],
+    state: TrainingState,
+    max_file_nbytes: int,
+    layout: str | None,
+) -> Laid:
+    """The files of a universal checkpoint."""
+    from reshard.formats.deepspeed import layout as universal
+
+    return universal.lay_out_state(weights, state, max_file_nbytes, layout)

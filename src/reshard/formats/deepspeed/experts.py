@@ -15,16 +15,16 @@ runtime/engine.py (_save_moe_checkpoint), runtime/zero/stage_1_and_2.py.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from msgspec import Struct
 
+from reshard.core.regex import regex
 from reshard.errors import FormatError, IncompleteError
 from reshard.formats.deepspeed.files import Saved
 from reshard.formats.deepspeed.parse import OptimFile, Shapes
 
-_EXPERT = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..*)")
+_EXPERT = regex(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..*)")
 
 
 class ExpertParallelRank(Struct, frozen=True):

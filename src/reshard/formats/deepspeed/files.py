@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
@@ -10,6 +9,7 @@ from msgspec.structs import replace
 
 from reshard.containers.torch import Known, TensorRef
 from reshard.containers.torch import read as read_torch
+from reshard.core.regex import regex
 from reshard.core.tensors import Record, Shape
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.deepspeed.parse import (
@@ -33,7 +33,7 @@ from reshard.storage.local import Sources
 
 _ONE_SAVE = "Copy all files of one save."
 # Versions that do not state the parameters' shapes in the model file.
-_NO_SHAPES = re.compile(r"0\.[0-5]\.")
+_NO_SHAPES = regex(r"0\.[0-5]\.")
 # What ds_to_universal is told to call its output, as a rule.
 _UNIVERSAL = "_universal"
 # Objects that DeepSpeed itself puts in its files; nothing in them is needed.

@@ -35,6 +35,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from reshard.core.regex import regex
 from reshard.core.tensors import Shape
 from reshard.errors import FormatError, UnsupportedError, brief
 from reshard.formats.deepspeed.sharding import (
@@ -46,7 +47,7 @@ from reshard.formats.deepspeed.sharding import (
 )
 
 _VERSION, _MAP_VERSION = 0.4, 1
-_EXACT = re.compile(r"\^((?:[^\\.^$*+?{}\[\]|()]|\\[^A-Za-z0-9])+)\$")
+_EXACT = regex(r"\^((?:[^\\.^$*+?{}\[\]|()]|\\[^A-Za-z0-9])+)\$")
 _NOT_HANDLED = {
     "parameter_to_average_patterns": "that are averaged over the ranks",
     "expert_parameter_patterns": "of experts",

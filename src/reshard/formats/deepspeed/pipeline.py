@@ -19,7 +19,6 @@ which key that is: the masters, rounded, are the file's weights. Read off DeepSp
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
@@ -29,6 +28,7 @@ from reshard.containers.torch import read as read_torch
 from reshard.containers.torch.plain import PlainData
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
+from reshard.core.regex import regex
 from reshard.core.state import Group, ReadState, TrainingState
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
@@ -39,8 +39,8 @@ from reshard.formats.deepspeed.place import Location
 from reshard.formats.deepspeed.run_state import model_file, run_state
 from reshard.storage.local import Sources
 
-_NUMBERED = re.compile(r"(\d+)\.(.+)")
-_TIED = re.compile(r"tied_modules\.([^.]+)\.(.+)")
+_NUMBERED = regex(r"(\d+)\.(.+)")
+_TIED = regex(r"tied_modules\.([^.]+)\.(.+)")
 _ONE_SAVE = "Copy all files of one save."
 _LISTED = 4
 

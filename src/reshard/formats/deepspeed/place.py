@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from reshard.core.regex import regex
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError, listed
 from reshard.formats import numbered, tags
 from reshard.storage.local import Sources, child
@@ -18,16 +18,16 @@ from reshard.storage.paths import is_file, is_folder, is_link, listing, real
 # _get_expert_ckpt_name; runtime/pipe/module.py: ckpt_layer_path. "pp_rank" is the data parallel
 # rank; mp_rank counts tensor (and pipeline) parallel ranks; an expert's "layer" counts layers with
 # experts.
-_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_MODEL_STAGE3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
-_OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
+_MODEL = regex(r"mp_rank_(\d+)_model_states\.pt")
+_MODEL_STAGE3 = regex(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_OPTIM = regex(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_LAYER = regex(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
+_EXPERT = regex(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 # Experts of the first releases, whose files name no layer, and of tensor parallel runs.
-_OTHER_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt")
+_OTHER_EXPERT = regex(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt")
 
 # accelerate/accelerator.py, save_state: each of a run's models has a tag of its own in one folder.
-_ACCELERATE = re.compile(r"pytorch_model(?:_(\d+))?")
+_ACCELERATE = regex(r"pytorch_model(?:_(\d+))?")
 
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"

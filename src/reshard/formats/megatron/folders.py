@@ -11,9 +11,9 @@ A folder with `latest_checkpointed_iteration.txt` or several steps is `formats.l
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from reshard.core.regex import regex
 from reshard.errors import IncompleteError, NotFoundError, UnsupportedError, brief
 from reshard.formats import of_role
 from reshard.formats.signs import MCORE, MCORE_COMMON, is_mcore
@@ -25,7 +25,7 @@ _MODEL = ("weights", "dist_ckpt", "model/dist_ckpt")
 # Where verl 0.9 keeps what is not a model.
 _STATE = ("optimizer/dist_ckpt", "extra/dist_ckpt")
 # One file a rank, tensors in parts: Megatron-LM's `--ckpt-format torch`.
-_RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,})*")
+_RANK = regex(r"mp_rank_\d{2,}(_\d{3,})*")
 _RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
 # A whole model that a trainer wrote as well: Megatron-Bridge, verl.
 _EXPORTS = ("hf", "../huggingface")

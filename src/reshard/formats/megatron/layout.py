@@ -12,13 +12,13 @@ here, as modules without TransformerEngine save it; TransformerEngine's modules 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 
 from reshard.containers.dcp import layout
 from reshard.containers.torch.write import lay_out_data
 from reshard.core import rearrange
 from reshard.core.plan import OutputFile
+from reshard.core.regex import regex
 from reshard.core.tensors import Box, Entry, TensorSpec
 from reshard.formats import TensorToWrite
 from reshard.formats.signs import MCORE, MCORE_COMMON
@@ -34,7 +34,7 @@ _BACKEND = {
 _SMALL = 1 << 20
 # Older than 2.0, Megatron-LM would reorder queries, keys and values.
 _CHECKPOINT_VERSION = 3.0
-_OWN_LAYER = re.compile(r"decoder\.layers\.\d+\..+")
+_OWN_LAYER = regex(r"decoder\.layers\.\d+\..+")
 
 
 def lay_out(

@@ -14,7 +14,6 @@ Of several optimizers the keys begin with `chained_0.`. Read off megatron-core 0
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -23,17 +22,18 @@ from msgspec.structs import replace
 from reshard.containers.dcp.metadata import Metadata
 from reshard.core import rearrange
 from reshard.core.findings import Finding
+from reshard.core.regex import regex
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import FormatError, NotFoundError, UnsupportedError, listed
 
 #: The optimizer's tensors; of several optimizers (experts have one of their own) with a number.
-OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..+")
+OPTIMIZER = regex(r"(?:chained_\d+\.)?optimizer\..+")
 #: What the state calls masters, and what they are called here.
 KINDS, MASTER = ("fp32_param", "param"), "master"
-_MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)")
+_MASTER = regex(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)")
 _DISTRIBUTED = r"(?:chained_\d+\.)?optimizer\.distributed\."
-_UNNAMED = re.compile(rf"{_DISTRIBUTED}.+")
-_GATHERED = re.compile(rf"{_DISTRIBUTED}.*\.param_state(?:/.+)?")
+_UNNAMED = regex(rf"{_DISTRIBUTED}.+")
+_GATHERED = regex(rf"{_DISTRIBUTED}.*\.param_state(?:/.+)?")
 _LISTED = 5
 
 

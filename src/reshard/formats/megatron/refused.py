@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from reshard.containers.dcp.metadata import Metadata
+from reshard.core.regex import regex
 from reshard.errors import UnsupportedError
 
 # (what their names have, what they are, what to do)
 _KINDS = (
     (
-        re.compile(
-            r"(^|\.)(lora_[AB]\b.*|adapter\.linear_(in|out)\..*|to_wrap\..*|base_layer\..*)"
-        ),
+        regex(r"(^|\.)(lora_[AB]\b.*|adapter\.linear_(in|out)\..*|to_wrap\..*|base_layer\..*)"),
         "adapters (LoRA) of a Megatron model",
         "Merge them with the trainer that wrote them, and convert the merged checkpoint.",
     ),
     (
-        re.compile(r"_quantizer\.|\._amax$|\._scale_inv$|weight_scale"),
+        regex(r"_quantizer\.|\._amax$|\._scale_inv$|weight_scale"),
         "weights that ModelOpt has quantised",
         "Convert the checkpoint from before that, or export it with ModelOpt.",
     ),
     (
-        re.compile(r"(^|\.)mixer\.|\.linear_attention\.|\.conv1d\."),
+        regex(r"(^|\.)mixer\.|\.linear_attention\.|\.conv1d\."),
         "state-space or linear attention layers, whose projections are laid out in their own way",
         "Export it with Megatron-Bridge, or with the trainer's own conversion.",
     ),
 )
-_WEIGHT = re.compile(r".*\.(weight|bias)(_w|_v)?")
+_WEIGHT = regex(r".*\.(weight|bias)(_w|_v)?")
 # torch's names of types that weights in FP8 or FP4 are stored in.
-_QUANTISED = re.compile(r"(torch\.)?(u?int8|float8_.*|float4_.*)")
+_QUANTISED = regex(r"(torch\.)?(u?int8|float8_.*|float4_.*)")
 
 
 def check(metadata: Metadata, keys: Iterable[str], folder: Path) -> None:

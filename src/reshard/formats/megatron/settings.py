@@ -21,6 +21,7 @@ from msgspec import Struct
 from reshard.containers import torch as torchfile
 from reshard.containers.torch import Opaque
 from reshard.core.findings import Finding
+from reshard.core.regex import regex
 from reshard.errors import ReshardError
 from reshard.formats.signs import MCORE_COMMON
 from reshard.naming.megatron_args import SETTINGS
@@ -30,7 +31,7 @@ from reshard.storage.paths import file_size, is_file
 
 _JSON = ("../transformer_config.json", "../../transformer_config.json")
 _YAML = ("run_config.yaml", "../context/model.yaml")
-_LINE = re.compile(r"^\s*(\w+):\s*(true|false|\d{1,9})\s*$", re.MULTILINE | re.IGNORECASE)
+_LINE = regex(r"^\s*(\w+):\s*(true|false|\d{1,9})\s*$", re.MULTILINE | re.IGNORECASE)
 # A run's settings take tens of KB.
 _MAX_NBYTES = 4 << 20
 

@@ -15,7 +15,6 @@ __init__.py, optimizer.py, distrib_optimizer.py) and files that they wrote.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.torch.optimizer import eight_bit, hyperparameters, parse_step
 from reshard.containers.torch.plain import PlainData
 from reshard.core.findings import Finding
+from reshard.core.regex import regex
 from reshard.core.state import WEIGHTS_ALONE, Group, ReadState, Step, TrainingState
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import FormatError, UnsupportedError
@@ -37,9 +37,9 @@ from reshard.naming.megatron_into import leading_axes
 from reshard.storage.local import Sources
 from reshard.storage.paths import is_file
 
-_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
+_KEY = regex(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
 _EXPERTS = ".mlp.experts."
-_EMBEDDING_OR_OUTPUT = re.compile(r"(?:.*\.)?(?:embedding|output_layer)\..+")
+_EMBEDDING_OR_OUTPUT = regex(r"(?:.*\.)?(?:embedding|output_layer)\..+")
 # What Megatron-Core states in a group, which is no setting of the optimizer.
 _RULES = frozenset(
     {"wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "default_config", "max_lr",

@@ -16,20 +16,21 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from reshard.core.regex import regex
 from reshard.errors import FormatError, IncompleteError, NotFoundError, brief, listed
 from reshard.formats import numbered, of_role
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file, is_folder, is_own_folder, listing
 
-_VERL = re.compile(r"(?P<model>model)_world_size_(?P<world>\d{1,7})_rank_(?P<rank>\d{1,7})\.pt")
-_ACCELERATE = re.compile(r"(?P<model>pytorch_model_fsdp(?:_\d+)?)_rank_?(?P<rank>\d{1,7})\.bin")
-_OTHER = re.compile(
+_VERL = regex(r"(?P<model>model)_world_size_(?P<world>\d{1,7})_rank_(?P<rank>\d{1,7})\.pt")
+_ACCELERATE = regex(r"(?P<model>pytorch_model_fsdp(?:_\d+)?)_rank_?(?P<rank>\d{1,7})\.bin")
+_OTHER = regex(
     r"(?P<model>.*?)[._-]?rank[._-]?(?P<rank>\d{1,7})(?:[._-]of[._-](?P<world>\d{1,7}))?"
     r"\.(?:pt|pth|bin|ckpt)"
 )
 # Other files that trainers save once per rank.
-_NOT_MODEL = re.compile(
+_NOT_MODEL = regex(
     r"(.*[._-])?(optim(izer)?s?|extra|rng|random|scheduler|sched|dataloader|data|sampler|trainer|"
     r"client|grad|ema)([._-].*|\d*)"
 )
@@ -37,7 +38,7 @@ _OPTIMIZER = re.compile(r"(.*[._-])?optim(izer)?s?([._-].*|\d*)")
 # Files of another format, whose folders may hold other files of a rank.
 _FOREIGN = (".metadata", ".distcp", ".safetensors", "_model_states.pt", "_optim_states.pt")
 _CONFIG = "fsdp_config.json"
-_NUMBER = re.compile(r".*?(\d*)")
+_NUMBER = regex(r".*?(\d*)")
 _LISTED = 5
 
 

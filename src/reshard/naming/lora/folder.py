@@ -6,7 +6,6 @@ adapter_config.json         the settings, the base's name, the task
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from msgspec import Struct
 
 from reshard.core.findings import Finding
+from reshard.core.regex import regex
 from reshard.core.tensors import Entry
 from reshard.naming.lora.config import NAME, AdapterConfig
 from reshard.naming.lora.find import PREFIX, Separated
@@ -25,9 +25,9 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = NAME
 
 # A repository's name on the hub, with its owner; it is not a path on one machine.
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
+_REPOSITORY = regex(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 # The folder of a snapshot in the Hugging Face cache: models--owner--name/snapshots/<revision>.
-_CACHED = re.compile(r"models--([A-Za-z0-9][\w.\-]*?)--([\w.\-]+)")
+_CACHED = regex(r"models--([A-Za-z0-9][\w.\-]*?)--([\w.\-]+)")
 # The ends of classes' names -> PEFT's task type (peft/utils/peft_types.py).
 _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),

@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
+from reshard.core.regex import regex
 from reshard.errors import UnsupportedError, brief
 
 # One token: an escape, a class, a plain character, a group's bracket, `|`, an anchor, a repetition.
-_TOKEN = re.compile(r"\\[.dwDW\\-]|\[\^?[\w.\-]+\]|[\w\-]|\.|\(\?:|\(|\)|\||\^|\$|[*+?]")
+_TOKEN = regex(r"\\[.dwDW\\-]|\[\^?[\w.\-]+\]|[\w\-]|\.|\(\?:|\(|\)|\||\^|\$|[*+?]")
 _MAX_LENGTH, _MAX_REPEATS, _MAX_PATTERNS = 500, 2, 10_000
 # Tokens after which there is nothing to repeat.
 _NO_ATOM = ("", "(", "(?:", "|", "^", "$", ")", "*", "+", "?")

@@ -6,7 +6,6 @@ Nothing is read here: the tensors are computed later (`core/arithmetic.py`).
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -18,6 +17,7 @@ from reshard.core import rearrange
 from reshard.core.arithmetic import computed
 from reshard.core.dtypes import BFLOAT16, FLOAT32, UINT8, DType
 from reshard.core.findings import Finding
+from reshard.core.regex import regex
 from reshard.core.scaled import Code, Scaled
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
@@ -33,7 +33,7 @@ _USUAL_BLOCK = 128
 _BLOCKS, _SCALES = "_blocks", "_scales"
 # Other tensors of quantised modules: scales of activations and of the cache, and unused zero
 # points.
-_BESIDE = re.compile(
+_BESIDE = regex(
     r"(?:.*\.)?(?:(?:\w+_)?(?:input|activation|output)_(?:scale|scale_ub|scale_inv|global_scale|"
     r"zero_point)|[qkv]_scale|kv_scale|prob_output_scale|weight_zero_point)"
 )

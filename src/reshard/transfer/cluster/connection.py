@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
 from reshard.errors import OptionError, UnsupportedError, WriteError, shown
+
+if TYPE_CHECKING:
+    import tempfile
 
 # Bytes of a local cluster's object store, the least that Ray takes: tasks are a few KB.
 _STORE_NBYTES = 80 << 20
@@ -107,6 +109,8 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
     Its path is short: a socket's has at most 107 bytes, and Ray adds 65.
     """
+    import tempfile  # takes 3 ms of each start, and conversions on one machine need none
+
     return tempfile.TemporaryDirectory(prefix="reshard-", dir="/tmp", ignore_cleanup_errors=True)
 
 
