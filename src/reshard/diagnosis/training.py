@@ -9,7 +9,6 @@ conversion would write, by the base's names: layers and experts that a trainer s
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from reshard.conversion.options import LoraChoice, Options
 from reshard.conversion.quantised import as_numbers
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
+from reshard.core.regex import regex
 from reshard.core.tensors import Entry
 from reshard.diagnosis.folder import is_model
 from reshard.diagnosis.found import some
@@ -52,12 +52,12 @@ CODES = (
 # are vectors, have more.
 _LARGE = 100.0
 # Input embeddings and output heads, which a model may tie.
-_VOCABULARY = re.compile(
+_VOCABULARY = regex(
     r"(?:.*[._])?(?:\w*embed\w*|\w*head|wte|output(?:_layer)?|shared)(?:\.\w*embed\w*|\.head)*"
     r"\.weight"
 )
 # Of an adapter, what is zero before it is trained.
-_UPDATE = re.compile(r".*\.lora_(?:B|embedding_B)(?:\..+)?")
+_UPDATE = regex(r".*\.lora_(?:B|embedding_B)(?:\..+)?")
 _EARLIER = "The run diverged: use an earlier checkpoint of it."
 _ANOTHER = "They were never filled, or were lost in saving: use another save of the run."
 

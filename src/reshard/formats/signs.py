@@ -3,9 +3,9 @@ folders."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from reshard.core.regex import regex
 from reshard.storage.local import read_start
 from reshard.storage.paths import exists, is_file, is_folder, listing, matching
 
@@ -15,7 +15,7 @@ MCORE = "metadata.json"
 MCORE_COMMON = "common.pt"
 _BACKEND = b'"sharded_backend"'
 #: What Meta calls the files of its own checkpoints of Llama, by the GPUs that hold their parts.
-META_FILE = re.compile(r"consolidated\.\d\d\.pth")
+META_FILE = regex(r"consolidated\.\d\d\.pth")
 # Bytes of `metadata.json`: its four short members.
 _MAX_NBYTES = 4096
 

@@ -56,26 +56,7 @@ MTP_NAMES = {
 }
 #: Copies that the hub's layers of multi-token prediction have of these; Megatron shares them.
 MTP_COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}
-<<<<<<< HEAD
-_QKV = re.compile(r"self_attention\.linear_qkv\.(weight|bias)")
-=======
-_QK_NORMS = {
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-}
-_MLA = {
-    "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
-    "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
-    "self_attention.q_layernorm.weight": "self_attn.q_a_layernorm.weight",
-    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attn.q_a_layernorm.weight",
-    "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
-    "self_attention.linear_kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
-    "self_attention.kv_layernorm.weight": "self_attn.kv_a_layernorm.weight",
-    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attn.kv_a_layernorm.weight",
-    "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
-}
 _QKV = regex(r"self_attention\.linear_qkv\.(weight|bias)")
->>>>>>> main
 #: Gate and up in one tensor, or in two: `weight` and `bias`, each with `_w` and `_v`.
 _FC1 = regex(r"(.+)\.linear_fc1\.(weight|bias)(_w|_v)?")
 _EXPERT = regex(r"mlp\.experts\.experts\.(?:(\d{1,6})\.)?(linear_fc[12]\.weight(?:_w|_v)?)")

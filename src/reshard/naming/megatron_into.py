@@ -52,14 +52,7 @@ _NEEDED = (
 _EXPERTS = "mlp.experts.experts."
 _STACKED = regex(r"decoder\.layers\.(?!\d+\.)")
 # A tensor of a module that has a state beside its tensors.
-<<<<<<< HEAD
-_MODULE = re.compile(r"((?:decoder|mtp)\.(?:.+\.)?(?:linear_\w+|\w*norm|eh_proj))\.\w+")
-=======
 _MODULE = regex(r"((?:decoder|mtp)\.(?:.+\.)?(?:linear_\w+|\w*norm|eh_proj))\.\w+")
-_WHOLE = (
-    "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base."
-)
->>>>>>> main
 
 _Layer = dict[str, Shape]
 

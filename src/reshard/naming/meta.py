@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from reshard.core.regex import regex
 from reshard.core.tensors import Entry
 from reshard.errors import NamesError, UnsupportedError, listed
 from reshard.naming import titan_into
@@ -33,7 +34,7 @@ _INSIDE = (
     "attention_norm.weight",
     "ffn_norm.weight",
 )
-_LAYER = re.compile(rf"layers\.\d+\.({'|'.join(map(re.escape, _INSIDE))})")
+_LAYER = regex(rf"layers\.\d+\.({'|'.join(map(re.escape, _INSIDE))})")
 #: `params.json` -> the fields of the hub's config, of which the first that is there counts.
 _STATED = {
     "dim": ("hidden_size",),
