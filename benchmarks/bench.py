@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,15 @@ from typing import Any
 from msgspec.structs import replace
 
 from benchmarks import measure, schedule, start
-from benchmarks.contenders import DIRECTIONS, Contender, Direction, Ready, made, taking_part
+from benchmarks.contenders import (
+    CONTENDERS,
+    DIRECTIONS,
+    Contender,
+    Direction,
+    Ready,
+    made,
+    taking_part,
+)
 from benchmarks.results import Cell, Results, Row, Sample, Skipped
 from benchmarks.schedule import Pace, Rounds
 from benchmarks.shapes import GB
@@ -36,10 +45,13 @@ REFERENCE = 1.0
 RESULTS = Path(__file__).with_name("results.json")
 #: Why a contender has no figures that ended with an error, which the benchmark shows.
 FAILED = "failed"
+NO_INPUT = "its input cannot be made"
 _STARTS = 9
+# Rounds of reshard and cp by which the time is shared among the cells.
+_BASIS = 3
 # A virtual machine's host takes freed memory back some seconds later, in large pieces: that of the
 # last output in the middle of the next run, which then took up to twice as long.
-_SETTLE_SECONDS = (2.0, 4.0)
+_SETTLE_SECONDS = 2.2
 # What a peer may need of the free memory, and a cell of the free disk.
 _MOST = 0.9
 PACKAGES = ("reshard", "torch", "deepspeed", "transformers", "accelerate", "safetensors", "numpy")
@@ -67,17 +79,18 @@ class Bench:
 
     def cost(self, direction: Direction, gb: float) -> float:
         """About how long a cell takes: its input, a few rounds, the peers once."""
-        making = self.seconds.expect((direction.key, ""), gb, 6 + 4 * direction.times * gb)
+        making = self.seconds.expect((direction.key, ""), _making(direction, gb))
         runs = [
-            self.expect(direction, one, gb) * (1 if one.group == "peers" else self.most.own)
+            self.expect(direction, one, gb) * (1 if one.group == "peers" else _BASIS)
             for one in self.contenders(direction)
         ]
         return making + sum(runs)
 
     def expect(self, direction: Direction, contender: Contender, gb: float) -> float:
         """How long a run will take, with all that is around it."""
-        guess = _settle(gb) + contender.guess[0] + contender.guess[1] * gb * direction.times
-        return self.seconds.expect((direction.key, contender.name), gb, guess)
+        return self.seconds.expect(
+            (direction.key, contender.name), _running(direction, contender, gb)
+        )
 
     def cell(self, direction: Direction, gb: float, seconds: float) -> Cell:
         """Measure a cell, in about so many seconds."""
@@ -86,7 +99,8 @@ class Bench:
         begun = time.monotonic()
         self.tell(f"{direction.title}, {gb:g} GB: making the input")
         with made(direction, gb, self.scratch) as ready:
-            self.seconds.note((direction.key, ""), gb, time.monotonic() - begun)
+            took = time.monotonic() - begun
+            self.seconds.note((direction.key, ""), _making(direction, gb), took)
             turns = _Turns(self, direction, gb, ready)
             own = [one for one in contenders if one.group != "peers"]
             peers = [one for one in contenders if one.group == "peers"]
@@ -139,14 +153,15 @@ class _Turns:
                 self.skipped.append(Skipped(contender.name, why))
                 continue
             took = time.monotonic() - begun
-            self.bench.seconds.note((self.direction.key, contender.name), self.gb, took)
+            guess = _running(self.direction, contender, self.gb)
+            self.bench.seconds.note((self.direction.key, contender.name), guess, took)
 
     def _cannot(self, contender: Contender) -> str:
         """Why a peer is not run; empty where it is."""
         if contender.group != "peers":
             return ""
         key = (self.direction.key, contender.name)
-        needed = self.bench.peaks.expect(key, self.gb, 0)
+        needed = self.bench.peaks.expect(key, _peak(self.gb))
         if needed > _MOST * _free_memory():
             return f"needs about {needed / GB:.0f} GB of memory"
         late = self.bench.expect(self.direction, contender, self.gb) > self.bench.left()
@@ -158,7 +173,7 @@ class _Turns:
         shutil.rmtree(target, ignore_errors=True)
         command = contender.command(self.direction, self.ready, target)
         os.sync()
-        time.sleep(_settle(self.gb))
+        time.sleep(_SETTLE_SECONDS)
         times = 3 if contender.group == "peers" else 1.3
         needed = min(int(times * self.ready.written_nbytes) + GB // 4, _free_memory() // 2)
         with measure.memory_in_hand(needed):
@@ -186,13 +201,25 @@ class _Turns:
         if contender.marked and ran.marked is not None:
             part = Sample(number, ran.marked, ran.peak_nbytes, output_nbytes=size)
             self.samples.setdefault(contender.marked, []).append(part)
-        self.bench.peaks.note((self.direction.key, contender.name), self.gb, ran.peak_nbytes)
+        key = (self.direction.key, contender.name)
+        self.bench.peaks.note(key, _peak(self.gb), ran.peak_nbytes)
         return ""
 
 
-def _settle(gb: float) -> float:
-    least, most = _SETTLE_SECONDS
-    return min(least + gb, most)
+def _making(direction: Direction, gb: float) -> float:
+    """A guess of the seconds in which an input is made."""
+    return 6 + 4 * direction.times * gb
+
+
+def _running(direction: Direction, contender: Contender, gb: float) -> float:
+    """A guess of the seconds of a run, with all that is around it."""
+    fixed, each = contender.guess
+    return _SETTLE_SECONDS + 0.6 + fixed + (0.6 + each) * gb * direction.times
+
+
+def _peak(gb: float) -> float:
+    """A guess of a peer's peak memory."""
+    return (0.4 + 2 * gb) * GB
 
 
 def _environment(path: str = "") -> dict[str, str]:
@@ -285,10 +312,19 @@ def _tried(bench: Bench, direction: Direction, gb: float, seconds: float) -> Cel
         return bench.cell(direction, gb, seconds)
     except (measure.CommandError, subprocess.CalledProcessError) as error:
         bench.tell(str(error))
-        names = [
-            Skipped(one.name, "its input cannot be made") for one in bench.contenders(direction)
-        ]
+        names = [Skipped(one.name, NO_INPUT) for one in bench.contenders(direction)]
         return Cell(direction.key, gb, 0, [], names)
+
+
+def failed(results: Results) -> list[str]:
+    """The runs of reshard and cp that ended with an error; peers may."""
+    own = {one.name for one in CONTENDERS if one.group != "peers"}
+    return [
+        f"{cell.direction} at {cell.gb:g} GB: {one.contender}"
+        for cell in results.cells
+        for one in cell.skipped
+        if one.why in (FAILED, NO_INPUT) and one.contender in own
+    ]
 
 
 def _words(text: str) -> list[str]:
@@ -336,6 +372,8 @@ def main() -> None:
     if options.publish or options.page:
         for path in page.publish(load(options.page or RESULTS)):
             print(f"written: {path}")
+    if options.page is None and (wrong := failed(results)):
+        sys.exit(f"failed: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class Contender:
     """`name` is its row; `directions` are those it takes part in, none: all.
 
     `group` is what `--only` calls it: `reshard`, `cp` or `peers`. `guess` are seconds before
-    anything is measured: of the start, and of a GB of 16-bit weights. `marked` is the row of what
+    anything is measured: of the start, and of each GB of the source. `marked` is the row of what
     it had done when it printed `measure.MARK`. `path` replaces PYTHONPATH.
     """
 
@@ -149,17 +149,17 @@ def _copy(_: Direction, ready: Ready, target: Path) -> list[str]:
 
 
 _ZERO = ("zero2", "zero3")
-_PEER_GUESS = (6.0, 8.0)
+_PEER_GUESS = (5.0, 3.5)
 CONTENDERS: tuple[Contender, ...] = (
     Contender(
         RESHARD,
         "reshard",
         _reshard(),
         "as users run it: written, synced to disk, read back and verified",
-        (0.3, 1.2),
+        (0.3, 0.5),
     ),
     Contender(
-        NO_VERIFY, "reshard", _reshard("--no-verify"), "the same without reading back", (0.3, 1.0)
+        NO_VERIFY, "reshard", _reshard("--no-verify"), "the same without reading back", (0.3, 0.4)
     ),
     Contender(
         CP_READ_BACK,
@@ -167,7 +167,7 @@ CONTENDERS: tuple[Contender, ...] = (
         _copy,
         "`cp` of as many bytes as reshard writes, reading of the rest of those that it reads, "
         "`sync`; and reading the copy again, as reshard does to verify",
-        (0.0, 1.2),
+        (0.0, 0.5),
         marked=CP,
         copies=True,
     ),
@@ -233,7 +233,7 @@ CONTENDERS: tuple[Contender, ...] = (
         "peers",
         _peer("ds_to_universal"),
         "DeepSpeed's own converter, two workers of each kind; not synced",
-        (12.0, 80.0),
+        (10.0, 6.0),
         ("zero2-universal",),
     ),
 )

@@ -27,6 +27,8 @@ NOTES = Path(__file__).with_name("notes.md")
 BEGIN, END = "<!-- made by make bench: begin -->\n", "<!-- made by make bench: end -->\n"
 MIB = 1 << 20
 _OWN = (RESHARD, NO_VERIFY, CP, CP_READ_BACK)
+# The load average of a machine on which only the benchmark runs.
+_IDLE = 0.5
 # The size that tables of one size show.
 _REFERENCE = 1.0
 _COUNTED = (
@@ -89,7 +91,7 @@ def readme(results: Results) -> str:
         "`make bench` compares reshard with the tools that people use today, and with `cp` of the "
         "same bytes: each tool in its own process, in turn, with a warm page cache. reshard and "
         "`cp` wait for the disk, the others do not. Medians on "
-        f"{first['cores']} cores of an {first['processor']}:\n"
+        f"{first['cores']} cores of an {first['processor']}:\n{_busy(results)}"
     )
     lines = [begin, _glance(results)]
     growth = _growth(results)
@@ -127,7 +129,18 @@ def _setting(results: Results) -> str:
         f"{', '.join(f'{size:g}' for size in results.options['sizes'])} GB of 16-bit weights; at "
         f"most {results.options['rounds']} rounds, in turn. The page cache is warm; reshard and "
         "`cp` wait for the disk, the other tools do not. How a run goes: `benchmarks/bench.py`; "
-        "every run: `benchmarks/results.json`.\n"
+        f"every run: `benchmarks/results.json`.\n{_busy(results)}"
+    )
+
+
+def _busy(results: Results) -> str:
+    """That the machine did other work, if it did."""
+    load = results.machine["load_average"]
+    if load < _IDLE:
+        return ""
+    return (
+        f"\n**The machine did other work as well** (load average {load:.1f} at the start): compare "
+        "what ran in turn, and take no time for itself.\n"
     )
 
 

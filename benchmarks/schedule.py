@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# Rounds of reshard and cp that come before any peer's where time is short.
-_OWN_FIRST = 3
+# Rounds of reshard and cp that come before the peers where time is short.
+_OWN_FIRST = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,35 +20,35 @@ class Rounds:
 def rounds(left: float, own: float, peers: float, most: Rounds) -> Rounds:
     """What fits into `left` seconds, where a round takes `own` seconds and the peers' `peers`.
 
-    At least one round of the own contenders. A few of these come before the peers, and the peers
-    before the rest.
+    At least one round of the own contenders. A few of these come first, then the peers once, then
+    the rest of the own, then the rest of the peers.
     """
     first = min(most.own, _OWN_FIRST)
     if left < first * own:
         return Rounds(max(1, int(left / own)), 0)
     left -= first * own
-    theirs = min(most.peers, int(left / peers)) if peers else 0
+    theirs = min(most.peers, 1) if peers and left >= peers else 0
     left -= theirs * peers
-    return Rounds(min(most.own, first + (int(left / own) if own else 0)), theirs)
+    more = min(most.own - first, int(left / own)) if own else 0
+    left -= more * own
+    if theirs:
+        theirs += min(most.peers - theirs, int(left / peers))
+    return Rounds(first + more, theirs)
 
 
 @dataclass(slots=True)
 class Pace:
-    """What something grew to, by what it is: the size (GB) at which it was last measured, and how
-    much it was there (seconds, bytes)."""
+    """How far guesses (of seconds, of bytes) were off, by what was guessed."""
 
-    known: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    off: dict[tuple[str, str], float] = field(default_factory=dict)
 
-    def note(self, what: tuple[str, str], gb: float, amount: float) -> None:
-        """That it was so much at this size."""
-        self.known[what] = (gb, amount)
+    def note(self, what: tuple[str, str], guess: float, amount: float) -> None:
+        """That it was so much where so much was guessed."""
+        self.off[what] = amount / guess
 
-    def expect(self, what: tuple[str, str], gb: float, guess: float) -> float:
-        """How much it will be: in proportion to the size; `guess` where it was never measured."""
-        if what not in self.known:
-            return guess
-        size, amount = self.known[what]
-        return amount * max(gb / size, 1)
+    def expect(self, what: tuple[str, str], guess: float) -> float:
+        """A guess, as far off as the last one was."""
+        return guess * self.off.get(what, 1.0)
 
 
 def share(left: float, costs: Sequence[float], place: int) -> float:

@@ -16,6 +16,8 @@ class _Regex(Generic[AnyStr]):
 
     def __getattr__(self, name: str) -> Any:
         """Called once for each name: what is found stays here."""
+        if name.startswith("__"):  # asked of every object by copy and pickle
+            raise AttributeError(name)
         value = getattr(re.compile(self.pattern, self._given), name)
         setattr(self, name, value)
         return value

@@ -34,7 +34,7 @@ _NOT_MODEL = regex(
     r"(.*[._-])?(optim(izer)?s?|extra|rng|random|scheduler|sched|dataloader|data|sampler|trainer|"
     r"client|grad|ema)([._-].*|\d*)"
 )
-_OPTIMIZER = re.compile(r"(.*[._-])?optim(izer)?s?([._-].*|\d*)")
+_OPTIMIZER = regex(r"(.*[._-])?optim(izer)?s?([._-].*|\d*)")
 # Files of another format, whose folders may hold other files of a rank.
 _FOREIGN = (".metadata", ".distcp", ".safetensors", "_model_states.pt", "_optim_states.pt")
 _CONFIG = "fsdp_config.json"
