@@ -35,7 +35,7 @@ NAMED: Mapping[str, str] = {
     "out": "out",
     "run": "run",
     "Llama": "base",
-    "Llama-3.1-8B": "megatron_base",
+    "Llama-3.1-8B": "base",
     "Meta-Llama-3-8B": "base",
     "Qwen2.5-7B": "base",
     "Qwen2.5-VL": "base",
