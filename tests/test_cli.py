@@ -143,7 +143,7 @@ def test_wrong_usage_is_exit_code_2(
         (["--prefix", ""], "--prefix: '' is not a text that is not empty"),
         (["--max-shard-size", "0"], "a size must be positive"),
         (["--transformers-version", "abc"], "'abc' is not a version of transformers"),
-        (["--dtype", "base"], "takes the dtypes of a base"),
+        (["--dtype", "base"], "needs a base"),
         (["--fill-from-base"], "--fill-from-base: no effect without a base"),
         (["--srm-format", "split", "--allow", "x"], "--srm-format, --allow: no effect"),
         (["--value-head", "v", "--lora-alpha", "1"], "--value-head, --lora-alpha: no effect"),

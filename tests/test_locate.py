@@ -43,9 +43,9 @@ def test_to_be_named_from_above_is_mere_information(
     assert [found.code for found in base.findings] == ["no-base"]
     report = reshard.convert(run, tmp_path / "out", strict=["no-checksums"])
     assert report.warnings[0].startswith("using ")
-    with pytest.raises(reshard.PlanError, match="there is a finding, checkpoint-taken: using"):
+    with pytest.raises(reshard.PlanError, match="refuses the finding checkpoint-taken: using"):
         reshard.convert(run, tmp_path / "no", strict=["no-checksums", "checkpoint-taken"])
-    with pytest.raises(reshard.PlanError, match=r"there is a finding, no-base: .*Pass --base\."):
+    with pytest.raises(reshard.PlanError, match=r"refuses the finding no-base: .*Pass --base\."):
         reshard.convert(run, tmp_path / "no", strict=True)
     assert not (tmp_path / "no").exists()
 
@@ -161,7 +161,10 @@ def test_a_tag_chooses_among_the_saves_of_the_trainer(trainer: Path) -> None:
         assert checkpoint.tag == "global_step10"
     for path, words in (
         (trainer, r"called 'global_step11' or holds it: checkpoint-10, checkpoint-20"),
-        (trainer / "checkpoint-20", r"'global_step11' is not there; the tags .*: global_step20"),
+        (
+            trainer / "checkpoint-20",
+            r"'global_step11' is missing; the existing .*global_step20",
+        ),
     ):
         with pytest.raises(reshard.NotFoundError, match=words):
             reshard.open(path, tag="global_step11")

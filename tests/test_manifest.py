@@ -69,7 +69,7 @@ def test_a_folder_whose_manifest_lists_no_tensor_is_not_verified(tmp_path: Path)
         changed = {**stated, "tensors": {}, "beside": beside, "files": files}
         path.write_text(json.dumps(changed))
         for against in (None, source):
-            with pytest.raises(VerificationError, match="does not list it"):
+            with pytest.raises(VerificationError, match="does not list this file"):
                 reshard.verify(out, against)
 
 

@@ -52,7 +52,7 @@ def test_a_file_that_changed_since_it_was_opened(tmp_path: Path, kind: str, chan
     assert caught.value.path == str(path)
     if change != "gone":
         assert isinstance(caught.value, IncompleteError)
-        assert "not the one that it was when the checkpoint was opened" in str(caught.value)
+        assert "changed after the checkpoint was opened" in str(caught.value)
         assert "Open the checkpoint again" in str(caught.value)
 
 

@@ -67,7 +67,7 @@ def assert_converted(source: Path, out: Path, prefix: str, value: float) -> None
 @SAVES
 def test_an_average_alone_is_named_and_no_optimizer(save: Save, tmp_path: Path) -> None:
     source = save({"ema": weights(2)}, tmp_path / "run")
-    with pytest.raises(reshard.ReshardError, match=r"unless it is named: ema\. .*--prefix ema\.$"):
+    with pytest.raises(reshard.ReshardError, match=r"unless you name one: ema\. .*--prefix ema\.$"):
         reshard.convert(source, tmp_path / "out")
     assert_converted(source, tmp_path / "out", "ema", 2)
 
@@ -77,7 +77,7 @@ def test_an_optimizer_is_called_so(save: Save, tmp_path: Path) -> None:
     moments = {"exp_avg": torch.ones(2, 3), "exp_avg_sq": torch.ones(2, 3)}
     content = {"state": {"a.weight": moments}, "param_groups": [{"lr": 0.1}]}
     source = save(content, tmp_path / "run")
-    with pytest.raises(reshard.ReshardError, match="the state of an optimizer and no model"):
+    with pytest.raises(reshard.ReshardError, match="the state of an optimizer, but no model"):
         reshard.convert(source, tmp_path / "out")
 
 

@@ -101,7 +101,7 @@ def test_notes_are_cut() -> None:
     ):
         assert len(finding.message) < 2100
         assert len(finding.to_json()["message"]) < 2100
-    assert objects_unread(["a", "b"]).message == "objects that were left unread: a, b."
+    assert objects_unread(["a", "b"]).message == "objects that were skipped: a, b."
 
 
 def test_a_pickle_of_a_thousand_classes_is_a_short_note(tmp_path: Path) -> None:

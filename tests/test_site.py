@@ -65,7 +65,12 @@ def test_every_page_is_in_the_site_and_loads_nothing_from_elsewhere(site: Path) 
 
 def test_the_reference_has_the_options_of_each_function(site: Path) -> None:
     text = re.sub(r"<[^>]+>", "", (site / "api.html").read_text(encoding="utf-8"))
-    for words in ("max_shard_size", "Fit both onto this Hugging Face model", "NamesError", "keep"):
+    for words in (
+        "max_shard_size",
+        "First map both onto the names of this Hugging Face model",
+        "NamesError",
+        "keep",
+    ):
         assert words in text
 
 

@@ -1,4 +1,4 @@
-"""Every failure reshard states, as one tree.
+"""All errors of reshard, as one tree of classes.
 
     ReshardError
     ├── NotFoundError       nothing that can be read lies where the user pointed
@@ -148,7 +148,7 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
 
 
 class NotFoundError(ReshardError):
-    """The path that the user named holds nothing that reshard can read."""
+    """The path contains nothing that reshard can read."""
 
 
 class FormatError(ReshardError):
@@ -242,7 +242,7 @@ class NamesError(ReshardError):
 
 
 class PlanError(ReshardError):
-    """The conversion asked for cannot be planned."""
+    """The requested conversion cannot be planned."""
 
 
 class OptionError(PlanError):
@@ -269,4 +269,4 @@ class WriteError(ReshardError):
 
 
 class VerificationError(ReshardError):
-    """What was written is not what was read."""
+    """The output differs from what was read."""

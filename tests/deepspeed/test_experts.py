@@ -85,7 +85,7 @@ def test_all_experts_missing(parallel_runs: ParallelRuns, tmp_path: Path) -> Non
 def test_an_expert_too_many(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
     tag = parallel_runs["experts-zero1"].copy(tmp_path)
     torch.save({}, expert(tag, 2, 0))
-    with pytest.raises(reshard.FormatError, match=r"7 experts, and .* states 6"):
+    with pytest.raises(reshard.FormatError, match=r"7 experts, but .* states 6"):
         reshard.open(tag)
 
 
@@ -119,7 +119,7 @@ def test_an_expert_without_one_of_its_tensors(parallel_runs: ParallelRuns, tmp_p
         content.popitem()
 
     edit_saved(expert(tag, 0, 2), drop_one)
-    with pytest.raises(reshard.IncompleteError, match="no file of an expert holds it"):
+    with pytest.raises(reshard.IncompleteError, match="no expert's file holds it"):
         reshard.open(tag)
 
 

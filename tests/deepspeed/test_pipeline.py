@@ -135,7 +135,7 @@ def test_a_universal_checkpoint_of_it(pipeline_runs: Path, tmp_path: Path) -> No
 def test_a_layer_whose_file_is_missing(copied: Callable[[str], Path]) -> None:
     folder = copied("plain")
     (folder / "layer_03-model_states.pt").unlink()
-    with pytest.raises(reshard.IncompleteError, match="first of layer 3") as caught:
+    with pytest.raises(reshard.IncompleteError, match="beginning with layer 3") as caught:
         reshard.open(folder)
     assert caught.value.hint == "Copy the files of every rank and layer."
     shutil.rmtree(folder.parent)
@@ -153,7 +153,7 @@ def test_all_layers_files_are_missing(copied: Callable[[str], Path]) -> None:
     folder = copied("plain")
     for path in folder.glob("layer_*"):
         path.unlink()
-    with pytest.raises(reshard.IncompleteError, match=r"none of its layer_\*-model_states\.pt"):
+    with pytest.raises(reshard.IncompleteError, match=r"all layer_\*-model_states\.pt"):
         reshard.open(folder)
 
 
@@ -161,7 +161,9 @@ def test_all_files_but_the_layers_are_missing(copied: Callable[[str], Path]) -> 
     folder = copied("plain")
     for path in folder.glob("*mp_rank_*"):
         path.unlink()
-    with pytest.raises(reshard.IncompleteError, match="no model_states file is there") as caught:
+    with pytest.raises(
+        reshard.IncompleteError, match="all model_states files are missing"
+    ) as caught:
         reshard.open(folder)
     assert caught.value.hint is not None
     assert caught.value.hint.startswith("Copy the files of every rank")
@@ -204,7 +206,7 @@ def test_tensor_parallel_layers_are_refused(copied: Callable[[str], Path]) -> No
 def test_two_topologies_in_one_folder(copied: Callable[[str], Path]) -> None:
     folder = copied("model-axis")
     shutil.copy(folder / "layer_03-model_00-model_states.pt", folder / "layer_03-model_states.pt")
-    with pytest.raises(reshard.FormatError, match="two files are of the same rank"):
+    with pytest.raises(reshard.FormatError, match="two files belong to the same rank"):
         reshard.open(folder)
 
 

@@ -173,7 +173,7 @@ def test_without_the_metadata_it_is_refused(
     [
         ("tp-zero1", "*mp_rank_01*", r"model parallel rank 1 of 2 \(mp_rank_01\)"),
         ("tp-zero1", "*mp_rank_00*", r"model parallel rank 0 of 2 \(mp_rank_00\)"),
-        ("tp-zero1", "mp_rank_01*", "no model_states file"),
+        ("tp-zero1", "mp_rank_01*", "all model_states files"),
         ("tp-zero2-w4", "*zero_pp_rank_1_mp_rank_01*", "rank 1 of 2 is missing"),
         ("tp-zero3-w4", "zero_pp_rank_1_mp_rank_01*", "rank 1 of 2 is missing"),
     ],
@@ -233,7 +233,7 @@ def test_what_all_ranks_hold_must_be_the_same(parallel_runs: ParallelRuns, tmp_p
         content["module"]["model.norm.weight"][5] += 1
 
     edit_saved(tag / "mp_rank_01_model_states.pt", change)
-    with pytest.raises(reshard.FormatError, match="should hold the same") as caught:
+    with pytest.raises(reshard.FormatError, match="must hold the same values") as caught:
         reshard.open(tag)
     assert caught.value.tensor == "model.norm.weight"
 
@@ -246,7 +246,7 @@ def test_a_buffer_must_be_the_same_on_all_ranks(
         tag / "mp_rank_01_model_states.pt",
         lambda content: content["module"]["count"].add_(1),
     )
-    with pytest.raises(reshard.FormatError, match="should hold the same") as caught:
+    with pytest.raises(reshard.FormatError, match="must hold the same values") as caught:
         reshard.open(tag)
     assert caught.value.tensor == "count"
 

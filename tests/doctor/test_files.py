@@ -282,5 +282,5 @@ def test_what_is_no_model_folder(pairs: Pairs, tmp_path: Path) -> None:
     (tmp_path / "out" / "file").touch()
     with pytest.raises(WriteError, match="exists"):
         reshard.doctor(base, repair=tmp_path / "out")
-    with pytest.raises(WriteError, match="is or holds"):
+    with pytest.raises(WriteError, match="is, or contains,"):
         reshard.doctor(base, repair=base.parent)

@@ -22,19 +22,21 @@ from tests.faults.trials import Outcome
 PAGE = ROOT / "docs" / "reliability.md"
 HEAD = """# What happens when something goes wrong
 
-Made by `python -m tests.faults.table` from the suite in `tests/faults`, which runs a conversion
-again and again, each time with another fault: as a new output, and with `--overwrite` onto an
-output that reshard wrote; on a system of today, on one that cannot exchange two folders (NFS, many
-FUSE), and on one that has neither that, nor flock, nor fallocate. After every fault the same
-command is run again, without a fault, and after every other kill with `--resume`: it always ended
-well, with the same bytes, and left nothing but the new output. No trial ever left a torn output, or
-removed an old one without putting the new one in its place. The order in which files are synced and
-renamed is checked in a trace of the system calls (`tests/commit/test_order.py`): kills say nothing
-about a power cut.
+The table shows what a conversion leaves behind after each kind of failure. It is the result of
+tests: `python -m tests.faults.table` runs the suite in `tests/faults`, which repeats a
+conversion, each time with another fault: as a new output, and with `--overwrite` onto an output
+that reshard wrote; on a current system, on one that cannot exchange two folders (NFS, many FUSE),
+and on one that also lacks flock and fallocate. After every fault the same command ran again
+without a fault, and after every other kill with `--resume`: it always succeeded, with the same
+bytes, and left only the new output. No trial ever left a torn output, or removed an old one
+without putting the new one in its place. Kills say nothing about a power cut, so
+`tests/commit/test_order.py` checks the order in which files are synced and renamed in a trace of
+the system calls.
 
-*as before*: what stood under the output's name stands there still, nothing else is left, and the
-message says so. *done*: the run ended well, and the new output stands. *a resumed run*: one with
-`--resume`, after a run that was killed before its commit; what it keeps is beside the output.
+*as before*: what was under the output's name is still there, nothing else is left, and the
+message says so. *done*: the run succeeded, and the new output is in place. *a resumed run*: one
+with `--resume`, after a run that was killed before its commit; it keeps its files beside the
+output.
 """
 # What other tests of the folder show; each names the test.
 OTHERS = (
@@ -47,18 +49,18 @@ OTHERS = (
     ("a limit on the size of files (RLIMIT_FSIZE)", "an error; as before",
      "test_limits.py", "test_a_limit_on_the_size_of_files"),
     ("Ctrl-C, SIGTERM or SIGHUP at any moment: during imports and after the commit, too",
-     "exit code 130; what stands under the name is said; with `--resume`, what is finished is kept",
+     "exit code 130; the message says what is under the name; `--resume` keeps finished work",
      "../commit/test_interrupts.py", "test_what_stands_is_said"),
-    ("what a killed run left is damaged: a journal torn, edited or forged, bytes that changed",
-     "with `--resume`: what is not as it was noted is made again; the same bytes",
+    ("the files of a killed run are damaged: a torn, edited or forged journal, changed bytes",
+     "with `--resume`: pieces that differ from the journal are made again; the same bytes",
      "../resume/test_damage.py", "test_bytes_that_were_changed_after_their_line"),
-    ("a source changes between a killed run and `--resume`, whatever its times say",
+    ("a source changes between a killed run and `--resume`, even if its times do not",
      "nothing is reused, and a finding names the file",
      "../resume/test_damage.py", "test_a_source_that_changed_between"),
-    ("what lies beside the output is another user's, unmarked, a link, or of a process that lives",
-     "neither read nor removed; an error or a finding names it",
+    ("files beside the output belong to another user or a live process, are unmarked, or links",
+     "reshard neither reads nor removes them; an error or a finding names them",
      "../resume/test_damage.py", "test_a_folder_that_is_not_ours"),
-    ("a source or a file of the base shrinks, grows, changes, is replaced or vanishes meanwhile",
+    ("a source or a file of the base changes, shrinks, grows, is replaced or deleted meanwhile",
      "an error that names the file; as before",
      "test_limits.py", "test_a_source_that_changes"),
 )  # fmt: skip

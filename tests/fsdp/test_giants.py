@@ -90,7 +90,7 @@ def test_a_file_that_is_missing_or_short_is_refused_by_the_summary(
     shutil.copytree(folder, tmp_path / "c", copy_function=os.link)
     short = tmp_path / "c" / "__3_0.distcp"
     short.unlink()
-    with pytest.raises(reshard.IncompleteError, match="it is not there"):
+    with pytest.raises(reshard.IncompleteError, match="it is missing"):
         reshard.inspect(tmp_path / "c")
     short.write_bytes(b"PK\3\4" * 9)
     with pytest.raises(reshard.IncompleteError, match="the file has 36"):
@@ -104,7 +104,7 @@ def test_a_dry_run_without_room_is_a_plan_and_a_finding(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     report = reshard.convert(folder, tmp_path / "out", dry_run=True)
     (found,) = (finding for finding in report.findings if finding.code == "no-space")
-    assert f"{report.bytes_written:,} bytes are to be written and 1,000 are free" in found.message
+    assert f"{report.bytes_written:,} bytes are needed, but only 1,000 are free" in found.message
     with pytest.raises(reshard.WriteError, match="are free"):
         reshard.convert(folder, tmp_path / "out")
     with pytest.raises(reshard.PlanError, match="no-space"):

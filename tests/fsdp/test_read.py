@@ -103,9 +103,9 @@ def test_objects_that_are_no_tensors_are_listed(oracle: Oracle) -> None:
 
 
 def test_an_optimizer_alone_is_no_model(oracle: Oracle) -> None:
-    with pytest.raises(NotFoundError, match="the state of an optimizer and no model"):
+    with pytest.raises(NotFoundError, match="the state of an optimizer, but no model"):
         read(oracle["lightrft"].checkpoint / "optim_states")
-    with pytest.raises(NotFoundError, match="the state of an optimizer and no model"):
+    with pytest.raises(NotFoundError, match="the state of an optimizer, but no model"):
         read(oracle["accelerate"].root / "accelerate" / "checkpoint" / "optimizer_0")
 
 

@@ -106,7 +106,7 @@ def test_empty_metadata(folder: Path) -> None:
 def test_cut_off_metadata(folder: Path) -> None:
     data = (folder / ".metadata").read_bytes()
     (folder / ".metadata").write_bytes(data[: len(data) // 2])
-    refused(folder, IncompleteError, "breaks off")
+    refused(folder, IncompleteError, "ends early")
 
 
 def test_metadata_of_something_else(folder: Path) -> None:
@@ -128,7 +128,7 @@ def test_metadata_that_would_run_code(folder: Path, tmp_path: Path) -> None:
 
 def test_missing_file(folder: Path) -> None:
     (folder / "__1_0.distcp").unlink()
-    error = refused(folder, IncompleteError, "metadata names it, and it is not there")
+    error = refused(folder, IncompleteError, "metadata lists this file, but it is missing")
     assert str(error.path).endswith("__1_0.distcp")
 
 
@@ -228,7 +228,7 @@ def test_unknown_dtype(folder: Path) -> None:
         metadata.state_dict_metadata[TENSOR].properties.dtype = torch.complex128
 
     edit(folder, change)
-    words = "dtype 'torch.complex128' is not handled"
+    words = "dtype 'torch.complex128' is not supported"
     assert refused(folder, UnsupportedError, words, hint=False).tensor == TENSOR
 
 
@@ -377,15 +377,21 @@ def _share_twice(metadata: Metadata) -> None:
     ("change", "words"),
     [
         (_lose, "its planner_data has it, its state dict does not"),
-        (_lose_everywhere, r"has a place for it at \(\d+, 0\), and its state dict no such chunk"),
-        (_make_an_object, r"has a place for it at \(\d+, 0\), and its state dict no such chunk"),
+        (
+            _lose_everywhere,
+            r"has a location for it at \(\d+, 0\), but the state dict has no such chunk",
+        ),
+        (
+            _make_an_object,
+            r"has a location for it at \(\d+, 0\), but the state dict has no such chunk",
+        ),
         (_rename, "its state dict has it, its planner_data does not|planner_data has it"),
         (_rename_path, r"its path in the state dict is \('renamed',\)"),
         (_lose_path, "its state dict has it, its planner_data does not"),
         (_lose_paths, "it has no planner_data"),
-        (_rename_place, "has a place for it at .*, and its state dict no such chunk"),
-        (_share, "are also those of"),
-        (_share_twice, "are also those of"),
+        (_rename_place, "has a location for it at .*, but the state dict has no such chunk"),
+        (_share, "also belong to"),
+        (_share_twice, "also belong to"),
     ],
 )
 def test_tables_of_the_metadata_that_contradict_each_other(
@@ -436,7 +442,7 @@ def test_unknown_transform(oracle: Oracle, tmp_path: Path) -> None:
             info.transform_descriptors = ["stream.secret@corp/2"]
 
     edit(folder, change)
-    refused(folder, UnsupportedError, "it went through stream.secret@corp/2")
+    refused(folder, UnsupportedError, "saved with the transforms stream.secret@corp/2")
     copied_again(folder, oracle["fsdp2-w2"].checkpoint)
 
 
@@ -476,14 +482,14 @@ def test_without_zstandard(oracle: Oracle, tmp_path: Path, monkeypatch: pytest.M
 def test_writers_without_collectives(oracle: Oracle, tmp_path: Path) -> None:
     folder = oracle.copy("no-collectives", tmp_path)
     (folder / "__0.metadata").unlink()
-    refused(folder, IncompleteError, r"up to rank 1, and __0\.metadata is missing")
+    refused(folder, IncompleteError, r"up to rank 1, but __0\.metadata is missing")
     copied_again(folder, oracle["no-collectives"].checkpoint)
 
 
 def test_a_writer_of_an_endless_rank(oracle: Oracle, tmp_path: Path) -> None:
     folder = oracle.copy("no-collectives", tmp_path)
     (folder / "__1.metadata").rename(folder / "__999999999999.metadata")
-    refused(folder, IncompleteError, r"up to rank 999999999999, and __1\.metadata is missing")
+    refused(folder, IncompleteError, r"up to rank 999999999999, but __1\.metadata is missing")
 
 
 def test_metadata_that_is_a_link_out_of_the_folder(folder: Path) -> None:
@@ -517,7 +523,7 @@ def test_replicas_that_differ(oracle: Oracle, tmp_path: Path) -> None:
     data = bytearray((folder / info.relative_path).read_bytes())
     data[info.offset : info.offset + info.length] = stream.getvalue()
     (folder / info.relative_path).write_bytes(data)
-    words = "2 ranks saved it, each for itself, and their values differ"
+    words = "2 ranks saved separate copies of it, and the copies differ"
     assert refused(folder, FormatError, words).tensor == "positions"
     spoilt = shutil.copytree(folder, tmp_path / "spoilt")
     copied_again(folder, oracle["fsdp2-w2"].checkpoint)  # whose ranks agreed on who saves what

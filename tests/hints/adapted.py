@@ -43,8 +43,8 @@ def adapter_that_lacks_what_was_trained(at: Path) -> Case:
     )
 
 
-@follows("Is it the base that the training started from? To write the whole model, pass --lora "
-         "merge; to leave them out, --allow {}.")  # fmt: skip
+@follows("Check that --base is the model that the training started from. To write the whole "
+         "model, pass --lora merge; to leave them out, --allow {}.")  # fmt: skip
 def most_of_few_tensors_differ(at: Path) -> Case:
     few = (f"{tiny.ADAPTED}.weight", NORM, tiny.EMBEDDING)
     before = {name: tiny.state(1)[name] for name in few}

@@ -101,7 +101,7 @@ def base_that_its_adapter_changed(at: Path) -> Case:
     return with_options(run, at, {**common, "lora": "adapter"}, {**common, "lora": "merge"})
 
 
-IS_IT = "Is it the base that the training started from?"
+IS_IT = "Check that --base is the model that the training started from."
 
 
 @follows(
@@ -136,7 +136,7 @@ def no_rounding(at: Path) -> Case:
     return with_options(run, at, {"base": base}, {"base": base, "dtype": "keep"})
 
 
-@follows("Without --base every tensor is kept, under the name that it has.")
+@follows("Leave out --base: every tensor then keeps its own name.")
 def heads_for_dcp(at: Path) -> Case:
     run, base = _reward(at)
     common = {"to": "dcp"}
@@ -207,7 +207,7 @@ def a_rank_saved_as_another(at: Path) -> Case:
     return Case(converting(run, at / "a"), mend, same=as_golden("zero3"))
 
 
-@follows("The quantised model's files are not all there; copy it again.")
+@follows("Some files of the quantised model are missing; copy it again.")
 def codes_without_scales(at: Path) -> Case:
     codes = {**tiny.state(1)}
     name = f"{tiny.ADAPTED}.weight"

@@ -270,7 +270,7 @@ def misspelt_code(at: Path) -> Case:
     )
 
 
-@follows("docs/findings.md has all.")
+@follows("docs/findings.md lists all codes.")
 def no_code(at: Path) -> Case:
     run, base = tiny.zero(at / "run"), tiny.model(at / "base")
     return with_options(
@@ -339,7 +339,7 @@ def latest_is_empty(at: Path) -> Case:
     return with_options(run, at, {}, {"tag": "global_step2"}, same=as_golden("zero2"))
 
 
-@follows("The tags that are there: {}.")
+@follows("The existing tags: {}.")
 def no_such_tag(at: Path) -> Case:
     run = golden("zero2", at / "run")
     return with_options(run, at, {"tag": ".."}, {"tag": "global_step2"}, same=as_golden("zero2"))
@@ -409,10 +409,10 @@ def resized_without_its_head(at: Path) -> Case:
     )
 
 
-@follows("Pass --base, the model that it was converted onto.")
+@follows("Pass --base, the base of the conversion.")
 @follows(
-    "Pass --base, the model that it was converted onto. Without one, names must be the "
-    "checkpoint's; reshard diff lists those that are not."
+    "Pass --base, the base of the conversion. Without it, the names must be those of the "
+    "checkpoint; reshard diff lists the others."
 )
 def base_to_verify(at: Path) -> Case:
     base = tiny.model(at / "base", name="qwen2_5_vl")

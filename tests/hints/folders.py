@@ -293,7 +293,7 @@ def with_and_without_zero3(at: Path) -> Case:
     return Case(converting(run, at / "one"), mend, same=as_golden("zero3"))
 
 
-@follows("They are of different saves; remove the older.")
+@follows("They come from different saves; remove the older one.")
 def two_files_of_a_zero_rank(at: Path) -> Case:
     run = golden("zero2", at / "run")
     newer = next((run / "global_step2").glob("bf16_zero_pp_rank_1_*"))
@@ -648,7 +648,7 @@ def _written(at: Path) -> tuple[Path, Path]:
     return run, at / "out"
 
 
-@follows("Only folders that reshard wrote state their digests.")
+@follows("Only folders that reshard wrote contain digests.")
 def not_of_reshard(at: Path) -> Case:
     _, out = _written(at)
     return Case(verifying(tiny.model(at / "model")), verifying(out))

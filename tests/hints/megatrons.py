@@ -145,7 +145,7 @@ def base_of_other_rows(at: Path) -> Case:
     return _onto(LATENT, at, wrong, base(LATENT, at / "right"))
 
 
-@follows("Is it the base that the training started from?")
+@follows("Check that --base is the model that the training started from.")
 def settings_of_another_model(at: Path) -> Case:
     wrong = base(NAME, at / "wrong", num_key_value_heads=4)
     return _onto(NAME, at, wrong, base(NAME, at / "right"))

@@ -39,7 +39,7 @@ NORM = "model.norm.weight"
 # --- options and paths -------------------------------------------------------------------------
 
 
-@follows("Name a local path; of a mounted store, the folder where it is mounted.")
+@follows("Name a local path; for a mounted store, the folder where it is mounted.")
 def a_url(at: Path) -> Case:
     run = golden("zero2", at / "mnt" / "bucket" / "run")
     return Case(
@@ -78,7 +78,7 @@ def target_that_is_none(at: Path) -> Case:
     return Case(lambda: info.output_format("onnx"), lambda: info.output_format("hf"))
 
 
-@follows("It is a whole number or like 5GB.")
+@follows("Write a whole number of bytes, or a size like 5GB.")
 def size_that_is_none(at: Path) -> Case:
     def size(value: Any) -> int:
         return parse_size(value)
@@ -286,7 +286,7 @@ def weights_on_nvme_and_a_16_bit_model(at: Path) -> Case:
     return Case(case.cause, converting(path.parent, at / "three", base=tiny.model(at / "base")))
 
 
-@follows("The files are of different runs or world sizes.")
+@follows("The files come from different runs or world sizes.")
 def flat_groups_of_another_size(at: Path) -> Case:
     def change(content: dict[str, Any]) -> None:
         held = content["optimizer_state_dict"]

@@ -24,7 +24,7 @@ ZERO = "global_step3_universal/zero"
 NORM = f"{ZERO}/model.norm.weight"
 FIRST = f"{ZERO}/model.layers.0.input_layernorm.weight"
 DAMAGED = (
-    "Copy the file again. If the run may begin this part of its state anew, move the file away."
+    "Copy the file again. If the run can start this part of its state anew, move the file away."
 )
 OTHER_SAVE = (
     "Copy the checkpoint again, or use another save. The weights alone: leave out --optimizer."

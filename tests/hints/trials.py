@@ -115,7 +115,7 @@ def device_that_is_not_there(at: Path) -> Case:
     return Case(trying(model, at, device="flux:7"), trying(model, at, device="cpu"))
 
 
-@follows("A training checkpoint is converted first: reshard convert SRC DST --base BASE.")
+@follows("Convert a training checkpoint first: reshard convert SRC DST --base BASE.")
 def training_checkpoint(at: Path) -> Case:
     base = tiny.causal(at / "base")
     trained = {name: value + 0.01 for name, value in load_file(base / "model.safetensors").items()}
@@ -156,7 +156,7 @@ def shard_that_was_not_copied(at: Path) -> Case:
     return Case(trying(model, at), after(lambda: (at / "lost").rename(shard), trying(model, at)))
 
 
-@follows("The file was cut off; copy it again or use another checkpoint.")
+@follows("The file was truncated; copy it again or use another checkpoint.")
 def weights_that_were_cut_short(at: Path) -> Case:
     model, shard = _in_shards(at)
     shutil.copy(shard, at / "whole.safetensors")

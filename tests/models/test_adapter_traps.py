@@ -177,7 +177,7 @@ def test_the_bases_head_never_stands_beside_a_resized_embedding(tmp_path: Path) 
     run = Grown(tmp_path, tie=False, target_modules=["embed_tokens", "q_proj"])
     state = {n: v for n, v in run.model.state_dict().items() if "lora_" in n or "embed" in n}
     run.save(state, tmp_path / "part")
-    with pytest.raises(reshard.NamesError, match="72 rows, and 64 in the base") as caught:
+    with pytest.raises(reshard.NamesError, match="72 rows, but 64 in the base") as caught:
         reshard.convert(tmp_path / "part", tmp_path / "out", base=run.base, fill_from_base=True)
     assert "holds it" in str(caught.value)
     run.check(run.full, tmp_path / "out")  # the hint: a checkpoint that holds it
@@ -547,7 +547,7 @@ def test_adapters_alone_become_a_folder_for_peft(source: str, tmp_path: Path) ->
         torch.testing.assert_close(loaded(IDS).logits, run.logits())
     run.check(place, tmp_path / "merged", fill_from_base=True)
     for adapter in (run.saved, run.saved / "adapter_model.safetensors"):
-        with pytest.raises(reshard.PlanError, match="adapter folder already"):
+        with pytest.raises(reshard.PlanError, match="already an adapter folder"):
             reshard.convert(adapter, tmp_path / "no", base=run.base, lora="adapter")
 
 

@@ -151,7 +151,7 @@ def test_a_layout_that_stacks_is_a_finding_whose_fix_works(name: str, tmp_path: 
     reshard.convert(base, tmp_path / "memory", to="dcp", names="memory", transformers_version="5.0")
     opened = reshard.open(tmp_path / "memory").tensors
     assert {key: value.shape for key, value in opened.items()} == asked
-    with pytest.raises(reshard.PlanError, match="does not find them here") as caught:
+    with pytest.raises(reshard.PlanError, match="does not find them in this folder") as caught:
         reshard.convert(base, tmp_path / "no", to="dcp", transformers_version="5.23")
     assert "--names memory" in str(caught.value)
 
@@ -161,7 +161,7 @@ def test_all_names_need_a_config_and_a_target_that_can_hold_them(tmp_path: Path)
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(reshard.PlanError, match=r"--names all needs the model's config"):
         reshard.convert(tmp_path / "model.pt", tmp_path / "out", to="dcp", names="all")
-    with pytest.raises(reshard.OptionError, match=r"'all' gives the same bytes several names"):
+    with pytest.raises(reshard.OptionError, match=r"'all' gives each tensor several names"):
         reshard.convert(tmp_path / "model.pt", tmp_path / "out", names="all")
     # By default there is then one name.
     reshard.convert(tmp_path / "model.pt", tmp_path / "out", to="dcp")

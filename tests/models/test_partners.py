@@ -135,7 +135,7 @@ def test_another_vocabulary_is_whole_or_refused(quantised: bool, tmp_path: Path)
     case.check()
     state = {name: v for name, v in {**case.state, **resized}.items() if name != HEAD}
     case.out = tmp_path / "second"
-    with pytest.raises(reshard.NamesError, match="72 rows, and 64 in the base"):
+    with pytest.raises(reshard.NamesError, match="72 rows, but 64 in the base"):
         case.convert(state, fill_from_base=True, allow=[HEAD])
     assert not case.out.exists()
 

@@ -157,7 +157,7 @@ def test_fields_that_the_base_lacks_are_said(tmp_path: Path) -> None:
 
 def test_dcp_has_no_released_layout(tmp_path: Path) -> None:
     folder = saved(tmp_path / "folder", "mixtral", 1)
-    with pytest.raises(reshard.OptionError, match="not written with --to dcp") as failed:
+    with pytest.raises(reshard.OptionError, match="needs --to hf, not --to dcp") as failed:
         reshard.convert(folder, tmp_path / "dcp", to="dcp", names="hub")
     assert failed.value.hint == "Pass --to hf, or leave out --names."
     assert reshard.convert(folder, tmp_path / "hf", names="hub").verified

@@ -418,7 +418,7 @@ def test_inspect_shows_what_a_reward_model_becomes(trained: Get) -> None:
 @pytest.mark.parametrize("name", ["srm-vl", "critic-vl"])
 def test_heads_beside_a_model_have_no_place_in_dcp(trained: Get, name: str, tmp_path: Path) -> None:
     run = trained(name)
-    with pytest.raises(reshard.PlanError, match="Without --base every tensor is kept"):
+    with pytest.raises(reshard.PlanError, match="Leave out --base: every tensor then keeps"):
         reshard.convert(
             run.checkpoint, tmp_path / "out", base=run.base, to="dcp", value_head=run.run.critic
         )

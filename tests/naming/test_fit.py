@@ -326,7 +326,7 @@ def test_some_experts_of_a_stack() -> None:
     stacked = base.memory
     source = tables.table("4.57", "mixtral").disk_shapes()
     del source["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
-    with pytest.raises(NamesError, match="holds a part of it only") as caught:
+    with pytest.raises(NamesError, match="holds only a part of it") as caught:
         run(dict(source), stacked, base.config, fill_from_base=True)
     assert caught.value.missing == ("model.layers.1.mlp.experts.down_proj",)
 

@@ -234,5 +234,5 @@ def test_a_base_of_another_size() -> None:
             reward_config(heads, layer, {"num_hidden_layers": 4})
     for layer in (-4, 3):
         assert reward_config(heads, layer, {"num_hidden_layers": 4})["probing_layer"] == layer
-    with pytest.raises(NamesError, match="8 wide, the base model 16"):
+    with pytest.raises(NamesError, match="have width 8, but the base model has 16"):
         reward_config(heads, -1, {"hidden_size": 32, "text_config": {"hidden_size": 16}})

@@ -122,7 +122,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     hub, _ = made("qwen3_moe", 0)
     for number, (model_type, change, error) in enumerate(
         (
-            ("gemma2", {}, "known of llama"),
+            ("gemma2", {}, "names for llama"),
             ("qwen3_moe", {"model.odd": torch.ones(1)}, "no place in torchtitan's model"),
             ("qwen3_moe", {"model.layers.0.mlp.experts.1.up_proj.weight": None}, "expert 1 is"),
         )
@@ -141,7 +141,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     odd = tmp_path / "model1"
     with pytest.raises(reshard.NamesError, match=r"model\.odd"):
         reshard.convert(odd, tmp_path / "again", to="dcp", names="torchtitan", base=whole)
-    with pytest.raises(reshard.OptionError, match="not of --to hf") as caught:
+    with pytest.raises(reshard.OptionError, match="not --to hf") as caught:
         reshard.convert(whole, tmp_path / "again", names="torchtitan")
     assert str(caught.value.hint).startswith("Pass --to dcp")
     reshard.convert(whole, tmp_path / "again", to="dcp", names="torchtitan")

@@ -228,10 +228,8 @@ def test_fewer_than_two_checkpoints_are_refused(
     one = str(save(tmp_path / "one", 0))
     (tmp_path / "a.txt").touch()
     assert run(command, ["diff", one, str(tmp_path / "a.txt"), str(tmp_path / "a.txt")]) == 1
-    assert (
-        "of these 3 paths, 1 is a checkpoint; two or more are compared" in capsys.readouterr().err
-    )
-    with pytest.raises(reshard.OptionError, match="two checkpoints or more"):
+    assert "1 of these 3 paths is a checkpoint; diff needs two or more" in capsys.readouterr().err
+    with pytest.raises(reshard.OptionError, match="two or more checkpoints"):
         diff_steps([one])
 
 

@@ -160,7 +160,7 @@ def test_a_code_without_its_scale(model: Get, tmp_path: Path) -> None:
         made.folder, tmp_path / "ill", lambda s: {k: v for k, v in s.items() if k != lost}
     )
     assert found(ill) == {"codes-unreadable"}
-    with pytest.raises(reshard.IncompleteError, match="no scale beside it"):
+    with pytest.raises(reshard.IncompleteError, match="but it has no scale"):
         reshard.convert(ill, tmp_path / "out")
 
 
@@ -169,5 +169,5 @@ def test_scales_of_another_shape(model: Get, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"
     ill = changed(made.folder, tmp_path / "ill", lambda s: {**s, name: torch.ones(5, 2)})
     assert found(ill) == {"codes-unreadable"}
-    with pytest.raises(reshard.UnsupportedError, match="does not go with codes of shape"):
+    with pytest.raises(reshard.UnsupportedError, match="does not match codes of shape"):
         reshard.convert(ill, tmp_path / "out")

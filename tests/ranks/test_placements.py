@@ -68,7 +68,7 @@ def test_two_cuts_of_one_dimension_need_their_order() -> None:
     mesh = Mesh((2, 2), (0, 0), 4)
     entry = Opaque("ShardOrderEntry", (0, (1, 0)))
     assert _order((entry,), twice, mesh, _HERE) == (1, 0)
-    with pytest.raises(UnsupportedError, match="does not say in which order") as caught:
+    with pytest.raises(UnsupportedError, match="does not state the order") as caught:
         _order(None, twice, mesh, _HERE)
     # What a newer torch saves is the entry above, which is read.
     assert "Save it again with a newer torch" in str(caught.value)

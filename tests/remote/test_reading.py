@@ -325,7 +325,7 @@ def test_urls_that_are_refused(
     monkeypatch.chdir(tmp_path / "here")
     url = bucket.upload(model, "m")
     for wrong, (words, mended) in {
-        f"hdfs://host{model}": ("not handled", str(model)),
+        f"hdfs://host{model}": ("unsupported kind", str(model)),
         f"file://{model}": ("local file", str(model)),
         f"s3://user:pw@{BUCKET}/m": ("password", url),
         f"{url}?X-Amz-Signature=pw": ("signature", url),

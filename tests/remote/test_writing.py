@@ -111,9 +111,9 @@ def test_the_command_says_where_it_wrote(bucket: Bucket, model: Path) -> None:
     told = done.output + bucket.get("out/reshard.json").decode()
     for secret in KEYS.values():
         assert secret not in told
-    with pytest.raises(reshard.OptionError, match="only read"):
+    with pytest.raises(reshard.OptionError, match="only be read"):
         reshard.convert(model, "hf://org/name")
-    with pytest.raises(reshard.OptionError, match="only read"):
+    with pytest.raises(reshard.OptionError, match="only be read"):
         reshard.convert(model, "https://host/out")
 
 
@@ -252,7 +252,7 @@ def test_a_run_that_was_killed(bucket: Bucket, killed: str, trained: Path, tmp_p
     assert bucket.names("out") == ["out/config.json", "out/reshard.partial.json"]
     with pytest.raises(reshard.IncompleteError, match="not complete"):
         reshard.open(killed)
-    with pytest.raises(reshard.WriteError, match="is written there, or its run was killed") as told:
+    with pytest.raises(reshard.WriteError, match="is writing this output, or was killed") as told:
         reshard.convert(trained, killed)
     assert "--overwrite" in str(told.value)
     bucket.put("out/mine.txt", b"mine")

@@ -199,6 +199,6 @@ def test_room_that_a_killed_run_takes_is_counted_as_free(
 def test_an_output_in_a_store(tmp_path: Path) -> None:
     """It is refused before anything is asked of the store."""
     at = model(tmp_path / "in")
-    with pytest.raises(reshard.OptionError, match="in a store is not continued") as error:
+    with pytest.raises(reshard.OptionError, match="cannot be resumed") as error:
         reshard.convert(at / "trained", "s3://bucket/out", resume=True)
     assert error.value.option == "resume"

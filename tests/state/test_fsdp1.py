@@ -104,7 +104,7 @@ def test_a_rank_is_missing(name: str, runs: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs / name / "verl", tmp_path / "run"))
     lost = run / "optim_world_size_3_rank_2.pt"
     lost.rename(tmp_path / "kept")
-    assert "file of rank 2 is not there" in str(refused(run, IncompleteError))
+    assert "file of rank 2 is missing" in str(refused(run, IncompleteError))
     (tmp_path / "kept").rename(lost)
     with opened(run) as found:
         assert found.state.names
@@ -166,7 +166,7 @@ def test_ranks_that_should_hold_the_same(runs: Path, tmp_path: Path) -> None:
     content = torch.load(path, weights_only=False)
     content["state"][1]["exp_avg"][5] += 1
     torch.save(content, path)
-    assert "should hold what" in str(refused(run, reshard.FormatError))
+    assert "must equal the copy in" in str(refused(run, reshard.FormatError))
 
 
 def test_names_that_the_optimizer_was_given(tmp_path: Path) -> None:

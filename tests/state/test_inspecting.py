@@ -77,4 +77,4 @@ def test_inspect_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_inspect_says_that_names_were_told_by_order(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, ["inspect", str(case("ds_s0_fp32").folder), "--optimizer"]) == 0
-    assert "was given theirs by the order" in capsys.readouterr().err
+    assert "derived those of" in capsys.readouterr().err

@@ -215,7 +215,7 @@ def test_numbers_for_names(tmp_path: Path) -> None:
 
     run, folder = dcp_run(tmp_path)
     resave(folder, number)
-    assert "without names" in str(refused(run, UnsupportedError))
+    assert "numbers instead of names" in str(refused(run, UnsupportedError))
     weights_alone(run, tmp_path)
 
 
@@ -224,7 +224,7 @@ def test_one_optimizer_file_a_rank(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
     torch.save({"base_optim_states": {}}, folder / "_rank0")
-    assert "each rank saved its optimizer" in str(refused(run, UnsupportedError))
+    assert "each rank saved its own optimizer state" in str(refused(run, UnsupportedError))
     weights_alone(run, tmp_path)
 
 
@@ -242,7 +242,7 @@ def test_verl_without_the_optimizer_of_one_rank(tmp_path: Path) -> None:
     run = copied("fsdp2_verl_fp32", tmp_path)
     (lost,) = run.glob("*/actor/optim_world_size_2_rank_1.pt")
     kept = lost.rename(tmp_path / "kept.pt")
-    assert "file of rank 1 is not there" in str(refused(run, IncompleteError))
+    assert "file of rank 1 is missing" in str(refused(run, IncompleteError))
     kept.rename(lost)
     with opened(run) as found:
         assert found.state.names

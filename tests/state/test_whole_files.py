@@ -89,7 +89,7 @@ def test_numbers_in_an_order_that_nothing_tells(
     folder = Path(shutil.copytree(trainers[0], tmp_path / "run"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
-    order = pytest.raises(UnsupportedError, match="go by numbers in the model's order")
+    order = pytest.raises(UnsupportedError, match="numbers its parameters in the model's order")
     with order as caught, opened(folder):
         pass
     assert caught.value.hint == "Convert the weights alone, without --optimizer."

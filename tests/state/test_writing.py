@@ -225,7 +225,7 @@ def test_hyperparameters_that_are_none(value: object, message: str, tmp_path: Pa
 def test_hyperparameters_that_the_checkpoint_states(tmp_path: Path) -> None:
     file = tmp_path / "groups.json"
     file.write_text("[]")
-    with pytest.raises(OptionError, match="states them itself"):
+    with pytest.raises(OptionError, match="already holds them"):
         converted("ds_s2_fp32", tmp_path, hyperparameters=file)
     assert converted("ds_s2_fp32", tmp_path).is_dir()
 

@@ -140,13 +140,13 @@ PICKLES = (
     *_cases(
         IncompleteError,
         {
-            "empty": (b"", "breaks off"),
-            "no end": (b"\x80\x02N", "breaks off"),
-            "text cut off": (pickle(b"X\xff\xff\xff\xffa"), "breaks off"),
-            "long bytes": (pickle(b"\x8e" + b"\xff" * 8), "breaks off"),
-            "long frame": (pickle(b"\x95" + b"\xff" * 8), "breaks off"),
-            "number cut off": (b"\x80\x02J\0\0", "breaks off"),
-            "name cut off": (b"\x80\x02cos", "breaks off"),
+            "empty": (b"", "ends early"),
+            "no end": (b"\x80\x02N", "ends early"),
+            "text cut off": (pickle(b"X\xff\xff\xff\xffa"), "ends early"),
+            "long bytes": (pickle(b"\x8e" + b"\xff" * 8), "ends early"),
+            "long frame": (pickle(b"\x95" + b"\xff" * 8), "ends early"),
+            "number cut off": (b"\x80\x02J\0\0", "ends early"),
+            "name cut off": (b"\x80\x02cos", "ends early"),
         },
     ),
     *_cases(
@@ -246,9 +246,9 @@ FILES = (
             "zip cut off": (GOOD[:-1], "do not end"),
             "zip cut in half": (GOOD[: len(GOOD) // 2], "do not end"),
             "zip with a tail": (GOOD + b"x", "do not end"),
-            "old, cut off": (OLD_GOOD[:-1], "storage '0' takes bytes"),
-            "old, cut in its pickles": (OLD_GOOD[:90], "breaks off"),
-            "old, without its list": (old_file()[:-40], "breaks off"),
+            "old, cut off": (OLD_GOOD[:-1], "storage '0' needs bytes"),
+            "old, cut in its pickles": (OLD_GOOD[:90], "ends early"),
+            "old, without its list": (old_file()[:-40], "ends early"),
         },
     ),
     *_cases(

@@ -268,7 +268,7 @@ def test_what_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
         watch(run, out, once=True, bse="x")
     with pytest.raises(reshard.NotFoundError, match="no such"):
         watch(run, out, once=True, base=tmp_path / "nowhere")
-    with pytest.raises(reshard.WriteError, match="the output is or holds the run"):
+    with pytest.raises(reshard.WriteError, match="the output is, or contains, the run"):
         watch(run, tmp_path, once=True)
     look(run, out)
     with pytest.raises(reshard.WriteError, match="the outputs of another run are there"):

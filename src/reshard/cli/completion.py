@@ -1,4 +1,4 @@
-"""Shell completion beside options, choices and paths: the tags of a run."""
+"""Shell completion of a run's tags, beside options, choices and paths."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _checkpoints(paths: list[Path]) -> list[Path]:
         )
     if len(found) < 2:
         raise NotFoundError(
-            f"of these {len(paths)} paths, {len(found)} is a checkpoint; two or more are compared."
+            f"{len(found)} of these {len(paths)} paths is a checkpoint; diff needs two or more."
         )
     return found
 

@@ -1,4 +1,4 @@
-"""The words of `reshard try`, which `test_model` shares: one set of options, one way to run.
+"""The options of `reshard try`, which `test_model` shares, and the function that runs both.
 
 Imports no torch: the model's libraries are loaded when a command runs.
 """

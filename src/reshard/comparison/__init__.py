@@ -1,4 +1,4 @@
-"""Two checkpoints compared: `reshard.verify` against a source, and `reshard.diff`.
+"""Comparison of two checkpoints: `reshard.verify` against a source, and `reshard.diff`.
 
 compare.py     the functions of the API
 pairing.py     which tensor is compared with which

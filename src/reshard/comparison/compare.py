@@ -130,7 +130,9 @@ def verify(
         for name in ("tag", "prefix", "role", "base"):
             if values[name] is not None:
                 raise OptionError(
-                    f"--{name} chooses what to compare with.", hint="Pass --against.", option=name
+                    f"--{name} selects a part of the checkpoint to compare with.",
+                    hint="Pass --against.",
+                    option=name,
                 )
         return verify_folder(place, threads=threads, progress=progress)
     with Sources() as sources:
@@ -197,9 +199,9 @@ def _check_names(pairing: Pairing, folder: Path) -> None:
     lost = sorted(name for pair in pairing.pairs for name in pair.first.keys() ^ pair.second.keys())
     if lost:
         raise PlanError(
-            f"{len(lost)} names are on one side only, {lost[0]!r} among them, and the folder does "
-            f"not show how names were changed.",
+            f"{len(lost)} names exist on one side only, such as {lost[0]!r}, and the folder does "
+            "not show how names were mapped.",
             path=folder,
-            hint="Pass --base, the model that it was converted onto. Without one, names must be "
-            "the checkpoint's; reshard diff lists those that are not.",
+            hint="Pass --base, the base of the conversion. Without it, the names must be those "
+            "of the checkpoint; reshard diff lists the others.",
         )

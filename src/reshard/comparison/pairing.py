@@ -298,10 +298,11 @@ def _check_apart(planned: Mapping[str, Mapping[str, Entry]], folder: Path) -> No
                 for extent in stored(made.fragments)
             ):
                 raise PlanError(
-                    "the checkpoint holds its update only, not the weight that it was merged into.",
+                    "the checkpoint holds only its update, not the weight that the update was "
+                    "merged into.",
                     path=folder,
                     tensor=name,
-                    hint="Pass --base, the model that it was converted onto.",
+                    hint="Pass --base, the base of the conversion.",
                 )
 
 

@@ -1,4 +1,4 @@
-"""Training state of two checkpoints: moments as tensors like any other, and what is said of them.
+"""Comparison of the training state of two checkpoints: moments are tensors like any other.
 
 Moments of a kind are one more table of the two sides, so that a comparison sums them by layer as it
 does the weights: `exp_avg: model.layers.3`.
@@ -30,7 +30,7 @@ def both(first: Catalog, second: Catalog) -> tuple[TrainingState, TrainingState]
         state = catalog.training_state()
         if state is None:
             raise PlanError(
-                "training state was to be compared, and it holds none.",
+                "it holds no training state to compare.",
                 path=catalog.origin.root,
                 hint="Leave out --optimizer.",
             )
@@ -57,9 +57,9 @@ def of_output(
     if set(state.names) != set(there.names):
         if base is None:
             raise PlanError(
-                "the names of its optimizer's state are not the checkpoint's.",
+                "the names in its optimizer's state differ from the checkpoint's.",
                 path=written.origin.root,
-                hint="Pass --base, the model that it was converted onto.",
+                hint="Pass --base, the base of the conversion.",
             )
         model = read_base(base, sources)
         made = plan_output(catalog, model, options, sources)

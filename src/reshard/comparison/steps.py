@@ -32,7 +32,7 @@ def diff_steps(
     """
     paths = [*checkpoints]
     if len(paths) < 2:
-        raise OptionError("two checkpoints or more are compared.", option="checkpoints")
+        raise OptionError("name two or more checkpoints.", option="checkpoints")
     return tuple(
         diff(first, second, base=base, spectrum=spectrum, optimizer=optimizer, progress=progress)
         for first, second in pairwise(paths)

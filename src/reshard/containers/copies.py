@@ -45,8 +45,8 @@ def check(records: Mapping[str, Sequence[Record]], sources: Sources) -> None:
         other = seen.setdefault(content, path)
         if other != path and any(differs(record) for _, record in held):
             raise IncompleteError(
-                f"it holds the same values as {Path(other).name}, and each should hold shards of "
-                "its own: one rank's file was copied over another's.",
+                f"it holds the same values as {Path(other).name}, but each file must hold "
+                "different shards: one rank's file was copied over another's.",
                 path=path,
                 hint="Copy the folder again, from where it was saved.",
             )

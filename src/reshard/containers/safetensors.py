@@ -63,8 +63,8 @@ def read(source: Source, start: int = 0) -> SafetensorsFile:
         nbytes = specs[name].nbytes
         if begin != expected or end - begin != nbytes:
             raise FormatError(
-                f"its bytes are {begin} to {end}; {expected} to {expected + nbytes} follow from "
-                "the header.",
+                f"its data_offsets are {begin} to {end}, but must be {expected} to "
+                f"{expected + nbytes}.",
                 path=path,
                 tensor=name,
             )
@@ -85,7 +85,7 @@ def _read_header(source: Source, start: int) -> tuple[int, dict[str, Any]]:
     path = source.ref.path
     if source.size - start < 8:
         raise IncompleteError(
-            f"a safetensors file has at least 8 bytes, this has {source.size - start}.",
+            f"a safetensors file has at least 8 bytes; this file has {source.size - start}.",
             path=path,
             hint="Copy or download the file again.",
         )
@@ -95,7 +95,9 @@ def _read_header(source: Source, start: int) -> tuple[int, dict[str, Any]]:
         if other is not None:
             raise other
     if length > MAX_HEADER_NBYTES:
-        raise FormatError(f"it is not a safetensors file: a header of {length} bytes.", path=path)
+        raise FormatError(
+            f"it is not a safetensors file: its header would have {length} bytes.", path=path
+        )
     text = source.read(start + 8, length)
     if not text.startswith(b"{"):
         raise _bad_start(text, path)
@@ -144,6 +146,8 @@ def parse_tensor(path: str, name: str, raw: Any) -> TensorSpec:
     if dtype.name == "float4_e2m1fn_x2":
         # safetensors counts 4-bit values, torch and reshard pairs of them.
         if not shape or shape[-1] % 2:
-            raise FormatError(f"shape {shape} packs no pairs of F4.", path=path, tensor=name)
+            raise FormatError(
+                f"shape {shape} cannot be stored as pairs of F4 values.", path=path, tensor=name
+            )
         shape = [*shape[:-1], shape[-1] // 2]
     return TensorSpec(name, dtype, tuple(shape))

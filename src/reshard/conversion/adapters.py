@@ -98,11 +98,11 @@ def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     separated = separate(catalog.of_one_layout(), choice.adapter, base.entries)
     if choice.writes_adapter and not separated.adapters:
         raise PlanError(
-            f"--lora {choice.mode} needs adapters, and the checkpoint holds none.",
+            f"--lora {choice.mode} needs adapters, but the checkpoint holds none.",
             hint="Leave out --lora.",
         )
     if choice.alone and _is_peft_folder(catalog):
-        raise PlanError("it is an adapter folder already.", path=options.source)
+        raise PlanError("it is already an adapter folder.", path=options.source)
     if sources is not None:
         _check_twice(separated, sources)
     if not separated.adapters:
@@ -147,8 +147,8 @@ def _scaling(
         stated = sorted({r for r in (file.config.rank, *file.config.ranks.values()) if r})
         own = "Pass the run's own with --adapter-config"
         raise PlanError(
-            f"it states rank {', '.join(map(str, stated))}, the checkpoint's adapters have rank "
-            f"{ranks}: it is of another run.",
+            f"it states rank {', '.join(map(str, stated))}, but the checkpoint's adapters have "
+            f"rank {ranks}: it belongs to another run.",
             path=file.path,
             hint=f"{own}." if choice.alpha is not None else f"{own}, or --lora-alpha.",
         )
@@ -159,7 +159,7 @@ def _scaling(
     if file is None or said is None:
         raise PlanError(
             f"the checkpoint holds LoRA adapters on {len(separated.adapters)} modules (rank "
-            f"{ranks}), and not the alpha they were trained with.",
+            f"{ranks}), but not the alpha they were trained with.",
             hint="Pass --lora-alpha, or --adapter-config with the run's adapter_config.json.",
         )
     _check_alpha(file)
@@ -181,7 +181,7 @@ def _check_alpha(file: ConfigFile) -> None:
         )
     if file.disputed is not None:
         raise PlanError(
-            f"it states alpha {file.config.alpha:g}, and {file.disputed} another one.",
+            f"it states alpha {file.config.alpha:g}, but {file.disputed} states another one.",
             path=file.path,
             hint="Pass --lora-alpha.",
         )
@@ -229,8 +229,8 @@ def _check_twice(separated: Separated, sources: Sources) -> None:
     for one, other in separated.twice:
         if not equal(one, other, sources):
             raise NamesError(
-                "two different tensors of the checkpoint have this name without the parts of PEFT "
-                "and wrappers.",
+                "two different tensors of the checkpoint have this name once the parts of PEFT "
+                "and wrappers are removed.",
                 tensor=one.spec.name,
                 hint="Load the checkpoint, remove the wrong one of the two, and save it again.",
             )
@@ -277,8 +277,8 @@ def explained(error: NamesError, separated: Separated) -> NamesError:
         return error
     return NamesError(
         Lines(
-            f"the checkpoint holds LoRA adapters on {modules} modules and not the "
-            f"weights that they update. {error.message[0].upper()}{error.message[1:]}"
+            f"the checkpoint holds LoRA adapters on {modules} modules, but not the weights that "
+            f"they update. {error.message[0].upper()}{error.message[1:]}"
         ),
         missing=error.missing,
         unexpected=error.unexpected,
@@ -309,7 +309,7 @@ def check_left_out(
     trained = [name for name, own in different if not matched((name, own), options.allow)]
     if trained:
         raise PlanError(
-            f"{len(trained)} tensors that an adapter does not hold differ from the base's: "
+            f"{len(trained)} tensors outside the adapter differ from the base's: "
             f"{listed(trained, _SHOWN)}.",
             hint=_hint(trained, len(entries)),
         )
@@ -337,7 +337,7 @@ def _only_in_model(names: Sequence[str]) -> list[Finding]:
 def _hint(trained: Sequence[str], num_entries: int) -> str:
     wrong = ""
     if 2 * len(trained) > num_entries:
-        wrong = "Is it the base that the training started from? "
+        wrong = "Check that --base is the model that the training started from. "
     names = " ".join(f"'{pattern_of(name)}'" for name in trained)
     allow = names if len(trained) <= _PATTERNS else "PATTERN ..., where * is any characters"
     return (

@@ -66,9 +66,9 @@ def beside(found: Fitted) -> Beside:
     made = _reward_files(found) + _value_head(found) + _modules(found) + _adapter(found)
     if made.side_files and not output_format(to).takes_files:
         raise PlanError(
-            f"--to {to} has no place for {made.side_files[0].name}, which goes beside a Hugging "
-            "Face model.",
-            hint="Without --base every tensor is kept, under the name that it has.",
+            f"--to {to} has no place for {made.side_files[0].name}, which belongs beside a "
+            "Hugging Face model.",
+            hint="Leave out --base: every tensor then keeps its own name.",
         )
     return made
 
@@ -79,7 +79,7 @@ def _reward_files(found: Fitted) -> Beside:
         return Beside()
     if found.alone and choice.srm_format == "lightrft":
         raise PlanError(
-            "LightRFT loads a state dict of the whole model, which an adapter alone is not.",
+            "LightRFT loads a state dict of the whole model, but this is only an adapter.",
             hint="Pass --lora merge, or --srm-format split.",
         )
     files = []
@@ -125,8 +125,8 @@ def _check_complete(found: Fitted) -> None:
     lacking = [name for name in filled if trained or not name.endswith("lm_head.weight")]
     if lacking:
         raise PlanError(
-            f"the checkpoint lacks {len(lacking)} tensors of the state dict that LightRFT "
-            f"loads strictly, {lacking[0]!r} among them.",
+            f"the checkpoint lacks {len(lacking)} tensors of the state dict that LightRFT loads "
+            f"strictly, such as {lacking[0]!r}.",
             hint="Pass --srm-format split.",
         )
 

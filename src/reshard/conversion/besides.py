@@ -1,4 +1,4 @@
-"""Other faults of a conversion's inputs, once an error has stopped it.
+"""Further faults in a conversion's inputs, collected after an error has stopped it.
 
 A user who mistypes three paths should learn of all three in one run. Without an error nothing is
 read twice.

@@ -476,14 +476,14 @@ def _workers(values: Mapping[str, Any]) -> Workers | None:
     if values["engine"] == "local":
         if address is not None:
             raise OptionError(
-                "ray_address: it says where Ray's workers are, and none are asked for.",
+                "ray_address: it has no effect without --engine ray.",
                 hint="Pass --engine ray, or leave out --ray-address.",
                 option="ray_address",
             )
         return None
     if isinstance(values["target"], RemotePath):
         raise OptionError(
-            "engine: an output in a store is written by one process.",
+            "engine: the workers of a cluster cannot write an output in an object store.",
             hint="Leave out --engine, or name an output on storage that all nodes share.",
             option="engine",
         )
@@ -496,19 +496,19 @@ def _check_target(values: Mapping[str, Any]) -> None:
     to = values["to"]
     if values["names"] is not None and output_format(to).naming is not None:
         raise OptionError(
-            f"names: with --to {to} tensors have the names of that trainer.",
+            f"names: --to {to} always uses the names of that trainer.",
             hint="Leave out --names.",
             option="names",
         )
     if values["names"] == "torchtitan" and not output_format(to).names_twice:
         raise OptionError(
-            f"names 'torchtitan' are those of a DCP checkpoint, not of --to {to}.",
+            f"names 'torchtitan' needs --to dcp, not --to {to}.",
             hint="Pass --to dcp, or leave out --names.",
             option="names",
         )
     if values["names"] == "all" and not output_format(to).names_twice:
         raise OptionError(
-            f"names 'all' gives the same bytes several names, which files of --to {to} cannot.",
+            f"names 'all' gives each tensor several names, which --to {to} cannot store.",
             hint="Leave out --names."
             if values["optimizer"]
             else "Pass --to dcp, or leave out --names.",
@@ -516,7 +516,7 @@ def _check_target(values: Mapping[str, Any]) -> None:
         )
     if values["names"] == "hub" and not output_format(to).takes_files:
         raise OptionError(
-            f"names 'hub' is the layout of released models, which are not written with --to {to}.",
+            f"names 'hub' needs --to hf, not --to {to}.",
             hint="Leave out --names."
             if values["optimizer"]  # which --to hf does not write
             else "Pass --to hf, or leave out --names.",
@@ -524,13 +524,13 @@ def _check_target(values: Mapping[str, Any]) -> None:
         )
     if values["resume"] and isinstance(values["target"], RemotePath):
         raise OptionError(
-            "resume: an output in a store is not continued.",
+            "resume: an output in an object store cannot be resumed.",
             hint="Leave out --resume; --overwrite deletes what a killed run left there.",
             option="resume",
         )
     if values["consumed_samples"] is not None and not output_format(to).client_state:
         raise OptionError(
-            f"consumed_samples: it is written beside a DCP checkpoint, not with --to {to}.",
+            f"consumed_samples: it is written with --to dcp, not with --to {to}.",
             hint="Pass --to dcp, or leave out --consumed-samples.",
             option="consumed_samples",
         )
@@ -541,7 +541,7 @@ def _check_files(values: Mapping[str, Any]) -> None:
     to, dtype = values["to"], values["dtype"]
     if output_format(to).file_each and values["max_shard_size"] is not None:
         raise OptionError(
-            f"max_shard_size: with --to {to} every tensor is a file of its own.",
+            f"max_shard_size: with --to {to} every tensor has its own file.",
             hint="Leave out --max-shard-size.",
             option="max_shard_size",
         )
@@ -553,7 +553,7 @@ def _check_files(values: Mapping[str, Any]) -> None:
         )
     if output_format(to).full_precision and dtype not in (None, "keep", "float32"):
         raise OptionError(
-            f"dtype: with --to {to} the weights are those in full precision that the optimizer "
+            f"dtype: --to {to} always writes the full-precision weights that the optimizer "
             "updates.",
             hint="Leave out --dtype.",
             option="dtype",
@@ -576,7 +576,7 @@ def _check_state(values: Mapping[str, Any]) -> None:
             f"--to {name}" for name, other in output_formats().items() if other.writes_state
         )
         raise OptionError(
-            f"optimizer: training state is not written with --to {to}.",
+            f"optimizer: --to {to} cannot store training state.",
             hint=f"Pass {able}, or leave out --optimizer.",
             option="optimizer",
         )
@@ -584,21 +584,21 @@ def _check_state(values: Mapping[str, Any]) -> None:
     for name in ("layout", "hyperparameters"):
         if values[name] is not None and not values["optimizer"]:
             raise OptionError(
-                f"{name}: it says how training state is written, and none is.",
+                f"{name}: it has no effect without --optimizer.",
                 hint=f"Pass {format_that_holds}--optimizer, or leave out --{name}.",
                 option=name,
             )
     if values["layout"] is not None and values["layout"] not in info.layouts:
         raise OptionError(
-            f"layout: with --to {to} there is one layout.",
+            f"layout: --to {to} has only one layout.",
             hint="Leave out --layout.",
             option="layout",
         )
     # torchtitan's, too, are those of several of its versions.
     if values["optimizer"] and values["names"] in ("all", "torchtitan"):
         raise OptionError(
-            f"names {values['names']!r} gives a parameter several names, and its optimizer's state "
-            "has one.",
+            f"names {values['names']!r} gives a parameter several names, but its optimizer state "
+            "has only one.",
             hint="Pass --names memory, or leave out --names.",
             option="names",
         )
@@ -630,9 +630,7 @@ def workers(threads: int | None) -> int:
 
 def _dtype(choice: str | None, base: Path | None, *, optimizer: bool) -> str:
     if choice == "base" and base is None:
-        raise OptionError(
-            "dtype 'base' takes the dtypes of a base.", hint="Pass --base.", option="dtype"
-        )
+        raise OptionError("dtype 'base' needs a base.", hint="Pass --base.", option="dtype")
     return choice or ("keep" if base is None or optimizer else "base")
 
 

@@ -1,4 +1,4 @@
-"""Whether an output may be written to its path: reshard replaces only its own outputs.
+"""Check that an output may be written to its path: reshard replaces only its own outputs.
 
 It replaces an empty folder and, with `--overwrite`, a folder that holds only what reshard wrote:
 
@@ -93,7 +93,7 @@ def check_destination(
         replaced = check_replaceable(target, overwrite=overwrite, replaces=replaces)
     except NotFoundError as error:
         raise WriteError(
-            f"what is there cannot be examined: {error.message}",
+            f"the existing file or folder cannot be examined: {error.message}",
             path=error.path or target,
             hint="Name another output.",
         ) from None
@@ -102,7 +102,7 @@ def check_destination(
         _check_outside(target, "base model", base)
     if target.suffix in _FILE_ENDS and not is_folder(target):
         raise WriteError(
-            f"the output is a folder, and {target.suffix} is the end of a file's name.",
+            f"the output is a folder, but its name ends in {target.suffix}, like that of a file.",
             path=target,
             hint="Name a new folder.",
         )
@@ -115,7 +115,7 @@ def check_apart(target: Path, what: str, inputs: Iterable[Path]) -> None:
     for path in inputs:
         if real(path).is_relative_to(place):
             raise WriteError(
-                f"the output is or holds the {what}, {path}.",
+                f"the output is, or contains, the {what} {path}.",
                 path=target,
                 hint="Name a new folder.",
             )
@@ -157,15 +157,15 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
         raise _not_ours(target)
     if is_link(target):
         raise WriteError(
-            f"the output is a link to {real(target)}, where reshard wrote a model, and nothing is "
-            "replaced through a link.",
+            f"the output is a link to {real(target)}, where reshard wrote a model, and reshard "
+            "replaces nothing through a link.",
             path=target,
             hint="Name that folder itself, or another output.",
         )
     if not stated.files:
         raise WriteError(
-            "not replaced: reshard wrote this folder, and its reshard.json lists no files, as "
-            "those of earlier versions do: nothing shows what was added since.",
+            "not replaced: an earlier version of reshard wrote this folder, and its reshard.json "
+            "lists no files, so reshard cannot tell what was added since.",
             path=target,
             hint="Name another output, or remove it yourself.",
         )
@@ -194,10 +194,10 @@ def _unfinished(target: RemotePath, *, overwrite: bool) -> Replaced:
         who = ", ".join(f"{name} {brief(claim[name])}" for name in ("host", "pid", "began")
                         if name in claim)  # fmt: skip
         raise WriteError(
-            f"an output of reshard is written there, or its run was killed ({who}).",
+            f"another run is writing this output, or was killed while it did ({who}).",
             path=target,
-            hint="Wait for it. If it runs no more, convert again with --overwrite, which deletes "
-            "what it left; or name another output.",
+            hint="Wait for it. If it no longer runs, convert again with --overwrite, which "
+            "deletes what it left; or name another output.",
         )
     named, there = claim.get("files"), remote.below(target)
     foreign = sorted({*there} - {*(named if isinstance(named, dict) else ()), CLAIM})
@@ -263,8 +263,8 @@ def _changed(folder: Path, listed: Mapping[str, WrittenFile], names: list[str]) 
 
 def _mixed(target: Path, foreign: list[str]) -> WriteError:
     return WriteError(
-        f"not replaced: reshard wrote this folder, and it holds {_counted(len(foreign))} not as "
-        f"reshard wrote them: {listed(foreign, _LISTED)}.",
+        f"not replaced: reshard wrote this folder, but {_counted(len(foreign))} in it were added "
+        f"or changed: {listed(foreign, _LISTED)}.",
         path=target,
         hint="Name another output, or move them out of the folder.",
     )

@@ -60,8 +60,8 @@ def _output_tensor(name: str, entry: Entry, base: Entry | None, choice: str) -> 
         expected = dtypes.parse(choice)
     if stored.is_code and not expected.is_code and expected.floating:
         raise PlanError(
-            f"it is {stored} in the checkpoint, {expected} in the base model, and no scale lies "
-            "beside it: a code without its scale is not a number.",
+            f"it is {stored} in the checkpoint, {expected} in the base model, and it has no "
+            "scale: a quantised code without its scale is not a number.",
             tensor=name,
             hint="Convert the checkpoint that holds the scales; if they are numbers and not codes, "
             "cast them to bfloat16 with torch and save that.",

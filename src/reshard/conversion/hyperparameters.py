@@ -32,7 +32,7 @@ def with_given(state: TrainingState, path: Path) -> TrainingState:
     """
     if state.hyperparameters_known and not any(lacking(state, group) for group in state.groups):
         raise OptionError(
-            "hyperparameters: the checkpoint states them itself.",
+            "hyperparameters: the checkpoint already holds them.",
             hint="Leave out --hyperparameters.",
             option="hyperparameters",
         )
@@ -97,8 +97,8 @@ def _unknown(path: Path, settings: Sequence[Mapping[str, Plain]]) -> Iterator[Fi
     if told:
         yield Finding(
             "hyperparameters-unknown",
-            f"{path.name} gives {listed(told)}, which is no setting of torch's AdamW: it is "
-            "written, and AdamW ignores it.",
+            f"{path.name} holds {listed(told)}, which torch's AdamW does not have: reshard writes "
+            "it, but AdamW ignores it.",
             path.name,
         )
 

@@ -1,4 +1,4 @@
-"""Options that were given and have no effect on this conversion, as findings: perhaps a typo."""
+"""Findings for options that have no effect on this conversion, perhaps because of a typo."""
 
 from __future__ import annotations
 

@@ -179,9 +179,9 @@ def read(folder: Path, sources: Sources) -> Manifest:
     path = folder / MANIFEST
     if not is_file(path):
         raise NotFoundError(
-            f"it has no {MANIFEST}: it was not written by reshard.",
+            f"it has no {MANIFEST}, so reshard did not write it.",
             path=folder,
-            hint="Only folders that reshard wrote state their digests.",
+            hint="Only folders that reshard wrote contain digests.",
         )
     text = strict_json.read_whole(sources.open(path), max_nbytes=strict_json.MAX_INDEX)
     return parsed(text, path)

@@ -54,7 +54,9 @@ def placed(output: OutputModel, config: Mapping[str, Any], options: Options) -> 
     version = version_of(options)
     loaded = to_memory(as_entries(output.model), config, version)
     text = ".".join(map(str, version))
-    said = [Finding("memory-names", f"names are those of a loaded model of transformers {text}.")]
+    said = [
+        Finding("memory-names", f"the names are those of a loaded model of transformers {text}.")
+    ]
     if not was_read(version):
         newest = ".".join(map(str, NEWEST))
         message = (
@@ -125,18 +127,18 @@ def _apart(apart: Apart) -> Finding:
     if not apart.name:
         return Finding(
             "memory-layout-unknown",
-            f"how the loaded models of transformers {apart.versions} make their tensors from those "
-            "of the files is not known: dcp.load into such a module may not find its names.",
+            f"reshard does not know how loaded models of transformers {apart.versions} derive "
+            "their tensors from those of the files: dcp.load into such a model may not find its "
+            "names.",
         )
     since = ".".join(map(str, apart.since))
     return Finding(
         "memory-layout-apart",
         f"the loaded models of transformers {apart.versions} hold {apart.count} tensors that are "
-        f"stacked, transposed or cut differently than in the files, {apart.name!r} among them: "
-        f"dcp.load "
-        "into such a module does not find them here.",
-        fix=f"For such a run, convert with --names memory --transformers-version {since}, or "
-        "whichever version the run has.",
+        f"stacked, transposed or split differently than in the files, such as {apart.name!r}: "
+        "dcp.load into such a model does not find them in this folder.",
+        fix=f"For such a run, convert with --names memory --transformers-version {since}, or with "
+        "the run's own version.",
     )
 
 

@@ -1,4 +1,4 @@
-"""What decides the bytes of a conversion's output, and is recorded in `reshard.json`."""
+"""The options that determine the bytes of a conversion's output; `reshard.json` records them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class Patterns(Texts, frozen=True):
         patterns = super().parse(value)
         for pattern in patterns:
             if pattern.count("**") > _MAX_WILDCARDS:
-                raise OptionError(f"{brief(pattern)} has more than {_MAX_WILDCARDS} times `**`.")
+                raise OptionError(
+                    f"{brief(pattern)} contains `**` more than {_MAX_WILDCARDS} times."
+                )
         return patterns
 
 

@@ -113,8 +113,9 @@ def _kept(outputs: Mapping[str, Arrangement], entries: Mapping[str, Entry]) -> d
 def _of_megatron(catalog: Catalog, base: Base) -> Renamed:
     if catalog.origin.framework != MEGATRON:
         raise UnsupportedError(
-            "its tensors have the names of Megatron-Core, and it is not a checkpoint in its "
-            "torch_dist format: of Megatron-FSDP (fsdp_dtensor), or of one rank, it is not read.",
+            "its tensors have the names of Megatron-Core, but it is not a torch_dist checkpoint: "
+            "reshard does not read checkpoints of Megatron-FSDP (fsdp_dtensor) or of a single "
+            "rank.",
             path=catalog.origin.root,
             hint="Save with --ckpt-format torch_dist, and convert that.",
         )

@@ -1,4 +1,4 @@
-"""What a checkpoint becomes: the model, and the files beside it.
+"""The output of a conversion: the model, and the files beside it.
 
     LightRFT actor, GRM     model
     scalar reward model     model (the backbone), reward_head.safetensors, reward_config.json and
@@ -40,8 +40,8 @@ from reshard.storage.local import Sources
 
 _UNMERGED = Finding(
     "adapters-unmerged",
-    "it holds LoRA adapters, which are written as they are: no program loads them from such a "
-    "file. With --base they are merged, or written as a folder for PEFT.",
+    "it holds LoRA adapters, which are written unmerged, into a file that no program loads. With "
+    "--base, reshard merges them or writes a folder for PEFT.",
 )
 
 

@@ -76,7 +76,7 @@ def prepare(
     catalog = locate.read(options.source, sources, options.selection)
     if options.selection.masters and named(catalog.format).masters == "never":
         raise UnsupportedError(
-            f"{named(catalog.format).title} holds no masters that are read.",
+            f"reshard cannot read masters from {named(catalog.format).title}.",
             path=options.source,
             hint="Leave out --masters.",
         )
@@ -187,8 +187,7 @@ def check_strict(
     if refused:
         more = f" And {len(refused) - 1} more." if len(refused) > 1 else ""
         raise PlanError(
-            f"--strict was passed, and there is a finding, {refused[0].code}: "
-            f"{refused[0].message}{more}",
+            f"--strict refuses the finding {refused[0].code}: {refused[0].message}{more}",
             path=options.source,
             hint=refused[0].fix or CODES[refused[0].code].fix or None,
         )

@@ -1,4 +1,4 @@
-"""What the values of an optimizer's moments say against them, once all have passed.
+"""Checks of the values of an optimizer's moments, after all have passed.
 
 A mean of squares is never below zero, and no two moments are equal bit for bit unless both are
 zero: what is not so lies in another's place, as after a copy of a file under a wrong name.
@@ -37,7 +37,7 @@ def check_values(state: TrainingState | None, outcome: Outcome) -> None:
     for (table, name), found in outcome.not_finite.items():
         if table == STATE_TABLE and found.negative:
             raise VerificationError(
-                f"{found.negative} of its values are below zero, which no mean of squares is: it "
+                f"{found.negative} of its values are negative, but a second moment cannot be: it "
                 "is another tensor, or damaged.",
                 tensor=f"{table}: {name}",
                 hint=_HINT,

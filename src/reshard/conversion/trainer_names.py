@@ -108,11 +108,12 @@ def _check_copies(
     for name, shared in copies.items():
         if shared not in entries or entries[name].spec.shape != entries[shared].spec.shape:
             raise PlanError(
-                f"it is not the copy of {shared!r} that the trainer shares.", tensor=name
+                f"it differs from {shared!r}, of which the trainer expects it to be a copy.",
+                tensor=name,
             )
         if not equal(entries[name], entries[shared], sources):
             raise PlanError(
-                f"it differs from {shared!r}, and the trainer has one tensor for both.",
+                f"it differs from {shared!r}, but the trainer has one tensor for both.",
                 tensor=name,
             )
 

@@ -39,7 +39,7 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
     if state is None and output_format(options.to).needs_state:
         raise PlanError(
             f"--to {options.to} writes a universal checkpoint, from which DeepSpeed takes weights "
-            "only together with an optimizer's state, and it holds none.",
+            "only together with an optimizer's state, but this checkpoint holds none.",
             path=catalog.origin.root,
             hint="A new run starts from a Hugging Face model: pass --to hf, and load the output "
             "with from_pretrained before deepspeed.initialize.",
@@ -47,7 +47,7 @@ def with_state(catalog: Catalog, options: Options) -> tuple[Catalog, TrainingSta
     if state is None:
         what = "none is read of its format" if not _can_hold(catalog) else "it holds none"
         raise PlanError(
-            f"the state of an optimizer was asked for, and {what}.",
+            f"training state was requested, but {what}.",
             path=catalog.origin.root,
             hint=WEIGHTS_ALONE,
         )
@@ -132,8 +132,8 @@ def carried(state: TrainingState, made: OutputModel, maps: Sequence[Translation]
         for name, entry in table.items():
             if written.get(name) != entry.spec.shape:
                 raise PlanError(
-                    f"its {kind} is of shape {entry.spec.shape}, and the weight that is written "
-                    f"of {written.get(name, 'no shape')}: the optimizer's state cannot be carried "
+                    f"its {kind} has shape {entry.spec.shape}, but the weight in the output has "
+                    f"{written.get(name, 'no shape')}: the optimizer's state cannot be carried "
                     "through this change.",
                     tensor=name,
                     hint=WEIGHTS_ALONE,
@@ -188,7 +188,8 @@ def _one(values: Sequence[Any], name: str, what: str) -> Any:
     """The value that all sources of a tensor have."""
     if any(value != values[0] for value in values):
         raise PlanError(
-            f"it is made of parameters of different {what}, so no one optimizer's state is its.",
+            f"it is made of parameters with different {what}, so it cannot have one optimizer "
+            "state.",
             tensor=name,
             hint=WEIGHTS_ALONE,
         )

@@ -104,12 +104,14 @@ def _state(catalog: Catalog, stated: Manifest) -> list[tuple[Catalog, Mapping[st
     folder = catalog.origin.root
     state = catalog.training_state()
     if state is None:
-        raise VerificationError("its training state is stated and not there.", path=folder)
+        raise VerificationError(
+            "its training state is missing, although reshard.json lists it.", path=folder
+        )
     found = manifest.run_of(state)
     for what in ("steps", "groups"):
         if found[what] != stated.run.get(what):
             raise VerificationError(
-                f"the {what} of its optimizer are not those that {MANIFEST} states.",
+                f"the {what} of its optimizer differ from those in {MANIFEST}.",
                 path=folder,
                 hint="Convert again.",
             )
@@ -129,7 +131,7 @@ def check_listed(folder: Path, stated: Manifest) -> None:
     for path in listing(folder):
         if names_weights(path.name) and is_file(path) and path.name not in listed:
             raise VerificationError(
-                f"it is there, and {MANIFEST} does not list it.",
+                f"{MANIFEST} does not list this file.",
                 path=path,
                 hint="Move it away, or convert again: what is not listed cannot be verified.",
             )
@@ -146,11 +148,11 @@ def check_run(folder: Path, stated: Manifest) -> None:
             continue
         path = child_of(folder, name)
         if not is_file(path):
-            raise VerificationError("it was written with the training state, and is not there.",
+            raise VerificationError("it was written with the training state, but it is missing.",
                                     path=path, hint="Convert again.")  # fmt: skip
         if manifest.file_digest(path) != written.digest:
             raise VerificationError(
-                f"its bytes are not those that {MANIFEST} states.",
+                f"its bytes differ from those that {MANIFEST} states.",
                 path=path,
                 hint="Convert again.",
             )
@@ -171,8 +173,8 @@ def _check_aliases(catalog: Catalog, stated: object) -> None:
     for alias in sorted(found.keys() | stated.keys()):
         if found.get(alias) != stated.get(alias):
             raise VerificationError(
-                f"as a name of {brief(found.get(alias))} it is there, as a name of "
-                f"{brief(stated.get(alias))} it is stated.",
+                f"it is another name of {brief(found.get(alias))} in the folder, but of "
+                f"{brief(stated.get(alias))} in reshard.json.",
                 path=catalog.origin.root,
                 tensor=alias,
             )
@@ -194,7 +196,11 @@ def check_digests(
     """
     folder = catalog.origin.root
     for name in sorted(stated.keys() ^ catalog.entries.keys()):
-        where = "is stated and not there" if name in stated else "is there and not stated"
+        where = (
+            "is missing, although reshard.json lists it"
+            if name in stated
+            else "is not listed in reshard.json"
+        )
         raise VerificationError(f"it {where}.", path=folder, tensor=name)
     checks = [_Check(entry, stated[name]) for name, entry in catalog.entries.items()]
     checking = _Checking(folder, sum(check.entry.spec.nbytes for check in checks), progress)
@@ -267,7 +273,7 @@ def _check_spec(folder: Path, check: _Check) -> None:
     spec, want = check.entry.spec, check.want
     if (spec.dtype.name, spec.shape) != (want.dtype, want.shape):
         raise VerificationError(
-            f"it is {spec.dtype} {spec.shape}, and {want.dtype} {want.shape} is stated.",
+            f"it is {spec.dtype} {spec.shape}, but reshard.json states {want.dtype} {want.shape}.",
             path=folder,
             tensor=spec.name,
         )

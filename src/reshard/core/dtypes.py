@@ -110,7 +110,9 @@ def parse(name: str) -> DType:
     short = name.removeprefix("torch.")
     dtype = _BY_NAME.get(_ALIASES.get(short, short))
     if dtype is None:
-        raise UnsupportedError(f"dtype {name!r} is not handled; known are {', '.join(_BY_NAME)}.")
+        raise UnsupportedError(
+            f"dtype {name!r} is not supported; supported are {', '.join(_BY_NAME)}."
+        )
     return dtype
 
 
@@ -119,7 +121,7 @@ def from_safetensors(code: str) -> DType:
     dtype = _BY_SAFETENSORS.get(code)
     if dtype is None:
         raise UnsupportedError(
-            f"safetensors dtype {brief(code)} is not handled; known are "
+            f"safetensors dtype {brief(code)} is not supported; supported are "
             f"{', '.join(_BY_SAFETENSORS)}."
         )
     return dtype

@@ -89,7 +89,7 @@ class Finding(Struct, frozen=True):
 
 def objects_unread(names: Sequence[str]) -> Finding:
     """That a pickle holds objects which are not data, by their classes; they were not made."""
-    return Finding("objects-unread", f"objects that were left unread: {listed(names)}.")
+    return Finding("objects-unread", f"objects that were skipped: {listed(names)}.")
 
 
 def part_left_out(name: str, count: int) -> Finding:
@@ -103,8 +103,8 @@ def state_named_by_order(count: int) -> Finding:
     """That the state of `count` parameters has no names, and got theirs by order and shapes."""
     return Finding(
         "state-named-by-order",
-        f"the optimizer's state has no names; that of {count} parameters was given theirs by the "
-        "order and the shapes of the model's parameters, which fit in one way only.",
+        f"the optimizer's state has no names; reshard derived those of {count} parameters from "
+        "the order and the shapes of the model's parameters, which match in only one way.",
     )
 
 

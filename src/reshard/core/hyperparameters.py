@@ -107,7 +107,7 @@ def _check_held(state: TrainingState) -> None:
     ]
     if without:
         raise PlanError(
-            f"it does not say how many steps {len(without)} parameters have had, by which Adam "
-            f"corrects their moments: {listed(without, 4)}.",
+            f"it does not state the step counts of {len(without)} parameters, which Adam needs to "
+            f"correct their moments: {listed(without, 4)}.",
             hint=WEIGHTS_ALONE,
         )

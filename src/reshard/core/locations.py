@@ -118,20 +118,20 @@ def location(text: str, *, remote: bool = False, writes: bool = False) -> Path:
     bare = f"{scheme}://{_without_secrets(rest)}"
     if not remote:
         raise OptionError(
-            f"{shown(bare)} is a URL, and this is read and written as a local file.",
-            hint="Name a local path; of a mounted store, the folder where it is mounted.",
+            f"{shown(bare)} is a URL, but this must be a local path.",
+            hint="Name a local path; for a mounted store, the folder where it is mounted.",
         )
     if scheme == "file":
         raise OptionError(f"{shown(bare)} is a URL of a local file.", hint="Name its path.")
     if scheme not in READABLE:
         raise OptionError(
-            f"{shown(bare)} is a URL of a kind that is not handled.",
-            hint="Handled are s3://, gs://, az://, hf:// and https://. Of a mounted store, name "
-            "the folder where it is mounted.",
+            f"{shown(bare)} is a URL of an unsupported kind.",
+            hint="Supported are s3://, gs://, az://, hf:// and https://. For a mounted store, "
+            "name the folder where it is mounted.",
         )
     if writes and scheme not in WRITABLE:
         raise OptionError(
-            f"{shown(bare)} is only read; it cannot be an output.",
+            f"{shown(bare)} can only be read; it cannot be an output.",
             hint="Name an output in s3://, gs:// or az://, or a local folder.",
         )
     return _parsed(scheme, rest, bare)
@@ -142,7 +142,7 @@ def _parsed(scheme: str, rest: str, bare: str) -> RemotePath:
     authority = rest.partition("/")[0]
     if re.search(r"[?#]", rest) or ("@" in authority and scheme != HUB):
         raise OptionError(
-            f"{shown(bare)} was given with a password, a signature or a query.",
+            f"{shown(bare)} contains a password, a signature or a query.",
             hint="Leave it out; the store's own settings hold credentials (docs/remote.md).",
         )
     if scheme == "http" and not _LOOPBACK.fullmatch(authority):

@@ -144,7 +144,11 @@ class Codes(ValueType, frozen=True):
         for code in codes:
             if code not in self.known:
                 near = get_close_matches(code, self.known, 3, 0.5)
-                hint = f"Did you mean {' or '.join(near)}?" if near else "docs/findings.md has all."
+                hint = (
+                    f"Did you mean {' or '.join(near)}?"
+                    if near
+                    else ("docs/findings.md lists all codes.")
+                )
                 raise OptionError(f"{brief(code)} is not the code of a finding.", hint=hint)
         return codes or False
 

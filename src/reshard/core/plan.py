@@ -107,7 +107,9 @@ def parse_size(text: str | int) -> int:
     if isinstance(text, int):
         size = text
     elif not isinstance(text, str):
-        raise OptionError(f"{text!r} is not a size.", hint="It is a whole number or like 5GB.")
+        raise OptionError(
+            f"{text!r} is not a size.", hint="Write a whole number of bytes, or a size like 5GB."
+        )
     else:
         upper = text.strip().upper()
         unit = next((unit for unit in _UNITS if upper.endswith(unit)), "")

@@ -1,4 +1,4 @@
-"""What can be wrong with an exported model: each finding by its code, with evidence and its fix.
+"""The doctor: findings about an exported model, by code, with evidence and repair.
 
 folder.py      a model folder as it is, however broken
 case.py        all that the checks look at: the folder, the base, the fit, facts about values

@@ -1,4 +1,4 @@
-"""Whether an inference engine takes an adapter folder as PEFT saves one.
+"""Check whether an inference engine loads an adapter folder as PEFT saves it.
 
 Read off vLLM 0.33 (vllm/lora/peft_helper.py), sglang 0.5.23 (srt/lora), llama.cpp
 (convert_lora_to_gguf.py) and mlx-lm 0.32.

@@ -212,7 +212,7 @@ def _check_alone(case: Case) -> None:
     heads = [name for name in (REWARD_HEAD, VALUE_HEAD) if is_file(case.folder.path / name)]
     if heads:
         raise PlanError(
-            f"{heads[0]} lies beside the model, and a repaired copy would be without it.",
+            f"{heads[0]} lies beside the model, and a repaired copy would lack it.",
             path=case.folder.path,
             hint="Convert the run's checkpoint again: reshard convert RUN OUT --base HF_DIR.",
         )
@@ -223,7 +223,7 @@ def _check_numbers(case: Case) -> None:
     found = case.quantisation
     if found.unread is not None or (found.kinds and found.stated is not None):
         raise PlanError(
-            "its weights are quantised, and a repaired copy would hold no codes.",
+            "its weights are quantised, but a repaired copy would be dequantised.",
             path=case.folder.path,
             hint="Make the 16-bit model first, and repair that: reshard convert DIR OUT."
             if found.unread is None

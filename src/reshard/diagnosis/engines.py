@@ -1,4 +1,4 @@
-"""What inference engines take, as tables of facts. **The tables to extend**; see `docs/serving.md`.
+"""Facts about inference engines, as tables. **The tables to extend**; see `docs/serving.md`.
 
 Found by running vLLM 0.33's own loader, llama.cpp's converter (of llama-cpp-python 0.3.36) and
 mlx-lm 0.32 on folders that were right and on folders damaged on purpose, and by reading them and

@@ -120,9 +120,10 @@ def _refuse_parts(path: Path) -> None:
     """Refuse a folder that transformers does not load as a model, although nothing is wrong with
     it."""
     there = {file.name for file in listing(path)}
-    if {LIGHTRFT, REWARD_CONFIG} <= there and not matching(path, "*.safetensors"):
+    if {LIGHTRFT, REWARD_CONFIG} <= there and not any(matching(path, "*.safetensors")):
         raise UnsupportedError(
-            "it holds LightRFT's own state dict of a reward model, by the names of training.",
+            "it holds LightRFT's own state dict of a reward model, with the names used in "
+            "training.",
             path=path,
             hint="Examine the output of convert --srm-format split.",
         )

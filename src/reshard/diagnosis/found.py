@@ -1,4 +1,4 @@
-"""What a check sees of a model folder, and how it is repaired where it can be."""
+"""The result of a check of a model folder, and its repair if there is one."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def converse(options: Options, read: Callable[[], str | None], say: Callable[[st
         raise UnsupportedError(
             f"a {folder.kind.value} gives scores, not answers.",
             path=folder.path,
-            hint="Leave out --chat: its prompts are scored.",
+            hint="Leave out --chat: reshard try then scores the prompts.",
         )
     remote = options.trust_remote_code
     tokenizer = load_tokenizer(folder.path, remote_code=remote)

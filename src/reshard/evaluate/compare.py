@@ -1,4 +1,4 @@
-"""Is it the same model? The logits of two models on the same tokens, and their weights.
+"""Comparison of two models: their logits on the same tokens, and their weights.
 
 The models are loaded one after the other, never together: the first leaves its logits in a
 temporary folder (at most `MOST_TOKENS` tokens of text, and the prompts with their answers), the

@@ -1,4 +1,4 @@
-"""How far two models are apart on the same tokens: logits, KL divergence, perplexity, scores."""
+"""Differences of two models on the same tokens: logits, KL divergence, perplexity, scores."""
 
 from __future__ import annotations
 

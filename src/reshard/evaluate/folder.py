@@ -99,7 +99,7 @@ def read_folder(path: Path) -> Folder:
     path = snapshot(path)
     if is_adapter(path):
         raise UnsupportedError(
-            "it holds an adapter of PEFT, and no model.",
+            "it holds a PEFT adapter, but no model.",
             path=path,
             hint="Merge it: reshard convert SRC DST --base BASE --fill-from-base.",
         )
@@ -107,7 +107,7 @@ def read_folder(path: Path) -> Folder:
         raise NotFoundError(
             "the folder has no config.json, so it is not a Hugging Face model.",
             path=path,
-            hint="A training checkpoint is converted first: reshard convert SRC DST --base BASE.",
+            hint="Convert a training checkpoint first: reshard convert SRC DST --base BASE.",
         )
     config = parse_json(path / "config.json")
     architecture = _architecture(config)

@@ -1,4 +1,4 @@
-"""What a user asks of one run."""
+"""The options of one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's report and page go: a file that is neither is never written over."""
+"""The paths of a run's report and page: no other file is ever overwritten."""
 
 from __future__ import annotations
 

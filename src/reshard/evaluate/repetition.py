@@ -1,4 +1,4 @@
-"""Findings about what a model said: one token over and over, loops, tokens that do not exist."""
+"""Findings about a model's answers: one repeated token, loops, tokens that do not exist."""
 
 from __future__ import annotations
 

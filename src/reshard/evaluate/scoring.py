@@ -1,4 +1,4 @@
-"""Scores of models that do not speak: reward models, critics, classifiers."""
+"""Scores of models that do not generate text: reward models, critics, classifiers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prompts and the text that travel with the package."""
+"""The built-in prompts and the built-in text."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def read_config(folder: Path, sources: Sources) -> dict[str, Any]:
     path = folder / "config.json"
     if is_adapter(folder):
         raise NotFoundError(
-            "it holds an adapter of PEFT, and no model.",
+            "it holds a PEFT adapter, but no model.",
             path=folder,
             hint="Name the model that it was trained on, which adapter_config.json states as "
             "base_model_name_or_path.",
@@ -251,7 +251,7 @@ def _located(folder: Path, sources: Sources) -> dict[str, set[str] | None]:
     for name in located:
         if not is_file(child(folder, name, store=True)):
             raise IncompleteError(
-                f"{INDEX} lists it, and it is not there.",
+                f"{INDEX} lists it, but it is missing.",
                 path=folder / name,
                 hint="Download or copy the missing shard.",
             )
@@ -272,7 +272,7 @@ def _check_numbers(folder: Path, names: Sequence[str]) -> None:
     lost = {f"model-{n:05d}-of-{count}.safetensors" for n in range(1, int(count) + 1)} - {*names}
     if lost:
         raise IncompleteError(
-            f"{len(names)} of {int(count)} shards are there; {min(lost)} is not.",
+            f"only {len(names)} of {int(count)} shards exist; {min(lost)} is missing.",
             path=folder,
             hint="Download or copy the missing shards.",
         )
@@ -292,9 +292,8 @@ def _stored_shape(spec: TensorSpec) -> list[int]:
 def _index_mismatch(path: Path, expected: set[str], found: set[str]) -> FormatError:
     lost, extra = sorted(expected - found), sorted(found - expected)
     return FormatError(
-        f"{INDEX} lists {len(expected)} tensors in it and it holds {len(found)}; "
-        f"not in the file: {listed(lost, 5) or 'none'}; "
-        f"not in the index: {listed(extra, 5) or 'none'}.",
+        f"{INDEX} lists {len(expected)} tensors in it, but it holds {len(found)}; not in the "
+        f"file: {listed(lost, 5) or 'none'}; not in the index: {listed(extra, 5) or 'none'}.",
         path=path,
         hint="The index belongs to other files; copy the folder again.",
     )

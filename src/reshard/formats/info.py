@@ -1,4 +1,4 @@
-"""What each format says of itself, and the table of formats.
+"""The description of each format, and the table of formats.
 
 No code outside a format's room compares its name: code that needs to know something about a format
 reads its `FormatInfo`. The formats that come with reshard stand in `OWN`. Another package adds one

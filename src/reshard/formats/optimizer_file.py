@@ -103,8 +103,8 @@ def inside(
 def several(path: Path, names: Iterable[str]) -> UnsupportedError:
     """The error for states of which none is known to be the model's."""
     return UnsupportedError(
-        f"it holds the states of several optimizers ({listed(names)}), and nothing says which "
-        "one is this model's.",
+        f"it holds the states of several optimizers ({listed(names)}), and no file states which "
+        "one belongs to this model.",
         path=path,
         hint=WEIGHTS_ALONE,
     )
@@ -169,8 +169,8 @@ def _names(
         return stated
     if order is None:
         raise UnsupportedError(
-            "the parameters of the optimizer go by numbers in the model's order, which the model's "
-            "files do not keep: nothing tells whose the state is.",
+            "the optimizer numbers its parameters in the model's order, which the model's files "
+            "do not keep, so reshard cannot tell which parameters the state belongs to.",
             path=path,
             hint=WEIGHTS_ALONE,
         )
@@ -202,8 +202,9 @@ def names_in_order(
     named = groups_in_order([[shape(key) for key in g.params] for g in found.groups], model)
     if named is None:
         raise UnsupportedError(
-            "the parameters of the optimizer go by numbers, and their order and shapes fit none "
-            "of the model's parameters or several ways: nothing tells whose the state is.",
+            "the optimizer numbers its parameters, and their order and shapes match the model's "
+            "parameters in no way or in several ways, so reshard cannot tell which parameters "
+            "the state belongs to.",
             path=path,
             hint=WEIGHTS_ALONE,
         )

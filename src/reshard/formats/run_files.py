@@ -43,8 +43,8 @@ def undamaged(path: Path) -> Iterator[None]:
         raise FormatError(
             f"it is damaged: {error.message}",
             path=path,
-            hint="Copy the file again. If the run may begin this part of its state anew, move the "
-            "file away.",
+            hint="Copy the file again. If the run can start this part of its state anew, move "
+            "the file away.",
         ) from None
 
 

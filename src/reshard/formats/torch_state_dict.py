@@ -155,7 +155,7 @@ def _files(path: Path, sources: Sources) -> list[Path]:
     for file in files:
         if not is_file(file):
             raise IncompleteError(
-                f"{_INDEX} lists it, and it is not there.",
+                f"{_INDEX} lists it, but it is missing.",
                 path=file,
                 hint="Copy the missing shard.",
             )
@@ -184,7 +184,7 @@ def _state_dict(
         _refuse_part(path, value)
         if value.keys() == OPTIMIZER_KEYS:
             raise UnsupportedError(
-                "it holds the state of an optimizer and no model.",
+                "it holds the state of an optimizer, but no model.",
                 path=path,
                 hint="Name the file that holds the model.",
             )
@@ -196,7 +196,7 @@ def _state_dict(
     for name, tensor in value.items():
         if isinstance(tensor, Opaque) and tensor.is_tensor and name not in found:
             raise UnsupportedError(
-                f"it is {tensor.describe()}, which is not handled.",
+                f"it is {tensor.describe()}, which is not supported.",
                 path=path,
                 tensor=name if isinstance(name, str) else None,
             )
@@ -206,7 +206,7 @@ def _state_dict(
 def _no_state_dict(path: Path, value: object) -> UnsupportedError:
     others = list(_beside(value, None))
     if others:
-        what = "what it holds is not taken for the model unless it is named"
+        what = "reshard does not take these parts for the model unless you name one"
         hint = f"Name the part to read: --prefix {quote(shown(others[0]))}."
         return UnsupportedError(f"{what}: {listed(others)}.", path=path, hint=hint)
     return UnsupportedError(
@@ -333,7 +333,7 @@ def _refuse_part(path: Path, value: Mapping[object, object]) -> None:
         or value.get("mp_world_size") not in (None, 1)
     ):
         raise UnsupportedError(
-            "it is one file of a DeepSpeed checkpoint, and the weights are in several.",
+            "it is one of several files of a DeepSpeed checkpoint.",
             path=path,
             hint=f"Name the folder that holds it: {path.parent}.",
         )

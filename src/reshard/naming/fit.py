@@ -102,7 +102,7 @@ def _outputs(known: Known) -> dict[str, Arrangement]:
             absent[piece.name] = hub
     for name in pairs.keys() & absent.keys():
         raise NamesError(
-            f"the checkpoint holds a part of it only: {absent[name]!r} is missing.",
+            f"the checkpoint holds only a part of it: {absent[name]!r} is missing.",
             tensor=name,
             missing=(name,),
         )
@@ -187,9 +187,9 @@ def _refuse_other_rows(known: Known, resized: Resize) -> None:
     ]
     if stale:
         raise NamesError(
-            f"{resized.name!r} has {resized.rows} rows, and {resized.base_rows} in the base; "
-            f"the checkpoint does not hold {stale[0]!r}, which must have as many, and the base's "
-            "does not.",
+            f"{resized.name!r} has {resized.rows} rows, but {resized.base_rows} in the base; the "
+            f"checkpoint lacks {stale[0]!r}, which must have the same number of rows, and the "
+            "base's has not.",
             missing=tuple(stale),
             hint="Convert a checkpoint of the run that holds it.",
         )

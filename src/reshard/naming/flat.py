@@ -72,7 +72,10 @@ def shaped(catalog: Catalog, schema: Schema) -> Shaped:
     cut = _cut(units, schema, catalog.origin.world_size or 1)
     twice = entries.keys() & cut.keys()
     if twice:
-        raise NamesError("it is beside the flat parameters and in one of them.", tensor=min(twice))
+        raise NamesError(
+            "it is stored both beside the flat parameters and inside one of them.",
+            tensor=min(twice),
+        )
     kind = schema.config["model_type"]
     order = f"in the order of {kind}'s modules (transformers 4.31 and later)"
     message = (
@@ -101,8 +104,8 @@ def _cut(units: Mapping[str, Entry], schema: Schema, world: int) -> dict[str, En
         numel = entry.spec.numel
         if not 0 <= numel - total < world:
             raise NamesError(
-                f"it holds {numel} elements, and the base's tensors in that module have {total}: "
-                "it is not the model that was trained, or not all of it was.",
+                f"it holds {numel} elements, but the base's tensors in that module have {total}: "
+                "the base is another model, or only a part of it was trained.",
                 tensor=f"{path}{_FLAT}",
                 hint="Name the base that the training started from.",
             )
@@ -181,8 +184,8 @@ def _named(catalog: Catalog, names: frozenset[str], schema: Schema) -> dict[str,
     if not fitting:
         lost = sorted(numels.keys() - closest.keys())
         raise NamesError(
-            f"it holds {len(numels)} tensors flattened, without their shapes, and the base has "
-            f"none of that name and size for {len(lost)}: {listed(lost, _LISTED)}.",
+            f"it holds {len(numels)} flattened tensors without shapes, and for {len(lost)} of "
+            f"them the base has no tensor of that name and size: {listed(lost, _LISTED)}.",
             unexpected=tuple(lost),
             hint="Name the base that the training started from.",
         )
@@ -218,8 +221,8 @@ def refuse(catalog: Catalog) -> None:
     """Refuse to write flattened tensors as they are. Raises `PlanError`."""
     if catalog.unshaped:
         raise PlanError(
-            f"it holds {len(catalog.unshaped)} tensors flattened, and no file states their shapes "
-            f"(a local state dict of FSDP1).",
+            f"it holds {len(catalog.unshaped)} flattened tensors, and no file states their shapes "
+            "(a local state dict of FSDP1).",
             path=catalog.origin.root,
             hint="Pass --base, the model that the training started from.",
         )

@@ -121,7 +121,7 @@ class _Naming:
                 if hub in self._outputs:
                     other = next(sources(self._outputs[hub]))
                     raise NamesError(
-                        f"it and {other!r} are both {hub!r} on the hub.", tensor=name,
+                        f"it and {other!r} both map to {hub!r}.", tensor=name,
                         unexpected=(name,),
                     )  # fmt: skip
                 self._outputs[hub] = made
@@ -153,7 +153,7 @@ class _Naming:
             raise NamesError(
                 f"it holds {count} layers, stacked; the base has {expected}.",
                 tensor=name,
-                hint="Is it the base that the training started from?",
+                hint="Check that --base is the model that the training started from.",
             )
         return count
 
@@ -170,7 +170,7 @@ class _Naming:
                 raise NamesError(
                     f"it is of layer {index}, and the base has {self._layers} layers.",
                     tensor=next(sources(of)),
-                    hint="Is it the base that the training started from?",
+                    hint="Check that --base is the model that the training started from.",
                 )
             found = self._in_layer(name, of, shape)
         else:
@@ -213,7 +213,8 @@ class _Naming:
             return
         if not shape or shape[0] % 2:
             raise NamesError(
-                f"its shape is {shape}, which is not gate and up.", tensor=next(sources(of))
+                f"its shape is {shape}, which cannot be split into gate and up.",
+                tensor=next(sources(of)),
             )
         half = shape[0] // 2
         for place, hub in enumerate(hubs):
@@ -254,7 +255,7 @@ class _Naming:
                 f"its shape is {shape} in a layer; {heads} query and {groups} key heads of {size} "
                 f"rows, as the base has, are {(heads + 2 * groups) * size} rows.",
                 tensor=next(sources(of)),
-                hint="Is it the base that the training started from?",
+                hint="Check that --base is the model that the training started from.",
             )
         each = (queries + 2) * size
         for hub, start, rows in (

@@ -67,13 +67,13 @@ def check(
         stated = next((config[key] for key in theirs if type(config.get(key)) is int), mine)
         if stated != mine:
             raise NamesError(
-                f"the run had {name} {mine}, and the base's config says {stated}.",
-                hint="Is it the base that the training started from?",
+                f"the run had {name} {mine}, but the base's config says {stated}.",
+                hint="Check that --base is the model that the training started from.",
             )
     size = settings.get("vocab_size")
     if rows is not None and type(size) is int and size > rows:
         raise NamesError(
-            f"the run had a vocabulary of {size}, and the base's has {rows} rows.",
+            f"the run had a vocabulary of {size}, but the base's has {rows} rows.",
             hint="Name the base whose vocabulary the training had.",
         )
 

@@ -106,7 +106,7 @@ def memory_view(config: Mapping[str, Any], version: Version) -> View:
     if found:
         raise UnsupportedError(
             f"transformers {text} loads {', '.join(sorted(found))} as models that split, join, "
-            "permute or add to the tensors of the files, in ways that are not known here.",
+            "permute or add to the tensors of the files, in ways that reshard does not know.",
             hint="Without --names memory the names are those of the files.",
         )
     view = memory_layout(config, version)

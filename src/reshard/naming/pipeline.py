@@ -110,7 +110,7 @@ def _of_base(schema: Schema) -> tuple[_Blocks, _Tensors]:
     counted = [p for p, of in found.items() if of.keys() == set(range(len(of)))]
     if len(counted) != 1 or len(found) != 1:
         raise NamesError(
-            "its tensors go by the numbers of layers, and the base has "
+            "its tensors are named by layer numbers, but the base has "
             + (f"several kinds of layers ({listed(found)})." if found else "none."),
             hint=_WITHOUT,
         )
@@ -141,7 +141,7 @@ def _places(
             f"by their names and shapes; the base has {len(blocks.tensors)} blocks. Layer "
             f"{_largest(layers)} holds {listed(layers[_largest(layers)], _LISTED)}; a block "
             f"{listed(blocks.tensors[0], _LISTED)}.",
-            hint=f"Is it the base that the training started from? {_WITHOUT}",
+            hint=f"Check that --base is the model that the training started from. {_WITHOUT}",
         )
     return found
 

@@ -92,8 +92,9 @@ def to_hub(
     unknown = undecided(shapes, config)
     if unknown:
         raise PlanError(
-            f"the orientation of {len(unknown)} stacked tensors cannot be told: neither do their "
-            "shapes and hidden_size, nor does config.json say which transformers saved them.",
+            f"reshard cannot tell the orientation of {len(unknown)} stacked tensors: their shapes "
+            "leave it open, and config.json does not state the version of transformers that "
+            "saved them.",
             tensor=unknown[0],
             hint="Write the version into the base's config.json, as transformers_version.",
         )

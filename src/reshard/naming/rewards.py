@@ -180,7 +180,7 @@ def check(parts: ModelParts, model_type: ModelType | None, options: RewardOption
     fitting = _model_types(parts)
     if model_type is None and parts.rewards is None and options.says_heads:
         raise NamesError(
-            "the checkpoint holds no reward heads, and the options describe some.",
+            "the checkpoint holds no reward heads, but the options describe some.",
             hint="Leave out --pooling_method, --scale_for_train and --heads_types.",
         )
     if model_type is not None and model_type not in fitting:
@@ -222,7 +222,7 @@ def _check_heads(heads: RewardHeads, options: RewardOptions) -> RewardHeads:
     types = heads.types if options.types is None else options.types
     if sorted(types) != sorted(heads.types):
         raise NamesError(
-            f"the checkpoint's heads are {', '.join(heads.types)}, and the option names "
+            f"the checkpoint's heads are {', '.join(heads.types)}, but the option names "
             f"{', '.join(types)}.",
             hint=f"Pass --heads_types {' '.join(heads.types)}.",
         )
@@ -253,8 +253,8 @@ def reward_config(
     width = _stated(config, "hidden_size")
     if width not in (None, heads.width):
         raise NamesError(
-            f"the heads are {heads.width} wide, the base model {width}.",
-            hint="Is it the base that the training started from?",
+            f"the heads have width {heads.width}, but the base model has {width}.",
+            hint="Check that --base is the model that the training started from.",
         )
     return {
         "head_types": list(heads.types),

@@ -215,8 +215,8 @@ def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UnsupportedError(
-            f"its tensors have the names of torchtitan or Meta, which are known of "
-            f"{', '.join(FAMILIES)}, not of {kind!r}.",
+            "its tensors have the names of torchtitan or Meta, which reshard knows for "
+            f"{', '.join(FAMILIES)}, not for {kind!r}.",
             hint="Export it with torchtitan's own conversion to Hugging Face.",
         )
     family = FAMILIES[kind]
@@ -232,7 +232,7 @@ def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
                 continue
             for name, made in _of(entry, config, family):
                 if name in found:
-                    raise NamesError("two tensors are it.", tensor=name)
+                    raise NamesError("two tensors map to it.", tensor=name)
                 found[name] = made
                 owners.setdefault(name, (own,))
         for name, held in parts.items():
@@ -273,7 +273,7 @@ def _check_joined(entries: Mapping[str, Entry], found: Mapping[str, Entry], fami
     for entry in entries.values():
         part = _part(unwrap(entry.spec.name), family)
         if part is not None and part[0] not in found:
-            raise NamesError("the checkpoint holds a part of it only.", tensor=part[0])
+            raise NamesError("the checkpoint holds only a part of it.", tensor=part[0])
 
 
 def _copies(
@@ -346,7 +346,9 @@ def heads_of(config: Mapping[str, Any], *keys: str) -> int:
     for key in keys:
         if type(config.get(key)) is int and config[key] > 0:
             return int(config[key])
-    raise NamesError(f"the base's config states no {keys[0]}, which turning its heads needs.")
+    raise NamesError(
+        f"the base's config states no {keys[0]}, which is needed to reorder the rows of its heads."
+    )
 
 
 def turn(entry: Entry, heads: int) -> Entry:

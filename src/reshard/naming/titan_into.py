@@ -48,7 +48,7 @@ def into(
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UnsupportedError(
-            f"torchtitan's names are known of {', '.join(FAMILIES)}, not of {kind!r}.",
+            f"reshard knows torchtitan's names for {', '.join(FAMILIES)}, not for {kind!r}.",
             hint="Import it with torchtitan's own conversion from Hugging Face.",
         )
     family = FAMILIES[kind]
@@ -144,7 +144,9 @@ def _side(entry: Entry, at: int, count: int) -> Entry:
     """One of the parts that lie side by side in the last of three dimensions, exchanged."""
     shape = entry.spec.shape
     if len(shape) != _STACKED_DIMS or shape[2] % count:
-        raise NamesError(f"its shape is {shape}, which is not gate and up.", tensor=entry.spec.name)
+        raise NamesError(
+            f"its shape is {shape}, which cannot be split into gate and up.", tensor=entry.spec.name
+        )
     width = shape[2] // count
     part = rearrange.crop(entry, Box(shape, (0, 0, at * width), (*shape[:2], width)))
     return rearrange.transpose(part, 1, 2)

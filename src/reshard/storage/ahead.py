@@ -131,7 +131,7 @@ class Ahead:
             raise IncompleteError(
                 f"the object ends at byte {nbytes}; bytes to {at + needed} are needed.",
                 path=path,
-                hint="The file was cut off; copy it again or use another checkpoint.",
+                hint="The file was truncated; copy it again or use another checkpoint.",
             )
         window = self._expected.pop(at, _FIRST)
         stop = min(at + max(min(needed, 2 * _MOST), window), nbytes)

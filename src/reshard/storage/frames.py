@@ -25,12 +25,12 @@ _PIECE = 1 << 20
 def pieces(read: ReadSome, ref: FileRef) -> Iterator[bytes]:
     """The decompressed bytes of the frame that `ref` names in the file that `read` reads.
 
-    Raises `UnsupportedError` (a codec that is not handled or not installed), `FormatError`
+    Raises `UnsupportedError` (a codec that is not supported or not installed), `FormatError`
     (damaged). A frame that is cut off gives fewer bytes.
     """
     codec = _CODECS.get(ref.codec or "")
     if codec is None:
-        raise UnsupportedError(f"compression {ref.codec!r} is not handled.", path=ref.path)
+        raise UnsupportedError(f"compression {ref.codec!r} is not supported.", path=ref.path)
     return codec(read, ref)
 
 

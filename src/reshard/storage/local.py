@@ -126,7 +126,7 @@ class Sources:
         known = self._known.get(path, now)
         if known[self._compared] != now[self._compared]:
             raise IncompleteError(
-                "the file is not the one that it was when the checkpoint was opened.",
+                "the file changed after the checkpoint was opened.",
                 path=path,
                 hint="Open the checkpoint again once nothing writes to it.",
             )
@@ -259,7 +259,7 @@ def child(folder: Path, name: str, *, store: bool = False) -> Path:
         raise FormatError(
             f"it names the file {brief(name)}, which is not a plain file name.",
             path=folder,
-            hint="The checkpoint is damaged or was made to mislead.",
+            hint="The checkpoint is damaged or was crafted to mislead.",
         )
     path = folder / name
     if is_link(path):

@@ -42,7 +42,7 @@ def _status(path: Path, *, follow: bool = True) -> os.stat_result | None:
     except OSError as error:
         if error.errno in _ABSENT:
             return None
-        raise NotFoundError(f"it cannot be looked at: {error.strerror}.", path=path) from None
+        raise NotFoundError(f"it cannot be accessed: {error.strerror}.", path=path) from None
     except ValueError:  # a NUL, or half of a surrogate pair: no file has such a name
         return None
 

@@ -68,7 +68,7 @@ class Source:
             raise IncompleteError(
                 f"bytes {offset} to {offset + nbytes} are needed, the file has {self.size}.",
                 path=self.ref.path,
-                hint="The file was cut off; copy it again or use another checkpoint.",
+                hint="The file was truncated; copy it again or use another checkpoint.",
             )
         if self._fd is not None:
             # All at once as a rule, and without the copy of a buffer that is filled in parts. An
@@ -139,7 +139,7 @@ def _read_fully(fd: int, offset: int, buffer: memoryview, path: str) -> None:
                 f"the file ends at byte {offset + done}; bytes to {offset + len(buffer)} are "
                 "needed.",
                 path=path,
-                hint="The file was cut off; copy it again or use another checkpoint.",
+                hint="The file was truncated; copy it again or use another checkpoint.",
             )
         done += got
 

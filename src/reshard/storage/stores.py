@@ -245,7 +245,9 @@ def read_range(
                 count(bytes_read=len(got))
                 return got
         time.sleep(0.1 * 2**again * random.uniform(0.5, 1.0))
-    raise IncompleteError(f"bytes {start} to {stop} did not come whole.", path=url, hint=_GONE)
+    raise IncompleteError(
+        f"the server did not return bytes {start} to {stop} completely.", path=url, hint=_GONE
+    )
 
 
 _GONE = "Convert again once nothing writes to the checkpoint."
@@ -275,7 +277,7 @@ def asking(url: str) -> Iterator[None]:
         raise AbsentError from None
     except (BaseError, OSError) as error:
         words, hint, _ = _refusal(error)
-        raise NotFoundError(f"it cannot be looked at: {words}.", path=url, hint=hint) from None
+        raise NotFoundError(f"it cannot be accessed: {words}.", path=url, hint=hint) from None
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def read_whole(source: Source, *, max_nbytes: int) -> bytes:
     """All bytes of an opened file. Raises `FormatError` where there are more than `max_nbytes`."""
     if source.size > max_nbytes:
         raise FormatError(
-            f"it has {source.size} bytes; at most {max_nbytes} are read.",
+            f"it has {source.size} bytes; reshard reads at most {max_nbytes}.",
             path=source.ref.path,
             hint="It is not what its name says.",
         )
@@ -117,9 +117,9 @@ def check_budget(text: bytes, path: str, token_nbytes: int = _TOKEN_NBYTES) -> N
     held = len(text) * (1 + width) + tokens * token_nbytes
     if held > _MAX_HELD:
         raise FormatError(
-            f"its JSON has {len(text)} bytes and {tokens} items, more than is read.",
+            f"its JSON has {len(text)} bytes and {tokens} items, more than reshard reads.",
             path=path,
-            hint="It is damaged or was made to exhaust memory.",
+            hint="It is damaged or was crafted to exhaust memory.",
         )
 
 

@@ -379,7 +379,7 @@ def lacking_space(target: Path, nbytes: int) -> WriteError | None:
     if free >= nbytes:
         return None
     return WriteError(
-        f"{nbytes:,} bytes are to be written and {free:,} are free.",
+        f"{nbytes:,} bytes are needed, but only {free:,} are free.",
         path=folder,
         hint="Free some space, or name an output on another disk.",
     )

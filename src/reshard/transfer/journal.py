@@ -211,13 +211,13 @@ def _check_opening(lines: Iterator[tuple[int, Line]], basis: Basis) -> None:
     if first.version != VERSION or first.reshard != __version__:
         raise StaleError(f"reshard {first.reshard} made it, and this is {__version__}")
     if first.plan != basis.plan:
-        raise StaleError("its plan is another")
+        raise StaleError("its plan is different")
     for source in _sources(basis):
         _, line = next(lines, (0, None))
         if not isinstance(line, _Source):
             raise StaleError("its journal is damaged")
         if line != source:
-            raise StaleError("a file of its input is another by now", source.path)
+            raise StaleError("a file of its input has changed", source.path)
 
 
 def _refers(piece: Piece, num_sources: int) -> bool:

@@ -278,8 +278,8 @@ class RemoteFolder:
         return WriteError(
             "another run writes this output, or was killed while it did.",
             path=self.target,
-            hint="Wait for it. If it runs no more, convert again with --overwrite, which deletes "
-            "what it left; or name another output.",
+            hint="Wait for it. If it no longer runs, convert again with --overwrite, which "
+            "deletes what it left; or name another output.",
         )
 
     def _clear(self) -> None:

@@ -91,7 +91,7 @@ def take_up(
     which = f": {source}" if source else ""
     return Finding(
         "not-resumed",
-        f"an interrupted run of this output left {what}, of which nothing is reused: "
+        f"an interrupted run of this output left {what}, but nothing of it can be reused: "
         f"{reason}{which}.",
         subject=source,
     )
@@ -119,7 +119,7 @@ def _stands(own: Path, target: Path) -> WriteError:
             hint="Wait for it to end, or name another output.",
         )
     return WriteError(
-        "it stands where this run would write, and no run of this user made it.",
+        "it is in the place where this run must write, but no run of this user created it.",
         path=own,
         hint="Remove it, or name another output.",
     )

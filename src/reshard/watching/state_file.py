@@ -111,6 +111,6 @@ def _read(path: Path) -> RunState:
         raise FormatError(
             "it is damaged, or of another version of reshard.",
             path=path,
-            hint="Remove it: outputs that are there are taken as they are.",
+            hint="Remove it: watch leaves existing outputs as they are.",
         )
     return found

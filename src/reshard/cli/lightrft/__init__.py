@@ -1,4 +1,4 @@
-"""The user's four commands: each parses its flags and calls the library."""
+"""LightRFT's four scripts as commands: each parses its flags and calls the library."""
 
 from __future__ import annotations
 

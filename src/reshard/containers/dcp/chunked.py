@@ -122,7 +122,7 @@ class _Finder:
         checksums = {item.record.crc32 for item in found if item.record is not None}
         if len(checksums) > 1:
             raise FormatError(
-                f"{len(found)} ranks saved it, each for itself, and their values differ.",
+                f"{len(found)} ranks saved separate copies of it, and the copies differ.",
                 path=self._folder,
                 tensor=spec.name,
                 hint="Save again with use_collectives=True, or move the files of the other ranks "

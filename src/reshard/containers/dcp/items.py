@@ -54,7 +54,7 @@ class Items:
         """The bytes of a chunk: `chunk` has its tensor's key, and its own shape.
 
         Raises `IncompleteError` (the file is missing or short), `FormatError` (the item is not
-        what the metadata says), `UnsupportedError` (a transform that is not handled).
+        what the metadata says), `UnsupportedError` (a transform that is not supported).
         """
         try:
             item = self._find(chunk, offsets, location)
@@ -63,7 +63,7 @@ class Items:
                     f"its item is {item.dtype} {list(item.shape)}; the metadata says "
                     f"{chunk.dtype} {list(chunk.shape)}.",
                     path=item.extent.file.path,
-                    hint="The folder holds files of different saves; copy one of them whole.",
+                    hint="The folder holds files from different saves; copy one save completely.",
                 )
         except ReshardError as error:
             error.tensor = error.tensor or chunk.name
@@ -117,7 +117,7 @@ class Items:
             path = child(self._folder, name)
             if not exists(path):
                 raise IncompleteError(
-                    "the checkpoint's metadata names it, and it is not there.",
+                    "the checkpoint's metadata lists this file, but it is missing.",
                     path=path,
                     hint=_COPY_AGAIN,
                 )
@@ -130,7 +130,7 @@ class Items:
         if blob is None:
             with item_at(source, start):
                 if source.read(start + 8, 1) not in _HEADER:
-                    raise FormatError("it begins neither like a torch.save file nor safetensors.")
+                    raise FormatError("it is neither a torch.save file nor a safetensors file.")
                 file = safetensors_file.read(source, start)
             blob = self._blobs[place] = _Blob(file.tensors, saved_offsets(file, place[0]))
         if key not in blob.tensors:
@@ -177,10 +177,11 @@ def _frame(source: Source, location: Location) -> FileRef:
     known = name == "stream.zstd" and version.partition(".")[0] == "1"
     if not known or len(location.transforms) > 1:
         raise UnsupportedError(
-            f"it went through {', '.join(location.transforms)} when it was saved; only "
-            "stream.zstd/1 is undone.",
+            f"it was saved with the transforms {', '.join(location.transforms)}; reshard supports "
+            "only stream.zstd/1.",
             path=source.ref.path,
-            hint="Load it with the extension that wrote it and save it again without.",
+            hint="Load it with the extension that wrote it, and save it again without the "
+            "transform.",
         )
     return FileRef(source.ref.path, "zstd", location.offset, location.nbytes)
 
@@ -189,8 +190,8 @@ def _check_end(source: Source, location: Location) -> None:
     end = location.offset + location.nbytes
     if end > source.size:
         raise IncompleteError(
-            f"bytes {location.offset} to {end} are needed, the file has {source.size}: it was cut "
-            "off, or it is the file of another rank.",
+            f"bytes {location.offset} to {end} are needed, but the file has {source.size}: it was "
+            "truncated, or it belongs to another rank.",
             path=source.ref.path,
             hint=_COPY_AGAIN,
         )

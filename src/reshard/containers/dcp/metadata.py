@@ -365,7 +365,7 @@ def merge(parts: list[Metadata], path: str) -> Metadata:
     both = sorted(tensors.keys() & objects.keys())
     if both:
         raise FormatError(
-            "some ranks hold a tensor, others another object.", path=path, tensor=both[0]
+            "it is a tensor on some ranks and another object on others.", path=path, tensor=both[0]
         )
     version = versions.pop() if len(versions) == 1 else None
     unclaimed = tuple(place for part in parts for place in part.unclaimed)
@@ -379,7 +379,7 @@ def _join(key: str, first: StoredTensor, second: StoredTensor, path: str) -> Sto
             f"the ranks disagree: {first.dtype} {first.shape} and {second.dtype} {second.shape}.",
             path=path,
             tensor=key,
-            hint="The folder holds files of different saves.",
+            hint="The folder holds files from different saves.",
         )
     chunks = {chunk.offsets: chunk for chunk in first.chunks}
     for chunk in second.chunks:
@@ -392,7 +392,7 @@ def _join(key: str, first: StoredTensor, second: StoredTensor, path: str) -> Sto
                 f"{chunk.sizes}.",
                 path=path,
                 tensor=key,
-                hint="The folder holds files of different saves.",
+                hint="The folder holds files from different saves.",
             )
         chunks[chunk.offsets] = chunk
     return StoredTensor(first.dtype, first.shape, (*chunks.values(),))

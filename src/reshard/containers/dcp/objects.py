@@ -95,15 +95,16 @@ def _read(key: str, place: Location, folder: Path, sources: Sources) -> torchfil
 def _opened(key: str, place: Location, folder: Path, sources: Sources) -> Source:
     if place.transforms:
         raise UnsupportedError(
-            f"the object went through {', '.join(place.transforms)} when it was saved.",
+            f"the object was saved with the transforms {', '.join(place.transforms)}.",
             path=folder,
             tensor=key,
-            hint="Load it with the extension that wrote it and save it again without.",
+            hint="Load it with the extension that wrote it, and save it again without the "
+            "transform.",
         )
     path = child(folder, place.file)
     if not exists(path):
         raise IncompleteError(
-            "the checkpoint's metadata names it, and it is not there.",
+            "the checkpoint's metadata lists this file, but it is missing.",
             path=path,
             hint="Copy the whole folder again; each rank wrote files of its own.",
         )

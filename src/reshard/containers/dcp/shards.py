@@ -52,7 +52,7 @@ def ranks(folder: Path) -> int:
         raise FormatError(
             f"its shards say that the model has {' and '.join(map(str, sorted(totals)))} files.",
             path=folder,
-            hint="It holds shards of different saves; keep those of one.",
+            hint="It holds shards from different saves; keep those of one save.",
         )
     world, files = max(rank for rank, _, _ in numbers), totals.pop()
     there = {(rank, file) for rank, file, _ in numbers}
@@ -61,7 +61,7 @@ def ranks(folder: Path) -> int:
             if (rank, file) not in there:
                 raise IncompleteError(
                     f"shard-{rank:05d}-model-{file:05d}-of-{files:05d}.safetensors is missing; "
-                    f"other shards are of ranks 1 to {world} and files 1 to {files}.",
+                    f"the other shards belong to ranks 1 to {world} and files 1 to {files}.",
                     path=folder,
                     hint="Copy the whole folder again; each rank wrote files of its own.",
                 )

@@ -27,7 +27,7 @@ def check(metadata: Metadata, folder: Path, sources: Sources) -> None:
     for key, offsets in metadata.unclaimed:
         at = "" if offsets is None else f" at {offsets}"
         raise FormatError(
-            f"its storage_data has a place for it{at}, and its state dict no such chunk.",
+            f"storage_data has a location for it{at}, but the state dict has no such chunk.",
             path=folder,
             tensor=key,
             hint="The metadata is damaged; copy it again, or use another checkpoint.",
@@ -42,8 +42,8 @@ def check(metadata: Metadata, folder: Path, sources: Sources) -> None:
             if other >= end or (other == start and _is_blob(folder, first, place, sources)):
                 continue
             raise FormatError(
-                f"bytes {other} to {end} of {name} are also those of {key!r}, and nothing says "
-                "that the two are one tensor.",
+                f"bytes {other} to {end} of {name} also belong to {key!r}, and the metadata does "
+                "not declare the two as one tensor.",
                 path=folder,
                 tensor=second,
                 hint="The metadata is damaged; copy it again, or use another checkpoint.",

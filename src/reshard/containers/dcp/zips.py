@@ -120,9 +120,9 @@ def ends_of_frame(source: Source, ref: FileRef, pieces: Iterator[bytes], limit: 
         nbytes += len(piece)
         if nbytes > limit:
             raise FormatError(
-                f"its frame holds more than {limit} bytes; its chunk takes fewer.",
+                f"its frame holds more than {limit} bytes, but its chunk needs fewer.",
                 path=ref.path,
-                hint="The file is damaged or was made to mislead.",
+                hint="The file is damaged or was crafted to mislead.",
             )
     return Ends(_Frame(ref, source.identity, nbytes), 0, nbytes, head, tail)
 

@@ -39,7 +39,7 @@ class Decoder:
         """The rank's part of the tensor `name`.
 
         Raises `FormatError` where the object contradicts itself or another rank wrote it,
-        `UnsupportedError` for placements that are not handled.
+        `UnsupportedError` for placements that are not supported.
         """
         place = Place(self._path, name)
         if value.short_name == "DTensor":
@@ -53,7 +53,7 @@ class Decoder:
     def _check_rank(self, stated: int | None) -> None:
         if self._rank is not None and stated not in (None, self._rank):
             raise FormatError(
-                f"its name says rank {self._rank}, and rank {stated} wrote it.",
+                f"its name states rank {self._rank}, but rank {stated} wrote it.",
                 path=self._path,
                 hint="A rank's file was copied or renamed; copy each rank's own file.",
             )

@@ -51,7 +51,9 @@ def decode(value: Opaque, mesh: Mesh, place: Place) -> Local:
     if not isinstance(tensor, TensorRef):
         what = tensor.describe() if isinstance(tensor, Opaque) else "nothing"
         raise UnsupportedError(
-            f"a rank's part is {what}, which is not handled.", path=place.path, tensor=place.tensor
+            f"a rank's part is {what}, which is not supported.",
+            path=place.path,
+            tensor=place.tensor,
         )
     placements = _placements(spec.get("placements"), len(shape), place)
     if len(placements) != len(mesh.shape):
@@ -116,14 +118,14 @@ def _placement(value: object, dims: int, place: Place) -> Placement:
         return Placement(None)
     if kind.endswith("Partial"):
         raise UnsupportedError(
-            "its parts are yet to be summed over the ranks (a Partial placement).",
+            "its parts must still be summed over the ranks (a Partial placement).",
             path=place.path,
             tensor=place.tensor,
             hint="Save it after redistributing it to Shard or Replicate.",
         )
     if kind not in ("Shard", "_StridedShard", "StridedShard"):
         raise UnsupportedError(
-            f"its placement is {brief(value)}, which is not handled.",
+            f"its placement is {brief(value)}, which is not supported.",
             path=place.path,
             tensor=place.tensor,
         )
@@ -153,8 +155,8 @@ def _order(
     listed = _listed(stated, len(placements))
     if listed is None:
         raise UnsupportedError(
-            "several dimensions of the mesh cut the same dimension of it, and the file does not "
-            "say in which order (torch 2.10 and later do).",
+            "several mesh dimensions shard the same dimension of it, and the file does not state "
+            "the order (torch 2.10 and later state it).",
             path=place.path,
             tensor=place.tensor,
             hint="Save it again with a newer torch, or with torch.distributed.checkpoint.",
@@ -177,8 +179,8 @@ def _strided(
             at += 1
         if pieces != placements[axis].factor:
             raise UnsupportedError(
-                f"a strided shard's split factor is {placements[axis].factor}, which no order of "
-                f"cuts on a mesh of {mesh.shape} gives.",
+                f"a strided shard's split factor is {placements[axis].factor}, which is "
+                f"impossible on a mesh of {mesh.shape}.",
                 path=place.path,
                 tensor=place.tensor,
             )

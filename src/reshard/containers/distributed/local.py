@@ -51,7 +51,7 @@ class Place(Struct, frozen=True):
             message,
             path=self.path,
             tensor=self.tensor,
-            hint="The file is damaged, or torch of another release wrote it.",
+            hint="The file is damaged, or another version of torch wrote it.",
         )
 
 

@@ -102,7 +102,8 @@ class Archive:
         extent = self.locate(name)
         if extent.nbytes > max_nbytes:
             raise UnsupportedError(
-                f"its entry {show(name)} has {extent.nbytes} bytes; at most {max_nbytes} are read.",
+                f"its entry {show(name)} has {extent.nbytes} bytes; reshard reads at most "
+                f"{max_nbytes}.",
                 path=self._source.ref.path,
             )
         data = self._source.read(extent.offset, extent.nbytes)
@@ -123,15 +124,15 @@ class Archive:
             raise self._broken(f"{problem}.") from None
         if directory is None:
             raise IncompleteError(
-                f"it begins like a torch.save file, and its {self._nbytes} bytes do not end like "
+                f"it begins like a torch.save file, but its {self._nbytes} bytes do not end like "
                 "one.",
                 path=self._source.ref.path,
-                hint="It was cut off while it was written or copied; copy it again.",
+                hint="It was truncated while it was written or copied; copy it again.",
             )
         if directory.nbytes > MAX_DIRECTORY_NBYTES:
             raise UnsupportedError(
-                f"its directory has {directory.nbytes} bytes; at most {MAX_DIRECTORY_NBYTES} are "
-                "read.",
+                f"its directory has {directory.nbytes} bytes; reshard reads at most "
+                f"{MAX_DIRECTORY_NBYTES}.",
                 path=self._source.ref.path,
             )
         return directory
@@ -165,7 +166,7 @@ def _common_folder(names: list[str], path: str) -> str:
     if f"{folder}data.pkl" not in names or not all(name.startswith(folder) for name in names):
         held = listed(sorted(names), 5) or "nothing"
         raise UnsupportedError(
-            f"it is a zip archive, and not one of torch.save: it holds {held}.",
+            f"it is a zip archive, but torch.save did not write it: it holds {held}.",
             path=path,
         )
     if f"{folder}constants.pkl" in names or any(n.startswith(f"{folder}{_CODE}") for n in names):

@@ -151,10 +151,10 @@ class _Stream:
     def _need(self, key: str, position: int, nbytes: int) -> None:
         if position + nbytes > self._nbytes:
             raise IncompleteError(
-                f"its storage {key!r} takes bytes {position} to {position + nbytes}, and there "
-                f"are {self._nbytes}.",
+                f"its storage {key!r} needs bytes {position} to {position + nbytes}, but the file "
+                f"has {self._nbytes}.",
                 path=self._source.ref.path,
-                hint="The file was cut off; copy it again or use another checkpoint.",
+                hint="The file was truncated; copy it again or use another checkpoint.",
             )
 
     def _broken(self, message: str) -> ReshardError:

@@ -144,9 +144,9 @@ class Machine:
 
     def _breaks_off(self, pos: int) -> BreaksOffError:
         return BreaksOffError(
-            f"its pickle breaks off at byte {pos} of {len(self.data)}.",
+            f"its pickle ends early, at byte {pos} of {len(self.data)}.",
             path=self.path,
-            hint="The file was cut off; copy it again or use another checkpoint.",
+            hint="The file was truncated; copy it again or use another checkpoint.",
         )
 
     def _result(self) -> object:

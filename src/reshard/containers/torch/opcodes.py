@@ -62,7 +62,7 @@ def _opcode(code: str) -> Callable[[Op], Op]:
 @_opcode("\x80")
 def _proto(m: Machine, pos: int) -> int:
     if m.data[pos] > 5:
-        raise m.refused(f"its pickle is of protocol {m.data[pos]}; known are 2 to 5.")
+        raise m.refused(f"its pickle is of protocol {m.data[pos]}; supported are 2 to 5.")
     return pos + 1
 
 

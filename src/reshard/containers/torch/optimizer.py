@@ -149,8 +149,8 @@ def _is_codes(held: object) -> bool:
 def eight_bit(path: Path, kind: str) -> UnsupportedError:
     """The error for a quantised state, which another optimizer cannot use."""
     return UnsupportedError(
-        f"the optimizer's state is quantised ({brief(kind)}), as 8-bit optimizers keep it, and is "
-        "not read.",
+        f"the optimizer's state is quantised ({brief(kind)}), as in 8-bit optimizers, which is "
+        "not supported.",
         path=path,
         hint=WEIGHTS_ALONE,
     )
@@ -162,7 +162,7 @@ def step_tensor(count: int, name: str) -> TensorBytes:
     Raises `PlanError`, which names the parameter, for a count that float32 does not have.
     """
     if count > _MAX_STEP:
-        raise PlanError(f"its step count, {count}, is beyond those of float32.", tensor=name)
+        raise PlanError(f"its step count, {count}, is too large for float32.", tensor=name)
     return TensorBytes(FLOAT32, (), struct.pack("<f", count))
 
 

@@ -62,7 +62,7 @@ def read_pickle(data: bytes, *, path: str, repeats: bool = False) -> Pickled:
     """
     if len(data) > MAX_NBYTES:
         raise UnsupportedError(
-            f"its pickle has {len(data)} bytes; at most {MAX_NBYTES} are read.", path=path
+            f"its pickle has {len(data)} bytes; reshard reads at most {MAX_NBYTES}.", path=path
         )
     if repeats:
         with suppress(RecalledError):
@@ -108,7 +108,7 @@ def _check_byte_order(archive: Archive, path: str) -> None:
     order = archive.read("byteorder", 16)
     if order != b"little":
         raise UnsupportedError(
-            f"it was written on a machine of byte order {order.decode('latin-1')!r}.",
+            f"it was written on a machine with byte order {order.decode('latin-1')!r}.",
             path=path,
             hint="Load it and save it again with torch on a little-endian machine.",
         )

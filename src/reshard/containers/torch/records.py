@@ -46,7 +46,7 @@ class Opaque(Struct, eq=False):
 
     @property
     def is_tensor(self) -> bool:
-        """Whether it would be a tensor, of a kind that is not handled."""
+        """Whether it would be a tensor, of a kind that is not supported."""
         return self.reason is not None or self.name.startswith("torch._utils._rebuild_")
 
     def describe(self) -> str:

@@ -266,7 +266,7 @@ def _get_at(data: bytes, pos: int) -> bytes:
 
 
 def _recalled(m: Machine, raw: bytes) -> object:
-    """What an opcode recalls of the memo; None where it is not there."""
+    """What an opcode recalls of the memo; None where it is missing."""
     index = raw[1] if len(raw) == 2 else _U32(raw, 1)[0]
     return m.memo[index] if index < len(m.memo) else None
 

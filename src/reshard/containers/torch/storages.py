@@ -55,7 +55,7 @@ def parse_storage_id(value: object) -> StorageId:
     if not isinstance(value, tuple) or not value:
         raise Malformed("a persistent id is not a tuple")
     if value[0] == "module":
-        raise Malformed("it holds a whole module with its source code, which is not handled")
+        raise Malformed("it holds a whole module with its source code, which is not supported")
     if value[0] != "storage" or len(value) not in (5, 6):
         raise Malformed(f"a persistent id is not of a storage, but {show(value[0])}")
     _, cls, key, _, numel = value[:5]

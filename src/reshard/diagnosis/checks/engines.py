@@ -1,4 +1,4 @@
-"""Whether an inference engine takes the folder: the facts of `diagnosis/engines.py` held to it."""
+"""Check whether an inference engine loads the folder, by the facts in `diagnosis/engines.py`."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def refuse_rank_files(folder: Path) -> None:
     ranks = [path for path in listing(folder) if _RANK.fullmatch(path.name)]
     if ranks and not exists(folder / METADATA):
         raise UnsupportedError(
-            f"each rank saved its optimizer for itself ({ranks[0].name}), with numbers for names: "
-            "nothing says which parameters the state belongs to.",
+            f"each rank saved its own optimizer state ({ranks[0].name}), with numbers instead of "
+            "names: no file states which parameters the state belongs to.",
             path=folder,
             hint="Convert the weights alone, without --optimizer; or save once without "
             "--use_mp_opt.",

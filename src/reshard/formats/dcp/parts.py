@@ -113,7 +113,7 @@ def _step(start: Path, inside: Collection[Path], root: str) -> str | None:
         if others:
             first = quote(shown(".".join((*start, others[0]))))
             raise NotFoundError(
-                "what it holds is not taken for the model unless it is named: "
+                "reshard does not take these parts for the model unless you name one: "
                 f"{listed(others, _LISTED)}.",
                 path=root,
                 hint=f"Name the part to read: --prefix {first}.",
@@ -172,7 +172,7 @@ def _depth(path: Path, prefix: str) -> int | None:
 
 def _only_optimizer(root: str) -> NotFoundError:
     return NotFoundError(
-        "it holds the state of an optimizer and no model.",
+        "it holds the state of an optimizer, but no model.",
         path=root,
         hint="The model's checkpoint lies beside it or in the folder above.",
     )

@@ -1,4 +1,4 @@
-"""The metadata of one save: of one file, or of one a rank."""
+"""The metadata of one save: one file, or one per rank."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder_metadata(folder: Path, sources: Sources) -> Metadata:
     if begun:
         raise IncompleteError(
             f"{begun[0]} lies beside the metadata: a later save into this folder did not finish, "
-            "and its data files may be of either save.",
+            "and the data files may come from either save.",
             path=folder,
             hint="Use another checkpoint.",
         )
@@ -48,7 +48,7 @@ def folder_metadata(folder: Path, sources: Sources) -> Metadata:
     if ranks != list(range(len(ranks))):
         missing = next(rank for rank in range(len(ranks) + 1) if rank not in ranks)
         raise IncompleteError(
-            f"each rank wrote metadata of its own, up to rank {max(ranks)}, and "
+            f"each rank wrote its own metadata, up to rank {max(ranks)}, but "
             f"__{missing}{METADATA} is missing.",
             path=folder,
             hint="Copy the whole folder again.",

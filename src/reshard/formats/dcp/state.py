@@ -194,8 +194,8 @@ def _groups(found: _Found, objects: _Objects) -> tuple[Group, ...]:
         names = objects.value(keys["params"]) if "params" in keys else None
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise UnsupportedError(
-                f"the parameters of its group {number} go by numbers, without names: nothing says "
-                f"which parameters the state belongs to.",
+                f"the parameters of its group {number} have numbers instead of names: no file "
+                "states which parameters the state belongs to.",
                 path=objects.folder,
                 hint="Save it with get_optimizer_state_dict, or convert the weights alone.",
             )

@@ -33,7 +33,7 @@ def experts(model: ModelFile) -> dict[str, int]:
     frozen = found.keys() - {name for group in model.groups for name in group}
     if frozen:
         raise UnsupportedError(
-            "experts that AutoEP split and that were frozen are not handled.",
+            "frozen experts that AutoEP split are not supported.",
             path=model.path,
             tensor=min(frozen),
         )
@@ -61,8 +61,8 @@ def check(file: TorchFile, count: int, path: Path, name: str) -> None:
     found = stated.get("ep_num_experts") if stated.get("is_expert_param") is True else None
     if found != count:
         raise FormatError(
-            f"it states {found or 'no'} experts, and the model file {count}: files of different "
-            "saves are mixed.",
+            f"it states {found or 'no'} experts, but the model file states {count}: files of "
+            "different saves are mixed.",
             path=path,
             tensor=name,
             hint="Make the universal checkpoint again.",

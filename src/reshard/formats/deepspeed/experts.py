@@ -84,7 +84,7 @@ def _globally(name: str, rank: int, held: dict[str, int], saved: Saved) -> str:
     match = _EXPERT.fullmatch(name)
     if not match or int(match[2]) >= held[match[1]]:
         raise FormatError(
-            "it is listed in a group of experts, and is none of those that a rank holds.",
+            "a group of experts lists it, but no rank holds such an expert.",
             path=saved.model[0].path,
             tensor=name,
         )
@@ -92,6 +92,6 @@ def _globally(name: str, rank: int, held: dict[str, int], saved: Saved) -> str:
     if found not in saved.module:
         # Without it nothing would prove that the rank's masters are this expert's.
         raise IncompleteError(
-            "no file of an expert holds it.", path=saved.model[0].path.parent, tensor=found
+            "no expert's file holds it.", path=saved.model[0].path.parent, tensor=found
         )
     return found

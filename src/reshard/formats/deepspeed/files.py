@@ -88,8 +88,8 @@ def read(location: Location, sources: Sources) -> Saved:
     saved = parsed(location, sources)
     if saved.model[0].staged and not location.universal:
         raise IncompleteError(
-            "it has no module, because it is of a run with pipeline parallelism, and none of its "
-            "layer_*-model_states.pt files is there.",
+            "it has no module, because the run used pipeline parallelism, but all "
+            "layer_*-model_states.pt files are missing.",
             path=saved.model[0].path,
             hint="Copy the files of every rank and layer.",
         )
@@ -111,7 +111,7 @@ def parsed(location: Location, sources: Sources) -> Saved:
     ]
     if not model:
         raise IncompleteError(
-            "no model_states file is there.",
+            "all model_states files are missing.",
             path=location.folder,
             hint="Copy the files of every rank, mp_rank_*_model_states.pt included.",
         )
@@ -130,15 +130,15 @@ def checked(location: Location, saved: Saved) -> Saved:
         check_ranks(location, "optim_states", [dp for dp, _ in location.optim], world_size)
     elif model[0].groups and not location.universal and location.folder.name.endswith(_UNIVERSAL):
         raise IncompleteError(
-            "it is named like a universal checkpoint, and its folder zero/, which holds the "
-            "weights, is not there.",
+            "it is named like a universal checkpoint, but its folder zero/, which holds the "
+            "weights, is missing.",
             path=location.folder,
             hint="Copy the whole folder, or make the universal checkpoint again.",
         )
     elif model[0].groups and not location.universal:
         raise IncompleteError(
-            f"it is a ZeRO-{model[0].stage} checkpoint and none of its optim_states files, "
-            "which hold the fp32 weights, is there.",
+            f"it is a ZeRO-{model[0].stage} checkpoint, but all its optim_states files, which "
+            "hold the fp32 weights, are missing.",
             path=location.folder,
             hint="Copy the files of every rank.",
         )
@@ -164,7 +164,7 @@ def _groups_held(model: ModelFile, optim: Sequence[OptimFile]) -> tuple[Shapes, 
         lost = [name for name in names if name not in model.module]
         if lost:
             raise IncompleteError(
-                "the module does not hold it, and the optimizer does.",
+                "the optimizer holds it, but the module does not.",
                 path=model.path,
                 tensor=lost[0],
                 hint=_ONE_SAVE,
@@ -177,7 +177,7 @@ def _split_by_autoep(location: Location, model: ModelFile) -> UnsupportedError:
     """DeepSpeed makes universal checkpoints of runs with ZeRO and without tensor parallelism."""
     possible = location.optim and model.mp_world_size in (None, 1)
     return UnsupportedError(
-        "experts split by AutoEP are not handled.",
+        "experts split by AutoEP are not supported.",
         path=location.folder,
         hint="Make a universal checkpoint of it with DeepSpeed's ds_to_universal, and convert that."
         if possible
@@ -223,7 +223,7 @@ def _check_optim(location: Location, optim: list[OptimFile]) -> None:
     if len(set(first.partition_count)) > 1 and not location.experts:
         raise IncompleteError(
             f"its groups are partitioned over {first.partition_count} ranks, as only those of "
-            "experts are, and no layer_*_expert_*_model_states.pt file is there.",
+            "experts are, but all layer_*_expert_*_model_states.pt files are missing.",
             path=location.folder,
             hint="Copy the files of every rank and expert.",
         )
@@ -234,7 +234,7 @@ def _check_experts(location: Location, model: ModelFile, optim: list[OptimFile])
     if not location.experts:
         return
     if optim and optim[0].stage == 3:
-        raise UnsupportedError("experts under ZeRO-3 are not handled.", path=location.folder)
+        raise UnsupportedError("experts under ZeRO-3 are not supported.", path=location.folder)
     for layer, count in enumerate(model.num_experts):
         there = [expert for of, expert in location.experts if of == layer]
         missing = absent(there, count, location.folder)
@@ -242,15 +242,15 @@ def _check_experts(location: Location, model: ModelFile, optim: list[OptimFile])
         if missing:
             beyond = f"; {describe_extra(extra, 'expert')}" if extra else ""
             raise IncompleteError(
-                f"the files of {len(missing)} of {count} experts of layer {layer} are missing, the "
-                f"first of expert {missing[0]}{beyond}.",
+                f"the files of {len(missing)} of {count} experts of layer {layer} are missing, "
+                f"beginning with expert {missing[0]}{beyond}.",
                 path=location.folder,
                 hint="Copy the files of every rank and expert.",
             )
     expected = sum(model.num_experts)
     if expected != len(location.experts):
         raise FormatError(
-            f"it holds files of {len(location.experts)} experts, and {model.path.name} states "
+            f"it holds files of {len(location.experts)} experts, but {model.path.name} states "
             f"{expected}: files of different saves are mixed.",
             path=location.folder,
             hint=_ONE_SAVE,
@@ -260,15 +260,15 @@ def _check_experts(location: Location, model: ModelFile, optim: list[OptimFile])
 def _check_model(first: ModelFile, optim: OptimFile) -> None:
     if not first.groups and first.version and not _NO_SHAPES.match(first.version):
         raise FormatError(
-            f"it is of a save without ZeRO, and {optim.path.name} of one with ZeRO: files of "
-            "different saves are mixed.",
+            f"it comes from a save without ZeRO, but {optim.path.name} from one with ZeRO: files "
+            "of different saves are mixed.",
             path=first.path,
             hint="Use another save; or, if this file is the newer, move the *_optim_states.pt "
             "files away: it holds all weights.",
         )
     if not first.groups:
         raise UnsupportedError(
-            "it does not state the parameters' shapes, as DeepSpeed before 0.6.0 did not.",
+            "it does not state the shapes of the parameters: DeepSpeed before 0.6.0 wrote it.",
             path=first.path,
             hint="Load and save it once with a newer DeepSpeed.",
         )

@@ -70,7 +70,7 @@ def in_module_order(
     names: dict[str, list[str]] = {}
     for alias, stored in aliases.items():
         if stored not in entries:
-            raise FormatError(f"it is tied to {stored!r}, which is not there.", tensor=alias)
+            raise FormatError(f"it is tied to {stored!r}, which is missing.", tensor=alias)
         names.setdefault(stored, []).append(alias)
     position = {name: number for number, name in enumerate(order)}
     ordered = sorted(entries, key=lambda name: position.get(name, len(position)))

@@ -220,7 +220,7 @@ def _step(group: Group, state: TrainingState) -> _GroupStep | None:
         values += [f"none of {absent[0]!r}"] if absent else []
         raise PlanError(
             f"the parameters of one group were updated a different number of times ({values[0]}, "
-            f"{values[1]}), and DeepSpeed loads one step for a whole group.",
+            f"{values[1]}), but DeepSpeed loads one step for a whole group.",
             hint="Write it with --to dcp, which has a step for each parameter.",
         )
     if not found:

@@ -97,7 +97,7 @@ class ParallelInfo(Struct, frozen=True):
             raise UnsupportedError(problem.message, path=self.path, tensor=name) from None
         except (ValueError, KeyError, TypeError, AttributeError) as problem:
             raise FormatError(
-                f"how its {_KEY} says that tensor parallelism split it does not fit: {problem}.",
+                f"its {_KEY} describes a tensor parallel split that does not fit: {problem}.",
                 path=self.path,
                 tensor=name,
             ) from None
@@ -127,7 +127,7 @@ def parse(info: Mapping[str, Any], path: Path) -> ParallelInfo:
     for key, what in _NOT_HANDLED.items():
         if info.get(key):
             raise UnsupportedError(
-                f"its {_KEY} lists parameters {what} ({key}), which are not handled.", path=path
+                f"its {_KEY} lists parameters {what} ({key}), which are not supported.", path=path
             )
     maps = _section(_section(info, "affine_map", path), "params", path)
     unsupported = _section(info, "autotp_unsupported_parameter_patterns", path)
@@ -153,8 +153,7 @@ def _check_version(info: Mapping[str, Any], path: Path) -> None:
     why = ", which does not say of every parameter how it is split" if older else ""
     raise UnsupportedError(
         f"its {_KEY} is of version {brief(version)} with maps of version "
-        f"{brief(map_version)}{why}; "
-        f"{_VERSION} with {_MAP_VERSION} is handled.",
+        f"{brief(map_version)}{why}; {_VERSION} with {_MAP_VERSION} is supported.",
         path=path,
         hint="Load and save it once with AutoTP of DeepSpeed 0.19.8." if older else None,
     )
@@ -187,7 +186,7 @@ def _name(pattern: object, path: Path) -> str:
     if match is None:
         raise UnsupportedError(
             f"its {_KEY} selects parameters by the pattern {brief(pattern)}, which is not one "
-            "parameter's name: only what AutoTP writes is handled.",
+            "parameter's name: only what AutoTP writes is supported.",
             path=path,
         )
     return re.sub(r"\\(.)", r"\1", match[1])

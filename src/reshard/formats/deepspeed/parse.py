@@ -20,7 +20,7 @@ _BF16 = "single_partition_of_fp32_groups"
 class ModelFile(Struct, frozen=True):
     """A `*_model_states.pt` file. Values of `module` that are not tensors are left out.
 
-    `unread` are tensors of `module` of kinds that are not handled, each with what it is.
+    `unread` are tensors of `module` of kinds that are not supported, each with what it is.
 
     `parallel_info` is `universal_checkpoint_info`, as it stands: how tensor parallel ranks split
     the parameters. `num_experts` has a number for each layer of experts, `autoep` for each module
@@ -95,7 +95,7 @@ class ExpertFile(Struct, frozen=True):
 class LayerFile(Struct, frozen=True):
     """A `layer_*-model_states.pt` file: the state dict of the pipeline's layer `number`.
 
-    Values that are not tensors are left out; `unread` are tensors of kinds that are not handled.
+    Values that are not tensors are left out; `unread` are tensors of kinds that are not supported.
     """
 
     path: Path
@@ -208,7 +208,7 @@ def refuse_unread(model: ModelFile, names: Collection[str]) -> None:
     for name, what in model.unread.items():
         if name in names:
             raise UnsupportedError(
-                f"it is {what}, which is not handled.", path=model.path, tensor=name
+                f"it is {what}, which is not supported.", path=model.path, tensor=name
             )
 
 
@@ -219,7 +219,7 @@ def parse_expert(path: Path, file: TorchFile) -> ExpertFile:
     if len(module) != len(top):
         raise UnsupportedError(
             "it holds more than an expert's weights, as under AutoEP with tensor parallelism, "
-            "which is not handled.",
+            "which is not supported.",
             path=path,
         )
     return ExpertFile(path, module, file.records, file.opaque, file.written_as)
@@ -238,7 +238,7 @@ def parse_optim(path: Path, file: TorchFile) -> OptimFile:
     top = _mapping(file.value, path, "the file")
     state = _mapping(top.get("optimizer_state_dict"), path, "optimizer_state_dict")
     if "ds_zero_partition_groups" in state:
-        raise UnsupportedError("experts split by AutoEP are not handled.", path=path)
+        raise UnsupportedError("experts split by AutoEP are not supported.", path=path)
     if "fp32_flat_groups" in state:
         key, stage = "fp32_flat_groups", 3
     elif _BF16 in state:
@@ -311,7 +311,7 @@ def _held(mappings: object) -> tuple[tuple[str, ...], ...]:
 
 
 def _unread(values: Mapping[Any, object]) -> dict[str, str]:
-    """The tensors of kinds that are not handled, each with what it is."""
+    """The tensors of kinds that are not supported, each with what it is."""
     return {
         name: value.describe()
         for name, value in values.items()

@@ -58,8 +58,8 @@ def of_universal(location: Location, saved: Sequence[Saved], sources: Sources) -
     stages = saved[0].model[0].pipeline_stages
     if stages > 1 and stages != len(saved):
         raise UnsupportedError(
-            f"it is a universal checkpoint of {stages} pipeline stages of "
-            f"{len(saved) // stages} tensor parallel ranks each, which is not handled.",
+            f"it is a universal checkpoint of {stages} pipeline stages of {len(saved) // stages} "
+            "tensor parallel ranks each, which is not supported.",
             path=location.folder,
         )
     model = replace(saved[0].model[0], groups=tuple(_groups(saved)))
@@ -80,8 +80,8 @@ def _saved(location: Location, sources: Sources) -> list[Saved]:
     saved = [files.parsed(rank, sources) for rank in ranks]
     if not all(one.model[0].staged for one in saved):
         raise FormatError(
-            "it holds files of a pipeline's layers, and model files that hold the module "
-            "themselves: files of different saves are mixed.",
+            "it holds files of pipeline layers, but also model files with a whole module: files "
+            "of different saves are mixed.",
             path=location.folder,
             hint="Remove the files of the older save.",
         )
@@ -144,7 +144,7 @@ def _with_layers(
     lost = sorted(set().union(*numbers) - layers.keys())
     if lost:
         raise IncompleteError(
-            f"the files of {len(lost)} of its layers are missing, the first of layer {lost[0]}.",
+            f"the files of {len(lost)} of its layers are missing, beginning with layer {lost[0]}.",
             path=location.folder,
             hint="Copy the files of every rank and layer.",
         )
@@ -298,7 +298,7 @@ def _reader(saved: Sequence[Saved], made: Catalog, sources: Sources) -> ReadStat
         if not saved[0].optim:
             raise UnsupportedError(
                 "without ZeRO the optimizer's state is stored without names, and its run has "
-                "pipeline stages: nothing says which parameters it belongs to.",
+                "pipeline stages: no file states which parameters it belongs to.",
                 path=first.path,
                 hint="Resume the run once with ZeRO stage 1 and save, or convert the weights "
                 "alone.",

@@ -99,7 +99,7 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
         own = _tag_of(real(path), sources)
         if tag not in (None, own):
             raise NotFoundError(
-                f"it is itself a tag folder, {own!r}, and holds no tag {tag!r}.",
+                f"it is itself a tag folder, {own!r}, and contains no tag {tag!r}.",
                 path=path,
                 hint=f"Name the folder above it: {path.parent}.",
             )
@@ -113,17 +113,17 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
         raise NotFoundError(
             f"{name!r} is not a tag, which is the name of a folder in this one.",
             path=path,
-            hint=f"The tags that are there: {tags.listed(_tags(path))}.",
+            hint=f"The existing tags: {tags.listed(_tags(path))}.",
         )
     folder = path
     for part in name.split("/"):
         folder = child(folder, part)
     if not _is_tag_folder(folder):
         there = tags.listed(_tags(path))
-        problem = "holds no model_states files" if is_folder(folder) else "is not there"
+        problem = "holds no model_states files" if is_folder(folder) else "is missing"
         chosen = "" if tag is not None else f", which `{LATEST}` names,"
         raise NotFoundError(
-            f"the checkpoint {name!r}{chosen} {problem}; the tags that are there: {there}.",
+            f"the checkpoint {name!r}{chosen} {problem}; the existing tags: {there}.",
             path=path,
             hint="The save is incomplete."
             if there == "none"
@@ -182,7 +182,7 @@ def _latest(path: Path, sources: Sources) -> str:
         return name
     if len(there) != 1:
         raise NotFoundError(
-            f"there is no `{LATEST}` and more than one tag: {tags.listed(there)}.",
+            f"there is no `{LATEST}` file, and there are several tags: {tags.listed(there)}.",
             path=path,
             hint="Name one of them with --tag.",
         )
@@ -215,7 +215,7 @@ def _classified(folder: Path, tag: str) -> Location:
             _put(experts, (int(match[1]), int(match[2])), folder, name)
         elif _OTHER_EXPERT.fullmatch(name):
             raise UnsupportedError(
-                f"it was trained with experts of a kind whose files ({name}) are not handled: "
+                f"it was trained with experts of a kind whose files ({name}) are not supported: "
                 "experts under tensor parallelism, or of a DeepSpeed before 0.5.",
                 path=folder,
             )
@@ -235,7 +235,8 @@ def _refuse_parts(folder: Path, name: str, model_rank: int) -> None:
     """Refuse a part of a pipeline's layer, which tensor parallelism split."""
     if model_rank:
         raise UnsupportedError(
-            f"tensor parallelism split the layers of its pipeline ({name}), and how is not stated.",
+            f"tensor parallelism split the layers of its pipeline ({name}), but no file states "
+            "how.",
             path=folder,
             hint="Export it with the framework that trained it, as Megatron-DeepSpeed.",
         )
@@ -246,9 +247,9 @@ def _put(
 ) -> None:
     if rank in files:
         raise FormatError(
-            f"two files are of the same rank: {files[rank].name} and {name}.",
+            f"two files belong to the same rank: {files[rank].name} and {name}.",
             path=folder,
-            hint="They are of different saves; remove the older.",
+            hint="They come from different saves; remove the older one.",
         )
     files[rank] = child(folder, name)
 
@@ -281,8 +282,8 @@ def check_ranks(location: Location, kind: str, ranks: list[int], world_size: int
         raise _missing_rank(location.folder, kind, missing, world_size, extra)
     if extra:
         raise FormatError(
-            f"its files are of {world_size} ranks, and there are {kind} files of ranks "
-            f"{_numbers(extra)} as well: files of different world sizes are mixed.",
+            f"its files state {world_size} ranks, but there are also {kind} files of ranks "
+            f"{_numbers(extra)}: files of different world sizes are mixed.",
             path=location.folder,
             hint="Remove the files that an older save left.",
         )

@@ -1,4 +1,4 @@
-"""Proof that the files of a folder are of one save, from what they hold.
+"""Proof from their contents that the files of a folder come from one save.
 
 DeepSpeed writes each rank's file separately, and only the file's name says which rank wrote it. A
 copied, renamed or stale file has the right shapes. This module reads what reveals it: step counts,
@@ -120,8 +120,8 @@ def check_masters(
             values = _numbers(master, entry.spec.dtype, sources).astype(stored.dtype.numpy)
             if not _same(values, _numbers(rounded, stored.dtype, sources)):
                 raise FormatError(
-                    f"its weights in {_file(master)} are not those in {_file(rounded)}: the "
-                    "files are of different saves or ranks.",
+                    f"its weights in {_file(master)} differ from those in {_file(rounded)}: the "
+                    "files come from different saves or ranks.",
                     path=Path(stored.extent.file.path).parent,
                     tensor=name,
                     hint=_ONE_SAVE,
@@ -135,7 +135,7 @@ def check_replicas(one: Entry, other: Entry, sources: Sources) -> None:
             first, second = (_run(entry, run, sources) for entry in (one, other))
             if not _same(first, second):
                 raise FormatError(
-                    "two ranks should hold the same of it, and do not: "
+                    "two ranks must hold the same values of it, but do not: "
                     f"{first.ravel()[:1]} and {second.ravel()[:1]} at {run.offsets}.",
                     path=Path(fragment.in_file.file.path).parent,
                     tensor=one.spec.name,

@@ -105,9 +105,8 @@ def from_map(entry: Mapping[str, Any], shapes: Sequence[Shape]) -> Sharding:
         for piece in part["pieces"]:
             if piece.get("scale", 1.0) != 1.0:
                 raise UnsupportedError(
-                    f"tensor parallel rank {rank} holds it multiplied by "
-                    f"{brief(piece['scale'])}, which "
-                    "is not handled."
+                    f"tensor parallel rank {rank} holds it multiplied by {brief(piece['scale'])}, "
+                    "which is not supported."
                 )
             sizes = _counts(piece["shape"])
             if 0 not in sizes:

@@ -106,15 +106,15 @@ def _check_lengths(groups: tuple[Shapes, ...], saved: Saved) -> None:
         if 0 in found and any(needed):
             raise UnsupportedError(
                 f"rank {rank}'s fp32 weights are not in the file: the optimizer was offloaded to "
-                "NVMe, whose swap files are not handled.",
+                "NVMe, whose swap files are not supported.",
                 path=file.path,
                 hint="Save with DeepSpeed's save_16bit_model, or without NVMe offload.",
             )
         raise IncompleteError(
-            f"rank {rank} holds flat groups of {found} elements; {needed} follow from the "
-            f"parameters and {world_size} ranks.",
+            f"rank {rank} holds flat groups of {found} elements, but the parameters and "
+            f"{world_size} ranks need {needed}.",
             path=file.path,
-            hint="The files are of different runs or world sizes.",
+            hint="The files come from different runs or world sizes.",
         )
 
 
@@ -131,7 +131,7 @@ def _frozen(saved: Saved) -> Iterator[Entry]:
             if part is None or part.shape != (piece,):
                 found = "none" if part is None else f"{part.shape[0] if part.shape else 1}"
                 raise FormatError(
-                    f"rank {rank} should hold {piece} of its elements and holds {found}.",
+                    f"rank {rank} should hold {piece} of its elements, but holds {found}.",
                     path=file.path,
                     tensor=name,
                 )

@@ -77,7 +77,7 @@ def _cut(number: int, shapes: Shapes, optim: tuple[OptimFile, ...]) -> dict[str,
     """
     if number >= len(optim[0].flats):
         raise FormatError(
-            f"it has {len(optim[0].flats)} flat groups, the model file lists {number + 1} or "
+            f"it has {len(optim[0].flats)} flat groups, but the model file lists {number + 1} or "
             "more: files of different saves are mixed.",
             path=optim[0].path,
         )
@@ -118,17 +118,18 @@ def _check_partitions(number: int, needed: int, optim: tuple[OptimFile, ...]) ->
     for rank, length in enumerate(lengths):
         if lengths != padded and length != trimmed[rank]:
             raise IncompleteError(
-                f"rank {rank} holds {length} elements of group {number}; {trimmed[rank]} follow "
-                f"from the {needed} elements of its parameters and {world_size} ranks.",
+                f"rank {rank} holds {length} elements of group {number}, but must hold "
+                f"{trimmed[rank]}: its parameters have {needed} elements, and there are "
+                f"{world_size} ranks.",
                 path=optim[rank].path,
-                hint="The files are of different runs or ranks were renamed.",
+                hint="The files come from different runs, or files of ranks were renamed.",
             )
     if sum(lengths) < needed:
         raise IncompleteError(
-            f"the ranks hold {sum(lengths)} elements of group {number}, its parameters have "
+            f"the ranks hold {sum(lengths)} elements of group {number}, but its parameters have "
             f"{needed}.",
             path=optim[0].path,
-            hint="The files are of different saves, or a rank's file is missing.",
+            hint="The files come from different saves, or a rank's file is missing.",
         )
 
 

@@ -159,8 +159,8 @@ def _shapes(saved: Saved, numbers: int) -> tuple[Shapes, ...]:
     groups = saved.model[0].groups
     if len(groups) != numbers:
         raise FormatError(
-            f"it has {numbers} flat tensors, and the model file lists the parameters of "
-            f"{len(groups)}, so nothing says which group a parameter is of.",
+            f"it has {numbers} flat tensors, but the model file lists the parameters of "
+            f"{len(groups)}, so no file states which group a parameter belongs to.",
             path=saved.optim[0].path,
             hint="Load and save it once with a newer DeepSpeed.",
         )

@@ -121,13 +121,13 @@ def _check_handled(location: Location, saved: Sequence[Saved]) -> None:
     elif location.universal:
         problem = "it is a universal checkpoint of tensor parallel ranks"
     if problem is not None:
-        raise UnsupportedError(f"{problem}, which is not handled.", path=location.folder)
+        raise UnsupportedError(f"{problem}, which is not supported.", path=location.folder)
     for one in saved:
         if one.model[0].parallel_info is None:
             raise UnsupportedError(
-                f"it was trained with tensor parallelism over {len(saved)} ranks, and how these "
-                "split the parameters is not stated: it has no universal_checkpoint_info, as "
-                "Megatron and AutoTP before DeepSpeed 0.18.9 write none.",
+                f"it was trained with tensor parallelism over {len(saved)} ranks, but it does not "
+                "state how these split the parameters: it has no universal_checkpoint_info, "
+                "which Megatron and AutoTP before DeepSpeed 0.18.9 do not write.",
                 path=one.model[0].path,
                 hint="Load and save it once with AutoTP of DeepSpeed 0.19.8, or export it with the "
                 "framework that trained it.",

@@ -46,7 +46,7 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
     model = saved.model[0]
     if any(holds_experts(group) for group in model.groups):
         raise UnsupportedError(
-            "it is a universal checkpoint of a run with experts, which is not handled.",
+            "it is a universal checkpoint of a run with experts, which is not supported.",
             path=location.folder,
             hint="Convert the checkpoint that it was made from.",
         )
@@ -58,7 +58,7 @@ def catalog(location: Location, saved: Saved, sources: Sources) -> Catalog:
         path = child(child(child(location.folder, "zero"), name), "fp32.pt")
         if not is_file(path):
             raise IncompleteError(
-                "it is not there.",
+                "it is missing.",
                 path=path,
                 tensor=name,
                 hint="Copy the whole folder, or make the universal checkpoint again.",
@@ -106,8 +106,8 @@ def master(name: str, shape: Shape, stored: TensorRef, path: Path) -> Entry:
     spec = TensorSpec(name, stored.dtype, shape)
     if stored.shape not in (shape, (spec.numel,)):
         raise FormatError(
-            f"its shape is {stored.shape}, and {shape} in the model file: files of different saves "
-            "are mixed.",
+            f"its shape is {stored.shape}, but {shape} in the model file: files of different "
+            "saves are mixed.",
             path=path,
             tensor=name,
             hint="Make the universal checkpoint again.",

@@ -97,11 +97,12 @@ def _schedule(state: TrainingState) -> Iterator[Finding]:
     if state.scheduler is None:
         yield Finding(
             "universal-no-schedule",
-            "it holds no state of a learning rate schedule; DeepSpeed fails (AttributeError) in a "
-            "script that has one, unless that passes load_lr_scheduler_states=False.",
+            "it holds no state of a learning rate schedule; DeepSpeed fails (AttributeError) in "
+            "a script that has one, unless the script passes load_lr_scheduler_states=False.",
         )
     if state.scaler.get("dynamic"):
         yield Finding(
             "universal-loss-scale",
-            "the loss scale is not carried over: an fp16 run begins again with that of its config.",
+            "the loss scale is not carried over: an fp16 run starts again with the loss scale of "
+            "its config.",
         )

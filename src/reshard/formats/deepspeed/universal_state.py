@@ -86,7 +86,7 @@ def _optimizer(zero: Path, plain: PlainData) -> dict[str, Any]:
     path = zero / _OPTIMIZER
     if not is_file(path):
         raise IncompleteError(
-            "it is not there, so nothing says which hyperparameters the groups have.",
+            "it is missing, so the hyperparameters of the groups are unknown.",
             path=path,
             hint=_AGAIN,
         )
@@ -134,7 +134,7 @@ def _check_complete(
             absent = [name for name in group if name not in table]
             if absent and len(absent) < len(group):
                 raise IncompleteError(
-                    f"its {kind} is not there, and those of others of its group are.",
+                    f"its {kind} is missing, although other parameters of its group have theirs.",
                     path=zero / absent[0] / f"{kind}.pt",
                     tensor=absent[0],
                     hint=_AGAIN,
@@ -149,8 +149,8 @@ def _check_steps(zero: Path, steps: dict[str, Step], names: list[tuple[str, ...]
         for name in group:
             if first is not None and steps[name].count != first.count:
                 raise FormatError(
-                    f"it has had {steps[name].count} steps, and {group[0]} of the same flat tensor "
-                    f"{first.count}: files of different saves are mixed.",
+                    f"its step count is {steps[name].count}, but that of {group[0]} in the same "
+                    f"flat tensor is {first.count}: files of different saves are mixed.",
                     path=zero / name / f"{_STEP}.pt",
                     tensor=name,
                     hint=_AGAIN,

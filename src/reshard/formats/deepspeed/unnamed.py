@@ -63,7 +63,7 @@ def masters(saved: Saved, sources: Sources) -> dict[str, Entry] | None:
 def read(saved: Sequence[Saved], top: object, catalog: Catalog, plain: PlainData) -> TrainingState:
     """The state in `top`, the content of the model file, under the names of the model's parameters.
 
-    Raises `UnsupportedError` where nothing says which parameters they belong to.
+    Raises `UnsupportedError` where no file states which parameters they belong to.
     """
     model = saved[0].model[0]
     if len(saved) > 1:
@@ -242,8 +242,8 @@ def _look(tensor: TensorRef, dtype: DType, sources: Sources) -> Hashable:
 
 def _no_names(model: ModelFile, why: str) -> UnsupportedError:
     return UnsupportedError(
-        f"without ZeRO the optimizer's state is stored without names, and {why}: nothing says "
-        f"which parameters it belongs to.",
+        f"without ZeRO the optimizer's state is stored without names, and {why}: no file states "
+        "which parameters it belongs to.",
         path=model.path,
         hint="Resume the run once with ZeRO stage 1 and save, or convert the weights alone.",
     )

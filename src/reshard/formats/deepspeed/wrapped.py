@@ -47,8 +47,7 @@ class Wrapped(Struct, frozen=True):
         found = None if state is None else state.moments.get(kind)
         if not isinstance(found, TensorRef) or len(found.shape) != 1 or found.strides is not None:
             raise FormatError(
-                f"the {kind} of its flat group {number} is not there, or is not a flat tensor, "
-                f"while "
+                f"the {kind} of its flat group {number} is missing or is not a flat tensor, while "
                 "other ranks have it.",
                 path=self.path,
                 hint="Copy all files of one save.",
@@ -86,7 +85,7 @@ def parse_wrapped(path: Path, value: object, flats: int, plain: PlainData) -> Wr
         raise FormatError(
             f"its optimizer's parameter groups cover the flat tensors {order}, and it has {flats}.",
             path=path,
-            hint="The file is damaged, or of an optimizer that is not handled.",
+            hint="The file is damaged, or of an optimizer that is not supported.",
         )
     return Wrapped(path, tuple(found.states.get(n) for n in range(flats)), tuple(covering), scaler)
 
@@ -111,7 +110,9 @@ def refuse_sharded(state: ParamState, path: Path, name: str) -> dict[str, Tensor
     for kind, tensor in state.moments.items():
         if not isinstance(tensor, TensorRef):
             raise UnsupportedError(
-                f"its {kind} is {tensor.describe()}, which is not handled.", path=path, tensor=name
+                f"its {kind} is {tensor.describe()}, which is not supported.",
+                path=path,
+                tensor=name,
             )
         found[kind] = tensor
     return found

@@ -125,7 +125,7 @@ def _check(folder: Path) -> None:
     if exists(folder / "modelopt_state"):
         raise UnsupportedError(
             "it is of a model that ModelOpt has quantised or pruned (modelopt_state), which is "
-            "not read.",
+            "not supported.",
             path=folder,
             hint="Convert the checkpoint from before that, or export it with ModelOpt.",
         )

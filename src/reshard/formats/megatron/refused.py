@@ -1,4 +1,4 @@
-"""Tensors that say that a model is of a kind that is not read."""
+"""Tensors that show that a model is of an unsupported kind."""
 
 from __future__ import annotations
 

@@ -155,8 +155,8 @@ def _groups(common: Mapping[str, Any], plain: PlainData, folder: Path) -> list[_
             inner = inner.get("optimizer", inner.get("optimizer_state_dict"))
         if not isinstance(inner, dict) or not isinstance(inner["param_groups"], list):
             raise UnsupportedError(
-                f"{MCORE_COMMON} states no parameter groups of the optimizer, so nothing says how "
-                "the run trained.",
+                f"{MCORE_COMMON} states no parameter groups of the optimizer, so the settings of "
+                "the run are unknown.",
                 path=folder,
                 hint=WEIGHTS_ALONE,
             )
@@ -186,8 +186,9 @@ def _assigned(
         left = _told(left, groups, "is_decoupled_lr", own_rate)
         if len(left) != 1:
             raise UnsupportedError(
-                f"its optimizer has {len(groups)} parameter groups, and nothing says which of them "
-                "the parameter is in: they are not those that Megatron-Core makes by itself.",
+                f"its optimizer has {len(groups)} parameter groups, and no file states which of "
+                "them the parameter belongs to: they are not those that Megatron-Core makes by "
+                "itself.",
                 path=folder,
                 tensor=name,
                 hint=WEIGHTS_ALONE,

@@ -86,8 +86,8 @@ class Saved(Struct, frozen=True):
         beyond = max(self.files)
         if beyond >= world:
             raise FormatError(
-                f"it is of rank {beyond}, and there are {world} ranks: files of two saves are "
-                "mixed.",
+                f"it belongs to rank {beyond}, but there are {world} ranks: files of two saves "
+                "are mixed.",
                 path=self.files[beyond],
                 hint="Keep the files of one save.",
             )
@@ -226,7 +226,7 @@ def _world(folder: Path, files: list[_File], selected: int | None) -> int | None
         both = " and ".join(str(world) for world in worlds)
         first = next(iter(worlds.values())).path.name
         raise IncompleteError(
-            f"it holds rank files of two saves, by worlds of {both} ranks.",
+            f"it holds rank files of two saves, with {both} ranks.",
             path=folder,
             hint=f"Name a file of the save to read ({first}), or move the others away.",
         )
@@ -244,7 +244,7 @@ def _agreed(folder: Path, world: int | None, sources: Sources) -> int | None:
     stated = config["world_size"]
     if type(stated) is not int or stated != world:
         raise IncompleteError(
-            f"{_CONFIG} states {brief(stated)} ranks, and the rank files are of a world of "
+            f"{_CONFIG} states {brief(stated)} ranks, but the rank files have a world size of "
             f"{world}: files of two saves are mixed, or those of the last save are missing.",
             path=folder,
             hint="Copy the whole folder again, or name a rank's file of the save to read.",
@@ -258,7 +258,7 @@ def _by_rank(files: Iterable[_File]) -> dict[int, Path]:
         other = found.setdefault(file.rank, file.path)
         if other != file.path:
             raise FormatError(
-                f"{other.name} is of rank {file.rank} too.",
+                f"{other.name} belongs to rank {file.rank} too.",
                 path=file.path,
                 hint="Keep the files of one save.",
             )

@@ -88,8 +88,8 @@ def check_names(states: Sequence[State]) -> None:
         apart = state.tensors.keys() ^ states[0].tensors.keys()
         if apart:
             raise FormatError(
-                f"its names and those of {states[0].path.name} differ in {len(apart)}, "
-                f"{min(apart)!r} among them: files of different saves are mixed.",
+                f"{len(apart)} of its names and those of {states[0].path.name} differ, such as "
+                f"{min(apart)!r}: files of different saves are mixed.",
                 path=state.path,
                 hint=_ONE_SAVE,
             )
@@ -106,7 +106,7 @@ def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]
         value = state.tensors[name]
         if _described(value) != _described(first):
             raise FormatError(
-                f"it is {_words(value)} here, and {_words(first)} in {states[0].path.name}: files "
+                f"it is {_words(value)} here, but {_words(first)} in {states[0].path.name}: files "
                 "of different saves are mixed.",
                 path=state.path,
                 tensor=name,
@@ -116,8 +116,8 @@ def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]
             other = found.setdefault(held.box, held)
             if other is not held and not _same(held, other, sources):
                 raise FormatError(
-                    f"it should hold what {other.state.path.name} holds of it, at "
-                    f"{held.box.offsets}, and the values differ.",
+                    f"it must equal the copy in {other.state.path.name}, at {held.box.offsets}, "
+                    "but the values differ.",
                     path=state.path,
                     tensor=name,
                     hint=_ONE_SAVE,

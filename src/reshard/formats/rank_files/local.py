@@ -202,8 +202,8 @@ def _check_gaps(entries: dict[str, Entry], slices: dict[str, list[_Slice]], worl
 
 def _gap(unit: str, before: str, after: str, numel: int) -> FormatError:
     return FormatError(
-        f"{numel} elements lie between {before!r} and {after!r}, which is not padding: the state "
-        "dict does not name all that is in it.",
+        f"{numel} elements lie between {before!r} and {after!r}, more than padding: the state "
+        "dict does not name everything in it.",
         tensor=unit,
     )
 

@@ -70,7 +70,8 @@ def reader(
         lost = sorted(saved.files.keys() - there.keys())
         if lost:
             raise IncompleteError(
-                f"the optimizer's file of rank {lost[0]} is not there, and those of others are.",
+                f"the optimizer's file of rank {lost[0]} is missing, although other ranks have "
+                "theirs.",
                 path=saved.folder,
                 hint=_ONE_SAVE,
             )

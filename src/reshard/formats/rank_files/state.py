@@ -53,7 +53,7 @@ def read_state(path: Path, rank: int, sources: Sources) -> State:
             tensors[name] = decoder.decode(name, value)
         elif isinstance(value, Opaque) and value.is_tensor:
             raise UnsupportedError(
-                f"it is {value.describe()}, which is not handled.", path=path, tensor=name
+                f"it is {value.describe()}, which is not supported.", path=path, tensor=name
             )
     findings = [Finding("no-checksums", warning, path.name) for warning in content.warnings]
     unread = [name for name in content.opaque if not name.startswith("torch.")]

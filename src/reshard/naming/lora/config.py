@@ -115,14 +115,14 @@ def _read(path: Path, sources: Sources | None) -> AdapterConfig:
 def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
     """The settings of a parsed `adapter_config.json` that a merge needs.
 
-    Raises `UnsupportedError` for another method than LoRA or a setting that is not handled, by its
+    Raises `UnsupportedError` for another method than LoRA or an unsupported setting, by its
     name, and `FormatError` for values of the wrong kind.
     """
     _check_method(raw.get("peft_type", "LORA"))
     for key, setting in methods.REFUSED_SETTINGS.items():
         if raw.get(key) not in (None, False, [], {}):
             raise UnsupportedError(
-                f"adapters with {setting.title} ({key} = {brief(raw[key])}) are not handled.",
+                f"adapters with {setting.title} ({key} = {brief(raw[key])}) are not supported.",
                 hint=methods.hint(setting.merges),
             )
     alpha, alphas = raw.get("lora_alpha"), raw.get("alpha_pattern") or {}
@@ -157,10 +157,10 @@ def _check_method(name: object) -> None:
         return
     method = methods.METHODS.get(name) if isinstance(name, str) else None
     if method is None:
-        raise UnsupportedError(f"adapters of type {brief(name)} are not handled, LORA is.")
+        raise UnsupportedError(f"adapters of type {brief(name)} are not supported; only LORA is.")
     raise UnsupportedError(
-        f"adapters of the method {method.title} (peft_type {name}) are not handled, LoRA and DoRA "
-        "are.",
+        f"adapters of the method {method.title} (peft_type {name}) are not supported; only LoRA "
+        "and DoRA are.",
         hint=methods.hint(method.merges),
     )
 

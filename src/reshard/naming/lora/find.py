@@ -97,7 +97,7 @@ def separate(
     tensor of the base with an adapter's name (Phi-4-multimodal's own, SAM's `prompt_encoder`) is
     not an adapter, and a weight that the checkpoint lacks has the base's layout.
 
-    Raises `UnsupportedError` for methods that are not handled, by name; `PlanError` where there
+    Raises `UnsupportedError` for methods that are not supported, by name; `PlanError` where there
     are several adapters and none was named; `IncompleteError` where A or B is missing.
     """
     return _Separation(entries, adapter, base or {}).result()
@@ -228,14 +228,14 @@ class _Separation:
     def _add(self, part: _AdapterName, entry: Entry) -> None:
         if part.rest not in ([], ["weight"]):
             raise UnsupportedError(
-                f"adapters with a {'.'.join(part.rest)} of their own are not handled.",
+                f"adapters with a {'.'.join(part.rest)} of their own are not supported.",
                 tensor=entry.spec.name,
                 hint=methods.hint(merges=True),
             )
         if "base_layer" in part.module.split(".") and "base_layer" not in self._own:
             raise UnsupportedError(
                 "adapters inside a module that has adapters (torch's MultiheadAttention, or "
-                "target_parameters) are not handled.",
+                "target_parameters) are not supported.",
                 tensor=entry.spec.name,
                 hint=methods.hint(merges=True),
             )
@@ -262,7 +262,7 @@ class _Separation:
         else:
             return ".".join((*module, last))
         raise UnsupportedError(
-            f"adapters on {what} are not handled.",
+            f"adapters on {what} are not supported.",
             tensor=".".join(parts),
             hint=methods.hint(merges=True),
         )
@@ -353,13 +353,13 @@ def _refuse(parts: list[str], own: frozenset[str]) -> None:
         if part not in own and refused is not None:
             title, merges = refused
             raise UnsupportedError(
-                f"adapters of the method {title} are not handled, LoRA and DoRA are.",
+                f"adapters of the method {title} are not supported; only LoRA and DoRA are.",
                 tensor=".".join(parts),
                 hint=methods.hint(merges),
             )
     if parts[0] in methods.PROMPTS and parts[0] not in own:
         raise UnsupportedError(
-            "adapters of the method prompt tuning are not handled, LoRA and DoRA are.",
+            "adapters of the method prompt tuning are not supported; only LoRA and DoRA are.",
             tensor=".".join(parts),
             hint=methods.hint(merges=False),
         )
@@ -374,7 +374,8 @@ def _adapter(module: str, tensors: Mapping[str, Entry]) -> Adapter:
     a, b = (tensors[key] for key in keys)
     if len(a.spec.shape) != 2 or len(b.spec.shape) != 2:
         raise UnsupportedError(
-            f"adapters of shapes {a.spec.shape} and {b.spec.shape} (convolutions) are not handled.",
+            f"adapters of shapes {a.spec.shape} and {b.spec.shape} (convolutions) are not "
+            "supported.",
             tensor=f"{module}.{keys[0]}",
             # Of a convolution in groups, B has a group's share of A's rows: PEFT merges none.
             hint=methods.hint(merges=a.spec.shape[:1] == b.spec.shape[1:2]),

@@ -138,7 +138,9 @@ def low_rank(adapter: Adapter, base: Entry, scaling: float, *, turned: bool = Fa
         left, right = rearrange.transpose(adapter.a, 0, 1), rearrange.transpose(adapter.b, 0, 1)
         made = (left.spec.shape[0], right.spec.shape[1])
     if made != shape:
-        raise NamesError(f"the weight is {shape}, its adapter makes {made}.", tensor=adapter.module)
+        raise NamesError(
+            f"the weight has shape {shape}, but its adapter makes {made}.", tensor=adapter.module
+        )
     by_column = adapter.embedding or swapped
     magnitude = adapter.magnitude
     if magnitude is not None:

@@ -29,8 +29,8 @@ def check(patterns: Iterable[str], setting: str) -> None:
     for count, pattern in enumerate(patterns):
         if count >= _MAX_PATTERNS or not _is_plain(pattern):
             raise UnsupportedError(
-                f"the {setting} {brief(pattern)} is not a plain one: of regular expressions, "
-                "letters, dots, classes, alternatives and two repetitions are handled.",
+                f"the {setting} {brief(pattern)} is too complex: in regular expressions, reshard "
+                "supports letters, dots, classes, alternatives and two repetitions.",
                 hint="Replace it with the modules' names, one entry each.",
             )
 

@@ -71,8 +71,8 @@ class Numbers(Struct, frozen=True):
         """The finding that they are read as numbers; `whose`: the checkpoint's or the base's."""
         return Finding(
             "dequantised",
-            f"{whose} weights are quantised ({self.summary}): they are read as the numbers that "
-            f"they represent, and the output has neither their scales nor a quantization_config.",
+            f"{whose} weights are quantised ({self.summary}): reshard dequantises them, and the "
+            "output has neither their scales nor a quantization_config.",
         )
 
 
@@ -126,7 +126,7 @@ class _Pairing:
         shape = codes.spec.shape
         if len(shape) != 4 or shape[3] * 2 != BLOCK or scales.spec.shape != shape[:3]:
             raise FormatError(
-                f"codes of shape {shape} and scales of {scales.spec.shape} do not go together.",
+                f"codes of shape {shape} and scales of {scales.spec.shape} do not match.",
                 tensor=codes.spec.name,
             )
         self._scales.add(scales.spec.name)
@@ -172,8 +172,8 @@ class _Pairing:
             else (f" and blocks of {self._stated.block[0]} x {self._stated.block[1]}")
         )
         return UnsupportedError(
-            f"its scales {scales.spec.name!r} have shape {scales.spec.shape}, which does not go "
-            f"with codes of shape {codes.spec.shape}{block}.",
+            f"its scales {scales.spec.name!r} have shape {scales.spec.shape}, which does not "
+            f"match codes of shape {codes.spec.shape}{block}.",
             tensor=codes.spec.name,
         )
 
@@ -183,9 +183,9 @@ class _Pairing:
         for name, entry in self._entries.items() if self._kinds or self._stated else ():
             if entry.spec.dtype.name in _FP8 and name not in known and not _BESIDE.fullmatch(name):
                 raise IncompleteError(
-                    f"it holds {entry.spec.dtype} codes, and there is no scale beside it.",
+                    f"it holds {entry.spec.dtype} codes, but it has no scale.",
                     tensor=name,
-                    hint="The quantised model's files are not all there; copy it again.",
+                    hint="Some files of the quantised model are missing; copy it again.",
                 )
         stale = stale_scales(self._entries)
         if stale:

@@ -58,8 +58,8 @@ class Refused(Struct, frozen=True):
     def error(self, hint: str) -> UnsupportedError:
         """The error that says so."""
         return UnsupportedError(
-            f"its weights are quantised by {self.title}, whose codes are not read as numbers "
-            f"({len(self.modules)} modules, {min(self.modules)!r} among them).",
+            f"its weights are quantised by {self.title}, which reshard cannot dequantise "
+            f"({len(self.modules)} modules, such as {min(self.modules)!r}).",
             hint=hint,
         )
 

@@ -70,7 +70,7 @@ class Outputs:
         file = self._open[number]
         if (file.inode, file.nbytes) != (output.inode, output.nbytes):
             raise WriteError(
-                f"on {socket.gethostname()} another file lies there than the one that was made.",
+                f"on {socket.gethostname()} this is not the file that was created.",
                 path=output.name,
                 hint=SHARED,
             )
