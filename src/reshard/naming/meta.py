@@ -166,7 +166,7 @@ def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
         return stated
     factor = scaling.get("factor")
     known = all(math.isclose(scaling.get(name, 0), value) for name, value in _SCALED.items())
-    if kind != "llama3" or not known or type(factor) not in (int, float):
+    if kind != "llama3" or not known or not isinstance(factor, int | float):
         raise UnsupportedError(
             f"--to meta writes Meta's Llama 1 to 3, and its rotary embeddings are scaled in "
             f"another way ({kind!r}).",
