@@ -11,7 +11,6 @@ The names and turns are those of `naming.titan`. Llama 1 to 3 are read off Meta'
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -165,7 +164,7 @@ def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "default":
         return stated
     factor = scaling.get("factor")
-    known = all(math.isclose(scaling.get(name, 0), value) for name, value in _SCALED.items())
+    known = all(scaling.get(name) == value for name, value in _SCALED.items())
     if kind != "llama3" or not known or not isinstance(factor, int | float):
         raise UnsupportedError(
             f"--to meta writes Meta's Llama 1 to 3, and its rotary embeddings are scaled in "
