@@ -348,7 +348,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--other", default="", metavar="SRC", help="src folder of another reshard to compare with")
     add("--publish", action="store_true", help="also write benchmarks/results.json and the pages")
     add("--page", type=Path, nargs="?", const=RESULTS, metavar="JSON",
-        help="only write the pages, from the results of an earlier run")  # fmt: skip
+        help="only publish the results of an earlier run")  # fmt: skip
     options = parser.parse_args(arguments)
     unknown = set(options.directions) - {one.key for one in DIRECTIONS}
     if unknown:
@@ -359,19 +359,20 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parsed()
+    path = options.page or options.folder / "results.json"
     if options.page is None:
         # The page's packages are not imported before: children begin as large as the benchmark is.
         begun = time.monotonic()
-        results = run(options, lambda line: print(f"{time.monotonic() - begun:6.0f} s  {line}"))
-        if options.publish:
-            results.save(RESULTS)
+        run(options, lambda line: print(f"{time.monotonic() - begun:6.0f} s  {line}"))
     from benchmarks import page
     from benchmarks.results import load
 
-    print(page.tables(load(options.page or options.folder / "results.json")))
+    results = load(path)
+    print(page.tables(results))
     if options.publish or options.page:
-        for path in page.publish(load(options.page or RESULTS)):
-            print(f"written: {path}")
+        results.save(RESULTS)
+        for written in page.publish(results):
+            print(f"written: {written}")
     if options.page is None and (wrong := failed(results)):
         sys.exit(f"failed: {', '.join(wrong)}")
 

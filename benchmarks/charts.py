@@ -65,7 +65,8 @@ def _figure(
                 panel.set_xlim(left=0)
                 panel.set_ylim(bottom=0)
             panel.grid(visible=True, color="#d0d7de", linewidth=0.6)
-            panel.legend(fontsize=8, frameon=False)
+            beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if everyone else {}
+            panel.legend(fontsize=8, frameon=False, **beside)
     return figure
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import pickle
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -278,18 +280,42 @@ def make_zero3(folder: Path, size: Size = WHOLE) -> None:
             path.write_bytes(_model_file(shapes, rank, size))
         else:
             os.link(tag / f"zero_pp_rank_{rank % 8}_mp_rank_00_model_states.pt", path)
+        optimizer = tag / f"bf16_{prefix}_optim_states.pt"
         with torch.serialization.skip_data():
-            torch.save(_optimizer(numel, size), tag / f"bf16_{prefix}_optim_states.pt")
+            torch.save(_optimizer(numel, size), optimizer)
+        _fill(optimizer, rank, size)
 
 
-class _Device:
-    """Pickles as a device that this machine lacks."""
+def _fill(path: Path, rank: int, size: Size) -> None:
+    """Write a rank's pieces of the tensors of `FILLED`, as float32."""
+    start = torch._C.PyTorchFileReader(str(path)).get_record_offset("data/0")
+    cursor = 0
+    with path.open("r+b") as file:
+        for name, shape, _, _ in tensors(size):
+            piece = -(-math.prod(shape) // size.world)
+            if name.startswith(FILLED):
+                file.seek(start + cursor * 4)
+                own = _master(name, shape)[rank * piece : (rank + 1) * piece]
+                file.write(own.numpy().tobytes())
+            elif name.startswith("model.layers.0.mlp.experts.1."):
+                break
+            cursor += piece
 
-    def __init__(self, number: int) -> None:
-        self._number = number
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return torch.device, ("cuda", self._number)
+@cache
+def _master(name: str, shape: Shape) -> torch.Tensor:
+    return values_of(name, shape).reshape(-1).float()
+
+
+@contextmanager
+def _on_device(number: int) -> Iterator[None]:
+    """Every storage is written as one of a device that this machine lacks."""
+    tag = torch.serialization.location_tag
+    torch.serialization.location_tag = lambda _: f"cuda:{number}"
+    try:
+        yield
+    finally:
+        torch.serialization.location_tag = tag
 
 
 def _model_file(shapes: dict[str, torch.Size], device: int, size: Size) -> bytes:
@@ -301,7 +327,6 @@ def _model_file(shapes: dict[str, torch.Size], device: int, size: Size) -> bytes
         "frozen_param_shapes": None,
         "frozen_param_fragments": None,
         "shared_params": {},
-        "device": _Device(device),
         "dp_world_size": size.world,
         "mp_world_size": 1,
         "global_steps": 100,
@@ -309,7 +334,8 @@ def _model_file(shapes: dict[str, torch.Size], device: int, size: Size) -> bytes
         "ds_version": "0.19.8",
     }
     stream = io.BytesIO()
-    torch.save(content, stream)
+    with _on_device(device):
+        torch.save(content, stream)
     return stream.getvalue()
 
 
@@ -319,7 +345,7 @@ def _optimizer(numel: int, size: Size) -> dict[str, Any]:
     flat = [torch.empty(n) for n in cut]
     state = {
         number: {
-            "step": torch.tensor(100.0),
+            "step": 100,
             "exp_avg": torch.empty(n),
             "exp_avg_sq": torch.empty(n),
         }

@@ -113,7 +113,7 @@ def readme(results: Results) -> str:
 def tables(results: Results) -> str:
     """Every cell as a table, for the terminal."""
     parts = []
-    for cell in results.cells:
+    for cell in (cell for cell in results.cells if cell.rows):
         title = next(one.title for one in DIRECTIONS if one.key == cell.direction)
         parts.append(f"{title}, {cell.gb:g} GB\n{_rows(cell)}")
     return "\n".join([*parts, _starts(results)])

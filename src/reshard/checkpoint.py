@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from reshard import formats
 from reshard.core.catalog import Catalog
 from reshard.core.dtypes import DType
+from reshard.core.fragments import regions
 from reshard.core.notebook import folded, html_table
 from reshard.core.options import Option, PathLike, Place, Text, documented, parse, table
 from reshard.core.sizes import size
@@ -259,7 +260,7 @@ def _optimizer(catalog: Catalog, sources: Sources) -> Optimizer | None:
     state = catalog.training_state()
     if state is None:
         return None
-    for file in {extent.file.path for e in state.entries() for extent in stored(e.fragments)}:
+    for file in {extent.file.path for extent in regions(state.entries())}:
         sources.open(file)
     return Optimizer(state, sources.identities())
 
@@ -319,8 +320,7 @@ def opened(
 
     with Sources() as sources:
         catalog = locate.read(values["path"], sources, selection)
-        entries = catalog.entries.values()
-        for file in {extent.file.path for e in entries for extent in stored(e.fragments)}:
+        for file in {extent.file.path for extent in regions(catalog.entries.values())}:
             sources.open(file)
         whole = None if located else cache(lambda: opened(values))
         checkpoint = Checkpoint(catalog, sources.identities(), read, whole)

@@ -47,7 +47,7 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many tasks as a large model has."""
-    monkeypatch.setattr(executor, "_TASK_NBYTES", 2 << 10)
+    monkeypatch.setattr(executor, "TASK_NBYTES", 2 << 10)
 
 
 def save(folder: Path, layers: int = 24, rows: int = 1024) -> Path:

@@ -37,13 +37,6 @@ def test_an_address_without_the_engine(source: Path, tmp_path: Path) -> None:
     assert caught.value.option == "ray_address"
 
 
-def test_an_output_in_a_store(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="storage that all nodes share") as caught:
-        reshard.convert(source, "s3://bucket/out", engine="ray")
-    assert caught.value.option == "engine"
-    assert reshard.convert(source, tmp_path / "out").verified
-
-
 def test_an_address_of_rays_client(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,12 +36,16 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Wait for the run that writes it. If it was killed, run its command again; with --resume it goes on.": "remote/test_resuming.py::test_the_same_bytes_wherever_it_was_killed",
+    "Wait for it. If it runs no more, pass --overwrite, or convert again {} minutes after its end.": "remote/test_resuming.py::test_a_run_of_another_machine",
+    "Delete it, if nobody needs it, or name another output.": "remote/test_resuming.py::test_a_journal_that_is_damaged_or_of_another_run",
+    "Name another output, or move away what is yours.": "remote/test_resuming.py::test_what_is_someone_elses_stays",
+    "Wait for it, or name another output.": "remote/test_resuming.py::test_a_run_gives_signs_of_life_and_notices_another",
+    "It is deleted. Convert again with --resume: it is made again, and the other files are reused.": "remote/test_resuming.py::test_objects_that_are_others_by_now",
     "Save it with FSDP.optim_state_dict, or convert the weights alone, without --optimizer.": "state/test_fsdp1.py::test_lengths_that_fit_no_module",
     "FSDP1 gathers them so for FULL_STATE_DICT: save with SHARDED_STATE_DICT. Another checkpoint: copy it again, or use another save. The weights alone: leave out --optimizer.": "state/test_fsdp1.py::test_what_fsdp1_gathers_by_numbers",
     "Freeze them in the run that continues: one that trains them asks for their moments.": "state/test_curves.py::test_the_curve_is_unbroken",
-    "Leave out --resume; --overwrite deletes what a killed run left there.": "resume/test_resume.py::test_an_output_in_a_store",
     "Install the extra, in reshard's folder: pip install '.[ray]'.": "cluster/test_refusals.py::test_without_ray",
-    "Leave out --engine, or name an output on storage that all nodes share.": "cluster/test_refusals.py::test_an_output_in_a_store",
     "Pass --engine ray, or leave out --ray-address.": "cluster/test_refusals.py::test_an_address_without_the_engine",
     "Run the command on a node of the cluster, with --ray-address auto.": "cluster/test_ray.py::test_addresses",
     "ray status shows the address of a cluster.": "cluster/test_ray.py::test_addresses",
@@ -58,10 +62,6 @@ ELSEWHERE: dict[str, str] = {
     "Write it as s3://BUCKET/FOLDER, without empty names, `.` and `..`.": "remote/test_reading.py::test_urls_that_are_refused",
     "Write it as hf://OWNER/NAME or hf://OWNER/NAME@REVISION.": "remote/test_reading.py::test_a_model_of_the_hub",
     "Name an output in s3://, gs:// or az://, or a local folder.": "remote/test_writing.py::test_the_command_says_where_it_wrote",
-    "Name an output in a shared folder, or leave out --engine ray.": "remote/test_writing.py::test_workers_do_not_write_into_a_store",
-    "Wait for it. If it no longer runs, convert again with --overwrite, which deletes what it "
-    "left; or name another output.": "remote/test_writing.py::test_a_run_that_was_killed",
-    "Wait for the run that writes it; if none does, convert again with --overwrite.": "remote/test_reading.py::test_an_output_that_is_not_complete",
     "Install the extra, in reshard's folder: pip install '.[remote]'.": "remote/test_reading.py::test_without_the_extra",
     "Copy the folder here, and name the copy.": "remote/test_reading.py::test_a_web_server",
     "To write the layout of the released model, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import logging
 import threading
@@ -30,7 +31,8 @@ class Request:
     headers: dict[str, str]
 
 
-#: What the proxy does in place of the server: a status, `cut`, or a function called before.
+#: What the proxy does in place of the server: a status, `cut`, `drop` (no answer), `done` (an error
+#: after the server did it), `gone` (no answer after that), or a function called before.
 Fault = int | str | Callable[[], object] | None
 
 
@@ -42,6 +44,7 @@ class Proxy:
     port: int = 0
     fault: Callable[[Request], Fault] = lambda request: None
     seen: list[Request] = field(default_factory=list)
+    generations: dict[str, str] = field(default_factory=dict)
 
     def count(self, method: str) -> int:
         return sum(request.method == method for request in self.seen)
@@ -61,16 +64,29 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             if isinstance(fault, int):
                 self._answer(fault, [("Content-Length", "0")], b"")
                 return
+            if fault == "drop":
+                self.close_connection = True
+                return
             there = http.client.HTTPConnection(proxy.server, timeout=60)
-            there.request(self.command, self.path, body, {**_ANYONE, **dict(self.headers)})
+            sent = _as_amazon(dict(self.headers), proxy.generations)
+            there.request(self.command, self.path, body, {**_ANYONE, **sent})
             answer = there.getresponse()
             data = answer.read()
             headers = [(n, v) for n, v in answer.getheaders() if n.lower() not in _OURS]
+            if tag := answer.getheader("ETag"):
+                headers.append(("x-goog-generation", _generation(tag)))
+                proxy.generations[_generation(tag)] = tag
             if self.command == "HEAD":
                 headers.append(("Content-Length", answer.getheader("Content-Length") or "0"))
             else:
                 headers.append(("Content-Length", str(len(data))))
             there.close()
+            if fault == "done":
+                self._answer(500, [("Content-Length", "0")], b"")
+                return
+            if fault == "gone":
+                self.close_connection = True
+                return
             if fault == "cut":
                 self._answer(answer.status, headers, data[: len(data) // 2])
                 self.close_connection = True
@@ -90,6 +106,23 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             """Say nothing."""
 
     return Handler
+
+
+def _generation(tag: str) -> str:
+    """The number by which Google's protocol names what Amazon's names by a tag."""
+    return str(int(hashlib.md5(tag.encode()).hexdigest()[:14], 16))
+
+
+def _as_amazon(headers: dict[str, str], generations: dict[str, str]) -> dict[str, str]:
+    """Headers with Google's condition of a write as Amazon's."""
+    if headers.get("authorization", "").startswith("Bearer"):
+        del headers["authorization"]
+    wanted = headers.pop("x-goog-if-generation-match", None)
+    if wanted == "0":
+        return {**headers, "If-None-Match": "*"}
+    if wanted is not None:
+        return {**headers, "If-Match": generations.get(wanted, "none")}
+    return headers
 
 
 # moto forbids what nobody signed; which key it was it does not ask.

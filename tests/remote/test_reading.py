@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from reshard.cli.app import reshard as command
 from reshard.core.locations import RemotePath
 from reshard.storage import credentials
 from reshard.storage.local import Sources
+from reshard.transfer import claims, upload
 from tests.files import contents
 from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request, serving, slowly
 from tests.remote.web import COMMIT, Hub, web
@@ -67,7 +69,14 @@ def test_every_command_takes_a_url(bucket: Bucket, model: Path, tmp_path: Path) 
     shown = json.loads(CliRunner().invoke(command, ["inspect", url, "--json"]).stdout)
     expected = json.loads(CliRunner().invoke(command, ["inspect", str(model), "--json"]).stdout)
     assert shown["path"] == url
-    assert {**shown, "path": ""} == {**expected, "path": ""}
+    assert {**shown, "path": "", "requests": None} == {**expected, "path": ""}
+    for words in (["inspect", url], ["verify", out], ["diff", url, out], ["doctor", out]):
+        bucket.proxy.seen.clear()
+        result = CliRunner().invoke(command, words)
+        assert f"requests: {len(bucket.proxy.seen)} to stores (" in result.stderr, words
+        stated = json.loads(CliRunner().invoke(command, [*words, "--json"]).stdout)["requests"]
+        assert stated["get"] + stated["list"] + stated["head"] > 0
+        assert "requests" not in CliRunner().invoke(command, [*words, "--json"]).stderr
     one = reshard.open(f"{url}/model-00001-of-00002.safetensors")
     there = reshard.open(model).tensors["w8"].numpy()
     assert np.array_equal(one.tensors["w8"].numpy(), there)
@@ -234,7 +243,7 @@ def _private_key() -> str:
 def test_google_cloud_storage(
     bucket: Bucket, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its XML protocol is that of S3, so far as it is used here."""
+    """Its XML protocol is that of S3, so far as it is used here, but for conditions of writes."""
     bucket.upload(model, "m")
     account = {
         "type": "service_account",
@@ -246,9 +255,28 @@ def test_google_cloud_storage(
     }
     (tmp_path / "account.json").write_text(json.dumps(account))
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
-    reshard.convert(model, tmp_path / "local")
-    reshard.convert(f"gs://{BUCKET}/m", tmp_path / "remote")
+    reshard.convert(model, tmp_path / "local", max_shard_size="100KB")
+    reshard.convert(f"gs://{BUCKET}/m", tmp_path / "remote", max_shard_size="100KB")
     assert contents(tmp_path / "remote") == contents(tmp_path / "local")
+    monkeypatch.setattr(upload, "_SMALL", 1000)  # in parts
+    monkeypatch.setattr(claims, "BEAT", 0.02)
+    out = f"gs://{BUCKET}/out"
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reshard.convert(model, out, resume=True, progress=stop, threads=1, max_shard_size="100KB")
+    assert reshard.convert(model, out, resume=True, max_shard_size="100KB").bytes_reused
+    assert bucket.download("out") == contents(tmp_path / "local")
+    with pytest.raises(reshard.WriteError, match="exists"):
+        reshard.convert(model, out)
+    reshard.convert(model, out, dtype="bfloat16", overwrite=True)
+    assert bucket.download("out") != contents(tmp_path / "local")
+    assert reshard.verify(out).num_tensors == 2
+    conditions = [r for r in bucket.proxy.seen if "x-goog-if-generation-match" in r.headers]
+    assert len(conditions) >= 6
 
 
 def test_a_model_of_the_hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,6 +417,26 @@ def test_a_remote_path_is_read_by_its_door_alone() -> None:
         path.exists()
     with pytest.raises(OSError, match="object of a store"):
         path.mkdir()
+
+
+def test_a_store_that_takes_long_holds_up_no_other_file(bucket: Bucket, model: Path) -> None:
+    url = bucket.upload(model, "m")
+    asked, answered = threading.Event(), threading.Event()
+
+    def wait(request: Request) -> Fault:
+        asked.set()
+        return lambda: answered.wait(20)
+
+    bucket.proxy.fault = wait
+    with Sources() as sources:
+        thread = threading.Thread(target=sources.open, args=(f"{url}/config.json",))
+        thread.start()
+        assert asked.wait(20)
+        assert sources.open(model / "config.json").read(0, 1) == b"{"
+        assert thread.is_alive()
+        answered.set()
+        thread.join()
+        assert sources.open(f"{url}/config.json").read(0, 1) == b"{"
 
 
 def test_a_local_path_never_opens_a_store(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

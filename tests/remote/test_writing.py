@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from reshard.core import digests
 from reshard.core.locations import located
 from reshard.transfer import upload
 from reshard.transfer.remote import RemoteFolder
+from tests.budget import _ENVIRONMENT, MEMORY, needs_proc, peak
 from tests.files import contents
-from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request
+from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Request, slowly
 from tests.remote.test_reading import CHECKPOINTS, GOLDEN
 
 OUT = f"s3://{BUCKET}/out"
@@ -89,6 +92,24 @@ def test_threads_that_are_ahead_wait_and_never_for_ever(
         assert bucket.download(f"out{threads}") == contents(tmp_path / "local")
 
 
+@pytest.mark.slow
+@needs_proc
+def test_memory_from_store_to_store(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the budget of every command: 192 MiB of weights are never held whole."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    one = np.random.default_rng(0).random(4 << 20, np.float32)
+    save_file({f"w{n}": one for n in range(12)}, folder / "model.safetensors")
+    for name in (*KEYS, "AWS_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.setitem(_ENVIRONMENT, name, os.environ[name])
+    url = bucket.upload(folder, "large")
+    code = "import reshard; reshard.convert(sys.argv[1], sys.argv[2], threads=4)"
+    assert peak(code, url, OUT) < MEMORY
+    assert peak(code, folder, tmp_path / "local") < MEMORY
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoints_into_a_store(bucket: Bucket, tmp_path: Path, name: str) -> None:
     run = GOLDEN / name / "checkpoint"
@@ -139,21 +160,47 @@ def test_a_store_that_refuses_a_write(bucket: Bucket, trained: Path, what: str) 
     assert OUT in str(error)
 
 
-def test_writes_that_fail_once(bucket: Bucket, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [503, "drop", "slow", "done", "gone"])
+def test_writes_that_fail_once(
+    bucket: Bucket, trained: Path, tmp_path: Path, fault: int | str
+) -> None:
+    """Each of them: a part, the end of an upload, a small file, the first and the last object.
+
+    A store may have done what it answered with an error, or did not answer.
+    """
     reshard.convert(trained, tmp_path / "local")
     struck: set[str] = set()
 
     def once(request: Request) -> Fault:
-        if request.method == "GET" or request.path in struck or "reshard" in request.path:
+        if request.method not in ("PUT", "POST") or "?delete" in request.path:
+            return None
+        # Google's and Amazon's clients do not repeat what begins an upload when nobody answers.
+        if request.path in struck or (fault in ("drop", "gone") and "?uploads" in request.path):
             return None
         struck.add(request.path)
-        return 503
+        return slowly(0.05) if fault == "slow" else fault
 
     bucket.proxy.fault = once
-    reshard.convert(trained, OUT)
+    assert reshard.convert(trained, OUT).verified
     assert len(struck) >= 6
     assert bucket.download("out") == contents(tmp_path / "local")
-    assert not bucket.uploads()
+    # What began without its number being told stays, as that of a run that was killed.
+    assert not bucket.uploads() or fault == "done"
+
+
+def test_an_end_that_failed_with_other_bytes(bucket: Bucket, trained: Path) -> None:
+    """An object of the same size is no proof that it is what was sent."""
+    name = "out/model.safetensors"
+    nbytes = (trained / "model.safetensors").stat().st_size
+
+    def replaced(request: Request) -> Fault:
+        if request.method == "POST" and "uploadId=" in request.path:
+            bucket.put(name, bytes(nbytes))
+            return 403
+        return None
+
+    bucket.proxy.fault = replaced
+    fails(bucket, trained, "403 Forbidden", dtype="keep", verify=False)
 
 
 def test_a_source_that_changes_leaves_nothing(bucket: Bucket, trained: Path) -> None:
@@ -233,37 +280,6 @@ def test_the_old_output_stands_until_the_new_is_sent(
     fails(bucket, trained, "The old output is deleted", overwrite=True)
 
 
-@pytest.fixture
-def killed(bucket: Bucket) -> str:
-    """A run that was killed: what it wrote stands, and its first object."""
-    path = located(OUT)
-    names = ["model.safetensors", "config.json"]
-    folder = RemoteFolder(path, "plan", names)  # type: ignore[arg-type]
-    folder.__enter__()
-    folder.write("config.json", b"{}")
-    folder.settle()
-    from reshard.storage import remote
-
-    remote.being_written.discard(OUT)
-    return OUT
-
-
-def test_a_run_that_was_killed(bucket: Bucket, killed: str, trained: Path, tmp_path: Path) -> None:
-    assert bucket.names("out") == ["out/config.json", "out/reshard.partial.json"]
-    with pytest.raises(reshard.IncompleteError, match="not complete"):
-        reshard.open(killed)
-    with pytest.raises(reshard.WriteError, match="is writing this output, or was killed") as told:
-        reshard.convert(trained, killed)
-    assert "--overwrite" in str(told.value)
-    bucket.put("out/mine.txt", b"mine")
-    with pytest.raises(reshard.WriteError, match=r"mine\.txt"):
-        reshard.convert(trained, killed, overwrite=True)
-    bucket.client.delete_object(Bucket=BUCKET, Key="out/mine.txt")
-    reshard.convert(trained, tmp_path / "local")
-    reshard.convert(trained, killed, overwrite=True)
-    assert bucket.download("out") == contents(tmp_path / "local")
-
-
 def test_two_runs_of_one_output(bucket: Bucket, trained: Path, tmp_path: Path) -> None:
     reshard.convert(trained, tmp_path / "local")
     refused: list[str] = []
@@ -282,7 +298,7 @@ def test_two_runs_of_one_output(bucket: Bucket, trained: Path, tmp_path: Path) -
             refused.append(str(error))
 
     reshard.convert(trained, OUT, progress=other)
-    assert "another run writes this output" in refused[1]
+    assert re.match(rf"{OUT}: process {os.getpid()} on .* is writing this output", refused[1])
     assert bucket.download("out") == contents(tmp_path / "local")
 
 
@@ -305,10 +321,3 @@ def test_somebody_else_writes_there(bucket: Bucket, trained: Path, what: str) ->
             "reshard.partial.json": ["out/config.json", "out/model.safetensors", f"out/{what}"],
         }[what]
     )
-
-
-def test_workers_do_not_write_into_a_store(bucket: Bucket) -> None:
-    folder = RemoteFolder(located(OUT), "plan", ["x"])  # type: ignore[arg-type]
-    with folder, pytest.raises(reshard.UnsupportedError, match="workers of a cluster"):
-        folder.lend("x", folder.create("x", 1))
-    assert not left(bucket)

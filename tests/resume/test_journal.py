@@ -47,7 +47,8 @@ def test_what_was_noted_is_read(path: Path) -> None:
     assert read(path) == [W, *LATER]
     found = Journal.resume(path, BASIS)
     assert found.noted is not None
-    assert (found.noted.sealed, found.noted.damaged, len(found.noted)) == ({"first": 100}, False, 3)
+    assert found.noted.sealed == {"first": journal.Sealed("first", 100)}
+    assert (found.noted.damaged, len(found.noted)) == (False, 3)
     assert found.sources == ["/model/a", "/model/b"]
     assert found.noted.piece("", "v", 0) is None
     found.close()

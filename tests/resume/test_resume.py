@@ -194,11 +194,3 @@ def test_room_that_a_killed_run_takes_is_counted_as_free(
     with pytest.raises(reshard.WriteError, match="are free"):
         convert(out.with_name("other"), resume=True)
     assert convert(out, resume=True).bytes_reused
-
-
-def test_an_output_in_a_store(tmp_path: Path) -> None:
-    """It is refused before anything is asked of the store."""
-    at = model(tmp_path / "in")
-    with pytest.raises(reshard.OptionError, match="cannot be resumed") as error:
-        reshard.convert(at / "trained", "s3://bucket/out", resume=True)
-    assert error.value.option == "resume"

@@ -171,7 +171,7 @@ def test_a_dcp_checkpoint(tmp_path: Path) -> None:
 def shared(tmp_path: Path, *contents: bytes) -> list[Any]:
     """What is read of several files that may repeat each other."""
     values: list[Any] = []
-    known: Known = {}
+    known = Known()
     with Sources() as sources:
         for number, content in enumerate(contents):
             path = tmp_path / f"{number}.pt"

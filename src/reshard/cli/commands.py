@@ -114,12 +114,13 @@ def inspect(
     found = inspection.to_json(tensors=tensors)
     fits = inspection.fitting is None or inspection.fitting.fits
     if as_json:
-        output.print_json(found)
+        output.print_json(output.with_requests(found))
         return 0 if fits else 1
     output.print_table(inspection.rows(), colours={"fits": "green" if fits else "red"})
     if inspection.fitting is not None and not fits:
         output.print_result(inspection.fitting.message, lines=True)
     output.print_findings(inspection.findings)
+    output.print_requests()
     if tensors:
         _print_tensors(found["tensors"])
     if html is not None:
@@ -177,7 +178,7 @@ def verify(
         output.print_json({"verified": False, "tensor": error.tensor, "message": str(error)})
         return 1
     if as_json:
-        output.print_json(verified.to_json())
+        output.print_json(output.with_requests(verified.to_json()))
     if as_json or quiet:
         return 0
     output.print_findings(verified.findings)
@@ -185,4 +186,5 @@ def verify(
     what = "as written" if against is None else f"as in {against}"
     apart = f"; {verified.num_filled} are the base's" if verified.num_filled else ""
     output.print_result(f"{dst}: {verified.num_tensors} tensors, {amount}, all {what}{apart}.")
+    output.print_requests()
     return 0

@@ -87,7 +87,8 @@ def diff(
     if as_json:
         steps = [{"first": one.first, "second": one.second, **one.to_json()} for one in found]
         same = all(one.same for one in found)
-        output.print_json(found[0].to_json() if len(paths) == 2 else {"same": same, "steps": steps})
+        values = found[0].to_json() if len(paths) == 2 else {"same": same, "steps": steps}
+        output.print_json(output.with_requests(values))
     elif not quiet:
         output.print_findings(dict.fromkeys(finding for one in found for finding in one.findings))
         if len(found) == 1:
@@ -96,6 +97,7 @@ def diff(
             _show_steps(found, tensors=tensors, top=top, sort=sort)
         if html is not None:
             output.print_result(f"\nPage: {html}", lines=True)
+        output.print_requests()
     return 0 if all(one.same for one in found) else 1
 
 

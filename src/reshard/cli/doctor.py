@@ -37,9 +37,10 @@ def doctor(folder: Path, as_json: bool, shown: Shown | None, quiet: bool, **opti
     with shown_progress(shown, quiet=as_json or quiet) as progress:
         diagnosis = run(folder, progress=progress, **options)
     if as_json:
-        output.print_json(diagnosis.to_json())
+        output.print_json(output.with_requests(diagnosis.to_json()))
     elif not quiet:
         _show(diagnosis, asked=options["repair"] is not None)
+        output.print_requests()
     return 1 if diagnosis.errors else 0
 
 

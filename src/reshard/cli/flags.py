@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
+from reshard.cli import output
 from reshard.cli.completion import complete_tag
 from reshard.core.locations import RemotePath, location
 from reshard.core.options import (
@@ -65,6 +66,10 @@ class Command(click.Command):
         super().__init__(*given, **more)
         self.examples = examples
         self.usage = usage
+
+    def invoke(self, ctx: click.Context) -> Any:
+        output.begin_counting()
+        return super().invoke(ctx)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         return [self.usage] if self.usage else super().collect_usage_pieces(ctx)

@@ -61,6 +61,14 @@ def telling_what_stands(target: Path | None, *, resumable: bool = False) -> Iter
 
 
 def _can_be_continued(target: Path) -> bool:
+    if isinstance(target, RemotePath):
+        from reshard.errors import ReshardError
+        from reshard.storage import remote
+
+        try:
+            return remote.is_unfinished(target)
+        except ReshardError:
+            return False
     from reshard.transfer import leftovers
 
     return leftovers.is_there(target)

@@ -15,10 +15,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import click
+from msgspec.structs import asdict
 
 from reshard.core.findings import Finding
 from reshard.core.sizes import size
 from reshard.errors import printable, shortened
+from reshard.storage import requests
+from reshard.storage.requests import Requests
 
 __all__ = ["print_findings", "print_json", "print_message", "print_result", "print_table", "size"]
 
@@ -26,7 +29,30 @@ __all__ = ["print_findings", "print_json", "print_message", "print_result", "pri
 _MAX_CELL = 500
 # A last column that has less room than this on a terminal is not broken into lines.
 _LEAST_WIDTH = 24
-_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "requests": "cyan"}
+
+
+# What this process had asked stores for when its command began.
+_asked = Requests()
+
+
+def begin_counting() -> None:
+    """Count what stores are asked for from here on."""
+    global _asked
+    _asked = requests.total()
+
+
+def print_requests() -> None:
+    """What stores were asked for, as a line on standard error; nothing where nothing was."""
+    since = requests.total() - _asked
+    if since.number:
+        print_message(str(since), "requests")
+
+
+def with_requests(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values, with what stores were asked for; null where nothing was."""
+    since = requests.total() - _asked
+    return {**values, "requests": asdict(since) if since.number else None}
 
 
 def print_json(value: Mapping[str, Any]) -> None:

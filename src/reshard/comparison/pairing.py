@@ -31,8 +31,9 @@ from reshard.conversion.planning import plan_output
 from reshard.conversion.trainer_names import trainer
 from reshard.conversion.verification import check_listed, check_run, child_of
 from reshard.core.catalog import Catalog
+from reshard.core.fragments import regions
 from reshard.core.locations import MANIFEST
-from reshard.core.tensors import Entry, Shape, stored
+from reshard.core.tensors import Entry, Shape
 from reshard.errors import FormatError, NamesError, OptionError, PlanError
 from reshard.formats.info import named
 from reshard.naming import FitOptions
@@ -295,7 +296,7 @@ def _check_apart(planned: Mapping[str, Mapping[str, Entry]], folder: Path) -> No
         for name, made in tensors.items():
             if any(
                 Path(extent.file.path).is_relative_to(absolute(folder))
-                for extent in stored(made.fragments)
+                for extent in regions([made])
             ):
                 raise PlanError(
                     "the checkpoint holds only its update, not the weight that the update was "

@@ -31,7 +31,6 @@ from reshard.conversion.options import (
     RewardChoice,
 )
 from reshard.core.findings import CODES
-from reshard.core.locations import RemotePath
 from reshard.core.options import (
     Choice,
     Codes,
@@ -481,12 +480,6 @@ def _workers(values: Mapping[str, Any]) -> Workers | None:
                 option="ray_address",
             )
         return None
-    if isinstance(values["target"], RemotePath):
-        raise OptionError(
-            "engine: the workers of a cluster cannot write an output in an object store.",
-            hint="Leave out --engine, or name an output on storage that all nodes share.",
-            option="engine",
-        )
     check_installed()
     return Workers(address, values["threads"])
 
@@ -521,12 +514,6 @@ def _check_target(values: Mapping[str, Any]) -> None:
             if values["optimizer"]  # which --to hf does not write
             else "Pass --to hf, or leave out --names.",
             option="names",
-        )
-    if values["resume"] and isinstance(values["target"], RemotePath):
-        raise OptionError(
-            "resume: an output in an object store cannot be resumed.",
-            hint="Leave out --resume; --overwrite deletes what a killed run left there.",
-            option="resume",
         )
     if values["consumed_samples"] is not None and not output_format(to).client_state:
         raise OptionError(

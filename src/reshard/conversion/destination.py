@@ -25,11 +25,10 @@ from reshard import formats
 from reshard.conversion import manifest
 from reshard.conversion.manifest import Manifest, WrittenFile, file_digest
 from reshard.conversion.verification import verify_folder
-from reshard.core.locations import CLAIM, MANIFEST, RemotePath
+from reshard.core.locations import MANIFEST, MARKS, RemotePath
 from reshard.core.sizes import size
-from reshard.errors import NotFoundError, ReshardError, WriteError, brief, listed
+from reshard.errors import NotFoundError, ReshardError, WriteError, listed
 from reshard.formats import locate
-from reshard.storage import strict_json
 from reshard.storage.local import Sources
 from reshard.storage.paths import (
     exists,
@@ -144,8 +143,11 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
     if isinstance(target, RemotePath):
         from reshard.storage import remote  # paths of this machine need nothing of it
 
-        if remote.is_unfinished(target):
-            return _unfinished(target, overwrite=overwrite)
+        unfinished = remote.is_unfinished(target)
+        if unfinished or overwrite:
+            _check_left(target, overwrite=overwrite, complete=not unfinished)
+        if unfinished:
+            return None
     if not exists(target) or (is_folder(target) and not any(listing(target))):
         return None
     if not is_folder(target):
@@ -185,25 +187,19 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
     return found
 
 
-def _unfinished(target: RemotePath, *, overwrite: bool) -> Replaced:
-    """What a run left in a store that was killed, or that writes there now."""
-    from reshard.storage import remote
+def _check_left(target: RemotePath, *, overwrite: bool, complete: bool) -> None:
+    """Refuse an output in a store that another run writes, or in which other objects lie.
 
-    claim = strict_json.parse_object(remote.claim(target), os.fspath(target / CLAIM))
-    if not overwrite:
-        who = ", ".join(f"{name} {brief(claim[name])}" for name in ("host", "pid", "began")
-                        if name in claim)  # fmt: skip
-        raise WriteError(
-            f"another run is writing this output, or was killed while it did ({who}).",
-            path=target,
-            hint="Wait for it. If it no longer runs, convert again with --overwrite, which "
-            "deletes what it left; or name another output.",
-        )
-    named, there = claim.get("files"), remote.below(target)
-    foreign = sorted({*there} - {*(named if isinstance(named, dict) else ()), CLAIM})
-    if foreign:
-        raise _mixed(target, foreign)
-    return Replaced(os.fspath(target), len(there), sum(file.nbytes for file in there.values()))
+    `complete`: the output is, and only what its run kept for itself may be left.
+    """
+    from reshard.transfer import claims
+
+    left = claims.left_at(target)
+    if left is None:
+        return
+    left.check_gone(force=overwrite)
+    if not complete:
+        left.check_only_ours()
 
 
 def _stated(folder: Path) -> Manifest | None:
@@ -220,7 +216,7 @@ def _stated(folder: Path) -> Manifest | None:
 def _files(folder: Path) -> Iterator[_File]:
     """Everything below a folder that is not a folder itself; links are not followed."""
     for path in files_below(folder):
-        left = isinstance(path, RemotePath) and path.name == CLAIM
+        left = isinstance(path, RemotePath) and path.name.startswith(MARKS)
         if not (path.parent.name == _REMADE and path.suffix == ".pyc") and not left:
             yield _File(path.relative_to(folder).as_posix(), status(path, follow=False))
 

@@ -15,10 +15,11 @@ from msgspec.structs import replace
 from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
 from reshard.core.findings import Finding
+from reshard.core.fragments import regions
 from reshard.core.locations import MANIFEST, RemotePath
 from reshard.core.plan import Plan
 from reshard.core.sizes import size
-from reshard.core.tensors import Extent, Fragment, Record, stored
+from reshard.core.tensors import Extent, Fragment, Fragments, Record
 from reshard.progress import StagedProgress
 from reshard.storage.fingerprints import Fingerprint, fingerprint
 from reshard.storage.local import Sources
@@ -73,10 +74,7 @@ def carry_out(
     """
     with (
         _output(plan, sources, target, writing) as folder,
-        # What lies in a store is not cached here.
-        _executor(
-            writing, records, unprotected, read_back=writing.verify and not folder.in_order
-        ) as executor,
+        _executor(writing, records, unprotected, read_back=writing.verify) as executor,
     ):
         outcome = executor.run(plan, sources, folder)
         stated = render(outcome)
@@ -137,7 +135,14 @@ def _output(
 
     names = [file.name for file in plan.files] + [asset.name for asset in plan.assets]
     names += [name for name, _ in plan.texts]
-    return RemoteFolder(target, digest, names, overwrite=writing.overwrite)
+    return RemoteFolder(
+        target,
+        digest,
+        names,
+        overwrite=writing.overwrite,
+        resume=writing.resume,
+        sources=_fingerprints(plan, sources),
+    )
 
 
 def plan_digest(plan: Plan) -> str:
@@ -149,8 +154,8 @@ def plan_digest(plan: Plan) -> str:
             hasher.update(offset.to_bytes(8, "little") + literal)
         for slot in file.slots:
             hasher.update(f"{file.table}\0{slot.offset}\0{slot.spec}\0{slot.crc_offsets}".encode())
-            for fragment in slot.source.fragments:
-                hasher.update(_described(fragment).encode("utf-8", "surrogateescape"))
+            for described in _described(slot.source.fragments):
+                hasher.update(described.encode("utf-8", "surrogateescape"))
     for name, text in plan.texts:
         hasher.update(f"{name}\0{len(text)}\0".encode() + text)
     for asset in plan.assets:
@@ -158,8 +163,16 @@ def plan_digest(plan: Plan) -> str:
     return hasher.hexdigest()
 
 
-def _described(fragment: Fragment) -> str:
-    """All of a fragment, as text."""
+def _described(fragments: tuple[Fragment, ...] | Fragments) -> Iterator[str]:
+    """All of the fragments, as text; of those that are described by numbers, the numbers."""
+    if isinstance(fragments, Fragments):
+        yield repr(fragments)
+        return
+    for fragment in fragments:
+        yield _text(fragment)
+
+
+def _text(fragment: Fragment) -> str:
     extent, box = fragment.extent, fragment.box
     if not isinstance(extent, Extent):
         return repr(fragment)  # with all that a computed tensor is made of
@@ -169,7 +182,7 @@ def _described(fragment: Fragment) -> str:
 
 def _fingerprints(plan: Plan, sources: Sources) -> dict[str, Fingerprint]:
     """Which files the tensors of a plan are made of, by path."""
-    paths = {e.file.path for slot in plan.slots() for e in stored(slot.source.fragments)}
+    paths = {extent.file.path for extent in regions(slot.source for slot in plan.slots())}
     return {path: fingerprint(path, sources) for path in sorted(paths)}
 
 

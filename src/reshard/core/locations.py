@@ -27,8 +27,10 @@ HUB = "hf"
 READABLE = (*WRITABLE, HUB, "https", "http")
 #: The file of an output that lists the others; it is written last.
 MANIFEST = "reshard.json"
-#: What stands in an output in a store while it is written.
+#: What stands in an output in a store while it is written, and how the names begin of all that a
+#: run keeps there for itself.
 CLAIM = "reshard.partial.json"
+MARKS = "reshard.partial."
 
 # By one slash too: `pathlib` makes `s3:/bucket` of `s3://bucket`.
 _URL = regex(

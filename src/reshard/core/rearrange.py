@@ -167,7 +167,7 @@ def cut(fragment: Fragment, box: Box) -> Fragment:
 def unflatten(entry: Entry) -> Entry:
     """The same tensor with boxes over its own shape, not over the flattened tensor."""
     shape = entry.spec.shape
-    if not entry.fragments or entry.fragments[0].box.shape == shape:
+    if not entry.fragments or entry.over == shape:
         return entry
     fragments = []
     for fragment in entry.fragments:

@@ -19,6 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from msgspec import Struct
@@ -220,6 +221,53 @@ class Fragment(Struct, frozen=True, gc=False):
         return self.extent
 
 
+class Fragments(Struct, frozen=True):
+    """Fragments of a tensor, stored and contiguous, that arithmetic makes for those who ask.
+
+    The one protocol of such; `core/partition.py` has them. They hold ranges of the flattened
+    tensor, in ascending order.
+    """
+
+    @property
+    def over(self) -> Shape:
+        """The shape that the fragments' boxes are over."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        raise NotImplementedError
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest, at most."""
+        raise NotImplementedError
+
+    def regions(self) -> Regions:
+        """What the fragments lie in; one object for all that lie in the same."""
+        raise NotImplementedError
+
+    def within(self, start: int, stop: int) -> Iterator[Fragment]:
+        """Those that hold elements `[start, stop)` of the flattened tensor."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Fragment]:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, index: int) -> Fragment:
+        return next(islice(self, index, None))
+
+
+class Regions(Protocol):
+    """Stretches of files that the fragments of many tensors are cut out of."""
+
+    def extents(self) -> Iterator[Extent]:
+        """The stretches."""
+
+
 def stored(fragments: Iterable[Fragment]) -> Iterator[Extent]:
     """The files' bytes that fragments are made of: their own, or those behind computed ones."""
     for fragment in fragments:
@@ -230,8 +278,10 @@ def stored(fragments: Iterable[Fragment]) -> Iterator[Extent]:
                 yield from stored(entry.fragments)
 
 
-def nbytes_read(fragments: Iterable[Fragment]) -> int:
+def nbytes_read(fragments: tuple[Fragment, ...] | Fragments) -> int:
     """Bytes of files that reading the fragments takes; of a part of a computed array, its share."""
+    if isinstance(fragments, Fragments):
+        return fragments.nbytes
     total = 0
     for fragment in fragments:
         nbytes = sum(extent.nbytes for extent in stored([fragment]))
@@ -250,9 +300,16 @@ class Entry(Struct, frozen=True):
     """
 
     spec: TensorSpec
-    fragments: tuple[Fragment, ...]
+    fragments: tuple[Fragment, ...] | Fragments
     kind: TensorKind = "parameter"
     aliases: tuple[str, ...] = ()
+
+    @property
+    def over(self) -> Shape:
+        """The shape that its fragments' boxes are over: its own, or `(numel,)`."""
+        if isinstance(self.fragments, Fragments):
+            return self.fragments.over
+        return self.fragments[0].box.shape if self.fragments else self.spec.shape
 
     @property
     def names(self) -> tuple[str, ...]:

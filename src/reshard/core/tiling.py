@@ -49,8 +49,7 @@ def check_tiling(entry: Entry) -> None:
     Raises `FormatError` (a box that leaves the tensor, bytes that do not fit their box, two boxes
     that overlap) or `IncompleteError` (a hole).
     """
-    spec = entry.spec
-    over = entry.fragments[0].box.shape if entry.fragments else spec.shape
+    spec, over = entry.spec, entry.over
     if over not in (spec.shape, (spec.numel,)):
         raise FormatError(f"its parts are of shape {over}, it is {spec.shape}.", tensor=spec.name)
     for fragment in entry.fragments:

@@ -73,6 +73,7 @@ class Sources:
         if not isinstance(file, FileRef):
             file = FileRef(str(absolute(located(file) if isinstance(file, str) else file)))
         ref = file
+        self._reach(ref.path)
         with self._lock:
             if ref.codec:
                 return self._frame(ref)
@@ -80,9 +81,19 @@ class Sources:
 
     def stream(self, ref: FileRef) -> Iterator[bytes]:
         """The bytes of a compressed frame, decompressed in pieces of at most 1 MiB."""
+        self._reach(ref.path)
         with self._lock:
             source = self._whole(ref.path)
         yield from frames.pieces(source.read_some, ref)
+
+    def _reach(self, path: str) -> None:
+        """Open an object of a store before the lock is taken: its store may take long to
+        answer."""
+        ref = FileRef(path)
+        if not path.startswith("/") and ref not in self._open:
+            source = self._plain(ref)
+            with self._lock:
+                self._open.setdefault(ref, source)
 
     def _whole(self, path: str) -> Source:
         ref = FileRef(path)

@@ -4,7 +4,8 @@ What a store said is kept for a short time, and asked again each time that a use
 conversion asks some thousand times what lies in a folder, and one list answers all of it.
 
 A folder of ours is complete once it has its `reshard.json`, which is written last. Until then it
-holds `reshard.partial.json`, and reading it is an `IncompleteError`.
+holds `reshard.partial.json`, and reading it is an `IncompleteError`. Readers never see the objects
+`reshard.partial.*`, which a run keeps there for itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from reshard.core.locations import CLAIM, HUB, MANIFEST, RemotePath, located, named
+from reshard.core.locations import CLAIM, HUB, MANIFEST, MARKS, RemotePath, located, named
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.storage import credentials
 from reshard.storage.ahead import Ahead
@@ -110,9 +111,10 @@ def listing(path: RemotePath) -> Listing:
             f"it is an output of reshard that is not complete: it has no {MANIFEST}, which is "
             "written last.",
             path=path,
-            hint="Wait for the run that writes it; if none does, convert again with --overwrite.",
+            hint="Wait for the run that writes it. If it was killed, run its command again; with "
+            "--resume it goes on.",
         )
-    return found
+    return {name: there for name, there in found.items() if not name.startswith(MARKS)}
 
 
 def is_unfinished(path: RemotePath) -> bool:
@@ -121,17 +123,17 @@ def is_unfinished(path: RemotePath) -> bool:
     return CLAIM in there and MANIFEST not in there
 
 
-def claim(path: RemotePath) -> bytes:
-    """The text of what stands in an output that is not complete. Raises `NotFoundError`."""
-    store, key = _view(path).store, (path / CLAIM).key
+def read_whole(path: RemotePath) -> tuple[bytes, Object]:
+    """A small object, as it is now, and which one it is. Raises `NotFoundError`."""
+    store, key = _view(path).store, path.key
     there = store.head(key)
     if there is None:
-        raise NotFoundError("there is no such object.", path=path / CLAIM)
-    return bytes(store.read(key, 0, there.nbytes, there))
+        raise NotFoundError("there is no such object.", path=path)
+    return bytes(store.read(key, 0, there.nbytes, there)) if there.nbytes else b"", there
 
 
 def contents(path: RemotePath) -> Listing:
-    """What lies in a folder, complete or not."""
+    """What lies in a folder, complete or not, with what a run keeps there for itself."""
     view = _view(path)
     with view.lock:
         view.refresh()
@@ -142,7 +144,7 @@ def contents(path: RemotePath) -> Listing:
 
 
 def below(path: RemotePath) -> Mapping[str, Object]:
-    """Every object below a folder, by its name there with `/`."""
+    """Every object below a folder, by its name there with `/`, with those of `MARKS`."""
     return _view(path).store.below(path.key)
 
 
@@ -255,6 +257,11 @@ def opened(path: str) -> Opened:
     if there is None:
         raise NotFoundError("it is a folder, not an object.", path=path)
     return Opened(place, _view(place).store, there, _ahead(path, identity(there)))
+
+
+def opened_as(path: RemotePath, known: Object) -> Opened:
+    """An object that was seen before: reading another one in its place is an `IncompleteError`."""
+    return Opened(path, _view(path).store, known, Ahead())
 
 
 @lru_cache(4096)

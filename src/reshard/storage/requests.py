@@ -61,6 +61,11 @@ def count(**more: int) -> None:
         _total = Requests(**{name: now[name] + more.get(name, 0) for name in now})
 
 
+def add(others: Requests) -> None:
+    """Add what another process asked."""
+    count(**asdict(others))
+
+
 def total() -> Requests:
     """What this process asked of stores so far; the difference of two is what a piece of work
     did."""

@@ -6,15 +6,17 @@ errors of the server and of the network. Imported only once a URL is named.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+import xxhash
 from msgspec import Struct
 
 from reshard._version import __version__
@@ -25,7 +27,7 @@ from reshard.storage import credentials
 from reshard.storage.requests import count
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
+    from obstore import GetOptions, PutMode
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 # Bytes of a part of a multipart upload, and parts of an upload at most (S3).
@@ -48,12 +50,14 @@ RETRY: RetryConfig = {
 class Object(Struct, frozen=True):
     """An object of a store: its bytes, its entity tag, and when it was written (seconds).
 
-    `nbytes` is -1 where a list does not say it.
+    `nbytes` is -1 where a list does not say it. `version` is what the store calls it beside its
+    tag; Google Cloud replaces objects by that.
     """
 
     nbytes: int
     tag: str = ""
     modified: float = 0.0
+    version: str = ""
 
 
 #: What lies in a folder, by name; None is a folder.
@@ -119,16 +123,32 @@ class Bucket:
     def read(self, key: str, start: int, stop: int, known: Object) -> memoryview:
         return read_range(self._raw, key, start, stop, f"{self.url}/{key}", known.tag)
 
-    def put(self, key: str, data: bytes, *, new: bool = False) -> Object:
-        """Write a small object; with `new`, raises `FileExistsError` where there is one."""
+    def put(
+        self, key: str, data: bytes, *, new: bool = False, instead_of: Object | None = None
+    ) -> Object:
+        """Write a small object.
+
+        With `new`, raises `FileExistsError` where there is one; with `instead_of`, where there is
+        another than that.
+        """
         import obstore
 
+        mode: PutMode = "create" if new else "overwrite"
+        if instead_of is not None:
+            mode = {"e_tag": instead_of.tag}
+            if instead_of.version:
+                mode["version"] = instead_of.version
         count(put=1, bytes_written=len(data))
-        with writing(f"{self.url}/{key}"):
-            done = obstore.put(
-                self._raw, key, data, mode="create" if new else "overwrite", use_multipart=False
-            )
-        return Object(len(data), done["e_tag"] or "")
+        try:
+            with writing(f"{self.url}/{key}"):
+                done = obstore.put(self._raw, key, data, mode=mode, use_multipart=False)
+        except (FileExistsError, WriteError):
+            # A store may have done what it answered with an error, and refuse the same again.
+            found = None if mode == "overwrite" else self._sent(key, len(data), data)
+            if found is None:
+                raise
+            return found
+        return Object(len(data), done["e_tag"] or "", version=done["version"] or "")
 
     def upload(self, key: str, pieces: Iterator[bytes], nbytes: int) -> Object:
         """Write an object of `nbytes` bytes as they come, in parts.
@@ -139,26 +159,72 @@ class Bucket:
 
         part = max(PART_NBYTES, -(-nbytes // _MAX_PARTS) + 4095 & ~4095)
         count(put=2 + -(-nbytes // part), bytes_written=nbytes)
-        with writing(f"{self.url}/{key}"):
-            done = obstore.put(
-                self._raw,
-                key,
-                pieces,
-                use_multipart=True,
-                chunk_size=part,
-                max_concurrency=_PARTS_AT_ONCE,
-            )
-        return Object(nbytes, done["e_tag"] or "")
+        passed = _Passed(pieces)
+        try:
+            with writing(f"{self.url}/{key}"):
+                done = obstore.put(
+                    self._raw,
+                    key,
+                    passed,
+                    use_multipart=True,
+                    chunk_size=part,
+                    max_concurrency=_PARTS_AT_ONCE,
+                )
+        except WriteError:
+            found = self._sent(key, nbytes, passed.hasher) if passed.complete else None
+            if found is None:
+                raise
+            return found
+        return Object(nbytes, done["e_tag"] or "", version=done["version"] or "")
+
+    def _sent(self, key: str, nbytes: int, sent: bytes | xxhash.xxh3_128) -> Object | None:
+        """The object of a key, if it holds what was sent: all of it is read."""
+        wanted = sent if isinstance(sent, xxhash.xxh3_128) else xxhash.xxh3_128(sent)
+        hasher = xxhash.xxh3_128()
+        try:
+            there = self.head(key)
+            if there is None or there.nbytes != nbytes:
+                return None
+            for start in range(0, nbytes, PART_NBYTES):
+                hasher.update(self.read(key, start, min(start + PART_NBYTES, nbytes), there))
+        except (NotFoundError, IncompleteError):
+            return None
+        return there if hasher.digest() == wanted.digest() else None
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; those that are not there are no error."""
         import obstore
 
         names = list(keys)
-        if names:
-            count(delete=1 + len(names) // _PAGE)
-            with writing(f"{self.url}/{names[0]}"):
+        if not names:
+            return
+        count(delete=1 + len(names) // _PAGE)
+        try:
+            with writing(f"{self.url}/{names[0]}"), suppress(FileNotFoundError):
                 obstore.delete(self._raw, names)
+                return
+        except WriteError:
+            if len(names) == 1:
+                raise
+        for name in names:  # Azure ends a list of them at one that is not there
+            count(delete=1)
+            with writing(f"{self.url}/{name}"), suppress(FileNotFoundError):
+                obstore.delete(self._raw, name)
+
+
+class _Passed:
+    """Bytes on their way, hashed as they pass; `complete` once there are no more."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self.hasher = xxhash.xxh3_128()
+        self.complete = False
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._pieces:
+            self.hasher.update(piece)
+            yield piece
+        self.complete = True
 
 
 def bucket_of(path: RemotePath) -> Bucket:
@@ -169,7 +235,9 @@ def bucket_of(path: RemotePath) -> Bucket:
 @lru_cache(64)
 def _bucket(scheme: str, name: str, settings: object) -> Bucket:
     stores, url = library(), f"{scheme}://{name}"
-    more: dict[str, Any] = {"client_options": client(scheme == "gs"), "retry_config": RETRY}
+    # Another server than Google's or Azure's own is one that the user's settings name.
+    open_ = scheme == "gs" or os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() == "true"
+    more: dict[str, Any] = {"client_options": client(open_), "retry_config": RETRY}
     with asking(url):
         if scheme == "s3":
             found = credentials.aws()
@@ -318,4 +386,5 @@ def _refusal(error: Exception) -> tuple[str, str | None, bool]:
 
 
 def _object(meta: Any) -> Object:
-    return Object(meta["size"], meta["e_tag"] or "", meta["last_modified"].timestamp())
+    tag, when = meta["e_tag"] or "", meta["last_modified"].timestamp()
+    return Object(meta["size"], tag, when, meta["version"] or "")

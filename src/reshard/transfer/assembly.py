@@ -229,6 +229,10 @@ class Assembly:
         if self._back is not None and (stretch := self._stretch(piece)) is not None:
             self._back.note(piece.segments[0].tensor.file.fd, stretch)
         self._done(piece, digest, results)
+        self.note(piece, digest, read)
+
+    def note(self, piece: Piece, digest: bytes, read: Sequence[PassedRun] | None) -> None:
+        """Note a piece in the journal, as `made` says."""
         own = self._folder.journal
         if own is None or read is None:
             return
@@ -241,9 +245,13 @@ class Assembly:
         """That a piece stands in the output as an interrupted run noted it."""
         if self._back is not None and (stretch := self._stretch(piece)) is not None:
             self._back.known(stretch, digest)
-        with self._counting:
-            self._reused += piece.nbytes
+        self.count_reused(piece.nbytes)
         self._done(piece, digest, results)
+
+    def count_reused(self, nbytes: int) -> None:
+        """That so many bytes stood in the output as they were noted."""
+        with self._counting:
+            self._reused += nbytes
 
     def _done(self, piece: Piece, digest: bytes, results: Sequence[SegmentResult]) -> None:
         self.hashed(piece, digest)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from msgspec import Struct, field
 from zlib_ng import zlib_ng
 
-from reshard.core.tensors import Entry, Extent, FileRef, Record, stored
+from reshard.core.fragments import regions
+from reshard.core.tensors import Entry, Extent, FileRef, Record
 from reshard.errors import FormatError
 from reshard.storage.local import Sources
 
@@ -218,13 +219,13 @@ def join(runs: list[PassedRun], run: PassedRun) -> None:
 
 def without_checksum(entries: Iterable[Entry], records: Iterable[Record]) -> list[Extent]:
     """The stretches of files that tensors lie in and no record holds, each once; those that overlap
-    are one."""
+    are one. Of tensors that are cut out of flat ones, the flat ones."""
     files: dict[FileRef, list[tuple[int, int, int]]] = {}
     for record in records:
         where = record.extent
         span = (where.offset, -(where.offset + where.nbytes), 0)
         files.setdefault(where.file, []).append(span)
-    for extent in (extent for entry in entries for extent in stored(entry.fragments)):
+    for extent in regions(entries):
         if extent.nbytes:
             span = (extent.offset, -(extent.offset + extent.nbytes), 1)
             files.setdefault(extent.file, []).append(span)

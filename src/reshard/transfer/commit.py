@@ -17,6 +17,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -28,12 +29,14 @@ from reshard.storage.paths import real
 from reshard.transfer import leftovers, resuming
 from reshard.transfer.journal import Basis, Journal
 from reshard.transfer.lock import TargetLock
+from reshard.transfer.making import ReadAt
 from reshard.transfer.seals import Seals
 from reshard.transfer.signals import held_signals
 from reshard.transfer.system import (
     Identity,
     exchange,
     identity_of,
+    read_fully,
     rename_new,
     reserve,
     sync_folder,
@@ -133,6 +136,10 @@ class OutputFolder:
                 write_fully(fd, data, offset)
         except OSError as error:
             raise _cannot_write(self.target / name, error) from None
+
+    def found(self, name: str, fd: int) -> ReadAt:
+        """How to read what stands in a file: an interrupted run may have written it."""
+        return partial(read_fully, fd)
 
     def lend(self, name: str, fd: int) -> Path:
         """Close a file made by `create`, so that others can write into it; where it lies.

@@ -90,9 +90,11 @@ class Engine:
                 if isinstance(piece, ReadJob):
                     piece.read(maker.buffer)
                     continue
-                if self._folder.in_order:
+                if self._found(piece, maker):
+                    pass
+                elif self._folder.in_order:
                     self._make_in_order(piece, maker)
-                elif not self._found(piece, maker):
+                else:
                     hasher = xxhash.xxh3_128()
                     made = [self._make(segment, hasher, maker) for segment in piece.segments]
                     self._assembly.made(piece, hasher.digest(), made, maker.read())
@@ -124,12 +126,18 @@ class Engine:
                 self._taking.wait()
 
     def _make_in_order(self, piece: Piece, maker: Maker) -> None:
-        """Make a piece whose next segment may wait until the one before it is noted."""
+        """Make a piece whose next segment may wait until the one before it is noted.
+
+        The piece is noted before its last segment, which may seal its file.
+        """
         hasher = xxhash.xxh3_128()
-        for segment in piece.segments:
+        *before, last = piece.segments
+        for segment in before:
             self._assembly.segment_made(segment, self._make(segment, hasher, maker))
+        result = self._make(last, hasher, maker)
         self._assembly.hashed(piece, hasher.digest())
-        maker.read()  # for a journal, which a store's output has not
+        self._assembly.note(piece, hasher.digest(), maker.read())
+        self._assembly.segment_made(last, result)
 
     def _make(self, segment: Segment, hasher: xxhash.xxh3_128, maker: Maker) -> SegmentResult:
         """Make what a piece has of a slot."""
@@ -154,13 +162,17 @@ class Engine:
         noted = self._assembly.noted(piece)
         if noted is None:
             return False
+        held = (segment.tensor.file for segment in piece.segments)
+        files = [read for file in held if (read := self._folder.found(file.output.name, file.fd))]
+        if len(files) < len(piece.segments):
+            return False
         hasher = xxhash.xxh3_128()
         found = []
         with suppress(OSError):
-            for segment in piece.segments:
+            for segment, read in zip(piece.segments, files, strict=True):
                 tensor = segment.tensor
-                fd, known = tensor.file.fd, tensor.changed
-                found.append(maker.find(tensor.slot, segment.runs, hasher, fd, changed=known))
+                known = tensor.changed
+                found.append(maker.find(tensor.slot, segment.runs, hasher, read, changed=known))
         whole = len(found) == len(piece.segments) and hasher.digest() == noted.digest
         if not whole or not self._ledger.add_noted(noted.read):
             self._assembly.differs(piece)

@@ -21,6 +21,7 @@ import numpy as np
 from msgspec import Struct
 
 from reshard.core.dtypes import FLOAT32, DType
+from reshard.core.fragments import within
 from reshard.core.rearrange import boxes_of_range, cut, unflatten
 from reshard.core.tensors import (
     Box,
@@ -89,7 +90,7 @@ def fill(source: Entry, box: Box, out: Array, reader: Reader) -> None:
     a finite value is beyond the range of `out`'s dtype.
     """
     shape = source.spec.shape
-    over = source.fragments[0].box.shape
+    over = source.over
     if over == box.shape:
         _gather(source, box, out.reshape(box.sizes), reader)
     elif over == shape:
@@ -106,7 +107,10 @@ def fill(source: Entry, box: Box, out: Array, reader: Reader) -> None:
 
 def _gather(entry: Entry, box: Box, view: Array, reader: Reader) -> None:
     """Fill an array of the box's sizes; the box is over the shape that the fragments' are over."""
-    for fragment in entry.fragments:
+    start = stop = 0
+    if entry.over == (entry.spec.numel,):
+        start, stop = box.offsets[0], box.offsets[0] + box.sizes[0]
+    for fragment in within(entry, start, stop):
         shared = fragment.box.intersect(box)
         if shared is None:
             continue

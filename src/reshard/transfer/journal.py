@@ -4,7 +4,7 @@
     ["reshard", version, reshard's version, plan]   the first: what is made, by its digest
     ["source", path, [...]]                         each file that is read, and which one it was
     ["piece", table, tensor, leaf, digest, [[source, start, stop, CRC-32], ...]]
-    ["sealed", name, nbytes]                        a file is complete, synced and named
+    ["sealed", name, nbytes, tag]                   a file is complete, synced and named
 
 A piece is a leaf of a tensor's digest (`pieces`). Its line holds the checksums of the bytes that
 were read to make it, of files that state checksums, so that these are compared although a later run
@@ -27,7 +27,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import msgspec
 import xxhash
@@ -78,10 +78,11 @@ class Piece(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, ta
 
 
 class Sealed(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="sealed"):
-    """A file of the output that is complete, synced and named."""
+    """A file of the output that is complete, synced and named; of one in a store, its tag."""
 
     name: str
     nbytes: int
+    tag: str = ""
 
 
 Line = _Header | _Source | Piece | Sealed
@@ -108,7 +109,7 @@ class Basis(Struct, frozen=True):
 
 def key(table: str, tensor: str, leaf: int) -> bytes:
     """Which piece it is, in 16 bytes."""
-    return xxhash.xxh3_128_digest(msgspec.json.encode((_text(table), _text(tensor), leaf)))
+    return xxhash.xxh3_128_digest(msgspec.json.encode((text_of(table), text_of(tensor), leaf)))
 
 
 def encoded(line: Line) -> bytes:
@@ -135,10 +136,10 @@ def opening(basis: Basis) -> bytes:
 
 
 def _sources(basis: Basis) -> list[_Source]:
-    return [_Source(_text(path), basis.sources[path]) for path in sorted(basis.sources)]
+    return [_Source(text_of(path), basis.sources[path]) for path in sorted(basis.sources)]
 
 
-def _text(name: str) -> str:
+def text_of(name: str) -> str:
     """A name as JSON can hold it: one that is not UTF-8 holds halves of surrogate pairs."""
     return name.encode("utf-8", "backslashreplace").decode()
 
@@ -154,7 +155,7 @@ class Noted:
     def __init__(self, file: IO[bytes], basis: Basis) -> None:
         self.damaged = False
         self.nbytes = 0
-        self.sealed: dict[str, int] = {}
+        self.sealed: dict[str, Sealed] = {}
         self._at: dict[bytes, int] = {}
         self._file = file
         self._reading = threading.Lock()
@@ -165,7 +166,7 @@ class Noted:
             if isinstance(line, Piece) and _refers(line, len(basis.sources)):
                 self._at[line.key] = start
             elif isinstance(line, Sealed):
-                self.sealed[line.name] = line.nbytes
+                self.sealed[line.name] = line
             else:
                 self.damaged = True
                 break
@@ -225,6 +226,15 @@ def _refers(piece: Piece, num_sources: int) -> bool:
     return all(
         0 <= source < num_sources and 0 <= start < stop for source, start, stop, _ in piece.read
     )
+
+
+class Notebook(Protocol):
+    """A journal, wherever it is kept: what an interrupted run noted, and what this one notes."""
+
+    noted: Noted | None
+    sources: list[str]
+
+    def note(self, piece: Piece, nbytes: int) -> None: ...
 
 
 class Journal:
@@ -294,7 +304,7 @@ class Journal:
         Not after each small file: what the lines are worth, the sync would cost.
         """
         with self._writing:
-            self._waiting.append(encoded(Sealed(_text(name), nbytes)))
+            self._waiting.append(encoded(Sealed(text_of(name), nbytes)))
             self._flush()
             if self._fd >= 0 and self._unsynced >= _SYNCED:
                 self._unsynced = 0

@@ -48,10 +48,15 @@ class Owner(Struct, frozen=True):
     started: str
 
     @property
+    def here(self) -> bool:
+        """Whether it runs, or ran, where this process would see it."""
+        mine = this_process()
+        return (self.host, self.boot, self.space) == (mine.host, mine.boot, mine.space)
+
+    @property
     def dead(self) -> bool:
         """Whether it is certain that the process is gone."""
-        here = this_process()
-        if (self.host, self.boot, self.space) != (here.host, here.boot, here.space):
+        if not self.here:
             return False  # another machine: this one cannot know
         try:
             os.kill(self.pid, 0)

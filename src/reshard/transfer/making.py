@@ -12,6 +12,7 @@ import xxhash
 from msgspec import Struct
 from zlib_ng import zlib_ng
 
+from reshard.core.fragments import strided
 from reshard.core.plan import Slot
 from reshard.storage.local import Sources
 from reshard.transfer.changes import differs
@@ -19,7 +20,6 @@ from reshard.transfer.checksums import Ledger, PassedRun
 from reshard.transfer.fill import Array, Reader, fill, page_aligned
 from reshard.transfer.finite import NotFinite, spoilt
 from reshard.transfer.pieces import Run
-from reshard.transfer.system import read_fully
 
 # Bytes of an output block. 4 MiB of source and output stay in a core's cache; twice as much is no
 # faster, half as much costs 10% in calls.
@@ -33,6 +33,8 @@ STRIDED_MAKER_NBYTES = _STRIDED_BLOCK + 4 * _SCRATCH
 
 #: Writes bytes at an offset of the output file that a segment lies in.
 Put = Callable[[memoryview, int], None]
+#: Fills a buffer with bytes of a file from an offset on. Raises `OSError`.
+ReadAt = Callable[[memoryview, int], None]
 
 
 class SegmentResult(Struct, frozen=True, array_like=True):
@@ -87,16 +89,16 @@ class Maker:
         slot: Slot,
         runs: Sequence[Run],
         hasher: xxhash.xxh3_128,
-        fd: int,
+        read: ReadAt,
         *,
         changed: bool = False,
     ) -> SegmentResult:
-        """The same of bytes that stand in the output's file already. Raises `OSError`."""
+        """The same of bytes that stand in the output's file already. Raises what `read` does."""
         itemsize = slot.spec.dtype.itemsize
 
         def found(run: Run) -> Array:
             raw = self.buffer[: run.numel * itemsize]
-            read_fully(fd, raw.data, slot.offset + run.start * itemsize)
+            read(raw.data, slot.offset + run.start * itemsize)
             return raw
 
         return self._passed(slot, runs, hasher, found, changed=changed)
@@ -116,7 +118,7 @@ class Maker:
         changed: bool,
     ) -> SegmentResult:
         """What the bytes of `runs` show as they pass."""
-        if strided(slot) and len(self.buffer) < _STRIDED_BLOCK:
+        if strided(slot.source) and len(self.buffer) < _STRIDED_BLOCK:
             self.buffer = page_aligned(_STRIDED_BLOCK)
         crc = nbytes = 0
         special = NotFinite()
@@ -140,11 +142,6 @@ class Maker:
         return whole[run.skip * itemsize : (run.skip + run.numel) * itemsize]
 
 
-def strided(slot: Slot) -> bool:
-    """Whether a slot's source is stored in another order."""
-    return any(fragment.strides for fragment in slot.source.fragments)
-
-
 def block_numel(slot: Slot) -> int:
     """Elements of a block of a slot."""
-    return (_STRIDED_BLOCK if strided(slot) else _BLOCK) // slot.spec.dtype.itemsize
+    return (_STRIDED_BLOCK if strided(slot.source) else _BLOCK) // slot.spec.dtype.itemsize

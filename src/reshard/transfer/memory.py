@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+from reshard.core.fragments import strided
 from reshard.core.plan import Plan
-from reshard.transfer.making import MAKER_NBYTES, STRIDED_MAKER_NBYTES, strided
+from reshard.transfer.making import MAKER_NBYTES, STRIDED_MAKER_NBYTES
 
 _STATUS = Path("/proc/self/status")
 # Bytes that each thread has beside its buffers: its stack, and what the allocator keeps.
@@ -23,7 +24,7 @@ def needed(plan: Plan, threads: int) -> int:
     tensors, turned = 0, False
     for slot in plan.slots():
         tensors += 1
-        turned = turned or strided(slot)
+        turned = turned or strided(slot.source)
     buffers = STRIDED_MAKER_NBYTES if turned else MAKER_NBYTES
     return (
         (peak_cpu_nbytes() or 0) + threads * (buffers + _THREAD_NBYTES) + tensors * _TENSOR_NBYTES

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from reshard.core.findings import Finding
 from reshard.storage.source import Source
-from reshard.transfer.journal import Journal
+from reshard.transfer.journal import Notebook
+from reshard.transfer.making import ReadAt
 
 # Bytes of a file that are copied at a time.
 _COPY_PIECE = 4 << 20
@@ -39,7 +40,7 @@ class Output(Protocol):
     def in_order(self) -> bool: ...
 
     @property
-    def journal(self) -> Journal | None:
+    def journal(self) -> Notebook | None:
         """Where finished pieces are noted; None where the output cannot be continued."""
 
     def create(self, name: str, nbytes: int) -> int: ...
@@ -48,6 +49,9 @@ class Output(Protocol):
         self, name: str, fd: int, data: memoryview, offset: int, *, known: bool = False
     ) -> None:
         """Take bytes of a file; with `known`, ones that are no tensor's."""
+
+    def found(self, name: str, fd: int) -> ReadAt | None:
+        """How to read what stands in a file already; None where nothing can."""
 
     def lend(self, name: str, fd: int) -> Path:
         """Close a file so that other processes can write into it; where it is."""

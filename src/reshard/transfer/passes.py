@@ -14,6 +14,7 @@ import xxhash
 from msgspec import Struct
 
 from reshard.core.dtypes import DType
+from reshard.core.fragments import strided
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import VerificationError
 from reshard.progress import Progress
@@ -188,7 +189,7 @@ def _agree(pair: tuple[Entry, Entry], reader: Reader, limit: int, *, short: bool
     """Whether two tensors agree, or with `short` their first `limit` bytes."""
     mine, theirs = pair
     dtype = mine.spec.dtype
-    if any(fragment.strides for fragment in mine.fragments + theirs.fragments):
+    if strided(mine) or strided(theirs):
         limit = _STRIDED_BLOCK
     ours, others = (blocks(made, reader, dtype, limit=limit) for made in pair)
     for one, other in zip(ours, others, strict=True):

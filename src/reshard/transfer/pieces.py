@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from msgspec import Struct
 
 from reshard.core.digests import leaf_numel
+from reshard.core.fragments import computed
 from reshard.core.plan import Slot
 from reshard.core.rearrange import boxes_of_range
-from reshard.core.tensors import Box, Portion, blocks
+from reshard.core.tensors import Box, blocks
 
 
 class Run(Struct, frozen=True):
@@ -37,7 +38,7 @@ def runs(slot: Slot, before: int, max_numel: int) -> Iterator[tuple[int, Run]]:
     block, twice: how a product is summed, and so its last bit, may depend on the block.
     """
     shape, leaf = slot.spec.shape, leaf_numel(slot.spec.dtype)
-    computed = any(isinstance(part.extent, Portion) for part in slot.source.fragments)
+    whole_blocks = computed(slot.source)
     start = 0
     for block in blocks(shape, max_numel):
         end = start + block.numel
@@ -45,7 +46,7 @@ def runs(slot: Slot, before: int, max_numel: int) -> Iterator[tuple[int, Run]]:
         while at < end:
             index = (before + at) // leaf
             stop = min(end, (index + 1) * leaf - before)
-            if (at, stop) == (start, end) or computed:
+            if (at, stop) == (start, end) or whole_blocks:
                 yield index, Run(block, at, at - start, stop - at)
             else:
                 done = at

@@ -9,6 +9,7 @@ import xxhash
 
 from reshard.core.digests import joined, leaf_numel, leaves
 from reshard.core.dtypes import DType
+from reshard.core.fragments import longest
 from reshard.core.rearrange import blocks_of_range
 from reshard.core.tensors import Entry, Extent, Record
 from reshard.errors import VerificationError
@@ -97,9 +98,8 @@ def _stream(
     ledger: Ledger | None = None,
 ) -> Iterator[Array]:
     """Elements `[start, stop)` as row-major bytes of `dtype`, a block at a time, in one buffer."""
-    longest = max((fragment.extent.nbytes for fragment in entry.fragments), default=0)
     # Most tensors of a mixture of experts are far smaller than a block.
-    reader = Reader(sources, ledger or Ledger(()), page_aligned(min(_BLOCK, longest)).data)
+    reader = Reader(sources, ledger or Ledger(()), page_aligned(min(_BLOCK, longest(entry))).data)
     for block in blocks(entry, reader, dtype or entry.spec.dtype, start=start, stop=stop):
         yield block.view(np.uint8)
 

@@ -1,121 +1,132 @@
 """An output in an object store: streamed as it is made, and complete with its last object.
 
-    OUT/reshard.partial.json    the first: which run writes, and which files; until the end
-    OUT/model-00001-of-...      an upload in parts, which nobody sees until it is whole
-    OUT/reshard.json            the last: with it the output is complete
+    OUT/reshard.partial.json     the first: which run writes, and which files (`claims`)
+    OUT/reshard.partial.00001    which pieces and files are finished (`notes`)
+    OUT/model-00001-of-...       an upload in parts, which nobody sees until it is whole
+    OUT/reshard.json             the last: with it the output is complete
 
 A store has no rename. Readers take a folder with the first of these and without the last for an
 output that is not complete (`storage.remote`). The first is written on the condition that there is
-none, so of two runs of one output one is refused. A run that fails ends its uploads and deletes
-what it wrote; one that is killed leaves its first object, which says what else may be left, for
-`--overwrite` to delete. With `--overwrite` the old output goes when the first file of the new one
-is whole: a store cannot exchange the two in one step.
+none, or none but that of a run that is gone: so of two runs one is refused. A run that fails ends
+its uploads and deletes what it wrote. What one that was killed left is reused with `resume`, as far
+as it is whole and proves to be what was noted, and deleted otherwise.
 
-Memory: what came before its turn and what waits for its upload (`upload`), and the parts on their
-way (`storage.stores`).
+With `overwrite` the old output goes when the first file of the new one is whole: a store cannot
+exchange the two in one step. Its `reshard.json` goes first, so that what is left of it is never
+taken for an output.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from reshard._version import __version__
-from reshard.core.findings import Finding
-from reshard.core.locations import CLAIM, MANIFEST, RemotePath
-from reshard.errors import ReshardError, UnsupportedError, WriteError
-from reshard.storage import remote, strict_json
-from reshard.storage.stores import Bucket, Object, bucket_of
-from reshard.transfer.journal import Journal
-from reshard.transfer.output import StoppedError
-from reshard.transfer.seals import Seals
-from reshard.transfer.upload import Shared, Upload
+from msgspec.structs import replace
 
-# Bytes of small files that wait for their request.
-_WAITING = 32 << 20
+from reshard.core.findings import Finding
+from reshard.core.locations import CLAIM, MANIFEST, MARKS, RemotePath
+from reshard.errors import ReshardError, WriteError
+from reshard.storage import remote, strict_json, uploads
+from reshard.storage.fingerprints import Fingerprint
+from reshard.storage.stores import Object
+from reshard.transfer import claims, takeover
+from reshard.transfer.claims import Claim
+from reshard.transfer.journal import Basis
+from reshard.transfer.making import ReadAt
+from reshard.transfer.notes import Notes
+from reshard.transfer.resuming import can_be_continued
+from reshard.transfer.sending import DiffersError, Sending
+from reshard.transfer.signals import held_signals
 
 
 class RemoteFolder:
     """A folder of a store being written. Use as a context manager; call `commit` last.
 
-    `names` are those of all files that will be written. `partial` is where verification finds them
-    before the end: in their place. Raises `WriteError`.
+    `digest` names the plan, `names` are those of all files that will be written, `sources` say
+    which files the plan's are. `partial` is where verification finds the files before the end: in
+    their place. `resumed` is the age in words of the interrupted run that is continued. Raises
+    `WriteError`.
     """
 
     in_order = True
-    journal: Journal | None = None  # what a killed run left is deleted
-    resumed = ""
 
     def __init__(
-        self, target: RemotePath, digest: str, names: Iterable[str], *, overwrite: bool = False
+        self,
+        target: RemotePath,
+        digest: str,
+        names: Iterable[str],
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        sources: Mapping[str, Fingerprint] | None = None,
     ) -> None:
         self.target = target
         self.partial: Path = target
         self.overwrite = overwrite
+        self.resumed = ""
         self.findings: list[Finding] = []
         self.committed = False
-        self.changed = threading.Condition()
-        self._shared = Shared(self.changed)
-        self.bucket: Bucket = bucket_of(target)
-        self._names = [*names, MANIFEST]
-        self._plan = digest
-        self._claim: Object | None = None
+        #: Whether uploads may be left that nobody here can end: of workers that were lost.
+        self.abandoned = False
+        self.sending = Sending(target, self._made)
+        self.journal: Notes | None = None
+        self._resume = resume
+        self._basis = Basis(digest, sources or {})
+        self._claim = Claim.made(digest, [*names, MANIFEST])
+        self._object: Object | None = None
         self._manifest = b""
-        self._made: dict[str, Object] = {}
-        self._begun: set[str] = set()
-        self._open: dict[int, Upload] = {}
-        self._count = 0
-        self._waiting = 0
+        self._noted: set[str] = set()
+        self._kept: dict[str, Object] = {}
         self._old: list[str] = []
         self._displaced = False
-        self._seals = Seals()
+        self._beating = threading.Lock()
+        self._end = threading.Event()
+        self._beats = threading.Thread(target=self._beat, name="reshard-claim", daemon=True)
 
     def __enter__(self) -> RemoteFolder:
-        self._begin()
+        try:
+            with held_signals():
+                self._begin()
+        except BaseException:
+            if self._object is not None:  # the next run finds by it what is left
+                with suppress(ReshardError):
+                    self._sign_again(replace(self._claim, stopped=True))
+            raise
         remote.being_written.add(str(self.target))
+        self._beats.start()
         return self
-
-    def key(self, name: str) -> str:
-        """The key of a file of the output."""
-        return (self.target / name).key
-
-    def _send(self, name: str, pieces: Iterator[bytes], nbytes: int) -> None:
-        """Upload a file as it is made."""
-        self._note(name, self.bucket.upload(self.key(name), pieces, nbytes))
-
-    def _note(self, name: str, made: Object) -> None:
-        """That an object is in the store."""
-        with self.changed:
-            self._made[name] = made
 
     def create(self, name: str, nbytes: int) -> int:
         """Begin a file of `nbytes` bytes; returns its number."""
-        with self.changed:
-            self._count += 1
-            number = self._count
-            self._open[number] = Upload(name, nbytes, self._shared, self._send)
-        return number
+        return self.sending.create(name, nbytes, self.kept(name, nbytes))
+
+    def kept(self, name: str, nbytes: int) -> Object | None:
+        """The object of a file that an interrupted run completed, to be reused."""
+        there = self._kept.get(name)
+        return there if there is not None and there.nbytes == nbytes else None
 
     def put(
         self, name: str, fd: int, data: memoryview, offset: int, *, known: bool = False
     ) -> None:
         """Take `data` at `offset` of a file made by `create`; `known`: it is no tensor's."""
-        self._open[fd].put(data, offset, known=known)
+        try:
+            self.sending.put(fd, data, offset, known=known)
+        except DiffersError:
+            self._forget(name)
+            raise
+
+    def found(self, name: str, fd: int) -> ReadAt | None:
+        """How to read a file that an interrupted run completed."""
+        standing = self.sending.standing(fd)
+        return None if standing is None else standing.read
 
     def lend(self, name: str, fd: int) -> Path:
-        """An object is written by one process."""
-        raise UnsupportedError(
-            "the workers of a cluster write into a shared folder, and this output is in a store.",
-            path=self.target,
-            hint="Name an output in a shared folder, or leave out --engine ray.",
-        )
+        """Never called: workers send their files themselves (`cluster.stores`)."""
+        raise NotImplementedError
 
     def take_back(self, name: str, path: Path) -> int:
         """Never called: nothing was lent."""
@@ -123,28 +134,22 @@ class RemoteFolder:
 
     def seal(self, name: str, fd: int) -> None:
         """Let a file become an object once all of it is there; `settle` waits for it."""
-        upload = self._open[fd]
-        self._displace()
-        with self.changed:
-            if upload.small:
-                self.changed.wait_for(lambda: self._waiting <= _WAITING)
-                self._waiting += upload.nbytes
-            upload.sealed = True
-            self._begun.add(name)
-            self.changed.notify_all()
-        self._seals.add(lambda: self._finish(fd, upload))
+        if self.sending.standing(fd) is None:
+            self.displace()
+        self.sending.seal(fd)
 
     def halt(self) -> None:
         """Let everyone who waits end: the run failed."""
-        with self.changed:
-            for upload in self._open.values():
-                upload.failure = upload.failure or StoppedError()
-            self.changed.notify_all()
+        self.sending.halt()
 
     def settle(self) -> None:
         """Wait until every file that was sealed is in the store."""
-        self._seals.settle()
+        self.sending.settle()
         remote.forget(self.target)  # verification asks what is there
+
+    def took(self, name: str, made: Object) -> None:
+        """That a worker has sent a file."""
+        self.sending.note(name, made)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file; `reshard.json` is kept until `commit`."""
@@ -155,18 +160,30 @@ class RemoteFolder:
         self.put(name, number, memoryview(data), 0, known=True)
         self.seal(name, number)
 
+    def displace(self) -> None:
+        """Delete the output that this one replaces, its `reshard.json` first."""
+        with self.sending.changed:
+            old, self._old = self._old, []
+        if old:
+            self._displaced = True
+            self._delete([MANIFEST])
+            self._delete(old)
+
     def commit(self) -> None:
         """Complete the output by its last object, if all others are still what was written."""
         self.settle()
-        self._displace()
+        self.displace()
+        self._stop_beating()
+        if self.abandoned:
+            self._end_uploads()
         self._check_still_ours()
         try:
-            self.bucket.put(self.key(MANIFEST), self._manifest, new=True)
+            self.sending.bucket.put(self.sending.key(MANIFEST), self._manifest, new=True)
         except FileExistsError:
             raise self._not_alone() from None
         self.committed = True
         try:
-            self.bucket.delete([self.key(CLAIM)])
+            self._delete([*self._noted, CLAIM])
         except WriteError as error:
             self.findings.append(
                 Finding(
@@ -183,12 +200,13 @@ class RemoteFolder:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self.halt()
-            for upload in [*self._open.values()]:
-                upload.drop()
-            self._seals.close()
-            if not self.committed:
-                self._clear()
+            with held_signals():
+                keep = self._resume and not self.committed and can_be_continued(error)
+                self.sending.close(finish=keep)
+                self._stop_beating()
+                kept = not self.committed and self._give_up(keep=keep)
+            if kept and isinstance(error, ReshardError) and "--resume" not in str(error):
+                error.message += " What is finished is kept; pass --resume to continue."
         except ReshardError as left:
             if not isinstance(error, ReshardError):
                 raise
@@ -208,58 +226,95 @@ class RemoteFolder:
                 )
             text = strict_json.read_file(self.target / MANIFEST, max_nbytes=strict_json.MAX_INDEX)
             self._old = [MANIFEST, *_listed(text)]
-        if CLAIM in old and self.overwrite:
-            # What a run that was killed left, or one whose output is complete.
-            text = strict_json.parse_object(remote.claim(self.target), str(self.target / CLAIM))
-            left = [] if MANIFEST in old else _listed(text)
-            self.bucket.delete([self.key(name) for name in (*left, CLAIM)])
-        stated = {
-            "reshard": __version__,
-            "plan": self._plan,
-            "host": platform.node(),
-            "pid": os.getpid(),
-            "began": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-            "files": {name: {} for name in self._names},
-        }
-        try:
-            claim = json.dumps(stated, indent=1).encode()
-            self._claim = self.bucket.put(self.key(CLAIM), claim, new=True)
-        except FileExistsError:
-            raise self._not_alone() from None
+            self._claim = replace(self._claim, old=tuple(self._old))
+        left = claims.left_at(self.target)
+        if left is not None:
+            left.check_gone(force=self.overwrite)
+            self._claim = takeover.over(self._claim, left, complete=MANIFEST in old)
+        self._sign(left)
+        if left is not None:
+            taken = takeover.take(
+                self.sending, left, self._basis, resume=self._resume, complete=MANIFEST in old
+            )
+            self.findings += taken.findings
+            self.journal, self._kept, self.resumed = taken.journal, taken.kept, taken.age
+            self._noted |= taken.marks
+        if self.journal is None:
+            self.journal = Notes(self._put_mark, self._basis)
+        else:
+            self.journal.put = self._put_mark
         remote.forget(self.target)
 
-    def _displace(self) -> None:
-        """Delete the output that this one replaces, its `reshard.json` first."""
-        with self.changed:
-            old, self._old = self._old, []
-        if old:
-            self._displaced = True
-            self.bucket.delete([self.key(MANIFEST)])
-            self.bucket.delete([self.key(name) for name in old])
-
-    def _finish(self, number: int, upload: Upload) -> None:
+    def _sign(self, left: claims.Left | None) -> None:
+        """Write the first object, in the place of the one that is left. Raises `WriteError`."""
+        key, text = self.sending.key(CLAIM), self._claim.encoded()
         try:
-            if upload.small:
-                key = self.key(upload.name)
-                self._note(upload.name, self.bucket.put(key, upload.whole()))
+            if left is None:
+                self._object = self.sending.bucket.put(key, text, new=True)
             else:
-                upload.finish()
-        finally:
-            with self.changed:
-                self._open.pop(number, None)
-                self._waiting -= upload.nbytes if upload.small else 0
-                self.changed.notify_all()
+                self._object = self.sending.bucket.put(key, text, instead_of=left.object)
+        except FileExistsError:
+            raise self._not_alone() from None
+
+    def _put_mark(self, name: str, text: bytes) -> None:
+        self.sending.bucket.put(self.sending.key(name), text)
+        self._noted.add(name)
+
+    def _made(self, name: str, made: Object) -> None:
+        """Note in the journal that a file is an object by now."""
+        if self.journal is not None:
+            self.journal.seal(name, made)
+
+    def _forget(self, name: str) -> None:
+        """Delete a file that an interrupted run left and that is not what it should be."""
+        self._kept.pop(name, None)
+        with suppress(WriteError):
+            self._delete([name])
+
+    def _delete(self, names: Iterable[str]) -> None:
+        self.sending.bucket.delete([self.sending.key(name) for name in names])
+
+    def _beat(self) -> None:
+        """Give a sign of life once a minute; what is finished is noted, too."""
+        while not self._end.wait(claims.BEAT):
+            if self.journal is not None:
+                self.journal.flush()
+            with self._beating:
+                if self._end.is_set() or self._sign_again(self._claim):
+                    continue
+            self.sending.halt(self._not_alone())
+            return
+
+    def _sign_again(self, claim: Claim) -> bool:
+        """Write the first object again; whether it was still ours."""
+        key = self.sending.key(CLAIM)
+        try:
+            self._object = self.sending.bucket.put(key, claim.encoded(), instead_of=self._object)
+        except FileExistsError:
+            return False
+        except WriteError:  # a store without the condition, or one that does not answer now
+            with suppress(ReshardError):
+                if self._is_ours():
+                    self._object = self.sending.bucket.put(key, claim.encoded())
+        return True
+
+    def _stop_beating(self) -> None:
+        self._end.set()
+        if self._beats.is_alive():
+            self._beats.join()
 
     def _check_still_ours(self) -> None:
         """Raise where another run took this output over, or an object is no longer ours."""
         if not self._is_ours():
             raise self._not_alone()
-        there = dict(remote.below(self.target))
-        there.pop(CLAIM, None)
-        for name in sorted({*there, *self._made}):
-            mine, now = self._made.get(name), there.get(name)
+        made = self.sending.made
+        there = {name: found for name, found in remote.below(self.target).items()
+                 if not name.startswith(MARKS)}  # fmt: skip
+        for name in sorted({*there, *made}):
+            mine, now = made.get(name), there.get(name)
             if mine is not None and now is not None and now.tag != mine.tag:
-                now = self.bucket.head(self.key(name))  # some lists write tags in another way
+                # Some lists write tags in another way.
+                now = self.sending.bucket.head(self.sending.key(name))
             if mine is None or now is None or (mine.nbytes, mine.tag) != (now.nbytes, now.tag):
                 raise WriteError(
                     f"something else wrote or deleted {name!r} while this run wrote.",
@@ -269,28 +324,42 @@ class RemoteFolder:
 
     def _is_ours(self) -> bool:
         """Whether the first object is still that of this run."""
-        if self._claim is None:
+        if self._object is None:
             return False
-        claim = self.bucket.head(self.key(CLAIM))
-        return claim is not None and claim.tag == self._claim.tag
+        there = self.sending.bucket.head(self.sending.key(CLAIM))
+        return there is not None and there.tag == self._object.tag
 
     def _not_alone(self) -> WriteError:
         return WriteError(
-            "another run writes this output, or was killed while it did.",
+            "another run writes this output.",
             path=self.target,
-            hint="Wait for it. If it no longer runs, convert again with --overwrite, which "
-            "deletes what it left; or name another output.",
+            hint="Wait for it, or name another output.",
         )
 
-    def _clear(self) -> None:
-        """Delete what this run wrote, if the output is still this run's."""
-        if self._is_ours():
-            names = [*{*self._made, *self._begun}, CLAIM]
-            self.bucket.delete([self.key(name) for name in names])
+    def _give_up(self, *, keep: bool) -> bool:
+        """Delete what this run wrote, if the output is still this run's; or keep it, noted.
+
+        Whether it was kept.
+        """
+        if not self._is_ours():
+            return False
+        if self.abandoned:
+            self._end_uploads()
+        if keep and (self.sending.made or self._kept) and self.journal is not None:
+            self.journal.flush()
+            self._sign_again(replace(self._claim, stopped=True))
+            return True
+        self._delete([*{*self.sending.made, *self.sending.begun, *self._kept, *self._noted}, CLAIM])
+        return False
+
+    def _end_uploads(self) -> None:
+        left = uploads.begun(self.target, self._claim.files)
+        if left:
+            uploads.end(self.target, left)
 
 
 def _listed(stated: Mapping[str, Any]) -> list[str]:
-    """The files that a `reshard.json`, or what stands for it, lists."""
+    """The files that a `reshard.json` lists."""
     files = stated.get("files")
     names = [*files] if isinstance(files, dict) else []
     return [name for name in names if not {"", ".", ".."} & {*name.split("/")}]

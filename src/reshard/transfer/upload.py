@@ -114,7 +114,7 @@ class Upload:
     def _pieces(self) -> Iterator[bytes]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self.failure or self._ready or self._complete())
+                self._changed.wait_for(lambda: self.failure or self._ready or self.complete)
                 if self.failure is not None:
                     raise StoppedError
                 if not self._ready:
@@ -124,5 +124,7 @@ class Upload:
                 self._changed.notify_all()
             yield data
 
-    def _complete(self) -> bool:
+    @property
+    def complete(self) -> bool:
+        """Whether everyone is done with it, and all of it is there."""
         return self.sealed and self._next == self.nbytes

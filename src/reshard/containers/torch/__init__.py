@@ -8,7 +8,8 @@
 (32000, 4096)
 """
 
-from reshard.containers.torch.reader import Known, read, read_pickle
+from reshard.containers.torch.known import Known
+from reshard.containers.torch.reader import read, read_pickle
 from reshard.containers.torch.records import (
     Global,
     Instance,

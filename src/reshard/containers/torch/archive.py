@@ -34,6 +34,7 @@ from reshard.containers.torch.directory import (
     parse_end,
     parse_entries,
 )
+from reshard.containers.torch.known import Known, Listing
 from reshard.containers.torch.malformed import Compressed, Malformed, show
 from reshard.core.tensors import Extent
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
@@ -52,47 +53,49 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 class Archive:
     """The archive in bytes `[offset, offset + nbytes)` of `source`.
 
+    With `known`, a directory that was parsed before is compared with it and not parsed again.
     `folder` is the common folder's name, `entries` maps names inside it (`data.pkl`, `data/0`) to
     entries.
     Raises `IncompleteError` where the archive is cut off, `FormatError` where it breaks a rule,
     `UnsupportedError` where it is a zip archive of something else.
     """
 
-    def __init__(self, source: Source, offset: int, nbytes: int) -> None:
+    def __init__(
+        self, source: Source, offset: int, nbytes: int, known: Known | None = None
+    ) -> None:
         self._source = source
         self._offset = offset
         self._nbytes = nbytes
         self._window, self._window_start = b"", 0
         directory = self._find_directory()
-        try:
-            entries = parse_entries(self._read(directory.start, directory.nbytes), directory.count)
-            self._starts = check_places(entries, directory)
-        except Malformed as problem:
-            if isinstance(problem, Compressed) and problem.name.partition("/")[2].startswith(_CODE):
-                raise _torchscript(source.ref.path) from None
-            raise self._broken(f"{problem}.") from None
-        folder = _common_folder([entry.name for entry in entries], source.ref.path)
-        self.folder = folder.removesuffix("/")
-        self.entries: Mapping[str, ArchiveEntry] = {
-            entry.name.removeprefix(folder): entry for entry in entries
-        }
+        listing = None
+        if known is not None:
+            listing = known.listing(directory, source, offset + directory.start)
+        if listing is None:
+            raw = self._read(directory.start, directory.nbytes)
+            listing = self._parsed(raw, directory)
+            if known is not None:
+                known.note_listing(directory, raw, listing)
+        self._folder, self._starts = listing.folder, listing.starts
+        self.folder = listing.folder.removesuffix("/")
+        self.entries: Mapping[str, ArchiveEntry] = listing.entries
 
     def locate(self, name: str) -> Extent:
         """Where the data of an entry lies in the file."""
         entry = self.entries.get(name)
         if entry is None:
             raise self._broken(f"it lacks the entry {show(name)}.")
-        full = entry.name.encode()
+        full = f"{self._folder}{name}".encode()
         raw = self._read_header(entry.header, LOCAL_NBYTES + len(full))
         signature, _, flags, method, *_, name_nbytes, extra_nbytes = _LOCAL.unpack_from(raw)
         if signature != b"PK\3\4" or method or flags & ENCRYPTED or raw[LOCAL_NBYTES:] != full:
-            raise self._broken(f"the header of its entry {show(entry.name)} is damaged.")
+            raise self._broken(f"the header of its entry {show(full.decode())} is damaged.")
         start = entry.header + LOCAL_NBYTES + name_nbytes + extra_nbytes
         end = start + entry.nbytes
         limit = self._starts[bisect.bisect_right(self._starts, entry.header)]
         if end > limit:
             raise self._broken(
-                f"its entry {show(entry.name)} takes bytes {start} to {end}, and what follows "
+                f"its entry {show(full.decode())} takes bytes {start} to {end}, and what follows "
                 f"begins at {limit}."
             )
         return Extent(self._source.ref, self._offset + start, entry.nbytes)
@@ -114,6 +117,19 @@ class Archive:
                 f"its entry {show(name)} has CRC-32 {found:08x}, and should have {stated:08x}."
             )
         return data
+
+    def _parsed(self, raw: bytes, directory: Directory) -> Listing:
+        try:
+            entries = parse_entries(raw, directory.count)
+            starts = check_places(entries, directory)
+        except Malformed as problem:
+            if isinstance(problem, Compressed) and problem.name.partition("/")[2].startswith(_CODE):
+                raise _torchscript(self._source.ref.path) from None
+            raise self._broken(f"{problem}.") from None
+        folder = _common_folder([entry.name for entry in entries], self._source.ref.path)
+        return Listing(
+            folder, {entry.name.removeprefix(folder): entry for entry in entries}, starts
+        )
 
     def _find_directory(self) -> Directory:
         tail_nbytes = min(TAIL_NBYTES, self._nbytes)

@@ -61,12 +61,14 @@ class Machine:
     """Runs one pickle. `handlers` maps dotted names to pure functions of the call's arguments.
 
     `persistent` turns a persistent id (a storage) into a value; None refuses them. With `repeats`,
-    records that are spelt alike become `Instance`s, and `run` may raise `RecalledError`. After
+    records that are spelt alike become `Instance`s, and `run` may raise `RecalledError`. `devices`,
+    where given, gets the texts that may be a device's name, by their places. After
     `run`, `unknown` holds the names that neither a handler nor reshard's types know.
     """
 
     __slots__ = (
         "data",
+        "devices",
         "handlers",
         "made_nbytes",
         "marks",
@@ -89,12 +91,14 @@ class Machine:
         handlers: Mapping[str, Handler],
         persistent: PersistentId | None = None,
         repeats: bool = False,
+        devices: dict[int, bytes] | None = None,
     ) -> None:
         self.data = data
         self.path = path
         self.handlers = handlers
         self.persistent = persistent
         self.repeats = Repeats() if repeats else None
+        self.devices = devices
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: list[object] = []

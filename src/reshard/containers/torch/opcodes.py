@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
+from reshard.containers.torch.known import DEVICE, MAX_DEVICE
 from reshard.containers.torch.limits import (
     CALL_NBYTES,
     DICT_NBYTES,
@@ -171,7 +172,12 @@ def _short_binunicode(m: Machine, pos: int) -> int:
 
 @_opcode("X")
 def _binunicode(m: Machine, pos: int) -> int:
-    return _push_text(m, pos + 4, _U32(m.data, pos)[0])
+    (nbytes,) = _U32(m.data, pos)
+    if m.devices is not None and nbytes <= MAX_DEVICE:
+        text = DEVICE.fullmatch(m.data, pos + 4, pos + 4 + nbytes)
+        if text is not None:
+            m.devices[pos + 4] = text[0]
+    return _push_text(m, pos + 4, nbytes)
 
 
 @_opcode("\x8d")

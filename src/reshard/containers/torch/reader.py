@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TypeAlias
 
 from msgspec.structs import replace
 
 from reshard.containers.torch import sniff
 from reshard.containers.torch.archive import Archive
 from reshard.containers.torch.handlers import HANDLERS
+from reshard.containers.torch.known import Known
 from reshard.containers.torch.legacy import PREFIX, read_legacy
 from reshard.containers.torch.limits import MAX_NBYTES
 from reshard.containers.torch.machine import Machine, PersistentId
@@ -22,11 +22,6 @@ from reshard.core.tensors import Record
 from reshard.errors import FormatError, UnsupportedError
 from reshard.storage.source import Source
 
-#: Files without a byte of tensors, by their pickles; `read` fills it, and takes from it.
-Known: TypeAlias = dict[bytes, TorchFile]
-# Pickles that differ by the device of a rank, of which a machine has few.
-_MAX_KNOWN = 16
-
 
 def read(
     source: Source, *, offset: int = 0, nbytes: int | None = None, known: Known | None = None
@@ -35,8 +30,8 @@ def read(
 
     `nbytes` None: to the file's end. Reads the pickle, the directory and 30 bytes a storage, and no
     tensor. The pickle's CRC-32 is checked; those of the storages are handed on in `records`. With
-    `known`, shared by the reads of files that repeat each other, a pickle that was parsed before is
-    not parsed again, if its tensors are empty: then their places do not matter.
+    `known`, shared by the reads of files that repeat each other, what was parsed before is not
+    parsed again; of files with the same pickle, `value` is then the same object.
 
     Raises `IncompleteError` (empty, cut off), `FormatError` (damaged), `UnsupportedError` (not a
     torch.save file, or beyond what training files are).
@@ -44,7 +39,7 @@ def read(
     nbytes = source.size - offset if nbytes is None else nbytes
     head = source.read(offset, min(nbytes, sniff.HEAD_NBYTES))
     if head.startswith(b"PK\3\4"):
-        return _read_zip(Archive(source, offset, nbytes), source.ref.path, known)
+        return _read_zip(Archive(source, offset, nbytes, known), source, known)
     if head.startswith(PREFIX):
         return read_legacy(source, offset, nbytes)
     raise sniff.not_wanted(head, nbytes, source.ref.path)
@@ -71,9 +66,21 @@ def read_pickle(data: bytes, *, path: str, repeats: bool = False) -> Pickled:
 
 
 def _parse(
-    data: bytes, path: str, persistent: PersistentId | None, *, repeats: bool = False
+    data: bytes,
+    path: str,
+    persistent: PersistentId | None,
+    *,
+    repeats: bool = False,
+    devices: dict[int, bytes] | None = None,
 ) -> Pickled:
-    machine = Machine(data, path=path, handlers=HANDLERS, persistent=persistent, repeats=repeats)
+    machine = Machine(
+        data,
+        path=path,
+        handlers=HANDLERS,
+        persistent=persistent,
+        repeats=repeats,
+        devices=devices,
+    )
     value, end = machine.run()
     if end != len(data):
         raise FormatError(f"its pickle ends at byte {end} of {len(data)}.", path=path)
@@ -81,13 +88,23 @@ def _parse(
     return Pickled(value, tuple(sorted(machine.unknown)))
 
 
-def _read_zip(archive: Archive, path: str, known: Known | None) -> TorchFile:
+def _read_zip(archive: Archive, source: Source, known: Known | None) -> TorchFile:
+    path = source.ref.path
     _check_byte_order(archive, path)
+    stated = None if known is None else archive.entries["data.pkl"].crc32
+    if known is not None and stated is not None:
+        place = archive.locate("data.pkl")
+        same = known.equal(source, place.offset, place.nbytes, stated)
+        if same is not None:
+            return replace(same, written_as=archive.folder)
     storages = _ZipStorages(archive)
     data = archive.read("data.pkl", MAX_NBYTES)
-    if known is not None and data in known:
-        return replace(known[data], written_as=archive.folder)
-    pickled = _parse(data, path, storages.find)
+    if known is not None:
+        same = known.alike(data, stated)
+        if same is not None:
+            return replace(same, written_as=archive.folder)
+    devices: dict[int, bytes] | None = None if known is None else {}
+    pickled = _parse(data, path, storages.find, devices=devices)
     unchecked = storages.unchecked + (archive.entries["data.pkl"].crc32 is None)
     file = TorchFile(
         pickled.value,
@@ -96,8 +113,8 @@ def _read_zip(archive: Archive, path: str, known: Known | None) -> TorchFile:
         (f"{unchecked} of its records have no checksum.",) if unchecked else (),
         archive.folder,
     )
-    if known is not None and not unchecked and storages.all_empty and len(known) < _MAX_KNOWN:
-        known[data] = file
+    if known is not None and stated is not None and not unchecked and storages.all_empty:
+        known.note_pickle(data, stated, file, devices or {})
     return file
 
 

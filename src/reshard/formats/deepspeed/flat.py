@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Mapping
 
 from msgspec.structs import replace
 
 from reshard.containers.torch import TensorRef
-from reshard.core.tensors import Entry, Extent, Fragment, TensorKind, TensorSpec, flat
+from reshard.core.partition import FlatSpace
+from reshard.core.tensors import Entry, TensorKind, TensorSpec, flat
 from reshard.core.tiling import proven
 from reshard.errors import FormatError
 
 
-class FlatSpace:
+def flat_space(parts: Iterable[TensorRef]) -> FlatSpace:
     """One-dimensional tensors as one run of elements, in the order given."""
-
-    def __init__(self, parts: Sequence[TensorRef]) -> None:
-        self._parts = parts
-        self._starts = [0, *accumulate(part.shape[0] for part in parts)]
-
-    @property
-    def numel(self) -> int:
-        return self._starts[-1]
-
-    def fragments(self, start: int, length: int, numel: int, at: int) -> list[Fragment]:
-        """Elements `[start, start + length)` as the elements from `at` on of a tensor of `numel`.
-
-        One fragment for each part that the range touches. The range must lie inside the space.
-        """
-        found = []
-        index = bisect.bisect_right(self._starts, start) - 1
-        stop = start + length
-        while start < stop:
-            part = self._parts[index]
-            end = min(stop, self._starts[index + 1])
-            if end > start:
-                itemsize = part.dtype.itemsize
-                skip = (start - self._starts[index]) * itemsize
-                extent = Extent(
-                    part.extent.file, part.extent.offset + skip, (end - start) * itemsize
-                )
-                found.append(Fragment(flat(numel, at, end - start), extent, part.dtype))
-                at += end - start
-                start = end
-            index += 1
-        return found
+    return FlatSpace([part.fragment() for part in parts])
 
 
 def stored_entry(name: str, tensor: TensorRef, kind: TensorKind) -> Entry:

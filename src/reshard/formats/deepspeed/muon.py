@@ -16,12 +16,13 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
+from reshard.core.partition import FlatSpace
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.core.tiling import proven
 from reshard.formats.deepspeed import proof
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import FlatSpace
+from reshard.formats.deepspeed.flat import flat_space
 from reshard.formats.deepspeed.wrapped import Wrapped
 from reshard.storage.local import Sources
 
@@ -44,7 +45,7 @@ def of_whole_parameters(
     spaces: list[FlatSpace | None] = []
     for one, names in zip(wrapped, held, strict=True):
         there = MOMENTUM in one.kinds(number)
-        space = FlatSpace([one.flat(number, MOMENTUM)]) if there else None
+        space = flat_space([one.flat(number, MOMENTUM)]) if there else None
         if (0 if space is None else space.numel) != sum(math.prod(shapes[n]) for n in names):
             return None
         spaces.append(space)

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
-from reshard.core.tensors import Entry, TensorSpec
+from reshard.core.partition import Ranks, partitioned
+from reshard.core.tensors import Entry, Fragment, TensorSpec
 from reshard.core.tiling import proven
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, listed
 from reshard.formats.deepspeed import proof
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import FlatSpace, in_module_order, stored_entry
+from reshard.formats.deepspeed.flat import flat_space, in_module_order, stored_entry
 from reshard.formats.deepspeed.parse import Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources
@@ -72,20 +73,12 @@ def _parameters(saved: Saved) -> Iterator[Entry]:
     """Walk the sub-groups: a rank's flat group is one piece of each of its parameters, in order."""
     groups = saved.model[0].groups
     _check_lengths(groups, saved)
-    world_size = len(saved.optim)
-    spaces = [FlatSpace(file.flats) for file in saved.optim]
-    dtype = saved.optim[0].flats[0].dtype
+    ranks = Ranks([flat_space(file.flats) for file in saved.optim])
     cursor = 0
     for name, shape in (item for group in groups for item in group.items()):
-        spec = TensorSpec(name, dtype, shape)
-        piece = -(-spec.numel // world_size)
-        fragments = []
-        for rank, space in enumerate(spaces):
-            at = min(rank * piece, spec.numel)
-            length = min(piece, spec.numel - at)
-            fragments += space.fragments(cursor, length, spec.numel, at)
-        yield proven(spec, fragments, "parameter")
-        cursor += piece
+        entry = partitioned(name, shape, ranks, cursor)
+        yield entry
+        cursor += ranks.piece(entry.spec.numel)
 
 
 def _check_lengths(groups: tuple[Shapes, ...], saved: Saved) -> None:
@@ -124,7 +117,7 @@ def _frozen(saved: Saved) -> Iterator[Entry]:
     for name, shape in saved.model[0].frozen_shapes.items():
         numel = math.prod(shape)
         piece = -(-numel // world_size)
-        fragments = []
+        fragments: list[Fragment] = []
         dtype = None
         for rank, file in enumerate(saved.model):
             part = file.frozen_fragments.get(name)
@@ -138,6 +131,6 @@ def _frozen(saved: Saved) -> Iterator[Entry]:
             dtype = part.dtype
             at = min(rank * piece, numel)
             length = min(piece, numel - at)
-            fragments += FlatSpace([part]).fragments(0, length, numel, at)
+            fragments += flat_space([part]).fragments(0, length, numel, at)
         if dtype is not None:
             yield proven(TensorSpec(name, dtype, shape), fragments, "frozen")

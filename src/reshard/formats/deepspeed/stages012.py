@@ -14,7 +14,7 @@ from reshard.formats.deepspeed.aliases import other_names
 from reshard.formats.deepspeed.describe import describe
 from reshard.formats.deepspeed.experts import holds_experts
 from reshard.formats.deepspeed.files import Saved
-from reshard.formats.deepspeed.flat import FlatSpace, in_module_order, stored_entry
+from reshard.formats.deepspeed.flat import flat_space, in_module_order, stored_entry
 from reshard.formats.deepspeed.parse import ModelFile, OptimFile, Shapes, refuse_unread
 from reshard.formats.deepspeed.place import Location
 from reshard.storage.local import Sources
@@ -91,7 +91,7 @@ def _cut(number: int, shapes: Shapes, optim: tuple[OptimFile, ...]) -> dict[str,
         )
     needed = sum(math.prod(shape) for shape in shapes.values()) + sum(paddings)
     _check_partitions(number, needed, optim)
-    space = FlatSpace([file.flats[number] for file in optim])
+    space = flat_space([file.flats[number] for file in optim])
     dtype = optim[0].flats[number].dtype
     entries = {}
     at = 0

@@ -1,6 +1,6 @@
 """A transfer and a verification as tasks for the workers of a cluster.
 
-Pieces that follow each other are one task, of up to `_TASK_NBYTES`: the answer and the handing out
+Pieces that follow each other are one task, of up to `TASK_NBYTES`: the answer and the handing out
 take a few milliseconds, and what is lost with a worker is made again in seconds. Neither what a
 task is nor who made it changes a byte of the output.
 """
@@ -14,24 +14,26 @@ from msgspec import Struct
 
 from reshard.core.digests import LEAF_NBYTES, leaf_numel
 from reshard.core.findings import Finding
+from reshard.core.locations import RemotePath
 from reshard.core.plan import Plan
-from reshard.core.tensors import Entry, Extent, FileRef, Record, stored
+from reshard.core.tensors import Entry, Extent, FileRef, Record
 from reshard.progress import Progress
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Assembly, File, Noted, Outcome, Piece
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.cluster import wire
 from reshard.transfer.cluster.connection import Workers
+from reshard.transfer.cluster.packing import inputs, pack, read_for
 from reshard.transfer.cluster.tasks import Tasks
-from reshard.transfer.cluster.wire import Inputs, Output, Packer
+from reshard.transfer.cluster.wire import Output, Packer
 from reshard.transfer.executor import LeafDigests
 from reshard.transfer.output import Output as Folder
 from reshard.transfer.reading import Known
 from reshard.transfer.system import identity_of
 
 # Bytes of pieces in a task, and tensors: the task of very many small ones is long to write down.
-_TASK_NBYTES = 256 << 20
-_TASK_SEGMENTS = 2048
+TASK_NBYTES = 256 << 20
+TASK_SEGMENTS = 2048
 # Tasks for each processor, at least, as far as there are pieces: none is idle for long at the end.
 _EACH = 8
 
@@ -54,6 +56,10 @@ class OnRay(Struct, frozen=True):
     def run(self, plan: Plan, sources: Sources, folder: Folder) -> Outcome:
         """Write every file of the plan into the folder, synced and named. Raises what fails."""
         ledger = Ledger(self.records, self.unprotected)
+        if isinstance(folder.target, RemotePath):
+            from reshard.transfer.cluster.stores import StoreTransfer
+
+            return StoreTransfer(self, plan, sources, folder, ledger).run()
         return _Transfer(self, plan, sources, folder, ledger).run()
 
     def leaf_digests(self, known: Known) -> LeafDigests:
@@ -74,6 +80,18 @@ class OnRay(Struct, frozen=True):
 
         tasks = Tasks(self.ray, self.workers, wire.HashAnswer)
         tasks.run(_hash_tasks(leaves, sources), answered)
+
+
+def task_nbytes(cluster: OnRay, total: int) -> int:
+    """Bytes of a task, of so many in all: none of the processors is idle for long."""
+    processors = int(cluster.ray.cluster_resources().get("CPU", 0))
+    return min(TASK_NBYTES, total // (_EACH * max(processors, 1)))
+
+
+def usable(assembly: Assembly, ledger: Ledger, piece: Piece) -> Noted | None:
+    """What an interrupted run noted of a piece, as far as it can be used."""
+    noted = assembly.noted(piece)
+    return noted if noted is not None and ledger.hold(noted.read) else None
 
 
 class _Making(Struct, frozen=True):
@@ -108,7 +126,7 @@ class _Transfer:
         tasks = Tasks(self._cluster.ray, self._cluster.workers, wire.MakeAnswer)
         tasks.run(self._tasks(), self._answered)
         self._folder.settle()
-        findings = (_made_again(tasks.lost),) if tasks.lost else ()
+        findings = (made_again(tasks.lost),) if tasks.lost else ()
         return self._assembly.outcome(self._read, self._ledger.check(self._sources), findings)
 
     def _answered(self, making: _Making, answer: wire.MakeAnswer) -> None:
@@ -124,50 +142,34 @@ class _Transfer:
                 read = [(making.files[s.file], s.start, s.stop, crc) for s, crc in found.read]
                 self._ledger.add_read(read)
                 self._assembly.made(piece, found.digest, found.segments, read)
-            self._ledger.add_bare(_read_for(piece))
+            self._ledger.add_bare(read_for(piece))
             self._written += piece.nbytes
         if self._cluster.progress is not None:
             self._cluster.progress(self._written, self._assembly.total)
 
     def _noted(self, piece: Piece) -> Noted | None:
-        """What an interrupted run noted of a piece, as far as it can be used."""
-        noted = self._assembly.noted(piece)
-        return noted if noted is not None and self._ledger.hold(noted.read) else None
+        return usable(self._assembly, self._ledger, piece)
 
     def _tasks(self) -> Iterator[tuple[_Making, bytes]]:
-        processors = int(self._cluster.ray.cluster_resources().get("CPU", 0))
-        share = self._assembly.total // (_EACH * max(processors, 1))
-        for pieces in _together(self._assembly.pieces(), min(_TASK_NBYTES, share)):
+        most = task_nbytes(self._cluster, self._assembly.total)
+        for pieces in _together(self._assembly.pieces(), most):
             yield self._task(pieces)
 
     def _task(self, pieces: list[Piece]) -> tuple[_Making, bytes]:
         packer = Packer()
         outputs: dict[str, int] = {}
         files: list[Output] = []
-        slots: list[wire.WireSlot] = []
-        records: dict[Extent, None] = {}
+
+        def numbered(file: File) -> int:
+            if file.output.name not in outputs:
+                outputs[file.output.name] = len(files)
+                files.append(self._output(file))
+            return outputs[file.output.name]
+
         noted = [self._noted(piece) for piece in pieces]
-        made = []
-        for piece, known in zip(pieces, noted, strict=True):
-            segments = []
-            for segment in piece.segments:
-                slot, file = segment.tensor.slot, segment.tensor.file
-                if file.output.name not in outputs:
-                    outputs[file.output.name] = len(files)
-                    files.append(self._output(file))
-                source = wire.narrowed(slot.source, *wire.reached(segment.runs))
-                for extent in stored(source.fragments):
-                    if (record := self._ledger.record_around(extent)) is not None:
-                        records[record] = None
-                segments.append((len(slots), tuple(map(wire.packed_run, segment.runs))))
-                slots.append(packer.slot(slot, outputs[file.output.name], source))
-            made.append(wire.WirePiece(tuple(segments), None if known is None else known.digest))
-        stretches = tuple(
-            wire.Stretch(packer.number(record.file), record.offset, record.offset + record.nbytes)
-            for record in records
-        )
+        packed = pack(pieces, noted, packer, self._ledger, numbered)
         read = inputs(packer, self._sources)
-        task = wire.MakeTask(read, tuple(files), tuple(slots), tuple(made), stretches)
+        task = wire.MakeTask(read, tuple(files), packed.slots, packed.pieces, packed.records)
         return _Making(pieces, noted, read.files), wire.encode(task)
 
     def _output(self, file: File) -> Output:
@@ -175,22 +177,6 @@ class _Transfer:
         inode = 0 if known is None else known[1]
         shown = str(self._folder.target / file.output.name)
         return Output(str(file.place), inode, file.output.nbytes, shown)
-
-
-def _read_for(piece: Piece) -> Iterator[Extent]:
-    """What is read to make a piece."""
-    for segment in piece.segments:
-        source = wire.narrowed(segment.tensor.slot.source, *wire.reached(segment.runs))
-        yield from stored(source.fragments)
-
-
-def inputs(packer: Packer, sources: Sources) -> Inputs:
-    """The files that a task reads, and what they were when this run first opened them."""
-    known = {}
-    for file in packer.files:
-        _, inode, size, mtime = sources.open(file.path).identity
-        known[file.path] = (str(inode), size, mtime)
-    return Inputs(tuple(packer.files), known)
 
 
 def _together(pieces: Iterator[Piece], most: int) -> Iterator[list[Piece]]:
@@ -207,7 +193,7 @@ def _hash_tasks(
     def measure(leaf: tuple[Entry, int]) -> tuple[int, int]:
         return min(leaf[0].spec.nbytes, LEAF_NBYTES), 1
 
-    for batch in _batches(leaves, measure, _TASK_NBYTES):
+    for batch in _batches(leaves, measure, TASK_NBYTES):
         yield first, _hash_task(batch, sources)
         first += len(batch)
 
@@ -223,7 +209,7 @@ def _batches(
     nbytes = segments = 0
     for item in items:
         size, count = measure(item)
-        if batch and (nbytes + size > most or segments + count > _TASK_SEGMENTS):
+        if batch and (nbytes + size > most or segments + count > TASK_SEGMENTS):
             yield batch
             batch, nbytes, segments = [], 0, 0
         batch.append(item)
@@ -243,7 +229,7 @@ def _hash_task(batch: list[tuple[Entry, int]], sources: Sources) -> bytes:
     return wire.encode(wire.HashTask(inputs(packer, sources), tuple(packed)))
 
 
-def _made_again(count: int) -> Finding:
+def made_again(count: int) -> Finding:
     return Finding(
         "pieces-made-again",
         f"{count} tasks were handed out again, because their workers or nodes were lost.",

@@ -18,6 +18,7 @@ from msgspec import Struct
 from reshard import errors
 from reshard._version import __version__
 from reshard.errors import ReshardError, UnsupportedError, WriteError
+from reshard.storage import requests
 from reshard.transfer.cluster import wire
 from reshard.transfer.cluster.connection import Workers
 from reshard.transfer.cluster.worker import work
@@ -34,7 +35,7 @@ _LOOK = 5.0
 _PATIENCE = 30.0
 
 Job = TypeVar("Job")
-Answered = TypeVar("Answered", bound=wire.MakeAnswer | wire.HashAnswer)
+Answered = TypeVar("Answered", bound=wire.Done)
 
 
 class _UnderWay(Struct, Generic[Job]):
@@ -75,6 +76,7 @@ class Tasks(Generic[Answered]):
                     with held_signals():
                         task = under_way.pop(ref)
                     if isinstance(answer, self._kind):
+                        requests.add(answer.asked)
                         answered(task.job, answer)
                     elif isinstance(answer, Exception):
                         again.append(self._again(task, answer))

@@ -22,10 +22,12 @@ from reshard.core.tensors import (
     Extent,
     FileRef,
     Fragment,
+    Fragments,
     Portion,
     Shape,
     TensorSpec,
 )
+from reshard.storage.requests import Requests
 from reshard.transfer.making import SegmentResult
 from reshard.transfer.pieces import Run
 
@@ -149,6 +151,35 @@ class MakeTask(Struct, frozen=True, array_like=True, tag="make"):
     records: tuple[Stretch, ...]
 
 
+class Stored(Struct, frozen=True, array_like=True):
+    """A file that is sent to a store, by its name in the output's folder.
+
+    `literals` are the bytes that are known beforehand, by their offsets. `standing` is the tag of
+    the object that an interrupted run completed; empty where there is none.
+    """
+
+    name: str
+    nbytes: int
+    literals: tuple[tuple[int, bytes], ...]
+    standing: str = ""
+
+
+class SendTask(Struct, frozen=True, array_like=True, tag="send"):
+    """Make whole files, and send them into the folder at a URL.
+
+    Slots of other files than `outputs` have the number -1: what pieces have of them is hashed and
+    not written. `crcs` are the places of each slot's CRC-32.
+    """
+
+    inputs: Inputs
+    folder: str
+    outputs: tuple[Stored, ...]
+    slots: tuple[WireSlot, ...]
+    crcs: tuple[tuple[int, ...], ...]
+    pieces: tuple[WirePiece, ...]
+    records: tuple[Stretch, ...]
+
+
 class HashTask(Struct, frozen=True, array_like=True, tag="hash"):
     """Read leaves of tensors and hash them."""
 
@@ -169,16 +200,27 @@ class PieceAnswer(Struct, frozen=True, array_like=True):
 
 
 class MakeAnswer(Struct, frozen=True, array_like=True, tag="made"):
-    """What came of each piece."""
+    """What came of each piece. `asked` counts requests to stores, as in all answers."""
 
     pieces: tuple[PieceAnswer, ...]
     bytes_read: int
+    asked: Requests = Requests()
+
+
+class SendAnswer(Struct, frozen=True, array_like=True, tag="sent"):
+    """What came of each piece, and the tag of each file's object."""
+
+    pieces: tuple[PieceAnswer, ...]
+    bytes_read: int
+    tags: tuple[str, ...]
+    asked: Requests = Requests()
 
 
 class HashAnswer(Struct, frozen=True, array_like=True, tag="hashed"):
     """The digest of each leaf."""
 
     digests: tuple[bytes, ...]
+    asked: Requests = Requests()
 
 
 class Failure(Struct, frozen=True, array_like=True, tag="failed"):
@@ -191,8 +233,9 @@ class Failure(Struct, frozen=True, array_like=True, tag="failed"):
     hint: str | None
 
 
-Task = MakeTask | HashTask
-Answer = MakeAnswer | HashAnswer | Failure
+Task = MakeTask | SendTask | HashTask
+Done = MakeAnswer | SendAnswer | HashAnswer
+Answer = Done | Failure
 _TASKS: msgspec.msgpack.Decoder[Task] = msgspec.msgpack.Decoder(Task)
 _ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 encode = msgspec.msgpack.encode
@@ -228,9 +271,8 @@ class Packer:
     def entry(self, entry: Entry) -> WireEntry:
         """An entry, with all its fragments."""
         spec = entry.spec
-        over = entry.fragments[0].box.shape if entry.fragments else spec.shape
         fragments = tuple(map(self._fragment, entry.fragments))
-        return WireEntry(spec.name, spec.dtype.name, spec.shape, over, fragments)
+        return WireEntry(spec.name, spec.dtype.name, spec.shape, entry.over, fragments)
 
     def _fragment(self, fragment: Fragment) -> WireFragment:
         extent, box = fragment.extent, fragment.box
@@ -323,9 +365,11 @@ def narrowed(entry: Entry, start: int, stop: int) -> Entry:
 
     A stacked tensor of 1,024 ranks has thousands, and a leaf of it meets a few.
     """
+    if isinstance(entry.fragments, Fragments):
+        return Entry(entry.spec, tuple(entry.fragments.within(start, stop)))
     if len(entry.fragments) <= _FEW:
         return entry
-    over, numel = entry.fragments[0].box.shape, entry.spec.numel
+    over, numel = entry.over, entry.spec.numel
     if over not in (entry.spec.shape, (numel,)) or not over:
         return entry
     row = numel // over[0]

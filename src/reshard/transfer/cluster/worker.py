@@ -16,12 +16,14 @@ from reshard._version import __version__
 from reshard.core.plan import Slot
 from reshard.core.tensors import Extent, Record
 from reshard.errors import NotFoundError, ReshardError, UnsupportedError
+from reshard.storage import requests
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.cluster import wire
 from reshard.transfer.cluster.outputs import SHARED, Outputs
 from reshard.transfer.cluster.wire import (
     Answer,
+    Done,
     Failure,
     HashAnswer,
     HashTask,
@@ -29,25 +31,31 @@ from reshard.transfer.cluster.wire import (
     MakeAnswer,
     MakeTask,
     PieceAnswer,
+    SendTask,
+    Stretch,
+    Task,
     Unpacker,
     WirePiece,
     WireRun,
+    WireSlot,
 )
 from reshard.transfer.making import Maker
 from reshard.transfer.pieces import Run
 from reshard.transfer.reading import leaf_digest
+from reshard.transfer.system import read_fully
 
 
 def work(version: str, task: bytes) -> bytes:
     """Carry out a task of a driver of this version; an answer, or the failure as one."""
+    before = requests.total()
     try:
-        answer = _answer(version, task)
+        answer: Answer = replace(_answer(version, task), asked=requests.total() - before)
     except ReshardError as error:
         answer = Failure(type(error).__name__, error.message, error.path, error.tensor, error.hint)
     return wire.encode(answer)
 
 
-def _answer(version: str, task: bytes) -> Answer:
+def _answer(version: str, task: bytes) -> Done:
     if version != __version__:
         raise UnsupportedError(
             f"the worker on {socket.gethostname()} has reshard {__version__}, and this is "
@@ -57,7 +65,7 @@ def _answer(version: str, task: bytes) -> Answer:
     what = wire.decode_task(task)
     with _opened(what.inputs) as sources:
         try:
-            answer = _make(what, sources) if isinstance(what, MakeTask) else _hash(what, sources)
+            answer = _done(what, sources)
         except NotFoundError as error:  # the driver has seen the file
             host = socket.gethostname()
             raise NotFoundError(
@@ -67,6 +75,16 @@ def _answer(version: str, task: bytes) -> Answer:
             ) from None
         sources.check_unchanged()
     return answer
+
+
+def _done(task: Task, sources: Sources) -> Done:
+    if isinstance(task, MakeTask):
+        return _make(task, sources)
+    if isinstance(task, SendTask):
+        from reshard.transfer.cluster.sender import send
+
+        return send(task, sources)
+    return _hash(task, sources)
 
 
 def _opened(inputs: Inputs) -> Sources:
@@ -82,26 +100,41 @@ def _hash(task: HashTask, sources: Sources) -> HashAnswer:
     return HashAnswer(tuple(digests))
 
 
+class Work:
+    """What making the pieces of a task takes."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        slots: Sequence[WireSlot],
+        records: Sequence[Stretch],
+        sources: Sources,
+    ) -> None:
+        files = inputs.files
+        unpacker = Unpacker(files)
+        stated = (Record(Extent(files[r.file], r.start, r.stop - r.start), 0) for r in records)
+        self.maker = Maker(sources, Ledger(stated))
+        self.slots = tuple(map(unpacker.slot, slots))
+        self._numbers = {file: number for number, file in enumerate(files)}
+
+    def read(self) -> tuple[tuple[Stretch, int], ...]:
+        """What was read of records since this was last called, and its CRC-32s."""
+        return tuple(
+            (Stretch(self._numbers[file], start, stop), crc)
+            for file, start, stop, crc in self.maker.read()
+        )
+
+
 def _make(task: MakeTask, sources: Sources) -> MakeAnswer:
-    files = task.inputs.files
-    unpacker = Unpacker(files)
-    records = [
-        Record(Extent(files[one.file], one.start, one.stop - one.start), 0) for one in task.records
-    ]
-    maker = Maker(sources, Ledger(records))
-    slots = tuple(map(unpacker.slot, task.slots))
-    numbers = {file: number for number, file in enumerate(files)}
+    work = Work(task.inputs, task.slots, task.records, sources)
+    maker, slots = work.maker, work.slots
     with Outputs(task.outputs) as outputs:
         pieces = []
         for piece in task.pieces:
             answer = _found(piece, task, slots, maker, outputs)
             if answer is None:
                 answer = _made(piece, task, slots, maker, outputs)
-            read = tuple(
-                (wire.Stretch(numbers[file], start, stop), crc)
-                for file, start, stop, crc in maker.read()
-            )
-            pieces.append(replace(answer, read=read))
+            pieces.append(replace(answer, read=work.read()))
         outputs.sync()
     return MakeAnswer(tuple(pieces), maker.bytes_read)
 
@@ -115,7 +148,7 @@ def _made(
     for number, runs in piece.segments:
         put = partial(outputs.put, task.slots[number].output)
         slot = slots[number]
-        made.append(maker.make(slot, _runs(runs, slot), hasher, put))
+        made.append(maker.make(slot, unpacked(runs, slot), hasher, put))
     return PieceAnswer(hasher.digest(), tuple(made))
 
 
@@ -129,9 +162,9 @@ def _found(
     found = []
     try:
         for number, runs in piece.segments:
-            fd = outputs.reading(task.slots[number].output)
+            read = partial(read_fully, outputs.reading(task.slots[number].output))
             slot = slots[number]
-            found.append(maker.find(slot, _runs(runs, slot), hasher, fd))
+            found.append(maker.find(slot, unpacked(runs, slot), hasher, read))
     except OSError:
         return None
     finally:
@@ -141,5 +174,6 @@ def _found(
     return PieceAnswer(piece.noted, tuple(found), found=True)
 
 
-def _runs(runs: tuple[WireRun, ...], slot: Slot) -> list[Run]:
+def unpacked(runs: tuple[WireRun, ...], slot: Slot) -> list[Run]:
+    """The runs of a slot."""
     return [wire.unpacked_run(run, slot.spec.shape) for run in runs]

@@ -1,0 +1,110 @@
+"""What an interrupted run left of an output in a store: reused, or deleted; it is named either way.
+
+Only objects that the run's first object lists are deleted, and never those of a run that lives.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from reshard.core.findings import Finding
+from reshard.core.locations import MANIFEST
+from reshard.errors import IncompleteError, NotFoundError
+from reshard.storage import remote, uploads
+from reshard.storage.stores import Object
+from reshard.transfer.claims import Claim, Left
+from reshard.transfer.journal import Basis, StaleError
+from reshard.transfer.notes import Notes
+from reshard.transfer.sending import Sending
+
+
+class Taken(Struct, frozen=True):
+    """What of it is reused: the journal, and the objects of files, by name; the run's age.
+
+    `marks` are the objects of the journal that are there.
+    """
+
+    findings: tuple[Finding, ...] = ()
+    journal: Notes | None = None
+    kept: dict[str, Object] = {}
+    age: str = ""
+    marks: frozenset[str] = frozenset()
+
+
+def over(claim: Claim, left: Left, *, complete: bool) -> Claim:
+    """The first object of a run that takes over: what is left is its to delete.
+
+    Raises `WriteError` where objects lie there that the run did not write.
+    """
+    if not complete:
+        left.check_only_ours()
+    old = {*claim.old, *left.claim.names} - {*claim.files}
+    return replace(claim, old=tuple(sorted(old)))
+
+
+def take(sending: Sending, left: Left, basis: Basis, *, resume: bool, complete: bool) -> Taken:
+    """Take over what a run left that is gone, or whose output is `complete`.
+
+    Raises `WriteError` where it cannot be deleted.
+    """
+    marks = {name for name in left.there if Notes.is_one(name)}
+    begun = uploads.begun(sending.target, sorted(left.claim.names))
+    ended = begun is not None and uploads.end(sending.target, begun)
+    if complete:  # it was killed before it replaced an output, or after it was done
+        _delete(sending, marks)
+        return Taken()
+    reason, which = "", ""
+    if resume:
+        try:
+            journal, kept = _resumed(sending, left, basis, marks)
+        except StaleError as error:
+            reason, which = str(error), error.source
+        else:
+            _delete(sending, {*left.files} - {*kept})
+            return Taken((), journal, kept, left.age, frozenset(marks))
+    _delete(sending, {*left.files, *marks})
+    what = f"an interrupted run of this output left {left.described}"
+    if begun:
+        what += f", and {len(begun)} uploads that were not ended"
+    if not ended:
+        what += " (uploads that were not ended cannot be looked for here)"
+    if resume:
+        cause = f"{reason}: {which}" if which else reason
+        found = Finding("not-resumed", f"{what}, of which nothing is reused: {cause}.",
+                        subject=which)  # fmt: skip
+    else:
+        found = Finding("partial-output", f"{what}; it was deleted.", subject=str(sending.target))
+    return Taken((found,))
+
+
+def _resumed(
+    sending: Sending, left: Left, basis: Basis, marks: set[str]
+) -> tuple[Notes, dict[str, Object]]:
+    """The journal, and the files that it says to be complete and that are still those objects."""
+    if not marks:
+        raise StaleError("nothing of it was finished")
+    if left.claim.plan != basis.plan:
+        raise StaleError("its plan is another")
+    try:
+        texts = {name: remote.read_whole(sending.target / name)[0] for name in sorted(marks)}
+    except (NotFoundError, IncompleteError) as error:
+        raise StaleError(f"its journal cannot be read ({error.message})") from None
+
+    def put(name: str, text: bytes) -> None:
+        sending.bucket.put(sending.key(name), text)
+
+    journal = Notes(put, basis, texts)
+    sealed = {} if journal.noted is None else journal.noted.sealed
+    kept = {}
+    for name, line in sealed.items():
+        there = left.there.get(name)
+        if there is not None and there.tag != line.tag:
+            there = sending.bucket.head(sending.key(name))  # some lists write tags in another way
+        if there is not None and (there.nbytes, there.tag) == (line.nbytes, line.tag):
+            kept[name] = there
+    return journal, kept
+
+
+def _delete(sending: Sending, names: set[str]) -> None:
+    sending.bucket.delete([sending.key(name) for name in sorted(names - {MANIFEST})])
