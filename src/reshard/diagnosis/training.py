@@ -148,7 +148,11 @@ def _by_base(
         numbers, _ = as_numbers(catalog, base, options, sources)
         made = output_model.onto(numbers, base, options, sources)
     except (FormatError, IncompleteError, NamesError, PlanError, UnsupportedError) as error:
-        advice = "Is it the base that the training started from?" if error.hint is None else ""
+        advice = (
+            "Check that --base is the model that the training started from."
+            if error.hint is None
+            else ""
+        )
         return own, Finding("names-do-not-fit", error.message, fix=error.hint or advice)
     if adapted:
         return own, None

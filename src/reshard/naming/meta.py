@@ -185,5 +185,5 @@ def check(stated: object, config: Mapping[str, Any]) -> None:
         if type(mine) is int and mine != theirs:
             raise NamesError(
                 f"its {PARAMS} says {name} {mine}, and the base's config {theirs}.",
-                hint="Is it the base that the training started from?",
+                hint="Check that --base is the model that the training started from.",
             )
