@@ -4,6 +4,7 @@ FOLDER/<run>/base/                      the model that the run starts from
              checkpoint/                given to save_checkpoint
              universal/                 what ds_to_universal makes of it
              truth.safetensors          the masters by name, gathered from the running engine
+             moments.safetensors    `exp_avg.NAME` and `exp_avg_sq.NAME`, likewise
              logits.safetensors         what the running engine answers to IDS
 
 Which expert a rank holds is asked of the running layers, never of what is saved.
@@ -16,6 +17,7 @@ import pytest
 pytest.importorskip("deepspeed")
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 from torch import distributed
 
+from tests.deepspeed.parallel_oracle import full_moment
 from tests.oracle import launch, models
 from tests.oracle.worker import Rank
 
@@ -71,11 +74,17 @@ def make(name: str, rank: Rank, folder: Path) -> None:
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
     engine.save_checkpoint(str(folder / "checkpoint"))
-    masters = _masters(engine)
+    masters = _gathered(engine, safe_get_full_fp32_param)
+    moments = {
+        f"{kind}.{name}": tensor
+        for kind in ("exp_avg", "exp_avg_sq")
+        for name, tensor in _gathered(engine, partial(full_moment, engine, kind=kind)).items()
+    }
     with torch.no_grad():
         logits = engine(input_ids=IDS).logits
     if rank.rank == 0:
         save_file(masters, folder / "truth.safetensors")
+        save_file(moments, folder / "moments.safetensors")
         save_file({"logits": logits.contiguous()}, folder / "logits.safetensors")
 
 
@@ -93,8 +102,8 @@ def _config(stage: int, preset: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _masters(engine: Any) -> dict[str, torch.Tensor]:
-    """Every trained parameter's master; of experts all ranks', in the order of their numbers."""
+def _gathered(engine: Any, read: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `read` gives of each parameter; of experts all ranks', in the order of their numbers."""
     layers = {
         name: module
         for name, module in engine.module.named_modules()
@@ -102,7 +111,7 @@ def _masters(engine: Any) -> dict[str, torch.Tensor]:
     }
     found = {}
     for name, parameter in engine.module.named_parameters():
-        mine = safe_get_full_fp32_param(parameter).detach().clone()
+        mine = read(parameter).detach().clone()
         layer = layers.get(name.rpartition(".experts.")[0])
         if layer is not None:
             parts: list[Any] = [None, None]

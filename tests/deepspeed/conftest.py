@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import reshard
 from tests import child
 from tests.oracle.cache import Array, digest_of, kept, to_numpy
 
@@ -44,6 +45,23 @@ class ParallelRun:
     def expected(self) -> dict[str, Array]:
         """By every name the best value: the master, else what the module has."""
         return self.module() | _load(self.folder / "truth_fp32.safetensors")
+
+    def moments(self) -> dict[str, Array]:
+        """`exp_avg.NAME` and `exp_avg_sq.NAME`, as the running optimizers held them."""
+        return _load(self.folder / "truth_moments.safetensors")
+
+    def check_moments(self) -> None:
+        """The moments that are read are these, bit for bit."""
+        state = reshard.open(self.root).optimizer
+        assert state is not None
+        truth = self.moments()
+        held = {f"{kind}.{n}": t for kind, table in state.moments.items() for n, t in table.items()}
+        assert held.keys() == truth.keys()
+        assert truth
+        for name, value in truth.items():
+            found = held[name].numpy()
+            assert found.shape == value.shape, name
+            assert found.tobytes() == value.tobytes(), name
 
     def copy(self, folder: Path) -> Path:
         """A copy of the checkpoint, for a test that changes it: its tag folder."""

@@ -4,6 +4,7 @@ Made by `python -m tests.deepspeed.parallel_oracle FOLDER`, each in ranks of its
 
 FOLDER/<recipe>/checkpoint/              given to save_checkpoint
                 truth_fp32.safetensors   the masters, gathered from the running engine
+                truth_moments.safetensors    `exp_avg.NAME` and `exp_avg_sq.NAME`, gathered likewise
                 truth_module.safetensors what the module computes with, by every name, whole
                 base/                    the untrained model (those that transformers loads)
 
@@ -30,7 +31,7 @@ import deepspeed
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import groups, safe_get_full_fp32_param
+from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
@@ -165,7 +166,9 @@ def make(recipe: Recipe, rank: Rank, folder: Path) -> None:
         engine.step()
     engine.save_checkpoint(str(folder / "checkpoint"))
     masters, state = _truth(engine, recipe)
+    moments = _moments(engine, recipe) if recipe.stage and recipe.steps else {}
     if rank.rank == 0:
+        save_file(moments, folder / "truth_moments.safetensors")
         save_file(masters, folder / "truth_fp32.safetensors")
         save_file(state, folder / "truth_module.safetensors")
 
@@ -233,6 +236,40 @@ def _truth(engine: Any, recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Te
         if not torch.equal(master.to(state[name].dtype), state[name]):
             raise RuntimeError(f"{name}: the master gathered is not what the module computes with")
     return masters, state
+
+
+def _moments(engine: Any, recipe: Recipe) -> dict[str, Tensor]:
+    """Adam's moments of the whole model, of all ranks. A collective."""
+    found = {}
+    for name, tensor in engine.module.named_parameters():
+        if not tensor.requires_grad:
+            continue
+        for kind in ("exp_avg", "exp_avg_sq"):
+            found[f"{kind}.{name}"] = _whole(tensor, full_moment(engine, tensor, kind))
+    return _global_experts(found) if recipe.model == "experts" else found
+
+
+def full_moment(engine: Any, parameter: Any, kind: str) -> Tensor:
+    """A moment of what this rank's module has of a parameter. A collective.
+
+    Below stage 3 by the parameter's place in its group's flat buffer, as in `tests.oracle.truth`:
+    of groups of experts DeepSpeed's own table lacks the moments.
+    """
+    if engine.zero_optimization_stage() == 3:
+        found: Tensor = safe_get_full_optimizer_state(parameter, kind)
+        return found.detach().clone()
+    outer = engine.optimizer
+    for index, group in enumerate(outer.bit16_groups):
+        if any(parameter is other for other in group):
+            low = outer.bit16_groups_flat[index]
+            mine = outer.optimizer.state[outer.single_partition_of_fp32_groups[index]][kind]
+            ranks = outer.real_dp_process_group[index]
+            parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size(ranks))]
+            distributed.all_gather(parts, mine.contiguous(), group=ranks)
+            start = (parameter.data_ptr() - low.data_ptr()) // low.element_size()
+            flat = torch.cat(parts)[start : start + parameter.numel()]
+            return flat.reshape(parameter.shape).clone()
+    raise RuntimeError("no group of the optimizer has the parameter")
 
 
 def _whole(tensor: Tensor, part: Tensor) -> Tensor:

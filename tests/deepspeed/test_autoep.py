@@ -55,6 +55,20 @@ def test_every_tensor_is_the_live_engines(runs: Path, stage: int, tmp_path: Path
     reshard.verify(tmp_path / "out", run / "universal")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_moment_is_the_live_optimizers(runs: Path, stage: int, tmp_path: Path) -> None:
+    run = runs / f"zero{stage}"
+    truth = load_file(run / "moments.safetensors")
+    assert len(truth) > 30
+    reshard.convert(run / "universal", tmp_path / "out", to="dcp", optimizer=True)
+    for folder in (run / "universal", tmp_path / "out"):
+        state = reshard.open(folder).optimizer
+        assert state is not None
+        held = {f"{kind}.{n}": t for kind, table in state.moments.items() for n, t in table.items()}
+        assert held.keys() == truth.keys()
+        assert [name for name in truth if not np.array_equal(held[name].numpy(), truth[name])] == []
+
+
 def _by_hub_names(run: str, truth: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The masters by the names in released files, as DeepSpeed's presets say what they were."""
     gate, up, down = ("w1", "w3", "w2") if "zero" in run else ("gate_proj", "up_proj", "down_proj")

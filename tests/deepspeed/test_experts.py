@@ -39,6 +39,11 @@ def test_every_tensor_is_the_live_engines(parallel_runs: ParallelRuns, name: str
         assert tensor.kind == "parameter"
 
 
+@pytest.mark.parametrize("name", [recipe.name for recipe in EXPERTS if recipe.stage])
+def test_every_moment_is_the_live_optimizers(parallel_runs: ParallelRuns, name: str) -> None:
+    parallel_runs[name].check_moments()
+
+
 def test_the_masters_are_not_the_files_of_the_experts(parallel_runs: ParallelRuns) -> None:
     """A reader that took the bf16 weights for the masters must fail above."""
     run = parallel_runs["experts-zero2-w4"]

@@ -112,6 +112,11 @@ def test_a_rank_that_holds_nothing_of_a_parameter(parallel_runs: ParallelRuns) -
     assert tensor.shape == (8, 16)
 
 
+@pytest.mark.parametrize("name", [r.name for r in TENSOR_PARALLEL if r.stage and r.steps])
+def test_every_moment_is_the_live_optimizers(parallel_runs: ParallelRuns, name: str) -> None:
+    parallel_runs[name].check_moments()
+
+
 def test_the_optimizer_of_a_rank_that_holds_nothing_of_a_parameter(
     parallel_runs: ParallelRuns,
 ) -> None:

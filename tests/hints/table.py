@@ -36,6 +36,8 @@ _UNSEEN = "what is done outside leaves nothing to run: "
 #: Hint -> the test, `file::function` below `tests/`.
 # ruff: noqa: E501
 ELSEWHERE: dict[str, str] = {
+    "Load it on one rank, or with offload_optimizer, by ZeRO stage 1 or 2.": "state/test_live_targets.py::test_what_was_saved_is_what_the_target_holds",
+    "Load it with ZeRO stage 1 or 2.": "state/test_live_targets.py::test_what_was_saved_is_what_the_target_holds",
     "Wait for the run that writes it. If it was killed, run its command again; with --resume it goes on.": "remote/test_resuming.py::test_the_same_bytes_wherever_it_was_killed",
     "Wait for it. If it runs no more, pass --overwrite, or convert again {} minutes after its end.": "remote/test_resuming.py::test_a_run_of_another_machine",
     "Delete it, if nobody needs it, or name another output.": "remote/test_resuming.py::test_a_journal_that_is_damaged_or_of_another_run",
@@ -124,7 +126,8 @@ ELSEWHERE: dict[str, str] = {
     "Pass --to dcp --optimizer, or leave out --{}.": "state/test_writing.py::test_options_that_do_not_go_together",
     "Pass --optimizer, or leave out --{}.": "state/test_writing.py::test_options_that_do_not_go_together",
     "Leave out --hyperparameters.": "state/test_writing.py::test_hyperparameters_that_the_checkpoint_states",
-    "Leave out --base: without it the names stay, and the state travels with them.": "state/test_writing.py::test_a_base_whose_names_the_moments_do_not_fit",
+    "To keep the adapter and its moments, leave out --base and the options that act on it. To merge the weights alone, pass --to hf without --optimizer.": "state/test_matrix.py::test_merged_adapters",
+    "Leave out --base and the options that act on it: without it the names stay, and the state travels with them.": "state/test_writing.py::test_a_base_whose_names_the_moments_do_not_fit",
     "Pass --consumed-samples.": "state/test_writing.py::test_the_samples_that_a_run_consumed_can_be_given",
     "Leave out --layout.": "state/test_universal.py::test_options_that_have_no_place",
     "Leave out --max-shard-size.": "state/test_universal.py::test_options_that_have_no_place",

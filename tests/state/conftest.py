@@ -11,7 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.deepspeed.conftest import pipeline_runs
 from tests.state.jobs import Job
+
+__all__ = ["Ranks", "pipeline_runs", "ranks"]
 
 _ROOT = Path(__file__).parents[2]
 
@@ -31,6 +34,7 @@ class Ranks:
                 "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
                 "PYTHONWARNINGS": "ignore",
+                "TORCHDYNAMO_DISABLE": "1",  # Muon's steps would be compiled for minutes
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -86,11 +86,13 @@ class Deepspeed:
         self._model = models.build(job.kind, frozen=job.frozen)
         if job.load is not None:
             models.spoil(self._model)
-        inner = models.optimizer(self._model, job)
+        muon = job.optimizer.startswith("muon")
+        trained = [p for p in self._model.parameters() if p.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=self._model,
-            optimizer=inner,
-            lr_scheduler=models.schedule(inner),
+            optimizer=None if muon else _optimizer(self._model, job),
+            model_parameters=trained if muon else None,
+            lr_scheduler=models.schedule,
             config=self._config(),
         )
 
@@ -99,8 +101,18 @@ class Deepspeed:
         zero: dict[str, Any] = {"stage": stage}
         if stage == 3:
             zero["stage3_param_persistence_threshold"] = 0
+        if self._job.optimizer in ("cpu_adam", "muon_offloaded"):
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if self._job.optimizer.startswith("muon") and stage == 3:
+            zero["reduce_scatter"] = False
         universal = self._job.load is not None and self._job.load.layout == "universal"
+        more: dict[str, Any] = {}
+        if self._job.optimizer.startswith("muon"):
+            # Each half has a rate of its own, so that an exchange of their settings shows.
+            rates = {"muon_lr": 0.02, "adam_lr": 0.01, "weight_decay": 0.1}
+            more["optimizer"] = {"type": "Muon", "params": rates}
         return {
+            **more,
             "train_micro_batch_size_per_gpu": models.ROWS // self._job.world,
             "zero_optimization": zero,
             "gradient_clipping": 1.0,
@@ -166,13 +178,36 @@ class Deepspeed:
             (flat,) = group["params"]
             low = outer.bit16_groups_flat[index]
             parts = {"param": outer.single_partition_of_fp32_groups[index]}
-            parts |= {k: self.optimizer().state[flat][k] for k in _KINDS if self._begun()}
+            state = self.optimizer().state.get(flat, {})
+            parts |= {kind: state[kind] for kind in _KINDS if kind in state}
+            if self._job.optimizer == "muon_offloaded" and "momentum_buffer" in state:
+                parts["momentum_buffer"] = state["momentum_buffer"]
+            elif self._job.optimizer == "muon":
+                found |= self._momentum(outer, index, state.get("momentum_buffer"), names)
             whole = {kind: _gathered(part.detach()) for kind, part in parts.items()}
             for parameter in outer.bit16_groups[index]:
                 start = (parameter.data_ptr() - low.data_ptr()) // low.element_size()
                 for kind, tensor in whole.items():
                     cut = tensor[start : start + parameter.numel()].reshape(parameter.shape)
                     found[f"{kind}.{names[id(parameter)]}"] = cut
+        return found
+
+    def _momentum(
+        self, outer: Any, group: int, buffer: torch.Tensor | None, names: dict[int, str]
+    ) -> Tensors:
+        """Muon's, of the parameters in each rank's partition; those of several must be the same."""
+        mine, at = {}, 0
+        for parameter in outer.params_in_partition[group] if buffer is not None else ():
+            cut = buffer[at : at + parameter.numel()]  # type: ignore[index]
+            mine[f"momentum_buffer.{names[id(parameter)]}"] = cut.reshape(parameter.shape)
+            at += parameter.numel()
+        everyone: list[Tensors] = [{} for _ in range(self._job.world)]
+        distributed.all_gather_object(everyone, mine)
+        found: Tensors = {}
+        for theirs in everyone:
+            for name, tensor in theirs.items():
+                if not torch.equal(found.setdefault(name, tensor), tensor):
+                    raise RuntimeError(f"{name}: two ranks differ")
         return found
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -416,6 +451,30 @@ class Fsdp:
         del self._model, self._plain, self._optimizer, self._schedule
 
 
+def _optimizer(model: Any, job: Job) -> torch.optim.Optimizer:
+    """torch's AdamW, or one of DeepSpeed's with the same groups and settings."""
+    if job.optimizer == "torch":
+        return models.optimizer(model, job)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    kind = DeepSpeedCPUAdam if job.optimizer == "cpu_adam" else FusedAdam
+    made: torch.optim.Optimizer = kind(
+        models.optimizer(model, job).param_groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-6
+    )
+    return made
+
+
+def _operators() -> None:
+    """DeepSpeed's operators in torch, which would have to be compiled first."""
+    from tests.oracle.worker import TorchAdam, TorchFusedAdam
+
+    for name, builder, made in (
+        ("cpu_adam", "CPUAdamBuilder", TorchAdam),
+        ("fused_adam", "FusedAdamBuilder", TorchFusedAdam),
+    ):
+        setattr(importlib.import_module(f"deepspeed.ops.adam.{name}"), builder, made)
+
+
 def _clean(name: str) -> str:
     return name.replace("_fsdp_wrapped_module.", "")
 
@@ -468,6 +527,7 @@ def join(rank: int, world: int, meeting: str) -> None:
     # DeepSpeed would first compile its shared-memory operator; gloo does as well.
     backend = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    _operators()
     os.environ["LOCAL_RANK"] = str(rank)
     distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world

@@ -18,6 +18,8 @@ Layout = Literal[
 ]  # fmt: skip
 Kind = Literal["qwen2", "llama", "lora"]
 Precision = Literal["float32", "bfloat16"]
+#: torch's AdamW; DeepSpeed's own, their operators in torch: `muon` with its Adam, offloaded or not.
+Optimizer = Literal["torch", "cpu_adam", "fused_adam", "muon", "muon_offloaded"]
 
 
 class Place(Struct, frozen=True):
@@ -37,8 +39,8 @@ class Job(Struct, frozen=True):
     too. `after` are lines that the script runs after `load_checkpoint`, with `engine` and `folder`,
     the tag's, at hand. FSDP1 wraps the layers if `wrapped`, makes flat parameters of them if `flat`
     (use_orig_params=False), and replicates them if `hybrid`. With `every` the groups have what is
-    frozen, too. `more` are other places to save at. The results go to the folder `out`: see
-    `engines.record`.
+    frozen, too. `optimizer` is which one ZeRO wraps. `more` are other places to save at. The
+    results go to the folder `out`: see `engines.record`.
     """
 
     engine: Engine
@@ -58,6 +60,7 @@ class Job(Struct, frozen=True):
     flat: bool = False
     hybrid: bool = False
     every: bool = False
+    optimizer: Optimizer = "torch"
     more: tuple[Place, ...] = ()
 
 

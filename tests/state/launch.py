@@ -27,6 +27,8 @@ from tests.state.jobs import Job
 
 PRELOADED = (
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "tests.oracle.worker",
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import reshard
 from reshard.conversion.options import Layout
 from reshard.errors import PlanError, VerificationError
 from tests.state.cases import DEEPSPEED, FSDP, case
 from tests.state.test_refusals import base_state, edited
-from tests.state.test_writing import base_model
+from tests.state.test_writing import base_model, loaded
 
 RANK1 = "global_step3/zero_pp_rank_1_mp_rank_00_optim_states.pt"
 RANK0 = "global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -34,6 +36,31 @@ def test_with_a_base_names_are_carried_again(tmp_path: Path) -> None:
     base, source, out = base_model(tmp_path), case("ds_s2_fp32").folder, tmp_path / "out"
     reshard.convert(source, out, to="dcp", optimizer=True, base=base, allow_unchanged=True)
     assert reshard.verify(out, against=source, base=base).num_tensors >= 26 + 50
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("to", ["deepspeed", "dcp"])
+def test_hyperparameters_that_were_given_are_not_asked_for_again(to: Any, tmp_path: Path) -> None:
+    """verify has no --hyperparameters, and needs none, also where names were changed."""
+    both = loaded(case("fsdp2_nested_fp32").folder)
+    state, groups = both["optimizer"]["state"], both["optimizer"]["param_groups"]
+    for group in groups:
+        del group["weight_decay"]
+        group["params"] = [f"policy.{name}" for name in group["params"]]
+    optimizer = {"state": {f"policy.{n}": s for n, s in state.items()}, "param_groups": groups}
+    model = {f"policy.{name}": tensor for name, tensor in both["model"].items()}
+    source, base = tmp_path / "source", base_model(tmp_path)
+    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=source, no_dist=True)
+    given = [
+        {"lr": g["lr"], "betas": g["betas"], "eps": g["eps"], "weight_decay": 0.3} for g in groups
+    ]
+    file = tmp_path / "groups.json"
+    file.write_text(json.dumps(given))
+    options: dict[str, Any] = {"to": to, "optimizer": True, "base": base, "allow_unchanged": True}
+    with pytest.raises(PlanError, match="does not hold the weight_decay"):
+        reshard.convert(source, tmp_path / "out", **options)
+    reshard.convert(source, tmp_path / "out", hyperparameters=file, **options)
+    assert reshard.verify(tmp_path / "out", against=source, base=base).num_tensors >= 75
 
 
 def changed(tmp_path: Path, edit: Callable[[dict[str, Any]], None], file: str = RANK1) -> Path:

@@ -63,7 +63,9 @@ def of_output(
             )
         model = read_base(base, sources)
         made = plan_output(catalog, model, options, sources)
-        state = carried_along(made, state, catalog, model, options, sources).state or state
+        # What was asked for of the output's groups, as --hyperparameters, is not asked for here.
+        made = carried_along(made, state, catalog, model, options, sources, completed=False)
+        state = made.state or state
     return state, there
 
 
@@ -78,14 +80,17 @@ def settings(
 ) -> Iterator[Compared]:
     """The steps and the groups' settings, each equal or not; of settings only what differs.
 
-    With `completed` the second is the first with more hyperparameters, which are not compared.
+    With `completed` the second is the first with more hyperparameters, which are not compared, and
+    groups with equal settings may be one group of it, as in a flattened state.
     """
+    merged = completed and len(second.groups) < len(first.groups)
     for name in dict.fromkeys((*first.steps, *second.steps)):
         yield _setting(f"step: {name}", *(_count(state, name) for state in (first, second)))
     mine, theirs = (_by_parameter(state) for state in (first, second))
     said: set[tuple[str, str, str]] = set()
     for name in dict.fromkeys((*mine, *theirs)):
-        for key, *values in _differing(mine.get(name), theirs.get(name), completed=completed):
+        pair = mine.get(name), theirs.get(name)
+        for key, *values in _differing(*pair, completed=completed, merged=merged):
             if (key, *values) not in said:  # once for each group, by its first parameter
                 said.add((key, values[0], values[1]))
                 yield Compared(f"group of {name}: {key}", "setting", values[0], values[1])
@@ -105,12 +110,13 @@ def _by_parameter(state: TrainingState) -> Mapping[str, Group]:
 
 
 def _differing(
-    first: Group | None, second: Group | None, *, completed: bool
+    first: Group | None, second: Group | None, *, completed: bool, merged: bool
 ) -> Iterator[tuple[str, str, str]]:
     if first is None or second is None:
         yield "group", _held(first), _held(second)
         return
-    if set(first.names) != set(second.names):
+    apart = set(first.names) - set(second.names) if merged else {*first.names} ^ {*second.names}
+    if apart:
         yield "parameters", str(len(first.names)), str(len(second.names))
     mine, theirs = first.hyperparameters, second.hyperparameters
     for key in dict.fromkeys((*mine, *(() if completed else theirs))):

@@ -236,8 +236,11 @@ def carried_along(
     base: Base | None,
     options: Options,
     sources: Sources,
+    *,
+    completed: bool = True,
 ) -> OutputModel:
-    """The output with the training state under its names.
+    """The output with the training state under its names, and with the settings that the format
+    needs, unless `completed` is false.
 
     Without a base the loaded model asks for the tied names, too, which a base's layout adds.
     """
@@ -263,7 +266,9 @@ def carried_along(
             loaded = memory_outputs(shapes, config, memory_names.version_of(options))
             maps.append(translation(loaded))
     to = output_format(options.to)
-    carried = formats.as_written(to, training.carried(state, made, maps))
+    carried = training.carried(state, made, maps)
+    if completed:
+        carried = formats.as_written(to, carried, options.layout)
     if to.full_precision:
         return training.in_full_precision(carried, made)
     findings = (*made.findings, *training.rounded(carried, made))

@@ -119,9 +119,16 @@ def _with_given(state: TrainingState, options: Options) -> TrainingState:
 def carried(state: TrainingState, made: OutputModel, maps: Sequence[Translation]) -> TrainingState:
     """The state under the names of the output, whose tensors `maps` made, one after the other.
 
-    Raises `PlanError` where a parameter's moments have no place in the output, or where tensors
-    that are joined were trained separately.
+    Raises `PlanError` where a parameter's moments have no place in the output, as those of a LoRA
+    that is merged, or where tensors that are joined were trained separately.
     """
+    if made.merged:
+        raise PlanError(
+            f"LoRA is merged into {made.merged} of the weights, and these have no moments: the "
+            "optimizer trained the adapter's matrices.",
+            hint="To keep the adapter and its moments, leave out --base and the options that act "
+            "on it. To merge the weights alone, pass --to hf without --optimizer.",
+        )
     written = {tensor.spec.name: tensor.spec.shape for tensor in made.model}
     for at, names in enumerate(maps, start=1):
         if at == len(maps):  # without the tied names, under which nothing has a state of its own
@@ -161,7 +168,8 @@ def _through(state: TrainingState, names: Translation) -> TrainingState:
         raise PlanError(
             f"the moments of {len(lost)} parameters cannot be carried to the names of the output: "
             f"{listed(sorted(lost), 4)}.",
-            hint="Leave out --base: without it the names stay, and the state travels with them.",
+            hint="Leave out --base and the options that act on it: without it the names stay, and "
+            "the state travels with them.",
         )
     moments = {
         kind: {name: entry for name, entry in names.make(table).items() if name in owners}

@@ -402,6 +402,9 @@ CODES: dict[str, Code] = {
         "Create the script's parameter groups in this order."),
     "universal-loss-scale": Code(
         "info", "a universal checkpoint does not contain the loss scale of an fp16 run"),
+    "universal-muon": Code(
+        "warning", "DeepSpeed restores Muon's momentum incorrectly on several ranks",
+        "Load it on one rank, or with offload_optimizer, by ZeRO stage 1 or 2."),
     "universal-no-schedule": Code(
         "info", "the universal checkpoint has no state of a schedule",
         "In a script with a schedule, pass load_lr_scheduler_states=False to load_checkpoint."),

@@ -141,13 +141,13 @@ def state_writer(info: FormatInfo) -> StateWritable:
     return cast(StateWritable, import_module(info.module))
 
 
-def as_written(info: FormatInfo, state: TrainingState) -> TrainingState:
-    """A state with the settings that a format is written with; what its reader will find.
+def as_written(info: FormatInfo, state: TrainingState, layout: str | None) -> TrainingState:
+    """A state as a format's layout is written with it; what its reader will find.
 
     As it is where the format's room has no function `as_written`. Raises `PlanError`.
     """
     special = getattr(state_writer(info), "as_written", None)
-    found: TrainingState = state if special is None else special(state)
+    found: TrainingState = state if special is None else special(state, layout)
     return found
 
 

@@ -29,12 +29,12 @@ from reshard.formats import Selection, numbered, of_several
 from reshard.formats.dcp import parts
 from reshard.formats.dcp.chunked import read_chunks
 from reshard.formats.dcp.save import ACCELERATE_MODEL, METADATA, RANK_METADATA, folder_metadata
-from reshard.formats.dcp.state_layout import lay_out_state
+from reshard.formats.dcp.state_layout import as_written, lay_out_state
 from reshard.formats.signs import is_mcore
 from reshard.storage.local import Sources
 from reshard.storage.paths import exists, is_folder, listing
 
-__all__ = ["detect", "lay_out", "lay_out_state", "read"]
+__all__ = ["as_written", "detect", "lay_out", "lay_out_state", "read"]
 
 _NO_SHAPES = (
     "Shards of DCP's Hugging Face writer state no whole shapes: if all files of the last ranks are "

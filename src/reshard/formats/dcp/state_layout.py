@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.containers.dcp.layout import Section, StatePath, lay_out_sections
 from reshard.containers.torch.optimizer import step_tensor
@@ -31,7 +32,7 @@ from reshard.containers.torch.write import TensorBytes, lay_out_data
 from reshard.core.dtypes import INT32, INT64
 from reshard.core.findings import Finding
 from reshard.core.hyperparameters import completed
-from reshard.core.state import STATE_TABLE, Plain, TrainingState, tensor_name
+from reshard.core.state import STATE_TABLE, Group, Plain, TrainingState, tensor_name
 from reshard.core.tensors import TensorSpec
 from reshard.errors import listed
 from reshard.formats import Laid, TensorToWrite
@@ -64,6 +65,24 @@ _PLACES: Mapping[str, _Place] = {
     "nested": _Place("", ("model",), "", ("optimizer",), "scheduler.pt"),
     "torchtitan": _Place("", (), "", ("optimizer",), "", flattened=True),
 }
+
+
+def as_written(state: TrainingState, layout: str | None) -> TrainingState:
+    """The state; flattened, parameters with equal settings are one group.
+
+    Raises `PlanError` where the state lacks what a run needs.
+    """
+    if not _PLACES[layout or LAYOUTS[0]].flattened:
+        return state
+    groups: list[Group] = []
+    for group in completed(state).groups:
+        same = (at for at, one in enumerate(groups) if one.hyperparameters == group.hyperparameters)
+        at = next(same, None)
+        if at is None:
+            groups.append(group)
+        else:
+            groups[at] = replace(groups[at], names=(*groups[at].names, *group.names))
+    return replace(state, groups=tuple(groups))
 
 
 def lay_out_state(

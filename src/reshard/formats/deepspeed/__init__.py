@@ -53,7 +53,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     return reading.read(path, sources, selection)
 
 
-def as_written(state: TrainingState) -> TrainingState:
+def as_written(state: TrainingState, _: str | None) -> TrainingState:
     """The state with complete groups, whose switches suit what DeepSpeed loads."""
     from reshard.formats.deepspeed import layout
 

@@ -20,6 +20,7 @@ VERSION = "0.19.8"
 _SUB_GROUP_NUMEL = 1_000_000_000
 #: What stage 3 opens of a parameter, by name (runtime/zero/stage3.py).
 _STAGE3 = frozenset({"exp_avg", "exp_avg_sq"})
+_MOMENTUM = "momentum_buffer"
 # Named of a group, to tell it from the others.
 _NAMED = 2
 
@@ -35,6 +36,7 @@ def of(
         *_unrestored(rest),
         *_positions(groups),
         *_stage3(state, groups, shapes),
+        *_muon(state, groups),
         *_schedule(state),
     )
 
@@ -86,10 +88,25 @@ def _stage3(
             f"restores exp_avg and exp_avg_sq alone (here: {listed(sorted(state.moments))})"
         )
     if wrong:
+        # The lines of the documentation put settings and steps right, not moments.
+        fix = "Load it with ZeRO stage 1 or 2." if others else ""
         yield Finding(
             "universal-stage3",
             f"loaded by ZeRO stage 3, DeepSpeed {VERSION} {' and '.join(wrong)}; stages 1 and "
             "2 restore it right.",
+            fix=fix,
+        )
+
+
+def _muon(state: TrainingState, groups: Sequence[Group]) -> Iterator[Finding]:
+    """DeepSpeed cuts every moment as the masters are cut; where its optimizer is not offloaded,
+    Muon takes what it finds for the momentum of whole parameters."""
+    if _MOMENTUM in state.moments and any(g.hyperparameters.get("use_muon") for g in groups):
+        yield Finding(
+            "universal-muon",
+            f"DeepSpeed {VERSION} cuts Muon's {_MOMENTUM} into equal parts for the ranks, and Muon "
+            "takes a rank's part for the momentum of whole parameters: it fails, or goes on from "
+            "another's momentum. With one rank, or offloaded to the CPU, it is right.",
         )
 
 
