@@ -97,21 +97,21 @@ class Machine:
         devices: dict[int, bytes] | None = None,
         nbytes: int | None = None,
     ) -> None:
-        self.data = data
-        self.nbytes = len(data) if nbytes is None else nbytes
-        self.path = path
-        self.handlers = handlers
-        self.persistent = persistent
-        self.repeats = Repeats() if repeats else None
-        self.devices = devices
+        self.data: bytes = data
+        self.nbytes: int = len(data) if nbytes is None else nbytes
+        self.path: str = path
+        self.handlers: Mapping[str, Handler] = handlers
+        self.persistent: PersistentId | None = persistent
+        self.repeats: Repeats | None = Repeats() if repeats else None
+        self.devices: dict[int, bytes] | None = devices
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: list[object] = []
         self.names: dict[tuple[str, str], object] = {}
         # By id of the dict: how many of its keys are neither text nor small.
         self.other_keys: dict[int, int] = {}
-        self.probes = 0
-        self.made_nbytes = 0
+        self.probes: int = 0
+        self.made_nbytes: int = 0
         self.unknown: set[str] = set()
         self.recalled: dict[int, object] = {}
 
