@@ -32,6 +32,7 @@ ORDER = (
         "formats.deepspeed",
         "formats.huggingface",
         "formats.megatron",
+        "formats.meta",
         "formats.rank_files",
         "formats.torch_state_dict",
     ),

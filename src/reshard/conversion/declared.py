@@ -97,7 +97,7 @@ CONVERT = table(
         Choice(tuple(output_formats())),
         "The format of the output: hf, a Hugging Face folder; dcp, PyTorch DCP, for FSDP; "
         "deepspeed, a universal checkpoint with the training state; megatron, Megatron-Core's "
-        "torch_dist.",
+        "torch_dist; meta, Meta's own files of Llama 1 to 3.",
         "hf",
         group="Output",
     ),
@@ -529,6 +529,12 @@ def _check_files(values: Mapping[str, Any]) -> None:
     if output_format(to).file_each and values["max_shard_size"] is not None:
         raise OptionError(
             f"max_shard_size: with --to {to} every tensor has its own file.",
+            hint="Leave out --max-shard-size.",
+            option="max_shard_size",
+        )
+    if output_format(to).one_file and values["max_shard_size"] is not None:
+        raise OptionError(
+            f"max_shard_size: with --to {to} all tensors are one file.",
             hint="Leave out --max-shard-size.",
             option="max_shard_size",
         )
