@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from reshard.containers.dcp import shards as rank_shards
 from reshard.conversion.assets import assets as assets_of
 from reshard.conversion.base_model import CONFIG, Base
-from reshard.conversion.beside import LIGHTRFT
+from reshard.conversion.side_files import LIGHTRFT
 from reshard.core.catalog import Asset
 from reshard.core.regex import regex
 from reshard.core.tensors import Entry, Record, stored

@@ -16,7 +16,7 @@ from reshard.errors import NamesError, UnsupportedError
 #: What configs of the hub call the number of experts.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 #: Megatron's setting -> the names that it has in configs of the hub.
-NUMBERS = {
+NUMBERS: Mapping[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers",),
     "hidden_size": ("hidden_size",),
     "num_attention_heads": ("num_attention_heads",),

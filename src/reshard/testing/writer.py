@@ -42,11 +42,13 @@ class WriterConformance:
     """Inherit it as `Test...`, set `to`, and say in `load` how the real consumer reads.
 
     `to` is the value of `--to`. The tensors to be written lie in plain files of bytes, in two
-    parts each, so that no reader is needed. `narrow` is a 16-bit dtype that the format can say.
+    parts each, so that no reader is needed. `narrow` is a 16-bit dtype that the format can say,
+    `lacks` names the dtypes that it cannot.
     """
 
     to: ClassVar[str]
     narrow: ClassVar[DType] = BFLOAT16
+    lacks: ClassVar[tuple[str, ...]] = ()
 
     def load(self, folder: Path) -> Tensors:
         """Every tensor in `folder`, loaded without reshard by those for whom it is written."""
@@ -80,7 +82,7 @@ class WriterConformance:
 
     @pytest.fixture
     def tensors(self) -> Tensors:
-        return truth.ordinary()
+        return truth.ordinary(self.lacks)
 
     @pytest.fixture
     def to_write(self, tensors: Tensors, tmp_path: Path) -> list[TensorToWrite]:
