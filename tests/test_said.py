@@ -29,7 +29,7 @@ FORGING = (
     "w\u2028note: all is well",
     "w\x1b[2K\x1b[1Aerror",
     "w\x85x",
-    "w" + "x" * 70_000,
+    "w" + "x" * 500,
 )
 
 
@@ -281,7 +281,7 @@ def without_crc(path: Path, count: int | None = None) -> None:
 @pytest.mark.parametrize(
     ("save", "files", "count"),
     [
-        (zero_save, "bf16_zero_pp_rank_0_*", 2),  # both tensors lie in the rank's storage
+        (zero_save, "bf16_zero_pp_rank_0_*", 1),  # the rank's flat tensor, which holds both
         (dcp_save, "*.distcp", 1),
         (bin_save, "*.bin", 1),
     ],

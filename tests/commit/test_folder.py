@@ -280,7 +280,7 @@ def test_a_link_in_place_of_the_partial_folder_is_not_followed(tmp_path: Path) -
     (tmp_path / "theirs" / "x").touch()
     (tmp_path / ".out.partial-digest").symlink_to("theirs")
     before = listing(tmp_path)
-    with pytest.raises(reshard.WriteError, match="no run of this user made it"):
+    with pytest.raises(reshard.WriteError, match="no run of this user created it"):
         OutputFolder(tmp_path / "out", "digest").__enter__()
     assert listing(tmp_path) == before
 

@@ -45,7 +45,7 @@ ELSEWHERE: dict[str, str] = {
     "Wait for it, or name another output.": "remote/test_resuming.py::test_a_run_gives_signs_of_life_and_notices_another",
     "It is deleted. Convert again with --resume: it is made again, and the other files are reused.": "remote/test_resuming.py::test_objects_that_are_others_by_now",
     "Save it with FSDP.optim_state_dict, or convert the weights alone, without --optimizer.": "state/test_fsdp1.py::test_lengths_that_fit_no_module",
-    "FSDP1 gathers them so for FULL_STATE_DICT: save with SHARDED_STATE_DICT. Another checkpoint: copy it again, or use another save. The weights alone: leave out --optimizer.": "state/test_fsdp1.py::test_what_fsdp1_gathers_by_numbers",
+    "FSDP1's FULL_STATE_DICT on the CPU causes this: save with SHARDED_STATE_DICT. In all other cases a file is damaged. Copy the checkpoint again, or use another save. The weights alone: leave out --optimizer.": "state/test_fsdp1.py::test_what_fsdp1_gathers_by_numbers",
     "Freeze them in the run that continues: one that trains them asks for their moments.": "state/test_curves.py::test_the_curve_is_unbroken",
     "Install the extra, in reshard's folder: pip install '.[ray]'.": "cluster/test_refusals.py::test_without_ray",
     "Pass --engine ray, or leave out --ray-address.": "cluster/test_refusals.py::test_an_address_without_the_engine",

@@ -215,7 +215,7 @@ def test_the_partial_folder_is_a_link(run: Interrupted) -> None:
     run.own.rename(theirs)
     run.own.symlink_to(theirs)
     before = contents(theirs)
-    with pytest.raises(reshard.WriteError, match="no run of this user made it"):
+    with pytest.raises(reshard.WriteError, match="no run of this user created it"):
         run.convert(run.out, resume=True)
     assert contents(theirs) == before
     assert not run.out.exists()
@@ -233,7 +233,7 @@ def test_a_folder_that_is_not_ours(
     else:
         (run.own / leftovers.MARK).write_text('{"reshard": "1", "target": "other"}')
     before = contents(run.own)
-    with pytest.raises(reshard.WriteError, match="no run of this user made it"):
+    with pytest.raises(reshard.WriteError, match="no run of this user created it"):
         run.convert(run.out, resume=True)
     assert contents(run.own) == before
 

@@ -25,8 +25,9 @@ _MAXIMUM = "max_exp_avg_sq"
 _HINT = "Copy the checkpoint again, or use another save. The weights alone: leave out --optimizer."
 # torch 2.13 gathers both into one buffer on the CPU (torch/distributed/fsdp/_optim_utils.py).
 _FSDP1 = (
-    "FSDP1 gathers them so for FULL_STATE_DICT: save with SHARDED_STATE_DICT. Another checkpoint: "
-    "copy it again, or use another save. The weights alone: leave out --optimizer."
+    "FSDP1's FULL_STATE_DICT on the CPU causes this: save with SHARDED_STATE_DICT. In all other "
+    "cases a file is damaged. Copy the checkpoint again, or use another save. The weights alone: "
+    "leave out --optimizer."
 )
 
 

@@ -13,7 +13,8 @@ what was pickled, and `parse` turns those into the types below, or raises.
 
 The three tables are compared with each other: the file has no checksum, and one flipped bit must
 not lose or rename a tensor. If torch pickles a name once for all tables (a flat state dict), a
-flipped bit in the name itself cannot be noticed here; a base model's names show it.
+flipped bit in the name itself cannot be noticed here; a base model's names show it. Long because
+the tables are parsed and compared as one.
 """
 
 from __future__ import annotations
