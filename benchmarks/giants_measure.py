@@ -1,0 +1,77 @@
+"""What the checkpoints of `benchmarks.giants` take: `python -m benchmarks.giants_measure FOLDER`.
+
+FOLDER holds them. The section «Giants» of docs/performance.md is written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.giants import MAKERS
+from benchmarks.measure import Run, run
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+_SECTION = re.compile(r"^## Giants\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_NAMES = {
+    "dcp": "DCP, 570,000 chunks",
+    "megatron": "Megatron, with every rank's plan",
+    "zero3": "ZeRO-3, 71.6 million pieces",
+}
+_INTRODUCTION = """## Giants
+
+Simulated checkpoints of a trillion parameters: 70,000 tensors, 1,024 ranks, sparse files
+(`python -m benchmarks.giants FOLDER` makes them, `python -m benchmarks.giants_measure FOLDER` this
+table). Seconds are of CPU, user and system together, so that other programs count little. Memory is
+the peak of the process.
+"""
+
+
+def measured(folder: Path) -> str:
+    """The section, of the checkpoints that are there."""
+    lines = ["| checkpoint | `inspect` | `convert --dry-run` |", "|---|---|---|"]
+    for kind in MAKERS:
+        source = folder / kind
+        if not source.is_dir():
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            inspect = _run("inspect", os.fspath(source))
+            dry = _run("convert", "--dry-run", os.fspath(source), f"{scratch}/out")
+        lines.append(f"| {_NAMES[kind]} | {_cell(inspect)} | {_cell(dry)} |")
+    machine = f"{_processor()}, Python {platform.python_version()}, metadata cached."
+    return "\n".join([_INTRODUCTION, *lines, "", machine, ""])
+
+
+def _run(*words: str) -> Run:
+    return run([sys.executable, "-m", "reshard", *words])
+
+
+def _cell(found: Run) -> str:
+    return f"{found.cpu_seconds:.1f} s, {found.peak_nbytes / 2**20:.0f} MiB"
+
+
+def _processor() -> str:
+    names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"{len(names)} cores, {names[0] if names else platform.machine()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    section = measured(parser.parse_args().folder)
+    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Performance\n\n"
+    if _SECTION.search(page):
+        page = _SECTION.sub(lambda _: section, page)
+    else:
+        page = f"{page.rstrip()}\n\n{section}"
+    PAGE.write_text(page, encoding="utf-8")
+    print(section)
+
+
+if __name__ == "__main__":
+    main()
