@@ -7,10 +7,10 @@ STAMP := $(VENV)/.complete
 
 .PHONY: test test-slow check demo demo-fsdp demo-megatron demo-move bench docs clean
 
-# One worker a core; a file's tests run in one worker, in their order. What takes longest to make is
-# made first (tests/conftest.py).
+# With its path: `pytest` alone leaves out what is heavy. One worker a core; a file's tests run in one
+# worker, in their order. What takes longest to make is made first (tests/conftest.py).
 test: check
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
 
 # What takes minutes, with a real model.
 test-slow: $(STAMP)

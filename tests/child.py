@@ -7,16 +7,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import pytest
+
+from tests.oracles import ROOT, lacking
+
+__all__ = ["ROOT", "run", "until"]
 
 
 def run(module: str, *arguments: str, **more: str) -> None:
     """Run `python -m module arguments` on one thread, with `more` in its environment.
 
-    If it fails, the test fails with the end of what it said.
+    If it fails, the test fails with the end of what it said; where a package that it imports is not
+    installed, the test is skipped.
     """
+    missing = lacking(ROOT.joinpath(*module.split(".")).with_suffix(".py"))
+    if missing is not None:
+        pytest.skip(f"{missing} is not installed")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         "OMP_NUM_THREADS": "1",

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from tests.oracle.cache import Oracle, open_or_make
 from tests.oracles import MISSING, lacking
+
+if TYPE_CHECKING:  # it imports torch
+    from tests.oracle.cache import Oracle
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave out what takes long where no folder is named: `pytest` is a newcomer's first command.
+
+    `pytest tests`, as of `make test`, runs everything.
+    """
+    alone = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if alone and config.option.markexpr == "not slow":
+        config.option.markexpr = "not slow and not heavy"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +40,8 @@ def oracle(pytestconfig: pytest.Config) -> Oracle:
     """
     for package in ("deepspeed", "peft"):
         pytest.importorskip(package)
+    from tests.oracle.cache import open_or_make
+
     return open_or_make(pytestconfig.cache.mkdir("oracle"))
 
 
@@ -57,3 +73,27 @@ def pytest_pycollect_makemodule(
 @pytest.hookimpl(tryfirst=True)
 def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     return _skipped(path, path / "conftest.py", parent)
+
+
+@contextmanager
+def _skipping() -> Iterator[None]:
+    """Skip what imports a package that is not installed when it runs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in MISSING:
+            raise
+        pytest.skip(f"{missing} is not installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, object, object]:
+    with _skipping():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    with _skipping():
+        return (yield)

@@ -1,4 +1,4 @@
-"""The frameworks that tests compare with, and what is skipped where one is not installed."""
+"""The packages that tests compare with, and what is skipped where one is not installed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-#: Each may be absent: whatever imports it is skipped, and small checkpoints of it that lie in
+#: Each may be absent: whatever imports it is skipped, and small checkpoints that lie in
 #: `tests/golden` stand in.
-ORACLES = ("accelerate", "deepspeed", "megatron", "peft", "transformers")
+ORACLES = (
+    "PIL",
+    "accelerate",
+    "deepspeed",
+    "megatron",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "zstandard",
+)
 MISSING = frozenset(name for name in ORACLES if find_spec(name) is None)
 
 
 @cache
 def lacking(path: Path) -> str | None:
-    """A missing framework that a file imports when it is imported itself, or that another file of
+    """A missing package that a file imports when it is imported itself, or that another file of
     this repository imports for it; None where all of them are installed."""
     return _lacking(path, frozenset())
 
@@ -35,9 +46,14 @@ def _lacking(path: Path, above: frozenset[Path]) -> str | None:
 
 @cache
 def _imported(path: Path) -> tuple[str, ...]:
-    """What the statements outside functions import, each name with its module's."""
+    """What the statements outside functions import or ask for with `pytest.importorskip`, each name
+    with its module's."""
     names: dict[str, None] = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Expr | ast.Assign):
+            match node.value:
+                case ast.Call(ast.Attribute(attr="importorskip"), [ast.Constant(str(package))]):
+                    names[package] = None
         if isinstance(node, ast.Import):
             names.update(dict.fromkeys(alias.name for alias in node.names))
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -47,9 +63,9 @@ def _imported(path: Path) -> tuple[str, ...]:
 
 
 def _files(name: str) -> list[Path]:
-    """The files of the tests, demos and benchmarks that an import of a module runs."""
+    """The files beside the library that an import of a module runs."""
     first, *rest = name.split(".")
-    if first not in ("tests", "demo", "benchmarks"):
+    if first not in ("tests", "demo", "benchmarks", "fuzz"):
         return []
     folder = ROOT / first
     found = [folder / "__init__.py"]

@@ -366,6 +366,7 @@ def test_without_torch_and_deepspeed(oracle: Oracle, tmp_path: Path, bare: Path)
         assert set(file.keys()) == set(masters)
 
 
+@pytest.mark.heavy
 def test_importing_reshard_is_quick_and_brings_no_torch(bare: Path) -> None:
     code = (
         "import sys, time; began = time.process_time(); import reshard; "
@@ -438,6 +439,7 @@ def steering_model(folder: Path) -> Path:
     return model
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -119,6 +119,7 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "model", tmp_path / "plain"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("refused", REFUSED)
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE], ids=errno.errorcode.get)

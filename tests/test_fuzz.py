@@ -22,6 +22,7 @@ def test_what_once_failed_is_read_or_refused(path: Path, tmp_path: Path) -> None
     TARGETS[path.parent.name].read(path.read_bytes(), tmp_path)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", TARGETS)
 def test_seeds_and_a_few_mutants(name: str, tmp_path: Path) -> None:
     target = TARGETS[name]

@@ -32,6 +32,7 @@ ORDER = (
         "formats.deepspeed",
         "formats.huggingface",
         "formats.megatron",
+        "formats.meta",
         "formats.rank_files",
         "formats.torch_state_dict",
     ),
@@ -227,6 +228,7 @@ def test_the_conformance_suites_need_pytest_beside_what_reshard_needs() -> None:
 ALL_HEAVY = ("numpy", "ml_dtypes", "xxhash", "rich", "torch", "transformers", "pytest")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("code", "unwanted"),
     [

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from tests import zero3
 from tests.budget import MIB, needs_proc, peak
 
+pytestmark = pytest.mark.heavy
+
 BUDGET = 200 * MIB
 # Peaks of two equal runs differ by the pages that the allocator happens to keep.
 SLACK = 20 * MIB

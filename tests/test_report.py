@@ -18,7 +18,7 @@ from reshard.cli.app import reshard as command
 from reshard.cli.app import run
 from reshard.conversion.base_model import changed_fields
 from tests.budget import needs_proc, peak
-from tests.golden.make import HERE as GOLDEN
+from tests.golden.table import HERE as GOLDEN
 from tests.oracle.cache import Oracle
 
 Shown = pytest.CaptureFixture[str]
@@ -181,6 +181,7 @@ class TestDryRun:
         changed = changed_fields(base, text)  # type: ignore[arg-type]
         assert changed == {"gone.c": (2, None), "part.new": (None, "x")}
 
+    @pytest.mark.heavy
     @needs_proc
     def test_the_memory_that_it_states_is_what_a_run_takes(self, tmp_path: Path) -> None:
         tensors = {f"w.{i}": np.ones((1 << 20,), np.float32) for i in range(48)}

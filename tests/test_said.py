@@ -50,6 +50,7 @@ def model(folder: Path, tensors: dict[str, Any], config: dict[str, Any] | None =
     return folder
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", FORGING, ids=lambda name: repr(name[:12]))
 def test_a_name_is_one_line_wherever_it_is_printed(tmp_path: Path, name: str) -> None:
     ones = np.ones((2, 2), np.float32)
@@ -117,6 +118,7 @@ def test_a_pickle_of_a_thousand_classes_is_a_short_note(tmp_path: Path) -> None:
     assert finding.message.endswith("and 992 more.")
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes are Linux's")
 def test_names_that_are_not_text(tmp_path: Path) -> None:
     """A tag's and an option's are spelt out; a file's is refused, since all files are listed."""
@@ -156,6 +158,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stored", PATTERNS)
 def test_no_pattern_of_a_nan_makes_python_warn(tmp_path: Path, stored: str) -> None:
     values = PATTERNS[stored]
@@ -201,6 +204,7 @@ def safetensors_save(folder: Path, values: torch.Tensor) -> Path:
 SAVES = [zero_save, dcp_save, bin_save, safetensors_save]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
 def test_values_that_are_not_finite_are_a_finding(tmp_path: Path, save: Any, dtype: Any) -> None:
@@ -244,6 +248,7 @@ def test_values_of_eight_bits(tmp_path: Path, dtype: str) -> None:
 # Checksums.
 
 
+@pytest.mark.heavy
 def test_a_report_says_what_could_be_checked(tmp_path: Path) -> None:
     values = torch.ones(64)
     expected = {
@@ -272,6 +277,7 @@ def without_crc(path: Path, count: int | None = None) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("save", "files", "count"),
     [

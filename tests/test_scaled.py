@@ -76,6 +76,7 @@ CASES: dict[str, tuple[Code, Shape, Shape, str]] = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("limit", [1, 7, 64, 1000, 1 << 20])
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_of_any_size_give_the_numbers(case: str, limit: int, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("command", [["inspect"], ["convert", "out"], ["diff", "model"]], ids=str)
 def test_more_files_than_may_be_open(shards: Path, command: list[str]) -> None:
     code = (

@@ -247,12 +247,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             path.unlink()
 
 
+@pytest.mark.heavy
 @needs_proc
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_a_hostile_file_is_refused_within_the_budget(folder: Path, name: str) -> None:
     check_refused(*HOSTILE[name](folder))
 
 
+@pytest.mark.heavy
 @needs_proc
 @pytest.mark.parametrize("filler", ["objects", "texts", "one wide text"])
 def test_a_hostile_tokenizer_costs_no_more(folder: Path, filler: str) -> None:
@@ -266,6 +268,7 @@ def test_a_hostile_tokenizer_costs_no_more(folder: Path, filler: str) -> None:
     assert peak < MEMORY, f"{peak // MIB} MiB"
 
 
+@pytest.mark.heavy
 @needs_proc
 def test_a_giant_model_is_read_within_the_budget(folder: Path) -> None:
     """Two shards of 100,000 tensors, and the index of all of them."""

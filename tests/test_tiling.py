@@ -62,6 +62,7 @@ def any_boxes(draw: st.DrawFn) -> tuple[list[Box], Shape]:
     return draw(st.permutations(boxes)), shape
 
 
+@pytest.mark.heavy
 @settings(max_examples=300)
 @given(any_boxes(), st.sampled_from([0, 1 << 20]))
 def test_the_proof_agrees_with_counting(case: tuple[list[Box], Shape], corners: int) -> None:
@@ -179,6 +180,7 @@ def spoilt(case: Layout) -> Iterator[Layout]:
     yield [*boxes[:-1], boxes[0]], shape
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("make", "few", "many"),
     [
@@ -206,6 +208,7 @@ def test_many_dimensions_are_proven_too(make: Callable[[int], Layout]) -> None:
     assert not tiles([*boxes[:-1], boxes[0]], shape)
 
 
+@pytest.mark.heavy
 def test_large_layouts_of_every_kind_tile() -> None:
     for boxes, shape in (spiral(3000), pinwheels(50), grid(100)):
         check_tiling(entry_of(boxes, shape))

@@ -20,7 +20,7 @@ from reshard.core.fragments import regions
 from reshard.core.notebook import folded, html_table
 from reshard.core.options import Option, PathLike, Place, Text, documented, parse, table
 from reshard.core.sizes import size
-from reshard.core.state import TrainingState
+from reshard.core.state import Group, Plain, TrainingState
 from reshard.core.tensors import Entry, FileRef, Record, TensorKind, stored
 from reshard.errors import listed
 from reshard.formats import locate
@@ -195,11 +195,11 @@ class Optimizer:
             kind: Tensors(table, files) for kind, table in state.moments.items()
         }
         self.masters: Mapping[str, Tensor] = Tensors(state.masters, files)
-        self.steps = {name: step.count for name, step in state.steps.items()}
-        self.groups = state.groups
-        self.scheduler = state.scheduler
-        self.counters = state.counters
-        self.client_state = state.client_state
+        self.steps: dict[str, int] = {name: step.count for name, step in state.steps.items()}
+        self.groups: tuple[Group, ...] = state.groups
+        self.scheduler: Mapping[str, Plain] | None = state.scheduler
+        self.counters: Mapping[str, int] = state.counters
+        self.client_state: Mapping[str, Plain] = state.client_state
 
     def __repr__(self) -> str:
         return f"<Optimizer {', '.join(self.moments)} of {len(self.state.names)} parameters>"
@@ -216,12 +216,12 @@ class Checkpoint:
         whole: Callable[[], Checkpoint] | None = None,
     ) -> None:
         self._again = again
-        self.files = Files(identities, catalog.records, whole)
+        self.files: Files = Files(identities, catalog.records, whole)
         self.catalog = catalog
-        self.format = catalog.format
-        self.version = catalog.origin.version
-        self.tag = catalog.origin.tag
-        self.world_size = catalog.origin.world_size
+        self.format: str = catalog.format
+        self.version: str | None = catalog.origin.version
+        self.tag: str | None = catalog.origin.tag
+        self.world_size: int | None = catalog.origin.world_size
         self.tensors: Mapping[str, Tensor] = Tensors(catalog.entries, self.files)
 
     @cached_property

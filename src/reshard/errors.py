@@ -57,7 +57,7 @@ class ReshardError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.path = None if path is None else os.fspath(path)
+        self.path: str | None = None if path is None else os.fspath(path)
         self.tensor = tensor
         self.hint = hint
 
@@ -230,7 +230,7 @@ class NamesError(ReshardError):
     ) -> None:
         super().__init__(message, path=path, tensor=tensor, hint=hint)
         # A refused conversion fills and ties nothing.
-        self.matching = Matching(missing=missing, unexpected=unexpected)
+        self.matching: Matching = Matching(missing=missing, unexpected=unexpected)
 
     @property
     def missing(self) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ from reshard.cli.app import reshard as command
 from reshard.cli.app import run
 from reshard.cli.progress import Lines, shown_progress
 
+pytestmark = pytest.mark.heavy
+
 Shown = pytest.CaptureFixture[str]
 LONG = "model.layers.0.self_attn.a_projection_whose_name_is_longer_than_any_terminal_is_wide.weight"
 RED, GREEN, YELLOW = "\x1b[31m", "\x1b[32m", "\x1b[33m"

@@ -17,7 +17,7 @@ import reshard
 from tests.child import until
 from tests.cluster import nodes
 from tests.cluster.test_ray import assert_same_folder, save
-from tests.golden.make import HERE
+from tests.golden.table import HERE
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")

@@ -25,7 +25,7 @@ from reshard.conversion.verification import verify_folder
 from reshard.errors import OptionError, ReshardError, VerificationError, WriteError
 from reshard.transfer.cluster import executor, tasks
 from tests.cluster import nodes
-from tests.golden.make import CONVERSIONS, GOLDEN, HERE, digests
+from tests.golden.table import CONVERSIONS, GOLDEN, HERE, digests
 from tests.hints import tiny
 from tests.hints.case import golden
 from tests.test_page_commands import CLUSTER

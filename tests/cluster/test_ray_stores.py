@@ -17,7 +17,7 @@ from reshard.transfer.cluster import executor, stores
 from tests.cluster import nodes
 from tests.cluster.test_ray import save
 from tests.files import contents
-from tests.golden.make import CONVERSIONS, GOLDEN, HERE
+from tests.golden.table import CONVERSIONS, GOLDEN, HERE
 from tests.remote.conftest import bucket, moto
 from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Proxy, Request
 from tests.remote.test_resuming import OUT, forge

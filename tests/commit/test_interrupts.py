@@ -12,6 +12,8 @@ import pytest
 import reshard
 from tests.commit.conftest import listing
 
+pytestmark = pytest.mark.heavy
+
 SRC = Path(__file__).parents[2] / "src"
 # Sends a signal to itself where a function is called for the first time, and then calls it.
 AT = """

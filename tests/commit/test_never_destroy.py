@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import reshard
 from reshard.cli.app import reshard as command
 from reshard.cli.app import run
-from tests.golden.make import HERE as GOLDEN
+from tests.golden.table import HERE as GOLDEN
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:

@@ -17,6 +17,8 @@ import pytest
 import reshard
 from reshard.transfer import leftovers, making, system
 
+pytestmark = pytest.mark.heavy
+
 SRC = Path(__file__).parents[2] / "src"
 
 

@@ -36,11 +36,6 @@ def load(folder: Path) -> Tensors:
     return {name: np.load(folder / file) for name, file in index.items()}
 
 
-def sayable(tensors: Tensors) -> Tensors:
-    """Those whose dtype a .npy file can say: not bfloat16."""
-    return {name: array for name, array in tensors.items() if array.dtype.kind in "biufc"}
-
-
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(every(), "npy", npy.INFO)
@@ -48,16 +43,10 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestReading(ReaderConformance):
     format = "npy"
+    lacks = ("bfloat16",)
 
     def make(self, folder: Path, tensors: Tensors) -> Path:
         return save(folder, tensors)
-
-    @pytest.fixture
-    def sample(self, tmp_path: Path) -> Sample:
-        own = sayable(truth.ordinary())
-        folder = tmp_path / "checkpoint"
-        folder.mkdir()
-        return Sample(self.make(folder, own), own)
 
     def test_torch_is_not_needed(self, sample: Sample) -> None:
         pytest.skip("a new process does not know the example")
@@ -66,13 +55,10 @@ class TestReading(ReaderConformance):
 class TestWriting(WriterConformance):
     to = "npy"
     narrow = FLOAT16
+    lacks = ("bfloat16",)
 
     def load(self, folder: Path) -> Tensors:
         return load(folder)
-
-    @pytest.fixture
-    def tensors(self) -> Tensors:
-        return sayable(truth.ordinary())
 
 
 def test_the_page_shows_the_example() -> None:
@@ -117,6 +103,7 @@ def run(python: Path, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.heavy
 def test_a_second_package_reads_and_writes_through_the_command(
     reshard: Path, tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ class _OfRanks(ReaderConformance):
         return Sample(path, {name: to_numpy(tensor) for name, tensor in truth.items()})
 
 
+@pytest.mark.heavy
 class TestReadingShardsOfFsdp2(_OfRanks):
     save = "odd-w4"
 

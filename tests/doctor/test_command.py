@@ -20,6 +20,7 @@ from reshard.diagnosis.case import Case
 from reshard.diagnosis.checks.engines import CHECKS as ENGINE_CHECKS
 from reshard.diagnosis.found import Signs
 from reshard.diagnosis.table import CHECKS
+from reshard.diagnosis.training import CODES as TRAINING
 from reshard.errors import VerificationError
 from tests.doctor import models
 from tests.doctor.conftest import Pairs
@@ -52,7 +53,7 @@ def test_findings_are_shown_and_mended(
     ill, base, out = prefixed(pairs, tmp_path / "ill"), str(pairs("llama").base), tmp_path / "out"
     assert run(command, ["doctor", str(ill), "--base", base]) == 1
     shown = capsys.readouterr()
-    assert "wrapper-prefix: names carry" in shown.out
+    assert "wrapper-prefix: the names have" in shown.out
     assert "; for instance module.lm_head.weight" in shown.out
     assert "2 error(s), 0 warning(s)" in shown.out
     assert f"To repair it: reshard doctor {ill} --base {base} --repair OUT" in shown.err
@@ -117,7 +118,7 @@ def test_no_model_and_an_output_that_exists(
     pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command, ["doctor", str(tmp_path / "nowhere")]) == 1
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "there is no such file or folder" in capsys.readouterr().err
     healthy = str(pairs("llama").healthy)
     assert run(command, ["doctor", healthy, "--repair", str(pairs("llama").base)]) == 1
     assert "exists" in capsys.readouterr().err
@@ -160,7 +161,8 @@ def test_the_repaired_folder_must_be_well(
     assert list(tmp_path.iterdir()) == [ill]
 
 
-ALL = (*CHECKS, *ENGINE_CHECKS, "engine-adapter")
+ALL = (*CHECKS, *ENGINE_CHECKS, "engine-adapter",
+       *(code for code in TRAINING if code not in CHECKS))  # fmt: skip
 
 
 def test_every_check_is_on_the_page() -> None:

@@ -271,9 +271,9 @@ def test_missing_code(pairs: Pairs, tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_folder(pairs: Pairs, tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="no such folder"):
+    with pytest.raises(NotFoundError, match="no such file or folder"):
         reshard.doctor(tmp_path / "nowhere")
-    with pytest.raises(NotFoundError, match="it holds no model"):
+    with pytest.raises(NotFoundError, match="no checkpoint was recognised"):
         reshard.doctor(tmp_path)
     base = pairs("llama").base
     with pytest.raises(PlanError, match="the base itself"):

@@ -117,14 +117,6 @@ def test_what_is_no_model_by_itself_is_not_ill(pairs: Pairs, tmp_path: Path) -> 
     reshard.convert(checkpoint, out, base=pair.base, srm_format="lightrft")
     with pytest.raises(reshard.UnsupportedError, match="LightRFT's own state dict"):
         reshard.doctor(out)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    save_file(
-        {"base_model.model.w.lora_A.weight": torch.ones(2)}, adapter / "adapter_model.safetensors"
-    )
-    (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(reshard.UnsupportedError, match="it holds a PEFT adapter"):
-        reshard.doctor(adapter)
 
 
 # What a folder of weights alone lacks.

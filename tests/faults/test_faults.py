@@ -24,10 +24,13 @@ from tests.faults.suite import (
 from tests.faults.table import OTHERS, PAGE, table
 from tests.faults.trials import Outcome, Trial
 
-pytestmark = pytest.mark.skipif(
-    library.compiler() is None or not Path("/proc/self/fd").exists(),
-    reason="needs a C compiler and /proc",
-)
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(
+        library.compiler() is None or not Path("/proc/self/fd").exists(),
+        reason="needs a C compiler and /proc",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,7 @@ def test_a_small_file_system(
         assert [path.name for path in place.iterdir()] == ["out"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("limit", [1_000, 100_000, NBYTES])
 def test_a_limit_on_the_size_of_files(model: Path, tmp_path: Path, limit: int) -> None:
     place = tmp_path / "place"

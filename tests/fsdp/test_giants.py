@@ -23,6 +23,8 @@ from reshard.storage.local import Sources
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Threads
 
+pytestmark = pytest.mark.heavy
+
 SIZE = Size(layers=1, experts=16, world=64)
 
 

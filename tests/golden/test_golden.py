@@ -12,7 +12,7 @@ import pytest
 
 import reshard
 from reshard.core import digests
-from tests.golden.make import CONVERSIONS, GOLDEN, HERE, converted
+from tests.golden.table import CONVERSIONS, GOLDEN, HERE, converted
 
 
 def kept(name: str) -> dict[str, Any]:

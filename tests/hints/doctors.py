@@ -19,6 +19,10 @@ from tests.hints.case import Case, follows
 from tests.hints.folders import after, converting
 
 Change = Callable[[], Any]
+_EXAMINE = (
+    "Convert it, then examine the output: reshard convert {} OUT --base HF_DIR; reshard doctor OUT "
+    "--base HF_DIR."
+)
 
 
 def looking(folder: Path, base: Path | None = None, repair: Path | None = None) -> Change:
@@ -214,14 +218,14 @@ def names_in_memory(at: Path) -> Case:
     return Case(looking(folder), looking(folder, base, at / "out"), same=lambda f: bool(f.repaired))
 
 
-@follows("Convert a training checkpoint first: reshard convert SRC DST --base HF_DIR.")
+@follows(_EXAMINE)
 def a_training_checkpoint(at: Path) -> Case:
     run, base = tiny.zero(at / "run"), tiny.model(at / "base")
     converted = after(converting(run, at / "out", base=base), looking(at / "out", base))
     return Case(looking(run), converted, same=is_well)
 
 
-@follows("Examine the model, or the output of convert --lora merge.")
+@follows(_EXAMINE)
 def an_adapter(at: Path) -> Case:
     folder, base = tiny.adapter(at / "adapter"), tiny.model(at / "base")
     merged = after(
@@ -231,7 +235,7 @@ def an_adapter(at: Path) -> Case:
     return Case(looking(folder), merged, same=is_well)
 
 
-@follows("Convert it, then examine the result: reshard convert SRC DST --base HF_DIR.")
+@follows(_EXAMINE)
 def shards_of_ranks(at: Path) -> Case:
     folder, base = at / "ranks", tiny.model(at / "base")
     from torch.distributed import checkpoint as dcp

@@ -122,7 +122,7 @@ def weights_in_fp8(at: Path) -> Case:
 @follows("Export it with Megatron-Bridge, or with the trainer's own conversion.")
 def family_that_is_not_known(at: Path) -> Case:
     """What the trainer exports is a Hugging Face model."""
-    model = base(NAME, at / "base", model_type="gemma2")
+    model = base(NAME, at / "base", model_type="phi3")
     exported = shutil.copytree(model, at / "exported")
     edit_weights(exported, lambda tensors: [value.fill_(0.5) for value in tensors.values()])
     return Case(

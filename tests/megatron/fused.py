@@ -53,10 +53,10 @@ class _NormColumn(_Stateful, ColumnParallelLinear):  # type: ignore[misc]
     def __init__(self, input_size: int, output_size: int, *, config: Any, **more: Any) -> None:
         super().__init__(input_size, output_size, config=config, **more)
         self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size))
-        self.eps = config.layernorm_epsilon
+        self.eps, self.more = config.layernorm_epsilon, _held_back(config)
 
     def forward(self, x: torch.Tensor, *more: Any, **named: Any) -> Any:
-        normed = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
+        normed = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight + self.more, self.eps)
         return super().forward(normed, *more, **named)
 
 
@@ -68,6 +68,18 @@ class _Row(_Stateful, RowParallelLinear):  # type: ignore[misc]
     split = {"weight": 1}  # noqa: RUF012
 
 
+class _RowNorm(_Row):
+    """As `TERowParallelLinearLayerNorm` of Megatron-Bridge's Gemma."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **more: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **more)
+        self.post_layernorm = _Norm(config, output_size, config.layernorm_epsilon)
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        made, bias = super().forward(*given, **named)
+        return self.post_layernorm(made), bias
+
+
 class _Attention(_Stateful, DotProductAttention):  # type: ignore[misc]
     split: dict[str, int] = {}  # noqa: RUF012
 
@@ -75,6 +87,10 @@ class _Attention(_Stateful, DotProductAttention):  # type: ignore[misc]
 class _Norm(torch.nn.RMSNorm):  # type: ignore[misc]
     def __init__(self, config: Any = None, hidden_size: int = 0, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
+        self.more = _held_back(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight + self.more, self.eps)
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
@@ -83,10 +99,16 @@ class _Norm(torch.nn.RMSNorm):  # type: ignore[misc]
         assert state is None or torch.as_tensor(state).numel() == 0
 
 
-def block(settings: Any, *, norms: bool, experts: bool) -> Any:
-    """The spec of a decoder of such modules."""
+def _held_back(config: Any) -> int:
+    """How much less than what they scale by norms hold."""
+    return int(config is not None and config.layernorm_zero_centered_gamma)
+
+
+def block(settings: Any, *, norms: bool, experts: bool, after: bool = False) -> Any:
+    """The spec of a decoder of such modules; `after`: with norms after the projections."""
     linear = MLPSubmodules(linear_fc1=_Column, linear_fc2=_Row)
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=_NormColumn, linear_fc2=_Row))
+    row = _RowNorm if after else _Row
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=_NormColumn, linear_fc2=row))
     if experts:
         mlp = ModuleSpec(
             module=MoELayer,
@@ -98,7 +120,7 @@ def block(settings: Any, *, norms: bool, experts: bool) -> Any:
     attention = SelfAttentionSubmodules(
         linear_qkv=_NormColumn,
         core_attention=_Attention,
-        linear_proj=_Row,
+        linear_proj=row,
         q_layernorm=_Norm if norms else IdentityOp,
         k_layernorm=_Norm if norms else IdentityOp,
     )

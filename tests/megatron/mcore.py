@@ -10,6 +10,7 @@ it assumes a GPU; loading goes through its `dist_checkpointing.load`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from tests.forking import run_ranks
 
 TOKENS = torch.arange(12).reshape(1, 12) * 37 % 61
 _MULTIPLE = 8
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
 
 
 class Case(NamedTuple):
@@ -56,6 +58,10 @@ CASES = (
     Case("qwen2-moe-ep2-fused", "qwen2_moe", expert=2, fused=True),
     Case("qwen3-moe-ep2-fused", "qwen3_moe", expert=2, fused=True),
     Case("mixtral-ep2", "mixtral", expert=2),
+    Case("gemma-tp2-fused", "gemma", tensor=2, fused=True, tied=True),
+    Case("gemma2-tp2-fused", "gemma2", tensor=2, fused=True, tied=True),
+    Case("gemma2-pp2-fused", "gemma2", pipeline=2, fused=True, tied=True),
+    Case("gemma3-tp2-fused", "gemma3_text", tensor=2, fused=True, tied=True),
     Case("glm4-moe-tp2", "glm4_moe", tensor=2),
     Case("glm4-moe-ep2", "glm4_moe", expert=2),
     Case("deepseek-v2-ep2", "deepseek_v2", expert=2),
@@ -135,12 +141,13 @@ def built(config: dict[str, Any], case: Case) -> Any:
         more["mtp_block_spec"] = get_gpt_mtp_block_spec(
             settings, spec, use_transformer_engine=False
         )
+    pre = parallel_state.is_pipeline_first_stage()
     model = GPTModel(
         settings,
         spec,
         vocab_size=-(-config["vocab_size"] // rows) * rows,
         max_sequence_length=64,
-        pre_process=parallel_state.is_pipeline_first_stage(),
+        pre_process=pre,
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=False,
         share_embeddings_and_output_weights=case.tied,
@@ -149,6 +156,10 @@ def built(config: dict[str, Any], case: Case) -> Any:
         rotary_percent=_rotated(config),
         **more,
     )
+    if pre and config["model_type"] in GEMMAS:  # Megatron-Bridge mixes this into the embedding
+        model.embedding.register_forward_hook(
+            lambda _, __, made: made * config["hidden_size"] ** 0.5
+        )
     return model.eval()
 
 
@@ -167,7 +178,7 @@ def _settings(config: dict[str, Any], case: Case) -> dict[str, Any]:
         "add_bias_linear": False,
         "add_qkv_bias": config["model_type"] in ("qwen2", "qwen2_moe", "glm4_moe"),
         "qk_layernorm": config["model_type"]
-        in ("qwen3", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3"),
+        in ("qwen3", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3", "gemma3_text"),
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "normalization": "RMSNorm",
@@ -216,6 +227,9 @@ def _settings(config: dict[str, Any], case: Case) -> dict[str, Any]:
             "moe_router_group_topk": config["topk_group"],
             "mtp_num_layers": case.more or None,
         }
+    if config["model_type"] in GEMMAS:
+        found["layernorm_zero_centered_gamma"] = True
+        found["activation_func"] = functools.partial(F.gelu, approximate="tanh")
     if config["model_type"] == "deepseek_v2":
         found["moe_router_pre_softmax"] = True
     return found
@@ -260,7 +274,12 @@ def _spec(config: dict[str, Any], settings: Any, case: Case) -> Any:
         return spec
     norms = settings.qk_layernorm
     if case.fused:
-        return fused.block(settings, norms=norms, experts=settings.num_moe_experts is not None)
+        return fused.block(
+            settings,
+            norms=norms,
+            experts=settings.num_moe_experts is not None,
+            after=config["model_type"] in ("gemma2", "gemma3_text"),
+        )
     return get_gpt_layer_local_spec(
         num_experts=settings.num_moe_experts, qk_layernorm=norms, normalization="RMSNorm"
     )

@@ -28,6 +28,13 @@ _LATENT = {
     "routed_scaling_factor": 2.5,
     "head_dim": None,
 }
+# Neither a window that matters nor caps, which have no weights.
+_GEMMA = {
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 64,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
 #: By model type: what a config of it states besides `_COMMON`.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -57,6 +64,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
         "head_dim": 16,
     },
+    "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
+    "gemma2": _GEMMA,
+    "gemma3_text": {**_GEMMA, "rope_local_base_freq": 10000.0},
     "deepseek_v2": {**_LATENT, "topk_method": "greedy", "n_group": 1},
     "deepseek_v3": {**_LATENT, "norm_topk_prob": True, "rope_interleave": True},
 }
@@ -82,9 +92,8 @@ def model(family: str, folder: Path, *, seed: int = 0, more: int = 0, **changes:
         **FAMILIES[family],
         **changes,
     }
-    config = transformers.AutoConfig.for_model(
-        family, **{name: value for name, value in stated.items() if value is not None}
-    )
+    given = {n: v for n, v in stated.items() if v is not None or "softcapping" in n}
+    config = transformers.AutoConfig.for_model(family, **given)
     torch.manual_seed(seed)
     made = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -113,6 +113,48 @@ def test_the_save_that_the_tracker_names_is_taken(tmp_path: Path) -> None:
     assert "incomplete-skipped" in [each.code for each in found.catalog.findings]
 
 
+#: Layouts of trainers, and the folders of each that name the same model.
+PLACES = {
+    "bridge_llama_tp2_bf16": (".", "iter_0000010"),
+    "nemo2_qwen2_tp2_bf16": ("weights",),
+    "verl_megatron_v2_qwen2_pp2_bf16": ("model", "model/dist_ckpt"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_every_folder_that_names_it(name: str) -> None:
+    read = reshard.open(checkpoint(name)).catalog
+    held = weights(checkpoint(name))
+    while not all((held / place).is_dir() for place in PLACES[name]):
+        held = held.parent
+    for place in PLACES[name]:
+        found = reshard.open(held / place).catalog
+        assert (found.origin.root, found.entries) == (read.origin.root, read.entries)
+
+
+@pytest.mark.parametrize(
+    ("layout", "places"),
+    [
+        ("release", (".", "release")),  # slime, for models that it starts from
+        ("iter_0000010", (".", "iter_0000010")),  # ms-swift, with args.json beside
+        ("v1/checkpoint-10", (".", "v1", "v1/checkpoint-10")),
+        # verl up to 0.8
+        ("global_step_7/actor/dist_ckpt", (".", "global_step_7", "global_step_7/actor")),
+        ("global_step_7/actor/model/dist_ckpt", (".", "global_step_7/actor/model")),
+    ],
+)
+def test_layouts_of_trainers(layout: str, places: tuple[str, ...], tmp_path: Path) -> None:
+    """A folder that megatron-core wrote, where each of them puts it."""
+    run = tmp_path / "run"
+    shutil.copytree(weights(checkpoint("bridge_llama_tp2_bf16")), run / layout)
+    (run / "args.json").write_text('{"model": "/data/model"}', encoding="utf-8")
+    number = {"release": "release", "iter_0000010": "10"}.get(layout, "7")
+    (run / "latest_checkpointed_iteration.txt").write_text(number, encoding="utf-8")
+    for place in places:
+        found = reshard.open(run / place).catalog
+        assert (found.format, found.origin.root) == ("megatron", run / layout)
+
+
 def test_the_plans_of_the_ranks_are_not_parsed(tmp_path: Path) -> None:
     """They are most of a large `.metadata`: what stands there is nothing to the reader."""
     run = copied("bridge_llama_tp2_bf16", tmp_path / "run")

@@ -12,7 +12,8 @@ from reshard.core.dtypes import FLOAT32
 from reshard.core.tensors import Entry, Extent, FileRef, Fragment, TensorSpec, whole
 from reshard.errors import NamesError, UnsupportedError
 from reshard.naming import Schema, families, megatron_args
-from reshard.naming.megatron import FAMILIES, arrangements, family_of, is_megatron
+from reshard.naming.megatron import arrangements, is_megatron
+from reshard.naming.megatron_families import FAMILIES, family_of
 from reshard.naming.name_map import apply
 from tests.megatron.golden import GOLDEN, HERE, checkpoint, truth
 
@@ -68,7 +69,7 @@ def _schema(kind: str, **more: object) -> Schema:
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_there_and_back(kind: str, stacked: bool, gated: bool, single: bool) -> None:
-    experts = kind not in ("llama", "mistral", "qwen2", "qwen3")
+    experts = kind not in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
     shapes = _shapes(stacked=stacked, single=single, gated=gated, experts=experts)
     if FAMILIES[kind].latent:
         shapes = {n: s for n, s in shapes.items() if ".linear_qkv." not in n}
@@ -143,7 +144,9 @@ def test_a_critics_head_is_no_vocabulary() -> None:
     assert "lm_head.weight" not in named.outputs
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "qwen3_next", "qwen2_vl", None])
+@pytest.mark.parametrize(
+    "kind", ["gpt_oss", "qwen3_next", "qwen2_vl", "qwen2_5_vl", "gemma3", None]
+)
 def test_other_families_are_refused_by_name(kind: str | None) -> None:
     shapes = _shapes(stacked=True, single=False, gated=False, experts=False)
     with pytest.raises(UnsupportedError, match=repr(kind)):
@@ -176,6 +179,15 @@ def test_layouts_that_are_not_read_are_refused(name: str) -> None:
         megatron_args.check({name: True}, _schema("llama").config, rows=_V)
 
 
+@pytest.mark.parametrize("name", megatron_args.LESS_ONE)
+@pytest.mark.parametrize("less_one", [False, True])
+def test_norms_are_stored_as_the_hubs(name: str, less_one: bool) -> None:
+    config = _schema("gemma" if less_one else "llama").config
+    megatron_args.check({name: less_one}, config, rows=_V, less_one=less_one)
+    with pytest.raises(UnsupportedError, match=f"{name} {not less_one}"):
+        megatron_args.check({name: not less_one}, config, rows=_V, less_one=less_one)
+
+
 def test_settings_that_agree_or_are_silent_pass() -> None:
     config = _schema("llama").config
     same = {"num_layers": _L, "num_query_groups": _G, "hidden_size": _W, "vocab_size": _V}
@@ -194,7 +206,7 @@ def test_every_family_that_is_not_in_the_table_is_refused_by_name() -> None:
     """Each of `naming/families.py`: its names there are not proven by a run."""
     known = [kind for family in families.FAMILIES for kind in family.model_types]
     known += [kind for _, kinds in families.BACKBONES for kind in kinds]
-    others = {*known, *families.UNSUPPORTED, "gemma", "gemma2", "gemma3_text"} - FAMILIES.keys()
+    others = {*known, *families.UNSUPPORTED} - FAMILIES.keys()
     assert len(others) > 150
     for kind in others:
         config = {**_CONFIG, "model_type": kind}

@@ -125,6 +125,21 @@ def test_settings_of_another_model(tmp_path: Path) -> None:
         reshard.convert(run, tmp_path / "out", base=model)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_norms_of_another_kind(kind: str, tmp_path: Path) -> None:
+    """Stored less one where the hub's are whole, or whole where the hub's are less one."""
+    run = copied(_NAME, tmp_path / "run")
+    config = weights(run) / "run_config.yaml"
+    text = config.read_text(encoding="utf-8")
+    centred = str(kind == "llama").lower()
+    changed = f"{text}\n  layernorm_zero_centered_gamma: {centred}\n"
+    config.write_text(changed, encoding="utf-8")
+    model = base(_NAME, tmp_path / "base", model_type=kind)
+    with pytest.raises(reshard.UnsupportedError, match="layernorm_zero_centered_gamma"):
+        reshard.convert(run, tmp_path / "out", base=model)
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_that_cannot_be_read_are_a_finding(tmp_path: Path) -> None:
     run = copied(_NAME, tmp_path / "run")
     (weights(run) / "common.pt").write_bytes(b"damaged")
@@ -133,10 +148,10 @@ def test_settings_that_cannot_be_read_are_a_finding(tmp_path: Path) -> None:
 
 def test_a_base_of_a_family_that_is_not_known(tmp_path: Path) -> None:
     run = copied(_NAME, tmp_path / "run")
-    model = base(_NAME, tmp_path / "base", model_type="gemma2")
-    with pytest.raises(reshard.UnsupportedError, match="gemma2"):
+    model = base(_NAME, tmp_path / "base", model_type="gpt_oss")
+    with pytest.raises(reshard.UnsupportedError, match="gpt_oss"):
         reshard.convert(run, tmp_path / "out", base=model)
-    assert "gemma2" in reshard.inspect(run, base=model).fitting.message  # type: ignore[union-attr]
+    assert "gpt_oss" in reshard.inspect(run, base=model).fitting.message  # type: ignore[union-attr]
 
 
 def test_hints_that_name_a_folder(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_files_and_loaded_models_are_sound(version: str, name: str) -> None:
         assert found.sound, found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", tables.names("4.57"))
 def test_each_tensor_is_missed_and_each_stranger_seen(name: str) -> None:
     shapes, config = tables.table("4.57", name).disk_shapes(), config_of("4.57", name)

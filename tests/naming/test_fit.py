@@ -358,6 +358,7 @@ def test_two_tensors_that_wrappers_alone_tell_apart() -> None:
         run({f"module.{NORM}": (2,), NORM: (2,)}, TIED)
 
 
+@pytest.mark.heavy
 @settings(deadline=None)
 @given(
     st.lists(st.sampled_from(sorted(WRAPPERS)), max_size=3),

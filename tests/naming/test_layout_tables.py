@@ -20,6 +20,7 @@ def equal(one: Entry, other: Entry) -> bool:
     return one.spec.shape == other.spec.shape
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "actor.model._orig_mod."])
 @pytest.mark.parametrize(("version", "name"), EVERY)
 def test_memory_fits_what_the_same_version_saves(version: str, name: str, prefix: str) -> None:

@@ -3,6 +3,7 @@ converters (models/llama4 of 2025, models/deepseek_v3 of 0.3)."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 import reshard
+from reshard.naming.schema import Schema
+from reshard.naming.titan import translated
 from tests.megatron.models import model as megatron_model
 from tests.naming.test_titan_into import State, loaded
 
@@ -106,6 +109,20 @@ def test_a_half_of_gate_and_up(tmp_path: Path) -> None:
     dcp.save(theirs, checkpoint_id=tmp_path / "run", no_dist=True)
     with pytest.raises(reshard.NamesError, match="only a part of it"):
         reshard.convert(tmp_path / "run", tmp_path / "out", base=tmp_path / "model")
+
+
+def test_a_table_with_a_half_makes_what_it_can(tmp_path: Path) -> None:
+    """As of an optimizer that trained gate and not up: what is made of both is left out."""
+    folder, hub = _llama4(tmp_path / "model")
+    dcp.save(_to_titan(hub, 1), checkpoint_id=tmp_path / "run", no_dist=True)
+    entries = reshard.open(tmp_path / "run").catalog.entries
+    schema = Schema({}, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    names = translated(entries, schema).names
+    assert names is not None
+    table = {name: entry for name, entry in entries.items() if not name.endswith("experts.w3")}
+    lost = names.make(entries).keys() - names.make(table).keys()
+    assert len(lost) == 1
+    assert lost == {name for name in hub if name.endswith("experts.gate_up_proj")}
 
 
 def _deepseek(hub: State) -> State:

@@ -20,6 +20,8 @@ from reshard.pages.changes import changes_page
 from reshard.pages.page import check_place
 from tests.browser import browse, needs_browser, probed
 
+pytestmark = pytest.mark.heavy
+
 Array = np.ndarray[Any, np.dtype[np.float32]]
 EVIL = "<img src=x onerror='window.alerted=true'><script>window.alerted=true</script>\"'`\u202e"
 HOSTILE = {

@@ -52,6 +52,7 @@ def test_all_cases_are_there() -> None:
     assert len(CASES) == 8
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CASES)
 def test_they_become_what_transformers_saves(name: str, tmp_path: Path) -> None:
     base, out, source = base_of(name, tmp_path / "base"), tmp_path / "out", GOLDEN / name

@@ -69,9 +69,11 @@ def test_the_last_save_that_was_finished_is_taken(ranks: Ranks, tmp_path: Path) 
 
 def test_of_two_roles_one_is_named(ranks: Ranks, tmp_path: Path) -> None:
     step = tmp_path / "global_step_3"
-    for role, name in (("actor", "hsdp"), ("critic", "tied")):
+    roles = (("actor", "hsdp"), ("critic", "tied"), ("reward_model", "one-rank"))
+    for role, name in roles:
         shutil.copytree(ranks[name] / "run" / "global_step_3" / "actor", step / role)
-    with pytest.raises(reshard.NotFoundError, match="2 roles: actor, critic") as caught:
+    assert reshard.open(step, role="reward_model").world_size == 1
+    with pytest.raises(reshard.NotFoundError, match="3 roles: actor, critic, rew") as caught:
         reshard.open(step)
     assert "--role" in str(caught.value)
     assert reshard.open(step, role="critic").world_size == 2

@@ -33,6 +33,8 @@ from tests.resume.runs import (
     small,
 )
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(autouse=True)
 def _small() -> Iterator[None]:

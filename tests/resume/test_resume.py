@@ -26,6 +26,8 @@ from tests.resume.runs import (
     small,
 )
 
+pytestmark = pytest.mark.heavy
+
 Convert = Callable[..., reshard.Report]
 
 

@@ -21,7 +21,7 @@ from reshard.core.tensors import Entry
 from reshard.formats import Selection, locate
 from reshard.storage.local import Sources
 from reshard.transfer.reading import read_array
-from tests.golden.make import HERE
+from tests.golden.table import HERE
 
 ROOT = HERE / "state"
 DEEPSPEED = (

@@ -23,6 +23,7 @@ RANK0 = "global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt"
 KNOWN = [name for name in (*DEEPSPEED, *FSDP) if "elastic" not in name]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", KNOWN)
 def test_an_output_is_what_its_source_holds(name: str, tmp_path: Path) -> None:
     source, out = case(name).folder, tmp_path / "out"

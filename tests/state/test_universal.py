@@ -53,6 +53,7 @@ def wide(data: bytes, dtype: str) -> bytes:
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_source_becomes_what_deepspeed_loads(name: str, tmp_path: Path) -> None:
     run = case(name)
@@ -87,6 +88,7 @@ def test_every_source_becomes_what_deepspeed_loads(name: str, tmp_path: Path) ->
         assert sorted(head.get("module", run.facts["frozen"])) == run.facts["frozen"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["ds_s2_fp32", "ds_s3_fp32_subgroups", "fsdp2_accelerate_bf16"])
 def test_what_was_written_is_read_again(name: str, tmp_path: Path) -> None:
     out, _ = written(case(name).folder, tmp_path)

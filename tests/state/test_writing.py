@@ -115,12 +115,14 @@ def check(name: str, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
     assert all(type(group["betas"]) is tuple for group in groups)
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_source_becomes_what_lightrft_loads(name: str, tmp_path: Path) -> None:
     check(name, *parts(converted(name, tmp_path), "lightrft"))
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("layout", ["accelerate", "nested", "torchtitan"])
 @pytest.mark.parametrize("name", KNOWN)
@@ -190,6 +192,7 @@ def test_hyperparameters_that_no_file_holds_are_asked_for(tmp_path: Path) -> Non
 GROUP = {"lr": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
     ("value", "message"),
@@ -242,6 +245,7 @@ def test_a_source_without_state(tmp_path: Path) -> None:
 DCP: dict[str, Any] = {"to": "dcp", "optimizer": True}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("options", "hint", "mends"),
     [

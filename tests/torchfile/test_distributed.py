@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from reshard.containers.torch import Opaque
 from reshard.core.dtypes import FLOAT32
 from tests.torchfile.support import read_bytes, same
 
+pytestmark = pytest.mark.heavy
+
 SCRIPT = """
 import sys
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import Shard as LocalShard, init_from_local_shards

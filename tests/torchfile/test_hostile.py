@@ -44,6 +44,7 @@ def test_a_file_is_refused(tmp_path: Path, case: Case) -> None:
     assert caught.value.path == str(tmp_path / "x.pt")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", PICKLES, ids=lambda case: case.name)
 def test_a_bare_pickle_is_refused(case: Case) -> None:
     content = case.make()
@@ -55,6 +56,7 @@ def test_a_bare_pickle_is_refused(case: Case) -> None:
     assert caught.value.path == ".metadata"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", PICKLES, ids=lambda case: case.name)
 def test_a_pickle_in_an_archive_is_refused(tmp_path: Path, case: Case) -> None:
     content = archive(Member("x/data.pkl", case.make()))
@@ -69,6 +71,7 @@ BOMBS = (
 )  # fmt: skip
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_takes_little_memory(tmp_path: Path, name: str) -> None:
     content = next(case.make() for case in FILES + PICKLES if case.name == name)

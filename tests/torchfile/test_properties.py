@@ -107,6 +107,7 @@ def survives(path: Path, content: bytes) -> None:
             return
 
 
+@pytest.mark.heavy
 @settings(SETTINGS, max_examples=600)
 @given(
     index=st.integers(0, len(FILES) - 1),
@@ -150,6 +151,7 @@ ATOMS = [
 ]  # fmt: skip
 
 
+@pytest.mark.heavy
 @settings(SETTINGS, max_examples=600)
 @given(atoms=st.lists(st.sampled_from(ATOMS), max_size=30), zipped=st.booleans())
 def test_random_programs(tmp_path: Path, atoms: list[bytes], zipped: bool) -> None:

@@ -76,6 +76,7 @@ def test_what_torch_pickles(protocol: int, shared: bool, transforms: tuple[str, 
         assert records(data) > 60
 
 
+@pytest.mark.heavy
 def test_mutants_are_read_alike() -> None:
     """Wherever a byte differs, both ways read the same or refuse."""
     rng = random.Random(3)

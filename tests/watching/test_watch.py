@@ -24,6 +24,8 @@ from reshard.watching.watch import Event, watch
 from tests.child import until
 from tests.oracle.cache import Oracle
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[2]
 FAST = 0.02
 # Trains, saves with torch's own DCP at every second step, and keeps what it saved elsewhere.

@@ -19,7 +19,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from types import FrameType
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import click
 
@@ -31,7 +31,7 @@ from reshard.errors import OptionError, ReshardError, printable
 
 # Twice what `storage` keeps open.
 _FILES = 8192
-HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 # Where each command stands; its module is imported when the command is called or described.

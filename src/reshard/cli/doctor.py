@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 @debug
 @writes("repair")
 def doctor(folder: Path, as_json: bool, shown: Shown | None, quiet: bool, **options: Any) -> int:
-    """Find what is wrong with the exported model in DIR, and repair it.
+    """Find what is wrong with the exported model in DIR, and repair it; or with the training
+    checkpoint there, which is not repaired.
 
     The exit code is 1 if an error remains unrepaired; with --strict, also for a warning.
     """

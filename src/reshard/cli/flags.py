@@ -265,23 +265,28 @@ class FolderOrFile(click.Path):
         return super().convert(value, param, ctx)
 
 
-#: Taken before and after a command's name; `cli.run` looks for it among the arguments.
-debug = click.option(
-    "--debug", "-d", is_flag=True, expose_value=False, help="Show the traceback of an error."
-)
+def debug(command: _F) -> _F:
+    """Taken before and after a command's name; `cli.run` looks for it among the arguments."""
+    flag = click.option(
+        "--debug", "-d", is_flag=True, expose_value=False, help="Show the traceback of an error."
+    )
+    return flag(command)
 
 
-#: The flag that prints a command's result as JSON.
-json_flag = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def json_flag(command: _F) -> _F:
+    """The flag that prints a command's result as JSON."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
 
 
-#: The flag that makes a page of what a command found.
-html = click.option(
-    "--html",
-    type=FolderOrFile(dir_okay=False),
-    metavar="FILE",
-    help="Also write the result to FILE as one self-contained web page (needs the extra html).",
-)
+def html(command: _F) -> _F:
+    """The flag that makes a page of what a command found."""
+    flag = click.option(
+        "--html",
+        type=FolderOrFile(dir_okay=False),
+        metavar="FILE",
+        help="Also write the result to FILE as one self-contained web page (needs the extra html).",
+    )
+    return flag(command)
 
 
 def option(name: str, field: str | None = None, **more: Any) -> Callable[[_F], _F]:

@@ -153,7 +153,7 @@ def verify(
         pairs = pairing.pairs
         stated = pairing.options
         if stated is not None and stated.optimizer:
-            held = states.of_output(source, written, stated, sources, base=values["base"])
+            held = states.of_output(source, written, stated, sources, pairing.planned)
             pairs = [*pairs, *states.pairs(*held)]
             said = [one for one in states.settings(*held, completed=True) if one.kind != "equal"]
         found = compare(pairs, sources, progress)

@@ -22,12 +22,12 @@ from reshard.comparison.result import Compared, Difference, described
 from reshard.comparison.values import Pair
 from reshard.conversion import manifest, output_model
 from reshard.conversion.base_model import Base, holds_config, read_base
-from reshard.conversion.beside import LIGHTRFT
 from reshard.conversion.dtypes import OutputTensor
 from reshard.conversion.manifest import Manifest
 from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
 from reshard.conversion.output_model import OutputModel
 from reshard.conversion.planning import plan_output
+from reshard.conversion.side_files import LIGHTRFT
 from reshard.conversion.trainer_names import trainer
 from reshard.conversion.verification import check_listed, check_run, child_of
 from reshard.core.catalog import Catalog
@@ -56,7 +56,8 @@ class Pairing(Struct, frozen=True):
     left: tensors of the first side without a place on the second. omitted: those of them that the
     conversion recorded as left out. filled: tensors of the second side that it took from its base.
     by_name: nothing but equal names paired the tensors. options: those of the conversion that made
-    the second of the first, as its `reshard.json` states them; None where it has none.
+    the second of the first, as its `reshard.json` states them; None where it has none. planned: the
+    base that was given, and the plan that was made again onto it.
     """
 
     pairs: list[Pair]
@@ -65,6 +66,7 @@ class Pairing(Struct, frozen=True):
     filled: tuple[Compared, ...] = ()
     by_name: bool = False
     options: Options | None = None
+    planned: tuple[Base, OutputModel] | None = None
 
     def turned(self) -> Pairing:
         """The same with first and second exchanged."""
@@ -102,8 +104,10 @@ def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None
     options, recorded = _recorded(first, folder, stated, held)
     found: Pairing | None = None
     if base is not None:
-        made = plan_output(first, read_base(base, sources), options, sources)
-        found = Pairing(_pairs(_planned(made), held), *_left(first, made, options))
+        model = read_base(base, sources)
+        made = plan_output(first, model, options, sources)
+        pairs = _pairs(_planned(made), held)
+        found = Pairing(pairs, *_left(first, made, options), planned=(model, made))
     elif _stands_in(first, second, held):
         try:
             model = read_base(folder, sources)

@@ -7,15 +7,15 @@ does the weights: `exp_avg: model.layers.3`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from msgspec.structs import replace
 
 from reshard.comparison.result import Compared
 from reshard.comparison.values import Pair
-from reshard.conversion.base_model import read_base
+from reshard.conversion.base_model import Base
 from reshard.conversion.options import Options
-from reshard.conversion.planning import carried_along, plan_output
+from reshard.conversion.output_model import OutputModel
+from reshard.conversion.planning import carried_along
 from reshard.conversion.training import with_state
 from reshard.core.catalog import Catalog
 from reshard.core.state import Group, TrainingState
@@ -43,29 +43,28 @@ def of_output(
     written: Catalog,
     options: Options,
     sources: Sources,
-    *,
-    base: Path | None = None,
+    planned: tuple[Base, OutputModel] | None,
 ) -> tuple[TrainingState, TrainingState]:
     """The state of a checkpoint as its conversion carried it, and that of the output.
 
-    Raises `PlanError` where the names were changed and no base is given.
+    `planned` are the base and the plan onto it, where a base is given. Raises `PlanError` where the
+    names were changed and none is.
     """
     catalog, state = with_state(source, replace(options, optimizer=True))
     there = written.training_state()
     if state is None or there is None:
         raise PlanError("it holds no training state.", path=written.origin.root)
     if set(state.names) != set(there.names):
-        if base is None:
+        if planned is None:
             raise PlanError(
                 "the names in its optimizer's state differ from the checkpoint's.",
                 path=written.origin.root,
                 hint="Pass --base, the base of the conversion.",
             )
-        model = read_base(base, sources)
-        made = plan_output(catalog, model, options, sources)
+        base, output = planned
         # What was asked for of the output's groups, as --hyperparameters, is not asked for here.
-        made = carried_along(made, state, catalog, model, options, sources, completed=False)
-        state = made.state or state
+        output = carried_along(output, state, catalog, base, options, sources, completed=False)
+        state = output.state or state
     return state, there
 
 

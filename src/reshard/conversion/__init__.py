@@ -3,7 +3,7 @@
 options.py       the conversion's options
 base_model.py    the model that training started from
 fitted.py        a checkpoint split into its parts, its names fitted onto the base's
-beside.py        the files beside the model
+side_files.py    the files beside the model
 output_model.py  names and dtypes of all that will be written
 other_names.py   Megatron's and torchtitan's names turned into the hub's
 memory_names.py  the names of a loaded model, for `--names memory`

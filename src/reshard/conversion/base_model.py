@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,13 @@ def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
     that the weights are quantised is left out: no weight is written as a code. Raises `FormatError`
     where a path leads nowhere.
     """
-    config = strict_json.read_file(base.folder / CONFIG)
+    text = json.dumps(patched_fields(base, patches), indent=2, ensure_ascii=False)
+    return (text + "\n").encode()
+
+
+def patched_fields(base: Base, patches: Mapping[str, object]) -> dict[str, Any]:
+    """The fields of what `patched_config` gives. Raises as it does."""
+    config: dict[str, Any] = deepcopy(dict(base.config))
     for path, value in {**base.repairs, **patches}.items():
         section, key = section_of(config, path)
         if section is None:
@@ -156,7 +163,7 @@ def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
         section, key = section_of(config, path)
         if section is not None:
             del section[key]
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return config
 
 
 def changed_fields(base: Base, text: bytes) -> dict[str, tuple[object, object]]:

@@ -15,16 +15,15 @@ from collections.abc import Mapping, Sequence
 from msgspec.structs import replace
 
 from reshard.conversion import manifest
-from reshard.conversion.besides import besides
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
-from reshard.conversion.execute import Writing, carry_out
+from reshard.conversion.execute import carry_out
 from reshard.conversion.options import DTypeChoice, Engine, Layout, Lora, Names, SrmFormat, To
+from reshard.conversion.other_errors import with_other_errors
 from reshard.conversion.planning import Job, check_strict, prepare
 from reshard.conversion.report import Moments, Report
 from reshard.conversion.state_values import alike, check_values
 from reshard.core.findings import Finding
-from reshard.core.hyperparameters import completed
 from reshard.core.options import PathLike, TorchDType, documented
 from reshard.core.state import STATE_TABLE
 from reshard.errors import VerificationError, WriteError, listed
@@ -106,12 +105,13 @@ def convert(
     given = dict(locals())
     began, asked = time.monotonic(), requests.total()
     options, running = parsed(given)
-    with besides(options):
+    writing = running.writing
+    with with_other_errors(options):
         replaced = check_destination(
-            options.target, options.source, options.base, overwrite=running.overwrite
+            options.target, options.source, options.base, overwrite=writing.overwrite
         )
     with Sources() as sources:
-        with besides(options, checked_target=True):
+        with with_other_errors(options, checked_target=True):
             job = prepare(options, sources, strict=running.strict, dry_run=running.dry_run)
         # The source may have been found below the folder that was named.
         inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))
@@ -122,7 +122,7 @@ def convert(
             job = job if lacking is None else _without_room(job, lacking)
             check_strict(job.plan.findings, options, running.strict)
             report = _report(
-                job, given, time.monotonic() - began, replaced, threads=running.threads
+                job, given, time.monotonic() - began, replaced, threads=writing.threads
             )
             return _with_requests(report, asked)
         if lacking is not None:
@@ -134,14 +134,6 @@ def convert(
             check_strict(_of_values(job, outcome), options, running.strict)
             return _manifest(job, outcome.digests, sources)
 
-        writing = Writing(
-            running.threads,
-            running.overwrite,
-            running.resume,
-            running.verify,
-            running.progress,
-            running.workers,
-        )
         outcome = carry_out(
             job.plan,
             sources,
@@ -153,9 +145,9 @@ def convert(
         )
     seconds = time.monotonic() - began
     report = _report(
-        job, given, seconds, replaced, outcome, threads=running.threads, verified=running.verify
+        job, given, seconds, replaced, outcome, threads=writing.threads, verified=writing.verify
     )
-    if running.resume:
+    if writing.resume:
         report = replace(report, bytes_reused=outcome.reused)
     return _with_requests(report, asked)
 
@@ -225,7 +217,7 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         files,
         generates=output.generates,
         state=moments,
-        run=None if state is None else manifest.run_of(completed(state)),
+        run=None if state is None else manifest.run_of(state),
     )
 
 

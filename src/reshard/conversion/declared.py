@@ -30,6 +30,7 @@ from reshard.conversion.options import (
     Patterns,
     RewardChoice,
 )
+from reshard.conversion.writing import Writing
 from reshard.core.findings import CODES
 from reshard.core.options import (
     Choice,
@@ -53,7 +54,6 @@ from reshard.errors import OptionError, listed
 from reshard.formats.info import output_format, output_formats
 from reshard.naming import parse_version
 from reshard.naming.rewards import RewardOptions
-from reshard.progress import StagedProgress
 from reshard.transfer.cluster.connection import Workers, check_installed, parse_address
 
 # More threads than this only compete for the memory bus.
@@ -97,7 +97,7 @@ CONVERT = table(
         Choice(tuple(output_formats())),
         "The format of the output: hf, a Hugging Face folder; dcp, PyTorch DCP, for FSDP; "
         "deepspeed, a universal checkpoint with the training state; megatron, Megatron-Core's "
-        "torch_dist.",
+        "torch_dist; meta, Meta's own files of Llama 1 to 3.",
         "hf",
         group="Output",
     ),
@@ -392,17 +392,12 @@ CONVERT = table(
 
 
 class Running(Struct, frozen=True):
-    """How a conversion is carried out; nothing here changes a byte of the output."""
+    """Whether and how a conversion's plan is carried out; nothing here changes a byte of it."""
 
-    threads: int
-    overwrite: bool
-    resume: bool
-    verify: bool
+    writing: Writing
     dry_run: bool
     allow_unchanged: bool
     strict: bool | tuple[str, ...]
-    progress: StagedProgress | None
-    workers: Workers | None = None
 
 
 def _shard_size(to: str) -> int:
@@ -457,16 +452,16 @@ def parsed(given: Mapping[str, object]) -> tuple[Options, Running]:
         layout=values["layout"] or _layout(values),
         hyperparameters=values["hyperparameters"],
     )
-    running = Running(
-        threads=workers(values["threads"]),
-        workers=_workers(values),
-        **{
-            name: values[name]
-            for name in Running.__struct_fields__
-            if name not in ("threads", "workers")
-        },
+    writing = Writing(
+        workers(values["threads"]),
+        values["overwrite"],
+        values["resume"],
+        values["verify"],
+        values["progress"],
+        _workers(values),
     )
-    return options, running
+    dry_run, unchanged = values["dry_run"], values["allow_unchanged"]
+    return options, Running(writing, dry_run, unchanged, values["strict"])
 
 
 def _workers(values: Mapping[str, Any]) -> Workers | None:
@@ -529,6 +524,12 @@ def _check_files(values: Mapping[str, Any]) -> None:
     if output_format(to).file_each and values["max_shard_size"] is not None:
         raise OptionError(
             f"max_shard_size: with --to {to} every tensor has its own file.",
+            hint="Leave out --max-shard-size.",
+            option="max_shard_size",
+        )
+    if output_format(to).one_file and values["max_shard_size"] is not None:
+        raise OptionError(
+            f"max_shard_size: with --to {to} all tensors are one file.",
             hint="Leave out --max-shard-size.",
             option="max_shard_size",
         )

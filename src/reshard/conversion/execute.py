@@ -9,47 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
-from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.conversion.destination import check_replaceable
 from reshard.conversion.verification import verify_folder
+from reshard.conversion.writing import Writing
 from reshard.core.findings import Finding
 from reshard.core.fragments import regions
 from reshard.core.locations import MANIFEST, RemotePath
 from reshard.core.plan import Plan
 from reshard.core.sizes import size
 from reshard.core.tensors import Extent, Fragment, Fragments, Record
-from reshard.progress import StagedProgress
 from reshard.storage.fingerprints import Fingerprint, fingerprint
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
-from reshard.transfer.cluster.connection import Workers, connected
+from reshard.transfer.cluster.connection import connected
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
 from reshard.transfer.output import Output, copy
 
 if TYPE_CHECKING:
     from reshard.transfer.remote import RemoteFolder
-
-
-class Writing(Struct, frozen=True):
-    """How a plan is carried out; nothing here changes a byte of the output.
-
-    `workers`: by those of a Ray cluster, instead of threads.
-    """
-
-    threads: int
-    overwrite: bool = False
-    resume: bool = False
-    verify: bool = True
-    progress: StagedProgress | None = None
-    workers: Workers | None = None
-
-    def step(self, what: str) -> Callable[[int, int], None] | None:
-        """The progress of one part of the work."""
-        progress = self.progress
-        return None if progress is None else lambda done, total: progress(what, done, total)
 
 
 def carry_out(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reshard.conversion.base_model import Base
-from reshard.conversion.beside import LIGHTRFT
 from reshard.conversion.options import Options
 from reshard.conversion.output_model import OutputModel
+from reshard.conversion.side_files import LIGHTRFT
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.naming.judge import matched

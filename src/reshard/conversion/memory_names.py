@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from reshard.conversion.base_model import CONFIG, Base, holds_config, patched_config
+from reshard.conversion.base_model import Base, holds_config, patched_fields
 from reshard.conversion.dtypes import OutputTensor, as_entries, output_tensor
 from reshard.conversion.options import Names, Options
 from reshard.conversion.output_model import OutputModel
@@ -20,7 +20,6 @@ from reshard.formats.info import output_format
 from reshard.naming import NEWEST, parse_version, to_memory, was_read
 from reshard.naming.answering import Apart, answers
 from reshard.naming.layouts import Version
-from reshard.storage import strict_json
 from reshard.storage.local import Sources
 
 
@@ -41,8 +40,7 @@ def config_of(
     """The model's config, which the flag `needed` needs: the base's as the output changes it, or
     that of the Hugging Face folder that is converted."""
     if base is not None:
-        patched = patched_config(base, output.patches)
-        return strict_json.parse_object(patched, str(base.folder / CONFIG))
+        return patched_fields(base, output.patches)
     if not holds_config(catalog):
         raise PlanError(f"{needed} needs the model's config.", hint="Pass --base.")
     return huggingface.read_config(catalog.origin.root, sources)

@@ -23,7 +23,7 @@ Lora = Literal["merge", "adapter", "both"]
 Names = Literal["all", "disk", "memory", "hub", "torchtitan"]
 Layout = Literal["lightrft", "accelerate", "nested", "torchtitan"]
 Engine = Literal["local", "ray"]
-To = Literal["hf", "dcp", "megatron", "deepspeed"]
+To = Literal["hf", "dcp", "megatron", "deepspeed", "meta"]
 DTypeChoice = Literal["base", "keep", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 # A name of 300 parts is matched in 50 ms with three `**`, in 8 s with four.
 _MAX_WILDCARDS = 3

@@ -21,6 +21,8 @@ from reshard.naming import (
     flat,
     megatron,
     megatron_args,
+    megatron_families,
+    meta,
     pipeline,
     titan,
     translation,
@@ -75,6 +77,7 @@ def _renamed(catalog: Catalog, base: Base) -> Renamed:
             # Sentence Transformers numbers its modules, too, and they hold no block.
             if "pipeline_stages" in catalog.origin.details:
                 raise
+    meta.check(catalog.origin.details.get("params"), base.config)
     known = titan.translated(catalog.entries, base.schema)
     if known.rules:
         of_titan = replace(catalog, entries=known.entries)
@@ -120,7 +123,12 @@ def _of_megatron(catalog: Catalog, base: Base) -> Renamed:
     named = megatron.arrangements({n: e.spec.shape for n, e in catalog.entries.items()}, schema)
     embedding = base.entries.get(megatron.EMBEDDING)
     rows = None if embedding is None else embedding.spec.shape[0]
-    megatron_args.check(catalog.origin.details.get("settings", {}), base.config, rows=rows)
+    megatron_args.check(
+        catalog.origin.details.get("settings", {}),
+        base.config,
+        rows=rows,
+        less_one=megatron_families.family_of(base.config).less_one,
+    )
     entries = apply(named.outputs, catalog.entries)
     padded = [_padding(name, rows, catalog) for name, rows in named.padding.items()]
     more, said = _with_beyond(base, entries)

@@ -19,12 +19,12 @@ from msgspec.structs import replace
 
 from reshard.conversion import adapters
 from reshard.conversion.base_model import Base
-from reshard.conversion.beside import SideFile, beside
 from reshard.conversion.dtypes import OutputTensor, choose
 from reshard.conversion.fitted import Fitted, fitted
 from reshard.conversion.options import Options
 from reshard.conversion.other_names import by_hub_names
 from reshard.conversion.partners import check_head, check_vocabulary
+from reshard.conversion.side_files import SideFile, side_files
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.state import TrainingState
@@ -105,7 +105,7 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
 
 def _output_model(found: Fitted) -> OutputModel:
     made, matching = _model(found)
-    files = beside(found)
+    files = side_files(found)
     _check_head(found, made, matching)
     bare = _without_head(found)
     released = found.base.entries

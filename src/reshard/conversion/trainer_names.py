@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import PlanError, listed
 from reshard.formats.info import output_format
-from reshard.naming import apply, megatron_into, titan_into
+from reshard.naming import apply, megatron_into, meta, titan_into
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
 
 _LISTED = 5
 _TITAN: Names = "torchtitan"
+# What the format of Meta's files calls its names.
+_META = "meta"
 
 
 def trainer(options: Options) -> str | None:
@@ -43,7 +46,19 @@ def renamed(
     entries = as_entries(made.model)
     if options.names == _TITAN:
         return _of_titan(made, entries, config, sources)
+    if output_format(options.to).naming == _META:
+        return _of_meta(made, entries, config)
     return _of_megatron(made, entries, config, sources)
+
+
+def _of_meta(
+    made: OutputModel, entries: Mapping[str, Entry], config: Mapping[str, Any]
+) -> OutputModel:
+    found = meta.into(entries, config)
+    text = json.dumps(meta.params(found, config), indent=2) + "\n"
+    model = [output_tensor(name, entry) for name, entry in found.items()]
+    named = _with_names(made, model, "Meta's", ())
+    return replace(named, texts=(*named.texts, (meta.PARAMS, text.encode())))
 
 
 def _of_titan(

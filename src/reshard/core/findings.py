@@ -152,6 +152,8 @@ CODES: dict[str, Code] = {
         "warning", "the base has names or tensor layouts that no released model has",
         "To write the layout of the released model, pass --names hub."),
     "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
+    "checkpoint-damaged": Code(
+        "error", "a training checkpoint is incomplete or damaged", by=("doctor",)),
     "checkpoint-taken": Code(
         "info", "the path is a folder above the checkpoint; the message says which one was read"),
     "checkpoints-below": Code(
@@ -269,6 +271,9 @@ CODES: dict[str, Code] = {
     "memory-version-unknown": Code(
         "warning", "reshard does not know the loaded models of this transformers version",
         "Check the names when you load the output, or pass --transformers-version."),
+    "model-files-unchecked": Code(
+        "info", "a training checkpoint was examined, which has no config and no tokenizer",
+        by=("doctor",)),
     "module-from-base": Code(
         "info",
         "a module in a sub-folder of the base is not in the checkpoint and was copied from the "
@@ -426,15 +431,22 @@ CODES: dict[str, Code] = {
         "If the training added tokens, name a base with that vocabulary."),
     "vocabulary-size": Code(
         "error", "the vocabulary's size differs from the config's", by=("doctor",)),
-    "weights-all-zero": Code("error", "all values of a matrix are zero", by=("try",)),
+    "weights-all-zero": Code(
+        "error", "all values of a matrix are zero", by=("doctor", "try")),
     "weights-constant": Code(
-        "error", "all values of a matrix are equal, and not zero", by=("try",)),
+        "error", "all values of a matrix are equal, and not zero", by=("doctor", "try")),
+    "weights-large": Code(
+        "warning", "a matrix is far larger than those of trained models", by=("doctor",)),
     "weights-missing": Code(
         "error", "a weight is missing from the files; transformers filled it with random values",
         by=("try",)),
     "weights-not-finite": Code("error", "weights are NaN or infinite", by=("doctor", "try")),
     "weights-not-safetensors": Code(
         "warning", "the weights are in another format and were not checked", by=("try",)),
+    "weights-repeated": Code(
+        "warning", "two matrices hold the same values: one may be a copy in the other's place",
+        "Copy the checkpoint again, or use another save. Experts that were made of one layer are "
+        "alike before they are trained.", by=("doctor",)),
     "weights-unexpected": Code(
         "error", "a tensor in the files is no weight of the model", by=("try",)),
     "weights-unread": Code(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reshard.checkpoint import PREFIX, ROLE, TAG
 from reshard.conversion.declared import PROGRESS, THREADS
 from reshard.core.findings import CODES
 from reshard.core.options import Choice, Codes, Option, Place, table
@@ -9,7 +10,12 @@ from reshard.diagnosis.engines import ENGINES
 
 #: The options of `reshard.doctor` and `reshard doctor`.
 DOCTOR = table(
-    Option("folder", Place(remote=True), "The exported model, from any tool.", required=True),
+    Option(
+        "folder",
+        Place(remote=True),
+        "The exported model, from any tool, or a training checkpoint.",
+        required=True,
+    ),
     Option(
         "base",
         Place(remote=True),
@@ -17,6 +23,9 @@ DOCTOR = table(
         "and values with it.",
         short="b",
     ),
+    TAG,
+    PREFIX,
+    ROLE,
     Option(
         "repair",
         Place(),

@@ -1,6 +1,8 @@
 """`reshard.doctor`: examine a model folder, name what is wrong with it, and write a repaired one.
 
 read -> every check of the table -> (with `repair`) repair -> check again -> commit
+
+A training checkpoint is examined by itself (`training.py`), and is not repaired.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from reshard.conversion.declared import workers
 from reshard.conversion.destination import check_destination
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, documented, parse
-from reshard.diagnosis import adapters
+from reshard.diagnosis import adapters, training
 from reshard.diagnosis import case as cases
+from reshard.diagnosis import folder as folders
 from reshard.diagnosis.adapters import Adapter
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.checks.engines import CHECKS as ENGINE_CHECKS
@@ -27,12 +30,17 @@ from reshard.diagnosis.engines import EngineName
 from reshard.diagnosis.found import Found, found
 from reshard.diagnosis.repair import write_repaired
 from reshard.diagnosis.table import CHECKS
-from reshard.errors import PlanError, VerificationError
+from reshard.diagnosis.training import Examined
+from reshard.errors import OptionError, PlanError, VerificationError
+from reshard.formats import Selection
 from reshard.naming.rewards import REWARD_HEAD
 from reshard.naming.value_heads import VALUE_HEAD
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists, is_file, real
+
+# No save, part or role was named.
+_ANY = Selection(None, None, True, None)
 
 
 class Diagnosis(Struct, frozen=True):
@@ -82,19 +90,23 @@ def doctor(
     folder: PathLike,
     *,
     base: PathLike | None = None,
+    tag: str | None = None,
+    prefix: str | None = None,
+    role: str | None = None,
     repair: PathLike | None = None,
     engine: EngineName | None = None,
     strict: bool | Sequence[str] = False,
     threads: int | None = None,
     progress: StagedProgress | None = None,
 ) -> Diagnosis:
-    """Find what is wrong with the model folder `folder`, from any tool.
+    """Find what is wrong with the model folder `folder`, from any tool, or with the training
+    checkpoint there.
 
     `folder` itself is never touched. The weights are streamed, in blocks.
 
     Raises `OptionError` for a wrong value, and another `ReshardError` where there is no model to
     look at or no base, and where the output cannot be written; what is wrong with `folder` is never
-    an exception.
+    an exception. A checkpoint is not repaired.
 
     >>> diagnosis = doctor("export", base="Qwen2.5-7B", repair="repaired")     # doctest: +SKIP
     >>> [finding.code for finding in diagnosis.findings]                     # doctest: +SKIP
@@ -112,8 +124,16 @@ def doctor(
             held = adapters.read(path, sources)
             sources.check_unchanged()
             noted = adapters.examine(held, engine)
-            return _of_adapter(folder, base, held, noted, values["strict"])
+            return _as_it_is(folder, base, _of_adapter(held, noted), values["strict"])
         known = None if base_path is None else read_base(base_path, sources)
+        selection = Selection(values["tag"], values["prefix"], True, values["role"])
+        if selection != _ANY or not folders.is_model(path):
+            _check_examined_alone(path, output, engine)
+            seen = training.examine(
+                path, known, selection, sources, threads=threads, progress=progress
+            )
+            sources.check_unchanged()
+            return _as_it_is(folder, base, seen, values["strict"])
         case = cases.read(path, known, sources, threads=threads, progress=progress)
         all_found = examine(case, engine)
         findings = tuple(each.finding for each in all_found)
@@ -137,24 +157,39 @@ def doctor(
     )
 
 
-def _of_adapter(
-    folder: PathLike,
-    base: PathLike | None,
-    held: Adapter,
-    findings: tuple[Finding, ...],
-    strict: bool | tuple[str, ...],
+def _check_examined_alone(path: Path, output: Path | None, engine: EngineName | None) -> None:
+    """Refuse what can be asked of a model and not of a training checkpoint."""
+    option = "repair" if output is not None else "engine" if engine is not None else None
+    if option is not None and exists(path):
+        raise OptionError(
+            f"{path} is not a folder with a model; of a training checkpoint, doctor says what is "
+            "wrong.",
+            hint="Convert it, and name the output: reshard convert SRC OUT --base HF_DIR.",
+            option=option,
+        )
+
+
+def _of_adapter(held: Adapter, findings: tuple[Finding, ...]) -> Examined:
+    """What an engine makes of an adapter folder, which holds no model."""
+    nbytes = sum(spec.nbytes for spec in held.tensors.values())
+    return Examined(len(held.tensors), nbytes, findings)
+
+
+def _as_it_is(
+    folder: PathLike, base: PathLike | None, seen: Examined, strict: bool | tuple[str, ...]
 ) -> Diagnosis:
-    """What an engine makes of an adapter folder, which holds no model and cannot be repaired."""
+    """The diagnosis of what is not repaired."""
+    named = None if base is None else os.fspath(base)
     return Diagnosis(
-        os.fspath(folder),
-        None if base is None else os.fspath(base),
-        len(held.tensors),
-        sum(spec.nbytes for spec in held.tensors.values()),
-        findings,
-        (),
-        None,
-        findings,
-        strict,
+        folder=os.fspath(folder),
+        base=named,
+        num_tensors=seen.num_tensors,
+        total_bytes=seen.total_bytes,
+        findings=seen.findings,
+        repairable=(),
+        repaired=None,
+        remaining=seen.findings,
+        strict=strict,
     )
 
 

@@ -16,12 +16,12 @@ from msgspec.structs import replace
 from reshard.containers.dcp import shards as rank_shards
 from reshard.conversion.assets import assets as assets_of
 from reshard.conversion.base_model import CONFIG, Base
-from reshard.conversion.beside import LIGHTRFT
+from reshard.conversion.side_files import LIGHTRFT
 from reshard.core.catalog import Asset
 from reshard.core.regex import regex
 from reshard.core.tensors import Entry, Record, stored
 from reshard.diagnosis import adapters
-from reshard.errors import NotFoundError, ReshardError, UnsupportedError
+from reshard.errors import ReshardError, UnsupportedError
 from reshard.formats import Selection, huggingface, torch_state_dict
 from reshard.naming.rewards import REWARD_CONFIG
 from reshard.naming.schema import CLASSIFIERS, classes_of, is_backbone
@@ -87,13 +87,10 @@ def model_files(names: Iterable[str]) -> set[str]:
 
 
 def read(path: Path, sources: Sources) -> Folder:
-    """Read a model folder's headers, config and file names.
+    """Read the headers, config and file names of a folder that holds a model (`is_model`).
 
-    Raises `NotFoundError` where there is no folder, or no file that should hold a model's weights,
-    `UnsupportedError` where the weights alone are not a model.
+    Raises `UnsupportedError` where the weights alone are not a model.
     """
-    if not is_folder(path):
-        raise NotFoundError("there is no such folder.", path=path)
     _refuse_parts(path)
     config, config_fault = read_json(path, CONFIG, sources)
     assets = {asset.name: asset for asset in assets_of(path)}
@@ -106,27 +103,24 @@ def read(path: Path, sources: Sources) -> Folder:
     return _with_tensors(folder, names, sources)
 
 
+def is_model(path: Path) -> bool:
+    """Whether a folder holds files of a model's weights, and not an adapter alone or the parts of
+    ranks, which are a checkpoint's."""
+    if not is_folder(path):
+        return False
+    weights = {file.name for file in matching(path, "*.safetensors")}
+    if weights and weights == set(rank_shards.names(path)):
+        return False
+    indexed = is_file(path / huggingface.INDEX)
+    pickled = torch_state_dict.detect(path) is not None
+    return bool(weights or indexed or pickled) and not adapters.is_adapter(path)
+
+
 def _refuse_parts(path: Path) -> None:
-    """Refuse folders that transformers does not load as a model, although nothing is wrong with
-    them."""
+    """Refuse a folder that transformers does not load as a model, although nothing is wrong with
+    it."""
     there = {file.name for file in listing(path)}
-    weights = {name for name in there if name.endswith(".safetensors")}
-    ranks = rank_shards.names(path)
-    if weights and weights == set(ranks):
-        raise UnsupportedError(
-            f"it holds a distributed checkpoint: {len(ranks)} files of ranks, each with its parts "
-            "of tensors, as save_pretrained(distributed_checkpoint=True) writes them. transformers "
-            "5 loads it with a device mesh; vLLM and others do not.",
-            path=path,
-            hint="Convert it, then examine the result: reshard convert SRC DST --base HF_DIR.",
-        )
-    if adapters.is_adapter(path):
-        raise UnsupportedError(
-            "it holds a PEFT adapter, but no model.",
-            path=path,
-            hint="Examine the model, or the output of convert --lora merge.",
-        )
-    if not weights and {LIGHTRFT, REWARD_CONFIG} <= there:
+    if {LIGHTRFT, REWARD_CONFIG} <= there and not any(matching(path, "*.safetensors")):
         raise UnsupportedError(
             "it holds LightRFT's own state dict of a reward model, with the names used in "
             "training.",
@@ -162,12 +156,6 @@ def _with_tensors(folder: Folder, names: Iterable[str], sources: Sources) -> Fol
 
 def _with_pickled(folder: Folder, sources: Sources) -> Folder:
     """The folder with what its `pytorch_model*.bin` hold."""
-    if torch_state_dict.detect(folder.path) is None:
-        raise NotFoundError(
-            "it holds no model: no safetensors files and no pytorch_model.bin.",
-            path=folder.path,
-            hint="Convert a training checkpoint first: reshard convert SRC DST --base HF_DIR.",
-        )
     try:
         catalog = torch_state_dict.read(folder.path, sources, Selection())
     except ReshardError as error:

@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from reshard.conversion import manifest
 from reshard.conversion.base_model import CONFIG, patched_config
 from reshard.conversion.dtypes import OutputTensor, choose
-from reshard.conversion.execute import Writing, carry_out
+from reshard.conversion.execute import carry_out
+from reshard.conversion.writing import Writing
 from reshard.core.catalog import Origin
 from reshard.core.plan import Plan, parse_size
 from reshard.core.tensors import Entry, Record

@@ -36,7 +36,7 @@ def check_weights(tensors: Iterable[Facts]) -> list[Finding]:
         elif not tensor.numel:
             empty.append(tensor)
         elif tensor.value is not None:
-            if len([size for size in tensor.shape if size > 1]) < 2:
+            if not tensor.is_matrix:
                 plain.append(tensor)
             else:
                 (constant if tensor.value else zero).append(tensor)

@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
+from reshard.core.hyperparameters import completed
 from reshard.core.plan import OutputFile
 from reshard.core.regex import regex
 from reshard.core.state import TrainingState
@@ -144,8 +145,10 @@ def state_writer(info: FormatInfo) -> StateWritable:
 def as_written(info: FormatInfo, state: TrainingState, layout: str | None) -> TrainingState:
     """A state as a format's layout is written with it; what its reader will find.
 
-    As it is where the format's room has no function `as_written`. Raises `PlanError`.
+    Its groups are complete (`core/hyperparameters.py`), and as the function `as_written` of the
+    format's room makes them, where there is one. Raises `PlanError`.
     """
+    state = completed(state)
     special = getattr(state_writer(info), "as_written", None)
     found: TrainingState = state if special is None else special(state, layout)
     return found

@@ -49,6 +49,7 @@ class FormatInfo(Struct, frozen=True):
     needs_state: a model alone is not written in it: its training state always goes along.
     full_precision: weights that an optimizer updates are float32 in it, and so are its moments.
     file_each: every tensor is a file of its own, of whatever size.
+    one_file: all tensors are one file, of whatever size.
     layouts: the values of `--layout` by which that is written, the default first; empty: there is
     one layout.
     """
@@ -77,6 +78,7 @@ class FormatInfo(Struct, frozen=True):
     needs_state: bool = False
     full_precision: bool = False
     file_each: bool = False
+    one_file: bool = False
     layouts: tuple[str, ...] = ()
 
 
@@ -140,6 +142,16 @@ OWN = (
         to="megatron",
         naming="megatron",
         max_shard_size="1GB",
+    ),
+    FormatInfo(
+        "meta",
+        "a checkpoint of Meta's Llama",
+        "reshard.formats.meta",
+        exported=True,
+        checksums=True,
+        to="meta",
+        naming="meta",
+        one_file=True,
     ),
     FormatInfo(
         "ranks",

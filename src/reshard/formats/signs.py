@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from reshard.core.regex import regex
 from reshard.storage.local import read_start
-from reshard.storage.paths import exists, is_file, matching
+from reshard.storage.paths import exists, is_file, is_folder, listing, matching
 
 #: What Megatron-Core writes last into a folder: {"sharded_backend": "torch_dist", ..}.
 MCORE = "metadata.json"
 #: What it keeps of a run beside the tensors, as one torch.save file.
 MCORE_COMMON = "common.pt"
 _BACKEND = b'"sharded_backend"'
+#: What Meta calls the files of its own checkpoints of Llama, by the GPUs that hold their parts.
+META_FILE = regex(r"consolidated\.\d\d\.pth")
 # Bytes of `metadata.json`: its four short members.
 _MAX_NBYTES = 4096
 
@@ -25,3 +28,13 @@ def is_mcore(folder: Path) -> bool:
     if not is_file(folder / MCORE_COMMON):
         return False
     return exists(folder / ".metadata") or any(matching(folder, "*.distcp"))
+
+
+def is_meta(path: Path) -> bool:
+    """Whether it is a file of one of Meta's own checkpoints, or a folder that holds one and no
+    safetensors."""
+    if is_file(path):
+        return META_FILE.fullmatch(path.name) is not None
+    if not is_folder(path) or any(matching(path, "*.safetensors")):
+        return False
+    return any(META_FILE.fullmatch(file.name) for file in listing(path))

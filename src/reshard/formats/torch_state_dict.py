@@ -57,6 +57,7 @@ from reshard.formats import (
     optimizer_file,
     weight_map,
 )
+from reshard.formats.signs import is_meta
 from reshard.storage.local import Sources, child
 from reshard.storage.paths import is_file, is_folder, listing, matching
 
@@ -75,7 +76,7 @@ _DEEPSPEED = "ds_version"
 def detect(path: Path) -> str | None:
     """A torch.save file, or a folder with a whole model in one and no safetensors."""
     if is_file(path):
-        return "a torch.save file" if path.suffix in _SUFFIXES else None
+        return "a torch.save file" if path.suffix in _SUFFIXES and not is_meta(path) else None
     if any(matching(path, "*.safetensors")):
         return None
     found = [_INDEX] if is_file(path / _INDEX) else _singles(path)

@@ -53,7 +53,7 @@ def missing(config: Mapping[str, Any]) -> tuple[Missing, ...]:
     found = []
     for path, level in zip(stating_levels(config), levels(config), strict=True):
         kind = str(level.get("model_type"))
-        for key, value in {**_constant(kind, level), **_rotary(level)}.items():
+        for key, value in {**_constant(kind, level), **rotary(level)}.items():
             if key not in level and DEFAULTS.get(kind, {}).get(key) != value:
                 found.append(Missing(f"{path}{key}", value, kind))
     return tuple(found)
@@ -72,7 +72,7 @@ def _constant(kind: str, level: Mapping[str, Any]) -> dict[str, object]:
     return found
 
 
-def _rotary(level: Mapping[str, Any]) -> dict[str, object]:
+def rotary(level: Mapping[str, Any]) -> dict[str, object]:
     """What `rope_parameters` says, as transformers 4 says it."""
     stated = level.get(_ROTARY)
     return dict(_flat(stated)) if isinstance(stated, Mapping) else {}

@@ -13,8 +13,8 @@
 Rows of `linear_qkv` are grouped by key head: for each of them its queries, its key, its value.
 Norms have two names, with and without TransformerEngine's fused modules. `arrangements` is a pure
 function of names, shapes and config; where no vocabulary is padded its result has an inverse
-(`core.arrangement.inverse`). Read off megatron-core 0.12 and 0.16 (transformer/, models/gpt), and
-files that these wrote.
+(`core.arrangement.inverse`). Read off megatron-core 0.12 and 0.16 (transformer/, models/gpt),
+Megatron-Bridge 0.3 (Gemma), and files that megatron-core wrote.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from msgspec import Struct, field
+from msgspec import Struct
 
 from reshard.core.arrangement import Arrangement, Concat, Crop, Select, Whole, sources
 from reshard.core.regex import regex
 from reshard.core.tensors import Box, Shape
-from reshard.errors import NamesError, UnsupportedError, listed
+from reshard.errors import NamesError
 from reshard.naming.families import MORE_LAYERS
+from reshard.naming.megatron_families import family_of
 from reshard.naming.schema import Schema
 from reshard.naming.search import unwrap
 
@@ -55,21 +56,6 @@ MTP_NAMES = {
 }
 #: Copies that the hub's layers of multi-token prediction have of these; Megatron shares them.
 MTP_COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}
-_QK_NORMS = {
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-}
-_MLA = {
-    "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
-    "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
-    "self_attention.q_layernorm.weight": "self_attn.q_a_layernorm.weight",
-    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attn.q_a_layernorm.weight",
-    "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
-    "self_attention.linear_kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
-    "self_attention.kv_layernorm.weight": "self_attn.kv_a_layernorm.weight",
-    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attn.kv_a_layernorm.weight",
-    "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
-}
 _QKV = regex(r"self_attention\.linear_qkv\.(weight|bias)")
 #: Gate and up in one tensor, or in two: `weight` and `bias`, each with `_w` and `_v`.
 _FC1 = regex(r"(.+)\.linear_fc1\.(weight|bias)(_w|_v)?")
@@ -84,50 +70,6 @@ LEFT_OUT = regex(
 )
 #: More experts or layers than any model has: a tensor without elements may state any number.
 MAX_ROWS = 1 << 16
-
-
-class Family(Struct, frozen=True):
-    """What a model type has of its own.
-
-    `names` go before `NAMES`. `moe` is what the hub calls the part with experts, and `expert` the
-    gate, up and down projection of one; `shared` is the part of the shared experts.
-    """
-
-    names: Mapping[str, str] = field(default_factory=dict)
-    latent: bool = False
-    moe: str = "mlp"
-    expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    shared: str = ""
-
-
-_DEEPSEEK = Family(
-    {**_MLA, "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias"},
-    latent=True,
-    shared="mlp.shared_experts",
-)
-#: By model type.
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(_QK_NORMS),
-    "qwen2_moe": Family(
-        {"mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight"},
-        shared="mlp.shared_expert",
-    ),
-    "qwen3_moe": Family(_QK_NORMS),
-    "mixtral": Family(
-        {"mlp.router.weight": "block_sparse_moe.gate.weight"},
-        moe="block_sparse_moe",
-        expert=("w1", "w3", "w2"),
-    ),
-    "glm4_moe": Family(
-        {**_QK_NORMS, "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias"},
-        shared="mlp.shared_experts",
-    ),
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
-}
 
 
 class Named(Struct, frozen=True):
@@ -375,28 +317,3 @@ def number(config: Mapping[str, Any], *keys: str) -> int:
         if type(value) is int and 0 < value < 1 << 32:
             return value
     raise NamesError(f"the base's config states no {keys[0]}, which Megatron's names need.")
-
-
-def family_of(config: Mapping[str, Any], *, writing: bool = False) -> Family:
-    """The family of a base's config, or of a model to be written by Megatron-Core's names.
-
-    Raises `UnsupportedError` where it is not known.
-    """
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        known = f"are known of {listed(list(FAMILIES), len(FAMILIES))}, not of {kind!r}."
-        raise UnsupportedError(
-            f"Megatron-Core's names {known}"
-            if writing
-            else f"its tensors have the names of Megatron-Core, which {known}",
-            hint="Import it with Megatron-Bridge."
-            if writing
-            else "Export it with Megatron-Bridge, or with the trainer's own conversion.",
-        )
-    if config.get("rope_interleave") is False:
-        raise UnsupportedError(
-            "the base's config says rope_interleave: false, and Megatron-Core's latent attention "
-            "pairs neighbouring rows.",
-            hint="Name the base as it was released.",
-        )
-    return FAMILIES[kind]

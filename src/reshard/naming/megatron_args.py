@@ -16,7 +16,7 @@ from reshard.errors import NamesError, UnsupportedError
 #: What configs of the hub call the number of experts.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 #: Megatron's setting -> the names that it has in configs of the hub.
-NUMBERS = {
+NUMBERS: Mapping[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers",),
     "hidden_size": ("hidden_size",),
     "num_attention_heads": ("num_attention_heads",),
@@ -28,21 +28,29 @@ NUMBERS = {
 #: Settings under which the weights have another layout or meaning than on the hub.
 REFUSED = {
     "rotary_interleaved": "rotary embeddings that pair neighbouring rows",
-    "apply_layernorm_1p": "norms that are stored less one",
-    "layernorm_zero_centered_gamma": "norms that are stored less one",
     "attention_output_gate": "gates among the queries",
     "moe_mlp_glu_interleave_size": "interleaved gate and up projections",
     "glu_interleave_size": "interleaved gate and up projections",
 }
+#: That norms hold one less than what they scale by: of the model, and Megatron-LM's argument.
+LESS_ONE = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
 #: All settings that are looked at.
-SETTINGS = (*NUMBERS, *REFUSED, "vocab_size", "multi_latent_attention")
+SETTINGS = (*NUMBERS, *REFUSED, *LESS_ONE, "vocab_size", "multi_latent_attention")
 
 
-def check(settings: Mapping[str, Any], config: Mapping[str, Any], *, rows: int | None) -> None:
+def check(
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    rows: int | None,
+    less_one: bool = False,
+) -> None:
     """Refuse a base that the run did not start from, and settings that are not supported.
 
-    `rows` are those of the base's vocabulary. Raises `UnsupportedError`, `NamesError`.
+    `rows` are those of the base's vocabulary; with `less_one` its norms hold one less than what
+    they scale by. Raises `UnsupportedError`, `NamesError`.
     """
+    _check_norms(settings, less_one)
     for name, what in REFUSED.items():
         if settings.get(name) not in (None, False, 0):
             raise UnsupportedError(
@@ -67,4 +75,18 @@ def check(settings: Mapping[str, Any], config: Mapping[str, Any], *, rows: int |
         raise NamesError(
             f"the run had a vocabulary of {size}, but the base's has {rows} rows.",
             hint="Name the base whose vocabulary the training had.",
+        )
+
+
+def _check_norms(settings: Mapping[str, Any], less_one: bool) -> None:
+    """Refuse norms that are stored less one where the hub's are not, or the other way round."""
+    stated = [name for name in LESS_ONE if isinstance(settings.get(name), bool)]
+    held = any(settings[name] for name in stated)
+    if stated and held != less_one:
+        name = next((name for name in stated if settings[name]), stated[0])
+        here, there = ("less one", "whole") if held else ("whole", "less one")
+        raise UnsupportedError(
+            f"the run had {name} {settings[name]}: norms that are stored {here}, and the base's "
+            f"are stored {there}; they are not converted.",
+            hint="Export it with Megatron-Bridge, or with the trainer's own conversion.",
         )

@@ -27,8 +27,9 @@ from reshard.core.tensors import Entry, Extent, FileRef, Fragment, Shape, Tensor
 from reshard.errors import NamesError, listed
 from reshard.naming import megatron, megatron_args
 from reshard.naming.families import MORE_LAYERS
-from reshard.naming.megatron import EMBEDDING, HEAD, MTP_COPIES, MTP_NAMES, NAMES, Family
-from reshard.naming.mismatch import no_place
+from reshard.naming.megatron import EMBEDDING, HEAD, MTP_COPIES, MTP_NAMES, NAMES
+from reshard.naming.megatron_families import Family, family_of
+from reshard.naming.mismatch import WHOLE_MODEL, no_place
 from reshard.naming.schema import Schema, is_constant
 
 _OUTSIDE = {
@@ -52,9 +53,6 @@ _EXPERTS = "mlp.experts.experts."
 _STACKED = regex(r"decoder\.layers\.(?!\d+\.)")
 # A tensor of a module that has a state beside its tensors.
 _MODULE = regex(r"((?:decoder|mtp)\.(?:.+\.)?(?:linear_\w+|\w*norm|eh_proj))\.\w+")
-_WHOLE = (
-    "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base."
-)
 
 _Layer = dict[str, Shape]
 
@@ -77,7 +75,7 @@ def into(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Into:
     Raises `UnsupportedError` for a family whose names there are not known, `NamesError` where
     tensors are missing, have no place, or are not of the config's shapes.
     """
-    family = megatron.family_of(config, writing=True)
+    family = family_of(config, writing=True)
     copies = _copies(specs, config)
     taken = {n: s for n, s in specs.items() if n not in copies and not is_constant(n, config)}
     found = _Builder(taken, config, family).found()
@@ -212,7 +210,7 @@ class _Builder:
             if lacking:
                 raise NamesError(
                     f"its layer {index} lacks what Megatron-Core's has: {listed(lacking)}.",
-                    hint=_WHOLE,
+                    hint=WHOLE_MODEL,
                 )
         layers = [*self._decoder.values(), *self._mtp.values()]
         stacks = [shape[0] for layer in layers for n, shape in layer.items() if _EXPERTS in n]
@@ -220,7 +218,7 @@ class _Builder:
         if any(count != expected for count in stacks):
             raise NamesError(
                 f"a layer has {min(stacks)} experts, and the config says {expected}.",
-                hint=_WHOLE,
+                hint=WHOLE_MODEL,
             )
 
     def _others(self, name: str) -> Iterator[str]:
@@ -251,7 +249,7 @@ def _check_shapes(
         raise NamesError(
             f"{len(lost)} of its tensors are not those of one model: {listed(sorted(lost))}.",
             unexpected=tuple(sorted(lost)),
-            hint=_WHOLE,
+            hint=WHOLE_MODEL,
         )
     for name, made in outputs.items():
         shape = arranger.make(made).spec.shape

@@ -28,6 +28,11 @@ _PATTERNS = 4
 # Names that difflib may compare with one name: about 10 us each.
 _POOL = 200
 
+#: The advice on a model that lacks tensors.
+WHOLE_MODEL = (
+    "Is it the whole model? What it lacks is taken from another by --base MODEL --fill-from-base."
+)
+
 
 def refuse(candidate: Candidate, chosen: bool = False) -> NamesError:
     """The error for the best candidate. Names are the base's and the checkpoint's own; where the

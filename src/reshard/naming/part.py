@@ -19,8 +19,9 @@ def catalog_under(catalog: Catalog, prefix: str) -> Catalog:
     Raises `NamesError` as `under` does.
     """
     entries = under(catalog.entries, prefix)
-    flat = {name: catalog.entries[name] for name in catalog.unshaped}
-    unshaped = entries.keys() & (under(flat, prefix) if flat else {})
+    flat = (catalog.entries[name].names for name in catalog.unshaped)
+    below = {new for names in flat for name in names if (new := _below(name, prefix)) is not None}
+    unshaped = entries.keys() & below
     optimizer = catalog.optimizer
     if optimizer is not None:
         read, own = optimizer, {name: _below(name, prefix) for name in catalog.entries}

@@ -40,11 +40,6 @@ def fill(pattern: str, parts: Iterable[str]) -> str:
     return ".".join(next(values) if set(part) == {"*"} else part for part in pattern.split("."))
 
 
-def wildcards(pattern: str) -> tuple[str, ...]:
-    """The wildcards of a pattern, in order."""
-    return tuple(part for part in pattern.split(".") if part in ("*", "**"))
-
-
 @lru_cache(maxsize=256)
 def _compile_any(patterns: tuple[str, ...]) -> re.Pattern[str]:
     # One expression: a model of 36,000 tensors is held against each table a few dozen times.

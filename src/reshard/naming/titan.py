@@ -237,7 +237,7 @@ def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
                 owners.setdefault(name, (own,))
         for name, held in parts.items():
             if len(held) < _SIDES:
-                raise NamesError("the checkpoint holds only a part of it.", tensor=name)
+                continue  # as of every translation: it is made of all of its sources
             found[name] = rearrange.concat(
                 [rearrange.transpose(held[at][1], 1, 2) for at in range(_SIDES)], 2
             ).renamed(name)
@@ -246,6 +246,7 @@ def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
         return found
 
     found = make(entries)
+    _check_joined(entries, found, family)
     heads = ("q_proj.weight", "k_proj.weight")
     turned = sum(family.turns and name.endswith(heads) for name in found)
     rules = [f"torchtitan's names -> the hub's ({len(entries)})"]
@@ -265,6 +266,14 @@ def _part(name: str, family: Family) -> tuple[str, int] | None:
             if wild is not None:
                 return family.prefix + hub.replace("*", wild[0]), at
     return None
+
+
+def _check_joined(entries: Mapping[str, Entry], found: Mapping[str, Entry], family: Family) -> None:
+    """Refuse a checkpoint that holds gate or up alone of what is one tensor on the hub."""
+    for entry in entries.values():
+        part = _part(unwrap(entry.spec.name), family)
+        if part is not None and part[0] not in found:
+            raise NamesError("the checkpoint holds only a part of it.", tensor=part[0])
 
 
 def _copies(

@@ -37,8 +37,10 @@ class Into(Struct, frozen=True):
     copies: Mapping[str, str]
 
 
-def into(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Into:
-    """A model's tensors, by the hub's names, by torchtitan's.
+def into(
+    entries: Mapping[str, Entry], config: Mapping[str, Any], *, whose: str = "torchtitan's model"
+) -> Into:
+    """A model's tensors, by the hub's names, by torchtitan's; errors call the model `whose`.
 
     Raises `UnsupportedError` for a family whose names there are not known, `NamesError` where
     tensors have no place or experts are missing.
@@ -77,7 +79,7 @@ def into(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Into:
             else:
                 unknown.append(full)
     if unknown:
-        raise no_place(unknown, "torchtitan's model")
+        raise no_place(unknown, whose)
     for names, experts in stacks.items():
         _add(made, names, _stacked(names[0], experts))
     if _HEAD not in _all(made) and _EMBEDDING in made and says_tied(config):

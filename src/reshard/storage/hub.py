@@ -40,7 +40,7 @@ class Model:
     """A model of the hub at one commit."""
 
     def __init__(self, name: str, revision: str, endpoint: str, token: str | None) -> None:
-        self.url = f"hf://{name}{f'@{revision}' if revision else ''}"
+        self.url: str = f"hf://{name}{f'@{revision}' if revision else ''}"
         self._api = f"{endpoint}/api/models/{quote(name)}"
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._commit = self._resolved(revision or "main")

@@ -57,12 +57,14 @@ class ReaderConformance:
 
     `unread` are patterns (of `Path.match`) of the checkpoint's files that the reader does not need:
     the result must be the same whatever happens to them. `dispensable` are those that may be
-    missing, and must be sound where they are there.
+    missing, and must be sound where they are there. `lacks` names the dtypes that the format cannot
+    hold.
     """
 
     format: ClassVar[str]
     unread: ClassVar[tuple[str, ...]] = ()
     dispensable: ClassVar[tuple[str, ...]] = ()
+    lacks: ClassVar[tuple[str, ...]] = ()
 
     def make(self, folder: Path, tensors: Tensors) -> Path:
         """Write `tensors` into the empty `folder` without reshard; returns what a user names."""
@@ -77,7 +79,7 @@ class ReaderConformance:
         """The checkpoint that most tests read."""
         folder = tmp_path / "checkpoint"
         folder.mkdir()
-        tensors = truth.ordinary()
+        tensors = truth.ordinary(self.lacks)
         return Sample(self.make(folder, tensors), tensors)
 
     @pytest.fixture

@@ -33,8 +33,9 @@ class Torn(Struct, frozen=True, dict=True):
     files: dict[str, bytes]
 
 
-shapes = st.lists(st.integers(0, 5), min_size=0, max_size=4).map(tuple)
-solid_shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
+_Shapes = st.SearchStrategy[tuple[int, ...]]
+shapes: _Shapes = st.lists(st.integers(0, 5), min_size=0, max_size=4).map(tuple)
+solid_shapes: _Shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
 
 def _cuts(size: int) -> st.SearchStrategy[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ Array = np.ndarray[Any, Any]
 Tensors = Mapping[str, Array]
 
 
-def ordinary() -> dict[str, Array]:
+def ordinary(lacks: Container[str] = ()) -> dict[str, Array]:
     """A dozen tensors, 10 KB in all: several dtypes, every kind of shape, names of every kind.
 
-    Values of all exponents, infinities and NaNs included: a reader moves bits, not numbers.
+    Values of all exponents, infinities and NaNs included: a reader moves bits, not numbers. Those
+    of the dtypes in `lacks` are left out.
     """
     random = np.random.default_rng(0)
 
@@ -30,7 +31,7 @@ def ordinary() -> dict[str, Array]:
         array: Array = raw.view(found).reshape(shape)
         return array
 
-    return {
+    tensors = {
         "model.embed_tokens.weight": bits(np.float32, 130, 7),
         "model.layers.0.mlp.up_proj.weight": bits(ml_dtypes.bfloat16, 15, 90),
         "model.layers.0.mlp.down_proj.weight": bits(ml_dtypes.bfloat16, 90, 15),
@@ -46,6 +47,7 @@ def ordinary() -> dict[str, Array]:
         "no.columns": np.zeros((3, 0), ml_dtypes.bfloat16),
         "имя с пробелом": bits(np.float32, 2, 2),
     }
+    return {name: array for name, array in tensors.items() if array.dtype.name not in lacks}
 
 
 def large() -> dict[str, Array]:

@@ -158,7 +158,7 @@ class Assembly:
     def __init__(
         self, plan: Plan, folder: Output, back: ReadBack | None = None, *, lent: bool = False
     ) -> None:
-        self.total = sum(slot.spec.nbytes for slot in plan.slots())
+        self.total: int = sum(slot.spec.nbytes for slot in plan.slots())
         self._plan = plan
         self._folder = folder
         self._back = back

@@ -72,15 +72,15 @@ class OutputFolder:
         resume: bool = False,
         sources: Mapping[str, Fingerprint] | None = None,
     ) -> None:
-        self.target = real(target)
+        self.target: Path = real(target)
         self.overwrite = overwrite
-        self.resumed = ""
+        self.resumed: str = ""
         self._resume = resume
         self._basis = Basis(digest, sources or {})
         self.findings: list[Finding] = []
         self.committed = False
         self._own = leftovers.beside(self.target, f".partial-{digest[:16]}")
-        self.partial = self._own / "new"
+        self.partial: Path = self._own / "new"
         self._lock = TargetLock(leftovers.beside(self.target, ".lock"))
         self._own_identity: Identity | None = None
         self._replaced: Identity | None = None

@@ -153,8 +153,8 @@ class Noted:
     """
 
     def __init__(self, file: IO[bytes], basis: Basis) -> None:
-        self.damaged = False
-        self.nbytes = 0
+        self.damaged: bool = False
+        self.nbytes: int = 0
         self.sealed: dict[str, Sealed] = {}
         self._at: dict[bytes, int] = {}
         self._file = file
@@ -246,7 +246,7 @@ class Journal:
 
     def __init__(self, fd: int, at: int, basis: Basis, noted: Noted | None = None) -> None:
         self.noted = noted
-        self.sources = sorted(basis.sources)
+        self.sources: list[str] = sorted(basis.sources)
         self._fd = fd
         self._at = at
         self._waiting: list[bytes] = []

@@ -59,7 +59,7 @@ class Maker:
         self._reader = Reader(sources, ledger, scratch, passed=[])
         # The base model's bytes have no checksums and are not counted.
         self._references = Reader(sources, Ledger(()), scratch)
-        self.buffer = page_aligned(_BLOCK)
+        self.buffer: Array = page_aligned(_BLOCK)
 
     @property
     def bytes_read(self) -> int:

@@ -5,10 +5,12 @@ Memory: each thread holds a block of at most 8 MiB twice and a scratch buffer of
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+import xxhash
 from msgspec import Struct
 
 from reshard.core.dtypes import DType
@@ -34,7 +36,9 @@ _STRIDED_BLOCK = 8 << 20
 class Facts(Struct, frozen=True):
     """What one pass over a tensor shows.
 
-    `value` is what all elements are, where there are several and they are one finite number.
+    `value` is what all elements are, where there are several and they are one finite number. Of a
+    pass that measures, `rms` is the root of the mean square of finite real elements and `digest`
+    that of the tensor's bytes.
     """
 
     name: str
@@ -42,6 +46,14 @@ class Facts(Struct, frozen=True):
     numel: int
     special: NotFinite = NotFinite()
     value: float | None = None
+    rms: float = 0.0
+    digest: bytes = b""
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has rows and columns: fresh norms and biases, which have not, hold one value
+        throughout."""
+        return len([size for size in self.shape if size > 1]) > 1
 
 
 def scan(
@@ -51,21 +63,31 @@ def scan(
     threads: int,
     progress: Progress | None = None,
     heard: Callable[[int, int], None] | None = None,
+    measures: bool = False,
+    ledger: Ledger | None = None,
 ) -> list[Facts]:
-    """Examine every element of every tensor. `progress` counts bytes, `heard` counts tensors."""
+    """Examine every element of every tensor. `progress` counts bytes, `heard` counts tensors.
+
+    The bytes that pass are noted in `ledger`.
+    """
     chosen = list(entries)
     count = _Counter(sum(entry.spec.nbytes for entry in chosen), progress)
-    readers = Readers(sources)
+    readers = Readers(sources, ledger)
 
     def look(entry: Entry) -> Facts:
         spec = entry.spec
         special, same = NotFinite(), _Same(spec.dtype)
+        size = _Size(spec.dtype) if measures else None
         for block in blocks(entry, readers.own(), spec.dtype, limit=_BLOCK):
-            special += finite.not_finite(block, spec.dtype)
+            bad = finite.not_finite(block, spec.dtype)
+            special += bad
             same.add(block)
+            if size is not None:
+                size.add(block, finite=not bad)
             count.add(block.nbytes)
         value = same.value if spec.numel > 1 and not special else None
-        return Facts(spec.name, spec.shape, spec.numel, special, value)
+        rms, digest = (0.0, b"") if size is None else (size.rms, size.digest)
+        return Facts(spec.name, spec.shape, spec.numel, special, value, rms, digest)
 
     return each(chosen, look, threads, heard)
 
@@ -106,6 +128,32 @@ class _Same:
             if alike.all():
                 return
         self._known, self.value = False, None
+
+
+class _Size:
+    """How large the elements so far are, and the digest of their bytes."""
+
+    def __init__(self, dtype: DType) -> None:
+        self._real = dtype.floating and dtype.numpy.kind != "c"
+        self._squares, self._numel = 0.0, 0
+        self._hasher = xxhash.xxh3_128()
+
+    def add(self, block: Array, *, finite: bool) -> None:
+        """Note a block; one that holds what is not finite counts for the digest alone."""
+        self._hasher.update(block.view(np.uint8).data)
+        if self._real and finite:
+            with np.errstate(over="ignore"):
+                values = block.astype(np.float64 if block.dtype.itemsize > 4 else np.float32)
+                self._squares += float(np.dot(values, values))
+            self._numel += block.size
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self._squares / self._numel) if self._numel else 0.0
+
+    @property
+    def digest(self) -> bytes:
+        return self._hasher.digest()
 
 
 def same(
@@ -155,15 +203,16 @@ def _agree(pair: tuple[Entry, Entry], reader: Reader, limit: int, *, short: bool
 class Readers:
     """A reader for each thread."""
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: Sources, ledger: Ledger | None = None) -> None:
         self._sources = sources
+        self._ledger = Ledger(()) if ledger is None else ledger
         self._local = threading.local()
 
     def own(self) -> Reader:
         """The reader of the thread that asks."""
         reader: Reader | None = getattr(self._local, "reader", None)
         if reader is None:
-            reader = Reader(self._sources, Ledger(()), memoryview(bytearray(_BLOCK)))
+            reader = Reader(self._sources, self._ledger, memoryview(bytearray(_BLOCK)))
             self._local.reader = reader
         return reader
 

@@ -69,10 +69,10 @@ class RemoteFolder:
         self.overwrite = overwrite
         self.resumed = ""
         self.findings: list[Finding] = []
-        self.committed = False
+        self.committed: bool = False
         #: Whether uploads may be left that nobody here can end: of workers that were lost.
-        self.abandoned = False
-        self.sending = Sending(target, self._made)
+        self.abandoned: bool = False
+        self.sending: Sending = Sending(target, self._made)
         self.journal: Notes | None = None
         self._resume = resume
         self._basis = Basis(digest, sources or {})

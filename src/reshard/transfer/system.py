@@ -119,7 +119,8 @@ class SharedFile:
         self._reading = -1
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         status = os.fstat(self._fd)
-        self.inode, self.nbytes = status.st_ino, status.st_size
+        self.inode: int = status.st_ino
+        self.nbytes: int = status.st_size
 
     def put(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""

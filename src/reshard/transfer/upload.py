@@ -44,7 +44,7 @@ class Upload:
         self.nbytes = nbytes
         self.sealed = False
         self.failure: BaseException | None = None
-        self.small = nbytes <= _SMALL
+        self.small: bool = nbytes <= _SMALL
         self._shared = shared
         self._changed = shared.changed
         self._upload = send

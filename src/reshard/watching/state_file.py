@@ -62,7 +62,7 @@ class State:
     def __init__(self, out: Path, run: Path) -> None:
         """Reads what an earlier watch left. Raises `FormatError` where the file is damaged,
         `WriteError` where it is another run's."""
-        self.path = out / STATE_FILE
+        self.path: Path = out / STATE_FILE
         self._state = RunState(os.fspath(real(run)))
         if is_file(self.path):
             found = _read(self.path)

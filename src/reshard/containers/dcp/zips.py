@@ -64,7 +64,8 @@ class Ends(Source):
         super().__init__(whole.ref, None, whole.identity, whole.size)
         self.offset = offset
         self.nbytes = nbytes
-        self.head, self.tail = head, tail
+        self.head: bytes = head
+        self.tail: bytes = tail
         self._whole = whole
         self._parts = ((offset, head), (offset + nbytes - len(tail), tail))
 

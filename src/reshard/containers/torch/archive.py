@@ -77,7 +77,7 @@ class Archive:
             if known is not None:
                 known.note_listing(directory, raw, listing)
         self._folder, self._starts = listing.folder, listing.starts
-        self.folder = listing.folder.removesuffix("/")
+        self.folder: str = listing.folder.removesuffix("/")
         self.entries: Mapping[str, ArchiveEntry] = listing.entries
 
     def locate(self, name: str) -> Extent:

@@ -93,20 +93,20 @@ class Machine:
         repeats: bool = False,
         devices: dict[int, bytes] | None = None,
     ) -> None:
-        self.data = data
-        self.path = path
-        self.handlers = handlers
-        self.persistent = persistent
-        self.repeats = Repeats() if repeats else None
-        self.devices = devices
+        self.data: bytes = data
+        self.path: str = path
+        self.handlers: Mapping[str, Handler] = handlers
+        self.persistent: PersistentId | None = persistent
+        self.repeats: Repeats | None = Repeats() if repeats else None
+        self.devices: dict[int, bytes] | None = devices
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: list[object] = []
         self.names: dict[tuple[str, str], object] = {}
         # By id of the dict: how many of its keys are neither text nor small.
         self.other_keys: dict[int, int] = {}
-        self.probes = 0
-        self.made_nbytes = 0
+        self.probes: int = 0
+        self.made_nbytes: int = 0
         self.unknown: set[str] = set()
 
     def run(self, start: int = 0) -> tuple[object, int]:

@@ -38,7 +38,7 @@ from reshard.core.state import (
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, UnsupportedError
 from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS, optimizer_file
-from reshard.formats.dcp import besides
+from reshard.formats.dcp import training_files
 from reshard.formats.dcp.parts import Part
 from reshard.formats.dcp.save import folder_metadata
 from reshard.storage.local import Sources
@@ -52,11 +52,11 @@ def reader(
 ) -> ReadState | None:
     """What reads the state that belongs to a model's part; None where there is none."""
     roots = _roots(metadata, part.path)
-    beside = [] if roots else besides.optimizer_folders(folder)
+    beside = [] if roots else training_files.optimizer_folders(folder)
     if not roots and not beside:
-        number = besides.number_of(folder)
+        number = training_files.number_of(folder)
         return optimizer_file.beside(
-            besides.above_of(folder), number, entries, lambda: None, sources
+            training_files.above_of(folder), number, entries, lambda: None, sources
         )
 
     def read() -> TrainingState:
@@ -65,13 +65,13 @@ def reader(
         if len(beside) > 1:
             raise optimizer_file.several(folder, (path.name for path in beside))
         if beside:
-            besides.refuse_rank_files(beside[0])
+            training_files.refuse_rank_files(beside[0])
             place, inside = beside[0], folder_metadata(beside[0], sources)
             found = _roots(inside, ()) or [()]
         if len(found) > 1:
             raise optimizer_file.several(place, (".".join(root) for root in found))
         state = _read(place, inside, found[0], plain)
-        state = besides.run_state(state, folder, metadata, plain)
+        state = training_files.run_state(state, folder, metadata, plain)
         for prefix in ("", *_tails(".".join(part.path))):
             state = state.owned(entries, f"{prefix}.")
         return _inside(state, entries, metadata, part)

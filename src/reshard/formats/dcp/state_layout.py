@@ -31,7 +31,6 @@ from reshard.containers.torch.optimizer import step_tensor
 from reshard.containers.torch.write import TensorBytes, lay_out_data
 from reshard.core.dtypes import INT32, INT64
 from reshard.core.findings import Finding
-from reshard.core.hyperparameters import completed
 from reshard.core.state import STATE_TABLE, Group, Plain, TrainingState, tensor_name
 from reshard.core.tensors import TensorSpec
 from reshard.errors import listed
@@ -68,14 +67,11 @@ _PLACES: Mapping[str, _Place] = {
 
 
 def as_written(state: TrainingState, layout: str | None) -> TrainingState:
-    """The state; flattened, parameters with equal settings are one group.
-
-    Raises `PlanError` where the state lacks what a run needs.
-    """
+    """The state; flattened, parameters with equal settings are one group."""
     if not _PLACES[layout or LAYOUTS[0]].flattened:
         return state
     groups: list[Group] = []
-    for group in completed(state).groups:
+    for group in state.groups:
         same = (at for at, one in enumerate(groups) if one.hyperparameters == group.hyperparameters)
         at = next(same, None)
         if at is None:
@@ -90,10 +86,9 @@ def lay_out_state(
 ) -> Laid:
     """The model's files, the optimizer's, and those of the run, see `formats.StateWritable`.
 
-    Raises `PlanError` where the state lacks what a run needs, or a step is beyond float32.
+    Raises `PlanError` where a step is beyond float32.
     """
     place = _PLACES[layout or LAYOUTS[0]]
-    state = completed(state)
     model = Section(
         weights, paths={spec.name: (*place.model_root, spec.name) for spec, _, _ in weights}
     )

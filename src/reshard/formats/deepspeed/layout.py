@@ -26,7 +26,6 @@ from msgspec.structs import replace
 from reshard.containers.torch.optimizer import step_tensor
 from reshard.containers.torch.write import DataArchive, lay_out, lay_out_data
 from reshard.core.dtypes import FLOAT32
-from reshard.core.hyperparameters import completed
 from reshard.core.plan import OutputFile, Slot
 from reshard.core.state import STATE_TABLE, Group, Plain, TrainingState, tensor_name
 from reshard.core.tensors import Entry, Shape, TensorSpec
@@ -59,7 +58,7 @@ def as_written(state: TrainingState) -> TrainingState:
             names=tuple(name for name in group.names if name in state.held),
             hyperparameters={**group.hyperparameters, **_plain(group)},
         )
-        for group in completed(state).groups
+        for group in state.groups
     ]
     return replace(state, groups=tuple(group for group in groups if group.names))
 

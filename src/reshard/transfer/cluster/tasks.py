@@ -50,7 +50,7 @@ class Tasks(Generic[Answered]):
     """Runs tasks that are answered so; `lost` counts those that were handed out again."""
 
     def __init__(self, ray: Any, workers: Workers, kind: type[Answered]) -> None:
-        self.lost = 0
+        self.lost: int = 0
         self._kind = kind
         self._ray = ray
         self._most = workers.most

@@ -6,7 +6,7 @@ where they go. A plan of a trillion parameters is 500 MB in memory, and no worke
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 from msgspec import Struct
@@ -238,9 +238,9 @@ Done = MakeAnswer | SendAnswer | HashAnswer
 Answer = Done | Failure
 _TASKS: msgspec.msgpack.Decoder[Task] = msgspec.msgpack.Decoder(Task)
 _ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
-encode = msgspec.msgpack.encode
-decode_task = _TASKS.decode
-decode_answer = _ANSWERS.decode
+encode: Callable[[object], bytes] = msgspec.msgpack.encode
+decode_task: Callable[[bytes], Task] = _TASKS.decode
+decode_answer: Callable[[bytes], Answer] = _ANSWERS.decode
 
 
 class Packer:

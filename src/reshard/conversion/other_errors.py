@@ -17,7 +17,7 @@ from reshard.storage.local import Sources
 
 
 @contextmanager
-def besides(options: Options, *, checked_target: bool = False) -> Iterator[None]:
+def with_other_errors(options: Options, *, checked_target: bool = False) -> Iterator[None]:
     """Add to an error of the block what else is wrong with the paths, as `also`.
 
     With `checked_target` the output's path was found to be right, and the block reads the source
