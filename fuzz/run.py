@@ -1,8 +1,9 @@
 """Fuzz a parser: `PYTHONPATH=src:. python -m fuzz.run safetensors --seconds 60`.
 
 Coverage-guided by atheris where it is installed, otherwise by random mutations of the seeds. Any
-exception but a `ReshardError`, and any input that takes longer than `SLOW` seconds, ends the run
-with exit code 1; the input is kept in `fuzz/cases/TARGET`, which `tests/test_fuzz.py` reads again.
+exception but a `ReshardError`, and any input that takes longer than `SLOW` seconds or more than
+`MUCH` bytes of memory, ends the run with exit code 1; the input is kept in `fuzz/cases/TARGET`,
+which `tests/test_fuzz.py` reads again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,8 @@ from pathlib import Path
 CASES = Path(__file__).parent / "cases"
 # Seconds of processor time. The refusals of small files take milliseconds.
 SLOW = 5.0
+# Bytes of memory above those that the process holds: of 256 MiB, a command itself takes 50.
+MUCH = 206 << 20
 
 
 def mutate(rng: random.Random, seeds: list[bytes], atoms: tuple[bytes, ...]) -> bytes:
@@ -46,6 +50,11 @@ def mutate(rng: random.Random, seeds: list[bytes], atoms: tuple[bytes, ...]) -> 
     return bytes(data)
 
 
+def peak() -> int:
+    """The most bytes that this process held at once so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def by_mutation(name: str, seconds: float, seed: int) -> int:
     """Read mutants for so many seconds; returns how many failed."""
     from fuzz.targets import TARGETS
@@ -63,10 +72,10 @@ def by_mutation(name: str, seconds: float, seed: int) -> int:
                 # A random sequence of opcodes, most of them with fitting arguments.
                 data = pickle(b"".join(rng.choices(target.atoms, k=rng.randint(1, 60))))
             count += 1
-            start = time.process_time()
+            start, before = time.process_time(), peak()
             try:
                 target.read(data, Path(folder))
-                failed = time.process_time() - start > SLOW
+                failed = time.process_time() - start > SLOW or peak() - before > MUCH
             except Exception:
                 traceback.print_exc()
                 failed = True
@@ -79,8 +88,9 @@ def by_mutation(name: str, seconds: float, seed: int) -> int:
 
 def keep(name: str, data: bytes) -> None:
     """Keep an input as a case."""
-    (CASES / name).mkdir(parents=True, exist_ok=True)
-    kept = CASES / name / f"{zlib.crc32(data):08x}"
+    folder = CASES / name.replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / f"{zlib.crc32(data):08x}"
     kept.write_bytes(data)
     print(f"kept {kept}")
 
@@ -117,10 +127,12 @@ def inside(name: str, seconds: float, seed: int, folder: Path) -> None:
         (folder / "corpus" / str(number)).write_bytes(content)
 
     def one_input(data: bytes) -> None:
+        before = peak()
         with contextlib.redirect_stdout(None):
             target.read(data, folder / "work")
+        assert peak() - before <= MUCH
 
-    options = [f"-max_total_time={max(1, round(seconds))}", f"-seed={seed + 1}", "-max_len=16384",
+    options = [f"-max_total_time={max(1, round(seconds))}", f"-seed={seed + 1}", "-max_len=65536",
                f"-timeout={round(SLOW)}", f"-artifact_prefix={folder / 'found'}/",
                "-rss_limit_mb=1024", str(folder / "corpus")]  # fmt: skip
     atheris.Setup([sys.argv[0], *options], one_input)

@@ -1,7 +1,8 @@
 """What is fuzzed: a parser each, with inputs that it takes as seeds.
 
 A target reads any bytes as a file of its kind. It may raise a `ReshardError`, and nothing else; it
-may not take long. Where there is a second reader, what is accepted must be what that one reads.
+may not take long, nor much memory. Where there is a second reader, what is accepted must be what
+that one reads. The files that lie in a checkpoint among others are in `folders`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from msgspec import Struct
 
 import reshard
+from fuzz import folders, oracle
 from reshard.containers.dcp import metadata as dcp_metadata
 from reshard.containers.torch import read, read_pickle
 from reshard.conversion import manifest
@@ -36,12 +38,13 @@ _MAX_SEED_NBYTES = 8192
 class Target(Struct, frozen=True):
     """`read` reads bytes as a file of the kind, in a folder that is the target's own.
 
-    `atoms` are what mutations insert.
+    `atoms` are what mutations insert, `mutants` how many the short suite tries.
     """
 
     read: Callable[[bytes, Path], None]
     seeds: Callable[[], list[bytes]]
     atoms: tuple[bytes, ...]
+    mutants: int = 200
 
 
 def _torch(data: bytes, folder: Path) -> None:
@@ -51,8 +54,20 @@ def _torch(data: bytes, folder: Path) -> None:
         path.write_bytes(content)
         with Sources() as sources, suppress(ReshardError):
             read(sources.open(path))
-    with suppress(ReshardError):
-        read_pickle(data, path="fuzz")
+    _pickle(data)
+
+
+def _pickle(data: bytes) -> None:
+    """What is accepted must be what Python reads, in plain data."""
+    try:
+        found = read_pickle(data, path="fuzz").value
+    except ReshardError:
+        return
+    try:
+        known = oracle.value_of(data)
+    except Exception:  # Python refuses more: objects of a call that have no length, or no hash
+        return
+    oracle.check_same(found, known)
 
 
 def _torch_seeds() -> list[bytes]:
@@ -207,4 +222,13 @@ TARGETS: Mapping[str, Target] = {
     "index": Target(_index, _index_seeds, _JSON_ATOMS),
     "json": Target(_json, _json_seeds, _JSON_ATOMS),
     "manifest": Target(_manifest, _manifest_seeds, _JSON_ATOMS),
+    **{
+        name: Target(
+            folders.reader(place),
+            folders.seeds(place),
+            _JSON_ATOMS if place.file.endswith((".json", ".yaml")) else folders.STATE_ATOMS,
+            mutants=15,
+        )
+        for name, place in folders.PLACES.items()
+    },
 }

@@ -605,14 +605,15 @@ def test_ranks_may_well_hold_the_same_constants(tmp_path: Path, values: bytes) -
 
 
 def doubling() -> object:
-    """Lists of two of the list before: a small file, and a text of 2^100 letters."""
+    """Lists of two of the list before: a small file, and a text of 2^10 brackets; a few more, and
+    the pickle reader refuses them."""
     value: list[object] = []
-    for _ in range(100):
+    for _ in range(10):
         value = [value, value]
     return value
 
 
-def test_values_whose_text_has_no_end(folder: Path) -> None:
+def test_values_whose_text_is_long(folder: Path) -> None:
     (folder / "good").write_bytes((folder / ".metadata").read_bytes())
 
     def shape(metadata: Metadata) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 import reshard
 from reshard.containers.torch import Opaque, TensorRef, read_pickle
-from reshard.errors import ReshardError
+from reshard.errors import ReshardError, UnsupportedError
 from tests.torchfile import hostile
-from tests.torchfile.handmade import Member, archive, pickle, torch_file
+from tests.torchfile.handmade import Member, archive, number, pickle, text, torch_file
 from tests.torchfile.hostile import FILES, PICKLES, Case
 from tests.torchfile.support import read_bytes, value_of
 
@@ -133,9 +133,33 @@ def test_the_hand_made_files_are_good_when_nothing_is_changed(tmp_path: Path) ->
         assert value.extent.nbytes == 16
 
 
-def test_shared_lists_are_not_walked_twice() -> None:
-    value: Any = read_pickle(hostile.doubling(100), path="x").value
-    assert value[99][0] is value[99][1] is value[98]
+def test_shared_lists_are_read_while_they_stand_for_few_values() -> None:
+    """2^100 values of a pickle of a kilobyte would keep whoever walks them busy for ever."""
+    value: Any = read_pickle(hostile.doubling(15), path="x").value
+    assert value[14][0] is value[14][1] is value[13]
+    with pytest.raises(UnsupportedError, match="repeats its parts over and over"):
+        read_pickle(hostile.doubling(100), path="x")
+
+
+def test_a_list_that_records_share_counts_in_each() -> None:
+    """Also in what an object was called with, and what became its attributes."""
+    listed = b"](" + b"N" * 100_000 + b"eq\0"
+    for recalled in (b"h\0\x85R", b")\x81h\0b", b")\x81}" + text("a") + b"h\0sb"):
+        records = b"](" + (b"cm\nC\n" + recalled) * 30 + b"e"
+        with pytest.raises(UnsupportedError, match="stands for more than"):
+            read_pickle(pickle(b"](" + listed + records + b"e"), path="x")
+        few = b"](" + (b"cm\nC\n" + recalled) * 5 + b"e"
+        assert read_pickle(pickle(b"](" + listed + few + b"e"), path="x").value
+
+
+def test_a_mesh_of_many_ranks_is_shared_by_many_tensors() -> None:
+    """Its reader keeps it, so it counts once: DTensors of 65,536 ranks recall it each."""
+    ranks = b"(" + b"".join(map(number, range(65_536))) + b"t"
+    mesh = (
+        b"ctorch.distributed.device_mesh\nDeviceMesh\n)\x81}" + text("_rank_map") + ranks + b"sbq\0"
+    )
+    tensors = b"](" + (b"cm\nDTensor\n)\x81h\0b") * 1000 + b"e"
+    assert read_pickle(pickle(b"](" + mesh + tensors + b"e"), path="x").value
 
 
 def test_a_record_of_a_record_called() -> None:

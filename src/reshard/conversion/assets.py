@@ -22,7 +22,7 @@ from reshard.core.regex import regex
 from reshard.errors import FormatError, NotFoundError
 from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.storage.local import child, read_start
-from reshard.storage.paths import exists, is_file, is_folder, is_link, listing, real
+from reshard.storage.paths import MAX_DEPTH, exists, is_file, is_folder, is_link, listing, real
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
                     ".onnx", ".onnx_data", ".onnx.data", ".distcp", ".tflite", ".ot", ".npz", ".pb",
@@ -65,6 +65,8 @@ def _walk(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
     `above` are the folders that lead here, links followed.
     """
+    if len(above) > MAX_DEPTH:
+        raise NotFoundError(f"folders nest deeper than {MAX_DEPTH} levels.", path=folder)
     names = set(_names(folder))
     module = folder != root and "config.json" in names and not names & _OF_TRAINING
     for name in sorted(names - _NOT_ASSETS):

@@ -26,6 +26,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.core.dtypes import FLOAT32, DType
+from reshard.errors import FormatError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +39,9 @@ Shape = tuple[int, ...]
 MAX_DIMS = 32
 # Elements, sizes and offsets, exclusive: none is a tensor's, and their sums stay in 64 bits.
 MAX_NUMEL = 1 << 62
+# Characters of a name, and dots in it: those of models have 200 and 20. Names are compared with
+# patterns and with each other, in time that grows with the square of their parts.
+MAX_NAME, MAX_DOTS = 512, 128
 TensorKind = Literal["parameter", "buffer", "frozen", "tied"]
 
 
@@ -47,6 +51,15 @@ class TensorSpec(Struct, frozen=True, gc=False):
     name: str
     dtype: DType
     shape: Shape
+
+    def __post_init__(self) -> None:
+        """Raise `FormatError` for a name that is longer than any."""
+        if len(self.name) > MAX_NAME or self.name.count(".") > MAX_DOTS:
+            raise FormatError(
+                f"its name has {len(self.name)} characters and {self.name.count('.')} dots; "
+                f"reshard reads at most {MAX_NAME} and {MAX_DOTS}.",
+                tensor=self.name,
+            )
 
     @property
     def numel(self) -> int:

@@ -23,7 +23,10 @@ from reshard.core.tensors import Entry, TensorSpec
 from reshard.errors import FormatError, NotFoundError, listed
 from reshard.formats.info import FormatInfo, every, named, single_for
 from reshard.storage.local import Sources
-from reshard.storage.paths import exists, is_folder, listing
+from reshard.storage.paths import exists, is_folder, names
+
+# Names in a folder of which a message may list the first.
+_LOOKED_AT = 100
 
 
 class Selection(Struct, frozen=True):
@@ -284,5 +287,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 def contents(path: Path) -> str:
     """The first names in a folder, in words."""
-    names = sorted(child.name + ("/" if is_folder(child) else "") for child in listing(path))
-    return listed(names) or "nothing"
+    there = names(path)
+    # A folder's `/` sorts it behind its name with a dot: of those that may come first, few.
+    first = sorted(name + ("/" if is_folder(path / name) else "") for name in there[:_LOOKED_AT])
+    return listed([*first, *there[_LOOKED_AT:]]) or "nothing"

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from msgspec import Struct
@@ -35,11 +36,11 @@ from reshard.formats.info import named
 from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.naming.part import catalog_under
 from reshard.storage.local import Sources, snapshot
-from reshard.storage.paths import is_file, is_folder, is_own_folder, listing, real, status
+from reshard.storage.paths import is_file, is_folder, listing, own_folders, real, status
 
 _DEPTH = 3
-# A run's folder has tens of entries; more than this is somebody's home directory.
-_MAX_FOLDERS = 10_000
+# A run's folder has tens of entries; more than this is somebody's home directory. 0.6 ms each.
+_MAX_FOLDERS = 4000
 # One shard of several, of safetensors or torch.save files.
 _SHARD = regex(r".*-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
 # Written last, once a save is whole.
@@ -170,7 +171,9 @@ def _or_the_export(error: IncompleteError) -> IncompleteError:
 
 def _and_below(catalog: Catalog, path: Path) -> Catalog:
     """An exported model's catalog, which names the training checkpoints in the same folder."""
-    below = [save for save in _below(path, 1) if not _is_export(save.format)]
+    below: list[Found] = []
+    with suppress(NotFoundError):  # too many to look at, which does not matter here
+        below = [save for save in _below(path, 1) if not _is_export(save.format)]
     if not below:
         return catalog
     newest = max(below, key=lambda save: save.age).path
@@ -217,12 +220,17 @@ def _below(path: Path, depth: int) -> list[Found]:
 
 
 def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
-    for child in listing(folder):
-        if not is_own_folder(child) or child.name.startswith("."):
+    for child in own_folders(folder):
+        if child.name.startswith("."):
             continue
         budget[0] -= 1
-        if budget[0] < 0:
-            return
+        if budget[0] < 0:  # the newest save may be one of those that were not looked at
+            raise NotFoundError(
+                f"more than {_MAX_FOLDERS} folders lie below it, too many to look for checkpoints "
+                "in all of them.",
+                path=folder,
+                hint="Name the folder that holds the checkpoint's files, or the folder above it.",
+            )
         claims = formats.claims(child)
         if claims:
             yield Found(child, claims)
@@ -242,7 +250,7 @@ def _tracked(folder: Path, sources: Sources) -> str | None:
 
 
 def _is_tracked(save: Found, tracked: str | None) -> bool:
-    if tracked is None or not tracked.isdigit():
+    if tracked is None or not tracked.isdecimal():
         return save.path.name == tracked
     return save.age[0] == int(tracked)
 

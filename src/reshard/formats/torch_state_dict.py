@@ -59,7 +59,7 @@ from reshard.formats import (
 )
 from reshard.formats.signs import is_meta
 from reshard.storage.local import Sources, child
-from reshard.storage.paths import is_file, is_folder, listing, matching
+from reshard.storage.paths import is_file, is_folder, matching, names
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
@@ -172,7 +172,7 @@ def _models(path: Path) -> list[str]:
     """The files of accelerate's models in a folder, by their numbers."""
     if not is_folder(path):
         return []
-    return numbered((file.name for file in listing(path)), _FSDP)
+    return numbered(names(path), _FSDP)
 
 
 def _state_dict(

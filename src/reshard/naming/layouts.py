@@ -200,9 +200,9 @@ _MAX_EXPERTS = 1 << 16
 def _template(name: str) -> tuple[str, tuple[str, ...]]:
     """The name with its numbers left out, and the numbers in order."""
     parts = name.split(".")
-    numbers = tuple(part for part in parts if part.isdigit())
+    numbers = tuple(part for part in parts if part.isdecimal())
     if numbers:
-        name = ".".join(NUMBER if part.isdigit() else part for part in parts)
+        name = ".".join(NUMBER if part.isdecimal() else part for part in parts)
     return name, numbers
 
 

@@ -298,6 +298,6 @@ def _stack_of(hub: str, rules: list[Stacked]) -> tuple[Stacked, str, int, int] |
     for rule in rules:
         for place, part in enumerate(rule.parts):
             wild = patterns.match(part, hub)
-            if wild is not None and wild[-1].isdigit():
+            if wild is not None and wild[-1].isdecimal():
                 return rule, patterns.fill(rule.name, wild[:-1]), int(wild[-1]), place
     return None

@@ -88,7 +88,7 @@ def is_unheld(name: str, config: Mapping[str, Any]) -> bool:
     for level in more:
         first, count = level.get("num_hidden_layers"), level[families.MORE_LAYERS]
         found = next(filter(None, (patterns.match(p, name) for p in families.LAYERS)), None)
-        if found and isinstance(first, int) and isinstance(count, int) and found[0].isdigit():
+        if found and isinstance(first, int) and isinstance(count, int) and found[0].isdecimal():
             return first <= int(found[0]) < first + count
     return False
 

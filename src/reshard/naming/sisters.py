@@ -59,7 +59,8 @@ def uncounted(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, int
         return None
     ((container, layers),) = containers.items()
     number = config[stated[0]]
-    if set(layers) == set(range(number)):
+    # A config may state a billion.
+    if len(layers) == number and all(0 <= index < number for index in layers):
         return None
     return f"{container}.", len(layers), number, stated[0]
 

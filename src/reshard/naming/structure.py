@@ -202,6 +202,10 @@ def rows_of(block: Block) -> tuple[Row, ...]:
     return tuple(found)
 
 
+# Experts of a layer whose names are looked for: a config, and a name, may state a billion.
+_MAX_NUMBERED = 1 << 14
+
+
 class _Examination:
     """One model's names, region by region."""
 
@@ -254,7 +258,8 @@ class _Examination:
             return
         key = next((key for key in region.count if isinstance(region.config.get(key), int)), "")
         stated = region.config[key] if key else max(layers, default=-1) + 1
-        if set(layers) != set(range(stated)):
+        # A config may state a billion.
+        if len(layers) != stated or not all(0 <= index < stated for index in layers):
             prefix = f"{region.prefix}{region.layers}."
             self._layers.append(Layers(prefix, len(layers), stated, key))
 
@@ -297,7 +302,7 @@ def _by_layer(
     start = f"{layers}."
     for name, shape in names.items():
         number, _, rest = name.removeprefix(start).partition(".")
-        if layers and name.startswith(start) and number.isdigit() and rest:
+        if layers and name.startswith(start) and number.isdecimal() and rest:
             found.setdefault(int(number), {})[rest] = shape
         else:
             outside[name] = shape
@@ -308,7 +313,7 @@ def _chosen(block: Block | tuple[Block, ...], held: Mapping[str, Shape]) -> tupl
     """A block's rows; of several blocks, those of the one that most of the names are of."""
     if isinstance(block, str):
         return rows_of(block)
-    plain = {".".join("*" if p.isdigit() else p for p in name.split(".")) for name in held}
+    plain = {".".join("*" if p.isdecimal() else p for p in name.split(".")) for name in held}
     choices = [rows_of(each) for each in block]
     return max(choices, key=lambda rows: sum(row.name in plain for row in rows))
 
@@ -323,10 +328,10 @@ def _expanded(name: str, held: Mapping[str, Shape], sizes: Mapping[str, int]) ->
         numbers = [
             int(found.removeprefix(start).partition(".")[0])
             for found in held
-            if found.startswith(start) and found.removeprefix(start).partition(".")[0].isdigit()
+            if found.startswith(start) and found.removeprefix(start).partition(".")[0].isdecimal()
         ]
         number = max(numbers, default=-1) + 1
-    return [f"{start}{i}{end}" for i in range(number)]
+    return [f"{start}{i}{end}" for i in range(min(number, _MAX_NUMBERED))]
 
 
 def _is_there(row: Row, config: Config) -> bool:
@@ -354,7 +359,7 @@ def _sizes(config: Config) -> dict[str, int]:
 def _fits(shape: Shape, dims: tuple[str, ...], sizes: Mapping[str, int]) -> bool:
     if dims == ("-",):
         return True
-    expected = [int(dim) if dim.isdigit() else sizes.get(dim) for dim in dims]
+    expected = [int(dim) if dim.isdecimal() else sizes.get(dim) for dim in dims]
     return len(shape) == len(expected) and all(
         size is None or size == have for have, size in zip(shape, expected, strict=True)
     )

@@ -160,7 +160,7 @@ def _expert(
     number = ""
     for pattern, here in family.experts:
         wild = patterns.match(pattern.replace("{}", "*"), hub)
-        if wild is not None and wild[1].isdigit():
+        if wild is not None and wild[1].isdecimal():
             names.append(_numbered(here.replace("*", wild[0]), config))
             number = wild[1]
     return (tuple(names), int(number)) if names else None

@@ -78,7 +78,7 @@ def likely_prefixes(
 
 def _is_first(name: str) -> bool:
     """Whether it is of the first layer, or of none."""
-    return all(part == "0" for part in name.split(".") if part.isdigit())
+    return all(part == "0" for part in name.split(".") if part.isdecimal())
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:

@@ -68,13 +68,13 @@ class _Facts:
         self.kinds: dict[str, None] = {}
         for hub in pieces:
             parts = hub.split(".")
-            at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+            at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
             if at is None:
                 continue
             group = ".".join(parts[:at])
             numbers[group].add(parts[at])
             counts[group] += 1
-            self.kinds[".".join(part for part in parts[at + 1 :] if not part.isdigit())] = None
+            self.kinds[".".join(part for part in parts[at + 1 :] if not part.isdecimal())] = None
         self._numbers = numbers
         self.group = counts.most_common(1)[0][0] if counts else ""
         embedding = next((pieces[n].shape for n in pieces if n in ties.EMBEDDINGS), ())

@@ -45,6 +45,8 @@ _WHOLE = None
 # The fields of an item's place.
 _PLACE = ("relative_path", "offset", "length", "transform_descriptors")
 _INT = frozenset({int})
+# Bytes by which a file that is not a pickle is refused, before the others are read.
+_START_NBYTES = 1 << 16
 # Where each item lies, by its key and offset.
 _Places = dict[str, dict[Shape | None, "Location"]]
 
@@ -98,18 +100,22 @@ class Metadata(Struct, frozen=True):
     flattened: bool = True
 
 
-def opened(path: pathlib.Path, sources: Sources) -> tuple[Source, bytes]:
-    """The file, and as many of its bytes as the pickle reader takes, and one more: enough for it to
-    refuse a larger file.
+def opened(path: pathlib.Path, sources: Sources, *, longer: bool = False) -> tuple[Source, bytes]:
+    """The file, and its bytes; with `longer`, of more than the pickle reader takes as many as that.
 
-    Raises `IncompleteError` where the file is empty.
+    Raises `IncompleteError` where the file is empty, and what the pickle reader raises where it is
+    too long, or its first bytes are not those of a pickle.
     """
     source = sources.open(path)
     if source.size == 0:
         raise IncompleteError(
             "the file is empty.", path=path, hint="The save did not finish; use another one."
         )
-    return source, source.read(0, min(source.size, MAX_NBYTES + 1))
+    start = source.read(0, min(source.size, _START_NBYTES))
+    torchfile.check_start(start, source.size, path=str(path))
+    if not longer:
+        torchfile.check_size(source.size, path=str(path))
+    return source, source.read(0, min(source.size, MAX_NBYTES))
 
 
 def unpickled(data: bytes, path: pathlib.Path) -> Metadata:

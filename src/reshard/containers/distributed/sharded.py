@@ -40,13 +40,14 @@ def decode(value: Opaque, place: Place) -> Local:
     if shape_of(stated.get("size"), place) != shape:
         raise place.broken(f"its shape is {shape} and its shards are of another.")
     cuts = tuple(_cut(each, shape, place) for each in listed)
+    known = set(cuts)
     fragments = []
     for shard in shards:
         held = attributes(shard, place)
         tensor, cut = held.get("tensor"), _cut(held.get("metadata"), shape, place)
         if not isinstance(tensor, TensorRef) or (tensor.shape, tensor.dtype) != (cut[1], dtype):
             raise place.broken("its shard is not a tensor of the shape that is stated.")
-        if cut not in cuts:
+        if cut not in known:
             raise place.broken(f"its shard at {cut[0]} is not in the list of all ranks' shards.")
         fragments.append(LocalFragment(Box(shape, *cut), tensor))
     ranks = attributes(group, place)

@@ -9,7 +9,7 @@
 """
 
 from reshard.containers.torch.known import Known
-from reshard.containers.torch.reader import read, read_pickle
+from reshard.containers.torch.reader import check_size, check_start, read, read_pickle
 from reshard.containers.torch.records import (
     Global,
     Instance,
@@ -29,6 +29,8 @@ __all__ = [
     "Storage",
     "TensorRef",
     "TorchFile",
+    "check_size",
+    "check_start",
     "read",
     "read_pickle",
 ]

@@ -6,9 +6,9 @@ alike has been parsed and checked already. Two files are alike in spite of
     the folder of the archive         a file's own name, which stands in all names of its directory
     the device of the storages        "cuda:3", which stands in the pickle once for each tensor
 
-A pickle is known only if its tensors are empty: then it does not matter where they lie. The model
-files of 1,024 ranks that state 70,000 parameters each are compared in 6 s; to parse them takes an
-hour.
+A pickle is known only if its tensors are empty: then it does not matter where they lie. With model
+files of 1,024 ranks that state 70,000 parameters each, all of a ZeRO-3 checkpoint is read in 11 s
+of CPU; to parse them all would take about an hour.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from reshard.containers.torch.handlers import HANDLERS
 from reshard.containers.torch.limits import MAX_NBYTES
 from reshard.containers.torch.machine import BreaksOffError, Machine, PersistentId
 from reshard.containers.torch.malformed import Malformed
-from reshard.containers.torch.nesting import check_depth
+from reshard.containers.torch.nesting import check_depth, check_sharing
 from reshard.containers.torch.records import Storage, TorchFile
 from reshard.containers.torch.storages import StorageId, parse_storage_id
 from reshard.core.tensors import Extent
@@ -71,23 +71,23 @@ class _Stream:
         _, end, _ = self._unpickle(start, self._learn)
         keys, data_start, _ = self._unpickle(end, None)
         self._find_storages(keys, data_start)
-        value, _, unknown = self._unpickle(start, self._storage)
-        check_depth(value, path=self._source.ref.path)
+        value, _, machine = self._unpickle(start, self._storage)
+        path = self._source.ref.path
+        check_depth(value, path=path)
+        check_sharing(value, machine.recalled.values(), end - start, path=path)
         return TorchFile(
             value,
             (),
-            tuple(sorted(unknown)),
+            tuple(sorted(machine.unknown)),
             ("it is in torch.save's old container, which has no checksums.",),
         )
 
-    def _unpickle(
-        self, start: int, persistent: PersistentId | None
-    ) -> tuple[object, int, set[str]]:
+    def _unpickle(self, start: int, persistent: PersistentId | None) -> tuple[object, int, Machine]:
         machine = Machine(
             self._head, path=self._source.ref.path, handlers=HANDLERS, persistent=persistent
         )
         value, end = machine.run(start)
-        return value, end, machine.unknown
+        return value, end, machine
 
     def _check_header(self) -> int:
         """Check the first three pickles; where the fourth begins."""

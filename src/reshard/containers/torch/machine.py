@@ -62,8 +62,9 @@ class Machine:
 
     `persistent` turns a persistent id (a storage) into a value; None refuses them. With `repeats`,
     records that are spelt alike become `Instance`s, and `run` may raise `RecalledError`. `devices`,
-    where given, gets the texts that may be a device's name, by their places. After
-    `run`, `unknown` holds the names that neither a handler nor reshard's types know.
+    where given, gets the texts that may be a device's name, by their places. `data` may be the
+    beginning of `nbytes`. After `run`, `unknown` holds the names that neither a handler nor
+    reshard's types know, and `recalled` the containers and records that were recalled, by id.
     """
 
     __slots__ = (
@@ -74,10 +75,12 @@ class Machine:
         "marks",
         "memo",
         "names",
+        "nbytes",
         "other_keys",
         "path",
         "persistent",
         "probes",
+        "recalled",
         "repeats",
         "stack",
         "unknown",
@@ -92,8 +95,10 @@ class Machine:
         persistent: PersistentId | None = None,
         repeats: bool = False,
         devices: dict[int, bytes] | None = None,
+        nbytes: int | None = None,
     ) -> None:
         self.data: bytes = data
+        self.nbytes: int = len(data) if nbytes is None else nbytes
         self.path: str = path
         self.handlers: Mapping[str, Handler] = handlers
         self.persistent: PersistentId | None = persistent
@@ -108,6 +113,7 @@ class Machine:
         self.probes: int = 0
         self.made_nbytes: int = 0
         self.unknown: set[str] = set()
+        self.recalled: dict[int, object] = {}
 
     def run(self, start: int = 0) -> tuple[object, int]:
         """The value pickled at byte `start`, and the position after its end.

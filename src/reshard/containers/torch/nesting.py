@@ -1,9 +1,17 @@
-"""The proof that a value is not nested too deeply."""
+"""The proof that a value is not nested too deeply, and is no larger than its pickle."""
 
 from __future__ import annotations
 
-from reshard.containers.torch.limits import MAX_DEPTH
+from collections.abc import Iterable
+
+from reshard.containers.torch.limits import MAX_DEPTH, MAX_VALUES, MAX_VALUES_PER_BYTE
+from reshard.containers.torch.records import Opaque
 from reshard.errors import UnsupportedError
+
+# Items of a recalled container that may be as many as the bytes that recall it.
+_FEW = 8
+# Records that their readers keep: one of 100,000 ranks is recalled by every tensor.
+_KEPT = "DeviceMesh"
 
 
 def check_depth(value: object, *, path: str) -> None:
@@ -39,6 +47,47 @@ def check_depth(value: object, *, path: str) -> None:
         heights[id(container)] = height
 
 
+def check_sharing(value: object, recalled: Iterable[object], nbytes: int, *, path: str) -> None:
+    """Raise `UnsupportedError` where a pickle of `nbytes` stands for many more values.
+
+    `recalled` are the containers and records that it recalls of its memo. Looks into records too,
+    once where their readers do. What is met inside itself counts as one value.
+    """
+    if all(map(_is_small, recalled)):
+        return
+    limit = MAX_VALUES + MAX_VALUES_PER_BYTE * nbytes
+    # As above: open values count 1.
+    counts: dict[int, int] = {}
+    closed: set[int] = set()
+    kept = 0
+    todo: list[object] = [value]
+    while todo:
+        one = todo[-1]
+        if id(one) in closed:
+            todo.pop()
+            continue
+        items = _items_of(one)
+        inner = [item for item in items if type(item) in _HOLDING]
+        if id(one) not in counts:
+            counts[id(one)] = 1
+            todo.extend(item for item in inner if id(item) not in counts)
+            continue
+        todo.pop()
+        closed.add(id(one))
+        count = 1 + len(items) + sum(counts[id(item)] for item in inner)
+        counts[id(one)] = count
+        if type(one) is Opaque and one.short_name == _KEPT:
+            kept += count
+            counts[id(one)] = 1
+        if count > limit or kept > limit:
+            raise UnsupportedError(
+                f"its pickle of {nbytes} bytes stands for more than {limit} values: it repeats its "
+                "parts over and over.",
+                path=path,
+                hint="No training framework writes such a file.",
+            )
+
+
 def _too_deep(path: str) -> UnsupportedError:
     return UnsupportedError(f"its pickle nests deeper than {MAX_DEPTH} levels.", path=path)
 
@@ -49,3 +98,23 @@ def _containers_in(value: object) -> list[object]:
     if type(value) is list or type(value) is tuple:
         return [item for item in value if type(item) in (dict, list, tuple)]
     return []
+
+
+_HOLDING = frozenset({dict, list, tuple, Opaque})
+
+
+def _items_of(value: object) -> list[object]:
+    """What a container or record holds, without the keys of a dict."""
+    if type(value) is dict:
+        return list(value.values())
+    if isinstance(value, Opaque):
+        return [*value.args, value.state, *(value.items or ())]
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _is_small(value: object) -> bool:
+    """Whether a value holds a few others, none of which holds more."""
+    items = _items_of(value)
+    return len(items) <= _FEW and not any(
+        type(item) in _HOLDING and _items_of(item) for item in items
+    )

@@ -21,6 +21,7 @@ from reshard.containers.torch.limits import (
     TUPLE_NBYTES,
 )
 from reshard.containers.torch.malformed import EndOfPickle, Malformed
+from reshard.containers.torch.records import Opaque
 from reshard.containers.torch.repeats import LEFT_OUT, OPENING, RecalledError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _proto(m: Machine, pos: int) -> int:
 @_opcode("\x95")
 def _frame(m: Machine, pos: int) -> int:
     (nbytes,) = _U64(m.data, pos)
-    if pos + 8 + nbytes > len(m.data):
+    if pos + 8 + nbytes > m.nbytes:
         raise EndOfPickle
     return pos + 8
 
@@ -337,6 +338,8 @@ def _setitems(m: Machine, pos: int) -> int:
 
 # The memo. Picklers number it 0, 1, 2 ...; some begin again at 0.
 
+_HOLDING = frozenset({list, dict, tuple, Opaque})
+
 
 def _get(m: Machine, index: int) -> None:
     if index >= len(m.memo):
@@ -344,6 +347,8 @@ def _get(m: Machine, index: int) -> None:
     value = m.memo[index]
     if value is LEFT_OUT:
         raise RecalledError
+    if type(value) in _HOLDING:
+        m.recalled[id(value)] = value
     m.stack.append(value)
 
 

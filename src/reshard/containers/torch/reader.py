@@ -12,9 +12,9 @@ from reshard.containers.torch.handlers import HANDLERS
 from reshard.containers.torch.known import Known
 from reshard.containers.torch.legacy import PREFIX, read_legacy
 from reshard.containers.torch.limits import MAX_NBYTES
-from reshard.containers.torch.machine import Machine, PersistentId
+from reshard.containers.torch.machine import BreaksOffError, Machine, PersistentId
 from reshard.containers.torch.malformed import Malformed
-from reshard.containers.torch.nesting import check_depth
+from reshard.containers.torch.nesting import check_depth, check_sharing
 from reshard.containers.torch.records import Pickled, Storage, TorchFile
 from reshard.containers.torch.repeats import RecalledError
 from reshard.containers.torch.storages import parse_storage_id
@@ -55,14 +55,31 @@ def read_pickle(data: bytes, *, path: str, repeats: bool = False) -> Pickled:
 
     Raises `FormatError`, `IncompleteError` and `UnsupportedError` as `read` does.
     """
-    if len(data) > MAX_NBYTES:
-        raise UnsupportedError(
-            f"its pickle has {len(data)} bytes; reshard reads at most {MAX_NBYTES}.", path=path
-        )
+    check_size(len(data), path=path)
     if repeats:
         with suppress(RecalledError):
             return _parse(data, path, None, repeats=True)
     return _parse(data, path, None)
+
+
+def check_size(nbytes: int, *, path: str) -> None:
+    """Raise `UnsupportedError` where a pickle has more bytes than are read."""
+    if nbytes > MAX_NBYTES:
+        raise UnsupportedError(
+            f"its pickle has {nbytes} bytes; reshard reads at most {MAX_NBYTES}.",
+            path=path,
+            hint="It is not what its name says.",
+        )
+
+
+def check_start(head: bytes, nbytes: int, *, path: str) -> None:
+    """Refuse what is not a pickle by the first of its `nbytes` bytes, before the others are read.
+
+    Raises as `read_pickle` does.
+    """
+    if len(head) < nbytes:
+        with suppress(BreaksOffError):
+            Machine(head, path=path, handlers=HANDLERS, nbytes=nbytes).run()
 
 
 def _parse(
@@ -85,6 +102,7 @@ def _parse(
     if end != len(data):
         raise FormatError(f"its pickle ends at byte {end} of {len(data)}.", path=path)
     check_depth(value, path=path)
+    check_sharing(value, machine.recalled.values(), len(data), path=path)
     return Pickled(value, tuple(sorted(machine.unknown)))
 
 

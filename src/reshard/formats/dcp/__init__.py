@@ -32,7 +32,7 @@ from reshard.formats.dcp.save import ACCELERATE_MODEL, METADATA, RANK_METADATA, 
 from reshard.formats.dcp.state_layout import as_written, lay_out_state
 from reshard.formats.signs import is_mcore
 from reshard.storage.local import Sources
-from reshard.storage.paths import exists, is_folder, listing
+from reshard.storage.paths import exists, is_folder, names
 
 __all__ = ["as_written", "detect", "lay_out", "lay_out_state", "read"]
 
@@ -48,13 +48,13 @@ def detect(path: Path) -> str | None:
         return None
     if is_mcore(path):
         return None
-    names = {entry.name for entry in listing(path)}
-    if METADATA in names:
+    there = names(path)
+    if METADATA in there:
         return f"it holds {METADATA}"
     models = _models(path)
     if models:
         return f"it holds {models[0].name}/"
-    for name in sorted(names):
+    for name in there:
         if RANK_METADATA.fullmatch(name) or name.endswith(".distcp"):
             return f"it holds {name}"
     if shards.names(path):
@@ -75,8 +75,8 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
     models = [] if exists(path / METADATA) else _models(path)
     if models:
         catalog = read(models[0], sources, selection)
-        names = [model.name for model in models]
-        return replace(catalog, findings=of_several(path, names, names[0], "folder"))
+        every = [model.name for model in models]
+        return replace(catalog, findings=of_several(path, every, every[0], "folder"))
     if shards.names(path) and not exists(path / METADATA):
         return _read_shards(path, sources, selection)
     return read_chunks(path, sources, selection, folder_metadata(path, sources))
@@ -84,8 +84,8 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 def _models(folder: Path) -> list[Path]:
     """The folders of accelerate's models in a checkpoint folder, by their numbers."""
-    folders = (path.name for path in listing(folder) if is_folder(path))
-    return [folder / name for name in numbered(folders, ACCELERATE_MODEL)]
+    models = [folder / name for name in numbered(names(folder), ACCELERATE_MODEL)]
+    return [model for model in models if is_folder(model)]
 
 
 def _read_shards(folder: Path, sources: Sources, selection: Selection) -> Catalog:

@@ -8,7 +8,7 @@ from reshard.containers.dcp.metadata import Metadata, merge, opened, unpickled
 from reshard.core.regex import regex
 from reshard.errors import FormatError, IncompleteError
 from reshard.storage.local import Sources, child
-from reshard.storage.paths import listing
+from reshard.storage.paths import names
 
 METADATA = ".metadata"
 #: Where accelerate and the HF Trainer put the models of a checkpoint folder, one as a rule.
@@ -25,11 +25,11 @@ def is_of_a_save(name: str) -> bool:
 
 def folder_metadata(folder: Path, sources: Sources) -> Metadata:
     """The folder's metadata, that of all ranks merged where each wrote its own."""
-    names = {entry.name for entry in listing(folder)}
-    ranks = sorted(int(m[1]) for name in names if (m := RANK_METADATA.fullmatch(name)))
-    begun = sorted(name for name in names if name.endswith(_BEGUN))
-    if METADATA not in names and not ranks:
-        raise _unfinished(folder, begun, holds=bool(names))
+    there = names(folder)
+    ranks = sorted(int(m[1]) for name in there if (m := RANK_METADATA.fullmatch(name)))
+    begun = [name for name in there if name.endswith(_BEGUN)]
+    if METADATA not in there and not ranks:
+        raise _unfinished(folder, begun, holds=bool(there))
     if begun:
         raise IncompleteError(
             f"{begun[0]} lies beside the metadata: a later save into this folder did not finish, "
@@ -37,13 +37,13 @@ def folder_metadata(folder: Path, sources: Sources) -> Metadata:
             path=folder,
             hint="Use another checkpoint.",
         )
-    if METADATA in names and ranks:
+    if METADATA in there and ranks:
         raise FormatError(
             f"it holds both {METADATA} and __{ranks[0]}{METADATA}: two saves into one folder.",
             path=folder,
             hint=f"Move {METADATA}, or all files __*.metadata, away: those of the other save.",
         )
-    if METADATA in names:
+    if METADATA in there:
         return _parse(child(folder, METADATA), sources)
     if ranks != list(range(len(ranks))):
         missing = next(rank for rank in range(len(ranks) + 1) if rank not in ranks)

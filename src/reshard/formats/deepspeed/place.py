@@ -12,7 +12,7 @@ from reshard.core.regex import regex
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError, listed
 from reshard.formats import numbered, tags
 from reshard.storage.local import Sources, child
-from reshard.storage.paths import is_file, is_folder, is_link, listing, real
+from reshard.storage.paths import is_file, is_folder, is_link, listing, names, real
 
 # runtime/engine.py: _get_ckpt_name, _get_zero_ckpt_name, _get_optimizer_ckpt_name,
 # _get_expert_ckpt_name; runtime/pipe/module.py: ckpt_layer_path. "pp_rank" is the data parallel
@@ -66,12 +66,12 @@ class Location(Struct, frozen=True):
     @property
     def ranks(self) -> list[Location]:
         """The same folder with the files of each model parallel rank; itself where none has any."""
-        return [self._of(mp) for mp in self.mp_ranks] or [self]
-
-    def _of(self, mp_rank: int) -> Location:
-        model = {rank: path for rank, path in self.model.items() if rank[1] == mp_rank}
-        optim = {rank: path for rank, path in self.optim.items() if rank[1] == mp_rank}
-        return replace(self, model=model, optim=optim)
+        parts: dict[int, Location] = {mp: replace(self, model={}, optim={}) for mp in self.mp_ranks}
+        for rank, path in self.model.items():
+            parts[rank[1]].model[rank] = path
+        for rank, path in self.optim.items():
+            parts[rank[1]].optim[rank] = path
+        return list(parts.values()) or [self]
 
 
 def reason(path: Path) -> str | None:
@@ -195,12 +195,12 @@ def _classified(folder: Path, tag: str) -> Location:
     experts: dict[tuple[int, int], Path] = {}
     layers: dict[tuple[int, int], Path] = {}
     partitioned = False
-    names = {path.name for path in listing(folder)}
-    universal = is_folder(folder / "zero") and not any(map(_OPTIM.fullmatch, names))
-    if universal and MODEL in names:
+    there = names(folder)
+    universal = is_folder(folder / "zero") and not any(map(_OPTIM.fullmatch, there))
+    if universal and MODEL in there and MODEL_STAGE3 in there:
         # One folder for every stage, as reshard writes it (layout.py): the same, less `module`.
-        names.discard(MODEL_STAGE3)
-    for name in sorted(names):
+        there.remove(MODEL_STAGE3)
+    for name in there:
         if match := _MODEL.fullmatch(name):
             _put(model, (0, int(match[1])), folder, name)
         elif match := _MODEL_STAGE3.fullmatch(name):
@@ -326,11 +326,11 @@ def _numbers(numbers: Sequence[int]) -> str:
 
 def _is_tag_folder(path: Path) -> bool:
     return is_folder(path) and any(
-        _MODEL.fullmatch(file.name)
-        or _MODEL_STAGE3.fullmatch(file.name)
-        or _OPTIM.fullmatch(file.name)
-        or _LAYER.fullmatch(file.name)
-        for file in listing(path)
+        _MODEL.fullmatch(name)
+        or _MODEL_STAGE3.fullmatch(name)
+        or _OPTIM.fullmatch(name)
+        or _LAYER.fullmatch(name)
+        for name in names(path)
     )
 
 
@@ -339,4 +339,4 @@ def _tags(path: Path) -> list[str]:
 
 
 def _has_other_weights(path: Path) -> bool:
-    return any(file.suffix in (".safetensors", ".distcp", ".bin") for file in listing(path))
+    return any(name.endswith((".safetensors", ".distcp", ".bin")) for name in names(path))

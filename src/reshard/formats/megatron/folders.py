@@ -18,7 +18,7 @@ from reshard.errors import IncompleteError, NotFoundError, UnsupportedError, bri
 from reshard.formats import of_role
 from reshard.formats.signs import MCORE, MCORE_COMMON, is_mcore
 from reshard.storage import strict_json
-from reshard.storage.paths import exists, is_file, is_folder, is_own_folder, listing, matching
+from reshard.storage.paths import exists, is_file, is_folder, matching, names, own_folders
 
 # Where the model lies in a folder that a trainer names: NeMo 2, verl up to 0.8, verl 0.9.
 _MODEL = ("weights", "dist_ckpt", "model/dist_ckpt")
@@ -88,19 +88,15 @@ def _inside(path: Path) -> Path | None:
 def _roles(path: Path) -> list[Path]:
     """The folders of verl's models in a step."""
     below = (*_MODEL[1:], *_STATE)
-    return [
-        role
-        for role in listing(path)
-        if is_own_folder(role) and any(is_mcore(role / each) for each in below)
-    ]
+    return [role for role in own_folders(path) if any(is_mcore(role / each) for each in below)]
 
 
 def _rank_folders(path: Path) -> list[str]:
-    return sorted(
-        one.name
-        for one in listing(path)
-        if _RANK.fullmatch(one.name) and any(is_file(one / file) for file in _RANK_FILES)
-    )
+    return [
+        name
+        for name in names(path)
+        if _RANK.fullmatch(name) and any(is_file(path / name / file) for file in _RANK_FILES)
+    ]
 
 
 def _check(folder: Path) -> None:

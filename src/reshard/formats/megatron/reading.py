@@ -7,6 +7,7 @@ from pathlib import Path
 
 from reshard.containers.dcp.chunked import find_tensors, world_size
 from reshard.containers.dcp.metadata import Metadata, opened, unpickled
+from reshard.containers.torch import check_size
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding
 from reshard.errors import IncompleteError, NotFoundError, ReshardError
@@ -76,7 +77,7 @@ def _metadata(folder: Path, sources: Sources) -> Metadata:
             hint="Copy the folder again (the file's name begins with a dot), or use an earlier "
             "checkpoint.",
         )
-    source, data = opened(path, sources)
+    source, data = opened(path, sources, longer=True)
     tail = source.read(max(0, source.size - 3), min(source.size, 3))
     whole = plans.ends_well(tail)
     shorter = plans.without_plans(data) if whole else None
@@ -85,6 +86,7 @@ def _metadata(folder: Path, sources: Sources) -> Metadata:
             return unpickled(shorter, path)
         except ReshardError:  # the plans are not where they are expected
             pass
+    check_size(source.size, path=str(path))
     return unpickled(data, path)
 
 

@@ -31,7 +31,7 @@ from reshard.storage.paths import file_size, is_file
 
 _JSON = ("../transformer_config.json", "../../transformer_config.json")
 _YAML = ("run_config.yaml", "../context/model.yaml")
-_LINE = regex(r"^\s*(\w+):\s*(true|false|\d{1,9})\s*$", re.MULTILINE | re.IGNORECASE)
+_LINE = regex(r"\s*(\w+):\s*(true|false|\d{1,9})\s*", re.IGNORECASE)
 # A run's settings take tens of KB.
 _MAX_NBYTES = 4 << 20
 
@@ -99,8 +99,10 @@ def _beside(folder: Path, name: str) -> Path:
 
 def _of_yaml(text: str) -> dict[str, Any]:
     values: dict[str, set[str]] = {}
-    for name, value in _LINE.findall(text):
-        values.setdefault(name, set()).add(value.lower())
+    for line in text.splitlines():  # over all lines at once, `\s*` would take the square of them
+        match = _LINE.fullmatch(line)
+        if match:
+            values.setdefault(match[1], set()).add(match[2].lower())
     once = {name: next(iter(found)) for name, found in values.items() if len(found) == 1}
     return {
         name: value == "true" if value in ("true", "false") else int(value)

@@ -21,7 +21,7 @@ from reshard.errors import FormatError, IncompleteError, NotFoundError, brief, l
 from reshard.formats import numbered, of_role
 from reshard.storage import strict_json
 from reshard.storage.local import Sources, child
-from reshard.storage.paths import is_file, is_folder, is_own_folder, listing
+from reshard.storage.paths import is_file, is_folder, listing, names, own_folders
 
 _VERL = regex(r"(?P<model>model)_world_size_(?P<world>\d{1,7})_rank_(?P<rank>\d{1,7})\.pt")
 _ACCELERATE = regex(r"(?P<model>pytorch_model_fsdp(?:_\d+)?)_rank_?(?P<rank>\d{1,7})\.bin")
@@ -37,6 +37,8 @@ _NOT_MODEL = regex(
 _OPTIMIZER = regex(r"(.*[._-])?optim(izer)?s?([._-].*|\d*)")
 # Files of another format, whose folders may hold other files of a rank.
 _FOREIGN = (".metadata", ".distcp", ".safetensors", "_model_states.pt", "_optim_states.pt")
+# What every rank's file has in its name.
+_SIGN = "rank"
 _CONFIG = "fsdp_config.json"
 _NUMBER = regex(r".*?(\d*)")
 _LISTED = 5
@@ -182,11 +184,13 @@ def _of_folder(folder: Path) -> list[_File]:
     """The rank files of a folder, those of a known trainer before any other's."""
     if not is_folder(folder):
         return []
-    found = [file for path in listing(folder) if (file := _parse(path)) is not None]
+    there = names(folder)
+    mine = [folder / name for name in there if _SIGN in name]
+    found = [file for path in mine if (file := _parse(path)) is not None]
     known = [file for file in found if file.writer != "torch"]
     if known:
         return [file for file in known if file.writer == known[0].writer]
-    if any(path.name.endswith(_FOREIGN) for path in listing(folder)):
+    if any(name.endswith(_FOREIGN) for name in there):
         return []
     models = {file.model for file in found}
     ranks = {model: {file.rank for file in found if file.model == model} for model in models}
@@ -211,7 +215,7 @@ def _roles(folder: Path) -> list[Path]:
     """The folders of a step's models, one a role; verl's only."""
     if not is_folder(folder):
         return []
-    below = [path for path in listing(folder) if is_own_folder(path)]
+    below = own_folders(folder)
     return [path for path in below if any(file.writer == "verl" for file in _of_folder(path))]
 
 
