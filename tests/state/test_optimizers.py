@@ -181,7 +181,7 @@ def test_adam_without_a_step_does_not_go_on(tmp_path: Path) -> None:
             del state["step"]
 
     run = run_of(tmp_path, forget)
-    with pytest.raises(PlanError, match="how many steps 25 parameters have had"):
+    with pytest.raises(PlanError, match="does not state the step counts of 25 parameters"):
         reshard.convert(run, tmp_path / "out", to="dcp", optimizer=True)
     assert reshard.convert(run, tmp_path / "out", to="dcp").verified
 
