@@ -148,7 +148,7 @@ def test_what_is_no_file_is_not_read(shards: Path, kind: str) -> None:
         ('{"a": 1, "a": 2}', "occurs twice"),
         ('{"a":' * 100_000, "nested too deeply"),
         ('{"a": "\\ud800"}', "cannot be read"),
-        (None, "at most 16777216 are read"),
+        (None, "reads at most 16777216"),
     ],
     ids=["list", "empty", "twice", "deep", "half a pair", "endless"],
 )

@@ -24,7 +24,7 @@ class _Reading(ReaderConformance):
         if found is None:
             return super().called(missing)
         rank, kind = found.groups()
-        return rf"the {kind} file of rank {rank}\b" if rank else f"no {kind} file"
+        return rf"the {kind} file of rank {rank}\b" if rank else f"all {kind} files"
 
 
 class TestReadingALayoutByHand(_Reading):

@@ -148,7 +148,7 @@ def test_another_number_of_experts(runs: Path, stated: dict[str, Any], tmp_path:
         content.update(stated)
 
     edit_saved(folder / "zero" / EXPERTS / "fp32.pt", change)
-    with pytest.raises(reshard.FormatError, match="experts, and the model file 4") as caught:
+    with pytest.raises(reshard.FormatError, match="experts, but the model file states 4") as caught:
         reshard.open(folder)
     assert caught.value.tensor == EXPERTS
 

@@ -108,6 +108,7 @@ def test_json_is_one_object(
         "repairable": ["wrapper-prefix", "tokenizer-missing"],
         "repaired": str(out),
         "remaining": [],
+        "requests": None,
     }
     manifest = json.loads((out / "reshard.json").read_text())
     assert manifest["options"]["repaired"] == ["wrapper-prefix", "tokenizer-missing"]

@@ -101,7 +101,7 @@ def test_damage_in_such_a_save(base: Path, tmp_path: Path) -> None:
     with pytest.raises(reshard.FormatError, match="CRC-32"):
         reshard.convert(run, tmp_path / "out", base=base)
     file.unlink()
-    with pytest.raises(reshard.IncompleteError, match="not there"):
+    with pytest.raises(reshard.IncompleteError, match="it is missing"):
         reshard.convert(run, tmp_path / "out", base=base)
 
 

@@ -174,7 +174,7 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     hub, theirs = made("llama", 0)
     torch.save(theirs, tmp_path / "model.pt")
     other = base_of(hub, tmp_path / "other", "gemma2")
-    known = "known of llama, llama4, llama4_text, qwen3, qwen3_moe, deepseek_v3, gpt_oss"
+    known = "knows for llama, llama4, llama4_text, qwen3, qwen3_moe, deepseek_v3, gpt_oss"
     with pytest.raises(reshard.UnsupportedError, match=known):
         reshard.convert(tmp_path / "model.pt", tmp_path / "out", base=other)
     bare = base_of(

@@ -164,7 +164,7 @@ def refused(call: Callable[[], object], kind: str) -> str:
         call()
     first = str(caught.value).partition(". ")[0]
     assert KINDS[kind][2] in first
-    assert "are not read as numbers" in first
+    assert "which reshard cannot dequantise" in first
     return str(caught.value)
 
 
