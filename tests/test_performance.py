@@ -153,6 +153,7 @@ class TestSchedule:
         assert other == [RESHARD, "other reshard", NO_VERIFY, "other reshard --no-verify"]
 
 
+@pytest.mark.slow
 def test_models_have_the_size_that_is_asked_for() -> None:
     for gb in (*SIZES, 16):
         assert abs(2 * model(gb).numel / GB / gb - 1) < 0.05

@@ -112,7 +112,8 @@ def test_an_alpha_that_was_not_known_is_not_taken(tmp_path: Path) -> None:
     state(0)  # verl's other file knows it
     assert reshard.convert(run, tmp_path / "out", base=base).merged == 21
     state(32)
-    with pytest.raises(reshard.PlanError, match=r"alpha 32, but .*lora_train_meta\.json states another"):
+    message = r"alpha 32, but .*lora_train_meta\.json states another"
+    with pytest.raises(reshard.PlanError, match=message):
         reshard.convert(run, tmp_path / "no", base=base)
     (actor / "lora_train_meta.json").unlink()
     state(0)

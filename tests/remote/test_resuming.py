@@ -82,7 +82,7 @@ def run(killer: Killer, bucket: Bucket, tmp_path: Path) -> Run:
 @pytest.mark.parametrize(
     ("to", "step"),
     [
-        ("hf", 24),
+        ("hf", 48),
         pytest.param("hf", 7, marks=pytest.mark.slow),
         pytest.param("dcp", 11, marks=pytest.mark.slow),
     ],
@@ -150,7 +150,7 @@ def test_a_plain_run_removes_what_was_left(run: Run, bucket: Bucket) -> None:
 @pytest.mark.parametrize(
     ("step", "resume"),
     [
-        (6, True),
+        (12, True),
         pytest.param(1, True, marks=pytest.mark.slow),
         pytest.param(1, False, marks=pytest.mark.slow),
     ],
