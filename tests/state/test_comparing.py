@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 import reshard
 from reshard.conversion.options import Layout
 from reshard.errors import PlanError, VerificationError
-from tests.state.cases import DEEPSPEED, FSDP, case
+from tests.state.cases import DEEPSPEED, FSDP, case, opened
 from tests.state.test_refusals import base_state, edited
 from tests.state.test_writing import base_model, loaded
 
@@ -155,3 +155,25 @@ def test_a_side_without_state(tmp_path: Path) -> None:
         reshard.diff(case("ds_s2_fp32").folder, out, optimizer=True)
     assert "Leave out --optimizer" in str(caught.value)
     assert reshard.diff(case("ds_s2_fp32").folder, out).same
+
+
+@pytest.mark.parametrize("layout", ["lightrft", "torchtitan"])
+def test_settings_that_are_equal_but_written_otherwise(layout: Layout, tmp_path: Path) -> None:
+    """`0` and `0.0`: flattened, groups with the same settings are one, and these differ."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in ("a", "b", "c")})
+    groups = [
+        {"params": list(model[name].named_parameters(prefix=name)), "weight_decay": decay}
+        for name, decay in (("a", 0.0), ("b", 0), ("c", 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    model["c"](model["b"](model["a"](torch.randn(2, 3)))).sum().backward()
+    optimizer.step()
+    source, out = tmp_path / "run.pt", tmp_path / "out"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, source)
+    assert reshard.convert(source, out, to="dcp", optimizer=True, layout=layout).verified
+    assert reshard.verify(out, against=source).num_tensors == 18
+    with opened(out) as found:
+        decays = [(group.names[0], group.hyperparameters["weight_decay"]) for group in
+                  found.state.groups]  # fmt: skip
+    apart = [("a.weight", 0.0), ("b.weight", 0), ("c.weight", 0.0)]
+    assert repr(decays) == repr(apart if layout == "lightrft" else apart[:2])

@@ -8,7 +8,7 @@ torch's own, whose defaults say what those optimizers do. A value that decides t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -58,6 +58,19 @@ def completed(state: TrainingState) -> TrainingState:
         _completed(state, at, None if lrs is None else lrs[at]) for at in range(len(state.groups))
     ]
     return replace(state, groups=tuple(groups))
+
+
+def joined(groups: Iterable[Group]) -> tuple[Group, ...]:
+    """The groups, of which those with the same settings are one, where the first of them stood.
+
+    Settings are the same if they are written the same: 0 and 0.0 are two.
+    """
+    found: dict[str, tuple[Mapping[str, Plain], list[str]]] = {}
+    for group in groups:
+        settings = group.hyperparameters
+        written = repr(sorted(map(repr, settings.items())))
+        found.setdefault(written, (settings, []))[1].extend(group.names)
+    return tuple(Group(tuple(names), settings) for settings, names in found.values())
 
 
 def base_lrs(state: TrainingState) -> Sequence[float] | None:

@@ -27,14 +27,8 @@ from reshard.containers.dcp.metadata import Metadata
 from reshard.containers.dcp.objects import read_object
 from reshard.containers.torch.optimizer import NOT_HYPER, eight_bit, parse_step
 from reshard.containers.torch.plain import PlainData
-from reshard.core.state import (
-    Group,
-    Plain,
-    ReadState,
-    Step,
-    TrainingState,
-    tensor_name,
-)
+from reshard.core.hyperparameters import joined
+from reshard.core.state import Group, Plain, ReadState, Step, TrainingState, tensor_name
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, UnsupportedError
 from reshard.formats import OPTIMIZER, OPTIMIZER_KEYS, optimizer_file
@@ -214,12 +208,8 @@ def _number(text: str) -> tuple[int, str]:
 
 def _flattened(found: _Found, objects: _Objects) -> tuple[Group, ...]:
     """The parameters with the same hyperparameters are one group."""
-    groups: dict[str, tuple[dict[str, Plain], list[str]]] = {}
-    for name, keys in found.settings.items():
-        settings = _settings(keys, objects)
-        alike = repr(sorted(settings.items()))
-        groups.setdefault(alike, (settings, []))[1].append(name)
-    return tuple(Group(tuple(names), settings) for settings, names in groups.values())
+    groups = (Group((name,), _settings(keys, objects)) for name, keys in found.settings.items())
+    return joined(groups)
 
 
 def _tails(dotted: str) -> Iterator[str]:

@@ -31,7 +31,8 @@ from reshard.containers.torch.optimizer import step_tensor
 from reshard.containers.torch.write import TensorBytes, lay_out_data
 from reshard.core.dtypes import INT32, INT64
 from reshard.core.findings import Finding
-from reshard.core.state import STATE_TABLE, Group, Plain, TrainingState, tensor_name
+from reshard.core.hyperparameters import joined
+from reshard.core.state import STATE_TABLE, Plain, TrainingState, tensor_name
 from reshard.core.tensors import TensorSpec
 from reshard.errors import listed
 from reshard.formats import Laid, TensorToWrite
@@ -70,15 +71,7 @@ def as_written(state: TrainingState, layout: str | None) -> TrainingState:
     """The state; flattened, parameters with equal settings are one group."""
     if not _PLACES[layout or LAYOUTS[0]].flattened:
         return state
-    groups: list[Group] = []
-    for group in state.groups:
-        same = (at for at, one in enumerate(groups) if one.hyperparameters == group.hyperparameters)
-        at = next(same, None)
-        if at is None:
-            groups.append(group)
-        else:
-            groups[at] = replace(groups[at], names=(*groups[at].names, *group.names))
-    return replace(state, groups=tuple(groups))
+    return replace(state, groups=joined(state.groups))
 
 
 def lay_out_state(
