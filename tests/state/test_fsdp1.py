@@ -160,6 +160,16 @@ def test_lengths_that_fit_no_module(runs: Path, tmp_path: Path) -> None:
     weights_alone(run, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["flat", "slices"])
+def test_a_number_of_no_group(name: str, runs: Path, tmp_path: Path) -> None:
+    def beyond(content: dict[str, Any]) -> None:
+        content["state"][999] = {"exp_avg": torch.ones(7)}
+
+    run = Path(shutil.copytree(runs / name / "verl", tmp_path / "run"))
+    resaved(run, beyond)
+    assert "cannot tell which parameters" in str(refused(run, UnsupportedError))
+
+
 def test_ranks_that_should_hold_the_same(runs: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs / "hybrid" / "verl", tmp_path / "run"))
     path = run / "optim_world_size_4_rank_3.pt"

@@ -124,17 +124,21 @@ def _state(
     plain: PlainData,
 ) -> TrainingState:
     found = parse(value, plain, path)
-    keys = [key for group in found.groups for key in group.params]
-    numbered = any(isinstance(key, int) for key in keys)
-    by_order = numbered and stated_names(found) is None
-    names: Mapping[Key, str] = {key: str(key) for key in (*keys, *found.states)}
-    if numbered:
-        names = _names(found, entries, order, path)
+
+    def model() -> list[tuple[str, Hashable]]:
+        if order is None:
+            raise UnsupportedError(
+                "the optimizer numbers its parameters in the model's order, which the model's "
+                "files do not keep, so reshard cannot tell which parameters the state belongs to.",
+                path=path,
+                hint=WEIGHTS_ALONE,
+            )
+        return [(name, entries[name].spec.shape) for name in order]
+
+    names, by_order = names_of(found, lambda key: shape_of(found, key), model, path)
     moments: dict[str, dict[str, Entry]] = {}
     for key, state in found.states.items():
-        if numbered and key not in names:
-            continue
-        for kind, tensor in state.moments.items():
+        for kind, tensor in state.moments.items() if key in names else ():
             if not isinstance(tensor, TensorRef):
                 raise UnsupportedError(
                     f"its {kind} is {tensor.describe()}, of which the file holds one rank's part.",
@@ -160,46 +164,28 @@ def _state(
     ).owned(entries)
 
 
-def _names(
-    found: OptimizerDict, entries: Mapping[str, Entry], order: Sequence[str] | None, path: Path
-) -> dict[Key, str]:
-    """The name of each number. Raises `UnsupportedError` where nothing tells it."""
-    stated = stated_names(found)
-    if stated is not None:
-        return stated
-    if order is None:
-        raise UnsupportedError(
-            "the optimizer numbers its parameters in the model's order, which the model's files "
-            "do not keep, so reshard cannot tell which parameters the state belongs to.",
-            path=path,
-            hint=WEIGHTS_ALONE,
-        )
-    model = [(name, entries[name].spec.shape) for name in order]
-    return names_in_order(found, lambda key: shape_of(found, key), model, path)
-
-
-def stated_names(found: OptimizerDict) -> dict[Key, str] | None:
-    """The names of the parameters where all groups state them, as they do of an optimizer that was
-    given names, without what wrappers insert; None where they do not."""
-    if any(len(group.param_names) != len(group.params) for group in found.groups):
-        return None
-    keys = [key for group in found.groups for key in group.params]
-    names = [unwrap(name) for group in found.groups for name in group.param_names]
-    return dict(zip(keys, names, strict=True))
-
-
-def names_in_order(
+def names_of(
     found: OptimizerDict,
     shape: Callable[[Key], Hashable],
-    model: Sequence[tuple[str, Hashable]],
+    model: Callable[[], Sequence[tuple[str, Hashable]]],
     path: Path,
-) -> dict[Key, str]:
-    """The name of each number: that of the parameter of `model` (names and shapes, in its order)
-    at its place. `shape` is that of a number's parameter; None where it is not known.
+) -> tuple[dict[Key, str], bool]:
+    """The name of each key, and whether the order of the model's parameters told it.
+
+    A key may be the name. The name of a number is the one that its group states, as that of an
+    optimizer that was given names, without what wrappers insert; else that of the parameter of
+    `model` (names and shapes, in its order) at its place. `shape` is that of a number's parameter;
+    None where it is not known.
 
     Raises `UnsupportedError` where none or several ways fit.
     """
-    named = groups_in_order([[shape(key) for key in g.params] for g in found.groups], model)
+    keys = [key for group in found.groups for key in group.params]
+    if not any(isinstance(key, int) for key in keys):
+        return {key: str(key) for key in (*keys, *found.states)}, False
+    if all(len(group.param_names) == len(group.params) for group in found.groups):
+        stated = [unwrap(name) for group in found.groups for name in group.param_names]
+        return dict(zip(keys, stated, strict=True)), False
+    named = names_in_order(found, shape, model())
     if named is None:
         raise UnsupportedError(
             "the optimizer numbers its parameters, and their order and shapes match the model's "
@@ -208,6 +194,18 @@ def names_in_order(
             path=path,
             hint=WEIGHTS_ALONE,
         )
+    return named, True
+
+
+def names_in_order(
+    found: OptimizerDict,
+    shape: Callable[[Key], Hashable],
+    model: Sequence[tuple[str, Hashable]],
+) -> dict[Key, str] | None:
+    """The parameter of `model` at each number's place; None where none or several ways fit."""
+    named = groups_in_order([[shape(key) for key in g.params] for g in found.groups], model)
+    if named is None:
+        return None
     keys = [key for group in found.groups for key in group.params]
     return dict(zip(keys, (name for group in named for name in group), strict=True))
 

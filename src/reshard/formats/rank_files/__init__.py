@@ -17,9 +17,9 @@ holds flat parameters (see `local`).
 
 A file holds a rank's parts of all tensors, and says of each which part it is: a DTensor by mesh and
 placements, a ShardedTensor by offsets. Plain tensors are the same in every file. Optimizer files
-(`optimizer`) and extra states lie beside; they are opened where the training state is
-asked for. Read off verl 0.9.1 (utils/checkpoint/
-fsdp_checkpoint_manager.py), accelerate 1.15 (utils/fsdp_utils.py), torch 2.13, and files of theirs.
+(`optimizer`) and extra states lie beside; they are opened where the training state is asked for.
+Read off verl 0.9.1 (utils/checkpoint/fsdp_checkpoint_manager.py), accelerate 1.15
+(utils/fsdp_utils.py), torch 2.13, and files of theirs.
 """
 
 from __future__ import annotations

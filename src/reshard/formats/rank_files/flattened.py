@@ -25,11 +25,11 @@ from reshard.core import rearrange
 from reshard.core.dtypes import DType
 from reshard.core.state import tensor_name
 from reshard.core.tensors import Box, Entry, Shape
+from reshard.formats.optimizer_file import names_in_order
 from reshard.formats.rank_files import join
 from reshard.formats.rank_files.files import Saved
 from reshard.formats.rank_files.state import State
 from reshard.formats.rank_files.units import units_in_order
-from reshard.naming.order import groups_in_order
 from reshard.storage.local import Sources
 
 
@@ -167,14 +167,11 @@ def _of_slices(
     def numel(key: Key) -> Hashable:
         return sum(lengths[key]) if key in lengths else None
 
-    groups = parts[0].found.groups
     known = [(name, math.prod(shape)) for name, shape in shapes.items()]
-    named = groups_in_order([[numel(key) for key in group.params] for group in groups], known)
-    if named is None:
+    names = names_in_order(parts[0].found, numel, known)
+    if names is None or not lengths.keys() <= names.keys():
         return None
     table = _joined(parts, lengths, saved, sources)
-    keys = [key for group in groups for key in group.params]
-    names = dict(zip(keys, (name for group in named for name in group), strict=True))
     moments: dict[str, dict[str, Entry]] = {}
     for key in lengths:
         for kind in _kinds(parts, key):

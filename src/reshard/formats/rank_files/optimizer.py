@@ -34,7 +34,7 @@ from reshard.core.state import WEIGHTS_ALONE, Group, Plain, ReadState, TrainingS
 from reshard.core.tensors import Entry
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats import optimizer_file, run_files
-from reshard.formats.optimizer_file import names_in_order, stated_names
+from reshard.formats.optimizer_file import names_of
 from reshard.formats.rank_files import files, flattened, join
 from reshard.formats.rank_files.files import Saved
 from reshard.formats.rank_files.state import State
@@ -66,7 +66,7 @@ def reader(
             )
         if len(series) > 1:
             raise optimizer_file.several(saved.folder, series)
-        ((_, there),) = series.items()
+        (there,) = series.values()
         lost = sorted(saved.files.keys() - there.keys())
         if lost:
             raise IncompleteError(
@@ -109,7 +109,13 @@ class _Reading:
         if flat is not None:
             return self._made(flat.moments, flat.names, flat.table, by_order=True)
         table = self._joined()
-        names, by_order = self._names(first, table.entries)
+
+        def shape(key: Key) -> Hashable:
+            kinds = first.states[key].moments if key in first.states else {}
+            found = [table.entries[tensor_name(kind, str(key))].spec.shape for kind in kinds]
+            return found[0] if found else None
+
+        names, by_order = names_of(first, shape, self._parameters, self._files[0].path)
         moments: dict[str, dict[str, Entry]] = {}
         for key, state in first.states.items():
             for kind in state.moments if key in names else ():
@@ -138,8 +144,8 @@ class _Reading:
         if found is None:
             raise UnsupportedError(
                 "the optimizer's state is flattened, as FSDP1 keeps it, and the lengths of its "
-                "tensors fit none of the model's parameters, or several ways: nothing tells whose "
-                "the state is.",
+                "tensors match the model's parameters in no way or in several ways, so reshard "
+                "cannot tell which parameters the state belongs to.",
                 path=self._files[0].path,
                 hint="Save it with FSDP.optim_state_dict, or convert the weights alone, without "
                 "--optimizer.",
@@ -156,24 +162,9 @@ class _Reading:
             )
         return join.joined(states, self._saved, self._plain.sources)
 
-    def _names(
-        self, first: OptimizerDict, moments: Mapping[str, Entry]
-    ) -> tuple[Mapping[Key, str], bool]:
-        """The name of each key, and whether the order of the model's parameters told it."""
-        keys = [key for group in first.groups for key in group.params]
-        if not any(isinstance(key, int) for key in keys):
-            return {key: str(key) for key in (*keys, *first.states)}, False
-        stated = stated_names(first)
-        if stated is not None:
-            return stated, False
-
-        def shape(key: Key) -> Hashable:
-            kinds = first.states[key].moments if key in first.states else {}
-            found = [moments[tensor_name(kind, str(key))].spec.shape for kind in kinds]
-            return found[0] if found else None
-
-        model = [(n, e.spec.shape) for n, e in self._entries.items() if e.kind != "buffer"]
-        return names_in_order(first, shape, model, self._files[0].path), True
+    def _parameters(self) -> list[tuple[str, Hashable]]:
+        """The model's parameters, by their names and shapes, in its order."""
+        return [(n, e.spec.shape) for n, e in self._entries.items() if e.kind != "buffer"]
 
     def _made(
         self,
