@@ -223,6 +223,7 @@ def test_a_config_of_another_model(tmp_path: Path) -> None:
     for field, value, words in (
         ("num_hidden_layers", 1, "no place in Meta's Llama"),
         ("intermediate_size", 48, "the config's model has"),
+        ("intermediate_size", None, "^the config states no intermediate_size, which is needed"),
     ):
         folder = model("llama", tmp_path / field)
         edit_config(folder, **{field: value})

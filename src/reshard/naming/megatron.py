@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from msgspec import Struct
 
@@ -31,7 +30,7 @@ from reshard.core.tensors import Box, Shape
 from reshard.errors import NamesError
 from reshard.naming.families import MORE_LAYERS
 from reshard.naming.megatron_families import family_of
-from reshard.naming.schema import Schema
+from reshard.naming.schema import Schema, number
 from reshard.naming.search import unwrap
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -308,12 +307,3 @@ class _Naming:
 def _rows(of: Arrangement, shape: Shape, start: int, count: int) -> Arrangement:
     tail = shape[1:]
     return Crop(of, Box(shape, (start, *(0 for _ in tail)), (count, *tail)))
-
-
-def number(config: Mapping[str, Any], *keys: str) -> int:
-    """The first of these numbers that the config states. Raises `NamesError` where it has none."""
-    for key in keys:
-        value = config.get(key)
-        if type(value) is int and 0 < value < 1 << 32:
-            return value
-    raise NamesError(f"the base's config states no {keys[0]}, which Megatron's names need.")

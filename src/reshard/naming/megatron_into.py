@@ -30,7 +30,7 @@ from reshard.naming.families import MORE_LAYERS
 from reshard.naming.megatron import EMBEDDING, HEAD, MTP_COPIES, MTP_NAMES, NAMES
 from reshard.naming.megatron_families import Family, family_of
 from reshard.naming.mismatch import WHOLE_MODEL, no_place
-from reshard.naming.schema import Schema, is_constant
+from reshard.naming.schema import Schema, is_constant, number
 
 _OUTSIDE = {
     EMBEDDING: "embedding.word_embeddings.weight",
@@ -115,7 +115,7 @@ class _Builder:
     ) -> None:
         self._specs = specs
         self._config = config
-        self._layers = megatron.number(config, "num_hidden_layers")
+        self._layers = number(config, "num_hidden_layers")
         self._family = family
         self._decoder: dict[int, _Layer] = {}
         self._mtp: dict[int, _Layer] = {}
@@ -214,7 +214,7 @@ class _Builder:
                 )
         layers = [*self._decoder.values(), *self._mtp.values()]
         stacks = [shape[0] for layer in layers for n, shape in layer.items() if _EXPERTS in n]
-        expected = megatron.number(self._config, *megatron_args.EXPERTS) if stacks else 0
+        expected = number(self._config, *megatron_args.EXPERTS) if stacks else 0
         if any(count != expected for count in stacks):
             raise NamesError(
                 f"a layer has {min(stacks)} experts, and the config says {expected}.",

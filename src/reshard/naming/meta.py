@@ -20,8 +20,8 @@ from reshard.core.tensors import Entry
 from reshard.errors import NamesError, UnsupportedError, listed
 from reshard.naming import titan_into
 from reshard.naming.fields import rotary
-from reshard.naming.megatron import number
 from reshard.naming.mismatch import WHOLE_MODEL, no_place
+from reshard.naming.schema import number
 
 #: The file with a model's sizes.
 PARAMS = "params.json"

@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import Struct, field
 
 from reshard.core.tensors import TensorSpec
+from reshard.errors import NamesError
 from reshard.naming import families, patterns
 from reshard.naming.families import BACKBONES, FAMILIES, PLAIN
 from reshard.naming.layouts import Family, Layout, View
@@ -135,6 +136,15 @@ def says_untied(config: Mapping[str, Any]) -> bool:
     """Whether the config states that they are two, and nowhere that they are one."""
     stated = [level.get("tie_word_embeddings") for level in levels(config)]
     return False in stated and True not in stated
+
+
+def number(config: Mapping[str, Any], *keys: str) -> int:
+    """The first of these numbers that the config states. Raises `NamesError` where it has none."""
+    for key in keys:
+        value = config.get(key)
+        if type(value) is int and 0 < value < 1 << 32:
+            return value
+    raise NamesError(f"the config states no {keys[0]}, which is needed to arrange its tensors.")
 
 
 def levels(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

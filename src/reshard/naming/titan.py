@@ -32,7 +32,7 @@ from reshard.errors import NamesError, UnsupportedError, listed
 from reshard.naming import patterns
 from reshard.naming.megatron import MTP_COPIES
 from reshard.naming.name_map import Translation
-from reshard.naming.schema import Schema
+from reshard.naming.schema import Schema, number
 from reshard.naming.search import unwrap
 
 #: (on the hub, in torchtitan); `*` is a layer.
@@ -333,22 +333,12 @@ def reordered(
 ) -> Entry:
     """A tensor in the other's order of rows: `turning` is that of queries and keys."""
     if family.turns and hub.endswith("self_attn.q_proj.weight"):
-        return turning(entry, heads_of(config, "num_attention_heads"))
+        return turning(entry, number(config, "num_attention_heads"))
     if family.turns and hub.endswith("self_attn.k_proj.weight"):
-        return turning(entry, heads_of(config, "num_key_value_heads", "num_attention_heads"))
+        return turning(entry, number(config, "num_key_value_heads", "num_attention_heads"))
     if patterns.matches_any(family.exchanged, hub) and len(entry.spec.shape) == 3:
         return rearrange.transpose(entry, 1, 2)
     return entry
-
-
-def heads_of(config: Mapping[str, Any], *keys: str) -> int:
-    """The number of heads, by the first of these keys that the config states."""
-    for key in keys:
-        if type(config.get(key)) is int and config[key] > 0:
-            return int(config[key])
-    raise NamesError(
-        f"the base's config states no {keys[0]}, which is needed to reorder the rows of its heads."
-    )
 
 
 def turn(entry: Entry, heads: int) -> Entry:
