@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from reshard.containers import torch as torchfile
 from reshard.containers.torch import TensorRef
 from reshard.containers.torch.named import entries_of
-from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread
-from reshard.core.plan import OutputFile, Slot
+from reshard.core.plan import OutputFile
 from reshard.errors import UnsupportedError
-from reshard.formats import Selection, TensorToWrite
+from reshard.formats import Selection, TensorToWrite, torch_state_dict
 from reshard.formats.signs import META_FILE, is_meta
 from reshard.naming.meta import PARAMS
 from reshard.storage import strict_json
@@ -84,11 +85,5 @@ def lay_out(
     slots: Sequence[TensorToWrite], max_file_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """One file, of whatever size: several would be the parts of GPUs."""
-    layout = lay_out_state_dict([spec for spec, _, _ in slots])
-    placed = tuple(
-        Slot(start, spec, source, crc_offsets, reference)
-        for (spec, source, reference), (start, crc_offsets) in zip(
-            slots, layout.places, strict=True
-        )
-    )
-    return (OutputFile(_FILE, layout.nbytes, layout.literals, placed),), ()
+    # Written alone, it is the model itself, not a file beside one.
+    return (replace(torch_state_dict.lay_out_file(_FILE, slots), table=""),), ()

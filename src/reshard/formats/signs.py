@@ -7,7 +7,7 @@ from pathlib import Path
 
 from reshard.core.regex import regex
 from reshard.storage.local import read_start
-from reshard.storage.paths import exists, is_file, is_folder, listing, matching
+from reshard.storage.paths import exists, is_file, is_folder, matching, names
 
 #: What Megatron-Core writes last into a folder: {"sharded_backend": "torch_dist", ..}.
 MCORE = "metadata.json"
@@ -35,6 +35,7 @@ def is_meta(path: Path) -> bool:
     safetensors."""
     if is_file(path):
         return META_FILE.fullmatch(path.name) is not None
-    if not is_folder(path) or any(matching(path, "*.safetensors")):
+    there = names(path) if is_folder(path) else []
+    if not any(META_FILE.fullmatch(name) for name in there):
         return False
-    return any(META_FILE.fullmatch(file.name) for file in listing(path))
+    return not any(name.endswith(".safetensors") for name in there)
