@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file
 
 import reshard
+from reshard.containers.torch.plain import PlainData
+from reshard.formats.deepspeed import files, place, state
+from reshard.storage.local import Sources
 from tests.deepspeed.conftest import ParallelRuns
 from tests.deepspeed.parallel_oracle import RECIPES, TENSOR_PARALLEL
 from tests.deepspeed.test_reading import same_bits
@@ -243,6 +247,25 @@ def test_what_all_ranks_hold_must_be_the_same(parallel_runs: ParallelRuns, tmp_p
     assert caught.value.tensor == "model.norm.weight"
 
 
+def test_what_only_one_rank_has_of_a_parameters_state(parallel_runs: ParallelRuns) -> None:
+    """No moment is left out, and none is made of fewer parts than its parameter."""
+    with Sources() as sources:
+        location = place.locate(parallel_runs["tp-zero1"].root, sources, None)
+        saved = [files.read(rank, sources) for rank in location.ranks]
+        first, other = (state.of_rank(one, PlainData(sources)) for one in saved)
+    moment = first.moments["exp_avg"]["model.norm.weight"]
+    fewer = {
+        kind: {name: entry for name, entry in table.items() if name != "model.norm.weight"}
+        for kind, table in first.moments.items()
+    }
+    assert state._alike(first, other, saved[1])
+    assert not state._alike(replace(first, moments=fewer), other, saved[1])
+    assert not state._alike(replace(first, steps={}), other, saved[1])
+    with pytest.raises(reshard.IncompleteError) as caught:
+        state._part(fewer["exp_avg"], moment, saved[1])
+    assert caught.value.tensor == "model.norm.weight"
+
+
 def test_a_buffer_must_be_the_same_on_all_ranks(
     parallel_runs: ParallelRuns, tmp_path: Path
 ) -> None:
@@ -373,7 +396,7 @@ def test_a_map_that_does_not_fit(
 
 def test_a_list_that_does_not_fit(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
     """A parameter that is split along rows is said to be the same on every rank."""
-    tag = parallel_runs["tp-three-zero2"].copy(tmp_path)
+    tag = parallel_runs["tp-zero1"].copy(tmp_path)
 
     def change(info: dict[str, Any]) -> None:
         del info["affine_map"]

@@ -197,17 +197,17 @@ def _model_files(location: Location, sources: Sources) -> list[ModelFile]:
     for _, path in sorted(location.model.items()):
         content = read_torch(sources.open(path), known=known)
         file = stated.get(id(content.value))
-        if file is None:
-            file = parse_model(path, content)
-            if model:
-                _check_agreement(model[0], file)
-            first = model[0] if model else file
-            alike = {"module": {}, "groups": first.groups, "frozen_shapes": first.frozen_shapes}
-            model.append(replace(file, **alike) if model else file)
-            if known.keeps(content.value):
-                stated[id(content.value)] = replace(file, **alike)
-        else:
+        if file is not None:
             model.append(replace(file, path=path, written_as=content.written_as))
+            continue
+        file = parse_model(path, content)
+        if model:
+            _check_agreement(model[0], file)
+        first = model[0] if model else file
+        own = replace(file, module={}, groups=first.groups, frozen_shapes=first.frozen_shapes)
+        model.append(own if model else file)
+        if known.keeps(content.value):
+            stated[id(content.value)] = own
     return model
 
 

@@ -16,7 +16,6 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
-from reshard.core.partition import FlatSpace
 from reshard.core.tensors import Entry, TensorSpec
 from reshard.core.tiling import proven
 from reshard.formats.deepspeed import proof
@@ -42,20 +41,20 @@ def of_whole_parameters(
     if holds_experts(shapes):
         return None
     held = _held(number, saved)
-    spaces: list[FlatSpace | None] = []
-    for one, names in zip(wrapped, held, strict=True):
-        there = MOMENTUM in one.kinds(number)
-        space = flat_space([one.flat(number, MOMENTUM)]) if there else None
-        if (0 if space is None else space.numel) != sum(math.prod(shapes[n]) for n in names):
-            return None
-        spaces.append(space)
+    spaces = [
+        flat_space([one.flat(number, MOMENTUM)] if MOMENTUM in one.kinds(number) else [])
+        for one in wrapped
+    ]
+    lengths = [sum(math.prod(shapes[name]) for name in names) for names in held]
+    if [space.numel for space in spaces] != lengths:
+        return None
     dtype = wrapped[0].flat(number, MOMENTUM).dtype
     entries: dict[str, Entry] = {}
     for space, names in zip(spaces, held, strict=True):
         at = 0
-        for name in names if space is not None else ():
+        for name in names:
             spec = TensorSpec(name, dtype, shapes[name])
-            entry = proven(spec, space.fragments(at, spec.numel, spec.numel, 0))  # type: ignore[union-attr]
+            entry = proven(spec, space.fragments(at, spec.numel, spec.numel, 0))
             at += spec.numel
             if name in entries:
                 proof.check_replicas(entries[name], entry, sources)

@@ -38,7 +38,7 @@ def model_file(path: Path, sources: Sources) -> dict[str, object]:
     """The keys of a model file. Raises `FormatError` where it is not a dict of them."""
     value = read_torch(sources.open(path)).value
     if not isinstance(value, dict):
-        raise FormatError(f"it holds {type(value).__name__}, and no dict of a run.", path=path)
+        raise FormatError(f"it holds a {type(value).__name__}, not a dict.", path=path)
     return {key: held for key, held in value.items() if isinstance(key, str)}
 
 

@@ -20,6 +20,7 @@ from reshard.containers.torch.plain import PlainData
 from reshard.core.catalog import Catalog
 from reshard.core.state import Group, ReadState, Step, TrainingState
 from reshard.core.tensors import Entry, Shape
+from reshard.core.tiling import proven
 from reshard.errors import FormatError
 from reshard.formats.deepspeed import (
     experts,
@@ -72,33 +73,37 @@ def _zero(saved: Sequence[Saved], plain: PlainData) -> TrainingState:
     join = tensor_parallel.joiner(saved, plain.sources)
     first = found[0]
     for one, other in zip(saved[1:], found[1:], strict=True):
-        settings = [[group.hyperparameters for group in state.groups] for state in (first, other)]
-        counts = (first.steps[name] != step for name, step in other.steps.items())
-        alike = _nothing_apart(first, other, one) and settings[0] == settings[1]
-        if not alike or any(counts) or other.moments.keys() != first.moments.keys():
+        if not _alike(first, other, one):
             raise FormatError(
                 "its optimizer's groups, steps or kinds of moments are not those of the first "
                 "tensor parallel rank.",
                 path=one.optim[0].path,
                 hint=_ONE_SAVE,
             )
-    moments = {
-        kind: {
-            name: join([_part(f.moments[kind], entry, one) for f, one in zip(found, saved)])  # noqa: B905
+    moments: dict[str, dict[str, Entry]] = {}
+    for kind, table in first.moments.items():
+        tables = [(state.moments[kind], one) for state, one in zip(found, saved, strict=True)]
+        moments[kind] = {
+            name: join([_part(held, entry, one) for held, one in tables])
             for name, entry in table.items()
         }
-        for kind, table in first.moments.items()
-    }
     records = tuple(dict.fromkeys(record for f in found for record in f.records))
     return replace(first, moments=moments, records=records)
 
 
-def _nothing_apart(first: TrainingState, other: TrainingState, saved: Saved) -> bool:
-    """Whether a rank's groups are those of the first, but for parameters of which it has no
-    element, as where three ranks share two heads: its optimizer does not have these."""
-    if len(first.groups) != len(other.groups):
+def _alike(first: TrainingState, other: TrainingState, saved: Saved) -> bool:
+    """Whether a rank's groups, steps and kinds of moments are those of the first, but for
+    parameters of which it has no element, as where three ranks share two heads: its optimizer does
+    not have these."""
+    if len(first.groups) != len(other.groups) or first.moments.keys() != other.moments.keys():
+        return False
+    if not other.steps.items() <= first.steps.items():
+        return False
+    if any(other.moments[kind].keys() - table.keys() for kind, table in first.moments.items()):
         return False
     for mine, theirs in zip(first.groups, other.groups, strict=True):
+        if mine.hyperparameters != theirs.hyperparameters:
+            return False
         known = set(theirs.names)
         lacking = [name for name in mine.names if name not in known]
         if tuple(name for name in mine.names if name in known) != theirs.names:
@@ -114,10 +119,14 @@ def _module_shape(name: str, saved: Saved) -> Shape:
 
 
 def _part(table: Mapping[str, Entry], like: Entry, saved: Saved) -> Entry:
-    """A rank's part of a moment, which may have no element."""
+    """A rank's part of a moment, which may have no element.
+
+    Raises `IncompleteError` where it has some, but not in the table.
+    """
     name = like.spec.name
-    spec = replace(like.spec, shape=_module_shape(name, saved))
-    return table[name] if name in table else Entry(spec, ())
+    if name in table:
+        return table[name]
+    return proven(replace(like.spec, shape=_module_shape(name, saved)), ())
 
 
 def with_masters(state: TrainingState, catalog: Catalog) -> TrainingState:

@@ -18,7 +18,7 @@ order do, see `reshard.naming.order`. If these do not suffice, the state is refu
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -60,8 +60,10 @@ def masters(saved: Saved, sources: Sources) -> dict[str, Entry] | None:
     return found
 
 
-def read(saved: Sequence[Saved], top: object, catalog: Catalog, plain: PlainData) -> TrainingState:
-    """The state in `top`, the content of the model file, under the names of the model's parameters.
+def read(
+    saved: Sequence[Saved], top: Mapping[str, object], catalog: Catalog, plain: PlainData
+) -> TrainingState:
+    """The state in `top`, the keys of the model file, under the names of the model's parameters.
 
     Raises `UnsupportedError` where no file states which parameters they belong to.
     """
@@ -70,7 +72,7 @@ def read(saved: Sequence[Saved], top: object, catalog: Catalog, plain: PlainData
         raise _no_names(model, "tensor parallel ranks hold it")
     if saved[0].experts:
         raise _no_names(model, "that of the experts lies in other files")
-    optimizer = top["optimizer"] if isinstance(top, dict) else None
+    optimizer = top["optimizer"]
     if not isinstance(optimizer, dict):
         raise FormatError("its optimizer is not a dict.", path=model.path)
     wrapped = "optimizer_state_dict" in optimizer
