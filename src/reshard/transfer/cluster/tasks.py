@@ -31,9 +31,9 @@ _LEAST = 4
 _TRIES = 5
 # Seconds between two looks at how many processors the cluster has: clusters grow and shrink.
 _LOOK = 5.0
-# Seconds that tasks under way get before they are cancelled. Ray ends the driver without a word if a
-# task is cancelled whose answer it is just taking ("Tried to complete task that was not pending"),
-# so tasks that end soon are not cancelled.
+# Seconds that tasks under way get before they are cancelled. Ray ends the driver without a word if
+# a task is cancelled whose answer it is just taking ("Tried to complete task that was not
+# pending"), so tasks that end soon are not cancelled.
 _GRACE = 5.0
 # Seconds that cancelled tasks get to end by themselves, and after that by force.
 _PATIENCE = 30.0
