@@ -16,7 +16,16 @@ from collections.abc import Callable, Mapping
 from reshard.core.locations import MARKS
 from reshard.errors import WriteError
 from reshard.storage.stores import Object
-from reshard.transfer.journal import Basis, Noted, Piece, Sealed, encoded, opening, text_of
+from reshard.transfer.journal import (
+    Basis,
+    Noted,
+    Piece,
+    Sealed,
+    encoded,
+    encoded_piece,
+    opening,
+    text_of,
+)
 
 # Bytes of whole files after which lines are written.
 _STEP = 256 << 20
@@ -55,7 +64,8 @@ class Notes:
 
     def note(self, piece: Piece, nbytes: int) -> None:
         """Note a finished piece."""
-        self._add(encoded(piece))
+        if line := encoded_piece(piece):
+            self._add(line)
 
     def seal(self, name: str, made: Object) -> None:
         """Note that a file is an object, whose pieces were noted before."""
