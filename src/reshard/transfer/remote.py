@@ -28,7 +28,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from reshard.core.findings import Finding
-from reshard.core.locations import CLAIM, MANIFEST, MARKS, RemotePath
+from reshard.core.locations import CLAIM, MANIFEST, MARKS, RemotePath, leads_down
 from reshard.errors import ReshardError, WriteError
 from reshard.storage import remote, strict_json, uploads
 from reshard.storage.fingerprints import Fingerprint
@@ -361,5 +361,4 @@ class RemoteFolder:
 def _listed(stated: Mapping[str, Any]) -> list[str]:
     """The files that a `reshard.json` lists."""
     files = stated.get("files")
-    names = [*files] if isinstance(files, dict) else []
-    return [name for name in names if not {"", ".", ".."} & {*name.split("/")}]
+    return [*filter(leads_down, files if isinstance(files, dict) else ())]
