@@ -234,15 +234,18 @@ class RemoteFolder:
         self._sign(left)
         if left is not None:
             taken = takeover.take(
-                self.sending, left, self._basis, resume=self._resume, complete=MANIFEST in old
+                self.sending,
+                left,
+                self._basis,
+                self._put_mark,
+                resume=self._resume,
+                complete=MANIFEST in old,
             )
             self.findings += taken.findings
             self.journal, self._kept, self.resumed = taken.journal, taken.kept, taken.age
             self._noted |= taken.marks
         if self.journal is None:
             self.journal = Notes(self._put_mark, self._basis)
-        else:
-            self.journal.put = self._put_mark
         remote.forget(self.target)
 
     def _sign(self, left: claims.Left | None) -> None:
