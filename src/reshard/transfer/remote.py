@@ -314,11 +314,8 @@ class RemoteFolder:
         there = {name: found for name, found in remote.below(self.target).items()
                  if not name.startswith(MARKS)}  # fmt: skip
         for name in sorted({*there, *made}):
-            mine, now = made.get(name), there.get(name)
-            if mine is not None and now is not None and now.tag != mine.tag:
-                # Some lists write tags in another way.
-                now = self.sending.bucket.head(self.sending.key(name))
-            if mine is None or now is None or (mine.nbytes, mine.tag) != (now.nbytes, now.tag):
+            mine = made.get(name)
+            if mine is None or self.sending.still(name, there.get(name), mine) is None:
                 raise WriteError(
                     f"something else wrote or deleted {name!r} while this run wrote.",
                     path=self.target,

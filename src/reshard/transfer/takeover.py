@@ -97,10 +97,8 @@ def _resumed(
     sealed = {} if journal.noted is None else journal.noted.sealed
     kept = {}
     for name, line in sealed.items():
-        there = left.there.get(name)
-        if there is not None and there.tag != line.tag:
-            there = sending.bucket.head(sending.key(name))  # some lists write tags in another way
-        if there is not None and (there.nbytes, there.tag) == (line.nbytes, line.tag):
+        there = sending.still(name, left.there.get(name), Object(line.nbytes, line.tag))
+        if there is not None:
             kept[name] = there
     return journal, kept
 
