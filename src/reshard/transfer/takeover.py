@@ -48,7 +48,8 @@ def take(
 ) -> Taken:
     """Take over what a run left that is gone, or whose output is `complete`.
 
-    `put` writes the objects of a journal that is continued. Raises `WriteError` where it cannot be deleted.
+    `put` writes the objects of a journal that is continued. Raises `WriteError` where what is left
+    cannot be deleted.
     """
     marks = {name for name in left.there if Notes.is_one(name)}
     begun = uploads.begun(sending.target, sorted(left.claim.names))
