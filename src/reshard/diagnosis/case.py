@@ -27,7 +27,7 @@ from reshard.naming.search import unwrap
 from reshard.naming.structure import Structure, examine
 from reshard.naming.ties import HEADS
 from reshard.naming.value_heads import SCORE
-from reshard.progress import Progress, StagedProgress
+from reshard.progress import StagedProgress, stage
 from reshard.storage.local import Sources
 from reshard.transfer import passes
 from reshard.transfer.finite import NotFinite
@@ -310,10 +310,9 @@ def _values(
     if not weights:
         return Values(conflicts=conflicts)
 
-    def step(what: str) -> Progress | None:
-        return None if progress is None else lambda done, total: progress(what, done, total)
-
-    spoilt = passes.not_finite(folder.entries, sources, threads=threads, progress=step("examining"))
+    spoilt = passes.not_finite(
+        folder.entries, sources, threads=threads, progress=stage(progress, "examining")
+    )
     pairs = [
         (entry, base.entries[name])
         for name, entry in fitted.items()
@@ -322,7 +321,7 @@ def _values(
         and entry.spec.numel
         and entry.spec.shape == base.entries[name].spec.shape
     ]
-    unchanged = passes.same(pairs, sources, threads=threads, progress=step("comparing"))
+    unchanged = passes.same(pairs, sources, threads=threads, progress=stage(progress, "comparing"))
     return Values(spoilt, len(pairs), unchanged.count(False), conflicts)
 
 

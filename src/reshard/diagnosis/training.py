@@ -30,7 +30,7 @@ from reshard.errors import FormatError, IncompleteError, NamesError, PlanError, 
 from reshard.formats import Selection, locate
 from reshard.formats.info import named
 from reshard.naming.lora.find import holds_adapters
-from reshard.progress import Progress, StagedProgress
+from reshard.progress import StagedProgress, stage
 from reshard.storage.local import Sources
 from reshard.transfer import passes
 from reshard.transfer.checksums import Ledger
@@ -96,7 +96,7 @@ def examine(
             entries.values(),
             sources,
             threads=threads,
-            progress=_step(progress, "examining"),
+            progress=stage(progress, "examining"),
             measures=True,
             ledger=ledger,
         )
@@ -117,10 +117,6 @@ def examine(
             *catalog.findings,
         ),
     )
-
-
-def _step(progress: StagedProgress | None, what: str) -> Progress | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
 
 
 def _damaged(error: FormatError | IncompleteError) -> Finding:
@@ -221,7 +217,7 @@ def _unchanged(
         and entry.spec.numel
         and entry.spec.shape == base.entries[name].spec.shape
     ]
-    same = passes.same(pairs, sources, threads=threads, progress=_step(progress, "comparing"))
+    same = passes.same(pairs, sources, threads=threads, progress=stage(progress, "comparing"))
     if same and all(same):
         message = f"all {len(same)} tensors hold the base's values"
         advice = "Nothing was trained, or another checkpoint is meant: name that."
