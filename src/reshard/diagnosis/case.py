@@ -313,16 +313,20 @@ def _values(
     spoilt = passes.not_finite(
         folder.entries, sources, threads=threads, progress=stage(progress, "examining")
     )
-    pairs = [
+    pairs = [] if base is None else pairs_with(base, fitted)
+    unchanged = passes.same(pairs, sources, threads=threads, progress=stage(progress, "comparing"))
+    return Values(spoilt, len(pairs), unchanged.count(False), conflicts)
+
+
+def pairs_with(base: Base, entries: Mapping[str, Entry]) -> list[tuple[Entry, Entry]]:
+    """The tensors with elements that the base has in the same shape, with the base's."""
+    return [
         (entry, base.entries[name])
-        for name, entry in fitted.items()
-        if base is not None
-        and name in base.entries
+        for name, entry in entries.items()
+        if name in base.entries
         and entry.spec.numel
         and entry.spec.shape == base.entries[name].spec.shape
     ]
-    unchanged = passes.same(pairs, sources, threads=threads, progress=stage(progress, "comparing"))
-    return Values(spoilt, len(pairs), unchanged.count(False), conflicts)
 
 
 def _rescue(path: Path, base: Base | None, sources: Sources) -> Rescue | str | None:

@@ -24,6 +24,7 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.regex import regex
 from reshard.core.tensors import Entry
+from reshard.diagnosis.case import pairs_with
 from reshard.diagnosis.folder import is_model
 from reshard.diagnosis.found import some
 from reshard.errors import FormatError, IncompleteError, NamesError, PlanError, UnsupportedError
@@ -210,13 +211,7 @@ def _unchanged(
     progress: StagedProgress | None,
 ) -> Iterator[Finding]:
     """That every tensor is the base's."""
-    pairs = [
-        (entry, base.entries[name])
-        for name, entry in entries.items()
-        if name in base.entries
-        and entry.spec.numel
-        and entry.spec.shape == base.entries[name].spec.shape
-    ]
+    pairs = pairs_with(base, entries)
     same = passes.same(pairs, sources, threads=threads, progress=stage(progress, "comparing"))
     if same and all(same):
         message = f"all {len(same)} tensors hold the base's values"
