@@ -175,7 +175,8 @@ def verify(
     except VerificationError as error:
         if not as_json:
             raise
-        output.print_json({"verified": False, "tensor": error.tensor, "message": str(error)})
+        failed = {"verified": False, "tensor": error.tensor, "message": str(error)}
+        output.print_json(output.with_requests(failed))
         return 1
     if as_json:
         output.print_json(output.with_requests(verified.to_json()))
