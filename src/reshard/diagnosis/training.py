@@ -1,7 +1,7 @@
 """A training checkpoint as doctor sees it, in any format that reshard reads.
 
-It has weights and no tokenizer, and mostly no config: what files, names and values show by
-themselves is examined, and a finding says what was not. With a base its tensors are those that a
+It has weights, but no tokenizer and usually no config. doctor examines what files, names and values
+show by themselves; a finding says what it did not examine. With a base the tensors are those that a
 conversion would write, by the base's names: layers and experts that a trainer stacks, one by one.
 
     read -> names onto the base's -> one pass over all weights -> findings
