@@ -15,16 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 from reshard.containers import torch as torchfile
 from reshard.containers.torch import TensorRef
 from reshard.containers.torch.named import entries_of
+from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread
 from reshard.core.plan import OutputFile
 from reshard.errors import UnsupportedError
-from reshard.formats import Selection, TensorToWrite, torch_state_dict
+from reshard.formats import Selection, TensorToWrite
 from reshard.formats.signs import META_FILE, is_meta
 from reshard.naming.meta import PARAMS
 from reshard.storage import strict_json
@@ -85,5 +84,4 @@ def lay_out(
     slots: Sequence[TensorToWrite], max_file_nbytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...]]:
     """One file, of whatever size: several would be the parts of GPUs."""
-    # Written alone, it is the model itself, not a file beside one.
-    return (replace(torch_state_dict.lay_out_file(_FILE, slots), table=""),), ()
+    return (lay_out_state_dict([spec for spec, _, _ in slots]).file(_FILE, slots),), ()

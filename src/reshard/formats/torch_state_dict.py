@@ -33,7 +33,7 @@ from reshard.containers.torch.named import entries_of
 from reshard.containers.torch.write import lay_out_state_dict
 from reshard.core.catalog import Catalog, Origin
 from reshard.core.findings import Finding, objects_unread, part_left_out
-from reshard.core.plan import OutputFile, Slot
+from reshard.core.plan import OutputFile
 from reshard.core.regex import regex
 from reshard.core.state import ReadState
 from reshard.core.tensors import Entry, Record, whole
@@ -128,19 +128,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 def lay_out_file(name: str, slots: Sequence[TensorToWrite]) -> OutputFile:
     """A torch.save file of a state dict, for consumers that load nothing else."""
-    layout = lay_out_state_dict([spec for spec, _, _ in slots])
-    return OutputFile(
-        name,
-        layout.nbytes,
-        layout.literals,
-        tuple(
-            Slot(start, spec, source, crc_offsets, reference)
-            for (spec, source, reference), (start, crc_offsets) in zip(
-                slots, layout.places, strict=True
-            )
-        ),
-        table=name,
-    )
+    return lay_out_state_dict([spec for spec, _, _ in slots]).file(name, slots, table=name)
 
 
 def _files(path: Path, sources: Sources) -> list[Path]:

@@ -21,7 +21,8 @@ from zlib_ng import zlib_ng
 
 from reshard.containers.torch.pickler import Call, Name, Persistent, Pickler
 from reshard.core.dtypes import DType
-from reshard.core.tensors import Shape, TensorSpec, contiguous_strides
+from reshard.core.plan import OutputFile, Slot
+from reshard.core.tensors import Entry, Shape, TensorSpec, contiguous_strides
 
 # torch's default, in bytes; recorded in the entry `.storage_alignment`.
 ALIGNMENT = 64
@@ -113,6 +114,22 @@ class DataArchive(Struct, frozen=True):
     nbytes: int
     literals: tuple[tuple[int, bytes], ...]
     places: tuple[tuple[int, tuple[int, int]], ...]
+
+    def file(
+        self,
+        name: str,
+        slots: Sequence[tuple[TensorSpec, Entry, Entry | None]],
+        table: str = "",
+    ) -> OutputFile:
+        """The archive as a file: for each tensor what is written, what from, and what of the base
+        it is compared with."""
+        placed = (
+            Slot(start, spec, source, checksums, reference)
+            for (spec, source, reference), (start, checksums) in zip(
+                slots, self.places, strict=True
+            )
+        )
+        return OutputFile(name, self.nbytes, self.literals, tuple(placed), table)
 
 
 def lay_out_state_dict(specs: Sequence[TensorSpec]) -> DataArchive:

@@ -26,7 +26,7 @@ from msgspec.structs import replace
 from reshard.containers.torch.optimizer import step_tensor
 from reshard.containers.torch.write import DataArchive, lay_out, lay_out_data
 from reshard.core.dtypes import FLOAT32
-from reshard.core.plan import OutputFile, Slot
+from reshard.core.plan import OutputFile
 from reshard.core.state import STATE_TABLE, Group, Plain, TrainingState, tensor_name
 from reshard.core.tensors import Entry, Shape, TensorSpec
 from reshard.errors import PlanError
@@ -130,12 +130,9 @@ class _Universal:
         table: str,
         reference: Entry | None = None,
     ) -> OutputFile:
-        archive = _archive(shape)
-        ((start, checksums),) = archive.places
         spec = TensorSpec(tensor_name(kind, name) if table else name, FLOAT32, shape)
-        slot = Slot(start, spec, held, checksums, reference)
         path = f"{self._tag}/zero/{name}/{kind}.pt"
-        return OutputFile(path, archive.nbytes, archive.literals, (slot,), table)
+        return _archive(shape).file(path, [(spec, held, reference)], table)
 
     def _step_files(self) -> Iterator[tuple[str, bytes]]:
         for group, step in zip(self._groups, self._steps, strict=True):
@@ -194,12 +191,8 @@ class _Universal:
     def _with_module(self, top: Mapping[str, object], rest: Sequence[str]) -> OutputFile:
         """The model file of stages 1 and 2, with what no optimizer updates."""
         specs = {name: self._weights[name][0] for name in rest}
-        archive = lay_out({"module": specs, **top})
-        slots = []
-        for name, (start, checksums) in zip(rest, archive.places, strict=True):
-            spec, source, reference = self._weights[name]
-            slots.append(Slot(start, spec, source, checksums, reference))
-        return OutputFile(f"{self._tag}/{MODEL}", archive.nbytes, archive.literals, tuple(slots))
+        slots = [self._weights[name] for name in rest]
+        return lay_out({"module": specs, **top}).file(f"{self._tag}/{MODEL}", slots)
 
 
 class _GroupStep(Struct, frozen=True):
