@@ -9,7 +9,6 @@ no tensor, notes what is finished, and puts the last object.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -25,8 +24,6 @@ from reshard.transfer.cluster import executor, wire
 from reshard.transfer.cluster.packing import batches, inputs, note_read, pack, usable
 from reshard.transfer.cluster.tasks import Tasks
 from reshard.transfer.cluster.wire import Packer
-from reshard.transfer.journal import Notebook
-from reshard.transfer.making import ReadAt
 from reshard.transfer.output import Output
 from reshard.transfer.remote import RemoteFolder
 
@@ -67,13 +64,13 @@ class StoreTransfer:
         self, cluster: OnRay, plan: Plan, sources: Sources, folder: Output, ledger: Ledger
     ) -> None:
         if not isinstance(folder, RemoteFolder):
-            raise TypeError("the output is in no store")
+            raise TypeError("the output is not in a store")
         self._cluster = cluster
         self._plan = plan
         self._sources = sources
         self._folder = folder
         self._ledger = ledger
-        self._assembly = Assembly(plan, _Unwritten(folder), lent=True)
+        self._assembly = Assembly(plan, folder, sent=True)
         self._given: set[str] = set()
         self._read = self._written = 0
 
@@ -177,51 +174,6 @@ class StoreTransfer:
         kept = self._folder.kept(file.name, file.nbytes) if standing else None
         tag = "" if kept is None else kept.tag
         return wire.Stored(file.name, file.nbytes, tuple(_literals(file)), tag)
-
-
-class _Unwritten:
-    """A folder of which the workers send the files: nothing is written here."""
-
-    in_order = True
-    resumed = ""
-
-    def __init__(self, folder: RemoteFolder) -> None:
-        self.target: Path = folder.target
-        self.partial = folder.partial
-        self.findings: list[Finding] = []
-        self.journal: Notebook | None = folder.journal
-
-    def create(self, name: str, nbytes: int) -> int:
-        return 0
-
-    def put(
-        self, name: str, fd: int, data: memoryview, offset: int, *, known: bool = False
-    ) -> None:
-        """Not here."""
-
-    def found(self, name: str, fd: int) -> ReadAt | None:
-        return None
-
-    def lend(self, name: str, fd: int) -> Path:
-        return self.target / name
-
-    def take_back(self, name: str, path: Path) -> int:
-        return 0
-
-    def seal(self, name: str, fd: int) -> None:
-        """Not here."""
-
-    def settle(self) -> None:
-        """Not here."""
-
-    def halt(self) -> None:
-        """Nobody waits here."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Not here."""
-
-    def commit(self) -> None:
-        """Not here."""
 
 
 def _literals(output: OutputFile) -> Iterator[tuple[int, bytes]]:
