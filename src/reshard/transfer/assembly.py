@@ -283,7 +283,7 @@ class Assembly:
             if made.special:
                 key = (tensor.file.output.table, tensor.slot.spec.name)
                 self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
-            if tensor.slot.crc_offsets and not self._sent:
+            if tensor.slot.crc_offsets:
                 tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
             tensor.pending -= 1
             if tensor.complete and not tensor.pending:
@@ -370,12 +370,12 @@ class Assembly:
 
     def _put_crc(self, tensor: Tensor) -> None:
         """Have the CRC-32 of a slot written, of which every segment is made."""
-        if self._sent:  # with its file
-            return
         crc = 0
         for _, (following, nbytes) in sorted(tensor.crcs.items()):
             crc = zlib_ng.crc32_combine(crc, following, nbytes)
         tensor.crcs.clear()
+        if self._sent:  # who sends the file writes it
+            return
         late = [(offset, crc) for offset in tensor.slot.crc_offsets]
         if self._folder.in_order:  # what comes after it waits for it
             self._put_late(tensor.file.output.name, tensor.file.fd, late)
