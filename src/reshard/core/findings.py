@@ -448,7 +448,7 @@ CODES: dict[str, Code] = {
         "Copy the checkpoint again, or use another save. Experts that were made of one layer are "
         "alike before they are trained.", by=("doctor",)),
     "weights-unexpected": Code(
-        "error", "a tensor in the files is no weight of the model", by=("try",)),
+        "error", "a tensor in the files does not belong to the model", by=("try",)),
     "weights-unread": Code(
         "info", "weight files beside the model were not read",
         "To convert one, name it."),
