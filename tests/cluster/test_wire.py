@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
+from reshard import errors
 from reshard._version import __version__
 from reshard.core.arithmetic import LowRank, computed
 from reshard.core.dtypes import BFLOAT16, FLOAT32
@@ -25,11 +27,13 @@ from reshard.core.tensors import (
     flat,
     whole,
 )
-from reshard.transfer.cluster import wire
+from reshard.storage.stores import ChangedError
+from reshard.transfer.cluster import wire, worker
 from reshard.transfer.cluster.tasks import _failed
 from reshard.transfer.cluster.worker import work
 from reshard.transfer.finite import NotFinite
 from reshard.transfer.pieces import runs
+from reshard.transfer.sending import DiffersError
 from tests.tensors import evaluate, stored
 
 
@@ -142,3 +146,22 @@ def test_errors_come_back_as_they_were(tmp_path: Path) -> None:
     assert "every node has under the same path" in str(failed)
     stored(tmp_path, "there", np.zeros(3, np.float32))
     assert isinstance(answer(__version__, task), wire.HashAnswer)
+
+
+def test_each_error_arrives_as_one_that_users_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the classes that only reshard's own modules have, too."""
+    here = {kind for kind in vars(errors).values() if isinstance(kind, type)}
+    for error in (
+        errors.WriteError("the disk is full.", path="/a", hint="Free some space."),
+        ChangedError("s3://bucket/model"),
+        DiffersError("it differs.", path="s3://bucket/out"),
+    ):
+
+        def fail(version: str, task: bytes, error: errors.ReshardError = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(worker, "_answer", fail)
+        arrived = _failed(wire.decode_answer(work(__version__, b"")))
+        assert str(arrived) == str(error)
+        assert type(arrived) in here
+        assert isinstance(error, type(arrived))

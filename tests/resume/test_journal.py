@@ -10,6 +10,7 @@ import xxhash
 
 from reshard.transfer import journal
 from reshard.transfer.journal import Basis, Journal, Piece, StaleError
+from reshard.transfer.notes import Notes
 
 BASIS = Basis("a" * 32, {"/model/b": (2, 20, 200, 2000), "/model/a": (1, 10, 100, 1000)})
 W = Piece("", "w", 0, b"0" * 16, ((0, 8, 16, 77), (1, 0, 4, 78)))
@@ -187,3 +188,24 @@ def test_a_disk_that_takes_no_more_ends_the_journal(
     again.seal("second", 1)
     again.close()
     assert read(path) == [W, *LATER]
+
+
+def test_a_line_that_is_too_long_to_be_read_ends_nothing(path: Path) -> None:
+    """A piece of very many stretches is not noted, on the disk and in a store; later ones are."""
+    long = Piece("", "v", 0, b"3" * 16, tuple((0, 2 * n, 2 * n + 1, n) for n in range(100_000)))
+    later = Piece("", "v", 1, b"4" * 16)
+    again = Journal.resume(path, BASIS)
+    stored: dict[str, bytes] = {}
+    notes = Notes(stored.__setitem__, BASIS)
+    for one in (long, later):
+        again.note(one, 100)
+        notes.note(one, 100)
+    again.close()
+    notes.flush()
+    found = Journal.resume(path, BASIS)
+    for noted in (found.noted, Notes(stored.__setitem__, BASIS, stored).noted):
+        assert noted is not None
+        assert not noted.damaged
+        assert noted.piece("", "v", 0) is None
+        assert noted.piece("", "v", 1) == later
+    found.close()

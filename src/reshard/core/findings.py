@@ -449,6 +449,7 @@ CODES: dict[str, Code] = {
         "alike before they are trained.", by=("doctor",)),
     "weights-unexpected": Code(
         "error", "the model does not use a tensor of the files", by=("try",)),
+        "error", "a tensor in the files does not belong to the model", by=("try",)),
     "weights-unread": Code(
         "info", "weight files beside the model were not read",
         "To convert one, name it."),

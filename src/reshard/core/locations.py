@@ -97,6 +97,11 @@ def located(path: str) -> Path:
     return Path(path)
 
 
+def leads_down(name: str) -> bool:
+    """Whether a name with `/` leads down from a folder, and by one way alone."""
+    return not _NOT_NAMES & {*name.split("/")}
+
+
 #: How often a URL was parsed: each time a user names one, what was known of stores is asked again.
 _named = 0
 

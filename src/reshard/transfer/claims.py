@@ -18,7 +18,8 @@ import msgspec
 from msgspec import Struct
 
 from reshard._version import __version__
-from reshard.core.locations import CLAIM, MANIFEST, MARKS, RemotePath
+from reshard.core.locations import CLAIM, MANIFEST, MARKS, RemotePath, leads_down
+from reshard.core.sizes import span
 from reshard.errors import FormatError, NotFoundError, WriteError, listed, printable
 from reshard.storage import remote, strict_json
 from reshard.storage.stores import Object
@@ -57,8 +58,7 @@ class Claim(Struct, frozen=True):
     @property
     def names(self) -> set[str]:
         """The files that its run may have written or left, as names below the output."""
-        names = {*self.files, *self.old}
-        return {name for name in names if not {"", ".", ".."} & {*name.split("/")}}
+        return set(filter(leads_down, (*self.files, *self.old)))
 
     def encoded(self) -> bytes:
         return msgspec.json.format(msgspec.json.encode(self), indent=1)
@@ -110,7 +110,7 @@ class Left(Struct, frozen=True):
     @property
     def age(self) -> str:
         """How long ago its run gave the last sign, in words."""
-        return _words(time.time() - self.seen)
+        return span(time.time() - self.seen)
 
     def check_gone(self, *, force: bool = False) -> None:
         """Raise `WriteError` unless its run is gone.
@@ -131,7 +131,7 @@ class Left(Struct, frozen=True):
         if not force and quiet < SILENT:
             raise WriteError(
                 f"{who} writes this output, or was killed while it did: it was last heard of "
-                f"{_words(quiet)} ago.",
+                f"{span(quiet)} ago.",
                 path=self.target,
                 hint="Wait for it. If it runs no more, pass --overwrite, or convert again "
                 f"{SILENT / 60:.0f} minutes after its end.",
@@ -159,11 +159,3 @@ def left_at(target: RemotePath) -> Left | None:
             hint="Delete it, if nobody needs it, or name another output.",
         ) from None
     return Left(target, claim, there, dict(remote.below(target)))
-
-
-def _words(seconds: float) -> str:
-    """A time span, roughly."""
-    for nseconds, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * nseconds:
-            return f"{seconds / nseconds:.0f} {unit}"
-    return f"{max(seconds, 0.0):.0f} seconds"

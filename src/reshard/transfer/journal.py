@@ -118,6 +118,12 @@ def encoded(line: Line) -> bytes:
     return b"%s %s\n" % (xxhash.xxh3_64_hexdigest(text).encode(), text)
 
 
+def encoded_piece(piece: Piece) -> bytes:
+    """A piece's line; nothing where it is longer than what is read: such a piece is not noted."""
+    line = encoded(piece)
+    return line if len(line) <= _MAX_LINE else b""
+
+
 def decoded(line: bytes) -> Line | None:
     """The line that these bytes are, the line break included; None where they are not whole."""
     checksum, _, text = line.removesuffix(b"\n").partition(b" ")
@@ -288,9 +294,7 @@ class Journal:
 
     def note(self, piece: Piece, nbytes: int) -> None:
         """Note a finished piece of `nbytes` bytes, which are written to its file."""
-        line = encoded(piece)
-        if len(line) > _MAX_LINE:
-            return
+        line = encoded_piece(piece)
         with self._writing:
             self._waiting.append(line)
             self._passed += nbytes

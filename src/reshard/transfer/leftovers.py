@@ -24,6 +24,7 @@ from msgspec import Struct
 
 from reshard._version import __version__
 from reshard.core.findings import Finding
+from reshard.core.sizes import span
 from reshard.storage.local import MAX_NAME
 from reshard.storage.paths import real
 from reshard.transfer import journal
@@ -289,8 +290,4 @@ def age(own: Path) -> str:
     last = own.lstat().st_mtime
     with suppress(OSError):
         last = max(last, (own / JOURNAL).lstat().st_mtime)
-    seconds = max(0.0, time.time() - last)
-    for nseconds, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * nseconds:
-            return f"{seconds / nseconds:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return span(time.time() - last)

@@ -16,7 +16,16 @@ from collections.abc import Callable, Mapping
 from reshard.core.locations import MARKS
 from reshard.errors import WriteError
 from reshard.storage.stores import Object
-from reshard.transfer.journal import Basis, Noted, Piece, Sealed, encoded, opening, text_of
+from reshard.transfer.journal import (
+    Basis,
+    Noted,
+    Piece,
+    Sealed,
+    encoded,
+    encoded_piece,
+    opening,
+    text_of,
+)
 
 # Bytes of whole files after which lines are written.
 _STEP = 256 << 20
@@ -34,17 +43,16 @@ class Notes:
     def __init__(self, put: Put, basis: Basis, earlier: Mapping[str, bytes] | None = None) -> None:
         self.noted: Noted | None = None
         self.sources = sorted(basis.sources)
-        self.put = put
+        self._put = put
         self._number = 0
-        self._waiting = [opening(basis)]
-        self._empty = True
+        self._opening = opening(basis) if earlier is None else b""
+        self._waiting: list[bytes] = []
         self._passed = 0
         self._writing = threading.Lock()
         if earlier is not None:
             names = sorted(earlier)
             self.noted = Noted(io.BytesIO(b"".join(earlier[name] for name in names)), basis)
             self._number = max(int(name.removeprefix(MARKS)) for name in names)
-            self._waiting.clear()
             if self.noted.damaged:
                 self._cut(self.noted.nbytes, earlier)
 
@@ -55,7 +63,8 @@ class Notes:
 
     def note(self, piece: Piece, nbytes: int) -> None:
         """Note a finished piece."""
-        self._add(encoded(piece))
+        if line := encoded_piece(piece):
+            self._add(line)
 
     def seal(self, name: str, made: Object) -> None:
         """Note that a file is an object, whose pieces were noted before."""
@@ -71,28 +80,27 @@ class Notes:
         at = 0
         for name in sorted(earlier):
             if at + len(earlier[name]) > nbytes:
-                self.put(name, earlier[name][: nbytes - at])
+                self._put(name, earlier[name][: nbytes - at])
                 return
             at += len(earlier[name])
 
     def _add(self, line: bytes, nbytes: int = 0) -> None:
         with self._writing:
             self._waiting.append(line)
-            self._empty = False
             self._passed += nbytes
             if self._passed >= _STEP:
                 self._flush()
 
     def _flush(self) -> None:
-        if self._empty:
+        if not self._waiting:
             return
-        text, self._waiting = b"".join(self._waiting), []
-        self._passed, self._empty = 0, True
+        text = b"".join((self._opening, *self._waiting))
+        self._opening, self._waiting, self._passed = b"", [], 0
         self._number += 1
         try:
-            self.put(f"{MARKS}{self._number:05d}", text)
+            self._put(f"{MARKS}{self._number:05d}", text)
         except WriteError:
-            self.put = _nowhere
+            self._put = _nowhere
 
 
 def _nowhere(name: str, text: bytes) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from reshard.core.findings import Finding
-from reshard.core.locations import CLAIM, MANIFEST, MARKS, RemotePath
+from reshard.core.locations import CLAIM, MANIFEST, MARKS, RemotePath, leads_down
 from reshard.errors import ReshardError, WriteError
 from reshard.storage import remote, strict_json, uploads
 from reshard.storage.fingerprints import Fingerprint
@@ -234,15 +234,18 @@ class RemoteFolder:
         self._sign(left)
         if left is not None:
             taken = takeover.take(
-                self.sending, left, self._basis, resume=self._resume, complete=MANIFEST in old
+                self.sending,
+                left,
+                self._basis,
+                self._put_mark,
+                resume=self._resume,
+                complete=MANIFEST in old,
             )
             self.findings += taken.findings
             self.journal, self._kept, self.resumed = taken.journal, taken.kept, taken.age
             self._noted |= taken.marks
         if self.journal is None:
             self.journal = Notes(self._put_mark, self._basis)
-        else:
-            self.journal.put = self._put_mark
         remote.forget(self.target)
 
     def _sign(self, left: claims.Left | None) -> None:
@@ -311,11 +314,8 @@ class RemoteFolder:
         there = {name: found for name, found in remote.below(self.target).items()
                  if not name.startswith(MARKS)}  # fmt: skip
         for name in sorted({*there, *made}):
-            mine, now = made.get(name), there.get(name)
-            if mine is not None and now is not None and now.tag != mine.tag:
-                # Some lists write tags in another way.
-                now = self.sending.bucket.head(self.sending.key(name))
-            if mine is None or now is None or (mine.nbytes, mine.tag) != (now.nbytes, now.tag):
+            mine = made.get(name)
+            if mine is None or self.sending.still(name, there.get(name), mine) is None:
                 raise WriteError(
                     f"something else wrote or deleted {name!r} while this run wrote.",
                     path=self.target,
@@ -361,5 +361,4 @@ class RemoteFolder:
 def _listed(stated: Mapping[str, Any]) -> list[str]:
     """The files that a `reshard.json` lists."""
     files = stated.get("files")
-    names = [*files] if isinstance(files, dict) else []
-    return [name for name in names if not {"", ".", ".."} & {*name.split("/")}]
+    return [*filter(leads_down, files if isinstance(files, dict) else ())]

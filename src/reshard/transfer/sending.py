@@ -94,6 +94,14 @@ class Sending:
         """The key of a file of the output."""
         return (self.target / name).key
 
+    def still(self, name: str, listed: Object | None, known: Object) -> Object | None:
+        """What a list shows under a name, if it still is the object that is `known`."""
+        if listed is not None and listed.tag != known.tag:
+            listed = self.bucket.head(self.key(name))  # some lists write tags in another way
+        if listed is None or (listed.nbytes, listed.tag) != (known.nbytes, known.tag):
+            return None
+        return listed
+
     def create(self, name: str, nbytes: int, standing: Object | None = None) -> int:
         """Begin a file of `nbytes` bytes, or compare with the one that is `standing`; its
         number."""

@@ -15,7 +15,7 @@ from reshard.storage import remote, uploads
 from reshard.storage.stores import Object
 from reshard.transfer.claims import Claim, Left
 from reshard.transfer.journal import Basis, StaleError
-from reshard.transfer.notes import Notes
+from reshard.transfer.notes import Notes, Put
 from reshard.transfer.sending import Sending
 
 
@@ -43,10 +43,13 @@ def over(claim: Claim, left: Left, *, complete: bool) -> Claim:
     return replace(claim, old=tuple(sorted(old)))
 
 
-def take(sending: Sending, left: Left, basis: Basis, *, resume: bool, complete: bool) -> Taken:
+def take(
+    sending: Sending, left: Left, basis: Basis, put: Put, *, resume: bool, complete: bool
+) -> Taken:
     """Take over what a run left that is gone, or whose output is `complete`.
 
-    Raises `WriteError` where it cannot be deleted.
+    `put` writes the objects of a journal that is continued. Raises `WriteError` where what is left
+    cannot be deleted.
     """
     marks = {name for name in left.there if Notes.is_one(name)}
     begun = uploads.begun(sending.target, sorted(left.claim.names))
@@ -57,7 +60,7 @@ def take(sending: Sending, left: Left, basis: Basis, *, resume: bool, complete: 
     reason, which = "", ""
     if resume:
         try:
-            journal, kept = _resumed(sending, left, basis, marks)
+            journal, kept = _resumed(sending, left, basis, put, marks)
         except StaleError as error:
             reason, which = str(error), error.source
         else:
@@ -79,7 +82,7 @@ def take(sending: Sending, left: Left, basis: Basis, *, resume: bool, complete: 
 
 
 def _resumed(
-    sending: Sending, left: Left, basis: Basis, marks: set[str]
+    sending: Sending, left: Left, basis: Basis, put: Put, marks: set[str]
 ) -> tuple[Notes, dict[str, Object]]:
     """The journal, and the files that it says to be complete and that are still those objects."""
     if not marks:
@@ -91,17 +94,12 @@ def _resumed(
     except (NotFoundError, IncompleteError) as error:
         raise StaleError(f"its journal cannot be read ({error.message})") from None
 
-    def put(name: str, text: bytes) -> None:
-        sending.bucket.put(sending.key(name), text)
-
     journal = Notes(put, basis, texts)
     sealed = {} if journal.noted is None else journal.noted.sealed
     kept = {}
     for name, line in sealed.items():
-        there = left.there.get(name)
-        if there is not None and there.tag != line.tag:
-            there = sending.bucket.head(sending.key(name))  # some lists write tags in another way
-        if there is not None and (there.nbytes, there.tag) == (line.nbytes, line.tag):
+        there = sending.still(name, left.there.get(name), Object(line.nbytes, line.tag))
+        if there is not None:
             kept[name] = there
     return journal, kept
 

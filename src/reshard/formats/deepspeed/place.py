@@ -8,6 +8,7 @@ from pathlib import Path
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from reshard.core.locations import leads_down
 from reshard.core.regex import regex
 from reshard.errors import FormatError, IncompleteError, NotFoundError, UnsupportedError, listed
 from reshard.formats import numbered, tags
@@ -109,7 +110,7 @@ def locate(path: Path, sources: Sources, tag: str | None) -> Location:
     name = _latest(path, sources) if tag is None else tags.meant(tag, _tags(path)) or tag
     if tag is None and name in (models := several_models(path)):
         name = models[0]
-    if not _is_tag(name):
+    if not leads_down(name):
         raise NotFoundError(
             f"{name!r} is not a tag, which is the name of a folder in this one.",
             path=path,
@@ -159,11 +160,6 @@ def _content(pointer: Path, sources: Sources) -> bytes:
     return source.read(0, min(source.size, _MAX_LATEST))
 
 
-def _is_tag(name: str) -> bool:
-    """Whether a name leads down from a folder."""
-    return not set(name.split("/")) & {"", ".", ".."}
-
-
 def _latest(path: Path, sources: Sources) -> str:
     there = _tags(path)
     for pointer in (LATEST, LATEST_UNIVERSAL):
@@ -173,7 +169,7 @@ def _latest(path: Path, sources: Sources) -> str:
             name = _content(child(path, pointer), sources).decode().strip()
         except UnicodeDecodeError:
             name = ""
-        if not _is_tag(name):
+        if not leads_down(name):
             raise FormatError(
                 f"it names {name!r}, which is not a tag." if name else "it names no tag.",
                 path=path / pointer,

@@ -224,7 +224,7 @@ class HashAnswer(Struct, frozen=True, array_like=True, tag="hashed"):
 
 
 class Failure(Struct, frozen=True, array_like=True, tag="failed"):
-    """A `ReshardError` by the name of its class."""
+    """A `ReshardError` by the name of its class in `reshard.errors`."""
 
     kind: str
     message: str

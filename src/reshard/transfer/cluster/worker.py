@@ -12,6 +12,7 @@ from functools import partial
 import xxhash
 from msgspec.structs import replace
 
+from reshard import errors
 from reshard._version import __version__
 from reshard.core.plan import Slot
 from reshard.core.tensors import Extent, Record
@@ -51,8 +52,14 @@ def work(version: str, task: bytes) -> bytes:
     try:
         answer: Answer = replace(_answer(version, task), asked=requests.total() - before)
     except ReshardError as error:
-        answer = Failure(type(error).__name__, error.message, error.path, error.tensor, error.hint)
+        kind = _kind(type(error))
+        answer = Failure(kind, error.message, error.path, error.tensor, error.hint)
     return wire.encode(answer)
+
+
+def _kind(kind: type[ReshardError]) -> str:
+    """The name by which the driver finds an error's class: its own, or the nearest above it."""
+    return next(one.__name__ for one in kind.__mro__ if one.__module__ == errors.__name__)
 
 
 def _answer(version: str, task: bytes) -> Done:
