@@ -448,7 +448,6 @@ CODES: dict[str, Code] = {
         "Copy the checkpoint again, or use another save. Experts that were made of one layer are "
         "alike before they are trained.", by=("doctor",)),
     "weights-unexpected": Code(
-        "error", "the model does not use a tensor of the files", by=("try",)),
         "error", "a tensor in the files does not belong to the model", by=("try",)),
     "weights-unread": Code(
         "info", "weight files beside the model were not read",
