@@ -396,7 +396,7 @@ def test_a_map_that_does_not_fit(
 
 def test_a_list_that_does_not_fit(parallel_runs: ParallelRuns, tmp_path: Path) -> None:
     """A parameter that is split along rows is said to be the same on every rank."""
-    tag = parallel_runs["tp-zero1"].copy(tmp_path)
+    tag = parallel_runs["tp-three-zero2"].copy(tmp_path)
 
     def change(info: dict[str, Any]) -> None:
         del info["affine_map"]
