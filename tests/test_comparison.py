@@ -205,6 +205,7 @@ def test_a_difference_is_json_too(
         found = json.loads(capsys.readouterr().out)
         assert (found["verified"], found["tensor"]) == (False, name)
         assert name in found["message"]
+        assert found["requests"] is None  # local folders, as in the JSON of every command
 
 
 def test_diff_measures_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import VERIFY
 from reshard.conversion.declared import CONVERT
 from reshard.inspection import INSPECT
+from reshard.progress import stage
 
 if TYPE_CHECKING:
     from reshard.conversion.report import Report
@@ -170,12 +171,12 @@ def verify(
 
     try:
         with shown_progress(shown, quiet=as_json or quiet) as progress:
-            step = None if progress is None else lambda done, total: progress("verify", done, total)
-            verified = run(dst, against, progress=step, **options)
+            verified = run(dst, against, progress=stage(progress, "verify"), **options)
     except VerificationError as error:
         if not as_json:
             raise
-        output.print_json({"verified": False, "tensor": error.tensor, "message": str(error)})
+        failed = {"verified": False, "tensor": error.tensor, "message": str(error)}
+        output.print_json(output.with_requests(failed))
         return 1
     if as_json:
         output.print_json(output.with_requests(verified.to_json()))

@@ -13,6 +13,7 @@ from reshard.cli.flags import Command, argument, debug, flags, html, json_flag
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import DIFF
 from reshard.errors import NotFoundError, listed
+from reshard.progress import stage
 
 if TYPE_CHECKING:
     from reshard.comparison.result import Compared, Comparison
@@ -77,8 +78,13 @@ def diff(
         check_place(html)
     paths = _checkpoints([a, b, *more])
     with shown_progress(shown, quiet=as_json or quiet) as progress:
-        step = None if progress is None else lambda done, total: progress("compare", done, total)
-        found = diff_steps(paths, base=base, spectrum=spectrum, optimizer=optimizer, progress=step)
+        found = diff_steps(
+            paths,
+            base=base,
+            spectrum=spectrum,
+            optimizer=optimizer,
+            progress=stage(progress, "compare"),
+        )
     if html is not None:
         from reshard.pages.changes import changes_page
         from reshard.storage.texts import write_text

@@ -31,7 +31,6 @@ _MAX_CELL = 500
 _LEAST_WIDTH = 24
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "requests": "cyan"}
 
-
 # What this process had asked stores for when its command began.
 _asked = Requests()
 
@@ -44,15 +43,15 @@ def begin_counting() -> None:
 
 def print_requests() -> None:
     """What stores were asked for, as a line on standard error; nothing where nothing was."""
-    since = requests.total() - _asked
-    if since.number:
-        print_message(str(since), "requests")
+    asked = requests.since(_asked)
+    if asked is not None:
+        print_message(str(asked), "requests")
 
 
 def with_requests(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON values, with what stores were asked for; null where nothing was."""
-    since = requests.total() - _asked
-    return {**values, "requests": asdict(since) if since.number else None}
+    asked = requests.since(_asked)
+    return {**values, "requests": None if asked is None else asdict(asked)}
 
 
 def print_json(value: Mapping[str, Any]) -> None:

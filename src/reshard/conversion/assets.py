@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reshard.core.catalog import Asset
+from reshard.core.locations import MANIFEST
 from reshard.core.regex import regex
 from reshard.errors import FormatError, NotFoundError
 from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
@@ -30,7 +31,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msg
 # model.safetensors.index.json, model.safetensors.index.fp16.json; OpenVINO's graph of weights.
 _WEIGHT_LISTS = regex(r".*\.index(\.\w+)?\.json|openvino_.*\.xml")
 # PEFT's, whose weights are not copied: without them transformers cannot load the folder.
-_LEFT = frozenset({ADAPTER_CONFIG, "reshard.json"})
+_LEFT = frozenset({ADAPTER_CONFIG, MANIFEST})
 # Folders that tools leave beside a model; `.cache` is huggingface_hub's download record.
 _NOT_ASSETS = frozenset({".git", ".cache", "__pycache__"})
 # A module's own weights, as save_pretrained names them.

@@ -143,9 +143,9 @@ def class_repairs(config: Mapping[str, Any]) -> dict[str, object]:
 def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
     """The base's config.json with a few fields changed; everything else, order included, stays.
 
-    `patches` maps dotted paths to values; the base's own repairs are made as well. What states
-    that the weights are quantised is left out: no weight is written as a code. Raises `FormatError`
-    where a path leads nowhere.
+    `patches` maps dotted paths to values; the base's config has its own repairs already. What
+    states that the weights are quantised is left out: no weight is written as a code. Raises
+    `FormatError` where a path leads nowhere.
     """
     text = json.dumps(patched_fields(base, patches), indent=2, ensure_ascii=False)
     return (text + "\n").encode()
@@ -154,7 +154,7 @@ def patched_config(base: Base, patches: Mapping[str, object]) -> bytes:
 def patched_fields(base: Base, patches: Mapping[str, object]) -> dict[str, Any]:
     """The fields of what `patched_config` gives. Raises as it does."""
     config: dict[str, Any] = deepcopy(dict(base.config))
-    for path, value in {**base.repairs, **patches}.items():
+    for path, value in patches.items():
         section, key = section_of(config, path)
         if section is None:
             raise FormatError(f"it has no section for {path!r}.", path=base.folder / CONFIG)

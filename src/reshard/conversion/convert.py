@@ -32,7 +32,6 @@ from reshard.progress import StagedProgress
 from reshard.storage import requests
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import file_size
-from reshard.storage.requests import Requests
 from reshard.transfer import memory
 from reshard.transfer.assembly import Outcome
 from reshard.transfer.commit import lacking_space
@@ -124,7 +123,7 @@ def convert(
             report = _report(
                 job, given, time.monotonic() - began, replaced, threads=writing.threads
             )
-            return _with_requests(report, asked)
+            return replace(report, requests=requests.since(asked))
         if lacking is not None:
             raise lacking
 
@@ -149,13 +148,7 @@ def convert(
     )
     if writing.resume:
         report = replace(report, bytes_reused=outcome.reused)
-    return _with_requests(report, asked)
-
-
-def _with_requests(report: Report, before: Requests) -> Report:
-    """The report with what stores were asked for since `before`."""
-    since = requests.total() - before
-    return replace(report, requests=since) if since.number else report
+    return replace(report, requests=requests.since(asked))
 
 
 def _without_room(job: Job, lacking: WriteError) -> Job:

@@ -20,6 +20,7 @@ from reshard.core.locations import MANIFEST, RemotePath
 from reshard.core.plan import Plan
 from reshard.core.sizes import size
 from reshard.core.tensors import Extent, Fragment, Fragments, Record
+from reshard.progress import stage
 from reshard.storage.fingerprints import Fingerprint, fingerprint
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
@@ -71,7 +72,7 @@ def carry_out(
                 folder.partial,
                 leaf_digests=executor.leaf_digests(outcome.read_back),
                 manifest_text=stated if folder.in_order else None,
-                progress=writing.step("verify"),
+                progress=stage(writing.progress, "verify"),
             )
         if check is not None:
             check(folder.partial)
@@ -88,7 +89,7 @@ def _executor(
     writing: Writing, records: Iterable[Record], unprotected: Sequence[Extent], *, read_back: bool
 ) -> Iterator[Executor]:
     """Who moves the bytes; a cluster that was started for it ends with the block."""
-    progress = writing.step("write")
+    progress = stage(writing.progress, "write")
     if writing.workers is None:
         yield Threads(writing.threads, records, read_back, progress, unprotected)
         return

@@ -34,7 +34,7 @@ from reshard.naming.search import unwrap
 from reshard.naming.value_heads import VALUE_HEAD
 
 LIGHTRFT = "pytorch_model.bin"
-# SideFiles a merged model: in its root, transformers would apply the adapter a second time.
+# Beside a merged model: in its root, transformers would apply the adapter a second time.
 ADAPTER_FOLDER = "adapter/"
 
 

@@ -91,8 +91,8 @@ def _never_updated(state: TrainingState) -> tuple[Finding, ...]:
     if not never or not held:
         return ()
     message = (
-        f"the optimizer's groups cover {len(never)} parameters that it holds no moments of, as of "
-        f"frozen ones and of those that no step has updated: {listed(never, 4)}."
+        f"the optimizer's groups cover {len(never)} parameters that it holds no moments of, such "
+        f"as frozen ones and those never updated: {listed(never, 4)}."
     )
     return (Finding("state-never-updated", message),)
 

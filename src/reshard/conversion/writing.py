@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from msgspec import Struct
 
 from reshard.progress import StagedProgress
@@ -22,8 +20,3 @@ class Writing(Struct, frozen=True):
     verify: bool = True
     progress: StagedProgress | None = None
     workers: Workers | None = None
-
-    def step(self, what: str) -> Callable[[int, int], None] | None:
-        """The progress of one part of the work."""
-        progress = self.progress
-        return None if progress is None else lambda done, total: progress(what, done, total)

@@ -37,9 +37,9 @@ def within(entry: Entry, start: int, stop: int) -> Iterable[Fragment]:
 
 
 def regions(entries: Iterable[Entry]) -> Iterator[Extent]:
-    """The files' bytes that tensors are made of, those behind computed ones, too.
+    """The files' bytes that tensors are made of, with those behind computed tensors.
 
-    Of tensors that are cut out of flat ones, each flat tensor once. Others may come twice.
+    A flat tensor that others are cut out of comes once. Other bytes may come twice.
     """
     seen: set[int] = set()  # by id: what is seen stays alive, because the entries hold it
     todo = [iter(entries)]

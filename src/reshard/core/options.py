@@ -147,7 +147,7 @@ class Codes(ValueType, frozen=True):
                 hint = (
                     f"Did you mean {' or '.join(near)}?"
                     if near
-                    else ("docs/findings.md lists all codes.")
+                    else "docs/findings.md lists all codes."
                 )
                 raise OptionError(f"{brief(code)} is not the code of a finding.", hint=hint)
         return codes or False

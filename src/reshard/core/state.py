@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Literal, TypeAlias, TypeVar
 
 from msgspec import Struct, field
@@ -50,7 +51,7 @@ class Group(Struct, frozen=True):
     hyperparameters: Mapping[str, Plain] = field(default_factory=dict)
 
 
-class TrainingState(Struct, frozen=True):
+class TrainingState(Struct, frozen=True, dict=True):
     """The state of one model's optimizer, and what of its run is plain data.
 
     `masters` is empty where the optimizer updates the model's weights themselves. `scheduler` is
@@ -81,10 +82,10 @@ class TrainingState(Struct, frozen=True):
         held = (name for table in self.moments.values() for name in table)
         return tuple(dict.fromkeys((*covered, *held, *self.masters)))
 
-    @property
+    @cached_property
     def held(self) -> frozenset[str]:
         """The parameters that have moments. A group may cover others: frozen ones that the script
-        passed to its optimizer, and those that no step has updated."""
+        passed to its optimizer, and those never updated."""
         return frozenset(name for table in self.moments.values() for name in table)
 
     @property

@@ -237,8 +237,8 @@ class Fragment(Struct, frozen=True, gc=False):
 class Fragments(Struct, frozen=True):
     """Fragments of a tensor, stored and contiguous, that arithmetic makes for those who ask.
 
-    The one protocol of such; `core/partition.py` has them. They hold ranges of the flattened
-    tensor, in ascending order.
+    `core/partition.py` implements this protocol. The fragments are ranges of the flattened tensor,
+    in ascending order.
     """
 
     @property

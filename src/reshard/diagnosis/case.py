@@ -27,7 +27,7 @@ from reshard.naming.search import unwrap
 from reshard.naming.structure import Structure, examine
 from reshard.naming.ties import HEADS
 from reshard.naming.value_heads import SCORE
-from reshard.progress import Progress, StagedProgress
+from reshard.progress import StagedProgress, stage
 from reshard.storage.local import Sources
 from reshard.transfer import passes
 from reshard.transfer.finite import NotFinite
@@ -310,20 +310,23 @@ def _values(
     if not weights:
         return Values(conflicts=conflicts)
 
-    def step(what: str) -> Progress | None:
-        return None if progress is None else lambda done, total: progress(what, done, total)
+    spoilt = passes.not_finite(
+        folder.entries, sources, threads=threads, progress=stage(progress, "examining")
+    )
+    pairs = [] if base is None else pairs_with(base, fitted)
+    unchanged = passes.same(pairs, sources, threads=threads, progress=stage(progress, "comparing"))
+    return Values(spoilt, len(pairs), unchanged.count(False), conflicts)
 
-    spoilt = passes.not_finite(folder.entries, sources, threads=threads, progress=step("examining"))
-    pairs = [
+
+def pairs_with(base: Base, entries: Mapping[str, Entry]) -> list[tuple[Entry, Entry]]:
+    """The tensors with elements that the base has in the same shape, with the base's."""
+    return [
         (entry, base.entries[name])
-        for name, entry in fitted.items()
-        if base is not None
-        and name in base.entries
+        for name, entry in entries.items()
+        if name in base.entries
         and entry.spec.numel
         and entry.spec.shape == base.entries[name].spec.shape
     ]
-    unchanged = passes.same(pairs, sources, threads=threads, progress=step("comparing"))
-    return Values(spoilt, len(pairs), unchanged.count(False), conflicts)
 
 
 def _rescue(path: Path, base: Base | None, sources: Sources) -> Rescue | str | None:

@@ -158,12 +158,12 @@ def doctor(
 
 
 def _check_examined_alone(path: Path, output: Path | None, engine: EngineName | None) -> None:
-    """Refuse what can be asked of a model and not of a training checkpoint."""
+    """Refuse the options that need a model, not a training checkpoint."""
     option = "repair" if output is not None else "engine" if engine is not None else None
     if option is not None and exists(path):
         raise OptionError(
-            f"{path} is not a folder with a model; of a training checkpoint, doctor says what is "
-            "wrong.",
+            f"{path} is not a folder with a model, and doctor does not repair training "
+            "checkpoints or check them for an engine.",
             hint="Convert it, and name the output: reshard convert SRC OUT --base HF_DIR.",
             option=option,
         )

@@ -1,7 +1,7 @@
 """A training checkpoint as doctor sees it, in any format that reshard reads.
 
-It has weights and no tokenizer, and mostly no config: what files, names and values show by
-themselves is examined, and a finding says what was not. With a base its tensors are those that a
+It has weights, but no tokenizer and usually no config. doctor examines what files, names and values
+show by themselves; a finding says what it did not examine. With a base the tensors are those that a
 conversion would write, by the base's names: layers and experts that a trainer stacks, one by one.
 
     read -> names onto the base's -> one pass over all weights -> findings
@@ -24,13 +24,14 @@ from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
 from reshard.core.regex import regex
 from reshard.core.tensors import Entry
+from reshard.diagnosis.case import pairs_with
 from reshard.diagnosis.folder import is_model
 from reshard.diagnosis.found import some
 from reshard.errors import FormatError, IncompleteError, NamesError, PlanError, UnsupportedError
 from reshard.formats import Selection, locate
 from reshard.formats.info import named
 from reshard.naming.lora.find import holds_adapters
-from reshard.progress import Progress, StagedProgress
+from reshard.progress import StagedProgress, stage
 from reshard.storage.local import Sources
 from reshard.transfer import passes
 from reshard.transfer.checksums import Ledger
@@ -96,7 +97,7 @@ def examine(
             entries.values(),
             sources,
             threads=threads,
-            progress=_step(progress, "examining"),
+            progress=stage(progress, "examining"),
             measures=True,
             ledger=ledger,
         )
@@ -117,10 +118,6 @@ def examine(
             *catalog.findings,
         ),
     )
-
-
-def _step(progress: StagedProgress | None, what: str) -> Progress | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
 
 
 def _damaged(error: FormatError | IncompleteError) -> Finding:
@@ -214,14 +211,8 @@ def _unchanged(
     progress: StagedProgress | None,
 ) -> Iterator[Finding]:
     """That every tensor is the base's."""
-    pairs = [
-        (entry, base.entries[name])
-        for name, entry in entries.items()
-        if name in base.entries
-        and entry.spec.numel
-        and entry.spec.shape == base.entries[name].spec.shape
-    ]
-    same = passes.same(pairs, sources, threads=threads, progress=_step(progress, "comparing"))
+    pairs = pairs_with(base, entries)
+    same = passes.same(pairs, sources, threads=threads, progress=stage(progress, "comparing"))
     if same and all(same):
         message = f"all {len(same)} tensors hold the base's values"
         advice = "Nothing was trained, or another checkpoint is meant: name that."

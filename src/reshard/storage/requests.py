@@ -70,3 +70,9 @@ def total() -> Requests:
     """What this process asked of stores so far; the difference of two is what a piece of work
     did."""
     return _total
+
+
+def since(before: Requests) -> Requests | None:
+    """What this process asked of stores after `total` was `before`; None for nothing."""
+    asked = _total - before
+    return asked if asked.number else None

@@ -102,10 +102,10 @@ class Metadata(Struct, frozen=True):
 
 
 def opened(path: pathlib.Path, sources: Sources, *, longer: bool = False) -> tuple[Source, bytes]:
-    """The file, and its bytes; with `longer`, of more than the pickle reader takes as many as that.
+    """The file, and its bytes; with `longer`, only the first `MAX_NBYTES` of a file that has more.
 
-    Raises `IncompleteError` where the file is empty, and what the pickle reader raises where it is
-    too long, or its first bytes are not those of a pickle.
+    Raises `IncompleteError` where the file is empty, and what the pickle reader raises for a file
+    that is too long, or whose first bytes are not those of a pickle.
     """
     source = sources.open(path)
     if source.size == 0:

@@ -13,7 +13,6 @@ of CPU; to parse them all would take about an hour.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
@@ -21,6 +20,7 @@ from msgspec.structs import replace
 
 from reshard.containers.torch.directory import ArchiveEntry, Directory
 from reshard.containers.torch.records import Global, Instance, Opaque, Storage, TensorRef, TorchFile
+from reshard.core.regex import regex
 from reshard.storage.source import Source
 
 # Directories that differ by more than a folder of as many letters; pickles, by more than a device.
@@ -28,7 +28,7 @@ _MAX_DIRECTORIES, _MAX_PICKLES = 16, 16
 # Its first byte is in no text.
 _MARK = b"\xff\xfemark"
 #: What torch calls a device, as the text of a BINUNICODE opcode.
-DEVICE = re.compile(rb"[a-z]{2,12}:\d{1,3}")
+DEVICE = regex(rb"[a-z]{2,12}:\d{1,3}")
 #: Bytes of a text that may be a device's name, at most.
 MAX_DEVICE = 16
 
@@ -158,17 +158,14 @@ def _in_another_folder(raw: bytearray, alike: Sequence[_KnownDirectory]) -> List
     mark cannot. A known directory has marks at its entries' names and nowhere else. If this one
     with marks is the same, and became shorter by as many, they stand for its folder at these names.
     """
+    # Of an entry, 46 bytes come before the name (4.3.12).
+    own = bytes(raw[46 : raw.find(b"/", 46) + 1])
+    if not own or not own.isascii():
+        return None
+    marked = _marked(raw, own)
     for known in alike:
-        folder = known.listing.folder.encode()
-        # Of an entry, 46 bytes come before the name (4.3.12).
-        own = bytes(raw[46 : 46 + len(folder)])
-        if own == folder or own.find(b"/") != len(own) - 1 or not own.isascii():
-            continue
-        marked = _marked(raw, own)
-        for other in alike:
-            if other.marked == marked and len(other.listing.folder) == len(own):
-                return replace(other.listing, folder=own.decode())
-        break
+        if known.marked == marked and len(known.listing.folder) == len(own):
+            return replace(known.listing, folder=own.decode())
     return None
 
 

@@ -8,6 +8,8 @@ from reshard.containers.torch.limits import MAX_DEPTH, MAX_VALUES, MAX_VALUES_PE
 from reshard.containers.torch.records import Opaque
 from reshard.errors import UnsupportedError
 
+#: What holds other values.
+HOLDING = frozenset({dict, list, tuple, Opaque})
 # Items of a recalled container that may be as many as the bytes that recall it.
 _FEW = 8
 # Records that their readers keep: one of 100,000 ranks is recalled by every tensor.
@@ -67,7 +69,7 @@ def check_sharing(value: object, recalled: Iterable[object], nbytes: int, *, pat
             todo.pop()
             continue
         items = _items_of(one)
-        inner = [item for item in items if type(item) in _HOLDING]
+        inner = [item for item in items if type(item) in HOLDING]
         if id(one) not in counts:
             counts[id(one)] = 1
             todo.extend(item for item in inner if id(item) not in counts)
@@ -100,9 +102,6 @@ def _containers_in(value: object) -> list[object]:
     return []
 
 
-_HOLDING = frozenset({dict, list, tuple, Opaque})
-
-
 def _items_of(value: object) -> list[object]:
     """What a container or record holds, without the keys of a dict."""
     if type(value) is dict:
@@ -116,5 +115,5 @@ def _is_small(value: object) -> bool:
     """Whether a value holds a few others, none of which holds more."""
     items = _items_of(value)
     return len(items) <= _FEW and not any(
-        type(item) in _HOLDING and _items_of(item) for item in items
+        type(item) in HOLDING and _items_of(item) for item in items
     )

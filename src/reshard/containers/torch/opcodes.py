@@ -21,7 +21,7 @@ from reshard.containers.torch.limits import (
     TUPLE_NBYTES,
 )
 from reshard.containers.torch.malformed import EndOfPickle, Malformed
-from reshard.containers.torch.records import Opaque
+from reshard.containers.torch.nesting import HOLDING
 from reshard.containers.torch.repeats import LEFT_OUT, OPENING, RecalledError
 
 if TYPE_CHECKING:
@@ -338,8 +338,6 @@ def _setitems(m: Machine, pos: int) -> int:
 
 # The memo. Picklers number it 0, 1, 2 ...; some begin again at 0.
 
-_HOLDING = frozenset({list, dict, tuple, Opaque})
-
 
 def _get(m: Machine, index: int) -> None:
     if index >= len(m.memo):
@@ -347,7 +345,7 @@ def _get(m: Machine, index: int) -> None:
     value = m.memo[index]
     if value is LEFT_OUT:
         raise RecalledError
-    if type(value) in _HOLDING:
+    if type(value) in HOLDING:
         m.recalled[id(value)] = value
     m.stack.append(value)
 

@@ -99,7 +99,7 @@ def _param_names(group: Mapping[object, object], count: int) -> tuple[str, ...]:
     names = group.get("param_names")
     if not isinstance(names, list | tuple) or len(names) != count:
         return ()
-    return tuple(name for name in names if isinstance(name, str)) if names else ()
+    return tuple(names) if all(isinstance(name, str) for name in names) else ()
 
 
 def _params(value: object, path: Path) -> tuple[Key, ...]:

@@ -2,8 +2,8 @@
 
 A few more tasks than the cluster has processors are under way at a time; the others are not made
 yet, so memory does not grow with their number. A task whose worker or node is lost is handed out
-again. When anything fails, or the run is interrupted, tasks are cancelled, and what follows waits
-until no worker works any more.
+again. When anything fails, or the run is interrupted, the tasks under way get some seconds to end
+and are then cancelled, and what follows waits until no worker works any more.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ _LEAST = 4
 _TRIES = 5
 # Seconds between two looks at how many processors the cluster has: clusters grow and shrink.
 _LOOK = 5.0
+# Seconds that tasks under way get before they are cancelled. Ray ends the driver without a word if
+# a task is cancelled whose answer it is just taking ("Tried to complete task that was not
+# pending"), so tasks that end soon are not cancelled.
+_GRACE = 5.0
 # Seconds that cancelled tasks get to end by themselves, and after that by force.
 _PATIENCE = 30.0
 
@@ -158,14 +162,19 @@ class Tasks(Generic[Answered]):
         return _UnderWay(task.job, task.task, task.tries + 1)
 
     def _end(self, refs: list[Any]) -> None:
-        """Cancel tasks, and wait until no worker works on one."""
+        """Wait until no worker works on one of these tasks; cancel those that do not end soon."""
+        refs = self._unfinished(refs, _GRACE)
         for force in (False, True):
-            if refs:
-                for ref in refs:
-                    self._ray.cancel(ref, force=force)
-                _, refs = self._ray.wait(
-                    refs, num_returns=len(refs), timeout=_PATIENCE, fetch_local=False
-                )
+            for ref in refs:
+                self._ray.cancel(ref, force=force)
+            refs = self._unfinished(refs, _PATIENCE)
+
+    def _unfinished(self, refs: list[Any], seconds: float) -> list[Any]:
+        """Those of some tasks that are not finished within so many seconds."""
+        if not refs:
+            return []
+        _, left = self._ray.wait(refs, num_returns=len(refs), timeout=seconds, fetch_local=False)
+        return list(left)
 
 
 def _failed(failure: wire.Answer) -> ReshardError:
