@@ -40,7 +40,7 @@ from benchmarks.schedule import Pace, Rounds
 from benchmarks.shapes import GB
 
 SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)
-#: The size that the tables show, and at which no peer is left out for lack of time.
+#: The size in the tables. At this size every peer runs, however short the time.
 REFERENCE = 1.0
 RESULTS = Path(__file__).with_name("results.json")
 #: Why a contender has no figures that ended with an error, which the benchmark shows.

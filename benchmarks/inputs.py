@@ -200,7 +200,7 @@ def _quantise(folder: Path) -> None:
     weights = folder / "model.safetensors"
     state: dict[str, Any] = {}
     with safe_open(weights, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
+        for name in file.keys():  # noqa: SIM118 (not a dict)
             value = file.get_tensor(name)
             codes = name.endswith("proj.weight")
             state.update(quantiser.convert({name: value}) if codes else {name: value})

@@ -115,7 +115,7 @@ def _tensors(count: int) -> bytes:
 
 
 _LONG = "x" * (8 * MIB)
-#: What is no file at all, or huge.
+#: Pipes, devices and the like, and huge files.
 SPECIAL: Mapping[str, Form] = {
     "a pipe": os.mkfifo,
     "a socket": _socket,

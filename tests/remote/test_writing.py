@@ -189,7 +189,7 @@ def test_writes_that_fail_once(
 
 
 def test_an_end_that_failed_with_other_bytes(bucket: Bucket, trained: Path) -> None:
-    """An object of the same size is no proof that it is what was sent."""
+    """An object of the same size may still hold other bytes than those sent."""
     name = "out/model.safetensors"
     nbytes = (trained / "model.safetensors").stat().st_size
 

@@ -83,7 +83,7 @@ def test_what_is_read_is_the_live_optimizers(name: str, runs: Path) -> None:
 def test_what_deepspeed_makes_of_muon_on_several_ranks(
     runs: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    """What the finding says: a rank's part is no momentum of whole parameters."""
+    """What the finding says: a rank's part is not the momentum of whole parameters."""
     place = Place(str(runs / "muon" / "universal"), "universal")
     job = replace(ZERO2, optimizer="muon", out=str(tmp_path), load=place, steps=(3, 4))
     with pytest.raises(AssertionError, match="is invalid for input of size"):

@@ -40,8 +40,8 @@ from reshard.storage.local import Sources
 
 _UNMERGED = Finding(
     "adapters-unmerged",
-    "it holds LoRA adapters, which are written unmerged, into a file that no program loads. With "
-    "--base, reshard merges them or writes a folder for PEFT.",
+    "it holds LoRA adapters. reshard writes them unmerged, and no program loads such a file. "
+    "With --base, reshard merges them or writes a folder for PEFT.",
 )
 
 

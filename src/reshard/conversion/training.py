@@ -92,7 +92,7 @@ def _never_updated(state: TrainingState) -> tuple[Finding, ...]:
         return ()
     message = (
         f"the optimizer's groups cover {len(never)} parameters that it holds no moments of, such "
-        f"as frozen ones and those that no step has updated: {listed(never, 4)}."
+        f"as frozen ones and those never updated: {listed(never, 4)}."
     )
     return (Finding("state-never-updated", message),)
 

@@ -133,7 +133,7 @@ CODES: dict[str, Code] = {
         "warning", "some trained tensors are not part of the adapter",
         "To write the whole model, pass --lora merge."),
     "adapters-unmerged": Code(
-        "warning", "adapters were written unmerged, into a file that no program loads",
+        "warning", "reshard wrote the adapters unmerged; no program loads such a file",
         "Pass --base."),
     "allow-unmatched": Code(
         "warning", "a pattern of --allow matches no name",
@@ -149,7 +149,7 @@ CODES: dict[str, Code] = {
         "info", "the base's config lacks fields that released models have and engines read",
         "To write them: reshard doctor OUT --repair REPAIRED."),
     "base-layout": Code(
-        "warning", "the base has names or tensor layouts that no released model has",
+        "warning", "the base's names or tensor layouts differ from those of released models",
         "To write the layout of the released model, pass --names hub."),
     "chat-template-missing": Code("warning", "the chat template is missing", by=("doctor", "try")),
     "checkpoint-damaged": Code(

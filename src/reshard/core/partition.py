@@ -108,7 +108,7 @@ class Ranks:
 
 class Partition(Fragments, frozen=True):
     """A tensor of `numel` elements, cut into one piece a rank, each from element `start` of the
-    rank's space on. Pieces without elements are no fragments.
+    rank's space on. Pieces without elements have no fragment.
 
     >>> from reshard.core.dtypes import FLOAT32
     >>> from reshard.core.tensors import FileRef

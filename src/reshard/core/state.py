@@ -85,7 +85,7 @@ class TrainingState(Struct, frozen=True, dict=True):
     @cached_property
     def held(self) -> frozenset[str]:
         """The parameters that have moments. A group may cover others: frozen ones that the script
-        passed to its optimizer, and those that no step has updated."""
+        passed to its optimizer, and those never updated."""
         return frozenset(name for table in self.moments.values() for name in table)
 
     @property

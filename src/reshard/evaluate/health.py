@@ -143,7 +143,7 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
         found.append(
             Finding(
                 "processor-missing",
-                "There is no processor: the model can take only text.",
+                "The folder has no processor, so reshard gives the model only text.",
             )
         )
     return found

@@ -128,7 +128,7 @@ def read_whole(path: RemotePath) -> tuple[bytes, Object]:
     store, key = _view(path).store, path.key
     there = store.head(key)
     if there is None:
-        raise NotFoundError("there is no such object.", path=path)
+        raise NotFoundError("the object does not exist.", path=path)
     return bytes(store.read(key, 0, there.nbytes, there)) if there.nbytes else b"", there
 
 
@@ -253,7 +253,7 @@ def opened(path: str) -> Opened:
     try:
         there = found(place)
     except FileNotFoundError:
-        raise NotFoundError("there is no such object.", path=path) from None
+        raise NotFoundError("the object does not exist.", path=path) from None
     if there is None:
         raise NotFoundError("it is a folder, not an object.", path=path)
     return Opened(place, _view(place).store, there, _ahead(path, identity(there)))

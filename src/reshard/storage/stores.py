@@ -329,7 +329,7 @@ class ChangedError(IncompleteError):
 
 
 class AbsentError(Exception):
-    """There is no such object."""
+    """The object does not exist."""
 
 
 @contextmanager

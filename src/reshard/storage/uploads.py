@@ -90,8 +90,8 @@ _opener = urllib.request.build_opener(_NoRedirect)
 def _ask(method: str, bucket: str, key: str, query: Mapping[str, str]) -> str | None:
     """An answer of S3 as text; None where there is none, or no key to sign the request with."""
     settings = credentials.aws()
-    identity = os.environ.get("AWS_ACCESS_KEY_ID") or settings.get("access_key_id")
-    if not identity and os.environ.get("AWS_SKIP_SIGNATURE", "").lower() != "true":
+    keys = _keys(settings)
+    if keys is None and os.environ.get("AWS_SKIP_SIGNATURE", "").lower() != "true":
         return None
     region = (
         os.environ.get("AWS_REGION")
@@ -101,7 +101,7 @@ def _ask(method: str, bucket: str, key: str, query: Mapping[str, str]) -> str | 
     root = settings.get("endpoint") or f"https://s3.{region}.amazonaws.com"
     path = quote(f"{urlsplit(root).path.rstrip('/')}/{bucket}/{key}".rstrip("/"), safe="/-_.~")
     asked = "&".join(f"{_quoted(name)}={_quoted(query[name])}" for name in sorted(query))
-    headers = _signed(method, urlsplit(root).netloc, path, asked, region) if identity else {}
+    headers = _signed(keys, method, urlsplit(root).netloc, path, asked, region) if keys else {}
     request = urllib.request.Request(
         f"{root.split('://')[0]}://{urlsplit(root).netloc}{path}?{asked}",
         headers={**headers, "user-agent": f"reshard/{__version__}"},
@@ -122,31 +122,43 @@ def _quoted(text: str) -> str:
     return quote(text, safe="-_.~")
 
 
-def _signed(method: str, host: str, path: str, query: str, region: str) -> dict[str, str]:
+class _Keys(Struct, frozen=True):
+    """What requests are signed with."""
+
+    identity: str
+    secret: str
+    token: str
+
+
+def _keys(settings: Mapping[str, str]) -> _Keys | None:
+    """The keys of the environment, else those of the files; None where there are none."""
+    names = ("access_key_id", "secret_access_key", "session_token")
+    for given in ({n: os.environ.get(f"AWS_{n.upper()}", "") for n in names}, settings):
+        identity, secret, token = (given.get(name, "") for name in names)
+        if identity:
+            return _Keys(identity, secret, token)
+    return None
+
+
+def _signed(
+    keys: _Keys, method: str, host: str, path: str, query: str, region: str
+) -> dict[str, str]:
     """The headers of a request without a body, with its signature."""
-    settings = credentials.aws()
-    if os.environ.get("AWS_ACCESS_KEY_ID"):
-        identity = os.environ["AWS_ACCESS_KEY_ID"]
-        secret = os.environ.get("AWS_SECRET_ACCESS_KEY", "")
-        token = os.environ.get("AWS_SESSION_TOKEN", "")
-    else:
-        identity, secret = settings["access_key_id"], settings.get("secret_access_key", "")
-        token = settings.get("session_token", "")
     now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     headers = {"host": host, "x-amz-content-sha256": _EMPTY, "x-amz-date": now}
-    if token:
-        headers["x-amz-security-token"] = token
+    if keys.token:
+        headers["x-amz-security-token"] = keys.token
     names = ";".join(sorted(headers))
     lines = "".join(f"{name}:{headers[name]}\n" for name in sorted(headers))
     request = "\n".join((method, path, query, lines, names, _EMPTY))
     scope = f"{now[:8]}/{region}/s3/aws4_request"
     digest = hashlib.sha256(request.encode()).hexdigest()
     text = f"AWS4-HMAC-SHA256\n{now}\n{scope}\n{digest}"
-    key = f"AWS4{secret}".encode()
+    key = f"AWS4{keys.secret}".encode()
     for part in (now[:8], region, "s3", "aws4_request", text):
         key = hmac.new(key, part.encode(), hashlib.sha256).digest()
     return {
         **headers,
-        "authorization": f"AWS4-HMAC-SHA256 Credential={identity}/{scope}, "
+        "authorization": f"AWS4-HMAC-SHA256 Credential={keys.identity}/{scope}, "
         f"SignedHeaders={names}, Signature={key.hex()}",
     }

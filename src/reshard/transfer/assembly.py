@@ -80,7 +80,7 @@ class File(Struct):
     """An output file on its way, with `pending` segments to come. `late` is written before it is
     sealed: (offset, CRC-32).
 
-    Of a lent file `path` is where it lies meanwhile, and `fd` is -1.
+    Of a lent file `path` is where it lies meanwhile; its `fd` is -1, and that of a sent one.
     """
 
     output: OutputFile
@@ -152,17 +152,25 @@ class Assembly:
     """A plan's output on its way into a folder. Take `pieces` from one thread at a time.
 
     `back` is told what can be read again. With `lent`, a file is closed once its literals are
-    written, so that others can write into it, and opened again when all of them are done.
+    written, so that others can write into it, and opened again when all of them are done. With
+    `sent`, others make and send whole files: nothing is written here.
     """
 
     def __init__(
-        self, plan: Plan, folder: Output, back: ReadBack | None = None, *, lent: bool = False
+        self,
+        plan: Plan,
+        folder: Output,
+        back: ReadBack | None = None,
+        *,
+        lent: bool = False,
+        sent: bool = False,
     ) -> None:
         self.total: int = sum(slot.spec.nbytes for slot in plan.slots())
         self._plan = plan
         self._folder = folder
         self._back = back
         self._lent = lent
+        self._sent = sent
         self._compared: list[Tensor] = []
         self._digests: dict[tuple[str, str], _Digest] = {}
         self._not_finite: dict[tuple[str, str], NotFinite] = {}
@@ -303,6 +311,8 @@ class Assembly:
 
     def _begin(self, output: OutputFile) -> File:
         """Make a file, with the bytes that are known beforehand."""
+        if self._sent:
+            return File(output, -1)
         fd = self._folder.create(output.name, output.nbytes)
         literals = without_crcs(output) if self._folder.in_order else output.literals
         for offset, literal in literals:
@@ -345,7 +355,7 @@ class Assembly:
         with self._counting:
             file.pending -= 1
             last = file.pending == 0
-        if last:
+        if last and not self._sent:
             self._seal(file)
 
     def _seal(self, file: File) -> None:
@@ -364,6 +374,8 @@ class Assembly:
         for _, (following, nbytes) in sorted(tensor.crcs.items()):
             crc = zlib_ng.crc32_combine(crc, following, nbytes)
         tensor.crcs.clear()
+        if self._sent:  # who sends the file writes it
+            return
         late = [(offset, crc) for offset in tensor.slot.crc_offsets]
         if self._folder.in_order:  # what comes after it waits for it
             self._put_late(tensor.file.output.name, tensor.file.fd, late)

@@ -74,7 +74,7 @@ def take(
         what += " (uploads that were not ended cannot be looked for here)"
     if resume:
         cause = f"{reason}: {which}" if which else reason
-        found = Finding("not-resumed", f"{what}, of which nothing is reused: {cause}.",
+        found = Finding("not-resumed", f"{what}, but nothing of it can be reused: {cause}.",
                         subject=which)  # fmt: skip
     else:
         found = Finding("partial-output", f"{what}; it was deleted.", subject=str(sending.target))

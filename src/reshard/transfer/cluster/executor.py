@@ -8,7 +8,7 @@ task is nor who made it changes a byte of the output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from msgspec import Struct
 
@@ -23,7 +23,7 @@ from reshard.transfer.assembly import Assembly, File, Noted, Outcome, Piece
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.cluster import wire
 from reshard.transfer.cluster.connection import Workers
-from reshard.transfer.cluster.packing import inputs, pack, read_for
+from reshard.transfer.cluster.packing import batches, inputs, note_read, pack, usable
 from reshard.transfer.cluster.tasks import Tasks
 from reshard.transfer.cluster.wire import Output, Packer
 from reshard.transfer.executor import LeafDigests
@@ -31,13 +31,10 @@ from reshard.transfer.output import Output as Folder
 from reshard.transfer.reading import Known
 from reshard.transfer.system import identity_of
 
-# Bytes of pieces in a task, and tensors: the task of very many small ones is long to write down.
+# Bytes of pieces in a task.
 TASK_NBYTES = 256 << 20
-TASK_SEGMENTS = 2048
 # Tasks for each processor, at least, as far as there are pieces: none is idle for long at the end.
 _EACH = 8
-
-Item = TypeVar("Item")
 
 
 class OnRay(Struct, frozen=True):
@@ -88,12 +85,6 @@ def task_nbytes(cluster: OnRay, total: int) -> int:
     return min(TASK_NBYTES, total // (_EACH * max(processors, 1)))
 
 
-def usable(assembly: Assembly, ledger: Ledger, piece: Piece) -> Noted | None:
-    """What an interrupted run noted of a piece, as far as it can be used."""
-    noted = assembly.noted(piece)
-    return noted if noted is not None and ledger.hold(noted.read) else None
-
-
 class _Making(Struct, frozen=True):
     """What a task makes, what an interrupted run noted of each piece, and the files that its answer
     counts."""
@@ -133,22 +124,14 @@ class _Transfer:
         """Note what a task made, and what it found made."""
         self._read += answer.bytes_read
         for piece, noted, found in zip(making.pieces, making.noted, answer.pieces, strict=True):
-            if found.found and noted is not None:
-                self._ledger.add_noted(noted.read)
+            read = note_read(self._ledger, self._assembly, piece, noted, found, making.files)
+            if read is None:
                 self._assembly.reused(piece, found.digest, found.segments)
             else:
-                if noted is not None:
-                    self._assembly.differs(piece)
-                read = [(making.files[s.file], s.start, s.stop, crc) for s, crc in found.read]
-                self._ledger.add_read(read)
                 self._assembly.made(piece, found.digest, found.segments, read)
-            self._ledger.add_bare(read_for(piece))
             self._written += piece.nbytes
         if self._cluster.progress is not None:
             self._cluster.progress(self._written, self._assembly.total)
-
-    def _noted(self, piece: Piece) -> Noted | None:
-        return usable(self._assembly, self._ledger, piece)
 
     def _tasks(self) -> Iterator[tuple[_Making, bytes]]:
         most = task_nbytes(self._cluster, self._assembly.total)
@@ -166,7 +149,7 @@ class _Transfer:
                 files.append(self._output(file))
             return outputs[file.output.name]
 
-        noted = [self._noted(piece) for piece in pieces]
+        noted = [usable(self._assembly, self._ledger, piece) for piece in pieces]
         packed = pack(pieces, noted, packer, self._ledger, numbered)
         read = inputs(packer, self._sources)
         task = wire.MakeTask(read, tuple(files), packed.slots, packed.pieces, packed.records)
@@ -181,7 +164,7 @@ class _Transfer:
 
 def _together(pieces: Iterator[Piece], most: int) -> Iterator[list[Piece]]:
     """The pieces of each task: one, or several of `most` bytes."""
-    return _batches(pieces, lambda piece: (piece.nbytes, len(piece.segments)), most)
+    return batches(pieces, lambda piece: (piece.nbytes, len(piece.segments)), most)
 
 
 def _hash_tasks(
@@ -193,30 +176,9 @@ def _hash_tasks(
     def measure(leaf: tuple[Entry, int]) -> tuple[int, int]:
         return min(leaf[0].spec.nbytes, LEAF_NBYTES), 1
 
-    for batch in _batches(leaves, measure, TASK_NBYTES):
+    for batch in batches(leaves, measure, TASK_NBYTES):
         yield first, _hash_task(batch, sources)
         first += len(batch)
-
-
-def _batches(
-    items: Iterator[Item], measure: Callable[[Item], tuple[int, int]], most: int
-) -> Iterator[list[Item]]:
-    """What each task is of: one item, or several of `most` bytes.
-
-    `measure` gives an item's bytes and segments.
-    """
-    batch: list[Item] = []
-    nbytes = segments = 0
-    for item in items:
-        size, count = measure(item)
-        if batch and (nbytes + size > most or segments + count > TASK_SEGMENTS):
-            yield batch
-            batch, nbytes, segments = [], 0, 0
-        batch.append(item)
-        nbytes += size
-        segments += count
-    if batch:
-        yield batch
 
 
 def _hash_task(batch: list[tuple[Entry, int]], sources: Sources) -> bytes:

@@ -40,7 +40,7 @@ class _Attempt:
     def __init__(self, task: SendTask, sources: Sources) -> None:
         folder = located(task.folder)
         if not isinstance(folder, RemotePath):
-            raise TypeError(f"{task.folder} is no URL")
+            raise TypeError(f"{task.folder} is not a URL")
         self._task = task
         self._work = Work(task.inputs, task.slots, task.records, sources)
         self._sending = Sending(folder)
@@ -77,7 +77,7 @@ class _Attempt:
         self, number: int, runs: tuple[WireRun, ...], hasher: xxhash.xxh3_128
     ) -> SegmentResult:
         """Make what a piece has of a slot, or find it in a file that stands."""
-        slot, output, maker = self._work.slots[number], self._task.slots[number].output, None
+        slot, output = self._work.slots[number], self._task.slots[number].output
         maker = self._work.maker
         if output < 0:  # another task's
             return maker.make(slot, unpacked(runs, slot), hasher, lambda data, offset: None)

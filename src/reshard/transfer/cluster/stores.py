@@ -9,7 +9,6 @@ no tensor, notes what is finished, and puts the last object.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -22,16 +21,22 @@ from reshard.storage.stores import Object
 from reshard.transfer.assembly import Assembly, File, Noted, Outcome, Piece, without_crcs
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.cluster import executor, wire
-from reshard.transfer.cluster.packing import inputs, pack, read_for
+from reshard.transfer.cluster.packing import batches, inputs, note_read, pack, usable
 from reshard.transfer.cluster.tasks import Tasks
 from reshard.transfer.cluster.wire import Packer
-from reshard.transfer.journal import Notebook
-from reshard.transfer.making import ReadAt
 from reshard.transfer.output import Output
 from reshard.transfer.remote import RemoteFolder
 
 if TYPE_CHECKING:
     from reshard.transfer.cluster.executor import OnRay
+
+
+class _ToSend(Struct, frozen=True):
+    """A file, the pieces that lie in it, and whether an interrupted run completed it."""
+
+    file: OutputFile
+    pieces: list[Piece]
+    stands: bool
 
 
 class _Sending(Struct, frozen=True):
@@ -59,13 +64,13 @@ class StoreTransfer:
         self, cluster: OnRay, plan: Plan, sources: Sources, folder: Output, ledger: Ledger
     ) -> None:
         if not isinstance(folder, RemoteFolder):
-            raise TypeError("the output is in no store")
+            raise TypeError("the output is not in a store")
         self._cluster = cluster
         self._plan = plan
         self._sources = sources
         self._folder = folder
         self._ledger = ledger
-        self._assembly = Assembly(plan, _Unwritten(folder), lent=True)
+        self._assembly = Assembly(plan, folder, sent=True)
         self._given: set[str] = set()
         self._read = self._written = 0
 
@@ -94,19 +99,14 @@ class StoreTransfer:
         for piece, noted, found in zip(sending.pieces, sending.noted, answer.pieces, strict=True):
             own = sending.own(piece)
             nbytes = piece.nbytes if len(own) == len(piece.segments) else _nbytes(piece, own)
-            if found.found and noted is not None:
-                self._ledger.add_noted(noted.read)
+            read = note_read(self._ledger, self._assembly, piece, noted, found, sending.read)
+            if read is None:
                 self._assembly.count_reused(nbytes)
             else:
-                if noted is not None:
-                    self._assembly.differs(piece)
-                read = [(sending.read[s.file], s.start, s.stop, crc) for s, crc in found.read]
-                self._ledger.add_read(read)
                 self._assembly.note(piece, found.digest, read)
             self._assembly.hashed(piece, found.digest)
             for place in own:
                 self._assembly.segment_made(piece.segments[place], found.segments[place])
-            self._ledger.add_bare(read_for(piece))
             self._written += nbytes
         for file, tag in zip(sending.files, answer.tags, strict=True):
             self._folder.took(file.name, Object(file.nbytes, tag))
@@ -115,21 +115,17 @@ class StoreTransfer:
 
     def _tasks(self) -> Iterator[tuple[_Sending, bytes]]:
         """A task for each large file, and for several small ones."""
-        batch: list[tuple[File, list[Piece]]] = []
-        nbytes = segments = 0
-        standing = False
         most = executor.task_nbytes(self._cluster, self._assembly.total)
-        for file, pieces in self._by_file():
-            stands = self._stands(file, pieces)
-            size, count = file.output.nbytes, sum(len(piece.segments) for piece in pieces)
-            full = nbytes + size > most or segments + count > executor.TASK_SEGMENTS
-            if batch and (full or stands != standing):
-                yield self._task(batch, standing=standing)
-                batch, nbytes, segments = [], 0, 0
-            batch.append((file, pieces))
-            nbytes, segments, standing = nbytes + size, segments + count, stands
-        if batch:
-            yield self._task(batch, standing=standing)
+        files = (
+            _ToSend(file.output, pieces, self._stands(file, pieces))
+            for file, pieces in self._by_file()
+        )
+
+        def measure(one: _ToSend) -> tuple[int, int]:
+            return one.file.nbytes, sum(len(piece.segments) for piece in one.pieces)
+
+        for batch in batches(files, measure, most, lambda one: one.stands):
+            yield self._task(batch, standing=batch[0].stands)
 
     def _by_file(self) -> Iterator[tuple[File, list[Piece]]]:
         """Each file that holds elements, with every piece that lies in it, in output order."""
@@ -149,14 +145,12 @@ class StoreTransfer:
         return all(self._noted(piece) is not None for piece in pieces)
 
     def _noted(self, piece: Piece) -> Noted | None:
-        return executor.usable(self._assembly, self._ledger, piece)
+        return usable(self._assembly, self._ledger, piece)
 
-    def _task(
-        self, batch: list[tuple[File, list[Piece]]], *, standing: bool
-    ) -> tuple[_Sending, bytes]:
-        files = [file.output for file, _ in batch]
+    def _task(self, batch: list[_ToSend], *, standing: bool) -> tuple[_Sending, bytes]:
+        files = [one.file for one in batch]
         numbers = {file.name: number for number, file in enumerate(files)}
-        pieces = list({id(piece): piece for _, own in batch for piece in own}.values())
+        pieces = list({id(piece): piece for one in batch for piece in one.pieces}.values())
         noted = [self._noted(piece) if standing else None for piece in pieces]
         packer = Packer()
         packed = pack(pieces, noted, packer, self._ledger,
@@ -180,51 +174,6 @@ class StoreTransfer:
         kept = self._folder.kept(file.name, file.nbytes) if standing else None
         tag = "" if kept is None else kept.tag
         return wire.Stored(file.name, file.nbytes, tuple(_literals(file)), tag)
-
-
-class _Unwritten:
-    """A folder of which the workers send the files: nothing is written here."""
-
-    in_order = True
-    resumed = ""
-
-    def __init__(self, folder: RemoteFolder) -> None:
-        self.target: Path = folder.target
-        self.partial = folder.partial
-        self.findings: list[Finding] = []
-        self.journal: Notebook | None = folder.journal
-
-    def create(self, name: str, nbytes: int) -> int:
-        return 0
-
-    def put(
-        self, name: str, fd: int, data: memoryview, offset: int, *, known: bool = False
-    ) -> None:
-        """Not here."""
-
-    def found(self, name: str, fd: int) -> ReadAt | None:
-        return None
-
-    def lend(self, name: str, fd: int) -> Path:
-        return self.target / name
-
-    def take_back(self, name: str, path: Path) -> int:
-        return 0
-
-    def seal(self, name: str, fd: int) -> None:
-        """Not here."""
-
-    def settle(self) -> None:
-        """Not here."""
-
-    def halt(self) -> None:
-        """Nobody waits here."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Not here."""
-
-    def commit(self) -> None:
-        """Not here."""
 
 
 def _literals(output: OutputFile) -> Iterator[tuple[int, bytes]]:
