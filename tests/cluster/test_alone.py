@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import reshard
+from reshard.transfer.cluster import connection, keeper
 from tests.child import until
 from tests.cluster import nodes
 from tests.cluster.test_ray import assert_same_folder, save
@@ -34,6 +36,12 @@ def mark() -> Iterator[str]:
 def marked(mark: str) -> list[int]:
     """The processes that are marked so."""
     return nodes.processes("environ", mark.encode())
+
+
+def used(folder: Path, mark: str) -> bool:
+    """Whether processes that are marked so are those of the cluster of a folder."""
+    name = f"{connection._MARK}={folder}\0".encode()
+    return bool({*nodes.processes("environ", name)} & {*marked(mark)})
 
 
 def start(mark: str, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -85,14 +93,47 @@ def test_a_signal_ends_everything(
     until(lambda: not marked(mark), seconds=60)
 
 
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_is_left_of_a_cluster_is_ended(tmp_path: Path, killed: bool) -> None:
+    """Ray's agents outlive a killed program by a minute; one that ends by itself ends them."""
+    folder = tmp_path / "cluster"
+    (folder / "logs").mkdir(parents=True)
+    asleep = [sys.executable, "-c", "import time; print(flush=True); time.sleep(20)"]
+    mine, others = (
+        subprocess.Popen(asleep, env={**os.environ, "A_MARK": where}, stdout=subprocess.PIPE)
+        for where in (str(folder), f"{folder}2")
+    )
+    program = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE).wait()"
+    waiting = b"keeper.py\0A_MARK=" + os.fsencode(folder)
+    keeping = [sys.executable, "-I", "-S", keeper.__file__, f"A_MARK={folder}"]
+    with mine, others, subprocess.Popen([sys.executable, "-c", program, *keeping]) as run:
+        assert mine.stdout is not None
+        assert others.stdout is not None
+        mine.stdout.readline()
+        others.stdout.readline()
+        until(lambda: {*nodes.processes("cmdline", waiting)} - {run.pid})
+        if not killed:
+            shutil.rmtree(folder)
+        run.kill()
+        until(lambda: not nodes.processes("cmdline", waiting))
+        assert not folder.exists()
+        assert (mine.poll() is not None) == killed
+        assert others.poll() is None
+        mine.kill()
+        others.kill()
+
+
 @pytest.mark.slow
 def test_a_killed_command_takes_its_cluster_along(tmp_path: Path, mark: str) -> None:
     source = save(tmp_path / "run", layers=256)
     run = start(mark, source, tmp_path / "out", "--threads", "1", "--dtype", "bfloat16")
     until(lambda: set(nodes.writers(tmp_path)) - {run.pid}, seconds=60)
+    scratch = {place for place in Path("/tmp").glob("reshard-*") if used(place, mark)}
+    assert len(scratch) == 1
     nodes.kill([run.pid])
     run.communicate(timeout=60)
     until(lambda: not marked(mark), seconds=60)
+    assert not any(place.exists() for place in scratch)
     assert not (tmp_path / "out").exists()
     again = start(mark, source, tmp_path / "out", "--threads", "1", "--dtype", "bfloat16", "--json")
     out, err = again.communicate(timeout=120)

@@ -7,24 +7,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from msgspec.structs import replace
 
 import reshard
 from benchmarks import giants
-from benchmarks.giants import FILLED, Size
+from benchmarks.giants import Size
 from reshard.containers.torch import reader
-from reshard.conversion import declared, planning
 from reshard.core.partition import Partition
-from reshard.core.plan import Plan
 from reshard.core.tensors import Entry
 from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError
-from reshard.storage.local import Sources
-from reshard.transfer.commit import OutputFolder
-from reshard.transfer.executor import Threads
+from tests.giants import check_one_shard
 
 SIZE = Size(layers=1, experts=2, world=24)
 
@@ -90,16 +84,4 @@ def test_one_rank_of_many_that_differs_is_refused(folder: Path, tmp_path: Path, 
 
 
 def test_one_shard_of_it_converts(folder: Path, tmp_path: Path) -> None:
-    options, _ = declared.parsed(
-        {"source": folder, "target": tmp_path / "out", "max_shard_size": "100MB"}
-    )
-    with Sources() as sources:
-        job = planning.prepare(options, sources, strict=False, dry_run=True)
-        name = f"{FILLED}up_proj.weight"
-        (file,) = (f for f in job.plan.files if any(s.spec.name == name for s in f.slots))
-        with OutputFolder(tmp_path / "out", "one") as target:
-            one: Plan = replace(job.plan, files=(file,), texts=(), assets=())
-            Threads(2, job.catalog.records).run(one, sources, target)
-            tensor = reshard.open(target.partial / file.name).tensors[name]
-            expected = giants.values_of(name, tensor.shape).float().numpy()
-            assert np.array_equal(tensor.numpy(), expected)
+    check_one_shard(folder, tmp_path / "out")

@@ -11,17 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from msgspec.structs import replace
 
 import reshard
 from benchmarks import giants
 from benchmarks.giants import FILLED, Size
-from reshard.conversion import declared, planning
-from reshard.core.plan import Plan
-from reshard.storage.local import Sources
-from reshard.transfer.commit import OutputFolder
-from reshard.transfer.executor import Threads
+from tests.giants import check_one_shard
 
 pytestmark = pytest.mark.heavy
 
@@ -115,16 +109,4 @@ def test_a_dry_run_without_room_is_a_plan_and_a_finding(
 
 def test_one_shard_of_it_converts(folder: Path, tmp_path: Path) -> None:
     """A worker needs the plan alone to make any one file of the output."""
-    options, _ = declared.parsed(
-        {"source": folder, "target": tmp_path / "out", "max_shard_size": "100MB"}
-    )
-    with Sources() as sources:
-        job = planning.prepare(options, sources, strict=False, dry_run=True)
-        name = f"{FILLED}up_proj.weight"
-        (file,) = (f for f in job.plan.files if any(s.spec.name == name for s in f.slots))
-        with OutputFolder(tmp_path / "out", "one") as target:
-            one: Plan = replace(job.plan, files=(file,), texts=(), assets=())
-            Threads(2, job.catalog.records).run(one, sources, target)
-            tensor = reshard.open(target.partial / file.name).tensors[name]
-            made = torch.from_numpy(tensor.numpy().astype(np.float32))
-            assert torch.equal(made, giants.values_of(name, tensor.shape).float())
+    check_one_shard(folder, tmp_path / "out")

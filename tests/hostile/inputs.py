@@ -36,35 +36,19 @@ def _files(folder: Path, names: Iterator[str]) -> None:
         os.link(first, folder / name)
 
 
-@_input
-def very_many_files(at: Path) -> Command:
-    _files(at / "run", (f"x{number}" for number in range(60_000)))
-    return "inspect", at / "run"
+for _kind, _name in {
+    "files": "x{}",
+    "rank files": "model_world_size_60000_rank_{}.pt",
+    "files of deepspeed": "zero_pp_rank_{}_mp_rank_00_model_states.pt",
+    "model parallel ranks": "mp_rank_{:02d}_model_states.pt",
+    "shards": "model-{:05d}-of-60000.safetensors",
+}.items():
 
+    def _very_many(at: Path, name: str = _name) -> Command:
+        _files(at / "run", map(name.format, range(60_000)))
+        return "inspect", at / "run"
 
-@_input
-def very_many_rank_files(at: Path) -> Command:
-    _files(at / "run", (f"model_world_size_60000_rank_{n}.pt" for n in range(60_000)))
-    return "inspect", at / "run"
-
-
-@_input
-def very_many_files_of_deepspeed(at: Path) -> Command:
-    names = (f"zero_pp_rank_{n}_mp_rank_00_model_states.pt" for n in range(60_000))
-    _files(at / "run", names)
-    return "inspect", at / "run"
-
-
-@_input
-def very_many_model_parallel_ranks(at: Path) -> Command:
-    _files(at / "run", (f"mp_rank_{n:02d}_model_states.pt" for n in range(60_000)))
-    return "inspect", at / "run"
-
-
-@_input
-def very_many_shards(at: Path) -> Command:
-    _files(at / "run", (f"model-{n:05d}-of-60000.safetensors" for n in range(60_000)))
-    return "inspect", at / "run"
+    INPUTS[f"very many {_kind}"] = _very_many
 
 
 @_input
@@ -83,16 +67,23 @@ def very_many_saves_and_none_of_the_tag(at: Path) -> Command:
     return "inspect", at / "run", "--tag", "global_stap77"
 
 
-@_input
-def folders_in_folders(at: Path) -> Command:
+def _deep(at: Path, levels: int, file: str = "") -> None:
+    """Folders in folders, and a file in the innermost: all in all longer than a path may be."""
     here = Path.cwd()
     try:
         os.chdir(at)
-        for _ in range(2000):
+        for _ in range(levels):
             Path("d").mkdir()
             os.chdir("d")
+        if file:
+            Path(file).touch()
     finally:
         os.chdir(here)
+
+
+@_input
+def folders_in_folders(at: Path) -> Command:
+    _deep(at, 2000)
     return "inspect", at / "d"
 
 
@@ -100,15 +91,7 @@ def folders_in_folders(at: Path) -> Command:
 def a_deep_base(at: Path) -> Command:
     """Its files are copied, with those in folders below it."""
     command = _model(at)
-    here = Path.cwd()
-    try:
-        os.chdir(at / "base")
-        for _ in range(1500):
-            Path("d").mkdir()
-            os.chdir("d")
-        Path("merges.txt").touch()
-    finally:
-        os.chdir(here)
+    _deep(at / "base", 1500, "merges.txt")
     return command
 
 

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from msgspec import Struct
 
 from reshard.errors import OptionError, UnsupportedError, WriteError, shown
 
-if TYPE_CHECKING:
-    import tempfile
-
 # Bytes of a local cluster's object store, the least that Ray takes: tasks are a few KB.
 _STORE_NBYTES = 80 << 20
 _MAX_PORT = 65535
+# Names the folder of a cluster of our own, in the environment of its processes.
+_MARK = "RESHARD_CLUSTER"
 # Seconds in which the head of a cluster must answer.
 _PATIENCE = 10.0
 _EXTRA = "Install the extra, in reshard's folder: pip install '.[ray]'."
@@ -96,7 +96,8 @@ def connected(workers: Workers) -> Iterator[Any]:
         yield ray
         return
     address = _address(workers)
-    with _scratch() as scratch:
+    own = _scratch() if address in (None, "local") else nullcontext("")
+    with own as scratch:
         try:
             _begin(ray, address, _arguments(address, workers.most, scratch))
             yield ray
@@ -104,19 +105,37 @@ def connected(workers: Workers) -> Iterator[Any]:
             ray.shutdown()
 
 
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder for the sockets and logs of a cluster of our own.
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder for the sockets and logs of a cluster of our own, which goes with the cluster.
 
-    Its path is short: a socket's has at most 107 bytes, and Ray adds 65.
+    Its path is short: a socket's has at most 107 bytes, and Ray adds 65. Where this program is
+    killed, another ends what is left (`keeper`).
     """
-    import tempfile  # takes 3 ms of each start, and conversions on one machine need none
+    import subprocess  # they take 6 ms of each start, and conversions without Ray need none
+    import tempfile
 
-    return tempfile.TemporaryDirectory(prefix="reshard-", dir="/tmp", ignore_cleanup_errors=True)
+    from reshard.transfer.cluster import keeper
+
+    made = tempfile.TemporaryDirectory(prefix="reshard-", dir="/tmp", ignore_cleanup_errors=True)
+    waiting = subprocess.Popen(
+        [sys.executable, "-I", "-S", keeper.__file__, f"{_MARK}={made.name}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C and signals to the group are not for it
+    )
+    try:
+        with made:
+            yield made.name
+    finally:
+        waiting.communicate()
 
 
 def _begin(ray: Any, address: str | None, arguments: Mapping[str, Any]) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     ended: SystemExit | None = None
+    os.environ[_MARK] = arguments.get("_temp_dir", "")
     try:
         _check_answers(arguments["address"])
         ray.init(**arguments)
@@ -125,6 +144,7 @@ def _begin(ray: Any, address: str | None, arguments: Mapping[str, Any]) -> None:
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _unreachable(address, error) from None
     finally:
+        del os.environ[_MARK]  # the cluster's processes have it from its first
         # Ray's own ends the program at once, whatever is half done.
         if threading.current_thread() is threading.main_thread() and handler is not None:
             signal.signal(signal.SIGTERM, handler)
