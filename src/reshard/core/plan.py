@@ -16,7 +16,7 @@ from reshard.core.tensors import Entry, TensorSpec, nbytes_read
 from reshard.errors import OptionError
 
 
-class Slot(Struct, frozen=True):
+class Slot(Struct, frozen=True, gc=False):
     """The place of a tensor (or of a chunk of one) in an output file.
 
     `spec` is what is written: its name, output dtype and shape; `source` holds the same elements

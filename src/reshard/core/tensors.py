@@ -305,7 +305,7 @@ def nbytes_read(fragments: tuple[Fragment, ...] | Fragments) -> int:
     return total
 
 
-class Entry(Struct, frozen=True):
+class Entry(Struct, frozen=True, gc=False):
     """A tensor of a catalog. Its fragments' boxes tile it exactly: `tiling.check_tiling` proves it.
 
     All boxes of one entry are over the same shape: the tensor's, or `(numel,)`. `aliases` are
@@ -331,10 +331,14 @@ class Entry(Struct, frozen=True):
 
     def renamed(self, name: str) -> Entry:
         """The same tensor under another name."""
+        if name == self.spec.name:
+            return self
         return replace(self, spec=replace(self.spec, name=name))
 
     def aliased(self, aliases: tuple[str, ...]) -> Entry:
         """The same tensor with these other names."""
+        if aliases == self.aliases:
+            return self
         return replace(self, aliases=aliases)
 
 

@@ -54,26 +54,45 @@ class Outcome(Struct, frozen=True):
     damaged: int = 0
 
 
-class _Digest(Struct):
-    """A tensor's digest on its way: those of its leaves. Most tensors have one leaf."""
+class Digests(Mapping[tuple[str, str], str]):
+    """The digests of tensors, by table and name, in the order of the output.
 
-    first: bytes = b""
-    others: dict[int, bytes] | None = None
+    Each is put together from those of its leaves. Most tensors have one, which is kept as its 16
+    bytes: an output may have 200,000 tensors.
+    """
 
-    def put(self, leaf: int, digest: bytes) -> None:
-        """Note a leaf's digest; call with the assembly's lock held."""
-        if leaf == 0:
-            self.first = digest
-        elif self.others is None:
-            self.others = {leaf: digest}
+    def __init__(self) -> None:
+        self._tables: dict[str, dict[str, bytes | dict[int, bytes]]] = {}
+
+    def begin(self, table: str, name: str) -> None:
+        """That the leaves of a tensor will come."""
+        self._tables.setdefault(table, {})[name] = b""
+
+    def put(self, table: str, name: str, leaf: int, digest: bytes) -> None:
+        """Note a leaf's digest."""
+        names = self._tables[table]
+        known = names[name]
+        if not known and leaf == 0:
+            names[name] = digest
+        elif isinstance(known, bytes):
+            names[name] = {0: known, leaf: digest}
         else:
-            self.others[leaf] = digest
+            known[leaf] = digest
 
-    def text(self) -> str:
-        """The digest, once all leaves are in."""
-        others = self.others or {}
-        first = [self.first] if self.first else []
-        return joined([*first, *(others[leaf] for leaf in sorted(others))])
+    def __getitem__(self, key: tuple[str, str]) -> str:
+        table, name = key
+        found = self._tables[table][name]
+        if isinstance(found, bytes):
+            return joined([found] if found else [])
+        return joined([found[leaf] for leaf in sorted(found)])
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for table, names in self._tables.items():
+            for name in names:
+                yield table, name
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tables.values()))
 
 
 class File(Struct):
@@ -122,7 +141,6 @@ class Segment(Struct, frozen=True):
 class Piece(Struct, frozen=True):
     """A leaf of a tensor's digest, and where its bytes go."""
 
-    digest: _Digest
     leaf: int
     segments: list[Segment] = field(default_factory=list)
 
@@ -171,8 +189,8 @@ class Assembly:
         self._back = back
         self._lent = lent
         self._sent = sent
-        self._compared: list[Tensor] = []
-        self._digests: dict[tuple[str, str], _Digest] = {}
+        self._compared = self._changed = 0
+        self._digests = Digests()
         self._not_finite: dict[tuple[str, str], NotFinite] = {}
         self._reused = self._damaged = 0
         sources = [] if folder.journal is None else folder.journal.sources
@@ -183,22 +201,23 @@ class Assembly:
         """Every piece, in output order; each file is made as its turn comes."""
         piece: Piece | None = None
         before = 0
+        key: tuple[str, str] | None = None
         for output in self._plan.files:
             file = self._begin(output)
             for slot in output.slots:
-                key = (output.table, slot.spec.name)
-                if key not in self._digests:  # the slots of one tensor follow each other
-                    self._digests[key] = _Digest()
+                first = (output.table, slot.spec.name) != key
+                if first:  # the slots of one tensor follow each other
+                    key = output.table, slot.spec.name
                     before = 0
-                digest = self._digests[key]
+                    self._digests.begin(*key)
                 tensor = Tensor(slot, file)
-                if slot.reference is not None:
-                    self._compared.append(tensor)
+                self._compared += slot.reference is not None
                 for leaf, run in runs(slot, before, block_numel(slot)):
-                    if piece is None or piece.digest is not digest or piece.leaf != leaf:
+                    if piece is None or first or piece.leaf != leaf:
                         if piece is not None:
                             yield piece
-                        piece = Piece(digest, leaf)
+                        piece = Piece(leaf)
+                    first = False
                     self._add(piece, tensor, run)
                 before += slot.spec.numel
                 self._complete(tensor)
@@ -269,7 +288,7 @@ class Assembly:
     def hashed(self, piece: Piece, digest: bytes) -> None:
         """Note the digest of a piece whose segments are all noted, or will be."""
         with self._counting:
-            piece.digest.put(piece.leaf, digest)
+            self._digests.put(*piece.name, piece.leaf, digest)
 
     def segment_made(self, segment: Segment, made: SegmentResult) -> None:
         """That a segment is written, and what making it showed.
@@ -279,7 +298,9 @@ class Assembly:
         """
         tensor = segment.tensor
         with self._counting:
-            tensor.changed = tensor.changed or made.changed
+            if made.changed and not tensor.changed:
+                tensor.changed = True
+                self._changed += 1
             if made.special:
                 key = (tensor.file.output.table, tensor.slot.spec.name)
                 self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
@@ -295,11 +316,11 @@ class Assembly:
     ) -> Outcome:
         """What came of it, once every piece is made."""
         return Outcome(
-            digests={name: digest.text() for name, digest in self._digests.items()},
+            digests=self._digests,
             bytes_read=bytes_read,
             checked=checked,
-            compared=len(self._compared),
-            changed=sum(tensor.changed for tensor in self._compared),
+            compared=self._compared,
+            changed=self._changed,
             not_finite={
                 key: self._not_finite[key] for key in self._digests if key in self._not_finite
             },
