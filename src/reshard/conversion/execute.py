@@ -19,7 +19,7 @@ from reshard.core.fragments import regions
 from reshard.core.locations import MANIFEST, RemotePath
 from reshard.core.plan import Plan
 from reshard.core.sizes import size
-from reshard.core.tensors import Extent, Fragment, Fragments, Record
+from reshard.core.tensors import Extent, Fragment, Fragments, Record, Single
 from reshard.progress import stage
 from reshard.storage.fingerprints import Fingerprint, fingerprint
 from reshard.storage.local import Sources
@@ -157,7 +157,7 @@ def plan_digest(plan: Plan) -> str:
 
 def _described(fragments: tuple[Fragment, ...] | Fragments) -> Iterator[str]:
     """All of the fragments, as text; of those that are described by numbers, the numbers."""
-    if isinstance(fragments, Fragments):
+    if isinstance(fragments, Fragments) and not isinstance(fragments, Single):
         yield repr(fragments)
         return
     for fragment in fragments:

@@ -26,8 +26,8 @@ from reshard.core.findings import Finding
 from reshard.core.plan import OutputFile, Slot, pack
 from reshard.core.regex import regex
 from reshard.core.state import ReadState
-from reshard.core.tensors import Entry, Extent, Fragment, TensorSpec, whole
-from reshard.core.tiling import proven
+from reshard.core.tensors import Entry, TensorSpec
+from reshard.core.tiling import stored_whole
 from reshard.errors import FormatError, IncompleteError, NotFoundError, listed
 from reshard.formats import Description, Selection, TensorToWrite, optimizer_file
 from reshard.formats import weight_map as shard_index
@@ -109,7 +109,8 @@ def _optimizer(folder: Path, entries: Mapping[str, Entry], sources: Sources) -> 
 
 def read_file(path: Path, sources: Sources) -> list[Entry]:
     """The tensors of one safetensors file. Raises what the container's reader raises."""
-    return [_entry(*place) for place in safetensors_file.read(sources.open(path)).tensors.values()]
+    found = safetensors_file.read(sources.open(path)).tensors
+    return [stored_whole(spec, extent) for spec, extent in found.values()]
 
 
 def _unread(folder: Path, located: Collection[str]) -> tuple[Finding, ...]:
@@ -299,11 +300,6 @@ def _check_numbers(folder: Path, names: Sequence[str]) -> None:
             path=folder,
             hint="Download or copy the missing shards.",
         )
-
-
-def _entry(spec: TensorSpec, extent: Extent) -> Entry:
-    fragment = Fragment(whole(spec.shape), extent, spec.dtype)
-    return proven(spec, (fragment,) if spec.numel else ())
 
 
 def _stored_shape(spec: TensorSpec) -> list[int]:

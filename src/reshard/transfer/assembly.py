@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ class Digests(Mapping[tuple[str, str], str]):
 
 class File(Struct):
     """An output file on its way, with `pending` segments to come. `late` is written before it is
-    sealed: (offset, CRC-32).
+    sealed: CRC-32s, by their offsets, in two columns.
 
     Of a lent file `path` is where it lies meanwhile; its `fd` is -1, and that of a sent one.
     """
@@ -106,7 +107,7 @@ class File(Struct):
     fd: int
     pending: int = 1
     path: Path | None = None
-    late: list[tuple[int, int]] = field(default_factory=list)
+    late: tuple[array[int], array[int]] = field(default_factory=lambda: (array("Q"), array("I")))
 
     @property
     def place(self) -> Path:
@@ -304,7 +305,7 @@ class Assembly:
             if made.special:
                 key = (tensor.file.output.table, tensor.slot.spec.name)
                 self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
-            if tensor.slot.crc_offsets:
+            if tensor.slot.crcs:
                 tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
             tensor.pending -= 1
             if tensor.complete and not tensor.pending:
@@ -383,8 +384,8 @@ class Assembly:
         """Write what could not be known before, sync the file and give it its name."""
         name = file.output.name
         fd = file.fd if file.path is None else self._folder.take_back(name, file.path)
-        self._put_late(name, fd, sorted(file.late))
-        file.late.clear()
+        self._put_late(name, fd, sorted(zip(*file.late, strict=True)))
+        file.late = array("Q"), array("I")
         if self._back is not None:
             self._back.written(fd)
         self._folder.seal(name, fd)
@@ -401,7 +402,9 @@ class Assembly:
         if self._folder.in_order:  # what comes after it waits for it
             self._put_late(tensor.file.output.name, tensor.file.fd, late)
         else:
-            tensor.file.late += late
+            offsets, crcs = tensor.file.late
+            offsets.extend(offset for offset, _ in late)
+            crcs.extend(crc for _, crc in late)
 
     def _put_late(self, name: str, fd: int, late: Iterable[tuple[int, int]]) -> None:
         for offset, crc in late:

@@ -34,16 +34,19 @@ def check_depth(value: object, *, path: str) -> None:
             todo.pop()
             continue
         inner = _containers_in(container)
+        # The innermost, which are nearly all of a large pickle, are not noted: their height is 1.
+        deep = [item for item in inner if _holds_containers(item)]
         if state is None:
             heights[id(container)] = 0
             depth += 1
-            if depth > MAX_DEPTH:
+            if depth + bool(inner) > MAX_DEPTH:
                 raise _too_deep(path)
-            todo.extend(item for item in inner if id(item) not in heights)
+            todo.extend(item for item in deep if id(item) not in heights)
             continue
         todo.pop()
         depth -= 1
-        height = 1 + max((heights[id(item)] for item in inner), default=0)
+        height = 1 + max((heights[id(item)] for item in deep), default=0)
+        height = max(height, 2 if inner else 1)
         if height > MAX_DEPTH:
             raise _too_deep(path)
         heights[id(container)] = height
@@ -100,6 +103,15 @@ def _containers_in(value: object) -> list[object]:
     if type(value) is list or type(value) is tuple:
         return [item for item in value if type(item) in (dict, list, tuple)]
     return []
+
+
+def _holds_containers(value: object) -> bool:
+    """Whether `_containers_in` gives any."""
+    if type(value) is dict:
+        return any(type(item) in (dict, list, tuple) for item in value.values())
+    if type(value) is list or type(value) is tuple:
+        return any(type(item) in (dict, list, tuple) for item in value)
+    return False
 
 
 def _items_of(value: object) -> list[object]:
