@@ -61,11 +61,11 @@ def make_dcp(folder: Path, count: int) -> None:
     files = giants.Files(folder)
     described = {}
     stored = {}
-    properties = dcp.TensorProperties(torch.bfloat16)
     size, start = torch.Size([NUMEL]), torch.Size([0])
     for name in names(count):
         stored[dcp.MetadataIndex(name, (0,), 0)] = files.add(0, (NUMEL,), None)
         chunks = [dcp.ChunkStorageMetadata(start, size)]
+        properties = dcp.TensorProperties(torch.bfloat16)  # one each, as planners make them
         described[name] = dcp.TensorStorageMetadata(properties, size, chunks)
     files.close()
     giants.write_metadata(folder, giants.metadata(folder, described, stored))

@@ -175,6 +175,13 @@ class Literals(Sequence[tuple[int, bytes]]):
         self._offsets.append(offset)
         self._data.append(data)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Literals):
+            return NotImplemented
+        return (self._offsets, self._data) == (other._offsets, other._data)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __len__(self) -> int:
         return len(self._data)
 
