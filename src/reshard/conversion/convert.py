@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
+from reshard.containers.torch.machine import paused_gc
 from reshard.conversion import manifest
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
@@ -110,7 +111,7 @@ def convert(
             options.target, options.source, options.base, overwrite=writing.overwrite
         )
     with Sources() as sources:
-        with with_other_errors(options, checked_target=True):
+        with with_other_errors(options, checked_target=True), paused_gc():
             job = prepare(options, sources, strict=running.strict, dry_run=running.dry_run)
         # The source may have been found below the folder that was named.
         inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))

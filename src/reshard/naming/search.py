@@ -8,11 +8,13 @@ allowed. Exactly one complete candidate must remain.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from reshard.core.regex import regex
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import NamesError
 from reshard.naming import families
@@ -123,7 +125,12 @@ def unwrap(name: str) -> str:
     >>> unwrap("module._orig_mod.model.norm._fsdp_wrapped_module.weight")
     'model.norm.weight'
     """
+    if _WRAPPED.search(name) is None:  # of a million calls for 40,000 names, nearly all
+        return name
     return ".".join(part for part in name.split(".") if part not in families.WRAPPERS)
+
+
+_WRAPPED = regex("|".join(map(re.escape, sorted(families.WRAPPERS))))
 
 
 def search(found: SourceNames, schema: Schema, options: FitOptions) -> Candidate:
@@ -166,6 +173,7 @@ class _Trial:
         # The base is taken to be as on the hub where that fits: released models are.
         self._bases = _distinct(Names(shapes), views_of(shapes, "", schema.config))
         self._read: list[tuple[Views, Reading]] = []
+        self._names: dict[str, Names] = {}
 
     def usual(self, prefix: str) -> tuple[View, ...]:
         """The layouts that the whole model may be in after a prefix."""
@@ -177,8 +185,14 @@ class _Trial:
         return [
             (prefix, same, _without_allowed(source, prefix, self._options))
             for prefix in tried
-            for same, source in _distinct(Names(self._found.shapes, prefix), layouts(prefix))
+            for same, source in _distinct(self._after(prefix), layouts(prefix))
         ]
+
+    def _after(self, prefix: str) -> Names:
+        """The names after a prefix, for whichever layouts are tried."""
+        if prefix not in self._names:
+            self._names[prefix] = Names(self._found.shapes, prefix)
+        return self._names[prefix]
 
     def wider(self) -> list[_Way]:
         """The readings that are tried where the usual ones do not fit."""

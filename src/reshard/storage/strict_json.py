@@ -101,6 +101,17 @@ def parse_as(text: bytes | msgspec.Raw, type_: type[T], path: str) -> T:
         raise _unreadable(error, path) from None
 
 
+def parse_records(text: bytes, type_: type[T], path: str, *, token_nbytes: int) -> dict[str, T]:
+    """The members of an object whose values are all of a record of msgspec, each field given.
+
+    `token_nbytes` as for `check_budget`. Raises `FormatError`, also for more fields than those.
+    """
+    check_budget(text, path, token_nbytes)
+    found = parse_as(text, dict[str, type_], path)  # type: ignore[valid-type]
+    check_members(text, len(found) * (1 + len(msgspec.structs.fields(type_))), path)
+    return found
+
+
 def check_budget(text: bytes, path: str, token_nbytes: int = _TOKEN_NBYTES) -> None:
     """Raise `FormatError` for a text with a byte order mark, or one too large once parsed.
 
