@@ -130,11 +130,18 @@ def carried(state: TrainingState, made: OutputModel, maps: Sequence[Translation]
             "on it. To merge the weights alone, pass --to hf without --optimizer.",
         )
     written = {tensor.spec.name: tensor.spec.shape for tensor in made.model}
+    before = set(written)
+    if made.trainer is not None:
+        before = {name for of in made.trainer.sources.values() for name in of}
     for at, names in enumerate(maps, start=1):
         if at == len(maps):  # without the tied names, under which nothing has a state of its own
-            kept = {name: of for name, of in names.sources.items() if name in written}
+            kept = {name: of for name, of in names.sources.items() if name in before}
             names = replace(names, sources=kept)
         state = _through(state, names)
+    if made.trainer is not None:
+        state = _through(state, made.trainer)
+        others = {tensor.spec.name: tensor.aliases for tensor in made.model if tensor.aliases}
+        state = replace(state, aliases={n: others[n] for n in state.names if n in others})
     for kind, table in state.moments.items():
         for name, entry in table.items():
             if written.get(name) != entry.spec.shape:
@@ -168,8 +175,8 @@ def _through(state: TrainingState, names: Translation) -> TrainingState:
         raise PlanError(
             f"the moments of {len(lost)} parameters cannot be carried to the names of the output: "
             f"{listed(sorted(lost), 4)}.",
-            hint="Leave out --base and the options that act on it: without it the names stay, and "
-            "the state travels with them.",
+            hint="Leave out --base and the options that act on names: without them the names stay, "
+            "and the state travels with them.",
         )
     moments = {
         kind: {name: entry for name, entry in names.make(table).items() if name in owners}
@@ -235,10 +242,12 @@ def with_ties(
             tied[tensor.spec.name] = equal.spec.name
     if not tied:
         return made
-    model = [
-        replace(t, aliases=(*t.aliases, *(a for a, name in tied.items() if name == t.spec.name)))
-        for t in model
-    ]
+    others: dict[str, tuple[str, ...]] = {}
+    for tensor in made.model:
+        if tensor.spec.name in tied:
+            owner = tied[tensor.spec.name]
+            others[owner] = (*others.get(owner, ()), tensor.spec.name, *tensor.aliases)
+    model = [replace(t, aliases=(*t.aliases, *others.get(t.spec.name, ()))) for t in model]
     matching = replace(made.matching, tied={**made.matching.tied, **tied})
     return replace(made, model=model, matching=matching)
 
