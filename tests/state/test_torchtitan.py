@@ -100,9 +100,7 @@ def run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return found
 
 
-def test_deepspeed_goes_on_with_torchtitans_moments(
-    run: Run, ranks: Ranks, tmp_path: Path
-) -> None:
+def test_deepspeed_goes_on_with_torchtitans_moments(run: Run, ranks: Ranks, tmp_path: Path) -> None:
     """They come by the hub's names, queries' and keys' rows in the hub's order."""
     jobs = []
     for era in ERAS:
@@ -179,9 +177,7 @@ def test_torch_loads_them_into_models_of_either_version(
     options: dict[str, Any] = {"base": run.base} if with_base else {}
     if not with_base:  # a folder that has the config: the model's files, the optimizer's beside
         source = run.in_files(tmp_path / "source")
-    report = reshard.convert(
-        source, out, to="dcp", optimizer=True, names="torchtitan", **options
-    )
+    report = reshard.convert(source, out, to="dcp", optimizer=True, names="torchtitan", **options)
     assert report.verified
     for era in ERAS:
         want = run.of_titan(era)
