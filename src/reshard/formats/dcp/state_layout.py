@@ -16,8 +16,9 @@ step a float32 tensor without dimensions, each hyperparameter a separate object,
 group the names. Flattened, each parameter has its group's hyperparameters. Frozen parameters and
 tied aliases have no state; under torchtitan's names a parameter's state goes by those of all its
 versions (`TrainingState.aliases`), which are names of the same bytes. torch 2.13
-(checkpoint/state_dict.py), accelerate 1.15 (utils/fsdp_utils.py), LightRFT (strategy/fsdp/fsdpv2.py,
-`load_ckpt`), torchtitan 0.3.0 (components/optimizer/utils.py, components/checkpointer/dcp.py).
+(checkpoint/state_dict.py), accelerate 1.15 (utils/fsdp_utils.py), LightRFT
+(strategy/fsdp/fsdpv2.py, `load_ckpt`), torchtitan 0.3.0 (components/optimizer/utils.py,
+components/checkpointer/dcp.py).
 """
 
 from __future__ import annotations
