@@ -15,8 +15,9 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, field
@@ -25,6 +26,7 @@ from reshard.core.locations import CLAIM, HUB, MANIFEST, MARKS, RemotePath, loca
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.storage import credentials
 from reshard.storage.ahead import Ahead
+from reshard.storage.places import MAX_DEPTH
 from reshard.storage.stores import Listing, Object, Store, bucket_of
 
 # Seconds that an answer of a store is taken for.
@@ -185,20 +187,46 @@ def _head(view: _View, path: RemotePath) -> Object:
     return there
 
 
-def status(path: RemotePath) -> os.stat_result | None:
-    """What `os.stat` would say; None where nothing is there. Raises `NotFoundError`."""
-    try:
-        there = found(path)
-    except FileNotFoundError:
-        return None
-    mode, nbytes, when = stat.S_IFDIR | 0o755, 0, 0.0
-    if there is not None:
-        mode, nbytes, when = stat.S_IFREG | 0o644, there.nbytes, there.modified
-    seconds, exactly = int(when), int(when * 1e9)
-    return os.stat_result(
-        (mode, 0, 0, 1, 0, 0, nbytes, seconds, seconds, seconds),
-        dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), exactly),
-    )
+class Stored(Struct, frozen=True):
+    """A URL that can be asked about, as `places.Local` is a path of this machine.
+
+    A store has no links, and no current folder.
+    """
+
+    path: RemotePath
+
+    def status(self, *, follow: bool = True) -> os.stat_result | None:
+        try:
+            there = found(self.path)
+        except FileNotFoundError:
+            return None
+        mode, nbytes, when = stat.S_IFDIR | 0o755, 0, 0.0
+        if there is not None:
+            mode, nbytes, when = stat.S_IFREG | 0o644, there.nbytes, there.modified
+        seconds, exactly = int(when), int(when * 1e9)
+        return os.stat_result(
+            (mode, 0, 0, 1, 0, 0, nbytes, seconds, seconds, seconds),
+            dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), exactly),
+        )
+
+    def names(self) -> list[str]:
+        return sorted(listing(self.path))
+
+    def own_folders(self) -> list[Path]:
+        return [self.path / name for name in self.names() if listing(self.path)[name] is None]
+
+    def below(self, depth: int = MAX_DEPTH) -> Iterator[Path]:
+        names = (name for name in sorted(below(self.path)) if not name.startswith(MARKS))
+        return (self.path / name for name in names)
+
+    def real(self) -> Path:
+        return self.path
+
+    def absolute(self) -> Path:
+        return self.path
+
+    def is_here(self) -> bool:
+        return False
 
 
 def identity(there: Object) -> tuple[int, int, int, int]:
