@@ -179,7 +179,8 @@ def verify(
 
 
 def _exchanged(folder: Path, against: Path) -> tuple[Finding, ...]:
-    """That a checkpoint was verified against what was made of it, and not the other way round.
+    """The finding that a checkpoint was verified against what was made of it, and not the other way
+    round.
 
     Then tensors are compared as if the checkpoint had been converted from its own output: what
     `reshard.json` states of a conversion, and the optimizer's state, are not.

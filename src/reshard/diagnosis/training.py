@@ -208,7 +208,7 @@ def _unchanged(
     threads: int,
     progress: StagedProgress | None,
 ) -> Iterator[Finding]:
-    """That every tensor is the base's."""
+    """The finding that every tensor is the base's."""
     pairs = pairs_with(base, entries)
     same = passes.same(pairs, sources, threads=threads, progress=stage(progress, "comparing"))
     if same and all(same):
@@ -218,7 +218,7 @@ def _unchanged(
 
 
 def _unchecked(catalog: Catalog) -> Finding:
-    """That a model's other files were not looked at, and how to have them looked at."""
+    """The finding that a model's other files were not looked at, and how to have them looked at."""
     where = quote(str(catalog.origin.root))
     advice = (
         f"To have all of it examined: reshard doctor {where}."

@@ -1,7 +1,7 @@
-"""Objects of stores behind the same door as files: what lies at a URL, and its bytes.
+"""Objects of stores, accessed like files: what lies at a URL, and its bytes.
 
-What a store said is kept for a short time, and asked again each time that a user names a URL: a
-conversion asks some thousand times what lies in a folder, and one list answers all of it.
+A store's answers are cached for a minute, and dropped each time a user names a URL: a conversion
+asks a thousand times what lies in a folder, and one listing answers all of it.
 
 A folder of ours is complete once it has its `reshard.json`, which is written last. Until then it
 holds `reshard.partial.json`, and reading it is an `IncompleteError`. Readers never see the objects
@@ -29,14 +29,14 @@ from reshard.storage.ahead import Ahead
 from reshard.storage.places import MAX_DEPTH
 from reshard.storage.stores import Listing, Object, Store, bucket_of
 
-# Seconds that an answer of a store is taken for.
+# Seconds for which a store's answer is cached.
 _FRESH = 60.0
-# What is not in a list.
+# Stands for an object that is not in a listing.
 _NOTHING = Object(-2)
 
 
 class _View(Struct):
-    """What a store said, and when; `listed` are the folders that it was asked for at any time."""
+    """A store's cached answers, and their time; `listed` are all folders that were ever listed."""
 
     store: Store
     generation: int
@@ -47,12 +47,12 @@ class _View(Struct):
     lock: Any = field(default_factory=threading.RLock)
 
     def refresh(self) -> None:
-        """Forget what is out of date."""
+        """Drop the cached answers if they are out of date."""
         if self.generation != named() or time.monotonic() - self.since > _FRESH:
             self.forget()
 
     def forget(self) -> None:
-        """Ask anew for everything."""
+        """Drop all cached answers."""
         with self.lock:
             self.folders.clear()
             self.heads.clear()
@@ -94,7 +94,7 @@ def store_of(path: RemotePath) -> Store:
 
 
 def forget(path: RemotePath) -> None:
-    """That something was written or deleted, or may have been: ask the store anew."""
+    """Drop a store's cached answers: something was written or deleted, or may have been."""
     _view(path).forget()
 
 

@@ -243,7 +243,7 @@ class OutputFolder:
             self._own_identity, self.journal = resuming.begin(self._own, self.target, self._basis)
 
     def _take_up(self) -> bool:
-        """Whether a run of this plan was interrupted, which this one continues."""
+        """Whether this run continues an interrupted run of the same plan."""
         found = resuming.take_up(self._own, self.target, self._basis)
         if isinstance(found, Finding):
             self.findings.append(found)
