@@ -10,7 +10,7 @@ finite.py      NaN and infinity in a block; `changes` compares a block with the 
 reading.py     a tensor as a stream of blocks; `passes` over all weights; `readback` of the output
 targets.py     where an output will be: on this machine or in a store
 output.py      what either of them offers to those who write it
-commit.py      a folder of this machine, complete or absent: `lock`, `leftovers`, `seals`, `resuming`
+commit.py      a folder of this machine: `lock`, `leftovers`, `seals`, `resuming`
 remote.py      a folder of a store: `claims`, `sending`, `upload`, `notes`, `takeover`
 journal.py     which pieces are finished, for a run that resumes this one
 cluster/       the workers of a Ray cluster
