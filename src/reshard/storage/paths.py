@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from stat import S_ISDIR, S_ISLNK, S_ISREG
+from stat import S_ISDIR, S_ISREG
 
 from reshard.errors import NotFoundError
 from reshard.storage.places import place_of
@@ -52,8 +52,7 @@ def is_own_folder(path: Path) -> bool:
 
 def is_link(path: Path) -> bool:
     """Whether a link is there, wherever it leads."""
-    there = place_of(path).status(follow=False)
-    return there is not None and S_ISLNK(there.st_mode)
+    return place_of(path).is_link()
 
 
 def file_size(path: Path) -> int:

@@ -9,6 +9,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISLNK
 from typing import Protocol
 
 from msgspec import Struct
@@ -28,6 +29,9 @@ class Place(Protocol):
 
     def status(self, *, follow: bool = True) -> os.stat_result | None:
         """What `os.stat` says, or with `follow` False `os.lstat`; None where nothing is there."""
+
+    def is_link(self) -> bool:
+        """Whether a link is there, wherever it leads."""
 
     def names(self) -> list[str]:
         """The names in the folder, in their order."""
@@ -73,6 +77,10 @@ class Local(Struct, frozen=True):
             ) from None
         except ValueError:  # a NUL, or half of a surrogate pair: no file has such a name
             return None
+
+    def is_link(self) -> bool:
+        there = self.status(follow=False)
+        return there is not None and S_ISLNK(there.st_mode)
 
     def names(self) -> list[str]:
         try:

@@ -209,6 +209,9 @@ class Stored(Struct, frozen=True):
             dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), exactly),
         )
 
+    def is_link(self) -> bool:
+        return False
+
     def names(self) -> list[str]:
         return sorted(listing(self.path))
 
