@@ -25,6 +25,7 @@ from reshard.storage.local import Sources
 from reshard.storage.source import Source
 
 T = TypeVar("T")
+Record = TypeVar("Record", bound=msgspec.Struct)
 
 #: Bytes of a config: a hundred times the largest.
 MAX_CONFIG = 16 << 20
@@ -101,7 +102,9 @@ def parse_as(text: bytes | msgspec.Raw, type_: type[T], path: str) -> T:
         raise _unreadable(error, path) from None
 
 
-def parse_records(text: bytes, type_: type[T], path: str, *, token_nbytes: int) -> dict[str, T]:
+def parse_records(
+    text: bytes, type_: type[Record], path: str, *, token_nbytes: int
+) -> dict[str, Record]:
     """The members of an object whose values are all of a record of msgspec, each field given.
 
     `token_nbytes` as for `check_budget`. Raises `FormatError`, also for more fields than those.
