@@ -71,11 +71,12 @@ def test_memory_does_not_grow_with_the_model(
 
 @needs_proc
 @pytest.mark.parametrize(
-    ("to", "most"), [pytest.param("hf", 1024, id="hf"), pytest.param("dcp", 2300, id="dcp")]
+    ("to", "most"), [pytest.param("hf", 1800, id="hf"), pytest.param("dcp", 3400, id="dcp")]
 )
 def test_a_tensor_takes_few_bytes_beside_its_values(tmp_path: Path, to: str, most: int) -> None:
     """Names, shapes, places and digests: 200,000 small tensors must convert on a small machine.
 
+    Counted from 2,000 on, where less was allocated at once than later, so more than of 200,000.
     To DCP it is more, because `.metadata` is read again in verification: a pickle, of which every
     object is made.
     """

@@ -182,10 +182,9 @@ def test_of_the_plans_nothing_is_read_but_what_they_begin_in(
     before = reshard.open(run).catalog.entries
     data = file.read_bytes()
     end = data.index(b"all_local_plans") + 40
-    with file.open("r+b") as stream:
-        stream.truncate(8 << 30)  # sparse: longer than any pickle that is read
-        stream.seek(end)
-        stream.write(bytes(len(data) - end))
+    with file.open("wb") as stream:
+        stream.write(data[:-3] + b"N" * (1 << 17))
+        stream.truncate(8 << 30)  # sparse, and longer than any pickle that is read
         stream.seek(-3, os.SEEK_END)
         stream.write(data[-3:])
     monkeypatch.setattr(metadata, "_BLOCK_NBYTES", 1000)

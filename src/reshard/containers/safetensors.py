@@ -33,6 +33,8 @@ from reshard.storage.source import Source
 # safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
 MAX_HEADER_NBYTES = 100_000_000
 _METADATA = b'{"__metadata__":{'
+# Bytes of it; writers put a line there.
+_MAX_METADATA = 1 << 16
 # Bytes that a tensor of a header takes for each comma, colon and opening bracket, eleven of them.
 _STATED_TOKEN_NBYTES = 45
 
@@ -136,16 +138,16 @@ def _parsed(text: bytes, path: str) -> tuple[dict[str, Any], object]:
     As JSON of any kind, the header of 200,000 tensors takes more than the budget, so one that is
     spelt as writers spell it is parsed straight into its type. Any other is read as JSON.
     """
-    start, raw = b"{", b"{}"
     with suppress(FormatError):
+        strict_json.check_budget(text, path, _STATED_TOKEN_NBYTES)  # before anything is copied
+        start, raw, rest = b"{", b"{}", text
         if text.startswith(_METADATA):
             raw = bytes(strict_json.parse_as(text, _Metadata, path).metadata)
             start = b'{"__metadata__":' + raw
-        if text.startswith(start):
-            rest = b"{" + text[len(start) :].removeprefix(b",")
-            table: dict[str, Any] = strict_json.parse_records(
-                rest, _Stated, path, token_nbytes=_STATED_TOKEN_NBYTES
-            )
+            skipped = len(start) + text.startswith(b",", len(start))
+            rest = b"".join((b"{", memoryview(text)[skipped:]))
+        if len(raw) < _MAX_METADATA and text.startswith(start):
+            table: dict[str, Any] = strict_json.parse_records(rest, _Stated, path)
             if "__metadata__" not in table:
                 return table, strict_json.parse_object(raw, path)
     header = strict_json.parse_object(text, path)

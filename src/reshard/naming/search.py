@@ -23,6 +23,9 @@ from reshard.naming.layouts import Effect, Names, Piece, Reading, View
 from reshard.naming.schema import Schema, views_of
 from reshard.naming.wider import likely_prefixes, part_views
 
+# Names times readings on each of which a verdict is given, in search of the nearest: a second.
+# Beyond, only the likeliest readings get one.
+_MAX_VERDICTS, _FEW = 500_000, 4
 # Layouts that read the same names alike.
 Views = tuple[View, ...]
 
@@ -151,7 +154,7 @@ def search(found: SourceNames, schema: Schema, options: FitOptions) -> Candidate
     complete = trial.complete(far)
     if complete:
         return _unique(complete, options)
-    candidates = trial.all([*near, *far])
+    candidates = trial.likely([*near, *far])
     _refuse_several(candidates, found)
     return max(candidates, key=lambda one: (len(one.of(Verdict.MATCHED)), -one.faults))
 
@@ -215,9 +218,13 @@ class _Trial:
                 return complete
         return []
 
-    def all(self, ways: Sequence[_Way]) -> list[Candidate]:
-        """Every way beside every layout of the base."""
-        return [one for base in self._each_base() for one in self._held(ways, base)]
+    def likely(self, ways: Sequence[_Way]) -> list[Candidate]:
+        """Every way beside every layout of the base; of very many names, those with the most in
+        common and the least beside: a verdict on each name takes 2 us, and there may be 175."""
+        pairs = [(way, base) for base in self._each_base() for way in ways]
+        if len(pairs) * len(self._found.shapes) > _MAX_VERDICTS:
+            pairs = sorted(pairs, key=_likeness, reverse=True)[:_FEW]
+        return [one for way, base in pairs for one in self._held([way], base)]
 
     def _each_base(self) -> Iterator[tuple[Views, Reading]]:
         """The base's layouts, each read once and when it is needed."""
@@ -232,6 +239,14 @@ class _Trial:
             Candidate(prefix, same, view, source, read, self._judge.verdicts(source, read, prefix))
             for prefix, same, source in ways
         ]
+
+
+def _likeness(pair: tuple[_Way, tuple[Views, Reading]]) -> tuple[int, int]:
+    """How many names a reading of the source has in common with one of the base, and how few each
+    has alone."""
+    (_, _, source), (_, base) = pair
+    common = len(source.pieces.keys() & base.pieces.keys())
+    return common, 2 * common - len(source.pieces) - len(base.pieces) - len(source.misfits)
 
 
 def _refuse_several(candidates: Iterable[Candidate], found: SourceNames) -> None:

@@ -102,14 +102,11 @@ def parse_as(text: bytes | msgspec.Raw, type_: type[T], path: str) -> T:
         raise _unreadable(error, path) from None
 
 
-def parse_records(
-    text: bytes, type_: type[Record], path: str, *, token_nbytes: int
-) -> dict[str, Record]:
-    """The members of an object whose values are all of a record of msgspec, each field given.
+def parse_records(text: bytes, type_: type[Record], path: str) -> dict[str, Record]:
+    """The members of an object, whose budget was checked, each with all fields of a record.
 
-    `token_nbytes` as for `check_budget`. Raises `FormatError`, also for more fields than those.
+    Raises `FormatError`, also where a member has other fields besides.
     """
-    check_budget(text, path, token_nbytes)
     found = parse_as(text, dict[str, type_], path)  # type: ignore[valid-type]
     check_members(text, len(found) * (1 + len(msgspec.structs.fields(type_))), path)
     return found
