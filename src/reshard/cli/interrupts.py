@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def telling_what_stands(target: Path | None, *, resumable: bool = False) -> Iter
     except KeyboardInterrupt as error:
         after = _identity(target)
         if after == _UNKNOWN:
-            stands = f"The store does not say what stands at {target}; run the command again."
+            stands = f"What stands at {target} cannot be told; run the command again."
         elif target is None:
             stands = "No output was written."
         elif after != before and after is not None:
@@ -74,7 +75,7 @@ def _can_be_continued(target: Path) -> bool:
     return leftovers.is_there(target)
 
 
-# Of a store that does not answer.
+# Of a store or a disk that does not answer.
 _UNKNOWN = (-1, -1)
 
 
@@ -85,8 +86,10 @@ def _identity(target: Path | None) -> tuple[int, int] | None:
         return _in_store(target)
     try:
         status = os.stat(target)  # noqa: PTH116 (a loop of links is an error here, on any Python)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        return None if error.errno == errno.ELOOP else _UNKNOWN
     return status.st_dev, status.st_ino
 
 

@@ -121,7 +121,7 @@ def convert(
             job = job if lacking is None else _without_room(job, lacking)
             check_strict(job.plan.findings, options, running.strict)
             report = _report(
-                job, given, time.monotonic() - began, replaced, threads=writing.threads
+                job, given, time.monotonic() - began, replaced, _tag(job), threads=writing.threads
             )
             return replace(report, requests=requests.since(asked))
         if lacking is not None:
@@ -133,6 +133,7 @@ def convert(
             check_strict(_of_values(job, outcome), options, running.strict)
             return _manifest(job, outcome.digests, sources)
 
+        tag = _tag(job)  # nothing is read after the commit: it could fail, and the output stands
         outcome = carry_out(
             job.plan,
             sources,
@@ -144,8 +145,9 @@ def convert(
         )
     seconds = time.monotonic() - began
     report = _report(
-        job, given, seconds, replaced, outcome, threads=writing.threads, verified=writing.verify
-    )
+        job, given, seconds, replaced, tag, outcome, threads=writing.threads,
+        verified=writing.verify,
+    )  # fmt: skip
     if writing.resume:
         report = replace(report, bytes_reused=outcome.reused)
     return replace(report, requests=requests.since(asked))
@@ -238,6 +240,7 @@ def _report(
     given: Mapping[str, object],
     seconds: float,
     replaced: Replaced | None,
+    tag: str | None,
     outcome: Outcome | None = None,
     *,
     threads: int,
@@ -256,7 +259,7 @@ def _report(
         source=os.fspath(job.options.source),
         target=os.fspath(job.options.target),
         format=job.catalog.format,
-        tag=_tag(job),
+        tag=tag,
         checkpoint=os.fspath(job.catalog.origin.root),
         adapter=output.adapter,
         num_tensors=len(output.model) or sum(len(file.tensors) for file in output.side_files),

@@ -44,7 +44,7 @@ def _status(path: Path, *, follow: bool = True) -> os.stat_result | None:
     except OSError as error:
         if error.errno in _ABSENT:
             return None
-        raise NotFoundError(f"it cannot be accessed: {error.strerror}.", path=path) from None
+        raise NotFoundError(f"it cannot be accessed: {error.strerror}.", path=path) from error
     except ValueError:  # a NUL, or half of a surrogate pair: no file has such a name
         return None
 
@@ -102,7 +102,7 @@ def names(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))  # noqa: PTH208 (pathlib's iterator opens late)
     except OSError as error:
-        raise _unlisted(folder, error) from None
+        raise _unlisted(folder, error) from error
 
 
 def own_folders(folder: Path) -> list[Path]:
@@ -116,7 +116,7 @@ def own_folders(folder: Path) -> list[Path]:
         with os.scandir(folder) as found:  # which knows the kinds: no status is asked for
             there = sorted(one.name for one in found if one.is_dir(follow_symlinks=False))
     except OSError as error:
-        raise _unlisted(folder, error) from None
+        raise _unlisted(folder, error) from error
     return [folder / name for name in there]
 
 
