@@ -25,6 +25,8 @@ SITUATIONS = [
 ]
 # Faults of what is read; nothing stands before, and folders can exchange.
 READ = [Trial("count", on="source")]
+# Of calls that change nothing, which all end as one of these: the system does not say, or forbids.
+_TOLD_APART = ("EIO", "EACCES")
 # Calls that change nothing: a kill before one is a kill before the next one that does.
 HARMLESS = frozenset((
     "stat64", "lstat64", "fstat64", "fstatat64", "statx", "statvfs64", "fstatvfs64", "access",
@@ -141,7 +143,8 @@ def failures(
 ) -> Iterator[Trial]:
     """Each call of each situation fails with each error; reads and writes are also cut short.
 
-    With `sampled`, of each name only the first and the last call.
+    With `sampled`, of each name only the first and the last call. What a system lacks changes
+    nothing in how it is read.
     """
     for situation, names in counted.items():
         if situation.lacking not in systems:
@@ -151,7 +154,11 @@ def failures(
         for name, nth in calls:
             if name in situation.lacking or (sampled and nth not in (1, ends[name])):
                 continue
+            harmless = name in HARMLESS
+            if harmless and situation.lacking:
+                continue
             for error in errors:
-                yield replace(situation, action="fail", call=name, nth=nth, error=error)
+                if not harmless or error in _TOLD_APART:
+                    yield replace(situation, action="fail", call=name, nth=nth, error=error)
             if name in TRANSFERS:
                 yield replace(situation, action="short", call=name, nth=nth)

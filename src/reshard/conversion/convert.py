@@ -127,11 +127,12 @@ def convert(
         if lacking is not None:
             raise lacking
 
-        def render(outcome: Outcome) -> bytes:
+        def render(outcome: Outcome, copied: Mapping[str, str]) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
             check_values(job.output.state, outcome)
             check_strict(_of_values(job, outcome), options, running.strict)
-            return _manifest(job, outcome.digests, sources)
+            files = manifest.listed(job.plan, sources, copied)
+            return _manifest(job, outcome.digests, files)
 
         tag = _tag(job)  # nothing is read after the commit: it could fail, and the output stands
         outcome = carry_out(
@@ -181,7 +182,11 @@ def _of_values(job: Job, outcome: Outcome) -> list[Finding]:
     return [*found, *alike(job.output.state, outcome)]
 
 
-def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:
+def _manifest(
+    job: Job,
+    digests: Mapping[tuple[str, str], str],
+    files: Mapping[str, manifest.WrittenFile],
+) -> bytes:
     output = job.output
     names = {
         "prefix": output.name_map.prefix,
@@ -201,7 +206,6 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
     written = () if state is None else state.entries(masters=False)
     moments = manifest.state([entry.spec for entry in written], STATE_TABLE, digests)
     catalog, stated = job.catalog, job.options.stated()
-    files = manifest.listed(job.plan, sources)
     return manifest.render(
         catalog.format,
         catalog.origin,
