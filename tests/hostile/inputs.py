@@ -182,6 +182,24 @@ def a_billion_experts(at: Path) -> Command:
 
 
 @_input
+def a_billion_experts_without_elements(at: Path) -> Command:
+    """Stacked in torchtitan's names: as many tensors on the hub."""
+    command = _model(at, model_type="qwen3_moe", num_hidden_layers=1)
+    shapes = {
+        "tok_embeddings.weight": [1],
+        "layers.0.attention.wo.weight": [1],
+        "layers.0.moe.experts.w1": [10**9, 0, 4],
+    }
+    header = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + (4 if shape == [1] else 0)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    _safetensors(at / "run" / "model.safetensors", header, end)
+    return command
+
+
+@_input
 def config_with_many_parts(at: Path) -> Command:
     parts = {f"x{n}_config": {"model_type": "llama", "vocab_size": n} for n in range(50_000)}
     return _model(at, **parts)

@@ -179,6 +179,10 @@ FAMILIES = {
 }
 # Gate and up.
 _SIDES = 2
+# The dimensions of stacked experts: [experts, rows, columns].
+_STACKED = 3
+# Experts of all layers that are taken in any case: a base may have those of a layer in one tensor.
+_MAX_EXPERTS = 1 << 17
 # Names that every such model has. InternLM2's are like them on the hub.
 _SIGNS = ("tok_embeddings.weight", "layers.*.attention.wo.weight")
 _HUBS_OWN = "**.attention.wo.weight"
@@ -245,6 +249,7 @@ def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
         found |= _copies(found, owners, schema)
         return found
 
+    _check_experts(entries, schema, family)
     found = make(entries)
     _check_joined(entries, found, family)
     heads = ("q_proj.weight", "k_proj.weight")
@@ -256,6 +261,24 @@ def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
     if turned:
         rules.append(f"heads of queries and keys turned for the hub's rotary embeddings ({turned})")
     return Translated(found, tuple(rules), Translation(owners, make))
+
+
+def _check_experts(entries: Mapping[str, Entry], schema: Schema, family: Family) -> None:
+    """Refuse a stack of more experts than any model has: a tensor without elements may state any
+    number of them."""
+    stacked = {
+        name: entry.spec.shape[0]
+        for name, entry in entries.items()
+        if len(entry.spec.shape) == _STACKED
+        and any(patterns.match(here, unwrap(name)) is not None for _, here in family.experts)
+    }
+    count = sum(stacked.values())
+    if count > max(_MAX_EXPERTS, len(schema.specs)):
+        raise NamesError(
+            f"its {count} experts are more than the base has tensors, {len(schema.specs)}.",
+            tensor=max(stacked, key=stacked.__getitem__),
+            hint="Check that --base is the model that the training started from.",
+        )
 
 
 def _part(name: str, family: Family) -> tuple[str, int] | None:
@@ -298,7 +321,7 @@ def _of(entry: Entry, config: Mapping[str, Any], family: Family) -> Iterator[tup
         return
     for hub, here in family.experts:
         wild = patterns.match(here, name)
-        if wild is not None and len(entry.spec.shape) == 3:  # [experts, rows, columns]
+        if wild is not None and len(entry.spec.shape) == _STACKED:
             for expert in range(entry.spec.shape[0]):
                 called = hub.format(wild[0], expert)
                 yield called, rearrange.select(entry, expert).renamed(called)
