@@ -109,3 +109,9 @@ def pipeline_runs(pytestconfig: pytest.Config) -> Path:
 
 def _load(path: Path) -> dict[str, Array]:
     return {name: to_numpy(tensor) for name, tensor in load_file(path).items()}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"

@@ -61,3 +61,9 @@ def oracle(pytestconfig: pytest.Config) -> Oracle:
 def run_oracle(module: str, *arguments: str, device: str = "cpu") -> None:
     """Run a module of the oracle (`launch`, `load`) whose ranks train on `device`."""
     child.run(f"tests.fsdp.oracle.{module}", *arguments, ORACLE_DEVICE=device)
+
+
+@pytest.fixture
+def folder(oracle: Oracle, tmp_path: Path) -> Path:
+    """A good checkpoint of two ranks, to be spoilt."""
+    return oracle.copy("fsdp2-w2", tmp_path)

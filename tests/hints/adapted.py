@@ -16,8 +16,9 @@ from tests.folders import edit_config, edit_saved
 from tests.hints import tiny
 from tests.hints.case import Case, follows
 from tests.hints.doctors import is_well, looking
-from tests.hints.flags import _reward, with_options
+from tests.hints.flags import with_options
 from tests.hints.folders import _equal, after, converting, moved
+from tests.hints.parts import _reward
 from tests.models.test_adapter_traps import IDS, Run, llama
 from tests.naming import test_titan
 

@@ -252,7 +252,7 @@ def shards_of_ranks(at: Path) -> Case:
 
 @follows("Examine the output of convert --srm-format split.")
 def of_lightrft(at: Path) -> Case:
-    from tests.hints.flags import _reward
+    from tests.hints.parts import _reward
 
     run, base = _reward(at)
     common: dict[str, Any] = {"base": base, "model_type": "srm_vl"}

@@ -14,8 +14,9 @@ from tests.folders import edit_weights
 from tests.hints import tiny
 from tests.hints.case import GOLDEN, Case, as_golden, follows, golden
 from tests.hints.doctors import is_well, looking
-from tests.hints.flags import _reward, with_options
+from tests.hints.flags import with_options
 from tests.hints.folders import after, converting
+from tests.hints.parts import _reward
 
 NORM = "model.norm.weight"
 CHECK = "Check that the base is the model that was trained."

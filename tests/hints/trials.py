@@ -23,7 +23,8 @@ from tests.evaluate.trying import attempt
 from tests.folders import edit_config
 from tests.hints import tiny as small
 from tests.hints.case import Case, follows
-from tests.hints.folders import _script, after, converting
+from tests.hints.folders import after, converting
+from tests.hints.places import _script
 
 
 def trying(folder: Path, at: Path, **more: Any) -> Callable[[], Any]:

@@ -41,8 +41,8 @@ from reshard.naming import Translation, memory_outputs, translation
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists
 from reshard.transfer.checksums import without_checksum
-from reshard.transfer.commit import check_space
 from reshard.transfer.reading import equal, first_bytes
+from reshard.transfer.targets import check_space
 
 
 class Job(Struct, frozen=True):
@@ -247,12 +247,6 @@ def carried_along(
     maps: list[Translation] = []
     if base is None:
         made = replace(made, model=[replace(t, aliases=t.source.aliases) for t in made.model])
-        made = training.with_ties(
-            made,
-            state,
-            lambda one, other: equal(one, other, sources),
-            lambda entry: first_bytes(entry, sources),
-        )
     else:
         if made.translation is not None:
             maps.append(made.translation)
@@ -267,6 +261,13 @@ def carried_along(
             maps.append(translation(loaded))
     to = output_format(options.to)
     carried = training.carried(state, made, maps)
+    if base is None:
+        made = training.with_ties(
+            made,
+            carried,
+            lambda one, other: equal(one, other, sources),
+            lambda entry: first_bytes(entry, sources),
+        )
     if completed:
         carried = formats.as_written(to, carried, options.layout)
     if to.full_precision:

@@ -85,7 +85,8 @@ def _left_out(state: TrainingState) -> tuple[Finding, ...]:
 
 
 def _never_updated(state: TrainingState) -> tuple[Finding, ...]:
-    """That groups cover parameters without moments; of an optimizer before its first step all."""
+    """The finding that groups cover parameters without moments; of an optimizer before its first
+    step all."""
     held = state.held
     never = [name for group in state.groups for name in group.names if name not in held]
     if not never or not held:
@@ -130,11 +131,18 @@ def carried(state: TrainingState, made: OutputModel, maps: Sequence[Translation]
             "on it. To merge the weights alone, pass --to hf without --optimizer.",
         )
     written = {tensor.spec.name: tensor.spec.shape for tensor in made.model}
+    before = set(written)
+    if made.trainer is not None:
+        before = {name for of in made.trainer.sources.values() for name in of}
     for at, names in enumerate(maps, start=1):
         if at == len(maps):  # without the tied names, under which nothing has a state of its own
-            kept = {name: of for name, of in names.sources.items() if name in written}
+            kept = {name: of for name, of in names.sources.items() if name in before}
             names = replace(names, sources=kept)
         state = _through(state, names)
+    if made.trainer is not None:
+        state = _through(state, made.trainer)
+        others = {tensor.spec.name: tensor.aliases for tensor in made.model if tensor.aliases}
+        state = replace(state, aliases={n: others[n] for n in state.names if n in others})
     for kind, table in state.moments.items():
         for name, entry in table.items():
             if written.get(name) != entry.spec.shape:
@@ -168,8 +176,8 @@ def _through(state: TrainingState, names: Translation) -> TrainingState:
         raise PlanError(
             f"the moments of {len(lost)} parameters cannot be carried to the names of the output: "
             f"{listed(sorted(lost), 4)}.",
-            hint="Leave out --base and the options that act on it: without it the names stay, and "
-            "the state travels with them.",
+            hint="Leave out --base and the options that act on names: without them the names stay, "
+            "and the state travels with them.",
         )
     moments = {
         kind: {name: entry for name, entry in names.make(table).items() if name in owners}
@@ -235,10 +243,12 @@ def with_ties(
             tied[tensor.spec.name] = equal.spec.name
     if not tied:
         return made
-    model = [
-        replace(t, aliases=(*t.aliases, *(a for a, name in tied.items() if name == t.spec.name)))
-        for t in model
-    ]
+    others: dict[str, tuple[str, ...]] = {}
+    for tensor in made.model:
+        if tensor.spec.name in tied:
+            owner = tied[tensor.spec.name]
+            others[owner] = (*others.get(owner, ()), tensor.spec.name, *tensor.aliases)
+    model = [replace(t, aliases=(*t.aliases, *others.get(t.spec.name, ()))) for t in model]
     matching = replace(made.matching, tied={**made.matching.tied, **tied})
     return replace(made, model=model, matching=matching)
 
@@ -260,7 +270,7 @@ def in_full_precision(state: TrainingState, made: OutputModel) -> OutputModel:
 
 
 def rounded(state: TrainingState, made: OutputModel) -> tuple[Finding, ...]:
-    """That the weights are written in fewer bits than the optimizer's masters have."""
+    """The finding that the weights are written in fewer bits than the optimizer's masters have."""
     trained = set(state.names)
     names = [
         tensor.spec.name

@@ -1,0 +1,141 @@
+"""The fit of names: what is missing, left over, or of another shape."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from reshard.core.tensors import Shape
+from reshard.errors import NamesError
+from tests.naming import tables
+from tests.naming.test_fit import EMBEDDING, HEAD, NORM, TIED, UNTIED, run
+
+# --- what is missing, left over, or of another shape -------------------------------------------
+
+
+def test_both_lists_and_the_nearest_names() -> None:
+    base = {f"model.layers.{n}.mlp.up_proj.weight": (4, 2) for n in range(30)}
+    source = {name.replace("up_proj", "up_projection"): shape for name, shape in base.items()}
+    with pytest.raises(NamesError) as caught:
+        run({**source, NORM: (2,)}, {**base, NORM: (2,)})
+    error = caught.value
+    assert error.missing == tuple(base)
+    assert error.unexpected == tuple(source)
+    text = str(error)
+    assert "1 of 31 tensors have the same name and shape" in text
+    assert "30 of the base are not in the checkpoint" in text
+    assert "30 of the checkpoint are not in the base" in text
+    first = "model.layers.0.mlp.up_proj.weight (nearest: model.layers.0.mlp.up_projection.weight)"
+    assert first in text
+    assert text.count("nearest") == 20
+    assert "and 20 more" in text
+
+
+def test_another_size_of_the_model_is_told_in_a_table() -> None:
+    """The example of docs/errors.md."""
+    layer = "model.layers.{}.input_layernorm.weight"
+    base = {EMBEDDING: (6, 2), NORM: (2,), layer.format(0): (2,), layer.format(1): (2,)}
+    source = {EMBEDDING: (6, 4), NORM: (4,), layer.format(0): (4,)}
+    with pytest.raises(NamesError) as caught:
+        run(source, base)
+    page = Path(__file__).parents[2] / "docs" / "errors.md"
+    assert caught.value.message.strip() in page.read_text(encoding="utf-8")
+    assert caught.value.missing == (layer.format(1),)
+
+
+def test_the_table_of_a_wrong_base_has_a_screen_at_most() -> None:
+    mine, theirs = tables.table("4.57", "qwen2"), tables.table("4.57", "mixtral")
+    wide = {name: tuple(2 * size for size in shape) for name, shape in mine.disk_shapes().items()}
+    with pytest.raises(NamesError, match=r"hidden size +64 +32") as caught:
+        run(wide, theirs.disk_shapes())
+    assert len(str(caught.value).splitlines()) <= 12
+    assert "nearest" not in str(caught.value)
+
+
+def test_no_hint_puts_untrained_experts_beside_trained_layers() -> None:
+    """Of an unknown layout, `--allow` and `--fill-from-base` together would do just that."""
+    many = {f"model.layers.{n}.norm.weight": (2,) for n in range(9)}
+    base = {**TIED, **many, "model.layers.0.experts.0.up.weight": (2, 2)}
+    source = {**TIED, **many, "model.layers.0.experts.packed": (8,)}
+    for fill in (False, True):
+        with pytest.raises(NamesError, match="an unknown layout") as caught:
+            run(source, base, fill_from_base=fill)
+        assert "--allow" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("extra", "hint"),
+    [
+        (
+            {"value.weight": (1, 2)},
+            r"pass --allow 'value\.\*'\. If it is a critic's head, pass --value-head value\.$",
+        ),
+        (
+            {"model.mtp.a.weight": (3,), "model.mtp.b.weight": (3,), "extra.bias": (3,), "x": (1,)},
+            r"no place for, pass --allow 'model\.mtp\.\*' 'extra\.\*' 'x'\.$",
+        ),
+        ({f"{letter}.weight": (3,) for letter in "abcde"}, r"pass --allow PATTERN \.\.\., where"),
+    ],
+)
+def test_the_options_that_would_help_are_named(extra: dict[str, Shape], hint: str) -> None:
+    many = {f"model.layers.{number}.weight": (2,) for number in range(9)}
+    base = {**TIED, **many}
+    with pytest.raises(NamesError, match=hint) as caught:
+        run({**base, **extra}, base)
+    assert set(caught.value.unexpected) == set(extra)
+    with pytest.raises(NamesError, match=r"If it is, to leave out .*lacks, --fill-from-base\.$"):
+        run({**TIED, **many, **extra}, {**base, "model.more": (5,)})
+    allowed = re.findall("'(.*?)'", str(caught.value.hint))
+    if allowed:
+        assert set(run({**base, **extra}, base, allow=tuple(allowed)).matching.unexpected) == set(
+            extra
+        )
+
+
+def test_a_shape_that_differs_is_shown_with_both() -> None:
+    with pytest.raises(NamesError, match=r"norm.weight: \(3,\) in the checkpoint, \(2,\) in the"):
+        run({**TIED, NORM: (3,)}, TIED)
+
+
+def test_a_wrong_prefix_never_ends_in_the_base_alone() -> None:
+    """`load_state_dict(strict=False)` exports the base's weights as the trained ones here."""
+    source = {f"somewhere.{name}": shape for name, shape in TIED.items()}
+    source["other.weight"] = (2, 2)
+    with pytest.raises(NamesError) as caught:
+        run(source, TIED, fill_from_base=True)
+    assert caught.value.unexpected == ("other.weight",)
+
+
+def test_filled_from_the_base() -> None:
+    with pytest.raises(NamesError, match="--fill-from-base") as caught:
+        run({NORM: (2,)}, UNTIED)
+    assert set(caught.value.missing) == {EMBEDDING, HEAD}
+    found = run({NORM: (2,)}, UNTIED, fill_from_base=True)
+    assert set(found.matching.filled) == {EMBEDDING, HEAD}
+    assert found.entries.keys() == {NORM}
+
+
+def test_allowed_names() -> None:
+    source = {**TIED, "extra.head.weight": (5,)}
+    base = {**TIED, "model.vision.weight": (7,)}
+    found = run(source, base, allow=("extra.**", "model.vision.*"))
+    assert found.matching.unexpected == ("extra.head.weight",)
+    assert found.matching.missing == ("model.vision.weight",)
+
+
+def test_constants_come_and_go() -> None:
+    constant = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert run({**TIED, constant: (4,)}, TIED).matching.unexpected == (constant,)
+    assert run(TIED, {**TIED, constant: (4,)}).matching.filled == (constant,)
+
+
+def test_some_experts_of_a_stack() -> None:
+    base = tables.table("5.23", "mixtral")
+    stacked = base.memory
+    source = tables.table("4.57", "mixtral").disk_shapes()
+    del source["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
+    with pytest.raises(NamesError, match="holds only a part of it") as caught:
+        run(dict(source), stacked, base.config, fill_from_base=True)
+    assert caught.value.missing == ("model.layers.1.mlp.experts.down_proj",)
