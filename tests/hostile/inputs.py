@@ -394,6 +394,36 @@ def optimizer_groups_of_the_same_parameters(at: Path) -> Command:
 
 
 @_input
+def flat_tensors_of_many_modules(at: Path) -> Command:
+    """FSDP1's, of 1,000 lengths, to be found among 2,000 modules."""
+    (at / "run").mkdir()
+    held = Member("archive/data/0", bytes(4 * 1000))
+    moments = b"".join(
+        number_of(n) + _dict(exp_avg=tensor(size=(1 + n,), numel=1000), step=b"K\1")
+        for n in range(1000)
+    )
+    params = _list(b"".join(map(number_of, range(1000))))
+    state = _dict(state=b"}(" + moments + b"u", param_groups=_list(_dict(params=params)))
+    for rank in range(2):
+        model = b""
+        for n in range(4000):
+            rows = 1 + (n // 2) % 977
+            shard = _record(
+                "torch.distributed._shard.sharded_tensor.shard.Shard",
+                tensor=tensor(size=(rows,), numel=1000),
+                metadata=_cut(rows * rank, rows),
+            )
+            cuts = _list(_cut(0, rows) + _cut(rows, rows))
+            whole = _sharded(cuts, _list(shard), 2 * rows)
+            mine = whole.replace(text("global_rank") + b"K\0", text("global_rank") + b"K%c" % rank)
+            model += text(f"l{n // 2}.{'ab'[n % 2]}") + mine
+        for name, body in (("model", b"}(" + model + b"u"), ("optim", state)):
+            path = at / "run" / f"{name}_world_size_2_rank_{rank}.pt"
+            path.write_bytes(torch_file(body, held))
+    return "inspect", at / "run", "--optimizer"
+
+
+@_input
 def optimizer_states_of_the_same_settings(at: Path) -> Command:
     """A dict of 50,000 numbers, in 10,000 groups."""
     command = _verl(at, b"}" + text("w") + tensor() + b"s")
