@@ -53,7 +53,8 @@ class OutputModel(Struct, frozen=True):
     report. With `assets` the base's other files are copied. `loaded_by` is the transformers version
     whose loaded model has the names; None: they are those of the files. Without an output head it
     `generates` nothing. `state` is the training state to write, under the model's names.
-    `translation` is what the checkpoint's own names went through before `name_map`.
+    `translation` is what the checkpoint's own names went through before `name_map`, and `trainer`
+    what they went through after it, where the names are torchtitan's.
     """
 
     model: Sequence[OutputTensor]
@@ -71,6 +72,7 @@ class OutputModel(Struct, frozen=True):
     generates: bool = True
     state: TrainingState | None = None
     translation: Translation | None = None
+    trainer: Translation | None = None
 
 
 def plain(catalog: Catalog, options: Options) -> OutputModel:

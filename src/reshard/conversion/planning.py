@@ -249,12 +249,6 @@ def carried_along(
     maps: list[Translation] = []
     if base is None:
         output = replace(output, model=[replace(t, aliases=t.source.aliases) for t in output.model])
-        output = training.with_ties(
-            output,
-            state,
-            lambda one, other: equal(one, other, sources),
-            lambda entry: first_bytes(entry, sources),
-        )
     else:
         if output.translation is not None:
             maps.append(output.translation)
@@ -269,6 +263,13 @@ def carried_along(
             maps.append(translation(loaded))
     to = output_format(options.to)
     carried = training.carried(state, output, maps)
+    if base is None:
+        output = training.with_ties(
+            output,
+            carried,
+            lambda one, other: equal(one, other, sources),
+            lambda entry: first_bytes(entry, sources),
+        )
     if completed:
         carried = formats.as_written(to, carried, options.layout)
     if to.full_precision:

@@ -15,7 +15,7 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import PlanError, listed
 from reshard.formats.info import output_format
-from reshard.naming import apply, megatron_into, meta, titan_into
+from reshard.naming import Translation, apply, megatron_into, meta, titan_into
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
 
@@ -76,7 +76,13 @@ def _of_titan(
             f"{listed(found.left_out, _LISTED)}."
         )
         said.append(Finding("layers-left-out", message))
-    return _with_names(output, model, "torchtitan's", said)
+    named = _with_names(output, model, "torchtitan's", said)
+
+    def make(table: Mapping[str, Entry]) -> dict[str, Entry]:
+        held = {name: entry for name, entry in table.items() if name in entries}
+        return dict(titan_into.into(held, config).entries)
+
+    return replace(named, trainer=Translation(found.sources, make))
 
 
 def _of_megatron(

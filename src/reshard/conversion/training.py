@@ -133,11 +133,18 @@ def carried(
             "on it. To merge the weights alone, pass --to hf without --optimizer.",
         )
     written = {tensor.spec.name: tensor.spec.shape for tensor in output.model}
+    before = set(written)
+    if output.trainer is not None:
+        before = {name for of in output.trainer.sources.values() for name in of}
     for at, names in enumerate(maps, start=1):
         if at == len(maps):  # without the tied names, under which nothing has a state of its own
-            kept = {name: of for name, of in names.sources.items() if name in written}
+            kept = {name: of for name, of in names.sources.items() if name in before}
             names = replace(names, sources=kept)
         state = _through(state, names)
+    if output.trainer is not None:
+        state = _through(state, output.trainer)
+        others = {tensor.spec.name: tensor.aliases for tensor in output.model if tensor.aliases}
+        state = replace(state, aliases={n: others[n] for n in state.names if n in others})
     for kind, table in state.moments.items():
         for name, entry in table.items():
             if written.get(name) != entry.spec.shape:
@@ -171,8 +178,8 @@ def _through(state: TrainingState, names: Translation) -> TrainingState:
         raise PlanError(
             f"the moments of {len(lost)} parameters cannot be carried to the names of the output: "
             f"{listed(sorted(lost), 4)}.",
-            hint="Leave out --base and the options that act on it: without it the names stay, and "
-            "the state travels with them.",
+            hint="Leave out --base and the options that act on names: without them the names stay, "
+            "and the state travels with them.",
         )
     moments = {
         kind: {name: entry for name, entry in names.make(table).items() if name in owners}
@@ -238,10 +245,12 @@ def with_ties(
             tied[tensor.spec.name] = equal.spec.name
     if not tied:
         return output
-    model = [
-        replace(t, aliases=(*t.aliases, *(a for a, name in tied.items() if name == t.spec.name)))
-        for t in model
-    ]
+    others: dict[str, tuple[str, ...]] = {}
+    for tensor in output.model:
+        if tensor.spec.name in tied:
+            owner = tied[tensor.spec.name]
+            others[owner] = (*others.get(owner, ()), tensor.spec.name, *tensor.aliases)
+    model = [replace(t, aliases=(*t.aliases, *others.get(t.spec.name, ()))) for t in model]
     matching = replace(output.matching, tied={**output.matching.tied, **tied})
     return replace(output, model=model, matching=matching)
 

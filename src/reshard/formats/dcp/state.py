@@ -98,8 +98,12 @@ class _Found(Struct):
 
 
 def _sorted(metadata: Metadata, root: StatePath) -> _Found:
-    """The keys below a root; `settings` by group (its number, or a name where it is flattened)."""
+    """The keys below a root; `settings` by group (its number, or a name where it is flattened).
+
+    Without what is there under a second name of a parameter, as reshard writes it.
+    """
     keys = _Found()
+    second = {metadata.paths[alias][-1] for alias in metadata.aliases}
     for key, path in metadata.paths.items():
         if path[: len(root)] != root:
             continue
@@ -112,6 +116,8 @@ def _sorted(metadata: Metadata, root: StatePath) -> _Found:
             what, name, kind = rest
         else:
             what, name, kind = "", "", ""
+        if name in second:
+            continue
         if what == "state" and kind == _STEP:
             keys.steps[name] = key
         elif what == "state" and kind and key in metadata.tensors:

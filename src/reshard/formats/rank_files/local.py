@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.containers import copies
 from reshard.containers.distributed import Local
@@ -91,13 +92,18 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
         records[name] = records_of(units[name])
     places = [_Places(state, units) for state in states]
     slices: dict[str, list[_Slice]] = {}
+    owners: dict[tuple[tuple[str, int, int], ...], str] = {}
     loose: list[str] = []
     for name, value in states[0].tensors.items():
         if is_flat(name):
             continue
         found = [s for place in places for s in place.slice(name)]
         empty = isinstance(value, TensorRef) and value.shape == (0,)
-        if found or (empty and all(_shape(state, name) == (0,) for state in states)):
+        place = tuple(sorted((s.unit, s.start, s.numel) for s in found))
+        owner = owners.setdefault(place, name) if found else name
+        if owner != name:  # tied: the same slices by another name
+            entries[owner] = replace(entries[owner], aliases=(*entries[owner].aliases, name))
+        elif found or (empty and all(_shape(state, name) == (0,) for state in states)):
             entries[name], slices[name] = _parameter(name, value, found), found
         else:
             loose.append(name)
