@@ -114,10 +114,10 @@ def inspect(
         from reshard.storage.texts import write_text
 
         write_text(html, contents_page(inspection))
-    found = inspection.to_json(tensors=tensors)
+    shown = inspection.to_json(tensors=tensors)
     fits = inspection.fitting is None or inspection.fitting.fits
     if as_json:
-        output.print_json(output.with_requests(found))
+        output.print_json(output.with_requests(shown))
         return 0 if fits else 1
     output.print_table(inspection.rows(), colours={"fits": "green" if fits else "red"})
     if inspection.fitting is not None and not fits:
@@ -125,7 +125,7 @@ def inspect(
     output.print_findings(inspection.findings)
     output.print_requests()
     if tensors:
-        _print_tensors(found["tensors"])
+        _print_tensors(shown["tensors"])
     if html is not None:
         output.print_result(f"page       {html}")
     if fits and sys.stdout.isatty():

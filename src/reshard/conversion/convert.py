@@ -220,14 +220,14 @@ def _manifest(
     )
 
 
-def _completed(found: Finding, job: Job, given: Mapping[str, object]) -> Finding:
+def _completed(finding: Finding, job: Job, given: Mapping[str, object]) -> Finding:
     """A finding that no base was given, with the command that makes the output complete."""
-    if found.code != "no-base":
-        return found
+    if finding.code != "no-base":
+        return finding
     again = {name: value for name, value in given.items() if name not in _ONCE}
     command = ["reshard", "convert", *words(again), "--base", "MODEL"]
     command += [] if given["dry_run"] else ["--overwrite"]
-    return replace(found, fix=f"To complete it: {shlex.join(command)}")
+    return replace(finding, fix=f"To complete it: {shlex.join(command)}")
 
 
 def _tag(job: Job) -> str | None:

@@ -185,24 +185,24 @@ def read(folder: Path, sources: Sources) -> Manifest:
 def parsed(text: bytes, path: Path) -> Manifest:
     """What the text of a `reshard.json` states; `path` is its place. Raises `FormatError`."""
     try:
-        found = _parse(text, str(path))
+        manifest = _parse(text, str(path))
     except FormatError as error:
         raise FormatError(
             f"it is damaged: {error.message}", path=path, hint="Convert the checkpoint again."
         ) from None
-    if found.version > VERSION:
+    if manifest.version > VERSION:
         raise UnsupportedError(
-            f"it is of version {found.version}; this reshard knows versions up to {VERSION}.",
+            f"it is of version {manifest.version}; this reshard knows versions up to {VERSION}.",
             path=path,
             hint="Use the reshard that wrote it, or a later one.",
         )
-    if not found.tensors and not any(found.beside.values()):
+    if not manifest.tensors and not any(manifest.beside.values()):
         raise FormatError(
             "it is damaged: it lists no tensor, so it proves nothing.",
             path=path,
             hint="Convert the checkpoint again.",
         )
-    return found
+    return manifest
 
 
 def _parse(text: bytes, path: str) -> Manifest:

@@ -51,7 +51,7 @@ class _Part(Struct, frozen=True):
 
 
 def read(
-    found: Sequence[OptimizerDict],
+    optimizers: Sequence[OptimizerDict],
     states: Sequence[State],
     model: Sequence[State],
     saved: Saved,
@@ -66,7 +66,7 @@ def read(
     if places is None:
         return None
     parts = [
-        _Part(one, state, places[state.rank]) for one, state in zip(found, states, strict=True)
+        _Part(one, state, places[state.rank]) for one, state in zip(optimizers, states, strict=True)
     ]
     shapes = {
         name: value.shape

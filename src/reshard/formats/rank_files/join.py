@@ -103,7 +103,7 @@ def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]
     Raises `FormatError` where ranks contradict each other.
     """
     first = states[0].tensors[name]
-    found: dict[Box, Held] = {}
+    parts: dict[Box, Held] = {}
     for state in states:
         value = state.tensors[name]
         if _described(value) != _described(first):
@@ -115,7 +115,7 @@ def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]
                 hint=_ONE_SAVE,
             )
         for held in _parts(state, value):
-            other = found.setdefault(held.box, held)
+            other = parts.setdefault(held.box, held)
             if other is not held and not _same(held, other, sources):
                 raise FormatError(
                     f"it must equal the copy in {other.state.path.name}, at {held.box.offsets}, "
@@ -124,7 +124,7 @@ def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]
                     tensor=name,
                     hint=_ONE_SAVE,
                 )
-    return [held for box, held in found.items() if box.numel or not box.shape]
+    return [held for box, held in parts.items() if box.numel or not box.shape]
 
 
 def _parts(state: State, value: TensorRef | Local) -> list[Held]:
@@ -151,16 +151,16 @@ def _brief(layout: tuple[object, ...]) -> str:
     return text if len(text) < 120 else f"{text[:120]}..."
 
 
-def records_of(held: Sequence[Held]) -> list[Record]:
+def records_of(parts: Sequence[Held]) -> list[Record]:
     """The checksums of these parts' storages, of the files that state them."""
-    found = (each.state.record(each.tensor.extent) for each in held)
+    found = (each.state.record(each.tensor.extent) for each in parts)
     return [record for record in found if record is not None]
 
 
 def entry_of(
     name: str,
     first: TensorRef | Local,
-    held: Sequence[Held],
+    parts: Sequence[Held],
     saved: Saved,
     missing: Missing = NOTHING_MISSING,
 ) -> Entry:
@@ -170,7 +170,7 @@ def entry_of(
     Raises `IncompleteError`, `FormatError`.
     """
     spec = TensorSpec(name, first.dtype, first.shape)
-    fragments = tuple(each.tensor.fragment(each.box) for each in held) if spec.numel else ()
+    fragments = tuple(each.tensor.fragment(each.box) for each in parts) if spec.numel else ()
     try:
         with at(saved.folder):
             return proven(spec, fragments, "parameter" if spec.dtype.floating else "buffer")

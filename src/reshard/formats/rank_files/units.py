@@ -38,7 +38,7 @@ def units_in_order(
     numels = list(model.values())
     rooted = _choices(sizes[1:], parts, names, numels)
     whole = _choices(sizes, parts, names, numels)
-    found: list[list[list[str]]] = []
+    units: list[list[list[str]]] = []
     for spans, first in ((rooted, sizes[:1]), (whole, ())):
         if spans is None:
             return None
@@ -51,8 +51,8 @@ def units_in_order(
             if bool(rest) == bool(first) and (not first or _fits(left, first[0], parts)):
                 root = [[names[at] for at in rest]] if first else []
                 way = [*root, *(names[start:stop] for start, stop in choice)]
-                found += [way] if way not in found else []
-    return found[0] if len(found) == 1 else None
+                units += [way] if way not in units else []
+    return units[0] if len(units) == 1 else None
 
 
 def _fits(numel: int, size: int, parts: int) -> bool:
