@@ -166,11 +166,11 @@ def test_of_many_names_few_readings_are_judged(monkeypatch: pytest.MonkeyPatch) 
         return verdicts(*given)
 
     monkeypatch.setattr(Judge, "verdicts", counted)
-    source = dict.fromkeys(experts(6_000, "specialists"), (4,))
-    base = dict.fromkeys(experts(6_000), (4,))
+    source = dict.fromkeys(experts(3_000, "specialists"), (4,))
+    base = dict.fromkeys(experts(3_000), (4,))
     for near in ({}, {NORM: (2,)}):
         judged = 0
-        with pytest.raises(NamesError, match=f"{len(near)} of {6_000 + len(near)} tensors"):
+        with pytest.raises(NamesError, match=f"{len(near)} of {3_000 + len(near)} tensors"):
             run(source | near, base | near)
         assert judged <= 8
 

@@ -289,7 +289,7 @@ class Assembly:
         with self._counting:
             self._digests.put(*piece.name, piece.leaf, digest)
 
-    def segment_made(self, segment: Segment, made: SegmentResult) -> None:
+    def segment_made(self, segment: Segment, result: SegmentResult) -> None:
         """Note that a segment is written, and its result.
 
         Where bytes are taken in order, the next segment of the same piece may wait for this one:
@@ -297,14 +297,14 @@ class Assembly:
         """
         tensor = segment.tensor
         with self._counting:
-            if made.changed and not tensor.changed:
+            if result.changed and not tensor.changed:
                 tensor.changed = True
                 self._changed += 1
-            if made.special:
+            if result.special:
                 key = (tensor.file.output.table, tensor.slot.spec.name)
-                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
+                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + result.special
             if tensor.slot.crcs:
-                tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
+                tensor.crcs[segment.runs[0].start] = result.crc, result.nbytes
             tensor.pending -= 1
             if tensor.complete and not tensor.pending:
                 self._put_crc(tensor)
