@@ -26,6 +26,7 @@ from reshard.conversion.report import Moments, Report
 from reshard.conversion.state_values import alike, check_values
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, TorchDType, documented
+from reshard.core.plan import Plan
 from reshard.core.state import STATE_TABLE
 from reshard.errors import VerificationError, WriteError, listed
 from reshard.naming.rewards import ModelType, Pooling
@@ -140,6 +141,7 @@ def convert(
             tag, threads = _tag(job), writing.threads
             drafts.append(_report(job, given, 0, replaced, tag, outcome, threads=threads))
             files = manifest.listed(job.plan, sources, copied)
+            job = replace(job, plan=Plan(()))  # a quarter of what is held
             return _manifest(job, outcome.digests, files)
 
         outcome = carry_out(

@@ -62,9 +62,10 @@ def carry_out(
     ):
         outcome = executor.run(plan, sources, folder)
         resumed = _resumed(folder, outcome, plan)
-        stated = render(outcome, _put_beside(plan, sources, folder))
-        outcome = replace(outcome, digests={})
+        copied = _put_beside(plan, sources, folder)
         del plan
+        stated = render(outcome, copied)
+        outcome = replace(outcome, digests={})
         folder.settle()  # reshard.json is the last to get its name
         folder.write(MANIFEST, stated)
         folder.settle()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -151,14 +152,14 @@ def render(
         whole = json.dumps(msgspec.to_builtins(content), ensure_ascii=False)
         text = _SURROGATE.sub(lambda half: f"\\\\u{ord(half[0]):04x}", whole).encode()
     tables = [table for table in (tensors, state) if table]
-    rendered = bytearray()
+    rendered = BytesIO()  # unlike a bytearray, it gives its bytes away without a copy
     for part in (msgspec.json.format(text, indent=1) + b"\n").split(_HELD_LINES):
-        rendered += part
+        rendered.write(part)
         if tables:
-            rendered += b" {\n"
+            rendered.write(b" {\n")
             _put_lines(rendered, tables.pop(0))
-            rendered += b"\n }"
-    return bytes(rendered)
+            rendered.write(b"\n }")
+    return rendered.getvalue()
 
 
 # Stands in the text for a table of tensors; no other value is spelt so.
@@ -166,14 +167,15 @@ _HELD: Mapping[str, Stated] = {"\0": Stated("", (), "")}
 _HELD_LINES = msgspec.json.format(msgspec.json.encode({"": _HELD}), indent=1)[6:-2]
 
 
-def _put_lines(text: bytearray, table: Mapping[str, Stated]) -> None:
+def _put_lines(text: BytesIO, table: Mapping[str, Stated]) -> None:
     """Append the lines of a table's tensors, some at a time: as one value they take 400 bytes a
     tensor, and the text of a whole table is held twice."""
     names = iter(table)
     separator = b""
     while chunk := list(islice(names, _LINES)):
         lines = msgspec.json.encode({"": {name: table[name] for name in chunk}})
-        text += separator + msgspec.json.format(lines, indent=1)[9:-5]
+        text.write(separator)
+        text.write(msgspec.json.format(lines, indent=1)[9:-5])
         separator = b",\n"
 
 
