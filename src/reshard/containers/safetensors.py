@@ -10,7 +10,8 @@ refused: more than `tensors.MAX_DIMS` dimensions, and names that are not Unicode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +20,7 @@ from msgspec import Struct
 
 from reshard.containers.torch.sniff import HEAD_NBYTES, not_wanted
 from reshard.core import dtypes
-from reshard.core.tensors import MAX_NUMEL, Extent, Shape, TensorSpec, is_shape
+from reshard.core.tensors import MAX_NUMEL, Extent, FileRef, Shape, TensorSpec, is_shape
 from reshard.errors import (
     FormatError,
     IncompleteError,
@@ -43,7 +44,7 @@ class SafetensorsFile(Struct, frozen=True):
     """A header: the tensors in the order it lists them, each with the bytes that hold it."""
 
     metadata: Mapping[str, str]
-    tensors: Mapping[str, tuple[TensorSpec, Extent]]
+    tensors: _Tensors
 
 
 class _Stated(Struct, gc=False):
@@ -73,7 +74,7 @@ def read(source: Source, start: int = 0) -> SafetensorsFile:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("its __metadata__ is not a table of strings.", path=path)
     specs: dict[str, TensorSpec] = {}
-    offsets: dict[str, tuple[int, int]] = {}
+    begins, ends = array("Q"), array("Q")
     shapes: dict[Shape, Shape] = {}
     for name in list(table):
         raw = table.pop(name)  # its memory serves the next: a header may list 200,000 tensors
@@ -83,21 +84,20 @@ def read(source: Source, start: int = 0) -> SafetensorsFile:
         shape = shapes.setdefault(spec.shape, spec.shape)  # layers repeat: one for all
         specs[name] = spec if shape is spec.shape else TensorSpec(name, spec.dtype, shape)
         begin, end = raw["data_offsets"]
-        offsets[name] = begin, end
-    places: dict[str, tuple[TensorSpec, Extent]] = {}
+        begins.append(begin)
+        ends.append(end)
+    names = [*specs]
     expected = 0
-    for name in sorted(specs, key=lambda name: offsets[name]):
-        begin, end = offsets[name]
-        nbytes = specs[name].nbytes
-        if begin != expected or end - begin != nbytes:
+    for place in sorted(range(len(names)), key=lambda place: (begins[place], ends[place])):
+        begin, end, spec = begins[place], ends[place], specs[names[place]]
+        if begin != expected or end - begin != spec.nbytes:
             raise FormatError(
                 f"its data_offsets are {begin} to {end}, but must be {expected} to "
-                f"{expected + nbytes}.",
+                f"{expected + spec.nbytes}.",
                 path=path,
-                tensor=name,
+                tensor=spec.name,
             )
         expected = end
-        places[name] = specs[name], Extent(source.ref, data + begin, nbytes)
     if data + expected != source.size:
         problem = IncompleteError if source.size < data + expected else FormatError
         raise problem(
@@ -105,7 +105,38 @@ def read(source: Source, start: int = 0) -> SafetensorsFile:
             path=path,
             hint="Copy or download the file again.",
         )
-    return SafetensorsFile(metadata, {name: places[name] for name in specs})
+    return SafetensorsFile(metadata, _Tensors(specs, source.ref, data, begins))
+
+
+class _Tensors(Mapping[str, tuple[TensorSpec, Extent]]):
+    """The tensors of a header; where each lies is a number of 8 bytes until somebody asks."""
+
+    def __init__(
+        self, specs: Mapping[str, TensorSpec], file: FileRef, data: int, begins: array[int]
+    ) -> None:
+        self._specs = specs
+        self._file = file
+        self._data = data
+        self._begins = begins
+        self._places: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> tuple[TensorSpec, Extent]:
+        if not self._places:
+            self._places = {each: place for place, each in enumerate(self._specs)}
+        return self._one(self._specs[name], self._begins[self._places[name]])
+
+    def _one(self, spec: TensorSpec, begin: int) -> tuple[TensorSpec, Extent]:
+        return spec, Extent(self._file, self._data + begin, spec.nbytes)
+
+    def each(self) -> Iterator[tuple[TensorSpec, Extent]]:
+        """All of them, in order."""
+        return map(self._one, self._specs.values(), self._begins)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
 
 
 def _header(source: Source, start: int) -> tuple[int, bytes]:
