@@ -30,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.heavy
 def test_the_pieces_are_described_and_tile_each_tensor(folder: Path) -> None:
     found = reshard.inspect(folder)
     shapes = {name: shape for name, shape, _, _ in giants.tensors(SIZE)}
@@ -83,5 +84,6 @@ def test_one_rank_of_many_that_differs_is_refused(folder: Path, tmp_path: Path, 
         reshard.inspect(tag.parent)
 
 
+@pytest.mark.heavy
 def test_one_shard_of_it_converts(folder: Path, tmp_path: Path) -> None:
     check_one_shard(folder, tmp_path / "out")

@@ -23,6 +23,7 @@ def test_every_tensor_is_the_one_that_megatron_held(name: str, tmp_path: Path) -
     assert reshard.inspect(checkpoint(name), base=model).fitting.fits  # type: ignore[union-attr]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_output_is_verified_against_the_checkpoint(name: str, tmp_path: Path) -> None:
     model = base(name, tmp_path / "base")

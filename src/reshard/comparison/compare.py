@@ -11,9 +11,9 @@ from reshard.comparison import states
 from reshard.comparison.declared import DIFF, VERIFY
 from reshard.comparison.pairing import (
     Pairing,
-    given_options,
     onto_one,
     pair,
+    stated_of,
     tells_names,
 )
 from reshard.comparison.result import Compared, Comparison
@@ -136,7 +136,8 @@ def verify(
                 )
         return verify_folder(place, threads=threads, progress=progress)
     with Sources() as sources:
-        given = given_options(place, sources)
+        stated = stated_of(place, sources)
+        given = {} if stated is None else stated.options
         masters = given.get("masters") is True
         selection = formats.Selection(
             values["tag"], values["prefix"], True, values["role"], masters
@@ -146,14 +147,14 @@ def verify(
             source = with_masters(source, state)
         written = formats.read(place, sources, formats.Selection())
         source, written = compared_as_numbers(source, written, sources)
-        pairing = pair(source, written, sources, base=values["base"])
+        pairing = pair(source, written, sources, base=values["base"], stated=stated)
         if pairing.by_name:
             _check_names(pairing, place)
         said = []
         pairs = pairing.pairs
-        stated = pairing.options
-        if stated is not None and stated.optimizer:
-            held = states.of_output(source, written, stated, sources, pairing.planned)
+        options = pairing.options
+        if options is not None and options.optimizer:
+            held = states.of_output(source, written, options, sources, pairing.planned)
             pairs = [*pairs, *states.pairs(*held)]
             said = [one for one in states.settings(*held, completed=True) if one.kind != "equal"]
         found = compare(pairs, sources, progress)
@@ -178,7 +179,8 @@ def verify(
 
 
 def _exchanged(folder: Path, against: Path) -> tuple[Finding, ...]:
-    """That a checkpoint was verified against what was made of it, and not the other way round.
+    """The finding that a checkpoint was verified against what was made of it, and not the other way
+    round.
 
     Then tensors are compared as if the checkpoint had been converted from its own output: what
     `reshard.json` states of a conversion, and the optimizer's state, are not.

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from glob import escape
 from pathlib import Path
-from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -24,7 +23,7 @@ from reshard.conversion import manifest, output_model
 from reshard.conversion.base_model import Base, holds_config, read_base
 from reshard.conversion.dtypes import OutputTensor
 from reshard.conversion.manifest import Manifest
-from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
+from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated, unwritten
 from reshard.conversion.output_model import OutputModel
 from reshard.conversion.planning import plan_output
 from reshard.conversion.side_files import LIGHTRFT
@@ -92,14 +91,23 @@ def tells_names(catalog: Catalog) -> bool:
     return is_file(catalog.origin.root / MANIFEST) or holds_config(catalog)
 
 
-def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None = None) -> Pairing:
+def pair(
+    first: Catalog,
+    second: Catalog,
+    sources: Sources,
+    *,
+    base: Path | None = None,
+    stated: Manifest | None = None,
+) -> Pairing:
     """Pair the tensors of two checkpoints, of which the second may be the first, converted.
+
+    `stated` is what the second's `reshard.json` states, where it was read before.
 
     Raises `NamesError` where names of the first have no place or several, `PlanError` where only
     a base could tell.
     """
     folder = second.origin.root
-    stated = _stated(second, sources)
+    stated = stated or stated_of(folder, sources)
     held = _tables(second, stated, sources)
     options, recorded = _recorded(first, folder, stated, held)
     found: Pairing | None = None
@@ -126,11 +134,10 @@ def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -
     Raises `NamesError` where names of one have no place or several.
     """
     model = read_base(base, sources)
-    nothing = formats.Selection()
     sides = []
     for catalog in (first, second):
         root = catalog.origin.root
-        options = Options(root, root, root, "hf", nothing, "keep", 1, names="disk")
+        options = unwritten(root, root)
         made = plan_output(catalog, model, options, sources)
         sides.append((_planned(made), Pairing([], *_left(catalog, made, options))))
     (mine, left), (theirs, right) = sides
@@ -138,8 +145,12 @@ def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -
     return Pairing(_pairs(mine, theirs), (*left.left, *right.left), (*left.omitted, *right.omitted))
 
 
-def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
-    folder = catalog.origin.root
+def stated_of(folder: Path, sources: Sources) -> Manifest | None:
+    """What the `reshard.json` of a folder, or of the output that the folder is a part of, states;
+    None where there is none.
+
+    Raises `VerificationError` where the output does not hold what its `reshard.json` lists.
+    """
     if not is_file(folder / MANIFEST):
         return _stated_above(folder, sources)
     stated = manifest.read(folder, sources)
@@ -156,11 +167,6 @@ def _stated_above(folder: Path, sources: Sources) -> Manifest | None:
     check_run(folder.parent, stated)
     inside = any(name.startswith(f"{folder.name}/") for name in stated.files)
     return stated if inside else None
-
-
-def given_options(folder: Path, sources: Sources) -> Mapping[str, Any]:
-    """The options that a folder was converted with; none where no `reshard.json` states them."""
-    return manifest.read(folder, sources).options if is_file(folder / MANIFEST) else {}
 
 
 def _tables(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Tables:
@@ -190,8 +196,7 @@ def _recorded(
 
     Dtypes are the second side's.
     """
-    nothing = formats.Selection()
-    options = Options(first.origin.root, folder, folder, "hf", nothing, "keep", 1)
+    options = replace(unwritten(first.origin.root, folder), names=None)
     if stated is None:
         srm_format: SrmFormat = "both" if LIGHTRFT in held else "split"
         return replace(options, rewards=RewardChoice(srm_format=srm_format)), Matching()
@@ -259,7 +264,7 @@ def _by_name(
 ) -> Pairing:
     """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
     store is compared with the tensor that it is recorded to be."""
-    mine = _tables(first, _stated(first, sources), sources)
+    mine = _tables(first, stated_of(first.origin.root, sources), sources)
     if (options.names == "memory" or trainer(options)) and named(first.format).holds_config:
         placed = plan_output(first, None, options, sources)
         return Pairing(_pairs(_planned(placed), held), by_name=True)

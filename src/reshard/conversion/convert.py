@@ -34,7 +34,7 @@ from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import file_size
 from reshard.transfer import memory
 from reshard.transfer.assembly import Outcome
-from reshard.transfer.commit import lacking_space
+from reshard.transfer.targets import target_at
 
 # Options of a run that a later command does not repeat.
 _ONCE = ("overwrite", "resume", "dry_run")
@@ -116,7 +116,7 @@ def convert(
         inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))
         check_apart(options.target, "source", inputs)
         copied = sum(file_size(asset.path) for asset in job.plan.assets)
-        lacking = lacking_space(options.target, job.plan.bytes_to_write + copied)
+        lacking = target_at(options.target).lacking_space(job.plan.bytes_to_write + copied)
         if running.dry_run:
             job = job if lacking is None else _without_room(job, lacking)
             check_strict(job.plan.findings, options, running.strict)

@@ -16,7 +16,7 @@ from reshard.conversion.verification import verify_folder
 from reshard.conversion.writing import Writing
 from reshard.core.findings import Finding
 from reshard.core.fragments import regions
-from reshard.core.locations import MANIFEST, RemotePath
+from reshard.core.locations import MANIFEST
 from reshard.core.plan import Plan
 from reshard.core.sizes import size
 from reshard.core.tensors import Extent, Fragment, Fragments, Record
@@ -28,6 +28,7 @@ from reshard.transfer.cluster.connection import connected
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
 from reshard.transfer.output import Output, copy
+from reshard.transfer.targets import target_at
 
 if TYPE_CHECKING:
     from reshard.transfer.remote import RemoteFolder
@@ -103,23 +104,10 @@ def _output(
     plan: Plan, sources: Sources, target: Path, writing: Writing
 ) -> OutputFolder | RemoteFolder:
     """The output of a plan, to be entered: in a folder of this machine, or of a store."""
-    digest = plan_digest(plan)
-    if not isinstance(target, RemotePath):
-        return OutputFolder(
-            target,
-            digest,
-            overwrite=writing.overwrite,
-            resume=writing.resume,
-            sources=_fingerprints(plan, sources),
-        )
-    from reshard.transfer.remote import RemoteFolder
-
     names = [file.name for file in plan.files] + [asset.name for asset in plan.assets]
-    names += [name for name, _ in plan.texts]
-    return RemoteFolder(
-        target,
-        digest,
-        names,
+    return target_at(target).output(
+        plan_digest(plan),
+        names + [name for name, _ in plan.texts],
         overwrite=writing.overwrite,
         resume=writing.resume,
         sources=_fingerprints(plan, sources),

@@ -41,8 +41,8 @@ from reshard.naming import Translation, memory_outputs, translation
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists
 from reshard.transfer.checksums import without_checksum
-from reshard.transfer.commit import check_space
 from reshard.transfer.reading import equal, first_bytes
+from reshard.transfer.targets import check_space
 
 
 class Job(Struct, frozen=True):

@@ -105,7 +105,8 @@ def itself(catalog: Catalog, found: Numbers, sources: Sources) -> Base | None:
 
 
 def dequantised(found: Numbers, base: Base | None) -> tuple[Finding, ...]:
-    """That weights are written as numbers which are codes in the checkpoint or in the base."""
+    """The finding that weights are written as numbers which are codes in the checkpoint or in
+    the base."""
     findings = [found.finding("the checkpoint's")] if found.kinds else []
     quantised = None if base is None else base.quantised
     if quantised is not None and quantised.kinds:

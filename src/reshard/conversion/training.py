@@ -85,7 +85,8 @@ def _left_out(state: TrainingState) -> tuple[Finding, ...]:
 
 
 def _never_updated(state: TrainingState) -> tuple[Finding, ...]:
-    """That groups cover parameters without moments; of an optimizer before its first step all."""
+    """The finding that groups cover parameters without moments; of an optimizer before its first
+    step all."""
     held = state.held
     never = [name for group in state.groups for name in group.names if name not in held]
     if not never or not held:
@@ -269,7 +270,7 @@ def in_full_precision(state: TrainingState, made: OutputModel) -> OutputModel:
 
 
 def rounded(state: TrainingState, made: OutputModel) -> tuple[Finding, ...]:
-    """That the weights are written in fewer bits than the optimizer's masters have."""
+    """The finding that the weights are written in fewer bits than the optimizer's masters have."""
     trained = set(state.names)
     names = [
         tensor.spec.name

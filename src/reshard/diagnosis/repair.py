@@ -31,7 +31,7 @@ from reshard.naming.schema import says_tied
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
-from reshard.transfer.commit import check_space
+from reshard.transfer.targets import check_space
 
 # As `save_pretrained` of transformers 4 has it.
 _MAX_SHARD_SIZE = "5GB"

@@ -15,7 +15,7 @@ from reshard.evaluate.folder import Folder
 from reshard.evaluate.loading import Gaps, Loaded
 from reshard.evaluate.report import Json
 from reshard.storage.paths import is_file, listing
-from reshard.transfer.passes import Facts
+from reshard.transfer.passes import Facts, by_value
 
 # Names in a finding's evidence; a broken export can have thousands.
 _SHOWN = 10
@@ -25,55 +25,40 @@ _PADDING_ROWS = 1024
 
 def check_weights(tensors: Iterable[Facts]) -> list[Finding]:
     """Findings about the values of the weights."""
-    broken: list[Facts] = []
-    empty: list[Facts] = []
-    zero: list[Facts] = []
-    constant: list[Facts] = []
-    plain: list[Facts] = []
-    for tensor in tensors:
-        if tensor.special:
-            broken.append(tensor)
-        elif not tensor.numel:
-            empty.append(tensor)
-        elif tensor.value is not None:
-            if not tensor.is_matrix:
-                plain.append(tensor)
-            else:
-                (constant if tensor.value else zero).append(tensor)
+    looks = by_value(tensors)
     return [
         *_about(
             "weights-not-finite",
             "{n} tensors hold NaN or infinity.",
-            broken,
+            looks.not_finite,
             {
                 t.name: {"nan": t.special.nan, "infinite": t.special.infinite}
-                for t in broken[:_SHOWN]
+                for t in looks.not_finite[:_SHOWN]
             },
         ),
         *_about(
             "zero3-placeholders",
             "{n} tensors have no elements, as placeholders left by ZeRO-3 have.",
-            empty,
-            {t.name: list(t.shape) for t in empty[:_SHOWN]},
+            looks.empty,
+            {t.name: list(t.shape) for t in looks.empty[:_SHOWN]},
         ),
         *_about(
             "weights-all-zero",
             "{n} matrices are zero throughout: they were never filled.",
-            zero,
-            {t.name: list(t.shape) for t in zero[:_SHOWN]},
+            looks.zero,
+            {t.name: list(t.shape) for t in looks.zero[:_SHOWN]},
         ),
         *_about(
             "weights-constant",
             "{n} matrices hold one value throughout.",
-            constant,
-            {t.name: t.value for t in constant[:_SHOWN]},
+            looks.constant,
+            {t.name: t.value for t in looks.constant[:_SHOWN]},
         ),
-        # Fresh biases are zero and fresh norms one: ordinary where training left them alone.
         *_about(
             "vectors-constant",
             "{n} vectors hold one value throughout, as before training.",
-            plain,
-            {t.name: t.value for t in plain[:_SHOWN]},
+            looks.vectors,
+            {t.name: t.value for t in looks.vectors[:_SHOWN]},
         ),
     ]
 

@@ -112,7 +112,7 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
 
 
 def _of_file(path: Path) -> tuple[Finding, ...]:
-    """That a file is one shard of several."""
+    """The finding that a file is one shard of several."""
     shard = _SHARD.fullmatch(path.name)
     if shard is None or int(shard[1]) < 2:
         return ()

@@ -328,7 +328,7 @@ def _refuse_part(path: Path, value: Mapping[object, object]) -> None:
 
 
 def _rounded(path: Path, content: TorchFile) -> list[Finding]:
-    """That a model file of DeepSpeed's ZeRO-1 or 2 holds rounded weights."""
+    """The finding that a model file of DeepSpeed's ZeRO-1 or 2 holds rounded weights."""
     value = content.value
     if not isinstance(value, dict) or _DEEPSPEED not in value or not value.get("param_shapes"):
         return []

@@ -72,7 +72,7 @@ def arrangements(
 
 
 def _renamed(name: str, found: frozenset[str], *, shared: bool) -> str:
-    """The name in the loaded model; of tensors outside the blocks it is as it is."""
+    """The name in the loaded model; tensors outside the blocks keep theirs."""
     block = next((block for block in found if name.startswith(f"{block}.")), None)
     if block is None:
         return name

@@ -20,8 +20,8 @@ from reshard.naming.search import unwrap
 from reshard.naming.ties import is_head
 
 _HEADED = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")
-#: What begins the names of models whose text part has a config of its own (`..._text`) and a
-#: backbone called after it.
+#: Beginnings of the names of models whose text part has a config of its own (`..._text`) and a
+#: backbone named after it.
 OF_TEXT = frozenset({
     "CohereCompass", "Dots3Note", "Gemma3", "Gemma3n", "Gemma4", "Gemma4Unified", "Inkling",
     "Inkling2", "Llama4", "MiniMaxM3VL", "Qwen3_5", "Qwen3_5Moe", "Qwen4Exp",

@@ -164,7 +164,7 @@ def _place(name: str) -> tuple[int, int, int, int]:
 
 
 def _named(catalog: Catalog, names: frozenset[str], schema: Schema) -> dict[str, Entry]:
-    """Flattened parameters in the shapes that the base, or a loaded model of it, has them in."""
+    """Flattened parameters, reshaped as in the base or in a loaded model of it."""
     if not names:
         return {}
     numels = {unwrap(name): catalog.entries[name].spec.numel for name in names}

@@ -91,7 +91,7 @@ FAULTS = (Verdict.MISSING, Verdict.UNEXPECTED, Verdict.MISMATCHED)
 class Judge:
     """Compares readings of the source with readings of the base.
 
-    `owners`: the source's names -> the names of the entries that they are of.
+    `owners`: the source's names -> the names of their entries.
     """
 
     def __init__(self, owners: Mapping[str, str], schema: Schema, options: FitOptions) -> None:
@@ -137,7 +137,7 @@ class Judge:
     def _partner(
         self, hub: str, piece: Piece, have: Mapping[str, Piece], want: Mapping[str, Piece]
     ) -> str | None:
-        """The tensor of the source that serves for one of the base that the source lacks."""
+        """The source's tensor that stands in for a tensor of the base which the source lacks."""
         partner = ties.tied_partner(hub, have)
         if partner is None or have[partner].name in self._options.untied:
             return None
@@ -188,7 +188,7 @@ def _shapes(hub: str, have: Shape, want: Shape, *names: Mapping[str, Piece]) -> 
 def _demand_one_vocabulary(
     verdicts: defaultdict[Verdict, list[str]], have: Mapping[str, Piece]
 ) -> None:
-    """Head and embedding must have as many rows as each other, or neither is a resized one."""
+    """Head and embedding must have the same number of rows, or neither counts as resized."""
     resized = verdicts[Verdict.RESIZED]
     if not resized:
         return

@@ -8,8 +8,8 @@ The rules here give only the names and shapes of a model in Megatron-Core. What 
 of is the inverse of the other direction (`megatron.arrangements`), so the two cannot disagree.
 Layers are stacked where all are alike, as Megatron-Core asks for them; those of DeepSeek, whose
 first ones are dense, and of other mixtures are tensors of their own. Vocabularies are not padded:
-Megatron-Core takes a vocabulary of fewer rows than its own. Norms go by both names that they have
-there, within TransformerEngine's fused modules and by themselves.
+Megatron-Core takes a vocabulary of fewer rows than its own. Norms get both of their names, the one
+within TransformerEngine's fused modules and their own.
 """
 
 from __future__ import annotations

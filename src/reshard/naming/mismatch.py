@@ -123,7 +123,7 @@ def _diagnosis(
 def _lists(
     first: str, missing: Sequence[str], unexpected: Sequence[str], clashes: Sequence[str]
 ) -> str:
-    """All that does not fit, the nearest name beside each."""
+    """Everything that does not fit, each name with the nearest one beside it."""
     paragraphs = [first]
     for title, names, others in (
         ("of the base are not in the checkpoint", missing, unexpected),

@@ -61,9 +61,9 @@ class Structure(Struct, frozen=True):
     """What names and shapes lack and have beyond an architecture. Names are the hub's.
 
     absent: tensors that every such model has. strange: tensors that no class of it has; `heads` are
-    those that are called as heads are. other: tensor -> its shape, and that of the architecture.
-    parts: prefixes of whole parts that are not there. layers: where their number is another.
-    bare: whether the names are those of the backbone alone, without the prefix that the class has.
+    those with a head's name. other: tensor -> its shape, and that of the architecture. parts:
+    prefixes of whole parts that are not there. layers: where their number is another. bare: whether
+    the names are those of the backbone alone, without the prefix that the class has.
     """
 
     absent: tuple[str, ...] = ()
@@ -310,7 +310,7 @@ def _by_layer(
 
 
 def _chosen(block: Block | tuple[Block, ...], held: Mapping[str, Shape]) -> tuple[Row, ...]:
-    """A block's rows; of several blocks, those of the one that most of the names are of."""
+    """A block's rows; of several blocks, the one that most of the names fit."""
     if isinstance(block, str):
         return rows_of(block)
     plain = {".".join("*" if p.isdecimal() else p for p in name.split(".")) for name in held}

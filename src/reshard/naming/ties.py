@@ -76,7 +76,8 @@ HEAD_OF = {
 _HEAD = "lm_head.weight"
 _AMBIGUOUS = "model.decoder.embed_tokens.weight"
 
-#: The same for heads with more than a weight, a bias or a layer before it: who has these has it.
+#: The same for heads with more than a weight, a bias or a layer before it: a model with these has
+#: the head.
 PREDICTIONS: tuple[Pair, ...] = (
     ("lm_head.weight", "funnel.embeddings.word_embeddings.weight"),
     ("generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),

@@ -1,8 +1,7 @@
-"""The output on its way: its pieces, in output order, and what is known of those that were made.
+"""The output while it is written: its pieces, in output order, and the results of those made.
 
-Whoever makes the pieces (threads of this process, workers of a cluster) takes them here and says
-what making each showed. Digests and CRC-32s are put together from that, and a file is sealed once
-its last piece is made.
+The makers (threads of this process, workers of a cluster) take pieces here and report the result of
+each. The assembly combines their digests and CRC-32s, and seals a file once its last piece is made.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Outcome(Struct, frozen=True):
 
 
 class _Digest(Struct):
-    """A tensor's digest on its way: those of its leaves. Most tensors have one leaf."""
+    """A tensor's digest while its leaves are hashed. Most tensors have one leaf."""
 
     first: bytes = b""
     others: dict[int, bytes] | None = None
@@ -77,8 +76,8 @@ class _Digest(Struct):
 
 
 class File(Struct):
-    """An output file on its way, with `pending` segments to come. `late` is written before it is
-    sealed: (offset, CRC-32).
+    """An output file while it is written; `pending` segments are still to come. `late` is written
+    before it is sealed: (offset, CRC-32).
 
     Of a lent file `path` is where it lies meanwhile; its `fd` is -1, and that of a sent one.
     """
@@ -98,7 +97,7 @@ class File(Struct):
 
 
 class Tensor(Struct):
-    """A slot on its way; `changed` once it differs from its reference.
+    """A slot while it is written; `changed` once it differs from its reference.
 
     `crcs` are the CRC-32 and size of the segments that are written, by their first element;
     `pending` segments are not, and more may come until `complete`.
@@ -149,7 +148,7 @@ class Noted(Struct, frozen=True):
 
 
 class Assembly:
-    """A plan's output on its way into a folder. Take `pieces` from one thread at a time.
+    """A plan's output while it is written into a folder. Take `pieces` from one thread at a time.
 
     `back` is told what can be read again. With `lent`, a file is closed once its literals are
     written, so that others can write into it, and opened again when all of them are done. With
@@ -219,7 +218,7 @@ class Assembly:
         return Noted(found.digest, read)
 
     def differs(self, piece: Piece) -> None:
-        """That the bytes of a piece are not those that were noted, so that it is made again."""
+        """Note that a piece's bytes are not those that the journal notes: it is made again."""
         with self._counting:
             self._damaged += 1
 
@@ -230,9 +229,8 @@ class Assembly:
         results: Sequence[SegmentResult],
         read: Sequence[PassedRun] | None,
     ) -> None:
-        """That a piece is written, what making its segments showed, and what was read of records.
-
-        It is noted in the journal, unless the latter is not known, or was of compressed frames.
+        """Note that a piece is written, the results of its segments, and what was read of records.
+        The journal gets a line, unless what was read is not known or came from compressed frames.
         """
         if self._back is not None and (stretch := self._stretch(piece)) is not None:
             self._back.note(piece.segments[0].tensor.file.fd, stretch)
@@ -250,14 +248,14 @@ class Assembly:
             own.note(line, piece.nbytes)
 
     def reused(self, piece: Piece, digest: bytes, results: Sequence[SegmentResult]) -> None:
-        """That a piece stands in the output as an interrupted run noted it."""
+        """Note that a piece is in the output as an interrupted run noted it."""
         if self._back is not None and (stretch := self._stretch(piece)) is not None:
             self._back.known(stretch, digest)
         self.count_reused(piece.nbytes)
         self._done(piece, digest, results)
 
     def count_reused(self, nbytes: int) -> None:
-        """That so many bytes stood in the output as they were noted."""
+        """Count bytes that were in the output as the journal notes them."""
         with self._counting:
             self._reused += nbytes
 
@@ -272,7 +270,7 @@ class Assembly:
             piece.digest.put(piece.leaf, digest)
 
     def segment_made(self, segment: Segment, made: SegmentResult) -> None:
-        """That a segment is written, and what making it showed.
+        """Note that a segment is written, and its result.
 
         Where bytes are taken in order, the next segment of the same piece may wait for this one:
         for the CRC-32 between two chunks.
@@ -293,7 +291,7 @@ class Assembly:
     def outcome(
         self, bytes_read: int, checked: Checked, findings: tuple[Finding, ...] = ()
     ) -> Outcome:
-        """What came of it, once every piece is made."""
+        """The result, once every piece is made."""
         return Outcome(
             digests={name: digest.text() for name, digest in self._digests.items()},
             bytes_read=bytes_read,

@@ -50,7 +50,7 @@ class Checked(NamedTuple):
 
 
 class _Bare(Struct):
-    """Bytes `[start, stop)` that no checksum is stated of."""
+    """Bytes `[start, stop)` without a stated checksum."""
 
     start: int
     stop: int
@@ -117,7 +117,7 @@ class Ledger:
         self._lock = threading.Lock()
 
     def add(self, extent: Extent, data: memoryview) -> PassedRun | None:
-        """Note that `data` was read from `extent`; what of it counts for a record."""
+        """Note that `data` was read from `extent`; returns the part that counts for a record."""
         passed = self._holding(extent)
         if isinstance(passed, _Bare):
             passed.read = True

@@ -22,7 +22,6 @@ from pathlib import Path
 from types import TracebackType
 
 from reshard.core.findings import Finding
-from reshard.core.locations import RemotePath
 from reshard.errors import WriteError
 from reshard.storage.fingerprints import Fingerprint
 from reshard.storage.paths import real
@@ -244,7 +243,7 @@ class OutputFolder:
             self._own_identity, self.journal = resuming.begin(self._own, self.target, self._basis)
 
     def _take_up(self) -> bool:
-        """Whether a run of this plan was interrupted, which this one continues."""
+        """Whether this run continues an interrupted run of the same plan."""
         found = resuming.take_up(self._own, self.target, self._basis)
         if isinstance(found, Finding):
             self.findings.append(found)
@@ -369,16 +368,8 @@ class OutputFolder:
                         folder.rmdir()
 
 
-def check_space(target: Path, nbytes: int) -> None:
-    """Raise `WriteError` where the file system has no room for `nbytes` bytes."""
-    if (lacking := lacking_space(target, nbytes)) is not None:
-        raise lacking
-
-
 def lacking_space(target: Path, nbytes: int) -> WriteError | None:
-    """The error that there is no room for `nbytes` bytes; None where there is, as in a store."""
-    if isinstance(target, RemotePath):
-        return None
+    """The error that there is no room for `nbytes` bytes; None where there is."""
     folder = real(target).parent
     while not folder.exists():
         folder = folder.parent

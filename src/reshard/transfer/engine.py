@@ -184,13 +184,13 @@ class Engine:
         return True
 
     def _made(self) -> None:
-        """That a piece is done."""
+        """Note that a piece is done."""
         with self._taking:
             self._making -= 1
             self._taking.notify_all()
 
     def _halt(self) -> None:
-        """Let everybody end."""
+        """Stop all threads."""
         self._stop.set()
         self._folder.halt()
         with self._taking:

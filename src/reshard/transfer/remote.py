@@ -148,7 +148,7 @@ class RemoteFolder:
         remote.forget(self.target)  # verification asks what is there
 
     def took(self, name: str, made: Object) -> None:
-        """That a worker has sent a file."""
+        """Note that a worker has sent a file."""
         self.sending.note(name, made)
 
     def write(self, name: str, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""A run's own folder, and those above: making them, or taking up an interrupted run's."""
+"""Make a run's own folder and those above it, or continue with an interrupted run's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files on their way into a folder of a store: begun, filled in order, sealed, and then objects.
+"""Files that are sent into a folder of a store: begun, filled in order, sealed, then objects.
 
 Memory: what came before its turn and what waits for its upload (`upload`), and the parts on their
 way (`storage.stores`).
@@ -144,7 +144,7 @@ class Sending:
         self._seals.add(lambda: self._finish(number, file))
 
     def note(self, name: str, made: Object) -> None:
-        """That an object is in the store."""
+        """Note that an object is in the store."""
         with self.changed:
             self.made[name] = made
         if self._heard is not None:

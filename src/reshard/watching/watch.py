@@ -32,7 +32,7 @@ _LONGEST = 1e6
 
 
 class Event(Struct, frozen=True):
-    """Something that became of a save: what, in words, and whether it is a failure."""
+    """Something that happened to a save: in words, and whether it is a failure."""
 
     save: str
     message: str
@@ -249,7 +249,7 @@ class _Watch:
             self._tell(name, "its output is deleted, since newer ones are kept")
 
     def _say(self, name: str, message: str) -> None:
-        """Note a message and tell it, unless that was done before."""
+        """Record and report a message, unless it was reported before."""
         if self._state[name].message != message:
             self._state.set(name, message=message)
             self._tell(name, message)

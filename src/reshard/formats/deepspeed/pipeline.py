@@ -276,7 +276,8 @@ def _layer(entry: Entry) -> int:
 
 
 def _absent(location: Location) -> tuple[Finding, ...]:
-    """That numbers of layers are left out: layers that are functions, if no file was lost."""
+    """The finding that numbers of layers are left out: layers that are functions, if no file was
+    lost."""
     there = location.layers.keys()
     lacking = sorted(set(range(max(there, default=-1) + 1)) - there)
     if not lacking:

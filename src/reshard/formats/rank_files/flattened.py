@@ -103,8 +103,8 @@ def _places(model: Sequence[State]) -> dict[int, int] | None:
 
 
 def _lengths(parts: Sequence[_Part], count: int) -> dict[Key, list[int]] | None:
-    """Of each number the elements that each part of the flat tensor has; none of those without a
-    state. None where ranks with the same part differ, or a moment is not a flat tensor."""
+    """For each number, the elements in each part of the flat tensor; numbers without a state are
+    left out. None where ranks with the same part differ, or a moment is not a flat tensor."""
     lengths: dict[Key, list[int]] = {}
     for part in parts:
         for key, state in part.found.states.items():
@@ -182,7 +182,7 @@ def _of_slices(
 
 
 def _kinds(parts: Sequence[_Part], key: Key) -> list[str]:
-    """The kinds of moments of a number, which not every rank holds a part of."""
+    """The kinds of moments of a number; not every rank has a part of them."""
     held = (part.found.states[key].moments for part in parts if key in part.found.states)
     return list(dict.fromkeys(kind for moments in held for kind in moments))
 

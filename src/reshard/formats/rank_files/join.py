@@ -162,7 +162,8 @@ def entry_of(
     saved: Saved,
     missing: Missing = NOTHING_MISSING,
 ) -> Entry:
-    """A tensor of these parts, which must tile it; `first` is what the first rank states of it.
+    """A tensor made of these parts, which must tile it; `first` is what the first rank states of
+    it.
 
     Raises `IncompleteError`, `FormatError`.
     """

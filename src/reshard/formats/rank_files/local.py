@@ -155,7 +155,7 @@ class _Places:
 
 
 def _whole(name: str, value: TensorRef | Local, parts: Sequence[Held], saved: Saved) -> Entry:
-    """A flat parameter, of all ranks' parts."""
+    """A flat parameter, joined from all ranks' parts."""
     if isinstance(value, TensorRef) or len(value.shape) != 1:
         raise UnsupportedError(
             "a flat parameter is not a sharded tensor of one dimension.",
@@ -166,7 +166,7 @@ def _whole(name: str, value: TensorRef | Local, parts: Sequence[Held], saved: Sa
 
 
 def _parameter(name: str, value: TensorRef | Local, slices: list[_Slice]) -> Entry:
-    """A parameter of its slices, which must follow each other in the flat parameter."""
+    """A parameter, joined from its slices, which must be adjacent in the flat parameter."""
     slices.sort(key=lambda piece: piece.start)
     at, fragments = 0, []
     numel = sum(piece.numel for piece in slices)

@@ -1,4 +1,4 @@
-"""One rank's file: the state dict in it, every tensor plain or decoded."""
+"""One rank's file: its state dict, in which every tensor is plain or decoded."""
 
 from __future__ import annotations
 

@@ -82,7 +82,8 @@ def named(config: AdapterConfig, base: Path, base_config: Mapping[str, Any]) -> 
 
 
 def _task(class_: str, config: Mapping[str, Any]) -> str | None:
-    """PEFT's task type of a model class; None where it has none, as of vision-language models."""
+    """PEFT's task type of a model class; None where PEFT has none, as for vision-language
+    models."""
     if config.get("is_encoder_decoder") is True and class_.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM"
     return next((task for end, task in _TASKS if class_.endswith(end)), None)

@@ -18,10 +18,10 @@ from reshard.naming.name_map import NameMap
 
 
 def keys(separated: Separated, equal: Equal | None) -> dict[str, str]:
-    """Each updated tensor -> a key of its update; two of one key are changed alike.
+    """Each updated tensor -> a key of its update; tensors with equal keys get equal changes.
 
     PEFT's `ensure_weight_tying` gives a head the adapter of the embedding that it is tied to,
-    turned. Every other update is of its own tensor alone. Without `equal` no value is read.
+    transposed. Every other update belongs to one tensor. Without `equal` no value is read.
     """
     found = {f"{module}.weight": module for module in separated.adapters}
     linear = [a for a in separated.adapters.values() if not a.embedding and a.magnitude is None]
@@ -43,7 +43,7 @@ def _same(one: Entry, other: Entry, equal: Equal | None) -> bool:
 
 class Updates(Struct, frozen=True):
     """The updated weights: by the output's name, where they are one of its tensors; by the
-    checkpoint's, where the output stacks, splits or turns them."""
+    checkpoint's, where the output stacks, splits or transposes them."""
 
     by_output: Mapping[str, Entry] = field(default_factory=dict)
     by_source: Mapping[str, Entry] = field(default_factory=dict)

@@ -65,7 +65,7 @@ class Refused(Struct, frozen=True):
 
 
 def refused(entries: Mapping[str, Entry], stated: Statement | None) -> Refused | None:
-    """The kind that the tensors are of, if it is one that is not read."""
+    """The kind of quantisation that the tensors have, if reshard does not read it."""
     found = list(_signs(entries))
     if not found and stated is not None and not stated.readable:
         # Of methods that are not in the table: their codes are integers.
