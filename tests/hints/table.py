@@ -66,7 +66,7 @@ ELSEWHERE: dict[str, str] = {
     "Write it as s3://BUCKET/FOLDER, without empty names, `.` and `..`.": "remote/test_hub_and_web.py::test_urls_that_are_refused",
     "Write it as hf://OWNER/NAME or hf://OWNER/NAME@REVISION.": "remote/test_hub_and_web.py::test_a_model_of_the_hub",
     "Name an output in s3://, gs:// or az://, or a local folder.": "remote/test_writing.py::test_the_command_says_where_it_wrote",
-    "Install the extra, in reshard's folder: pip install '.[remote]'.": "remote/test_reading.py::test_without_the_extra",
+    "Install the extra, in reshard's folder, with Python 3.11 or newer: pip install '.[remote]'.": "remote/test_reading.py::test_without_the_extra",
     "Copy the folder here, and name the copy.": "remote/test_hub_and_web.py::test_a_web_server",
     "To write the layout of the released model, pass --names hub.": "models/test_released_layout.py::test_a_base_in_another_layout",
     "Write the version into the base's config.json, as transformers_version.": "models/test_released_layout.py::test_an_orientation_that_nothing_tells",

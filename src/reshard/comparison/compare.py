@@ -157,10 +157,10 @@ def verify(
             held = states.of_output(source, written, options, sources, pairing.planned)
             pairs = [*pairs, *states.pairs(*held)]
             said = [one for one in states.settings(*held, completed=True) if one.kind != "equal"]
-        found = compare(pairs, sources, progress)
+        compared = compare(pairs, sources, progress)
         sources.check_unchanged()
     exchanged = _exchanged(place, values["against"])
-    differences = (*said, *found.differences, *pairing.left)
+    differences = (*said, *compared.differences, *pairing.left)
     for difference in differences:
         raise VerificationError(
             f"it is not what {values['against']} holds; {difference}.",
@@ -168,14 +168,14 @@ def verify(
             tensor=difference.name,
             hint=exchanged[0].fix
             if exchanged
-            else f"{len(differences)} tensors differ, {found.num_equal} are equal.",
+            else f"{len(differences)} tensors differ, {compared.num_equal} are equal.",
         )
-    if not found.num_equal:
+    if not compared.num_equal:
         raise VerificationError(
             f"none of its tensors is in {values['against']}: they are all the base's.", path=folder
         )
     findings = (*source.findings, *exchanged)
-    return Verified(found.num_equal, found.bytes_read, len(pairing.filled), findings)
+    return Verified(compared.num_equal, compared.bytes_read, len(pairing.filled), findings)
 
 
 def _exchanged(folder: Path, against: Path) -> tuple[Finding, ...]:

@@ -94,7 +94,7 @@ def examine(
     ledger = Ledger(catalog.records)
     findings = [] if misfit is None else [misfit]
     try:
-        found = passes.scan(
+        facts = passes.scan(
             entries.values(),
             sources,
             threads=threads,
@@ -106,7 +106,7 @@ def examine(
     except (FormatError, IncompleteError) as error:
         findings.append(_damaged(error))
     else:
-        findings += _of_values(found)
+        findings += _of_values(facts)
         if base is not None:
             findings += _unchanged(entries, base, sources, threads, progress)
     held = catalog.entries.values()
@@ -160,28 +160,30 @@ def _by_base(
     }, None
 
 
-def _of_values(found: Sequence[Facts]) -> Iterator[Finding]:
+def _of_values(tensors: Sequence[Facts]) -> Iterator[Finding]:
     """What one pass over the weights shows."""
-    looks = passes.by_value(found)
+    looks = passes.by_value(tensors)
     if looks.not_finite:
         counts = (
             f"{one.name} ({one.special.nan} NaN, {one.special.infinite} infinite of {one.numel})"
             for one in looks.not_finite
         )
-        message = f"{len(looks.not_finite)} of {len(found)} tensors: {some(counts)}"
+        message = f"{len(looks.not_finite)} of {len(tensors)} tensors: {some(counts)}"
         yield Finding("weights-not-finite", message, fix=_EARLIER)
     zero = [one.name for one in looks.zero if not _UPDATE.fullmatch(one.name)]
     if zero:
-        message = f"{len(zero)} of {len(found)} tensors are zero throughout: {some(zero)}"
+        message = f"{len(zero)} of {len(tensors)} tensors are zero throughout: {some(zero)}"
         yield Finding("weights-all-zero", message, fix=_ANOTHER)
     constant = [f"{one.name} ({one.value:g})" for one in looks.constant]
     if constant:
-        message = f"{len(constant)} of {len(found)} tensors: {some(constant)}"
+        message = f"{len(constant)} of {len(tensors)} tensors: {some(constant)}"
         yield Finding("weights-constant", message, fix=_ANOTHER)
-    yield from _repeated(one for one in found if one.is_matrix and one.value is None)
-    large = [f"{one.name} ({one.rms:.3g})" for one in found if one.is_matrix and one.rms > _LARGE]
+    yield from _repeated(one for one in tensors if one.is_matrix and one.value is None)
+    large = [f"{one.name} ({one.rms:.3g})" for one in tensors if one.is_matrix and one.rms > _LARGE]
     if large:
-        message = f"{len(large)} of {len(found)} tensors, by their root mean square: {some(large)}"
+        message = (
+            f"{len(large)} of {len(tensors)} tensors, by their root mean square: {some(large)}"
+        )
         yield Finding("weights-large", message, fix=_EARLIER)
 
 

@@ -77,7 +77,7 @@ def _about(
 
 def check_gaps(gaps: Gaps) -> list[Finding]:
     """Findings about names and shapes that the model's class and its files do not share."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for code, names, message in (
         (
             "weights-missing",
@@ -92,15 +92,15 @@ def check_gaps(gaps: Gaps) -> list[Finding]:
     ):
         if names:
             evidence: dict[str, Json] = {"count": len(names), "tensors": list(names[:_SHOWN])}
-            found.append(Finding(code, message.format(n=len(names)), evidence=evidence))
-    return found
+            findings.append(Finding(code, message.format(n=len(names)), evidence=evidence))
+    return findings
 
 
 def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
     """Findings about files that a model of this kind should come with."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     if not folder.weights:
-        found.append(
+        findings.append(
             Finding(
                 "weights-not-safetensors",
                 "The folder has no safetensors files, so its weights were not checked.",
@@ -108,7 +108,7 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
             )
         )
     if folder.kind.generates and not is_file(folder.path / "generation_config.json"):
-        found.append(
+        findings.append(
             Finding(
                 "generation-config-missing",
                 "There is no generation_config.json: end tokens and sampling are guessed from "
@@ -116,22 +116,22 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
             )
         )
     if encoder is None:
-        return found
+        return findings
     if folder.kind.generates and not encoder.has_template:
-        found.append(
+        findings.append(
             Finding(
                 "chat-template-missing",
                 "The tokenizer has no chat template: prompts went in as raw text.",
             )
         )
     if encoder.lists_content and encoder.processor is None:
-        found.append(
+        findings.append(
             Finding(
                 "processor-missing",
                 "The folder has no processor, so reshard gives the model only text.",
             )
         )
-    return found
+    return findings
 
 
 def check_vocabulary(loaded: Loaded, encoder: Encoder) -> list[Finding]:

@@ -129,10 +129,10 @@ def _renamed(
     return named, others
 
 
-def _ranges(found: Sequence[tuple[Version, Apart | None]]) -> Iterator[Apart]:
+def _ranges(versions: Sequence[tuple[Version, Apart | None]]) -> Iterator[Apart]:
     """The versions that are apart; neighbours with the same evidence are joined."""
-    ends: list[Version | None] = [version for version, _ in found[1:]]
-    ranges = [(apart, end) for (_, apart), end in zip(found, [*ends, None], strict=True)]
+    ends: list[Version | None] = [version for version, _ in versions[1:]]
+    ranges = [(apart, end) for (_, apart), end in zip(versions, [*ends, None], strict=True)]
     for _, group in groupby(ranges, lambda item: item[0] and bool(item[0].name)):
         members = list(group)
         first = members[0][0]

@@ -126,7 +126,7 @@ def unwrap(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in families.WRAPPERS)
 
 
-def search(found: SourceNames, schema: Schema, options: FitOptions) -> Candidate:
+def search(source: SourceNames, schema: Schema, options: FitOptions) -> Candidate:
     """The one complete candidate; where there is none, the best of the incomplete.
 
     Prefixes and layouts that trainers use are tried first; where none is complete, prefixes that
@@ -135,7 +135,7 @@ def search(found: SourceNames, schema: Schema, options: FitOptions) -> Candidate
     Raises `NamesError` where several are complete and differ in what goes where, or where the
     checkpoint holds several models that fit.
     """
-    trial = _Trial(found, schema, options)
+    trial = _Trial(source, schema, options)
     near = trial.readings(trial.prefixes, trial.usual)
     complete = trial.complete(near)
     if complete:
@@ -145,7 +145,7 @@ def search(found: SourceNames, schema: Schema, options: FitOptions) -> Candidate
     if complete:
         return _unique(complete, options)
     candidates = trial.all([*near, *far])
-    _refuse_several(candidates, found)
+    _refuse_several(candidates, source)
     return max(candidates, key=lambda one: (len(one.of(Verdict.MATCHED)), -one.faults))
 
 
@@ -156,12 +156,12 @@ _Way = tuple[str, Views, Reading]
 class _Trial:
     """Readings of the source, compared with the base."""
 
-    def __init__(self, found: SourceNames, schema: Schema, options: FitOptions) -> None:
-        self._found = found
+    def __init__(self, source: SourceNames, schema: Schema, options: FitOptions) -> None:
+        self._found = source
         self._options = options
         self._config = schema.config
-        self.prefixes = list(prefixes(found.shapes, options.prefix))
-        self._judge = Judge(found.owners, schema, options)
+        self.prefixes = list(prefixes(source.shapes, options.prefix))
+        self._judge = Judge(source.owners, schema, options)
         shapes = {name: spec.shape for name, spec in schema.specs.items()}
         # The base is taken to be as on the hub where that fits: released models are.
         self._bases = _distinct(Names(shapes), views_of(shapes, "", schema.config))
@@ -220,7 +220,7 @@ class _Trial:
         ]
 
 
-def _refuse_several(candidates: Iterable[Candidate], found: SourceNames) -> None:
+def _refuse_several(candidates: Iterable[Candidate], source: SourceNames) -> None:
     """Raise `NamesError` where the only fault is that other tensors lie beside those that fit."""
     fitting = []
     for one in candidates:
@@ -232,7 +232,7 @@ def _refuse_several(candidates: Iterable[Candidate], found: SourceNames) -> None
     if len(holders) < 2:
         return
     listed = " and ".join(f"{prefix.removesuffix('.')!r}" for prefix in holders)
-    rest = [name for name in found.shapes if not name.startswith(tuple(holders))]
+    rest = [name for name in source.shapes if not name.startswith(tuple(holders))]
     raise NamesError(
         f"the checkpoint holds {len(holders)} models that fit the base, under {listed}.",
         unexpected=tuple(rest),

@@ -96,8 +96,8 @@ def into(
     return Into(made, tuple(left_out), copies, sources)
 
 
-def _all(made: Mapping[str, Entry]) -> set[str]:
-    return {name for entry in made.values() for name in entry.names}
+def _all(entries: Mapping[str, Entry]) -> set[str]:
+    return {name for entry in entries.values() for name in entry.names}
 
 
 def _names(
@@ -173,8 +173,8 @@ def _expert(
     return (tuple(names), int(number)) if names else None
 
 
-def _add(made: dict[str, Entry], names: tuple[str, ...], entry: Entry) -> None:
-    made[names[0]] = entry.renamed(names[0]).aliased(names[1:])
+def _add(entries: dict[str, Entry], names: tuple[str, ...], entry: Entry) -> None:
+    entries[names[0]] = entry.renamed(names[0]).aliased(names[1:])
 
 
 def _stacked(name: str, experts: Mapping[int, Entry]) -> Entry:

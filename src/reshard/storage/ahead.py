@@ -150,20 +150,20 @@ class Ahead:
     def _following(self, at: int, nbytes: int) -> list[tuple[int, int]]:
         """What to request before it is needed, for a reader that continues at `at`."""
         start = self._triggers.pop(at, None)
-        found: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int]] = []
         while start is not None and start < min(at + (1 + _DEPTH) * _MOST, nbytes):
             stop = min(start + _MOST, nbytes)
             taken = [*self.stretches, *self._coming]
             if _kept.full or any(start <= other < stop for other in taken):
                 break
             self._coming[start] = stop
-            found.append((start, stop))
+            ranges.append((start, stop))
             start = stop
-        if found:  # the end of the last one is where to go on
-            end = found[-1][1]
+        if ranges:  # the end of the last one is where to go on
+            end = ranges[-1][1]
             self._expected[end] = _MOST
-            self._triggers.update((first, end) for first, _ in found)
-        return found
+            self._triggers.update((first, end) for first, _ in ranges)
+        return ranges
 
     def _ask_for(self, opened: Readable, stretches: list[tuple[int, int]]) -> None:
         for start, stop in stretches:

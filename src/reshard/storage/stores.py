@@ -253,7 +253,8 @@ def library() -> Any:
     except ImportError:
         raise UnsupportedError(
             "URLs are read and written with obstore, which is not installed.",
-            hint="Install the extra, in reshard's folder: pip install '.[remote]'.",
+            hint="Install the extra, in reshard's folder, with Python 3.11 or newer: "
+            "pip install '.[remote]'.",
         ) from None
     return obstore.store
 

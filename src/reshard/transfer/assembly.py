@@ -269,7 +269,7 @@ class Assembly:
         with self._counting:
             piece.digest.put(piece.leaf, digest)
 
-    def segment_made(self, segment: Segment, made: SegmentResult) -> None:
+    def segment_made(self, segment: Segment, result: SegmentResult) -> None:
         """Note that a segment is written, and its result.
 
         Where bytes are taken in order, the next segment of the same piece may wait for this one:
@@ -277,12 +277,12 @@ class Assembly:
         """
         tensor = segment.tensor
         with self._counting:
-            tensor.changed = tensor.changed or made.changed
-            if made.special:
+            tensor.changed = tensor.changed or result.changed
+            if result.special:
                 key = (tensor.file.output.table, tensor.slot.spec.name)
-                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
+                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + result.special
             if tensor.slot.crc_offsets:
-                tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
+                tensor.crcs[segment.runs[0].start] = result.crc, result.nbytes
             tensor.pending -= 1
             if tensor.complete and not tensor.pending:
                 self._put_crc(tensor)

@@ -143,12 +143,12 @@ class Sending:
             self.changed.notify_all()
         self._seals.add(lambda: self._finish(number, file))
 
-    def note(self, name: str, made: Object) -> None:
+    def note(self, name: str, object_: Object) -> None:
         """Note that an object is in the store."""
         with self.changed:
-            self.made[name] = made
+            self.made[name] = object_
         if self._heard is not None:
-            self._heard(name, made)
+            self._heard(name, object_)
 
     def halt(self, failure: BaseException | None = None) -> None:
         """Let everyone who waits end: the run failed. Files of which all is there go on."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 
+import xxhash
 from msgspec import Struct
 
 from reshard.containers.distributed import Local, LocalFragment
@@ -50,7 +51,7 @@ class _Part(Struct, frozen=True):
 
 
 def read(
-    found: Sequence[OptimizerDict],
+    optimizers: Sequence[OptimizerDict],
     states: Sequence[State],
     model: Sequence[State],
     saved: Saved,
@@ -65,7 +66,7 @@ def read(
     if places is None:
         return None
     parts = [
-        _Part(one, state, places[state.rank]) for one, state in zip(found, states, strict=True)
+        _Part(one, state, places[state.rank]) for one, state in zip(optimizers, states, strict=True)
     ]
     shapes = {
         name: value.shape
@@ -218,11 +219,14 @@ def _copies(
     shapes: Mapping[str, Shape], model: Sequence[State], sources: Sources
 ) -> frozenset[str]:
     """The names of matrices that equal an earlier one, bit for bit, on every rank."""
-    earlier: dict[Shape, list[str]] = {}
+    earlier: dict[tuple[Shape, str], list[str]] = {}
     found = []
     for name, shape in shapes.items():
         if len(shape) > 1:
-            others = earlier.setdefault(shape, [])
+            seen = xxhash.xxh3_128()
+            for state in model:
+                seen.update(join.beginning(state, state.tensors[name], sources))
+            others = earlier.setdefault((shape, seen.hexdigest()), [])
             if any(_same(name, other, model, sources) for other in others):
                 found.append(name)
             others.append(name)

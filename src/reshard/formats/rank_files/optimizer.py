@@ -228,13 +228,13 @@ def _tensors(
     return tensors
 
 
-def _check_same(found: Sequence[OptimizerDict], states: Sequence[State]) -> None:
+def _check_same(optimizers: Sequence[OptimizerDict], states: Sequence[State]) -> None:
     """All ranks must have the same groups, and no two another step of one parameter."""
     counts: dict[Key, int | None] = {}
-    for one, state in zip(found, states, strict=True):
+    for one, state in zip(optimizers, states, strict=True):
         held = {key: None if s.step is None else s.step.count for key, s in one.states.items()}
         apart = any(counts.setdefault(key, count) != count for key, count in held.items())
-        if apart or one.groups != found[0].groups:
+        if apart or one.groups != optimizers[0].groups:
             raise FormatError(
                 f"its optimizer's groups or steps are not those of {states[0].path.name}: files "
                 "of different saves are mixed.",

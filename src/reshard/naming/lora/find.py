@@ -312,10 +312,10 @@ class _Stored:
             for tail in _ends(name):
                 self._shapes.setdefault(tail, set()).add(entry.spec.shape)
 
-    def shape(self, name: str, made: tuple[int, int]) -> Shape:
-        """`made`, or its reverse where the base stores the weight transposed (a Conv1D)."""
+    def shape(self, name: str, product: tuple[int, int]) -> Shape:
+        """`product`, or its reverse where the base stores the weight transposed (a Conv1D)."""
         found = next((self._shapes[tail] for tail in _ends(name) if tail in self._shapes), set())
-        return made[::-1] if made not in found and made[::-1] in found else made
+        return product[::-1] if product not in found and product[::-1] in found else product
 
 
 def _ends(name: str) -> Iterable[str]:

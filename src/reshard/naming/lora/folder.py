@@ -166,19 +166,19 @@ def findings(config: Mapping[str, Any], ranks: tuple[int, ...]) -> list[Finding]
 
     Read off vLLM 0.33 (vllm/lora/peft_helper.py) and llama.cpp (convert_lora_to_gguf.py).
     """
-    found = []
+    notes = []
     base = config["base_model_name_or_path"]
     if isinstance(base, str) and not is_repository(base):
         message = f"adapter_config.json names the base by its folder, {base}."
-        found.append(Finding("adapter-base-folder", message))
+        notes.append(Finding("adapter-base-folder", message))
     refused = _refused_by_engines(config)
     if refused:
         message = f"vLLM and llama.cpp refuse such an adapter: it has {', '.join(refused)}."
-        found.append(Finding("adapter-not-served", message))
+        notes.append(Finding("adapter-not-served", message))
     elif max(ranks) > VLLM_RANK:
         message = f"vLLM takes adapters of rank {VLLM_RANK} by default, and this has {max(ranks)}."
         fix = f"Start vLLM with --max-lora-rank {allowed_rank(max(ranks))}."
-        found.append(Finding("adapter-rank-for-vllm", message, fix=fix))
+        notes.append(Finding("adapter-rank-for-vllm", message, fix=fix))
     misread = [
         ("alpha_pattern", "sglang and llama.cpp scale every module by the one lora_alpha"),
         ("rank_pattern", "sglang scales every module as if it had the one rank"),
@@ -187,8 +187,8 @@ def findings(config: Mapping[str, Any], ranks: tuple[int, ...]) -> list[Finding]
     for key, what in misread:
         if config[key]:
             message = f"the adapter has {key}: {what}, silently."
-            found.append(Finding("adapter-scales-differ", message))
-    return found
+            notes.append(Finding("adapter-scales-differ", message))
+    return notes
 
 
 def _refused_by_engines(config: Mapping[str, Any]) -> list[str]:

@@ -51,7 +51,7 @@ class Updates(Struct, frozen=True):
 
 def updates(
     separated: Separated,
-    found: NameMap,
+    name_map: NameMap,
     config: AdapterConfig,
     base: Mapping[str, Entry],
     *,
@@ -60,14 +60,14 @@ def updates(
 ) -> Updates:
     """Each adapted weight with its update.
 
-    `found` maps `separated.entries`, `base` are the base model's own tensors: those that the
+    `name_map` maps `separated.entries`, `base` are the base model's own tensors: those that the
     checkpoint does not hold are taken from there. `keys` are those that the fit was told.
 
     Raises `UnsupportedError` for an adapter on a weight that the checkpoint does not hold and the
     base stacks or turns.
     """
     outputs: dict[str, list[str]] = {}
-    for output, own in found.origins.items():
+    for output, own in name_map.origins.items():
         outputs.setdefault(own, []).append(output)
     known = keys or {}
     placed = {known.get(name) for name in outputs}
@@ -82,13 +82,13 @@ def updates(
         absent = name in separated.absent
         if absent:
             _check_place(name, places)
-            weight = base[found.tied_to.get(places[0], places[0])]
+            weight = base[name_map.tied_to.get(places[0], places[0])]
         else:
             weight = separated.entries[name]
         updated = low_rank(
             adapter,
             weight,
-            config.scaling(name_in_peft(module, found.prefix), adapter.rank),
+            config.scaling(name_in_peft(module, name_map.prefix), adapter.rank),
             turned=module.rpartition(".")[2] in turned if turned else config.fan_in_fan_out,
         )
         if places:
@@ -98,10 +98,10 @@ def updates(
     return Updates(by_output, by_source)
 
 
-def lost(separated: Separated, found: NameMap, keys: Mapping[str, str]) -> list[str]:
+def lost(separated: Separated, name_map: NameMap, keys: Mapping[str, str]) -> list[str]:
     """The weights that adapters update and that are neither in the checkpoint nor in the base."""
-    placed = {keys.get(name) for name in found.origins.values()}
-    dropped = separated.absent.intersection(found.matching.unexpected)
+    placed = {keys.get(name) for name in name_map.origins.values()}
+    dropped = separated.absent.intersection(name_map.matching.unexpected)
     return sorted(name for name in dropped if keys.get(name) not in placed)
 
 

@@ -66,13 +66,13 @@ class OnRay(Struct, frozen=True):
         self,
         leaves: Iterator[tuple[Entry, int]],
         sources: Sources,
-        found: Callable[[int, bytes], None],
+        hashed: Callable[[int, bytes], None],
     ) -> None:
-        """Have leaves of tensors read and hashed; `found` gets each one's place and digest."""
+        """Have leaves of tensors read and hashed; `hashed` gets each one's place and digest."""
 
         def answered(first: int, answer: wire.HashAnswer) -> None:
             for place, digest in enumerate(answer.digests, first):
-                found(place, digest)
+                hashed(place, digest)
 
         tasks = Tasks(self.ray, self.workers, wire.HashAnswer)
         tasks.run(_hash_tasks(leaves, sources), answered)
