@@ -34,7 +34,7 @@ def refused(run: Path, kind: type[ReshardError], words: str) -> ReshardError:
     for to in ("dcp", "deepspeed"):
         out = run.parent / f"out-{to}"
         with pytest.raises(kind, match=words) as caught:
-            reshard.convert(run, out, to=to, optimizer=True)  # type: ignore[arg-type]
+            reshard.convert(run, out, to=to, optimizer=True)
         assert not out.exists()
         error = caught.value
     assert error is not None
