@@ -158,6 +158,15 @@ def test_the_design_draws_the_same_list() -> None:
     ]
 
 
+def test_each_room_says_what_its_modules_do() -> None:
+    for room in sorted(path.parent for path in SOURCE.glob("*/__init__.py")):
+        text = ast.get_docstring(ast.parse((room / "__init__.py").read_text("utf-8"))) or ""
+        words = set(re.findall(r"\w+", text))
+        inside = {path.stem for path in room.glob("*.py")}
+        inside |= {path.parent.name for path in room.glob("*/__init__.py")}
+        assert inside - {"__init__"} <= words, room.name
+
+
 def test_rooms_import_only_from_rooms_above() -> None:
     wrong = [
         f"{found.module} imports {found.imported}"
