@@ -193,11 +193,18 @@ def test_nobody_asks_for_a_format_by_its_name() -> None:
         if room(module).startswith("formats") or module.startswith("reshard.containers.torch"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Compare):
-                continue
-            sides = [node.left, *node.comparators]
-            texts = {side.value for side in sides if isinstance(side, ast.Constant)}
-            asked += [f"{module}:{node.lineno}" for text in texts & names if text]
+            sides: list[ast.expr] = []
+            if isinstance(node, ast.Compare):
+                for side in (node.left, *node.comparators):
+                    sides += (
+                        side.elts if isinstance(side, (ast.Tuple, ast.List, ast.Set)) else [side]
+                    )
+            elif isinstance(node, ast.MatchValue):
+                sides = [node.value]
+            constants = [side for side in sides if isinstance(side, ast.Constant)]
+            asked += [
+                f"{module}:{one.lineno}" for one in constants if one.value and one.value in names
+            ]
     assert asked == [], "ask its FormatInfo"
 
 

@@ -18,7 +18,7 @@ from reshard.core.findings import CODES, Code
 from reshard.diagnosis import diagnosis as module
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.checks.engines import CHECKS as ENGINE_CHECKS
-from reshard.diagnosis.found import Signs
+from reshard.diagnosis.signs import Signs
 from reshard.diagnosis.table import CHECKS
 from reshard.diagnosis.training import CODES as TRAINING
 from reshard.errors import VerificationError

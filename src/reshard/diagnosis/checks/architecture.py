@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.found import CONVERT_AGAIN, Repair, Signs, some
+from reshard.diagnosis.signs import CONVERT_AGAIN, Repair, Signs, some
 from reshard.naming import fields
 from reshard.naming.structure import Structure
 

@@ -21,7 +21,7 @@ from reshard.diagnosis.engines import (
     LayoutChange,
 )
 from reshard.diagnosis.folder import model_files
-from reshard.diagnosis.found import CONVERT_AGAIN, Repair, Signs, some
+from reshard.diagnosis.signs import CONVERT_AGAIN, Repair, Signs, some
 from reshard.naming import fields, patterns
 from reshard.naming.families import TOWER_PARTS
 from reshard.naming.released import Unreleased, unreleased

@@ -15,7 +15,7 @@ from reshard.diagnosis.checks.companions import (
     is_tokenizer,
     is_vocabulary,
 )
-from reshard.diagnosis.found import Repair, Signs, some
+from reshard.diagnosis.signs import Repair, Signs, some
 from reshard.formats.huggingface import INDEX, SINGLE
 
 _FROM_BASE = "Name the base model with --base to take them from there."

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from reshard.core.tensors import Shape
 from reshard.diagnosis.case import Case, Rescue
 from reshard.diagnosis.checks.vocabulary import head_is_lost, rows_disagree
-from reshard.diagnosis.found import Repair, Signs, some
+from reshard.diagnosis.signs import Repair, Signs, some
 from reshard.errors import NamesError
 from reshard.naming import patterns
 from reshard.naming.families import WRAPPERS

@@ -6,7 +6,7 @@ from reshard.conversion.base_model import dtype_patches
 from reshard.core import dtypes
 from reshard.core.tensors import main_dtype
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.found import Repair, Signs
+from reshard.diagnosis.signs import Repair, Signs
 from reshard.errors import NamesError
 from reshard.naming.partners import rows_of
 from reshard.naming.schema import classes_of
