@@ -111,7 +111,7 @@ def _recorded() -> set[str]:
         asked.add(os.fspath(self.path))
         return status(self, follow=follow)
 
-    def opening(path: str) -> int:
+    def opening(path: str) -> tuple[int, os.stat_result]:
         asked.add(path)
         return opened(path)
 

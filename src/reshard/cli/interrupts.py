@@ -45,7 +45,7 @@ def telling_what_stands(target: Path | None, *, resumable: bool = False) -> Iter
     except KeyboardInterrupt as error:
         after = None if output is None else output.identity()
         if after == UNKNOWN:
-            stands = f"The store does not say what stands at {target}; run the command again."
+            stands = f"What stands at {target} cannot be told; run the command again."
         elif target is None:
             stands = "No output was written."
         elif after != before and after is not None:

@@ -121,18 +121,20 @@ def convert(
             job = job if lacking is None else _without_room(job, lacking)
             check_strict(job.plan.findings, options, running.strict)
             report = _report(
-                job, given, time.monotonic() - began, replaced, threads=writing.threads
+                job, given, time.monotonic() - began, replaced, _tag(job), threads=writing.threads
             )
             return replace(report, requests=requests.since(asked))
         if lacking is not None:
             raise lacking
 
-        def render(outcome: Outcome) -> bytes:
+        def render(outcome: Outcome, copied: Mapping[str, str]) -> bytes:
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
             check_values(job.output.state, outcome)
             check_strict(_of_values(job, outcome), options, running.strict)
-            return _manifest(job, outcome.digests, sources)
+            files = manifest.listed(job.plan, sources, copied)
+            return _manifest(job, outcome.digests, files)
 
+        tag = _tag(job)  # nothing is read after the commit: it could fail, and the output stands
         outcome = carry_out(
             job.plan,
             sources,
@@ -144,8 +146,9 @@ def convert(
         )
     seconds = time.monotonic() - began
     report = _report(
-        job, given, seconds, replaced, outcome, threads=writing.threads, verified=writing.verify
-    )
+        job, given, seconds, replaced, tag, outcome, threads=writing.threads,
+        verified=writing.verify,
+    )  # fmt: skip
     if writing.resume:
         report = replace(report, bytes_reused=outcome.reused)
     return replace(report, requests=requests.since(asked))
@@ -179,7 +182,11 @@ def _of_values(job: Job, outcome: Outcome) -> list[Finding]:
     return [*found, *alike(job.output.state, outcome)]
 
 
-def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:
+def _manifest(
+    job: Job,
+    digests: Mapping[tuple[str, str], str],
+    files: Mapping[str, manifest.WrittenFile],
+) -> bytes:
     output = job.output
     names = {
         "prefix": output.name_map.prefix,
@@ -199,7 +206,6 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
     written = () if state is None else state.entries(masters=False)
     moments = manifest.state([entry.spec for entry in written], STATE_TABLE, digests)
     catalog, stated = job.catalog, job.options.stated()
-    files = manifest.listed(job.plan, sources)
     return manifest.render(
         catalog.format,
         catalog.origin,
@@ -238,6 +244,7 @@ def _report(
     given: Mapping[str, object],
     seconds: float,
     replaced: Replaced | None,
+    tag: str | None,
     outcome: Outcome | None = None,
     *,
     threads: int,
@@ -256,7 +263,7 @@ def _report(
         source=os.fspath(job.options.source),
         target=os.fspath(job.options.target),
         format=job.catalog.format,
-        tag=_tag(job),
+        tag=tag,
         checkpoint=os.fspath(job.catalog.origin.root),
         adapter=output.adapter,
         num_tensors=len(output.model) or sum(len(file.tensors) for file in output.side_files),

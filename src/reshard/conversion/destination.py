@@ -27,7 +27,14 @@ from reshard.conversion.manifest import Manifest, WrittenFile, file_digest
 from reshard.conversion.verification import verify_folder
 from reshard.core.locations import MANIFEST
 from reshard.core.sizes import size
-from reshard.errors import NotFoundError, ReshardError, WriteError, listed
+from reshard.errors import (
+    IncompleteError,
+    NotFoundError,
+    ReshardError,
+    WriteError,
+    is_of_system,
+    listed,
+)
 from reshard.formats import locate
 from reshard.storage.local import Sources
 from reshard.storage.paths import (
@@ -91,7 +98,7 @@ def check_destination(
         check_apart(target, "base model", [base])
     try:
         replaced = check_replaceable(target, overwrite=overwrite, replaces=replaces)
-    except NotFoundError as error:
+    except (NotFoundError, IncompleteError) as error:
         raise WriteError(
             f"the existing file or folder cannot be examined: {error.message}",
             path=error.path or target,
@@ -135,7 +142,8 @@ def _check_outside(target: Path, what: str, given: Path) -> None:
 def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -> Replaced | None:
     """The output of reshard at `target`; None where nothing is, or an empty folder.
 
-    Raises `WriteError` where it is not to be replaced, `NotFoundError` where it cannot be examined.
+    Raises `WriteError` where it is not to be replaced, `NotFoundError` or `IncompleteError` where
+    it cannot be examined.
     """
     if is_link(real(target)):
         raise WriteError(
@@ -189,7 +197,9 @@ def _stated(folder: Path) -> Manifest | None:
     try:
         with Sources() as sources:
             return manifest.read(folder, sources)
-    except ReshardError:
+    except ReshardError as error:
+        if is_of_system(error):
+            raise
         return None
 
 
@@ -231,7 +241,9 @@ def _changed(folder: Path, listed: Mapping[str, WrittenFile], names: list[str]) 
     if weights and not changed:
         try:
             verify_folder(folder)
-        except ReshardError:
+        except ReshardError as error:
+            if is_of_system(error):
+                raise
             return weights
     return changed
 

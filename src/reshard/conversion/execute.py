@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,15 +41,16 @@ def carry_out(
     target: Path,
     writing: Writing,
     *,
-    render: Callable[[Outcome], bytes],
+    render: Callable[[Outcome, Mapping[str, str]], bytes],
     check: Callable[[Path], None] | None = None,
     unprotected: Sequence[Extent] = (),
 ) -> Outcome:
     """Write a plan's files, `reshard.json` last, and give the folder its name.
 
     `records` are the source's checksums, which are compared as its bytes pass, `unprotected` its
-    stretches without. `render` makes the bytes of `reshard.json`; it may refuse what the engine
-    found.`check` examines the finished folder before it gets its name, and raises if something is
+    stretches without. `render` makes the bytes of `reshard.json` from what the engine found and the
+    digests of the files that were copied, by name; it may refuse what the engine found. `check`
+    examines the finished folder before it gets its name, and raises if something is
     wrong.
 
     If this raises, `target` is as it was, or the error says what is there.
@@ -59,9 +60,9 @@ def carry_out(
         _executor(writing, records, unprotected, read_back=writing.verify) as executor,
     ):
         outcome = executor.run(plan, sources, folder)
-        stated = render(outcome)
-        for asset in plan.assets:
-            copy(folder, asset.name, sources.open(asset.path))
+        copied = {asset.name: copy(folder, asset.name, sources.open(asset.path))
+                  for asset in plan.assets}  # fmt: skip
+        stated = render(outcome, copied)
         for name, text in plan.texts:
             folder.write(name, text)
         folder.settle()  # reshard.json is the last to get its name

@@ -69,11 +69,12 @@ def write_repaired(
     plan = _plan(case, repairs, repaired, tensors)
     check_space(output, plan.bytes_to_write)
 
-    def render(outcome: Outcome) -> bytes:
+    def render(outcome: Outcome, copied: Mapping[str, str]) -> bytes:
         if outcome.compared and not outcome.changed:
             raise VerificationError("all tensors equal the base's.", path=case.folder.path)
         stated = manifest.state([item.spec for item in tensors], "", outcome.digests)
-        return _manifest(repaired, results, dtype, stated, manifest.listed(plan, sources))
+        files = manifest.listed(plan, sources, copied)
+        return _manifest(repaired, results, dtype, stated, files)
 
     writing = Writing(threads, progress=progress)
     carry_out(plan, sources, repaired.records, output, writing, render=render, check=check)

@@ -31,6 +31,7 @@ from reshard.core.tensors import Box, Entry, Fragment, contiguous_strides
 from reshard.errors import NamesError, UnsupportedError, listed
 from reshard.naming import patterns
 from reshard.naming.megatron import MTP_COPIES
+from reshard.naming.mismatch import check_stacked
 from reshard.naming.name_map import Translation
 from reshard.naming.schema import Schema, number
 from reshard.naming.search import unwrap
@@ -245,6 +246,8 @@ def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
         tensors |= _copies(tensors, owners, schema)
         return tensors
 
+    stacks = [here for _, here in family.experts]
+    check_stacked({unwrap(n): e.spec.shape for n, e in entries.items()}, stacks, len(schema.specs))
     tensors = make(entries)
     _check_joined(entries, tensors, family)
     heads = ("q_proj.weight", "k_proj.weight")

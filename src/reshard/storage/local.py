@@ -27,6 +27,7 @@ from reshard.storage.source import (
     RemoteSource,
     Source,
     changed,
+    close_read,
     identity_of,
     open_regular,
 )
@@ -121,16 +122,15 @@ class Sources:
             which = remote.identity(opened.known)
             self._check_known(ref.path, which)
             return RemoteSource(ref, opened, which)
-        fd = open_regular(ref.path)
-        now = os.fstat(fd)
+        fd, now = open_regular(ref.path)
         try:
             self._check_known(ref.path, identity_of(now))
         except IncompleteError:
-            os.close(fd)
+            close_read(fd)
             raise
         keep = len(self._open) < self._max_open
         if not keep:
-            os.close(fd)
+            close_read(fd)
         return Source(ref, fd if keep else None, identity_of(now), now.st_size)
 
     def _check_known(self, path: str, now: Identity) -> None:

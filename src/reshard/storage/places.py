@@ -74,7 +74,7 @@ class Local(Struct, frozen=True):
                 return None
             raise NotFoundError(
                 f"it cannot be accessed: {error.strerror}.", path=self.path
-            ) from None
+            ) from error
         except ValueError:  # a NUL, or half of a surrogate pair: no file has such a name
             return None
 
@@ -86,14 +86,14 @@ class Local(Struct, frozen=True):
         try:
             return sorted(os.listdir(self.path))  # noqa: PTH208 (pathlib's iterator opens late)
         except OSError as error:
-            raise self._unlisted(error) from None
+            raise self._unlisted(error) from error
 
     def own_folders(self) -> list[Path]:
         try:
             with os.scandir(self.path) as there:  # which knows the kinds: no status is asked for
                 names = sorted(one.name for one in there if one.is_dir(follow_symlinks=False))
         except OSError as error:
-            raise self._unlisted(error) from None
+            raise self._unlisted(error) from error
         return [self.path / name for name in names]
 
     def below(self, depth: int = MAX_DEPTH) -> Iterator[Path]:

@@ -9,6 +9,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from reshard.storage.source import close_read
+
 # renameat2(2), Linux 3.15: linux/fs.h and linux/fcntl.h.
 _RENAME_NOREPLACE, _RENAME_EXCHANGE, _AT_FDCWD = 1, 2, -100
 # Errors of a system that does not know a call or its flags. EPERM: a sandbox that forbids calls it
@@ -153,12 +155,6 @@ class SharedFile:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-
-
-def close_read(fd: int) -> None:
-    """Close a descriptor that nothing was written through: what fails then loses nothing."""
-    with suppress(OSError):
-        os.close(fd)
 
 
 def sync_folder(folder: Path) -> None:

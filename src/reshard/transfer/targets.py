@@ -5,6 +5,7 @@ Only this module, and what it leads to, knows which of the two an output is.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,9 @@ if TYPE_CHECKING:  # a command is to start fast, and to say what stands while a 
     from reshard.transfer.commit import OutputFolder
     from reshard.transfer.remote import RemoteFolder
 
-#: Of a store that does not answer.
+#: Of a store or a disk that does not answer.
 UNKNOWN = (-1, -1)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class Order(Struct, frozen=True):
@@ -96,8 +98,8 @@ class LocalTarget(Struct, frozen=True):
         try:
             # A loop of links is an error here, on any Python.
             status = os.stat(self.path)  # noqa: PTH116
-        except OSError:
-            return None
+        except OSError as error:
+            return None if error.errno in _ABSENT else UNKNOWN
         return status.st_dev, status.st_ino
 
     def can_be_continued(self) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 
+import xxhash
 from msgspec import Struct
 
 from reshard.containers.distributed import Local, LocalFragment
@@ -218,11 +219,14 @@ def _copies(
     shapes: Mapping[str, Shape], model: Sequence[State], sources: Sources
 ) -> frozenset[str]:
     """The names of matrices that equal an earlier one, bit for bit, on every rank."""
-    earlier: dict[Shape, list[str]] = {}
+    earlier: dict[tuple[Shape, str], list[str]] = {}
     found = []
     for name, shape in shapes.items():
         if len(shape) > 1:
-            others = earlier.setdefault(shape, [])
+            seen = xxhash.xxh3_128()
+            for state in model:
+                seen.update(join.beginning(state, state.tensors[name], sources))
+            others = earlier.setdefault((shape, seen.hexdigest()), [])
             if any(_same(name, other, model, sources) for other in others):
                 found.append(name)
             others.append(name)
