@@ -38,7 +38,7 @@ class Deepspeed:
         zero: dict[str, Any] = {"stage": stage}
         if stage == 3:
             zero["stage3_param_persistence_threshold"] = 0
-        if self._job.optimizer in ("cpu_adam", "muon_offloaded"):
+        if self._job.optimizer in ("cpu_adam", "compiled_cpu_adam", "muon_offloaded"):
             zero["offload_optimizer"] = {"device": "cpu"}
         if self._job.optimizer.startswith("muon") and stage == 3:
             zero["reduce_scatter"] = False

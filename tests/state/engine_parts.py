@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ def optimizer_of(model: Any, job: Job) -> torch.optim.Optimizer:
         return models.optimizer(model, job)
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-    kind = DeepSpeedCPUAdam if job.optimizer == "cpu_adam" else FusedAdam
+    if job.optimizer == "compiled_cpu_adam":
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+
+        module: Any = importlib.import_module("deepspeed.ops.adam.cpu_adam")
+        module.CPUAdamBuilder = CPUAdamBuilder
+    kind = FusedAdam if job.optimizer == "fused_adam" else DeepSpeedCPUAdam
     made: torch.optim.Optimizer = kind(
         models.optimizer(model, job).param_groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-6
     )
