@@ -96,7 +96,7 @@ def test_json_is_one_object(
         "code": "wrapper-prefix",
         "severity": "error",
         "subject": "",
-        "message": "names hold wrappers' parts: module; for instance module.lm_head.weight",
+        "message": "names contain parts of wrappers: module; for instance module.lm_head.weight",
         "fix": "the tensors are written under the base's names",
         "evidence": {},
     }
