@@ -238,7 +238,7 @@ def test_fields_that_transformers_5_does_not_write(tmp_path: Path) -> None:
         "deepseek_v3": {"vllm": "topk_method", "sglang": "topk_method", "mlx": ""},
         "qwen3_vl_moe": {"vllm": "norm_topk_prob", "sglang": "", "mlx": "num_experts"},
         "qwen3_moe": {"vllm": "", "mlx": "rope_theta"},
-        "qwen2": {"vllm": "", "mlx": "rope_theta takes 1e+06"},
+        "qwen2": {"vllm": "", "mlx": "rope_theta uses 1e+06"},
         "qwen3": {"vllm": "", "mlx": ""},
     }
     for name, engines in expected.items():

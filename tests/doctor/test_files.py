@@ -74,7 +74,7 @@ def test_an_index_of_files_under_other_names(pairs: Pairs, sharded: Path, tmp_pa
 
 def test_shards_without_an_index(pairs: Pairs, sharded: Path, tmp_path: Path) -> None:
     (sharded / INDEX).unlink()
-    assert_mended(sharded, pairs, tmp_path / "out", f"and there is no {INDEX}")
+    assert_mended(sharded, pairs, tmp_path / "out", f"but there is no {INDEX}")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 1}}'])

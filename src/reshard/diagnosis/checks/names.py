@@ -180,7 +180,7 @@ def misfit(case: Case) -> Signs | None:
         )
     if error.unexpected:
         evidence.append(
-            f"{len(error.unexpected)} are here and not in the base: {some(error.unexpected)}"
+            f"{len(error.unexpected)} tensors are not in the base: {some(error.unexpected)}"
         )
     elif not _of_another_family(case):
         advice = (

@@ -103,10 +103,8 @@ def tokenizer_size(case: Case) -> Signs | None:
     rows = case.shape(embedding)[0]
     if companions.tokens <= rows or companions.tokens == companions.base_tokens:
         return None
-    evidence = (
-        f"tokenizer.json has ids up to {companions.tokens - 1}, but {embedding} has only "
-        f"{rows} rows",
-    )
+    largest = companions.tokens - 1
+    evidence = (f"tokenizer.json has ids up to {largest}, but {embedding} has only {rows} rows",)
     return Signs(evidence, advice="Is it another model's tokenizer, or was a resize not saved?")
 
 
