@@ -127,28 +127,35 @@ def convert(
         if lacking is not None:
             raise lacking
 
+        jobs, drafts = [job], list[Report]()
+        del job
+
         def render(outcome: Outcome) -> bytes:
+            job = jobs.pop()  # from here on nobody holds it
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
             check_values(job.output.state, outcome)
             check_strict(_of_values(job, outcome), options, running.strict)
+            drafts.append(_report(job, given, 0, replaced, outcome, threads=writing.threads))
             return _manifest(job, outcome.digests, sources)
 
         outcome = carry_out(
-            job.plan,
+            jobs[0].plan,
             sources,
-            job.catalog.records,
+            iter(jobs[0].catalog.records),
             options.target,
             writing,
             render=render,
-            unprotected=job.unprotected,
+            unprotected=jobs[0].unprotected,
         )
-    seconds = time.monotonic() - began
-    report = _report(
-        job, given, seconds, replaced, outcome, threads=writing.threads, verified=writing.verify
+    (draft,) = drafts
+    return replace(
+        draft,
+        seconds=round(time.monotonic() - began, 3),
+        verified=writing.verify,
+        findings=(*draft.findings, *outcome.findings),
+        bytes_reused=outcome.reused if writing.resume else draft.bytes_reused,
+        requests=requests.since(asked),
     )
-    if writing.resume:
-        report = replace(report, bytes_reused=outcome.reused)
-    return replace(report, requests=requests.since(asked))
 
 
 def _without_room(job: Job, lacking: WriteError) -> Job:
@@ -190,14 +197,14 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
         "aliases": {name: t.spec.name for t in output.model for name in t.aliases},
         "lora": None if output.scaling is None else output.scaling.to_json(),
     }
-    model = manifest.state([t.spec for t in output.model], "", digests)
+    model = manifest.Table([t.spec for t in output.model], "", digests)
     beside = {
-        file.name: manifest.state([t.spec for t in file.tensors], file.name, digests)
+        file.name: manifest.Table([t.spec for t in file.tensors], file.name, digests)
         for file in output.side_files
     }
     state = output.state
     written = () if state is None else state.entries(masters=False)
-    moments = manifest.state([entry.spec for entry in written], STATE_TABLE, digests)
+    moments = manifest.Table([entry.spec for entry in written], STATE_TABLE, digests)
     catalog, stated = job.catalog, job.options.stated()
     files = manifest.listed(job.plan, sources)
     return manifest.render(
@@ -241,15 +248,15 @@ def _report(
     outcome: Outcome | None = None,
     *,
     threads: int,
-    verified: bool = False,
 ) -> Report:
+    """What is reported of a conversion, up to what carrying it out to the end adds."""
     findings = list(job.plan.findings)
     if outcome is not None and outcome.compared and not outcome.changed:
         findings.append(
             Finding("unchanged", f"all {outcome.compared} tensors equal the base model's.")
         )
     if outcome is not None:
-        findings.extend((*_of_values(job, outcome), *outcome.findings))
+        findings.extend(_of_values(job, outcome))
     findings = [_completed(found, job, given) for found in findings]
     output = job.output
     return Report(
@@ -263,7 +270,7 @@ def _report(
         bytes_read=job.plan.bytes_to_read if outcome is None else outcome.bytes_read,
         bytes_written=job.plan.bytes_to_write,
         seconds=round(seconds, 3),
-        verified=verified,
+        verified=False,
         files=tuple(file.name for file in job.plan.files),
         copied=tuple(asset.name for asset in job.plan.assets),
         config=job.config,

@@ -72,7 +72,7 @@ def write_repaired(
     def render(outcome: Outcome) -> bytes:
         if outcome.compared and not outcome.changed:
             raise VerificationError("all tensors equal the base's.", path=case.folder.path)
-        stated = manifest.state([item.spec for item in tensors], "", outcome.digests)
+        stated = manifest.Table([item.spec for item in tensors], "", outcome.digests)
         return _manifest(repaired, all_found, dtype, stated, manifest.listed(plan, sources))
 
     writing = Writing(threads, progress=progress)

@@ -48,8 +48,9 @@ _PLACE = ("relative_path", "offset", "length", "transform_descriptors")
 _INT = frozenset({int})
 # Bytes by which a file that is not a pickle is refused, before the others are read.
 _START_NBYTES = 1 << 16
-# Where each item lies, by its key and offset.
-_Places = dict[str, dict[Shape | None, "Location"]]
+# Where each item lies, by its key and offset. Most keys have one item.
+_Place = tuple[Shape | None, "Location"]
+_Places = dict[str, "_Place | dict[Shape | None, Location]"]
 
 
 class Location(Struct, frozen=True, gc=False):
@@ -122,15 +123,29 @@ def opened(path: pathlib.Path, sources: Sources, *, longer: bool = False) -> tup
 def unpickled(data: bytes, path: pathlib.Path) -> Metadata:
     """What the pickle says; raises `FormatError`."""
     with paused_gc():
-        return parse(torchfile.read_pickle(data, path=str(path), repeats=True).value, str(path))
+        found = torchfile.read_pickle(data, path=str(path), repeats=True)
+        del data
+        return parse(found.value, str(path))
 
 
 def parse(value: object, path: str) -> Metadata:
-    """The metadata that the restricted reader found in the file `path`.
+    """The metadata that the restricted reader found in the file `path`; `value` is taken apart, so
+    that a large one and what is made of it are not held at once.
 
     Raises `FormatError` where it is not what DCP writes.
     """
     return _Parser(path).metadata(value)
+
+
+def _taken(places: _Places, key: str, at: Shape | None) -> Location | None:
+    """Take the place of an item out of the places; None where there is none."""
+    held = places.get(key)
+    if isinstance(held, dict):
+        return held.pop(at, None)
+    if held is None or held[0] != at:
+        return None
+    del places[key]
+    return held[1]
 
 
 class _Parser:
@@ -149,11 +164,12 @@ class _Parser:
         stored = self._locations(fields.get("storage_data"))
         tensors: dict[str, StoredTensor] = {}
         objects: dict[str, tuple[Location, ...]] = {}
-        for key, raw in described.items():
+        for key in [*described]:
+            raw = described.pop(key)
             if not isinstance(key, str):
                 raise self._broken(f"a key of its state dict is a {type(key).__name__}")
             if isinstance(raw, Opaque) and raw.short_name == "BytesStorageMetadata":
-                place = stored.get(key, {}).pop(_WHOLE, None)
+                place = _taken(stored, key, _WHOLE)
                 objects[key] = () if place is None else (place,)
             else:
                 tensors[key] = self._tensor(key, raw, stored)
@@ -169,14 +185,17 @@ class _Parser:
             paths,
             version if isinstance(version, str) else None,
             aliases,
-            tuple((key, at) for key, places in stored.items() for at in places),
+            tuple(
+                (key, at)
+                for key, held in stored.items()
+                for at in (held if isinstance(held, dict) else held[:1])
+            ),
             bool(planned),
         )
 
     def _tensor(self, key: str, raw: object, stored: _Places) -> StoredTensor:
         """One tensor; the places of its chunks are removed from `stored`."""
         fields = self._record(raw, "TensorStorageMetadata", key)
-        places = stored.get(key, {})
         chunks: dict[Shape, Chunk] = {}
         # Of ranks that hold nothing of the tensor; torch writes an empty item for each.
         empty: set[Shape] = set()
@@ -196,28 +215,34 @@ class _Parser:
                     f"two chunks begin at {offsets}, of sizes {known.sizes} and {sizes}", key
                 )
             if known is None:
-                location = places.pop(offsets, None)
+                location = _taken(stored, key, offsets)
                 copies = () if location is None else (location,)
                 chunks[offsets] = Chunk(offsets, sizes, copies)
         for offsets in empty:
-            places.pop(offsets, None)
+            _taken(stored, key, offsets)
         shape = self._shape(fields.get("size"), "its size", key)
         return StoredTensor(self._dtype(fields.get("properties"), key), shape, (*chunks.values(),))
 
     def _locations(self, raw: object) -> _Places:
         """Where each tensor chunk lies; items that are not tensors have no offset in the index."""
         locations: _Places = {}
-        for index, info in self._mapping(raw, "storage_data").items():
+        places = self._mapping(raw, "storage_data")
+        for index in [*places]:
+            info = places.pop(index)
             fqn, offset = self._fields(index, "MetadataIndex", ("fqn", "offset"))
             if not isinstance(fqn, str):
                 raise self._broken("an index of its storage_data has no name")
             at = None if offset is None else self._shape(offset, "an index's offset", fqn)
+            location = self._location(info, fqn)
             known = locations.get(fqn)
             if known is None:
-                known = locations[fqn] = {}
-            elif at in known:
+                locations[fqn] = at, location
+                continue
+            if isinstance(known, tuple):
+                known = locations[fqn] = dict([known])
+            if at in known:
                 raise self._broken("its storage_data has two places for one item", fqn)
-            known[at] = self._location(info, fqn)
+            known[at] = location
         return locations
 
     def _aliases(self, raw: object, tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
@@ -275,7 +300,8 @@ class _Parser:
                 raise self._broken("its path in the state dict is not of names and numbers", key)
             if len(path) > MAX_STEPS:
                 raise self._broken(f"its path in the state dict has {len(path)} steps", key)
-            paths[key] = tuple(str(step) for step in path)
+            named = all(type(step) is str for step in path)
+            paths[key] = path if named else tuple(map(str, path))
             if ".".join(paths[key]) != key:
                 raise self._broken(f"its path in the state dict is {brief(path)}", key)
         return paths
@@ -301,7 +327,7 @@ class _Parser:
             numbers.append(number)
         return tuple(numbers)
 
-    def _mapping(self, raw: object, what: str) -> Mapping[object, object]:
+    def _mapping(self, raw: object, what: str) -> dict[object, object]:
         if not isinstance(raw, dict):
             raise self._broken(f"its {what} is a {type(raw).__name__}")
         return raw
