@@ -16,4 +16,5 @@ page.py        docs/performance.md and README's table, from the results
 charts.py      their charts
 notes.md       what was tried, which the page includes
 giants.py      checkpoints of a trillion parameters
+many.py        checkpoints of very many small tensors
 """

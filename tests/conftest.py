@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
+from hypothesis import settings
 
 from tests.oracles import MISSING, lacking
 
 if TYPE_CHECKING:  # it imports torch
     from tests.oracle.cache import Oracle
+
+# A busy machine is no reason for a failure: hypothesis allows an example 0.2 s by default.
+settings.register_profile("without a deadline", deadline=None)
+settings.load_profile("without a deadline")
 
 
 def pytest_configure(config: pytest.Config) -> None:

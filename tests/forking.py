@@ -5,6 +5,7 @@ They meet at a file: no port is needed.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import tempfile
 import time
@@ -20,6 +21,9 @@ def run_ranks(world: int, work: Callable[[int, Path], None]) -> list[int | None]
     `meeting` is a path for `init_process_group`. All are ended as soon as one of them fails, or
     after `TIMEOUT_SECONDS`.
     """
+    # Frameworks collect garbage after each step: what was imported, millions of objects, is passed
+    # over there, and its pages stay shared.
+    gc.freeze()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as scratch:
         meeting = Path(scratch, "meeting")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import numpy
 import pytest
 
 from reshard.formats.info import OWN
@@ -247,10 +248,10 @@ def test_what_an_import_brings_along(code: str, unwanted: tuple[str, ...]) -> No
 
 
 #: What a conversion of a model on this machine imports nothing of: packages, and what only other
-#: inputs need.
+#: inputs need. numpy before 2 imports hashlib itself.
 SPARED = (
     *ALL_HEAVY[3:], "safetensors", "jinja2", "ray", "obstore",
-    "hashlib", "configparser", "html", "tempfile",
+    *(["hashlib"] if numpy.__version__ >= "2" else []), "configparser", "html", "tempfile",
     "reshard.storage.remote", "reshard.formats.deepspeed.reading",
     "reshard.formats.megatron.reading", "reshard.formats.rank_files.reading",
 )  # fmt: skip

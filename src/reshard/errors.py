@@ -147,6 +147,12 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(map(shown, every[:limit])) + more
 
 
+def is_of_system(error: ReshardError) -> bool:
+    """Whether the system did not show what is there (a disk that fails, no permission), so that the
+    error says nothing of the file's content: its cause is then an `OSError`."""
+    return isinstance(error.__cause__, OSError)
+
+
 class NotFoundError(ReshardError):
     """The path contains nothing that reshard can read."""
 

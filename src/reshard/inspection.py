@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, field
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from reshard.checkpoint import OPEN, Checkpoint, opened, tensors_to_unfold
 from reshard.core.catalog import Catalog
@@ -371,16 +371,14 @@ def _codes(catalog: Catalog) -> Codes | None:
 def _fit(checkpoint: Checkpoint, folder: Path) -> Fitting:
     from reshard.conversion import output_model
     from reshard.conversion.base_model import read_base
-    from reshard.conversion.options import LoraChoice, Options
+    from reshard.conversion.options import ANY_ALPHA, unwritten
     from reshard.conversion.quantised import as_numbers
-    from reshard.formats import Selection
 
     root = checkpoint.catalog.origin.root
     with Sources() as sources:
         base = read_base(folder, sources)
-        # Any alpha works: adapters are counted, not merged.
-        options = Options(root, folder, folder, "hf", Selection(), "base", 1,
-                          lora=LoraChoice(alpha=1.0))  # fmt: skip
+        # As a conversion does without flags, which may choose other names than the files'.
+        options = replace(unwritten(root, folder), dtype="base", names=None, lora=ANY_ALPHA)
         try:
             numbers, _ = as_numbers(checkpoint.catalog, base, options, sources)
             output = output_model.onto(numbers, base, options, None)

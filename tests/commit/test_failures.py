@@ -13,7 +13,8 @@ import pytest
 
 import reshard
 from reshard.transfer import making
-from reshard.transfer.commit import OutputFolder, check_space
+from reshard.transfer.commit import OutputFolder
+from reshard.transfer.targets import check_space
 from tests.commit.conftest import listing
 
 SRC = Path(__file__).parents[2] / "src"

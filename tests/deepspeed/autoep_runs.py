@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
+import gc
+import importlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -122,8 +124,11 @@ def _gathered(engine: Any, read: Callable[..., torch.Tensor]) -> dict[str, torch
 
 
 def main(folder: Path) -> None:
+    for module in launch.PRELOADED:
+        importlib.import_module(module)
+    gc.freeze()
+    launch._run([(name, partial(make, name)) for name in RUNS], 2, folder)
     for name in RUNS:
-        launch._run([(name, partial(make, name))], 2, folder)
         here = folder / name
         (tag,) = (path for path in (here / "checkpoint").iterdir() if path.is_dir())
         sys.argv = ["ds_to_universal", "--input_folder", str(tag), "--output_folder",

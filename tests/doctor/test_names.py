@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,22 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 import reshard
+from tests import child
 from tests.doctor import models
 from tests.doctor.conftest import Pairs, evidence, names, refused, repaired
 from tests.folders import edit_config
 from tests.naming import tables
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
 def trainer(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like the Trainer's `checkpoint-N`: placeholders beside DeepSpeed's checkpoint."""
     folder = tmp_path_factory.mktemp("zero3") / "checkpoint-2"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.doctor.zero3", str(pairs("llama").base), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    child.run("tests.doctor.zero3", str(pairs("llama").base), str(folder))
     for file in pairs("llama").base.glob("*token*"):
         shutil.copy(file, folder)
     shutil.copy(pairs("llama").base / "chat_template.jinja", folder)

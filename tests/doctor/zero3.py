@@ -25,6 +25,9 @@ def main(base: str, out: str) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
+    from tests.oracle.worker import without_shm_op
+
+    without_shm_op()
     deepspeed.init_distributed("gloo")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     config = {

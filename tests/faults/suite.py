@@ -23,6 +23,21 @@ SITUATIONS = [
     for overwrite in (False, True)
     for lacking in SYSTEMS
 ]
+# Faults of what is read; nothing stands before, and folders can exchange.
+READ = [Trial("count", on="source")]
+# Of calls that change nothing, which all end as one of these: the system does not say, or forbids.
+_TOLD_APART = ("EIO", "EACCES")
+# Calls that change nothing: a kill before one is a kill before the next one that does.
+HARMLESS = frozenset((
+    "stat64", "lstat64", "fstat64", "fstatat64", "statx", "statvfs64", "fstatvfs64", "access",
+    "faccessat", "readlink", "readlinkat", "opendir", "fdopendir", "readdir64", "read", "readv",
+    "pread64", "preadv64", "preadv64v2", "lseek64", "fcntl64",
+))  # fmt: skip
+# Calls that may transfer less than they are asked for.
+TRANSFERS = frozenset((
+    "read", "readv", "pread64", "preadv64", "preadv64v2", "write", "writev", "pwrite64",
+    "pwritev64v2",
+))  # fmt: skip
 # Of a run that continues one that was killed.
 RESUMED = [replace(situation, resumed=True) for situation in SITUATIONS]
 
@@ -83,14 +98,32 @@ def kills(
     actions: Sequence[str],
     systems: Sequence[tuple[str, ...]] = SYSTEMS,
 ) -> Iterator[Trial]:
-    """A kill at every call of every situation on these systems; every other is resumed."""
+    """A kill at every call that changes something, of every situation on these systems; every other
+    is resumed."""
     for situation, names in counted.items():
         if situation.lacking not in systems:
             continue
-        for nth in range(1, len(names) + 1):
+        changing = [found for found in numbered(names) if found[0] not in HARMLESS]
+        for number, (name, nth) in enumerate(changing):
             for action in actions:
-                then_resume = bool(nth % 2) or situation.resumed
-                yield replace(situation, action=action, nth=nth, then_resume=then_resume)
+                then_resume = number % 2 == 0 or situation.resumed
+                yield replace(situation, action=action, call=name, nth=nth, then_resume=then_resume)
+
+
+def numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Each call with its number among those of its name, from 1.
+
+    A folder is read by many calls, of which the first stands for all.
+    """
+    seen: dict[str, int] = {}
+    found = []
+    last = ""
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        if not name == last == "readdir64":
+            found.append((name, seen[name]))
+        last = name
+    return found
 
 
 def random_kills(count: int, most: float, seed: int) -> Iterator[Trial]:
@@ -102,18 +135,30 @@ def random_kills(count: int, most: float, seed: int) -> Iterator[Trial]:
 
 
 def failures(
-    counted: dict[Trial, list[str]], errors: Sequence[str], systems: Sequence[tuple[str, ...]]
+    counted: dict[Trial, list[str]],
+    errors: Sequence[str],
+    systems: Sequence[tuple[str, ...]],
+    *,
+    sampled: bool = False,
 ) -> Iterator[Trial]:
-    """Each call of each situation fails with each error; writes are also cut short."""
+    """Each call of each situation fails with each error; reads and writes are also cut short.
+
+    With `sampled`, of each name only the first and the last call. What a system lacks changes
+    nothing in how it is read.
+    """
     for situation, names in counted.items():
         if situation.lacking not in systems:
             continue
-        seen: dict[str, int] = {}
-        for name in names:
-            nth = seen[name] = seen.get(name, 0) + 1
-            if name in situation.lacking:
+        calls = numbered(names)
+        ends = dict(calls)
+        for name, nth in calls:
+            if name in situation.lacking or (sampled and nth not in (1, ends[name])):
+                continue
+            harmless = name in HARMLESS
+            if harmless and situation.lacking:
                 continue
             for error in errors:
-                yield replace(situation, action="fail", call=name, nth=nth, error=error)
-            if name == "pwrite64":
+                if not harmless or error in _TOLD_APART:
+                    yield replace(situation, action="fail", call=name, nth=nth, error=error)
+            if name in TRANSFERS:
                 yield replace(situation, action="short", call=name, nth=nth)

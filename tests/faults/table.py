@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.faults.suite import (
     ERRORS,
+    READ,
     RESUMED,
     ROOT,
     SYSTEMS,
@@ -93,11 +94,13 @@ def table(outcomes: Iterable[Outcome]) -> Rows:
         trial = outcome.trial
         key = {
             "fail": (f"`{trial.call}` fails", trial.error),
-            "short": ("`pwrite64` writes less than it was given", ""),
+            "short": (f"`{trial.call}` transfers less than it is asked for", ""),
             "timer": ("SIGKILL at a random moment", ""),
         }.get(trial.action, ("SIGKILL at any system call", ""))
         if trial.resumed:
             key = (f"{key[0]}, of a resumed run", key[1])
+        if trial.on == "source":
+            key = (f"{key[0]}, of a source", key[1])
         cells = rows.setdefault(key, (set(), set()))
         cells[trial.overwrite].add(words(outcome))
     return rows
@@ -117,7 +120,7 @@ def page(rows: Rows) -> str:
     lines = [HEAD, "| fault | a new output | replacing one |", "|---|---|---|"]
     for (fault, new, replacing), errors in sorted(merged(rows).items()):
         named = f" with {', '.join(sorted(errors))}" if any(errors) else ""
-        lines.append(f"| {fault}{named} | {new} | {replacing} |")
+        lines.append(f"| {fault}{named} | {new} | {replacing or 'the same'} |")
     lines += ["", "| also | |", "|---|---|"]
     lines += [f"| {fault} | {what} |" for fault, what, *_ in OTHERS]
     return "\n".join(lines) + "\n"
@@ -127,11 +130,14 @@ def trials(bench: Bench) -> list[Outcome]:
     """All that the page is made from: some thousand runs, some minutes."""
     counted = calls(bench, late=False)
     resumed = calls(bench, late=False, situations=RESUMED)
+    read = calls(bench, late=False, situations=READ)
     plan = [
         *kills({**counted, **resumed}, ["kill before"]),
         *random_kills(100, 0.05, seed=2),
         *failures(counted, ERRORS, SYSTEMS[:1]),
+        *failures(read, ERRORS, SYSTEMS[:1]),
         *failures(counted, ["EIO"], SYSTEMS[1:]),
+        *failures(resumed, ["EIO"], SYSTEMS[:1]),
     ]
     return bench.run(plan)
 

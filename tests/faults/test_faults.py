@@ -12,6 +12,7 @@ import pytest
 from tests.faults import library
 from tests.faults.suite import (
     ERRORS,
+    READ,
     RESUMED,
     SITUATIONS,
     SYSTEMS,
@@ -117,6 +118,15 @@ def test_each_call_of_the_commit_fails(quick: Bench) -> None:
         check_failed(outcome)
 
 
+def test_a_call_of_each_kind_fails(quick: Bench) -> None:
+    """From the beginning on, of the source and of the output."""
+    counted = calls(quick, late=False, situations=[*READ, SITUATIONS[0], SITUATIONS[3]])
+    trials = list(failures(counted, ["EIO"], [()], sampled=True))
+    assert len({(trial.on, trial.call) for trial in trials}) > 25
+    for outcome in quick.run(trials):
+        check_failed(outcome)
+
+
 def test_three_equal_commands_at_once(quick: Bench) -> None:
     check_races(quick, 6)
 
@@ -146,7 +156,10 @@ def test_many_kills_at_random_moments(bench: Bench) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS)
 def test_each_call_fails(bench: Bench, error: str) -> None:
-    for outcome in bench.run(list(failures(calls(bench, late=False), [error], SYSTEMS))):
+    """Of a run that continues another with EIO alone."""
+    situations = [*READ, *SITUATIONS, *(RESUMED if error == "EIO" else [])]
+    counted = calls(bench, late=False, situations=situations)
+    for outcome in bench.run(list(failures(counted, [error], SYSTEMS))):
         check_failed(outcome)
 
 

@@ -83,8 +83,7 @@ def test_a_small_file_system(
     # Also where the check beforehand was right then, and another program filled the disk.
     for checked in (True, False):
         if not checked:
-            monkeypatch.setattr("reshard.conversion.convert.lacking_space", lambda *_: None)
-            monkeypatch.setattr("reshard.conversion.planning.check_space", lambda *_: None)
+            monkeypatch.setattr("reshard.transfer.commit.lacking_space", lambda *_: None)
         with pytest.raises(reshard.WriteError, match=r"are free|No space left"):
             convert(model, place / "out", overwrite=True)
         assert files(place / "out") == old

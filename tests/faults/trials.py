@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from reshard.transfer.commit import OutputFolder
 from tests.faults.library import COUNT, FAIL, FAIL_ALWAYS, KILL_AFTER, KILL_BEFORE, SHORT, Faults
 from tests.files import contents
 
+# Of an error that is not one of reshard's: its last frames.
+_FRAMES = 6
 ACTIONS = {"fail": FAIL, "kill before": KILL_BEFORE, "kill after": KILL_AFTER, "short": SHORT}
 # What a system lacks, and what it answers there.
 LACKING = {"renameat2": errno.EINVAL, "flock": errno.ENOLCK, "fallocate64": errno.EOPNOTSUPP}
@@ -156,7 +159,7 @@ def in_child(work: Callable[[], str], kill_after: float | None = None) -> tuple[
         except reshard.ReshardError as error:
             ended, text = "error", str(error)
         except BaseException as error:
-            ended, text = "crashed", repr(error)
+            ended, text = "crashed", "".join(traceback.format_exception(error)[-_FRAMES:])
         os.write(sending, json.dumps([ended, text]).encode())
         os._exit(0)
     os.close(sending)

@@ -102,20 +102,20 @@ def _peak() -> int:
 
 def _recorded() -> set[str]:
     """From now on, every path of which a status or the content is asked for."""
-    from reshard.storage import local, paths, source
+    from reshard.storage import local, places, source
 
     asked: set[str] = set()
-    status, opened = paths._status, source.open_regular
+    status, opened = places.Local.status, source.open_regular
 
-    def recording(path: Path, *, follow: bool = True) -> os.stat_result | None:
-        asked.add(os.fspath(path))
-        return status(path, follow=follow)
+    def recording(self: places.Local, *, follow: bool = True) -> os.stat_result | None:
+        asked.add(os.fspath(self.path))
+        return status(self, follow=follow)
 
-    def opening(path: str) -> int:
+    def opening(path: str) -> tuple[int, os.stat_result]:
         asked.add(path)
         return opened(path)
 
-    paths._status = recording
+    setattr(places.Local, "status", recording)  # noqa: B010 (mypy takes a method for read-only)
     setattr(local, "open_regular", opening)  # noqa: B010 (the name that it has imported)
     return asked
 

@@ -182,6 +182,24 @@ def a_billion_experts(at: Path) -> Command:
 
 
 @_input
+def a_billion_experts_without_elements(at: Path) -> Command:
+    """Stacked in torchtitan's names: as many tensors on the hub."""
+    command = _model(at, model_type="qwen3_moe", num_hidden_layers=1)
+    shapes = {
+        "tok_embeddings.weight": [1],
+        "layers.0.attention.wo.weight": [1],
+        "layers.0.moe.experts.w1": [10**9, 0, 4],
+    }
+    header = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + (4 if shape == [1] else 0)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    _safetensors(at / "run" / "model.safetensors", header, end)
+    return command
+
+
+@_input
 def config_with_many_parts(at: Path) -> Command:
     parts = {f"x{n}_config": {"model_type": "llama", "vocab_size": n} for n in range(50_000)}
     return _model(at, **parts)
@@ -373,6 +391,36 @@ def optimizer_groups_of_the_same_parameters(at: Path) -> Command:
         path = at / "run" / f"optim_world_size_2_rank_{rank}.pt"
         path.write_bytes(torch_file(_dict(state=b"}", param_groups=groups)))
     return command
+
+
+@_input
+def flat_tensors_of_many_modules(at: Path) -> Command:
+    """FSDP1's, of 1,000 lengths, to be found among 2,000 modules."""
+    (at / "run").mkdir()
+    held = Member("archive/data/0", bytes(4 * 1000))
+    moments = b"".join(
+        number_of(n) + _dict(exp_avg=tensor(size=(1 + n,), numel=1000), step=b"K\1")
+        for n in range(1000)
+    )
+    params = _list(b"".join(map(number_of, range(1000))))
+    state = _dict(state=b"}(" + moments + b"u", param_groups=_list(_dict(params=params)))
+    for rank in range(2):
+        model = b""
+        for n in range(4000):
+            rows = 1 + (n // 2) % 977
+            shard = _record(
+                "torch.distributed._shard.sharded_tensor.shard.Shard",
+                tensor=tensor(size=(rows,), numel=1000),
+                metadata=_cut(rows * rank, rows),
+            )
+            cuts = _list(_cut(0, rows) + _cut(rows, rows))
+            whole = _sharded(cuts, _list(shard), 2 * rows)
+            mine = whole.replace(text("global_rank") + b"K\0", text("global_rank") + b"K%c" % rank)
+            model += text(f"l{n // 2}.{'ab'[n % 2]}") + mine
+        for name, body in (("model", b"}(" + model + b"u"), ("optim", state)):
+            path = at / "run" / f"{name}_world_size_2_rank_{rank}.pt"
+            path.write_bytes(torch_file(body, held))
+    return "inspect", at / "run", "--optimizer"
 
 
 @_input

@@ -64,6 +64,7 @@ def _is_large(name: str) -> bool:
     return any(word in name for word in _LARGE)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", [name for name in INPUTS if not _is_large(name)])
 def test_an_odd_input(name: str, root: Path, bench: Bench) -> None:
     bench.run(*INPUTS[name](root)).check()
@@ -113,6 +114,7 @@ def _try(place: Place, name: str, form: str, commands: list[tuple[str, ...]], be
         exchanged.restore()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("where", "name", "forms"), _SHORT)
 def test_what_no_reader_expects(
     where: str, name: str, forms: tuple[str, ...], root: Path, bench: Bench

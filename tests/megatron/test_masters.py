@@ -42,6 +42,7 @@ def _in_blocks(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack([part.flatten() for part in parts]).reshape(*[2] * tensor.dim(), -1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("key", "stored"),
     [

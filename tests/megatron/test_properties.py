@@ -148,6 +148,7 @@ def _entry(spec: TensorSpec) -> Entry:
     return Entry(spec, (Fragment(whole(spec.shape), extent, spec.dtype),))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_there_and_back_is_the_identity(kind: str) -> None:
     @settings(max_examples=40, deadline=None)

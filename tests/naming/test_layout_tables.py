@@ -51,6 +51,7 @@ def swapped(name: str, key: str) -> bool:
     return name == "qwen3_vl_moe" and "experts" in key
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", tables.names("4.57"))
 def test_files_of_one_layout_fit_files_of_another(name: str) -> None:
     hub, late = tables.table("4.57", name), tables.table("5.23", name)
@@ -59,6 +60,7 @@ def test_files_of_one_layout_fit_files_of_another(name: str) -> None:
         assert found.entries.keys() == base.disk.keys()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", tables.names("4.57"))
 def test_without_a_config_names_and_shapes_suffice(name: str) -> None:
     if name in ("llava_next_mixtral", "internvl_moe"):

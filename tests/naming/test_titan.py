@@ -143,6 +143,7 @@ def base_of(hub: dict[str, torch.Tensor], folder: Path, model_type: str, **more:
     return folders.zeros(folder, hub, config)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("era", [0, 1])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_moe", "deepseek_v3"])
 def test_a_dcp_checkpoint_becomes_the_hubs(model_type: str, era: int, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def loaded(folder: Path, like: State) -> State:
     return state
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("model_type", _FAMILIES)
 def test_runs_of_both_versions_find_their_names(model_type: str, tmp_path: Path) -> None:
     hub, _ = made(model_type, 0)
@@ -148,6 +149,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert reshard.diff(whole, tmp_path / "again").same
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("era", [0, 1])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
 def test_moments_follow_their_weights(model_type: str, era: int, tmp_path: Path) -> None:

@@ -105,13 +105,17 @@ class TorchFusedAdam:
             )  # fmt: skip
 
 
-def join(rank: Rank, rendezvous: Path) -> None:
-    """Enter the process group whose ranks meet at the file `rendezvous`."""
-    # The shared-memory operator is compiled when first used, and hangs with several ranks on few
-    # cores; DeepSpeed goes on with gloo where it is not there.
-    # (`deepspeed.comm.torch` as an attribute is torch itself, hence the import by name.)
+def without_shm_op() -> None:
+    """Have DeepSpeed use gloo alone: its shared-memory operator is compiled when first used, for a
+    minute, and hangs with several ranks on few cores."""
+    # `deepspeed.comm.torch` as an attribute is torch itself, hence the import by name.
     backend = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def join(rank: Rank, rendezvous: Path) -> None:
+    """Enter the process group whose ranks meet at the file `rendezvous`."""
+    without_shm_op()
     cpu_adam = importlib.import_module("deepspeed.ops.adam.cpu_adam")
     cpu_adam.CPUAdamBuilder = TorchAdam  # type: ignore[attr-defined]
     if _device() == "cpu":

@@ -17,7 +17,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sd
 
 from tests.state import model as models
-from tests.state.jobs import Job, Place, Result
+from tests.state.jobs import Job, Layout, Place, Result
 
 Tensors = dict[str, torch.Tensor]
 _CLIENT = {"consumed_samples": 18}
@@ -296,10 +296,17 @@ class Fsdp:
             self._save_verl(folder)
         elif place.layout == "ids":
             self._save_ids(folder)
-        elif place.layout in ("accelerate", "full", "ranks"):
+        elif place.layout == "script":
+            with self._sharded():
+                rank = distributed.get_rank()
+                torch.save(model.state_dict(), folder / f"model_rank{rank}.pt")
+                torch.save(inner.state_dict(), folder / f"optim_rank{rank}.pt")
+            if rank0:
+                torch.save(self._schedule.state_dict(), folder / "scheduler.pt")
+        elif place.layout in ("accelerate", "full", "ranks", "local"):
             from accelerate.utils import fsdp_utils
 
-            accelerate = _accelerate(self._job, full=place.layout == "full")
+            accelerate = _accelerate(self._job, place.layout)
             together = place.layout != "ranks"
             fsdp_utils.save_fsdp_model(*accelerate, model, place.folder, use_dcp=together)
             fsdp_utils.save_fsdp_optimizer(
@@ -316,22 +323,25 @@ class Fsdp:
 
     def _save_verl(self, folder: Path) -> None:
         """verl's statements (FSDPCheckpointManager.save_checkpoint)."""
-        from torch.distributed import fsdp
-
-        context: Any = contextlib.nullcontext()
-        if self._job.engine == "fsdp1":
-            context = fsdp.FullyShardedDataParallel.state_dict_type(
-                self._model,
-                fsdp.StateDictType.SHARDED_STATE_DICT,
-                fsdp.ShardedStateDictConfig(offload_to_cpu=False),
-                fsdp.ShardedOptimStateDictConfig(offload_to_cpu=False),
-            )
         name = f"world_size_{self._job.world}_rank_{distributed.get_rank()}.pt"
-        with context:
+        with self._sharded():
             torch.save(self._model.state_dict(), folder / f"model_{name}")
             torch.save(self._optimizer.state_dict(), folder / f"optim_{name}")
             extra = {"lr_scheduler": self._schedule.state_dict(), "rng": None}
             torch.save(extra, folder / f"extra_state_{name}")
+
+    def _sharded(self) -> Any:
+        """In which a state dict is the rank's part: so it is of FSDP2, and FSDP1 is told so."""
+        from torch.distributed import fsdp
+
+        if self._job.engine != "fsdp1":
+            return contextlib.nullcontext()
+        return fsdp.FullyShardedDataParallel.state_dict_type(
+            self._model,
+            fsdp.StateDictType.SHARDED_STATE_DICT,
+            fsdp.ShardedStateDictConfig(offload_to_cpu=False),
+            fsdp.ShardedOptimStateDictConfig(offload_to_cpu=False),
+        )
 
     def _save_ids(self, folder: Path) -> None:
         """A script's: the full state dicts of FSDP1, the optimizer's by numbers."""
@@ -494,19 +504,24 @@ def _options(place: Place) -> Any:
     return sd.StateDictOptions(flatten_optimizer_state_dict=place.layout in ("flat", "torchtitan"))
 
 
-def _accelerate(job: Job, *, full: bool = False) -> tuple[Any, Any]:
+def _accelerate(job: Job, layout: Layout = "accelerate") -> tuple[Any, Any]:
     """What accelerate's own functions ask of their plugin and of their accelerator."""
     from accelerate import PartialState
     from torch.distributed import fsdp
 
     PartialState(cpu=True)
+    kind = {
+        "full": fsdp.StateDictType.FULL_STATE_DICT,
+        "local": fsdp.StateDictType.LOCAL_STATE_DICT,
+    }.get(layout, fsdp.StateDictType.SHARDED_STATE_DICT)
+    configs: Any = fsdp.ShardedStateDictConfig, fsdp.ShardedOptimStateDictConfig
+    if layout == "local":
+        configs = fsdp.LocalStateDictConfig, fsdp.LocalOptimStateDictConfig
     plugin = types.SimpleNamespace(
-        state_dict_type=fsdp.StateDictType.FULL_STATE_DICT
-        if full
-        else fsdp.StateDictType.SHARDED_STATE_DICT,
+        state_dict_type=kind,
         fsdp_version=int(job.engine[-1]),
-        state_dict_config=fsdp.ShardedStateDictConfig(offload_to_cpu=False),
-        optim_state_dict_config=fsdp.ShardedOptimStateDictConfig(offload_to_cpu=False),
+        state_dict_config=configs[0](offload_to_cpu=False),
+        optim_state_dict_config=configs[1](offload_to_cpu=False),
         cpu_ram_efficient_loading=False,
         activation_checkpointing=False,
     )
@@ -524,9 +539,9 @@ def join(rank: int, world: int, meeting: str) -> None:
     """Enter the process group whose ranks meet at the file `meeting`."""
     import deepspeed
 
-    # DeepSpeed would first compile its shared-memory operator; gloo does as well.
-    backend = importlib.import_module("deepspeed.comm.torch")
-    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    from tests.oracle.worker import without_shm_op
+
+    without_shm_op()
     _operators()
     os.environ["LOCAL_RANK"] = str(rank)
     distributed.init_process_group(

@@ -9,12 +9,13 @@ from msgspec import Struct
 Engine = Literal["zero0", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
 #: How a framework lays out what it saves. `deepspeed` and `universal` are DeepSpeed's, the others
 #: DCP's: LightRFT's two folders, accelerate's, one folder with both parts, and that flattened.
-#: `full`: accelerate's two files of FULL_STATE_DICT. `verl`, `ranks`: a file for each rank, verl's
-#: and accelerate's with use_dcp=False; `ids`: FULL_STATE_DICT by numbers. `torchtitan`: one save,
-#: weights at the top.
+#: `full`: accelerate's two files of FULL_STATE_DICT. `verl`, `ranks`, `script`: a file for each
+#: rank, verl's, accelerate's with use_dcp=False, and a script's own (`model_rank0.pt`,
+#: `optim_rank0.pt`); `ids`: FULL_STATE_DICT by numbers; `local`: accelerate's LOCAL_STATE_DICT.
+#: `torchtitan`: one save, weights at the top.
 Layout = Literal[
     "deepspeed", "universal", "lightrft", "accelerate", "full", "nested", "flat", "torchtitan",
-    "verl", "ranks", "ids",
+    "verl", "ranks", "ids", "script", "local",
 ]  # fmt: skip
 Kind = Literal["qwen2", "llama", "lora"]
 Precision = Literal["float32", "bfloat16"]

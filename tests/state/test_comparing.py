@@ -39,6 +39,7 @@ def test_with_a_base_names_are_carried_again(tmp_path: Path) -> None:
     assert reshard.verify(out, against=source, base=base).num_tensors >= 26 + 50
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("to", ["deepspeed", "dcp"])
 def test_hyperparameters_that_were_given_are_not_asked_for_again(to: Any, tmp_path: Path) -> None:
@@ -83,6 +84,7 @@ def test_another_moment_is_found(layout: Layout, tmp_path: Path) -> None:
     assert caught.value.tensor == "exp_avg: model.layers.1.mlp.down_proj.weight"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("damage", ["edited", "removed"])
 @pytest.mark.parametrize("layout", ["lightrft", "accelerate"])
 def test_a_schedule_that_changed_is_found(layout: Layout, damage: str, tmp_path: Path) -> None:

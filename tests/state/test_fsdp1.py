@@ -16,8 +16,9 @@ from msgspec.structs import replace
 from safetensors.torch import load_file
 
 import reshard
-from reshard.errors import IncompleteError, UnsupportedError, VerificationError
+from reshard.errors import FormatError, IncompleteError, UnsupportedError, VerificationError
 from reshard.formats.rank_files.units import units_in_order
+from tests.state import model as models
 from tests.state.cases import Opened, opened
 from tests.state.conftest import Ranks
 from tests.state.jobs import Job, Layout, Place
@@ -27,20 +28,21 @@ from tests.tensors import raw
 
 FLAT = Job("fsdp1", 3, "", (1, 3), groups=1, frozen=False, wrapped=True, flat=True)
 RUNS: dict[str, tuple[Job, tuple[Layout, ...]]] = {
-    "flat": (FLAT, ("verl", "ranks")),
+    "flat": (FLAT, ("verl", "ranks", "script")),
     "slices": (
         Job("fsdp1", 3, "", (1, 3), wrapped=True, frozen=False),
-        ("verl", "ranks", "ids", "accelerate"),
+        ("verl", "ranks", "ids", "accelerate", "local"),
     ),
     "hybrid": (replace(FLAT, world=4, hybrid=True), ("verl",)),
     "frozen": (Job("fsdp1", 3, "", (1, 3), wrapped=True), ("verl", "ranks")),
-    "fsdp2": (Job("fsdp2", 3, "", (1, 3)), ("ranks",)),
+    "fsdp2": (Job("fsdp2", 3, "", (1, 3)), ("ranks", "script")),
 }
 # A frozen matrix between trained ones of as many elements: lengths alone do not tell them apart.
 UNTOLD = ("frozen", "verl")
 CASES = [(n, layout) for n, (_, layouts) in RUNS.items() for layout in layouts]
 CASES.remove(UNTOLD)  # type: ignore[arg-type]
 CASES.remove(("slices", "ids"))
+CASES.remove(("slices", "local"))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_every_moment_is_the_live_optimizers(name: str, layout: str, runs: Path)
     with opened(runs / name / layout) as found:
         check(found, live(runs, name))
         codes = [finding.code for finding in found.state.findings]
-        assert ("state-named-by-order" in codes) == (layout == "verl")
+        assert ("state-named-by-order" in codes) == (layout in ("verl", "script"))
         assert found.state.scheduler is not None
 
 
@@ -108,6 +110,57 @@ def test_a_rank_is_missing(name: str, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").rename(lost)
     with opened(run) as found:
         assert found.state.names
+
+
+def test_a_sharded_optimizer_beside_local_state_dicts(runs: Path, tmp_path: Path) -> None:
+    """As accelerate saves FSDP1 with LOCAL_STATE_DICT: files of ranks, and a folder of DCP's."""
+    run = runs / "slices" / "local"
+    assert (run / "pytorch_model_fsdp_rank0.bin").is_file()
+    assert (run / "optimizer_0" / ".metadata").is_file()
+    error = refused(run, UnsupportedError)
+    assert str(error.path) == str(run / "optimizer_0")
+    assert "another kind of save than the model's" in str(error)
+    assert error.hint == "Convert the weights alone, without --optimizer."
+    for to in ("dcp", "deepspeed"):
+        with pytest.raises(UnsupportedError, match="another kind of save"):
+            reshard.convert(run, tmp_path / "out", to=to, optimizer=True)
+        assert not (tmp_path / "out").exists()
+    models.build("qwen2", frozen=False).save_pretrained(tmp_path / "base")
+    reshard.convert(run, tmp_path / "out", base=tmp_path / "base")  # as the hint says
+    written: dict[str, torch.Tensor] = load_file(tmp_path / "out" / "model.safetensors")
+    held = load_file(runs / "slices" / "live" / "end.safetensors")
+    want = {n.removeprefix("param."): v for n, v in held.items() if n.startswith("param.")}
+    assert written.keys() == want.keys()
+    assert [name for name, value in want.items() if not torch.equal(written[name], value)] == []
+
+
+@pytest.mark.parametrize("wrong", ["missing", "steps"])
+def test_a_scripts_ranks_that_do_not_fit(wrong: str, runs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs / "fsdp2" / "script", tmp_path / "run"))
+    path = run / "optim_rank1.pt"
+    if wrong == "missing":
+        path.unlink()
+        assert "file of rank 1 is missing" in str(refused(run, IncompleteError))
+        return
+    content = torch.load(path, weights_only=False)
+    for state in content["state"].values():
+        state["step"] += 1
+    torch.save(content, path)
+    assert "groups or steps are not those" in str(refused(run, FormatError))
+
+
+def test_whole_tensors_in_several_ranks_files_without_names(tmp_path: Path) -> None:
+    """As a DDP script's: by numbers, nothing says that the ranks' tensors are the same."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    for rank in range(2):
+        torch.save(model.state_dict(), tmp_path / f"model_rank{rank}.pt")
+        torch.save(optimizer.state_dict(), tmp_path / f"optim_rank{rank}.pt")
+    error = refused(tmp_path, UnsupportedError)
+    assert "no file says how the ranks share it" in str(error)
+    weights_alone(tmp_path, tmp_path.with_name("out"))
 
 
 def test_what_fsdp1_gathers_by_numbers(runs: Path, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("row", "at", "layout"), CELLS, ids=[f"{r.split()[0]}{at}-{to}" for r, at, to in CELLS]
 )

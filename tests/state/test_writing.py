@@ -134,6 +134,7 @@ def test_the_other_layouts(name: str, layout: str, tmp_path: Path) -> None:
     check(name, *parts(converted(name, tmp_path, layout=layout), layout))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["lightrft", "accelerate", "nested", "torchtitan"])
 def test_what_was_written_is_read_again(layout: str, tmp_path: Path) -> None:
     out = converted("ds_s2_fp32", tmp_path, layout=layout)

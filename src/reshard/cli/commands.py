@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from reshard.cli.next_steps import at_least, conversion_of, next_commands
 from reshard.cli.progress import Shown, how_shown, shown_progress
 from reshard.comparison.declared import VERIFY
 from reshard.conversion.declared import CONVERT
+from reshard.errors import ReshardError
 from reshard.inspection import INSPECT
 from reshard.progress import stage
 
@@ -68,8 +69,9 @@ def show_report(report: Report, base: Path | None = None) -> None:
     checked = "green" if report.verified else "yellow"
     rows = report.rows()
     if report.dry_run:
-        place = at_least(report.target)
-        rows.append(("free", f"{output.size(shutil.disk_usage(place).free)} at {place}"))
+        with suppress(OSError, ReshardError):  # a file system that does not say
+            place = at_least(report.target)
+            rows.append(("free", f"{output.size(shutil.disk_usage(place).free)} at {place}"))
     output.print_table(rows, colours={"verified": checked})
     for found in last:
         output.print_result(f"{found.message} {found.fix}", "warning")
@@ -112,10 +114,10 @@ def inspect(
         from reshard.storage.texts import write_text
 
         write_text(html, contents_page(inspection))
-    found = inspection.to_json(tensors=tensors)
+    shown = inspection.to_json(tensors=tensors)
     fits = inspection.fitting is None or inspection.fitting.fits
     if as_json:
-        output.print_json(output.with_requests(found))
+        output.print_json(output.with_requests(shown))
         return 0 if fits else 1
     output.print_table(inspection.rows(), colours={"fits": "green" if fits else "red"})
     if inspection.fitting is not None and not fits:
@@ -123,7 +125,7 @@ def inspect(
     output.print_findings(inspection.findings)
     output.print_requests()
     if tensors:
-        _print_tensors(found["tensors"])
+        _print_tensors(shown["tensors"])
     if html is not None:
         output.print_result(f"page       {html}")
     if fits and sys.stdout.isatty():

@@ -126,13 +126,13 @@ def _checkpoints(paths: list[Path]) -> list[Path]:
 
 
 def _show_steps(
-    found: Sequence[Comparison], *, tensors: bool, top: int | None, sort: Key | None
+    comparisons: Sequence[Comparison], *, tensors: bool, top: int | None, sort: Key | None
 ) -> None:
     """A row for each step; with `tensors` each step as that of two checkpoints."""
     from reshard.comparison.sums import percent, short
 
     cells = []
-    for one in found:
+    for one in comparisons:
         total = one.total
         cells.append(
             (
@@ -147,29 +147,31 @@ def _show_steps(
     header = ("tensors", "elements", "largest", "mean", "change", "from -> to")
     output.print_table(cells, header=header, right=range(len(header) - 1))
     if tensors:
-        for one in found:
+        for one in comparisons:
             output.print_result(f"\n{one.first} -> {one.second}", lines=True)
             show(one, tensors=True, top=top, sort=sort)
 
 
-def show(found: Comparison, *, tensors: bool, top: int | None, sort: Key | None) -> None:
+def show(comparison: Comparison, *, tensors: bool, top: int | None, sort: Key | None) -> None:
     """Print the summary, then the tables, which begin with what differs most."""
     from reshard.comparison.sums import ordered
 
-    output.print_result(f"{found.num_equal} tensors are equal, {len(found.differences)} differ.")
-    if found.same:
+    output.print_result(
+        f"{comparison.num_equal} tensors are equal, {len(comparison.differences)} differ."
+    )
+    if comparison.same:
         return
-    output.print_table(found.rows())
-    apart = found.apart()
+    output.print_table(comparison.rows())
+    apart = comparison.apart()
     if apart:
         output.print_result("")
         cells = [(str(count), how, name) for how, name, count in apart[:top]]
         output.print_table(cells, header=("tensors", "how", "tensor"), right={0})
-    differing = [one for one in found.measured if one.kind == "values"]
+    differing = [one for one in comparison.measured if one.kind == "values"]
     if tensors and differing:
         _print_tensors(differing, sort, top)
     elif differing:
-        layers, modules = found.layers(), found.modules()
+        layers, modules = comparison.layers(), comparison.modules()
         _print_sums("layer", ordered(layers, sort, top))
         if len(modules) < len(layers):
             _print_sums("module", ordered(modules, sort, top))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from reshard.core.locations import MANIFEST, RemotePath
+from reshard.transfer.targets import UNKNOWN, target_at
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,13 +38,14 @@ def telling_what_stands(target: Path | None, *, resumable: bool = False) -> Iter
     finished is kept.
     """
     again = "run the command again"
-    before = _identity(target)
+    output = None if target is None else target_at(target)
+    before = None if output is None else output.identity()
     try:
         yield
     except KeyboardInterrupt as error:
-        after = _identity(target)
-        if after == _UNKNOWN:
-            stands = f"The store does not say what stands at {target}; run the command again."
+        after = None if output is None else output.identity()
+        if after == UNKNOWN:
+            stands = f"What stands at {target} cannot be told; run the command again."
         elif target is None:
             stands = "No output was written."
         elif after != before and after is not None:
@@ -54,50 +54,7 @@ def telling_what_stands(target: Path | None, *, resumable: bool = False) -> Iter
             stands = f"{target} is unchanged; {again}."
         else:
             stands = f"No output was written to {target}; {again}."
-        if resumable and target is not None and after == before and _can_be_continued(target):
+        if resumable and output is not None and after == before and output.can_be_continued():
             stands = stands.removesuffix(f"{again}.")
             stands += f"what is finished is kept beside it: {again} to continue."
         raise Interrupted(stands) from error
-
-
-def _can_be_continued(target: Path) -> bool:
-    if isinstance(target, RemotePath):
-        from reshard.errors import ReshardError
-        from reshard.storage import remote
-
-        try:
-            return remote.is_unfinished(target)
-        except ReshardError:
-            return False
-    from reshard.transfer import leftovers
-
-    return leftovers.is_there(target)
-
-
-# Of a store that does not answer.
-_UNKNOWN = (-1, -1)
-
-
-def _identity(target: Path | None) -> tuple[int, int] | None:
-    if target is None:
-        return None
-    if isinstance(target, RemotePath):
-        return _in_store(target)
-    try:
-        status = os.stat(target)  # noqa: PTH116 (a loop of links is an error here, on any Python)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _in_store(target: RemotePath) -> tuple[int, int] | None:
-    """Which output stands in a store: that of its last object."""
-    from reshard.errors import ReshardError
-    from reshard.storage.remote import identity
-    from reshard.storage.stores import bucket_of
-
-    try:
-        last = bucket_of(target).head((target / MANIFEST).key)
-    except ReshardError:
-        return _UNKNOWN
-    return None if last is None else identity(last)[1:3]

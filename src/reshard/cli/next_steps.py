@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reshard.errors import ReshardError
 from reshard.storage import strict_json
 from reshard.storage.local import snapshot
 from reshard.storage.paths import absolute, exists, is_file
@@ -18,8 +19,15 @@ def next_commands(report: Report, base: Path | None) -> list[tuple[str, str]]:
     """What a user can do with the output, in words, and the command for it.
 
     Only for a folder that is a model which writes text; vLLM is named for causal language models
-    and for those with a vision tower alone.
+    and for those with a vision tower alone. The conversion succeeded, whatever fails here.
     """
+    try:
+        return _next_commands(report, base)
+    except ReshardError:
+        return []
+
+
+def _next_commands(report: Report, base: Path | None) -> list[tuple[str, str]]:
     folder = Path(report.target)
     if report.dry_run or not is_file(folder / "config.json"):
         return []

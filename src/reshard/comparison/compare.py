@@ -11,9 +11,9 @@ from reshard.comparison import states
 from reshard.comparison.declared import DIFF, VERIFY
 from reshard.comparison.pairing import (
     Pairing,
-    given_options,
     onto_one,
     pair,
+    stated_of,
     tells_names,
 )
 from reshard.comparison.result import Compared, Comparison
@@ -136,7 +136,8 @@ def verify(
                 )
         return verify_folder(place, threads=threads, progress=progress)
     with Sources() as sources:
-        given = given_options(place, sources)
+        stated = stated_of(place, sources)
+        given = {} if stated is None else stated.options
         masters = given.get("masters") is True
         selection = formats.Selection(
             values["tag"], values["prefix"], True, values["role"], masters
@@ -146,20 +147,20 @@ def verify(
             source = with_masters(source, state)
         written = formats.read(place, sources, formats.Selection())
         source, written = compared_as_numbers(source, written, sources)
-        pairing = pair(source, written, sources, base=values["base"])
+        pairing = pair(source, written, sources, base=values["base"], stated=stated)
         if pairing.by_name:
             _check_names(pairing, place)
         said = []
         pairs = pairing.pairs
-        stated = pairing.options
-        if stated is not None and stated.optimizer:
-            held = states.of_output(source, written, stated, sources, pairing.planned)
+        options = pairing.options
+        if options is not None and options.optimizer:
+            held = states.of_output(source, written, options, sources, pairing.planned)
             pairs = [*pairs, *states.pairs(*held)]
             said = [one for one in states.settings(*held, completed=True) if one.kind != "equal"]
-        found = compare(pairs, sources, progress)
+        compared = compare(pairs, sources, progress)
         sources.check_unchanged()
     exchanged = _exchanged(place, values["against"])
-    differences = (*said, *found.differences, *pairing.left)
+    differences = (*said, *compared.differences, *pairing.left)
     for difference in differences:
         raise VerificationError(
             f"it is not what {values['against']} holds; {difference}.",
@@ -167,18 +168,19 @@ def verify(
             tensor=difference.name,
             hint=exchanged[0].fix
             if exchanged
-            else f"{len(differences)} tensors differ, {found.num_equal} are equal.",
+            else f"{len(differences)} tensors differ, {compared.num_equal} are equal.",
         )
-    if not found.num_equal:
+    if not compared.num_equal:
         raise VerificationError(
             f"none of its tensors is in {values['against']}: they are all the base's.", path=folder
         )
     findings = (*source.findings, *exchanged)
-    return Verified(found.num_equal, found.bytes_read, len(pairing.filled), findings)
+    return Verified(compared.num_equal, compared.bytes_read, len(pairing.filled), findings)
 
 
 def _exchanged(folder: Path, against: Path) -> tuple[Finding, ...]:
-    """That a checkpoint was verified against what was made of it, and not the other way round.
+    """The finding that a checkpoint was verified against what was made of it, and not the other way
+    round.
 
     Then tensors are compared as if the checkpoint had been converted from its own output: what
     `reshard.json` states of a conversion, and the optimizer's state, are not.

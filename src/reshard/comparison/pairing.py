@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from glob import escape
 from pathlib import Path
-from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -24,7 +23,7 @@ from reshard.conversion import manifest, output_model
 from reshard.conversion.base_model import Base, holds_config, read_base
 from reshard.conversion.dtypes import OutputTensor
 from reshard.conversion.manifest import Manifest
-from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated
+from reshard.conversion.options import Options, RewardChoice, SrmFormat, restated, unwritten
 from reshard.conversion.output_model import OutputModel
 from reshard.conversion.planning import plan_output
 from reshard.conversion.side_files import LIGHTRFT
@@ -76,13 +75,16 @@ class Pairing(Struct, frozen=True):
         return Pairing(pairs, left, omitted, filled, self.by_name)
 
 
-def _turned(found: Compared) -> Compared:
+def _turned(compared: Compared) -> Compared:
     kind: dict[Difference, Difference] = {
         "only in the first": "only in the second",
         "only in the second": "only in the first",
     }
     return replace(
-        found, kind=kind.get(found.kind, found.kind), first=found.second, second=found.first
+        compared,
+        kind=kind.get(compared.kind, compared.kind),
+        first=compared.second,
+        second=compared.first,
     )
 
 
@@ -92,32 +94,41 @@ def tells_names(catalog: Catalog) -> bool:
     return is_file(catalog.origin.root / MANIFEST) or holds_config(catalog)
 
 
-def pair(first: Catalog, second: Catalog, sources: Sources, *, base: Path | None = None) -> Pairing:
+def pair(
+    first: Catalog,
+    second: Catalog,
+    sources: Sources,
+    *,
+    base: Path | None = None,
+    stated: Manifest | None = None,
+) -> Pairing:
     """Pair the tensors of two checkpoints, of which the second may be the first, converted.
+
+    `stated` is what the second's `reshard.json` states, where it was read before.
 
     Raises `NamesError` where names of the first have no place or several, `PlanError` where only
     a base could tell.
     """
     folder = second.origin.root
-    stated = _stated(second, sources)
-    held = _tables(second, stated, sources)
-    options, recorded = _recorded(first, folder, stated, held)
-    found: Pairing | None = None
+    stated = stated or stated_of(folder, sources)
+    tables = _tables(second, stated, sources)
+    options, recorded = _recorded(first, folder, stated, tables)
+    pairing: Pairing | None = None
     if base is not None:
         model = read_base(base, sources)
-        made = plan_output(first, model, options, sources)
-        pairs = _pairs(_planned(made), held)
-        found = Pairing(pairs, *_left(first, made, options), planned=(model, made))
-    elif _stands_in(first, second, held):
+        output = plan_output(first, model, options, sources)
+        pairs = _pairs(_planned(output), tables)
+        pairing = Pairing(pairs, *_left(first, output, options), planned=(model, output))
+    elif _stands_in(first, second, tables):
         try:
             model = read_base(folder, sources)
-            found = _onto_itself(first, model, options, recorded, held, sources)
+            pairing = _onto_itself(first, model, options, recorded, tables, sources)
         except NamesError:
             if not set(first.names()) >= set(second.entries):
                 raise
-    if found is None:
-        found = _by_name(first, options, recorded, held, sources)
-    return found if stated is None else replace(found, options=options)
+    if pairing is None:
+        pairing = _by_name(first, options, recorded, tables, sources)
+    return pairing if stated is None else replace(pairing, options=options)
 
 
 def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -> Pairing:
@@ -126,20 +137,23 @@ def onto_one(first: Catalog, second: Catalog, sources: Sources, *, base: Path) -
     Raises `NamesError` where names of one have no place or several.
     """
     model = read_base(base, sources)
-    nothing = formats.Selection()
     sides = []
     for catalog in (first, second):
         root = catalog.origin.root
-        options = Options(root, root, root, "hf", nothing, "keep", 1, names="disk")
-        made = plan_output(catalog, model, options, sources)
-        sides.append((_planned(made), Pairing([], *_left(catalog, made, options))))
+        options = unwritten(root, root)
+        output = plan_output(catalog, model, options, sources)
+        sides.append((_planned(output), Pairing([], *_left(catalog, output, options))))
     (mine, left), (theirs, right) = sides
     right = right.turned()
     return Pairing(_pairs(mine, theirs), (*left.left, *right.left), (*left.omitted, *right.omitted))
 
 
-def _stated(catalog: Catalog, sources: Sources) -> Manifest | None:
-    folder = catalog.origin.root
+def stated_of(folder: Path, sources: Sources) -> Manifest | None:
+    """What the `reshard.json` of a folder, or of the output that the folder is a part of, states;
+    None where there is none.
+
+    Raises `VerificationError` where the output does not hold what its `reshard.json` lists.
+    """
     if not is_file(folder / MANIFEST):
         return _stated_above(folder, sources)
     stated = manifest.read(folder, sources)
@@ -156,11 +170,6 @@ def _stated_above(folder: Path, sources: Sources) -> Manifest | None:
     check_run(folder.parent, stated)
     inside = any(name.startswith(f"{folder.name}/") for name in stated.files)
     return stated if inside else None
-
-
-def given_options(folder: Path, sources: Sources) -> Mapping[str, Any]:
-    """The options that a folder was converted with; none where no `reshard.json` states them."""
-    return manifest.read(folder, sources).options if is_file(folder / MANIFEST) else {}
 
 
 def _tables(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Tables:
@@ -184,16 +193,15 @@ def _tables(catalog: Catalog, stated: Manifest | None, sources: Sources) -> Tabl
 
 
 def _recorded(
-    first: Catalog, folder: Path, stated: Manifest | None, held: Tables
+    first: Catalog, folder: Path, stated: Manifest | None, tables: Tables
 ) -> tuple[Options, Matching]:
     """The conversion's options, as far as they decide what goes where, and its record of names.
 
     Dtypes are the second side's.
     """
-    nothing = formats.Selection()
-    options = Options(first.origin.root, folder, folder, "hf", nothing, "keep", 1)
+    options = replace(unwritten(first.origin.root, folder), names=None)
     if stated is None:
-        srm_format: SrmFormat = "both" if LIGHTRFT in held else "split"
+        srm_format: SrmFormat = "both" if LIGHTRFT in tables else "split"
         return replace(options, rewards=RewardChoice(srm_format=srm_format)), Matching()
     names = stated.names
     try:
@@ -204,12 +212,12 @@ def _recorded(
     return replace(options, allow=(*options.allow, *map(escape, recorded.unexpected))), recorded
 
 
-def _stands_in(first: Catalog, second: Catalog, held: Tables) -> bool:
+def _stands_in(first: Catalog, second: Catalog, tables: Tables) -> bool:
     """Whether the second side's names and config decide what goes where."""
-    if not holds_config(second) or "" not in held:
+    if not holds_config(second) or "" not in tables:
         return False
     same = not first.unshaped and _shapes(first) == _shapes(second)
-    return not same or (len(held) > 1 and not named(first.format).holds_config)
+    return not same or (len(tables) > 1 and not named(first.format).holds_config)
 
 
 def _shapes(catalog: Catalog) -> dict[str, Shape]:
@@ -222,7 +230,7 @@ def _onto_itself(
     base: Base,
     options: Options,
     recorded: Matching,
-    held: Tables,
+    tables: Tables,
     sources: Sources,
 ) -> Pairing:
     """The pairing where the second side serves as the base."""
@@ -231,21 +239,21 @@ def _onto_itself(
         options = replace(options, allow=(*options.allow, *_frozen(first)))
     options = replace(options, fill_from_base=True, names="disk")
     head = options.rewards.heads.value_head
-    if head is not None and f"{SCORE}.weight" in held[""]:
+    if head is not None and f"{SCORE}.weight" in tables[""]:
         first = _called(first, f"{head}.weight", f"{SCORE}.weight")
         heads = replace(options.rewards.heads, value_head=None)
         options = replace(options, rewards=replace(options.rewards, heads=heads))
-    made = output_model.onto(first, base, options, sources)
-    planned = _planned(made)
-    for name in made.matching.filled:
+    output = output_model.onto(first, base, options, sources)
+    planned = _planned(output)
+    for name in output.matching.filled:
         planned[""].pop(name)
     _check_apart(planned, base.folder)
-    model, filled = dict(held[""]), []
-    for name in sorted({*recorded.filled}.intersection(made.matching.filled)):
+    model, filled = dict(tables[""]), []
+    for name in sorted({*recorded.filled}.intersection(output.matching.filled)):
         entry = model.pop(name)
         filled.append(Compared(name, "only in the second", "", described(entry.spec)))
-    pairs = _pairs(planned, {**held, "": model})
-    return Pairing(pairs, *_left(first, made, options), tuple(filled))
+    pairs = _pairs(planned, {**tables, "": model})
+    return Pairing(pairs, *_left(first, output, options), tuple(filled))
 
 
 def _frozen(catalog: Catalog) -> list[str]:
@@ -255,17 +263,17 @@ def _frozen(catalog: Catalog) -> list[str]:
 
 
 def _by_name(
-    first: Catalog, options: Options, recorded: Matching, held: Tables, sources: Sources
+    first: Catalog, options: Options, recorded: Matching, tables: Tables, sources: Sources
 ) -> Pairing:
     """The pairing by equal names, wrappers' parts aside. A tied name that the conversion did not
     store is compared with the tensor that it is recorded to be."""
-    mine = _tables(first, _stated(first, sources), sources)
+    mine = _tables(first, stated_of(first.origin.root, sources), sources)
     if (options.names == "memory" or trainer(options)) and named(first.format).holds_config:
         placed = plan_output(first, None, options, sources)
-        return Pairing(_pairs(_planned(placed), held), by_name=True)
-    if "" not in held and len(held) == 1:
-        held = {"": next(iter(held.values()))}
-    kept = held.get("", {})
+        return Pairing(_pairs(_planned(placed), tables), by_name=True)
+    if "" not in tables and len(tables) == 1:
+        tables = {"": next(iter(tables.values()))}
+    kept = tables.get("", {})
     there = {name: e for e in kept.values() for name in e.names}
     there = {name: there[tie] for name, tie in recorded.tied.items() if tie in there} | there
     model: dict[str, Entry] = {}
@@ -281,7 +289,7 @@ def _by_name(
             model[entry.spec.name] = entry
     met = {entry.spec.name for entry in theirs.values()}
     theirs |= {name: entry for name, entry in kept.items() if name not in met}
-    return Pairing(_pairs({**mine, "": model}, {**held, "": theirs}), by_name=True)
+    return Pairing(_pairs({**mine, "": model}, {**tables, "": theirs}), by_name=True)
 
 
 def _called(catalog: Catalog, old: str, new: str) -> Catalog:
@@ -311,10 +319,10 @@ def _check_apart(planned: Mapping[str, Mapping[str, Entry]], folder: Path) -> No
                 )
 
 
-def _planned(made: OutputModel) -> dict[str, dict[str, Entry]]:
+def _planned(output: OutputModel) -> dict[str, dict[str, Entry]]:
     """What a conversion writes, by file."""
-    tables = {"": _sources_of(made.model)} if made.model else {}
-    return tables | {file.name: _sources_of(file.tensors) for file in made.side_files}
+    tables = {"": _sources_of(output.model)} if output.model else {}
+    return tables | {file.name: _sources_of(file.tensors) for file in output.side_files}
 
 
 def _sources_of(tensors: Iterable[OutputTensor]) -> dict[str, Entry]:
@@ -330,7 +338,7 @@ def _pairs(
 
 
 def _left(
-    first: Catalog, made: OutputModel, options: Options
+    first: Catalog, output: OutputModel, options: Options
 ) -> tuple[tuple[Compared, ...], tuple[Compared, ...]]:
     """The checkpoint's tensors that the conversion leaves out; second, those that an option
     named."""
@@ -339,7 +347,7 @@ def _left(
     # What a module computes from its config is in no file of a released model.
     dropped = [
         Compared(name, "only in the first", shown.get(name, ""), "")
-        for name in made.matching.unexpected
+        for name in output.matching.unexpected
         if not matches_any(CONSTANTS, name)
     ]
     recorded = {found.name for found in dropped if allowed.allows(found.name)}

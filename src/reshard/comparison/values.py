@@ -106,28 +106,28 @@ class _Work:
         self.exponents = Meter().exponents
         self._buffers = page_aligned(_BLOCK), page_aligned(_BLOCK)
 
-    def compared(self, name: str, made: Entry, other: Entry | None) -> Compared:
+    def compared(self, name: str, entry: Entry, other: Entry | None) -> Compared:
         """Two tensors, or the first alone, compared."""
         if other is None:
-            return Compared(name, "only in the first", described(made.spec), "")
-        mine, theirs = made.spec, other.spec
+            return Compared(name, "only in the first", described(entry.spec), "")
+        mine, theirs = entry.spec, other.spec
         if mine.shape != theirs.shape:
             return Compared(name, "shape", str(mine.shape), str(theirs.shape))
         common = _common(mine.dtype, theirs.dtype, either=self.method.either)
         if not common:
             return Compared(name, "dtype", str(mine.dtype), str(theirs.dtype))
-        change, dtype, counts = self._nearest(made, other, common)
+        change, dtype, counts = self._nearest(entry, other, common)
         self.exponents += counts
         text, nbytes = str(dtype), mine.numel * dtype.itemsize
         if not change.differing:
             return Compared(name, "equal", text, text, mine.shape, nbytes, change)
         if self.method.spectrum and change.moved and dtype.numpy.kind != "c":
-            energy = energies(lambda: self._changes(made, other, dtype), mine.shape, change.moved)
+            energy = energies(lambda: self._changes(entry, other, dtype), mine.shape, change.moved)
             change = replace(change, energy=energy)
         return Compared(name, "values", text, text, mine.shape, nbytes, change)
 
     def _nearest(
-        self, made: Entry, other: Entry, common: list[DType]
+        self, entry: Entry, other: Entry, common: list[DType]
     ) -> tuple[Change, DType, Array]:
         """What differs, in the dtype of `common` in which the two are equal, else in the first.
 
@@ -137,7 +137,7 @@ class _Work:
         for dtype in common:
             counts = np.zeros_like(self.exponents)
             try:
-                change = self._measured(made, other, dtype, counts)
+                change = self._measured(entry, other, dtype, counts)
             except VerificationError:  # beyond the range of `dtype`
                 continue
             if not change.differing:
@@ -145,32 +145,32 @@ class _Work:
             first = first or (change, dtype, counts)
         if first is not None:
             return first
-        wide = max(made.spec.dtype, other.spec.dtype, FLOAT32, key=lambda dtype: dtype.itemsize)
+        wide = max(entry.spec.dtype, other.spec.dtype, FLOAT32, key=lambda dtype: dtype.itemsize)
         counts = np.zeros_like(self.exponents)
-        return self._measured(made, other, wide, counts), wide, counts
+        return self._measured(entry, other, wide, counts), wide, counts
 
-    def _measured(self, made: Entry, other: Entry, dtype: DType, counts: Array) -> Change:
+    def _measured(self, entry: Entry, other: Entry, dtype: DType, counts: Array) -> Change:
         """The elements that differ once both are of `dtype`."""
         meter = Meter(norms=self.method.norms, exponents=counts)
-        for _, one, two in self._blocks(made, other, dtype):
+        for _, one, two in self._blocks(entry, other, dtype):
             meter.add(one, two)
         return meter.result()
 
     def _blocks(
-        self, made: Entry, other: Entry, dtype: DType
+        self, entry: Entry, other: Entry, dtype: DType
     ) -> Iterator[tuple[Box, Array, Array]]:
         """Both tensors in blocks, as flat arrays of `dtype`, which the next block overwrites."""
         mine, theirs = (buffer.view(dtype.numpy) for buffer in self._buffers)
         for box in blocks(other.spec.shape, len(mine)):
             one, two = mine[: box.numel], theirs[: box.numel]
-            fill(made, box, one, self.reader)
+            fill(entry, box, one, self.reader)
             fill(other, box, two, self.reader)
             yield box, one, two
 
-    def _changes(self, made: Entry, other: Entry, dtype: DType) -> Iterator[tuple[Box, Array]]:
+    def _changes(self, entry: Entry, other: Entry, dtype: DType) -> Iterator[tuple[Box, Array]]:
         """The change in blocks, as float32; 0 where an element is not finite on a side."""
         wide = np.float64 if dtype.itemsize > 4 else np.float32
-        for box, one, two in self._blocks(made, other, dtype):
+        for box, one, two in self._blocks(entry, other, dtype):
             with np.errstate(over="ignore", invalid="ignore"):
                 gap = (one.astype(wide) - two.astype(wide)).astype(np.float32)
             yield box, np.where(np.isfinite(gap), gap, 0).reshape(box.sizes)

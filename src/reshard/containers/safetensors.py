@@ -33,6 +33,8 @@ from reshard.storage.source import Source
 # safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
 MAX_HEADER_NBYTES = 100_000_000
 _METADATA = b'{"__metadata__":{'
+# Bytes of it; writers put a line there.
+_MAX_METADATA = 1 << 16
 # Bytes that a tensor of a header takes for each comma, colon and opening bracket, eleven of them.
 _STATED_TOKEN_NBYTES = 45
 
@@ -136,30 +138,20 @@ def _parsed(text: bytes, path: str) -> tuple[dict[str, Any], object]:
     As JSON of any kind, the header of 200,000 tensors takes more than the budget, so one that is
     spelt as writers spell it is parsed straight into its type. Any other is read as JSON.
     """
-    start = b"{"
-    raw = msgspec.Raw(b"{}")
-    with suppress(ValueError, RecursionError):
+    with suppress(FormatError):
+        strict_json.check_budget(text, path, _STATED_TOKEN_NBYTES)  # before anything is copied
+        start, raw, rest = b"{", b"{}", text
         if text.startswith(_METADATA):
-            raw = msgspec.json.decode(text, type=_Metadata).metadata
-            start = b'{"__metadata__":' + bytes(raw)
-        rest = text[len(start) :].removeprefix(b",")
-        if text.startswith(start) and _is_affordable(text):
-            table: dict[str, Any] = msgspec.json.decode(b"{" + rest, type=dict[str, _Stated])
-            metadata = strict_json.parse_object(bytes(raw), path)
-            members = len(table) * (1 + len(_Stated.__struct_fields__))
-            if "__metadata__" not in table and strict_json.has_keys(rest, members):
-                return table, metadata
+            raw = bytes(strict_json.parse_as(text, _Metadata, path).metadata)
+            start = b'{"__metadata__":' + raw
+            skipped = len(start) + text.startswith(b",", len(start))
+            rest = b"".join((b"{", memoryview(text)[skipped:]))
+        if len(raw) < _MAX_METADATA and text.startswith(start):
+            table: dict[str, Any] = strict_json.parse_records(rest, _Stated, path)
+            if "__metadata__" not in table:
+                return table, strict_json.parse_object(raw, path)
     header = strict_json.parse_object(text, path)
     return header, header.pop("__metadata__", {})
-
-
-def _is_affordable(text: bytes) -> bool:
-    """Whether a header whose values are all of `_Stated` is within the budget of JSON."""
-    try:
-        strict_json.check_budget(text, "", _STATED_TOKEN_NBYTES)
-    except FormatError:
-        return False
-    return True
 
 
 def _other_kind(source: Source, start: int) -> ReshardError | None:

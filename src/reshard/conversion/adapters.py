@@ -68,9 +68,9 @@ class Found(Struct, frozen=True):
     findings: tuple[Finding, ...] = ()
 
 
-def summary(found: Found) -> Summary | None:
+def summary(adapted: Found) -> Summary | None:
     """What the report says of the adapters; None where there are none."""
-    separated, config = found.separated, found.config
+    separated, config = adapted.separated, adapted.config
     if config is None:
         return None
     ranks = separated.ranks
@@ -287,19 +287,19 @@ def explained(error: NamesError, separated: Separated) -> NamesError:
 
 
 def check_left_out(
-    found: Found, fit: NameMap, base: Base, options: Options, sources: Sources
+    adapted: Found, fit: NameMap, base: Base, options: Options, sources: Sources
 ) -> list[Finding]:
     """Compare with the base what an adapter leaves out.
 
     Raises `PlanError` for tensors that differ without `--allow`: they were trained. Beside the
     merged model, which holds them, they are a finding.
     """
-    saved = {f"{module}." for module in found.separated.saved}
+    saved = {f"{module}." for module in adapted.separated.saved}
     different = []
-    entries = apply(fit.outputs, found.separated.entries)
+    entries = apply(fit.outputs, adapted.separated.entries)
     for name, entry in entries.items():
         own = fit.origins.get(name, name)
-        if own in found.separated.absent or any(own.startswith(module) for module in saved):
+        if own in adapted.separated.absent or any(own.startswith(module) for module in saved):
             continue
         stored = base.entries.get(fit.tied_to.get(name, name))
         if stored is None or not same_values(entry, stored, sources):
@@ -345,8 +345,8 @@ def _hint(trained: Sequence[str], num_entries: int) -> str:
     )
 
 
-def check_place(found: Found, fit: NameMap) -> None:
+def check_place(adapted: Found, fit: NameMap) -> None:
     """Raises `PlanError` where an adapter updates what neither checkpoint nor base holds."""
-    lost: list[str] = output.lost(found.separated, fit, found.keys)
+    lost: list[str] = output.lost(adapted.separated, fit, adapted.keys)
     if lost:
         raise PlanError(f"adapters on {len(lost)} modules have no place in the base: {lost[0]}.")

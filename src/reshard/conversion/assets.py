@@ -23,7 +23,8 @@ from reshard.core.regex import regex
 from reshard.errors import FormatError, NotFoundError
 from reshard.naming.lora.config import NAME as ADAPTER_CONFIG
 from reshard.storage.local import child, read_start
-from reshard.storage.paths import MAX_DEPTH, exists, is_file, is_folder, is_link, listing, real
+from reshard.storage.paths import exists, is_file, is_folder, is_link, listing, real
+from reshard.storage.places import MAX_DEPTH
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf",
                     ".onnx", ".onnx_data", ".onnx.data", ".distcp", ".tflite", ".ot", ".npz", ".pb",

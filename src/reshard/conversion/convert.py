@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
+from reshard.containers.torch.machine import paused_gc
 from reshard.conversion import manifest
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
@@ -34,7 +35,7 @@ from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import file_size
 from reshard.transfer import memory
 from reshard.transfer.assembly import Outcome
-from reshard.transfer.commit import lacking_space
+from reshard.transfer.targets import target_at
 
 # Options of a run that a later command does not repeat.
 _ONCE = ("overwrite", "resume", "dry_run")
@@ -110,18 +111,18 @@ def convert(
             options.target, options.source, options.base, overwrite=writing.overwrite
         )
     with Sources() as sources:
-        with with_other_errors(options, checked_target=True):
+        with with_other_errors(options, checked_target=True), paused_gc():
             job = prepare(options, sources, strict=running.strict, dry_run=running.dry_run)
         # The source may have been found below the folder that was named.
         inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))
         check_apart(options.target, "source", inputs)
         copied = sum(file_size(asset.path) for asset in job.plan.assets)
-        lacking = lacking_space(options.target, job.plan.bytes_to_write + copied)
+        lacking = target_at(options.target).lacking_space(job.plan.bytes_to_write + copied)
         if running.dry_run:
             job = job if lacking is None else _without_room(job, lacking)
             check_strict(job.plan.findings, options, running.strict)
             report = _report(
-                job, given, time.monotonic() - began, replaced, threads=writing.threads
+                job, given, time.monotonic() - began, replaced, _tag(job), threads=writing.threads
             )
             return replace(report, requests=requests.since(asked))
         if lacking is not None:
@@ -130,13 +131,16 @@ def convert(
         jobs, drafts = [job], list[Report]()
         del job
 
-        def render(outcome: Outcome) -> bytes:
+        def render(outcome: Outcome, copied: Mapping[str, str]) -> bytes:
             job = jobs.pop()  # from here on nobody holds it
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
             check_values(job.output.state, outcome)
             check_strict(_of_values(job, outcome), options, running.strict)
-            drafts.append(_report(job, given, 0, replaced, outcome, threads=writing.threads))
-            return _manifest(job, outcome.digests, sources)
+            # Nothing is read after the commit: it could fail, and the output stands.
+            tag, threads = _tag(job), writing.threads
+            drafts.append(_report(job, given, 0, replaced, tag, outcome, threads=threads))
+            files = manifest.listed(job.plan, sources, copied)
+            return _manifest(job, outcome.digests, files)
 
         outcome = carry_out(
             jobs[0].plan,
@@ -186,7 +190,11 @@ def _of_values(job: Job, outcome: Outcome) -> list[Finding]:
     return [*found, *alike(job.output.state, outcome)]
 
 
-def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources) -> bytes:
+def _manifest(
+    job: Job,
+    digests: Mapping[tuple[str, str], str],
+    files: Mapping[str, manifest.WrittenFile],
+) -> bytes:
     output = job.output
     names = {
         "prefix": output.name_map.prefix,
@@ -206,7 +214,6 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
     written = () if state is None else state.entries(masters=False)
     moments = manifest.Table([entry.spec for entry in written], STATE_TABLE, digests)
     catalog, stated = job.catalog, job.options.stated()
-    files = manifest.listed(job.plan, sources)
     return manifest.render(
         catalog.format,
         catalog.origin,
@@ -221,14 +228,14 @@ def _manifest(job: Job, digests: Mapping[tuple[str, str], str], sources: Sources
     )
 
 
-def _completed(found: Finding, job: Job, given: Mapping[str, object]) -> Finding:
+def _completed(finding: Finding, job: Job, given: Mapping[str, object]) -> Finding:
     """A finding that no base was given, with the command that makes the output complete."""
-    if found.code != "no-base":
-        return found
+    if finding.code != "no-base":
+        return finding
     again = {name: value for name, value in given.items() if name not in _ONCE}
     command = ["reshard", "convert", *words(again), "--base", "MODEL"]
     command += [] if given["dry_run"] else ["--overwrite"]
-    return replace(found, fix=f"To complete it: {shlex.join(command)}")
+    return replace(finding, fix=f"To complete it: {shlex.join(command)}")
 
 
 def _tag(job: Job) -> str | None:
@@ -245,6 +252,7 @@ def _report(
     given: Mapping[str, object],
     seconds: float,
     replaced: Replaced | None,
+    tag: str | None,
     outcome: Outcome | None = None,
     *,
     threads: int,
@@ -263,7 +271,7 @@ def _report(
         source=os.fspath(job.options.source),
         target=os.fspath(job.options.target),
         format=job.catalog.format,
-        tag=_tag(job),
+        tag=tag,
         checkpoint=os.fspath(job.catalog.origin.root),
         adapter=output.adapter,
         num_tensors=len(output.model) or sum(len(file.tensors) for file in output.side_files),

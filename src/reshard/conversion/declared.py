@@ -544,6 +544,8 @@ def _check_files(values: Mapping[str, Any]) -> None:
 
 def _layout(values: Mapping[str, Any]) -> str | None:
     """The default of `layout`."""
+    if values["optimizer"] and values["names"] == "torchtitan":
+        return "torchtitan"
     layouts = output_format(values["to"]).layouts
     return layouts[0] if values["optimizer"] and layouts else None
 
@@ -576,13 +578,18 @@ def _check_state(values: Mapping[str, Any]) -> None:
             hint="Leave out --layout.",
             option="layout",
         )
-    # torchtitan's, too, are those of several of its versions.
-    if values["optimizer"] and values["names"] in ("all", "torchtitan"):
+    if values["optimizer"] and values["names"] == "all":
         raise OptionError(
-            f"names {values['names']!r} gives a parameter several names, but its optimizer state "
-            "has only one.",
+            "names 'all' gives a parameter several names, but its optimizer state has only one.",
             hint="Pass --names memory, or leave out --names.",
             option="names",
+        )
+    if values["names"] == "torchtitan" and values["layout"] not in (None, "torchtitan"):
+        raise OptionError(
+            f"layout: an optimizer under torchtitan's names is written with --layout torchtitan, "
+            f"not {values['layout']}.",
+            hint="Pass --layout torchtitan, or leave out --layout.",
+            option="layout",
         )
 
 

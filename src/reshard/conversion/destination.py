@@ -25,9 +25,16 @@ from reshard import formats
 from reshard.conversion import manifest
 from reshard.conversion.manifest import Manifest, WrittenFile, file_digest
 from reshard.conversion.verification import verify_folder
-from reshard.core.locations import MANIFEST, MARKS, RemotePath
+from reshard.core.locations import MANIFEST
 from reshard.core.sizes import size
-from reshard.errors import NotFoundError, ReshardError, WriteError, listed
+from reshard.errors import (
+    IncompleteError,
+    NotFoundError,
+    ReshardError,
+    WriteError,
+    is_of_system,
+    listed,
+)
 from reshard.formats import locate
 from reshard.storage.local import Sources
 from reshard.storage.paths import (
@@ -40,6 +47,7 @@ from reshard.storage.paths import (
     real,
     status,
 )
+from reshard.transfer.targets import target_at
 
 # Python's own, made again from the modules beside it.
 _REMADE = "__pycache__"
@@ -90,7 +98,7 @@ def check_destination(
         check_apart(target, "base model", [base])
     try:
         replaced = check_replaceable(target, overwrite=overwrite, replaces=replaces)
-    except NotFoundError as error:
+    except (NotFoundError, IncompleteError) as error:
         raise WriteError(
             f"the existing file or folder cannot be examined: {error.message}",
             path=error.path or target,
@@ -134,20 +142,15 @@ def _check_outside(target: Path, what: str, given: Path) -> None:
 def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -> Replaced | None:
     """The output of reshard at `target`; None where nothing is, or an empty folder.
 
-    Raises `WriteError` where it is not to be replaced, `NotFoundError` where it cannot be examined.
+    Raises `WriteError` where it is not to be replaced, `NotFoundError` or `IncompleteError` where
+    it cannot be examined.
     """
     if is_link(real(target)):
         raise WriteError(
             "the output is in a loop of links.", path=target, hint="Name another output."
         )
-    if isinstance(target, RemotePath):
-        from reshard.storage import remote  # paths of this machine need nothing of it
-
-        unfinished = remote.is_unfinished(target)
-        if unfinished or overwrite:
-            _check_left(target, overwrite=overwrite, complete=not unfinished)
-        if unfinished:
-            return None
+    if target_at(target).is_unfinished(overwrite=overwrite):
+        return None
     if not exists(target) or (is_folder(target) and not any(listing(target))):
         return None
     if not is_folder(target):
@@ -187,21 +190,6 @@ def check_replaceable(target: Path, *, overwrite: bool, replaces: bool = True) -
     return found
 
 
-def _check_left(target: RemotePath, *, overwrite: bool, complete: bool) -> None:
-    """Refuse an output in a store that another run writes, or in which other objects lie.
-
-    `complete`: the output is, and only what its run kept for itself may be left.
-    """
-    from reshard.transfer import claims
-
-    left = claims.left_at(target)
-    if left is None:
-        return
-    left.check_gone(force=overwrite)
-    if not complete:
-        left.check_only_ours()
-
-
 def _stated(folder: Path) -> Manifest | None:
     """The folder's `reshard.json`; None where there is none, or a file that is not one."""
     if is_link(folder / MANIFEST):
@@ -209,15 +197,16 @@ def _stated(folder: Path) -> Manifest | None:
     try:
         with Sources() as sources:
             return manifest.read(folder, sources)
-    except ReshardError:
+    except ReshardError as error:
+        if is_of_system(error):
+            raise
         return None
 
 
 def _files(folder: Path) -> Iterator[_File]:
     """Everything below a folder that is not a folder itself; links are not followed."""
     for path in files_below(folder):
-        left = isinstance(path, RemotePath) and path.name.startswith(MARKS)
-        if not (path.parent.name == _REMADE and path.suffix == ".pyc") and not left:
+        if not (path.parent.name == _REMADE and path.suffix == ".pyc"):
             yield _File(path.relative_to(folder).as_posix(), status(path, follow=False))
 
 
@@ -252,7 +241,9 @@ def _changed(folder: Path, listed: Mapping[str, WrittenFile], names: list[str]) 
     if weights and not changed:
         try:
             verify_folder(folder)
-        except ReshardError:
+        except ReshardError as error:
+            if is_of_system(error):
+                raise
             return weights
     return changed
 

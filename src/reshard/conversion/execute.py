@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from reshard.conversion.verification import verify_folder
 from reshard.conversion.writing import Writing
 from reshard.core.findings import Finding
 from reshard.core.fragments import regions
-from reshard.core.locations import MANIFEST, RemotePath
+from reshard.core.locations import MANIFEST
 from reshard.core.plan import Plan
 from reshard.core.sizes import size
 from reshard.core.tensors import Extent, Fragment, Fragments, Record, Single
@@ -28,6 +28,7 @@ from reshard.transfer.cluster.connection import connected
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
 from reshard.transfer.output import Output, copy
+from reshard.transfer.targets import target_at
 
 if TYPE_CHECKING:
     from reshard.transfer.remote import RemoteFolder
@@ -40,17 +41,18 @@ def carry_out(
     target: Path,
     writing: Writing,
     *,
-    render: Callable[[Outcome], bytes],
+    render: Callable[[Outcome, Mapping[str, str]], bytes],
     check: Callable[[Path], None] | None = None,
     unprotected: Sequence[Extent] = (),
 ) -> Outcome:
     """Write a plan's files, `reshard.json` last, and give the folder its name.
 
     `records` are the source's checksums, which are compared as its bytes pass, `unprotected` its
-    stretches without; they are iterated over once. `render` makes the bytes of `reshard.json`; it
-    may refuse what the engine found. Whoever holds the plan lets go of it then: verifying reads as
-    much metadata again. `check` examines the finished folder before it gets its name, and raises
-    if something is wrong.
+    stretches without; they are iterated over once. `render` makes the bytes of `reshard.json` from
+    what the engine found and the digests of the files that were copied, by name; it may refuse what
+    the engine found. Whoever holds the plan lets go of it then: verifying reads as much metadata
+    again. `check` examines the finished folder before it gets its name, and raises if something is
+    wrong.
 
     If this raises, `target` is as it was, or the error says what is there.
     """
@@ -60,9 +62,8 @@ def carry_out(
     ):
         outcome = executor.run(plan, sources, folder)
         resumed = _resumed(folder, outcome, plan)
-        stated = render(outcome)
+        stated = render(outcome, _put_beside(plan, sources, folder))
         outcome = replace(outcome, digests={})
-        _put_beside(plan, sources, folder)
         del plan
         folder.settle()  # reshard.json is the last to get its name
         folder.write(MANIFEST, stated)
@@ -87,12 +88,14 @@ def carry_out(
     return replace(outcome, findings=findings, read_back={})
 
 
-def _put_beside(plan: Plan, sources: Sources, folder: Output) -> None:
-    """Write the small files, and copy the base's."""
-    for asset in plan.assets:
-        copy(folder, asset.name, sources.open(asset.path))
+def _put_beside(plan: Plan, sources: Sources, folder: Output) -> dict[str, str]:
+    """Copy the base's files, whose digests are returned by name, and write the small ones."""
+    copied = {
+        asset.name: copy(folder, asset.name, sources.open(asset.path)) for asset in plan.assets
+    }
     for name, text in plan.texts:
         folder.write(name, text)
+    return copied
 
 
 @contextmanager
@@ -114,23 +117,10 @@ def _output(
     plan: Plan, sources: Sources, target: Path, writing: Writing
 ) -> OutputFolder | RemoteFolder:
     """The output of a plan, to be entered: in a folder of this machine, or of a store."""
-    digest = plan_digest(plan)
-    if not isinstance(target, RemotePath):
-        return OutputFolder(
-            target,
-            digest,
-            overwrite=writing.overwrite,
-            resume=writing.resume,
-            sources=_fingerprints(plan, sources),
-        )
-    from reshard.transfer.remote import RemoteFolder
-
     names = [file.name for file in plan.files] + [asset.name for asset in plan.assets]
-    names += [name for name, _ in plan.texts]
-    return RemoteFolder(
-        target,
-        digest,
-        names,
+    return target_at(target).output(
+        plan_digest(plan),
+        names + [name for name, _ in plan.texts],
         overwrite=writing.overwrite,
         resume=writing.resume,
         sources=_fingerprints(plan, sources),

@@ -99,7 +99,7 @@ def _classes(parts: ModelParts, base: Base) -> dict[str, object] | None:
 
 def _name_map(
     parts: ModelParts,
-    found: adapters.Found,
+    adapted: adapters.Found,
     base: Base,
     options: Options,
     compare: Equal | None,
@@ -116,41 +116,41 @@ def _name_map(
         headless=scored or (scalar and not options.fill_from_base),
         allow=options.allow,
         transformers_version=options.transformers_version,
-        untied=found.separated.apart,
-        updated=found.keys,
+        untied=adapted.separated.apart,
+        updated=adapted.keys,
     )
     schema = schema_with_ties(base.schema, base.entries, compare)
     try:
         return fit(parts.backbone, schema, options=fit_options, equal=compare)
     except NamesError as error:
-        raise adapters.explained(error, found.separated) from None
+        raise adapters.explained(error, adapted.separated) from None
 
 
 def _updates(
-    found: adapters.Found,
+    adapted: adapters.Found,
     name_map: NameMap,
     base: Base,
     options: Options,
     sources: Sources | None,
 ) -> tuple[Updates, list[Finding]]:
     """What the adapters update and, where they are written, what of the model is left out."""
-    if found.config is None:
+    if adapted.config is None:
         return Updates(), []
-    adapters.check_place(found, name_map)
+    adapters.check_place(adapted, name_map)
     made = Updates()
     if not options.lora.alone:
         made = updates(
-            found.separated,
+            adapted.separated,
             name_map,
-            found.config,
+            adapted.config,
             base.entries,
-            keys=found.keys,
+            keys=adapted.keys,
             base_config=base.config,
         )
     written = options.lora.writes_adapter
     if not written or sources is None or options.lora.scaling is not None:
         return made, []
-    return made, adapters.check_left_out(found, name_map, base, options, sources)
+    return made, adapters.check_left_out(adapted, name_map, base, options, sources)
 
 
 def _comparison(sources: Sources | None) -> Equal | None:

@@ -18,7 +18,7 @@ _NO_HEADS = "the checkpoint holds no heads of a reward model"
 
 
 def idle(
-    options: Options, catalog: Catalog, base: Base | None, made: OutputModel
+    options: Options, catalog: Catalog, base: Base | None, output: OutputModel
 ) -> Iterator[Finding]:
     """A finding for each option that has no effect.
 
@@ -26,33 +26,33 @@ def idle(
     passes, do not count.
     """
     if base is not None:
-        yield from _patterns(options, catalog, base, made)
+        yield from _patterns(options, catalog, base, output)
     frozen = any(entry.kind == "frozen" for entry in catalog.entries.values())
-    if options.exclude_frozen and not frozen and not made.matching.missing:
+    if options.exclude_frozen and not frozen and not output.matching.missing:
         yield _without("--exclude-frozen", "the checkpoint holds no frozen parameters")
-    if options.fill_from_base and not made.matching.filled:
+    if options.fill_from_base and not output.matching.filled:
         yield _without("--fill-from-base", "the checkpoint lacks nothing that the base has")
-    if made.scaling is None:
+    if output.scaling is None:
         yield from _of_adapters(options)
     if options.rewards.model_type != "vision2seq":  # the scripts' default, beside other defaults
-        yield from _of_heads(options, made)
+        yield from _of_heads(options, output)
     if options.transformers_version and base is None and options.names not in ("all", "memory"):
         yield _without("--transformers-version", "names stay as they are in the checkpoint")
 
 
 def _patterns(
-    options: Options, catalog: Catalog, base: Base, made: OutputModel
+    options: Options, catalog: Catalog, base: Base, output: OutputModel
 ) -> Iterator[Finding]:
-    prefix = made.name_map.prefix
+    prefix = output.name_map.prefix
     known = {*base.entries}
     for name in catalog.names():
         known |= {name, unwrap(name), name.removeprefix(prefix), unwrap(name).removeprefix(prefix)}
-    apart = {*made.matching.unexpected, *made.matching.missing}
+    apart = {*output.matching.unexpected, *output.matching.missing}
     for pattern in options.allow:
         if not matched(known | apart, [pattern]):
             message = f"--allow {pattern!r} matches no name of the checkpoint or the base."
             yield Finding("allow-unmatched", message)
-        elif not made.side_files and not matched(apart, [pattern]):
+        elif not output.side_files and not matched(apart, [pattern]):
             why = "all that it matches is in the checkpoint and in the base"
             yield _without(f"--allow {pattern!r}", why)
 
@@ -71,9 +71,9 @@ def _of_adapters(options: Options) -> Iterator[Finding]:
         yield Finding("no-adapters", message)
 
 
-def _of_heads(options: Options, made: OutputModel) -> Iterator[Finding]:
+def _of_heads(options: Options, output: OutputModel) -> Iterator[Finding]:
     rewards = options.rewards
-    if any(file.name in (REWARD_HEAD, LIGHTRFT) for file in made.side_files):
+    if any(file.name in (REWARD_HEAD, LIGHTRFT) for file in output.side_files):
         return
     given = {
         "--probing-layer": rewards.probing_layer is not None,

@@ -38,7 +38,6 @@ from reshard.errors import FormatError, NotFoundError, UnsupportedError
 from reshard.storage import strict_json
 from reshard.storage.local import Sources
 from reshard.storage.paths import is_file
-from reshard.storage.source import Source
 
 #: The version that is written, and the first whose digests are trees.
 VERSION = TREES = 2
@@ -188,27 +187,23 @@ def run_of(state: TrainingState) -> dict[str, Any]:
     return strict_json.parse_object(msgspec.json.encode(run), MANIFEST)
 
 
-def listed(plan: Plan, sources: Sources) -> dict[str, WrittenFile]:
-    """The files that a plan writes, by name. Files that are copied are read for their digest."""
+def listed(plan: Plan, sources: Sources, copied: Mapping[str, str]) -> dict[str, WrittenFile]:
+    """The files that a plan writes, by name; `copied` are the digests of those that are copied."""
     files = {file.name: WrittenFile(file.nbytes) for file in plan.files}
     for name, text in plan.texts:
         files[name] = WrittenFile(len(text), xxhash.xxh3_128_hexdigest(text))
     for asset in plan.assets:
-        source = sources.open(asset.path)
-        files[asset.name] = WrittenFile(source.size, _digest(source))
+        files[asset.name] = WrittenFile(sources.open(asset.path).size, copied[asset.name])
     return dict(sorted(files.items()))
 
 
 def file_digest(path: Path) -> str:
     """The xxh3-128 of a file's bytes, as `WrittenFile` states it."""
-    with Sources() as sources:
-        return _digest(sources.open(path))
-
-
-def _digest(source: Source) -> str:
     hasher = xxhash.xxh3_128()
-    for start in range(0, source.size, _PIECE):
-        hasher.update(source.read(start, min(_PIECE, source.size - start)))
+    with Sources() as sources:
+        source = sources.open(path)
+        for start in range(0, source.size, _PIECE):
+            hasher.update(source.read(start, min(_PIECE, source.size - start)))
     return hasher.hexdigest()
 
 
@@ -228,24 +223,24 @@ def read(folder: Path, sources: Sources) -> Manifest:
 def parsed(text: bytes, path: Path) -> Manifest:
     """What the text of a `reshard.json` states; `path` is its place. Raises `FormatError`."""
     try:
-        found = _parse(text, str(path))
+        manifest = _parse(text, str(path))
     except FormatError as error:
         raise FormatError(
             f"it is damaged: {error.message}", path=path, hint="Convert the checkpoint again."
         ) from None
-    if found.version > VERSION:
+    if manifest.version > VERSION:
         raise UnsupportedError(
-            f"it is of version {found.version}; this reshard knows versions up to {VERSION}.",
+            f"it is of version {manifest.version}; this reshard knows versions up to {VERSION}.",
             path=path,
             hint="Use the reshard that wrote it, or a later one.",
         )
-    if not found.tensors and not any(found.beside.values()):
+    if not manifest.tensors and not any(manifest.beside.values()):
         raise FormatError(
             "it is damaged: it lists no tensor, so it proves nothing.",
             path=path,
             hint="Convert the checkpoint again.",
         )
-    return found
+    return manifest
 
 
 def _parse(text: bytes, path: str) -> Manifest:

@@ -48,13 +48,13 @@ class Module(Struct, frozen=True):
         return within and (names_weights(asset.name) or asset.name.endswith(".index.json"))
 
 
-def read_modules(folder: Path, found: Iterable[Asset], sources: Sources) -> tuple[Module, ...]:
+def read_modules(folder: Path, assets: Iterable[Asset], sources: Sources) -> tuple[Module, ...]:
     """The modules of a base that have weights of their own; none where it states no modules.
 
     Raises `FormatError` where `modules.json` is not a list of modules, and what the readers of the
     weights raise.
     """
-    weights = {PurePosixPath(a.name).parent.as_posix() for a in found if names_weights(a.name)}
+    weights = {PurePosixPath(a.name).parent.as_posix() for a in assets if names_weights(a.name)}
     if not weights or not is_file(folder / MODULES):
         return ()
     listed = sources.open(folder / MODULES)

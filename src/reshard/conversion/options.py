@@ -154,6 +154,18 @@ class Options(Struct, frozen=True):
         }
 
 
+def unwritten(source: Path, base: Path) -> Options:
+    """Options of a conversion that is planned to see what becomes of names, and never carried out.
+
+    Its dtypes are the checkpoint's, its names those of the base's files.
+    """
+    return Options(source, base, base, "hf", Selection(), "keep", 1, names="disk")
+
+
+#: Updates whose alpha does not matter: they are counted, or left apart from the weights.
+ANY_ALPHA = LoraChoice(alpha=1.0)
+
+
 def restated(options: Options, stated: Mapping[str, Any], names: Mapping[str, Any]) -> Options:
     """`options` with what the `options` and `names` of a `reshard.json` say of names and values.
 

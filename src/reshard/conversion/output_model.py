@@ -53,7 +53,8 @@ class OutputModel(Struct, frozen=True):
     report. With `assets` the base's other files are copied. `loaded_by` is the transformers version
     whose loaded model has the names; None: they are those of the files. Without an output head it
     `generates` nothing. `state` is the training state to write, under the model's names.
-    `translation` is what the checkpoint's own names went through before `name_map`.
+    `translation` is what the checkpoint's own names went through before `name_map`, and `trainer`
+    what they went through after it, where the names are torchtitan's.
     """
 
     model: Sequence[OutputTensor]
@@ -71,6 +72,7 @@ class OutputModel(Struct, frozen=True):
     generates: bool = True
     state: TrainingState | None = None
     translation: Translation | None = None
+    trainer: Translation | None = None
 
 
 def plain(catalog: Catalog, options: Options) -> OutputModel:
@@ -101,87 +103,87 @@ def onto(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     return replace(made, name_map=named, findings=findings, translation=known.names)
 
 
-def _output_model(found: Fitted) -> OutputModel:
-    made, matching = _model(found)
-    files = side_files(found)
-    _check_head(found, made, matching)
-    bare = _without_head(found)
-    released = found.base.entries
+def _output_model(fitted: Fitted) -> OutputModel:
+    made, matching = _model(fitted)
+    files = side_files(fitted)
+    _check_head(fitted, made, matching)
+    bare = _without_head(fitted)
+    released = fitted.base.entries
     # A head that the base stores as its embedding has that one's dtype, and is compared with it.
-    ties = {head: released[tie] for head, tie in found.name_map.tied_to.items() if tie in released}
+    ties = {head: released[tie] for head, tie in fitted.name_map.tied_to.items() if tie in released}
     tensors: Sequence[OutputTensor] = choose(
-        list(made.items()), {**released, **ties}, found.options.dtype
+        list(made.items()), {**released, **ties}, fitted.options.dtype
     )
-    if found.alone or (found.parts.rewards and found.options.rewards.srm_format == "lightrft"):
+    if fitted.alone or (fitted.parts.rewards and fitted.options.rewards.srm_format == "lightrft"):
         tensors = ()
-    patches = {**found.name_map.config_patches, **(bare.patches if bare else {})}
-    check_vocabulary(tensors, found.base, patches)
-    if found.alone:
+    patches = {**fitted.name_map.config_patches, **(bare.patches if bare else {})}
+    check_vocabulary(tensors, fitted.base, patches)
+    if fitted.alone:
         matching = replace(matching, missing=(), filled=())
     return OutputModel(
         model=tensors,
-        name_map=found.name_map,
+        name_map=fitted.name_map,
         matching=matching,
         side_files=files.side_files,
         texts=files.texts,
         patches=patches,
-        merged=len(found.updates.by_output) + len(found.updates.by_source),
-        scaling=found.adapters.config,
-        adapter=adapters.summary(found.adapters),
-        findings=(*found.findings, *files.findings, *(bare.findings if bare else ())),
-        assets=not found.alone,
+        merged=len(fitted.updates.by_output) + len(fitted.updates.by_source),
+        scaling=fitted.adapters.config,
+        adapter=adapters.summary(fitted.adapters),
+        findings=(*fitted.findings, *files.findings, *(bare.findings if bare else ())),
+        assets=not fitted.alone,
         generates=bare is None,
     )
 
 
-def _model(found: Fitted) -> tuple[dict[str, Entry], Matching]:
+def _model(fitted: Fitted) -> tuple[dict[str, Entry], Matching]:
     """The model's tensors, with the base's where they are to be filled, and what is missing."""
-    options, base, matching = found.options, found.base, found.name_map.matching
-    made, updated = _made(found)
+    options, base, matching = fitted.options, fitted.base, fitted.name_map.matching
+    entries, updated = _made(fitted)
     absent = list(matching.filled)
     if options.exclude_frozen:
-        frozen = [name for name, entry in made.items() if entry.kind == "frozen"]
+        frozen = [name for name, entry in entries.items() if entry.kind == "frozen"]
         absent += [name for name in frozen if name not in updated]
         for name in absent:
-            made.pop(name, None)
-    if found.parts.value is not None and found.classes is not None:
-        made.update(found.parts.value.called(SCORE))
+            entries.pop(name, None)
+    if fitted.parts.value is not None and fitted.classes is not None:
+        entries.update(fitted.parts.value.called(SCORE))
     filled = [
         name for name in absent if options.fill_from_base or comes_with_base(name, base.config)
     ]
-    made.update((name, base.entries[name]) for name in filled)
+    entries.update((name, base.entries[name]) for name in filled)
     missing = [*matching.missing, *(name for name in absent if name not in filled)]
-    for name, source in found.name_map.from_base.items():
+    for name, source in fitted.name_map.from_base.items():
         if options.fill_from_base:
-            made[name] = base.entries[source].renamed(name)
+            entries[name] = base.entries[source].renamed(name)
         (filled if options.fill_from_base else missing).append(name)
-    return made, replace(matching, filled=tuple(filled), missing=tuple(missing))
+    return entries, replace(matching, filled=tuple(filled), missing=tuple(missing))
 
 
-def _made(found: Fitted) -> tuple[dict[str, Entry], set[str]]:
+def _made(fitted: Fitted) -> tuple[dict[str, Entry], set[str]]:
     """The tensors that the checkpoint makes, and the names of those with an update."""
-    outputs, updates, backbone = found.name_map.outputs, found.updates, found.parts.backbone
-    made = apply(outputs, backbone)
+    outputs, updates, backbone = fitted.name_map.outputs, fitted.updates, fitted.parts.backbone
+    entries = apply(outputs, backbone)
     updated = {*updates.by_output}
     if updates.by_source:
         with_updates = apply(outputs, {**backbone, **updates.by_source})
-        updated |= {n for n, e in with_updates.items() if e.fragments != made[n].fragments}
-        made = with_updates
-    return {**made, **updates.by_output}, updated
+        updated |= {n for n, e in with_updates.items() if e.fragments != entries[n].fragments}
+        entries = with_updates
+    return {**entries, **updates.by_output}, updated
 
 
-def _check_head(found: Fitted, made: Mapping[str, Entry], matching: Matching) -> None:
+def _check_head(fitted: Fitted, entries: Mapping[str, Entry], matching: Matching) -> None:
     """A tensor that PEFT leaves out was frozen, and a scalar reward model uses no head."""
-    known = found.separated.adapters or found.parts.rewards is not None
-    if found.alone or found.compare is None or known:
+    known = fitted.separated.adapters or fitted.parts.rewards is not None
+    if fitted.alone or fitted.compare is None or known:
         return
-    allows = FitOptions(allow=found.options.allow).allows
+    allows = FitOptions(allow=fitted.options.allow).allows
     filled = [name for name in matching.filled if not allows(name)]
-    check_head(made, filled, found.base, found.compare)
+    check_head(entries, filled, fitted.base, fitted.compare)
 
 
-def _without_head(found: Fitted) -> Bare | None:
+def _without_head(fitted: Fitted) -> Bare | None:
     """What the config must state for a model that is written without its output head."""
-    if found.alone:
+    if fitted.alone:
         return None
-    return without_head(found.base.config, found.name_map.matching.missing, found.classes)
+    return without_head(fitted.base.config, fitted.name_map.matching.missing, fitted.classes)

@@ -47,16 +47,18 @@ def check_vocabulary(
     )
 
 
-def check_head(made: Mapping[str, Entry], filled: Iterable[str], base: Base, equal: Equal) -> None:
+def check_head(
+    entries: Mapping[str, Entry], filled: Iterable[str], base: Base, equal: Equal
+) -> None:
     """Refuse to pair a head of the base with an embedding that was trained. Raises `PlanError`."""
     for head in filled:
-        embedding = ties.embedding_of(head, made)
+        embedding = ties.embedding_of(head, entries)
         if embedding is None or embedding not in base.entries:
             continue
         released = base.entries[embedding]
         # Masters of a frozen embedding equal the base's after rounding to its dtype.
-        spec = replace(made[embedding].spec, dtype=released.spec.dtype)
-        trained = replace(made[embedding], spec=spec)
+        spec = replace(entries[embedding].spec, dtype=released.spec.dtype)
+        trained = replace(entries[embedding], spec=spec)
         if trained.spec.shape != released.spec.shape or not equal(trained, released):
             raise PlanError(
                 f"the checkpoint does not hold {head!r}, and {embedding!r} was trained: the base's "

@@ -41,8 +41,8 @@ from reshard.naming import Translation, memory_outputs, translation
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists
 from reshard.transfer.checksums import Stretches, without_checksum
-from reshard.transfer.commit import check_space
 from reshard.transfer.reading import equal, first_bytes
+from reshard.transfer.targets import check_space
 
 
 class Job(Struct, frozen=True):
@@ -91,35 +91,35 @@ def prepare(
     if base is not None:
         catalog = replace(catalog, records=(*catalog.records, *base.records))
     options = replace(options, names=memory_names.chosen(options, catalog, base))
-    catalog, found = as_numbers(catalog, base, options, sources)
-    made = plan_output(catalog, base, options, sources)
+    catalog, numbers = as_numbers(catalog, base, options, sources)
+    output = plan_output(catalog, base, options, sources)
     if state is not None:
-        made = carried_along(made, state, catalog, base, options, sources)
+        output = carried_along(output, state, catalog, base, options, sources)
     # Before the layout, which takes long for the petabytes that a damaged file may state.
-    nbytes = sum(tensor.spec.nbytes for tensor in made.model)
+    nbytes = sum(tensor.spec.nbytes for tensor in output.model)
     if not dry_run or nbytes > _MAX_PLANNED:
         check_space(options.target, nbytes)
-    files, texts, said = _files(made, options)
+    files, texts, said = _files(output, options)
     if not files:
         raise PlanError("nothing is left to write.", path=options.source)
     if options.consumed_samples is not None and state is None:
         texts = (*texts, client_state(options.consumed_samples))
     model = base
     if base is None and output_format(options.to).takes_files:
-        model = itself(catalog, found, sources)
-    assets, patched, lacking = _assets(made, model, options)
+        model = itself(catalog, numbers, sources)
+    assets, patched, lacking = _assets(output, model, options)
     plan = Plan(
         files,
-        (*texts, *patched, *made.texts),
+        (*texts, *patched, *output.texts),
         assets,
         (
             *catalog.findings,
             *_from_cache(options),
-            *dequantised(found, base),
-            *made.findings,
-            *_of_release(made, catalog, base, options, sources),
+            *dequantised(numbers, base),
+            *output.findings,
+            *_of_release(output, catalog, base, options, sources),
             *said,
-            *idle(options, catalog, base, made),
+            *idle(options, catalog, base, output),
             *lacking,
         ),
     )
@@ -131,7 +131,7 @@ def prepare(
         if model is not None and CONFIG in texts_by_name
         else {}
     )
-    return Job(options, catalog, made, plan, unprotected, changed)
+    return Job(options, catalog, output, plan, unprotected, changed)
 
 
 def _from_cache(options: Options) -> tuple[Finding, ...]:
@@ -199,38 +199,40 @@ def plan_output(
     """What the checkpoint becomes: by the base's names or its own, or those of a loaded model or of
     a trainer."""
     if base is None:
-        made = output_model.plain(catalog, options)
+        output = output_model.plain(catalog, options)
     else:
-        made = output_model.onto(catalog, base, options, sources)
+        output = output_model.onto(catalog, base, options, sources)
     if trainer_names.trainer(options) is not None:
-        config = memory_names.config_of(made, catalog, base, sources, trainer_names.asked(options))
-        return trainer_names.renamed(made, config, options, sources)
+        config = memory_names.config_of(
+            output, catalog, base, sources, trainer_names.asked(options)
+        )
+        return trainer_names.renamed(output, config, options, sources)
     if options.names in ("all", "memory"):
         asked = f"--names {options.names}"
-        config = memory_names.config_of(made, catalog, base, sources, asked)
+        config = memory_names.config_of(output, catalog, base, sources, asked)
         place = memory_names.placed if options.names == "memory" else memory_names.answering
-        made = place(made, config, options)
+        output = place(output, config, options)
     elif options.names == "hub":
-        config = memory_names.config_of(made, catalog, base, sources, "--names hub")
-        made = released.in_layout(made, config)
-    return made
+        config = memory_names.config_of(output, catalog, base, sources, "--names hub")
+        output = released.in_layout(output, config)
+    return output
 
 
 def _of_release(
-    made: OutputModel, catalog: Catalog, base: Base | None, options: Options, sources: Sources
+    output: OutputModel, catalog: Catalog, base: Base | None, options: Options, sources: Sources
 ) -> tuple[Finding, ...]:
     """How the output differs from releases, where it is a model's folder."""
     known = base is not None or holds_config(catalog)
-    if not (known and made.model and made.assets and output_format(options.to).takes_files):
+    if not (known and output.model and output.assets and output_format(options.to).takes_files):
         return ()
     if options.names == "memory":
         return ()
-    config = memory_names.config_of(made, catalog, base, sources, "--names hub")
-    return tuple(released.findings(made, config))
+    config = memory_names.config_of(output, catalog, base, sources, "--names hub")
+    return tuple(released.findings(output, config))
 
 
 def carried_along(
-    made: OutputModel,
+    output: OutputModel,
     state: TrainingState,
     catalog: Catalog,
     base: Base | None,
@@ -246,56 +248,57 @@ def carried_along(
     """
     maps: list[Translation] = []
     if base is None:
-        made = replace(made, model=[replace(t, aliases=t.source.aliases) for t in made.model])
-        made = training.with_ties(
-            made,
-            state,
-            lambda one, other: equal(one, other, sources),
-            lambda entry: first_bytes(entry, sources),
-        )
+        output = replace(output, model=[replace(t, aliases=t.source.aliases) for t in output.model])
     else:
-        if made.translation is not None:
-            maps.append(made.translation)
-        maps.append(translation(made.name_map.outputs))
+        if output.translation is not None:
+            maps.append(output.translation)
+        maps.append(translation(output.name_map.outputs))
         if options.names == "memory":
             table = dict(catalog.entries)
             for names in maps:
                 table = names.make(table)
             shapes = {name: entry.spec.shape for name, entry in table.items()}
-            config = memory_names.config_of(made, catalog, base, sources, "--optimizer")
+            config = memory_names.config_of(output, catalog, base, sources, "--optimizer")
             loaded = memory_outputs(shapes, config, memory_names.version_of(options))
             maps.append(translation(loaded))
     to = output_format(options.to)
-    carried = training.carried(state, made, maps)
+    carried = training.carried(state, output, maps)
+    if base is None:
+        output = training.with_ties(
+            output,
+            carried,
+            lambda one, other: equal(one, other, sources),
+            lambda entry: first_bytes(entry, sources),
+        )
     if completed:
         carried = formats.as_written(to, carried, options.layout)
     if to.full_precision:
-        return training.in_full_precision(carried, made)
-    findings = (*made.findings, *training.rounded(carried, made))
-    return replace(made, state=carried, findings=findings)
+        return training.in_full_precision(carried, output)
+    findings = (*output.findings, *training.rounded(carried, output))
+    return replace(output, state=carried, findings=findings)
 
 
 def _files(
-    made: OutputModel, options: Options
+    output: OutputModel, options: Options
 ) -> tuple[tuple[OutputFile, ...], tuple[tuple[str, bytes], ...], tuple[Finding, ...]]:
     """The model's files and those beside it, the small files that list them, and what a user
     should know of them."""
     files: tuple[OutputFile, ...] = ()
     texts: tuple[tuple[str, bytes], ...] = ()
     findings: tuple[Finding, ...] = ()
-    if made.state is not None:
+    if output.state is not None:
         laid = formats.state_writer(output_format(options.to)).lay_out_state(
-            _slots(made.model), made.state, options.max_shard_nbytes, options.layout
+            _slots(output.model), output.state, options.max_shard_nbytes, options.layout
         )
         files, texts, findings = laid.files, laid.texts, laid.findings
-    elif made.model:
+    elif output.model:
         layout = formats.writer(output_format(options.to))
-        files, texts = layout.lay_out(_slots(made.model), options.max_shard_nbytes)
+        files, texts = layout.lay_out(_slots(output.model), options.max_shard_nbytes)
     beside = tuple(
         formats.single_writer(file.name).lay_out_file(file.name, _slots(file.tensors))
-        for file in made.side_files
+        for file in output.side_files
     )
-    if not texts and any(_lies_among(file.name, files) for file in made.side_files):
+    if not texts and any(_lies_among(file.name, files) for file in output.side_files):
         texts = formats.index(output_format(options.to), files)
     return files + beside, texts, findings
 
@@ -310,7 +313,7 @@ def _slots(tensors: Sequence[OutputTensor]) -> list[formats.TensorToWrite]:
 
 
 def _assets(
-    made: OutputModel, base: Base | None, options: Options
+    output: OutputModel, base: Base | None, options: Options
 ) -> tuple[tuple[Asset, ...], tuple[tuple[str, bytes], ...], tuple[Finding, ...]]:
     """The base's other files, its patched config, and what a folder without them lacks."""
     if not output_format(options.to).takes_files:
@@ -322,14 +325,14 @@ def _assets(
             "config.json and no tokenizer, so transformers and vLLM cannot load it.",
         )
         return (), (), (lacks,)
-    if not made.assets:
+    if not output.assets:
         return (), (), ()
     findings = _said_of(base)
-    patches = {**base.repairs, **made.patches}
-    dtype = _stated_dtype(made, base, options)
+    patches = {**base.repairs, **output.patches}
+    dtype = _stated_dtype(output, base, options)
     if dtype is not None:
         patches.update(dtype_patches(base, dtype))
-    written = {file.name for file in made.side_files}
+    written = {file.name for file in output.side_files}
     modules = [module for module in base.modules if module.file in written]
     assets = tuple(a for a in base.assets if not any(module.owns(a) for module in modules))
     if not patches and not quantisation_paths(base):
@@ -349,7 +352,7 @@ def _said_of(base: Base) -> tuple[Finding, ...]:
     return (Finding("architecture-repaired", message, subject=CONFIG),)
 
 
-def _stated_dtype(made: OutputModel, base: Base, options: Options) -> str | None:
+def _stated_dtype(output: OutputModel, base: Base, options: Options) -> str | None:
     """The dtype that the config must state where it need not be the base's; None: leave it.
 
     Of `keep`, and of a base that is quantised, it is the one that most elements have.
@@ -358,5 +361,5 @@ def _stated_dtype(made: OutputModel, base: Base, options: Options) -> str | None
         return None
     if options.dtype not in ("base", "keep"):
         return options.dtype
-    main = main_dtype(tensor.spec for tensor in made.model)
+    main = main_dtype(tensor.spec for tensor in output.model)
     return main.name if main is not None and main.floating and main.itemsize > 1 else None

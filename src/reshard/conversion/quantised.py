@@ -94,19 +94,23 @@ def as_numbers(
         return source_numbers(catalog, sources, config=config, filled=filled)
 
 
-def itself(catalog: Catalog, found: Numbers, sources: Sources) -> Base | None:
-    """A model that is converted without a base: its own files go along. `found` are its tensors as
-    numbers. None where no config lies beside it, or where it is an adapter."""
+def itself(catalog: Catalog, numbers: Numbers, sources: Sources) -> Base | None:
+    """A model that is converted without a base: its own files go along.
+
+    `numbers` are its tensors as numbers. None where no config lies beside it, or where it is an
+    adapter.
+    """
     root = catalog.origin.root
     adapted = is_file(root / ADAPTER_CONFIG) and holds_adapters(catalog.entries)
     if not holds_config(catalog) or adapted:
         return None
-    return base_of(root, huggingface.read_config(root, sources), found, catalog.records, sources)
+    return base_of(root, huggingface.read_config(root, sources), numbers, catalog.records, sources)
 
 
-def dequantised(found: Numbers, base: Base | None) -> tuple[Finding, ...]:
-    """That weights are written as numbers which are codes in the checkpoint or in the base."""
-    findings = [found.finding("the checkpoint's")] if found.kinds else []
+def dequantised(numbers: Numbers, base: Base | None) -> tuple[Finding, ...]:
+    """The finding that weights are written as numbers which are codes in the checkpoint or in
+    the base."""
+    findings = [numbers.finding("the checkpoint's")] if numbers.kinds else []
     quantised = None if base is None else base.quantised
     if quantised is not None and quantised.kinds:
         findings.append(quantised.finding("the base's"))

@@ -22,20 +22,20 @@ _ORIENTATION = "Write the version into the base's config.json, as transformers_v
 _SHOWN = 4
 
 
-def in_layout(made: OutputModel, config: Mapping[str, Any]) -> OutputModel:
+def in_layout(output: OutputModel, config: Mapping[str, Any]) -> OutputModel:
     """The output in the released layout. Raises `PlanError` where an orientation is not told."""
-    entries = as_entries(made.model)
-    compared = {t.spec.name: t.reference for t in made.model if t.reference is not None}
+    entries = as_entries(output.model)
+    compared = {t.spec.name: t.reference for t in output.model if t.reference is not None}
     found, patches = released.to_hub(entries, config)
     whole = len(compared) == len(entries)
     references = released.to_hub(compared, config)[0] if whole else compared
     model = [output_tensor(name, entry, references.get(name)) for name, entry in found.items()]
-    return replace(made, model=model, patches={**made.patches, **patches})
+    return replace(output, model=model, patches={**output.patches, **patches})
 
 
-def findings(made: OutputModel, config: Mapping[str, Any]) -> Iterator[Finding]:
+def findings(output: OutputModel, config: Mapping[str, Any]) -> Iterator[Finding]:
     """How a planned model differs from every release, for all engines: layout, names, fields."""
-    shapes = {tensor.spec.name: tensor.spec.shape for tensor in made.model}
+    shapes = {tensor.spec.name: tensor.spec.shape for tensor in output.model}
     pieces = hub_pieces(shapes, config)  # 1.4 s for the names of 256 experts in 61 layers
     other = released.unreleased(shapes, config, pieces)
     if other is not None:

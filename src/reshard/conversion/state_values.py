@@ -52,7 +52,7 @@ def check_values(state: TrainingState | None, outcome: Outcome) -> None:
 
 
 def alike(state: TrainingState | None, outcome: Outcome) -> list[Finding]:
-    """That moments of one kind are those of several parameters."""
+    """The finding that moments of one kind are those of several parameters."""
     found = [" = ".join(names) for names in _same(state, outcome, across=True)]
     if not found:
         return []

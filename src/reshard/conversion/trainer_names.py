@@ -15,7 +15,7 @@ from reshard.core.findings import Finding
 from reshard.core.tensors import Entry
 from reshard.errors import PlanError, listed
 from reshard.formats.info import output_format
-from reshard.naming import apply, megatron_into, meta, titan_into
+from reshard.naming import Translation, apply, megatron_into, meta, titan_into
 from reshard.storage.local import Sources
 from reshard.transfer.reading import equal
 
@@ -37,32 +37,32 @@ def asked(options: Options) -> str:
 
 
 def renamed(
-    made: OutputModel, config: Mapping[str, Any], options: Options, sources: Sources
+    output: OutputModel, config: Mapping[str, Any], options: Options, sources: Sources
 ) -> OutputModel:
     """The output by the trainer's names.
 
     Raises `UnsupportedError`, `NamesError`; `PlanError` where what the trainer shares is two.
     """
-    entries = as_entries(made.model)
+    entries = as_entries(output.model)
     if options.names == _TITAN:
-        return _of_titan(made, entries, config, sources)
+        return _of_titan(output, entries, config, sources)
     if output_format(options.to).naming == _META:
-        return _of_meta(made, entries, config)
-    return _of_megatron(made, entries, config, sources)
+        return _of_meta(output, entries, config)
+    return _of_megatron(output, entries, config, sources)
 
 
 def _of_meta(
-    made: OutputModel, entries: Mapping[str, Entry], config: Mapping[str, Any]
+    output: OutputModel, entries: Mapping[str, Entry], config: Mapping[str, Any]
 ) -> OutputModel:
     found = meta.into(entries, config)
     text = json.dumps(meta.params(found, config), indent=2) + "\n"
     model = [output_tensor(name, entry) for name, entry in found.items()]
-    named = _with_names(made, model, "Meta's", ())
+    named = _with_names(output, model, "Meta's", ())
     return replace(named, texts=(*named.texts, (meta.PARAMS, text.encode())))
 
 
 def _of_titan(
-    made: OutputModel, entries: Mapping[str, Entry], config: Mapping[str, Any], sources: Sources
+    output: OutputModel, entries: Mapping[str, Entry], config: Mapping[str, Any], sources: Sources
 ) -> OutputModel:
     found = titan_into.into(entries, config)
     _check_copies(found.copies, entries, sources)
@@ -76,11 +76,17 @@ def _of_titan(
             f"{listed(found.left_out, _LISTED)}."
         )
         said.append(Finding("layers-left-out", message))
-    return _with_names(made, model, "torchtitan's", said)
+    named = _with_names(output, model, "torchtitan's", said)
+
+    def make(table: Mapping[str, Entry]) -> dict[str, Entry]:
+        held = {name: entry for name, entry in table.items() if name in entries}
+        return dict(titan_into.into(held, config).entries)
+
+    return replace(named, trainer=Translation(found.sources, make))
 
 
 def _of_megatron(
-    made: OutputModel, entries: Mapping[str, Entry], config: Mapping[str, Any], sources: Sources
+    output: OutputModel, entries: Mapping[str, Entry], config: Mapping[str, Any], sources: Sources
 ) -> OutputModel:
     found = megatron_into.into({name: e.spec for name, e in entries.items()}, config)
     _check_copies(found.copies, entries, sources)
@@ -88,17 +94,17 @@ def _of_megatron(
         output_tensor(name, entry, aliases=found.aliases.get(name, ()))
         for name, entry in apply(found.outputs, entries).items()
     ]
-    return _with_names(made, model, "Megatron-Core's", _left_out(found))
+    return _with_names(output, model, "Megatron-Core's", _left_out(found))
 
 
 def _with_names(
-    made: OutputModel, model: Sequence[OutputTensor], whose: str, said: Sequence[Finding]
+    output: OutputModel, model: Sequence[OutputTensor], whose: str, said: Sequence[Finding]
 ) -> OutputModel:
     """The output with these tensors, which have the names of a trainer, and what is said of it."""
-    rule = f"the hub's names -> {whose} ({len(made.model)} -> {len(model)})"
-    name_map = replace(made.name_map, rules=(*made.name_map.rules, rule))
-    findings = (*made.findings, *said)
-    return replace(made, model=model, name_map=name_map, findings=findings)
+    rule = f"the hub's names -> {whose} ({len(output.model)} -> {len(model)})"
+    name_map = replace(output.name_map, rules=(*output.name_map.rules, rule))
+    findings = (*output.findings, *said)
+    return replace(output, model=model, name_map=name_map, findings=findings)
 
 
 def _check_copies(
@@ -118,11 +124,11 @@ def _check_copies(
             )
 
 
-def _left_out(found: megatron_into.Into) -> list[Finding]:
-    if not found.copies:
+def _left_out(into: megatron_into.Into) -> list[Finding]:
+    if not into.copies:
         return []
     message = (
-        f"{len(found.copies)} copies of embedding and head in layers for multi-token prediction "
-        f"are not written, since Megatron-Core shares them: {listed(list(found.copies), _LISTED)}."
+        f"{len(into.copies)} copies of embedding and head in layers for multi-token prediction "
+        f"are not written, since Megatron-Core shares them: {listed(list(into.copies), _LISTED)}."
     )
     return [Finding("copies-shared", message)]

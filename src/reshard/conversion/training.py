@@ -85,7 +85,8 @@ def _left_out(state: TrainingState) -> tuple[Finding, ...]:
 
 
 def _never_updated(state: TrainingState) -> tuple[Finding, ...]:
-    """That groups cover parameters without moments; of an optimizer before its first step all."""
+    """The finding that groups cover parameters without moments; of an optimizer before its first
+    step all."""
     held = state.held
     never = [name for group in state.groups for name in group.names if name not in held]
     if not never or not held:
@@ -116,25 +117,34 @@ def _with_given(state: TrainingState, options: Options) -> TrainingState:
     return state if options.hyperparameters is None else with_given(state, options.hyperparameters)
 
 
-def carried(state: TrainingState, made: OutputModel, maps: Sequence[Translation]) -> TrainingState:
+def carried(
+    state: TrainingState, output: OutputModel, maps: Sequence[Translation]
+) -> TrainingState:
     """The state under the names of the output, whose tensors `maps` made, one after the other.
 
     Raises `PlanError` where a parameter's moments have no place in the output, as those of a LoRA
     that is merged, or where tensors that are joined were trained separately.
     """
-    if made.merged:
+    if output.merged:
         raise PlanError(
-            f"LoRA is merged into {made.merged} of the weights, and these have no moments: the "
+            f"LoRA is merged into {output.merged} of the weights, and these have no moments: the "
             "optimizer trained the adapter's matrices.",
             hint="To keep the adapter and its moments, leave out --base and the options that act "
             "on it. To merge the weights alone, pass --to hf without --optimizer.",
         )
-    written = {tensor.spec.name: tensor.spec.shape for tensor in made.model}
+    written = {tensor.spec.name: tensor.spec.shape for tensor in output.model}
+    before = set(written)
+    if output.trainer is not None:
+        before = {name for of in output.trainer.sources.values() for name in of}
     for at, names in enumerate(maps, start=1):
         if at == len(maps):  # without the tied names, under which nothing has a state of its own
-            kept = {name: of for name, of in names.sources.items() if name in written}
+            kept = {name: of for name, of in names.sources.items() if name in before}
             names = replace(names, sources=kept)
         state = _through(state, names)
+    if output.trainer is not None:
+        state = _through(state, output.trainer)
+        others = {tensor.spec.name: tensor.aliases for tensor in output.model if tensor.aliases}
+        state = replace(state, aliases={n: others[n] for n in state.names if n in others})
     for kind, table in state.moments.items():
         for name, entry in table.items():
             if written.get(name) != entry.spec.shape:
@@ -168,8 +178,8 @@ def _through(state: TrainingState, names: Translation) -> TrainingState:
         raise PlanError(
             f"the moments of {len(lost)} parameters cannot be carried to the names of the output: "
             f"{listed(sorted(lost), 4)}.",
-            hint="Leave out --base and the options that act on it: without it the names stay, and "
-            "the state travels with them.",
+            hint="Leave out --base and the options that act on names: without them the names stay, "
+            "and the state travels with them.",
         )
     moments = {
         kind: {name: entry for name, entry in names.make(table).items() if name in owners}
@@ -205,7 +215,7 @@ def _one(values: Sequence[Any], name: str, what: str) -> Any:
 
 
 def with_ties(
-    made: OutputModel, state: TrainingState, same: Equal, first: Callable[[Entry], bytes]
+    output: OutputModel, state: TrainingState, same: Equal, first: Callable[[Entry], bytes]
 ) -> OutputModel:
     """The output in which a matrix without moments that equals a trained one is that one's alias.
 
@@ -216,16 +226,16 @@ def with_ties(
     trained = set(state.names)
     model: list[OutputTensor] = []
     tied: dict[str, str] = {}
-    starts = cache(lambda number: first(made.model[number].source))
+    starts = cache(lambda number: first(output.model[number].source))
     alike: dict[object, list[int]] = {}
-    for number, tensor in enumerate(made.model):
+    for number, tensor in enumerate(output.model):
         if tensor.spec.name in trained:
             alike.setdefault((tensor.source.spec.dtype, tensor.spec.shape), []).append(number)
-    for number, tensor in enumerate(made.model):
+    for number, tensor in enumerate(output.model):
         equal = None
         if tensor.spec.name not in trained and len(tensor.spec.shape) == 2:
             for other in alike.get((tensor.source.spec.dtype, tensor.spec.shape), ()):
-                candidate = made.model[other]
+                candidate = output.model[other]
                 if starts(other) == starts(number) and same(candidate.source, tensor.source):
                     equal = candidate
                     break
@@ -234,37 +244,39 @@ def with_ties(
         else:
             tied[tensor.spec.name] = equal.spec.name
     if not tied:
-        return made
-    model = [
-        replace(t, aliases=(*t.aliases, *(a for a, name in tied.items() if name == t.spec.name)))
-        for t in model
-    ]
-    matching = replace(made.matching, tied={**made.matching.tied, **tied})
-    return replace(made, model=model, matching=matching)
+        return output
+    others: dict[str, tuple[str, ...]] = {}
+    for tensor in output.model:
+        if tensor.spec.name in tied:
+            owner = tied[tensor.spec.name]
+            others[owner] = (*others.get(owner, ()), tensor.spec.name, *tensor.aliases)
+    model = [replace(t, aliases=(*t.aliases, *others.get(t.spec.name, ()))) for t in model]
+    matching = replace(output.matching, tied={**output.matching.tied, **tied})
+    return replace(output, model=model, matching=matching)
 
 
-def in_full_precision(state: TrainingState, made: OutputModel) -> OutputModel:
+def in_full_precision(state: TrainingState, output: OutputModel) -> OutputModel:
     """The output with float32 for what the optimizer updates, and for its moments."""
     trained = state.held
     model = [
         replace(tensor, spec=replace(tensor.spec, dtype=FLOAT32))
         if tensor.spec.name in trained
         else tensor
-        for tensor in made.model
+        for tensor in output.model
     ]
     moments = {
         kind: {n: replace(e, spec=replace(e.spec, dtype=FLOAT32)) for n, e in table.items()}
         for kind, table in state.moments.items()
     }
-    return replace(made, model=model, state=replace(state, moments=moments))
+    return replace(output, model=model, state=replace(state, moments=moments))
 
 
-def rounded(state: TrainingState, made: OutputModel) -> tuple[Finding, ...]:
-    """That the weights are written in fewer bits than the optimizer's masters have."""
+def rounded(state: TrainingState, output: OutputModel) -> tuple[Finding, ...]:
+    """The finding that the weights are written in fewer bits than the optimizer's masters have."""
     trained = set(state.names)
     names = [
         tensor.spec.name
-        for tensor in made.model
+        for tensor in output.model
         if tensor.spec.name in trained
         and tensor.spec.dtype.itemsize < tensor.source.spec.dtype.itemsize
     ]

@@ -74,7 +74,7 @@ def verify_folder(
         check_run(folder, stated)
         parts = [(folder, stated.tensors)] if stated.tensors else []
         parts += [(child_of(folder, name), tensors) for name, tensors in stated.beside.items()]
-        found = []
+        results = []
         for path, listed in parts:
             catalog = read(path, sources, Selection())
             checks = [(catalog, listed)]
@@ -82,7 +82,7 @@ def verify_folder(
                 _check_aliases(catalog, stated.names.get("aliases", {}))
                 checks += _state(catalog, stated)
             for table, tensors in checks:
-                found.append(
+                results.append(
                     check_digests(
                         table,
                         tensors,
@@ -94,7 +94,7 @@ def verify_folder(
                     )
                 )
         sources.check_unchanged()
-    return Verified(sum(f.num_tensors for f in found), sum(f.bytes_read for f in found))
+    return Verified(sum(f.num_tensors for f in results), sum(f.bytes_read for f in results))
 
 
 def _state(catalog: Catalog, stated: Manifest) -> list[tuple[Catalog, Mapping[str, Stated]]]:
@@ -281,10 +281,10 @@ def _check_spec(folder: Path, check: _Check) -> None:
         )
 
 
-def _compare(folder: Path, check: _Check, found: str) -> None:
-    if found != check.want.digest:
+def _compare(folder: Path, check: _Check, digest: str) -> None:
+    if digest != check.want.digest:
         raise VerificationError(
-            f"it has changed since it was written: its digest is {found}, and reshard.json states "
+            f"it has changed since it was written: its digest is {digest}, and reshard.json states "
             f"{check.want.digest}.",
             path=folder,
             tensor=check.entry.spec.name,

@@ -88,19 +88,22 @@ class Finding(Struct, frozen=True):
 
 
 def objects_unread(names: Sequence[str]) -> Finding:
-    """That a pickle holds objects which are not data, by their classes; they were not made."""
+    """The finding that a pickle holds objects which are not data, by their classes; they were
+    not made."""
     return Finding("objects-unread", f"objects that were skipped: {listed(names)}.")
 
 
 def part_left_out(name: str, count: int) -> Finding:
-    """That a part of a nested state dict with `count` tensors, by its dotted name, is not read."""
+    """The finding that a part of a nested state dict with `count` tensors, by its dotted name,
+    is not read."""
     message = f"beside the model it holds {shown(name)!r} (tensors: {count}), which is not read."
     fix = f"To convert it, pass --prefix {quote(shown(name))}."
     return Finding("part-left-out", message, shown(name), fix)
 
 
 def state_named_by_order(count: int) -> Finding:
-    """That the state of `count` parameters has no names, and got theirs by order and shapes."""
+    """The finding that the state of `count` parameters has no names, and got theirs by order and
+    shapes."""
     return Finding(
         "state-named-by-order",
         f"the optimizer's state has no names; reshard derived those of {count} parameters from "

@@ -61,7 +61,7 @@ class Scaled(Computed, frozen=True):
         """Holds the block in float32, its codes and its scales."""
         import numpy as np
 
-        found = self._decoded(box, read)
+        codes = self._decoded(box, read)
         ends = tuple(o + n for o, n in zip(box.offsets, box.sizes, strict=True))
         first = tuple(o // b for o, b in zip(box.offsets, self.block, strict=True))
         last = tuple(-(-end // b) for end, b in zip(ends, self.block, strict=True))
@@ -69,12 +69,12 @@ class Scaled(Computed, frozen=True):
         scales = read(self.scales, Box(self.scales.spec.shape, first, counts))
         for dim, (offset, end, block) in enumerate(zip(box.offsets, ends, self.block, strict=True)):
             if dim == len(box.sizes) - 1 and offset % block == 0 and block > 1:
-                _multiply_columns(found, scales, block)
-                return found
+                _multiply_columns(codes, scales, block)
+                return codes
             edges = np.arange(first[dim], last[dim] + 1) * block
             scales = np.repeat(scales, np.diff(edges.clip(offset, end)), axis=dim)
-        found *= scales
-        return found
+        codes *= scales
+        return codes
 
     def _decoded(self, box: Box, read: Read) -> Array:
         """The elements of `box`, not scaled."""

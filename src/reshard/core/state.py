@@ -59,7 +59,8 @@ class TrainingState(Struct, frozen=True, dict=True):
     (`global_steps`, `skipped_steps`, `consumed_samples`). `scaler` is the state of the loss scaler
     of fp16 training. `left_out` says what the checkpoint holds beside these that does not travel.
     `records` are the checksums of the files' stretches that the entries lie in. `source` says in
-    words where it was read (`"ZeRO-2"`).
+    words where it was read (`"ZeRO-2"`). `aliases` are more names by which a parameter's state is
+    to be written: those of other versions of a trainer.
     """
 
     moments: Mapping[str, Mapping[str, Entry]]
@@ -74,6 +75,7 @@ class TrainingState(Struct, frozen=True, dict=True):
     records: tuple[Record, ...] = ()
     findings: tuple[Finding, ...] = ()
     source: str = ""
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -57,8 +57,8 @@ def check_tiling(entry: Entry) -> None:
     for fragment in entry.fragments:
         _check_fragment(spec, fragment, over)
     boxes = [fragment.box for fragment in entry.fragments if fragment.box.numel]
-    held = sum(box.numel for box in boxes)
-    if held == spec.numel and tiles(boxes, over):
+    numel = sum(box.numel for box in boxes)
+    if numel == spec.numel and tiles(boxes, over):
         return
     pair = overlapping(boxes)
     if pair is not None:
@@ -66,13 +66,13 @@ def check_tiling(entry: Entry) -> None:
             f"two parts hold the same elements: {_describe(pair[0])} and {_describe(pair[1])}.",
             tensor=spec.name,
         )
-    if held >= spec.numel:
+    if numel >= spec.numel:
         raise FormatError(
-            f"some of its {len(boxes)} parts hold the same elements: {held} for {spec.numel}.",
+            f"some of its {len(boxes)} parts hold the same elements: {numel} for {spec.numel}.",
             tensor=spec.name,
         )
     raise IncompleteError(
-        f"{held} of its {spec.numel} elements are in the checkpoint.",
+        f"{numel} of its {spec.numel} elements are in the checkpoint.",
         tensor=spec.name,
         hint="A rank's part is missing.",
     )

@@ -153,11 +153,11 @@ def read(
     Without `weights` only what decides ties and repeated tensors is read of the values.
     Raises `NotFoundError` where there is no model to look at.
     """
-    folder, found = quantisation.examine(folders.read(path, sources), sources)
+    folder, quantised = quantisation.examine(folders.read(path, sources), sources)
     placeholders = _placeholders(folder, base)
     whole = {name: entry for name, entry in folder.entries.items() if name not in placeholders}
     # Codes that are not read have no known numbers: there is nothing to fit.
-    fitted = _fitted(folder, whole, None if found.unread else base, sources)
+    fitted = _fitted(folder, whole, None if quantised.unread else base, sources)
     names = [name for entry in folder.entries.values() for name in entry.names]
     prefix = fitted.fit.prefix if fitted.fit is not None else guess_prefix(map(unwrap, names))
     clean = {unwrap(name).removeprefix(prefix): name for name in names}
@@ -172,18 +172,18 @@ def read(
         companions=read_companions(folder, base, sources),
         values=_values(folder, base, fitted.entries, sources, weights, threads, progress),
         rescue=_rescue(path, base, sources) if placeholders else None,
-        quantisation=found,
-        structure=_structure(folder, clean) if _tells(folder, placeholders, found) else None,
+        quantisation=quantised,
+        structure=_structure(folder, clean) if _tells(folder, placeholders, quantised) else None,
     )
 
 
-def _tells(folder: Folder, placeholders: Sequence[str], found: Quantisation) -> bool:
+def _tells(folder: Folder, placeholders: Sequence[str], quantised: Quantisation) -> bool:
     """Whether the known names are all that the folder is to hold."""
     whole = not (folder.damaged or folder.index_fault or placeholders)
     lost = (folder.listed or {}).keys() - folder.entries.keys()
     # An index may name what lies elsewhere; then the scales beside codes are its own.
-    read = found.unread is None and not found.fault
-    return whole and read and not (lost and found.stated is None)
+    read = quantised.unread is None and not quantised.fault
+    return whole and read and not (lost and quantised.stated is None)
 
 
 def _structure(folder: Folder, clean: Mapping[str, str]) -> Structure:

@@ -169,10 +169,10 @@ def _check_examined_alone(path: Path, output: Path | None, engine: EngineName | 
         )
 
 
-def _of_adapter(held: Adapter, findings: tuple[Finding, ...]) -> Examined:
+def _of_adapter(adapter: Adapter, findings: tuple[Finding, ...]) -> Examined:
     """What an engine makes of an adapter folder, which holds no model."""
-    nbytes = sum(spec.nbytes for spec in held.tensors.values())
-    return Examined(len(held.tensors), nbytes, findings)
+    nbytes = sum(spec.nbytes for spec in adapter.tensors.values())
+    return Examined(len(adapter.tensors), nbytes, findings)
 
 
 def _as_it_is(

@@ -31,7 +31,7 @@ from reshard.naming.schema import says_tied
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
 from reshard.transfer.assembly import Outcome
-from reshard.transfer.commit import check_space
+from reshard.transfer.targets import check_space
 
 # As `save_pretrained` of transformers 4 has it.
 _MAX_SHARD_SIZE = "5GB"
@@ -69,11 +69,12 @@ def write_repaired(
     plan = _plan(case, repairs, repaired, tensors)
     check_space(output, plan.bytes_to_write)
 
-    def render(outcome: Outcome) -> bytes:
+    def render(outcome: Outcome, copied: Mapping[str, str]) -> bytes:
         if outcome.compared and not outcome.changed:
             raise VerificationError("all tensors equal the base's.", path=case.folder.path)
         stated = manifest.Table([item.spec for item in tensors], "", outcome.digests)
-        return _manifest(repaired, all_found, dtype, stated, manifest.listed(plan, sources))
+        files = manifest.listed(plan, sources, copied)
+        return _manifest(repaired, all_found, dtype, stated, files)
 
     writing = Writing(threads, progress=progress)
     carry_out(plan, sources, repaired.records, output, writing, render=render, check=check)
@@ -81,20 +82,20 @@ def write_repaired(
 
 def _repaired(case: Case, repairs: Sequence[Repair]) -> _Repaired:
     """The tensors: those of the rescued checkpoint, or the folder's under their right names."""
-    rescue, found, folder = case.rescue, case.fitted.fit, case.folder
+    rescue, fit, folder = case.rescue, case.fitted.fit, case.folder
     if isinstance(rescue, Rescue):
         catalog = rescue.catalog
         return _Repaired(
             rescue.entries, rescue.name_map, catalog.format, catalog.origin, catalog.records
         )
-    if case.base is None or found is None:
+    if case.base is None or fit is None:
         entries = _renamed(case, repairs)
-        found = NameMap(identity(entries), prefix=case.prefix)
+        fit = NameMap(identity(entries), prefix=case.prefix)
     else:
         entries = dict(case.fitted.entries)
     origin = Origin(folder.path, "torch" if folder.pickled else "safetensors")
     format_ = "torch" if folder.pickled else "huggingface"
-    return _Repaired(entries, found, format_, origin, folder.records)
+    return _Repaired(entries, fit, format_, origin, folder.records)
 
 
 def _renamed(case: Case, repairs: Sequence[Repair]) -> dict[str, Entry]:
@@ -132,11 +133,11 @@ def _plan(
     return Plan(files, tuple(texts.items()), kept)
 
 
-def _config(case: Case, repairs: Sequence[Repair], found: NameMap) -> bytes | None:
+def _config(case: Case, repairs: Sequence[Repair], name_map: NameMap) -> bytes | None:
     """The config where it is not the folder's as it is."""
     patches = {path: value for repair in repairs for path, value in repair.config.items()}
     if case.base is not None and (case.folder.config is None or isinstance(case.rescue, Rescue)):
-        return patched_config(case.base, {**found.config_patches, **patches})
+        return patched_config(case.base, {**name_map.config_patches, **patches})
     own = case.folder.as_base()
     stated = case.quantisation.stated
     if stated is not None:

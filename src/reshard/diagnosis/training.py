@@ -15,10 +15,11 @@ from pathlib import Path
 from shlex import quote
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.conversion import output_model
 from reshard.conversion.base_model import Base
-from reshard.conversion.options import LoraChoice, Options
+from reshard.conversion.options import ANY_ALPHA, unwritten
 from reshard.conversion.quantised import as_numbers
 from reshard.core.catalog import Catalog
 from reshard.core.findings import Finding
@@ -93,7 +94,7 @@ def examine(
     ledger = Ledger(catalog.records)
     findings = [] if misfit is None else [misfit]
     try:
-        found = passes.scan(
+        facts = passes.scan(
             entries.values(),
             sources,
             threads=threads,
@@ -105,7 +106,7 @@ def examine(
     except (FormatError, IncompleteError) as error:
         findings.append(_damaged(error))
     else:
-        findings += _of_values(found)
+        findings += _of_values(facts)
         if base is not None:
             findings += _unchanged(entries, base, sources, threads, progress)
     held = catalog.entries.values()
@@ -138,9 +139,7 @@ def _by_base(
         return own, None
     adapted = holds_adapters(catalog.entries)
     root = catalog.origin.root
-    # Any alpha works: updates are not added to weights here.
-    options = Options(root, root, root, "hf", Selection(), "keep", 1, names="disk",
-                      fill_from_base=adapted, lora=LoraChoice(alpha=1.0))  # fmt: skip
+    options = replace(unwritten(root, root), fill_from_base=adapted, lora=ANY_ALPHA)
     try:
         numbers, _ = as_numbers(catalog, base, options, sources)
         made = output_model.onto(numbers, base, options, sources)
@@ -161,29 +160,30 @@ def _by_base(
     }, None
 
 
-def _of_values(found: Sequence[Facts]) -> Iterator[Finding]:
+def _of_values(tensors: Sequence[Facts]) -> Iterator[Finding]:
     """What one pass over the weights shows."""
-    spoilt = [facts for facts in found if facts.special]
-    if spoilt:
+    looks = passes.by_value(tensors)
+    if looks.not_finite:
         counts = (
             f"{one.name} ({one.special.nan} NaN, {one.special.infinite} infinite of {one.numel})"
-            for one in spoilt
+            for one in looks.not_finite
         )
-        message = f"{len(spoilt)} of {len(found)} tensors: {some(counts)}"
+        message = f"{len(looks.not_finite)} of {len(tensors)} tensors: {some(counts)}"
         yield Finding("weights-not-finite", message, fix=_EARLIER)
-    flat = [one for one in found if one.value is not None and one.is_matrix]
-    zero = [one.name for one in flat if not one.value and not _UPDATE.fullmatch(one.name)]
+    zero = [one.name for one in looks.zero if not _UPDATE.fullmatch(one.name)]
     if zero:
-        message = f"{len(zero)} of {len(found)} tensors are zero throughout: {some(zero)}"
+        message = f"{len(zero)} of {len(tensors)} tensors are zero throughout: {some(zero)}"
         yield Finding("weights-all-zero", message, fix=_ANOTHER)
-    constant = [f"{one.name} ({one.value:g})" for one in flat if one.value]
+    constant = [f"{one.name} ({one.value:g})" for one in looks.constant]
     if constant:
-        message = f"{len(constant)} of {len(found)} tensors: {some(constant)}"
+        message = f"{len(constant)} of {len(tensors)} tensors: {some(constant)}"
         yield Finding("weights-constant", message, fix=_ANOTHER)
-    yield from _repeated(one for one in found if one.is_matrix and one.value is None)
-    large = [f"{one.name} ({one.rms:.3g})" for one in found if one.is_matrix and one.rms > _LARGE]
+    yield from _repeated(one for one in tensors if one.is_matrix and one.value is None)
+    large = [f"{one.name} ({one.rms:.3g})" for one in tensors if one.is_matrix and one.rms > _LARGE]
     if large:
-        message = f"{len(large)} of {len(found)} tensors, by their root mean square: {some(large)}"
+        message = (
+            f"{len(large)} of {len(tensors)} tensors, by their root mean square: {some(large)}"
+        )
         yield Finding("weights-large", message, fix=_EARLIER)
 
 
@@ -210,7 +210,7 @@ def _unchanged(
     threads: int,
     progress: StagedProgress | None,
 ) -> Iterator[Finding]:
-    """That every tensor is the base's."""
+    """The finding that every tensor is the base's."""
     pairs = pairs_with(base, entries)
     same = passes.same(pairs, sources, threads=threads, progress=stage(progress, "comparing"))
     if same and all(same):
@@ -220,7 +220,7 @@ def _unchanged(
 
 
 def _unchecked(catalog: Catalog) -> Finding:
-    """That a model's other files were not looked at, and how to have them looked at."""
+    """The finding that a model's other files were not looked at, and how to have them looked at."""
     where = quote(str(catalog.origin.root))
     advice = (
         f"To have all of it examined: reshard doctor {where}."

@@ -15,7 +15,7 @@ from reshard.evaluate.folder import Folder
 from reshard.evaluate.loading import Gaps, Loaded
 from reshard.evaluate.report import Json
 from reshard.storage.paths import is_file, listing
-from reshard.transfer.passes import Facts
+from reshard.transfer.passes import Facts, by_value
 
 # Names in a finding's evidence; a broken export can have thousands.
 _SHOWN = 10
@@ -25,55 +25,40 @@ _PADDING_ROWS = 1024
 
 def check_weights(tensors: Iterable[Facts]) -> list[Finding]:
     """Findings about the values of the weights."""
-    broken: list[Facts] = []
-    empty: list[Facts] = []
-    zero: list[Facts] = []
-    constant: list[Facts] = []
-    plain: list[Facts] = []
-    for tensor in tensors:
-        if tensor.special:
-            broken.append(tensor)
-        elif not tensor.numel:
-            empty.append(tensor)
-        elif tensor.value is not None:
-            if not tensor.is_matrix:
-                plain.append(tensor)
-            else:
-                (constant if tensor.value else zero).append(tensor)
+    looks = by_value(tensors)
     return [
         *_about(
             "weights-not-finite",
             "{n} tensors hold NaN or infinity.",
-            broken,
+            looks.not_finite,
             {
                 t.name: {"nan": t.special.nan, "infinite": t.special.infinite}
-                for t in broken[:_SHOWN]
+                for t in looks.not_finite[:_SHOWN]
             },
         ),
         *_about(
             "zero3-placeholders",
             "{n} tensors have no elements, as placeholders left by ZeRO-3 have.",
-            empty,
-            {t.name: list(t.shape) for t in empty[:_SHOWN]},
+            looks.empty,
+            {t.name: list(t.shape) for t in looks.empty[:_SHOWN]},
         ),
         *_about(
             "weights-all-zero",
             "{n} matrices are zero throughout: they were never filled.",
-            zero,
-            {t.name: list(t.shape) for t in zero[:_SHOWN]},
+            looks.zero,
+            {t.name: list(t.shape) for t in looks.zero[:_SHOWN]},
         ),
         *_about(
             "weights-constant",
             "{n} matrices hold one value throughout.",
-            constant,
-            {t.name: t.value for t in constant[:_SHOWN]},
+            looks.constant,
+            {t.name: t.value for t in looks.constant[:_SHOWN]},
         ),
-        # Fresh biases are zero and fresh norms one: ordinary where training left them alone.
         *_about(
             "vectors-constant",
             "{n} vectors hold one value throughout, as before training.",
-            plain,
-            {t.name: t.value for t in plain[:_SHOWN]},
+            looks.vectors,
+            {t.name: t.value for t in looks.vectors[:_SHOWN]},
         ),
     ]
 
@@ -92,7 +77,7 @@ def _about(
 
 def check_gaps(gaps: Gaps) -> list[Finding]:
     """Findings about names and shapes that the model's class and its files do not share."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for code, names, message in (
         (
             "weights-missing",
@@ -107,15 +92,15 @@ def check_gaps(gaps: Gaps) -> list[Finding]:
     ):
         if names:
             evidence: dict[str, Json] = {"count": len(names), "tensors": list(names[:_SHOWN])}
-            found.append(Finding(code, message.format(n=len(names)), evidence=evidence))
-    return found
+            findings.append(Finding(code, message.format(n=len(names)), evidence=evidence))
+    return findings
 
 
 def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
     """Findings about files that a model of this kind should come with."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     if not folder.weights:
-        found.append(
+        findings.append(
             Finding(
                 "weights-not-safetensors",
                 "The folder has no safetensors files, so its weights were not checked.",
@@ -123,7 +108,7 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
             )
         )
     if folder.kind.generates and not is_file(folder.path / "generation_config.json"):
-        found.append(
+        findings.append(
             Finding(
                 "generation-config-missing",
                 "There is no generation_config.json: end tokens and sampling are guessed from "
@@ -131,22 +116,22 @@ def check_files(folder: Folder, encoder: Encoder | None) -> list[Finding]:
             )
         )
     if encoder is None:
-        return found
+        return findings
     if folder.kind.generates and not encoder.has_template:
-        found.append(
+        findings.append(
             Finding(
                 "chat-template-missing",
                 "The tokenizer has no chat template: prompts went in as raw text.",
             )
         )
     if encoder.lists_content and encoder.processor is None:
-        found.append(
+        findings.append(
             Finding(
                 "processor-missing",
                 "The folder has no processor, so reshard gives the model only text.",
             )
         )
-    return found
+    return findings
 
 
 def check_vocabulary(loaded: Loaded, encoder: Encoder) -> list[Finding]:

@@ -103,7 +103,7 @@ def judge(first: FirstSide, options: Options, other: Path, heard: Heard) -> Comp
         remote_code=options.trust_remote_code,
     )
     text = "shipped" if options.text is None else str(options.text)
-    found = Comparison(
+    comparison = Comparison(
         other=str(other),
         verdict=None,
         reason="",
@@ -118,11 +118,11 @@ def judge(first: FirstSide, options: Options, other: Path, heard: Heard) -> Comp
         thresholds=THRESHOLDS,
     )
     if not folder.kind.generates:
-        return _judge_scores(found, first, loaded)
+        return _judge_scores(comparison, first, loaded)
     own = _own_tokens(first, folder, options)
     if own is not None:
         return replace(
-            found,
+            comparison,
             verdict="another model",
             reason="The two tokenizers split the same text differently.",
             same_tokens=False,
@@ -132,7 +132,7 @@ def judge(first: FirstSide, options: Options, other: Path, heard: Heard) -> Comp
     logits = divergence.result()
     verdict, reason = judge_logits(logits, weights)
     return replace(
-        found,
+        comparison,
         verdict=verdict,
         reason=reason,
         other_perplexity=perplexity.value(),
@@ -148,11 +148,11 @@ def _compare_files(ours: Folder, theirs: Folder, heard: Heard) -> Weights | None
         return compare_weights(here, there, sources, heard)
 
 
-def _judge_scores(found: Comparison, first: FirstSide, loaded: Loaded) -> Comparison:
+def _judge_scores(comparison: Comparison, first: FirstSide, loaded: Loaded) -> Comparison:
     theirs = [score(loaded, inputs)[0] for inputs in first.prompts]
     difference = score_difference(first.scores, theirs)
-    verdict, reason = judge_scores(difference, found.weights)
-    return replace(found, verdict=verdict, reason=reason, score_difference=difference)
+    verdict, reason = judge_scores(difference, comparison.weights)
+    return replace(comparison, verdict=verdict, reason=reason, score_difference=difference)
 
 
 def _own_tokens(first: FirstSide, folder: Folder, options: Options) -> list[Tokens] | None:

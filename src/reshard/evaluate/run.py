@@ -205,8 +205,8 @@ class _Trial:
             def heard(count: int, new: list[int]) -> None:
                 self.listen(Event(name, count, most, prompt=prompt, text=spoken.add(new)))
 
-            made = generate(loaded, inputs, arguments, on_token=heard)
-            new = made.rows[0]
+            output = generate(loaded, inputs, arguments, on_token=heard)
+            new = output.rows[0]
             ended = bool(new) and new[-1] in end_tokens(arguments, loaded.core)
             answer = Answer(
                 prompt=prompt,
@@ -215,9 +215,9 @@ class _Trial:
                 prompt_tokens=int(inputs["input_ids"].shape[1]),
                 token_ids=tuple(new),
                 ended="stop" if ended else "length",
-                seconds=made.seconds,
+                seconds=output.seconds,
             )
-            return answer, made.bad_steps
+            return answer, output.bad_steps
         error = stage.failure.message if stage.failure else None
         return Answer(prompt, rendered, None, 0, (), None, 0.0, error), 0
 

@@ -163,22 +163,22 @@ def _milliseconds(spread: Spread) -> str:
     return f"{median:.1f} ms ({low:.1f} to {high:.1f})"
 
 
-def _comparison(found: Comparison) -> Iterator[str]:
-    verdict = found.verdict or "cannot be told"
-    yield click.style(f"compared with {found.other}: {verdict}", bold=True)
-    yield f"  {found.reason}"
-    if found.logits is not None:
-        logits = found.logits
+def _comparison(comparison: Comparison) -> Iterator[str]:
+    verdict = comparison.verdict or "cannot be told"
+    yield click.style(f"compared with {comparison.other}: {verdict}", bold=True)
+    yield f"  {comparison.reason}"
+    if comparison.logits is not None:
+        logits = comparison.logits
         yield (
             f"  logits of {logits.positions} tokens: largest difference "
             f"{_number(logits.max_difference)}, mean {_number(logits.mean_difference)}, "
             f"KL a token {_number(logits.mean_kl)}, same top token "
             f"{_number(logits.top1_agreement)}"
         )
-    if found.perplexity is not None or found.other_perplexity is not None:
+    if comparison.perplexity is not None or comparison.other_perplexity is not None:
         yield (
-            f"  perplexity on the {found.text} text: {_number(found.perplexity)}, the other's "
-            f"{_number(found.other_perplexity)}"
+            f"  perplexity on the {comparison.text} text: {_number(comparison.perplexity)}, "
+            f"the other's {_number(comparison.other_perplexity)}"
         )
 
 

@@ -308,10 +308,10 @@ def _stored_shape(spec: TensorSpec) -> list[int]:
     return list(spec.shape)
 
 
-def _index_mismatch(path: Path, expected: set[str], found: set[str]) -> FormatError:
-    lost, extra = sorted(expected - found), sorted(found - expected)
+def _index_mismatch(path: Path, expected: set[str], names: set[str]) -> FormatError:
+    lost, extra = sorted(expected - names), sorted(names - expected)
     return FormatError(
-        f"{INDEX} lists {len(expected)} tensors in it, but it holds {len(found)}; not in the "
+        f"{INDEX} lists {len(expected)} tensors in it, but it holds {len(names)}; not in the "
         f"file: {listed(lost, 5) or 'none'}; not in the index: {listed(extra, 5) or 'none'}.",
         path=path,
         hint="The index belongs to other files; copy the folder again.",

@@ -183,7 +183,7 @@ def every() -> dict[str, FormatInfo]:
 
     Raises `UnsupportedError` where a package's entry point leads nowhere, or to a name in use.
     """
-    found = {info.name: info for info in OWN}
+    formats = {info.name: info for info in OWN}
     for value in _registered():
         module, _, attribute = value.partition(":")
         try:
@@ -194,14 +194,14 @@ def every() -> dict[str, FormatInfo]:
                 f"{error}.",
                 hint="Install that package again, or remove it.",
             ) from None
-        if not isinstance(info, FormatInfo) or info.name in found:
+        if not isinstance(info, FormatInfo) or info.name in formats:
             raise UnsupportedError(
                 f"{value!r}, which an installed package registers, is not a format with a name of "
                 "its own.",
                 hint="Remove that package.",
             )
-        found[info.name] = info
-    return found
+        formats[info.name] = info
+    return formats
 
 
 def _registered() -> list[str]:

@@ -112,7 +112,7 @@ def _read(path: Path, sources: Sources, selection: formats.Selection) -> Catalog
 
 
 def _of_file(path: Path) -> tuple[Finding, ...]:
-    """That a file is one shard of several."""
+    """The finding that a file is one shard of several."""
     shard = _SHARD.fullmatch(path.name)
     if shard is None or int(shard[1]) < 2:
         return ()
@@ -204,9 +204,9 @@ def saves(path: Path) -> list[Found]:
     return _training(_below(path, _DEPTH))
 
 
-def _training(found: list[Found]) -> list[Found]:
-    training = [save for save in found if not _is_export(save.format)]
-    return training or found
+def _training(checkpoints: list[Found]) -> list[Found]:
+    training = [save for save in checkpoints if not _is_export(save.format)]
+    return training or checkpoints
 
 
 def _below(path: Path, depth: int) -> list[Found]:
@@ -309,18 +309,18 @@ def _several(path: Path, saves: list[Found], what: str, near: str = "") -> NotFo
 def _taken(
     save: Found,
     chosen: list[Found],
-    found: list[Found],
+    checkpoints: list[Found],
     tag: str | None,
     tracked: str | None,
     catalog: Catalog,
 ) -> list[Finding]:
     """Which of the checkpoints was taken, and which exported model is newer than it."""
-    saves = _training(found)
+    saves = _training(checkpoints)
     tagged = catalog.origin.tag not in (None, *save.path.parts)
     inside = f", tag {catalog.origin.tag}" if tagged else ""
     newer = [
         other
-        for other in found
+        for other in checkpoints
         if other not in saves and other.path.parent == save.path.parent and other.age > save.age
     ]
     message = f"using {save.path}{inside}{_why(save, chosen, len(saves), tag, tracked)}."

@@ -123,7 +123,7 @@ def _state(
     order: Sequence[str] | None,
     plain: PlainData,
 ) -> TrainingState:
-    found = parse(value, plain, path)
+    optimizer = parse(value, plain, path)
 
     def model() -> list[tuple[str, Hashable]]:
         if order is None:
@@ -135,9 +135,9 @@ def _state(
             )
         return [(name, entries[name].spec.shape) for name in order]
 
-    names, by_order = names_of(found, lambda key: shape_of(found, key), model, path)
+    names, by_order = names_of(optimizer, lambda key: shape_of(optimizer, key), model, path)
     moments: dict[str, dict[str, Entry]] = {}
-    for key, state in found.states.items():
+    for key, state in optimizer.states.items():
         for kind, tensor in state.moments.items() if key in names else ():
             if not isinstance(tensor, TensorRef):
                 raise UnsupportedError(
@@ -152,12 +152,12 @@ def _state(
         moments=moments,
         steps={
             names[key]: state.step
-            for key, state in found.states.items()
+            for key, state in optimizer.states.items()
             if key in names and state.step is not None
         },
         groups=tuple(
             Group(tuple(names[key] for key in group.params), group.hyperparameters)
-            for group in found.groups
+            for group in optimizer.groups
         ),
         records=tuple(records),
         findings=(state_named_by_order(len(names)),) if by_order else (),
@@ -165,7 +165,7 @@ def _state(
 
 
 def names_of(
-    found: OptimizerDict,
+    optimizer: OptimizerDict,
     shape: Callable[[Key], Hashable],
     model: Callable[[], Sequence[tuple[str, Hashable]]],
     path: Path,
@@ -179,13 +179,13 @@ def names_of(
 
     Raises `UnsupportedError` where none or several ways fit.
     """
-    keys = [key for group in found.groups for key in group.params]
+    keys = [key for group in optimizer.groups for key in group.params]
     if not any(isinstance(key, int) for key in keys):
-        return {key: str(key) for key in (*keys, *found.states)}, False
-    if all(len(group.param_names) == len(group.params) for group in found.groups):
-        stated = [unwrap(name) for group in found.groups for name in group.param_names]
+        return {key: str(key) for key in (*keys, *optimizer.states)}, False
+    if all(len(group.param_names) == len(group.params) for group in optimizer.groups):
+        stated = [unwrap(name) for group in optimizer.groups for name in group.param_names]
         return dict(zip(keys, stated, strict=True)), False
-    named = names_in_order(found, shape, model())
+    named = names_in_order(optimizer, shape, model())
     if named is None:
         raise UnsupportedError(
             "the optimizer numbers its parameters, and their order and shapes match the model's "
@@ -198,20 +198,20 @@ def names_of(
 
 
 def names_in_order(
-    found: OptimizerDict,
+    optimizer: OptimizerDict,
     shape: Callable[[Key], Hashable],
     model: Sequence[tuple[str, Hashable]],
 ) -> dict[Key, str] | None:
     """The parameter of `model` at each number's place; None where none or several ways fit."""
-    named = groups_in_order([[shape(key) for key in g.params] for g in found.groups], model)
+    named = groups_in_order([[shape(key) for key in g.params] for g in optimizer.groups], model)
     if named is None:
         return None
-    keys = [key for group in found.groups for key in group.params]
+    keys = [key for group in optimizer.groups for key in group.params]
     return dict(zip(keys, (name for group in named for name in group), strict=True))
 
 
-def shape_of(found: OptimizerDict, key: Key) -> Hashable:
+def shape_of(optimizer: OptimizerDict, key: Key) -> Hashable:
     """The shape of a parameter, which its moments have."""
-    state = found.states.get(key)
+    state = optimizer.states.get(key)
     tensors = [] if state is None else list(state.moments.values())
     return next((t.shape for t in tensors if isinstance(t, TensorRef)), None)

@@ -35,7 +35,7 @@ def read_run_file(path: Path, sources: Sources) -> object:
 def undamaged(path: Path) -> Iterator[None]:
     """Raise `FormatError`, whose hint says what to do, where a file of the run is damaged.
 
-    To go on without it would begin the schedule, or the data, anew and in silence.
+    Without it, the run would silently start its schedule, or its data, from the beginning.
     """
     try:
         yield

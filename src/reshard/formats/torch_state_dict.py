@@ -207,7 +207,7 @@ def _no_state_dict(path: Path, value: object) -> UnsupportedError:
 def _beside(value: object, part: _Dict | None, depth: int = _MAX_DEPTH) -> dict[str, int]:
     """The omitted dicts of tensors that are not a run's state, with their numbers of tensors, by
     their dotted names: another model, such as `ema` or `reference`."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for key, inner in value.items() if isinstance(value, dict) and depth else ():
         if not isinstance(key, str) or not isinstance(inner, dict) or inner is part:
             continue
@@ -215,11 +215,11 @@ def _beside(value: object, part: _Dict | None, depth: int = _MAX_DEPTH) -> dict[
             continue
         # A loss or a step that is stored as a tensor is not a weight.
         if tensors := sum(bool(tensor.shape) for tensor in _tensors(inner).values()):
-            found[key] = tensors
+            counts[key] = tensors
         else:
             within = _beside(inner, part, depth - 1)
-            found |= {f"{key}.{name}": count for name, count in within.items()}
-    return found
+            counts |= {f"{key}.{name}": count for name, count in within.items()}
+    return counts
 
 
 def _named_part(value: _Dict, prefix: str | None) -> tuple[_Dict, str]:
@@ -328,7 +328,7 @@ def _refuse_part(path: Path, value: Mapping[object, object]) -> None:
 
 
 def _rounded(path: Path, content: TorchFile) -> list[Finding]:
-    """That a model file of DeepSpeed's ZeRO-1 or 2 holds rounded weights."""
+    """The finding that a model file of DeepSpeed's ZeRO-1 or 2 holds rounded weights."""
     value = content.value
     if not isinstance(value, dict) or _DEEPSPEED not in value or not value.get("param_shapes"):
         return []

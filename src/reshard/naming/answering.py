@@ -20,8 +20,8 @@ from reshard.naming.layouts import Piece, Version, View
 from reshard.naming.memory import NEWEST, memory_layout, pieces_of, placed_pieces, unsupported
 from reshard.naming.schema import views
 
-# The first version that any layout was read of, and where the layouts of families without a table
-# of their own may change.
+# The first version whose layouts were read. The layouts of families without a table of their own
+# may change there.
 _FIRST: Version = (4, 0)
 _FIRST_5: Version = (5, 0)
 
@@ -29,8 +29,9 @@ _FIRST_5: Version = (5, 0)
 class Apart(Struct, frozen=True):
     """Versions `[since, before)` of transformers whose loaded models ask for other tensors.
 
-    `name` is one of those, `count` how many there are; without a name, how that version makes its
-    tensors from those of the files is not known. `before` is None where no later version differs.
+    `name` is one of those tensors, `count` their number; an empty name means that nobody knows how
+    that version makes its tensors from those of the files. `before` is None where no later version
+    differs.
     """
 
     since: Version
@@ -128,10 +129,10 @@ def _renamed(
     return named, others
 
 
-def _ranges(found: Sequence[tuple[Version, Apart | None]]) -> Iterator[Apart]:
-    """Those that are apart, neighbours with the same evidence joined."""
-    ends: list[Version | None] = [version for version, _ in found[1:]]
-    ranges = [(apart, end) for (_, apart), end in zip(found, [*ends, None], strict=True)]
+def _ranges(versions: Sequence[tuple[Version, Apart | None]]) -> Iterator[Apart]:
+    """The versions that are apart; neighbours with the same evidence are joined."""
+    ends: list[Version | None] = [version for version, _ in versions[1:]]
+    ranges = [(apart, end) for (_, apart), end in zip(versions, [*ends, None], strict=True)]
     for _, group in groupby(ranges, lambda item: item[0] and bool(item[0].name)):
         members = list(group)
         first = members[0][0]

@@ -44,11 +44,11 @@ def blocks(shapes: Mapping[str, Shape], schema: Schema) -> frozenset[str]:
 
 
 def arrangements(
-    shapes: Mapping[str, Shape], found: frozenset[str], schema: Schema
+    shapes: Mapping[str, Shape], modules: frozenset[str], schema: Schema
 ) -> dict[str, Arrangement]:
     """The tensors by the loaded model's names, each as an arrangement of those that `shapes` names.
 
-    `found` are the `blocks`. Raises `IncompleteError` where an expert's matrix is missing,
+    `modules` are the `blocks`. Raises `IncompleteError` where an expert's matrix is missing,
     `NamesError` where two tensors would get one name.
     """
     shared = any(".shared_expert." in name for name in schema.specs)
@@ -57,10 +57,10 @@ def arrangements(
     for name in shapes:
         plain = unwrap(name)
         expert = _EXPERTS.fullmatch(plain)
-        if expert is not None and expert[1] in found:
+        if expert is not None and expert[1] in modules:
             experts.setdefault(expert[1], {})[expert[2]] = name
             continue
-        _put(outputs, _renamed(plain, found, shared=shared), Whole(name), name)
+        _put(outputs, _renamed(plain, modules, shared=shared), Whole(name), name)
     for block, held in experts.items():
         lacking = {_GATE, _DOWN, _UP} - held.keys()
         if lacking:
@@ -71,9 +71,9 @@ def arrangements(
     return outputs
 
 
-def _renamed(name: str, found: frozenset[str], *, shared: bool) -> str:
-    """The name in the loaded model; of tensors outside the blocks it is as it is."""
-    block = next((block for block in found if name.startswith(f"{block}.")), None)
+def _renamed(name: str, modules: frozenset[str], *, shared: bool) -> str:
+    """The name in the loaded model; tensors outside the blocks keep theirs."""
+    block = next((block for block in modules if name.startswith(f"{block}.")), None)
     if block is None:
         return name
     rest = name.removeprefix(f"{block}.")
@@ -89,7 +89,7 @@ def _renamed(name: str, found: frozenset[str], *, shared: bool) -> str:
     return f"{block}.{rest}"
 
 
-def _put(outputs: dict[str, Arrangement], name: str, made: Arrangement, source: str) -> None:
+def _put(outputs: dict[str, Arrangement], name: str, arrangement: Arrangement, source: str) -> None:
     if name in outputs:
         raise NamesError(f"it and another tensor are both {name!r} without AutoEP.", tensor=source)
-    outputs[name] = made
+    outputs[name] = arrangement

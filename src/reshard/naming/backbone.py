@@ -20,8 +20,8 @@ from reshard.naming.search import unwrap
 from reshard.naming.ties import is_head
 
 _HEADED = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")
-#: What begins the names of models whose text part has a config of its own (`..._text`) and a
-#: backbone called after it.
+#: Beginnings of the names of models whose text part has a config of its own (`..._text`) and a
+#: backbone named after it.
 OF_TEXT = frozenset({
     "CohereCompass", "Dots3Note", "Gemma3", "Gemma3n", "Gemma4", "Gemma4Unified", "Inkling",
     "Inkling2", "Llama4", "MiniMaxM3VL", "Qwen3_5", "Qwen3_5Moe", "Qwen4Exp",
@@ -66,20 +66,20 @@ def without_head(
     if classifier is None and (not head or says_tied(config)):
         return None
     message = "the checkpoint has no output head: the model scores, and is not for generation."
-    found = Finding("no-output-head", message, subject=head)
+    finding = Finding("no-output-head", message, subject=head)
     if classifier is not None:
-        return Bare(classifier, (found,))
+        return Bare(classifier, (finding,))
     named = class_without_head(config)
     if named is not None:
-        return Bare({"architectures": [named]}, (found,))
+        return Bare({"architectures": [named]}, (finding,))
     stated = classes_of(config)
     if not stated or (is_backbone(config) and not config.get("auto_map")):
-        return Bare({}, (found,))
+        return Bare({}, (finding,))
     message = (
         f"config.json names {listed(stated)}, which has an output head, and the folder has none: "
         "an engine that generates with it invents one."
     )
-    return Bare({}, (found, Finding("head-claimed", message, subject="config.json")))
+    return Bare({}, (finding, Finding("head-claimed", message, subject="config.json")))
 
 
 def class_without_head(config: Mapping[str, Any]) -> str | None:

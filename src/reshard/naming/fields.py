@@ -49,7 +49,7 @@ def missing(config: Mapping[str, Any]) -> tuple[Missing, ...]:
     """The fields that releases of this model have and its config does not, but for those whose
     values are what every reader takes anyway."""
     if config.get("auto_map") and not _native(config):
-        return ()  # what code of its own reads is not known
+        return ()  # nobody knows what custom code reads
     found = []
     for path, level in zip(stating_levels(config), levels(config), strict=True):
         kind = str(level.get("model_type"))

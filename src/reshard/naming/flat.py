@@ -94,13 +94,13 @@ def _path(name: str) -> str:
 def _cut(units: Mapping[str, Entry], schema: Schema, world: int) -> dict[str, Entry]:
     """The parameters in the flat ones, by the base's names."""
     root = min(units, key=len)
-    held: dict[str, list[TensorSpec]] = {path: [] for path in units}
+    specs: dict[str, list[TensorSpec]] = {path: [] for path in units}
     for spec in _ordered(schema):
         own = (path for path in units if f"{root}{spec.name}".startswith(path))
-        held[max(own, key=len, default=root)].append(spec)
-    found: dict[str, Entry] = {}
+        specs[max(own, key=len, default=root)].append(spec)
+    entries: dict[str, Entry] = {}
     for path, entry in units.items():
-        total = sum(spec.numel for spec in held[path])
+        total = sum(spec.numel for spec in specs[path])
         numel = entry.spec.numel
         if not 0 <= numel - total < world:
             raise NamesError(
@@ -110,11 +110,11 @@ def _cut(units: Mapping[str, Entry], schema: Schema, world: int) -> dict[str, En
                 hint="Name the base that the training started from.",
             )
         start = 0
-        for spec in held[path]:
+        for spec in specs[path]:
             box = Box((numel,), (start,), (spec.numel,))
-            found[spec.name] = _reshaped(crop(entry, box), spec.name, spec.shape)
+            entries[spec.name] = _reshaped(crop(entry, box), spec.name, spec.shape)
             start += spec.numel
-    return found
+    return entries
 
 
 def _ordered(schema: Schema) -> list[TensorSpec]:
@@ -164,7 +164,7 @@ def _place(name: str) -> tuple[int, int, int, int]:
 
 
 def _named(catalog: Catalog, names: frozenset[str], schema: Schema) -> dict[str, Entry]:
-    """Flattened parameters in the shapes that the base, or a loaded model of it, has them in."""
+    """Flattened parameters, reshaped as in the base or in a loaded model of it."""
     if not names:
         return {}
     numels = {unwrap(name): catalog.entries[name].spec.numel for name in names}

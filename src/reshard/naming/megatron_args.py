@@ -32,7 +32,7 @@ REFUSED = {
     "moe_mlp_glu_interleave_size": "interleaved gate and up projections",
     "glu_interleave_size": "interleaved gate and up projections",
 }
-#: That norms hold one less than what they scale by: of the model, and Megatron-LM's argument.
+#: Settings under which norms hold one less than the factor that they scale by.
 LESS_ONE = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
 #: All settings that are looked at.
 SETTINGS = (*NUMBERS, *REFUSED, *LESS_ONE, "vocab_size", "multi_latent_attention")

@@ -8,8 +8,8 @@ The rules here give only the names and shapes of a model in Megatron-Core. What 
 of is the inverse of the other direction (`megatron.arrangements`), so the two cannot disagree.
 Layers are stacked where all are alike, as Megatron-Core asks for them; those of DeepSeek, whose
 first ones are dense, and of other mixtures are tensors of their own. Vocabularies are not padded:
-Megatron-Core takes a vocabulary of fewer rows than its own. Norms go by both names that they have
-there, within TransformerEngine's fused modules and by themselves.
+Megatron-Core takes a vocabulary of fewer rows than its own. Norms get both of their names, the one
+within TransformerEngine's fused modules and their own.
 """
 
 from __future__ import annotations
@@ -130,13 +130,13 @@ class _Builder:
 
     def found(self) -> dict[str, tuple[Shape, tuple[str, ...]]]:
         """Each tensor's shape and its further names."""
-        found: dict[str, tuple[Shape, tuple[str, ...]]] = {}
+        shapes: dict[str, tuple[Shape, tuple[str, ...]]] = {}
         unknown = []
         for name, spec in self._specs.items():
             if name in _OUTSIDE:
-                if _OUTSIDE[name] in found:
+                if _OUTSIDE[name] in shapes:
                     raise NamesError("it and lm_head.weight are one tensor there.", tensor=name)
-                found[_OUTSIDE[name]] = (spec.shape, ())
+                shapes[_OUTSIDE[name]] = (spec.shape, ())
             elif not self._in_layer(name, spec.shape):
                 unknown.append(name)
         if unknown:
@@ -145,15 +145,15 @@ class _Builder:
         stacked = not self._family.latent and self._alike()
         if stacked:
             for name, shape in self._decoder[0].items():
-                found[f"decoder.layers.{name}"] = ((self._layers, *shape), ())
+                shapes[f"decoder.layers.{name}"] = ((self._layers, *shape), ())
         else:
             for index, layer in sorted(self._decoder.items()):
-                found |= {f"decoder.layers.{index}.{n}": (s, ()) for n, s in layer.items()}
+                shapes |= {f"decoder.layers.{index}.{n}": (s, ()) for n, s in layer.items()}
         for index, layer in sorted(self._mtp.items()):
             for name, shape in layer.items():
                 inner = "" if name in MTP_NAMES else "transformer_layer."
-                found[f"mtp.layers.{index}.{inner}{name}"] = (shape, ())
-        return {name: (shape, tuple(self._others(name))) for name, (shape, _) in found.items()}
+                shapes[f"mtp.layers.{index}.{inner}{name}"] = (shape, ())
+        return {name: (shape, tuple(self._others(name))) for name, (shape, _) in shapes.items()}
 
     def _in_layer(self, name: str, shape: Shape) -> bool:
         """Take one of a layer's tensors; whether it has a place."""

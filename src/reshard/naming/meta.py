@@ -106,7 +106,7 @@ def params(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str,
     groups = number(config, "num_key_value_heads", "num_attention_heads")
     stated: dict[str, Any] = {"dim": dim, "n_layers": number(config, "num_hidden_layers")}
     stated["n_heads"] = heads
-    if groups != heads:  # Llama 1 does not know it
+    if groups != heads:  # Llama 1 has no such setting
         stated["n_kv_heads"] = groups
     width = number(config, "intermediate_size")
     multiplier, multiple = width_of(dim, width)

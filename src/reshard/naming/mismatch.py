@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from reshard.core.tensors import Shape
 from reshard.errors import Lines, NamesError, listed, shown
-from reshard.naming import ties, value_heads, wrong_base
+from reshard.naming import patterns, ties, value_heads, wrong_base
 from reshard.naming.judge import Verdict, pattern_of
 from reshard.naming.search import Candidate
 
@@ -21,6 +22,8 @@ _OTHERWISE = (
     "In some modules of the base the checkpoint holds other tensors, as in an unknown layout: it "
     "would be wrong to leave these out, and wrong to take the base's."
 )
+# Experts of all layers that are taken in any case: the largest models have half as many.
+_MAX_EXPERTS = 1 << 17
 # Names shown of each list; the error's fields hold all of them.
 _SHOWN = 10
 # Patterns that a hint spells out.
@@ -123,7 +126,7 @@ def _diagnosis(
 def _lists(
     first: str, missing: Sequence[str], unexpected: Sequence[str], clashes: Sequence[str]
 ) -> str:
-    """All that does not fit, the nearest name beside each."""
+    """Everything that does not fit, each name with the nearest one beside it."""
     paragraphs = [first]
     for title, names, others in (
         ("of the base are not in the checkpoint", missing, unexpected),
@@ -221,20 +224,39 @@ class Nearest:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self._by_tail: defaultdict[str, list[str]] = defaultdict(list)
+        self._by_last: defaultdict[str, list[str]] = defaultdict(list)
         for name in names:
-            parts = name.split(".")
-            for depth in range(1, len(parts) + 1):
-                self._by_tail[".".join(parts[-depth:])].append(name)
+            self._by_last[name.rpartition(".")[2]].append(name)
 
     def to(self, name: str) -> str | None:
         """The nearest name, or None where nothing is alike."""
         parts = name.split(".")
-        for depth in range(len(parts), 0, -1):
-            pool = self._by_tail.get(".".join(parts[-depth:]))
-            if pool:
+        pool = self._by_last.get(parts[-1]) or self._names
+        for depth in range(2, len(parts) + 1):
+            tail = ".".join(parts[-depth:])
+            more = [name for name in pool if name == tail or name.endswith(f".{tail}")]
+            if not more:
                 break
-        else:
-            pool = list(self._names)
+            pool = more
         close = difflib.get_close_matches(name, pool[:_POOL], n=1, cutoff=0.5)
         return close[0] if close else None
+
+
+def check_stacked(shapes: Mapping[str, Shape], stacks: Sequence[str], count: int) -> None:
+    """Refuse tensors of the patterns `stacks`, [experts, rows, columns], that stack more experts
+    than any model has: a tensor without elements may state any number.
+
+    `count` are the base's tensors; it may have all experts of a layer in one. Raises `NamesError`.
+    """
+    stacked = {
+        name: shape[0]
+        for name, shape in shapes.items()
+        if len(shape) == 3 and patterns.matches_any(stacks, name)
+    }
+    experts = sum(stacked.values())
+    if experts > max(_MAX_EXPERTS, count):
+        raise NamesError(
+            f"its {experts} experts are more than the base has tensors, {count}.",
+            tensor=max(stacked, key=stacked.__getitem__),
+            hint="Check that --base is the model that the training started from.",
+        )

@@ -1,7 +1,7 @@
 """Head, embedding and `vocab_size`, which must agree in a plan and in a finished model.
 
-The rules are here once. A conversion checks its plan by them before it writes a byte, and `reshard
-doctor` checks any folder.
+The rules stand only here. A conversion checks its plan by them before it writes a byte, and
+`reshard doctor` checks any folder.
 """
 
 from __future__ import annotations

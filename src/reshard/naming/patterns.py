@@ -21,7 +21,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def match(pattern: str, name: str) -> tuple[str, ...] | None:
-    """What the wildcards stand for in `name`, or None where the name is not of that pattern.
+    """What the wildcards stand for in `name`; None if the pattern does not match.
 
     >>> match("model.layers.*.mlp.**", "model.layers.3.mlp.experts.gate_up_proj")
     ('3', 'experts.gate_up_proj')
@@ -42,18 +42,18 @@ def fill(pattern: str, parts: Iterable[str]) -> str:
 
 @lru_cache(maxsize=256)
 def _compile_any(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    # One expression: a model of 36,000 tensors is held against each table a few dozen times.
+    # One expression: a model of 36,000 tensors is matched with each table a few dozen times.
     return re.compile("|".join(f"(?:{_compile(pattern).pattern})" for pattern in patterns))
 
 
 def matches_any(patterns: Iterable[str], name: str) -> bool:
-    """Whether the name is of one of the patterns."""
+    """Whether one of the patterns matches the name."""
     given = tuple(patterns)
     return bool(given) and _compile_any(given).fullmatch(name) is not None
 
 
 def exactness(given: Iterable[str], name: str) -> int:
-    """The most parts that a pattern of the name spells out; -1 where none is of it.
+    """The most parts that a matching pattern spells out; -1 if no pattern matches.
 
     >>> exactness(["model.**", "model.language_model.**"], "model.language_model.norm.weight")
     2
@@ -64,7 +64,7 @@ def exactness(given: Iterable[str], name: str) -> int:
 
 
 def rewrite(name: str, rules: Iterable[tuple[str, str]]) -> tuple[str, tuple[str, str] | None]:
-    """The name after the first rule (from, to) whose first pattern it is of, and that rule.
+    """The name, rewritten by the first rule (from, to) whose `from` matches it; and the rule.
 
     >>> rewrite("model.visual.proj", [("model.visual.**", "visual.**"), ("model.**", "text.**")])
     ('visual.proj', ('model.visual.**', 'visual.**'))

@@ -72,20 +72,20 @@ def arrangements(shapes: Mapping[str, Shape], schema: Schema) -> Sequence:
         elif tied is not None:  # the layer that has it first comes before the others
             rest.append((True, tied[1], own))
     blocks, outside = _of_base(schema)
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     places = _places(layers, shapes, blocks)
     for number, held in sorted(layers.items()):
         if number in places:
             index, start = places[number]
             prefix = blocks.prefix
-            found |= {f"{prefix}{index}.{k.removeprefix(start)}": own for k, own in held.items()}
+            names |= {f"{prefix}{index}.{k.removeprefix(start)}": own for k, own in held.items()}
         else:
             before = number < min(places)
             rest += [(before, key, own) for key, own in held.items()]
-    found |= _matched(rest, shapes, outside)
+    names |= _matched(rest, shapes, outside)
     of = f"{len(places)} of {len(layers)} layers are blocks"
     rule = f"the numbers of a pipeline's layers -> the hub's names ({of})"
-    return Sequence({name: Whole(own) for name, own in found.items()}, rule)
+    return Sequence({name: Whole(own) for name, own in names.items()}, rule)
 
 
 class _Blocks(Struct, frozen=True):
@@ -97,7 +97,7 @@ class _Blocks(Struct, frozen=True):
 
 def _of_base(schema: Schema) -> tuple[_Blocks, _Tensors]:
     """The blocks of the base, and what lies outside of them."""
-    found: dict[str, dict[int, _Tensors]] = {}
+    blocks: dict[str, dict[int, _Tensors]] = {}
     outside: _Tensors = {}
     for name, spec in schema.specs.items():
         if is_constant(name, schema.config) or is_unheld(name, schema.config):
@@ -106,15 +106,15 @@ def _of_base(schema: Schema) -> tuple[_Blocks, _Tensors]:
         if match is None:
             outside[name] = spec.shape
         else:
-            found.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = spec.shape
-    counted = [p for p, of in found.items() if of.keys() == set(range(len(of)))]
-    if len(counted) != 1 or len(found) != 1:
+            blocks.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = spec.shape
+    counted = [p for p, of in blocks.items() if of.keys() == set(range(len(of)))]
+    if len(counted) != 1 or len(blocks) != 1:
         raise NamesError(
             "its tensors are named by layer numbers, but the base has "
-            + (f"several kinds of layers ({listed(found)})." if found else "none."),
+            + (f"several kinds of layers ({listed(blocks)})." if blocks else "none."),
             hint=_WITHOUT,
         )
-    layers = found[counted[0]]
+    layers = blocks[counted[0]]
     return _Blocks(counted[0], tuple(layers[n] for n in sorted(layers))), outside
 
 
@@ -128,32 +128,32 @@ def _places(
     layers: Mapping[int, Mapping[str, str]], shapes: Mapping[str, Shape], blocks: _Blocks
 ) -> dict[int, tuple[int, str]]:
     """The block that a layer is, and what its own names begin with, by the layer's number."""
-    found: dict[int, tuple[int, str]] = {}
+    places: dict[int, tuple[int, str]] = {}
     for number, held in sorted(layers.items()):
-        index = len(found)
+        index = len(places)
         wanted = blocks.tensors[min(index, len(blocks.tensors) - 1)]
         start = next((s for s in _starts(held) if _is_block(held, shapes, wanted, s)), None)
         if start is not None:
-            found[number] = (index, start)
-    if len(found) != len(blocks.tensors):
+            places[number] = (index, start)
+    if len(places) != len(blocks.tensors):
         raise NamesError(
-            f"{len(found)} of its {len(layers)} layers hold tensors that a block of the base has, "
+            f"{len(places)} of its {len(layers)} layers hold tensors that a block of the base has, "
             f"by their names and shapes; the base has {len(blocks.tensors)} blocks. Layer "
             f"{_largest(layers)} holds {listed(layers[_largest(layers)], _LISTED)}; a block "
             f"{listed(blocks.tensors[0], _LISTED)}.",
             hint=f"Check that --base is the model that the training started from. {_WITHOUT}",
         )
-    return found
+    return places
 
 
 def _largest(layers: Mapping[int, Mapping[str, str]]) -> int:
     return max(layers, key=lambda number: len(layers[number]))
 
 
-def _starts(held: Mapping[str, str]) -> list[str]:
+def _starts(layer: Mapping[str, str]) -> list[str]:
     """What a wrapping module may have put before all names of a layer."""
     starts = [""]
-    split = [key.split(".") for key in held]
+    split = [key.split(".") for key in layer]
     for parts in zip(*(key[:-1] for key in split), strict=False):
         if len(set(parts)) > 1:
             break
@@ -162,23 +162,23 @@ def _starts(held: Mapping[str, str]) -> list[str]:
 
 
 def _is_block(
-    held: Mapping[str, str], shapes: Mapping[str, Shape], wanted: _Tensors, start: str
+    layer: Mapping[str, str], shapes: Mapping[str, Shape], block: _Tensors, start: str
 ) -> bool:
     """Whether more than half of a layer's tensors, two at least, are a block's."""
-    same = sum(wanted.get(key.removeprefix(start)) == shapes[own] for key, own in held.items())
-    return same > 1 and 2 * same > len(held)
+    same = sum(block.get(key.removeprefix(start)) == shapes[own] for key, own in layer.items())
+    return same > 1 and 2 * same > len(layer)
 
 
 def _matched(
     rest: list[tuple[bool, str, str]], shapes: Mapping[str, Shape], outside: _Tensors
 ) -> dict[str, str]:
     """The names of what lies outside of the blocks."""
-    found: dict[str, str] = {}
+    matches: dict[str, str] = {}
     unknown = []
     for by_name in (True, False):
         left = []
         for before, key, own in rest:
-            free = [name for name in outside if name not in found]
+            free = [name for name in outside if name not in matches]
             fits = [
                 name
                 for name in free
@@ -187,26 +187,26 @@ def _matched(
                 and _alike(shapes[own], outside[name])
             ]
             if len(fits) == 1:
-                found[fits[0]] = own
+                matches[fits[0]] = own
             else:
                 left.append((before, key, own))
         rest = left
     for before, _, own in rest:
         # A head of its own, of a base that has none because it is tied.
-        headless = not before and _HEAD not in found and _HEAD not in outside
+        headless = not before and _HEAD not in matches and _HEAD not in outside
         if headless and _is_matrix(own, shapes, outside):
-            found[_HEAD] = own
+            matches[_HEAD] = own
         else:
             unknown.append(f"{own} {list(shapes[own])}")
     if unknown:
-        free = [f"{name} {list(shape)}" for name, shape in outside.items() if name not in found]
+        free = [f"{name} {list(shape)}" for name, shape in outside.items() if name not in matches]
         raise NamesError(
             f"{len(unknown)} tensors outside of the blocks fit none or several of the base's: "
             f"{listed(unknown, _LISTED)}; the base's are {listed(free, _LISTED)}.",
             unexpected=tuple(unknown),
             hint=_WITHOUT,
         )
-    return found
+    return matches
 
 
 def _ends_alike(key: str, name: str) -> bool:

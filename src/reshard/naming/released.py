@@ -1,7 +1,7 @@
 """The layout of released models: whether files have it, and their tensors in it.
 
-A save of transformers 5 has, of some families, names or an orientation that no release has: what
-engines take are the release's.
+A save of transformers 5 has, of some families, names or an orientation that no release has: engines
+expect those of the release.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def unreleased(
 
 
 def undecided(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The tensors whose orientation neither shapes nor config tell.
+    """The tensors whose orientation neither the shapes nor the config show.
 
-    Where shapes do not, the version of transformers that the config says it was saved by decides.
+    If the shapes do not show it, the transformers version that the config states decides.
     """
     found = _swappable(shapes, config)
     told = not found or _are_told(shapes, found, config) or _saved_by(config) is not None
@@ -121,7 +121,7 @@ def _pieces(
 
 
 def _by_version(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> bool:
-    """Whether they are turned by what the config says of the version that saved them."""
+    """Whether tensors are transposed, judged by the transformers version that the config states."""
     found = _swappable(shapes, config)
     version = _saved_by(config)
     untold = bool(found) and not _are_told(shapes, found, config)

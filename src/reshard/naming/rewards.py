@@ -77,7 +77,7 @@ class ModelParts(Struct, frozen=True):
 
 
 class RewardOptions(Struct, frozen=True):
-    """What the user said of a reward model or critic; None where nothing was said.
+    """What the user stated about a reward model or critic; None: nothing.
 
     `types` also gives the order of the heads. `value_head` is what precedes the names of a critic's
     head: `score`, `v_head.summary`.
@@ -90,7 +90,7 @@ class RewardOptions(Struct, frozen=True):
 
     @property
     def says_heads(self) -> bool:
-        """Whether anything was said of a scalar reward model's heads."""
+        """Whether the user stated anything about a scalar reward model's heads."""
         return any(said is not None for said in (self.pooling, self.scaled, self.types))
 
 

@@ -57,7 +57,7 @@ def views_of(names: Iterable[str], prefix: str, config: Mapping[str, Any]) -> tu
 
 
 def bare_layout(config: Mapping[str, Any]) -> Layout:
-    """The layout of files that were saved from the backbone class: its name is in no tensor's."""
+    """The layout of files saved from the backbone class: no name contains the backbone's part."""
     part = backbone_part(config)
     names = (("lm_head.**", "lm_head.**"), (f"{part}.**", "**"))
     return Layout("as saved from the backbone class", names=names)
@@ -133,7 +133,8 @@ def says_tied(config: Mapping[str, Any]) -> bool:
 
 
 def says_untied(config: Mapping[str, Any]) -> bool:
-    """Whether the config states that they are two, and nowhere that they are one."""
+    """Whether the config states that head and embedding are two tensors, and nowhere the
+    opposite."""
     stated = [level.get("tie_word_embeddings") for level in levels(config)]
     return False in stated and True not in stated
 

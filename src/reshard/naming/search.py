@@ -8,11 +8,13 @@ allowed. Exactly one complete candidate must remain.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from reshard.core.regex import regex
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import NamesError
 from reshard.naming import families
@@ -21,6 +23,9 @@ from reshard.naming.layouts import Effect, Names, Piece, Reading, View
 from reshard.naming.schema import Schema, views_of
 from reshard.naming.wider import likely_prefixes, part_views
 
+# Names times readings on each of which a verdict is given, in search of the nearest: a second.
+# Beyond, only the likeliest readings get one.
+_MAX_VERDICTS, _FEW = 500_000, 4
 # Layouts that read the same names alike.
 Views = tuple[View, ...]
 
@@ -123,10 +128,15 @@ def unwrap(name: str) -> str:
     >>> unwrap("module._orig_mod.model.norm._fsdp_wrapped_module.weight")
     'model.norm.weight'
     """
+    if _WRAPPED.search(name) is None:  # of a million calls for 40,000 names, nearly all
+        return name
     return ".".join(part for part in name.split(".") if part not in families.WRAPPERS)
 
 
-def search(found: SourceNames, schema: Schema, options: FitOptions) -> Candidate:
+_WRAPPED = regex("|".join(map(re.escape, sorted(families.WRAPPERS))))
+
+
+def search(source: SourceNames, schema: Schema, options: FitOptions) -> Candidate:
     """The one complete candidate; where there is none, the best of the incomplete.
 
     Prefixes and layouts that trainers use are tried first; where none is complete, prefixes that
@@ -135,7 +145,7 @@ def search(found: SourceNames, schema: Schema, options: FitOptions) -> Candidate
     Raises `NamesError` where several are complete and differ in what goes where, or where the
     checkpoint holds several models that fit.
     """
-    trial = _Trial(found, schema, options)
+    trial = _Trial(source, schema, options)
     near = trial.readings(trial.prefixes, trial.usual)
     complete = trial.complete(near)
     if complete:
@@ -144,8 +154,8 @@ def search(found: SourceNames, schema: Schema, options: FitOptions) -> Candidate
     complete = trial.complete(far)
     if complete:
         return _unique(complete, options)
-    candidates = trial.all([*near, *far])
-    _refuse_several(candidates, found)
+    candidates = trial.likely([*near, *far])
+    _refuse_several(candidates, source)
     return max(candidates, key=lambda one: (len(one.of(Verdict.MATCHED)), -one.faults))
 
 
@@ -156,16 +166,17 @@ _Way = tuple[str, Views, Reading]
 class _Trial:
     """Readings of the source, compared with the base."""
 
-    def __init__(self, found: SourceNames, schema: Schema, options: FitOptions) -> None:
-        self._found = found
+    def __init__(self, source: SourceNames, schema: Schema, options: FitOptions) -> None:
+        self._found = source
         self._options = options
         self._config = schema.config
-        self.prefixes = list(prefixes(found.shapes, options.prefix))
-        self._judge = Judge(found.owners, schema, options)
+        self.prefixes = list(prefixes(source.shapes, options.prefix))
+        self._judge = Judge(source.owners, schema, options)
         shapes = {name: spec.shape for name, spec in schema.specs.items()}
         # The base is taken to be as on the hub where that fits: released models are.
         self._bases = _distinct(Names(shapes), views_of(shapes, "", schema.config))
         self._read: list[tuple[Views, Reading]] = []
+        self._names: dict[str, Names] = {}
 
     def usual(self, prefix: str) -> tuple[View, ...]:
         """The layouts that the whole model may be in after a prefix."""
@@ -177,8 +188,14 @@ class _Trial:
         return [
             (prefix, same, _without_allowed(source, prefix, self._options))
             for prefix in tried
-            for same, source in _distinct(Names(self._found.shapes, prefix), layouts(prefix))
+            for same, source in _distinct(self._after(prefix), layouts(prefix))
         ]
+
+    def _after(self, prefix: str) -> Names:
+        """The names after a prefix, for whichever layouts are tried."""
+        if prefix not in self._names:
+            self._names[prefix] = Names(self._found.shapes, prefix)
+        return self._names[prefix]
 
     def wider(self) -> list[_Way]:
         """The readings that are tried where the usual ones do not fit."""
@@ -201,9 +218,13 @@ class _Trial:
                 return complete
         return []
 
-    def all(self, ways: Sequence[_Way]) -> list[Candidate]:
-        """Every way beside every layout of the base."""
-        return [one for base in self._each_base() for one in self._held(ways, base)]
+    def likely(self, ways: Sequence[_Way]) -> list[Candidate]:
+        """Every way beside every layout of the base; of very many names, those with the most in
+        common and the least beside: a verdict on each name takes 2 us, and there may be 175."""
+        pairs = [(way, base) for base in self._each_base() for way in ways]
+        if len(pairs) * len(self._found.shapes) > _MAX_VERDICTS:
+            pairs = sorted(pairs, key=_likeness, reverse=True)[:_FEW]
+        return [one for way, base in pairs for one in self._held([way], base)]
 
     def _each_base(self) -> Iterator[tuple[Views, Reading]]:
         """The base's layouts, each read once and when it is needed."""
@@ -220,7 +241,15 @@ class _Trial:
         ]
 
 
-def _refuse_several(candidates: Iterable[Candidate], found: SourceNames) -> None:
+def _likeness(pair: tuple[_Way, tuple[Views, Reading]]) -> tuple[int, int]:
+    """How many names a reading of the source has in common with one of the base, and how few each
+    has alone."""
+    (_, _, source), (_, base) = pair
+    common = len(source.pieces.keys() & base.pieces.keys())
+    return common, 2 * common - len(source.pieces) - len(base.pieces) - len(source.misfits)
+
+
+def _refuse_several(candidates: Iterable[Candidate], source: SourceNames) -> None:
     """Raise `NamesError` where the only fault is that other tensors lie beside those that fit."""
     fitting = []
     for one in candidates:
@@ -232,7 +261,7 @@ def _refuse_several(candidates: Iterable[Candidate], found: SourceNames) -> None
     if len(holders) < 2:
         return
     listed = " and ".join(f"{prefix.removesuffix('.')!r}" for prefix in holders)
-    rest = [name for name in found.shapes if not name.startswith(tuple(holders))]
+    rest = [name for name in source.shapes if not name.startswith(tuple(holders))]
     raise NamesError(
         f"the checkpoint holds {len(holders)} models that fit the base, under {listed}.",
         unexpected=tuple(rest),

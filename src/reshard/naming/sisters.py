@@ -1,8 +1,9 @@
 """Compare the layers of a model whose architecture no table knows with each other.
 
-A layer whose names are all among another's and lack some that most layers have was damaged, if what
-it lacks lies in a module of which it holds the rest: models whose layers are of several kinds have
-in each kind something that the others lack, or lack a module as a whole.
+A layer is damaged if another layer has all of its names, most layers have a name that it lacks, and
+it holds the rest of the module where that name belongs. This does not mistake a model with several
+kinds of layers for a damaged one: each kind has something that the others lack, or lacks a whole
+module.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def uncounted(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, int
 
 
 def _containers(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
-    """What holds numbered layers -> layer -> the names in it; of nested ones, the outermost."""
+    """Module with numbered layers -> layer -> its names; of nested modules, the outermost."""
     found: dict[str, dict[int, set[str]]] = {}
     for name in names:
         match = _CONTAINER.match(name)

@@ -16,7 +16,7 @@ from reshard.naming.search import Candidate
 
 
 class Known(Struct, frozen=True):
-    """The map that the search found, and what it is of.
+    """The map that the search found, and the tensors that it maps.
 
     owners: a name without wrappers' parts -> the checkpoint's own. by_name: its entry.
     """

@@ -61,9 +61,9 @@ class Structure(Struct, frozen=True):
     """What names and shapes lack and have beyond an architecture. Names are the hub's.
 
     absent: tensors that every such model has. strange: tensors that no class of it has; `heads` are
-    those that are called as heads are. other: tensor -> its shape, and that of the architecture.
-    parts: prefixes of whole parts that are not there. layers: where their number is another.
-    bare: whether the names are those of the backbone alone, without the prefix that the class has.
+    those with a head's name. other: tensor -> its shape, and that of the architecture. parts:
+    prefixes of whole parts that are not there. layers: where their number is another. bare: whether
+    the names are those of the backbone alone, without the prefix that the class has.
     """
 
     absent: tuple[str, ...] = ()
@@ -142,7 +142,7 @@ def regions_of(config: Config) -> list[Region] | None:
 def _composed(composite: Composite, config: Config) -> list[Region]:
     inner = text_config(config) or config
     decoder = _of(DECODERS, inner.get("model_type"))
-    found = [
+    regions = [
         Region(composite.text, inner)
         if decoder is None
         else _decoder(decoder, composite.text, inner)
@@ -152,12 +152,12 @@ def _composed(composite: Composite, config: Config) -> list[Region]:
         its_config = its_config if isinstance(its_config, Mapping) else {}
         tower = _of(TOWERS, its_config.get("model_type"))
         if tower is None:
-            found.append(Region(prefix, its_config))
+            regions.append(Region(prefix, its_config))
         else:
             rows = (tower.outside, tower.layers, (tower.layer,), tower.count)
-            found.append(Region(prefix, its_config, *rows))
+            regions.append(Region(prefix, its_config, *rows))
     named = next(iter(classes_of(config)))
-    return [*found, _beside(composite.outside, composite.head, named, config)]
+    return [*regions, _beside(composite.outside, composite.head, named, config)]
 
 
 def _decoder(decoder: Decoder, prefix: str, config: Config) -> Region:
@@ -267,7 +267,7 @@ class _Examination:
         self,
         prefix: str,
         rows: Iterable[Row],
-        held: Mapping[str, Shape],
+        shapes: Mapping[str, Shape],
         config: Config,
         sizes: Mapping[str, int],
     ) -> None:
@@ -275,11 +275,11 @@ class _Examination:
         for row in rows:
             if not _is_there(row, config):
                 continue
-            for name in _expanded(row.name, held, sizes):
+            for name in _expanded(row.name, shapes, sizes):
                 known[name] = row
-                if name not in held and row.when != "maybe":
+                if name not in shapes and row.when != "maybe":
                     self._absent.append(prefix + name)
-        for name, shape in held.items():
+        for name, shape in shapes.items():
             row_of_it = known.get(name)
             if row_of_it is None:
                 self._strange.append(prefix + name)
@@ -309,16 +309,16 @@ def _by_layer(
     return dict(sorted(found.items())), outside
 
 
-def _chosen(block: Block | tuple[Block, ...], held: Mapping[str, Shape]) -> tuple[Row, ...]:
-    """A block's rows; of several blocks, those of the one that most of the names are of."""
+def _chosen(block: Block | tuple[Block, ...], shapes: Mapping[str, Shape]) -> tuple[Row, ...]:
+    """A block's rows; of several blocks, the one that most of the names fit."""
     if isinstance(block, str):
         return rows_of(block)
-    plain = {".".join("*" if p.isdecimal() else p for p in name.split(".")) for name in held}
+    plain = {".".join("*" if p.isdecimal() else p for p in name.split(".")) for name in shapes}
     choices = [rows_of(each) for each in block]
     return max(choices, key=lambda rows: sum(row.name in plain for row in rows))
 
 
-def _expanded(name: str, held: Mapping[str, Shape], sizes: Mapping[str, int]) -> list[str]:
+def _expanded(name: str, shapes: Mapping[str, Shape], sizes: Mapping[str, int]) -> list[str]:
     """The names of a row: one, or one for each expert or other numbered module."""
     if ".*." not in name:
         return [name]
@@ -327,7 +327,7 @@ def _expanded(name: str, held: Mapping[str, Shape], sizes: Mapping[str, int]) ->
     if number is None:
         numbers = [
             int(found.removeprefix(start).partition(".")[0])
-            for found in held
+            for found in shapes
             if found.startswith(start) and found.removeprefix(start).partition(".")[0].isdecimal()
         ]
         number = max(numbers, default=-1) + 1

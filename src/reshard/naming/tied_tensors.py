@@ -46,7 +46,7 @@ def copied(known: Known) -> tuple[dict[str, str], FitResult]:
 
 
 def _parted_by_update(known: Known, hub: str, partner: str) -> FitResult:
-    """Of a tied pair that the source stores once, untie the head where one is updated."""
+    """Untie the head of a pair that the source stores once, if an adapter updates one of them."""
     if known.have[partner].name not in known.options.updated:
         return FitResult()
     if not (ties.is_head(hub) or ties.is_head(partner)):

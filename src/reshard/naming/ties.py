@@ -76,7 +76,8 @@ HEAD_OF = {
 _HEAD = "lm_head.weight"
 _AMBIGUOUS = "model.decoder.embed_tokens.weight"
 
-#: The same for heads with more than a weight, a bias or a layer before it: who has these has it.
+#: The same for heads with more than a weight, a bias or a layer before it: a model with these has
+#: the head.
 PREDICTIONS: tuple[Pair, ...] = (
     ("lm_head.weight", "funnel.embeddings.word_embeddings.weight"),
     ("generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),
@@ -174,7 +175,9 @@ def original_of(name: str, names: Container[str]) -> str | None:
 def tied_partner(name: str, names: Container[str]) -> str | None:
     """Another name among `names` that one tensor may have: its original, a copy, or another copy
     of its original."""
-    near = _PARTNERS.get(name, ())
+    near = _PARTNERS.get(name)
+    if near is None:
+        return None
     found = next((partner for partner in near if partner in names), None)
     if found is None and not is_head(name):
         far = (partner for original in _ORIGINALS.get(name, ()) for partner in _PARTNERS[original])

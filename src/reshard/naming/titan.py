@@ -31,6 +31,7 @@ from reshard.core.tensors import Box, Entry, Fragment, contiguous_strides
 from reshard.errors import NamesError, UnsupportedError, listed
 from reshard.naming import patterns
 from reshard.naming.megatron import MTP_COPIES
+from reshard.naming.mismatch import check_stacked
 from reshard.naming.name_map import Translation
 from reshard.naming.schema import Schema, number
 from reshard.naming.search import unwrap
@@ -223,7 +224,7 @@ def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
     owners: dict[str, tuple[str, ...]] = {}
 
     def make(table: Mapping[str, Entry]) -> dict[str, Entry]:
-        found: dict[str, Entry] = {}
+        tensors: dict[str, Entry] = {}
         parts: dict[str, dict[int, tuple[str, Entry]]] = {}
         for own, entry in table.items():
             part = _part(unwrap(entry.spec.name), family)
@@ -231,31 +232,33 @@ def translated(entries: Mapping[str, Entry], schema: Schema) -> Translated:
                 parts.setdefault(part[0], {})[part[1]] = (own, entry)
                 continue
             for name, made in _of(entry, config, family):
-                if name in found:
+                if name in tensors:
                     raise NamesError("two tensors map to it.", tensor=name)
-                found[name] = made
+                tensors[name] = made
                 owners.setdefault(name, (own,))
         for name, held in parts.items():
             if len(held) < _SIDES:
                 continue  # as of every translation: it is made of all of its sources
-            found[name] = rearrange.concat(
+            tensors[name] = rearrange.concat(
                 [rearrange.transpose(held[at][1], 1, 2) for at in range(_SIDES)], 2
             ).renamed(name)
             owners.setdefault(name, tuple(held[at][0] for at in range(_SIDES)))
-        found |= _copies(found, owners, schema)
-        return found
+        tensors |= _copies(tensors, owners, schema)
+        return tensors
 
-    found = make(entries)
-    _check_joined(entries, found, family)
+    stacks = [here for _, here in family.experts]
+    check_stacked({unwrap(n): e.spec.shape for n, e in entries.items()}, stacks, len(schema.specs))
+    tensors = make(entries)
+    _check_joined(entries, tensors, family)
     heads = ("q_proj.weight", "k_proj.weight")
-    turned = sum(family.turns and name.endswith(heads) for name in found)
+    turned = sum(family.turns and name.endswith(heads) for name in tensors)
     rules = [f"torchtitan's names -> the hub's ({len(entries)})"]
     lost = [n for n in entries if patterns.matches_any(family.left_out, unwrap(n))]
     if lost:
         rules.append(f"left out what the hub's model has not: {listed(lost, 2)}")
     if turned:
         rules.append(f"heads of queries and keys turned for the hub's rotary embeddings ({turned})")
-    return Translated(found, tuple(rules), Translation(owners, make))
+    return Translated(tensors, tuple(rules), Translation(owners, make))
 
 
 def _part(name: str, family: Family) -> tuple[str, int] | None:
@@ -268,25 +271,27 @@ def _part(name: str, family: Family) -> tuple[str, int] | None:
     return None
 
 
-def _check_joined(entries: Mapping[str, Entry], found: Mapping[str, Entry], family: Family) -> None:
+def _check_joined(
+    entries: Mapping[str, Entry], tensors: Mapping[str, Entry], family: Family
+) -> None:
     """Refuse a checkpoint that holds gate or up alone of what is one tensor on the hub."""
     for entry in entries.values():
         part = _part(unwrap(entry.spec.name), family)
-        if part is not None and part[0] not in found:
+        if part is not None and part[0] not in tensors:
             raise NamesError("the checkpoint holds only a part of it.", tensor=part[0])
 
 
 def _copies(
-    found: Mapping[str, Entry], owners: dict[str, tuple[str, ...]], schema: Schema
+    tensors: Mapping[str, Entry], owners: dict[str, tuple[str, ...]], schema: Schema
 ) -> dict[str, Entry]:
     """The copies of embedding and head that the base's layers for multi-token prediction have,
     where the checkpoint holds such a layer; torchtitan shares them."""
     made = {}
-    for name in [name for name in found if name.endswith(".eh_proj.weight")]:
+    for name in [name for name in tensors if name.endswith(".eh_proj.weight")]:
         start = name.removesuffix("eh_proj.weight")
         for own, shared in MTP_COPIES.items():
-            if start + own in schema.specs and shared in found:
-                made[start + own] = found[shared].renamed(start + own).aliased(())
+            if start + own in schema.specs and shared in tensors:
+                made[start + own] = tensors[shared].renamed(start + own).aliased(())
                 owners.setdefault(start + own, owners[shared])
     return made
 

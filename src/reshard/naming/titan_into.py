@@ -29,12 +29,14 @@ class Into(Struct, frozen=True):
     """A model by torchtitan's names.
 
     `left_out`: layers for multi-token prediction. `copies`: tensors that torchtitan shares, each
-    with the one whose copy it must be.
+    with the one whose copy it must be. `sources`: for each of `entries` the tensors that it is made
+    of, by the hub's names.
     """
 
     entries: Mapping[str, Entry]
     left_out: tuple[str, ...]
     copies: Mapping[str, str]
+    sources: Mapping[str, tuple[str, ...]]
 
 
 def into(
@@ -55,6 +57,7 @@ def into(
     rules = (*family.names, *NAMES)
     made: dict[str, Entry] = {}
     stacks: dict[tuple[str, ...], dict[int, Entry]] = {}
+    made_of: dict[str, list[str]] = {}
     unknown, left_out = [], []
     copies: dict[str, str] = {}
     for full, entry in entries.items():
@@ -72,10 +75,13 @@ def into(
             if joined:
                 for at, here in enumerate(joined):
                     _add(made, here, _side(entry, at, len(joined)))
+                    made_of[here[0]] = [full]
             elif place is not None:
                 stacks.setdefault(place[0], {})[place[1]] = entry
+                made_of.setdefault(place[0][0], []).append(full)
             elif names:
                 _add(made, names, reordered(name, entry, config, family, turn_back))
+                made_of[names[0]] = [full]
             else:
                 unknown.append(full)
     if unknown:
@@ -86,11 +92,12 @@ def into(
         tied = made[_EMBEDDING]
         heads = _names(_HEAD, rules, config)
         made[_EMBEDDING] = tied.aliased((*tied.aliases, *heads))
-    return Into(made, tuple(left_out), copies)
+    sources = {name: tuple(of) for name, of in made_of.items()}
+    return Into(made, tuple(left_out), copies, sources)
 
 
-def _all(made: Mapping[str, Entry]) -> set[str]:
-    return {name for entry in made.values() for name in entry.names}
+def _all(entries: Mapping[str, Entry]) -> set[str]:
+    return {name for entry in entries.values() for name in entry.names}
 
 
 def _names(
@@ -166,8 +173,8 @@ def _expert(
     return (tuple(names), int(number)) if names else None
 
 
-def _add(made: dict[str, Entry], names: tuple[str, ...], entry: Entry) -> None:
-    made[names[0]] = entry.renamed(names[0]).aliased(names[1:])
+def _add(entries: dict[str, Entry], names: tuple[str, ...], entry: Entry) -> None:
+    entries[names[0]] = entry.renamed(names[0]).aliased(names[1:])
 
 
 def _stacked(name: str, experts: Mapping[int, Entry]) -> Entry:

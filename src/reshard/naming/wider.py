@@ -62,7 +62,7 @@ def likely_prefixes(
 ) -> list[str]:
     """The prefixes after which names of the model follow, by the first layer of each layout.
 
-    Of a policy and its reference in one file that is both; the most frequent comes first.
+    If one file holds a policy and its reference, both are likely; the most frequent comes first.
     """
     first = [hub for hub in hubs if _is_first(hub)]
     bare = bare_layout(config)
@@ -82,7 +82,7 @@ def _is_first(name: str) -> bool:
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """Every way to cut a name in a prefix, with its dot, and what follows."""
+    """Every way to cut a name into a prefix, with its dot, and the rest."""
     dot = name.find(".")
     while dot >= 0:
         yield name[: dot + 1], name[dot + 1 :]

@@ -70,16 +70,16 @@ def _name(path: str) -> str:
     return Path(path).name or path
 
 
-def _step(found: Comparison) -> Step:
-    made, scale = maps(found.tensors)
-    histograms = [sizes(found.sizes), relative_changes(found.tensors)]
+def _step(comparison: Comparison) -> Step:
+    made, scale = maps(comparison.tensors)
+    histograms = [sizes(comparison.sizes), relative_changes(comparison.tensors)]
     return Step(
-        f"{_name(found.first)} → {_name(found.second)}",
-        found,
+        f"{_name(comparison.first)} → {_name(comparison.second)}",
+        comparison,
         made,
         scale.legends(),
         [histogram for histogram in histograms if histogram is not None],
-        any(one.change.energy for one in found.tensors),
+        any(one.change.energy for one in comparison.tensors),
     )
 
 

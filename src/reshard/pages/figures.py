@@ -135,18 +135,18 @@ def _key(where: Place, name: str) -> tuple[str, str, str]:
     return where.stack, str(where.layer), where.module
 
 
-def _cell(found: Sum, tensors: Sequence[Compared], row: int, scale: Scale) -> Cell:
+def _cell(total: Sum, tensors: Sequence[Compared], row: int, scale: Scale) -> Cell:
     apart = [one for one in tensors if not one.measured]
     if apart:
         return Cell(f"{apart[0].name}: {apart[0]}", row, mark="apart")
-    several = f", {found.tensors} tensors" if found.tensors > 1 else ""
-    if not found.differing:
-        return Cell(f"{found.name}{several}: equal", row, mark="equal")
+    several = f", {total.tensors} tensors" if total.tensors > 1 else ""
+    if not total.differing:
+        return Cell(f"{total.name}{several}: equal", row, mark="equal")
     words = (
-        f"{found.name}{several}: change {short(found.relative)}, {percent(found.share)} of "
-        f"elements differ, by {short(found.largest)} at most and {short(found.mean)} on average"
+        f"{total.name}{several}: change {short(total.relative)}, {percent(total.share)} of "
+        f"elements differ, by {short(total.largest)} at most and {short(total.mean)} on average"
     )
-    return Cell(words, row, scale.levels(found))
+    return Cell(words, row, scale.levels(total))
 
 
 def _map(stack: str, cells: Mapping[tuple[str, str, str], Cell]) -> Map:
@@ -167,7 +167,7 @@ def steps(
     `columns` are the steps' short names, `titles` those in the words of a cell.
     """
     scale = Scale(one for each in rows.values() for step in each for one in step)
-    made = []
+    maps = []
     for title, each in rows.items():
         by_name = [{one.name: one for one in step} for step in each]
         names = sorted({name for step in by_name for name in step}, key=natural)
@@ -181,8 +181,8 @@ def steps(
             )
             for name in names
         )
-        made.append(Map(title, tuple(columns), lines))
-    return made, scale
+        maps.append(Map(title, tuple(columns), lines))
+    return maps, scale
 
 
 def _at_step(one: Sum | None, number: int, title: str, scale: Scale) -> Cell | None:

@@ -1,6 +1,7 @@
 """Opening files and listing folders: every byte of a checkpoint comes through here.
 
 paths.py       what lies under a path, links, listings: no other room asks the system
+places.py      the same questions, put to the system; `remote` puts them to a store
 source.py      an open input: a file, read with pread, or an object, read by ranges
 local.py       the inputs of a run: identity checks, frames, links of the hub cache
 remote.py      what lies at a URL, kept for a short time

@@ -1,8 +1,9 @@
-"""Read ahead of those who read an object: neighbouring bytes become one request.
+"""Read objects ahead, so that neighbouring bytes become one request.
 
-Headers are read in small steps, and weights in blocks of 1 to 4 MiB, front to back. Who reads on
-from where a request ended gets twice as much with the next, up to `_MOST`, and then what follows is
-asked for before it is needed. What was read and not used is kept, up to `_KEPT` bytes.
+Headers are read in small steps, and weights in blocks of 1 to 4 MiB, front to back. A reader that
+continues where a request ended gets twice as much with the next request, up to `_MOST`; from then
+on, the following bytes are requested before they are needed. Up to `_KEPT` bytes that nobody used
+yet are kept.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Protocol
 
 from reshard.errors import IncompleteError, ReshardError
 
-# Bytes of the first request at a place, and of the requests of one who reads on from there.
+# Bytes of the first request at a place, and of the largest request of a reader that continues.
 _FIRST, _MOST = 128 << 10, 4 << 20
-# Requests of `_MOST` bytes that are made before a reader who reads on needs them; of all readers.
+# Requests of `_MOST` bytes that are made before they are needed, for all readers together.
 _DEPTH, _AT_ONCE = 2, 8
 # Bytes of a stretch that is kept even once all of it was used.
 _HEADER = 1 << 20
@@ -56,7 +57,7 @@ class _Kept:
 
     @property
     def full(self) -> bool:
-        """Whether to ask for nothing that nobody waits for yet."""
+        """Whether no more may be requested before it is needed."""
         return self._held > self._most // 2
 
     def put(self, owner: Ahead, start: int, data: memoryview) -> None:
@@ -126,7 +127,8 @@ class Ahead:
         return None
 
     def _reach(self, at: int, needed: int, nbytes: int, path: Path) -> int:
-        """Where a request from `at` on ends: who reads on gets twice as much each time."""
+        """Where a request from `at` on ends; a reader that continues gets twice as much each
+        time."""
         if at >= nbytes:
             raise IncompleteError(
                 f"the object ends at byte {nbytes}; bytes to {at + needed} are needed.",
@@ -138,7 +140,7 @@ class Ahead:
         # Not beyond what is kept or comes already.
         others = [*self.stretches, *self._coming]
         stop = min([stop, *(start for start in others if start > at)])
-        if window == _MOST and stop == at + _MOST:  # read on for a while: it will be so
+        if window == _MOST and stop == at + _MOST:  # it has read on for a while, and will continue
             self._triggers[at] = stop
         self._expected[stop] = min(2 * max(window, needed), _MOST)
         while len(self._expected) > 64:
@@ -146,29 +148,29 @@ class Ahead:
         return stop
 
     def _following(self, at: int, nbytes: int) -> list[tuple[int, int]]:
-        """What to ask for besides, now that a reader who reads on is at `at`."""
+        """What to request before it is needed, for a reader that continues at `at`."""
         start = self._triggers.pop(at, None)
-        found: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int]] = []
         while start is not None and start < min(at + (1 + _DEPTH) * _MOST, nbytes):
             stop = min(start + _MOST, nbytes)
             taken = [*self.stretches, *self._coming]
             if _kept.full or any(start <= other < stop for other in taken):
                 break
             self._coming[start] = stop
-            found.append((start, stop))
+            ranges.append((start, stop))
             start = stop
-        if found:  # the end of the last one is where to go on
-            end = found[-1][1]
+        if ranges:  # the end of the last one is where to go on
+            end = ranges[-1][1]
             self._expected[end] = _MOST
-            self._triggers.update((first, end) for first, _ in found)
-        return found
+            self._triggers.update((first, end) for first, _ in ranges)
+        return ranges
 
     def _ask_for(self, opened: Readable, stretches: list[tuple[int, int]]) -> None:
         for start, stop in stretches:
             _pool().submit(self._fetch_ahead, opened, start, stop)
 
     def _fetch_ahead(self, opened: Readable, at: int, stop: int) -> None:
-        # Whoever needs it asks again, and is told.
+        # The reader that needs these bytes requests them again, and gets the error.
         with suppress(ReshardError):
             self._fetch(opened, at, stop)
 

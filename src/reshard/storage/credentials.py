@@ -38,23 +38,23 @@ def aws() -> dict[str, str]:
     stated = _section(
         "AWS_CONFIG_FILE", "config", profile if profile == "default" else f"profile {profile}"
     )
-    found: dict[str, str] = {}
+    settings: dict[str, str] = {}
     both = {**stated, **keys}
     if not any(os.environ.get(name) for name in _OTHER_WAYS) and "aws_access_key_id" in both:
-        found["access_key_id"] = both["aws_access_key_id"]
-        found["secret_access_key"] = both.get("aws_secret_access_key", "")
+        settings["access_key_id"] = both["aws_access_key_id"]
+        settings["secret_access_key"] = both.get("aws_secret_access_key", "")
         if "aws_session_token" in both:
-            found["session_token"] = both["aws_session_token"]
+            settings["session_token"] = both["aws_session_token"]
     if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
-        found["region"] = both.get("region", "us-east-1")
+        settings["region"] = both.get("region", "us-east-1")
     endpoint = (
         os.environ.get("AWS_ENDPOINT_URL_S3")
         or os.environ.get("AWS_ENDPOINT_URL")
         or both.get("endpoint_url")
     )
     if endpoint:
-        found["endpoint"] = endpoint
-    return found
+        settings["endpoint"] = endpoint
+    return settings
 
 
 def _section(variable: str, name: str, section: str) -> dict[str, str]:

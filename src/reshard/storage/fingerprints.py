@@ -1,4 +1,4 @@
-"""Which file it is, beyond this run: whether what was read of it then can be read of it now."""
+"""Identify a file across runs: whether it is still the file that an earlier run read."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Compressed frames: a stretch of a file, decompressed piece by piece.
 
-A frame of a few bytes may claim to hold terabytes. No piece is larger than `_PIECE`, and who
-takes the pieces decides when there are too many.
+A frame of a few bytes may claim to hold terabytes. No piece is larger than `_PIECE`, and the caller
+decides when there are too many pieces.
 """
 
 from __future__ import annotations

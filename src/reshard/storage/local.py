@@ -27,6 +27,7 @@ from reshard.storage.source import (
     RemoteSource,
     Source,
     changed,
+    close_read,
     identity_of,
     open_regular,
 )
@@ -52,9 +53,9 @@ _CACHED = "models--"
 class Sources:
     """The input files of one run, each opened once and closed together.
 
-    Safe to use from several threads. A compressed frame is expanded into an unnamed temporary
-    file, so memory does not grow with it; the last few frames are kept. `known` are the identities
-    that files had when they were seen before: one that is another by now is an `IncompleteError`.
+    Safe to use from several threads. A compressed frame is expanded into an unnamed temporary file,
+    so memory does not grow with it; the last few frames are kept. `known` are the identities that
+    files had when they were seen before: a file that changed since is an `IncompleteError`.
     `elsewhere`: on another machine, whose numbers of devices are others.
     """
 
@@ -121,16 +122,15 @@ class Sources:
             which = remote.identity(opened.known)
             self._check_known(ref.path, which)
             return RemoteSource(ref, opened, which)
-        fd = open_regular(ref.path)
-        now = os.fstat(fd)
+        fd, now = open_regular(ref.path)
         try:
             self._check_known(ref.path, identity_of(now))
         except IncompleteError:
-            os.close(fd)
+            close_read(fd)
             raise
         keep = len(self._open) < self._max_open
         if not keep:
-            os.close(fd)
+            close_read(fd)
         return Source(ref, fd if keep else None, identity_of(now), now.st_size)
 
     def _check_known(self, path: str, now: Identity) -> None:
@@ -261,10 +261,10 @@ def download(path: Path) -> str | None:
 def child(folder: Path, name: str, *, store: bool = False) -> Path:
     """`folder/name`, for a name that a file of the checkpoint states.
 
-    Raises `FormatError` unless `name` is one plain path component that stays inside the folder.
-    A link out of the folder is refused, save those of the Hugging Face cache, whose snapshots
-    link to `models--*/blobs`. With `store` those are taken too that people make of a model store:
-    to a file of the same name, to weights of the same kind, or into a folder of blobs.
+    Raises `FormatError` unless `name` is one plain path component that stays inside the folder. A
+    link out of the folder is refused, save those of the Hugging Face cache, whose snapshots link to
+    `models--*/blobs`. With `store`, links that people make to a model store are accepted too: to a
+    file of the same name, to weights of the same kind, or into a folder of blobs.
     """
     if not _is_plain(name):
         raise FormatError(

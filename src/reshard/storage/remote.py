@@ -1,7 +1,7 @@
-"""Objects of stores behind the same door as files: what lies at a URL, and its bytes.
+"""Objects of stores, accessed like files: what lies at a URL, and its bytes.
 
-What a store said is kept for a short time, and asked again each time that a user names a URL: a
-conversion asks some thousand times what lies in a folder, and one list answers all of it.
+A store's answers are cached for a minute, and dropped each time a user names a URL: a conversion
+asks a thousand times what lies in a folder, and one listing answers all of it.
 
 A folder of ours is complete once it has its `reshard.json`, which is written last. Until then it
 holds `reshard.partial.json`, and reading it is an `IncompleteError`. Readers never see the objects
@@ -15,8 +15,9 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, field
@@ -25,16 +26,17 @@ from reshard.core.locations import CLAIM, HUB, MANIFEST, MARKS, RemotePath, loca
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.storage import credentials
 from reshard.storage.ahead import Ahead
+from reshard.storage.places import MAX_DEPTH
 from reshard.storage.stores import Listing, Object, Store, bucket_of
 
-# Seconds that an answer of a store is taken for.
+# Seconds for which a store's answer is cached.
 _FRESH = 60.0
-# What is not in a list.
+# Stands for an object that is not in a listing.
 _NOTHING = Object(-2)
 
 
 class _View(Struct):
-    """What a store said, and when; `listed` are the folders that it was asked for at any time."""
+    """A store's cached answers, and their time; `listed` are all folders that were ever listed."""
 
     store: Store
     generation: int
@@ -45,12 +47,12 @@ class _View(Struct):
     lock: Any = field(default_factory=threading.RLock)
 
     def refresh(self) -> None:
-        """Forget what is out of date."""
+        """Drop the cached answers if they are out of date."""
         if self.generation != named() or time.monotonic() - self.since > _FRESH:
             self.forget()
 
     def forget(self) -> None:
-        """Ask anew for everything."""
+        """Drop all cached answers."""
         with self.lock:
             self.folders.clear()
             self.heads.clear()
@@ -92,7 +94,7 @@ def store_of(path: RemotePath) -> Store:
 
 
 def forget(path: RemotePath) -> None:
-    """That something was written or deleted, or may have been: ask the store anew."""
+    """Drop a store's cached answers: something was written or deleted, or may have been."""
     _view(path).forget()
 
 
@@ -185,20 +187,49 @@ def _head(view: _View, path: RemotePath) -> Object:
     return there
 
 
-def status(path: RemotePath) -> os.stat_result | None:
-    """What `os.stat` would say; None where nothing is there. Raises `NotFoundError`."""
-    try:
-        there = found(path)
-    except FileNotFoundError:
-        return None
-    mode, nbytes, when = stat.S_IFDIR | 0o755, 0, 0.0
-    if there is not None:
-        mode, nbytes, when = stat.S_IFREG | 0o644, there.nbytes, there.modified
-    seconds, exactly = int(when), int(when * 1e9)
-    return os.stat_result(
-        (mode, 0, 0, 1, 0, 0, nbytes, seconds, seconds, seconds),
-        dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), exactly),
-    )
+class Stored(Struct, frozen=True):
+    """A URL that can be asked about, as `places.Local` is a path of this machine.
+
+    A store has no links, and no current folder.
+    """
+
+    path: RemotePath
+
+    def status(self, *, follow: bool = True) -> os.stat_result | None:
+        try:
+            there = found(self.path)
+        except FileNotFoundError:
+            return None
+        mode, nbytes, when = stat.S_IFDIR | 0o755, 0, 0.0
+        if there is not None:
+            mode, nbytes, when = stat.S_IFREG | 0o644, there.nbytes, there.modified
+        seconds, exactly = int(when), int(when * 1e9)
+        return os.stat_result(
+            (mode, 0, 0, 1, 0, 0, nbytes, seconds, seconds, seconds),
+            dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), exactly),
+        )
+
+    def is_link(self) -> bool:
+        return False
+
+    def names(self) -> list[str]:
+        return sorted(listing(self.path))
+
+    def own_folders(self) -> list[Path]:
+        return [self.path / name for name in self.names() if listing(self.path)[name] is None]
+
+    def below(self, depth: int = MAX_DEPTH) -> Iterator[Path]:
+        names = (name for name in sorted(below(self.path)) if not name.startswith(MARKS))
+        return (self.path / name for name in names)
+
+    def real(self) -> Path:
+        return self.path
+
+    def absolute(self) -> Path:
+        return self.path
+
+    def is_here(self) -> bool:
+        return False
 
 
 def identity(there: Object) -> tuple[int, int, int, int]:

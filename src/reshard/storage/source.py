@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from reshard.core.tensors import FileRef
-from reshard.errors import FormatError, IncompleteError, NotFoundError
+from reshard.errors import FormatError, IncompleteError, NotFoundError, is_of_system
 from reshard.storage.paths import status
 
 if TYPE_CHECKING:
@@ -39,13 +39,13 @@ class Source:
         """
         fd = self._fd
         if fd is None:
-            fd = open_regular(self.ref.path)
+            fd, now = open_regular(self.ref.path)
             try:
-                if identity_of(os.fstat(fd)) != self.identity:
+                if identity_of(now) != self.identity:
                     raise changed(self.ref.path)
                 _read_fully(fd, offset, buffer, self.ref.path)
             finally:
-                os.close(fd)
+                close_read(fd)
         else:
             _read_fully(fd, offset, buffer, self.ref.path)
 
@@ -56,10 +56,15 @@ class Source:
         return nbytes
 
     def identity_now(self) -> Identity | None:
-        """Which file is there now under the name; None where none is, or that cannot be told."""
+        """Which file is there now under the name; None where none is.
+
+        Raises `NotFoundError` where that cannot be told.
+        """
         try:
             return identity_of(status(Path(self.ref.path)))
-        except NotFoundError:
+        except NotFoundError as error:
+            if is_of_system(error):
+                raise
             return None
 
     def read(self, offset: int, nbytes: int) -> bytes:
@@ -83,8 +88,7 @@ class Source:
 
     def close(self) -> None:
         if self._fd is not None:
-            with suppress(OSError):  # nothing was written through it
-                os.close(self._fd)
+            close_read(self._fd)
             self._fd = None
 
 
@@ -113,18 +117,32 @@ class RemoteSource(Source):
         return self._opened.identity_now()
 
 
-def open_regular(path: str) -> int:
+def open_regular(path: str) -> tuple[int, os.stat_result]:
+    """A regular file's descriptor, and what the system says of the file.
+
+    Raises `NotFoundError`, `FormatError` (not a regular file).
+    """
+    fd = -1
     try:
         # O_NONBLOCK: opening a named pipe must not hang.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        now = os.fstat(fd)
     except FileNotFoundError:
         raise NotFoundError("there is no such file.", path=path) from None
     except OSError as error:
-        raise NotFoundError(f"it cannot be opened: {error.strerror}.", path=path) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+        if fd >= 0:
+            close_read(fd)
+        raise NotFoundError(f"it cannot be opened: {error.strerror}.", path=path) from error
+    if not stat.S_ISREG(now.st_mode):
+        close_read(fd)
         raise FormatError("it is not a regular file.", path=path)
-    return fd
+    return fd, now
+
+
+def close_read(fd: int) -> None:
+    """Close a descriptor that nothing was written through: what fails then loses nothing."""
+    with suppress(OSError):
+        os.close(fd)
 
 
 def _read_fully(fd: int, offset: int, buffer: memoryview, path: str) -> None:
@@ -133,7 +151,7 @@ def _read_fully(fd: int, offset: int, buffer: memoryview, path: str) -> None:
         try:
             got = os.preadv(fd, [buffer[done:]], offset + done)
         except OSError as error:
-            raise IncompleteError(f"it cannot be read: {error.strerror}.", path=path) from None
+            raise IncompleteError(f"it cannot be read: {error.strerror}.", path=path) from error
         if got == 0:
             raise IncompleteError(
                 f"the file ends at byte {offset + done}; bytes to {offset + len(buffer)} are "

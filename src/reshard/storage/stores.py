@@ -37,7 +37,7 @@ _MAX_PARTS = 10_000
 _PARTS_AT_ONCE = 4
 # Keys of one page of a list (S3, GCS; Azure has 5000).
 _PAGE = 1000
-# Reads of a body that broke off are made again so often, waiting from 0.1 s on, twice as long each.
+# How often a read that broke off is repeated; the wait begins at 0.1 s and doubles each time.
 _TRIES = 6
 #: How the client repeats what a server answers with an error, or not at all.
 RETRY: RetryConfig = {
@@ -128,8 +128,8 @@ class Bucket:
     ) -> Object:
         """Write a small object.
 
-        With `new`, raises `FileExistsError` where there is one; with `instead_of`, where there is
-        another than that.
+        With `new`, raises `FileExistsError` where there is one; with `instead_of`, where the object
+        is not that one.
         """
         import obstore
 
@@ -253,7 +253,8 @@ def library() -> Any:
     except ImportError:
         raise UnsupportedError(
             "URLs are read and written with obstore, which is not installed.",
-            hint="Install the extra, in reshard's folder: pip install '.[remote]'.",
+            hint="Install the extra, in reshard's folder, with Python 3.11 or newer: "
+            "pip install '.[remote]'.",
         ) from None
     return obstore.store
 
@@ -322,7 +323,7 @@ _GONE = "Convert again once nothing writes to the checkpoint."
 
 
 class ChangedError(IncompleteError):
-    """An object is no longer the one that it was when it was first looked at."""
+    """An object changed since it was first read."""
 
     def __init__(self, url: str) -> None:
         super().__init__("the object changed while it was read.", path=url, hint=_GONE)

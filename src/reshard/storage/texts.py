@@ -15,8 +15,8 @@ _HEAD = 4096
 
 
 def check_page(path: Path, mark: str, other: str) -> None:
-    """Raise `WriteError`, which calls it `other`, where a file is at `path` that has no mark of a
-    page, and would be lost."""
+    """Raise `WriteError` if a file without the mark of a page lies at `path` and would be lost;
+    the message calls it `other`."""
     if not is_file(path) or mark.encode() in read_start(path, _HEAD):
         return
     raise WriteError(

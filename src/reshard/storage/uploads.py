@@ -46,7 +46,7 @@ def begun(folder: RemotePath, names: Iterable[str]) -> list[Begun] | None:
     if folder.scheme != "s3":
         return [] if folder.scheme == "az" else None
     wanted = {(folder / name).key for name in names}
-    found: list[Begun] = []
+    uploads: list[Begun] = []
     query = {"encoding-type": "url", "prefix": f"{folder.key}/", "uploads": ""}
     for _ in range(_MAX_PAGES):
         page = _ask("GET", folder.bucket, "", query)
@@ -55,12 +55,12 @@ def begun(folder: RemotePath, names: Iterable[str]) -> list[Begun] | None:
         for upload in re.findall(r"<Upload>(.*?)</Upload>", page, re.DOTALL):
             key, number = unquote(_text(upload, "Key")), _text(upload, "UploadId")
             if key in wanted and number:
-                found.append(Begun(key, number))
+                uploads.append(Begun(key, number))
         if _text(page, "IsTruncated") != "true":
             break
         query["key-marker"] = unquote(_text(page, "NextKeyMarker"))
         query["upload-id-marker"] = _text(page, "NextUploadIdMarker")
-    return found
+    return uploads
 
 
 def end(folder: RemotePath, uploads: Iterable[Begun]) -> bool:

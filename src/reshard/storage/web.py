@@ -45,7 +45,7 @@ _UNKNOWN = Object(-1)
 
 
 class _Stated(Struct):
-    """What is taken of a `reshard.json`: nothing but the files' names is made."""
+    """The part of a `reshard.json` that is parsed: only the files' names."""
 
     files: dict[str, Raw] = {}
 

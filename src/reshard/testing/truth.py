@@ -63,12 +63,12 @@ def same(one: Array, other: Array) -> bool:
     )
 
 
-def differing(found: Tensors, expected: Tensors) -> list[str]:
+def differing(tensors: Tensors, expected: Tensors) -> list[str]:
     """Names that are in one only, or whose tensors differ."""
     return sorted(
         name
-        for name in found.keys() | expected.keys()
-        if name not in found or name not in expected or not same(found[name], expected[name])
+        for name in tensors.keys() | expected.keys()
+        if name not in tensors or name not in expected or not same(tensors[name], expected[name])
     )
 
 

@@ -1,8 +1,7 @@
-"""The output on its way: its pieces, in output order, and what is known of those that were made.
+"""The output while it is written: its pieces, in output order, and the results of those made.
 
-Whoever makes the pieces (threads of this process, workers of a cluster) takes them here and says
-what making each showed. Digests and CRC-32s are put together from that, and a file is sealed once
-its last piece is made.
+The makers (threads of this process, workers of a cluster) take pieces here and report the result of
+each. The assembly combines their digests and CRC-32s, and seals a file once its last piece is made.
 """
 
 from __future__ import annotations
@@ -97,8 +96,8 @@ class Digests(Mapping[tuple[str, str], str]):
 
 
 class File(Struct):
-    """An output file on its way, with `pending` segments to come. `late` is written before it is
-    sealed: CRC-32s, by their offsets, in two columns.
+    """An output file while it is written; `pending` segments are still to come. `late` is written
+    before it is sealed: CRC-32s, by their offsets, in two columns.
 
     Of a lent file `path` is where it lies meanwhile; its `fd` is -1, and that of a sent one.
     """
@@ -118,7 +117,7 @@ class File(Struct):
 
 
 class Tensor(Struct):
-    """A slot on its way; `changed` once it differs from its reference.
+    """A slot while it is written; `changed` once it differs from its reference.
 
     `crcs` are the CRC-32 and size of the segments that are written, by their first element;
     `pending` segments are not, and more may come until `complete`.
@@ -168,7 +167,7 @@ class Noted(Struct, frozen=True):
 
 
 class Assembly:
-    """A plan's output on its way into a folder. Take `pieces` from one thread at a time.
+    """A plan's output while it is written into a folder. Take `pieces` from one thread at a time.
 
     `back` is told what can be read again. With `lent`, a file is closed once its literals are
     written, so that others can write into it, and opened again when all of them are done. With
@@ -239,7 +238,7 @@ class Assembly:
         return Noted(found.digest, read)
 
     def differs(self, piece: Piece) -> None:
-        """That the bytes of a piece are not those that were noted, so that it is made again."""
+        """Note that a piece's bytes are not those that the journal notes: it is made again."""
         with self._counting:
             self._damaged += 1
 
@@ -250,9 +249,8 @@ class Assembly:
         results: Sequence[SegmentResult],
         read: Sequence[PassedRun] | None,
     ) -> None:
-        """That a piece is written, what making its segments showed, and what was read of records.
-
-        It is noted in the journal, unless the latter is not known, or was of compressed frames.
+        """Note that a piece is written, the results of its segments, and what was read of records.
+        The journal gets a line, unless what was read is not known or came from compressed frames.
         """
         if self._back is not None and (stretch := self._stretch(piece)) is not None:
             self._back.note(piece.segments[0].tensor.file.fd, stretch)
@@ -270,14 +268,14 @@ class Assembly:
             own.note(line, piece.nbytes)
 
     def reused(self, piece: Piece, digest: bytes, results: Sequence[SegmentResult]) -> None:
-        """That a piece stands in the output as an interrupted run noted it."""
+        """Note that a piece is in the output as an interrupted run noted it."""
         if self._back is not None and (stretch := self._stretch(piece)) is not None:
             self._back.known(stretch, digest)
         self.count_reused(piece.nbytes)
         self._done(piece, digest, results)
 
     def count_reused(self, nbytes: int) -> None:
-        """That so many bytes stood in the output as they were noted."""
+        """Count bytes that were in the output as the journal notes them."""
         with self._counting:
             self._reused += nbytes
 
@@ -291,22 +289,22 @@ class Assembly:
         with self._counting:
             self._digests.put(*piece.name, piece.leaf, digest)
 
-    def segment_made(self, segment: Segment, made: SegmentResult) -> None:
-        """That a segment is written, and what making it showed.
+    def segment_made(self, segment: Segment, result: SegmentResult) -> None:
+        """Note that a segment is written, and its result.
 
         Where bytes are taken in order, the next segment of the same piece may wait for this one:
         for the CRC-32 between two chunks.
         """
         tensor = segment.tensor
         with self._counting:
-            if made.changed and not tensor.changed:
+            if result.changed and not tensor.changed:
                 tensor.changed = True
                 self._changed += 1
-            if made.special:
+            if result.special:
                 key = (tensor.file.output.table, tensor.slot.spec.name)
-                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + made.special
+                self._not_finite[key] = self._not_finite.get(key, NotFinite()) + result.special
             if tensor.slot.crcs:
-                tensor.crcs[segment.runs[0].start] = made.crc, made.nbytes
+                tensor.crcs[segment.runs[0].start] = result.crc, result.nbytes
             tensor.pending -= 1
             if tensor.complete and not tensor.pending:
                 self._put_crc(tensor)
@@ -315,7 +313,7 @@ class Assembly:
     def outcome(
         self, bytes_read: int, checked: Checked, findings: tuple[Finding, ...] = ()
     ) -> Outcome:
-        """What came of it, once every piece is made."""
+        """The result, once every piece is made."""
         return Outcome(
             digests=self._digests,
             bytes_read=bytes_read,

@@ -174,7 +174,7 @@ class Ledger:
         file.add(extent.offset, extent.offset + extent.nbytes, crc32)
 
     def add(self, extent: Extent, data: memoryview) -> PassedRun | None:
-        """Note that `data` was read from `extent`; what of it counts for a record."""
+        """Note that `data` was read from `extent`; returns the part that counts for a record."""
         file, at = self._holding(extent)
         if file is None:
             return None

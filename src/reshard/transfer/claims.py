@@ -50,7 +50,7 @@ class Claim(Struct, frozen=True):
 
     @classmethod
     def made(cls, plan: str, files: Iterable[str], old: Iterable[str] = ()) -> Claim:
-        """That of a new run of this process."""
+        """The claim of a new run of this process."""
         began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         return cls(__version__, plan, secrets.token_hex(16), this_process(), began,
                    tuple(files), tuple(old))  # fmt: skip

@@ -22,10 +22,9 @@ from pathlib import Path
 from types import TracebackType
 
 from reshard.core.findings import Finding
-from reshard.core.locations import RemotePath
 from reshard.errors import WriteError
 from reshard.storage.fingerprints import Fingerprint
-from reshard.storage.paths import real
+from reshard.storage.paths import exists, real
 from reshard.transfer import leftovers, resuming
 from reshard.transfer.journal import Basis, Journal
 from reshard.transfer.lock import TargetLock
@@ -84,6 +83,7 @@ class OutputFolder:
         self._lock = TargetLock(leftovers.beside(self.target, ".lock"))
         self._own_identity: Identity | None = None
         self._replaced: Identity | None = None
+        self._moved: Path | None = None  # to where `_replace` moved what it replaces
         self._parents: list[tuple[Path, Identity]] = []
         self._open: dict[int, Path] = {}
         self.journal: Journal | None = None
@@ -244,7 +244,7 @@ class OutputFolder:
             self._own_identity, self.journal = resuming.begin(self._own, self.target, self._basis)
 
     def _take_up(self) -> bool:
-        """Whether a run of this plan was interrupted, which this one continues."""
+        """Whether this run continues an interrupted run of the same plan."""
         found = resuming.take_up(self._own, self.target, self._basis)
         if isinstance(found, Finding):
             self.findings.append(found)
@@ -294,12 +294,14 @@ class OutputFolder:
         if not exchange(self.partial, self.target):
             old = self._own / "old"
             self.target.rename(old)
+            self._moved = old
             try:
                 self.partial.rename(self.target)
             except BaseException:
                 old.rename(self.target)
+                self._moved = None
                 raise
-        self.committed = True
+        self.committed, self._moved = True, old
         try:
             if identity_of(old) != known:  # replaced after it was looked at
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -309,7 +311,9 @@ class OutputFolder:
             self._undo(old)
             raise
         failed = leftovers.remove_tree(old, known)
-        if failed is not None:
+        if failed is None:
+            self._replaced = self._moved = None
+        else:
             self.findings.append(
                 Finding(
                     "old-output-kept",
@@ -326,15 +330,19 @@ class OutputFolder:
             old.rename(self.target)
         elif not exchange(self.partial, self.target):
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        self.committed = False
+        self.committed, self._moved = False, None
 
     def _aside(self) -> Path | None:
-        """Where the old output lies, if it is neither in its place nor deleted."""
+        """Where the old output lies, if it is neither in its place nor deleted.
+
+        A network file system may report that a rename failed which it made, so it is looked for.
+        """
         if self._replaced is not None:
             for place in (self.partial, self._own / "old"):
-                if identity_of(place) == self._replaced:
-                    return place
-        return None
+                with suppress(OSError):
+                    if identity_of(place) == self._replaced:
+                        return place
+        return self._moved
 
     def _not_committed(self, error: OSError) -> WriteError:
         """The error of a commit, with what stands where it could not be undone."""
@@ -369,20 +377,15 @@ class OutputFolder:
                         folder.rmdir()
 
 
-def check_space(target: Path, nbytes: int) -> None:
-    """Raise `WriteError` where the file system has no room for `nbytes` bytes."""
-    if (lacking := lacking_space(target, nbytes)) is not None:
-        raise lacking
-
-
 def lacking_space(target: Path, nbytes: int) -> WriteError | None:
-    """The error that there is no room for `nbytes` bytes; None where there is, as in a store."""
-    if isinstance(target, RemotePath):
-        return None
+    """The error that there is no room for `nbytes` bytes; None where there is."""
     folder = real(target).parent
-    while not folder.exists():
+    while not exists(folder):
         folder = folder.parent
-    free = shutil.disk_usage(folder).free + leftovers.reclaimable(real(target))
+    try:
+        free = shutil.disk_usage(folder).free + leftovers.reclaimable(real(target))
+    except OSError:  # a file system that does not say; it may still have room
+        return None
     if free >= nbytes:
         return None
     return WriteError(

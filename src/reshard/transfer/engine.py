@@ -167,30 +167,30 @@ class Engine:
         if len(files) < len(piece.segments):
             return False
         hasher = xxhash.xxh3_128()
-        found = []
+        results = []
         with suppress(OSError):
             for segment, read in zip(piece.segments, files, strict=True):
                 tensor = segment.tensor
                 known = tensor.changed
-                found.append(maker.find(tensor.slot, segment.runs, hasher, read, changed=known))
-        whole = len(found) == len(piece.segments) and hasher.digest() == noted.digest
+                results.append(maker.find(tensor.slot, segment.runs, hasher, read, changed=known))
+        whole = len(results) == len(piece.segments) and hasher.digest() == noted.digest
         if not whole or not self._ledger.add_noted(noted.read):
             self._assembly.differs(piece)
             return False
         for segment in piece.segments:
             self._ledger.add_bare(stored(segment.tensor.slot.source.fragments))
-        self._assembly.reused(piece, hasher.digest(), found)
+        self._assembly.reused(piece, hasher.digest(), results)
         self._count(piece.nbytes)
         return True
 
     def _made(self) -> None:
-        """That a piece is done."""
+        """Note that a piece is done."""
         with self._taking:
             self._making -= 1
             self._taking.notify_all()
 
     def _halt(self) -> None:
-        """Let everybody end."""
+        """Stop all threads."""
         self._stop.set()
         self._folder.halt()
         with self._taking:

@@ -56,11 +56,11 @@ def in_threads(threads: int, known: Known | None = None) -> LeafDigests:
     def hash_leaves(
         leaves: Iterator[tuple[Entry, int]],
         sources: Sources,
-        found: Callable[[int, bytes], None],
+        hashed: Callable[[int, bytes], None],
     ) -> None:
         def work(numbered: tuple[int, tuple[Entry, int]]) -> None:
             place, (entry, leaf) = numbered
-            found(place, leaf_digest(entry, leaf, sources, known))
+            hashed(place, leaf_digest(entry, leaf, sources, known))
 
         in_order(work, enumerate(leaves), threads)
 

@@ -35,7 +35,8 @@ from msgspec import Struct
 
 from reshard._version import __version__
 from reshard.storage.fingerprints import Fingerprint
-from reshard.transfer.system import close_read, write_fully
+from reshard.storage.source import close_read
+from reshard.transfer.system import write_fully
 
 #: The version of the lines above.
 VERSION = 1

@@ -27,8 +27,9 @@ from reshard.core.findings import Finding
 from reshard.core.sizes import span
 from reshard.storage.local import MAX_NAME
 from reshard.storage.paths import real
+from reshard.storage.source import close_read
 from reshard.transfer import journal
-from reshard.transfer.system import Identity, close_read, identity, sync_folder, write_fully
+from reshard.transfer.system import Identity, identity, sync_folder, write_fully
 
 MARK = "run.json"
 JOURNAL = "journal"

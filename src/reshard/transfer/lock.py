@@ -29,7 +29,7 @@ _NO_FLOCK = frozenset(
 )
 # Times that a lock is looked for which another run makes and removes meanwhile.
 _TRIES = 100
-# Seconds after which a lock file that names no maker has lost its maker.
+# Seconds after which the maker of a lock file that names none counts as dead.
 _NAMELESS = 10.0
 _MAX_NBYTES = 4096
 

@@ -93,7 +93,7 @@ class Maker:
         *,
         changed: bool = False,
     ) -> SegmentResult:
-        """The same of bytes that stand in the output's file already. Raises what `read` does."""
+        """The same for bytes that the output's file already holds. Raises what `read` does."""
         itemsize = slot.spec.dtype.itemsize
 
         def found(run: Run) -> Array:

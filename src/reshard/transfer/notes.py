@@ -66,9 +66,9 @@ class Notes:
         if line := encoded_piece(piece):
             self._add(line)
 
-    def seal(self, name: str, made: Object) -> None:
+    def seal(self, name: str, object_: Object) -> None:
         """Note that a file is an object, whose pieces were noted before."""
-        self._add(encoded(Sealed(text_of(name), made.nbytes, made.tag)), made.nbytes)
+        self._add(encoded(Sealed(text_of(name), object_.nbytes, object_.tag)), object_.nbytes)
 
     def flush(self) -> None:
         """Write the lines that wait. A journal that cannot be written ends."""

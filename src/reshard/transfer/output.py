@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+import xxhash
+
 from reshard.core.findings import Finding
 from reshard.storage.source import Source
 from reshard.transfer.journal import Notebook
@@ -72,10 +74,16 @@ class Output(Protocol):
     def commit(self) -> None: ...
 
 
-def copy(folder: Output, name: str, source: Source) -> None:
-    """Copy a file of the base model. Raises `IncompleteError` where it becomes shorter."""
+def copy(folder: Output, name: str, source: Source) -> str:
+    """Copy a file of the base model; the xxh3-128 of its bytes, so that none is read twice.
+
+    Raises `IncompleteError` where it becomes shorter.
+    """
+    hasher = xxhash.xxh3_128()
     number = folder.create(name, source.size)
     for start in range(0, source.size, _COPY_PIECE):
         data = source.read(start, min(_COPY_PIECE, source.size - start))
+        hasher.update(data)
         folder.put(name, number, memoryview(data), start)
     folder.seal(name, number)
+    return hasher.hexdigest()

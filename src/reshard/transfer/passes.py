@@ -56,6 +56,36 @@ class Facts(Struct, frozen=True):
         return len([size for size in self.shape if size > 1]) > 1
 
 
+class ByValue(Struct, frozen=True):
+    """Tensors whose values look wrong, each in the first list that it belongs to.
+
+    `zero` and `constant` are matrices that hold one value throughout, `vectors` the others that do:
+    fresh biases are zero and fresh norms one, where training left them alone.
+    """
+
+    not_finite: list[Facts]
+    empty: list[Facts]
+    zero: list[Facts]
+    constant: list[Facts]
+    vectors: list[Facts]
+
+
+def by_value(tensors: Iterable[Facts]) -> ByValue:
+    """Sort tensors by what a pass over them showed."""
+    looks = ByValue([], [], [], [], [])
+    for tensor in tensors:
+        if tensor.special:
+            looks.not_finite.append(tensor)
+        elif not tensor.numel:
+            looks.empty.append(tensor)
+        elif tensor.value is not None:
+            if not tensor.is_matrix:
+                looks.vectors.append(tensor)
+            else:
+                (looks.constant if tensor.value else looks.zero).append(tensor)
+    return looks
+
+
 def scan(
     entries: Iterable[Entry],
     sources: Sources,

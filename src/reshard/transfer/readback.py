@@ -69,19 +69,19 @@ class ReadBack:
         self._lock = threading.Lock()
 
     def note(self, fd: int, stretch: Stretch) -> None:
-        """That a stretch of the file `fd` will be written."""
+        """Note that a stretch of the file `fd` will be written."""
         if stretch.nbytes >= LEAST_NBYTES:
             with self._lock:
                 self._waiting.setdefault(fd, []).append(stretch)
 
     def known(self, stretch: Stretch, digest: bytes) -> None:
-        """That a stretch was read from the file already, and has this digest."""
+        """Note that a stretch was already read from the file, and has this digest."""
         if stretch.nbytes >= LEAST_NBYTES:
             with self._lock:
                 self.found[stretch.path, stretch.offset, stretch.nbytes] = digest
 
     def written(self, fd: int) -> None:
-        """That the whole file is written; call before its descriptor is closed."""
+        """Note that the whole file is written; call this before its descriptor is closed."""
         with self._lock:
             stretches = self._waiting.pop(fd, [])
             if stretches:

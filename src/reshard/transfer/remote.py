@@ -147,9 +147,9 @@ class RemoteFolder:
         self.sending.settle()
         remote.forget(self.target)  # verification asks what is there
 
-    def took(self, name: str, made: Object) -> None:
-        """That a worker has sent a file."""
-        self.sending.note(name, made)
+    def took(self, name: str, object_: Object) -> None:
+        """Note that a worker has sent a file."""
+        self.sending.note(name, object_)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file; `reshard.json` is kept until `commit`."""
@@ -263,10 +263,10 @@ class RemoteFolder:
         self.sending.bucket.put(self.sending.key(name), text)
         self._noted.add(name)
 
-    def _made(self, name: str, made: Object) -> None:
+    def _made(self, name: str, object_: Object) -> None:
         """Note in the journal that a file is an object by now."""
         if self.journal is not None:
-            self.journal.seal(name, made)
+            self.journal.seal(name, object_)
 
     def _forget(self, name: str) -> None:
         """Delete a file that an interrupted run left and that is not what it should be."""

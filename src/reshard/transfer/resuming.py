@@ -1,4 +1,4 @@
-"""A run's own folder, and those above: making them, or taking up an interrupted run's."""
+"""Make a run's own folder and those above it, or continue with an interrupted run's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reshard.transfer.journal import Basis, Journal, StaleError
 from reshard.transfer.system import Identity, identity, sync_folder
 
 
-def make_parents(target: Path, made: list[tuple[Path, Identity]]) -> None:
+def make_parents(target: Path, folders: list[tuple[Path, Identity]]) -> None:
     """Make the folders above the target, and append them: a failed run removes them again."""
     missing = []
     folder = target.parent
@@ -22,7 +22,7 @@ def make_parents(target: Path, made: list[tuple[Path, Identity]]) -> None:
     for folder in reversed(missing):
         with suppress(FileExistsError):  # another run makes it at the same time
             folder.mkdir()
-            made.append((folder, identity(folder.lstat())))
+            folders.append((folder, identity(folder.lstat())))
             sync_folder(folder.parent)
 
 

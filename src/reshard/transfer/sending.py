@@ -1,4 +1,4 @@
-"""Files on their way into a folder of a store: begun, filled in order, sealed, and then objects.
+"""Files that are sent into a folder of a store: begun, filled in order, sealed, then objects.
 
 Memory: what came before its turn and what waits for its upload (`upload`), and the parts on their
 way (`storage.stores`).
@@ -143,12 +143,12 @@ class Sending:
             self.changed.notify_all()
         self._seals.add(lambda: self._finish(number, file))
 
-    def note(self, name: str, made: Object) -> None:
-        """That an object is in the store."""
+    def note(self, name: str, object_: Object) -> None:
+        """Note that an object is in the store."""
         with self.changed:
-            self.made[name] = made
+            self.made[name] = object_
         if self._heard is not None:
-            self._heard(name, made)
+            self._heard(name, object_)
 
     def halt(self, failure: BaseException | None = None) -> None:
         """Let everyone who waits end: the run failed. Files of which all is there go on."""

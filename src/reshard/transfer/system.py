@@ -9,17 +9,19 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from reshard.storage.source import close_read
+
 # renameat2(2), Linux 3.15: linux/fs.h and linux/fcntl.h.
 _RENAME_NOREPLACE, _RENAME_EXCHANGE, _AT_FDCWD = 1, 2, -100
-# What a system says that does not know a call or its flags. EPERM: a sandbox that forbids calls it
+# Errors of a system that does not know a call or its flags. EPERM: a sandbox that forbids calls it
 # does not know; where the permission itself is missing, the plain call says so again.
 _LACKING = frozenset(
     (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY, errno.EPERM)
 )
-# What opening or syncing a folder gives where folders cannot be synced (CIFS, some FUSE), or where
+# Errors of opening or syncing a folder where folders cannot be synced (CIFS, some FUSE), or where
 # one may write into a folder but not list it.
 _CANNOT_SYNC = frozenset((errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EACCES, errno.EBADF))
-# A file system that is full, a quota, a limit of the process or of the file system.
+# Errors of a full file system, a quota, a limit of the process or of the file system.
 _NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 Identity = tuple[int, int]
@@ -110,8 +112,8 @@ def read_fully(fd: int, buffer: memoryview, offset: int) -> None:
 class SharedFile:
     """A file that another process made, opened for writing into it.
 
-    For writing alone: who may also read has a network file system fetch a page before a part of it
-    is written, and write the whole page back, over what others wrote there meanwhile.
+    For writing alone: if the descriptor may also read, a network file system fetches a page before
+    a part of it is written, and writes the whole page back, over what others wrote there meanwhile.
     """
 
     def __init__(self, path: str) -> None:
@@ -153,12 +155,6 @@ class SharedFile:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-
-
-def close_read(fd: int) -> None:
-    """Close a descriptor that nothing was written through: what fails then loses nothing."""
-    with suppress(OSError):
-        os.close(fd)
 
 
 def sync_folder(folder: Path) -> None:

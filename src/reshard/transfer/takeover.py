@@ -1,4 +1,4 @@
-"""What an interrupted run left of an output in a store: reused, or deleted; it is named either way.
+"""Reuse or delete what an interrupted run left of an output in a store; a finding names it.
 
 Only objects that the run's first object lists are deleted, and never those of a run that lives.
 """

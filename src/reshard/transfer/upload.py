@@ -1,7 +1,7 @@
-"""One file of an output in a store, on its way: what comes is put in order, and sent as it can be.
+"""One file that is sent to a store: its bytes are put in order, and sent as soon as possible.
 
-Threads make a file's bytes side by side, and an upload takes them one after another. Whoever brings
-what comes next waits for the upload alone; whoever is ahead, while too much is.
+Threads make a file's bytes side by side, and an upload takes them one after another. A thread that
+brings the next bytes waits only for the upload; one that is ahead waits while too many bytes are.
 """
 
 from __future__ import annotations

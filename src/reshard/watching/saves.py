@@ -109,7 +109,7 @@ def fingerprint(save: Save) -> str:
     for path in _files(save.path):
         try:
             found = status(path, follow=False)
-        except NotFoundError:  # it went meanwhile
+        except NotFoundError:  # it was deleted meanwhile
             continue
         digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="replace"))
     return digest.hexdigest()

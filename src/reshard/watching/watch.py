@@ -32,7 +32,7 @@ _LONGEST = 1e6
 
 
 class Event(Struct, frozen=True):
-    """Something that became of a save: what, in words, and whether it is a failure."""
+    """Something that happened to a save: in words, and whether it is a failure."""
 
     save: str
     message: str
@@ -135,11 +135,11 @@ class _Watch:
         self._tell(str(self._run), f"cannot be looked at now: {error}", failed=True)
         return {}
 
-    def _look(self, found: Mapping[Save, tuple[str, str]]) -> None:
+    def _look(self, saves: Mapping[Save, tuple[str, str]]) -> None:
         """Do what can be done now."""
-        before, self._seen = self._seen, {save.name: print_ for save, (print_, _) in found.items()}
+        before, self._seen = self._seen, {save.name: print_ for save, (print_, _) in saves.items()}
         complete = []
-        for save, (print_, reason) in found.items():
+        for save, (print_, reason) in saves.items():
             if save.name not in self._state.saves:
                 self._state.set(save.name, status="waiting", source=str(save.path))
             if not reason and before.get(save.name) == print_:
@@ -150,7 +150,7 @@ class _Watch:
             if self._state[save.name].status == "waiting":
                 self._state.set(save.name, status="skipped", message="newer ones are kept")
         for save in complete[-self._keep :] if self._keep else complete:
-            self._convert(save, found[save][0])
+            self._convert(save, saves[save][0])
         self._remove_old()
 
     def _convert(self, save: Save, print_: str) -> None:
@@ -249,7 +249,7 @@ class _Watch:
             self._tell(name, "its output is deleted, since newer ones are kept")
 
     def _say(self, name: str, message: str) -> None:
-        """Note a message and tell it, unless that was done before."""
+        """Record and report a message, unless it was reported before."""
         if self._state[name].message != message:
             self._state.set(name, message=message)
             self._tell(name, message)

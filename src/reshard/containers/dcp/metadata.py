@@ -48,6 +48,8 @@ _PLACE = ("relative_path", "offset", "length", "transform_descriptors")
 _INT = frozenset({int})
 # Bytes by which a file that is not a pickle is refused, before the others are read.
 _START_NBYTES = 1 << 16
+# Bytes that are read at a time of a file whose end is not needed.
+_BLOCK_NBYTES = 16 << 20
 # Where each item lies, by its key and offset. Most keys have one item.
 _Place = tuple[Shape | None, "Location"]
 _Places = dict[str, "_Place | dict[Shape | None, Location]"]
@@ -102,8 +104,11 @@ class Metadata(Struct, frozen=True):
     flattened: bool = True
 
 
-def opened(path: pathlib.Path, sources: Sources, *, longer: bool = False) -> tuple[Source, bytes]:
-    """The file, and its bytes; with `longer`, only the first `MAX_NBYTES` of a file that has more.
+def opened(
+    path: pathlib.Path, sources: Sources, *, until: bytes | None = None
+) -> tuple[Source, bytes]:
+    """The file, and its bytes; with `until`, those up to the block in which these bytes occur, or
+    the first `MAX_NBYTES` of a file that has more.
 
     Raises `IncompleteError` where the file is empty, and what the pickle reader raises for a file
     that is too long, or whose first bytes are not those of a pickle.
@@ -115,9 +120,22 @@ def opened(path: pathlib.Path, sources: Sources, *, longer: bool = False) -> tup
         )
     start = source.read(0, min(source.size, _START_NBYTES))
     torchfile.check_start(start, source.size, path=str(path))
-    if not longer:
+    if until is None:
         torchfile.check_size(source.size, path=str(path))
-    return source, source.read(0, min(source.size, MAX_NBYTES))
+        return source, source.read(0, source.size)
+    return source, _beginning(source, until)
+
+
+def _beginning(source: Source, until: bytes) -> bytes:
+    """The first bytes of a file, block by block, until `until` is among them."""
+    data = bytearray()
+    end = min(source.size, MAX_NBYTES)
+    while len(data) < end:
+        seen = max(0, len(data) - len(until))
+        data += source.read(len(data), min(_BLOCK_NBYTES, end - len(data)))
+        if data.find(until, seen) >= 0:
+            break
+    return bytes(data)
 
 
 def unpickled(data: bytes, path: pathlib.Path) -> Metadata:

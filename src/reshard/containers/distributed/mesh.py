@@ -48,24 +48,24 @@ class Mesh(Struct, frozen=True):
 def parse(value: object, rank: int | None, sources: Sources, place: Place) -> Mesh:
     """The mesh that a pickled object describes, as `rank` sees it; None: as the rank that it
     states, or the only one. Raises `FormatError`."""
-    found = attributes(value, place)
-    ranks = _ranks(found.get("_flatten_rank_map"), found.get("_rank_map"), sources, place)
+    fields = attributes(value, place)
+    ranks = _ranks(fields.get("_flatten_rank_map"), fields.get("_rank_map"), sources, place)
     if ranks is None:
-        mesh = found.get("mesh")
+        mesh = fields.get("mesh")
         shape = mesh.shape if isinstance(mesh, TensorRef) else ()
-        ranks = _ranks(found.get("_flatten_mesh_list"), mesh, sources, place)
+        ranks = _ranks(fields.get("_flatten_mesh_list"), mesh, sources, place)
         if ranks is None or math.prod(shape) != len(ranks):
             raise place.broken("its device mesh lists no ranks.")
         strides = contiguous_strides(shape)
         axes: tuple[_Axis, ...] = tuple(((n, s),) for n, s in zip(shape, strides, strict=True))
     else:
-        axes = _axes(found.get("_layout"), place)
+        axes = _axes(fields.get("_layout"), place)
     _check_axes(axes, len(ranks), place)
-    stated = found.get("_rank")
+    stated = fields.get("_rank")
     if rank is None:
         rank = stated if type(stated) is int else ranks[0] if len(ranks) == 1 else -1
     coordinate = _coordinate(axes, ranks.index(rank)) if rank in ranks else None
-    _check_coordinate(found.get("_coordinate_on_dim"), coordinate, stated == rank, place)
+    _check_coordinate(fields.get("_coordinate_on_dim"), coordinate, stated == rank, place)
     return Mesh(
         tuple(math.prod(n for n, _ in axis) for axis in axes),
         coordinate,
@@ -146,11 +146,18 @@ def _coordinate(axes: tuple[_Axis, ...], position: int) -> Shape:
     return tuple(coordinate)
 
 
-def _check_coordinate(stated: object, found: Shape | None, same_rank: bool, place: Place) -> None:
+def _check_coordinate(
+    stated: object, coordinate: Shape | None, same_rank: bool, place: Place
+) -> None:
     """Where the file states a coordinate, of the rank whose file it is, it is the one found."""
-    if not same_rank or not isinstance(stated, tuple | list) or len(stated) != len(found or ()):
+    if (
+        not same_rank
+        or not isinstance(stated, tuple | list)
+        or len(stated) != len(coordinate or ())
+    ):
         return
-    if tuple(stated) != found:
+    if tuple(stated) != coordinate:
         raise place.broken(
-            f"its device mesh states the coordinate {brief(stated)}, and its ranks say {found}."
+            f"its device mesh states the coordinate {brief(stated)}, and its ranks say "
+            f"{coordinate}."
         )

@@ -291,7 +291,7 @@ class Machine:
 
 
 def _misused(value: object, what: str) -> Exception:
-    """That an opcode does something to a value that is not for it."""
+    """The error that an opcode does something to a value that is not for it."""
     if isinstance(value, Instance) or value is LEFT_OUT:
         return RecalledError()
     return Malformed(f"{what} a {type(value).__name__}")

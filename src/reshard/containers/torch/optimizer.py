@@ -142,8 +142,10 @@ def param_state(
     return ParamState(moments, parse_step(value.get("step"), plain, path) or step)
 
 
-def _is_codes(held: object) -> bool:
-    return isinstance(held, TensorRef) and not held.dtype.floating and held.shape not in ((), (1,))
+def _is_codes(value: object) -> bool:
+    return (
+        isinstance(value, TensorRef) and not value.dtype.floating and value.shape not in ((), (1,))
+    )
 
 
 def eight_bit(path: Path, kind: str) -> UnsupportedError:

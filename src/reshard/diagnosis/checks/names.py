@@ -71,20 +71,20 @@ def memory_names(case: Case) -> Signs | None:
     """Names of a loaded model of some transformers version where the files have others."""
     if case.base is None:
         return _guessed_memory_names(case)
-    found = case.fitted.fit
-    if found is None:
+    fit = case.fitted.fit
+    if fit is None:
         return None
-    known = {*case.base.entries, *case.fitted.entries, *found.matching.tied}
+    known = {*case.base.entries, *case.fitted.entries, *fit.matching.tied}
     strange = [
         clean
         for clean, own in case.clean.items()
-        if clean not in known and own not in found.matching.unexpected
+        if clean not in known and own not in fit.matching.unexpected
     ]
     if not strange:
         return None
     evidence = (
         f"{len(strange)} of {len(case.clean)} names are not the base's: {some(strange)}",
-        *found.rules[:_RULES],
+        *fit.rules[:_RULES],
     )
     return Signs(evidence, Repair(_FITTED) if case.fits else None, _WHERE_IT_FAILS)
 

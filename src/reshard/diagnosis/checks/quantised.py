@@ -34,21 +34,27 @@ def codes_unreadable(case: Case) -> Signs | None:
 
 def contradicts_config(case: Case) -> Signs | None:
     """A config that contradicts the weights."""
-    found = case.quantisation
-    if found.fault:
+    quantised = case.quantisation
+    if quantised.fault:
         return None
-    if found.stated is None and found.kinds:
-        evidence = f"{len(found.kinds)} weights are codes, and config.json does not say so: some "
-        names = some(f"{name} ({kind})" for name, kind in found.kinds.items())
+    if quantised.stated is None and quantised.kinds:
+        evidence = (
+            f"{len(quantised.kinds)} weights are codes, and config.json does not say so: some "
+        )
+        names = some(f"{name} ({kind})" for name, kind in quantised.kinds.items())
         repair = Repair("the weights are written as numbers") if case.alone or case.fits else None
         return Signs((f"{evidence}are {names}", "loaders mistake the codes for weights"), repair)
-    if found.stated is None and found.unread is not None:
-        evidence = f"the weights are quantised by {found.unread.title}, config.json does not say so"
+    if quantised.stated is None and quantised.unread is not None:
+        evidence = (
+            f"the weights are quantised by {quantised.unread.title}, config.json does not say so"
+        )
         return Signs((evidence,), advice="Copy the config of the model that it was made from.")
-    if found.stated is not None and not found.kinds and found.unread is None:
-        evidence = f"config.json has {', '.join(found.stated.paths)} ({found.stated.title}), and "
-        words = f"{', '.join(found.stated.paths)} is left out"
-        repair = Repair(words) if not found.cast and (case.alone or case.fits) else None
+    if quantised.stated is not None and not quantised.kinds and quantised.unread is None:
+        evidence = (
+            f"config.json has {', '.join(quantised.stated.paths)} ({quantised.stated.title}), and "
+        )
+        words = f"{', '.join(quantised.stated.paths)} is left out"
+        repair = Repair(words) if not quantised.cast and (case.alone or case.fits) else None
         return Signs((f"{evidence}no weight is a code",), repair)
     return None
 

@@ -98,36 +98,42 @@ class _Found(Struct):
 
 
 def _sorted(metadata: Metadata, root: StatePath) -> _Found:
-    """The keys below a root; `settings` by group (its number, or a name where it is flattened)."""
-    found = _Found()
+    """The keys below a root; `settings` by group (its number, or a name where it is flattened).
+
+    Without what is there under a second name of a parameter, as reshard writes it.
+    """
+    keys = _Found()
+    second = {metadata.paths[alias][-1] for alias in metadata.aliases}
     for key, path in metadata.paths.items():
         if path[: len(root)] != root:
             continue
         rest = path[len(root) :]
         if len(rest) == 1 and "." in rest[0]:
-            found.flattened = True
+            keys.flattened = True
             what, _, tail = rest[0].partition(".")
             name, _, kind = tail.rpartition(".")
         elif len(rest) == 3:
             what, name, kind = rest
         else:
             what, name, kind = "", "", ""
+        if name in second:
+            continue
         if what == "state" and kind == _STEP:
-            found.steps[name] = key
+            keys.steps[name] = key
         elif what == "state" and kind and key in metadata.tensors:
-            found.moments[key] = (kind, name)
+            keys.moments[key] = (kind, name)
         elif what == "param_groups" and kind:
-            found.settings.setdefault(name, {})[kind] = key
+            keys.settings.setdefault(name, {})[kind] = key
         else:
-            found.others.append(key)
-    return found
+            keys.others.append(key)
+    return keys
 
 
 def _read(folder: Path, metadata: Metadata, root: StatePath, plain: PlainData) -> TrainingState:
-    found = _sorted(metadata, root)
-    if not found.settings and not found.moments:
+    keys = _sorted(metadata, root)
+    if not keys.settings and not keys.moments:
         raise FormatError("it holds no state of an optimizer.", path=folder)
-    steps, moments = found.steps, found.moments
+    steps, moments = keys.steps, keys.moments
     tensors = {key: (tensor_name(kind, name),) for key, (kind, name) in moments.items()}
     tensors |= {
         key: (tensor_name(_STEP, name),) for name, key in steps.items() if key in metadata.tensors
@@ -145,12 +151,12 @@ def _read(folder: Path, metadata: Metadata, root: StatePath, plain: PlainData) -
         for name, key in steps.items()
         if (step := _step(entries.get(tensor_name(_STEP, name)), key, objects)) is not None
     }
-    groups = _flattened(found, objects) if found.flattened else _groups(found, objects)
+    groups = _flattened(keys, objects) if keys.flattened else _groups(keys, objects)
     return TrainingState(
         moments=tables,
         steps=counted,
         groups=groups,
-        left_out=tuple(found.others),
+        left_out=tuple(keys.others),
         records=tuple(records),
         source="a DCP checkpoint",
     )

@@ -14,9 +14,11 @@
 The optimizer's part is what `get_optimizer_state_dict` returns: moments by parameter name, each
 step a float32 tensor without dimensions, each hyperparameter a separate object, and `params` of a
 group the names. Flattened, each parameter has its group's hyperparameters. Frozen parameters and
-tied aliases have no state. torch 2.13 (checkpoint/state_dict.py), accelerate 1.15
-(utils/fsdp_utils.py), LightRFT (strategy/fsdp/fsdpv2.py, `load_ckpt`), torchtitan 0.3.0
-(components/optimizer/utils.py, components/checkpointer/dcp.py).
+tied aliases have no state; under torchtitan's names a parameter's state goes by those of all its
+versions (`TrainingState.aliases`), which are names of the same bytes. torch 2.13
+(checkpoint/state_dict.py), accelerate 1.15 (utils/fsdp_utils.py), LightRFT
+(strategy/fsdp/fsdpv2.py, `load_ckpt`), torchtitan 0.3.0 (components/optimizer/utils.py,
+components/checkpointer/dcp.py).
 """
 
 from __future__ import annotations
@@ -106,25 +108,32 @@ def _section(state: TrainingState, place: _Place, *, rank: int) -> Section:
         path = ("state", name, kind)
         return (*root, ".".join(path)) if place.flattened else (*root, *path)
 
+    def called(name: str) -> tuple[str, ...]:
+        return (name, *state.aliases.get(name, ()))
+
     slots: list[TensorToWrite] = []
     paths: dict[str, StatePath] = {}
     known: dict[StatePath, TensorBytes] = {}
     for name in state.names:
         if name in state.steps:
-            known[held(name, "step")] = step_tensor(state.steps[name].count, name)
+            step = step_tensor(state.steps[name].count, name)
+            known |= {held(each, "step"): step for each in called(name)}
         for kind, table in state.moments.items():
             if name in table:
                 key = tensor_name(kind, name)
                 spec = table[name].spec
-                slots.append((TensorSpec(key, spec.dtype, spec.shape), table[name], None))
+                others = [str(held(each, kind)[-1]) for each in called(name)[1:]]
+                source = table[name].aliased(tuple(others))
+                slots.append((TensorSpec(key, spec.dtype, spec.shape), source, None))
                 paths[key] = held(name, kind)
     objects: dict[StatePath, bytes] = {}
     for at, group in enumerate(state.groups):
         settings = {key: lay_out_data(value) for key, value in group.hyperparameters.items()}
         if place.flattened:
             objects |= {
-                (*root, f"param_groups.{name}.{key}"): data
+                (*root, f"param_groups.{each}.{key}"): data
                 for name in group.names
+                for each in called(name)
                 for key, data in settings.items()
             }
         else:

@@ -25,19 +25,19 @@ def experts(model: ModelFile) -> dict[str, int]:
 
     Raises `UnsupportedError` where one was not trained: the model file then states no shape of it.
     """
-    found = {
+    counts = {
         f"{_under(module)}experts.{weight}": count
         for module, count in model.autoep.items()
         for weight in _WEIGHTS
     }
-    frozen = found.keys() - {name for group in model.groups for name in group}
+    frozen = counts.keys() - {name for group in model.groups for name in group}
     if frozen:
         raise UnsupportedError(
             "frozen experts that AutoEP split are not supported.",
             path=model.path,
             tensor=min(frozen),
         )
-    return found
+    return counts
 
 
 def with_routers(model: ModelFile) -> ModelFile:

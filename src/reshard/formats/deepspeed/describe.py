@@ -19,12 +19,12 @@ def describe(
 ) -> Catalog:
     """The catalog of a save. `findings` are those of its stage."""
     model = saved.model[0]
-    found = list(findings)
+    notes = list(findings)
     if saved.opaque:
-        found.append(objects_unread(saved.opaque))
+        notes.append(objects_unread(saved.opaque))
     plain = not saved.optim and not location.universal
     if plain and any(not name.startswith("F32") for name in _codes(entries)):
-        found.append(
+        notes.append(
             Finding(
                 "masters-unnamed",
                 "without ZeRO the fp32 masters are stored without names; the weights are read from "
@@ -49,7 +49,7 @@ def describe(
         ),
         entries=entries,
         records=saved.records,
-        findings=tuple(found),
+        findings=tuple(notes),
     )
 
 

@@ -64,31 +64,31 @@ def ranks(number: int, shapes: Shapes, saved: Saved) -> Iterator[ExpertParallelR
 def _experts_a_rank(shapes: Shapes, degree: int, saved: Saved) -> dict[str, int]:
     """Of each layer (the part of the names before the number), how many experts a rank holds."""
     layers = {match[1] for match in map(_EXPERT.fullmatch, shapes) if match}
-    found: dict[str, set[int]] = {layer: set() for layer in layers}
+    numbers: dict[str, set[int]] = {layer: set() for layer in layers}
     for file in saved.experts:
         for match in map(_EXPERT.fullmatch, file.module):
-            if match and match[1] in found:
-                found[match[1]].add(int(match[2]))
-    for layer, experts in found.items():
+            if match and match[1] in numbers:
+                numbers[match[1]].add(int(match[2]))
+    for layer, experts in numbers.items():
         if experts != set(range(len(experts))) or len(experts) % degree:
             raise FormatError(
                 f"its experts {layer}* are numbered {sorted(experts)}, over {degree} expert "
                 "parallel ranks.",
                 path=saved.model[0].path.parent,
             )
-    return {layer: len(experts) // degree for layer, experts in found.items()}
+    return {layer: len(experts) // degree for layer, experts in numbers.items()}
 
 
-def _globally(name: str, rank: int, held: dict[str, int], saved: Saved) -> str:
+def _globally(name: str, rank: int, counts: dict[str, int], saved: Saved) -> str:
     """A parameter's name with the expert's global number, given the name with the local one."""
     match = _EXPERT.fullmatch(name)
-    if not match or int(match[2]) >= held[match[1]]:
+    if not match or int(match[2]) >= counts[match[1]]:
         raise FormatError(
             "a group of experts lists it, but no rank holds such an expert.",
             path=saved.model[0].path,
             tensor=name,
         )
-    found = f"{match[1]}{rank * held[match[1]] + int(match[2])}{match[3]}"
+    found = f"{match[1]}{rank * counts[match[1]] + int(match[2])}{match[3]}"
     if found not in saved.module:
         # Without it nothing would prove that the rank's masters are this expert's.
         raise IncompleteError(

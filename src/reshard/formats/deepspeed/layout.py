@@ -126,13 +126,13 @@ class _Universal:
         name: str,
         kind: str,
         shape: Shape,
-        held: Entry,
+        entry: Entry,
         table: str,
         reference: Entry | None = None,
     ) -> OutputFile:
         spec = TensorSpec(tensor_name(kind, name) if table else name, FLOAT32, shape)
         path = f"{self._tag}/zero/{name}/{kind}.pt"
-        return _archive(shape).file(path, [(spec, held, reference)], table)
+        return _archive(shape).file(path, [(spec, entry, reference)], table)
 
     def _step_files(self) -> Iterator[tuple[str, bytes]]:
         for group, step in zip(self._groups, self._steps, strict=True):
@@ -204,10 +204,10 @@ class _GroupStep(Struct, frozen=True):
 
 def _step(group: Group, state: TrainingState) -> _GroupStep | None:
     """The step of a group; None where its optimizer counts none, as SGD."""
-    found = {state.steps[name].count: name for name in group.names if name in state.steps}
+    counts = {state.steps[name].count: name for name in group.names if name in state.steps}
     absent = [name for name in group.names if name not in state.steps]
-    if len(found) > 1 or (found and absent):
-        known = {count: repr(name) for count, name in found.items()}
+    if len(counts) > 1 or (counts and absent):
+        known = {count: repr(name) for count, name in counts.items()}
         values = [f"{count} of {name}" for count, name in known.items()]
         values += [f"none of {absent[0]!r}"] if absent else []
         raise PlanError(
@@ -215,9 +215,9 @@ def _step(group: Group, state: TrainingState) -> _GroupStep | None:
             f"{values[1]}), but DeepSpeed loads one step for a whole group.",
             hint="Write it with --to dcp, which has a step for each parameter.",
         )
-    if not found:
+    if not counts:
         return None
-    (count,) = found
+    (count,) = counts
     return _GroupStep(count, state.steps[group.names[0]].stored == "int")
 
 

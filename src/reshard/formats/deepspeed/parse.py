@@ -185,7 +185,7 @@ def _autoep(top: Mapping[str, Any], path: Path) -> dict[str, int]:
 
     The key once was `autoep_layers` (checkpoint/constants.py: AUTOEP_LAYERS_KEY_LEGACY).
     """
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     layers = _list(top, "ds_autoep_layers", path) or _list(top, "autoep_layers", path)
     for layer in layers:
         stated = _mapping(layer, path, "a layer of ds_autoep_layers")
@@ -196,11 +196,11 @@ def _autoep(top: Mapping[str, Any], path: Path) -> dict[str, int]:
             or type(count) is not int
             or count < 1
             or stated.get("expert_key_prefix") != prefix
-            or module in found
+            or module in counts
         ):
             raise FormatError(f"its ds_autoep_layers state {brief(layer)}.", path=path)
-        found[module] = count
-    return found
+        counts[module] = count
+    return counts
 
 
 def refuse_unread(model: ModelFile, names: Collection[str]) -> None:

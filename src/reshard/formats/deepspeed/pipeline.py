@@ -116,7 +116,7 @@ def _catalog(location: Location, saved: Sequence[Saved], sources: Sources) -> Ca
     found = [_called(name, entry, owners) for name, entry in entries.items()]
     first = parts[0]
     origin = first.origin
-    made = replace(
+    catalog = replace(
         first,
         entries={entry.spec.name: entry for entry in sorted(found, key=_layer)},
         records=tuple(dict.fromkeys(record for part in parts for record in part.records)),
@@ -133,7 +133,7 @@ def _catalog(location: Location, saved: Sequence[Saved], sources: Sources) -> Ca
             },
         ),
     )
-    return replace(made, optimizer=_reader(saved, made, sources))
+    return replace(catalog, optimizer=_reader(saved, catalog, sources))
 
 
 def _with_layers(
@@ -150,7 +150,7 @@ def _with_layers(
         )
     rest = layers.keys() - set().union(*numbers)
     numbers[0] |= rest - _shared(saved, {number: layers[number] for number in rest})
-    made = []
+    entries = []
     for one, mine in zip(saved, numbers, strict=True):
         held = {number: layers[number] for number in sorted(mine)}
         module = {f"{n}.{key}": t for n, file in held.items() for key, t in file.module.items()}
@@ -160,8 +160,8 @@ def _with_layers(
         # Layers that share a module are told apart by their masters, which are not cut yet.
         spare = tuple(layers[number] for number in sorted(rest - numbers[0]))
         every = (*held.values(), *(spare if one is saved[0] else ()))
-        made.append(replace(one, model=(model, *one.model[1:]), layers=every))
-    return made
+        entries.append(replace(one, model=(model, *one.model[1:]), layers=every))
+    return entries
 
 
 def _names(saved: Saved) -> Iterable[str]:
@@ -229,10 +229,10 @@ def _spare(saved: Sequence[Saved]) -> list[LayerFile]:
     ]
 
 
-def _are(held: Mapping[str, TensorRef], masters: Mapping[str, Entry], sources: Sources) -> bool:
+def _are(tensors: Mapping[str, TensorRef], masters: Mapping[str, Entry], sources: Sources) -> bool:
     """Whether these weights are those masters, rounded."""
     try:
-        proof.check_masters(held, masters, sources)
+        proof.check_masters(tensors, masters, sources)
     except FormatError:
         return False
     return True
@@ -276,7 +276,8 @@ def _layer(entry: Entry) -> int:
 
 
 def _absent(location: Location) -> tuple[Finding, ...]:
-    """That numbers of layers are left out: layers that are functions, if no file was lost."""
+    """The finding that numbers of layers are left out: layers that are functions, if no file was
+    lost."""
     there = location.layers.keys()
     lacking = sorted(set(range(max(there, default=-1) + 1)) - there)
     if not lacking:
@@ -288,7 +289,7 @@ def _absent(location: Location) -> tuple[Finding, ...]:
     return (Finding("layers-without-files", message),)
 
 
-def _reader(saved: Sequence[Saved], made: Catalog, sources: Sources) -> ReadState | None:
+def _reader(saved: Sequence[Saved], catalog: Catalog, sources: Sources) -> ReadState | None:
     """What reads the state of all stages; None where there is none."""
     first = saved[0].model[0]
     if not (saved[0].optim or first.holds_optimizer):
@@ -306,7 +307,7 @@ def _reader(saved: Sequence[Saved], made: Catalog, sources: Sources) -> ReadStat
         plain = PlainData(sources)
         content = model_file(first.path, sources)
         found = _joined([state.of_rank(one, plain) for one in saved], saved, sources)
-        found = state.with_masters(found.owned(made.entries), made)
+        found = state.with_masters(found.owned(catalog.entries), catalog)
         return run_state(found, content, plain)
 
     return ReadState(read)

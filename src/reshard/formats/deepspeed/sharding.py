@@ -97,7 +97,7 @@ def from_map(entry: Mapping[str, Any], shapes: Sequence[Shape]) -> Sharding:
     whole = _counts(entry["logical_shape"])
     if set(entry["ranks"]) != set(range(len(shapes))):
         raise ValueError(f"it is over ranks {sorted(entry['ranks'])} of {len(shapes)}")
-    held: dict[tuple[Shape, Shape], list[tuple[int, Shape]]] = {}
+    parts: dict[tuple[Shape, Shape], list[tuple[int, Shape]]] = {}
     for rank, shape in enumerate(shapes):
         part = entry["ranks"][rank]
         if _counts(part["shard_shape"]) != shape:
@@ -112,8 +112,8 @@ def from_map(entry: Mapping[str, Any], shapes: Sequence[Shape]) -> Sharding:
             if 0 not in sizes:
                 at = _corner(piece["source"], sizes, whole)
                 start = _corner(piece["dest"], sizes, shape)
-                held.setdefault((at, sizes), []).append((rank, start))
-    return Sharding(whole, tuple(Block(*key, tuple(ranks)) for key, ranks in held.items()))
+                parts.setdefault((at, sizes), []).append((rank, start))
+    return Sharding(whole, tuple(Block(*key, tuple(ranks)) for key, ranks in parts.items()))
 
 
 def _corner(view: Sequence[Any], sizes: Shape, shape: Shape) -> Shape:

@@ -92,11 +92,11 @@ def _check_lengths(groups: tuple[Shapes, ...], saved: Saved) -> None:
         sum(-(-math.prod(shape) // world_size) for shape in group.values()) for group in groups
     ]
     for rank, file in enumerate(saved.optim):
-        found = [flat.shape[0] for flat in file.flats]
-        matches = found == needed if len(found) == len(needed) else sum(found) == sum(needed)
+        lengths = [flat.shape[0] for flat in file.flats]
+        matches = lengths == needed if len(lengths) == len(needed) else sum(lengths) == sum(needed)
         if matches:
             continue
-        if 0 in found and any(needed):
+        if 0 in lengths and any(needed):
             raise UnsupportedError(
                 f"rank {rank}'s fp32 weights are not in the file: the optimizer was offloaded to "
                 "NVMe, whose swap files are not supported.",
@@ -104,7 +104,7 @@ def _check_lengths(groups: tuple[Shapes, ...], saved: Saved) -> None:
                 hint="Save with DeepSpeed's save_16bit_model, or without NVMe offload.",
             )
         raise IncompleteError(
-            f"rank {rank} holds flat groups of {found} elements, but the parameters and "
+            f"rank {rank} holds flat groups of {lengths} elements, but the parameters and "
             f"{world_size} ranks need {needed}.",
             path=file.path,
             hint="The files come from different runs or world sizes.",

@@ -67,12 +67,12 @@ def reader(
 
 def _zero(saved: Sequence[Saved], plain: PlainData) -> TrainingState:
     """The state of a ZeRO save, that of tensor parallel ranks joined as their weights are."""
-    found = [of_rank(one, plain) for one in saved]
+    ranks = [of_rank(one, plain) for one in saved]
     if len(saved) == 1:
-        return found[0]
+        return ranks[0]
     join = tensor_parallel.joiner(saved, plain.sources)
-    first = found[0]
-    for one, other in zip(saved[1:], found[1:], strict=True):
+    first = ranks[0]
+    for one, other in zip(saved[1:], ranks[1:], strict=True):
         if not _alike(first, other, one):
             raise FormatError(
                 "its optimizer's groups, steps or kinds of moments are not those of the first "
@@ -82,12 +82,12 @@ def _zero(saved: Sequence[Saved], plain: PlainData) -> TrainingState:
             )
     moments: dict[str, dict[str, Entry]] = {}
     for kind, table in first.moments.items():
-        tables = [(state.moments[kind], one) for state, one in zip(found, saved, strict=True)]
+        tables = [(state.moments[kind], one) for state, one in zip(ranks, saved, strict=True)]
         moments[kind] = {
             name: join([_part(held, entry, one) for held, one in tables])
             for name, entry in table.items()
         }
-    records = tuple(dict.fromkeys(record for f in found for record in f.records))
+    records = tuple(dict.fromkeys(record for f in ranks for record in f.records))
     return replace(first, moments=moments, records=records)
 
 

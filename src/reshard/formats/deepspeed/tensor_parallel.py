@@ -100,13 +100,13 @@ def joiner(saved: Sequence[Saved], sources: Sources) -> Callable[[Sequence[Entry
     first = saved[0].model[0]
     info = parallel_info.parse(first.parallel_info or {}, first.path)
 
-    def join_one(held: Sequence[Entry]) -> Entry:
-        sharding = _sharding(info, held)
+    def join_one(parts: Sequence[Entry]) -> Entry:
+        sharding = _sharding(info, parts)
         for block in sharding.blocks:
-            copies = [_cropped(held, block, number) for number in range(len(block.held))]
+            copies = [_cropped(parts, block, number) for number in range(len(block.held))]
             for copy in copies[1:]:
                 proof.check_replicas(copies[0], copy, sources)
-        return _joined(held, sharding)
+        return _joined(parts, sharding)
 
     return join_one
 
@@ -166,24 +166,24 @@ def _check_names(saved: Sequence[Saved], parts: Sequence[Catalog]) -> None:
             )
 
 
-def _sharding(info: ParallelInfo, held: Sequence[Entry]) -> Sharding:
+def _sharding(info: ParallelInfo, parts: Sequence[Entry]) -> Sharding:
     """How the ranks split a tensor. No buffer is ever split, and no list mentions any."""
-    shapes = [entry.spec.shape for entry in held]
-    if held[0].kind != "buffer":
-        return info.sharding(held[0].spec.name, shapes)
+    shapes = [entry.spec.shape for entry in parts]
+    if parts[0].kind != "buffer":
+        return info.sharding(parts[0].spec.name, shapes)
     try:
         return replicated(shapes)
     except ValueError as problem:
-        raise FormatError(f"{problem}.", path=info.path, tensor=held[0].spec.name) from None
+        raise FormatError(f"{problem}.", path=info.path, tensor=parts[0].spec.name) from None
 
 
-def _joined(held: Sequence[Entry], sharding: Sharding) -> Entry:
+def _joined(parts: Sequence[Entry], sharding: Sharding) -> Entry:
     """The whole tensor, each block from the first rank that holds it."""
     # A rank may hold no element of a parameter; then no optimizer has it, and its dtype differs.
-    like = next((entry for entry in held if entry.spec.numel), held[0])
+    like = next((entry for entry in parts if entry.spec.numel), parts[0])
     fragments = []
     for block in sharding.blocks:
-        part = _cropped(held, block, 0)
+        part = _cropped(parts, block, 0)
         if part.spec.dtype != like.spec.dtype:
             raise FormatError(
                 f"its dtype is {like.spec.dtype} on one tensor parallel rank and "
@@ -195,11 +195,11 @@ def _joined(held: Sequence[Entry], sharding: Sharding) -> Entry:
             box = Box(sharding.shape, offsets, fragment.box.sizes)
             fragments.append(replace(fragment, box=box))
     spec = TensorSpec(like.spec.name, like.spec.dtype, sharding.shape)
-    return proven(spec, fragments, like.kind, held[0].aliases)
+    return proven(spec, fragments, like.kind, parts[0].aliases)
 
 
-def _cropped(held: Sequence[Entry], block: Block, number: int) -> Entry:
+def _cropped(parts: Sequence[Entry], block: Block, number: int) -> Entry:
     """A block as the `number`-th of the ranks that have it holds it."""
     rank, start = block.held[number]
-    entry = held[rank]
+    entry = parts[rank]
     return rearrange.crop(entry, Box(entry.spec.shape, start, block.sizes))

@@ -76,19 +76,26 @@ def read(
     if not isinstance(optimizer, dict):
         raise FormatError("its optimizer is not a dict.", path=model.path)
     wrapped = "optimizer_state_dict" in optimizer
-    found = parse(optimizer["optimizer_state_dict"] if wrapped else optimizer, plain, model.path)
+    optimizer_dict = parse(
+        optimizer["optimizer_state_dict"] if wrapped else optimizer, plain, model.path
+    )
     if model.flat_masters:
         shaped = _cut(saved[0], plain.sources)
         if shaped is None:
             raise _no_names(model, "the values of its flat masters are not those of the module")
-        found, model = _unflattened(found, shaped), shaped
-    if wrapped and [len(g) for g in model.masters] != [len(g.params) for g in found.groups]:
+        optimizer_dict, model = _unflattened(optimizer_dict, shaped), shaped
+    if wrapped and [len(g) for g in model.masters] != [
+        len(g.params) for g in optimizer_dict.groups
+    ]:
         raise FormatError("it does not have a master for each parameter.", path=model.path)
     names = (
         _by_values(model, saved[0], plain.sources)
         if wrapped
         else groups_in_order(
-            [[shape_of(found, key) for key in group.params] for group in found.groups],
+            [
+                [shape_of(optimizer_dict, key) for key in group.params]
+                for group in optimizer_dict.groups
+            ],
             [(name, tensor.shape) for name, tensor in _module(saved[0]).items()],
         )
     )
@@ -97,13 +104,13 @@ def read(
         raise _no_names(model, f"{by} of its parameters fit none of the model's or several ways")
     groups = [
         Group(tuple(of), group.hyperparameters)
-        for of, group in zip(names, found.groups, strict=True)
+        for of, group in zip(names, optimizer_dict.groups, strict=True)
     ]
     named = {
         name: state
-        for of, group in zip(names, found.groups, strict=True)
+        for of, group in zip(names, optimizer_dict.groups, strict=True)
         for name, key in zip(of, group.params, strict=True)
-        if (state := found.states.get(key)) is not None
+        if (state := optimizer_dict.states.get(key)) is not None
     }
     moments: dict[str, dict[str, Entry]] = {}
     for name, state in named.items():
@@ -164,13 +171,15 @@ def _piece(whole: TensorRef, start: int, shape: tuple[int, ...]) -> TensorRef | 
     return replace(whole, shape=shape, extent=extent, storage=storage)
 
 
-def _unflattened(found: OptimizerDict, model: ModelFile) -> OptimizerDict:
+def _unflattened(optimizer: OptimizerDict, model: ModelFile) -> OptimizerDict:
     """The optimizer of flat tensors as one of the parameters that were cut out of its masters."""
     states: dict[Key, ParamState] = {}
     groups = []
-    for group, pieces, flats in zip(found.groups, model.masters, model.flat_masters, strict=True):
+    for group, pieces, flats in zip(
+        optimizer.groups, model.masters, model.flat_masters, strict=True
+    ):
         numbers = range(len(states), len(states) + len(pieces))
-        held = found.states.get(group.params[0]) if len(group.params) == 1 else None
+        held = optimizer.states.get(group.params[0]) if len(group.params) == 1 else None
         if held is None:
             raise FormatError("its groups are not of one flat tensor each.", path=model.path)
         at = 0
@@ -215,11 +224,11 @@ def _by_values(model: ModelFile, saved: Saved, sources: Sources) -> list[list[st
 
 
 def _in_any_order(
-    looks: Sequence[Sequence[Hashable]], held: Sequence[tuple[str, Hashable]]
+    looks: Sequence[Sequence[Hashable]], parts: Sequence[tuple[str, Hashable]]
 ) -> list[list[str]] | None:
     """The parameters in any order, if no two look alike."""
     owners: dict[Hashable, list[str]] = {}
-    for name, look in held:
+    for name, look in parts:
         owners.setdefault(look, []).append(name)
     found = [[owners.get(look, []) for look in group] for group in looks]
     every = [name for group in found for names in group for name in names]

@@ -74,10 +74,10 @@ def parse_wrapped(path: Path, value: object, flats: int, plain: PlainData) -> Wr
         states = [param_state(state, plain, path, f"group {at}") for at, state in enumerate(base)]
         groups = [WrappedGroup((at,), {}) for at in range(flats)]
         return Wrapped(path, tuple(states), tuple(groups), scaler)
-    found = parse(base, plain, path)
+    optimizer = parse(base, plain, path)
     order: list[int] = []
     covering = []
-    for group in found.groups:
+    for group in optimizer.groups:
         numbers = tuple(key for key in group.params if isinstance(key, int))
         covering.append(WrappedGroup(numbers, group.hyperparameters))
         order += numbers
@@ -87,7 +87,9 @@ def parse_wrapped(path: Path, value: object, flats: int, plain: PlainData) -> Wr
             path=path,
             hint="The file is damaged, or of an optimizer that is not supported.",
         )
-    return Wrapped(path, tuple(found.states.get(n) for n in range(flats)), tuple(covering), scaler)
+    return Wrapped(
+        path, tuple(optimizer.states.get(n) for n in range(flats)), tuple(covering), scaler
+    )
 
 
 def scaling(top: Mapping[str, Any], plain: PlainData) -> dict[str, Plain]:

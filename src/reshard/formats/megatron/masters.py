@@ -43,18 +43,18 @@ def named(metadata: Metadata, keys: Iterable[str], folder: Path) -> dict[str, st
     Raises `UnsupportedError` where masters have no names, `NotFoundError` where there are none.
     """
     mine = set(keys)
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for key in metadata.tensors:
         match = _MASTER.fullmatch(key)
         if match is None or match[1] not in mine:
             continue
-        if match[1] in found:
+        if match[1] in names:
             raise FormatError(
-                f"it and {found[match[1]]!r} are masters of one tensor.", path=folder, tensor=key
+                f"it and {names[match[1]]!r} are masters of one tensor.", path=folder, tensor=key
             )
-        found[match[1]] = key
-    if found:
-        return found
+        names[match[1]] = key
+    if names:
+        return names
     refuse_unnamed(metadata, folder, "fp32 masters", "Leave out --masters.")
     raise NotFoundError(
         "it holds no fp32 masters: the run trained in float32, or saved no optimizer.",
@@ -91,22 +91,22 @@ def placed(
     Raises `FormatError` where a master is not of its tensor's shape.
     """
     taken = set(keys.values())
-    made = {name: entry for name, entry in entries.items() if name not in taken}
+    masters = {name: entry for name, entry in entries.items() if name not in taken}
     for name, key in keys.items():
-        model = made[name]
-        made[name] = replace(
+        model = masters[name]
+        masters[name] = replace(
             shaped(entries[key], model.spec.shape, folder).renamed(name),
             kind=model.kind,
             aliases=model.aliases,
         )
-    lacking = [n for n, e in made.items() if n not in keys and e.spec.dtype.itemsize == 2]
+    lacking = [n for n, e in masters.items() if n not in keys and e.spec.dtype.itemsize == 2]
     if not lacking:
-        return made, ()
+        return masters, ()
     message = (
         f"{len(lacking)} tensors of 16 bits have no fp32 master, as those that were frozen: "
         f"{listed(lacking, _LISTED)}."
     )
-    return made, (Finding("masters-missing", message),)
+    return masters, (Finding("masters-missing", message),)
 
 
 def shaped(entry: Entry, shape: Shape, folder: Path) -> Entry:

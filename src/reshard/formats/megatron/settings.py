@@ -48,20 +48,20 @@ def read(folder: Path, sources: Sources) -> Stated:
 
     A file that cannot be read is skipped, `common.pt` with a finding.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     findings = []
     for values in _others(folder, sources):
-        found.update(values)
+        settings.update(values)
     path = folder / MCORE_COMMON
     if is_file(path):
         try:
-            found.update(_args(torchfile.read(sources.open(path)).value))
+            settings.update(_args(torchfile.read(sources.open(path)).value))
         except ReshardError as error:
             message = f"the run's settings cannot be read, and were not compared: {error.message}"
             findings.append(Finding("settings-unread", message, subject=MCORE_COMMON))
     kept = {
         name: value
-        for name, value in found.items()
+        for name, value in settings.items()
         if name in SETTINGS and isinstance(value, bool | int)
     }
     return Stated(kept, tuple(findings))

@@ -121,19 +121,19 @@ def _kinds(
     metadata: Metadata, entries: Mapping[str, Entry], folder: Path
 ) -> dict[str, dict[str, str]]:
     """The keys of the state's tensors, by kind and by the model's tensor."""
-    found: dict[str, dict[str, str]] = {}
+    kinds: dict[str, dict[str, str]] = {}
     for key in metadata.tensors:
         match = _KEY.fullmatch(key)
         if match is None or match[2] not in entries:
             continue
         kind = masters.MASTER if match[1] in masters.KINDS else match[1]
-        table = found.setdefault(kind, {})
+        table = kinds.setdefault(kind, {})
         if match[2] in table:
             raise FormatError(
                 f"it and {table[match[2]]!r} are of one tensor.", path=folder, tensor=key
             )
         table[match[2]] = key
-    return found
+    return kinds
 
 
 def _common(folder: Path, sources: Sources) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _groups(common: Mapping[str, Any], plain: PlainData, folder: Path) -> list[_
     ones = [top]
     if isinstance(top, dict) and top and all(isinstance(key, int) for key in top):
         ones = list(top.values())
-    found = []
+    groups = []
     for one in ones:
         inner = one
         while isinstance(inner, dict) and "param_groups" not in inner:
@@ -166,8 +166,8 @@ def _groups(common: Mapping[str, Any], plain: PlainData, folder: Path) -> list[_
             if not isinstance(group, dict):
                 raise FormatError("a parameter group is not a dict.", path=folder / MCORE_COMMON)
             step = parse_step(group.get("step", shared), plain, folder / MCORE_COMMON)
-            found.append(_RawGroup(group, step))
-    return found
+            groups.append(_RawGroup(group, step))
+    return groups
 
 
 def _assigned(
@@ -177,7 +177,7 @@ def _assigned(
 
     Raises `UnsupportedError` where the rules leave a choice.
     """
-    found = {}
+    assigned = {}
     for name, shape in shapes.items():
         left = _told(list(range(len(groups))), groups, "is_expert_parallel", _EXPERTS in name)
         decays = not name.endswith(".bias") and len(shape) - leading_axes(name) != 1
@@ -193,16 +193,18 @@ def _assigned(
                 tensor=name,
                 hint=WEIGHTS_ALONE,
             )
-        found[name] = left[0]
-    return found
+        assigned[name] = left[0]
+    return assigned
 
 
-def _told(numbers: list[int], groups: Sequence[_RawGroup], rule: str, wanted: object) -> list[int]:
+def _told(
+    numbers: list[int], groups: Sequence[_RawGroup], rule: str, expected: object
+) -> list[int]:
     """The groups for which a rule has this value, where it distinguishes them."""
     values = [_stated(groups[number], rule) for number in numbers]
     if len(set(values)) < 2:
         return numbers
-    return [number for number, value in zip(numbers, values, strict=True) if value == wanted]
+    return [number for number, value in zip(numbers, values, strict=True) if value == expected]
 
 
 def _stated(group: _RawGroup, rule: str) -> object:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 
+import xxhash
 from msgspec import Struct
 
 from reshard.containers.distributed import Local, LocalFragment
@@ -50,7 +51,7 @@ class _Part(Struct, frozen=True):
 
 
 def read(
-    found: Sequence[OptimizerDict],
+    optimizers: Sequence[OptimizerDict],
     states: Sequence[State],
     model: Sequence[State],
     saved: Saved,
@@ -65,7 +66,7 @@ def read(
     if places is None:
         return None
     parts = [
-        _Part(one, state, places[state.rank]) for one, state in zip(found, states, strict=True)
+        _Part(one, state, places[state.rank]) for one, state in zip(optimizers, states, strict=True)
     ]
     shapes = {
         name: value.shape
@@ -103,8 +104,8 @@ def _places(model: Sequence[State]) -> dict[int, int] | None:
 
 
 def _lengths(parts: Sequence[_Part], count: int) -> dict[Key, list[int]] | None:
-    """Of each number the elements that each part of the flat tensor has; none of those without a
-    state. None where ranks with the same part differ, or a moment is not a flat tensor."""
+    """For each number, the elements in each part of the flat tensor; numbers without a state are
+    left out. None where ranks with the same part differ, or a moment is not a flat tensor."""
     lengths: dict[Key, list[int]] = {}
     for part in parts:
         for key, state in part.found.states.items():
@@ -182,7 +183,7 @@ def _of_slices(
 
 
 def _kinds(parts: Sequence[_Part], key: Key) -> list[str]:
-    """The kinds of moments of a number, which not every rank holds a part of."""
+    """The kinds of moments of a number; not every rank has a part of them."""
     held = (part.found.states[key].moments for part in parts if key in part.found.states)
     return list(dict.fromkeys(kind for moments in held for kind in moments))
 
@@ -218,11 +219,14 @@ def _copies(
     shapes: Mapping[str, Shape], model: Sequence[State], sources: Sources
 ) -> frozenset[str]:
     """The names of matrices that equal an earlier one, bit for bit, on every rank."""
-    earlier: dict[Shape, list[str]] = {}
+    earlier: dict[tuple[Shape, str], list[str]] = {}
     found = []
     for name, shape in shapes.items():
         if len(shape) > 1:
-            others = earlier.setdefault(shape, [])
+            seen = xxhash.xxh3_128()
+            for state in model:
+                seen.update(join.beginning(state, state.tensors[name], sources))
+            others = earlier.setdefault((shape, seen.hexdigest()), [])
             if any(_same(name, other, model, sources) for other in others):
                 found.append(name)
             others.append(name)

@@ -24,6 +24,8 @@ from reshard.storage.local import Sources
 
 # Bytes compared at once.
 _PIECE = 1 << 20
+# Bytes by which tensors are told apart at first.
+_BEGINNING = 4096
 _ONE_SAVE = "Copy the files of all ranks again, from one save."
 
 
@@ -101,7 +103,7 @@ def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]
     Raises `FormatError` where ranks contradict each other.
     """
     first = states[0].tensors[name]
-    found: dict[Box, Held] = {}
+    parts: dict[Box, Held] = {}
     for state in states:
         value = state.tensors[name]
         if _described(value) != _described(first):
@@ -113,7 +115,7 @@ def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]
                 hint=_ONE_SAVE,
             )
         for held in _parts(state, value):
-            other = found.setdefault(held.box, held)
+            other = parts.setdefault(held.box, held)
             if other is not held and not _same(held, other, sources):
                 raise FormatError(
                     f"it must equal the copy in {other.state.path.name}, at {held.box.offsets}, "
@@ -122,7 +124,7 @@ def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]
                     tensor=name,
                     hint=_ONE_SAVE,
                 )
-    return [held for box, held in found.items() if box.numel or not box.shape]
+    return [held for box, held in parts.items() if box.numel or not box.shape]
 
 
 def _parts(state: State, value: TensorRef | Local) -> list[Held]:
@@ -149,25 +151,26 @@ def _brief(layout: tuple[object, ...]) -> str:
     return text if len(text) < 120 else f"{text[:120]}..."
 
 
-def records_of(held: Sequence[Held]) -> list[Record]:
+def records_of(parts: Sequence[Held]) -> list[Record]:
     """The checksums of these parts' storages, of the files that state them."""
-    found = (each.state.record(each.tensor.extent) for each in held)
+    found = (each.state.record(each.tensor.extent) for each in parts)
     return [record for record in found if record is not None]
 
 
 def entry_of(
     name: str,
     first: TensorRef | Local,
-    held: Sequence[Held],
+    parts: Sequence[Held],
     saved: Saved,
     missing: Missing = NOTHING_MISSING,
 ) -> Entry:
-    """A tensor of these parts, which must tile it; `first` is what the first rank states of it.
+    """A tensor made of these parts, which must tile it; `first` is what the first rank states of
+    it.
 
     Raises `IncompleteError`, `FormatError`.
     """
     spec = TensorSpec(name, first.dtype, first.shape)
-    fragments = tuple(each.tensor.fragment(each.box) for each in held) if spec.numel else ()
+    fragments = tuple(each.tensor.fragment(each.box) for each in parts) if spec.numel else ()
     try:
         with at(saved.folder):
             return proven(spec, fragments, "parameter" if spec.dtype.floating else "buffer")
@@ -204,6 +207,15 @@ def same_parts(
     pairs = zip(_parts(state, one), _parts(state, other), strict=False)
     alike = _described(one) == _described(other)
     return alike and all(a.box == b.box and _same(a, b, sources) for a, b in pairs)
+
+
+def beginning(state: State, tensor: TensorRef | Local, sources: Sources) -> bytes:
+    """The first bytes that a rank holds of a tensor: what differs there needs no closer look."""
+    for part in _parts(state, tensor):
+        extent = part.tensor.extent
+        if extent.nbytes:
+            return sources.open(extent.file).read(extent.offset, min(extent.nbytes, _BEGINNING))
+    return b""
 
 
 def _same(one: Held, other: Held, sources: Sources) -> bool:

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from reshard.containers import copies
 from reshard.containers.distributed import Local
@@ -91,13 +92,18 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
         records[name] = records_of(units[name])
     places = [_Places(state, units) for state in states]
     slices: dict[str, list[_Slice]] = {}
+    owners: dict[tuple[tuple[str, int, int], ...], str] = {}
     loose: list[str] = []
     for name, value in states[0].tensors.items():
         if is_flat(name):
             continue
         found = [s for place in places for s in place.slice(name)]
         empty = isinstance(value, TensorRef) and value.shape == (0,)
-        if found or (empty and all(_shape(state, name) == (0,) for state in states)):
+        place = tuple(sorted((s.unit, s.start, s.numel) for s in found))
+        owner = owners.setdefault(place, name) if found else name
+        if owner != name:  # tied: the same slices by another name
+            entries[owner] = replace(entries[owner], aliases=(*entries[owner].aliases, name))
+        elif found or (empty and all(_shape(state, name) == (0,) for state in states)):
             entries[name], slices[name] = _parameter(name, value, found), found
         else:
             loose.append(name)
@@ -149,7 +155,7 @@ class _Places:
 
 
 def _whole(name: str, value: TensorRef | Local, parts: Sequence[Held], saved: Saved) -> Entry:
-    """A flat parameter, of all ranks' parts."""
+    """A flat parameter, joined from all ranks' parts."""
     if isinstance(value, TensorRef) or len(value.shape) != 1:
         raise UnsupportedError(
             "a flat parameter is not a sharded tensor of one dimension.",
@@ -160,7 +166,7 @@ def _whole(name: str, value: TensorRef | Local, parts: Sequence[Held], saved: Sa
 
 
 def _parameter(name: str, value: TensorRef | Local, slices: list[_Slice]) -> Entry:
-    """A parameter of its slices, which must follow each other in the flat parameter."""
+    """A parameter, joined from its slices, which must be adjacent in the flat parameter."""
     slices.sort(key=lambda piece: piece.start)
     at, fragments = 0, []
     numel = sum(piece.numel for piece in slices)

@@ -10,11 +10,11 @@
 
     model_rank0.pt  optim_rank0.pt       any script's
 
-`optimizer.state_dict()`, as verl saves it, numbers the parameters. Whose a number is, the shapes
-and the order of the model's parameters say, or nothing does (`reshard.naming.order`). FSDP1 keeps
-its moments flattened: see `flattened`. `FSDP.optim_state_dict` and `get_optimizer_state_dict`, as
-accelerate saves them, have names and whole shapes. verl 0.9.1, accelerate 1.15
-(utils/fsdp_utils.py), torch 2.13.
+`optimizer.state_dict()`, as verl saves it, numbers the parameters. The shapes and the order of the
+model's parameters show which parameter a number stands for, or nothing does
+(`reshard.naming.order`). FSDP1 keeps its moments flattened: see `flattened`.
+`FSDP.optim_state_dict` and `get_optimizer_state_dict`, as accelerate saves them, have names and
+whole shapes. verl 0.9.1, accelerate 1.15 (utils/fsdp_utils.py), torch 2.13.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class _Reading:
 def _tensors(
     one: OptimizerDict, decoder: Decoder, path: Path, world: int
 ) -> dict[str, TensorRef | Local]:
-    """A rank's moments by kind and key. What has a name and is a plain tensor, every rank holds."""
+    """A rank's moments by kind and key. Every rank holds all plain tensors that have names."""
     tensors: dict[str, TensorRef | Local] = {}
     for key, state in one.states.items():
         for kind, value in state.moments.items():
@@ -228,13 +228,13 @@ def _tensors(
     return tensors
 
 
-def _check_same(found: Sequence[OptimizerDict], states: Sequence[State]) -> None:
+def _check_same(optimizers: Sequence[OptimizerDict], states: Sequence[State]) -> None:
     """All ranks must have the same groups, and no two another step of one parameter."""
     counts: dict[Key, int | None] = {}
-    for one, state in zip(found, states, strict=True):
+    for one, state in zip(optimizers, states, strict=True):
         held = {key: None if s.step is None else s.step.count for key, s in one.states.items()}
         apart = any(counts.setdefault(key, count) != count for key, count in held.items())
-        if apart or one.groups != found[0].groups:
+        if apart or one.groups != optimizers[0].groups:
             raise FormatError(
                 f"its optimizer's groups or steps are not those of {states[0].path.name}: files "
                 "of different saves are mixed.",

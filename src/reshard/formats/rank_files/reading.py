@@ -50,7 +50,7 @@ def read(path: Path, sources: Sources, selection: Selection) -> Catalog:
 
 
 def _beside(folder: Path) -> list[Finding]:
-    """That the model's full weights lie beside the ranks' files."""
+    """The finding that the model's full weights lie beside the ranks' files."""
     export = folder / _EXPORT
     if not is_folder(export) or not any(matching(export, "*.safetensors")):
         return []

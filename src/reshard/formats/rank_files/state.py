@@ -1,4 +1,4 @@
-"""One rank's file: the state dict in it, every tensor plain or decoded."""
+"""One rank's file: its state dict, in which every tensor is plain or decoded."""
 
 from __future__ import annotations
 
@@ -69,15 +69,15 @@ def _state_dict(path: Path, content: TorchFile) -> dict[str, object]:
         if isinstance(inner, dict) and inner:
             value = inner
             break
-    found: dict[str, object] = {
+    tensors: dict[str, object] = {
         name: each
         for name, each in (value.items() if isinstance(value, dict) else ())
         if isinstance(name, str) and isinstance(each, TensorRef | Opaque)
     }
-    if not any(isinstance(each, TensorRef) or is_distributed(each) for each in found.values()):
+    if not any(isinstance(each, TensorRef) or is_distributed(each) for each in tensors.values()):
         raise UnsupportedError(
             "it holds no state dict: no dict of names to tensors.",
             path=path,
             hint="Name the files that torch.save(model.state_dict(), ...) wrote.",
         )
-    return found
+    return tensors

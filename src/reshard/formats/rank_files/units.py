@@ -11,10 +11,13 @@ ones, as policies for LoRA make them, are not looked for.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from functools import cache
+from itertools import accumulate
 
 _Span = tuple[int, int]
+# Modules that fit the lengths, over all flat tensors: 100 layers, each wrapped, make 10,000.
+_MAX_FITTING = 500_000
 
 
 def units_in_order(
@@ -35,18 +38,21 @@ def units_in_order(
     numels = list(model.values())
     rooted = _choices(sizes[1:], parts, names, numels)
     whole = _choices(sizes, parts, names, numels)
-    found: list[list[list[str]]] = []
+    units: list[list[list[str]]] = []
     for spans, first in ((rooted, sizes[:1]), (whole, ())):
         if spans is None:
             return None
         for choice in spans:
-            rest = [at for at in range(len(names)) if not any(a <= at < b for a, b in choice)]
+            taken = bytearray(len(names))
+            for start, stop in choice:
+                taken[start:stop] = bytes([1]) * (stop - start)
+            rest = [at for at, is_taken in enumerate(taken) if not is_taken]
             left = sum(numels[at] for at in rest)
             if bool(rest) == bool(first) and (not first or _fits(left, first[0], parts)):
                 root = [[names[at] for at in rest]] if first else []
                 way = [*root, *(names[start:stop] for start, stop in choice)]
-                found += [way] if way not in found else []
-    return found[0] if len(found) == 1 else None
+                units += [way] if way not in units else []
+    return units[0] if len(units) == 1 else None
 
 
 def _fits(numel: int, size: int, parts: int) -> bool:
@@ -60,34 +66,41 @@ def _choices(
 
     A way is the range of parameters that each module has.
     """
-    spans = _modules(names)
-    fitting: dict[int, list[_Span]] = {}
-    for size in {*sizes}:
-        fitting[size] = [s for s in spans if _fits(sum(numels[slice(*s)]), size, parts)]
+    until = [0, *accumulate(numels)]
+    by_total = sorted(
+        (until[stop] - until[start], (start, stop)) for start, stop in _modules(names)
+    )
+    totals = [total for total, _ in by_total]
+    slices = {
+        size: slice(bisect_right(totals, size - parts), bisect_right(totals, size))
+        for size in {*sizes}
+    }
+    if sum(slices[size].stop - slices[size].start for size in sizes) > _MAX_FITTING:
+        return None
+    fitting = {size: sorted(span for _, span in by_total[place]) for size, place in slices.items()}
+    starts = {size: [start for start, _ in spans] for size, spans in fitting.items()}
+    # Of each unit, for each module that fits: the ways to place the units from this one on, if none
+    # before that module is taken; two of many.
+    counts: list[list[int]] = [[]] * len(sizes)
 
-    @cache
-    def count(unit: int, start: int) -> int:
-        """How many ways there are for the units from `unit` on, of two at most."""
+    def ways(unit: int, start: int) -> int:
         if unit == len(sizes):
             return 1
-        found = 0
-        for span in fitting[sizes[unit]]:
-            found += count(unit + 1, span[1]) if span[0] >= start else 0
-            if found > 1:
-                return 2
-        return found
+        return counts[unit][bisect_left(starts[sizes[unit]], start)]
 
-    # From the last unit on: the depth of a call is then one.
     for unit in reversed(range(len(sizes))):
-        for start in {0, *(span[1] for span in spans)}:
-            count(unit, start)
-    total = count(0, 0)
+        spans = fitting[sizes[unit]]
+        found = [0] * (len(spans) + 1)
+        for at in reversed(range(len(spans))):
+            found[at] = min(2, found[at + 1] + ways(unit + 1, spans[at][1]))
+        counts[unit] = found
+    total = ways(0, 0)
     if total != 1:
         return [] if total == 0 else None
     way: list[_Span] = []
     for unit, size in enumerate(sizes):
         start = way[-1][1] if way else 0
-        way += [s for s in fitting[size] if s[0] >= start and count(unit + 1, s[1])]
+        way += [s for s in fitting[size] if s[0] >= start and ways(unit + 1, s[1])]
     return [tuple(way)]
 
 

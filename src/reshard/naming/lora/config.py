@@ -26,7 +26,7 @@ from reshard.storage.paths import is_file, is_folder
 NAME = "adapter_config.json"
 # verl puts the adapter's own folder beside the ranks' files.
 _FOLDERS = (".", "lora_adapter", "..", "../lora_adapter")
-# Of the adapters of the ranks' files beside it, and of no other.
+# It belongs to the adapters in the ranks' files beside it, and to no others.
 _META = "lora_train_meta.json"
 # Far above any alpha; an infinite one would make a model of NaNs.
 _MAX_ALPHA = 1e9

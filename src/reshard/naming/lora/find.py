@@ -279,8 +279,8 @@ class _Separation:
                 spec = TensorSpec(name, FLOAT32, stored.shape(name, shape_of(adapter)))
                 entries[name] = Entry(spec, (), kind="frozen")
         if adapters and not self._name:
-            # Of names without the adapter's, all but the adapters was trained in full, but for
-            # the modules of which PEFT's `bias` saved the bias alone.
+            # If the names lack the adapter's name, everything except the adapters was trained in
+            # full, apart from modules of which PEFT's `bias` saved only the bias.
             held = [name.rpartition(".") for name in sorted(entries.keys() - absent)]
             whole = (module for module, _, last in held if last != "bias")
             self._saved.update(dict.fromkeys(m for m in whole if m not in adapters))
@@ -312,10 +312,10 @@ class _Stored:
             for tail in _ends(name):
                 self._shapes.setdefault(tail, set()).add(entry.spec.shape)
 
-    def shape(self, name: str, made: tuple[int, int]) -> Shape:
-        """`made` or, where the base's of that name is turned (a Conv1D), the reverse."""
+    def shape(self, name: str, product: tuple[int, int]) -> Shape:
+        """`product`, or its reverse where the base stores the weight transposed (a Conv1D)."""
         found = next((self._shapes[tail] for tail in _ends(name) if tail in self._shapes), set())
-        return made[::-1] if made not in found and made[::-1] in found else made
+        return product[::-1] if product not in found and product[::-1] in found else product
 
 
 def _ends(name: str) -> Iterable[str]:
@@ -325,7 +325,7 @@ def _ends(name: str) -> Iterable[str]:
 
 
 def _tail(parts: list[str]) -> str:
-    """A name from the part before the first that PEFT may have put there; empty without such."""
+    """The end of a name, from the part before the first one that PEFT inserted; or empty."""
     at = next((i for i, part in enumerate(parts) if methods.looks_adapted(part)), None)
     return "" if at is None else ".".join(parts[max(at - 1, 0) :])
 
@@ -377,7 +377,8 @@ def _adapter(module: str, tensors: Mapping[str, Entry]) -> Adapter:
             f"adapters of shapes {a.spec.shape} and {b.spec.shape} (convolutions) are not "
             "supported.",
             tensor=f"{module}.{keys[0]}",
-            # Of a convolution in groups, B has a group's share of A's rows: PEFT merges none.
+            # In a grouped convolution, B has only one group's share of A's rows: PEFT cannot merge
+            # it.
             hint=methods.hint(merges=a.spec.shape[:1] == b.spec.shape[1:2]),
         )
     if a.spec.shape[0] != b.spec.shape[1]:

@@ -82,7 +82,8 @@ def named(config: AdapterConfig, base: Path, base_config: Mapping[str, Any]) -> 
 
 
 def _task(class_: str, config: Mapping[str, Any]) -> str | None:
-    """PEFT's task type of a model class; None where it has none, as of vision-language models."""
+    """PEFT's task type of a model class; None where PEFT has none, as for vision-language
+    models."""
     if config.get("is_encoder_decoder") is True and class_.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM"
     return next((task for end, task in _TASKS if class_.endswith(end)), None)
@@ -165,19 +166,19 @@ def findings(config: Mapping[str, Any], ranks: tuple[int, ...]) -> list[Finding]
 
     Read off vLLM 0.33 (vllm/lora/peft_helper.py) and llama.cpp (convert_lora_to_gguf.py).
     """
-    found = []
+    notes = []
     base = config["base_model_name_or_path"]
     if isinstance(base, str) and not is_repository(base):
         message = f"adapter_config.json names the base by its folder, {base}."
-        found.append(Finding("adapter-base-folder", message))
+        notes.append(Finding("adapter-base-folder", message))
     refused = _refused_by_engines(config)
     if refused:
         message = f"vLLM and llama.cpp refuse such an adapter: it has {', '.join(refused)}."
-        found.append(Finding("adapter-not-served", message))
+        notes.append(Finding("adapter-not-served", message))
     elif max(ranks) > VLLM_RANK:
         message = f"vLLM takes adapters of rank {VLLM_RANK} by default, and this has {max(ranks)}."
         fix = f"Start vLLM with --max-lora-rank {allowed_rank(max(ranks))}."
-        found.append(Finding("adapter-rank-for-vllm", message, fix=fix))
+        notes.append(Finding("adapter-rank-for-vllm", message, fix=fix))
     misread = [
         ("alpha_pattern", "sglang and llama.cpp scale every module by the one lora_alpha"),
         ("rank_pattern", "sglang scales every module as if it had the one rank"),
@@ -186,8 +187,8 @@ def findings(config: Mapping[str, Any], ranks: tuple[int, ...]) -> list[Finding]
     for key, what in misread:
         if config[key]:
             message = f"the adapter has {key}: {what}, silently."
-            found.append(Finding("adapter-scales-differ", message))
-    return found
+            notes.append(Finding("adapter-scales-differ", message))
+    return notes
 
 
 def _refused_by_engines(config: Mapping[str, Any]) -> list[str]:

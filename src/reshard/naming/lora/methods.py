@@ -1,4 +1,4 @@
-"""What PEFT can train, by name: what is merged, and how a refusal names the rest.
+"""The methods of PEFT, by name: the one that reshard merges, and the others as errors name them.
 
 Read off PEFT 0.21: utils/peft_types.py (the methods), mapping.py (the first letters of their
 parameters), tuners/lora/config.py (the settings) and tuners/lora/layer.py (what an initialisation
@@ -14,8 +14,8 @@ from msgspec import Struct
 
 
 class Method(Struct, frozen=True):
-    """A method that is not merged here: its title, and what a part of its tensors' names begins
-    with. `merges`: PEFT itself can merge it into the weights."""
+    """A method that reshard does not merge: its title, and the prefix that marks its tensors'
+    names. `merges`: PEFT itself can merge it into the weights."""
 
     title: str
     prefix: str
@@ -71,15 +71,15 @@ METHODS: dict[str, Method] = {
     "WAVEFT": Method("WaveFT", "waveft_"),
     "XLORA": Method("X-LoRA", "xlora_", merges=False),
 }
-#: What prompt learning calls its one tensor, or the module that makes it, at the top.
+#: Prompt learning's name for its one tensor, or for the module that makes it.
 PROMPTS = ("prompt_encoder", "prompt_embeddings")
 
 
 class Setting(Struct, frozen=True):
     """A setting of LoRA that makes it something other than `W + B A s`.
 
-    `part` is what a part of its tensors' names begins with; None: its tensors have the usual names,
-    or names that do not show it. `merges`: PEFT itself can merge it.
+    `part` is the prefix that marks its tensors' names; None: its tensors have the usual names, or
+    names that do not show it. `merges`: PEFT itself can merge it.
     """
 
     title: str
@@ -113,8 +113,8 @@ IDLE_SETTINGS = frozenset({
     "lora_ga_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_version",
     "qalora_group_size", "runtime_config", "target_modules", "velora_config",
 })  # fmt: skip
-#: What an initialisation's name begins with, where it takes the adapter's first update out of the
-#: base's weights: `W - B A s` is what such an adapter is an update of.
+#: Beginnings of the names of initialisations that subtract the adapter's first update from the
+#: base's weights: such an adapter updates `W - B A s`.
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 #: The tensors of LoRA and DoRA.
@@ -138,7 +138,7 @@ def is_of_training(part: str) -> bool:
 
 @lru_cache(4096)
 def refused_part(part: str) -> tuple[str, bool] | None:
-    """The title of the method that a part of a tensor's name shows, and whether PEFT can merge it.
+    """The title of the method that a part of a name belongs to, and whether PEFT can merge it.
 
     >>> refused_part("lora_diag"), refused_part("lora_A"), refused_part("q_proj")
     (('KaSA', True), None, None)

@@ -18,10 +18,10 @@ from reshard.naming.name_map import NameMap
 
 
 def keys(separated: Separated, equal: Equal | None) -> dict[str, str]:
-    """Each updated tensor -> a key of its update; two of one key are changed alike.
+    """Each updated tensor -> a key of its update; tensors with equal keys get equal changes.
 
     PEFT's `ensure_weight_tying` gives a head the adapter of the embedding that it is tied to,
-    turned. Every other update is of its own tensor alone. Without `equal` no value is read.
+    transposed. Every other update belongs to one tensor. Without `equal` no value is read.
     """
     found = {f"{module}.weight": module for module in separated.adapters}
     linear = [a for a in separated.adapters.values() if not a.embedding and a.magnitude is None]
@@ -43,7 +43,7 @@ def _same(one: Entry, other: Entry, equal: Equal | None) -> bool:
 
 class Updates(Struct, frozen=True):
     """The updated weights: by the output's name, where they are one of its tensors; by the
-    checkpoint's, where the output stacks, splits or turns them."""
+    checkpoint's, where the output stacks, splits or transposes them."""
 
     by_output: Mapping[str, Entry] = field(default_factory=dict)
     by_source: Mapping[str, Entry] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Updates(Struct, frozen=True):
 
 def updates(
     separated: Separated,
-    found: NameMap,
+    name_map: NameMap,
     config: AdapterConfig,
     base: Mapping[str, Entry],
     *,
@@ -60,14 +60,14 @@ def updates(
 ) -> Updates:
     """Each adapted weight with its update.
 
-    `found` maps `separated.entries`, `base` are the base model's own tensors: those that the
+    `name_map` maps `separated.entries`, `base` are the base model's own tensors: those that the
     checkpoint does not hold are taken from there. `keys` are those that the fit was told.
 
     Raises `UnsupportedError` for an adapter on a weight that the checkpoint does not hold and the
     base stacks or turns.
     """
     outputs: dict[str, list[str]] = {}
-    for output, own in found.origins.items():
+    for output, own in name_map.origins.items():
         outputs.setdefault(own, []).append(output)
     known = keys or {}
     placed = {known.get(name) for name in outputs}
@@ -82,13 +82,13 @@ def updates(
         absent = name in separated.absent
         if absent:
             _check_place(name, places)
-            weight = base[found.tied_to.get(places[0], places[0])]
+            weight = base[name_map.tied_to.get(places[0], places[0])]
         else:
             weight = separated.entries[name]
         updated = low_rank(
             adapter,
             weight,
-            config.scaling(name_in_peft(module, found.prefix), adapter.rank),
+            config.scaling(name_in_peft(module, name_map.prefix), adapter.rank),
             turned=module.rpartition(".")[2] in turned if turned else config.fan_in_fan_out,
         )
         if places:
@@ -98,10 +98,10 @@ def updates(
     return Updates(by_output, by_source)
 
 
-def lost(separated: Separated, found: NameMap, keys: Mapping[str, str]) -> list[str]:
+def lost(separated: Separated, name_map: NameMap, keys: Mapping[str, str]) -> list[str]:
     """The weights that adapters update and that are neither in the checkpoint nor in the base."""
-    placed = {keys.get(name) for name in found.origins.values()}
-    dropped = separated.absent.intersection(found.matching.unexpected)
+    placed = {keys.get(name) for name in name_map.origins.values()}
+    dropped = separated.absent.intersection(name_map.matching.unexpected)
     return sorted(name for name in dropped if keys.get(name) not in placed)
 
 

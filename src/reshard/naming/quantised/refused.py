@@ -65,24 +65,24 @@ class Refused(Struct, frozen=True):
 
 
 def refused(entries: Mapping[str, Entry], stated: Statement | None) -> Refused | None:
-    """The kind that the tensors are of, if it is one that is not read."""
-    found = list(_signs(entries))
-    if not found and stated is not None and not stated.readable:
+    """The kind of quantisation that the tensors have, if reshard does not read it."""
+    signs = list(_signs(entries))
+    if not signs and stated is not None and not stated.readable:
         # Of methods that are not in the table: their codes are integers.
-        found = [
+        signs = [
             (name.rpartition(".")[0], stated.title)
             for name, entry in entries.items()
             if len(entry.spec.shape) > 1 and not entry.spec.dtype.floating
         ]
-    if not found:
+    if not signs:
         return None
-    kinds = Counter(kind for _, kind in found)
+    kinds = Counter(kind for _, kind in signs)
     title = next((kind for kind in _RANK if kind in kinds), kinds.most_common(1)[0][0])
     if stated is not None and (not stated.readable or stated.title.startswith(title.split()[0])):
         title = stated.title
     elif stated is not None:
         title = f"{title} ({stated.title})"
-    return Refused(title, frozenset(module for module, _ in found))
+    return Refused(title, frozenset(module for module, _ in signs))
 
 
 def without_codes(entries: Mapping[str, Entry], kind: Refused) -> dict[str, Entry]:

@@ -14,7 +14,6 @@ from msgspec import Struct
 
 from reshard.core.digests import LEAF_NBYTES, leaf_numel
 from reshard.core.findings import Finding
-from reshard.core.locations import RemotePath
 from reshard.core.plan import Plan
 from reshard.core.tensors import Entry, Extent, FileRef, Record
 from reshard.progress import Progress
@@ -53,7 +52,7 @@ class OnRay(Struct, frozen=True):
     def run(self, plan: Plan, sources: Sources, folder: Folder) -> Outcome:
         """Write every file of the plan into the folder, synced and named. Raises what fails."""
         ledger = Ledger(self.records, self.unprotected)
-        if isinstance(folder.target, RemotePath):
+        if folder.in_order:  # as a store takes a file, which workers make and send whole
             from reshard.transfer.cluster.stores import StoreTransfer
 
             return StoreTransfer(self, plan, sources, folder, ledger).run()
@@ -67,13 +66,13 @@ class OnRay(Struct, frozen=True):
         self,
         leaves: Iterator[tuple[Entry, int]],
         sources: Sources,
-        found: Callable[[int, bytes], None],
+        hashed: Callable[[int, bytes], None],
     ) -> None:
-        """Have leaves of tensors read and hashed; `found` gets each one's place and digest."""
+        """Have leaves of tensors read and hashed; `hashed` gets each one's place and digest."""
 
         def answered(first: int, answer: wire.HashAnswer) -> None:
             for place, digest in enumerate(answer.digests, first):
-                found(place, digest)
+                hashed(place, digest)
 
         tasks = Tasks(self.ray, self.workers, wire.HashAnswer)
         tasks.run(_hash_tasks(leaves, sources), answered)

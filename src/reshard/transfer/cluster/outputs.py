@@ -39,7 +39,7 @@ class Outputs:
         return self._file(number).reading()
 
     def forget(self) -> None:
-        """That nothing more is read."""
+        """Note that nothing more will be read."""
         for file in self._open.values():
             file.forget()
 

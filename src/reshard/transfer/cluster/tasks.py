@@ -51,7 +51,8 @@ class _UnderWay(Struct, Generic[Job]):
 
 
 class Tasks(Generic[Answered]):
-    """Runs tasks that are answered so; `lost` counts those that were handed out again."""
+    """Runs tasks whose answers are of type `kind`; `lost` counts those that were handed out
+    again."""
 
     def __init__(self, ray: Any, workers: Workers, kind: type[Answered]) -> None:
         self.lost: int = 0

@@ -166,19 +166,19 @@ def _found(
     if piece.noted is None:
         return None
     hasher = xxhash.xxh3_128()
-    found = []
+    results = []
     try:
         for number, runs in piece.segments:
             read = partial(read_fully, outputs.reading(task.slots[number].output))
             slot = slots[number]
-            found.append(maker.find(slot, unpacked(runs, slot), hasher, read))
+            results.append(maker.find(slot, unpacked(runs, slot), hasher, read))
     except OSError:
         return None
     finally:
         outputs.forget()
     if hasher.digest() != piece.noted:
         return None
-    return PieceAnswer(piece.noted, tuple(found), found=True)
+    return PieceAnswer(piece.noted, tuple(results), found=True)
 
 
 def unpacked(runs: tuple[WireRun, ...], slot: Slot) -> list[Run]:

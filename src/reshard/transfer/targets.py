@@ -1,0 +1,161 @@
+"""Where an output will be: what a folder of this machine and one of a store do differently.
+
+Only this module, and what it leads to, knows which of the two an output is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
+
+from reshard.core.locations import MANIFEST, RemotePath
+from reshard.errors import ReshardError, WriteError
+
+if TYPE_CHECKING:  # a command is to start fast, and to say what stands while a signal waits
+    from reshard.storage.fingerprints import Fingerprint
+    from reshard.transfer.commit import OutputFolder
+    from reshard.transfer.remote import RemoteFolder
+
+#: Of a store or a disk that does not answer.
+UNKNOWN = (-1, -1)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+class Target(Protocol):
+    """The path of an output, before it is written and after a run has ended."""
+
+    def output(
+        self,
+        digest: str,
+        names: Iterable[str],
+        *,
+        overwrite: bool,
+        resume: bool,
+        sources: Mapping[str, Fingerprint],
+    ) -> OutputFolder | RemoteFolder:
+        """The output of a plan, to be entered; `names` are those of all its files."""
+
+    def lacking_space(self, nbytes: int) -> WriteError | None:
+        """The error that there is no room for `nbytes` bytes; None where there is."""
+
+    def is_unfinished(self, *, overwrite: bool) -> bool:
+        """Whether a run left something under the output's name that this run goes on from.
+
+        Raises `WriteError` where that run is alive, or where other objects lie there.
+        """
+
+    def identity(self) -> tuple[int, int] | None:
+        """Which output stands there now; None: there is none. Raises nothing."""
+
+    def can_be_continued(self) -> bool:
+        """Whether an interrupted run kept what it finished. Raises nothing."""
+
+
+def target_at(path: Path) -> Target:
+    """The output at a path."""
+    return StoreTarget(path) if isinstance(path, RemotePath) else LocalTarget(path)
+
+
+def check_space(path: Path, nbytes: int) -> None:
+    """Raise `WriteError` where there is no room for an output of `nbytes` bytes."""
+    if (lacking := target_at(path).lacking_space(nbytes)) is not None:
+        raise lacking
+
+
+class LocalTarget(Struct, frozen=True):
+    """An output on this machine: another folder beside it until it is complete."""
+
+    path: Path
+
+    def output(
+        self,
+        digest: str,
+        names: Iterable[str],
+        *,
+        overwrite: bool,
+        resume: bool,
+        sources: Mapping[str, Fingerprint],
+    ) -> OutputFolder:
+        from reshard.transfer.commit import OutputFolder
+
+        return OutputFolder(self.path, digest, overwrite=overwrite, resume=resume, sources=sources)
+
+    def lacking_space(self, nbytes: int) -> WriteError | None:
+        from reshard.transfer.commit import lacking_space
+
+        return lacking_space(self.path, nbytes)
+
+    def is_unfinished(self, *, overwrite: bool) -> bool:
+        return False
+
+    def identity(self) -> tuple[int, int] | None:
+        try:
+            # A loop of links is an error here, on any Python.
+            status = os.stat(self.path)  # noqa: PTH116
+        except OSError as error:
+            return None if error.errno in _ABSENT else UNKNOWN
+        return status.st_dev, status.st_ino
+
+    def can_be_continued(self) -> bool:
+        from reshard.transfer import leftovers
+
+        return leftovers.is_there(self.path)
+
+
+class StoreTarget(Struct, frozen=True):
+    """An output in a store, whose objects are written in their place."""
+
+    path: RemotePath
+
+    def output(
+        self,
+        digest: str,
+        names: Iterable[str],
+        *,
+        overwrite: bool,
+        resume: bool,
+        sources: Mapping[str, Fingerprint],
+    ) -> RemoteFolder:
+        from reshard.transfer.remote import RemoteFolder
+
+        return RemoteFolder(
+            self.path, digest, names, overwrite=overwrite, resume=resume, sources=sources
+        )
+
+    def lacking_space(self, nbytes: int) -> WriteError | None:
+        return None
+
+    def is_unfinished(self, *, overwrite: bool) -> bool:
+        from reshard.storage import remote
+        from reshard.transfer import claims
+
+        unfinished = remote.is_unfinished(self.path)
+        left = claims.left_at(self.path) if unfinished or overwrite else None
+        if left is not None:
+            left.check_gone(force=overwrite)
+            if unfinished:
+                left.check_only_ours()
+        return unfinished
+
+    def identity(self) -> tuple[int, int] | None:
+        from reshard.storage.remote import identity
+        from reshard.storage.stores import bucket_of
+
+        try:
+            last = bucket_of(self.path).head((self.path / MANIFEST).key)
+        except ReshardError:
+            return UNKNOWN
+        return None if last is None else identity(last)[1:3]
+
+    def can_be_continued(self) -> bool:
+        from reshard.storage import remote
+
+        try:
+            return remote.is_unfinished(self.path)
+        except ReshardError:
+            return False
