@@ -174,7 +174,10 @@ class _Parser:
         # Chunks of all layers have the same few sizes, which a run of records shares.
         self._shapes: dict[Shape, Shape] = {}
         self._kinds: dict[tuple[str, str], bool] = {}
-        self._getters: dict[tuple[object, ...], itemgetter[Any]] = {}
+        # By the fields asked for: of which class and keys, what gets them, whether it has all.
+        self._getters: dict[
+            tuple[str, ...], tuple[str, tuple[str, ...], itemgetter[Any], bool]
+        ] = {}
 
     def metadata(self, value: object) -> Metadata:
         fields = self._record(value, "Metadata")
@@ -373,17 +376,28 @@ class _Parser:
         self, raw: object, kind: str, names: tuple[str, ...], key: str | None = None
     ) -> tuple[Any, ...]:
         """Some fields of a record, None for those that it lacks."""
-        if type(raw) is Instance and self._is(raw, kind):
-            getter = self._getters.get((raw.keys, names))
-            if getter is None:
-                places = [*raw.keys, *(name for name in names if name not in raw.keys)]
-                lacking = len(raw.keys)
-                getter = itemgetter(*(min(places.index(name), lacking) for name in names))
-                self._getters[raw.keys, names] = getter
-            found: tuple[Any, ...] = getter((*raw.values, None))
-            return found
+        if type(raw) is Instance:
+            known = self._getters.get(names)
+            # Records of one class share their name and keys; two million are asked.
+            if known is None or known[0] is not raw.name or known[1] is not raw.keys:
+                known = self._getter(raw, kind, names)
+            if known is not None:
+                found: tuple[Any, ...] = known[2](raw.values if known[3] else (*raw.values, None))
+                return found
         fields = self._record(raw, kind, key)
         return tuple([fields.get(name) for name in names])
+
+    def _getter(
+        self, raw: Instance, kind: str, names: tuple[str, ...]
+    ) -> tuple[str, tuple[str, ...], itemgetter[Any], bool] | None:
+        """What gets the fields of a record; None where it is of another kind."""
+        if not self._is(raw, kind):
+            return None
+        lacking = len(raw.keys)
+        places = [raw.keys.index(name) if name in raw.keys else lacking for name in names]
+        made = (raw.name, raw.keys, itemgetter(*places), max(places) < lacking)
+        self._getters[names] = made
+        return made
 
     def _broken(self, what: str, key: str | None = None) -> FormatError:
         return FormatError(

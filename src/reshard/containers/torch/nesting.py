@@ -128,8 +128,12 @@ def _items_of(value: object) -> list[object]:
 def _holds_others(value: object) -> bool:
     """Whether what a container or record stands for is more than its items."""
     if type(value) is Opaque:
-        return value.short_name == _KEPT or any(type(v) in HOLDING for v in _items_of(value))
-    return any(type(item) in HOLDING for item in _items_of(value))
+        if type(value.state) in HOLDING or value.name.endswith(_KEPT):
+            return True
+        items: Iterable[object] = (*value.args, *(value.items or ()))
+    else:
+        items = value.values() if type(value) is dict else _items_of(value)
+    return any(type(item) in HOLDING for item in items)
 
 
 def _is_small(value: object) -> bool:
