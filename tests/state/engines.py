@@ -101,7 +101,7 @@ class Deepspeed:
         zero: dict[str, Any] = {"stage": stage}
         if stage == 3:
             zero["stage3_param_persistence_threshold"] = 0
-        if self._job.optimizer in ("cpu_adam", "muon_offloaded"):
+        if self._job.optimizer in ("cpu_adam", "compiled_cpu_adam", "muon_offloaded"):
             zero["offload_optimizer"] = {"device": "cpu"}
         if self._job.optimizer.startswith("muon") and stage == 3:
             zero["reduce_scatter"] = False
@@ -467,7 +467,12 @@ def _optimizer(model: Any, job: Job) -> torch.optim.Optimizer:
         return models.optimizer(model, job)
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-    kind = DeepSpeedCPUAdam if job.optimizer == "cpu_adam" else FusedAdam
+    if job.optimizer == "compiled_cpu_adam":
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+
+        module: Any = importlib.import_module("deepspeed.ops.adam.cpu_adam")
+        module.CPUAdamBuilder = CPUAdamBuilder
+    kind = FusedAdam if job.optimizer == "fused_adam" else DeepSpeedCPUAdam
     made: torch.optim.Optimizer = kind(
         models.optimizer(model, job).param_groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-6
     )
