@@ -44,6 +44,8 @@ VERSION = 1
 _MAX_LINE = 1 << 20
 # Bytes of pieces after which lines are written. Lines that wait are lost with the process.
 _STEP = 16 << 20
+# Lines that wait, at most: 200,000 small tensors make few bytes.
+_MAX_WAITING = 1 << 12
 # Bytes of pieces after which lines are synced, with the next file.
 _SYNCED = 64 << 20
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -304,7 +306,7 @@ class Journal:
             self._waiting.append(line)
             self._passed += nbytes
             self._unsynced += nbytes
-            if self._passed >= _STEP:
+            if self._passed >= _STEP or len(self._waiting) >= _MAX_WAITING:
                 self._flush()
 
     def seal(self, name: str, nbytes: int) -> None:
