@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,20 +21,35 @@ settings.register_profile("without a deadline", deadline=None)
 settings.load_profile("without a deadline")
 
 
+_HERE = Path(__file__).parent
+# The first tests of each, which make what many others read and wait for.
+_MAKING = (_HERE / "test_oracle.py", _HERE / "fsdp" / "test_read.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Leave out what takes long where no folder is named: `pytest` is a newcomer's first command.
 
     `pytest tests`, as of `make test`, runs everything.
     """
+    if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
+        gc.disable()  # until all is imported: half of the time of it
     alone = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     if alone and config.option.markexpr == "not slow":
         config.option.markexpr = "not slow and not heavy"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have one worker make DeepSpeed's checkpoints while the others do what needs none."""
+    """Have one worker make DeepSpeed's checkpoints, and the next FSDP's, while the others do what
+    needs none."""
     late = {item.path for item in items if "oracle" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: (item.path.name != "test_oracle.py", item.path in late))
+    first = {path: at for at, path in enumerate(_MAKING)}
+    items.sort(key=lambda item: (first.get(item.path, len(first)), item.path in late))
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what was imported, in every test."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -158,6 +158,15 @@ def test_the_design_draws_the_same_list() -> None:
     ]
 
 
+def test_each_room_says_what_its_modules_do() -> None:
+    for room in sorted(path.parent for path in SOURCE.glob("*/__init__.py")):
+        text = ast.get_docstring(ast.parse((room / "__init__.py").read_text("utf-8"))) or ""
+        words = set(re.findall(r"\w+", text))
+        inside = {path.stem for path in room.glob("*.py")}
+        inside |= {path.parent.name for path in room.glob("*/__init__.py")}
+        assert inside - {"__init__"} <= words, room.name
+
+
 def test_rooms_import_only_from_rooms_above() -> None:
     wrong = [
         f"{found.module} imports {found.imported}"
@@ -184,11 +193,18 @@ def test_nobody_asks_for_a_format_by_its_name() -> None:
         if room(module).startswith("formats") or module.startswith("reshard.containers.torch"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Compare):
-                continue
-            sides = [node.left, *node.comparators]
-            texts = {side.value for side in sides if isinstance(side, ast.Constant)}
-            asked += [f"{module}:{node.lineno}" for text in texts & names if text]
+            sides: list[ast.expr] = []
+            if isinstance(node, ast.Compare):
+                for side in (node.left, *node.comparators):
+                    sides += (
+                        side.elts if isinstance(side, (ast.Tuple, ast.List, ast.Set)) else [side]
+                    )
+            elif isinstance(node, ast.MatchValue):
+                sides = [node.value]
+            constants = [side for side in sides if isinstance(side, ast.Constant)]
+            asked += [
+                f"{module}:{one.lineno}" for one in constants if one.value and one.value in names
+            ]
     assert asked == [], "ask its FormatInfo"
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -20,6 +18,7 @@ from safetensors.numpy import save_file
 
 from reshard.cli.app import reshard, run
 from tests.child import until
+from tests.cli.test_terminal import on_terminal
 from tests.oracle.cache import Oracle, digest_of, kept
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +165,8 @@ def test_names_cannot_steer_the_terminal(tmp_path: Path, arguments: list[str]) -
     model = steering_model(tmp_path)
     (tmp_path / "other").mkdir()
     save_file({"b": np.zeros(2, np.float32)}, tmp_path / "other" / "model.safetensors")
-    shown = in_terminal([argument.format(model) for argument in arguments], tmp_path)
+    given = [argument.format(model) for argument in arguments]
+    shown = on_terminal(given, tmp_path, TERM="dumb", COLUMNS="200")
     assert "Traceback" not in shown
     assert all(c.isprintable() or c == "\n" for c in unstyled(shown)), shown
     if "--json" in arguments:
@@ -176,28 +176,6 @@ def test_names_cannot_steer_the_terminal(tmp_path: Path, arguments: list[str]) -
 def unstyled(shown: str) -> str:
     """Without what the table's own borders and bold type take."""
     return re.sub(r"\x1b\[[0-9;]*m", "", shown) if "─" in shown or "━" in shown else shown
-
-
-def in_terminal(arguments: list[str], folder: Path) -> str:
-    """What a command shows on a terminal."""
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TERM": "dumb", "COLUMNS": "200"}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "reshard", *map(os.fsencode, arguments)],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=theirs,
-        stderr=theirs,
-    )
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
-        while piece := os.read(ours, 1 << 16):
-            shown += piece
-    os.close(ours)
-    assert child.wait() in (0, 1), shown
-    return shown.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize(

@@ -46,13 +46,13 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 
 def on_terminal(arguments: list[str], folder: Path, **more: str) -> str:
-    """What a command shows on a terminal of 80 columns."""
+    """What a command shows on a terminal of 80 columns; `more` are variables of its environment."""
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
     environment |= {"TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path), **more}
     child = subprocess.Popen(
-        [sys.executable, "-m", "reshard", *arguments],
+        [sys.executable, "-m", "reshard", *map(os.fsencode, arguments)],
         cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
     )  # fmt: skip
     os.close(theirs)
@@ -61,7 +61,7 @@ def on_terminal(arguments: list[str], folder: Path, **more: str) -> str:
         while piece := os.read(ours, 1 << 16):
             shown += piece
     os.close(ours)
-    child.wait()
+    assert child.wait() in (0, 1), shown
     return shown.decode().replace("\r\n", "\n")
 
 

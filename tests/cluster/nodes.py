@@ -11,12 +11,15 @@ from typing import Any
 
 # A node's object store, in bytes: the least that Ray takes.
 STORE = 80 << 20
+# In the environment of all processes of a cluster that this process started.
+_MARK = "RESHARD_TEST_CLUSTER_OF"
 
 
 @contextmanager
 def cluster(nodes: int) -> Iterator[Any]:
     """`nodes` nodes of one processor each, the first of them the head."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ[_MARK] = str(os.getpid())
     from ray.cluster_utils import Cluster
 
     of_a_node = {"num_cpus": 1, "object_store_memory": STORE}
@@ -41,8 +44,9 @@ def processes(file: str, words: bytes) -> list[int]:
 
 
 def at_work() -> list[int]:
-    """The workers of this user that are at work on a task just now."""
-    return processes("cmdline", b"ray::work")
+    """The workers that are at work on a task just now, but those of another test run's cluster."""
+    ours = processes("environ", f"{_MARK}={os.getpid()}\0".encode())
+    return sorted({*processes("cmdline", b"ray::work")} & {*ours})
 
 
 def writers(folder: Path) -> list[int]:

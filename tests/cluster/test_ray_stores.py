@@ -20,7 +20,7 @@ from tests.files import contents
 from tests.golden.table import CONVERSIONS, GOLDEN, HERE
 from tests.remote.conftest import bucket, moto
 from tests.remote.server import BUCKET, KEYS, Bucket, Fault, Proxy, Request
-from tests.remote.test_resuming import OUT, forge
+from tests.remote.store_runs import OUT, forge
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("obstore")

@@ -15,6 +15,7 @@ from tests.oracle.cache import Array, digest_of, kept, to_numpy
 
 # What decides what is made, besides the packages.
 _SOURCES = (
+    "tests/deepspeed/making.py",
     "tests/deepspeed/parallel_oracle.py",
     "tests/oracle/launch.py",
     "tests/oracle/models.py",

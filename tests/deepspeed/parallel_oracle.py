@@ -17,13 +17,10 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-import gc
-import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,8 @@ from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_opti
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
-from tests.oracle import launch, models
+from tests.deepspeed.making import main
+from tests.oracle import models
 from tests.oracle.worker import Rank
 
 _HIDDEN, _PACKED = 8, (8, 4, 4)
@@ -302,15 +300,5 @@ def _global_experts(mine: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def main(folder: Path, names: list[str]) -> None:
-    for module in launch.PRELOADED:
-        importlib.import_module(module)
-    gc.freeze()
-    for recipe in RECIPES.values():
-        if not names or recipe.name in names:
-            job: Callable[[Rank, Path], None] = partial(make, recipe)
-            launch._run([(recipe.name, job)], recipe.world, folder)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(RECIPES, make, Path(sys.argv[1]), sys.argv[2:])

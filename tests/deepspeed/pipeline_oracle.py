@@ -17,12 +17,9 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-import gc
-import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +34,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from tests.oracle import launch, worker
+from tests.deepspeed.making import main
+from tests.oracle import worker
 from tests.oracle.models import VOCAB, next_token_loss
 from tests.oracle.worker import Rank
 
@@ -258,15 +256,5 @@ def _write_truth(
         save_file(states or {"none": torch.zeros(1)}, folder / "moments.safetensors")
 
 
-def main(folder: Path, names: list[str]) -> None:
-    for module in launch.PRELOADED:
-        importlib.import_module(module)
-    gc.freeze()
-    for recipe in RECIPES.values():
-        if not names or recipe.name in names:
-            job: Callable[[Rank, Path], None] = partial(make, recipe)
-            launch._run([(recipe.name, job)], recipe.world, folder)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(RECIPES, make, Path(sys.argv[1]), sys.argv[2:])

@@ -18,7 +18,7 @@ from reshard.core.findings import CODES, Code
 from reshard.diagnosis import diagnosis as module
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.checks.engines import CHECKS as ENGINE_CHECKS
-from reshard.diagnosis.found import Signs
+from reshard.diagnosis.signs import Signs
 from reshard.diagnosis.table import CHECKS
 from reshard.diagnosis.training import CODES as TRAINING
 from reshard.errors import VerificationError
@@ -96,7 +96,7 @@ def test_json_is_one_object(
         "code": "wrapper-prefix",
         "severity": "error",
         "subject": "",
-        "message": "names hold wrappers' parts: module; for instance module.lm_head.weight",
+        "message": "names contain parts of wrappers: module; for instance module.lm_head.weight",
         "fix": "the tensors are written under the base's names",
         "evidence": {},
     }

@@ -52,7 +52,9 @@ def test_an_index_that_misses_a_tensor(pairs: Pairs, sharded: Path, tmp_path: Pa
     edit_index(sharded, {"model.norm.weight": None})
     with pytest.raises(reshard.FormatError):
         reshard.open(sharded)
-    assert_mended(sharded, pairs, tmp_path / "out", "holds what it does not list there: model.norm")
+    assert_mended(
+        sharded, pairs, tmp_path / "out", "holds tensors that it does not list: model.norm"
+    )
 
 
 def test_an_index_that_points_to_the_wrong_file(
@@ -61,18 +63,18 @@ def test_an_index_that_points_to_the_wrong_file(
     index = json.loads((sharded / INDEX).read_text())["weight_map"]
     other = next(file for file in index.values() if file != index["model.norm.weight"])
     edit_index(sharded, {"model.norm.weight": other})
-    assert_mended(sharded, pairs, tmp_path / "out", f"{other} does not hold what it lists there")
+    assert_mended(sharded, pairs, tmp_path / "out", f"{other} lacks tensors that it lists there")
 
 
 def test_an_index_of_files_under_other_names(pairs: Pairs, sharded: Path, tmp_path: Path) -> None:
     for path in sorted(sharded.glob("model-*-of-*.safetensors")):
         path.rename(path.with_name(path.name.replace("-of-0", "-of-1")))
-    assert_mended(sharded, pairs, tmp_path / "out", "which is not there")
+    assert_mended(sharded, pairs, tmp_path / "out", "which does not exist")
 
 
 def test_shards_without_an_index(pairs: Pairs, sharded: Path, tmp_path: Path) -> None:
     (sharded / INDEX).unlink()
-    assert_mended(sharded, pairs, tmp_path / "out", f"and there is no {INDEX}")
+    assert_mended(sharded, pairs, tmp_path / "out", f"but there is no {INDEX}")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 1}}'])
@@ -95,7 +97,7 @@ def test_a_shard_that_is_not_there(pairs: Pairs, sharded: Path, tmp_path: Path) 
     (lost, *_) = sorted(sharded.glob("model-*.safetensors"))
     lost.unlink()
     told = evidence(refused(sharded, None, tmp_path / "out", "index-mismatch"), "index-mismatch")
-    assert f"in {lost.name}, which is not there" in told
+    assert f"in {lost.name}, which does not exist" in told
     base = pairs("llama").base
     refused(sharded, base, tmp_path / "out", "index-mismatch", "names-do-not-fit")
 
@@ -112,7 +114,7 @@ def test_an_index_cannot_lead_out_of_the_folder(sharded: Path, tmp_path: Path) -
     save_file({"secret": torch.zeros(2)}, tmp_path / "other.safetensors")
     edit_index(sharded, {"secret": "../other.safetensors"})
     diagnosis = refused(sharded, None, tmp_path / "no", "index-mismatch")
-    assert "../other.safetensors, which is not there" in evidence(diagnosis, "index-mismatch")
+    assert "../other.safetensors, which does not exist" in evidence(diagnosis, "index-mismatch")
     other = (tmp_path / "other.safetensors").rename(tmp_path / "other.secret")
     (sharded / "model-00099-of-00099.safetensors").symlink_to(other)
     diagnosis = reshard.doctor(sharded)

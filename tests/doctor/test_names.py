@@ -156,7 +156,7 @@ def test_tensors_that_are_not_there_or_too_many(pairs: Pairs, tmp_path: Path) ->
     del tensors["model.norm.weight"]
     models.save(ill, tensors)
     diagnosis = refused(ill, pair.base, tmp_path / "out", "names-do-not-fit")
-    assert "1 of the base are not here: model.norm.weight" in evidence(
+    assert "1 of the base's tensors are missing: model.norm.weight" in evidence(
         diagnosis, "names-do-not-fit"
     )
     assert "--fill-from-base" in diagnosis.findings[0].fix
@@ -165,7 +165,7 @@ def test_tensors_that_are_not_there_or_too_many(pairs: Pairs, tmp_path: Path) ->
     told = evidence(
         refused(ill, pair.base, tmp_path / "out", "names-do-not-fit"), "names-do-not-fit"
     )
-    assert "1 are here and not in the base: model.other.weight" in told
+    assert "1 tensors are not in the base: model.other.weight" in told
 
 
 def test_an_embedding_under_the_name_of_its_head(pairs: Pairs, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_an_embedding_under_the_name_of_its_head(pairs: Pairs, tmp_path: Path) -
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     models.save(ill, tensors)
     diagnosis = refused(ill, pair.base, tmp_path / "out", "names-do-not-fit")
-    assert "1 of the base are not here: model.embed_tokens.weight" in evidence(
+    assert "1 of the base's tensors are missing: model.embed_tokens.weight" in evidence(
         diagnosis, "names-do-not-fit"
     )
 

@@ -39,7 +39,7 @@ def test_a_head_that_the_config_wrongly_unties(pairs: Pairs, tmp_path: Path) -> 
         models.loaded(ill)
     refused(ill, None, tmp_path / "no", "head-missing")
     diagnosis = repaired(ill, pair.base, tmp_path / "out", "head-missing")
-    assert "loaders make a random head" in evidence(diagnosis, "head-missing")
+    assert "loaders use a random head" in evidence(diagnosis, "head-missing")
     models.assert_same_weights(tmp_path / "out", pair.healthy)
 
 
@@ -159,7 +159,7 @@ def test_a_tokenizer_with_more_tokens_than_rows(pairs: Pairs, kind: str, tmp_pat
     diagnosis = reshard.doctor(ill, base=pairs("llama").base)
     assert names(diagnosis) == ["tokenizer-too-large"]
     told = evidence(diagnosis, "tokenizer-too-large")
-    assert told == "tokenizer.json has ids up to 96, model.embed_tokens.weight 96 rows"
+    assert told == "tokenizer.json has ids up to 96, but model.embed_tokens.weight has only 96 rows"
     assert not diagnosis.errors
 
 
@@ -182,7 +182,7 @@ def test_weights_wider_than_the_config_says(pairs: Pairs, tmp_path: Path) -> Non
     models.save(ill, {name: value.float() for name, value in models.load(ill).items()})
     diagnosis = repaired(ill, pair.base, tmp_path / "rounded", "dtype-contradicts-config")
     told = evidence(diagnosis, "dtype-contradicts-config")
-    assert told == "config.json says bfloat16, 100% of the weights are float32"
+    assert told == "config.json says bfloat16, but 100% of the weights are float32"
     assert not diagnosis.errors
     models.assert_same_weights(tmp_path / "rounded", pair.healthy)
     repaired(ill, None, tmp_path / "kept", "dtype-contradicts-config")

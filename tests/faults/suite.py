@@ -56,6 +56,12 @@ class Bench:
         assert len(lines) == len(trials)
         return [loaded(line) for line in lines]
 
+    def read(self, reads: Sequence[tuple[str, str, int]]) -> list[tuple[str, str]]:
+        """How commands that read ended, and what they said: of a name in `trials.commands`, the
+        n-th call of that name fails with EIO; without a call, its calls are counted."""
+        found = (json.loads(line) for line in self._start({"reads": reads}))
+        return [(ended, said) for ended, said in found]
+
     def race(self, rounds: int) -> list[list[str]]:
         """How three equal commands at once ended, and what stood then."""
         return [json.loads(line) for line in self._start({"races": rounds})]

@@ -37,7 +37,9 @@ the system calls.
 *as before*: what was under the output's name is still there, nothing else is left, and the
 message says so. *done*: the run succeeded, and the new output is in place. *a resumed run*: one
 with `--resume`, after a run that was killed before its commit; it keeps its files beside the
-output.
+output. *of a source*: the call is about the checkpoint or the base, not about the output. The
+calls are those that Python makes of the C library, `stat` and the reading of folders included;
+each call of a run fails once.
 """
 # What other tests of the folder show; each names the test.
 OTHERS = (
@@ -70,6 +72,7 @@ Rows = dict[tuple[str, str], tuple[set[str], set[str]]]
 
 def words(outcome: Outcome) -> str:
     """What happened, in a few words."""
+    assert outcome.ended != "crashed", outcome
     if outcome.ended == "killed":
         return {
             "nothing": "the old output is aside; the next run puts it back"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tests.faults.suite import (
     calls,
     failures,
     kills,
+    numbered,
     random_kills,
 )
 from tests.faults.table import OTHERS, PAGE, table
@@ -119,12 +121,33 @@ def test_each_call_of_the_commit_fails(quick: Bench) -> None:
 
 
 def test_a_call_of_each_kind_fails(quick: Bench) -> None:
-    """From the beginning on, of the source and of the output."""
-    counted = calls(quick, late=False, situations=[*READ, SITUATIONS[0], SITUATIONS[3]])
+    """From the beginning on, of the source, of the output, and of a run that continues another."""
+    situations = [*READ, SITUATIONS[0], SITUATIONS[3], RESUMED[0]]
+    counted = calls(quick, late=False, situations=situations)
     trials = list(failures(counted, ["EIO"], [()], sampled=True))
     assert len({(trial.on, trial.call) for trial in trials}) > 25
     for outcome in quick.run(trials):
         check_failed(outcome)
+
+
+@pytest.mark.parametrize(
+    "sampled", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["sampled", "all"]
+)
+def test_a_call_of_a_command_that_reads_fails(quick: Bench, sampled: bool) -> None:
+    """Also of `verify`, `inspect`, `diff` and `doctor`: it ends in words, or as without a fault."""
+    names = ("verify", "verify against", "inspect", "diff", "doctor")
+    counted = quick.read([(name, "", 0) for name in names])
+    reads = []
+    for name, (ended, said) in zip(names, counted, strict=True):
+        assert ended == "done", said
+        calls = numbered(json.loads(said))
+        ends = dict(calls)
+        reads += [(name, c, n) for c, n in calls if not sampled or n in (1, ends[c])]
+    assert len(reads) > 60
+    outcomes = quick.read(reads)
+    for read, (ended, said) in zip(reads, outcomes, strict=True):
+        assert ended in ("done", "error"), (read, said)
+    assert sum(ended == "error" for ended, _ in outcomes) > len(reads) // 3
 
 
 def test_three_equal_commands_at_once(quick: Bench) -> None:

@@ -273,6 +273,35 @@ def race(stage: Stage, runners: int, rounds: int) -> Iterator[list[str]]:
         yield [*sorted(ended), stage.stands(), *stage.left()]
 
 
+def commands(stage: Stage) -> dict[str, Callable[[], object]]:
+    """What reads a checkpoint or an output, by a name."""
+    out, model = stage.out, stage.model
+    return {
+        "verify": lambda: reshard.verify(out),
+        "verify against": lambda: reshard.verify(out, against=model, base=model),
+        "inspect": lambda: reshard.inspect(model, optimizer=True),
+        "diff": lambda: reshard.diff(out, model),
+        "doctor": lambda: reshard.doctor(out, base=model),
+    }
+
+
+def read_with(stage: Stage, faults: Faults, name: str, call: str, nth: int) -> list[str]:
+    """How a command that reads ends where that call fails with EIO, and what it says; without a
+    call, the names of all its calls."""
+    command, place = commands(stage)[name], str(stage.model.parent)
+
+    def work() -> str:
+        if not call:
+            rule = faults.add("*", place, 1, COUNT)
+            command()
+            return json.dumps(faults.seen(rule))
+        faults.add(call, place, nth, FAIL, errno.EIO)
+        command()
+        return ""
+
+    return list(in_child(work))
+
+
 def main() -> None:
     folder, plan = Path(sys.argv[1]), json.loads(sys.stdin.read())
     faults = Faults()
@@ -281,6 +310,10 @@ def main() -> None:
     for given in plan.get("trials", ()):
         trial = Trial(**{**given, "lacking": tuple(given["lacking"])})
         print(json.dumps(asdict(perform(stage, faults, trial))), flush=True)
+        faults.clear()
+    for read in plan.get("reads", ()):
+        stage.reset(overwrite=True)
+        print(json.dumps(read_with(stage, faults, *read)), flush=True)
         faults.clear()
     for ended in race(stage, 3, plan.get("races", 0)):
         print(json.dumps(ended), flush=True)

@@ -12,7 +12,7 @@ import torch
 
 import reshard
 from reshard.core import findings
-from reshard.diagnosis.found import Signs
+from reshard.diagnosis.signs import Signs
 from reshard.diagnosis.table import CHECKS
 from tests.folders import edit_config, edit_weights
 from tests.hints import tiny

@@ -284,7 +284,7 @@ def without_its_tower(at: Path) -> Case:
     return Case(looking(at / "ill"), filled, same=is_well)
 
 
-@follows("Is config.json that of another model? Convert the run's checkpoint again: reshard "
+@follows("config.json may be another model's. Convert the run's checkpoint again: reshard "
          "convert RUN OUT --base HF_DIR.")  # fmt: skip
 def of_another_size(at: Path) -> Case:
     folder, base = ill(at, lambda f: edit_config(f, hidden_size=99))

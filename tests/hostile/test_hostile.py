@@ -14,7 +14,7 @@ import pytest
 from tests.budget import needs_proc
 from tests.hostile.bench import Bench
 from tests.hostile.forms import BINARIES, FORMS, SPECIAL, TEXTS
-from tests.hostile.inputs import INPUTS
+from tests.hostile.pickled_inputs import ALL as INPUTS
 from tests.hostile.places import PLACES, Place, asked, made
 
 pytestmark = needs_proc

@@ -10,6 +10,7 @@ Two ranks of data parallelism, forked from one process; experts over both where 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -98,7 +99,10 @@ def _rank(rank: int, meeting: Path, folder: Path, cases: list[Case]) -> None:
     _called_as_on_a_gpu()
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    # What passes its writers' results on is a process that it spawns, which imports all this again.
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
     for case in cases:
         parallel_state.initialize_model_parallel(expert_model_parallel_size=case.expert)
         torch.manual_seed(5)

@@ -35,6 +35,8 @@ _PAGE = child.ROOT / "docs" / "hf2fsdp.md"
 
 
 def main(folder: Path, names: list[str]) -> None:
+    for name in names:  # imported once, before the ranks fork
+        getattr(transformers, released.class_of(name))
     ranks.run(2, functools.partial(_load_all, folder, names))
 
 

@@ -30,6 +30,8 @@ from tests.models import released
 
 
 def main(folder: Path, names: list[str]) -> None:
+    for name in names:  # imported once, before the ranks fork
+        getattr(transformers, released.class_of(name))
     for world in (1, 2):
         ranks.run(world, functools.partial(_load_all, folder, names))
 

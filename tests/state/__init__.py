@@ -2,6 +2,6 @@
 
 jobs     what a run is, in words that travel to another process
 model    the tiny model, its batches, parameter groups and schedule
-engines  the real frameworks: train, save, load
+engines  the real frameworks: train, save, load (deepspeed_engine, fsdp_engine, engine_parts)
 launch   ranks, forked from one process that has imported everything
 """

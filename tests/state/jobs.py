@@ -19,8 +19,11 @@ Layout = Literal[
 ]  # fmt: skip
 Kind = Literal["qwen2", "llama", "lora"]
 Precision = Literal["float32", "bfloat16"]
-#: torch's AdamW; DeepSpeed's own, their operators in torch: `muon` with its Adam, offloaded or not.
-Optimizer = Literal["torch", "cpu_adam", "fused_adam", "muon", "muon_offloaded"]
+#: torch's AdamW; DeepSpeed's own, their operators in torch: `muon` with its Adam, offloaded or not;
+#: `compiled_cpu_adam`: with the operator itself, which is compiled first.
+Optimizer = Literal[
+    "torch", "cpu_adam", "compiled_cpu_adam", "fused_adam", "muon", "muon_offloaded"
+]
 
 
 class Place(Struct, frozen=True):

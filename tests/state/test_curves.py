@@ -8,6 +8,7 @@ saves and loads its own, since sums of another number of ranks round otherwise.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,29 @@ def carry_out(ranks: Ranks, folder: Path, moves: tuple[Move, ...]) -> list[Done]
         moved = Place(str(one.folder / "moved"), move.loaded)
         job = _after(replace(base, out=str(one.folder / "after"), spoilt=True), moved)
         second.append(replace(job, after=after_loading() if move.repaired else ""))
-    ranks.run(*first)
+    known: dict[Job, Job] = {}
+    ranks.run(*_once(first, known))
     for one in done:
         convert(one)
-    ranks.run(*second)
+    ranks.run(*_once(second, known))
     return done
+
+
+def _once(jobs: list[Job], known: dict[Job, Job]) -> list[Job]:
+    """The jobs without those that are the same as one before, whose folders become links to it."""
+    fresh = []
+    for job in jobs:
+        load = job.load and replace(job.load, folder=os.path.realpath(job.load.folder))
+        same = replace(job, out="", load=load, save=job.save and replace(job.save, folder=""))
+        first = known.setdefault(same, job)
+        if first is job:
+            fresh.append(job)
+            continue
+        Path(job.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(job.out).symlink_to(first.out)
+        if job.save is not None and first.save is not None:
+            Path(job.save.folder).symlink_to(first.save.folder)
+    return fresh
 
 
 def _after(job: Job, place: Place) -> Job:

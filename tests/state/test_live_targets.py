@@ -6,6 +6,7 @@ Muon with its Adam; DeepSpeedCPUAdam and FusedAdam, whose operators are torch's 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,30 @@ def test_what_was_saved_is_what_the_target_holds(name: str, runs: Path) -> None:
     before = json.loads((runs / source / "end.json").read_text())
     after = json.loads((runs / name / "start.json").read_text())
     assert after["steps"] == before["steps"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("ninja") and shutil.which("g++")), reason="no compiler for the operator"
+)
+def test_the_compiled_operator(ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeedCPUAdam as it runs in users' scripts, on both sides; compiled once, in a minute."""
+    saved, moved = str(tmp_path / "saved"), str(tmp_path / "moved")
+    compiled = replace(ZERO2, optimizer="compiled_cpu_adam")
+    ranks.run(replace(compiled, out=str(tmp_path / "before"), save=Place(saved, "deepspeed")))
+    want = live(tmp_path / "before", "end")
+    moments = {key: value for key, value in want.items() if not key.startswith("param.")}
+    assert len(moments) > 30
+    with opened(tmp_path / "saved") as found:
+        for key, value in moments.items():
+            kind, _, name = key.partition(".")
+            held = found.array(found.state.moments[kind][name])
+            assert torch.equal(torch.from_numpy(held.copy()), value), key
+        assert {step.count for step in found.state.steps.values()} == {2}
+    assert reshard.convert(tmp_path / "saved", tmp_path / "moved", to="deepspeed").verified
+    place = Place(moved, "universal")
+    after = str(tmp_path / "after")
+    ranks.run(replace(compiled, world=3, out=after, load=place, steps=(3, 4), spoilt=True))
+    start = live(tmp_path / "after", "start")
+    assert start.keys() == want.keys()
+    assert [key for key, value in want.items() if not torch.equal(start[key], value)] == []

@@ -58,7 +58,7 @@ class Summary(Struct, frozen=True):
         )
 
 
-class Found(Struct, frozen=True):
+class Adapters(Struct, frozen=True):
     """A checkpoint's adapters, how they scale (None: there are none), and the keys of their
     updates, which two tied tensors share if they have the same update."""
 
@@ -68,7 +68,7 @@ class Found(Struct, frozen=True):
     findings: tuple[Finding, ...] = ()
 
 
-def summary(adapted: Found) -> Summary | None:
+def summary(adapted: Adapters) -> Summary | None:
     """What the report says of the adapters; None where there are none."""
     separated, config = adapted.separated, adapted.config
     if config is None:
@@ -85,7 +85,7 @@ def summary(adapted: Found) -> Summary | None:
     )
 
 
-def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Found:
+def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None) -> Adapters:
     """Separate a checkpoint's adapters, if their config permits it.
 
     Raises `UnsupportedError` for what is not merged, by its name, `PlanError` where nothing says
@@ -106,17 +106,17 @@ def find(catalog: Catalog, base: Base, options: Options, sources: Sources | None
     if sources is not None:
         _check_twice(separated, sources)
     if not separated.adapters:
-        return Found(separated)
+        return Adapters(separated)
     config, findings = _scaling(separated, file, choice)
     if config.init:
         _check_base_held(separated, config, choice)
     if sources is None:
-        return Found(separated, config, output.keys(separated, None), tuple(findings))
+        return Adapters(separated, config, output.keys(separated, None), tuple(findings))
     readable = sources
     keys = output.keys(separated, lambda one, other: equal(one, other, readable))
     if choice.scaling is None:
         findings += _zeros(separated, readable)
-    return Found(separated, config, keys, tuple(findings))
+    return Adapters(separated, config, keys, tuple(findings))
 
 
 def _is_of_peft(catalog: Catalog, base: Base) -> bool:
@@ -287,7 +287,7 @@ def explained(error: NamesError, separated: Separated) -> NamesError:
 
 
 def check_left_out(
-    adapted: Found, fit: NameMap, base: Base, options: Options, sources: Sources
+    adapted: Adapters, fit: NameMap, base: Base, options: Options, sources: Sources
 ) -> list[Finding]:
     """Compare with the base what an adapter leaves out.
 
@@ -345,7 +345,7 @@ def _hint(trained: Sequence[str], num_entries: int) -> str:
     )
 
 
-def check_place(adapted: Found, fit: NameMap) -> None:
+def check_place(adapted: Adapters, fit: NameMap) -> None:
     """Raises `PlanError` where an adapter updates what neither checkpoint nor base holds."""
     lost: list[str] = output.lost(adapted.separated, fit, adapted.keys)
     if lost:

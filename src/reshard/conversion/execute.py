@@ -28,7 +28,7 @@ from reshard.transfer.cluster.connection import connected
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
 from reshard.transfer.output import Output, copy
-from reshard.transfer.targets import target_at
+from reshard.transfer.targets import Order, target_at
 
 if TYPE_CHECKING:
     from reshard.transfer.remote import RemoteFolder
@@ -119,13 +119,14 @@ def _output(
 ) -> OutputFolder | RemoteFolder:
     """The output of a plan, to be entered: in a folder of this machine, or of a store."""
     names = [file.name for file in plan.files] + [asset.name for asset in plan.assets]
-    return target_at(target).output(
+    order = Order(
         plan_digest(plan),
-        names + [name for name, _ in plan.texts],
-        overwrite=writing.overwrite,
-        resume=writing.resume,
-        sources=_fingerprints(plan, sources),
+        (*names, *(name for name, _ in plan.texts)),
+        _fingerprints(plan, sources),
+        writing.overwrite,
+        writing.resume,
     )
+    return target_at(target).output(order)
 
 
 def plan_digest(plan: Plan) -> str:

@@ -40,7 +40,7 @@ class Fitted(Struct, frozen=True):
 
     base: Base
     options: Options
-    adapters: adapters.Found
+    adapters: adapters.Adapters
     parts: ModelParts
     modules: Mapping[str, Mapping[str, Entry]]
     classes: Mapping[str, object] | None
@@ -99,7 +99,7 @@ def _classes(parts: ModelParts, base: Base) -> dict[str, object] | None:
 
 def _name_map(
     parts: ModelParts,
-    adapted: adapters.Found,
+    adapted: adapters.Adapters,
     base: Base,
     options: Options,
     compare: Equal | None,
@@ -127,7 +127,7 @@ def _name_map(
 
 
 def _updates(
-    adapted: adapters.Found,
+    adapted: adapters.Adapters,
     name_map: NameMap,
     base: Base,
     options: Options,

@@ -27,8 +27,8 @@ from reshard.diagnosis.case import Case
 from reshard.diagnosis.checks.engines import CHECKS as ENGINE_CHECKS
 from reshard.diagnosis.declared import DOCTOR
 from reshard.diagnosis.engines import EngineName
-from reshard.diagnosis.found import Found, found
 from reshard.diagnosis.repair import write_repaired
+from reshard.diagnosis.signs import CheckResult, result_of
 from reshard.diagnosis.table import CHECKS
 from reshard.diagnosis.training import Examined
 from reshard.errors import OptionError, PlanError, VerificationError
@@ -135,13 +135,13 @@ def doctor(
             sources.check_unchanged()
             return _as_it_is(folder, base, seen, values["strict"])
         case = cases.read(path, known, sources, threads=threads, progress=progress)
-        all_found = examine(case, engine)
-        findings = tuple(each.finding for each in all_found)
+        results = examine(case, engine)
+        findings = tuple(each.finding for each in results)
         remaining, repaired = findings, None
-        if output is not None and _repairable(all_found):
+        if output is not None and _repairable(results):
             _check_alone(case)
             _check_numbers(case)
-            remaining = _repair(case, all_found, output, sources, threads, engine, progress)
+            remaining = _repair(case, results, output, sources, threads, engine, progress)
             repaired = os.fspath(output)
         sources.check_unchanged()
     return Diagnosis(
@@ -150,7 +150,7 @@ def doctor(
         num_tensors=len(case.folder.entries),
         total_bytes=sum(entry.spec.nbytes for entry in case.folder.entries.values()),
         findings=findings,
-        repairable=tuple(each.finding.code for each in all_found if each.repair is not None),
+        repairable=tuple(each.finding.code for each in results if each.repair is not None),
         repaired=repaired,
         remaining=remaining,
         strict=values["strict"],
@@ -193,18 +193,18 @@ def _as_it_is(
     )
 
 
-def examine(case: Case, engine: EngineName | None = None) -> tuple[Found, ...]:
+def examine(case: Case, engine: EngineName | None = None) -> tuple[CheckResult, ...]:
     """What every check of the table finds in the folder, and those of an engine."""
     seen = [(code, check(case)) for code, check in CHECKS.items()]
     if engine is not None:
         seen += [(code, check(case, engine)) for code, check in ENGINE_CHECKS.items()]
-    return tuple(found(code, signs) for code, signs in seen if signs is not None)
+    return tuple(result_of(code, signs) for code, signs in seen if signs is not None)
 
 
-def _repairable(all_found: Sequence[Found]) -> bool:
+def _repairable(results: Sequence[CheckResult]) -> bool:
     """Whether there is something to repair, and no error that a copy would keep."""
-    hopeless = any(f.finding.severity == "error" and f.repair is None for f in all_found)
-    return not hopeless and any(each.repair is not None for each in all_found)
+    hopeless = any(f.finding.severity == "error" and f.repair is None for f in results)
+    return not hopeless and any(each.repair is not None for each in results)
 
 
 def _check_alone(case: Case) -> None:
@@ -233,7 +233,7 @@ def _check_numbers(case: Case) -> None:
 
 def _repair(
     case: Case,
-    all_found: Sequence[Found],
+    results: Sequence[CheckResult],
     output: Path,
     sources: Sources,
     threads: int,
@@ -257,7 +257,5 @@ def _repair(
                     hint="Convert the run's checkpoint again: reshard convert RUN OUT.",
                 )
 
-    write_repaired(
-        case, all_found, output, sources, threads=threads, check=check, progress=progress
-    )
+    write_repaired(case, results, output, sources, threads=threads, check=check, progress=progress)
     return tuple(kept)

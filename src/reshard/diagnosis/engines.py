@@ -1,8 +1,8 @@
 """Facts about inference engines, as tables. **The tables to extend**; see `docs/serving.md`.
 
-Found by running vLLM 0.33's own loader, llama.cpp's converter (of llama-cpp-python 0.3.36) and
-mlx-lm 0.32 on folders that were right and on folders damaged on purpose, and by reading them and
-sglang 0.5.23.
+Measured by running vLLM 0.33's own loader, llama.cpp's converter (of llama-cpp-python 0.3.36) and
+mlx-lm 0.32 on sound folders and on folders that were damaged on purpose, and read from their
+sources and those of sglang 0.5.23.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Engine(Struct, frozen=True):
     codes: tuple[str, ...] | None = None
 
 
-_SILENT = "silently starts at random values"
+_SILENT = "silently uses random values"
 
 ENGINES: Mapping[EngineName, Engine] = {
     "vllm": Engine(
@@ -79,8 +79,8 @@ ENGINES: Mapping[EngineName, Engine] = {
             "PhimoeForCausalLM",
         ),
         scores=(),
-        absent="exports a model",
-        norms="exports a model",
+        absent="still exports a model",
+        norms="still exports a model",
         biases="exports",
         bare=True,
         codes=("bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4"),
@@ -164,7 +164,7 @@ MLX_ROTARY = ("qwen3", "qwen3_vl_text", "ministral3", "qwen3_5_text")
 #: (engine, model type, field) -> what it does where config.json lacks the field.
 FIELDS: Mapping[tuple[EngineName, str, str], str] = {
     ("vllm", "deepseek_v3", "topk_method"): "refuses",
-    ("vllm", "deepseek_v3", "scoring_func"): "silently takes softmax",
+    ("vllm", "deepseek_v3", "scoring_func"): "silently uses softmax",
     ("vllm", "qwen3_vl_moe_text", "norm_topk_prob"): "refuses",
     ("sglang", "deepseek_v3", "topk_method"): "refuses",
     ("sglang", "deepseek_v3", "scoring_func"): "refuses",

@@ -22,7 +22,7 @@ from reshard.core.catalog import Origin
 from reshard.core.plan import Plan, parse_size
 from reshard.core.tensors import Entry, Record
 from reshard.diagnosis.case import Case, Rescue
-from reshard.diagnosis.found import Found, Repair
+from reshard.diagnosis.signs import CheckResult, Repair
 from reshard.errors import VerificationError
 from reshard.formats import huggingface
 from reshard.naming import NameMap, identity
@@ -49,7 +49,7 @@ class _Repaired(Struct, frozen=True):
 
 def write_repaired(
     case: Case,
-    all_found: Sequence[Found],
+    results: Sequence[CheckResult],
     output: Path,
     sources: Sources,
     *,
@@ -61,7 +61,7 @@ def write_repaired(
 
     `check` examines the finished folder before it gets its name, and raises if something is wrong.
     """
-    repairs = [each.repair for each in all_found if each.repair is not None]
+    repairs = [each.repair for each in results if each.repair is not None]
     repaired = _repaired(case, repairs)
     dtype = "base" if any(repair.cast or repair.rescued for repair in repairs) else "keep"
     references = {} if case.base is None else case.base.entries
@@ -74,7 +74,7 @@ def write_repaired(
             raise VerificationError("all tensors equal the base's.", path=case.folder.path)
         stated = manifest.Table([item.spec for item in tensors], "", outcome.digests)
         files = manifest.listed(plan, sources, copied)
-        return _manifest(repaired, all_found, dtype, stated, files)
+        return _manifest(repaired, results, dtype, stated, files)
 
     writing = Writing(threads, progress=progress)
     carry_out(plan, sources, repaired.records, output, writing, render=render, check=check)
@@ -148,7 +148,7 @@ def _config(case: Case, repairs: Sequence[Repair], name_map: NameMap) -> bytes |
 
 def _manifest(
     repaired: _Repaired,
-    all_found: Sequence[Found],
+    results: Sequence[CheckResult],
     dtype: str,
     stated: Mapping[str, manifest.Stated],
     files: Mapping[str, manifest.WrittenFile],
@@ -157,7 +157,7 @@ def _manifest(
         "to": "hf",
         "dtype": dtype,
         "max_shard_nbytes": parse_size(_MAX_SHARD_SIZE),
-        "repaired": [each.finding.code for each in all_found if each.repair is not None],
+        "repaired": [each.finding.code for each in results if each.repair is not None],
     }
     found = repaired.name_map
     names = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from reshard.diagnosis.case import Case
 from reshard.diagnosis.checks import architecture, files, names, quantised, values, vocabulary
-from reshard.diagnosis.found import Signs
+from reshard.diagnosis.signs import Signs
 
 CHECKS: Mapping[str, Callable[[Case], Signs | None]] = {
     "damaged-file": files.damaged,

@@ -27,7 +27,7 @@ from reshard.core.regex import regex
 from reshard.core.tensors import Entry
 from reshard.diagnosis.case import pairs_with
 from reshard.diagnosis.folder import is_model
-from reshard.diagnosis.found import some
+from reshard.diagnosis.signs import some
 from reshard.errors import FormatError, IncompleteError, NamesError, PlanError, UnsupportedError
 from reshard.formats import Selection, locate
 from reshard.formats.info import named

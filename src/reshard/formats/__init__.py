@@ -1,6 +1,17 @@
 """The formats, by name. A format is one room: detect, read and, if it is writable, lay out.
 
 Adding one is a module with the functions of `Format`, and its `FormatInfo` (`info`).
+
+huggingface        safetensors, whole or in shards; the index: weight_map
+deepspeed/         no ZeRO, ZeRO-1 to 3, pipelines, AutoTP, AutoEP, universal checkpoints
+dcp/               PyTorch distributed checkpoints
+megatron/          Megatron-Core's torch_dist
+rank_files/        one torch.save file a rank
+torch_state_dict   a state dict in a torch.save file; its optimizer: optimizer_file
+meta               Meta's own Llama
+locate             the checkpoint in a folder that a user named; tags: one save of several
+run_files          small files that a run keeps beside its save
+signs              signs of a format that other rooms look for, too
 """
 
 from __future__ import annotations

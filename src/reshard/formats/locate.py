@@ -49,7 +49,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 ACTOR = "_actor"
 
 
-class Found(Struct, frozen=True):
+class Candidate(Struct, frozen=True):
     """A checkpoint below a folder, with the formats that claim it, each with its reason."""
 
     path: Path
@@ -171,7 +171,7 @@ def _or_the_export(error: IncompleteError) -> IncompleteError:
 
 def _and_below(catalog: Catalog, path: Path) -> Catalog:
     """An exported model's catalog, which names the training checkpoints in the same folder."""
-    below: list[Found] = []
+    below: list[Candidate] = []
     with suppress(NotFoundError):  # too many to look at, which does not matter here
         below = [save for save in _below(path, 1) if not _is_export(save.format)]
     if not below:
@@ -194,22 +194,22 @@ def has_tags(format_: str | None) -> bool:
     return bool(format_) and named(format_ or "").has_tags
 
 
-def actors(saves: list[Found], root: Path) -> list[Found]:
+def actors(saves: list[Candidate], root: Path) -> list[Candidate]:
     """The saves of the actor below `root`; all of them where none is an actor's."""
     return [save for save in saves if ACTOR in save.path.relative_to(root).parts] or saves
 
 
-def saves(path: Path) -> list[Found]:
+def saves(path: Path) -> list[Candidate]:
     """Checkpoints below a folder; exported models only where there is nothing else."""
     return _training(_below(path, _DEPTH))
 
 
-def _training(checkpoints: list[Found]) -> list[Found]:
+def _training(checkpoints: list[Candidate]) -> list[Candidate]:
     training = [save for save in checkpoints if not _is_export(save.format)]
     return training or checkpoints
 
 
-def _below(path: Path, depth: int) -> list[Found]:
+def _below(path: Path, depth: int) -> list[Candidate]:
     """All checkpoints below a folder, but for optimizers' beside those of their models.
 
     accelerate before 0.24 gave the optimizer a folder of its own, and so do many who call dcp.save
@@ -219,7 +219,7 @@ def _below(path: Path, depth: int) -> list[Found]:
     return [save for save in found if not OPTIMIZER.fullmatch(save.path.name)] or found
 
 
-def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
+def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Candidate]:
     for child in own_folders(folder):
         if child.name.startswith("."):
             continue
@@ -233,7 +233,7 @@ def _walk(folder: Path, depth: int, budget: list[int]) -> Iterator[Found]:
             )
         claims = formats.claims(child)
         if claims:
-            yield Found(child, claims)
+            yield Candidate(child, claims)
         elif depth > 1:
             yield from _walk(child, depth - 1, budget)
 
@@ -249,15 +249,15 @@ def _tracked(folder: Path, sources: Sources) -> str | None:
     return text.decode() if re.fullmatch(rb"\d{1,18}|release", text) else None
 
 
-def _is_tracked(save: Found, tracked: str | None) -> bool:
+def _is_tracked(save: Candidate, tracked: str | None) -> bool:
     if tracked is None or not tracked.isdecimal():
         return save.path.name == tracked
     return save.age[0] == int(tracked)
 
 
 def _choose(
-    path: Path, saves: list[Found], tag: str | None, tracked: str | None = None
-) -> list[Found]:
+    path: Path, saves: list[Candidate], tag: str | None, tracked: str | None = None
+) -> list[Candidate]:
     """The saves to try, the one that the run's own file names first, then the newest."""
     saves = _training(saves if tag is None else _tagged(path, saves, tag))
     saves = actors(saves, path)
@@ -271,12 +271,12 @@ def _choose(
     return sorted(saves, key=lambda save: (_is_tracked(save, tracked), save.age), reverse=True)
 
 
-def _is_unnumbered_adapter(save: Found) -> bool:
+def _is_unnumbered_adapter(save: Candidate) -> bool:
     """PEFT puts each adapter of a model into a folder of its name; steps have numbers."""
     return save.age[0] < 0 and is_file(save.path / ADAPTER_CONFIG)
 
 
-def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
+def _tagged(path: Path, saves: list[Candidate], tag: str) -> list[Candidate]:
     """The saves that are called `tag`, have that number, or hold a DeepSpeed save of that name."""
     found = [save for save in saves if save.path.name == tag or _inside(save, tag)]
     if not found and tag.isdecimal():
@@ -290,7 +290,7 @@ def _tagged(path: Path, saves: list[Found], tag: str) -> list[Found]:
     return found
 
 
-def _inside(save: Found, tag: str | None) -> str | None:
+def _inside(save: Candidate, tag: str | None) -> str | None:
     """The save that a tag selects in a folder of several; None: the tag selects the folder
     itself."""
     if tag is None or not has_tags(save.format):
@@ -301,15 +301,15 @@ def _inside(save: Found, tag: str | None) -> str | None:
     return found or by_number
 
 
-def _several(path: Path, saves: list[Found], what: str, near: str = "") -> NotFoundError:
+def _several(path: Path, saves: list[Candidate], what: str, near: str = "") -> NotFoundError:
     there = tags.listed([str(save.path.relative_to(path)) for save in saves])
     return NotFoundError(f"{what}: {there}.", path=path, hint=near or "Name one of them.")
 
 
 def _taken(
-    save: Found,
-    chosen: list[Found],
-    checkpoints: list[Found],
+    save: Candidate,
+    chosen: list[Candidate],
+    checkpoints: list[Candidate],
     tag: str | None,
     tracked: str | None,
     catalog: Catalog,
@@ -333,7 +333,7 @@ def _taken(
 
 
 def _why(
-    save: Found, chosen: list[Found], number: int, tag: str | None, tracked: str | None
+    save: Candidate, chosen: list[Candidate], number: int, tag: str | None, tracked: str | None
 ) -> str:
     """Why this one of `number` checkpoints was taken, in brackets."""
     if number == 1:

@@ -3,6 +3,22 @@
 The base model's own safetensors headers are the contract. This room finds the map onto them:
 wrappers' prefixes, the layouts of model families (`families.py`, the table to extend), tied heads,
 adapters, reward heads. It opens no file, builds no model and imports no framework.
+
+families, ties, architectures    **the tables to extend**: layouts, tied tensors, released tensors
+layouts, patterns, assemble      how a layout names, stacks and orients tensors
+schema, fields, backbone         the base as its files state it; fields and classes of its config
+search, wider, judge             find the prefix and the layouts that fit, and judge each tensor
+fit, steps, tied_tensors         the fit, step by step
+name_map, matching               its results: the map, and what differs
+mismatch, wrong_base             the error for a source that does not fit
+structure, sisters, partners     what doctor and a plan check: layers, head, embedding
+memory, answering, released      names in loaded models, and the layout of releases
+lora/, quantised/                adapters; codes and scales
+rewards, value_heads             LightRFT's reward models; critics
+autoep, flat, order, part        AutoEP's experts; flat parameters; lists without names; `--prefix`
+pipeline                         numbered layers of a pipeline
+titan, titan_into, meta          torchtitan's and Meta's names, both ways
+megatron, megatron_into          Megatron-Core's names, both ways; megatron_families, megatron_args
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ making.py      make a segment of a piece, block by block; `fill` reads and casts
 checksums.py   the source files' own checksums, compared as the bytes pass
 finite.py      NaN and infinity in a block; `changes` compares a block with the base's
 reading.py     a tensor as a stream of blocks; `passes` over all weights; `readback` of the output
+writeback.py   written bytes synced to the disk in the background; `system`: calls of the system
+signals.py     signals that wait while an operation is half done
+memory.py      how much memory a transfer takes
 targets.py     where an output will be: on this machine or in a store
 output.py      what either of them offers to those who write it
 commit.py      a folder of this machine: `lock`, `leftovers`, `seals`, `resuming`

@@ -64,7 +64,7 @@ class Claim(Struct, frozen=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=1)
 
 
-class Left(Struct, frozen=True):
+class Remains(Struct, frozen=True):
     """What a run left, or is writing: its first object, and what lies below the output.
 
     `seen` is the time of its last sign.
@@ -138,7 +138,7 @@ class Left(Struct, frozen=True):
             )
 
 
-def left_at(target: RemotePath) -> Left | None:
+def left_at(target: RemotePath) -> Remains | None:
     """What a run left at an output, or is writing there; None where no first object is.
 
     Raises `WriteError` for one that is not reshard's.
@@ -158,4 +158,4 @@ def left_at(target: RemotePath) -> Left | None:
             path=place,
             hint="Delete it, if nobody needs it, or name another output.",
         ) from None
-    return Left(target, claim, there, dict(remote.below(target)))
+    return Remains(target, claim, there, dict(remote.below(target)))

@@ -25,7 +25,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -186,18 +186,22 @@ class Noted:
         return len(self._at)
 
     def piece(self, table: str, tensor: str, leaf: int) -> Piece | None:
-        """What was noted of a piece last; None where nothing was."""
+        """What was noted of a piece last; None where nothing was, or where it cannot be read."""
         asked = key(table, tensor, leaf)
         start = self._at.get(asked)
         if start is None:
             return None
-        with self._reading:
-            self._file.seek(start)
-            line = decoded(self._file.readline(_MAX_LINE))
+        try:
+            with self._reading:
+                self._file.seek(start)
+                line = decoded(self._file.readline(_MAX_LINE))
+        except OSError:  # the piece is made again
+            return None
         return line if isinstance(line, Piece) and line.key == asked else None
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # nothing was written through it
+            self._file.close()
 
     def _lines(self) -> Iterator[tuple[int, Line]]:
         """Each whole line, with the offset where it starts."""

@@ -248,7 +248,7 @@ class RemoteFolder:
             self.journal = Notes(self._put_mark, self._basis)
         remote.forget(self.target)
 
-    def _sign(self, left: claims.Left | None) -> None:
+    def _sign(self, left: claims.Remains | None) -> None:
         """Write the first object, in the place of the one that is left. Raises `WriteError`."""
         key, text = self.sending.key(CLAIM), self._claim.encoded()
         try:

@@ -13,13 +13,13 @@ from reshard.core.locations import MANIFEST
 from reshard.errors import IncompleteError, NotFoundError
 from reshard.storage import remote, uploads
 from reshard.storage.stores import Object
-from reshard.transfer.claims import Claim, Left
+from reshard.transfer.claims import Claim, Remains
 from reshard.transfer.journal import Basis, StaleError
 from reshard.transfer.notes import Notes, Put
 from reshard.transfer.sending import Sending
 
 
-class Taken(Struct, frozen=True):
+class Takeover(Struct, frozen=True):
     """What of it is reused: the journal, and the objects of files, by name; the run's age.
 
     `marks` are the objects of the journal that are there.
@@ -32,7 +32,7 @@ class Taken(Struct, frozen=True):
     marks: frozenset[str] = frozenset()
 
 
-def over(claim: Claim, left: Left, *, complete: bool) -> Claim:
+def over(claim: Claim, left: Remains, *, complete: bool) -> Claim:
     """The first object of a run that takes over: what is left is its to delete.
 
     Raises `WriteError` where objects lie there that the run did not write.
@@ -44,8 +44,8 @@ def over(claim: Claim, left: Left, *, complete: bool) -> Claim:
 
 
 def take(
-    sending: Sending, left: Left, basis: Basis, put: Put, *, resume: bool, complete: bool
-) -> Taken:
+    sending: Sending, left: Remains, basis: Basis, put: Put, *, resume: bool, complete: bool
+) -> Takeover:
     """Take over what a run left that is gone, or whose output is `complete`.
 
     `put` writes the objects of a journal that is continued. Raises `WriteError` where what is left
@@ -56,7 +56,7 @@ def take(
     ended = begun is not None and uploads.end(sending.target, begun)
     if complete:  # it was killed before it replaced an output, or after it was done
         _delete(sending, marks)
-        return Taken()
+        return Takeover()
     reason, which = "", ""
     if resume:
         try:
@@ -65,7 +65,7 @@ def take(
             reason, which = str(error), error.source
         else:
             _delete(sending, {*left.files} - {*kept})
-            return Taken((), journal, kept, left.age, frozenset(marks))
+            return Takeover((), journal, kept, left.age, frozenset(marks))
     _delete(sending, {*left.files, *marks})
     what = f"an interrupted run of this output left {left.described}"
     if begun:
@@ -78,11 +78,11 @@ def take(
                         subject=which)  # fmt: skip
     else:
         found = Finding("partial-output", f"{what}; it was deleted.", subject=str(sending.target))
-    return Taken((found,))
+    return Takeover((found,))
 
 
 def _resumed(
-    sending: Sending, left: Left, basis: Basis, put: Put, marks: set[str]
+    sending: Sending, left: Remains, basis: Basis, put: Put, marks: set[str]
 ) -> tuple[Notes, dict[str, Object]]:
     """The journal, and the files that it says to be complete and that are still those objects."""
     if not marks:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,19 +26,22 @@ UNKNOWN = (-1, -1)
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
+class Order(Struct, frozen=True):
+    """What will be written, and how: the plan's digest, the names of all its files, and which files
+    its sources are."""
+
+    digest: str
+    names: tuple[str, ...]
+    sources: Mapping[str, Fingerprint]
+    overwrite: bool
+    resume: bool
+
+
 class Target(Protocol):
     """The path of an output, before it is written and after a run has ended."""
 
-    def output(
-        self,
-        digest: str,
-        names: Iterable[str],
-        *,
-        overwrite: bool,
-        resume: bool,
-        sources: Mapping[str, Fingerprint],
-    ) -> OutputFolder | RemoteFolder:
-        """The output of a plan, to be entered; `names` are those of all its files."""
+    def output(self, order: Order) -> OutputFolder | RemoteFolder:
+        """The output, to be entered and written."""
 
     def lacking_space(self, nbytes: int) -> WriteError | None:
         """The error that there is no room for `nbytes` bytes; None where there is."""
@@ -72,18 +75,16 @@ class LocalTarget(Struct, frozen=True):
 
     path: Path
 
-    def output(
-        self,
-        digest: str,
-        names: Iterable[str],
-        *,
-        overwrite: bool,
-        resume: bool,
-        sources: Mapping[str, Fingerprint],
-    ) -> OutputFolder:
+    def output(self, order: Order) -> OutputFolder:
         from reshard.transfer.commit import OutputFolder
 
-        return OutputFolder(self.path, digest, overwrite=overwrite, resume=resume, sources=sources)
+        return OutputFolder(
+            self.path,
+            order.digest,
+            overwrite=order.overwrite,
+            resume=order.resume,
+            sources=order.sources,
+        )
 
     def lacking_space(self, nbytes: int) -> WriteError | None:
         from reshard.transfer.commit import lacking_space
@@ -112,19 +113,16 @@ class StoreTarget(Struct, frozen=True):
 
     path: RemotePath
 
-    def output(
-        self,
-        digest: str,
-        names: Iterable[str],
-        *,
-        overwrite: bool,
-        resume: bool,
-        sources: Mapping[str, Fingerprint],
-    ) -> RemoteFolder:
+    def output(self, order: Order) -> RemoteFolder:
         from reshard.transfer.remote import RemoteFolder
 
         return RemoteFolder(
-            self.path, digest, names, overwrite=overwrite, resume=resume, sources=sources
+            self.path,
+            order.digest,
+            order.names,
+            overwrite=order.overwrite,
+            resume=order.resume,
+            sources=order.sources,
         )
 
     def lacking_space(self, nbytes: int) -> WriteError | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.found import CONVERT_AGAIN, Repair, Signs, some
+from reshard.diagnosis.signs import CONVERT_AGAIN, Repair, Signs, some
 from reshard.naming import fields
 from reshard.naming.structure import Structure
 
-_UNNOTICED = "engines leave it at random values or refuse: vLLM says nothing, mlx-lm refuses"
+_UNNOTICED = "vLLM silently leaves them at random values, mlx-lm refuses"
 
 
 def _structure(case: Case) -> Structure | None:
@@ -22,7 +22,7 @@ def tensors_missing(case: Case) -> Signs | None:
     found = _structure(case)
     if found is None or not found.absent:
         return None
-    evidence = f"{len(found.absent)} tensors are not here: {some(found.absent)}"
+    evidence = f"{len(found.absent)} tensors are missing: {some(found.absent)}"
     return Signs((evidence, _UNNOTICED), advice=CONVERT_AGAIN)
 
 
@@ -64,7 +64,7 @@ def stray_head(case: Case) -> Signs | None:
     found = _structure(case)
     if found is None or not found.heads:
         return None
-    return _strange(case, found.heads, "tensors are of a head that is not in")
+    return _strange(case, found.heads, "tensors belong to a head that is not in")
 
 
 def _strange(case: Case, names: Iterable[str], what: str) -> Signs:
@@ -72,7 +72,7 @@ def _strange(case: Case, names: Iterable[str], what: str) -> Signs:
     stated = case.folder.settings["architectures"][0]
     evidence = (
         f"{len(listed)} {what} {stated}: {some(listed)}",
-        "transformers ignores them, vLLM, llama.cpp and mlx-lm refuse a weight and drop a bias",
+        "transformers ignores them; vLLM, llama.cpp and mlx-lm refuse weights and drop biases",
     )
     return Signs(evidence, advice=CONVERT_AGAIN)
 
@@ -87,7 +87,7 @@ def shapes_differ(case: Case) -> Signs | None:
         for name, (have, want) in found.other.items()
     )
     evidence = (f"{len(found.other)} tensors: {some(shapes)}",)
-    return Signs(evidence, advice="Is config.json that of another model? " + CONVERT_AGAIN)
+    return Signs(evidence, advice="config.json may be another model's. " + CONVERT_AGAIN)
 
 
 def backbone_names(case: Case) -> Signs | None:
@@ -97,7 +97,7 @@ def backbone_names(case: Case) -> Signs | None:
         return None
     stated = case.folder.settings["architectures"][0]
     evidence = (
-        f"the names are those of the backbone ({next(iter(case.clean))}), the class is {stated}",
+        f"the names are the backbone's ({next(iter(case.clean))}), but the class is {stated}",
         "transformers loads it, vLLM (but for pooling) and mlx-lm refuse it",
     )
     renamed = {
@@ -113,7 +113,7 @@ def config_fields(case: Case) -> Signs | None:
         return None
     evidence = (
         f"config.json does not state {some(each.path for each in found)}",
-        "programs that read it as releases have it take defaults of their own, or refuse",
+        "programs that expect a release's config use their own defaults, or refuse",
     )
     patches = {each.path: each.value for each in found}
     return Signs(evidence, Repair("they are written as the release has them", patches))

@@ -21,7 +21,7 @@ from reshard.diagnosis.engines import (
     LayoutChange,
 )
 from reshard.diagnosis.folder import model_files
-from reshard.diagnosis.found import CONVERT_AGAIN, Repair, Signs, some
+from reshard.diagnosis.signs import CONVERT_AGAIN, Repair, Signs, some
 from reshard.naming import fields, patterns
 from reshard.naming.families import TOWER_PARTS
 from reshard.naming.released import Unreleased, unreleased
@@ -34,7 +34,7 @@ def files(case: Case, key: EngineName) -> Signs | None:
     """Weight files that the engine reads in addition to the model's, or that it does not read."""
     engine, folder = ENGINES[key], case.folder
     if folder.pickled:
-        words = f"{engine.title} reads {engine.files} only, and the weights are pickled"
+        words = f"{engine.title} reads only {engine.files}, but the weights are pickled"
         repair = Repair("the weights are written as safetensors")
         return None if engine.pickled else Signs((words,), repair)
     own = set(folder.files) if folder.listed is None else set(folder.listed.values())
@@ -44,7 +44,9 @@ def files(case: Case, key: EngineName) -> Signs | None:
     extra = sorted(read - own if folder.listed is not None else read - model_files(own))
     if not extra:
         return None
-    evidence = f"{engine.title} reads {engine.files}, so it takes {some(extra)} for a part of it"
+    evidence = (
+        f"{engine.title} reads {engine.files}, so it reads {some(extra)} as a part of the model"
+    )
     advice = "Move them into a folder below, or away."
     if engine.by_index:
         advice += " Or convert the run again: reshard writes an index, which keeps them apart."
@@ -58,7 +60,7 @@ def class_served(case: Case, key: EngineName) -> Signs | None:
     if named in engine.unserved or (
         scores and engine.scores is not None and named not in engine.scores
     ):
-        return Signs((f"{CONFIG} names {named}, which {engine.title} has no class of its own for",))
+        return Signs((f"{CONFIG} names {named}, for which {engine.title} has no class",))
     return None
 
 
@@ -68,7 +70,7 @@ def no_head(case: Case, key: EngineName) -> Signs | None:
         return None
     (named, *_), title = classes_of(case.folder.settings), ENGINES[key].title
     evidence = f"{CONFIG} names {named}, a class without an output head"
-    return Signs((evidence, f"{title} cannot generate with it, but score or embed"))
+    return Signs((evidence, f"{title} cannot generate text with it, only score or embed"))
 
 
 def tensors(case: Case, key: EngineName) -> Signs | None:
@@ -81,7 +83,7 @@ def tensors(case: Case, key: EngineName) -> Signs | None:
     for what, names in _split(lost, lambda name: "norm" in name or "conv" in name):
         if names:
             effect = engine.norms if what else engine.absent
-            evidence.append(f"{engine.title} {effect} without {some(names)}")
+            evidence.append(f"without {some(names)}, {engine.title} {effect}")
     return Signs(tuple(evidence), advice=CONVERT_AGAIN) if evidence else None
 
 
@@ -122,7 +124,9 @@ def _layout(case: Case, key: EngineName) -> tuple[str | None, str]:
     engine, settings = ENGINES[key], case.folder.settings
     found = case.structure
     if found is not None and found.bare and not case.folder.headless:
-        words = f"names lack `model.`, as a backbone's: {engine.title} refuses to generate with it"
+        words = (
+            f"names lack `model.`, like a backbone's: {engine.title} refuses to generate with it"
+        )
         return (None, "") if engine.bare else ("refuses", words)
     shapes = {clean: case.shape(own) for clean, own in case.clean.items()}
     other = unreleased(shapes, settings)
@@ -131,9 +135,9 @@ def _layout(case: Case, key: EngineName) -> tuple[str | None, str]:
     unknown = ""
     for kind, names in _kinds(other).items():
         effect = LAYOUTS.get((key, kind, str(settings.get("model_type"))))
-        said = f"{len(names)} names are not the release's, {names[0]} among them"
+        said = f"{len(names)} names are not the release's, such as {names[0]}"
         if effect is None:
-            unknown = f"{said}: whether {engine.title} takes them is not known"
+            unknown = f"{said}: it is not known whether {engine.title} loads them"
         elif effect == "transposed":
             return effect, f"{said}: {engine.title} silently exports the experts transposed"
         elif effect == "random":
@@ -161,9 +165,11 @@ def weights(case: Case, key: EngineName) -> Signs | None:
     if isinstance(stated, Mapping):
         method = str(stated.get("quant_method", "mlx"))
     if key == "mlx" and settings.get("model_type") == "gpt_oss" and method is None:
-        return Signs(("mlx-lm reads gpt-oss as MXFP4 only, and these weights are not quantised",))
+        return Signs(("mlx-lm reads gpt-oss only as MXFP4, but these weights are not quantised",))
     if key == "mlx" and settings.get("model_type") == "phimoe" and not _has_biases(settings):
-        return Signs(("mlx-lm's class has biases of queries, keys, values and the head",))
+        return Signs(
+            ("mlx-lm's class has biases of queries, keys, values and the head, unlike these files",)
+        )
     if key == "mlx" and method == "fp8" and settings.get("model_type") == "deepseek_v3":
         return None
     if method is None or (engine.codes is None and method != "mlx"):
@@ -188,11 +194,11 @@ def config(case: Case, key: EngineName) -> Signs | None:
         if key == "mlx" and field.name.startswith("rope_"):
             effect = _rotary(field)
         if effect is not None:
-            evidence.append(f"without {field.path} {title} {effect}")
+            evidence.append(f"without {field.path}, {title} {effect}")
             patches[field.path] = field.value
     path = "text_config.tie_word_embeddings"
     if key == "mlx" and _unstated_tie(case):
-        evidence.append(f"without {path} mlx-lm refuses, or does not know the head")
+        evidence.append(f"without {path}, mlx-lm refuses, or does not find the head")
         patches[path] = says_tied(case.folder.settings)
     if not evidence:
         return None
@@ -213,13 +219,13 @@ def _rotary(field: fields.Missing) -> str | None:
     if field.model_type in MLX_ROTARY:
         return None
     if field.name != "rope_theta":
-        return "silently takes none"
+        return "silently uses none"
     theta = MLX_THETA.get(field.model_type, 0.0)
     if theta is None:
         return "refuses"
     if theta == 0.0:
-        return "may silently take a default"
-    return None if theta == field.value else f"silently takes {theta:g}"
+        return "may silently use a default"
+    return None if theta == field.value else f"silently uses {theta:g}"
 
 
 def score_bias(case: Case, key: EngineName) -> Signs | None:

@@ -15,7 +15,7 @@ from reshard.diagnosis.checks.companions import (
     is_tokenizer,
     is_vocabulary,
 )
-from reshard.diagnosis.found import Repair, Signs, some
+from reshard.diagnosis.signs import Repair, Signs, some
 from reshard.formats.huggingface import INDEX, SINGLE
 
 _FROM_BASE = "Name the base model with --base to take them from there."
@@ -50,7 +50,7 @@ def _index_faults(case: Case) -> list[str]:
     if folder.listed is None:
         several = len(folder.files) > 1 and not folder.pickled
         return (
-            [f"{len(folder.files)} files hold weights and there is no {INDEX}"] if several else []
+            [f"{len(folder.files)} files hold weights, but there is no {INDEX}"] if several else []
         )
     listed: dict[str, set[str]] = {}
     for tensor, file in folder.listed.items():
@@ -60,16 +60,16 @@ def _index_faults(case: Case) -> list[str]:
         if file in folder.damaged:
             continue
         if file not in folder.files:
-            faults.append(f"it lists {len(tensors)} tensors in {file}, which is not there")
+            faults.append(f"it lists {len(tensors)} tensors in {file}, which does not exist")
             continue
         absent, extra = tensors - folder.files[file], folder.files[file] - tensors
         if absent:
-            faults.append(f"{file} does not hold what it lists there: {some(sorted(absent))}")
+            faults.append(f"{file} lacks tensors that it lists there: {some(sorted(absent))}")
         if extra:
-            faults.append(f"{file} holds what it does not list there: {some(sorted(extra))}")
+            faults.append(f"{file} holds tensors that it does not list: {some(sorted(extra))}")
     unlisted = sorted(folder.files.keys() - listed.keys())
     if unlisted:
-        faults.append(f"it does not know {some(unlisted)}")
+        faults.append(f"it does not list {some(unlisted)}")
         if SINGLE in unlisted:
             faults.append(f"loaders take {SINGLE} and ignore the index")
     return faults

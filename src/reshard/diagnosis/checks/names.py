@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from reshard.core.tensors import Shape
 from reshard.diagnosis.case import Case, Rescue
 from reshard.diagnosis.checks.vocabulary import head_is_lost, rows_disagree
-from reshard.diagnosis.found import Repair, Signs, some
+from reshard.diagnosis.signs import Repair, Signs, some
 from reshard.errors import NamesError
 from reshard.naming import patterns
 from reshard.naming.families import WRAPPERS
@@ -53,7 +53,7 @@ def wrapper_prefix(case: Case) -> Signs | None:
     wrappers = sorted({p for name in case.folder.entries for p in name.split(".")} & WRAPPERS)
     evidence = []
     if wrappers:
-        evidence.append(f"names hold wrappers' parts: {some(wrappers)}")
+        evidence.append(f"names contain parts of wrappers: {some(wrappers)}")
     if case.prefix:
         evidence.append(f"all {len(case.folder.entries)} names begin with {case.prefix!r}")
     if not evidence:
@@ -175,10 +175,12 @@ def misfit(case: Case) -> Signs | None:
         return Signs((error.message,), advice=error.hint or advice)
     evidence = []
     if error.missing:
-        evidence.append(f"{len(error.missing)} of the base are not here: {some(error.missing)}")
+        evidence.append(
+            f"{len(error.missing)} of the base's tensors are missing: {some(error.missing)}"
+        )
     if error.unexpected:
         evidence.append(
-            f"{len(error.unexpected)} are here and not in the base: {some(error.unexpected)}"
+            f"{len(error.unexpected)} tensors are not in the base: {some(error.unexpected)}"
         )
     elif not _of_another_family(case):
         advice = (

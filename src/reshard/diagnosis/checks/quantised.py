@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.found import Repair, Signs, some
+from reshard.diagnosis.signs import Repair, Signs, some
 
 _CONVERT = "Convert the quantised release again: reshard convert FP8MODEL OUT."
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.found import Signs, some
+from reshard.diagnosis.signs import Signs, some
 
 
 def not_finite(case: Case) -> Signs | None:

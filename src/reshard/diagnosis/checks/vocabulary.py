@@ -6,7 +6,7 @@ from reshard.conversion.base_model import dtype_patches
 from reshard.core import dtypes
 from reshard.core.tensors import main_dtype
 from reshard.diagnosis.case import Case
-from reshard.diagnosis.found import Repair, Signs
+from reshard.diagnosis.signs import Repair, Signs
 from reshard.errors import NamesError
 from reshard.naming.partners import rows_of
 from reshard.naming.schema import classes_of
@@ -42,9 +42,9 @@ def head_missing(case: Case) -> Signs | None:
     """No head, although the config (or the base) says that it is a separate tensor."""
     if not head_is_lost(case):
         return None
-    evidence = [f"{case.vocabulary.embedding} is there, no lm_head.weight beside it"]
+    evidence = [f"{case.vocabulary.embedding} is present, but lm_head.weight is not"]
     if _says_untied(case):
-        evidence.append(f"{_TIE} is false: loaders make a random head")
+        evidence.append(f"{_TIE} is false: loaders use a random head")
     if case.base is None:
         return Signs(tuple(evidence), advice="Name the base with --base, to see what it ties.")
     if case.fits:
@@ -90,7 +90,7 @@ def vocabulary_size(case: Case) -> Signs | None:
         return None
     says = ", ".join(f"{path} is {value}" for path, value in found.stated.items())
     return Signs(
-        (f"{embedding} has {found.rows} rows, in config.json {says}",),
+        (f"{embedding} has {found.rows} rows, but in config.json {says}",),
         Repair(f"it is set to {found.rows}", config=dict.fromkeys(found.stated, found.rows)),
     )
 
@@ -103,7 +103,8 @@ def tokenizer_size(case: Case) -> Signs | None:
     rows = case.shape(embedding)[0]
     if companions.tokens <= rows or companions.tokens == companions.base_tokens:
         return None
-    evidence = (f"tokenizer.json has ids up to {companions.tokens - 1}, {embedding} {rows} rows",)
+    largest = companions.tokens - 1
+    evidence = (f"tokenizer.json has ids up to {largest}, but {embedding} has only {rows} rows",)
     return Signs(evidence, advice="Is it another model's tokenizer, or was a resize not saved?")
 
 
@@ -120,7 +121,9 @@ def dtype(case: Case) -> Signs | None:
     have, most = main.name, sum(spec.numel for spec in wide if spec.dtype == main)
     if have == stated:
         return None
-    evidence = (f"config.json says {stated}, {100 * most / total:.0f}% of the weights are {have}",)
+    evidence = (
+        f"config.json says {stated}, but {100 * most / total:.0f}% of the weights are {have}",
+    )
     of_base = () if case.base is None else (e.spec for e in case.base.entries.values())
     theirs = main_dtype(of_base)
     if theirs is not None and theirs.name == stated:

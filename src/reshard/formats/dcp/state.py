@@ -87,7 +87,7 @@ def _roots(metadata: Metadata, model: StatePath) -> list[StatePath]:
     return list(found)
 
 
-class _Found(Struct):
+class _Keys(Struct):
     """The keys of a state as they are sorted by what they hold."""
 
     moments: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -97,12 +97,12 @@ class _Found(Struct):
     flattened: bool = False
 
 
-def _sorted(metadata: Metadata, root: StatePath) -> _Found:
+def _sorted(metadata: Metadata, root: StatePath) -> _Keys:
     """The keys below a root; `settings` by group (its number, or a name where it is flattened).
 
     Without what is there under a second name of a parameter, as reshard writes it.
     """
-    keys = _Found()
+    keys = _Keys()
     second = {metadata.paths[alias][-1] for alias in metadata.aliases}
     for key, path in metadata.paths.items():
         if path[: len(root)] != root:
@@ -186,7 +186,7 @@ def _step(entry: Entry | None, key: str, objects: _Objects) -> Step | None:
     return parse_step(scalar(entry), objects.plain, objects.folder)
 
 
-def _groups(found: _Found, objects: _Objects) -> tuple[Group, ...]:
+def _groups(found: _Keys, objects: _Objects) -> tuple[Group, ...]:
     groups = []
     for number in sorted(found.settings, key=_number):
         keys = found.settings[number]
@@ -212,7 +212,7 @@ def _number(text: str) -> tuple[int, str]:
     return (int(text) if text.isdecimal() and len(text) < 9 else 1 << 30, text)
 
 
-def _flattened(found: _Found, objects: _Objects) -> tuple[Group, ...]:
+def _flattened(found: _Keys, objects: _Objects) -> tuple[Group, ...]:
     """The parameters with the same hyperparameters are one group."""
     groups = (Group((name,), _settings(keys, objects)) for name, keys in found.settings.items())
     return joined(groups)

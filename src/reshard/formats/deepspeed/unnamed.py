@@ -76,26 +76,19 @@ def read(
     if not isinstance(optimizer, dict):
         raise FormatError("its optimizer is not a dict.", path=model.path)
     wrapped = "optimizer_state_dict" in optimizer
-    optimizer_dict = parse(
-        optimizer["optimizer_state_dict"] if wrapped else optimizer, plain, model.path
-    )
+    inner = parse(optimizer["optimizer_state_dict"] if wrapped else optimizer, plain, model.path)
     if model.flat_masters:
         shaped = _cut(saved[0], plain.sources)
         if shaped is None:
             raise _no_names(model, "the values of its flat masters are not those of the module")
-        optimizer_dict, model = _unflattened(optimizer_dict, shaped), shaped
-    if wrapped and [len(g) for g in model.masters] != [
-        len(g.params) for g in optimizer_dict.groups
-    ]:
+        inner, model = _unflattened(inner, shaped), shaped
+    if wrapped and [len(g) for g in model.masters] != [len(g.params) for g in inner.groups]:
         raise FormatError("it does not have a master for each parameter.", path=model.path)
     names = (
         _by_values(model, saved[0], plain.sources)
         if wrapped
         else groups_in_order(
-            [
-                [shape_of(optimizer_dict, key) for key in group.params]
-                for group in optimizer_dict.groups
-            ],
+            [[shape_of(inner, key) for key in group.params] for group in inner.groups],
             [(name, tensor.shape) for name, tensor in _module(saved[0]).items()],
         )
     )
@@ -104,13 +97,13 @@ def read(
         raise _no_names(model, f"{by} of its parameters fit none of the model's or several ways")
     groups = [
         Group(tuple(of), group.hyperparameters)
-        for of, group in zip(names, optimizer_dict.groups, strict=True)
+        for of, group in zip(names, inner.groups, strict=True)
     ]
     named = {
         name: state
-        for of, group in zip(names, optimizer_dict.groups, strict=True)
+        for of, group in zip(names, inner.groups, strict=True)
         for name, key in zip(of, group.params, strict=True)
-        if (state := optimizer_dict.states.get(key)) is not None
+        if (state := inner.states.get(key)) is not None
     }
     moments: dict[str, dict[str, Entry]] = {}
     for name, state in named.items():

@@ -38,7 +38,7 @@ class Table(Struct, frozen=True):
     unshaped: frozenset[str] = frozenset()
 
 
-class Held(Struct, frozen=True):
+class RankPart(Struct, frozen=True):
     """A part of a tensor in one rank's file."""
 
     state: State
@@ -97,13 +97,13 @@ def check_names(states: Sequence[State]) -> None:
             )
 
 
-def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]:
+def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[RankPart]:
     """The different boxes of a tensor that the ranks hold, each once; replicas are compared.
 
     Raises `FormatError` where ranks contradict each other.
     """
     first = states[0].tensors[name]
-    parts: dict[Box, Held] = {}
+    parts: dict[Box, RankPart] = {}
     for state in states:
         value = state.tensors[name]
         if _described(value) != _described(first):
@@ -127,10 +127,10 @@ def parts_of(name: str, states: Sequence[State], sources: Sources) -> list[Held]
     return [held for box, held in parts.items() if box.numel or not box.shape]
 
 
-def _parts(state: State, value: TensorRef | Local) -> list[Held]:
+def _parts(state: State, value: TensorRef | Local) -> list[RankPart]:
     if isinstance(value, TensorRef):
-        return [Held(state, value.fragment().box, value)]
-    return [Held(state, piece.box, piece.tensor) for piece in value.fragments]
+        return [RankPart(state, value.fragment().box, value)]
+    return [RankPart(state, piece.box, piece.tensor) for piece in value.fragments]
 
 
 def _described(value: TensorRef | Local) -> tuple[object, ...]:
@@ -151,7 +151,7 @@ def _brief(layout: tuple[object, ...]) -> str:
     return text if len(text) < 120 else f"{text[:120]}..."
 
 
-def records_of(parts: Sequence[Held]) -> list[Record]:
+def records_of(parts: Sequence[RankPart]) -> list[Record]:
     """The checksums of these parts' storages, of the files that state them."""
     found = (each.state.record(each.tensor.extent) for each in parts)
     return [record for record in found if record is not None]
@@ -160,7 +160,7 @@ def records_of(parts: Sequence[Held]) -> list[Record]:
 def entry_of(
     name: str,
     first: TensorRef | Local,
-    parts: Sequence[Held],
+    parts: Sequence[RankPart],
     saved: Saved,
     missing: Missing = NOTHING_MISSING,
 ) -> Entry:
@@ -218,7 +218,7 @@ def beginning(state: State, tensor: TensorRef | Local, sources: Sources) -> byte
     return b""
 
 
-def _same(one: Held, other: Held, sources: Sources) -> bool:
+def _same(one: RankPart, other: RankPart, sources: Sources) -> bool:
     """Whether two files hold the same bytes: by their checksums, else by reading them."""
     mine, theirs = one.tensor, other.tensor
     if one.state.path == other.state.path and mine.storage == theirs.storage:

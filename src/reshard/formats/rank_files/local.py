@@ -33,7 +33,7 @@ from reshard.core.tensors import Entry, Fragment, Record, TensorSpec, flat
 from reshard.errors import FormatError, IncompleteError, UnsupportedError
 from reshard.formats.rank_files.files import Saved
 from reshard.formats.rank_files.join import (
-    Held,
+    RankPart,
     Table,
     check_names,
     entry_of,
@@ -55,11 +55,11 @@ class _Slice(Struct, frozen=True):
 
     unit: str
     start: int
-    held: Held
+    part: RankPart
 
     @property
     def numel(self) -> int:
-        return self.held.tensor.shape[0]
+        return self.part.tensor.shape[0]
 
 
 def holds_flat_parameters(states: Sequence[State]) -> bool:
@@ -85,7 +85,7 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
         raise ranks_missing(missing, saved)
     entries: dict[str, Entry] = {}
     records: dict[str, list[Record]] = {}
-    units: dict[str, list[Held]] = {}
+    units: dict[str, list[RankPart]] = {}
     for name in filter(is_flat, states[0].tensors):
         units[name] = parts_of(name, states, sources)
         entries[name] = _whole(name, states[0].tensors[name], units[name], saved)
@@ -126,9 +126,9 @@ def joined(states: Sequence[State], saved: Saved, sources: Sources) -> Table:
 class _Places:
     """Where the slices of one rank's file lie: by the storage that they share with a flat part."""
 
-    def __init__(self, state: State, units: dict[str, list[Held]]) -> None:
+    def __init__(self, state: State, units: dict[str, list[RankPart]]) -> None:
         self._state = state
-        self._parts: dict[str, list[tuple[str, Held]]] = {}
+        self._parts: dict[str, list[tuple[str, RankPart]]] = {}
         for unit, parts in units.items():
             for held in parts:
                 if held.state is state:
@@ -151,10 +151,10 @@ class _Places:
                     )
                 at = (mine.offset - whole.offset) // value.dtype.itemsize
                 start = part.box.offsets[0] + at
-                yield _Slice(unit, start, Held(self._state, part.box, value))
+                yield _Slice(unit, start, RankPart(self._state, part.box, value))
 
 
-def _whole(name: str, value: TensorRef | Local, parts: Sequence[Held], saved: Saved) -> Entry:
+def _whole(name: str, value: TensorRef | Local, parts: Sequence[RankPart], saved: Saved) -> Entry:
     """A flat parameter, joined from all ranks' parts."""
     if isinstance(value, TensorRef) or len(value.shape) != 1:
         raise UnsupportedError(
@@ -175,13 +175,13 @@ def _parameter(name: str, value: TensorRef | Local, slices: list[_Slice]) -> Ent
             piece.unit != following.unit or piece.start + piece.numel != following.start
         ):
             raise IncompleteError(
-                f"{following.held.state.path.name} holds a slice of it that does not follow the "
-                f"one in {piece.held.state.path.name}.",
-                path=following.held.state.path,
+                f"{following.part.state.path.name} holds a slice of it that does not follow the "
+                f"one in {piece.part.state.path.name}.",
+                path=following.part.state.path,
                 tensor=name,
                 hint="Copy the files of all ranks again, from one save.",
             )
-        tensor = piece.held.tensor
+        tensor = piece.part.tensor
         fragments.append(Fragment(flat(numel, at, piece.numel), tensor.extent, tensor.dtype))
         at += piece.numel
     return Entry(TensorSpec(name, value.dtype, (numel,)), tuple(fragments))

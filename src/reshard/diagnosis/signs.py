@@ -44,17 +44,17 @@ class Signs(Struct, frozen=True):
     advice: str = ""
 
 
-class Found(Struct, frozen=True):
+class CheckResult(Struct, frozen=True):
     """A finding of a check, and its repair where there is one."""
 
     finding: Finding
     repair: Repair | None = None
 
 
-def found(code: str, signs: Signs) -> Found:
+def result_of(code: str, signs: Signs) -> CheckResult:
     """What a check saw as a finding; its fix is the repair or, where there is none, the advice."""
     fix = signs.advice if signs.repair is None else signs.repair.words
-    return Found(Finding(code, "; ".join(signs.evidence), fix=fix), signs.repair)
+    return CheckResult(Finding(code, "; ".join(signs.evidence), fix=fix), signs.repair)
 
 
 def some(names: Iterable[str]) -> str:
