@@ -13,7 +13,8 @@ from reshard.core.tensors import Shape
 from reshard.errors import NamesError
 from reshard.naming import search
 from reshard.naming.judge import Judge
-from tests.budget import check_refused, needs_proc
+from tests import budget
+from tests.budget import needs_proc
 from tests.folders import meta, zeros
 from tests.naming import tables
 from tests.naming.test_fit import EMBEDDING, HEAD, NORM, TIED, UNTIED, run
@@ -192,7 +193,9 @@ def test_forty_thousand_names_that_do_not_fit_are_refused_within_the_budget(
         like = meta({name: ("bfloat16", [4]) for name in held})
         config = {"model_type": "qwen3_moe", "num_hidden_layers": 41}
         zeros(tmp_path / folder, like, config)
-    said = check_refused(
+    seconds, peak, said = budget.run(
         "convert", tmp_path / "source", tmp_path / "out", "--base", tmp_path / "base"
     )
     assert "0 of 40000 tensors" in said
+    assert seconds < budget.SECONDS, seconds
+    assert peak < budget.MEMORY, peak // budget.MIB
