@@ -16,4 +16,6 @@ page.py        docs/performance.md and README's table, from the results
 charts.py      their charts
 notes.md       what was tried, which the page includes
 giants.py      checkpoints of a trillion parameters
+giants_measure.py    what they take, in giants.md
+many.py        checkpoints of very many small tensors
 """

@@ -98,7 +98,7 @@ def _dense(*, with_experts: bool) -> dict[str, Shape]:
 
 
 @dataclass(slots=True)
-class _Files:
+class Files:
     """The items of each rank's file, as they are added."""
 
     folder: Path
@@ -152,7 +152,7 @@ def values_of(name: str, shape: Shape) -> torch.Tensor:
 def make_dcp(folder: Path, size: Size = WHOLE) -> None:
     """A save of FSDP2; `.metadata` is pickled by torch's own classes."""
     folder.mkdir(parents=True)
-    files = _Files(folder)
+    files = Files(folder)
     described: dict[str, Any] = {}
     stored: dict[dcp.MetadataIndex, _StorageInfo] = {}
     properties = dcp.TensorProperties(torch.bfloat16)
@@ -170,13 +170,13 @@ def make_dcp(folder: Path, size: Size = WHOLE) -> None:
             stored[dcp.MetadataIndex(name, offsets, part)] = place
         described[name] = dcp.TensorStorageMetadata(properties, torch.Size(shape), chunks)
     files.close()
-    _pickle(folder, _metadata(folder, described, stored))
+    write_metadata(folder, metadata(folder, described, stored))
 
 
 def make_megatron(folder: Path, size: Size = WHOLE) -> None:
     """A save of Megatron-Core: a chunk of each layer and expert and expert-parallel part."""
     folder.mkdir(parents=True)
-    files = _Files(folder)
+    files = Files(folder)
     described: dict[str, Any] = {}
     stored: dict[dcp.MetadataIndex, _StorageInfo] = {}
     plans: list[list[WriteItem]] = [[] for _ in range(size.world)]
@@ -195,13 +195,13 @@ def make_megatron(folder: Path, size: Size = WHOLE) -> None:
             plans[rank].append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         described[name] = dcp.TensorStorageMetadata(properties, torch.Size(shape), chunks)
     files.close()
-    found = _metadata(folder, described, stored)
+    found = metadata(folder, described, stored)
     found.all_local_plans = [SavePlan(items) for items in plans]
     torch.save({"checkpoint_version": 3.0, "iteration": 10}, folder / "common.pt")
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
                "common_backend": "torch", "common_backend_version": 1}  # fmt: skip
     (folder / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
-    _pickle(folder, found)
+    write_metadata(folder, found)
 
 
 def _stacked(size: Size) -> Iterator[tuple[str, Shape, Shape]]:
@@ -236,7 +236,7 @@ def _places(grid: Sequence[int]) -> Iterator[Shape]:
             yield (*outer, last)
 
 
-def _metadata(
+def metadata(
     folder: Path, described: dict[str, Any], stored: dict[dcp.MetadataIndex, _StorageInfo]
 ) -> dcp.Metadata:
     """What `.metadata` holds of these tensors and places."""
@@ -261,7 +261,7 @@ def _gathered(
     return gathered
 
 
-def _pickle(folder: Path, found: dcp.Metadata) -> None:
+def write_metadata(folder: Path, found: dcp.Metadata) -> None:
     with open(folder / ".metadata", "wb") as file:
         pickle.dump(found, file)
 

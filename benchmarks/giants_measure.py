@@ -1,6 +1,6 @@
 """What the checkpoints of `benchmarks.giants` take: `python -m benchmarks.giants_measure FOLDER`.
 
-FOLDER holds them. The section «Giants» of docs/performance.md is written anew.
+FOLDER holds them. Writes benchmarks/giants.md, which docs/performance.md includes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from pathlib import Path
 
 from benchmarks.giants import MAKERS
 from benchmarks.measure import Run, run
+from benchmarks.page import GIANTS
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-_SECTION = re.compile(r"^## Giants\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _NAMES = {
     "dcp": "DCP, 570,000 chunks",
     "megatron": "Megatron, with every rank's plan",
@@ -64,12 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     section = measured(parser.parse_args().folder)
-    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Performance\n\n"
-    if _SECTION.search(page):
-        page = _SECTION.sub(lambda _: section, page)
-    else:
-        page = f"{page.rstrip()}\n\n{section}"
-    PAGE.write_text(page, encoding="utf-8")
+    GIANTS.write_text(section, encoding="utf-8")
     print(section)
 
 

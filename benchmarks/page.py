@@ -24,6 +24,8 @@ PAGE = ROOT / "docs" / "performance.md"
 CHARTS = ROOT / "docs" / "images"
 README = ROOT / "README.md"
 NOTES = Path(__file__).with_name("notes.md")
+# Written by `giants_measure`, which takes minutes and gigabytes of its own.
+GIANTS = Path(__file__).with_name("giants.md")
 BEGIN, END = "<!-- made by make bench: begin -->\n", "<!-- made by make bench: end -->\n"
 MIB = 1 << 20
 _OWN = (RESHARD, NO_VERIFY, CP, CP_READ_BACK)
@@ -80,6 +82,7 @@ def page(results: Results) -> str:
         "## Starting\n",
         _starts(results),
         NOTES.read_text(encoding="utf-8"),
+        GIANTS.read_text(encoding="utf-8"),
     ]
     return "\n".join(part for part in parts if part)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import many
 from tests import zero3
 from tests.budget import MIB, needs_proc, peak
 
@@ -66,3 +67,30 @@ def test_memory_does_not_grow_with_the_model(
             path.unlink()
     assert max(peaks) < BUDGET, [size // MIB for size in peaks]
     assert abs(peaks[1] - peaks[0]) < SLACK, [size // MIB for size in peaks]
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("to", "most"), [pytest.param("hf", 1800, id="hf"), pytest.param("dcp", 3400, id="dcp")]
+)
+def test_a_tensor_takes_few_bytes_beside_its_values(tmp_path: Path, to: str, most: int) -> None:
+    """Names, shapes, places and digests: 200,000 small tensors must convert on a small machine.
+
+    Counted from 2,000 on, where less was allocated at once than later, so more than of 200,000.
+    To DCP it is more, because `.metadata` is read again in verification: a pickle, of which every
+    object is made.
+    """
+    counts, peaks = (2_000, 14_000), []
+    for count in counts:
+        many.make_hf(tmp_path / str(count), count)
+        peaks.append(peak(CODE, tmp_path / str(count), tmp_path / f"out-{count}", to, "keep"))
+    each = (peaks[1] - peaks[0]) / (counts[1] - counts[0])
+    assert each < most, [size // MIB for size in peaks]
+
+
+@pytest.mark.slow
+@needs_proc
+def test_two_hundred_thousand_tensors_convert_under_256_mib(tmp_path: Path) -> None:
+    many.make_hf(tmp_path / "model", 200_000)
+    took = peak(CODE, tmp_path / "model", tmp_path / "out", "hf", "keep")
+    assert took < 256 * MIB, took // MIB

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import reshard
 from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
+from reshard.storage import strict_json
 
 # Of processor time.
 SECONDS = 5.0
@@ -176,3 +177,40 @@ def test_other_files_under_the_name_of_a_model(tmp_path: Path, content: bytes, w
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     refused(path, ReshardError, words)
+
+
+def spelt(text: bytes) -> bytes:
+    """A header around the entry of a tensor `a`."""
+    return b'{"a":{"dtype":"BF16","shape":[16],"data_offsets":[0,32]},' + text + b"}"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"__metadata__":{"x":"}"},' + spelt(b'"b":{"dtype":"BF16","shape":[],"more":[1.5],'
+                                              b'"data_offsets":[32,34]}')[1:],
+        spelt(b'"__metadata__":{"x":"}"},"b":{"dtype":"BF16","shape":[],"data_offsets":[32,34]}'),
+        spelt(b' "b": {"shape": [], "dtype": "BF16", "data_offsets": [32, 34]}'),
+    ],
+    ids=["a field more", "metadata last", "other order and spaces"],
+)  # fmt: skip
+def test_headers_that_are_spelt_in_other_ways(tmp_path: Path, header: bytes) -> None:
+    tensors = reshard.open(written(tmp_path, header, bytes(34))).tensors
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {"a": (16,), "b": ()}
+
+
+def test_more_tensors_are_read_than_json_of_any_kind_may_have_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of 200,000 small tensors, which reshard itself writes, is within the budget."""
+    names = [f"layers.{number}.weight" for number in range(500)]
+    places = {name: [place * 32, place * 32 + 32] for place, name in enumerate(names)}
+    header = {
+        name: {"dtype": "BF16", "shape": [16], "data_offsets": place}
+        for name, place in places.items()
+    }
+    path = written(tmp_path, json.dumps(header, separators=(",", ":")).encode(), bytes(32 * 500))
+    monkeypatch.setattr(strict_json, "_MAX_HELD", 500 * 11 * 80)
+    assert list(reshard.open(path).tensors) == names
+    monkeypatch.setattr(strict_json, "_MAX_HELD", 500 * 11 * 40)
+    refused(path, FormatError, "more than reshard reads")

@@ -66,7 +66,7 @@ def test_entries_arrive_as_they_were(number: int) -> None:
     unpacker = wire.Unpacker(tuple(packer.files))
     slot = unpacker.slot(msgspec.msgpack.decode(raw, type=wire.WireSlot))
     assert (slot.source, slot.reference) == (sent, sent)
-    assert (slot.offset, slot.spec, len(slot.crc_offsets)) == (7, sent.spec, 1)
+    assert (slot.offset, slot.spec, len(slot.crcs)) == (7, sent.spec, 1)
 
 
 def test_every_computed_array_has_a_wire_form() -> None:

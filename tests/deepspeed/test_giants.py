@@ -18,6 +18,7 @@ from reshard.core.partition import Partition
 from reshard.core.tensors import Entry
 from reshard.core.tiling import check_tiling
 from reshard.errors import FormatError, IncompleteError
+from reshard.pages import contents
 from tests.giants import check_one_shard
 
 SIZE = Size(layers=1, experts=2, world=24)
@@ -87,3 +88,21 @@ def test_one_rank_of_many_that_differs_is_refused(folder: Path, tmp_path: Path, 
 @pytest.mark.heavy
 def test_one_shard_of_it_converts(folder: Path, tmp_path: Path) -> None:
     check_one_shard(folder, tmp_path / "out")
+
+
+def test_a_page_names_no_piece_of_a_tensor_that_lies_in_very_many_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1,024 ranks there are 72 million pieces: a page can show neither them nor count them."""
+    inspection = reshard.inspect(folder)
+    whole = contents.contents_page(inspection)
+    assert "24 files" not in whole
+
+    def made(*_: object) -> None:
+        raise AssertionError("a piece was made")
+
+    monkeypatch.setattr(contents, "_MAX_FILES", 23)
+    monkeypatch.setattr(Partition, "within", made)
+    page = contents.contents_page(inspection)
+    assert page.count("24 files") >= inspection.num_tensors
+    assert "bf16_zero_pp_rank_23_mp_rank_00_optim_states.pt" in page

@@ -72,6 +72,7 @@ Rows = dict[tuple[str, str], tuple[set[str], set[str]]]
 
 def words(outcome: Outcome) -> str:
     """What happened, in a few words."""
+    assert outcome.ended != "crashed", outcome
     if outcome.ended == "killed":
         return {
             "nothing": "the old output is aside; the next run puts it back"

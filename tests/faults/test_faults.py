@@ -121,8 +121,9 @@ def test_each_call_of_the_commit_fails(quick: Bench) -> None:
 
 
 def test_a_call_of_each_kind_fails(quick: Bench) -> None:
-    """From the beginning on, of the source and of the output."""
-    counted = calls(quick, late=False, situations=[*READ, SITUATIONS[0], SITUATIONS[3]])
+    """From the beginning on, of the source, of the output, and of a run that continues another."""
+    situations = [*READ, SITUATIONS[0], SITUATIONS[3], RESUMED[0]]
+    counted = calls(quick, late=False, situations=situations)
     trials = list(failures(counted, ["EIO"], [()], sampled=True))
     assert len({(trial.on, trial.call) for trial in trials}) > 25
     for outcome in quick.run(trials):

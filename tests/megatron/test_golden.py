@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reshard
+from reshard.containers.dcp import metadata
 from tests.megatron.golden import GOLDEN, base, checkpoint, copied, digested, saved, truth, weights
 
 
@@ -169,6 +171,34 @@ def test_the_plans_of_the_ranks_are_not_parsed(tmp_path: Path) -> None:
     file.write_bytes(data[:plans])
     with pytest.raises(reshard.ReshardError, match=r"\.metadata"):
         reshard.open(run)
+
+
+def test_of_the_plans_nothing_is_read_but_what_they_begin_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,000 ranks that each plan 50,000 tensors write gigabytes, behind all that is needed."""
+    run = copied("bridge_llama_tp2_bf16", tmp_path / "run")
+    file = weights(run) / ".metadata"
+    before = reshard.open(run).catalog.entries
+    data = file.read_bytes()
+    end = data.index(b"all_local_plans") + 40
+    with file.open("wb") as stream:
+        stream.write(data[:-3] + b"N" * (1 << 17))
+        stream.truncate(8 << 30)  # sparse, and longer than any pickle that is read
+        stream.seek(-3, os.SEEK_END)
+        stream.write(data[-3:])
+    monkeypatch.setattr(metadata, "_BLOCK_NBYTES", 1000)
+    reads: list[int] = []
+    pread = os.pread
+
+    def counted(fd: int, nbytes: int, offset: int) -> bytes:
+        if os.fstat(fd).st_size == 8 << 30:
+            reads.append(nbytes)
+        return pread(fd, nbytes, offset)
+
+    monkeypatch.setattr(os, "pread", counted)
+    assert reshard.open(run).catalog.entries == before
+    assert sum(reads) < end + (1 << 17)
 
 
 def test_inspect_names_the_settings_of_the_run() -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from reshard.core.tensors import Shape
 from reshard.errors import NamesError
+from reshard.naming import search
+from reshard.naming.judge import Judge
+from tests.budget import check_refused, needs_proc
+from tests.folders import meta, zeros
 from tests.naming import tables
 from tests.naming.test_fit import EMBEDDING, HEAD, NORM, TIED, UNTIED, run
 
@@ -139,3 +145,54 @@ def test_some_experts_of_a_stack() -> None:
     with pytest.raises(NamesError, match="holds only a part of it") as caught:
         run(dict(source), stacked, base.config, fill_from_base=True)
     assert caught.value.missing == ("model.layers.1.mlp.experts.down_proj",)
+
+
+def experts(count: int, module: str = "experts") -> Iterator[str]:
+    """So many names of a mixture of experts."""
+    for number in range(count):
+        layer, expert = divmod(number // 3, 333)
+        part = ("gate_proj", "up_proj", "down_proj")[number % 3]
+        yield f"model.layers.{layer}.mlp.{module}.{expert}.{part}.weight"
+
+
+def test_of_many_names_few_readings_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base of an unknown kind is read in seven ways, and the checkpoint in 25: a verdict on each
+    of 40,000 names took 25 s."""
+    judged = 0
+    verdicts = Judge.verdicts
+
+    def counted(*given: Any) -> Any:
+        nonlocal judged
+        judged += 1
+        return verdicts(*given)
+
+    monkeypatch.setattr(Judge, "verdicts", counted)
+    monkeypatch.setattr(search, "_MAX_VERDICTS", 20_000)
+    source = dict.fromkeys(experts(300, "specialists"), (4,))
+    base = dict.fromkeys(experts(300), (4,))
+    for near in ({}, {NORM: (2,)}):
+        judged = 0
+        with pytest.raises(NamesError, match=f"{len(near)} of {300 + len(near)} tensors"):
+            run(source | near, base | near)
+        assert judged <= 8
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize("kind", ["other modules", "many dots"])
+def test_forty_thousand_names_that_do_not_fit_are_refused_within_the_budget(
+    tmp_path: Path, kind: str
+) -> None:
+    tail = ".".join(f"p{number}" for number in range(20))
+    names = {
+        "other modules": experts(40_000, "specialists"),
+        "many dots": (f"a{number % 7}.c{number}.{tail}" for number in range(40_000)),
+    }
+    for folder, held in (("source", names[kind]), ("base", experts(40_000))):
+        like = meta({name: ("bfloat16", [4]) for name in held})
+        config = {"model_type": "qwen3_moe", "num_hidden_layers": 41}
+        zeros(tmp_path / folder, like, config)
+    said = check_refused(
+        "convert", tmp_path / "source", tmp_path / "out", "--base", tmp_path / "base"
+    )
+    assert "0 of 40000 tensors" in said

@@ -15,8 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 import reshard
-from reshard.errors import FormatError, IncompleteError, ReshardError, UnsupportedError
+from reshard.errors import (
+    FormatError,
+    IncompleteError,
+    PlanError,
+    ReshardError,
+    UnsupportedError,
+)
 from tests.state.cases import copied, opened
+from tests.state.test_refusals import MODEL
 
 Edit = Callable[[dict[str, Any]], None]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -219,3 +226,50 @@ def test_numbers_of_another_model(tmp_path: Path) -> None:
     refused(
         tmp_path / "run" / "last.pt", UnsupportedError, "match the model's parameters in no way"
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "unwritten", "kept"),
+    [
+        ("lightrft", {"global_steps", "global_samples", "skipped_steps"}, {"consumed_samples"}),
+        ("accelerate", {"consumed_samples", "note", "global_steps"}, set()),
+        ("nested", {"consumed_samples", "note", "global_steps"}, set()),
+        ("torchtitan", {"consumed_samples", "note", "global_samples"}, {"global_steps"}),
+    ],
+)
+def test_what_a_layout_has_no_place_for_is_named(
+    layout: Any, unwritten: set[str], kept: set[str], tmp_path: Path
+) -> None:
+    """The target cannot hold it: a finding, which --strict makes a refusal."""
+    asked: dict[str, Any] = {"to": "dcp", "optimizer": True, "layout": layout}
+    run = copied("ds_s2_fp32", tmp_path)
+    report = reshard.convert(run, tmp_path / "out", **asked)
+    (found,) = [f for f in report.findings if f.code == "run-state-left-out"]
+    assert unwritten <= (words := set(found.message.replace(",", " ").replace(";", " ").split()))
+    assert not kept & words
+    with pytest.raises(PlanError, match="run-state-left-out"):
+        reshard.convert(run, tmp_path / "strict", strict=["run-state-left-out"], **asked)
+    assert not (tmp_path / "strict").exists()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ({"last_batch_iteration": 2}, "is not that of a scheduler of torch"),
+        ({"last_epoch": 3, "base_lrs": [0.1] * 3}, "is of 3 parameter groups, and the optimizer"),
+    ],
+)
+def test_a_schedule_that_the_target_would_not_take(
+    schedule: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    run = copied("ds_s2_fp32", tmp_path)
+    edited(run / MODEL, lambda content: content.update(lr_scheduler=schedule))
+    report = reshard.convert(run, tmp_path / "out", to="dcp", optimizer=True)
+    (found,) = [f for f in report.findings if f.code == "scheduler-left-out"]
+    assert words in found.message
+    assert not (tmp_path / "out" / "scheduler_state.pt").exists()
+    intact = reshard.convert(
+        copied("ds_s2_fp32", tmp_path / "again"), tmp_path / "whole", to="dcp", optimizer=True
+    )
+    assert "scheduler-left-out" not in [f.code for f in intact.findings]
+    assert (tmp_path / "whole" / "scheduler_state.pt").exists()

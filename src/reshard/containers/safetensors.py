@@ -10,14 +10,17 @@ refused: more than `tensors.MAX_DIMS` dimensions, and names that are not Unicode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from reshard.containers.torch.sniff import HEAD_NBYTES, not_wanted
 from reshard.core import dtypes
-from reshard.core.tensors import MAX_NUMEL, Extent, TensorSpec, is_shape
+from reshard.core.tensors import MAX_NUMEL, Extent, FileRef, Shape, TensorSpec, is_shape
 from reshard.errors import (
     FormatError,
     IncompleteError,
@@ -30,13 +33,32 @@ from reshard.storage.source import Source
 
 # safetensors' own limit on a header (MAX_HEADER_SIZE), in bytes.
 MAX_HEADER_NBYTES = 100_000_000
+_METADATA = b'{"__metadata__":{'
+# Bytes of it; writers put a line there.
+_MAX_METADATA = 1 << 16
+# Bytes that a tensor of a header takes for each comma, colon and opening bracket, eleven of them.
+_STATED_TOKEN_NBYTES = 45
 
 
 class SafetensorsFile(Struct, frozen=True):
     """A header: the tensors in the order it lists them, each with the bytes that hold it."""
 
     metadata: Mapping[str, str]
-    tensors: Mapping[str, tuple[TensorSpec, Extent]]
+    tensors: _Tensors
+
+
+class _Stated(Struct, gc=False):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class _Metadata(Struct, rename={"metadata": "__metadata__"}):
+    """The part of a header that is no tensor."""
+
+    metadata: msgspec.Raw
 
 
 def read(source: Source, start: int = 0) -> SafetensorsFile:
@@ -46,30 +68,36 @@ def read(source: Source, start: int = 0) -> SafetensorsFile:
     `UnsupportedError` for a dtype that is not known.
     """
     path = source.ref.path
-    data, header = _read_header(source, start)
-    metadata = header.pop("__metadata__", {})
+    data, text = _header(source, start)
+    table, metadata = _parsed(text, path)
+    del text
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("its __metadata__ is not a table of strings.", path=path)
     specs: dict[str, TensorSpec] = {}
-    offsets: dict[str, tuple[int, int]] = {}
-    for name in list(header):
-        raw = header.pop(name)  # its memory serves the next: a header may list 100,000 tensors
-        specs[name] = parse_tensor(path, name, raw)
-        offsets[name] = tuple(raw["data_offsets"])
-    places: dict[str, Extent] = {}
+    begins, ends = array("Q"), array("Q")
+    shapes: dict[Shape, Shape] = {}
+    for name in list(table):
+        raw = table.pop(name)  # its memory serves the next: a header may list 200,000 tensors
+        if isinstance(raw, _Stated):
+            raw = {"dtype": raw.dtype, "shape": raw.shape, "data_offsets": raw.data_offsets}
+        spec = parse_tensor(path, name, raw)
+        shape = shapes.setdefault(spec.shape, spec.shape)  # layers repeat: one for all
+        specs[name] = spec if shape is spec.shape else TensorSpec(name, spec.dtype, shape)
+        begin, end = raw["data_offsets"]
+        begins.append(begin)
+        ends.append(end)
+    names = [*specs]
     expected = 0
-    for name in sorted(specs, key=lambda name: offsets[name]):
-        begin, end = offsets[name]
-        nbytes = specs[name].nbytes
-        if begin != expected or end - begin != nbytes:
+    for place in sorted(range(len(names)), key=lambda place: (begins[place], ends[place])):
+        begin, end, spec = begins[place], ends[place], specs[names[place]]
+        if begin != expected or end - begin != spec.nbytes:
             raise FormatError(
                 f"its data_offsets are {begin} to {end}, but must be {expected} to "
-                f"{expected + nbytes}.",
+                f"{expected + spec.nbytes}.",
                 path=path,
-                tensor=name,
+                tensor=spec.name,
             )
         expected = end
-        places[name] = Extent(source.ref, data + begin, nbytes)
     if data + expected != source.size:
         problem = IncompleteError if source.size < data + expected else FormatError
         raise problem(
@@ -77,10 +105,41 @@ def read(source: Source, start: int = 0) -> SafetensorsFile:
             path=path,
             hint="Copy or download the file again.",
         )
-    return SafetensorsFile(metadata, {name: (specs[name], places[name]) for name in specs})
+    return SafetensorsFile(metadata, _Tensors(specs, source.ref, data, begins))
 
 
-def _read_header(source: Source, start: int) -> tuple[int, dict[str, Any]]:
+class _Tensors(Mapping[str, tuple[TensorSpec, Extent]]):
+    """The tensors of a header; where each lies is a number of 8 bytes until somebody asks."""
+
+    def __init__(
+        self, specs: Mapping[str, TensorSpec], file: FileRef, data: int, begins: array[int]
+    ) -> None:
+        self._specs = specs
+        self._file = file
+        self._data = data
+        self._begins = begins
+        self._places: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> tuple[TensorSpec, Extent]:
+        if not self._places:
+            self._places = {each: place for place, each in enumerate(self._specs)}
+        return self._one(self._specs[name], self._begins[self._places[name]])
+
+    def _one(self, spec: TensorSpec, begin: int) -> tuple[TensorSpec, Extent]:
+        return spec, Extent(self._file, self._data + begin, spec.nbytes)
+
+    def each(self) -> Iterator[tuple[TensorSpec, Extent]]:
+        """All of them, in order."""
+        return map(self._one, self._specs.values(), self._begins)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
+def _header(source: Source, start: int) -> tuple[int, bytes]:
     """Where the tensors' bytes begin, and the header."""
     path = source.ref.path
     if source.size - start < 8:
@@ -101,7 +160,29 @@ def _read_header(source: Source, start: int) -> tuple[int, dict[str, Any]]:
     text = source.read(start + 8, length)
     if not text.startswith(b"{"):
         raise _bad_start(text, path)
-    return start + 8 + length, strict_json.parse_object(text, path)
+    return start + 8 + length, text
+
+
+def _parsed(text: bytes, path: str) -> tuple[dict[str, Any], object]:
+    """What a header says of each tensor, and its `__metadata__`. Raises `FormatError`.
+
+    As JSON of any kind, the header of 200,000 tensors takes more than the budget, so one that is
+    spelt as writers spell it is parsed straight into its type. Any other is read as JSON.
+    """
+    with suppress(FormatError):
+        strict_json.check_budget(text, path, _STATED_TOKEN_NBYTES)  # before anything is copied
+        start, raw, rest = b"{", b"{}", text
+        if text.startswith(_METADATA):
+            raw = bytes(strict_json.parse_as(text, _Metadata, path).metadata)
+            start = b'{"__metadata__":' + raw
+            skipped = len(start) + text.startswith(b",", len(start))
+            rest = b"".join((b"{", memoryview(text)[skipped:]))
+        if len(raw) < _MAX_METADATA and text.startswith(start):
+            table: dict[str, Any] = strict_json.parse_records(rest, _Stated, path)
+            if "__metadata__" not in table:
+                return table, strict_json.parse_object(raw, path)
+    header = strict_json.parse_object(text, path)
+    return header, header.pop("__metadata__", {})
 
 
 def _other_kind(source: Source, start: int) -> ReshardError | None:

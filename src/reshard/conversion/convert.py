@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
+from reshard.containers.torch.machine import paused_gc
 from reshard.conversion import manifest
 from reshard.conversion.declared import CONVERT, parsed, words
 from reshard.conversion.destination import Replaced, check_apart, check_destination
@@ -25,6 +26,7 @@ from reshard.conversion.report import Moments, Report
 from reshard.conversion.state_values import alike, check_values
 from reshard.core.findings import Finding
 from reshard.core.options import PathLike, TorchDType, documented
+from reshard.core.plan import Plan
 from reshard.core.state import STATE_TABLE
 from reshard.errors import VerificationError, WriteError, listed
 from reshard.naming.rewards import ModelType, Pooling
@@ -110,7 +112,7 @@ def convert(
             options.target, options.source, options.base, overwrite=writing.overwrite
         )
     with Sources() as sources:
-        with with_other_errors(options, checked_target=True):
+        with with_other_errors(options, checked_target=True), paused_gc():
             job = prepare(options, sources, strict=running.strict, dry_run=running.dry_run)
         # The source may have been found below the folder that was named.
         inputs = (job.catalog.origin.root, *sources.paths(), *(a.path for a in job.plan.assets))
@@ -127,31 +129,39 @@ def convert(
         if lacking is not None:
             raise lacking
 
+        jobs, drafts = [job], list[Report]()
+        del job
+
         def render(outcome: Outcome, copied: Mapping[str, str]) -> bytes:
+            job = jobs.pop()  # from here on nobody holds it
             _check_changed(job, outcome, allow_unchanged=running.allow_unchanged)
             check_values(job.output.state, outcome)
             check_strict(_of_values(job, outcome), options, running.strict)
+            # Nothing is read after the commit: it could fail, and the output stands.
+            tag, threads = _tag(job), writing.threads
+            drafts.append(_report(job, given, 0, replaced, tag, outcome, threads=threads))
             files = manifest.listed(job.plan, sources, copied)
+            job = replace(job, plan=Plan(()))  # a quarter of what is held
             return _manifest(job, outcome.digests, files)
 
-        tag = _tag(job)  # nothing is read after the commit: it could fail, and the output stands
         outcome = carry_out(
-            job.plan,
+            jobs[0].plan,
             sources,
-            job.catalog.records,
+            iter(jobs[0].catalog.records),
             options.target,
             writing,
             render=render,
-            unprotected=job.unprotected,
+            unprotected=jobs[0].unprotected,
         )
-    seconds = time.monotonic() - began
-    report = _report(
-        job, given, seconds, replaced, tag, outcome, threads=writing.threads,
+    (draft,) = drafts
+    return replace(
+        draft,
+        seconds=round(time.monotonic() - began, 3),
         verified=writing.verify,
-    )  # fmt: skip
-    if writing.resume:
-        report = replace(report, bytes_reused=outcome.reused)
-    return replace(report, requests=requests.since(asked))
+        findings=(*draft.findings, *outcome.findings),
+        bytes_reused=outcome.reused if writing.resume else draft.bytes_reused,
+        requests=requests.since(asked),
+    )
 
 
 def _without_room(job: Job, lacking: WriteError) -> Job:
@@ -197,14 +207,14 @@ def _manifest(
         "aliases": {name: t.spec.name for t in output.model for name in t.aliases},
         "lora": None if output.scaling is None else output.scaling.to_json(),
     }
-    model = manifest.state([t.spec for t in output.model], "", digests)
+    model = manifest.Table([t.spec for t in output.model], "", digests)
     beside = {
-        file.name: manifest.state([t.spec for t in file.tensors], file.name, digests)
+        file.name: manifest.Table([t.spec for t in file.tensors], file.name, digests)
         for file in output.side_files
     }
     state = output.state
     written = () if state is None else state.entries(masters=False)
-    moments = manifest.state([entry.spec for entry in written], STATE_TABLE, digests)
+    moments = manifest.Table([entry.spec for entry in written], STATE_TABLE, digests)
     catalog, stated = job.catalog, job.options.stated()
     return manifest.render(
         catalog.format,
@@ -248,15 +258,15 @@ def _report(
     outcome: Outcome | None = None,
     *,
     threads: int,
-    verified: bool = False,
 ) -> Report:
+    """What is reported of a conversion, up to what carrying it out to the end adds."""
     findings = list(job.plan.findings)
     if outcome is not None and outcome.compared and not outcome.changed:
         findings.append(
             Finding("unchanged", f"all {outcome.compared} tensors equal the base model's.")
         )
     if outcome is not None:
-        findings.extend((*_of_values(job, outcome), *outcome.findings))
+        findings.extend(_of_values(job, outcome))
     findings = [_completed(found, job, given) for found in findings]
     output = job.output
     return Report(
@@ -270,7 +280,7 @@ def _report(
         bytes_read=job.plan.bytes_to_read if outcome is None else outcome.bytes_read,
         bytes_written=job.plan.bytes_to_write,
         seconds=round(seconds, 3),
-        verified=verified,
+        verified=False,
         files=tuple(file.name for file in job.plan.files),
         copied=tuple(asset.name for asset in job.plan.assets),
         config=job.config,

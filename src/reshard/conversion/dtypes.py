@@ -15,7 +15,7 @@ from reshard.errors import PlanError
 CHOICES = ("base", "keep", "float32", "bfloat16", "float16")
 
 
-class OutputTensor(Struct, frozen=True):
+class OutputTensor(Struct, frozen=True, gc=False):
     """A tensor of the output: what is written, what from, and the base's tensor to compare with.
 
     `aliases` are the other names that the same bytes get, where the format can name them twice.
@@ -73,7 +73,9 @@ def _output_tensor(name: str, entry: Entry, base: Entry | None, choice: str) -> 
             tensor=name,
             hint="Pass --dtype keep to write what the checkpoint holds.",
         )
-    spec = TensorSpec(name, expected, entry.spec.shape)
+    spec = entry.spec  # most of 200,000 tensors are written as they are: one record serves both
+    if (spec.name, spec.dtype) != (name, expected):
+        spec = TensorSpec(name, expected, spec.shape)
     same_shape = base is not None and base.spec.shape == spec.shape and base.spec.dtype.floating
     # Of layers that its files do not hold, the base has no values.
     held = base is not None and (base.fragments or not base.spec.numel)

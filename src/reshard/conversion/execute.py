@@ -19,7 +19,7 @@ from reshard.core.fragments import regions
 from reshard.core.locations import MANIFEST
 from reshard.core.plan import Plan
 from reshard.core.sizes import size
-from reshard.core.tensors import Extent, Fragment, Fragments, Record
+from reshard.core.tensors import Extent, Fragment, Fragments, Record, Single
 from reshard.progress import stage
 from reshard.storage.fingerprints import Fingerprint, fingerprint
 from reshard.storage.local import Sources
@@ -48,9 +48,10 @@ def carry_out(
     """Write a plan's files, `reshard.json` last, and give the folder its name.
 
     `records` are the source's checksums, which are compared as its bytes pass, `unprotected` its
-    stretches without. `render` makes the bytes of `reshard.json` from what the engine found and the
-    digests of the files that were copied, by name; it may refuse what the engine found. `check`
-    examines the finished folder before it gets its name, and raises if something is
+    stretches without; they are iterated over once. `render` makes the bytes of `reshard.json` from
+    what the engine found and the digests of the files that were copied, by name; it may refuse what
+    the engine found. Whoever holds the plan lets go of it then: verifying reads as much metadata
+    again. `check` examines the finished folder before it gets its name, and raises if something is
     wrong.
 
     If this raises, `target` is as it was, or the error says what is there.
@@ -60,20 +61,22 @@ def carry_out(
         _executor(writing, records, unprotected, read_back=writing.verify) as executor,
     ):
         outcome = executor.run(plan, sources, folder)
-        copied = {asset.name: copy(folder, asset.name, sources.open(asset.path))
-                  for asset in plan.assets}  # fmt: skip
+        resumed = _resumed(folder, outcome, plan)
+        copied = _put_beside(plan, sources, folder)
+        del plan
         stated = render(outcome, copied)
-        for name, text in plan.texts:
-            folder.write(name, text)
+        outcome = replace(outcome, digests={})
         folder.settle()  # reshard.json is the last to get its name
         folder.write(MANIFEST, stated)
         folder.settle()
         sources.check_unchanged()
+        kept = stated if folder.in_order else None
+        del stated
         if writing.verify:
             verify_folder(
                 folder.partial,
                 leaf_digests=executor.leaf_digests(outcome.read_back),
-                manifest_text=stated if folder.in_order else None,
+                manifest_text=kept,
                 progress=stage(writing.progress, "verify"),
             )
         if check is not None:
@@ -82,8 +85,18 @@ def carry_out(
         if writing.overwrite and not folder.in_order:
             check_replaceable(target, overwrite=True)
         folder.commit()
-    findings = (*folder.findings, *outcome.findings, *_resumed(folder, outcome, plan))
+    findings = (*folder.findings, *outcome.findings, *resumed)
     return replace(outcome, findings=findings, read_back={})
+
+
+def _put_beside(plan: Plan, sources: Sources, folder: Output) -> dict[str, str]:
+    """Copy the base's files, whose digests are returned by name, and write the small ones."""
+    copied = {
+        asset.name: copy(folder, asset.name, sources.open(asset.path)) for asset in plan.assets
+    }
+    for name, text in plan.texts:
+        folder.write(name, text)
+    return copied
 
 
 @contextmanager
@@ -136,7 +149,7 @@ def plan_digest(plan: Plan) -> str:
 
 def _described(fragments: tuple[Fragment, ...] | Fragments) -> Iterator[str]:
     """All of the fragments, as text; of those that are described by numbers, the numbers."""
-    if isinstance(fragments, Fragments):
+    if isinstance(fragments, Fragments) and not isinstance(fragments, Single):
         yield repr(fragments)
         return
     for fragment in fragments:

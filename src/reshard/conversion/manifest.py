@@ -18,7 +18,9 @@ It holds no path and no time of day: the same input gives the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,13 @@ VERSION = TREES = 2
 # Bytes that a stated tensor takes for each comma, colon and opening bracket of its lines.
 _STATED_TOKEN_NBYTES = 45
 _SURROGATE = regex("[\ud800-\udfff]")
+# Tensors whose lines are rendered at a time.
+_LINES = 1000
 # Bytes of a file that is copied, in memory at once.
 _PIECE = 4 << 20
 
 
-class Stated(Struct, frozen=True, rename={"digest": "xxh3_128"}):
+class Stated(Struct, frozen=True, gc=False, rename={"digest": "xxh3_128"}):
     """A tensor as `reshard.json` states it: dtype name, shape and digest (see above)."""
 
     dtype: str
@@ -86,14 +90,25 @@ _Fields = msgspec.defstruct(
 )
 
 
-def state(
-    specs: list[TensorSpec], table: str, digests: Mapping[tuple[str, str], str]
-) -> dict[str, Stated]:
-    """What `reshard.json` will state about each tensor of a table."""
-    return {
-        spec.name: Stated(spec.dtype.name, spec.shape, digests[table, spec.name])
-        for spec in sorted(specs, key=lambda spec: spec.name)
-    }
+class Table(Mapping[str, Stated]):
+    """What `reshard.json` will state about each tensor of a table, made as it is asked for."""
+
+    def __init__(
+        self, specs: Iterable[TensorSpec], table: str, digests: Mapping[tuple[str, str], str]
+    ) -> None:
+        self._specs = {spec.name: spec for spec in sorted(specs, key=lambda spec: spec.name)}
+        self._table = table
+        self._digests = digests
+
+    def __getitem__(self, name: str) -> Stated:
+        spec = self._specs[name]
+        return Stated(spec.dtype.name, spec.shape, self._digests[self._table, name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
 
 
 def render(
@@ -122,12 +137,12 @@ def render(
         source,
         options,
         names,
-        tensors,
-        beside,
+        _HELD if tensors else {},
+        {name: dict(table) for name, table in beside.items()},
         files,
         VERSION,
         generates,
-        state or {},
+        _HELD if state else {},
         run or {},
     )
     try:
@@ -136,7 +151,32 @@ def render(
         # A tag or an option may hold bytes that are not UTF-8, which Python spells as surrogates.
         whole = json.dumps(msgspec.to_builtins(content), ensure_ascii=False)
         text = _SURROGATE.sub(lambda half: f"\\\\u{ord(half[0]):04x}", whole).encode()
-    return msgspec.json.format(text, indent=1) + b"\n"
+    tables = [table for table in (tensors, state) if table]
+    rendered = BytesIO()  # unlike a bytearray, it gives its bytes away without a copy
+    for part in (msgspec.json.format(text, indent=1) + b"\n").split(_HELD_LINES):
+        rendered.write(part)
+        if tables:
+            rendered.write(b" {\n")
+            _put_lines(rendered, tables.pop(0))
+            rendered.write(b"\n }")
+    return rendered.getvalue()
+
+
+# Stands in the text for a table of tensors; no other value is spelt so.
+_HELD: Mapping[str, Stated] = {"\0": Stated("", (), "")}
+_HELD_LINES = msgspec.json.format(msgspec.json.encode({"": _HELD}), indent=1)[6:-2]
+
+
+def _put_lines(text: BytesIO, table: Mapping[str, Stated]) -> None:
+    """Append the lines of a table's tensors, some at a time: as one value they take 400 bytes a
+    tensor, and the text of a whole table is held twice."""
+    names = iter(table)
+    separator = b""
+    while chunk := list(islice(names, _LINES)):
+        lines = msgspec.json.encode({"": {name: table[name] for name in chunk}})
+        text.write(separator)
+        text.write(msgspec.json.format(lines, indent=1)[9:-5])
+        separator = b",\n"
 
 
 def run_of(state: TrainingState) -> dict[str, Any]:
@@ -220,7 +260,7 @@ def _parse(text: bytes, path: str) -> Manifest:
             continue
         members += 1
         if name in ("tensors", "state"):
-            found[name] = strict_json.parse_as(raw, dict[str, Stated], path)
+            found[name] = _compact(strict_json.parse_as(raw, dict[str, Stated], path))
             members += _members(found[name])
         elif name == "beside":
             found[name] = strict_json.parse_as(raw, dict[str, dict[str, Stated]], path)
@@ -234,6 +274,17 @@ def _parse(text: bytes, path: str) -> Manifest:
         return msgspec.convert(found, Manifest)
     except ValueError as error:
         raise FormatError(f"{error}.", path=path) from None
+
+
+def _compact(tensors: dict[str, Stated]) -> dict[str, Stated]:
+    """The same with one text for each dtype and one tuple for each shape: 120 bytes a tensor."""
+    dtypes: dict[str, str] = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for name, one in tensors.items():
+        dtype = dtypes.setdefault(one.dtype, one.dtype)
+        shape = shapes.setdefault(one.shape, one.shape)
+        tensors[name] = Stated(dtype, shape, one.digest)
+    return tensors
 
 
 def _members(tensors: Mapping[str, Stated]) -> int:

@@ -78,11 +78,9 @@ class OutputModel(Struct, frozen=True):
 def plain(catalog: Catalog, options: Options) -> OutputModel:
     """Without a base: every tensor under the name that it has in the checkpoint."""
     flat.refuse(catalog)
-    kept = {
-        name: entry
-        for name, entry in catalog.of_one_layout().items()
-        if not (options.exclude_frozen and entry.kind == "frozen")
-    }
+    kept = catalog.of_one_layout()
+    if options.exclude_frozen:
+        kept = {name: entry for name, entry in kept.items() if entry.kind != "frozen"}
     tied = {alias: name for name, entry in kept.items() for alias in entry.aliases}
     unmerged = output_format(options.to).takes_files and holds_adapters(kept)
     return OutputModel(

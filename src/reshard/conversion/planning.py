@@ -32,7 +32,7 @@ from reshard.core.catalog import Asset, Catalog
 from reshard.core.findings import CODES, Finding
 from reshard.core.plan import OutputFile, Plan
 from reshard.core.state import TrainingState
-from reshard.core.tensors import Extent, main_dtype
+from reshard.core.tensors import main_dtype
 from reshard.errors import FormatError, PlanError, UnsupportedError
 from reshard.formats import locate
 from reshard.formats.dcp.lightrft import client_state
@@ -40,7 +40,7 @@ from reshard.formats.info import named, output_format
 from reshard.naming import Translation, memory_outputs, translation
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import exists
-from reshard.transfer.checksums import without_checksum
+from reshard.transfer.checksums import Stretches, without_checksum
 from reshard.transfer.reading import equal, first_bytes
 from reshard.transfer.targets import check_space
 
@@ -56,7 +56,7 @@ class Job(Struct, frozen=True):
     catalog: Catalog
     output: OutputModel
     plan: Plan
-    unprotected: Sequence[Extent] = ()
+    unprotected: Stretches = Stretches()
     config: Mapping[str, tuple[object, object]] = {}
 
 
@@ -163,14 +163,14 @@ def _unsettled(catalog: Catalog, options: Options) -> tuple[Finding, ...]:
     return tuple(found for found in catalog.findings if found.code not in settled)
 
 
-def _unchecked(catalog: Catalog, unprotected: Sequence[Extent]) -> tuple[Finding, ...]:
+def _unchecked(catalog: Catalog, unprotected: Stretches) -> tuple[Finding, ...]:
     """The finding that files lack checksums that their format has, unless its reader reported
     it."""
     known = any(found.code == "no-checksums" for found in catalog.findings)
     if not unprotected or known or not named(catalog.format).checksums:
         return ()
     total = len(unprotected) + len(catalog.records)
-    files = len({extent.file.path for extent in unprotected})
+    files = unprotected.files
     message = (
         f"{len(unprotected)} of {total} stretches of its files, in {files} of them, have no "
         "checksum: they were saved without one (a CRC-32 of 0)."

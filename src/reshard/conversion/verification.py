@@ -195,15 +195,17 @@ def check_digests(
     `trees`: whether the digests are trees (`core.digests`). `leaf_digests` as for `verify_folder`.
     """
     folder = catalog.origin.root
-    for name in sorted(stated.keys() ^ catalog.entries.keys()):
+    same = stated.keys() == catalog.entries.keys()
+    for name in () if same else sorted(stated.keys() ^ catalog.entries.keys()):
         where = (
             "is missing, although reshard.json lists it"
             if name in stated
             else "is not listed in reshard.json"
         )
         raise VerificationError(f"it {where}.", path=folder, tensor=name)
-    checks = [_Check(entry, stated[name]) for name, entry in catalog.entries.items()]
-    checking = _Checking(folder, sum(check.entry.spec.nbytes for check in checks), progress)
+    checks = (_Check(entry, stated[name]) for name, entry in catalog.entries.items())
+    total = sum(entry.spec.nbytes for entry in catalog.entries.values())
+    checking = _Checking(folder, total, progress)
     if trees:
         hash_leaves = leaf_digests or in_threads(threads)
         hash_leaves(checking.leaves(checks), sources, checking.found)

@@ -16,20 +16,26 @@ from reshard.core.tensors import Entry, TensorSpec, nbytes_read
 from reshard.errors import OptionError
 
 
-class Slot(Struct, frozen=True):
+class Slot(Struct, frozen=True, gc=False):
     """The place of a tensor (or of a chunk of one) in an output file.
 
     `spec` is what is written: its name, output dtype and shape; `source` holds the same elements
     as they lie in the checkpoint. The engine writes the tensor's row-major bytes at `offset`, and
-    their CRC-32, four bytes little-endian, at each of `crc_offsets`. `reference`, where given, is
+    their CRC-32, four bytes little-endian, at each of `crcs`, which are distances from `offset`:
+    tensors of one shape share them. `reference`, where given, is
     the base model's tensor, to see whether the values changed.
     """
 
     offset: int
     spec: TensorSpec
     source: Entry
-    crc_offsets: tuple[int, ...] = ()
+    crcs: tuple[int, ...] = ()
     reference: Entry | None = None
+
+    @property
+    def crc_offsets(self) -> tuple[int, ...]:
+        """Where in the file the CRC-32 belongs."""
+        return tuple([self.offset + distance for distance in self.crcs])
 
 
 class OutputFile(Struct, frozen=True):
@@ -41,7 +47,7 @@ class OutputFile(Struct, frozen=True):
 
     name: str
     nbytes: int
-    literals: tuple[tuple[int, bytes], ...]
+    literals: Sequence[tuple[int, bytes]]
     slots: tuple[Slot, ...]
     table: str = ""
 

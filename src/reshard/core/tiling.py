@@ -23,8 +23,10 @@ from itertools import product
 from reshard.core.tensors import (
     Box,
     Entry,
+    Extent,
     Fragment,
     Shape,
+    Single,
     TensorKind,
     TensorSpec,
     span,
@@ -86,6 +88,19 @@ def proven(
     entry = Entry(spec, tuple(fragments), kind, aliases)
     check_tiling(entry)
     return entry
+
+
+def stored_whole(spec: TensorSpec, extent: Extent, kind: TensorKind = "parameter") -> Entry:
+    """The entry of a tensor that lies in `extent` from its first element to its last, row-major.
+
+    Raises `FormatError` where the extent has another size.
+    """
+    if extent.nbytes != spec.nbytes:
+        fragment = Fragment(whole(spec.shape), extent, spec.dtype)
+        return proven(spec, (fragment,), kind)  # says what is wrong with it
+    if not spec.numel:
+        return Entry(spec, (), kind)
+    return Entry(spec, Single(extent.file, extent.offset, whole(spec.shape), spec.dtype), kind)
 
 
 def tiles(boxes: Sequence[Box], shape: Shape) -> bool:

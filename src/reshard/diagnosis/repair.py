@@ -72,7 +72,7 @@ def write_repaired(
     def render(outcome: Outcome, copied: Mapping[str, str]) -> bytes:
         if outcome.compared and not outcome.changed:
             raise VerificationError("all tensors equal the base's.", path=case.folder.path)
-        stated = manifest.state([item.spec for item in tensors], "", outcome.digests)
+        stated = manifest.Table([item.spec for item in tensors], "", outcome.digests)
         files = manifest.listed(plan, sources, copied)
         return _manifest(repaired, results, dtype, stated, files)
 

@@ -23,4 +23,8 @@ def read(folder: Path, name: str, sources: Sources) -> dict[str, str]:
     found = stated.get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise FormatError("it has no weight_map of names to files.", path=folder / name)
+    # One text for each file, not one for each tensor.
+    files: dict[str, str] = {}
+    for tensor, file in found.items():
+        found[tensor] = files.setdefault(file, file)
     return found

@@ -99,6 +99,21 @@ class Judge:
         self._options = options
         self._tied, self._untied = says_tied(schema.config), says_untied(schema.config)
         self._config = schema.config
+        self._constant: dict[str, bool] = {}
+        self._own: dict[str, bool] = {}
+
+    def _is_constant(self, hub: str) -> bool:
+        """Whether it is computed from the config; asked for once, not for each reading."""
+        known = self._constant.get(hub)
+        if known is None:
+            known = self._constant[hub] = is_constant(hub, self._config)
+        return known
+
+    def _comes_with_base(self, hub: str) -> bool:
+        known = self._own.get(hub)
+        if known is None:
+            known = self._own[hub] = comes_with_base(hub, self._config)
+        return known
 
     def may_fit(self, source: Reading, base: Reading, prefix: str) -> bool:
         """Whether no tensor contradicts the reading; most readings fail at the first."""
@@ -156,9 +171,9 @@ class Judge:
         options = self._options
         if options.headless and ties.is_head(hub):
             return Verdict.LEFT_OUT
-        if options.fill_from_base or comes_with_base(hub, self._config):
+        if options.fill_from_base or self._comes_with_base(hub):
             return Verdict.FILLED
-        if options.allows(piece.name):
+        if options.allow and options.allows(piece.name):
             return Verdict.LEFT_OUT
         return Verdict.MISSING
 
@@ -166,9 +181,9 @@ class Judge:
         self, hub: str, piece: Piece, others: Mapping[str, Piece], used: set[str], prefix: str
     ) -> Verdict:
         """A tensor of the source that the base does not have; its partner may be among `others`."""
-        if self._owners[piece.name] in used or is_constant(hub, self._config):
+        if self._owners[piece.name] in used or self._is_constant(hub):
             return Verdict.DROPPED
-        if self._options.allows(piece.name, prefix):
+        if self._options.allow and self._options.allows(piece.name, prefix):
             return Verdict.DROPPED
         partner = ties.tied_partner(hub, others)
         if partner is not None and others[partner].shape == piece.shape:

@@ -224,21 +224,20 @@ class Nearest:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self._by_tail: defaultdict[str, list[str]] = defaultdict(list)
+        self._by_last: defaultdict[str, list[str]] = defaultdict(list)
         for name in names:
-            parts = name.split(".")
-            for depth in range(1, len(parts) + 1):
-                self._by_tail[".".join(parts[-depth:])].append(name)
+            self._by_last[name.rpartition(".")[2]].append(name)
 
     def to(self, name: str) -> str | None:
         """The nearest name, or None where nothing is alike."""
         parts = name.split(".")
-        for depth in range(len(parts), 0, -1):
-            pool = self._by_tail.get(".".join(parts[-depth:]))
-            if pool:
+        pool = self._by_last.get(parts[-1]) or self._names
+        for depth in range(2, len(parts) + 1):
+            tail = ".".join(parts[-depth:])
+            more = [name for name in pool if name == tail or name.endswith(f".{tail}")]
+            if not more:
                 break
-        else:
-            pool = list(self._names)
+            pool = more
         close = difflib.get_close_matches(name, pool[:_POOL], n=1, cutoff=0.5)
         return close[0] if close else None
 

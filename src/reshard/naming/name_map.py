@@ -6,7 +6,7 @@ tensors from any table with those names: the weights, the moments of an optimize
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -44,9 +44,27 @@ class NameMap(Struct, frozen=True):
     findings: tuple[Finding, ...] = ()
 
 
-def identity(names: Iterable[str]) -> dict[str, Arrangement]:
-    """Every tensor as it is, under its own name."""
-    return {name: Whole(name) for name in names}
+class _Identity(Mapping[str, Arrangement]):
+    """Names to themselves; of 200,000 no arrangement is made before someone asks for it."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+
+    def __getitem__(self, name: str) -> Arrangement:
+        if name not in self._names:
+            raise KeyError(name)
+        return Whole(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def identity(names: Collection[str]) -> Mapping[str, Arrangement]:
+    """Every tensor as it is, under its own name. `names` are kept: a set, or a table's keys."""
+    return _Identity(names)
 
 
 def apply(outputs: Mapping[str, Arrangement], table: Mapping[str, Entry]) -> dict[str, Entry]:

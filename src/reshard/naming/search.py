@@ -8,11 +8,13 @@ allowed. Exactly one complete candidate must remain.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from reshard.core.regex import regex
 from reshard.core.tensors import Entry, Shape
 from reshard.errors import NamesError
 from reshard.naming import families
@@ -21,6 +23,9 @@ from reshard.naming.layouts import Effect, Names, Piece, Reading, View
 from reshard.naming.schema import Schema, views_of
 from reshard.naming.wider import likely_prefixes, part_views
 
+# Names times readings on each of which a verdict is given, in search of the nearest: a second.
+# Beyond, only the likeliest readings get one.
+_MAX_VERDICTS, _FEW = 500_000, 4
 # Layouts that read the same names alike.
 Views = tuple[View, ...]
 
@@ -123,7 +128,12 @@ def unwrap(name: str) -> str:
     >>> unwrap("module._orig_mod.model.norm._fsdp_wrapped_module.weight")
     'model.norm.weight'
     """
+    if _WRAPPED.search(name) is None:  # of a million calls for 40,000 names, nearly all
+        return name
     return ".".join(part for part in name.split(".") if part not in families.WRAPPERS)
+
+
+_WRAPPED = regex("|".join(map(re.escape, sorted(families.WRAPPERS))))
 
 
 def search(source: SourceNames, schema: Schema, options: FitOptions) -> Candidate:
@@ -144,7 +154,7 @@ def search(source: SourceNames, schema: Schema, options: FitOptions) -> Candidat
     complete = trial.complete(far)
     if complete:
         return _unique(complete, options)
-    candidates = trial.all([*near, *far])
+    candidates = trial.likely([*near, *far])
     _refuse_several(candidates, source)
     return max(candidates, key=lambda one: (len(one.of(Verdict.MATCHED)), -one.faults))
 
@@ -166,6 +176,7 @@ class _Trial:
         # The base is taken to be as on the hub where that fits: released models are.
         self._bases = _distinct(Names(shapes), views_of(shapes, "", schema.config))
         self._read: list[tuple[Views, Reading]] = []
+        self._names: dict[str, Names] = {}
 
     def usual(self, prefix: str) -> tuple[View, ...]:
         """The layouts that the whole model may be in after a prefix."""
@@ -177,8 +188,14 @@ class _Trial:
         return [
             (prefix, same, _without_allowed(source, prefix, self._options))
             for prefix in tried
-            for same, source in _distinct(Names(self._found.shapes, prefix), layouts(prefix))
+            for same, source in _distinct(self._after(prefix), layouts(prefix))
         ]
+
+    def _after(self, prefix: str) -> Names:
+        """The names after a prefix, for whichever layouts are tried."""
+        if prefix not in self._names:
+            self._names[prefix] = Names(self._found.shapes, prefix)
+        return self._names[prefix]
 
     def wider(self) -> list[_Way]:
         """The readings that are tried where the usual ones do not fit."""
@@ -201,9 +218,13 @@ class _Trial:
                 return complete
         return []
 
-    def all(self, ways: Sequence[_Way]) -> list[Candidate]:
-        """Every way beside every layout of the base."""
-        return [one for base in self._each_base() for one in self._held(ways, base)]
+    def likely(self, ways: Sequence[_Way]) -> list[Candidate]:
+        """Every way beside every layout of the base; of very many names, those with the most in
+        common and the least beside: a verdict on each name takes 2 us, and there may be 175."""
+        pairs = [(way, base) for base in self._each_base() for way in ways]
+        if len(pairs) * len(self._found.shapes) > _MAX_VERDICTS:
+            pairs = sorted(pairs, key=_likeness, reverse=True)[:_FEW]
+        return [one for way, base in pairs for one in self._held([way], base)]
 
     def _each_base(self) -> Iterator[tuple[Views, Reading]]:
         """The base's layouts, each read once and when it is needed."""
@@ -218,6 +239,14 @@ class _Trial:
             Candidate(prefix, same, view, source, read, self._judge.verdicts(source, read, prefix))
             for prefix, same, source in ways
         ]
+
+
+def _likeness(pair: tuple[_Way, tuple[Views, Reading]]) -> tuple[int, int]:
+    """How many names a reading of the source has in common with one of the base, and how few each
+    has alone."""
+    (_, _, source), (_, base) = pair
+    common = len(source.pieces.keys() & base.pieces.keys())
+    return common, 2 * common - len(source.pieces) - len(base.pieces) - len(source.misfits)
 
 
 def _refuse_several(candidates: Iterable[Candidate], source: SourceNames) -> None:

@@ -175,7 +175,9 @@ def original_of(name: str, names: Container[str]) -> str | None:
 def tied_partner(name: str, names: Container[str]) -> str | None:
     """Another name among `names` that one tensor may have: its original, a copy, or another copy
     of its original."""
-    near = _PARTNERS.get(name, ())
+    near = _PARTNERS.get(name)
+    if near is None:
+        return None
     found = next((partner for partner in near if partner in names), None)
     if found is None and not is_head(name):
         far = (partner for original in _ORIGINALS.get(name, ()) for partner in _PARTNERS[original])

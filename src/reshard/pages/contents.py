@@ -12,17 +12,21 @@ from msgspec import Struct, field
 
 from reshard.checkpoint import Tensor
 from reshard.comparison.sums import natural, percent
-from reshard.core.tensors import stored
+from reshard.core.tensors import Extent, Fragments, Single, stored
 from reshard.inspection import Inspection
 from reshard.pages.page import render
 from reshard.storage.paths import absolute
 
+# A tensor that lies in more files is not shown file by file: ZeRO-3 of 1,024 ranks has 1,024 pieces
+# of each of 70,000 tensors.
+_MAX_FILES = 64
 # A name's parts beyond these stay together: a name of a hostile file may have any number.
 _DEPTH = 10
 
 
 class Leaf(Struct, frozen=True):
-    """A tensor: `row` is its place in the table, `shares` the files' parts of its bytes."""
+    """A tensor: `row` is its place in the table, `shares` the parts of its bytes that each of its
+    `files` holds; of very many files, all of them."""
 
     name: str
     row: int
@@ -33,6 +37,7 @@ class Leaf(Struct, frozen=True):
     note: str
     shares: tuple[tuple[float, str], ...]
     full_name: str
+    files: int
 
 
 class Module(Struct):
@@ -67,11 +72,9 @@ def contents_page(inspection: Inspection) -> str:
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural(tensor.name))
     fitting = inspection.fitting
     unexpected = frozenset(() if fitting is None else fitting.matching.unexpected)
-    leaves = [_leaf(number, tensor, root, unexpected) for number, tensor in enumerate(tensors)]
-    files = Counter[str]()
-    for entry in checkpoint.catalog.entries.values():
-        for extent in stored(entry.fragments):
-            files[_file(extent.file.path, root)] += extent.nbytes
+    held = _Files(root)
+    leaves = [_leaf(number, tensor, held, unexpected) for number, tensor in enumerate(tensors)]
+    files = held.nbytes
     total = max(sum(files.values()), 1)
     return render(
         "contents.html.jinja",
@@ -85,22 +88,57 @@ def contents_page(inspection: Inspection) -> str:
     )
 
 
-def _leaf(number: int, tensor: Tensor, root: Path, unexpected: frozenset[str]) -> Leaf:
-    shares = Counter[str]()
-    for extent in stored(tensor.entry.fragments):
-        shares[_file(extent.file.path, root)] += extent.nbytes
-    total = max(sum(shares.values()), 1)
-    parts = tuple(
-        (shares[name] / total, f"{name}: {percent(shares[name] / total)}")
-        for name in sorted(shares, key=natural)
-    )
+class _Files:
+    """What lies in each file, counted while the tensors are walked through once.
+
+    `nbytes` are the bytes of each file. Of tensors that are cut into more than `_MAX_FILES` files,
+    they are those of the flat tensors that these are cut out of, padding included.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.nbytes = Counter[str]()
+        self._root = root
+        self._regions: dict[int, Counter[str]] = {}  # by id: the tensors keep what it is of
+
+    def shares(self, tensor: Tensor) -> tuple[int, tuple[tuple[float, str], ...]]:
+        """How many files a tensor lies in, and their parts of its bytes, in words."""
+        fragments = tensor.entry.fragments
+        if isinstance(fragments, Fragments) and not isinstance(fragments, Single):
+            held = fragments.regions()
+            known = self._regions.get(id(held))
+            if known is None:
+                known = self._regions[id(held)] = self._counted(held.extents())
+                if len(known) > _MAX_FILES:
+                    self.nbytes.update(known)
+            if len(known) > _MAX_FILES:
+                return len(known), ((1.0, f"{len(known)} files"),)
+        found = self._counted(stored(fragments))
+        if tensor.kind != "tied":
+            self.nbytes.update(found)
+        total = max(sum(found.values()), 1)
+        return len(found), tuple(
+            (found[name] / total, f"{name}: {percent(found[name] / total)}")
+            for name in sorted(found, key=natural)
+        )
+
+    def _counted(self, extents: Iterable[Extent]) -> Counter[str]:
+        counts = Counter[str]()
+        for extent in extents:
+            counts[_file(extent.file.path, self._root)] += extent.nbytes
+        return counts
+
+
+def _leaf(number: int, tensor: Tensor, files: _Files, unexpected: frozenset[str]) -> Leaf:
+    count, parts = files.shares(tensor)
     name = tensor.name.split(".", _DEPTH)[-1]
     note = f"tied to {tensor.entry.spec.name}" if tensor.kind == "tied" else ""
     if tensor.name in unexpected:
         note = "not in the base"
     shape = " × ".join(map(str, tensor.shape)) or "scalar"
     dtype = str(tensor.dtype)
-    return Leaf(name, number, shape, dtype, tensor.nbytes, tensor.kind, note, parts, tensor.name)
+    return Leaf(
+        name, number, shape, dtype, tensor.nbytes, tensor.kind, note, parts, tensor.name, count
+    )
 
 
 @cache

@@ -25,6 +25,7 @@ from reshard.storage.local import Sources
 from reshard.storage.source import Source
 
 T = TypeVar("T")
+Record = TypeVar("Record", bound=msgspec.Struct)
 
 #: Bytes of a config: a hundred times the largest.
 MAX_CONFIG = 16 << 20
@@ -99,6 +100,16 @@ def parse_as(text: bytes | msgspec.Raw, type_: type[T], path: str) -> T:
         return msgspec.json.decode(text, type=type_)
     except (ValueError, RecursionError) as error:
         raise _unreadable(error, path) from None
+
+
+def parse_records(text: bytes, type_: type[Record], path: str) -> dict[str, Record]:
+    """The members of an object, whose budget was checked, each with all fields of a record.
+
+    Raises `FormatError`, also where a member has other fields besides.
+    """
+    found = parse_as(text, dict[str, type_], path)  # type: ignore[valid-type]
+    check_members(text, len(found) * (1 + len(msgspec.structs.fields(type_))), path)
+    return found
 
 
 def check_budget(text: bytes, path: str, token_nbytes: int = _TOKEN_NBYTES) -> None:

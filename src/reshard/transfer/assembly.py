@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,31 +54,50 @@ class Outcome(Struct, frozen=True):
     damaged: int = 0
 
 
-class _Digest(Struct):
-    """A tensor's digest while its leaves are hashed. Most tensors have one leaf."""
+class Digests(Mapping[tuple[str, str], str]):
+    """The digests of tensors, by table and name, in the order of the output.
 
-    first: bytes = b""
-    others: dict[int, bytes] | None = None
+    Each is put together from those of its leaves. Most tensors have one, which is kept as its 16
+    bytes: an output may have 200,000 tensors.
+    """
 
-    def put(self, leaf: int, digest: bytes) -> None:
-        """Note a leaf's digest; call with the assembly's lock held."""
-        if leaf == 0:
-            self.first = digest
-        elif self.others is None:
-            self.others = {leaf: digest}
+    def __init__(self) -> None:
+        self._tables: dict[str, dict[str, bytes | dict[int, bytes]]] = {}
+
+    def begin(self, table: str, name: str) -> None:
+        """That the leaves of a tensor will come."""
+        self._tables.setdefault(table, {})[name] = b""
+
+    def put(self, table: str, name: str, leaf: int, digest: bytes) -> None:
+        """Note a leaf's digest."""
+        names = self._tables[table]
+        known = names[name]
+        if not known and leaf == 0:
+            names[name] = digest
+        elif isinstance(known, bytes):
+            names[name] = {0: known, leaf: digest}
         else:
-            self.others[leaf] = digest
+            known[leaf] = digest
 
-    def text(self) -> str:
-        """The digest, once all leaves are in."""
-        others = self.others or {}
-        first = [self.first] if self.first else []
-        return joined([*first, *(others[leaf] for leaf in sorted(others))])
+    def __getitem__(self, key: tuple[str, str]) -> str:
+        table, name = key
+        found = self._tables[table][name]
+        if isinstance(found, bytes):
+            return joined([found] if found else [])
+        return joined([found[leaf] for leaf in sorted(found)])
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for table, names in self._tables.items():
+            for name in names:
+                yield table, name
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tables.values()))
 
 
 class File(Struct):
     """An output file while it is written; `pending` segments are still to come. `late` is written
-    before it is sealed: (offset, CRC-32).
+    before it is sealed: CRC-32s, by their offsets, in two columns.
 
     Of a lent file `path` is where it lies meanwhile; its `fd` is -1, and that of a sent one.
     """
@@ -86,7 +106,7 @@ class File(Struct):
     fd: int
     pending: int = 1
     path: Path | None = None
-    late: list[tuple[int, int]] = field(default_factory=list)
+    late: tuple[array[int], array[int]] = field(default_factory=lambda: (array("Q"), array("I")))
 
     @property
     def place(self) -> Path:
@@ -121,7 +141,6 @@ class Segment(Struct, frozen=True):
 class Piece(Struct, frozen=True):
     """A leaf of a tensor's digest, and where its bytes go."""
 
-    digest: _Digest
     leaf: int
     segments: list[Segment] = field(default_factory=list)
 
@@ -170,8 +189,8 @@ class Assembly:
         self._back = back
         self._lent = lent
         self._sent = sent
-        self._compared: list[Tensor] = []
-        self._digests: dict[tuple[str, str], _Digest] = {}
+        self._compared = self._changed = 0
+        self._digests = Digests()
         self._not_finite: dict[tuple[str, str], NotFinite] = {}
         self._reused = self._damaged = 0
         sources = [] if folder.journal is None else folder.journal.sources
@@ -182,22 +201,23 @@ class Assembly:
         """Every piece, in output order; each file is made as its turn comes."""
         piece: Piece | None = None
         before = 0
+        key: tuple[str, str] | None = None
         for output in self._plan.files:
             file = self._begin(output)
             for slot in output.slots:
-                key = (output.table, slot.spec.name)
-                if key not in self._digests:  # the slots of one tensor follow each other
-                    self._digests[key] = _Digest()
+                first = (output.table, slot.spec.name) != key
+                if first:  # the slots of one tensor follow each other
+                    key = output.table, slot.spec.name
                     before = 0
-                digest = self._digests[key]
+                    self._digests.begin(*key)
                 tensor = Tensor(slot, file)
-                if slot.reference is not None:
-                    self._compared.append(tensor)
+                self._compared += slot.reference is not None
                 for leaf, run in runs(slot, before, block_numel(slot)):
-                    if piece is None or piece.digest is not digest or piece.leaf != leaf:
+                    if piece is None or first or piece.leaf != leaf:
                         if piece is not None:
                             yield piece
-                        piece = Piece(digest, leaf)
+                        piece = Piece(leaf)
+                    first = False
                     self._add(piece, tensor, run)
                 before += slot.spec.numel
                 self._complete(tensor)
@@ -267,7 +287,7 @@ class Assembly:
     def hashed(self, piece: Piece, digest: bytes) -> None:
         """Note the digest of a piece whose segments are all noted, or will be."""
         with self._counting:
-            piece.digest.put(piece.leaf, digest)
+            self._digests.put(*piece.name, piece.leaf, digest)
 
     def segment_made(self, segment: Segment, result: SegmentResult) -> None:
         """Note that a segment is written, and its result.
@@ -277,11 +297,13 @@ class Assembly:
         """
         tensor = segment.tensor
         with self._counting:
-            tensor.changed = tensor.changed or result.changed
+            if result.changed and not tensor.changed:
+                tensor.changed = True
+                self._changed += 1
             if result.special:
                 key = (tensor.file.output.table, tensor.slot.spec.name)
                 self._not_finite[key] = self._not_finite.get(key, NotFinite()) + result.special
-            if tensor.slot.crc_offsets:
+            if tensor.slot.crcs:
                 tensor.crcs[segment.runs[0].start] = result.crc, result.nbytes
             tensor.pending -= 1
             if tensor.complete and not tensor.pending:
@@ -293,11 +315,11 @@ class Assembly:
     ) -> Outcome:
         """The result, once every piece is made."""
         return Outcome(
-            digests={name: digest.text() for name, digest in self._digests.items()},
+            digests=self._digests,
             bytes_read=bytes_read,
             checked=checked,
-            compared=len(self._compared),
-            changed=sum(tensor.changed for tensor in self._compared),
+            compared=self._compared,
+            changed=self._changed,
             not_finite={
                 key: self._not_finite[key] for key in self._digests if key in self._not_finite
             },
@@ -360,8 +382,8 @@ class Assembly:
         """Write what could not be known before, sync the file and give it its name."""
         name = file.output.name
         fd = file.fd if file.path is None else self._folder.take_back(name, file.path)
-        self._put_late(name, fd, sorted(file.late))
-        file.late.clear()
+        self._put_late(name, fd, sorted(zip(*file.late, strict=True)))
+        file.late = array("Q"), array("I")
         if self._back is not None:
             self._back.written(fd)
         self._folder.seal(name, fd)
@@ -378,7 +400,9 @@ class Assembly:
         if self._folder.in_order:  # what comes after it waits for it
             self._put_late(tensor.file.output.name, tensor.file.fd, late)
         else:
-            tensor.file.late += late
+            offsets, crcs = tensor.file.late
+            offsets.extend(offset for offset, _ in late)
+            crcs.extend(crc for _, crc in late)
 
     def _put_late(self, name: str, fd: int, late: Iterable[tuple[int, int]]) -> None:
         for offset, crc in late:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, overload
 
 from msgspec import Struct, field
 from zlib_ng import zlib_ng
@@ -49,36 +51,19 @@ class Checked(NamedTuple):
     unchecked: int
 
 
-class _Bare(Struct):
-    """Bytes `[start, stop)` without a stated checksum."""
-
-    start: int
-    stop: int
-    read: bool = False
-
-
 #: Bytes `[start, stop)` of a file that were read, as a part of a record, and their CRC-32.
 PassedRun = tuple[FileRef, int, int, int]
 
 
 class _Passed(Struct):
-    """What was read of one record: `runs`, in file order, that neither overlap nor touch.
+    """What was read of one record, partly: `runs`, in file order, that neither overlap nor touch.
 
     Pieces that touch become one run, so their number does not grow with what is read.
     """
 
-    record: Record
     runs: list[_Run] = field(default_factory=list)
     # Whether runs are among them that this run did not read.
     noted: bool = False
-
-    @property
-    def start(self) -> int:
-        return self.record.extent.offset
-
-    @property
-    def stop(self) -> int:
-        return self.record.extent.offset + self.record.extent.nbytes
 
     def add(self, run: _Run) -> None:
         """Note a run; one that overlaps what was read before counts if it holds all of it."""
@@ -96,6 +81,76 @@ class _Passed(Struct):
         self.runs[first:last] = [run]
 
 
+# What is known of a stretch: nothing; that it was read (what of a record: see `_File.passed`); that
+# this run read a record from end to end, and its CRC-32.
+_UNREAD, _READ, _WHOLE = range(3)
+
+
+class _File:
+    """The stretches of one file, in its order, as columns: a checkpoint may have 600,000.
+
+    A record has a checksum; a bare stretch, of which the file states none, has not.
+    """
+
+    def __init__(self) -> None:
+        self.starts = array("Q")
+        self.stops = array("Q")
+        self.stated = array("I")
+        self.found = array("I")
+        self.bare = bytearray()
+        self.known = bytearray()
+        self.passed: dict[int, _Passed] = {}
+
+    def add(self, start: int, stop: int, crc32: int | None) -> None:
+        """Append a stretch."""
+        self.starts.append(start)
+        self.stops.append(stop)
+        self.stated.append(crc32 or 0)
+        self.found.append(0)
+        self.bare.append(crc32 is None)
+        self.known.append(_UNREAD)
+
+    def sort(self) -> None:
+        """Put the stretches in the file's order, before anything is noted of them."""
+        starts = self.starts
+        if all(one <= other for one, other in pairwise(starts)):
+            return
+        order = sorted(range(len(starts)), key=starts.__getitem__)
+        self.starts = array("Q", [starts[at] for at in order])
+        self.stops = array("Q", [self.stops[at] for at in order])
+        self.stated = array("I", [self.stated[at] for at in order])
+        self.bare = bytearray([self.bare[at] for at in order])
+
+    def holding(self, start: int, stop: int) -> int | None:
+        """The stretch that bytes `[start, stop)` lie in."""
+        if start >= stop:
+            return None
+        at = bisect.bisect_right(self.starts, start) - 1
+        inside = at >= 0 and stop <= self.stops[at]
+        return at if inside else None
+
+    def note(self, at: int, run: _Run, *, noted: bool = False) -> None:
+        """Note a run of a record; with `noted`, one that this run did not read."""
+        whole = _Run(self.starts[at], self.stops[at], self.found[at])
+        passed = self.passed.get(at)
+        if passed is None:
+            passed = _Passed([whole] if self.known[at] == _WHOLE else [])
+        passed.add(run)
+        passed.noted = passed.noted or noted
+        first = passed.runs[0]
+        if passed.noted or first[:2] != whole[:2]:
+            self.passed[at], self.known[at] = passed, _READ
+        else:
+            self.found[at], self.known[at] = first.crc, _WHOLE
+            self.passed.pop(at, None)
+
+    def runs(self, at: int) -> list[_Run]:
+        """What was read of a record."""
+        if self.known[at] == _WHOLE:
+            return [_Run(self.starts[at], self.stops[at], self.found[at])]
+        return self.passed[at].runs if at in self.passed else []
+
+
 class Ledger:
     """The records of a checkpoint and what has been read of them. Safe to use from threads.
 
@@ -103,29 +158,32 @@ class Ledger:
     """
 
     def __init__(self, records: Iterable[Record], bare: Iterable[Extent] = ()) -> None:
-        self._files: dict[FileRef, list[_Passed | _Bare]] = {}
+        self._files: dict[FileRef, _File] = {}
         for record in records:
-            self._files.setdefault(record.extent.file, []).append(_Passed(record))
+            self._add(record.extent, record.crc32)
         for extent in bare:
-            stretch = _Bare(extent.offset, extent.offset + extent.nbytes)
-            self._files.setdefault(extent.file, []).append(stretch)
-        for passed in self._files.values():
-            passed.sort(key=lambda item: item.start)
-        self._starts = {
-            file: [item.start for item in passed] for file, passed in self._files.items()
-        }
+            self._add(extent, None)
+        for file in self._files.values():
+            file.sort()
         self._lock = threading.Lock()
+
+    def _add(self, extent: Extent, crc32: int | None) -> None:
+        file = self._files.get(extent.file)
+        if file is None:
+            file = self._files[extent.file] = _File()
+        file.add(extent.offset, extent.offset + extent.nbytes, crc32)
 
     def add(self, extent: Extent, data: memoryview) -> PassedRun | None:
         """Note that `data` was read from `extent`; returns the part that counts for a record."""
-        passed = self._holding(extent)
-        if isinstance(passed, _Bare):
-            passed.read = True
-        if not isinstance(passed, _Passed):
+        file, at = self._holding(extent)
+        if file is None:
+            return None
+        if file.bare[at]:
+            file.known[at] = _READ
             return None
         run = _Run(extent.offset, extent.offset + extent.nbytes, zlib_ng.crc32(data))
         with self._lock:
-            passed.add(run)
+            file.note(at, run)
         return extent.file, *run
 
     def add_noted(self, runs: Sequence[PassedRun]) -> bool:
@@ -134,16 +192,15 @@ class Ledger:
         if found is None:
             return False
         with self._lock:
-            for passed, run in found:
-                passed.add(run)
-                passed.noted = True
+            for file, at, run in found:
+                file.note(at, run, noted=True)
         return True
 
     def add_read(self, runs: Sequence[PassedRun]) -> None:
         """Note what another process read of records, for this run."""
         with self._lock:
-            for passed, run in self._held(runs) or ():
-                passed.add(run)
+            for file, at, run in self._held(runs) or ():
+                file.note(at, run)
 
     def hold(self, runs: Sequence[PassedRun]) -> bool:
         """Whether each of these lies in a record."""
@@ -151,34 +208,33 @@ class Ledger:
 
     def record_around(self, extent: Extent) -> Extent | None:
         """The record that an extent lies in."""
-        passed = self._holding(extent)
-        return passed.record.extent if isinstance(passed, _Passed) else None
+        file, at = self._holding(extent)
+        if file is None or file.bare[at]:
+            return None
+        return Extent(extent.file, file.starts[at], file.stops[at] - file.starts[at])
 
-    def _held(self, runs: Sequence[PassedRun]) -> list[tuple[_Passed, _Run]] | None:
+    def _held(self, runs: Sequence[PassedRun]) -> list[tuple[_File, int, _Run]] | None:
         """The records that these lie in; None where one lies in none."""
         found = []
-        for file, start, stop, crc in runs:
-            passed = self._holding(Extent(file, start, stop - start))
-            if not isinstance(passed, _Passed):
+        for ref, start, stop, crc in runs:
+            file, at = self._holding(Extent(ref, start, stop - start))
+            if file is None or file.bare[at]:
                 return None
-            found.append((passed, _Run(start, stop, crc)))
+            found.append((file, at, _Run(start, stop, crc)))
         return found
 
     def add_bare(self, extents: Iterable[Extent]) -> None:
         """Note that an earlier run read these, as far as no checksum is stated of them."""
         for extent in extents:
-            passed = self._holding(extent)
-            if isinstance(passed, _Bare):
-                passed.read = True
+            file, at = self._holding(extent)
+            if file is not None and file.bare[at]:
+                file.known[at] = _READ
 
-    def _holding(self, extent: Extent) -> _Passed | _Bare | None:
-        """The stretch that an extent lies in."""
-        starts = self._starts.get(extent.file)
-        if starts is None or not extent.nbytes:
-            return None
-        passed = self._files[extent.file][bisect.bisect_right(starts, extent.offset) - 1]
-        inside = passed.start <= extent.offset and extent.offset + extent.nbytes <= passed.stop
-        return passed if inside else None
+    def _holding(self, extent: Extent) -> tuple[_File, int] | tuple[None, int]:
+        """The stretch that an extent lies in, by its file and its place there."""
+        file = self._files.get(extent.file)
+        at = None if file is None else file.holding(extent.offset, extent.offset + extent.nbytes)
+        return (None, 0) if file is None or at is None else (file, at)
 
     def check(self, sources: Sources) -> Checked:
         """Compare every record of which anything substantial was read.
@@ -186,27 +242,34 @@ class Ledger:
         Raises `FormatError` for the first that differs.
         """
         compared = unchecked = 0
-        for passed in (item for items in self._files.values() for item in items):
-            if isinstance(passed, _Bare):
-                unchecked += passed.read
-                continue
-            extent = passed.record.extent
-            read = sum(run.stop - run.start for run in passed.runs)
-            if not read or read < _WORTH_COMPLETING * extent.nbytes:
-                unchecked += bool(read)
-                continue
-            found = _combined(passed, sources)
-            if found != passed.record.crc32 and passed.noted:
-                found = _combined(_Passed(passed.record), sources)  # what was noted may be wrong
-            if found != passed.record.crc32:
-                raise FormatError(
-                    f"bytes {extent.offset} to {extent.offset + extent.nbytes} have CRC-32 "
-                    f"{found:08x}; the file itself says {passed.record.crc32:08x}.",
-                    path=extent.file.path,
-                    hint="The file was damaged after it was saved; copy it again.",
-                )
-            compared += 1
+        for ref, file in self._files.items():
+            for at, known in enumerate(file.known):
+                if known == _UNREAD:
+                    continue
+                if file.bare[at] or not _checked(ref, file, at, sources):
+                    unchecked += 1
+                else:
+                    compared += 1
         return Checked(compared, unchecked)
+
+
+def _checked(ref: FileRef, file: _File, at: int, sources: Sources) -> bool:
+    """Compare a record, unless too little of it was read. Raises `FormatError`."""
+    extent = Extent(ref, file.starts[at], file.stops[at] - file.starts[at])
+    runs, stated = file.runs(at), file.stated[at]
+    if sum(run.stop - run.start for run in runs) < _WORTH_COMPLETING * extent.nbytes:
+        return False
+    found = _combined(extent, runs, sources)
+    if found != stated and at in file.passed and file.passed[at].noted:
+        found = _combined(extent, [], sources)  # what was noted may be wrong
+    if found != stated:
+        raise FormatError(
+            f"bytes {extent.offset} to {extent.offset + extent.nbytes} have CRC-32 "
+            f"{found:08x}; the file itself says {stated:08x}.",
+            path=extent.file.path,
+            hint="The file was damaged after it was saved; copy it again.",
+        )
+    return True
 
 
 def join(runs: list[PassedRun], run: PassedRun) -> None:
@@ -217,7 +280,46 @@ def join(runs: list[PassedRun], run: PassedRun) -> None:
     runs.append(run)
 
 
-def without_checksum(entries: Iterable[Entry], records: Iterable[Record]) -> list[Extent]:
+class Stretches(Sequence[Extent]):
+    """Stretches of files, as columns of numbers: a checkpoint may have 600,000."""
+
+    def __init__(self) -> None:
+        self._files: dict[FileRef, tuple[array[int], array[int]]] = {}
+
+    def add(self, file: FileRef, start: int, stop: int) -> None:
+        """Append bytes `[start, stop)` of a file."""
+        starts, stops = self._files.setdefault(file, (array("Q"), array("Q")))
+        starts.append(start)
+        stops.append(stop)
+
+    def lengthen(self, file: FileRef, stop: int) -> None:
+        """Let the last stretch of a file end at `stop`."""
+        self._files[file][1][-1] = stop
+
+    @property
+    def files(self) -> int:
+        """How many files they are in."""
+        return len({file.path for file in self._files})
+
+    def __len__(self) -> int:
+        return sum(len(starts) for starts, _ in self._files.values())
+
+    def __iter__(self) -> Iterator[Extent]:
+        for file, (starts, stops) in self._files.items():
+            for start, stop in zip(starts, stops, strict=True):
+                yield Extent(file, start, stop - start)
+
+    @overload
+    def __getitem__(self, index: int) -> Extent: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Extent]: ...
+
+    def __getitem__(self, index: int | slice) -> Extent | list[Extent]:
+        return [*self][index]
+
+
+def without_checksum(entries: Iterable[Entry], records: Iterable[Record]) -> Stretches:
     """The stretches of files that tensors lie in and no record holds, each once; those that overlap
     are one. Of tensors that are cut out of flat ones, the flat ones."""
     files: dict[FileRef, list[tuple[int, int, int]]] = {}
@@ -229,31 +331,33 @@ def without_checksum(entries: Iterable[Entry], records: Iterable[Record]) -> lis
         if extent.nbytes:
             span = (extent.offset, -(extent.offset + extent.nbytes), 1)
             files.setdefault(extent.file, []).append(span)
-    bare: list[Extent] = []
+    bare = Stretches()
     for file, spans in files.items():
-        protected = start = stop = 0
+        protected = stop = 0
         # Of those that begin together the longest first, a record before what lies in it.
-        for begin, end, inside in sorted(spans):
+        spans.sort()
+        for begin, end, inside in spans:
             if not inside:
                 protected = max(protected, -end)
             elif -end <= protected or -end <= stop:
                 continue
             elif begin < stop:
                 stop = -end
-                bare[-1] = Extent(file, start, stop - start)
+                bare.lengthen(file, stop)
             else:
-                start, stop = begin, -end
-                bare.append(Extent(file, start, stop - start))
+                stop = -end
+                bare.add(file, begin, stop)
     return bare
 
 
-def _combined(passed: _Passed, sources: Sources) -> int:
-    """The CRC-32 of the whole record, from its runs; the gaps between them are read now."""
-    extent = passed.record.extent
-    source = sources.open(extent.file)
+def _combined(extent: Extent, runs: Sequence[_Run], sources: Sources) -> int:
+    """The CRC-32 of a whole record, from its runs; the gaps between them are read now."""
     end = extent.offset + extent.nbytes
+    if len(runs) == 1 and runs[0][:2] == (extent.offset, end):
+        return runs[0].crc
+    source = sources.open(extent.file)
     whole = _Run(extent.offset, extent.offset, 0)
-    for run in (*passed.runs, _Run(end, end, 0)):
+    for run in (*runs, _Run(end, end, 0)):
         while whole.stop < run.start:
             stop = min(run.start, whole.stop + _PIECE)
             gap = source.read(whole.stop, stop - whole.stop)

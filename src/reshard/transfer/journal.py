@@ -25,7 +25,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -44,6 +44,8 @@ VERSION = 1
 _MAX_LINE = 1 << 20
 # Bytes of pieces after which lines are written. Lines that wait are lost with the process.
 _STEP = 16 << 20
+# Lines that wait, at most: 200,000 small tensors make few bytes.
+_MAX_WAITING = 1 << 12
 # Bytes of pieces after which lines are synced, with the next file.
 _SYNCED = 64 << 20
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -184,18 +186,22 @@ class Noted:
         return len(self._at)
 
     def piece(self, table: str, tensor: str, leaf: int) -> Piece | None:
-        """What was noted of a piece last; None where nothing was."""
+        """What was noted of a piece last; None where nothing was, or where it cannot be read."""
         asked = key(table, tensor, leaf)
         start = self._at.get(asked)
         if start is None:
             return None
-        with self._reading:
-            self._file.seek(start)
-            line = decoded(self._file.readline(_MAX_LINE))
+        try:
+            with self._reading:
+                self._file.seek(start)
+                line = decoded(self._file.readline(_MAX_LINE))
+        except OSError:  # the piece is made again
+            return None
         return line if isinstance(line, Piece) and line.key == asked else None
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # nothing was written through it
+            self._file.close()
 
     def _lines(self) -> Iterator[tuple[int, Line]]:
         """Each whole line, with the offset where it starts."""
@@ -300,7 +306,7 @@ class Journal:
             self._waiting.append(line)
             self._passed += nbytes
             self._unsynced += nbytes
-            if self._passed >= _STEP:
+            if self._passed >= _STEP or len(self._waiting) >= _MAX_WAITING:
                 self._flush()
 
     def seal(self, name: str, nbytes: int) -> None:

@@ -130,7 +130,7 @@ class Maker:
             if slot.reference is not None and not changed:
                 changed = differs(slot, run.start, raw, self._references)
             hasher.update(raw.data)
-            if slot.crc_offsets:
+            if slot.crcs:
                 crc = zlib_ng.crc32(raw.data, crc)
             nbytes += len(raw)
         return SegmentResult(nbytes, crc, changed, special)

@@ -14,7 +14,7 @@ from reshard.containers.torch.records import TensorRef
 from reshard.core import dtypes
 from reshard.core.regex import regex
 from reshard.core.tensors import Box, Entry, Fragment, Record, Shape, TensorKind, TensorSpec
-from reshard.core.tiling import proven
+from reshard.core.tiling import proven, stored_whole
 from reshard.errors import FormatError, IncompleteError, UnsupportedError, at
 from reshard.storage.local import Sources
 
@@ -86,6 +86,8 @@ class _Finder:
             if item.record is not None:
                 records.append(item.record)
         kind: TensorKind = "parameter" if spec.dtype.floating else "buffer"
+        if plain and len(fragments) == 1:
+            return stored_whole(spec, fragments[0].in_file, kind), records
         if plain:
             return Entry(spec, tuple(fragments), kind), records
         with at(self._folder):

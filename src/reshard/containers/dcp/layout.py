@@ -14,7 +14,9 @@ the tensors, each a torch.save stream that the caller gives.
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import overload
 
 from msgspec import Struct, field
 from zlib_ng import zlib_ng
@@ -127,17 +129,16 @@ def _chunked(
     max_chunk_nbytes = min(MAX_CHUNK_NBYTES, max_file_nbytes - _ZIP_NBYTES)
     chunks = []
     for box, held in cut(spec, source, max_chunk_nbytes):
-        archive = _archive(spec.dtype, box.sizes)
-        location = files.room(archive.nbytes).add(
-            TensorSpec(spec.name, spec.dtype, box.sizes), held, archive
-        )
+        archive, crcs = _archive(spec.dtype, box.sizes)
+        part = spec if box.sizes == spec.shape else TensorSpec(spec.name, spec.dtype, box.sizes)
+        location = files.room(archive.nbytes).add(part, held, archive, crcs)
         chunks.append(Chunk(box.offsets, box.sizes, (location,)))
     return StoredTensor(spec.dtype.name, spec.shape, tuple(chunks))
 
 
 def _item(known: TensorBytes) -> bytes:
     """The whole item of a tensor whose bytes are known."""
-    archive = _archive(known.dtype, known.shape)
+    archive, _ = _archive(known.dtype, known.shape)
     return archive.before + known.data + archive.after(zlib_ng.crc32(known.data))
 
 
@@ -161,34 +162,73 @@ class _Files:
         return self.room(len(data)).add_object(data)
 
 
+class Literals(Sequence[tuple[int, bytes]]):
+    """Bytes that are known, at their offsets, as two columns: chunks of one shape share the bytes,
+    and a tuple with the offset would take a hundred more."""
+
+    def __init__(self) -> None:
+        self._offsets = array("Q")
+        self._data: list[bytes] = []
+
+    def append(self, offset: int, data: bytes) -> None:
+        """Note bytes after all others."""
+        self._offsets.append(offset)
+        self._data.append(data)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Literals):
+            return NotImplemented
+        return (self._offsets, self._data) == (other._offsets, other._data)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        return zip(self._offsets, self._data, strict=True)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, bytes]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, bytes]]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[int, bytes] | list[tuple[int, bytes]]:
+        if isinstance(index, slice):
+            return [*zip(self._offsets[index], self._data[index], strict=True)]
+        return self._offsets[index], self._data[index]
+
+
 class _File(Struct):
     """A file as it grows."""
 
     name: str
     nbytes: int = 0
-    literals: list[tuple[int, bytes]] = field(default_factory=list)
+    literals: Literals = field(default_factory=lambda: Literals())
     slots: list[Slot] = field(default_factory=list)
 
-    def add(self, spec: TensorSpec, source: Entry, archive: TensorArchive) -> Location:
+    def add(
+        self, spec: TensorSpec, source: Entry, archive: TensorArchive, crcs: tuple[int, ...]
+    ) -> Location:
         start = self.nbytes
         data = start + len(archive.before)
-        rest = data + archive.data_nbytes
-        self.literals += [(start, archive.before), (rest, archive.rest)]
-        checksums = tuple(rest + offset for offset in archive.crc_offsets)
-        self.slots.append(Slot(data, spec, source, checksums))
+        self.literals.append(start, archive.before)
+        self.literals.append(data + archive.data_nbytes, archive.rest)
+        self.slots.append(Slot(data, spec, source, crcs))
         self.nbytes += archive.nbytes
         return Location(self.name, start, archive.nbytes)
 
     def add_object(self, data: bytes) -> Location:
         start = self.nbytes
-        self.literals.append((start, data))
+        self.literals.append(start, data)
         self.nbytes += len(data)
         return Location(self.name, start, len(data))
 
     def output(self, folder: str, table: str) -> OutputFile:
         """The file as a plan has it."""
         name = folder + self.name
-        return OutputFile(name, self.nbytes, tuple(self.literals), tuple(self.slots), table)
+        return OutputFile(name, self.nbytes, self.literals, tuple(self.slots), table)
 
 
 def rows(spec: TensorSpec, max_nbytes: int) -> Iterator[Box]:
@@ -208,6 +248,8 @@ def rows(spec: TensorSpec, max_nbytes: int) -> Iterator[Box]:
 
 
 @functools.lru_cache(maxsize=256)
-def _archive(dtype: DType, shape: Shape) -> TensorArchive:
+def _archive(dtype: DType, shape: Shape) -> tuple[TensorArchive, tuple[int, ...]]:
+    """The archive of a chunk, and where its CRC-32 belongs, from the data's first byte on."""
     # Layers repeat: a model has a dozen different chunks.
-    return lay_out_tensor(dtype, shape)
+    archive = lay_out_tensor(dtype, shape)
+    return archive, tuple(archive.data_nbytes + offset for offset in archive.crc_offsets)

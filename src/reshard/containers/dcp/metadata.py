@@ -48,8 +48,11 @@ _PLACE = ("relative_path", "offset", "length", "transform_descriptors")
 _INT = frozenset({int})
 # Bytes by which a file that is not a pickle is refused, before the others are read.
 _START_NBYTES = 1 << 16
-# Where each item lies, by its key and offset.
-_Places = dict[str, dict[Shape | None, "Location"]]
+# Bytes that are read at a time of a file whose end is not needed.
+_BLOCK_NBYTES = 16 << 20
+# Where each item lies, by its key and offset. Most keys have one item.
+_Place = tuple[Shape | None, "Location"]
+_Places = dict[str, "_Place | dict[Shape | None, Location]"]
 
 
 class Location(Struct, frozen=True, gc=False):
@@ -101,8 +104,11 @@ class Metadata(Struct, frozen=True):
     flattened: bool = True
 
 
-def opened(path: pathlib.Path, sources: Sources, *, longer: bool = False) -> tuple[Source, bytes]:
-    """The file, and its bytes; with `longer`, only the first `MAX_NBYTES` of a file that has more.
+def opened(
+    path: pathlib.Path, sources: Sources, *, until: bytes | None = None
+) -> tuple[Source, bytes]:
+    """The file, and its bytes; with `until`, those up to the block in which these bytes occur, or
+    the first `MAX_NBYTES` of a file that has more.
 
     Raises `IncompleteError` where the file is empty, and what the pickle reader raises for a file
     that is too long, or whose first bytes are not those of a pickle.
@@ -114,23 +120,50 @@ def opened(path: pathlib.Path, sources: Sources, *, longer: bool = False) -> tup
         )
     start = source.read(0, min(source.size, _START_NBYTES))
     torchfile.check_start(start, source.size, path=str(path))
-    if not longer:
+    if until is None:
         torchfile.check_size(source.size, path=str(path))
-    return source, source.read(0, min(source.size, MAX_NBYTES))
+        return source, source.read(0, source.size)
+    return source, _beginning(source, until)
+
+
+def _beginning(source: Source, until: bytes) -> bytes:
+    """The first bytes of a file, block by block, until `until` is among them."""
+    data = bytearray()
+    end = min(source.size, MAX_NBYTES)
+    while len(data) < end:
+        seen = max(0, len(data) - len(until))
+        data += source.read(len(data), min(_BLOCK_NBYTES, end - len(data)))
+        if data.find(until, seen) >= 0:
+            break
+    return bytes(data)
 
 
 def unpickled(data: bytes, path: pathlib.Path) -> Metadata:
     """What the pickle says; raises `FormatError`."""
     with paused_gc():
-        return parse(torchfile.read_pickle(data, path=str(path), repeats=True).value, str(path))
+        found = torchfile.read_pickle(data, path=str(path), repeats=True)
+        del data
+        return parse(found.value, str(path))
 
 
 def parse(value: object, path: str) -> Metadata:
-    """The metadata that the restricted reader found in the file `path`.
+    """The metadata that the restricted reader found in the file `path`; `value` is taken apart, so
+    that a large one and what is made of it are not held at once.
 
     Raises `FormatError` where it is not what DCP writes.
     """
     return _Parser(path).metadata(value)
+
+
+def _taken(places: _Places, key: str, at: Shape | None) -> Location | None:
+    """Take the place of an item out of the places; None where there is none."""
+    held = places.get(key)
+    if isinstance(held, dict):
+        return held.pop(at, None)
+    if held is None or held[0] != at:
+        return None
+    del places[key]
+    return held[1]
 
 
 class _Parser:
@@ -141,7 +174,10 @@ class _Parser:
         # Chunks of all layers have the same few sizes, which a run of records shares.
         self._shapes: dict[Shape, Shape] = {}
         self._kinds: dict[tuple[str, str], bool] = {}
-        self._getters: dict[tuple[object, ...], itemgetter[Any]] = {}
+        # By the fields asked for: of which class and keys, what gets them, whether it has all.
+        self._getters: dict[
+            tuple[str, ...], tuple[str, tuple[str, ...], itemgetter[Any], bool]
+        ] = {}
 
     def metadata(self, value: object) -> Metadata:
         fields = self._record(value, "Metadata")
@@ -149,11 +185,12 @@ class _Parser:
         stored = self._locations(fields.get("storage_data"))
         tensors: dict[str, StoredTensor] = {}
         objects: dict[str, tuple[Location, ...]] = {}
-        for key, raw in described.items():
+        for key in [*described]:
+            raw = described.pop(key)
             if not isinstance(key, str):
                 raise self._broken(f"a key of its state dict is a {type(key).__name__}")
             if isinstance(raw, Opaque) and raw.short_name == "BytesStorageMetadata":
-                place = stored.get(key, {}).pop(_WHOLE, None)
+                place = _taken(stored, key, _WHOLE)
                 objects[key] = () if place is None else (place,)
             else:
                 tensors[key] = self._tensor(key, raw, stored)
@@ -169,14 +206,17 @@ class _Parser:
             paths,
             version if isinstance(version, str) else None,
             aliases,
-            tuple((key, at) for key, places in stored.items() for at in places),
+            tuple(
+                (key, at)
+                for key, held in stored.items()
+                for at in (held if isinstance(held, dict) else held[:1])
+            ),
             bool(planned),
         )
 
     def _tensor(self, key: str, raw: object, stored: _Places) -> StoredTensor:
         """One tensor; the places of its chunks are removed from `stored`."""
         fields = self._record(raw, "TensorStorageMetadata", key)
-        places = stored.get(key, {})
         chunks: dict[Shape, Chunk] = {}
         # Of ranks that hold nothing of the tensor; torch writes an empty item for each.
         empty: set[Shape] = set()
@@ -196,28 +236,34 @@ class _Parser:
                     f"two chunks begin at {offsets}, of sizes {known.sizes} and {sizes}", key
                 )
             if known is None:
-                location = places.pop(offsets, None)
+                location = _taken(stored, key, offsets)
                 copies = () if location is None else (location,)
                 chunks[offsets] = Chunk(offsets, sizes, copies)
         for offsets in empty:
-            places.pop(offsets, None)
+            _taken(stored, key, offsets)
         shape = self._shape(fields.get("size"), "its size", key)
         return StoredTensor(self._dtype(fields.get("properties"), key), shape, (*chunks.values(),))
 
     def _locations(self, raw: object) -> _Places:
         """Where each tensor chunk lies; items that are not tensors have no offset in the index."""
         locations: _Places = {}
-        for index, info in self._mapping(raw, "storage_data").items():
+        places = self._mapping(raw, "storage_data")
+        for index in [*places]:
+            info = places.pop(index)
             fqn, offset = self._fields(index, "MetadataIndex", ("fqn", "offset"))
             if not isinstance(fqn, str):
                 raise self._broken("an index of its storage_data has no name")
             at = None if offset is None else self._shape(offset, "an index's offset", fqn)
+            location = self._location(info, fqn)
             known = locations.get(fqn)
             if known is None:
-                known = locations[fqn] = {}
-            elif at in known:
+                locations[fqn] = at, location
+                continue
+            if isinstance(known, tuple):
+                known = locations[fqn] = dict([known])
+            if at in known:
                 raise self._broken("its storage_data has two places for one item", fqn)
-            known[at] = self._location(info, fqn)
+            known[at] = location
         return locations
 
     def _aliases(self, raw: object, tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
@@ -275,7 +321,8 @@ class _Parser:
                 raise self._broken("its path in the state dict is not of names and numbers", key)
             if len(path) > MAX_STEPS:
                 raise self._broken(f"its path in the state dict has {len(path)} steps", key)
-            paths[key] = tuple(str(step) for step in path)
+            named = all(type(step) is str for step in path)
+            paths[key] = path if named else tuple(map(str, path))
             if ".".join(paths[key]) != key:
                 raise self._broken(f"its path in the state dict is {brief(path)}", key)
         return paths
@@ -301,7 +348,7 @@ class _Parser:
             numbers.append(number)
         return tuple(numbers)
 
-    def _mapping(self, raw: object, what: str) -> Mapping[object, object]:
+    def _mapping(self, raw: object, what: str) -> dict[object, object]:
         if not isinstance(raw, dict):
             raise self._broken(f"its {what} is a {type(raw).__name__}")
         return raw
@@ -329,17 +376,28 @@ class _Parser:
         self, raw: object, kind: str, names: tuple[str, ...], key: str | None = None
     ) -> tuple[Any, ...]:
         """Some fields of a record, None for those that it lacks."""
-        if type(raw) is Instance and self._is(raw, kind):
-            getter = self._getters.get((raw.keys, names))
-            if getter is None:
-                places = [*raw.keys, *(name for name in names if name not in raw.keys)]
-                lacking = len(raw.keys)
-                getter = itemgetter(*(min(places.index(name), lacking) for name in names))
-                self._getters[raw.keys, names] = getter
-            found: tuple[Any, ...] = getter((*raw.values, None))
-            return found
+        if type(raw) is Instance:
+            known = self._getters.get(names)
+            # Records of one class share their name and keys; two million are asked.
+            if known is None or known[0] is not raw.name or known[1] is not raw.keys:
+                known = self._getter(raw, kind, names)
+            if known is not None:
+                found: tuple[Any, ...] = known[2](raw.values if known[3] else (*raw.values, None))
+                return found
         fields = self._record(raw, kind, key)
         return tuple([fields.get(name) for name in names])
+
+    def _getter(
+        self, raw: Instance, kind: str, names: tuple[str, ...]
+    ) -> tuple[str, tuple[str, ...], itemgetter[Any], bool] | None:
+        """What gets the fields of a record; None where it is of another kind."""
+        if not self._is(raw, kind):
+            return None
+        lacking = len(raw.keys)
+        places = [raw.keys.index(name) if name in raw.keys else lacking for name in names]
+        made = (raw.name, raw.keys, itemgetter(*places), max(places) < lacking)
+        self._getters[names] = made
+        return made
 
     def _broken(self, what: str, key: str | None = None) -> FormatError:
         return FormatError(

@@ -7,10 +7,10 @@ the same in every torch since 2.4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from reshard.containers.dcp.metadata import ALIASES, Location, Metadata, StoredTensor
-from reshard.containers.torch.pickler import Again, Call, Instance, Name, Pickler
+from reshard.containers.torch.pickler import Again, Call, Instance, Name, Pairs, Pickler
 from reshard.core.tensors import Shape
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -28,22 +28,10 @@ def dump(metadata: Metadata, paths: Mapping[str, tuple[str | int, ...]]) -> byte
     """
     tensors = {**metadata.tensors}
     tensors.update((alias, tensors[name]) for alias, name in metadata.aliases.items())
-    stored = {
-        _instance("MetadataIndex", fqn=key, offset=_size(chunk.offsets), index=index):
-            _location(chunk.copies[0])
-        for key, tensor in tensors.items()
-        for index, chunk in enumerate(tensor.chunks)
-    }  # fmt: skip
-    stored.update(
-        (_instance("MetadataIndex", fqn=key, offset=None, index=None), _location(copies[0]))
-        for key, copies in metadata.objects.items()
-    )
-    described = {key: _tensor(tensor) for key, tensor in tensors.items()}
-    described.update((key, _instance("BytesStorageMetadata")) for key in metadata.objects)
     fields: dict[str, object] = {
-        "state_dict_metadata": described,
+        "state_dict_metadata": Pairs(_described(tensors, metadata)),
         "planner_data": dict(paths),
-        "storage_data": stored,
+        "storage_data": Pairs(_stored(tensors, metadata)),
         "version": _VERSION,
     }
     if metadata.aliases:
@@ -57,6 +45,26 @@ def dump(metadata: Metadata, paths: Mapping[str, tuple[str | int, ...]]) -> byte
     pickler = Pickler(memo=True, batch=_BATCH)
     pickler.put(_instance("Metadata", **fields))
     return pickler.finish()
+
+
+def _described(
+    tensors: Mapping[str, StoredTensor], metadata: Metadata
+) -> Iterator[tuple[str, Instance]]:
+    for key, tensor in tensors.items():
+        yield key, _tensor(tensor)
+    for key in metadata.objects:
+        yield key, _instance("BytesStorageMetadata")
+
+
+def _stored(
+    tensors: Mapping[str, StoredTensor], metadata: Metadata
+) -> Iterator[tuple[Instance, Instance]]:
+    for key, tensor in tensors.items():
+        for index, chunk in enumerate(tensor.chunks):
+            place = _instance("MetadataIndex", fqn=key, offset=_size(chunk.offsets), index=index)
+            yield place, _location(chunk.copies[0])
+    for key, copies in metadata.objects.items():
+        yield _instance("MetadataIndex", fqn=key, offset=None, index=None), _location(copies[0])
 
 
 def _tensor(tensor: StoredTensor) -> Instance:

@@ -34,16 +34,19 @@ def check_depth(value: object, *, path: str) -> None:
             todo.pop()
             continue
         inner = _containers_in(container)
+        # The innermost, which are nearly all of a large pickle, are not noted: their height is 1.
+        deep = [item for item in inner if _holds_containers(item)]
         if state is None:
             heights[id(container)] = 0
             depth += 1
-            if depth > MAX_DEPTH:
+            if depth + bool(inner) > MAX_DEPTH:
                 raise _too_deep(path)
-            todo.extend(item for item in inner if id(item) not in heights)
+            todo.extend(item for item in deep if id(item) not in heights)
             continue
         todo.pop()
         depth -= 1
-        height = 1 + max((heights[id(item)] for item in inner), default=0)
+        height = 1 + max((heights[id(item)] for item in deep), default=0)
+        height = max(height, 2 if inner else 1)
         if height > MAX_DEPTH:
             raise _too_deep(path)
         heights[id(container)] = height
@@ -58,25 +61,27 @@ def check_sharing(value: object, recalled: Iterable[object], nbytes: int, *, pat
     if all(map(_is_small, recalled)):
         return
     limit = MAX_VALUES + MAX_VALUES_PER_BYTE * nbytes
-    # As above: open values count 1.
+    # As above: open values (0) count 1, and those that hold nothing large are not noted.
     counts: dict[int, int] = {}
-    closed: set[int] = set()
     kept = 0
     todo: list[object] = [value]
     while todo:
         one = todo[-1]
-        if id(one) in closed:
+        known = counts.get(id(one))
+        if known:
             todo.pop()
             continue
         items = _items_of(one)
         inner = [item for item in items if type(item) in HOLDING]
-        if id(one) not in counts:
-            counts[id(one)] = 1
-            todo.extend(item for item in inner if id(item) not in counts)
+        deep = [item for item in inner if _holds_others(item)]
+        if known is None:
+            counts[id(one)] = 0
+            todo.extend(item for item in deep if id(item) not in counts)
             continue
         todo.pop()
-        closed.add(id(one))
-        count = 1 + len(items) + sum(counts[id(item)] for item in inner)
+        count = 1 + len(items) + sum(counts[id(item)] or 1 for item in deep)
+        if len(deep) < len(inner):
+            count += sum(1 + len(_items_of(item)) for item in inner if not _holds_others(item))
         counts[id(one)] = count
         if type(one) is Opaque and one.short_name == _KEPT:
             kept += count
@@ -102,6 +107,15 @@ def _containers_in(value: object) -> list[object]:
     return []
 
 
+def _holds_containers(value: object) -> bool:
+    """Whether `_containers_in` gives any."""
+    if type(value) is dict:
+        return any(type(item) in (dict, list, tuple) for item in value.values())
+    if type(value) is list or type(value) is tuple:
+        return any(type(item) in (dict, list, tuple) for item in value)
+    return False
+
+
 def _items_of(value: object) -> list[object]:
     """What a container or record holds, without the keys of a dict."""
     if type(value) is dict:
@@ -109,6 +123,17 @@ def _items_of(value: object) -> list[object]:
     if isinstance(value, Opaque):
         return [*value.args, value.state, *(value.items or ())]
     return list(value) if isinstance(value, list | tuple) else []
+
+
+def _holds_others(value: object) -> bool:
+    """Whether what a container or record stands for is more than its items."""
+    if type(value) is Opaque:
+        if type(value.state) in HOLDING or value.name.endswith(_KEPT):
+            return True
+        items: Iterable[object] = (*value.args, *(value.items or ()))
+    else:
+        items = value.values() if type(value) is dict else _items_of(value)
+    return any(type(item) in HOLDING for item in items)
 
 
 def _is_small(value: object) -> bool:

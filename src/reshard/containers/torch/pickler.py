@@ -7,6 +7,8 @@ A pickle names classes and states their fields; only the program that loads it n
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
+from itertools import islice
 
 from msgspec import Struct
 
@@ -45,6 +47,12 @@ class Instance(Struct, frozen=True, eq=False):
     state: object
 
 
+class Pairs(Struct, frozen=True):
+    """A dict, whose items are made as they are written."""
+
+    items: Iterable[tuple[object, object]]
+
+
 class Pickler:
     """Writes None, bool, int, float, str, tuples, lists, dicts and the records above.
 
@@ -59,7 +67,8 @@ class Pickler:
 
     def finish(self) -> bytes:
         """The pickle of the value that was put."""
-        return bytes(self._out + b".")
+        self._out += b"."
+        return bytes(self._out)
 
     def put(self, value: object) -> None:
         """Write a value. Raises `TypeError` for what is none of the above."""
@@ -79,10 +88,10 @@ class Pickler:
             self._put_tuple(value)
         elif isinstance(value, list):
             self._out += b"]"
-            self._put_items([(item,) for item in value], b"e")
-        elif isinstance(value, dict):
+            self._put_items(((item,) for item in value), b"e")
+        elif isinstance(value, dict | Pairs):
             self._out += b"}"
-            self._put_items(list(value.items()), b"u")
+            self._put_items(value.items() if isinstance(value, dict) else value.items, b"u")
         else:
             self._put_object(value)
 
@@ -135,12 +144,14 @@ class Pickler:
         raw = text.encode()
         self._out += b"X" + struct.pack("<L", len(raw)) + raw
 
-    def _put_items(self, items: list[tuple[object, ...]], end: bytes) -> None:
-        step = self._batch or max(len(items), 1)
+    def _put_items(self, items: Iterable[tuple[object, ...]], end: bytes) -> None:
+        left = iter(items)
         # Without batches an empty one is written too.
-        for start in range(0, len(items) if self._batch else max(len(items), 1), step):
+        while (batch := [*islice(left, self._batch)]) or not self._batch:
             self._out += b"("
-            for item in items[start : start + step]:
+            for item in batch:
                 for value in item:
                     self.put(value)
             self._out += end
+            if not self._batch:
+                break

@@ -99,6 +99,7 @@ def _parse(
         devices=devices,
     )
     value, end = machine.run()
+    machine.memo.clear()  # what only the memo holds is a third of it
     if end != len(data):
         raise FormatError(f"its pickle ends at byte {end} of {len(data)}.", path=path)
     check_depth(value, path=path)

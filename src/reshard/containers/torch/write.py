@@ -124,7 +124,7 @@ class DataArchive(Struct, frozen=True):
         """The archive as a file: for each tensor what is written, what from, and what of the base
         it is compared with."""
         placed = (
-            Slot(start, spec, source, checksums, reference)
+            Slot(start, spec, source, tuple(at - start for at in checksums), reference)
             for (spec, source, reference), (start, checksums) in zip(
                 slots, self.places, strict=True
             )

@@ -58,8 +58,7 @@ def folder_metadata(folder: Path, sources: Sources) -> Metadata:
 
 
 def _parse(path: Path, sources: Sources) -> Metadata:
-    _, data = opened(path, sources)
-    return unpickled(data, path)
+    return unpickled(opened(path, sources)[1], path)
 
 
 def _unfinished(folder: Path, begun: list[str], *, holds: bool) -> IncompleteError:

@@ -9,7 +9,9 @@ one. The pickle is ended before them, and the frame that holds the cut is made s
 
 from __future__ import annotations
 
-_PLANS = b"\x8c\x0fall_local_plans"
+#: What comes before the plans. All that is needed of the file comes before it: whatever the ranks'
+#: plans take, they are not read.
+PLANS = b"\x8c\x0fall_local_plans"
 # Sets the fields that are there, builds the record, ends the pickle.
 _END = b"ub."
 _START = b"\x80\x04"
@@ -23,7 +25,7 @@ def without_plans(data: bytes) -> bytes | None:
 
     `data` may be the beginning of a longer file.
     """
-    cut = data.find(_PLANS)
+    cut = data.find(PLANS)
     if cut < 0 or not data.startswith(_START):
         return None
     start = len(_START)

@@ -77,17 +77,17 @@ def _metadata(folder: Path, sources: Sources) -> Metadata:
             hint="Copy the folder again (the file's name begins with a dot), or use an earlier "
             "checkpoint.",
         )
-    source, data = opened(path, sources, longer=True)
+    source, data = opened(path, sources, until=plans.PLANS)
     tail = source.read(max(0, source.size - 3), min(source.size, 3))
-    whole = plans.ends_well(tail)
-    shorter = plans.without_plans(data) if whole else None
+    shorter = plans.without_plans(data) if plans.ends_well(tail) else None
+    del data
     if shorter is not None:
         try:
             return unpickled(shorter, path)
         except ReshardError:  # the plans are not where they are expected
             pass
     check_size(source.size, path=str(path))
-    return unpickled(data, path)
+    return unpickled(source.read(0, source.size), path)
 
 
 def _no_model(folder: Path, metadata: Metadata) -> NotFoundError:

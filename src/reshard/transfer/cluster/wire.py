@@ -265,7 +265,7 @@ class Packer:
             spec.shape,
             self.entry(source),
             reference,
-            bool(slot.crc_offsets),
+            bool(slot.crcs),
         )
 
     def entry(self, entry: Entry) -> WireEntry:
