@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from reshard.core import dtypes
-from reshard.core.tensors import Entry, Extent, FileRef, Fragment, TensorSpec, blocks, whole
+from reshard.core.strides import blocks
+from reshard.core.tensors import Entry, Extent, FileRef, Fragment, TensorSpec, whole
 from reshard.storage.local import Sources
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.fill import Reader, fill

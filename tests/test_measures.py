@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import reshard
 from reshard.comparison.measures import Change, Meter, counted
 from reshard.comparison.spectrum import RANKS, energies
-from reshard.core.tensors import blocks
+from reshard.core.strides import blocks
 
 Array = np.ndarray[Any, Any]
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.int8,

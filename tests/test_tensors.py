@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from reshard.core.dtypes import FLOAT32
+from reshard.core.strides import blocks
 from reshard.core.tensors import (
     Box,
     Entry,
@@ -16,7 +17,6 @@ from reshard.core.tensors import (
     FileRef,
     Fragment,
     TensorSpec,
-    blocks,
     flat,
     whole,
 )

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from reshard.core.tensors import Entry, FileRef, contiguous_strides
+from reshard.core.strides import contiguous_strides
+from reshard.core.tensors import Entry, FileRef
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 

@@ -14,16 +14,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from reshard import naming
 from reshard.core import dtypes
-from reshard.core.tensors import (
-    Entry,
-    Extent,
-    FileRef,
-    Fragment,
-    Shape,
-    TensorSpec,
-    contiguous_strides,
-    whole,
-)
+from reshard.core.strides import contiguous_strides
+from reshard.core.tensors import Entry, Extent, FileRef, Fragment, Shape, TensorSpec, whole
 from reshard.core.tiling import check_tiling
 from reshard.naming import NameMap, Schema, apply
 

@@ -146,6 +146,8 @@ def test_a_script_that_saves_all_in_one_file(tmp_path: Path) -> None:
 def test_names_of_another_model_are_refused(tmp_path: Path) -> None:
     """As FULL_STATE_DICT has names, what it names must be there."""
     model, optimizer, _ = trained()
+    run = tmp_path / "run"
+    run.mkdir()
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     state = optimizer.state_dict()
     numbers = [number for group in state["param_groups"] for number in group["params"]]
@@ -164,14 +166,14 @@ def test_names_of_another_model_are_refused(tmp_path: Path) -> None:
                     for group in state["param_groups"]
                 ],
             },
-            tmp_path / "optimizer.bin",
+            run / "optimizer.bin",
         )
 
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(weights, run / "model.safetensors", {"format": "pt"})
     save("")
-    check(tmp_path, live_state(model, optimizer), "optimizer.bin")
+    check(run, live_state(model, optimizer), "optimizer.bin")
     save("critic.")
-    with pytest.raises(FormatError, match="that the model does not have"), opened(tmp_path):
+    with pytest.raises(FormatError, match="that the model does not have"), opened(run):
         pass
-    assert reshard.convert(tmp_path, tmp_path.with_name("out"), to="dcp").verified
+    assert reshard.convert(run, tmp_path / "out", to="dcp").verified

@@ -14,7 +14,8 @@ from reshard.comparison.result import Compared, Comparison, described
 from reshard.comparison.spectrum import energies
 from reshard.core.dtypes import FLOAT32, DType
 from reshard.core.findings import Finding
-from reshard.core.tensors import Box, Entry, blocks
+from reshard.core.strides import blocks
+from reshard.core.tensors import Box, Entry
 from reshard.errors import VerificationError
 from reshard.progress import Progress
 from reshard.storage.local import Sources

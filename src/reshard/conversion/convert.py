@@ -35,7 +35,7 @@ from reshard.storage import requests
 from reshard.storage.local import Sources, snapshot
 from reshard.storage.paths import file_size
 from reshard.transfer import memory
-from reshard.transfer.assembly import Outcome
+from reshard.transfer.outcome import Outcome
 from reshard.transfer.targets import target_at
 
 # Options of a run that a later command does not repeat.

@@ -23,10 +23,10 @@ from reshard.core.tensors import Extent, Fragment, Fragments, Record, Single
 from reshard.progress import stage
 from reshard.storage.fingerprints import Fingerprint, fingerprint
 from reshard.storage.local import Sources
-from reshard.transfer.assembly import Outcome
 from reshard.transfer.cluster.connection import connected
 from reshard.transfer.commit import OutputFolder
 from reshard.transfer.executor import Executor, Threads
+from reshard.transfer.outcome import Outcome
 from reshard.transfer.output import Output, copy
 from reshard.transfer.targets import Order, target_at
 

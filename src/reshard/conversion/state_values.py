@@ -16,7 +16,7 @@ from reshard.core.findings import Finding
 from reshard.core.state import STATE_TABLE, TrainingState, tensor_name
 from reshard.core.tensors import TensorSpec
 from reshard.errors import VerificationError, listed
-from reshard.transfer.assembly import Outcome
+from reshard.transfer.outcome import Outcome
 
 # Moments of fewer elements may well be equal.
 _MIN_NUMEL = 8

@@ -2,6 +2,7 @@
 
 dtypes.py      element types: their names in each format, their sizes, their numpy types
 tensors.py     a tensor as boxes of elements in byte ranges of files; what is made by arithmetic
+strides.py     arrays in row-major order
 fragments.py   questions about fragments
 partition.py   what is cut out of flat tensors, described by numbers
 tiling.py      the proof that parts hold every element exactly once

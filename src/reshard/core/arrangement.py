@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from msgspec import Struct
 
 from reshard.core import rearrange
+from reshard.core.strides import contiguous_strides
 from reshard.core.tensors import (
     Box,
     Entry,
@@ -27,7 +28,6 @@ from reshard.core.tensors import (
     Fragment,
     Shape,
     TensorSpec,
-    contiguous_strides,
     whole,
 )
 from reshard.core.tiling import check_tiling

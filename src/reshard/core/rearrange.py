@@ -13,18 +13,8 @@ from collections.abc import Iterator, Sequence
 from msgspec.structs import replace
 
 from reshard.core.dtypes import DType
-from reshard.core.tensors import (
-    Box,
-    Entry,
-    Fragment,
-    Shape,
-    TensorSpec,
-    blocks,
-    contiguous_strides,
-    flat,
-    span,
-    whole,
-)
+from reshard.core.strides import blocks, contiguous_strides, span
+from reshard.core.tensors import Box, Entry, Fragment, Shape, TensorSpec, flat, whole
 from reshard.errors import PlanError
 
 

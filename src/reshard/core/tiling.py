@@ -20,6 +20,7 @@ import random
 from collections.abc import Iterable, Sequence
 from itertools import product
 
+from reshard.core.strides import span
 from reshard.core.tensors import (
     Box,
     Entry,
@@ -29,7 +30,6 @@ from reshard.core.tensors import (
     Single,
     TensorKind,
     TensorSpec,
-    span,
     stored,
     whole,
 )

@@ -30,7 +30,7 @@ from reshard.naming.quantised import Numbers
 from reshard.naming.schema import says_tied
 from reshard.progress import StagedProgress
 from reshard.storage.local import Sources
-from reshard.transfer.assembly import Outcome
+from reshard.transfer.outcome import Outcome
 from reshard.transfer.targets import check_space
 
 # As `save_pretrained` of transformers 4 has it.

@@ -27,7 +27,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from reshard.core import rearrange
-from reshard.core.tensors import Box, Entry, Fragment, contiguous_strides
+from reshard.core.strides import contiguous_strides
+from reshard.core.tensors import Box, Entry, Fragment
 from reshard.errors import NamesError, UnsupportedError, listed
 from reshard.naming import patterns
 from reshard.naming.megatron import MTP_COPIES

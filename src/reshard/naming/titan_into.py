@@ -12,7 +12,8 @@ from typing import Any
 from msgspec import Struct
 
 from reshard.core import rearrange
-from reshard.core.tensors import Box, Entry, Fragment, contiguous_strides
+from reshard.core.strides import contiguous_strides
+from reshard.core.tensors import Box, Entry, Fragment
 from reshard.errors import NamesError, UnsupportedError
 from reshard.naming import patterns
 from reshard.naming.megatron import EMBEDDING, MTP_COPIES

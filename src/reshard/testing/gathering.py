@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from reshard.core.tensors import Entry, contiguous_strides
+from reshard.core.strides import contiguous_strides
+from reshard.core.tensors import Entry
 
 
 def gather(entry: Entry, files: Mapping[str, bytes]) -> np.ndarray[Any, Any]:

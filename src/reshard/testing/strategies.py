@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 from msgspec import Struct
 
 from reshard.core.dtypes import FLOAT32
-from reshard.core.tensors import (
-    Box,
-    Entry,
-    Extent,
-    FileRef,
-    Fragment,
-    TensorSpec,
-    contiguous_strides,
-)
+from reshard.core.strides import contiguous_strides
+from reshard.core.tensors import Box, Entry, Extent, FileRef, Fragment, TensorSpec
 
 
 class Torn(Struct, frozen=True, dict=True):

@@ -3,6 +3,7 @@
 pieces.py      cut the output into pieces, each made, hashed and verified separately
 executor.py    what makes the pieces: threads of this process, or `cluster/`
 assembly.py    the output while it is written: its pieces and their results
+outcome.py     what a transfer did: digests, counts, findings
 engine.py      a few threads that make the pieces
 making.py      make a segment of a piece, block by block; `fill` reads and casts a block
 checksums.py   the source files' own checksums, compared as the bytes pass

@@ -19,9 +19,10 @@ from reshard.core.plan import Plan
 from reshard.core.tensors import stored
 from reshard.progress import Progress
 from reshard.storage.local import Sources
-from reshard.transfer.assembly import Assembly, Outcome, Piece, Segment
+from reshard.transfer.assembly import Assembly, Piece, Segment
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.making import Maker, SegmentResult
+from reshard.transfer.outcome import Outcome
 from reshard.transfer.output import Output, StoppedError
 from reshard.transfer.readback import ReadBack, ReadJob
 from reshard.transfer.writeback import Writeback

@@ -15,9 +15,9 @@ from reshard.core.plan import Plan
 from reshard.core.tensors import Entry, Extent, Record
 from reshard.progress import Progress
 from reshard.storage.local import Sources
-from reshard.transfer.assembly import Outcome
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.engine import Engine
+from reshard.transfer.outcome import Outcome
 from reshard.transfer.output import Output
 from reshard.transfer.reading import Known, leaf_digest
 from reshard.transfer.threads import in_order

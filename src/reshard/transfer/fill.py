@@ -23,6 +23,7 @@ from msgspec import Struct
 from reshard.core.dtypes import FLOAT32, DType
 from reshard.core.fragments import within
 from reshard.core.rearrange import boxes_of_range, cut, unflatten
+from reshard.core.strides import blocks, contiguous_strides
 from reshard.core.tensors import (
     Box,
     Computed,
@@ -31,8 +32,6 @@ from reshard.core.tensors import (
     Fragment,
     Portion,
     Shape,
-    blocks,
-    contiguous_strides,
     flat,
 )
 from reshard.errors import PlanError, VerificationError

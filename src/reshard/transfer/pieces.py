@@ -15,7 +15,8 @@ from reshard.core.digests import leaf_numel
 from reshard.core.fragments import computed
 from reshard.core.plan import Slot
 from reshard.core.rearrange import boxes_of_range
-from reshard.core.tensors import Box, blocks
+from reshard.core.strides import blocks
+from reshard.core.tensors import Box
 
 
 class Run(Struct, frozen=True):

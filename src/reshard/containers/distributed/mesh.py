@@ -24,7 +24,8 @@ from reshard.containers.distributed.local import (
     natural,
 )
 from reshard.containers.torch import TensorRef
-from reshard.core.tensors import Shape, contiguous_strides
+from reshard.core.strides import contiguous_strides
+from reshard.core.tensors import Shape
 from reshard.errors import brief
 from reshard.storage.local import Sources
 

@@ -20,7 +20,8 @@ from reshard.containers.torch.machine import Handler
 from reshard.containers.torch.malformed import Malformed, show
 from reshard.containers.torch.records import Global, Opaque, Storage, TensorRef
 from reshard.core.dtypes import DType
-from reshard.core.tensors import MAX_DIMS, Extent, contiguous_strides
+from reshard.core.strides import contiguous_strides
+from reshard.core.tensors import MAX_DIMS, Extent
 
 _MAX_NBYTES = 1 << 63
 # Elements of an expanded tensor: a mask of 32,768 by 32,768. Without a limit a file of a kilobyte

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
+from itertools import chain
+from typing import Any
 
 from reshard.containers.torch.limits import MAX_DEPTH, MAX_VALUES, MAX_VALUES_PER_BYTE
 from reshard.containers.torch.records import Opaque
@@ -10,7 +12,8 @@ from reshard.errors import UnsupportedError
 
 #: What holds other values.
 HOLDING = frozenset({dict, list, tuple, Opaque})
-# Items of a recalled container that may be as many as the bytes that recall it.
+# Items of a recalled container that may be as many as the bytes that recall it. A container with
+# more is looked into once and noted, however often it is met.
 _FEW = 8
 # Records that their readers keep: one of 100,000 ranks is recalled by every tensor.
 _KEPT = "DeviceMesh"
@@ -34,8 +37,9 @@ def check_depth(value: object, *, path: str) -> None:
             todo.pop()
             continue
         inner = _containers_in(container)
-        # The innermost, which are nearly all of a large pickle, are not noted: their height is 1.
-        deep = [item for item in inner if _holds_containers(item)]
+        # Short innermost ones, which are nearly all of a large pickle, are not noted: their height
+        # is 1.
+        deep = [item for item in inner if len(item) > _FEW or _holds_containers(item)]
         if state is None:
             heights[id(container)] = 0
             depth += 1
@@ -61,7 +65,7 @@ def check_sharing(value: object, recalled: Iterable[object], nbytes: int, *, pat
     if all(map(_is_small, recalled)):
         return
     limit = MAX_VALUES + MAX_VALUES_PER_BYTE * nbytes
-    # As above: open values (0) count 1, and those that hold nothing large are not noted.
+    # As above: open values (0) count 1, and short ones that hold no others are not noted.
     counts: dict[int, int] = {}
     kept = 0
     todo: list[object] = [value]
@@ -99,7 +103,7 @@ def _too_deep(path: str) -> UnsupportedError:
     return UnsupportedError(f"its pickle nests deeper than {MAX_DEPTH} levels.", path=path)
 
 
-def _containers_in(value: object) -> list[object]:
+def _containers_in(value: object) -> list[Sized]:
     if type(value) is dict:
         return [item for item in value.values() if type(item) in (dict, list, tuple)]
     if type(value) is list or type(value) is tuple:
@@ -126,14 +130,14 @@ def _items_of(value: object) -> list[object]:
 
 
 def _holds_others(value: object) -> bool:
-    """Whether what a container or record stands for is more than its items."""
+    """Whether a container or record has many items, or stands for more than these."""
     if type(value) is Opaque:
         if type(value.state) in HOLDING or value.name.endswith(_KEPT):
             return True
-        items: Iterable[object] = (*value.args, *(value.items or ()))
+        parts: tuple[Any, ...] = (value.args, value.items or ())
     else:
-        items = value.values() if type(value) is dict else _items_of(value)
-    return any(type(item) in HOLDING for item in items)
+        parts = (value.values() if type(value) is dict else value,)
+    return sum(map(len, parts)) > _FEW or any(type(item) in HOLDING for item in chain(*parts))
 
 
 def _is_small(value: object) -> bool:

@@ -22,7 +22,8 @@ from zlib_ng import zlib_ng
 from reshard.containers.torch.pickler import Call, Name, Persistent, Pickler
 from reshard.core.dtypes import DType
 from reshard.core.plan import OutputFile, Slot
-from reshard.core.tensors import Entry, Shape, TensorSpec, contiguous_strides
+from reshard.core.strides import contiguous_strides
+from reshard.core.tensors import Entry, Shape, TensorSpec
 
 # torch's default, in bytes; recorded in the entry `.storage_alignment`.
 ALIGNMENT = 64

@@ -20,7 +20,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from reshard.core.tensors import Shape, contiguous_strides
+from reshard.core.strides import contiguous_strides
+from reshard.core.tensors import Shape
 from reshard.errors import UnsupportedError, brief
 
 

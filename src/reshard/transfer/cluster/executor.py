@@ -18,7 +18,7 @@ from reshard.core.plan import Plan
 from reshard.core.tensors import Entry, Extent, FileRef, Record
 from reshard.progress import Progress
 from reshard.storage.local import Sources
-from reshard.transfer.assembly import Assembly, File, Noted, Outcome, Piece
+from reshard.transfer.assembly import Assembly, File, Noted, Piece
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.cluster import wire
 from reshard.transfer.cluster.connection import Workers
@@ -26,6 +26,7 @@ from reshard.transfer.cluster.packing import batches, inputs, note_read, pack, u
 from reshard.transfer.cluster.tasks import Tasks
 from reshard.transfer.cluster.wire import Output, Packer
 from reshard.transfer.executor import LeafDigests
+from reshard.transfer.outcome import Outcome
 from reshard.transfer.output import Output as Folder
 from reshard.transfer.reading import Known
 from reshard.transfer.system import identity_of

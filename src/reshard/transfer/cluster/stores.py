@@ -18,12 +18,13 @@ from reshard.core.plan import OutputFile, Plan
 from reshard.core.tensors import FileRef
 from reshard.storage.local import Sources
 from reshard.storage.stores import Object
-from reshard.transfer.assembly import Assembly, File, Noted, Outcome, Piece, without_crcs
+from reshard.transfer.assembly import Assembly, File, Noted, Piece, without_crcs
 from reshard.transfer.checksums import Ledger
 from reshard.transfer.cluster import executor, wire
 from reshard.transfer.cluster.packing import batches, inputs, note_read, pack, usable
 from reshard.transfer.cluster.tasks import Tasks
 from reshard.transfer.cluster.wire import Packer
+from reshard.transfer.outcome import Outcome
 from reshard.transfer.output import Output
 from reshard.transfer.remote import RemoteFolder
 
